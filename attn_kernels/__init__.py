@@ -1,0 +1,22 @@
+"""Fused attention for RNN sequence-to-sequence models: score, softmax and context in one pass, forward and backward."""
+
+from .backends import Backend, backends
+from .functional import additive_attention, additive_scores, dot_attention
+from .memory import Memory
+from .modules import BahdanauAttention, CosineAttention, LuongAttention
+from .reference import Attention
+from .version import __version__
+
+__all__ = [
+    "Attention",
+    "Backend",
+    "BahdanauAttention",
+    "CosineAttention",
+    "LuongAttention",
+    "Memory",
+    "__version__",
+    "additive_attention",
+    "additive_scores",
+    "backends",
+    "dot_attention",
+]

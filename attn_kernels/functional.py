@@ -1,0 +1,251 @@
+"""The public functions: the contract, the checks of the arguments and the choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .backends import choose
+from .reference import Attention
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    backend: str | None = None,
+) -> Attention:
+    r"""Additive (Bahdanau) attention: score, masked softmax and context in one pass.
+
+    .. math::
+        scores_{ij} = v \cdot \tanh(query_i + keys_j + bias), \quad
+        alignments_i = softmax_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
+
+    Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
+    appendix A.1.2; ``query`` and ``keys`` are the projections W s and U h there.
+
+    Args:
+        query: (B, Tq, A), or (B, A) for one query; projected decoder state.
+        keys: (B, Tk, A), projected memory.
+        values: (B, Tk, D), what is averaged.
+        v: (A,), score vector.
+        bias: (A,), added before the tanh.
+        memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
+            kernels clamp lengths to that range: checking them would wait for the device.
+        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
+        need_weights: False to leave out ``alignments`` (None is returned in their place).
+        backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
+
+    Returns:
+        ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
+        dtype of the inputs. A query with nothing to attend gets zeros. Gradients flow through both.
+
+    Dtypes: float64, float32, bfloat16, float16, the same for all tensors; sums are float32 or wider. Under autocast the
+    inputs are cast to its dtype (float64 excepted), like those of ``scaled_dot_product_attention``.
+
+    Raises:
+        ValueError: a shape, device, length or backend does not fit. TypeError: a dtype or type does not.
+    """
+    name = "additive_attention"
+    _check_query_keys(name, query, keys)
+    _check_values(name, query, keys, values)
+    _check_units(name, query, "v", v)
+    _check_units(name, query, "bias", bias)
+    _check_masks(name, query, keys, memory_lengths, mask)
+    query, keys, values, v, bias = _autocast(query, keys, values, v, bias)
+    _check_dtypes(name, query, keys=keys, values=values, v=v, bias=bias)
+    backend = choose(backend, query.device.type)
+    if backend == "reference":
+        return reference.additive_attention(
+            query, keys, values, v, bias, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+        )
+    op = ops.kernel(name, backend)
+    if query.dim() == 3:
+        context, alignments = op(query, keys, values, v, bias, memory_lengths, mask, need_weights)
+        return Attention(context, alignments if need_weights else None)
+    context, alignments = op(query.unsqueeze(1), keys, values, v, bias, memory_lengths, mask, need_weights)
+    return Attention(context.squeeze(1), alignments.squeeze(1) if need_weights else None)
+
+
+def dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    backend: str | None = None,
+) -> Attention:
+    r"""Dot-product (Luong) attention: score, masked softmax and context in one pass.
+
+    .. math::
+        scores_{ij} = scale \; query_i \cdot keys_j, \quad
+        alignments_i = softmax_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
+
+    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section 3.1
+    ("dot"; "general" is ``keys`` = memory W). A scale that is learned multiplies ``query`` instead.
+
+    Args:
+        query: (B, Tq, A), or (B, A) for one query.
+        keys: (B, Tk, A).
+        values: (B, Tk, D), what is averaged.
+        scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
+        memory_lengths, mask, need_weights, backend: as in :func:`additive_attention`.
+
+    Returns, dtypes, errors: as in :func:`additive_attention`.
+    """
+    name = "dot_attention"
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+    _check_query_keys(name, query, keys)
+    _check_values(name, query, keys, values)
+    _check_masks(name, query, keys, memory_lengths, mask)
+    query, keys, values = _autocast(query, keys, values)
+    _check_dtypes(name, query, keys=keys, values=values)
+    backend = choose(backend, query.device.type)
+    if backend == "reference":
+        return reference.dot_attention(
+            query, keys, values, scale=scale, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+        )
+    op = ops.kernel(name, backend)
+    if query.dim() == 3:
+        context, alignments = op(query, keys, values, scale, memory_lengths, mask, need_weights)
+        return Attention(context, alignments if need_weights else None)
+    context, alignments = op(query.unsqueeze(1), keys, values, scale, memory_lengths, mask, need_weights)
+    return Attention(context.squeeze(1), alignments.squeeze(1) if need_weights else None)
+
+
+def additive_scores(
+    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    r"""The scores of additive attention, for other normalisers than softmax.
+
+    .. math:: scores_{ij} = v \cdot \tanh(query_i + keys_j + bias)
+
+    Args:
+        query: (B, Tq, A), or (B, A) for one query.
+        keys: (B, Tk, A).
+        v: (A,), score vector.
+        bias: (A,), added before the tanh.
+        backend: as in :func:`additive_attention`.
+
+    Returns:
+        (B, Tq, Tk), or (B, Tk) for a 2-D query, in the dtype of the inputs.
+
+    Source, dtypes, errors: as in :func:`additive_attention`.
+    """
+    name = "additive_scores"
+    _check_query_keys(name, query, keys)
+    _check_units(name, query, "v", v)
+    _check_units(name, query, "bias", bias)
+    query, keys, v, bias = _autocast(query, keys, v, bias)
+    _check_dtypes(name, query, keys=keys, v=v, bias=bias)
+    backend = choose(backend, query.device.type)
+    if backend == "reference":
+        return reference.additive_scores(query, keys, v, bias)
+    op = ops.kernel(name, backend)
+    return op(query, keys, v, bias) if query.dim() == 3 else op(query.unsqueeze(1), keys, v, bias).squeeze(1)
+
+
+# Checks: each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph ------------------
+
+
+def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
+    _check_tensor(name, "query", query)
+    _check_tensor(name, "keys", keys)
+    if query.dim() not in (2, 3):
+        raise ValueError(f"{name}: query must have shape (B, Tq, A) or (B, A), got {_shape(query)}")
+    if keys.dim() != 3 or keys.shape[0] != query.shape[0] or keys.shape[2] != query.shape[-1]:
+        expected = f"({query.shape[0]}, *, {query.shape[-1]})"
+        raise ValueError(f"{name}: keys must have shape (B, Tk, A) = {expected}, got {_shape(keys)}")
+    _check_device(name, query, "keys", keys)
+
+
+def _check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> None:
+    _check_tensor(name, "values", values)
+    if values.dim() != 3 or values.shape[0] != keys.shape[0] or values.shape[1] != keys.shape[1]:
+        expected = f"({keys.shape[0]}, {keys.shape[1]}, *)"
+        raise ValueError(f"{name}: values must have shape (B, Tk, D) = {expected}, got {_shape(values)}")
+    _check_device(name, query, "values", values)
+
+
+def _check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -> None:
+    if units is None and argument == "bias":
+        return
+    _check_tensor(name, argument, units)
+    if units.dim() != 1 or units.shape[0] != query.shape[-1]:
+        raise ValueError(f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {_shape(units)}")
+    _check_device(name, query, argument, units)
+
+
+def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> None:
+    batch, steps = keys.shape[0], keys.shape[1]
+    if memory_lengths is not None:
+        _check_tensor(name, "memory_lengths", memory_lengths)
+        if memory_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
+        if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
+            raise ValueError(f"{name}: memory_lengths must have shape (B,) = ({batch},), got {_shape(memory_lengths)}")
+        _check_device(name, query, "memory_lengths", memory_lengths)
+        if memory_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            lengths = memory_lengths.tolist()
+            if lengths and (min(lengths) < 0 or max(lengths) > steps):
+                got = f"{min(lengths)}..{max(lengths)}"
+                raise ValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
+    if mask is not None:
+        _check_tensor(name, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: mask must be bool (True = attend), got {mask.dtype}")
+        queries = query.shape[1] if query.dim() == 3 else 1
+        if mask.dim() == 2:
+            fits = mask.shape[0] == batch and mask.shape[1] == steps
+        else:
+            fits = (
+                mask.dim() == 3 and mask.shape[0] == batch and mask.shape[1] == queries and mask.shape[2] == steps
+            )
+        if not fits:
+            expected = f"({batch}, {steps}) or ({batch}, {queries}, {steps})"
+            raise ValueError(f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}")
+        _check_device(name, query, "mask", mask)
+
+
+def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
+    dtype = query.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"{name}: query must be float32, bfloat16, float16 or float64, got {dtype}")
+    for argument, tensor in others.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
+
+
+def _check_tensor(name: str, argument: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_device(name: str, query: Tensor, argument: str, tensor: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: {argument} must be on the device of query, {query.device}, got {tensor.device}")
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype not in _DTYPES[:3] else t.to(dtype) for t in tensors)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,227 @@
+"""The operators as PyTorch sees them: one schema, one fake kernel and one autograd rule per op.
+
+Each backend is an overload of the same name, ``torch.ops.attn_kernels.additive_attention.cpu`` (or ``.triton``,
+``.cuda``), so all of them share what stands here, and a kernel is a plain function of tensors that knows nothing of
+autograd. Backends register their kernels when they are loaded; this file imports none of them.
+
+The rules of autograd are ``torch.autograd.Function`` registered at the Autograd key. That keeps the op itself
+differentiable (``opcheck``, ``torch.compile``), and costs a third of ``torch.library.register_autograd`` a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
+
+library = torch.library.Library("attn_kernels", "DEF")
+
+
+def kernel(op: str, backend: str) -> Callable[..., Any]:
+    """The overload of ``op`` that runs on ``backend``: what functional.py calls."""
+    return getattr(getattr(torch.ops.attn_kernels, op), backend)
+
+
+def _define(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
+) -> None:
+    for backend in BACKENDS:
+        name = f"{op}.{backend}"
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
+        if differentiable is not None:
+            _register_autograd(op, backend, differentiable(backend))
+
+
+def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function]) -> None:
+    overload = kernel(op, backend)
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    library.impl(f"{op}.{backend}", autograd, "Autograd")
+
+
+def _below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(op, backend)(*args)
+
+
+# additive_scores ------------------------------------------------------------------------------------------------------
+
+
+def _additive_scores_fake(query, keys, v, bias):
+    return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
+
+
+def _additive_scores_backward_fake(grad_scores, query, keys, v, bias):
+    return (
+        query.new_empty(query.shape),
+        keys.new_empty(keys.shape),
+        v.new_empty(v.shape),
+        v.new_empty(v.shape if bias is not None else (0,)),
+    )
+
+
+def _additive_scores_function(backend: str) -> type[torch.autograd.Function]:
+    class AdditiveScores(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            query, keys, v, bias = args
+            ctx.save_for_backward(query, keys, v, bias)
+            return _below_autograd("additive_scores", backend, args)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad_scores):
+            query, keys, v, bias = ctx.saved_tensors
+            backward = kernel("additive_scores_backward", backend)
+            dquery, dkeys, dv, dbias = backward(grad_scores, query, keys, v, bias)
+            return dquery, dkeys, dv, dbias if bias is not None else None
+
+    return AdditiveScores
+
+
+_define(
+    "additive_scores_backward",
+    "(Tensor grad_scores, Tensor query, Tensor keys, Tensor v, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _additive_scores_backward_fake,
+)
+_define(
+    "additive_scores",
+    "(Tensor query, Tensor keys, Tensor v, Tensor? bias) -> Tensor",
+    _additive_scores_fake,
+    _additive_scores_function,
+)
+
+
+# additive_attention ---------------------------------------------------------------------------------------------------
+
+
+def _attention_fake(query, keys, values, need_alignments):
+    batch, queries, steps = query.shape[0], query.shape[1], keys.shape[1]
+    context = query.new_empty(batch, queries, values.shape[2])
+    alignments = query.new_empty((batch, queries, steps) if need_alignments else (0,))
+    return context, alignments
+
+
+def _additive_attention_fake(query, keys, values, v, bias, memory_lengths, mask, need_alignments):
+    return _attention_fake(query, keys, values, need_alignments)
+
+
+def _additive_attention_backward_fake(
+    grad_context, grad_alignments, query, keys, values, v, bias, memory_lengths, mask, alignments
+):
+    return (
+        query.new_empty(query.shape),
+        keys.new_empty(keys.shape),
+        values.new_empty(values.shape),
+        v.new_empty(v.shape),
+        v.new_empty(v.shape if bias is not None else (0,)),
+    )
+
+
+def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
+    class AdditiveAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            query, keys, values, v, bias, memory_lengths, mask, _ = args
+            ctx.set_materialize_grads(False)
+            # The backward starts from the alignments, (B, Tq, Tk), and computes the hidden units again.
+            context, alignments = _below_autograd("additive_attention", backend, (*args[:-1], True))
+            ctx.save_for_backward(query, keys, values, v, bias, memory_lengths, mask, alignments)
+            return context, alignments
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad_context, grad_alignments):
+            if grad_context is None and grad_alignments is None:
+                return (None,) * 8
+            bias = ctx.saved_tensors[4]
+            backward = kernel("additive_attention_backward", backend)
+            dquery, dkeys, dvalues, dv, dbias = backward(grad_context, grad_alignments, *ctx.saved_tensors)
+            return dquery, dkeys, dvalues, dv, dbias if bias is not None else None, None, None, None
+
+    return AdditiveAttention
+
+
+_define(
+    "additive_attention_backward",
+    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
+    "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _additive_attention_backward_fake,
+)
+_define(
+    "additive_attention",
+    "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, Tensor? memory_lengths, Tensor? mask, "
+    "bool need_alignments) -> (Tensor context, Tensor alignments)",
+    _additive_attention_fake,
+    _additive_attention_function,
+)
+
+
+# dot_attention --------------------------------------------------------------------------------------------------------
+
+
+def _dot_attention_fake(query, keys, values, scale, memory_lengths, mask, need_alignments):
+    return _attention_fake(query, keys, values, need_alignments)
+
+
+def _dot_attention_backward_fake(
+    grad_context, grad_alignments, query, keys, values, scale, memory_lengths, mask, alignments
+):
+    return query.new_empty(query.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
+
+
+def _dot_attention_function(backend: str) -> type[torch.autograd.Function]:
+    class DotAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            query, keys, values, scale, memory_lengths, mask, _ = args
+            ctx.set_materialize_grads(False)
+            ctx.scale = scale
+            context, alignments = _below_autograd("dot_attention", backend, (*args[:-1], True))
+            ctx.save_for_backward(query, keys, values, memory_lengths, mask, alignments)
+            return context, alignments
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad_context, grad_alignments):
+            if grad_context is None and grad_alignments is None:
+                return (None,) * 7
+            query, keys, values, memory_lengths, mask, alignments = ctx.saved_tensors
+            backward = kernel("dot_attention_backward", backend)
+            gradients = backward(
+                grad_context, grad_alignments, query, keys, values, ctx.scale, memory_lengths, mask, alignments
+            )
+            return *gradients, None, None, None, None
+
+    return DotAttention
+
+
+_define(
+    "dot_attention_backward",
+    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
+    "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
+    _dot_attention_backward_fake,
+)
+_define(
+    "dot_attention",
+    "(Tensor query, Tensor keys, Tensor values, float scale, Tensor? memory_lengths, Tensor? mask, "
+    "bool need_alignments) -> (Tensor context, Tensor alignments)",
+    _dot_attention_fake,
+    _dot_attention_function,
+)

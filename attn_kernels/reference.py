@@ -1,0 +1,166 @@
+"""The specification: every op in plain PyTorch, with the signature of its public function.
+
+This file is what the other backends are tested against (in float64) and what runs where none of them can. It is written
+to be read, not to be fast: additive attention materialises the [B, Tq, Tk, A] tensor that the kernels never make.
+
+Rules that hold for every op here and in every backend:
+
+- Scores, softmax and sums are computed in float32 or wider; results have the dtype of the inputs.
+- A step that may not be attended (beyond ``memory_lengths``, or False in ``mask``) is padding. Padding contributes nothing
+  to results or gradients, whatever it holds: NaN and Inf included.
+- A row of a query with nothing to attend has zero alignments, zero context and zero gradients.
+- NaN and Inf in steps that are attended spread as the formulas say.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Attention(NamedTuple):
+    """What an attention op returns.
+
+    context: (B, Tq, D), or (B, D) for a 2-D query: alignments @ values.
+    alignments: (B, Tq, Tk), or (B, Tk): softmax of the scores; None with ``need_weights=False``.
+    """
+
+    context: Tensor
+    alignments: Tensor | None
+
+
+def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + bias)."""
+    dtype = query.dtype
+    query, keys, v, bias = _widen(query, keys, v, bias)
+    if query.dim() == 2:
+        return additive_scores(query[:, None], keys, v, bias)[:, 0].to(dtype)
+    return _additive_scores(query, keys, v, bias, None).to(dtype)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+) -> Attention:
+    """Bahdanau et al. 2015, appendix A.1.2: scores = v . tanh(query + keys + bias)."""
+    if query.dim() == 2:
+        attention = additive_attention(
+            query[:, None], keys, values, v, bias, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+        )
+        return _drop_query_axis(attention)
+    dtype = query.dtype
+    query, keys, values, v, bias = _widen(query, keys, values, v, bias)
+    allowed = attended(keys, memory_lengths, mask)
+    query, keys, values = _blank_padding(query, keys, values, allowed)
+    scores = _additive_scores(query, keys, v, bias, allowed)
+    return _attend(scores, values, allowed, need_weights, dtype)
+
+
+def dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+) -> Attention:
+    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys."""
+    if query.dim() == 2:
+        attention = dot_attention(
+            query[:, None],
+            keys,
+            values,
+            scale=scale,
+            memory_lengths=memory_lengths,
+            mask=mask,
+            need_weights=need_weights,
+        )
+        return _drop_query_axis(attention)
+    dtype = query.dtype
+    query, keys, values = _widen(query, keys, values)
+    allowed = attended(keys, memory_lengths, mask)
+    query, keys, values = _blank_padding(query, keys, values, allowed)
+    if _per_query(allowed):  # a step may be padding for one query and not for another: a product per pair
+        scores = (_pairs(query[:, :, None], allowed) * _pairs(keys[:, None], allowed)).sum(-1)
+    else:
+        scores = query @ keys.transpose(1, 2)
+    return _attend(scale * scores, values, allowed, need_weights, dtype)
+
+
+def attended(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which steps may be attended: bool, (B, 1, Tk) or (B, Tq, Tk); None where every step may."""
+    allowed = None
+    if memory_lengths is not None:
+        steps = torch.arange(keys.shape[1], device=keys.device)
+        allowed = (steps < memory_lengths[:, None])[:, None]
+    if mask is not None:
+        mask = mask if mask.dim() == 3 else mask[:, None]
+        allowed = mask if allowed is None else allowed & mask
+    return allowed
+
+
+def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None) -> Tensor:
+    hidden = query[:, :, None] + keys[:, None]
+    if bias is not None:
+        hidden = hidden + bias
+    if _per_query(allowed):
+        hidden = _pairs(hidden, allowed)
+    return torch.tanh(hidden) @ v
+
+
+def _attend(scores: Tensor, values: Tensor, allowed: Tensor | None, need_weights: bool, dtype: torch.dtype) -> Attention:
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        scores = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # softmax of a row of -inf would be NaN
+    alignments = torch.softmax(scores, dim=-1)
+    if allowed is not None:
+        alignments = alignments.masked_fill(~allowed, 0.0)
+    if _per_query(allowed):
+        context = (alignments[..., None] * _pairs(values[:, None], allowed)).sum(2)
+    else:
+        context = alignments @ values
+    return Attention(context.to(dtype), alignments.to(dtype) if need_weights else None)
+
+
+def _blank_padding(
+    query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros in the steps that no query attends and in the queries that attend no step: 0 * NaN would be NaN."""
+    if allowed is None:
+        return query, keys, values
+    unused_query = ~allowed.any(2)[..., None]
+    unused_step = ~allowed.any(1)[..., None]
+    return (
+        query.masked_fill(unused_query, 0.0),
+        keys.masked_fill(unused_step, 0.0),
+        values.masked_fill(unused_step, 0.0),
+    )
+
+
+def _per_query(allowed: Tensor | None) -> bool:
+    return allowed is not None and allowed.shape[1] != 1
+
+
+def _pairs(x: Tensor, allowed: Tensor) -> Tensor:
+    """x, broadcast to (B, Tq, Tk, *), with zeros in the pairs that are not attended."""
+    return torch.where(allowed[..., None], x, 0.0)
+
+
+def _widen(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _drop_query_axis(attention: Attention) -> Attention:
+    context, alignments = attention
+    return Attention(context[:, 0], None if alignments is None else alignments[:, 0])
