@@ -1,0 +1,127 @@
+"""What users write today: the formulas in eager PyTorch, in the dtype of the inputs, with all intermediates in memory.
+
+Signatures are those of ``attn_kernels.reference``. That file is the specification (sums in float32 or wider, padding that
+may hold NaN, rows with nothing to attend); this one is the code it replaces, so it is both what the benchmarks time and the
+error that the tests allow at a given precision. As in such code, a row with nothing to attend comes out as NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_kernels.reference import Attention
+
+
+def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + bias), the sum as a product with v."""
+    if query.dim() == 2:
+        return additive_scores(query[:, None], keys, v, bias)[:, 0]
+    return _hidden(query, keys, bias) @ v
+
+
+def additive_scores_sum(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same with the sum written out: slower in eager mode, but torch.compile can fuse all of it."""
+    if query.dim() == 2:
+        return additive_scores_sum(query[:, None], keys, v, bias)[:, 0]
+    return (_hidden(query, keys, bias) * v).sum(-1)
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+) -> Attention:
+    """Additive attention with :func:`additive_scores`."""
+    return _attend(additive_scores(query, keys, v, bias), values, memory_lengths, mask, need_weights)
+
+
+def additive_attention_sum(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+) -> Attention:
+    """Additive attention with :func:`additive_scores_sum`."""
+    return _attend(additive_scores_sum(query, keys, v, bias), values, memory_lengths, mask, need_weights)
+
+
+def dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+) -> Attention:
+    """Dot-product attention as two batched matrix products."""
+    queries = query[:, None] if query.dim() == 2 else query
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    if scale != 1.0:
+        scores = scores * scale
+    return _attend(scores[:, 0] if query.dim() == 2 else scores, values, memory_lengths, mask, need_weights)
+
+
+def sdpa_dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = False,
+) -> Attention:
+    """Dot-product attention by PyTorch's fused ``scaled_dot_product_attention``, which returns no alignments."""
+    if need_weights:
+        raise ValueError("sdpa_dot_attention: scaled_dot_product_attention returns no alignments")
+    queries = query[:, None] if query.dim() == 2 else query
+    allowed = _allowed(keys.shape[1], keys.device, memory_lengths, mask)
+    if allowed is not None:
+        allowed = allowed[:, None]  # one head
+    context = torch.nn.functional.scaled_dot_product_attention(
+        queries[:, None], keys[:, None], values[:, None], attn_mask=allowed, scale=scale
+    )[:, 0]
+    return Attention(context[:, 0] if query.dim() == 2 else context, None)
+
+
+def _hidden(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    hidden = query[:, :, None] + keys[:, None]
+    return torch.tanh(hidden if bias is None else hidden + bias)
+
+
+def _attend(
+    scores: Tensor, values: Tensor, memory_lengths: Tensor | None, mask: Tensor | None, need_weights: bool
+) -> Attention:
+    if scores.dim() == 2:
+        context, alignments = _attend(scores[:, None], values, memory_lengths, mask, True)
+        return Attention(context[:, 0], alignments[:, 0] if need_weights else None)
+    allowed = _allowed(values.shape[1], values.device, memory_lengths, mask)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    alignments = torch.softmax(scores, dim=-1)
+    return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
+
+
+def _allowed(steps: int, device: torch.device, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """(B, 1, Tk) or (B, Tq, Tk) bool; None where every step may be attended."""
+    allowed = None
+    if memory_lengths is not None:
+        allowed = (torch.arange(steps, device=device) < memory_lengths[:, None])[:, None]
+    if mask is not None:
+        mask = mask if mask.dim() == 3 else mask[:, None]
+        allowed = mask if allowed is None else allowed & mask
+    return allowed
