@@ -1,0 +1,97 @@
+# Every task sets up what it needs: a virtual environment, PyTorch, this package built from source. No GPU and no CUDA
+# toolkit are needed. Settings (make test VENV=~/envs/mine TORCH=torch==2.12.0):
+#
+#   PYTHON   the Python (>= 3.10) that makes the environment
+#   VENV     the environment; it may be one of your own. A torch >= 2.10 found there is kept.
+#   TORCH    what pip installs where there is none
+#   JOBS     processes for the tests
+#   ARGS     further arguments: make test ARGS="-k dot", make bench ARGS=--help
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+ARGS ?=
+FUZZ_CASES ?= 10000
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+RUN := $(VENV)/bin/python -m
+PIP := $(RUN) pip --disable-pip-version-check
+STAMPS := $(VENV)/.attn_kernels
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+.PHONY: help setup test bench fuzz lint format wheel clean
+
+help:  ## This list
+	@echo 'make TASK, where TASK is one of'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Settings (VENV, TORCH, ARGS, ...): see the top of the Makefile.'
+
+setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
+	@$(RUN) attn_kernels
+
+test: $(STAMPS)/package $(STAMPS)/test  ## The tests
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
+
+bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
+	$(RUN) bench $(ARGS)
+
+fuzz: $(STAMPS)/package $(STAMPS)/test  ## The long run of the property tests: FUZZ_CASES=10000 random cases each
+	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) -k fuzz $(ARGS)
+
+lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(RUN) mypy
+
+format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
+	rm -rf build dist
+	$(RUN) build --no-isolation
+
+clean:  ## Remove what was built; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(STAMPS)/package
+	rm -f attn_kernels/*.so
+	find attn_kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The steps of the set-up: a stamp each, so that a second call takes no time -------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'attn_kernels needs Python >= 3.10: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'this Python has no venv module (Debian, Ubuntu: install python3-venv), or name another: make PYTHON=...' >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/pip: | $(VENV)/bin/python
+	@mkdir -p $(STAMPS)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+# First and by itself: what is installed later finds torch in place and never brings another one.
+$(STAMPS)/torch: | $(STAMPS)/pip
+	$(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.__version__ < (2, 10))' 2>/dev/null || $(PIP) install '$(TORCH)'
+	@touch $@
+
+# The dependency groups of pyproject.toml.
+$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
+	$(PIP) install --quiet --group $(@F)
+	@touch $@
+
+# Editable, so that Python files need no second installation; sources of the compiled module do.
+$(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
+	@[ "$${ATTN_KERNELS_CPU:-1}" = 0 ] || command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { \
+	  echo 'no C++ compiler was found (Debian, Ubuntu: install g++; or name one: make CXX=...);' >&2; \
+	  echo 'ATTN_KERNELS_CPU=0 make ... goes without the C++ kernels' >&2; exit 1; }
+	$(PIP) install --quiet --no-build-isolation --editable '.[triton]'
+	@touch $@

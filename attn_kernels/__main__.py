@@ -1,0 +1,146 @@
+"""``python -m attn_kernels``: what this installation runs on, for bug reports and beside benchmark figures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+from typing import Any
+
+import torch
+
+from .backends import backends, build_info
+from .version import __version__
+
+# Environment variables that change speed or results, by their beginnings.
+_SETTINGS = ("ATTN_KERNELS_", "OMP_", "MKL_", "KMP_", "GOMP_", "TRITON_INTERPRET", "MALLOC_", "GLIBC_TUNABLES", "CUDA_")
+
+
+def report() -> dict[str, Any]:
+    """Everything the report says, as plain values; without folders, host names or user names."""
+    return {
+        "attn_kernels": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "os": _os(),
+        "cpu": {
+            "name": _cpu_name(),
+            "machine": platform.machine(),
+            "cores": _cores(),
+            "threads": torch.get_num_threads(),
+            "simd": (build_info() or {}).get("simd"),
+        },
+        "allocator": _allocator(),
+        "build": build_info(),
+        "gpus": _gpus(),
+        "backends": {
+            name: {"available": backend.available, "detail": _without_folders(backend.detail)}
+            for name, backend in backends().items()
+        },
+        "settings": {
+            name: _without_folders(value) for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)
+        },
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text, one fact a line."""
+    cpu = report["cpu"]
+    lines = [(name, report[name] or "none") for name in ("attn_kernels", "python", "torch", "triton")]
+    lines += [(name, report[name]) for name in ("cuda", "hip") if report[name]]
+    lines += [
+        ("os", report["os"]),
+        ("cpu", f"{cpu['name']} ({cpu['machine']}), {cpu['cores']} cores, {cpu['threads']} threads in use"),
+        ("simd", cpu["simd"] or "none: no compiled module"),
+        ("allocator", report["allocator"]),
+    ]
+    lines += [(f"build {name}", value) for name, value in (report["build"] or {}).items() if name != "simd"]
+    lines += [
+        (f"gpu {i}", f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB")
+        for i, gpu in enumerate(report["gpus"])
+    ] or [("gpu", "none")]
+    for name, backend in report["backends"].items():
+        lines.append((f"backend {name}", f"{'yes' if backend['available'] else 'no '}  {backend['detail']}"))
+    lines += [(name, value) for name, value in report["settings"].items()]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError:
+        return None
+
+
+def _os() -> str:
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.system()
+
+
+def _cpu_name() -> str:
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    name = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return name[1] if name else platform.processor() or "unknown"
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _allocator() -> str:
+    """What serves malloc, on which the time of fresh output pages depends."""
+    preloaded = re.search(r"/lib(jemalloc|tcmalloc|mimalloc)", _read("/proc/self/maps"))
+    return preloaded[1] if preloaded else " ".join(platform.libc_ver()).strip() or "system"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus: list[tuple[Any, str]] = []
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            gpus.append((gpu, gpu.gcnArchName if torch.version.hip else f"compute capability {gpu.major}.{gpu.minor}"))
+    elif torch.xpu.is_available():
+        gpus = [(torch.xpu.get_device_properties(i), "Intel XPU") for i in range(torch.xpu.device_count())]
+    return [
+        {"name": gpu.name, "architecture": architecture, "memory_gib": round(gpu.total_memory / 2**30, 1)}
+        for gpu, architecture in gpus
+    ]
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _without_folders(text: str) -> str:
+    """``/home/me/lib/_C.so: undefined symbol`` -> ``_C.so: undefined symbol``."""
+    return re.sub(r"(?<![\w.])~?/(?:[^\s/:'\"]+/)*", "", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m attn_kernels", description="Says what this installation runs on.")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    as_json = parser.parse_args().json
+    print(json.dumps(report(), indent=2) if as_json else render(report()))
+
+
+if __name__ == "__main__":
+    main()
