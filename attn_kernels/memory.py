@@ -1,1 +1,113 @@
-class Memory: ...
+"""Memory: what the attention modules make of a sentence once, and every decoding step then reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Projected memory of a batch: an explicit value that each decoding step is given, not state of a module.
+
+    It is a pytree of its tensors: ``torch.compile`` and ``torch.export`` take it as an argument and as a result.
+
+    keys: (B, Tk, A), projected memory, in the form that the module which made it compares with its query.
+    values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
+    memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
+    mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
+
+    Raises:
+        ValueError: a shape, device or length does not fit. TypeError: a dtype or type does not.
+    """
+
+    keys: Tensor
+    values: Tensor
+    memory_lengths: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
+            _check_tensor(argument, tensor, self.keys)
+            if not tensor.is_floating_point():
+                raise TypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
+            if tensor.dim() != 3:
+                raise ValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
+        batch, steps = self.keys.shape[0], self.keys.shape[1]
+        if self.values.shape[0] != batch or self.values.shape[1] != steps:
+            expected = f"(B, Tk, D) = ({batch}, {steps}, *)"
+            raise ValueError(f"Memory: values must have shape {expected}, got {tuple(self.values.shape)}")
+        if self.memory_lengths is not None:
+            self._check_lengths(self.memory_lengths, batch, steps)
+        if self.mask is not None:
+            self._check_mask(self.mask, batch, steps)
+
+    def _check_lengths(self, memory_lengths: Tensor, batch: int, steps: int) -> None:
+        _check_tensor("memory_lengths", memory_lengths, self.keys)
+        if memory_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"Memory: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
+        if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
+            expected = f"(B,) = ({batch},)"
+            raise ValueError(f"Memory: memory_lengths must have shape {expected}, got {tuple(memory_lengths.shape)}")
+        if memory_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            lengths = memory_lengths.tolist()  # on another device this would wait for it
+            if lengths and (min(lengths) < 0 or max(lengths) > steps):
+                got = f"{min(lengths)}..{max(lengths)}"
+                raise ValueError(f"Memory: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
+
+    def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
+        _check_tensor("mask", mask, self.keys)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"Memory: mask must be bool (True = attend), got {mask.dtype}")
+        if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != steps:
+            expected = f"(B, Tk) or (B, Tq, Tk) = ({batch}, {steps}) or ({batch}, *, {steps})"
+            raise ValueError(f"Memory: mask must have shape {expected}, got {tuple(mask.shape)}")
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0]
+
+    def select(self, indices: Tensor) -> Memory:
+        """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
+
+        indices: (n,) int32 or int64, each in 0..B-1, a row as often as wanted; or (B,) bool, True for the rows to keep.
+        """
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64, torch.bool):
+            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"Memory.select: indices must be an int32, int64 or bool tensor, got {got}")
+        is_mask = indices.dtype == torch.bool
+        if indices.dim() != 1 or (is_mask and indices.shape[0] != self.batch_size):
+            expected = f"(B,) = ({self.batch_size},)" if is_mask else "(n,)"
+            raise ValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
+        if is_mask:
+            indices = indices.nonzero().squeeze(1)
+        return Memory(
+            self.keys.index_select(0, indices),
+            self.values.index_select(0, indices),
+            None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
+            None if self.mask is None else self.mask.index_select(0, indices),
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Memory:
+        """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
+        keys = self.keys.to(*args, **kwargs)
+        move = {"device": keys.device, "non_blocking": kwargs.get("non_blocking", False)}
+        return Memory(
+            keys,
+            self.values.to(*args, **kwargs),
+            None if self.memory_lengths is None else self.memory_lengths.to(**move),
+            None if self.mask is None else self.mask.to(**move),
+        )
+
+
+torch.export.register_dataclass(Memory, serialized_type_name="attn_kernels.Memory")
+
+
+def _check_tensor(argument: str, tensor: object, keys: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"Memory: {argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != keys.device:
+        raise ValueError(f"Memory: {argument} must be on the device of keys, {keys.device}, got {tensor.device}")

@@ -1,3 +1,350 @@
-class BahdanauAttention: ...
-class LuongAttention: ...
-class CosineAttention: ...
+"""The attention mechanisms of the papers as modules: parameters, projections and checks around the functions.
+
+All are used alike. ``memory()`` projects the encoder outputs once per sentence; ``forward`` is a decoding step, or with
+many queries all of them at once::
+
+    attention = BahdanauAttention(query_size, memory_size, units)
+    memory = attention.memory(encoder_outputs, memory_lengths)
+    context, alignments = attention(decoder_state, memory)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import additive_attention, dot_attention
+from .memory import Memory
+from .reference import Attention, attended
+
+
+class _MemoryAttention(nn.Module):
+    """What the mechanisms share: the projections, the memory of a sentence, and the checks of each step."""
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        key_size: int,
+        *,
+        project_query: bool,
+        project_memory: bool,
+        backend: str | None,
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self._name = type(self).__name__
+        for argument, size in (("query_size", query_size), ("memory_size", memory_size), ("units", key_size)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
+        self.query_size = query_size
+        self.memory_size = memory_size
+        self.key_size = key_size
+        self.backend = backend
+        self.query_projection = nn.Linear(query_size, key_size, bias=False, **factory) if project_query else None
+        self.memory_projection = nn.Linear(memory_size, key_size, bias=False, **factory) if project_memory else None
+
+    def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
+        """Makes of the encoder outputs what each step reads, once per sentence.
+
+        memory: (B, Tk, memory_size), encoder outputs.
+        memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
+        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
+        """
+        if not isinstance(memory, Tensor):
+            raise TypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
+        if memory.dim() != 3 or memory.shape[2] != self.memory_size:
+            expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
+            raise ValueError(f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}")
+        values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask before they are used
+        allowed = attended(values, memory_lengths, mask)
+        if allowed is not None:
+            # The functions skip padding, whatever it holds, but the gradient of a projection sums over it: 0 * NaN is NaN.
+            values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
+        return Memory(self._keys(values), values, memory_lengths, mask)
+
+    def _keys(self, values: Tensor) -> Tensor:
+        return values if self.memory_projection is None else self.memory_projection(values)
+
+    def _check(self, query: Tensor, memory: Memory) -> None:
+        if not isinstance(query, Tensor):
+            raise TypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
+        if not isinstance(memory, Memory):
+            got = type(memory).__name__
+            raise TypeError(f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}")
+        batch, steps, key_size = memory.keys.shape
+        if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
+            expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
+            raise ValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+        if key_size != self.key_size or memory.values.shape[2] != self.memory_size:
+            expected = f"keys ({batch}, {steps}, {self.key_size}) and values ({batch}, {steps}, {self.memory_size})"
+            got = f"{tuple(memory.keys.shape)} and {tuple(memory.values.shape)}, as of another module's memory"
+            raise ValueError(f"{self._name}: memory must have {expected}, got {got}")
+
+    def _repr(self, **settings: Any) -> str:
+        sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
+        backend = {} if self.backend is None else {"backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **backend}.items())
+
+
+class BahdanauAttention(_MemoryAttention):
+    r"""Additive attention.
+
+    .. math:: scores_{ij} = v \cdot \tanh(W_q \, query_i + W_m \, memory_j)
+
+    and with ``normalize=True``, weight normalisation with a learned length ``g`` and a bias:
+
+    .. math:: scores_{ij} = g \frac{v}{\|v\|} \cdot \tanh(W_q \, query_i + W_m \, memory_j + bias)
+
+    Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
+    appendix A.1.2. Normalised: Salimans, Kingma, "Weight normalization", 2016, section 2, in the form of GNMT.
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs.
+        units: A, size of the hidden layer that scores.
+        normalize: learn ``g``, initially sqrt(1 / units), and ``bias``, initially 0.
+        backend: as of :func:`attn_kernels.additive_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
+    ``v`` (units,); with ``normalize`` also ``g`` () and ``bias`` (units,).
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int,
+        normalize: bool = False,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            query_size, memory_size, units, project_query=True, project_memory=True, backend=backend, factory=factory
+        )
+        self.units = units
+        self.normalize = normalize
+        self.v = nn.Parameter(_score_vector(units, factory))
+        self.g = nn.Parameter(torch.full((), math.sqrt(1 / units), **factory)) if normalize else None
+        self.bias = nn.Parameter(torch.zeros(units, **factory)) if normalize else None
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        return additive_attention(
+            self.query_projection(query),
+            memory.keys,
+            memory.values,
+            self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v)),
+            self.bias,
+            memory_lengths=memory.memory_lengths,
+            mask=memory.mask,
+            need_weights=need_weights,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return self._repr(units=self.units, normalize=self.normalize)
+
+
+class LuongAttention(_MemoryAttention):
+    r"""Multiplicative attention, and the "concat" form beside it.
+
+    .. math::
+        \text{dot:} \; scores_{ij} = query_i \cdot memory_j \qquad
+        \text{general:} \; scores_{ij} = query_i \cdot W memory_j \qquad
+        \text{concat:} \; scores_{ij} = v \cdot \tanh(W [query_i; memory_j])
+
+    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015,
+    section 3.1. The W of "concat" is kept as its two blocks, ``query_projection`` and ``memory_projection``, so that
+    the memory is projected once per sentence.
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs; for "dot" it must be ``query_size``.
+        units: size of the hidden layer of "concat", which needs it; the others have none.
+        score: "dot", "general" or "concat".
+        scale: learn a factor ``g`` of the scores, initially 1 (TensorFlow's ``LuongAttention(scale=True)``).
+        backend: as of :func:`attn_kernels.dot_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: general: ``memory_projection.weight`` (query_size, memory_size); concat: ``query_projection.weight``
+    (units, query_size), ``memory_projection.weight`` (units, memory_size), ``v`` (units,); with ``scale``: ``g`` ().
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None = None,
+        score: str = "general",
+        scale: bool = False,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if score not in ("dot", "general", "concat"):
+            raise ValueError(f"LuongAttention: score must be 'dot', 'general' or 'concat', got {score!r}")
+        if score == "dot" and query_size != memory_size:
+            raise ValueError(
+                "LuongAttention: score='dot' needs query_size = memory_size, "
+                f"got {query_size} and {memory_size}; score='general' projects the memory to query_size"
+            )
+        if (units is not None) != (score == "concat"):
+            expected = "a size" if score == "concat" else "None"
+            raise ValueError(f"LuongAttention: units must be {expected} with score={score!r}, got {units!r}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            query_size,
+            memory_size,
+            query_size if units is None else units,
+            project_query=score == "concat",
+            project_memory=score != "dot",
+            backend=backend,
+            factory=factory,
+        )
+        self.units = units
+        self.score = score
+        self.scale = scale
+        self.v = None if units is None else nn.Parameter(_score_vector(units, factory))
+        self.g = nn.Parameter(torch.ones((), **factory)) if scale else None
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        if self.v is not None:
+            return additive_attention(
+                self.query_projection(query),
+                memory.keys,
+                memory.values,
+                self.v if self.g is None else self.g * self.v,
+                memory_lengths=memory.memory_lengths,
+                mask=memory.mask,
+                need_weights=need_weights,
+                backend=self.backend,
+            )
+        return dot_attention(
+            query if self.g is None else self.g * query,
+            memory.keys,
+            memory.values,
+            memory_lengths=memory.memory_lengths,
+            mask=memory.mask,
+            need_weights=need_weights,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        units = {} if self.units is None else {"units": self.units}
+        return self._repr(**units, score=self.score, scale=self.scale)
+
+
+class CosineAttention(_MemoryAttention):
+    r"""Cosine similarity times a sharpness: a softmax of bare cosines, all within -1..1, would be nearly uniform.
+
+    .. math:: scores_{ij} = sharpness \; \frac{q_i \cdot m_j}{\|q_i\| \|m_j\|}
+
+    where q and m are query and memory themselves, or with ``units`` their projections :math:`W_q query`,
+    :math:`W_m memory`. A vector of length 0 (below ``eps``) has cosine 0 with every other, and bounded gradients.
+
+    Source: Graves, Wayne, Danihelka, "Neural Turing machines", 2014, section 3.3.1 (equations 5 and 6).
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs; without ``units`` it must be ``query_size``.
+        units: size to which both are projected; None to compare them as they are.
+        sharpness: factor of the cosine, the initial one if it is learned.
+        learn_sharpness: whether ``sharpness`` is a parameter or stays as it is.
+        eps: the length below which a vector counts as zero.
+        backend: as of :func:`attn_kernels.dot_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: with ``units``: ``query_projection.weight`` (units, query_size) and ``memory_projection.weight``
+    (units, memory_size); with ``learn_sharpness``: ``sharpness`` ().
+    """
+
+    sharpness: Tensor | float
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None = None,
+        sharpness: float = 10.0,
+        learn_sharpness: bool = True,
+        *,
+        eps: float = 1e-8,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if units is None and query_size != memory_size:
+            raise ValueError(
+                "CosineAttention: without units, query_size must be memory_size, "
+                f"got {query_size} and {memory_size}; units=... projects both to that size"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            query_size,
+            memory_size,
+            query_size if units is None else units,
+            project_query=units is not None,
+            project_memory=units is not None,
+            backend=backend,
+            factory=factory,
+        )
+        self.units = units
+        self.learn_sharpness = learn_sharpness
+        self.eps = eps
+        self.sharpness = nn.Parameter(torch.full((), sharpness, **factory)) if learn_sharpness else float(sharpness)
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        if self.query_projection is not None:
+            query = self.query_projection(query)
+        return dot_attention(
+            self.sharpness * self._unit_length(query),
+            memory.keys,
+            memory.values,
+            memory_lengths=memory.memory_lengths,
+            mask=memory.mask,
+            need_weights=need_weights,
+            backend=self.backend,
+        )
+
+    def _keys(self, values: Tensor) -> Tensor:
+        return self._unit_length(super()._keys(values))
+
+    def _unit_length(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps.
+        return (wide / torch.where(length > self.eps, length, 1.0)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        units = {} if self.units is None else {"units": self.units}
+        sharpness = {} if self.learn_sharpness else {"sharpness": self.sharpness}
+        return self._repr(**units, **sharpness, learn_sharpness=self.learn_sharpness)
+
+
+def _score_vector(units: int, factory: dict[str, Any]) -> Tensor:
+    """(A,), initialised as the weight of ``nn.Linear(units, 1)``."""
+    bound = 1 / math.sqrt(units)
+    return nn.init.uniform_(torch.empty(units, **factory), -bound, bound)
