@@ -1,0 +1,431 @@
+"""The table of ops, the table of cases, how inputs are made, and how exact a result has to be.
+
+Adding a mechanism is one row in OPS: its public function, its reference and its eager formula are found by its name. New
+argument names also need a shape in SHAPES.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_kernels
+from attn_kernels import reference
+from bench import eager
+
+# Ops ------------------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "query": ("B", "Tq", "A"),
+    "keys": ("B", "Tk", "A"),
+    "values": ("B", "Tk", "D"),
+    "v": ("A",),
+    "bias": ("A",),
+    "context": ("B", "Tq", "D"),
+    "alignments": ("B", "Tq", "Tk"),
+    "scores": ("B", "Tq", "Tk"),
+}
+
+
+class Op(NamedTuple):
+    """One row: the tensors that go in and come out, in order, and the score of one pair of vectors, written anew."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    score: Callable[..., Tensor]
+    options: Mapping[str, Any] = {}
+    optional: tuple[str, ...] = ()
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(attn_kernels, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(reference, self.name)
+
+    @property
+    def eager(self) -> Callable[..., Any]:
+        return getattr(eager, self.name)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the op takes memory_lengths and mask."""
+        return "alignments" in self.outputs
+
+
+def _additive_score(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    hidden = query + keys if bias is None else query + keys + bias
+    return sum((v[a] * torch.tanh(hidden[a]) for a in range(len(v))), torch.zeros((), dtype=v.dtype))
+
+
+def _dot_score(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    return scale * sum((query[a] * keys[a] for a in range(len(query))), torch.zeros((), dtype=query.dtype))
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            "additive_attention",
+            inputs=("query", "keys", "values", "v", "bias"),
+            outputs=("context", "alignments"),
+            score=_additive_score,
+            optional=("bias",),
+        ),
+        Op(
+            "dot_attention",
+            inputs=("query", "keys", "values"),
+            outputs=("context", "alignments"),
+            score=_dot_score,
+            options={"scale": 0.3},
+        ),
+        Op(
+            "additive_scores",
+            inputs=("query", "keys", "v", "bias"),
+            outputs=("scores",),
+            score=_additive_score,
+            optional=("bias",),
+        ),
+    )
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Sizes, and what is unusual about the arguments.
+
+    lengths: "", "random", "random32" (int32), "zero", "full". mask: "", "steps" (B, Tk), "pairs" (B, Tq, Tk), "none" (all
+    False), "all". Layouts: see lay_out. receives: the outputs that have a gradient; all by default.
+    """
+
+    B: int = 3
+    Tq: int = 4
+    Tk: int = 9
+    A: int = 20
+    D: int = 12
+    lengths: str = ""
+    mask: str = ""
+    layout: str = "contiguous"
+    mask_layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    receives: tuple[str, ...] = ("context", "alignments", "scores")
+    without: tuple[str, ...] = ()
+    query_2d: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Products to make: what a case costs."""
+        return self.B * self.Tq * self.Tk * max(self.A, self.D)
+
+
+CASES = {
+    "plain": Case(),
+    "no bias": Case(without=("bias",)),
+    "one of each": Case(1, 1, 1, 1, 1),
+    "decode": Case(5, 1, 63, 64, 32),
+    "decode, long": Case(2, 1, 513, 40, 24, lengths="random"),
+    "beams": Case(2, 5, 33, 48, 48, lengths="random"),
+    "square": Case(2, 17, 17, 32, 32),
+    "63": Case(1, 63, 63, 63, 63, lengths="random"),
+    "129": Case(1, 129, 129, 129, 129, mask="steps"),
+    "7": Case(7, 7, 7, 7, 7, mask="pairs"),
+    "many rows": Case(65, 2, 3, 5, 4, lengths="random"),
+    "many units": Case(2, 2, 5, 300, 3),
+    "wide values": Case(2, 3, 5, 4, 300, lengths="random"),
+    "one unit": Case(2, 3, 9, 1, 1),
+    "one step": Case(4, 5, 1, 16, 16, lengths="random"),
+    "33 queries": Case(2, 33, 65, 16, 16, lengths="random"),
+    "B = 0": Case(B=0, lengths="random", mask="steps"),
+    "Tq = 0": Case(Tq=0, lengths="random", mask="pairs"),
+    "Tk = 0": Case(Tk=0, lengths="random", mask="pairs"),
+    "Tk = 0, no mask": Case(Tk=0),
+    "A = 0": Case(A=0, lengths="random"),
+    "D = 0": Case(D=0, lengths="random"),
+    "lengths": Case(8, 3, 7, lengths="random"),
+    "lengths int32": Case(8, 3, 7, lengths="random32", mask_layout="sliced"),
+    "lengths all 0": Case(lengths="zero"),
+    "lengths all Tk": Case(lengths="full"),
+    "mask (B, Tk)": Case(mask="steps"),
+    "mask (B, Tq, Tk)": Case(mask="pairs"),
+    "mask (B, Tq, Tk), 33 steps": Case(2, 9, 33, mask="pairs"),
+    "mask False": Case(mask="none"),
+    "mask True": Case(mask="all"),
+    "mask strided": Case(mask="steps", mask_layout="transposed"),
+    "mask strided, per query": Case(mask="pairs", mask_layout="transposed"),
+    "mask sliced": Case(mask="pairs", mask_layout="sliced"),
+    "mask stride 0": Case(mask="pairs", mask_layout="expanded"),
+    "lengths and mask": Case(8, 3, 7, lengths="random", mask="steps"),
+    "lengths and mask per query": Case(8, 3, 7, lengths="random32", mask="pairs"),
+    "query 2-D": Case(Tq=1, query_2d=True),
+    "query 2-D, masked": Case(6, 1, 9, lengths="random", mask="steps", query_2d=True),
+    "query 2-D, mask 3-D": Case(6, 1, 9, mask="pairs", query_2d=True),
+    "query 2-D, strided": Case(6, 1, 9, lengths="random", layout="sliced", query_2d=True),
+    "time-major": Case(lengths="random", layout="transposed"),
+    "units strided": Case(lengths="random", layout="columns"),
+    "sliced": Case(lengths="random", layout="sliced"),
+    "misaligned": Case(lengths="random", layout="misaligned"),
+    "misaligned decode": Case(2, 1, 65, 33, 17, lengths="random", layout="misaligned"),
+    "stride 0 in batch": Case(lengths="random", layout="expanded"),
+    "stride 0 in time": Case(lengths="random", layout="repeated"),
+    "stride 0": Case(lengths="random", layout="scalar"),
+    "gradient of context": Case(lengths="random", receives=("context",)),
+    "gradient of alignments": Case(lengths="random", receives=("alignments",)),
+    "gradient of context, 2-D": Case(Tq=1, query_2d=True, receives=("context",)),
+    "gradient of alignments, pairs": Case(mask="pairs", receives=("alignments",)),
+    "gradient stride 0": Case(lengths="random", grad_layout="scalar"),
+    "gradient stride 0 in batch": Case(mask="pairs", grad_layout="expanded"),
+    "gradient time-major": Case(lengths="random", grad_layout="transposed"),
+    "gradient units strided": Case(lengths="random", grad_layout="columns"),
+    "gradient sliced": Case(lengths="random", grad_layout="sliced"),
+    "gradient misaligned": Case(lengths="random", grad_layout="misaligned"),
+}
+
+
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    """tensors: by name, what is differentiated. masks: memory_lengths, mask. grads: of the outputs, by name."""
+
+    tensors: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Arguments:
+        return Arguments(
+            {name: t.to(device, dtype) for name, t in self.tensors.items()},
+            {name: t.to(device) for name, t in self.masks.items()},
+            {name: t.to(device, dtype) for name, t in self.grads.items()},
+        )
+
+
+def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Arguments:
+    """Random arguments whose results and gradients are of the order of 1, or grow from there."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(name: str) -> Tensor:
+        axes = SHAPES[name]
+        if case.query_2d:
+            axes = tuple(axis for axis in axes if axis != "Tq")
+        x = torch.randn([getattr(case, axis) for axis in axes], generator=rng, dtype=torch.float64)
+        spread = {"v": case.A, "context": case.D}.get(name, 1)
+        return (x / math.sqrt(max(spread, 1))).to(device, dtype)
+
+    tensors = {name: lay_out(normal(name), case.layout) for name in op.inputs if name not in case.without}
+    grads = {name: lay_out(normal(name), case.grad_layout) for name in op.outputs if name in case.receives}
+    return Arguments(tensors, _make_masks(case, device, rng) if op.masked else {}, grads)
+
+
+def _make_masks(case: Case, device: str, rng: torch.Generator) -> dict[str, Tensor]:
+    masks = {}
+    if case.lengths:
+        lengths = torch.randint(case.Tk + 1, (case.B,), generator=rng)
+        if case.lengths.startswith("random"):
+            lengths[1:2], lengths[2:3] = 0, case.Tk
+        else:
+            lengths[:] = {"zero": 0, "full": case.Tk}[case.lengths]
+        if case.lengths == "random32":
+            lengths = lengths.int()
+        masks["memory_lengths"] = lay_out(lengths.to(device), case.mask_layout if case.mask == "" else "contiguous")
+    if case.mask:
+        shape = (case.B, case.Tk) if case.mask == "steps" else (case.B, case.Tq, case.Tk)
+        mask = torch.rand(shape, generator=rng) < {"none": 0.0, "all": 2.0}.get(case.mask, 0.6)
+        if case.mask in ("steps", "pairs"):
+            mask[1:2, :1] = False  # one row or one query with little or nothing to attend
+        masks["mask"] = lay_out(mask.to(device), case.mask_layout)
+    return masks
+
+
+def lay_out(x: Tensor, layout: str, fill: float = math.nan) -> Tensor:
+    """x in other strides; between and around its elements lies ``fill``. The layouts of stride 0 also change values."""
+    if layout == "contiguous" or x.numel() == 0:
+        return x
+    if layout == "transposed":  # time-major; a vector has one axis only
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else lay_out(x, "sliced", fill)
+    if layout == "columns":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else lay_out(x, "sliced", fill)
+    if layout == "sliced":  # room on every side, and every second element of the last axis
+        room = [size + 3 for size in x.shape[:-1]] + [2 * x.shape[-1] + 3]
+        view = _buffer(x, room, fill)[tuple(slice(1, 1 + size) for size in x.shape[:-1])][..., 1 : 1 + 2 * x.shape[-1] : 2]
+    elif layout == "misaligned":
+        view = _buffer(x, [x.numel() + 2], fill)[1:-1].view(x.shape)
+    elif layout == "expanded":
+        return x[:1].expand(x.shape)
+    elif layout == "repeated":
+        return x[:, :1].expand(x.shape) if x.dim() > 1 else x
+    elif layout == "scalar":
+        return x.flatten()[:1].view([1] * x.dim()).expand(x.shape)
+    else:
+        raise ValueError(layout)
+    view.copy_(x)
+    return view
+
+
+def _buffer(x: Tensor, shape: list[int], fill: float) -> Tensor:
+    return x.new_full(shape, fill if x.is_floating_point() else True if x.dtype == torch.bool else 1 << 20)
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def call(function: Callable[..., Any], op: Op, tensors: Mapping[str, Tensor], **keywords: Any) -> dict[str, Tensor]:
+    """The outputs by name."""
+    outputs = function(*(tensors.get(name) for name in op.inputs), **op.options, **keywords)
+    return dict(zip(op.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+
+
+def run(function: Callable[..., Any], op: Op, arguments: Arguments, **keywords: Any) -> dict[str, Tensor]:
+    """Outputs and gradients by name; the gradient of query is "dquery". A gradient of None is one of zeros."""
+    leaves = {name: t.detach().requires_grad_() for name, t in arguments.tensors.items()}
+    outputs = call(function, op, leaves, **arguments.masks, **keywords)
+    results = {name: t.detach() for name, t in outputs.items() if t is not None}
+    if arguments.grads:
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in arguments.grads],
+            list(leaves.values()),
+            list(arguments.grads.values()),
+            allow_unused=True,
+        )
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            results["d" + name] = torch.zeros_like(leaf) if gradient is None else gradient
+    return results
+
+
+def oracle(op: Op, arguments: Arguments) -> dict[str, Tensor]:
+    """The reference in float64 on the CPU."""
+    return run(op.reference, op, arguments.to(torch.float64))
+
+
+def baseline(op: Op, arguments: Arguments) -> dict[str, Tensor]:
+    """The formulas of bench/eager.py in the dtype of the arguments, on their device: their error is the yardstick.
+
+    They give NaN for a row with nothing to attend, in all gradients even. So such a row attends everything here, gets no
+    gradient, and its results are set to 0 afterwards: that is what the specification says of it.
+    """
+    masks = arguments.masks
+    if not masks:
+        return run(op.eager, op, arguments)
+    keys, query = arguments.tensors["keys"], arguments.tensors["query"]
+    allowed = reference.attended(keys, masks.get("memory_lengths"), masks.get("mask"))
+    allowed = allowed.expand(-1, query.shape[1] if query.dim() == 3 else 1, -1)
+    empty = ~allowed.any(-1, keepdim=True)
+    blank = empty[:, 0] if query.dim() == 2 else empty
+    grads = {name: g.masked_fill(blank, 0.0) for name, g in arguments.grads.items()}
+    results = run(op.eager, op, Arguments(arguments.tensors, {"mask": allowed | empty}, grads))
+    return {name: t.masked_fill(blank, 0.0) if name in op.outputs else t for name, t in results.items()}
+
+
+# Tolerances: the one place where they are set -------------------------------------------------------------------------
+
+
+def tolerance(name: str, dtype: torch.dtype, exact: Tensor, yardstick: Tensor, condition: float = 1.0) -> float:
+    """The largest error allowed for the result ``name`` anywhere in it.
+
+    The yardstick is the error of the eager formula in the same dtype and on the same arguments. Allowed is twice that for
+    results and three times for gradients (in float32 and float64 twice for both), and besides
+
+        float64    1e-10 * scale
+        float32    1e-6 * scale
+        bfloat16   one rounding of the largest element, and 1e-6 * scale
+        float16    the same
+
+    where scale is the largest element of the exact result. The terms of a sum can be larger than the sum, and a gradient
+    can cancel to nothing, so the scale is at least 1 - make() gives arguments for which such terms are of that order - but
+    not for alignments: their terms are positive. ``condition`` is for tests with scores far above 1: the largest of them,
+    by which an error of the score, relative to its size, comes out larger in softmax.
+    """
+    peak = _largest(exact)
+    scale = condition * (peak if name == "alignments" else max(peak, 1.0))
+    error = _largest(yardstick.double().cpu() - exact)
+    if dtype == torch.float64:
+        return 2 * error + 1e-10 * scale
+    if dtype == torch.float32:
+        return 2 * error + 1e-6 * scale
+    factor = 3 if name.startswith("d") else 2
+    return factor * error + torch.finfo(dtype).eps * peak + 1e-6 * scale
+
+
+def assert_close(
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    yardstick: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    condition: float = 1.0,
+) -> None:
+    """Every result and gradient by name: its shape, its dtype, where it is NaN or Inf, and its error elsewhere."""
+    problems = []
+    assert actual.keys() == exact.keys()
+    for name, expected in exact.items():
+        result = actual[name]
+        if result.shape != expected.shape or result.dtype != dtype:
+            problems.append(f"{name}: {tuple(result.shape)} {result.dtype}, expected {tuple(expected.shape)} {dtype}")
+            continue
+        result, rounded = result.detach().double().cpu(), expected.to(dtype).double()  # rounding may overflow to Inf
+        special = ~rounded.isfinite()
+        if not torch.equal(result.nan_to_num(7, 8, 9)[special], rounded.nan_to_num(7, 8, 9)[special]):
+            problems.append(f"{name}: {_mismatch(result, rounded, special)}")
+        if not result[~special].isfinite().all():
+            problems.append(f"{name}: not finite where it should be: {_first(~special & ~result.isfinite())}")
+            continue
+        allowed = tolerance(name, dtype, expected, yardstick[name], condition)
+        error = torch.where(special, 0.0, result - expected).abs()
+        if error.numel() and not error.max() <= allowed:
+            worst = _first(error == error.max())
+            problems.append(
+                f"{name}: error {error.max():.3g} at {worst}, where {result[worst]:.9g} should be {expected[worst]:.9g};"
+                f" allowed {allowed:.3g} (eager {_largest(yardstick[name].double().cpu() - expected):.3g},"
+                f" largest element {_largest(expected):.3g})"
+            )
+    assert not problems, "\n".join(problems)
+
+
+def assert_bit_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Every result and gradient by name; NaN equals NaN, and 0.0 equals -0.0."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _largest(x: Tensor) -> float:
+    """Of the finite elements, in magnitude."""
+    x = x[x.isfinite()].abs()
+    return x.max().item() if x.numel() else 0.0
+
+
+def _first(where: Tensor) -> tuple[int, ...]:
+    return tuple(where.nonzero()[0].tolist())
+
+
+def _mismatch(result: Tensor, expected: Tensor, special: Tensor) -> str:
+    wrong = special & ~((result == expected) | (result.isnan() & expected.isnan()))
+    first = _first(wrong)
+    return f"{result[first]} at {first}, expected {expected[first]} ({int(wrong.sum())} such places)"
+
+
+# Where it runs --------------------------------------------------------------------------------------------------------
+
+
+def interpreted(backend: str) -> bool:
+    """Whether the kernels run in Triton's interpreter: right, and a thousand times slower."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a backend live."""
+    return "cuda" if backend in ("triton", "cuda") and not interpreted(backend) else "cpu"
+
+
+def skip_if_slow(backend: str, case: Case) -> None:
+    if interpreted(backend) and case.pairs > 200_000:
+        pytest.skip("too large for Triton's interpreter")

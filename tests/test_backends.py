@@ -1,0 +1,143 @@
+"""What exists, why the rest does not, and that a named backend is obeyed or refused: also where parts are missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attn_kernels
+from attn_kernels.backends import NAMES, choose
+from matrix import CASES, OPS, Op, assert_bit_equal, make, run
+
+ROOT = Path(attn_kernels.__file__).parent.parent
+
+
+def python(script: str, **environment: str) -> str:
+    """What a fresh Python prints. It finds no compiler, and its home can neither be read nor written, by root either."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CC", "CXX")}
+    clean |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HOME": "/dev/null", "PATH": "/nonexistent"}
+    clean["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:attn_kernels", "-c", script],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+USE = """
+import torch, attn_kernels
+query, keys, v = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4), torch.randn(4)
+context, alignments = attn_kernels.additive_attention(query, keys, keys, v, memory_lengths=torch.tensor([5, 0]))
+context.sum().backward()
+assert context.shape == (2, 3, 4) and query.grad.isfinite().all() and (query.grad[1] == 0).all()
+context, alignments = attn_kernels.dot_attention(query, keys, keys)
+assert attn_kernels.additive_scores(query, keys, v).shape == (2, 3, 5)
+for backend in attn_kernels.backends().values():
+    print(backend.name, backend.available, backend.detail, sep="|")
+    try:
+        attn_kernels.dot_attention(query, keys, keys, backend=backend.name)
+    except ValueError as error:
+        print("refused", error)
+"""
+NO_COMPILED = "import sys; sys.modules['attn_kernels._C'] = None\n"
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def test_nothing_but_pytorch() -> None:
+    """No compiled module, no triton, no GPU, no compiler, no home."""
+    out = python(NO_COMPILED + NO_TRITON + USE)
+    assert "reference|True|" in out
+    assert "triton|False|triton is not installed: pip install" in out
+    assert "cpu|False|the compiled module attn_kernels._C was not built" in out
+    assert "cuda|False|" in out
+    refusals = re.findall(r"^refused attn_kernels: backend='(\w+)' cannot be used on cpu tensors: \S", out, re.MULTILINE)
+    assert refusals == ["cuda", "triton", "cpu"]
+
+
+def test_no_triton() -> None:
+    out = python(NO_TRITON + USE)
+    assert "triton|False|triton is not installed" in out and "refused attn_kernels: backend='triton'" in out
+
+
+def test_no_gpu() -> None:
+    if not attn_kernels.backends()["triton"].available:
+        pytest.skip("triton is not installed")
+    out = python(USE)
+    assert "triton|False|no GPU was found" in out
+    assert "refused attn_kernels: backend='triton' cannot be used on cpu tensors: no GPU was found" in out
+
+
+def test_broken_compiled_module(tmp_path: Path) -> None:
+    """A module that exists and does not load, as one built for another Python: the reason is what the loader said."""
+    script = f"""
+import importlib.abc, importlib.machinery, sys
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name == "attn_kernels._C" else None
+    def create_module(self, spec): raise ImportError("undefined symbol: frobnicate")
+    def exec_module(self, module): pass
+sys.meta_path.insert(0, Broken())
+{USE}"""
+    assert "cpu|False|the compiled module failed to load: undefined symbol: frobnicate" in python(script)
+
+
+def test_import_is_light() -> None:
+    """Importing attn_kernels imports torch and nothing heavy, and neither warns nor prints."""
+    script = """
+import sys, torch
+before = set(sys.modules)
+import attn_kernels
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"triton", "numpy", "sympy", "matplotlib", "typer"}))
+"""
+    assert python(script).strip() == "[]"
+
+
+def test_backends_lists_all() -> None:
+    listed = attn_kernels.backends()
+    assert tuple(listed) == NAMES
+    for name, backend in listed.items():
+        assert backend.name == name and isinstance(backend.available, bool) and backend.detail
+    assert listed["reference"].available
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_default_on_cpu(op: Op) -> None:
+    """The compiled kernels where they exist, else the reference; never the interpreter."""
+    expected = "cpu" if attn_kernels.backends()["cpu"].available else "reference"
+    assert choose(None, "cpu") == expected
+    arguments = make(op, CASES["lengths"], torch.float32)
+    assert_bit_equal(run(op.function, op, arguments), run(op.function, op, arguments, backend=expected))
+
+
+def test_default_elsewhere() -> None:
+    """A device that no kernel knows has the reference."""
+    assert choose(None, "meta") == "reference"
+    query = torch.empty(2, 3, 4, device="meta")
+    context, alignments = attn_kernels.dot_attention(query, query, query)
+    assert context.is_meta and context.shape == (2, 3, 4) and alignments.shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
+def test_wrong_device_is_refused(name: str) -> None:
+    query = torch.empty(2, 3, 4, device="meta")
+    with pytest.raises(ValueError, match=rf"^attn_kernels: backend='{name}' cannot be used on meta tensors: \S+"):
+        attn_kernels.dot_attention(query, query, query, backend=name)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "", "CPU", 5, True, ["cpu"]])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_unknown_name(op: Op, backend: object) -> None:
+    arguments = make(op, CASES["plain"], torch.float32)
+    with pytest.raises((ValueError, TypeError), match=r"backend must be one of 'cuda', 'triton', 'cpu', 'reference' or None"):
+        run(op.function, op, arguments, backend=backend)

@@ -1,0 +1,96 @@
+"""The matrix: op x backend x dtype x case, results and every gradient by name, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from matrix import CASES, DTYPES, OPS, Arguments, Case, Op, assert_bit_equal, assert_close, baseline, call
+from matrix import make, oracle, run, skip_if_slow
+
+ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@cases
+@dtypes
+@ops
+def test_results_and_gradients(op: Op, backend: str, device: str, dtype: torch.dtype, case: Case) -> None:
+    skip_if_slow(backend, case)
+    arguments = make(op, case, dtype, device)
+    results = run(op.function, op, arguments, backend=backend)
+    assert_close(results, oracle(op, arguments), baseline(op, arguments), dtype)
+
+
+@pytest.mark.parametrize("name", ["plain", "decode, long", "lengths and mask per query", "query 2-D, masked"])
+@dtypes
+@masked_ops
+def test_without_weights(op: Op, backend: str, device: str, dtype: torch.dtype, name: str) -> None:
+    """need_weights=False leaves out alignments and changes nothing else."""
+    skip_if_slow(backend, CASES[name])
+    arguments = make(op, CASES[name]._replace(receives=("context",)), dtype, device)
+    results = run(op.function, op, arguments, backend=backend, need_weights=False)
+    exact, yardstick = oracle(op, arguments), baseline(op, arguments)
+    del exact["alignments"]
+    assert_close(results, exact, yardstick, dtype)
+    with torch.no_grad():
+        context, alignments = op.function(
+            *arguments.tensors.values(), **op.options, **arguments.masks, backend=backend, need_weights=False
+        )
+    assert alignments is None
+    assert_close({"context": context}, {"context": exact["context"]}, yardstick, dtype)
+
+
+@pytest.mark.parametrize("name", ["plain", "lengths all 0", "B = 0", "Tk = 0"])
+@ops
+def test_without_gradients(op: Op, backend: str, device: str, name: str) -> None:
+    """The same results under no_grad, in inference mode and where only some inputs need a gradient."""
+    arguments = make(op, CASES[name], torch.float32, device)
+    expected = run(op.function, op, arguments, backend=backend)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            results = run(op.function, op, arguments._replace(grads={}), backend=backend)
+            assert_bit_equal(results, {name: expected[name] for name in op.outputs})
+    for needed in arguments.tensors:
+        tensors = {key: t.detach().requires_grad_(key == needed) for key, t in arguments.tensors.items()}
+        outputs = call(op.function, op, tensors, **arguments.masks, backend=backend)
+        loss = sum((outputs[key] * grad).sum() for key, grad in arguments.grads.items())
+        (gradient,) = torch.autograd.grad(loss, [tensors[needed]])
+        assert_bit_equal({"d" + needed: gradient}, {"d" + needed: expected["d" + needed]})
+
+
+@pytest.mark.parametrize("name", ["plain", "lengths", "mask (B, Tq, Tk)", "sliced", "stride 0", "gradient stride 0"])
+@ops
+def test_inputs_are_not_written(op: Op, fused: str, device: str, name: str) -> None:
+    arguments = make(op, CASES[name], torch.float32, device)
+    before = Arguments(*({key: t.clone() for key, t in part.items()} for part in arguments))
+    run(op.function, op, arguments, backend=fused)
+    for part, copy in zip(arguments, before, strict=True):
+        assert_bit_equal(part, copy)
+
+
+@dtypes
+@ops
+def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: torch.dtype) -> None:
+    arguments = make(op, CASES["lengths"], dtype, device)
+    leaves = [t.requires_grad_() for t in arguments.tensors.values()]
+    outputs = op.function(*leaves, **op.options, **arguments.masks, backend=fused)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = list(arguments.grads.values())
+    first = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    second = torch.autograd.grad(outputs, leaves, grads)
+    names = ["d" + name for name in arguments.tensors]
+    assert_bit_equal(dict(zip(names, second, strict=True)), dict(zip(names, first, strict=True)))
+
+
+@ops
+def test_negative_bit_is_resolved(op: Op, backend: str, device: str) -> None:
+    """Views that PyTorch negates lazily, as imag of a conjugate: a kernel that read the memory would see the sign wrong."""
+    arguments = make(op, CASES["plain"], torch.float32, device)
+    lazy = {name: torch.complex(t, -t).conj().imag for name, t in arguments.tensors.items()}
+    assert all(t.is_neg() for t in lazy.values())
+    plain = {name: t.resolve_neg() for name, t in lazy.items()}
+    results = run(op.function, op, arguments._replace(tensors=lazy), backend=backend)
+    assert_bit_equal(results, run(op.function, op, arguments._replace(tensors=plain), backend=backend))

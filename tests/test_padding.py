@@ -1,0 +1,140 @@
+"""Padding contributes nothing, whatever it holds, and nor does memory that nobody wrote: bit for bit.
+
+Poison stands in steps that no query attends, in queries that attend nothing, in the gradient of alignments that are
+padding, between and beyond the elements of strided views, and in the memory that ``torch.empty`` and ``malloc`` give.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_kernels.reference import attended
+from matrix import DTYPES, OPS, Arguments, Case, Op, assert_bit_equal, interpreted, lay_out, make, run
+
+POISONS = (math.nan, math.inf, -math.inf, 3e38)
+CASES = 1000  # of all ops together, for one backend
+
+ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
+
+
+def random_cases(op: Op, count: int) -> Iterator[tuple[Case, torch.dtype]]:
+    rng = random.Random(op.name)
+    for _ in range(count):
+        masks = {"lengths": rng.choice(["", "random", "random32"]), "mask": rng.choice(["", "steps", "pairs"])}
+        sizes = {axis: rng.randint(1, limit) for axis, limit in {"B": 5, "Tq": 6, "Tk": 40, "A": 40, "D": 40}.items()}
+        layouts = rng.choice(["contiguous", "misaligned", "sliced", "transposed", "columns"])
+        yield Case(**sizes, **(masks if op.masked else {}), layout=layouts), rng.choice(DTYPES)
+
+
+def padded_with(op: Op, case: Case, dtype: torch.dtype, device: str, fill: float) -> Arguments:
+    """The arguments of a case with ``fill`` in and around everything that is padding."""
+    fill = fill if not math.isfinite(fill) else min(fill, torch.finfo(dtype).max)
+    arguments = make(op, case._replace(layout="contiguous"), dtype, device)
+    unused: dict[str, Tensor] = {}
+    if arguments.masks:
+        keys = arguments.tensors["keys"]
+        allowed = attended(keys, arguments.masks.get("memory_lengths"), arguments.masks.get("mask"))
+        allowed = allowed.expand(-1, case.Tq, -1)
+        unused = {"query": ~allowed.any(2), "keys": ~allowed.any(1), "values": ~allowed.any(1), "alignments": ~allowed}
+
+    def pad(name: str, t: Tensor) -> Tensor:
+        if name in unused:
+            t = t.masked_fill(unused[name] if name == "alignments" else unused[name][..., None], fill)
+        return lay_out(t, case.layout, fill)
+
+    tensors, grads = ({name: pad(name, t) for name, t in part.items()} for part in (arguments.tensors, arguments.grads))
+    return Arguments(tensors, arguments.masks, grads)
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """``torch.empty`` gives memory full of NaN; kernels ask for theirs in the same way."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(False)
+
+
+@ops
+def test_poison_changes_nothing(op: Op, backend: str, device: str) -> None:
+    count = 8 if interpreted(backend) else CASES // len(OPS) + 1
+    for (case, dtype), poison in zip(random_cases(op, count), itertools.cycle(POISONS)):
+        clean = run(op.function, op, padded_with(op, case, dtype, device, fill=0.5), backend=backend)
+        with poisoned_empty():
+            poisoned = run(op.function, op, padded_with(op, case, dtype, device, poison), backend=backend)
+        try:
+            assert_bit_equal(poisoned, clean)
+            assert all(t.isfinite().all() for t in poisoned.values()), "not finite"
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{case}, {dtype}, poison {poison}") from None
+
+
+@pytest.mark.parametrize("mask", ["", "steps", "pairs"])
+@pytest.mark.parametrize("lengths", ["random", "zero"])
+@masked_ops
+def test_nothing_attended_gives_zeros(op: Op, backend: str, device: str, lengths: str, mask: str) -> None:
+    """Exactly 0: alignments that are padding, rows with nothing to attend, gradients of what no query attends."""
+    case = Case(B=8, Tq=3, Tk=7, lengths=lengths, mask=mask)
+    arguments = padded_with(op, case, torch.float32, device, fill=math.nan)
+    results = run(op.function, op, arguments, backend=backend)
+    masks = arguments.masks
+    allowed = attended(arguments.tensors["keys"], masks.get("memory_lengths"), masks.get("mask")).expand(-1, case.Tq, -1)
+    assert (~allowed.any(2)).any(), "the case has no empty row"
+    for name in ("context", "dquery"):
+        assert (results[name][~allowed.any(2)] == 0).all(), name
+    for name in ("dkeys", "dvalues"):
+        assert (results[name][~allowed.any(1)] == 0).all(), name
+    assert (results["alignments"][~allowed] == 0).all()
+    if lengths == "zero":
+        assert all((t == 0).all() for t in results.values())
+
+
+SCRATCH = """
+import hashlib, sys
+import torch
+from matrix import CASES, OPS, make, run
+digest = hashlib.sha256()
+for op in OPS.values():
+    for name in ("decode, long", "33 queries", "lengths and mask per query", "sliced", "many units", "D = 0"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for t in run(op.function, op, make(op, CASES[name], dtype), backend=sys.argv[1]).values():
+                digest.update((t + 0.0).double().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_fresh_memory_changes_nothing() -> None:
+    """Scratch memory of the C++ kernels: glibc fills what malloc gives with a byte, here 0x7f (3.4e38) or 0xfe (-1.7e38)."""
+    from conftest import available
+
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    digests = set()
+    for perturb in ("0", "128", "1"):
+        environment = os.environ | {"MALLOC_PERTURB_": perturb, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", SCRATCH, available("cpu")], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
