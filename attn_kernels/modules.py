@@ -62,7 +62,7 @@ class _MemoryAttention(nn.Module):
         values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask before they are used
         allowed = attended(values, memory_lengths, mask)
         if allowed is not None:
-            # The functions skip padding, whatever it holds, but the gradient of a projection sums over it: 0 * NaN is NaN.
+            # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
         return Memory(self._keys(values), values, memory_lengths, mask)
 
