@@ -1,0 +1,98 @@
+// additive_scores and additive_attention: the ops of attn_kernels/ops.py on the CPU.
+#include "additive_attention.h"
+
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace attn {
+namespace {
+
+AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 axes");
+  const int64_t B = query.size(0), Tq = query.size(1), Tk = keys.size(1), A = query.size(2);
+  const Dtype dtype = dtype_of(query, "query");
+  return {B,
+          Tq,
+          Tk,
+          A,
+          array(query, "query", dtype, {B, Tq, A}),
+          array(keys, "keys", dtype, {B, Tk, A}),
+          array(v, "v", dtype, {A}),
+          array(bias, "bias", dtype, {A})};
+}
+
+Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias) {
+  AdditiveScoresForward op{additive(query, keys, v, bias), nullptr};
+  Tensor out = output(query, {op.B, op.Tq, op.Tk});
+  op.scores = out.mutable_data_ptr();
+  if (op.B * op.Tq * op.Tk > 0) level().kernels->additive_scores(op);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v,
+                                                           std::optional<Tensor> bias) {
+  const AdditiveScores sizes = additive(query, keys, v, bias);
+  Tensor dquery = output(query, {sizes.B, sizes.Tq, sizes.A}), dkeys = output(keys, {sizes.B, sizes.Tk, sizes.A});
+  Tensor dv = output(v, {sizes.A}), dbias = output(v, {bias.has_value() ? sizes.A : 0});
+  if (sizes.B * sizes.Tq * sizes.Tk == 0) {
+    for (Tensor* t : {&dquery, &dkeys, &dv, &dbias}) torch::stable::zero_(*t);
+  } else {
+    level().kernels->additive_scores_backward(
+        {sizes, array(grad_scores, "grad_scores", sizes.query.dtype, {sizes.B, sizes.Tq, sizes.Tk}),
+         dquery.mutable_data_ptr(), dkeys.mutable_data_ptr(), dv.mutable_data_ptr(),
+         bias.has_value() ? dbias.mutable_data_ptr() : nullptr});
+  }
+  return {dquery, dkeys, dv, dbias};
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
+                                     std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                     bool need_alignments) {
+  const AdditiveScores n = additive(query, keys, v, bias);
+  STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
+  const int64_t D = values.size(2);
+  Tensor context = output(query, {n.B, n.Tq, D});
+  Tensor alignments = need_alignments ? output(query, {n.B, n.Tq, n.Tk}) : output(query, {0});
+  if (n.B * n.Tq > 0)
+    level().kernels->additive_attention({n, D, array(values, "values", n.query.dtype, {n.B, n.Tk, D}),
+                                         attended(memory_lengths, mask, n.B, n.Tq, n.Tk), context.mutable_data_ptr(),
+                                         need_alignments ? alignments.mutable_data_ptr() : nullptr});
+  return {context, alignments};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
+    Tensor v, std::optional<Tensor> bias, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+    Tensor alignments) {
+  const AdditiveScores n = additive(query, keys, v, bias);
+  STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
+  const int64_t D = values.size(2);
+  const Dtype dtype = n.query.dtype;
+  Tensor dquery = output(query, {n.B, n.Tq, n.A}), dkeys = output(keys, {n.B, n.Tk, n.A});
+  Tensor dvalues = output(values, {n.B, n.Tk, D}), dv = output(v, {n.A});
+  Tensor dbias = output(v, {bias.has_value() ? n.A : 0});
+  if (n.B * n.Tq * n.Tk == 0) {
+    for (Tensor* t : {&dquery, &dkeys, &dvalues, &dv, &dbias}) torch::stable::zero_(*t);
+  } else {
+    level().kernels->additive_attention_backward(
+        {n, D, array(values, "values", dtype, {n.B, n.Tk, D}), attended(memory_lengths, mask, n.B, n.Tq, n.Tk),
+         array(alignments, "alignments", dtype, {n.B, n.Tq, n.Tk}),
+         array(grad_context, "grad_context", dtype, {n.B, n.Tq, D}),
+         array(grad_alignments, "grad_alignments", dtype, {n.B, n.Tq, n.Tk}), dquery.mutable_data_ptr(),
+         dkeys.mutable_data_ptr(), dvalues.mutable_data_ptr(), dv.mutable_data_ptr(),
+         bias.has_value() ? dbias.mutable_data_ptr() : nullptr});
+  }
+  return {dquery, dkeys, dvalues, dv, dbias};
+}
+
+}  // namespace
+}  // namespace attn
+
+STABLE_TORCH_LIBRARY_IMPL(attn_kernels, CPU, m) {
+  m.impl("additive_scores.cpu", TORCH_BOX(&attn::scores));
+  m.impl("additive_scores_backward.cpu", TORCH_BOX(&attn::scores_backward));
+  m.impl("additive_attention.cpu", TORCH_BOX(&attn::attention));
+  m.impl("additive_attention_backward.cpu", TORCH_BOX(&attn::attention_backward));
+}

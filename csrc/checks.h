@@ -1,0 +1,89 @@
+// From tensors to what the kernels take: shape and dtype checks, strides, outputs. attn_kernels/functional.py has checked
+// what a user passes, with better words; these keep a direct call of an op from reading what is not there.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "cpu/types.h"
+
+namespace attn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (int64_t n : shape) fits = fits && t.size(axis++) == n;
+  STD_TORCH_CHECK(fits, name, " does not have the shape that the other arguments ask for");
+}
+
+// The last axes of t, of a given shape, as an Array3; leading axes that t lacks have size 1.
+inline Array3 array(const Tensor& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
+  check_shape(t, name, shape);
+  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " must have the dtype of query");
+  Array3 a;
+  a.data = t.const_data_ptr();
+  a.dtype = dtype;
+  const int64_t missing = 3 - t.dim();
+  for (int64_t axis = missing; axis < 3; ++axis) a.stride[axis] = t.stride(axis - missing);
+  return a;
+}
+
+inline Array3 array(const std::optional<Tensor>& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
+  return t.has_value() ? array(*t, name, dtype, shape) : Array3{};
+}
+
+inline Attended attended(const std::optional<Tensor>& memory_lengths, const std::optional<Tensor>& mask, int64_t B,
+                         int64_t Tq, int64_t Tk) {
+  Attended a;
+  if (memory_lengths.has_value()) {
+    check_shape(*memory_lengths, "memory_lengths", {B});
+    const ScalarType type = memory_lengths->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "memory_lengths must be int32 or int64");
+    a.lengths = memory_lengths->const_data_ptr();
+    a.lengths_are_64 = type == ScalarType::Long;
+    a.lengths_stride = memory_lengths->stride(0);
+  }
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+    const bool has_queries = mask->dim() == 3;
+    if (has_queries)
+      check_shape(*mask, "mask", {B, Tq, Tk});
+    else
+      check_shape(*mask, "mask", {B, Tk});
+    a.mask = static_cast<const bool*>(mask->const_data_ptr());
+    a.mask_stride[0] = mask->stride(0);
+    a.mask_stride[1] = has_queries ? mask->stride(1) : 0;
+    a.mask_stride[2] = mask->stride(has_queries ? 2 : 1);
+    a.per_query = has_queries && Tq > 1;
+  }
+  return a;
+}
+
+// A new contiguous tensor like t.
+inline Tensor output(const Tensor& t, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+}
+
+}  // namespace attn

@@ -1,0 +1,63 @@
+// Dot-product attention: scores = scale * query . keys. Part of a SIMD level: see simd.h.
+#pragma once
+
+#include "../dot_attention.h"
+#include "attention.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+template <typename T>
+struct DotScore {
+  const DotAttention& op;
+
+  struct Queries {
+    const T* const* rows;
+    int64_t n;
+  };
+
+  int64_t cost() const { return op.A; }
+
+  Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
+    return {RowBlock<T>(op.query, op.A, n, scratch).read(b, first, n), n};
+  }
+
+  void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {
+    ScratchScope scope(scratch);
+    RowBlock<T> keys(op.keys, op.A, smaller(n, kValueRows), scratch);
+    for (int64_t j = 0; j < n; j += kValueRows) {
+      const int64_t count = smaller(n - j, kValueRows);
+      dot_rows(q.rows, q.n, keys.read(b, list + j, count), count, op.A, static_cast<T>(op.scale), out + j, ld);
+    }
+  }
+};
+
+template <typename T>
+void dot_attention(const DotAttentionForward& op) {
+  const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  attention_forward<T>(problem, op.context, op.alignments, DotScore<T>{op});
+}
+
+template <typename T>
+void dot_attention_backward(const DotAttentionBackward& op) {
+  Scratch& call = thread_scratch();
+  ScratchScope scope(call);
+  const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  T* weights = take<T>(call, op.B * op.Tq * op.Tk);
+  T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
+  attention_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
+                     [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
+                       for (int64_t i = 0; i < nq; ++i)
+                         for (int64_t j = 0; j < n; ++j) ds[i * op.Tk + j] *= static_cast<T>(op.scale);
+                       weighted_output(op.keys, b, list, n, op.A, ds, op.Tk, nq, op.dquery, problem.dtype,
+                                       (b * op.Tq + first) * op.A, scratch);
+                     });
+  weighted_steps(problem, dscores, op.query, op.A, op.dkeys);
+  if (op.grad_context)
+    weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues);
+  else
+    fill_zero<T>(op.dvalues, 0, op.B * op.Tk * op.D, op.query.dtype);
+}
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

@@ -1,0 +1,6 @@
+// Portable: SSE2 on x86-64, NEON on aarch64, whatever the compiler makes of 16-byte vectors elsewhere.
+#include "kernels.h"
+
+#define ATTN_LEVEL portable
+#define ATTN_VECTOR_BYTES 16
+#include "level.h"

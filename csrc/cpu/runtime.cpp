@@ -1,0 +1,84 @@
+#include "runtime.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace attn {
+
+void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (n <= 0) return;
+  if (n <= grain) return body(0, n, context);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+namespace {
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kSmallestBlock = 1 << 20;
+constexpr int64_t kKept = 32 << 20;  // more than this goes back to the system after the call
+
+// Tests set it to find reads of memory that nothing was written to: 0xff bytes are NaN in every dtype.
+bool poison() {
+  static const bool on = std::getenv("ATTN_KERNELS_POISON") != nullptr;
+  return on;
+}
+}  // namespace
+
+// A stack of blocks. `start` is what was in use when the block was added: the block serves from there on.
+struct Scratch::Block {
+  Block* below;
+  char* memory;
+  int64_t size;
+  int64_t start;
+};
+
+void* Scratch::take(int64_t bytes) {
+  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (blocks_ == nullptr || used_ - blocks_->start + bytes > blocks_->size) {
+    int64_t size = blocks_ == nullptr && peak_ > kSmallestBlock ? peak_ : kSmallestBlock;
+    if (bytes > size) size = bytes;
+    char* memory = static_cast<char*>(std::aligned_alloc(kAlignment, size));
+    if (memory == nullptr) throw std::bad_alloc();
+    blocks_ = new Block{blocks_, memory, size, used_};
+  }
+  char* p = blocks_->memory + (used_ - blocks_->start);
+  used_ += bytes;
+  if (used_ > peak_) peak_ = used_;
+  if (poison()) std::memset(p, 0xff, bytes);
+  return p;
+}
+
+void Scratch::pop() {
+  Block* top = blocks_;
+  blocks_ = top->below;
+  std::free(top->memory);
+  delete top;
+}
+
+void Scratch::release(int64_t mark) {
+  used_ = mark;
+  while (blocks_ != nullptr && blocks_->below != nullptr && blocks_->start >= mark) pop();
+  if (mark > 0 || blocks_ == nullptr) return;
+  // Between calls one block stays, large enough for all that the last calls took; a very large one goes back.
+  if (peak_ > kKept) {
+    pop();
+    peak_ = 0;
+  } else if (blocks_->size < peak_) {
+    pop();
+  }
+}
+
+Scratch::~Scratch() {
+  while (blocks_ != nullptr) pop();
+}
+
+Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+}  // namespace attn

@@ -1,0 +1,67 @@
+// dot_attention: the op of attn_kernels/ops.py on the CPU.
+#include "dot_attention.h"
+
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace attn {
+namespace {
+
+DotAttention dot(const Tensor& query, const Tensor& keys, const Tensor& values, double scale,
+                 const std::optional<Tensor>& memory_lengths, const std::optional<Tensor>& mask) {
+  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3 && values.dim() == 3, "query, keys and values must have 3 axes");
+  const int64_t B = query.size(0), Tq = query.size(1), Tk = keys.size(1), A = query.size(2), D = values.size(2);
+  const Dtype dtype = dtype_of(query, "query");
+  return {B,
+          Tq,
+          Tk,
+          A,
+          D,
+          array(query, "query", dtype, {B, Tq, A}),
+          array(keys, "keys", dtype, {B, Tk, A}),
+          array(values, "values", dtype, {B, Tk, D}),
+          scale,
+          attended(memory_lengths, mask, B, Tq, Tk)};
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, double scale,
+                                     std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                     bool need_alignments) {
+  const DotAttention n = dot(query, keys, values, scale, memory_lengths, mask);
+  Tensor context = output(query, {n.B, n.Tq, n.D});
+  Tensor alignments = need_alignments ? output(query, {n.B, n.Tq, n.Tk}) : output(query, {0});
+  if (n.B * n.Tq > 0)
+    level().kernels->dot_attention(
+        {n, context.mutable_data_ptr(), need_alignments ? alignments.mutable_data_ptr() : nullptr});
+  return {context, alignments};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad_context,
+                                                      std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
+                                                      Tensor values, double scale, std::optional<Tensor> memory_lengths,
+                                                      std::optional<Tensor> mask, Tensor alignments) {
+  const DotAttention n = dot(query, keys, values, scale, memory_lengths, mask);
+  const Dtype dtype = n.query.dtype;
+  Tensor dquery = output(query, {n.B, n.Tq, n.A}), dkeys = output(keys, {n.B, n.Tk, n.A});
+  Tensor dvalues = output(values, {n.B, n.Tk, n.D});
+  if (n.B * n.Tq * n.Tk == 0) {
+    for (Tensor* t : {&dquery, &dkeys, &dvalues}) torch::stable::zero_(*t);
+  } else {
+    level().kernels->dot_attention_backward({n, array(alignments, "alignments", dtype, {n.B, n.Tq, n.Tk}),
+                                             array(grad_context, "grad_context", dtype, {n.B, n.Tq, n.D}),
+                                             array(grad_alignments, "grad_alignments", dtype, {n.B, n.Tq, n.Tk}),
+                                             dquery.mutable_data_ptr(), dkeys.mutable_data_ptr(),
+                                             dvalues.mutable_data_ptr()});
+  }
+  return {dquery, dkeys, dvalues};
+}
+
+}  // namespace
+}  // namespace attn
+
+STABLE_TORCH_LIBRARY_IMPL(attn_kernels, CPU, m) {
+  m.impl("dot_attention.cpu", TORCH_BOX(&attn::attention));
+  m.impl("dot_attention_backward.cpu", TORCH_BOX(&attn::attention_backward));
+}
