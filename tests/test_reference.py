@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from matrix import CASES, OPS, Case, Op, assert_close, make, run
+from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, baseline, make, oracle, run
 
 SMALL = {name: case for name, case in CASES.items() if case.pairs <= 4000}
 
@@ -69,3 +71,37 @@ def test_alignments_sum_to_one(op: Op) -> None:
     alignments = run(op.reference, op, arguments)["alignments"]
     sums = alignments.sum(-1)
     assert ((sums == 0) | ((sums - 1).abs() < 1e-12)).all() and (sums == 0).any() and (sums != 0).any()
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_special_values_are_where_eager_has_them(op: Op, special: float) -> None:
+    for name in op.inputs:
+        arguments = make(op, Case(B=2, Tq=3, Tk=6, A=9, D=5), torch.float32)
+        arguments.tensors[name].flatten()[3] = special
+        results, eager = run(op.reference, op, arguments), run(op.eager, op, arguments)
+        for key, expected in eager.items():
+            finite = expected.isfinite()
+            assert torch.equal(results[key].isfinite(), finite), f"{special} in {name}: {key}"
+            assert torch.equal(results[key][~finite].nan_to_num(7, 8, 9), expected[~finite].nan_to_num(7, 8, 9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_the_tests_would_notice(op: Op, dtype: torch.dtype) -> None:
+    """The comparison fails on an error of a few roundings in one element, a gradient that is missing, a NaN too many."""
+    arguments = make(op, CASES["lengths"], dtype)
+    exact, yardstick = oracle(op, arguments), baseline(op, arguments)
+    good = {name: t.to(dtype) for name, t in exact.items()}
+    assert_close(good, exact, yardstick, dtype)
+    # bfloat16 and float16 are allowed the error of eager, which amounts to a few dozen roundings
+    size = 40 * torch.finfo(dtype).eps if dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-8
+    for name, t in good.items():
+        place = t.abs().argmax()
+        for wrong in (float(t.flatten()[place]) + size * max(1.0, float(t.abs().max())), math.nan, math.inf):
+            bad = t.clone()
+            bad.view(-1)[place] = wrong
+            with pytest.raises(AssertionError, match=f"^{name}: "):
+                assert_close(good | {name: bad}, exact, yardstick, dtype)
+        with pytest.raises(AssertionError, match=f"^{name}: error"):
+            assert_close(good | {name: torch.zeros_like(t)}, exact, yardstick, dtype)

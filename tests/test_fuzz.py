@@ -1,0 +1,81 @@
+"""Random sizes, dtypes, masks and strides against the reference in float64.
+
+``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend, all ops together: 300 by default, the same ones each
+time; ``make fuzz`` runs 10,000 new ones. The interpreter and the reference get a tenth.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+from matrix import DTYPES, OPS, Case, Op, assert_close, baseline, device_of, interpreted, make, oracle, run
+
+CASES = int(os.environ.get("ATTN_KERNELS_FUZZ_CASES", 300))
+LIMITS = {"B": 65, "Tq": 33, "Tk": 513, "A": 300, "D": 300}
+PRODUCT = 1_000_000  # of B, Tq, Tk and max(A, D): what a case costs, of which the oracle takes most
+PRODUCT_INTERPRETED = 30_000
+
+LAYOUTS = ("contiguous", "transposed", "columns", "sliced", "misaligned", "expanded", "repeated", "scalar")
+
+
+def sizes(axis: str) -> st.SearchStrategy[int]:
+    """Small ones, any, and those at the edges of vectors and blocks; 0 also where an op must bear it."""
+    limit = LIMITS[axis]
+    smallest = 1 if axis in "AD" else 0
+    edges = [n for power in range(3, 10) for n in (2**power - 1, 2**power, 2**power + 1) if n <= limit] or [limit]
+    return st.one_of(st.integers(1, min(9, limit)), st.integers(smallest, limit), st.sampled_from([*edges, limit]))
+
+
+@st.composite
+def cases(draw: st.DrawFn, op: Op, product: int) -> Case:
+    size = {axis: draw(sizes(axis)) for axis in LIMITS}
+    while math.prod((size["B"], size["Tq"], size["Tk"], max(size["A"], size["D"]))) > product:
+        largest = max(draw(st.permutations(list(size))), key=lambda axis: size[axis] / LIMITS[axis])
+        size[largest] = (size[largest] + 1) // 2
+    case = Case(
+        **size,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        grad_layout=draw(st.sampled_from(LAYOUTS)),
+        without=op.optional if draw(st.booleans()) else (),
+    )
+    if size["Tq"] == 1:
+        case = case._replace(query_2d=draw(st.booleans()))
+    if len(op.outputs) > 1:
+        case = case._replace(receives=draw(st.sampled_from([op.outputs, *((name,) for name in op.outputs)])))
+    if op.masked:
+        case = case._replace(
+            lengths=draw(st.sampled_from(["", "random", "random32", "zero", "full"])),
+            mask=draw(st.sampled_from(["", "steps", "pairs", "none", "all"])),
+            mask_layout=draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])),
+        )
+    return case
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_fuzz(op: Op, backend: str) -> None:
+    few = interpreted(backend) or backend == "reference"
+    long_run = "ATTN_KERNELS_FUZZ_CASES" in os.environ
+
+    @settings(
+        max_examples=math.ceil(CASES / len(OPS) / (10 if few else 1)),
+        derandomize=not long_run,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        phases=[Phase.generate, Phase.shrink] if long_run else [Phase.generate],  # shrinking may take minutes
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases(op, PRODUCT_INTERPRETED if interpreted(backend) else PRODUCT), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31))
+    def check(case: Case, dtype: torch.dtype, seed: int) -> None:
+        arguments = make(op, case, dtype, device_of(backend), seed)
+        note(f"{op.name} {case} {dtype} seed {seed}")
+        results = run(op.function, op, arguments, backend=backend)
+        assert_close(results, oracle(op, arguments), baseline(op, arguments), dtype)
+
+    check()
