@@ -40,8 +40,8 @@ test: $(STAMPS)/package $(STAMPS)/test  ## The tests
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
 
-fuzz: $(STAMPS)/package $(STAMPS)/test  ## The long run of the property tests: FUZZ_CASES=10000 random cases each
-	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) -k fuzz $(ARGS)
+fuzz: $(STAMPS)/package $(STAMPS)/test  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
+	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
 	$(RUN) ruff format --check .
