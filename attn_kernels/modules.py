@@ -59,7 +59,7 @@ class _MemoryAttention(nn.Module):
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
             raise ValueError(f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}")
-        values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask before they are used
+        values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
         allowed = attended(values, memory_lengths, mask)
         if allowed is not None:
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.

@@ -58,7 +58,7 @@ def test_double_backward_is_refused(op: Op, fused: str, device: str) -> None:
     function, leaves = function_of_leaves(op, SIZES, fused, device)
     gradients = torch.autograd.grad(sum(t.sum() for t in function(*leaves)), leaves, create_graph=True)
     for name, gradient in zip(op.inputs, gradients, strict=True):
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="twice"):
             gradient.sum().backward()
         assert gradient.requires_grad, f"d{name} pretends to be a constant"
 
@@ -109,4 +109,4 @@ def test_function_transforms(op: Op, backend: str, device: str, transform: str) 
         parts = [loop(c.tensors) for c in cases]
         expected = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     expected = {name: t.detach() for name, t in expected.items()}
-    assert_close(results, expected, expected, torch.float64)
+    assert_close(results, expected, dict.fromkeys(expected, 0.0), torch.float64)

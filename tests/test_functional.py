@@ -13,7 +13,7 @@ from torch import Tensor
 
 import attn_kernels
 from attn_kernels import Attention
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, baseline, make, oracle, run
+from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, eager_errors, make, oracle, run
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -149,12 +149,13 @@ def test_error_of_the_documentation() -> None:
 
 
 @ops
-def test_sparse_is_refused(op: Op, backend: str, device: str) -> None:
+def test_sparse_is_refused(op: Op, fused: str, device: str) -> None:
+    """By PyTorch, which finds no kernel for it: an error, and nothing read from memory that is not there."""
     for name in op.inputs:
         arguments = {key: t.to(device) for key, t in arguments_of(op).items()}
         arguments[name] = arguments[name].to_sparse()
-        with pytest.raises((TypeError, ValueError), match=rf"^{op.name}: {name} must be .*got torch\.sparse_coo"):
-            op.function(**arguments, backend=backend)
+        with pytest.raises((TypeError, ValueError, NotImplementedError)):
+            op.function(**arguments, backend=fused)
 
 
 @ops
@@ -222,7 +223,8 @@ def test_autocast(op: Op, backend: str, device: str, dtype: torch.dtype, name: s
     assert all(t.dtype == torch.float32 for t in gradients)
     results = outputs | {f"d{key}": t.to(dtype) for key, t in zip(leaves, gradients, strict=True)}
     rounded = make(op, CASES[name], torch.float32, device).to(dtype, device)
-    assert_close(results, oracle(op, rounded), baseline(op, rounded), dtype)
+    exact = oracle(op, rounded)
+    assert_close(results, exact, eager_errors(op, rounded, exact), dtype)
 
 
 @ops

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from matrix import DTYPES, OPS, Case, Op, assert_close, baseline, device_of, interpreted, make, oracle, run
+from matrix import DTYPES, OPS, Case, Op, check, interpreted
 
 CASES = int(os.environ.get("ATTN_KERNELS_FUZZ_CASES", 300))
 LIMITS = {"B": 65, "Tq": 33, "Tk": 513, "A": 300, "D": 300}
@@ -60,6 +60,7 @@ def cases(draw: st.DrawFn, op: Op, product: int) -> Case:
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_fuzz(op: Op, backend: str) -> None:
     few = interpreted(backend) or backend == "reference"
+    product = PRODUCT_INTERPRETED if interpreted(backend) else PRODUCT
     long_run = "ATTN_KERNELS_FUZZ_CASES" in os.environ
 
     @settings(
@@ -71,11 +72,9 @@ def test_fuzz(op: Op, backend: str) -> None:
         phases=[Phase.generate, Phase.shrink] if long_run else [Phase.generate],  # shrinking may take minutes
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=cases(op, PRODUCT_INTERPRETED if interpreted(backend) else PRODUCT), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31))
-    def check(case: Case, dtype: torch.dtype, seed: int) -> None:
-        arguments = make(op, case, dtype, device_of(backend), seed)
+    @given(cases(op, product), st.sampled_from(DTYPES), st.integers(0, 2**31))
+    def fuzz(case: Case, dtype: torch.dtype, seed: int) -> None:
         note(f"{op.name} {case} {dtype} seed {seed}")
-        results = run(op.function, op, arguments, backend=backend)
-        assert_close(results, oracle(op, arguments), baseline(op, arguments), dtype)
+        check(op, case, dtype, backend, seed=seed)
 
-    check()
+    fuzz()

@@ -33,7 +33,7 @@ struct Units {
   int64_t n, size;  // A, and A in whole vectors
   T *v, *bias;
   T *constant, *factor;  // d = constant + factor * e^{2q} e^{2k}
-  T sum, scale;          // score = sum - scale * sum of 1 / d
+  T sum_v, scale;        // score = sum_v - scale * sum of 1 / d
   bool factored;
 
   Units(const AdditiveScores& op, Scratch& scratch) : n(op.A), size(padded<T>(op.A)) {
@@ -41,60 +41,57 @@ struct Units {
     bias = take<T>(scratch, size);
     constant = take<T>(scratch, size);
     factor = take<T>(scratch, size);
-    double top = 0, squares = 0, total = 0;
+    IntVec<T> top_bits{};
+    Vec<T> squares{};
     for (int64_t c = 0; c < size; c += width<T>) {
-      store(v + c, load_as<T>(op.v.data, op.v.dtype, c * op.v.stride[2], op.v.stride[2], n - c));
-      Vec<T> zero{};
+      const Vec<T> x = load_as<T>(op.v.data, op.v.dtype, c * op.v.stride[2], op.v.stride[2], n - c);
+      const Vec<T> zero{};
+      store(v + c, x);
       store(bias + c, op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], n - c)
                               : zero);
-    }
-    for (int64_t a = 0; a < n; ++a) {
-      const double x = v[a] < 0 ? -static_cast<double>(v[a]) : static_cast<double>(v[a]);
-      if (!(x <= top)) top = x;
+      top_bits = larger_magnitude<T>(top_bits, x);
       squares += x * x;
     }
+    const T top = largest_magnitude<T>(top_bits);
     // Not for NaN or Inf, nor for float64, which is there to be exact.
-    factored = sizeof(T) == 4 && top > 1e-30 && squares <= kLargestNorm * kLargestNorm;
+    factored = sizeof(T) == 4 && top > T(1e-30) && sum<T>(squares) <= T(kLargestNorm * kLargestNorm);
     if (!factored) return;
     int exponent;
     frexp(top, &exponent);
-    const double unit = ldexp(1.0, exponent);
-    for (int64_t a = 0; a < size; ++a) {
-      const double x = a < n ? v[a] / unit : 0.0;
-      const bool kept = x >= kSmallestUnit || x <= -kSmallestUnit;
-      factor[a] = kept ? static_cast<T>(kUnitScale / x) : 0;
-      constant[a] = kept ? factor[a] : 256;  // 1 / d is then 2^-48 of the largest
-      if (kept) total += v[a];
+    const T unit = static_cast<T>(ldexp(1.0, exponent)), smallest = unit * T(kSmallestUnit);
+    Vec<T> total{};
+    for (int64_t c = 0; c < size; c += width<T>) {
+      const Vec<T> x = load(v + c), zero{};
+      const IntVec<T> kept = absolute<T>(x) >= smallest;
+      const Vec<T> inverse = unit * T(kUnitScale) / x;
+      store(factor + c, kept ? inverse : zero);
+      store(constant + c, kept ? inverse : broadcast(T(256)));  // 1 / d is then 2^-48 of the largest
+      total += kept ? x : zero;
     }
-    sum = static_cast<T>(total);
+    sum_v = sum<T>(total);
     scale = static_cast<T>(2 * unit * kUnitScale);
   }
 };
 
-// Largest |x| of a row, NaN if an element is NaN or Inf; x and e^{2x} (meaningful up to kSingle) are left in raw and e.
+// e = e^{2x} (meaningful up to kSingle) for the vectors x = row(c) of a row. Returns its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
-ATTN_INLINE T exponentials(int64_t size, const Row& row, T* raw, T* e) {
-  Vec<T> top{}, check{};
+ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row) {
+  IntVec<T> top{};
   for (int64_t c = 0; c < size; c += width<T>) {
     const Vec<T> x = row(c);
-    store(raw + c, x);
     if constexpr (sizeof(T) == 4) store(e + c, exp_in_range(x + x));
-    top = maximum<T>(absolute<T>(x), top);
-    check += x * T(0);
+    top = larger_magnitude<T>(top, x);
   }
-  return largest<T>(top) + sum<T>(check);
+  return largest_magnitude<T>(top);
 }
 
+// Rows of queries (bias added) or of keys, as exponentials with the largest magnitude of each row.
 template <typename T>
-struct Projected {  // rows of queries (bias added) or keys
+struct Projected {
   int64_t ld;
-  T *raw, *e, *top;  // (n, ld), (n, ld), (n)
+  T *e, *top;  // (n, ld), (n)
 
-  Projected(int64_t n, int64_t ld, Scratch& scratch) : ld(ld) {
-    raw = take<T>(scratch, n * ld);
-    e = take<T>(scratch, n * ld);
-    top = take<T>(scratch, n);
-  }
+  Projected(int64_t n, int64_t ld, Scratch& scratch) : ld(ld), e(take<T>(scratch, n * ld)), top(take<T>(scratch, n)) {}
 };
 
 // score[i][j] of NQ queries and NK steps. kShare: three units share a division, otherwise one each.
@@ -125,53 +122,39 @@ ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, const T* k, in
     for (int i = 0; i < NQ; ++i)
       for (int j = 0; j < NK; ++j) acc[i][j] += T(1) / denominator(c, i, j);
   for (int i = 0; i < NQ; ++i)
-    for (int j = 0; j < NK; ++j) out[i * out_ld + j] = units.sum - units.scale * sum<T>(acc[i][j]);
+    for (int j = 0; j < NK; ++j) out[i * out_ld + j] = units.sum_v - units.scale * sum<T>(acc[i][j]);
 }
 
-template <typename T>
-T direct_score(const Units<T>& units, const T* q, const T* k) {
-  Vec<T> acc{};
-  int64_t c = 0;
-  for (; c + width<T> <= units.n; c += width<T>) acc += load(units.v + c) * tanh_any(load(q + c) + load(k + c));
-  if (c < units.n) {  // padding is 0 * tanh(0)
-    acc += load(units.v + c) * tanh_any(load(q + c) + load(k + c));
-  }
-  return sum<T>(acc);
-}
-
-// Scores of NQ queries and NK steps, by the fastest form that is in range.
-template <typename T, int NQ, int NK>
+// Scores of NQ queries and NK steps, by the fastest form that is in range. direct(a, b) is the score of query i + a and step
+// j + b by tanh itself.
+template <typename T, int NQ, int NK, class Direct>
 ATTN_INLINE void score_tile(const Units<T>& units, const Projected<T>& q, int64_t i, const Projected<T>& k, int64_t j, T* out,
-                            int64_t out_ld) {
+                            int64_t out_ld, const Direct& direct) {
   const int64_t ld = q.ld;
-  T top = 0;
   bool in_range = units.factored;
   for (int a = 0; a < NQ; ++a)
-    for (int b = 0; b < NK; ++b) {
-      top = q.top[i + a] + k.top[j + b];
-      in_range = in_range && top <= kThree;
-    }
+    for (int b = 0; b < NK; ++b) in_range = in_range && q.top[i + a] + k.top[j + b] <= kThree;
   if (in_range) return factored_tile<T, NQ, NK, true>(units, q.e + i * ld, k.e + j * ld, ld, out, out_ld);
   for (int a = 0; a < NQ; ++a)
     for (int b = 0; b < NK; ++b) {
       T* to = out + a * out_ld + b;
       const T *qe = q.e + (i + a) * ld, *ke = k.e + (j + b) * ld;
-      top = q.top[i + a] + k.top[j + b];
-      if (units.factored && top <= kThree)
+      const T reach = q.top[i + a] + k.top[j + b];
+      if (units.factored && reach <= kThree)
         factored_tile<T, 1, 1, true>(units, qe, ke, ld, to, out_ld);
-      else if (units.factored && top <= kSingle)
+      else if (units.factored && reach <= kSingle)
         factored_tile<T, 1, 1, false>(units, qe, ke, ld, to, out_ld);
       else
-        *to = direct_score(units, q.raw + (i + a) * ld, k.raw + (j + b) * ld);
+        *to = direct(i + a, j + b);
     }
 }
 
-template <typename T, int NQ, int NK>
+template <typename T, int NQ, int NK, class Direct>
 void score_strip(const Units<T>& units, const Projected<T>& q, int64_t i, const Projected<T>& k, int64_t n, T* out,
-                 int64_t out_ld) {
+                 int64_t out_ld, const Direct& direct) {
   int64_t j = 0;
-  for (; j + NK <= n; j += NK) score_tile<T, NQ, NK>(units, q, i, k, j, out + j, out_ld);
-  for (; j < n; ++j) score_tile<T, NQ, 1>(units, q, i, k, j, out + j, out_ld);
+  for (; j + NK <= n; j += NK) score_tile<T, NQ, NK>(units, q, i, k, j, out + j, out_ld, direct);
+  for (; j < n; ++j) score_tile<T, NQ, 1>(units, q, i, k, j, out + j, out_ld, direct);
 }
 
 template <typename T>
@@ -181,22 +164,21 @@ struct AdditiveScore {
 
   struct Queries {
     Projected<T> rows;
-    int64_t n;
+    int64_t first, n;
   };
 
   int64_t cost() const { return op.A; }
 
   Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
-    Queries q{Projected<T>(n, units.size, scratch), n};
+    Queries q{Projected<T>(n, units.size, scratch), first, n};
     ScratchScope scope(scratch);
     T* buffer = take<T>(scratch, op.A);
     for (int64_t i = 0; i < n; ++i) {
       const T* row = read_row(op.query, b, first + i, op.A, buffer);
       T* e = q.rows.e + i * units.size;
-      q.rows.top[i] = exponentials(
-          units.size,
-          [&](int64_t c) __attribute__((always_inline)) { return load_upto(row + c, op.A - c) + load(units.bias + c); },
-          q.rows.raw + i * units.size, e);
+      q.rows.top[i] = exponentials(units.size, e, [&](int64_t c) __attribute__((always_inline)) {
+        return load_upto(row + c, op.A - c) + load(units.bias + c);
+      });
       if (units.factored)
         for (int64_t c = 0; c < units.size; c += width<T>) store(e + c, load(e + c) * load(units.factor + c));
     }
@@ -205,22 +187,34 @@ struct AdditiveScore {
 
   // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
   void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {
-    const int64_t row_bytes = 2 * units.size * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = units.size * static_cast<int64_t>(sizeof(T));
     const int64_t most = smaller(n, larger(4, (q.n > 2 ? 1 << 18 : 1 << 14) / larger(row_bytes, 1)));
     ScratchScope scope(scratch);
     Projected<T> k(most, units.size, scratch);
     T* buffer = take<T>(scratch, op.A);
+    T* query_buffer = take<T>(scratch, op.A);
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = smaller(most, n - j);
       for (int64_t r = 0; r < count; ++r) {
         const T* row = read_row(op.keys, b, list[j + r], op.A, buffer);
-        k.top[r] = exponentials(
-            units.size, [&](int64_t c) __attribute__((always_inline)) { return load_upto(row + c, op.A - c); },
-            k.raw + r * units.size, k.e + r * units.size);
+        const int64_t whole = units.n / width<T> * width<T>;
+        k.top[r] = exponentials(units.size, k.e + r * units.size, [&](int64_t c) __attribute__((always_inline)) {
+          return c < whole ? load(row + c) : load_part(row + c, op.A - c);
+        });
       }
+      auto direct = [&](int64_t i, int64_t r) {
+        const T* query = read_row(op.query, b, q.first + i, op.A, query_buffer);
+        const T* key = read_row(op.keys, b, list[j + r], op.A, buffer);
+        Vec<T> acc{};
+        for (int64_t c = 0; c < op.A; c += width<T>) {  // past the end, 0 * tanh(0)
+          const Vec<T> x = load_upto(query + c, op.A - c) + load(units.bias + c) + load_upto(key + c, op.A - c);
+          acc += load(units.v + c) * tanh_any(x);
+        }
+        return sum<T>(acc);
+      };
       int64_t i = 0;
-      for (; i + 4 <= q.n; i += 4) score_strip<T, 4, 2>(units, q.rows, i, k, count, out + i * ld + j, ld);
-      for (; i < q.n; ++i) score_strip<T, 1, 4>(units, q.rows, i, k, count, out + i * ld + j, ld);
+      for (; i + 4 <= q.n; i += 4) score_strip<T, 4, 2>(units, q.rows, i, k, count, out + i * ld + j, ld, direct);
+      for (; i < q.n; ++i) score_strip<T, 1, 4>(units, q.rows, i, k, count, out + i * ld + j, ld, direct);
     }
   }
 };
@@ -260,75 +254,82 @@ void additive_scores(const AdditiveScoresForward& op) {
 constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 8 : 4;  // their exponentials and sums fill the registers
 constexpr int kBlockVectors = 4;                               // vectors of units in a block of columns
 
-// One vector of units: rows of width<T>, and what the guards need of each row.
+// A block of columns of the queries or keys of a sentence: vector u of row i stands at (u * n + i) * width<T>.
 template <typename T>
-struct Column {
-  T *raw, *e, *top, *gradient;
+struct Columns {
+  int64_t n;
+  T *e, *gradient, *top;
 
-  Column(int64_t n, Scratch& scratch) {
-    raw = take<T>(scratch, n * width<T>);
-    e = take<T>(scratch, n * width<T>);
-    gradient = take<T>(scratch, n * width<T>);
-    top = take<T>(scratch, n);
-  }
+  Columns(int64_t n, int64_t vectors, Scratch& scratch)
+      : n(n),
+        e(take<T>(scratch, vectors * n * width<T>)),
+        gradient(take<T>(scratch, vectors * n * width<T>)),
+        top(take<T>(scratch, n)) {}
 
-  void set(int64_t i, Vec<T> x) {
-    top[i] = exponentials(width<T>, [&](int64_t) __attribute__((always_inline)) { return x; }, raw + i * width<T>,
-                          e + i * width<T>);
-    Vec<T> zero{};
-    store(gradient + i * width<T>, zero);
+  int64_t at(int64_t i, int64_t u) const { return (u * n + i) * width<T>; }
+
+  template <class Read>
+  ATTN_INLINE void set(int64_t i, int64_t vectors, const Read& read) {
+    IntVec<T> most{};
+    const Vec<T> zero{};
+    for (int64_t u = 0; u < vectors; ++u) {
+      const Vec<T> x = read(i, u);
+      if constexpr (sizeof(T) == 4) store(e + at(i, u), exp_in_range(x + x));
+      store(gradient + at(i, u), zero);
+      most = larger_magnitude<T>(most, x);
+    }
+    top[i] = largest_magnitude<T>(most);
   }
 };
 
-// Adds the gradients of NQ queries, from i on, and of n steps (list[j] of the column; j itself without a list) given
-// ds[a * ld + j]. Returns the sum of p.
-template <typename T, int NQ>
-Vec<T> gradient_tile(const Column<T>& q, int64_t i, const Column<T>& k, const int32_t* list, int64_t n, const T* ds,
-                     int64_t ld) {
-  constexpr int64_t w = width<T>;
+// Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list) given
+// ds[a * ld + j]. Returns the sum of p. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+template <typename T, int NQ, class ReadQ, class ReadK>
+ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
+                                 int64_t n, const T* ds, int64_t ld, const ReadQ& read_q, const ReadK& read_k) {
   Vec<T> eq[NQ], dq[NQ] = {}, total{};
   T top = q.top[i];
   for (int a = 0; a < NQ; ++a) {
-    eq[a] = load(q.e + (i + a) * w);
+    eq[a] = load(q.e + q.at(i + a, u));
     const T next = q.top[i + a];
     if (top == top && !(next <= top)) top = next;  // NaN, once met, stays: comparisons with it are false
   }
   for (int64_t j = 0; j < n; ++j) {
     const int64_t row = list == nullptr ? j : list[j];
     const T reach = top + k.top[row];
-    Vec<T> dk = load(k.gradient + row * w);
-    auto add = [&](int a, Vec<T> r) __attribute__((always_inline)) {
-      const Vec<T> p = ds[a * ld + j] * r;
-      const Vec<T> g = p - p * r;
+    T* gradient = k.gradient + k.at(row, u);
+    Vec<T> dk = load(gradient);
+    auto add = [&](int a, Vec<T> p, Vec<T> g) __attribute__((always_inline)) {
       dq[a] += g;
       dk += g;
       total += p;
     };
-    const Vec<T> ek = load(k.e + row * w);
+    auto add_reciprocal = [&](int a, Vec<T> r) __attribute__((always_inline)) {
+      const Vec<T> p = ds[a * ld + j] * r;
+      add(a, p, p - p * r);
+    };
+    const Vec<T> ek = load(k.e + k.at(row, u));
     if (sizeof(T) == 4 && NQ % 2 == 0 && reach <= kPair) {
       for (int a = 0; a + 1 < NQ; a += 2) {
         const Vec<T> d1 = T(1) + eq[a] * ek, d2 = T(1) + eq[a + 1] * ek;
         const Vec<T> inverse = T(1) / (d1 * d2);
-        add(a, inverse * d2);
-        add(a + 1, inverse * d1);
+        add_reciprocal(a, inverse * d2);
+        add_reciprocal(a + 1, inverse * d1);
       }
     } else if (sizeof(T) == 4 && reach <= kSingle) {
-      for (int a = 0; a < NQ; ++a) add(a, T(1) / (T(1) + eq[a] * ek));
+      for (int a = 0; a < NQ; ++a) add_reciprocal(a, T(1) / (T(1) + eq[a] * ek));
     } else {
-      const Vec<T> x = load(k.raw + row * w);
+      const Vec<T> x = read_k(row, u);
       for (int a = 0; a < NQ; ++a) {
-        const Vec<T> t = tanh_any(load(q.raw + (i + a) * w) + x);
+        const Vec<T> t = tanh_any(read_q(i + a, u) + x);
         const Vec<T> p = ds[a * ld + j] * (T(0.5) * (T(1) - t));
-        const Vec<T> g = p * (T(0.5) * (T(1) + t));
-        dq[a] += g;
-        dk += g;
-        total += p;
+        add(a, p, p * (T(0.5) * (T(1) + t)));
       }
     }
-    store(k.gradient + row * w, dk);
+    store(gradient, dk);
   }
   for (int a = 0; a < NQ; ++a) {
-    T* to = q.gradient + (i + a) * w;
+    T* to = q.gradient + q.at(i + a, u);
     store(to, load(to) + dq[a]);
   }
   return total;
@@ -352,23 +353,17 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
     Attended any = attended;  // a column holds every step; a query's own mask chooses among them
     if (attended.per_query) any.mask = nullptr;
     const int64_t n = list_steps(any, b, 0, op.Tk, list);
-    Column<T>* q = take<Column<T>>(scratch, vectors);
-    Column<T>* k = take<Column<T>>(scratch, vectors);
-    for (int64_t u = 0; u < vectors; ++u) {
-      q[u] = Column<T>(op.Tq, scratch);
-      k[u] = Column<T>(n, scratch);
-    }
     auto read = [&](const Array3& a, int64_t row, int64_t c) __attribute__((always_inline)) {
       const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
       return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
     };
-    for (int64_t i = 0; i < op.Tq; ++i)
-      for (int64_t u = 0; u < vectors; ++u) {
-        const int64_t c = first + u * w;
-        q[u].set(i, read(op.query, i, c) + load(units.bias + c));
-      }
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t u = 0; u < vectors; ++u) k[u].set(j, read(op.keys, list[j], first + u * w));
+    auto read_q = [&](int64_t i, int64_t u) __attribute__((always_inline)) {
+      return read(op.query, i, first + u * w) + load(units.bias + first + u * w);
+    };
+    auto read_k = [&](int64_t j, int64_t u) __attribute__((always_inline)) { return read(op.keys, list[j], first + u * w); };
+    Columns<T> q(op.Tq, vectors, scratch), k(n, vectors, scratch);
+    for (int64_t i = 0; i < op.Tq; ++i) q.set(i, vectors, read_q);
+    for (int64_t j = 0; j < n; ++j) k.set(j, vectors, read_k);
 
     Vec<T> p[kBlockVectors] = {};
     T total = 0;
@@ -378,11 +373,12 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
     if (!attended.per_query)
       for (; i + kTileQueries <= op.Tq; i += kTileQueries)
         for (int64_t u = 0; u < vectors; ++u)
-          p[u] += gradient_tile<T, kTileQueries>(q[u], i, k[u], nullptr, n, ds + i * op.Tk, op.Tk);
+          p[u] += gradient_tile<T, kTileQueries>(q, i, k, u, nullptr, n, ds + i * op.Tk, op.Tk, read_q, read_k);
     for (; i < op.Tq; ++i) {
       const int64_t count = attended.per_query ? list_steps(attended, b, i, op.Tk, own) : n;
+      const int32_t* steps = attended.per_query ? own : nullptr;
       for (int64_t u = 0; u < vectors; ++u)
-        p[u] += gradient_tile<T, 1>(q[u], i, k[u], attended.per_query ? own : nullptr, count, ds + i * op.Tk, op.Tk);
+        p[u] += gradient_tile<T, 1>(q, i, k, u, steps, count, ds + i * op.Tk, op.Tk, read_q, read_k);
     }
     for (i = 0; i < op.Tq; ++i) {
       const int64_t count = attended.per_query ? list_steps(attended, b, i, op.Tk, own) : n;
@@ -395,13 +391,13 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
       const Vec<T> v4 = T(4) * load(units.v + c);
       Vec<T> bias{};
       for (i = 0; i < op.Tq; ++i) {
-        const Vec<T> g = v4 * load(q[u].gradient + i * w);
+        const Vec<T> g = v4 * load(q.gradient + q.at(i, u));
         bias += g;
         store_as<T>(dquery, dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
       }
       for (int64_t j = 0, next = 0; j < op.Tk; ++j) {
         Vec<T> g{};
-        if (next < n && list[next] == j) g = v4 * load(k[u].gradient + next++ * w);
+        if (next < n && list[next] == j) g = v4 * load(k.gradient + k.at(next++, u));
         store_as<T>(dkeys, dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
       }
       store(dv_parts + b * units.size + c, total - T(2) * p[u]);

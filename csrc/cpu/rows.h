@@ -189,13 +189,30 @@ ATTN_INLINE void weighted_strip(T* const* out, const T* weight, int64_t wi, int6
   if (c < n) weighted_tile<T, NO, 1>(out, weight, wi, wj, y, ny, c, n - c, add);
 }
 
+// out (+)= the sum over NY rows y of weight[j * wj] * y_j, in one walk along the rows.
+template <typename T, int NY>
+ATTN_INLINE void weighted_walk(T* out, const T* weight, int64_t wj, const T* const* y, int64_t n, bool add) {
+  Vec<T> w[NY];
+  for (int j = 0; j < NY; ++j) w[j] = broadcast(weight[j * wj]);
+  for (int64_t c = 0; c < n; c += width<T>) {
+    Vec<T> acc = add ? load_upto(out + c, n - c) : Vec<T>{};
+    for (int j = 0; j < NY; ++j) acc += w[j] * load_upto(y[j] + c, n - c);
+    store_upto(out + c, acc, n - c);
+  }
+}
+
 // out_i (+)= sum_j weight[i * wi + j * wj] * y_j, rows of n elements; add: onto what out holds.
 template <typename T>
 void weighted_rows(T* const* out, int64_t no, const T* weight, int64_t wi, int64_t wj, const T* const* y, int64_t ny,
                    int64_t n, bool add) {
   int64_t i = 0;
   for (; i + 4 <= no; i += 4) weighted_strip<T, 4>(out + i, weight + i * wi, wi, wj, y, ny, n, add);
-  for (; i < no; ++i) weighted_strip<T, 1>(out + i, weight + i * wi, wi, wj, y, ny, n, add);
+  for (; i < no; ++i) {  // memory decides the speed of a single row: sums in L1, rows read from end to end
+    const T* w = weight + i * wi;
+    int64_t j = 0;
+    for (; j + 4 <= ny; j += 4) weighted_walk<T, 4>(out[i], w + j * wj, wj, y + j, n, add || j > 0);
+    for (; j < ny; ++j) weighted_walk<T, 1>(out[i], w + j * wj, wj, y + j, n, add || j > 0);
+  }
 }
 
 }  // namespace ATTN_LEVEL

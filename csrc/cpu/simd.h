@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "types.h"
 
@@ -103,21 +104,53 @@ ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// Sum of the elements, in halves: the order is the same from run to run.
+// Element i changes places with element i ^ n.
+template <int n, class V, size_t... i>
+ATTN_INLINE V exchange(V x, std::index_sequence<i...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, (i ^ n)...);
+#else
+  typedef decltype(x < x) Index;
+  return __builtin_shuffle(x, Index{(i ^ n)...});
+#endif
+}
+
+// combine over all elements, in the same order from run to run.
+template <class V, class Combine, int n = sizeof(V) / sizeof(decltype(V{}[0] + 0)) / 2>
+ATTN_INLINE auto reduce(V x, const Combine& combine) {
+  if constexpr (n == 0) {
+    return x[0];
+  } else {
+    constexpr int elements = sizeof(V) / sizeof(decltype(V{}[0] + 0));
+    x = combine(x, exchange<n>(x, std::make_index_sequence<elements>()));
+    return reduce<V, Combine, n / 2>(x, combine);
+  }
+}
+
 template <typename T>
 ATTN_INLINE T sum(Vec<T> x) {
-  T part[width<T>];
-  memcpy(part, &x, sizeof(x));
-  for (int n = width<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) part[i] += part[i + n];
-  return part[0];
+  return reduce(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <typename T>
 ATTN_INLINE T largest(Vec<T> x) {
-  T best = x[0];
-  for (int i = 1; i < width<T>; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  return reduce(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Largest magnitude met, as bits: those of NaN are larger than those of Inf, and those larger than all others.
+template <typename T>
+ATTN_INLINE IntVec<T> larger_magnitude(IntVec<T> top, Vec<T> x) {
+  const IntVec<T> magnitude = bits<T>(absolute<T>(x));
+  return magnitude > top ? magnitude : top;
+}
+
+template <typename T>
+ATTN_INLINE T largest_magnitude(IntVec<T> top) {
+  const auto word =
+      reduce(top, [](IntVec<T> a, IntVec<T> b) __attribute__((always_inline)) { return a > b ? a : b; });
+  T result;
+  memcpy(&result, &word, sizeof(T));
+  return result;
 }
 
 // e^x for x in [-87.3, 88.7], to about 1 ulp (Cephes' expf: x = n ln 2 + r, polynomial in r). Outside that range the result
