@@ -1,0 +1,362 @@
+// Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
+//
+// With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p - p r gives dquery and dkeys as sums of 4 v g, and
+// dv = sum(ds) - 2 sum(p). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units
+// of one sentence, so that all sums over queries and steps stay within it.
+#pragma once
+
+#include "additive_attention_fwd.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 8 : 4;  // their exponentials and sums fill the registers
+constexpr int kBlockVectors = 4;                               // vectors of units in a block of columns
+
+// A block of columns of the queries or keys of a sentence: vector u of row i stands at (u * n + i) * width<T>.
+template <typename T>
+struct Columns {
+  int64_t n;
+  T *e, *gradient, *top;
+
+  Columns(int64_t n, int64_t vectors, Scratch& scratch)
+      : n(n),
+        e(take<T>(scratch, vectors * n * width<T>)),
+        gradient(take<T>(scratch, vectors * n * width<T>)),
+        top(take<T>(scratch, n)) {}
+
+  int64_t at(int64_t i, int64_t u) const { return (u * n + i) * width<T>; }
+
+  template <class Read>
+  ATTN_INLINE void set(int64_t i, int64_t vectors, const Read& read) {
+    IntVec<T> most{};
+    const Vec<T> zero{};
+    for (int64_t u = 0; u < vectors; ++u) {
+      const Vec<T> x = read(i, u);
+      if constexpr (sizeof(T) == 4) store(e + at(i, u), exp_in_range(x + x));
+      store(gradient + at(i, u), zero);
+      most = larger_magnitude<T>(most, x);
+    }
+    top[i] = largest_magnitude<T>(most);
+  }
+};
+
+// Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list) given
+// ds[a * ld + j]. Returns the sum of p. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+template <typename T, int NQ, class ReadQ, class ReadK>
+ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
+                                 int64_t n, const T* ds, int64_t ld, const ReadQ& read_q, const ReadK& read_k) {
+  Vec<T> eq[NQ], dq[NQ] = {}, total{};
+  T top = q.top[i];
+  for (int a = 0; a < NQ; ++a) {
+    eq[a] = load(q.e + q.at(i + a, u));
+    const T next = q.top[i + a];
+    if (top == top && !(next <= top)) top = next;  // NaN, once met, stays: comparisons with it are false
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t row = list == nullptr ? j : list[j];
+    const T reach = top + k.top[row];
+    T* gradient = k.gradient + k.at(row, u);
+    Vec<T> dk = load(gradient);
+    auto add = [&](int a, Vec<T> p, Vec<T> g) __attribute__((always_inline)) {
+      dq[a] += g;
+      dk += g;
+      total += p;
+    };
+    auto add_reciprocal = [&](int a, Vec<T> r) __attribute__((always_inline)) {
+      const Vec<T> p = ds[a * ld + j] * r;
+      add(a, p, p - p * r);
+    };
+    const Vec<T> ek = load(k.e + k.at(row, u));
+    if (sizeof(T) == 4 && NQ % 2 == 0 && reach <= kPair) {
+      for (int a = 0; a + 1 < NQ; a += 2) {
+        const Vec<T> d1 = T(1) + eq[a] * ek, d2 = T(1) + eq[a + 1] * ek;
+        const Vec<T> inverse = T(1) / (d1 * d2);
+        add_reciprocal(a, inverse * d2);
+        add_reciprocal(a + 1, inverse * d1);
+      }
+    } else if (sizeof(T) == 4 && reach <= kSingle) {
+      for (int a = 0; a < NQ; ++a) add_reciprocal(a, T(1) / (T(1) + eq[a] * ek));
+    } else {
+      const Vec<T> x = read_k(row, u);
+      for (int a = 0; a < NQ; ++a) {
+        const Vec<T> t = tanh_any(read_q(i + a, u) + x);
+        const Vec<T> p = ds[a * ld + j] * (T(0.5) * (T(1) - t));
+        add(a, p, p * (T(0.5) * (T(1) + t)));
+      }
+    }
+    store(gradient, dk);
+  }
+  for (int a = 0; a < NQ; ++a) {
+    T* to = q.gradient + q.at(i + a, u);
+    store(to, load(to) + dq[a]);
+  }
+  return total;
+}
+
+// What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in parts,
+// (B, A in whole vectors), to be added up in order.
+template <typename T>
+struct UnitsBackward {
+  const AdditiveScores& op;
+  const Attended& attended;
+  const Units<T>& units;
+  const T* dscores;
+  void *dquery, *dkeys;
+  T *dv_parts, *dbias_parts;
+
+  // Vectors of units from c on, of one row of the queries (bias added) or keys.
+  ATTN_INLINE Vec<T> read(const Array3& a, int64_t b, int64_t row, int64_t c) const {
+    const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
+    return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
+  }
+  ATTN_INLINE Vec<T> query(int64_t b, int64_t i, int64_t c) const { return read(op.query, b, i, c) + load(units.bias + c); }
+  ATTN_INLINE Vec<T> key(int64_t b, int64_t j, int64_t c) const { return read(op.keys, b, j, c); }
+
+  // Stores vector c of dquery[b, i], of sum g, and returns it.
+  ATTN_INLINE Vec<T> write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
+    const Vec<T> g = T(4) * load(units.v + c) * sum;
+    store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
+    return g;
+  }
+  ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
+    const Vec<T> g = T(4) * load(units.v + c) * sum;
+    store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
+  }
+  // dv from the sums of ds and of p = ds r.
+  ATTN_INLINE void write_parts(int64_t b, int64_t c, T ds_sum, Vec<T> p_sum, Vec<T> dbias) const {
+    store(dv_parts + b * units.size + c, ds_sum - T(2) * p_sum);
+    store(dbias_parts + b * units.size + c, dbias);
+  }
+};
+
+template <typename T>
+T row_sum(const T* row, int64_t n) {
+  Vec<T> total{};
+  for (int64_t j = 0; j < n; j += width<T>) total += load_upto(row + j, n - j);
+  return sum<T>(total);
+}
+
+// Many queries: columns of a sentence, `vectors` vectors of units from `first` on.
+template <typename T>
+void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
+  constexpr int64_t w = width<T>;
+  const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
+  const bool per_query = back.attended.per_query;
+  int32_t* list = take<int32_t>(scratch, Tk);
+  int32_t* own = take<int32_t>(scratch, Tk);
+  Attended any = back.attended;  // a column holds every step; a query's own mask chooses among them
+  if (per_query) any.mask = nullptr;
+  const int64_t n = list_steps(any, b, 0, Tk, list);
+  auto read_q = [&](int64_t i, int64_t u) __attribute__((always_inline)) { return back.query(b, i, first + u * w); };
+  auto read_k = [&](int64_t j, int64_t u) __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
+  Columns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
+  for (int64_t i = 0; i < Tq; ++i) q.set(i, vectors, read_q);
+  for (int64_t j = 0; j < n; ++j) k.set(j, vectors, read_k);
+
+  Vec<T> p[kBlockVectors] = {};
+  T ds_sum = 0;
+  const T* ds = back.dscores + b * Tq * Tk;
+  int64_t i = 0;
+  auto tiles = [&](auto queries) __attribute__((always_inline)) {
+    constexpr int kQueries = decltype(queries)::value;
+    for (; i + kQueries <= Tq; i += kQueries) {
+      const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
+      const int32_t* steps = per_query ? own : nullptr;
+      for (int64_t u = 0; u < vectors; ++u)
+        p[u] += gradient_tile<T, kQueries>(q, i, k, u, steps, count, ds + i * Tk, Tk, read_q, read_k);
+      for (int a = 0; a < kQueries; ++a) ds_sum += row_sum(ds + (i + a) * Tk, count);
+    }
+  };
+  if (!per_query) {
+    tiles(std::integral_constant<int, kTileQueries>());
+    tiles(std::integral_constant<int, 2>());
+  }
+  tiles(std::integral_constant<int, 1>());
+
+  for (int64_t u = 0; u < vectors; ++u) {
+    const int64_t c = first + u * w;
+    const Vec<T> zero{};
+    Vec<T> dbias{};
+    for (i = 0; i < Tq; ++i) dbias += back.write_dquery(b, i, c, load(q.gradient + q.at(i, u)));
+    for (int64_t j = 0, next = 0; j < Tk; ++j) {
+      const bool listed = next < n && list[next] == j;
+      back.write_dkeys(b, j, c, listed ? load(k.gradient + k.at(next, u)) : zero);
+      next += listed;
+    }
+    back.write_parts(b, c, ds_sum, p[u], dbias);
+  }
+}
+
+enum class Form { pair, single, direct };
+
+// Few queries: adds what NK steps (listed in steps, exponentials in k) give to the sums dq (Tq, size) and p (size) of a strip
+// of units, and writes their dkeys. ds[i * Tk + r] is the gradient of the score of query i and step r.
+template <typename T, int NK, Form form>
+ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq, const T* ek,
+                           const int32_t* steps, const T* ds, T* dq, T* p) {
+  const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
+  for (int64_t c = 0; c < size; c += width<T>) {
+    Vec<T> dk[NK] = {}, total = load(p + c);
+    for (int64_t i = 0; i < Tq; ++i) {
+      const Vec<T> q = load(eq + i * size + c);
+      Vec<T> dqi = load(dq + i * size + c);
+      auto add = [&](int r, Vec<T> pr, Vec<T> g) __attribute__((always_inline)) {
+        dk[r] += g;
+        dqi += g;
+        total += pr;
+      };
+      auto add_reciprocal = [&](int r, Vec<T> x) __attribute__((always_inline)) {
+        const Vec<T> pr = ds[i * Tk + r] * x;
+        add(r, pr, pr - pr * x);
+      };
+      auto denominator = [&](int r) __attribute__((always_inline)) { return T(1) + q * load(ek + r * size + c); };
+      if constexpr (form == Form::direct) {
+        for (int r = 0; r < NK; ++r) {
+          const Vec<T> t = tanh_any(back.query(b, i, first + c) + back.key(b, steps[r], first + c));
+          const Vec<T> pr = ds[i * Tk + r] * (T(0.5) * (T(1) - t));
+          add(r, pr, pr * (T(0.5) * (T(1) + t)));
+        }
+      } else if constexpr (form == Form::pair && NK % 2 == 0) {
+        for (int r = 0; r < NK; r += 2) {
+          const Vec<T> d1 = denominator(r), d2 = denominator(r + 1), inverse = T(1) / (d1 * d2);
+          add_reciprocal(r, inverse * d2);
+          add_reciprocal(r + 1, inverse * d1);
+        }
+      } else {
+        for (int r = 0; r < NK; ++r) add_reciprocal(r, T(1) / denominator(r));
+      }
+      store(dq + i * size + c, dqi);
+    }
+    store(p + c, total);
+    for (int r = 0; r < NK; ++r) back.write_dkeys(b, steps[r], first + c, dk[r]);
+  }
+}
+
+// Few queries: memory decides, so keys are read and dkeys written in one walk along rows, with the sums in L1. The task has
+// the units [first, first + size) of a sentence, in whole vectors.
+template <typename T>
+void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
+  constexpr int NK = 4;
+  constexpr int64_t w = width<T>;
+  const AdditiveScores& op = back.op;
+  int32_t* list = take<int32_t>(scratch, op.Tk);
+  const int64_t n = list_steps(back.attended, b, 0, op.Tk, list);
+  T* eq = take<T>(scratch, op.Tq * size);
+  T* dq = take<T>(scratch, op.Tq * size);
+  T* ek = take<T>(scratch, NK * size);
+  T* p = take<T>(scratch, size);
+  memset(dq, 0, op.Tq * size * sizeof(T));
+  memset(p, 0, size * sizeof(T));
+  T q_top = 0;
+  for (int64_t i = 0; i < op.Tq; ++i) {
+    const T top = exponentials(size, eq + i * size, [&](int64_t c) __attribute__((always_inline)) {
+      return back.query(b, i, first + c);
+    });
+    if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
+  }
+  const T* ds = back.dscores + b * op.Tq * op.Tk;
+  int64_t j = 0;
+  auto tiles = [&](auto steps) __attribute__((always_inline)) {
+    constexpr int kSteps = decltype(steps)::value;
+    for (; j + kSteps <= n; j += kSteps) {
+      bool pair = sizeof(T) == 4, single = sizeof(T) == 4;
+      for (int r = 0; r < kSteps; ++r) {
+        const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
+          return back.key(b, list[j + r], first + c);
+        });
+        pair = pair && reach <= kPair;
+        single = single && reach <= kSingle;
+      }
+      if (pair)
+        rows_tile<T, kSteps, Form::pair>(back, b, first, size, eq, ek, list + j, ds + j, dq, p);
+      else if (single)
+        rows_tile<T, kSteps, Form::single>(back, b, first, size, eq, ek, list + j, ds + j, dq, p);
+      else
+        rows_tile<T, kSteps, Form::direct>(back, b, first, size, eq, ek, list + j, ds + j, dq, p);
+    }
+  };
+  tiles(std::integral_constant<int, NK>());
+  tiles(std::integral_constant<int, 1>());
+
+  T ds_sum = 0;
+  for (int64_t i = 0; i < op.Tq; ++i) ds_sum += row_sum(ds + i * op.Tk, n);
+  const int64_t columns = smaller(size, op.A - first);
+  for (int64_t step = 0, next = 0; step < op.Tk; ++step) {
+    if (next < n && list[next] == step)
+      ++next;
+    else
+      fill_zero<T>(back.dkeys, (b * op.Tk + step) * op.A + first, columns, op.query.dtype);
+  }
+  for (int64_t c = 0; c < size; c += w) {
+    Vec<T> dbias{};
+    for (int64_t i = 0; i < op.Tq; ++i) dbias += back.write_dquery(b, i, first + c, load(dq + i * size + c));
+    back.write_parts(b, first + c, ds_sum, load(p + c), dbias);
+  }
+}
+
+// dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk).
+template <typename T>
+void units_backward(const AdditiveScores& op, const Attended& attended, const T* dscores, void* dquery, void* dkeys,
+                    void* dv, void* dbias) {
+  constexpr int64_t w = width<T>;
+  Scratch& call = thread_scratch();
+  const Units<T> units(op, call);
+  T* dv_parts = take<T>(call, op.B * units.size);
+  T* dbias_parts = take<T>(call, op.B * units.size);
+  const UnitsBackward<T> back{op, attended, units, dscores, dquery, dkeys, dv_parts, dbias_parts};
+  const bool few = op.Tq < kTileQueries && !attended.per_query;
+  // Few queries: exponentials, sums and a tile of keys fill 24 KB of L1, unless there are threads to feed.
+  const int64_t in_cache = 24576 / (static_cast<int64_t>(sizeof(T)) * (2 * op.Tq + 6));
+  const int64_t per_thread = divide_up(units.size * op.B, thread_count());
+  const int64_t strip = few ? larger(4 * w, padded<T>(smaller(in_cache, per_thread))) : kBlockVectors * w;
+  const int64_t strips = divide_up(units.size, strip);
+  for_each_task(op.B * strips, op.Tq * op.Tk * strip, [&](int64_t task, Scratch& scratch) {
+    const int64_t b = task / strips, first = task % strips * strip, size = smaller(strip, units.size - first);
+    if (few)
+      rows_task(back, b, first, size, scratch);
+    else
+      columns_task(back, b, first, size / w, scratch);
+  });
+  for (int64_t c = 0; c < units.size; c += w) {
+    Vec<T> v_sum{}, bias_sum{};
+    for (int64_t b = 0; b < op.B; ++b) {
+      v_sum += load(dv_parts + b * units.size + c);
+      bias_sum += load(dbias_parts + b * units.size + c);
+    }
+    store_as<T>(dv, op.query.dtype, c, v_sum, op.A - c);
+    if (dbias != nullptr) store_as<T>(dbias, op.query.dtype, c, bias_sum, op.A - c);
+  }
+}
+
+template <typename T>
+void additive_attention_backward(const AdditiveAttentionBackward& op) {
+  Scratch& call = thread_scratch();
+  ScratchScope scope(call);
+  const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  T* weights = take<T>(call, op.B * op.Tq * op.Tk);
+  T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
+  attention_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
+                     [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
+  if (op.grad_context)
+    weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues);
+  else
+    fill_zero<T>(op.dvalues, 0, op.B * op.Tk * op.D, op.query.dtype);
+  units_backward(op, op.attended, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+}
+
+template <typename T>
+void additive_scores_backward(const AdditiveScoresBackward& op) {
+  Scratch& call = thread_scratch();
+  ScratchScope scope(call);
+  T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
+  for_each_task(op.B * op.Tq, op.Tk, [&](int64_t task, Scratch& scratch) {
+    T* buffer = take<T>(scratch, op.Tk);
+    const T* row = read_row(op.grad_scores, task / op.Tq, task % op.Tq, op.Tk, buffer);
+    memcpy(dscores + task * op.Tk, row, op.Tk * sizeof(T));
+  });
+  units_backward(op, Attended{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+}
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn
