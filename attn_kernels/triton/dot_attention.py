@@ -1,0 +1,43 @@
+"""dot_attention in Triton: scores = scale * query . keys, softmax, context. Everything it needs is shared: attend.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attend import attend, product, softmax_backward, weighted_sum
+
+
+def dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    need_alignments: bool,
+) -> tuple[Tensor, Tensor]:
+    """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty."""
+    scores = product(query, keys, scale, memory_lengths)
+    return attend(scores, values, memory_lengths, mask, need_alignments)
+
+
+def dot_attention_backward(
+    grad_context: Tensor | None,
+    grad_alignments: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    alignments: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys and values."""
+    dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
+    dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)
+    dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, of_steps=True)
+    if grad_context is None:
+        dvalues = values.new_zeros(values.shape)
+    else:
+        dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
+    return dquery, dkeys, dvalues
