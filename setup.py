@@ -25,8 +25,18 @@ def cpu_module() -> Pybind11Extension:
         # By name and without an rpath: "import torch" has loaded the library by the time the module is imported.
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020A000000000000"), ("TORCH_BUILD_VERSION", f'"{torch.__version__}"')],
-        extra_compile_args=["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020A000000000000"),
+            ("TORCH_BUILD_VERSION", f'"{torch.__version__}"'),
+        ],
+        extra_compile_args=[
+            "-O3",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wall",
+            "-Wno-psabi",
+        ],
         cxx_std=17,
     )
 
@@ -39,7 +49,9 @@ def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
 
 
 if switch("ATTN_KERNELS_CUDA", "auto", ("auto", "0", "1")) == "1":
-    sys.exit("ATTN_KERNELS_CUDA=1: this version of attn_kernels has no CUDA C++ sources; Triton computes the ops on GPUs")
+    sys.exit(
+        "ATTN_KERNELS_CUDA=1: this version of attn_kernels has no CUDA C++ sources; Triton computes the ops on GPUs"
+    )
 
 ParallelCompile("ATTN_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 setup(ext_modules=[cpu_module()] if switch("ATTN_KERNELS_CPU", "1", ("0", "1")) == "1" else [])

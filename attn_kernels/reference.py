@@ -6,8 +6,8 @@ to be read, not to be fast: additive attention materialises the [B, Tq, Tk, A] t
 Rules that hold for every op here and in every backend:
 
 - Scores, softmax and sums are computed in float32 or wider; results have the dtype of the inputs.
-- A step that may not be attended (beyond ``memory_lengths``, or False in ``mask``) is padding. Padding contributes nothing
-  to results or gradients, whatever it holds: NaN and Inf included.
+- A step that may not be attended (beyond ``memory_lengths``, or False in ``mask``) is padding. Padding contributes
+  nothing to results or gradients, whatever it holds: NaN and Inf included.
 - A row of a query with nothing to attend has zero alignments, zero context and zero gradients.
 - NaN and Inf in steps that are attended spread as the formulas say.
 """
@@ -119,7 +119,9 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     return torch.tanh(hidden) @ v
 
 
-def _attend(scores: Tensor, values: Tensor, allowed: Tensor | None, need_weights: bool, dtype: torch.dtype) -> Attention:
+def _attend(
+    scores: Tensor, values: Tensor, allowed: Tensor | None, need_weights: bool, dtype: torch.dtype
+) -> Attention:
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
         scores = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # softmax of a row of -inf would be NaN
