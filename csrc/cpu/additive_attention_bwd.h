@@ -190,11 +190,12 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
 
 enum class Form { pair, single, direct };
 
-// Few queries: adds what NK steps (listed in steps, exponentials in k) give to the sums dq (Tq, size) and p (size) of a strip
-// of units, and writes their dkeys. ds[i * Tk + r] is the gradient of the score of query i and step r.
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size) of a strip
+// of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score of query i and
+// step r.
 template <typename T, int NK, Form form>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq, const T* ek,
-                           const int32_t* steps, const T* ds, T* dq, T* p) {
+                           const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys, int64_t columns) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   for (int64_t c = 0; c < size; c += width<T>) {
     Vec<T> dk[NK] = {}, total = load(p + c);
@@ -229,7 +230,8 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
       store(dq + i * size + c, dqi);
     }
     store(p + c, total);
-    for (int r = 0; r < NK; ++r) back.write_dkeys(b, steps[r], first + c, dk[r]);
+    const Vec<T> v4 = T(4) * load(back.units.v + first + c);
+    for (int r = 0; r < NK; ++r) store_upto(dkeys[r] + c, v4 * dk[r], columns - c);
   }
 }
 
@@ -246,6 +248,10 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   T* dq = take<T>(scratch, op.Tq * size);
   T* ek = take<T>(scratch, NK * size);
   T* p = take<T>(scratch, size);
+  const Dtype dtype = op.query.dtype;
+  const bool direct = dtype == native<T>;
+  const int64_t columns = smaller(size, op.A - first);
+  T* copies = take<T>(scratch, NK * columns);  // of rows that are converted
   memset(dq, 0, op.Tq * size * sizeof(T));
   memset(p, 0, size * sizeof(T));
   T q_top = 0;
@@ -255,25 +261,35 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
     });
     if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
   }
+  Array3 keys = op.keys;  // the strip of it
+  keys.data = static_cast<const char*>(keys.data) + first * keys.stride[2] * item_size(dtype);
   const T* ds = back.dscores + b * op.Tq * op.Tk;
   int64_t j = 0;
   auto tiles = [&](auto steps) __attribute__((always_inline)) {
     constexpr int kSteps = decltype(steps)::value;
     for (; j + kSteps <= n; j += kSteps) {
       bool pair = sizeof(T) == 4, single = sizeof(T) == 4;
+      T* dkeys[kSteps];
       for (int r = 0; r < kSteps; ++r) {
+        const T* row = read_row(keys, b, list[j + r], columns, copies);
+        const int64_t whole = columns / w * w;
         const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
-          return back.key(b, list[j + r], first + c);
+          return c < whole ? load(row + c) : load_part(row + c, columns - c);
         });
         pair = pair && reach <= kPair;
         single = single && reach <= kSingle;
+        const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
+        dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
       }
       if (pair)
-        rows_tile<T, kSteps, Form::pair>(back, b, first, size, eq, ek, list + j, ds + j, dq, p);
+        rows_tile<T, kSteps, Form::pair>(back, b, first, size, eq, ek, list + j, ds + j, dq, p, dkeys, columns);
       else if (single)
-        rows_tile<T, kSteps, Form::single>(back, b, first, size, eq, ek, list + j, ds + j, dq, p);
+        rows_tile<T, kSteps, Form::single>(back, b, first, size, eq, ek, list + j, ds + j, dq, p, dkeys, columns);
       else
-        rows_tile<T, kSteps, Form::direct>(back, b, first, size, eq, ek, list + j, ds + j, dq, p);
+        rows_tile<T, kSteps, Form::direct>(back, b, first, size, eq, ek, list + j, ds + j, dq, p, dkeys, columns);
+      if (!direct)
+        for (int r = 0; r < kSteps; ++r)
+          write_row(back.dkeys, dtype, (b * op.Tk + list[j + r]) * op.A + first, dkeys[r], columns);
     }
   };
   tiles(std::integral_constant<int, NK>());
@@ -281,12 +297,11 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
 
   T ds_sum = 0;
   for (int64_t i = 0; i < op.Tq; ++i) ds_sum += row_sum(ds + i * op.Tk, n);
-  const int64_t columns = smaller(size, op.A - first);
   for (int64_t step = 0, next = 0; step < op.Tk; ++step) {
     if (next < n && list[next] == step)
       ++next;
     else
-      fill_zero<T>(back.dkeys, (b * op.Tk + step) * op.A + first, columns, op.query.dtype);
+      fill_zero<T>(back.dkeys, (b * op.Tk + step) * op.A + first, columns, dtype);
   }
   for (int64_t c = 0; c < size; c += w) {
     Vec<T> dbias{};
