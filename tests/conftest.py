@@ -1,6 +1,6 @@
 """How the tests run: where Triton's kernels run, how many threads a process has, and which backends a test sees.
 
-A backend that cannot run here is skipped with the reason that ``attn_kernels.backends()`` gives (``pytest -rs`` shows it).
+A backend that cannot run here is skipped with the reason that ``attn_kernels.backends()`` gives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of ops, the table of cases, how inputs are made, and how exact a result has to be.
 
-Adding a mechanism is one row in OPS: its public function, its reference and its eager formula are found by its name. New
-argument names also need a shape in SHAPES.
+Adding a mechanism is one row in OPS: its public function, its reference and its eager formula are found by its name.
+New names of arguments also need a shape in SHAPES.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Case(NamedTuple):
     """Sizes, and what is unusual about the arguments.
 
-    lengths: "", "random", "random32" (int32), "zero", "full". mask: "", "steps" (B, Tk), "pairs" (B, Tq, Tk), "none" (all
-    False), "all". Layouts: see lay_out. receives: the outputs that have a gradient; all by default.
+    lengths: "", "random", "random32" (int32), "zero", "full". mask: "", "steps" (B, Tk), "pairs" (B, Tq, Tk), "none"
+    (all False), "all". Layouts: see lay_out. receives: the outputs that have a gradient; all by default.
     """
 
     B: int = 3
@@ -260,7 +260,9 @@ def lay_out(x: Tensor, layout: str, fill: float = math.nan) -> Tensor:
         return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else lay_out(x, "sliced", fill)
     if layout == "sliced":  # room on every side, and every second element of the last axis
         room = [size + 3 for size in x.shape[:-1]] + [2 * x.shape[-1] + 3]
-        view = _buffer(x, room, fill)[tuple(slice(1, 1 + size) for size in x.shape[:-1])][..., 1 : 1 + 2 * x.shape[-1] : 2]
+        view = _buffer(x, room, fill)[tuple(slice(1, 1 + size) for size in x.shape[:-1])][
+            ..., 1 : 1 + 2 * x.shape[-1] : 2
+        ]
     elif layout == "misaligned":
         view = _buffer(x, [x.numel() + 2], fill)[1:-1].view(x.shape)
     elif layout == "expanded":
@@ -313,8 +315,8 @@ def oracle(op: Op, arguments: Arguments) -> dict[str, Tensor]:
 def baseline(op: Op, arguments: Arguments) -> dict[str, Tensor]:
     """The formulas of bench/eager.py in the dtype of the arguments, on their device.
 
-    They give NaN for a row with nothing to attend, in all gradients even. So such a row attends everything here, gets no
-    gradient, and its results are set to 0 afterwards: that is what the specification says of it.
+    They give NaN for a row with nothing to attend, in all gradients even. So such a row attends everything here, gets
+    no gradient, and its results are set to 0 afterwards: that is what the specification says of it.
     """
     masks = arguments.masks
     if not masks:
@@ -368,18 +370,18 @@ def check(
 def tolerance(name: str, dtype: torch.dtype, exact: Tensor, eager_error: float, condition: float = 1.0) -> float:
     """The largest error allowed for the result ``name`` anywhere in it.
 
-    The yardstick is the error of the eager formula in the same dtype and on the same arguments. Allowed is twice that for
-    results and three times for gradients (in float32 and float64 twice for both), and besides
+    The yardstick is the error of the eager formula in the same dtype and on the same arguments. Allowed is twice that
+    for results and three times for gradients (in float32 and float64 twice for both), and besides
 
         float64    1e-10 * scale
         float32    1e-6 * scale
         bfloat16   one rounding of the largest element, and 1e-6 * scale
         float16    the same
 
-    where scale is the largest element of the exact result. The terms of a sum can be larger than the sum, and a gradient
-    can cancel to nothing, so the scale is at least 1 - make() gives arguments for which such terms are of that order - but
-    not for alignments: their terms are positive. ``condition`` is for tests with scores far above 1: the largest of them,
-    by which an error of the score, relative to its size, comes out larger in softmax.
+    where scale is the largest element of the exact result. The terms of a sum can be larger than the sum, and a
+    gradient can cancel to nothing, so the scale is at least 1 (make() gives arguments for which such terms are of that
+    order), but not for alignments, whose terms are positive. ``condition`` is for tests with scores far above 1: the
+    size of their terms, by which an error of the score, relative to it, comes out larger in softmax.
     """
     peak = _largest(exact)
     scale = condition * (peak if name == "alignments" else max(peak, 1.0))
@@ -415,14 +417,16 @@ def assert_close(
         wrong = special & ~(~result.isfinite() if name.startswith("d") else same) | ~special & ~result.isfinite()
         if wrong.any():
             first = _first(wrong)
-            problems.append(f"{name}: {result[first]} at {first}, should be {rounded[first]} ({wrong.sum()} such places)")
+            problems.append(
+                f"{name}: {result[first]} at {first}, should be {rounded[first]} ({wrong.sum()} such places)"
+            )
             continue
         allowed = tolerance(name, dtype, expected, eager_errors[name], condition)
         error = torch.where(special, 0.0, result - expected).abs()
         if error.numel() and not error.max() <= allowed:
             worst = _first(error == error.max())
             problems.append(
-                f"{name}: error {error.max():.3g} at {worst}, where {result[worst]:.9g} should be {expected[worst]:.9g};"
+                f"{name}: error {error.max():.3g} at {worst}, {result[worst]:.9g} instead of {expected[worst]:.9g};"
                 f" allowed {allowed:.3g} (eager {eager_errors[name]:.3g}, largest element {_largest(expected):.3g})"
             )
     assert not problems, "\n".join(problems)
@@ -432,7 +436,9 @@ def assert_bit_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
     """Every result and gradient by name; NaN equals NaN, and 0.0 equals -0.0."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def _largest(x: Tensor) -> float:

@@ -19,7 +19,7 @@ ROOT = Path(attn_kernels.__file__).parent.parent
 
 
 def python(script: str, **environment: str) -> str:
-    """What a fresh Python prints. It finds no compiler, and its home can neither be read nor written, by root either."""
+    """What a fresh Python prints. It finds no compiler and no GPU, and its home can neither be read nor written."""
     clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CC", "CXX")}
     clean |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HOME": "/dev/null", "PATH": "/nonexistent"}
     clean["CUDA_VISIBLE_DEVICES"] = ""
@@ -60,7 +60,9 @@ def test_nothing_but_pytorch() -> None:
     assert "triton|False|triton is not installed: pip install" in out
     assert "cpu|False|the compiled module attn_kernels._C was not built" in out
     assert "cuda|False|" in out
-    refusals = re.findall(r"^refused attn_kernels: backend='(\w+)' cannot be used on cpu tensors: \S", out, re.MULTILINE)
+    refusals = re.findall(
+        r"^refused attn_kernels: backend='(\w+)' cannot be used on cpu tensors: \S", out, re.MULTILINE
+    )
     assert refusals == ["cuda", "triton", "cpu"]
 
 
@@ -139,5 +141,7 @@ def test_wrong_device_is_refused(name: str) -> None:
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_unknown_name(op: Op, backend: object) -> None:
     arguments = make(op, CASES["plain"], torch.float32)
-    with pytest.raises((ValueError, TypeError), match=r"backend must be one of 'cuda', 'triton', 'cpu', 'reference' or None"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"backend must be one of 'cuda', 'triton', 'cpu', 'reference' or None"
+    ):
         run(op.function, op, arguments, backend=backend)

@@ -71,8 +71,15 @@ BAD = (
     Bad("mask", ones(4, 1, 17, dtype=torch.bool), ValueError, MASK + "(4, 1, 17)"),
     Bad("mask", ones(4, 17, 3, dtype=torch.bool), ValueError, MASK + "(4, 17, 3)"),
     # Lengths
-    Bad("memory_lengths", torch.tensor([17, -1, 3, 4]), ValueError, "memory_lengths must be in 0..Tk = 0..17, got -1..17"),
-    Bad("memory_lengths", torch.tensor([17, 18, 3, 4]), ValueError, "memory_lengths must be in 0..Tk = 0..17, got 3..18"),
+    Bad(
+        "memory_lengths",
+        torch.tensor([17, -1, 3, 4]),
+        ValueError,
+        "memory_lengths must be in 0..Tk = 0..17, got -1..17",
+    ),
+    Bad(
+        "memory_lengths", torch.tensor([17, 18, 3, 4]), ValueError, "memory_lengths must be in 0..Tk = 0..17, got 3..18"
+    ),
     Bad(
         "memory_lengths",
         torch.tensor([0, 2**40, 3, -(2**40)]),
@@ -80,15 +87,24 @@ BAD = (
         "memory_lengths must be in 0..Tk = 0..17, got -1099511627776..1099511627776",
     ),
     # Dtype
-    Bad("query", ones(4, 3, 16).int(), TypeError, "query must be float32, bfloat16, float16 or float64, got torch.int32"),
+    Bad(
+        "query", ones(4, 3, 16).int(), TypeError, "query must be float32, bfloat16, float16 or float64, got torch.int32"
+    ),
     Bad(
         "query",
         ones(4, 3, 16, dtype=torch.complex64),
         TypeError,
         "query must be float32, bfloat16, float16 or float64, got torch.complex64",
     ),
-    Bad("keys", ones(4, 17, 16).half(), TypeError, "keys must have the dtype of query, torch.float32, got torch.float16"),
-    Bad("values", ones(4, 17, 5).double(), TypeError, "values must have the dtype of query, torch.float32, got torch.float64"),
+    Bad(
+        "keys", ones(4, 17, 16).half(), TypeError, "keys must have the dtype of query, torch.float32, got torch.float16"
+    ),
+    Bad(
+        "values",
+        ones(4, 17, 5).double(),
+        TypeError,
+        "values must have the dtype of query, torch.float32, got torch.float64",
+    ),
     Bad("v", ones(16).bfloat16(), TypeError, "v must have the dtype of query, torch.float32, got torch.bfloat16"),
     Bad("bias", ones(16).int(), TypeError, "bias must have the dtype of query, torch.float32, got torch.int32"),
     Bad("memory_lengths", ones(4), TypeError, "memory_lengths must be int32 or int64, got torch.float32"),
@@ -244,5 +260,3 @@ def test_autocast_disabled_inside(op: Op, backend: str, device: str) -> None:
     with torch.autocast(device, dtype=torch.bfloat16), torch.autocast(device, enabled=False):
         result = op.function(**arguments, backend=backend)
     assert (result[0] if op.masked else result).dtype == torch.float32
-
-

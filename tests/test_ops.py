@@ -78,7 +78,7 @@ def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: to
 
 @ops
 def test_negative_bit_is_resolved(op: Op, backend: str, device: str) -> None:
-    """Views that PyTorch negates lazily, as imag of a conjugate: a kernel that read the memory would see the sign wrong."""
+    """Views that PyTorch negates lazily, as imag of a conjugate: their memory holds the other sign."""
     arguments = make(op, CASES["plain"], torch.float32, device)
     lazy = {name: torch.complex(t, -t).conj().imag for name, t in arguments.tensors.items()}
     assert all(t.is_neg() for t in lazy.values())

@@ -96,7 +96,9 @@ def test_nothing_attended_gives_zeros(op: Op, backend: str, device: str, lengths
     arguments = padded_with(op, case, torch.float32, device, fill=math.nan)
     results = run(op.function, op, arguments, backend=backend)
     masks = arguments.masks
-    allowed = attended(arguments.tensors["keys"], masks.get("memory_lengths"), masks.get("mask")).expand(-1, case.Tq, -1)
+    allowed = attended(arguments.tensors["keys"], masks.get("memory_lengths"), masks.get("mask")).expand(
+        -1, case.Tq, -1
+    )
     assert (~allowed.any(2)).any(), "the case has no empty row"
     for name in ("context", "dquery"):
         assert (results[name][~allowed.any(2)] == 0).all(), name
@@ -122,7 +124,7 @@ print(digest.hexdigest())
 
 
 def test_fresh_memory_changes_nothing() -> None:
-    """Scratch memory of the C++ kernels: glibc fills what malloc gives with a byte, here 0x7f (3.4e38) or 0xfe (-1.7e38)."""
+    """Scratch memory of the C++ kernels: glibc fills what malloc gives with 0x7f (3.4e38) or 0xfe (-1.7e38)."""
     from conftest import available
 
     here = Path(__file__).parent
@@ -131,10 +133,12 @@ def test_fresh_memory_changes_nothing() -> None:
     for perturb in ("0", "128", "1"):
         environment = os.environ | {"MALLOC_PERTURB_": perturb, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", SCRATCH, available("cpu")], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", SCRATCH, available("cpu")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout)
     assert len(digests) == 1
-
-

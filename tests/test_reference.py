@@ -89,7 +89,7 @@ def test_special_values_are_where_eager_has_them(op: Op, special: float) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_the_tests_would_notice(op: Op, dtype: torch.dtype) -> None:
-    """The comparison fails on an error of a few roundings in one element, a gradient that is missing, a NaN too many."""
+    """The comparison fails on a few roundings in one element, on a gradient that is missing, on a NaN too many."""
     arguments = make(op, CASES["lengths"], dtype)
     exact = oracle(op, arguments)
     errors = eager_errors(op, arguments, exact)

@@ -1,4 +1,4 @@
-"""What long-running programs do: the same call again, other numbers of threads, threads, forks, a hundred thousand calls."""
+"""What long-running programs do: the same call again, with other numbers of threads, in threads and processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_numbers_of_threads(op: Op, name: str, threads: None) -> None:
 def test_python_threads(op: Op) -> None:
     """8 threads, 200 calls each, of sizes of their own: kernels share no scratch memory."""
     backend = available("cpu")
-    cases = [Case(B=1 + i % 3, Tq=1 + i % 4, Tk=5 + 7 * i, A=3 + 5 * i, D=2 + 3 * i, lengths="random") for i in range(8)]
+    cases = [
+        Case(B=1 + i % 3, Tq=1 + i % 4, Tk=5 + 7 * i, A=3 + 5 * i, D=2 + 3 * i, lengths="random") for i in range(8)
+    ]
     failures = []
 
     def work(case: Case, seed: int) -> None:
@@ -137,7 +139,9 @@ def test_memory_does_not_grow() -> None:
     def calls(count: int) -> int:
         for i in range(count):
             op = rng.choice(list(OPS.values()))
-            sizes = {axis: rng.randint(1, limit) for axis, limit in {"B": 6, "Tq": 6, "Tk": 40, "A": 60, "D": 60}.items()}
+            sizes = {
+                axis: rng.randint(1, limit) for axis, limit in {"B": 6, "Tq": 6, "Tk": 40, "A": 60, "D": 60}.items()
+            }
             run(op.function, op, make(op, Case(**sizes, lengths="random"), rng.choice(DTYPES), seed=i), backend=backend)
         gc.collect()
         return int(Path("/proc/self/statm").read_text().split()[1])
