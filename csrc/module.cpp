@@ -10,7 +10,7 @@ namespace {
 
 std::string compiler() {
 #if defined(__clang__)
-  return "Clang " __clang_version__;
+  return "Clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__);
 #elif defined(__GNUC__)
   return "GCC " __VERSION__;
 #else
