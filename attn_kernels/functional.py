@@ -41,7 +41,8 @@ def additive_attention(
         bias: (A,), added before the tanh.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
-        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
+        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
+            it.
         need_weights: False to leave out ``alignments`` (None is returned in their place).
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
 
@@ -93,8 +94,8 @@ def dot_attention(
         scores_{ij} = scale \; query_i \cdot keys_j, \quad
         alignments_i = softmax_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
 
-    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section 3.1
-    ("dot"; "general" is ``keys`` = memory W). A scale that is learned multiplies ``query`` instead.
+    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
+    3.1 ("dot"; "general" is ``keys`` = memory W). A scale that is learned multiplies ``query`` instead.
 
     Args:
         query: (B, Tq, A), or (B, A) for one query.
@@ -211,9 +212,7 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
         if mask.dim() == 2:
             fits = mask.shape[0] == batch and mask.shape[1] == steps
         else:
-            fits = (
-                mask.dim() == 3 and mask.shape[0] == batch and mask.shape[1] == queries and mask.shape[2] == steps
-            )
+            fits = mask.dim() == 3 and mask.shape[0] == batch and mask.shape[1] == queries and mask.shape[2] == steps
         if not fits:
             expected = f"({batch}, {steps}) or ({batch}, {queries}, {steps})"
             raise ValueError(f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}")

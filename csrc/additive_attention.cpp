@@ -62,10 +62,12 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, T
   return {context, alignments};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
-    Tensor v, std::optional<Tensor> bias, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-    Tensor alignments) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad_context,
+                                                                      std::optional<Tensor> grad_alignments,
+                                                                      Tensor query, Tensor keys, Tensor values,
+                                                                      Tensor v, std::optional<Tensor> bias,
+                                                                      std::optional<Tensor> memory_lengths,
+                                                                      std::optional<Tensor> mask, Tensor alignments) {
   const AdditiveScores n = additive(query, keys, v, bias);
   STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
   const int64_t D = values.size(2);

@@ -1,4 +1,5 @@
-// Additive attention on the CPU: scores = v . tanh(query + keys + bias), softmax, context. Raw pointers and sizes, no torch.
+// Additive attention on the CPU: scores = v . tanh(query + keys + bias), softmax, context. Raw pointers and sizes, no
+// torch.
 #pragma once
 
 #include "cpu/types.h"

@@ -1,5 +1,5 @@
-// From tensors to what the kernels take: shape and dtype checks, strides, outputs. attn_kernels/functional.py has checked
-// what a user passes, with better words; these keep a direct call of an op from reading what is not there.
+// From tensors to what the kernels take: shape and dtype checks, strides, outputs. attn_kernels/functional.py has
+// checked what a user passes, with better words; these keep a direct call of an op from reading what is not there.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,7 +50,8 @@ inline Array3 array(const Tensor& t, const char* name, Dtype dtype, std::initial
   return a;
 }
 
-inline Array3 array(const std::optional<Tensor>& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
+inline Array3 array(const std::optional<Tensor>& t, const char* name, Dtype dtype,
+                    std::initializer_list<int64_t> shape) {
   return t.has_value() ? array(*t, name, dtype, shape) : Array3{};
 }
 

@@ -1,8 +1,8 @@
 // Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
 //
-// With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p - p r gives dquery and dkeys as sums of 4 v g, and
-// dv = sum(ds) - 2 sum(p). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units
-// of one sentence, so that all sums over queries and steps stay within it.
+// With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p - p r gives dquery and dkeys as sums of 4 v g,
+// and dv = sum(ds) - 2 sum(p). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes
+// some units of one sentence, so that all sums over queries and steps stay within it.
 #pragma once
 
 #include "additive_attention_fwd.h"
@@ -41,8 +41,8 @@ struct Columns {
   }
 };
 
-// Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list) given
-// ds[a * ld + j]. Returns the sum of p. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+// Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list)
+// given ds[a * ld + j]. Returns the sum of p. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
 template <typename T, int NQ, class ReadQ, class ReadK>
 ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
                                  int64_t n, const T* ds, int64_t ld, const ReadQ& read_q, const ReadK& read_k) {
@@ -94,8 +94,8 @@ ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T
   return total;
 }
 
-// What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in parts,
-// (B, A in whole vectors), to be added up in order.
+// What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in
+// parts, (B, A in whole vectors), to be added up in order.
 template <typename T>
 struct UnitsBackward {
   const AdditiveScores& op;
@@ -110,7 +110,9 @@ struct UnitsBackward {
     const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
     return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
   }
-  ATTN_INLINE Vec<T> query(int64_t b, int64_t i, int64_t c) const { return read(op.query, b, i, c) + load(units.bias + c); }
+  ATTN_INLINE Vec<T> query(int64_t b, int64_t i, int64_t c) const {
+    return read(op.query, b, i, c) + load(units.bias + c);
+  }
   ATTN_INLINE Vec<T> key(int64_t b, int64_t j, int64_t c) const { return read(op.keys, b, j, c); }
 
   // Stores vector c of dquery[b, i], of sum g, and returns it.
@@ -149,7 +151,8 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   if (per_query) any.mask = nullptr;
   const int64_t n = list_steps(any, b, 0, Tk, list);
   auto read_q = [&](int64_t i, int64_t u) __attribute__((always_inline)) { return back.query(b, i, first + u * w); };
-  auto read_k = [&](int64_t j, int64_t u) __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
+  auto read_k = [&](int64_t j, int64_t u)
+                    __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
   Columns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
   for (int64_t i = 0; i < Tq; ++i) q.set(i, vectors, read_q);
   for (int64_t j = 0; j < n; ++j) k.set(j, vectors, read_k);
@@ -190,12 +193,13 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
 
 enum class Form { pair, single, direct };
 
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size) of a strip
-// of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score of query i and
-// step r.
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size) of
+// a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score
+// of query i and step r.
 template <typename T, int NK, Form form>
-ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq, const T* ek,
-                           const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys, int64_t columns) {
+ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
+                           const T* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,
+                           int64_t columns) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   for (int64_t c = 0; c < size; c += width<T>) {
     Vec<T> dk[NK] = {}, total = load(p + c);
@@ -235,8 +239,8 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
   }
 }
 
-// Few queries: memory decides, so keys are read and dkeys written in one walk along rows, with the sums in L1. The task has
-// the units [first, first + size) of a sentence, in whole vectors.
+// Few queries: memory decides, so keys are read and dkeys written in one walk along rows, with the sums in L1. The task
+// has the units [first, first + size) of a sentence, in whole vectors.
 template <typename T>
 void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;
@@ -256,9 +260,8 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   memset(p, 0, size * sizeof(T));
   T q_top = 0;
   for (int64_t i = 0; i < op.Tq; ++i) {
-    const T top = exponentials(size, eq + i * size, [&](int64_t c) __attribute__((always_inline)) {
-      return back.query(b, i, first + c);
-    });
+    const T top = exponentials(size, eq + i * size,
+                               [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
     if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
   }
   Array3 keys = op.keys;  // the strip of it
@@ -274,8 +277,8 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
         const T* row = read_row(keys, b, list[j + r], columns, copies);
         const int64_t whole = columns / w * w;
         const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
-          return c < whole ? load(row + c) : load_part(row + c, columns - c);
-        });
+                          return c < whole ? load(row + c) : load_part(row + c, columns - c);
+                        });
         pair = pair && reach <= kPair;
         single = single && reach <= kSingle;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;

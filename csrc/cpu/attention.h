@@ -1,5 +1,5 @@
-// What every attention op shares, whatever its score: softmax over the attended steps, context, and the way back from the
-// gradients of context and alignments to those of scores and values. Part of a SIMD level: see simd.h.
+// What every attention op shares, whatever its score: softmax over the attended steps, context, and the way back from
+// the gradients of context and alignments to those of scores and values. Part of a SIMD level: see simd.h.
 //
 // Padding is left out by listing the attended steps of a sentence: scores, weights and gradients are computed for the
 // listed steps only ("compact" rows), so that nothing a padded step holds can reach a result.
@@ -76,7 +76,8 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
 
 constexpr int64_t kValueRows = 64;  // rows of values (or the like) read at a time
 
-// out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, written as dtype, `at` elements into data.
+// out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, written as dtype, `at` elements into
+// data.
 template <typename T>
 void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_t n, int64_t columns, const T* weight,
                      int64_t ld, int64_t no, void* data, Dtype dtype, int64_t at, Scratch& scratch) {
@@ -102,8 +103,8 @@ struct Problem {
   Attended attended;
 };
 
-// Score: queries(b, first, n, scratch) prepares n queries; block(queries, b, list, n, out, ld, scratch) writes the scores
-// of those queries and of the n listed steps; cost() is the work of a pair.
+// Score: queries(b, first, n, scratch) prepares n queries; block(queries, b, list, n, out, ld, scratch) writes the
+// scores of those queries and of the n listed steps; cost() is the work of a pair.
 template <typename T, class Score>
 void attention_forward(const Problem& p, void* context, void* alignments, const Score& score) {
   const Chunks chunks(p.B, p.Tq, p.Tk, p.attended.per_query);
@@ -167,8 +168,8 @@ void attention_backward(const Problem& p, const Array3& alignments, const Array3
   });
 }
 
-// out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq, Tk);
-// zero for steps that none attends. The gradient of values, and of the keys of a dot product.
+// out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,
+// Tk); zero for steps that none attends. The gradient of values, and of the keys of a dot product.
 template <typename T>
 void weighted_steps(const Problem& p, const T* weights, const Array3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;

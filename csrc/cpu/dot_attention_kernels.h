@@ -45,13 +45,14 @@ void dot_attention_backward(const DotAttentionBackward& op) {
   const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
   T* weights = take<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  attention_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
-                     [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
-                       for (int64_t i = 0; i < nq; ++i)
-                         for (int64_t j = 0; j < n; ++j) ds[i * op.Tk + j] *= static_cast<T>(op.scale);
-                       weighted_output(op.keys, b, list, n, op.A, ds, op.Tk, nq, op.dquery, problem.dtype,
-                                       (b * op.Tq + first) * op.A, scratch);
-                     });
+  attention_backward(
+      problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
+      [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
+        for (int64_t i = 0; i < nq; ++i)
+          for (int64_t j = 0; j < n; ++j) ds[i * op.Tk + j] *= static_cast<T>(op.scale);
+        weighted_output(op.keys, b, list, n, op.A, ds, op.Tk, nq, op.dquery, problem.dtype, (b * op.Tq + first) * op.A,
+                        scratch);
+      });
   weighted_steps(problem, dscores, op.query, op.A, op.dkeys);
   if (op.grad_context)
     weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues);

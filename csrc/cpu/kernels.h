@@ -20,7 +20,8 @@ struct Level {
   const Kernels* kernels;
 };
 
-// The best level of this CPU, or the one that the environment variable ATTN_KERNELS_SIMD names (portable, avx2, avx512).
+// The best level of this CPU, or the one that the environment variable ATTN_KERNELS_SIMD names (portable, avx2,
+// avx512).
 const Level& level();
 
 }  // namespace attn

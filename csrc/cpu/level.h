@@ -1,5 +1,5 @@
-// The kernels of one SIMD level as a table, for ATTN_LEVEL and ATTN_VECTOR_BYTES (see simd.h). Each level_*.cpp includes it
-// once, under the compiler target of its level.
+// The kernels of one SIMD level as a table, for ATTN_LEVEL and ATTN_VECTOR_BYTES (see simd.h). Each level_*.cpp
+// includes it once, under the compiler target of its level.
 #include "additive_attention_bwd.h"
 #include "dot_attention_kernels.h"
 

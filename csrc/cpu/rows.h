@@ -1,5 +1,5 @@
-// Rows of arrays, whatever their dtype and strides, as contiguous rows of the compute type (float; double for float64), and
-// the register-blocked products of rows. Part of a SIMD level: see simd.h.
+// Rows of arrays, whatever their dtype and strides, as contiguous rows of the compute type (float; double for float64),
+// and the register-blocked products of rows. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "runtime.h"
@@ -118,7 +118,7 @@ struct RowBlock {
   }
 };
 
-// Products -----------------------------------------------------------------------------------------------------------------
+// Products ------------------------------------------------------------------------------------------------------------
 
 // out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements.
 template <typename T, int NX, int NY>
@@ -159,7 +159,8 @@ void dot_rows(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int6
   }
 }
 
-// out_i[c..] (+)= sum_j weight[i * wi + j * wj] * y_j[c..] for NO rows out and NV vectors (or one part of a vector: n < width).
+// out_i[c..] (+)= sum_j weight[i * wi + j * wj] * y_j[c..] for NO rows out and NV vectors (or one part of a vector: n <
+// width).
 template <typename T, int NO, int NV>
 ATTN_INLINE void weighted_tile(T* const* out, const T* weight, int64_t wi, int64_t wj, const T* const* y, int64_t ny,
                                int64_t c, int64_t n, bool add) {

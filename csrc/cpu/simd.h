@@ -147,15 +147,14 @@ ATTN_INLINE IntVec<T> larger_magnitude(IntVec<T> top, Vec<T> x) {
 
 template <typename T>
 ATTN_INLINE T largest_magnitude(IntVec<T> top) {
-  const auto word =
-      reduce(top, [](IntVec<T> a, IntVec<T> b) __attribute__((always_inline)) { return a > b ? a : b; });
+  const auto word = reduce(top, [](IntVec<T> a, IntVec<T> b) __attribute__((always_inline)) { return a > b ? a : b; });
   T result;
   memcpy(&result, &word, sizeof(T));
   return result;
 }
 
-// e^x for x in [-87.3, 88.7], to about 1 ulp (Cephes' expf: x = n ln 2 + r, polynomial in r). Outside that range the result
-// is not meaningful; NaN stays NaN.
+// e^x for x in [-87.3, 88.7], to about 1 ulp (Cephes' expf: x = n ln 2 + r, polynomial in r). Outside that range the
+// result is not meaningful; NaN stays NaN.
 ATTN_INLINE Vec<float> exp_in_range(Vec<float> x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
   Vec<float> shifted = x * 1.44269504088896341f + magic;
@@ -189,7 +188,8 @@ ATTN_INLINE Vec<double> exp_in_range(Vec<double> x) {
 
 ATTN_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp_in_range(x); }
 
-// tanh to about 2 ulp, for every input: (1 - e) / (1 + e) with e = exp(-2|x|), a polynomial (Cephes' tanhf) where that cancels.
+// tanh to about 2 ulp, for every input: (1 - e) / (1 + e) with e = exp(-2|x|), a polynomial (Cephes' tanhf) where that
+// cancels.
 ATTN_INLINE Vec<float> tanh_any(Vec<float> x) {
   Vec<float> a = absolute<float>(x);
   Vec<float> e = exp_nonpositive(a * -2.0f);
@@ -211,14 +211,12 @@ ATTN_INLINE Vec<double> tanh_any(Vec<double> x) {
   return x;
 }
 
-// Low precision: bits in, float out, and back with rounding to nearest even -----------------------------------------------
+// Low precision: bits in, float out, and back with rounding to nearest even -------------------------------------------
 
 typedef uint16_t Half16 __attribute__((vector_size(ATTN_VECTOR_BYTES / 2)));
 typedef uint32_t Word32 __attribute__((vector_size(ATTN_VECTOR_BYTES)));
 
-ATTN_INLINE Vec<float> from_bfloat16(Half16 h) {
-  return (Vec<float>)(__builtin_convertvector(h, Word32) << 16);
-}
+ATTN_INLINE Vec<float> from_bfloat16(Half16 h) { return (Vec<float>)(__builtin_convertvector(h, Word32) << 16); }
 
 ATTN_INLINE Half16 to_bfloat16(Vec<float> x) {
   Word32 w = (Word32)x;
@@ -240,8 +238,8 @@ ATTN_INLINE Half16 to_float16(Vec<float> x) {
   Word32 w = (Word32)x;
   Word32 sign = (w >> 16) & 0x8000u;
   Word32 f = w & 0x7fffffffu;
-  Word32 normal = (f + 0xc8000fffu + ((f >> 13) & 1u)) >> 13;                 // exponent 127 -> 15, rounding included
-  Word32 subnormal = (Word32)((Vec<float>)f + 0.5f) - 0x3f000000u;            // the addition rounds to multiples of 2^-24
+  Word32 normal = (f + 0xc8000fffu + ((f >> 13) & 1u)) >> 13;       // exponent 127 -> 15, rounding included
+  Word32 subnormal = (Word32)((Vec<float>)f + 0.5f) - 0x3f000000u;  // the addition rounds to multiples of 2^-24
   Word32 infinite = f > 0x7f800000u ? (Word32{} + 0x7e00u) : (Word32{} + 0x7c00u);
   Word32 result = f < 0x38800000u ? subnormal : normal;
   result = f >= 0x47800000u ? infinite : result;
