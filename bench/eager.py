@@ -1,8 +1,8 @@
 """What users write today: the formulas in eager PyTorch, in the dtype of the inputs, all intermediates in memory.
 
 Signatures are those of ``attn_kernels.reference``. That file is the specification (sums in float32 or wider, padding
-that may hold NaN, rows with nothing to attend); this one is the code it replaces, so it is both what the benchmarks time
-and the error that the tests allow at a given precision. As in such code, a row with nothing to attend is NaN.
+that may hold NaN, rows with nothing to attend); this one is the code it replaces: what the benchmarks time, and the
+error that the tests allow at a given precision. As in such code, a row with nothing to attend is NaN.
 """
 
 from __future__ import annotations

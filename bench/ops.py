@@ -1,0 +1,568 @@
+"""Times the ops against eager PyTorch, torch.compile and scaled_dot_product_attention: ``python -m bench.ops --help``.
+
+For every shape, first the results and gradients of each way are compared with the eager formula, and the peak memory of
+each is taken; what computes something else gets no time. Then the ways take turns (``timing.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+import attn_kernels
+from attn_kernels.backends import choose
+
+from . import eager, files, machine, plots, timing
+from .machine import Allocator
+
+console = Console()
+
+
+class Op(str, Enum):
+    additive_attention = "additive_attention"
+    dot_attention = "dot_attention"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Lengths(str, Enum):
+    """none: no mask at all. random: memory_lengths between half of Tk and Tk."""
+
+    none = "none"
+    random = "random"
+
+
+class Shape(NamedTuple):
+    B: int
+    Tq: int
+    Tk: int
+    A: int
+    D: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self[:4] if self.A == self.D else self))
+
+
+# design.md's standard shapes. The first list runs on every device, the second also on a GPU.
+SHAPES = {
+    Shape(64, 1, 50, 512, 512): "decode step",
+    Shape(64, 1, 200, 1024, 1024): "decode step, longer and wider",
+    Shape(1, 1, 1000, 512, 512): "decode step, one long sentence",
+    Shape(8, 5, 200, 512, 512): "5 beams",
+    Shape(64, 1, 180, 128, 128): "Tacotron 2's sizes, without its location features",
+    Shape(32, 50, 50, 512, 512): "all target steps",
+    Shape(16, 100, 100, 512, 512): "all target steps, longer",
+    Shape(1280, 1, 66, 1024, 1024): "PyTorch's tensorexpr benchmark",
+    Shape(128, 10, 128, 1024, 1024): "PyTorch's tensorexpr benchmark",
+}
+GPU_SHAPES = {Shape(256, 74, 75, 1024, 1024): "MLPerf GNMT"}
+QUICK_SHAPES = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
+
+FORWARD, TRAINING = "forward", "forward+backward"
+SHORT = {FORWARD: "fwd", TRAINING: "fwd+bwd"}
+BASELINES = ("eager", "torch.compile", "sdpa")
+
+# Largest difference from the eager formula (in float32 or wider), as a share of the largest value of that tensor.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class Way:
+    """One way to compute a cell, and what came of it."""
+
+    name: str
+    function: Callable[..., Tensor] | None = None  # tensors -> context
+    detail: str = ""
+    failure: str | None = None  # why there is no time
+    memory_mb: float | None = None
+    error: float | None = None  # largest difference from the eager formula, as a share of the largest value
+    milliseconds: timing.Spread | None = None
+    times_ours: timing.Spread | None = None  # its time / the time of ours, within rounds: above 1 where ours is faster
+
+
+@dataclass
+class Cell:
+    """One line of the table: an op at one shape, forward or forward and backward."""
+
+    op: str
+    shape: Shape
+    passes: str
+    label: str
+    ours: str  # the name of the way that is ours; the backend's name
+    ways: list[Way] = field(default_factory=list)
+
+    def way(self, name: str) -> Way | None:
+        return next((way for way in self.ways if way.name == name), None)
+
+
+class Problem(NamedTuple):
+    """The inputs of one shape and what the eager formula makes of them."""
+
+    inputs: dict[str, Tensor]
+    grad_context: Tensor
+    memory_lengths: Tensor | None
+    expected: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float
+    rounds: int
+    compile: bool
+    need_weights: bool
+    lengths: Lengths
+    seed: int
+
+
+def make_problem(op: str, shape: Shape, settings: Settings, *, training: bool) -> Problem:
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator) * scale).to(settings.device, settings.dtype)
+
+    batch, queries, steps, units, width = shape
+    inputs = {
+        "query": normal(batch, queries, units, scale=1.0 if op == "additive_attention" else units**-0.5),
+        "keys": normal(batch, steps, units),
+        "values": normal(batch, steps, width),
+    }
+    if op == "additive_attention":
+        inputs["v"] = normal(units, scale=units**-0.5)
+    lengths = None
+    if settings.lengths is Lengths.random:
+        lengths = torch.randint(max(1, steps // 2), steps + 1, (batch,), generator=generator).to(settings.device)
+    grad_context = normal(batch, queries, width)
+    wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in inputs.items()}
+    formula = functools.partial(getattr(eager, op), memory_lengths=lengths, need_weights=False)
+    expected = results(lambda *tensors: formula(*tensors).context, wide, grad_context, training=training)
+    return Problem(inputs, grad_context, lengths, expected)
+
+
+def results(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], grad_context: Tensor, *, training: bool
+) -> dict[str, Tensor]:
+    """The context and, for training, the gradient of every input, by name."""
+    if not training:
+        with torch.no_grad():
+            return {"context": function(*inputs.values())}
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    context = function(*leaves)
+    gradients = torch.autograd.grad(context, leaves, grad_context.to(context.dtype))
+    return {"context": context.detach(), **{f"d{name}": g for name, g in zip(inputs, gradients, strict=True)}}
+
+
+def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference over all tensors, as a share of the largest value of its tensor, and whose it is."""
+    worst, where = 0.0, ""
+    for name, wanted in expected.items():
+        error = ((got[name].to(wanted.dtype) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
+        if not error <= worst:  # also where it is NaN
+            worst, where = error, name
+    return worst, where
+
+
+def make_ways(op: str, problem: Problem, settings: Settings) -> tuple[str, list[Way]]:
+    """The name of ours, and all ways: each backend that runs here, eager, torch.compile in its variants, SDPA."""
+    masks = {"memory_lengths": problem.memory_lengths, "need_weights": settings.need_weights}
+
+    def way(name: str, function: Callable[..., attn_kernels.Attention], detail: str = "", **keywords: object) -> Way:
+        bound = functools.partial(function, **{**masks, **keywords})
+        return Way(name, lambda *tensors: bound(*tensors).context, detail)
+
+    def compiled(function: Callable[..., attn_kernels.Attention], detail: str) -> Way:
+        plain = way("torch.compile", function, detail)
+        assert plain.function is not None
+        plain.function = torch.compile(plain.function, dynamic=False)
+        return plain
+
+    device_type = settings.device.type
+    ours = choose(None, device_type)
+    public = getattr(attn_kernels, op)
+    backends = [ours]
+    if device_type == "cuda":
+        backends += [name for name in ("cuda", "triton") if name != ours and attn_kernels.backends()[name].available]
+    ways = [way(name, public, backend=name) for name in backends]
+    ways.append(way("eager", getattr(eager, op)))
+    if settings.compile and op == "additive_attention":
+        ways.append(compiled(eager.additive_attention, "sum as tanh(...) @ v"))
+        ways.append(compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
+    elif settings.compile:
+        ways.append(compiled(eager.dot_attention, ""))
+    if op == "dot_attention":
+        ways.append(way("sdpa", eager.sdpa_dot_attention, "returns no alignments", need_weights=False))
+    return ours, ways
+
+
+def bind(way: Way, problem: Problem, *, training: bool) -> Callable[[], object]:
+    """The call that is timed."""
+    assert way.function is not None
+    function, inputs = way.function, list(problem.inputs.values())
+    if not training:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return forward
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, problem.grad_context)
+
+
+def check(way: Way, problem: Problem, dtype: torch.dtype, *, training: bool) -> None:
+    """Runs a way once and notes why it may not be timed, if so."""
+    try:
+        got = results(way.function, problem.inputs, problem.grad_context, training=training)
+    except Exception as error:  # whatever a compiler or a kernel raises belongs into the cell
+        lines = str(error).strip().splitlines()
+        way.failure = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+        return
+    way.error, where = largest_error(got, problem.expected)
+    if not way.error <= TOLERANCES[dtype]:
+        way.failure = f"wrong: {where} differs by {way.error:.1e} of its largest value"
+        way.error = None if way.error != way.error else way.error  # JSON has no NaN
+
+
+def run_cell(cell: Cell, settings: Settings, *, measure_memory: bool) -> None:
+    """Checks all ways of a cell; then, in the pass for memory, takes their peaks, and otherwise their times."""
+    training = cell.passes == TRAINING
+    torch.compiler.reset()
+    problem = make_problem(cell.op, cell.shape, settings, training=training)
+    ours, ways = make_ways(cell.op, problem, settings)
+    for way in ways:
+        check(way, problem, settings.dtype, training=training)
+    calls = {i: bind(way, problem, training=training) for i, way in enumerate(ways) if way.failure is None}
+    if measure_memory:
+        for i, call in calls.items():
+            ways[i].memory_mb = machine.peak_memory(call, settings.device)
+        cell.ways = ways
+        return
+    timer = timing.timer_for(settings.device)
+    variants = [i for i in calls if ways[i].name == "torch.compile"]
+    if len(variants) > 1:  # only the faster one goes on
+        tried = {i: timing.interleave({str(i): calls[i]}, timer, seconds=0, least_rounds=3)[str(i)] for i in variants}
+        fastest = min(variants, key=lambda i: timing.spread(tried[i]).median)
+        for i in variants:
+            if i != fastest:
+                del calls[i]
+                ways[i].failure = "slower than the other way to write the sum"
+    samples = timing.interleave(
+        {str(i): call for i, call in calls.items()}, timer, seconds=settings.seconds, least_rounds=settings.rounds
+    )
+    for i in calls:
+        way = ways[i]
+        times = timing.spread(samples[str(i)])
+        way.milliseconds = timing.Spread(*(1e3 * t for t in times))
+        if 0 in calls:
+            way.times_ours = timing.ratios(samples, str(i), "0")
+    memory = {(way.name, way.detail): way.memory_mb for way in cell.ways}
+    for way in ways:
+        way.memory_mb = memory.get((way.name, way.detail))
+    cell.ours, cell.ways = ours, one_compiled(ways)
+
+
+def one_compiled(ways: list[Way]) -> list[Way]:
+    """Of the variants of torch.compile, the one that was timed; where none was, the first with its reason."""
+    compiled = [way for way in ways if way.name == "torch.compile"]
+    kept = next((way for way in compiled if way.milliseconds is not None), compiled[0] if compiled else None)
+    return [way for way in ways if way.name != "torch.compile" or way is kept]
+
+
+def plan(ops: list[Op], shapes: dict[Shape, str], passes: list[str]) -> list[Cell]:
+    return [Cell(op.value, shape, p, label, "") for op in ops for shape, label in shapes.items() for p in passes]
+
+
+def run(cells: list[Cell], settings: Settings, allocator: Allocator) -> str:
+    """Fills in the cells, with progress bars; returns what the allocator was for the times."""
+    with progress_bars() as progress:
+        machine.set_allocator_for_memory(allocator)
+        for cell in tracked(progress, "results and memory", cells):
+            run_cell(cell, settings, measure_memory=True)
+        in_effect = machine.set_allocator(allocator)
+        for cell in tracked(progress, "times", cells):
+            run_cell(cell, settings, measure_memory=False)
+    return in_effect
+
+
+def tracked(progress: Progress, what: str, cells: list[Cell]) -> Iterator[Cell]:
+    task = progress.add_task(what, total=len(cells))
+    for cell in cells:
+        progress.update(task, description=f"{what}: {cell.op} ({cell.shape}) {cell.passes}")
+        yield cell
+        progress.advance(task)
+    progress.update(task, description=what)
+
+
+def progress_bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def as_result(cells: list[Cell], settings: Settings, description: dict[str, str | int]) -> dict[str, object]:
+    def spread(values: timing.Spread | None) -> dict[str, float] | None:
+        return None if values is None else {k: round(v, 5) for k, v in values._asdict().items()}
+
+    def as_json(way: Way) -> dict[str, object]:
+        entry = asdict(way)
+        del entry["function"]
+        return {**entry, "milliseconds": spread(way.milliseconds), "times_ours": spread(way.times_ours)}
+
+    return {
+        "part": "ops",
+        "machine": description,
+        "settings": {
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "seconds a cell": settings.seconds,
+            "alignments returned": settings.need_weights,
+            "lengths": settings.lengths.value,
+            "seed": settings.seed,
+            "memory": "peak during one call beyond what is held before it, MB",
+            "milliseconds": "median and quartiles over interleaved rounds",
+            "times_ours": "median and quartiles of the ratios within rounds; above 1 where ours is faster",
+        },
+        "cells": [
+            {
+                "op": cell.op,
+                "shape": cell.shape._asdict(),
+                "label": cell.label,
+                "passes": cell.passes,
+                "ours": cell.ours,
+                "ways": [as_json(way) for way in cell.ways],
+            }
+            for cell in cells
+        ],
+    }
+
+
+def tables(cells: list[Cell], description: dict[str, str | int], settings: Settings) -> RenderableType:
+    """One table for each op, then what did not run and why, then where all this was measured."""
+    parts: list[RenderableType] = []
+    notes: list[str] = []
+    dtype = str(settings.dtype).removeprefix("torch.")
+    for op in dict.fromkeys(cell.op for cell in cells):
+        parts.append(op_table(op, [cell for cell in cells if cell.op == op], dtype, notes))
+    parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
+    parts.append(Text("ms: median over interleaved rounds. x: time of the other / time of ours, median over rounds."))
+    parts.append(Text("Below 1x!: ours loses. MB: peak memory of one call: ours / eager / torch.compile."))
+    parts.append(machine.as_text(description))
+    return Group(*parts)
+
+
+def op_table(op: str, cells: list[Cell], dtype: str, notes: list[str]) -> Table:
+    others = {"eager": "eager", "torch.compile": "compile", **({"sdpa": "SDPA"} if op == "dot_attention" else {})}
+    title = f"{op}, {dtype}, ours: {cells[0].ours}"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("B,Tq,Tk,A", "pass"):
+        result.add_column(column, no_wrap=True)
+    for column in ("ms", *others.values(), "MB"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for cell in cells:
+        memory = " / ".join(megabytes(cell.way(name)) for name in (cell.ours, "eager", "torch.compile"))
+        time = milliseconds(cell.way(cell.ours), notes)
+        ratios = [times_ours(cell.way(name), notes) for name in others]
+        result.add_row(str(cell.shape), SHORT[cell.passes], time, *ratios, memory)
+        for way in cell.ways:
+            if way.name != cell.ours and way.name not in BASELINES:  # another backend of ours
+                blanks = [""] * (len(others) - 1)
+                row = [f"  {way.name}", "", milliseconds(way, notes), times_ours(way, notes), *blanks, megabytes(way)]
+                result.add_row(*row)
+    return result
+
+
+def milliseconds(way: Way | None, notes: list[str]) -> str:
+    if way is None or way.milliseconds is None:
+        return failed(way, notes)
+    return f"{way.milliseconds.median:.3g}"
+
+
+def times_ours(way: Way | None, notes: list[str]) -> str:
+    """A ratio; one that ours loses stands out, in colour and in plain text."""
+    if way is None or way.times_ours is None:
+        return failed(way, notes)
+    ratio = way.times_ours.median
+    return f"[bold red]{ratio:.2f}x![/]" if round(ratio, 2) < 1 else f"{ratio:.1f}x "
+
+
+def failed(way: Way | None, notes: list[str]) -> str:
+    if way is None or way.failure is None:
+        return "-"
+    note = f"{way.name}: {way.failure}"
+    if note not in notes:
+        notes.append(note)
+    return rf"[yellow]none \[{notes.index(note) + 1}][/]"
+
+
+def megabytes(way: Way | None) -> str:
+    if way is None or way.memory_mb is None:
+        return "-"
+    return f"{way.memory_mb:.1f}" if way.memory_mb < 99.5 else f"{way.memory_mb:.0f}"
+
+
+def wrong_cells(cells: list[Cell]) -> list[str]:
+    """Where ours has no time: its results are wrong or it failed."""
+    found = []
+    for cell in cells:
+        way = cell.way(cell.ours)
+        if way is not None and way.failure:
+            found.append(f"{cell.op} ({cell.shape}) {cell.passes}, backend {cell.ours}: {way.failure}")
+    return found
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def parse_shape(text: str) -> Shape:
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) == 4:
+        sizes.append(sizes[3])
+    if len(sizes) != 5 or min(sizes) < 1:
+        raise typer.BadParameter(f"a shape is B,Tq,Tk,A or B,Tq,Tk,A,D, five positive numbers at most; got {text!r}")
+    return Shape(*sizes)
+
+
+def parse_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error).splitlines()[0]) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{name}: PyTorch finds no GPU here")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name}: cpu or cuda")
+    return device
+
+
+def default_devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def benchmark(
+    *,
+    devices: list[str] | None = None,
+    shapes: list[Shape] | None = None,
+    ops: list[Op] | None = None,
+    passes: tuple[str, ...] = (FORWARD, TRAINING),
+    dtype: Dtype = Dtype.float32,
+    threads: int = 1,
+    allocator: Allocator = Allocator.reuse,
+    compile: bool = True,
+    need_weights: bool = False,
+    lengths: Lengths = Lengths.none,
+    seconds: float = 2.0,
+    rounds: int = 5,
+    seed: int = 0,
+    output: Path = files.LOCAL,
+    quick: bool = False,
+) -> tuple[list[Path], list[str]]:
+    """Runs, prints and stores the benchmark; returns the files and the cells in which ours is wrong."""
+    torch.set_num_threads(threads)
+    written, wrong = [], []
+    for name in devices or default_devices():
+        device = parse_device(name)
+        chosen = dict.fromkeys(shapes, "") if shapes else dict(SHAPES)
+        if not shapes and quick:
+            chosen = {shape: SHAPES[shape] for shape in QUICK_SHAPES}
+        elif not shapes and device.type == "cuda":
+            chosen |= GPU_SHAPES
+        if quick:
+            seconds, rounds = min(seconds, 0.5), min(rounds, 3)
+        settings = Settings(getattr(torch, dtype.value), device, seconds, rounds, compile, need_weights, lengths, seed)
+        if choose(None, device.type) == "reference":
+            console.print(f"[bold red]No fused backend runs on {device.type}; ours is the reference:[/]")
+            for backend in attn_kernels.backends().values():
+                if not backend.available:
+                    console.print(f"  {backend.name}: {backend.detail}", highlight=False)
+        cells = plan(ops or list(Op), chosen, list(passes))
+        in_effect = run(cells, settings, allocator)
+        description = machine.describe(device, in_effect)
+        stem = "-".join(["ops", device.type, *([] if dtype is Dtype.float32 else [dtype.value])])
+        files.write_json(output / f"{stem}.json", as_result(cells, settings, description))
+        plots.speed(output / f"{stem}.png", cells, description, settings)
+        console.print(tables(cells, description, settings))
+        written += [output / f"{stem}.json", output / f"{stem}.png"]
+        wrong += wrong_cells(cells)
+    for line in wrong:
+        console.print(f"[bold red]No time for ours:[/] {line}")
+    return written, wrong
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help="B,Tq,Tk,A or B,Tq,Tk,A,D; may be repeated.")] = None,
+    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
+    forward: Annotated[bool, typer.Option(help="Time the forward alone.")] = True,
+    backward: Annotated[bool, typer.Option(help="Time forward and backward together.")] = True,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda; all that are here if left out.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of the kernels.")] = 1,
+    allocator: Annotated[
+        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: glibc's own.")
+    ] = Allocator.reuse,
+    compile: Annotated[bool, typer.Option(help="Time torch.compile as well; needs a C++ compiler.")] = True,
+    need_weights: Annotated[bool, typer.Option(help="Ask for the alignments too (not of SDPA).")] = False,
+    lengths: Annotated[Lengths, typer.Option(help="random: memory_lengths between Tk/2 and Tk.")] = Lengths.none,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
+    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the JSON file and the plot.", show_default=files.shown(files.LOCAL))
+    ] = files.LOCAL,
+    quick: Annotated[bool, typer.Option(help="Two shapes, few rounds.")] = False,
+) -> None:
+    """Times additive_attention and dot_attention against eager PyTorch, torch.compile and SDPA."""
+    passes = (FORWARD,) * forward + (TRAINING,) * backward
+    if not passes:
+        raise typer.BadParameter("--no-forward and --no-backward leave nothing to time")
+    written, wrong = benchmark(
+        devices=device,
+        shapes=[parse_shape(text) for text in shape] if shape else None,
+        ops=op,
+        passes=passes,
+        dtype=dtype,
+        threads=threads,
+        allocator=allocator,
+        compile=compile,
+        need_weights=need_weights,
+        lengths=lengths,
+        seconds=seconds,
+        rounds=rounds,
+        seed=seed,
+        output=output,
+        quick=quick,
+    )
+    console.print("Written: " + ", ".join(files.shown(path) for path in written))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    app()

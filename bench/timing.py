@@ -1,0 +1,126 @@
+"""Timing several ways to compute the same thing so that their ratios survive a noisy machine.
+
+The ways take turns: each round times all of them, in random order, and a ratio is formed within a round. Reported are
+the median of these ratios and their quartiles; a slow second of the machine falls on a round, not on one of the ways.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+Call = Callable[[], object]
+Timer = Callable[[Call, int], float]  # seconds a call, over that many calls in a row
+Samples = dict[str, list[float]]  # seconds a call, by name, one for each round
+
+
+class Spread(NamedTuple):
+    """A median with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+class WallTimer:
+    """Time on the wall: for the CPU."""
+
+    shortest_sample = 1e-3  # seconds; shorter calls are repeated within a sample
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def __call__(self, call: Call, repeats: int) -> float:
+        start = self.clock()
+        for _ in range(repeats):
+            call()
+        return (self.clock() - start) / repeats
+
+
+class CudaTimer:
+    """Time between two events of the current CUDA stream. Calls follow each other: the L2 cache is not flushed."""
+
+    shortest_sample = 5e-3
+
+    def __call__(self, call: Call, repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+
+
+def timer_for(device: torch.device) -> WallTimer | CudaTimer:
+    return CudaTimer() if device.type == "cuda" else WallTimer()
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    timer: WallTimer | CudaTimer,
+    *,
+    seconds: float,
+    seed: int = 0,
+    least_rounds: int = 5,
+    most_rounds: int = 100,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples:
+    """Rounds of all calls until ``seconds`` are spent, at least ``least_rounds`` and at most ``most_rounds``."""
+    repeats, prime = {}, {}
+    for name, call in calls.items():
+        warm_up(call)
+        expected = max(timer(call, 1), 1e-9)
+        repeats[name] = max(1, round(timer.shortest_sample / expected))
+        # What another way left in the caches is not charged to this one; beyond this length it hardly matters.
+        prime[name] = expected < 20e-3
+    order = random.Random(seed)
+    names = list(calls)
+    samples: Samples = {name: [] for name in names}
+    start = clock()
+    for done in range(most_rounds):
+        if done >= least_rounds and clock() - start >= seconds:
+            break
+        order.shuffle(names)
+        for name in names:
+            if prime[name]:
+                calls[name]()
+            samples[name].append(timer(calls[name], repeats[name]))
+    return samples
+
+
+def warm_up(call: Call, most: int = 6) -> None:
+    """Calls at least twice, and until the allocator has settled: no more fresh pages."""
+    for done in range(most):
+        before = _page_faults()
+        call()
+        if done >= 1 and _page_faults() - before < 64:
+            return
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
+def spread(values: list[float]) -> Spread:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def ratios(samples: Samples, name: str, ours: str) -> Spread:
+    """How many times as long ``name`` takes as ``ours``, round by round: above 1 where ours is faster."""
+    return spread([theirs / own for theirs, own in zip(samples[name], samples[ours], strict=True)])
