@@ -145,7 +145,7 @@ CASES = {
     "wide values": Case(2, 3, 5, 4, 300, lengths="random"),
     "one unit": Case(2, 3, 9, 1, 1),
     "one step": Case(4, 5, 1, 16, 16, lengths="random"),
-    "33 queries": Case(2, 33, 65, 16, 16, lengths="random"),
+    "33 queries": Case(1, 33, 65, 16, 16, lengths="random"),
     "B = 0": Case(B=0, lengths="random", mask="steps"),
     "Tq = 0": Case(Tq=0, lengths="random", mask="pairs"),
     "Tk = 0": Case(Tk=0, lengths="random", mask="pairs"),
@@ -381,10 +381,11 @@ def tolerance(name: str, dtype: torch.dtype, exact: Tensor, eager_error: float, 
     where scale is the largest element of the exact result. The terms of a sum can be larger than the sum, and a
     gradient can cancel to nothing, so the scale is at least 1 (make() gives arguments for which such terms are of that
     order), but not for alignments, whose terms are positive. ``condition`` is for tests with scores far above 1: the
-    size of their terms, by which an error of the score, relative to it, comes out larger in softmax.
+    size of their terms, to which the error of a score is relative, and by which softmax makes it larger, up to 1e5.
     """
     peak = _largest(exact)
-    scale = condition * (peak if name == "alignments" else max(peak, 1.0))
+    scale = peak if name == "alignments" else max(peak, 1.0)
+    scale = max(scale, condition) if name == "scores" else scale * min(condition, 1e5)
     if dtype == torch.float64:
         return 2 * eager_error + 1e-10 * scale
     if dtype == torch.float32:
@@ -464,6 +465,7 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("triton", "cuda") and not interpreted(backend) else "cpu"
 
 
-def skip_if_slow(backend: str, case: Case) -> None:
-    if interpreted(backend) and case.pairs > 200_000:
+def skip_if_slow(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """What takes the interpreter more than seconds: float32 runs most cases there, other dtypes the small ones."""
+    if interpreted(backend) and (case.B > 16 or case.pairs > (60_000 if dtype == torch.float32 else 12_000)):
         pytest.skip("too large for Triton's interpreter")

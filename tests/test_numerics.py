@@ -41,11 +41,13 @@ PLACES = {"query": (0, 1, 2), "keys": (0, 3, 2), "values": (0, 3, 2), "v": (2,),
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 @ops
 def test_nan_and_inf_spread_as_the_formula_says(op: Op, backend: str, device: str, special: float, masks: dict) -> None:
+    if interpreted(backend) and "lengths" in masks:
+        pytest.skip("the other masks are enough for Triton's interpreter")
     case = Case(B=2, Tq=3, Tk=6, A=9, D=5, **masks)
     for name in op.inputs:
         if name in ("v", "bias") and "mask" in masks:
             continue  # they take part in every pair, padding too: whether 0 * NaN is 0 there is left open
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if interpreted(backend) else 2]:
             arguments = make(op, case, dtype, device)
             arguments.tensors[name][PLACES[name]] = special
             try:

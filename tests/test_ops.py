@@ -17,7 +17,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 @dtypes
 @ops
 def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: Case) -> None:
-    skip_if_slow(backend, case)
+    skip_if_slow(backend, case, dtype)
     check(op, case, dtype, backend)
 
 
@@ -26,7 +26,7 @@ def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: C
 @masked_ops
 def test_without_weights(op: Op, backend: str, device: str, dtype: torch.dtype, name: str) -> None:
     """need_weights=False leaves out alignments and changes nothing else, with gradients and without."""
-    skip_if_slow(backend, CASES[name])
+    skip_if_slow(backend, CASES[name], dtype)
     check(op, CASES[name]._replace(receives=("context",)), dtype, backend, need_weights=False)
     check(op, CASES[name]._replace(receives=()), dtype, backend, need_weights=False)
     arguments = make(op, CASES[name], dtype, device)
