@@ -15,5 +15,5 @@ for _function in (
     dot_attention.dot_attention,
     dot_attention.dot_attention_backward,
 ):
-    for _key in ("CUDA", "XPU", "CPU") if INTERPRETER else ("CUDA", "XPU"):
+    for _key in ("CUDA", "XPU", "CPU") if INTERPRETER.value else ("CUDA", "XPU"):
         ops.library.impl(f"{_function.__name__}.triton", _function, _key)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETER = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 FEW_QUERIES = 4  # up to here reading keys and values takes longer than computing with them
 SIZES = ["Tq", "Tk", "A", "D"]  # a kernel is not compiled again for sizes that are multiples of 16, or 1
 
@@ -50,6 +50,15 @@ def attended(mask, i, j, Tq, length, stride_mq, stride_mk):
 
 
 @triton.jit
+def dot(a, b, total):
+    """total (M, N) + a (M, X) @ b (X, N), in float32 whatever the dtype of a and b."""
+    if INTERPRETER:  # which takes bfloat16 for integers here
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
 def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.constexpr):
     """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs; with FEW, total is (M, X, N).
 
@@ -63,8 +72,8 @@ def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.con
     elif MASKED:
         used = tl.max(allowed.to(tl.int32), axis=0) > 0
         rows = tl.where(used[:, None], rows, 0.0)
-        if tl.max(tl.where(rows - rows == 0.0, 0, 1)) == 0:  # all finite
-            total = tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee")
+        if tl.max(tl.where(tl.abs(rows.to(tl.float32)) < float("inf"), 0, 1)) == 0:  # all finite
+            total = dot(weights.to(rows.dtype), rows, total)
         else:
             for x in range(weights.shape[1]):  # rare and slow: one column of weights at a time
                 picked = tl.arange(0, weights.shape[1]) == x
@@ -73,7 +82,7 @@ def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.con
                 row = tl.sum(tl.where(picked[:, None], rows.to(tl.float32), 0.0), axis=0)
                 total += tl.where(column_allowed[:, None], column[:, None] * row[None, :], 0.0)
     else:
-        total = tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee")
+        total = dot(weights.to(rows.dtype), rows, total)
     return total
 
 
@@ -126,7 +135,7 @@ def _product_kernel(
             if FEW:
                 total += q[:, None, :].to(total.dtype) * k[None, :, :].to(total.dtype)
             else:
-                total = tl.dot(q, tl.trans(k), total, input_precision="ieee")
+                total = dot(q, tl.trans(k), total)
             q_rows += BLOCK_A * stride_qa
             k_rows += BLOCK_A * stride_ka
         if FEW:
@@ -316,7 +325,10 @@ def _softmax_backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dscores = alignments * (g - sum_j alignments * g), g = dproduct + grad_alignments; 0 where not attended."""
+    """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
+
+    The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
+    """
     accumulate: tl.constexpr = dscores.dtype.element_ty
     tiles_q = tl.cdiv(padded_q, BLOCK_Q)
     program = tl.program_id(0)
@@ -331,8 +343,11 @@ def _softmax_backward_kernel(
         grad_alignments += b * stride_gb + i[:, None] * stride_gq
     if mask is not None:
         mask += b * stride_mb
-    delta = tl.zeros([BLOCK_Q], dtype=accumulate)
+    mean = tl.zeros([BLOCK_Q], dtype=accumulate)
+    total = tl.zeros([BLOCK_Q], dtype=accumulate)
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
+        if apply == 1:
+            mean = mean / tl.where(total == 0.0, 1.0, total)
         for start in range(0, length if apply == 0 else Tk, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -343,9 +358,10 @@ def _softmax_backward_kernel(
                 g += tl.load(grad_alignments + j[None, :] * stride_gk, mask=allowed, other=0.0).to(accumulate)
             p = tl.load(alignments + j[None, :] * stride_ak, mask=allowed, other=0.0).to(accumulate)
             if apply == 0:
-                delta += tl.sum(p * g, axis=1)
+                mean += tl.sum(p * g, axis=1)
+                total += tl.sum(p, axis=1)
             else:
-                gradient = tl.where(allowed, p * (g - delta[:, None]), 0.0)
+                gradient = tl.where(allowed, p * (g - mean[:, None]), 0.0)
                 stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
                 tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
 
@@ -433,7 +449,7 @@ def _weighted_sum_kernel(
     splits = tl.cdiv(X, rows_per_split)
     tiles_m = tl.cdiv(M, BLOCK_M)
     program = tl.program_id(0)
-    n = (program % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = (program // tiles_n) % splits
     m = ((program // (tiles_n * splits)) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = (program // (tiles_n * splits * tiles_m)).to(tl.int64)
@@ -444,7 +460,7 @@ def _weighted_sum_kernel(
         used_m = M
         used_x = row_length(lengths, b, stride_lengths, X)
     weights += b * stride_wb + m[:, None] * stride_wm
-    rows += b * stride_rb + n[None, :] * stride_rn
+    rows += b * stride_rb + n.to(tl.int64)[None, :] * stride_rn
     if mask is not None:
         mask += b * stride_mb
     if FEW:
