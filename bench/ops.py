@@ -480,10 +480,10 @@ def benchmark(
     seed: int = 0,
     output: Path = files.LOCAL,
     quick: bool = False,
-) -> tuple[list[Path], list[str]]:
-    """Runs, prints and stores the benchmark; returns the files and the cells in which ours is wrong."""
+) -> tuple[list[Path], list[str], list[RenderableType]]:
+    """Runs, prints and stores the benchmark; returns the files, the cells where ours is wrong, and what it printed."""
     torch.set_num_threads(threads)
-    written, wrong = [], []
+    written, wrong, printed = [], [], []
     for name in devices or default_devices():
         device = parse_device(name)
         chosen = dict.fromkeys(shapes, "") if shapes else dict(SHAPES)
@@ -505,12 +505,13 @@ def benchmark(
         stem = "-".join(["ops", device.type, *([] if dtype is Dtype.float32 else [dtype.value])])
         files.write_json(output / f"{stem}.json", as_result(cells, settings, description))
         plots.speed(output / f"{stem}.png", cells, description, settings)
-        console.print(tables(cells, description, settings))
+        printed.append(tables(cells, description, settings))
+        console.print(printed[-1])
         written += [output / f"{stem}.json", output / f"{stem}.png"]
         wrong += wrong_cells(cells)
     for line in wrong:
         console.print(f"[bold red]No time for ours:[/] {line}")
-    return written, wrong
+    return written, wrong, printed
 
 
 app = typer.Typer(add_completion=False)
@@ -543,7 +544,7 @@ def main(
     passes = (FORWARD,) * forward + (TRAINING,) * backward
     if not passes:
         raise typer.BadParameter("--no-forward and --no-backward leave nothing to time")
-    written, wrong = benchmark(
+    written, wrong, _ = benchmark(
         devices=device,
         shapes=[parse_shape(text) for text in shape] if shape else None,
         ops=op,

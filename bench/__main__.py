@@ -1,0 +1,65 @@
+"""All benchmarks, one after the other: ``python -m bench``. Each part alone: ``python -m bench.ops``, ``bench.g2p``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import files, g2p, ops
+from .machine import Allocator
+
+console = Console()
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    quick: Annotated[bool, typer.Option(help="About a minute or two: few shapes, few steps.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for the ops.")] = 1,
+    training_threads: Annotated[int, typer.Option(min=1, help="Threads for the training.")] = g2p.THREADS,
+    allocator: Annotated[
+        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
+    ] = Allocator.reuse,
+    output: Annotated[
+        Path, typer.Option(help="Folder for JSON and plots.", show_default=files.shown(files.LOCAL))
+    ] = files.LOCAL,
+) -> None:
+    """Times the ops, then trains Seq2Seq on CMUdict with fused and with reference attention: under ten minutes on two
+    cores. On a machine with a GPU the ops are timed on it too. More options: python -m bench.ops --help, python -m
+    bench.g2p --help.
+    """
+    start = time.perf_counter()
+    console.rule("1 of 2: the ops")
+    written, wrong, printed = ops.benchmark(threads=threads, allocator=allocator, output=output, quick=quick)
+    console.rule("2 of 2: a model")
+    steps = g2p.QUICK_STEPS if quick else g2p.STEPS
+    more, result = g2p.benchmark(
+        g2p.Config(steps=steps),
+        threads=training_threads,
+        allocator=allocator,
+        words=g2p.QUICK_WORDS if quick else g2p.WORDS,
+        time_rounds=6 if quick else 30,
+        output=output,
+    )
+    console.rule("Summary")
+    for table in printed:
+        console.print(table)
+    console.print(g2p.summary(result))
+    if result["training step"]:
+        console.print(g2p.step_table(result["training step"]))
+    for line in wrong:
+        console.print(f"[bold red]No time for ours:[/] {line}")
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    console.print(f"{minutes} min {seconds} s. Written:")
+    for path in written + more:
+        console.print(f"  {files.shown(path)}", highlight=False)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    app()

