@@ -29,16 +29,22 @@ def backends() -> dict[str, Backend]:
     return {name: Backend(name, *_PROBES[name]()) for name in NAMES}
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str | None, device_type: str) -> str:
     """The backend that computes on tensors of ``device_type``: the named one, or the fastest that can.
 
     Raises ValueError, with the reason, where a named backend cannot: it is never replaced by another.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(_unknown(backend))
     chosen = _chosen.get((backend, device_type))
     if chosen is None:
         chosen = _chosen[backend, device_type] = _choose(backend, device_type)
     return chosen
+
+
+# torch.compile is to call it and take the result for a constant. This is all that torch.compiler.assume_constant_result
+# does, and that function imports the whole compiler: 2.5 seconds, for everyone who imports this package.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _chosen: dict[tuple[str | None, str], str] = {}
@@ -50,11 +56,15 @@ def _choose(backend: str | None, device_type: str) -> str:
             if _refusal(name, device_type) is None and not (name == "triton" and device_type == "cpu"):
                 return name
     if backend not in NAMES:
-        raise ValueError(f"attn_kernels: backend must be one of {', '.join(map(repr, NAMES))} or None, got {backend!r}")
+        raise ValueError(_unknown(backend))
     reason = _refusal(backend, device_type)
     if reason is not None:
         raise ValueError(f"attn_kernels: backend={backend!r} cannot be used on {device_type} tensors: {reason}")
     return backend
+
+
+def _unknown(backend: object) -> str:
+    return f"attn_kernels: backend must be one of {', '.join(map(repr, NAMES))} or None, got {backend!r}"
 
 
 def _refusal(name: str, device_type: str) -> str | None:

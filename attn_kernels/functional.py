@@ -109,6 +109,8 @@ def dot_attention(
     name = "dot_attention"
     if not isinstance(scale, (int, float)):
         raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+    if not -float("inf") < scale < float("inf"):
+        raise ValueError(f"{name}: scale must be a finite number, got {scale}")
     _check_query_keys(name, query, keys)
     _check_values(name, query, keys, values)
     _check_masks(name, query, keys, memory_lengths, mask)

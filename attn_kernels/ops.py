@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
@@ -28,31 +28,49 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
 
 
 def _define(
-    op: str,
-    schema: str,
-    fake: Callable[..., Any],
-    differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
+    op: str, schema: str, fake: Callable[..., Any], differentiable: Callable[[str], type[torch.autograd.Function]]
 ) -> None:
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
-        if differentiable is not None:
-            _register_autograd(op, backend, differentiable(backend))
+        _register_autograd(op, backend, differentiable(backend))
 
 
 def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function]) -> None:
     overload = kernel(op, backend)
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled():
+        # In forward mode too the Function is what refuses, where its tangents would be dropped without a word.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             for arg in args:
-                if isinstance(arg, Tensor) and arg.requires_grad:
+                if isinstance(arg, Tensor) and (arg.requires_grad or forward_ad._current_level >= 0):
                     return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
     library.impl(f"{op}.{backend}", autograd, "Autograd")
+
+
+def _refuse_second_derivative(op: str) -> Callable[[str], type[torch.autograd.Function]]:
+    """The autograd rule of a backward op: its results, once differentiated again, raise an error."""
+
+    def make(backend: str) -> type[torch.autograd.Function]:
+        class Backward(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):
+                return _below_autograd(op, backend, args)
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                name = op.removesuffix("_backward")
+                raise RuntimeError(
+                    f"{name}: backend={backend!r} has no second derivative; backend='reference' differentiates twice"
+                )
+
+        return Backward
+
+    return make
 
 
 def _below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
@@ -85,7 +103,6 @@ def _additive_scores_function(backend: str) -> type[torch.autograd.Function]:
             return _below_autograd("additive_scores", backend, args)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_scores):
             query, keys, v, bias = ctx.saved_tensors
             backward = kernel("additive_scores_backward", backend)
@@ -99,6 +116,7 @@ _define(
     "additive_scores_backward",
     "(Tensor grad_scores, Tensor query, Tensor keys, Tensor v, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _additive_scores_backward_fake,
+    _refuse_second_derivative("additive_scores_backward"),
 )
 _define(
     "additive_scores",
@@ -146,7 +164,6 @@ def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
             return context, alignments
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_context, grad_alignments):
             if grad_context is None and grad_alignments is None:
                 return (None,) * 8
@@ -163,6 +180,7 @@ _define(
     "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
     "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _additive_attention_backward_fake,
+    _refuse_second_derivative("additive_attention_backward"),
 )
 _define(
     "additive_attention",
@@ -198,7 +216,6 @@ def _dot_attention_function(backend: str) -> type[torch.autograd.Function]:
             return context, alignments
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_context, grad_alignments):
             if grad_context is None and grad_alignments is None:
                 return (None,) * 7
@@ -217,6 +234,7 @@ _define(
     "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
     "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
     _dot_attention_backward_fake,
+    _refuse_second_derivative("dot_attention_backward"),
 )
 _define(
     "dot_attention",

@@ -1,6 +1,6 @@
 // Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
 //
-// With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p - p r gives dquery and dkeys as sums of 4 v g,
+// With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p (1 - r) gives dquery and dkeys as sums of 4 v g,
 // and dv = sum(ds) - 2 sum(p). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes
 // some units of one sentence, so that all sums over queries and steps stay within it.
 #pragma once
@@ -63,20 +63,23 @@ ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T
       dk += g;
       total += p;
     };
-    auto add_reciprocal = [&](int a, Vec<T> r) __attribute__((always_inline)) {
+    auto add_reciprocal = [&](int a, Vec<T> e, Vec<T> r) __attribute__((always_inline)) {
       const Vec<T> p = ds[a * ld + j] * r;
-      add(a, p, p - p * r);
+      add(a, p, p * (e * r));  // 1 - r = E r, without the cancellation where r is near 1
     };
     const Vec<T> ek = load(k.e + k.at(row, u));
     if (sizeof(T) == 4 && NQ % 2 == 0 && reach <= kPair) {
       for (int a = 0; a + 1 < NQ; a += 2) {
-        const Vec<T> d1 = T(1) + eq[a] * ek, d2 = T(1) + eq[a + 1] * ek;
+        const Vec<T> e1 = eq[a] * ek, e2 = eq[a + 1] * ek, d1 = T(1) + e1, d2 = T(1) + e2;
         const Vec<T> inverse = T(1) / (d1 * d2);
-        add_reciprocal(a, inverse * d2);
-        add_reciprocal(a + 1, inverse * d1);
+        add_reciprocal(a, e1, inverse * d2);
+        add_reciprocal(a + 1, e2, inverse * d1);
       }
     } else if (sizeof(T) == 4 && reach <= kSingle) {
-      for (int a = 0; a < NQ; ++a) add_reciprocal(a, T(1) / (T(1) + eq[a] * ek));
+      for (int a = 0; a < NQ; ++a) {
+        const Vec<T> e = eq[a] * ek;
+        add_reciprocal(a, e, T(1) / (T(1) + e));
+      }
     } else {
       const Vec<T> x = read_k(row, u);
       for (int a = 0; a < NQ; ++a) {
@@ -211,11 +214,11 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
         dqi += g;
         total += pr;
       };
-      auto add_reciprocal = [&](int r, Vec<T> x) __attribute__((always_inline)) {
+      auto add_reciprocal = [&](int r, Vec<T> e, Vec<T> x) __attribute__((always_inline)) {
         const Vec<T> pr = ds[i * Tk + r] * x;
-        add(r, pr, pr - pr * x);
+        add(r, pr, pr * (e * x));
       };
-      auto denominator = [&](int r) __attribute__((always_inline)) { return T(1) + q * load(ek + r * size + c); };
+      auto product = [&](int r) __attribute__((always_inline)) { return q * load(ek + r * size + c); };
       if constexpr (form == Form::direct) {
         for (int r = 0; r < NK; ++r) {
           const Vec<T> t = tanh_any(back.query(b, i, first + c) + back.key(b, steps[r], first + c));
@@ -224,12 +227,16 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
         }
       } else if constexpr (form == Form::pair && NK % 2 == 0) {
         for (int r = 0; r < NK; r += 2) {
-          const Vec<T> d1 = denominator(r), d2 = denominator(r + 1), inverse = T(1) / (d1 * d2);
-          add_reciprocal(r, inverse * d2);
-          add_reciprocal(r + 1, inverse * d1);
+          const Vec<T> e1 = product(r), e2 = product(r + 1), d1 = T(1) + e1, d2 = T(1) + e2;
+          const Vec<T> inverse = T(1) / (d1 * d2);
+          add_reciprocal(r, e1, inverse * d2);
+          add_reciprocal(r + 1, e2, inverse * d1);
         }
       } else {
-        for (int r = 0; r < NK; ++r) add_reciprocal(r, T(1) / denominator(r));
+        for (int r = 0; r < NK; ++r) {
+          const Vec<T> e = product(r);
+          add_reciprocal(r, e, T(1) / (T(1) + e));
+        }
       }
       store(dq + i * size + c, dqi);
     }

@@ -22,8 +22,8 @@ namespace ATTN_LEVEL {
 // than 2^-24 dropped (they are below the rounding of the others) and d scaled by 2^-40, three denominators lie between
 // 2^-40 and 2^(24 - 40) (1 + E), so their product is in range while 1 + E < 2^56.
 constexpr float kThree = 19.0f;
-constexpr float kSingle = 43.0f;     // e^{2q}, e^{2k} and their product are in range
-constexpr float kPair = 21.5f;       // the product of two 1 + E is
+constexpr float kSingle = 43.0f;  // e^{2q}, e^{2k} and their product are in range
+constexpr float kPair = 21.5f;    // the product of two 1 + E is
 constexpr double kSmallestUnit = 0x1p-24, kUnitScale = 0x1p-40;
 // 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where scores are
 // sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation 0.01 to 3, norms
@@ -59,8 +59,8 @@ struct Units {
       const Vec<T> x = load_as<T>(op.v.data, op.v.dtype, c * op.v.stride[2], op.v.stride[2], n - c);
       const Vec<T> zero{};
       store(v + c, x);
-      store(bias + c, op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], n - c)
-                              : zero);
+      store(bias + c,
+            op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], n - c) : zero);
       top_bits = larger_magnitude<T>(top_bits, x);
       squares += x * x;
     }
@@ -142,8 +142,8 @@ ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, const T* k, in
 // Scores of NQ queries and NK steps, by the fastest form that is in range. direct(a, b) is the score of query i + a and step
 // j + b by tanh itself.
 template <typename T, int NQ, int NK, class Direct>
-ATTN_INLINE void score_tile(const Units<T>& units, const Projected<T>& q, int64_t i, const Projected<T>& k, int64_t j, T* out,
-                            int64_t out_ld, const Direct& direct) {
+ATTN_INLINE void score_tile(const Units<T>& units, const Projected<T>& q, int64_t i, const Projected<T>& k, int64_t j,
+                            T* out, int64_t out_ld, const Direct& direct) {
   const int64_t ld = q.ld;
   bool in_range = units.factored;
   for (int a = 0; a < NQ; ++a)

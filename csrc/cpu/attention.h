@@ -173,7 +173,7 @@ void attention_backward(const Problem& p, const Array3& alignments, const Array3
 template <typename T>
 void weighted_steps(const Problem& p, const T* weights, const Array3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;
-  const int64_t strip = per_query ? 4 * width<T> : columns;
+  const int64_t strip = per_query ? 4 * width<T> : larger(columns, 1);
   const int64_t step_rows = per_query ? p.Tk : larger(1, smaller(kValueRows, divide_up(p.B * p.Tk, thread_count())));
   const int64_t row_tasks = divide_up(p.Tk, step_rows), strips = divide_up(columns, strip);
   for_each_task(p.B * row_tasks * strips, p.Tq * step_rows * strip, [&](int64_t task, Scratch& scratch) {
