@@ -37,7 +37,7 @@ THREADS = 1  # steps of this size gain little from more, and lose much where oth
 FUSED, REFERENCE = "fused", "reference"
 _BACKENDS = {FUSED: None, REFERENCE: "reference"}
 
-STEPS, QUICK_STEPS = 1600, 60
+STEPS, QUICK_STEPS = 1200, 60
 WORDS, QUICK_WORDS = 2000, 200
 
 
@@ -507,7 +507,7 @@ _DEFAULT = Config()
 
 @app.command()
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps. 940 steps of 128 are an epoch.")] = STEPS,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; about 1900 are an epoch.")] = STEPS,
     only: Annotated[Only | None, typer.Option(help="Train one model and compare nothing.")] = None,
     attention: Annotated[str, typer.Option(help="As of Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
     cell: Annotated[str, typer.Option(help="lstm or gru.")] = _DEFAULT.cell,

