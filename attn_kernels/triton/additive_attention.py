@@ -1,16 +1,16 @@
 """additive_attention and additive_scores in Triton: scores = v . tanh(query + keys + bias), softmax, context.
 
-Many queries. tanh(q + k) = 1 - 2 r with r = 1 / (1 + E), and E = exp(2 q) exp(2 k) is a product of exponentials that are
-made once per row. Three units share one reciprocal over their common denominator. That costs 11 instructions and one
-special-function operation for three hidden units, where tanh costs about 15 and two for each. It holds while no product
-overflows and while ||v|| is small enough that an error of a rounding of 1 in each unit does not count; each tile looks at
-the largest |q| + |k| among its attended pairs, and takes tanh itself where the limits are passed or where there is NaN.
+Many queries. tanh(q + k) = 1 - 2 r with r = 1 / (1 + E), and E = exp(2 q) exp(2 k) is a product of exponentials that
+are made once per row. Three units share one reciprocal over their common denominator: 11 instructions for three hidden
+units, one of them a special function, where tanh costs about 15 and two for each. It holds while no product overflows,
+and while ||v|| is so small that an error of a rounding of 1 in each unit does not count. Each tile looks at the largest
+|q| + |k| among its attended pairs, and takes tanh itself beyond the limits and where there is NaN.
 
 Few queries. Reading keys and values is what takes the time, so tanh is computed directly, units along the threads.
 
-Backward. The hidden units are computed again: with p = ds r and g = ds (r - r r), dquery and dkeys are sums of 4 v g, and dv is
-the sum of ds - 2 p. One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what
-crosses blocks is written apart and added in order afterwards.
+Backward. The hidden units are computed again: with p = ds r and g = ds (r - r r), dquery and dkeys are sums of 4 v g,
+and dv is the sum of ds - 2 p. One thread keeps one unit for all queries of its block, so the sums need no other thread.
+Only what crosses blocks is written apart and added in order afterwards.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .attend import (
     attended,
     bytes_of,
     few_block,
+    few_tile,
     has_approximate_reciprocal,
     is_few,
     launch,
@@ -53,9 +54,7 @@ LARGEST_V_SQUARED = tl.constexpr(16.0)  # of ||v||^2: above, tanh itself is need
 def reciprocal(x, APPROXIMATE: tl.constexpr):
     """1 / x to one unit in the last place. The plain division of NVIDIA GPUs is several times as long."""
     if APPROXIMATE:
-        r = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         r = 1.0 / x
     return r
@@ -104,9 +103,10 @@ def _write_exponentials(
     exponentials, reach, rows, bias, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_bias, factor,
     BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """exponentials[b, i // BLOCK, u, i % BLOCK] = factor * exp(2 (rows[b, i, u] + bias[u])), reach[b, i] = max |rows| + |bias|.
+    """exponentials[b, i // BLOCK, u, i % BLOCK] = factor * exp(2 (rows[b, i, u] + bias[u])).
 
-    Finite for i >= T, which fills up the last tile, and 0 for u >= A, which fills up the last chunk.
+    reach[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the last
+    tile, and 0 for u >= A, which fills up the last chunk.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
     in_rows = (i < T)[:, None]
@@ -390,9 +390,8 @@ def times_4v(sum_g, v4, MASKED: tl.constexpr):
 
 @triton.jit
 def _walk_steps(
-    dkeys, keys, dscores, mask, q, shift, i, u, v4, begin, end, Tq, length, A, added,
-    stride_dk, padded_q, stride_kk, stride_ka, stride_mq, stride_mk,
-    FACTORED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+    dkeys, keys, dscores, q, shift, i, u, v4, begin, end, length, A, added, padded_q, stride_kk, stride_ka,
+    MASKED: tl.constexpr, FACTORED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
@@ -413,14 +412,14 @@ def _walk_steps(
         else:
             e = tl.exp(2.0 * (q[:, None, :] + k[None, :, :] + shift[None, None, :]))
         r = reciprocal(1.0 + e, APPROXIMATE)
-        if mask is not None:
-            r = tl.where(attended(mask, i, j, Tq, length, stride_mq, stride_mk)[:, :, None], r, 0.0)
+        if MASKED:  # r may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
+            r = tl.where(ds[:, :, None] == 0.0, 0.0, r)
         p = ds[:, :, None] * r
         g = ds[:, :, None] * (r - r * r)
         sum_g += tl.sum(g, axis=1)
         sum_p += tl.sum(tl.sum(p, axis=0), axis=0)
-        pointers = dkeys + j[:, None] * stride_dk + u[None, :]
-        gradient = times_4v(tl.sum(g, axis=0), v4, mask is not None)
+        pointers = dkeys + j[:, None] * A + u[None, :]
+        gradient = times_4v(tl.sum(g, axis=0), v4, MASKED)
         gradient += tl.load(pointers, mask=in_keys & (j[:, None] < added), other=0.0)
         tl.store(pointers, gradient, mask=in_keys)
     return sum_g, sum_p
@@ -502,11 +501,11 @@ def _backward_kernel(
         if block > first_block:
             added = length
         if FACTORED:
-            # The largest |q| + |k| of what is attended here: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
+            # The largest |q| + |k| of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
-            reach_k = tl.zeros([32, BLOCK_A], dtype=tl.float32)
-            for start in range(begin, end_used, 32):
-                j = (start + tl.arange(0, 32)).to(tl.int64)
+            reach_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
+            for start in range(begin, end_used, 16):
+                j = (start + tl.arange(0, 16)).to(tl.int64)
                 in_keys = (j[:, None] < end_used) & (u[None, :] < A)
                 if mask is not None:
                     allowed = attended(mask, i, j, Tq, end_used, stride_mq, stride_mk).to(tl.int32)
@@ -522,18 +521,18 @@ def _backward_kernel(
             reach = tl.max(reach_k) + tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
             if reach <= SINGLE_REACH:
                 g, p = _walk_steps(
-                    dkeys, keys, dscores, mask, q, shift, i, u, v4, begin, end_used, Tq, length, A, added,
-                    A, padded_q, stride_kk, stride_ka, stride_mq, stride_mk, True, APPROXIMATE, BLOCK_K,
+                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, length, A, added, padded_q, stride_kk,
+                    stride_ka, mask is not None, True, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
             else:
                 g, p = _walk_steps(
-                    dkeys, keys, dscores, mask, q, shift, i, u, v4, begin, end_used, Tq, length, A, added,
-                    A, padded_q, stride_kk, stride_ka, stride_mq, stride_mk, False, APPROXIMATE, BLOCK_K,
+                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, length, A, added, padded_q, stride_kk,
+                    stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
             g, p = _walk_steps(
-                dkeys, keys, dscores, mask, q, shift, i, u, v4, begin, end_used, Tq, length, A, added,
-                A, padded_q, stride_kk, stride_ka, stride_mq, stride_mk, False, APPROXIMATE, BLOCK_K,
+                dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, length, A, added, padded_q, stride_kk,
+                stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         g = times_4v(g, v4, (mask is not None) or (lengths is not None))
         tl.store(dquery + i[:, None] * A, g, mask=in_query)
@@ -623,8 +622,7 @@ def _scores(
     approximate = has_approximate_reciprocal(query)
     row_strides = (*query.stride(), *keys.stride(), v.stride(0), 0 if bias is None else bias.stride(0))
     if is_few(query):
-        block_q, block_a = few_block(Tq), power_of_two(A, 32, 256)
-        block_k = max(4, 4096 // (block_q * block_a))
+        block_q, block_k, block_a = few_tile(query)
         launch(
             _few_scores_kernel,
             B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
@@ -678,7 +676,7 @@ def _scores_backward(
     memory_lengths: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v and bias (empty without a bias)."""
+    """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias."""
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     dtype, wide = query.dtype, accumulator(query.dtype)
@@ -724,11 +722,11 @@ def _scores_backward(
     return sum_splits(dquery, dtype), sum_splits(dkeys, dtype), dv, dbias
 
 
-# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order -------------------
+# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
 
 
 def _pair_tile(B: int, Tq: int, Tk: int) -> tuple[int, int, int]:
-    """BLOCK_Q, BLOCK_K and warps of a tile of pairs: the least padding and idle processors, times its cost of a pair."""
+    """BLOCK_Q, BLOCK_K and warps of a tile of pairs: that with the least padding and idle processors for its cost."""
     best, least = (0, 0, 0), float("inf")
     # The cost is the instructions a pair, read from compiled code: a thread has one step and all queries of the tile.
     for block_q, block_k, warps, cost in ((32, 64, 2, 4.3), (16, 64, 2, 4.4), (16, 32, 1, 4.4), (8, 32, 1, 5.2)):

@@ -1,7 +1,7 @@
 """What additive and dot-product attention share on a GPU: products, softmax with context, and their gradients.
 
-An op is a short chain of kernels. Each tile of scores is made by one program, which is where the work is; scores are kept
-in float32 (B, Tq, Tk), which is small beside the (B, Tq, Tk, A) that no kernel ever stores. Conventions of all of them:
+An op is a short chain of kernels. Each tile of scores is made by one program, which is where the work is; scores are
+kept in float32, (B, Tq, Tk), small beside the (B, Tq, Tk, A) that no kernel ever stores. Conventions of all of them:
 
 - Programs are counted along axis 0 of the grid only, the one that is not limited to 65535.
 - i, j, u are the indices of queries, steps and units (or value columns) of a tile, in 64 bits, because they are
@@ -10,7 +10,7 @@ in float32 (B, Tq, Tk), which is small beside the (B, Tq, Tk, A) that no kernel 
 - No atomics: what several programs add up is written apart and summed in a fixed order.
 - A 2-D mask is a 3-D mask with stride 0 along the queries.
 - With FEW queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by element,
-  with units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix product.
+  units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix product.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def dot(a, b, total):
 def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.constexpr):
     """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs; with FEW, total is (M, X, N).
 
-    Weights are 0 where not allowed, but 0 * NaN is NaN: under a mask a row may be padding for one m and not for another.
+    Weights are 0 where not allowed, but 0 * NaN is NaN: under a mask a row may be padding for one m, not for another.
     """
     if FEW:
         product = weights[:, :, None] * rows[None, :, :].to(weights.dtype)
@@ -155,11 +155,11 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
     out = query.new_empty((B, Tq, Tk), dtype=accumulator(query.dtype))
     few = is_few(query)
     if few:
-        block_q, block_a = few_block(Tq), power_of_two(A, 32, 256)
-        block_k = max(4, 4096 // (block_q * block_a))
+        block_q, block_k, block_a = few_tile(query)
         warps = 4
     else:
-        block_q, block_k, block_a, warps = 16 if Tq <= 16 else 32 if Tq <= 32 else 64, 64, 32, 4
+        most = 32 if query.dtype == torch.float32 else 64  # what registers hold
+        block_q, block_k, block_a, warps = power_of_two(Tq, 16, most), 64, 32, 4
     rest = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
     launch(
         _product_kernel,
@@ -220,7 +220,7 @@ def _attend_kernel(
     if mask is not None:
         mask += b * stride_mb
 
-    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf then sum to 0, and 1 / 0 makes them NaN, as it should be.
+    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
     top = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
     total = tl.zeros([BLOCK_Q], dtype=accumulate)
     count = tl.zeros([BLOCK_Q], dtype=tl.int32)
@@ -283,7 +283,7 @@ def attend(
     alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
     if Tk == 0:
         return values.new_zeros((B, Tq, D)), alignments
-    few, block_m, block_k, block_d, warps = _sum_tile(values, Tq, Tk, D)
+    few, block_m, block_k, block_d, warps = _sum_tile(values, Tq, Tk, D, mask is not None)
     programs = B * triton.cdiv(Tq, block_m) * max(1, triton.cdiv(D, block_d))
     steps_per_split, splits = _split(programs, Tk, block_k)
     context = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else scores.dtype)
@@ -500,7 +500,7 @@ def weighted_sum(
     N = rows.shape[2]
     if X == 0:
         return rows.new_zeros((B, M, N))
-    few, block_m, block_x, block_n, warps = _sum_tile(rows, M, X, N)
+    few, block_m, block_x, block_n, warps = _sum_tile(rows, M, X, N, mask is not None)
     programs = B * triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     rows_per_split, splits = _split(programs, X, block_x)
     dtype = accumulator(rows.dtype)
@@ -517,7 +517,7 @@ def weighted_sum(
     return sum_splits(out, rows.dtype)
 
 
-# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order -------------------
+# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
 
 
 def is_few(query: Tensor) -> bool:
@@ -530,16 +530,24 @@ def few_block(queries: int) -> int:
     return power_of_two(queries, 1, FEW_QUERIES)
 
 
-def _sum_tile(rows: Tensor, M: int, X: int, N: int) -> tuple[bool, int, int, int, int]:
+def few_tile(query: Tensor) -> tuple[int, int, int]:
+    """BLOCK_Q, BLOCK_K, BLOCK_A of scores of few queries (B, Tq, A): 32 elements a thread, 16 in float64."""
+    block_q, block_a = few_block(query.shape[1]), power_of_two(query.shape[2], 32, 256)
+    elements = 2048 if query.dtype == torch.float64 else 4096
+    return block_q, max(2, elements // (block_q * block_a)), block_a
+
+
+def _sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, int, int, int, int]:
     """Tile of a weighted sum (M, X) @ (X, N): whether it is FEW, BLOCK_M, BLOCK_X, BLOCK_N, warps."""
+    elements = 2048 if rows.dtype == torch.float64 else 4096
     if rows.dtype == torch.float64 or M <= FEW_QUERIES or X <= FEW_QUERIES:
         block_n = power_of_two(N, 32, 128)
         if X <= FEW_QUERIES:
             block_x = power_of_two(X, 1, FEW_QUERIES)
-            return True, max(4, 4096 // (block_n * block_x)), block_x, block_n, 4
+            return True, max(4, elements // (block_n * block_x)), block_x, block_n, 4
         block_m = few_block(M)
-        return True, block_m, max(4, 4096 // (block_n * block_m)), block_n, 4
-    return False, 16 if M <= 16 else 32, 32, 64, 4
+        return True, block_m, max(4, elements // (block_n * block_m)), block_n, 4
+    return False, 16 if masked or M <= 16 else 32, 32, 64, 4
 
 
 def _split(programs: int, steps: int, block: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""dot_attention in Triton: scores = scale * query . keys, softmax, context. Everything it needs is shared: attend.py."""
+"""dot_attention in Triton: scores = scale * query . keys, softmax, context. All of it is shared: attend.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,286 @@
+"""The Triton kernels, compiled for NVIDIA GPUs without one: what the machine code must and must not hold.
+
+The launchers run on meta tensors with the launch replaced, so that each kernel is compiled with exactly the tiles and
+arguments that they choose. Checked are local memory (spills), registers and shared memory, and the count of special
+functions for each pair of a query and a step, which is what the method saves. Each case compiles in its own process,
+because kernels that were imported for Triton's interpreter cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
+)
+
+TARGETS = (80, 90, 100)
+HOT = ("_many_scores_kernel", "_backward_kernel")
+FEW = ("_few_scores_kernel", "_backward_kernel", "_attend_kernel", "_product_kernel", "_weighted_sum_kernel")
+PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
+
+# name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets.
+# The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
+CASES: dict[str, dict[str, Any]] = {
+    "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
+    "masked": dict(op="additive", sizes=(256, 74, 75, 1024), dtype="bfloat16", lengths=True, mask=3),
+    "small": dict(op="additive", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT),
+    "beams": dict(op="additive", sizes=(8, 5, 200, 512), dtype="float32", lengths=True, kernels=HOT),
+    "odd": dict(op="additive", sizes=(7, 9, 33, 17), dtype="float16", mask=2, kernels=HOT, targets=(90,)),
+    "decode": dict(op="additive", sizes=(64, 1, 50, 512), dtype="float32", lengths=True, kernels=FEW),
+    "decode-bfloat16": dict(
+        op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=FEW, targets=(90,)
+    ),
+    "four": dict(op="additive", sizes=(64, 4, 200, 1024), dtype="float32", mask=3, kernels=FEW, targets=(90,)),
+    "float64": dict(op="additive", sizes=(4, 9, 33, 128), dtype="float64", mask=2, kernels=FEW, targets=(90,)),
+    "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
+    "dot": dict(op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", lengths=True, kernels=PRODUCTS),
+    "dot-masked": dict(op="dot", sizes=(64, 16, 100, 512), dtype="float32", mask=3, kernels=PRODUCTS, targets=(90,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_machine_code(name: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    process = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    compiled = json.loads(process.stdout.splitlines()[-1])
+    assert {kernel["name"] for kernel in compiled} >= set(CASES[name].get("kernels", ())), "a kernel was not launched"
+    problems = [f"{_title(kernel)}: {problem}" for kernel in compiled for problem in _problems(kernel)]
+    assert not problems, "\n".join(problems)
+
+
+def _title(kernel: dict[str, Any]) -> str:
+    return f"{kernel['name']} sm_{kernel['target']} {kernel['constants']} {kernel['warps']} warps"
+
+
+def _problems(kernel: dict[str, Any]) -> list[str]:
+    """What is wrong with the machine code of a kernel."""
+    problems = []
+    hot = kernel["name"] in HOT and not kernel["constants"].get("FLOAT64")
+    # A few bytes kept across a whole loop cost nothing: that is for ptxas to choose, but not where speed is decided.
+    if kernel["stack"] > (0 if hot else 16) or any(_count(loop, "LDL", "STL") for loop in kernel["loops"]):
+        problems.append(f"local memory: {kernel['stack']} bytes")
+    if -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"] > 65536:
+        problems.append(f"cannot be launched with {kernel['registers']} registers")
+    if kernel["shared"] > 48 * 1024:
+        problems.append(f"{kernel['shared']} bytes of shared memory leave few programs to a processor")
+    check = {
+        "_many_scores_kernel": _problems_of_many_scores,
+        "_few_scores_kernel": _problems_of_few_scores,
+        "_backward_kernel": _problems_of_backward,
+    }.get(kernel["name"], _problems_of_products if kernel["name"] in PRODUCTS else None)
+    return problems + ([] if check is None else check(kernel))
+
+
+def _problems_of_many_scores(kernel: dict[str, Any]) -> list[str]:
+    """One loop shares a reciprocal among three units and needs no other special function; one takes tanh."""
+    size = kernel["constants"]
+    pairs = size["BLOCK_Q"] * size["BLOCK_K"] // (32 * kernel["warps"])  # of a thread
+    shared = [loop for loop in kernel["loops"] if _count(loop, "MUFU.RCP") and not _count(loop, "MUFU.EX2")]
+    if len(shared) != 1:
+        return [f"{len(shared)} loops with reciprocals and without exponentials, expected one"]
+    units = kernel["chunk"]
+    reciprocals, special = _count(shared[0], "MUFU.RCP"), _count(shared[0], "MUFU")
+    problems = []
+    if reciprocals * 3 != pairs * units or special != reciprocals:
+        problems.append(f"{special / (pairs * units):.3f} special functions for a unit of a pair, expected 1/3")
+    instructions = sum(shared[0].values()) / (pairs * units)
+    if instructions > (4.8 if pairs >= 16 else 5.4):
+        problems.append(f"{instructions:.2f} instructions for a unit of a pair")
+    if kernel["registers"] > 224:
+        problems.append(f"{kernel['registers']} registers")
+    return problems
+
+
+def _problems_of_few_scores(kernel: dict[str, Any]) -> list[str]:
+    """One exponential and one reciprocal for a tanh."""
+    size = kernel["constants"]
+    if size["FLOAT64"]:
+        return []
+    elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    most = max(_count(loop, "MUFU") for loop in kernel["loops"])
+    return [] if most == 2 * elements else [f"{most / elements:.2f} special functions for a tanh, expected 2"]
+
+
+def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
+    """One reciprocal for a unit of a pair and no exponential, unless the inputs are large or the queries few."""
+    size = kernel["constants"]
+    if size["FLOAT64"]:
+        return []
+    elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    counts = {(_count(loop, "MUFU.RCP"), _count(loop, "MUFU")) for loop in kernel["loops"]} - {(0, 0)}
+    expected = {(elements, 2 * elements)} | ({(elements, elements)} if size["FACTORED"] else set())
+    if counts != expected:
+        return [f"(reciprocals, special functions) of the loops are {counts}, expected {expected}"]
+    if size["FACTORED"] and size["BLOCK_Q"] >= 16 and not kernel["masked"]:
+        factored = next(loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements)
+        instructions = sum(factored.values()) / elements
+        return [] if instructions <= 12 else [f"{instructions:.2f} instructions for a unit of a pair"]
+    return []
+
+
+def _problems_of_products(kernel: dict[str, Any]) -> list[str]:
+    """Products of 16-bit numbers run on tensor cores."""
+    if kernel["constants"]["FEW"] or kernel["dtype"] not in ("bfloat16", "float16"):
+        return []
+    found = any(_count(loop, "HMMA", "HGMMA", "UTCHMMA") for loop in [*kernel["loops"], kernel["all"]])
+    return [] if found else ["no tensor core instruction"]
+
+
+def _count(loop: dict[str, int], *names: str) -> int:
+    """The instructions of a loop whose name starts with one of names."""
+    return sum(number for name, number in loop.items() if name.startswith(names))
+
+
+# In the process that compiles: prints what it found as JSON -----------------------------------------------------------
+
+
+def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGETS) -> list[tuple[Any, tuple, dict]]:
+    """The launches of forward and backward: (kernel, arguments, constants and options)."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    import attn_kernels.triton
+
+    additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
+    additive.has_approximate_reciprocal = lambda tensor: tensor.dtype != torch.float64
+    launches = []
+    JITFunction.run = lambda self, *args, grid, warmup, **constants: launches.append((self, args, constants))
+
+    def empty(*shape: int, dtype: str = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    B, Tq, Tk, A = sizes
+    query, keys, values, v, bias = empty(B, Tq, A), empty(B, Tk, A), empty(B, Tk, A), empty(A), empty(A)
+    memory_lengths = empty(B, dtype="int64") if lengths else None
+    allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
+    gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
+    if op == "additive":
+        additive.additive_attention(query, keys, values, v, bias, memory_lengths, allowed, True)
+        additive.additive_attention_backward(
+            *gradients, query, keys, values, v, bias, memory_lengths, allowed, alignments
+        )
+    elif op == "scores":
+        additive.additive_scores(query, keys, v, bias)
+        additive.additive_scores_backward(alignments, query, keys, v, bias)
+    else:
+        dot.dot_attention(query, keys, values, 0.5, memory_lengths, allowed, True)
+        dot.dot_attention_backward(*gradients, query, keys, values, 0.5, memory_lengths, allowed, alignments)
+    return launches
+
+
+def _source(kernel, args: tuple, constants: dict[str, Any]):
+    """What Triton would compile for these arguments, as its launcher classifies them; and the options."""
+    import torch
+    from triton.compiler import ASTSource
+
+    names = {torch.bfloat16: "bf16", torch.uint8: "u8"}
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    signature, values, attributes = {}, {}, {}
+    for index, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
+        value = bound[name]
+        if parameter.is_constexpr or value is None or (_specialized(parameter, value) and value == 1):
+            signature[name], values[index,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            short = names.get(value.dtype) or str(value.dtype).removeprefix("torch.").replace("float", "fp").replace(
+                "int", "i"
+            )
+            signature[name], attributes[index,] = f"*{short}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and _specialized(parameter, value):
+                attributes[index,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, values, attributes), options
+
+
+def _specialized(parameter, value: object) -> bool:
+    return isinstance(value, int) and not parameter.do_not_specialize
+
+
+def _resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, bytes of stack, and the instructions of each innermost loop, by name."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            target = re.search(r"\.L_x_\d+", instruction[2]) if instruction[1].startswith("BRA") else None
+            if target and labels.get(target[0], len(instructions)) < len(instructions):  # not a branch to itself
+                loops.append((labels[target[0]], len(instructions)))
+            instructions.append(instruction[1])
+    assert instructions, "nvdisasm printed no instructions"
+    inner = [
+        (start, end)
+        for start, end in set(loops)
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
+    ]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "loops": [Counter(instructions[start : end + 1]) for start, end in inner],
+        "all": Counter(instructions),
+    }
+
+
+def _compile(name: str) -> list[dict[str, Any]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    case = CASES[name]
+    compiled, seen = [], set()
+    for kernel, args, constants in _launches(**case):
+        kernel_name = kernel.fn.__name__
+        source, options = _source(kernel, args, constants)
+        if (case.get("kernels") and kernel_name not in case["kernels"]) or source.hash() in seen:
+            continue
+        seen.add(source.hash())
+        for target in case.get("targets", TARGETS):
+            binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+            compiled.append(
+                {
+                    "name": kernel_name,
+                    "target": target,
+                    "dtype": case["dtype"],
+                    "masked": bool(case.get("mask")),
+                    "chunk": sys.modules["attn_kernels.triton.additive_attention"].CHUNK.value,
+                    "constants": {key: value for key, value in constants.items() if key.isupper()},
+                    "warps": binary.metadata.num_warps,
+                    "shared": binary.metadata.shared,
+                    **_resources(binary.asm["cubin"]),
+                }
+            )
+    return compiled
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile(sys.argv[1])))
