@@ -61,9 +61,9 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
     """Peak memory in MB (10^6 bytes) that one call takes beyond what is held before it; None where that is unknown.
 
     It counts everything alive at the peak: intermediates, what is saved for the backward, outputs and gradients. On the
-    CPU it is the peak of resident memory, which sees every allocation, not only PyTorch's, to within half a MB.
+    CPU it is the peak of resident memory, which sees every allocation, not only PyTorch's, to within half a MB. Things
+    made once (code, thread pools) are not part of it: the call must have run before.
     """
-    call()  # lazily made things (code, thread pools) are not part of a call
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ each is taken; what computes something else gets no time. Then the ways take tur
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -115,12 +116,11 @@ class Cell:
 
 
 class Problem(NamedTuple):
-    """The inputs of one shape and what the eager formula makes of them."""
+    """The inputs of one shape."""
 
     inputs: dict[str, Tensor]
     grad_context: Tensor
     memory_lengths: Tensor | None
-    expected: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Settings:
     seed: int
 
 
-def make_problem(op: str, shape: Shape, settings: Settings, *, training: bool) -> Problem:
+def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
     generator = torch.Generator().manual_seed(settings.seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -152,11 +152,14 @@ def make_problem(op: str, shape: Shape, settings: Settings, *, training: bool) -
     lengths = None
     if settings.lengths is Lengths.random:
         lengths = torch.randint(max(1, steps // 2), steps + 1, (batch,), generator=generator).to(settings.device)
-    grad_context = normal(batch, queries, width)
-    wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in inputs.items()}
-    formula = functools.partial(getattr(eager, op), memory_lengths=lengths, need_weights=False)
-    expected = results(lambda *tensors: formula(*tensors).context, wide, grad_context, training=training)
-    return Problem(inputs, grad_context, lengths, expected)
+    return Problem(inputs, normal(batch, queries, width), lengths)
+
+
+def expected_results(op: str, problem: Problem, *, training: bool) -> dict[str, Tensor]:
+    """What the eager formula makes of a problem, in float32 or wider."""
+    formula = functools.partial(getattr(eager, op), memory_lengths=problem.memory_lengths, need_weights=False)
+    wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
+    return results(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
 
 
 def results(
@@ -229,7 +232,7 @@ def bind(way: Way, problem: Problem, *, training: bool) -> Callable[[], object]:
     return lambda: torch.autograd.grad(function(*leaves), leaves, problem.grad_context)
 
 
-def check(way: Way, problem: Problem, dtype: torch.dtype, *, training: bool) -> None:
+def check(way: Way, problem: Problem, expected: dict[str, Tensor], *, training: bool) -> None:
     """Runs a way once and notes why it may not be timed, if so."""
     try:
         got = results(way.function, problem.inputs, problem.grad_context, training=training)
@@ -237,48 +240,50 @@ def check(way: Way, problem: Problem, dtype: torch.dtype, *, training: bool) -> 
         lines = str(error).strip().splitlines()
         way.failure = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
         return
-    way.error, where = largest_error(got, problem.expected)
-    if not way.error <= TOLERANCES[dtype]:
-        way.failure = f"wrong: {where} differs by {way.error:.1e} of its largest value"
-        way.error = None if way.error != way.error else way.error  # JSON has no NaN
+    error, where = largest_error(got, expected)
+    if not error <= TOLERANCES[problem.grad_context.dtype]:
+        way.failure = f"wrong: {where} differs by {error:.1e} of its largest value"
+    way.error = error if math.isfinite(error) else None  # JSON has neither NaN nor infinity
 
 
-def run_cell(cell: Cell, settings: Settings, *, measure_memory: bool) -> None:
-    """Checks all ways of a cell; then, in the pass for memory, takes their peaks, and otherwise their times."""
+def check_cell(cell: Cell, settings: Settings) -> None:
+    """Compares the results of all ways, and takes the peak memory of those that are right."""
     training = cell.passes == TRAINING
     torch.compiler.reset()
-    problem = make_problem(cell.op, cell.shape, settings, training=training)
-    ours, ways = make_ways(cell.op, problem, settings)
-    for way in ways:
-        check(way, problem, settings.dtype, training=training)
-    calls = {i: bind(way, problem, training=training) for i, way in enumerate(ways) if way.failure is None}
-    if measure_memory:
-        for i, call in calls.items():
-            ways[i].memory_mb = machine.peak_memory(call, settings.device)
-        cell.ways = ways
-        return
+    problem = make_problem(cell.op, cell.shape, settings)
+    expected = expected_results(cell.op, problem, training=training)
+    cell.ours, cell.ways = make_ways(cell.op, problem, settings)
+    for way in cell.ways:
+        check(way, problem, expected, training=training)
+    del expected
+    for way in cell.ways:
+        if way.failure is None:
+            way.memory_mb = machine.peak_memory(bind(way, problem, training=training), settings.device)
+        way.function = None  # lets go of the inputs
+
+
+def time_cell(cell: Cell, settings: Settings) -> None:
+    """Times the ways that ``check_cell`` found right."""
+    training = cell.passes == TRAINING
+    torch.compiler.reset()
+    problem = make_problem(cell.op, cell.shape, settings)
+    calls = {}
+    for i, (way, anew) in enumerate(zip(cell.ways, make_ways(cell.op, problem, settings)[1], strict=True)):
+        if way.failure is None:
+            calls[str(i)] = bind(anew, problem, training=training)
     timer = timing.timer_for(settings.device)
-    variants = [i for i in calls if ways[i].name == "torch.compile"]
+    variants = {i: call for i, call in calls.items() if cell.ways[int(i)].name == "torch.compile"}
     if len(variants) > 1:  # only the faster one goes on
-        tried = {i: timing.interleave({str(i): calls[i]}, timer, seconds=0, least_rounds=3)[str(i)] for i in variants}
+        tried = timing.interleave(variants, timer, seconds=0, least_rounds=3)
         fastest = min(variants, key=lambda i: timing.spread(tried[i]).median)
-        for i in variants:
-            if i != fastest:
-                del calls[i]
-                ways[i].failure = "slower than the other way to write the sum"
-    samples = timing.interleave(
-        {str(i): call for i, call in calls.items()}, timer, seconds=settings.seconds, least_rounds=settings.rounds
-    )
+        calls = {i: call for i, call in calls.items() if i not in variants or i == fastest}
+    samples = timing.interleave(calls, timer, seconds=settings.seconds, least_rounds=settings.rounds)
     for i in calls:
-        way = ways[i]
-        times = timing.spread(samples[str(i)])
-        way.milliseconds = timing.Spread(*(1e3 * t for t in times))
-        if 0 in calls:
-            way.times_ours = timing.ratios(samples, str(i), "0")
-    memory = {(way.name, way.detail): way.memory_mb for way in cell.ways}
-    for way in ways:
-        way.memory_mb = memory.get((way.name, way.detail))
-    cell.ours, cell.ways = ours, one_compiled(ways)
+        way = cell.ways[int(i)]
+        way.milliseconds = timing.Spread(*(1e3 * seconds for seconds in timing.spread(samples[i])))
+        if "0" in calls:
+            way.times_ours = timing.ratios(samples, i, "0")
+    cell.ways = one_compiled(cell.ways)
 
 
 def one_compiled(ways: list[Way]) -> list[Way]:
@@ -297,10 +302,10 @@ def run(cells: list[Cell], settings: Settings, allocator: Allocator) -> str:
     with progress_bars() as progress:
         machine.set_allocator_for_memory(allocator)
         for cell in tracked(progress, "results and memory", cells):
-            run_cell(cell, settings, measure_memory=True)
+            check_cell(cell, settings)
         in_effect = machine.set_allocator(allocator)
         for cell in tracked(progress, "times", cells):
-            run_cell(cell, settings, measure_memory=False)
+            time_cell(cell, settings)
     return in_effect
 
 
@@ -475,7 +480,7 @@ def benchmark(
     compile: bool = True,
     need_weights: bool = False,
     lengths: Lengths = Lengths.none,
-    seconds: float = 2.0,
+    seconds: float = 1.5,
     rounds: int = 5,
     seed: int = 0,
     output: Path = files.LOCAL,
@@ -532,7 +537,7 @@ def main(
     compile: Annotated[bool, typer.Option(help="Time torch.compile as well; needs a C++ compiler.")] = True,
     need_weights: Annotated[bool, typer.Option(help="Ask for the alignments too (not of SDPA).")] = False,
     lengths: Annotated[Lengths, typer.Option(help="random: memory_lengths between Tk/2 and Tk.")] = Lengths.none,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 1.5,
     rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
     output: Annotated[

@@ -236,21 +236,22 @@ def test_ops_benchmark_and_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", ["additive_attention", "dot_attention"])
 def test_a_way_that_computes_something_else_gets_no_time(op: str, training: bool) -> None:
     settings = ops.Settings(torch.float32, torch.device("cpu"), 0, 1, False, False, ops.Lengths.random, 0)
-    problem = ops.make_problem(op, ops.Shape(2, 3, 4, 8, 8), settings, training=training)
+    problem = ops.make_problem(op, ops.Shape(2, 3, 4, 8, 8), settings)
+    expected = ops.expected_results(op, problem, training=training)
     _, ways = ops.make_ways(op, problem, settings)
     for way in ways:
-        ops.check(way, problem, torch.float32, training=training)
+        ops.check(way, problem, expected, training=training)
         assert way.failure is None
     right = ways[-1].function
-    for wrong, expected in (
+    for wrong, failure in (
         (lambda *tensors: right(*tensors) * 1.01, "wrong: "),
         (lambda *tensors: right(*tensors) * float("nan"), "wrong: "),
         (lambda *tensors: right(*tensors[:1]), "TypeError: "),
     ):
         way = ops.Way("ours", wrong)
-        ops.check(way, problem, torch.float32, training=training)
+        ops.check(way, problem, expected, training=training)
         assert way.failure is not None
-        assert way.failure.startswith(expected)
+        assert way.failure.startswith(failure)
         assert ops.failed(way, notes := []) != "-"
         assert len(notes) == 1
 
