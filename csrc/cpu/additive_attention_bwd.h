@@ -1,7 +1,7 @@
 // Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
 //
 // With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p (1 - r) gives dquery and dkeys as sums of 4 v g,
-// and dv = sum(ds) - 2 sum(p). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes
+// and dv = sum(ds tanh) = -2 sum(p - ds / 2). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes
 // some units of one sentence, so that all sums over queries and steps stay within it.
 #pragma once
 
@@ -42,7 +42,7 @@ struct Columns {
 };
 
 // Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list)
-// given ds[a * ld + j]. Returns the sum of p. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+// given ds[a * ld + j]. Returns the sum of p - ds / 2. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
 template <typename T, int NQ, class ReadQ, class ReadK>
 ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
                                  int64_t n, const T* ds, int64_t ld, const ReadQ& read_q, const ReadK& read_k) {
@@ -58,14 +58,15 @@ ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T
     const T reach = top + k.top[row];
     T* gradient = k.gradient + k.at(row, u);
     Vec<T> dk = load(gradient);
-    auto add = [&](int a, Vec<T> p, Vec<T> g) __attribute__((always_inline)) {
+    auto add = [&](int a, Vec<T> half_tanh, Vec<T> g) __attribute__((always_inline)) {
       dq[a] += g;
       dk += g;
-      total += p;
+      total += half_tanh;  // term by term: sums of p and of ds would each be large where dv is small
     };
     auto add_reciprocal = [&](int a, Vec<T> e, Vec<T> r) __attribute__((always_inline)) {
-      const Vec<T> p = ds[a * ld + j] * r;
-      add(a, p, p * (e * r));  // 1 - r = E r, without the cancellation where r is near 1
+      const T d = ds[a * ld + j];
+      const Vec<T> p = d * r;
+      add(a, p - T(0.5) * d, p * (e * r));  // 1 - r = E r, without the cancellation where r is near 1
     };
     const Vec<T> ek = load(k.e + k.at(row, u));
     if (sizeof(T) == 4 && NQ % 2 == 0 && reach <= kPair) {
@@ -84,8 +85,8 @@ ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T
       const Vec<T> x = read_k(row, u);
       for (int a = 0; a < NQ; ++a) {
         const Vec<T> t = tanh_any(read_q(i + a, u) + x);
-        const Vec<T> p = ds[a * ld + j] * (T(0.5) * (T(1) - t));
-        add(a, p, p * (T(0.5) * (T(1) + t)));
+        const T half = T(0.5) * ds[a * ld + j];
+        add(a, -half * t, half * (T(1) - t) * (T(0.5) * (T(1) + t)));
       }
     }
     store(gradient, dk);
@@ -128,19 +129,12 @@ struct UnitsBackward {
     const Vec<T> g = T(4) * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
-  // dv from the sums of ds and of p = ds r.
-  ATTN_INLINE void write_parts(int64_t b, int64_t c, T ds_sum, Vec<T> p_sum, Vec<T> dbias) const {
-    store(dv_parts + b * units.size + c, ds_sum - T(2) * p_sum);
+  // dv from the sum of p - ds / 2.
+  ATTN_INLINE void write_parts(int64_t b, int64_t c, Vec<T> sum, Vec<T> dbias) const {
+    store(dv_parts + b * units.size + c, T(-2) * sum);
     store(dbias_parts + b * units.size + c, dbias);
   }
 };
-
-template <typename T>
-T row_sum(const T* row, int64_t n) {
-  Vec<T> total{};
-  for (int64_t j = 0; j < n; j += width<T>) total += load_upto(row + j, n - j);
-  return sum<T>(total);
-}
 
 // Many queries: columns of a sentence, `vectors` vectors of units from `first` on.
 template <typename T>
@@ -160,8 +154,7 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   for (int64_t i = 0; i < Tq; ++i) q.set(i, vectors, read_q);
   for (int64_t j = 0; j < n; ++j) k.set(j, vectors, read_k);
 
-  Vec<T> p[kBlockVectors] = {};
-  T ds_sum = 0;
+  Vec<T> sums[kBlockVectors] = {};
   const T* ds = back.dscores + b * Tq * Tk;
   int64_t i = 0;
   auto tiles = [&](auto queries) __attribute__((always_inline)) {
@@ -170,8 +163,7 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
       const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
       const int32_t* steps = per_query ? own : nullptr;
       for (int64_t u = 0; u < vectors; ++u)
-        p[u] += gradient_tile<T, kQueries>(q, i, k, u, steps, count, ds + i * Tk, Tk, read_q, read_k);
-      for (int a = 0; a < kQueries; ++a) ds_sum += row_sum(ds + (i + a) * Tk, count);
+        sums[u] += gradient_tile<T, kQueries>(q, i, k, u, steps, count, ds + i * Tk, Tk, read_q, read_k);
     }
   };
   if (!per_query) {
@@ -190,13 +182,13 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
       back.write_dkeys(b, j, c, listed ? load(k.gradient + k.at(next, u)) : zero);
       next += listed;
     }
-    back.write_parts(b, c, ds_sum, p[u], dbias);
+    back.write_parts(b, c, sums[u], dbias);
   }
 }
 
 enum class Form { pair, single, direct };
 
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size) of
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of p - ds / 2) of
 // a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score
 // of query i and step r.
 template <typename T, int NK, Form form>
@@ -209,21 +201,22 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
     for (int64_t i = 0; i < Tq; ++i) {
       const Vec<T> q = load(eq + i * size + c);
       Vec<T> dqi = load(dq + i * size + c);
-      auto add = [&](int r, Vec<T> pr, Vec<T> g) __attribute__((always_inline)) {
+      auto add = [&](int r, Vec<T> half_tanh, Vec<T> g) __attribute__((always_inline)) {
         dk[r] += g;
         dqi += g;
-        total += pr;
+        total += half_tanh;
       };
       auto add_reciprocal = [&](int r, Vec<T> e, Vec<T> x) __attribute__((always_inline)) {
-        const Vec<T> pr = ds[i * Tk + r] * x;
-        add(r, pr, pr * (e * x));
+        const T d = ds[i * Tk + r];
+        const Vec<T> pr = d * x;
+        add(r, pr - T(0.5) * d, pr * (e * x));
       };
       auto product = [&](int r) __attribute__((always_inline)) { return q * load(ek + r * size + c); };
       if constexpr (form == Form::direct) {
         for (int r = 0; r < NK; ++r) {
           const Vec<T> t = tanh_any(back.query(b, i, first + c) + back.key(b, steps[r], first + c));
-          const Vec<T> pr = ds[i * Tk + r] * (T(0.5) * (T(1) - t));
-          add(r, pr, pr * (T(0.5) * (T(1) + t)));
+          const T half = T(0.5) * ds[i * Tk + r];
+          add(r, -half * t, half * (T(1) - t) * (T(0.5) * (T(1) + t)));
         }
       } else if constexpr (form == Form::pair && NK % 2 == 0) {
         for (int r = 0; r < NK; r += 2) {
@@ -305,8 +298,6 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   tiles(std::integral_constant<int, NK>());
   tiles(std::integral_constant<int, 1>());
 
-  T ds_sum = 0;
-  for (int64_t i = 0; i < op.Tq; ++i) ds_sum += row_sum(ds + i * op.Tk, n);
   for (int64_t step = 0, next = 0; step < op.Tk; ++step) {
     if (next < n && list[next] == step)
       ++next;
@@ -316,7 +307,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   for (int64_t c = 0; c < size; c += w) {
     Vec<T> dbias{};
     for (int64_t i = 0; i < op.Tq; ++i) dbias += back.write_dquery(b, i, first + c, load(dq + i * size + c));
-    back.write_parts(b, first + c, ds_sum, load(p + c), dbias);
+    back.write_parts(b, first + c, load(p + c), dbias);
   }
 }
 
