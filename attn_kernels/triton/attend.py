@@ -59,13 +59,27 @@ def dot(a, b, total):
 
 
 @triton.jit
+def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
+    """rows[x, n], (X, N), 0 beyond X and N; with FEW, (1, X, N): so loaded, its threads lie along n in the product too."""
+    if FEW:
+        x = x[None, :, None]
+        n = n[None, None, :]
+    else:
+        x = x[:, None]
+        n = n[None, :]
+    return tl.load(rows + x * stride_x + n.to(tl.int64) * stride_n, mask=(x < X) & (n < N), other=0.0)
+
+
+@triton.jit
 def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.constexpr):
-    """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs; with FEW, total is (M, X, N).
+    """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs.
+
+    With FEW, total is (M, X, N) and rows are (1, X, N).
 
     Weights are 0 where not allowed, but 0 * NaN is NaN: under a mask a row may be padding for one m, not for another.
     """
     if FEW:
-        product = weights[:, :, None] * rows[None, :, :].to(weights.dtype)
+        product = weights[:, :, None] * rows.to(weights.dtype)
         if MASKED:
             product = tl.where(allowed[:, :, None], product, 0.0)
         total += product
@@ -223,7 +237,7 @@ def _attend_kernel(
     # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
     top = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
     total = tl.zeros([BLOCK_Q], dtype=accumulate)
-    count = tl.zeros([BLOCK_Q], dtype=tl.int32)
+    used = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
     for start in range(0, length, BLOCK_K):
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -231,9 +245,9 @@ def _attend_kernel(
         new_top = tl.maximum(top, tl.max(s, axis=1))
         exponentials = tl.where(allowed, tl.exp(s - new_top[:, None]), 0.0)
         total = total * tl.exp(top - new_top) + tl.sum(exponentials, axis=1)
-        count += tl.sum(allowed.to(tl.int32), axis=1)
+        used = tl.maximum(used, allowed.to(tl.int32))
         top = new_top
-    inverse = tl.where(count > 0, 1.0 / total, 0.0)
+    inverse = tl.where(tl.max(used, axis=1) > 0, 1.0 / total, 0.0)
 
     if FEW:
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
@@ -250,10 +264,7 @@ def _attend_kernel(
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < Tk)
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
-        in_values = (j[:, None] < length) & (d[None, :] < D)
-        rows = tl.load(
-            values + b * stride_vb + j[:, None] * stride_vk + d[None, :] * stride_vd, mask=in_values, other=0.0
-        )
+        rows = load_rows(values + b * stride_vb, j, d, length, D, stride_vk, stride_vd, FEW)
         averaged = add_product(averaged, p, rows, allowed, mask is not None, FEW)
     if FEW:
         averaged = tl.sum(averaged, axis=1)
@@ -344,10 +355,13 @@ def _softmax_backward_kernel(
     if mask is not None:
         mask += b * stride_mb
     mean = tl.zeros([BLOCK_Q], dtype=accumulate)
-    total = tl.zeros([BLOCK_Q], dtype=accumulate)
+    products = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
+    total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
         if apply == 1:
-            mean = mean / tl.where(total == 0.0, 1.0, total)
+            mean = tl.sum(products, axis=1) / tl.maximum(
+                tl.sum(total, axis=1), 1e-30
+            )  # 0 / 0 where nothing is attended
         for start in range(0, length if apply == 0 else Tk, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -358,8 +372,8 @@ def _softmax_backward_kernel(
                 g += tl.load(grad_alignments + j[None, :] * stride_gk, mask=allowed, other=0.0).to(accumulate)
             p = tl.load(alignments + j[None, :] * stride_ak, mask=allowed, other=0.0).to(accumulate)
             if apply == 0:
-                mean += tl.sum(p * g, axis=1)
-                total += tl.sum(p, axis=1)
+                products += p * g
+                total += p
             else:
                 gradient = tl.where(allowed, p * (g - mean[:, None]), 0.0)
                 stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
@@ -460,7 +474,7 @@ def _weighted_sum_kernel(
         used_m = M
         used_x = row_length(lengths, b, stride_lengths, X)
     weights += b * stride_wb + m[:, None] * stride_wm
-    rows += b * stride_rb + n.to(tl.int64)[None, :] * stride_rn
+    rows += b * stride_rb
     if mask is not None:
         mask += b * stride_mb
     if FEW:
@@ -472,7 +486,7 @@ def _weighted_sum_kernel(
         x = (start + tl.arange(0, BLOCK_X)).to(tl.int64)
         allowed = attended(mask, m, x, used_m, used_x, stride_mm, stride_mx)
         w = tl.load(weights + x[None, :] * stride_wx, mask=allowed, other=0.0).to(accumulate)
-        r = tl.load(rows + x[:, None] * stride_rx, mask=(x[:, None] < used_x) & (n[None, :] < N), other=0.0)
+        r = load_rows(rows, x, n, used_x, N, stride_rx, stride_rn, FEW)
         total = add_product(total, w, r, allowed, mask is not None, FEW)
     if FEW:
         total = tl.sum(total, axis=1)
