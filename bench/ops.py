@@ -480,7 +480,7 @@ def benchmark(
     compile: bool = True,
     need_weights: bool = False,
     lengths: Lengths = Lengths.none,
-    seconds: float = 1.5,
+    seconds: float = 1.0,
     rounds: int = 5,
     seed: int = 0,
     output: Path = files.LOCAL,
@@ -537,7 +537,7 @@ def main(
     compile: Annotated[bool, typer.Option(help="Time torch.compile as well; needs a C++ compiler.")] = True,
     need_weights: Annotated[bool, typer.Option(help="Ask for the alignments too (not of SDPA).")] = False,
     lengths: Annotated[Lengths, typer.Option(help="random: memory_lengths between Tk/2 and Tk.")] = Lengths.none,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 1.5,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 1.0,
     rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
     output: Annotated[
