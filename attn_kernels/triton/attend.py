@@ -60,7 +60,7 @@ def dot(a, b, total):
 
 @triton.jit
 def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
-    """rows[x, n], (X, N), 0 beyond X and N; with FEW, (1, X, N): so loaded, its threads lie along n in the product too."""
+    """rows[x, n], (X, N), 0 beyond X and N; with FEW, (1, X, N): so the threads lie along n in the product too."""
     if FEW:
         x = x[None, :, None]
         n = n[None, None, :]
