@@ -37,7 +37,7 @@ THREADS = 1  # steps of this size gain little from more, and lose much where oth
 FUSED, REFERENCE = "fused", "reference"
 _BACKENDS = {FUSED: None, REFERENCE: "reference"}
 
-STEPS, QUICK_STEPS = 1000, 60
+STEPS, QUICK_STEPS = 700, 60
 WORDS, QUICK_WORDS = 2000, 200
 
 
