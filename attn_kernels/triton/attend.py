@@ -561,7 +561,9 @@ def _sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool,
             return True, max(4, elements // (block_n * block_x)), block_x, block_n, 4
         block_m = few_block(M)
         return True, block_m, max(4, elements // (block_n * block_m)), block_n, 4
-    return False, 16 if masked or M <= 16 else 32, 32, 64, 4
+    if masked:  # its check and its pairs take registers
+        return False, 16, 32, 32, 4
+    return False, 16 if M <= 16 else 32, 32, 64, 4
 
 
 def _split(programs: int, steps: int, block: int) -> tuple[int, int]:
