@@ -1,7 +1,7 @@
 """Fused attention for RNN sequence-to-sequence models: score, softmax and context in one pass, forward and backward."""
 
 from .backends import Backend, backends
-from .functional import additive_attention, additive_scores, dot_attention
+from .functional import additive_attention, additive_scores, dot_attention, prepare_keys
 from .memory import Memory
 from .modules import BahdanauAttention, CosineAttention, LuongAttention
 from .reference import Attention
@@ -19,4 +19,5 @@ __all__ = [
     "additive_scores",
     "backends",
     "dot_attention",
+    "prepare_keys",
 ]

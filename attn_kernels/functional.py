@@ -23,6 +23,7 @@ def additive_attention(
     mask: Tensor | None = None,
     need_weights: bool = True,
     backend: str | None = None,
+    prepared: Tensor | None = None,
 ) -> Attention:
     r"""Additive (Bahdanau) attention: score, masked softmax and context in one pass.
 
@@ -45,6 +46,8 @@ def additive_attention(
             it.
         need_weights: False to leave out ``alignments`` (None is returned in their place).
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
+        prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
+            and gradients are the same to within rounding; gradients flow to ``keys``.
 
     Returns:
         ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
@@ -65,16 +68,45 @@ def additive_attention(
     query, keys, values, v, bias = _autocast(query, keys, values, v, bias)
     _check_dtypes(name, query, keys=keys, values=values, v=v, bias=bias)
     backend = choose(backend, query.device.type)
+    if prepared is not None:
+        _check_prepared(name, keys, prepared, backend)
     if backend == "reference":
         return reference.additive_attention(
             query, keys, values, v, bias, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
         )
     op = ops.kernel(name, backend)
     if query.dim() == 3:
-        context, alignments = op(query, keys, values, v, bias, memory_lengths, mask, need_weights)
+        context, alignments = op(query, keys, values, v, bias, prepared, memory_lengths, mask, need_weights)
         return Attention(context, alignments if need_weights else None)
-    context, alignments = op(query.unsqueeze(1), keys, values, v, bias, memory_lengths, mask, need_weights)
+    context, alignments = op(query.unsqueeze(1), keys, values, v, bias, prepared, memory_lengths, mask, need_weights)
     return Attention(context.squeeze(1), alignments.squeeze(1) if need_weights else None)
+
+
+def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
+    """What :func:`additive_attention` makes of ``keys`` in each call, made once: for the steps of a decoder.
+
+    Args:
+        keys: (B, Tk, A), projected memory, in the dtype that they will be called with.
+        backend: as in :func:`additive_attention`.
+
+    Returns:
+        A tensor for ``additive_attention(..., prepared=...)`` on the same keys, about as large as they are: e^(2 keys)
+        in float32, for bfloat16 keys in bfloat16. Its layout is the backend's own but for the first axis, B: rows may
+        be selected along it. None where the backend has nothing to prepare ("triton", "reference", float64 keys).
+        It is a constant for autograd, and stale once ``keys`` are written to.
+
+    Raises:
+        ValueError: keys do not have three axes, or the backend cannot. TypeError: a dtype or type does not fit.
+    """
+    name = "prepare_keys"
+    _check_tensor(name, "keys", keys)
+    if keys.dim() != 3:
+        raise ValueError(f"{name}: keys must have shape (B, Tk, A), got {_shape(keys)}")
+    if keys.dtype not in _DTYPES:
+        raise TypeError(f"{name}: keys must be float32, bfloat16, float16 or float64, got {keys.dtype}")
+    if keys.dtype == torch.float64 or choose(backend, keys.device.type) != "cpu":
+        return None
+    return ops.kernel("additive_prepare", "cpu")(keys.detach())
 
 
 def dot_attention(
@@ -219,6 +251,19 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
             expected = f"({batch}, {steps}) or ({batch}, {queries}, {steps})"
             raise ValueError(f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}")
         _check_device(name, query, "mask", mask)
+
+
+def _check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
+    _check_tensor(name, "prepared", prepared)
+    if backend not in ("cpu", "reference"):  # the reference needs no preparation and is right without
+        raise ValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
+    dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
+    if keys.dtype == torch.float64 or prepared.dtype != dtype:
+        raise TypeError(f"{name}: prepared must be what prepare_keys makes of {keys.dtype} keys, got {prepared.dtype}")
+    if prepared.dim() != 3 or prepared.shape[0] != keys.shape[0] or prepared.shape[1] < keys.shape[1]:
+        expected = f"({keys.shape[0]}, >= {keys.shape[1]}, *)"
+        raise ValueError(f"{name}: prepared must be what prepare_keys made of keys, {expected}, got {_shape(prepared)}")
+    _check_device(name, keys, "prepared", prepared)
 
 
 def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .functional import prepare_keys
+
 
 @dataclass(frozen=True, eq=False)
 class Memory:
@@ -19,6 +21,7 @@ class Memory:
     values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
     memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
     mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
+    prepared: what :func:`attn_kernels.prepare_keys` made of ``keys`` for additive attention, or None.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype or type does not. Whether lengths are
@@ -29,6 +32,7 @@ class Memory:
     values: Tensor
     memory_lengths: Tensor | None = None
     mask: Tensor | None = None
+    prepared: Tensor | None = None
 
     def __post_init__(self) -> None:
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
@@ -45,6 +49,11 @@ class Memory:
             self._check_lengths(self.memory_lengths, batch)
         if self.mask is not None:
             self._check_mask(self.mask, batch, steps)
+        if self.prepared is not None:
+            _check_tensor("prepared", self.prepared, self.keys)
+            if self.prepared.dim() != 3 or self.prepared.shape[0] != batch:
+                expected = f"({batch}, *, *), as prepare_keys makes it"
+                raise ValueError(f"Memory: prepared must have shape {expected}, got {tuple(self.prepared.shape)}")
 
     def _check_lengths(self, memory_lengths: Tensor, batch: int) -> None:
         _check_tensor("memory_lengths", memory_lengths, self.keys)
@@ -85,17 +94,22 @@ class Memory:
             self.values.index_select(0, indices),
             None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
             None if self.mask is None else self.mask.index_select(0, indices),
+            None if self.prepared is None else self.prepared.index_select(0, indices),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
         keys = self.keys.to(*args, **kwargs)
+        prepared = self.prepared  # belongs to these very keys: others are prepared anew
+        if prepared is not None and keys is not self.keys:
+            prepared = prepare_keys(keys)
         move = {"device": keys.device, "non_blocking": kwargs.get("non_blocking", False)}
         return Memory(
             keys,
             self.values.to(*args, **kwargs),
             None if self.memory_lengths is None else self.memory_lengths.to(**move),
             None if self.mask is None else self.mask.to(**move),
+            prepared,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import additive_attention, dot_attention
+from .functional import additive_attention, dot_attention, prepare_keys
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -64,7 +64,12 @@ class _MemoryAttention(nn.Module):
         if allowed is not None:
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
-        return Memory(self._keys(values), values, memory_lengths, mask)
+        keys = self._keys(values)
+        return Memory(keys, values, memory_lengths, mask, self._prepare(keys))
+
+    def _prepare(self, keys: Tensor) -> Tensor | None:
+        """What the kernels of a step need of the keys, made once per sentence."""
+        return None
 
     def _keys(self, values: Tensor) -> Tensor:
         return values if self.memory_projection is None else self.memory_projection(values)
@@ -151,7 +156,11 @@ class BahdanauAttention(_MemoryAttention):
             mask=memory.mask,
             need_weights=need_weights,
             backend=self.backend,
+            prepared=memory.prepared,
         )
+
+    def _prepare(self, keys: Tensor) -> Tensor | None:
+        return prepare_keys(keys, backend=self.backend)
 
     def extra_repr(self) -> str:
         return self._repr(units=self.units, normalize=self.normalize)
@@ -236,6 +245,7 @@ class LuongAttention(_MemoryAttention):
                 mask=memory.mask,
                 need_weights=need_weights,
                 backend=self.backend,
+                prepared=memory.prepared,
             )
         return dot_attention(
             query if self.g is None else self.g * query,
@@ -246,6 +256,9 @@ class LuongAttention(_MemoryAttention):
             need_weights=need_weights,
             backend=self.backend,
         )
+
+    def _prepare(self, keys: Tensor) -> Tensor | None:
+        return None if self.v is None else prepare_keys(keys, backend=self.backend)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

@@ -28,21 +28,25 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
 
 
 def _define(
-    op: str, schema: str, fake: Callable[..., Any], differentiable: Callable[[str], type[torch.autograd.Function]]
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
 ) -> None:
+    """``differentiable``: the rule of autograd for a backend; None where results are constants."""
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
-        _register_autograd(op, backend, differentiable(backend))
+        _register_autograd(op, backend, differentiable(backend) if differentiable else None)
 
 
-def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function]) -> None:
+def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function] | None) -> None:
     overload = kernel(op, backend)
 
     def autograd(*args: Any) -> Any:
         # In forward mode too the Function is what refuses, where its tangents would be dropped without a word.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if function is not None and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             for arg in args:
                 if isinstance(arg, Tensor) and (arg.requires_grad or forward_ad._current_level >= 0):
                     return function.apply(*args)
@@ -126,6 +130,22 @@ _define(
 )
 
 
+# additive_prepare -----------------------------------------------------------------------------------------------------
+
+
+def _additive_prepare_fake(keys):
+    # PreparedSizes in csrc/additive_attention.h: lines of 64 bytes; after the steps, rows for a float32 of each step.
+    dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
+    batch, steps, units = keys.shape
+    line = 64 // dtype.itemsize
+    columns = (units + line - 1) // line * line
+    rows = steps + (steps * 4 + columns * dtype.itemsize - 1) // (columns * dtype.itemsize) if units > 0 else 0
+    return keys.new_empty((batch, rows, columns), dtype=dtype)
+
+
+_define("additive_prepare", "(Tensor keys) -> Tensor", _additive_prepare_fake)
+
+
 # additive_attention ---------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +156,12 @@ def _attention_fake(query, keys, values, need_alignments):
     return context, alignments
 
 
-def _additive_attention_fake(query, keys, values, v, bias, memory_lengths, mask, need_alignments):
+def _additive_attention_fake(query, keys, values, v, bias, prepared, memory_lengths, mask, need_alignments):
     return _attention_fake(query, keys, values, need_alignments)
 
 
 def _additive_attention_backward_fake(
-    grad_context, grad_alignments, query, keys, values, v, bias, memory_lengths, mask, alignments
+    grad_context, grad_alignments, query, keys, values, v, bias, prepared, memory_lengths, mask, alignments
 ):
     return (
         query.new_empty(query.shape),
@@ -156,21 +176,21 @@ def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
     class AdditiveAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            query, keys, values, v, bias, memory_lengths, mask, _ = args
+            query, keys, values, v, bias, prepared, memory_lengths, mask, _ = args
             ctx.set_materialize_grads(False)
             # The backward starts from the alignments, (B, Tq, Tk), and computes the hidden units again.
             context, alignments = _below_autograd("additive_attention", backend, (*args[:-1], True))
-            ctx.save_for_backward(query, keys, values, v, bias, memory_lengths, mask, alignments)
+            ctx.save_for_backward(query, keys, values, v, bias, prepared, memory_lengths, mask, alignments)
             return context, alignments
 
         @staticmethod
         def backward(ctx, grad_context, grad_alignments):
             if grad_context is None and grad_alignments is None:
-                return (None,) * 8
+                return (None,) * 9
             bias = ctx.saved_tensors[4]
             backward = kernel("additive_attention_backward", backend)
             dquery, dkeys, dvalues, dv, dbias = backward(grad_context, grad_alignments, *ctx.saved_tensors)
-            return dquery, dkeys, dvalues, dv, dbias if bias is not None else None, None, None, None
+            return dquery, dkeys, dvalues, dv, dbias if bias is not None else None, None, None, None, None
 
     return AdditiveAttention
 
@@ -178,14 +198,15 @@ def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
 _define(
     "additive_attention_backward",
     "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
-    "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _additive_attention_backward_fake,
     _refuse_second_derivative("additive_attention_backward"),
 )
 _define(
     "additive_attention",
-    "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, Tensor? memory_lengths, Tensor? mask, "
-    "bool need_alignments) -> (Tensor context, Tensor alignments)",
+    "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, Tensor? prepared, Tensor? memory_lengths, "
+    "Tensor? mask, bool need_alignments) -> (Tensor context, Tensor alignments)",
     _additive_attention_fake,
     _additive_attention_function,
 )

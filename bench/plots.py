@@ -1,7 +1,8 @@
-"""The plots: speed of the ops, loss curves, and the alignment of one word."""
+"""The plots: speed of the ops, the sweep over sizes, loss curves, and the alignment of one word."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 # After the choice of a backend that needs no display:
 from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
+from matplotlib.axis import Axis
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import files
 
 if TYPE_CHECKING:
+    from . import sweep as sweeping
     from .ops import Cell, Settings
 
 _COLOURS = {"eager": "#4878a8", "torch.compile": "#e08a3c", "sdpa": "#5a9e5a"}
@@ -76,6 +79,75 @@ def speed(path: Path, cells: Sequence[Cell], description: Mapping[str, object], 
         fontsize=9,
     )
     _save(path, figure)
+
+
+def sweep(
+    path: Path, cells: Sequence[sweeping.Cell], description: Mapping[str, object], dtype: str, least: float
+) -> None:
+    """One panel for each op and pass: eager / ours in colour and number, (B, Tq) down, (Tk, A) across."""
+    panels: dict[tuple[str, str], list[sweeping.Cell]] = {}
+    for cell in cells:
+        panels.setdefault((cell.op, cell.passes), []).append(cell)
+    rows = sorted({(cell.shape.B, cell.shape.Tq) for cell in cells})
+    columns = sorted({(cell.shape.Tk, cell.shape.A) for cell in cells})
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    size = (max(10.0, across * (1.0 + 0.36 * len(columns)) + 1.0), 1.5 + down * (1.2 + 0.2 * len(rows)))
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    colours = plt.get_cmap("RdBu").with_extremes(bad="#c8c8c8")
+    most = 2.0  # log2: from a quarter to four times, and beyond in the same colour
+    image = None
+    for axis, ((op, passes), panel) in zip(axes.flat, panels.items(), strict=False):
+        heat = [[math.nan] * len(columns) for _ in rows]
+        for cell in panel:
+            if cell.ratio is None and cell.failure is None:
+                continue
+            row, column = rows.index((cell.shape.B, cell.shape.Tq)), columns.index((cell.shape.Tk, cell.shape.A))
+            if cell.ratio is None:
+                axis.text(column, row, "fails", ha="center", va="center", fontsize=6, color="red")
+                continue
+            heat[row][column] = place = math.log2(cell.ratio)
+            ink = "white" if abs(place) > 0.75 * most else "black"
+            axis.text(column, row, _short(cell.ratio), ha="center", va="center", fontsize=6, color=ink)
+            if cell.ratio < least:
+                frame = Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6, zorder=3
+                )
+                axis.add_patch(frame)
+        image = axis.imshow(heat, cmap=colours, vmin=-most, vmax=most, aspect="auto")
+        _label_pairs(axis.yaxis, rows)
+        _label_pairs(axis.xaxis, columns)
+        axis.tick_params(axis="x", rotation=90)
+        for i in range(1, len(rows)):
+            if rows[i][0] != rows[i - 1][0]:
+                axis.axhline(i - 0.5, color="black", linewidth=0.5)
+        for i in range(1, len(columns)):
+            if columns[i][0] != columns[i - 1][0]:
+                axis.axvline(i - 0.5, color="black", linewidth=0.5)
+        axis.set_xlabel("Tk, A=D", fontsize=8)
+        axis.set_ylabel("B, Tq", fontsize=8)
+        axis.set_title(f"{op}, {passes}", fontsize=10)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], extend="both", shrink=0.6, pad=0.01)
+        bar.ax.set_yticklabels(["0.25", "0.5", "1", "2", "4"], fontsize=8)
+        bar.set_label("time of eager / time of ours (blue: ours is faster)", fontsize=8)
+    figure.suptitle(
+        f"Sweep, {dtype}; grey: not run, framed: below {least:g}; {description['device']}, "
+        f"threads: {description['threads']}\n"
+        f"torch {description['torch']}, {description['allocator']}, {description['date']}",
+        fontsize=9,
+    )
+    _save(path, figure)
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.1f}" if ratio < 99.95 else f"{ratio:.0f}"
+
+
+def _label_pairs(axis: Axis, pairs: Sequence[tuple[int, int]]) -> None:
+    axis.set_ticks(range(len(pairs)), [f"{first}, {second}" for first, second in pairs], fontsize=6)
 
 
 def losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:

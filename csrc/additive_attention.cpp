@@ -9,18 +9,42 @@
 namespace attn {
 namespace {
 
-AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias) {
+// What additive_prepare returns for keys of this dtype.
+Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
+
+AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& prepared = std::nullopt) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3, "query and keys must have 3 axes");
   const int64_t B = query.size(0), Tq = query.size(1), Tk = keys.size(1), A = query.size(2);
   const Dtype dtype = dtype_of(query, "query");
-  return {B,
-          Tq,
-          Tk,
-          A,
-          array(query, "query", dtype, {B, Tq, A}),
-          array(keys, "keys", dtype, {B, Tk, A}),
-          array(v, "v", dtype, {A}),
-          array(bias, "bias", dtype, {A})};
+  const PreparedSizes sizes(A, Tk, prepared_dtype(dtype));
+  const AdditiveScores op{B,
+                          Tq,
+                          Tk,
+                          A,
+                          array(query, "query", dtype, {B, Tq, A}),
+                          array(keys, "keys", dtype, {B, Tk, A}),
+                          array(v, "v", dtype, {A}),
+                          array(bias, "bias", dtype, {A}),
+                          array(prepared, "prepared", prepared_dtype(dtype), {B, sizes.rows, sizes.columns})};
+  STD_TORCH_CHECK(!op.prepared || (op.prepared.stride[1] == sizes.columns && op.prepared.stride[2] == 1),
+                  "prepared must be what additive_prepare returned");
+  return op;
+}
+
+Tensor prepare(Tensor keys) {
+  STD_TORCH_CHECK(keys.dim() == 3, "keys must have 3 axes");
+  const int64_t B = keys.size(0), Tk = keys.size(1), A = keys.size(2);
+  const Dtype dtype = dtype_of(keys, "keys");
+  STD_TORCH_CHECK(dtype != Dtype::float64, "keys in float64 are not prepared");
+  const PreparedSizes sizes(A, Tk, prepared_dtype(dtype));
+  Tensor prepared =
+      torch::stable::new_empty(keys, torch::headeronly::IntHeaderOnlyArrayRef({B, sizes.rows, sizes.columns}),
+                               prepared_dtype(dtype) == Dtype::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  if (B * Tk * A > 0)
+    level().kernels->additive_prepare(
+        {B, Tk, A, array(keys, "keys", dtype, {B, Tk, A}), prepared_dtype(dtype), prepared.mutable_data_ptr()});
+  return prepared;
 }
 
 Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias) {
@@ -48,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, T
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
-                                     std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                     bool need_alignments) {
-  const AdditiveScores n = additive(query, keys, v, bias);
+                                     std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
+                                     std::optional<Tensor> mask, bool need_alignments) {
+  const AdditiveScores n = additive(query, keys, v, bias, prepared);
   STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
   const int64_t D = values.size(2);
   Tensor context = output(query, {n.B, n.Tq, D});
@@ -62,13 +86,11 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, T
   return {context, alignments};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad_context,
-                                                                      std::optional<Tensor> grad_alignments,
-                                                                      Tensor query, Tensor keys, Tensor values,
-                                                                      Tensor v, std::optional<Tensor> bias,
-                                                                      std::optional<Tensor> memory_lengths,
-                                                                      std::optional<Tensor> mask, Tensor alignments) {
-  const AdditiveScores n = additive(query, keys, v, bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
+    Tensor v, std::optional<Tensor> bias, std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments) {
+  const AdditiveScores n = additive(query, keys, v, bias, prepared);
   STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
   const int64_t D = values.size(2);
   const Dtype dtype = n.query.dtype;
@@ -93,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(std::optio
 }  // namespace attn
 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, CPU, m) {
+  m.impl("additive_prepare.cpu", TORCH_BOX(&attn::prepare));
   m.impl("additive_scores.cpu", TORCH_BOX(&attn::scores));
   m.impl("additive_scores_backward.cpu", TORCH_BOX(&attn::scores_backward));
   m.impl("additive_attention.cpu", TORCH_BOX(&attn::attention));

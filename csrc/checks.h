@@ -41,7 +41,7 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
 // The last axes of t, of a given shape, as an Array3; leading axes that t lacks have size 1.
 inline Array3 array(const Tensor& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
   check_shape(t, name, shape);
-  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " must have the dtype of query");
+  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype that query asks for");
   Array3 a;
   a.data = t.const_data_ptr();
   a.dtype = dtype;

@@ -42,6 +42,8 @@ def op_arguments(op: Op, case: Case, dtype: torch.dtype, device: str, requires_g
     tensors += [None] * (len(op.inputs) - len(tensors))
     if not op.masked:
         return tensors
+    if op.name == "additive_attention":
+        tensors.append(None)  # prepared
     return [*tensors, *op.options.values(), arguments.masks.get("memory_lengths"), arguments.masks.get("mask"), True]
 
 

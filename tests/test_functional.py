@@ -176,11 +176,12 @@ def test_sparse_is_refused(op: Op, fused: str, device: str) -> None:
 
 @ops
 def test_signature(op: Op) -> None:
-    """Tensors first, the rest keyword-only; the names of the reference and backend."""
+    """Tensors first, the rest keyword-only; the names of the reference, backend, and what the kernels may be given."""
     parameters = inspect.signature(op.function).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == list(op.inputs)
-    assert [*inspect.signature(op.reference).parameters, "backend"] == list(parameters)
+    own = ["backend", "prepared"] if op.name == "additive_attention" else ["backend"]
+    assert [*inspect.signature(op.reference).parameters, *own] == list(parameters)
     assert inspect.signature(op.eager).parameters.keys() == inspect.signature(op.reference).parameters.keys()
 
 

@@ -557,6 +557,7 @@ def additive_attention(
     values: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    prepared: None,  # nothing is prepared for Triton: see prepare_keys
     memory_lengths: Tensor | None,
     mask: Tensor | None,
     need_alignments: bool,
@@ -574,6 +575,7 @@ def additive_attention_backward(
     values: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    prepared: None,  # nothing is prepared for Triton: see prepare_keys
     memory_lengths: Tensor | None,
     mask: Tensor | None,
     alignments: Tensor,

@@ -1,8 +1,8 @@
 // Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
 //
 // With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p (1 - r) gives dquery and dkeys as sums of 4 v g,
-// and dv = sum(ds tanh) = -2 sum(p - ds / 2). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes
-// some units of one sentence, so that all sums over queries and steps stay within it.
+// and dv = sum(ds tanh) = -2 sum(p - ds / 2). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again.
+// A task takes some units of one sentence, so that all sums over queries and steps stay within it.
 #pragma once
 
 #include "additive_attention_fwd.h"
@@ -11,7 +11,6 @@ namespace attn {
 namespace ATTN_LEVEL {
 
 constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 8 : 4;  // their exponentials and sums fill the registers
-constexpr int kBlockVectors = 4;                               // vectors of units in a block of columns
 
 // A block of columns of the queries or keys of a sentence: vector u of row i stands at (u * n + i) * width<T>.
 template <typename T>
@@ -42,10 +41,14 @@ struct Columns {
 };
 
 // Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list)
-// given ds[a * ld + j]. Returns the sum of p - ds / 2. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+// given ds[a * ld + j]. Returns the sum of p - ds / 2. read_q(i, u) and read_k(j, u) are the queries and keys themselves;
+// half has room for n elements and a vector.
+//
+// A division each: shared between two queries it would cost more multiplications than it saves in divisions.
 template <typename T, int NQ, class ReadQ, class ReadK>
 ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
-                                 int64_t n, const T* ds, int64_t ld, const ReadQ& read_q, const ReadK& read_k) {
+                                 int64_t n, const T* ds, int64_t ld, T* half, const ReadQ& read_q,
+                                 const ReadK& read_k) {
   Vec<T> eq[NQ], dq[NQ] = {}, total{};
   T top = q.top[i];
   for (int a = 0; a < NQ; ++a) {
@@ -53,43 +56,38 @@ ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T
     const T next = q.top[i + a];
     if (top == top && !(next <= top)) top = next;  // NaN, once met, stays: comparisons with it are false
   }
+  for (int64_t j = 0; j < n; j += width<T>) {  // the sums of ds / 2 over the queries
+    Vec<T> sum = load_upto(ds + j, n - j);
+    for (int a = 1; a < NQ; ++a) sum += load_upto(ds + a * ld + j, n - j);
+    store(half + j, T(0.5) * sum);
+  }
   for (int64_t j = 0; j < n; ++j) {
     const int64_t row = list == nullptr ? j : list[j];
-    const T reach = top + k.top[row];
     T* gradient = k.gradient + k.at(row, u);
-    Vec<T> dk = load(gradient);
-    auto add = [&](int a, Vec<T> half_tanh, Vec<T> g) __attribute__((always_inline)) {
-      dq[a] += g;
-      dk += g;
-      total += half_tanh;  // term by term: sums of p and of ds would each be large where dv is small
-    };
-    auto add_reciprocal = [&](int a, Vec<T> e, Vec<T> r) __attribute__((always_inline)) {
-      const T d = ds[a * ld + j];
-      const Vec<T> p = d * r;
-      add(a, p - T(0.5) * d, p * (e * r));  // 1 - r = E r, without the cancellation where r is near 1
-    };
-    const Vec<T> ek = load(k.e + k.at(row, u));
-    if (sizeof(T) == 4 && NQ % 2 == 0 && reach <= kPair) {
-      for (int a = 0; a + 1 < NQ; a += 2) {
-        const Vec<T> e1 = eq[a] * ek, e2 = eq[a + 1] * ek, d1 = T(1) + e1, d2 = T(1) + e2;
-        const Vec<T> inverse = T(1) / (d1 * d2);
-        add_reciprocal(a, e1, inverse * d2);
-        add_reciprocal(a + 1, e2, inverse * d1);
-      }
-    } else if (sizeof(T) == 4 && reach <= kSingle) {
+    Vec<T> dk = load(gradient), sum_p{};
+    if (sizeof(T) == 4 && top + k.top[row] <= kSingle) {
+      const Vec<T> ek = load(k.e + k.at(row, u));
       for (int a = 0; a < NQ; ++a) {
-        const Vec<T> e = eq[a] * ek;
-        add_reciprocal(a, e, T(1) / (T(1) + e));
+        const Vec<T> e = eq[a] * ek, r = T(1) / (T(1) + e);
+        const Vec<T> p = rounded(ds[a * ld + j] * r);
+        const Vec<T> g = rounded(p * (e * r));  // 1 - r = E r, without the cancellation where r is near 1
+        dq[a] += g;
+        dk += g;
+        sum_p += p;
       }
     } else {
       const Vec<T> x = read_k(row, u);
       for (int a = 0; a < NQ; ++a) {
         const Vec<T> t = tanh_any(read_q(i + a, u) + x);
-        const T half = T(0.5) * ds[a * ld + j];
-        add(a, -half * t, half * (T(1) - t) * (T(0.5) * (T(1) + t)));
+        const T d = T(0.5) * ds[a * ld + j];
+        const Vec<T> g = d * (T(1) - t) * (T(0.5) * (T(1) + t));
+        dq[a] += g;
+        dk += g;
+        sum_p += d * (T(1) - t);
       }
     }
     store(gradient, dk);
+    total += sum_p - half[j];  // step by step: sums of p and of ds would each be large where dv is small
   }
   for (int a = 0; a < NQ; ++a) {
     T* to = q.gradient + q.at(i + a, u);
@@ -119,20 +117,20 @@ struct UnitsBackward {
   }
   ATTN_INLINE Vec<T> key(int64_t b, int64_t j, int64_t c) const { return read(op.keys, b, j, c); }
 
-  // Stores vector c of dquery[b, i], of sum g, and returns it.
-  ATTN_INLINE Vec<T> write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
-    const Vec<T> g = T(4) * load(units.v + c) * sum;
+  // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
+  ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
+    const Vec<T> g = T(4) * load(units.v + c) * sum, zero{};
     store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
-    return g;
+    T* dbias = dbias_parts + b * units.size + c;
+    store(dbias, (i == 0 ? zero : load(dbias)) + g);
   }
   ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
     const Vec<T> g = T(4) * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
   // dv from the sum of p - ds / 2.
-  ATTN_INLINE void write_parts(int64_t b, int64_t c, Vec<T> sum, Vec<T> dbias) const {
+  ATTN_INLINE void write_parts(int64_t b, int64_t c, Vec<T> sum) const {
     store(dv_parts + b * units.size + c, T(-2) * sum);
-    store(dbias_parts + b * units.size + c, dbias);
   }
 };
 
@@ -154,35 +152,34 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   for (int64_t i = 0; i < Tq; ++i) q.set(i, vectors, read_q);
   for (int64_t j = 0; j < n; ++j) k.set(j, vectors, read_k);
 
-  Vec<T> sums[kBlockVectors] = {};
+  T* half = take<T>(scratch, padded<T>(n) + w);
   const T* ds = back.dscores + b * Tq * Tk;
-  int64_t i = 0;
-  auto tiles = [&](auto queries) __attribute__((always_inline)) {
-    constexpr int kQueries = decltype(queries)::value;
-    for (; i + kQueries <= Tq; i += kQueries) {
-      const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
-      const int32_t* steps = per_query ? own : nullptr;
-      for (int64_t u = 0; u < vectors; ++u)
-        sums[u] += gradient_tile<T, kQueries>(q, i, k, u, steps, count, ds + i * Tk, Tk, read_q, read_k);
-    }
-  };
-  if (!per_query) {
-    tiles(std::integral_constant<int, kTileQueries>());
-    tiles(std::integral_constant<int, 2>());
-  }
-  tiles(std::integral_constant<int, 1>());
-
   for (int64_t u = 0; u < vectors; ++u) {
-    const int64_t c = first + u * w;
-    const Vec<T> zero{};
-    Vec<T> dbias{};
-    for (i = 0; i < Tq; ++i) dbias += back.write_dquery(b, i, c, load(q.gradient + q.at(i, u)));
-    for (int64_t j = 0, next = 0; j < Tk; ++j) {
-      const bool listed = next < n && list[next] == j;
-      back.write_dkeys(b, j, c, listed ? load(k.gradient + k.at(next, u)) : zero);
-      next += listed;
+    Vec<T> sum_p{};
+    int64_t i = 0;
+    auto tiles = [&](auto queries) __attribute__((always_inline)) {
+      constexpr int kQueries = decltype(queries)::value;
+      for (; i + kQueries <= Tq; i += kQueries) {
+        const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
+        sum_p += gradient_tile<T, kQueries>(q, i, k, u, per_query ? own : nullptr, count, ds + i * Tk, Tk, half, read_q,
+                                            read_k);
+      }
+    };
+    if (!per_query) {
+      tiles(std::integral_constant<int, kTileQueries>());
+      tiles(std::integral_constant<int, 2>());
     }
-    back.write_parts(b, c, sums[u], dbias);
+    tiles(std::integral_constant<int, 1>());
+    back.write_parts(b, first + u * w, sum_p);
+  }
+  for (int64_t i = 0; i < Tq; ++i)
+    for (int64_t u = 0; u < vectors; ++u) back.write_dquery(b, i, first + u * w, load(q.gradient + q.at(i, u)));
+  for (int64_t j = 0, next = 0; j < Tk; ++j) {
+    const bool listed = next < n && list[next] == j;
+    const Vec<T> zero{};
+    for (int64_t u = 0; u < vectors; ++u)
+      back.write_dkeys(b, j, first + u * w, listed ? load(k.gradient + k.at(next, u)) : zero);
+    next += listed;
   }
 }
 
@@ -304,11 +301,9 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
     else
       fill_zero<T>(back.dkeys, (b * op.Tk + step) * op.A + first, columns, dtype);
   }
-  for (int64_t c = 0; c < size; c += w) {
-    Vec<T> dbias{};
-    for (int64_t i = 0; i < op.Tq; ++i) dbias += back.write_dquery(b, i, first + c, load(dq + i * size + c));
-    back.write_parts(b, first + c, load(p + c), dbias);
-  }
+  for (int64_t i = 0; i < op.Tq; ++i)
+    for (int64_t c = 0; c < size; c += w) back.write_dquery(b, i, first + c, load(dq + i * size + c));
+  for (int64_t c = 0; c < size; c += w) back.write_parts(b, first + c, load(p + c));
 }
 
 // dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk).
@@ -322,10 +317,14 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
   T* dbias_parts = take<T>(call, op.B * units.size);
   const UnitsBackward<T> back{op, attended, units, dscores, dquery, dkeys, dv_parts, dbias_parts};
   const bool few = op.Tq < kTileQueries && !attended.per_query;
-  // Few queries: exponentials, sums and a tile of keys fill 24 KB of L1, unless there are threads to feed.
-  const int64_t in_cache = 24576 / (static_cast<int64_t>(sizeof(T)) * (2 * op.Tq + 6));
+  // Few queries: exponentials, sums and a tile of keys fill 24 KB of L1. Many: exponentials and sums of a sentence fill
+  // half of L2. Narrower strips where there are threads to feed.
+  const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 2 * (few ? op.Tq + 3 : op.Tq + op.Tk);
+  const int64_t in_cache = (few ? 24576 : 1 << 19) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
-  const int64_t strip = few ? larger(4 * w, padded<T>(smaller(in_cache, per_thread))) : kBlockVectors * w;
+  const int64_t widest = larger(4 * w, smaller(in_cache, per_thread));
+  const int64_t even = divide_up(units.size, larger(1, divide_up(units.size, widest)));  // all of about the same size
+  const int64_t strip = larger(w, padded<T>(even));
   const int64_t strips = divide_up(units.size, strip);
   for_each_task(op.B * strips, op.Tq * op.Tk * strip, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / strips, first = task % strips * strip, size = smaller(strip, units.size - first);

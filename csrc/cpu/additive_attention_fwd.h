@@ -85,6 +85,10 @@ struct Units {
     sum_v = sum<T>(total);
     scale = static_cast<T>(2 * unit * kUnitScale);
   }
+
+  // Whether three units may share a division, or one each may be used, where |q| + |k| is at most `reach`. NaN: neither.
+  bool three(T reach) const { return factored && reach >= least_reach && reach <= kThree; }
+  bool single(T reach) const { return factored && reach >= least_reach && reach <= kSingle; }
 };
 
 // e = e^{2x} (meaningful up to kSingle) for the vectors x = row(c) of a row. Returns its largest |x|; NaN if it has a NaN.
@@ -99,76 +103,104 @@ ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row) {
   return largest_magnitude<T>(top);
 }
 
-// Rows of queries (bias added) or of keys, as exponentials with the largest magnitude of each row.
+// Rows of queries (bias added; e^{2q} times the factor of the unit), with the largest |q| of each row.
 template <typename T>
-struct Projected {
-  int64_t ld;
+struct QueryRows {
+  int64_t first, n, ld;
   T *e, *top;  // (n, ld), (n)
-
-  Projected(int64_t n, int64_t ld, Scratch& scratch) : ld(ld), e(take<T>(scratch, n * ld)), top(take<T>(scratch, n)) {}
 };
 
-// score[i][j] of NQ queries and NK steps. kShare: three units share a division, otherwise one each.
-template <typename T, int NQ, int NK, bool kShare>
-ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, const T* k, int64_t ld, T* out, int64_t out_ld) {
+// Steps as rows of e^{2k}, with the largest |k| of each row.
+template <typename T>
+struct KeyRows {
+  const T** e;
+  T* top;
+};
+
+// acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on, which may
+// be the row's last only where `last` says so. kShare: three units share a division, otherwise one each.
+template <typename T, int NQ, int NK, bool kShare, class Key>
+ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, const Key& key, Vec<T>* acc) {
   constexpr int64_t w = width<T>;
-  Vec<T> acc[NQ][NK] = {};
-  auto denominator = [&](int64_t c, int i, int j) __attribute__((always_inline)) {
-    return load(units.constant + c) + load(q + i * ld + c) * load(k + j * ld + c);
-  };
+  constexpr std::false_type inner{};
+  constexpr std::true_type last{};
+  const int64_t whole = units.n / w * w;
+  for (int i = 0; i < NQ * NK; ++i) acc[i] = Vec<T>{};
+  auto denominator = [&](int64_t c, int i, Vec<T> e)
+                         __attribute__((always_inline)) { return load(units.constant + c) + load(q + i * ld + c) * e; };
   int64_t c = 0;
   if constexpr (kShare) {
-    for (; c + 3 * w <= units.size; c += 3 * w)
-      for (int i = 0; i < NQ; ++i)
-        for (int j = 0; j < NK; ++j) {
-          const Vec<T> d1 = denominator(c, i, j), d2 = denominator(c + w, i, j), d3 = denominator(c + 2 * w, i, j);
+    auto three = [&](auto where) __attribute__((always_inline)) {
+      for (int j = 0; j < NK; ++j) {
+        const Vec<T> e1 = key(j, c, where), e2 = key(j, c + w, where), e3 = key(j, c + 2 * w, where);
+        for (int i = 0; i < NQ; ++i) {
+          const Vec<T> d1 = denominator(c, i, e1), d2 = denominator(c + w, i, e2), d3 = denominator(c + 2 * w, i, e3);
           const Vec<T> product = d1 * d2;
-          acc[i][j] += ((d1 + d2) * d3 + product) / (product * d3);
+          acc[i * NK + j] += ((d1 + d2) * d3 + product) / (product * d3);
         }
-    for (; c + 2 * w <= units.size; c += 2 * w)
-      for (int i = 0; i < NQ; ++i)
-        for (int j = 0; j < NK; ++j) {
-          const Vec<T> d1 = denominator(c, i, j), d2 = denominator(c + w, i, j);
-          acc[i][j] += (d1 + d2) / (d1 * d2);
+      }
+    };
+    for (; c + 3 * w <= whole; c += 3 * w) three(inner);
+    if (c + 3 * w <= units.size) {
+      three(last);
+      c += 3 * w;
+    }
+    if (c + 2 * w <= units.size) {
+      for (int j = 0; j < NK; ++j) {
+        const Vec<T> e1 = key(j, c, last), e2 = key(j, c + w, last);
+        for (int i = 0; i < NQ; ++i) {
+          const Vec<T> d1 = denominator(c, i, e1), d2 = denominator(c + w, i, e2);
+          acc[i * NK + j] += (d1 + d2) / (d1 * d2);
         }
+      }
+      c += 2 * w;
+    }
   }
   for (; c < units.size; c += w)
-    for (int i = 0; i < NQ; ++i)
-      for (int j = 0; j < NK; ++j) acc[i][j] += T(1) / denominator(c, i, j);
-  for (int i = 0; i < NQ; ++i)
-    for (int j = 0; j < NK; ++j) out[i * out_ld + j] = units.sum_v - units.scale * sum<T>(acc[i][j]);
+    for (int j = 0; j < NK; ++j) {
+      const Vec<T> e = key(j, c, last);
+      for (int i = 0; i < NQ; ++i) acc[i * NK + j] += T(1) / denominator(c, i, e);
+    }
+}
+
+// out[i * out_ld + j]: the scores of NQ queries and NK steps.
+template <typename T, int NQ, int NK, bool kShare>
+ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, int64_t ld, const T* const* k, T* out,
+                               int64_t out_ld) {
+  Vec<T> acc[NQ * NK];
+  factored_sums<T, NQ, NK, kShare>(
+      units, q, ld, [&](int j, int64_t c, auto) __attribute__((always_inline)) { return load(k[j] + c); }, acc);
+  sums<T, NQ * NK>(acc, [&](int i, T s) __attribute__((always_inline)) {
+    out[i / NK * out_ld + i % NK] = units.sum_v - units.scale * s;
+  });
 }
 
 // Scores of NQ queries and NK steps, by the fastest form that is in range. direct(a, b) is the score of query i + a and step
 // j + b by tanh itself.
 template <typename T, int NQ, int NK, class Direct>
-ATTN_INLINE void score_tile(const Units<T>& units, const Projected<T>& q, int64_t i, const Projected<T>& k, int64_t j,
+ATTN_INLINE void score_tile(const Units<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Direct& direct) {
   const int64_t ld = q.ld;
   bool in_range = units.factored;
   for (int a = 0; a < NQ; ++a)
-    for (int b = 0; b < NK; ++b) {
-      const T reach = q.top[i + a] + k.top[j + b];
-      in_range = in_range && reach >= units.least_reach && reach <= kThree;
-    }
-  if (in_range) return factored_tile<T, NQ, NK, true>(units, q.e + i * ld, k.e + j * ld, ld, out, out_ld);
+    for (int b = 0; b < NK; ++b) in_range = in_range && units.three(q.top[i + a] + k.top[j + b]);
+  if (in_range) return factored_tile<T, NQ, NK, true>(units, q.e + i * ld, ld, k.e + j, out, out_ld);
   for (int a = 0; a < NQ; ++a)
     for (int b = 0; b < NK; ++b) {
       T* to = out + a * out_ld + b;
-      const T *qe = q.e + (i + a) * ld, *ke = k.e + (j + b) * ld;
+      const T* qe = q.e + (i + a) * ld;
       const T reach = q.top[i + a] + k.top[j + b];
-      const bool factored = units.factored && reach >= units.least_reach;
-      if (factored && reach <= kThree)
-        factored_tile<T, 1, 1, true>(units, qe, ke, ld, to, out_ld);
-      else if (factored && reach <= kSingle)
-        factored_tile<T, 1, 1, false>(units, qe, ke, ld, to, out_ld);
+      if (units.three(reach))
+        factored_tile<T, 1, 1, true>(units, qe, ld, k.e + j + b, to, out_ld);
+      else if (units.single(reach))
+        factored_tile<T, 1, 1, false>(units, qe, ld, k.e + j + b, to, out_ld);
       else
         *to = direct(i + a, j + b);
     }
 }
 
 template <typename T, int NQ, int NK, class Direct>
-void score_strip(const Units<T>& units, const Projected<T>& q, int64_t i, const Projected<T>& k, int64_t n, T* out,
+void score_strip(const Units<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t n, T* out,
                  int64_t out_ld, const Direct& direct) {
   int64_t j = 0;
   for (; j + NK <= n; j += NK) score_tile<T, NQ, NK>(units, q, i, k, j, out + j, out_ld, direct);
@@ -180,21 +212,18 @@ struct AdditiveScore {
   const AdditiveScores& op;
   const Units<T>& units;
 
-  struct Queries {
-    Projected<T> rows;
-    int64_t first, n;
-  };
+  using Queries = QueryRows<T>;
 
   int64_t cost() const { return op.A; }
 
   Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
-    Queries q{Projected<T>(n, units.size, scratch), first, n};
+    Queries q{first, n, units.size, take<T>(scratch, n * units.size), take<T>(scratch, n)};
     ScratchScope scope(scratch);
     T* buffer = take<T>(scratch, op.A);
     for (int64_t i = 0; i < n; ++i) {
       const T* row = read_row(op.query, b, first + i, op.A, buffer);
-      T* e = q.rows.e + i * units.size;
-      q.rows.top[i] = exponentials(units.size, e, [&](int64_t c) __attribute__((always_inline)) {
+      T* e = q.e + i * q.ld;
+      q.top[i] = exponentials(units.size, e, [&](int64_t c) __attribute__((always_inline)) {
         return load_upto(row + c, op.A - c) + load(units.bias + c);
       });
       if (units.factored)
@@ -203,39 +232,159 @@ struct AdditiveScore {
     return q;
   }
 
-  // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
+  // The score of query i and step j by tanh itself.
+  T direct(int64_t b, int64_t i, int64_t j, T* query_buffer, T* key_buffer) const {
+    const T* query = read_row(op.query, b, i, op.A, query_buffer);
+    const T* key = read_row(op.keys, b, j, op.A, key_buffer);
+    Vec<T> acc{};
+    for (int64_t c = 0; c < op.A; c += width<T>) {  // past the end, 0 * tanh(0)
+      const Vec<T> x = load_upto(query + c, op.A - c) + load(units.bias + c) + load_upto(key + c, op.A - c);
+      acc += load(units.v + c) * tanh_any(x);
+    }
+    return sum<T>(acc);
+  }
+
   void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {
+    ScratchScope scope(scratch);
+    T* key_buffer = take<T>(scratch, 2 * units.size);
+    T* query_buffer = take<T>(scratch, op.A);
+    if constexpr (sizeof(T) == 4) {
+      const Array3& keys = op.prepared ? op.prepared : op.keys;
+      if (q.n == 1 && units.factored && keys.stride[2] == 1)
+        return by_element<T>(keys.dtype, [&](auto* element) {
+          using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+          const ListedRows<E> rows(keys, b, list);
+          if (op.prepared)
+            walk<E, true>(q, b, rows, n, out, query_buffer, key_buffer);
+          else
+            walk<E, false>(q, b, rows, n, out, query_buffer, key_buffer);
+        });
+    }
+    // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
     const int64_t row_bytes = units.size * static_cast<int64_t>(sizeof(T));
     const int64_t most = smaller(n, larger(4, (q.n > 2 ? 1 << 18 : 1 << 14) / larger(row_bytes, 1)));
-    ScratchScope scope(scratch);
-    Projected<T> k(most, units.size, scratch);
-    T* buffer = take<T>(scratch, op.A);
-    T* query_buffer = take<T>(scratch, op.A);
+    T* copies = take<T>(scratch, most * units.size);
+    const KeyRows<T> k{take<const T*>(scratch, most), take<T>(scratch, most)};
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = smaller(most, n - j);
-      for (int64_t r = 0; r < count; ++r) {
-        const T* row = read_row(op.keys, b, list[j + r], op.A, buffer);
-        const int64_t whole = units.n / width<T> * width<T>;
-        k.top[r] = exponentials(units.size, k.e + r * units.size, [&](int64_t c) __attribute__((always_inline)) {
-          return c < whole ? load(row + c) : load_part(row + c, op.A - c);
-        });
-      }
+      for (int64_t r = 0; r < count; ++r) set_key(k, r, b, list[j + r], copies + r * units.size, key_buffer);
       auto direct = [&](int64_t i, int64_t r) {
-        const T* query = read_row(op.query, b, q.first + i, op.A, query_buffer);
-        const T* key = read_row(op.keys, b, list[j + r], op.A, buffer);
-        Vec<T> acc{};
-        for (int64_t c = 0; c < op.A; c += width<T>) {  // past the end, 0 * tanh(0)
-          const Vec<T> x = load_upto(query + c, op.A - c) + load(units.bias + c) + load_upto(key + c, op.A - c);
-          acc += load(units.v + c) * tanh_any(x);
-        }
-        return sum<T>(acc);
+        return this->direct(b, q.first + i, list[j + r], query_buffer, key_buffer);
       };
       int64_t i = 0;
-      for (; i + 4 <= q.n; i += 4) score_strip<T, 4, 2>(units, q.rows, i, k, count, out + i * ld + j, ld, direct);
-      for (; i < q.n; ++i) score_strip<T, 1, 4>(units, q.rows, i, k, count, out + i * ld + j, ld, direct);
+      for (; i + 4 <= q.n; i += 4) score_strip<T, 4, 2>(units, q, i, k, count, out + i * ld + j, ld, direct);
+      for (; i < q.n; ++i) score_strip<T, 1, 4>(units, q, i, k, count, out + i * ld + j, ld, direct);
+    }
+  }
+
+  // Row r of k: step j of sentence b, made in copy unless it is prepared as it is needed.
+  void set_key(const KeyRows<T>& k, int64_t r, int64_t b, int64_t j, T* copy, T* buffer) const {
+    k.e[r] = copy;
+    if constexpr (sizeof(T) == 4) {
+      if (op.prepared) {
+        const int64_t at = b * op.prepared.stride[0] + j * op.prepared.stride[1];
+        k.top[r] = prepared_tops(b)[j];
+        if (op.prepared.dtype == Dtype::float32) {
+          k.e[r] = static_cast<const float*>(op.prepared.data) + at;
+        } else {
+          const BFloat16* row = static_cast<const BFloat16*>(op.prepared.data) + at;
+          for (int64_t c = 0; c < units.size; c += width<T>) store(copy + c, load_element(row + c));
+        }
+        return;
+      }
+    }
+    const T* row = read_row(op.keys, b, j, op.A, buffer);
+    const int64_t whole = units.n / width<T> * width<T>;
+    k.top[r] = exponentials(units.size, copy, [&](int64_t c) __attribute__((always_inline)) {
+      return c < whole ? load(row + c) : load_part(row + c, op.A - c);
+    });
+  }
+
+  const float* prepared_tops(int64_t b) const {
+    const int64_t at = b * op.prepared.stride[0] + op.Tk * op.prepared.stride[1];
+    return reinterpret_cast<const float*>(static_cast<const char*>(op.prepared.data) +
+                                          at * item_size(op.prepared.dtype));
+  }
+
+  // The scores of one query: each row of keys, raw or prepared, is read once and in order, and nothing of it is stored.
+  template <class E, bool kPrepared>
+  void walk(const Queries& q, int64_t b, const ListedRows<E>& rows, int64_t n, T* out, T* query_buffer,
+            T* key_buffer) const {
+    const int64_t whole = units.n / width<T> * width<T>;
+    const float* tops = kPrepared ? prepared_tops(b) : nullptr;
+    // The sums of 1 / d of NK rows, where top becomes the largest |k| met in each.
+    auto row_sums = [&](auto rows_at_once, int64_t j, Vec<T>* acc, IntVec<T>* top) __attribute__((always_inline)) {
+      constexpr int NK = decltype(rows_at_once)::value;
+      const E *row[NK], *next[NK];
+      for (int r = 0; r < NK; ++r) {
+        row[r] = rows[j + r];
+        next[r] = rows[smaller(j + NK + r, n - 1)];
+      }
+      factored_sums<T, 1, NK, true>(
+          units, q.e, q.ld,
+          [&](int r, int64_t c, auto last) __attribute__((always_inline)) {
+            prefetch(next[r] + c);
+            if constexpr (kPrepared) {
+              return load_element(row[r] + c);
+            } else {
+              const bool part = decltype(last)::value && c >= whole;
+              const Vec<T> k = part ? load_element(row[r] + c, units.n - c) : load_element(row[r] + c);
+              top[r] = larger_magnitude<T>(top[r], k);
+              return exp_in_range(k + k);
+            }
+          },
+          acc);
+    };
+    // A row out of range of three: one division each, or tanh itself.
+    auto again = [&](int64_t j, T reach) {
+      if (!units.single(reach)) return direct(b, q.first, rows.list[j], query_buffer, key_buffer);
+      T score, top;
+      T* copy = key_buffer + units.size;
+      const T* e;
+      set_key({&e, &top}, 0, b, rows.list[j], copy, key_buffer);
+      factored_tile<T, 1, 1, false>(units, q.e, q.ld, &e, &score, 1);
+      return score;
+    };
+    for (int64_t j = 0; j < n; j += kRowsAtOnce) {
+      const int count = static_cast<int>(smaller(kRowsAtOnce, n - j));
+      Vec<T> acc[kRowsAtOnce] = {};
+      T reach[kRowsAtOnce], score[kRowsAtOnce];
+      IntVec<T> top[kRowsAtOnce] = {};
+      int r = 0;
+      // Exponentials keep the arithmetic busy enough; without them a query's factors are loaded once for several rows.
+      constexpr int kTogether = kPrepared ? 4 : 1;
+      for (; r + kTogether <= count; r += kTogether)
+        row_sums(std::integral_constant<int, kTogether>(), j + r, acc + r, top + r);
+      for (; r < count; ++r) row_sums(std::integral_constant<int, 1>(), j + r, acc + r, top + r);
+      for (r = 0; r < count; ++r)
+        reach[r] = q.top[0] + (kPrepared ? tops[rows.list[j + r]] : largest_magnitude<T>(top[r]));
+      sums<T, kRowsAtOnce>(
+          acc, [&](int r, T s) __attribute__((always_inline)) { score[r] = units.sum_v - units.scale * s; });
+      for (r = 0; r < count; ++r) out[j + r] = units.three(reach[r]) ? score[r] : again(j + r, reach[r]);
     }
   }
 };
+
+// op.prepared from op.keys.
+template <typename T>
+void additive_prepare(const AdditivePrepare& op) {
+  const PreparedSizes sizes(op.A, op.Tk, op.dtype);
+  for_each_task(op.B, op.Tk * op.A * 4, [&](int64_t b, Scratch& scratch) {
+    T* e = take<T>(scratch, padded<T>(op.A));
+    T* buffer = take<T>(scratch, op.A);
+    char* rows = static_cast<char*>(op.prepared) + b * sizes.rows * sizes.columns * item_size(op.dtype);
+    float* tops = reinterpret_cast<float*>(rows + op.Tk * sizes.columns * item_size(op.dtype));
+    for (int64_t j = 0; j < op.Tk; ++j) {
+      const T* row = read_row(op.keys, b, j, op.A, buffer);
+      tops[j] = static_cast<float>(exponentials(
+          padded<T>(op.A), e, [&](int64_t c) __attribute__((always_inline)) { return load_upto(row + c, op.A - c); }));
+      write_row(rows, op.dtype, j * sizes.columns, e, op.A);
+      fill_zero<T>(rows, j * sizes.columns + op.A, sizes.columns - op.A, op.dtype);
+    }
+    char* end = rows + sizes.rows * sizes.columns * item_size(op.dtype);
+    memset(tops + op.Tk, 0, end - reinterpret_cast<char*>(tops + op.Tk));
+  });
+}
 
 template <typename T>
 void additive_attention(const AdditiveAttentionForward& op) {

@@ -10,10 +10,11 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
+constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds or the like
+
 // Runs task(t, scratch) for t in [0, n); cost is the work of a task, in multiply-adds or the like.
 template <class Task>
 void for_each_task(int64_t n, int64_t cost, const Task& task) {
-  constexpr int64_t kWorthAThread = 1 << 16;
   auto body = [](int64_t begin, int64_t end, void* context) {
     for (int64_t t = begin; t < end; ++t) {
       Scratch& scratch = thread_scratch();
@@ -27,15 +28,24 @@ void for_each_task(int64_t n, int64_t cost, const Task& task) {
 // How the queries of a sentence are cut into tasks: small enough that weights and projected queries stay in L2 and that
 // there is a task for every thread, large enough that what is prepared per step serves many queries.
 struct Chunks {
-  int64_t size, per_sentence, tasks;
+  int64_t queries, size, per_sentence, tasks;
 
-  Chunks(int64_t batch, int64_t queries, int64_t steps, bool per_query) {
-    constexpr int64_t kMost = 64, kLeast = 4, kWeights = 1 << 17;
-    size = smaller(kMost, larger(kLeast, kWeights / larger(steps, 1)));
+  Chunks(int64_t batch, int64_t queries, int64_t steps, bool per_query) : queries(queries) {
+    constexpr int64_t kLeast = 4, kWeights = 1 << 17;
+    size = smaller(kMostQueries, larger(kLeast, kWeights / larger(steps, 1)));
     size = smaller(size, larger(1, divide_up(batch * queries, thread_count())));
     if (per_query) size = 1;  // each query has steps of its own
     per_sentence = divide_up(queries, size);
     tasks = batch * per_sentence;
+  }
+
+  int64_t sentence(int64_t task) const { return task / per_sentence; }
+  int64_t first(int64_t task) const { return task % per_sentence * size; }
+  int64_t count(int64_t task) const { return smaller(size, queries - first(task)); }
+
+  // Into how many parts each task is cut where there are fewer tasks than threads. cost: of a task.
+  int64_t parts(int64_t cost) const {
+    return smaller(divide_up(thread_count(), larger(tasks, 1)), larger(1, cost / kWorthAThread));
   }
 };
 
@@ -74,26 +84,71 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
   for (int64_t j = 0; j < n; ++j) store_as<T>(out, dtype, at + list[j], broadcast(p[j]), 1);
 }
 
-constexpr int64_t kValueRows = 64;  // rows of values (or the like) read at a time
+// Part `part` of `parts` of n elements, in whole groups of `group`.
+struct Part {
+  int64_t begin, end;
 
-// out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, written as dtype, `at` elements into
-// data.
+  Part(int64_t n, int64_t part, int64_t parts, int64_t group) {
+    const int64_t size = divide_up(divide_up(n, parts), group) * group;
+    begin = smaller(n, part * size);
+    end = smaller(n, begin + size);
+  }
+};
+
+// Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written as
+// dtype from row `row` of data on.
 template <typename T>
-void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_t n, int64_t columns, const T* weight,
-                     int64_t ld, int64_t no, void* data, Dtype dtype, int64_t at, Scratch& scratch) {
-  if (n == 0) return fill_zero<T>(data, at, no * columns, dtype);
+void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
+                     int64_t no, const Part& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
+                     Scratch& scratch) {
+  const int64_t nc = columns.end - columns.begin, at = row * out_columns + columns.begin;
+  if (n == 0 || nc == 0) {
+    for (int64_t i = 0; i < no; ++i) fill_zero<T>(data, at + i * out_columns, nc, dtype);
+    return;
+  }
   ScratchScope scope(scratch);
   const bool direct = dtype == native<T>;
-  T* sums = direct ? static_cast<T*>(data) + at : take<T>(scratch, no * columns);
+  T* sums = direct ? static_cast<T*>(data) + at : take<T>(scratch, no * nc);
+  const int64_t sums_ld = direct ? out_columns : nc;
+  const Array3 strip = columns_from(array, columns.begin);
   T** out = take<T*>(scratch, no);
-  for (int64_t i = 0; i < no; ++i) out[i] = sums + i * columns;
-  RowBlock<T> block(array, columns, smaller(n, kValueRows), scratch);
-  for (int64_t j = 0; j < n; j += kValueRows) {
-    const int64_t count = smaller(n - j, kValueRows);
-    weighted_rows(out, no, weight + j, ld, 1, block.read(b, list + j, count), count, columns, j > 0);
+  const T** weights = take<const T*>(scratch, no);
+  for (int64_t i = 0; i < no; ++i) {
+    out[i] = sums + i * sums_ld;
+    weights[i] = weight + i * ld;
+  }
+  if (no < kWorthPacking && strip.stride[2] == 1) {
+    by_element<T>(strip.dtype, [&](auto* element) {
+      using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+      weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
+    });
+  } else {
+    RowBlock<T> block(strip, nc, smaller(n, kPanelRows), scratch);
+    for (int64_t j = 0; j < n; j += kPanelRows) {
+      const int64_t count = smaller(n - j, kPanelRows);
+      weighted_rows(out, no, weights, 1, block.read(b, list + j, count), count, nc, j > 0);
+      for (int64_t i = 0; i < no; ++i) weights[i] += count;
+    }
   }
   if (!direct)
-    for (int64_t i = 0; i < no; ++i) write_row(data, dtype, at + i * columns, out[i], columns);
+    for (int64_t i = 0; i < no; ++i) write_row(data, dtype, at + i * out_columns, sums + i * sums_ld, nc);
+}
+
+// out[i * ld + j] = scale * x_i . row j of the listed rows of array, for at most kMostQueries rows x of `columns` elements.
+template <typename T>
+void dot_listed(const T* const* x, int64_t nx, const Array3& array, int64_t b, const int32_t* list, int64_t n,
+                int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
+  if (nx < kWorthPacking && array.stride[2] == 1)
+    return by_element<T>(array.dtype, [&](auto* element) {
+      using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+      dot_walk(x, nx, ListedRows<E>(array, b, list), n, columns, scale, out, ld);
+    });
+  ScratchScope scope(scratch);
+  RowBlock<T> block(array, columns, smaller(n, kPanelRows), scratch);
+  for (int64_t j = 0; j < n; j += kPanelRows) {
+    const int64_t count = smaller(n - j, kPanelRows);
+    dot_rows(x, nx, block.read(b, list + j, count), count, columns, scale, out + j, ld);
+  }
 }
 
 struct Problem {
@@ -105,25 +160,63 @@ struct Problem {
 
 // Score: queries(b, first, n, scratch) prepares n queries; block(queries, b, list, n, out, ld, scratch) writes the
 // scores of those queries and of the n listed steps; cost() is the work of a pair.
+//
+// Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum is
+// split, so that results do not depend on the number of threads.
 template <typename T, class Score>
 void attention_forward(const Problem& p, void* context, void* alignments, const Score& score) {
   const Chunks chunks(p.B, p.Tq, p.Tk, p.attended.per_query);
-  for_each_task(chunks.tasks, chunks.size * p.Tk * (score.cost() + p.D), [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / chunks.per_sentence, first = task % chunks.per_sentence * chunks.size;
-    const int64_t nq = smaller(chunks.size, p.Tq - first), row = b * p.Tq + first;
-    int32_t* list = take<int32_t>(scratch, p.Tk);
-    const int64_t n = list_steps(p.attended, b, first, p.Tk, list);
-    const int64_t ld = padded<T>(n);
-    T* weights = take<T>(scratch, nq * ld);
-    if (n > 0) {
-      ScratchScope scope(scratch);
-      score.block(score.queries(b, first, nq, scratch), b, list, n, weights, ld, scratch);
-      for (int64_t i = 0; i < nq; ++i) softmax_row(weights + i * ld, n);
+  const int64_t cost = chunks.size * p.Tk * (score.cost() + p.D), parts = chunks.parts(cost);
+  const int64_t ld = padded<T>(p.Tk), weights_size = chunks.size * ld;
+  auto write_scores = [&](int64_t task, const int32_t* list, const Part& steps, T* weights, Scratch& scratch) {
+    if (steps.begin == steps.end) return;
+    ScratchScope scope(scratch);
+    const int64_t b = chunks.sentence(task);
+    score.block(score.queries(b, chunks.first(task), chunks.count(task), scratch), b, list + steps.begin,
+                steps.end - steps.begin, weights + steps.begin, ld, scratch);
+  };
+  auto normalise = [&](int64_t task, const int32_t* list, int64_t n, T* weights) {
+    const int64_t row = chunks.sentence(task) * p.Tq + chunks.first(task);
+    for (int64_t i = 0; i < chunks.count(task); ++i) {
+      if (n > 0) softmax_row(weights + i * ld, n);
+      if (alignments != nullptr) write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, weights + i * ld);
     }
-    weighted_output(p.values, b, list, n, p.D, weights, ld, nq, context, p.dtype, row * p.D, scratch);
-    if (alignments != nullptr)
-      for (int64_t i = 0; i < nq; ++i)
-        write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, weights + i * ld);
+  };
+  auto write_context = [&](int64_t task, const int32_t* list, int64_t n, const T* weights, const Part& columns,
+                           Scratch& scratch) {
+    const int64_t b = chunks.sentence(task);
+    weighted_output(p.values, b, list, n, weights, ld, chunks.count(task), columns, context, p.dtype,
+                    b * p.Tq + chunks.first(task), p.D, scratch);
+  };
+  if (parts == 1)
+    return for_each_task(chunks.tasks, cost, [&](int64_t task, Scratch& scratch) {
+      int32_t* list = take<int32_t>(scratch, p.Tk);
+      T* weights = take<T>(scratch, weights_size);
+      const int64_t n = list_steps(p.attended, chunks.sentence(task), chunks.first(task), p.Tk, list);
+      write_scores(task, list, Part(n, 0, 1, 1), weights, scratch);
+      normalise(task, list, n, weights);
+      write_context(task, list, n, weights, Part(p.D, 0, 1, 1), scratch);
+    });
+  Scratch& call = thread_scratch();
+  ScratchScope scope(call);
+  int32_t* lists = take<int32_t>(call, chunks.tasks * p.Tk);
+  int64_t* n = take<int64_t>(call, chunks.tasks);
+  T* weights = take<T>(call, chunks.tasks * weights_size);
+  for (int64_t task = 0; task < chunks.tasks; ++task)
+    n[task] = list_steps(p.attended, chunks.sentence(task), chunks.first(task), p.Tk, lists + task * p.Tk);
+  const int64_t part_cost = cost / parts;
+  for_each_task(chunks.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
+    const int64_t task = t / parts;
+    write_scores(task, lists + task * p.Tk, Part(n[task], t % parts, parts, kRowsAtOnce), weights + task * weights_size,
+                 scratch);
+  });
+  for_each_task(chunks.tasks, chunks.size * p.Tk, [&](int64_t task, Scratch&) {
+    normalise(task, lists + task * p.Tk, n[task], weights + task * weights_size);
+  });
+  for_each_task(chunks.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
+    const int64_t task = t / parts;
+    write_context(task, lists + task * p.Tk, n[task], weights + task * weights_size,
+                  Part(p.D, t % parts, parts, 4 * width<T>), scratch);
   });
 }
 
@@ -142,12 +235,8 @@ void attention_backward(const Problem& p, const Array3& alignments, const Array3
     T *w = weights + at, *ds = dscores + at;
     if (grad_context) {
       ScratchScope scope(scratch);
-      RowBlock<T> dcontext(grad_context, p.D, nq, scratch), values(p.values, p.D, smaller(n, kValueRows), scratch);
-      const T* const* dc = dcontext.read(b, first, nq);
-      for (int64_t j = 0; j < n; j += kValueRows) {
-        const int64_t count = smaller(n - j, kValueRows);
-        dot_rows(dc, nq, values.read(b, list + j, count), count, p.D, T(1), ds + j, p.Tk);
-      }
+      const T* const* dc = RowBlock<T>(grad_context, p.D, nq, scratch).read(b, first, nq);
+      dot_listed(dc, nq, p.values, b, list, n, p.D, T(1), ds, p.Tk, scratch);
     } else {
       for (int64_t i = 0; i < nq; ++i) memset(ds + i * p.Tk, 0, n * sizeof(T));
     }
@@ -174,7 +263,7 @@ template <typename T>
 void weighted_steps(const Problem& p, const T* weights, const Array3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;
   const int64_t strip = per_query ? 4 * width<T> : larger(columns, 1);
-  const int64_t step_rows = per_query ? p.Tk : larger(1, smaller(kValueRows, divide_up(p.B * p.Tk, thread_count())));
+  const int64_t step_rows = per_query ? p.Tk : larger(1, smaller(kPanelRows, divide_up(p.B * p.Tk, thread_count())));
   const int64_t row_tasks = divide_up(p.Tk, step_rows), strips = divide_up(columns, strip);
   for_each_task(p.B * row_tasks * strips, p.Tq * step_rows * strip, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / (row_tasks * strips), part = task / strips % row_tasks, c = task % strips * strip;
@@ -207,6 +296,7 @@ void weighted_steps(const Problem& p, const T* weights, const Array3& array, int
     while (at + count < n && list[at + count] < end) ++count;
     T* sums = take<T>(scratch, larger(count, 1) * columns);
     T** rows = take<T*>(scratch, larger(count, 1));
+    const T** factors = take<const T*>(scratch, larger(count, 1));
     const bool direct = p.dtype == native<T>;
     for (int64_t j = 0, next = 0; j < end - begin; ++j) {
       const int64_t row = (b * p.Tk + begin + j) * columns;
@@ -217,11 +307,11 @@ void weighted_steps(const Problem& p, const T* weights, const Array3& array, int
         fill_zero<T>(out, row, columns, p.dtype);
       }
     }
-    RowBlock<T> block(array, columns, smaller(p.Tq, kValueRows), scratch);
-    for (int64_t i = 0; i < p.Tq; i += kValueRows) {
-      const int64_t nq = smaller(kValueRows, p.Tq - i);
-      const T* w = weights + (b * p.Tq + i) * p.Tk + at;
-      weighted_rows(rows, count, w, 1, p.Tk, block.read(b, i, nq), nq, columns, i > 0);
+    RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
+    for (int64_t i = 0; i < p.Tq; i += kPanelRows) {
+      const int64_t nq = smaller(kPanelRows, p.Tq - i);
+      for (int64_t j = 0; j < count; ++j) factors[j] = weights + (b * p.Tq + i) * p.Tk + at + j;
+      weighted_rows(rows, count, factors, p.Tk, block.read(b, i, nq), nq, columns, i > 0);
     }
     if (!direct)
       for (int64_t j = 0; j < count; ++j)

@@ -23,12 +23,7 @@ struct DotScore {
   }
 
   void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {
-    ScratchScope scope(scratch);
-    RowBlock<T> keys(op.keys, op.A, smaller(n, kValueRows), scratch);
-    for (int64_t j = 0; j < n; j += kValueRows) {
-      const int64_t count = smaller(n - j, kValueRows);
-      dot_rows(q.rows, q.n, keys.read(b, list + j, count), count, op.A, static_cast<T>(op.scale), out + j, ld);
-    }
+    dot_listed(q.rows, q.n, op.keys, b, list, n, op.A, static_cast<T>(op.scale), out, ld, scratch);
   }
 };
 
@@ -50,8 +45,8 @@ void dot_attention_backward(const DotAttentionBackward& op) {
       [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
         for (int64_t i = 0; i < nq; ++i)
           for (int64_t j = 0; j < n; ++j) ds[i * op.Tk + j] *= static_cast<T>(op.scale);
-        weighted_output(op.keys, b, list, n, op.A, ds, op.Tk, nq, op.dquery, problem.dtype, (b * op.Tq + first) * op.A,
-                        scratch);
+        weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Part(op.A, 0, 1, 1), op.dquery, problem.dtype,
+                        b * op.Tq + first, op.A, scratch);
       });
   weighted_steps(problem, dscores, op.query, op.A, op.dkeys);
   if (op.grad_context)

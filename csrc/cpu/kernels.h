@@ -7,6 +7,7 @@
 namespace attn {
 
 struct Kernels {
+  void (*additive_prepare)(const AdditivePrepare&);
   void (*additive_scores)(const AdditiveScoresForward&);
   void (*additive_scores_backward)(const AdditiveScoresBackward&);
   void (*additive_attention)(const AdditiveAttentionForward&);

@@ -14,6 +14,7 @@ void by_dtype(const Op& op) {
 }
 
 const Kernels kernels = {
+    additive_prepare<float>,
     by_dtype<AdditiveScoresForward, additive_scores<float>, additive_scores<double>>,
     by_dtype<AdditiveScoresBackward, additive_scores_backward<float>, additive_scores_backward<double>>,
     by_dtype<AdditiveAttentionForward, additive_attention<float>, additive_attention<double>>,

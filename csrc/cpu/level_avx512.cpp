@@ -1,6 +1,8 @@
 // AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 // Everything shared between levels is included before the target changes, so that it is compiled for every CPU.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -26,7 +26,10 @@ constexpr Dtype native = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
 
 ATTN_INLINE Vec<float> load_low(const uint16_t* p, int64_t n, Dtype dtype) {
   Half16 h{};
-  memcpy(&h, p, smaller(n, width<float>) * 2);
+  if (n >= width<float>)
+    memcpy(&h, p, sizeof(h));
+  else
+    memcpy(&h, p, n * 2);
   return dtype == Dtype::bfloat16 ? from_bfloat16(h) : from_float16(h);
 }
 
@@ -57,7 +60,10 @@ ATTN_INLINE void store_as(void* data, Dtype dtype, int64_t at, Vec<T> x, int64_t
   if (dtype == native<T>) return store_upto(static_cast<T*>(data) + at, x, n);
   if constexpr (sizeof(T) == 4) {
     Half16 h = dtype == Dtype::bfloat16 ? to_bfloat16(x) : to_float16(x);
-    memcpy(static_cast<uint16_t*>(data) + at, &h, smaller(n, width<float>) * 2);
+    if (n >= width<T>)
+      memcpy(static_cast<uint16_t*>(data) + at, &h, sizeof(h));
+    else
+      memcpy(static_cast<uint16_t*>(data) + at, &h, n * 2);
   }
 }
 
@@ -69,6 +75,12 @@ const T* read_row(const Array3& a, int64_t b, int64_t i, int64_t n, T* buffer) {
   for (int64_t c = 0; c < n; c += width<T>)
     store_upto(buffer + c, load_as<T>(a.data, a.dtype, at + c * a.stride[2], a.stride[2], n - c), n - c);
   return buffer;
+}
+
+// The columns of a from c on.
+ATTN_INLINE Array3 columns_from(Array3 a, int64_t c) {
+  a.data = static_cast<const char*>(a.data) + c * a.stride[2] * item_size(a.dtype);
+  return a;
 }
 
 template <typename T>
@@ -118,101 +130,218 @@ struct RowBlock {
   }
 };
 
-// Products ------------------------------------------------------------------------------------------------------------
+// Listed rows of a sentence as they lie in memory, where the elements of a row lie side by side.
+template <class E>
+struct ListedRows {
+  const E* data;
+  int64_t stride;
+  const int32_t* list;
 
-// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements.
-template <typename T, int NX, int NY>
-ATTN_INLINE void dot_tile(const T* const* x, const T* const* y, int64_t n, T scale, T* out, int64_t ld) {
-  Vec<T> acc[NX][NY] = {};
-  auto step = [&](int64_t c, auto load_vector) __attribute__((always_inline)) {
-    Vec<T> yv[NY];
-    for (int j = 0; j < NY; ++j) yv[j] = load_vector(y[j] + c);
-    for (int i = 0; i < NX; ++i) {
-      Vec<T> xv = load_vector(x[i] + c);
-      for (int j = 0; j < NY; ++j) acc[i][j] += xv * yv[j];
+  ListedRows(const Array3& a, int64_t b, const int32_t* list)
+      : data(static_cast<const E*>(a.data) + b * a.stride[0]), stride(a.stride[1]), list(list) {}
+  const E* operator[](int64_t j) const { return data + list[j] * stride; }
+};
+
+// Rows given by pointers.
+template <class E>
+struct PointedRows {
+  const E* const* rows;
+
+  const E* operator[](int64_t j) const { return rows[j]; }
+};
+
+// Walks --------------------------------------------------------------------------------------------------------------
+//
+// Where a row serves one query or few, memory decides the speed: rows are read in their own dtype and in order, a few of
+// them for all queries before the next.
+
+constexpr int kRowsAtOnce = 8;  // whose horizontal sums are taken together
+
+// out[i * ld + j] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
+template <typename T, class Rows>
+void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, int64_t n, T scale, T* out, int64_t ld) {
+  constexpr int64_t w = width<T>;
+  auto row_sum = [&](const T* xi, auto* row) __attribute__((always_inline)) {
+    Vec<T> acc[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * w <= n; c += 4 * w)
+      for (int u = 0; u < 4; ++u) acc[u] += load(xi + c + u * w) * load_element(row + c + u * w);
+    for (; c + w <= n; c += w) acc[0] += load(xi + c) * load_element(row + c);
+    if (c < n) acc[0] += load_part(xi + c, n - c) * load_element(row + c, n - c);
+    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  };
+  int64_t j = 0;
+  for (; j + kRowsAtOnce <= count; j += kRowsAtOnce)
+    for (int64_t i = 0; i < nx; ++i) {
+      Vec<T> acc[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; ++r) acc[r] = row_sum(x[i], rows[j + r]);
+      T* to = out + i * ld + j;
+      sums<T, kRowsAtOnce>(acc, [&](int r, T s) __attribute__((always_inline)) { to[r] = scale * s; });
+    }
+  for (; j < count; ++j)
+    for (int64_t i = 0; i < nx; ++i) out[i * ld + j] = scale * sum<T>(row_sum(x[i], rows[j]));
+}
+
+// out_i (+)= sum_j weight_i[j * wj] * rows[j] for `no` rows out and `count` rows of n elements; the sums stay in L1.
+template <typename T, class Rows>
+void weighted_walk(T* const* out, int64_t no, const T* const* weight, int64_t wj, const Rows& rows, int64_t count,
+                   int64_t n, bool add) {
+  constexpr int64_t w = width<T>;
+  int64_t j = 0;
+  auto step = [&](auto rows_at_once) __attribute__((always_inline)) {
+    constexpr int NY = decltype(rows_at_once)::value;
+    for (; j + NY <= count; j += NY) {
+      decltype(rows[0]) y[NY], next[NY];
+      for (int r = 0; r < NY; ++r) {
+        y[r] = rows[j + r];
+        next[r] = rows[smaller(j + NY + r, count - 1)];
+      }
+      const bool onto = add || j > 0;
+      for (int64_t i = 0; i < no; ++i) {
+        Vec<T> factor[NY];
+        for (int r = 0; r < NY; ++r) factor[r] = broadcast(weight[i][(j + r) * wj]);
+        T* to = out[i];
+        int64_t c = 0;
+        for (; c + w <= n; c += w) {
+          Vec<T> acc = onto ? load(to + c) : Vec<T>{};
+          for (int r = 0; r < NY; ++r) {
+            acc += factor[r] * load_element(y[r] + c);
+            prefetch(next[r] + c);
+          }
+          store(to + c, acc);
+        }
+        if (c < n) {
+          Vec<T> acc = onto ? load_part(to + c, n - c) : Vec<T>{};
+          for (int r = 0; r < NY; ++r) acc += factor[r] * load_element(y[r] + c, n - c);
+          store_part(to + c, acc, n - c);
+        }
+      }
     }
   };
-  int64_t c = 0;
-  for (; c + width<T> <= n; c += width<T>) step(c, [](const T* p) __attribute__((always_inline)) { return load(p); });
-  if (c < n) step(c, [&](const T* p) __attribute__((always_inline)) { return load_part(p, n - c); });
-  for (int i = 0; i < NX; ++i)
-    for (int j = 0; j < NY; ++j) out[i * ld + j] = scale * sum<T>(acc[i][j]);
+  step(std::integral_constant<int, 4>());
+  step(std::integral_constant<int, 1>());
 }
 
-constexpr int dot_columns = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // 16 accumulators in 32 registers, 8 in 16
+// Products ------------------------------------------------------------------------------------------------------------
 
-// out[i * ld + j] = scale * x_i . y_j for all nx rows x and ny rows y.
+// Where rows serve many queries, arithmetic decides: a panel of kPanel columns of up to kPanelRows rows is packed, so that it
+// lies in L1 whatever the strides, and products with it are summed in registers.
+constexpr int kTileRows = ATTN_VECTOR_BYTES == 64 ? 6 : 4;
+constexpr int kTileVectors = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // 24 sums in 32 registers, 8 in 16
 template <typename T>
-void dot_rows(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int64_t n, T scale, T* out, int64_t ld) {
-  int64_t i = 0;
-  for (; i + 4 <= nx; i += 4) {
-    int64_t j = 0;
-    for (; j + dot_columns <= ny; j += dot_columns)
-      dot_tile<T, 4, dot_columns>(x + i, y + j, n, scale, out + i * ld + j, ld);
-    for (; j < ny; ++j) dot_tile<T, 4, 1>(x + i, y + j, n, scale, out + i * ld + j, ld);
-  }
-  for (; i < nx; ++i) {
-    int64_t j = 0;
-    for (; j + dot_columns <= ny; j += dot_columns)
-      dot_tile<T, 1, dot_columns>(x + i, y + j, n, scale, out + i * ld + j, ld);
-    for (; j < ny; ++j) dot_tile<T, 1, 1>(x + i, y + j, n, scale, out + i * ld + j, ld);
-  }
-}
+constexpr int64_t kPanel = kTileVectors * width<T>;
+constexpr int64_t kPanelRows = 64;
+constexpr int64_t kMostQueries = 64;  // of one call
+constexpr int64_t kWorthPacking = 8;  // queries
 
-// out_i[c..] (+)= sum_j weight[i * wi + j * wj] * y_j[c..] for NO rows out and NV vectors (or one part of a vector: n <
-// width).
-template <typename T, int NO, int NV>
-ATTN_INLINE void weighted_tile(T* const* out, const T* weight, int64_t wi, int64_t wj, const T* const* y, int64_t ny,
-                               int64_t c, int64_t n, bool add) {
-  Vec<T> acc[NO][NV];
-  for (int i = 0; i < NO; ++i)
-    for (int u = 0; u < NV; ++u) acc[i][u] = add ? load_upto(out[i] + c + u * width<T>, n) : Vec<T>{};
-  for (int64_t j = 0; j < ny; ++j) {
-    Vec<T> yv[NV];
-    for (int u = 0; u < NV; ++u) yv[u] = load_upto(y[j] + c + u * width<T>, n);
+// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors; n < NV * width<T> only if !kWhole.
+template <typename T, int NO, int NV, bool kWhole>
+ATTN_INLINE void panel_tile(T* const* out, int64_t c, int64_t n, const T* const* weight, int64_t wj, const T* panel,
+                            int64_t rows, bool add) {
+  constexpr int64_t w = width<T>;
+  Vec<T> acc[NO][NV] = {};
+  const T* x[NO];
+  for (int i = 0; i < NO; ++i) x[i] = weight[i];
+  for (int64_t j = 0; j < rows; ++j) {
+    Vec<T> y[NV];
+    for (int u = 0; u < NV; ++u) y[u] = load(panel + j * kPanel<T> + u * w);
     for (int i = 0; i < NO; ++i) {
-      const T w = weight[i * wi + j * wj];
-      for (int u = 0; u < NV; ++u) acc[i][u] += w * yv[u];
+      const T factor = x[i][j * wj];
+      for (int u = 0; u < NV; ++u) acc[i][u] += factor * y[u];
     }
   }
   for (int i = 0; i < NO; ++i)
-    for (int u = 0; u < NV; ++u) store_upto(out[i] + c + u * width<T>, acc[i][u], n);
+    for (int u = 0; u < NV; ++u) {
+      T* to = out[i] + c + u * w;
+      const int64_t left = n - u * w;
+      if (kWhole || left >= w)
+        store(to, add ? load(to) + acc[i][u] : acc[i][u]);
+      else if (left > 0)
+        store_part(to, add ? load_part(to, left) + acc[i][u] : acc[i][u], left);
+    }
 }
 
-template <typename T, int NO>
-ATTN_INLINE void weighted_strip(T* const* out, const T* weight, int64_t wi, int64_t wj, const T* const* y, int64_t ny,
-                                int64_t n, bool add) {
+// Not inlined: the sums take all registers there are.
+template <typename T, int NV, bool kWhole>
+__attribute__((noinline)) void panel_tiles(T* const* out, int64_t no, int64_t c, int64_t n, const T* const* weight,
+                                           int64_t wj, const T* panel, int64_t rows, bool add) {
+  int64_t i = 0;
+  auto tiles = [&](auto count) __attribute__((always_inline)) {
+    constexpr int NO = decltype(count)::value;
+    for (; i + NO <= no; i += NO) panel_tile<T, NO, NV, kWhole>(out + i, c, n, weight + i, wj, panel, rows, add);
+  };
+  tiles(std::integral_constant<int, kTileRows>());
+  tiles(std::integral_constant<int, kTileRows / 2>());
+  tiles(std::integral_constant<int, 1>());
+}
+
+template <typename T>
+ATTN_INLINE void panel_product(T* const* out, int64_t no, int64_t c, int64_t n, const T* const* weight, int64_t wj,
+                               const T* panel, int64_t rows, bool add) {
+  if (n == kPanel<T>)
+    panel_tiles<T, kTileVectors, true>(out, no, c, n, weight, wj, panel, rows, add);
+  else if (n > kPanel<T> / 2)
+    panel_tiles<T, kTileVectors, false>(out, no, c, n, weight, wj, panel, rows, add);
+  else
+    panel_tiles<T, kTileVectors / 2, false>(out, no, c, n, weight, wj, panel, rows, add);
+}
+
+// out_i (+)= sum_j weight_i[j * wj] * y_j for at most kPanelRows rows y of n elements; add: onto what out holds.
+template <typename T>
+void weighted_rows(T* const* out, int64_t no, const T* const* weight, int64_t wj, const T* const* y, int64_t ny,
+                   int64_t n, bool add) {
+  if (no < kWorthPacking) return weighted_walk(out, no, weight, wj, PointedRows<T>{y}, ny, n, add);
   constexpr int64_t w = width<T>;
-  constexpr int wide = ATTN_VECTOR_BYTES == 64 ? 4 : 2;
-  int64_t c = 0;
-  for (; c + wide * w <= n; c += wide * w) weighted_tile<T, NO, wide>(out, weight, wi, wj, y, ny, c, w, add);
-  for (; c + w <= n; c += w) weighted_tile<T, NO, 1>(out, weight, wi, wj, y, ny, c, w, add);
-  if (c < n) weighted_tile<T, NO, 1>(out, weight, wi, wj, y, ny, c, n - c, add);
-}
-
-// out (+)= the sum over NY rows y of weight[j * wj] * y_j, in one walk along the rows.
-template <typename T, int NY>
-ATTN_INLINE void weighted_walk(T* out, const T* weight, int64_t wj, const T* const* y, int64_t n, bool add) {
-  Vec<T> w[NY];
-  for (int j = 0; j < NY; ++j) w[j] = broadcast(weight[j * wj]);
-  for (int64_t c = 0; c < n; c += width<T>) {
-    Vec<T> acc = add ? load_upto(out + c, n - c) : Vec<T>{};
-    for (int j = 0; j < NY; ++j) acc += w[j] * load_upto(y[j] + c, n - c);
-    store_upto(out + c, acc, n - c);
+  alignas(64) T panel[kPanelRows * kPanel<T>];
+  for (int64_t c = 0; c < n; c += kPanel<T>) {
+    const int64_t nc = smaller(kPanel<T>, n - c);
+    for (int64_t j = 0; j < ny; ++j) {
+      T* to = panel + j * kPanel<T>;
+      for (int64_t u = 0; u < kPanel<T>; u += w) {
+        store(to + u, u < nc ? load_upto(y[j] + c + u, nc - u) : Vec<T>{});
+        prefetch(y[j] + smaller(c + kPanel<T> + u, n - 1));
+      }
+    }
+    panel_product(out, no, c, nc, weight, wj, panel, ny, add);
   }
 }
 
-// out_i (+)= sum_j weight[i * wi + j * wj] * y_j, rows of n elements; add: onto what out holds.
+// out[i * ld + j] = scale * x_i . y_j for at most kMostQueries rows x and kPanelRows rows y of n elements.
 template <typename T>
-void weighted_rows(T* const* out, int64_t no, const T* weight, int64_t wi, int64_t wj, const T* const* y, int64_t ny,
-                   int64_t n, bool add) {
-  int64_t i = 0;
-  for (; i + 4 <= no; i += 4) weighted_strip<T, 4>(out + i, weight + i * wi, wi, wj, y, ny, n, add);
-  for (; i < no; ++i) {  // memory decides the speed of a single row: sums in L1, rows read from end to end
-    const T* w = weight + i * wi;
-    int64_t j = 0;
-    for (; j + 4 <= ny; j += 4) weighted_walk<T, 4>(out[i], w + j * wj, wj, y + j, n, add || j > 0);
-    for (; j < ny; ++j) weighted_walk<T, 1>(out[i], w + j * wj, wj, y + j, n, add || j > 0);
+void dot_rows(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int64_t n, T scale, T* out, int64_t ld) {
+  constexpr int64_t w = width<T>;
+  if (nx < kWorthPacking || n == 0) return dot_walk(x, nx, PointedRows<T>{y}, ny, n, scale, out, ld);
+  alignas(64) T panel[kPanelRows * kPanel<T>];
+  const T* weight[kMostQueries];
+  T* rows[kMostQueries];
+  for (int64_t j = 0; j < ny; j += kPanel<T>) {
+    const int64_t nj = smaller(kPanel<T>, ny - j);
+    for (int64_t i = 0; i < nx; ++i) rows[i] = out + i * ld + j;
+    for (int64_t c = 0; c < n; c += kPanelRows) {
+      const int64_t nc = smaller(kPanelRows, n - c);
+      for (int64_t r = 0; r < nj; r += w) {  // y_j[c + a] to panel[a][j]; columns beyond nj repeat the last
+        const T* row[w];
+        for (int64_t i = 0; i < w; ++i) row[i] = y[j + smaller(r + i, nj - 1)] + c;
+        const int64_t ahead = c + 2 * kPanelRows <= n ? kPanelRows : 0;
+        auto square = [&](int64_t a, auto load_vector) __attribute__((always_inline)) {
+          Vec<T> x[w];
+          for (int64_t i = 0; i < w; ++i) {
+            x[i] = load_vector(row[i] + a);
+            prefetch(row[i] + a + ahead);
+          }
+          transpose<T>(x);
+          for (int64_t i = 0; i < w; ++i) store(panel + (a + i) * kPanel<T> + r, x[i]);
+        };
+        int64_t a = 0;
+        for (; a + w <= nc; a += w) square(a, [](const T* p) __attribute__((always_inline)) { return load(p); });
+        if (a < nc) square(a, [&](const T* p) __attribute__((always_inline)) { return load_part(p, nc - a); });
+      }
+      for (int64_t i = 0; i < nx; ++i) weight[i] = x[i] + c;
+      panel_product(rows, nx, 0, nj, weight, 1, panel, nc, c > 0);
+    }
+    if (scale != 1)
+      for (int64_t i = 0; i < nx; ++i)
+        for (int64_t u = 0; u < nj; u += w) store_upto(rows[i] + u, scale * load_upto(rows[i] + u, nj - u), nj - u);
   }
 }
 

@@ -13,6 +13,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>  // for what vector extensions cannot say: masked loads and stores, stores past the caches
+#endif
+
 #include "types.h"
 
 namespace attn {
@@ -74,6 +78,59 @@ ATTN_INLINE void store_part(T* p, Vec<T> x, int64_t n) {
   memcpy(p, &x, n * sizeof(T));
 }
 
+#if ATTN_VECTOR_BYTES == 64
+template <>
+ATTN_INLINE Vec<float> load_part<float>(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+
+template <>
+ATTN_INLINE void store_part<float>(float* p, Vec<float> x, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+}
+#elif ATTN_VECTOR_BYTES == 32
+ATTN_INLINE IntVec<float> first_lanes(int64_t n) {
+  const IntVec<float> lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  return lanes < static_cast<int32_t>(n);
+}
+
+template <>
+ATTN_INLINE Vec<float> load_part<float>(const float* p, int64_t n) {
+  return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes(n));
+}
+
+template <>
+ATTN_INLINE void store_part<float>(float* p, Vec<float> x, int64_t n) {
+  _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)x);
+}
+#endif
+
+// Stores past the caches, where p is aligned to a vector; call stream_end() before another thread may read it.
+template <typename T>
+ATTN_INLINE void store_stream(T* p, Vec<T> x) {
+#if ATTN_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+#elif ATTN_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)x);
+#else
+  store(p, x);
+#endif
+}
+
+// Asks for the line of p, which is read soon: the caches see streams within a page only, and rows end sooner or later.
+template <class E>
+ATTN_INLINE void prefetch(const E* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+ATTN_INLINE void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // n may be a whole vector or more here.
 template <typename T>
 ATTN_INLINE Vec<T> load_upto(const T* p, int64_t n) {
@@ -86,6 +143,15 @@ ATTN_INLINE void store_upto(T* p, Vec<T> x, int64_t n) {
     store(p, x);
   else
     store_part(p, x, n);
+}
+
+// Keeps a product out of multiply-adds: where multiplications are what fills the pipes, an addition of its own costs less.
+template <class V>
+ATTN_INLINE V rounded(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+  return x;
 }
 
 template <typename T>
@@ -116,21 +182,91 @@ ATTN_INLINE V exchange(V x, std::index_sequence<i...>) {
 #endif
 }
 
-// combine over all elements, in the same order from run to run.
-template <class V, class Combine, int n = sizeof(V) / sizeof(decltype(V{}[0] + 0)) / 2>
-ATTN_INLINE auto reduce(V x, const Combine& combine) {
+// combine over each group of 2n elements, in the same order from run to run: every element of the result holds that of its
+// group.
+template <int n, class V, class Combine>
+ATTN_INLINE V reduce_groups(V x, const Combine& combine) {
   if constexpr (n == 0) {
-    return x[0];
+    return x;
   } else {
     constexpr int elements = sizeof(V) / sizeof(decltype(V{}[0] + 0));
-    x = combine(x, exchange<n>(x, std::make_index_sequence<elements>()));
-    return reduce<V, Combine, n / 2>(x, combine);
+    return reduce_groups<n / 2>(combine(x, exchange<n>(x, std::make_index_sequence<elements>())), combine);
   }
+}
+
+template <class V, class Combine>
+ATTN_INLINE auto reduce(V x, const Combine& combine) {
+  return reduce_groups<sizeof(V) / sizeof(decltype(V{}[0] + 0)) / 2>(x, combine)[0];
 }
 
 template <typename T>
 ATTN_INLINE T sum(Vec<T> x) {
   return reduce(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
+}
+
+// Halves of groups of `group` elements: in the even groups of the result one half of each group of a, in the odd ones of b.
+template <int group, bool upper, class V, size_t... i>
+ATTN_INLINE V halves(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i), half = group / 2;
+  // Element i of the result: group i / half, which is group (i / half) / 2 of a or of b.
+#define ATTN_HALVES static_cast<int>(i / half / 2 * group + (upper ? half : 0) + i % half + (i / half % 2 ? n : 0))...
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, ATTN_HALVES);
+#else
+  typedef decltype(a < a) Index;
+  return __builtin_shuffle(a, b, Index{ATTN_HALVES});
+#endif
+#undef ATTN_HALVES
+}
+
+// out(i, s) for the sum s of each x[i], added up in the order of sum(), with fewer shuffles than one by one.
+template <typename T, int n, int group = width<T>, class Out>
+ATTN_INLINE void sums(const Vec<T>* x, const Out& out, int first = 0) {
+  if constexpr (n == 1) {  // the sums of width / group vectors, side by side
+    const auto add = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; };
+    const Vec<T> y = reduce_groups<group / 2>(x[0], add);
+    for (int i = 0; i < width<T> / group; ++i) out(first + i, y[i * group]);
+  } else if constexpr (n > width<T> || (n & (n - 1)) != 0) {  // in powers of 2
+    constexpr int part = n > width<T> ? width<T> : n > 8 ? 8 : n > 4 ? 4 : 2;
+    sums<T, part, group>(x, out, first);
+    sums<T, n - part, group>(x + part, out, first + part);
+  } else {
+    const auto index = std::make_index_sequence<width<T>>();
+    Vec<T> y[n / 2];
+    for (int i = 0; i < n / 2; ++i)
+      y[i] = halves<group, false>(x[i], x[i + n / 2], index) + halves<group, true>(x[i], x[i + n / 2], index);
+    sums<T, n / 2, group / 2>(y, out, first);
+  }
+}
+
+// The first (upper: second) half of a0 b0 a1 b1 ...
+template <bool upper, class V, size_t... i>
+ATTN_INLINE V interleave(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+#define ATTN_INTERLEAVE static_cast<int>(i / 2 + (upper ? n / 2 : 0) + (i % 2 ? n : 0))...
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, ATTN_INTERLEAVE);
+#else
+  typedef decltype(a < a) Index;
+  return __builtin_shuffle(a, b, Index{ATTN_INTERLEAVE});
+#endif
+#undef ATTN_INTERLEAVE
+}
+
+// The rows x of a square become its columns: with each round of interleaving one bit of the index changes sides.
+template <typename T, int round = width<T>>
+ATTN_INLINE void transpose(Vec<T>* x) {
+  if constexpr (round > 1) {
+    constexpr int w = width<T>;
+    const auto index = std::make_index_sequence<w>();
+    Vec<T> y[w];
+    for (int i = 0; i < w / 2; ++i) {
+      y[2 * i] = interleave<false>(x[i], x[i + w / 2], index);
+      y[2 * i + 1] = interleave<true>(x[i], x[i + w / 2], index);
+    }
+    for (int i = 0; i < w; ++i) x[i] = y[i];
+    transpose<T, round / 2>(x);
+  }
 }
 
 template <typename T>
@@ -153,30 +289,50 @@ ATTN_INLINE T largest_magnitude(IntVec<T> top) {
   return result;
 }
 
-// e^x for x in [-87.3, 88.7], to about 1 ulp (Cephes' expf: x = n ln 2 + r, polynomial in r). Outside that range the
-// result is not meaningful; NaN stays NaN.
-ATTN_INLINE Vec<float> exp_in_range(Vec<float> x) {
+// e^x = p 2^n for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so that e^0 = 1; its
+// other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before rounding).
+struct Power {
+  Vec<float> p;
+  IntVec<float> n;  // 2^n in the exponent bits of p, to be added to them
+};
+
+template <int degree>
+ATTN_INLINE Power power(Vec<float> x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
-  Vec<float> shifted = x * 1.44269504088896341f + magic;
-  Vec<float> n = shifted - magic;
-  Vec<float> r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec<float> p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // bits(magic) = 0x4b400000, so (bits << 23) + (127 << 23) is 2^n; a product, not a sum of bits, keeps NaN.
-  IntVec<float> exponent = ((bits<float>(shifted) - 0x4b400000) << 23) + 0x3f800000;
-  return p * (Vec<float>)exponent;
+  const Vec<float> shifted = x * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+#if ATTN_VECTOR_BYTES > 16 || defined(__aarch64__)  // multiply-add rounds once
+  const Vec<float> r = x - n * 0.6931471805599453f;
+#else
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
+  Vec<float> p;
+  if constexpr (degree == 5) {
+    p = broadcast(0.008312501013278961f) * r + 0.041890330612659454f;
+    p = p * r + 0.16667115688323975f;
+    p = p * r + 0.499992311000824f;
+  } else {
+    p = broadcast(0.0013814540579915047f) * r + 0.00836874544620514f;
+    p = p * r + 0.04166838899254799f;
+    p = p * r + 0.1666652113199234f;
+    p = p * r + 0.4999999403953552f;
+  }
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return {p, bits<float>(shifted) << 23};  // the low bits of magic are 0
 }
 
-// e^x for x <= 0 or NaN; 0 below the smallest normal number.
+// e^x for x in [-87.3, 88.7], to 2 ulp at most. Outside of that range, and for NaN, the result is not meaningful.
+ATTN_INLINE Vec<float> exp_in_range(Vec<float> x) {
+  const Power e = power<5>(x);
+  return (Vec<float>)(bits<float>(e.p) + e.n);
+}
+
+// e^x for x <= 0 or NaN, to 1 ulp; 0 below the smallest normal number.
 ATTN_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  Vec<float> low = broadcast(-87.3365447f);
-  Vec<float> result = exp_in_range(x < low ? low : x);
+  const Vec<float> low = broadcast(-87.3365447f);
+  const Power e = power<6>(x < low ? low : x);
+  const Vec<float> result = e.p * (Vec<float>)(e.n + 0x3f800000);  // a product, not a sum of bits, keeps NaN
   return x < low ? Vec<float>{} : result;
 }
 
@@ -244,6 +400,55 @@ ATTN_INLINE Half16 to_float16(Vec<float> x) {
   Word32 result = f < 0x38800000u ? subnormal : normal;
   result = f >= 0x47800000u ? infinite : result;
   return __builtin_convertvector(result | sign, Half16);
+}
+
+// Elements as they lie in memory: float, double, or one of these, which are computed with as float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class E>
+using Computed = std::conditional_t<sizeof(E) == 2, float, E>;
+
+ATTN_INLINE Vec<float> widen(Half16 h, const BFloat16*) { return from_bfloat16(h); }
+ATTN_INLINE Vec<float> widen(Half16 h, const Float16*) { return from_float16(h); }
+
+// A vector of elements, or the first n < width of one with zeros after them, in the type they are computed with.
+template <class E>
+ATTN_INLINE Vec<Computed<E>> load_element(const E* p) {
+  if constexpr (sizeof(E) == 2) {
+    Half16 h;
+    memcpy(&h, p, sizeof(h));
+    return widen(h, p);
+  } else {
+    return load(p);
+  }
+}
+
+template <class E>
+ATTN_INLINE Vec<Computed<E>> load_element(const E* p, int64_t n) {
+  if constexpr (sizeof(E) == 2) {
+    Half16 h{};
+    memcpy(&h, p, n * sizeof(E));
+    return widen(h, p);
+  } else {
+    return load_part(p, n);
+  }
+}
+
+// f(pointer of the type of the elements of dtype), where T is what they are computed with.
+template <typename T, class F>
+ATTN_INLINE auto by_element(Dtype dtype, const F& f) {
+  if constexpr (sizeof(T) == 8) {
+    return f(static_cast<const double*>(nullptr));
+  } else {
+    if (dtype == Dtype::bfloat16) return f(static_cast<const BFloat16*>(nullptr));
+    if (dtype == Dtype::float16) return f(static_cast<const Float16*>(nullptr));
+    return f(static_cast<const float*>(nullptr));
+  }
 }
 
 }  // namespace ATTN_LEVEL

@@ -1,0 +1,261 @@
+// Bare loops whose speed bounds that of the kernels. limits.py compiles them for the machine it runs on, times them, and
+// calls them through ctypes. None knows the kernels of csrc/: a bound that shared their code would share their faults.
+//
+// Every function does its work `repeats` times over. Sizes are multiples of what a loop takes at once, BLOCK floats or the
+// tile in question, and pointers are aligned to whole vectors, as those of PyTorch's tensors are.
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#define LANES (VECTOR_BYTES / 4)
+
+// With 32 registers, more independent chains: 4 pipes of latency 4 exist.
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
+#define CHAINS 16
+#define BACKWARD_QUERIES 8
+#else
+#define CHAINS 12
+#define BACKWARD_QUERIES 4
+#endif
+#define STREAMS 8
+#define FORWARD_QUERIES 4
+#define FORWARD_KEYS 2
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_nontemporal_store)
+#define STREAM_STORE(p, x) __builtin_nontemporal_store(x, (Floats*)(p))
+#endif
+#endif
+#if defined(__SSE2__)
+#include <immintrin.h>
+#define STREAM_END() _mm_sfence()
+#else
+#define STREAM_END()  // what is timed is long enough for the last lines not to count
+#endif
+#if !defined(STREAM_STORE) && defined(__SSE2__)
+#if VECTOR_BYTES == 64
+#define STREAM_STORE(p, x) _mm512_stream_ps(p, (__m512)(x))
+#elif VECTOR_BYTES == 32
+#define STREAM_STORE(p, x) _mm256_stream_ps(p, (__m256)(x))
+#else
+#define STREAM_STORE(p, x) _mm_stream_ps(p, (__m128)(x))
+#endif
+#endif
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+
+// Memory may have changed: what was loaded is loaded again, and what was stored is not stored later, or never.
+#define BARRIER() __asm__ volatile("" ::: "memory")
+
+static inline Floats load(const float* p) {
+  Floats x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+static inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
+
+// For limits.py, which counts with them.
+const int32_t lanes = LANES;
+const int32_t block = STREAMS * LANES;
+const int32_t chains = CHAINS;
+const int32_t forward_queries = FORWARD_QUERIES;
+const int32_t forward_keys = FORWARD_KEYS;
+const int32_t forward_units = 3 * LANES;  // three vectors of units share a division
+const int32_t backward_queries = BACKWARD_QUERIES;
+#ifdef STREAM_STORE
+const int32_t can_stream = 1;
+#else
+const int32_t can_stream = 0;
+#endif
+
+// Memory --------------------------------------------------------------------------------------------------------------
+
+// The sum, modulo 2^32, of the n words at x: integers, so that the order of the sum does not show.
+uint32_t read_words(const uint32_t* x, int64_t n, int64_t repeats) {
+  Words sums[STREAMS] = {{0}};
+  for (int64_t r = 0; r < repeats; ++r) {
+    for (int64_t i = 0; i < n; i += STREAMS * LANES)
+      for (int s = 0; s < STREAMS; ++s) {
+        Words w;
+        memcpy(&w, x + i + s * LANES, sizeof(w));
+        sums[s] += w;
+      }
+    BARRIER();
+  }
+  uint32_t total = 0;
+  for (int s = 0; s < STREAMS; ++s)
+    for (int i = 0; i < LANES; ++i) total += sums[s][i];
+  return total;
+}
+
+// Ordinary stores: a line that is not in the cache is read before it is written.
+void write_floats(float* x, int64_t n, float value, int64_t repeats) {
+  const Floats v = value - (Floats){0};
+  for (int64_t r = 0; r < repeats; ++r)
+    for (int64_t i = 0; i < n; i += STREAMS * LANES) {
+      for (int s = 0; s < STREAMS; ++s) store(x + i + s * LANES, v);
+      BARRIER();  // keeps the compiler from calling memset, which streams above some size
+    }
+}
+
+// Non-temporal stores, past the caches; nothing where the processor or the compiler has none (can_stream).
+void stream_floats(float* x, int64_t n, float value, int64_t repeats) {
+#ifdef STREAM_STORE
+  const Floats v = value - (Floats){0};
+  for (int64_t r = 0; r < repeats; ++r)
+    for (int64_t i = 0; i < n; i += STREAMS * LANES) {
+      for (int s = 0; s < STREAMS; ++s) STREAM_STORE(x + i + s * LANES, v);
+      BARRIER();
+    }
+  STREAM_END();
+#else
+  (void)x, (void)n, (void)value, (void)repeats;
+#endif
+}
+
+// y = x + value: reading and writing overlap, so that the two take less than the sum of their times, or more.
+void copy_floats(const float* x, float* y, int64_t n, float value, int64_t repeats) {
+  for (int64_t r = 0; r < repeats; ++r)
+    for (int64_t i = 0; i < n; i += STREAMS * LANES) {
+      for (int s = 0; s < STREAMS; ++s) store(y + i + s * LANES, load(x + i + s * LANES) + value);
+      BARRIER();
+    }
+}
+
+void copy_streaming(const float* x, float* y, int64_t n, float value, int64_t repeats) {
+#ifdef STREAM_STORE
+  for (int64_t r = 0; r < repeats; ++r)
+    for (int64_t i = 0; i < n; i += STREAMS * LANES) {
+      for (int s = 0; s < STREAMS; ++s) STREAM_STORE(y + i + s * LANES, load(x + i + s * LANES) + value);
+      BARRIER();
+    }
+  STREAM_END();
+#else
+  (void)x, (void)y, (void)n, (void)value, (void)repeats;
+#endif
+}
+
+// Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// A chain of additions, each waiting for the one before: one a cycle. Returns step times their number, 16 a repeat. The
+// step stays in a register, as some processors add constants without taking a cycle.
+uint64_t add_integers(uint64_t step, int64_t repeats) {
+  uint64_t x = 0;
+  for (int64_t r = 0; r < repeats; ++r)
+    for (int i = 0; i < 16; ++i) {
+      x += step;
+      __asm__ volatile("" : "+r"(x), "+r"(step));
+    }
+  return x;
+}
+
+// x <- x a + b in CHAINS vectors, from x = the number of the chain on; sums (LANES) of them.
+void multiply_add(float a, float b, int64_t repeats, float* sums) {
+  Floats x[CHAINS];
+  for (int s = 0; s < CHAINS; ++s) x[s] = (float)s - (Floats){0};
+  for (int64_t r = 0; r < repeats; ++r)
+    for (int s = 0; s < CHAINS; ++s) x[s] = x[s] * a + b;
+  Floats total = {0};
+  for (int s = 0; s < CHAINS; ++s) total += x[s];
+  store(sums, total);
+}
+
+// e^{2x} of n floats, |2x| < 87: 2^n by its bits, 2^r by a polynomial for r in [-1/2, 1/2], to 1e-7 of the argument's
+// rounding. What keeps the kernels' own to an ulp is left out.
+void exponentials(const float* x, int64_t n, int64_t repeats, float* e) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
+  for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+    for (int64_t i = 0; i < n; i += STREAMS * LANES)
+      for (int s = 0; s < STREAMS; ++s) {
+        const Floats shifted = load(x + i + s * LANES) * 2.885390082f + magic;
+        const Floats r = load(x + i + s * LANES) * 2.885390082f - (shifted - magic);
+        Floats p = r * 1.327647219e-3f + 9.675541616e-3f;
+        p = p * r + 5.550713275e-2f;
+        p = p * r + 2.402211972e-1f;
+        p = p * r + 6.931469671e-1f;
+        p = p * r + 1.000000072f;
+        store(e + i + s * LANES, (Floats)((Ints)p + ((Ints)shifted << 23)));
+      }
+    BARRIER();
+  }
+}
+
+// The scores of additive attention in factored form, three units to a division: sums of 1 / (c + q k) over the units of
+// c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units), left in vectors: sums (FORWARD_QUERIES, FORWARD_KEYS,
+// LANES).
+void forward_pairs(const float* c, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
+  for (int64_t r = 0; r < repeats; ++r) {
+    Floats acc[FORWARD_QUERIES][FORWARD_KEYS] = {{{0}}};
+    for (int64_t u = 0; u < units; u += 3 * LANES) {
+      const Floats c1 = load(c + u), c2 = load(c + u + LANES), c3 = load(c + u + 2 * LANES);
+      for (int i = 0; i < FORWARD_QUERIES; ++i)
+        for (int j = 0; j < FORWARD_KEYS; ++j) {
+          const float *qi = q + i * units + u, *kj = k + j * units + u;
+          const Floats d1 = c1 + load(qi) * load(kj);
+          const Floats d2 = c2 + load(qi + LANES) * load(kj + LANES);
+          const Floats d3 = c3 + load(qi + 2 * LANES) * load(kj + 2 * LANES);
+          const Floats product = d1 * d2;
+          acc[i][j] += ((d1 + d2) * d3 + product) / (product * d3);
+        }
+    }
+    for (int i = 0; i < FORWARD_QUERIES; ++i)
+      for (int j = 0; j < FORWARD_KEYS; ++j) store(sums + (i * FORWARD_KEYS + j) * LANES, acc[i][j]);
+    BARRIER();
+  }
+}
+
+// The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = eq ek, r = 1 / (1 + e) and p = ds r,
+// adds p e r to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and p - ds / 2 to total (LANES), given eq
+// (BACKWARD_QUERIES, LANES), ek (n, LANES), ds (BACKWARD_QUERIES, n) and half, which is ds / 2. With `shared` two queries
+// share a division, which trades the divider for multiplications: which is faster depends on the processor.
+static inline __attribute__((always_inline)) void backward(const int shared, const float* eq, const float* ek,
+                                                           const float* ds, const float* half, int64_t n,
+                                                           int64_t repeats, float* dq, float* dk, float* total) {
+  for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+    Floats q[BACKWARD_QUERIES], sums[BACKWARD_QUERIES], sum = load(total);
+    for (int a = 0; a < BACKWARD_QUERIES; ++a) {
+      q[a] = load(eq + a * LANES);
+      sums[a] = load(dq + a * LANES);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const Floats k = load(ek + j * LANES);
+      Floats sum_k = load(dk + j * LANES);
+      for (int a = 0; a < BACKWARD_QUERIES; a += 2) {
+        const Floats e1 = q[a] * k, e2 = q[a + 1] * k, d1 = 1.0f + e1, d2 = 1.0f + e2;
+        const Floats inverse = 1.0f / (shared ? d1 * d2 : d1);
+        const Floats r1 = shared ? inverse * d2 : inverse, r2 = shared ? inverse * d1 : 1.0f / d2;
+        const Floats p1 = ds[a * n + j] * r1, p2 = ds[(a + 1) * n + j] * r2;
+        const Floats s1 = e1 * r1, s2 = e2 * r2;
+        sums[a] += p1 * s1;
+        sums[a + 1] += p2 * s2;
+        sum_k += p1 * s1;
+        sum_k += p2 * s2;
+        sum += p1 - half[a * n + j];
+        sum += p2 - half[(a + 1) * n + j];
+      }
+      store(dk + j * LANES, sum_k);
+    }
+    for (int a = 0; a < BACKWARD_QUERIES; ++a) store(dq + a * LANES, sums[a]);
+    store(total, sum);
+    BARRIER();
+  }
+}
+
+void backward_shared(const float* eq, const float* ek, const float* ds, const float* half, int64_t n, int64_t repeats,
+                     float* dq, float* dk, float* total) {
+  backward(1, eq, ek, ds, half, n, repeats, dq, dk, total);
+}
+
+void backward_single(const float* eq, const float* ek, const float* ds, const float* half, int64_t n, int64_t repeats,
+                     float* dq, float* dk, float* total) {
+  backward(0, eq, ek, ds, half, n, repeats, dq, dk, total);
+}
