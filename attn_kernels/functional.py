@@ -9,6 +9,9 @@ from . import ops, reference
 from .backends import choose
 from .reference import Attention
 
+_INFINITY = float("inf")
+# What is raised where an argument does not fit: by the dispatcher, a kernel, or Python where it is no tensor at all.
+_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -59,6 +62,34 @@ def additive_attention(
     Raises:
         ValueError: a shape, device, length or backend does not fit. TypeError: a dtype or type does not.
     """
+    try:
+        chosen = choose(backend, query.device.type)
+        if chosen != "cpu" or torch.compiler.is_compiling():
+            _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, chosen)
+        q, k, x, v_, b = _autocast(query, keys, values, v, bias)
+        if chosen == "reference":
+            return reference.additive_attention(
+                q, k, x, v_, b, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+            )
+        _require_one_device(query, keys, values, v, bias, prepared, memory_lengths, mask)
+        arguments = (k, x, v_, b, prepared, memory_lengths, mask, need_weights)
+        return _attend("additive_attention", chosen, q, arguments, need_weights)
+    except _REFUSALS:
+        _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, backend)
+        raise
+
+
+def _check_additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    prepared: Tensor | None,
+    backend: str | None,
+) -> None:
     name = "additive_attention"
     _check_query_keys(name, query, keys)
     _check_values(name, query, keys, values)
@@ -67,19 +98,8 @@ def additive_attention(
     _check_masks(name, query, keys, memory_lengths, mask)
     query, keys, values, v, bias = _autocast(query, keys, values, v, bias)
     _check_dtypes(name, query, keys=keys, values=values, v=v, bias=bias)
-    backend = choose(backend, query.device.type)
     if prepared is not None:
-        _check_prepared(name, keys, prepared, backend)
-    if backend == "reference":
-        return reference.additive_attention(
-            query, keys, values, v, bias, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
-        )
-    op = ops.kernel(name, backend)
-    if query.dim() == 3:
-        context, alignments = op(query, keys, values, v, bias, prepared, memory_lengths, mask, need_weights)
-        return Attention(context, alignments if need_weights else None)
-    context, alignments = op(query.unsqueeze(1), keys, values, v, bias, prepared, memory_lengths, mask, need_weights)
-    return Attention(context.squeeze(1), alignments.squeeze(1) if need_weights else None)
+        _check_prepared(name, keys, prepared, choose(backend, query.device.type))
 
 
 def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
@@ -138,27 +158,43 @@ def dot_attention(
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
+    try:
+        chosen = choose(backend, query.device.type)
+        if chosen != "cpu" or torch.compiler.is_compiling():
+            _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
+        q, k, x = _autocast(query, keys, values)
+        if chosen == "reference":
+            return reference.dot_attention(
+                q, k, x, scale=scale, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+            )
+        _require_one_device(query, keys, values, memory_lengths, mask)
+        if not (isinstance(scale, (int, float)) and -_INFINITY < scale < _INFINITY):
+            raise ValueError  # whose words _check_dot_attention has
+        arguments = (k, x, scale, memory_lengths, mask, need_weights)
+        return _attend("dot_attention", chosen, q, arguments, need_weights)
+    except _REFUSALS:
+        _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
+        raise
+
+
+def _check_dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+) -> None:
     name = "dot_attention"
     if not isinstance(scale, (int, float)):
         raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
-    if not -float("inf") < scale < float("inf"):
+    if not -_INFINITY < scale < _INFINITY:
         raise ValueError(f"{name}: scale must be a finite number, got {scale}")
     _check_query_keys(name, query, keys)
     _check_values(name, query, keys, values)
     _check_masks(name, query, keys, memory_lengths, mask)
     query, keys, values = _autocast(query, keys, values)
     _check_dtypes(name, query, keys=keys, values=values)
-    backend = choose(backend, query.device.type)
-    if backend == "reference":
-        return reference.dot_attention(
-            query, keys, values, scale=scale, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
-        )
-    op = ops.kernel(name, backend)
-    if query.dim() == 3:
-        context, alignments = op(query, keys, values, scale, memory_lengths, mask, need_weights)
-        return Attention(context, alignments if need_weights else None)
-    context, alignments = op(query.unsqueeze(1), keys, values, scale, memory_lengths, mask, need_weights)
-    return Attention(context.squeeze(1), alignments.squeeze(1) if need_weights else None)
 
 
 def additive_scores(
@@ -180,20 +216,54 @@ def additive_scores(
 
     Source, dtypes, errors: as in :func:`additive_attention`.
     """
+    try:
+        chosen = choose(backend, query.device.type)
+        if chosen != "cpu" or torch.compiler.is_compiling():
+            _check_additive_scores(query, keys, v, bias)
+        q, k, v_, b = _autocast(query, keys, v, bias)
+        if chosen == "reference":
+            return reference.additive_scores(q, k, v_, b)
+        _require_one_device(query, keys, v, bias)
+        if q.dim() == 2:
+            return ops.call("additive_scores", chosen, q.unsqueeze(1), k, v_, b).squeeze(1)
+        return ops.call("additive_scores", chosen, q, k, v_, b)
+    except _REFUSALS:
+        _check_additive_scores(query, keys, v, bias)
+        raise
+
+
+def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> None:
     name = "additive_scores"
     _check_query_keys(name, query, keys)
     _check_units(name, query, "v", v)
     _check_units(name, query, "bias", bias)
     query, keys, v, bias = _autocast(query, keys, v, bias)
     _check_dtypes(name, query, keys=keys, v=v, bias=bias)
-    backend = choose(backend, query.device.type)
-    if backend == "reference":
-        return reference.additive_scores(query, keys, v, bias)
-    op = ops.kernel(name, backend)
-    return op(query, keys, v, bias) if query.dim() == 3 else op(query.unsqueeze(1), keys, v, bias).squeeze(1)
+
+
+def _attend(op: str, backend: str, query: Tensor, arguments: tuple[object, ...], need_weights: bool) -> Attention:
+    """The op on (query, *arguments), with a query in two axes taken for one step."""
+    one = query.dim() == 2
+    result = ops.call(op, backend, query.unsqueeze(1) if one else query, *arguments)
+    if not need_weights:
+        context = result if isinstance(result, Tensor) else result[0]
+        return Attention(context.squeeze(1) if one else context, None)
+    context, alignments = result
+    return Attention(context.squeeze(1), alignments.squeeze(1)) if one else Attention(context, alignments)
+
+
+def _require_one_device(query: Tensor, *others: Tensor | None) -> None:
+    """No kernel can: the dispatcher takes one tensor on "meta" for a call that wants shapes only."""
+    device = query.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError  # whose words _check_device has
 
 
 # Checks: each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph ------------------
+#
+# The C++ kernels check shapes, dtypes and lengths themselves, in a tenth of the time: with them, these run only when
+# something was refused, and find the words for it.
 
 
 def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:

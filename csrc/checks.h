@@ -1,5 +1,5 @@
-// From tensors to what the kernels take: shape and dtype checks, strides, outputs. attn_kernels/functional.py has
-// checked what a user passes, with better words; these keep a direct call of an op from reading what is not there.
+// From tensors to what the kernels take: shape and dtype checks, strides, outputs. What fails here is checked again by
+// attn_kernels/functional.py, which has better words for it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -65,6 +65,12 @@ inline Attended attended(const std::optional<Tensor>& memory_lengths, const std:
     a.lengths = memory_lengths->const_data_ptr();
     a.lengths_are_64 = type == ScalarType::Long;
     a.lengths_stride = memory_lengths->stride(0);
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t i = b * a.lengths_stride;
+      const int64_t length =
+          a.lengths_are_64 ? static_cast<const int64_t*>(a.lengths)[i] : static_cast<const int32_t*>(a.lengths)[i];
+      STD_TORCH_CHECK(0 <= length && length <= Tk, "memory_lengths must be in 0..Tk");
+    }
   }
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
@@ -82,9 +88,37 @@ inline Attended attended(const std::optional<Tensor>& memory_lengths, const std:
   return a;
 }
 
-// A new contiguous tensor like t.
-inline Tensor output(const Tensor& t, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
+// A new contiguous CPU tensor. The shim is called as it is: through the dispatcher, as torch::stable::new_empty goes, a
+// small call would spend more time on its outputs than on its results.
+inline Tensor output(ScalarType type, std::initializer_list<int64_t> shape) {
+  int32_t dtype = 0;
+  switch (type) {
+    case ScalarType::Double:
+      dtype = aoti_torch_dtype_float64();
+      break;
+    case ScalarType::BFloat16:
+      dtype = aoti_torch_dtype_bfloat16();
+      break;
+    case ScalarType::Half:
+      dtype = aoti_torch_dtype_float16();
+      break;
+    default:
+      dtype = aoti_torch_dtype_float32();
+  }
+  int64_t strides[3], step = 1;
+  const int64_t axes = static_cast<int64_t>(shape.size());
+  for (int64_t axis = axes - 1; axis >= 0; --axis) {
+    strides[axis] = step;
+    step *= shape.begin()[axis] > 1 ? shape.begin()[axis] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return output(like.scalar_type(), shape);
 }
 
 }  // namespace attn
