@@ -183,56 +183,53 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   }
 }
 
-enum class Form { pair, single, direct };
-
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of p - ds / 2) of
-// a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score
-// of query i and step r.
-template <typename T, int NK, Form form>
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of
+// p - ds / 2) of a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of
+// the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next tile reads,
+// rows of `item` bytes an element, is asked for.
+template <typename T, int NK, bool kFactored>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
-                           const T* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,
-                           int64_t columns) {
+                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,
+                           int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
+  T half = 0;
+  for (int64_t i = 0; i < Tq; ++i)
+    for (int r = 0; r < NK; ++r) half += T(0.5) * ds[i * Tk + r];
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK] = {}, total = load(p + c);
+    Vec<T> dk[NK] = {}, sum_p{};
+    for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
-      const Vec<T> q = load(eq + i * size + c);
       Vec<T> dqi = load(dq + i * size + c);
-      auto add = [&](int r, Vec<T> half_tanh, Vec<T> g) __attribute__((always_inline)) {
-        dk[r] += g;
-        dqi += g;
-        total += half_tanh;
-      };
-      auto add_reciprocal = [&](int r, Vec<T> e, Vec<T> x) __attribute__((always_inline)) {
-        const T d = ds[i * Tk + r];
-        const Vec<T> pr = d * x;
-        add(r, pr - T(0.5) * d, pr * (e * x));
-      };
-      auto product = [&](int r) __attribute__((always_inline)) { return q * load(ek + r * size + c); };
-      if constexpr (form == Form::direct) {
+      if constexpr (kFactored) {
+        const Vec<T> q = load(eq + i * size + c);
         for (int r = 0; r < NK; ++r) {
-          const Vec<T> t = tanh_any(back.query(b, i, first + c) + back.key(b, steps[r], first + c));
-          const T half = T(0.5) * ds[i * Tk + r];
-          add(r, -half * t, half * (T(1) - t) * (T(0.5) * (T(1) + t)));
-        }
-      } else if constexpr (form == Form::pair && NK % 2 == 0) {
-        for (int r = 0; r < NK; r += 2) {
-          const Vec<T> e1 = product(r), e2 = product(r + 1), d1 = T(1) + e1, d2 = T(1) + e2;
-          const Vec<T> inverse = T(1) / (d1 * d2);
-          add_reciprocal(r, e1, inverse * d2);
-          add_reciprocal(r + 1, e2, inverse * d1);
+          const Vec<T> e = q * load(ek[r] + c), x = T(1) / (T(1) + e);
+          const Vec<T> pr = rounded(ds[i * Tk + r] * x), g = rounded(pr * (e * x));
+          dk[r] += g;
+          dqi += g;
+          sum_p += pr;
         }
       } else {
+        const Vec<T> q = back.query(b, i, first + c);
         for (int r = 0; r < NK; ++r) {
-          const Vec<T> e = product(r);
-          add_reciprocal(r, e, T(1) / (T(1) + e));
+          const Vec<T> t = tanh_any(q + back.key(b, steps[r], first + c));
+          const T d = T(0.5) * ds[i * Tk + r];
+          const Vec<T> g = d * (T(1) - t) * (T(0.5) * (T(1) + t));
+          dk[r] += g;
+          dqi += g;
+          sum_p += d * (T(1) - t);
         }
       }
       store(dq + i * size + c, dqi);
     }
-    store(p + c, total);
+    store(p + c, load(p + c) + (sum_p - half));
     const Vec<T> v4 = T(4) * load(back.units.v + first + c);
-    for (int r = 0; r < NK; ++r) store_upto(dkeys[r] + c, v4 * dk[r], columns - c);
+    for (int r = 0; r < NK; ++r) {
+      if (stream)
+        store_stream(dkeys[r] + c, v4 * dk[r]);
+      else
+        store_upto(dkeys[r] + c, v4 * dk[r], columns - c);
+    }
   }
 }
 
@@ -261,32 +258,40 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
                                [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
     if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
   }
-  Array3 keys = op.keys;  // the strip of it
-  keys.data = static_cast<const char*>(keys.data) + first * keys.stride[2] * item_size(dtype);
+  const Array3 keys = columns_from(op.keys, first);
+  const bool stream =
+      direct &&
+      worth_streaming<T>(static_cast<const T*>(back.dkeys) + first, op.A, op.B * op.Tk * op.A * item_size(dtype)) &&
+      columns % w == 0;
   const T* ds = back.dscores + b * op.Tq * op.Tk;
+  const int64_t item = item_size(dtype);
   int64_t j = 0;
   auto tiles = [&](auto steps) __attribute__((always_inline)) {
     constexpr int kSteps = decltype(steps)::value;
     for (; j + kSteps <= n; j += kSteps) {
-      bool pair = sizeof(T) == 4, single = sizeof(T) == 4;
+      bool factored = sizeof(T) == 4;
       T* dkeys[kSteps];
+      const T* e[kSteps];
+      const char* next[kSteps];
       for (int r = 0; r < kSteps; ++r) {
         const T* row = read_row(keys, b, list[j + r], columns, copies);
         const int64_t whole = columns / w * w;
         const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
                           return c < whole ? load(row + c) : load_part(row + c, columns - c);
                         });
-        pair = pair && reach <= kPair;
-        single = single && reach <= kSingle;
+        e[r] = ek + r * size;
+        factored = factored && reach <= kSingle;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
+        next[r] = static_cast<const char*>(keys.data) +
+                  (b * keys.stride[0] + list[smaller(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
-      if (pair)
-        rows_tile<T, kSteps, Form::pair>(back, b, first, size, eq, ek, list + j, ds + j, dq, p, dkeys, columns);
-      else if (single)
-        rows_tile<T, kSteps, Form::single>(back, b, first, size, eq, ek, list + j, ds + j, dq, p, dkeys, columns);
+      if (factored)
+        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
+                                   item);
       else
-        rows_tile<T, kSteps, Form::direct>(back, b, first, size, eq, ek, list + j, ds + j, dq, p, dkeys, columns);
+        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
+                                    item);
       if (!direct)
         for (int r = 0; r < kSteps; ++r)
           write_row(back.dkeys, dtype, (b * op.Tk + list[j + r]) * op.A + first, dkeys[r], columns);
@@ -294,6 +299,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   };
   tiles(std::integral_constant<int, NK>());
   tiles(std::integral_constant<int, 1>());
+  if (stream) stream_end();
 
   for (int64_t step = 0, next = 0; step < op.Tk; ++step) {
     if (next < n && list[next] == step)
@@ -317,10 +323,10 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
   T* dbias_parts = take<T>(call, op.B * units.size);
   const UnitsBackward<T> back{op, attended, units, dscores, dquery, dkeys, dv_parts, dbias_parts};
   const bool few = op.Tq < kTileQueries && !attended.per_query;
-  // Few queries: exponentials, sums and a tile of keys fill 24 KB of L1. Many: exponentials and sums of a sentence fill
+  // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
   // half of L2. Narrower strips where there are threads to feed.
   const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 2 * (few ? op.Tq + 3 : op.Tq + op.Tk);
-  const int64_t in_cache = (few ? 24576 : 1 << 19) / unit_bytes;
+  const int64_t in_cache = (few ? 3 << 14 : 1 << 19) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
   const int64_t widest = larger(4 * w, smaller(in_cache, per_thread));
   const int64_t even = divide_up(units.size, larger(1, divide_up(units.size, widest)));  // all of about the same size

@@ -308,10 +308,18 @@ void weighted_steps(const Problem& p, const T* weights, const Array3& array, int
       }
     }
     RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
-    for (int64_t i = 0; i < p.Tq; i += kPanelRows) {
-      const int64_t nq = smaller(kPanelRows, p.Tq - i);
-      for (int64_t j = 0; j < count; ++j) factors[j] = weights + (b * p.Tq + i) * p.Tk + at + j;
-      weighted_rows(rows, count, factors, p.Tk, block.read(b, i, nq), nq, columns, i > 0);
+    if (p.Tq < kWorthPacking) {
+      const T* const* y = block.read(b, int64_t{0}, p.Tq);
+      const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
+      for (int64_t j = 0; j < count; ++j)
+        combine_few(rows[j], weights + b * p.Tq * p.Tk + at + j, p.Tk, y, p.Tq, columns, stream);
+      if (stream) stream_end();
+    } else {
+      for (int64_t i = 0; i < p.Tq; i += kPanelRows) {
+        const int64_t nq = smaller(kPanelRows, p.Tq - i);
+        for (int64_t j = 0; j < count; ++j) factors[j] = weights + (b * p.Tq + i) * p.Tk + at + j;
+        weighted_rows(rows, count, factors, p.Tk, block.read(b, i, nq), nq, columns, i > 0);
+      }
     }
     if (!direct)
       for (int64_t j = 0; j < count; ++j)

@@ -155,7 +155,8 @@ struct PointedRows {
 // Where a row serves one query or few, memory decides the speed: rows are read in their own dtype and in order, a few of
 // them for all queries before the next.
 
-constexpr int kRowsAtOnce = 8;  // whose horizontal sums are taken together
+constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
+constexpr int64_t kWorthPacking = 8;  // this many queries are not few
 
 // out[i * ld + j] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
 template <typename T, class Rows>
@@ -222,6 +223,45 @@ void weighted_walk(T* const* out, int64_t no, const T* const* weight, int64_t wj
   step(std::integral_constant<int, 1>());
 }
 
+// out = sum_i weight_i * y_i for NY rows y of n elements; stream: past the caches, where out is aligned to a vector.
+template <typename T, int NY>
+ATTN_INLINE void combine(T* out, const T* weight, int64_t wi, const T* const* y, int64_t n, bool stream) {
+  constexpr int64_t w = width<T>;
+  Vec<T> factor[NY];
+  for (int i = 0; i < NY; ++i) factor[i] = broadcast(weight[i * wi]);
+  auto vector = [&](auto load_vector, int64_t c) __attribute__((always_inline)) {
+    Vec<T> acc = factor[0] * load_vector(y[0] + c);
+    for (int i = 1; i < NY; ++i) acc += factor[i] * load_vector(y[i] + c);
+    return acc;
+  };
+  auto whole = [](const T* p) __attribute__((always_inline)) { return load(p); };
+  int64_t c = 0;
+  if (stream)
+    for (; c + w <= n; c += w) store_stream(out + c, vector(whole, c));
+  else
+    for (; c + w <= n; c += w) store(out + c, vector(whole, c));
+  if (c < n)
+    store_part(out + c, vector([&](const T* p) __attribute__((always_inline)) { return load_part(p, n - c); }, c),
+               n - c);
+}
+
+// The same for ny rows, 1 <= ny < kWorthPacking.
+template <typename T, int NY = 1>
+ATTN_INLINE void combine_few(T* out, const T* weight, int64_t wi, const T* const* y, int64_t ny, int64_t n,
+                             bool stream) {
+  if constexpr (NY + 1 < kWorthPacking) {
+    if (ny > NY) return combine_few<T, NY + 1>(out, weight, wi, y, ny, n, stream);
+  }
+  combine<T, NY>(out, weight, wi, y, n, stream);
+}
+
+// Whether rows of n elements from data on may be streamed, and are better streamed: an array of `bytes` will not be found
+// in the caches by who reads it.
+template <typename T>
+ATTN_INLINE bool worth_streaming(const void* data, int64_t n, int64_t bytes) {
+  return n % width<T> == 0 && reinterpret_cast<uintptr_t>(data) % ATTN_VECTOR_BYTES == 0 && bytes > last_cache_bytes();
+}
+
 // Products ------------------------------------------------------------------------------------------------------------
 
 // Where rows serve many queries, arithmetic decides: a panel of kPanel columns of up to kPanelRows rows is packed, so that it
@@ -232,7 +272,6 @@ template <typename T>
 constexpr int64_t kPanel = kTileVectors * width<T>;
 constexpr int64_t kPanelRows = 64;
 constexpr int64_t kMostQueries = 64;  // of one call
-constexpr int64_t kWorthPacking = 8;  // queries
 
 // out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors; n < NV * width<T> only if !kWhole.
 template <typename T, int NO, int NV, bool kWhole>

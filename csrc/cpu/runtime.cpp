@@ -1,6 +1,9 @@
 #include "runtime.h"
 
 #include <torch/csrc/stable/ops.h>
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +18,17 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{32} << 20;
+  }();
+  return bytes;
+}
 
 namespace {
 constexpr int64_t kAlignment = 64;

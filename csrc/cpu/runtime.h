@@ -9,6 +9,9 @@ namespace attn {
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
+// Bytes of the last level of cache; 32 MiB where the system does not tell.
+int64_t last_cache_bytes();
+
 // Memory of one thread that is kept from call to call: fresh pages can cost more than the arithmetic in them.
 // Everything taken is valid until release() of the mark that was current when it was taken.
 class Scratch {
