@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops, reference
 from .backends import choose
@@ -63,17 +64,20 @@ def additive_attention(
         ValueError: a shape, device, length or backend does not fit. TypeError: a dtype or type does not.
     """
     try:
-        chosen = choose(backend, query.device.type)
-        if chosen != "cpu" or torch.compiler.is_compiling():
+        chosen = choose(backend, _device_type(query))
+        if chosen != "cpu" or is_compiling():
             _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, chosen)
-        q, k, x, v_, b = _autocast(query, keys, values, v, bias)
+        elif not _on_cpu(keys, values, v, bias, prepared, memory_lengths, mask):
+            raise ValueError  # whose words _check_additive_attention has
+        q, k, x, w, b = _autocast(query, keys, values, v, bias)
         if chosen == "reference":
             return reference.additive_attention(
-                q, k, x, v_, b, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+                q, k, x, w, b, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
             )
-        _require_one_device(query, keys, values, v, bias, prepared, memory_lengths, mask)
-        arguments = (k, x, v_, b, prepared, memory_lengths, mask, need_weights)
-        return _attend("additive_attention", chosen, q, arguments, need_weights)
+        if q.dim() == 2:
+            q = q.unsqueeze(1)
+        result = ops.call("additive_attention", chosen, q, k, x, w, b, prepared, memory_lengths, mask, need_weights)
+        return _as_attention(result, query.dim(), need_weights)
     except _REFUSALS:
         _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, backend)
         raise
@@ -159,19 +163,24 @@ def dot_attention(
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
     try:
-        chosen = choose(backend, query.device.type)
-        if chosen != "cpu" or torch.compiler.is_compiling():
+        chosen = choose(backend, _device_type(query))
+        if chosen != "cpu" or is_compiling():
             _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
+        elif not (
+            isinstance(scale, (int, float))
+            and -_INFINITY < scale < _INFINITY
+            and _on_cpu(keys, values, memory_lengths, mask)
+        ):
+            raise ValueError  # whose words _check_dot_attention has
         q, k, x = _autocast(query, keys, values)
         if chosen == "reference":
             return reference.dot_attention(
                 q, k, x, scale=scale, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
             )
-        _require_one_device(query, keys, values, memory_lengths, mask)
-        if not (isinstance(scale, (int, float)) and -_INFINITY < scale < _INFINITY):
-            raise ValueError  # whose words _check_dot_attention has
-        arguments = (k, x, scale, memory_lengths, mask, need_weights)
-        return _attend("dot_attention", chosen, q, arguments, need_weights)
+        if q.dim() == 2:
+            q = q.unsqueeze(1)
+        result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
+        return _as_attention(result, query.dim(), need_weights)
     except _REFUSALS:
         _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
         raise
@@ -217,16 +226,17 @@ def additive_scores(
     Source, dtypes, errors: as in :func:`additive_attention`.
     """
     try:
-        chosen = choose(backend, query.device.type)
-        if chosen != "cpu" or torch.compiler.is_compiling():
+        chosen = choose(backend, _device_type(query))
+        if chosen != "cpu" or is_compiling():
             _check_additive_scores(query, keys, v, bias)
-        q, k, v_, b = _autocast(query, keys, v, bias)
+        elif not _on_cpu(keys, v, bias):
+            raise ValueError  # whose words _check_additive_scores has
+        q, k, w, b = _autocast(query, keys, v, bias)
         if chosen == "reference":
-            return reference.additive_scores(q, k, v_, b)
-        _require_one_device(query, keys, v, bias)
+            return reference.additive_scores(q, k, w, b)
         if q.dim() == 2:
-            return ops.call("additive_scores", chosen, q.unsqueeze(1), k, v_, b).squeeze(1)
-        return ops.call("additive_scores", chosen, q, k, v_, b)
+            return ops.call("additive_scores", chosen, q.unsqueeze(1), k, w, b).squeeze(1)
+        return ops.call("additive_scores", chosen, q, k, w, b)
     except _REFUSALS:
         _check_additive_scores(query, keys, v, bias)
         raise
@@ -241,23 +251,29 @@ def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor 
     _check_dtypes(name, query, keys=keys, v=v, bias=bias)
 
 
-def _attend(op: str, backend: str, query: Tensor, arguments: tuple[object, ...], need_weights: bool) -> Attention:
-    """The op on (query, *arguments), with a query in two axes taken for one step."""
-    one = query.dim() == 2
-    result = ops.call(op, backend, query.unsqueeze(1) if one else query, *arguments)
-    if not need_weights:
-        context = result if isinstance(result, Tensor) else result[0]
-        return Attention(context.squeeze(1) if one else context, None)
-    context, alignments = result
-    return Attention(context.squeeze(1), alignments.squeeze(1)) if one else Attention(context, alignments)
+def _as_attention(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:
+    """What an op returned, without the axis that a query in two axes was given."""
+    if isinstance(result, Tensor):
+        context, alignments = result, None
+    else:
+        context, alignments = result
+        if not need_weights:
+            alignments = None
+    if query_axes == 2:
+        return Attention(context.squeeze(1), None if alignments is None else alignments.squeeze(1))
+    return Attention(context, alignments)
 
 
-def _require_one_device(query: Tensor, *others: Tensor | None) -> None:
-    """No kernel can: the dispatcher takes one tensor on "meta" for a call that wants shapes only."""
-    device = query.device
-    for tensor in others:
-        if tensor is not None and tensor.device != device:
-            raise ValueError  # whose words _check_device has
+def _device_type(query: Tensor) -> str:
+    return "cpu" if query.is_cpu else query.device.type  # which makes a device and a string
+
+
+def _on_cpu(*tensors: Tensor | None) -> bool:
+    """The dispatcher would take one tensor on "meta" for a call that wants shapes only."""
+    for tensor in tensors:  # all() of a generator takes four times as long
+        if tensor is not None and not tensor.is_cpu:
+            return False
+    return True
 
 
 # Checks: each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph ------------------
@@ -303,7 +319,7 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
         if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
             raise ValueError(f"{name}: memory_lengths must have shape (B,) = ({batch},), got {_shape(memory_lengths)}")
         _check_device(name, query, "memory_lengths", memory_lengths)
-        if memory_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if memory_lengths.device.type == "cpu" and not is_compiling():
             lengths = memory_lengths.tolist()
             if lengths and (min(lengths) < 0 or max(lengths) > steps):
                 got = f"{min(lengths)}..{max(lengths)}"
@@ -356,7 +372,7 @@ def _check_device(name: str, query: Tensor, argument: str, tensor: Tensor) -> No
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    device_type = tensors[0].device.type
+    device_type = _device_type(tensors[0])
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

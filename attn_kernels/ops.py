@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
@@ -70,7 +71,7 @@ def call(op: str, backend: str, *args: Any) -> Any:
 
     Of an attention that is to return no alignments, it may return the context alone.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or torch._C._are_functorch_transforms_active():
         return kernel(op, backend)(*args)
     return _rules[op, backend](*args)
 
