@@ -23,6 +23,7 @@ RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check
 STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+TEST_SOURCES := $(wildcard tests/cpp/*.cpp)
 
 .PHONY: help setup test bench fuzz lint format wheel clean
 
@@ -46,13 +47,13 @@ fuzz: $(STAMPS)/package $(STAMPS)/test  ## The long run of the random tests: FUZ
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(RUN) mypy
 
 format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
 	rm -rf build dist

@@ -1,8 +1,11 @@
 // The Python module attn_kernels._C. Importing it registers the CPU kernels of the ops (STABLE_TORCH_LIBRARY_IMPL in the
-// other files); the only function tells how it was built.
+// other files); its functions tell how it was built, and let tests choose the SIMD level.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -27,11 +30,22 @@ pybind11::dict build_info() {
   return info;
 }
 
+std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (int i = 0; i < attn::levels().n; ++i) names.push_back(attn::levels().list[i].name);
+  return names;
+}
+
+std::string use_simd(const std::optional<std::string>& name) { return attn::use_level(name.value_or("").c_str()).name; }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels of attn_kernels.";
-  m.def("build_info", &build_info,
-        "How the module was built (compiler, cxx, torch) and the SIMD level that this CPU uses (simd).");
+  m.def("build_info", &build_info, "How the module was built (compiler, cxx, torch) and the SIMD level in use (simd).");
+  m.def("simd_levels", &simd_levels, "The SIMD levels that this CPU can run, best first.");
+  m.def("use_simd", &use_simd, pybind11::arg("name").none(true),
+        "For tests: makes all later calls in this process use that SIMD level (None: the first choice again). Returns "
+        "the name of the one that was in use.");
   attn::level();  // a wrong ATTN_KERNELS_SIMD is an error of the import, not of the first call
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # Threads of numpy and OpenMP are fixed when they are loaded: before torch is.
@@ -45,16 +47,76 @@ def available(name: str) -> str:
     return name
 
 
-@pytest.fixture(params=NAMES[::-1])
-def backend(request: pytest.FixtureRequest) -> str:
+# The module of the C++ kernels, where it was built and loads, and the SIMD levels below the one it uses by itself.
+compiled_module = sys.modules.get("attn_kernels._C")
+SIMD_LEVELS = () if compiled_module is None else tuple(compiled_module.simd_levels())
+BEST_LEVEL = None if compiled_module is None else compiled_module.build_info()["simd"]
+LOWER_LEVELS = SIMD_LEVELS[SIMD_LEVELS.index(BEST_LEVEL) + 1 :] if SIMD_LEVELS else ()
+
+
+@contextmanager
+def simd(level: str | None) -> Iterator[None]:
+    """The C++ kernels use that SIMD level; None: the one they use by themselves."""
+    before = compiled_module.use_simd(level)
+    try:
+        yield
+    finally:
+        compiled_module.use_simd(before)
+
+
+def every_level(names: Sequence[str]) -> list[str]:
+    """After "cpu", its name in tests on each lower level: "cpu-avx2", "cpu-portable"."""
+    lower = [f"cpu-{level}" for level in LOWER_LEVELS]
+    return [variant for name in names for variant in ([name, *lower] if name == "cpu" else [name])]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "every_level: the C++ kernels run on each SIMD level of this CPU, not on the best one only"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parameters of the fixtures in BACKENDS: here and not with them, since they depend on the test."""
+    every = metafunc.definition.get_closest_marker("every_level") is not None
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    for fixture, names in BACKENDS.items():
+        if fixture in metafunc.fixturenames and fixture not in own:
+            metafunc.parametrize(fixture, every_level(names) if every else names, indirect=True)
+
+
+def use(variant: str) -> Iterator[str]:
+    """Yields the name for ``backend=``; until the test is over its kernels run on the level that the variant names."""
+    name, _, level = variant.partition("-")
+    available(name)
+    with simd(level) if level else nullcontext():
+        yield name
+
+
+# The fixtures that give a backend, and which ones.
+BACKENDS = {
+    "backend": NAMES[::-1],
+    "fused": tuple(name for name in reversed(NAMES) if name != "reference"),
+    "compiled": ("cpu",),
+}
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend."""
-    return available(request.param)
+    yield from use(request.param)
 
 
-@pytest.fixture(params=[name for name in reversed(NAMES) if name != "reference"])
-def fused(request: pytest.FixtureRequest) -> str:
+@pytest.fixture
+def fused(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend but the reference, which is plain PyTorch and keeps PyTorch's own promises."""
-    return available(request.param)
+    yield from use(request.param)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels."""
+    yield from use(request.param)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,10 +42,11 @@ class Op(NamedTuple):
     score: Callable[..., Tensor]
     options: Mapping[str, Any] = {}
     optional: tuple[str, ...] = ()
+    variant: Callable[..., Any] | None = None  # the public function, called in a way of its own
 
     @property
     def function(self) -> Callable[..., Any]:
-        return getattr(attn_kernels, self.name)
+        return getattr(attn_kernels, self.name) if self.variant is None else self.variant
 
     @property
     def reference(self) -> Callable[..., Any]:
@@ -96,6 +97,19 @@ OPS = {
         ),
     )
 }
+
+
+def _with_prepared_keys(
+    query: Tensor, keys: Tensor, *others: Tensor, backend: str | None = None, **keywords: Any
+) -> Any:
+    prepared = attn_kernels.prepare_keys(keys, backend=backend)
+    if prepared is None and keys.dtype != torch.float64:
+        pytest.skip(f"backend {backend} prepares nothing")
+    return attn_kernels.additive_attention(query, keys, *others, backend=backend, prepared=prepared, **keywords)
+
+
+# For tests of results: the ops, and further ways to call them, which must give the same.
+VARIANTS = OPS | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -333,7 +347,11 @@ def baseline(op: Op, arguments: Arguments) -> dict[str, Tensor]:
 
 def eager_errors(op: Op, arguments: Arguments, exact: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest error of the eager formula in each result and gradient."""
-    return {name: _largest(t.double().cpu() - exact[name]) for name, t in baseline(op, arguments).items()}
+    return _errors(baseline(op, arguments), exact)
+
+
+def _errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: _largest(t.double().cpu() - exact[name]) for name, t in results.items()}
 
 
 def check(
@@ -362,6 +380,30 @@ def check(
     if keywords.get("need_weights") is False:
         exact = {name: t for name, t in exact.items() if name != "alignments"}
     assert_close(results, exact, errors, dtype, condition)
+
+
+def check_by_sentences(
+    op: Op, arguments: Arguments, backend: str, together: int, *, condition: float = 1.0
+) -> Iterator[int]:
+    """As check, but a few sentences at a time, each time by the errors of eager in those.
+
+    For batches of unlike sentences, which take less time than a call for each. Yields the first of the sentences that
+    are compared next. Sums over all sentences, such as dv, are compared last.
+    """
+    query = arguments.tensors["query"]
+    exact, eager = oracle(op, arguments), baseline(op, arguments)
+    results = run(op.function, op, arguments, backend=backend)
+    shared = {name for name in exact if SHAPES[name if name in SHAPES else name[1:]][0] != "B"}  # dv, dbias
+
+    def compare(pick: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+        right = pick(exact)
+        assert_close(pick(results), right, _errors(pick(eager), right), query.dtype, condition)
+
+    for first in range(0, len(query), together):
+        yield first
+        part = slice(first, first + together)
+        compare(lambda every, part=part: {name: t[part] for name, t in every.items() if name not in shared})
+    compare(lambda every: {name: t for name, t in every.items() if name in shared})
 
 
 # Tolerances: the one place where they are set -------------------------------------------------------------------------

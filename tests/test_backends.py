@@ -13,6 +13,7 @@ import torch
 
 import attn_kernels
 from attn_kernels.backends import NAMES, choose
+from conftest import BEST_LEVEL, LOWER_LEVELS, SIMD_LEVELS, compiled_module, simd
 from matrix import CASES, OPS, Op, assert_bit_equal, make, run
 
 ROOT = Path(attn_kernels.__file__).parent.parent
@@ -111,6 +112,31 @@ def test_backends_lists_all() -> None:
     for name, backend in listed.items():
         assert backend.name == name and isinstance(backend.available, bool) and backend.detail
     assert listed["reference"].available
+
+
+@pytest.mark.skipif(compiled_module is None, reason="the compiled module was not built")
+def test_simd_level_can_be_chosen() -> None:
+    """By a private function, for tests; what is in use is what ``backends()`` and ``build_info()`` tell."""
+    assert SIMD_LEVELS[-1] == "portable" and BEST_LEVEL in SIMD_LEVELS
+    for level in (*SIMD_LEVELS, *LOWER_LEVELS):
+        with simd(level):
+            assert compiled_module.build_info()["simd"] == level
+            assert f"{level} in use" in attn_kernels.backends()["cpu"].detail
+            for first_choice in (None, ""):
+                with simd(first_choice):
+                    assert compiled_module.build_info()["simd"] == BEST_LEVEL
+        assert compiled_module.build_info()["simd"] == BEST_LEVEL
+    with pytest.raises(ValueError, match=f"must be one of {', '.join(SIMD_LEVELS)} on this CPU, got 'neon'"):
+        compiled_module.use_simd("neon")
+    assert compiled_module.build_info()["simd"] == BEST_LEVEL
+
+
+@pytest.mark.skipif(not LOWER_LEVELS, reason="the C++ kernels have one SIMD level here")
+def test_simd_level_of_the_environment() -> None:
+    out = python("import attn_kernels; print(attn_kernels.backends()['cpu'])", ATTN_KERNELS_SIMD="portable")
+    assert "portable in use" in out
+    out = python("import attn_kernels; print(attn_kernels.backends()['cpu'])", ATTN_KERNELS_SIMD="mmx")
+    assert "available=False" in out and "ATTN_KERNELS_SIMD must be one of" in out and "got 'mmx'" in out
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

@@ -1,7 +1,8 @@
 """Random sizes, dtypes, masks and strides against the reference in float64.
 
-``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend, all ops together: 300 by default, the same ones each
-time; ``make fuzz`` runs 10,000 new ones. The interpreter and the reference get a fifteenth.
+``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend (and for each SIMD level of the C++ kernels), all ops
+together: 300 by default, the same ones each time; ``make fuzz`` runs 10,000 new ones. The interpreter and the reference
+get a fifteenth.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from matrix import DTYPES, OPS, Case, Op, check, interpreted
+from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, interpreted
+
+pytestmark = pytest.mark.every_level
 
 CASES = int(os.environ.get("ATTN_KERNELS_FUZZ_CASES", 300))
 LIMITS = {"B": 65, "Tq": 33, "Tk": 513, "A": 300, "D": 300}
@@ -57,7 +60,7 @@ def cases(draw: st.DrawFn, op: Op, limits: dict[str, int], product: int) -> Case
     return case
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
 def test_fuzz(op: Op, backend: str) -> None:
     few = interpreted(backend) or backend == "reference"
     bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if interpreted(backend) else (LIMITS, PRODUCT)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrix import OPS, Arguments, Case, Op, check, interpreted, make, run
+from matrix import VARIANTS, Arguments, Case, Op, check, check_by_sentences, interpreted, make, run
 
-ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-additive_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if "v" in op.inputs], ids=lambda op: op.name)
+pytestmark = pytest.mark.every_level
+ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
+additive = [name for name, op in VARIANTS.items() if "v" in op.inputs]
+additive_ops = pytest.mark.parametrize("op", [VARIANTS[name] for name in additive], ids=additive)
 
 
 def check_arguments(op: Op, case: Case, backend: str, arguments: Arguments) -> None:
@@ -34,16 +36,26 @@ def largest_score(op: Op, arguments: Arguments) -> float:
 
 # NaN and Inf ----------------------------------------------------------------------------------------------------------
 
-PLACES = {"query": (0, 1, 2), "keys": (0, 3, 2), "values": (0, 3, 2), "v": (2,), "bias": (2,)}
+PLACES = {"query": (0, -1, 2), "keys": (0, 3, 2), "values": (0, 3, 2), "v": (2,), "bias": (2,)}
+# Small, then what takes whole vectors: a decode step, tiles of queries with a rest, many units.
+SPECIAL = {
+    "small": Case(B=2, Tq=3, Tk=6, A=9, D=5),
+    "decode": Case(B=2, Tq=1, Tk=37, A=64, D=33),
+    "9 queries": Case(B=2, Tq=9, Tk=11, A=48, D=16),
+    "600 units": Case(B=2, Tq=1, Tk=7, A=600, D=5),
+}
 
 
+@pytest.mark.parametrize("size", SPECIAL)
 @pytest.mark.parametrize("masks", [{}, {"lengths": "full"}, {"mask": "pairs"}], ids=["all", "lengths", "pairs"])
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 @ops
-def test_nan_and_inf_spread_as_the_formula_says(op: Op, backend: str, device: str, special: float, masks: dict) -> None:
-    if interpreted(backend) and "lengths" in masks:
-        pytest.skip("the other masks are enough for Triton's interpreter")
-    case = Case(B=2, Tq=3, Tk=6, A=9, D=5, **masks)
+def test_nan_and_inf_spread_as_the_formula_says(
+    op: Op, backend: str, device: str, special: float, masks: dict, size: str
+) -> None:
+    if interpreted(backend) and ("lengths" in masks or size != "small"):
+        pytest.skip("the other masks and the small size are enough for Triton's interpreter")
+    case = SPECIAL[size]._replace(**masks)
     for name in op.inputs:
         if name in ("v", "bias") and "mask" in masks:
             continue  # they take part in every pair, padding too: whether 0 * NaN is 0 there is left open
@@ -101,6 +113,7 @@ def _vectors(size: int) -> dict[str, Tensor]:
         "some zeros": signs * (steps % 3 > 0),
         "negative zeros": -torch.zeros(size),
         "denormal": signs * 1e-40,
+        "denormal and zeros": signs * 1e-40 * (steps % 3 > 0),
         "tiny": signs * 1e-30,
         "large": signs * 1e4,
         "all sizes": signs * 10.0 ** (steps % 9 - 4.0),
@@ -114,41 +127,120 @@ def _vectors(size: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("vector", _vectors(1))
 @additive_ops
 def test_score_vector(op: Op, backend: str, device: str, vector: str, size: float) -> None:
-    for units in (1, 5, 19, 48):
-        case = Case(B=2, Tq=3, Tk=9, A=units, D=6)
+    sizes = [(3, 1), (3, 5), (3, 19), (3, 48)] + [(1, 16), (1, 100), (9, 21), (9, 100)] * (not interpreted(backend))
+    for queries, units in sizes:
+        case = Case(B=2, Tq=queries, Tk=9, A=units, D=6)
         arguments = make(op, case, torch.float32, device)
         arguments.tensors["v"].copy_(_vectors(units)[vector])
         arguments.tensors["query"].mul_(size)
         try:
             check_arguments(op, case, backend, arguments)
         except AssertionError as error:
-            raise AssertionError(f"{units} units\n{error}") from None
+            raise AssertionError(f"{queries} queries, {units} units\n{error}") from None
 
 
-def edges(step: float) -> list[float]:
-    return [a + step * i for a, b in ((5, 46), (78, 92)) for i in range(int((b - a) / step) + 1)]
+# |q| + |k| where a kernel changes its form or could leave its range: sharing of a division by two, three or four; the
+# reach from which on a large v may use the factored form; the exponentials themselves.
+LIMITS = (2.0, 5.0, 14.5, 19.0, 21.5, 22.0, 43.0, 44.0, 86.0, 88.0)
 
 
-@pytest.mark.parametrize("vector", ["one", "all sizes"])
+def edges(coarse: float) -> list[float]:
+    """Steps over the whole range, and in float32 the numbers next to each limit, and fine steps around it."""
+    steps = [a + coarse * i for a, b in ((0.5, 46), (78, 92)) for i in range(int((b - a) / coarse) + 1)]
+    away = (0.0, 2.0**-23, 1e-4, 0.01, 0.05)
+    return sorted(steps + [limit * (1 + sign * d) for limit in LIMITS for d in away for sign in (-1, 1)])
+
+
+# The score vector decides by its norm from which reach on the factored form may be used (never, if it is large), and by
+# its smallest elements how large a denominator gets: up to 2^24 times that of the largest.
+VECTORS = {
+    "norm 1": lambda units: unit_norm(torch.randn(units, generator=torch.Generator().manual_seed(2))),
+    "norm 4": lambda units: 4 * VECTORS["norm 1"](units),
+    "norm of a normal vector": lambda units: units**0.5 * VECTORS["norm 1"](units),
+    "one large, norm 1": lambda units: unit_norm(torch.where(torch.arange(units) == 4, 1.0, -3e-7)),
+    "all sizes, norm 1": lambda units: unit_norm(2.0 ** -(torch.arange(units) * 7.0 % 27)),
+    "all sizes and zeros, norm 1": lambda units: unit_norm(_vectors(units)["all sizes and zeros"]),
+    "all sizes": lambda units: _vectors(units)["all sizes"],
+    "denormal and large": lambda units: _vectors(units)["denormal and large"],
+}
+
+
+def rows(t: Tensor) -> Tensor:
+    """The number of each row of (B, T, A), as (T, 1)."""
+    return torch.arange(t.shape[1], device=t.device)[:, None]
+
+
+def unit_norm(v: Tensor) -> Tensor:
+    return v / v.norm()
+
+
+@pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize("cancel", [False, True], ids=["same sign", "opposite signs"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @additive_ops
-def test_edges_of_guards(op: Op, backend: str, device: str, share: float, cancel: bool, vector: str) -> None:
-    """|q| + |k| in small steps, all in q, all in k or half and half; with opposite signs q + k is of the order of 1."""
-    for total in edges(step=8 if interpreted(backend) else 0.25):
-        case = Case(B=1, Tq=3, Tk=9, A=21, D=6, without=("bias",))
+def test_edges_of_guards(op: Op, fused: str, device: str, share: float, cancel: bool, vector: str) -> None:
+    """|q| + |k| in small steps, all in q, all in k or half and half; with opposite signs q + k is of the order of 1.
+
+    Each sentence of a batch has its own |q| + |k|; neighbours in size are compared together.
+    """
+    slow = interpreted(fused)
+    if slow and vector not in ("norm 1", "all sizes"):
+        pytest.skip("the other vectors are enough for Triton's interpreter")
+    totals = torch.tensor([float(step) for step in range(5, 92, 8)] if slow else edges(0.5), device=device)
+    for queries, units in [(3, 21)] if slow else [(1, 48), (1, 100), (3, 21), (9, 48), (9, 100)]:
+        case = Case(B=len(totals), Tq=queries, Tk=9, A=units, D=6, without=("bias",))
         arguments = make(op, case, torch.float32, device)
         query, keys = arguments.tensors["query"], arguments.tensors["keys"]
         signs = torch.where(query[:, :1] > 0, 1.0, -1.0)  # of each unit
         for t, part, sign in ((query, share, 1), (keys, 1 - share, -1 if cancel else 1)):
-            room = torch.rand(t.shape, generator=torch.Generator().manual_seed(1)).to(device)
-            t.copy_(sign * signs * (part * total - 0.5 * room * min(part, 1)))
-        if vector != "one":
-            arguments.tensors["v"].copy_(_vectors(21)[vector])
+            size = part * totals[:, None, None]
+            less = torch.rand(t.shape, generator=torch.Generator().manual_seed(1)).to(device)
+            less[:, :, -1] = 0  # the sum of the largest |q| and |k| is the total itself
+            # A little less in the first rows, so that all factors are large; anything from 0 on in the others.
+            t.copy_(sign * signs * (size - less * torch.where(rows(t) < t.shape[1] // 2, 0.5 * min(part, 1), size)))
+        arguments.tensors["v"].copy_(VECTORS[vector](units))
+        condition = max(1.0, largest_score(op, arguments))
+        total = None
         try:
-            check_arguments(op, case, backend, arguments)
+            for b in check_by_sentences(op, arguments, fused, 6, condition=condition):
+                total = totals[b].item()
         except AssertionError as error:
-            raise AssertionError(f"|q| + |k| = {total}\n{error}") from None
+            raise AssertionError(f"|q| + |k| from {total} on, {queries} queries, {units} units\n{error}") from None
+
+
+@pytest.mark.parametrize("units", [48, 2048])
+@additive_ops
+def test_small_units_add_up(op: Op, compiled: str, units: int) -> None:
+    """One large element of v beside many that are each below its rounding, and together are not."""
+    case = Case(B=2, Tq=3, Tk=9, A=units, D=6)
+    arguments = make(op, case, torch.float32)
+    arguments.tensors["v"].copy_(torch.where(torch.arange(units) == 4, 1.0, -1.1e-7))
+    keys = arguments.tensors["keys"]
+    keys.abs_().add_(1).mul_(torch.where(keys[..., :1] > 1.7, 1.0, -1.0))  # a step has one sign: nothing cancels in it
+    check_arguments(op, case, compiled, arguments)
+
+
+@pytest.mark.parametrize("special", [None, math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("lengths", ["", "random"], ids=["all", "lengths"])
+@additive_ops
+def test_rows_of_all_magnitudes(op: Op, fused: str, device: str, lengths: str, special: float | None) -> None:
+    """Rows in range of every form side by side in tiles of queries and steps, one of them of NaN or Inf."""
+    sizes = torch.tensor([0.1, 1.0, 4.0, 9.4, 9.6, 12.0, 21.4, 30.0, 44.0, 90.0, 1e4], device=device)
+    for queries, units in (
+        [(3, 16)] if interpreted(fused) else [(1, 16), (1, 600), (3, 48), (8, 35), (9, 100), (17, 21)]
+    ):
+        case = Case(B=3, Tq=queries, Tk=23, A=units, D=6, lengths=lengths)
+        arguments = make(op, case, torch.float32, device)
+        for seed, name in enumerate(("query", "keys")):
+            t = arguments.tensors[name]
+            rng = torch.Generator().manual_seed(seed)
+            t.mul_(sizes[torch.randint(len(sizes), t.shape[:2], generator=rng)][..., None] / t.abs().amax(2, True))
+        if special is not None:
+            arguments.tensors["query"][0, -1, units // 2] = special
+        try:
+            check_arguments(op, case, fused, arguments)
+        except AssertionError as error:
+            raise AssertionError(f"{queries} queries, {units} units\n{error}") from None
 
 
 @pytest.mark.parametrize("size", [10.0, 40.0, 86.0, 90.0, 1e4])

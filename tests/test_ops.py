@@ -5,9 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from matrix import CASES, DTYPES, OPS, Arguments, Case, Op, assert_bit_equal, call, check, make, run, skip_if_slow
+from matrix import (
+    CASES,
+    DTYPES,
+    OPS,
+    VARIANTS,
+    Arguments,
+    Case,
+    Op,
+    assert_bit_equal,
+    call,
+    check,
+    make,
+    run,
+    skip_if_slow,
+)
 
-ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+pytestmark = pytest.mark.every_level
+ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
 masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

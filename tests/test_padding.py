@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from attn_kernels.reference import attended
-from matrix import DTYPES, OPS, Arguments, Case, Op, assert_bit_equal, interpreted, lay_out, make, run
+from conftest import SIMD_LEVELS, available
+from matrix import DTYPES, OPS, VARIANTS, Arguments, Case, Op, assert_bit_equal, interpreted, lay_out, make, run
 
 POISONS = (math.nan, math.inf, -math.inf, 3e38)
 CASES = 1000  # of all ops together, for one backend
 
-ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+pytestmark = pytest.mark.every_level
+ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
 masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 
 
@@ -89,6 +91,29 @@ def test_poison_changes_nothing(op: Op, backend: str, device: str) -> None:
             raise AssertionError(f"{error}\n{case}, {dtype}, poison {poison}") from None
 
 
+# Whole vectors and tiles: a decode step, many queries, many units, more steps than are read at a time.
+LARGE = (
+    Case(B=3, Tq=1, Tk=130, A=256, D=64, lengths="random", mask="steps"),
+    Case(B=3, Tq=1, Tk=33, A=600, D=35, lengths="random"),
+    Case(B=3, Tq=9, Tk=33, A=100, D=40, lengths="random"),
+    Case(B=2, Tq=17, Tk=70, A=48, D=80, mask="steps"),
+    Case(B=2, Tq=13, Tk=21, A=130, D=33, mask="pairs"),
+)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: f"Tq {case.Tq}, A {case.A}")
+@masked_ops
+def test_poison_changes_nothing_in_large_tiles(op: Op, backend: str, device: str, case: Case) -> None:
+    if interpreted(backend):
+        pytest.skip("the small cases are enough for Triton's interpreter")
+    for dtype in DTYPES:
+        clean = run(op.function, op, padded_with(op, case, dtype, device, fill=0.5), backend=backend)
+        for poison in POISONS:
+            with poisoned_empty():
+                poisoned = run(op.function, op, padded_with(op, case, dtype, device, poison), backend=backend)
+            assert_bit_equal(poisoned, clean)
+
+
 @pytest.mark.parametrize("mask", ["", "steps", "pairs"])
 @pytest.mark.parametrize("lengths", ["random", "zero"])
 @masked_ops
@@ -125,17 +150,17 @@ print(digest.hexdigest())
 """
 
 
-def test_fresh_memory_changes_nothing() -> None:
+@pytest.mark.parametrize("level", SIMD_LEVELS or ("none",))
+def test_fresh_memory_changes_nothing(level: str) -> None:
     """Scratch memory of the C++ kernels: malloc's own, then full of 0x7f (3.4e38), then NaN each time it is taken."""
-    from conftest import available
-
+    available("cpu")
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), *sys.path])
     digests = set()
     for fill in ({}, {"MALLOC_PERTURB_": "128"}, {"ATTN_KERNELS_POISON": "1"}):
-        environment = os.environ | fill | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | fill | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ATTN_KERNELS_SIMD": level}
         done = subprocess.run(
-            [sys.executable, "-c", SCRATCH, available("cpu")],
+            [sys.executable, "-c", SCRATCH, "cpu"],
             env=environment,
             capture_output=True,
             text=True,

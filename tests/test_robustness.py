@@ -8,13 +8,14 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import available
+from conftest import SIMD_LEVELS, available, simd
 from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, interpreted, make, run
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 SPLIT = {
     "many rows": Case(B=17, Tq=9, Tk=33, A=64, D=40, lengths="random"),
     "one row": Case(B=1, Tq=1, Tk=513, A=300, D=128),
+    "one row, 1000 steps": Case(B=1, Tq=1, Tk=1000, A=64, D=96),
+    "33 queries": Case(B=2, Tq=33, Tk=65, A=100, D=48, lengths="full"),
     "one sentence": Case(B=1, Tq=33, Tk=129, A=64, D=64, mask="steps"),
 }
 
@@ -46,18 +49,105 @@ def test_repeats_are_bit_equal(op: Op, fused: str, device: str) -> None:
             assert_bit_equal(run(op.function, op, arguments, backend=fused), first)
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("name", SPLIT)
 @ops
-def test_numbers_of_threads(op: Op, name: str, threads: None) -> None:
-    """For each number bit-equal results in each repeat; right for all of them."""
-    backend = available("cpu")
+def test_numbers_of_threads(op: Op, name: str, compiled: str, threads: None) -> None:
+    """For each number bit-equal results in each repeat; right for all of them, and so equal within rounding."""
     arguments = make(op, SPLIT[name], torch.float32)
-    for count in (1, 2, 3, 5, 16):
+    for count, repeats in {1: 20, 2: 20, 3: 5, 5: 5, 16: 5}.items():
         torch.set_num_threads(count)
-        check(op, SPLIT[name], torch.float32, backend, arguments=arguments)
-        first = run(op.function, op, arguments, backend=backend)
-        for _ in range(10):
-            assert_bit_equal(run(op.function, op, arguments, backend=backend), first)
+        check(op, SPLIT[name], torch.float32, compiled, arguments=arguments)
+        first = run(op.function, op, arguments, backend=compiled)
+        for _ in range(repeats):
+            assert_bit_equal(run(op.function, op, arguments, backend=compiled), first)
+
+
+THREADS = """
+import os, sys, threading, time
+sys.path[:0] = sys.argv[1:]
+import torch
+torch.set_num_threads(1)  # before anything starts the pool
+from matrix import OPS, make, run
+from test_robustness import SPLIT
+
+tasks = lambda: set(os.listdir("/proc/self/task"))
+calls = [(op, make(op, case, torch.float32)) for op in OPS.values() for case in SPLIT.values()]
+def work(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for op, arguments in calls:
+            run(op.function, op, arguments, backend="cpu")
+
+# Which threads exist, seen from a thread beside the calls: one that came and went in a call would be noticed.
+seen, stop = set(), threading.Event()
+def watch():
+    while not stop.wait(1e-4):
+        seen.update(tasks())
+watcher = threading.Thread(target=watch)
+
+watcher.start()
+before = tasks()
+work(0.5)
+assert seen <= before, f"{len(seen - before)} new threads with set_num_threads(1)"
+torch.set_num_threads(2)
+work(0.5)
+assert len(seen - before) <= 1, f"{len(seen - before)} new threads with set_num_threads(2)"
+print(len(seen - before))
+stop.set()
+watcher.join()
+
+# The pool's thread is there now, and has to be left alone.
+torch.set_num_threads(1)
+time.sleep(0.2)
+others = time.process_time() - time.thread_time()
+work(0.5)
+others = time.process_time() - time.thread_time() - others
+assert others < 0.05, f"{others} s of other threads with set_num_threads(1)"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc/self/task")
+def test_set_num_threads_is_obeyed() -> None:
+    """1: no other thread comes or works; 2: one thread more, that of PyTorch's pool, and it is used."""
+    available("cpu")
+    paths = [str(Path(__file__).parent), str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)]), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, *paths], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1", "PyTorch's second thread was not used"
+
+
+@pytest.mark.skipif(len(SIMD_LEVELS) < 2, reason="the C++ kernels have one SIMD level here")
+@ops
+def test_levels_change_during_calls(op: Op) -> None:
+    """Threads compute while another one goes round the SIMD levels: each result is that of one level."""
+    backend = available("cpu")
+    arguments = make(op, SPLIT["many rows"], torch.float32)._replace(grads={})
+    expected = []
+    for level in SIMD_LEVELS:
+        with simd(level):
+            expected.append(run(op.function, op, arguments, backend=backend))
+    wrong, stop = [], threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            results = run(op.function, op, arguments, backend=backend)
+            if not any(all(torch.equal(results[name], e[name]) for name in e) for e in expected):
+                wrong.append(results)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for level in SIMD_LEVELS * 100:
+        with simd(level):
+            time.sleep(5e-4)
+    stop.set()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert not wrong
 
 
 @ops

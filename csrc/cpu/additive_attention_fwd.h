@@ -73,7 +73,7 @@ struct Units {
     int exponent;
     frexp(top, &exponent);
     const T unit = static_cast<T>(ldexp(1.0, exponent)), smallest = unit * T(kSmallestUnit);
-    Vec<T> total{};
+    Vec<T> total{}, dropped{};
     for (int64_t c = 0; c < size; c += width<T>) {
       const Vec<T> x = load(v + c), zero{};
       const IntVec<T> kept = absolute<T>(x) >= smallest;
@@ -81,7 +81,10 @@ struct Units {
       store(factor + c, kept ? inverse : zero);
       store(constant + c, kept ? inverse : broadcast(T(256)));  // 1 / d is then 2^-48 of the largest
       total += kept ? x : zero;
+      dropped += kept ? zero : absolute<T>(x);
     }
+    // Each is below the rounding of the largest unit; all of them together have to be, too.
+    factored = sum<T>(dropped) <= smallest;
     sum_v = sum<T>(total);
     scale = static_cast<T>(2 * unit * kUnitScale);
   }

@@ -1,10 +1,10 @@
 #include "kernels.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace attn {
 
@@ -22,38 +22,58 @@ extern const Kernels kernels;
 
 namespace {
 
-std::vector<Level> available_levels() {  // best first
-  std::vector<Level> levels;
+Levels available_levels() {
+  Levels available{};
+  auto add = [&](const char* name, const Kernels* kernels) { available.list[available.n++] = {name, kernels}; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    levels.push_back({"avx512", &avx512::kernels});
-  if (has_avx2) levels.push_back({"avx2", &avx2::kernels});
+    add("avx512", &avx512::kernels);
+  if (has_avx2) add("avx2", &avx2::kernels);
 #endif
-  levels.push_back({"portable", &portable::kernels});
-  return levels;
+  add("portable", &portable::kernels);
+  return available;
 }
 
-Level choose_level() {
-  const std::vector<Level> levels = available_levels();
-  const char* wanted = std::getenv("ATTN_KERNELS_SIMD");
-  if (wanted == nullptr || *wanted == '\0') return levels.front();
+const Level& find_level(const char* name, const char* asked_by) {
   std::string names;
-  for (const Level& candidate : levels) {
-    if (std::strcmp(candidate.name, wanted) == 0) return candidate;
+  for (int i = 0; i < levels().n; ++i) {
+    const Level& candidate = levels().list[i];
+    if (std::strcmp(candidate.name, name) == 0) return candidate;
     names += std::string(names.empty() ? "" : ", ") + candidate.name;
   }
-  throw std::runtime_error("ATTN_KERNELS_SIMD must be one of " + names + " on this CPU, got " + wanted);
+  throw std::invalid_argument(std::string(asked_by) + " must be one of " + names + " on this CPU, got '" + name + "'");
+}
+
+const Level& first_choice() {
+  static const Level& chosen = []() -> const Level& {
+    const char* wanted = std::getenv("ATTN_KERNELS_SIMD");
+    return wanted == nullptr || *wanted == '\0' ? levels().list[0] : find_level(wanted, "ATTN_KERNELS_SIMD");
+  }();
+  return chosen;
+}
+
+// Levels are constants, so that their address is all that threads have to agree on.
+std::atomic<const Level*>& in_use() {
+  static std::atomic<const Level*> pointer{&first_choice()};
+  return pointer;
 }
 
 }  // namespace
 
-const Level& level() {
-  static const Level chosen = choose_level();
-  return chosen;
+const Levels& levels() {
+  static const Levels available = available_levels();
+  return available;
+}
+
+const Level& level() { return *in_use().load(std::memory_order_relaxed); }
+
+const Level& use_level(const char* name) {
+  const Level& wanted = *name == '\0' ? first_choice() : find_level(name, "the SIMD level");
+  return *in_use().exchange(&wanted, std::memory_order_relaxed);
 }
 
 }  // namespace attn

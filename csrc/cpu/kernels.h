@@ -21,8 +21,19 @@ struct Level {
   const Kernels* kernels;
 };
 
-// The best level of this CPU, or the one that the environment variable ATTN_KERNELS_SIMD names (portable, avx2,
-// avx512).
+// The levels that this CPU can run, best first. No std:: container: level_*.cpp include this (see simd.h).
+struct Levels {
+  Level list[3];
+  int n;
+};
+const Levels& levels();
+
+// The level in use. It is chosen once, the best or the one that the environment variable ATTN_KERNELS_SIMD names, and
+// stays unless use_level() changes it. A call of an op asks once, and so computes on one level from end to end.
 const Level& level();
+
+// Makes every later call, on any thread, use the level of that name; "" is the first choice again. Returns the level
+// that was in use. Throws std::invalid_argument for a name that is none of levels(). For tests: all levels in one process.
+const Level& use_level(const char* name);
 
 }  // namespace attn

@@ -117,15 +117,17 @@ struct RowBlock {
     rows = take<const T*>(scratch, capacity);
   }
 
+  T* copy(int64_t i) const { return copies == nullptr ? nullptr : copies + i * n; }
+
   // Rows list[0..count) of sentence b.
   const T* const* read(int64_t b, const int32_t* list, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, list[i], n, copies + i * n);
+    for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, list[i], n, copy(i));
     return rows;
   }
 
   // Rows first..first + count of sentence b.
   const T* const* read(int64_t b, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, first + i, n, copies + i * n);
+    for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, first + i, n, copy(i));
     return rows;
   }
 };

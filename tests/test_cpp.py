@@ -1,0 +1,82 @@
+"""The C++ kernels by other compilers, for another processor and under sanitizers, as a program without PyTorch.
+
+tests/cpp/check_kernels.cpp compares them with loops. What is not installed here is skipped, visibly.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import SIMD_LEVELS
+
+ROOT = Path(__file__).parent.parent
+CPU = ROOT / "csrc/cpu"
+SOURCES = [ROOT / "tests/cpp/check_kernels.cpp", CPU / "kernels.cpp", *sorted(CPU.glob("level_*.cpp"))]
+
+
+def flags_of_setup() -> list[str]:
+    """What setup.py compiles with, but for what it computes."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword)]
+    (flags,) = (node.value.elts for node in calls if node.arg == "extra_compile_args")
+    (standard,) = (node.value.value for node in calls if node.arg == "cxx_std")
+    return [f"-std=c++{standard}", *(flag.value for flag in flags if isinstance(flag, ast.Constant))]
+
+
+def tool(*names: str) -> str:
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    pytest.skip(f"{' or '.join(names)} is not installed")
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def build(compiler: str, to: Path, *more: str, only: dict[str, tuple[str, ...]] | None = None) -> Path:
+    """The program. ``only``: further flags for the sources with these stems."""
+    objects = []
+    for source in SOURCES:
+        objects.append(to / f"{source.stem}.o")
+        own = (only or {}).get(source.stem, ())
+        run(compiler, *flags_of_setup(), "-Werror", *more, *own, f"-I{ROOT / 'csrc'}", "-c", source, "-o", objects[-1])
+    run(compiler, *more, *objects, "-o", to / "check")
+    return to / "check"
+
+
+@pytest.fixture(autouse=True)
+def sources() -> None:
+    if not CPU.exists():
+        pytest.skip("csrc is not here")
+
+
+def test_clang(tmp_path: Path) -> None:
+    """Clang compiles without a warning, and every level of this CPU is right."""
+    out = run(build(tool("clang++"), tmp_path))
+    assert [line.partition(":")[0] for line in out.splitlines()][-1:] == ["portable"]
+
+
+def test_aarch64(tmp_path: Path) -> None:
+    """Compiled for another architecture, without a warning; right in an emulator where there is one."""
+    program = build(tool("aarch64-linux-gnu-g++"), tmp_path, "-static")
+    out = run(tool("qemu-aarch64", "qemu-aarch64-static"), program)
+    assert out.startswith("portable: ")
+
+
+def test_sanitizers(tmp_path: Path) -> None:
+    """Reads and writes out of bounds, undefined behaviour. In one level, the widest: it takes a minute for all."""
+    watched = (SIMD_LEVELS or ("portable",))[0]
+    sanitize = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    sanitize += ("-fno-sanitize=null,object-size",)  # what they would find is out of bounds for the first one
+    others = {source.stem: ("-O0", "-fno-sanitize=all") for source in SOURCES if source.stem != f"level_{watched}"}
+    program = build(tool("g++"), tmp_path, *sanitize, only=others)
+    # Leaks: the check needs ptrace, which containers may refuse.
+    assert f"{watched}: " in run(program, ASAN_OPTIONS="detect_leaks=0")
