@@ -11,6 +11,7 @@ from .backends import choose
 from .reference import Attention
 
 _INFINITY = float("inf")
+_SMALL = 1 << 19  # products
 # What is raised where an argument does not fit: by the dispatcher, a kernel, or Python where it is no tensor at all.
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -179,6 +180,10 @@ def dot_attention(
             )
         if q.dim() == 2:
             q = q.unsqueeze(1)
+        if backend is None and memory_lengths is None and mask is None and _is_small(q, k, x):
+            scores = torch.bmm(q, k.transpose(1, 2))
+            alignments = torch.softmax(scores if scale == 1.0 else scale * scores, dim=-1)
+            return _as_attention((torch.bmm(alignments, x), alignments), query.dim(), need_weights)
         result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
         return _as_attention(result, query.dim(), need_weights)
     except _REFUSALS:
@@ -264,13 +269,29 @@ def _as_attention(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_
     return Attention(context, alignments)
 
 
+def _is_small(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether a dot attention that needs gradients is faster as three calls of PyTorch than as one of ours.
+
+    Below about half a million products the time is that of the calls, and autograd's nodes in C++, which an extension
+    on the stable ABI cannot have, cost less than a node in Python.
+    """
+    return (
+        torch.is_grad_enabled()
+        and (query.requires_grad or keys.requires_grad or values.requires_grad)
+        and query.dtype == torch.float32
+        and query.numel() * keys.shape[1] <= _SMALL
+        and values.numel() * query.shape[1] <= _SMALL
+        and not is_compiling()
+    )
+
+
 def _device_type(query: Tensor) -> str:
     return "cpu" if query.is_cpu else query.device.type  # which makes a device and a string
 
 
 def _on_cpu(*tensors: Tensor | None) -> bool:
     """The dispatcher would take one tensor on "meta" for a call that wants shapes only."""
-    for tensor in tensors:  # all() of a generator takes four times as long
+    for tensor in tensors:  # noqa: SIM110 - all() of a generator takes four times as long
         if tensor is not None and not tensor.is_cpu:
             return False
     return True

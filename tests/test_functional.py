@@ -13,7 +13,7 @@ from torch import Tensor
 
 import attn_kernels
 from attn_kernels import Attention
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, eager_errors, make, oracle, run
+from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, check, eager_errors, make, oracle, run
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -261,3 +261,28 @@ def test_autocast_disabled_inside(op: Op, backend: str, device: str) -> None:
     with torch.autocast(device, dtype=torch.bfloat16), torch.autocast(device, enabled=False):
         result = op.function(**arguments, backend=backend)
     assert (result[0] if op.masked else result).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["plain", "one of each", "decode", "Tk = 0, no mask", "B = 0", "query 2-D", "sliced"])
+def test_small_dot_attention(name: str, scale: float) -> None:
+    """Without a named backend, small calls that need gradients go another way: with the same results."""
+    op = OPS["dot_attention"]._replace(options={"scale": scale})
+    check(op, CASES[name], torch.float32, "cpu")
+    arguments = make(op, CASES[name], torch.float32)
+    expected = run(op.function, op, arguments, backend="reference")
+    for key, result in run(op.function, op, arguments).items():
+        torch.testing.assert_close(result, expected[key], rtol=1e-5, atol=1e-6)
+    tensors = [t.requires_grad_() for t in arguments.tensors.values()]
+    assert op.function(*tensors, need_weights=False).alignments is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("argument", ["keys", "values"])
+def test_small_dot_attention_refuses(argument: str, axis: int) -> None:
+    if (argument, axis) == ("values", 2):
+        return  # the size of values is their own
+    tensors = {name: torch.randn(2, 3, 4, requires_grad=True) for name in ("query", "keys", "values")}
+    tensors[argument] = torch.randn([n + (i == axis) for i, n in enumerate((2, 3, 4))])
+    with pytest.raises(ValueError, match=r"^dot_attention: (keys|values) must have shape"):
+        attn_kernels.dot_attention(**tensors)

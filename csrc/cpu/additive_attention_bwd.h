@@ -149,8 +149,16 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   auto read_k = [&](int64_t j, int64_t u)
                     __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
   Columns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
-  for (int64_t i = 0; i < Tq; ++i) q.set(i, vectors, read_q);
-  for (int64_t j = 0; j < n; ++j) k.set(j, vectors, read_k);
+  const Array3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
+  const int64_t columns = smaller(vectors * w, back.op.A - first);
+  for (int64_t i = 0; i < Tq; ++i) {
+    prefetch_row(queries, b, smaller(i + 1, Tq - 1), columns);
+    q.set(i, vectors, read_q);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    prefetch_row(keys, b, list[smaller(j + 1, n - 1)], columns);
+    k.set(j, vectors, read_k);
+  }
 
   T* half = take<T>(scratch, padded<T>(n) + w);
   const T* ds = back.dscores + b * Tq * Tk;

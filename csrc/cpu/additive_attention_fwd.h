@@ -225,6 +225,7 @@ struct AdditiveScore {
     T* buffer = take<T>(scratch, op.A);
     for (int64_t i = 0; i < n; ++i) {
       const T* row = read_row(op.query, b, first + i, op.A, buffer);
+      prefetch_row(op.query, b, first + smaller(i + 1, n - 1), op.A);
       T* e = q.e + i * q.ld;
       q.top[i] = exponentials(units.size, e, [&](int64_t c) __attribute__((always_inline)) {
         return load_upto(row + c, op.A - c) + load(units.bias + c);
@@ -270,7 +271,10 @@ struct AdditiveScore {
     const KeyRows<T> k{take<const T*>(scratch, most), take<T>(scratch, most)};
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = smaller(most, n - j);
-      for (int64_t r = 0; r < count; ++r) set_key(k, r, b, list[j + r], copies + r * units.size, key_buffer);
+      for (int64_t r = 0; r < count; ++r) {
+        if (!op.prepared) prefetch_row(op.keys, b, list[smaller(j + r + 1, n - 1)], op.A);
+        set_key(k, r, b, list[j + r], copies + r * units.size, key_buffer);
+      }
       auto direct = [&](int64_t i, int64_t r) {
         return this->direct(b, q.first + i, list[j + r], query_buffer, key_buffer);
       };

@@ -83,6 +83,14 @@ ATTN_INLINE Array3 columns_from(Array3 a, int64_t c) {
   return a;
 }
 
+// Asks for row (b, i) of a, which is read soon.
+ATTN_INLINE void prefetch_row(const Array3& a, int64_t b, int64_t i, int64_t n) {
+  if (a.stride[2] != 1) return;
+  const int64_t item = item_size(a.dtype);
+  const char* row = static_cast<const char*>(a.data) + (b * a.stride[0] + i * a.stride[1]) * item;
+  for (int64_t at = 0; at < n * item; at += 64) prefetch(row + at);
+}
+
 template <typename T>
 void write_row(void* data, Dtype dtype, int64_t at, const T* row, int64_t n) {
   for (int64_t c = 0; c < n; c += width<T>) store_as<T>(data, dtype, at + c, load_upto(row + c, n - c), n - c);
@@ -158,7 +166,7 @@ struct PointedRows {
 // them for all queries before the next.
 
 constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
-constexpr int64_t kWorthPacking = 8;  // this many queries are not few
+constexpr int64_t kWorthPacking = 4;  // this many queries are not few
 
 // out[i * ld + j] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
 template <typename T, class Rows>
@@ -323,8 +331,10 @@ ATTN_INLINE void panel_product(T* const* out, int64_t no, int64_t c, int64_t n, 
     panel_tiles<T, kTileVectors, true>(out, no, c, n, weight, wj, panel, rows, add);
   else if (n > kPanel<T> / 2)
     panel_tiles<T, kTileVectors, false>(out, no, c, n, weight, wj, panel, rows, add);
-  else
+  else if (n > width<T>)
     panel_tiles<T, kTileVectors / 2, false>(out, no, c, n, weight, wj, panel, rows, add);
+  else
+    panel_tiles<T, 1, false>(out, no, c, n, weight, wj, panel, rows, add);
 }
 
 // out_i (+)= sum_j weight_i[j * wj] * y_j for at most kPanelRows rows y of n elements; add: onto what out holds.
@@ -338,7 +348,8 @@ void weighted_rows(T* const* out, int64_t no, const T* const* weight, int64_t wj
     const int64_t nc = smaller(kPanel<T>, n - c);
     for (int64_t j = 0; j < ny; ++j) {
       T* to = panel + j * kPanel<T>;
-      for (int64_t u = 0; u < kPanel<T>; u += w) {
+      const int64_t needed = nc > kPanel<T> / 2 ? kPanel<T> : nc > w ? kPanel<T> / 2 : w;
+      for (int64_t u = 0; u < needed; u += w) {
         store(to + u, u < nc ? load_upto(y[j] + c + u, nc - u) : Vec<T>{});
         prefetch(y[j] + smaller(c + kPanel<T> + u, n - 1));
       }
@@ -347,11 +358,45 @@ void weighted_rows(T* const* out, int64_t no, const T* const* weight, int64_t wj
   }
 }
 
+// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements.
+template <typename T, int NX, int NY>
+ATTN_INLINE void dot_tile(const T* const* x, const T* const* y, int64_t n, T scale, T* out, int64_t ld) {
+  Vec<T> acc[NX * NY] = {};
+  auto step = [&](int64_t c, auto load_vector) __attribute__((always_inline)) {
+    Vec<T> yv[NY];
+    for (int j = 0; j < NY; ++j) yv[j] = load_vector(y[j] + c);
+    for (int i = 0; i < NX; ++i) {
+      const Vec<T> xv = load_vector(x[i] + c);
+      for (int j = 0; j < NY; ++j) acc[i * NY + j] += xv * yv[j];
+    }
+  };
+  int64_t c = 0;
+  for (; c + width<T> <= n; c += width<T>) step(c, [](const T* p) __attribute__((always_inline)) { return load(p); });
+  if (c < n) step(c, [&](const T* p) __attribute__((always_inline)) { return load_part(p, n - c); });
+  sums<T, NX * NY>(acc, [&](int i, T s) __attribute__((always_inline)) { out[i / NY * ld + i % NY] = scale * s; });
+}
+
+template <typename T, int NX>
+__attribute__((noinline)) void dot_tiles(const T* const* x, const T* const* y, int64_t ny, int64_t n, T scale, T* out,
+                                         int64_t ld) {
+  constexpr int NY = kTileVectors;
+  int64_t j = 0;
+  for (; j + NY <= ny; j += NY) dot_tile<T, NX, NY>(x, y + j, n, scale, out + j, ld);
+  for (; j < ny; ++j) dot_tile<T, NX, 1>(x, y + j, n, scale, out + j, ld);
+}
+
 // out[i * ld + j] = scale * x_i . y_j for at most kMostQueries rows x and kPanelRows rows y of n elements.
 template <typename T>
 void dot_rows(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int64_t n, T scale, T* out, int64_t ld) {
   constexpr int64_t w = width<T>;
   if (nx < kWorthPacking || n == 0) return dot_walk(x, nx, PointedRows<T>{y}, ny, n, scale, out, ld);
+  if (n >= 16 * w) {  // long rows: the sums across vectors cost less than packing
+    int64_t i = 0;
+    for (; i + kTileRows <= nx; i += kTileRows) dot_tiles<T, kTileRows>(x + i, y, ny, n, scale, out + i * ld, ld);
+    for (; i + 2 <= nx; i += 2) dot_tiles<T, 2>(x + i, y, ny, n, scale, out + i * ld, ld);
+    for (; i < nx; ++i) dot_tiles<T, 1>(x + i, y, ny, n, scale, out + i * ld, ld);
+    return;
+  }
   alignas(64) T panel[kPanelRows * kPanel<T>];
   const T* weight[kMostQueries];
   T* rows[kMostQueries];

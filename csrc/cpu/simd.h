@@ -225,7 +225,9 @@ ATTN_INLINE void sums(const Vec<T>* x, const Out& out, int first = 0) {
   if constexpr (n == 1) {  // the sums of width / group vectors, side by side
     const auto add = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; };
     const Vec<T> y = reduce_groups<group / 2>(x[0], add);
-    for (int i = 0; i < width<T> / group; ++i) out(first + i, y[i * group]);
+    alignas(ATTN_VECTOR_BYTES) T at[width<T>];  // through memory: taking elements out of a register costs more
+    store(at, y);
+    for (int i = 0; i < width<T> / group; ++i) out(first + i, at[i * group]);
   } else if constexpr (n > width<T> || (n & (n - 1)) != 0) {  // in powers of 2
     constexpr int part = n > width<T> ? width<T> : n > 8 ? 8 : n > 4 ? 4 : 2;
     sums<T, part, group>(x, out, first);
