@@ -65,7 +65,8 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
 
 def invoke(*arguments: str, output: Path) -> tuple[int, str]:
     command = [*COMMAND, *arguments, "--output", str(output)]
-    result = CliRunner().invoke(sweep.app, command, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    sweep.console.width = 200  # COLUMNS counts only when the console is made
+    result = CliRunner().invoke(sweep.app, command, env={"NO_COLOR": "1"})
     return result.exit_code, result.output
 
 
