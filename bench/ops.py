@@ -133,6 +133,7 @@ class Settings:
     need_weights: bool
     lengths: Lengths
     seed: int
+    prepared: bool = False
 
 
 def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
@@ -205,7 +206,10 @@ def make_ways(op: str, problem: Problem, settings: Settings) -> tuple[str, list[
     backends = [ours]
     if device_type == "cuda":
         backends += [name for name in ("cuda", "triton") if name != ours and attn_kernels.backends()[name].available]
-    ways = [way(name, public, backend=name) for name in backends]
+    keywords = {}
+    if settings.prepared and op == "additive_attention":
+        keywords["prepared"] = attn_kernels.prepare_keys(problem.inputs["keys"], backend=ours)  # once, not in each call
+    ways = [way(name, public, backend=name, **keywords) for name in backends]
     ways.append(way("eager", getattr(eager, op)))
     if settings.compile and op == "additive_attention":
         ways.append(compiled(eager.additive_attention, "sum as tanh(...) @ v"))
@@ -344,6 +348,7 @@ def as_result(cells: list[Cell], settings: Settings, description: dict[str, str 
             "seconds a cell": settings.seconds,
             "alignments returned": settings.need_weights,
             "lengths": settings.lengths.value,
+            "keys prepared": settings.prepared,
             "seed": settings.seed,
             "memory": "peak during one call beyond what is held before it, MB",
             "milliseconds": "median and quartiles over interleaved rounds",
@@ -369,7 +374,8 @@ def tables(cells: list[Cell], description: dict[str, str | int], settings: Setti
     notes: list[str] = []
     dtype = str(settings.dtype).removeprefix("torch.")
     for op in dict.fromkeys(cell.op for cell in cells):
-        parts.append(op_table(op, [cell for cell in cells if cell.op == op], dtype, notes))
+        how = ", keys prepared" if settings.prepared and op == "additive_attention" else ""
+        parts.append(op_table(op + how, [cell for cell in cells if cell.op == op], dtype, notes))
     parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
     parts.append(Text("ms: median over interleaved rounds. x: time of the other / time of ours, median over rounds."))
     parts.append(Text("Below 1x!: ours loses. MB: peak memory of one call: ours / eager / torch.compile."))
@@ -378,7 +384,11 @@ def tables(cells: list[Cell], description: dict[str, str | int], settings: Setti
 
 
 def op_table(op: str, cells: list[Cell], dtype: str, notes: list[str]) -> Table:
-    others = {"eager": "eager", "torch.compile": "compile", **({"sdpa": "SDPA"} if op == "dot_attention" else {})}
+    others = {
+        "eager": "eager",
+        "torch.compile": "compile",
+        **({"sdpa": "SDPA"} if cells[0].op == "dot_attention" else {}),
+    }
     title = f"{op}, {dtype}, ours: {cells[0].ours}"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("B,Tq,Tk,A", "pass"):
@@ -483,6 +493,7 @@ def benchmark(
     seconds: float = 1.0,
     rounds: int = 5,
     seed: int = 0,
+    prepared: bool = False,
     output: Path = files.LOCAL,
     quick: bool = False,
 ) -> tuple[list[Path], list[str], list[RenderableType]]:
@@ -498,7 +509,9 @@ def benchmark(
             chosen |= GPU_SHAPES
         if quick:
             seconds, rounds = min(seconds, 0.5), min(rounds, 3)
-        settings = Settings(getattr(torch, dtype.value), device, seconds, rounds, compile, need_weights, lengths, seed)
+        settings = Settings(
+            getattr(torch, dtype.value), device, seconds, rounds, compile, need_weights, lengths, seed, prepared
+        )
         if choose(None, device.type) == "reference":
             console.print(f"[bold red]No fused backend runs on {device.type}; ours is the reference:[/]")
             for backend in attn_kernels.backends().values():
@@ -507,7 +520,12 @@ def benchmark(
         cells = plan(ops or list(Op), chosen, list(passes))
         in_effect = run(cells, settings, allocator)
         description = machine.describe(device, in_effect)
-        stem = "-".join(["ops", device.type, *([] if dtype is Dtype.float32 else [dtype.value])])
+        names = ["ops", device.type]
+        names += [] if dtype is Dtype.float32 else [dtype.value]
+        names += ["prepared"] * prepared
+        names += [] if threads == 1 else [f"{threads}threads"]
+        names += [] if allocator is Allocator.reuse else [f"{allocator.value}malloc"]
+        stem = "-".join(names)
         files.write_json(output / f"{stem}.json", as_result(cells, settings, description))
         plots.speed(output / f"{stem}.png", cells, description, settings)
         printed.append(tables(cells, description, settings))
@@ -540,6 +558,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 1.0,
     rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
+    prepared: Annotated[bool, typer.Option(help="Prepare the keys once (prepare_keys), as decoders do.")] = False,
     output: Annotated[
         Path, typer.Option(help="Folder for the JSON file and the plot.", show_default=files.shown(files.LOCAL))
     ] = files.LOCAL,
@@ -563,6 +582,7 @@ def main(
         seconds=seconds,
         rounds=rounds,
         seed=seed,
+        prepared=prepared,
         output=output,
         quick=quick,
     )

@@ -1,11 +1,11 @@
 // Additive attention without a tanh per pair. Part of a SIMD level: see simd.h.
 //
 // tanh(q + k) = 1 - 2 / (1 + E), E = e^{2q} e^{2k}, so that with exponentials made once per row a pair of query and step
-// costs a multiply-add and a reciprocal for each hidden unit, and units or queries share reciprocals over a common
+// costs a multiply-add and a reciprocal for each hidden unit, and in the forward units share reciprocals over a common
 // denominator. Guards choose, for each tile of queries and each step, a form in which nothing overflows:
 //
 //   largest |q| + largest |k|   forward                          backward
-//   <= kThree, kPair            three units share a division     two queries share a division
+//   <= kThree                   three units share a division     one division each
 //   <= kSingle                  one division each                one division each
 //   beyond, or NaN              tanh itself                      tanh itself
 //
@@ -23,7 +23,6 @@ namespace ATTN_LEVEL {
 // 2^-40 and 2^(24 - 40) (1 + E), so their product is in range while 1 + E < 2^56.
 constexpr float kThree = 19.0f;
 constexpr float kSingle = 43.0f;  // e^{2q}, e^{2k} and their product are in range
-constexpr float kPair = 21.5f;    // the product of two 1 + E is
 constexpr double kSmallestUnit = 0x1p-24, kUnitScale = 0x1p-40;
 // 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where scores are
 // sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation 0.01 to 3, norms
