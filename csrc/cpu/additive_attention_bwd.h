@@ -124,6 +124,13 @@ struct UnitsBackward {
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
   }
+  // The lines of what is written when all tiles are done.
+  ATTN_INLINE void expect_dquery(int64_t b, int64_t i, int64_t c) const {
+    prefetch_to_write(static_cast<const char*>(dquery) + ((b * op.Tq + i) * op.A + c) * item_size(op.query.dtype));
+  }
+  ATTN_INLINE void expect_dkeys(int64_t b, int64_t j, int64_t c) const {
+    prefetch_to_write(static_cast<const char*>(dkeys) + ((b * op.Tk + j) * op.A + c) * item_size(op.query.dtype));
+  }
   ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
     const Vec<T> g = T(4) * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
@@ -164,6 +171,8 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   const T* ds = back.dscores + b * Tq * Tk;
   for (int64_t u = 0; u < vectors; ++u) {
     Vec<T> sum_p{};
+    for (int64_t row = 0; row < Tq; ++row) back.expect_dquery(b, row, first + u * w);
+    for (int64_t row = 0; row < Tk; ++row) back.expect_dkeys(b, row, first + u * w);
     int64_t i = 0;
     auto tiles = [&](auto queries) __attribute__((always_inline)) {
       constexpr int kQueries = decltype(queries)::value;

@@ -125,6 +125,12 @@ ATTN_INLINE void prefetch(const E* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// Asks for the line of p to be written soon.
+template <class E>
+ATTN_INLINE void prefetch_to_write(const E* p) {
+  __builtin_prefetch(p, 1, 2);
+}
+
 ATTN_INLINE void stream_end() {
 #if defined(__x86_64__)
   _mm_sfence();
