@@ -10,7 +10,8 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 8 : 4;  // their exponentials and sums fill the registers
+constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 10 : 4;  // their exponentials and sums fill the registers
+constexpr int64_t kFewQueries = 8;
 
 // A block of columns of the queries or keys of a sentence: vector u of row i stands at (u * n + i) * width<T>.
 template <typename T>
@@ -184,6 +185,7 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
     };
     if (!per_query) {
       tiles(std::integral_constant<int, kTileQueries>());
+      tiles(std::integral_constant<int, 4>());
       tiles(std::integral_constant<int, 2>());
     }
     tiles(std::integral_constant<int, 1>());
@@ -339,7 +341,7 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
   T* dv_parts = take<T>(call, op.B * units.size);
   T* dbias_parts = take<T>(call, op.B * units.size);
   const UnitsBackward<T> back{op, attended, units, dscores, dquery, dkeys, dv_parts, dbias_parts};
-  const bool few = op.Tq < kTileQueries && !attended.per_query;
+  const bool few = op.Tq < kFewQueries && !attended.per_query;
   // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
   // half of L2. Narrower strips where there are threads to feed.
   const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 2 * (few ? op.Tq + 3 : op.Tq + op.Tk);
