@@ -242,8 +242,12 @@ void attention_backward(const Problem& p, const Array3& alignments, const Array3
     }
     for (int64_t i = 0; i < nq; ++i) {
       T *wi = w + i * p.Tk, *di = ds + i * p.Tk;
+      const bool from_first = n == 0 || list[n - 1] == n - 1;  // the first n steps, as without a mask
       const T* all = read_row(alignments, b, first + i, p.Tk, row);
-      for (int64_t j = 0; j < n; ++j) wi[j] = all[list[j]];
+      if (from_first)
+        memcpy(wi, all, n * sizeof(T));
+      else
+        for (int64_t j = 0; j < n; ++j) wi[j] = all[list[j]];
       if (grad_alignments) {
         all = read_row(grad_alignments, b, first + i, p.Tk, row);
         for (int64_t j = 0; j < n; ++j) di[j] += all[list[j]];
@@ -308,7 +312,7 @@ void weighted_steps(const Problem& p, const T* weights, const Array3& array, int
       }
     }
     RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
-    if (p.Tq < kWorthPacking) {
+    if (p.Tq <= kMostCombined) {
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
       for (int64_t j = 0; j < count; ++j)

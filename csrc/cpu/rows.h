@@ -167,6 +167,7 @@ struct PointedRows {
 
 constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
 constexpr int64_t kWorthPacking = 4;  // this many queries are not few
+constexpr int64_t kMostCombined = 7;  // rows that are added up in one walk along the result
 
 // out[i * ld + j] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
 template <typename T, class Rows>
@@ -255,11 +256,11 @@ ATTN_INLINE void combine(T* out, const T* weight, int64_t wi, const T* const* y,
                n - c);
 }
 
-// The same for ny rows, 1 <= ny < kWorthPacking.
+// The same for ny rows, 1 <= ny <= kMostCombined.
 template <typename T, int NY = 1>
 ATTN_INLINE void combine_few(T* out, const T* weight, int64_t wi, const T* const* y, int64_t ny, int64_t n,
                              bool stream) {
-  if constexpr (NY + 1 < kWorthPacking) {
+  if constexpr (NY < kMostCombined) {
     if (ny > NY) return combine_few<T, NY + 1>(out, weight, wi, y, ny, n, stream);
   }
   combine<T, NY>(out, weight, wi, y, n, stream);
@@ -321,6 +322,7 @@ __attribute__((noinline)) void panel_tiles(T* const* out, int64_t no, int64_t c,
   };
   tiles(std::integral_constant<int, kTileRows>());
   tiles(std::integral_constant<int, kTileRows / 2>());
+  if constexpr (kTileRows > 4) tiles(std::integral_constant<int, 2>());
   tiles(std::integral_constant<int, 1>());
 }
 
@@ -393,6 +395,8 @@ void dot_rows(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int6
   if (n >= 16 * w) {  // long rows: the sums across vectors cost less than packing
     int64_t i = 0;
     for (; i + kTileRows <= nx; i += kTileRows) dot_tiles<T, kTileRows>(x + i, y, ny, n, scale, out + i * ld, ld);
+    if constexpr (kTileRows > 4)
+      for (; i + 4 <= nx; i += 4) dot_tiles<T, 4>(x + i, y, ny, n, scale, out + i * ld, ld);
     for (; i + 2 <= nx; i += 2) dot_tiles<T, 2>(x + i, y, ny, n, scale, out + i * ld, ld);
     for (; i < nx; ++i) dot_tiles<T, 1>(x + i, y, ny, n, scale, out + i * ld, ld);
     return;
