@@ -292,12 +292,18 @@ void weighted_steps(const Problem& p, const T* weights, const Array3& array, int
       return;
     }
     // Steps [part * step_rows, ..) of the sentence: those in the list take the rows of weights they stand at there.
-    const int64_t n = list_steps(p.attended, b, 0, p.Tk, list);
     const int64_t begin = part * step_rows, end = smaller(begin + step_rows, p.Tk);
-    int64_t at = 0;
-    while (at < n && list[at] < begin) ++at;
-    int64_t count = 0;
-    while (at + count < n && list[at + count] < end) ++count;
+    int64_t at = 0, count = 0;
+    if (p.attended.mask == nullptr) {  // no list of all steps for each part of them
+      const int64_t n = smaller(larger(p.attended.length(b, p.Tk), 0), p.Tk);
+      at = smaller(begin, n);
+      count = smaller(end, n) - at;
+      for (int64_t j = at; j < at + count; ++j) list[j] = static_cast<int32_t>(j);
+    } else {
+      const int64_t n = list_steps(p.attended, b, 0, p.Tk, list);
+      while (at < n && list[at] < begin) ++at;
+      while (at + count < n && list[at + count] < end) ++count;
+    }
     T* sums = take<T>(scratch, larger(count, 1) * columns);
     T** rows = take<T*>(scratch, larger(count, 1));
     const T** factors = take<const T*>(scratch, larger(count, 1));

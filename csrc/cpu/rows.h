@@ -194,11 +194,52 @@ void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, in
     for (int64_t i = 0; i < nx; ++i) out[i * ld + j] = scale * sum<T>(row_sum(x[i], rows[j]));
 }
 
+// out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors: the sums stay in registers, two of each so
+// that the next row need not wait for the last.
+template <typename T, int NV, class Rows>
+ATTN_INLINE void weighted_narrow(T* out, const T* weight, int64_t wj, const Rows& rows, int64_t count, int64_t n,
+                                 bool add) {
+  constexpr int64_t w = width<T>;
+  const int64_t last = n - (NV - 1) * w;  // elements of the last vector
+  Vec<T> acc[2][NV] = {};
+  auto row = [&](int64_t j, int set) __attribute__((always_inline)) {
+    const auto* y = rows[j];
+    const T factor = weight[j * wj];
+    for (int u = 0; u + 1 < NV; ++u) acc[set][u] += factor * load_element(y + u * w);
+    const auto* end = y + (NV - 1) * w;
+    acc[set][NV - 1] += factor * (last == w ? load_element(end) : load_element(end, last));
+  };
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2) {
+    row(j, 0);
+    row(j + 1, 1);
+  }
+  if (j < count) row(j, 0);
+  for (int u = 0; u < NV; ++u) {
+    const int64_t left = smaller(w, n - u * w);
+    const Vec<T> sum = acc[0][u] + acc[1][u];
+    store_upto(out + u * w, add ? load_upto(out + u * w, left) + sum : sum, left);
+  }
+}
+
 // out_i (+)= sum_j weight_i[j * wj] * rows[j] for `no` rows out and `count` rows of n elements; the sums stay in L1.
 template <typename T, class Rows>
 void weighted_walk(T* const* out, int64_t no, const T* const* weight, int64_t wj, const Rows& rows, int64_t count,
                    int64_t n, bool add) {
   constexpr int64_t w = width<T>;
+  if (0 < n && n <= 4 * w) {
+    for (int64_t i = 0; i < no; ++i) {
+      if (n <= w)
+        weighted_narrow<T, 1>(out[i], weight[i], wj, rows, count, n, add);
+      else if (n <= 2 * w)
+        weighted_narrow<T, 2>(out[i], weight[i], wj, rows, count, n, add);
+      else if (n <= 3 * w)
+        weighted_narrow<T, 3>(out[i], weight[i], wj, rows, count, n, add);
+      else
+        weighted_narrow<T, 4>(out[i], weight[i], wj, rows, count, n, add);
+    }
+    return;
+  }
   int64_t j = 0;
   auto step = [&](auto rows_at_once) __attribute__((always_inline)) {
     constexpr int NY = decltype(rows_at_once)::value;
