@@ -171,9 +171,9 @@ def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGE
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
     if op == "additive":
-        additive.additive_attention(query, keys, values, v, bias, memory_lengths, allowed, True)
+        additive.additive_attention(query, keys, values, v, bias, None, memory_lengths, allowed, True)
         additive.additive_attention_backward(
-            *gradients, query, keys, values, v, bias, memory_lengths, allowed, alignments
+            *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments
         )
     elif op == "scores":
         additive.additive_scores(query, keys, v, bias)
