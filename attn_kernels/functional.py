@@ -180,7 +180,7 @@ def dot_attention(
             )
         if q.dim() == 2:
             q = q.unsqueeze(1)
-        if backend is None and memory_lengths is None and mask is None and _is_small(q, k, x):
+        if backend is None and chosen == "cpu" and memory_lengths is None and mask is None and _is_small(q, k, x):
             scores = torch.bmm(q, k.transpose(1, 2))
             alignments = torch.softmax(scores if scale == 1.0 else scale * scores, dim=-1)
             return _as_attention((torch.bmm(alignments, x), alignments), query.dim(), need_weights)
