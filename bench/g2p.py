@@ -18,7 +18,7 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from attn_kernels.backends import choose
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
 
-from . import files, g2p_data, machine, plots, timing
+from . import files, g2p_data, machine, ops, plots, timing
 from .g2p_data import PADDING, Batch, Batches, Errors, Vocabulary, Words
 from .machine import Allocator
 from .ops import parse_device
@@ -322,7 +322,7 @@ def benchmark(
         training = Training(config, parts.train, vocabulary, names, device)
     if resume:
         training.load(checkpoint)
-    with _progress_bars() as progress:
+    with ops.progress_bars(console) as progress:
         train(training, checkpoint, save_every, progress)
         model = training.models[names[0]]
         tested = held_out(parts.test, words)
@@ -412,17 +412,6 @@ def _word_to_show(
     long = [i for i, word in enumerate(words) if 9 <= len(word) <= 14]
     correct = [i for i in long if vocabulary.read(hypotheses[i].tokens) in references[words[i]]]
     return words[[*correct, *long, 0][0]]
-
-
-def _progress_bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

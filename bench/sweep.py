@@ -25,7 +25,7 @@ import torch
 import typer
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -267,7 +267,7 @@ def first_line(error: BaseException) -> str:
 def run(cells: list[Cell], settings: Settings, least: float, progress_file: ProgressFile) -> None:
     """Times the cells that have no time yet, then those below the bound once more."""
     inputs = Inputs(getattr(torch, settings.dtype))
-    with progress_bars() as progress:
+    with ops.progress_bars(console) as progress:
         for cell in tracked(progress, "sweep", [cell for cell in cells if not cell.done]):
             time_cell(cell, inputs, settings)
             progress_file.add(cell)
@@ -292,17 +292,6 @@ def tracked(progress: Progress, what: str, cells: list[Cell]) -> Iterator[Cell]:
         yield cell
         progress.advance(task)
     progress.update(task, description=what)
-
-
-def progress_bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 # What survives an interrupt -------------------------------------------------------------------------------------------

@@ -215,9 +215,10 @@ def test_ops_benchmark_and_its_file(tmp_path: Path) -> None:
         allocator=machine.Allocator.default,
     )
     assert wrong == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ops-cpu.json", "ops-cpu.png"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["ops-cpu-defaultmalloc.json", "ops-cpu-defaultmalloc.png"]
     assert set(written) == set(tmp_path.iterdir())
-    result = json.loads((tmp_path / "ops-cpu.json").read_text())
+    result = json.loads((tmp_path / "ops-cpu-defaultmalloc.json").read_text())
     assert {"schema", "part", "machine", "settings", "cells"} == set(result)
     assert {"torch", "threads", "allocator", "date", "device", "backends"} <= set(result["machine"])
     assert len(result["cells"]) == 2 * 2 * 2
