@@ -1,8 +1,10 @@
 // Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
 //
-// With r = 1 / (1 + E) and p = ds r: 1 - tanh^2 = 4 r (1 - r), so g = p (1 - r) gives dquery and dkeys as sums of 4 v g,
-// and dv = sum(ds tanh) = -2 sum(p - ds / 2). Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again.
-// A task takes some units of one sentence, so that all sums over queries and steps stay within it.
+// With E = e^{2q} e^{2k}: 1 - tanh^2 = 4 / (E + 1/E + 2) and tanh = (E - 1/E) / (E + 1/E + 2), so that g = ds / (E + 1/E + 2)
+// gives dquery and dkeys as sums of 4 v g and dv as that of g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a
+// division and three multiplications for each pair, and nothing cancels where units are saturated. Nothing of size
+// (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence, so that all sums over
+// queries and steps stay within it.
 #pragma once
 
 #include "additive_attention_fwd.h"
@@ -10,22 +12,69 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 10 : 4;  // their exponentials and sums fill the registers
+constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 7 : 4;  // their exponentials and sums fill the registers
 constexpr int64_t kFewQueries = 8;
+// The largest |q| + |k| of the form above: g would become denormal, and with it g (E - 1/E) inexact, beyond E = 2^78 where
+// ds is as small as 2^-48.
+constexpr float kBothWays = 27.0f;
 
-// A block of columns of the queries or keys of a sentence: vector u of row i stands at (u * n + i) * width<T>.
+// Stores e^{2x}, e^{-2x}.
+template <typename T>
+ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
+  if constexpr (sizeof(T) == 4) {
+    Vec<T> up, down;
+    exp_both_ways(x + x, &up, &down);
+    store(e, up);
+    store(e + width<T>, down);
+  }
+}
+
+// The same for the vectors x = row(c) of a row, at e + 2 c. Returns its largest |x|; NaN if it has a NaN.
+template <typename T, class Row>
+ATTN_INLINE T both_exponentials(int64_t size, T* e, const Row& row) {
+  IntVec<T> top{};
+  for (int64_t c = 0; c < size; c += width<T>) {
+    const Vec<T> x = row(c);
+    store_both_exponentials(e + 2 * c, x);
+    top = larger_magnitude<T>(top, x);
+  }
+  return largest_magnitude<T>(top);
+}
+
+// Adds what a query and a step of score gradient ds give: g to the sums of query and step, ds tanh to that of v. By their
+// exponentials:
+template <typename T>
+ATTN_INLINE void add_pair(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
+                          Vec<T>& dv) {
+  const Vec<T> up = rounded(q_up * k_up), down = rounded(q_down * k_down);
+  const Vec<T> g = ds / ((up + T(2)) + down);
+  dq += g;
+  dk += g;
+  dv += g * (up - down);
+}
+
+// And by tanh itself, x = q + k:
+template <typename T>
+ATTN_INLINE void add_pair(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) {
+  const Vec<T> t = tanh_any(x);
+  const Vec<T> g = T(0.25) * ds * ((T(1) - t) * (T(1) + t));
+  dq += g;
+  dk += g;
+  dv += ds * t;
+}
+
+// A block of columns of the queries or keys of a sentence: of vector u of row i, e^{2x}, e^{-2x} and the gradient side by
+// side.
 template <typename T>
 struct Columns {
   int64_t n;
-  T *e, *gradient, *top;
+  T *cells, *top;
 
   Columns(int64_t n, int64_t vectors, Scratch& scratch)
-      : n(n),
-        e(take<T>(scratch, vectors * n * width<T>)),
-        gradient(take<T>(scratch, vectors * n * width<T>)),
-        top(take<T>(scratch, n)) {}
+      : n(n), cells(take<T>(scratch, vectors * n * 3 * width<T>)), top(take<T>(scratch, n)) {}
 
-  int64_t at(int64_t i, int64_t u) const { return (u * n + i) * width<T>; }
+  T* cell(int64_t i, int64_t u) const { return cells + (u * n + i) * 3 * width<T>; }
+  T* gradient(int64_t i, int64_t u) const { return cell(i, u) + 2 * width<T>; }
 
   template <class Read>
   ATTN_INLINE void set(int64_t i, int64_t vectors, const Read& read) {
@@ -33,68 +82,72 @@ struct Columns {
     const Vec<T> zero{};
     for (int64_t u = 0; u < vectors; ++u) {
       const Vec<T> x = read(i, u);
-      if constexpr (sizeof(T) == 4) store(e + at(i, u), exp_in_range(x + x));
-      store(gradient + at(i, u), zero);
+      T* e = cell(i, u);
+      store_both_exponentials(e, x);
+      store(e + 2 * width<T>, zero);
       most = larger_magnitude<T>(most, x);
     }
     top[i] = largest_magnitude<T>(most);
   }
 };
 
-// Adds vector u of the gradients of NQ queries, from i on, and of n steps (row list[j] of the keys; j without a list)
-// given ds[a * ld + j]. Returns the sum of p - ds / 2. read_q(i, u) and read_k(j, u) are the queries and keys themselves;
-// half has room for n elements and a vector.
+// Adds the gradients of NQ queries and n steps (cells of Columns, all in range) given ds[a * ld + j]. Returns the sum of
+// ds tanh.
 //
-// A division each: shared between two queries it would cost more multiplications than it saves in divisions.
-template <typename T, int NQ, class ReadQ, class ReadK>
-ATTN_INLINE Vec<T> gradient_tile(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
-                                 int64_t n, const T* ds, int64_t ld, T* half, const ReadQ& read_q,
-                                 const ReadK& read_k) {
-  Vec<T> eq[NQ], dq[NQ] = {}, total{};
-  T top = q.top[i];
+// The divider is busy all the time. Two queries could share a division, but the multiplications, or estimates of the
+// reciprocal, that this takes turned out slower. Not inlined: its sums take all registers there are.
+template <typename T, int NQ>
+__attribute__((noinline)) Vec<T> gradient_tile(T* q, T* k, int64_t n, const T* ds, int64_t ld) {
+  constexpr int64_t w = width<T>, cell = 3 * w;
+  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2] = {};  // two sums, so that one need not wait for the other
   for (int a = 0; a < NQ; ++a) {
-    eq[a] = load(q.e + q.at(i + a, u));
-    const T next = q.top[i + a];
-    if (top == top && !(next <= top)) top = next;  // NaN, once met, stays: comparisons with it are false
+    up[a] = load(q + a * cell);
+    down[a] = load(q + a * cell + w);
+    dq[a] = Vec<T>{};
   }
-  for (int64_t j = 0; j < n; j += width<T>) {  // the sums of ds / 2 over the queries
-    Vec<T> sum = load_upto(ds + j, n - j);
-    for (int a = 1; a < NQ; ++a) sum += load_upto(ds + a * ld + j, n - j);
-    store(half + j, T(0.5) * sum);
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t row = list == nullptr ? j : list[j];
-    T* gradient = k.gradient + k.at(row, u);
-    Vec<T> dk = load(gradient), sum_p{};
-    if (sizeof(T) == 4 && top + k.top[row] <= kSingle) {
-      const Vec<T> ek = load(k.e + k.at(row, u));
-      for (int a = 0; a < NQ; ++a) {
-        const Vec<T> e = eq[a] * ek, r = T(1) / (T(1) + e);
-        const Vec<T> p = rounded(ds[a * ld + j] * r);
-        const Vec<T> g = rounded(p * (e * r));  // 1 - r = E r, without the cancellation where r is near 1
-        dq[a] += g;
-        dk += g;
-        sum_p += p;
-      }
-    } else {
-      const Vec<T> x = read_k(row, u);
-      for (int a = 0; a < NQ; ++a) {
-        const Vec<T> t = tanh_any(read_q(i + a, u) + x);
-        const T d = T(0.5) * ds[a * ld + j];
-        const Vec<T> g = d * (T(1) - t) * (T(0.5) * (T(1) + t));
-        dq[a] += g;
-        dk += g;
-        sum_p += d * (T(1) - t);
-      }
-    }
-    store(gradient, dk);
-    total += sum_p - half[j];  // step by step: sums of p and of ds would each be large where dv is small
+  for (int64_t j = 0; j < n; ++j, k += cell) {
+    const Vec<T> k_up = load(k), k_down = load(k + w);
+    Vec<T> dk = load(k + 2 * w);
+    for (int a = 0; a < NQ; ++a) add_pair<T>(up[a], down[a], k_up, k_down, ds[a * ld + j], dq[a], dk, dv[a % 2]);
+    store(k + 2 * w, dk);
   }
   for (int a = 0; a < NQ; ++a) {
-    T* to = q.gradient + q.at(i + a, u);
+    T* to = q + a * cell + 2 * w;
     store(to, load(to) + dq[a]);
   }
-  return total;
+  return dv[0] + dv[1];
+}
+
+// The same for `count` queries, at most kTileQueries.
+template <typename T, int NQ = 1>
+ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
+  if constexpr (NQ < kTileQueries) {
+    if (count > NQ) return gradient_tile_of<T, NQ + 1>(count, q, k, n, ds, ld);
+  }
+  return gradient_tile<T, NQ>(q, k, n, ds, ld);
+}
+
+// The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), whatever their range.
+// read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+template <typename T, class ReadQ, class ReadK>
+ATTN_INLINE Vec<T> gradient_row(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
+                                int64_t n, const T* ds, const ReadQ& read_q, const ReadK& read_k) {
+  constexpr int64_t w = width<T>;
+  T* cell = q.cell(i, u);
+  const Vec<T> x = read_q(i, u), up = load(cell), down = load(cell + w);
+  Vec<T> dq = load(cell + 2 * w), dv{};
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t row = list == nullptr ? j : list[j];
+    T* step = k.cell(row, u);
+    Vec<T> dk = load(step + 2 * w);
+    if (sizeof(T) == 4 && q.top[i] + k.top[row] <= kBothWays)
+      add_pair<T>(up, down, load(step), load(step + w), ds[j], dq, dk, dv);
+    else
+      add_pair<T>(x + read_k(row, u), ds[j], dq, dk, dv);
+    store(step + 2 * w, dk);
+  }
+  store(cell + 2 * w, dq);
+  return dv;
 }
 
 // What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in
@@ -136,11 +189,16 @@ struct UnitsBackward {
     const Vec<T> g = T(4) * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
-  // dv from the sum of p - ds / 2.
-  ATTN_INLINE void write_parts(int64_t b, int64_t c, Vec<T> sum) const {
-    store(dv_parts + b * units.size + c, T(-2) * sum);
-  }
+  ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
 };
+
+// The largest of n numbers that are not negative; NaN if one is.
+template <typename T>
+T largest_of(const T* x, int64_t n) {
+  IntVec<T> top{};
+  for (int64_t i = 0; i < n; i += width<T>) top = larger_magnitude<T>(top, load_upto(x + i, n - i));
+  return largest_magnitude<T>(top);
+}
 
 // Many queries: columns of a sentence, `vectors` vectors of units from `first` on.
 template <typename T>
@@ -168,80 +226,66 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
     k.set(j, vectors, read_k);
   }
 
-  T* half = take<T>(scratch, padded<T>(n) + w);
+  const bool in_range = sizeof(T) == 4 && !per_query && largest_of(q.top, Tq) + largest_of(k.top, n) <= kBothWays;
   const T* ds = back.dscores + b * Tq * Tk;
   for (int64_t u = 0; u < vectors; ++u) {
-    Vec<T> sum_p{};
+    Vec<T> dv{};
     for (int64_t row = 0; row < Tq; ++row) back.expect_dquery(b, row, first + u * w);
     for (int64_t row = 0; row < Tk; ++row) back.expect_dkeys(b, row, first + u * w);
-    int64_t i = 0;
-    auto tiles = [&](auto queries) __attribute__((always_inline)) {
-      constexpr int kQueries = decltype(queries)::value;
-      for (; i + kQueries <= Tq; i += kQueries) {
-        const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
-        sum_p += gradient_tile<T, kQueries>(q, i, k, u, per_query ? own : nullptr, count, ds + i * Tk, Tk, half, read_q,
-                                            read_k);
+    if (in_range) {
+      // In tiles of about the same size: the smaller ones are slower.
+      const int64_t tiles = divide_up(Tq, kTileQueries);
+      for (int64_t t = 0, i = 0; t < tiles; ++t) {
+        const int64_t count = (Tq - i) / (tiles - t);
+        dv += gradient_tile_of<T>(count, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
+        i += count;
       }
-    };
-    if (!per_query) {
-      tiles(std::integral_constant<int, kTileQueries>());
-      tiles(std::integral_constant<int, 4>());
-      tiles(std::integral_constant<int, 2>());
+    } else {
+      for (int64_t i = 0; i < Tq; ++i) {
+        const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
+        dv += gradient_row(q, i, k, u, per_query ? own : nullptr, count, ds + i * Tk, read_q, read_k);
+      }
     }
-    tiles(std::integral_constant<int, 1>());
-    back.write_parts(b, first + u * w, sum_p);
+    back.write_dv(b, first + u * w, dv);
   }
   for (int64_t i = 0; i < Tq; ++i)
-    for (int64_t u = 0; u < vectors; ++u) back.write_dquery(b, i, first + u * w, load(q.gradient + q.at(i, u)));
+    for (int64_t u = 0; u < vectors; ++u) back.write_dquery(b, i, first + u * w, load(q.gradient(i, u)));
   for (int64_t j = 0, next = 0; j < Tk; ++j) {
     const bool listed = next < n && list[next] == j;
     const Vec<T> zero{};
     for (int64_t u = 0; u < vectors; ++u)
-      back.write_dkeys(b, j, first + u * w, listed ? load(k.gradient + k.at(next, u)) : zero);
+      back.write_dkeys(b, j, first + u * w, listed ? load(k.gradient(next, u)) : zero);
     next += listed;
   }
 }
 
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of
-// p - ds / 2) of a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of
-// the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next tile reads,
-// rows of `item` bytes an element, is asked for.
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
+// strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score of query i
+// and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next tile reads, rows of `item` bytes
+// an element, is asked for.
 template <typename T, int NK, bool kFactored>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
-                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,
+                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
-  T half = 0;
-  for (int64_t i = 0; i < Tq; ++i)
-    for (int r = 0; r < NK; ++r) half += T(0.5) * ds[i * Tk + r];
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK] = {}, sum_p{};
+    Vec<T> dk[NK] = {}, dvc = load(dv + c);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
       if constexpr (kFactored) {
-        const Vec<T> q = load(eq + i * size + c);
-        for (int r = 0; r < NK; ++r) {
-          const Vec<T> e = q * load(ek[r] + c), x = T(1) / (T(1) + e);
-          const Vec<T> pr = rounded(ds[i * Tk + r] * x), g = rounded(pr * (e * x));
-          dk[r] += g;
-          dqi += g;
-          sum_p += pr;
-        }
+        const T* q = eq + 2 * (i * size + c);
+        const Vec<T> up = load(q), down = load(q + width<T>);
+        for (int r = 0; r < NK; ++r)
+          add_pair<T>(up, down, load(ek[r] + 2 * c), load(ek[r] + 2 * c + width<T>), ds[i * Tk + r], dqi, dk[r], dvc);
       } else {
         const Vec<T> q = back.query(b, i, first + c);
-        for (int r = 0; r < NK; ++r) {
-          const Vec<T> t = tanh_any(q + back.key(b, steps[r], first + c));
-          const T d = T(0.5) * ds[i * Tk + r];
-          const Vec<T> g = d * (T(1) - t) * (T(0.5) * (T(1) + t));
-          dk[r] += g;
-          dqi += g;
-          sum_p += d * (T(1) - t);
-        }
+        for (int r = 0; r < NK; ++r)
+          add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
       }
       store(dq + i * size + c, dqi);
     }
-    store(p + c, load(p + c) + (sum_p - half));
+    store(dv + c, dvc);
     const Vec<T> v4 = T(4) * load(back.units.v + first + c);
     for (int r = 0; r < NK; ++r) {
       if (stream)
@@ -261,20 +305,20 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   const AdditiveScores& op = back.op;
   int32_t* list = take<int32_t>(scratch, op.Tk);
   const int64_t n = list_steps(back.attended, b, 0, op.Tk, list);
-  T* eq = take<T>(scratch, op.Tq * size);
+  T* eq = take<T>(scratch, 2 * op.Tq * size);
   T* dq = take<T>(scratch, op.Tq * size);
-  T* ek = take<T>(scratch, NK * size);
-  T* p = take<T>(scratch, size);
+  T* ek = take<T>(scratch, 2 * NK * size);
+  T* dv = take<T>(scratch, size);
   const Dtype dtype = op.query.dtype;
   const bool direct = dtype == native<T>;
   const int64_t columns = smaller(size, op.A - first);
   T* copies = take<T>(scratch, NK * columns);  // of rows that are converted
   memset(dq, 0, op.Tq * size * sizeof(T));
-  memset(p, 0, size * sizeof(T));
+  memset(dv, 0, size * sizeof(T));
   T q_top = 0;
   for (int64_t i = 0; i < op.Tq; ++i) {
-    const T top = exponentials(size, eq + i * size,
-                               [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
+    const T top = both_exponentials(
+        size, eq + 2 * i * size, [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
     if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
   }
   const Array3 keys = columns_from(op.keys, first);
@@ -295,21 +339,22 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
       for (int r = 0; r < kSteps; ++r) {
         const T* row = read_row(keys, b, list[j + r], columns, copies);
         const int64_t whole = columns / w * w;
-        const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
+        T* er = ek + 2 * r * size;
+        e[r] = er;
+        const T reach = q_top + both_exponentials(size, er, [&](int64_t c) __attribute__((always_inline)) {
                           return c < whole ? load(row + c) : load_part(row + c, columns - c);
                         });
-        e[r] = ek + r * size;
-        factored = factored && reach <= kSingle;
+        factored = factored && reach <= kBothWays;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +
                   (b * keys.stride[0] + list[smaller(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
       if (factored)
-        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
+        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
                                    item);
       else
-        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
+        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
                                     item);
       if (!direct)
         for (int r = 0; r < kSteps; ++r)
@@ -328,7 +373,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   }
   for (int64_t i = 0; i < op.Tq; ++i)
     for (int64_t c = 0; c < size; c += w) back.write_dquery(b, i, first + c, load(dq + i * size + c));
-  for (int64_t c = 0; c < size; c += w) back.write_parts(b, first + c, load(p + c));
+  for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
 
 // dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk).
@@ -344,7 +389,7 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
   const bool few = op.Tq < kFewQueries && !attended.per_query;
   // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
   // half of L2. Narrower strips where there are threads to feed.
-  const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 2 * (few ? op.Tq + 3 : op.Tq + op.Tk);
+  const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 3 * (few ? op.Tq + 3 : op.Tq + op.Tk);
   const int64_t in_cache = (few ? 3 << 14 : 1 << 19) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
   const int64_t widest = larger(4 * w, smaller(in_cache, per_thread));

@@ -5,8 +5,9 @@
 // denominator. Guards choose, for each tile of queries and each step, a form in which nothing overflows:
 //
 //   largest |q| + largest |k|   forward                          backward
-//   <= kThree                   three units share a division     one division each
-//   <= kSingle                  one division each                one division each
+//   <= kThree                   three units share a division     a division for each pair
+//   <= kBothWays                one division each                a division for each pair
+//   <= kSingle                  one division each                tanh itself
 //   beyond, or NaN              tanh itself                      tanh itself
 //
 // The forward also uses tanh itself where a large v would show the rounding of the factored form (least_reach_of).

@@ -297,6 +297,24 @@ ATTN_INLINE T largest_magnitude(IntVec<T> top) {
   return result;
 }
 
+// x = r + n ln 2, |r| at most ln(2) / 2.
+struct Reduced {
+  Vec<float> r;
+  IntVec<float> n;  // in the place of an exponent
+};
+
+ATTN_INLINE Reduced reduce_range(Vec<float> x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
+  const Vec<float> shifted = x * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+#if ATTN_VECTOR_BYTES > 16 || defined(__aarch64__)  // multiply-add rounds once
+  const Vec<float> r = x - n * 0.6931471805599453f;
+#else
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
+  return {r, bits<float>(shifted) << 23};  // the low bits of magic are 0
+}
+
 // e^x = p 2^n for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so that e^0 = 1; its
 // other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before rounding).
 struct Power {
@@ -306,14 +324,7 @@ struct Power {
 
 template <int degree>
 ATTN_INLINE Power power(Vec<float> x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
-  const Vec<float> shifted = x * 1.44269504088896341f + magic;
-  const Vec<float> n = shifted - magic;
-#if ATTN_VECTOR_BYTES > 16 || defined(__aarch64__)  // multiply-add rounds once
-  const Vec<float> r = x - n * 0.6931471805599453f;
-#else
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-#endif
+  const auto [r, n] = reduce_range(x);
   Vec<float> p;
   if constexpr (degree == 5) {
     p = broadcast(0.008312501013278961f) * r + 0.041890330612659454f;
@@ -327,13 +338,24 @@ ATTN_INLINE Power power(Vec<float> x) {
   }
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return {p, bits<float>(shifted) << 23};  // the low bits of magic are 0
+  return {p, n};
 }
 
 // e^x for x in [-87.3, 88.7], to 2 ulp at most. Outside of that range, and for NaN, the result is not meaningful.
 ATTN_INLINE Vec<float> exp_in_range(Vec<float> x) {
   const Power e = power<5>(x);
   return (Vec<float>)(bits<float>(e.p) + e.n);
+}
+
+// e^x and e^-x for x in [-87.3, 87.3], to 2 ulp at most, for little more than one of them: cosh and sinh of the remainder by
+// polynomials in its square with the least relative error (9e-8). Elsewhere, and for NaN, they are not meaningful.
+ATTN_INLINE void exp_both_ways(Vec<float> x, Vec<float>* up, Vec<float>* down) {
+  const Reduced a = reduce_range(x);
+  const Vec<float> s = a.r * a.r;
+  const Vec<float> even = (broadcast(0.04189852590624441f) * s + 0.49999143820590036f) * s + 1.0f;
+  const Vec<float> odd = a.r * ((broadcast(0.008366535782549641f) * s + 0.16666543473326567f) * s + 1.0f);
+  *up = (Vec<float>)(bits<float>(even + odd) + a.n);
+  *down = (Vec<float>)(bits<float>(even - odd) - a.n);
 }
 
 // e^x for x <= 0 or NaN, to 1 ulp; 0 below the smallest normal number.
