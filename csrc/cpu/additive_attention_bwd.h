@@ -76,12 +76,13 @@ struct Columns {
   T* cell(int64_t i, int64_t u) const { return cells + (u * n + i) * 3 * width<T>; }
   T* gradient(int64_t i, int64_t u) const { return cell(i, u) + 2 * width<T>; }
 
-  template <class Read>
-  ATTN_INLINE void set(int64_t i, int64_t vectors, const Read& read) {
+  // Row i from that of the queries or keys, `columns` elements, to which bias is added unless it is null.
+  ATTN_INLINE void set(int64_t i, const T* row, const T* bias, int64_t columns) {
     IntVec<T> most{};
     const Vec<T> zero{};
-    for (int64_t u = 0; u < vectors; ++u) {
-      const Vec<T> x = read(i, u);
+    for (int64_t u = 0, c = 0; c < columns; ++u, c += width<T>) {
+      Vec<T> x = load_upto(row + c, columns - c);
+      if (bias != nullptr) x += load(bias + c);
       T* e = cell(i, u);
       store_both_exponentials(e, x);
       store(e + 2 * width<T>, zero);
@@ -217,13 +218,14 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   Columns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
   const Array3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
   const int64_t columns = smaller(vectors * w, back.op.A - first);
+  T* buffer = take<T>(scratch, columns);
   for (int64_t i = 0; i < Tq; ++i) {
     prefetch_row(queries, b, smaller(i + 1, Tq - 1), columns);
-    q.set(i, vectors, read_q);
+    q.set(i, read_row(queries, b, i, columns, buffer), back.units.bias + first, columns);
   }
   for (int64_t j = 0; j < n; ++j) {
     prefetch_row(keys, b, list[smaller(j + 1, n - 1)], columns);
-    k.set(j, vectors, read_k);
+    k.set(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
   }
 
   const bool in_range = sizeof(T) == 4 && !per_query && largest_of(q.top, Tq) + largest_of(k.top, n) <= kBothWays;
@@ -280,8 +282,7 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
           add_pair<T>(up, down, load(ek[r] + 2 * c), load(ek[r] + 2 * c + width<T>), ds[i * Tk + r], dqi, dk[r], dvc);
       } else {
         const Vec<T> q = back.query(b, i, first + c);
-        for (int r = 0; r < NK; ++r)
-          add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
+        for (int r = 0; r < NK; ++r) add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
       }
       store(dq + i * size + c, dqi);
     }
@@ -376,10 +377,10 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
 
-// dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk).
-template <typename T>
+// dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.
+template <typename T, class... Before>
 void units_backward(const AdditiveScores& op, const Attended& attended, const T* dscores, void* dquery, void* dkeys,
-                    void* dv, void* dbias) {
+                    void* dv, void* dbias, const Before&... before) {
   constexpr int64_t w = width<T>;
   Scratch& call = thread_scratch();
   const Units<T> units(op, call);
@@ -396,13 +397,14 @@ void units_backward(const AdditiveScores& op, const Attended& attended, const T*
   const int64_t even = divide_up(units.size, larger(1, divide_up(units.size, widest)));  // all of about the same size
   const int64_t strip = larger(w, padded<T>(even));
   const int64_t strips = divide_up(units.size, strip);
-  for_each_task(op.B * strips, op.Tq * op.Tk * strip, [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / strips, first = task % strips * strip, size = smaller(strip, units.size - first);
+  auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
+    const int64_t first = task * strip, size = smaller(strip, units.size - first);
     if (few)
       rows_task(back, b, first, size, scratch);
     else
       columns_task(back, b, first, size / w, scratch);
-  });
+  };
+  for_each_sentence(op.B, before..., Stage{strips, op.Tq * op.Tk * strip, run});
   for (int64_t c = 0; c < units.size; c += w) {
     Vec<T> v_sum{}, bias_sum{};
     for (int64_t b = 0; b < op.B; ++b) {
@@ -421,13 +423,10 @@ void additive_attention_backward(const AdditiveAttentionBackward& op) {
   const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
   T* weights = take<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  attention_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
-                     [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
-  if (op.grad_context)
-    weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues);
-  else
-    fill_zero<T>(op.dvalues, 0, op.B * op.Tk * op.D, op.query.dtype);
-  units_backward(op, op.attended, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+  units_backward(op, op.attended, dscores, op.dquery, op.dkeys, op.dv, op.dbias,
+                 scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
+                                 [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {}),
+                 weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
 }
 
 template <typename T>
@@ -435,12 +434,11 @@ void additive_scores_backward(const AdditiveScoresBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  for_each_task(op.B * op.Tq, op.Tk, [&](int64_t task, Scratch& scratch) {
+  auto copy_row = [&](int64_t b, int64_t i, Scratch& scratch) {
     T* buffer = take<T>(scratch, op.Tk);
-    const T* row = read_row(op.grad_scores, task / op.Tq, task % op.Tq, op.Tk, buffer);
-    memcpy(dscores + task * op.Tk, row, op.Tk * sizeof(T));
-  });
-  units_backward(op, Attended{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
+  };
+  units_backward(op, Attended{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias, Stage{op.Tq, op.Tk, copy_row});
 }
 
 }  // namespace ATTN_LEVEL
