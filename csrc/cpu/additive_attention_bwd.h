@@ -100,11 +100,12 @@ struct Columns {
 template <typename T, int NQ>
 __attribute__((noinline)) Vec<T> gradient_tile(T* q, T* k, int64_t n, const T* ds, int64_t ld) {
   constexpr int64_t w = width<T>, cell = 3 * w;
-  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2] = {};  // two sums, so that one need not wait for the other
+  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two sums, so that one need not wait for the other
+  clear(dq);
+  clear(dv);
   for (int a = 0; a < NQ; ++a) {
     up[a] = load(q + a * cell);
     down[a] = load(q + a * cell + w);
-    dq[a] = Vec<T>{};
   }
   for (int64_t j = 0; j < n; ++j, k += cell) {
     const Vec<T> k_up = load(k), k_down = load(k + w);
@@ -271,7 +272,8 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK] = {}, dvc = load(dv + c);
+    Vec<T> dk[NK], dvc = load(dv + c);
+    clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
