@@ -280,8 +280,7 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
           add_pair<T>(up, down, load(ek[r] + 2 * c), load(ek[r] + 2 * c + width<T>), ds[i * Tk + r], dqi, dk[r], dvc);
       } else {
         const Vec<T> q = back.query(b, i, first + c);
-        for (int r = 0; r < NK; ++r)
-          add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
+        for (int r = 0; r < NK; ++r) add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
       }
       store(dq + i * size + c, dqi);
     }
