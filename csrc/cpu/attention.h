@@ -147,37 +147,55 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     out[i] = sums + i * sums_ld;
     weights[i] = weight + i * ld;
   }
-  if (no < kWorthPacking && strip.stride[2] == 1) {
+  if (strip.stride[2] == 1) {
     by_element<T>(strip.dtype, [&](auto* element) {
       using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-      weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
+      if (no < kWorthPacking) return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
+      for (int64_t j = 0; j < n; j += kPanelRows)
+        weighted_rows(out, no, weight + j, ld, 1, ListedRows<E>(strip, b, list + j), smaller(n - j, kPanelRows), nc,
+                      j > 0);
     });
   } else {
     RowBlock<T> block(strip, nc, smaller(n, kPanelRows), scratch);
     for (int64_t j = 0; j < n; j += kPanelRows) {
       const int64_t count = smaller(n - j, kPanelRows);
-      weighted_rows(out, no, weights, 1, block.read(b, list + j, count), count, nc, j > 0);
-      for (int64_t i = 0; i < no; ++i) weights[i] += count;
+      weighted_rows(out, no, weight + j, ld, 1, PointedRows<T>{block.read(b, list + j, count)}, count, nc, j > 0);
     }
   }
   if (!direct)
     for (int64_t i = 0; i < no; ++i) write_row(data, dtype, at + i * out_columns, sums + i * sums_ld, nc);
 }
 
-// out[i * ld + j] = scale * x_i . row j of the listed rows of array, for at most kMostQueries rows x of `columns` elements.
+// out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMostQueries rows of x; both rows of sentence b,
+// of `columns` elements.
 template <typename T>
-void dot_listed(const T* const* x, int64_t nx, const Array3& array, int64_t b, const int32_t* list, int64_t n,
+void dot_listed(const Array3& x, int64_t first, int64_t nx, const Array3& y, int64_t b, const int32_t* list, int64_t n,
                 int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
-  if (nx < kWorthPacking && array.stride[2] == 1)
-    return by_element<T>(array.dtype, [&](auto* element) {
-      using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-      dot_walk(x, nx, ListedRows<E>(array, b, list), n, columns, scale, out, ld);
-    });
   ScratchScope scope(scratch);
-  RowBlock<T> block(array, columns, smaller(n, kPanelRows), scratch);
+  if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
+    if (nx >= kWorthPacking && in_pairs(x) && in_pairs(y)) {
+      const StridedRows<BFloat16> queries(x, b, first);
+      const ListedRows<BFloat16> steps(y, b, list);
+      const BFloat16 *rows[kMostQueries], *block[kPanelRows];
+      for (int64_t i = 0; i < nx; ++i) rows[i] = queries[i];
+      for (int64_t j = 0; j < n; j += kPanelRows) {
+        const int64_t count = smaller(n - j, kPanelRows);
+        for (int64_t r = 0; r < count; ++r) block[r] = steps[j + r];
+        dot_rows(rows, nx, block, count, columns, scale, out + j, ld);
+      }
+      return;
+    }
+  }
+  const T* const* rows = RowBlock<T>(x, columns, nx, scratch).read(b, first, nx);
+  if (nx < kWorthPacking && y.stride[2] == 1)
+    return by_element<T>(y.dtype, [&](auto* element) {
+      using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+      dot_walk(rows, nx, ListedRows<E>(y, b, list), n, columns, scale, out, ld);
+    });
+  RowBlock<T> block(y, columns, smaller(n, kPanelRows), scratch);
   for (int64_t j = 0; j < n; j += kPanelRows) {
     const int64_t count = smaller(n - j, kPanelRows);
-    dot_rows(x, nx, block.read(b, list + j, count), count, columns, scale, out + j, ld);
+    dot_rows(rows, nx, block.read(b, list + j, count), count, columns, scale, out + j, ld);
   }
 }
 
@@ -264,9 +282,7 @@ auto scores_backward(const Problem& p, const Array3& alignments, const Array3& g
     const int64_t n = list_steps(p.attended, b, first, p.Tk, list);
     T *w = weights + at, *ds = dscores + at;
     if (grad_context) {
-      ScratchScope scope(scratch);
-      const T* const* dc = RowBlock<T>(grad_context, p.D, nq, scratch).read(b, first, nq);
-      dot_listed(dc, nq, p.values, b, list, n, p.D, T(1), ds, p.Tk, scratch);
+      dot_listed(grad_context, first, nq, p.values, b, list, n, p.D, T(1), ds, p.Tk, scratch);
     } else {
       for (int64_t i = 0; i < nq; ++i) memset(ds + i * p.Tk, 0, n * sizeof(T));
     }
@@ -343,7 +359,6 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
     }
     T* sums = take<T>(scratch, larger(count, 1) * columns);
     T** rows = take<T*>(scratch, larger(count, 1));
-    const T** factors = take<const T*>(scratch, larger(count, 1));
     const bool direct = p.dtype == native<T>;
     for (int64_t j = 0, next = 0; j < end - begin; ++j) {
       const int64_t row = (b * p.Tk + begin + j) * columns;
@@ -362,10 +377,18 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
         combine_few(rows[j], weights + b * p.Tq * p.Tk + at + j, p.Tk, y, p.Tq, columns, stream);
       if (stream) stream_end();
     } else {
+      auto add_queries = [&](int64_t i, int64_t nq, const auto& y) {
+        weighted_rows(rows, count, weights + (b * p.Tq + i) * p.Tk + at, 1, p.Tk, y, nq, columns, i > 0);
+      };
       for (int64_t i = 0; i < p.Tq; i += kPanelRows) {
         const int64_t nq = smaller(kPanelRows, p.Tq - i);
-        for (int64_t j = 0; j < count; ++j) factors[j] = weights + (b * p.Tq + i) * p.Tk + at + j;
-        weighted_rows(rows, count, factors, p.Tk, block.read(b, i, nq), nq, columns, i > 0);
+        if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
+          if (in_pairs(array)) {
+            add_queries(i, nq, StridedRows<BFloat16>(array, b, i));
+            continue;
+          }
+        }
+        add_queries(i, nq, PointedRows<T>{block.read(b, i, nq)});
       }
     }
     if (!direct)

@@ -12,18 +12,15 @@ struct DotScore {
   const DotAttention& op;
 
   struct Queries {
-    const T* const* rows;
-    int64_t n;
+    int64_t first, n;
   };
 
   int64_t cost() const { return op.A; }
 
-  Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
-    return {RowBlock<T>(op.query, op.A, n, scratch).read(b, first, n), n};
-  }
+  Queries queries(int64_t, int64_t first, int64_t n, Scratch&) const { return {first, n}; }
 
   void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {
-    dot_listed(q.rows, q.n, op.keys, b, list, n, op.A, static_cast<T>(op.scale), out, ld, scratch);
+    dot_listed(op.query, q.first, q.n, op.keys, b, list, n, op.A, static_cast<T>(op.scale), out, ld, scratch);
   }
 };
 

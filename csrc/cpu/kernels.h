@@ -23,7 +23,7 @@ struct Level {
 
 // The levels that this CPU can run, best first. No std:: container: level_*.cpp include this (see simd.h).
 struct Levels {
-  Level list[3];
+  Level list[4];
   int n;
 };
 const Levels& levels();

@@ -1,5 +1,6 @@
 // The kernels of one SIMD level as a table, for ATTN_LEVEL and ATTN_VECTOR_BYTES (see simd.h). Each level_*.cpp
-// includes it once, under the compiler target of its level.
+// includes it once, under the compiler target of its level. ATTN_FLOAT64_LEVEL, where defined, is a lower level whose code for
+// float64 is as good.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-loop-distribute-patterns")  // keeps loops that clear a few vectors from becoming memset
 #endif
@@ -7,23 +8,38 @@
 #include "dot_attention_kernels.h"
 
 namespace attn {
+#if defined(ATTN_FLOAT64_LEVEL)
+namespace ATTN_FLOAT64_LEVEL {
+extern const Kernels kernels;
+}
+#endif
+
 namespace ATTN_LEVEL {
 
 extern const Kernels kernels;
 
+#if defined(ATTN_FLOAT64_LEVEL)
+template <class Op, void (*kFloat)(const Op&), void (*Kernels::*kDouble)(const Op&)>
+void by_dtype(const Op& op) {
+  op.query.dtype == Dtype::float64 ? (ATTN_FLOAT64_LEVEL::kernels.*kDouble)(op) : kFloat(op);
+}
+#define ATTN_BY_DTYPE(Op, kernel) by_dtype<Op, kernel<float>, &Kernels::kernel>
+#else
 template <class Op, void (*kFloat)(const Op&), void (*kDouble)(const Op&)>
 void by_dtype(const Op& op) {
   op.query.dtype == Dtype::float64 ? kDouble(op) : kFloat(op);
 }
+#define ATTN_BY_DTYPE(Op, kernel) by_dtype<Op, kernel<float>, kernel<double>>
+#endif
 
 const Kernels kernels = {
     additive_prepare<float>,
-    by_dtype<AdditiveScoresForward, additive_scores<float>, additive_scores<double>>,
-    by_dtype<AdditiveScoresBackward, additive_scores_backward<float>, additive_scores_backward<double>>,
-    by_dtype<AdditiveAttentionForward, additive_attention<float>, additive_attention<double>>,
-    by_dtype<AdditiveAttentionBackward, additive_attention_backward<float>, additive_attention_backward<double>>,
-    by_dtype<DotAttentionForward, dot_attention<float>, dot_attention<double>>,
-    by_dtype<DotAttentionBackward, dot_attention_backward<float>, dot_attention_backward<double>>,
+    ATTN_BY_DTYPE(AdditiveScoresForward, additive_scores),
+    ATTN_BY_DTYPE(AdditiveScoresBackward, additive_scores_backward),
+    ATTN_BY_DTYPE(AdditiveAttentionForward, additive_attention),
+    ATTN_BY_DTYPE(AdditiveAttentionBackward, additive_attention_backward),
+    ATTN_BY_DTYPE(DotAttentionForward, dot_attention),
+    ATTN_BY_DTYPE(DotAttentionBackward, dot_attention_backward),
 };
 
 }  // namespace ATTN_LEVEL

@@ -4,6 +4,7 @@
 // depending on the target the including file has set (see level_*.cpp). Include it only from there, after defining
 //   ATTN_LEVEL          namespace of this level: nothing compiled for one level may be linked into another
 //   ATTN_VECTOR_BYTES   16, 32 or 64
+//   ATTN_BFLOAT16_DOT   where the target has vdpbf16ps, else not at all
 // and outside of any namespace. No std:: templates in code of a level, for the same reason.
 #pragma once
 
@@ -37,6 +38,12 @@ struct Simd<double> {
   static constexpr int width = ATTN_VECTOR_BYTES / 8;
   typedef double Vec __attribute__((vector_size(ATTN_VECTOR_BYTES)));
   typedef int64_t Int __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+};
+
+template <>
+struct Simd<uint32_t> {
+  static constexpr int width = ATTN_VECTOR_BYTES / 4;
+  typedef uint32_t Vec __attribute__((vector_size(ATTN_VECTOR_BYTES)));
 };
 
 template <typename T>
@@ -165,6 +172,19 @@ ATTN_INLINE V rounded(V x) {
 #endif
   return x;
 }
+
+// 1 / x to a relative error of 2^-14 at the cost of a multiplication, for normal numbers with normal reciprocals; where the
+// target has no such instruction, a division.
+#if ATTN_VECTOR_BYTES == 64
+constexpr bool kHasEstimate = true;
+ATTN_INLINE Vec<float> reciprocal_estimate(Vec<float> x) {
+  return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // the form without a mask makes GCC 12 warn
+}
+#else
+constexpr bool kHasEstimate = false;
+ATTN_INLINE Vec<float> reciprocal_estimate(Vec<float> x) { return 1 / x; }
+#endif
+ATTN_INLINE Vec<double> reciprocal_estimate(Vec<double> x) { return 1 / x; }
 
 template <typename T>
 ATTN_INLINE IntVec<T> bits(Vec<T> x) {
@@ -406,15 +426,25 @@ ATTN_INLINE Vec<double> tanh_any(Vec<double> x) {
 // Low precision: bits in, float out, and back with rounding to nearest even -------------------------------------------
 
 typedef uint16_t Half16 __attribute__((vector_size(ATTN_VECTOR_BYTES / 2)));
-typedef uint32_t Word32 __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+typedef uint16_t Word16 __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+typedef Vec<uint32_t> Word32;
 
 ATTN_INLINE Vec<float> from_bfloat16(Half16 h) { return (Vec<float>)(__builtin_convertvector(h, Word32) << 16); }
 
-ATTN_INLINE Half16 to_bfloat16(Vec<float> x) {
+// The bits of a bfloat16 in the upper half, anything in the lower.
+ATTN_INLINE Word32 round_to_bfloat16(Vec<float> x) {
   Word32 w = (Word32)x;
-  Word32 rounded = (w + (0x7fffu + ((w >> 16) & 1u))) >> 16;
-  Word32 quiet = (w >> 16) | 0x40u;
-  return __builtin_convertvector((Word32)((w & 0x7fffffffu) > 0x7f800000u ? quiet : rounded), Half16);
+  Word32 rounded = w + (0x7fffu + ((w >> 16) & 1u));
+  Word32 quiet = w | 0x400000u;
+  return (w & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+ATTN_INLINE Half16 to_bfloat16(Vec<float> x) {
+#if defined(ATTN_BFLOAT16_DOT)
+  return (Half16)_mm512_cvtneps_pbh((__m512)x);  // denormal numbers become 0
+#else
+  return __builtin_convertvector(round_to_bfloat16(x) >> 16, Half16);
+#endif
 }
 
 ATTN_INLINE Vec<float> from_float16(Half16 h) {
@@ -474,6 +504,60 @@ ATTN_INLINE Vec<Computed<E>> load_element(const E* p, int64_t n) {
     return load_part(p, n);
   }
 }
+
+ATTN_INLINE Half16 narrow(Vec<float> x, const BFloat16*) { return to_bfloat16(x); }
+ATTN_INLINE Half16 narrow(Vec<float> x, const Float16*) { return to_float16(x); }
+
+template <class E>
+ATTN_INLINE void store_element(E* p, Vec<Computed<E>> x) {
+  if constexpr (sizeof(E) == 2) {
+    const Half16 h = narrow(x, p);
+    memcpy(p, &h, sizeof(h));
+  } else {
+    store(p, x);
+  }
+}
+
+// What products of rows of E are made of: E itself, or pairs of bfloat16, the first in the lower half.
+template <class E>
+using Factor = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;
+template <class E>
+constexpr int64_t factor_size = sizeof(Factor<E>) / sizeof(E);
+
+template <class E>
+ATTN_INLINE Vec<Factor<E>> load_factors(const E* p) {
+  Vec<Factor<E>> x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+// The first n elements, less than a vector, zeros after them.
+template <class E>
+ATTN_INLINE Vec<Factor<E>> load_factors(const E* p, int64_t n) {
+#if defined(ATTN_BFLOAT16_DOT)
+  if constexpr (sizeof(E) == 2)
+    return (Vec<Factor<E>>)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+  else
+#endif
+    return load_part(p, n);
+}
+
+ATTN_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
+ATTN_INLINE Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
+
+// Whether rows of E are multiplied in pairs, as they are: the products are exact and summed in float32, but denormal factors
+// and sums count as 0.
+#if defined(ATTN_BFLOAT16_DOT)
+template <class E>
+constexpr bool kPairs = std::is_same_v<E, BFloat16>;
+
+ATTN_INLINE Vec<float> add_product(Vec<float> sum, Word32 a, Word32 b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+template <class E>
+constexpr bool kPairs = false;
+#endif
 
 // f(pointer of the type of the elements of dtype), where T is what they are computed with.
 template <typename T, class F>
