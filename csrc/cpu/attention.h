@@ -382,7 +382,7 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
       }
     }
     RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
-    if (p.Tq <= kMostCombined) {
+    if (p.Tq <= (columns >= kPanel<T> ? kMostCombined : kWorthPacking - 1)) {
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
       for (int64_t j = 0; j < count; ++j)

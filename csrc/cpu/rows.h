@@ -240,7 +240,7 @@ struct PointedRows {
 
 constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
 constexpr int64_t kWorthPacking = 4;  // this many queries are not few
-constexpr int64_t kMostCombined = 7;  // rows that are added up in one walk along the result
+constexpr int64_t kMostCombined = 8;  // rows that are added up in one walk along the result, unless it is short
 
 // out[i * ld + j * step] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
 template <typename T, class Rows>
