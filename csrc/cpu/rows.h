@@ -247,26 +247,51 @@ template <typename T, class Rows>
 void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, int64_t n, T scale, T* out, int64_t ld,
               int64_t step = 1) {
   constexpr int64_t w = width<T>;
-  auto row_sum = [&](const T* xi, auto* row) __attribute__((always_inline)) {
-    Vec<T> acc[4];
-    clear(acc);
+  // The products with NR rows from j on, summed up but for the last vector. Meanwhile the next rows are asked for.
+  auto row_sums = [&](auto rows_at_once, const T* xi, int64_t j, Vec<T>* result) __attribute__((always_inline)) {
+    constexpr int NR = decltype(rows_at_once)::value;
+    Vec<T> acc[2][NR];
+    clear(acc[0]);
+    clear(acc[1]);
+    decltype(rows[0]) row[NR], next[NR];
+    for (int r = 0; r < NR; ++r) {
+      row[r] = rows[j + r];
+      next[r] = rows[smaller(j + NR + r, count - 1)];
+    }
+    auto add = [&](int set, int64_t c, auto load_row) __attribute__((always_inline)) {
+      const Vec<T> xc = load_row(xi);
+      for (int r = 0; r < NR; ++r) {
+        acc[set][r] += xc * load_row(row[r]);
+        prefetch(next[r] + c);
+      }
+    };
     int64_t c = 0;
-    for (; c + 4 * w <= n; c += 4 * w)
-      for (int u = 0; u < 4; ++u) acc[u] += load(xi + c + u * w) * load_element(row + c + u * w);
-    for (; c + w <= n; c += w) acc[0] += load(xi + c) * load_element(row + c);
-    if (c < n) acc[0] += load_part(xi + c, n - c) * load_element(row + c, n - c);
-    return (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    auto whole = [&](auto* p) __attribute__((always_inline)) { return load_element(p + c); };
+    for (; c + 2 * w <= n; c += w) {
+      add(0, c, whole);
+      c += w;
+      add(1, c, whole);
+    }
+    for (; c + w <= n; c += w) add(0, c, whole);
+    if (c < n) add(0, c, [&](auto* p) __attribute__((always_inline)) { return load_element(p + c, n - c); });
+    for (int r = 0; r < NR; ++r) result[r] = acc[0][r] + acc[1][r];
   };
+  constexpr int kTogether = 2;
   int64_t j = 0;
   for (; j + kRowsAtOnce <= count; j += kRowsAtOnce)
     for (int64_t i = 0; i < nx; ++i) {
       Vec<T> acc[kRowsAtOnce];
-      for (int r = 0; r < kRowsAtOnce; ++r) acc[r] = row_sum(x[i], rows[j + r]);
+      for (int r = 0; r < kRowsAtOnce; r += kTogether)
+        row_sums(std::integral_constant<int, kTogether>(), x[i], j + r, acc + r);
       T* to = out + i * ld + j * step;
       sums<T, kRowsAtOnce>(acc, [&](int r, T s) __attribute__((always_inline)) { to[r * step] = scale * s; });
     }
   for (; j < count; ++j)
-    for (int64_t i = 0; i < nx; ++i) out[i * ld + j * step] = scale * sum<T>(row_sum(x[i], rows[j]));
+    for (int64_t i = 0; i < nx; ++i) {
+      Vec<T> acc;
+      row_sums(std::integral_constant<int, 1>(), x[i], j, &acc);
+      out[i * ld + j * step] = scale * sum<T>(acc);
+    }
 }
 
 // out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors: the sums stay in registers, two of each so
