@@ -18,10 +18,10 @@
 // With 32 registers, more independent chains: 4 pipes of latency 4 exist.
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define CHAINS 16
-#define BACKWARD_QUERIES 8
+#define BACKWARD_QUERIES 6
 #else
 #define CHAINS 12
-#define BACKWARD_QUERIES 4
+#define BACKWARD_QUERIES 2
 #endif
 #define STREAMS 8
 #define FORWARD_QUERIES 4
@@ -213,49 +213,58 @@ void forward_pairs(const float* c, const float* q, const float* k, int64_t units
   }
 }
 
-// The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = eq ek, r = 1 / (1 + e) and p = ds r,
-// adds p e r to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and p - ds / 2 to total (LANES), given eq
-// (BACKWARD_QUERIES, LANES), ek (n, LANES), ds (BACKWARD_QUERIES, n) and half, which is ds / 2. With `shared` two queries
-// share a division, which trades the divider for multiplications: which is faster depends on the processor.
-static inline __attribute__((always_inline)) void backward(const int shared, const float* eq, const float* ek,
-                                                           const float* ds, const float* half, int64_t n,
-                                                           int64_t repeats, float* dq, float* dk, float* total) {
+// The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = q k, 1/e = q' k' and
+// g = ds / (e + 1/e + 2), adds g to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and g (e - 1/e) to dv (LANES), given q
+// (2, BACKWARD_QUERIES, LANES) and k (2, n, LANES), the second half of each the reciprocals of the first, and
+// ds (BACKWARD_QUERIES, n). With `shared` two queries share a division, which trades the divider for multiplications: which
+// is faster depends on the processor.
+static inline __attribute__((always_inline)) void backward(const int shared, const float* q, const float* k,
+                                                           const float* ds, int64_t n, int64_t repeats, float* dq,
+                                                           float* dk, float* dv) {
   for (int64_t repeat = 0; repeat < repeats; ++repeat) {
-    Floats q[BACKWARD_QUERIES], sums[BACKWARD_QUERIES], sum = load(total);
+    Floats up[BACKWARD_QUERIES], down[BACKWARD_QUERIES], sums[BACKWARD_QUERIES], sum1 = load(dv), sum2 = {0};
     for (int a = 0; a < BACKWARD_QUERIES; ++a) {
-      q[a] = load(eq + a * LANES);
+      up[a] = load(q + a * LANES);
+      down[a] = load(q + (BACKWARD_QUERIES + a) * LANES);
       sums[a] = load(dq + a * LANES);
     }
     for (int64_t j = 0; j < n; ++j) {
-      const Floats k = load(ek + j * LANES);
+      const Floats k1 = load(k + j * LANES), k2 = load(k + (n + j) * LANES);
       Floats sum_k = load(dk + j * LANES);
       for (int a = 0; a < BACKWARD_QUERIES; a += 2) {
-        const Floats e1 = q[a] * k, e2 = q[a + 1] * k, d1 = 1.0f + e1, d2 = 1.0f + e2;
-        const Floats inverse = 1.0f / (shared ? d1 * d2 : d1);
-        const Floats r1 = shared ? inverse * d2 : inverse, r2 = shared ? inverse * d1 : 1.0f / d2;
-        const Floats p1 = ds[a * n + j] * r1, p2 = ds[(a + 1) * n + j] * r2;
-        const Floats s1 = e1 * r1, s2 = e2 * r2;
-        sums[a] += p1 * s1;
-        sums[a + 1] += p2 * s2;
-        sum_k += p1 * s1;
-        sum_k += p2 * s2;
-        sum += p1 - half[a * n + j];
-        sum += p2 - half[(a + 1) * n + j];
+        const Floats e1 = up[a] * k1, i1 = down[a] * k2, e2 = up[a + 1] * k1, i2 = down[a + 1] * k2;
+        const Floats d1 = (e1 + 2.0f) + i1, d2 = (e2 + 2.0f) + i2, zero = {0};
+        const Floats s1 = ds[a * n + j] - zero, s2 = ds[(a + 1) * n + j] - zero;
+        Floats g1, g2;
+        if (shared) {
+          const Floats inverse = 1.0f / (d1 * d2);
+          g1 = (s1 * d2) * inverse;
+          g2 = (s2 * d1) * inverse;
+        } else {
+          g1 = s1 / d1;
+          g2 = s2 / d2;
+        }
+        sums[a] += g1;
+        sums[a + 1] += g2;
+        sum_k += g1;
+        sum_k += g2;
+        sum1 += g1 * (e1 - i1);
+        sum2 += g2 * (e2 - i2);
       }
       store(dk + j * LANES, sum_k);
     }
     for (int a = 0; a < BACKWARD_QUERIES; ++a) store(dq + a * LANES, sums[a]);
-    store(total, sum);
+    store(dv, sum1 + sum2);
     BARRIER();
   }
 }
 
-void backward_shared(const float* eq, const float* ek, const float* ds, const float* half, int64_t n, int64_t repeats,
-                     float* dq, float* dk, float* total) {
-  backward(1, eq, ek, ds, half, n, repeats, dq, dk, total);
+void backward_shared(const float* q, const float* k, const float* ds, int64_t n, int64_t repeats, float* dq, float* dk,
+                     float* dv) {
+  backward(1, q, k, ds, n, repeats, dq, dk, dv);
 }
 
-void backward_single(const float* eq, const float* ek, const float* ds, const float* half, int64_t n, int64_t repeats,
-                     float* dq, float* dk, float* total) {
-  backward(0, eq, ek, ds, half, n, repeats, dq, dk, total);
+void backward_single(const float* q, const float* k, const float* ds, int64_t n, int64_t repeats, float* dq, float* dk,
+                     float* dv) {
+  backward(0, q, k, ds, n, repeats, dq, dk, dv);
 }

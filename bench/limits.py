@@ -87,8 +87,8 @@ _FUNCTIONS: dict[str, list[type]] = {
     "multiply_add": [_FLOAT, _FLOAT, _COUNT, _Data],
     "exponentials": [_Data, _COUNT, _COUNT, _Data],
     "forward_pairs": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
-    "backward_shared": [_Data, _Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
-    "backward_single": [_Data, _Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
+    "backward_shared": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
+    "backward_single": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
 }
 _RESULTS = {"read_words": ctypes.c_uint32, "add_integers": ctypes.c_uint64}
 
@@ -344,14 +344,13 @@ def measure_forward(loops: Loops, threads: int, rate: Rate) -> float:
 def measure_backward(loops: Loops, loop: str, threads: int, rate: Rate) -> float:
     function = getattr(loops, f"backward_{loop}")
     queries, keys = loops.backward_queries, 64
-    exponentials = [torch.rand(queries + keys, loops.lanes) + 0.5 for _ in range(threads)]
+    exponentials = [torch.rand(2 * (queries + keys), loops.lanes) + 0.5 for _ in range(threads)]
     ds = [torch.randn(queries, keys) for _ in range(threads)]
-    half = [0.5 * x for x in ds]
     gradients = [torch.zeros(queries + keys + 1, loops.lanes) for _ in range(threads)]
 
     def call(i: int, repeats: int) -> None:
         e, g = exponentials[i], gradients[i]
-        function(e, e[queries:], ds[i], half[i], keys, repeats, g, g[queries:], g[queries + keys :])
+        function(e, e[2 * queries :], ds[i], keys, repeats, g, g[queries:], g[queries + keys :])
 
     return rate("pairs, backward", queries * keys * loops.lanes, call)
 

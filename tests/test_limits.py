@@ -100,9 +100,9 @@ def test_forward_pairs(loops: limits.Loops) -> None:
 def test_backward_pairs(loops: limits.Loops, name: str) -> None:
     queries, keys = loops.backward_queries, 9
     q, k, ds = normal(queries, loops.lanes), normal(keys, loops.lanes), normal(queries, keys)
-    eq, ek = torch.exp(2 * q), torch.exp(2 * k)
-    dq, dk, total = torch.zeros_like(q), torch.zeros_like(k), torch.zeros(loops.lanes)
-    getattr(loops, name)(eq, ek, ds, 0.5 * ds, keys, 2, dq, dk, total)  # twice: sums go on
+    eq, ek = (torch.exp(torch.cat((2 * x, -2 * x))) for x in (q, k))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros(loops.lanes)
+    getattr(loops, name)(eq, ek, ds, keys, 2, dq, dk, dv)  # twice: sums go on
 
     leaves = [x.double().requires_grad_() for x in (q, k)]
     tanh = torch.tanh(leaves[0][:, None] + leaves[1])
@@ -110,7 +110,7 @@ def test_backward_pairs(loops: limits.Loops, name: str) -> None:
     expected = torch.autograd.grad(weighted.sum(), leaves)
     for got, wanted in zip((dq, dk), expected, strict=True):
         torch.testing.assert_close(4 * got.double(), 2 * wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(-2 * total.double(), 2 * weighted.detach().sum((0, 1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dv.double(), 2 * weighted.detach().sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,10 +1,14 @@
 // Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
 //
-// With E = e^{2q} e^{2k}: 1 - tanh^2 = 4 / (E + 1/E + 2) and tanh = (E - 1/E) / (E + 1/E + 2), so that g = ds / (E + 1/E + 2)
-// gives dquery and dkeys as sums of 4 v g and dv as that of g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a
-// division and three multiplications for each pair, and nothing cancels where units are saturated. Nothing of size
-// (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence, so that all sums over
-// queries and steps stay within it.
+// With E = e^{2q} e^{2k}, dquery and dkeys are sums of 4 v g, g = ds (1 - tanh^2) / 4, and dv is the sum of ds tanh.
+//
+// Many queries: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a division and
+// three multiplications for each pair. Few queries: one exponential for each key is all there is time for; with
+// r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 - tanh^2 cancel where units are
+// saturated.
+//
+// Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence, so that
+// all sums over queries and steps stay within it.
 #pragma once
 
 #include "additive_attention_fwd.h"
@@ -18,6 +22,16 @@ constexpr int64_t kFewQueries = 8;
 // ds is as small as 2^-48.
 constexpr float kBothWays = 27.0f;
 
+// The largest |x| of n elements; NaN if one is.
+template <typename T>
+ATTN_INLINE T largest_of(const T* x, int64_t n) {
+  IntVec<T> top{};
+  int64_t i = 0;
+  for (; i + width<T> <= n; i += width<T>) top = larger_magnitude<T>(top, load(x + i));
+  if (i < n) top = larger_magnitude<T>(top, load_part(x + i, n - i));
+  return largest_magnitude<T>(top);
+}
+
 // Stores e^{2x}, e^{-2x}.
 template <typename T>
 ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
@@ -27,18 +41,6 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
     store(e, up);
     store(e + width<T>, down);
   }
-}
-
-// The same for the vectors x = row(c) of a row, at e + 2 c. Returns its largest |x|; NaN if it has a NaN.
-template <typename T, class Row>
-ATTN_INLINE T both_exponentials(int64_t size, T* e, const Row& row) {
-  IntVec<T> top{};
-  for (int64_t c = 0; c < size; c += width<T>) {
-    const Vec<T> x = row(c);
-    store_both_exponentials(e + 2 * c, x);
-    top = larger_magnitude<T>(top, x);
-  }
-  return largest_magnitude<T>(top);
 }
 
 // Adds what a query and a step of score gradient ds give: g to the sums of query and step, ds tanh to that of v. By their
@@ -210,14 +212,6 @@ struct UnitsBackward {
   ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
 };
 
-// The largest of n numbers that are not negative; NaN if one is.
-template <typename T>
-T largest_of(const T* x, int64_t n) {
-  IntVec<T> top{};
-  for (int64_t i = 0; i < n; i += width<T>) top = larger_magnitude<T>(top, load_upto(x + i, n - i));
-  return largest_magnitude<T>(top);
-}
-
 // Many queries: columns of a sentence, `vectors` vectors of units from `first` on. Meanwhile what the next task reads is
 // asked for.
 template <typename T>
@@ -282,33 +276,47 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   }
 }
 
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
-// strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the score of query i
-// and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next tile reads, rows of `item` bytes
-// an element, is asked for.
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of
+// p - ds / 2) of a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of
+// the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next tile reads,
+// rows of `item` bytes an element, is asked for.
 template <typename T, int NK, bool kFactored>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
-                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
+                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
+  T half = 0;
+  for (int64_t i = 0; i < Tq; ++i)
+    for (int r = 0; r < NK; ++r) half += T(0.5) * ds[i * Tk + r];
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK], dvc = load(dv + c);
+    Vec<T> dk[NK], sum_p{};
     clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
       if constexpr (kFactored) {
-        const T* q = eq + 2 * (i * size + c);
-        const Vec<T> up = load(q), down = load(q + width<T>);
-        for (int r = 0; r < NK; ++r)
-          add_pair<T>(up, down, load(ek[r] + 2 * c), load(ek[r] + 2 * c + width<T>), ds[i * Tk + r], dqi, dk[r], dvc);
+        const Vec<T> q = load(eq + i * size + c);
+        for (int r = 0; r < NK; ++r) {
+          const Vec<T> e = q * load(ek[r] + c), x = T(1) / (T(1) + e);
+          const Vec<T> pr = rounded(ds[i * Tk + r] * x), g = rounded(pr * (e * x));
+          dk[r] += g;
+          dqi += g;
+          sum_p += pr;
+        }
       } else {
         const Vec<T> q = back.query(b, i, first + c);
-        for (int r = 0; r < NK; ++r) add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
+        for (int r = 0; r < NK; ++r) {
+          const Vec<T> t = tanh_any(q + back.key(b, steps[r], first + c));
+          const T d = T(0.5) * ds[i * Tk + r];
+          const Vec<T> g = d * (T(1) - t) * (T(0.5) * (T(1) + t));
+          dk[r] += g;
+          dqi += g;
+          sum_p += d * (T(1) - t);
+        }
       }
       store(dq + i * size + c, dqi);
     }
-    store(dv + c, dvc);
+    store(p + c, load(p + c) + (sum_p - half));
     const Vec<T> v4 = T(4) * load(back.units.v + first + c);
     for (int r = 0; r < NK; ++r) {
       if (stream)
@@ -328,20 +336,20 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   const AdditiveScores& op = back.op;
   int32_t* list = take<int32_t>(scratch, op.Tk);
   const int64_t n = list_steps(back.attended, b, 0, op.Tk, list);
-  T* eq = take<T>(scratch, 2 * op.Tq * size);
+  T* eq = take<T>(scratch, op.Tq * size);
   T* dq = take<T>(scratch, op.Tq * size);
-  T* ek = take<T>(scratch, 2 * NK * size);
-  T* dv = take<T>(scratch, size);
+  T* ek = take<T>(scratch, NK * size);
+  T* p = take<T>(scratch, size);
   const Dtype dtype = op.query.dtype;
   const bool direct = dtype == native<T>;
   const int64_t columns = smaller(size, op.A - first);
   T* copies = take<T>(scratch, NK * columns);  // of rows that are converted
   memset(dq, 0, op.Tq * size * sizeof(T));
-  memset(dv, 0, size * sizeof(T));
+  memset(p, 0, size * sizeof(T));
   T q_top = 0;
   for (int64_t i = 0; i < op.Tq; ++i) {
-    const T top = both_exponentials(
-        size, eq + 2 * i * size, [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
+    const T top = exponentials(size, eq + i * size,
+                               [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
     if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
   }
   const Array3 keys = columns_from(op.keys, first);
@@ -362,22 +370,21 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
       for (int r = 0; r < kSteps; ++r) {
         const T* row = read_row(keys, b, list[j + r], columns, copies);
         const int64_t whole = columns / w * w;
-        T* er = ek + 2 * r * size;
-        e[r] = er;
-        const T reach = q_top + both_exponentials(size, er, [&](int64_t c) __attribute__((always_inline)) {
+        const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
                           return c < whole ? load(row + c) : load_part(row + c, columns - c);
                         });
-        factored = factored && reach <= kBothWays;
+        e[r] = ek + r * size;
+        factored = factored && reach <= kSingle;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +
                   (b * keys.stride[0] + list[smaller(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
       if (factored)
-        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
+        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
                                    item);
       else
-        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
+        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
                                     item);
       if (!direct)
         for (int r = 0; r < kSteps; ++r)
@@ -396,7 +403,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   }
   for (int64_t i = 0; i < op.Tq; ++i)
     for (int64_t c = 0; c < size; c += w) back.write_dquery(b, i, first + c, load(dq + i * size + c));
-  for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
+  for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, T(-2) * load(p + c));
 }
 
 // dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.
@@ -413,7 +420,7 @@ void units_backward(const Op& op, const Attended& attended, const Array3& values
   const bool few = op.Tq < kFewQueries && !attended.per_query;
   // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
   // a quarter of L2. Narrower strips where there are threads to feed.
-  const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 3 * (few ? op.Tq + 3 : op.Tq + op.Tk);
+  const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * (few ? 2 * (op.Tq + 3) : 3 * (op.Tq + op.Tk));
   const int64_t in_cache = (few ? 3 << 14 : 1 << 18) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
   const int64_t widest = larger(4 * w, smaller(in_cache, per_thread));

@@ -7,7 +7,7 @@
 //   largest |q| + largest |k|   forward                          backward
 //   <= kThree                   three units share a division     a division for each pair
 //   <= kBothWays                one division each                a division for each pair
-//   <= kSingle                  one division each                tanh itself
+//   <= kSingle                  one division each                the same for few queries, tanh itself for many
 //   beyond, or NaN              tanh itself                      tanh itself
 //
 // The forward also uses tanh itself where a large v would show the rounding of the factored form (least_reach_of).
