@@ -141,7 +141,7 @@ def test_score_vector(op: Op, backend: str, device: str, vector: str, size: floa
 
 # |q| + |k| where a kernel changes its form or could leave its range: sharing of a division by two, three or four; the
 # reach from which on a large v may use the factored form; the exponentials themselves.
-LIMITS = (2.0, 5.0, 14.5, 19.0, 21.5, 22.0, 43.0, 44.0, 86.0, 88.0)
+LIMITS = (2.0, 5.0, 14.5, 19.0, 21.5, 22.0, 27.0, 43.0, 44.0, 86.0, 88.0)
 
 
 def edges(coarse: float) -> list[float]:
