@@ -34,7 +34,6 @@ def cpu_module() -> Pybind11Extension:
             "-ffp-contract=fast",
             "-fno-math-errno",
             "-fno-trapping-math",
-            "-fno-tree-loop-distribute-patterns",  # "rep stos" for a few registers costs more than what it prepares
             f"-ffile-prefix-map={TORCH}=torch",  # in error messages, no path of the machine that built it
             "-Wall",
             "-Wno-psabi",

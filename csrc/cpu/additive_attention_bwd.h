@@ -76,12 +76,13 @@ struct Columns {
   T* cell(int64_t i, int64_t u) const { return cells + (u * n + i) * 3 * width<T>; }
   T* gradient(int64_t i, int64_t u) const { return cell(i, u) + 2 * width<T>; }
 
-  template <class Read>
-  ATTN_INLINE void set(int64_t i, int64_t vectors, const Read& read) {
+  // Row i from that of the queries or keys, `columns` elements, to which bias is added unless it is null.
+  ATTN_INLINE void set(int64_t i, const T* row, const T* bias, int64_t columns) {
     IntVec<T> most{};
     const Vec<T> zero{};
-    for (int64_t u = 0; u < vectors; ++u) {
-      const Vec<T> x = read(i, u);
+    for (int64_t u = 0, c = 0; c < columns; ++u, c += width<T>) {
+      Vec<T> x = load_upto(row + c, columns - c);
+      if (bias != nullptr) x += load(bias + c);
       T* e = cell(i, u);
       store_both_exponentials(e, x);
       store(e + 2 * width<T>, zero);
@@ -99,11 +100,12 @@ struct Columns {
 template <typename T, int NQ>
 __attribute__((noinline)) Vec<T> gradient_tile(T* q, T* k, int64_t n, const T* ds, int64_t ld) {
   constexpr int64_t w = width<T>, cell = 3 * w;
-  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2] = {};  // two sums, so that one need not wait for the other
+  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two sums, so that one need not wait for the other
+  clear(dq);
+  clear(dv);
   for (int a = 0; a < NQ; ++a) {
     up[a] = load(q + a * cell);
     down[a] = load(q + a * cell + w);
-    dq[a] = Vec<T>{};
   }
   for (int64_t j = 0; j < n; ++j, k += cell) {
     const Vec<T> k_up = load(k), k_down = load(k + w);
@@ -156,6 +158,8 @@ template <typename T>
 struct UnitsBackward {
   const AdditiveScores& op;
   const Attended& attended;
+  const Array3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
+  int64_t D;
   const Units<T>& units;
   const T* dscores;
   void *dquery, *dkeys;
@@ -189,6 +193,20 @@ struct UnitsBackward {
     const Vec<T> g = T(4) * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
+  // What is read next after the columns before `first` of sentence b, where a task has so many.
+  Ahead next(int64_t b, int64_t first, int64_t columns) const {
+    Ahead ahead;
+    const bool same = first < op.A;
+    if (!same && ++b == op.B) return ahead;
+    const int64_t c = same ? first : 0, steps = attended.length(b, op.Tk);
+    if (!same && grad_context) {
+      ahead.add(grad_context, b, 0, op.Tq, 0, D);
+      ahead.add(values, b, 0, steps, 0, D);
+    }
+    ahead.add(op.query, b, 0, op.Tq, c, smaller(columns, op.A - c));
+    ahead.add(op.keys, b, 0, steps, c, smaller(columns, op.A - c));
+    return ahead;
+  }
   ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
 };
 
@@ -200,7 +218,8 @@ T largest_of(const T* x, int64_t n) {
   return largest_magnitude<T>(top);
 }
 
-// Many queries: columns of a sentence, `vectors` vectors of units from `first` on.
+// Many queries: columns of a sentence, `vectors` vectors of units from `first` on. Meanwhile what the next task reads is
+// asked for.
 template <typename T>
 void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
   constexpr int64_t w = width<T>;
@@ -217,26 +236,30 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   Columns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
   const Array3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
   const int64_t columns = smaller(vectors * w, back.op.A - first);
+  T* buffer = take<T>(scratch, columns);
   for (int64_t i = 0; i < Tq; ++i) {
     prefetch_row(queries, b, smaller(i + 1, Tq - 1), columns);
-    q.set(i, vectors, read_q);
+    q.set(i, read_row(queries, b, i, columns, buffer), back.units.bias + first, columns);
   }
   for (int64_t j = 0; j < n; ++j) {
     prefetch_row(keys, b, list[smaller(j + 1, n - 1)], columns);
-    k.set(j, vectors, read_k);
+    k.set(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
   }
 
   const bool in_range = sizeof(T) == 4 && !per_query && largest_of(q.top, Tq) + largest_of(k.top, n) <= kBothWays;
   const T* ds = back.dscores + b * Tq * Tk;
+  const int64_t tiles = divide_up(Tq, kTileQueries);
+  Ahead ahead = back.next(b, first + vectors * w, vectors * w);
+  const int64_t share = ahead.share(vectors * tiles);
   for (int64_t u = 0; u < vectors; ++u) {
     Vec<T> dv{};
     for (int64_t row = 0; row < Tq; ++row) back.expect_dquery(b, row, first + u * w);
     for (int64_t row = 0; row < Tk; ++row) back.expect_dkeys(b, row, first + u * w);
     if (in_range) {
       // In tiles of about the same size: the smaller ones are slower.
-      const int64_t tiles = divide_up(Tq, kTileQueries);
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t count = (Tq - i) / (tiles - t);
+        ahead.ask(share);
         dv += gradient_tile_of<T>(count, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
         i += count;
       }
@@ -269,7 +292,8 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK] = {}, dvc = load(dv + c);
+    Vec<T> dk[NK], dvc = load(dv + c);
+    clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
@@ -375,41 +399,43 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
 
-// dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk).
-template <typename T>
-void units_backward(const AdditiveScores& op, const Attended& attended, const T* dscores, void* dquery, void* dkeys,
-                    void* dv, void* dbias) {
+// dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.
+template <typename T, class Op, class... Before>
+void units_backward(const Op& op, const Attended& attended, const Array3& values, const Array3& grad_context, int64_t D,
+                    const T* dscores, const Before&... before) {
   constexpr int64_t w = width<T>;
   Scratch& call = thread_scratch();
   const Units<T> units(op, call);
   T* dv_parts = take<T>(call, op.B * units.size);
   T* dbias_parts = take<T>(call, op.B * units.size);
-  const UnitsBackward<T> back{op, attended, units, dscores, dquery, dkeys, dv_parts, dbias_parts};
+  const UnitsBackward<T> back{op,      attended,  values,   grad_context, D,          units,
+                              dscores, op.dquery, op.dkeys, dv_parts,     dbias_parts};
   const bool few = op.Tq < kFewQueries && !attended.per_query;
   // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
-  // half of L2. Narrower strips where there are threads to feed.
+  // a quarter of L2. Narrower strips where there are threads to feed.
   const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * 3 * (few ? op.Tq + 3 : op.Tq + op.Tk);
-  const int64_t in_cache = (few ? 3 << 14 : 1 << 19) / unit_bytes;
+  const int64_t in_cache = (few ? 3 << 14 : 1 << 18) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
   const int64_t widest = larger(4 * w, smaller(in_cache, per_thread));
   const int64_t even = divide_up(units.size, larger(1, divide_up(units.size, widest)));  // all of about the same size
   const int64_t strip = larger(w, padded<T>(even));
   const int64_t strips = divide_up(units.size, strip);
-  for_each_task(op.B * strips, op.Tq * op.Tk * strip, [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / strips, first = task % strips * strip, size = smaller(strip, units.size - first);
+  auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
+    const int64_t first = task * strip, size = smaller(strip, units.size - first);
     if (few)
       rows_task(back, b, first, size, scratch);
     else
       columns_task(back, b, first, size / w, scratch);
-  });
+  };
+  for_each_sentence(op.B, before..., Stage{strips, op.Tq * op.Tk * strip, run});
   for (int64_t c = 0; c < units.size; c += w) {
     Vec<T> v_sum{}, bias_sum{};
     for (int64_t b = 0; b < op.B; ++b) {
       v_sum += load(dv_parts + b * units.size + c);
       bias_sum += load(dbias_parts + b * units.size + c);
     }
-    store_as<T>(dv, op.query.dtype, c, v_sum, op.A - c);
-    if (dbias != nullptr) store_as<T>(dbias, op.query.dtype, c, bias_sum, op.A - c);
+    store_as<T>(op.dv, op.query.dtype, c, v_sum, op.A - c);
+    if (op.dbias != nullptr) store_as<T>(op.dbias, op.query.dtype, c, bias_sum, op.A - c);
   }
 }
 
@@ -420,13 +446,10 @@ void additive_attention_backward(const AdditiveAttentionBackward& op) {
   const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
   T* weights = take<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  attention_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
-                     [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
-  if (op.grad_context)
-    weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues);
-  else
-    fill_zero<T>(op.dvalues, 0, op.B * op.Tk * op.D, op.query.dtype);
-  units_backward(op, op.attended, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+  units_backward(op, op.attended, op.values, op.grad_context, op.D, dscores,
+                 scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
+                                 [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {}),
+                 weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
 }
 
 template <typename T>
@@ -434,12 +457,11 @@ void additive_scores_backward(const AdditiveScoresBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  for_each_task(op.B * op.Tq, op.Tk, [&](int64_t task, Scratch& scratch) {
+  auto copy_row = [&](int64_t b, int64_t i, Scratch& scratch) {
     T* buffer = take<T>(scratch, op.Tk);
-    const T* row = read_row(op.grad_scores, task / op.Tq, task % op.Tq, op.Tk, buffer);
-    memcpy(dscores + task * op.Tk, row, op.Tk * sizeof(T));
-  });
-  units_backward(op, Attended{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
+  };
+  units_backward(op, Attended{}, Array3{}, Array3{}, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
 }
 
 }  // namespace ATTN_LEVEL

@@ -398,9 +398,11 @@ struct AdditiveScore {
     };
     for (int64_t j = 0; j < n; j += kRowsAtOnce) {
       const int count = static_cast<int>(smaller(kRowsAtOnce, n - j));
-      Vec<T> acc[kRowsAtOnce] = {};
+      Vec<T> acc[kRowsAtOnce];
       T reach[kRowsAtOnce], score[kRowsAtOnce];
-      IntVec<T> top[kRowsAtOnce] = {};
+      IntVec<T> top[kRowsAtOnce];
+      clear(acc);
+      clear(top);
       int r = 0;
       // Exponentials keep the arithmetic busy enough; without them a query's factors are loaded once for several rows.
       constexpr int kTogether = kPrepared ? 4 : 1;

@@ -25,6 +25,36 @@ void for_each_task(int64_t n, int64_t cost, const Task& task) {
   parallel_for(n, larger(1, kWorthAThread / larger(cost, 1)), body, const_cast<Task*>(&task));
 }
 
+// A part of a call: `tasks` of each sentence, run(b, t, scratch), that cost about so much each.
+template <class Run>
+struct Stage {
+  int64_t tasks, cost;
+  Run run;
+};
+template <class Run>
+Stage(int64_t, int64_t, Run) -> Stage<Run>;
+
+// Runs stages that each need what the one before has made of the same sentence: sentence by sentence, while it is in
+// cache, where every thread has a few of them, otherwise stage by stage.
+template <class... Stages>
+void for_each_sentence(int64_t batch, const Stages&... stages) {
+  if (batch < 4 * thread_count() && thread_count() > 1) {
+    (for_each_task(batch * stages.tasks, stages.cost,
+                   [&](int64_t t, Scratch& scratch) { stages.run(t / stages.tasks, t % stages.tasks, scratch); }),
+     ...);
+    return;
+  }
+  for_each_task(batch, ((stages.tasks * stages.cost) + ...), [&](int64_t b, Scratch& scratch) {
+    auto tasks_of = [&](const auto& stage) {
+      for (int64_t t = 0; t < stage.tasks; ++t) {
+        ScratchScope scope(scratch);
+        stage.run(b, t, scratch);
+      }
+    };
+    (tasks_of(stages), ...);
+  });
+}
+
 // How the queries of a sentence are cut into tasks: small enough that weights and projected queries stay in L2 and that
 // there is a task for every thread, large enough that what is prepared per step serves many queries.
 struct Chunks {
@@ -241,11 +271,11 @@ void attention_forward(const Problem& p, void* context, void* alignments, const 
 // Gradients of the scores, compact: row (b, i) of dscores and weights (B, Tq, Tk) holds the attended steps of query i.
 // with_chunk(b, first, nq, list, n, dscores, scratch) runs on each chunk's rows while they are in cache.
 template <typename T, class WithChunk>
-void attention_backward(const Problem& p, const Array3& alignments, const Array3& grad_context,
-                        const Array3& grad_alignments, T* weights, T* dscores, const WithChunk& with_chunk) {
+auto scores_backward(const Problem& p, const Array3& alignments, const Array3& grad_context,
+                     const Array3& grad_alignments, T* weights, T* dscores, WithChunk with_chunk) {
   const Chunks chunks(p.B, p.Tq, p.Tk, p.attended.per_query);
-  for_each_task(chunks.tasks, chunks.size * p.Tk * p.D, [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / chunks.per_sentence, first = task % chunks.per_sentence * chunks.size;
+  auto run = [=, &p](int64_t b, int64_t chunk, Scratch& scratch) {
+    const int64_t first = chunk * chunks.size;
     const int64_t nq = smaller(chunks.size, p.Tq - first), at = (b * p.Tq + first) * p.Tk;
     int32_t* list = take<int32_t>(scratch, p.Tk);
     T* row = take<T>(scratch, p.Tk);
@@ -274,20 +304,27 @@ void attention_backward(const Problem& p, const Array3& alignments, const Array3
       for (int64_t j = 0; j < n; ++j) di[j] = wi[j] * (di[j] - delta);
     }
     with_chunk(b, first, nq, list, n, ds, scratch);
-  });
+  };
+  return Stage{chunks.per_sentence, chunks.size * p.Tk * p.D, run};
 }
 
 // out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,
-// Tk); zero for steps that none attends. The gradient of values, and of the keys of a dot product.
+// Tk); zero for steps that none attends, and where there is no array. The gradient of values, and of the keys of a dot
+// product.
 template <typename T>
-void weighted_steps(const Problem& p, const T* weights, const Array3& array, int64_t columns, void* out) {
+auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;
   const int64_t strip = per_query ? 4 * width<T> : larger(columns, 1);
   const int64_t step_rows = per_query ? p.Tk : larger(1, smaller(kPanelRows, divide_up(p.B * p.Tk, thread_count())));
   const int64_t row_tasks = divide_up(p.Tk, step_rows), strips = divide_up(columns, strip);
-  for_each_task(p.B * row_tasks * strips, p.Tq * step_rows * strip, [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / (row_tasks * strips), part = task / strips % row_tasks, c = task % strips * strip;
+  auto run = [=, &p](int64_t b, int64_t task, Scratch& scratch) {
+    const int64_t part = task / strips, c = task % strips * strip;
     const int64_t nc = smaller(strip, columns - c);
+    if (!array) {
+      for (int64_t j = part * step_rows; j < smaller((part + 1) * step_rows, p.Tk); ++j)
+        fill_zero<T>(out, (b * p.Tk + j) * columns + c, nc, p.dtype);
+      return;
+    }
     int32_t* list = take<int32_t>(scratch, p.Tk);
     if (per_query) {  // a step may be padding for one query and not for another: add up pair by pair
       T* sums = take<T>(scratch, p.Tk * strip);
@@ -357,7 +394,8 @@ void weighted_steps(const Problem& p, const T* weights, const Array3& array, int
     if (!direct)
       for (int64_t j = 0; j < count; ++j)
         write_row(out, p.dtype, (b * p.Tk + list[at + j]) * columns, rows[j], columns);
-  });
+  };
+  return Stage{row_tasks * strips, p.Tq * step_rows * strip, run};
 }
 
 }  // namespace ATTN_LEVEL

@@ -37,7 +37,7 @@ void dot_attention_backward(const DotAttentionBackward& op) {
   const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
   T* weights = take<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  attention_backward(
+  const auto scores = scores_backward(
       problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
       [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
         for (int64_t i = 0; i < nq; ++i)
@@ -45,11 +45,8 @@ void dot_attention_backward(const DotAttentionBackward& op) {
         weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Part(op.A, 0, 1, 1), op.dquery, problem.dtype,
                         b * op.Tq + first, op.A, scratch);
       });
-  weighted_steps(problem, dscores, op.query, op.A, op.dkeys);
-  if (op.grad_context)
-    weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues);
-  else
-    fill_zero<T>(op.dvalues, 0, op.B * op.Tk * op.D, op.query.dtype);
+  for_each_sentence(op.B, scores, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues),
+                    weighted_steps(problem, dscores, op.query, op.A, op.dkeys));
 }
 
 }  // namespace ATTN_LEVEL

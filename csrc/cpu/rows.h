@@ -97,6 +97,45 @@ ATTN_INLINE void prefetch_row(const Array3& a, int64_t b, int64_t i, int64_t n) 
   for (int64_t at = 0; at < n * item; at += 64) prefetch(row + at);
 }
 
+// What is read later, asked for bit by bit during arithmetic that leaves memory idle, so that it is in L2 by then. More than
+// half of L2 would drive out itself.
+class Ahead {
+ public:
+  // Columns [c, c + columns) of rows [first, first + n) of sentence b of a.
+  void add(const Array3& a, int64_t b, int64_t first, int64_t n, int64_t c, int64_t columns) {
+    const int64_t item = item_size(a.dtype), lines = n * divide_up(columns * item, kLine);
+    if (a.stride[2] != 1 || lines <= 0 || count_ == kMost || (left_ + lines) * kLine > kHalfOfL2) return;
+    const char* row = static_cast<const char*>(a.data) + (b * a.stride[0] + first * a.stride[1] + c) * item;
+    blocks_[count_++] = {row, a.stride[1] * item, columns * item, n};
+    left_ += lines;
+  }
+
+  // All that is left, in `times` calls.
+  int64_t share(int64_t times) const { return divide_up(left_, larger(times, 1)); }
+
+  void ask(int64_t lines) {
+    while (lines > 0 && at_ < count_) {
+      Block& block = blocks_[at_];
+      for (; offset_ < block.bytes && lines > 0; offset_ += kLine, --lines) prefetch(block.row + offset_);
+      if (offset_ < block.bytes) return;
+      offset_ = 0;
+      block.row += block.stride;
+      if (--block.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 5;
+  static constexpr int64_t kLine = 64, kHalfOfL2 = 1 << 19;
+  struct Block {
+    const char* row;
+    int64_t stride, bytes, rows;
+  };
+  Block blocks_[kMost];
+  int count_ = 0, at_ = 0;
+  int64_t left_ = 0, offset_ = 0;
+};
+
 template <typename T>
 void write_row(void* data, Dtype dtype, int64_t at, const T* row, int64_t n) {
   int64_t c = 0;

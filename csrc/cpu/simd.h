@@ -60,6 +60,12 @@ ATTN_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+// Zeros, one by one: for "= {}" GCC fills memory ("rep stos") even where the vectors then live in registers.
+template <class V, int n>
+ATTN_INLINE void clear(V (&x)[n]) {
+  for (int i = 0; i < n; ++i) x[i] = V{};
+}
+
 template <typename T>
 ATTN_INLINE Vec<T> load(const T* p) {
   Vec<T> x;
