@@ -10,6 +10,8 @@
 //   <= kSingle                  one division each                tanh itself
 //   beyond, or NaN              tanh itself                      tanh itself
 //
+// In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's divisions.
+//
 // The forward also uses tanh itself where a large v would show the rounding of the factored form (least_reach_of).
 #pragma once
 
