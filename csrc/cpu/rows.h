@@ -546,14 +546,18 @@ void weighted_rows(O* const* out, int64_t no, const T* weight, int64_t wi, int64
   }
 }
 
-// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements.
+// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements. next: the rows after those of y.
 template <typename T, class E, int NX, int NY>
-ATTN_INLINE void dot_tile(const E* const* x, const E* const* y, int64_t n, T scale, T* out, int64_t ld) {
+ATTN_INLINE void dot_tile(const E* const* x, const E* const* y, const E* const* next, int64_t n, T scale, T* out,
+                          int64_t ld) {
   constexpr int64_t w = width<T> * factor_size<E>;
   Vec<T> acc[NX * NY] = {};
   auto step = [&](int64_t c, auto load_vector) __attribute__((always_inline)) {
     Vec<Factor<E>> yv[NY];
-    for (int j = 0; j < NY; ++j) yv[j] = load_vector(y[j] + c);
+    for (int j = 0; j < NY; ++j) {
+      yv[j] = load_vector(y[j] + c);
+      prefetch(next[j] + c);
+    }
     for (int i = 0; i < NX; ++i) {
       const Vec<Factor<E>> xv = load_vector(x[i] + c);
       for (int j = 0; j < NY; ++j) acc[i * NY + j] = add_product(acc[i * NY + j], xv, yv[j]);
@@ -570,8 +574,8 @@ __attribute__((noinline)) void dot_tiles(const E* const* x, const E* const* y, i
                                          int64_t ld) {
   constexpr int NY = kTileVectors;
   int64_t j = 0;
-  for (; j + NY <= ny; j += NY) dot_tile<T, E, NX, NY>(x, y + j, n, scale, out + j, ld);
-  for (; j < ny; ++j) dot_tile<T, E, NX, 1>(x, y + j, n, scale, out + j, ld);
+  for (; j + NY <= ny; j += NY) dot_tile<T, E, NX, NY>(x, y + j, y + smaller(j + NY, ny - NY), n, scale, out + j, ld);
+  for (; j < ny; ++j) dot_tile<T, E, NX, 1>(x, y + j, y + smaller(j + 1, ny - 1), n, scale, out + j, ld);
 }
 
 // out[i * ld + j] = scale * x_i . y_j for at most kMostQueries rows x and kPanelRows rows y of n elements, which are T or
