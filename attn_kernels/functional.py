@@ -164,6 +164,10 @@ def dot_attention(
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
     try:
+        if backend is None and memory_lengths is None and mask is None and _is_small(query, keys, values, scale):
+            scores = torch.bmm(query, keys.mT)
+            alignments = torch.softmax(scores if scale == 1.0 else scale * scores, -1)
+            return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
         chosen = choose(backend, _device_type(query))
         if chosen != "cpu" or is_compiling():
             _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
@@ -180,10 +184,6 @@ def dot_attention(
             )
         if q.dim() == 2:
             q = q.unsqueeze(1)
-        if backend is None and chosen == "cpu" and memory_lengths is None and mask is None and _is_small(q, k, x):
-            scores = torch.bmm(q, k.transpose(1, 2))
-            alignments = torch.softmax(scores if scale == 1.0 else scale * scores, dim=-1)
-            return _as_attention((torch.bmm(alignments, x), alignments), query.dim(), need_weights)
         result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
         return _as_attention(result, query.dim(), need_weights)
     except _REFUSALS:
@@ -269,19 +269,24 @@ def _as_attention(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_
     return Attention(context, alignments)
 
 
-def _is_small(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+def _is_small(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
     """Whether a dot attention that needs gradients is faster as three calls of PyTorch than as one of ours.
 
     Below about half a million products the time is that of the calls, and autograd's nodes in C++, which an extension
-    on the stable ABI cannot have, cost less than a node in Python.
+    on the stable ABI cannot have, cost less than a node in Python. What does not fit together, PyTorch refuses, too.
     """
     return (
         torch.is_grad_enabled()
         and (query.requires_grad or keys.requires_grad or values.requires_grad)
+        and query.is_cpu
         and query.dtype == torch.float32
-        and query.numel() * keys.shape[1] <= _SMALL
-        and values.numel() * query.shape[1] <= _SMALL
+        and query.dim() == keys.dim() == 3
+        and query.numel() * keys.size(1) <= _SMALL
+        and values.numel() * query.size(1) <= _SMALL
+        and isinstance(scale, (int, float))
+        and -_INFINITY < scale < _INFINITY
         and not is_compiling()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

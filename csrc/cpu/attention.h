@@ -81,21 +81,32 @@ struct Chunks {
 
 // p[0..n) = softmax(p[0..n)). p has room for whole vectors. n > 0.
 template <typename T>
-void softmax_row(T* p, int64_t n) {
+ATTN_INLINE void softmax_row(T* p, int64_t n) {
+  constexpr int64_t w = width<T>;
   const T infinity = static_cast<T>(__builtin_inf());
+  if (n == 1) {
+    *p = 1 + (*p - *p);  // NaN for NaN and infinity
+    return;
+  }
   const int64_t end = padded<T>(n);
-  for (int64_t j = n; j < end; ++j) p[j] = -infinity;
-  Vec<T> top = broadcast(-infinity);
-  for (int64_t j = 0; j < end; j += width<T>) top = maximum<T>(load(p + j), top);
+  T* last = p + end - w;
+  const Vec<T> tail = first_lanes<T>(n - (end - w)) ? load(last) : broadcast(-infinity);
+  if (n <= w) {
+    const Vec<T> e = exp_nonpositive(tail - largest<T>(tail));
+    return store(p, e * (1 / sum<T>(e)));
+  }
+  store(last, tail);
+  Vec<T> top = tail;
+  for (int64_t j = 0; j < end - w; j += w) top = maximum<T>(load(p + j), top);
   const T shift = largest<T>(top);
   Vec<T> total{};
-  for (int64_t j = 0; j < end; j += width<T>) {
+  for (int64_t j = 0; j < end; j += w) {
     Vec<T> e = exp_nonpositive(load(p + j) - shift);
     store(p + j, e);
     total += e;
   }
   const T factor = 1 / sum<T>(total);
-  for (int64_t j = 0; j < end; j += width<T>) store(p + j, load(p + j) * factor);
+  for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
 }
 
 template <typename T>
@@ -108,7 +119,8 @@ template <typename T>
 void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int32_t* list, int64_t n, const T* p) {
   if (n == 0 || list[n - 1] == n - 1) {  // the first n steps
     write_row(out, dtype, at, p, n);
-    return fill_zero<T>(out, at + n, steps - n, dtype);
+    if (n < steps) fill_zero<T>(out, at + n, steps - n, dtype);
+    return;
   }
   fill_zero<T>(out, at, steps, dtype);
   for (int64_t j = 0; j < n; ++j) store_as<T>(out, dtype, at + list[j], broadcast(p[j]), 1);
@@ -395,7 +407,7 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
     else
       set_rows(rows, take<T>(scratch, larger(count, 1) * columns), [](int64_t, int64_t next) { return next; });
     RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
-    if (p.Tq <= kMostCombined) {
+    if (p.Tq <= (columns >= kPanel<T> ? kMostCombined : kWorthPacking - 1)) {
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
       for (int64_t j = 0; j < count; ++j) combine_few(rows[j], factors + j, p.Tk, y, p.Tq, columns, stream);

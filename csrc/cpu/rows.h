@@ -176,17 +176,25 @@ struct RowBlock {
     rows = take<const T*>(scratch, capacity);
   }
 
-  T* copy(int64_t i) const { return copies == nullptr ? nullptr : copies + i * n; }
-
   // Rows list[0..count) of sentence b.
   const T* const* read(int64_t b, const int32_t* list, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, list[i], n, copy(i));
-    return rows;
+    return read_rows(b, count, [&](int64_t i) __attribute__((always_inline)) -> int64_t { return list[i]; });
   }
 
   // Rows first..first + count of sentence b.
   const T* const* read(int64_t b, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, first + i, n, copy(i));
+    return read_rows(b, count, [&](int64_t i) __attribute__((always_inline)) { return first + i; });
+  }
+
+ private:
+  template <class Row>
+  ATTN_INLINE const T* const* read_rows(int64_t b, int64_t count, const Row& row) {
+    if (copies == nullptr) {
+      const T* data = static_cast<const T*>(array.data) + b * array.stride[0];
+      for (int64_t i = 0; i < count; ++i) rows[i] = data + row(i) * array.stride[1];
+    } else {
+      for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, row(i), n, copies + i * n);
+    }
     return rows;
   }
 };
@@ -232,14 +240,16 @@ struct PointedRows {
 
 constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
 constexpr int64_t kWorthPacking = 4;  // this many queries are not few
-constexpr int64_t kMostCombined = 7;  // rows that are added up in one walk along the result
+constexpr int64_t kMostCombined = 8;  // rows that are added up in one walk along the result, unless it is short
 
-// out[i * ld + j] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
+// out[i * ld + j * step] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
 template <typename T, class Rows>
-void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, int64_t n, T scale, T* out, int64_t ld) {
+void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, int64_t n, T scale, T* out, int64_t ld,
+              int64_t step = 1) {
   constexpr int64_t w = width<T>;
   auto row_sum = [&](const T* xi, auto* row) __attribute__((always_inline)) {
-    Vec<T> acc[4] = {};
+    Vec<T> acc[4];
+    clear(acc);
     int64_t c = 0;
     for (; c + 4 * w <= n; c += 4 * w)
       for (int u = 0; u < 4; ++u) acc[u] += load(xi + c + u * w) * load_element(row + c + u * w);
@@ -252,11 +262,11 @@ void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, in
     for (int64_t i = 0; i < nx; ++i) {
       Vec<T> acc[kRowsAtOnce];
       for (int r = 0; r < kRowsAtOnce; ++r) acc[r] = row_sum(x[i], rows[j + r]);
-      T* to = out + i * ld + j;
-      sums<T, kRowsAtOnce>(acc, [&](int r, T s) __attribute__((always_inline)) { to[r] = scale * s; });
+      T* to = out + i * ld + j * step;
+      sums<T, kRowsAtOnce>(acc, [&](int r, T s) __attribute__((always_inline)) { to[r * step] = scale * s; });
     }
   for (; j < count; ++j)
-    for (int64_t i = 0; i < nx; ++i) out[i * ld + j] = scale * sum<T>(row_sum(x[i], rows[j]));
+    for (int64_t i = 0; i < nx; ++i) out[i * ld + j * step] = scale * sum<T>(row_sum(x[i], rows[j]));
 }
 
 // out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors: the sums stay in registers, two of each so
@@ -266,7 +276,8 @@ ATTN_INLINE void weighted_narrow(T* out, const T* weight, int64_t wj, const Rows
                                  bool add) {
   constexpr int64_t w = width<T>;
   const int64_t last = n - (NV - 1) * w;  // elements of the last vector
-  Vec<T> acc[2][NV] = {};
+  Vec<T> acc[2][NV];
+  for (auto& set : acc) clear(set);
   auto row = [&](int64_t j, int set) __attribute__((always_inline)) {
     const auto* y = rows[j];
     const T factor = weight[j * wj];
@@ -398,7 +409,8 @@ ATTN_INLINE void panel_tile(O* const* out, int64_t c, int64_t n, const F* const*
                             int64_t rows, bool add) {
   using T = Computed<O>;
   constexpr int64_t w = width<T>;
-  Vec<T> acc[NO][NV] = {};
+  Vec<T> acc[NO][NV];
+  for (auto& row : acc) clear(row);
   const F* x[NO];
   for (int i = 0; i < NO; ++i) x[i] = weight[i];
   for (int64_t j = 0; j < rows; ++j) {
@@ -551,7 +563,8 @@ template <typename T, class E, int NX, int NY>
 ATTN_INLINE void dot_tile(const E* const* x, const E* const* y, const E* const* next, int64_t n, T scale, T* out,
                           int64_t ld) {
   constexpr int64_t w = width<T> * factor_size<E>;
-  Vec<T> acc[NX * NY] = {};
+  Vec<T> acc[NX * NY];
+  clear(acc);
   auto step = [&](int64_t c, auto load_vector) __attribute__((always_inline)) {
     Vec<Factor<E>> yv[NY];
     for (int j = 0; j < NY; ++j) {
@@ -595,6 +608,7 @@ void dot_rows(const E* const* x, int64_t nx, const E* const* y, int64_t ny, int6
   }
   if constexpr (!kPairs<E>) {
     if (nx < kWorthPacking || n == 0) return dot_walk(x, nx, PointedRows<T>{y}, ny, n, scale, out, ld);
+    if (ny < kWorthPacking) return dot_walk(y, ny, PointedRows<T>{x}, nx, n, scale, out, 1, ld);
     alignas(64) T panel[kPanelRows * kPanel<T>];
     const T* weight[kMostQueries];
     T* rows[kMostQueries];

@@ -78,6 +78,18 @@ ATTN_INLINE void store(T* p, Vec<T> x) {
   memcpy(p, &x, sizeof(x));
 }
 
+template <typename T, size_t... i>
+ATTN_INLINE IntVec<T> first_lanes(int64_t n, std::index_sequence<i...>) {
+  const IntVec<T> lanes = {i...};
+  return lanes < static_cast<decltype(IntVec<T>{}[0] + 0)>(n);
+}
+
+// A mask of the first n elements.
+template <typename T>
+ATTN_INLINE IntVec<T> first_lanes(int64_t n) {
+  return first_lanes<T>(n, std::make_index_sequence<width<T>>());
+}
+
 // The first n < width elements of p, zeros after them. Reads nothing beyond p[n - 1].
 template <typename T>
 ATTN_INLINE Vec<T> load_part(const T* p, int64_t n) {
@@ -102,19 +114,14 @@ ATTN_INLINE void store_part<float>(float* p, Vec<float> x, int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
 }
 #elif ATTN_VECTOR_BYTES == 32
-ATTN_INLINE IntVec<float> first_lanes(int64_t n) {
-  const IntVec<float> lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  return lanes < static_cast<int32_t>(n);
-}
-
 template <>
 ATTN_INLINE Vec<float> load_part<float>(const float* p, int64_t n) {
-  return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes(n));
+  return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes<float>(n));
 }
 
 template <>
 ATTN_INLINE void store_part<float>(float* p, Vec<float> x, int64_t n) {
-  _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)x);
+  _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(n), (__m256)x);
 }
 #endif
 
