@@ -260,9 +260,6 @@ void attention_forward(const Problem& p, void* context, void* alignments, const 
       int32_t* list = take<int32_t>(scratch, p.Tk);
       T* weights = take<T>(scratch, weights_size);
       const int64_t n = list_steps(p.attended, chunks.sentence(task), chunks.first(task), p.Tk, list);
-      // Few queries wait for memory: the values' first rows come while the scores are made.
-      for (int64_t j = 0; j < smaller(n, 4) && chunks.size < kWorthPacking; ++j)
-        prefetch_row(p.values, chunks.sentence(task), list[j], p.D);
       write_scores(task, list, Part(n, 0, 1, 1), weights, scratch);
       normalise(task, list, n, weights);
       write_context(task, list, n, weights, Part(p.D, 0, 1, 1), scratch);
