@@ -65,7 +65,7 @@ def simd(level: str | None) -> Iterator[None]:
 
 
 def every_level(names: Sequence[str]) -> list[str]:
-    """After "cpu", its name in tests on each lower level: "cpu-avx2", "cpu-portable"."""
+    """After "cpu", its name in tests on each lower level: "cpu-avx512", "cpu-portable"."""
     lower = [f"cpu-{level}" for level in LOWER_LEVELS]
     return [variant for name in names for variant in ([name, *lower] if name == "cpu" else [name])]
 

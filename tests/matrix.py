@@ -160,6 +160,7 @@ CASES = {
     "one unit": Case(2, 3, 9, 1, 1),
     "one step": Case(4, 5, 1, 16, 16, lengths="random"),
     "33 queries": Case(1, 33, 65, 16, 16, lengths="random"),
+    "140 queries, 200 steps": Case(1, 140, 200, 37, 39),
     "B = 0": Case(B=0, lengths="random", mask="steps"),
     "Tq = 0": Case(Tq=0, lengths="random", mask="pairs"),
     "Tk = 0": Case(Tk=0, lengths="random", mask="pairs"),

@@ -105,6 +105,18 @@ def test_large_inputs(op: Op, backend: str, device: str, dtype: torch.dtype, siz
     check_arguments(op, case, backend, arguments)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 0.05, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@additive_ops
+def test_small_inputs(op: Op, fused: str, device: str, dtype: torch.dtype, size: float) -> None:
+    """Scores of tanh near 0, where 1 - 2 / (1 + e^2x) would show how exact its reciprocal is."""
+    for queries, units in [(3, 16)] if interpreted(fused) else [(1, 40), (9, 40), (10, 512)]:
+        arguments = make(op, Case(B=2, Tq=queries, Tk=19, A=units, D=8), dtype, device)
+        for name in ("query", "keys", "bias"):
+            arguments.tensors[name].mul_(size)
+        check_arguments(op, Case(), fused, arguments)
+
+
 def _vectors(size: int) -> dict[str, Tensor]:
     signs = torch.tensor([1.0, -1.0]).repeat(size)[:size]
     steps = torch.arange(size)
@@ -222,15 +234,18 @@ def test_small_units_add_up(op: Op, compiled: str, units: int) -> None:
 
 @pytest.mark.parametrize("special", [None, math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("lengths", ["", "random"], ids=["all", "lengths"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @additive_ops
-def test_rows_of_all_magnitudes(op: Op, fused: str, device: str, lengths: str, special: float | None) -> None:
+def test_rows_of_all_magnitudes(
+    op: Op, fused: str, device: str, dtype: torch.dtype, lengths: str, special: float | None
+) -> None:
     """Rows in range of every form side by side in tiles of queries and steps, one of them of NaN or Inf."""
     sizes = torch.tensor([0.1, 1.0, 4.0, 9.4, 9.6, 12.0, 21.4, 30.0, 44.0, 90.0, 1e4], device=device)
     for queries, units in (
         [(3, 16)] if interpreted(fused) else [(1, 16), (1, 600), (3, 48), (8, 35), (9, 100), (17, 21)]
     ):
         case = Case(B=3, Tq=queries, Tk=23, A=units, D=6, lengths=lengths)
-        arguments = make(op, case, torch.float32, device)
+        arguments = make(op, case, dtype, device)
         for seed, name in enumerate(("query", "keys")):
             t = arguments.tensors[name]
             rng = torch.Generator().manual_seed(seed)

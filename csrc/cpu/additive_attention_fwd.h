@@ -10,6 +10,8 @@
 //   <= kSingle                  one division each                the same for few queries, tanh itself for many
 //   beyond, or NaN              tanh itself                      tanh itself
 //
+// In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's divisions.
+//
 // The forward also uses tanh itself where a large v would show the rounding of the factored form (least_reach_of).
 #pragma once
 
@@ -129,6 +131,26 @@ ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor =
     top = larger_magnitude<T>(top, x);
   }
   return largest_magnitude<T>(top);
+}
+
+// The same for row (b, i) of a, of n elements, plus bias where there is one. buffer: of a row.
+template <typename T>
+T row_exponentials(const Array3& a, int64_t b, int64_t i, int64_t n, T* e, T* buffer, const T* bias = nullptr,
+                   const T* factor = nullptr) {
+  const int64_t whole = n / width<T> * width<T>;
+  auto of = [&](const auto* row) __attribute__((always_inline)) {
+    return exponentials(
+        padded<T>(n), e,
+        [&](int64_t c) __attribute__((always_inline)) {
+          const Vec<T> x = c < whole ? load_element(row + c) : load_element(row + c, n - c);
+          return bias == nullptr ? x : x + load(bias + c);
+        },
+        factor);
+  };
+  if (a.stride[2] != 1) return of(read_row(a, b, i, n, buffer));
+  return by_element<T>(a.dtype, [&](auto* element) {
+    return of(static_cast<decltype(element)>(a.data) + b * a.stride[0] + i * a.stride[1]);
+  });
 }
 
 // Rows of queries (bias added; e^{2q} times the factor of the unit), with the largest |q| of each row.
@@ -255,17 +277,10 @@ struct AdditiveScore {
     Queries q{first, n, units.size, take<T>(scratch, n * units.size), take<T>(scratch, n)};
     ScratchScope scope(scratch);
     T* buffer = take<T>(scratch, op.A);
-    const int64_t whole = units.n / width<T> * width<T>;
     for (int64_t i = 0; i < n; ++i) {
-      const T* row = read_row(op.query, b, first + i, op.A, buffer);
       prefetch_row(op.query, b, first + smaller(i + 1, n - 1), op.A);
-      T* e = q.e + i * q.ld;
-      q.top[i] = exponentials(
-          units.size, e,
-          [&](int64_t c) __attribute__((always_inline)) {
-            return (c < whole ? load(row + c) : load_part(row + c, op.A - c)) + load(units.bias + c);
-          },
-          units.factored ? units.factor : nullptr);
+      q.top[i] = row_exponentials(op.query, b, first + i, op.A, q.e + i * q.ld, buffer, units.bias,
+                                  units.factored ? units.factor : nullptr);
     }
     return q;
   }
@@ -344,11 +359,7 @@ struct AdditiveScore {
         return;
       }
     }
-    const T* row = read_row(op.keys, b, j, op.A, buffer);
-    const int64_t whole = units.n / width<T> * width<T>;
-    k.top[r] = exponentials(units.size, copy, [&](int64_t c) __attribute__((always_inline)) {
-      return c < whole ? load(row + c) : load_part(row + c, op.A - c);
-    });
+    k.top[r] = row_exponentials(op.keys, b, j, op.A, copy, buffer);
   }
 
   const float* prepared_tops(int64_t b) const {
@@ -429,9 +440,7 @@ void additive_prepare(const AdditivePrepare& op) {
     char* rows = static_cast<char*>(op.prepared) + b * sizes.rows * sizes.columns * item_size(op.dtype);
     float* tops = reinterpret_cast<float*>(rows + op.Tk * sizes.columns * item_size(op.dtype));
     for (int64_t j = 0; j < op.Tk; ++j) {
-      const T* row = read_row(op.keys, b, j, op.A, buffer);
-      tops[j] = static_cast<float>(exponentials(
-          padded<T>(op.A), e, [&](int64_t c) __attribute__((always_inline)) { return load_upto(row + c, op.A - c); }));
+      tops[j] = static_cast<float>(row_exponentials(op.keys, b, j, op.A, e, buffer));
       write_row(rows, op.dtype, j * sizes.columns, e, op.A);
       fill_zero<T>(rows, j * sizes.columns + op.A, sizes.columns - op.A, op.dtype);
     }

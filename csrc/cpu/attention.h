@@ -149,10 +149,17 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     return;
   }
   ScratchScope scope(scratch);
+  const Array3 strip = columns_from(array, columns.begin);
+  if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
+    if (in_pairs(array) && kWorthPacking <= no && n <= kMostPaired) {  // sums need not be kept
+      BFloat16** out = take<BFloat16*>(scratch, no);
+      for (int64_t i = 0; i < no; ++i) out[i] = static_cast<BFloat16*>(data) + at + i * out_columns;
+      return weighted_rows(out, no, weight, ld, 1, ListedRows<BFloat16>(strip, b, list), n, nc, false);
+    }
+  }
   const bool direct = dtype == native<T>;
   T* sums = direct ? static_cast<T*>(data) + at : take<T>(scratch, no * nc);
   const int64_t sums_ld = direct ? out_columns : nc;
-  const Array3 strip = columns_from(array, columns.begin);
   T** out = take<T*>(scratch, no);
   const T** weights = take<const T*>(scratch, no);
   for (int64_t i = 0; i < no; ++i) {
@@ -163,8 +170,8 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     by_element<T>(strip.dtype, [&](auto* element) {
       using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
       if (no < kWorthPacking) return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
-      for (int64_t j = 0; j < n; j += kPanelRows)
-        weighted_rows(out, no, weight + j, ld, 1, ListedRows<E>(strip, b, list + j), smaller(n - j, kPanelRows), nc,
+      for (int64_t j = 0; j < n; j += kMostRows<E>)
+        weighted_rows(out, no, weight + j, ld, 1, ListedRows<E>(strip, b, list + j), smaller(n - j, kMostRows<E>), nc,
                       j > 0);
     });
   } else {
@@ -369,37 +376,49 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
       while (at < n && list[at] < begin) ++at;
       while (at + count < n && list[at + count] < end) ++count;
     }
-    T* sums = take<T>(scratch, larger(count, 1) * columns);
-    T** rows = take<T*>(scratch, larger(count, 1));
-    const bool direct = p.dtype == native<T>;
-    for (int64_t j = 0, next = 0; j < end - begin; ++j) {
-      const int64_t row = (b * p.Tk + begin + j) * columns;
-      if (next < count && list[at + next] == begin + j) {
-        rows[next] = direct ? static_cast<T*>(out) + row : sums + next * columns;
-        ++next;
-      } else {
-        fill_zero<T>(out, row, columns, p.dtype);
+    auto set_rows = [&](auto** rows, auto* first, const auto& index) {
+      for (int64_t j = 0, next = 0; j < end - begin; ++j) {
+        const int64_t row = b * p.Tk + begin + j;
+        if (next < count && list[at + next] == begin + j) {
+          rows[next] = first + index(row, next) * columns;
+          ++next;
+        } else {
+          fill_zero<T>(out, row * columns, columns, p.dtype);
+        }
+      }
+      return rows;
+    };
+    auto in_out = [](int64_t row, int64_t) { return row; };
+    const T* factors = weights + b * p.Tq * p.Tk + at;
+    if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
+      if (in_pairs(array) && kWorthPacking <= count && kMostCombined < p.Tq && p.Tq <= kMostPaired) {
+        BFloat16** rows = set_rows(take<BFloat16*>(scratch, count), static_cast<BFloat16*>(out), in_out);
+        const StridedRows<BFloat16> y(array, b, 0);
+        return weighted_rows(rows, count, factors, 1, p.Tk, y, p.Tq, columns, false);
       }
     }
+    const bool direct = p.dtype == native<T>;
+    T** rows = take<T*>(scratch, larger(count, 1));
+    if (direct)
+      set_rows(rows, static_cast<T*>(out), in_out);
+    else
+      set_rows(rows, take<T>(scratch, larger(count, 1) * columns), [](int64_t, int64_t next) { return next; });
     RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
     if (p.Tq <= (columns >= kPanel<T> ? kMostCombined : kWorthPacking - 1)) {
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
-      for (int64_t j = 0; j < count; ++j)
-        combine_few(rows[j], weights + b * p.Tq * p.Tk + at + j, p.Tk, y, p.Tq, columns, stream);
+      for (int64_t j = 0; j < count; ++j) combine_few(rows[j], factors + j, p.Tk, y, p.Tq, columns, stream);
       if (stream) stream_end();
     } else {
       auto add_queries = [&](int64_t i, int64_t nq, const auto& y) {
-        weighted_rows(rows, count, weights + (b * p.Tq + i) * p.Tk + at, 1, p.Tk, y, nq, columns, i > 0);
+        weighted_rows(rows, count, factors + i * p.Tk, 1, p.Tk, y, nq, columns, i > 0);
       };
-      for (int64_t i = 0; i < p.Tq; i += kPanelRows) {
+      int64_t i = 0;
+      if constexpr (sizeof(T) == 4 && kPairs<BFloat16>)
+        for (; in_pairs(array) && i < p.Tq; i += kMostPaired)
+          add_queries(i, smaller(kMostPaired, p.Tq - i), StridedRows<BFloat16>(array, b, i));
+      for (; i < p.Tq; i += kPanelRows) {
         const int64_t nq = smaller(kPanelRows, p.Tq - i);
-        if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-          if (in_pairs(array)) {
-            add_queries(i, nq, StridedRows<BFloat16>(array, b, i));
-            continue;
-          }
-        }
         add_queries(i, nq, PointedRows<T>{block.read(b, i, nq)});
       }
     }

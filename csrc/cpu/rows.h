@@ -424,13 +424,15 @@ constexpr int kTileVectors = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // 24 sums in 32 
 template <typename T>
 constexpr int64_t kPanel = kTileVectors * width<T>;
 constexpr int64_t kPanelRows = 64;
-constexpr int64_t kMostQueries = 64;  // of one call
+constexpr int64_t kMostPaired = 2 * kPanelRows;  // rows in pairs, which take half the place
+constexpr int64_t kMostQueries = 64;             // of one call
 
-// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors; n < NV * width<T> only if !kWhole. F is T
-// or, for the products of pairs, uint32_t: pairs of weights and of rows.
-template <typename T, class F, int NO, int NV, bool kWhole>
-ATTN_INLINE void panel_tile(T* const* out, int64_t c, int64_t n, const F* const* weight, int64_t wj, const F* panel,
+// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors, less only if !kWhole. F is float or double or,
+// for the products of pairs, uint32_t: pairs of weights and of rows. Results are added up only where O is what is computed with.
+template <class O, class F, int NO, int NV, bool kWhole>
+ATTN_INLINE void panel_tile(O* const* out, int64_t c, int64_t n, const F* const* weight, int64_t wj, const F* panel,
                             int64_t rows, bool add) {
+  using T = Computed<O>;
   constexpr int64_t w = width<T>;
   Vec<T> acc[NO][NV];
   for (auto& row : acc) clear(row);
@@ -446,23 +448,23 @@ ATTN_INLINE void panel_tile(T* const* out, int64_t c, int64_t n, const F* const*
   }
   for (int i = 0; i < NO; ++i)
     for (int u = 0; u < NV; ++u) {
-      T* to = out[i] + c + u * w;
+      O* to = out[i] + c + u * w;
       const int64_t left = n - u * w;
       if (kWhole || left >= w)
-        store(to, add ? load(to) + acc[i][u] : acc[i][u]);
+        store_element(to, add ? load_element(to) + acc[i][u] : acc[i][u]);
       else if (left > 0)
-        store_part(to, add ? load_part(to, left) + acc[i][u] : acc[i][u], left);
+        store_element(to, add ? load_element(to, left) + acc[i][u] : acc[i][u], left);
     }
 }
 
 // Not inlined: the sums take all registers there are.
-template <typename T, class F, int NV, bool kWhole>
-__attribute__((noinline)) void panel_tiles(T* const* out, int64_t no, int64_t c, int64_t n, const F* const* weight,
+template <class O, class F, int NV, bool kWhole>
+__attribute__((noinline)) void panel_tiles(O* const* out, int64_t no, int64_t c, int64_t n, const F* const* weight,
                                            int64_t wj, const F* panel, int64_t rows, bool add) {
   int64_t i = 0;
   auto tiles = [&](auto count) __attribute__((always_inline)) {
     constexpr int NO = decltype(count)::value;
-    for (; i + NO <= no; i += NO) panel_tile<T, F, NO, NV, kWhole>(out + i, c, n, weight + i, wj, panel, rows, add);
+    for (; i + NO <= no; i += NO) panel_tile<O, F, NO, NV, kWhole>(out + i, c, n, weight + i, wj, panel, rows, add);
   };
   tiles(std::integral_constant<int, kTileRows>());
   tiles(std::integral_constant<int, kTileRows / 2>());
@@ -470,17 +472,18 @@ __attribute__((noinline)) void panel_tiles(T* const* out, int64_t no, int64_t c,
   tiles(std::integral_constant<int, 1>());
 }
 
-template <typename T, class F>
-ATTN_INLINE void panel_product(T* const* out, int64_t no, int64_t c, int64_t n, const F* const* weight, int64_t wj,
+template <class O, class F>
+ATTN_INLINE void panel_product(O* const* out, int64_t no, int64_t c, int64_t n, const F* const* weight, int64_t wj,
                                const F* panel, int64_t rows, bool add) {
+  using T = Computed<O>;
   if (n == kPanel<T>)
-    panel_tiles<T, F, kTileVectors, true>(out, no, c, n, weight, wj, panel, rows, add);
+    panel_tiles<O, F, kTileVectors, true>(out, no, c, n, weight, wj, panel, rows, add);
   else if (n > kPanel<T> / 2)
-    panel_tiles<T, F, kTileVectors, false>(out, no, c, n, weight, wj, panel, rows, add);
+    panel_tiles<O, F, kTileVectors, false>(out, no, c, n, weight, wj, panel, rows, add);
   else if (n > width<T>)
-    panel_tiles<T, F, kTileVectors / 2, false>(out, no, c, n, weight, wj, panel, rows, add);
+    panel_tiles<O, F, kTileVectors / 2, false>(out, no, c, n, weight, wj, panel, rows, add);
   else
-    panel_tiles<T, F, 1, false>(out, no, c, n, weight, wj, panel, rows, add);
+    panel_tiles<O, F, 1, false>(out, no, c, n, weight, wj, panel, rows, add);
 }
 
 // How many columns of a panel have to be there for products with n of them.
@@ -496,9 +499,9 @@ ATTN_INLINE Vec<Computed<E>> load_elements(const E* p, int64_t n) {
 }
 
 // Pairs of weights, for the products of pairs: factor[i][j * step] are the weights [i * wi + j2 * wj] of j2 = 2 j and 2 j + 1,
-// rounded to bfloat16 as in the formula in bfloat16. For at most kMostQueries rows i and kPanelRows steps; wi or wj is 1.
+// rounded to bfloat16 as in the formula in bfloat16. For at most kMostQueries rows i and kMostPaired steps; wi or wj is 1.
 struct WeightPairs {
-  alignas(64) uint32_t pairs[kMostQueries * kPanelRows / 2];
+  alignas(64) uint32_t pairs[kMostQueries * kMostPaired / 2];
   const uint32_t* factor[kMostQueries];
   int64_t step;
 
@@ -506,7 +509,7 @@ struct WeightPairs {
     constexpr int64_t w = width<float>;
     step = wj == 1 ? 1 : kMostQueries;
     for (int64_t i = 0; i < no; ++i) {
-      uint32_t* row = pairs + i * (wj == 1 ? kPanelRows / 2 : 1);
+      uint32_t* row = pairs + i * (wj == 1 ? kMostPaired / 2 : 1);
       factor[i] = row;
       for (int64_t j = 0; wj == 1 && j < ny; j += w) {
         const Half16 h = to_bfloat16(load_upto(weight + i * wi + j, ny - j));
@@ -523,22 +526,30 @@ struct WeightPairs {
   }
 };
 
-// out_i (+)= sum_j weight[i * wi + j * wj] * rows[j] for at most kMostQueries rows out and kPanelRows rows of n elements, where
-// wi or wj is 1; add: onto what out holds.
-template <typename T, class Rows>
-void weighted_rows(T* const* out, int64_t no, const T* weight, int64_t wi, int64_t wj, const Rows& rows, int64_t ny,
+// How many rows of E may be multiplied with weights at once.
+template <class E>
+constexpr int64_t kMostRows = kPairs<E> ? kMostPaired : kPanelRows;
+
+// out_i (+)= sum_j weight[i * wi + j * wj] * rows[j] for at most kMostQueries rows out and kMostRows<E> rows of n elements E, where
+// wi or wj is 1; add: onto what out holds. Into rows of BFloat16 only where there are pairs, not too few rows out, and nothing
+// to add to.
+template <class O, typename T, class Rows>
+void weighted_rows(O* const* out, int64_t no, const T* weight, int64_t wi, int64_t wj, const Rows& rows, int64_t ny,
                    int64_t n, bool add) {
   using E = std::remove_const_t<std::remove_pointer_t<decltype(rows[0])>>;
   constexpr int64_t w = width<T>;
   const T* weights[kMostQueries];
   for (int64_t i = 0; i < no; ++i) weights[i] = weight + i * wi;
-  if (no < kWorthPacking) return weighted_walk(out, no, weights, wj, rows, ny, n, add);
+  if constexpr (sizeof(O) == sizeof(T))
+    if (no < kWorthPacking) return weighted_walk(out, no, weights, wj, rows, ny, n, add);
   if constexpr (kPairs<E>) {
-    alignas(64) uint32_t panel[kPanelRows / 2 * kPanel<T>];
+    alignas(64) uint32_t panel[kMostPaired / 2 * kPanel<T>];
     WeightPairs pairs;
     pairs.set(weight, wi, wj, no, ny);
     for (int64_t c = 0; c < n; c += kPanel<T>) {
       const int64_t nc = smaller(kPanel<T>, n - c), needed = panel_columns<T>(nc);
+      for (int64_t i = 0; i < no; ++i)
+        for (int64_t u = 0; u < nc; u += 64 / static_cast<int64_t>(sizeof(O))) prefetch_to_write(out[i] + c + u);
       for (int64_t j = 0; j < ny; j += 2)
         for (int64_t u = 0; u < needed; u += 2 * w) {
           auto elements = [&](int64_t j) __attribute__((always_inline)) {
@@ -572,15 +583,19 @@ void weighted_rows(T* const* out, int64_t no, const T* weight, int64_t wi, int64
   }
 }
 
-// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements.
+// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements. next: the rows after those of y.
 template <typename T, class E, int NX, int NY>
-ATTN_INLINE void dot_tile(const E* const* x, const E* const* y, int64_t n, T scale, T* out, int64_t ld) {
+ATTN_INLINE void dot_tile(const E* const* x, const E* const* y, const E* const* next, int64_t n, T scale, T* out,
+                          int64_t ld) {
   constexpr int64_t w = width<T> * factor_size<E>;
   Vec<T> acc[NX * NY];
   clear(acc);
   auto step = [&](int64_t c, auto load_vector) __attribute__((always_inline)) {
     Vec<Factor<E>> yv[NY];
-    for (int j = 0; j < NY; ++j) yv[j] = load_vector(y[j] + c);
+    for (int j = 0; j < NY; ++j) {
+      yv[j] = load_vector(y[j] + c);
+      prefetch(next[j] + c);
+    }
     for (int i = 0; i < NX; ++i) {
       const Vec<Factor<E>> xv = load_vector(x[i] + c);
       for (int j = 0; j < NY; ++j) acc[i * NY + j] = add_product(acc[i * NY + j], xv, yv[j]);
@@ -597,8 +612,8 @@ __attribute__((noinline)) void dot_tiles(const E* const* x, const E* const* y, i
                                          int64_t ld) {
   constexpr int NY = kTileVectors;
   int64_t j = 0;
-  for (; j + NY <= ny; j += NY) dot_tile<T, E, NX, NY>(x, y + j, n, scale, out + j, ld);
-  for (; j < ny; ++j) dot_tile<T, E, NX, 1>(x, y + j, n, scale, out + j, ld);
+  for (; j + NY <= ny; j += NY) dot_tile<T, E, NX, NY>(x, y + j, y + smaller(j + NY, ny - NY), n, scale, out + j, ld);
+  for (; j < ny; ++j) dot_tile<T, E, NX, 1>(x, y + j, y + smaller(j + 1, ny - 1), n, scale, out + j, ld);
 }
 
 // out[i * ld + j] = scale * x_i . y_j for at most kMostQueries rows x and kPanelRows rows y of n elements, which are T or

@@ -525,6 +525,16 @@ ATTN_INLINE void store_element(E* p, Vec<Computed<E>> x) {
   }
 }
 
+template <class E>
+ATTN_INLINE void store_element(E* p, Vec<Computed<E>> x, int64_t n) {
+  if constexpr (sizeof(E) == 2) {
+    const Half16 h = narrow(x, p);
+    memcpy(p, &h, n * sizeof(E));
+  } else {
+    store_part(p, x, n);
+  }
+}
+
 // What products of rows of E are made of: E itself, or pairs of bfloat16, the first in the lower half.
 template <class E>
 using Factor = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;
