@@ -1,8 +1,9 @@
-// Bare loops whose speed bounds that of the kernels. limits.py compiles them for the machine it runs on, times them, and
-// calls them through ctypes. None knows the kernels of csrc/: a bound that shared their code would share their faults.
+// Bare loops whose speed bounds that of the kernels. limits.py compiles them for the machine it runs on, times them,
+// and calls them through ctypes. None knows the kernels of csrc/: a bound that shared their code would share their
+// faults.
 //
-// Every function does its work `repeats` times over. Sizes are multiples of what a loop takes at once, BLOCK floats or the
-// tile in question, and pointers are aligned to whole vectors, as those of PyTorch's tensors are.
+// Every function does its work `repeats` times over. Sizes are multiples of what a loop takes at once, BLOCK floats or
+// the tile in question, and pointers are aligned to whole vectors, as those of PyTorch's tensors are.
 #include <stdint.h>
 #include <string.h>
 
@@ -190,8 +191,8 @@ void exponentials(const float* x, int64_t n, int64_t repeats, float* e) {
 }
 
 // The scores of additive attention in factored form, three units to a division: sums of 1 / (c + q k) over the units of
-// c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units), left in vectors: sums (FORWARD_QUERIES, FORWARD_KEYS,
-// LANES).
+// c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units), left in vectors: sums (FORWARD_QUERIES,
+// FORWARD_KEYS, LANES).
 void forward_pairs(const float* c, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
   for (int64_t r = 0; r < repeats; ++r) {
     Floats acc[FORWARD_QUERIES][FORWARD_KEYS] = {{{0}}};
@@ -213,11 +214,11 @@ void forward_pairs(const float* c, const float* q, const float* k, int64_t units
   }
 }
 
-// The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = q k, 1/e = q' k' and
-// g = ds / (e + 1/e + 2), adds g to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and g (e - 1/e) to dv (LANES), given q
-// (2, BACKWARD_QUERIES, LANES) and k (2, n, LANES), the second half of each the reciprocals of the first, and
-// ds (BACKWARD_QUERIES, n). With `shared` two queries share a division, which trades the divider for multiplications: which
-// is faster depends on the processor.
+// The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = q k, 1/e = q' k' and g = ds / (e
+// + 1/e + 2), adds g to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and g (e - 1/e) to dv (LANES), given q (2,
+// BACKWARD_QUERIES, LANES) and k (2, n, LANES), the second half of each the reciprocals of the first, and ds
+// (BACKWARD_QUERIES, n). With `shared` two queries share a division, which trades the divider for multiplications:
+// which is faster depends on the processor.
 static inline __attribute__((always_inline)) void backward(const int shared, const float* q, const float* k,
                                                            const float* ds, int64_t n, int64_t repeats, float* dq,
                                                            float* dk, float* dv) {

@@ -15,9 +15,9 @@ struct AdditiveScores {
   Array3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
 };
 
-// Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that every
-// level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step (NaN where
-// one is NaN) as float32.
+// Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
+// every level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step
+// (NaN where one is NaN) as float32.
 struct PreparedSizes {
   int64_t columns, rows;
 

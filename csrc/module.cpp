@@ -1,5 +1,5 @@
-// The Python module attn_kernels._C. Importing it registers the CPU kernels of the ops (STABLE_TORCH_LIBRARY_IMPL in the
-// other files); its functions tell how it was built, and let tests choose the SIMD level.
+// The Python module attn_kernels._C. Importing it registers the CPU kernels of the ops (STABLE_TORCH_LIBRARY_IMPL in
+// the other files); its functions tell how it was built, and let tests choose the SIMD level.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

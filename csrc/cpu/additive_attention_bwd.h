@@ -2,13 +2,13 @@
 //
 // With E = e^{2q} e^{2k}, dquery and dkeys are sums of 4 v g, g = ds (1 - tanh^2) / 4, and dv is the sum of ds tanh.
 //
-// Many queries: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a division and
-// three multiplications for each pair. Few queries: one exponential for each key is all there is time for; with
-// r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 - tanh^2 cancel where units are
-// saturated.
+// Many queries: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a
+// division and three multiplications for each pair. Few queries: one exponential for each key is all there is time for;
+// with r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 - tanh^2 cancel where
+// units are saturated.
 //
-// Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence, so that
-// all sums over queries and steps stay within it.
+// Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence,
+// so that all sums over queries and steps stay within it.
 #pragma once
 
 #include "additive_attention_fwd.h"
@@ -18,8 +18,8 @@ namespace ATTN_LEVEL {
 
 constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 7 : 4;  // their exponentials and sums fill the registers
 constexpr int64_t kFewQueries = 8;
-// The largest |q| + |k| of the form above: g would become denormal, and with it g (E - 1/E) inexact, beyond E = 2^78 where
-// ds is as small as 2^-48.
+// The largest |q| + |k| of the form above: g would become denormal, and with it g (E - 1/E) inexact, beyond E = 2^78
+// where ds is as small as 2^-48.
 constexpr float kBothWays = 27.0f;
 
 // The largest |x| of n elements; NaN if one is.
@@ -43,8 +43,8 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   }
 }
 
-// Adds what a query and a step of score gradient ds give: g to the sums of query and step, ds tanh to that of v. By their
-// exponentials:
+// Adds what a query and a step of score gradient ds give: g to the sums of query and step, ds tanh to that of v. By
+// their exponentials:
 template <typename T>
 ATTN_INLINE void add_pair(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                           Vec<T>& dv) {
@@ -65,8 +65,8 @@ ATTN_INLINE void add_pair(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) {
   dv += ds * t;
 }
 
-// A block of columns of the queries or keys of a sentence: of vector u of row i, e^{2x}, e^{-2x} and the gradient side by
-// side.
+// A block of columns of the queries or keys of a sentence: of vector u of row i, e^{2x}, e^{-2x} and the gradient side
+// by side.
 template <typename T>
 struct Columns {
   int64_t n;
@@ -94,8 +94,8 @@ struct Columns {
   }
 };
 
-// Adds the gradients of NQ queries and n steps (cells of Columns, all in range) given ds[a * ld + j]. Returns the sum of
-// ds tanh.
+// Adds the gradients of NQ queries and n steps (cells of Columns, all in range) given ds[a * ld + j]. Returns the sum
+// of ds tanh.
 //
 // The divider is busy all the time. Two queries could share a division, but the multiplications, or estimates of the
 // reciprocal, that this takes turned out slower. Not inlined: its sums take all registers there are.
@@ -131,8 +131,8 @@ ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, T* q, T* k, int64_t n, const 
   return gradient_tile<T, NQ>(q, k, n, ds, ld);
 }
 
-// The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), whatever their range.
-// read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+// The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), whatever their
+// range. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
 template <typename T, class ReadQ, class ReadK>
 ATTN_INLINE Vec<T> gradient_row(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
                                 int64_t n, const T* ds, const ReadQ& read_q, const ReadK& read_k) {
@@ -212,8 +212,8 @@ struct UnitsBackward {
   ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
 };
 
-// Many queries: columns of a sentence, `vectors` vectors of units from `first` on. Meanwhile what the next task reads is
-// asked for.
+// Many queries: columns of a sentence, `vectors` vectors of units from `first` on. Meanwhile what the next task reads
+// is asked for.
 template <typename T>
 void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
   constexpr int64_t w = width<T>;
@@ -277,9 +277,9 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
 }
 
 // Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of
-// p - ds / 2) of a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of
-// the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next tile reads,
-// rows of `item` bytes an element, is asked for.
+// p - ds / 2) of a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
+// of the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next
+// tile reads, rows of `item` bytes an element, is asked for.
 template <typename T, int NK, bool kFactored>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
                            const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,

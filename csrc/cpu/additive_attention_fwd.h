@@ -1,8 +1,8 @@
 // Additive attention without a tanh per pair. Part of a SIMD level: see simd.h.
 //
-// tanh(q + k) = 1 - 2 / (1 + E), E = e^{2q} e^{2k}, so that with exponentials made once per row a pair of query and step
-// costs a multiply-add and a reciprocal for each hidden unit, and in the forward units share reciprocals over a common
-// denominator. Guards choose, for each tile of queries and each step, a form in which nothing overflows:
+// tanh(q + k) = 1 - 2 / (1 + E), E = e^{2q} e^{2k}, so that with exponentials made once per row a pair of query and
+// step costs a multiply-add and a reciprocal for each hidden unit, and in the forward units share reciprocals over a
+// common denominator. Guards choose, for each tile of queries and each step, a form in which nothing overflows:
 //
 //   largest |q| + largest |k|   forward                          backward
 //   <= kThree                   three units share a division     a division for each pair
@@ -10,7 +10,8 @@
 //   <= kSingle                  one division each                the same for few queries, tanh itself for many
 //   beyond, or NaN              tanh itself                      tanh itself
 //
-// In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's divisions.
+// In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's
+// divisions.
 //
 // The forward also uses tanh itself where a large v would show the rounding of the factored form (least_reach_of).
 #pragma once
@@ -21,15 +22,15 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Forward, with v folded in: v / (1 + E) = 1 / d, d = (1/v) + (e^{2q}/v) e^{2k}. With v scaled to at most 1, units smaller
-// than 2^-24 dropped (they are below the rounding of the others) and d scaled by 2^-40, three denominators lie between
-// 2^-40 and 2^(24 - 40) (1 + E), so their product is in range while 1 + E < 2^56.
+// Forward, with v folded in: v / (1 + E) = 1 / d, d = (1/v) + (e^{2q}/v) e^{2k}. With v scaled to at most 1, units
+// smaller than 2^-24 dropped (they are below the rounding of the others) and d scaled by 2^-40, three denominators lie
+// between 2^-40 and 2^(24 - 40) (1 + E), so their product is in range while 1 + E < 2^56.
 constexpr float kThree = 19.0f;
 constexpr float kSingle = 43.0f;  // e^{2q}, e^{2k} and their product are in range
 constexpr double kSmallestUnit = 0x1p-24, kUnitScale = 0x1p-40;
-// 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where scores are
-// sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation 0.01 to 3, norms
-// of v up to 64), the error is no larger
+// 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where scores
+// are sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation 0.01 to
+// 3, norms of v up to 64), the error is no larger
 //   for any input       while the norm of v is at most 2,
 //   from |q| + |k| = 2  while it is at most 8,
 //   from |q| + |k| = 5  while it is at most that of a standard normal v (its square about A).
@@ -40,9 +41,9 @@ T least_reach_of(T norm2, int64_t units) {
   return norm2 <= T(1.3) * units ? T(5) : static_cast<T>(__builtin_inf());
 }
 
-// In low precision an estimate of 1 / d, off by 2^-14 at most, costs less than a third of a division. Measured against eager
-// (A = 4 to 2048, inputs of standard deviation 0.003 to 3, norms of v up to 64), the error allowed by the tests is twice what
-// it gives from this |q| + |k| on.
+// In low precision an estimate of 1 / d, off by 2^-14 at most, costs less than a third of a division. Measured against
+// eager (A = 4 to 2048, inputs of standard deviation 0.003 to 3, norms of v up to 64), the error allowed by the tests
+// is twice what it gives from this |q| + |k| on.
 constexpr float kLeastBFloat16 = 0.0625f, kLeastFloat16 = 0.25f;
 
 // How the reciprocals of denominators are made: three by one division, by a division each, or by an estimate each.
@@ -105,7 +106,8 @@ struct Units {
     scale = static_cast<T>(2 * unit * kUnitScale);
   }
 
-  // Whether three units may share a division, or one each may be used, where |q| + |k| is at most `reach`. NaN: neither.
+  // Whether three units may share a division, or one each may be used, where |q| + |k| is at most `reach`. NaN:
+  // neither.
   bool three(T reach) const { return factored && reach >= least_reach && reach <= kThree; }
   bool single(T reach) const { return factored && reach >= least_reach && reach <= kSingle; }
   // Whether estimates will do, of one denominator each.
@@ -117,8 +119,8 @@ struct Units {
   }
 };
 
-// e = e^{2x} (meaningful up to kSingle) for the vectors x = row(c) of a row, times factor where there is one. Returns its largest
-// |x|; NaN if it has a NaN.
+// e = e^{2x} (meaningful up to kSingle) for the vectors x = row(c) of a row, times factor where there is one. Returns
+// its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
 ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr) {
   IntVec<T> top{};
@@ -167,8 +169,8 @@ struct KeyRows {
   T* top;
 };
 
-// acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on, which may
-// be the row's last only where `last` says so.
+// acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on,
+// which may be the row's last only where `last` says so.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Key>
 ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, const Key& key, Vec<T>* acc) {
   constexpr int64_t w = width<T>;
@@ -232,8 +234,8 @@ ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, int64_t ld, co
   });
 }
 
-// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. direct(a, b) is the score of query i + a and step
-// j + b by tanh itself.
+// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. direct(a,
+// b) is the score of query i + a and step j + b by tanh itself.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Direct>
 ATTN_INLINE void score_tile(const Units<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Direct& direct) {

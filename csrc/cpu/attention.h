@@ -137,8 +137,8 @@ struct Part {
   }
 };
 
-// Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written as
-// dtype from row `row` of data on.
+// Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written
+// as dtype from row `row` of data on.
 template <typename T>
 void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
                      int64_t no, const Part& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
@@ -185,8 +185,8 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     for (int64_t i = 0; i < no; ++i) write_row(data, dtype, at + i * out_columns, sums + i * sums_ld, nc);
 }
 
-// out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMostQueries rows of x; both rows of sentence b,
-// of `columns` elements.
+// out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMostQueries rows of x; both rows of
+// sentence b, of `columns` elements.
 template <typename T>
 void dot_listed(const Array3& x, int64_t first, int64_t nx, const Array3& y, int64_t b, const int32_t* list, int64_t n,
                 int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
@@ -228,8 +228,8 @@ struct Problem {
 // Score: queries(b, first, n, scratch) prepares n queries; block(queries, b, list, n, out, ld, scratch) writes the
 // scores of those queries and of the n listed steps; cost() is the work of a pair.
 //
-// Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum is
-// split, so that results do not depend on the number of threads.
+// Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum
+// is split, so that results do not depend on the number of threads.
 template <typename T, class Score>
 void attention_forward(const Problem& p, void* context, void* alignments, const Score& score) {
   const Chunks chunks(p.B, p.Tq, p.Tk, p.attended.per_query);

@@ -33,7 +33,8 @@ const Levels& levels();
 const Level& level();
 
 // Makes every later call, on any thread, use the level of that name; "" is the first choice again. Returns the level
-// that was in use. Throws std::invalid_argument for a name that is none of levels(). For tests: all levels in one process.
+// that was in use. Throws std::invalid_argument for a name that is none of levels(). For tests: all levels in one
+// process.
 const Level& use_level(const char* name);
 
 }  // namespace attn

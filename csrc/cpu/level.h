@@ -1,6 +1,6 @@
 // The kernels of one SIMD level as a table, for ATTN_LEVEL and ATTN_VECTOR_BYTES (see simd.h). Each level_*.cpp
-// includes it once, under the compiler target of its level. ATTN_FLOAT64_LEVEL, where defined, is a lower level whose code for
-// float64 is as good.
+// includes it once, under the compiler target of its level. ATTN_FLOAT64_LEVEL, where defined, is a lower level whose
+// code for float64 is as good.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-loop-distribute-patterns")  // keeps loops that clear a few vectors from becoming memset
 #endif

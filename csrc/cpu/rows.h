@@ -97,8 +97,8 @@ ATTN_INLINE void prefetch_row(const Array3& a, int64_t b, int64_t i, int64_t n) 
   for (int64_t at = 0; at < n * item; at += 64) prefetch(row + at);
 }
 
-// What is read later, asked for bit by bit during arithmetic that leaves memory idle, so that it is in L2 by then. More than
-// half of L2 would drive out itself.
+// What is read later, asked for bit by bit during arithmetic that leaves memory idle, so that it is in L2 by then. More
+// than half of L2 would drive out itself.
 class Ahead {
  public:
   // Columns [c, c + columns) of rows [first, first + n) of sentence b of a.
@@ -235,8 +235,8 @@ struct PointedRows {
 
 // Walks --------------------------------------------------------------------------------------------------------------
 //
-// Where a row serves one query or few, memory decides the speed: rows are read in their own dtype and in order, a few of
-// them for all queries before the next.
+// Where a row serves one query or few, memory decides the speed: rows are read in their own dtype and in order, a few
+// of them for all queries before the next.
 
 constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
 constexpr int64_t kWorthPacking = 4;  // this many queries are not few
@@ -294,8 +294,8 @@ void dot_walk(const T* const* x, int64_t nx, const Rows& rows, int64_t count, in
     }
 }
 
-// out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors: the sums stay in registers, two of each so
-// that the next row need not wait for the last.
+// out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors: the sums stay in registers, two of each
+// so that the next row need not wait for the last.
 template <typename T, int NV, class Rows>
 ATTN_INLINE void weighted_narrow(T* out, const T* weight, int64_t wj, const Rows& rows, int64_t count, int64_t n,
                                  bool add) {
@@ -408,8 +408,8 @@ ATTN_INLINE void combine_few(T* out, const T* weight, int64_t wi, const T* const
   combine<T, NY>(out, weight, wi, y, n, stream);
 }
 
-// Whether rows of n elements from data on may be streamed, and are better streamed: an array of `bytes` will not be found
-// in the caches by who reads it.
+// Whether rows of n elements from data on may be streamed, and are better streamed: an array of `bytes` will not be
+// found in the caches by who reads it.
 template <typename T>
 ATTN_INLINE bool worth_streaming(const void* data, int64_t n, int64_t bytes) {
   return n % width<T> == 0 && reinterpret_cast<uintptr_t>(data) % ATTN_VECTOR_BYTES == 0 && bytes > last_cache_bytes();
@@ -417,8 +417,8 @@ ATTN_INLINE bool worth_streaming(const void* data, int64_t n, int64_t bytes) {
 
 // Products ------------------------------------------------------------------------------------------------------------
 
-// Where rows serve many queries, arithmetic decides: a panel of kPanel columns of up to kPanelRows rows is packed, so that it
-// lies in L1 whatever the strides, and products with it are summed in registers.
+// Where rows serve many queries, arithmetic decides: a panel of kPanel columns of up to kPanelRows rows is packed, so
+// that it lies in L1 whatever the strides, and products with it are summed in registers.
 constexpr int kTileRows = ATTN_VECTOR_BYTES == 64 ? 6 : 4;
 constexpr int kTileVectors = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // 24 sums in 32 registers, 8 in 16
 template <typename T>
@@ -427,8 +427,9 @@ constexpr int64_t kPanelRows = 64;
 constexpr int64_t kMostPaired = 2 * kPanelRows;  // rows in pairs, which take half the place
 constexpr int64_t kMostQueries = 64;             // of one call
 
-// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors, less only if !kWhole. F is float or double or,
-// for the products of pairs, uint32_t: pairs of weights and of rows. Results are added up only where O is what is computed with.
+// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors, less only if !kWhole. F is float or
+// double or, for the products of pairs, uint32_t: pairs of weights and of rows. Results are added up only where O is
+// what is computed with.
 template <class O, class F, int NO, int NV, bool kWhole>
 ATTN_INLINE void panel_tile(O* const* out, int64_t c, int64_t n, const F* const* weight, int64_t wj, const F* panel,
                             int64_t rows, bool add) {
@@ -498,8 +499,9 @@ ATTN_INLINE Vec<Computed<E>> load_elements(const E* p, int64_t n) {
   return n >= width<Computed<E>> ? load_element(p) : load_element(p, n);
 }
 
-// Pairs of weights, for the products of pairs: factor[i][j * step] are the weights [i * wi + j2 * wj] of j2 = 2 j and 2 j + 1,
-// rounded to bfloat16 as in the formula in bfloat16. For at most kMostQueries rows i and kMostPaired steps; wi or wj is 1.
+// Pairs of weights, for the products of pairs: factor[i][j * step] are the weights [i * wi + j2 * wj] of j2 = 2 j and 2
+// j + 1, rounded to bfloat16 as in the formula in bfloat16. For at most kMostQueries rows i and kMostPaired steps; wi
+// or wj is 1.
 struct WeightPairs {
   alignas(64) uint32_t pairs[kMostQueries * kMostPaired / 2];
   const uint32_t* factor[kMostQueries];
@@ -530,9 +532,9 @@ struct WeightPairs {
 template <class E>
 constexpr int64_t kMostRows = kPairs<E> ? kMostPaired : kPanelRows;
 
-// out_i (+)= sum_j weight[i * wi + j * wj] * rows[j] for at most kMostQueries rows out and kMostRows<E> rows of n elements E, where
-// wi or wj is 1; add: onto what out holds. Into rows of BFloat16 only where there are pairs, not too few rows out, and nothing
-// to add to.
+// out_i (+)= sum_j weight[i * wi + j * wj] * rows[j] for at most kMostQueries rows out and kMostRows<E> rows of n
+// elements E, where wi or wj is 1; add: onto what out holds. Into rows of BFloat16 only where there are pairs, not too
+// few rows out, and nothing to add to.
 template <class O, typename T, class Rows>
 void weighted_rows(O* const* out, int64_t no, const T* weight, int64_t wi, int64_t wj, const Rows& rows, int64_t ny,
                    int64_t n, bool add) {
@@ -616,12 +618,13 @@ __attribute__((noinline)) void dot_tiles(const E* const* x, const E* const* y, i
   for (; j < ny; ++j) dot_tile<T, E, NX, 1>(x, y + j, y + smaller(j + 1, ny - 1), n, scale, out + j, ld);
 }
 
-// out[i * ld + j] = scale * x_i . y_j for at most kMostQueries rows x and kPanelRows rows y of n elements, which are T or
-// multiplied in pairs.
+// out[i * ld + j] = scale * x_i . y_j for at most kMostQueries rows x and kPanelRows rows y of n elements, which are T
+// or multiplied in pairs.
 template <typename T, class E>
 void dot_rows(const E* const* x, int64_t nx, const E* const* y, int64_t ny, int64_t n, T scale, T* out, int64_t ld) {
   constexpr int64_t w = width<T>;
-  // Long rows: the sums across vectors cost less than packing. Those of pairs are as good as half as long, and faster still.
+  // Long rows: the sums across vectors cost less than packing. Those of pairs are as good as half as long, and faster
+  // still.
   if (kPairs<E> || (n >= 16 * w && nx >= kWorthPacking)) {
     int64_t i = 0;
     for (; i + kTileRows <= nx; i += kTileRows) dot_tiles<T, E, kTileRows>(x + i, y, ny, n, scale, out + i * ld, ld);

@@ -171,7 +171,8 @@ ATTN_INLINE void store_upto(T* p, Vec<T> x, int64_t n) {
     store_part(p, x, n);
 }
 
-// Keeps a product out of multiply-adds: where multiplications are what fills the pipes, an addition of its own costs less.
+// Keeps a product out of multiply-adds: where multiplications are what fills the pipes, an addition of its own costs
+// less.
 template <class V>
 ATTN_INLINE V rounded(V x) {
 #if defined(__x86_64__)
@@ -180,8 +181,8 @@ ATTN_INLINE V rounded(V x) {
   return x;
 }
 
-// 1 / x to a relative error of 2^-14 at the cost of a multiplication, for normal numbers with normal reciprocals; where the
-// target has no such instruction, a division.
+// 1 / x to a relative error of 2^-14 at the cost of a multiplication, for normal numbers with normal reciprocals; where
+// the target has no such instruction, a division.
 #if ATTN_VECTOR_BYTES == 64
 constexpr bool kHasEstimate = true;
 ATTN_INLINE Vec<float> reciprocal_estimate(Vec<float> x) {
@@ -221,8 +222,8 @@ ATTN_INLINE V exchange(V x, std::index_sequence<i...>) {
 #endif
 }
 
-// combine over each group of 2n elements, in the same order from run to run: every element of the result holds that of its
-// group.
+// combine over each group of 2n elements, in the same order from run to run: every element of the result holds that of
+// its group.
 template <int n, class V, class Combine>
 ATTN_INLINE V reduce_groups(V x, const Combine& combine) {
   if constexpr (n == 0) {
@@ -243,7 +244,8 @@ ATTN_INLINE T sum(Vec<T> x) {
   return reduce(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
 }
 
-// Halves of groups of `group` elements: in the even groups of the result one half of each group of a, in the odd ones of b.
+// Halves of groups of `group` elements: in the even groups of the result one half of each group of a, in the odd ones
+// of b.
 template <int group, bool upper, class V, size_t... i>
 ATTN_INLINE V halves(V a, V b, std::index_sequence<i...>) {
   constexpr int n = sizeof...(i), half = group / 2;
@@ -348,8 +350,8 @@ ATTN_INLINE Reduced reduce_range(Vec<float> x) {
   return {r, bits<float>(shifted) << 23};  // the low bits of magic are 0
 }
 
-// e^x = p 2^n for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so that e^0 = 1; its
-// other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before rounding).
+// e^x = p 2^n for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so that e^0 = 1;
+// its other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before rounding).
 struct Power {
   Vec<float> p;
   IntVec<float> n;  // 2^n in the exponent bits of p, to be added to them
@@ -380,8 +382,9 @@ ATTN_INLINE Vec<float> exp_in_range(Vec<float> x) {
   return (Vec<float>)(bits<float>(e.p) + e.n);
 }
 
-// e^x and e^-x for x in [-87.3, 87.3], to 2 ulp at most, for little more than one of them: cosh and sinh of the remainder by
-// polynomials in its square with the least relative error (9e-8). Elsewhere, and for NaN, they are not meaningful.
+// e^x and e^-x for x in [-87.3, 87.3], to 2 ulp at most, for little more than one of them: cosh and sinh of the
+// remainder by polynomials in its square with the least relative error (9e-8). Elsewhere, and for NaN, they are not
+// meaningful.
 ATTN_INLINE void exp_both_ways(Vec<float> x, Vec<float>* up, Vec<float>* down) {
   const Reduced a = reduce_range(x);
   const Vec<float> s = a.r * a.r;
@@ -562,8 +565,8 @@ ATTN_INLINE Vec<Factor<E>> load_factors(const E* p, int64_t n) {
 ATTN_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
 ATTN_INLINE Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
 
-// Whether rows of E are multiplied in pairs, as they are: the products are exact and summed in float32, but denormal factors
-// and sums count as 0.
+// Whether rows of E are multiplied in pairs, as they are: the products are exact and summed in float32, but denormal
+// factors and sums count as 0.
 #if defined(ATTN_BFLOAT16_DOT)
 template <class E>
 constexpr bool kPairs = std::is_same_v<E, BFloat16>;
