@@ -1,13 +1,12 @@
 #include "runtime.h"
 
 #include <torch/csrc/stable/ops.h>
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 
 namespace attn {
 
@@ -19,12 +18,25 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
+namespace {
+// Of the first processor, as Linux tells it; 0 if it does not. Not sysconf(): on AMD it counts all caches of the package.
+int64_t largest_cache() {
+  int64_t largest = 0;
+  for (int i = 0; i < 8; ++i) {
+    const std::string path = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/size";
+    std::FILE* file = std::fopen(path.c_str(), "r");
+    if (file == nullptr) break;
+    long long kibibytes = 0;
+    if (std::fscanf(file, "%lldK", &kibibytes) == 1 && kibibytes * 1024 > largest) largest = kibibytes * 1024;
+    std::fclose(file);
+  }
+  return largest;
+}
+}  // namespace
+
 int64_t last_cache_bytes() {
   static const int64_t bytes = [] {
-    int64_t found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
+    const int64_t found = largest_cache();
     return found > 0 ? found : int64_t{32} << 20;
   }();
   return bytes;
