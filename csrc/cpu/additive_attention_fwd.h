@@ -177,7 +177,7 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
   constexpr std::false_type inner{};
   constexpr std::true_type last{};
   const int64_t whole = units.n / w * w;
-  for (int i = 0; i < NQ * NK; ++i) acc[i] = Vec<T>{};
+  clear(acc, std::make_index_sequence<NQ * NK>());
   auto denominator = [&](int64_t c, int i, Vec<T> e)
                          __attribute__((always_inline)) { return load(units.constant + c) + load(q + i * ld + c) * e; };
   int64_t c = 0;

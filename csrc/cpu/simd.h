@@ -61,9 +61,14 @@ ATTN_INLINE Vec<T> broadcast(T x) {
 }
 
 // Zeros, one by one: for "= {}" GCC fills memory ("rep stos") even where the vectors then live in registers.
+template <class V, size_t... i>
+ATTN_INLINE void clear(V* x, std::index_sequence<i...>) {
+  ((x[i] = V{}), ...);
+}
+
 template <class V, int n>
 ATTN_INLINE void clear(V (&x)[n]) {
-  for (int i = 0; i < n; ++i) x[i] = V{};
+  clear(x, std::make_index_sequence<n>());
 }
 
 template <typename T>
