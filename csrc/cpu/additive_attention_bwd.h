@@ -202,11 +202,11 @@ struct UnitsBackward {
     if (!same && ++b == op.B) return ahead;
     const int64_t c = same ? first : 0, steps = attended.length(b, op.Tk);
     if (!same && grad_context) {
-      ahead.add(grad_context, b, 0, op.Tq, 0, D);
-      ahead.add(values, b, 0, steps, 0, D);
+      ahead.add(grad_context, b, op.Tq, 0, D);
+      ahead.add(values, b, steps, 0, D);
     }
-    ahead.add(op.query, b, 0, op.Tq, c, smaller(columns, op.A - c));
-    ahead.add(op.keys, b, 0, steps, c, smaller(columns, op.A - c));
+    ahead.add(op.query, b, op.Tq, c, smaller(columns, op.A - c));
+    ahead.add(op.keys, b, steps, c, smaller(columns, op.A - c));
     return ahead;
   }
   ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
@@ -276,20 +276,20 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   }
 }
 
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and p (size; of
-// p - ds / 2) of a strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
+// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
+// strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
 // of the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next
 // tile reads, rows of `item` bytes an element, is asked for.
 template <typename T, int NK, bool kFactored>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
-                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* p, T* const* dkeys,
+                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   T half = 0;
   for (int64_t i = 0; i < Tq; ++i)
     for (int r = 0; r < NK; ++r) half += T(0.5) * ds[i * Tk + r];
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK], sum_p{};
+    Vec<T> dk[NK], sum_p{}, dvc = load(dv + c);
     clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
@@ -305,18 +305,11 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
         }
       } else {
         const Vec<T> q = back.query(b, i, first + c);
-        for (int r = 0; r < NK; ++r) {
-          const Vec<T> t = tanh_any(q + back.key(b, steps[r], first + c));
-          const T d = T(0.5) * ds[i * Tk + r];
-          const Vec<T> g = d * (T(1) - t) * (T(0.5) * (T(1) + t));
-          dk[r] += g;
-          dqi += g;
-          sum_p += d * (T(1) - t);
-        }
+        for (int r = 0; r < NK; ++r) add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
       }
       store(dq + i * size + c, dqi);
     }
-    store(p + c, load(p + c) + (sum_p - half));
+    store(dv + c, kFactored ? dvc - T(2) * (sum_p - half) : dvc);
     const Vec<T> v4 = T(4) * load(back.units.v + first + c);
     for (int r = 0; r < NK; ++r) {
       if (stream)
@@ -339,13 +332,13 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   T* eq = take<T>(scratch, op.Tq * size);
   T* dq = take<T>(scratch, op.Tq * size);
   T* ek = take<T>(scratch, NK * size);
-  T* p = take<T>(scratch, size);
+  T* dv = take<T>(scratch, size);
   const Dtype dtype = op.query.dtype;
   const bool direct = dtype == native<T>;
   const int64_t columns = smaller(size, op.A - first);
   T* copies = take<T>(scratch, NK * columns);  // of rows that are converted
   memset(dq, 0, op.Tq * size * sizeof(T));
-  memset(p, 0, size * sizeof(T));
+  memset(dv, 0, size * sizeof(T));
   T q_top = 0;
   for (int64_t i = 0; i < op.Tq; ++i) {
     const T top = exponentials(size, eq + i * size,
@@ -381,10 +374,10 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
                   (b * keys.stride[0] + list[smaller(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
       if (factored)
-        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
+        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
                                    item);
       else
-        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, p, dkeys, columns, stream, next,
+        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
                                     item);
       if (!direct)
         for (int r = 0; r < kSteps; ++r)
@@ -403,7 +396,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   }
   for (int64_t i = 0; i < op.Tq; ++i)
     for (int64_t c = 0; c < size; c += w) back.write_dquery(b, i, first + c, load(dq + i * size + c));
-  for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, T(-2) * load(p + c));
+  for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
 
 // dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.

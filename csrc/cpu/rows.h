@@ -101,11 +101,11 @@ ATTN_INLINE void prefetch_row(const Array3& a, int64_t b, int64_t i, int64_t n) 
 // than half of L2 would drive out itself.
 class Ahead {
  public:
-  // Columns [c, c + columns) of rows [first, first + n) of sentence b of a.
-  void add(const Array3& a, int64_t b, int64_t first, int64_t n, int64_t c, int64_t columns) {
+  // Columns [c, c + columns) of rows [0, n) of sentence b of a.
+  void add(const Array3& a, int64_t b, int64_t n, int64_t c, int64_t columns) {
     const int64_t item = item_size(a.dtype), lines = n * divide_up(columns * item, kLine);
     if (a.stride[2] != 1 || lines <= 0 || count_ == kMost || (left_ + lines) * kLine > kHalfOfL2) return;
-    const char* row = static_cast<const char*>(a.data) + (b * a.stride[0] + first * a.stride[1] + c) * item;
+    const char* row = static_cast<const char*>(a.data) + (b * a.stride[0] + c) * item;
     blocks_[count_++] = {row, a.stride[1] * item, columns * item, n};
     left_ += lines;
   }
@@ -125,7 +125,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kMost = 5;
+  static constexpr int kMost = 4;
   static constexpr int64_t kLine = 64, kHalfOfL2 = 1 << 19;
   struct Block {
     const char* row;
