@@ -2,7 +2,7 @@
 // torch.
 #pragma once
 
-#include "cpu/types.h"
+#include "types.h"
 
 namespace attn {
 

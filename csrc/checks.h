@@ -9,7 +9,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "cpu/types.h"
+#include "call.h"
 
 namespace attn {
 
@@ -65,7 +65,8 @@ inline Attended attended(const std::optional<Tensor>& memory_lengths, const std:
     a.lengths = memory_lengths->const_data_ptr();
     a.lengths_are_64 = type == ScalarType::Long;
     a.lengths_stride = memory_lengths->stride(0);
-    for (int64_t b = 0; b < B; ++b) {
+    // Lengths on another device are not read here, which would wait for it: its kernels clamp them.
+    for (int64_t b = 0; b < (Call::kOnHost ? B : 0); ++b) {
       const int64_t i = b * a.lengths_stride;
       const int64_t length =
           a.lengths_are_64 ? static_cast<const int64_t*>(a.lengths)[i] : static_cast<const int32_t*>(a.lengths)[i];
@@ -88,11 +89,11 @@ inline Attended attended(const std::optional<Tensor>& memory_lengths, const std:
   return a;
 }
 
-// A new contiguous CPU tensor. The shim is called as it is: through the dispatcher, as torch::stable::new_empty goes, a
-// small call would spend more time on its outputs than on its results.
-inline Tensor output(ScalarType type, std::initializer_list<int64_t> shape) {
+// A new contiguous tensor on the device of like. The shim is called as it is: through the dispatcher, as
+// torch::stable::new_empty goes, a small call would spend more time on its outputs than on its results.
+inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
   int32_t dtype = 0;
-  switch (type) {
+  switch (like.scalar_type()) {
     case ScalarType::Double:
       dtype = aoti_torch_dtype_float64();
       break;
@@ -112,13 +113,9 @@ inline Tensor output(ScalarType type, std::initializer_list<int64_t> shape) {
     step *= shape.begin()[axis] > 1 ? shape.begin()[axis] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, Call::device_type(),
+                                                         Call::device_index(like), &handle));
   return Tensor(handle);
-}
-
-inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return output(like.scalar_type(), shape);
 }
 
 }  // namespace attn

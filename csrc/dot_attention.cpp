@@ -1,10 +1,9 @@
-// dot_attention: the op of attn_kernels/ops.py on the CPU.
+// dot_attention: the op of attn_kernels/ops.py, for each backend (call.h).
 #include "dot_attention.h"
 
 #include <tuple>
 
 #include "checks.h"
-#include "cpu/kernels.h"
 
 namespace attn {
 namespace {
@@ -29,11 +28,12 @@ DotAttention dot(const Tensor& query, const Tensor& keys, const Tensor& values, 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, double scale,
                                      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                      bool need_alignments) {
+  const Call call(query);
   const DotAttention n = dot(query, keys, values, scale, memory_lengths, mask);
   Tensor context = output(query, {n.B, n.Tq, n.D});
   Tensor alignments = need_alignments ? output(query, {n.B, n.Tq, n.Tk}) : output(query, {0});
   if (n.B * n.Tq > 0)
-    level().kernels->dot_attention(
+    call.kernels().dot_attention(
         {n, context.mutable_data_ptr(), need_alignments ? alignments.mutable_data_ptr() : nullptr});
   return {context, alignments};
 }
@@ -42,6 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad
                                                       std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
                                                       Tensor values, double scale, std::optional<Tensor> memory_lengths,
                                                       std::optional<Tensor> mask, Tensor alignments) {
+  const Call call(query);
   const DotAttention n = dot(query, keys, values, scale, memory_lengths, mask);
   const Dtype dtype = n.query.dtype;
   Tensor dquery = output(query, {n.B, n.Tq, n.A}), dkeys = output(keys, {n.B, n.Tk, n.A});
@@ -49,11 +50,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad
   if (n.B * n.Tq * n.Tk == 0) {
     for (Tensor* t : {&dquery, &dkeys, &dvalues}) torch::stable::zero_(*t);
   } else {
-    level().kernels->dot_attention_backward({n, array(alignments, "alignments", dtype, {n.B, n.Tq, n.Tk}),
-                                             array(grad_context, "grad_context", dtype, {n.B, n.Tq, n.D}),
-                                             array(grad_alignments, "grad_alignments", dtype, {n.B, n.Tq, n.Tk}),
-                                             dquery.mutable_data_ptr(), dkeys.mutable_data_ptr(),
-                                             dvalues.mutable_data_ptr()});
+    call.kernels().dot_attention_backward({n, array(alignments, "alignments", dtype, {n.B, n.Tq, n.Tk}),
+                                           array(grad_context, "grad_context", dtype, {n.B, n.Tq, n.D}),
+                                           array(grad_alignments, "grad_alignments", dtype, {n.B, n.Tq, n.Tk}),
+                                           dquery.mutable_data_ptr(), dkeys.mutable_data_ptr(),
+                                           dvalues.mutable_data_ptr()});
   }
   return {dquery, dkeys, dvalues};
 }
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad
 }  // namespace
 }  // namespace attn
 
-STABLE_TORCH_LIBRARY_IMPL(attn_kernels, CPU, m) {
-  m.impl("dot_attention.cpu", TORCH_BOX(&attn::attention));
-  m.impl("dot_attention_backward.cpu", TORCH_BOX(&attn::attention_backward));
+STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
+  m.impl(ATTN_OVERLOAD("dot_attention"), TORCH_BOX(&attn::attention));
+  m.impl(ATTN_OVERLOAD("dot_attention_backward"), TORCH_BOX(&attn::attention_backward));
 }

@@ -1,7 +1,7 @@
 // Dot-product attention on the CPU: scores = scale * query . keys, softmax, context. Raw pointers and sizes, no torch.
 #pragma once
 
-#include "cpu/types.h"
+#include "types.h"
 
 namespace attn {
 

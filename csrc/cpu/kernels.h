@@ -1,20 +1,9 @@
 // The CPU kernels by SIMD level, and the choice among them at run time.
 #pragma once
 
-#include "../additive_attention.h"
-#include "../dot_attention.h"
+#include "../kernels.h"
 
 namespace attn {
-
-struct Kernels {
-  void (*additive_prepare)(const AdditivePrepare&);
-  void (*additive_scores)(const AdditiveScoresForward&);
-  void (*additive_scores_backward)(const AdditiveScoresBackward&);
-  void (*additive_attention)(const AdditiveAttentionForward&);
-  void (*additive_attention_backward)(const AdditiveAttentionBackward&);
-  void (*dot_attention)(const DotAttentionForward&);
-  void (*dot_attention_backward)(const DotAttentionBackward&);
-};
 
 struct Level {
   const char* name;

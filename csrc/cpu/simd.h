@@ -18,7 +18,7 @@
 #include <immintrin.h>  // for what vector extensions cannot say: masked loads and stores, stores past the caches
 #endif
 
-#include "types.h"
+#include "../types.h"
 
 namespace attn {
 namespace ATTN_LEVEL {

@@ -1,0 +1,32 @@
+// One call of an op on the backend that a binding is compiled for: the CPU's, or with ATTN_CUDA that of CUDA devices.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "types.h"
+#if defined(ATTN_CUDA)
+#include "cuda/call.h"
+#else
+#include "cpu/kernels.h"
+
+namespace attn {
+
+using torch::stable::Tensor;
+
+class Call {
+ public:
+  static constexpr bool kOnHost = true;  // whether kernels and bindings share their memory
+  static int32_t device_type() { return aoti_torch_device_type_cpu(); }
+  static int32_t device_index(const Tensor&) { return 0; }
+
+  explicit Call(const Tensor&) {}
+  const Kernels& kernels() const { return *level().kernels; }
+};
+
+}  // namespace attn
+
+#define ATTN_DISPATCH_KEY CPU
+#define ATTN_OVERLOAD(op) op ".cpu"
+#endif

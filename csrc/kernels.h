@@ -1,0 +1,19 @@
+// What a backend computes, as a table: the CPU has one for each SIMD level, CUDA devices have one.
+#pragma once
+
+#include "additive_attention.h"
+#include "dot_attention.h"
+
+namespace attn {
+
+struct Kernels {
+  void (*additive_prepare)(const AdditivePrepare&);
+  void (*additive_scores)(const AdditiveScoresForward&);
+  void (*additive_scores_backward)(const AdditiveScoresBackward&);
+  void (*additive_attention)(const AdditiveAttentionForward&);
+  void (*additive_attention_backward)(const AdditiveAttentionBackward&);
+  void (*dot_attention)(const DotAttentionForward&);
+  void (*dot_attention_backward)(const DotAttentionBackward&);
+};
+
+}  // namespace attn
