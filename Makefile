@@ -22,8 +22,8 @@ SHELL := /bin/bash
 RUN := $(VENV)/bin/python -m
 PIP := $(RUN) pip --disable-pip-version-check
 STAMPS := $(VENV)/.attn_kernels
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
-TEST_SOURCES := $(wildcard tests/cpp/*.cpp)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
 .PHONY: help setup test bench fuzz lint format wheel clean
 

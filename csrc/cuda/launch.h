@@ -1,0 +1,85 @@
+// Launching kernels: on the current stream, with errors as exceptions. And what a call has of its surroundings.
+#pragma once
+
+#include "platform.cuh"
+
+namespace attn {
+namespace cuda {
+
+// The current stream of the current device, a cudaStream_t. runtime.cpp asks PyTorch.
+void* current_stream();
+
+// Memory of the device for this call: valid for all that it launches, on its stream. Not initialised.
+void* scratch_bytes(std::int64_t bytes);
+
+template <typename T>
+T* scratch(std::int64_t n) {
+  return n > 0 ? static_cast<T*>(scratch_bytes(n * static_cast<std::int64_t>(sizeof(T)))) : nullptr;
+}
+
+struct Device {
+  int multiprocessors;
+  int capability;  // 90 for compute capability 9.0
+};
+Device current_device();
+
+struct Grid {
+  std::int64_t blocks;
+  int threads;
+  std::int64_t shared_bytes = 0;
+  int cluster = 1;  // blocks of a cluster
+};
+
+#if defined(ATTN_EMULATED)
+
+inline Device current_device() { return {132, 90}; }
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {
+  if (grid.blocks == 0) return;
+  emulator::launch([&] { kernel(arguments...); }, static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
+                   grid.cluster);
+}
+
+inline void clear(void* memory, std::int64_t bytes) { std::memset(memory, 0, bytes); }
+
+#else
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("attn_kernels: ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {
+  if (grid.blocks == 0) return;
+  if (grid.blocks > 0x7fffffff) throw std::runtime_error("attn_kernels: the call has too many tiles for one grid");
+  if (grid.shared_bytes > 48 * 1024)
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
+        "shared memory");
+  if (grid.cluster > 8)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(current_stream());
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
+}
+
+// On the current stream.
+inline void clear(void* memory, std::int64_t bytes) {
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(current_stream())), "clear");
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace attn

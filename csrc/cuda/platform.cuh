@@ -1,0 +1,205 @@
+// The device as the kernels see it: CUDA, or the emulator of tests/cpp (ATTN_EMULATED), which runs the same kernels on
+// the CPU. No torch here: nvcc alone compiles every .cu file.
+//
+// Host-device functions are also unit-tested as plain C++. Grids are one-dimensional, and shared memory is dynamic.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(ATTN_EMULATED)
+#include "cuda_emulator.h"
+#elif defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#error "for nvcc, or with ATTN_EMULATED for any C++ compiler"
+#endif
+
+#include "../types.h"
+
+#define ATTN_DEVICE __device__ __forceinline__
+#define ATTN_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace attn {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Elements as they lie in memory ---------------------------------------------------------------------------------------
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+// What is computed with.
+template <typename T>
+struct WideOf {
+  using Type = float;
+};
+template <>
+struct WideOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Wide = typename WideOf<T>::Type;
+
+template <typename To, typename From>
+ATTN_HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+ATTN_HOST_DEVICE float widen(float x) { return x; }
+ATTN_HOST_DEVICE double widen(double x) { return x; }
+ATTN_HOST_DEVICE float widen(BFloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+ATTN_HOST_DEVICE float widen(Float16 x) {
+#if defined(ATTN_EMULATED)
+  return static_cast<float>(bit_cast<_Float16>(x.bits));
+#else
+  return __half2float(bit_cast<__half>(x.bits));
+#endif
+}
+
+// Rounds to nearest.
+template <typename T>
+ATTN_HOST_DEVICE T narrow(Wide<T> x);
+template <>
+ATTN_HOST_DEVICE float narrow<float>(float x) {
+  return x;
+}
+template <>
+ATTN_HOST_DEVICE double narrow<double>(double x) {
+  return x;
+}
+template <>
+ATTN_HOST_DEVICE BFloat16 narrow<BFloat16>(float x) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>(bits >> 16 | 0x40)};  // NaN
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <>
+ATTN_HOST_DEVICE Float16 narrow<Float16>(float x) {
+#if defined(ATTN_EMULATED)
+  return {bit_cast<std::uint16_t>(static_cast<_Float16>(x))};
+#else
+  return {bit_cast<std::uint16_t>(__float2half_rn(x))};
+#endif
+}
+
+// 16 bytes of elements.
+template <typename T>
+constexpr int kPer16Bytes = 16 / sizeof(T);
+
+// x[0 .. 16 / sizeof(T)) of an address that 16 divides.
+template <typename T>
+ATTN_DEVICE void load_16_bytes(const T* from, Wide<T>* x) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  T part[kPer16Bytes<T>];
+  memcpy(part, &raw, 16);
+#pragma unroll
+  for (int i = 0; i < kPer16Bytes<T>; ++i) x[i] = widen(part[i]);
+}
+
+// Instructions ---------------------------------------------------------------------------------------------------------
+
+// 1 / x to one unit in the last place, 0 for subnormal results. The division of the language takes several times as long.
+ATTN_HOST_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1.0f / x;
+#endif
+}
+ATTN_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
+
+template <typename T>
+ATTN_DEVICE T warp_sum(T x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// NaN counts as the largest.
+template <typename T>
+ATTN_HOST_DEVICE T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+template <typename T>
+ATTN_DEVICE T warp_largest(T x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+ATTN_DEVICE char* shared_memory() {
+#if defined(ATTN_EMULATED)
+  return emulator::machine().now->shared;
+#else
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+#endif
+}
+
+// Clusters of blocks: compute capability 9.0 and later -----------------------------------------------------------------
+
+// Which block of its cluster this is.
+ATTN_DEVICE int cluster_rank() {
+#if defined(ATTN_EMULATED)
+  return emulator::machine().now->rank;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+
+// A barrier of all threads of a cluster, after which they see each other's shared memory.
+ATTN_DEVICE void cluster_sync() {
+#if defined(ATTN_EMULATED)
+  emulator::wait_for(emulator::Wait::cluster);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// What lies at the address, of this block's shared memory, in that of block `rank` of the cluster.
+ATTN_DEVICE float load_of_rank(const float* address, int rank) {
+#if defined(ATTN_EMULATED)
+  emulator::Machine& m = emulator::machine();
+  const std::int64_t offset = reinterpret_cast<const char*>(address) - m.now->shared;
+  return *reinterpret_cast<const float*>(m.fibers[rank * m.block_size.x].shared + offset);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned remote;
+  const unsigned local = static_cast<unsigned>(__cvta_generic_to_shared(address));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  float x;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(remote) : "memory");
+  return x;
+#else
+  return *address;
+#endif
+}
+
+// The host's side ------------------------------------------------------------------------------------------------------
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace cuda
+}  // namespace attn
