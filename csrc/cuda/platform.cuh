@@ -229,10 +229,8 @@ ATTN_DEVICE float load_of_rank(const float* address, int rank) {
 #endif
 }
 
-// The host's side ------------------------------------------------------------------------------------------------------
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+ATTN_HOST_DEVICE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+ATTN_HOST_DEVICE constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace cuda
 }  // namespace attn
