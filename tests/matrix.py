@@ -17,6 +17,7 @@ from torch import Tensor
 
 import attn_kernels
 from attn_kernels import reference
+from attn_kernels.backends import emulated
 from bench import eager
 
 # Ops ------------------------------------------------------------------------------------------------------------------
@@ -499,7 +500,9 @@ def _first(where: Tensor) -> tuple[int, ...]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether the kernels run in Triton's interpreter: right, and a thousand times slower."""
+    """Whether the kernels of a GPU run on the CPU: right, and a thousand times slower."""
+    if backend == "cuda":
+        return emulated()
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
