@@ -30,7 +30,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for bench.eager, the formulas in eager PyTorch; last, so that an installed package wins
 
 
-
 class _Emulated(importlib.abc.MetaPathFinder):
     """Without a GPU the CUDA kernels run in an emulator, in a module that ``make test`` has put into build/emulated."""
 

@@ -513,5 +513,9 @@ def device_of(backend: str) -> str:
 
 def skip_if_slow(backend: str, case: Case, dtype: torch.dtype) -> None:
     """What takes the interpreter more than seconds: float32 runs most cases there, other dtypes the small ones."""
-    if interpreted(backend) and backend == "triton" and (case.B > 16 or case.pairs > (60_000 if dtype == torch.float32 else 12_000)):
+    if (
+        interpreted(backend)
+        and backend == "triton"
+        and (case.B > 16 or case.pairs > (60_000 if dtype == torch.float32 else 12_000))
+    ):
         pytest.skip("too large for Triton's interpreter")
