@@ -9,6 +9,13 @@ namespace {
 
 constexpr int kRowWarps = 4;  // a row each
 
+template <typename W>
+constexpr W kLowest = std::numeric_limits<W>::lowest();
+
+// Turns of a loop at once: exponentials of doubles take too many registers for it.
+template <typename W>
+constexpr int kAtOnce = sizeof(W) == 8 ? 1 : 4;
+
 // The row (b, i) of a warp; b < 0 beyond the last one.
 struct Row {
   std::int64_t index, b, i;
@@ -35,10 +42,9 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   const W* score = scores + row.index * Tk;
 
   // Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 0 / 0 is NaN, as in eager.
-  constexpr W kLowest = std::numeric_limits<W>::lowest();
-  W top = kLowest;
+  W top = kLowest<W>;
   bool some = false;
-#pragma unroll 4
+#pragma unroll kAtOnce<W>
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) {
       top = larger(top, score[j]);
@@ -47,12 +53,12 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   top = warp_largest(top);
   some = __any_sync(kAllLanes, some);
   W total = 0;
-#pragma unroll 4
+#pragma unroll kAtOnce<W>
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) total += exp(score[j] - top);
   total = warp_sum(total);
   const W inverse = some ? 1 / total : W(0);
-#pragma unroll 4
+#pragma unroll kAtOnce<W>
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W p = 0;
     if (j < length && mask_allows(attended, row.b, row.i, j)) p = exp(score[j] - top) * inverse;
@@ -85,7 +91,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   };
 
   W products = 0, total = 0;
-#pragma unroll 4
+#pragma unroll kAtOnce<W>
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) {
       const W p = widen(p_row[j * alignments.stride[2]]);
@@ -95,7 +101,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   products = warp_sum(products);
   total = warp_sum(total);
   const W mean = products / (total > W(1e-30) ? total : W(1e-30));  // 0 / 0 where nothing is attended
-#pragma unroll 4
+#pragma unroll kAtOnce<W>
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W d = 0;
     if (j < length && mask_allows(attended, row.b, row.i, j))

@@ -89,7 +89,7 @@ ATTN_DEVICE void share_weights(const Weights<T>& weights, const Attended& attend
 
 // Sums over steps: out[b, i, n] = scale * sum over j of weights[b, i, j] * rows[b, j, n] over the attended pairs. A block
 // has the columns of one warp and some of the steps, in turns of its warps.
-constexpr int kSumWarps = 8, kSumSteps = 256, kSumAhead = 4;
+constexpr int kSumWarps = 8, kSumSteps = 256;
 
 template <typename T, int kQ>
 constexpr std::int64_t few_rows_sum_bytes() {
@@ -98,7 +98,7 @@ constexpr std::int64_t few_rows_sum_bytes() {
 }
 
 template <typename T, typename O, int kQ>
-__global__ void __launch_bounds__(kSumWarps* kWarp)
+__global__ void __launch_bounds__(kSumWarps* kWarp, 2)
     few_rows_sum_kernel(std::int64_t B, int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned parts,
                         std::int64_t steps_of_part, Weights<T> weights,
                         Strided<T> rows,  // (B, Tk, N)
@@ -106,8 +106,9 @@ __global__ void __launch_bounds__(kSumWarps* kWarp)
                         O* out) {  // (parts, B, Tq, N) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
-  W* shared_weights = reinterpret_cast<W*>(shared_memory());                           // (kSumSteps, kQ)
-  W* partial = shared_weights + kSumSteps * kQ;                                        // (warps, columns of a warp)
+  constexpr int kAhead = kQ * n >= 64 ? 2 : 4;                // rows on their way, as registers allow
+  W* shared_weights = reinterpret_cast<W*>(shared_memory());  // (kSumSteps, kQ)
+  W* partial = shared_weights + kSumSteps * kQ;               // (warps, columns of a warp)
   unsigned* attending = reinterpret_cast<unsigned*>(partial + kSumWarps * kWarp * n);  // (kSumSteps,)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.x % blocks_n) * (kWarp * n);
@@ -123,17 +124,17 @@ __global__ void __launch_bounds__(kSumWarps* kWarp)
     __syncthreads();
     share_weights<T, kQ>(weights, attended, b, Tq, length, j0, count, shared_weights, attending);
     __syncthreads();
-    for (int x0 = warp; x0 < count; x0 += kSumWarps * kSumAhead) {
-      W row[kSumAhead][n];
+    for (int x0 = warp; x0 < count; x0 += kSumWarps * kAhead) {
+      W row[kAhead][n];
 #pragma unroll
-      for (int ahead = 0; ahead < kSumAhead; ++ahead) {
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
         const int x = x0 + ahead * kSumWarps;
         const bool used = x < count && attending[x] != 0;
         load_units(rows.data + b * rows.stride[0] + (j0 + x) * rows.stride[1], rows.stride[2], rows.in_packs,
                    n0 + lane * n, used ? N : 0, row[ahead]);
       }
 #pragma unroll
-      for (int ahead = 0; ahead < kSumAhead; ++ahead) {
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
         const int x = x0 + ahead * kSumWarps;
         const unsigned bits = x < count ? attending[x] : 0;
         if (bits == 0) continue;

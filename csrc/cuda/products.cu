@@ -44,38 +44,15 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
   Tile tile;
   SliceLoader<Tile, T, Tile::kRows, true> rows(query.of(b), i0, tiling.M);
   SliceLoader<Tile, T, Tile::kColumns, true> columns(keys.of(b), j0, length);
-  sum_slices(tile, rows, columns, A, KeepAll(), KeepAll(), false, [](int, std::int64_t) { return true; });
+  sum_slices(tile, rows, columns, A, Kept(), Kept(), false);
   store_tile(tile, out + (b * tiling.M + i0) * tiling.N + j0, tiling.M - i0, length - j0, tiling.N, scale, in_packs,
              [](int) { return true; });
 }
 
-// Which weights are attended: row r of the tile from m0 on, step x of the sum.
-template <bool kOfSteps>
-struct KeepWeights {
-  const Attended& attended;
-  std::int64_t b, m0, x0;
-  bool some;
-
-  ATTN_DEVICE KeepWeights from(std::int64_t x) const { return {attended, b, m0, x0 + x, some}; }
-  ATTN_DEVICE bool operator()(int r, int x) const {
-    return kOfSteps ? mask_allows(attended, b, x0 + x, m0 + r) : mask_allows(attended, b, m0 + r, x0 + x);
-  }
-};
-
-// Which rows are attended, where the mask is the same for all queries and the sum is over steps.
-struct KeepRows {
-  const Attended& attended;
-  std::int64_t b, x0;
-  bool some;
-
-  ATTN_DEVICE KeepRows from(std::int64_t x) const { return {attended, b, x0 + x, some}; }
-  ATTN_DEVICE bool operator()(int, int x) const { return mask_allows(attended, b, 0, x0 + x); }
-};
-
 // out[b, m, n] = scale * sum over x of weights[b, m, x] * rows[b, x, n] over the attended pairs (m, x). m are queries and
-// x steps, or with kOfSteps m are steps and x queries.
-template <class Tile, typename S, typename T, bool kOfSteps>
-__global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
+// x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked.
+template <class Tile, typename S, typename T, bool kOfSteps, bool kMasked>
+__global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
     weighted_sum_kernel(Tiling tiling, std::int64_t X,
                         Factors<S> weights,  // (B, Tq, Tk)
                         Factors<T> rows,     // (B, X, N)
@@ -85,16 +62,19 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
   const std::int64_t m0 = tiling.tile_m() * Tile::kRows, n0 = tiling.tile_n() * Tile::kColumns;
   const std::int64_t length = attended_steps(attended, b, kOfSteps ? tiling.M : X);
   const std::int64_t M = kOfSteps ? length : tiling.M;
-  const bool masked = attended.mask != nullptr;
   if (!kOfSteps) X = length;
   if (m0 >= M) X = 0;  // zeros
   Tile tile;
   SliceLoader<Tile, S, Tile::kRows, !kOfSteps> left(weights.of(b), m0, M);
   SliceLoader<Tile, T, Tile::kColumns, false> right(rows.of(b), n0, tiling.N);
-  const KeepWeights<kOfSteps> keep_weights{attended, b, m0, 0, masked};
-  const KeepRows keep_rows{attended, b, 0, !kOfSteps && masked && !attended.per_query};
-  sum_slices(tile, left, right, X, keep_weights, keep_rows, attended.per_query,
-             [&](int r, std::int64_t x) { return m0 + r < M && keep_weights.from(x)(r, 0); });
+  Kept kept_weights, kept_rows;
+  if (kMasked) {
+    const std::int64_t* stride = attended.mask_stride;
+    const unsigned char* mask = reinterpret_cast<const unsigned char*>(attended.mask) + b * stride[0];
+    kept_weights = {mask + m0 * stride[kOfSteps ? 2 : 1], stride[kOfSteps ? 2 : 1], stride[kOfSteps ? 1 : 2]};
+    if (!kOfSteps && !attended.per_query) kept_rows = {mask, 0, stride[2]};
+  }
+  sum_slices(tile, left, right, X, kept_weights, kept_rows, kMasked && attended.per_query);
   // A sum over queries has weights of 0 where a step is padding for all of them, but 0 * NaN is NaN.
   store_tile(
       tile, out + (b * tiling.M + m0) * tiling.N + n0, tiling.M - m0, tiling.N - n0, tiling.N, scale, in_packs,
@@ -136,12 +116,14 @@ void with_product_tile(std::int64_t B, std::int64_t M, std::int64_t N, const F& 
                  SimtTile<T, 8, 8>>(B, M, N, f);
 }
 
-template <typename T, class F>
+template <typename T, bool kMasked, class F>
 void with_sum_tile(std::int64_t B, std::int64_t M, std::int64_t N, const F& f) {
   if constexpr (sizeof(T) == 8)
     f(Type<SimtTile<T, 4, 4>>());
   else if constexpr (sizeof(T) == 2)
     with_fastest<MmaTile<T, 1>, MmaTile<T, 2>>(B, M, N, f);
+  else if constexpr (kMasked)
+    with_fastest<SimtTile<T, 4, 8>, SimtTile<T, 5, 8>>(B, M, N, f);
   else
     with_fastest<SimtTile<T, 2, 4>, SimtTile<T, 4, 8>, SimtTile<T, 5, 8>, SimtTile<T, 7, 8>, SimtTile<T, 8, 8>>(B, M, N,
                                                                                                                 f);
@@ -171,27 +153,35 @@ void launch_product(const Product& op) {
          stores_in_packs(out, op.Tk), out);
 }
 
-template <class Tile, typename S, typename T, bool kOfSteps>
+template <class Tile, typename S, typename T, bool kOfSteps, bool kMasked>
 void launch_weighted_sum(const WeightedSum& op) {
   const Tiling tiling = tiling_of<Tile>(kOfSteps ? op.Tk : op.Tq, op.N);
   T* out = static_cast<T*>(op.out);
   using Weights = SliceLoader<Tile, S, Tile::kRows, !kOfSteps>;
   using Rows = SliceLoader<Tile, T, Tile::kColumns, false>;
-  launch(weighted_sum_kernel<Tile, S, T, kOfSteps>,
+  launch(weighted_sum_kernel<Tile, S, T, kOfSteps, kMasked>,
          Grid{op.B * tiling.tiles_m * tiling.tiles_n, kTileThreads, tile_shared_bytes<Weights, Rows>()}, tiling,
          kOfSteps ? op.Tq : op.Tk, factors<S>(op.weights, kOfSteps ? 2 : 1), factors<T>(op.rows, 2), op.attended,
          static_cast<Wide<T>>(op.scale), stores_in_packs(out, op.N), out);
 }
 
-template <typename S, typename T>
+template <typename S, typename T, bool kMasked>
 void sum_of(const WeightedSum& op) {
-  with_sum_tile<T>(op.B, op.of_steps ? op.Tk : op.Tq, op.N, [&](auto tile) {
+  with_sum_tile<T, kMasked>(op.B, op.of_steps ? op.Tk : op.Tq, op.N, [&](auto tile) {
     using Tile = typename decltype(tile)::type;
     if (op.of_steps)
-      launch_weighted_sum<Tile, S, T, true>(op);
+      launch_weighted_sum<Tile, S, T, true, kMasked>(op);
     else
-      launch_weighted_sum<Tile, S, T, false>(op);
+      launch_weighted_sum<Tile, S, T, false, kMasked>(op);
   });
+}
+
+template <typename S, typename T>
+void sum_of(const WeightedSum& op) {
+  if (op.attended.mask != nullptr)
+    sum_of<S, T, true>(op);
+  else
+    sum_of<S, T, false>(op);
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ struct SimtTile {
   using Stored = W;
   using Sum = W;
   static constexpr int kRows = 8 * kM, kColumns = 16 * kN, kSlice = 16;
-  static constexpr int kBlocks = kM * kN >= 40 ? 3 : 4;      // of a multiprocessor: what registers allow
-  static constexpr int kCost = kM * kN + 2 * (kM + kN) + 8;  // of a step of the sum, in issue slots
+  static constexpr int kBlocks = kM * kN >= 40 || sizeof(W) == 8 ? 3 : 4;  // of a multiprocessor: what registers allow
+  static constexpr int kCost = kM * kN + 2 * (kM + kN) + 8;                // of a step of the sum, in issue slots
   static constexpr int kMost = kPer16Bytes<W>;
 
   W sum[kM][kN];

@@ -29,6 +29,16 @@ ATTN_DEVICE void convert(Float16 from, Float16& to) { to = from; }
 ATTN_DEVICE void convert(float from, BFloat16& to) { to = narrow<BFloat16>(from); }
 ATTN_DEVICE void convert(float from, Float16& to) { to = narrow<Float16>(from); }
 
+// Which elements (r, x) of a factor are no padding; without data all of them.
+struct Kept {
+  const unsigned char* data = nullptr;
+  std::int64_t stride_r = 0, stride_x = 0;
+
+  ATTN_DEVICE bool at(std::int64_t r, std::int64_t x) const { return data[r * stride_r + x * stride_x] != 0; }
+};
+
+constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
 // What a thread holds of a slice (kR, Tile::kSlice) of a factor, between memory and shared memory. Neighbouring threads
 // read along x if kAlongX, else along r: the axis with unit stride, if the caller's array is contiguous.
 template <class Tile, typename S, int kR, bool kAlongX>
@@ -36,46 +46,50 @@ struct SliceLoader {
   using Stored = typename Tile::Stored;
   using Layout = typename Tile::template Layout<kR, kAlongX>;
   static constexpr int kPack = kPer16Bytes<Stored>;
-  static constexpr int kPacks = kR * Tile::kSlice / kPack;
-  static constexpr int kEach = (kPacks + kTileThreads - 1) / kTileThreads;  // packs of a thread
+  // Threads that read side by side, the lines that all threads read at once, and how often they do.
+  static constexpr int kLine = kAlongX ? Tile::kSlice / kPack : power_of_two(kR) / kPack;
+  static constexpr int kLines = kTileThreads / kLine;
+  static constexpr int kEach = ((kAlongX ? kR : Tile::kSlice) + kLines - 1) / kLines;
 
-  const S* from[kEach];
-  std::int64_t step, stride_x;  // from element to element of a pack; from step to step of the sum
-  int r_end;                    // rows of the slice that exist
+  const S* from;
+  std::int64_t step, stride_x, next;  // from element to element of a pack, from step to step, from pack to pack
+  int r_end;                          // rows of the slice that exist
   bool in_packs;
   Stored packs[kEach][kPack];
 
-  ATTN_DEVICE static int pack_of(int k) { return static_cast<int>(threadIdx.x) + k * kTileThreads; }
-  ATTN_DEVICE static bool exists(int k) { return kPacks % kTileThreads == 0 || pack_of(k) < kPacks; }
   ATTN_DEVICE static int r_of(int k) {
-    return kAlongX ? pack_of(k) / (Tile::kSlice / kPack) : pack_of(k) % (kR / kPack) * kPack;
+    return kAlongX ? static_cast<int>(threadIdx.x) / kLine + k * kLines : static_cast<int>(threadIdx.x) % kLine * kPack;
   }
   ATTN_DEVICE static int x_of(int k) {
-    return kAlongX ? pack_of(k) % (Tile::kSlice / kPack) * kPack : pack_of(k) / (kR / kPack);
+    return kAlongX ? static_cast<int>(threadIdx.x) % kLine * kPack : static_cast<int>(threadIdx.x) / kLine + k * kLines;
+  }
+  // Whether the slice has the pack; known while compiling for most.
+  ATTN_DEVICE static bool exists(int k) {
+    return (kAlongX ? kR % kLines == 0 || (k + 1) * kLines <= kR : kLine * kPack == kR) || r_of(k) < kR;
   }
 
   // Rows from r0 on, of R.
   ATTN_DEVICE SliceLoader(const Factor<S>& factor, std::int64_t r0, std::int64_t R)
-      : step(kAlongX ? factor.stride_x : factor.stride_r), stride_x(factor.stride_x), in_packs(factor.in_packs) {
-    r_end = static_cast<int>(R - r0 < kR ? R - r0 : kR);
-#pragma unroll
-    for (int k = 0; k < kEach; ++k)
-      from[k] = factor.data + (r0 + r_of(k)) * factor.stride_r + x_of(k) * factor.stride_x;
-  }
+      : from(factor.data + (r0 + r_of(0)) * factor.stride_r + x_of(0) * factor.stride_x),
+        step(kAlongX ? factor.stride_x : factor.stride_r),
+        stride_x(factor.stride_x),
+        next((kAlongX ? factor.stride_r : factor.stride_x) * kLines),
+        r_end(static_cast<int>(R - r0 < kR ? R - r0 : kR)),
+        in_packs(factor.in_packs) {}
 
-  // The next slice, of which x_end steps exist. keep(r, x) says what is not padding, if keep.some is.
-  template <class Keep>
-  ATTN_DEVICE void load(int x_end, const Keep& keep) {
+  // The next slice, of which x_end steps exist, from step x0 on; zeros for what is not kept.
+  ATTN_DEVICE void load(std::int64_t x0, int x_end, const Kept& kept) {
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       if (!exists(k)) continue;
       const int r = r_of(k), x = x_of(k);
+      const S* at = from + k * next;
       const bool whole = kAlongX ? r < r_end && x + kPack <= x_end : r + kPack <= r_end && x < x_end;
       if (in_packs && whole) {
         constexpr int n = kPer16Bytes<S>;
 #pragma unroll
         for (int part = 0; part < kPack; part += n) {
-          const Pack<S, n> raw = *reinterpret_cast<const Pack<S, n>*>(from[k] + part);
+          const Pack<S, n> raw = *reinterpret_cast<const Pack<S, n>*>(at + part);
 #pragma unroll
           for (int e = 0; e < n; ++e) convert(raw.x[e], packs[k][part + e]);
         }
@@ -83,19 +97,18 @@ struct SliceLoader {
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
           packs[k][e] = Stored{};
-          if (kAlongX ? r < r_end && x + e < x_end : r + e < r_end && x < x_end)
-            convert(from[k][e * step], packs[k][e]);
+          if (kAlongX ? r < r_end && x + e < x_end : r + e < r_end && x < x_end) convert(at[e * step], packs[k][e]);
         }
       }
-      if (keep.some) {
+      if (kept.data != nullptr) {
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
           const int re = kAlongX ? r : r + e, xe = kAlongX ? x + e : x;
-          if (re < r_end && xe < x_end && !keep(re, xe)) packs[k][e] = Stored{};
+          if (re < r_end && xe < x_end && !kept.at(re, x0 + xe)) packs[k][e] = Stored{};
         }
       }
-      from[k] += Tile::kSlice * stride_x;
     }
+    from += Tile::kSlice * stride_x;
   }
 
   ATTN_DEVICE void put(Stored* shared) const {
@@ -116,25 +129,17 @@ struct SliceLoader {
   }
 };
 
-// What there is to keep of a factor; from(x0) is the same seen from step x0.
-struct KeepAll {
-  static constexpr bool some = false;
-  ATTN_DEVICE KeepAll from(std::int64_t) const { return {}; }
-  ATTN_DEVICE bool operator()(int, int) const { return true; }
-};
-
 template <class A, class B>
 constexpr std::int64_t tile_shared_bytes() {
   return 2 * (A::Layout::kSize + B::Layout::kSize) * static_cast<std::int64_t>(sizeof(typename A::Stored)) +
          2 * kTileWarps * static_cast<std::int64_t>(sizeof(unsigned));
 }
 
-// tile.sum += the sum over x < X of a * b. keep_a(r, x) and keep_b(r, x) name what is not padding, r within the tile and
-// x absolute. With by_pair, a row of b may be padding for one row of a and not for another, as pair(r, x) tells: slices of
-// b that hold NaN or Inf are then multiplied pair by pair, because 0 * NaN is NaN.
-template <class Tile, class A, class B, class KeepA, class KeepB, class Pair>
-ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const KeepA& keep_a, const KeepB& keep_b,
-                            bool by_pair, const Pair& pair) {
+// tile.sum += the sum over x < X of a * b. With by_pair a row of b may be padding for one row of a and not for another:
+// slices of b that hold NaN or Inf are then multiplied pair by pair, because 0 * NaN is NaN.
+template <class Tile, class A, class B>
+ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& kept_a, const Kept& kept_b,
+                            bool by_pair) {
   using Stored = typename Tile::Stored;
   using Sum = typename Tile::Sum;
   Stored* shared_a = reinterpret_cast<Stored*>(shared_memory());                     // (2, A::Layout::kSize)
@@ -143,8 +148,8 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const KeepA&
 
   const auto load = [&](std::int64_t x0) {
     const int x_end = static_cast<int>(X - x0 < Tile::kSlice ? X - x0 : Tile::kSlice);
-    a.load(x_end, keep_a.from(x0));
-    b.load(x_end, keep_b.from(x0));
+    a.load(x0, x_end, kept_a);
+    b.load(x0, x_end, kept_b);
   };
   const auto put = [&](int half) {
     a.put(shared_a + half * A::Layout::kSize);
@@ -176,7 +181,7 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const KeepA&
         tile.each_row([&](auto rows, int i, int r) {
 #pragma unroll
           for (int e = 0; e < decltype(rows)::value; ++e) {
-            if (!pair(r + e, x0 + x)) continue;
+            if (r + e >= a.r_end || !kept_a.at(r + e, x0 + x)) continue;
             const Sum weight = widen(A::Layout::get(slice_a, r + e, x));
             tile.each_column([&](auto columns, int j, int c) {
 #pragma unroll
