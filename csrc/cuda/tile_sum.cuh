@@ -63,9 +63,10 @@ struct SliceLoader {
   ATTN_DEVICE static int x_of(int k) {
     return kAlongX ? static_cast<int>(threadIdx.x) % kLine * kPack : static_cast<int>(threadIdx.x) / kLine + k * kLines;
   }
-  // Whether the slice has the pack; known while compiling for most.
+  // Whether the slice has the pack: some threads have none where lines do not come out even.
   ATTN_DEVICE static bool exists(int k) {
-    return (kAlongX ? kR % kLines == 0 || (k + 1) * kLines <= kR : kLine * kPack == kR) || r_of(k) < kR;
+    constexpr bool even = (kAlongX ? kR : Tile::kSlice) % kLines == 0 && (kAlongX || kLine * kPack == kR);
+    return even || (r_of(k) < kR && x_of(k) < Tile::kSlice);
   }
 
   // Rows from r0 on, of R.
