@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) total += exp(score[j] - top);
   total = warp_sum(total);
-  const W inverse = some ? 1 / total : W(0);
+  const W inverse = some ? reciprocal(total) : W(0);
 #pragma unroll kAtOnce<W>
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W p = 0;
