@@ -359,7 +359,9 @@ void check_all(const Case& c, bool every = false) {
 }
 
 void report(const char* group) {
-  static clock_t t=0; printf("%.1f s ", double(clock()-t)/CLOCKS_PER_SEC); t=clock();
+  static clock_t t = 0;
+  printf("%.1f s ", double(clock() - t) / CLOCKS_PER_SEC);
+  t = clock();
   std::printf("%s: %d checks\n", group, checks);
   std::fflush(stdout);
   checks = 0;
