@@ -12,9 +12,9 @@ constexpr int kRowWarps = 4;  // a row each
 template <typename W>
 constexpr W kLowest = std::numeric_limits<W>::lowest();
 
-// Turns of a loop at once: exponentials of doubles take too many registers for it.
+// Turns of a loop at once, as registers allow.
 template <typename W>
-constexpr int kAtOnce = sizeof(W) == 8 ? 1 : 4;
+constexpr int kAtOnce = sizeof(W) == 8 ? 1 : 2;
 
 // The row (b, i) of a warp; b < 0 beyond the last one.
 struct Row {
