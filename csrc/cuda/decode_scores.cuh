@@ -152,6 +152,12 @@ ATTN_DEVICE void load_four(const float* from, float* x) {
   x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 
+ATTN_DEVICE void add_four(const float* x, float* to, bool add) {
+  float old[4] = {};
+  if (add) load_four(to, old);
+  *reinterpret_cast<float4*>(to) = float4{x[0] + old[0], x[1] + old[1], x[2] + old[2], x[3] + old[3]};
+}
+
 // weights[i * NQ + q] for step i of the block: its scores, where not attended anything.
 template <class F, int NQ>
 struct Scorer {
