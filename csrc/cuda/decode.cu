@@ -58,6 +58,7 @@ struct Block {
       int* place = this->place();
       place[0] = b, place[1] = rank, place[2] = length;
       place[3] = first, place[4] = part < length - first ? part : length - first;
+      place[7] = p.splits;
     }
     sync(4);
   }
@@ -301,7 +302,7 @@ struct Block {
       __syncthreads();
       if (p.alignments != nullptr) write_alignments();
     }
-    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = p.splits;
+    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = place()[7];
     for (int i = (warp * splits + rank) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
       const int q = i / n, c = i % n;
       W sum = 0;
@@ -413,7 +414,7 @@ Shared shared_of(int64_t beginning, int64_t capacity) {
   take(&s.stats, 2 * NQ * sizeof(W));
   take(&s.factors, kMostClustered * NQ * sizeof(W));
   take(&s.guards, 2 * kWarps * sizeof(float));
-  take(&s.place, 7 * sizeof(int));
+  take(&s.place, 8 * sizeof(int));
   take(&s.list, capacity * sizeof(int));
   take(&s.attends, capacity);
   take(&s.left, capacity);
