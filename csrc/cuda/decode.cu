@@ -26,6 +26,17 @@ ATTN_DEVICE bool allows(const Attended& a, int64_t b, int64_t i, int64_t j) {
          a.mask[b * a.mask_stride[0] + (a.per_query ? i * a.mask_stride[1] : 0) + j * a.mask_stride[2]];
 }
 
+// threadIdx.x, read anew, so that nothing made of it is kept in registers over the inner loops.
+ATTN_DEVICE int this_thread() {
+#if defined(__CUDA_ARCH__)
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // One block: see above.
 template <class F, int NQ>
 struct Block {
@@ -47,6 +58,7 @@ struct Block {
       int* place = this->place();
       place[0] = b, place[1] = rank, place[2] = length;
       place[3] = first, place[4] = part < length - first ? part : length - first;
+      place[7] = p.splits;
     }
     sync(4);
   }
@@ -172,7 +184,7 @@ struct Block {
       stats()[q] = largest;
       stats()[NQ + q] = sum;
       if (p.splits > 1 && !p.cluster) {
-        W* to = static_cast<W*>(p.stats) + (static_cast<int64_t>(b) * p.splits + rank) * 2 * p.Tq + q;
+        W* to = static_cast<W*>(p.stats) + static_cast<int64_t>(blockIdx.x) * 2 * p.Tq + q;
         to[0] = largest;
         to[p.Tq] = sum;
       }
@@ -181,7 +193,7 @@ struct Block {
 
   // contexts = weights @ values of the part, columns d .. d + columns.n.
   ATTN_DEVICE void sum_values(int64_t d) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
     const int groups = kWarps / p.columns.warps, group = warp / p.columns.warps;
     const int first = warp % p.columns.warps * kWarp * kEach;
     const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n);
@@ -199,9 +211,16 @@ struct Block {
         for (int q = 0; q < NQ; ++q) {
           W* to = contexts() + q * p.columns.n + first;
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) {
-            W& sum = to[F::kVector ? lane * kEach + j : j * kWarp + lane];
-            sum = g == 0 ? sums[q * kEach + j] : sum + sums[q * kEach + j];
+          for (int j = 0; j < kEach; j += 4) {
+            if constexpr (F::kVector) {
+              add_four(sums + q * kEach + j, to + lane * kEach + j, g > 0);
+            } else {
+#pragma unroll
+              for (int i = j; i < j + 4 && i < kEach; ++i) {
+                W* sum = to + i * kWarp + lane;
+                *sum = g > 0 ? *sum + sums[q * kEach + i] : sums[q * kEach + i];
+              }
+            }
           }
         }
       }
@@ -209,6 +228,16 @@ struct Block {
     }
   }
 
+  ATTN_DEVICE void load_weights(int i, W* weight) const {
+#pragma unroll
+    for (int q = 0; q < NQ; q += 4)
+      if constexpr (sizeof(W) == 4 && NQ % 4 == 0)
+        load_four(weights() + i * NQ + q, weight + q);
+      else
+        for (int r = q; r < q + 4 && r < NQ; ++r) weight[r] = weights()[i * NQ + r];
+  }
+
+  // weights @ values of the steps of a group of warps, for the columns of this lane.
   template <bool kMixed>
   ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
     // Steps on their way at a time, as far as registers go.
@@ -227,14 +256,14 @@ struct Block {
       for (int r = 0; r < kRows; ++r) {
         const int at = i + r * groups < steps.n ? i + r * groups : i;
         const unsigned bits = kMixed ? attending()[at] : 0;
-        W x[kEach];
+        W x[kEach], weight[NQ];
         widen_16_bytes<T>(raw[r], x);
+        load_weights(at, weight);
 #pragma unroll
         for (int q = 0; q < NQ; ++q) {
-          const W weight = weights()[at * NQ + q];
           const bool selected = !kMixed || (bits >> q & 1);
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) sums[q * kEach + j] += weight * (selected ? x[j] : W(0));
+          for (int j = 0; j < kEach; ++j) sums[q * kEach + j] += weight[q] * (selected ? x[j] : W(0));
         }
       }
     }
@@ -244,7 +273,6 @@ struct Block {
   template <class Part>
   ATTN_DEVICE SoftmaxPart<W> whole(const Part& part) const {
     SoftmaxPart<W> all{-W(INFINITY), 0};
-#pragma unroll 1
 #pragma unroll 1
     for (int r = threadIdx.x % kWarp; r < p.splits; r += kWarp) all = merge(all, part(r));
 #pragma unroll 1
@@ -263,7 +291,7 @@ struct Block {
 
   // Columns d .. d + columns.n of the context, and with the first of them the alignments. Blocks share the p.columns.
   ATTN_DEVICE void combine_shared(int64_t d) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
     if (p.cluster) cluster_sync();
     if (d == 0) {
       if (warp < p.Tq) {
@@ -274,7 +302,7 @@ struct Block {
       __syncthreads();
       if (p.alignments != nullptr) write_alignments();
     }
-    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = p.splits;
+    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = place()[7];
     for (int i = (warp * splits + rank) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
       const int q = i / n, c = i % n;
       W sum = 0;
@@ -303,7 +331,7 @@ struct Block {
     const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n);
 #pragma unroll 1
     for (int q = 0; q < p.Tq; ++q) {
-      W* to = static_cast<W*>(p.partial) + ((static_cast<int64_t>(b) * p.splits + rank) * p.Tq + q) * p.D + d;
+      W* to = static_cast<W*>(p.partial) + (static_cast<int64_t>(blockIdx.x) * p.Tq + q) * p.D + d;
 #pragma unroll 1
       for (int c = threadIdx.x; c < n; c += kThreads) to[c] = contexts()[q * p.columns.n + c];
     }
@@ -386,7 +414,7 @@ Shared shared_of(int64_t beginning, int64_t capacity) {
   take(&s.stats, 2 * NQ * sizeof(W));
   take(&s.factors, kMostClustered * NQ * sizeof(W));
   take(&s.guards, 2 * kWarps * sizeof(float));
-  take(&s.place, 7 * sizeof(int));
+  take(&s.place, 8 * sizeof(int));
   take(&s.list, capacity * sizeof(int));
   take(&s.attends, capacity);
   take(&s.left, capacity);

@@ -18,7 +18,7 @@ struct Shared {
   int stats;    // (2, NQ), of W: SoftmaxPart
   int factors;  // (kMostClustered, NQ), of W: what turns weights of each block into alignments
   int guards;   // (2, kWarps) float
-  int place;    // 7 int: what a block knows from the start, attended steps, whether it is the last of its sentence
+  int place;    // 8 int: what a block knows from the start, attended steps, whether it is the last of its sentence
   int list;     // (capacity) int, with a mask: offsets of the attended steps from the first
   int attends;  // (capacity) bytes, with a mask: a bit for each query
   int left;     // (capacity) bytes: steps that are left for the plain way
@@ -152,6 +152,12 @@ ATTN_DEVICE void load_four(const float* from, float* x) {
   x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 
+ATTN_DEVICE void add_four(const float* x, float* to, bool add) {
+  float old[4] = {};
+  if (add) load_four(to, old);
+  *reinterpret_cast<float4*>(to) = float4{x[0] + old[0], x[1] + old[1], x[2] + old[2], x[3] + old[3]};
+}
+
 // weights[i * NQ + q] for step i of the block: its scores, where not attended anything.
 template <class F, int NQ>
 struct Scorer {
@@ -196,7 +202,7 @@ struct Scorer {
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
         uint4 next[kRows * kLoads];
         const Rows<F, Key> rows(F::kPrepared ? p.prepared : p.keys, b, steps.first, unit);
-        if (warp * kRows < steps.n) fetch(rows, next, warp * kRows, 0);
+        if (steps.n > 0) fetch(rows, next, warp * kRows, 0);
         if (unit > 0) __syncthreads();
         stage();
         __syncthreads();
@@ -218,13 +224,13 @@ struct Scorer {
     } while (kStaged && unit < p.A);
   }
 
-  // Of step i and the kRows - 1 after it, kLoads loads from unit c of the block on.
+  // Of step i and the kRows - 1 after it, kLoads loads from unit c of the block on. Nothing beyond the last step.
   ATTN_DEVICE void fetch(const Rows<F, Key>& rows, uint4* raw, int i, int c) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = steps.offset(i + r < steps.n ? i + r : steps.n - 1);
 #pragma unroll
-      for (int l = 0; l < kLoads; ++l) raw[r * kLoads + l] = rows.load(row, c + l * kUnits, units);
+      for (int l = 0; l < kLoads; ++l) raw[r * kLoads + l] = rows.load(row, c + l * kUnits, i < steps.n ? units : 0);
     }
   }
 
@@ -296,7 +302,7 @@ struct Scorer {
       for (int l = 0; l < kRows * kLoads; ++l) now[l] = next[l];
       const bool more = c + kLoads * kUnits < padded;
       const int j = more ? i : i + kWarps * kRows;
-      if (j < steps.n) fetch(rows, next, j, more ? c + kLoads * kUnits : 0);
+      fetch(rows, next, j, more ? c + kLoads * kUnits : 0);
 #pragma unroll
       for (int l = 0; l < kLoads; ++l)
         if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, top);
