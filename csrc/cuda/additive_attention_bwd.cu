@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
   const int64_t first_unit = blockIdx.x % tiles_a * kBlockUnits;
   const int64_t part = blockIdx.x / tiles_a, part_k = part % a.tile.parts_k;
   const int64_t part_q = part / a.tile.parts_k % a.tile.parts_q, b = part / (a.tile.parts_k * a.tile.parts_q);
-  const int64_t length = row_length(a.attended, b, op.Tk);
+  const int64_t length = attended_steps(a.attended, b, op.Tk);
   const int64_t begin = part_k * a.tile.steps, part_end = begin + a.tile.steps < op.Tk ? begin + a.tile.steps : op.Tk;
   const int64_t end = part_end < length ? part_end : length;
   const int64_t q0 = part_q * a.tile.queries + warp_q * kQ;  // of this warp
