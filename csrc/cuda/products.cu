@@ -18,7 +18,7 @@ struct Tiling {
   ATTN_DEVICE std::int64_t tile_n() const { return blockIdx.x % tiles_n; }
 };
 
-// a: (B, M, X), b: (B, N, X) in whatever order of axes; strides of the batch apart.
+// A factor of each sentence's product, `batch` elements apart.
 template <typename S>
 struct Factors {
   Factor<S> first;
