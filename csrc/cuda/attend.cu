@@ -43,21 +43,16 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
 
   // Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 0 / 0 is NaN, as in eager.
   W top = kLowest<W>;
-  bool some = false;
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
-    if (mask_allows(attended, row.b, row.i, j)) {
-      top = larger(top, score[j]);
-      some = true;
-    }
+    if (mask_allows(attended, row.b, row.i, j)) top = larger(top, score[j]);
   top = warp_largest(top);
-  some = __any_sync(kAllLanes, some);
   W total = 0;
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) total += exp(score[j] - top);
   total = warp_sum(total);
-  const W inverse = some ? reciprocal(total) : W(0);
+  const W inverse = reciprocal(total);  // of 0 where nothing is attended, and then nothing is multiplied by it
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W p = 0;

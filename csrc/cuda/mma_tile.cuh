@@ -40,8 +40,8 @@ ATTN_DEVICE void load_matrices(const void* row, unsigned (&part)[4]) {
 #endif
 }
 
-// sum (16, 8) += a (16, 16) @ b (16, 8), spread over a warp as mma.m16n8k16 wants it. Of lane l, with g = l / 4 and
-// t = 2 * (l % 4): sum[0], sum[1] are (g, t) and (g, t + 1), sum[2], sum[3] the same of row g + 8; a[0] holds (g, t) and
+// sum (16, 8) += a (16, 16) @ b (16, 8), spread over a warp as mma.m16n8k16 wants it. Of lane l, with g = l / 4 and t =
+// 2 * (l % 4): sum[0], sum[1] are (g, t) and (g, t + 1), sum[2], sum[3] the same of row g + 8; a[0] holds (g, t) and
 // (g, t + 1), a[1] those of row g + 8, a[2], a[3] those eight columns on; b[0] holds (t, g) and (t + 1, g), b[1] those
 // eight rows on.
 template <typename T>

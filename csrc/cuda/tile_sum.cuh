@@ -1,8 +1,9 @@
-// Batched matrix products in tiles: sum[m, n] += a[m, x] * b[n, x] over x, a slice of x at a time through shared memory.
+// Batched matrix products in tiles: sum[m, n] += a[m, x] * b[n, x] over x, a slice of x at a time through shared
+// memory.
 //
 // While a slice is multiplied the next one is on its way from memory into registers, and goes from there into the other
-// half of shared memory; so there is one barrier for each slice. How a tile is multiplied is its own business:
-// SimtTile and MmaTile have the same interface.
+// half of shared memory; so there is one barrier for each slice. How a tile is multiplied is its own business: SimtTile
+// and MmaTile have the same interface.
 #pragma once
 
 #include <type_traits>

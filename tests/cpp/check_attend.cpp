@@ -1,5 +1,5 @@
-// attend, softmax_backward, product and weighted_sum of csrc/cuda in the emulator, against loops over single elements in
-// double. Padding holds NaN and Inf, and so does scratch memory; outputs lie between guards. Prints a line for each
+// attend, softmax_backward, product and weighted_sum of csrc/cuda in the emulator, against loops over single elements
+// in double. Padding holds NaN and Inf, and so does scratch memory; outputs lie between guards. Prints a line for each
 // group of checks, or the first mismatch.
 #include <cmath>
 #include <cstdio>
@@ -37,7 +37,7 @@ using namespace attn::cuda;
 const double kNaN = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
 const double kPoison[] = {kNaN, kInf, -kInf, 6e4};  // the last one for sums that multiply by zero
 
-// Random numbers -------------------------------------------------------------------------------------------------------
+// Random numbers ------------------------------------------------------------------------------------------------------
 
 std::uint64_t state = 88172645463325252ull;
 
@@ -48,7 +48,7 @@ std::uint64_t random_bits() {
 int random_below(int n) { return static_cast<int>(random_bits() % n); }
 double random_value() { return (random_bits() % 20001 - 10000.0) / 5000.0; }
 
-// Dtypes ---------------------------------------------------------------------------------------------------------------
+// Dtypes --------------------------------------------------------------------------------------------------------------
 
 constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
 const char* name_of(Dtype dtype) {
@@ -80,7 +80,7 @@ void set(void* data, Dtype dtype, std::int64_t i, double x) {
   if (dtype == Dtype::float16) static_cast<Float16*>(data)[i] = narrow<Float16>(static_cast<float>(x));
 }
 
-// Inputs ---------------------------------------------------------------------------------------------------------------
+// Inputs --------------------------------------------------------------------------------------------------------------
 
 enum Layout { contiguous, time_major, columns, sliced, misaligned, expanded, repeated, scalar, kLayouts };
 
@@ -171,7 +171,7 @@ struct Pairs {
   }
 };
 
-// Results --------------------------------------------------------------------------------------------------------------
+// Results -------------------------------------------------------------------------------------------------------------
 
 std::string now;  // what is checked
 long compared = 0;
@@ -247,7 +247,7 @@ struct Sum {
   }
 };
 
-// Checks ---------------------------------------------------------------------------------------------------------------
+// Checks --------------------------------------------------------------------------------------------------------------
 
 void check_product(const Case& c, Dtype dtype, Layout query_layout, Layout keys_layout) {
   const Pairs pairs(c);
