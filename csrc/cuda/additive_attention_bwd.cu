@@ -1,0 +1,338 @@
+// The gradients of the scores of additive attention: of query, keys, v and bias. Hidden units are computed again.
+//
+// With E = e^{2q} e^{2k}, r = 1 / (1 + E), ds the gradient of a score: p = ds r, g = p - p r = ds (1 - tanh^2) / 4.
+// dquery and dkeys are sums of g times 4 v, dv is the sum of ds tanh = ds - 2 p, dbias the sum of dquery: seven
+// instructions for a pair and unit, one of them a special function.
+//
+// A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
+// registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
+// that have the queries. No atomics: what crosses blocks is written apart and added in order.
+#include "kernels.h"
+#include "launch.h"
+#include "pair.cuh"
+#include "rows.cuh"
+#include "sum_parts.cuh"
+
+namespace attn {
+namespace cuda {
+namespace {
+
+constexpr int kSteps = 16;     // of a warp in a chunk
+constexpr int kLaneUnits = 2;  // of a lane
+constexpr int kBlockUnits = kLaneUnits * kWarp;
+constexpr int kMostWarps = 8;
+
+// How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
+struct BackwardTile {
+  int warps_q, warps_k;
+  int64_t parts_q, parts_k, queries, steps;  // of a part: queries, and steps, a multiple of a chunk
+};
+
+template <typename W>
+struct Backward {
+  AdditiveScores op;
+  Attended attended;
+  BackwardTile tile;
+  const W* dscores;  // (B, Tq, Tk) contiguous, 0 where not attended
+  void* dquery;      // (parts_k, B, Tq, A) contiguous
+  void* dkeys;       // (parts_q, B, Tk, A) contiguous
+  Dtype dquery_dtype, dkeys_dtype;
+  W* dunits;  // (B, parts_q, parts_k, 2, A): parts of dv and dbias
+};
+
+// Shared memory of a block.
+template <typename W>
+struct Chunk {
+  int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
+  W* dscores;         // [step][query]
+  W* e;               // [step][unit]: e^{2k}
+  W* dkeys;           // [warp_q][step][unit]: sums of g; in the end also sums of other things of each warp
+  W* dquery;          // [warp][query][unit]: sums of g
+  int* outside;       // [step]: whether a |k| is out of the range of the factored form
+
+  ATTN_DEVICE Chunk(const BackwardTile& tile, int queries)
+      : rows(kSteps * tile.warps_k), columns(padded(tile, queries)) {
+    dscores = reinterpret_cast<W*>(shared_memory());
+    e = dscores + rows * columns;
+    dkeys = e + rows * kBlockUnits;
+    dquery = dkeys + tile.warps_q * rows * kBlockUnits;
+    outside = reinterpret_cast<int*>(dquery + tile.warps_q * tile.warps_k * queries * kBlockUnits);
+  }
+  ATTN_HOST_DEVICE static int padded(const BackwardTile& tile, int queries) { return tile.warps_q * queries + 4; }
+  static int64_t bytes(const BackwardTile& tile, int queries) {
+    const int64_t rows = kSteps * tile.warps_k, warps = tile.warps_q * tile.warps_k;
+    const int64_t units = rows + tile.warps_q * rows + warps * queries;
+    return (rows * padded(tile, queries) + units * kBlockUnits) * int64_t(sizeof(W)) + rows * int64_t(sizeof(int));
+  }
+};
+
+// sum_g times 4 v. Where nothing was attended, which sums to 0, it stays 0 even for a v of NaN.
+template <typename W>
+ATTN_DEVICE W times_4v(W sum_g, W v) {
+  return sum_g == 0 ? W(0) : sum_g * (4 * v);
+}
+
+// ds[0 .. kQ) from shared memory, four at a time where they are that many.
+template <int kQ, typename W>
+ATTN_DEVICE void load_queries(const W* from, W* ds) {
+  if constexpr (kQ % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kQ; i += kPer16Bytes<W>) load_16_bytes(from + i, ds + i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kQ; ++i) ds[i] = from[i];
+  }
+}
+
+template <typename W, int kQ>
+__global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) scores_backward_kernel(Backward<W> a) {
+  constexpr bool kFactored = sizeof(W) == 4;
+  const AdditiveScores& op = a.op;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int warp_q = warp % a.tile.warps_q, warp_k = warp / a.tile.warps_q;
+  const int64_t tiles_a = (op.A + kBlockUnits - 1) / kBlockUnits;
+  const int64_t first_unit = blockIdx.x % tiles_a * kBlockUnits;
+  const int64_t part = blockIdx.x / tiles_a, part_k = part % a.tile.parts_k;
+  const int64_t part_q = part / a.tile.parts_k % a.tile.parts_q, b = part / (a.tile.parts_k * a.tile.parts_q);
+  const int64_t length = row_length(a.attended, b, op.Tk);
+  const int64_t begin = part_k * a.tile.steps, part_end = begin + a.tile.steps < op.Tk ? begin + a.tile.steps : op.Tk;
+  const int64_t end = part_end < length ? part_end : length;
+  const int64_t q0 = part_q * a.tile.queries + warp_q * kQ;  // of this warp
+  const Chunk<W> s(a.tile, kQ);
+
+  auto of_query = [&](int64_t i, int n) -> W {
+    const int64_t u = first_unit + n * kWarp + lane;
+    if (i >= op.Tq || u >= op.A) return 0;
+    W x = element<W>(op.query.data, op.query.dtype,
+                     b * op.query.stride[0] + i * op.query.stride[1] + u * op.query.stride[2]);
+    if (op.bias.data != nullptr) x += element<W>(op.bias.data, op.bias.dtype, u * op.bias.stride[2]);
+    return x;
+  };
+  auto of_key = [&](int64_t j, int n) -> W {
+    const int64_t u = first_unit + n * kWarp + lane;
+    if (j >= end || u >= op.A) return 0;
+    return element<W>(op.keys.data, op.keys.dtype,
+                      b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
+  };
+
+  W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits], sum_p[kLaneUnits], sum_ds = 0;
+  bool outside = !kFactored;
+#pragma unroll
+  for (int n = 0; n < kLaneUnits; ++n) {
+    sum_p[n] = 0;
+#pragma unroll
+    for (int i = 0; i < kQ; ++i) {
+      dq[i][n] = eq[i][n] = 0;
+      if constexpr (kFactored) {
+        const float x = of_query(q0 + i, n);
+        outside = outside || !(fabsf(x) <= kSingleReach);
+        eq[i][n] = exp2x(x);
+      }
+    }
+  }
+  outside = __any_sync(kAllLanes, outside);
+  W* mine = s.dquery + warp * kQ * kBlockUnits + lane;  // [query][one of the lane's units]
+  for (int m = 0; m < kQ * kLaneUnits; ++m) mine[m * kWarp] = 0;
+
+  for (int64_t j0 = begin; j0 < end; j0 += s.rows) {
+    // A chunk of the steps into shared memory.
+    for (int row = warp; row < s.rows; row += warps) {
+      bool row_outside = false;
+#pragma unroll
+      for (int n = 0; n < kLaneUnits; ++n) {
+        if constexpr (kFactored) {
+          const float x = of_key(j0 + row, n);
+          row_outside = row_outside || !(fabsf(x) <= kSingleReach);
+          s.e[row * kBlockUnits + n * kWarp + lane] = exp2x(x);
+        }
+      }
+      row_outside = __any_sync(kAllLanes, row_outside);
+      if (lane == 0) s.outside[row] = row_outside;
+    }
+    const int queries = a.tile.warps_q * kQ;
+    for (int n = threadIdx.x; n < s.rows * queries; n += blockDim.x) {
+      const int row = n % s.rows, column = n / s.rows;
+      const int64_t i = part_q * a.tile.queries + column, j = j0 + row;
+      const W ds = i < op.Tq && j < end ? a.dscores[(b * op.Tq + i) * op.Tk + j] : W(0);
+      s.dscores[row * s.columns + column] = ds;
+      sum_ds += ds;
+    }
+    __syncthreads();
+
+    const int last = end - j0 < (warp_k + 1) * kSteps ? int(end - j0) : (warp_k + 1) * kSteps;
+    W chunk_p[kLaneUnits] = {};
+    const int first = warp_k * kSteps;
+    if (kFactored && !__any_sync(kAllLanes, outside || s.outside[first + lane % kSteps])) {
+#pragma unroll 1
+      for (int row = first; row < last; ++row) {
+        W ds[kQ], k[kLaneUnits], dk[kLaneUnits] = {};
+        load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
+#pragma unroll
+        for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
+#pragma unroll
+        for (int i = 0; i < kQ; ++i)
+#pragma unroll
+          for (int n = 0; n < kLaneUnits; ++n) {
+            const W r = reciprocal(1 + eq[i][n] * k[n]), p = ds[i] * r, g = p - p * r;
+            dq[i][n] += g;
+            dk[n] += g;
+            chunk_p[n] += p;
+          }
+#pragma unroll
+        for (int n = 0; n < kLaneUnits; ++n) s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n];
+      }
+    } else {  // without the factors; what is not attended may be NaN
+      for (int row = first; row < last; ++row)
+#pragma unroll
+        for (int n = 0; n < kLaneUnits; ++n) {
+          W dk = 0;
+#pragma unroll 1
+          for (int i = 0; i < kQ; ++i) {
+            const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
+            if (ds == 0) continue;
+            const W r = reciprocal(1 + exp(2 * (of_query(q0 + i, n) + of_key(j0 + row, n))));
+            const W p = ds * r, g = p - p * r;
+            mine[(i * kLaneUnits + n) * kWarp] += g;
+            dk += g;
+            chunk_p[n] += p;
+          }
+          s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kLaneUnits; ++n) sum_p[n] += chunk_p[n];
+    __syncthreads();
+
+    for (int n = threadIdx.x; n < s.rows * kBlockUnits; n += blockDim.x) {
+      const int64_t j = j0 + n / kBlockUnits, u = first_unit + n % kBlockUnits;
+      if (j >= end || u >= op.A) continue;
+      W sum = 0;
+      for (int w = 0; w < a.tile.warps_q; ++w) sum += s.dkeys[w * s.rows * kBlockUnits + n];
+      const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
+      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_4v(sum, v));
+    }
+  }
+  for (int64_t j = (begin > length ? begin : length) + warp; j < part_end; j += warps)
+#pragma unroll
+    for (int n = 0; n < kLaneUnits; ++n) {
+      const int64_t u = first_unit + n * kWarp + lane;
+      if (u < op.A) store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, W(0));
+    }
+
+  // Sums over the warps: one value for each unit of the block, from the warps for which `counts`.
+  auto over_warps = [&](const W* mine, auto counts, auto use) {
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kLaneUnits; ++n) s.dkeys[warp * kBlockUnits + n * kWarp + lane] = mine[n];
+    __syncthreads();
+    for (int n = threadIdx.x; n < kBlockUnits; n += blockDim.x) {
+      W sum = 0;
+      for (int w = 0; w < warps; ++w)
+        if (counts(w)) sum += s.dkeys[w * kBlockUnits + n];
+      use(n, sum);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kQ; ++i)
+#pragma unroll
+    for (int n = 0; n < kLaneUnits; ++n) mine[(i * kLaneUnits + n) * kWarp] += dq[i][n];
+  __syncthreads();
+  W all_dq[kLaneUnits] = {};
+  if (warp_k == 0) {
+#pragma unroll
+    for (int n = 0; n < kLaneUnits; ++n) {
+      const int64_t u = first_unit + n * kWarp + lane;
+      if (u >= op.A) continue;
+      const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
+      for (int i = 0; i < kQ && q0 + i < op.Tq; ++i) {
+        W sum = 0;
+        for (int w = 0; w < a.tile.warps_k; ++w) sum += mine[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
+        const W gradient = times_4v(sum, v);
+        all_dq[n] += gradient;
+        store_element(a.dquery, a.dquery_dtype, ((part_k * op.B + b) * op.Tq + q0 + i) * op.A + u, gradient);
+      }
+    }
+  }
+  W* dunits = a.dunits + part * 2 * op.A;
+  over_warps(
+      all_dq, [&](int w) { return w < a.tile.warps_q; },
+      [&](int n, W sum) {
+        if (first_unit + n < op.A) dunits[op.A + first_unit + n] = sum;
+      });
+  // sum_ds of the block: the same for all of its units.
+  sum_ds = warp_sum(sum_ds);
+  __syncthreads();
+  if (lane == 0) s.dscores[warp] = sum_ds;
+  __syncthreads();
+  sum_ds = 0;
+  for (int w = 0; w < warps; ++w) sum_ds += s.dscores[w];
+  over_warps(
+      sum_p, [](int) { return true; },
+      [&](int n, W sum) {
+        if (first_unit + n < op.A) dunits[first_unit + n] = sum_ds - 2 * sum;
+      });
+}
+
+// The cut that pads the queries least, and with enough blocks to fill the device.
+BackwardTile choose_tile(const AdditiveScores& op, int queries) {
+  BackwardTile tile{};
+  tile.parts_q = ceil_div(op.Tq, int64_t(queries) * kMostWarps);
+  tile.warps_q = static_cast<int>(ceil_div(ceil_div(op.Tq, tile.parts_q), queries));
+  tile.queries = int64_t(tile.warps_q) * queries;
+  tile.parts_q = ceil_div(op.Tq, tile.queries);
+  const int64_t chunks = ceil_div(op.Tk, kSteps);
+  tile.warps_k = static_cast<int>(kMostWarps / tile.warps_q < chunks ? kMostWarps / tile.warps_q : chunks);
+  if (tile.warps_k > 4) tile.warps_k = 4;
+  const int64_t steps = int64_t(kSteps) * tile.warps_k;
+  const int64_t blocks = op.B * ceil_div(op.A, kBlockUnits) * tile.parts_q;
+  int64_t parts = ceil_div(2 * current_device().multiprocessors, blocks);
+  if (parts > ceil_div(op.Tk, steps)) parts = ceil_div(op.Tk, steps);
+  tile.steps = round_up(ceil_div(op.Tk, parts), steps);
+  tile.parts_k = ceil_div(op.Tk, tile.steps);
+  return tile;
+}
+
+template <typename W, int kQ>
+void launch_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery, void* dkeys,
+                     void* dv, void* dbias) {
+  const Dtype dtype = op.query.dtype, wide = sizeof(W) == 8 ? Dtype::float64 : Dtype::float32;
+  Backward<W> a{};
+  a.op = op;
+  a.attended = attended;
+  a.tile = choose_tile(op, kQ);
+  a.dscores = static_cast<const W*>(dscores);
+  const BackwardTile& tile = a.tile;
+  const int64_t n_query = op.B * op.Tq * op.A, n_keys = op.B * op.Tk * op.A;
+  const int64_t parts = op.B * tile.parts_q * tile.parts_k;
+  a.dquery_dtype = tile.parts_k > 1 ? wide : dtype;
+  a.dkeys_dtype = tile.parts_q > 1 ? wide : dtype;
+  a.dquery = tile.parts_k > 1 ? scratch<W>(tile.parts_k * n_query) : dquery;
+  a.dkeys = tile.parts_q > 1 ? scratch<W>(tile.parts_q * n_keys) : dkeys;
+  a.dunits = scratch<W>(parts * 2 * op.A);
+  launch(scores_backward_kernel<W, kQ>,
+         {parts * ceil_div(op.A, kBlockUnits), tile.warps_q * tile.warps_k * kWarp, Chunk<W>::bytes(tile, kQ)}, a);
+  if (tile.parts_k > 1) sum_parts(static_cast<W*>(a.dquery), tile.parts_k, n_query, dquery, n_query, nullptr, dtype);
+  if (tile.parts_q > 1) sum_parts(static_cast<W*>(a.dkeys), tile.parts_q, n_keys, dkeys, n_keys, nullptr, dtype);
+  // Without a bias, the second half of the columns of each part is left out.
+  sum_parts(a.dunits, parts, 2 * op.A, dv, op.A, dbias, dtype);
+}
+
+}  // namespace
+
+void additive_scores_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery,
+                              void* dkeys, void* dv, void* dbias) {
+  if (op.A == 0) return;
+  auto run = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };
+  if (op.query.dtype == Dtype::float64)
+    return run(op.Tq == 1 ? launch_backward<double, 1> : launch_backward<double, 4>);
+  if (op.Tq == 1) return run(launch_backward<float, 1>);
+  if (op.Tq <= 4) return run(launch_backward<float, 4>);
+  // A step costs a warp about as much as 1.5 queries besides the queries themselves.
+  auto cost = [&](int queries) { return double(ceil_div(op.Tq, queries)) * (queries + 1.5); };
+  const double eight = cost(8), twelve = cost(12), sixteen = cost(16);
+  if (eight < twelve && eight < sixteen) return run(launch_backward<float, 8>);
+  run(twelve < sixteen ? launch_backward<float, 12> : launch_backward<float, 16>);
+}
+
+}  // namespace cuda
+}  // namespace attn

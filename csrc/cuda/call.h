@@ -1,0 +1,47 @@
+// One call of an op on a CUDA device: makes its device the current one and owns what the kernels need besides their
+// arguments. With ATTN_EMULATED the "device" is the CPU.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <vector>
+
+#include "../kernels.h"
+
+namespace attn {
+
+using torch::stable::Tensor;
+
+class Call {
+ public:
+  static constexpr bool kOnHost = false;
+  static int32_t device_type();
+  static int32_t device_index(const Tensor& like);
+
+  explicit Call(const Tensor& like);
+  ~Call();
+  Call(const Call&) = delete;
+  const Kernels& kernels() const;
+
+  // Memory that is freed with the call; what runs on its stream before may still use it then.
+  void* scratch(int64_t bytes);
+  static Call& current();
+
+  const int32_t device;
+
+ private:
+#if !defined(ATTN_EMULATED)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  Call* const outer_;
+  std::vector<Tensor> scratch_;
+};
+
+}  // namespace attn
+
+#if defined(ATTN_EMULATED)
+#define ATTN_DISPATCH_KEY CPU
+#else
+#define ATTN_DISPATCH_KEY CUDA
+#endif
+#define ATTN_OVERLOAD(op) op ".cuda"

@@ -1,0 +1,472 @@
+// Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once.
+//
+// A block has a sentence, or a part of its steps, and all queries: scores of its steps (decode_scores.cuh), softmax
+// within the part, context of the part. Parts are put together by their largest scores and sums, in a fixed order: by
+// the blocks of a cluster, which read each other's shared memory, or by whichever block of the sentence comes last.
+#include "decode.h"
+#include "decode_scores.cuh"
+
+namespace attn {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kMostClustered = 16;  // blocks of a cluster
+
+ATTN_DEVICE int64_t length_of(const Attended& a, int64_t b, int64_t steps) {
+  if (a.lengths == nullptr) return steps;
+  const int64_t i = b * a.lengths_stride;
+  const int64_t n =
+      a.lengths_are_64 ? static_cast<const int64_t*>(a.lengths)[i] : static_cast<const int32_t*>(a.lengths)[i];
+  return n < 0 ? 0 : n < steps ? n : steps;
+}
+
+ATTN_DEVICE bool allows(const Attended& a, int64_t b, int64_t i, int64_t j) {
+  return a.mask == nullptr ||
+         a.mask[b * a.mask_stride[0] + (a.per_query ? i * a.mask_stride[1] : 0) + j * a.mask_stride[2]];
+}
+
+// How a block divides D: columns of a pass, over `warps` warps, of which kWarps / warps groups share the steps.
+template <typename T>
+struct Columns {
+  int warps, n;
+
+  __host__ __device__ explicit Columns(int64_t D) {
+    constexpr int kEach = kWarp * kPer16Bytes<T>, kMost = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
+    warps = D >= kMost * kEach ? kMost : D <= kEach ? 1 : static_cast<int>((D + kEach - 1) / kEach);
+    n = warps * kEach;
+  }
+};
+
+// Shared memory of a block: offsets in bytes. First, in turn, what the scores stage and the contexts of the part.
+template <typename W, int NQ>
+struct Shared {
+  int64_t weights, stats, factors, guards, list, attends, bytes;
+
+  __host__ __device__ Shared(int64_t staged_bytes, int capacity) {
+    weights = staged_bytes;                                                 // (capacity, NQ) W
+    stats = weights + (capacity * NQ * int64_t(sizeof(W)) + 15) / 16 * 16;  // (2, NQ) W
+    factors = stats + 2 * NQ * sizeof(W);                // (kMostClustered, NQ) W; the last block: (2, NQ)
+    guards = factors + kMostClustered * NQ * sizeof(W);  // (2, kWarps) float
+    list = guards + 2 * kWarps * 4;                      // (1 + capacity) int: how many, and which
+    attends = list + (1 + capacity) * 4;                 // (capacity) bytes: a bit for each query
+    bytes = attends + capacity;
+  }
+};
+
+// One block: see above.
+template <class F, int NQ>
+struct Block {
+  using T = typename F::T;
+  using W = Wide<T>;
+  static constexpr int kEach = kPer16Bytes<T>;
+
+  const FewQueries& p;
+  const Shared<W, NQ> shared{p.staged_bytes, p.capacity};
+  const Columns<T> columns{p.D};
+  int64_t b, rank, length;
+  Steps steps;
+  bool mixed = false;  // whether a step may be attended by some queries only
+
+  ATTN_DEVICE explicit Block(const FewQueries& p) : p(p) {
+    b = blockIdx.x / p.splits;
+    rank = blockIdx.x % p.splits;
+    length = length_of(p.attended, b, p.Tk);
+    const int64_t part = (length + p.splits - 1) / p.splits, first = rank * part;
+    steps = {first, static_cast<int>(first >= length ? 0 : first + part < length ? part : length - first), nullptr};
+  }
+
+  ATTN_DEVICE float* staged() const { return reinterpret_cast<float*>(shared_memory()); }
+  ATTN_DEVICE W* contexts() const { return reinterpret_cast<W*>(shared_memory()); }  // (NQ, columns.n)
+  ATTN_DEVICE W* weights() const { return reinterpret_cast<W*>(shared_memory() + shared.weights); }
+  ATTN_DEVICE W* stats() const { return reinterpret_cast<W*>(shared_memory() + shared.stats); }
+  ATTN_DEVICE W* factors() const { return reinterpret_cast<W*>(shared_memory() + shared.factors); }
+  ATTN_DEVICE int* list() const { return reinterpret_cast<int*>(shared_memory() + shared.list); }
+  ATTN_DEVICE unsigned char* attending() const {
+    return reinterpret_cast<unsigned char*>(shared_memory() + shared.attends);
+  }
+  ATTN_DEVICE bool attends(int q, int i) const { return !mixed || (attending()[i] >> q & 1); }
+  ATTN_DEVICE T* alignment(int q, int64_t j) const { return static_cast<T*>(p.alignments) + (b * p.Tq + q) * p.Tk + j; }
+
+  ATTN_DEVICE void run() {
+    fetch_values();
+    if (p.attended.mask != nullptr) list_attended();
+    Scorer<F, NQ>{p, b, steps, staged(), reinterpret_cast<float*>(shared_memory() + shared.guards), weights()}.run();
+    __syncthreads();
+    softmax();
+    __syncthreads();
+    int64_t d = 0;
+    do {
+      sum_values(d);
+      if (p.splits == 1 || p.cluster)
+        combine_shared(d);
+      else
+        write_partial(d);
+      d += columns.n;
+    } while (d < p.D);
+    if (p.splits > 1 && !p.cluster) combine_last();
+  }
+
+  // Values come from memory while scores are computed, as far as they are not too many to be kept till then.
+  ATTN_DEVICE void fetch_values() const {
+    if constexpr (F::kVector) {
+      constexpr int kLine = 128 / sizeof(T);
+      const int lines = static_cast<int>((p.D + kLine - 1) / kLine);
+      int64_t most = int64_t(steps.n) * lines;
+      if (most > 512) most = 512;
+      for (int i = threadIdx.x; i < most; i += kThreads)
+        prefetch(row_of<T>(p.values, b, steps.first + i / lines) + i % lines * kLine);
+    }
+  }
+
+  // The steps that some query attends, in order, with a bit for each query. Zeros as the alignments of the others.
+  ATTN_DEVICE void list_attended() {
+    const int lane = threadIdx.x % kWarp;
+    if (threadIdx.x < kWarp) {
+      int n = 0;
+      for (int first = 0; first < steps.n; first += kWarp) {
+        const int j = first + lane;
+        unsigned bits = 0;
+        if (j < steps.n) {
+#pragma unroll 1
+          for (int q = 0; q < p.Tq; ++q) bits |= unsigned(allows(p.attended, b, q, steps.first + j)) << q;
+        }
+        const unsigned some = __ballot_sync(kAllLanes, bits != 0);
+        if (bits != 0) {
+          int at = n;
+          for (unsigned below = some & ((1u << lane) - 1); below != 0; below &= below - 1) ++at;
+          list()[1 + at] = j;
+          attending()[at] = static_cast<unsigned char>(bits);
+        }
+        for (unsigned rest = some; rest != 0; rest &= rest - 1) ++n;
+      }
+      if (lane == 0) list()[0] = n;
+    }
+    if (p.alignments != nullptr && (p.splits == 1 || p.cluster))
+      for (int q = 0; q < p.Tq; ++q)
+        for (int j = threadIdx.x; j < steps.n; j += kThreads) *alignment(q, steps.first + j) = narrow<T>(W(0));
+    __syncthreads();
+    steps.list = list() + 1;
+    steps.n = list()[0];
+    mixed = p.attended.per_query;
+  }
+
+  // weights: from scores to e^(score - largest), 0 where not attended. A warp for each query.
+  ATTN_DEVICE void softmax() const {
+    const int q = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (q >= NQ) return;
+    W* weight = weights() + q;
+    if (q >= p.Tq) {
+      for (int i = lane; i < steps.n; i += kWarp) weight[i * NQ] = 0;
+      return;
+    }
+    W largest = -W(INFINITY), sum = 0;
+    for (int i = lane; i < steps.n; i += kWarp)
+      if (attends(q, i)) largest = larger(largest, weight[i * NQ]);
+    largest = warp_largest(largest);
+    for (int i = lane; i < steps.n; i += kWarp) {
+      const W x = attends(q, i) ? weight_of(weight[i * NQ], largest) : W(0);
+      weight[i * NQ] = x;
+      sum += x;
+      if (p.weights != nullptr) static_cast<W*>(p.weights)[(b * p.Tq + q) * p.Tk + steps[i]] = x;
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      stats()[q] = largest;
+      stats()[NQ + q] = sum;
+      if (p.splits > 1 && !p.cluster) {
+        W* to = static_cast<W*>(p.stats) + (b * p.splits + rank) * 2 * p.Tq + q;
+        to[0] = largest;
+        to[p.Tq] = sum;
+      }
+    }
+  }
+
+  // contexts = weights @ values of the part, columns d .. d + columns.n.
+  ATTN_DEVICE void sum_values(int64_t d) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int groups = kWarps / columns.warps, group = warp / columns.warps;
+    const int first = warp % columns.warps * kWarp * kEach;
+    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n);
+    W sums[NQ * kEach] = {};
+    if (group < groups) {
+      if (mixed && NQ > 1)
+        sum_rows<true>(sums, d, first, n, group, groups);
+      else
+        sum_rows<false>(sums, d, first, n, group, groups);
+    }
+    for (int g = 0; g < groups; ++g) {
+      if (group == g) {
+#pragma unroll
+        for (int q = 0; q < NQ; ++q) {
+          W* to = contexts() + q * columns.n + first;
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) {
+            W& sum = to[F::kVector ? lane * kEach + j : j * kWarp + lane];
+            sum = g == 0 ? sums[q * kEach + j] : sum + sums[q * kEach + j];
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  template <bool kMixed>
+  ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
+    constexpr int kRows = NQ <= 2 ? 8 : 4;  // on their way at a time
+    const int64_t stride = F::kVector ? 1 : p.values.stride[2];
+    for (int i = group; i < steps.n; i += groups * kRows) {
+      uint4 raw[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int at = i + r * groups;
+        raw[r] = load_lane<F>(row_of<T>(p.values, b, steps[at < steps.n ? at : i]) + d * stride, first,
+                              at < steps.n ? n : 0, stride);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int at = i + r * groups < steps.n ? i + r * groups : i;
+        W x[kEach];
+        widen_16_bytes<T>(raw[r], x);
+#pragma unroll
+        for (int q = 0; q < NQ; ++q) {
+          const W weight = weights()[at * NQ + q];
+          const bool selected = !kMixed || attends(q, at);
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) sums[q * kEach + j] += weight * (selected ? x[j] : W(0));
+        }
+      }
+    }
+  }
+
+  // SoftmaxPart of query q over all blocks: what the lanes of a warp make of those that part(r) gives.
+  template <class Part>
+  ATTN_DEVICE SoftmaxPart<W> whole(const Part& part) const {
+    SoftmaxPart<W> all{-W(INFINITY), 0};
+    for (int64_t r = threadIdx.x % kWarp; r < p.splits; r += kWarp) all = merge(all, part(r));
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2)
+      all = merge(all, SoftmaxPart<W>{__shfl_xor_sync(kAllLanes, all.largest, step),
+                                      __shfl_xor_sync(kAllLanes, all.sum, step)});
+    return all;
+  }
+
+  // From the shared memory of the cluster's blocks, or of this one.
+  ATTN_DEVICE W load_of(const W* address, int64_t r) const {
+    if constexpr (sizeof(W) == 4)
+      if (p.cluster) return load_of_rank(address, static_cast<int>(r));
+    return *address;
+  }
+
+  // Columns d .. d + columns.n of the context, and with the first of them the alignments. Blocks share the columns.
+  ATTN_DEVICE void combine_shared(int64_t d) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (p.cluster) cluster_sync();
+    if (d == 0) {
+      if (warp < p.Tq) {
+        auto part = [&](int64_t r) {
+          return SoftmaxPart<W>{load_of(stats() + warp, r), load_of(stats() + NQ + warp, r)};
+        };
+        const SoftmaxPart<W> all = whole(part);
+        if (lane < p.splits) factors()[lane * NQ + warp] = share(part(lane).largest, all.largest) * normaliser(all);
+      }
+      __syncthreads();
+      if (p.alignments != nullptr) write_alignments();
+    }
+    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n), splits = static_cast<int>(p.splits);
+    for (int i = (warp * splits + static_cast<int>(rank)) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
+      const int q = i / n, c = i % n;
+      W sum = 0;
+#pragma unroll 4
+      for (int r = 0; r < splits; ++r) sum += factors()[r * NQ + q] * load_of(contexts() + q * columns.n + c, r);
+      static_cast<T*>(p.context)[(b * p.Tq + q) * p.D + d + c] = narrow<T>(sum);
+    }
+    if (p.cluster)  // until now others read this block's contexts
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  // Of the steps of this block, and of its share of those beyond the length.
+  ATTN_DEVICE void write_alignments() const {
+    for (int q = 0; q < p.Tq; ++q) {
+      const W factor = factors()[rank * NQ + q];
+      for (int i = threadIdx.x; i < steps.n; i += kThreads)
+        *alignment(q, steps[i]) = narrow<T>(attends(q, i) ? weights()[i * NQ + q] * factor : W(0));
+      for (int64_t j = length + rank * kThreads + threadIdx.x; j < p.Tk; j += p.splits * kThreads)
+        *alignment(q, j) = narrow<T>(W(0));
+    }
+  }
+
+  ATTN_DEVICE void write_partial(int64_t d) const {
+    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n);
+    for (int q = 0; q < p.Tq; ++q) {
+      W* to = static_cast<W*>(p.partial) + ((b * p.splits + rank) * p.Tq + q) * p.D + d;
+      for (int c = threadIdx.x; c < n; c += kThreads) to[c] = contexts()[q * columns.n + c];
+    }
+    __syncthreads();
+  }
+
+  // If this is the last block of its sentence: context and alignments of all blocks.
+  ATTN_DEVICE void combine_last() const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) list()[0] = atomicAdd(p.finished + b, 1u) == p.splits - 1;
+    __syncthreads();
+    if (!list()[0]) return;
+    __threadfence();
+    const W* stats = static_cast<const W*>(p.stats) + b * p.splits * 2 * p.Tq;
+    W *largest = factors(), *normalisers = factors() + NQ;
+    if (warp < p.Tq) {
+      const SoftmaxPart<W> all = whole(
+          [&](int64_t r) { return SoftmaxPart<W>{stats[r * 2 * p.Tq + warp], stats[(r * 2 + 1) * p.Tq + warp]}; });
+      if (lane == 0) largest[warp] = all.largest, normalisers[warp] = normaliser(all);
+    }
+    __syncthreads();
+    const W* partial = static_cast<const W*>(p.partial) + b * p.splits * p.Tq * p.D;
+    for (int64_t i = threadIdx.x; i < p.Tq * p.D; i += kThreads) {
+      const int64_t q = i / p.D;
+      W sum = 0;
+#pragma unroll 8
+      for (int64_t r = 0; r < p.splits; ++r)
+        sum += share(stats[r * 2 * p.Tq + q], largest[q]) * partial[r * p.Tq * p.D + i];
+      static_cast<T*>(p.context)[b * p.Tq * p.D + i] = narrow<T>(sum * normalisers[q]);
+    }
+    if (p.alignments == nullptr) return;
+    const int64_t part = (length + p.splits - 1) / p.splits;
+    for (int q = 0; q < p.Tq; ++q) {
+      const W* weight = static_cast<const W*>(p.weights) + (b * p.Tq + q) * p.Tk;
+      for (int64_t j = threadIdx.x; j < p.Tk; j += kThreads) {
+        W x = 0;
+        if (j < length && allows(p.attended, b, q, j))
+          x = weight[j] * (share(stats[j / part * 2 * p.Tq + q], largest[q]) * normalisers[q]);
+        *alignment(q, j) = narrow<T>(x);
+      }
+    }
+  }
+};
+
+template <class F, int NQ>
+__global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(FewQueries p) {
+  Block<F, NQ>(p).run();
+}
+
+// The host's side ------------------------------------------------------------------------------------------------------
+
+constexpr int kCapacity = 1024;  // steps of a block, for shared memory
+constexpr int kLeastSteps = 8;   // of a block, below which a further split is not worth it
+
+bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
+  const int64_t each = 16 / item;
+  return reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0 && a.stride[0] % each == 0 && a.stride[1] % each == 0 &&
+         (a.stride[2] == 1 || n <= 1) && n % each == 0;
+}
+
+template <class F, int NQ>
+void run(FewQueries p, int64_t B) {
+  using T = typename F::T;
+  using W = Wide<T>;
+  p.capacity = static_cast<int>(ceil_div(p.Tk, p.splits));
+  const int64_t context_bytes = NQ * Columns<T>(p.D).n * sizeof(W), staged_bytes = Scorer<F, NQ>::bytes(p.A);
+  p.staged_bytes = round_up(context_bytes > staged_bytes ? context_bytes : staged_bytes, 16);
+  const int64_t bytes = Shared<W, NQ>(p.staged_bytes, p.capacity).bytes;
+  if (p.splits > 1 && !p.cluster) {
+    p.stats = scratch<W>(B * p.splits * 2 * p.Tq);
+    p.partial = scratch<W>(B * p.splits * p.Tq * p.D);
+    if (p.alignments != nullptr) p.weights = scratch<W>(B * p.Tq * p.Tk);
+    p.finished = scratch<unsigned>(B);
+    clear(p.finished, B * sizeof(unsigned));
+  }
+  launch(few_queries_kernel<F, NQ>, Grid{B * p.splits, kThreads, bytes, p.cluster ? static_cast<int>(p.splits) : 1}, p);
+}
+
+template <class F>
+void run_queries(const FewQueries& p, int64_t B) {
+  if (p.Tq == 1) return run<F, 1>(p, B);
+  if constexpr (F::kVector) {
+    if (p.Tq <= 2) return run<F, 2>(p, B);
+    if (p.Tq <= 4) return run<F, 4>(p, B);
+  }
+  run<F, 8>(p, B);
+}
+
+// Prepared keys are for the fast way only: the raw ones always do.
+template <bool kAdditive, typename T>
+void run_form(FewQueries p, int64_t B) {
+  if constexpr (sizeof(T) <= 4) {
+    if (rows_by_16_bytes(p.values, p.D, sizeof(T))) {
+      using Prepared = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+      if constexpr (kAdditive)
+        if (p.prepared.data != nullptr && rows_by_16_bytes(p.prepared, 0, sizeof(Prepared)))
+          return run_queries<Form<true, T, Prepared, true, true>>(p, B);
+      if (rows_by_16_bytes(p.keys, p.A, sizeof(T))) return run_queries<Form<kAdditive, T, T, false, true>>(p, B);
+    }
+  }
+  run_queries<Form<kAdditive, T, T, false, false>>(p, B);
+}
+
+template <bool kAdditive, class Op>
+void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
+  if (op.B == 0 || op.Tq == 0) return;
+  p.Tq = static_cast<int>(op.Tq), p.Tk = op.Tk, p.A = op.A, p.D = op.D;
+  p.query = op.query, p.keys = op.keys, p.values = op.values;
+  p.attended = op.attended;
+  p.context = op.context, p.alignments = op.alignments;
+  p.splits = splits.n, p.cluster = splits.cluster && splits.n > 1;
+  switch (op.query.dtype) {
+    case Dtype::float32:
+      return run_form<kAdditive, float>(p, op.B);
+    case Dtype::float64:
+      return run_form<kAdditive, double>(p, op.B);
+    case Dtype::bfloat16:
+      return run_form<kAdditive, BFloat16>(p, op.B);
+    case Dtype::float16:
+      return run_form<kAdditive, Float16>(p, op.B);
+  }
+}
+
+}  // namespace
+
+// About two blocks for each multiprocessor. A cluster shares its work without memory traffic and without clearing a
+// counter first, and so is preferred while that leaves its blocks few steps.
+Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  const int64_t wanted = larger(1, 2 * device.multiprocessors / larger(B, 1)), least = ceil_div(Tk, kCapacity);
+  if (device.capability >= 90 && dtype != Dtype::float64) {
+    // Clusters of more than 8 blocks are only for the large chips.
+    const int64_t most = device.capability < 110 ? 16 : 8;
+    constexpr int64_t kMostSteps = 96;
+    int64_t n = 1;
+    while (n < most && (n < least || (2 * n <= wanted && Tk >= 2 * n * kLeastSteps))) n *= 2;
+    if (n >= least && (2 * n > wanted || ceil_div(Tk, n) <= kMostSteps)) return {n, n > 1};
+  }
+  // The last block reads a context from each of the others: with more of them than about this, that takes longest.
+  int64_t most = 1;
+  while (most * most < 2 * Tk) ++most;
+  return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kLeastSteps)))), false};
+}
+
+void few_queries_attention(const AdditiveAttentionForward& op, const Splits& splits) {
+  FewQueries p = {};
+  p.v = op.v, p.bias = op.bias, p.prepared = op.prepared;
+  run_dtype<true>(op, splits, p);
+}
+
+void few_queries_attention(const DotAttentionForward& op, const Splits& splits) {
+  FewQueries p = {};
+  p.scale = op.scale;
+  run_dtype<false>(op, splits, p);
+}
+
+void few_queries_attention(const AdditiveAttentionForward& op) {
+  few_queries_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+}
+
+void few_queries_attention(const DotAttentionForward& op) {
+  few_queries_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+}
+
+}  // namespace cuda
+}  // namespace attn

@@ -1,0 +1,23 @@
+// How decode.cu divides its work. Tests choose it themselves.
+#pragma once
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace attn {
+namespace cuda {
+
+// Over how many blocks the steps of each sentence are split, and who puts the parts together: a cluster of so many
+// blocks (not for float64; at most 16, a power of two), or whichever block of the sentence comes last.
+struct Splits {
+  int64_t n;
+  bool cluster;
+};
+
+Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype);
+
+void few_queries_attention(const AdditiveAttentionForward& op, const Splits& splits);
+void few_queries_attention(const DotAttentionForward& op, const Splits& splits);
+
+}  // namespace cuda
+}  // namespace attn

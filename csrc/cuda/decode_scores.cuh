@@ -1,0 +1,349 @@
+// Scores of the few queries of a sentence against the steps of a block. Part of decode.cu.
+//
+// A warp takes a few steps at a time, its lanes lie along the hidden units, and all queries share each loaded key. What
+// the queries bring (for additive attention exponentials) is staged in shared memory, in blocks of units, in the order
+// in which lanes read it. While a warp computes with 16 bytes of each of its steps, the next 16 are on their way.
+#pragma once
+
+#include "pair.cuh"
+
+namespace attn {
+namespace cuda {
+
+constexpr int kWarps = 8;
+
+// What a call is, for the kernel.
+struct FewQueries {
+  int Tq;
+  int64_t Tk, A, D;
+  Array3 query;     // (B, Tq, A)
+  Array3 keys;      // (B, Tk, A)
+  Array3 prepared;  // (B, rows, columns) or absent: see PreparedSizes
+  Array3 v, bias;   // (1, 1, A) or absent
+  Array3 values;    // (B, Tk, D)
+  double scale;
+  Attended attended;
+  void* context;     // (B, Tq, D) contiguous
+  void* alignments;  // (B, Tq, Tk) contiguous, or null
+  int64_t splits;    // blocks of a sentence,
+  bool cluster;      // which are a cluster or, otherwise, use what follows
+  int capacity;      // most steps of a block
+  int64_t staged_bytes;
+  void* stats;         // (B, splits, 2, Tq), of W: SoftmaxPart of each block
+  void* partial;       // (B, splits, Tq, D), of W: their contexts
+  void* weights;       // (B, Tq, Tk), of W: e^(score - largest of the block), or null
+  unsigned* finished;  // (B,): how many blocks have
+};
+
+// An instance: additive or dot attention, the elements of the inputs, those of the keys as they are read (T, or those
+// of prepared keys), and whether rows are read by 16 bytes.
+template <bool additive, typename Element, typename KeyElement, bool prepared, bool by_16_bytes>
+struct Form {
+  using T = Element;
+  using Key = KeyElement;
+  static constexpr bool kAdditive = additive, kPrepared = prepared, kVector = by_16_bytes;
+};
+
+// The attended steps of a block: all of first .. first + n, or a list of them.
+struct Steps {
+  int64_t first;
+  int n;
+  const int* list;  // of offsets from first, or null
+
+  ATTN_DEVICE int64_t operator[](int i) const { return first + (list == nullptr ? i : list[i]); }
+};
+
+template <typename T>
+ATTN_DEVICE const T* row_of(const Array3& a, int64_t b, int64_t i) {
+  return static_cast<const T*>(a.data) + b * a.stride[0] + i * a.stride[1];
+}
+
+// Elements 0 .. n of a row, of whichever lane: T there, zeros beyond.
+template <typename T>
+ATTN_DEVICE Wide<T> element_or_zero(const T* row, int64_t i, int64_t n, int64_t stride) {
+  return i < n ? widen(row[i * stride]) : Wide<T>(0);
+}
+
+// 16 bytes of elements for each lane of a warp: elements first .. first + 32 * kPer16Bytes of a row of n, those beyond
+// as zeros. By 16 bytes a lane has neighbours, otherwise it has every 32nd.
+template <class F, typename E>
+ATTN_DEVICE uint4 load_lane(const E* row, int first, int n, int64_t stride) {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (F::kVector) {
+    const int i = first + lane * kPer16Bytes<E>;
+    if (i < n) return *reinterpret_cast<const uint4*>(row + i);
+    return uint4{0, 0, 0, 0};
+  } else {
+    E part[kPer16Bytes<E>];
+#pragma unroll
+    for (int j = 0; j < kPer16Bytes<E>; ++j) {
+      const int i = first + j * kWarp + lane;
+      part[j] = i < n ? row[i * stride] : E{};
+    }
+    return bit_cast<uint4>(part);
+  }
+}
+
+// In which order the units of a block are staged, so that a lane finds what belongs to its elements of load_lane, four
+// at a time, and its neighbours' beside them: the unit at place i.
+template <class F>
+ATTN_DEVICE int unit_at(int i) {
+  constexpr int kEach = kPer16Bytes<typename F::Key>, kAll = kWarp * kEach;
+  const int part = i % kAll / (4 * kWarp), lane = i % (4 * kWarp) / 4, j = 4 * part + i % 4;
+  return i / kAll * kAll + (F::kVector ? lane * kEach + j : j * kWarp + lane);
+}
+
+// x[0] of the lanes 32 / N * i .. : the sum of x[i] of all lanes. N is a power of two. The lanes share the additions.
+template <int N, typename W>
+ATTN_DEVICE W warp_sums(W* x) {
+  const int lane = threadIdx.x % kWarp;
+  int step = kWarp / 2;
+#pragma unroll
+  for (int n = N / 2; n > 0; n /= 2, step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const W sent = upper ? x[i] : x[i + n], kept = upper ? x[i + n] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], step);
+  return x[0];
+}
+
+ATTN_DEVICE void load_four(const float* from, float* x) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+
+// out[i * NQ + q] for step i of the block: scores, where not attended anything.
+template <class F, int NQ>
+struct Scorer {
+  using T = typename F::T;
+  using Key = typename F::Key;
+  using W = Wide<T>;
+  static constexpr bool kStaged = sizeof(T) <= 4;          // float64 takes the plain way
+  static constexpr int kRows = NQ <= 2 ? 2 : 4;            // steps of a warp at a time,
+  static constexpr int kLoads = 4 / kRows;                 // loads of each
+  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;  // of a load of the warp
+  static constexpr int kRowsOfUnits = F::kAdditive ? 2 * NQ + 1 : NQ;
+
+  const FewQueries& p;
+  int64_t b;
+  Steps steps;
+  float* staged;  // (NQ, padded) e^{2(q + bias)}, (NQ, padded) v times that, (padded) v; or (NQ, padded) q
+  float* guards;  // (2, kWarps)
+  W* out;
+
+  int64_t unit = 0;           // where this block of units begins,
+  int units = 0, padded = 0;  // how many it has, and that in whole loads
+  float most = 0, least = 0;  // which largest |k| the factored form is right for
+
+  // Most units of a block of them, and the bytes they take.
+  static constexpr int kMostUnits = 4096 / (NQ < 2 ? 2 : NQ);
+  static int64_t bytes(int64_t A) {
+    if (!kStaged) return 0;
+    const int64_t n = A < kMostUnits ? A : kMostUnits;
+    return kRowsOfUnits * round_up(n > 0 ? n : 1, kUnits) * 4;
+  }
+
+  ATTN_DEVICE void run() {
+    const int warp = threadIdx.x / kWarp;
+    do {
+      if constexpr (kStaged) {
+        units = static_cast<int>(p.A - unit < kMostUnits ? p.A - unit : kMostUnits);
+        padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
+        uint4 next[4];
+        if (warp * kRows < steps.n) fetch(next, warp * kRows, 0);
+        if (unit > 0) __syncthreads();
+        stage();
+        __syncthreads();
+        if (choose()) {
+          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) score_rows(next, i);
+        } else {
+          for (int i = warp; i < steps.n; i += kWarps) score_plainly(i);
+        }
+      } else {
+        units = static_cast<int>(p.A);
+        for (int i = warp; i < steps.n; i += kWarps) score_plainly(i);
+      }
+      unit += kMostUnits;
+    } while (kStaged && unit < p.A);
+  }
+
+  // Of step i and the kRows - 1 after it, kLoads loads from unit c of the block on.
+  ATTN_DEVICE void fetch(uint4* raw, int i, int c) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t step = steps[i + r < steps.n ? i + r : steps.n - 1];
+      const Array3& keys = F::kPrepared ? p.prepared : p.keys;
+      const int64_t stride = F::kVector ? 1 : keys.stride[2];
+      const Key* row = row_of<Key>(keys, b, step) + unit * stride;
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) raw[r * kLoads + l] = load_lane<F>(row, c + l * kUnits, units, stride);
+    }
+  }
+
+  // Each warp stages for one query: all of the block's units, or with the other warps of the query a part of them.
+  ATTN_DEVICE void stage() {
+    constexpr int kEach = kWarps / NQ;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, q = warp / kEach;
+    const T* query = row_of<T>(p.query, b, q < p.Tq ? q : 0) + unit * p.query.stride[2];
+    const int n = q < p.Tq ? units : 0;
+    float top = 0, norm2 = 0;
+    for (int i = warp % kEach * kWarp + lane; i < padded; i += kEach * kWarp) {
+      const int u = unit_at<F>(i);
+      const float x = element_or_zero(query, u, n, p.query.stride[2]);
+      if constexpr (F::kAdditive) {
+        const float v = element_or_zero(static_cast<const T*>(p.v.data), unit + u, unit + units, p.v.stride[2]);
+        float e = exp2x(x), size = fabsf(x);
+        if (p.bias.data != nullptr) {  // a product: the sum would round what keys of the other sign cancel
+          const float shift =
+              element_or_zero(static_cast<const T*>(p.bias.data), unit + u, unit + units, p.bias.stride[2]);
+          e *= exp2x(shift);
+          size += fabsf(shift);
+        }
+        top = larger_magnitude(top, size);
+        staged[q * padded + i] = e;
+        staged[(NQ + q) * padded + i] = e * v;
+        if (q == 0) {
+          staged[2 * NQ * padded + i] = v;
+          norm2 += v * v;
+        }
+      } else {
+        staged[q * padded + i] = x;
+      }
+    }
+    if constexpr (F::kAdditive) {
+      top = warp_largest(top);
+      norm2 = warp_sum(norm2);
+      if (lane == 0) guards[warp] = top, guards[kWarps + warp] = norm2;
+    }
+  }
+
+  // Sets the guards. False if no step can pass them.
+  ATTN_DEVICE bool choose() {
+    if constexpr (!F::kAdditive) return true;
+    constexpr int kEach = kWarps / NQ;
+    float largest = 0, smallest = INFINITY, norm2 = 0;
+#pragma unroll
+    for (int q = 0; q < NQ; ++q) {
+      float top = 0;
+#pragma unroll
+      for (int w = q * kEach; w < (q + 1) * kEach; ++w) top = larger_magnitude(top, guards[w]);
+      if (q < p.Tq) largest = fmaxf(largest, top), smallest = fminf(smallest, top);
+    }
+    for (int w = 0; w < kEach; ++w) norm2 += guards[kWarps + w];
+    most = kSharedReach - largest;
+    least = least_reach<T>(norm2, static_cast<float>(units)) - smallest;
+    return most >= 0 && least <= most;
+  }
+
+  // Scores of step i and those after it. next: the first loads of this warp, afterwards those of its next steps.
+  ATTN_DEVICE void score_rows(uint4* next, int i) {
+    const int lane = threadIdx.x % kWarp;
+    float sums[kRows * NQ] = {}, top[kRows] = {};
+    for (int c = 0; c < padded; c += kLoads * kUnits) {
+      uint4 now[4];
+#pragma unroll
+      for (int l = 0; l < 4; ++l) now[l] = next[l];
+      const bool more = c + kLoads * kUnits < padded;
+      const int j = more ? i : i + kWarps * kRows;
+      if (j < steps.n) fetch(next, j, more ? c + kLoads * kUnits : 0);
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l)
+        if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, top);
+    }
+    unsigned right = (1u << kRows) - 1;  // rows for which the factored form is
+    if constexpr (F::kAdditive) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (F::kPrepared) top[r] = prepared_top(i + r < steps.n ? i + r : steps.n - 1);
+        if (!__all_sync(kAllLanes, top[r] <= most) || !__any_sync(kAllLanes, top[r] >= least)) right &= ~(1u << r);
+      }
+    }
+    const float sum = warp_sums<kRows * NQ>(sums);
+    constexpr int kLanes = kWarp / (kRows * NQ);
+    const int k = lane / kLanes, r = k / NQ;
+    if (lane % kLanes == 0 && i + r < steps.n && (right >> r & 1)) store(i * NQ + k, sum);
+    if (F::kAdditive && right != (1u << kRows) - 1)
+      for (int s = 0; s < kRows && i + s < steps.n; ++s)
+        if (!(right >> s & 1)) score_plainly(i + s);
+  }
+
+  // Adds to the sums (row, query) what a load of each row has, of the units from c on.
+  ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* top) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int part = 0; part < kPer16Bytes<Key> / 4; ++part) {
+      const int at = c + part * 4 * kWarp + lane * 4;
+      float k[kRows][4], v[4];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        widen_four(raw[r * kLoads], static_cast<const Key*>(nullptr), part, k[r]);
+        if constexpr (F::kAdditive && !F::kPrepared) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            top[r] = larger_magnitude(top[r], k[r][j]);
+            k[r][j] = exp2x_of<T>(k[r][j]);
+          }
+        }
+      }
+      if constexpr (F::kAdditive) load_four(staged + 2 * NQ * padded + at, v);
+#pragma unroll
+      for (int q = 0; q < NQ; ++q) {
+        if (NQ > 2 && q >= p.Tq) break;
+        float e[4], ev[4];
+        load_four(staged + q * padded + at, e);
+        if constexpr (F::kAdditive) load_four(staged + (NQ + q) * padded + at, ev);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          float& sum = sums[r * NQ + q];
+#pragma unroll
+          for (int j = 0; j < 4; j += 2) {
+            if constexpr (F::kAdditive)
+              sum = add_two_units(sum, e[j], ev[j], v[j], k[r][j], e[j + 1], ev[j + 1], v[j + 1], k[r][j + 1]);
+            else
+              sum = fmaf(e[j + 1], k[r][j + 1], fmaf(e[j], k[r][j], sum));
+          }
+        }
+      }
+    }
+  }
+
+  ATTN_DEVICE float prepared_top(int i) const {
+    return reinterpret_cast<const float*>(row_of<Key>(p.prepared, b, p.Tk))[steps[i]];
+  }
+
+  // Step i by the formula itself: by tanh, and in the precision of W.
+  ATTN_DEVICE void score_plainly(int i) const {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t query_stride = p.query.stride[2], keys_stride = p.keys.stride[2];
+    const T* query = row_of<T>(p.query, b, 0) + unit * query_stride;
+    const T* key = row_of<T>(p.keys, b, steps[i]) + unit * keys_stride;
+    const T *v = static_cast<const T*>(p.v.data), *bias = static_cast<const T*>(p.bias.data);
+    W sums[NQ] = {};
+    for (int u = lane; u < units; u += kWarp) {
+      const W k = widen(key[u * keys_stride]);
+      const W unit_v = F::kAdditive ? widen(v[(unit + u) * p.v.stride[2]]) : W(0);
+      const W shift = F::kAdditive && bias != nullptr ? widen(bias[(unit + u) * p.bias.stride[2]]) : W(0);
+#pragma unroll
+      for (int q = 0; q < NQ; ++q) {
+        if (q >= p.Tq) break;
+        const W x = widen(query[q * p.query.stride[1] + u * query_stride]);
+        sums[q] += F::kAdditive ? unit_v * tanh_of(x + k + shift) : x * k;
+      }
+    }
+    const W sum = warp_sums<NQ>(sums);
+    if (lane % (kWarp / NQ) == 0) store(i * NQ + lane / (kWarp / NQ), sum);
+  }
+
+  ATTN_DEVICE void store(int at, W sum) const {
+    if constexpr (!F::kAdditive) sum *= static_cast<W>(p.scale);
+    out[at] = unit == 0 ? sum : out[at] + sum;
+  }
+};
+
+}  // namespace cuda
+}  // namespace attn

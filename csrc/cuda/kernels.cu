@@ -1,0 +1,113 @@
+// The table of kernels: each op as a sequence of launches.
+#include "kernels.h"
+#include "launch.h"
+#include "rows.cuh"
+
+namespace attn {
+namespace cuda {
+
+#if !defined(ATTN_EMULATED)
+Device current_device() {
+  constexpr int kMost = 64;
+  static Device known[kMost];
+  int index = 0;
+  check(cudaGetDevice(&index), "device");
+  Device device = index < kMost ? known[index] : Device{};
+  if (device.capability != 0) return device;
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
+  device.capability = 10 * major + minor;
+  if (index < kMost) known[index] = device;  // the same from every thread
+  return device;
+}
+#endif
+
+namespace {
+
+int64_t wide_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
+
+void* scores_scratch(int64_t B, int64_t Tq, int64_t Tk, Dtype dtype) {
+  return scratch_bytes(B * Tq * Tk * wide_size(dtype));
+}
+
+// scores (B, Tq, Tk) as an array of W
+Array3 wide_array(const void* scores, int64_t Tq, int64_t Tk, Dtype dtype) {
+  Array3 a;
+  a.data = scores;
+  a.dtype = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  a.stride[0] = Tq * Tk;
+  a.stride[1] = Tk;
+  a.stride[2] = 1;
+  return a;
+}
+
+template <typename W>
+__global__ void __launch_bounds__(256) widen_kernel(Array3 from, W* to, int64_t Tq, int64_t Tk, int64_t n) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const int64_t b = i / (Tq * Tk), q = i / Tk % Tq, k = i % Tk;
+  to[i] = element<W>(from.data, from.dtype, b * from.stride[0] + q * from.stride[1] + k * from.stride[2]);
+}
+
+void scores_forward(const AdditiveScoresForward& op) { additive_scores(op, Attended{}, op.scores, true); }
+
+void scores_backward(const AdditiveScoresBackward& op) {
+  void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
+  const int64_t n = op.B * op.Tq * op.Tk;
+  const Grid grid{ceil_div(n, 256), 256};
+  if (op.query.dtype == Dtype::float64)
+    launch(widen_kernel<double>, grid, op.grad_scores, static_cast<double*>(dscores), op.Tq, op.Tk, n);
+  else
+    launch(widen_kernel<float>, grid, op.grad_scores, static_cast<float*>(dscores), op.Tq, op.Tk, n);
+  additive_scores_backward(op, Attended{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+}
+
+void additive_forward(const AdditiveAttentionForward& op) {
+  if (op.Tq <= kFewQueries && op.Tk > 0) return few_queries_attention(op);
+  void* scores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
+  if (op.Tk > 0) additive_scores(op, op.attended, scores, false);
+  attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
+}
+
+// dvalues = alignments^T @ grad_context
+template <class Op>
+void values_backward(const Op& op) {
+  if (!op.grad_context) return clear(op.dvalues, op.B * op.Tk * op.D * item_size(op.query.dtype));
+  weighted_sum({op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, 1.0, op.attended, true, op.dvalues});
+}
+
+void additive_backward(const AdditiveAttentionBackward& op) {
+  void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
+  softmax_backward(
+      {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
+  additive_scores_backward(op, op.attended, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+  values_backward(op);
+}
+
+void dot_forward(const DotAttentionForward& op) {
+  if (op.Tq <= kFewQueries && op.Tk > 0) return few_queries_attention(op);
+  void* scores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
+  product({op.B, op.Tq, op.Tk, op.A, op.query, op.keys, op.scale, op.attended, scores});
+  attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
+}
+
+void dot_backward(const DotAttentionBackward& op) {
+  void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
+  softmax_backward(
+      {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
+  const Array3 weights = wide_array(dscores, op.Tq, op.Tk, op.query.dtype);
+  weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.keys, op.scale, op.attended, false, op.dquery});
+  weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.query, op.scale, op.attended, true, op.dkeys});
+  values_backward(op);
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {additive_prepare,  scores_forward, scores_backward, additive_forward,
+                         additive_backward, dot_forward,    dot_backward};
+
+}  // namespace cuda
+}  // namespace attn

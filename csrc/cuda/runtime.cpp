@@ -1,0 +1,76 @@
+// What the kernels have of PyTorch: the current stream, and scratch memory from its allocator.
+#include <cstring>
+#include <stdexcept>
+
+#include "../call.h"
+
+#if !defined(ATTN_EMULATED)
+#include <dlfcn.h>
+#endif
+
+namespace attn {
+namespace {
+thread_local Call* innermost = nullptr;
+}  // namespace
+
+namespace cuda {
+
+extern const Kernels kernels;
+void* current_stream();
+void* scratch_bytes(int64_t bytes);
+
+void* scratch_bytes(int64_t bytes) { return Call::current().scratch(bytes); }
+
+#if defined(ATTN_EMULATED)
+void* current_stream() { return nullptr; }
+#else
+// The function lives in a library that a PyTorch without CUDA does not have. It is looked up instead of linked, so that
+// one module loads, and says why it cannot run, everywhere.
+void* current_stream() {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (function == nullptr) throw std::runtime_error("attn_kernels: this PyTorch has no CUDA streams");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(Call::current().device, &stream));
+  return stream;
+}
+#endif
+
+}  // namespace cuda
+
+#if defined(ATTN_EMULATED)
+int32_t Call::device_type() { return aoti_torch_device_type_cpu(); }
+int32_t Call::device_index(const Tensor&) { return 0; }
+Call::Call(const Tensor&) : device(0), outer_(innermost) { innermost = this; }
+#else
+int32_t Call::device_type() { return aoti_torch_device_type_cuda(); }
+int32_t Call::device_index(const Tensor& like) { return like.get_device_index(); }
+Call::Call(const Tensor& like) : device(device_index(like)), guard_(device), outer_(innermost) { innermost = this; }
+#endif
+
+Call::~Call() { innermost = outer_; }
+const Kernels& Call::kernels() const { return cuda::kernels; }
+
+Call& Call::current() {
+  if (innermost == nullptr) throw std::logic_error("attn_kernels: a kernel was launched outside of a call");
+  return *innermost;
+}
+
+void* Call::scratch(int64_t bytes) {
+  AtenTensorHandle handle = nullptr;
+  const int64_t size[] = {bytes}, stride[] = {1};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_uint8(), device_type(), device, &handle));
+  scratch_.push_back(Tensor(handle));
+  void* memory = scratch_.back().mutable_data_ptr();
+#if defined(ATTN_EMULATED)
+  std::memset(memory, 0xff, static_cast<size_t>(bytes));  // NaN, so that reading what nobody wrote shows
+#endif
+  return memory;
+}
+
+}  // namespace attn
