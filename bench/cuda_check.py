@@ -49,7 +49,7 @@ def examine_cuda(source: Path, target: str, compiler: Path, cache: Path, version
     if compiled.cubin is None:
         raise RuntimeError(f"{source.name} for {target}: nvcc failed\n{compiled.failure}")
     findings = []
-    for kernel in sass.read(compiled.cubin, compiler, allow_none=True):
+    for kernel in sass.read_cached(compiled.cubin, compiler):
         name = sass.demangle(kernel.name)
         plan = compiled.plans.get(kernel.name, nvcc.Plan())
         findings.append(

@@ -153,7 +153,7 @@ def rule_for(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Rule:
 def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
     rule = rule_for(facts, rules)
     blocks = blocks_for_registers(facts.registers, facts.threads or 1024)
-    warps = blocks * -(-(facts.threads or 1024) // 32)
+    warps = min(64, blocks * -(-(facts.threads or 1024) // 32))
     local = facts.code.local
     finding = Finding(
         facts.name, facts.origin, facts.target, rule.regime, facts.registers, facts.stack, local, facts.shared,

@@ -89,7 +89,9 @@ def make_problem(row: Row, device: torch.device) -> Problem:
     if row.op != SCORES:
         return problem
     inputs = {name: x for name, x in problem.inputs.items() if name != "values"}
-    gradient = torch.randn(row.shape[:3], generator=torch.Generator().manual_seed(1)).to(device, problem.inputs["v"].dtype)
+    gradient = torch.randn(row.shape[:3], generator=torch.Generator().manual_seed(1)).to(
+        device, problem.inputs["v"].dtype
+    )
     return Problem(inputs, gradient, None)
 
 

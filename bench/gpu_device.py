@@ -48,7 +48,11 @@ class Gpu:
 def describe(gpu: Gpu) -> dict[str, str | int | float]:
     """The device beyond what ``machine.describe`` says, for the record."""
     properties = torch.cuda.get_device_properties(gpu.device)
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
+        "--format=csv,noheader",
+    ]
     query.append(f"--id={gpu.device.index}")
     try:
         smi = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
@@ -91,7 +95,9 @@ def ceilings(gpu: Gpu, seconds: float = 1.0) -> dict[str, object]:
             found[name] = measure(gpu)
         except Exception as error:  # a ceiling that cannot be measured leaves the others
             found[name] = None
-            found[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            found[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
+                :200
+            ]
         gpu.release()
     return found
 

@@ -213,8 +213,8 @@ def table(predictions: list[Prediction], device: Device = H100) -> Table:
 
     result = Table(
         title=f"{device.name}, microseconds: computed from sizes and machine code, not measured",
-        caption=f"Without launches: about {LAUNCH_US:g} us for each kernel in a CUDA graph. padding: pairs computed for "
-        "each that is wanted.",
+        caption=f"Without launches: about {LAUNCH_US:g} us for each kernel in a CUDA graph. "
+        "padding: pairs computed for each that is wanted.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from . import files
 
 # Values that a lane computes with one instruction: Blackwell has instructions for pairs.
 _ARITHMETIC = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
@@ -166,6 +170,29 @@ def read(cubin: Path, nvcc: Path | None = None, *, allow_none: bool = False) -> 
     return parse(output("nvdisasm", "-c"), usage)
 
 
+def read_cached(cubin: Path, nvcc: Path | None = None) -> list[Kernel]:
+    """The same, kept in a file beside the cubin: large files take the disassembler half a minute."""
+    key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    file = cubin.with_suffix(".json")
+    try:
+        kept = json.loads(file.read_text())
+        if kept["read by"] == key:
+            return [
+                Kernel(**{**k, "code": Code(Counter(k["code"]["counts"])), "loops": [_loop(one) for one in k["loops"]]})
+                for k in kept["kernels"]
+            ]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or of another version
+    kernels = read(cubin, nvcc, allow_none=True)
+    text = json.dumps({"read by": key, "kernels": [asdict(kernel) for kernel in kernels]})
+    files.write_whole(file, lambda partial: partial.write_text(text))
+    return kernels
+
+
+def _loop(kept: dict) -> Loop:
+    return Loop(**{**kept, "counts": Counter(kept["counts"])})
+
+
 def parse(code: str, usage: str) -> list[Kernel]:
     """From what ``nvdisasm -c`` and ``cuobjdump -res-usage`` print."""
     resources = {
@@ -254,15 +281,15 @@ def _loops(instructions: list[_Instruction], labels: Mapping[str, int]) -> list[
     number = {start: n for n, start in enumerate(starts)}
     ends = [*starts[1:], len(instructions)]
     edges = [[number[t] for t in following[end - 1]] for end in ends]
-    dominators = _dominators(edges, [number[entry] for entry in entries])
-    before: list[set[int]] = [set() for _ in starts]
+    above = _immediate_dominators(edges, sorted({number[entry] for entry in entries}))
+    before: list[list[int]] = [[] for _ in starts]
     for block, targets in enumerate(edges):
         for target in targets:
-            before[target].add(block)
+            before[target].append(block)
     bodies: dict[int, set[int]] = {}  # by the first block, so that loops with two ways back are one
     for block, targets in enumerate(edges):
         for head in targets:
-            if block not in dominators or head not in dominators[block]:
+            if block not in above or not _dominates(above, head, block):
                 continue
             body, todo = bodies.setdefault(head, {head}), [block]
             while todo:
@@ -282,32 +309,56 @@ def _loops(instructions: list[_Instruction], labels: Mapping[str, int]) -> list[
     return loops
 
 
-def _dominators(edges: list[list[int]], entries: list[int]) -> dict[int, set[int]]:
-    """For each block that can be reached, the blocks that every path to it goes through."""
-    before: dict[int, list[int]] = {}
-    order: list[int] = []
+def _immediate_dominators(edges: list[list[int]], entries: list[int]) -> dict[int, int]:
+    """For each block that can be reached, the nearest one that every path to it goes through; -1: where all begin.
+
+    The iterative algorithm of Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm" (2001).
+    """
+    order: list[int] = []  # after all that they lead to
     seen = set(entries)
-    todo = list(dict.fromkeys(entries))
-    while todo:
-        block = todo.pop(0)
-        order.append(block)
+    for entry in entries:
+        stack = [(entry, iter(edges[entry]))]
+        while stack:
+            block, rest = stack[-1]
+            unseen = next((target for target in rest if target not in seen), None)
+            if unseen is None:
+                order.append(block)
+                stack.pop()
+            else:
+                seen.add(unseen)
+                stack.append((unseen, iter(edges[unseen])))
+    place = {block: n for n, block in enumerate(order)} | {-1: len(order)}
+    before: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
         for target in edges[block]:
-            before.setdefault(target, []).append(block)
-            if target not in seen:
-                seen.add(target)
-                todo.append(target)
-    every = set(order)
-    dominators = {block: {block} if block in entries else set(every) for block in order}
+            before[target].append(block)
+    for entry in entries:
+        before[entry].append(-1)
+    above = {-1: -1}
     changed = True
     while changed:
         changed = False
-        for block in order:
-            if block in entries:
-                continue
-            now = set.intersection(*(dominators[b] for b in before[block])) | {block}
-            if now != dominators[block]:
-                dominators[block], changed = now, True
-    return dominators
+        for block in reversed(order):
+            found = None
+            for one in before[block]:
+                if one not in above:
+                    continue
+                other = one if found is None else found
+                while one != other:  # up to where both ways meet
+                    if place[one] < place[other]:
+                        one = above[one]
+                    else:
+                        other = above[other]
+                found = one
+            if found is not None and above.get(block) != found:
+                above[block], changed = found, True
+    return above
+
+
+def _dominates(above: Mapping[int, int], head: int, block: int) -> bool:
+    while block != head and block != -1:
+        block = above[block]
+    return block == head
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
