@@ -58,7 +58,12 @@ class Rule:
 
 def _is_float32(facts: Facts) -> bool:
     """Of the numbers that are computed with; float64 is for checks of gradients and has no bound on its speed."""
-    return "double" not in facts.arguments and not facts.constants.get("FLOAT64")
+    return not any(re.search(r"\bdouble\b", text) for text in facts.arguments) and not facts.constants.get("FLOAT64")
+
+
+def _is_many_queries(facts: Facts) -> bool:
+    """The second argument of the template is the queries of a thread: with fewer the loads of a row serve too few."""
+    return _is_float32(facts) and int(facts.arguments[1]) >= 8
 
 
 def _tile_of_template(first: int) -> Callable[[Facts], tuple[int, int]]:
@@ -91,16 +96,18 @@ RULES = (
         applies=_is_float32,
     ),
     Rule(
-        r"(scores|additive)\w*backward\w*kernel",
+        r"scores_backward_kernel",
         BACKWARD,
         sharing=1,
         special=1.02,
         slots=9.0,
-        warps=8,
-        applies=_is_float32,
+        warps=16,
+        applies=_is_many_queries,
     ),
-    # Two units share a reciprocal, which is counted and has no bound: memory is what decides.
-    Rule(r"few_queries\w*kernel", DECODE, sharing=2, wide_loads=True, warps=8, applies=_is_float32),
+    # Two units share a reciprocal, which is counted and has no bound: memory is what decides. Form<..., false> is for
+    # rows that do not lie at multiples of 16 bytes.
+    Rule(r"few_queries_kernel<Form<[^>]*, false>", DECODE, sharing=2, warps=16, applies=_is_float32),
+    Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
     # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
     # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
     Rule(r"^_many_scores_kernel", FORWARD, sharing=3, special=0.34, slots=5.4, warps=12, applies=_is_float32),

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,7 +184,7 @@ def read_cached(cubin: Path, nvcc: Path | None = None) -> list[Kernel]:
     except (OSError, ValueError, KeyError):
         pass  # not there, or of another version
     kernels = read(cubin, nvcc, allow_none=True)
-    text = json.dumps({"read by": key, "kernels": [asdict(kernel) for kernel in kernels]})
+    text = json.dumps({"read by": key, "kernels": kernels}, default=vars)
     files.write_whole(file, lambda partial: partial.write_text(text))
     return kernels
 
