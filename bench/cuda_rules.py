@@ -168,9 +168,11 @@ def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
     )  # fmt: skip
     problems = finding.problems
     if facts.stack > rule.stack or (local and facts.stack == 0):
-        problems.append(f"local memory: {facts.stack} bytes, {local} loads and stores")
-    if any(loop.local for loop in facts.loops):
-        problems.append(f"{max(loop.local for loop in facts.loops)} loads and stores of local memory in a loop")
+        in_a_loop = max((loop.local for loop in facts.loops), default=0)
+        where = f", up to {in_a_loop} of them in a loop" if in_a_loop else ", none in a loop"
+        problems.append(f"local memory: {facts.stack} bytes, {local} loads and stores{where}")
+    elif any(loop.local for loop in facts.loops):
+        problems.append("local memory is used in a loop")
     if blocks < max(1, facts.blocks):
         problems.append(
             f"{facts.registers} registers leave room for {blocks} blocks of {facts.threads} threads, "

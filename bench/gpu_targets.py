@@ -44,7 +44,7 @@ def evaluate(state: Mapping[str, Any]) -> list[Target]:
             found.append(Target(f"dot, {cell['passes']}: time of SDPA / ours", label, ratio, 1.0, True, "x"))
         elif cell["op"] == ADDITIVE and cell["dtype"] in ("float16", "bfloat16") and cell["passes"] == TRAINING:
             found += _training(cell, label)
-    return found + _rates(cells)
+    return found + list(_rates(cells))
 
 
 def _decode(cell: Mapping[str, Any], shape: Shape, label: str, copy: float | None) -> Iterable[Target]:
