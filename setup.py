@@ -1,26 +1,35 @@
-"""Builds the compiled module attn_kernels._C; everything else stands in pyproject.toml.
+"""Builds the compiled module attn_kernels._C, the CPU kernels; everything else stands in pyproject.toml.
 
-ATTN_KERNELS_CPU=0 leaves the module out (reference and Triton remain). ATTN_KERNELS_CUDA=auto|0|1 is for the CUDA
-module: 1 fails where it cannot be built.
+And attn_kernels._C_cuda, the CUDA kernels, where there are nvcc and a PyTorch with CUDA.
+
+ATTN_KERNELS_CPU=0 leaves the CPU's module out (reference and GPUs remain). ATTN_KERNELS_CUDA=auto|0|1 is for the CUDA
+module: 1 asks only for nvcc, and fails where there is none. It is found by NVCC, CUDA_HOME, PATH, or in
+/usr/local/cuda. ATTN_KERNELS_CUDA_ARCHITECTURES="80 90": the compute capabilities, instead of all that are known.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 import torch
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 TORCH = Path(torch.__file__).parent
+JOBS = int(os.environ.get("ATTN_KERNELS_BUILD_JOBS") or os.cpu_count() or 1)
 
 
-def cpu_module() -> Pybind11Extension:
+def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]]) -> Pybind11Extension:
     return Pybind11Extension(
-        "attn_kernels._C",
-        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
+        name,
+        sources,
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True)),
         include_dirs=["csrc", str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")],
         # By name and without an rpath: "import torch" has loaded the library by the time the module is imported.
         library_dirs=[str(TORCH / "lib")],
@@ -28,6 +37,7 @@ def cpu_module() -> Pybind11Extension:
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020A000000000000"),
             ("TORCH_BUILD_VERSION", f'"{torch.__version__}"'),
+            *macros,
         ],
         extra_compile_args=[
             "-O3",
@@ -42,6 +52,85 @@ def cpu_module() -> Pybind11Extension:
     )
 
 
+def cpu_module() -> Pybind11Extension:
+    return extension("attn_kernels._C", sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")), [])
+
+
+def cuda_module(nvcc: Path) -> Pybind11Extension:
+    """Bindings by the C++ compiler, kernels by nvcc alone; with the static CUDA runtime it loads on any machine."""
+    module = extension(
+        "attn_kernels._C_cuda",
+        sorted(["csrc/additive_attention.cpp", "csrc/dot_attention.cpp", *glob("csrc/cuda/*.cpp")]),
+        [
+            ("ATTN_CUDA", None),
+            ("ATTN_NVCC_VERSION", f'"{nvcc_version(nvcc)}"'),
+            ("ATTN_CUDA_ARCHITECTURES", f'"{" ".join(f"sm_{a}" for a in architectures(nvcc))}"'),
+        ],
+    )
+    module.library_dirs += [str(path) for path in cuda_libraries(nvcc)]
+    module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    return module
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
+    candidates = (os.environ.get("NVCC"), home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
+    return next((Path(path) for path in candidates if path and shutil.which(path)), None)
+
+
+def nvcc_version(nvcc: Path) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([0-9.]+)", text)[1]
+
+
+def architectures(nvcc: Path) -> list[str]:
+    """Compute capabilities: 8.0, 9.0, 10.0, as far as this nvcc knows them."""
+    wanted = os.environ.get("ATTN_KERNELS_CUDA_ARCHITECTURES", "").replace(";", " ").split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = [name.removeprefix("sm_") for name in wanted] or [n for n in ("80", "90", "100") if f"sm_{n}" in known]
+    unknown = [name for name in chosen if f"sm_{name}" not in known]
+    if unknown or not chosen:
+        sys.exit(
+            f"ATTN_KERNELS_CUDA_ARCHITECTURES must be some of {' '.join(known)}, got {' '.join(unknown) or 'none'}"
+        )
+    return chosen
+
+
+def cuda_libraries(nvcc: Path) -> list[Path]:
+    """Where libcudart_static.a is: nvcc itself may be a link into the toolkit."""
+    text = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    named = [Path(path) for path in re.findall(r'-L"?([^"\s]+)', text)]
+    return [path for path in [*named, nvcc.resolve().parents[1] / "lib64"] if (path / "libcudart_static.a").exists()]
+
+
+class BuildExtension(build_ext):
+    """Compiles the .cu files of the CUDA module, whose objects lie apart from those of the other: both have bindings."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        if ext.name != "attn_kernels._C_cuda":
+            return super().build_extension(ext)
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        common = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", "-c"]
+        codes = architectures(nvcc)
+        targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+        targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for what comes later
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(JOBS) as pool:
+            commands = [[*common, *targets, s, "-o", o] for s, o in zip(sources, objects, strict=True)]
+            for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+                if done.returncode:
+                    sys.exit(f"nvcc failed: {' '.join(map(str, done.args))}\n{done.stdout}{done.stderr}")
+        ext.extra_objects = [str(path) for path in objects]
+        before, self.build_temp = self.build_temp, str(folder)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = before
+
+
 def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(name, default)
     if value not in allowed:
@@ -49,10 +138,13 @@ def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-if switch("ATTN_KERNELS_CUDA", "auto", ("auto", "0", "1")) == "1":
-    sys.exit(
-        "ATTN_KERNELS_CUDA=1: this version of attn_kernels has no CUDA C++ sources; Triton computes the ops on GPUs"
-    )
+modules = [cpu_module()] if switch("ATTN_KERNELS_CPU", "1", ("0", "1")) == "1" else []
+cuda = switch("ATTN_KERNELS_CUDA", "auto", ("auto", "0", "1"))
+nvcc = find_nvcc() if cuda == "1" or (cuda == "auto" and torch.version.cuda) else None
+if nvcc is not None:
+    modules.append(cuda_module(nvcc))
+elif cuda == "1":
+    sys.exit("ATTN_KERNELS_CUDA=1: nvcc was not found; name it with NVCC=... or CUDA_HOME=...")
 
-ParallelCompile("ATTN_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
-setup(ext_modules=[cpu_module()] if switch("ATTN_KERNELS_CPU", "1", ("0", "1")) == "1" else [])
+ParallelCompile("ATTN_KERNELS_BUILD_JOBS", default=JOBS).install()
+setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

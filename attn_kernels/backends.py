@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,7 +53,7 @@ _chosen: dict[tuple[str | None, str], str] = {}
 def _choose(backend: str | None, device_type: str) -> str:
     if backend is None:
         for name in NAMES:
-            if _refusal(name, device_type) is None and not (name == "triton" and device_type == "cpu"):
+            if _refusal(name, device_type) is None and not (name in ("cuda", "triton") and device_type == "cpu"):
                 return name
     if backend not in NAMES:
         raise ValueError(_unknown(backend))
@@ -69,7 +69,7 @@ def _unknown(backend: object) -> str:
 
 def _refusal(name: str, device_type: str) -> str | None:
     """Why a backend cannot compute on tensors of this device type; None if it can."""
-    devices = {"cuda": ("cuda",), "triton": _triton_devices(), "cpu": ("cpu",)}
+    devices = {"cuda": ("cpu",) if emulated() else ("cuda",), "triton": _triton_devices(), "cpu": ("cpu",)}
     if name != "reference" and device_type not in devices[name]:
         available, detail = _PROBES[name]()
         return detail if not available else f"it runs on {' and '.join(devices[name])} tensors"
@@ -82,18 +82,19 @@ def _refusal(name: str, device_type: str) -> str | None:
 # cpu: the compiled module _C --------------------------------------------------------------------------------------
 
 
-def _load_compiled() -> tuple[ModuleType | None, str]:
+def _load_compiled(name: str, missing: str) -> tuple[ModuleType | None, str]:
+    """A compiled module of this package, or why there is none; ``missing``: what to say where it was not built."""
     try:
-        return importlib.import_module("attn_kernels._C"), ""
+        return importlib.import_module(f"attn_kernels.{name}"), ""
     except ModuleNotFoundError as error:
-        if error.name != "attn_kernels._C":
+        if error.name != f"attn_kernels.{name}":
             return None, f"the compiled module failed to load: {error}"
-        return None, "the compiled module attn_kernels._C was not built: pip install . needs a C++17 compiler"
+        return None, f"the compiled module attn_kernels.{name} was not built: {missing}"
     except ImportError as error:
         return None, f"the compiled module failed to load: {error}"
 
 
-_compiled, _compiled_reason = _load_compiled()
+_compiled, _compiled_reason = _load_compiled("_C", "pip install . needs a C++17 compiler")
 
 
 def build_info() -> dict[str, str] | None:
@@ -141,11 +142,38 @@ def _gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else torch.xpu.get_device_name()
 
 
-# cuda, reference --------------------------------------------------------------------------------------------------
+# cuda: the compiled module _C_cuda --------------------------------------------------------------------------------
+
+_cuda, _cuda_reason = _load_compiled("_C_cuda", "pip install . needs nvcc; ATTN_KERNELS_CUDA=1 insists on it")
+
+
+def cuda_build_info() -> dict[str, Any] | None:
+    """How the module of CUDA kernels was built; None without one."""
+    return None if _cuda is None else _cuda.build_info()
+
+
+def emulated() -> bool:
+    """Whether the CUDA kernels run on the CPU, in the emulator of the tests."""
+    return _cuda is not None and _cuda.build_info()["emulated"]
 
 
 def _probe_cuda() -> tuple[bool, str]:
-    return False, "this version of attn_kernels has no CUDA C++ kernels yet; on a GPU, triton computes the ops"
+    if _cuda is None:
+        return False, _cuda_reason
+    if emulated():
+        return True, "CUDA C++ kernels in an emulator on the CPU, for tests"
+    if torch.version.cuda is None:
+        return False, "this PyTorch was built without CUDA"
+    if not torch.cuda.is_available():
+        return False, "no NVIDIA GPU was found"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return False, f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, 8.0 is needed"
+    info = _cuda.build_info()
+    return True, f"CUDA C++ kernels for {info['architectures']} on {torch.cuda.get_device_name()}, nvcc {info['nvcc']}"
+
+
+# reference --------------------------------------------------------------------------------------------------------
 
 
 def _probe_reference() -> tuple[bool, str]:

@@ -12,6 +12,7 @@ from .reference import Attention
 
 _INFINITY = float("inf")
 _SMALL = 1 << 19  # products
+_CHECKED = ("cpu", "cuda")  # backends that check the arguments themselves: see the checks below
 # What is raised where an argument does not fit: by the dispatcher, a kernel, or Python where it is no tensor at all.
 _REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,9 +67,9 @@ def additive_attention(
     """
     try:
         chosen = choose(backend, _device_type(query))
-        if chosen != "cpu" or is_compiling():
+        if chosen not in _CHECKED or is_compiling():
             _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, chosen)
-        elif not _on_cpu(keys, values, v, bias, prepared, memory_lengths, mask):
+        elif not _beside(query, keys, values, v, bias, prepared, memory_lengths, mask):
             raise ValueError  # whose words _check_additive_attention has
         q, k, x, w, b = _autocast(query, keys, values, v, bias)
         if chosen == "reference":
@@ -129,9 +130,12 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
         raise ValueError(f"{name}: keys must have shape (B, Tk, A), got {_shape(keys)}")
     if keys.dtype not in _DTYPES:
         raise TypeError(f"{name}: keys must be float32, bfloat16, float16 or float64, got {keys.dtype}")
-    if keys.dtype == torch.float64 or choose(backend, keys.device.type) != "cpu":
+    chosen = choose(backend, keys.device.type)
+    if keys.dtype == torch.float64 or chosen not in ("cpu", "cuda"):
         return None
-    return ops.kernel("additive_prepare", "cpu")(keys.detach())
+    if chosen == "cuda" and keys.dtype == torch.float16:
+        return None  # float32 would be twice the bytes, and reading them is what takes the time there
+    return ops.kernel("additive_prepare", chosen)(keys.detach())
 
 
 def dot_attention(
@@ -169,12 +173,12 @@ def dot_attention(
             alignments = torch.softmax(scores if scale == 1.0 else scale * scores, -1)
             return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
         chosen = choose(backend, _device_type(query))
-        if chosen != "cpu" or is_compiling():
+        if chosen not in _CHECKED or is_compiling():
             _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
         elif not (
             isinstance(scale, (int, float))
             and -_INFINITY < scale < _INFINITY
-            and _on_cpu(keys, values, memory_lengths, mask)
+            and _beside(query, keys, values, memory_lengths, mask)
         ):
             raise ValueError  # whose words _check_dot_attention has
         q, k, x = _autocast(query, keys, values)
@@ -232,9 +236,9 @@ def additive_scores(
     """
     try:
         chosen = choose(backend, _device_type(query))
-        if chosen != "cpu" or is_compiling():
+        if chosen not in _CHECKED or is_compiling():
             _check_additive_scores(query, keys, v, bias)
-        elif not _on_cpu(keys, v, bias):
+        elif not _beside(query, keys, v, bias):
             raise ValueError  # whose words _check_additive_scores has
         q, k, w, b = _autocast(query, keys, v, bias)
         if chosen == "reference":
@@ -294,18 +298,21 @@ def _device_type(query: Tensor) -> str:
     return "cpu" if query.is_cpu else query.device.type  # which makes a device and a string
 
 
-def _on_cpu(*tensors: Tensor | None) -> bool:
-    """The dispatcher would take one tensor on "meta" for a call that wants shapes only."""
-    for tensor in tensors:  # noqa: SIM110 - all() of a generator takes four times as long
-        if tensor is not None and not tensor.is_cpu:
-            return False
-    return True
+def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether all are on the device of query; the dispatcher would take one on "meta" for a call that wants shapes."""
+    if query.is_cpu:
+        for tensor in tensors:  # noqa: SIM110 - all() of a generator takes four times as long
+            if tensor is not None and not tensor.is_cpu:
+                return False
+        return True
+    device = query.device
+    return all(tensor is None or tensor.device == device for tensor in tensors)
 
 
 # Checks: each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph ------------------
 #
-# The C++ kernels check shapes, dtypes and lengths themselves, in a tenth of the time: with them, these run only when
-# something was refused, and find the words for it.
+# The compiled backends check shapes and dtypes (and lengths, on the CPU) themselves, in a tenth of the time: with them,
+# these run only when something was refused, and find the words for it.
 
 
 def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
@@ -367,7 +374,7 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
 
 def _check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
     _check_tensor(name, "prepared", prepared)
-    if backend not in ("cpu", "reference"):  # the reference needs no preparation and is right without
+    if backend not in ("cpu", "cuda", "reference"):  # the reference needs no preparation and is right without
         raise ValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
     dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
     if keys.dtype == torch.float64 or prepared.dtype != dtype:

@@ -5,6 +5,7 @@ A backend that cannot run here is skipped with the reason that ``attn_kernels.ba
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import os
 import sys
@@ -27,6 +28,18 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for bench.eager, the formulas in eager PyTorch; last, so that an installed package wins
+
+
+class _Emulated(importlib.abc.MetaPathFinder):
+    """Without a GPU the CUDA kernels run in an emulator, in a module that ``make test`` has put into build/emulated."""
+
+    def find_spec(self, name, path, target=None):
+        built = sorted((ROOT / "build/emulated").glob("_C_cuda.*.so")) if name == "attn_kernels._C_cuda" else []
+        return importlib.util.spec_from_file_location(name, built[0]) if built else None
+
+
+if not torch.cuda.is_available():
+    sys.meta_path.insert(0, _Emulated())
 
 import attn_kernels
 from attn_kernels.backends import NAMES

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import attn_kernels
 from attn_kernels import reference
+from attn_kernels.backends import emulated
 from bench import eager
 
 # Ops ------------------------------------------------------------------------------------------------------------------
@@ -499,7 +500,9 @@ def _first(where: Tensor) -> tuple[int, ...]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether the kernels run in Triton's interpreter: right, and a thousand times slower."""
+    """Whether the kernels of a GPU run on the CPU: right, and a thousand times slower."""
+    if backend == "cuda":
+        return emulated()
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -510,5 +513,9 @@ def device_of(backend: str) -> str:
 
 def skip_if_slow(backend: str, case: Case, dtype: torch.dtype) -> None:
     """What takes the interpreter more than seconds: float32 runs most cases there, other dtypes the small ones."""
-    if interpreted(backend) and (case.B > 16 or case.pairs > (60_000 if dtype == torch.float32 else 12_000)):
+    if (
+        interpreted(backend)
+        and backend == "triton"
+        and (case.B > 16 or case.pairs > (60_000 if dtype == torch.float32 else 12_000))
+    ):
         pytest.skip("too large for Triton's interpreter")

@@ -1,8 +1,9 @@
 // The gradients of the scores of additive attention: of query, keys, v and bias. Hidden units are computed again.
 //
-// With E = e^{2q} e^{2k}, r = 1 / (1 + E), ds the gradient of a score: p = ds r, g = p - p r = ds (1 - tanh^2) / 4.
-// dquery and dkeys are sums of g times 4 v, dv is the sum of ds tanh = ds - 2 p, dbias the sum of dquery: seven
-// instructions for a pair and unit, one of them a special function.
+// With E = e^{2q} e^{2k}, s = 2 / (1 + E) - 1 = -tanh, and ds a quarter of the gradient of a score: t = ds s, g = ds - t s
+// = ds (1 - tanh^2). dquery and dkeys are sums of g times 4 v, dv is -4 times the sum of t, dbias the sum of dquery: eight
+// instructions for a pair and unit, one of them a special function. One less would do for sums of ds / (1 + E), which
+// cancel in dv where tanh is small.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
@@ -20,7 +21,7 @@ namespace {
 constexpr int kSteps = 16;     // of a warp in a chunk
 constexpr int kLaneUnits = 2;  // of a lane
 constexpr int kBlockUnits = kLaneUnits * kWarp;
-constexpr int kMostWarps = 8;
+constexpr int kMostWarps = 7;  // so that two blocks of a processor have the registers that they need
 
 // How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
 struct BackwardTile {
@@ -44,9 +45,9 @@ struct Backward {
 template <typename W>
 struct Chunk {
   int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
-  W* dscores;         // [step][query]
+  W* dscores;         // [step][query]: a quarter of the gradients
   W* e;               // [step][unit]: e^{2k}
-  W* dkeys;           // [warp_q][step][unit]: sums of g; in the end also sums of other things of each warp
+  W* dkeys;           // [warp_q][step][unit]: sums of g; at the end sums over units of other things, of each warp
   W* dquery;          // [warp][query][unit]: sums of g
   int* outside;       // [step]: whether a |k| is out of the range of the factored form
 
@@ -115,22 +116,25 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
                       b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
   };
 
-  W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits], sum_p[kLaneUnits], sum_ds = 0;
-  bool outside = !kFactored;
+  W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits], sum_t[kLaneUnits];
+  // What is out of range counts as 0 in the factored form: there it may only be something that is not attended.
+  unsigned outside = 0;  // a bit for each query
 #pragma unroll
   for (int n = 0; n < kLaneUnits; ++n) {
-    sum_p[n] = 0;
+    sum_t[n] = 0;
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       dq[i][n] = eq[i][n] = 0;
       if constexpr (kFactored) {
         const float x = of_query(q0 + i, n);
-        outside = outside || !(fabsf(x) <= kSingleReach);
-        eq[i][n] = exp2x(x);
+        const bool in_range = fabsf(x) <= kSingleReach;
+        outside |= in_range ? 0u : 1u << i;
+        eq[i][n] = in_range ? exp2x(x) : 0.0f;
       }
     }
   }
-  outside = __any_sync(kAllLanes, outside);
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) outside |= __shfl_xor_sync(kAllLanes, outside, step);
   W* mine = s.dquery + warp * kQ * kBlockUnits + lane;  // [query][one of the lane's units]
   for (int m = 0; m < kQ * kLaneUnits; ++m) mine[m * kWarp] = 0;
 
@@ -142,8 +146,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       for (int n = 0; n < kLaneUnits; ++n) {
         if constexpr (kFactored) {
           const float x = of_key(j0 + row, n);
-          row_outside = row_outside || !(fabsf(x) <= kSingleReach);
-          s.e[row * kBlockUnits + n * kWarp + lane] = exp2x(x);
+          const bool in_range = fabsf(x) <= kSingleReach;
+          row_outside = row_outside || !in_range;
+          s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? exp2x(x) : 0.0f;
         }
       }
       row_outside = __any_sync(kAllLanes, row_outside);
@@ -154,15 +159,23 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       const int row = n % s.rows, column = n / s.rows;
       const int64_t i = part_q * a.tile.queries + column, j = j0 + row;
       const W ds = i < op.Tq && j < end ? a.dscores[(b * op.Tq + i) * op.Tk + j] : W(0);
-      s.dscores[row * s.columns + column] = ds;
-      sum_ds += ds;
+      s.dscores[row * s.columns + column] = ds / 4;
     }
     __syncthreads();
 
     const int last = end - j0 < (warp_k + 1) * kSteps ? int(end - j0) : (warp_k + 1) * kSteps;
-    W chunk_p[kLaneUnits] = {};
+    W chunk_t[kLaneUnits] = {};
     const int first = warp_k * kSteps;
-    if (kFactored && !__any_sync(kAllLanes, outside || s.outside[first + lane % kSteps])) {
+    bool factored = kFactored;
+    if (kFactored) {
+      const int row = first + lane % kSteps;
+      bool used = false;
+      if (outside != 0 || s.outside[row])
+        for (int i = 0; i < kQ; ++i)
+          used = used || ((s.outside[row] || (outside >> i & 1)) && s.dscores[row * s.columns + warp_q * kQ + i] != 0);
+      factored = !__any_sync(kAllLanes, used);
+    }
+    if (factored) {
 #pragma unroll 1
       for (int row = first; row < last; ++row) {
         W ds[kQ], k[kLaneUnits], dk[kLaneUnits] = {};
@@ -173,10 +186,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
         for (int i = 0; i < kQ; ++i)
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) {
-            const W r = reciprocal(1 + eq[i][n] * k[n]), p = ds[i] * r, g = p - p * r;
+            const W minus_tanh = 2 * reciprocal(1 + eq[i][n] * k[n]) - 1;
+            const W t = ds[i] * minus_tanh, g = ds[i] - t * minus_tanh;
             dq[i][n] += g;
             dk[n] += g;
-            chunk_p[n] += p;
+            chunk_t[n] += t;
           }
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n];
@@ -190,17 +204,17 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
           for (int i = 0; i < kQ; ++i) {
             const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
             if (ds == 0) continue;
-            const W r = reciprocal(1 + exp(2 * (of_query(q0 + i, n) + of_key(j0 + row, n))));
-            const W p = ds * r, g = p - p * r;
+            const W tanh = tanh_of(of_query(q0 + i, n) + of_key(j0 + row, n));
+            const W t = -ds * tanh, g = ds + t * tanh;
             mine[(i * kLaneUnits + n) * kWarp] += g;
             dk += g;
-            chunk_p[n] += p;
+            chunk_t[n] += t;
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
     }
 #pragma unroll
-    for (int n = 0; n < kLaneUnits; ++n) sum_p[n] += chunk_p[n];
+    for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n];
     __syncthreads();
 
     for (int n = threadIdx.x; n < s.rows * kBlockUnits; n += blockDim.x) {
@@ -259,17 +273,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       [&](int n, W sum) {
         if (first_unit + n < op.A) dunits[op.A + first_unit + n] = sum;
       });
-  // sum_ds of the block: the same for all of its units.
-  sum_ds = warp_sum(sum_ds);
-  __syncthreads();
-  if (lane == 0) s.dscores[warp] = sum_ds;
-  __syncthreads();
-  sum_ds = 0;
-  for (int w = 0; w < warps; ++w) sum_ds += s.dscores[w];
   over_warps(
-      sum_p, [](int) { return true; },
+      sum_t, [](int) { return true; },
       [&](int n, W sum) {
-        if (first_unit + n < op.A) dunits[first_unit + n] = sum_ds - 2 * sum;
+        if (first_unit + n < op.A) dunits[first_unit + n] = -4 * sum;
       });
 }
 

@@ -52,12 +52,12 @@ enum class Form { shared, plain };
 template <bool kLargest>
 ATTN_DEVICE float of_block(float x, float* buffer) {
   x = kLargest ? warp_largest(x) : warp_sum(x);
-  __syncthreads();
   if (threadIdx.x % kWarp == 0) buffer[threadIdx.x / kWarp] = x;
   __syncthreads();
   float total = 0;
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w)
     total = kLargest ? larger(total, buffer[w]) : total + buffer[w];
+  __syncthreads();  // the buffer is free again, also for something else
   return total;
 }
 

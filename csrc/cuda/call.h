@@ -14,7 +14,11 @@ using torch::stable::Tensor;
 
 class Call {
  public:
+#if defined(ATTN_EMULATED)
+  static constexpr bool kOnHost = true;
+#else
   static constexpr bool kOnHost = false;
+#endif
   static int32_t device_type();
   static int32_t device_index(const Tensor& like);
 

@@ -41,16 +41,17 @@ struct Columns {
 // Shared memory of a block: offsets in bytes. First, in turn, what the scores stage and the contexts of the part.
 template <typename W, int NQ>
 struct Shared {
-  int64_t weights, stats, factors, guards, list, attends, bytes;
+  int weights, stats, factors, guards, list, attends, left, bytes;
 
-  __host__ __device__ Shared(int64_t staged_bytes, int capacity) {
-    weights = staged_bytes;                                                 // (capacity, NQ) W
-    stats = weights + (capacity * NQ * int64_t(sizeof(W)) + 15) / 16 * 16;  // (2, NQ) W
+  __host__ __device__ Shared(int staged_bytes, int capacity) {
+    weights = staged_bytes;                                                          // (capacity, NQ) W
+    stats = weights + (capacity * NQ * static_cast<int>(sizeof(W)) + 15) / 16 * 16;  // (2, NQ) W
     factors = stats + 2 * NQ * sizeof(W);                // (kMostClustered, NQ) W; the last block: (2, NQ)
     guards = factors + kMostClustered * NQ * sizeof(W);  // (2, kWarps) float
     list = guards + 2 * kWarps * 4;                      // (1 + capacity) int: how many, and which
     attends = list + (1 + capacity) * 4;                 // (capacity) bytes: a bit for each query
-    bytes = attends + capacity;
+    left = attends + capacity;                           // (capacity) bytes
+    bytes = left + capacity;
   }
 };
 
@@ -64,7 +65,8 @@ struct Block {
   const FewQueries& p;
   const Shared<W, NQ> shared{p.staged_bytes, p.capacity};
   const Columns<T> columns{p.D};
-  int64_t b, rank, length;
+  int b, rank;
+  int64_t length;
   Steps steps;
   bool mixed = false;  // whether a step may be attended by some queries only
 
@@ -86,12 +88,21 @@ struct Block {
     return reinterpret_cast<unsigned char*>(shared_memory() + shared.attends);
   }
   ATTN_DEVICE bool attends(int q, int i) const { return !mixed || (attending()[i] >> q & 1); }
-  ATTN_DEVICE T* alignment(int q, int64_t j) const { return static_cast<T*>(p.alignments) + (b * p.Tq + q) * p.Tk + j; }
+  ATTN_DEVICE T* alignment(int q, int64_t j) const {
+    return static_cast<T*>(p.alignments) + (static_cast<int64_t>(b) * p.Tq + q) * p.Tk + j;
+  }
 
   ATTN_DEVICE void run() {
     fetch_values();
     if (p.attended.mask != nullptr) list_attended();
-    Scorer<F, NQ>{p, b, steps, staged(), reinterpret_cast<float*>(shared_memory() + shared.guards), weights()}.run();
+    Scorer<F, NQ>{p,
+                  b,
+                  steps,
+                  staged(),
+                  reinterpret_cast<float*>(shared_memory() + shared.guards),
+                  reinterpret_cast<unsigned char*>(shared_memory() + shared.left),
+                  weights()}
+        .run();
     __syncthreads();
     softmax();
     __syncthreads();
@@ -114,6 +125,7 @@ struct Block {
       const int lines = static_cast<int>((p.D + kLine - 1) / kLine);
       int64_t most = int64_t(steps.n) * lines;
       if (most > 512) most = 512;
+#pragma unroll 1
       for (int i = threadIdx.x; i < most; i += kThreads)
         prefetch(row_of<T>(p.values, b, steps.first + i / lines) + i % lines * kLine);
     }
@@ -124,6 +136,7 @@ struct Block {
     const int lane = threadIdx.x % kWarp;
     if (threadIdx.x < kWarp) {
       int n = 0;
+#pragma unroll 1
       for (int first = 0; first < steps.n; first += kWarp) {
         const int j = first + lane;
         unsigned bits = 0;
@@ -143,7 +156,9 @@ struct Block {
       if (lane == 0) list()[0] = n;
     }
     if (p.alignments != nullptr && (p.splits == 1 || p.cluster))
+#pragma unroll 1
       for (int q = 0; q < p.Tq; ++q)
+#pragma unroll 1
         for (int j = threadIdx.x; j < steps.n; j += kThreads) *alignment(q, steps.first + j) = narrow<T>(W(0));
     __syncthreads();
     steps.list = list() + 1;
@@ -157,25 +172,29 @@ struct Block {
     if (q >= NQ) return;
     W* weight = weights() + q;
     if (q >= p.Tq) {
+#pragma unroll 1
       for (int i = lane; i < steps.n; i += kWarp) weight[i * NQ] = 0;
       return;
     }
     W largest = -W(INFINITY), sum = 0;
+#pragma unroll 1
     for (int i = lane; i < steps.n; i += kWarp)
       if (attends(q, i)) largest = larger(largest, weight[i * NQ]);
     largest = warp_largest(largest);
+#pragma unroll 1
     for (int i = lane; i < steps.n; i += kWarp) {
+      if (p.scores != nullptr)
+        static_cast<W*>(p.scores)[(static_cast<int64_t>(b) * p.Tq + q) * p.Tk + steps[i]] = weight[i * NQ];
       const W x = attends(q, i) ? weight_of(weight[i * NQ], largest) : W(0);
       weight[i * NQ] = x;
       sum += x;
-      if (p.weights != nullptr) static_cast<W*>(p.weights)[(b * p.Tq + q) * p.Tk + steps[i]] = x;
     }
     sum = warp_sum(sum);
     if (lane == 0) {
       stats()[q] = largest;
       stats()[NQ + q] = sum;
       if (p.splits > 1 && !p.cluster) {
-        W* to = static_cast<W*>(p.stats) + (b * p.splits + rank) * 2 * p.Tq + q;
+        W* to = static_cast<W*>(p.stats) + (static_cast<int64_t>(b) * p.splits + rank) * 2 * p.Tq + q;
         to[0] = largest;
         to[p.Tq] = sum;
       }
@@ -195,6 +214,7 @@ struct Block {
       else
         sum_rows<false>(sums, d, first, n, group, groups);
     }
+#pragma unroll 1
     for (int g = 0; g < groups; ++g) {
       if (group == g) {
 #pragma unroll
@@ -213,8 +233,9 @@ struct Block {
 
   template <bool kMixed>
   ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
-    constexpr int kRows = NQ <= 2 ? 8 : 4;  // on their way at a time
+    constexpr int kRows = !F::kVector ? 2 : NQ <= 2 ? 8 : 4;  // on their way at a time
     const int64_t stride = F::kVector ? 1 : p.values.stride[2];
+#pragma unroll 1
     for (int i = group; i < steps.n; i += groups * kRows) {
       uint4 raw[kRows];
 #pragma unroll
@@ -243,7 +264,8 @@ struct Block {
   template <class Part>
   ATTN_DEVICE SoftmaxPart<W> whole(const Part& part) const {
     SoftmaxPart<W> all{-W(INFINITY), 0};
-    for (int64_t r = threadIdx.x % kWarp; r < p.splits; r += kWarp) all = merge(all, part(r));
+#pragma unroll 1
+    for (int r = threadIdx.x % kWarp; r < p.splits; r += kWarp) all = merge(all, part(r));
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2)
       all = merge(all, SoftmaxPart<W>{__shfl_xor_sync(kAllLanes, all.largest, step),
@@ -252,9 +274,9 @@ struct Block {
   }
 
   // From the shared memory of the cluster's blocks, or of this one.
-  ATTN_DEVICE W load_of(const W* address, int64_t r) const {
+  ATTN_DEVICE W load_of(const W* address, int r) const {
     if constexpr (sizeof(W) == 4)
-      if (p.cluster) return load_of_rank(address, static_cast<int>(r));
+      if (p.cluster) return load_of_rank(address, r);
     return *address;
   }
 
@@ -264,22 +286,20 @@ struct Block {
     if (p.cluster) cluster_sync();
     if (d == 0) {
       if (warp < p.Tq) {
-        auto part = [&](int64_t r) {
-          return SoftmaxPart<W>{load_of(stats() + warp, r), load_of(stats() + NQ + warp, r)};
-        };
+        auto part = [&](int r) { return SoftmaxPart<W>{load_of(stats() + warp, r), load_of(stats() + NQ + warp, r)}; };
         const SoftmaxPart<W> all = whole(part);
         if (lane < p.splits) factors()[lane * NQ + warp] = share(part(lane).largest, all.largest) * normaliser(all);
       }
       __syncthreads();
       if (p.alignments != nullptr) write_alignments();
     }
-    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n), splits = static_cast<int>(p.splits);
-    for (int i = (warp * splits + static_cast<int>(rank)) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
+    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n), splits = p.splits;
+    for (int i = (warp * splits + rank) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
       const int q = i / n, c = i % n;
       W sum = 0;
 #pragma unroll 4
       for (int r = 0; r < splits; ++r) sum += factors()[r * NQ + q] * load_of(contexts() + q * columns.n + c, r);
-      static_cast<T*>(p.context)[(b * p.Tq + q) * p.D + d + c] = narrow<T>(sum);
+      static_cast<T*>(p.context)[(static_cast<int64_t>(b) * p.Tq + q) * p.D + d + c] = narrow<T>(sum);
     }
     if (p.cluster)  // until now others read this block's contexts
       cluster_sync();
@@ -289,10 +309,13 @@ struct Block {
 
   // Of the steps of this block, and of its share of those beyond the length.
   ATTN_DEVICE void write_alignments() const {
+#pragma unroll 1
     for (int q = 0; q < p.Tq; ++q) {
       const W factor = factors()[rank * NQ + q];
+#pragma unroll 1
       for (int i = threadIdx.x; i < steps.n; i += kThreads)
         *alignment(q, steps[i]) = narrow<T>(attends(q, i) ? weights()[i * NQ + q] * factor : W(0));
+#pragma unroll 1
       for (int64_t j = length + rank * kThreads + threadIdx.x; j < p.Tk; j += p.splits * kThreads)
         *alignment(q, j) = narrow<T>(W(0));
     }
@@ -300,8 +323,10 @@ struct Block {
 
   ATTN_DEVICE void write_partial(int64_t d) const {
     const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n);
+#pragma unroll 1
     for (int q = 0; q < p.Tq; ++q) {
-      W* to = static_cast<W*>(p.partial) + ((b * p.splits + rank) * p.Tq + q) * p.D + d;
+      W* to = static_cast<W*>(p.partial) + ((static_cast<int64_t>(b) * p.splits + rank) * p.Tq + q) * p.D + d;
+#pragma unroll 1
       for (int c = threadIdx.x; c < n; c += kThreads) to[c] = contexts()[q * columns.n + c];
     }
     __syncthreads();
@@ -312,35 +337,36 @@ struct Block {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) list()[0] = atomicAdd(p.finished + b, 1u) == p.splits - 1;
+    if (threadIdx.x == 0) list()[0] = atomicAdd(p.finished + b, 1u) == static_cast<unsigned>(p.splits - 1);
     __syncthreads();
     if (!list()[0]) return;
     __threadfence();
-    const W* stats = static_cast<const W*>(p.stats) + b * p.splits * 2 * p.Tq;
+    const W* stats = static_cast<const W*>(p.stats) + static_cast<int64_t>(b) * p.splits * 2 * p.Tq;
     W *largest = factors(), *normalisers = factors() + NQ;
     if (warp < p.Tq) {
-      const SoftmaxPart<W> all = whole(
-          [&](int64_t r) { return SoftmaxPart<W>{stats[r * 2 * p.Tq + warp], stats[(r * 2 + 1) * p.Tq + warp]}; });
+      const SoftmaxPart<W> all =
+          whole([&](int r) { return SoftmaxPart<W>{stats[r * 2 * p.Tq + warp], stats[(r * 2 + 1) * p.Tq + warp]}; });
       if (lane == 0) largest[warp] = all.largest, normalisers[warp] = normaliser(all);
     }
     __syncthreads();
-    const W* partial = static_cast<const W*>(p.partial) + b * p.splits * p.Tq * p.D;
-    for (int64_t i = threadIdx.x; i < p.Tq * p.D; i += kThreads) {
-      const int64_t q = i / p.D;
-      W sum = 0;
-#pragma unroll 8
-      for (int64_t r = 0; r < p.splits; ++r)
-        sum += share(stats[r * 2 * p.Tq + q], largest[q]) * partial[r * p.Tq * p.D + i];
-      static_cast<T*>(p.context)[b * p.Tq * p.D + i] = narrow<T>(sum * normalisers[q]);
-    }
-    if (p.alignments == nullptr) return;
-    const int64_t part = (length + p.splits - 1) / p.splits;
+#pragma unroll 1
     for (int q = 0; q < p.Tq; ++q) {
-      const W* weight = static_cast<const W*>(p.weights) + (b * p.Tq + q) * p.Tk;
+      const int64_t row = static_cast<int64_t>(b) * p.Tq + q;
+      const W* partial = static_cast<const W*>(p.partial) + (static_cast<int64_t>(b) * p.splits * p.Tq + q) * p.D;
+#pragma unroll 1
+      for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
+        W sum = 0;
+#pragma unroll 8
+        for (int r = 0; r < p.splits; ++r)
+          sum += share(stats[r * 2 * p.Tq + q], largest[q]) * partial[static_cast<int64_t>(r) * p.Tq * p.D + d];
+        static_cast<T*>(p.context)[row * p.D + d] = narrow<T>(sum * normalisers[q]);
+      }
+      if (p.alignments == nullptr) continue;
+#pragma unroll 1
       for (int64_t j = threadIdx.x; j < p.Tk; j += kThreads) {
         W x = 0;
         if (j < length && allows(p.attended, b, q, j))
-          x = weight[j] * (share(stats[j / part * 2 * p.Tq + q], largest[q]) * normalisers[q]);
+          x = exp(static_cast<const W*>(p.scores)[row * p.Tk + j] - largest[q]) * normalisers[q];
         *alignment(q, j) = narrow<T>(x);
       }
     }
@@ -369,12 +395,12 @@ void run(FewQueries p, int64_t B) {
   using W = Wide<T>;
   p.capacity = static_cast<int>(ceil_div(p.Tk, p.splits));
   const int64_t context_bytes = NQ * Columns<T>(p.D).n * sizeof(W), staged_bytes = Scorer<F, NQ>::bytes(p.A);
-  p.staged_bytes = round_up(context_bytes > staged_bytes ? context_bytes : staged_bytes, 16);
+  p.staged_bytes = static_cast<int>(round_up(context_bytes > staged_bytes ? context_bytes : staged_bytes, 16));
   const int64_t bytes = Shared<W, NQ>(p.staged_bytes, p.capacity).bytes;
   if (p.splits > 1 && !p.cluster) {
     p.stats = scratch<W>(B * p.splits * 2 * p.Tq);
     p.partial = scratch<W>(B * p.splits * p.Tq * p.D);
-    if (p.alignments != nullptr) p.weights = scratch<W>(B * p.Tq * p.Tk);
+    if (p.alignments != nullptr) p.scores = scratch<W>(B * p.Tq * p.Tk);
     p.finished = scratch<unsigned>(B);
     clear(p.finished, B * sizeof(unsigned));
   }
@@ -413,7 +439,7 @@ void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
   p.query = op.query, p.keys = op.keys, p.values = op.values;
   p.attended = op.attended;
   p.context = op.context, p.alignments = op.alignments;
-  p.splits = splits.n, p.cluster = splits.cluster && splits.n > 1;
+  p.splits = static_cast<int>(splits.n), p.cluster = splits.cluster && splits.n > 1;
   switch (op.query.dtype) {
     case Dtype::float32:
       return run_form<kAdditive, float>(p, op.B);

@@ -25,13 +25,13 @@ struct FewQueries {
   Attended attended;
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
-  int64_t splits;    // blocks of a sentence,
+  int splits;        // blocks of a sentence,
   bool cluster;      // which are a cluster or, otherwise, use what follows
   int capacity;      // most steps of a block
-  int64_t staged_bytes;
+  int staged_bytes;
   void* stats;         // (B, splits, 2, Tq), of W: SoftmaxPart of each block
   void* partial;       // (B, splits, Tq, D), of W: their contexts
-  void* weights;       // (B, Tq, Tk), of W: e^(score - largest of the block), or null
+  void* scores;        // (B, Tq, Tk), of W, or null
   unsigned* finished;  // (B,): how many blocks have
 };
 
@@ -93,22 +93,20 @@ ATTN_DEVICE int unit_at(int i) {
   return i / kAll * kAll + (F::kVector ? lane * kEach + j : j * kWarp + lane);
 }
 
-// x[0] of the lanes 32 / N * i .. : the sum of x[i] of all lanes. N is a power of two. The lanes share the additions.
-template <int N, typename W>
+// In the lanes from 32 / N * i on: the sum of x[i] of all lanes. N is a power of two. The lanes share the additions.
+template <int N, int kStep = kWarp / 2, typename W>
 ATTN_DEVICE W warp_sums(W* x) {
-  const int lane = threadIdx.x % kWarp;
-  int step = kWarp / 2;
+  if constexpr (N > 1) {
+    const bool upper = threadIdx.x & kStep;
 #pragma unroll
-  for (int n = N / 2; n > 0; n /= 2, step /= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const W sent = upper ? x[i] : x[i + n], kept = upper ? x[i + n] : x[i];
-      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, step);
+    for (int i = 0; i < N / 2; ++i) {
+      const W sent = upper ? x[i] : x[i + N / 2], kept = upper ? x[i + N / 2] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAllLanes, sent, kStep);
     }
+  } else {
+    x[0] += __shfl_xor_sync(kAllLanes, x[0], kStep);
   }
-#pragma unroll
-  for (; step > 0; step /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], step);
+  if constexpr (kStep > 1) return warp_sums<(N > 1 ? N / 2 : 1), kStep / 2>(x);
   return x[0];
 }
 
@@ -123,22 +121,24 @@ struct Scorer {
   using T = typename F::T;
   using Key = typename F::Key;
   using W = Wide<T>;
-  static constexpr bool kStaged = sizeof(T) <= 4;          // float64 takes the plain way
-  static constexpr int kRows = NQ <= 2 ? 2 : 4;            // steps of a warp at a time,
-  static constexpr int kLoads = 4 / kRows;                 // loads of each
-  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;  // of a load of the warp
+  static constexpr bool kStaged = sizeof(T) <= 4;               // float64 takes the plain way
+  static constexpr int kRows = NQ <= 2 || !F::kVector ? 2 : 4;  // steps of a warp at a time,
+  static constexpr int kLoads = F::kVector ? 4 / kRows : 1;     // loads of each
+  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;       // of a load of the warp
   static constexpr int kRowsOfUnits = F::kAdditive ? 2 * NQ + 1 : NQ;
 
   const FewQueries& p;
-  int64_t b;
+  int b;
   Steps steps;
-  float* staged;  // (NQ, padded) e^{2(q + bias)}, (NQ, padded) v times that, (padded) v; or (NQ, padded) q
-  float* guards;  // (2, kWarps)
+  float* staged;        // (NQ, padded) e^{2(q + bias)}, (NQ, padded) v times that, (padded) v; or (NQ, padded) q
+  float* guards;        // (2, kWarps)
+  unsigned char* left;  // of each step: whether it is left for the plain way
   W* out;
 
   int64_t unit = 0;           // where this block of units begins,
   int units = 0, padded = 0;  // how many it has, and that in whole loads
   float most = 0, least = 0;  // which largest |k| the factored form is right for
+  bool all_plainly = true;
 
   // Most units of a block of them, and the bytes they take.
   static constexpr int kMostUnits = 4096 / (NQ < 2 ? 2 : NQ);
@@ -151,22 +151,28 @@ struct Scorer {
   ATTN_DEVICE void run() {
     const int warp = threadIdx.x / kWarp;
     do {
+      bool plainly = true;  // whether some of this warp's steps, or all, are left for the plain way
+      units = static_cast<int>(!kStaged || p.A - unit < kMostUnits ? p.A - unit : kMostUnits);
       if constexpr (kStaged) {
-        units = static_cast<int>(p.A - unit < kMostUnits ? p.A - unit : kMostUnits);
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
-        uint4 next[4];
+        uint4 next[kRows * kLoads];
         if (warp * kRows < steps.n) fetch(next, warp * kRows, 0);
         if (unit > 0) __syncthreads();
         stage();
         __syncthreads();
-        if (choose()) {
-          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) score_rows(next, i);
-        } else {
-          for (int i = warp; i < steps.n; i += kWarps) score_plainly(i);
-        }
-      } else {
-        units = static_cast<int>(p.A);
-        for (int i = warp; i < steps.n; i += kWarps) score_plainly(i);
+        all_plainly = !choose();
+        plainly = all_plainly;
+        if (!all_plainly)
+#pragma unroll 1
+          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) plainly |= !score_rows(next, i);
+      }
+      if ((F::kAdditive || !kStaged) && plainly) {
+        __syncwarp();
+#pragma unroll 1
+        for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
+#pragma unroll 1
+          for (int r = i; r < i + kRows && r < steps.n; ++r)
+            if (all_plainly || left[r]) score_plainly(r);
       }
       unit += kMostUnits;
     } while (kStaged && unit < p.A);
@@ -192,6 +198,7 @@ struct Scorer {
     const T* query = row_of<T>(p.query, b, q < p.Tq ? q : 0) + unit * p.query.stride[2];
     const int n = q < p.Tq ? units : 0;
     float top = 0, norm2 = 0;
+#pragma unroll 2
     for (int i = warp % kEach * kWarp + lane; i < padded; i += kEach * kWarp) {
       const int u = unit_at<F>(i);
       const float x = element_or_zero(query, u, n, p.query.stride[2]);
@@ -240,14 +247,16 @@ struct Scorer {
     return most >= 0 && least <= most;
   }
 
-  // Scores of step i and those after it. next: the first loads of this warp, afterwards those of its next steps.
-  ATTN_DEVICE void score_rows(uint4* next, int i) {
+  // Scores of step i and those after it, or false where some of them are left. next: the first loads of this warp,
+  // afterwards those of its next steps.
+  ATTN_DEVICE bool score_rows(uint4* next, int i) {
     const int lane = threadIdx.x % kWarp;
     float sums[kRows * NQ] = {}, top[kRows] = {};
+#pragma unroll 1
     for (int c = 0; c < padded; c += kLoads * kUnits) {
-      uint4 now[4];
+      uint4 now[kRows * kLoads];
 #pragma unroll
-      for (int l = 0; l < 4; ++l) now[l] = next[l];
+      for (int l = 0; l < kRows * kLoads; ++l) now[l] = next[l];
       const bool more = c + kLoads * kUnits < padded;
       const int j = more ? i : i + kWarps * kRows;
       if (j < steps.n) fetch(next, j, more ? c + kLoads * kUnits : 0);
@@ -255,21 +264,21 @@ struct Scorer {
       for (int l = 0; l < kLoads; ++l)
         if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, top);
     }
-    unsigned right = (1u << kRows) - 1;  // rows for which the factored form is
-    if constexpr (F::kAdditive) {
+    unsigned right = 0;  // a bit for each step for which the factored form is
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (F::kPrepared) top[r] = prepared_top(i + r < steps.n ? i + r : steps.n - 1);
-        if (!__all_sync(kAllLanes, top[r] <= most) || !__any_sync(kAllLanes, top[r] >= least)) right &= ~(1u << r);
-      }
+    for (int r = 0; r < kRows; ++r) {
+      if (F::kPrepared) top[r] = prepared_top(i + r < steps.n ? i + r : steps.n - 1);
+      if (!F::kAdditive || (__all_sync(kAllLanes, top[r] <= most) && __any_sync(kAllLanes, top[r] >= least)))
+        right |= 1u << r;
     }
     const float sum = warp_sums<kRows * NQ>(sums);
     constexpr int kLanes = kWarp / (kRows * NQ);
     const int k = lane / kLanes, r = k / NQ;
-    if (lane % kLanes == 0 && i + r < steps.n && (right >> r & 1)) store(i * NQ + k, sum);
-    if (F::kAdditive && right != (1u << kRows) - 1)
-      for (int s = 0; s < kRows && i + s < steps.n; ++s)
-        if (!(right >> s & 1)) score_plainly(i + s);
+    if (lane % kLanes == 0 && i + r < steps.n) {
+      if (F::kAdditive && k % NQ == 0) left[i + r] = !(right >> r & 1);
+      if (right >> r & 1) store(i * NQ + k, sum);
+    }
+    return right == (1u << kRows) - 1;
   }
 
   // Adds to the sums (row, query) what a load of each row has, of the units from c on.
@@ -324,6 +333,7 @@ struct Scorer {
     const T* key = row_of<T>(p.keys, b, steps[i]) + unit * keys_stride;
     const T *v = static_cast<const T*>(p.v.data), *bias = static_cast<const T*>(p.bias.data);
     W sums[NQ] = {};
+#pragma unroll 1
     for (int u = lane; u < units; u += kWarp) {
       const W k = widen(key[u * keys_stride]);
       const W unit_v = F::kAdditive ? widen(v[(unit + u) * p.v.stride[2]]) : W(0);

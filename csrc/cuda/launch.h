@@ -32,7 +32,7 @@ struct Grid {
 
 #if defined(ATTN_EMULATED)
 
-inline Device current_device() { return {132, 90}; }
+inline Device current_device() { return {emulator::machine().multiprocessors, 90}; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {

@@ -38,7 +38,7 @@ ATTN_HOST_DEVICE float exp2x(float x) {
   return p * bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
-// e^{2x} for low precision: the relative error is about 2^-22 + |x| 2^-23. 0 and Inf beyond the range, NaN for NaN.
+// e^{2x} for low precision: the relative error is about (1 + |x|) 2^-22. 0 and Inf beyond the range, NaN for NaN.
 ATTN_HOST_DEVICE float rough_exp2x(float x) {
   const float y = x * 2.8853900817779268f;
 #if defined(__CUDA_ARCH__)

@@ -65,6 +65,7 @@ struct Machine {
   ucontext_t scheduler_context;
   std::function<void()> body;
   std::uint32_t random = 12345;
+  int multiprocessors = 132;  // what kernels are chosen for
 
   std::uint32_t next_random() {
     random ^= random << 13, random ^= random >> 17, random ^= random << 5;

@@ -1,0 +1,57 @@
+"""Builds attn_kernels._C_cuda for the CPU: the CUDA kernels in the emulator of cuda_emulator.h, for tests.
+
+``python tests/cpp/build_emulated.py FOLDER`` writes the module there, where conftest.py looks for it. Bindings and
+kernels are the files that setup.py has nvcc compile for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pybind11
+import torch
+from pybind11.setup_helpers import ParallelCompile
+from setuptools import Distribution, Extension
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parents[2]
+TORCH = Path(torch.__file__).parent
+
+
+def main(folder: Path) -> None:
+    os.chdir(ROOT)
+    objects = folder / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    sources = [Path("csrc/additive_attention.cpp"), Path("csrc/dot_attention.cpp"), *Path("csrc/cuda").glob("*.cpp")]
+    for kernels in Path("csrc/cuda").glob("*.cu"):  # a compiler goes by the ending
+        source = objects / f"{kernels.stem}.cpp"
+        source.write_text(f'#include "{kernels.resolve()}"\n')
+        sources.append(source)
+    extension = Extension(
+        "_C_cuda",
+        [os.path.relpath(source) for source in sorted(sources)],
+        include_dirs=["csrc", "csrc/cuda", "tests/cpp", pybind11.get_include()]
+        + [str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")],
+        library_dirs=[str(TORCH / "lib")],
+        libraries=["torch_cpu"],
+        define_macros=[
+            ("ATTN_CUDA", None),
+            ("ATTN_EMULATED", None),
+            ("TORCH_TARGET_VERSION", "0x020A000000000000"),
+            ("TORCH_BUILD_VERSION", f'"{torch.__version__}"'),
+        ],
+        # No fortified longjmp: the fibers jump between stacks.
+        extra_compile_args=["-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-fvisibility=hidden"]
+        + ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"],
+    )
+    ParallelCompile(default=os.cpu_count() or 1).install()
+    command = build_ext(Distribution({"name": "emulated", "ext_modules": [extension]}))
+    command.build_lib, command.build_temp, command.force = str(folder), str(objects), True
+    command.ensure_finalized()
+    command.run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
