@@ -6,6 +6,8 @@ CUDA C++ is compiled by nvcc alone, Triton ahead of time by the cases of tests/t
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -87,18 +89,33 @@ def triton_cases() -> list[str]:
 
 def examine_triton(case: str, targets: Iterable[str], cache: Path) -> list[Finding]:
     """The kernels of one case: each in a process of its own, as the tests do it, and with a cache that stays."""
+    kept = cache / f"triton-{case}-{_triton_fingerprint()}.json"
+    if not kept.exists():
+        printed = _compile_triton(case, cache)
+        for stale in cache.glob(f"triton-{case}-*.json"):
+            stale.unlink()
+        files.write_whole(kept, lambda partial: partial.write_text(printed))
+    wanted = {int("".join(filter(str.isdigit, target))) for target in targets}
+    return [examine(triton_facts(case, k)) for k in json.loads(kept.read_text()) if k["target"] in wanted]
+
+
+def _triton_fingerprint() -> str:
+    """Changes with anything the machine code of the Triton kernels depends on."""
+    digest = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for path in [AOT, *sorted((ROOT / "attn_kernels" / "triton").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _compile_triton(case: str, cache: Path) -> str:
+    """What the tests print of a case: JSON."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache / "triton")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     process = subprocess.run([sys.executable, str(AOT), case], capture_output=True, text=True, env=environment)
     if process.returncode != 0:
-        raise RuntimeError(f"Triton, case {case}: {process.stderr.strip().splitlines()[-1:] or 'failed'}")
-    wanted = {int("".join(filter(str.isdigit, target))) for target in targets}
-    return [
-        examine(triton_facts(case, kernel))
-        for kernel in json.loads(process.stdout.splitlines()[-1])
-        if kernel["target"] in wanted
-    ]
+        raise RuntimeError(f"Triton, case {case}: {''.join(process.stderr.strip().splitlines()[-1:]) or 'failed'}")
+    return process.stdout.splitlines()[-1]
 
 
 def triton_facts(case: str, kernel: dict[str, Any]) -> Facts:
