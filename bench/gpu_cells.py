@@ -183,12 +183,13 @@ def time_limit(seconds: float):
     def stop(*_: object) -> None:
         raise TooLong(f"took longer than {seconds:.0f} s")
 
+    start = time.monotonic()
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    around, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # what a limit around this one has left; 0: there is none
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, max(around - (time.monotonic() - start), 1e-3) if around else 0)
         signal.signal(signal.SIGALRM, before)
 
 

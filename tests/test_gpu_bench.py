@@ -151,8 +151,15 @@ def test_rows_stop_when_the_time_is_over_and_failures_are_stored() -> None:
 def test_time_limit() -> None:
     with pytest.raises(gpu_cells.TooLong, match="longer than"), gpu_cells.time_limit(0.05):
         time.sleep(2)
-    with gpu_cells.time_limit(5):
-        pass
+
+    def one_in_another() -> None:
+        with gpu_cells.time_limit(5):
+            pass
+        time.sleep(2)
+
+    # The limit around the one that is over still holds.
+    with pytest.raises(gpu_cells.TooLong, match="longer than 0 s"), gpu_cells.time_limit(0.3):
+        one_in_another()
 
 
 # The file of a run ----------------------------------------------------------------------------------------------------
