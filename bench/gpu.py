@@ -56,9 +56,9 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("build", 0.20, "the compiled modules, in place"),
-    Step("tests", 0.28, "the test matrix on the GPU backends"),
-    Step("sanitizer", 0.17, "compute-sanitizer, memcheck and racecheck, on small shapes"),
+    Step("build", 0.25, "the compiled modules, in place"),
+    Step("tests", 0.25, "the test matrix on the GPU backends"),
+    Step("sanitizer", 0.16, "compute-sanitizer, memcheck and racecheck, on small shapes"),
     Step("ceilings", 0.08, "bandwidth, arithmetic and launches of this device"),
     Step("cells", 1.0, "the benchmark, with all the time that is left"),
 )

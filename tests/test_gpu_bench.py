@@ -287,7 +287,7 @@ def test_budget_leaves_later_steps_their_time() -> None:
     budget = gpu.Budget(480, clock=lambda: now[0])
     steps = {step.name: step for step in gpu.STEPS}
     assert sum(step.share for step in gpu.STEPS[:-1]) <= 0.75  # a quarter is left for the cells at worst
-    assert budget.limit(steps["build"]) == pytest.approx(96)
+    assert budget.limit(steps["build"]) == pytest.approx(120)
     now[0] = 400
     assert budget.limit(steps["tests"]) == 80 and budget.limit(steps["cells"]) == 80
     now[0] = 500
