@@ -6,12 +6,16 @@
 #   TORCH    what pip installs where there is none
 #   JOBS     processes for the tests
 #   ARGS     further arguments: make test ARGS="-k dot", make bench ARGS=--help
+#   NVCC     the CUDA compiler of cuda-check, where it is not found by itself
+#   GPU_PYTHON  the Python of gpu, which has torch for CUDA: nothing is installed for it
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
 FUZZ_CASES ?= 10000
+GPU_PYTHON ?= python3
+export NVCC
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,11 +29,11 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test bench fuzz lint format wheel clean
+.PHONY: help setup test bench fuzz cuda-check gpu lint format wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Settings (VENV, TORCH, ARGS, ...): see the top of the Makefile.'
 
 setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
@@ -43,6 +47,12 @@ bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager
 
 fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
 	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
+
+cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
+	$(RUN) bench.cuda_check $(ARGS)
+
+gpu:  ## On a machine with a GPU: builds, tests and measures on it, in eight minutes and without network
+	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
 	$(RUN) ruff format --check .

@@ -12,12 +12,15 @@ import subprocess
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.text import Text
 
 import attn_kernels
 from attn_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
@@ -115,6 +118,8 @@ def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
 
 def as_text(description: dict[str, str | int]) -> Text:
     """The description as lines to print under a table."""
+    from rich.text import Text
+
     return Text("\n".join(f"{name}: {value}" for name, value in description.items()), style="dim")
 
 

@@ -142,6 +142,48 @@ def sweep(
     _save(path, figure)
 
 
+def gpu(path: Path, cells: Sequence[Mapping], description: Mapping[str, object]) -> bool:
+    """One panel for each pass: how many times as long as ours the others take on a GPU, in CUDA graphs where they can
+    be made and launched by the host where not. Returns whether there was anything to draw.
+    """
+    colours = {**_COLOURS, "scores, eager softmax": "#9a6fb0"}
+    panels: dict[str, list[tuple[str, dict[str, Mapping[str, float]]]]] = {}
+    for cell in cells:
+        ratios = {}
+        for way in cell.get("ways", ()):
+            found = way.get("times_ours", {})
+            if way["name"] in colours and (found.get("graph") or found.get("launched")):
+                ratios[way["name"]] = found.get("graph") or found["launched"]
+        if ratios:
+            panels.setdefault(cell["passes"], []).append((cell["key"].replace(cell["passes"], "").strip(), ratios))
+    if not panels:
+        return False
+    rows = max(map(len, panels.values()))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(9 * len(panels), 1.5 + 0.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, (passes, panel) in zip(axes.flat, panels.items(), strict=True):
+        names = [name for name in colours if any(name in ratios for _, ratios in panel)]
+        height = 0.8 / len(names)
+        for row, (_, ratios) in enumerate(panel):
+            for offset, name in enumerate(names):
+                if name in ratios:
+                    place = row + (offset - (len(names) - 1) / 2) * height
+                    median, low, high = (ratios[name][key] for key in ("median", "low", "high"))
+                    axis.barh(place, median - 1, height, left=1, color=colours[name])
+                    axis.plot([low, high], [place, place], color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_yticks(range(len(panel)), [key for key, _ in panel], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(passes, fontsize=10)
+        axis.set_xlabel("time / time of ours (right of 1: ours is faster)", fontsize=8)
+        axis.legend(handles=[Patch(color=colours[name], label=name) for name in names], fontsize=7)
+    figure.suptitle(f"{description['device']}, torch {description.get('torch')}, {description['date']}", fontsize=9)
+    _save(path, figure)
+    return True
+
+
 def _short(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.1f}" if ratio < 99.95 else f"{ratio:.0f}"
 
