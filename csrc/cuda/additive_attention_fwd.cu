@@ -23,21 +23,25 @@ namespace attn {
 namespace cuda {
 namespace {
 
+constexpr int kStep = 6;            // units that a thread takes in one turn of its loop: twice three
 constexpr int kUnits = 12;          // of a chunk, in each share of the units
 constexpr int kQuads = kUnits / 4;  // what a thread brings at once
-constexpr int kMostThreads = 384;
+template <typename W>
+constexpr int kMostThreads = sizeof(W) == 4 ? 384 : 256;  // with the registers that they need
+constexpr int kMostShares = 12, kMostColumns = 192;
 // Quads that a thread brings while it computes, as many as registers allow; further ones come when they are needed.
 template <bool kInFours>
-constexpr int kQuadsAhead = kInFours ? 3 : 2;
+constexpr int kQuadsAhead = kInFours ? 2 : 1;
 
 struct ScoresTile {
   AdditiveScores op;
   Attended attended;
   void* scores;  // (B, Tq, Tk) contiguous
   Dtype dtype;   // of scores
-  // A block has threads_q x threads_k threads for each of `shares` shares of the units, rounded up to whole warps.
-  int threads_q, threads_k, shares, share_threads;
-  int64_t tiles_q, tiles_k, chunks;  // blocks along queries and steps; chunks of a share
+  // A block has threads_q x threads_k threads for each of `shares` shares of the units, and what fills the last warp.
+  int threads_q, threads_k, shares;
+  int64_t tiles_q, tiles_k;  // blocks along queries and steps
+  int64_t share_units;       // of a share, a multiple of kStep
 };
 
 // What the shared form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
@@ -82,50 +86,56 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
   return scale;
 }
 
-// part += the (kQ, kK) sums of 1 / d over the units of a chunk. eq: [unit][columns], ek: [unit][columns], from the
-// thread's first query and step on; constants: [unit].
-template <int kQ, int kK>
-ATTN_DEVICE void add_shared(const float* eq, const float* ek, int columns, const float* constants,
+// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and step
+// on; constants: [unit].
+template <int kQ, int kK, int kColumns>
+ATTN_DEVICE void add_shared(const float* eq, const float* ek, const float* constants, int units,
                             float (&part)[kQ][kK]) {
-#pragma unroll 2
-  for (int t = 0; t < kUnits; t += 3) {
-    float q[3][kQ], k[3][kK], c[3];
+#pragma unroll 1
+  for (int t = 0; t < units; t += kStep) {
 #pragma unroll
-    for (int n = 0; n < 3; ++n) {
+    for (int half = 0; half < kStep; half += 3) {
+      float q[3][kQ], k[3][kK];
 #pragma unroll
-      for (int i = 0; i < kQ; i += 4) load_16_bytes(eq + (t + n) * columns + i, q[n] + i);
+      for (int n = 0; n < 3; ++n) {
 #pragma unroll
-      for (int j = 0; j < kK; j += 4) load_16_bytes(ek + (t + n) * columns + j, k[n] + j);
-      c[n] = constants[t + n];
+        for (int i = 0; i < kQ; i += 4) load_16_bytes(eq + (half + n) * kColumns + i, q[n] + i);
+#pragma unroll
+        for (int j = 0; j < kK; j += 4) load_16_bytes(ek + (half + n) * kColumns + j, k[n] + j);
+      }
+      const float* c = constants + half;
+#pragma unroll
+      for (int i = 0; i < kQ; ++i)
+#pragma unroll
+        for (int j = 0; j < kK; ++j)
+          part[i][j] =
+              add_three(c[0] + q[0][i] * k[0][j], c[1] + q[1][i] * k[1][j], c[2] + q[2][i] * k[2][j], part[i][j]);
     }
-#pragma unroll
-    for (int i = 0; i < kQ; ++i)
-#pragma unroll
-      for (int j = 0; j < kK; ++j)
-        part[i][j] =
-            add_three(c[0] + q[0][i] * k[0][j], c[1] + q[1][i] * k[1][j], c[2] + q[2][i] * k[2][j], part[i][j]);
+    eq += kStep * kColumns;
+    ek += kStep * kColumns;
+    constants += kStep;
   }
 }
 
 // The same with tanh itself: q, with the bias, and k lie in place of the exponentials, v in place of the constants.
 // What an addition loses is carried to the next one: with a large v one unit may be much larger than the others.
-template <typename W, int kQ, int kK>
-ATTN_DEVICE void add_plain(const W* q, const W* k, int columns, const W* v, W (&total)[kQ][kK], W (&lost)[kQ][kK]) {
+template <typename W, int kQ, int kK, int kColumns>
+ATTN_DEVICE void add_plain(const W* q, const W* k, const W* v, int units, W (&total)[kQ][kK], W (&lost)[kQ][kK]) {
 #pragma unroll 1
-  for (int t = 0; t < kUnits; ++t) {
+  for (int t = 0; t < units; ++t) {
 #pragma unroll
     for (int i = 0; i < kQ; ++i)
 #pragma unroll
       for (int j = 0; j < kK; ++j)
-        add_exactly(v[t] * tanh_of(q[t * columns + i] + k[t * columns + j]), total[i][j], lost[i][j]);
+        add_exactly(v[t] * tanh_of(q[t * kColumns + i] + k[t * kColumns + j]), total[i][j], lost[i][j]);
   }
 }
 
 // Shared memory of a block. The sums of the shares take its place at the end.
-template <typename W>
+template <typename W, int kColumns>
 struct Staged {
   int columns_q, columns_k, columns;  // rows of the tile: queries, steps, both
-  W* rows;                            // [share][unit][columns]
+  W* rows;                            // [share][unit][kColumns]: a constant, so that loads need no arithmetic
   W *constants, *factors, *biases;    // [share][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}
   W* halves;                          // [share]
   W* reach;                           // [share][quad][columns]: largest |q|, |k| of what one thread brought
@@ -134,7 +144,7 @@ struct Staged {
   ATTN_DEVICE Staged(int shares, int columns_q, int columns_k)
       : columns_q(columns_q), columns_k(columns_k), columns(columns_q + columns_k) {
     rows = reinterpret_cast<W*>(shared_memory());
-    constants = rows + shares * kUnits * columns;
+    constants = rows + shares * kUnits * kColumns;
     factors = constants + shares * kUnits;
     biases = factors + shares * kUnits;
     reach = biases + shares * kUnits;
@@ -144,20 +154,29 @@ struct Staged {
 
   static int64_t bytes(int shares, int columns_q, int columns_k) {
     const int columns = columns_q + columns_k;
-    const int64_t staged = int64_t(shares) * (kUnits * columns + 3 * kUnits + kQuads * columns + 1);
+    const int64_t staged = int64_t(shares) * (kUnits * kColumns + 3 * kUnits + kQuads * columns + 1);
     const int64_t summed = int64_t(shares) * columns_q * columns_k;
-    return (staged > summed ? staged : summed) * int64_t(sizeof(W)) + kMostThreads / kWarp * int64_t(sizeof(float));
+    return (staged > summed ? staged : summed) * int64_t(sizeof(W)) + kMostThreads<W> / kWarp * int64_t(sizeof(float));
   }
 };
 
-template <typename W, int kQ, int kK, Form kForm, bool kInFours>
-ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_t q0, int64_t k0, float unit,
+// x[0 .. 4) from shared memory, aligned to 16 bytes.
+template <typename W>
+ATTN_DEVICE void load_4_staged(const W* from, W* x) {
+#pragma unroll
+  for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(from + i, x + i);
+}
+
+template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kInFours>
+ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t b, int64_t q0, int64_t k0, float unit,
                       W (&total)[kQ][kK]) {
   const AdditiveScores& op = a.op;
-  const int columns = s.columns;
-  const int share = threadIdx.x / a.share_threads, within = threadIdx.x % a.share_threads;
-  const bool works = within < a.threads_q * a.threads_k;
-  const int mine_q = works ? within / a.threads_k * kQ : 0, mine_k = works ? within % a.threads_k * kK : 0;
+  const int columns = s.columns, share = threadIdx.x / (a.threads_q * a.threads_k);
+  const bool works = share < a.shares;
+  const int within = works ? threadIdx.x % (a.threads_q * a.threads_k) : 0;
+  const W* mine = s.rows + (works ? share : 0) * kUnits * kColumns;
+  const W* mine_v = s.constants + (works ? share : 0) * kUnits;
+  const int mine_q = within / a.threads_k * kQ, mine_k = s.columns_q + within % a.threads_k * kK;
 
   // An item is four units of a row. Consecutive threads have consecutive rows.
   constexpr int kAhead = kQuadsAhead<kInFours>;
@@ -169,7 +188,7 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_
 #pragma unroll
   for (int n = 0; n < kAhead; ++n) ahead[n] = item(threadIdx.x + n * blockDim.x);
   for (int n = threadIdx.x; n < items; n += blockDim.x) s.reach[n] = 0;
-  auto first_unit = [&](int of_share, int64_t chunk) { return (of_share * a.chunks + chunk) * kUnits; };
+  auto first_unit = [&](int of_share, int64_t chunk) { return of_share * a.share_units + chunk * kUnits; };
   // Of v and bias: 16 threads for each share, in whole warps.
   const int v_share = threadIdx.x / 16, v_unit = threadIdx.x % 16;
   W next_v = 0, next_bias = 0;
@@ -189,7 +208,7 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_
     for (int n = 0; n < kAhead; ++n)
       if (ahead[n].unit < a.shares * kUnits) read(ahead[n], chunk, brought[n]);
     const int64_t u = first_unit(v_share, chunk) + v_unit;
-    const bool exists = v_share < a.shares && v_unit < kUnits && u < op.A;
+    const bool exists = v_share < a.shares && v_unit < a.share_units - chunk * kUnits && v_unit < kUnits && u < op.A;
     next_v = exists ? element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]) : W(0);
     const bool biased = exists && op.bias.data != nullptr;
     next_bias = biased ? element<W>(op.bias.data, op.bias.dtype, u * op.bias.stride[2]) : W(0);
@@ -213,19 +232,21 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_
   };
   auto stage_item = [&](Item of, const W* from) {
     const bool is_query = of.column < s.columns_q;
-    W* to = s.rows + of.unit * columns + of.column;
+    W* to = s.rows + of.unit * kColumns + of.column;
     W* reach = s.reach + of.unit / 4 * columns + of.column;
-    W top = *reach;
+    W top = *reach, bias[4], factor[4];
+    if (is_query) {
+      load_4_staged(s.biases + of.unit, bias);
+      load_4_staged(s.factors + of.unit, factor);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      W x = from[i];
-      if (is_query) x += s.biases[of.unit + i];
+      W x = is_query ? from[i] + bias[i] : from[i];
       if constexpr (kForm == Form::shared) {
-        top = larger(top, fabsf(x));
-        x = exp2x(x);
-        if (is_query) x *= s.factors[of.unit + i];
+        top = larger_magnitude(top, x);
+        x = is_query ? factor[i] * quick_exp2x(x) : quick_exp2x(x);
       }
-      to[i * columns] = x;
+      to[i * kColumns] = x;
     }
     *reach = top;
   };
@@ -250,15 +271,15 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_
   bring(0);
   stage_v();
   __syncthreads();
-  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+  const int64_t chunks = (a.share_units + kUnits - 1) / kUnits;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     stage(chunk);
     __syncthreads();
-    if (chunk + 1 < a.chunks) bring(chunk + 1);
-    const W* q = s.rows + share * kUnits * columns + mine_q;
-    const W* k = s.rows + share * kUnits * columns + s.columns_q + mine_k;
-    const W* constants = s.constants + share * kUnits;
+    if (chunk + 1 < chunks) bring(chunk + 1);
+    const int64_t left = a.share_units - chunk * kUnits;
+    const int units = left < kUnits ? static_cast<int>(left) : kUnits;
     if constexpr (kForm == Form::shared) {
-      owed += s.halves[share];
+      owed += s.halves[works ? share : 0];
       if (chunk % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < kQ; ++i)
@@ -269,12 +290,12 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_
           }
         owed = 0;
       }
-      add_shared<kQ, kK>(q, k, columns, constants, part);
+      add_shared<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
     } else {
-      add_plain<W, kQ, kK>(q, k, columns, constants, total, part);
+      add_plain<W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, total, part);
     }
     __syncthreads();
-    if (chunk + 1 < a.chunks) {
+    if (chunk + 1 < chunks) {
       stage_v();
       __syncthreads();
     }
@@ -288,19 +309,19 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_
   __syncthreads();
 }
 
-// Adds up the shares and writes the tile; what `wanted(row, column)` refuses is left as it is.
-template <typename W, int kQ, int kK>
-ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W>& s, int64_t b, int64_t q0, int64_t k0,
+// Adds up the shares and writes the tile.
+template <typename W, int kQ, int kK, int kColumns>
+ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t b, int64_t q0, int64_t k0,
                             const W (&total)[kQ][kK]) {
-  const int pairs = s.columns_q * s.columns_k;
-  const int share = threadIdx.x / a.share_threads, within = threadIdx.x % a.share_threads;
+  const int pairs = s.columns_q * s.columns_k, threads = a.threads_q * a.threads_k;
   W* sums = s.rows;  // [share][columns_q][columns_k]
-  if (within < a.threads_q * a.threads_k) {
-    const int q = within / a.threads_k * kQ, k = within % a.threads_k * kK;
+  if (static_cast<int>(threadIdx.x) < a.shares * threads) {
+    const int within = threadIdx.x % threads, q = within / a.threads_k * kQ, k = within % a.threads_k * kK;
+    W* to = sums + threadIdx.x / threads * pairs + q * s.columns_k + k;
 #pragma unroll
     for (int i = 0; i < kQ; ++i)
 #pragma unroll
-      for (int j = 0; j < kK; ++j) sums[share * pairs + (q + i) * s.columns_k + k + j] = total[i][j];
+      for (int j = 0; j < kK; ++j) to[i * s.columns_k + j] = total[i][j];
   }
   __syncthreads();
   for (int e = threadIdx.x; e < pairs; e += blockDim.x) {
@@ -313,11 +334,12 @@ ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W>& s, int64_t b, 
 }
 
 // Whether a pair that is attended lies outside the limits of the shared form; the same for all threads.
-ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float>& s, int64_t b, int64_t q0, int64_t k0,
+template <int kColumns>
+ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>& s, int64_t b, int64_t q0, int64_t k0,
                               int64_t length, float least_reach) {
   for (int column = threadIdx.x; column < s.columns; column += blockDim.x) {
     float top = 0;
-    for (int n = 0; n < a.shares * kQuads; ++n) top = larger(top, s.reach[n * s.columns + column]);
+    for (int n = 0; n < a.shares * kQuads; ++n) top = fmaxf(top, s.reach[n * s.columns + column]);
     s.reach[column] = top;
   }
   __syncthreads();
@@ -332,78 +354,83 @@ ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float>& s, int64
 }
 
 // Scores of a tile of queries and steps. Tiles beyond the length are left as they are.
-template <typename W, int kQ, int kK, bool kInFours>
-__global__ void __launch_bounds__(kMostThreads) many_queries_scores_kernel(ScoresTile a) {
+template <typename W, int kQ, int kK, int kColumns, bool kInFours>
+__global__ void __launch_bounds__(kMostThreads<W>) many_queries_scores_kernel(ScoresTile a) {
   const int64_t tile = blockIdx.x, b = tile / (a.tiles_q * a.tiles_k);
   const int64_t q0 = tile / a.tiles_k % a.tiles_q * a.threads_q * kQ, k0 = tile % a.tiles_k * a.threads_k * kK;
   const int64_t length = attended_steps(a.attended, b, a.op.Tk);
   if (k0 >= length) return;
-  const Staged<W> s(a.shares, a.threads_q * kQ, a.threads_k * kK);
+  const Staged<W, kColumns> s(a.shares, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
   if constexpr (sizeof(W) == 4) {
     const Scale scale = scale_of(a.op, s.buffer);
     if (scale.least_reach <= kThreeReach) {
-      walk<W, kQ, kK, Form::shared, kInFours>(a, s, b, q0, k0, scale.unit, total);
+      walk<W, kQ, kK, kColumns, Form::shared, kInFours>(a, s, b, q0, k0, scale.unit, total);
       if (!out_of_reach(a, s, b, q0, k0, length, scale.least_reach)) return write_tile(a, s, b, q0, k0, total);
     }
   }
-  walk<W, kQ, kK, Form::plain, kInFours>(a, s, b, q0, k0, W(1), total);
+  walk<W, kQ, kK, kColumns, Form::plain, kInFours>(a, s, b, q0, k0, W(1), total);
   write_tile(a, s, b, q0, k0, total);
 }
 
-// How the pairs of an op are cut into blocks: that with the least estimated time. Read from compiled code: a pair of
-// units takes 3.2 issue slots, an element of the rows about 14; a warp issues in half of the cycles, four warps at once.
-template <int kQ, int kK>
+// How the pairs of an op are cut into blocks: that with the least estimated time. Read from compiled code: a pair and
+// unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the cycles, four at once.
+template <typename W, int kQ, int kK>
 ScoresTile choose_tile(const AdditiveScores& op) {
-  const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);
-  const int64_t chunks = ceil_div(op.A, kUnits), processors = current_device().multiprocessors;
+  const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK), steps = ceil_div(op.A, kStep);
+  const double processors = current_device().multiprocessors;
   ScoresTile best{};
   double least = INFINITY;
   for (int64_t tiles_q = ceil_div(threads_q, 64); tiles_q <= threads_q; ++tiles_q) {
     const int64_t tq = ceil_div(threads_q, tiles_q);
     if (tiles_q != ceil_div(threads_q, tq)) continue;  // another one with the same threads
-    for (int64_t tiles_k = ceil_div(threads_k, kMostThreads / tq); tiles_k <= threads_k; ++tiles_k) {
-      const int64_t tk = ceil_div(threads_k, tiles_k), of_share = round_up(tq * tk, kWarp);
-      if (tiles_k != ceil_div(threads_k, tk) || of_share > kMostThreads) continue;
-      const int64_t columns = tq * kQ + tk * kK;
-      for (int64_t shares = 1; shares * of_share <= kMostThreads && shares <= chunks; ++shares) {
-        const int64_t per_share = ceil_div(chunks, shares);
-        const double slots = shares * per_share * kUnits * (3.2 * kQ * kK * of_share + 14.0 * columns) / kWarp + 4e3;
-        const double warps = double(shares * of_share) / kWarp, blocks = double(op.B * tiles_q * tiles_k);
-        const double resident = std::floor(kMostThreads / (shares * of_share) > 1 ? 12 / warps : 1.0);
-        const double at_once = std::fmin(resident, std::ceil(blocks / processors));
+    for (int64_t tiles_k = 1; tiles_k <= threads_k; ++tiles_k) {
+      const int64_t tk = ceil_div(threads_k, tiles_k), threads = tq * tk, columns = tq * kQ + tk * kK;
+      if (tiles_k != ceil_div(threads_k, tk) || threads > kMostThreads<W> || columns > kMostColumns) continue;
+      for (int64_t shares = 1; shares * threads <= kMostThreads<W> && shares <= kMostShares; ++shares) {
+        const int64_t units = ceil_div(steps, shares) * kStep;
+        if (shares > ceil_div(op.A, units) || (shares > 1 && threads < 16)) break;  // 16 of them bring v
+        const double warps = double(ceil_div(shares * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
+        const double slots = double(units) * (3.2 * kQ * kK * warps + 15.0 * double(shares * columns) / kWarp) + 4e3;
+        const double at_once = std::fmin(std::floor(kMostThreads<W> / kWarp / warps), std::ceil(blocks / processors));
         const double rate = std::fmin(4.0, 0.5 * warps * at_once);
         const double time = std::ceil(blocks / (at_once * processors)) * at_once * slots / rate;
-        if (time < least) {
-          least = time;
-          best.threads_q = static_cast<int>(tq);
-          best.threads_k = static_cast<int>(tk);
-          best.shares = static_cast<int>(ceil_div(chunks, per_share));
-          best.share_threads = static_cast<int>(of_share);
-          best.tiles_q = tiles_q;
-          best.tiles_k = tiles_k;
-          best.chunks = per_share;
-        }
+        if (time >= least) continue;
+        least = time;
+        best.threads_q = static_cast<int>(tq);
+        best.threads_k = static_cast<int>(tk);
+        best.shares = static_cast<int>(shares);
+        best.tiles_q = tiles_q;
+        best.tiles_k = tiles_k;
+        best.share_units = units;
       }
-      if (tk <= 1) break;
     }
-    if (tq <= 1) break;
   }
   return best;
 }
 
+template <typename W, int kQ, int kK, int kColumns>
+void launch_tile(const ScoresTile& tile) {
+  const Grid grid{tile.op.B * tile.tiles_q * tile.tiles_k,
+                  static_cast<int>(round_up(tile.shares * tile.threads_q * tile.threads_k, kWarp)),
+                  Staged<W, kColumns>::bytes(tile.shares, tile.threads_q * kQ, tile.threads_k * kK)};
+  const bool in_fours = in_fours_of(tile.op.query, tile.op.A) && in_fours_of(tile.op.keys, tile.op.A);
+  launch(in_fours ? many_queries_scores_kernel<W, kQ, kK, kColumns, true>
+                  : many_queries_scores_kernel<W, kQ, kK, kColumns, false>,
+         grid, tile);
+}
+
 template <typename W, int kQ, int kK>
 void launch_scores(const AdditiveScores& op, const Attended& attended, void* scores, Dtype dtype) {
-  ScoresTile tile = choose_tile<kQ, kK>(op);
+  ScoresTile tile = choose_tile<W, kQ, kK>(op);
   tile.op = op;
   tile.attended = attended;
   tile.scores = scores;
   tile.dtype = dtype;
-  const Grid grid{op.B * tile.tiles_q * tile.tiles_k, tile.shares * tile.share_threads,
-                  Staged<W>::bytes(tile.shares, tile.threads_q * kQ, tile.threads_k * kK)};
-  const bool in_fours = in_fours_of(op.query, op.A) && in_fours_of(op.keys, op.A);
-  launch(in_fours ? many_queries_scores_kernel<W, kQ, kK, true> : many_queries_scores_kernel<W, kQ, kK, false>, grid,
-         tile);
+  if (tile.threads_q * kQ + tile.threads_k * kK <= kMostColumns / 2)
+    launch_tile<W, kQ, kK, kMostColumns / 2>(tile);
+  else
+    launch_tile<W, kQ, kK, kMostColumns>(tile);
 }
 
 }  // namespace

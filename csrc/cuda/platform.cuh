@@ -55,9 +55,18 @@ using Wide = typename WideOf<T>::Type;
 template <typename To, typename From>
 ATTN_HOST_DEVICE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+#if defined(__CUDA_ARCH__)
+  // Not memcpy, which forgets that what it copies is aligned, and so makes single bytes of the load before it.
+  union Bits {
+    From from;
+    To to;
+  } bits{from};
+  return bits.to;
+#else
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
+#endif
 }
 
 ATTN_HOST_DEVICE float widen(float x) { return x; }
