@@ -39,13 +39,13 @@ help:  ## This list
 setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
 	@$(RUN) attn_kernels
 
-test: $(STAMPS)/package $(STAMPS)/test  ## The tests
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The tests
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
 
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
 
-fuzz: $(STAMPS)/package $(STAMPS)/test  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
+fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
 	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
@@ -105,4 +105,9 @@ $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS
 	  echo 'no C++ compiler was found (Debian, Ubuntu: install g++; or name one: make CXX=...);' >&2; \
 	  echo 'ATTN_KERNELS_CPU=0 make ... goes without the C++ kernels' >&2; exit 1; }
 	$(PIP) install --quiet --no-build-isolation --editable '.[triton]'
+	@touch $@
+
+# The CUDA kernels for the CPU, for the tests of a machine without a GPU.
+$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
+	$(VENV)/bin/python tests/cpp/build_emulated.py build/emulated
 	@touch $@

@@ -104,7 +104,7 @@ def cuda_libraries(nvcc: Path) -> list[Path]:
 
 
 class BuildExtension(build_ext):
-    """Compiles the .cu files of the CUDA module, whose objects lie apart from those of the other: both have bindings."""
+    """Compiles the .cu files of the CUDA module, and keeps its objects apart: both modules have the bindings."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         if ext.name != "attn_kernels._C_cuda":

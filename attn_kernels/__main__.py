@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .backends import backends, build_info
+from .backends import backends, build_info, cuda_build_info
 from .version import __version__
 
 # Environment variables that change speed or results, by their beginnings.
@@ -39,6 +39,7 @@ def report() -> dict[str, Any]:
         },
         "allocator": _allocator(),
         "build": build_info(),
+        "cuda build": cuda_build_info(),
         "gpus": _gpus(),
         "backends": {
             name: {"available": backend.available, "detail": _without_folders(backend.detail)}
@@ -62,6 +63,7 @@ def render(report: dict[str, Any]) -> str:
         ("allocator", report["allocator"]),
     ]
     lines += [(f"build {name}", value) for name, value in (report["build"] or {}).items() if name != "simd"]
+    lines += [(f"cuda build {name}", value) for name, value in (report["cuda build"] or {}).items()]
     lines += [
         (f"gpu {i}", f"{gpu['name']}, {gpu['architecture']}, {gpu['memory_gib']} GiB")
         for i, gpu in enumerate(report["gpus"])

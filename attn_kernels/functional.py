@@ -118,7 +118,8 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
     Returns:
         A tensor for ``additive_attention(..., prepared=...)`` on the same keys, about as large as they are: e^(2 keys)
         in float32, for bfloat16 keys in bfloat16. Its layout is the backend's own but for the first axis, B: rows may
-        be selected along it. None where the backend has nothing to prepare ("triton", "reference", float64 keys).
+        be selected along it. None where the backend has nothing to prepare: "triton" and "reference", float64 keys,
+        float16 keys with "cuda".
         It is a constant for autograd, and stale once ``keys`` are written to.
 
     Raises:

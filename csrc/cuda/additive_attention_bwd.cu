@@ -21,7 +21,7 @@ namespace {
 constexpr int kSteps = 16;     // of a warp in a chunk
 constexpr int kLaneUnits = 2;  // of a lane
 constexpr int kBlockUnits = kLaneUnits * kWarp;
-constexpr int kMostWarps = 7;  // so that two blocks of a processor have the registers that they need
+constexpr int kMostWarps = 8;
 
 // How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
 struct BackwardTile {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
   const int64_t first_unit = blockIdx.x % tiles_a * kBlockUnits;
   const int64_t part = blockIdx.x / tiles_a, part_k = part % a.tile.parts_k;
   const int64_t part_q = part / a.tile.parts_k % a.tile.parts_q, b = part / (a.tile.parts_k * a.tile.parts_q);
-  const int64_t length = row_length(a.attended, b, op.Tk);
+  const int64_t length = attended_steps(a.attended, b, op.Tk);
   const int64_t begin = part_k * a.tile.steps, part_end = begin + a.tile.steps < op.Tk ? begin + a.tile.steps : op.Tk;
   const int64_t end = part_end < length ? part_end : length;
   const int64_t q0 = part_q * a.tile.queries + warp_q * kQ;  // of this warp
@@ -116,6 +116,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
                       b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
   };
 
+  // Where this lane adds up what it finds without the factors: [query][one of its units]
+  auto mine = [&]() { return s.dquery + threadIdx.x / kWarp * (kQ * kBlockUnits) + threadIdx.x % kWarp; };
+  // The queries come by shared memory: all at once they would take more registers than all that follows.
+#pragma unroll 1
+  for (int m = 0; m < kQ * kLaneUnits; ++m) mine()[m * kWarp] = of_query(q0 + m / kLaneUnits, m % kLaneUnits);
+
   W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits], sum_t[kLaneUnits];
   // What is out of range counts as 0 in the factored form: there it may only be something that is not attended.
   unsigned outside = 0;  // a bit for each query
@@ -126,17 +132,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
     for (int i = 0; i < kQ; ++i) {
       dq[i][n] = eq[i][n] = 0;
       if constexpr (kFactored) {
-        const float x = of_query(q0 + i, n);
+        const float x = mine()[(i * kLaneUnits + n) * kWarp];
         const bool in_range = fabsf(x) <= kSingleReach;
         outside |= in_range ? 0u : 1u << i;
         eq[i][n] = in_range ? exp2x(x) : 0.0f;
       }
+      mine()[(i * kLaneUnits + n) * kWarp] = 0;
     }
   }
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) outside |= __shfl_xor_sync(kAllLanes, outside, step);
-  W* mine = s.dquery + warp * kQ * kBlockUnits + lane;  // [query][one of the lane's units]
-  for (int m = 0; m < kQ * kLaneUnits; ++m) mine[m * kWarp] = 0;
 
   for (int64_t j0 = begin; j0 < end; j0 += s.rows) {
     // A chunk of the steps into shared memory.
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
             if (ds == 0) continue;
             const W tanh = tanh_of(of_query(q0 + i, n) + of_key(j0 + row, n));
             const W t = -ds * tanh, g = ds + t * tanh;
-            mine[(i * kLaneUnits + n) * kWarp] += g;
+            mine()[(i * kLaneUnits + n) * kWarp] += g;
             dk += g;
             chunk_t[n] += t;
           }
@@ -249,7 +254,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
 #pragma unroll
-    for (int n = 0; n < kLaneUnits; ++n) mine[(i * kLaneUnits + n) * kWarp] += dq[i][n];
+    for (int n = 0; n < kLaneUnits; ++n) mine()[(i * kLaneUnits + n) * kWarp] += dq[i][n];
   __syncthreads();
   W all_dq[kLaneUnits] = {};
   if (warp_k == 0) {
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
       for (int i = 0; i < kQ && q0 + i < op.Tq; ++i) {
         W sum = 0;
-        for (int w = 0; w < a.tile.warps_k; ++w) sum += mine[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
+        for (int w = 0; w < a.tile.warps_k; ++w) sum += mine()[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
         const W gradient = times_4v(sum, v);
         all_dq[n] += gradient;
         store_element(a.dquery, a.dquery_dtype, ((part_k * op.B + b) * op.Tq + q0 + i) * op.A + u, gradient);

@@ -326,7 +326,7 @@ ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float>& s, int64
     const int row = e / s.columns_k, column = e % s.columns_k;
     const float reach = s.reach[row] + s.reach[s.columns_q + column];
     if (!(reach >= least_reach && reach <= kThreeReach) && q0 + row < a.op.Tq && k0 + column < length)
-      outside = outside || allowed_by_mask(a.attended, b, q0 + row, k0 + column);
+      outside = outside || mask_allows(a.attended, b, q0 + row, k0 + column);
   }
   return of_block<true>(outside ? 1.0f : 0.0f, s.buffer) != 0;
 }
@@ -336,7 +336,7 @@ template <typename W, int kQ, int kK, bool kInFours>
 __global__ void __launch_bounds__(kMostThreads) many_queries_scores_kernel(ScoresTile a) {
   const int64_t tile = blockIdx.x, b = tile / (a.tiles_q * a.tiles_k);
   const int64_t q0 = tile / a.tiles_k % a.tiles_q * a.threads_q * kQ, k0 = tile % a.tiles_k * a.threads_k * kK;
-  const int64_t length = row_length(a.attended, b, a.op.Tk);
+  const int64_t length = attended_steps(a.attended, b, a.op.Tk);
   if (k0 >= length) return;
   const Staged<W> s(a.shares, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];

@@ -28,7 +28,7 @@ ATTN_HOST_DEVICE bool finite(double x) { return x - x == 0; }
 ATTN_HOST_DEVICE bool finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }
 ATTN_HOST_DEVICE bool finite(Float16 x) { return (x.bits & 0x7c00) != 0x7c00; }
 
-// Attended pairs -------------------------------------------------------------------------------------------------------
+// Attended pairs ------------------------------------------------------------------------------------------------------
 
 // How many steps of sentence b may be attended, within [0, Tk].
 ATTN_DEVICE std::int64_t attended_steps(const Attended& attended, std::int64_t b, std::int64_t Tk) {
@@ -53,7 +53,7 @@ inline Attended simplified(Attended attended, std::int64_t Tq) {
   return attended;
 }
 
-// Strided arrays -------------------------------------------------------------------------------------------------------
+// Strided arrays ------------------------------------------------------------------------------------------------------
 
 // An (n0, n1, n2) array of T; in_packs: 16 bytes along its last axis are aligned and lie side by side.
 template <typename T>

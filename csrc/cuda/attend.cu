@@ -12,9 +12,9 @@ constexpr int kRowWarps = 4;  // a row each
 template <typename W>
 constexpr W kLowest = std::numeric_limits<W>::lowest();
 
-// Turns of a loop at once: exponentials of doubles take too many registers for it.
+// Turns of a loop at once, as registers allow.
 template <typename W>
-constexpr int kAtOnce = sizeof(W) == 8 ? 1 : 4;
+constexpr int kAtOnce = sizeof(W) == 8 ? 1 : 2;
 
 // The row (b, i) of a warp; b < 0 beyond the last one.
 struct Row {
@@ -43,22 +43,17 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
 
   // Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 0 / 0 is NaN, as in eager.
   W top = kLowest<W>;
-  bool some = false;
-#pragma unroll kAtOnce<W>
+#pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
-    if (mask_allows(attended, row.b, row.i, j)) {
-      top = larger(top, score[j]);
-      some = true;
-    }
+    if (mask_allows(attended, row.b, row.i, j)) top = larger(top, score[j]);
   top = warp_largest(top);
-  some = __any_sync(kAllLanes, some);
   W total = 0;
-#pragma unroll kAtOnce<W>
+#pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) total += exp(score[j] - top);
   total = warp_sum(total);
-  const W inverse = some ? 1 / total : W(0);
-#pragma unroll kAtOnce<W>
+  const W inverse = reciprocal(total);  // of 0 where nothing is attended, and then nothing is multiplied by it
+#pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W p = 0;
     if (j < length && mask_allows(attended, row.b, row.i, j)) p = exp(score[j] - top) * inverse;
@@ -91,7 +86,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   };
 
   W products = 0, total = 0;
-#pragma unroll kAtOnce<W>
+#pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
     if (mask_allows(attended, row.b, row.i, j)) {
       const W p = widen(p_row[j * alignments.stride[2]]);
@@ -101,7 +96,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   products = warp_sum(products);
   total = warp_sum(total);
   const W mean = products / (total > W(1e-30) ? total : W(1e-30));  // 0 / 0 where nothing is attended
-#pragma unroll kAtOnce<W>
+#pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W d = 0;
     if (j < length && mask_allows(attended, row.b, row.i, j))

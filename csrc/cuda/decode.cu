@@ -26,34 +26,16 @@ ATTN_DEVICE bool allows(const Attended& a, int64_t b, int64_t i, int64_t j) {
          a.mask[b * a.mask_stride[0] + (a.per_query ? i * a.mask_stride[1] : 0) + j * a.mask_stride[2]];
 }
 
-// How a block divides D: columns of a pass, over `warps` warps, of which kWarps / warps groups share the steps.
-template <typename T>
-struct Columns {
-  int warps, n;
-
-  __host__ __device__ explicit Columns(int64_t D) {
-    constexpr int kEach = kWarp * kPer16Bytes<T>, kMost = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
-    warps = D >= kMost * kEach ? kMost : D <= kEach ? 1 : static_cast<int>((D + kEach - 1) / kEach);
-    n = warps * kEach;
-  }
-};
-
-// Shared memory of a block: offsets in bytes. First, in turn, what the scores stage and the contexts of the part.
-template <typename W, int NQ>
-struct Shared {
-  int weights, stats, factors, guards, list, attends, left, bytes;
-
-  __host__ __device__ Shared(int staged_bytes, int capacity) {
-    weights = staged_bytes;                                                          // (capacity, NQ) W
-    stats = weights + (capacity * NQ * static_cast<int>(sizeof(W)) + 15) / 16 * 16;  // (2, NQ) W
-    factors = stats + 2 * NQ * sizeof(W);                // (kMostClustered, NQ) W; the last block: (2, NQ)
-    guards = factors + kMostClustered * NQ * sizeof(W);  // (2, kWarps) float
-    list = guards + 2 * kWarps * 4;                      // (1 + capacity) int: how many, and which
-    attends = list + (1 + capacity) * 4;                 // (capacity) bytes: a bit for each query
-    left = attends + capacity;                           // (capacity) bytes
-    bytes = left + capacity;
-  }
-};
+// threadIdx.x, read anew, so that nothing made of it is kept in registers over the inner loops.
+ATTN_DEVICE int this_thread() {
+#if defined(__CUDA_ARCH__)
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+#else
+  return threadIdx.x;
+#endif
+}
 
 // One block: see above.
 template <class F, int NQ>
@@ -63,31 +45,46 @@ struct Block {
   static constexpr int kEach = kPer16Bytes<T>;
 
   const FewQueries& p;
-  const Shared<W, NQ> shared{p.staged_bytes, p.capacity};
-  const Columns<T> columns{p.D};
-  int b, rank;
-  int64_t length;
+  int b, rank, length;
   Steps steps;
-  bool mixed = false;  // whether a step may be attended by some queries only
 
-  ATTN_DEVICE explicit Block(const FewQueries& p) : p(p) {
-    b = blockIdx.x / p.splits;
-    rank = blockIdx.x % p.splits;
-    length = length_of(p.attended, b, p.Tk);
-    const int64_t part = (length + p.splits - 1) / p.splits, first = rank * part;
-    steps = {first, static_cast<int>(first >= length ? 0 : first + part < length ? part : length - first), nullptr};
+  // What is known from the start lies in shared memory: registers are for the inner loops.
+  ATTN_DEVICE explicit Block(const FewQueries& p) : p(p), steps{p, 0, 0} {
+    if (threadIdx.x == 0) {
+      b = blockIdx.x / p.splits;
+      rank = blockIdx.x % p.splits;
+      length = static_cast<int>(length_of(p.attended, b, p.Tk));
+      const int part = (length + p.splits - 1) / p.splits, first = rank * part < length ? rank * part : length;
+      int* place = this->place();
+      place[0] = b, place[1] = rank, place[2] = length;
+      place[3] = first, place[4] = part < length - first ? part : length - first;
+      place[7] = p.splits;
+    }
+    sync(4);
   }
 
-  ATTN_DEVICE float* staged() const { return reinterpret_cast<float*>(shared_memory()); }
+  // A barrier, after which everything known from the start is read anew.
+  ATTN_DEVICE void sync() { sync(p.attended.mask == nullptr ? 4 : 5); }
+
+  ATTN_DEVICE void sync(int count) {
+    __syncthreads();
+    const int* place = this->place();
+    b = place[0], rank = place[1], length = place[2];
+    steps.first = place[3], steps.n = place[count];
+  }
+
+  ATTN_DEVICE int* place() const { return reinterpret_cast<int*>(shared_memory() + p.shared.place); }
   ATTN_DEVICE W* contexts() const { return reinterpret_cast<W*>(shared_memory()); }  // (NQ, columns.n)
-  ATTN_DEVICE W* weights() const { return reinterpret_cast<W*>(shared_memory() + shared.weights); }
-  ATTN_DEVICE W* stats() const { return reinterpret_cast<W*>(shared_memory() + shared.stats); }
-  ATTN_DEVICE W* factors() const { return reinterpret_cast<W*>(shared_memory() + shared.factors); }
-  ATTN_DEVICE int* list() const { return reinterpret_cast<int*>(shared_memory() + shared.list); }
+  ATTN_DEVICE W* weights() const { return reinterpret_cast<W*>(shared_memory() + p.shared.weights); }
+  ATTN_DEVICE W* stats() const { return reinterpret_cast<W*>(shared_memory() + p.shared.stats); }
+  ATTN_DEVICE W* factors() const { return reinterpret_cast<W*>(shared_memory() + p.shared.factors); }
+  ATTN_DEVICE int* list() const { return reinterpret_cast<int*>(shared_memory() + p.shared.list); }
   ATTN_DEVICE unsigned char* attending() const {
-    return reinterpret_cast<unsigned char*>(shared_memory() + shared.attends);
+    return reinterpret_cast<unsigned char*>(shared_memory() + p.shared.attends);
   }
-  ATTN_DEVICE bool attends(int q, int i) const { return !mixed || (attending()[i] >> q & 1); }
+  // Whether a step of the block may be attended by some queries only.
+  ATTN_DEVICE bool mixed() const { return NQ > 1 && p.attended.mask != nullptr && p.attended.per_query; }
+  ATTN_DEVICE bool attends(int q, int i) const { return !mixed() || (attending()[i] >> q & 1); }
   ATTN_DEVICE T* alignment(int q, int64_t j) const {
     return static_cast<T*>(p.alignments) + (static_cast<int64_t>(b) * p.Tq + q) * p.Tk + j;
   }
@@ -95,28 +92,24 @@ struct Block {
   ATTN_DEVICE void run() {
     fetch_values();
     if (p.attended.mask != nullptr) list_attended();
-    Scorer<F, NQ>{p,
-                  b,
-                  steps,
-                  staged(),
-                  reinterpret_cast<float*>(shared_memory() + shared.guards),
-                  reinterpret_cast<unsigned char*>(shared_memory() + shared.left),
-                  weights()}
-        .run();
-    __syncthreads();
+    Scorer<F, NQ>{p, b, steps}.run();
+    sync();
     softmax();
-    __syncthreads();
-    int64_t d = 0;
+    sync();
+    int pass = 0;
     do {
-      sum_values(d);
+      sum_values(first_column(pass));
+      sync();
       if (p.splits == 1 || p.cluster)
-        combine_shared(d);
+        combine_shared(first_column(pass));
       else
-        write_partial(d);
-      d += columns.n;
-    } while (d < p.D);
+        write_partial(first_column(pass));
+      sync();
+    } while (first_column(++pass) < p.D);
     if (p.splits > 1 && !p.cluster) combine_last();
   }
+
+  ATTN_DEVICE int64_t first_column(int pass) const { return static_cast<int64_t>(pass) * p.columns.n; }
 
   // Values come from memory while scores are computed, as far as they are not too many to be kept till then.
   ATTN_DEVICE void fetch_values() const {
@@ -148,22 +141,19 @@ struct Block {
         if (bits != 0) {
           int at = n;
           for (unsigned below = some & ((1u << lane) - 1); below != 0; below &= below - 1) ++at;
-          list()[1 + at] = j;
+          list()[at] = j;
           attending()[at] = static_cast<unsigned char>(bits);
         }
         for (unsigned rest = some; rest != 0; rest &= rest - 1) ++n;
       }
-      if (lane == 0) list()[0] = n;
+      if (lane == 0) place()[5] = n;
     }
     if (p.alignments != nullptr && (p.splits == 1 || p.cluster))
 #pragma unroll 1
       for (int q = 0; q < p.Tq; ++q)
 #pragma unroll 1
         for (int j = threadIdx.x; j < steps.n; j += kThreads) *alignment(q, steps.first + j) = narrow<T>(W(0));
-    __syncthreads();
-    steps.list = list() + 1;
-    steps.n = list()[0];
-    mixed = p.attended.per_query;
+    sync();
   }
 
   // weights: from scores to e^(score - largest), 0 where not attended. A warp for each query.
@@ -194,7 +184,7 @@ struct Block {
       stats()[q] = largest;
       stats()[NQ + q] = sum;
       if (p.splits > 1 && !p.cluster) {
-        W* to = static_cast<W*>(p.stats) + (static_cast<int64_t>(b) * p.splits + rank) * 2 * p.Tq + q;
+        W* to = static_cast<W*>(p.stats) + static_cast<int64_t>(blockIdx.x) * 2 * p.Tq + q;
         to[0] = largest;
         to[p.Tq] = sum;
       }
@@ -203,13 +193,13 @@ struct Block {
 
   // contexts = weights @ values of the part, columns d .. d + columns.n.
   ATTN_DEVICE void sum_values(int64_t d) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int groups = kWarps / columns.warps, group = warp / columns.warps;
-    const int first = warp % columns.warps * kWarp * kEach;
-    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n);
+    const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
+    const int groups = kWarps / p.columns.warps, group = warp / p.columns.warps;
+    const int first = warp % p.columns.warps * kWarp * kEach;
+    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n);
     W sums[NQ * kEach] = {};
     if (group < groups) {
-      if (mixed && NQ > 1)
+      if (mixed())
         sum_rows<true>(sums, d, first, n, group, groups);
       else
         sum_rows<false>(sums, d, first, n, group, groups);
@@ -219,11 +209,18 @@ struct Block {
       if (group == g) {
 #pragma unroll
         for (int q = 0; q < NQ; ++q) {
-          W* to = contexts() + q * columns.n + first;
+          W* to = contexts() + q * p.columns.n + first;
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) {
-            W& sum = to[F::kVector ? lane * kEach + j : j * kWarp + lane];
-            sum = g == 0 ? sums[q * kEach + j] : sum + sums[q * kEach + j];
+          for (int j = 0; j < kEach; j += 4) {
+            if constexpr (F::kVector) {
+              add_four(sums + q * kEach + j, to + lane * kEach + j, g > 0);
+            } else {
+#pragma unroll
+              for (int i = j; i < j + 4 && i < kEach; ++i) {
+                W* sum = to + i * kWarp + lane;
+                *sum = g > 0 ? *sum + sums[q * kEach + i] : sums[q * kEach + i];
+              }
+            }
           }
         }
       }
@@ -231,30 +228,42 @@ struct Block {
     }
   }
 
+  ATTN_DEVICE void load_weights(int i, W* weight) const {
+#pragma unroll
+    for (int q = 0; q < NQ; q += 4)
+      if constexpr (sizeof(W) == 4 && NQ % 4 == 0)
+        load_four(weights() + i * NQ + q, weight + q);
+      else
+        for (int r = q; r < q + 4 && r < NQ; ++r) weight[r] = weights()[i * NQ + r];
+  }
+
+  // weights @ values of the steps of a group of warps, for the columns of this lane.
   template <bool kMixed>
   ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
-    constexpr int kRows = !F::kVector ? 2 : NQ <= 2 ? 8 : 4;  // on their way at a time
-    const int64_t stride = F::kVector ? 1 : p.values.stride[2];
+    // Steps on their way at a time, as far as registers go.
+    constexpr int kMost = NQ * kEach >= 32 ? 4 : 8;
+    constexpr int kRows = kMixed || (NQ == 8 && !F::kVector) ? 1 : NQ * kEach == 64 || !F::kVector ? 2 : kMost;
+    const Rows<F, T> rows(p.values, b, steps.first, d);
 #pragma unroll 1
     for (int i = group; i < steps.n; i += groups * kRows) {
       uint4 raw[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int at = i + r * groups;
-        raw[r] = load_lane<F>(row_of<T>(p.values, b, steps[at < steps.n ? at : i]) + d * stride, first,
-                              at < steps.n ? n : 0, stride);
+        raw[r] = rows.load(steps.offset(at < steps.n ? at : i), first, at < steps.n ? n : 0);
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int at = i + r * groups < steps.n ? i + r * groups : i;
-        W x[kEach];
+        const unsigned bits = kMixed ? attending()[at] : 0;
+        W x[kEach], weight[NQ];
         widen_16_bytes<T>(raw[r], x);
+        load_weights(at, weight);
 #pragma unroll
         for (int q = 0; q < NQ; ++q) {
-          const W weight = weights()[at * NQ + q];
-          const bool selected = !kMixed || attends(q, at);
+          const bool selected = !kMixed || (bits >> q & 1);
 #pragma unroll
-          for (int j = 0; j < kEach; ++j) sums[q * kEach + j] += weight * (selected ? x[j] : W(0));
+          for (int j = 0; j < kEach; ++j) sums[q * kEach + j] += weight[q] * (selected ? x[j] : W(0));
         }
       }
     }
@@ -266,7 +275,7 @@ struct Block {
     SoftmaxPart<W> all{-W(INFINITY), 0};
 #pragma unroll 1
     for (int r = threadIdx.x % kWarp; r < p.splits; r += kWarp) all = merge(all, part(r));
-#pragma unroll
+#pragma unroll 1
     for (int step = kWarp / 2; step > 0; step /= 2)
       all = merge(all, SoftmaxPart<W>{__shfl_xor_sync(kAllLanes, all.largest, step),
                                       __shfl_xor_sync(kAllLanes, all.sum, step)});
@@ -280,9 +289,9 @@ struct Block {
     return *address;
   }
 
-  // Columns d .. d + columns.n of the context, and with the first of them the alignments. Blocks share the columns.
+  // Columns d .. d + columns.n of the context, and with the first of them the alignments. Blocks share the p.columns.
   ATTN_DEVICE void combine_shared(int64_t d) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
     if (p.cluster) cluster_sync();
     if (d == 0) {
       if (warp < p.Tq) {
@@ -293,18 +302,15 @@ struct Block {
       __syncthreads();
       if (p.alignments != nullptr) write_alignments();
     }
-    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n), splits = p.splits;
+    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = place()[7];
     for (int i = (warp * splits + rank) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
       const int q = i / n, c = i % n;
       W sum = 0;
 #pragma unroll 4
-      for (int r = 0; r < splits; ++r) sum += factors()[r * NQ + q] * load_of(contexts() + q * columns.n + c, r);
+      for (int r = 0; r < splits; ++r) sum += factors()[r * NQ + q] * load_of(contexts() + q * p.columns.n + c, r);
       static_cast<T*>(p.context)[(static_cast<int64_t>(b) * p.Tq + q) * p.D + d + c] = narrow<T>(sum);
     }
-    if (p.cluster)  // until now others read this block's contexts
-      cluster_sync();
-    else
-      __syncthreads();
+    if (p.cluster) cluster_sync();  // until now others read this block's contexts
   }
 
   // Of the steps of this block, and of its share of those beyond the length.
@@ -316,20 +322,19 @@ struct Block {
       for (int i = threadIdx.x; i < steps.n; i += kThreads)
         *alignment(q, steps[i]) = narrow<T>(attends(q, i) ? weights()[i * NQ + q] * factor : W(0));
 #pragma unroll 1
-      for (int64_t j = length + rank * kThreads + threadIdx.x; j < p.Tk; j += p.splits * kThreads)
+      for (int j = length + rank * kThreads + threadIdx.x; j < p.Tk; j += p.splits * kThreads)
         *alignment(q, j) = narrow<T>(W(0));
     }
   }
 
   ATTN_DEVICE void write_partial(int64_t d) const {
-    const int n = static_cast<int>(p.D - d < columns.n ? p.D - d : columns.n);
+    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n);
 #pragma unroll 1
     for (int q = 0; q < p.Tq; ++q) {
-      W* to = static_cast<W*>(p.partial) + ((static_cast<int64_t>(b) * p.splits + rank) * p.Tq + q) * p.D + d;
+      W* to = static_cast<W*>(p.partial) + (static_cast<int64_t>(blockIdx.x) * p.Tq + q) * p.D + d;
 #pragma unroll 1
-      for (int c = threadIdx.x; c < n; c += kThreads) to[c] = contexts()[q * columns.n + c];
+      for (int c = threadIdx.x; c < n; c += kThreads) to[c] = contexts()[q * p.columns.n + c];
     }
-    __syncthreads();
   }
 
   // If this is the last block of its sentence: context and alignments of all blocks.
@@ -337,9 +342,9 @@ struct Block {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) list()[0] = atomicAdd(p.finished + b, 1u) == static_cast<unsigned>(p.splits - 1);
+    if (threadIdx.x == 0) place()[6] = atomicAdd(p.finished + b, 1u) == static_cast<unsigned>(p.splits - 1);
     __syncthreads();
-    if (!list()[0]) return;
+    if (!place()[6]) return;
     __threadfence();
     const W* stats = static_cast<const W*>(p.stats) + static_cast<int64_t>(b) * p.splits * 2 * p.Tq;
     W *largest = factors(), *normalisers = factors() + NQ;
@@ -363,7 +368,7 @@ struct Block {
       }
       if (p.alignments == nullptr) continue;
 #pragma unroll 1
-      for (int64_t j = threadIdx.x; j < p.Tk; j += kThreads) {
+      for (int j = threadIdx.x; j < p.Tk; j += kThreads) {
         W x = 0;
         if (j < length && allows(p.attended, b, q, j))
           x = exp(static_cast<const W*>(p.scores)[row * p.Tk + j] - largest[q]) * normalisers[q];
@@ -386,17 +391,44 @@ constexpr int kLeastSteps = 8;   // of a block, below which a further split is n
 bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
   const int64_t each = 16 / item;
   return reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0 && a.stride[0] % each == 0 && a.stride[1] % each == 0 &&
-         (a.stride[2] == 1 || n <= 1) && n % each == 0;
+         (a.stride[2] == 1 || n <= 1) && n % each == 0 && std::abs(a.stride[1]) < (int64_t(1) << 31) / item;
+}
+
+template <typename T>
+Columns columns_of(int64_t D) {
+  constexpr int kEach = kWarp * kPer16Bytes<T>, kMost = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
+  const int warps = D >= kMost * kEach ? kMost : D <= kEach ? 1 : static_cast<int>(ceil_div(D, kEach));
+  return {warps, warps * kEach};
+}
+
+template <typename W, int NQ>
+Shared shared_of(int64_t beginning, int64_t capacity) {
+  Shared s;
+  int64_t bytes = 0;
+  auto take = [&](int* offset, int64_t n) {
+    *offset = static_cast<int>(bytes);
+    bytes = round_up(bytes + n, 16);
+  };
+  take(&s.weights, beginning);
+  take(&s.weights, capacity * NQ * sizeof(W));
+  take(&s.stats, 2 * NQ * sizeof(W));
+  take(&s.factors, kMostClustered * NQ * sizeof(W));
+  take(&s.guards, 2 * kWarps * sizeof(float));
+  take(&s.place, 8 * sizeof(int));
+  take(&s.list, capacity * sizeof(int));
+  take(&s.attends, capacity);
+  take(&s.left, capacity);
+  take(&s.bytes, 0);
+  return s;
 }
 
 template <class F, int NQ>
 void run(FewQueries p, int64_t B) {
   using T = typename F::T;
   using W = Wide<T>;
-  p.capacity = static_cast<int>(ceil_div(p.Tk, p.splits));
-  const int64_t context_bytes = NQ * Columns<T>(p.D).n * sizeof(W), staged_bytes = Scorer<F, NQ>::bytes(p.A);
-  p.staged_bytes = static_cast<int>(round_up(context_bytes > staged_bytes ? context_bytes : staged_bytes, 16));
-  const int64_t bytes = Shared<W, NQ>(p.staged_bytes, p.capacity).bytes;
+  p.columns = columns_of<T>(p.D);
+  const int64_t contexts = NQ * p.columns.n * sizeof(W), staged = Scorer<F, NQ>::bytes(p.A);
+  p.shared = shared_of<W, NQ>(contexts > staged ? contexts : staged, ceil_div(p.Tk, p.splits));
   if (p.splits > 1 && !p.cluster) {
     p.stats = scratch<W>(B * p.splits * 2 * p.Tq);
     p.partial = scratch<W>(B * p.splits * p.Tq * p.D);
@@ -404,7 +436,8 @@ void run(FewQueries p, int64_t B) {
     p.finished = scratch<unsigned>(B);
     clear(p.finished, B * sizeof(unsigned));
   }
-  launch(few_queries_kernel<F, NQ>, Grid{B * p.splits, kThreads, bytes, p.cluster ? static_cast<int>(p.splits) : 1}, p);
+  launch(few_queries_kernel<F, NQ>,
+         Grid{B * p.splits, kThreads, p.shared.bytes, p.cluster ? static_cast<int>(p.splits) : 1}, p);
 }
 
 template <class F>
@@ -435,7 +468,8 @@ void run_form(FewQueries p, int64_t B) {
 template <bool kAdditive, class Op>
 void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
   if (op.B == 0 || op.Tq == 0) return;
-  p.Tq = static_cast<int>(op.Tq), p.Tk = op.Tk, p.A = op.A, p.D = op.D;
+  if (op.Tk > (int64_t(1) << 30)) throw std::runtime_error("attn_kernels: memory has more than 2^30 steps");
+  p.Tq = static_cast<int>(op.Tq), p.Tk = static_cast<int>(op.Tk), p.A = op.A, p.D = op.D;
   p.query = op.query, p.keys = op.keys, p.values = op.values;
   p.attended = op.attended;
   p.context = op.context, p.alignments = op.alignments;

@@ -12,10 +12,28 @@ namespace cuda {
 
 constexpr int kWarps = 8;
 
+// Shared memory of a block: offsets in bytes. It begins with what the scores stage and, later, the contexts of the part.
+struct Shared {
+  int weights;  // (capacity, NQ), of W: scores, later e^(score - largest), 0 where not attended
+  int stats;    // (2, NQ), of W: SoftmaxPart
+  int factors;  // (kMostClustered, NQ), of W: what turns weights of each block into alignments
+  int guards;   // (2, kWarps) float
+  int place;    // 8 int: what a block knows from the start, attended steps, whether it is the last of its sentence
+  int list;     // (capacity) int, with a mask: offsets of the attended steps from the first
+  int attends;  // (capacity) bytes, with a mask: a bit for each query
+  int left;     // (capacity) bytes: steps that are left for the plain way
+  int bytes;
+};
+
+// How a block divides D: columns of a pass, over `warps` warps, of which kWarps / warps groups share the steps.
+struct Columns {
+  int warps, n;
+};
+
 // What a call is, for the kernel.
 struct FewQueries {
-  int Tq;
-  int64_t Tk, A, D;
+  int Tq, Tk;
+  int64_t A, D;
   Array3 query;     // (B, Tq, A)
   Array3 keys;      // (B, Tk, A)
   Array3 prepared;  // (B, rows, columns) or absent: see PreparedSizes
@@ -25,10 +43,10 @@ struct FewQueries {
   Attended attended;
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
-  int splits;        // blocks of a sentence,
-  bool cluster;      // which are a cluster or, otherwise, use what follows
-  int capacity;      // most steps of a block
-  int staged_bytes;
+  Shared shared;
+  Columns columns;
+  int splits;          // blocks of a sentence,
+  bool cluster;        // which are a cluster or, otherwise, use what follows
   void* stats;         // (B, splits, 2, Tq), of W: SoftmaxPart of each block
   void* partial;       // (B, splits, Tq, D), of W: their contexts
   void* scores;        // (B, Tq, Tk), of W, or null
@@ -44,13 +62,15 @@ struct Form {
   static constexpr bool kAdditive = additive, kPrepared = prepared, kVector = by_16_bytes;
 };
 
-// The attended steps of a block: all of first .. first + n, or a list of them.
+// The attended steps of a block: all of first .. first + n, or those in the list.
 struct Steps {
-  int64_t first;
-  int n;
-  const int* list;  // of offsets from first, or null
+  const FewQueries& p;
+  int first, n;
 
-  ATTN_DEVICE int64_t operator[](int i) const { return first + (list == nullptr ? i : list[i]); }
+  ATTN_DEVICE int offset(int i) const {
+    return p.attended.mask == nullptr ? i : reinterpret_cast<const int*>(shared_memory() + p.shared.list)[i];
+  }
+  ATTN_DEVICE int operator[](int i) const { return first + offset(i); }
 };
 
 template <typename T>
@@ -64,27 +84,44 @@ ATTN_DEVICE Wide<T> element_or_zero(const T* row, int64_t i, int64_t n, int64_t 
   return i < n ? widen(row[i * stride]) : Wide<T>(0);
 }
 
-// 16 bytes of elements for each lane of a warp: elements first .. first + 32 * kPer16Bytes of a row of n, those beyond
-// as zeros. By 16 bytes a lane has neighbours, otherwise it has every 32nd.
+// Rows of elements from one on, as the lanes of a warp read them: 16 bytes each. By 16 bytes a lane has neighbours,
+// otherwise it has every 32nd.
 template <class F, typename E>
-ATTN_DEVICE uint4 load_lane(const E* row, int first, int n, int64_t stride) {
-  const int lane = threadIdx.x % kWarp;
-  if constexpr (F::kVector) {
-    const int i = first + lane * kPer16Bytes<E>;
-    if (i < n) return *reinterpret_cast<const uint4*>(row + i);
-    return uint4{0, 0, 0, 0};
-  } else {
-    E part[kPer16Bytes<E>];
-#pragma unroll
-    for (int j = 0; j < kPer16Bytes<E>; ++j) {
-      const int i = first + j * kWarp + lane;
-      part[j] = i < n ? row[i * stride] : E{};
-    }
-    return bit_cast<uint4>(part);
-  }
-}
+struct Rows {
+  const char* lane_first;
+  int64_t stride, element_stride;  // in bytes; of rows it fits in 32 bits where they are read by 16 bytes
 
-// In which order the units of a block are staged, so that a lane finds what belongs to its elements of load_lane, four
+  ATTN_DEVICE Rows(const Array3& a, int64_t b, int64_t row, int64_t element)
+      : stride(a.stride[1] * static_cast<int>(sizeof(E))), element_stride(a.stride[2] * static_cast<int>(sizeof(E))) {
+    if (F::kVector) element_stride = sizeof(E);
+    const int lane = threadIdx.x % kWarp;
+    lane_first = reinterpret_cast<const char*>(row_of<E>(a, b, row)) + element * element_stride +
+                 (F::kVector ? lane * 16 : lane * element_stride);
+  }
+
+  // Of elements first .. first + 32 * kPer16Bytes of a row, those from n on as zeros.
+  ATTN_DEVICE uint4 load(int row, int first, int n) const {
+    const int lane = threadIdx.x % kWarp;
+    if constexpr (F::kVector) {
+      uint4 raw{0, 0, 0, 0};
+      if (first + lane * kPer16Bytes<E> < n)
+        raw = *reinterpret_cast<const uint4*>(lane_first + static_cast<int64_t>(row) * static_cast<int>(stride) +
+                                              first * static_cast<int>(sizeof(E)));
+      return raw;
+    } else {
+      E part[kPer16Bytes<E>];
+#pragma unroll
+      for (int j = 0; j < kPer16Bytes<E>; ++j) {
+        const int i = first + j * kWarp;
+        part[j] = E{};
+        if (i + lane < n) part[j] = *reinterpret_cast<const E*>(lane_first + row * stride + i * element_stride);
+      }
+      return bit_cast<uint4>(part);
+    }
+  }
+};
+
+// In which order the units of a block are staged, so that a lane finds what belongs to its elements of Rows, four
 // at a time, and its neighbours' beside them: the unit at place i.
 template <class F>
 ATTN_DEVICE int unit_at(int i) {
@@ -115,30 +152,38 @@ ATTN_DEVICE void load_four(const float* from, float* x) {
   x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 
-// out[i * NQ + q] for step i of the block: scores, where not attended anything.
+ATTN_DEVICE void add_four(const float* x, float* to, bool add) {
+  float old[4] = {};
+  if (add) load_four(to, old);
+  *reinterpret_cast<float4*>(to) = float4{x[0] + old[0], x[1] + old[1], x[2] + old[2], x[3] + old[3]};
+}
+
+// weights[i * NQ + q] for step i of the block: its scores, where not attended anything.
 template <class F, int NQ>
 struct Scorer {
   using T = typename F::T;
   using Key = typename F::Key;
   using W = Wide<T>;
-  static constexpr bool kStaged = sizeof(T) <= 4;               // float64 takes the plain way
-  static constexpr int kRows = NQ <= 2 || !F::kVector ? 2 : 4;  // steps of a warp at a time,
-  static constexpr int kLoads = F::kVector ? 4 / kRows : 1;     // loads of each
-  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;       // of a load of the warp
+  static constexpr bool kStaged = sizeof(T) <= 4;  // float64 takes the plain way
+  static constexpr int kRows =
+      NQ == 4 && F::kVector ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 take too many registers
+  static constexpr int kLoads = F::kVector ? 4 / kRows : 1;  // loads of each
+  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;    // of a load of the warp
   static constexpr int kRowsOfUnits = F::kAdditive ? 2 * NQ + 1 : NQ;
 
   const FewQueries& p;
   int b;
   Steps steps;
-  float* staged;        // (NQ, padded) e^{2(q + bias)}, (NQ, padded) v times that, (padded) v; or (NQ, padded) q
-  float* guards;        // (2, kWarps)
-  unsigned char* left;  // of each step: whether it is left for the plain way
-  W* out;
 
   int64_t unit = 0;           // where this block of units begins,
   int units = 0, padded = 0;  // how many it has, and that in whole loads
   float most = 0, least = 0;  // which largest |k| the factored form is right for
   bool all_plainly = true;
+
+  // (NQ, padded) e^{2(q + bias)}, (NQ, padded) v times that, (padded) v; or (NQ, padded) q.
+  ATTN_DEVICE float* staged() const { return reinterpret_cast<float*>(shared_memory()); }
+  ATTN_DEVICE float* guards() const { return reinterpret_cast<float*>(shared_memory() + p.shared.guards); }
+  ATTN_DEVICE unsigned char* left() const { return reinterpret_cast<unsigned char*>(shared_memory() + p.shared.left); }
 
   // Most units of a block of them, and the bytes they take.
   static constexpr int kMostUnits = 4096 / (NQ < 2 ? 2 : NQ);
@@ -156,7 +201,8 @@ struct Scorer {
       if constexpr (kStaged) {
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
         uint4 next[kRows * kLoads];
-        if (warp * kRows < steps.n) fetch(next, warp * kRows, 0);
+        const Rows<F, Key> rows(F::kPrepared ? p.prepared : p.keys, b, steps.first, unit);
+        if (steps.n > 0) fetch(rows, next, warp * kRows, 0);
         if (unit > 0) __syncthreads();
         stage();
         __syncthreads();
@@ -164,7 +210,7 @@ struct Scorer {
         plainly = all_plainly;
         if (!all_plainly)
 #pragma unroll 1
-          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) plainly |= !score_rows(next, i);
+          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) plainly |= !score_rows(rows, next, i);
       }
       if ((F::kAdditive || !kStaged) && plainly) {
         __syncwarp();
@@ -172,22 +218,19 @@ struct Scorer {
         for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
 #pragma unroll 1
           for (int r = i; r < i + kRows && r < steps.n; ++r)
-            if (all_plainly || left[r]) score_plainly(r);
+            if (all_plainly || left()[r]) score_plainly(r);
       }
       unit += kMostUnits;
     } while (kStaged && unit < p.A);
   }
 
-  // Of step i and the kRows - 1 after it, kLoads loads from unit c of the block on.
-  ATTN_DEVICE void fetch(uint4* raw, int i, int c) const {
+  // Of step i and the kRows - 1 after it, kLoads loads from unit c of the block on. Nothing beyond the last step.
+  ATTN_DEVICE void fetch(const Rows<F, Key>& rows, uint4* raw, int i, int c) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t step = steps[i + r < steps.n ? i + r : steps.n - 1];
-      const Array3& keys = F::kPrepared ? p.prepared : p.keys;
-      const int64_t stride = F::kVector ? 1 : keys.stride[2];
-      const Key* row = row_of<Key>(keys, b, step) + unit * stride;
+      const int row = steps.offset(i + r < steps.n ? i + r : steps.n - 1);
 #pragma unroll
-      for (int l = 0; l < kLoads; ++l) raw[r * kLoads + l] = load_lane<F>(row, c + l * kUnits, units, stride);
+      for (int l = 0; l < kLoads; ++l) raw[r * kLoads + l] = rows.load(row, c + l * kUnits, i < steps.n ? units : 0);
     }
   }
 
@@ -212,20 +255,20 @@ struct Scorer {
           size += fabsf(shift);
         }
         top = larger_magnitude(top, size);
-        staged[q * padded + i] = e;
-        staged[(NQ + q) * padded + i] = e * v;
+        staged()[q * padded + i] = e;
+        staged()[(NQ + q) * padded + i] = e * v;
         if (q == 0) {
-          staged[2 * NQ * padded + i] = v;
+          staged()[2 * NQ * padded + i] = v;
           norm2 += v * v;
         }
       } else {
-        staged[q * padded + i] = x;
+        staged()[q * padded + i] = x;
       }
     }
     if constexpr (F::kAdditive) {
       top = warp_largest(top);
       norm2 = warp_sum(norm2);
-      if (lane == 0) guards[warp] = top, guards[kWarps + warp] = norm2;
+      if (lane == 0) guards()[warp] = top, guards()[kWarps + warp] = norm2;
     }
   }
 
@@ -238,10 +281,10 @@ struct Scorer {
     for (int q = 0; q < NQ; ++q) {
       float top = 0;
 #pragma unroll
-      for (int w = q * kEach; w < (q + 1) * kEach; ++w) top = larger_magnitude(top, guards[w]);
+      for (int w = q * kEach; w < (q + 1) * kEach; ++w) top = larger_magnitude(top, guards()[w]);
       if (q < p.Tq) largest = fmaxf(largest, top), smallest = fminf(smallest, top);
     }
-    for (int w = 0; w < kEach; ++w) norm2 += guards[kWarps + w];
+    for (int w = 0; w < kEach; ++w) norm2 += guards()[kWarps + w];
     most = kSharedReach - largest;
     least = least_reach<T>(norm2, static_cast<float>(units)) - smallest;
     return most >= 0 && least <= most;
@@ -249,7 +292,7 @@ struct Scorer {
 
   // Scores of step i and those after it, or false where some of them are left. next: the first loads of this warp,
   // afterwards those of its next steps.
-  ATTN_DEVICE bool score_rows(uint4* next, int i) {
+  ATTN_DEVICE bool score_rows(const Rows<F, Key>& rows, uint4* next, int i) {
     const int lane = threadIdx.x % kWarp;
     float sums[kRows * NQ] = {}, top[kRows] = {};
 #pragma unroll 1
@@ -259,7 +302,7 @@ struct Scorer {
       for (int l = 0; l < kRows * kLoads; ++l) now[l] = next[l];
       const bool more = c + kLoads * kUnits < padded;
       const int j = more ? i : i + kWarps * kRows;
-      if (j < steps.n) fetch(next, j, more ? c + kLoads * kUnits : 0);
+      fetch(rows, next, j, more ? c + kLoads * kUnits : 0);
 #pragma unroll
       for (int l = 0; l < kLoads; ++l)
         if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, top);
@@ -275,7 +318,7 @@ struct Scorer {
     constexpr int kLanes = kWarp / (kRows * NQ);
     const int k = lane / kLanes, r = k / NQ;
     if (lane % kLanes == 0 && i + r < steps.n) {
-      if (F::kAdditive && k % NQ == 0) left[i + r] = !(right >> r & 1);
+      if (F::kAdditive && k % NQ == 0) left()[i + r] = !(right >> r & 1);
       if (right >> r & 1) store(i * NQ + k, sum);
     }
     return right == (1u << kRows) - 1;
@@ -299,13 +342,13 @@ struct Scorer {
           }
         }
       }
-      if constexpr (F::kAdditive) load_four(staged + 2 * NQ * padded + at, v);
+      if constexpr (F::kAdditive) load_four(staged() + 2 * NQ * padded + at, v);
 #pragma unroll
       for (int q = 0; q < NQ; ++q) {
         if (NQ > 2 && q >= p.Tq) break;
         float e[4], ev[4];
-        load_four(staged + q * padded + at, e);
-        if constexpr (F::kAdditive) load_four(staged + (NQ + q) * padded + at, ev);
+        load_four(staged() + q * padded + at, e);
+        if constexpr (F::kAdditive) load_four(staged() + (NQ + q) * padded + at, ev);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           float& sum = sums[r * NQ + q];
@@ -351,7 +394,8 @@ struct Scorer {
 
   ATTN_DEVICE void store(int at, W sum) const {
     if constexpr (!F::kAdditive) sum *= static_cast<W>(p.scale);
-    out[at] = unit == 0 ? sum : out[at] + sum;
+    W* out = reinterpret_cast<W*>(shared_memory() + p.shared.weights) + at;
+    *out = unit == 0 ? sum : *out + sum;
   }
 };
 

@@ -1,6 +1,6 @@
-// Products and weighted sums with few queries, as in the backward of a decoding step: what counts is to read the rows of
-// the memory once, or to write those of its gradient, 16 bytes a thread along a row. All queries (kQ, the next size of
-// which there is a kernel) are served at once.
+// Products and weighted sums with few queries, as in the backward of a decoding step: what counts is to read the rows
+// of the memory once, or to write those of its gradient, 16 bytes a thread along a row. All queries (kQ, the next size
+// of which there is a kernel) are served at once.
 #include <algorithm>
 #include <type_traits>
 
@@ -87,8 +87,8 @@ ATTN_DEVICE void share_weights(const Weights<T>& weights, const Attended& attend
   }
 }
 
-// Sums over steps: out[b, i, n] = scale * sum over j of weights[b, i, j] * rows[b, j, n] over the attended pairs. A block
-// has the columns of one warp and some of the steps, in turns of its warps.
+// Sums over steps: out[b, i, n] = scale * sum over j of weights[b, i, j] * rows[b, j, n] over the attended pairs. A
+// block has the columns of one warp and some of the steps, in turns of its warps.
 constexpr int kSumWarps = 8, kSumSteps = 256;
 
 template <typename T, int kQ>
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp)
   }
 }
 
-// Host -----------------------------------------------------------------------------------------------------------------
+// Host ----------------------------------------------------------------------------------------------------------------
 
 // f(Int<kQ>) for the least kQ that holds the queries.
 template <class F>

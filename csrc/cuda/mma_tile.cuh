@@ -40,8 +40,8 @@ ATTN_DEVICE void load_matrices(const void* row, unsigned (&part)[4]) {
 #endif
 }
 
-// sum (16, 8) += a (16, 16) @ b (16, 8), spread over a warp as mma.m16n8k16 wants it. Of lane l, with g = l / 4 and
-// t = 2 * (l % 4): sum[0], sum[1] are (g, t) and (g, t + 1), sum[2], sum[3] the same of row g + 8; a[0] holds (g, t) and
+// sum (16, 8) += a (16, 16) @ b (16, 8), spread over a warp as mma.m16n8k16 wants it. Of lane l, with g = l / 4 and t =
+// 2 * (l % 4): sum[0], sum[1] are (g, t) and (g, t + 1), sum[2], sum[3] the same of row g + 8; a[0] holds (g, t) and
 // (g, t + 1), a[1] those of row g + 8, a[2], a[3] those eight columns on; b[0] holds (t, g) and (t + 1, g), b[1] those
 // eight rows on.
 template <typename T>
@@ -53,11 +53,17 @@ ATTN_DEVICE void multiply_matrices(float (&sum)[4], const unsigned (&a)[4], cons
     to[0] = widen(T{static_cast<std::uint16_t>(two)});
     to[1] = widen(T{static_cast<std::uint16_t>(two >> 16)});
   };
+  const auto together = [](unsigned low, unsigned high) { return low | static_cast<std::uint64_t>(high) << 32; };
   for (int other = 0; other < 4; ++other) {
-    for (int q = 0; q < 4; ++q) set(&rows[q % 2][q / 2 * 8 + other * 2], __shfl_sync(kAllLanes, a[q], g * 4 + other));
-    for (int c = 0; c < 2; ++c)
-      for (int q = 0; q < 2; ++q)
-        set(&columns[c][q * 8 + other * 2], __shfl_sync(kAllLanes, b[q], (t + c) * 4 + other));
+    for (int half = 0; half < 2; ++half) {
+      const std::uint64_t two = __shfl_sync(kAllLanes, together(a[2 * half], a[2 * half + 1]), g * 4 + other);
+      for (int r = 0; r < 2; ++r) set(&rows[r][half * 8 + other * 2], static_cast<unsigned>(two >> 32 * r));
+    }
+    for (int c = 0; c < 2; ++c) {
+      const std::uint64_t two = __shfl_sync(kAllLanes, together(b[0], b[1]), (t + c) * 4 + other);
+      for (int half = 0; half < 2; ++half)
+        set(&columns[c][half * 8 + other * 2], static_cast<unsigned>(two >> 32 * half));
+    }
   }
   for (int r = 0; r < 2; ++r)
     for (int c = 0; c < 2; ++c)
@@ -104,11 +110,8 @@ struct MmaTile {
 
     ATTN_DEVICE static int at(int r, int x) { return kAlongX ? r * kStride + x : x * kStride + r; }
     ATTN_DEVICE static T get(const T* shared, int r, int x) { return shared[at(r, x)]; }
-    ATTN_DEVICE static void put(T* shared, int r, int x, const T (&pack)[8]) {
-      Pack<T, 8> together;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) together.x[e] = pack[e];
-      *reinterpret_cast<Pack<T, 8>*>(shared + at(r, x)) = together;
+    ATTN_DEVICE static void put(T* shared, int r, int x, const uint4& pack) {
+      *reinterpret_cast<uint4*>(shared + at(r, x)) = pack;
     }
     // Four matrices (8 rows, 8 steps): (r, x) is where the one begins whose lines this lane addresses.
     ATTN_DEVICE static void load(const T* shared, int r, int x, unsigned (&part)[4]) {

@@ -18,7 +18,7 @@ struct Tiling {
   ATTN_DEVICE std::int64_t tile_n() const { return blockIdx.x % tiles_n; }
 };
 
-// a: (B, M, X), b: (B, N, X) in whatever order of axes; strides of the batch apart.
+// A factor of each sentence's product, `batch` elements apart.
 template <typename S>
 struct Factors {
   Factor<S> first;
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
              [](int) { return true; });
 }
 
-// out[b, m, n] = scale * sum over x of weights[b, m, x] * rows[b, x, n] over the attended pairs (m, x). m are queries and
-// x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked.
+// out[b, m, n] = scale * sum over x of weights[b, m, x] * rows[b, x, n] over the attended pairs (m, x). m are queries
+// and x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked.
 template <class Tile, typename S, typename T, bool kOfSteps, bool kMasked>
 __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
     weighted_sum_kernel(Tiling tiling, std::int64_t X,
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
       [&](int r) { return !kOfSteps || (m0 + r < M && (attended.per_query || mask_allows(attended, b, 0, m0 + r))); });
 }
 
-// Host -----------------------------------------------------------------------------------------------------------------
+// Host ----------------------------------------------------------------------------------------------------------------
 
 template <class Tile>
 Tiling tiling_of(std::int64_t M, std::int64_t N) {

@@ -2,7 +2,7 @@
 // once for many pairs, so that one kernel serves float32, bfloat16 and float16.
 #pragma once
 
-#include "platform.cuh"
+#include "arrays.cuh"
 
 namespace attn {
 namespace cuda {
@@ -58,20 +58,6 @@ ATTN_DEVICE void load_4(const Array3& a, int64_t offset, int64_t u, int64_t n, W
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = u + i < n ? element<W>(a.data, a.dtype, offset + (u + i) * a.stride[2]) : W(0);
   }
-}
-
-// The steps of sentence b that may be attended, clamped to [0, Tk].
-ATTN_DEVICE int64_t row_length(const Attended& a, int64_t b, int64_t Tk) {
-  if (a.lengths == nullptr) return Tk;
-  const int64_t i = b * a.lengths_stride;
-  const int64_t length =
-      a.lengths_are_64 ? static_cast<const int64_t*>(a.lengths)[i] : static_cast<const int32_t*>(a.lengths)[i];
-  return length < 0 ? 0 : length > Tk ? Tk : length;
-}
-
-// Whether the mask lets query i attend step j.
-ATTN_DEVICE bool allowed_by_mask(const Attended& a, int64_t b, int64_t i, int64_t j) {
-  return a.mask == nullptr || a.mask[b * a.mask_stride[0] + i * a.mask_stride[1] + j * a.mask_stride[2]];
 }
 
 }  // namespace cuda

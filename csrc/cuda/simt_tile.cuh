@@ -48,15 +48,14 @@ struct SimtTile {
 
     ATTN_DEVICE static int at(int r, int x) { return x * kStride + (kAlongX ? r ^ (x / 4 % 4 * 8) : r); }
     ATTN_DEVICE static W get(const W* shared, int r, int x) { return shared[at(r, x)]; }
-    ATTN_DEVICE static void put(W* shared, int r, int x, const W (&pack)[kMost]) {
+    ATTN_DEVICE static void put(W* shared, int r, int x, const uint4& pack) {
       if constexpr (kAlongX) {
+        W elements[kMost];
+        memcpy(elements, &pack, 16);
 #pragma unroll
-        for (int e = 0; e < kMost; ++e) shared[at(r, x + e)] = pack[e];
+        for (int e = 0; e < kMost; ++e) shared[at(r, x + e)] = elements[e];
       } else {
-        Pack<W, kMost> together;
-#pragma unroll
-        for (int e = 0; e < kMost; ++e) together.x[e] = pack[e];
-        *reinterpret_cast<Pack<W, kMost>*>(shared + at(r, x)) = together;
+        *reinterpret_cast<uint4*>(shared + at(r, x)) = pack;
       }
     }
   };

@@ -1,9 +1,12 @@
-// Batched matrix products in tiles: sum[m, n] += a[m, x] * b[n, x] over x, a slice of x at a time through shared memory.
+// Batched matrix products in tiles: sum[m, n] += a[m, x] * b[n, x] over x, a slice of x at a time through shared
+// memory.
 //
 // While a slice is multiplied the next one is on its way from memory into registers, and goes from there into the other
-// half of shared memory; so there is one barrier for each slice. How a tile is multiplied is its own business:
-// SimtTile and MmaTile have the same interface.
+// half of shared memory; so there is one barrier for each slice. How a tile is multiplied is its own business: SimtTile
+// and MmaTile have the same interface.
 #pragma once
+
+#include <type_traits>
 
 #include "arrays.cuh"
 
@@ -21,13 +24,6 @@ struct Factor {
   std::int64_t stride_r, stride_x;
   bool in_packs;
 };
-
-ATTN_DEVICE void convert(float from, float& to) { to = from; }
-ATTN_DEVICE void convert(double from, double& to) { to = from; }
-ATTN_DEVICE void convert(BFloat16 from, BFloat16& to) { to = from; }
-ATTN_DEVICE void convert(Float16 from, Float16& to) { to = from; }
-ATTN_DEVICE void convert(float from, BFloat16& to) { to = narrow<BFloat16>(from); }
-ATTN_DEVICE void convert(float from, Float16& to) { to = narrow<Float16>(from); }
 
 // Which elements (r, x) of a factor are no padding; without data all of them.
 struct Kept {
@@ -55,7 +51,8 @@ struct SliceLoader {
   std::int64_t step, stride_x, next;  // from element to element of a pack, from step to step, from pack to pack
   int r_end;                          // rows of the slice that exist
   bool in_packs;
-  Stored packs[kEach][kPack];
+  static constexpr int kParts = kPack * static_cast<int>(sizeof(S)) / 16;
+  uint4 raw[kEach][kParts];  // as it came: looking at it would be waiting for it
 
   ATTN_DEVICE static int r_of(int k) {
     return kAlongX ? static_cast<int>(threadIdx.x) / kLine + k * kLines : static_cast<int>(threadIdx.x) % kLine * kPack;
@@ -63,9 +60,10 @@ struct SliceLoader {
   ATTN_DEVICE static int x_of(int k) {
     return kAlongX ? static_cast<int>(threadIdx.x) % kLine * kPack : static_cast<int>(threadIdx.x) / kLine + k * kLines;
   }
-  // Whether the slice has the pack; known while compiling for most.
+  // Whether the slice has the pack: some threads have none where lines do not come out even.
   ATTN_DEVICE static bool exists(int k) {
-    return (kAlongX ? kR % kLines == 0 || (k + 1) * kLines <= kR : kLine * kPack == kR) || r_of(k) < kR;
+    constexpr bool even = (kAlongX ? kR : Tile::kSlice) % kLines == 0 && (kAlongX || kLine * kPack == kR);
+    return even || (r_of(k) < kR && x_of(k) < Tile::kSlice);
   }
 
   // Rows from r0 on, of R.
@@ -86,35 +84,47 @@ struct SliceLoader {
       const S* at = from + k * next;
       const bool whole = kAlongX ? r < r_end && x + kPack <= x_end : r + kPack <= r_end && x < x_end;
       if (in_packs && whole) {
-        constexpr int n = kPer16Bytes<S>;
 #pragma unroll
-        for (int part = 0; part < kPack; part += n) {
-          const Pack<S, n> raw = *reinterpret_cast<const Pack<S, n>*>(at + part);
-#pragma unroll
-          for (int e = 0; e < n; ++e) convert(raw.x[e], packs[k][part + e]);
-        }
+        for (int part = 0; part < kParts; ++part) raw[k][part] = reinterpret_cast<const uint4*>(at)[part];
       } else {
+        S elements[kPack] = {};
 #pragma unroll
-        for (int e = 0; e < kPack; ++e) {
-          packs[k][e] = Stored{};
-          if (kAlongX ? r < r_end && x + e < x_end : r + e < r_end && x < x_end) convert(at[e * step], packs[k][e]);
-        }
+        for (int e = 0; e < kPack; ++e)
+          if (kAlongX ? r < r_end && x + e < x_end : r + e < r_end && x < x_end) elements[e] = at[e * step];
+        memcpy(raw[k], elements, sizeof(elements));
       }
       if (kept.data != nullptr) {
+        S elements[kPack];
+        memcpy(elements, raw[k], sizeof(elements));
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
           const int re = kAlongX ? r : r + e, xe = kAlongX ? x + e : x;
-          if (re < r_end && xe < x_end && !kept.at(re, x0 + xe)) packs[k][e] = Stored{};
+          if (re < r_end && xe < x_end && !kept.at(re, x0 + xe)) elements[e] = S{};
         }
+        memcpy(raw[k], elements, sizeof(elements));
       }
     }
     from += Tile::kSlice * stride_x;
   }
 
+  // 16 bytes of elements in the type in which they are multiplied.
+  ATTN_DEVICE uint4 pack(int k) const {
+    if constexpr (std::is_same_v<S, Stored>) {
+      return raw[k][0];
+    } else {
+      S from_memory[kPack];
+      Stored stored[kPack];
+      memcpy(from_memory, raw[k], sizeof(from_memory));
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) stored[e] = narrow<Stored>(from_memory[e]);
+      return bit_cast<uint4>(stored);
+    }
+  }
+
   ATTN_DEVICE void put(Stored* shared) const {
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
-      if (exists(k)) Layout::put(shared, r_of(k), x_of(k), packs[k]);
+      if (exists(k)) Layout::put(shared, r_of(k), x_of(k), pack(k));
   }
 
   ATTN_DEVICE bool all_finite() const {
@@ -122,8 +132,10 @@ struct SliceLoader {
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       if (!exists(k)) continue;
+      S elements[kPack];
+      memcpy(elements, raw[k], sizeof(elements));
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) all = all && finite(packs[k][e]);
+      for (int e = 0; e < kPack; ++e) all = all && finite(elements[e]);
     }
     return all;
   }

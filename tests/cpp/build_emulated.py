@@ -18,9 +18,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent
+# No fortified longjmp: the fibers of the emulator jump between stacks.
+FLAGS = ["-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 
 def main(folder: Path) -> None:
+    if torch.cuda.is_available():
+        print("the CUDA kernels run on the GPU here, not in the emulator")
+        return
     os.chdir(ROOT)
     objects = folder / "objects"
     objects.mkdir(parents=True, exist_ok=True)
@@ -32,8 +37,10 @@ def main(folder: Path) -> None:
     extension = Extension(
         "_C_cuda",
         [os.path.relpath(source) for source in sorted(sources)],
-        include_dirs=["csrc", "csrc/cuda", "tests/cpp", pybind11.get_include()]
-        + [str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")],
+        include_dirs=[
+            *("csrc", "csrc/cuda", "tests/cpp", pybind11.get_include()),
+            *(str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")),
+        ],
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu"],
         define_macros=[
@@ -42,9 +49,7 @@ def main(folder: Path) -> None:
             ("TORCH_TARGET_VERSION", "0x020A000000000000"),
             ("TORCH_BUILD_VERSION", f'"{torch.__version__}"'),
         ],
-        # No fortified longjmp: the fibers jump between stacks.
-        extra_compile_args=["-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-fvisibility=hidden"]
-        + ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"],
+        extra_compile_args=[*FLAGS, "-fvisibility=hidden"],
     )
     ParallelCompile(default=os.cpu_count() or 1).install()
     command = build_ext(Distribution({"name": "emulated", "ext_modules": [extension]}))

@@ -353,13 +353,13 @@ void check_all(const Case& c, bool every = false) {
       if (!every && ++i % 3 != 0) continue;
       if (splits.cluster && c.dtype == Dtype::float64) continue;
       if (splits.n > 4 && (c.Tk < 5 || c.B > 3)) continue;
+      if (splits.n > 7 && !every && c.Tk < 64) continue;  // these take the emulator longest
       check(in, additive, expected, splits);
     }
   }
 }
 
 void report(const char* group) {
-  static clock_t t=0; printf("%.1f s ", double(clock()-t)/CLOCKS_PER_SEC); t=clock();
   std::printf("%s: %d checks\n", group, checks);
   std::fflush(stdout);
   checks = 0;
@@ -428,7 +428,7 @@ int main() {
                                     {1, 8, 31, 72, 24}, {2, 5, 20, 520, 136}, {2, 4, 9, 0, 16},    {2, 6, 11, 16, 0},
                                     {1, 1, 130, 40, 7}, {1, 7, 16, 7, 1032}};
   for (Dtype dtype : dtypes) {
-    for (const auto& s : shapes) check_all({s[0], s[1], s[2], s[3], s[4], dtype}, true);
+    for (const auto& s : shapes) check_all({s[0], s[1], s[2], s[3], s[4], dtype}, dtype == Dtype::float32);
     report((std::string("shapes, ") + kDtypes[int(dtype)]).c_str());
   }
   for (std::int64_t Tk : {2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129}) check_all({1, 1, Tk, 64, 32});
@@ -443,18 +443,18 @@ int main() {
     for (Layout layout : {Layout::padded, Layout::misaligned, Layout::spread, Layout::transposed})
       for (int Tq : {1, 3}) check_all({2, Tq, 19, 40, 24, dtype, layout, 32, Tq > 1 ? 2 : 1});
   report("layouts");
-  for (Dtype dtype : dtypes)
-    for (int lengths : {0, 32, 64, 96, 128})
-      for (int mask : {0, 1, 2})
-        for (int Tq : {1, 2, 8}) {
-          Case c{lengths ? 7 : 2, Tq, 13, 24, 16, dtype, Layout::plain, lengths, mask};
-          check_all(c);
-          c.alignments = false, c.bias = false, c.Tk = 35, c.B = 2;
-          if (lengths == 64) check_all(c);
-        }
+  int turn = 0;
+  for (int lengths : {0, 32, 64, 96, 128})
+    for (int mask : {0, 1, 2})
+      for (int Tq : {1, 2, 8}) {
+        Case c{lengths ? 7 : 2, Tq, 13, 24, 16, dtypes[turn++ % 4], Layout::plain, lengths, mask};
+        check_all(c);
+        c.dtype = dtypes[turn % 4], c.alignments = false, c.bias = false, c.Tk = 35, c.B = 2;
+        check_all(c, lengths == 64);
+      }
   report("lengths and masks");
   for (int special = 1; special <= 14; ++special)
-    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float64})
+    for (Dtype dtype : {Dtype::float32, special % 2 ? Dtype::bfloat16 : Dtype::float64})
       for (int mask : {0, 2}) {
         Case c{2, 3, 21, 40, 24, dtype, Layout::plain, 0, mask};
         c.special = special;
@@ -474,7 +474,7 @@ int main() {
         }
   report("sizes of inputs");
   for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
-    for (int A : {8, 33, 100, 600})
+    for (int A : {33, 100, 600})
       for (int Tq : {1, 3}) {
         Case c{2, Tq, 29, A, 16, dtype, Layout::plain, 32, 1};
         c.prepared = true;
