@@ -58,7 +58,7 @@ struct Block {
       int* place = this->place();
       place[0] = b, place[1] = rank, place[2] = length;
       place[3] = first, place[4] = place[5] = part < length - first ? part : length - first;
-      place[7] = p.splits;
+      place[7] = p.splits == 1 || p.cluster ? p.splits : 0;
     }
     sync(4);
   }
@@ -100,7 +100,7 @@ struct Block {
     do {
       sum_values(first_column(pass));
       sync();
-      if (p.splits == 1 || p.cluster)
+      if (place()[7] > 0)
         combine_shared(first_column(pass));
       else
         write_partial(first_column(pass));
