@@ -101,7 +101,7 @@ RULES = (
         sharing=1,
         special=1.02,
         slots=9.0,
-        warps=16,
+        warps=12,
         applies=_is_many_queries,
     ),
     # Two units share a reciprocal, which is counted and has no bound: memory is what decides. Form<..., false> is for

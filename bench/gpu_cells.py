@@ -109,10 +109,7 @@ def make_ways(row: Row, problem: Problem, red: Mapping[str, str]) -> list[Way]:
     public = getattr(attn_kernels, row.op)
     chosen = choose(None, device_type)
     names = {OURS: None} | {
-        name: name
-        for name in ("cuda", "triton")
-        if name != "triton" or device_type != "cpu"
-        if attn_kernels.backends()[name].available
+        name: name for name in ("cuda", "triton") if device_type == "cuda" if attn_kernels.backends()[name].available
     }
     ways = []
     for title, backend in names.items():

@@ -57,14 +57,14 @@ struct Block {
       const int part = (length + p.splits - 1) / p.splits, first = rank * part < length ? rank * part : length;
       int* place = this->place();
       place[0] = b, place[1] = rank, place[2] = length;
-      place[3] = first, place[4] = part < length - first ? part : length - first;
-      place[7] = p.splits;
+      place[3] = first, place[4] = place[5] = part < length - first ? part : length - first;
+      place[7] = p.splits == 1 || p.cluster ? p.splits : 0;
     }
     sync(4);
   }
 
   // A barrier, after which everything known from the start is read anew.
-  ATTN_DEVICE void sync() { sync(p.attended.mask == nullptr ? 4 : 5); }
+  ATTN_DEVICE void sync() { sync(5); }
 
   ATTN_DEVICE void sync(int count) {
     __syncthreads();
@@ -100,7 +100,7 @@ struct Block {
     do {
       sum_values(first_column(pass));
       sync();
-      if (p.splits == 1 || p.cluster)
+      if (place()[7] > 0)
         combine_shared(first_column(pass));
       else
         write_partial(first_column(pass));
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(FewQueries p) 
 
 // The host's side ------------------------------------------------------------------------------------------------------
 
-constexpr int kCapacity = 1024;  // steps of a block, for shared memory
+constexpr int kCapacity = 1024;  // steps of a block, for shared memory; half of it in float64
 constexpr int kLeastSteps = 8;   // of a block, below which a further split is not worth it
 
 bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
@@ -493,7 +493,8 @@ void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
 Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-  const int64_t wanted = larger(1, 2 * device.multiprocessors / larger(B, 1)), least = ceil_div(Tk, kCapacity);
+  const int64_t wanted = larger(1, 2 * device.multiprocessors / larger(B, 1)),
+                least = ceil_div(Tk, dtype == Dtype::float64 ? kCapacity / 2 : kCapacity);
   if (device.capability >= 90 && dtype != Dtype::float64) {
     // Clusters of more than 8 blocks are only for the large chips.
     const int64_t most = device.capability < 110 ? 16 : 8;

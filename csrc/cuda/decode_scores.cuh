@@ -18,7 +18,9 @@ struct Shared {
   int stats;    // (2, NQ), of W: SoftmaxPart
   int factors;  // (kMostClustered, NQ), of W: what turns weights of each block into alignments
   int guards;   // (2, kWarps) float
-  int place;    // 8 int: what a block knows from the start, attended steps, whether it is the last of its sentence
+  // 8 int: sentence, which of its blocks this is, its length, first step, steps, attended steps, whether the block is the
+  // last of its sentence, blocks that combine in shared memory (0: by the last block).
+  int place;
   int list;     // (capacity) int, with a mask: offsets of the attended steps from the first
   int attends;  // (capacity) bytes, with a mask: a bit for each query
   int left;     // (capacity) bytes: steps that are left for the plain way

@@ -266,6 +266,8 @@ struct Inputs {
   }
 };
 
+constexpr double kScale = 0.5;  // of dot attention
+
 int checks = 0;
 
 void fail(const Case& c, bool additive, const Splits& splits, const char* name, std::size_t i, double actual,
@@ -286,7 +288,9 @@ void compare(const Case& c, bool additive, const Splits& splits, const char* nam
       eager_error = std::fmax(eager_error, std::fabs(eager[i] - expected[i]));
     }
   const double scale = std::strcmp(name, "alignments") == 0 ? peak : std::fmax(peak, 1);
-  const double rounding = c.dtype == Dtype::float64 ? 1e-10 * scale : 1e-6 * scale;
+  // The error of a score is relative to its terms, and softmax makes it larger.
+  const double terms = additive ? 1 : std::fmin(std::fmax(kScale * c.size * c.size * std::sqrt(c.A) / 3, 1), 1e5);
+  const double rounding = (c.dtype == Dtype::float64 ? 1e-10 : 1e-6) * scale * terms;
   const bool low = item_size(c.dtype) == 2;
   const double allowed = (c.dtype == Dtype::float64 ? 0 : 2 * eager_error) + rounding +
                          (low ? kEpsilon[int(c.dtype)] * (peak + c.v_size * std::sqrt(c.A) * 1e-3) : 0);
@@ -298,8 +302,6 @@ void compare(const Case& c, bool additive, const Splits& splits, const char* nam
     if (!right) fail(c, additive, splits, name, i, a, e, allowed);
   }
 }
-
-constexpr double kScale = 0.5;
 
 struct Expected {
   std::vector<double> context, alignments, eager_context, eager_alignments;
