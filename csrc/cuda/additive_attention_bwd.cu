@@ -21,7 +21,9 @@ namespace {
 constexpr int kSteps = 16;     // of a warp in a chunk
 constexpr int kLaneUnits = 2;  // of a lane
 constexpr int kBlockUnits = kLaneUnits * kWarp;
-constexpr int kMostWarps = 8;
+// Of a block: so many have their sums in the shared memory of every GPU, 99 KB on the smaller ones.
+template <typename W>
+constexpr int kMostWarps = sizeof(W) == 4 ? 8 : 4;
 
 // How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
 struct BackwardTile {
@@ -86,31 +88,33 @@ ATTN_DEVICE void load_queries(const W* from, W* ds) {
 }
 
 template <typename W, int kQ>
-__global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) scores_backward_kernel(Backward<W> a) {
+__global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) scores_backward_kernel(Backward<W> a) {
   constexpr bool kFactored = sizeof(W) == 4;
   const AdditiveScores& op = a.op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int warp_q = warp % a.tile.warps_q, warp_k = warp / a.tile.warps_q;
-  const int64_t tiles_a = (op.A + kBlockUnits - 1) / kBlockUnits;
-  const int64_t first_unit = blockIdx.x % tiles_a * kBlockUnits;
-  const int64_t part = blockIdx.x / tiles_a, part_k = part % a.tile.parts_k;
-  const int64_t part_q = part / a.tile.parts_k % a.tile.parts_q, b = part / (a.tile.parts_k * a.tile.parts_q);
-  const int64_t length = attended_steps(a.attended, b, op.Tk);
-  const int64_t begin = part_k * a.tile.steps, part_end = begin + a.tile.steps < op.Tk ? begin + a.tile.steps : op.Tk;
-  const int64_t end = part_end < length ? part_end : length;
-  const int64_t q0 = part_q * a.tile.queries + warp_q * kQ;  // of this warp
+  // Positions in 32 bits: those of 64 would not leave enough registers, and dividing them is a call.
+  const int tiles_a = static_cast<int>((op.A + kBlockUnits - 1) / kBlockUnits), part = int(blockIdx.x) / tiles_a;
+  const int parts_k = static_cast<int>(a.tile.parts_k), parts_q = static_cast<int>(a.tile.parts_q);
+  const int first_unit = int(blockIdx.x) % tiles_a * kBlockUnits;
+  const int part_k = part % parts_k, part_q = part / parts_k % parts_q, b = part / (parts_k * parts_q);
+  const int length = static_cast<int>(attended_steps(a.attended, b, op.Tk));
+  const int begin = part_k * static_cast<int>(a.tile.steps);
+  const int part_end = begin + a.tile.steps < op.Tk ? begin + static_cast<int>(a.tile.steps) : static_cast<int>(op.Tk);
+  const int end = part_end < length ? part_end : length;
+  const int q0 = part_q * static_cast<int>(a.tile.queries) + warp_q * kQ;  // of this warp
   const Chunk<W> s(a.tile, kQ);
 
-  auto of_query = [&](int64_t i, int n) -> W {
-    const int64_t u = first_unit + n * kWarp + lane;
+  auto of_query = [&](int i, int n) -> W {
+    const int u = first_unit + n * kWarp + lane;
     if (i >= op.Tq || u >= op.A) return 0;
     W x = element<W>(op.query.data, op.query.dtype,
                      b * op.query.stride[0] + i * op.query.stride[1] + u * op.query.stride[2]);
     if (op.bias.data != nullptr) x += element<W>(op.bias.data, op.bias.dtype, u * op.bias.stride[2]);
     return x;
   };
-  auto of_key = [&](int64_t j, int n) -> W {
-    const int64_t u = first_unit + n * kWarp + lane;
+  auto of_key = [&](int j, int n) -> W {
+    const int u = first_unit + n * kWarp + lane;
     if (j >= end || u >= op.A) return 0;
     return element<W>(op.keys.data, op.keys.dtype,
                       b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) outside |= __shfl_xor_sync(kAllLanes, outside, step);
 
-  for (int64_t j0 = begin; j0 < end; j0 += s.rows) {
+  for (int j0 = begin; j0 < end; j0 += s.rows) {
     // A chunk of the steps into shared memory.
     for (int row = warp; row < s.rows; row += warps) {
       bool row_outside = false;
@@ -162,14 +166,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
     const int queries = a.tile.warps_q * kQ;
     for (int n = threadIdx.x; n < s.rows * queries; n += blockDim.x) {
       const int row = n % s.rows, column = n / s.rows;
-      const int64_t i = part_q * a.tile.queries + column, j = j0 + row;
+      const int i = part_q * static_cast<int>(a.tile.queries) + column, j = j0 + row;
       const W ds = i < op.Tq && j < end ? a.dscores[(b * op.Tq + i) * op.Tk + j] : W(0);
       s.dscores[row * s.columns + column] = ds / 4;
     }
     __syncthreads();
 
-    const int last = end - j0 < (warp_k + 1) * kSteps ? int(end - j0) : (warp_k + 1) * kSteps;
-    W chunk_t[kLaneUnits] = {};
+    const int last = end - j0 < (warp_k + 1) * kSteps ? end - j0 : (warp_k + 1) * kSteps;
     const int first = warp_k * kSteps;
     bool factored = kFactored;
     if (kFactored) {
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       factored = !__any_sync(kAllLanes, used);
     }
     if (factored) {
-#pragma unroll 1
+#pragma unroll(kQ <= 8 ? 2 : 1)
       for (int row = first; row < last; ++row) {
         W ds[kQ], k[kLaneUnits], dk[kLaneUnits] = {};
         load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
             const W t = ds[i] * minus_tanh, g = ds[i] - t * minus_tanh;
             dq[i][n] += g;
             dk[n] += g;
-            chunk_t[n] += t;
+            sum_t[n] += t;
           }
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n];
@@ -213,17 +216,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
             const W t = -ds * tanh, g = ds + t * tanh;
             mine()[(i * kLaneUnits + n) * kWarp] += g;
             dk += g;
-            chunk_t[n] += t;
+            sum_t[n] += t;
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
     }
-#pragma unroll
-    for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n];
     __syncthreads();
 
     for (int n = threadIdx.x; n < s.rows * kBlockUnits; n += blockDim.x) {
-      const int64_t j = j0 + n / kBlockUnits, u = first_unit + n % kBlockUnits;
+      const int j = j0 + n / kBlockUnits, u = first_unit + n % kBlockUnits;
       if (j >= end || u >= op.A) continue;
       W sum = 0;
       for (int w = 0; w < a.tile.warps_q; ++w) sum += s.dkeys[w * s.rows * kBlockUnits + n];
@@ -231,10 +232,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_4v(sum, v));
     }
   }
-  for (int64_t j = (begin > length ? begin : length) + warp; j < part_end; j += warps)
+  for (int j = (begin > length ? begin : length) + warp; j < part_end; j += warps)
 #pragma unroll
     for (int n = 0; n < kLaneUnits; ++n) {
-      const int64_t u = first_unit + n * kWarp + lane;
+      const int u = first_unit + n * kWarp + lane;
       if (u < op.A) store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, W(0));
     }
 
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
   if (warp_k == 0) {
 #pragma unroll
     for (int n = 0; n < kLaneUnits; ++n) {
-      const int64_t u = first_unit + n * kWarp + lane;
+      const int u = first_unit + n * kWarp + lane;
       if (u >= op.A) continue;
       const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
       for (int i = 0; i < kQ && q0 + i < op.Tq; ++i) {
@@ -272,7 +273,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
       }
     }
   }
-  W* dunits = a.dunits + part * 2 * op.A;
+  W* dunits = a.dunits + int64_t(part) * 2 * op.A;
   over_warps(
       all_dq, [&](int w) { return w < a.tile.warps_q; },
       [&](int n, W sum) {
@@ -286,14 +287,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, sizeof(W) == 4 ? 2 : 1) sco
 }
 
 // The cut that pads the queries least, and with enough blocks to fill the device.
+template <typename W>
 BackwardTile choose_tile(const AdditiveScores& op, int queries) {
   BackwardTile tile{};
-  tile.parts_q = ceil_div(op.Tq, int64_t(queries) * kMostWarps);
+  tile.parts_q = ceil_div(op.Tq, int64_t(queries) * kMostWarps<W>);
   tile.warps_q = static_cast<int>(ceil_div(ceil_div(op.Tq, tile.parts_q), queries));
   tile.queries = int64_t(tile.warps_q) * queries;
   tile.parts_q = ceil_div(op.Tq, tile.queries);
   const int64_t chunks = ceil_div(op.Tk, kSteps);
-  tile.warps_k = static_cast<int>(kMostWarps / tile.warps_q < chunks ? kMostWarps / tile.warps_q : chunks);
+  tile.warps_k = static_cast<int>(kMostWarps<W> / tile.warps_q < chunks ? kMostWarps<W> / tile.warps_q : chunks);
   if (tile.warps_k > 4) tile.warps_k = 4;
   const int64_t steps = int64_t(kSteps) * tile.warps_k;
   const int64_t blocks = op.B * ceil_div(op.A, kBlockUnits) * tile.parts_q;
@@ -311,7 +313,7 @@ void launch_backward(const AdditiveScores& op, const Attended& attended, const v
   Backward<W> a{};
   a.op = op;
   a.attended = attended;
-  a.tile = choose_tile(op, kQ);
+  a.tile = choose_tile<W>(op, kQ);
   a.dscores = static_cast<const W*>(dscores);
   const BackwardTile& tile = a.tile;
   const int64_t n_query = op.B * op.Tq * op.A, n_keys = op.B * op.Tk * op.A;
@@ -334,6 +336,7 @@ void launch_backward(const AdditiveScores& op, const Attended& attended, const v
 void additive_scores_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery,
                               void* dkeys, void* dv, void* dbias) {
   if (op.A == 0) return;
+  check_sizes(op);
   auto run = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };
   if (op.query.dtype == Dtype::float64)
     return run(op.Tq == 1 ? launch_backward<double, 1> : launch_backward<double, 4>);

@@ -356,8 +356,11 @@ ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>
 // Scores of a tile of queries and steps. Tiles beyond the length are left as they are.
 template <typename W, int kQ, int kK, int kColumns, bool kInFours>
 __global__ void __launch_bounds__(kMostThreads<W>) many_queries_scores_kernel(ScoresTile a) {
-  const int64_t tile = blockIdx.x, b = tile / (a.tiles_q * a.tiles_k);
-  const int64_t q0 = tile / a.tiles_k % a.tiles_q * a.threads_q * kQ, k0 = tile % a.tiles_k * a.threads_k * kK;
+  // In 32 bits, as the grid is: a division of 64 bits is a call.
+  const unsigned tiles_q = static_cast<unsigned>(a.tiles_q), tiles_k = static_cast<unsigned>(a.tiles_k);
+  const int64_t b = blockIdx.x / (tiles_q * tiles_k);
+  const int64_t q0 = int64_t(blockIdx.x / tiles_k % tiles_q) * a.threads_q * kQ;
+  const int64_t k0 = int64_t(blockIdx.x % tiles_k) * a.threads_k * kK;
   const int64_t length = attended_steps(a.attended, b, a.op.Tk);
   if (k0 >= length) return;
   const Staged<W, kColumns> s(a.shares, a.threads_q * kQ, a.threads_k * kK);
@@ -437,6 +440,7 @@ void launch_scores(const AdditiveScores& op, const Attended& attended, void* sco
 
 void additive_scores(const AdditiveScores& op, const Attended& attended, void* scores, bool narrow) {
   const Dtype dtype = narrow || op.query.dtype == Dtype::float64 ? op.query.dtype : Dtype::float32;
+  check_sizes(op);
   if (op.A == 0) return clear(scores, op.B * op.Tq * op.Tk * item_size(dtype));
   if (dtype == Dtype::float64) return launch_scores<double, 4, 4>(op, attended, scores, dtype);
   launch_scores<float, 8, 4>(op, attended, scores, dtype);

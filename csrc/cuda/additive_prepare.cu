@@ -12,7 +12,8 @@ namespace {
 constexpr int kWarps = 8;
 
 // A warp for each step.
-__global__ void __launch_bounds__(kWarps* kWarp) prepare_kernel(AdditivePrepare op, PreparedSizes sizes, int64_t item) {
+__global__ void __launch_bounds__(kWarps* kWarp, 4)
+    prepare_kernel(AdditivePrepare op, PreparedSizes sizes, int64_t item) {
   const int lane = threadIdx.x % kWarp;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= op.B * op.Tk) return;

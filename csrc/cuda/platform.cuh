@@ -9,6 +9,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(ATTN_EMULATED)
 #include "cuda_emulator.h"
@@ -56,17 +57,18 @@ template <typename To, typename From>
 ATTN_HOST_DEVICE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
 #if defined(__CUDA_ARCH__)
-  // Not memcpy, which forgets that what it copies is aligned, and so makes single bytes of the load before it.
-  union Bits {
-    From from;
-    To to;
-  } bits{from};
-  return bits.to;
-#else
+  // Not memcpy of single numbers, which forgets that they are aligned, and so makes bytes of the load before it.
+  if constexpr (!std::is_array<From>::value) {
+    union Bits {
+      From from;
+      To to;
+    } bits{from};
+    return bits.to;
+  }
+#endif
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
-#endif
 }
 
 ATTN_HOST_DEVICE float widen(float x) { return x; }

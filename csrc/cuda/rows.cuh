@@ -32,6 +32,13 @@ ATTN_DEVICE void store_element(void* data, Dtype dtype, int64_t i, W x) {
   }
 }
 
+// Positions within a row of scores are 32 bits in the kernels; offsets are 64.
+inline void check_sizes(const AdditiveScores& op) {
+  constexpr int64_t kMost = 0x7fffffff - 4096;
+  if (op.Tq > kMost || op.Tk > kMost || op.A > kMost)
+    throw std::runtime_error("attn_kernels: more than 2^31 queries, steps or units");
+}
+
 // Whether load_4 may read four units at once: rows are whole fours that lie side by side and aligned.
 inline bool in_fours_of(const Array3& a, int64_t n) {
   const uintptr_t bytes = static_cast<uintptr_t>(4 * item_size(a.dtype));
