@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 TARGETS = (80, 90, 100)
-HOT = ("_many_scores_kernel", "_backward_kernel")
-FEW = ("_few_scores_kernel", "_backward_kernel", "_attend_kernel", "_product_kernel", "_weighted_sum_kernel")
+HOT = ("many_scores_kernel", "backward_kernel")
+FEW = ("few_scores_kernel", "backward_kernel", "_attend_kernel", "_product_kernel", "_weighted_sum_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets.
@@ -72,7 +72,7 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
     """What is wrong with the machine code of a kernel."""
     problems = []
     # A few bytes kept across a whole loop cost nothing: that is for ptxas to choose, but not where speed is decided.
-    most = 0 if kernel["name"] == "_many_scores_kernel" else 32
+    most = 0 if kernel["name"] == "many_scores_kernel" else 32
     if kernel["stack"] > most or any(_count(loop, "LDL", "STL") for loop in kernel["loops"]):
         problems.append(f"local memory: {kernel['stack']} bytes")
     if -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"] > 65536:
@@ -80,9 +80,9 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
     if kernel["shared"] > 48 * 1024:
         problems.append(f"{kernel['shared']} bytes of shared memory leave few programs to a processor")
     check = {
-        "_many_scores_kernel": _problems_of_many_scores,
-        "_few_scores_kernel": _problems_of_few_scores,
-        "_backward_kernel": _problems_of_backward,
+        "many_scores_kernel": _problems_of_many_scores,
+        "few_scores_kernel": _problems_of_few_scores,
+        "backward_kernel": _problems_of_backward,
     }.get(kernel["name"], _problems_of_products if kernel["name"] in PRODUCTS else None)
     return problems + ([] if check is None else check(kernel))
 
@@ -272,7 +272,7 @@ def _compile(name: str) -> list[dict[str, Any]]:
                     "target": target,
                     "dtype": case["dtype"],
                     "masked": bool(case.get("mask")),
-                    "chunk": sys.modules["attn_kernels.triton.additive_attention"].CHUNK.value,
+                    "chunk": sys.modules["attn_kernels.triton.additive_attention_fwd"].CHUNK.value,
                     "constants": {key: value for key, value in constants.items() if key.isupper()},
                     "warps": binary.metadata.num_warps,
                     "shared": binary.metadata.shared,

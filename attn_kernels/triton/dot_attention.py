@@ -1,10 +1,11 @@
-"""dot_attention in Triton: scores = scale * query . keys, softmax, context. All of it is shared: attend.py."""
+"""dot_attention in Triton: scores = scale * query . keys, softmax, context. All of it is shared: products, softmax."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .attend import attend, product, softmax_backward, weighted_sum
+from .products import product, weighted_sum
+from .softmax import attend, softmax_backward
 
 
 def dot_attention(
