@@ -90,20 +90,24 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
 def _problems_of_many_scores(kernel: dict[str, Any]) -> list[str]:
     """One loop shares a reciprocal among three units and needs no other special function; one takes tanh."""
     size = kernel["constants"]
-    pairs = size["BLOCK_Q"] * size["BLOCK_K"] // (32 * kernel["warps"])  # of a thread
+    pairs = size["THREAD_Q"] * size["THREAD_K"]
     shared = [loop for loop in kernel["loops"] if _count(loop, "MUFU.RCP") and not _count(loop, "MUFU.EX2")]
     if len(shared) != 1:
         return [f"{len(shared)} loops with reciprocals and without exponentials, expected one"]
     units = kernel["chunk"]
-    reciprocals, special = _count(shared[0], "MUFU.RCP"), _count(shared[0], "MUFU")
+    special = _count(shared[0], "MUFU")
     problems = []
-    if reciprocals * 3 != pairs * units or special != reciprocals:
+    if special / (pairs * units) > 0.34:
         problems.append(f"{special / (pairs * units):.3f} special functions for a unit of a pair, expected 1/3")
     instructions = sum(shared[0].values()) / (pairs * units)
-    if instructions > (4.8 if pairs >= 16 else 5.4):
+    # Sharing and summing take 3.1; the rest are three loads for each unit, of 16 pairs or of 8.
+    if instructions > (3.5 if pairs >= 16 else 3.7):
         problems.append(f"{instructions:.2f} instructions for a unit of a pair")
-    if kernel["registers"] > 168:
-        problems.append(f"{kernel['registers']} registers leave fewer than 12 warps to a processor")
+    if _count(shared[0], "LDG") > 3 * units + 1:
+        problems.append(f"{_count(shared[0], 'LDG')} loads: not all queries and all steps of a thread at once")
+    most = 136 if pairs >= 16 else 72
+    if kernel["registers"] > most:
+        problems.append(f"{kernel['registers']} registers leave fewer than {65536 // (most * 32)} warps to a processor")
     return problems
 
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .additive_attention_bwd import backward_kernel
-from .additive_attention_fwd import CHUNK, exponentials_kernel, few_scores_kernel, many_scores_kernel
+from .additive_attention_fwd import CHUNK, ROW, exponentials_kernel, few_scores_kernel, many_scores_kernel
 from .launch import (
     accumulator,
     bytes_of,
@@ -117,19 +117,19 @@ def _scores(
             4,
         )
         return scores
-    block_q, block_k, warps = _pair_tile(B, Tq, Tk)
+    block_q, block_k, thread_q, thread_k, warps = _pair_tile(B, Tq, Tk)
     padded_q, padded_k = (triton.cdiv(T, block) * block for T, block in ((Tq, block_q), (Tk, block_k)))
     units = triton.cdiv(A, CHUNK.value) * CHUNK.value
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
     ek = query.new_empty((B, padded_k, units), dtype=torch.float32)
     reach_q = query.new_empty((B, Tq), dtype=torch.float32)
     reach_k = query.new_empty((B, Tk), dtype=torch.float32)
-    v_squared = query.new_empty((1,), dtype=torch.float32)
-    prepared = (eq, ek, reach_q, reach_k, v_squared)
+    table = query.new_empty((units // CHUNK.value + 1, ROW.value), dtype=torch.float32)
+    prepared = (eq, ek, reach_q, reach_k, table)
     block_t = 16
     launch(
         exponentials_kernel,
-        B * (triton.cdiv(padded_q, block_t) + triton.cdiv(padded_k, block_t)),
+        B * (triton.cdiv(padded_q, block_t) + triton.cdiv(padded_k, block_t)) + 1,
         (*prepared, query, keys, v, bias, B, Tq, Tk, A, units, padded_q, padded_k),
         row_strides,
         dict(BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_A=128),
@@ -140,7 +140,7 @@ def _scores(
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
         (scores, *prepared, query, keys, v, bias, memory_lengths, bytes_of(mask), Tq, Tk, A, units),
         (*row_strides, lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(APPROXIMATE=approximate, BLOCK_Q=block_q, BLOCK_K=block_k),
+        dict(APPROXIMATE=approximate, BLOCK_Q=block_q, BLOCK_K=block_k, THREAD_Q=thread_q, THREAD_K=thread_k),
         warps,
     )
     return scores
@@ -205,17 +205,12 @@ def _scores_backward(
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
 
 
-def _pair_tile(B: int, Tq: int, Tk: int) -> tuple[int, int, int]:
-    """BLOCK_Q, BLOCK_K and warps of a tile of pairs: that with the least padding and idle processors for its cost."""
-    best, least = (0, 0, 0), float("inf")
-    # The cost is the instructions a pair, read from compiled code: a thread has one step and all queries of the tile.
-    for block_q, block_k, warps, cost in ((16, 64, 2, 4.4), (16, 32, 1, 4.4), (8, 32, 1, 5.2)):
-        tiles = B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k)
-        busy = min(1.0, tiles * warps / 1024)  # warps that keep a large GPU occupied
-        estimate = cost * tiles * block_q * block_k / busy
-        if estimate < least:
-            best, least = (block_q, block_k, warps), estimate
-    return best
+def _pair_tile(B: int, Tq: int, Tk: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_Q, BLOCK_K, THREAD_Q, THREAD_K and warps of a tile of pairs; two of them, whatever the lengths."""
+    # 16 pairs to a thread take 3.4 instructions a unit; 8 take 3.7, and occupy more warps where there are few tiles.
+    if Tq > 8 and B * triton.cdiv(Tq, 16) * triton.cdiv(Tk, 32) >= 512:
+        return 16, 32, 4, 4, 1
+    return 8, 32, 4, 2, 1
 
 
 def _backward_tile(query: Tensor) -> tuple[int, int, int, int]:
