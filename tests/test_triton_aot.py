@@ -131,11 +131,16 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
     expected = {(elements, 2 * elements)} | ({(elements, elements)} if size["FACTORED"] else set())
     if counts != expected:
         return [f"(reciprocals, special functions) of the loops are {counts}, expected {expected}"]
-    if size["FACTORED"] and size["BLOCK_Q"] >= 16 and not kernel["masked"]:
+    problems = []
+    if size["FACTORED"]:
         factored = next(loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements)
         instructions = sum(factored.values()) / elements
-        return [] if instructions <= 12 else [f"{instructions:.2f} instructions for a unit of a pair"]
-    return []
+        # 7 for each pair, and about 40 for each step: its exponential, its loads, its sum and store.
+        if instructions > (9.0 if elements >= 32 else 10.0):
+            problems.append(f"{instructions:.2f} instructions for a unit of a pair")
+        if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
+            problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")
+    return problems
 
 
 def _problems_of_products(kernel: dict[str, Any]) -> list[str]:

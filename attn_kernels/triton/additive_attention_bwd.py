@@ -1,6 +1,6 @@
 """The gradients of the scores of additive attention.
 
-The hidden units are computed again: with p = ds r and g = ds (r - r r), dquery and dkeys are sums of 4 v g, and dv is
+The hidden units are computed again: with p = ds r and g = p - p r, dquery and dkeys are sums of 4 v g, and dv is
 the sum of ds - 2 p. One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what
 crosses blocks is written apart and added in order afterwards.
 """
@@ -26,38 +26,48 @@ def times_4v(sum_g, v4, MASKED: tl.constexpr):
 
 @triton.jit
 def _walk_steps(
-    dkeys, keys, dscores, q, shift, i, u, v4, begin, end, length, A, added, padded_q, stride_kk, stride_ka,
+    dkeys, keys, dscores, q, shift, i, u, v4, begin, end, A, added, padded_q, stride_kk, stride_ka,
     MASKED: tl.constexpr, FACTORED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
-    Writes dkeys, and adds it to what is there for the first ``added`` steps; returns the sums of g (Q, A) and p (A,).
+    Writes dkeys, and adds it to what is there for the first ``added`` units; returns the sums of g (Q, A) and p (A,).
     Pointers are to the first element of the row of the batch.
     """
     if FACTORED:
         eq = exp2x(q) * exp2x(shift)[None, :]
     sum_g = tl.zeros(q.shape, dtype=q.dtype)
     sum_p = tl.zeros([q.shape[1]], dtype=q.dtype)
+    first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
+    keys += first[:, None] * stride_kk + u[None, :] * stride_ka
+    dkeys += first[:, None] * A + u[None, :]
+    dscores += i[:, None] + first[None, :] * padded_q
     for start in range(begin, end, BLOCK_K):
-        j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        in_keys = (j[:, None] < length) & (u[None, :] < A)
-        k = tl.load(keys + j[:, None] * stride_kk + u[None, :] * stride_ka, mask=in_keys, other=0.0).to(q.dtype)
-        ds = tl.load(dscores + i[:, None] + j[None, :] * padded_q, mask=j[None, :] < length, other=0.0)
-        if FACTORED:
-            e = eq[:, None, :] * exp2x(k)[None, :, :]
+        if BLOCK_K == 1:  # then every step of the loop exists
+            in_keys = (u < A)[None, :]
+            ds = tl.load(dscores)
         else:
-            e = tl.exp(2.0 * (q[:, None, :] + k[None, :, :] + shift[None, None, :]))
-        r = reciprocal(1.0 + e, APPROXIMATE)
-        if MASKED:  # r may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
-            r = tl.where(ds[:, :, None] == 0.0, 0.0, r)
+            in_steps = start + tl.arange(0, BLOCK_K) < end
+            in_keys = in_steps[:, None] & (u < A)[None, :]
+            ds = tl.load(dscores, mask=in_steps[None, :], other=0.0)
+        k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
+        if FACTORED:
+            # exp2x is finite whatever padding holds, and eq not NaN: where ds is 0, so are p and g.
+            r = reciprocal(1.0 + eq[:, None, :] * exp2x(k)[None, :, :], APPROXIMATE)
+        else:
+            r = reciprocal(1.0 + tl.exp(2.0 * (q[:, None, :] + k[None, :, :] + shift[None, None, :])), APPROXIMATE)
+            if MASKED:  # r may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
+                r = tl.where(ds[:, :, None] == 0.0, 0.0, r)
         p = ds[:, :, None] * r
-        g = ds[:, :, None] * (r - r * r)
+        g = p - p * r
         sum_g += tl.sum(g, axis=1)
         sum_p += tl.sum(tl.sum(p, axis=0), axis=0)
-        pointers = dkeys + j[:, None] * A + u[None, :]
         gradient = times_4v(tl.sum(g, axis=0), v4, MASKED)
-        gradient += tl.load(pointers, mask=in_keys & (j[:, None] < added), other=0.0)
-        tl.store(pointers, gradient, mask=in_keys)
+        gradient += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
+        tl.store(dkeys, gradient, mask=in_keys)
+        keys += tl.cast(stride_kk, tl.int64) * BLOCK_K
+        dkeys += tl.cast(A, tl.int64) * BLOCK_K
+        dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
     return sum_g, sum_p
 
 
@@ -133,9 +143,9 @@ def backward_kernel(
         i = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         in_query = (i[:, None] < Tq) & (u[None, :] < A)
         q = tl.load(query + i[:, None] * stride_qq, mask=in_query, other=0.0).to(wide)
-        added = 0  # steps whose dkeys an earlier block of queries has written
+        added = 0  # units whose dkeys an earlier block of queries has written: none, or all
         if block > first_block:
-            added = length
+            added = A
         if FACTORED:
             # The largest |q| + |k| of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
@@ -157,17 +167,17 @@ def backward_kernel(
             reach = tl.max(reach_k) + tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
             if reach <= SINGLE_REACH:
                 g, p = _walk_steps(
-                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, length, A, added, padded_q, stride_kk,
+                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                     stride_ka, mask is not None, True, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
             else:
                 g, p = _walk_steps(
-                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, length, A, added, padded_q, stride_kk,
+                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                     stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
             g, p = _walk_steps(
-                dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, length, A, added, padded_q, stride_kk,
+                dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                 stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         g = times_4v(g, v4, (mask is not None) or (lengths is not None))

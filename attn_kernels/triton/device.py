@@ -130,7 +130,8 @@ def exp2x(x):
     2 x = n ln 2 + f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
     """
     x = tl.where(tl.abs(x) <= 43.0, x, 0.0)
-    n = tl.floor(x * 2.8853900817779268 + 0.5)
+    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
+    n = rounded - 12582912.0
     f = (2.0 * x - n * 0.693145751953125) - n * 1.42860677e-06
     p = 0.00139561 * f + 0.00837513
     p = p * f + 0.04166608
@@ -138,4 +139,4 @@ def exp2x(x):
     p = p * f + 0.50000002
     p = p * f + 1.0
     p = p * f + 1.0
-    return p * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return p * ((rounded.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
