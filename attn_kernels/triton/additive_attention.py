@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .additive_attention_bwd import backward_kernel
 from .additive_attention_fwd import CHUNK, ROW, exponentials_kernel, few_scores_kernel, many_scores_kernel
+from .decode import can_decode, decode
 from .launch import (
     accumulator,
     bytes_of,
@@ -22,6 +23,7 @@ from .launch import (
     lengths_stride,
     mask_strides,
     power_of_two,
+    rows_aligned,
     sum_splits,
 )
 from .products import weighted_sum
@@ -40,6 +42,8 @@ def additive_attention(
     need_alignments: bool,
 ) -> tuple[Tensor, Tensor]:
     """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty."""
+    if can_decode(query, values) and not _is_worth_sharing(query, keys):
+        return decode(query, keys, values, v, bias, 1.0, memory_lengths, mask, need_alignments)
     scores = _scores(query, keys, v, bias, memory_lengths, mask, accumulator(query.dtype))
     return attend(scores, values, memory_lengths, mask, need_alignments)
 
@@ -100,6 +104,7 @@ def _scores(
         return scores
     approximate = has_approximate_reciprocal(query)
     row_strides = (*query.stride(), *keys.stride(), v.stride(0), 0 if bias is None else bias.stride(0))
+    aligned = rows_aligned(query, keys)
     if is_few(query):
         block_q, block_k, block_a = few_tile(query)
         launch(
@@ -110,6 +115,7 @@ def _scores(
             dict(
                 APPROXIMATE=approximate,
                 FLOAT64=query.dtype == torch.float64,
+                ALIGNED=aligned,
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
                 BLOCK_A=block_a,
@@ -130,9 +136,9 @@ def _scores(
     launch(
         exponentials_kernel,
         B * (triton.cdiv(padded_q, block_t) + triton.cdiv(padded_k, block_t)) + 1,
-        (*prepared, query, keys, v, bias, B, Tq, Tk, A, units, padded_q, padded_k),
+        (*prepared, query, keys, v, bias, B, Tq, Tk, A, units),
         row_strides,
-        dict(BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_A=128),
+        dict(ALIGNED=aligned, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_A=128),
         4,
     )
     launch(
@@ -178,7 +184,7 @@ def _scores_backward(
         (
             blocks_per_split,
             steps_per_split,
-            dscores.stride(2),
+            dscores.stride(2) // block_q,
             *query.stride(),
             *keys.stride(),
             v.stride(0),
@@ -203,6 +209,13 @@ def _scores_backward(
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
+
+
+def _is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
+    """Whether exponentials made once per row save time for at most 8 queries (B, Tq, A), in tiles of 8 by 32 pairs."""
+    # A tile of tanh takes 17 * 8 instructions a unit, spread over a GPU; one of shared reciprocals 3.7 * 8 on a warp,
+    # of which a large GPU runs 512 at once.
+    return not is_few(query) and query.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
 
 
 def _pair_tile(B: int, Tq: int, Tk: int) -> tuple[int, int, int, int, int]:

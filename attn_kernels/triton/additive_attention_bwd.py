@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import SIZES, attended, exp2x, reciprocal, row_length
+from .device import attended, exp2x, kernel, reciprocal, row_length
 
 SINGLE_REACH = tl.constexpr(40.0)  # largest |q| + |k| for a reciprocal of the product of exponentials: e^80 fits
 
@@ -71,7 +71,7 @@ def _walk_steps(
     return sum_g, sum_p
 
 
-@triton.jit(do_not_specialize=[*SIZES, "steps_per_split", "blocks_per_split"])
+@kernel
 def backward_kernel(
     dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart
     dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart
@@ -90,7 +90,7 @@ def backward_kernel(
     A,
     blocks_per_split,  # of queries
     steps_per_split,  # a multiple of BLOCK_K
-    padded_q,  # Tq, rounded up to a multiple of BLOCK_Q
+    padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
     stride_qb,
     stride_qq,
     stride_qa,
@@ -115,6 +115,7 @@ def backward_kernel(
     tiles_a = tl.cdiv(A, BLOCK_A)
     splits_k = tl.cdiv(Tk, steps_per_split)
     tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    padded_q = padded_blocks * BLOCK_Q
     splits_q = tl.cdiv(tiles_q, blocks_per_split)
     program = tl.program_id(0)
     u = (program % tiles_a).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import SIZES, attended, exp2x, reciprocal, row_length, tanh
+from .device import attended, batch_offset, exp2x, kernel, reciprocal, row_length, tanh
 
 CHUNK = tl.constexpr(12)  # units whose partial sum is kept apart: four shared reciprocals
 ROW = tl.constexpr(16)  # of the table of units: the constants of a chunk, half the sum of its v, filled up
@@ -82,7 +82,7 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
 @triton.jit
 def _write_exponentials(
     exponentials, reach, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
-    stride_bias, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
+    stride_bias, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), with v folded in where there is v.
 
@@ -94,7 +94,7 @@ def _write_exponentials(
     tile = exponentials + (b * padded + i // BLOCK * BLOCK) * units + i % BLOCK
     for start in range(0, units, BLOCK_A):
         u = (start + tl.arange(0, BLOCK_A)).to(tl.int64)
-        pointers = rows + b * stride_b + i[:, None] * stride_t + u[None, :] * stride_a
+        pointers = rows + batch_offset(b, stride_b, ALIGNED) + i[:, None] * stride_t + u[None, :] * stride_a
         x = tl.load(pointers, mask=in_rows & (u < A)[None, :], other=0.0).to(tl.float32)
         e = exp2x(x)
         size = tl.abs(x)
@@ -112,7 +112,7 @@ def _write_exponentials(
     tl.store(reach + b * T + i, largest, mask=i < T)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def exponentials_kernel(
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys)
@@ -128,8 +128,6 @@ def exponentials_kernel(
     Tk,
     A,
     units,  # A, rounded up to a multiple of CHUNK
-    padded_q,  # Tq, rounded up to a multiple of BLOCK_Q
-    padded_k,
     stride_qb,
     stride_qq,
     stride_qa,
@@ -138,12 +136,15 @@ def exponentials_kernel(
     stride_ka,
     stride_v,
     stride_bias,
+    ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     """The exponentials of all rows, each tile transposed: a tile of pairs reads one unit of all its rows at once."""
+    padded_q = tl.cdiv(Tq, BLOCK_Q) * BLOCK_Q
+    padded_k = tl.cdiv(Tk, BLOCK_K) * BLOCK_K
     tiles_q = tl.cdiv(padded_q, BLOCK_T)
     tiles_k = tl.cdiv(padded_k, BLOCK_T)
     program = tl.program_id(0)
@@ -153,7 +154,7 @@ def exponentials_kernel(
         _, unit = _largest_v(v, A, stride_v, BLOCK_A)
         _write_exponentials(
             eq, reach_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa, stride_v,
-            stride_bias, BLOCK_Q, BLOCK_A,
+            stride_bias, ALIGNED, BLOCK_Q, BLOCK_A,
         )  # fmt: skip
     elif program < B * (tiles_q + tiles_k):
         program -= B * tiles_q
@@ -161,7 +162,7 @@ def exponentials_kernel(
         j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _write_exponentials(
             ek, reach_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
-            BLOCK_K, BLOCK_A,
+            ALIGNED, BLOCK_K, BLOCK_A,
         )  # fmt: skip
     else:
         _write_units(table, v, A, units, stride_v, BLOCK_A)
@@ -217,7 +218,7 @@ def _plain_scores(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def many_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q)
@@ -315,7 +316,7 @@ def many_scores_kernel(
 # Few queries ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def few_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     query,  # (B, Tq, A)
@@ -337,6 +338,7 @@ def few_scores_kernel(
     stride_lengths,
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -352,8 +354,8 @@ def few_scores_kernel(
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
     if first < row_length(lengths, b, stride_lengths, Tk):
-        q_rows = query + b * stride_qb + i[:, None] * stride_qq + u[None, :] * stride_qa
-        k_rows = keys + b * stride_kb + j[:, None] * stride_kk + u[None, :] * stride_ka
+        q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
+        k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
         v_units = v + u * stride_v
         if bias is not None:
             bias_units = bias + u * stride_bias
@@ -365,10 +367,10 @@ def few_scores_kernel(
             hidden = q[:, None, :] + k[None, :, :]
             if bias is not None:
                 hidden += tl.load(bias_units, mask=in_units, other=0.0).to(wide)[None, None, :]
-                bias_units += BLOCK_A * stride_bias
+                bias_units += tl.cast(stride_bias, tl.int64) * BLOCK_A
             total += tl.load(v_units, mask=in_units, other=0.0).to(wide)[None, None, :] * tanh(hidden, APPROXIMATE)
-            q_rows += BLOCK_A * stride_qa
-            k_rows += BLOCK_A * stride_ka
-            v_units += BLOCK_A * stride_v
+            q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
+            k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
+            v_units += tl.cast(stride_v, tl.int64) * BLOCK_A
         in_tile = (i[:, None] < Tq) & (j[None, :] < Tk)
         tl.store(scores + (b * Tq + i[:, None]) * Tk + j[None, :], tl.sum(total, axis=2), mask=in_tile)

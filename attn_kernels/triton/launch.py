@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+PROCESSORS = 128  # about what a large GPU has; asking for the number would make results depend on the device
 FEW_QUERIES = 4  # up to here reading keys and values takes longer than computing with them
 
 
@@ -39,6 +40,14 @@ def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_aligned(*tensors: Tensor) -> bool:
+    """Whether every row of tensors (B, T, N) may be read 16 bytes at a time, if the first may.
+
+    What Triton finds out by itself about a stride of the batch would change with the length T, and the code with it.
+    """
+    return all(stride % 16 == 0 for tensor in tensors for stride in tensor.stride()[:2])
 
 
 def bytes_of(mask: Tensor | None) -> Tensor | None:

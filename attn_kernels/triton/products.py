@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import SIZES, add_product, attended, dot, load_rows, row_length
+from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length
 from .launch import (
     FEW_QUERIES,
+    PROCESSORS,
     accumulator,
     bytes_of,
     few_block,
@@ -22,13 +23,14 @@ from .launch import (
     lengths_stride,
     mask_strides,
     power_of_two,
+    rows_aligned,
     sum_splits,
 )
 
 # Products of rows: scores of dot attention, and the gradient of alignments --------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _product_kernel(
     out,  # (B, Tq, Tk), float32 or float64, contiguous
     query,  # (B, Tq, A)
@@ -46,6 +48,7 @@ def _product_kernel(
     stride_kk,
     stride_ka,
     stride_lengths,
+    ALIGNED: tl.constexpr,
     FEW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -61,8 +64,8 @@ def _product_kernel(
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
     if first < row_length(lengths, b, stride_lengths, Tk):
-        q_rows = query + b * stride_qb + i[:, None] * stride_qq + u[None, :] * stride_qa
-        k_rows = keys + b * stride_kb + j[:, None] * stride_kk + u[None, :] * stride_ka
+        q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
+        k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
         if FEW:
             total = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_A], dtype=out.dtype.element_ty)
         else:
@@ -75,8 +78,8 @@ def _product_kernel(
                 total += q[:, None, :].to(total.dtype) * k[None, :, :].to(total.dtype)
             else:
                 total = dot(q, tl.trans(k), total)
-            q_rows += BLOCK_A * stride_qa
-            k_rows += BLOCK_A * stride_ka
+            q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
+            k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
         if FEW:
             total = tl.sum(total, axis=2)
         if out.dtype.element_ty == tl.float64:
@@ -98,14 +101,14 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
         warps = 4
     else:
         most = 32 if query.dtype == torch.float32 else 64  # what registers hold
-        block_q, block_k, block_a, warps = power_of_two(Tq, 16, most), 64, 32, 4
+        block_q, block_k, block_a, warps = 16 if Tq <= 16 else most, 64, 32, 4
     rest = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
     launch(
         _product_kernel,
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
         (out, query, keys, memory_lengths, float(scale), rest, Tq, Tk, A),
         (*query.stride(), *keys.stride(), lengths_stride(memory_lengths)),
-        dict(FEW=few, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_A=block_a),
+        dict(ALIGNED=rows_aligned(query, keys), FEW=few, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_A=block_a),
         warps,
     )
     return out
@@ -114,7 +117,7 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
 # Weighted sums of rows: the gradients of values, and of query and keys of dot attention -------------------------------
 
 
-@triton.jit(do_not_specialize=["M", "X", "N", "rows_per_split"])
+@kernel
 def _weighted_sum_kernel(
     out,  # (splits, B, M, N), contiguous
     weights,  # (B, M, X)
@@ -139,6 +142,7 @@ def _weighted_sum_kernel(
     stride_mm,
     stride_mx,
     OF_STEPS: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
+    ALIGNED: tl.constexpr,
     FEW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_X: tl.constexpr,
@@ -161,7 +165,7 @@ def _weighted_sum_kernel(
         used_m = M
         used_x = row_length(lengths, b, stride_lengths, X)
     weights += b * stride_wb + m[:, None] * stride_wm
-    rows += b * stride_rb
+    rows += batch_offset(b, stride_rb, ALIGNED)
     if mask is not None:
         mask += b * stride_mb
     if FEW:
@@ -212,7 +216,14 @@ def weighted_sum(
         programs * splits,
         (out, weights, rows, memory_lengths, bytes_of(mask), float(scale), rest, B, M, X, N, rows_per_split),
         (*weights.stride(), *rows.stride(), lengths_stride(memory_lengths), *strides),
-        dict(OF_STEPS=of_steps, FEW=few, BLOCK_M=block_m, BLOCK_X=block_x, BLOCK_N=block_n),
+        dict(
+            OF_STEPS=of_steps,
+            ALIGNED=rows_aligned(rows),
+            FEW=few,
+            BLOCK_M=block_m,
+            BLOCK_X=block_x,
+            BLOCK_N=block_n,
+        ),
         warps,
     )
     return sum_splits(out, rows.dtype)
@@ -239,10 +250,7 @@ def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, 
 def split(programs: int, steps: int, block: int) -> tuple[int, int]:
     """How a sum over steps is cut where there are few programs: steps of a part, a multiple of block, and the parts."""
     parts = 1
-    if programs * 4 <= _PROCESSORS and steps >= 2048:  # else one more kernel costs more than it saves
-        parts = min(_PROCESSORS // max(programs, 1), triton.cdiv(steps, 512))
+    if programs * 4 <= PROCESSORS and steps >= 2048:  # else one more kernel costs more than it saves
+        parts = min(PROCESSORS // max(programs, 1), triton.cdiv(steps, 512))
     per_part = triton.cdiv(triton.cdiv(steps, parts), block) * block
     return per_part, triton.cdiv(steps, per_part)
-
-
-_PROCESSORS = 128  # about what a large GPU has; asking for the number would make results depend on the device

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import SIZES, add_product, attended, load_rows, row_length
+from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
 from .launch import (
     FEW_QUERIES,
     accumulator,
@@ -16,6 +16,7 @@ from .launch import (
     lengths_stride,
     mask_strides,
     power_of_two,
+    rows_aligned,
     sum_splits,
 )
 from .products import product, split, sum_tile
@@ -23,7 +24,7 @@ from .products import product, split, sum_tile
 # Softmax and context --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=[*SIZES, "steps_per_split"])
+@kernel
 def _attend_kernel(
     context,  # (splits, B, Tq, D), contiguous: each split of the steps apart
     alignments,  # (B, Tq, Tk), contiguous, or None
@@ -43,6 +44,7 @@ def _attend_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    ALIGNED: tl.constexpr,
     FEW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,7 +100,7 @@ def _attend_kernel(
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < Tk)
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
-        rows = load_rows(values + b * stride_vb, j, d, length, D, stride_vk, stride_vd, FEW)
+        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, FEW)
         averaged = add_product(averaged, p, rows, allowed, mask is not None, FEW)
     if FEW:
         averaged = tl.sum(averaged, axis=1)
@@ -137,7 +139,7 @@ def attend(
         programs * splits,
         (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
         (B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(FEW=few, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
+        dict(ALIGNED=rows_aligned(values), FEW=few, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
         warps,
     )
     return sum_splits(context, values.dtype), alignments
@@ -146,7 +148,7 @@ def attend(
 # The gradient of scores -----------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def _softmax_backward_kernel(
     dscores,  # (B, Tk, padded Tq), contiguous
     dproduct,  # (B, Tq, Tk), contiguous: grad_context @ values^T, or None
@@ -156,7 +158,7 @@ def _softmax_backward_kernel(
     mask,  # (B, Tq, Tk) or None
     Tq,
     Tk,
-    padded_q,
+    padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
     stride_gb,
     stride_gq,
     stride_gk,
@@ -175,10 +177,10 @@ def _softmax_backward_kernel(
     The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
     """
     accumulate: tl.constexpr = dscores.dtype.element_ty
-    tiles_q = tl.cdiv(padded_q, BLOCK_Q)
+    padded_q = padded_blocks * BLOCK_Q
     program = tl.program_id(0)
-    b = (program // tiles_q).to(tl.int64)
-    i = (program % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = (program // padded_blocks).to(tl.int64)
+    i = (program % padded_blocks).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     length = row_length(lengths, b, stride_lengths, Tk)
     dscores += b * Tk * padded_q + i[:, None]
     alignments += b * stride_ab + i[:, None] * stride_aq
@@ -241,12 +243,13 @@ def softmax_backward(
     dscores = padded_scores(alignments, values)
     dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths)
     block_q = power_of_two(Tq, 1, 16)
+    padded_blocks = dscores.stride(2) // block_q
     launch(
         _softmax_backward_kernel,
-        B * triton.cdiv(dscores.stride(2), block_q) if dscores.numel() else 0,
+        B * padded_blocks if dscores.numel() else 0,
         (dscores, dproduct, grad_alignments, alignments, memory_lengths, bytes_of(mask), Tq, Tk),
         (
-            dscores.stride(2),
+            padded_blocks,
             *((0, 0, 0) if grad_alignments is None else grad_alignments.stride()),
             *alignments.stride(),
             lengths_stride(memory_lengths),
