@@ -1,6 +1,6 @@
 """additive_attention and additive_scores in Triton: scores = v . tanh(query + keys + bias), softmax, context.
 
-Launchers and their rules. The kernels: additive_attention_fwd.py, additive_attention_bwd.py, and softmax.py.
+Launchers and their rules. The kernels: additive_attention_*.py, softmax.py, and decode.py for few queries.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import triton
 from torch import Tensor
 
 from .additive_attention_bwd import backward_kernel
-from .additive_attention_fwd import CHUNK, ROW, exponentials_kernel, few_scores_kernel, many_scores_kernel
+from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
+from .additive_attention_fwd import few_scores_kernel, many_scores_kernel
+from .configurations import Configuration, configuration
 from .decode import can_decode, decode
 from .launch import (
+    PROCESSORS,
     accumulator,
     bytes_of,
     few_block,
@@ -123,7 +126,8 @@ def _scores(
             4,
         )
         return scores
-    block_q, block_k, thread_q, thread_k, warps = _pair_tile(B, Tq, Tk)
+    tile = dict(_pair_tile(query, keys))
+    warps, block_q, block_k = tile.pop("warps"), tile["BLOCK_Q"], tile["BLOCK_K"]
     padded_q, padded_k = (triton.cdiv(T, block) * block for T, block in ((Tq, block_q), (Tk, block_k)))
     units = triton.cdiv(A, CHUNK.value) * CHUNK.value
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
@@ -146,7 +150,7 @@ def _scores(
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
         (scores, *prepared, query, keys, v, bias, memory_lengths, bytes_of(mask), Tq, Tk, A, units),
         (*row_strides, lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(APPROXIMATE=approximate, BLOCK_Q=block_q, BLOCK_K=block_k, THREAD_Q=thread_q, THREAD_K=thread_k),
+        dict(APPROXIMATE=approximate, **tile),
         warps,
     )
     return scores
@@ -218,24 +222,22 @@ def _is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
     return not is_few(query) and query.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
 
 
-def _pair_tile(B: int, Tq: int, Tk: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_Q, BLOCK_K, THREAD_Q, THREAD_K and warps of a tile of pairs; two of them, whatever the lengths."""
-    # 16 pairs to a thread take 3.4 instructions a unit; 8 take 3.7, and occupy more warps where there are few tiles.
-    if Tq > 8 and B * triton.cdiv(Tq, 16) * triton.cdiv(Tk, 32) >= 512:
-        return 16, 32, 4, 4, 1
-    return 8, 32, 4, 2, 1
+def _pair_tile(query: Tensor, keys: Tensor) -> Configuration:
+    """The tile of pairs: one of two, whatever the lengths."""
+    B, Tq = query.shape[:2]
+    many = Tq > 8 and B * triton.cdiv(Tq, 16) * triton.cdiv(keys.shape[1], 32) >= 4 * PROCESSORS
+    return configuration("scores, many tiles" if many else "scores, few tiles", query)
 
 
 def _backward_tile(query: Tensor) -> tuple[int, int, int, int]:
     """BLOCK_Q, BLOCK_K, BLOCK_A, warps of the backward: as many queries as registers hold, one unit to a thread."""
     Tq, A = query.shape[1:]
-    block_a = power_of_two(A, 32, 128)
     if is_few(query):
-        block_q = few_block(Tq)
-        return block_q, 16 // block_q, block_a, block_a // 32
-    # What a step costs for any number of queries, about 40 instructions, weighs 14% with 32 of them and 26% with 16.
-    block_q = 16 if Tq <= 16 else 32
-    return block_q, 1, block_a, block_a // 32
+        block_q, block_a = few_block(Tq), power_of_two(A, 32, 128)
+        return block_q, 8 // block_q, block_a, block_a // 32
+    chosen = configuration("backward", query)
+    block_a = power_of_two(A, 32, chosen["BLOCK_A"])
+    return 16 if Tq <= 16 else chosen["BLOCK_Q"], 1, block_a, block_a // 32
 
 
 def _backward_splits(programs: int, blocks: int, Tk: int, block_k: int) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length, tanh
 from .launch import (
     PROCESSORS,
@@ -31,7 +32,6 @@ from .launch import (
 DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
 WIDEST_VALUES = 1024  # whose averages do
 MOST_SPLITS = tl.constexpr(128)  # of the steps of a row
-BYTES_OF_PROGRAM = 2**18  # what a program may read while others idle: that takes no longer than a second launch
 
 
 @kernel
@@ -256,7 +256,9 @@ def decode(
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
     block_a = power_of_two(A, 32, max(elements, at_once) // block_k)
-    steps, splits = _split(B, Tk, block_k, Tk * (A + D) * values.element_size())
+    steps, splits = _split(
+        B, Tk, block_k, Tk * (A + D) * values.element_size(), configuration("decode", values)["bytes"]
+    )
     scores = values.new_empty((B, Tq, Tk), dtype=wide) if need_alignments else None
     parts = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else wide)
     tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq), dtype=wide)
@@ -299,8 +301,8 @@ def decode(
     return context, alignments
 
 
-def _split(B: int, Tk: int, block_k: int, row_bytes: int) -> tuple[int, int]:
+def _split(B: int, Tk: int, block_k: int, row_bytes: int, bytes_of_program: int) -> tuple[int, int]:
     """How the steps of a row are cut: steps of a split, a multiple of block_k, and the splits."""
-    splits = min(triton.cdiv(PROCESSORS, B), triton.cdiv(row_bytes, BYTES_OF_PROGRAM), MOST_SPLITS.value)
+    splits = min(triton.cdiv(PROCESSORS, B), triton.cdiv(row_bytes, bytes_of_program), MOST_SPLITS.value)
     steps = triton.cdiv(triton.cdiv(Tk, max(splits, 1)), block_k) * block_k
     return steps, triton.cdiv(Tk, steps)

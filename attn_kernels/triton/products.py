@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configurations import configuration, of_width
 from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length
 from .launch import (
     FEW_QUERIES,
@@ -100,8 +101,10 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
         block_q, block_k, block_a = few_tile(query)
         warps = 4
     else:
-        most = 32 if query.dtype == torch.float32 else 64  # what registers hold
-        block_q, block_k, block_a, warps = 16 if Tq <= 16 else most, 64, 32, 4
+        chosen = configuration(of_width("product", query), query)
+        block_q, block_k, block_a, warps = (chosen[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_A", "warps"))
+        if Tq <= 16:
+            block_q = 16
     rest = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
     launch(
         _product_kernel,
@@ -242,9 +245,8 @@ def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, 
             return True, max(4, elements // (block_n * block_x)), block_x, block_n, 4
         block_m = few_block(M)
         return True, block_m, max(4, elements // (block_n * block_m)), block_n, 4
-    if masked:  # its check and its pairs take registers
-        return False, 16, 32, 32, 4
-    return False, 16 if M <= 16 else 32, 32, 64, 4
+    chosen = configuration(of_width("sum", rows, "masked" if masked else ""), rows)
+    return False, 16 if M <= 16 else chosen["BLOCK_M"], chosen["BLOCK_X"], chosen["BLOCK_N"], chosen["warps"]
 
 
 def split(programs: int, steps: int, block: int) -> tuple[int, int]:
