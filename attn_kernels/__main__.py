@@ -1,4 +1,7 @@
-"""``python -m attn_kernels``: what this installation runs on, for bug reports and beside benchmark figures."""
+"""``python -m attn_kernels``: what this installation runs on, for bug reports and beside benchmark figures.
+
+``python -m attn_kernels tune``: the fastest tiles of the Triton kernels on the GPU at hand.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,8 +148,25 @@ def _without_folders(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m attn_kernels", description="Says what this installation runs on.")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    as_json = parser.parse_args().json
-    print(json.dumps(report(), indent=2) if as_json else render(report()))
+    commands = parser.add_subparsers(dest="command", title="commands")
+    help = "times the Triton kernels' tiles on this machine's GPU and keeps the fastest for later processes"
+    tune = commands.add_parser("tune", help=help, description=help[0].upper() + help[1:] + ".")
+    tune.add_argument("--output", type=Path, help="the file to write; default: where the kernels look for it")
+    arguments = parser.parse_args()
+    if arguments.command == "tune":
+        _tune(arguments.output)
+    else:
+        print(json.dumps(report(), indent=2) if arguments.json else render(report()))
+
+
+def _tune(output: Path | None) -> None:
+    kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
+    if kind is None:
+        sys.exit("attn_kernels tune: it needs a GPU, and PyTorch sees none here")
+    triton = backends()["triton"]
+    if not triton.available:
+        sys.exit(f"attn_kernels tune: {triton.detail}")
+    importlib.import_module("attn_kernels.triton.tuning").tune(torch.device(kind, 0), output)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 TARGETS = (80, 90, 100)
-HOT = ("_many_scores_kernel", "_backward_kernel")
-FEW = ("_few_scores_kernel", "_backward_kernel", "_attend_kernel", "_product_kernel", "_weighted_sum_kernel")
+OLDEST_PACKING = (3, 8)  # the release of Triton from which on the bounds hold for sm_100 too
+HOT = ("many_scores_kernel", "backward_kernel")
+FEW = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets.
@@ -36,14 +37,25 @@ CASES: dict[str, dict[str, Any]] = {
     "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
     "masked": dict(op="additive", sizes=(256, 74, 75, 1024), dtype="bfloat16", lengths=True, mask=3),
     "small": dict(op="additive", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT),
-    "beams": dict(op="additive", sizes=(8, 5, 200, 512), dtype="float32", lengths=True, kernels=HOT),
+    "beams": dict(op="additive", sizes=(32, 5, 200, 512), dtype="float32", lengths=True, kernels=HOT),
     "odd": dict(op="additive", sizes=(7, 9, 33, 17), dtype="float16", mask=2, kernels=HOT, targets=(90,)),
     "decode": dict(op="additive", sizes=(64, 1, 50, 512), dtype="float32", lengths=True, kernels=FEW),
     "decode-bfloat16": dict(
         op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=FEW, targets=(90,)
     ),
     "four": dict(op="additive", sizes=(64, 4, 200, 1024), dtype="float32", mask=3, kernels=FEW, targets=(90,)),
-    "float64": dict(op="additive", sizes=(4, 9, 33, 128), dtype="float64", mask=2, kernels=FEW, targets=(90,)),
+    "beams-decode": dict(
+        op="additive", sizes=(2, 5, 200, 512), dtype="float32", lengths=True, kernels=("decode_kernel",)
+    ),
+    "dot-decode": dict(op="dot", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=("decode_kernel",)),
+    "float64": dict(
+        op="additive",
+        sizes=(4, 9, 33, 128),
+        dtype="float64",
+        mask=2,
+        kernels=("few_scores_kernel", "backward_kernel", *PRODUCTS),
+        targets=(90,),
+    ),
     "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
     "dot": dict(op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", lengths=True, kernels=PRODUCTS),
     "dot-masked": dict(op="dot", sizes=(64, 16, 100, 512), dtype="float32", mask=3, kernels=PRODUCTS, targets=(90,)),
@@ -52,16 +64,34 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_machine_code(name: str, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    process = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
-    compiled = json.loads(process.stdout.splitlines()[-1])
+    compiled = _run(name, TRITON_CACHE_DIR=str(tmp_path))
     assert {kernel["name"] for kernel in compiled} >= set(CASES[name].get("kernels", ())), "a kernel was not launched"
     problems = [f"{_title(kernel)}: {problem}" for kernel in compiled for problem in _problems(kernel)]
     assert not problems, "\n".join(problems)
+
+
+def _run(*arguments: str, **variables: str) -> Any:
+    """What this file prints last when it runs with these arguments, without Triton's interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    process = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+# (Tq, Tk). First a long one and a short one: each rule that looks at lengths has taken both its ways then.
+LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64, 81), (65, 128), (90, 37), (160, 75)]
+
+
+@pytest.mark.parametrize("queries", ["many", "beams", "one"])
+@pytest.mark.parametrize("op", ["additive", "dot"])
+def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
+    """Over ten lengths, whatever is compiled after the first two was compiled for them."""
+    lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
+    for variants in _run("--variants", op, json.dumps(lengths)):
+        new = set().union(*variants[2:]) - set(variants[0]) - set(variants[1])
+        assert not new, "\n".join(sorted(new))
 
 
 def _title(kernel: dict[str, Any]) -> str:
@@ -72,7 +102,7 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
     """What is wrong with the machine code of a kernel."""
     problems = []
     # A few bytes kept across a whole loop cost nothing: that is for ptxas to choose, but not where speed is decided.
-    most = 0 if kernel["name"] == "_many_scores_kernel" else 32
+    most = 0 if kernel["name"] == "many_scores_kernel" else 32
     if kernel["stack"] > most or any(_count(loop, "LDL", "STL") for loop in kernel["loops"]):
         problems.append(f"local memory: {kernel['stack']} bytes")
     if -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"] > 65536:
@@ -80,9 +110,10 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
     if kernel["shared"] > 48 * 1024:
         problems.append(f"{kernel['shared']} bytes of shared memory leave few programs to a processor")
     check = {
-        "_many_scores_kernel": _problems_of_many_scores,
-        "_few_scores_kernel": _problems_of_few_scores,
-        "_backward_kernel": _problems_of_backward,
+        "many_scores_kernel": _problems_of_many_scores,
+        "few_scores_kernel": _problems_of_few_scores,
+        "decode_kernel": _problems_of_decode,
+        "backward_kernel": _problems_of_backward,
     }.get(kernel["name"], _problems_of_products if kernel["name"] in PRODUCTS else None)
     return problems + ([] if check is None else check(kernel))
 
@@ -90,20 +121,24 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
 def _problems_of_many_scores(kernel: dict[str, Any]) -> list[str]:
     """One loop shares a reciprocal among three units and needs no other special function; one takes tanh."""
     size = kernel["constants"]
-    pairs = size["BLOCK_Q"] * size["BLOCK_K"] // (32 * kernel["warps"])  # of a thread
+    pairs = size["THREAD_Q"] * size["THREAD_K"]
     shared = [loop for loop in kernel["loops"] if _count(loop, "MUFU.RCP") and not _count(loop, "MUFU.EX2")]
     if len(shared) != 1:
         return [f"{len(shared)} loops with reciprocals and without exponentials, expected one"]
     units = kernel["chunk"]
-    reciprocals, special = _count(shared[0], "MUFU.RCP"), _count(shared[0], "MUFU")
+    special = _count(shared[0], "MUFU")
     problems = []
-    if reciprocals * 3 != pairs * units or special != reciprocals:
+    if special / (pairs * units) > 0.34:
         problems.append(f"{special / (pairs * units):.3f} special functions for a unit of a pair, expected 1/3")
     instructions = sum(shared[0].values()) / (pairs * units)
-    if instructions > (4.8 if pairs >= 16 else 5.4):
+    # Sharing and summing take 3.1; the rest are three loads for each unit, of 16 pairs or of 8.
+    if instructions > (3.5 if pairs >= 16 else 3.7) and not kernel["old"]:
         problems.append(f"{instructions:.2f} instructions for a unit of a pair")
-    if kernel["registers"] > 168:
-        problems.append(f"{kernel['registers']} registers leave fewer than 12 warps to a processor")
+    if _count(shared[0], "LDG") > 3 * units + 1:
+        problems.append(f"{_count(shared[0], 'LDG')} loads: not all queries and all steps of a thread at once")
+    most = 136 if pairs >= 16 else 80
+    if kernel["registers"] > most and not kernel["old"]:
+        problems.append(f"{kernel['registers']} registers leave fewer than {65536 // (most * 32)} warps to a processor")
     return problems
 
 
@@ -117,6 +152,26 @@ def _problems_of_few_scores(kernel: dict[str, Any]) -> list[str]:
     return [] if most == 2 * elements else [f"{most / elements:.2f} special functions for a tanh, expected 2"]
 
 
+def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
+    """Keys, and all that is read beside them, are read 16 bytes at a time and not exchanged between the threads."""
+    size = kernel["constants"]
+    walk = max(kernel["loops"], key=lambda loop: _count(loop, "LDG.E.128"))
+    loads, wide = _count(walk, "LDG"), _count(walk, "LDG.E.128")
+    problems = [] if loads == wide > 0 else [f"{wide} of {loads} loads of the walk over the units are of 16 bytes"]
+    if _count(walk, "STS", "LDS", "BAR"):
+        problems.append("threads exchange what they have loaded")
+    bytes_of_element = 2 if kernel["dtype"] == "bfloat16" else 4
+    values = size["BLOCK_K"] * size["BLOCK_D"] * bytes_of_element // (16 * 32 * kernel["warps"])
+    if _count(kernel["all"], "LDG.E.128") < wide + values:
+        problems.append("values are not read 16 bytes at a time")
+    elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    if _count(walk, "MUFU") != (2 * elements if kernel["additive"] else 0):
+        problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a tanh, expected 2")
+    if kernel["registers"] * 32 * kernel["warps"] > 65536 // (8 // kernel["warps"]):
+        problems.append(f"{kernel['registers']} registers leave fewer than 8 warps to a processor")
+    return problems
+
+
 def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
     """One reciprocal for a unit of a pair and no exponential, unless the inputs are large or the queries few."""
     size = kernel["constants"]
@@ -127,11 +182,16 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
     expected = {(elements, 2 * elements)} | ({(elements, elements)} if size["FACTORED"] else set())
     if counts != expected:
         return [f"(reciprocals, special functions) of the loops are {counts}, expected {expected}"]
-    if size["FACTORED"] and size["BLOCK_Q"] >= 16 and not kernel["masked"]:
+    problems = []
+    if size["FACTORED"]:
         factored = next(loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements)
         instructions = sum(factored.values()) / elements
-        return [] if instructions <= 12 else [f"{instructions:.2f} instructions for a unit of a pair"]
-    return []
+        # 7 for each pair, and about 40 for each step: its exponential, its loads, its sum and store.
+        if instructions > (9.0 if elements >= 32 else 10.0):
+            problems.append(f"{instructions:.2f} instructions for a unit of a pair")
+        if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
+            problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")
+    return problems
 
 
 def _problems_of_products(kernel: dict[str, Any]) -> list[str]:
@@ -158,7 +218,10 @@ def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGE
     import attn_kernels.triton
 
     additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
-    additive.has_approximate_reciprocal = lambda tensor: tensor.dtype != torch.float64
+    decode = sys.modules["attn_kernels.triton.decode"]
+    decode.has_approximate_reciprocal = additive.has_approximate_reciprocal = lambda tensor: (
+        tensor.dtype != torch.float64
+    )
     launches = []
     JITFunction.run = lambda self, *args, grid, warmup, **constants: launches.append((self, args, constants))
 
@@ -206,7 +269,7 @@ def _source(kernel, args: tuple, constants: dict[str, Any]):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and _specialized(parameter, value):
+            if value % 16 == 0 and _specialized(parameter, value) and not parameter.do_not_specialize_on_alignment:
                 attributes[index,] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, values, attributes), options
 
@@ -271,8 +334,10 @@ def _compile(name: str) -> list[dict[str, Any]]:
                     "name": kernel_name,
                     "target": target,
                     "dtype": case["dtype"],
-                    "masked": bool(case.get("mask")),
-                    "chunk": sys.modules["attn_kernels.triton.additive_attention"].CHUNK.value,
+                    "additive": case["op"] != "dot",
+                    # The assembler of older releases packs two float32 into one operation there, and moves more for it.
+                    "old": target == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_PACKING,
+                    "chunk": sys.modules["attn_kernels.triton.additive_attention_exponentials"].CHUNK.value,
                     "constants": {key: value for key, value in constants.items() if key.isupper()},
                     "warps": binary.metadata.num_warps,
                     "shared": binary.metadata.shared,
@@ -282,5 +347,31 @@ def _compile(name: str) -> list[dict[str, Any]]:
     return compiled
 
 
+def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
+    """For each kind of input and each of the lengths, (Tq, Tk), what Triton would compile, described."""
+    kinds = [  # rows that are aligned in memory, of 16 bits, and not aligned
+        dict(A=512, dtype="float32"),
+        dict(A=512, dtype="bfloat16", lengths=True),
+        dict(A=100, dtype="float32", lengths=True, mask=3),
+    ]
+    found = []
+    for kind in kinds:
+        options = {key: value for key, value in kind.items() if key != "A"}
+        found.append([])
+        for Tq, Tk in lengths:
+            launches = _launches(op, (64, Tq, Tk, kind["A"]), **options)
+            sources = [(kernel.fn.__name__, *_source(kernel, args, constants)) for kernel, args, constants in launches]
+            found[-1].append(
+                [
+                    f"{name} {source.signature} {source.constants} {source.attrs} {options}"
+                    for name, source, options in sources
+                ]
+            )
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(_compile(sys.argv[1])))
+    if sys.argv[1] == "--variants":
+        print(json.dumps(_variants(sys.argv[2], json.loads(sys.argv[3]))))
+    else:
+        print(json.dumps(_compile(sys.argv[1])))

@@ -5,7 +5,7 @@ They run on CUDA (NVIDIA, AMD) and XPU (Intel) devices, and on the CPU in Triton
 
 from .. import ops
 from . import additive_attention, dot_attention
-from .attend import INTERPRETER
+from .device import INTERPRETER
 
 for _function in (
     additive_attention.additive_attention,

@@ -1,10 +1,12 @@
-"""dot_attention in Triton: scores = scale * query . keys, softmax, context. All of it is shared: attend.py."""
+"""dot_attention in Triton: scores = scale * query . keys, softmax, context. All of it is shared: products, softmax."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .attend import attend, product, softmax_backward, weighted_sum
+from .decode import can_decode, decode
+from .products import product, weighted_sum
+from .softmax import attend, softmax_backward
 
 
 def dot_attention(
@@ -17,6 +19,8 @@ def dot_attention(
     need_alignments: bool,
 ) -> tuple[Tensor, Tensor]:
     """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty."""
+    if can_decode(query, values):
+        return decode(query, keys, values, None, None, scale, memory_lengths, mask, need_alignments)
     scores = product(query, keys, scale, memory_lengths)
     return attend(scores, values, memory_lengths, mask, need_alignments)
 

@@ -1,0 +1,234 @@
+"""The scores of additive attention: v . tanh(query + keys + bias).
+
+Many queries. tanh(q + k) = 1 - 2 r with r = 1 / (1 + E), and E = exp(2 q) exp(2 k) is a product of exponentials that
+are made once per row. With v folded into them v r is the reciprocal of one multiply-add, and three units share one over
+their common denominator: 9 instructions for three hidden units, one of them a special function, where tanh costs about
+15 and two for each. It holds while no product overflows, and while ||v|| is so small that an error of a rounding of 1
+in each unit does not count. Each tile looks at the largest |q| + |k| among its attended pairs, and takes tanh itself
+beyond the limits and where there is NaN.
+
+Few queries. Reading keys and values is what takes the time, so tanh is computed directly, units along the threads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .additive_attention_exponentials import CHUNK, ROW
+from .device import attended, batch_offset, kernel, reciprocal, row_length, tanh
+
+SHARED_REACH = tl.constexpr(19.0)  # largest |q| + |k| for three sharers: (2^-16 e^38)^3 and its inverse fit in float32
+
+
+# Many queries ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shared_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """v . tanh of a tile in parts of the scale, from eq and ek, pointers to the first unit; three to a reciprocal.
+
+    With v folded in, v / (1 + E) is 1 / d, and the sum of three is ((d1 + d2) d3 + d1 d2) / (d1 d2 d3). Half the sum of
+    v is taken off each chunk: so partial sums stay as small as the score.
+    """
+    total = tl.zeros([ek.shape[0], eq.shape[1], ek.shape[2], ek.shape[3]], dtype=tl.float32)
+    for _ in range(0, units, CHUNK):
+        part = tl.zeros(total.shape, dtype=tl.float32) - tl.load(table + CHUNK)
+        for t in tl.static_range(0, CHUNK, 3):
+            d1 = tl.load(table + t) + tl.load(eq) * tl.load(ek)
+            d2 = tl.load(table + t + 1) + tl.load(eq + BLOCK_Q) * tl.load(ek + BLOCK_K)
+            d3 = tl.load(table + t + 2) + tl.load(eq + 2 * BLOCK_Q) * tl.load(ek + 2 * BLOCK_K)
+            d12 = d1 * d2
+            part += ((d1 + d2) * d3 + d12) * reciprocal(d12 * d3, APPROXIMATE)
+            eq += 3 * BLOCK_Q
+            ek += 3 * BLOCK_K
+        total += part
+        table += ROW
+    return total
+
+
+@triton.jit
+def _plain_scores(
+    query, keys, v, bias, in_query, in_keys, A, stride_qa, stride_ka, stride_v, stride_bias, APPROXIMATE: tl.constexpr
+):  # fmt: skip
+    """v . tanh of a tile, from query and keys, pointers to the first unit; one tanh for each unit.
+
+    What each addition loses is carried to the next: with a large v one unit may be much larger than the others.
+    """
+    total = tl.zeros([in_keys.shape[0], in_query.shape[1], in_query.shape[2], in_keys.shape[3]], dtype=tl.float32)
+    lost = tl.zeros(total.shape, dtype=tl.float32)
+    for _ in range(0, A):
+        q = tl.load(query, mask=in_query, other=0.0).to(tl.float32)
+        k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
+        hidden = q + k
+        if bias is not None:
+            hidden += tl.load(bias).to(tl.float32)
+            bias += stride_bias
+        term = tl.load(v).to(tl.float32) * tanh(hidden, APPROXIMATE) - lost
+        new_total = total + term
+        lost = tl.where(tl.abs(new_total) < float("inf"), (new_total - total) - term, 0.0)
+        total = new_total
+        query += stride_qa
+        keys += stride_ka
+        v += stride_v
+    return total
+
+
+@kernel
+def many_scores_kernel(
+    scores,  # (B, Tq, Tk), contiguous
+    eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q)
+    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K)
+    reach_q,  # (B, Tq)
+    reach_k,  # (B, Tk)
+    table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least reach
+    query,  # (B, Tq, A)
+    keys,  # (B, Tk, A)
+    v,  # (A,)
+    bias,  # (A,) or None
+    lengths,  # (B,) or None
+    mask,  # (B, Tq, Tk) or None
+    Tq,
+    Tk,
+    A,
+    units,  # A, rounded up to a multiple of CHUNK
+    stride_qb,
+    stride_qq,
+    stride_qa,
+    stride_kb,
+    stride_kk,
+    stride_ka,
+    stride_v,
+    stride_bias,
+    stride_lengths,
+    stride_mb,
+    stride_mq,
+    stride_mk,
+    APPROXIMATE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    THREAD_Q: tl.constexpr,
+    THREAD_K: tl.constexpr,
+):
+    """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are left as they are.
+
+    A thread has THREAD_Q queries by THREAD_K steps of it.
+    """
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    program = tl.program_id(0)
+    tile_q = program // tiles_k
+    tile_k = program % tiles_k
+    b = (tile_q // tiles_q).to(tl.int64)
+    first_q = (tile_q % tiles_q).to(tl.int64) * BLOCK_Q
+    first_k = tile_k.to(tl.int64) * BLOCK_K
+    if mask is not None:
+        mask += b * stride_mb
+    all_i = first_q + tl.arange(0, BLOCK_Q)
+    all_j = first_k + tl.arange(0, BLOCK_K)
+    allowed = attended(mask, all_i, all_j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
+    reach = (
+        tl.load(reach_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
+        + tl.load(reach_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
+    )
+    reach = tl.max(tl.where(allowed, reach, -1.0))  # padding decides nothing, whatever it holds
+    if reach >= 0.0:
+        # The tile is (THREAD_K, THREAD_Q, *, *). Triton deals the last dimensions out to the threads and leaves each
+        # all of the first two, so that it loads several rows at once. ek is repeated for each thread, because Triton
+        # spreads a smaller one over the threads to load it, and then has to exchange it between them.
+        THREADS_Q: tl.constexpr = BLOCK_Q // THREAD_Q
+        THREADS_K: tl.constexpr = BLOCK_K // THREAD_K
+        in_q = (tl.arange(0, THREAD_Q)[:, None] + THREAD_Q * tl.arange(0, THREADS_Q)[None, :])[None, :, :, None]
+        in_k = (tl.arange(0, THREAD_K)[:, None] + THREAD_K * tl.arange(0, THREADS_K)[None, :])[:, None, None, :]
+        in_tile_q = in_q < (Tq - first_q).to(tl.int32)
+        in_tile_k = in_k < (Tk - first_k).to(tl.int32)
+        summary = table + units // CHUNK * ROW
+        if (reach >= tl.load(summary + 1)) & (reach <= SHARED_REACH):
+            eq_tile = eq + tile_q.to(tl.int64) * units * BLOCK_Q + in_q
+            ek_tile = ek + (b * tiles_k + tile_k) * units * BLOCK_K + in_k
+            if THREAD_Q <= 4:
+                eq_tile = tl.broadcast_to(eq_tile, [1, THREAD_Q, THREADS_Q, THREADS_K])
+            ek_tile = tl.broadcast_to(ek_tile, [THREAD_K, 1, THREADS_Q, THREADS_K])
+            total = _shared_scores(eq_tile, ek_tile, table, units, APPROXIMATE, BLOCK_Q, BLOCK_K) * tl.load(summary)
+        else:
+            q_rows = query + b * stride_qb + (first_q + in_q) * stride_qq
+            k_rows = keys + b * stride_kb + (first_k + in_k) * stride_kk
+            total = _plain_scores(
+                q_rows,
+                k_rows,
+                v,
+                bias,
+                in_tile_q,
+                in_tile_k,
+                A,
+                stride_qa,
+                stride_ka,
+                stride_v,
+                stride_bias,
+                APPROXIMATE,
+            )
+        scores += (b * Tq + first_q) * Tk + first_k
+        tl.store(scores + in_q.to(tl.int64) * Tk + in_k, total, mask=in_tile_q & in_tile_k)
+
+
+# Few queries ----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def few_scores_kernel(
+    scores,  # (B, Tq, Tk), contiguous
+    query,  # (B, Tq, A)
+    keys,  # (B, Tk, A)
+    v,  # (A,)
+    bias,  # (A,) or None
+    lengths,  # (B,) or None
+    Tq,
+    Tk,
+    A,
+    stride_qb,
+    stride_qq,
+    stride_qa,
+    stride_kb,
+    stride_kk,
+    stride_ka,
+    stride_v,
+    stride_bias,
+    stride_lengths,
+    APPROXIMATE: tl.constexpr,
+    FLOAT64: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are left as they are."""
+    wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    program = tl.program_id(0)
+    b = (program // (tiles_k * tiles_q)).to(tl.int64)
+    i = ((program // tiles_k) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = (program % tiles_k) * BLOCK_K
+    j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
+    u = tl.arange(0, BLOCK_A).to(tl.int64)
+    if first < row_length(lengths, b, stride_lengths, Tk):
+        q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
+        k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
+        v_units = v + u * stride_v
+        if bias is not None:
+            bias_units = bias + u * stride_bias
+        total = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_A], dtype=wide)
+        for start in range(0, A, BLOCK_A):
+            in_units = u + start < A
+            k = tl.load(k_rows, mask=(j < Tk)[:, None] & in_units[None, :], other=0.0).to(wide)
+            q = tl.load(q_rows, mask=(i < Tq)[:, None] & in_units[None, :], other=0.0).to(wide)
+            hidden = q[:, None, :] + k[None, :, :]
+            if bias is not None:
+                hidden += tl.load(bias_units, mask=in_units, other=0.0).to(wide)[None, None, :]
+                bias_units += tl.cast(stride_bias, tl.int64) * BLOCK_A
+            total += tl.load(v_units, mask=in_units, other=0.0).to(wide)[None, None, :] * tanh(hidden, APPROXIMATE)
+            q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
+            k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
+            v_units += tl.cast(stride_v, tl.int64) * BLOCK_A
+        in_tile = (i[:, None] < Tq) & (j[None, :] < Tk)
+        tl.store(scores + (b * Tq + i[:, None]) * Tk + j[None, :], tl.sum(total, axis=2), mask=in_tile)

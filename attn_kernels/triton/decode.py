@@ -1,0 +1,308 @@
+"""Attention of few queries, a step of a decoder or the beams of a sentence: scores, softmax and context in one kernel.
+
+Reading keys and values once is what takes the time, so a program walks the steps of a row with all queries of it, and
+rescales its sums whenever it meets a larger score. Where there are fewer rows than processors, several programs share
+the steps of a row, and a second, small kernel combines their sums in order.
+
+One launch instead of two (scores, then softmax with context) is worth more than what happens inside: a launch takes
+the host about 15 microseconds, and a step of 64 sentences of 50 words takes a large GPU about 5.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import configuration
+from .device import add_product, attended, batch_offset, kernel, row_length, tanh
+from .launch import (
+    PROCESSORS,
+    accumulator,
+    bytes_of,
+    has_approximate_reciprocal,
+    launch,
+    lengths_stride,
+    mask_strides,
+    power_of_two,
+    rows_aligned,
+)
+
+DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
+WIDEST_VALUES = 1024  # whose averages do
+MOST_SPLITS = tl.constexpr(128)  # of the steps of a row
+
+
+@kernel
+def decode_kernel(
+    context,  # (splits, B, Tq, D), contiguous: of each split of the steps apart, and then not yet divided by total
+    alignments,  # (B, Tq, Tk), contiguous, or None
+    scores,  # (B, Tq, Tk), contiguous, or None where nobody needs alignments: written here
+    tops,  # (splits, B, Tq), contiguous, or None for a single split: the largest score
+    totals,  # (splits, B, Tq), contiguous, or None: the sum of exp(score - top)
+    query,  # (B, Tq, A)
+    keys,  # (B, Tk, A)
+    values,  # (B, Tk, D)
+    v,  # (A,), or None for dot attention
+    bias,  # (A,) or None
+    lengths,  # (B,) or None
+    mask,  # (B, Tq, Tk) or None
+    scale,  # of dot attention
+    scale_rest,  # what float32 lost of it: for float64
+    B,
+    Tq,
+    Tk,
+    A,
+    D,
+    steps_per_split,  # a multiple of BLOCK_K
+    stride_qb,
+    stride_qq,
+    stride_qa,
+    stride_kb,
+    stride_kk,
+    stride_ka,
+    stride_vb,
+    stride_vk,
+    stride_vd,
+    stride_v,
+    stride_bias,
+    stride_lengths,
+    stride_mb,
+    stride_mq,
+    stride_mk,
+    APPROXIMATE: tl.constexpr,
+    FLOAT64: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,  # of which alignments are written at once
+):
+    """context of a row of the batch, all Tq queries of it, over one split of its steps."""
+    wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    splits = tl.cdiv(Tk, steps_per_split)
+    program = tl.program_id(0)
+    split = program % splits
+    b = (program // splits).to(tl.int64)
+    i = tl.arange(0, BLOCK_Q).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    # Repeated for each step, though v, bias and query are the same for all: so Triton loads them in the layout of keys,
+    # which it would exchange between the threads otherwise.
+    units = tl.broadcast_to(tl.arange(0, BLOCK_A)[None, None, :], [1, BLOCK_K, BLOCK_A])
+    length = row_length(lengths, b, stride_lengths, Tk)
+    begin = split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, Tk)
+    query += batch_offset(b, stride_qb, ALIGNED) + i[:, None, None] * stride_qq
+    keys += batch_offset(b, stride_kb, ALIGNED)
+    values += batch_offset(b, stride_vb, ALIGNED)
+    if mask is not None:
+        mask += b * stride_mb
+    if alignments is not None:
+        alignments += b * Tq * Tk
+    if scores is not None:
+        scores += b * Tq * Tk
+
+    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
+    top = tl.full([BLOCK_Q], -3.4e38, dtype=wide)
+    total = tl.zeros([BLOCK_Q], dtype=wide)
+    used = tl.zeros([BLOCK_Q], dtype=tl.int32)
+    averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=wide)
+    for start in range(begin, tl.minimum(end, length), BLOCK_K):
+        j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        in_steps = (j < length)[None, :, None]
+        # Loaded before the scores are computed, so that both are under way together.
+        x = tl.load(
+            values + j[None, :, None] * stride_vk + d.to(tl.int64) * stride_vd, mask=in_steps & (d < D), other=0.0
+        )
+        products = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_A], dtype=wide)
+        for first in range(0, A, BLOCK_A):
+            u = first + units
+            in_units = u < A
+            offset = u.to(tl.int64)
+            k = tl.load(keys + j[None, :, None] * stride_kk + offset * stride_ka, mask=in_steps & in_units, other=0.0)
+            q = tl.load(query + offset * stride_qa, mask=(i < Tq)[:, None, None] & in_units, other=0.0)
+            if v is None:
+                products += q.to(wide) * k.to(wide)
+            else:
+                hidden = q.to(wide) + k.to(wide)
+                if bias is not None:
+                    hidden += tl.load(bias + offset * stride_bias, mask=in_units, other=0.0).to(wide)
+                products += tl.load(v + offset * stride_v, mask=in_units, other=0.0).to(wide) * tanh(
+                    hidden, APPROXIMATE
+                )
+        s = tl.sum(products, axis=2)
+        if v is None:
+            s *= tl.cast(scale, wide) + tl.cast(scale_rest, wide)
+        allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+        if scores is not None:
+            tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
+        s = tl.where(allowed, s, -float("inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))
+        rescale = tl.exp(top - new_top)
+        p = tl.where(allowed, tl.exp(s - new_top[:, None]), 0.0)
+        total = total * rescale + tl.sum(p, axis=1)
+        averaged = add_product(averaged * rescale[:, None, None], p, x, allowed, mask is not None, True)
+        used = tl.maximum(used, tl.max(allowed.to(tl.int32), axis=1))
+        top = new_top
+
+    average = tl.sum(averaged, axis=1)
+    in_split = (split.to(tl.int64) * B + b) * Tq + i
+    if tops is None:
+        inverse = tl.where(used > 0, 1.0 / total, 0.0)
+        average *= inverse[:, None]
+        if alignments is not None:
+            tl.debug_barrier()  # the scores that other threads have written
+            for start in range(0, Tk, STEPS):
+                j = (start + tl.arange(0, STEPS)).to(tl.int64)
+                allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+                pointers = i[:, None] * Tk + j[None, :]
+                s = tl.load(scores + pointers, mask=allowed, other=0.0)
+                p = tl.where(allowed, tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+                tl.store(alignments + pointers, p, mask=(i < Tq)[:, None] & (j < Tk)[None, :])
+    else:
+        tl.store(tops + in_split, top, mask=i < Tq)
+        tl.store(totals + in_split, tl.where(used > 0, total, -1.0), mask=i < Tq)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(context + in_split[:, None] * D + d, average, mask=(i < Tq)[:, None] & (d < D))
+
+
+@kernel
+def combine_kernel(
+    context,  # (B, Tq, D), contiguous
+    alignments,  # (B, Tq, Tk), contiguous, or None
+    parts,  # (splits, B, Tq, D), contiguous
+    scores,  # (B, Tq, Tk), contiguous, or None; anything where not attended
+    tops,  # (splits, B, Tq), contiguous
+    totals,  # (splits, B, Tq), contiguous; -1 where a split attends nothing, which is not the same as a sum of 0
+    lengths,  # (B,) or None
+    mask,  # (B, Tq, Tk) or None
+    B,
+    Tq,
+    Tk,
+    D,
+    splits,
+    tiles,  # of a query: those of its values and then of its steps
+    stride_lengths,
+    stride_mb,
+    stride_mq,
+    stride_mk,
+    BLOCK: tl.constexpr,
+):
+    """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    row = (program // tiles).to(tl.int64)  # b * Tq + i
+    rows = tl.cast(B, tl.int64) * Tq
+    split = tl.arange(0, MOST_SPLITS).to(tl.int64)
+    tops += row
+    totals += row
+    each = tl.load(tops + split * rows, mask=split < splits, other=-3.4e38)
+    found = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
+    top = tl.max(each, axis=0)
+    total = tl.sum(tl.where(found == -1.0, 0.0, found * tl.exp(each - top)), axis=0)
+    inverse = tl.where(tl.max(tl.where(found == -1.0, 0, 1), axis=0) > 0, 1.0 / total, 0.0)
+    tiles_d = tl.cdiv(D, BLOCK)
+    if tile < tiles_d:
+        d = tile * BLOCK + tl.arange(0, BLOCK)
+        average = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
+        for part in range(0, splits):
+            at = tl.cast(part, tl.int64) * rows
+            average += tl.exp(tl.load(tops + at) - top) * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
+        tl.store(context + row * D + d, average * inverse, mask=d < D)
+    elif alignments is not None:
+        b = row // Tq
+        i = row % Tq + tl.arange(0, 1)
+        j = ((tile - tiles_d) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        if mask is not None:
+            mask += b * stride_mb
+        allowed = attended(mask, i, j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
+        s = tl.load(scores + row * Tk + j[None, :], mask=allowed, other=0.0)
+        p = tl.where(allowed, tl.exp(s - top) * inverse, 0.0)
+        tl.store(alignments + row * Tk + j[None, :], p, mask=(j < Tk)[None, :])
+
+
+def can_decode(query: Tensor, values: Tensor) -> bool:
+    """Whether query (B, Tq, A) is few queries, and values (B, Tk, D) narrow enough to average all columns at once."""
+    return query.shape[1] <= DECODE_QUERIES and values.shape[2] <= WIDEST_VALUES
+
+
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    need_alignments: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention where ``can_decode``: additive with v (A,) and bias, or dot with scale.
+
+    query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
+    """
+    B, Tq, A = query.shape
+    Tk, D = values.shape[1:]
+    alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
+    if B * Tq * Tk == 0:
+        return values.new_zeros((B, Tq, D)), alignments
+    wide = accumulator(values.dtype)
+    double = wide == torch.float64
+    block_q, block_d = (power_of_two(Tq, 1, DECODE_QUERIES), power_of_two(D, 32, WIDEST_VALUES))
+    warps = 4 if block_q * block_d <= 2048 else 8
+    elements = (512 if double else 1024) * warps // block_q  # of a query: 32 to a thread, 16 in float64
+    block_k = max(2, min(16, elements // block_d))
+    at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
+    block_a = power_of_two(A, 32, max(elements, at_once) // block_k)
+    steps, splits = _split(
+        B, Tk, block_k, Tk * (A + D) * values.element_size(), configuration("decode", values)["bytes"]
+    )
+    scores = values.new_empty((B, Tq, Tk), dtype=wide) if need_alignments else None
+    parts = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else wide)
+    tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq), dtype=wide)
+    rest = scale - torch.tensor(scale, dtype=torch.float32).item() if double else 0.0
+    launch(
+        decode_kernel,
+        B * splits,
+        (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
+        (
+            *(v, bias, memory_lengths, bytes_of(mask), float(scale), rest, B, Tq, Tk, A, D, steps),
+            *(*query.stride(), *keys.stride(), *values.stride()),
+            *(0 if v is None else v.stride(0), 0 if bias is None else bias.stride(0)),
+            *(lengths_stride(memory_lengths), *mask_strides(mask)),
+        ),
+        dict(
+            APPROXIMATE=has_approximate_reciprocal(query),
+            FLOAT64=double,
+            ALIGNED=rows_aligned(query, keys, values),
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            BLOCK_A=block_a,
+            BLOCK_D=block_d,
+            STEPS=1024 // block_q,
+        ),
+        warps,
+    )
+    if splits == 1:
+        return parts[0], alignments
+    context = values.new_empty((B, Tq, D))
+    block = 128
+    tiles = triton.cdiv(D, block) + (triton.cdiv(Tk, block) if need_alignments else 0)
+    launch(
+        combine_kernel,
+        B * Tq * tiles,
+        (context, alignments if need_alignments else None, parts, scores, tops, totals, memory_lengths, bytes_of(mask)),
+        (B, Tq, Tk, D, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask)),
+        dict(BLOCK=block),
+        4,
+    )
+    return context, alignments
+
+
+def _split(B: int, Tk: int, block_k: int, row_bytes: int, bytes_of_program: int) -> tuple[int, int]:
+    """How the steps of a row are cut: steps of a split, a multiple of block_k, and the splits."""
+    splits = min(triton.cdiv(PROCESSORS, B), triton.cdiv(row_bytes, bytes_of_program), MOST_SPLITS.value)
+    steps = triton.cdiv(triton.cdiv(Tk, max(splits, 1)), block_k) * block_k
+    return steps, triton.cdiv(Tk, steps)

@@ -1,0 +1,157 @@
+"""Device code that several kernels share. The conventions of all kernels:
+
+- Programs are counted along axis 0 of the grid only, the one that is not limited to 65535.
+- i, j, u are the indices of queries, steps and units (or value columns) of a tile, in 64 bits, because they are
+  multiplied by strides. Strides are passed for every tensor of the caller, so none has to be copied.
+- Padding is removed by selecting, never by multiplying with zero: it may hold NaN.
+- No atomics: what several programs add up is written apart and summed in a fixed order.
+- A 2-D mask is a 3-D mask with stride 0 along the queries.
+- With FEW queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by element,
+  units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix product.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETER = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# A kernel is compiled again for an integer that is 1 or a multiple of 16, except these: all that depends on lengths.
+_LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "splits", "tiles"]
+_LENGTHS += ["steps_per_split", "blocks_per_split", "rows_per_split"]
+_LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawr"] + ["stride_mq", "stride_gq", "stride_aq"]
+# It has to know which of these is 1, to read along it; the others are lengths, or lie along no row that is read.
+_UNITS = [f"stride_{name}" for name in ("qa", "ka", "vd", "rn", "mk", "gk", "ak", "mm", "mx", "wm", "wx")]
+kernel = triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_UNITS)
+
+
+# Rows, masks and products ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def batch_offset(b, stride, ALIGNED: tl.constexpr):
+    """b * stride; ALIGNED: see rows_aligned."""
+    offset = b * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset
+
+
+@triton.jit
+def row_length(lengths, b, stride_lengths, Tk):
+    """The steps of row b that may be attended: Tk, or its length, clamped to [0, Tk]."""
+    length = Tk
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + b * stride_lengths), 0), Tk).to(tl.int32)
+    return length
+
+
+@triton.jit
+def attended(mask, i, j, Tq, length, stride_mq, stride_mk):
+    """(Q, K): whether query i may attend step j, for i (Q,) and j (K,); mask points to the row's first element."""
+    allowed = (i[:, None] < Tq) & (j[None, :] < length)
+    if mask is not None:
+        allowed = tl.load(mask + i[:, None] * stride_mq + j[None, :] * stride_mk, mask=allowed, other=0) != 0
+    return allowed
+
+
+@triton.jit
+def dot(a, b, total):
+    """total (M, N) + a (M, X) @ b (X, N), in float32 whatever the dtype of a and b."""
+    if INTERPRETER:  # which takes bfloat16 for integers here
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
+    """rows[x, n], (X, N), 0 beyond X and N; with FEW, (1, X, N): so the threads lie along n in the product too."""
+    if FEW:
+        x = x[None, :, None]
+        n = n[None, None, :]
+    else:
+        x = x[:, None]
+        n = n[None, :]
+    return tl.load(rows + x * stride_x + n.to(tl.int64) * stride_n, mask=(x < X) & (n < N), other=0.0)
+
+
+@triton.jit
+def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.constexpr):
+    """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs.
+
+    With FEW, total is (M, X, N) and rows are (1, X, N).
+
+    Weights are 0 where not allowed, but 0 * NaN is NaN: under a mask a row may be padding for one m, not for another.
+    """
+    if FEW:
+        product = weights[:, :, None] * rows.to(weights.dtype)
+        if MASKED:
+            product = tl.where(allowed[:, :, None], product, 0.0)
+        total += product
+    elif MASKED:
+        used = tl.max(allowed.to(tl.int32), axis=0) > 0
+        rows = tl.where(used[:, None], rows, 0.0)
+        if tl.max(tl.where(tl.abs(rows.to(tl.float32)) < float("inf"), 0, 1)) == 0:  # all finite
+            total = dot(weights.to(rows.dtype), rows, total)
+        else:
+            for x in range(weights.shape[1]):  # rare and slow: one column of weights at a time
+                picked = tl.arange(0, weights.shape[1]) == x
+                column = tl.sum(tl.where(picked[None, :], weights, 0.0), axis=1)
+                column_allowed = tl.max(tl.where(picked[None, :], allowed.to(tl.int32), 0), axis=1) > 0
+                row = tl.sum(tl.where(picked[:, None], rows.to(tl.float32), 0.0), axis=0)
+                total += tl.where(column_allowed[:, None], column[:, None] * row[None, :], 0.0)
+    else:
+        total = dot(weights.to(rows.dtype), rows, total)
+    return total
+
+
+# Functions ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def reciprocal(x, APPROXIMATE: tl.constexpr):
+    """1 / x to one unit in the last place. The plain division of NVIDIA GPUs is several times as long."""
+    if APPROXIMATE:
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        r = 1.0 / x
+    return r
+
+
+@triton.jit
+def tanh(x, APPROXIMATE: tl.constexpr):
+    """tanh(x); to two units in the last place in float32, and to a rounding of 1 in float64."""
+    magnitude = tl.abs(x)
+    result = 1.0 - 2.0 * reciprocal(1.0 + tl.exp(2.0 * magnitude), APPROXIMATE)
+    result = tl.where(x < 0.0, -result, result)
+    if x.dtype == tl.float32:  # 1 - 2 r loses the small ones: a polynomial, fitted to relative error 1.4e-8 on [0, 0.9]
+        s = x * x
+        p = 0.00131424297 * s - 0.00688467104
+        p = p * s + 0.0209260591
+        p = p * s - 0.0537303689
+        p = p * s + 0.133305171
+        p = p * s - 0.333332212
+        result = tl.where(magnitude < 0.9, x + x * s * p, result)
+    return result
+
+
+@triton.jit
+def exp2x(x):
+    """exp(2 x) in float32 to one unit in the last place, for |x| <= 43; finite for others.
+
+    2 x = n ln 2 + f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
+    """
+    x = tl.where(tl.abs(x) <= 43.0, x, 0.0)
+    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
+    n = rounded - 12582912.0
+    f = (2.0 * x - n * 0.693145751953125) - n * 1.42860677e-06
+    p = 0.00139561 * f + 0.00837513
+    p = p * f + 0.04166608
+    p = p * f + 0.16666415
+    p = p * f + 0.50000002
+    p = p * f + 1.0
+    p = p * f + 1.0
+    return p * ((rounded.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)

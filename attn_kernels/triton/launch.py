@@ -1,0 +1,90 @@
+"""What the launchers share: launching on the right device, dtypes, strides, and what counts as few queries."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+PROCESSORS = 128  # about what a large GPU has; asking for the number would make results depend on the device
+FEW_QUERIES = 4  # up to here reading keys and values takes longer than computing with them
+
+
+def launch(kernel, programs: int, arguments: tuple, strides: tuple, constants: dict, warps: int) -> None:
+    """Runs that many programs of a kernel on the device of its first argument."""
+    if programs > 0:
+        with _device_of(arguments[0]):
+            kernel[(programs,)](*arguments, *strides, **constants, num_warps=warps, enable_fp_fusion=True)
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    if tensor.is_cuda:
+        return torch.cuda.device_of(tensor)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device_of(tensor)
+    return contextlib.nullcontext()
+
+
+def has_approximate_reciprocal(tensor: Tensor) -> bool:
+    """Whether a kernel on the device of tensor may use the PTX instruction rcp.approx: NVIDIA GPUs, not float64."""
+    return tensor.is_cuda and torch.version.hip is None and tensor.dtype != torch.float64
+
+
+def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(splits, *) -> (*): the sum, always in the same order, in the given dtype."""
+    return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(dtype)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_aligned(*tensors: Tensor) -> bool:
+    """Whether every row of tensors (B, T, N) may be read 16 bytes at a time, if the first may.
+
+    What Triton finds out by itself about a stride of the batch would change with the length T, and the code with it.
+    """
+    return all(stride % 16 == 0 for tensor in tensors for stride in tensor.stride()[:2])
+
+
+def bytes_of(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as bytes, not copied."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
+    """Strides of a mask along batch, queries and steps; a 2-D mask does not change along the queries."""
+    if mask is None:
+        return 0, 0, 0
+    if mask.dim() == 2:
+        return mask.stride(0), 0, mask.stride(1)
+    return mask.stride()
+
+
+def lengths_stride(memory_lengths: Tensor | None) -> int:
+    return 0 if memory_lengths is None else memory_lengths.stride(0)
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The smallest power of two that holds size, within [least, most]."""
+    return min(most, max(least, triton.next_power_of_2(size)))
+
+
+def is_few(query: Tensor) -> bool:
+    """Whether query (B, Tq, *) takes the kernels that multiply element by element."""
+    return query.shape[1] <= FEW_QUERIES or query.dtype == torch.float64
+
+
+def few_block(queries: int) -> int:
+    """The queries of a tile with few queries: 1, 2 or 4."""
+    return power_of_two(queries, 1, FEW_QUERIES)
+
+
+def few_tile(query: Tensor) -> tuple[int, int, int]:
+    """BLOCK_Q, BLOCK_K, BLOCK_A of scores of few queries (B, Tq, A): 32 elements a thread, 16 in float64."""
+    block_q, block_a = few_block(query.shape[1]), power_of_two(query.shape[2], 32, 256)
+    elements = 2048 if query.dtype == torch.float64 else 4096
+    return block_q, max(2, elements // (block_q * block_a)), block_a

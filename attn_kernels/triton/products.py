@@ -1,0 +1,258 @@
+"""Products of rows, q . k for every pair, and weighted sums of rows: what dot attention and all gradients consist of.
+
+Scores are kept in float32, (B, Tq, Tk), small beside the (B, Tq, Tk, A) that no kernel ever stores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import configuration, of_width
+from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length
+from .launch import (
+    FEW_QUERIES,
+    PROCESSORS,
+    accumulator,
+    bytes_of,
+    few_block,
+    few_tile,
+    is_few,
+    launch,
+    lengths_stride,
+    mask_strides,
+    power_of_two,
+    rows_aligned,
+    sum_splits,
+)
+
+# Products of rows: scores of dot attention, and the gradient of alignments --------------------------------------------
+
+
+@kernel
+def _product_kernel(
+    out,  # (B, Tq, Tk), float32 or float64, contiguous
+    query,  # (B, Tq, A)
+    keys,  # (B, Tk, A)
+    lengths,  # (B,) or None
+    scale,
+    scale_rest,  # what float32 lost of the scale: for float64
+    Tq,
+    Tk,
+    A,
+    stride_qb,
+    stride_qq,
+    stride_qa,
+    stride_kb,
+    stride_kk,
+    stride_ka,
+    stride_lengths,
+    ALIGNED: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """out[b, i, j] = scale * query[b, i] . keys[b, j], except tiles beyond the length, which are left as they are."""
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    program = tl.program_id(0)
+    b = (program // (tiles_k * tiles_q)).to(tl.int64)
+    i = ((program // tiles_k) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = (program % tiles_k) * BLOCK_K
+    j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
+    u = tl.arange(0, BLOCK_A).to(tl.int64)
+    if first < row_length(lengths, b, stride_lengths, Tk):
+        q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
+        k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
+        if FEW:
+            total = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_A], dtype=out.dtype.element_ty)
+        else:
+            total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
+        for start in range(0, A, BLOCK_A):
+            in_units = (u + start < A)[None, :]
+            q = tl.load(q_rows, mask=(i < Tq)[:, None] & in_units, other=0.0)
+            k = tl.load(k_rows, mask=(j < Tk)[:, None] & in_units, other=0.0)
+            if FEW:
+                total += q[:, None, :].to(total.dtype) * k[None, :, :].to(total.dtype)
+            else:
+                total = dot(q, tl.trans(k), total)
+            q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
+            k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
+        if FEW:
+            total = tl.sum(total, axis=2)
+        if out.dtype.element_ty == tl.float64:
+            total *= tl.cast(scale, tl.float64) + tl.cast(scale_rest, tl.float64)
+        else:
+            total *= scale
+        in_tile = (i[:, None] < Tq) & (j[None, :] < Tk)
+        tl.store(out + (b * Tq + i[:, None]) * Tk + j[None, :], total, mask=in_tile)
+
+
+def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | None) -> Tensor:
+    """scale * query (B, Tq, A) @ keys (B, Tk, A)^T: (B, Tq, Tk), float32 or float64; undefined beyond the lengths."""
+    B, Tq, A = query.shape
+    Tk = keys.shape[1]
+    out = query.new_empty((B, Tq, Tk), dtype=accumulator(query.dtype))
+    few = is_few(query)
+    if few:
+        block_q, block_k, block_a = few_tile(query)
+        warps = 4
+    else:
+        chosen = configuration(of_width("product", query), query)
+        block_q, block_k, block_a, warps = (chosen[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_A", "warps"))
+        if Tq <= 16:
+            block_q = 16
+    rest = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
+    launch(
+        _product_kernel,
+        B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
+        (out, query, keys, memory_lengths, float(scale), rest, Tq, Tk, A),
+        (*query.stride(), *keys.stride(), lengths_stride(memory_lengths)),
+        dict(ALIGNED=rows_aligned(query, keys), FEW=few, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_A=block_a),
+        warps,
+    )
+    return out
+
+
+# Weighted sums of rows: the gradients of values, and of query and keys of dot attention -------------------------------
+
+
+@kernel
+def _weighted_sum_kernel(
+    out,  # (splits, B, M, N), contiguous
+    weights,  # (B, M, X)
+    rows,  # (B, X, N)
+    lengths,  # (B,) or None
+    mask,  # (B, M, X) or None
+    scale,
+    scale_rest,
+    B,
+    M,
+    X,
+    N,
+    rows_per_split,  # a multiple of BLOCK_X
+    stride_wb,
+    stride_wm,
+    stride_wx,
+    stride_rb,
+    stride_rx,
+    stride_rn,
+    stride_lengths,
+    stride_mb,
+    stride_mm,
+    stride_mx,
+    OF_STEPS: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
+    ALIGNED: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[b, m] = scale * the sum over x of weights[b, m, x] * rows[b, x], over the pairs (m, x) that are attended."""
+    accumulate: tl.constexpr = tl.float64 if weights.dtype.element_ty == tl.float64 else tl.float32
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    splits = tl.cdiv(X, rows_per_split)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    program = tl.program_id(0)
+    n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = (program // tiles_n) % splits
+    m = ((program // (tiles_n * splits)) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = (program // (tiles_n * splits * tiles_m)).to(tl.int64)
+    if OF_STEPS:
+        used_m = row_length(lengths, b, stride_lengths, M)
+        used_x = X
+    else:
+        used_m = M
+        used_x = row_length(lengths, b, stride_lengths, X)
+    weights += b * stride_wb + m[:, None] * stride_wm
+    rows += batch_offset(b, stride_rb, ALIGNED)
+    if mask is not None:
+        mask += b * stride_mb
+    if FEW:
+        total = tl.zeros([BLOCK_M, BLOCK_X, BLOCK_N], dtype=accumulate)
+    else:
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    begin = split * rows_per_split
+    for start in range(begin, tl.minimum(begin + rows_per_split, used_x), BLOCK_X):
+        x = (start + tl.arange(0, BLOCK_X)).to(tl.int64)
+        allowed = attended(mask, m, x, used_m, used_x, stride_mm, stride_mx)
+        w = tl.load(weights + x[None, :] * stride_wx, mask=allowed, other=0.0).to(accumulate)
+        r = load_rows(rows, x, n, used_x, N, stride_rx, stride_rn, FEW)
+        total = add_product(total, w, r, allowed, mask is not None, FEW)
+    if FEW:
+        total = tl.sum(total, axis=1)
+    if accumulate == tl.float64:
+        total *= tl.cast(scale, tl.float64) + tl.cast(scale_rest, tl.float64)
+    else:
+        total *= scale
+    total = tl.where(m[:, None] < used_m, total, 0.0)  # padding of 0 * a NaN that is real elsewhere
+    pointers = out + ((split.to(tl.int64) * B + b) * M + m[:, None]) * N + n[None, :]
+    tl.store(pointers, total, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def weighted_sum(
+    weights: Tensor, rows: Tensor, scale: float, memory_lengths: Tensor | None, mask: Tensor | None, of_steps: bool
+) -> Tensor:
+    """scale * weights @ rows over the attended pairs, in the dtype of rows.
+
+    of_steps False: weights (B, Tq, Tk), rows (B, Tk, N), the result (B, Tq, N).
+    of_steps True: weights are transposed: weights (B, Tq, Tk), rows (B, Tq, N), the result (B, Tk, N).
+    """
+    strides = mask_strides(mask)
+    if of_steps:
+        weights, strides = weights.transpose(1, 2), (strides[0], strides[2], strides[1])
+    B, M, X = weights.shape
+    N = rows.shape[2]
+    if X == 0:
+        return rows.new_zeros((B, M, N))
+    few, block_m, block_x, block_n, warps = sum_tile(rows, M, X, N, mask is not None)
+    programs = B * triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    rows_per_split, splits = split(programs, X, block_x)
+    dtype = accumulator(rows.dtype)
+    out = rows.new_empty((splits, B, M, N), dtype=rows.dtype if splits == 1 else dtype)
+    rest = scale - torch.tensor(scale, dtype=torch.float32).item() if dtype == torch.float64 else 0.0
+    launch(
+        _weighted_sum_kernel,
+        programs * splits,
+        (out, weights, rows, memory_lengths, bytes_of(mask), float(scale), rest, B, M, X, N, rows_per_split),
+        (*weights.stride(), *rows.stride(), lengths_stride(memory_lengths), *strides),
+        dict(
+            OF_STEPS=of_steps,
+            ALIGNED=rows_aligned(rows),
+            FEW=few,
+            BLOCK_M=block_m,
+            BLOCK_X=block_x,
+            BLOCK_N=block_n,
+        ),
+        warps,
+    )
+    return sum_splits(out, rows.dtype)
+
+
+# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
+
+
+def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, int, int, int, int]:
+    """Tile of a weighted sum (M, X) @ (X, N): whether it is FEW, BLOCK_M, BLOCK_X, BLOCK_N, warps."""
+    elements = 2048 if rows.dtype == torch.float64 else 4096
+    if rows.dtype == torch.float64 or M <= FEW_QUERIES or X <= FEW_QUERIES:
+        block_n = power_of_two(N, 32, 128)
+        if X <= FEW_QUERIES:
+            block_x = power_of_two(X, 1, FEW_QUERIES)
+            return True, max(4, elements // (block_n * block_x)), block_x, block_n, 4
+        block_m = few_block(M)
+        return True, block_m, max(4, elements // (block_n * block_m)), block_n, 4
+    chosen = configuration(of_width("sum", rows, "masked" if masked else ""), rows)
+    return False, 16 if M <= 16 else chosen["BLOCK_M"], chosen["BLOCK_X"], chosen["BLOCK_N"], chosen["warps"]
+
+
+def split(programs: int, steps: int, block: int) -> tuple[int, int]:
+    """How a sum over steps is cut where there are few programs: steps of a part, a multiple of block, and the parts."""
+    parts = 1
+    if programs * 4 <= PROCESSORS and steps >= 2048:  # else one more kernel costs more than it saves
+        parts = min(PROCESSORS // max(programs, 1), triton.cdiv(steps, 512))
+    per_part = triton.cdiv(triton.cdiv(steps, parts), block) * block
+    return per_part, triton.cdiv(steps, per_part)

@@ -1,0 +1,261 @@
+"""Softmax of the scores with the average of values, and the gradient of the scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
+from .launch import (
+    FEW_QUERIES,
+    accumulator,
+    bytes_of,
+    few_block,
+    launch,
+    lengths_stride,
+    mask_strides,
+    power_of_two,
+    rows_aligned,
+    sum_splits,
+)
+from .products import product, split, sum_tile
+
+# Softmax and context --------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _attend_kernel(
+    context,  # (splits, B, Tq, D), contiguous: each split of the steps apart
+    alignments,  # (B, Tq, Tk), contiguous, or None
+    scores,  # (B, Tq, Tk), contiguous
+    values,  # (B, Tk, D)
+    lengths,  # (B,) or None
+    mask,  # (B, Tq, Tk) or None
+    B,
+    Tq,
+    Tk,
+    D,
+    steps_per_split,  # a multiple of BLOCK_K
+    stride_vb,
+    stride_vk,
+    stride_vd,
+    stride_lengths,
+    stride_mb,
+    stride_mq,
+    stride_mk,
+    ALIGNED: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """alignments = softmax of the attended scores, context = alignments @ values; zeros where nothing is attended.
+
+    Every program takes the maximum and the sum of its whole rows, which are short, so that no two have to be combined.
+    """
+    accumulate: tl.constexpr = scores.dtype.element_ty
+    tiles_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
+    splits = tl.cdiv(Tk, steps_per_split)
+    tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    program = tl.program_id(0)
+    tile_d = program % tiles_d
+    split = (program // tiles_d) % splits
+    i = ((program // (tiles_d * splits)) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = (program // (tiles_d * splits * tiles_q)).to(tl.int64)
+    steps = tl.arange(0, BLOCK_K)
+    d = tile_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    length = row_length(lengths, b, stride_lengths, Tk)
+    scores += (b * Tq + i[:, None]) * Tk
+    if mask is not None:
+        mask += b * stride_mb
+
+    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
+    top = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
+    total = tl.zeros([BLOCK_Q], dtype=accumulate)
+    used = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
+    for start in range(0, length, BLOCK_K):
+        j = (start + steps).to(tl.int64)
+        allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+        s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))
+        exponentials = tl.where(allowed, tl.exp(s - new_top[:, None]), 0.0)
+        total = total * tl.exp(top - new_top) + tl.sum(exponentials, axis=1)
+        used = tl.maximum(used, allowed.to(tl.int32))
+        top = new_top
+    inverse = tl.where(tl.max(used, axis=1) > 0, 1.0 / total, 0.0)
+
+    if FEW:
+        averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
+    else:
+        averaged = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    begin = split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, Tk)
+    for start in range(begin, tl.minimum(end, length), BLOCK_K):
+        j = (start + steps).to(tl.int64)
+        allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+        s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
+        p = tl.where(allowed, tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+        if alignments is not None:
+            if tile_d == 0:
+                stored = (i[:, None] < Tq) & (j[None, :] < Tk)
+                tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
+        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, FEW)
+        averaged = add_product(averaged, p, rows, allowed, mask is not None, FEW)
+    if FEW:
+        averaged = tl.sum(averaged, axis=1)
+    split_context = context + ((split.to(tl.int64) * B + b) * Tq + i[:, None]) * D + d[None, :]
+    tl.store(split_context, averaged, mask=(i[:, None] < Tq) & (d[None, :] < D))
+
+    if alignments is not None:  # zeros in the tiles that are padding altogether
+        if tile_d == 0:
+            for start in range(tl.maximum(begin, tl.cdiv(length, BLOCK_K) * BLOCK_K), end, BLOCK_K):
+                j = (start + steps).to(tl.int64)
+                stored = (i[:, None] < Tq) & (j[None, :] < Tk)
+                zeros = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
+                tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], zeros, mask=stored)
+
+
+def attend(
+    scores: Tensor, values: Tensor, memory_lengths: Tensor | None, mask: Tensor | None, need_alignments: bool
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the attended scores and the average of values.
+
+    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D);
+        memory_lengths (B,); mask (B, Tk) or (B, Tq, Tk).
+    Returns: context (B, Tq, D), and alignments (B, Tq, Tk) or an empty tensor; in the dtype of values.
+    """
+    B, Tq, Tk = scores.shape
+    D = values.shape[2]
+    alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
+    if Tk == 0:
+        return values.new_zeros((B, Tq, D)), alignments
+    few, block_m, block_k, block_d, warps = sum_tile(values, Tq, Tk, D, mask is not None)
+    programs = B * triton.cdiv(Tq, block_m) * max(1, triton.cdiv(D, block_d))
+    steps_per_split, splits = split(programs, Tk, block_k)
+    context = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else scores.dtype)
+    launch(
+        _attend_kernel,
+        programs * splits,
+        (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
+        (B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
+        dict(ALIGNED=rows_aligned(values), FEW=few, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
+        warps,
+    )
+    return sum_splits(context, values.dtype), alignments
+
+
+# The gradient of scores -----------------------------------------------------------------------------------------------
+
+
+@kernel
+def _softmax_backward_kernel(
+    dscores,  # (B, Tk, padded Tq), contiguous
+    dproduct,  # (B, Tq, Tk), contiguous: grad_context @ values^T, or None
+    grad_alignments,  # (B, Tq, Tk), or None
+    alignments,  # (B, Tq, Tk)
+    lengths,  # (B,) or None
+    mask,  # (B, Tq, Tk) or None
+    Tq,
+    Tk,
+    padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
+    stride_gb,
+    stride_gq,
+    stride_gk,
+    stride_ab,
+    stride_aq,
+    stride_ak,
+    stride_lengths,
+    stride_mb,
+    stride_mq,
+    stride_mk,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
+
+    The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
+    """
+    accumulate: tl.constexpr = dscores.dtype.element_ty
+    padded_q = padded_blocks * BLOCK_Q
+    program = tl.program_id(0)
+    b = (program // padded_blocks).to(tl.int64)
+    i = (program % padded_blocks).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    length = row_length(lengths, b, stride_lengths, Tk)
+    dscores += b * Tk * padded_q + i[:, None]
+    alignments += b * stride_ab + i[:, None] * stride_aq
+    if dproduct is not None:
+        dproduct += (b * Tq + i[:, None]) * Tk
+    if grad_alignments is not None:
+        grad_alignments += b * stride_gb + i[:, None] * stride_gq
+    if mask is not None:
+        mask += b * stride_mb
+    mean = tl.zeros([BLOCK_Q], dtype=accumulate)
+    products = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
+    total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
+    for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
+        if apply == 1:
+            mean = tl.sum(products, axis=1) / tl.maximum(
+                tl.sum(total, axis=1), 1e-30
+            )  # 0 / 0 where nothing is attended
+        for start in range(0, length if apply == 0 else Tk, BLOCK_K):
+            j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+            allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+            g = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
+            if dproduct is not None:
+                g += tl.load(dproduct + j[None, :], mask=allowed, other=0.0)
+            if grad_alignments is not None:
+                g += tl.load(grad_alignments + j[None, :] * stride_gk, mask=allowed, other=0.0).to(accumulate)
+            p = tl.load(alignments + j[None, :] * stride_ak, mask=allowed, other=0.0).to(accumulate)
+            if apply == 0:
+                products += p * g
+                total += p
+            else:
+                gradient = tl.where(allowed, p * (g - mean[:, None]), 0.0)
+                stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
+                tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
+
+
+def padded_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """An empty (B, Tq, Tk) in float32 or float64 that lies as (B, Tk, Tq rounded up) in memory.
+
+    The backward of additive scores walks the steps and loads all queries of one at once, without a mask.
+    """
+    B, Tq = query.shape[:2]
+    Tk = keys.shape[1]
+    padded_q = few_block(Tq) if Tq <= FEW_QUERIES else triton.cdiv(Tq, 32) * 32
+    return query.new_empty((B, Tk, padded_q), dtype=accumulator(query.dtype)).transpose(1, 2)[:, :Tq]
+
+
+def softmax_backward(
+    grad_context: Tensor | None,
+    grad_alignments: Tensor | None,
+    values: Tensor,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    alignments: Tensor,
+) -> Tensor:
+    """The gradient of the scores: (B, Tq, Tk), float32 or float64, 0 where not attended.
+
+    Its memory is that of ``padded_scores``, filled up with zeros.
+    """
+    B, Tq, Tk = alignments.shape
+    dscores = padded_scores(alignments, values)
+    dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths)
+    block_q = power_of_two(Tq, 1, 16)
+    padded_blocks = dscores.stride(2) // block_q
+    launch(
+        _softmax_backward_kernel,
+        B * padded_blocks if dscores.numel() else 0,
+        (dscores, dproduct, grad_alignments, alignments, memory_lengths, bytes_of(mask), Tq, Tk),
+        (
+            padded_blocks,
+            *((0, 0, 0) if grad_alignments is None else grad_alignments.stride()),
+            *alignments.stride(),
+            lengths_stride(memory_lengths),
+            *mask_strides(mask),
+        ),
+        dict(BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
+        4,
+    )
+    return dscores

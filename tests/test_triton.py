@@ -1,0 +1,139 @@
+"""What only the Triton backend has: splits of a decoding step, configurations and their tuning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import attn_kernels
+from conftest import available
+from matrix import OPS, Case, Op, check, device_of
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
+)
+
+attending = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=2, Tq=1, Tk=45, A=17, D=33),
+        Case(B=3, Tq=5, Tk=37, A=8, D=130, lengths="random"),
+        Case(B=2, Tq=8, Tk=33, A=16, D=16, lengths="random", mask="pairs"),
+    ],
+    ids=["plain", "lengths", "mask"],
+)
+@attending
+def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same results whether one program walks the steps of a row or several do, some of which find nothing."""
+    available("triton")
+    decode = importlib.import_module("attn_kernels.triton.decode")
+    configurations = importlib.import_module("attn_kernels.triton.configurations")
+    monkeypatch.setattr(decode, "PROCESSORS", 10)
+    launched = []
+    launch = decode.launch
+    monkeypatch.setattr(decode, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
+    with configurations.overriding("decode", dict(bytes=1)):
+        check(op, case, dtype, "triton")
+    assert decode.combine_kernel in launched
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((2, 5, 24), (2**31 + 16, 24, 1)), ((1, 5, 24), (0, 2**29 + 8, 1)), ((1, 5, 300), (0, 1, 2**23))],
+    ids=["rows of the batch", "steps", "units"],
+)
+@pytest.mark.parametrize("Tq", [1, 9])
+def test_offsets_beyond_31_bits(Tq: int, shape: tuple[int, int, int], strides: tuple[int, int, int]) -> None:
+    """Keys and values that lie so far apart that 32-bit offsets would wrap; memory between them is never touched."""
+    device = device_of(available("triton"))
+    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    try:
+        far = torch.empty(size, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
+    except RuntimeError as error:
+        pytest.skip(f"no {size * 2 >> 30} GiB of address space: {error}")
+    near = torch.randn(shape).to(device, torch.bfloat16)
+    far.copy_(near)
+    query = torch.randn(shape[0], Tq, shape[2]).to(device, torch.bfloat16)
+    v = torch.rand(shape[2]).to(device, torch.bfloat16)
+
+    def results(keys: torch.Tensor) -> list[torch.Tensor]:
+        leaf = query.clone().requires_grad_()
+        additive = attn_kernels.additive_attention(leaf, keys, keys, v, backend="triton")
+        dot = attn_kernels.dot_attention(leaf, keys, keys, backend="triton")
+        scores = attn_kernels.additive_scores(leaf, keys, v, backend="triton")
+        total = sum(output.float().sum() for output in (*additive, *dot, scores))
+        return [*additive, *dot, scores, *torch.autograd.grad(total, leaf)]
+
+    for a, b in zip(results(far), results(near), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def configurations() -> ModuleType:
+    available("triton")
+    return importlib.import_module("attn_kernels.triton.configurations")
+
+
+def test_own_table_goes_before_the_shipped_one(configurations: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "configurations.json"
+    candidates = configurations.CANDIDATES["backward"]
+    assert configurations.table_of("A", file)["backward"] == candidates[0]
+    configurations.write("A", {"backward": candidates[1]}, file)
+    configurations.write("B", {"backward": candidates[2]}, file)  # and A stays
+    assert configurations.table_of("A", file)["backward"] == candidates[1]
+    assert configurations.table_of("B", file)["backward"] == candidates[2]
+    assert configurations.table_of("C", file)["backward"] == candidates[0]
+    assert configurations.table_of("A", file)["decode"] == configurations.CANDIDATES["decode"][0]
+    assert [path.name for path in file.parent.iterdir()] == [file.name], "something unfinished is left"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"A": []}', '{"A": {"backward": {"BLOCK_Q": 3, "BLOCK_A": 128}}}', '{"A": {"no such": {}}}'],
+)
+def test_a_table_that_is_not_right_is_named_and_not_used(configurations: ModuleType, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "configurations.json"
+    file.write_text(text)
+    with pytest.warns(UserWarning, match="configurations.json"):
+        table = configurations.table_of("A", file)
+    assert table == {entry: candidates[0] for entry, candidates in configurations.CANDIDATES.items()}
+
+
+def test_tuning_takes_what_wins(configurations: ModuleType, tmp_path: Path) -> None:
+    """On small inputs and with a clock that prefers the second candidate; every candidate gives the same results."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is tuned by the command itself")
+    tuning = importlib.import_module("attn_kernels.triton.tuning")
+    loads = [load._replace(sizes=[(1, min(load.sizes[-1][1], 18), 20, 33)]) for load in tuning.workloads()]
+    said: list[str] = []
+    clock = {entry: iter([2.0, 1.0] + [1.99] * len(configurations.CANDIDATES)) for entry in configurations.CANDIDATES}
+    running = iter([load.entry for load in loads for _ in configurations.CANDIDATES[load.entry]])
+    file = tuning.tune(
+        torch.device("cpu"), tmp_path / "table.json", lambda run: next(clock[next(running)]), loads, said.append
+    )
+    table = configurations.table_of("cpu", file)
+    for entry, candidates in configurations.CANDIDATES.items():
+        assert table[entry] == candidates[1], entry
+    assert set(json.loads(file.read_text())) == {"cpu"}
+    assert len([line for line in said if "of the time" in line]) == len(loads)
+
+
+def test_tune_says_that_it_needs_a_gpu() -> None:
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "attn_kernels", "tune"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert process.returncode == 1
+    assert "needs a GPU" in process.stderr
+    assert "Traceback" not in process.stderr
