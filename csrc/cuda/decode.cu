@@ -3,6 +3,7 @@
 // A block has a sentence, or a part of its steps, and all queries: scores of its steps (decode_scores.cuh), softmax
 // within the part, context of the part. Parts are put together by their largest scores and sums, in a fixed order: by
 // the blocks of a cluster, which read each other's shared memory, or by whichever block of the sentence comes last.
+#include "arrays.cuh"
 #include "decode.h"
 #include "decode_scores.cuh"
 
@@ -12,19 +13,6 @@ namespace {
 
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kMostClustered = 16;  // blocks of a cluster
-
-ATTN_DEVICE int64_t length_of(const Attended& a, int64_t b, int64_t steps) {
-  if (a.lengths == nullptr) return steps;
-  const int64_t i = b * a.lengths_stride;
-  const int64_t n =
-      a.lengths_are_64 ? static_cast<const int64_t*>(a.lengths)[i] : static_cast<const int32_t*>(a.lengths)[i];
-  return n < 0 ? 0 : n < steps ? n : steps;
-}
-
-ATTN_DEVICE bool allows(const Attended& a, int64_t b, int64_t i, int64_t j) {
-  return a.mask == nullptr ||
-         a.mask[b * a.mask_stride[0] + (a.per_query ? i * a.mask_stride[1] : 0) + j * a.mask_stride[2]];
-}
 
 // threadIdx.x, read anew, so that nothing made of it is kept in registers over the inner loops.
 ATTN_DEVICE int this_thread() {
@@ -53,7 +41,7 @@ struct Block {
     if (threadIdx.x == 0) {
       b = blockIdx.x / p.splits;
       rank = blockIdx.x % p.splits;
-      length = static_cast<int>(length_of(p.attended, b, p.Tk));
+      length = static_cast<int>(attended_steps(p.attended, b, p.Tk));
       const int part = (length + p.splits - 1) / p.splits, first = rank * part < length ? rank * part : length;
       int* place = this->place();
       place[0] = b, place[1] = rank, place[2] = length;
@@ -135,7 +123,7 @@ struct Block {
         unsigned bits = 0;
         if (j < steps.n) {
 #pragma unroll 1
-          for (int q = 0; q < p.Tq; ++q) bits |= unsigned(allows(p.attended, b, q, steps.first + j)) << q;
+          for (int q = 0; q < p.Tq; ++q) bits |= unsigned(mask_allows(p.attended, b, q, steps.first + j)) << q;
         }
         const unsigned some = __ballot_sync(kAllLanes, bits != 0);
         if (bits != 0) {
@@ -370,7 +358,7 @@ struct Block {
 #pragma unroll 1
       for (int j = threadIdx.x; j < p.Tk; j += kThreads) {
         W x = 0;
-        if (j < length && allows(p.attended, b, q, j))
+        if (j < length && mask_allows(p.attended, b, q, j))
           x = exp(static_cast<const W*>(p.scores)[row * p.Tk + j] - largest[q]) * normalisers[q];
         *alignment(q, j) = narrow<T>(x);
       }
