@@ -1,9 +1,9 @@
 // The gradients of the scores of additive attention: of query, keys, v and bias. Hidden units are computed again.
 //
-// With E = e^{2q} e^{2k}, s = 2 / (1 + E) - 1 = -tanh, and ds a quarter of the gradient of a score: t = ds s, g = ds - t s
-// = ds (1 - tanh^2). dquery and dkeys are sums of g times 4 v, dv is -4 times the sum of t, dbias the sum of dquery: eight
-// instructions for a pair and unit, one of them a special function. One less would do for sums of ds / (1 + E), which
-// cancel in dv where tanh is small.
+// With E = e^{2q} e^{2k}, tanh = 1 - 2 / (1 + E) and ds a quarter of the gradient of a score: t = ds tanh, g = ds - t tanh.
+// dquery and dkeys are sums of g times 4 v, dv is 4 times the sum of t, dbias the sum of dquery: eight instructions for a
+// pair and unit, one of them a special function, and where one instruction does two (two.cuh) half of the others. One
+// less would do for sums of ds / (1 + E), which cancel in dv where tanh is small.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
@@ -13,6 +13,7 @@
 #include "pair.cuh"
 #include "rows.cuh"
 #include "sum_parts.cuh"
+#include "two.cuh"
 
 namespace attn {
 namespace cuda {
@@ -126,12 +127,12 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
 #pragma unroll 1
   for (int m = 0; m < kQ * kLaneUnits; ++m) mine()[m * kWarp] = of_query(q0 + m / kLaneUnits, m % kLaneUnits);
 
-  W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits], sum_t[kLaneUnits];
+  W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits];
+  Two<W> sum_t[kLaneUnits] = {};  // of even and odd queries
   // What is out of range counts as 0 in the factored form: there it may only be something that is not attended.
   unsigned outside = 0;  // a bit for each query
 #pragma unroll
   for (int n = 0; n < kLaneUnits; ++n) {
-    sum_t[n] = 0;
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       dq[i][n] = eq[i][n] = 0;
@@ -186,22 +187,30 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
     if (factored) {
 #pragma unroll(kQ <= 8 ? 2 : 1)
       for (int row = first; row < last; ++row) {
-        W ds[kQ], k[kLaneUnits], dk[kLaneUnits] = {};
+        W ds[kQ], k[kLaneUnits];
+        Two<W> dk[kLaneUnits] = {};
         load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
 #pragma unroll
-        for (int i = 0; i < kQ; ++i)
+        for (int i = 0; i < kQ; i += 2) {
+          constexpr Two<W> kOne{1, 1}, kTwo{2, 2}, kMinusOne{-1, -1};
+          const Two<W> gradient{ds[i], ds[i + 1]}, negative = gradient * kMinusOne;
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) {
-            const W minus_tanh = 2 * reciprocal(1 + eq[i][n] * k[n]) - 1;
-            const W t = ds[i] * minus_tanh, g = ds[i] - t * minus_tanh;
-            dq[i][n] += g;
-            dk[n] += g;
-            sum_t[n] += t;
+            const Two<W> e1 = multiply_add(Two<W>{eq[i][n], eq[i + 1][n]}, Two<W>{k[n], k[n]}, kOne);
+            const Two<W> minus_tanh = multiply_add(reciprocal(e1), kTwo, kMinusOne);
+            const Two<W> t = negative * minus_tanh, g = multiply_add(t, minus_tanh, gradient);
+            const Two<W> sum = Two<W>{dq[i][n], dq[i + 1][n]} + g;
+            dq[i][n] = sum.x;
+            dq[i + 1][n] = sum.y;
+            dk[n] = dk[n] + g;
+            sum_t[n] = sum_t[n] + t;
           }
+        }
 #pragma unroll
-        for (int n = 0; n < kLaneUnits; ++n) s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n];
+        for (int n = 0; n < kLaneUnits; ++n)
+          s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n].x + dk[n].y;
       }
     } else {  // without the factors; what is not attended may be NaN
       for (int row = first; row < last; ++row)
@@ -213,10 +222,10 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
             const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
             if (ds == 0) continue;
             const W tanh = tanh_of(of_query(q0 + i, n) + of_key(j0 + row, n));
-            const W t = -ds * tanh, g = ds + t * tanh;
+            const W t = ds * tanh, g = ds - t * tanh;
             mine()[(i * kLaneUnits + n) * kWarp] += g;
             dk += g;
-            sum_t[n] += t;
+            sum_t[n].x += t;
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
@@ -279,10 +288,13 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       [&](int n, W sum) {
         if (first_unit + n < op.A) dunits[op.A + first_unit + n] = sum;
       });
+  W all_t[kLaneUnits];
+#pragma unroll
+  for (int n = 0; n < kLaneUnits; ++n) all_t[n] = sum_t[n].x + sum_t[n].y;
   over_warps(
-      sum_t, [](int) { return true; },
+      all_t, [](int) { return true; },
       [&](int n, W sum) {
-        if (first_unit + n < op.A) dunits[first_unit + n] = -4 * sum;
+        if (first_unit + n < op.A) dunits[first_unit + n] = 4 * sum;
       });
 }
 
@@ -339,8 +351,8 @@ void additive_scores_backward(const AdditiveScores& op, const Attended& attended
   check_sizes(op);
   auto run = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };
   if (op.query.dtype == Dtype::float64)
-    return run(op.Tq == 1 ? launch_backward<double, 1> : launch_backward<double, 4>);
-  if (op.Tq == 1) return run(launch_backward<float, 1>);
+    return run(op.Tq <= 2 ? launch_backward<double, 2> : launch_backward<double, 4>);
+  if (op.Tq <= 2) return run(launch_backward<float, 2>);
   if (op.Tq <= 4) return run(launch_backward<float, 4>);
   // A step costs a warp about as much as 1.5 queries besides the queries themselves.
   auto cost = [&](int queries) { return double(ceil_div(op.Tq, queries)) * (queries + 1.5); };

@@ -105,11 +105,17 @@ ATTN_DEVICE void add_shared(const float* eq, const float* ek, const float* const
       }
       const float* c = constants + half;
 #pragma unroll
-      for (int i = 0; i < kQ; ++i)
+      for (int j = 0; j < kK; ++j)
 #pragma unroll
-        for (int j = 0; j < kK; ++j)
-          part[i][j] =
-              add_three(c[0] + q[0][i] * k[0][j], c[1] + q[1][i] * k[1][j], c[2] + q[2][i] * k[2][j], part[i][j]);
+        for (int i = 0; i < kQ; i += 2) {
+          Two<float> d[3];
+#pragma unroll
+          for (int n = 0; n < 3; ++n)
+            d[n] = multiply_add({q[n][i], q[n][i + 1]}, {k[n][j], k[n][j]}, Two<float>{c[n], c[n]});
+          const Two<float> sum = add_three(d[0], d[1], d[2], Two<float>{part[i][j], part[i + 1][j]});
+          part[i][j] = sum.x;
+          part[i + 1][j] = sum.y;
+        }
     }
     eq += kStep * kColumns;
     ek += kStep * kColumns;

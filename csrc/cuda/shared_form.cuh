@@ -2,7 +2,7 @@
 // the CPU (cpu/additive_attention_fwd.h), where the limits are derived.
 #pragma once
 
-#include "platform.cuh"
+#include "two.cuh"
 
 namespace attn {
 namespace cuda {
@@ -26,10 +26,11 @@ ATTN_HOST_DEVICE float power_of_two_above(float x) {
   return bit_cast<float>((bit_cast<std::uint32_t>(x) & 0x7f800000u) + 0x00800000u);
 }
 
-// total + 1 / d1 + 1 / d2 + 1 / d3
-ATTN_HOST_DEVICE float add_three(float d1, float d2, float d3, float total) {
-  const float product = d1 * d2;
-  return total + ((d1 + d2) * d3 + product) * reciprocal(product * d3);
+// total + 1 / d1 + 1 / d2 + 1 / d3, of float or Two<float>
+template <typename V>
+ATTN_HOST_DEVICE V add_three(V d1, V d2, V d3, V total) {
+  const V product = d1 * d2;
+  return multiply_add(multiply_add(d1 + d2, d3, product), reciprocal(product * d3), total);
 }
 
 // total += x; what that rounds off is kept in `lost` for the next time.
