@@ -13,6 +13,8 @@
 //
 // The exponentials are made without knowing whether they are in range. Largest |q| and |k| are found on the way, and
 // pairs outside the limits make the block walk again with tanh itself. Limits as on the CPU (cpu/additive_attention_fwd.h).
+#include <algorithm>
+
 #include "kernels.h"
 #include "launch.h"
 #include "pair.cuh"
@@ -26,12 +28,10 @@ namespace {
 constexpr int kStep = 6;            // units that a thread takes in one turn of its loop: twice three
 constexpr int kUnits = 12;          // of a chunk, in each share of the units
 constexpr int kQuads = kUnits / 4;  // what a thread brings at once
+constexpr int kKnownItems = 3;      // quads of a thread whose place is kept in registers; large tiles have no more
 template <typename W>
 constexpr int kMostThreads = sizeof(W) == 4 ? 384 : 256;  // with the registers that they need
 constexpr int kMostShares = 12, kMostColumns = 192;
-// Quads that a thread brings while it computes, as many as registers allow; further ones come when they are needed.
-template <bool kInFours>
-constexpr int kQuadsAhead = kInFours ? 2 : 1;
 
 struct ScoresTile {
   AdditiveScores op;
@@ -41,7 +41,7 @@ struct ScoresTile {
   // A block has threads_q x threads_k threads for each of `shares` shares of the units, and what fills the last warp.
   int threads_q, threads_k, shares;
   int64_t tiles_q, tiles_k;  // blocks along queries and steps
-  int64_t share_units;       // of a share, a multiple of kStep
+  int share_units;           // of a share, a multiple of kStep
 };
 
 // What the shared form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
@@ -144,7 +144,8 @@ struct Staged {
   W* rows;                            // [share][unit][kColumns]: a constant, so that loads need no arithmetic
   W *constants, *factors, *biases;    // [share][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}
   W* halves;                          // [share]
-  W* reach;                           // [share][quad][columns]: largest |q|, |k| of what one thread brought
+  W* slots;                           // [item][4], item = (share, quad, column): the next four units of a row
+  W* reach;                           // [item]: the largest of them so far, in magnitude
   float* buffer;                      // of of_block
 
   ATTN_DEVICE Staged(int shares, int columns_q, int columns_k)
@@ -153,14 +154,15 @@ struct Staged {
     constants = rows + shares * kUnits * kColumns;
     factors = constants + shares * kUnits;
     biases = factors + shares * kUnits;
-    reach = biases + shares * kUnits;
+    slots = biases + shares * kUnits;
+    reach = slots + 4 * shares * kQuads * columns;
     halves = reach + shares * kQuads * columns;
     buffer = reinterpret_cast<float*>(halves + shares);
   }
 
   static int64_t bytes(int shares, int columns_q, int columns_k) {
     const int columns = columns_q + columns_k;
-    const int64_t staged = int64_t(shares) * (kUnits * kColumns + 3 * kUnits + kQuads * columns + 1);
+    const int64_t staged = int64_t(shares) * (kUnits * kColumns + 3 * kUnits + 5 * kQuads * columns + 1);
     const int64_t summed = int64_t(shares) * columns_q * columns_k;
     return (staged > summed ? staged : summed) * int64_t(sizeof(W)) + kMostThreads<W> / kWarp * int64_t(sizeof(float));
   }
@@ -174,7 +176,7 @@ ATTN_DEVICE void load_4_staged(const W* from, W* x) {
 }
 
 template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kInFours>
-ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t b, int64_t q0, int64_t k0, float unit,
+ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, int q0, int k0, float unit,
                       W (&total)[kQ][kK]) {
   const AdditiveScores& op = a.op;
   const int columns = s.columns, share = threadIdx.x / (a.threads_q * a.threads_k);
@@ -184,36 +186,43 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t
   const W* mine_v = s.constants + (works ? share : 0) * kUnits;
   const int mine_q = within / a.threads_k * kQ, mine_k = s.columns_q + within % a.threads_k * kK;
 
-  // An item is four units of a row. Consecutive threads have consecutive rows.
-  constexpr int kAhead = kQuadsAhead<kInFours>;
-  const int items = a.shares * kQuads * columns;
+  // An item is four units of a row. Consecutive threads have consecutive rows. The first items of a thread are known.
   struct Item {
-    int column, unit;  // unit of the chunk, counted over all shares
-  } ahead[kAhead];
-  auto item = [&](int index) { return Item{index % columns, index / columns * 4}; };
+    short column, unit;  // unit of the chunk, counted over all shares
+  } known[kKnownItems];
+  const int items = a.shares * kQuads * columns;
+  auto item = [&](int index) {
+    return Item{static_cast<short>(index % columns), static_cast<short>(index / columns * 4)};
+  };
 #pragma unroll
-  for (int n = 0; n < kAhead; ++n) ahead[n] = item(threadIdx.x + n * blockDim.x);
-  for (int n = threadIdx.x; n < items; n += blockDim.x) s.reach[n] = 0;
-  auto first_unit = [&](int of_share, int64_t chunk) { return of_share * a.share_units + chunk * kUnits; };
+  for (int n = 0; n < kKnownItems; ++n) known[n] = item(threadIdx.x + n * blockDim.x);
+  auto for_items = [&](auto body) {
+#pragma unroll
+    for (int n = 0; n < kKnownItems; ++n) {
+      const int index = threadIdx.x + n * blockDim.x;
+      if (index < items) body(index, known[n]);
+    }
+    for (int index = threadIdx.x + kKnownItems * blockDim.x; index < items; index += blockDim.x)
+      body(index, item(index));
+  };
+  for_items([&](int index, Item) { s.reach[index] = 0; });
+  auto first_unit = [&](int of_share, int chunk) { return of_share * a.share_units + chunk * kUnits; };
   // Of v and bias: 16 threads for each share, in whole warps.
   const int v_share = threadIdx.x / 16, v_unit = threadIdx.x % 16;
   W next_v = 0, next_bias = 0;
 
-  auto read = [&](Item of, int64_t chunk, W* x) {
-    const bool is_query = of.column < s.columns_q;
-    const int64_t u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits;
-    const int64_t row = is_query ? q0 + of.column : k0 + of.column - s.columns_q;
-    const bool exists = row < (is_query ? op.Tq : op.Tk);
-    const Array3& from = is_query ? op.query : op.keys;
-    load_4<W, kInFours>(from, b * from.stride[0] + row * from.stride[1], u, exists ? op.A : 0, x);
-  };
-  // From the rows to registers, where it arrives while the threads compute; later from there to shared memory.
-  W brought[kAhead][4];
-  auto bring = [&](int64_t chunk) {
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n)
-      if (ahead[n].unit < a.shares * kUnits) read(ahead[n], chunk, brought[n]);
-    const int64_t u = first_unit(v_share, chunk) + v_unit;
+  // From the rows to slots in shared memory, where it arrives while the threads compute; each thread has its own.
+  auto bring = [&](int chunk) {
+    for_items([&](int index, Item of) {
+      const bool is_query = of.column < s.columns_q;
+      const int u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits;
+      const int row = is_query ? q0 + of.column : k0 + of.column - s.columns_q;
+      const bool exists = row < (is_query ? op.Tq : op.Tk);
+      const Array3& from = is_query ? op.query : op.keys;
+      fill_slot<W, kInFours>(from, b * from.stride[0] + row * from.stride[1], u, exists ? op.A : 0,
+                             s.slots + 4 * index);
+    });
+    const int u = first_unit(v_share, chunk) + v_unit;
     const bool exists = v_share < a.shares && v_unit < a.share_units - chunk * kUnits && v_unit < kUnits && u < op.A;
     next_v = exists ? element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]) : W(0);
     const bool biased = exists && op.bias.data != nullptr;
@@ -236,35 +245,28 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t
     s.biases[v_share * kUnits + v_unit] = next_bias;
     if (v_unit == 0) s.halves[v_share] = half;
   };
-  auto stage_item = [&](Item of, const W* from) {
-    const bool is_query = of.column < s.columns_q;
-    W* to = s.rows + of.unit * kColumns + of.column;
-    W* reach = s.reach + of.unit / 4 * columns + of.column;
-    W top = *reach, bias[4], factor[4];
-    if (is_query) {
-      load_4_staged(s.biases + of.unit, bias);
-      load_4_staged(s.factors + of.unit, factor);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      W x = is_query ? from[i] + bias[i] : from[i];
-      if constexpr (kForm == Form::shared) {
-        top = larger_magnitude(top, x);
-        x = is_query ? factor[i] * quick_exp2x(x) : quick_exp2x(x);
+  auto stage = [&]() {
+    wait_for_copies();
+    for_items([&](int index, Item of) {
+      const bool is_query = of.column < s.columns_q;
+      W* to = s.rows + of.unit * kColumns + of.column;
+      W x[4], bias[4], factor[4], top = s.reach[index];
+      read_slot<W, kInFours>(s.slots + 4 * index, op.query.dtype, x);
+      if (is_query) {
+        load_4_staged(s.biases + of.unit, bias);
+        load_4_staged(s.factors + of.unit, factor);
       }
-      to[i * kColumns] = x;
-    }
-    *reach = top;
-  };
-  auto stage = [&](int64_t chunk) {
 #pragma unroll
-    for (int n = 0; n < kAhead; ++n)
-      if (ahead[n].unit < a.shares * kUnits) stage_item(ahead[n], brought[n]);
-    for (int n = threadIdx.x + kAhead * blockDim.x; n < items; n += blockDim.x) {
-      W x[4];
-      read(item(n), chunk, x);
-      stage_item(item(n), x);
-    }
+      for (int i = 0; i < 4; ++i) {
+        if (is_query) x[i] += bias[i];
+        if constexpr (kForm == Form::shared) {
+          top = larger_magnitude(top, x[i]);
+          x[i] = is_query ? factor[i] * quick_exp2x(x[i]) : quick_exp2x(x[i]);
+        }
+        to[i * kColumns] = x[i];
+      }
+      s.reach[index] = top;
+    });
   };
 
   // part: what has not been added to the total yet, so that sums stay as small as the scores: every second chunk, half
@@ -277,13 +279,12 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t
   bring(0);
   stage_v();
   __syncthreads();
-  const int64_t chunks = (a.share_units + kUnits - 1) / kUnits;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    stage(chunk);
+  const int chunks = (a.share_units + kUnits - 1) / kUnits;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    stage();
     __syncthreads();
     if (chunk + 1 < chunks) bring(chunk + 1);
-    const int64_t left = a.share_units - chunk * kUnits;
-    const int units = left < kUnits ? static_cast<int>(left) : kUnits;
+    const int left = a.share_units - chunk * kUnits, units = left < kUnits ? left : kUnits;
     if constexpr (kForm == Form::shared) {
       owed += s.halves[works ? share : 0];
       if (chunk % 2 == 0) {
@@ -317,7 +318,7 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t
 
 // Adds up the shares and writes the tile.
 template <typename W, int kQ, int kK, int kColumns>
-ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, int64_t b, int64_t q0, int64_t k0,
+ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, int b, int q0, int k0,
                             const W (&total)[kQ][kK]) {
   const int pairs = s.columns_q * s.columns_k, threads = a.threads_q * a.threads_k;
   W* sums = s.rows;  // [share][columns_q][columns_k]
@@ -331,7 +332,7 @@ ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, i
   }
   __syncthreads();
   for (int e = threadIdx.x; e < pairs; e += blockDim.x) {
-    const int64_t i = q0 + e / s.columns_k, j = k0 + e % s.columns_k;
+    const int i = q0 + e / s.columns_k, j = k0 + e % s.columns_k;
     if (i >= a.op.Tq || j >= a.op.Tk) continue;
     W x = 0;
     for (int n = 0; n < a.shares; ++n) x += sums[n * pairs + e];
@@ -341,8 +342,8 @@ ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, i
 
 // Whether a pair that is attended lies outside the limits of the shared form; the same for all threads.
 template <int kColumns>
-ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>& s, int64_t b, int64_t q0, int64_t k0,
-                              int64_t length, float least_reach) {
+ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>& s, int b, int q0, int k0, int length,
+                              float least_reach) {
   for (int column = threadIdx.x; column < s.columns; column += blockDim.x) {
     float top = 0;
     for (int n = 0; n < a.shares * kQuads; ++n) top = fmaxf(top, s.reach[n * s.columns + column]);
@@ -361,13 +362,12 @@ ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>
 
 // Scores of a tile of queries and steps. Tiles beyond the length are left as they are.
 template <typename W, int kQ, int kK, int kColumns, bool kInFours>
-__global__ void __launch_bounds__(kMostThreads<W>) many_queries_scores_kernel(ScoresTile a) {
-  // In 32 bits, as the grid is: a division of 64 bits is a call.
-  const unsigned tiles_q = static_cast<unsigned>(a.tiles_q), tiles_k = static_cast<unsigned>(a.tiles_k);
-  const int64_t b = blockIdx.x / (tiles_q * tiles_k);
-  const int64_t q0 = int64_t(blockIdx.x / tiles_k % tiles_q) * a.threads_q * kQ;
-  const int64_t k0 = int64_t(blockIdx.x % tiles_k) * a.threads_k * kK;
-  const int64_t length = attended_steps(a.attended, b, a.op.Tk);
+__global__ void __launch_bounds__(kMostThreads<W>, 1) many_queries_scores_kernel(ScoresTile a) {
+  // Positions in 32 bits: dividing those of 64 is a call, and they would take too many registers.
+  const int tiles_q = static_cast<int>(a.tiles_q), tiles_k = static_cast<int>(a.tiles_k), tile = blockIdx.x;
+  const int b = tile / (tiles_q * tiles_k);
+  const int q0 = tile / tiles_k % tiles_q * a.threads_q * kQ, k0 = tile % tiles_k * a.threads_k * kK;
+  const int length = static_cast<int>(attended_steps(a.attended, b, a.op.Tk));
   if (k0 >= length) return;
   const Staged<W, kColumns> s(a.shares, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
@@ -390,12 +390,15 @@ ScoresTile choose_tile(const AdditiveScores& op) {
   const double processors = current_device().multiprocessors;
   ScoresTile best{};
   double least = INFINITY;
-  for (int64_t tiles_q = ceil_div(threads_q, 64); tiles_q <= threads_q; ++tiles_q) {
+  // From the fewest blocks that the limits allow to some more: further ones only bring more of the rows.
+  const int64_t least_q = ceil_div(threads_q * kQ, kMostColumns - kK);
+  for (int64_t tiles_q = least_q; tiles_q <= threads_q && tiles_q < least_q + 8; ++tiles_q) {
     const int64_t tq = ceil_div(threads_q, tiles_q);
     if (tiles_q != ceil_div(threads_q, tq)) continue;  // another one with the same threads
-    for (int64_t tiles_k = 1; tiles_k <= threads_k; ++tiles_k) {
+    const int64_t least_k = ceil_div(threads_k, std::min(kMostThreads<W> / tq, (kMostColumns - tq * kQ) / kK));
+    for (int64_t tiles_k = least_k; tiles_k <= threads_k && tiles_k < least_k + 12; ++tiles_k) {
       const int64_t tk = ceil_div(threads_k, tiles_k), threads = tq * tk, columns = tq * kQ + tk * kK;
-      if (tiles_k != ceil_div(threads_k, tk) || threads > kMostThreads<W> || columns > kMostColumns) continue;
+      if (tiles_k != ceil_div(threads_k, tk)) continue;
       for (int64_t shares = 1; shares * threads <= kMostThreads<W> && shares <= kMostShares; ++shares) {
         const int64_t units = ceil_div(steps, shares) * kStep;
         if (shares > ceil_div(op.A, units) || (shares > 1 && threads < 16)) break;  // 16 of them bring v
@@ -411,7 +414,7 @@ ScoresTile choose_tile(const AdditiveScores& op) {
         best.shares = static_cast<int>(shares);
         best.tiles_q = tiles_q;
         best.tiles_k = tiles_k;
-        best.share_units = units;
+        best.share_units = static_cast<int>(units);
       }
     }
   }

@@ -198,6 +198,26 @@ ATTN_DEVICE void prefetch(const void* address) {
 #endif
 }
 
+// Copies 16 or 8 bytes from global to shared memory while the thread goes on. What a thread has copied in this way it may
+// read after wait_for_copies(), others after a barrier besides.
+ATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
+#if defined(__CUDA_ARCH__)
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from) : "memory");
+#else
+  memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+ATTN_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Clusters of blocks: compute capability 9.0 and later -----------------------------------------------------------------
 
 // Which block of its cluster this is.

@@ -39,31 +39,44 @@ inline void check_sizes(const AdditiveScores& op) {
     throw std::runtime_error("attn_kernels: more than 2^31 queries, steps or units");
 }
 
-// Whether load_4 may read four units at once: rows are whole fours that lie side by side and aligned.
+// Whether four units may be read at once: rows are whole fours that lie side by side and aligned.
 inline bool in_fours_of(const Array3& a, int64_t n) {
   const uintptr_t bytes = static_cast<uintptr_t>(4 * item_size(a.dtype));
   return n % 4 == 0 && a.stride[2] == 1 && a.stride[0] % 4 == 0 && a.stride[1] % 4 == 0 &&
          reinterpret_cast<uintptr_t>(a.data) % bytes == 0;
 }
 
-// x[0 .. 4) = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond.
+// slot = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond. The slot, of
+// this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
+// stored, and are what read_slot widens after wait_for_copies().
 template <typename W, bool kInFours>
-ATTN_DEVICE void load_4(const Array3& a, int64_t offset, int64_t u, int64_t n, W* x) {
+ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n, W* slot) {
   if constexpr (kInFours && sizeof(W) == 4) {
-    x[0] = x[1] = x[2] = x[3] = 0;
-    if (u >= n) return;
-    if (a.dtype == Dtype::float32) {
-      load_16_bytes(static_cast<const float*>(a.data) + offset + u, reinterpret_cast<float*>(x));
-      return;
-    }
-    const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(a.data) + offset + u);
-    uint16_t part[4];
-    memcpy(part, &raw, 8);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = a.dtype == Dtype::bfloat16 ? widen(BFloat16{part[i]}) : widen(Float16{part[i]});
+    const int item = a.dtype == Dtype::float32 ? 4 : 2;
+    if (u < n)
+      copy_async(slot, static_cast<const char*>(a.data) + (offset + u) * item, 4 * item);
+    else
+      *reinterpret_cast<uint4*>(slot) = uint4{0, 0, 0, 0};
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = u + i < n ? element<W>(a.data, a.dtype, offset + (u + i) * a.stride[2]) : W(0);
+    for (int i = 0; i < 4; ++i)
+      slot[i] = u + i < n ? element<W>(a.data, a.dtype, offset + (u + i) * a.stride[2]) : W(0);
+  }
+}
+
+template <typename W, bool kInFours>
+ATTN_DEVICE void read_slot(const W* slot, Dtype dtype, W* x) {
+  if (kInFours && sizeof(W) == 4 && dtype != Dtype::float32) {
+    uint4 raw = *reinterpret_cast<const uint4*>(slot);
+    const unsigned words[2] = {raw.x, raw.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+      x[i] = dtype == Dtype::bfloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(slot + i, x + i);
   }
 }
 
