@@ -187,7 +187,7 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
         factored = next(loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements)
         instructions = sum(factored.values()) / elements
         # 7 for each pair, and about 40 for each step: its exponential, its loads, its sum and store.
-        if instructions > (9.0 if elements >= 32 else 10.0):
+        if instructions > (9.0 if elements >= 32 else 10.5):
             problems.append(f"{instructions:.2f} instructions for a unit of a pair")
         if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
             problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")

@@ -38,6 +38,7 @@ def _walk_steps(
         eq = exp2x(q) * exp2x(shift)[None, :]
     sum_g = tl.zeros(q.shape, dtype=q.dtype)
     sum_p = tl.zeros([q.shape[1]], dtype=q.dtype)
+    lost_p = tl.zeros([q.shape[1]], dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     keys += first[:, None] * stride_kk + u[None, :] * stride_ka
     dkeys += first[:, None] * A + u[None, :]
@@ -61,7 +62,11 @@ def _walk_steps(
         p = ds[:, :, None] * r
         g = p - p * r
         sum_g += tl.sum(g, axis=1)
-        sum_p += tl.sum(tl.sum(p, axis=0), axis=0)
+        # What an addition loses is carried to the next: dv, the sum of ds - 2 p, cancels where the inputs are small.
+        term = tl.sum(tl.sum(p, axis=0), axis=0) - lost_p
+        new_sum_p = sum_p + term
+        lost_p = (new_sum_p - sum_p) - term
+        sum_p = new_sum_p
         gradient = times_4v(tl.sum(g, axis=0), v4, MASKED)
         gradient += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
         tl.store(dkeys, gradient, mask=in_keys)
