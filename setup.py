@@ -112,7 +112,7 @@ class BuildExtension(build_ext):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()
-        common = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", "-c"]
+        common = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", "-c"]
         codes = architectures(nvcc)
         targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
         targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for what comes later
