@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
   for (int m = 0; m < kQ * kLaneUnits; ++m) mine()[m * kWarp] = of_query(q0 + m / kLaneUnits, m % kLaneUnits);
 
   W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits];
-  Two<W> sum_t[kLaneUnits] = {};  // of even and odd queries
+  W sum_t[kLaneUnits] = {};
   // What is out of range counts as 0 in the factored form: there it may only be something that is not attended.
   unsigned outside = 0;  // a bit for each query
 #pragma unroll
@@ -185,10 +185,11 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       factored = !__any_sync(kAllLanes, used);
     }
     if (factored) {
+      Two<W> chunk_t[kLaneUnits] = {};
 #pragma unroll(kQ <= 8 ? 2 : 1)
       for (int row = first; row < last; ++row) {
         W ds[kQ], k[kLaneUnits];
-        Two<W> dk[kLaneUnits] = {};
+        Two<W> dk[kLaneUnits] = {};  // of even and odd queries
         load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
@@ -205,13 +206,15 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
             dq[i][n] = sum.x;
             dq[i + 1][n] = sum.y;
             dk[n] = dk[n] + g;
-            sum_t[n] = sum_t[n] + t;
+            chunk_t[n] = chunk_t[n] + t;
           }
         }
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n)
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n].x + dk[n].y;
       }
+#pragma unroll
+      for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
     } else {  // without the factors; what is not attended may be NaN
       for (int row = first; row < last; ++row)
 #pragma unroll
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
             const W t = ds * tanh, g = ds - t * tanh;
             mine()[(i * kLaneUnits + n) * kWarp] += g;
             dk += g;
-            sum_t[n].x += t;
+            sum_t[n] += t;
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
@@ -288,11 +291,8 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       [&](int n, W sum) {
         if (first_unit + n < op.A) dunits[op.A + first_unit + n] = sum;
       });
-  W all_t[kLaneUnits];
-#pragma unroll
-  for (int n = 0; n < kLaneUnits; ++n) all_t[n] = sum_t[n].x + sum_t[n].y;
   over_warps(
-      all_t, [](int) { return true; },
+      sum_t, [](int) { return true; },
       [&](int n, W sum) {
         if (first_unit + n < op.A) dunits[first_unit + n] = 4 * sum;
       });
