@@ -110,9 +110,9 @@ RULES = (
     Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
     # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
     # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
-    Rule(r"^_many_scores_kernel", FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
+    Rule(r"^many_scores_kernel$", FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
     Rule(
-        r"^_backward_kernel",
+        r"^backward_kernel$",
         BACKWARD,
         sharing=1,
         special=1.02,
@@ -120,7 +120,8 @@ RULES = (
         stack=32,
         applies=_is_many_queries_of_triton,
     ),
-    Rule(r"^_\w+_kernel", OTHER, stack=32),
+    Rule(r"^decode_kernel$", DECODE, wide_loads=True, stack=32, applies=_is_float32),
+    Rule(r"^_?\w+_kernel$", OTHER, stack=32),
     Rule(r"", OTHER),
 )
 
