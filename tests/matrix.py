@@ -500,10 +500,15 @@ def _first(where: Tensor) -> tuple[int, ...]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether the kernels of a GPU run on the CPU: right, and a thousand times slower."""
+    """Whether the kernels of a GPU run on the CPU."""
     if backend == "cuda":
         return emulated()
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_slow(backend: str) -> bool:
+    """Whether the kernels run in Triton's interpreter: tests make do with few and small cases there."""
+    return backend == "triton" and interpreted(backend)
 
 
 def device_of(backend: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from matrix import CASES, OPS, Case, Op, assert_close, call, interpreted, make
+from matrix import CASES, OPS, Case, Op, assert_close, call, is_slow, make
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -42,7 +42,7 @@ def function_of_leaves(op: Op, case: Case, backend: str, device: str) -> tuple[C
 @pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
 @ops
 def test_gradcheck(op: Op, backend: str, device: str, case: Case) -> None:
-    if interpreted(backend) and case not in (VARIANTS["plain"], VARIANTS["both"], VARIANTS["2-D"]):
+    if is_slow(backend) and case not in (VARIANTS["plain"], VARIANTS["both"], VARIANTS["2-D"]):
         pytest.skip("the other variants are enough for Triton's interpreter")
     function, leaves = function_of_leaves(op, case, backend, device)
     fast = backend == "triton"  # one direction for each output instead of every element

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import attn_kernels
 from attn_kernels.ops import kernel
-from matrix import CASES, OPS, SHAPES, Case, Op, assert_close, call, eager_errors, interpreted, make, oracle
+from matrix import CASES, OPS, SHAPES, Case, Op, assert_close, call, eager_errors, is_slow, make, oracle
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -48,7 +48,7 @@ def op_arguments(op: Op, case: Case, dtype: torch.dtype, device: str, requires_g
 
 
 def skip_if_many(backend: str, name: str) -> None:
-    if interpreted(backend) and name in ("no bias", "masked"):
+    if is_slow(backend) and name in ("no bias", "masked"):
         pytest.skip("the other cases are enough for Triton's interpreter")
 
 
@@ -73,7 +73,7 @@ def test_opcheck_of_backward(op: Op, fused: str, device: str, dtype: torch.dtype
         torch.library.opcheck(backward, (*grads, *arguments))
         return
     _, alignments = kernel(op.name, fused)(*arguments)
-    for given in (tuple(grads), (grads[0], None), (None, grads[1]))[: 1 if interpreted(fused) else 3]:
+    for given in (tuple(grads), (grads[0], None), (None, grads[1]))[: 1 if is_slow(fused) else 3]:
         torch.library.opcheck(backward, (*given, *arguments[:-1], alignments))
 
 
@@ -130,7 +130,7 @@ def test_compile(op: Op, backend: str, device: str, dynamic: bool | None, name: 
 def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     """Ten lengths of the memory, in batches and with numbers of queries that change too: two compilations at most."""
     function, counter = compiled(op, backend, dynamic=None)
-    for i, steps in enumerate((7, 12, 5, 33, 18, 21, 9, 40, 11, 28)[: 5 if interpreted(backend) else 10]):
+    for i, steps in enumerate((7, 12, 5, 33, 18, 21, 9, 40, 11, 28)[: 5 if is_slow(backend) else 10]):
         check_compiled(function, op, Case(B=2 + i % 3, Tq=3 + i % 2, Tk=steps, A=8, D=6, lengths="random"), device)
         if i == 1:
             before = counter.frame_count

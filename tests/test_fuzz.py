@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, interpreted
+from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, is_slow
 
 pytestmark = pytest.mark.every_level
 
@@ -62,8 +62,8 @@ def cases(draw: st.DrawFn, op: Op, limits: dict[str, int], product: int) -> Case
 
 @pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
 def test_fuzz(op: Op, backend: str) -> None:
-    few = interpreted(backend) or backend == "reference"
-    bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if interpreted(backend) else (LIMITS, PRODUCT)
+    few = is_slow(backend) or backend == "reference"
+    bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if is_slow(backend) else (LIMITS, PRODUCT)
     long_run = "ATTN_KERNELS_FUZZ_CASES" in os.environ
 
     @settings(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrix import VARIANTS, Arguments, Case, Op, check, check_by_sentences, interpreted, make, run
+from matrix import VARIANTS, Arguments, Case, Op, check, check_by_sentences, is_slow, make, run
 
 pytestmark = pytest.mark.every_level
 ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
@@ -53,13 +53,13 @@ SPECIAL = {
 def test_nan_and_inf_spread_as_the_formula_says(
     op: Op, backend: str, device: str, special: float, masks: dict, size: str
 ) -> None:
-    if interpreted(backend) and ("lengths" in masks or size != "small"):
+    if is_slow(backend) and ("lengths" in masks or size != "small"):
         pytest.skip("the other masks and the small size are enough for Triton's interpreter")
     case = SPECIAL[size]._replace(**masks)
     for name in op.inputs:
         if name in ("v", "bias") and "mask" in masks:
             continue  # they take part in every pair, padding too: whether 0 * NaN is 0 there is left open
-        for dtype in (torch.float32, torch.bfloat16)[: 1 if interpreted(backend) else 2]:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if is_slow(backend) else 2]:
             arguments = make(op, case, dtype, device)
             arguments.tensors[name][PLACES[name]] = special
             try:
@@ -110,7 +110,7 @@ def test_large_inputs(op: Op, backend: str, device: str, dtype: torch.dtype, siz
 @additive_ops
 def test_small_inputs(op: Op, fused: str, device: str, dtype: torch.dtype, size: float) -> None:
     """Scores of tanh near 0, where 1 - 2 / (1 + e^2x) would show how exact its reciprocal is."""
-    for queries, units in [(3, 16)] if interpreted(fused) else [(1, 40), (9, 40), (10, 512)]:
+    for queries, units in [(3, 16)] if is_slow(fused) else [(1, 40), (9, 40), (10, 512)]:
         arguments = make(op, Case(B=2, Tq=queries, Tk=19, A=units, D=8), dtype, device)
         for name in ("query", "keys", "bias"):
             arguments.tensors[name].mul_(size)
@@ -139,7 +139,7 @@ def _vectors(size: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("vector", _vectors(1))
 @additive_ops
 def test_score_vector(op: Op, backend: str, device: str, vector: str, size: float) -> None:
-    sizes = [(3, 1), (3, 5), (3, 19), (3, 48)] + [(1, 16), (1, 100), (9, 21), (9, 100)] * (not interpreted(backend))
+    sizes = [(3, 1), (3, 5), (3, 19), (3, 48)] + [(1, 16), (1, 100), (9, 21), (9, 100)] * (not is_slow(backend))
     for queries, units in sizes:
         case = Case(B=2, Tq=queries, Tk=9, A=units, D=6)
         arguments = make(op, case, torch.float32, device)
@@ -195,7 +195,7 @@ def test_edges_of_guards(op: Op, fused: str, device: str, share: float, cancel: 
 
     Each sentence of a batch has its own |q| + |k|; neighbours in size are compared together.
     """
-    slow = interpreted(fused)
+    slow = is_slow(fused)
     if slow and vector not in ("norm 1", "all sizes"):
         pytest.skip("the other vectors are enough for Triton's interpreter")
     totals = torch.tensor([float(step) for step in range(5, 92, 8)] if slow else edges(0.5), device=device)
@@ -242,7 +242,7 @@ def test_rows_of_all_magnitudes(
     """Rows in range of every form side by side in tiles of queries and steps, one of them of NaN or Inf."""
     sizes = torch.tensor([0.1, 1.0, 4.0, 9.4, 9.6, 12.0, 21.4, 30.0, 44.0, 90.0, 1e4], device=device)
     for queries, units in (
-        [(3, 16)] if interpreted(fused) else [(1, 16), (1, 600), (3, 48), (8, 35), (9, 100), (17, 21)]
+        [(3, 16)] if is_slow(fused) else [(1, 16), (1, 600), (3, 48), (8, 35), (9, 100), (17, 21)]
     ):
         case = Case(B=3, Tq=queries, Tk=23, A=units, D=6, lengths=lengths)
         arguments = make(op, case, dtype, device)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attn_kernels.reference import attended
 from conftest import SIMD_LEVELS, available
-from matrix import DTYPES, OPS, VARIANTS, Arguments, Case, Op, assert_bit_equal, interpreted, lay_out, make, run
+from matrix import DTYPES, OPS, VARIANTS, Arguments, Case, Op, assert_bit_equal, is_slow, lay_out, make, run
 
 POISONS = (math.nan, math.inf, -math.inf, 3e38)
 CASES = 1000  # of all ops together, for one backend
@@ -77,8 +77,8 @@ def poisoned_empty() -> Iterator[None]:
 
 @ops
 def test_poison_changes_nothing(op: Op, backend: str, device: str) -> None:
-    count = 8 if interpreted(backend) else CASES // len(OPS) + 1
-    rows = {"B": 2, "Tq": 2} if interpreted(backend) else {"B": 5, "Tq": 6}
+    count = 8 if is_slow(backend) else CASES // len(OPS) + 1
+    rows = {"B": 2, "Tq": 2} if is_slow(backend) else {"B": 5, "Tq": 6}
     cases = random_cases(op, count, rows | {"Tk": 40, "A": 40, "D": 40})
     for (case, dtype), poison in zip(cases, itertools.cycle(POISONS)):
         clean = run(op.function, op, padded_with(op, case, dtype, device, fill=0.5), backend=backend)
@@ -104,7 +104,7 @@ LARGE = (
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"Tq {case.Tq}, A {case.A}")
 @masked_ops
 def test_poison_changes_nothing_in_large_tiles(op: Op, backend: str, device: str, case: Case) -> None:
-    if interpreted(backend):
+    if is_slow(backend):
         pytest.skip("the small cases are enough for Triton's interpreter")
     for dtype in DTYPES:
         clean = run(op.function, op, padded_with(op, case, dtype, device, fill=0.5), backend=backend)

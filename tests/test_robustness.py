@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import SIMD_LEVELS, available, simd
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, interpreted, make, run
+from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, is_slow, make, run
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def threads() -> Iterator[None]:
 
 @ops
 def test_repeats_are_bit_equal(op: Op, fused: str, device: str) -> None:
-    slow = interpreted(fused)
+    slow = is_slow(fused)
     for dtype in (torch.float32, torch.bfloat16):
         arguments = make(op, CASES["mask (B, Tk)"] if slow else SPLIT["many rows"], dtype, device)
         first = run(op.function, op, arguments, backend=fused)

@@ -1,9 +1,9 @@
 // The gradients of the scores of additive attention: of query, keys, v and bias. Hidden units are computed again.
 //
-// With E = e^{2q} e^{2k}, tanh = 1 - 2 / (1 + E) and ds a quarter of the gradient of a score: t = ds tanh, g = ds - t tanh.
-// dquery and dkeys are sums of g times 4 v, dv is 4 times the sum of t, dbias the sum of dquery: eight instructions for a
-// pair and unit, one of them a special function, and where one instruction does two (two.cuh) half of the others. One
-// less would do for sums of ds / (1 + E), which cancel in dv where tanh is small.
+// With E = e^{2q} e^{2k}, tanh = (E - 1) / (E + 1), w = tanh^2 - 1 and ds the gradient of a score: dquery and dkeys are
+// sums of ds w times -v, dv is the sum of ds tanh, dbias that of dquery: eight instructions for a pair and unit, one of
+// them a special function, and where one instruction does two (two.cuh) half of the others. One less would do with
+// tanh = 1 - 2 / (E + 1), at twice the error, which shows in dv where tanh is small.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
@@ -48,10 +48,10 @@ struct Backward {
 template <typename W>
 struct Chunk {
   int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
-  W* dscores;         // [step][query]: a quarter of the gradients
+  W* dscores;         // [step][query]
   W* e;               // [step][unit]: e^{2k}
-  W* dkeys;           // [warp_q][step][unit]: sums of g; at the end sums over units of other things, of each warp
-  W* dquery;          // [warp][query][unit]: sums of g
+  W* dkeys;           // [warp_q][step][unit]: sums of ds w; at the end sums over units of other things, of each warp
+  W* dquery;          // [warp][query][unit]: sums of ds w
   int* outside;       // [step]: whether a |k| is out of the range of the factored form
 
   ATTN_DEVICE Chunk(const BackwardTile& tile, int queries)
@@ -70,10 +70,10 @@ struct Chunk {
   }
 };
 
-// sum_g times 4 v. Where nothing was attended, which sums to 0, it stays 0 even for a v of NaN.
+// Where nothing was attended, which sums to 0, it stays 0 even for a v of NaN.
 template <typename W>
-ATTN_DEVICE W times_4v(W sum_g, W v) {
-  return sum_g == 0 ? W(0) : sum_g * (4 * v);
+ATTN_DEVICE W times_minus_v(W sum, W v) {
+  return sum == 0 ? W(0) : sum * -v;
 }
 
 // ds[0 .. kQ) from shared memory, four at a time where they are that many.
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       dq[i][n] = eq[i][n] = 0;
       if constexpr (kFactored) {
         const float x = mine()[(i * kLaneUnits + n) * kWarp];
-        const bool in_range = fabsf(x) <= kSingleReach;
+        const bool in_range = fabsf(x) <= kEachReach;
         outside |= in_range ? 0u : 1u << i;
         eq[i][n] = in_range ? exp2x(x) : 0.0f;
       }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       for (int n = 0; n < kLaneUnits; ++n) {
         if constexpr (kFactored) {
           const float x = of_key(j0 + row, n);
-          const bool in_range = fabsf(x) <= kSingleReach;
+          const bool in_range = fabsf(x) <= kEachReach;
           row_outside = row_outside || !in_range;
           s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? exp2x(x) : 0.0f;
         }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       const int row = n % s.rows, column = n / s.rows;
       const int i = part_q * static_cast<int>(a.tile.queries) + column, j = j0 + row;
       const W ds = i < op.Tq && j < end ? a.dscores[(b * op.Tq + i) * op.Tk + j] : W(0);
-      s.dscores[row * s.columns + column] = ds / 4;
+      s.dscores[row * s.columns + column] = ds;
     }
     __syncthreads();
 
@@ -195,18 +195,18 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
         for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
 #pragma unroll
         for (int i = 0; i < kQ; i += 2) {
-          constexpr Two<W> kOne{1, 1}, kTwo{2, 2}, kMinusOne{-1, -1};
-          const Two<W> gradient{ds[i], ds[i + 1]}, negative = gradient * kMinusOne;
+          constexpr Two<W> kOne{1, 1}, kMinusOne{-1, -1};
+          const Two<W> gradient{ds[i], ds[i + 1]};
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) {
-            const Two<W> e1 = multiply_add(Two<W>{eq[i][n], eq[i + 1][n]}, Two<W>{k[n], k[n]}, kOne);
-            const Two<W> minus_tanh = multiply_add(reciprocal(e1), kTwo, kMinusOne);
-            const Two<W> t = negative * minus_tanh, g = multiply_add(t, minus_tanh, gradient);
-            const Two<W> sum = Two<W>{dq[i][n], dq[i + 1][n]} + g;
+            const Two<W> e{eq[i][n], eq[i + 1][n]}, ek{k[n], k[n]};
+            const Two<W> tanh = multiply_add(e, ek, kMinusOne) * reciprocal(multiply_add(e, ek, kOne));
+            const Two<W> w = multiply_add(tanh, tanh, kMinusOne);
+            const Two<W> sum = multiply_add(gradient, w, Two<W>{dq[i][n], dq[i + 1][n]});
             dq[i][n] = sum.x;
             dq[i + 1][n] = sum.y;
-            dk[n] = dk[n] + g;
-            chunk_t[n] = chunk_t[n] + t;
+            dk[n] = multiply_add(gradient, w, dk[n]);
+            chunk_t[n] = multiply_add(gradient, tanh, chunk_t[n]);
           }
         }
 #pragma unroll
@@ -225,10 +225,10 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
             const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
             if (ds == 0) continue;
             const W tanh = tanh_of(of_query(q0 + i, n) + of_key(j0 + row, n));
-            const W t = ds * tanh, g = ds - t * tanh;
-            mine()[(i * kLaneUnits + n) * kWarp] += g;
-            dk += g;
-            sum_t[n] += t;
+            const W gradient = ds * (tanh * tanh - 1);
+            mine()[(i * kLaneUnits + n) * kWarp] += gradient;
+            dk += gradient;
+            sum_t[n] += ds * tanh;
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       W sum = 0;
       for (int w = 0; w < a.tile.warps_q; ++w) sum += s.dkeys[w * s.rows * kBlockUnits + n];
       const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
-      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_4v(sum, v));
+      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_minus_v(sum, v));
     }
   }
   for (int j = (begin > length ? begin : length) + warp; j < part_end; j += warps)
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       for (int i = 0; i < kQ && q0 + i < op.Tq; ++i) {
         W sum = 0;
         for (int w = 0; w < a.tile.warps_k; ++w) sum += mine()[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
-        const W gradient = times_4v(sum, v);
+        const W gradient = times_minus_v(sum, v);
         all_dq[n] += gradient;
         store_element(a.dquery, a.dquery_dtype, ((part_k * op.B + b) * op.Tq + q0 + i) * op.A + u, gradient);
       }
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
   over_warps(
       sum_t, [](int) { return true; },
       [&](int n, W sum) {
-        if (first_unit + n < op.A) dunits[first_unit + n] = 4 * sum;
+        if (first_unit + n < op.A) dunits[first_unit + n] = sum;
       });
 }
 

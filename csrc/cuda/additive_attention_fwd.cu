@@ -41,7 +41,7 @@ struct ScoresTile {
   // A block has threads_q x threads_k threads for each of `shares` shares of the units, and what fills the last warp.
   int threads_q, threads_k, shares;
   int64_t tiles_q, tiles_k;  // blocks along queries and steps
-  int share_units;           // of a share, a multiple of kStep
+  int share_units;           // of a share, a multiple of kStep; of kUnits where there are several: rows come by fours
 };
 
 // What the shared form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(kMostThreads<W>, 1) many_queries_scores_kernel
 // unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the cycles, four at once.
 template <typename W, int kQ, int kK>
 ScoresTile choose_tile(const AdditiveScores& op) {
-  const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK), steps = ceil_div(op.A, kStep);
+  const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);
   const double processors = current_device().multiprocessors;
   ScoresTile best{};
   double least = INFINITY;
@@ -400,7 +400,7 @@ ScoresTile choose_tile(const AdditiveScores& op) {
       const int64_t tk = ceil_div(threads_k, tiles_k), threads = tq * tk, columns = tq * kQ + tk * kK;
       if (tiles_k != ceil_div(threads_k, tk)) continue;
       for (int64_t shares = 1; shares * threads <= kMostThreads<W> && shares <= kMostShares; ++shares) {
-        const int64_t units = ceil_div(steps, shares) * kStep;
+        const int64_t units = round_up(ceil_div(op.A, shares), shares > 1 ? kUnits : kStep);
         if (shares > ceil_div(op.A, units) || (shares > 1 && threads < 16)) break;  // 16 of them bring v
         const double warps = double(ceil_div(shares * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
         const double slots = double(units) * (3.2 * kQ * kK * warps + 15.0 * double(shares * columns) / kWarp) + 4e3;

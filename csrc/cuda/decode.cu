@@ -47,6 +47,7 @@ struct Block {
       place[0] = b, place[1] = rank, place[2] = length;
       place[3] = first, place[4] = place[5] = part < length - first ? part : length - first;
       place[7] = p.splits == 1 || p.cluster ? p.splits : 0;
+      place[8] = (1 << p.Tq) - 1;
     }
     sync(4);
   }
@@ -117,6 +118,7 @@ struct Block {
     const int lane = threadIdx.x % kWarp;
     if (threadIdx.x < kWarp) {
       int n = 0;
+      unsigned all = 0;
 #pragma unroll 1
       for (int first = 0; first < steps.n; first += kWarp) {
         const int j = first + lane;
@@ -126,6 +128,7 @@ struct Block {
           for (int q = 0; q < p.Tq; ++q) bits |= unsigned(mask_allows(p.attended, b, q, steps.first + j)) << q;
         }
         const unsigned some = __ballot_sync(kAllLanes, bits != 0);
+        all |= bits;
         if (bits != 0) {
           int at = n;
           for (unsigned below = some & ((1u << lane) - 1); below != 0; below &= below - 1) ++at;
@@ -134,7 +137,9 @@ struct Block {
         }
         for (unsigned rest = some; rest != 0; rest &= rest - 1) ++n;
       }
-      if (lane == 0) place()[5] = n;
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) all |= __shfl_xor_sync(kAllLanes, all, step);
+      if (lane == 0) place()[5] = n, place()[8] = static_cast<int>(all);
     }
     if (p.alignments != nullptr && (p.splits == 1 || p.cluster))
 #pragma unroll 1
@@ -402,7 +407,7 @@ Shared shared_of(int64_t beginning, int64_t capacity) {
   take(&s.stats, 2 * NQ * sizeof(W));
   take(&s.factors, kMostClustered * NQ * sizeof(W));
   take(&s.guards, 2 * kWarps * sizeof(float));
-  take(&s.place, 8 * sizeof(int));
+  take(&s.place, 9 * sizeof(int));
   take(&s.list, capacity * sizeof(int));
   take(&s.attends, capacity);
   take(&s.left, capacity);

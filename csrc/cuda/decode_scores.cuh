@@ -18,8 +18,9 @@ struct Shared {
   int stats;    // (2, NQ), of W: SoftmaxPart
   int factors;  // (kMostClustered, NQ), of W: what turns weights of each block into alignments
   int guards;   // (2, kWarps) float
-  // 8 int: sentence, which of its blocks this is, its length, first step, steps, attended steps, whether the block is the
-  // last of its sentence, blocks that combine in shared memory (0: by the last block).
+  // 9 int: sentence, which of its blocks this is, its length, first step, steps, attended steps, whether the block is the
+  // last of its sentence, blocks that combine in shared memory (0: by the last block), a bit for each query that attends
+  // a step of the block.
   int place;
   int list;     // (capacity) int, with a mask: offsets of the attended steps from the first
   int attends;  // (capacity) bytes, with a mask: a bit for each query
@@ -107,8 +108,8 @@ struct Rows {
     if constexpr (F::kVector) {
       uint4 raw{0, 0, 0, 0};
       if (first + lane * kPer16Bytes<E> < n)
-        raw = *reinterpret_cast<const uint4*>(lane_first + static_cast<int64_t>(row) * static_cast<int>(stride) +
-                                              first * static_cast<int>(sizeof(E)));
+        raw = vector_at<uint4>(lane_first + static_cast<int64_t>(row) * static_cast<int>(stride) +
+                               first * static_cast<int>(sizeof(E)));
       return raw;
     } else {
       E part[kPer16Bytes<E>];
@@ -150,14 +151,14 @@ ATTN_DEVICE W warp_sums(W* x) {
 }
 
 ATTN_DEVICE void load_four(const float* from, float* x) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
+  const float4 four = vector_at<float4>(from);
   x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 
 ATTN_DEVICE void add_four(const float* x, float* to, bool add) {
   float old[4] = {};
   if (add) load_four(to, old);
-  *reinterpret_cast<float4*>(to) = float4{x[0] + old[0], x[1] + old[1], x[2] + old[2], x[3] + old[3]};
+  vector_at<float4>(to) = float4{x[0] + old[0], x[1] + old[1], x[2] + old[2], x[3] + old[3]};
 }
 
 // weights[i * NQ + q] for step i of the block: its scores, where not attended anything.
@@ -279,12 +280,13 @@ struct Scorer {
     if constexpr (!F::kAdditive) return true;
     constexpr int kEach = kWarps / NQ;
     float largest = 0, smallest = INFINITY, norm2 = 0;
+    const int attending = reinterpret_cast<const int*>(shared_memory() + p.shared.place)[8];
 #pragma unroll
     for (int q = 0; q < NQ; ++q) {
       float top = 0;
 #pragma unroll
       for (int w = q * kEach; w < (q + 1) * kEach; ++w) top = larger_magnitude(top, guards()[w]);
-      if (q < p.Tq) largest = fmaxf(largest, top), smallest = fminf(smallest, top);
+      if (attending >> q & 1) largest = fmaxf(largest, top), smallest = fminf(smallest, top);
     }
     for (int w = 0; w < kEach; ++w) norm2 += guards()[kWarps + w];
     most = kSharedReach - largest;

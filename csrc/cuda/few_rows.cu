@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp)
     for (int e = 0; e < n; ++e) pack.x[e] = narrow<T>(sum[e]);
     T* to = out + (b * Tk + j0 + x) * N + n0;
     if (in_packs) {
-      *reinterpret_cast<Pack<T, n>*>(to) = pack;
+      vector_at<Pack<T, n>>(to) = pack;
     } else {
 #pragma unroll
       for (int e = 0; e < n; ++e)

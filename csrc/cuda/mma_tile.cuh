@@ -111,7 +111,7 @@ struct MmaTile {
     ATTN_DEVICE static int at(int r, int x) { return kAlongX ? r * kStride + x : x * kStride + r; }
     ATTN_DEVICE static T get(const T* shared, int r, int x) { return shared[at(r, x)]; }
     ATTN_DEVICE static void put(T* shared, int r, int x, const uint4& pack) {
-      *reinterpret_cast<uint4*>(shared + at(r, x)) = pack;
+      vector_at<uint4>(shared + at(r, x)) = pack;
     }
     // Four matrices (8 rows, 8 steps): (r, x) is where the one begins whose lines this lane addresses.
     ATTN_DEVICE static void load(const T* shared, int r, int x, unsigned (&part)[4]) {

@@ -5,7 +5,7 @@
 // tanh itself:
 //
 //   largest |q| + |bias| + |k|        form
-//   least_reach() .. kSharedReach     factored, two units share a reciprocal (or one each, up to kSingleReach)
+//   least_reach() .. kSharedReach     factored, two units share a reciprocal
 //   anything else                     tanh itself
 //
 // NaN needs no guard: it passes through both forms as through the formula.
@@ -16,12 +16,12 @@
 namespace attn {
 namespace cuda {
 
-// Where exp2x is exact to about a unit in the last place, and e^{2q} e^{2k} and its inverse are in range.
-constexpr float kSingleReach = 43.0f;
+// Of |q| and of |k| by themselves, where e^{2q} e^{2k} and its inverse are in range.
+constexpr float kEachReach = 21.5f;
 // e^{4 reach} times |v| is in range while |v| is at most kLargestV.
 constexpr float kSharedReach = 20.0f, kLargestV = 1024.0f;
 
-// e^{2x} for |x| <= kSingleReach, to about one unit in the last place; anything beyond, but NaN for NaN.
+// e^{2x} for |x| <= 43, to about one unit in the last place; anything beyond, but NaN for NaN.
 //
 // 2x = n ln 2 + f with n ln 2 in two parts, so that the error does not grow with x as that of 2^(2x log2 e) would.
 ATTN_HOST_DEVICE float exp2x(float x) {

@@ -142,10 +142,23 @@ ATTN_DEVICE void widen_16_bytes(const uint4& raw, Wide<T>* x) {
   }
 }
 
+// What lies at an address, as one V, which its alignment divides. Hardware stops at other addresses; so does the emulator.
+template <typename V>
+ATTN_DEVICE const V& vector_at(const void* address) {
+#if defined(ATTN_EMULATED)
+  emulator::check_aligned(address, alignof(V));
+#endif
+  return *static_cast<const V*>(address);
+}
+template <typename V>
+ATTN_DEVICE V& vector_at(void* address) {
+  return const_cast<V&>(vector_at<V>(static_cast<const void*>(address)));
+}
+
 // x[0 .. 16 / sizeof(T)) of an address that 16 divides.
 template <typename T>
 ATTN_DEVICE void load_16_bytes(const T* from, Wide<T>* x) {
-  widen_16_bytes<T>(*reinterpret_cast<const uint4*>(from), x);
+  widen_16_bytes<T>(vector_at<uint4>(from), x);
 }
 
 // Instructions ---------------------------------------------------------------------------------------------------------
@@ -208,6 +221,8 @@ ATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from) : "memory");
 #else
+  emulator::check_aligned(to, static_cast<size_t>(bytes));
+  emulator::check_aligned(from, static_cast<size_t>(bytes));
   memcpy(to, from, static_cast<size_t>(bytes));
 #endif
 }

@@ -56,7 +56,7 @@ ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n
     if (u < n)
       copy_async(slot, static_cast<const char*>(a.data) + (offset + u) * item, 4 * item);
     else
-      *reinterpret_cast<uint4*>(slot) = uint4{0, 0, 0, 0};
+      vector_at<uint4>(slot) = uint4{0, 0, 0, 0};
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -67,7 +67,7 @@ ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n
 template <typename W, bool kInFours>
 ATTN_DEVICE void read_slot(const W* slot, Dtype dtype, W* x) {
   if (kInFours && sizeof(W) == 4 && dtype != Dtype::float32) {
-    uint4 raw = *reinterpret_cast<const uint4*>(slot);
+    uint4 raw = vector_at<uint4>(slot);
     const unsigned words[2] = {raw.x, raw.y};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -55,7 +55,7 @@ struct SimtTile {
 #pragma unroll
         for (int e = 0; e < kMost; ++e) shared[at(r, x + e)] = elements[e];
       } else {
-        *reinterpret_cast<uint4*>(shared + at(r, x)) = pack;
+        vector_at<uint4>(shared + at(r, x)) = pack;
       }
     }
   };
@@ -90,7 +90,7 @@ struct SimtTile {
   template <class L, class Count>
   ATTN_DEVICE static void read(const W* shared, Count, int r, int x, W* to) {
     constexpr int n = Count::value;
-    const Pack<W, n> pack = *reinterpret_cast<const Pack<W, n>*>(shared + L::at(r, x));
+    const Pack<W, n> pack = vector_at<Pack<W, n>>(shared + L::at(r, x));
 #pragma unroll
     for (int e = 0; e < n; ++e) to[e] = pack.x[e];
   }

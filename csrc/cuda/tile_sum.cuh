@@ -85,7 +85,7 @@ struct SliceLoader {
       const bool whole = kAlongX ? r < r_end && x + kPack <= x_end : r + kPack <= r_end && x < x_end;
       if (in_packs && whole) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) raw[k][part] = reinterpret_cast<const uint4*>(at)[part];
+        for (int part = 0; part < kParts; ++part) raw[k][part] = vector_at<uint4>(at + part * (kPack / kParts));
       } else {
         S elements[kPack] = {};
 #pragma unroll
@@ -228,7 +228,7 @@ ATTN_DEVICE void store_tile(const Tile& tile, O* out, std::int64_t rows, std::in
         for (int f = 0; f < n; ++f)
           pack.x[f] = narrow<O>(kept ? scale * tile.sum[i + e][j + f] : typename Tile::Sum(0));
         if (in_packs && c + n <= columns) {
-          *reinterpret_cast<Pack<O, n>*>(row + c) = pack;
+          vector_at<Pack<O, n>>(row + c) = pack;
         } else {
 #pragma unroll
           for (int f = 0; f < n; ++f)

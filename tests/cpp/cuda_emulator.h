@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -65,7 +66,8 @@ struct Machine {
   ucontext_t scheduler_context;
   std::function<void()> body;
   std::uint32_t random = 12345;
-  int multiprocessors = 132;  // what kernels are chosen for
+  int multiprocessors = 132;    // what kernels are chosen for
+  const char* fault = nullptr;  // what ended the launch
 
   std::uint32_t next_random() {
     random ^= random << 13, random ^= random >> 17, random ^= random << 5;
@@ -91,6 +93,17 @@ __attribute__((noinline)) inline void wait_for(Wait what) {
   Machine& m = machine();
   m.now->wait = what;
   if (_setjmp(m.now->resume) == 0) _longjmp(m.scheduler, 1);
+}
+
+// Where hardware ends the launch with an error.
+[[noreturn]] __attribute__((noinline)) inline void fault(const char* what) {
+  machine().fault = what;
+  machine().now->wait = Wait::done;
+  _longjmp(machine().scheduler, 1);
+}
+
+inline void check_aligned(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) fault("emulator: a misaligned address");
 }
 
 __attribute__((noinline)) inline void step(Machine& m, Fiber& fiber) {
@@ -140,7 +153,8 @@ inline void run_cluster(Machine& m, unsigned first_block) {
   while (true) {
     for (std::size_t i = n; i > 1; --i) std::swap(order[i - 1], order[m.next_random() % i]);
     for (std::size_t i : order)
-      if (m.fibers[i].wait == Wait::none) step(m, m.fibers[i]);
+      if (m.fibers[i].wait == Wait::none && m.fault == nullptr) step(m, m.fibers[i]);
+    if (m.fault != nullptr) throw std::logic_error(std::exchange(m.fault, nullptr));
     bool released = false, finished = true;
     for (std::size_t warp = 0; warp < n; warp += 32) released |= release(m, warp, 32, Wait::warp);
     for (std::size_t block = 0; block < n; block += threads) released |= release(m, block, threads, Wait::block);
