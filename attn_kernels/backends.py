@@ -53,8 +53,7 @@ _chosen: dict[tuple[str | None, str], str] = {}
 def _choose(backend: str | None, device_type: str) -> str:
     if backend is None:
         for name in NAMES:
-            # "cuda" has to be named until it has been verified on a GPU.
-            if name != "cuda" and _refusal(name, device_type) is None and (name, device_type) != ("triton", "cpu"):
+            if _refusal(name, device_type) is None and not (name in ("cuda", "triton") and device_type == "cpu"):
                 return name
     if backend not in NAMES:
         raise ValueError(_unknown(backend))
