@@ -150,7 +150,7 @@ class BahdanauAttention(_MemoryAttention):
             self.query_projection(query),
             memory.keys,
             memory.values,
-            self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v)),
+            self.score_vector(),
             self.bias,
             memory_lengths=memory.memory_lengths,
             mask=memory.mask,
@@ -158,6 +158,10 @@ class BahdanauAttention(_MemoryAttention):
             backend=self.backend,
             prepared=memory.prepared,
         )
+
+    def score_vector(self) -> Tensor:
+        """(A,): ``v``, or with ``normalize`` g v / |v|."""
+        return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
     def _prepare(self, keys: Tensor) -> Tensor | None:
         return prepare_keys(keys, backend=self.backend)
@@ -240,7 +244,7 @@ class LuongAttention(_MemoryAttention):
                 self.query_projection(query),
                 memory.keys,
                 memory.values,
-                self.v if self.g is None else self.g * self.v,
+                self.score_vector(),
                 memory_lengths=memory.memory_lengths,
                 mask=memory.mask,
                 need_weights=need_weights,
@@ -256,6 +260,10 @@ class LuongAttention(_MemoryAttention):
             need_weights=need_weights,
             backend=self.backend,
         )
+
+    def score_vector(self) -> Tensor:
+        """(A,), of "concat": ``v``, or with ``scale`` g v."""
+        return self.v if self.g is None else self.g * self.v
 
     def _prepare(self, keys: Tensor) -> Tensor | None:
         return None if self.v is None else prepare_keys(keys, backend=self.backend)

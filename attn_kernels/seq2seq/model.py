@@ -16,7 +16,7 @@ from .encoder import CELLS, Encoder
 from .search import Hypothesis, greedy_search
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
-DECODERS = ("steps",)
+DECODERS = ("loop", "steps")
 
 
 class Seq2Seq(nn.Module):
@@ -37,7 +37,9 @@ class Seq2Seq(nn.Module):
         dropout: on embeddings, between layers and on the attentional vector.
         input_feeding: each step reads the attentional vector of the step before. Without it, training computes the
             attention of all steps in one call, which is much faster.
-        decoder: how a whole target is computed; "steps": one after the other.
+        decoder: how a whole target is computed with input feeding. "loop": as one op, several times as fast in training;
+            under torch.compile and autocast, which look into steps, as "steps". "steps": one after the other. Parameters
+            and results are the same.
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
         backend: of the attention, as of :func:`attn_kernels.additive_attention`.
@@ -56,7 +58,7 @@ class Seq2Seq(nn.Module):
         num_layers: int = 1,
         dropout: float = 0.0,
         input_feeding: bool = True,
-        decoder: str = "steps",
+        decoder: str = "loop",
         *,
         padding_idx: int = 0,
         bos: int = 1,
@@ -92,6 +94,7 @@ class Seq2Seq(nn.Module):
             _make_attention(attention, hidden_size, memory_size, units, {"backend": backend, **factory}),
             memory_size,
             input_feeding=input_feeding,
+            loop=decoder == "loop",
             factory=factory,
             **rnn,
         )
