@@ -22,18 +22,17 @@ comes to ``alignments`` themselves. A second ``all_reduce`` adds up the gradient
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from . import functional, ops, reference
 from .backends import choose
 from .reference import Attention
-
-_INFINITY = float("inf")
 
 
 def sharded_additive_attention(
@@ -206,19 +205,38 @@ class _Sharded(torch.autograd.Function):
         return (context, alignments.to(query.dtype)) if need_weights else context
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_context, grad_alignments=None):
-        padding, context, alignments, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
+        options = (ctx.form, ctx.group, ctx.need_weights, needed)
+        gradients = _ShardedBackward.apply(*options, grad_context, grad_alignments, *ctx.saved_tensors)
+        return None, None, None, None, *gradients
+
+
+class _ShardedBackward(torch.autograd.Function):
+    """A function of its own so that its results, differentiated again, raise an error."""
+
+    @staticmethod
+    def forward(ctx, form, group, need_weights, needed, grad_context, grad_alignments, *saved):
+        padding, context, alignments, *inputs = saved
         with torch.autocast(context.device.type, enabled=False):
             grad_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
             grad_context, grad_alignments, *widened = reference._widen(grad_context, grad_alignments, *inputs)
-            gradients = _backward(ctx, grad_context, grad_alignments, padding, context, alignments, widened)
+            sums = (grad_context * context).sum(-1, keepdim=True)
+            if need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
+                own = torch.zeros_like(sums)
+                if grad_alignments is not None:
+                    own = _fill(alignments * grad_alignments, padding).sum(-1, keepdim=True)
+                dist.all_reduce(own, group=group)
+                sums = sums + own
+            gradients = _backward(form, grad_context, grad_alignments, sums, padding, alignments, widened)
             shared = [i for i, need in enumerate(needed) if need and i not in (1, 2)]  # all but keys and values
-            for i, gradient in zip(shared, _all_reduce([gradients[i] for i in shared], ctx.group), strict=True):
+            for i, gradient in zip(shared, _all_reduce([gradients[i] for i in shared], group), strict=True):
                 gradients[i] = gradient
-        wanted = (g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True))
-        return None, None, None, None, *wanted
+        return tuple(g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("sharded attention has no second derivative: it cannot be differentiated twice")
 
 
 def _forward(
@@ -231,10 +249,10 @@ def _forward(
     units: list[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """The context of all ranks and the alignments of this one."""
-    scores = _blank(form.scores(query, keys, *units), padding, -_INFINITY)
-    top = scores.amax(-1, keepdim=True) if keys.shape[1] else scores.new_full((*query.shape[:2], 1), -_INFINITY)
-    weights = _blank(torch.exp(scores - top), padding)  # NaN where steps are attended and all their scores are -Inf
-    part = torch.cat([top, weights.sum(-1, keepdim=True), weights @ _blank(values, _unused_steps(padding))], -1)
+    scores = _fill(form.scores(query, keys, *units), padding, -math.inf)
+    top = scores.amax(-1, keepdim=True) if keys.shape[1] else scores.new_full((*query.shape[:2], 1), -math.inf)
+    weights = _fill(torch.exp(scores - top), padding)  # NaN where steps are attended and all their scores are -Inf
+    part = torch.cat([top, weights.sum(-1, keepdim=True), weights @ _blank_steps(values, padding)], -1)
     parts = _all_gather(part, group)
 
     tops, sums = parts[..., :1], parts[..., 1:]
@@ -246,64 +264,72 @@ def _forward(
     context = torch.where(total == 0, 0.0, context / total)  # a total is 1 or more where anything is attended
 
     rank = dist.get_rank(group)
-    alignments = torch.where(counted[rank], weights * (factors[rank] / total), 0.0)
-    return context, _blank(alignments, padding)
+    alignments = torch.where(counted[rank] | total.isnan(), weights * (factors[rank] / total), 0.0)
+    return context, _fill(alignments, padding)
 
 
 def _backward(
-    ctx: Any,
+    form: Any,
     grad_context: Tensor,
     grad_alignments: Tensor | None,
+    sums: Tensor,
     padding: Tensor | None,
-    context: Tensor,
     alignments: Tensor,
     inputs: list[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of this rank's part for query, keys, values and units."""
+    """This rank's gradients for query, keys, values and units. sums: (B, Tq, 1), over all ranks, as in the softmax."""
     query, keys, values, *units = inputs
-    unused_queries, unused_steps = _unused_queries(padding), _unused_steps(padding)
     grad_weights = grad_context @ values.mT
-    mean = (grad_context * context).sum(-1, keepdim=True)
-    if ctx.need_weights:  # and not: if they have a gradient; every rank must come here, or none
-        own = torch.zeros_like(mean)
-        if grad_alignments is not None:
-            grad_weights = grad_weights + grad_alignments
-            own = _blank(alignments * grad_alignments, padding).sum(-1, keepdim=True)
-        dist.all_reduce(own, group=ctx.group)
-        mean = mean + own
-    grad_scores = _blank(alignments * (grad_weights - mean), padding)
-    grad_values = alignments.mT @ _blank(grad_context, unused_queries)
-    # 0 * NaN is NaN: so padding goes in as 0, and its gradients, in which a query may be NaN, come out as 0.
-    blank_query, blank_keys = _blank(query, unused_queries), _blank(keys, unused_steps)
-    grad_query, grad_keys, *grad_units = ctx.form.gradients(grad_scores, blank_query, blank_keys, *units)
-    return [
-        _blank(grad_query, unused_queries),
-        _blank(grad_keys, unused_steps),
-        _blank(grad_values, unused_steps),
-        *grad_units,
-    ]
+    if grad_alignments is not None:
+        grad_weights = grad_weights + grad_alignments
+    grad_scores = _fill(alignments * (grad_weights - sums), padding)
+    grad_values = alignments.mT @ _blank_queries(grad_context, padding)
+    # Padding goes in as 0, and its gradients come out as 0: they are sums with queries that may be NaN.
+    blanked = (_blank_queries(query, padding), _blank_steps(keys, padding))
+    grad_query, grad_keys, *grad_units = form.gradients(grad_scores, *blanked, *units)
+    if padding is not None:
+        grad_query.masked_fill_(_unused_queries(padding), 0.0)
+        grad_keys.masked_fill_(_unused_steps(padding), 0.0)
+        grad_values.masked_fill_(_unused_steps(padding), 0.0)
+    return [grad_query, grad_keys, grad_values, *grad_units]
 
 
-def _unused_queries(padding: Tensor | None) -> Tensor | None:
+def _unused_queries(padding: Tensor) -> Tensor:
     """(B, Tq or 1, 1): queries that attend no step of this part."""
-    return None if padding is None else padding.all(2)[..., None]
+    return padding.all(2)[..., None]
 
 
-def _unused_steps(padding: Tensor | None) -> Tensor | None:
+def _unused_steps(padding: Tensor) -> Tensor:
     """(B, Tk, 1): steps that no query attends."""
-    return None if padding is None else padding.all(1)[..., None]
+    return padding.all(1)[..., None]
 
 
-def _blank(x: Tensor, where: Tensor | None, fill: float = 0.0) -> Tensor:
-    return x if where is None else x.masked_fill(where, fill)
+def _blank_queries(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x, (B, Tq, *), with 0 for queries that attend nothing: 0 * NaN would be NaN."""
+    return x if padding is None else x.masked_fill(_unused_queries(padding), 0.0)
+
+
+def _blank_steps(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x, (B, Tk, *), with 0 in steps that no query attends: 0 * NaN would be NaN.
+
+    That is a copy of the memory. On the CPU it is made where there is something to blank: to look costs far less. On a
+    GPU that would wait for the device.
+    """
+    if padding is None or (x.is_cpu and not is_compiling() and math.isfinite(x.sum())):
+        return x
+    return x.masked_fill(_unused_steps(padding), 0.0)
+
+
+def _fill(x: Tensor, padding: Tensor | None, value: float = 0.0) -> Tensor:
+    """Writes to x, (B, Tq, Tk)."""
+    return x if padding is None else x.masked_fill_(padding, value)
 
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(ranks, *part.shape)"""
-    ranks = dist.get_world_size(group)
-    parts = part.new_empty(ranks * part.shape[0], *part.shape[1:])
-    dist.all_gather_into_tensor(parts, part, group=group)
-    return parts.unflatten(0, (ranks, part.shape[0]))
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part, group=group)
+    return torch.stack(parts)
 
 
 def _all_reduce(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
