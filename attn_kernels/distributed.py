@@ -73,7 +73,9 @@ def sharded_additive_attention(
     Gradients: every rank back-propagates the same loss, as in tensor parallelism; terms of ``alignments`` are each
     rank's own. Then the gradients of ``query``, ``v`` and ``bias`` are those of the whole loss on every rank, already
     summed over the ranks: what lies before them needs no further sum (the mean that DDP takes leaves equal gradients as
-    they are). Gradients of ``keys`` and ``values`` are those of this rank's part. First derivatives only.
+    they are). Gradients of ``keys`` and ``values`` are those of this rank's part: a parameter that they were made with,
+    such as the projection of the memory, has to have its gradient summed over the ranks (the mean of DDP is too small
+    by the number of ranks). First derivatives only.
 
     Collectives: one ``all_gather`` of B Tq (D + 2) numbers forward; backward an ``all_reduce`` of B Tq numbers (none
     with ``need_weights=False``) and one of B Tq A + 2 A (none where nothing but keys and values requires gradients).
