@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 RANKS = 2
-SECONDS = 120  # for all that the processes do, which takes about ten: a hang is an error
+SECONDS = 300  # for all that the processes do, which takes about ten: a hang is an error
 ROOT = Path(__file__).parent.parent
 FUNCTIONS = {"additive_attention": sharded_additive_attention, "dot_attention": sharded_dot_attention}
 BACKENDS = tuple(name for name in ("cpu", "reference") if attn_kernels.backends()[name].available)
@@ -130,7 +130,7 @@ def poisoned(arguments: Arguments) -> Arguments:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
     results = {job.__name__: job(rank) for job in JOBS}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -190,6 +190,17 @@ def special(rank: int) -> list[Tensor]:
     query, keys, values, mask = special_arguments()
     part = slice(2 * rank, 2 * rank + 2)
     return list(sharded_dot_attention(query, keys[:, part], values[:, part], mask=mask[:, part]))
+
+
+def spoiled(rank: int) -> dict[str, list[Tensor]]:
+    """Gradients where all is NaN that may be: query 0 attends step 0, both NaN; query 1 and step 1 are padding."""
+    mask = torch.tensor([[[True, False], [False, False]]])
+    results = {}
+    for name, function in FUNCTIONS.items():
+        leaves = [torch.ones(1, 2, 3).index_fill(1, torch.tensor(0), math.nan).requires_grad_() for _ in range(3)]
+        context, _ = function(*leaves, *([torch.ones(3)] if name == "additive_attention" else []), mask=mask)
+        results[name] = list(torch.autograd.grad(context, leaves, torch.full((1, 2, 3), math.nan)))
+    return results
 
 
 def decode(attention: Callable[..., Any], leaves: dict[str, Tensor], part: slice) -> Tensor:
@@ -384,7 +395,7 @@ def training(rank: int) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
     return results
 
 
-JOBS = (sharded, special, decoder, collectives, errors, autocast, alone, training)
+JOBS = (sharded, special, spoiled, decoder, collectives, errors, autocast, alone, training)
 
 
 # The tests ------------------------------------------------------------------------------------------------------------
@@ -447,6 +458,13 @@ def test_special_scores(ranks: list[dict[str, Any]], name: str) -> None:
     for context in contexts:
         torch.testing.assert_close(context[row], expected.context[row], equal_nan=True)
     torch.testing.assert_close(torch.cat(alignments, -1)[row], expected.alignments[row], equal_nan=True)
+
+
+@pytest.mark.parametrize("op_name", FUNCTIONS)
+def test_gradients_of_padding_beside_nan(ranks: list[dict[str, Any]], op_name: str) -> None:
+    for results in ranks:
+        for gradient in results["spoiled"][op_name]:
+            assert gradient[0, 0].isnan().all() and (gradient[0, 1] == 0).all()
 
 
 def test_decoder(ranks: list[dict[str, Any]]) -> None:
