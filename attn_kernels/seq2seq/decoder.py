@@ -89,7 +89,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
         """Teacher forcing. tokens: (B, T), read by the steps. Returns logits (B, T, vocab) and alignments (B, T, S)."""
         embedded = self.dropout(self.embedding(tokens))
-        if self.input_feeding and self.loop and can_loop(embedded):
+        if self.input_feeding and self.loop and can_loop(self, embedded):
             attentional, alignments = decode_sequence(self, embedded, state, memory)
         elif self.input_feeding:
             steps = []

@@ -17,17 +17,29 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention
+from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .loop_attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
 from .loop_cells import GRULayer, LSTMLayer
 
 if TYPE_CHECKING:
-    from .decoder import Decoder, DecoderState
+    from .decoder import AttentionModule, Decoder, DecoderState
 
 
-def can_loop(embedded: Tensor) -> bool:
-    """Whether the op may stand for the steps: torch.compile and autocast see into steps, not into it."""
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(embedded.device.type))
+def can_loop(decoder: Decoder, embedded: Tensor) -> bool:
+    """Whether the op may stand for the steps.
+
+    Not for those who look into steps: torch.compile, autocast, hooks of the modules that a step calls, an attention of
+    another class, or a dot attention with a learned scale.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(embedded.device.type):
+        return False
+    called = (*decoder.attention.modules(), decoder.attentional, decoder.dropout)
+    if any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in called):
+        return False
+    attention = decoder.attention
+    if type(attention) is LuongAttention:
+        return attention.v is not None or attention.g is None
+    return type(attention) in (BahdanauAttention, CosineAttention)
 
 
 def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -38,13 +50,16 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
     """
     attention = decoder.attention
     projection = attention.query_projection
+    v, bias, scale = _score_parameters(attention, memory.keys)
     inputs = _Inputs(
         embedded,
         state.feed[:, 0],
         memory.keys,
         memory.values,
         None if projection is None else projection.weight,
-        *_score_parameters(attention, memory.keys),
+        v,
+        bias,
+        scale,
         decoder.attentional.weight,
     )
     first = [layer[:, 0] for layer in (*state.hidden, *state.cell)]
@@ -81,17 +96,17 @@ class _Inputs(NamedTuple):
     query_weight: Tensor | None  # (A, H); None where the state is the query
     v: Tensor | None  # (A,), of additive scores
     bias: Tensor | None  # (A,)
-    scale: Tensor | None  # (), of the others
+    scale: Tensor | None  # (), of cosine attention
     attentional_weight: Tensor  # (H, M + H)
 
 
-def _score_parameters(attention: torch.nn.Module, like: Tensor) -> tuple[Tensor | None, ...]:
+def _score_parameters(attention: AttentionModule, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """v, bias, scale."""
     if isinstance(attention, CosineAttention):
         sharpness = attention.sharpness
         return None, None, sharpness if isinstance(sharpness, Tensor) else like.new_tensor(sharpness)
     if attention.v is None:
-        return None, None, attention.g
+        return None, None, None
     return attention.score_vector(), attention.bias if isinstance(attention, BahdanauAttention) else None, None
 
 
@@ -140,7 +155,7 @@ class _Sequence:
             return AdditiveSequenceAttention(*common, inputs.v, inputs.bias)
         if settings.eps is not None:
             return CosineSequenceAttention(*common, inputs.scale, settings.eps)
-        return SequenceAttention(*common, inputs.scale)
+        return SequenceAttention(*common)
 
     def run(self) -> None:
         *below, top = self.settings.factors

@@ -1,7 +1,7 @@
 """The attention of all steps of a sequence, without autograd: forward step by step, then backward.
 
-The backward of a step makes the gradient of its query alone. Keys, values, score vector and bias get theirs from one pass
-with all steps as queries, when all are done. B sentences, T steps, S source steps, A units, D value size.
+The backward of a step makes the gradient of its query alone. Keys, values, score vector and bias get theirs from one
+pass with all steps as queries, when all are done. B sentences, T steps, S source steps, A units, D value size.
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ from ..memory import Memory
 class SequenceAttention:
     """Dot attention; what the other forms have in common with it.
 
-    query_weight: (A, H), or None where the state is the query. scale: () factor of the query, or None.
+    query_weight: (A, H), or None where the state is the query.
     """
 
     dscores: Tensor  # (B, T, S)  of the backward that runs
     dqueries: Tensor  # (T, B, A)
     dcontexts: Tensor  # (B, T, D)
 
-    def __init__(
-        self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None, scale: Tensor | None
-    ) -> None:
+    def __init__(self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None) -> None:
         self.backend = backend
         self.memory = memory
         self.query_weight = query_weight
-        self.scale = scale
         batch, source, units = memory.keys.shape
         self.queries = memory.keys.new_empty(steps, batch, units)  # as they are scored
         self.alignments = memory.keys.new_empty(batch, steps, source)
@@ -63,38 +60,31 @@ class SequenceAttention:
         """states: (T, B, H). Of keys, values, query_weight, v, bias, scale."""
         dvalues = torch.bmm(self.alignments.transpose(1, 2), self.dcontexts)
         dkeys, dv, dbias = self._key_gradients()
-        dscale = self._scale_gradient(states)
         dweight = None
         if self.query_weight is not None:
             dweight = self.dqueries.flatten(0, 1).t() @ states.flatten(0, 1)
-        return dkeys, dvalues, dweight, dv, dbias, dscale
+        return dkeys, dvalues, dweight, dv, dbias, self._scale_gradient()
 
     # How a query is made of a state -----------------------------------------------------------------------------------
 
     def _query(self, t: int, state: Tensor, out: Tensor) -> None:
         out.copy_(state) if self.query_weight is None else torch.mm(state, self.query_weight.t(), out=out)
-        if self.scale is not None:
-            out *= self.scale
 
     def _state_gradient(self, t: int) -> Tensor:
         """From dqueries[t], which becomes the gradient of the product with query_weight."""
-        if self.scale is not None:
-            self.dqueries[t] *= self.scale
         return self.dqueries[t] if self.query_weight is None else self.dqueries[t] @ self.query_weight
 
-    def _scale_gradient(self, states: Tensor) -> Tensor | None:
-        if self.scale is None:
-            return None
-        # dqueries hold scale times the gradient of the queries, and queries hold the scale, too.
-        return (self.dqueries * self.queries).sum() / self.scale**2
+    def _scale_gradient(self) -> Tensor | None:
+        return None
 
     # How scores are made of queries and keys --------------------------------------------------------------------------
 
     def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         memory = self.memory
         if self.backend == "reference":
-            masks = {"memory_lengths": memory.memory_lengths, "mask": memory.mask}
-            return reference.dot_attention(query, memory.keys, memory.values, **masks)
+            return reference.dot_attention(
+                query, memory.keys, memory.values, memory_lengths=memory.memory_lengths, mask=memory.mask
+            )
         arguments = (query, memory.keys, memory.values, 1.0, memory.memory_lengths, memory.mask, True)
         return ops.call("dot_attention", self.backend, *arguments)
 
@@ -111,7 +101,8 @@ class CosineSequenceAttention(SequenceAttention):
     def __init__(
         self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None, scale: Tensor, eps: float
     ) -> None:
-        super().__init__(backend, memory, steps, query_weight, scale)
+        super().__init__(backend, memory, steps, query_weight)
+        self.scale = scale
         self.eps = eps
         self.lengths = self.queries.new_empty(steps, self.queries.shape[1], 1, dtype=_wide(self.queries))
         self.is_zero = torch.empty_like(self.lengths, dtype=torch.bool)
@@ -136,7 +127,7 @@ class CosineSequenceAttention(SequenceAttention):
         self.dqueries[t] = across * (self.scale / self.lengths[t])
         return self.dqueries[t] if self.query_weight is None else self.dqueries[t] @ self.query_weight
 
-    def _scale_gradient(self, states: Tensor) -> Tensor:
+    def _scale_gradient(self) -> Tensor:
         return self.dscale.to(self.scale.dtype)
 
 
@@ -146,18 +137,24 @@ class AdditiveSequenceAttention(SequenceAttention):
     def __init__(
         self, backend: str, memory: Memory, steps: int, query_weight: Tensor, v: Tensor, bias: Tensor | None
     ) -> None:
-        super().__init__(backend, memory, steps, query_weight, None)
+        super().__init__(backend, memory, steps, query_weight)
         self.v = v
         self.bias = bias
 
     def _attend(self, query: Tensor) -> tuple[Tensor, Tensor]:
         memory = self.memory
         if self.backend == "reference":
-            masks = {"memory_lengths": memory.memory_lengths, "mask": memory.mask}
-            return reference.additive_attention(query, memory.keys, memory.values, self.v, self.bias, **masks)
+            return reference.additive_attention(
+                query,
+                memory.keys,
+                memory.values,
+                self.v,
+                self.bias,
+                memory_lengths=memory.memory_lengths,
+                mask=memory.mask,
+            )
         arguments = (query, memory.keys, memory.values, self.v, self.bias, memory.prepared)
-        arguments += (memory.memory_lengths, memory.mask, True)
-        return ops.call("additive_attention", self.backend, *arguments)
+        return ops.call("additive_attention", self.backend, *arguments, memory.memory_lengths, memory.mask, True)
 
     def _query_gradient(self, t: int, dscores: Tensor) -> Tensor:
         return self._scores_backward(dscores, self.queries[t].unsqueeze(1))[0]

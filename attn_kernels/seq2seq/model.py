@@ -37,9 +37,9 @@ class Seq2Seq(nn.Module):
         dropout: on embeddings, between layers and on the attentional vector.
         input_feeding: each step reads the attentional vector of the step before. Without it, training computes the
             attention of all steps in one call, which is much faster.
-        decoder: how a whole target is computed with input feeding. "loop": as one op, several times as fast in training;
-            under torch.compile and autocast, which look into steps, as "steps". "steps": one after the other. Parameters
-            and results are the same.
+        decoder: how a whole target is computed with input feeding. "loop": as one op, which is faster; under
+            torch.compile and autocast, which look into steps, as "steps". "steps": one after the other. Parameters and
+            results are the same.
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
         backend: of the attention, as of :func:`attn_kernels.additive_attention`.
