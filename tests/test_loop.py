@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,26 @@ def test_backward_twice() -> None:
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def test_memory_is_let_go_after_backward() -> None:
+    """What the loop keeps goes with the backward, not with the loss, which a training loop holds into its next step."""
+    model = models()["loop"]
+    kept = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(weakref.ref(x.untyped_storage()))
+        return x
+
+    memory, state = model.encode(*batch()[:2])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        logits, _ = model.decoder(batch()[2], state, memory)
+    before = sum(reference() is not None for reference in kept)
+    logits.sum().backward()
+    del memory, state
+    after = sum(reference() is not None for reference in kept)
+    parameters = len(list(model.decoder.parameters()))
+    assert after <= parameters < before - 10
 
 
 def test_second_derivative_is_refused() -> None:
