@@ -208,7 +208,9 @@ class _Sequence:
                     dstates[n - 1] = dstates[n - 1] + (dx if below[n - 1] is None else dx * below[n - 1][t])
             dfeed = dx
         joined, batch = self.joined.flatten(0, 1), inputs.feed.shape[0]
-        dkeys, dvalues, dquery_weight, *rest = self.attention.gradients(self.joined[:, :, -self.size :])
+        dkeys, dvalues, dquery_weight, *rest = self.attention.gradients(
+            self.joined[:, :, -self.size :], grad_alignments
+        )
         dattentional_weight = dattentional.flatten(0, 1).t() @ joined
         dgates = self.layers[0].dgates.flatten(0, 1)
         weights = [gradient for layer in self.layers for gradient in layer.weight_gradients()]
