@@ -482,7 +482,6 @@ ERRORS = [
         TypeError,
         "target must be an int32 or int64 tensor, got torch.bool",
     ),
-    (lambda: MODEL.generate(SOURCE, LENGTHS, beam_size=5), ValueError, "beam_size must be 1, got 5"),
     (lambda: MODEL.generate(SOURCE, LENGTHS, max_length=0), ValueError, "max_length must be a positive integer, got 0"),
     (lambda: make(backend="fast")(SOURCE, LENGTHS, TARGET), ValueError, "backend must be one of"),
 ]

@@ -34,6 +34,15 @@ class DecoderState(NamedTuple):
             None if self.feed is None else self.feed.index_select(0, indices),
         )
 
+    def reorder(self, hypotheses: Tensor) -> DecoderState:
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        index = hypotheses[..., None]
+        return DecoderState(
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
+            None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
+        )
+
 
 class Decoder(nn.Module):
     """Luong et al. 2015, section 3.
