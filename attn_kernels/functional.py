@@ -275,10 +275,7 @@ def _check_dot_attention(
     mask: Tensor | None,
 ) -> None:
     name = "dot_attention"
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
-    if not -_INFINITY < scale < _INFINITY:
-        raise ValueError(f"{name}: scale must be a finite number, got {scale}")
+    _check_scale(name, scale)
     _check_query_keys(name, query, keys)
     _check_values(name, query, keys, values)
     _check_masks(name, query, keys, memory_lengths, mask)
@@ -384,6 +381,13 @@ def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
 #
 # The compiled backends check shapes and dtypes (and lengths, on the CPU) themselves, in a tenth of the time: with them,
 # these run only when something was refused, and find the words for it.
+
+
+def _check_scale(name: str, scale: object) -> None:
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+    if not -_INFINITY < scale < _INFINITY:
+        raise ValueError(f"{name}: scale must be a finite number, got {scale}")
 
 
 def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
