@@ -132,10 +132,10 @@ class Decoder(nn.Module):
             if state.cell:
                 before = (state.hidden[layer].flatten(0, 1), state.cell[layer].flatten(0, 1))
                 output, memory_cell = torch.lstm_cell(output, before, *weights)
-                cell.append(memory_cell.unflatten(0, (batch, hypotheses)))
+                cell.append(memory_cell.view(batch, hypotheses, -1))
             else:
                 output = torch.gru_cell(output, state.hidden[layer].flatten(0, 1), *weights)
-            hidden.append(output.unflatten(0, (batch, hypotheses)))
+            hidden.append(output.view(batch, hypotheses, -1))
         attentional, alignments = self._attend(hidden[-1], memory)
         feed = attentional if self.input_feeding else None
         return attentional, alignments, DecoderState(tuple(hidden), tuple(cell), feed)
