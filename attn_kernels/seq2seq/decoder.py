@@ -34,6 +34,15 @@ class DecoderState(NamedTuple):
             None if self.feed is None else self.feed.index_select(0, indices),
         )
 
+    def reorder(self, hypotheses: Tensor) -> DecoderState:
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        index = hypotheses[..., None]
+        return DecoderState(
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
+            None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
+        )
+
 
 class Decoder(nn.Module):
     """Luong et al. 2015, section 3.
@@ -89,7 +98,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
         """Teacher forcing. tokens: (B, T), read by the steps. Returns logits (B, T, vocab) and alignments (B, T, S)."""
         embedded = self.dropout(self.embedding(tokens))
-        if self.input_feeding and self.loop and can_loop(embedded):
+        if self.input_feeding and self.loop and can_loop(self, embedded):
             attentional, alignments = decode_sequence(self, embedded, state, memory)
         elif self.input_feeding:
             steps = []
@@ -123,10 +132,10 @@ class Decoder(nn.Module):
             if state.cell:
                 before = (state.hidden[layer].flatten(0, 1), state.cell[layer].flatten(0, 1))
                 output, memory_cell = torch.lstm_cell(output, before, *weights)
-                cell.append(memory_cell.unflatten(0, (batch, hypotheses)))
+                cell.append(memory_cell.view(batch, hypotheses, -1))
             else:
                 output = torch.gru_cell(output, state.hidden[layer].flatten(0, 1), *weights)
-            hidden.append(output.unflatten(0, (batch, hypotheses)))
+            hidden.append(output.view(batch, hypotheses, -1))
         attentional, alignments = self._attend(hidden[-1], memory)
         feed = attentional if self.input_feeding else None
         return attentional, alignments, DecoderState(tuple(hidden), tuple(cell), feed)

@@ -17,17 +17,29 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention
+from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .loop_attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
 from .loop_cells import GRULayer, LSTMLayer
 
 if TYPE_CHECKING:
-    from .decoder import Decoder, DecoderState
+    from .decoder import AttentionModule, Decoder, DecoderState
 
 
-def can_loop(embedded: Tensor) -> bool:
-    """Whether the op may stand for the steps: torch.compile and autocast see into steps, not into it."""
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(embedded.device.type))
+def can_loop(decoder: Decoder, embedded: Tensor) -> bool:
+    """Whether the op may stand for the steps.
+
+    Not for those who look into steps: torch.compile, autocast, hooks of the modules that a step calls, an attention of
+    another class, or a dot attention with a learned scale.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(embedded.device.type):
+        return False
+    called = (*decoder.attention.modules(), decoder.attentional, decoder.dropout)
+    if any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in called):
+        return False
+    attention = decoder.attention
+    if type(attention) is LuongAttention:
+        return attention.v is not None or attention.g is None
+    return type(attention) in (BahdanauAttention, CosineAttention)
 
 
 def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -38,13 +50,16 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
     """
     attention = decoder.attention
     projection = attention.query_projection
+    v, bias, scale = _score_parameters(attention, memory.keys)
     inputs = _Inputs(
         embedded,
         state.feed[:, 0],
         memory.keys,
         memory.values,
         None if projection is None else projection.weight,
-        *_score_parameters(attention, memory.keys),
+        v,
+        bias,
+        scale,
         decoder.attentional.weight,
     )
     first = [layer[:, 0] for layer in (*state.hidden, *state.cell)]
@@ -55,9 +70,8 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
         choose(attention.backend, embedded.device.type),
         attention.eps if isinstance(attention, CosineAttention) else None,
         memory,
-        _dropout_factors(decoder, embedded),
     )
-    return _Loop.apply(settings, *inputs, *first, *weights)
+    return _Loop.apply(settings, *inputs, *_dropout_factors(decoder, embedded), *first, *weights)
 
 
 class _Settings(NamedTuple):
@@ -66,13 +80,10 @@ class _Settings(NamedTuple):
     backend: str  # of the attention
     eps: float | None  # of cosine attention, None for the others
     memory: Memory
-    # What is multiplied with the outputs of the layers below the top one, and with the attentional vectors: (T, B, H)
-    # each; None without dropout.
-    factors: list[Tensor | None]
 
 
 class _Inputs(NamedTuple):
-    """The differentiable inputs but for the first states and the weights of the cells."""
+    """The inputs but for dropout, the first states and the weights of the cells."""
 
     embedded: Tensor  # (B, T, E)
     feed: Tensor  # (B, H)
@@ -81,21 +92,25 @@ class _Inputs(NamedTuple):
     query_weight: Tensor | None  # (A, H); None where the state is the query
     v: Tensor | None  # (A,), of additive scores
     bias: Tensor | None  # (A,)
-    scale: Tensor | None  # (), of the others
+    scale: Tensor | None  # (), of cosine attention
     attentional_weight: Tensor  # (H, M + H)
 
 
-def _score_parameters(attention: torch.nn.Module, like: Tensor) -> tuple[Tensor | None, ...]:
+def _score_parameters(attention: AttentionModule, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """v, bias, scale."""
     if isinstance(attention, CosineAttention):
         sharpness = attention.sharpness
         return None, None, sharpness if isinstance(sharpness, Tensor) else like.new_tensor(sharpness)
     if attention.v is None:
-        return None, None, attention.g
+        return None, None, None
     return attention.score_vector(), attention.bias if isinstance(attention, BahdanauAttention) else None, None
 
 
 def _dropout_factors(decoder: Decoder, embedded: Tensor) -> list[Tensor | None]:
+    """What is multiplied with the outputs of the layers below the top one and with the attentional vectors.
+
+    (T, B, H) each; None without dropout.
+    """
     layers = decoder.rnn.num_layers
     if not decoder.training or decoder.dropout.p == 0:
         return [None] * layers
@@ -112,7 +127,7 @@ class _Sequence:
         rest = tensors[len(_Inputs._fields) :]
         layers = settings.layers
         states = layers * (2 if settings.is_lstm else 1)
-        first, weights = rest[:states], rest[states:]
+        self.factors, first, weights = rest[:layers], rest[layers : layers + states], rest[layers + states :]
         self.embedded = inputs.embedded.transpose(0, 1).contiguous()  # (T, B, E)
         self.steps, batch, self.read = self.embedded.shape
         self.layers: list[LSTMLayer | GRULayer] = []
@@ -140,10 +155,10 @@ class _Sequence:
             return AdditiveSequenceAttention(*common, inputs.v, inputs.bias)
         if settings.eps is not None:
             return CosineSequenceAttention(*common, inputs.scale, settings.eps)
-        return SequenceAttention(*common, inputs.scale)
+        return SequenceAttention(*common)
 
     def run(self) -> None:
-        *below, top = self.settings.factors
+        *below, top = self.factors
         weight = self.inputs.attentional_weight.t()
         for t in range(self.steps):
             state = self.layers[0].step(t)
@@ -156,6 +171,14 @@ class _Sequence:
             attentional = torch.mm(joined, weight, out=self.attentional[t]).tanh_()
             _drop(attentional, top, t, self.layers[0].x(t + 1))
 
+    def take_out(self) -> dict[tuple[object, str], Tensor]:
+        """All tensors that this object and its parts hold, by owner and name: autograd keeps them till the backward."""
+        parts: tuple[object, ...] = (self, *self.layers, self.attention)
+        tensors = {(part, name): x for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)}
+        for part, name in tensors:
+            delattr(part, name)
+        return tensors
+
     def fed(self) -> Tensor:
         """(T, B, H): the attentional vectors after dropout."""
         return self.layers[0].inputs[1:, :, : self.size]
@@ -163,7 +186,7 @@ class _Sequence:
     def run_back(self, grad_attentional: Tensor | None, grad_alignments: Tensor | None) -> list[Tensor | None]:
         """The gradients of all inputs, in the order of the op's arguments."""
         inputs = self.inputs
-        *below, top = self.settings.factors
+        *below, top = self.factors
         for layer in self.layers:
             layer.start_backward()
         self.attention.start_backward()
@@ -185,25 +208,17 @@ class _Sequence:
                     dstates[n - 1] = dstates[n - 1] + (dx if below[n - 1] is None else dx * below[n - 1][t])
             dfeed = dx
         joined, batch = self.joined.flatten(0, 1), inputs.feed.shape[0]
-        dkeys, dvalues, dquery_weight, *rest = self.attention.gradients(self.joined[:, :, -self.size :])
+        dkeys, dvalues, dquery_weight, *rest = self.attention.gradients(
+            self.joined[:, :, -self.size :], grad_alignments
+        )
         dattentional_weight = dattentional.flatten(0, 1).t() @ joined
         dgates = self.layers[0].dgates.flatten(0, 1)
         weights = [gradient for layer in self.layers for gradient in layer.weight_gradients()]
         weights[0] = torch.cat([dgates.t() @ self.embedded.flatten(0, 1), weights[0]], dim=1)
         dembedded = (dgates @ self.embedded_weight).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
-        return [
-            dembedded,
-            dfeed,
-            dkeys,
-            dvalues,
-            dquery_weight,
-            *rest,
-            dattentional_weight,
-            *dstates,
-            *dcells,
-            *weights,
-        ]
+        dinputs = [dembedded, dfeed, dkeys, dvalues, dquery_weight, *rest, dattentional_weight]
+        return [*dinputs, *(None for _ in self.factors), *dstates, *dcells, *weights]
 
 
 def _drop(x: Tensor, factor: Tensor | None, t: int, out: Tensor) -> None:
@@ -214,17 +229,26 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.sequence = sequence = _Sequence(settings, tensors)
+        sequence = _Sequence(settings, tensors)
         sequence.run()
         # Copies: what is kept is not to change where a caller changes results in place.
         attentional = sequence.fed().transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        return attentional, sequence.attention.alignments.clone()
+        alignments = sequence.attention.alignments.clone()
+        kept = sequence.take_out()
+        ctx.sequence, ctx.places = sequence, list(kept)
+        ctx.save_for_backward(*tensors, *kept.values())
+        return attentional, alignments
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # raises an error if an input has been changed in place since
+        inputs = len(tensors) - len(ctx.places)
         if gradients == (None, None):
-            return (None,) * (1 + len(tensors))
-        return (None, *ctx.sequence.run_back(*gradients))
+            return (None,) * (1 + inputs)
+        for (part, name), tensor in zip(ctx.places, tensors[inputs:], strict=True):
+            setattr(part, name, tensor)
+        try:
+            return (None, *ctx.sequence.run_back(*gradients))
+        finally:
+            ctx.sequence.take_out()
