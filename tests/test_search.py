@@ -366,8 +366,9 @@ def test_a_model_of_nan() -> None:
     model = make()
     with torch.no_grad():
         model.decoder.output.bias.fill_(math.nan)
-    for hypotheses in model.generate(*batch(), beam_size=2, max_length=3):
-        assert hypotheses and all(math.isnan(h.score) for h in hypotheses)
+    for choice in ({"beam_size": 2}, {"sample": True, "num_hypotheses": 2}):
+        for hypotheses in model.generate(*batch(), max_length=3, **choice):
+            assert hypotheses and all(math.isnan(h.score) for h in hypotheses)
 
 
 def test_max_length_of_one() -> None:
@@ -511,6 +512,18 @@ def test_the_distribution_of_samples(temperature: float, top_k: int | None) -> N
         probabilities[output] = probability
     drawn = draw(model, source, length, 3, num_hypotheses=5000, temperature=temperature, top_k=top_k)
     assert_frequencies(drawn, probabilities)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_no_random_number_draws_an_impossible_token(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest one, where the first and the last token have no probability."""
+    model = make(dtype=torch.float32, scale=2.0)
+    with torch.no_grad():
+        model.decoder.output.bias[[0, TARGET_VOCAB - 1]] = -math.inf
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **options: torch.full(shape, number, **options))
+    for hypotheses in model.generate(*batch(), sample=True, max_length=5):
+        assert math.isfinite(hypotheses[0].score)
+        assert hypotheses[0].tokens == [1 if number == 0 else TARGET_VOCAB - 2] * 5
 
 
 def test_a_high_temperature_is_uniform() -> None:

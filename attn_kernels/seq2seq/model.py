@@ -158,7 +158,8 @@ class Seq2Seq(nn.Module):
     ) -> list[list[Hypothesis]]:
         r"""Translates: for each sentence a list of hypotheses, each with tokens, score and alignments.
 
-        **Beam search**, and greedy search with ``beam_size=1``, returns the best hypotheses first. Their score is
+        **Beam search** returns the best hypotheses first; with ``beam_size=1`` and no penalty it is greedy search.
+        Their score is
 
         .. math::
             \frac{\log P(Y \mid X)}{lp(Y)} + cp(X; Y) \qquad lp(Y) = \left(\frac{5 + |Y|}{6}\right)^\alpha \qquad
@@ -199,7 +200,7 @@ class Seq2Seq(nn.Module):
 
         Without gradients, and without dropout also in training mode.
 
-        Raises ValueError or TypeError where an argument does not fit, or is not for what ``sample`` says.
+        Raises ValueError or TypeError where an argument does not fit, or where searching or sampling has no use for it.
         """
         for name, count in (("num_hypotheses", num_hypotheses), ("top_k", top_k)):
             if count is not None:

@@ -183,8 +183,12 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     # The largest becomes 0 first, so that no temperature makes it infinite.
     logits = logits - logits.amax(dim=2, keepdim=True)
     probabilities = (logits / max(temperature, torch.finfo(logits.dtype).tiny)).softmax(dim=2)
-    drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
-    return drawn if tokens is None else tokens.gather(2, drawn[..., None]).squeeze(2)
+    # By the inverse of the distribution function: torch.multinomial draws a number for each token of the vocabulary.
+    cumulative = probabilities.cumsum(dim=2, dtype=torch.float64)
+    drawn = torch.rand(*logits.shape[:2], 1, dtype=torch.float64, device=logits.device, generator=generator)
+    chosen = torch.searchsorted(cumulative, drawn * cumulative[..., -1:], right=True)
+    chosen = chosen.squeeze(2).clamp(max=logits.shape[2] - 1)  # NaN is beyond the end
+    return chosen if tokens is None else tokens.gather(2, chosen[..., None]).squeeze(2)
 
 
 class _Finished:
