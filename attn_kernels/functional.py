@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from . import ops, reference
 from .backends import choose
-from .deferred import Meeting, defers
+from .deferred import Meeting, defers, pays
 from .reference import Attention
 
 if TYPE_CHECKING:
@@ -236,7 +236,13 @@ def _dot_attention(
     meeting: Callable[[], Meeting] | None,
 ) -> Attention:
     try:
-        if backend is None and memory_lengths is None and mask is None and _is_small(query, keys, values, scale):
+        if (
+            backend is None
+            and memory_lengths is None
+            and mask is None
+            and _is_small(query, keys, values, scale)
+            and not (meeting is not None and pays(query, keys, values))
+        ):
             scores = torch.bmm(query, keys.mT)
             alignments = torch.softmax(scores if scale == 1.0 else scale * scores, -1)
             return Attention(torch.bmm(alignments, values), alignments if need_weights else None)

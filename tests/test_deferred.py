@@ -575,6 +575,18 @@ def test_compiled(mechanism: str, passes: list[int]) -> None:
 
 
 @semantics
+def test_compiled_autograd(mechanism: str, passes: list[int]) -> None:
+    torch._dynamo.reset()
+    world, expected = World(mechanism, "cpu"), World(mechanism, "reference")
+    for _ in range(2):  # compiled, and taken from its cache
+        sum(expected.losses(expected.decode(expected.module.memory(expected.outputs)))).backward()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            sum(world.losses(world.decode(world.module.memory(world.outputs)))).backward()
+    assert_same(world.grads(), expected.grads())
+    assert passes == [STEPS, STEPS]
+
+
+@semantics
 def test_function_transforms(mechanism: str, passes: list[int]) -> None:
     """As without a memory: torch.func has the functional ops, which say what they cannot."""
     world = World(mechanism, "cpu")

@@ -280,7 +280,7 @@ struct Check {
     const Loops r = loops(additive, scale, false);
     Data context(dtype, r.context.size()), weights(dtype, r.alignments.size());
     Data dquery(dtype, r.dquery.size()), dkeys(dtype, r.dkeys.size()), dvalues(dtype, r.dvalues.size());
-    Data dv(dtype, n.A), dbias(dtype, n.A);
+    Data dv(dtype, n.A), dbias(dtype, n.A), alone(dtype, r.dquery.size());  // alone: without dkeys and dvalues
     const Array3 value_rows = array(values, n.Tk, n.D), saved = array(weights, n.Tq, n.Tk);
     const Array3 dcontext = array(grad_context, n.Tq, n.D), dalignments = array(grad_alignments, n.Tq, n.Tk);
     if (additive) {
@@ -289,17 +289,23 @@ struct Check {
       level().kernels->additive_attention_backward({additive_sizes(), n.D, value_rows, attended(), saved, dcontext,
                                                     dalignments, dquery.bytes.data(), dkeys.bytes.data(),
                                                     dvalues.bytes.data(), dv.bytes.data(), dbias.bytes.data()});
+      level().kernels->additive_attention_backward({additive_sizes(), n.D, value_rows, attended(), saved, dcontext,
+                                                    dalignments, alone.bytes.data(), nullptr, nullptr, dv.bytes.data(),
+                                                    dbias.bytes.data()});
     } else {
       const DotAttention sizes{n.B,        n.Tq,  n.Tk,      n.A, n.D, array(query, n.Tq, n.A), array(keys, n.Tk, n.A),
                                value_rows, scale, attended()};
       level().kernels->dot_attention({sizes, context.bytes.data(), weights.bytes.data()});
       level().kernels->dot_attention_backward(
           {sizes, saved, dcontext, dalignments, dquery.bytes.data(), dkeys.bytes.data(), dvalues.bytes.data()});
+      level().kernels->dot_attention_backward(
+          {sizes, saved, dcontext, dalignments, alone.bytes.data(), nullptr, nullptr});
     }
     const char* op = additive ? "additive_attention" : "dot_attention";
     compare(op, "context", context, r.context);
     compare(op, "alignments", weights, r.alignments);
     compare(op, "dquery", dquery, r.dquery);
+    compare(op, "dquery alone", alone, r.dquery);
     compare(op, "dkeys", dkeys, r.dkeys);
     compare(op, "dvalues", dvalues, r.dvalues);
     if (!additive) return;
