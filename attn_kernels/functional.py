@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import ops, reference
 from .backends import choose
+from .deferred import Meeting, defers
 from .reference import Attention
+
+if TYPE_CHECKING:
+    from .memory import Memory
 
 _INFINITY = float("inf")
 _SMALL = 1 << 19  # products
@@ -65,6 +72,43 @@ def additive_attention(
     Raises:
         ValueError: a shape, device, length or backend does not fit. TypeError: a dtype or type does not.
     """
+    return _additive_attention(
+        query, keys, values, v, bias, prepared, memory_lengths, mask, need_weights, backend, None
+    )
+
+
+def additive_step(
+    query: Tensor, v: Tensor, bias: Tensor | None, memory: Memory, need_weights: bool, backend: str | None
+) -> Attention:
+    """:func:`additive_attention` on a memory; its gradients may be made with those of other steps: see deferred.py."""
+    masks = (memory.memory_lengths, memory.mask)
+    return _additive_attention(
+        query,
+        memory.keys,
+        memory.values,
+        v,
+        bias,
+        memory.prepared,
+        *masks,
+        need_weights,
+        backend,
+        memory.meeting,
+    )
+
+
+def _additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    need_weights: bool,
+    backend: str | None,
+    meeting: Callable[[], Meeting] | None,
+) -> Attention:
     try:
         chosen = choose(backend, _device_type(query))
         if chosen not in _CHECKED or is_compiling():
@@ -78,7 +122,10 @@ def additive_attention(
             )
         if q.dim() == 2:
             q = q.unsqueeze(1)
-        result = ops.call("additive_attention", chosen, q, k, x, w, b, prepared, memory_lengths, mask, need_weights)
+        if meeting is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
+            result = meeting().additive_attention(q, w, b, prepared, memory_lengths, mask, need_weights)
+        else:
+            result = ops.call("additive_attention", chosen, q, k, x, w, b, prepared, memory_lengths, mask, need_weights)
         return _as_attention(result, query.dim(), need_weights)
     except _REFUSALS:
         _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, backend)
@@ -168,6 +215,26 @@ def dot_attention(
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
+    return _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
+
+
+def dot_step(query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
+    """:func:`dot_attention` on a memory; its gradients may be made with those of other steps: see deferred.py."""
+    masks = (memory.memory_lengths, memory.mask)
+    return _dot_attention(query, memory.keys, memory.values, 1.0, *masks, need_weights, backend, memory.meeting)
+
+
+def _dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    need_weights: bool,
+    backend: str | None,
+    meeting: Callable[[], Meeting] | None,
+) -> Attention:
     try:
         if backend is None and memory_lengths is None and mask is None and _is_small(query, keys, values, scale):
             scores = torch.bmm(query, keys.mT)
@@ -189,7 +256,10 @@ def dot_attention(
             )
         if q.dim() == 2:
             q = q.unsqueeze(1)
-        result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
+        if meeting is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
+            result = meeting().dot_attention(q, scale, memory_lengths, mask, need_weights)
+        else:
+            result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
         return _as_attention(result, query.dim(), need_weights)
     except _REFUSALS:
         _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
@@ -205,10 +275,7 @@ def _check_dot_attention(
     mask: Tensor | None,
 ) -> None:
     name = "dot_attention"
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
-    if not -_INFINITY < scale < _INFINITY:
-        raise ValueError(f"{name}: scale must be a finite number, got {scale}")
+    _check_scale(name, scale)
     _check_query_keys(name, query, keys)
     _check_values(name, query, keys, values)
     _check_masks(name, query, keys, memory_lengths, mask)
@@ -314,6 +381,13 @@ def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
 #
 # The compiled backends check shapes and dtypes (and lengths, on the CPU) themselves, in a tenth of the time: with them,
 # these run only when something was refused, and find the words for it.
+
+
+def _check_scale(name: str, scale: object) -> None:
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+    if not -_INFINITY < scale < _INFINITY:
+        raise ValueError(f"{name}: scale must be a finite number, got {scale}")
 
 
 def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:

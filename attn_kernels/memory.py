@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .deferred import Meeting
 from .functional import prepare_keys
 
 
@@ -74,6 +75,17 @@ class Memory:
     @property
     def batch_size(self) -> int:
         return self.keys.shape[0]
+
+    def meeting(self) -> Meeting:
+        """Where the gradients of all steps on this memory meet; made by the first that needs one."""
+        meeting = self.__dict__.get("_meeting")
+        if meeting is None or not meeting.is_of(self.keys, self.values):
+            meeting = Meeting(self.keys, self.values)
+            object.__setattr__(self, "_meeting", meeting)  # made of the fields, and so no field: copies make their own
+        return meeting
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_meeting"}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import additive_attention, dot_attention, prepare_keys
+from .functional import additive_step, dot_step, prepare_keys
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -146,18 +146,12 @@ class BahdanauAttention(_MemoryAttention):
         Raises ValueError or TypeError where query or memory do not fit the module or each other.
         """
         self._check(query, memory)
-        return additive_attention(
-            self.query_projection(query),
-            memory.keys,
-            memory.values,
-            self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v)),
-            self.bias,
-            memory_lengths=memory.memory_lengths,
-            mask=memory.mask,
-            need_weights=need_weights,
-            backend=self.backend,
-            prepared=memory.prepared,
-        )
+        query = self.query_projection(query)
+        return additive_step(query, self.score_vector(), self.bias, memory, need_weights, self.backend)
+
+    def score_vector(self) -> Tensor:
+        """(A,): ``v``, or with ``normalize`` g v / |v|."""
+        return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
     def _prepare(self, keys: Tensor) -> Tensor | None:
         return prepare_keys(keys, backend=self.backend)
@@ -236,26 +230,13 @@ class LuongAttention(_MemoryAttention):
         """
         self._check(query, memory)
         if self.v is not None:
-            return additive_attention(
-                self.query_projection(query),
-                memory.keys,
-                memory.values,
-                self.v if self.g is None else self.g * self.v,
-                memory_lengths=memory.memory_lengths,
-                mask=memory.mask,
-                need_weights=need_weights,
-                backend=self.backend,
-                prepared=memory.prepared,
-            )
-        return dot_attention(
-            query if self.g is None else self.g * query,
-            memory.keys,
-            memory.values,
-            memory_lengths=memory.memory_lengths,
-            mask=memory.mask,
-            need_weights=need_weights,
-            backend=self.backend,
-        )
+            query = self.query_projection(query)
+            return additive_step(query, self.score_vector(), None, memory, need_weights, self.backend)
+        return dot_step(query if self.g is None else self.g * query, memory, need_weights, self.backend)
+
+    def score_vector(self) -> Tensor:
+        """(A,), of "concat": ``v``, or with ``scale`` g v."""
+        return self.v if self.g is None else self.g * self.v
 
     def _prepare(self, keys: Tensor) -> Tensor | None:
         return None if self.v is None else prepare_keys(keys, backend=self.backend)
@@ -332,15 +313,7 @@ class CosineAttention(_MemoryAttention):
         self._check(query, memory)
         if self.query_projection is not None:
             query = self.query_projection(query)
-        return dot_attention(
-            self.sharpness * self._unit_length(query),
-            memory.keys,
-            memory.values,
-            memory_lengths=memory.memory_lengths,
-            mask=memory.mask,
-            need_weights=need_weights,
-            backend=self.backend,
-        )
+        return dot_step(self.sharpness * self._unit_length(query), memory, need_weights, self.backend)
 
     def _keys(self, values: Tensor) -> Tensor:
         return self._unit_length(super()._keys(values))

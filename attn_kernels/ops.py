@@ -33,9 +33,10 @@ def _define(
     schema: str,
     fake: Callable[..., Any],
     differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
+    backends: Sequence[str] = BACKENDS,
 ) -> None:
     """``differentiable``: the rule of autograd for a backend; None where results are constants."""
-    for backend in BACKENDS:
+    for backend in backends:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
@@ -83,11 +84,11 @@ def _refuse_second_derivative(op: str) -> Callable[[str], type[torch.autograd.Fu
         class Backward(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):
-                return _below_autograd(op, backend, args)
+                return below_autograd(op, backend, args)
 
             @staticmethod
             def backward(ctx, *gradients):
-                name = op.removesuffix("_backward")
+                name = op.removesuffix("_backward").removesuffix("_query")
                 raise RuntimeError(
                     f"{name}: backend={backend!r} has no second derivative; backend='reference' differentiates twice"
                 )
@@ -97,7 +98,8 @@ def _refuse_second_derivative(op: str) -> Callable[[str], type[torch.autograd.Fu
     return make
 
 
-def _below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
+def below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
+    """``kernel(op, backend)(*args)``, for a rule of autograd to call."""
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(op, backend)(*args)
 
@@ -124,7 +126,7 @@ def _additive_scores_function(backend: str) -> type[torch.autograd.Function]:
         def forward(ctx, *args):
             query, keys, v, bias = args
             ctx.save_for_backward(query, keys, v, bias)
-            return _below_autograd("additive_scores", backend, args)
+            return below_autograd("additive_scores", backend, args)
 
         @staticmethod
         def backward(ctx, grad_scores):
@@ -198,7 +200,7 @@ def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
             query, keys, values, v, bias, prepared, memory_lengths, mask, _ = args
             ctx.set_materialize_grads(False)
             # The backward starts from the alignments, (B, Tq, Tk), and computes the hidden units again.
-            context, alignments = _below_autograd("additive_attention", backend, (*args[:-1], True))
+            context, alignments = below_autograd("additive_attention", backend, (*args[:-1], True))
             ctx.save_for_backward(query, keys, values, v, bias, prepared, memory_lengths, mask, alignments)
             return (context, alignments) if args[-1] else context  # each output costs some microseconds
 
@@ -221,6 +223,23 @@ _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _additive_attention_backward_fake,
     _refuse_second_derivative("additive_attention_backward"),
+)
+
+
+# additive_attention_backward without the gradients of keys and values: see deferred.py.
+def _additive_attention_query_backward_fake(
+    grad_context, grad_alignments, query, keys, values, v, bias, prepared, memory_lengths, mask, alignments
+):
+    return query.new_empty(query.shape), v.new_empty(v.shape), v.new_empty(v.shape if bias is not None else (0,))
+
+
+_define(
+    "additive_attention_query_backward",
+    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
+    "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
+    _additive_attention_query_backward_fake,
+    _refuse_second_derivative("additive_attention_query_backward"),
+    backends=("cpu",),
 )
 _define(
     "additive_attention",
@@ -251,7 +270,7 @@ def _dot_attention_function(backend: str) -> type[torch.autograd.Function]:
             query, keys, values, scale, memory_lengths, mask, _ = args
             ctx.set_materialize_grads(False)
             ctx.scale = scale
-            context, alignments = _below_autograd("dot_attention", backend, (*args[:-1], True))
+            context, alignments = below_autograd("dot_attention", backend, (*args[:-1], True))
             ctx.save_for_backward(query, keys, values, memory_lengths, mask, alignments)
             return (context, alignments) if args[-1] else context  # each output costs some microseconds
 
@@ -273,6 +292,23 @@ _define(
     "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
     _dot_attention_backward_fake,
     _refuse_second_derivative("dot_attention_backward"),
+)
+
+
+# dot_attention_backward without the gradients of keys and values: see deferred.py.
+def _dot_attention_query_backward_fake(
+    grad_context, grad_alignments, query, keys, values, scale, memory_lengths, mask, alignments
+):
+    return query.new_empty(query.shape)
+
+
+_define(
+    "dot_attention_query_backward",
+    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
+    "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> Tensor",
+    _dot_attention_query_backward_fake,
+    _refuse_second_derivative("dot_attention_query_backward"),
+    backends=("cpu",),
 )
 _define(
     "dot_attention",

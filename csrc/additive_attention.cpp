@@ -115,6 +115,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dquery, dkeys, dvalues, dv, dbias};
 }
 
+#if !defined(ATTN_CUDA)
+// attention_backward without dkeys and dvalues.
+std::tuple<Tensor, Tensor, Tensor> query_backward(std::optional<Tensor> grad_context,
+                                                  std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
+                                                  Tensor values, Tensor v, std::optional<Tensor> bias,
+                                                  std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
+                                                  std::optional<Tensor> mask, Tensor alignments) {
+  const Call call(query);
+  const AdditiveScores n = additive(query, keys, v, bias, prepared);
+  STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
+  const int64_t D = values.size(2);
+  const Dtype dtype = n.query.dtype;
+  Tensor dquery = output(query, {n.B, n.Tq, n.A}), dv = output(v, {n.A});
+  Tensor dbias = output(v, {bias.has_value() ? n.A : 0});
+  if (n.B * n.Tq * n.Tk == 0) {
+    for (Tensor* t : {&dquery, &dv, &dbias}) torch::stable::zero_(*t);
+  } else {
+    call.kernels().additive_attention_backward(
+        {n, D, array(values, "values", dtype, {n.B, n.Tk, D}), attended(memory_lengths, mask, n.B, n.Tq, n.Tk),
+         array(alignments, "alignments", dtype, {n.B, n.Tq, n.Tk}),
+         array(grad_context, "grad_context", dtype, {n.B, n.Tq, D}),
+         array(grad_alignments, "grad_alignments", dtype, {n.B, n.Tq, n.Tk}), dquery.mutable_data_ptr(), nullptr,
+         nullptr, dv.mutable_data_ptr(), bias.has_value() ? dbias.mutable_data_ptr() : nullptr});
+  }
+  return {dquery, dv, dbias};
+}
+#endif
+
 }  // namespace
 }  // namespace attn
 
@@ -124,4 +152,7 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("additive_scores_backward"), TORCH_BOX(&attn::scores_backward));
   m.impl(ATTN_OVERLOAD("additive_attention"), TORCH_BOX(&attn::attention));
   m.impl(ATTN_OVERLOAD("additive_attention_backward"), TORCH_BOX(&attn::attention_backward));
+#if !defined(ATTN_CUDA)
+  m.impl(ATTN_OVERLOAD("additive_attention_query_backward"), TORCH_BOX(&attn::query_backward));
+#endif
 }

@@ -59,10 +59,34 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad
   return {dquery, dkeys, dvalues};
 }
 
+#if !defined(ATTN_CUDA)
+// attention_backward without dkeys and dvalues.
+Tensor query_backward(std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query,
+                      Tensor keys, Tensor values, double scale, std::optional<Tensor> memory_lengths,
+                      std::optional<Tensor> mask, Tensor alignments) {
+  const Call call(query);
+  const DotAttention n = dot(query, keys, values, scale, memory_lengths, mask);
+  const Dtype dtype = n.query.dtype;
+  Tensor dquery = output(query, {n.B, n.Tq, n.A});
+  if (n.B * n.Tq * n.Tk == 0) {
+    torch::stable::zero_(dquery);
+  } else {
+    call.kernels().dot_attention_backward({n, array(alignments, "alignments", dtype, {n.B, n.Tq, n.Tk}),
+                                           array(grad_context, "grad_context", dtype, {n.B, n.Tq, n.D}),
+                                           array(grad_alignments, "grad_alignments", dtype, {n.B, n.Tq, n.Tk}),
+                                           dquery.mutable_data_ptr(), nullptr, nullptr});
+  }
+  return dquery;
+}
+#endif
+
 }  // namespace
 }  // namespace attn
 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("dot_attention"), TORCH_BOX(&attn::attention));
   m.impl(ATTN_OVERLOAD("dot_attention_backward"), TORCH_BOX(&attn::attention_backward));
+#if !defined(ATTN_CUDA)
+  m.impl(ATTN_OVERLOAD("dot_attention_query_backward"), TORCH_BOX(&attn::query_backward));
+#endif
 }

@@ -241,9 +241,7 @@ def test_rows_of_all_magnitudes(
 ) -> None:
     """Rows in range of every form side by side in tiles of queries and steps, one of them of NaN or Inf."""
     sizes = torch.tensor([0.1, 1.0, 4.0, 9.4, 9.6, 12.0, 21.4, 30.0, 44.0, 90.0, 1e4], device=device)
-    for queries, units in (
-        [(3, 16)] if is_slow(fused) else [(1, 16), (1, 600), (3, 48), (8, 35), (9, 100), (17, 21)]
-    ):
+    for queries, units in [(3, 16)] if is_slow(fused) else [(1, 16), (1, 600), (3, 48), (8, 35), (9, 100), (17, 21)]:
         case = Case(B=3, Tq=queries, Tk=23, A=units, D=6, lengths=lengths)
         arguments = make(op, case, dtype, device)
         for seed, name in enumerate(("query", "keys")):

@@ -386,7 +386,7 @@ def test_dropout() -> None:
         torch.testing.assert_close(model(source, lengths, target), model(source, lengths, target), rtol=0, atol=0)
         plain = make(num_layers=2, input_feeding=input_feeding)
         torch.testing.assert_close(model(source, lengths, target), plain(source, lengths, target))
-    model = make(dropout=1.0, num_layers=2)
+    model = make(dropout=1.0, num_layers=2, decoder="steps")
     model.decoder.dropout.p = 0.0
     expected = model(source, lengths, target)[0]
     dropped = []
@@ -453,7 +453,7 @@ ERRORS = [
         "attention must be one of 'bahdanau', 'bahdanau-normalized', 'luong-dot'",
     ),
     (lambda: make(cell="rnn"), ValueError, "cell must be one of 'lstm', 'gru', got 'rnn'"),
-    (lambda: make(decoder="loop"), ValueError, "Seq2Seq: decoder must be 'steps', got 'loop'"),
+    (lambda: make(decoder="scan"), ValueError, "Seq2Seq: decoder must be one of 'loop', 'steps', got 'scan'"),
     (lambda: make(eos=9), ValueError, "eos must be in 0..8, the vocabulary, got 9"),
     (lambda: make(bos=-1), ValueError, "bos must be in 0..8, the vocabulary, got -1"),
     (lambda: make(padding_idx=10), ValueError, "padding_idx must be in 0..8"),
@@ -482,7 +482,6 @@ ERRORS = [
         TypeError,
         "target must be an int32 or int64 tensor, got torch.bool",
     ),
-    (lambda: MODEL.generate(SOURCE, LENGTHS, beam_size=5), ValueError, "beam_size must be 1, got 5"),
     (lambda: MODEL.generate(SOURCE, LENGTHS, max_length=0), ValueError, "max_length must be a positive integer, got 0"),
     (lambda: make(backend="fast")(SOURCE, LENGTHS, TARGET), ValueError, "backend must be one of"),
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .encoder import CELLS
+from .loop import can_loop, decode_sequence
 
 AttentionModule = BahdanauAttention | LuongAttention | CosineAttention
 
@@ -33,6 +34,15 @@ class DecoderState(NamedTuple):
             None if self.feed is None else self.feed.index_select(0, indices),
         )
 
+    def reorder(self, hypotheses: Tensor) -> DecoderState:
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        index = hypotheses[..., None]
+        return DecoderState(
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
+            None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
+        )
+
 
 class Decoder(nn.Module):
     """Luong et al. 2015, section 3.
@@ -53,6 +63,7 @@ class Decoder(nn.Module):
         num_layers: int,
         dropout: float,
         input_feeding: bool,
+        loop: bool,
         padding_idx: int,
         factory: dict[str, Any],
     ) -> None:
@@ -73,6 +84,7 @@ class Decoder(nn.Module):
             **factory,
         )
         self.attention = attention
+        self.loop = loop
         self.attentional = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
         self.output = nn.Linear(hidden_size, vocab, **factory)
 
@@ -86,7 +98,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
         """Teacher forcing. tokens: (B, T), read by the steps. Returns logits (B, T, vocab) and alignments (B, T, S)."""
         embedded = self.dropout(self.embedding(tokens))
-        if self.input_feeding:
+        if self.input_feeding and self.loop and can_loop(self, embedded):
+            attentional, alignments = decode_sequence(self, embedded, state, memory)
+        elif self.input_feeding:
             steps = []
             for token in embedded.split(1, dim=1):
                 attentional, alignments, state = self._step(token, state, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,10 @@ from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .decoder import AttentionModule, Decoder, DecoderState
 from .encoder import CELLS, Encoder
-from .search import Hypothesis, greedy_search
+from .search import Hypothesis, beam_search, draw_samples
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
-DECODERS = ("steps",)
+DECODERS = ("loop", "steps")
 
 
 class Seq2Seq(nn.Module):
@@ -37,7 +38,9 @@ class Seq2Seq(nn.Module):
         dropout: on embeddings, between layers and on the attentional vector.
         input_feeding: each step reads the attentional vector of the step before. Without it, training computes the
             attention of all steps in one call, which is much faster.
-        decoder: how a whole target is computed; "steps": one after the other.
+        decoder: how a whole target is computed with input feeding. "loop": as one op, which is faster; under
+            torch.compile and autocast, which look into steps, as "steps". "steps": one after the other. Parameters and
+            results are the same.
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
         backend: of the attention, as of :func:`attn_kernels.additive_attention`.
@@ -56,7 +59,7 @@ class Seq2Seq(nn.Module):
         num_layers: int = 1,
         dropout: float = 0.0,
         input_feeding: bool = True,
-        decoder: str = "steps",
+        decoder: str = "loop",
         *,
         padding_idx: int = 0,
         bos: int = 1,
@@ -92,6 +95,7 @@ class Seq2Seq(nn.Module):
             _make_attention(attention, hidden_size, memory_size, units, {"backend": backend, **factory}),
             memory_size,
             input_feeding=input_feeding,
+            loop=decoder == "loop",
             factory=factory,
             **rnn,
         )
@@ -137,23 +141,117 @@ class Seq2Seq(nn.Module):
         return self.decoder.attention.memory(outputs, source_lengths.to(outputs.device)), self.decoder.start(states)
 
     def generate(
-        self, source: Tensor, source_lengths: Tensor, *, beam_size: int = 1, max_length: int = 64
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        beam_size: int = 1,
+        max_length: int = 64,
+        length_penalty: float = 0.0,
+        coverage_penalty: float = 0.0,
+        num_hypotheses: int | None = None,
+        early_stopping: bool = False,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> list[list[Hypothesis]]:
-        """Translates: for each sentence its hypotheses, best first, each with tokens, score and alignments.
+        r"""Translates: for each sentence a list of hypotheses, each with tokens, score and alignments.
 
-        source, source_lengths: as of ``forward``.
-        beam_size: 1, the likeliest token at each step.
-        max_length: of the output, eos included; one that has not reached eos by then is returned as it is.
+        **Beam search**, and greedy search with ``beam_size=1``, returns the best hypotheses first. Their score is
+
+        .. math::
+            \frac{\log P(Y \mid X)}{lp(Y)} + cp(X; Y) \qquad lp(Y) = \left(\frac{5 + |Y|}{6}\right)^\alpha \qquad
+            cp(X; Y) = \beta \sum_j \log \min\Bigl(\sum_i a_{ij}, 1\Bigr)
+
+        where Y counts eos as a token and a_ij is how much token i looked at step j of the source; a step at which none
+        looked counts as 1.2e-38, so that scores stay finite. Source: Wu et al., "Google's neural machine translation
+        system", 2016, section 7, equation 14.
+
+        In each step every token continues every hypothesis of a sentence, and the log-probabilities decide: those among
+        the best ``beam_size`` that end in eos are finished, the best ``beam_size`` that do not go on. Finished ones
+        compete by score, and with them, after ``max_length`` steps, those that have not reached eos. A sentence leaves
+        the batch as soon as the best log-probability that goes on, divided by lp at ``max_length``, is not above the
+        score of finished hypothesis number ``num_hypotheses``: log-probabilities only fall and cp is at most 0, so that
+        going on could not change the result. What a sentence gets does not depend on the others of its batch.
+
+        **Sampling**, with ``sample=True``, draws each token from the probabilities of the model, and returns the
+        hypotheses in the order drawn. Their score is the log-probability that the model gives them, whatever
+        ``temperature`` and ``top_k`` were. The draws of a sentence depend on its batch.
+
+        No token but eos is special: padding_idx and bos are generated where the model finds them probable.
+
+        Args:
+            source, source_lengths: as of ``forward``.
+            beam_size: K, hypotheses of a sentence that are continued side by side.
+            max_length: of the output, eos included; one that has not reached eos by then is returned as it is.
+            length_penalty: alpha, at least 0; larger values favour longer outputs, 0 the likeliest.
+            coverage_penalty: beta, at least 0; larger values favour outputs that look at all of the source.
+            num_hypotheses: how many are returned for each sentence; None: ``beam_size``, and one sample. A sentence has
+                fewer if there are no more outputs of a probability above 0, as in a tiny vocabulary, or the beam found
+                no more.
+            early_stopping: leave the batch also when ``beam_size`` hypotheses are finished, though others might become
+                better yet. With a length penalty that is much sooner.
+            sample: draw, and do not search.
+            temperature: what the logits are divided by before drawing; above 0.
+            top_k: draw from that many likeliest tokens only.
+            generator: where the random numbers come from, on the device of the model; None: PyTorch's default.
 
         Without gradients, and without dropout also in training mode.
+
+        Raises ValueError or TypeError where an argument does not fit, or is not for what ``sample`` says.
         """
-        if beam_size != 1:
-            raise ValueError(f"Seq2Seq.generate: beam_size must be 1, got {beam_size!r}: a later version has beams")
-        if not isinstance(max_length, int) or max_length < 1:
-            raise ValueError(f"Seq2Seq.generate: max_length must be a positive integer, got {max_length!r}")
+        for name, count in (("num_hypotheses", num_hypotheses), ("top_k", top_k)):
+            if count is not None:
+                _check_count(name, count)
+        _check_count("beam_size", beam_size)
+        _check_count("max_length", max_length)
+        for name, penalty in (("length_penalty", length_penalty), ("coverage_penalty", coverage_penalty)):
+            if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
+                raise ValueError(f"Seq2Seq.generate: {name} must be a number of at least 0, got {penalty!r}")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"Seq2Seq.generate: temperature must be a number above 0, got {temperature!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            got = type(generator).__name__
+            raise TypeError(f"Seq2Seq.generate: generator must be a torch.Generator or None, got {got}")
+        if sample:
+            changed = {"beam_size": beam_size != 1, "length_penalty": length_penalty != 0}
+            changed |= {"coverage_penalty": coverage_penalty != 0, "early_stopping": early_stopping}
+        else:
+            changed = {"temperature": temperature != 1, "top_k": top_k is not None, "generator": generator is not None}
+        if any(changed.values()):
+            unused = ", ".join(name for name, given in changed.items() if given)
+            raise ValueError(f"Seq2Seq.generate: with sample={sample} there is no use for {unused}")
+        if num_hypotheses is None:
+            num_hypotheses = beam_size
+        if not sample and num_hypotheses > beam_size:
+            expected = f"at most beam_size = {beam_size}"
+            raise ValueError(f"Seq2Seq.generate: num_hypotheses must be {expected}, got {num_hypotheses}")
         with torch.no_grad(), _evaluating(self):
             memory, state = self.encode(source, source_lengths)
-            return greedy_search(self.decoder, memory, state, bos=self.bos, eos=self.eos, max_length=max_length)
+            limits = {"bos": self.bos, "eos": self.eos, "max_length": max_length}
+            if sample:
+                return draw_samples(
+                    self.decoder,
+                    memory,
+                    state,
+                    num_samples=num_hypotheses,
+                    temperature=temperature,
+                    top_k=top_k,
+                    generator=generator,
+                    **limits,
+                )
+            return beam_search(
+                self.decoder,
+                memory,
+                state,
+                beam_size=beam_size,
+                num_hypotheses=num_hypotheses,
+                length_penalty=length_penalty,
+                coverage_penalty=coverage_penalty,
+                early_stopping=early_stopping,
+                **limits,
+            )
 
 
 def _make_attention(
@@ -190,6 +288,11 @@ def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:
 def _check_token(argument: str, token: int, vocab: int) -> None:
     if not 0 <= token < vocab:
         raise ValueError(f"Seq2Seq: {argument} must be in 0..{vocab - 1}, the vocabulary, got {token!r}")
+
+
+def _check_count(argument: str, count: int) -> None:
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"Seq2Seq.generate: {argument} must be a positive integer, got {count!r}")
 
 
 def _check_tokens(argument: str, tokens: Tensor, expected: str) -> None:

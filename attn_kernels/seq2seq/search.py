@@ -1,4 +1,8 @@
-"""Search. Written for K hypotheses per sentence: they are K queries on one memory, which is never copied for them."""
+"""Search. The K hypotheses of a sentence are K queries on one memory, which is never copied for them.
+
+A step costs the same however long the hypotheses are: it stores what it chose and from where, and the hypotheses are
+read off backwards at the end. A sentence that is finished leaves the batch and costs nothing more.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
+from ..reference import attended
 from .decoder import Decoder, DecoderState
 
 
@@ -15,7 +20,8 @@ class Hypothesis(NamedTuple):
     """One output for one sentence.
 
     tokens: T of them, without bos and eos.
-    score: the sum of the log-probabilities of the tokens, and of eos where it was reached.
+    score: the sum of the log-probabilities of the tokens, and of eos where it was reached; with the penalties of beam
+        search if there are any.
     alignments: (T, S), over the S steps of this sentence: where each token looked.
     """
 
@@ -24,39 +30,221 @@ class Hypothesis(NamedTuple):
     alignments: Tensor
 
 
-@torch.no_grad()
-def greedy_search(
-    decoder: Decoder, memory: Memory, state: DecoderState, *, bos: int, eos: int, max_length: int
+def beam_search(
+    decoder: Decoder,
+    memory: Memory,
+    state: DecoderState,
+    *,
+    bos: int,
+    eos: int,
+    max_length: int,
+    beam_size: int,
+    num_hypotheses: int,
+    length_penalty: float,
+    coverage_penalty: float,
+    early_stopping: bool,
 ) -> list[list[Hypothesis]]:
-    """The likeliest token at every step, until eos or ``max_length`` steps. One hypothesis per sentence.
+    """For each sentence up to ``num_hypotheses``, best first; ``Seq2Seq.generate`` says how, and when a search ends.
 
-    A sentence that is finished leaves the batch and costs nothing more.
+    n below is the number of sentences still searched, w that of their hypotheses: 1 in the first step, then
+    ``beam_size``, or as many as the vocabulary allows. Places without a hypothesis have score -inf.
     """
-    batch, source_steps = memory.keys.shape[:2]
-    lengths = [source_steps] * batch if memory.memory_lengths is None else memory.memory_lengths.tolist()
     device = memory.keys.device
-    rows = torch.arange(batch, device=device)  # the sentence of each row that is still searched
-    token = torch.full((batch, 1), bos, device=device)
-    scores = torch.zeros(batch, dtype=torch.float64, device=device)
-    all_tokens, all_alignments = [], []  # of each step, for all sentences
-    for _ in range(max_length):
-        logits, alignments, state = decoder.step(token, state, memory)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        log_probability, token = logits.log_softmax(-1, dtype=wide).max(-1)
-        scores[rows] += log_probability[:, 0]
-        all_tokens.append(torch.full((batch,), eos, device=device).index_copy(0, rows, token[:, 0]))
-        all_alignments.append(alignments.new_zeros(batch, source_steps).index_copy(0, rows, alignments[:, 0]))
-        unfinished = (token[:, 0] != eos).nonzero().squeeze(1)
-        if len(unfinished) == 0:
+    rows = torch.arange(memory.batch_size, device=device)  # (n,), the sentence of each row
+    tokens = torch.full((memory.batch_size, 1), bos, device=device)
+    scores = torch.zeros(memory.batch_size, 1, dtype=torch.float64, device=device)  # (n, w), log-probabilities
+    coverage = _nothing_covered(memory)  # (n, w, S)
+    finished = _Finished(memory.batch_size, beam_size, device)
+    history = []
+    sentences = memory
+    for step in range(1, max_length + 1):
+        logits, alignments, state = decoder.step(tokens, state, memory)
+        candidates, parents, tokens = _extend(scores, logits, 2 * beam_size)
+        totals = candidates / _length_factor(step, length_penalty)
+        if coverage_penalty > 0:
+            coverage = coverage + alignments
+            totals = totals + coverage_penalty * _log_coverage(coverage).gather(1, parents)
+        is_end = tokens == eos
+        ended = totals.masked_fill(~is_end, -torch.inf)
+        finished.add(rows, ended[:, :beam_size], step - 1, parents[:, :beam_size])
+        # Among twice as many candidates as places, at most half end: each hypothesis has only one eos.
+        width = min(beam_size, candidates.shape[1])
+        scores, order = candidates.masked_fill(is_end, -torch.inf).topk(width, dim=1)
+        parents, tokens = parents.gather(1, order), tokens.gather(1, order)
+        history.append(_Step(rows, tokens, parents, alignments))
+        if step == max_length:
+            unfinished = totals.masked_fill(is_end, -torch.inf).gather(1, order)
+            finished.add(rows, unfinished, step, torch.arange(width, device=device).expand_as(order))
             break
-        if len(unfinished) < len(rows):
-            rows, token = rows[unfinished], token[unfinished]
-            state, memory = state.select(unfinished), memory.select(unfinished)
-    steps = len(all_tokens)
-    histories = torch.stack(all_tokens, dim=1).tolist()
-    tokens = [history[: history.index(eos) if eos in history else steps] for history in histories]
-    alignments = torch.stack(all_alignments, dim=1)
+        # No token adds to a log-probability, no length divides by more, and the coverage term is at most 0.
+        within_reach = scores[:, 0] / _length_factor(max_length, length_penalty)
+        done = within_reach <= finished.scores[rows, num_hypotheses - 1]
+        if early_stopping:
+            done |= finished.scores[rows, -1] > -torch.inf
+        stay = (~done).nonzero().squeeze(1)
+        if len(stay) == 0:
+            break
+        if len(stay) < len(rows):
+            rows, tokens, parents, scores, coverage = (x[stay] for x in (rows, tokens, parents, scores, coverage))
+            state, memory = state.select(stay), memory.select(stay)
+        state = state.reorder(parents)
+        if coverage_penalty > 0:
+            coverage = torch.take_along_dim(coverage, parents[..., None], dim=1)
+    best = slice(num_hypotheses)
+    return _trace(sentences, history, finished.scores[:, best], finished.lengths[:, best], finished.slots[:, best])
+
+
+def draw_samples(
+    decoder: Decoder,
+    memory: Memory,
+    state: DecoderState,
+    *,
+    bos: int,
+    eos: int,
+    max_length: int,
+    num_samples: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator | None,
+) -> list[list[Hypothesis]]:
+    """For each sentence ``num_samples`` independent outputs, in the order drawn, with their log-probabilities.
+
+    A sentence leaves the batch when all of its samples have reached eos.
+    """
+    batch, device = memory.batch_size, memory.keys.device
+    rows = torch.arange(batch, device=device)
+    own = torch.arange(num_samples, device=device).expand(batch, -1)  # each sample goes on from itself
+    state = state.reorder(torch.zeros_like(own))
+    tokens = torch.full_like(own, bos)
+    running = torch.ones_like(own, dtype=torch.bool)
+    scores = torch.zeros(batch, num_samples, dtype=torch.float64, device=device)
+    lengths = torch.zeros_like(own)
+    history = []
+    sentences = memory
+    for _ in range(max_length):
+        logits, alignments, state = decoder.step(tokens, state, memory)
+        tokens = _draw(logits, temperature, top_k, generator)
+        log_probability = _log_probabilities(logits).gather(2, tokens[..., None]).squeeze(2)
+        scores[rows] += log_probability.masked_fill(~running, 0.0)
+        running = running & (tokens != eos)
+        lengths[rows] += running
+        history.append(_Step(rows, tokens, own[: len(rows)], alignments))
+        stay = running.any(1).nonzero().squeeze(1)
+        if len(stay) == 0:
+            break
+        if len(stay) < len(rows):
+            rows, tokens, running = rows[stay], tokens[stay], running[stay]
+            state, memory = state.select(stay), memory.select(stay)
+    return _trace(sentences, history, scores, lengths, own)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _extend(scores: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` likeliest continuations of each sentence, or all if there are fewer, best first.
+
+    scores: (n, w). logits: (n, w, vocab). Returns their scores, the hypotheses that they continue and their tokens, all
+    (n, min(count, w * vocab)).
+    """
+    # The likeliest of all are among the likeliest of each hypothesis: only these few are added up and compared.
+    log_probabilities, tokens = _log_probabilities(logits).topk(min(count, logits.shape[2]), dim=2)
+    each = tokens.shape[2]
+    totals = (scores[..., None] + log_probabilities).flatten(1)
+    best, order = totals.topk(min(count, totals.shape[1]), dim=1)
+    return best, order // each, tokens.flatten(1).gather(1, order)
+
+
+def _length_factor(length: int, penalty: float) -> float:
+    """What a log-probability of ``length`` tokens, eos included, is divided by (Wu et al. 2016, equation 14)."""
+    return ((5 + length) / 6) ** penalty
+
+
+def _nothing_covered(memory: Memory) -> Tensor:
+    """(B, 1, S) float64: 0 for the steps of a sentence, and 1 for its padding, which no token needs to look at."""
+    allowed = attended(memory.values, memory.memory_lengths, memory.mask)
+    if allowed is None:
+        return torch.zeros(memory.batch_size, 1, memory.keys.shape[1], dtype=torch.float64, device=memory.keys.device)
+    return (~allowed).double()
+
+
+def _log_coverage(coverage: Tensor) -> Tensor:
+    """sum_j log(min(coverage_j, 1)), (n, w), of coverage (n, w, S); a step without any counts as 1.2e-38, not as 0."""
+    return coverage.clamp(torch.finfo(torch.float32).tiny, 1.0).log().sum(-1)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token for each of logits (n, K, vocab): (n, K)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    tokens = None
+    if top_k is not None:
+        logits, tokens = logits.topk(min(top_k, logits.shape[2]), dim=2)
+    # The largest becomes 0 first, so that no temperature makes it infinite.
+    logits = logits - logits.amax(dim=2, keepdim=True)
+    probabilities = (logits / max(temperature, torch.finfo(logits.dtype).tiny)).softmax(dim=2)
+    drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+    return drawn if tokens is None else tokens.gather(2, drawn[..., None]).squeeze(2)
+
+
+class _Finished:
+    """The K best finished hypotheses of each of B sentences, best first.
+
+    scores: (B, K) float64, penalties included; -inf where there is none. lengths: (B, K), tokens without eos.
+    slots: (B, K), which of the hypotheses of that length in the history it is.
+    """
+
+    def __init__(self, batch: int, count: int, device: torch.device) -> None:
+        self.scores = torch.full((batch, count), -torch.inf, dtype=torch.float64, device=device)
+        self.lengths = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        self.slots = torch.zeros_like(self.lengths)
+
+    def add(self, rows: Tensor, scores: Tensor, length: int, slots: Tensor) -> None:
+        """scores, slots: (n, m), for the sentences at rows, (n,); those with score -inf do not exist."""
+        best, order = torch.cat([self.scores[rows], scores], dim=1).topk(self.scores.shape[1], dim=1)
+        self.scores[rows] = best
+        self.lengths[rows] = torch.cat([self.lengths[rows], torch.full_like(slots, length)], dim=1).gather(1, order)
+        self.slots[rows] = torch.cat([self.slots[rows], slots], dim=1).gather(1, order)
+
+
+class _Step(NamedTuple):
+    """What a step of n sentences did: from the w hypotheses that it was given it made w'.
+
+    rows: (n,), the sentences. tokens: (n, w'), the last of each new hypothesis. parents: (n, w'), the hypothesis that
+    it continues. alignments: (n, w, S), of those given.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    parents: Tensor
+    alignments: Tensor
+
+
+def _trace(
+    memory: Memory, history: list[_Step], scores: Tensor, lengths: Tensor, slots: Tensor
+) -> list[list[Hypothesis]]:
+    """Reads the hypotheses off the history, from their ends to their beginnings.
+
+    scores, lengths, slots: (B, N), as of ``_Finished``. Those with score -inf are left out.
+    """
+    batch, count = slots.shape
+    tokens = slots.new_zeros(batch, count, len(history))
+    alignments = history[0].alignments.new_zeros(batch, count, len(history), memory.keys.shape[1])
+    for t in reversed(range(len(history))):
+        rows, chosen, parents, looked = history[t]
+        # A hypothesis that ended earlier copies what does not matter: it is cut off below. Its slot is not moved.
+        slot = slots[rows]
+        parent = parents.gather(1, slot)
+        tokens[rows, :, t] = chosen.gather(1, slot)
+        alignments[rows, :, t] = torch.take_along_dim(looked, parent[..., None], dim=1)
+        slots = slots.index_copy(0, rows, torch.where(lengths[rows] > t, parent, slot))
+    steps = [memory.keys.shape[1]] * batch if memory.memory_lengths is None else memory.memory_lengths.tolist()
+    scored, ends, outputs = scores.tolist(), lengths.tolist(), tokens.tolist()
     return [
-        [Hypothesis(tokens[i], score, alignments[i, : len(tokens[i]), : lengths[i]].clone())]
-        for i, score in enumerate(scores.tolist())
+        [
+            Hypothesis(outputs[i][k][:end], score, alignments[i, k, :end, : steps[i]].clone())
+            for k, (score, end) in enumerate(zip(scored[i], ends[i], strict=True))
+            if score != -torch.inf
+        ]
+        for i in range(batch)
     ]

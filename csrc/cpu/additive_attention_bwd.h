@@ -164,7 +164,7 @@ struct UnitsBackward {
   int64_t D;
   const Units<T>& units;
   const T* dscores;
-  void *dquery, *dkeys;
+  void *dquery, *dkeys;  // dkeys: or null
   T *dv_parts, *dbias_parts;
 
   // Vectors of units from c on, of one row of the queries (bias added) or keys.
@@ -195,6 +195,8 @@ struct UnitsBackward {
     const Vec<T> g = T(4) * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
+  // e^{2k} of all steps, where it is prepared as T.
+  bool prepared() const { return op.prepared && op.prepared.dtype == native<T>; }
   // What is read next after the columns before `first` of sentence b, where a task has so many.
   Ahead next(int64_t b, int64_t first, int64_t columns) const {
     Ahead ahead;
@@ -248,7 +250,7 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   for (int64_t u = 0; u < vectors; ++u) {
     Vec<T> dv{};
     for (int64_t row = 0; row < Tq; ++row) back.expect_dquery(b, row, first + u * w);
-    for (int64_t row = 0; row < Tk; ++row) back.expect_dkeys(b, row, first + u * w);
+    for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.expect_dkeys(b, row, first + u * w);
     if (in_range) {
       // In tiles of about the same size: the smaller ones are slower.
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
@@ -267,6 +269,7 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   }
   for (int64_t i = 0; i < Tq; ++i)
     for (int64_t u = 0; u < vectors; ++u) back.write_dquery(b, i, first + u * w, load(q.gradient(i, u)));
+  if (back.dkeys == nullptr) return;
   for (int64_t j = 0, next = 0; j < Tk; ++j) {
     const bool listed = next < n && list[next] == j;
     const Vec<T> zero{};
@@ -278,9 +281,9 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
 
 // Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
 // strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
-// of the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Meanwhile what the next
-// tile reads, rows of `item` bytes an element, is asked for.
-template <typename T, int NK, bool kFactored>
+// of the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Without kKeys there are no
+// dkeys. Meanwhile what the next tile reads, rows of `item` bytes an element, is asked for.
+template <typename T, int NK, bool kFactored, bool kKeys>
 ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
                            const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
@@ -299,7 +302,7 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
         for (int r = 0; r < NK; ++r) {
           const Vec<T> e = q * load(ek[r] + c), x = T(1) / (T(1) + e);
           const Vec<T> pr = rounded(ds[i * Tk + r] * x), g = rounded(pr * (e * x));
-          dk[r] += g;
+          if constexpr (kKeys) dk[r] += g;
           dqi += g;
           sum_p += pr;
         }
@@ -310,19 +313,21 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
       store(dq + i * size + c, dqi);
     }
     store(dv + c, kFactored ? dvc - T(2) * (sum_p - half) : dvc);
-    const Vec<T> v4 = T(4) * load(back.units.v + first + c);
-    for (int r = 0; r < NK; ++r) {
-      if (stream)
-        store_stream(dkeys[r] + c, v4 * dk[r]);
-      else
-        store_upto(dkeys[r] + c, v4 * dk[r], columns - c);
+    if constexpr (kKeys) {
+      const Vec<T> v4 = T(4) * load(back.units.v + first + c);
+      for (int r = 0; r < NK; ++r) {
+        if (stream)
+          store_stream(dkeys[r] + c, v4 * dk[r]);
+        else
+          store_upto(dkeys[r] + c, v4 * dk[r], columns - c);
+      }
     }
   }
 }
 
-// Few queries: memory decides, so keys are read and dkeys written in one walk along rows, with the sums in L1. The task
-// has the units [first, first + size) of a sentence, in whole vectors.
-template <typename T>
+// Few queries: memory decides, so keys are read and dkeys, with kKeys, written in one walk along rows, with the sums in
+// L1. The task has the units [first, first + size) of a sentence, in whole vectors.
+template <typename T, bool kKeys>
 void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;
   constexpr int64_t w = width<T>;
@@ -345,13 +350,15 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
                                [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
     if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
   }
-  const Array3 keys = columns_from(op.keys, first);
+  const bool prepared = back.prepared();
+  const float* tops = prepared ? AdditiveScore<T>{op, back.units}.prepared_tops(b) : nullptr;
+  const Array3 keys = columns_from(prepared ? op.prepared : op.keys, first);
   const bool stream =
-      direct &&
+      kKeys && direct &&
       worth_streaming<T>(static_cast<const T*>(back.dkeys) + first, op.A, op.B * op.Tk * op.A * item_size(dtype)) &&
       columns % w == 0;
   const T* ds = back.dscores + b * op.Tq * op.Tk;
-  const int64_t item = item_size(dtype);
+  const int64_t item = item_size(keys.dtype);
   int64_t j = 0;
   auto tiles = [&](auto steps) __attribute__((always_inline)) {
     constexpr int kSteps = decltype(steps)::value;
@@ -362,24 +369,30 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
       const char* next[kSteps];
       for (int r = 0; r < kSteps; ++r) {
         const T* row = read_row(keys, b, list[j + r], columns, copies);
-        const int64_t whole = columns / w * w;
-        const T reach = q_top + exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
-                          return c < whole ? load(row + c) : load_part(row + c, columns - c);
-                        });
-        e[r] = ek + r * size;
+        T reach = q_top;
+        if (prepared) {
+          e[r] = row;
+          reach += tops[list[j + r]];
+        } else {
+          const int64_t whole = columns / w * w;
+          e[r] = ek + r * size;
+          reach += exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
+            return c < whole ? load(row + c) : load_part(row + c, columns - c);
+          });
+        }
         factored = factored && reach <= kSingle;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
-        dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
+        if constexpr (kKeys) dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +
                   (b * keys.stride[0] + list[smaller(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
       if (factored)
-        rows_tile<T, kSteps, true>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
-                                   item);
+        rows_tile<T, kSteps, true, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream,
+                                          next, item);
       else
-        rows_tile<T, kSteps, false>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream, next,
-                                    item);
-      if (!direct)
+        rows_tile<T, kSteps, false, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
+                                           stream, next, item);
+      if (kKeys && !direct)
         for (int r = 0; r < kSteps; ++r)
           write_row(back.dkeys, dtype, (b * op.Tk + list[j + r]) * op.A + first, dkeys[r], columns);
     }
@@ -388,7 +401,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   tiles(std::integral_constant<int, 1>());
   if (stream) stream_end();
 
-  for (int64_t step = 0, next = 0; step < op.Tk; ++step) {
+  for (int64_t step = 0, next = 0; kKeys && step < op.Tk; ++step) {
     if (next < n && list[next] == step)
       ++next;
     else
@@ -422,8 +435,10 @@ void units_backward(const Op& op, const Attended& attended, const Array3& values
   const int64_t strips = divide_up(units.size, strip);
   auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
     const int64_t first = task * strip, size = smaller(strip, units.size - first);
-    if (few)
-      rows_task(back, b, first, size, scratch);
+    if (few && op.dkeys != nullptr)
+      rows_task<T, true>(back, b, first, size, scratch);
+    else if (few)
+      rows_task<T, false>(back, b, first, size, scratch);
     else
       columns_task(back, b, first, size / w, scratch);
   };
@@ -446,10 +461,13 @@ void additive_attention_backward(const AdditiveAttentionBackward& op) {
   const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
   T* weights = take<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
-  units_backward(op, op.attended, op.values, op.grad_context, op.D, dscores,
-                 scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
-                                 [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {}),
-                 weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
+  const auto scores = scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
+                                      [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
+  if (op.dvalues == nullptr)
+    units_backward(op, op.attended, op.values, op.grad_context, op.D, dscores, scores);
+  else
+    units_backward(op, op.attended, op.values, op.grad_context, op.D, dscores, scores,
+                   weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
 }
 
 template <typename T>

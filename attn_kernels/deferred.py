@@ -1,0 +1,234 @@
+"""The gradient of a memory, deferred: made once for all steps that read it, and not by each of them.
+
+The backward of a decoding step that makes gradients of keys and values writes, and autograd then adds up, two arrays as
+large as the memory; over the steps of a sentence that takes most of the time of training. Here the backward of a step
+makes the gradients of its query and of v and bias only, and leaves its query, alignments and their gradients with the
+memory; after the last step, the many-query backward makes the gradients of keys and values from all of them at once.
+
+To autograd the memory is a node, ``_Meeting``, that keys and values enter and an empty tensor, the token, leaves. Every
+step takes the token, so autograd runs the node after all steps that are part of a backward pass, and only where the
+pass wants a gradient beyond it. The node saves no tensors, as no identity does: what a pass needs it gets from the
+steps, which save and release theirs as each would by itself. Hence retained graphs, several losses and steps that are
+never differentiated behave as without it.
+
+What the steps leave belongs to the pass (autograd's "graph task") that they ran in, by its number, and is held by the
+engine only: it goes with the pass, whether that ends or is aborted, and passes that are nested or run in other threads
+do not see each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, Variable, forward_ad
+from torch.compiler import is_compiling
+
+from . import ops
+
+_BACKEND = "cpu"  # the only one with the backward ops of a query alone; on the others each step makes all gradients
+_FEW = 8  # queries; with more in one step its own backward is the many-query one
+_LARGE = 1 << 20  # bytes of keys and values
+
+
+class _Step(NamedTuple):
+    """What a step leaves: its op, and the arguments of the backward of that.
+
+    These are grad_context (B, Tq, D) or None, grad_alignments (B, Tq, Tk) or None, query (B, Tq, A), keys, values, what
+    is particular to the op, memory_lengths, mask, and alignments (B, Tq, Tk).
+    """
+
+    op: str
+    arguments: tuple[Any, ...]
+
+
+class _Pass(list[_Step]):
+    """The steps of one backward pass so far. The engine holds it as a function to call at the end of the pass."""
+
+    def __call__(self) -> None:
+        """Nothing is left to do: the engine lets go of it now, as it does where the pass is aborted."""
+
+
+class Meeting:
+    """Where the gradients of all steps on one memory meet.
+
+    keys: (B, Tk, A), values: (B, Tk, D). The steps get them detached: the token is their only way back to them.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._state = _state(keys, values)
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+        self.keys, self.values = keys.detach(), values.detach()
+        self.token = _Meeting.apply(keys, values, self._passes)
+
+    def is_of(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether keys and values, the tensors that it was made of, still have the same place in autograd's graph."""
+        return self._state == _state(keys, values)
+
+    def leave(self, step: _Step) -> None:
+        """Called by the backward of a step."""
+        if not torch._C._will_engine_execute_node(self.token.grad_fn):
+            return  # this pass asks for nothing beyond the memory
+        task = torch._C._current_graph_task_id()
+        steps = self._passes.get(task)
+        if steps is None:
+            steps = self._passes[task] = _Pass()
+            Variable._execution_engine.queue_callback(steps)
+        steps.append(step)
+
+    def additive_attention(
+        self,
+        query: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        prepared: Tensor | None,
+        memory_lengths: Tensor | None,
+        mask: Tensor | None,
+        need_alignments: bool,
+    ) -> Any:
+        """The op ``additive_attention`` on the memory, by ``ops.call``."""
+        score = (v, bias, prepared)
+        return _AdditiveStep.apply(self, self.token, query, *score, memory_lengths, mask, need_alignments)
+
+    def dot_attention(
+        self,
+        query: Tensor,
+        scale: float,
+        memory_lengths: Tensor | None,
+        mask: Tensor | None,
+        need_alignments: bool,
+    ) -> Any:
+        """The op ``dot_attention`` on the memory, by ``ops.call``."""
+        return _DotStep.apply(self, self.token, query, scale, memory_lengths, mask, need_alignments)
+
+
+def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+    """Whether a step on a memory leaves the gradients of keys and values to be made later.
+
+    query: (B, Tq, A), keys: (B, Tk, A), values: (B, Tk, D), mask: (B, Tk) or (B, Tq, Tk), which a step of several
+    queries may not have.
+    """
+    return (
+        backend == _BACKEND
+        and not is_compiling()
+        and torch.is_grad_enabled()
+        and (keys.requires_grad or values.requires_grad)
+        and query.shape[1] < _FEW
+        and (keys.numel() + values.numel()) * keys.element_size() >= _LARGE
+        and (mask is None or mask.dim() == 2 or query.shape[1] == 1)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _state(keys: Tensor, values: Tensor) -> tuple[int, bool, int, bool]:
+    """Differs where a tensor was written to, or began or ceased to need a gradient."""
+    return keys._version, keys.requires_grad, values._version, values.requires_grad
+
+
+class _Meeting(Function):
+    @staticmethod
+    def forward(ctx, keys, values, passes):
+        ctx.set_materialize_grads(False)
+        ctx.passes = passes
+        return keys.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        steps = ctx.passes.get(torch._C._current_graph_task_id())
+        if not steps:
+            return None, None, None
+        groups: list[list[_Step]] = []
+        for step in steps:
+            group = next((group for group in groups if _score_alike(group[0], step)), None)
+            if group is None:
+                groups.append([step])
+            else:
+                group.append(step)
+        steps.clear()
+        dkeys, dvalues = _memory_gradients(groups[0])
+        for group in groups[1:]:
+            more_keys, more_values = _memory_gradients(group)
+            dkeys, dvalues = dkeys + more_keys, dvalues + more_values
+        return dkeys, dvalues, None
+
+
+def _score_alike(a: _Step, b: _Step) -> bool:
+    """Whether two steps can be queries of one call. A v that is normalised in each step is equal, and not the same."""
+    return a.op == b.op and all(
+        x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
+        for x, y in zip(a.arguments[5:-3], b.arguments[5:-3], strict=True)
+    )
+
+
+def _memory_gradients(steps: list[_Step]) -> tuple[Tensor, Tensor]:
+    """dkeys, dvalues of steps that score alike: those of one call with the queries of all."""
+    _, _, _, keys, values, *score, memory_lengths, mask, _ = steps[0].arguments
+    if mask is not None and mask.dim() == 3:
+        mask = mask.squeeze(1)  # (B, 1, Tk), and the same for every step
+    grad_contexts, grad_alignments, queries, *_, alignments = zip(*(step.arguments for step in steps), strict=True)
+    gradients = ops.call(
+        f"{steps[0].op}_backward",
+        _BACKEND,
+        _join_gradients(grad_contexts, queries, values.shape[2]),
+        _join_gradients(grad_alignments, queries, keys.shape[1]),
+        torch.cat(queries, 1),
+        keys,
+        values,
+        *score,
+        memory_lengths,
+        mask,
+        torch.cat(alignments, 1),
+    )
+    return gradients[1], gradients[2]
+
+
+def _join_gradients(gradients: tuple[Tensor | None, ...], queries: tuple[Tensor, ...], size: int) -> Tensor | None:
+    """(B, all Tq, size), with zeros for the queries whose output has no gradient; None where none has one."""
+    if all(gradient is None for gradient in gradients):
+        return None
+    pairs = zip(gradients, queries, strict=True)
+    return torch.cat([query.new_zeros(*query.shape[:2], size) if g is None else g for g, query in pairs], 1)
+
+
+class _AdditiveStep(Function):
+    @staticmethod
+    def forward(ctx, meeting, token, query, v, bias, prepared, memory_lengths, mask, need_alignments):
+        ctx.set_materialize_grads(False)
+        ctx.meeting = meeting
+        arguments = (query, meeting.keys, meeting.values, v, bias, prepared, memory_lengths, mask)
+        context, alignments = ops.below_autograd("additive_attention", _BACKEND, (*arguments, True))
+        ctx.save_for_backward(*arguments, alignments)
+        return (context, alignments) if need_alignments else context
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_alignments=None):
+        if grad_context is None and grad_alignments is None:
+            return (None,) * 9
+        arguments = (grad_context, grad_alignments, *ctx.saved_tensors)
+        ctx.meeting.leave(_Step("additive_attention", arguments))
+        dquery, dv, dbias = ops.call("additive_attention_query_backward", _BACKEND, *arguments)
+        return None, None, dquery, dv, dbias if ctx.needs_input_grad[4] else None, None, None, None, None
+
+
+class _DotStep(Function):
+    @staticmethod
+    def forward(ctx, meeting, token, query, scale, memory_lengths, mask, need_alignments):
+        ctx.set_materialize_grads(False)
+        ctx.meeting, ctx.scale = meeting, scale
+        tensors, masks = (query, meeting.keys, meeting.values), (memory_lengths, mask)
+        context, alignments = ops.below_autograd("dot_attention", _BACKEND, (*tensors, scale, *masks, True))
+        ctx.save_for_backward(*tensors, *masks, alignments)
+        return (context, alignments) if need_alignments else context
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_alignments=None):
+        if grad_context is None and grad_alignments is None:
+            return (None,) * 7
+        *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
+        arguments = (grad_context, grad_alignments, *tensors, ctx.scale, memory_lengths, mask, alignments)
+        ctx.meeting.leave(_Step("dot_attention", arguments))
+        dquery = ops.call("dot_attention_query_backward", _BACKEND, *arguments)
+        return None, None, dquery, None, None, None, None

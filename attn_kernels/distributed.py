@@ -1,0 +1,373 @@
+"""Attention over several processes: a memory that is spread over them, and a loss that is the mean over all of them.
+
+A memory too long for one device is cut along Tk. Each rank of a ``torch.distributed`` group holds its part of the keys
+and values, and every rank has the same queries; what the parts give is joined by log-sum-exp, as blocks of keys are in
+Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.1.
+
+For part r let top_r be the largest score of a query, total_r = sum_j exp(scores_j - top_r) and context_r the sum of the
+values with those weights. One ``all_gather`` brings (top_r, total_r, context_r) to every rank, in float32 or wider, and
+
+    top = max_r top_r,  total = sum_r exp(top_r - top) total_r,  context = sum_r exp(top_r - top) context_r / total.
+
+The part is computed as scores (the fused ``additive_scores``, or a product), exponentials and a product with values.
+``additive_attention`` would do it in one pass, but what it returns is normalised within the part: top_r and total_r
+would have to be found again from an alignment, which is rounded to the dtype and is NaN where all scores of the part
+are -Inf; and its backward takes no gradient of total_r. The gradient of scores is all that is needed besides:
+
+    dalignments_j += dcontext . values_j,  dscores_j = alignments_j (dalignments_j - sum_k alignments_k dalignments_k)
+
+where the sum runs over all ranks: it is dcontext . context, which each rank knows, plus one ``all_reduce`` for what
+comes to ``alignments`` themselves. A second ``all_reduce`` adds up the gradients of query, v and bias.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import functional, ops, reference
+from .backends import choose
+from .reference import Attention
+
+
+def sharded_additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Attention:
+    """:func:`attn_kernels.additive_attention` over a memory whose steps are spread over the ranks of a group.
+
+    Every rank of the group has to call it, with the same sizes but Tk, the same options, and the same tensors that
+    require gradients: as with any collective, a rank that does not come, or raises an error, leaves the others waiting.
+
+    Args:
+        query: (B, Tq, A), or (B, A) for one query; the same on every rank, as ``v`` and ``bias`` are.
+        keys: (B, Tk, A), this rank's part of the projected memory; Tk may differ between ranks and be 0.
+        values: (B, Tk, D), this rank's part.
+        v: (A,), score vector.
+        bias: (A,), added before the tanh.
+        memory_lengths: (B,) int32 or int64, valid steps of this rank's part.
+        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step of this rank's part may be attended.
+        need_weights: False to leave out ``alignments``; the same on every rank. It saves an ``all_reduce``.
+        group: of the ranks that hold the memory; None for all processes.
+        backend: of the scores, as of ``additive_attention``.
+
+    Returns:
+        ``Attention(context, alignments)``. context: (B, Tq, D), that of the whole memory, with the same bits on every
+        rank. alignments: (B, Tq, Tk), those of this rank's part; their sum over the steps of all ranks is 1. A query
+        with nothing to attend on any rank gets zeros.
+
+    Gradients: every rank back-propagates the same loss, as in tensor parallelism; terms of ``alignments`` are each
+    rank's own. Then the gradients of ``query``, ``v`` and ``bias`` are those of the whole loss on every rank, already
+    summed over the ranks: what lies before them needs no further sum (the mean that DDP takes leaves equal gradients as
+    they are). Gradients of ``keys`` and ``values`` are those of this rank's part: a parameter that they were made with,
+    such as the projection of the memory, has to have its gradient summed over the ranks (the mean of DDP is too small
+    by the number of ranks). First derivatives only.
+
+    Collectives: one ``all_gather`` of B Tq (D + 2) numbers forward; backward an ``all_reduce`` of B Tq numbers (none
+    with ``need_weights=False``) and one of B Tq A + 2 A (none where nothing but keys and values requires gradients).
+
+    Padding may hold NaN, as in ``additive_attention``, with one exception: where ``mask`` has an axis for queries, NaN
+    and Inf in a step that one query may attend reach the others of its sentence. Dtypes as there; of float16 and
+    bfloat16 the part is computed in a float32 copy that lives as long as the call.
+
+    Raises:
+        ValueError, TypeError: as of ``additive_attention``. RuntimeError: there is no process group.
+    """
+    name = "sharded_additive_attention"
+    _check(name, group, query, keys, values, memory_lengths, mask, v=v, bias=bias)
+    form = _Additive(choose(backend, query.device.type))
+    return _attend(form, group, query, keys, values, (v, bias), memory_lengths, mask, need_weights)
+
+
+def sharded_dot_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float = 1.0,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> Attention:
+    """:func:`attn_kernels.dot_attention` over a memory whose steps are spread over the ranks of a group.
+
+    All as in :func:`sharded_additive_attention`. No ``backend`` is named, since scores are PyTorch's own product.
+    """
+    name = "sharded_dot_attention"
+    functional._check_scale(name, scale)
+    _check(name, group, query, keys, values, memory_lengths, mask)
+    return _attend(_Dot(scale), group, query, keys, values, (), memory_lengths, mask, need_weights)
+
+
+def joint_mean(total: Tensor, count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """A mean over the batches of all ranks, as a loss for data-parallel training with DistributedDataParallel.
+
+    DDP takes the mean of gradients over ranks. That of each rank's mean loss would give a token in a short batch more
+    weight than one in a long batch. So ``total``, this rank's sum of losses, is divided by the mean of ``count`` over
+    the ranks: then gradients, and the mean of the returned value over the ranks, are those of one joined batch.
+
+    Args:
+        total: a scalar with gradients, such as ``cross_entropy(..., reduction="sum")``. It may be of no tokens.
+        count: a scalar, how many terms ``total`` is the sum of. One ``all_reduce`` adds it up.
+        group: that of DDP; None for all processes.
+    """
+    _check_group("joint_mean", group)
+    counts = count.detach().to(total.device, torch.float64, copy=True)
+    dist.all_reduce(counts, group=group)
+    return total * (dist.get_world_size(group) / counts).to(total.dtype)
+
+
+# Scores of the part, and their gradients: all in float32 or wider -----------------------------------------------------
+
+
+class _Additive(NamedTuple):
+    """scores = v . tanh(query + keys + bias) by the fused kernels. units: v, bias."""
+
+    backend: str
+
+    def scores(self, query: Tensor, keys: Tensor, *units: Tensor | None) -> Tensor:
+        if self.backend == "reference":
+            return reference.additive_scores(query, keys, *units)
+        return ops.call("additive_scores", self.backend, query, keys, *units)
+
+    def gradients(self, grad_scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if self.backend != "reference":
+            *gradients, grad_bias = ops.call("additive_scores_backward", self.backend, grad_scores, *inputs)
+            return *gradients, grad_bias if inputs[3] is not None else None
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            scores = reference.additive_scores(*leaves)
+        gradients = iter(torch.autograd.grad(scores, [leaf for leaf in leaves if leaf is not None], grad_scores))
+        return tuple(None if leaf is None else next(gradients) for leaf in leaves)
+
+
+class _Dot(NamedTuple):
+    """scores = scale * query . keys."""
+
+    scale: float
+
+    def scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        return self.scale * (query @ keys.mT)
+
+    def gradients(self, grad_scores: Tensor, query: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        grad_products = self.scale * grad_scores
+        return grad_products @ keys, grad_products.mT @ query
+
+
+# Both forms -----------------------------------------------------------------------------------------------------------
+
+
+def _attend(
+    form: _Additive | _Dot,
+    group: dist.ProcessGroup | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    units: tuple[Tensor | None, ...],
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    need_weights: bool,
+) -> Attention:
+    allowed = reference.attended(keys, memory_lengths, mask)
+    padding = None if allowed is None else ~allowed
+    q, k, x, *u = functional._autocast(query, keys, values, *units)
+    if q.dim() == 2:
+        q = q.unsqueeze(1)
+    result = _Sharded.apply(form, group, need_weights, padding, q, k, x, *u)
+    return functional._as_attention(result, query.dim(), need_weights)
+
+
+class _Sharded(torch.autograd.Function):
+    """Saves what it was given, its results, and nothing else of the size of the memory: a decoder has many steps."""
+
+    @staticmethod
+    def forward(ctx, form, group, need_weights, padding, query, keys, values, *units):
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, x, *u = reference._widen(query, keys, values, *units)
+            context, alignments = _forward(form, group, padding, q, k, x, u)
+        ctx.set_materialize_grads(False)
+        ctx.form, ctx.group, ctx.need_weights = form, group, need_weights
+        ctx.save_for_backward(padding, context, alignments, query, keys, values, *units)
+        context = context.to(query.dtype)
+        return (context, alignments.to(query.dtype)) if need_weights else context
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_alignments=None):
+        needed = ctx.needs_input_grad[4:]
+        options = (ctx.form, ctx.group, ctx.need_weights, needed)
+        gradients = _ShardedBackward.apply(*options, grad_context, grad_alignments, *ctx.saved_tensors)
+        return None, None, None, None, *gradients
+
+
+class _ShardedBackward(torch.autograd.Function):
+    """A function of its own so that its results, differentiated again, raise an error."""
+
+    @staticmethod
+    def forward(ctx, form, group, need_weights, needed, grad_context, grad_alignments, *saved):
+        padding, context, alignments, *inputs = saved
+        with torch.autocast(context.device.type, enabled=False):
+            grad_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
+            grad_context, grad_alignments, *widened = reference._widen(grad_context, grad_alignments, *inputs)
+            sums = (grad_context * context).sum(-1, keepdim=True)
+            if need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
+                own = torch.zeros_like(sums)
+                if grad_alignments is not None:
+                    own = _fill(alignments * grad_alignments, padding).sum(-1, keepdim=True)
+                dist.all_reduce(own, group=group)
+                sums = sums + own
+            gradients = _backward(form, grad_context, grad_alignments, sums, padding, alignments, widened)
+            shared = [i for i, need in enumerate(needed) if need and i not in (1, 2)]  # all but keys and values
+            for i, gradient in zip(shared, _all_reduce([gradients[i] for i in shared], group), strict=True):
+                gradients[i] = gradient
+        return tuple(g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("sharded attention has no second derivative: it cannot be differentiated twice")
+
+
+def _forward(
+    form: Any,
+    group: dist.ProcessGroup | None,
+    padding: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    units: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """The context of all ranks and the alignments of this one."""
+    scores = _fill(form.scores(query, keys, *units), padding, -math.inf)
+    top = scores.amax(-1, keepdim=True) if keys.shape[1] else scores.new_full((*query.shape[:2], 1), -math.inf)
+    weights = _fill(torch.exp(scores - top), padding)  # NaN where steps are attended and all their scores are -Inf
+    part = torch.cat([top, weights.sum(-1, keepdim=True), weights @ _blank_steps(values, padding)], -1)
+    parts = _all_gather(part, group)
+
+    tops, sums = parts[..., :1], parts[..., 1:]
+    factors = torch.exp(tops - tops.amax(0))  # NaN where no rank has a score above -Inf
+    # Left out, whatever their sums are: ranks with nothing to attend, and with -Inf where others have more.
+    counted = (factors != 0) & (sums[..., :1] != 0)
+    joined = torch.where(counted, factors * sums, 0.0).sum(0)
+    total, context = joined[..., :1], joined[..., 1:]
+    context = torch.where(total == 0, 0.0, context / total)  # a total is 1 or more where anything is attended
+
+    rank = dist.get_rank(group)
+    alignments = torch.where(counted[rank] | total.isnan(), weights * (factors[rank] / total), 0.0)
+    return context, _fill(alignments, padding)
+
+
+def _backward(
+    form: Any,
+    grad_context: Tensor,
+    grad_alignments: Tensor | None,
+    sums: Tensor,
+    padding: Tensor | None,
+    alignments: Tensor,
+    inputs: list[Tensor | None],
+) -> list[Tensor | None]:
+    """This rank's gradients for query, keys, values and units. sums: (B, Tq, 1), over all ranks, as in the softmax."""
+    query, keys, values, *units = inputs
+    grad_weights = grad_context @ values.mT
+    if grad_alignments is not None:
+        grad_weights = grad_weights + grad_alignments
+    grad_scores = _fill(alignments * (grad_weights - sums), padding)
+    grad_values = alignments.mT @ _blank_queries(grad_context, padding)
+    # Padding goes in as 0, and its gradients come out as 0: they are sums with queries that may be NaN.
+    blanked = (_blank_queries(query, padding), _blank_steps(keys, padding))
+    grad_query, grad_keys, *grad_units = form.gradients(grad_scores, *blanked, *units)
+    if padding is not None:
+        grad_query.masked_fill_(_unused_queries(padding), 0.0)
+        grad_keys.masked_fill_(_unused_steps(padding), 0.0)
+        grad_values.masked_fill_(_unused_steps(padding), 0.0)
+    return [grad_query, grad_keys, grad_values, *grad_units]
+
+
+def _unused_queries(padding: Tensor) -> Tensor:
+    """(B, Tq or 1, 1): queries that attend no step of this part."""
+    return padding.all(2)[..., None]
+
+
+def _unused_steps(padding: Tensor) -> Tensor:
+    """(B, Tk, 1): steps that no query attends."""
+    return padding.all(1)[..., None]
+
+
+def _blank_queries(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x, (B, Tq, *), with 0 for queries that attend nothing: 0 * NaN would be NaN."""
+    return x if padding is None else x.masked_fill(_unused_queries(padding), 0.0)
+
+
+def _blank_steps(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x, (B, Tk, *), with 0 in steps that no query attends: 0 * NaN would be NaN.
+
+    That is a copy of the memory. On the CPU it is made where there is something to blank: to look costs far less. On a
+    GPU that would wait for the device.
+    """
+    if padding is None or (x.is_cpu and not is_compiling() and math.isfinite(x.sum())):
+        return x
+    return x.masked_fill(_unused_steps(padding), 0.0)
+
+
+def _fill(x: Tensor, padding: Tensor | None, value: float = 0.0) -> Tensor:
+    """Writes to x, (B, Tq, Tk)."""
+    return x if padding is None else x.masked_fill_(padding, value)
+
+
+def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(ranks, *part.shape)"""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part, group=group)
+    return torch.stack(parts)
+
+
+def _all_reduce(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Each summed over the ranks, in one call."""
+    if not tensors:
+        return []
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    name: str,
+    group: dist.ProcessGroup | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    **units: Tensor | None,
+) -> None:
+    functional._check_query_keys(name, query, keys)
+    functional._check_values(name, query, keys, values)
+    for argument, unit in units.items():
+        functional._check_units(name, query, argument, unit)
+    functional._check_masks(name, query, keys, memory_lengths, mask)
+    query, keys, values, *cast = functional._autocast(query, keys, values, *units.values())
+    functional._check_dtypes(name, query, keys=keys, values=values, **dict(zip(units, cast, strict=True)))
+    _check_group(name, group)
+
+
+def _check_group(name: str, group: dist.ProcessGroup | None) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"{name}: there is no process group: torch.distributed.init_process_group makes one")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{name}: group must be one that this process is in")

@@ -1,0 +1,282 @@
+"""Seq2Seq(decoder="loop"), the whole sequence as one op, against decoder="steps"."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.seq2seq.model import ATTENTIONS
+
+B, S, T = 4, 9, 7
+SOURCE, TARGET, HIDDEN = 11, 13, 6
+
+attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
+
+
+def models(**settings: Any) -> dict[str, Seq2Seq]:
+    """The same model twice, with steps and with the loop."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 5, "hidden_size": HIDDEN, "units": 7, "dtype": torch.float64}
+    made = {name: Seq2Seq(SOURCE, TARGET, **{**sizes, **settings}, decoder=name) for name in ("steps", "loop")}
+    made["loop"].load_state_dict(made["steps"].state_dict())
+    return made
+
+
+def batch(steps: int = T, source: int = S) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([source, source // 2, 0, min(1, source)])
+    return (
+        torch.randint(3, SOURCE, (B, source), generator=generator),
+        lengths,
+        torch.randint(3, TARGET, (B, steps), generator=generator),
+    )
+
+
+def weighted(x: Tensor) -> Tensor:
+    """A sum in which every element has another weight."""
+    return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum()
+
+
+def run(model: Seq2Seq, data: tuple[Tensor, ...], loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor | None]:
+    logits, alignments = model(*data)
+    model.zero_grad()
+    loss(logits, alignments).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": logits.detach(), "alignments": alignments.detach(), **gradients}
+
+
+LOSSES = {
+    "both": lambda logits, alignments: weighted(logits) + weighted(alignments),
+    "logits": lambda logits, alignments: weighted(logits),
+    "alignments": lambda logits, alignments: weighted(alignments),
+    "last step": lambda logits, alignments: weighted(logits[:, -1]),
+}
+
+
+def assert_same(made: dict[str, Seq2Seq], data: tuple[Tensor, ...], loss: str = "both", **tolerance: float) -> None:
+    tolerance = tolerance or {"atol": 1e-12, "rtol": 1e-9}
+    steps, loop = (run(made[name], data, LOSSES[loss]) for name in ("steps", "loop"))
+    for name, expected in steps.items():
+        got = loop[name]
+        assert (got is None) == (expected is None), name
+        if expected is not None:
+            torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+@cells
+@attentions
+def test_results_and_gradients(attention: str, cell: str, num_layers: int, backend: str | None) -> None:
+    assert_same(models(attention=attention, cell=cell, num_layers=num_layers, backend=backend), batch())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@cells
+@attentions
+def test_losses(attention: str, cell: str, loss: str) -> None:
+    made = models(attention=attention, cell=cell)
+    steps, loop = (run(made[name], batch(), LOSSES[loss]) for name in ("steps", "loop"))
+    for name, expected in steps.items():
+        # Where a parameter takes no part, steps leave None and the loop may give zeros.
+        got, expected = (torch.zeros(()) if x is None else x for x in (loop[name], expected))
+        torch.testing.assert_close(got, expected.expand_as(got), atol=1e-12, rtol=1e-9, check_dtype=False)
+
+
+@cells
+@pytest.mark.parametrize(("steps", "source"), [(1, S), (T, 0), (T, 1), (1, 0)])
+def test_sizes(cell: str, steps: int, source: int) -> None:
+    for attention in ("bahdanau", "luong-general", "cosine"):
+        assert_same(models(attention=attention, cell=cell), batch(steps, source))
+
+
+@cells
+@attentions
+def test_float32(attention: str, cell: str) -> None:
+    assert_same(models(attention=attention, cell=cell, dtype=torch.float32), batch(), atol=2e-5, rtol=2e-4)
+
+
+class _Halved(nn.Module):
+    """In place of dropout: the same units of every vector are dropped, whoever asks."""
+
+    p = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.arange(x.shape[-1]) % 2 * 2.0).to(x.dtype)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@cells
+def test_dropout_is_where_it_is_in_steps(cell: str, num_layers: int) -> None:
+    made = models(cell=cell, num_layers=num_layers, dropout=0.5)
+    for model in made.values():
+        model.encoder.eval()
+        model.decoder.dropout = _Halved()
+    assert_same(made, batch())
+
+
+@cells
+def test_gradients_with_dropout(cell: str) -> None:
+    """The gradients are those of the factors that were drawn."""
+    model = models(cell=cell, num_layers=2, dropout=0.4)["loop"]
+    source, lengths, target = batch(steps=3, source=4)
+    parameters = dict(model.decoder.named_parameters())
+    names = [name for name in parameters if name.startswith(("rnn", "attentional", "attention."))]
+
+    def logits(*values: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        changed = {f"decoder.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(model, changed, (source, lengths, target))
+
+    inputs = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
+    assert torch.autograd.gradcheck(logits, inputs, fast_mode=True)
+
+
+def test_dropout_is_drawn_anew_and_off_in_evaluation() -> None:
+    model = models(dropout=0.5)["loop"]
+    first, second = (model(*batch())[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    first, second = (model(*batch())[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_backward_twice() -> None:
+    model = models()["loop"]
+    logits, alignments = model(*batch())
+    loss = LOSSES["both"](logits, alignments)
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def test_memory_is_let_go_after_backward() -> None:
+    """What the loop keeps goes with the backward, not with the loss, which a training loop holds into its next step."""
+    model = models()["loop"]
+    kept = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(weakref.ref(x.untyped_storage()))
+        return x
+
+    memory, state = model.encode(*batch()[:2])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        logits, _ = model.decoder(batch()[2], state, memory)
+    before = sum(reference() is not None for reference in kept)
+    logits.sum().backward()
+    del memory, state
+    after = sum(reference() is not None for reference in kept)
+    parameters = len(list(model.decoder.parameters()))
+    assert after <= parameters < before - 10
+
+
+def test_second_derivative_is_refused() -> None:
+    model = models()["loop"]
+    logits, _ = model(*batch())
+    weight = model.decoder.attentional.weight
+    (gradient,) = torch.autograd.grad(weighted(logits), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_results_may_be_changed_in_place() -> None:
+    made = models()
+    expected = run(made["loop"], batch(), LOSSES["both"])
+    logits, alignments = made["loop"](*batch())
+    loss = LOSSES["both"](logits, alignments)
+    made["loop"].zero_grad()
+    with torch.no_grad():
+        alignments.zero_()
+    loss.backward()
+    for name, parameter in made["loop"].named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=0, rtol=0)
+
+
+def test_changed_inputs_are_refused() -> None:
+    model = models()["loop"]
+    logits, _ = model(*batch())
+    with torch.no_grad():
+        model.decoder.attentional.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weighted(logits).backward()
+
+
+def test_frozen_parts() -> None:
+    made = models(num_layers=2)
+    for model in made.values():
+        model.encoder.requires_grad_(False)
+        model.decoder.attention.requires_grad_(False)
+        model.decoder.rnn.weight_hh_l0.requires_grad_(False)
+    assert_same(made, batch())
+
+
+def test_no_gradients_wanted() -> None:
+    made = models()
+    with torch.no_grad():
+        for got, expected in zip(made["loop"](*batch()), made["steps"](*batch()), strict=True):
+            torch.testing.assert_close(got, expected)
+            assert got.grad_fn is None
+
+
+@pytest.mark.parametrize("input_feeding", [True, False])
+def test_parameters_are_the_same(input_feeding: bool) -> None:
+    made = models(input_feeding=input_feeding)
+    states = {name: model.state_dict() for name, model in made.items()}
+    assert list(states["steps"]) == list(states["loop"])
+    assert_same(made, batch())
+
+
+def test_autocast_and_compile() -> None:
+    """They look into steps: the loop leaves the work to those."""
+    made = models(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps, loop = (made[name](*batch())[0] for name in ("steps", "loop"))
+    torch.testing.assert_close(loop, steps)
+    data = batch()
+    memory, state = made["loop"].encode(*data[:2])
+    with torch._dynamo.config.patch(allow_rnn=True):
+        logits, _ = torch.compile(made["loop"].decoder, backend="eager", fullgraph=True)(data[2], state, memory)
+    torch.testing.assert_close(logits, made["steps"].decoder(data[2], state, memory)[0])
+
+
+@pytest.mark.parametrize("hooked", ["attention", "attentional", "attention.query_projection"])
+def test_hooks_fire(hooked: str) -> None:
+    model = models()["loop"]
+    calls = []
+    model.decoder.get_submodule(hooked).register_forward_hook(lambda *args: calls.append(1))
+    model(*batch())
+    assert len(calls) == T
+
+
+def test_training_takes_the_same_course() -> None:
+    """200 steps of training from one seed, in float64: loop and kernels against steps and the reference."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_size": 8, "units": 8, "dtype": torch.float64}
+    model = Seq2Seq(SOURCE, TARGET, **sizes, decoder="loop")
+    plain = Seq2Seq(SOURCE, TARGET, **sizes, decoder="steps", backend="reference")
+    plain.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.Adam(m.parameters(), lr=5e-3) for m in (model, plain)]
+    generator = torch.Generator().manual_seed(2)
+    for step in range(200):
+        source = torch.randint(3, SOURCE, (8, 6), generator=generator)
+        losses = []
+        for m, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            logits, _ = m(source, torch.full((8,), 6), source)  # to write the source again
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), source.flatten())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-8), f"step {step}"
+    assert losses[0] < 1.9  # of 2.4 at first: it does learn

@@ -1,0 +1,64 @@
+"""bench/loop.py: that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import loop
+
+CPU = torch.device("cpu")
+NAMES = [loop.EAGER, loop.STEPS, loop.LOOP]
+
+
+def test_ways_agree() -> None:
+    ways = loop.make_ways(8, CPU, NAMES)
+    errors = loop.largest_error(ways, loop.make_data(loop.Shape(3, 5, 4), CPU))
+    assert list(errors) == NAMES and errors[loop.EAGER] == 0
+    assert max(errors.values()) < 1e-4
+
+
+def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = loop.make_ways(8, CPU, NAMES)
+    with torch.no_grad():
+        made[2].model.decoder.attentional.weight.mul_(1.1)
+    monkeypatch.setattr(loop, "make_ways", lambda *args: made)
+    with pytest.raises(RuntimeError, match=r"gradients at .* are off by .*loop"):
+        loop.measure(loop.Shape(2, 3, 3), 8, CPU, NAMES, 0.0)
+
+
+def test_ways_are_what_their_names_say() -> None:
+    """The loop makes one node of autograd, the steps one for each step of attention, eager none of ours."""
+    for (name, model), ours in zip(loop.make_ways(8, CPU, NAMES), (0, 4, 1), strict=True):
+        logits, _ = model(*loop.make_data(loop.Shape(2, 3, 4), CPU))
+        seen, left = set(), [logits.grad_fn]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left += [parent for parent, _ in node.next_functions]
+        counted = [type(node).__name__ in ("_LoopBackward", "AdditiveAttentionBackward") for node in seen]
+        assert sum(counted) == ours, name
+
+
+def test_command(tmp_path: Path) -> None:
+    arguments = ["--quick", "--no-compiled", "--size", "8", "--shape", "2,3,4", "--output", str(tmp_path)]
+    done = CliRunner().invoke(loop.app, arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "loop-cpu.json").read_text())
+    training, decoding = result["rows"]
+    assert training["B,S,T"] == [2, 3, 4] and set(training["ms"]) == set(NAMES)
+    assert set(decoding["ms"]) == {loop.EAGER, loop.STEPS}
+    for row in result["rows"]:
+        for parts in row["shares"].values():
+            assert sum(parts.values()) == pytest.approx(1, abs=0.01) and min(parts.values()) >= 0
+
+
+@pytest.mark.parametrize("shape", ["2,3", "2,3,x", "0,3,4"])
+def test_shapes_are_checked(shape: str) -> None:
+    done = CliRunner().invoke(loop.app, ["--shape", shape])
+    assert done.exit_code == 2 and "B" in done.output + done.stderr
