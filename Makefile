@@ -29,11 +29,11 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test bench fuzz cuda-check gpu lint format wheel clean
+.PHONY: help setup test bench g2p fuzz cuda-check gpu lint format wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Settings (VENV, TORCH, ARGS, ...): see the top of the Makefile.'
 
 setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
@@ -44,6 +44,10 @@ test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The tests
 
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
+
+g2p: $(STAMPS)/package $(STAMPS)/bench  ## A model that writes phonemes: training (45 minutes, resumable) and errors
+	$(RUN) bench.g2p train $(ARGS)
+	$(RUN) bench.g2p evaluate --word attention --word pronunciation
 
 fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
 	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)

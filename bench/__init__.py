@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` runs all of them; ``python -m bench.ops`` and ``python -m bench.g2p`` one part."""
+"""Benchmarks: ``python -m bench`` runs all of them; ``python -m bench.ops`` and ``bench.g2p compare`` one part."""

@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other: ``python -m bench``. Each part alone: ``python -m bench.ops``, ``bench.g2p``."""
+"""All benchmarks, one after the other: ``python -m bench``. Alone: ``python -m bench.ops``, ``bench.g2p compare``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import files, g2p, ops
+from . import files, ops
+from .g2p import compare as g2p
 from .machine import Allocator
 
 console = Console()
@@ -31,7 +32,7 @@ def main(
 ) -> None:
     """Times the ops, then trains Seq2Seq on CMUdict with fused and with reference attention: under ten minutes on two
     cores. On a machine with a GPU the ops are timed on it too. More options: python -m bench.ops --help, python -m
-    bench.g2p --help.
+    bench.g2p compare --help.
     """
     start = time.perf_counter()
     console.rule("1 of 2: the ops")

