@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_kernels.seq2seq import Hypothesis, Seq2Seq
+from attn_kernels.seq2seq import Hypothesis, Seq2Seq, search
 
 SOURCE_VOCAB, TARGET_VOCAB, HIDDEN, UNITS = 11, 9, 6, 7
 PAD, BOS, EOS = 0, 1, 2
@@ -270,6 +270,13 @@ def test_greedy_is_a_beam_of_one() -> None:
                 break
             tokens.append(token)
         assert len(got) == 1 and got[0].tokens == tokens
+    memory, state = model.encode(*batch())
+    limits = {"bos": model.bos, "eos": EOS, "max_length": 9}
+    options = {"beam_size": 1, "num_hypotheses": 1, "length_penalty": 0.0, "coverage_penalty": 0.0}
+    with torch.no_grad():
+        beams = search.beam_search(model.decoder, memory, state, early_stopping=False, **options, **limits)
+        for got, expected in zip(search.greedy_search(model.decoder, memory, state, **limits), beams, strict=True):
+            assert_same(got[0], expected[0])
 
 
 @pytest.mark.parametrize("sample", [False, True])

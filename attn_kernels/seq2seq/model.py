@@ -14,7 +14,7 @@ from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .decoder import AttentionModule, Decoder, DecoderState
 from .encoder import CELLS, Encoder
-from .search import Hypothesis, beam_search, draw_samples
+from .search import Hypothesis, beam_search, draw_samples, greedy_search
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
 DECODERS = ("loop", "steps")
@@ -242,6 +242,8 @@ class Seq2Seq(nn.Module):
                     generator=generator,
                     **limits,
                 )
+            if beam_size == 1 and length_penalty == 0 and coverage_penalty == 0:
+                return greedy_search(self.decoder, memory, state, **limits)
             return beam_search(
                 self.decoder,
                 memory,
