@@ -45,7 +45,8 @@ void dot_attention_backward(const DotAttentionBackward& op) {
         weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Part(op.A, 0, 1, 1), op.dquery, problem.dtype,
                         b * op.Tq + first, op.A, scratch);
       });
-  if (op.dkeys == nullptr) return for_each_sentence(op.B, scores);
+  const bool query_only = op.dkeys == nullptr && op.dvalues == nullptr;  // one alone is null where it has no elements
+  if (query_only) return for_each_sentence(op.B, scores);
   for_each_sentence(op.B, scores, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues),
                     weighted_steps(problem, dscores, op.query, op.A, op.dkeys));
 }
