@@ -4,6 +4,7 @@ from .backends import Backend, backends
 from .functional import additive_attention, additive_scores, dot_attention, prepare_keys
 from .memory import Memory
 from .modules import BahdanauAttention, CosineAttention, LuongAttention
+from .patching import patch, patched, unpatch
 from .reference import Attention
 from .version import __version__
 
@@ -19,5 +20,8 @@ __all__ = [
     "additive_scores",
     "backends",
     "dot_attention",
+    "patch",
+    "patched",
     "prepare_keys",
+    "unpatch",
 ]
