@@ -28,10 +28,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def additive_attention(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    extra: Tensor | None = None,
+    scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
@@ -41,18 +43,22 @@ def additive_attention(
     r"""Additive (Bahdanau) attention: score, masked softmax and context in one pass.
 
     .. math::
-        scores_{ij} = v \cdot \tanh(query_i + keys_j + bias), \quad
+        scores_{ij} = scale \; v \cdot \tanh(query_i + keys_j + extra_j + bias), \quad
         alignments_i = softmax_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
 
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
-    appendix A.1.2; ``query`` and ``keys`` are the projections W s and U h there.
+    appendix A.1.2; ``query`` and ``keys`` are the projections W s and U h there. ``extra`` and ``scale`` are the U f
+    and the sharpening of Chorowski et al., "Attention-based models for speech recognition",
+    2015, sections 2.2 and 2.3.
 
     Args:
         query: (B, Tq, A), or (B, A) for one query; projected decoder state.
         keys: (B, Tk, A), projected memory.
-        values: (B, Tk, D), what is averaged.
+        values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         v: (A,), score vector.
         bias: (A,), added before the tanh.
+        extra: (B, Tk, A), added before the tanh: what a step adds to the keys, such as projected location features.
+        scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
@@ -60,11 +66,12 @@ def additive_attention(
         need_weights: False to leave out ``alignments`` (None is returned in their place).
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
         prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
-            and gradients are the same to within rounding; gradients flow to ``keys``.
+            and gradients are the same to within rounding; gradients flow to ``keys``. Not together with ``extra``.
 
     Returns:
         ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
-        dtype of the inputs. A query with nothing to attend gets zeros. Gradients flow through both.
+        dtype of the inputs. A query with nothing to attend gets zeros. Gradients flow through both. The context is None
+        without ``values``.
 
     Dtypes: float64, float32, bfloat16, float16, the same for all tensors; sums are float32 or wider. Under autocast the
     inputs are cast to its dtype (float64 excepted), like those of ``scaled_dot_product_attention``.
@@ -72,9 +79,22 @@ def additive_attention(
     Raises:
         ValueError: a shape, device, length or backend does not fit. TypeError: a dtype or type does not.
     """
-    return _additive_attention(
+    name = "additive_attention"
+    if type(scale) is not float or scale != 1.0:
+        _check_scale(name, scale)
+        _check_units(name, query, "v", v)
+        v = scale * v
+    if extra is not None:
+        if prepared is not None:
+            raise ValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
+        keys = _with_extra(name, query, keys, extra)
+    given = values
+    if values is None:
+        values = _no_values(name, query, keys, need_weights)
+    result = _additive_attention(
         query, keys, values, v, bias, prepared, memory_lengths, mask, need_weights, backend, None
     )
+    return result if given is not None else Attention(None, result.alignments)
 
 
 def additive_step(
@@ -189,7 +209,7 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
 def dot_attention(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     *,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
@@ -209,13 +229,17 @@ def dot_attention(
     Args:
         query: (B, Tq, A), or (B, A) for one query.
         keys: (B, Tk, A).
-        values: (B, Tk, D), what is averaged.
+        values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
         memory_lengths, mask, need_weights, backend: as in :func:`additive_attention`.
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
-    return _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
+    if values is not None:
+        return _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
+    values = _no_values("dot_attention", query, keys, need_weights)
+    result = _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
+    return Attention(None, result.alignments)
 
 
 def dot_step(query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
@@ -290,17 +314,24 @@ def _check_dot_attention(
 
 
 def additive_scores(
-    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    extra: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""The scores of additive attention, for other normalisers than softmax.
 
-    .. math:: scores_{ij} = v \cdot \tanh(query_i + keys_j + bias)
+    .. math:: scores_{ij} = v \cdot \tanh(query_i + keys_j + extra_j + bias)
 
     Args:
         query: (B, Tq, A), or (B, A) for one query.
         keys: (B, Tk, A).
         v: (A,), score vector.
         bias: (A,), added before the tanh.
+        extra: (B, Tk, A), added before the tanh.
         backend: as in :func:`additive_attention`.
 
     Returns:
@@ -308,6 +339,8 @@ def additive_scores(
 
     Source, dtypes, errors: as in :func:`additive_attention`.
     """
+    if extra is not None:
+        keys = _with_extra("additive_scores", query, keys, extra)
     try:
         chosen = choose(backend, _device_type(query))
         if chosen not in _CHECKED or is_compiling():
@@ -332,6 +365,26 @@ def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor 
     _check_units(name, query, "bias", bias)
     query, keys, v, bias = _autocast(query, keys, v, bias)
     _check_dtypes(name, query, keys=keys, v=v, bias=bias)
+
+
+def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor:
+    """keys + extra, in the dtype they come in: under autocast the sum is cast, not its parts."""
+    _check_query_keys(name, query, keys)
+    _check_tensor(name, "extra", extra)
+    if extra.shape != keys.shape:
+        raise ValueError(f"{name}: extra must have shape (B, Tk, A) = {_shape(keys)}, got {_shape(extra)}")
+    _check_device(name, query, "extra", extra)
+    if extra.dtype != keys.dtype:
+        raise TypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
+    return keys + extra
+
+
+def _no_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:
+    """Values of size 0, for a call that wants the alignments only."""
+    if not need_weights:
+        raise ValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
+    _check_query_keys(name, query, keys)
+    return keys.new_empty((*keys.shape[:2], 0))
 
 
 def _as_attention(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:

@@ -23,7 +23,7 @@ from torch import Tensor
 class Attention(NamedTuple):
     """What an attention op returns.
 
-    context: (B, Tq, D), or (B, D) for a 2-D query: alignments @ values.
+    context: (B, Tq, D), or (B, D) for a 2-D query: alignments @ values; None with ``values=None``.
     alignments: (B, Tq, Tk), or (B, Tk): softmax of the scores; None with ``need_weights=False``.
     """
 
@@ -31,10 +31,14 @@ class Attention(NamedTuple):
     alignments: Tensor | None
 
 
-def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + bias)."""
+def additive_scores(
+    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, extra: Tensor | None = None
+) -> Tensor:
+    """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + extra[b, j] + bias)."""
     dtype = query.dtype
-    query, keys, v, bias = _widen(query, keys, v, bias)
+    query, keys, v, bias, extra = _widen(query, keys, v, bias, extra)
+    if extra is not None:
+        keys = keys + extra
     if query.dim() == 2:
         return additive_scores(query[:, None], keys, v, bias)[:, 0].to(dtype)
     return _additive_scores(query, keys, v, bias, None).to(dtype)
@@ -43,32 +47,45 @@ def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None 
 def additive_attention(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    extra: Tensor | None = None,
+    scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
 ) -> Attention:
-    """Bahdanau et al. 2015, appendix A.1.2: scores = v . tanh(query + keys + bias)."""
+    """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . tanh(query + keys + extra + bias)."""
     if query.dim() == 2:
         attention = additive_attention(
-            query[:, None], keys, values, v, bias, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+            query[:, None],
+            keys,
+            values,
+            v,
+            bias,
+            extra=extra,
+            scale=scale,
+            memory_lengths=memory_lengths,
+            mask=mask,
+            need_weights=need_weights,
         )
         return _drop_query_axis(attention)
     dtype = query.dtype
-    query, keys, values, v, bias = _widen(query, keys, values, v, bias)
+    query, keys, values, v, bias, extra = _widen(query, keys, values, v, bias, extra)
+    if extra is not None:
+        keys = keys + extra
     allowed = attended(keys, memory_lengths, mask)
     query, keys, values = _blank_padding(query, keys, values, allowed)
-    scores = _additive_scores(query, keys, v, bias, allowed)
+    scores = scale * _additive_scores(query, keys, v, bias, allowed)
     return _attend(scores, values, allowed, need_weights, dtype)
 
 
 def dot_attention(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     *,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
@@ -120,7 +137,7 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
 
 
 def _attend(
-    scores: Tensor, values: Tensor, allowed: Tensor | None, need_weights: bool, dtype: torch.dtype
+    scores: Tensor, values: Tensor | None, allowed: Tensor | None, need_weights: bool, dtype: torch.dtype
 ) -> Attention:
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -128,6 +145,8 @@ def _attend(
     alignments = torch.softmax(scores, dim=-1)
     if allowed is not None:
         alignments = alignments.masked_fill(~allowed, 0.0)
+    if values is None:
+        return Attention(None, alignments.to(dtype))
     if _per_query(allowed):
         context = (alignments[..., None] * _pairs(values[:, None], allowed)).sum(2)
     else:
@@ -136,8 +155,8 @@ def _attend(
 
 
 def _blank_padding(
-    query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor | None, allowed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Zeros in the steps that no query attends and in the queries that attend no step: 0 * NaN would be NaN."""
     if allowed is None:
         return query, keys, values
@@ -146,7 +165,7 @@ def _blank_padding(
     return (
         query.masked_fill(unused_query, 0.0),
         keys.masked_fill(unused_step, 0.0),
-        values.masked_fill(unused_step, 0.0),
+        None if values is None else values.masked_fill(unused_step, 0.0),
     )
 
 
@@ -164,5 +183,4 @@ def _widen(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _drop_query_axis(attention: Attention) -> Attention:
-    context, alignments = attention
-    return Attention(context[:, 0], None if alignments is None else alignments[:, 0])
+    return Attention(*(None if result is None else result[:, 0] for result in attention))

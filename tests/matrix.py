@@ -28,6 +28,7 @@ SHAPES = {
     "values": ("B", "Tk", "D"),
     "v": ("A",),
     "bias": ("A",),
+    "extra": ("B", "Tk", "A"),
     "context": ("B", "Tq", "D"),
     "alignments": ("B", "Tq", "Tk"),
     "scores": ("B", "Tq", "Tk"),
