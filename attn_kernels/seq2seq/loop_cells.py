@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
+from ..backends import choose
+
 
 class Layer:
     """What LSTM and GRU layers share: their inputs, and the gradients that are one product for all steps.
@@ -50,7 +53,7 @@ class Layer:
 class LSTMLayer(Layer):
     """Gates i, f, g, o: c' = f c + i g, h' = o tanh(c')."""
 
-    dcell: Tensor  # (B, H), of the cell after the step that comes next
+    dcell: Tensor  # (B, H), of the cell after the step that comes next; a buffer of its own
 
     def __init__(
         self, base: Tensor, weight_x: Tensor, weight_h: Tensor, bias_h: Tensor, hidden: Tensor, cell: Tensor
@@ -61,16 +64,21 @@ class LSTMLayer(Layer):
         self.cells = cell.new_empty(steps + 1, batch, self.size)
         self.cells[0] = cell
         self.tanhs = cell.new_empty(steps, batch, self.size)
+        self.fused = base.is_cpu and base.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
 
-    def step(self, t: int) -> Tensor:
-        """Returns h' of step t, (B, H)."""
+    def step(self, t: int, again: Tensor | None = None) -> Tensor:
+        """Returns h' of step t, (B, H), and writes it to ``again``, too."""
         gates = self.gates[t].addmm_(self.inputs[t], self.weight.t())
+        if self.fused:
+            hidden = self.h(t + 1)
+            ops.kernel("lstm_step", "cpu")(gates, self.cells[t], self.cells[t + 1], self.tanhs[t], hidden, again)
+            return hidden
         i, f, g, o = gates.chunk(4, dim=1)
         gates[:, : 2 * self.size].sigmoid_()
         g.tanh_()
         o.sigmoid_()
         cell = torch.mul(f, self.cells[t], out=self.cells[t + 1]).addcmul_(i, g)
-        return torch.mul(o, torch.tanh(cell, out=self.tanhs[t]), out=self.h(t + 1))
+        return _copied(torch.mul(o, torch.tanh(cell, out=self.tanhs[t]), out=self.h(t + 1)), again)
 
     def start_backward(self) -> None:
         super().start_backward()
@@ -78,6 +86,10 @@ class LSTMLayer(Layer):
 
     def step_back(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
+        if self.fused:
+            parts = (self.gates[t], self.cells[t], self.tanhs[t], self.dcell, self.dgates[t])
+            ops.kernel("lstm_step_backward", "cpu")(dh, *parts)
+            return (self.dgates[t] @ self.weight).split([self.n, self.size], dim=1)
         i, f, g, o = self.gates[t].chunk(4, dim=1)
         di, df, dg, do = self.dgates[t].chunk(4, dim=1)
         tanh, dcell = self.tanhs[t], self.dcell
@@ -103,8 +115,8 @@ class GRULayer(Layer):
         self.bias_h = bias_h
         self.recurrent = hidden.new_empty(base.shape[0], base.shape[1], self.size)  # h W_hn + b_hn
 
-    def step(self, t: int) -> Tensor:
-        """Returns h' of step t, (B, H)."""
+    def step(self, t: int, again: Tensor | None = None) -> Tensor:
+        """Returns h' of step t, (B, H), and writes it to ``again``, too."""
         gates, size, before = self.gates[t], self.size, self.h(t)
         gates.addmm_(self.x(t), self.weight[:, : self.n].t())
         products = torch.addmm(self.bias_h, before, self.weight[:, self.n :].t())
@@ -112,7 +124,7 @@ class GRULayer(Layer):
         gates[:, : 2 * size].add_(products[:, : 2 * size]).sigmoid_()
         r, z, n = gates.chunk(3, dim=1)
         n.addcmul_(r, self.recurrent[t]).tanh_()
-        return torch.lerp(n, before, z, out=self.h(t + 1))
+        return _copied(torch.lerp(n, before, z, out=self.h(t + 1)), again)
 
     def start_backward(self) -> None:
         super().start_backward()
@@ -140,6 +152,12 @@ class GRULayer(Layer):
 
     def first_gradients(self) -> tuple[Tensor, ...]:
         return ()
+
+
+def _copied(x: Tensor, to: Tensor | None) -> Tensor:
+    if to is not None:
+        to.copy_(x)
+    return x
 
 
 def _sigmoid_backward(gradient: Tensor, output: Tensor, out: Tensor) -> Tensor:
