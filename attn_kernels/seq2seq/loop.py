@@ -173,6 +173,8 @@ class _Sequence:
 
     def take_out(self) -> dict[tuple[object, str], Tensor]:
         """All tensors that this object and its parts hold, by owner and name: autograd keeps them till the backward."""
+        for layer in self.layers:
+            vars(layer).pop("product", None)  # the backward has one of its own
         parts: tuple[object, ...] = (self, *self.layers, self.attention)
         tensors = {(part, name): x for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)}
         for part, name in tensors:
