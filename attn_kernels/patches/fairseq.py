@@ -39,7 +39,7 @@ class _FusedTimeMajor(Fused):
         raise NotImplementedError
 
 
-@adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("",))
+@adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("95aa4911b5d2",))
 class FusedAttentionLayer(_FusedTimeMajor):
     r"""tanh(W_out [context; query] + b_out) with scores_j = (W_in query + b_in) . memory_j.
 
@@ -48,7 +48,8 @@ class FusedAttentionLayer(_FusedTimeMajor):
 
     Covered: everything but a row that is all padding: that is left to the original, which gives NaN (in a graph of
     ``torch.compile``, the NaN comes from here). Padding is ignored, even if it is NaN or infinite; the original returns
-    NaN then. ``torch.jit.script`` compiles the original.
+    NaN then. Scores are never rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script``
+    compiles the original.
     """
 
     input_proj: Any
@@ -66,7 +67,9 @@ class FusedAttentionLayer(_FusedTimeMajor):
         return dot_step(query, memory, True, None)
 
 
-@adapts("fairseq.models.speech_to_text.berard:MLPAttention", library="fairseq", versions="0.12.2", sources=("",))
+@adapts(
+    "fairseq.models.speech_to_text.berard:MLPAttention", library="fairseq", versions="0.12.2", sources=("5fee10cf7b8a",)
+)
 class FusedMLPAttention(_FusedTimeMajor):
     r"""scores_j = v . tanh(W_d query + W_e memory_j + b_e).
 

@@ -15,7 +15,9 @@ from ..reference import Attention
 from ..sentence import as_of_softmax, is_plain, once, project
 
 
-@adapts("onmt.modules.global_attention:GlobalAttention", library="OpenNMT-py", versions="3.5.1", sources=("",))
+@adapts(
+    "onmt.modules.global_attention:GlobalAttention", library="OpenNMT-py", versions="3.5.1", sources=("3aec054c5640",)
+)
 class FusedGlobalAttention(Fused):
     r"""tanh(W_out [context; query]), or for "mlp" W_out [context; query] + b_out, with the scores
 
