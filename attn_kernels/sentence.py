@@ -38,10 +38,12 @@ def once(module: Any, what: str, sources: tuple[Tensor | None, ...], make: Calla
     """
     if is_compiling():
         return make()
-    of_module = _kept.setdefault(module, {})
-    kept = of_module.get(what)
+    of_module = _kept.get(module)
+    if of_module is None:
+        of_module = _kept[module] = {}
     state = _state(sources)
-    if kept is None or kept.state != state or not all(map(_is, kept.sources, sources)):
+    kept = of_module.get(what)
+    if kept is None or kept.state != state or not _same(kept.sources, sources):
         kept = of_module[what] = _Kept(sources, state, make())
     return kept.result
 
@@ -83,8 +85,11 @@ def as_of_softmax(alignments: Tensor) -> Tensor:
     return alignments
 
 
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    for a, b in zip(some, others, strict=True):  # noqa: SIM110 - all() of a generator takes four times as long
+        if a is not b:
+            return False
+    return True
 
 
 def _state(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
