@@ -73,6 +73,11 @@ def project(module: Any, layer: Any, rows: Tensor) -> Tensor:
     return keys
 
 
+def forget(module: Any) -> None:
+    """Keeps nothing of a module any more."""
+    _kept.pop(module, None)
+
+
 def is_plain(layer: Any) -> bool:
     """Whether a layer does what its weight and bias say, and nothing else."""
     return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)

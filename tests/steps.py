@@ -1,8 +1,9 @@
-"""Original against patched: outputs and all gradients of a few calls in a row, and classes that stand in for others'."""
+"""Original against patched: outputs and all gradients of a few calls in a row; stand-ins for a library's classes."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -47,11 +48,11 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
 def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module]) -> None:
     """Makes ``cls`` the class "module:Class" of a library that is not installed, for as long as monkeypatch lasts."""
     name, _, attribute = original.partition(":")
-    module = types.ModuleType(name)
-    setattr(module, attribute, cls)
-    monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(cls, "__module__", name)
-    monkeypatch.setattr(cls, "__qualname__", attribute)
+    for parent in itertools.accumulate(name.split("."), "{}.{}".format):
+        if parent not in sys.modules:
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setattr(sys.modules[name], attribute, cls, raising=False)
+    cls.__module__, cls.__qualname__ = name, attribute
     adapter = next(adapter for adapter in patching.adapters() if adapter.original == original)
     monkeypatch.setitem(patching._adapters, original, adapter._replace(sources=()))  # its source is not the library's
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from attn_kernels.sentence import once, project
-
+from attn_kernels.sentence import forget, once, project
 
 
 @pytest.fixture
@@ -154,7 +153,8 @@ def test_once():
         assert once(module, "x", (a, b), make) == 12
 
 
-def test_what_is_kept_goes_with_the_module(layer):
+@pytest.mark.parametrize("how", ["deleted", "forgotten"])
+def test_what_is_kept_goes_with_the_module(layer, how):
     module = nn.Module()
     x = torch.randn(2, 3, 6)
     with torch.no_grad():
@@ -163,6 +163,9 @@ def test_what_is_kept_goes_with_the_module(layer):
     assert keys() is not None
     x = weakref.ref(x)
     layer.calls.clear()
-    del module
-    gc.collect()
+    if how == "forgotten":
+        forget(module)
+    else:
+        del module
+        gc.collect()
     assert keys() is None and x() is None
