@@ -317,3 +317,21 @@ _define(
     _dot_attention_fake,
     _dot_attention_function,
 )
+
+
+# lstm_step ------------------------------------------------------------------------------------------------------------
+
+# For the decoder's loop (seq2seq/loop_cells.py), which is its own rule of autograd: they write into their arguments. B
+# rows, H units; rows are contiguous; float32 or float64.
+for _name, _schema in (
+    (
+        "lstm_step",
+        "(Tensor(a!) gates, Tensor cell, Tensor(b!) new_cell, Tensor(c!) tanh, Tensor(d!) hidden, Tensor(e!)? again)",
+    ),
+    (
+        "lstm_step_backward",
+        "(Tensor dhidden, Tensor gates, Tensor cell, Tensor tanh, Tensor(a!) dcell, Tensor(b!) dgates)",
+    ),
+):
+    library.define(f"{_name}.cpu{_schema} -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"attn_kernels::{_name}.cpu", lambda *_: None, lib=library)

@@ -3,6 +3,7 @@
 
 #include "additive_attention.h"
 #include "dot_attention.h"
+#include "lstm_cell.h"
 
 namespace attn {
 
@@ -14,6 +15,8 @@ struct Kernels {
   void (*additive_attention_backward)(const AdditiveAttentionBackward&);
   void (*dot_attention)(const DotAttentionForward&);
   void (*dot_attention_backward)(const DotAttentionBackward&);
+  void (*lstm_step)(const LstmStep&);  // on the CPU only, like the next
+  void (*lstm_step_backward)(const LstmStepBackward&);
 };
 
 }  // namespace attn

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.seq2seq import Seq2Seq, loop_cells
 from attn_kernels.seq2seq.model import ATTENTIONS
 
 B, S, T = 4, 9, 7
@@ -101,6 +101,29 @@ def test_sizes(cell: str, steps: int, source: int) -> None:
 @attentions
 def test_float32(attention: str, cell: str) -> None:
     assert_same(models(attention=attention, cell=cell, dtype=torch.float32), batch(), atol=2e-5, rtol=2e-4)
+
+
+@cells
+def test_bfloat16(cell: str) -> None:
+    """Both round everywhere, at other places: alike to a few roundings."""
+    made = models(attention="bahdanau", cell=cell, dtype=torch.bfloat16)
+    steps, loop = (run(made[name], batch(), LOSSES["both"]) for name in ("steps", "loop"))
+    for name, expected in steps.items():
+        largest = expected.float().abs().max()
+        torch.testing.assert_close(loop[name].float(), expected.float(), atol=0.06 * largest.item(), rtol=0.0, msg=name)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_lstm_without_its_op(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, or with no compiled module."""
+    monkeypatch.setattr(loop_cells, "choose", lambda *_: "reference")
+    assert_same(models(attention="bahdanau", cell="lstm", num_layers=num_layers), batch())
+
+
+def test_weights_in_packed_form() -> None:
+    """Sizes at which the products of the gates are oneDNN's."""
+    sizes = {"embedding_size": 8, "hidden_size": 256, "units": 16, "dtype": torch.float32}
+    assert_same(models(attention="bahdanau", cell="lstm", **sizes), batch(steps=14), atol=2e-5, rtol=1e-3)
 
 
 class _Halved(nn.Module):

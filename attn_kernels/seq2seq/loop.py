@@ -161,18 +161,20 @@ class _Sequence:
         *below, top = self.factors
         weight = self.inputs.attentional_weight.t()
         for t in range(self.steps):
-            state = self.layers[0].step(t)
-            for layer, factor in zip(self.layers[1:], below, strict=True):
-                _drop(state, factor, t, layer.x(t))
-                state = layer.step(t)
             joined = self.joined[t]
-            joined[:, : -self.size] = self.attention.step(t, state)
-            joined[:, -self.size :] = state
+            context, last = joined[:, : -self.size], joined[:, -self.size :]
+            state = self.layers[0].step(t, None if below else last)
+            for n, (layer, factor) in enumerate(zip(self.layers[1:], below, strict=True), 2):
+                _drop(state, factor, t, layer.x(t))
+                state = layer.step(t, last if n == len(self.layers) else None)
+            context.copy_(self.attention.step(t, state))
             attentional = torch.mm(joined, weight, out=self.attentional[t]).tanh_()
             _drop(attentional, top, t, self.layers[0].x(t + 1))
 
     def take_out(self) -> dict[tuple[object, str], Tensor]:
         """All tensors that this object and its parts hold, by owner and name: autograd keeps them till the backward."""
+        for layer in self.layers:
+            vars(layer).pop("product", None)  # the backward has one of its own
         parts: tuple[object, ...] = (self, *self.layers, self.attention)
         tensors = {(part, name): x for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)}
         for part, name in tensors:

@@ -24,7 +24,7 @@ class ModelConfig:
     attention: str = "bahdanau"
     cell: str = "lstm"
     input_feeding: bool = True
-    decoder: str = "steps"
+    decoder: str = "loop"
     embedding_size: int = 256
     hidden_size: int = 256
     units: int = 256

@@ -64,7 +64,7 @@ def train(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew: the old checkpoint is overwritten.")] = False,
     epochs: Annotated[
-        float | None, typer.Option(min=0, help="The rate falls to 0 over them.", show_default="15; reverse-words: 2")
+        float | None, typer.Option(min=0, help="The rate falls to 0 over them.", show_default="10; reverse-words: 2")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, show_default="128; reverse-words: 16")] = None,
     attention: Annotated[str, typer.Option(help="As of Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,

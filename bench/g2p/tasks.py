@@ -43,7 +43,7 @@ class Task:
 
 # What differs between the tasks among the defaults of training.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    CMUDICT: {"batch_size": 128, "epochs": 15},
+    CMUDICT: {"batch_size": 128, "epochs": 10},
     REVERSE: {"batch_size": 16, "epochs": 2},
 }
 

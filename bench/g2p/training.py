@@ -39,7 +39,7 @@ class Config(ModelConfig):
     embedding_size: int = 128
     dropout: float = 0.2
     batch_size: int = 128
-    epochs: float = 15
+    epochs: float = 10
     learning_rate: float = 2e-3
     warm_up: int = 500
     label_smoothing: float = 0.1

@@ -6,6 +6,7 @@
 #endif
 #include "additive_attention_bwd.h"
 #include "dot_attention_kernels.h"
+#include "lstm_cell_kernels.h"
 
 namespace attn {
 #if defined(ATTN_FLOAT64_LEVEL)
@@ -18,16 +19,23 @@ namespace ATTN_LEVEL {
 
 extern const Kernels kernels;
 
+template <class Op>
+Dtype computed_in(const Op& op) {
+  return op.query.dtype;
+}
+inline Dtype computed_in(const LstmStep& op) { return op.dtype; }
+inline Dtype computed_in(const LstmStepBackward& op) { return op.dtype; }
+
 #if defined(ATTN_FLOAT64_LEVEL)
 template <class Op, void (*kFloat)(const Op&), void (*Kernels::*kDouble)(const Op&)>
 void by_dtype(const Op& op) {
-  op.query.dtype == Dtype::float64 ? (ATTN_FLOAT64_LEVEL::kernels.*kDouble)(op) : kFloat(op);
+  computed_in(op) == Dtype::float64 ? (ATTN_FLOAT64_LEVEL::kernels.*kDouble)(op) : kFloat(op);
 }
 #define ATTN_BY_DTYPE(Op, kernel) by_dtype<Op, kernel<float>, &Kernels::kernel>
 #else
 template <class Op, void (*kFloat)(const Op&), void (*kDouble)(const Op&)>
 void by_dtype(const Op& op) {
-  op.query.dtype == Dtype::float64 ? kDouble(op) : kFloat(op);
+  computed_in(op) == Dtype::float64 ? kDouble(op) : kFloat(op);
 }
 #define ATTN_BY_DTYPE(Op, kernel) by_dtype<Op, kernel<float>, kernel<double>>
 #endif
@@ -40,6 +48,8 @@ const Kernels kernels = {
     ATTN_BY_DTYPE(AdditiveAttentionBackward, additive_attention_backward),
     ATTN_BY_DTYPE(DotAttentionForward, dot_attention),
     ATTN_BY_DTYPE(DotAttentionBackward, dot_attention_backward),
+    ATTN_BY_DTYPE(LstmStep, lstm_step),
+    ATTN_BY_DTYPE(LstmStepBackward, lstm_step_backward),
 };
 
 }  // namespace ATTN_LEVEL

@@ -106,8 +106,8 @@ void dot_backward(const DotAttentionBackward& op) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {additive_prepare,  scores_forward, scores_backward, additive_forward,
-                         additive_backward, dot_forward,    dot_backward};
+const Kernels kernels = {additive_prepare, scores_forward, scores_backward, additive_forward, additive_backward,
+                         dot_forward,      dot_backward,   nullptr,         nullptr};
 
 }  // namespace cuda
 }  // namespace attn

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - stubs come before the imports that need them
 """fairseq 0.12.2: the attention of its LSTM decoder and of the Berard model, original against patched."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - stubs come before the imports that need them
 """JoeyNMT 2.3.0: its attention, decoder and search, original against patched."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - stubs come before the imports that need them
 """OpenNMT-py 3.5.1: its GlobalAttention, original against patched."""
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+// lstm_step: the ops of attn_kernels/ops.py that the decoder's loop calls on the CPU. They write into their arguments.
+#include "lstm_cell.h"
+
+#include "checks.h"
+
+namespace attn {
+namespace {
+
+// One axis of B rows of `columns` elements each, all of the dtype of the gates.
+Rows rows(const Tensor& t, const char* name, Dtype dtype, int64_t B, int64_t columns) {
+  check_shape(t, name, {B, columns});
+  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype of gates");
+  STD_TORCH_CHECK(t.stride(1) == 1 || columns <= 1, name, " must have contiguous rows");
+  return {t.mutable_data_ptr(), t.stride(0)};
+}
+
+Dtype float_of(const Tensor& gates) {
+  const Dtype dtype = dtype_of(gates, "gates");
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "gates must be float32 or float64");
+  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) % 4 == 0, "gates must have shape (B, 4 H)");
+  return dtype;
+}
+
+void step(Tensor gates, Tensor cell, Tensor new_cell, Tensor tanh, Tensor hidden, std::optional<Tensor> again) {
+  const Dtype dtype = float_of(gates);
+  const int64_t B = gates.size(0), H = gates.size(1) / 4;
+  const LstmStep op{B,
+                    H,
+                    dtype,
+                    rows(gates, "gates", dtype, B, 4 * H),
+                    rows(cell, "cell", dtype, B, H),
+                    rows(new_cell, "new_cell", dtype, B, H),
+                    rows(tanh, "tanh", dtype, B, H),
+                    rows(hidden, "hidden", dtype, B, H),
+                    again.has_value() ? rows(*again, "again", dtype, B, H) : Rows{}};
+  if (B * H > 0) Call(gates).kernels().lstm_step(op);
+}
+
+void step_backward(Tensor dhidden, Tensor gates, Tensor cell, Tensor tanh, Tensor dcell, Tensor dgates) {
+  const Dtype dtype = float_of(gates);
+  const int64_t B = gates.size(0), H = gates.size(1) / 4;
+  const LstmStepBackward op{B,
+                            H,
+                            dtype,
+                            rows(dhidden, "dhidden", dtype, B, H),
+                            rows(gates, "gates", dtype, B, 4 * H),
+                            rows(cell, "cell", dtype, B, H),
+                            rows(tanh, "tanh", dtype, B, H),
+                            rows(dcell, "dcell", dtype, B, H),
+                            rows(dgates, "dgates", dtype, B, 4 * H)};
+  if (B * H > 0) Call(gates).kernels().lstm_step_backward(op);
+}
+
+}  // namespace
+}  // namespace attn
+
+STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
+  m.impl(ATTN_OVERLOAD("lstm_step"), TORCH_BOX(&attn::step));
+  m.impl(ATTN_OVERLOAD("lstm_step_backward"), TORCH_BOX(&attn::step_backward));
+}

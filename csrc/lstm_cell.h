@@ -1,0 +1,34 @@
+// What an LSTM step computes besides its products, on the CPU: gates, cell and state, and back. Raw pointers, no torch.
+#pragma once
+
+#include "types.h"
+
+namespace attn {
+
+// A (B, H) matrix, (B, 4 H) for gates, whose rows are contiguous.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;  // in elements
+};
+
+struct LstmStep {
+  int64_t B, H;
+  Dtype dtype;    // float32 or float64, of all
+  Rows gates;     // in: i, f, g, o before their functions; out: after
+  Rows cell;      // before the step
+  Rows new_cell;  // out
+  Rows tanh;      // out: of new_cell
+  Rows hidden;    // out
+  Rows again;     // out: hidden once more, or absent
+};
+
+struct LstmStepBackward {
+  int64_t B, H;
+  Dtype dtype;
+  Rows dhidden;
+  Rows gates, cell, tanh;  // of the forward; cell: before the step
+  Rows dcell;              // in: of the cell after the step; out: before it
+  Rows dgates;             // out: of the gates before their functions
+};
+
+}  // namespace attn

@@ -1,0 +1,40 @@
+"""bench/steps.py: that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import steps
+
+
+def test_ways_agree() -> None:
+    problem = steps.Steps(3, 5, 8, 4)
+    contexts = [problem.forward(way) for way in (steps.EAGER, steps.DENSE, steps.DEFERRED)]
+    assert contexts[0].shape == (4, 3, 8)
+    for other in contexts[1:]:
+        torch.testing.assert_close(other, contexts[0])
+
+
+def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = steps.additive_step
+    monkeypatch.setattr(steps, "additive_step", lambda query, v, *rest: right(query, 1.1 * v, *rest))
+    with pytest.raises(RuntimeError, match=r"gradients of 'gathered' at .* are off by"):
+        steps.measure_backward((2, 3, 4), 0.0)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "BACKWARD_SHAPES", ((2, 3, 4),))
+    monkeypatch.setattr(steps, "BEAM_SHAPES", ((2, 3, 4),))
+    done = CliRunner().invoke(steps.app, ["--quick", "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "steps-cpu.json").read_text())["rows"]
+    assert [row["kind"].split(",")[0] for row in rows] == ["backward", "forward + backward", "a step"]
+    assert set(rows[0]["times gathered"]) == {steps.EAGER, steps.DENSE} and set(rows[2]["ms"]) == {
+        "1 queries",
+        "5 queries",
+    }
