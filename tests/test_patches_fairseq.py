@@ -88,6 +88,20 @@ def test_results(cls, case):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_two_backward_passes_on_one_memory(cls):
+    original, inputs = make(cls, 20, 120).double(), some_inputs(16, 30, 20, 120)
+    module = copy.deepcopy(original)
+    patch(module)
+    memory = inputs.pop("memory").requires_grad_()
+    for _ in range(2):
+        ours, expected = (
+            torch.autograd.grad(sum(x.square().sum() for x in decode(m, memory, **inputs)), [memory, *m.parameters()])
+            for m in (module, original)
+        )
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_without_gradients_nothing_is_stale(cls):
     original, inputs = make(cls).double(), some_inputs()
     module = copy.deepcopy(original)

@@ -104,6 +104,12 @@ def test_rows_written_to_are_not_taken_for_what_they_were(layer):
         check(layer, x.clone(), 1)
 
 
+def test_vmap(layer):
+    x = torch.randn(2, 3, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(lambda rows: project(layer, layer, rows))(x), rows_of(layer, x))
+
+
 def test_hooks_are_called(layer):
     x = torch.randn(3, 5, 6)
     layer.register_forward_hook(lambda *_: None)
