@@ -39,6 +39,8 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from .sentence import forget
+
 # Names of classes that are likely to compute attention, so that a report mentions them.
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn|^Att[A-Z]|GATv2", re.IGNORECASE)
 
@@ -339,6 +341,7 @@ def _unknown(module: nn.Module) -> str | None:
 def _restore(module: Any) -> None:
     module.__class__ = module._original
     module.__dict__.pop(_COUNTER, None)
+    forget(module)
 
 
 def _find(cls: type) -> Adapter | None:

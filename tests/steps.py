@@ -1,15 +1,19 @@
-"""Original against patched: outputs and all gradients of a few calls in a row."""
+"""Original against patched: outputs and all gradients of a few calls in a row; stand-ins for a library's classes."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels import patch
+from attn_kernels import patch, patching
 
 Inputs = dict[str, Any]
 Steps = Callable[..., Sequence[Tensor]]  # of a module and the inputs: what is to be the same, of all steps
@@ -39,6 +43,18 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
             error, allowed = _error(ours[name], expected), 2 * _error(rough[name], expected) + 1e-6 * _size(expected)
             assert error <= allowed, f"{name}: {error} > {allowed}"
     return [fallback.reason for fallback in report.fallbacks]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module]) -> None:
+    """Makes ``cls`` the class "module:Class" of a library that is not installed, for as long as monkeypatch lasts."""
+    name, _, attribute = original.partition(":")
+    for parent in itertools.accumulate(name.split("."), "{}.{}".format):
+        if parent not in sys.modules:
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setattr(sys.modules[name], attribute, cls, raising=False)
+    cls.__module__, cls.__qualname__ = name, attribute
+    adapter = next(adapter for adapter in patching.adapters() if adapter.original == original)
+    monkeypatch.setitem(patching._adapters, original, adapter._replace(sources=()))  # its source is not the library's
 
 
 def _error(a: Tensor, b: Tensor) -> float:

@@ -142,6 +142,7 @@ def test_nothing_stale(cls):
     assert torch.autograd.grad(decode(patched, memory, queries, padding)[0].sum(), memory)[0].any()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("cls", CLASSES)
 def test_scripts(cls):
     """torch.jit.script of a model with a patched module compiles the original, and leaves the module patched."""

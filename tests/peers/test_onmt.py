@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import sys
 import types
+import unittest
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,23 @@ def test_coverage_writes_to_the_memory_as_before(attn_type):
 def test_sparsemax_is_left_alone():
     report = patch(GlobalAttention(6, attn_func="sparsemax"))
     assert not report.replaced and report.skipped[0].reason == "attn_func='sparsemax'"
+
+
+def test_its_own_test_passes_patched(monkeypatch):
+    reports = []
+
+    def patched_attention(*args):
+        module = GlobalAttention(*args)
+        reports.append(patch(module))
+        return module
+
+    monkeypatch.setattr(sys.modules["onmt"], "modules", sys.modules["onmt.modules"], raising=False)
+    monkeypatch.setattr(sys.modules["onmt.modules"], "GlobalAttention", patched_attention, raising=False)
+    tests = unittest.defaultTestLoader.loadTestsFromName("onmt.tests.test_attention")
+    result = unittest.TestResult()
+    tests.run(result)
+    assert result.testsRun == 1 and result.wasSuccessful(), result.errors + result.failures
+    assert len(reports) == 1 and reports[0].replaced and not reports[0].fallbacks
 
 
 @pytest.mark.parametrize("attn_type", TYPES)
