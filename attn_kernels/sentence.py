@@ -86,6 +86,19 @@ def is_plain(layer: Any) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooks
 
 
+def attended_steps(module: Any, mask: Tensor, keep: bool) -> Tensor | None:
+    """(B, Tk) bool, True = attend, of a bool mask in which ``keep`` means that; None if a row may attend nothing.
+
+    That is looked up once for a mask: such rows give NaN in most libraries, and in ours zeros.
+    """
+    return once(module, "attended", (mask,), lambda: _attended_steps(mask, keep))
+
+
+def _attended_steps(mask: Tensor, keep: bool) -> Tensor | None:
+    allowed = mask if keep else ~mask
+    return allowed if bool(allowed.any(1).all()) else None
+
+
 def as_of_softmax(alignments: Tensor) -> Tensor:
     """Alignments in the dtype that a softmax has under autocast: on a GPU float32, whatever its argument."""
     if alignments.is_cuda and torch.is_autocast_enabled("cuda") and alignments.dtype != torch.float64:

@@ -22,7 +22,7 @@ from ..functional import additive_attention, additive_step, dot_step, prepare_ke
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import is_plain, once
+from ..sentence import attended_steps, is_plain, once
 
 _MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 _LIBRARY = {"library": "ESPnet", "versions": "202511"}
@@ -58,9 +58,7 @@ class _Fused(Fused):
         self.h_length = memory.size(1)
 
     def _allowed(self) -> Tensor | None:
-        """(B, T), True = attend; None where an utterance may attend nothing."""
-        mask = self.mask
-        return once(self, "allowed", (mask,), lambda: None if bool(mask.all(1).any()) else ~mask)
+        return attended_steps(self, self.mask, keep=False)
 
     def _step(
         self,
