@@ -4,7 +4,7 @@ The modules of other libraries are called a step at a time with the same memory,
 made of it once. Here it is put beside a module (not in it: copies and pickles of the module hold what they held). Each
 time, the tensors that it was made from are compared with those of the step: they must be the same objects, and none of
 them written to since, as far as autograd notices (``.data`` hides it). Of each kind only the last is kept, until the
-next, and not longer than the module.
+next, and not longer than the module; see also :func:`keeps`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ class _Kept(NamedTuple):
 _kept: WeakKeyDictionary[Any, dict[str, _Kept]] = WeakKeyDictionary()
 
 
+def keeps(source: Any) -> bool:
+    """Whether what is made of a tensor is kept.
+
+    On the CPU only: a GPU's tensors are also written to by replays of CUDA graphs, which autograd does not notice. And
+    not in ``torch.compile``: what is kept would be constants of the graph.
+    """
+    return source.is_cpu and not is_compiling()
+
+
 def once(module: Any, what: str, sources: tuple[Tensor | None, ...], make: Callable[[], T]) -> T:
     """``make()``, or what that returned the last time, if the sources are what they were then.
 
@@ -37,7 +46,7 @@ def once(module: Any, what: str, sources: tuple[Tensor | None, ...], make: Calla
         sources: all tensors that ``make`` reads; the first is not None.
         make: makes nothing whose backward works only once: the result may be used again after a backward pass.
     """
-    if is_compiling():
+    if not keeps(sources[0]):
         return make()
     of_module = _kept.get(module)
     if of_module is None:
@@ -56,7 +65,7 @@ def project(module: Any, layer: Any, rows: Tensor) -> Tensor:
 
     A beam search may give it the rows re-ordered, a copy for each hypothesis: then all elements are compared.
     """
-    if is_compiling() or torch._C._are_functorch_transforms_active():
+    if not keeps(rows) or torch._C._are_functorch_transforms_active():
         return layer(rows)
     of_module = _kept.setdefault(module, {})
     last = of_module.pop("projection", None)

@@ -1,6 +1,6 @@
 """patch(model) on models of other libraries: the same output, time and memory: ``python -m bench.swap --help``.
 
-The demonstration is arabic-diacritizer with its own weights: real sentences, each character of which attends to all others.
+The demonstration is arabic-diacritizer with its own weights: real sentences, each character attending to all others.
 Then JoeyNMT's and ESPnet's recurrent decoders, of which only the shape of a step matters: with random weights.
 """
 

@@ -159,6 +159,17 @@ def test_once():
         assert once(module, "x", (a, b), make) == 12
 
 
+def test_only_on_the_cpu():
+    module, made = nn.Module(), []
+    x = torch.empty(2, 3, 6, device="meta")
+    for _ in range(2):
+        once(module, "x", (x,), lambda: made.append(None))
+    assert len(made) == 2
+    layer = nn.Linear(6, 4, device="meta")
+    with torch.no_grad():
+        assert project(module, layer, x) is not project(module, layer, x)
+
+
 @pytest.mark.parametrize("how", ["deleted", "forgotten"])
 def test_what_is_kept_goes_with_the_module(layer, how):
     module = nn.Module()

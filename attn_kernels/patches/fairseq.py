@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..functional import additive_attention, additive_step, dot_step, prepare_keys
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, once, project
+from ..sentence import as_of_softmax, is_plain, keeps, once, project
 
 
 @adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("95aa4911b5d2",))
@@ -22,10 +21,10 @@ class FusedAttentionLayer(Fused):
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general", and equation 5.
 
-    Covered: everything but a row that is all padding: that is left to the original, which gives NaN (in a graph of
-    ``torch.compile``, the NaN comes from here). Padding is ignored, even if it is NaN or infinite; the original returns
-    NaN then. Scores are never rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script``
-    compiles the original.
+    Covered: everything but a row that is all padding: that is left to the original, which gives NaN (on a GPU and in
+    ``torch.compile`` that NaN comes from here, without the NaN of the gradients). Padding is ignored, even if it is NaN
+    or infinite; the original returns NaN then. Scores are never rounded to float32, as float64 ones are there with a
+    padding mask. ``torch.jit.script`` compiles the original.
     """
 
     input_proj: Any
@@ -63,7 +62,7 @@ class FusedMLPAttention(Fused):
             return Uncovered("a score vector that is no plain nn.Linear")
         padding, v = encoder_padding_mask, self.to_scores.weight.view(-1)
         keys = project(self, self.encoder_proj, source_hids)
-        if torch.is_grad_enabled():  # the keys are new ones in each step, as the original's are
+        if torch.is_grad_enabled() or not keeps(keys):  # they are new ones in each step, as the original's are
             mask = once(self, "mask", (source_hids, padding), lambda: _mask(source_hids, padding))
             if isinstance(mask, Uncovered):
                 return mask
@@ -91,7 +90,7 @@ def _mask(values: Tensor, padding: Tensor | None) -> Tensor | Uncovered | None:
         return None
     if padding.dtype != torch.bool or padding.shape != values.shape[:2]:
         return Uncovered("a padding mask that is not (Tk, B) bool")
-    if not is_compiling() and padding.all(0).any():
+    if keeps(padding) and padding.all(0).any():
         return Uncovered("a row with nothing to attend")
     return ~padding.t().contiguous()
 
@@ -99,7 +98,7 @@ def _mask(values: Tensor, padding: Tensor | None) -> Tensor | Uncovered | None:
 def _time_major(result: Attention, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """Context (B, C) and alignments (Tk, B), of alignments (B, Tk)."""
     context, alignments = result
-    if padding is not None and is_compiling():  # whether a row is empty was not known when the graph was made
+    if padding is not None and not keeps(padding):  # and so no value was read to see whether a row is empty
         some = ~padding.all(0)[:, None]
         context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
     return context, as_of_softmax(alignments).t().contiguous()
