@@ -84,7 +84,10 @@ class Fused:
         return (_rebuild, (self._original, function, *arguments), *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles the original: a script cannot call the ops."""
+        """torch.jit.script compiles the original: a script cannot call the ops.
+
+        It also puts it into the model in this module's place, as it does with all that this method returns.
+        """
         original = copy.copy(self)
         original.__class__ = self._original  # type: ignore[assignment]
         return original  # type: ignore[return-value]

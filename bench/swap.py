@@ -285,8 +285,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [demonstration, decoders]
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the tables.")] = 12.0,
     count: Annotated[int, typer.Option(min=1, help="Sentences whose diacritics are compared.")] = SENTENCES,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Characters; several times for several.")] = None,
@@ -298,6 +299,8 @@ def main(
     ] = files.LOCAL,
 ) -> None:
     """Original against patched, one thread: arabic-diacritizer end to end, then JoeyNMT's and ESPnet's decoders."""
+    if context.invoked_subcommand is not None:
+        return
     start = time.perf_counter()
     torch.set_num_threads(1)
     in_effect = machine.set_allocator(allocator)
