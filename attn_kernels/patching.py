@@ -229,7 +229,7 @@ def patch(model: nn.Module) -> Report:
     """
     _check_model("patch", model)
     report = Report()
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model):
         reason = _patch_module(module)
         if isinstance(module, Fused):
             report.replaced.append(Replaced(name, module._original))
@@ -246,7 +246,7 @@ def unpatch(model: nn.Module) -> list[Replaced]:
     (``torch.nn.utils.parametrize`` does): what was done last has to be undone first.
     """
     _check_model("unpatch", model)
-    patched = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
+    patched = [(name, module) for name, module in _named_modules(model) if isinstance(module, Fused)]
     for name, module in patched:
         if type(module) is not _fused_class(module._original, _mixin(type(module))):
             changed = type(module).__name__
@@ -261,12 +261,12 @@ def unpatch(model: nn.Module) -> list[Replaced]:
 def patched(model: nn.Module) -> Iterator[Report]:
     """``with patched(model) as report:`` the model is patched within; modules patched before stay patched after."""
     _check_model("patched", model)
-    before = {id(module) for module in model.modules() if isinstance(module, Fused)}
+    before = {id(module) for _, module in _named_modules(model) if isinstance(module, Fused)}
     report = patch(model)
     try:
         yield report
     finally:
-        for module in model.modules():
+        for _, module in _named_modules(model):
             if isinstance(module, Fused) and id(module) not in before:
                 _restore(module)
 
@@ -306,6 +306,15 @@ _fused_classes: dict[tuple[type[nn.Module], type[Fused]], type[Any]] = {}
 def _check_model(function: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As ``model.named_modules()``, with the layers that a Keras model keeps in lists of its own."""
+    modules = {id(module): (name, module) for name, module in model.named_modules()}
+    for name, module in list(modules.values()):
+        for layer in module._flatten_layers() if hasattr(module, "_flatten_layers") else ():
+            modules.setdefault(id(layer), (f"{name}.{layer.name}".lstrip("."), layer))
+    return list(modules.values())
 
 
 def _patch_module(module: nn.Module) -> str | None:
