@@ -33,12 +33,15 @@ constexpr double kSmallestUnit = 0x1p-24, kUnitScale = 0x1p-40;
 // 3, norms of v up to 64), the error is no larger
 //   for any input       while the norm of v is at most 2,
 //   from |q| + |k| = 2  while it is at most 8,
-//   from |q| + |k| = 5  while it is at most that of a standard normal v (its square about A).
+//   from |q| + |k| = 5  while it is at most that of a standard normal v (its square about A),
+//   from |q| + |k| = 10 for any v of 256 units or more (trained models have such; norms up to 64 times that and single
+//                       units that outweigh the others, standard deviations 1.5 to 12: half the error allowed).
 template <typename T>
 T least_reach_of(T norm2, int64_t units) {
   if (norm2 <= 4) return 0;
   if (norm2 <= 64) return 2;
-  return norm2 <= T(1.3) * units ? T(5) : static_cast<T>(__builtin_inf());
+  if (norm2 <= T(1.3) * units) return 5;
+  return units >= 256 ? T(10) : static_cast<T>(__builtin_inf());
 }
 
 // In low precision an estimate of 1 / d, off by 2^-14 at most, costs less than a third of a division. Measured against
