@@ -1,0 +1,108 @@
+"""JoeyNMT: the attention of its recurrent decoder.
+
+The decoder calls ``compute_proj_keys`` once in a training step, but anew in every step of a greedy or beam search,
+although the sentences are the same: under ``torch.no_grad()`` their projection is used again. A greedy search hands
+over the same tensor. A beam search hands over another each time, with the rows of a sentence's hypotheses, which are
+all equal, re-ordered, and without those of sentences that are done: see :func:`attn_kernels.sentence.project`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..functional import additive_step, dot_step, prepare_keys
+from ..memory import Memory
+from ..patching import Fused, Uncovered, adapts
+from ..reference import Attention
+from ..sentence import as_of_softmax, is_plain, once, project
+
+
+class _FusedMechanism(Fused):
+    """What the two mechanisms share."""
+
+    key_layer: Any
+    proj_keys: Tensor | None
+    _check_input_shapes_forward: Any
+
+    def compute_proj_keys(self, keys: Tensor) -> None:
+        """keys: (B, Tk, M), the encoder's output. Leaves its projection, (B, Tk, A), in ``proj_keys``."""
+        self.proj_keys = project(self, self.key_layer, keys)
+
+    def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
+        """query: (B, 1, H), mask: (B, 1, Tk), > 0 where a step may be attended, values: (B, Tk, M)."""
+        self._check_input_shapes_forward(query=query, mask=mask, values=values)
+        keys = self.proj_keys
+        if keys is None:
+            return Uncovered("no projected keys")
+        if is_compiling():  # whether a row is empty is not known when the graph is made
+            allowed = _allowed(mask)
+            context, alignments = self._step(query, Memory(keys, values, mask=allowed))
+            some = allowed.any(2, keepdim=True)
+            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
+        else:
+            memory = once(self, "memory", (keys, values, mask), lambda: self._memory(keys, values, mask))
+            if memory is None:
+                return Uncovered("a row with nothing to attend")  # NaN there, and in all gradients
+            context, alignments = self._step(query, memory)
+        return context, as_of_softmax(alignments)
+
+    def _memory(self, keys: Tensor, values: Tensor, mask: Tensor) -> Memory | None:
+        allowed = _allowed(mask)
+        return Memory(keys, values, mask=allowed, prepared=self._prepared(keys)) if allowed.any(2).all() else None
+
+    def _prepared(self, keys: Tensor) -> Tensor | None:
+        return None
+
+    def _step(self, query: Tensor, memory: Memory) -> Attention:
+        raise NotImplementedError
+
+
+@adapts("joeynmt.attention:BahdanauAttention", library="JoeyNMT", versions="2.3.0", sources=("1691e38654ae",))
+class FusedBahdanauAttention(_FusedMechanism):
+    r"""scores_j = v . tanh(W_q query + W_k memory_j), with the projected memory in ``proj_keys``.
+
+    Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
+    appendix A.1.2.
+
+    Covered: everything but a row that may attend nothing: that is left to the original, which gives NaN (in a graph of
+    ``torch.compile``, the NaN comes from here). Keys and values where the mask is 0 are ignored, even if they are NaN
+    or infinite; the original returns NaN then.
+    """
+
+    energy_layer: Any
+    proj_query: Tensor
+    compute_proj_query: Any
+
+    def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
+        if not is_plain(self.energy_layer):
+            return Uncovered("an energy layer that is no plain nn.Linear")
+        return super().attend(query, mask, values)
+
+    def _prepared(self, keys: Tensor) -> Tensor | None:
+        return once(self, "prepared", (keys,), lambda: prepare_keys(keys))  # also where values and mask are other ones
+
+    def _step(self, query: Tensor, memory: Memory) -> Attention:
+        self.compute_proj_query(query)
+        return additive_step(self.proj_query, self.energy_layer.weight.view(-1), None, memory, True, None)
+
+
+@adapts("joeynmt.attention:LuongAttention", library="JoeyNMT", versions="2.3.0", sources=("b326c557d00a",))
+class FusedLuongAttention(_FusedMechanism):
+    r"""scores_j = query . W memory_j, with the projected memory in ``proj_keys``.
+
+    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
+    3.1, "general".
+
+    Covered: as of :class:`FusedBahdanauAttention`.
+    """
+
+    def _step(self, query: Tensor, memory: Memory) -> Attention:
+        return dot_step(query, memory, True, None)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > 0

@@ -1,0 +1,77 @@
+"""OpenNMT-py: the attention of its recurrent decoders, and of copy attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..memory import Memory
+from ..patching import Fused, Uncovered, adapts
+from ..reference import Attention
+from ..sentence import as_of_softmax, is_plain, once, project
+
+
+@adapts("onmt.modules.global_attention:GlobalAttention", library="OpenNMT-py", versions="3.5.1", sources=("",))
+class FusedGlobalAttention(Fused):
+    r"""tanh(W_out [context; query]), or for "mlp" W_out [context; query] + b_out, with the scores
+
+    dot: query . memory_j; general: W_in query . memory_j; mlp: v . tanh(W_q query + b + W_c memory_j).
+
+    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
+    3.1 and equation 5; "mlp": Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
+    translate", 2015, appendix A.1.2.
+
+    Covered: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
+    sentence of length 0, for which it gives NaN (in a graph of ``torch.compile``, the NaN comes from here). Memory
+    beyond ``src_len`` is ignored, even if it is NaN or infinite; the original returns NaN then.
+    """
+
+    attn_type: str
+    linear_in: Any
+    linear_query: Any
+    linear_context: Any
+    linear_out: Any
+    v: Any
+
+    @classmethod
+    def covers(cls, module: Any) -> str | None:
+        return None if module.attn_func == "softmax" else f"attn_func={module.attn_func!r}"
+
+    def attend(
+        self, src: Tensor, enc_out: Tensor, src_len: Tensor | None = None, coverage: Tensor | None = None
+    ) -> Any:
+        """src: (B, Tq, dim) or (B, dim), enc_out: (B, Tk, dim), src_len: (B,)."""
+        if coverage is not None:
+            return Uncovered("coverage")
+        if self.attn_type == "mlp" and not is_plain(self.v):
+            return Uncovered("a score vector that is no plain nn.Linear")
+        if src_len is not None and not is_compiling():
+            if not once(self, "no empty row", (src_len,), lambda: bool((src_len > 0).all())):
+                return Uncovered("a sentence of length 0")
+        context, alignments = self._attention(src, enc_out, src_len)
+        if src_len is not None and is_compiling():
+            some = (src_len > 0).view(-1, *(1,) * (src.dim() - 1))
+            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
+        output = self.linear_out(torch.cat([context, src], -1))
+        return output if self.attn_type == "mlp" else torch.tanh(output), as_of_softmax(alignments)
+
+    def _attention(self, query: Tensor, enc_out: Tensor, src_len: Tensor | None) -> Attention:
+        if self.attn_type != "mlp":
+            if self.attn_type == "general":
+                query = self.linear_in(query)
+            memory = once(self, "memory", (enc_out, src_len), lambda: Memory(enc_out, enc_out, src_len))
+            return dot_step(query, memory, True, None)
+        query, v = self.linear_query(query), self.v.weight.view(-1)
+        keys = project(self, self.linear_context, enc_out)
+        if torch.is_grad_enabled():  # the keys are new ones in each step, as the original's are
+            return additive_attention(query, keys, enc_out, v, memory_lengths=src_len)
+        memory = once(self, "memory", (keys, enc_out, src_len), lambda: _prepared(keys, enc_out, src_len))
+        return additive_step(query, v, None, memory, True, None)
+
+
+def _prepared(keys: Tensor, values: Tensor, lengths: Tensor | None) -> Memory:
+    return Memory(keys, values, lengths, prepared=prepare_keys(keys))
