@@ -3,6 +3,7 @@
 #
 #   PYTHON   the Python (>= 3.10) that makes the environment
 #   VENV     the environment; it may be one of your own. A torch >= 2.10 found there is kept.
+#   PEERS    the environment of test-peers and swap, which has the other libraries
 #   TORCH    what pip installs where there is none
 #   JOBS     processes for the tests
 #   ARGS     further arguments: make test ARGS="-k dot", make bench ARGS=--help
@@ -10,6 +11,7 @@
 #   GPU_PYTHON  the Python of gpu, which has torch for CUDA: nothing is installed for it
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= $(VENV)-peers
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
@@ -29,7 +31,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test bench g2p fuzz cuda-check gpu lint format wheel clean
+.PHONY: help setup test test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu lint format wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -42,8 +44,20 @@ setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The tests
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
 
+test-peers:  ## The tests of patch(model) with the libraries themselves, in an environment of its own
+	$(MAKE) VENV=$(PEERS) in-peers
+
+in-peers: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers
+	OMP_NUM_THREADS=1 $(RUN) pytest tests/peers $(ARGS)
+
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
+
+swap:  ## patch(model) on models of other libraries: the same output, time and memory, with a table and a plot
+	$(MAKE) VENV=$(PEERS) in-swap
+
+in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
+	$(RUN) bench.swap $(ARGS)
 
 g2p: $(STAMPS)/package $(STAMPS)/bench  ## A model that writes phonemes: training (45 minutes, resumable) and errors
 	$(RUN) bench.g2p train $(ARGS)
@@ -101,6 +115,13 @@ $(STAMPS)/torch: | $(STAMPS)/pip
 # The dependency groups of pyproject.toml.
 $(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
 	$(PIP) install --quiet --group $(@F)
+	@touch $@
+
+# Other libraries, each without what it asks for beyond torch and what is listed with it: their demands exclude each
+# other. One that cannot be installed is left out, and its tests are skipped with the reason.
+$(STAMPS)/peers: tests/peers/requirements.txt | $(STAMPS)/torch
+	@grep -v '^\s*\(#\|$$\)' $< | while read -r library; do \
+	  $(PIP) install --quiet --no-deps "$$library" </dev/null || echo "left out: $$library"; done
 	@touch $@
 
 # Editable, so that Python files need no second installation; sources of the compiled module do.

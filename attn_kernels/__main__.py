@@ -1,5 +1,7 @@
 """``python -m attn_kernels``: what this installation runs on, for bug reports and beside benchmark figures.
 
+``python -m attn_kernels patch-list``: the classes of other libraries that ``patch`` swaps.
+
 ``python -m attn_kernels tune``: the fastest tiles of the Triton kernels on the GPU at hand.
 """
 
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 
+from . import patching
 from .backends import backends, build_info, cuda_build_info
 from .version import __version__
 
@@ -152,11 +155,25 @@ def main() -> None:
     help = "times the Triton kernels' tiles on this machine's GPU and keeps the fastest for later processes"
     tune = commands.add_parser("tune", help=help, description=help[0].upper() + help[1:] + ".")
     tune.add_argument("--output", type=Path, help="the file to write; default: where the kernels look for it")
+    help = "the classes of other libraries that attn_kernels.patch(model) swaps"
+    listing = commands.add_parser("patch-list", help=help, description=help[0].upper() + help[1:] + ".")
+    listing.add_argument("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args()
     if arguments.command == "tune":
         _tune(arguments.output)
+    elif arguments.command == "patch-list":
+        _list_patches(arguments.json)
     else:
         print(json.dumps(report(), indent=2) if arguments.json else render(report()))
+
+
+def _list_patches(as_json: bool) -> None:
+    rows = [(a.library, a.versions, a.original.replace(":", ".")) for a in patching.adapters()]
+    head = ("library", "versions", "class")
+    if as_json:
+        print(json.dumps([dict(zip(head, row, strict=True)) for row in rows], indent=2))
+    else:
+        print(patching.table(head, list(rows)))
 
 
 def _tune(output: Path | None) -> None:

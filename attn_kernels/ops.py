@@ -208,10 +208,10 @@ def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
         def backward(ctx, grad_context, grad_alignments=None):
             if grad_context is None and grad_alignments is None:
                 return (None,) * 9
-            bias = ctx.saved_tensors[4]
-            arguments = (grad_context, grad_alignments, *ctx.saved_tensors)
+            saved = ctx.saved_tensors  # read once: checkpointing computes what is saved anew for each read
+            arguments = (grad_context, grad_alignments, *saved)
             dquery, dkeys, dvalues, dv, dbias = call("additive_attention_backward", backend, *arguments)
-            return dquery, dkeys, dvalues, dv, dbias if bias is not None else None, None, None, None, None
+            return dquery, dkeys, dvalues, dv, dbias if saved[4] is not None else None, None, None, None, None
 
     return AdditiveAttention
 

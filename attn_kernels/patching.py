@@ -39,6 +39,8 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from .sentence import forget
+
 # Names of classes that are likely to compute attention, so that a report mentions them.
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn|^Att[A-Z]|GATv2", re.IGNORECASE)
 
@@ -82,7 +84,10 @@ class Fused:
         return (_rebuild, (self._original, function, *arguments), *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles the original: a script cannot call the ops."""
+        """torch.jit.script compiles the original: a script cannot call the ops.
+
+        It also puts it into the model in this module's place, as it does with all that this method returns.
+        """
         original = copy.copy(self)
         original.__class__ = self._original  # type: ignore[assignment]
         return original  # type: ignore[return-value]
@@ -224,7 +229,7 @@ def patch(model: nn.Module) -> Report:
     """
     _check_model("patch", model)
     report = Report()
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model):
         reason = _patch_module(module)
         if isinstance(module, Fused):
             report.replaced.append(Replaced(name, module._original))
@@ -241,7 +246,7 @@ def unpatch(model: nn.Module) -> list[Replaced]:
     (``torch.nn.utils.parametrize`` does): what was done last has to be undone first.
     """
     _check_model("unpatch", model)
-    patched = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
+    patched = [(name, module) for name, module in _named_modules(model) if isinstance(module, Fused)]
     for name, module in patched:
         if type(module) is not _fused_class(module._original, _mixin(type(module))):
             changed = type(module).__name__
@@ -256,12 +261,12 @@ def unpatch(model: nn.Module) -> list[Replaced]:
 def patched(model: nn.Module) -> Iterator[Report]:
     """``with patched(model) as report:`` the model is patched within; modules patched before stay patched after."""
     _check_model("patched", model)
-    before = {id(module) for module in model.modules() if isinstance(module, Fused)}
+    before = {id(module) for _, module in _named_modules(model) if isinstance(module, Fused)}
     report = patch(model)
     try:
         yield report
     finally:
-        for module in model.modules():
+        for _, module in _named_modules(model):
             if isinstance(module, Fused) and id(module) not in before:
                 _restore(module)
 
@@ -303,6 +308,15 @@ def _check_model(function: str, model: object) -> None:
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As ``model.named_modules()``, with the layers that a Keras model keeps in lists of its own."""
+    modules = {id(module): (name, module) for name, module in model.named_modules()}
+    for name, module in list(modules.values()):
+        for layer in module._flatten_layers() if hasattr(module, "_flatten_layers") else ():
+            modules.setdefault(id(layer), (f"{name}.{layer.name}".lstrip("."), layer))
+    return list(modules.values())
+
+
 def _patch_module(module: nn.Module) -> str | None:
     """Patches a module if its class has an adapter that covers it. Returns why not, where that is worth mention."""
     cls = type(module)
@@ -339,6 +353,7 @@ def _unknown(module: nn.Module) -> str | None:
 def _restore(module: Any) -> None:
     module.__class__ = module._original
     module.__dict__.pop(_COUNTER, None)
+    forget(module)
 
 
 def _find(cls: type) -> Adapter | None:

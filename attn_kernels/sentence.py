@@ -3,7 +3,8 @@
 The modules of other libraries are called a step at a time with the same memory, and have nowhere to put what could be
 made of it once. Here it is put beside a module (not in it: copies and pickles of the module hold what they held). Each
 time, the tensors that it was made from are compared with those of the step: they must be the same objects, and none of
-them written to since, as far as autograd notices (``.data`` hides it). Of each kind only the last is kept.
+them written to since, as far as autograd notices (``.data`` hides it). Of each kind only the last is kept, until the
+next, and not longer than the module; see also :func:`keeps`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ class _Kept(NamedTuple):
 _kept: WeakKeyDictionary[Any, dict[str, _Kept]] = WeakKeyDictionary()
 
 
+def keeps(source: Any) -> bool:
+    """Whether what is made of a tensor is kept.
+
+    On the CPU only: a GPU's tensors are also written to by replays of CUDA graphs, which autograd does not notice. And
+    not in ``torch.compile``: what is kept would be constants of the graph.
+    """
+    return source.is_cpu and not is_compiling()
+
+
 def once(module: Any, what: str, sources: tuple[Tensor | None, ...], make: Callable[[], T]) -> T:
     """``make()``, or what that returned the last time, if the sources are what they were then.
 
@@ -36,12 +46,14 @@ def once(module: Any, what: str, sources: tuple[Tensor | None, ...], make: Calla
         sources: all tensors that ``make`` reads; the first is not None.
         make: makes nothing whose backward works only once: the result may be used again after a backward pass.
     """
-    if is_compiling():
+    if not keeps(sources[0]):
         return make()
-    of_module = _kept.setdefault(module, {})
-    kept = of_module.get(what)
+    of_module = _kept.get(module)
+    if of_module is None:
+        of_module = _kept[module] = {}
     state = _state(sources)
-    if kept is None or kept.state != state or not all(map(_is, kept.sources, sources)):
+    kept = of_module.get(what)
+    if kept is None or kept.state != state or not _same(kept.sources, sources):
         kept = of_module[what] = _Kept(sources, state, make())
     return kept.result
 
@@ -53,27 +65,47 @@ def project(module: Any, layer: Any, rows: Tensor) -> Tensor:
 
     A beam search may give it the rows re-ordered, a copy for each hypothesis: then all elements are compared.
     """
-    if is_compiling():
+    if not keeps(rows) or torch._C._are_functorch_transforms_active():
         return layer(rows)
     of_module = _kept.setdefault(module, {})
     last = of_module.pop("projection", None)
     if torch.is_grad_enabled() or not is_plain(layer):
         return layer(rows)
+    parameters = (layer.weight, layer.bias)
+    places = [None if x is None else x.data_ptr() for x in parameters]  # ``x.data = ...`` counts as no write
     keys = None
-    if last is not None and last.state == _state(last.sources):
-        among, weight, bias, their_keys = last.sources
-        if weight is layer.weight and bias is layer.bias:
-            keys = _select(rows, among, their_keys)
+    if last is not None and last.state == _state(last.sources) and last.result == places:
+        if _same(last.sources[2:], parameters):
+            keys = _select(rows, *last.sources[:2])
     if keys is None:
         keys = layer(rows)
-    sources = (rows, layer.weight, layer.bias, keys)
-    of_module["projection"] = _Kept(sources, _state(sources), None)
+    sources = (rows, keys, *parameters)
+    of_module["projection"] = _Kept(sources, _state(sources), places)
     return keys
+
+
+def forget(module: Any) -> None:
+    """Keeps nothing of a module any more."""
+    _kept.pop(module, None)
 
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer does what its weight and bias say, and nothing else."""
-    return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooks
+
+
+def attended_steps(module: Any, mask: Tensor, keep: bool) -> Tensor | None:
+    """(B, Tk) bool, True = attend, of a bool mask in which ``keep`` means that; None if a row may attend nothing.
+
+    That is looked up once for a mask: such rows give NaN in most libraries, and in ours zeros.
+    """
+    return once(module, "attended", (mask,), lambda: _attended_steps(mask, keep))
+
+
+def _attended_steps(mask: Tensor, keep: bool) -> Tensor | None:
+    allowed = mask if keep else ~mask
+    return allowed if bool(allowed.any(1).all()) else None
 
 
 def as_of_softmax(alignments: Tensor) -> Tensor:
@@ -83,8 +115,11 @@ def as_of_softmax(alignments: Tensor) -> Tensor:
     return alignments
 
 
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    for a, b in zip(some, others, strict=True):  # noqa: SIM110 - all() of a generator takes four times as long
+        if a is not b:
+            return False
+    return True
 
 
 def _state(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
@@ -99,7 +134,7 @@ def _version(tensor: Tensor | None) -> Any:
         return None
     if tensor.is_inference():
         return object()  # writes to it are not counted: each time it may be another
-    return tensor._version, tensor.data_ptr(), tensor.requires_grad
+    return tensor._version, tensor.requires_grad
 
 
 def _select(rows: Tensor, among: Any, keys: Any) -> Tensor | None:

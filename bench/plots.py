@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -218,6 +218,29 @@ def alignment(
     axis.set_yticks(range(len(phonemes)), phonemes, fontsize=max(4, 10 * shrink))
     axis.set_title(title, fontsize=10)
     figure.colorbar(image, label="alignment")
+    _save(path, figure)
+
+
+def swap(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Time and memory of the original and the patched model by length, both axes logarithmic."""
+    lengths = [row["T"] for row in rows]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, unit, title in zip(panels, ("ms", "MB"), ("time, ms", "peak memory, MB"), strict=True):
+        for way, colour in (("original", _COLOURS["eager"]), ("patched", _COLOURS["sdpa"])):
+            axis.plot(lengths, [row[way][unit] for row in rows], "o-", label=way, color=colour)
+        if unit == "ms":
+            for row in rows:
+                label = f"{row['times patched']:.1f}x"
+                axis.annotate(
+                    label, (row["T"], row["patched"]["ms"]), xytext=(0, -14), textcoords="offset points", fontsize=8
+                )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xlabel("characters")
+        axis.set_title(title, fontsize=10)
+        axis.legend()
+    figure.suptitle("arabic-diacritizer, whole model, one thread", fontsize=10)
     _save(path, figure)
 
 

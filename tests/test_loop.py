@@ -103,6 +103,16 @@ def test_float32(attention: str, cell: str) -> None:
     assert_same(models(attention=attention, cell=cell, dtype=torch.float32), batch(), atol=2e-5, rtol=2e-4)
 
 
+@cells
+def test_bfloat16(cell: str) -> None:
+    """Both round everywhere, at other places: alike to a few roundings."""
+    made = models(attention="bahdanau", cell=cell, dtype=torch.bfloat16)
+    steps, loop = (run(made[name], batch(), LOSSES["both"]) for name in ("steps", "loop"))
+    for name, expected in steps.items():
+        largest = expected.float().abs().max()
+        torch.testing.assert_close(loop[name].float(), expected.float(), atol=0.06 * largest.item(), rtol=0.0, msg=name)
+
+
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_lstm_without_its_op(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, or with no compiled module."""

@@ -588,6 +588,7 @@ ERRORS = [
     failing(ValueError, "num_hypotheses must be a positive integer, got 0", num_hypotheses=0),
     failing(ValueError, "num_hypotheses must be at most beam_size = 3, got 4", beam_size=3, num_hypotheses=4),
     failing(ValueError, "length_penalty must be a number of at least 0, got -0.5", length_penalty=-0.5),
+    failing(ValueError, "length_penalty is too large for 50 tokens: 400.0", length_penalty=400.0, max_length=50),
     failing(ValueError, "length_penalty must be a number of at least 0, got nan", length_penalty=math.nan),
     failing(ValueError, "coverage_penalty must be a number of at least 0, got inf", coverage_penalty=math.inf),
     failing(ValueError, "coverage_penalty must be a number of at least 0, got '1'", coverage_penalty="1"),

@@ -6,68 +6,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..functional import additive_attention, additive_step, dot_step, prepare_keys
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, once, project
+from ..sentence import as_of_softmax, is_plain, keeps, once, project
 
 
-class _FusedTimeMajor(Fused):
-    """What the two share: the form of memory, mask and alignments."""
-
-    def _attend(self, query: Tensor, source_hids: Tensor, padding: Tensor | None) -> Attention | Uncovered:
-        """query: (B, H), source_hids: (Tk, B, C), padding: (Tk, B) bool, True for padding, or None.
-
-        Returns context (B, C) and alignments (Tk, B).
-        """
-        if padding is not None:
-            if padding.dtype != torch.bool or padding.shape != source_hids.shape[:2]:
-                return Uncovered("a padding mask that is not (Tk, B) bool")
-            if not is_compiling() and not once(self, "no empty row", (padding,), lambda: not padding.all(0).any()):
-                return Uncovered("a row with nothing to attend")
-        context, alignments = self._attention(query, source_hids, padding)
-        if padding is not None and is_compiling():
-            some = ~padding.all(0)[:, None]
-            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
-        return Attention(context, as_of_softmax(alignments).t().contiguous())
-
-    def _attention(self, query: Tensor, source_hids: Tensor, padding: Tensor | None) -> Attention:
-        """Context (B, C) and alignments (B, Tk)."""
-        raise NotImplementedError
-
-
-@adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("",))
-class FusedAttentionLayer(_FusedTimeMajor):
+@adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("95aa4911b5d2",))
+class FusedAttentionLayer(Fused):
     r"""tanh(W_out [context; query] + b_out) with scores_j = (W_in query + b_in) . memory_j.
 
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general", and equation 5.
 
-    Covered: everything but a row that is all padding: that is left to the original, which gives NaN (in a graph of
-    ``torch.compile``, the NaN comes from here). Padding is ignored, even if it is NaN or infinite; the original returns
-    NaN then. ``torch.jit.script`` compiles the original.
+    Covered: everything but a row that is all padding: that is left to the original, which gives NaN (on a GPU and in
+    ``torch.compile`` that NaN comes from here, without the NaN of the gradients). Padding is ignored, even if it is NaN
+    or infinite; the original returns NaN then. Scores are never rounded to float32, as float64 ones are there with a
+    padding mask. ``torch.jit.script`` compiles the original.
     """
 
     input_proj: Any
     output_proj: Any
 
     def attend(self, input: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
-        result = self._attend(self.input_proj(input), source_hids, encoder_padding_mask)
-        if isinstance(result, Uncovered):
-            return result
-        context, alignments = result
+        padding = encoder_padding_mask
+        memory = once(self, "memory", (source_hids, padding), lambda: _memory(source_hids, source_hids, padding))
+        if isinstance(memory, Uncovered):
+            return memory
+        result = dot_step(self.input_proj(input), memory, True, None)
+        context, alignments = _time_major(result, padding)
         return torch.tanh(self.output_proj(torch.cat((context, input), dim=1))), alignments
 
-    def _attention(self, query: Tensor, source_hids: Tensor, padding: Tensor | None) -> Attention:
-        memory = once(self, "memory", (source_hids, padding), lambda: _memory(source_hids, source_hids, padding))
-        return dot_step(query, memory, True, None)
 
-
-@adapts("fairseq.models.speech_to_text.berard:MLPAttention", library="fairseq", versions="0.12.2", sources=("",))
-class FusedMLPAttention(_FusedTimeMajor):
+@adapts(
+    "fairseq.models.speech_to_text.berard:MLPAttention", library="fairseq", versions="0.12.2", sources=("5fee10cf7b8a",)
+)
+class FusedMLPAttention(Fused):
     r"""scores_j = v . tanh(W_d query + W_e memory_j + b_e).
 
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
@@ -84,21 +60,45 @@ class FusedMLPAttention(_FusedTimeMajor):
     def attend(self, decoder_state: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
         if not is_plain(self.to_scores):
             return Uncovered("a score vector that is no plain nn.Linear")
-        result = self._attend(self.decoder_proj(decoder_state), source_hids, encoder_padding_mask)
-        return result if isinstance(result, Uncovered) else tuple(result)
-
-    def _attention(self, query: Tensor, source_hids: Tensor, padding: Tensor | None) -> Attention:
-        keys, v = project(self, self.encoder_proj, source_hids), self.to_scores.weight.view(-1)
-        if torch.is_grad_enabled():  # the keys are new ones in each step, as the original's are
-            mask = None if padding is None else ~padding.t()
-            return additive_attention(query, keys.transpose(0, 1), source_hids.transpose(0, 1), v, mask=mask)
+        padding, v = encoder_padding_mask, self.to_scores.weight.view(-1)
+        keys = project(self, self.encoder_proj, source_hids)
+        if torch.is_grad_enabled() or not keeps(keys):  # they are new ones in each step, as the original's are
+            mask = once(self, "mask", (source_hids, padding), lambda: _mask(source_hids, padding))
+            if isinstance(mask, Uncovered):
+                return mask
+            keys, values, query = keys.transpose(0, 1), source_hids.transpose(0, 1), self.decoder_proj(decoder_state)
+            return _time_major(additive_attention(query, keys, values, v, mask=mask), padding)
         sources = (keys, source_hids, padding)
         memory = once(self, "memory", sources, lambda: _memory(*sources, prepare=True))
-        return additive_step(query, v, None, memory, True, None)
+        if isinstance(memory, Uncovered):
+            return memory
+        return _time_major(additive_step(self.decoder_proj(decoder_state), v, None, memory, True, None), padding)
 
 
-def _memory(keys: Tensor, values: Tensor, padding: Tensor | None, prepare: bool = False) -> Memory:
+def _memory(keys: Tensor, values: Tensor, padding: Tensor | None, prepare: bool = False) -> Memory | Uncovered:
     """Of keys (Tk, B, A), values (Tk, B, C) and padding (Tk, B)."""
+    mask = _mask(values, padding)
+    if isinstance(mask, Uncovered):
+        return mask
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-    mask = None if padding is None else ~padding.t()
     return Memory(keys, values, mask=mask, prepared=prepare_keys(keys) if prepare else None)
+
+
+def _mask(values: Tensor, padding: Tensor | None) -> Tensor | Uncovered | None:
+    """(B, Tk), True where a step may be attended."""
+    if padding is None:
+        return None
+    if padding.dtype != torch.bool or padding.shape != values.shape[:2]:
+        return Uncovered("a padding mask that is not (Tk, B) bool")
+    if keeps(padding) and padding.all(0).any():
+        return Uncovered("a row with nothing to attend")
+    return ~padding.t().contiguous()
+
+
+def _time_major(result: Attention, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Context (B, C) and alignments (Tk, B), of alignments (B, Tk)."""
+    context, alignments = result
+    if padding is not None and not keeps(padding):  # and so no value was read to see whether a row is empty
+        some = ~padding.all(0)[:, None]
+        context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
+    return context, as_of_softmax(alignments).t().contiguous()

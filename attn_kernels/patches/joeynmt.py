@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..functional import additive_step, dot_step, prepare_keys
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, once, project
+from ..sentence import as_of_softmax, is_plain, keeps, once, project
 
 
 class _FusedMechanism(Fused):
@@ -38,7 +37,7 @@ class _FusedMechanism(Fused):
         keys = self.proj_keys
         if keys is None:
             return Uncovered("no projected keys")
-        if is_compiling():  # whether a row is empty is not known when the graph is made
+        if not keeps(keys):  # and so no value is read to see whether a row is empty
             allowed = _allowed(mask)
             context, alignments = self._step(query, Memory(keys, values, mask=allowed))
             some = allowed.any(2, keepdim=True)
@@ -68,9 +67,9 @@ class FusedBahdanauAttention(_FusedMechanism):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2.
 
-    Covered: everything but a row that may attend nothing: that is left to the original, which gives NaN (in a graph of
-    ``torch.compile``, the NaN comes from here). Keys and values where the mask is 0 are ignored, even if they are NaN
-    or infinite; the original returns NaN then.
+    Covered: everything but a row that may attend nothing: that is left to the original, which gives NaN (on a GPU and
+    in ``torch.compile`` that NaN comes from here, without the NaN of the gradients). Keys and values where the mask is
+    0 are ignored, even if they are NaN or infinite; the original returns NaN then.
     """
 
     energy_layer: Any

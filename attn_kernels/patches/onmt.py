@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..functional import additive_attention, additive_step, dot_step, prepare_keys
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, once, project
+from ..sentence import as_of_softmax, is_plain, keeps, once, project
 
 
-@adapts("onmt.modules.global_attention:GlobalAttention", library="OpenNMT-py", versions="3.5.1", sources=("",))
+@adapts(
+    "onmt.modules.global_attention:GlobalAttention", library="OpenNMT-py", versions="3.5.1", sources=("3aec054c5640",)
+)
 class FusedGlobalAttention(Fused):
     r"""tanh(W_out [context; query]), or for "mlp" W_out [context; query] + b_out, with the scores
 
@@ -26,8 +27,9 @@ class FusedGlobalAttention(Fused):
     translate", 2015, appendix A.1.2.
 
     Covered: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
-    sentence of length 0, for which it gives NaN (in a graph of ``torch.compile``, the NaN comes from here). Memory
-    beyond ``src_len`` is ignored, even if it is NaN or infinite; the original returns NaN then.
+    sentence of length 0, for which it gives NaN (on a GPU and in ``torch.compile`` that NaN comes from here, without
+    the NaN of the gradients). Memory beyond ``src_len`` is ignored, even if it is NaN or infinite; the original returns
+    NaN then.
     """
 
     attn_type: str
@@ -49,11 +51,11 @@ class FusedGlobalAttention(Fused):
             return Uncovered("coverage")
         if self.attn_type == "mlp" and not is_plain(self.v):
             return Uncovered("a score vector that is no plain nn.Linear")
-        if src_len is not None and not is_compiling():
+        if src_len is not None and keeps(src_len):
             if not once(self, "no empty row", (src_len,), lambda: bool((src_len > 0).all())):
                 return Uncovered("a sentence of length 0")
         context, alignments = self._attention(src, enc_out, src_len)
-        if src_len is not None and is_compiling():
+        if src_len is not None and not keeps(src_len):
             some = (src_len > 0).view(-1, *(1,) * (src.dim() - 1))
             context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
         output = self.linear_out(torch.cat([context, src], -1))
@@ -67,7 +69,7 @@ class FusedGlobalAttention(Fused):
             return dot_step(query, memory, True, None)
         query, v = self.linear_query(query), self.v.weight.view(-1)
         keys = project(self, self.linear_context, enc_out)
-        if torch.is_grad_enabled():  # the keys are new ones in each step, as the original's are
+        if torch.is_grad_enabled() or not keeps(keys):  # they are new ones in each step, as the original's are
             return additive_attention(query, keys, enc_out, v, memory_lengths=src_len)
         memory = once(self, "memory", (keys, enc_out, src_len), lambda: _prepared(keys, enc_out, src_len))
         return additive_step(query, v, None, memory, True, None)

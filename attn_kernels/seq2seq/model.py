@@ -210,6 +210,8 @@ class Seq2Seq(nn.Module):
         for name, penalty in (("length_penalty", length_penalty), ("coverage_penalty", coverage_penalty)):
             if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
                 raise ValueError(f"Seq2Seq.generate: {name} must be a number of at least 0, got {penalty!r}")
+        if length_penalty * math.log((5 + max_length) / 6) > 200:  # of the factor; beyond 709 it is no float64
+            raise ValueError(f"Seq2Seq.generate: length_penalty is too large for {max_length} tokens: {length_penalty}")
         if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             raise ValueError(f"Seq2Seq.generate: temperature must be a number above 0, got {temperature!r}")
         if generator is not None and not isinstance(generator, torch.Generator):

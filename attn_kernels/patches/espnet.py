@@ -1,0 +1,445 @@
+"""ESPnet: the attention of its recurrent decoders (``espnet.nets.pytorch_backend.rnn.attentions``).
+
+A decoder calls ``reset()`` for each batch and then the module for each step; the first step projects the encoder's
+output and keeps it in the module's attributes, which decoders read and write. They are kept here as they are there.
+
+Covered: steps whose mask leaves each utterance something to attend, without a window around the last attended frame and
+outside of torch.compile; everything else falls through. Padding that holds NaN is ignored, where the original's context
+would be NaN. The bias of ``gvec`` adds the same to all scores of a softmax: its gradient is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..memory import Memory
+from ..patching import Fused, Uncovered, adapts
+from ..reference import Attention
+from ..sentence import attended_steps, is_plain, once
+
+_MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
+_LIBRARY = {"library": "ESPnet", "versions": "202511"}
+
+
+class _Fused(Fused):
+    """What the classes share: the state of a batch, and a step of one head."""
+
+    h_length: int | None
+    enc_h: Tensor
+    mask: Tensor | None
+    dunits: int
+    han_mode = False  # of the classes that lack it
+
+    def _begin(self, memory: Tensor, lengths: Any, state: Tensor | None) -> Any:
+        """What a step begins with, or Uncovered. memory: (B, T, eprojs). Returns the decoder's state, (B, dunits)."""
+        if is_compiling():
+            return Uncovered("torch.compile")
+        self._project(memory)
+        if self.mask is None:
+            self.mask = _padding(lengths).to(memory.device)
+        if self.mask.dtype != torch.bool or self.mask.shape != self.enc_h.shape[:2]:
+            return Uncovered("a mask of another kind")
+        if self._allowed() is None:
+            return Uncovered("an utterance with nothing to attend")  # NaN there
+        return memory.new_zeros(len(memory), self.dunits) if state is None else state.view(len(memory), self.dunits)
+
+    def _project(self, memory: Tensor) -> None:
+        raise NotImplementedError
+
+    def _remember(self, memory: Tensor) -> None:
+        self.enc_h = memory
+        self.h_length = memory.size(1)
+
+    def _allowed(self) -> Tensor | None:
+        return attended_steps(self, self.mask, keep=False)
+
+    def _step(
+        self,
+        head: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        gvec: Any,
+        scale: Any,
+        extra: Tensor | None = None,
+    ) -> Attention:
+        """query: (B, A). keys, extra: (B, T, A). values: (B, T, D). gvec: A -> 1."""
+        if not isinstance(scale, int | float):
+            raise TypeError("a scaling that is no number")
+        if torch.is_grad_enabled() and gvec.bias is not None and gvec.bias.requires_grad:
+            query = query + 0.0 * gvec.bias
+        v = gvec.weight.view(-1)
+        if extra is not None:
+            return additive_attention(query, keys, values, v, extra=extra, scale=scale, mask=self._allowed())
+        memory = self._memory(head, keys, values, prepare=True)
+        return additive_step(query, v if scale == 1 else scale * v, None, memory, True, None)
+
+    def _memory(self, head: int, keys: Tensor, values: Tensor, prepare: bool) -> Memory:
+        allowed = self._allowed()
+
+        def make() -> Memory:
+            return Memory(keys, values, mask=allowed, prepared=prepare_keys(keys) if prepare else None)
+
+        return once(self, f"memory {head}", (keys, values, allowed), make)
+
+
+class _FusedSingle(_Fused):
+    """One head, with the projected encoder output in ``pre_compute_enc_h``."""
+
+    pre_compute_enc_h: Tensor | None
+    mlp_enc: Any
+    mlp_dec: Any
+    gvec: Any
+
+    def _project(self, memory: Tensor) -> None:
+        if self.pre_compute_enc_h is None or self.han_mode:
+            self._remember(memory)
+            self.pre_compute_enc_h = self.mlp_enc(self.enc_h)
+
+    def _single(self, query: Tensor, scale: Any, extra: Tensor | None = None) -> Attention:
+        return self._step(0, query, self.pre_compute_enc_h, self.enc_h, self.gvec, scale, extra)
+
+
+class _FusedLocation(_FusedSingle):
+    """Features of alignments by a convolution."""
+
+    loc_conv: Any
+    mlp_att: Any
+
+    def _features(self, alignments: Tensor) -> Tensor:
+        """alignments: (B, T). Returns (B, T, A)."""
+        features = self.loc_conv(alignments.view(len(alignments), 1, 1, self.h_length))
+        return self.mlp_att(features.squeeze(2).transpose(1, 2))
+
+
+@adapts(f"{_MODULE}:AttDot", **_LIBRARY, sources=("a0ae0b1b088d",))
+class FusedAttDot(_FusedSingle):
+    """scores_j = tanh(mlp_dec(z)) . tanh(mlp_enc(h_j))."""
+
+    def _project(self, memory: Tensor) -> None:
+        if self.pre_compute_enc_h is None or self.han_mode:
+            self._remember(memory)
+            self.pre_compute_enc_h = torch.tanh(self.mlp_enc(self.enc_h))
+
+    def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered):
+            return state
+        query = scaling * torch.tanh(self.mlp_dec(state))
+        memory = self._memory(0, self.pre_compute_enc_h, self.enc_h, prepare=False)
+        return _step_of(dot_step(query.unsqueeze(1), memory, True, None))
+
+
+@adapts(f"{_MODULE}:AttAdd", **_LIBRARY, sources=("4f7be4b3459e",))
+class FusedAttAdd(_FusedSingle):
+    """scores_j = gvec . tanh(mlp_dec(z) + mlp_enc(h_j)): Bahdanau et al. 2015, appendix A.1.2."""
+
+    def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        return tuple(self._single(self.mlp_dec(state), scaling))
+
+
+@adapts(f"{_MODULE}:AttLoc", **_LIBRARY, sources=("7db40d2f39dc",))
+class FusedAttLoc(_FusedLocation):
+    """With location features: Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1."""
+
+    def attend(
+        self,
+        enc_hs_pad: Tensor,
+        enc_hs_len: Any,
+        dec_z: Any,
+        att_prev: Tensor | None,
+        scaling: float = 2.0,
+        last_attended_idx: int | None = None,
+        backward_window: int = 1,
+        forward_window: int = 3,
+    ) -> Any:
+        if last_attended_idx is not None:
+            return Uncovered("a window around the last attended frame")
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        if att_prev is None:
+            att_prev = _uniform(enc_hs_len, state.device, state.dtype)
+        return tuple(self._single(self.mlp_dec(state), scaling, self._features(att_prev)))
+
+
+@adapts(f"{_MODULE}:AttCov", **_LIBRARY, sources=("1df44dd08bc1",))
+class FusedAttCov(_FusedSingle):
+    """With the sum of all alignments so far: See et al., "Get to the point", 2017, section 2.3."""
+
+    wvec: Any
+
+    def attend(
+        self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev_list: list[Tensor] | None, scaling: float = 2.0
+    ) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        if att_prev_list is None:
+            att_prev_list = [_uniform(enc_hs_len, enc_hs_pad.device, torch.float32)]
+        extra = self._covered(sum(att_prev_list))  # type: ignore[arg-type]
+        context, alignments = self._single(self.mlp_dec(state), scaling, extra)
+        att_prev_list += [alignments]  # in place, as there
+        return context, att_prev_list
+
+    def _covered(self, coverage: Tensor) -> Tensor:
+        return self.wvec(coverage.unsqueeze(-1))
+
+
+@adapts(f"{_MODULE}:AttCovLoc", **_LIBRARY, sources=("4997ba0d9c15",))
+class FusedAttCovLoc(FusedAttCov, _FusedLocation):
+    """With location features of the sum of all alignments so far."""
+
+    def _covered(self, coverage: Tensor) -> Tensor:
+        return self._features(coverage)
+
+
+@adapts(f"{_MODULE}:AttLoc2D", **_LIBRARY, sources=("1a6d6dae68e6",))
+class FusedAttLoc2D(_FusedLocation):
+    """With location features of the last ``att_win`` alignments."""
+
+    att_win: int
+
+    def attend(
+        self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Tensor | None, scaling: float = 2.0
+    ) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        if att_prev is None:
+            uniform = _uniform(enc_hs_len, enc_hs_pad.device, torch.float32)
+            att_prev = uniform.unsqueeze(1).expand(-1, self.att_win, -1)
+        extra = self.mlp_att(self.loc_conv(att_prev.unsqueeze(1)).squeeze(2).transpose(1, 2))
+        context, alignments = self._single(self.mlp_dec(state), scaling, extra)
+        return context, torch.cat([att_prev, alignments.unsqueeze(1)], dim=1)[:, 1:]
+
+
+@adapts(f"{_MODULE}:AttLocRec", **_LIBRARY, sources=("e03080b5588f",))
+class FusedAttLocRec(_FusedSingle):
+    """With an LSTM over pooled features of the previous alignments, whose state is added to the query."""
+
+    att_dim: int
+    loc_conv: Any
+    att_lstm: Any
+
+    def attend(
+        self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev_states: Any, scaling: float = 2.0
+    ) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        batch = len(enc_hs_pad)
+        if att_prev_states is None:
+            zeros = enc_hs_pad.new_zeros(batch, self.att_dim)
+            att_prev_states = (_uniform(enc_hs_len, enc_hs_pad.device, torch.float32), (zeros, zeros))
+        previous, states = att_prev_states
+        features = F.relu(self.loc_conv(previous.view(batch, 1, 1, self.h_length)))
+        states = self.att_lstm(features.amax(dim=3).view(batch, -1), states)
+        context, alignments = self._single(self.mlp_dec(state) + states[0], scaling)
+        return context, (alignments, states)
+
+
+class _FusedForward(_FusedLocation):
+    """Alignments re-weighted by the previous ones: Zhang et al., "Forward attention in sequence-to-sequence acoustic
+    modelling for speech synthesis", 2018.
+    """
+
+    def _forward_step(
+        self, state: Tensor, previous: Tensor, scaling: Any, stay: Any, move: Any
+    ) -> tuple[Tensor, Tensor]:
+        """stay, move: probabilities, or 1, of the frame that was attended before and of the one after it."""
+        keys, extra = self.pre_compute_enc_h, self._features(previous)
+        alignments = self._step(0, self.mlp_dec(state), keys, None, self.gvec, scaling, extra).alignments
+        alignments = (stay * previous + move * F.pad(previous, (1, 0))[:, :-1]) * alignments
+        alignments = F.normalize(torch.clamp(alignments, 1e-6), p=1, dim=1)  # which also gives padding a little
+        return torch.bmm(alignments.unsqueeze(1), self.enc_h).squeeze(1), alignments
+
+    def _first(self, memory: Tensor) -> Tensor:
+        first = memory.new_zeros(memory.shape[:2])
+        first[:, 0] = 1.0
+        return first
+
+
+@adapts(f"{_MODULE}:AttForward", **_LIBRARY, sources=("fa9f43f7449a",))
+class FusedAttForward(_FusedForward):
+    """Forward attention, section 3.1 of that paper."""
+
+    def attend(
+        self,
+        enc_hs_pad: Tensor,
+        enc_hs_len: Any,
+        dec_z: Any,
+        att_prev: Tensor | None,
+        scaling: float = 1.0,
+        last_attended_idx: int | None = None,
+        backward_window: int = 1,
+        forward_window: int = 3,
+    ) -> Any:
+        if last_attended_idx is not None:
+            return Uncovered("a window around the last attended frame")
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        previous = self._first(enc_hs_pad) if att_prev is None else att_prev
+        return self._forward_step(state, previous, scaling, 1, 1)
+
+
+@adapts(f"{_MODULE}:AttForwardTA", **_LIBRARY, sources=("e4737a7768ef",))
+class FusedAttForwardTA(_FusedForward):
+    """Forward attention with a transition agent, section 3.2 of that paper."""
+
+    mlp_ta: Any
+    trans_agent_prob: Any
+
+    def attend(
+        self,
+        enc_hs_pad: Tensor,
+        enc_hs_len: Any,
+        dec_z: Any,
+        att_prev: Tensor | None,
+        out_prev: Tensor,
+        scaling: float = 1.0,
+        last_attended_idx: int | None = None,
+        backward_window: int = 1,
+        forward_window: int = 3,
+    ) -> Any:
+        if last_attended_idx is not None:
+            return Uncovered("a window around the last attended frame")
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not is_plain(self.gvec):
+            return _because(state)
+        previous = self._first(enc_hs_pad) if att_prev is None else att_prev
+        stay = self.trans_agent_prob
+        context, alignments = self._forward_step(state, previous, scaling, stay, 1 - stay)
+        self.trans_agent_prob = torch.sigmoid(self.mlp_ta(torch.cat([context, out_prev, state], dim=1)))
+        return context, alignments
+
+
+class _FusedHeads(_Fused):
+    """Several heads, each with projections of its own; lists of them in ``pre_compute_k`` and ``pre_compute_v``."""
+
+    aheads: int
+    scaling: float
+    pre_compute_k: list[Tensor] | None
+    pre_compute_v: list[Tensor] | None
+    mlp_q: Any
+    mlp_k: Any
+    mlp_v: Any
+    mlp_o: Any
+    gvec: Any
+
+    def _project(self, memory: Tensor) -> None:
+        if self.pre_compute_k is None or self.han_mode:
+            self._remember(memory)
+            self.pre_compute_k = [self._keys(project) for project in self.mlp_k]
+        if self.pre_compute_v is None or self.han_mode:
+            self._remember(memory)
+            self.pre_compute_v = [project(self.enc_h) for project in self.mlp_v]
+
+    def _keys(self, project: Any) -> Tensor:
+        return project(self.enc_h)
+
+    def _join(self, heads: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        contexts, alignments = zip(*heads, strict=True)
+        return self.mlp_o(torch.cat(contexts, dim=1)), list(alignments)
+
+    def _head(self, h: int, state: Tensor, scale: Any, extra: Tensor | None = None) -> Attention:
+        query = self.mlp_q[h](state)
+        return self._step(h, query, self.pre_compute_k[h], self.pre_compute_v[h], self.gvec[h], scale, extra)
+
+
+@adapts(f"{_MODULE}:AttMultiHeadDot", **_LIBRARY, sources=("add51694aeb4",))
+class FusedAttMultiHeadDot(_FusedHeads):
+    """Heads of AttDot with a scale of 1 / sqrt(att_dim_k)."""
+
+    def _keys(self, project: Any) -> Tensor:
+        return torch.tanh(project(self.enc_h))
+
+    def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, **kwargs: Any) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered):
+            return state
+        heads = []
+        for h in range(self.aheads):
+            query = self.scaling * torch.tanh(self.mlp_q[h](state))
+            memory = self._memory(h, self.pre_compute_k[h], self.pre_compute_v[h], prepare=False)
+            heads.append(_step_of(dot_step(query.unsqueeze(1), memory, True, None)))
+        return self._join(heads)
+
+
+@adapts(f"{_MODULE}:AttMultiHeadAdd", **_LIBRARY, sources=("6c3fd45dfd37",))
+class FusedAttMultiHeadAdd(_FusedHeads):
+    """Heads of AttAdd with a scale of 1 / sqrt(att_dim_k)."""
+
+    def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, **kwargs: Any) -> Any:
+        state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
+        if isinstance(state, Uncovered) or not all(map(is_plain, self.gvec)):
+            return _because(state)
+        return self._join([self._head(h, state, self.scaling) for h in range(self.aheads)])
+
+
+class _FusedHeadsLocation(_FusedHeads):
+    loc_conv: Any
+    mlp_att: Any
+
+    def _located(self, memory: Tensor, lengths: Any, state: Any, previous: list[Tensor] | None, scale: Any) -> Any:
+        state = self._begin(memory, lengths, state)
+        if isinstance(state, Uncovered) or not all(map(is_plain, self.gvec)):
+            return _because(state)
+        if previous is None:
+            previous = [_uniform(lengths, memory.device, torch.float32)] * self.aheads
+        heads = []
+        for h in range(self.aheads):
+            features = self.loc_conv[h](previous[h].view(len(memory), 1, 1, self.h_length))
+            extra = self.mlp_att[h](features.squeeze(2).transpose(1, 2))
+            heads.append(self._head(h, state, scale, extra))
+        return self._join(heads)
+
+
+@adapts(f"{_MODULE}:AttMultiHeadLoc", **_LIBRARY, sources=("bbd1724454ff",))
+class FusedAttMultiHeadLoc(_FusedHeadsLocation):
+    """Heads of AttLoc."""
+
+    def attend(
+        self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0, **kwargs: Any
+    ) -> Any:
+        return self._located(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling)
+
+
+@adapts(f"{_MODULE}:AttMultiHeadMultiResLoc", **_LIBRARY, sources=("ae6c47b54f5b",))
+class FusedAttMultiHeadMultiResLoc(_FusedHeadsLocation):
+    """Heads of AttLoc, each with a width of its own, and a scale of 1 / sqrt(att_dim_k)."""
+
+    def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, **kwargs: Any) -> Any:
+        return self._located(enc_hs_pad, enc_hs_len, dec_z, att_prev, self.scaling)
+
+
+def _because(begun: Any) -> Uncovered:
+    return begun if isinstance(begun, Uncovered) else Uncovered("a score layer that is no plain nn.Linear")
+
+
+def _step_of(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Without the axis of a single query."""
+    return attention.context.squeeze(1), attention.alignments.squeeze(1)
+
+
+def _padding(lengths: Any) -> Tensor:
+    """(B, longest), True beyond each length."""
+    lengths = torch.as_tensor(lengths)
+    return torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
+
+
+def _uniform(lengths: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(B, longest): 1 / length within each, 0 beyond."""
+    within = (~_padding(lengths)).to(device=device, dtype=dtype)
+    return within / torch.as_tensor(lengths, device=device, dtype=dtype).unsqueeze(-1)

@@ -1,0 +1,130 @@
+"""SpeechBrain: the attention of its recurrent decoder. ``reset()`` is called for each batch, the module for each step.
+
+What the first step makes is kept in the module's attributes, as there. Left to the original are a sentence of length 0,
+whose NaN is the original's, and torch.compile. Padding that holds NaN is ignored.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..memory import Memory
+from ..patching import Fused, Uncovered, adapts
+from ..sentence import attended_steps, is_plain, once
+
+_MODULE = "speechbrain.nnet.attention"
+_LIBRARY = {"library": "SpeechBrain", "versions": "1.1.2"}
+
+
+class _Fused(Fused):
+    mask: Tensor
+
+    def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
+        """(B, T), not 0 within each length, in the dtype of the lengths: the library's own."""
+        library: Any = importlib.import_module(self._original.__module__)
+        return library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
+
+    def _allowed(self) -> Tensor | None:
+        """(B, T), True = attend; None where a sentence may attend nothing."""
+        mask = self.mask
+        return once(self, "allowed", (mask,), lambda: attended_steps(self, (mask != 0).view(mask.shape[:2]), keep=True))
+
+    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor, prepare: bool) -> Memory:
+        def make() -> Memory:
+            return Memory(keys, values, mask=allowed, prepared=prepare_keys(keys) if prepare else None)
+
+        return once(self, "memory", (keys, values, allowed), make)
+
+
+class _FusedAdditive(_Fused):
+    precomputed_enc_h: Tensor | None
+    scaling: float
+    mlp_enc: Any
+    mlp_dec: Any
+    mlp_attn: Any
+    mlp_out: Any
+
+    def _begin(self, enc_states: Tensor, enc_len: Tensor) -> None:
+        self.precomputed_enc_h = self.mlp_enc(enc_states)
+        self.mask = self._mask_of(enc_states, enc_len)
+
+    def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
+        """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, T)."""
+        if is_compiling():
+            return Uncovered("torch.compile")
+        if not is_plain(self.mlp_attn):
+            return Uncovered("a score layer that is no plain nn.Linear")
+        if self.precomputed_enc_h is None:
+            self._begin(enc_states, enc_len)
+        allowed = self._allowed()
+        if allowed is None:
+            return Uncovered("a sentence of length 0")
+        context, alignments = self._step(self.mlp_dec(dec_states), enc_states, allowed)
+        return self.mlp_out(context), alignments
+
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+@adapts(f"{_MODULE}:ContentBasedAttention", **_LIBRARY, sources=("1ee734df0c97",))
+class FusedContentBasedAttention(_FusedAdditive):
+    """scores_j = scaling * v . tanh(W h_j + V s): Bahdanau et al. 2015, appendix A.1.2."""
+
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self._memory(self.precomputed_enc_h, values, allowed, prepare=True)
+        v = self.mlp_attn.weight.view(-1)
+        return additive_step(query, v if self.scaling == 1 else self.scaling * v, None, memory, True, None)
+
+
+@adapts(f"{_MODULE}:LocationAwareAttention", **_LIBRARY, sources=("321bdd3c9ff3",))
+class FusedLocationAwareAttention(_FusedAdditive):
+    """With features of the alignments of the step before, which are constants here as there: Chorowski et al.,
+    "Attention-based models for speech recognition", 2015, section 2.1.
+    """
+
+    prev_attn: Tensor
+    conv_loc: Any
+    mlp_loc: Any
+
+    def _begin(self, enc_states: Tensor, enc_len: Tensor) -> None:
+        super()._begin(enc_states, enc_len)
+        self.prev_attn = self.mask * (1 / enc_len.float()).unsqueeze(1)
+
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        extra = self.mlp_loc(self.conv_loc(self.prev_attn.unsqueeze(1)).transpose(1, 2))
+        keys, v = self.precomputed_enc_h, self.mlp_attn.weight.view(-1)
+        attention = additive_attention(query, keys, values, v, extra=extra, scale=self.scaling, mask=allowed)
+        self.prev_attn = attention.alignments.detach()
+        return attention
+
+
+@adapts(f"{_MODULE}:KeyValueAttention", **_LIBRARY, sources=("6e39d80b7090",))
+class FusedKeyValueAttention(_Fused):
+    """scores_j = query . key_j / sqrt(attn_dim): Vaswani et al., "Attention is all you need", 2017, section 3.2.1."""
+
+    keys: Tensor | None
+    values: Tensor
+    scaling: Tensor
+    key_linear: Any
+    query_linear: Any
+    value_linear: Any
+
+    def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
+        """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, 1, T)."""
+        if is_compiling():
+            return Uncovered("torch.compile")
+        if self.keys is None:
+            self.keys, self.values = self.key_linear(enc_states), self.value_linear(enc_states)
+            self.mask = self._mask_of(enc_states, enc_len).unsqueeze(2)
+        allowed = self._allowed()
+        if allowed is None:
+            return Uncovered("a sentence of length 0")
+        query = (self.query_linear(dec_states) / self.scaling).unsqueeze(1)
+        memory = self._memory(self.keys, self.values, allowed, prepare=False)
+        context, alignments = dot_step(query, memory, True, None)
+        return context.squeeze(1), alignments

@@ -1,0 +1,73 @@
+"""NVIDIA's Tacotron 2: location-sensitive attention. In PyPI's ``tacotron2`` it has the same source as in NVIDIA's own
+repository, whose file is a top-level module ``model`` (see model.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..functional import additive_attention
+from ..patching import Fused, Uncovered, adapts
+from ..sentence import attended_steps, is_plain
+
+_LIBRARY = "Tacotron 2 (NVIDIA)"
+_SOURCES = ("456ef21d5bcf",)
+
+
+@adapts("model:Attention", library=_LIBRARY, versions="its repository", sources=_SOURCES)
+@adapts("tacotron2.model:Attention", library=_LIBRARY, versions="22.12.28", sources=_SOURCES)
+class FusedAttention(Fused):
+    r"""scores_j = v . tanh(W_q query + W_k memory_j + W_f f_j).
+
+    f: a convolution of the alignments of the step before and of the sum of all so far; gradients flow through both.
+
+    Source: Shen et al., "Natural TTS synthesis by conditioning WaveNet on mel spectrogram predictions", 2018, section
+    2.2, after Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1.
+
+    Covered: all but a sentence that is all padding, whose NaN is the original's, and torch.compile. Padding that holds
+    NaN is ignored.
+    """
+
+    query_layer: Any
+    location_layer: Any
+    v: Any
+    score_mask_value: float
+
+    def attend(
+        self,
+        attention_hidden_state: Tensor,
+        memory: Tensor,
+        processed_memory: Tensor,
+        attention_weights_cat: Tensor,
+        mask: Tensor | None,
+    ) -> Any:
+        """(B, Q), (B, T, M), (B, T, A), (B, 2, T), and (B, T) True = padding. Returns (B, M) and (B, T)."""
+        score = wrapped(self.v)
+        if score is None:
+            return Uncovered("a score layer that is no plain linear layer")
+        allowed = None
+        if mask is not None:
+            if is_compiling():
+                return Uncovered("torch.compile")
+            if mask.dtype != torch.bool or self.score_mask_value != -float("inf"):
+                return Uncovered("a mask of another kind")
+            allowed = attended_steps(self, mask, keep=False)
+            if allowed is None:
+                return Uncovered("a sentence that is all padding")
+        query = self.query_layer(attention_hidden_state)
+        extra = self.location_layer(attention_weights_cat)
+        v = score.weight.view(-1)
+        return tuple(additive_attention(query, processed_memory, memory, v, extra=extra, mask=allowed))
+
+
+def wrapped(layer: Any) -> nn.Linear | None:
+    """The linear layer within one of the LinearNorm kind, if nothing else happens there."""
+    inner = getattr(layer, "linear_layer", None)
+    if type(layer).__name__ not in ("LinearNorm", "Linear") or inner is None:
+        return None
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return inner if is_plain(inner) and not hooks else None

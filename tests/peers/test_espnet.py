@@ -1,0 +1,192 @@
+"""ESPnet 202511: the attentions of its recurrent decoders, original against patched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+attentions = pytest.importorskip(
+    "espnet.nets.pytorch_backend.rnn.attentions", reason="ESPnet: tests/peers/requirements.txt"
+)
+
+from attn_kernels import patch, unpatch
+from steps import compare
+
+EPROJS, DUNITS, UNITS, OUT = 6, 7, 5, 4
+SINGLE = (EPROJS, DUNITS, UNITS)
+HEADS = (EPROJS, DUNITS, 3, UNITS, 4)
+TYPES = {
+    "AttDot": SINGLE,
+    "AttAdd": SINGLE,
+    "AttLoc": (*SINGLE, 3, 2),
+    "AttCov": SINGLE,
+    "AttCovLoc": (*SINGLE, 3, 2),
+    "AttLoc2D": (*SINGLE, 2, 3, 2),
+    "AttLocRec": (*SINGLE, 3, 2),
+    "AttForward": (*SINGLE, 3, 2),
+    "AttForwardTA": (*SINGLE, 3, 2, OUT),
+    "AttMultiHeadDot": HEADS,
+    "AttMultiHeadAdd": HEADS,
+    "AttMultiHeadLoc": (*HEADS, 3, 2),
+    "AttMultiHeadMultiResLoc": (*HEADS, 3, 6),
+}
+KEEPS = ("h_length", "enc_h", "pre_compute_enc_h", "pre_compute_k", "pre_compute_v", "mask", "trans_agent_prob")
+types_ = pytest.mark.parametrize("name", TYPES)
+
+
+def make(name, **options):
+    return getattr(attentions, name)(*TYPES[name], **options)
+
+
+def flat(x):
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [part for one in x for part in flat(one)] if isinstance(x, list | tuple) else []
+
+
+def decode(module, memory, states, lengths, resets=2, **options):
+    """Utterances one after the other, with their alignments handed on; also what the module keeps."""
+    if isinstance(module, attentions.AttForward | attentions.AttForwardTA) and "scaling" not in options:
+        options["scaling"] = 1.0
+    results = []
+    for _ in range(resets):
+        module.reset()
+        previous = None
+        for state in states:
+            extra = (torch.tanh(state[:, :OUT]),) if isinstance(module, attentions.AttForwardTA) else ()
+            context, previous = module(memory, lengths, state, previous, *extra, **options)
+            results += [context, *(list(flat(previous))[-9:])]
+    kept = [getattr(module, name, None) for name in KEEPS]
+    return results + [x for x in flat(kept) if x.is_floating_point()]
+
+
+def inputs(seed, batch=3, steps=9, **sizes):
+    torch.manual_seed(seed)
+    lengths = sorted((int(torch.randint(1, steps + 1, ())) for _ in range(batch)), reverse=True)
+    lengths[0] = steps
+    return {
+        "memory": torch.randn(batch, steps, EPROJS).double(),
+        "states": torch.randn(4, batch, DUNITS).double(),
+        "lengths": lengths,
+    }
+
+
+@types_
+@pytest.mark.parametrize("seed", range(3))
+def test_decoding(name, seed):
+    """The alignments of a first step, which some classes make in float32 whatever the model is, are given to them."""
+    given = inputs(seed)
+    if name in ("AttCov", "AttCovLoc", "AttLoc2D", "AttLocRec", "AttMultiHeadLoc", "AttMultiHeadMultiResLoc"):
+        module = make(name)
+        patched = copy.deepcopy(module)
+        assert len(patch(patched).replaced) == 1
+        check_float32(module, patched, given)
+    else:
+        assert compare(make(name), decode, given) == []
+
+
+def check_float32(module, patched, given):
+    results = []
+    for one in (module, patched):
+        leaves = [x.float().requires_grad_() for x in (given["memory"], given["states"])]
+        outputs = decode(one, *leaves, given["lengths"])
+        torch.manual_seed(9)
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        gradients = torch.autograd.grad(loss, [*leaves, *one.parameters()], allow_unused=True)
+        results.append([x.detach() for x in outputs] + list(gradients))
+    assert len(results[0]) == len(results[1])
+    for expected, got in zip(*results, strict=True):
+        assert (expected is None) == (got is None)
+        if expected is not None:
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(got, expected, atol=1e-5 * scale, rtol=1e-4)
+
+
+@types_
+def test_first_alignments_given(name):
+    """In float64, for the classes whose own first alignments are float32."""
+    if name not in ("AttCov", "AttCovLoc", "AttMultiHeadLoc", "AttMultiHeadMultiResLoc", "AttLoc2D"):
+        pytest.skip("it makes them in the model's dtype")
+
+    def call(module, memory, states, lengths):
+        module.reset()
+        uniform = (torch.arange(memory.shape[1]) < torch.tensor(lengths)[:, None]).to(memory) / memory.shape[1]
+        first = {"AttLoc2D": uniform[:, None].expand(-1, 2, -1)}.get(name, [uniform] * (3 if "Head" in name else 1))
+        results, previous = [], first
+        for state in states:
+            context, previous = module(memory, lengths, state, previous)
+            results += [context, *flat(previous)]
+        return results
+
+    assert compare(make(name), call, inputs(3)) == []
+
+
+@types_
+def test_options(name):
+    given = inputs(5)
+    if "Head" in name and name != "AttMultiHeadLoc":
+        options = {}
+    else:
+        options = {"scaling": 0.7}
+    check = lambda module, memory, states, lengths: decode(module, memory, states, lengths, **options)  # noqa: E731
+    module = make(name) if name.startswith("AttForward") else make(name, han_mode=True)
+    patched = copy.deepcopy(module)
+    patch(patched)
+    for one in (module, patched):
+        one.float()
+    with torch.no_grad():
+        args = (given["memory"].float(), given["states"].float(), given["lengths"])
+        for expected, got in zip(check(module, *args), check(patched, *args), strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    given = given["memory"].float(), given["lengths"], None, None
+    extra = (torch.zeros(3, OUT),) if name == "AttForwardTA" else ()
+    module.reset(), patched.reset()
+    for expected, got in zip(flat(module(*given, *extra)), flat(patched(*given, *extra)), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@types_
+def test_what_falls_through(name):
+    module = make(name)
+    patched = copy.deepcopy(module)
+    report = patch(patched)
+    args = (torch.randn(1, 6, EPROJS), [6], torch.randn(1, DUNITS), None)
+    extra = (torch.zeros(1, OUT),) if name == "AttForwardTA" else ()
+    if name in ("AttLoc", "AttForward", "AttForwardTA"):
+        for one in (module, patched):
+            one.reset()
+        window = {"last_attended_idx": 2}
+        for expected, got in zip(
+            flat(module(*args, *extra, **window)), flat(patched(*args, *extra, **window)), strict=True
+        ):
+            assert torch.equal(got, expected)
+        assert [fallback.reason for fallback in report.fallbacks] == ["a window around the last attended frame"]
+    args = (torch.randn(2, 6, EPROJS), [6, 0], torch.randn(2, DUNITS), None)
+    extra = (torch.zeros(2, OUT),) if name == "AttForwardTA" else ()
+    for one in (module, patched):
+        one.reset()
+    for expected, got in zip(flat(module(*args, *extra)), flat(patched(*args, *extra)), strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+    assert report.fallbacks[-1].reason == "an utterance with nothing to attend"
+
+
+@types_
+def test_copies_and_back(name):
+    module = make(name)
+    names, cls = list(module.state_dict()), type(module)
+    patch(module)
+    assert list(module.state_dict()) == names and isinstance(module, cls)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert [replaced.cls for replaced in patch(other).replaced] == [cls]
+        other.load_state_dict(module.state_dict())
+    unpatch(module)
+    assert type(module) is cls
+
+
+def test_every_attention_is_known():
+    """All but NoAtt, which computes none, and the dynamic convolution GDCAttLoc."""
+    known = {name for name in vars(attentions) if name.startswith(("Att", "GDC", "NoAtt"))}
+    assert known - set(TYPES) == {"NoAtt", "GDCAttLoc"}

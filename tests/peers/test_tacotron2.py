@@ -1,0 +1,71 @@
+"""NVIDIA's Tacotron 2 (PyPI tacotron2 22.12.28): its attention, original against patched."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+
+if importlib.util.find_spec("tacotron2") is None:
+    pytest.skip("tacotron2 is not installed: see tests/peers/requirements.txt", allow_module_level=True)
+if importlib.util.find_spec("librosa") is None:  # for audio, which is not used here
+    librosa, filters, util = (types.ModuleType(name) for name in ("librosa", "librosa.filters", "librosa.util"))
+    librosa.filters, librosa.util = filters, util
+    filters.mel = util.pad_center = util.tiny = None
+    sys.modules.update({module.__name__: module for module in (librosa, filters, util)})
+
+model = pytest.importorskip("tacotron2.model", reason="tacotron2: something that it imports is missing")
+
+from attn_kernels import patch, unpatch
+from steps import compare
+
+
+def decode(module, memory, states, mask=None):
+    """As the decoder does: previous and cumulative alignments in, their gradients back through all steps."""
+    processed = module.memory_layer(memory)
+    alignments = memory.new_zeros(memory.shape[:2])
+    total, results = alignments, []
+    for state in states:
+        both = torch.stack([alignments, total], dim=1)
+        context, alignments = module(state, memory, processed, both, mask)
+        total = total + alignments
+        results += [context, alignments]
+    return results
+
+
+def inputs(seed, masked=True):
+    torch.manual_seed(seed)
+    batch, steps = 3, int(torch.randint(2, 40, ()))
+    given = {"memory": torch.randn(batch, steps, 7).double(), "states": torch.randn(4, batch, 6).double()}
+    if masked:
+        lengths = torch.tensor([steps, *torch.randint(1, steps + 1, (batch - 1,)).tolist()])
+        given["mask"] = torch.arange(steps) >= lengths[:, None]
+    return given
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_decoding(seed, masked):
+    assert compare(model.Attention(6, 7, 9, 4, 5), decode, inputs(seed, masked)) == []
+
+
+def test_all_padding():
+    given = inputs(0)
+    given["mask"][1] = True
+    assert compare(model.Attention(6, 7, 9, 4, 5), decode, given) == ["a sentence that is all padding"]
+
+
+def test_copies_and_back():
+    module = model.Attention(6, 7, 9, 4, 5)
+    names = list(module.state_dict())
+    patch(module)
+    assert list(module.state_dict()) == names
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert [cls for _, cls in patch(other).replaced] == [model.Attention]
+    unpatch(module)
+    assert type(module) is model.Attention

@@ -1,0 +1,105 @@
+"""coqui-tts 0.28.0: the original attention of its Tacotron models, original against patched."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+FOUND = importlib.util.find_spec("TTS")
+if FOUND is None:
+    pytest.skip("coqui-tts is not installed: see tests/peers/requirements.txt", allow_module_level=True)
+for name in ("TTS", "TTS.tts", "TTS.tts.layers", "TTS.tts.layers.tacotron"):  # packages that import all of coqui-tts
+    package = types.ModuleType(name)
+    package.__path__ = [str(Path(FOUND.origin).parent.joinpath(*name.split(".")[1:]))]
+    sys.modules.setdefault(name, package)
+
+attentions = pytest.importorskip(
+    "TTS.tts.layers.tacotron.attentions", reason="coqui-tts: something that it imports is missing"
+)
+
+from attn_kernels import patch, unpatch
+from steps import compare
+
+OPTIONS = {
+    "location_attention": True,
+    "windowing": False,
+    "norm": "softmax",
+    "forward_attn": False,
+    "trans_agent": False,
+    "forward_attn_mask": False,
+}
+
+
+def make(**options):
+    sizes = {"attention_location_n_filters": 4, "attention_location_kernel_size": 5}
+    return attentions.OriginalAttention(6, 7, 9, **sizes, **{**OPTIONS, **options})
+
+
+def decode(module, memory, states, mask=None):
+    module.init_states(memory)
+    for name in ("attention_weights", "attention_weights_cum", "alpha", "u"):  # it makes them in float32
+        if hasattr(module, name):
+            setattr(module, name, getattr(module, name).to(memory.dtype))
+    processed = module.preprocess_inputs(memory)
+    results = []
+    for state in states:
+        results += [module(state, memory, processed, mask), module.attention_weights]
+    return results
+
+
+def inputs(seed, masked=True):
+    torch.manual_seed(seed)
+    batch, steps = 3, int(torch.randint(4, 40, ()))
+    given = {"memory": torch.randn(batch, steps, 7).double(), "states": torch.randn(4, batch, 6).double()}
+    if masked:
+        lengths = torch.tensor([steps, *torch.randint(1, steps + 1, (batch - 1,)).tolist()])
+        given["mask"] = torch.arange(steps) < lengths[:, None]
+    return given
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("location", [True, False])
+@pytest.mark.parametrize("forward", ["", "forward", "agent"])
+def test_decoding(location, forward, masked):
+    module = make(location_attention=location, forward_attn=forward != "", trans_agent=forward == "agent")
+    assert compare(module, decode, inputs(len(forward), masked)) == []
+
+
+def test_another_norm_falls_through():
+    assert compare(make(norm="sigmoid"), decode, inputs(1)) == ["a norm other than softmax"]
+
+
+def test_a_window_falls_through():
+    module = make(windowing=True).eval()
+    patched = copy.deepcopy(module)
+    report = patch(patched)
+    given = inputs(1)
+    arguments = (given["memory"].float(), given["states"].float(), given["mask"])
+    with torch.no_grad():
+        for expected, got in zip(decode(module, *arguments), decode(patched, *arguments), strict=True):
+            assert torch.equal(got, expected)
+    assert [(fallback.reason, fallback.calls) for fallback in report.fallbacks] == [("a window", 4)]
+
+
+def test_all_padding():
+    given = inputs(0)
+    given["mask"][1] = False
+    assert compare(make(), decode, given) == ["a sentence that is all padding"]
+
+
+def test_copies_and_back():
+    module = make()
+    names = list(module.state_dict())
+    patch(module)
+    assert list(module.state_dict()) == names
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert [cls for _, cls in patch(other).replaced] == [attentions.OriginalAttention]
+    unpatch(module)
+    assert type(module) is attentions.OriginalAttention

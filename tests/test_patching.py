@@ -1,0 +1,474 @@
+"""patch(model), on classes of its own: what changes, what stays, what falls through, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from attn_kernels import additive_attention, patch, patched, patching, unpatch
+from attn_kernels.patching import Fused, Report, Uncovered, adapts, digest
+
+B, T, SIZE = 3, 5, 8
+
+
+class Additive(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.W, self.U, self.v = (nn.Linear(SIZE, n, bias=False) for n in (SIZE, SIZE, 1))
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("seen", torch.zeros(()))
+        self.dropped_by_design = False
+
+    def forward(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        scores = self.v(torch.tanh(self.W(state)[:, None] + self.U(memory)))[..., 0]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        alignments = self.dropout(scores.softmax(1))
+        return (alignments[:, None] @ memory)[:, 0], alignments
+
+
+class FusedAdditive(Fused):
+    calls = 0
+
+    @classmethod
+    def covers(cls, module: Any) -> str | None:
+        return "left alone by design" if module.dropped_by_design else None
+
+    def attend(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> Any:
+        FusedAdditive.calls += 1
+        if self.training and self.dropout.p > 0:
+            return Uncovered("dropout of the alignments")
+        v = self.v.weight[0]
+        return tuple(additive_attention(self.W(state), self.U(memory), memory, v, mask=mask))
+
+
+class Derived(Additive):
+    pass
+
+
+class SelfAttention(nn.Module):
+    """Nothing knows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.project = nn.Linear(SIZE, SIZE)
+        self.attention = Additive(**options)
+
+    def forward(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        context, alignments = self.attention(self.project(state), memory, mask)
+        return context + alignments.sum(1, keepdim=True)
+
+
+@pytest.fixture(autouse=True)
+def _adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_adapters", dict(patching._adapters))
+    adapts(Additive)(FusedAdditive)
+    monkeypatch.setattr(FusedAdditive, "calls", 0)
+    torch.manual_seed(0)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(B, SIZE), torch.randn(B, T, SIZE), torch.arange(T) < torch.tensor([5, 3, 1])[:, None]
+
+
+def assert_fused(module: nn.Module, expected: Tensor, given: tuple[Any, ...]) -> None:
+    before = FusedAdditive.calls
+    torch.testing.assert_close(module(*given), expected)
+    assert FusedAdditive.calls > before
+
+
+# What it does ---------------------------------------------------------------------------------------------------------
+
+
+def test_same_results_and_gradients() -> None:
+    model, given = Model(), inputs()
+    leaves = list(model.parameters())
+    expected = model(*given)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    assert patch(model).replaced == [("attention", Additive)]
+    assert_fused(model, expected, given)
+    for got, right in zip(torch.autograd.grad(model(*given).square().sum(), leaves), gradients, strict=True):
+        torch.testing.assert_close(got, right)
+
+
+def test_report() -> None:
+    model = nn.ModuleDict({"a": Model(), "b": Derived(), "c": SelfAttention(), "d": nn.MultiheadAttention(4, 2)})
+    model["e"] = nn.ModuleList([Additive(), Additive()])
+    model["e"][1].dropped_by_design = True
+    model["f"] = nn.Linear(2, 2)
+    report = patch(model)
+    assert report.replaced == [("a.attention", Additive), ("e.0", Additive)]
+    assert [(name, cls) for name, cls, _ in report.skipped] == [
+        ("b", Derived),
+        ("c", SelfAttention),
+        ("d", nn.MultiheadAttention),
+        ("e.1", Additive),
+    ]
+    reasons = [reason for _, _, reason in report.skipped]
+    assert reasons[0].startswith("a subclass of ") and reasons[1:] == [
+        "no adapter for its class",
+        "PyTorch fuses it",
+        "left alone by design",
+    ]
+    shown = str(report)
+    for text in ("module", "a.attention", "replaced", "skipped: PyTorch fuses it", "SelfAttention"):
+        assert text in shown
+
+
+def test_nothing_to_report() -> None:
+    assert str(patch(nn.Linear(2, 2))) == "attn_kernels.patch: nothing in this model looks like attention"
+    assert patch(Additive()).replaced == [("", Additive)] and "(model)" in str(patch(Additive()))
+
+
+def test_what_falls_through_is_counted() -> None:
+    model, given = Model(dropout=0.5), inputs()
+    report = patch(model)
+    torch.manual_seed(1)
+    got = model(*given)
+    unpatch(model)
+    torch.manual_seed(1)
+    assert torch.equal(got, model(*given))
+    assert report.fallbacks == []  # forgotten with the patch
+    report = patch(model)
+    model(*given), model(*given)
+    assert [tuple(row) for row in report.fallbacks] == [("attention", Additive, "dropout of the alignments", 2)]
+    assert "own forward, 2 calls: dropout of the alignments" in str(report)
+    expected = model.eval()(*given)
+    assert_fused(model, expected, given)
+    assert report.fallbacks[0].calls == 2
+
+
+def test_what_the_ops_refuse_is_for_the_original() -> None:
+    model, (state, memory, mask) = Model(), inputs()
+    report = patch(model)
+    expected = unpatched(model)(state, memory, mask[:1])  # a mask for all rows: the ops take none of that shape
+    torch.testing.assert_close(model(state, memory, mask[:1]), expected)
+    assert "mask must have shape" in report.fallbacks[0].reason
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # the original's own words
+        model.attention(torch.randn(B, 3), memory)
+
+
+def test_patching_twice_changes_nothing() -> None:
+    model = Model()
+    first = patch(model)
+    cls = type(model.attention)
+    assert patch(model).replaced == first.replaced and type(model.attention) is cls
+
+
+def test_other_instances_are_not_touched() -> None:
+    one, other = Model(), Model()
+    patch(one)
+    assert type(other.attention) is Additive and type(one.attention) is not Additive
+    assert isinstance(one.attention, Additive) and repr(one) == repr(other)
+
+
+def test_shared_modules() -> None:
+    model = nn.ModuleDict({"a": Additive()})
+    model["b"] = model["a"]
+    assert patch(model).replaced == [("a", Additive)] and unpatch(model) == [("a", Additive)]
+
+
+def test_a_forward_that_was_replaced_is_left_alone() -> None:
+    model = Model()
+    model.attention.forward = lambda *_: (torch.ones(1), torch.ones(1, 1))
+    ((_, _, reason),) = patch(model).skipped
+    assert reason == "its forward was replaced by another hand"
+
+
+def test_another_source_is_left_alone() -> None:
+    adapts(Additive, library="mine", versions="1.0", sources=("000000000000",))(FusedAdditive)
+    ((_, _, reason),) = patch(Model()).skipped
+    assert reason == "its source is not that of mine 1.0, which the adapter was written for"
+    adapts(Additive, library="mine", versions="1.1", sources=("000000000000", digest(Additive)))(FusedAdditive)
+    assert len(patch(Model()).replaced) == 1
+
+
+def test_a_class_without_source_has_no_digest() -> None:
+    assert digest(type("Made", (nn.Module,), {})) is None and len(digest(Additive)) == 12
+
+
+# What stays -----------------------------------------------------------------------------------------------------------
+
+
+def unpatched(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    unpatch(other)
+    return other
+
+
+def test_state_dict_both_ways() -> None:
+    model, other = Model(), Model()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    patch(model)
+    assert list(model.state_dict()) == list(before)
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    model.load_state_dict(Model().state_dict())
+    unpatch(model)
+    assert list(model.state_dict()) == list(before)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "torch.save"])
+def test_copies_are_patched(way: str, tmp_path: Path) -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    if way == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    elif way == "copy":
+        other = Model()
+        other.project, other.attention = model.project, copy.copy(model.attention)
+    else:
+        other = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert type(other.attention) is type(model.attention) and other.attention is not model.attention
+    assert_fused(other, expected, given)
+    unpatch(other)
+    assert isinstance(model.attention, Fused) and type(other.attention) is Additive
+
+
+def test_a_pickle_whose_adapter_is_gone() -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    data = pickle.dumps(model)
+    del patching._adapters[patching._key(Additive)]
+    other = pickle.loads(data)
+    assert type(other.attention) is Additive
+    torch.testing.assert_close(other(*given), expected)
+
+
+def test_dtype_and_mode() -> None:
+    model, given = Model(dropout=0.3), inputs()
+    patch(model)
+    assert model.double().eval().attention.W.weight.dtype == torch.float64 and not model.attention.training
+    given = tuple(x.double() if x.is_floating_point() else x for x in given)
+    assert_fused(model, unpatched(model)(*given), given)
+    assert model.train().attention.training
+
+
+def test_autocast() -> None:
+    model, given = Model(), inputs()
+    patch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = unpatched(model)(*given)
+        got = model(*given)
+    assert FusedAdditive.calls == 1
+    torch.testing.assert_close(got.float(), expected.float(), atol=0.05, rtol=0.05)
+
+
+def test_hooks_fire_once() -> None:
+    model, given = Model(), inputs()
+    seen: list[str] = []
+    model.attention.register_forward_pre_hook(lambda *_: seen.append("before"))
+    patch(model)
+    model.attention.register_forward_hook(lambda *_: seen.append("after"))
+    model.attention.register_full_backward_hook(lambda *_: seen.append("back"))
+    model(*given).sum().backward()
+    assert seen == ["before", "after", "back"]
+    unpatch(model)
+    model(*given)
+    assert seen[3:] == ["before", "after"]
+
+
+def test_a_hook_may_change_the_result() -> None:
+    model, given = Model(), inputs()
+    patch(model)
+    model.attention.register_forward_hook(lambda module, _, result: (result[0] * 0, result[1]))
+    torch.testing.assert_close(model(*given), torch.ones(B, SIZE))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compile(when: str) -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    if when == "before":
+        patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if when == "after":
+        torch.testing.assert_close(compiled(*given), expected)
+        assert patch(compiled).replaced == [("_orig_mod.attention", Additive)]
+    assert_fused(compiled, expected, given)
+
+
+def test_export() -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    exported = torch.export.export(model, given)
+    assert any("attn_kernels" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(*given), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripts_are_the_original() -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(*given), expected)
+    assert FusedAdditive.calls == 0
+    assert patch(model).replaced == [("attention", Additive)]  # PyTorch has put the original into the model
+    assert_fused(model, expected, given)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_is_a_script_already() -> None:
+    ((_, _, reason),) = patch(torch.jit.script(nn.Sequential(SelfAttention()))).skipped
+    assert reason == "it is a script: patch the model before torch.jit.script is called"
+
+
+def test_checkpointing() -> None:
+    model, given = Model(), inputs()
+    patch(model)
+    expected = torch.autograd.grad(model(*given).square().sum(), model.attention.W.weight)
+    saved = checkpoint(model, *given, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(saved.square().sum(), model.attention.W.weight), expected)
+
+
+def test_functional_call_and_vmap() -> None:
+    model, (state, memory, _) = Model(), inputs()
+    patch(model)
+    weights = {name: 2 * x.detach() for name, x in model.named_parameters()}
+    changed = unpatched(model)
+    changed.load_state_dict({**weights, "attention.seen": torch.zeros(())})
+    got = torch.func.functional_call(model, weights, (state, memory))
+    torch.testing.assert_close(got, changed(state, memory))
+    report = patch(model)
+    many = torch.func.vmap(lambda s: model(s, memory))(torch.stack([state, state + 1]))
+    torch.testing.assert_close(many[1], model(state + 1, memory))
+    assert [fallback.reason for fallback in report.fallbacks] == ["transforms of torch.func"]
+
+
+@pytest.fixture
+def _group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_group")
+def test_distributed_data_parallel() -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    assert patch(parallel).replaced == [("module.attention", Additive)]
+    assert_fused(parallel, expected, given)
+    parallel(*given).square().sum().backward()
+    for parameter, right in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, right)
+
+
+def test_parametrized_parts() -> None:
+    model, given = Model(), inputs()
+    parametrizations.weight_norm(model.attention.W)
+    expected = model(*given)
+    patch(model)
+    assert_fused(model, expected, given)
+
+
+# The way back ---------------------------------------------------------------------------------------------------------
+
+
+def test_unpatch() -> None:
+    model = Model()
+    patch(model)
+    assert unpatch(model) == [("attention", Additive)]
+    assert type(model.attention) is Additive and unpatch(model) == []
+    assert patching._COUNTER not in vars(model.attention)
+
+
+def test_unpatch_after_another_hand() -> None:
+    class Halved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    model = Model()
+    model.attention.own = nn.Parameter(torch.ones(1))
+    patch(model)
+    parametrize.register_parametrization(model.attention, "own", Halved())
+    with pytest.raises(ValueError, match="unpatch: attention was patched and then made a Parametrized"):
+        unpatch(model)
+    parametrize.remove_parametrizations(model.attention, "own")
+    assert unpatch(model) == [("attention", Additive)]
+
+
+def _fail_if(right: bool) -> None:
+    assert right
+    raise ZeroDivisionError
+
+
+def test_with_patched() -> None:
+    model = nn.ModuleDict({"a": Additive(), "b": Additive()})
+    patch(model["b"])
+    with pytest.raises(ZeroDivisionError), patched(model) as report:
+        _fail_if(report.replaced == [("a", Additive), ("b", Additive)] and isinstance(model["a"], Fused))
+    assert type(model["a"]) is Additive and isinstance(model["b"], Fused)
+
+
+# Errors and the list --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [patch, unpatch])
+def test_no_model(function: Any) -> None:
+    with pytest.raises(TypeError, match=f"{function.__name__}: model must be a torch.nn.Module, got dict"):
+        function({})
+    with pytest.raises(TypeError, match="patched: model must be"), patched(3):
+        pass
+
+
+def test_adapts_refuses() -> None:
+    with pytest.raises(TypeError, match="original must be a class of modules"):
+        adapts(int)
+    with pytest.raises(TypeError, match="must be a subclass of Fused, got <class 'int'>"):
+        adapts(Additive)(int)
+
+
+def test_an_adapter_without_attend() -> None:
+    adapts(Additive)(type("Empty", (Fused,), {}))
+    model = Model()
+    patch(model)
+    with pytest.raises(NotImplementedError, match="Additive: its adapter has no attend"):
+        model(*inputs())
+
+
+def test_every_shipped_adapter_says_what_it_is_for() -> None:
+    for adapter in patching.adapters():
+        if adapter.original.startswith(f"{__name__}:"):
+            continue
+        assert adapter.library and adapter.versions and adapter.sources, adapter
+        assert all(len(source) == 12 for source in adapter.sources) and adapter.fused.__doc__, adapter
+
+
+def test_patch_list() -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "attn_kernels", "patch-list", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    shown = run()
+    for text in ("library", "versions", "class", "arabic-diacritizer", "joeynmt.attention.BahdanauAttention", "202511"):
+        assert text in shown
+    listed = json.loads(run("--json"))
+    assert {"library": "JoeyNMT", "versions": "2.3.0", "class": "joeynmt.attention.LuongAttention"} in listed
+
+
+def test_reports_may_be_made_empty() -> None:
+    assert Report().fallbacks == [] and Report().replaced == []
