@@ -78,10 +78,10 @@ class Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as its original class and the wish to be patched: the class of its own has no name."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        function, (cls, *arguments), *rest = reduced
-        if cls is not type(self):
+        function, arguments, *rest = reduced
+        if not arguments or arguments[0] is not type(self):
             raise TypeError(f"{type(self).__name__}: its class has a __reduce__ of its own; unpatch it to pickle it")
-        return (_rebuild, (self._original, function, *arguments), *rest)
+        return (_rebuild, (self._original, function, *arguments[1:]), *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles the original: a script cannot call the ops.
@@ -217,6 +217,7 @@ def patch(model: nn.Module) -> Report:
     Modules are changed in place, by their class: parameters, ``state_dict``, hooks and attributes stay as they are, and
     ``isinstance`` still holds. What a call needs beyond the ops falls through to the module's own forward and is
     counted in ``report.fallbacks``. Patching again changes nothing. Copies and pickles of a patched model are patched.
+    ``torch.jit.trace`` and ``torch.jit.script`` take the modules' own forward, so that what they make needs no ops.
 
     Args:
         model: any module; known classes: ``python -m attn_kernels patch-list``, your own: :mod:`attn_kernels.patching`.
@@ -246,35 +247,31 @@ def unpatch(model: nn.Module) -> list[Replaced]:
     (``torch.nn.utils.parametrize`` does): what was done last has to be undone first.
     """
     _check_model("unpatch", model)
-    patched = [(name, module) for name, module in _named_modules(model) if isinstance(module, Fused)]
-    for name, module in patched:
-        if type(module) is not _fused_class(module._original, _mixin(type(module))):
-            changed = type(module).__name__
-            raise ValueError(f"unpatch: {name or 'model'} was patched and then made a {changed}: undo that first")
-    replaced = [Replaced(name, module._original) for name, module in patched]
-    for _, module in patched:
-        _restore(module)
-    return replaced
+    return _unpatch("unpatch", model, set())
 
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
-    """``with patched(model) as report:`` the model is patched within; modules patched before stay patched after."""
+    """``with patched(model) as report:`` the model is patched within; modules patched before stay patched after.
+
+    At the end it raises ValueError where :func:`unpatch` would.
+    """
     _check_model("patched", model)
     before = {id(module) for _, module in _named_modules(model) if isinstance(module, Fused)}
     report = patch(model)
     try:
         yield report
     finally:
-        for _, module in _named_modules(model):
-            if isinstance(module, Fused) and id(module) not in before:
-                _restore(module)
+        _unpatch("patched", model, before)
 
 
 def run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of ``attend``, or where it is Uncovered, or its ops refuse the arguments, that of ``original``."""
+    result: Any
     if not is_compiling() and torch._C._are_functorch_transforms_active():
-        result: Any = Uncovered("transforms of torch.func")
+        result = Uncovered("transforms of torch.func")
+    elif not is_compiling() and torch._C._is_tracing():
+        result = Uncovered("torch.jit.trace")  # where the ops have gradients it would record a call of Python
     else:
         try:
             result = module.attend(*args, **kwargs)
@@ -325,7 +322,7 @@ def _patch_module(module: nn.Module) -> str | None:
     adapter = _find(cls)
     if adapter is None:
         return _unknown(module)
-    if adapter.sources and digest(cls) not in adapter.sources:
+    if not _knows(adapter, cls):
         return f"its source is not that of {adapter.library} {adapter.versions}, which the adapter was written for"
     if "forward" in module.__dict__:
         return "its forward was replaced by another hand"
@@ -348,6 +345,23 @@ def _unknown(module: nn.Module) -> str | None:
     if cls.__module__.startswith(f"{__package__}."):
         return None
     return "no adapter for its class" if _LOOKS_LIKE_ATTENTION.search(cls.__name__) else None
+
+
+def _knows(adapter: Adapter, cls: type) -> bool:
+    return not adapter.sources or digest(cls) in adapter.sources
+
+
+def _unpatch(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
+    """Of all patched modules but those whose ids are in ``keep``."""
+    modules = [(name, m) for name, m in _named_modules(model) if isinstance(m, Fused) and id(m) not in keep]
+    for name, module in modules:
+        if type(module) is not _fused_class(module._original, _mixin(type(module))):
+            changed = type(module).__name__
+            raise ValueError(f"{function}: {name or 'model'} was patched and then made a {changed}: undo that first")
+    replaced = [Replaced(name, module._original) for name, module in modules]
+    for _, module in modules:
+        _restore(module)
+    return replaced
 
 
 def _restore(module: Any) -> None:
@@ -392,10 +406,11 @@ def _mixin(cls: type) -> type[Fused]:
 
 
 def _rebuild(original: type[nn.Module], function: Callable[..., Any], *arguments: Any) -> Any:
-    """An empty module of a patched class, for pickle and copy; where its adapter is not known any more, a plain one."""
+    """An empty module of a patched class, for pickle and copy; where no adapter knows it, a plain one."""
     adapter = _find(original)
-    cls = original if adapter is None else _fused_class(original, adapter.fused)
-    return function(cls, *arguments)
+    if adapter is None or not _knows(adapter, original):
+        return function(original, *arguments)
+    return function(_fused_class(original, adapter.fused), *arguments)
 
 
 def _key(cls: type) -> str:

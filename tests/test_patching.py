@@ -79,6 +79,7 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    patching.adapters()  # files of libraries register once, when imported: not in the copy, which is lost
     monkeypatch.setattr(patching, "_adapters", dict(patching._adapters))
     adapts(Additive)(FusedAdditive)
     monkeypatch.setattr(FusedAdditive, "calls", 0)
@@ -255,6 +256,30 @@ def test_a_pickle_whose_adapter_is_gone() -> None:
     torch.testing.assert_close(other(*given), expected)
 
 
+def test_a_pickle_read_with_another_version_of_its_library() -> None:
+    model = Model()
+    patch(model)
+    data = pickle.dumps(model)
+    adapts(Additive, library="mine", versions="1.0", sources=("000000000000",))(FusedAdditive)
+    assert type(pickle.loads(data).attention) is Additive
+
+
+class Reduced(Additive):
+    def __reduce__(self) -> Any:
+        return Reduced, ()
+
+
+def test_a_class_with_a_reduce_of_its_own() -> None:
+    adapts(Reduced)(FusedAdditive)
+    module = Reduced()
+    patch(module)
+    for make in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(TypeError, match="Reduced: its class has a __reduce__ of its own; unpatch it to pickle it"):
+            make(module)
+    unpatch(module)
+    assert type(pickle.loads(pickle.dumps(module))) is Reduced
+
+
 def test_dtype_and_mode() -> None:
     model, given = Model(dropout=0.3), inputs()
     patch(model)
@@ -308,11 +333,24 @@ def test_compile(when: str) -> None:
     assert_fused(compiled, expected, given)
 
 
-def test_export() -> None:
+def test_compile_what_falls_through() -> None:
+    model, given = Model(dropout=0.5), inputs()
+    report = patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    got = compiled(*given)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, unpatched(model)(*given))
+    assert FusedAdditive.calls > 0 and report.fallbacks == []  # a graph counts nothing
+
+
+@pytest.mark.filterwarnings("ignore:While compiling")  # the count of calls is a side effect
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
     model, given = Model(), inputs()
     expected = model(*given)
     patch(model)
-    exported = torch.export.export(model, given)
+    exported = torch.export.export(model, given, strict=strict)
     assert any("attn_kernels" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(*given), expected)
 
@@ -327,6 +365,20 @@ def test_scripts_are_the_original() -> None:
     assert FusedAdditive.calls == 0
     assert patch(model).replaced == [("attention", Additive)]  # PyTorch has put the original into the model
     assert_fused(model, expected, given)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_traces_are_of_the_original(tmp_path: Path) -> None:
+    """They can be saved, and run where this package is not."""
+    model, given = Model(), inputs()
+    report = patch(model)
+    traced = torch.jit.trace(model, given)  # its check also calls the model as it is
+    assert {fallback.reason for fallback in report.fallbacks} == {"torch.jit.trace"}
+    assert "attn_kernels" not in str(traced.inlined_graph)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    other = torch.randn(2, SIZE), torch.randn(2, T + 2, SIZE), torch.ones(2, T + 2, dtype=torch.bool)
+    for script in (traced, torch.jit.load(tmp_path / "traced.pt")):
+        assert_fused(model, script(*other), other)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -409,6 +461,23 @@ def test_unpatch_after_another_hand() -> None:
         unpatch(model)
     parametrize.remove_parametrizations(model.attention, "own")
     assert unpatch(model) == [("attention", Additive)]
+
+
+def test_with_patched_and_another_hand() -> None:
+    class Halved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    module = Additive()
+    module.own = nn.Parameter(torch.ones(1))
+    words = "patched: model was patched and then made a ParametrizedAdditive: undo that first"
+    with pytest.raises(ValueError, match=words), patched(module):
+        parametrize.register_parametrization(module, "own", Halved())
+    assert module.own == 0.5  # not lost with the class that reads it
+    parametrize.remove_parametrizations(module, "own")
+    unpatch(module)
+    parametrize.register_parametrization(module, "own", Halved())
+    assert "a subclass of" in patch(module).skipped[0].reason
 
 
 def _fail_if(right: bool) -> None:

@@ -140,3 +140,39 @@ def test_config_and_fit():
     before = model.get_weights()
     model.fit(given, given[0][..., :1], epochs=1, verbose=0)
     assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
+
+
+def test_implicit_masks():
+    """Those that Embedding layers hand on."""
+
+    def make_model():
+        query, value = keras.Input((TQ,), dtype="int32"), keras.Input((TK,), dtype="int32")
+        embedding = keras.layers.Embedding(9, DIM, mask_zero=True)
+        context = keras.layers.AdditiveAttention()([embedding(query), embedding(value)])
+        return keras.Model([query, value], context)
+
+    model, original = make_model(), make_model()
+    original.set_weights(model.get_weights())
+    report = patch(model)
+    given = [torch.randint(1, 9, mask.shape) * mask for mask in (QUERY_MASK, VALUE_MASK)]
+    torch.testing.assert_close(model(given), original(given))
+    assert len(report.replaced) == 1 and report.fallbacks == []
+    assert (model(given)[1, 2:] == 0).all()  # the query's mask
+
+
+def test_layers_that_pytorch_does_not_see():
+    class Several(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.layers.AdditiveAttention()
+            self.others = [keras.layers.AdditiveAttention(), keras.layers.AdditiveAttention()]
+
+        def call(self, given):
+            return self.first(given) + sum(layer(given) for layer in self.others)
+
+    model, given = Several(), inputs(count=2)
+    expected = model(given)
+    report = patch(model)
+    assert len(report.replaced) == 3 and len({name for name, _ in report.replaced}) == 3
+    torch.testing.assert_close(model(given), expected)
+    assert len(unpatch(model)) == 3 and report.fallbacks == []
