@@ -13,9 +13,9 @@ from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
 from ..sentence import as_of_softmax, is_plain, keeps, once, project
 
-# Elements of a memory below which a step is faster in the original's few operators: our op is faster there, too, but some
-# ten microseconds of Python around it are not. Measured for one sentence on one thread: 0.74 to 0.86x and 0.89 to 0.95x
-# as fast; from (50, 8, 256) and (50, 1, 256) on no slower.
+# Elements of a memory below which a step is faster in the original's few operators: our op is faster there, too, but
+# some ten microseconds of Python around it are not. Measured for one sentence on one thread: 0.74 to 0.86x and 0.89 to
+# 0.95x as fast; from (50, 8, 256) and (50, 1, 256) on no slower.
 _SMALL_DOT, _SMALL_ADDITIVE = 1 << 16, 1 << 11
 
 
@@ -27,8 +27,8 @@ class FusedAttentionLayer(Fused):
     3.1, "general", and equation 5.
 
     Covered: everything but small problems, which the original computes faster, and a row that is all padding. That is
-    left to the original, which gives NaN (on a GPU and in ``torch.compile`` that NaN comes from here, without the NaN of
-    the gradients). Padding is ignored, even if it is NaN or infinite; the original returns NaN then. Scores are never
+    left to the original, which gives NaN (on a GPU and in ``torch.compile`` it comes from here, without the NaN of the
+    gradients). Padding is ignored, even if it is NaN or infinite; the original returns NaN then. Scores are never
     rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script`` compiles the original.
     """
 
