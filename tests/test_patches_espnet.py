@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels import patch, patching
+from attn_kernels import patch, patching, sentence
 from steps import compare
 
 MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
@@ -129,3 +131,53 @@ def test_another_source_is_left_alone(cls: type[nn.Module], monkeypatch: pytest.
     monkeypatch.undo()
     ((_, skipped, reason),) = patch(cls(6, 7, 5)).skipped
     assert skipped is cls and reason.startswith("its source is not that of ESPnet 202511")
+
+
+@classes
+def test_an_unread_mask(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where reading it would wait for the device: an empty utterance is NaN, the others are not."""
+    from attn_kernels.patches import espnet
+
+    for module in (espnet, sentence):
+        monkeypatch.setattr(module, "keeps", lambda tensor: False)
+    torch.manual_seed(0)
+    original = cls(6, 7, 5)
+    patched = copy.deepcopy(original)
+    report = patch(patched)
+    memory, state = torch.randn(2, 4, 6), torch.randn(2, 7)
+    previous = torch.full((2, 4), 0.25)
+    for lengths in ([4, 3], [4, 0]):
+        for module in (original, patched):
+            module.reset()
+        expected = original(memory, lengths, state, previous)
+        for name, a, b in zip(
+            ("context", "alignments"), patched(memory, lengths, state, previous), expected, strict=True
+        ):
+            torch.testing.assert_close(a, b, equal_nan=True, msg=name)
+    assert report.fallbacks == [] and expected[0][1].isnan().all() and not expected[0][0].isnan().any()
+
+
+@classes
+def test_lengths(cls: type[nn.Module]) -> None:
+    """Lengths that are floats are cut, those in a tensor serve where the library takes them."""
+    torch.manual_seed(0)
+    module = cls(6, 7, 5)
+    patch(module)
+    memory, state = torch.randn(2, 4, 6), torch.randn(2, 7)
+    expected = module(memory, [4, 2], state, torch.full((2, 4), 0.25))
+    module.reset()
+    for a, b in zip(module(memory, [4.0, 2.9], state, torch.full((2, 4), 0.25)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@classes
+def test_reset_lets_go(cls: type[nn.Module]) -> None:
+    """Of the utterances and all that was made of them."""
+    module = cls(6, 7, 5)
+    patch(module)
+    memory = torch.randn(2, 4, 6)
+    module(memory, [4, 2], torch.randn(2, 7), torch.full((2, 4), 0.25))
+    gone = weakref.ref(memory)
+    module.reset()
+    del memory
+    assert gone() is None and module not in sentence._kept

@@ -11,7 +11,7 @@ would be NaN. The bias of ``gvec`` adds the same to all scores of a softmax: its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,17 @@ from ..functional import additive_attention, additive_step, dot_step, prepare_ke
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import attended_steps, is_plain, once
+from ..sentence import as_of_softmax, forget, is_plain, keeps, once
 
 _MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 _LIBRARY = {"library": "ESPnet", "versions": "202511"}
+
+
+class _Steps(NamedTuple):
+    """What a mask leaves to attend. allowed: (B, T) bool, True = attend; None: all of it. empty: of some utterance."""
+
+    allowed: Tensor | None
+    empty: bool
 
 
 class _Fused(Fused):
@@ -37,6 +44,10 @@ class _Fused(Fused):
     dunits: int
     han_mode = False  # of the classes that lack it
 
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        forget(self)
+
     def _begin(self, memory: Tensor, lengths: Any, state: Tensor | None) -> Any:
         """What a step begins with, or Uncovered. memory: (B, T, eprojs). Returns the decoder's state, (B, dunits)."""
         if is_compiling():
@@ -46,7 +57,7 @@ class _Fused(Fused):
             self.mask = _padding(lengths).to(memory.device)
         if self.mask.dtype != torch.bool or self.mask.shape != self.enc_h.shape[:2]:
             return Uncovered("a mask of another kind")
-        if self._allowed() is None:
+        if self._steps().empty:
             return Uncovered("an utterance with nothing to attend")  # NaN there
         return memory.new_zeros(len(memory), self.dunits) if state is None else state.view(len(memory), self.dunits)
 
@@ -57,37 +68,52 @@ class _Fused(Fused):
         self.enc_h = memory
         self.h_length = memory.size(1)
 
-    def _allowed(self) -> Tensor | None:
-        return attended_steps(self, self.mask, keep=False)
+    def _steps(self) -> _Steps:
+        mask: Any = self.mask
+        if not keeps(mask):  # a GPU's mask is not read: see _as_there
+            return _Steps(~mask, False)
+        return once(self, "steps", (mask,), lambda: _steps_of(mask))
 
-    def _step(
-        self,
-        head: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gvec: Any,
-        scale: Any,
-        extra: Tensor | None = None,
+    def _additive(
+        self, head: int, query: Tensor, keys: Tensor, values: Any, gvec: Any, scale: Any, extra: Tensor | None = None
     ) -> Attention:
-        """query: (B, A). keys, extra: (B, T, A). values: (B, T, D). gvec: A -> 1."""
+        """query: (B, A). keys, extra: (B, T, A). values: (B, T, D) or, with extra, None. gvec: A -> 1."""
         if not isinstance(scale, int | float):
             raise TypeError("a scaling that is no number")
-        if torch.is_grad_enabled() and gvec.bias is not None and gvec.bias.requires_grad:
-            query = query + 0.0 * gvec.bias
         v = gvec.weight.view(-1)
-        if extra is not None:
-            return additive_attention(query, keys, values, v, extra=extra, scale=scale, mask=self._allowed())
-        memory = self._memory(head, keys, values, prepare=True)
-        return additive_step(query, v if scale == 1 else scale * v, None, memory, True, None)
+        if scale != 1:
+            v = scale * v
+        if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
+            v = torch.add(v, gvec.bias, alpha=0)  # for its gradient, which is 0
+        if extra is None:
+            result = additive_step(query, v, None, self._memory(head, keys, values, prepare=True), True, None)
+        else:
+            result = additive_attention(query, keys, values, v, extra=extra, mask=self._steps().allowed)
+        return self._as_there(result, values)
+
+    def _dot(self, head: int, query: Tensor, keys: Tensor, values: Tensor) -> Attention:
+        """query: (B, A). keys: (B, T, A). values: (B, T, D)."""
+        result = dot_step(query.unsqueeze(1), self._memory(head, keys, values, prepare=False), True, None)
+        return self._as_there(Attention(result.context.squeeze(1), result.alignments.squeeze(1)), values)
 
     def _memory(self, head: int, keys: Tensor, values: Tensor, prepare: bool) -> Memory:
-        allowed = self._allowed()
-
         def make() -> Memory:
-            return Memory(keys, values, mask=allowed, prepared=prepare_keys(keys) if prepare else None)
+            prepared = prepare_keys(keys) if prepare and keeps(keys) else None
+            return Memory(keys, values, mask=self._steps().allowed, prepared=prepared)
 
-        return once(self, f"memory {head}", (keys, values, allowed), make)
+        return once(self, f"memory {head}", (keys, values, self.mask), make)
+
+    def _as_there(self, result: Attention, values: Tensor | None) -> Attention:
+        """In the dtypes of the original under autocast; NaN for an empty utterance of a mask that was not read."""
+        context, alignments = result
+        alignments = as_of_softmax(alignments)
+        if context is not None:
+            context = _as_product(context, alignments, values)
+        if not keeps(self.mask):
+            some = self._steps().allowed.any(1, keepdim=True)
+            alignments = alignments.where(some, torch.nan)
+            context = context if context is None else context.where(some, torch.nan)
+        return Attention(context, alignments)
 
 
 class _FusedSingle(_Fused):
@@ -104,7 +130,7 @@ class _FusedSingle(_Fused):
             self.pre_compute_enc_h = self.mlp_enc(self.enc_h)
 
     def _single(self, query: Tensor, scale: Any, extra: Tensor | None = None) -> Attention:
-        return self._step(0, query, self.pre_compute_enc_h, self.enc_h, self.gvec, scale, extra)
+        return self._additive(0, query, self.pre_compute_enc_h, self.enc_h, self.gvec, scale, extra)
 
 
 class _FusedLocation(_FusedSingle):
@@ -133,8 +159,7 @@ class FusedAttDot(_FusedSingle):
         if isinstance(state, Uncovered):
             return state
         query = scaling * torch.tanh(self.mlp_dec(state))
-        memory = self._memory(0, self.pre_compute_enc_h, self.enc_h, prepare=False)
-        return _step_of(dot_step(query.unsqueeze(1), memory, True, None))
+        return tuple(self._dot(0, query, self.pre_compute_enc_h, self.enc_h))
 
 
 @adapts(f"{_MODULE}:AttAdd", **_LIBRARY, sources=("4f7be4b3459e",))
@@ -244,7 +269,7 @@ class FusedAttLocRec(_FusedSingle):
             att_prev_states = (_uniform(enc_hs_len, enc_hs_pad.device, torch.float32), (zeros, zeros))
         previous, states = att_prev_states
         features = F.relu(self.loc_conv(previous.view(batch, 1, 1, self.h_length)))
-        states = self.att_lstm(features.amax(dim=3).view(batch, -1), states)
+        states = self.att_lstm(F.max_pool2d(features, (1, features.size(3))).view(batch, -1), states)
         context, alignments = self._single(self.mlp_dec(state) + states[0], scaling)
         return context, (alignments, states)
 
@@ -259,10 +284,11 @@ class _FusedForward(_FusedLocation):
     ) -> tuple[Tensor, Tensor]:
         """stay, move: probabilities, or 1, of the frame that was attended before and of the one after it."""
         keys, extra = self.pre_compute_enc_h, self._features(previous)
-        alignments = self._step(0, self.mlp_dec(state), keys, None, self.gvec, scaling, extra).alignments
+        alignments = self._additive(0, self.mlp_dec(state), keys, None, self.gvec, scaling, extra).alignments
         alignments = (stay * previous + move * F.pad(previous, (1, 0))[:, :-1]) * alignments
         alignments = F.normalize(torch.clamp(alignments, 1e-6), p=1, dim=1)  # which also gives padding a little
-        return torch.bmm(alignments.unsqueeze(1), self.enc_h).squeeze(1), alignments
+        context = torch.bmm(alignments.unsqueeze(1), self.enc_h).squeeze(1)
+        return _as_product(context, alignments, self.enc_h), alignments
 
     def _first(self, memory: Tensor) -> Tensor:
         first = memory.new_zeros(memory.shape[:2])
@@ -355,7 +381,7 @@ class _FusedHeads(_Fused):
 
     def _head(self, h: int, state: Tensor, scale: Any, extra: Tensor | None = None) -> Attention:
         query = self.mlp_q[h](state)
-        return self._step(h, query, self.pre_compute_k[h], self.pre_compute_v[h], self.gvec[h], scale, extra)
+        return self._additive(h, query, self.pre_compute_k[h], self.pre_compute_v[h], self.gvec[h], scale, extra)
 
 
 @adapts(f"{_MODULE}:AttMultiHeadDot", **_LIBRARY, sources=("add51694aeb4",))
@@ -372,8 +398,7 @@ class FusedAttMultiHeadDot(_FusedHeads):
         heads = []
         for h in range(self.aheads):
             query = self.scaling * torch.tanh(self.mlp_q[h](state))
-            memory = self._memory(h, self.pre_compute_k[h], self.pre_compute_v[h], prepare=False)
-            heads.append(_step_of(dot_step(query.unsqueeze(1), memory, True, None)))
+            heads.append(self._dot(h, query, self.pre_compute_k[h], self.pre_compute_v[h]))
         return self._join(heads)
 
 
@@ -428,18 +453,25 @@ def _because(begun: Any) -> Uncovered:
     return begun if isinstance(begun, Uncovered) else Uncovered("a score layer that is no plain nn.Linear")
 
 
-def _step_of(attention: Attention) -> tuple[Tensor, Tensor]:
-    """Without the axis of a single query."""
-    return attention.context.squeeze(1), attention.alignments.squeeze(1)
+def _as_product(context: Tensor, alignments: Tensor, values: Any) -> Tensor:
+    """The context in the dtype of alignments * values: under autocast that is not the dtype of a matrix product."""
+    return context.to(torch.promote_types(alignments.dtype, values.dtype))
+
+
+def _steps_of(mask: Tensor) -> _Steps:
+    allowed = ~mask
+    return _Steps(allowed if mask.any() else None, not allowed.any(1).all())
 
 
 def _padding(lengths: Any) -> Tensor:
     """(B, longest), True beyond each length."""
-    lengths = torch.as_tensor(lengths)
+    lengths = torch.as_tensor(lengths).long()  # floats are cut, as there
     return torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
 
 
 def _uniform(lengths: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(B, longest): 1 / length within each, 0 beyond."""
+    if not isinstance(lengths, list):
+        raise TypeError("lengths that are no list")
     within = (~_padding(lengths)).to(device=device, dtype=dtype)
-    return within / torch.as_tensor(lengths, device=device, dtype=dtype).unsqueeze(-1)
+    return within / torch.tensor(lengths, device=device, dtype=dtype).unsqueeze(-1)

@@ -186,6 +186,61 @@ def test_copies_and_back(name):
     assert type(module) is cls
 
 
+@types_
+def test_autocast(name):
+    """The dtypes of the original, and its numbers to the rounding of bfloat16; parameters get the same gradients."""
+    given = inputs(7)
+    module = make(name).float()
+    patched = copy.deepcopy(module)
+    report = patch(patched)
+    results = []
+    for one in (module, patched):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = decode(one, given["memory"].float(), given["states"].float(), given["lengths"])
+        outputs[0].float().square().sum().backward()
+        results.append(outputs + [parameter.grad for parameter in one.parameters() if parameter.grad is not None])
+    assert len(results[0]) == len(results[1])
+    for expected, got in zip(*results, strict=True):
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got, expected, atol=0.03 * scale, rtol=0.03)
+    assert report.fallbacks == []
+
+
+@types_
+def test_lengths(name):
+    """In a tensor, of which some classes have an error; floats, which are cut."""
+    given = inputs(8)
+    args = given["memory"].float(), given["states"].float()
+    module = make(name).float()
+    patched = copy.deepcopy(module)
+    patch(patched)
+    with torch.no_grad():
+        for lengths in ([9.0, 5.5, 2.9], torch.tensor([9, 5, 2])):
+            try:
+                expected = decode(module, *args, lengths)
+            except TypeError:
+                with pytest.raises(TypeError):
+                    decode(patched, *args, lengths)
+                continue
+            for a, b in zip(decode(patched, *args, lengths), expected, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@types_
+def test_one_batch_after_another(name):
+    """Other utterances after reset(): nothing of those before is used; with and without gradients in turn."""
+    module = make(name).float()
+    patched = copy.deepcopy(module)
+    report = patch(patched)
+    for seed in range(6):
+        given = inputs(20 + seed, batch=1 + seed % 3, steps=4 + seed)
+        args = given["memory"].float(), given["states"].float(), given["lengths"]
+        with torch.set_grad_enabled(seed % 2 == 0):
+            for a, b in zip(decode(patched, *args, 1), decode(module, *args, 1), strict=True):
+                torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+    assert report.fallbacks == []
+
+
 def test_every_attention_is_known():
     """All but NoAtt, which computes none, and the dynamic convolution GDCAttLoc."""
     known = {name for name in vars(attentions) if name.startswith(("Att", "GDC", "NoAtt"))}
