@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from attn_kernels import patch
-from attn_kernels.patches import fairseq
 from steps import compare, stand_in
 
 CLASSES = ("lstm", "berard")
@@ -54,23 +53,6 @@ class MLP(nn.Module):
 def library(monkeypatch):
     stand_in(monkeypatch, "fairseq.models.lstm:AttentionLayer", Layer)
     stand_in(monkeypatch, "fairseq.models.speech_to_text.berard:MLPAttention", MLP)
-    monkeypatch.setattr(fairseq, "_SMALL_DOT", 0)
-    monkeypatch.setattr(fairseq, "_SMALL_ADDITIVE", 0)
-
-
-def test_small_problems_are_the_originals(monkeypatch):
-    """And are not counted: there is nothing that the ops do not cover."""
-    monkeypatch.undo()
-    assert (fairseq._SMALL_DOT, fairseq._SMALL_ADDITIVE) == (1 << 16, 1 << 11)
-    stand_in(monkeypatch, "fairseq.models.lstm:AttentionLayer", Layer)
-    module = make("lstm")
-    query, memory = torch.randn(2, 5), torch.randn(7, 2, 6)
-    expected = module(query, memory, None)
-    report = patch(module)
-    monkeypatch.setattr(type(module), "attend", None)
-    for got, right in zip(module(query, memory, None), expected, strict=True):
-        assert torch.equal(got, right)
-    assert len(report.replaced) == 1 and report.fallbacks == []
 
 
 def make(cls, hidden=5, size=6):

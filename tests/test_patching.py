@@ -167,6 +167,19 @@ def test_what_the_ops_refuse_is_for_the_original() -> None:
         model.attention(torch.randn(B, 3), memory)
 
 
+def test_small_calls_are_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are not counted: nothing is missing in them."""
+    monkeypatch.setattr(patching, "_least_elements", lambda module: module.least_elements)
+    monkeypatch.setattr(FusedAdditive, "least_elements", B * T * SIZE)
+    model, (state, memory, mask) = Model(), inputs()
+    expected = model(state, memory[:, :-1], mask[:, :-1])
+    report = patch(model)
+    assert torch.equal(model(state, memory[:, :-1], mask[:, :-1]), expected)
+    assert FusedAdditive.calls == 0 and report.fallbacks == []
+    model(state, memory, mask)
+    assert FusedAdditive.calls == 1
+
+
 def test_patching_twice_changes_nothing() -> None:
     model = Model()
     first = patch(model)

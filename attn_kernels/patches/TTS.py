@@ -32,6 +32,7 @@ class FusedOriginalAttention(Fused):
     bias of ``v`` adds the same to all scores of a softmax: its gradient is 0. Padding that holds NaN is ignored.
     """
 
+    least_elements = 1 << 13  # as measured of ESPnet's AttLoc, which makes the same calls
     training: bool
     norm: str
     windowing: bool

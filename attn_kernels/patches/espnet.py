@@ -38,6 +38,7 @@ class _Steps(NamedTuple):
 class _Fused(Fused):
     """What the classes share: the state of a batch, and a step of one head."""
 
+    least_elements = 1 << 13  # measured: 0.6 to 0.8x at (1, 8, 16), 1.03 to 1.13x at (1, 50, 320)
     h_length: int | None
     enc_h: Tensor
     mask: Tensor | None
@@ -148,6 +149,8 @@ class _FusedLocation(_FusedSingle):
 @adapts(f"{_MODULE}:AttDot", **_LIBRARY, sources=("a0ae0b1b088d",))
 class FusedAttDot(_FusedSingle):
     """scores_j = tanh(mlp_dec(z)) . tanh(mlp_enc(h_j))."""
+
+    least_elements = 1 << 15  # measured: 0.7x at (1, 50, 320) without gradients, 1.5x at (16, 200, 320)
 
     def _project(self, memory: Tensor) -> None:
         if self.pre_compute_enc_h is None or self.han_mode:
@@ -354,6 +357,7 @@ class FusedAttForwardTA(_FusedForward):
 class _FusedHeads(_Fused):
     """Several heads, each with projections of its own; lists of them in ``pre_compute_k`` and ``pre_compute_v``."""
 
+    least_elements = 1 << 15  # measured: 0.84x at (1, 50, 320), 1.04 to 4x at (16, 200, 320)
     aheads: int
     scaling: float
     pre_compute_k: list[Tensor] | None

@@ -45,15 +45,7 @@ AttentionLayer = load("fairseq.models.lstm").AttentionLayer
 MLPAttention = load("fairseq.models.speech_to_text.berard").MLPAttention
 
 from attn_kernels import patch, unpatch
-from attn_kernels.patches import fairseq as adapters
 from steps import compare
-
-
-@pytest.fixture(autouse=True)
-def _small_problems_too(monkeypatch):
-    monkeypatch.setattr(adapters, "_SMALL_DOT", 0)
-    monkeypatch.setattr(adapters, "_SMALL_ADDITIVE", 0)
-
 
 CLASSES = ("lstm", "lstm with bias", "berard")
 WITH_PADDING = 1e-6  # tolerance of float64: with a padding mask the originals round their scores to float32
