@@ -232,7 +232,12 @@ def swap(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             for row in rows:
                 label = f"{row['times patched']:.1f}x"
                 axis.annotate(
-                    label, (row["T"], row["patched"]["ms"]), xytext=(0, -14), textcoords="offset points", fontsize=8
+                    label,
+                    (row["T"], row["patched"]["ms"]),
+                    xytext=(-8, 6),
+                    textcoords="offset points",
+                    ha="right",
+                    fontsize=8,
                 )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
