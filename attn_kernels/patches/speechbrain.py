@@ -22,7 +22,9 @@ _LIBRARY = {"library": "SpeechBrain", "versions": "1.1.2"}
 
 
 class _Fused(Fused):
-    least_elements = 1 << 13  # as measured of ESPnet's, which make the same calls
+    least_elements = (
+        1 << 15
+    )  # measured: 0.93x at (1, 30, 512), 1.0x at (1, 100, 512), 1.4x and more from (8, 100, 512) on
     mask: Tensor
 
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class FusedLocationAwareAttention(_FusedAdditive):
 class FusedKeyValueAttention(_Fused):
     """scores_j = query . key_j / sqrt(attn_dim): Vaswani et al., "Attention is all you need", 2017, section 3.2.1."""
 
-    least_elements = 1 << 15
+    least_elements = 1 << 16  # measured: 0.88x at (1, 100, 512), 1.13x at (8, 100, 512)
     keys: Tensor | None
     values: Tensor
     scaling: Tensor

@@ -32,7 +32,9 @@ class FusedAttention(Fused):
     NaN is ignored.
     """
 
-    least_elements = 1 << 13  # as measured of ESPnet's AttLoc, which makes the same calls
+    least_elements = (
+        1 << 15
+    )  # measured: 0.9x at (1, 30, 512), 1.0x at (1, 100, 512), 1.2x and more from (8, 100, 512) on
     query_layer: Any
     location_layer: Any
     v: Any
