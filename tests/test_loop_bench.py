@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from bench import loop
+for package in ("typer", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from bench import loop  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = [loop.EAGER, loop.STEPS, loop.LOOP]

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from bench import swap
+for package in ("typer", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from bench import swap  # noqa: E402
 
 
 def test_sentences_are_chosen_evenly() -> None:
