@@ -28,22 +28,22 @@ from torch.compiler import is_compiling
 
 from . import ops
 
-_BACKEND = "cpu"  # the only one with the backward ops of a query alone; on the others each step makes all gradients
 _FEW = 8  # queries; with more in one step its own backward is the many-query one
 # Bytes of keys and values. How many times as fast as a gradient from each step, over the backward of 20 to 50 steps of
-# one query on one thread, additive / dot: 0.9 / 0.9 at 80 KB, 1.0 / 1.0 at 200 KB, 1.2 / 1.5 at 400 KB, 3 / 4 at 13 MB.
-# Four steps gain; a single one takes longer.
+# one query on one thread of a CPU, additive / dot: 0.9 / 0.9 at 80 KB, 1.0 / 1.0 at 200 KB, 1.2 / 1.5 at 400 KB, 3 / 4
+# at 13 MB. Four steps gain; a single one takes longer.
 _LARGE = 1 << 18
 
 
 class _Step(NamedTuple):
-    """What a step leaves: its op, and the arguments of the backward of that.
+    """What a step leaves: its op, the backend, and the arguments of the backward of that.
 
     These are grad_context (B, Tq, D) or None, grad_alignments (B, Tq, Tk) or None, query (B, Tq, A), keys, values, what
     is particular to the op, memory_lengths, mask, and alignments (B, Tq, Tk).
     """
 
     op: str
+    backend: str
     arguments: tuple[Any, ...]
 
 
@@ -84,6 +84,7 @@ class Meeting:
 
     def additive_attention(
         self,
+        backend: str,
         query: Tensor,
         v: Tensor,
         bias: Tensor | None,
@@ -94,10 +95,11 @@ class Meeting:
     ) -> Any:
         """The op ``additive_attention`` on the memory, by ``ops.call``."""
         score = (v, bias, prepared)
-        return _AdditiveStep.apply(self, self.token, query, *score, memory_lengths, mask, need_alignments)
+        return _AdditiveStep.apply(self, self.token, backend, query, *score, memory_lengths, mask, need_alignments)
 
     def dot_attention(
         self,
+        backend: str,
         query: Tensor,
         scale: float,
         memory_lengths: Tensor | None,
@@ -105,7 +107,7 @@ class Meeting:
         need_alignments: bool,
     ) -> Any:
         """The op ``dot_attention`` on the memory, by ``ops.call``."""
-        return _DotStep.apply(self, self.token, query, scale, memory_lengths, mask, need_alignments)
+        return _DotStep.apply(self, self.token, backend, query, scale, memory_lengths, mask, need_alignments)
 
 
 def pays(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -124,7 +126,7 @@ def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
     queries may not have.
     """
     return (
-        backend == _BACKEND
+        backend in ops.BACKENDS  # the reference differentiates twice
         and not is_compiling()
         and torch.is_grad_enabled()
         and pays(query, keys, values)
@@ -168,7 +170,7 @@ class _Meeting(Function):
 
 def _score_alike(a: _Step, b: _Step) -> bool:
     """Whether two steps can be queries of one call. A v that is normalised in each step is equal, and not the same."""
-    return a.op == b.op and all(
+    return (a.op, a.backend) == (b.op, b.backend) and all(
         x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
         for x, y in zip(a.arguments[5:-3], b.arguments[5:-3], strict=True)
     )
@@ -182,7 +184,7 @@ def _memory_gradients(steps: list[_Step]) -> tuple[Tensor, Tensor]:
     grad_contexts, grad_alignments, queries, *_, alignments = zip(*(step.arguments for step in steps), strict=True)
     gradients = ops.call(
         f"{steps[0].op}_backward",
-        _BACKEND,
+        steps[0].backend,
         _join_gradients(grad_contexts, queries, values.shape[2]),
         _join_gradients(grad_alignments, queries, keys.shape[1]),
         torch.cat(queries, 1),
@@ -206,40 +208,41 @@ def _join_gradients(gradients: tuple[Tensor | None, ...], queries: tuple[Tensor,
 
 class _AdditiveStep(Function):
     @staticmethod
-    def forward(ctx, meeting, token, query, v, bias, prepared, memory_lengths, mask, need_alignments):
+    def forward(ctx, meeting, token, backend, query, v, bias, prepared, memory_lengths, mask, need_alignments):
         ctx.set_materialize_grads(False)
-        ctx.meeting = meeting
+        ctx.meeting, ctx.backend = meeting, backend
         arguments = (query, meeting.keys, meeting.values, v, bias, prepared, memory_lengths, mask)
-        context, alignments = ops.below_autograd("additive_attention", _BACKEND, (*arguments, True))
+        context, alignments = ops.below_autograd("additive_attention", backend, (*arguments, True))
         ctx.save_for_backward(*arguments, alignments)
         return (context, alignments) if need_alignments else context
 
     @staticmethod
     def backward(ctx, grad_context, grad_alignments=None):
         if grad_context is None and grad_alignments is None:
-            return (None,) * 9
+            return (None,) * 10
         arguments = (grad_context, grad_alignments, *ctx.saved_tensors)
-        ctx.meeting.leave(_Step("additive_attention", arguments))
-        dquery, dv, dbias = ops.call("additive_attention_query_backward", _BACKEND, *arguments)
-        return None, ctx.meeting.nothing, dquery, dv, dbias if ctx.needs_input_grad[4] else None, None, None, None, None
+        ctx.meeting.leave(_Step("additive_attention", ctx.backend, arguments))
+        dquery, dv, dbias = ops.call("additive_attention_query_backward", ctx.backend, *arguments)
+        dbias = dbias if ctx.needs_input_grad[5] else None
+        return None, ctx.meeting.nothing, None, dquery, dv, dbias, None, None, None, None
 
 
 class _DotStep(Function):
     @staticmethod
-    def forward(ctx, meeting, token, query, scale, memory_lengths, mask, need_alignments):
+    def forward(ctx, meeting, token, backend, query, scale, memory_lengths, mask, need_alignments):
         ctx.set_materialize_grads(False)
-        ctx.meeting, ctx.scale = meeting, scale
+        ctx.meeting, ctx.backend, ctx.scale = meeting, backend, scale
         tensors, masks = (query, meeting.keys, meeting.values), (memory_lengths, mask)
-        context, alignments = ops.below_autograd("dot_attention", _BACKEND, (*tensors, scale, *masks, True))
+        context, alignments = ops.below_autograd("dot_attention", backend, (*tensors, scale, *masks, True))
         ctx.save_for_backward(*tensors, *masks, alignments)
         return (context, alignments) if need_alignments else context
 
     @staticmethod
     def backward(ctx, grad_context, grad_alignments=None):
         if grad_context is None and grad_alignments is None:
-            return (None,) * 7
+            return (None,) * 8
         *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
         arguments = (grad_context, grad_alignments, *tensors, ctx.scale, memory_lengths, mask, alignments)
-        ctx.meeting.leave(_Step("dot_attention", arguments))
-        dquery = ops.call("dot_attention_query_backward", _BACKEND, *arguments)
-        return None, ctx.meeting.nothing, dquery, None, None, None, None
+        ctx.meeting.leave(_Step("dot_attention", ctx.backend, arguments))
+        dquery = ops.call("dot_attention_query_backward", ctx.backend, *arguments)
+        return None, ctx.meeting.nothing, None, dquery, None, None, None, None

@@ -143,7 +143,7 @@ def _additive_attention(
         if q.dim() == 2:
             q = q.unsqueeze(1)
         if meeting is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
-            result = meeting().additive_attention(q, w, b, prepared, memory_lengths, mask, need_weights)
+            result = meeting().additive_attention(chosen, q, w, b, prepared, memory_lengths, mask, need_weights)
         else:
             result = ops.call("additive_attention", chosen, q, k, x, w, b, prepared, memory_lengths, mask, need_weights)
         return _as_attention(result, query.dim(), need_weights)
@@ -287,7 +287,7 @@ def _dot_attention(
         if q.dim() == 2:
             q = q.unsqueeze(1)
         if meeting is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
-            result = meeting().dot_attention(q, scale, memory_lengths, mask, need_weights)
+            result = meeting().dot_attention(chosen, q, scale, memory_lengths, mask, need_weights)
         else:
             result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
         return _as_attention(result, query.dim(), need_weights)

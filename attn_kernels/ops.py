@@ -33,10 +33,9 @@ def _define(
     schema: str,
     fake: Callable[..., Any],
     differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
-    backends: Sequence[str] = BACKENDS,
 ) -> None:
     """``differentiable``: the rule of autograd for a backend; None where results are constants."""
-    for backend in backends:
+    for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
@@ -239,7 +238,6 @@ _define(
     "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
     _additive_attention_query_backward_fake,
     _refuse_second_derivative("additive_attention_query_backward"),
-    backends=("cpu",),
 )
 _define(
     "additive_attention",
@@ -308,7 +306,6 @@ _define(
     "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> Tensor",
     _dot_attention_query_backward_fake,
     _refuse_second_derivative("dot_attention_query_backward"),
-    backends=("cpu",),
 )
 _define(
     "dot_attention",

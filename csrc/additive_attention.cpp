@@ -115,7 +115,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dquery, dkeys, dvalues, dv, dbias};
 }
 
-#if !defined(ATTN_CUDA)
 // attention_backward without dkeys and dvalues.
 std::tuple<Tensor, Tensor, Tensor> query_backward(std::optional<Tensor> grad_context,
                                                   std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
@@ -141,7 +140,6 @@ std::tuple<Tensor, Tensor, Tensor> query_backward(std::optional<Tensor> grad_con
   }
   return {dquery, dv, dbias};
 }
-#endif
 
 }  // namespace
 }  // namespace attn
@@ -152,7 +150,5 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("additive_scores_backward"), TORCH_BOX(&attn::scores_backward));
   m.impl(ATTN_OVERLOAD("additive_attention"), TORCH_BOX(&attn::attention));
   m.impl(ATTN_OVERLOAD("additive_attention_backward"), TORCH_BOX(&attn::attention_backward));
-#if !defined(ATTN_CUDA)
   m.impl(ATTN_OVERLOAD("additive_attention_query_backward"), TORCH_BOX(&attn::query_backward));
-#endif
 }

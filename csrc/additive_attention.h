@@ -63,7 +63,7 @@ struct AdditiveAttentionBackward : AdditiveScores {
   Array3 grad_context;     // (B, Tq, D) or absent
   Array3 grad_alignments;  // (B, Tq, Tk) or absent
   void* dquery;            // (B, Tq, A) contiguous
-  void* dkeys;             // (B, Tk, A) contiguous; on the CPU it and dvalues may both be null
+  void* dkeys;             // (B, Tk, A) contiguous; it and dvalues may both be null
   void* dvalues;           // (B, Tk, D) contiguous
   void* dv;                // (A,)
   void* dbias;             // (A,), or null

@@ -59,7 +59,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(std::optional<Tensor> grad
   return {dquery, dkeys, dvalues};
 }
 
-#if !defined(ATTN_CUDA)
 // attention_backward without dkeys and dvalues.
 Tensor query_backward(std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query,
                       Tensor keys, Tensor values, double scale, std::optional<Tensor> memory_lengths,
@@ -78,7 +77,6 @@ Tensor query_backward(std::optional<Tensor> grad_context, std::optional<Tensor> 
   }
   return dquery;
 }
-#endif
 
 }  // namespace
 }  // namespace attn
@@ -86,7 +84,5 @@ Tensor query_backward(std::optional<Tensor> grad_context, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("dot_attention"), TORCH_BOX(&attn::attention));
   m.impl(ATTN_OVERLOAD("dot_attention_backward"), TORCH_BOX(&attn::attention_backward));
-#if !defined(ATTN_CUDA)
   m.impl(ATTN_OVERLOAD("dot_attention_query_backward"), TORCH_BOX(&attn::query_backward));
-#endif
 }

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attn_kernels import BahdanauAttention, Memory, deferred
 from attn_kernels.ops import kernel
 from conftest import available
-from matrix import CASES, OPS, Case, Op, make
+from matrix import CASES, OPS, Case, Op, device_of, is_slow, make
 from test_modules import MASKS, MECHANISMS, TK, B, M, Q
 
 STEPS = 4
@@ -610,14 +610,13 @@ def test_autocast_makes_gradients_step_by_step(passes: list[int]) -> None:
     assert world.outputs.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
-def test_other_backends_make_gradients_step_by_step(backend: str, passes: list[int]) -> None:
-    available(backend)
-    worlds = World("bahdanau", backend, torch.float32), World("bahdanau", "reference")
+@pytest.mark.parametrize("mechanism", ["bahdanau", "luong-general"])
+def test_every_backend(mechanism: str, backend: str, passes: list[int]) -> None:
+    worlds = World(mechanism, backend, torch.float32), World(mechanism, "reference")
     for world in worlds:
         sum(world.losses(world.decode())).backward()
     assert_same(worlds[0].grads(), worlds[1].grads(), 2e-5)
-    assert not passes
+    assert passes == ([] if backend == "reference" else [STEPS])  # the reference differentiates twice
 
 
 def test_small_memories_and_steps_without_gradients(monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
@@ -671,9 +670,11 @@ def test_nothing_is_kept() -> None:
 masked = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 
 
-def query_backward_arguments(op: Op, case: Case, dtype: torch.dtype, prepare: bool) -> list[tuple[Any, ...]]:
+def query_backward_arguments(
+    op: Op, case: Case, dtype: torch.dtype, prepare: bool, backend: str
+) -> list[tuple[Any, ...]]:
     """With gradients of both outputs, of the context and of the alignments."""
-    made = make(op, case, dtype, "cpu")
+    made = make(op, case, dtype, device_of(backend))
     tensors = list(made.tensors.values())
     if tensors[0].dim() == 2:
         tensors[0] = tensors[0][:, None]
@@ -681,7 +682,7 @@ def query_backward_arguments(op: Op, case: Case, dtype: torch.dtype, prepare: bo
     if op.name == "additive_attention":
         score.append(kernel("additive_prepare", "cpu")(tensors[1]) if prepare else None)
     arguments = [*tensors[:3], *score, *op.options.values(), *(made.masks.get(m) for m in ("memory_lengths", "mask"))]
-    _, alignments = kernel(op.name, "cpu")(*arguments, True)
+    _, alignments = kernel(op.name, backend)(*arguments, True)
     context, weights = (g[:, None] if g.dim() == 2 else g for g in made.grads.values())
     return [(*grads, *arguments, alignments) for grads in ((context, weights), (context, None), (None, weights))]
 
@@ -690,14 +691,16 @@ def query_backward_arguments(op: Op, case: Case, dtype: torch.dtype, prepare: bo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @masked
-def test_gradients_of_query_alone(op: Op, compiled: str, case: Case, dtype: torch.dtype) -> None:
+def test_gradients_of_query_alone(op: Op, fused: str, case: Case, dtype: torch.dtype) -> None:
     """Those of the whole backward, but for the order of sums."""
     if len(case.receives) < 2:
         pytest.skip("outputs without a gradient are part of every case here")
-    prepare = op.name == "additive_attention" and dtype != torch.float64
-    for arguments in query_backward_arguments(op, case, dtype, prepare):
-        got = kernel(f"{op.name}_query_backward", compiled)(*arguments)
-        whole = kernel(f"{op.name}_backward", compiled)(*arguments)
+    if is_slow(fused) and (dtype != torch.float32 or case.B > 16 or case.pairs > 12_000):
+        pytest.skip("the small cases are enough for Triton's interpreter")
+    prepare = fused == "cpu" and op.name == "additive_attention" and dtype != torch.float64
+    for arguments in query_backward_arguments(op, case, dtype, prepare, fused):
+        got = kernel(f"{op.name}_query_backward", fused)(*arguments)
+        whole = kernel(f"{op.name}_backward", fused)(*arguments)
         names = ("query", "v", "bias") if isinstance(got, tuple) else ("query",)
         got = got if isinstance(got, tuple) else (got,)
         expected = (whole[0], *whole[3:])
@@ -710,7 +713,6 @@ def test_gradients_of_query_alone(op: Op, compiled: str, case: Case, dtype: torc
 
 @pytest.mark.parametrize("case", [Case(B=3, Tq=3, Tk=5, A=4, D=3, lengths="random", mask="steps"), CASES["B = 0"]])
 @masked
-def test_opcheck(op: Op, case: Case) -> None:
-    available("cpu")
-    for arguments in query_backward_arguments(op, case, torch.float32, prepare=True):
-        torch.library.opcheck(kernel(f"{op.name}_query_backward", "cpu"), arguments)
+def test_opcheck(op: Op, case: Case, fused: str) -> None:
+    for arguments in query_backward_arguments(op, case, torch.float32, fused == "cpu", fused):
+        torch.library.opcheck(kernel(f"{op.name}_query_backward", fused), arguments)

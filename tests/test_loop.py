@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Seq2Seq, loop_cells
 from attn_kernels.seq2seq.model import ATTENTIONS
+from matrix import device_of
 
 B, S, T = 4, 9, 7
 SOURCE, TARGET, HIDDEN = 11, 13, 6
@@ -41,7 +42,7 @@ def batch(steps: int = T, source: int = S) -> tuple[Tensor, Tensor, Tensor]:
 
 def weighted(x: Tensor) -> Tensor:
     """A sum in which every element has another weight."""
-    return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum()
+    return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum()
 
 
 def run(model: Seq2Seq, data: tuple[Tensor, ...], loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor | None]:
@@ -76,6 +77,13 @@ def assert_same(made: dict[str, Seq2Seq], data: tuple[Tensor, ...], loss: str = 
 @attentions
 def test_results_and_gradients(attention: str, cell: str, num_layers: int, backend: str | None) -> None:
     assert_same(models(attention=attention, cell=cell, num_layers=num_layers, backend=backend), batch())
+
+
+@attentions
+def test_every_backend(attention: str, fused: str) -> None:
+    device = device_of(fused)
+    made = {name: model.to(device) for name, model in models(attention=attention, backend=fused).items()}
+    assert_same(made, tuple(tensor.to(device) for tensor in batch()))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -238,6 +238,9 @@ def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGE
         additive.additive_attention_backward(
             *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments
         )
+        additive.additive_attention_query_backward(
+            *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments
+        )
     elif op == "scores":
         additive.additive_scores(query, keys, v, bias)
         additive.additive_scores_backward(alignments, query, keys, v, bias)

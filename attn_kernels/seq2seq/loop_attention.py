@@ -60,9 +60,7 @@ class SequenceAttention:
         step = slice(t, t + 1)
         dalignments = None if dalignments is None else dalignments[:, step]
         query, alignments = self.queries[step].transpose(0, 1), self.alignments[:, step]
-        # Only the CPU has an op for the gradient of the query alone.
-        op = f"{self.op}_query_backward" if self.backend == "cpu" else f"{self.op}_backward"
-        dquery = self._backward(op, dcontext.unsqueeze(1), dalignments, query, alignments)
+        dquery = self._backward(f"{self.op}_query_backward", dcontext.unsqueeze(1), dalignments, query, alignments)
         self.dqueries[t] = (dquery if isinstance(dquery, Tensor) else dquery[0]).squeeze(1)
         return self._state_gradient(t)
 

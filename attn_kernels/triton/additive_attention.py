@@ -66,12 +66,31 @@ def additive_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys, values, v and bias."""
     dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask)
+    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask, True)
     if grad_context is None:
         dvalues = values.new_zeros(values.shape)
     else:
         dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
     return dquery, dkeys, dvalues, dv, dbias
+
+
+def additive_attention_query_backward(
+    grad_context: Tensor | None,
+    grad_alignments: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    prepared: None,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    alignments: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """additive_attention_backward without the gradients of keys and values."""
+    dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
+    dquery, _, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask, False)
+    return dquery, dv, dbias
 
 
 def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,7 +106,7 @@ def additive_scores_backward(
     filler = dscores.as_strided((query.shape[0], dscores.stride(2), keys.shape[1]), dscores.stride())
     filler.zero_()
     dscores.copy_(grad_scores)
-    return _scores_backward(dscores, query, keys, v, bias, None, None)
+    return _scores_backward(dscores, query, keys, v, bias, None, None, True)
 
 
 def _scores(
@@ -164,21 +183,26 @@ def _scores_backward(
     bias: Tensor | None,
     memory_lengths: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias."""
+    of_keys: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
+
+    None for that of the keys without ``of_keys``.
+    """
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     dtype, wide = query.dtype, accumulator(query.dtype)
     if B * Tq * Tk * A == 0:
         dbias = v.new_zeros(v.shape if bias is not None else (0,))
-        return query.new_zeros(query.shape), keys.new_zeros(keys.shape), v.new_zeros(v.shape), dbias
+        dkeys = keys.new_zeros(keys.shape) if of_keys else None
+        return query.new_zeros(query.shape), dkeys, v.new_zeros(v.shape), dbias
     block_q, block_k, block_a, warps = _backward_tile(query)
     blocks = triton.cdiv(Tq, block_q)
     blocks_per_split, splits_q, steps_per_split, splits_k = _backward_splits(
         B * triton.cdiv(A, block_a), blocks, Tk, block_k
     )
     dquery = query.new_empty((splits_k, B, Tq, A), dtype=dtype if splits_k == 1 else wide)
-    dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide)
+    dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide) if of_keys else None
     sum_p = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
     dbias = torch.empty_like(sum_p)
     launch(
@@ -209,7 +233,7 @@ def _scores_backward(
     sum_ds = dscores.sum(1).sum()  # rows first: the sum of everything at once loses more in float32
     dv = (sum_ds - 2.0 * sum_p.view(-1, A).sum(0)).to(dtype)
     dbias = dbias.view(-1, A).sum(0).to(dtype) if bias is not None else v.new_empty((0,))
-    return sum_splits(dquery, dtype), sum_splits(dkeys, dtype), dv, dbias
+    return sum_splits(dquery, dtype), None if dkeys is None else sum_splits(dkeys, dtype), dv, dbias
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------

@@ -31,8 +31,8 @@ def _walk_steps(
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
-    Writes dkeys, and adds it to what is there for the first ``added`` units; returns the sums of g (Q, A) and p (A,).
-    Pointers are to the first element of the row of the batch.
+    Writes dkeys, if it is wanted, and adds it to what is there for the first ``added`` units; returns the sums of
+    g (Q, A) and p (A,). Pointers are to the first element of the row of the batch.
     """
     if FACTORED:
         eq = exp2x(q) * exp2x(shift)[None, :]
@@ -41,7 +41,8 @@ def _walk_steps(
     lost_p = tl.zeros([q.shape[1]], dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     keys += first[:, None] * stride_kk + u[None, :] * stride_ka
-    dkeys += first[:, None] * A + u[None, :]
+    if dkeys is not None:
+        dkeys += first[:, None] * A + u[None, :]
     dscores += i[:, None] + first[None, :] * padded_q
     for start in range(begin, end, BLOCK_K):
         if BLOCK_K == 1:  # then every step of the loop exists
@@ -67,11 +68,12 @@ def _walk_steps(
         new_sum_p = sum_p + term
         lost_p = (new_sum_p - sum_p) - term
         sum_p = new_sum_p
-        gradient = times_4v(tl.sum(g, axis=0), v4, MASKED)
-        gradient += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
-        tl.store(dkeys, gradient, mask=in_keys)
+        if dkeys is not None:
+            gradient = times_4v(tl.sum(g, axis=0), v4, MASKED)
+            gradient += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
+            tl.store(dkeys, gradient, mask=in_keys)
+            dkeys += tl.cast(A, tl.int64) * BLOCK_K
         keys += tl.cast(stride_kk, tl.int64) * BLOCK_K
-        dkeys += tl.cast(A, tl.int64) * BLOCK_K
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
     return sum_g, sum_p
 
@@ -79,7 +81,7 @@ def _walk_steps(
 @kernel
 def backward_kernel(
     dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart
-    dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart
+    dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart; or None
     sum_p,  # (B, splits_q, splits_k, A), contiguous
     dbias,  # (B, splits_q, splits_k, A), contiguous
     dscores,  # (B, Tk, padded_q), contiguous, 0 where not attended
@@ -139,7 +141,8 @@ def backward_kernel(
     keys += b * stride_kb
     dscores += b * Tk * padded_q
     dquery += (split_k.to(tl.int64) * B + b) * Tq * A + u[None, :]
-    dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
+    if dkeys is not None:
+        dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
     if mask is not None:
         mask += b * stride_mb
     all_p = tl.zeros([BLOCK_A], dtype=wide)
@@ -194,7 +197,8 @@ def backward_kernel(
     parts = ((b * splits_q + split_q) * splits_k + split_k) * A + u
     tl.store(sum_p + parts, all_p, mask=u < A)
     tl.store(dbias + parts, all_dquery, mask=u < A)
-    for start in range(tl.maximum(begin, length), end, BLOCK_K):
-        j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        in_keys = (j[:, None] < end) & (u[None, :] < A)
-        tl.store(dkeys + j[:, None] * A + u[None, :], tl.zeros([BLOCK_K, BLOCK_A], dtype=wide), mask=in_keys)
+    if dkeys is not None:
+        for start in range(tl.maximum(begin, length), end, BLOCK_K):
+            j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+            in_keys = (j[:, None] < end) & (u[None, :] < A)
+            tl.store(dkeys + j[:, None] * A + u[None, :], tl.zeros([BLOCK_K, BLOCK_A], dtype=wide), mask=in_keys)

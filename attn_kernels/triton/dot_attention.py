@@ -45,3 +45,19 @@ def dot_attention_backward(
     else:
         dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
     return dquery, dkeys, dvalues
+
+
+def dot_attention_query_backward(
+    grad_context: Tensor | None,
+    grad_alignments: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    alignments: Tensor,
+) -> Tensor:
+    """dot_attention_backward without the gradients of keys and values."""
+    dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
+    return weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)

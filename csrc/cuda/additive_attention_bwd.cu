@@ -39,7 +39,7 @@ struct Backward {
   BackwardTile tile;
   const W* dscores;  // (B, Tq, Tk) contiguous, 0 where not attended
   void* dquery;      // (parts_k, B, Tq, A) contiguous
-  void* dkeys;       // (parts_q, B, Tk, A) contiguous
+  void* dkeys;       // (parts_q, B, Tk, A) contiguous, or null
   Dtype dquery_dtype, dkeys_dtype;
   W* dunits;  // (B, parts_q, parts_k, 2, A): parts of dv and dbias
 };
@@ -235,6 +235,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
     }
     __syncthreads();
 
+    if (a.dkeys == nullptr) continue;
     for (int n = threadIdx.x; n < s.rows * kBlockUnits; n += blockDim.x) {
       const int j = j0 + n / kBlockUnits, u = first_unit + n % kBlockUnits;
       if (j >= end || u >= op.A) continue;
@@ -244,7 +245,8 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_minus_v(sum, v));
     }
   }
-  for (int j = (begin > length ? begin : length) + warp; j < part_end; j += warps)
+  const int padding = a.dkeys == nullptr ? part_end : begin > length ? begin : length;
+  for (int j = padding + warp; j < part_end; j += warps)
 #pragma unroll
     for (int n = 0; n < kLaneUnits; ++n) {
       const int u = first_unit + n * kWarp + lane;
@@ -333,12 +335,12 @@ void launch_backward(const AdditiveScores& op, const Attended& attended, const v
   a.dquery_dtype = tile.parts_k > 1 ? wide : dtype;
   a.dkeys_dtype = tile.parts_q > 1 ? wide : dtype;
   a.dquery = tile.parts_k > 1 ? scratch<W>(tile.parts_k * n_query) : dquery;
-  a.dkeys = tile.parts_q > 1 ? scratch<W>(tile.parts_q * n_keys) : dkeys;
+  a.dkeys = dkeys != nullptr && tile.parts_q > 1 ? scratch<W>(tile.parts_q * n_keys) : dkeys;
   a.dunits = scratch<W>(parts * 2 * op.A);
   launch(scores_backward_kernel<W, kQ>,
          {parts * ceil_div(op.A, kBlockUnits), tile.warps_q * tile.warps_k * kWarp, Chunk<W>::bytes(tile, kQ)}, a);
   if (tile.parts_k > 1) sum_parts(static_cast<W*>(a.dquery), tile.parts_k, n_query, dquery, n_query, nullptr, dtype);
-  if (tile.parts_q > 1) sum_parts(static_cast<W*>(a.dkeys), tile.parts_q, n_keys, dkeys, n_keys, nullptr, dtype);
+  if (a.dkeys != dkeys) sum_parts(static_cast<W*>(a.dkeys), tile.parts_q, n_keys, dkeys, n_keys, nullptr, dtype);
   // Without a bias, the second half of the columns of each part is left out.
   sum_parts(a.dunits, parts, 2 * op.A, dv, op.A, dbias, dtype);
 }

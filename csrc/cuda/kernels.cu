@@ -71,9 +71,10 @@ void additive_forward(const AdditiveAttentionForward& op) {
   attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
 }
 
-// dvalues = alignments^T @ grad_context
+// dvalues = alignments^T @ grad_context, where it is wanted
 template <class Op>
 void values_backward(const Op& op) {
+  if (op.dvalues == nullptr) return;
   if (!op.grad_context) return clear(op.dvalues, op.B * op.Tk * op.D * item_size(op.query.dtype));
   weighted_sum({op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, 1.0, op.attended, true, op.dvalues});
 }
@@ -99,7 +100,8 @@ void dot_backward(const DotAttentionBackward& op) {
       {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
   const Array3 weights = wide_array(dscores, op.Tq, op.Tk, op.query.dtype);
   weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.keys, op.scale, op.attended, false, op.dquery});
-  weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.query, op.scale, op.attended, true, op.dkeys});
+  if (op.dkeys != nullptr)
+    weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.query, op.scale, op.attended, true, op.dkeys});
   values_backward(op);
 }
 
