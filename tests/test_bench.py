@@ -351,6 +351,28 @@ def test_model_benchmark_and_its_files(tmp_path: Path) -> None:
         torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)), atol=1e-2, rtol=0)
 
 
+def test_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {0: (0.30, 0.31), 1: (0.34, 0.33), 2: (0.32, 0.31)}
+
+    def benchmark(config: g2p.Config, *, output: Path, words: int) -> tuple[list[Path], dict[str, object]]:
+        assert output == tmp_path / f"seed-{config.seed}" and words == 7
+        rates = {
+            name: {"PER": wer / 4, "WER": wer}
+            for name, wer in zip((g2p.FUSED, g2p.REFERENCE), wrong[config.seed], strict=True)
+        }
+        evaluation = {"models": rates, "words": words}
+        training = {"agreement of the losses": g2p.Agreement(0.0, 0.1, 0.2, 0.3)._asdict()}
+        return [], {"settings": {"seed": config.seed}, "machine": {}, "evaluation": evaluation, "training": training}
+
+    monkeypatch.setattr(g2p, "benchmark", benchmark)
+    (path,), result = g2p.benchmark_seeds(g2p.Config(), 3, tmp_path, words=7)
+    assert json.loads(path.read_text()) == {"schema": files.SCHEMA, **result}
+    assert [(row["fused"]["WER"], row["reference"]["WER"]) for row in result["seeds"]] == list(wrong.values())
+    assert result["settings"]["seed"] == [0, 1, 2] and result["seeds"][0]["all_steps"] == 0.1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Mean WER 32.00% and 31.67%; one kind of model differs by up to 4.00% from seed to seed." in printed
+
+
 # Files and command lines ----------------------------------------------------------------------------------------------
 
 
@@ -389,6 +411,7 @@ def test_help(part: str) -> None:
         ("ops", ["--device", "nowhere"], "nowhere"),
         ("g2p", ["compare", "--resume"], "--resume needs --checkpoint"),
         ("g2p", ["compare", "--word", "Zürich"], "lower-case letters"),
+        ("g2p", ["compare", "--seeds", "2", "--only", "fused"], "neither with --only nor"),
     ],
 )
 def test_errors_of_the_command_line(part: str, arguments: list[str], message: str) -> None:
