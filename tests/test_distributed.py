@@ -575,8 +575,8 @@ def test_example_of_the_readme(tmp_path: Path) -> None:
         r"^```py\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
     assert len(blocks) == 2
-    # Without the interpreter's end: there PyTorch aborts now and then when it takes down Gloo under DDP, as it does with a
-    # model of two Linear layers and nothing of this package ("terminate called without an active exception").
+    # Without the interpreter's end: there PyTorch aborts now and then when it takes down Gloo under DDP, as it does
+    # with two Linear layers and nothing of this package ("terminate called without an active exception").
     blocks.append("import sys\nsys.stdout.flush()\nos._exit(0)\n")
     (tmp_path / "train.py").write_text("\n".join(blocks), encoding="utf-8")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
