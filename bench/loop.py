@@ -124,7 +124,7 @@ def largest_error(ways: list[Way], data: tuple[Tensor, Tensor, Tensor]) -> dict[
 # The time of a call by what it is spent on: names of PyTorch's operators.
 _ENCODER = ("aten::mkldnn_rnn", "aten::_cudnn_rnn", "aten::_thnn")
 _ATTENTION = ("attn_kernels::", "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::mv", "aten::masked_fill")
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::")
 
 
 def shares(call: Callable[[], object]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels.seq2seq import loop_cells
+import attn_kernels  # noqa: F401 (registers the ops)
 
 pytestmark = pytest.mark.every_level
 SIZES = ((1, 1), (3, 5), (2, 16), (4, 33), (0, 4), (2, 0), (70, 300))
@@ -73,17 +73,3 @@ def test_refusals(compiled: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.attn_kernels.lstm_step.cpu(*good[:place], bad, *good[place + 1 :])
-
-
-def test_products_of_both_kinds() -> None:
-    """A weight in oneDNN's form, or not: the same product, of rows that lie apart, too."""
-    weight, base, x = torch.randn(1024, 512), torch.randn(8, 1024), torch.randn(8, 700)[:, 100:612]
-    plain, packed = loop_cells.Product(weight, 8, 1), loop_cells.Product(weight, 8, 20)
-    transposed = loop_cells.Product(weight.t().contiguous().t(), 8, 20)
-    assert plain.packed is None
-    if not loop_cells._has_packed_products():
-        pytest.skip("this PyTorch has no packed products")
-    for other in (packed, transposed):
-        assert other.packed is not None
-        torch.testing.assert_close(other(x), plain(x), atol=1e-3, rtol=0)
-        torch.testing.assert_close(other.add_to(base.clone(), x), plain.add_to(base.clone(), x), atol=1e-3, rtol=0)

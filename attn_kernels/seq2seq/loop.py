@@ -20,6 +20,7 @@ from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .loop_attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
 from .loop_cells import GRULayer, LSTMLayer
+from .products import Product, linear
 
 if TYPE_CHECKING:
     from .decoder import AttentionModule, Decoder, DecoderState
@@ -135,7 +136,7 @@ class _Sequence:
             weight_x, weight_h, bias_x, bias_h = weights[4 * n : 4 * n + 4]
             if n == 0:
                 self.embedded_weight, weight_x = weight_x[:, : self.read], weight_x[:, self.read :]
-                base = torch.addmm(bias_x, self.embedded.flatten(0, 1), self.embedded_weight.t())
+                base = linear(self.embedded.flatten(0, 1), self.embedded_weight, bias_x)
                 base = base.unflatten(0, (self.steps, batch))
             else:
                 base = bias_x.expand(self.steps, batch, -1).clone()
@@ -159,7 +160,7 @@ class _Sequence:
 
     def run(self) -> None:
         *below, top = self.factors
-        weight = self.inputs.attentional_weight.t()
+        attentional_product = Product(self.inputs.attentional_weight, self.joined.shape[1], self.steps)
         for t in range(self.steps):
             joined = self.joined[t]
             context, last = joined[:, : -self.size], joined[:, -self.size :]
@@ -168,14 +169,15 @@ class _Sequence:
                 _drop(state, factor, t, layer.x(t))
                 state = layer.step(t, last if n == len(self.layers) else None)
             context.copy_(self.attention.step(t, state))
-            attentional = torch.mm(joined, weight, out=self.attentional[t]).tanh_()
+            attentional = torch.tanh(attentional_product(joined), out=self.attentional[t])
             _drop(attentional, top, t, self.layers[0].x(t + 1))
 
     def take_out(self) -> dict[tuple[object, str], Tensor]:
         """All tensors that this object and its parts hold, by owner and name: autograd keeps them till the backward."""
-        for layer in self.layers:
-            vars(layer).pop("product", None)  # the backward has one of its own
         parts: tuple[object, ...] = (self, *self.layers, self.attention)
+        for part in parts:  # the backward has products of its own
+            for name in [name for name, x in vars(part).items() if isinstance(x, Product)]:
+                delattr(part, name)
         tensors = {(part, name): x for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)}
         for part, name in tensors:
             delattr(part, name)
@@ -193,6 +195,7 @@ class _Sequence:
             layer.start_backward()
         self.attention.start_backward()
         dattentional = torch.empty_like(self.attentional)  # before the tanh
+        attentional_product = Product(inputs.attentional_weight.t(), inputs.feed.shape[0], self.steps)
         dfeed = torch.zeros_like(inputs.feed)
         dstates = [torch.zeros_like(inputs.feed) for _ in self.layers]  # of the states after the step
         for t in reversed(range(self.steps)):
@@ -201,7 +204,7 @@ class _Sequence:
             if top is not None:
                 dfeed = dfeed * top[t]
             torch.ops.aten.tanh_backward.grad_input(dfeed, self.attentional[t], grad_input=dattentional[t])
-            djoined = dattentional[t] @ inputs.attentional_weight
+            djoined = attentional_product(dattentional[t])
             dstates[-1] = dstates[-1] + djoined[:, -self.size :]
             dstates[-1] += self.attention.step_back(t, djoined[:, : -self.size], grad_alignments)
             for n in reversed(range(len(self.layers))):
@@ -213,11 +216,11 @@ class _Sequence:
         dkeys, dvalues, dquery_weight, *rest = self.attention.gradients(
             self.joined[:, :, -self.size :], grad_alignments
         )
-        dattentional_weight = dattentional.flatten(0, 1).t() @ joined
+        dattentional_weight = linear(dattentional.flatten(0, 1).t(), joined.t())
         dgates = self.layers[0].dgates.flatten(0, 1)
         weights = [gradient for layer in self.layers for gradient in layer.weight_gradients()]
-        weights[0] = torch.cat([dgates.t() @ self.embedded.flatten(0, 1), weights[0]], dim=1)
-        dembedded = (dgates @ self.embedded_weight).unflatten(0, (self.steps, batch)).transpose(0, 1)
+        weights[0] = torch.cat([linear(dgates.t(), self.embedded.flatten(0, 1).t()), weights[0]], dim=1)
+        dembedded = linear(dgates, self.embedded_weight.t()).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
         dinputs = [dembedded, dfeed, dkeys, dvalues, dquery_weight, *rest, dattentional_weight]
         return [*dinputs, *(None for _ in self.factors), *dstates, *dcells, *weights]

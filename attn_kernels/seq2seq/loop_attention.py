@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..memory import Memory
+from .products import Product, linear
 
 
 class SequenceAttention:
@@ -25,6 +26,7 @@ class SequenceAttention:
     op = "dot_attention"
     function: Callable[..., reference.Attention] = staticmethod(reference.dot_attention)
 
+    query_product: Product | None  # with query_weight in the forward, with its transpose in the backward
     dqueries: Tensor  # (T, B, A)  of the backward that runs
     dcontexts: Tensor  # (B, T, D)
 
@@ -35,6 +37,7 @@ class SequenceAttention:
         batch, source, units = memory.keys.shape
         self.queries = memory.keys.new_empty(steps, batch, units)  # as they are scored
         self.alignments = memory.keys.new_empty(batch, steps, source)
+        self.query_product = None if query_weight is None else Product(query_weight, batch, steps)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, D)."""
@@ -51,6 +54,8 @@ class SequenceAttention:
         return context.squeeze(1)
 
     def start_backward(self) -> None:
+        weight, (steps, batch, _) = self.query_weight, self.queries.shape
+        self.query_product = None if weight is None else Product(weight.t(), batch, steps)
         self.dqueries = torch.empty_like(self.queries)
         self.dcontexts = self.memory.values.new_empty(*self.alignments.shape[:2], self.memory.values.shape[2])
 
@@ -72,7 +77,7 @@ class SequenceAttention:
         )
         dweight = None
         if self.query_weight is not None:
-            dweight = self.dqueries.flatten(0, 1).t() @ states.flatten(0, 1)
+            dweight = linear(self.dqueries.flatten(0, 1).t(), states.flatten(0, 1).t())
         dv, dbias = score or (None, None)
         if dbias is not None and dbias.numel() == 0:
             dbias = None  # without a bias
@@ -109,11 +114,14 @@ class SequenceAttention:
     # How a query is made of a state -----------------------------------------------------------------------------------
 
     def _query(self, t: int, state: Tensor, out: Tensor) -> None:
-        out.copy_(state) if self.query_weight is None else torch.mm(state, self.query_weight.t(), out=out)
+        out.copy_(self._projected(state))
+
+    def _projected(self, state: Tensor) -> Tensor:
+        return state if self.query_product is None else self.query_product(state)
 
     def _state_gradient(self, t: int) -> Tensor:
         """From dqueries[t], which becomes the gradient of the product with query_weight."""
-        return self.dqueries[t] if self.query_weight is None else self.dqueries[t] @ self.query_weight
+        return self._projected(self.dqueries[t])
 
     def _scale_gradient(self) -> Tensor | None:
         return None
@@ -136,7 +144,7 @@ class CosineSequenceAttention(SequenceAttention):
         self.dscale = self.lengths.new_zeros(())
 
     def _query(self, t: int, state: Tensor, out: Tensor) -> None:
-        x = (state if self.query_weight is None else state @ self.query_weight.t()).to(self.lengths.dtype)
+        x = self._projected(state).to(self.lengths.dtype)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         torch.le(length, self.eps, out=self.is_zero[t])
         self.lengths[t] = length.masked_fill(self.is_zero[t], 1.0)
@@ -149,7 +157,7 @@ class CosineSequenceAttention(SequenceAttention):
         self.dscale += along.sum()
         across = gradient - unit * along.masked_fill(self.is_zero[t], 0.0)  # below eps the length is a constant
         self.dqueries[t] = across * (self.scale / self.lengths[t])
-        return self.dqueries[t] if self.query_weight is None else self.dqueries[t] @ self.query_weight
+        return self._projected(self.dqueries[t])
 
     def _scale_gradient(self) -> Tensor:
         return self.dscale.to(self.scale.dtype)

@@ -6,43 +6,12 @@ weights of all steps. T steps, B rows, n inputs, H units; (T, B, *) is contiguou
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..backends import choose
-
-
-class Product:
-    """x @ weight.t() for the x of many steps; weight: (n, k).
-
-    On a CPU in float32 oneDNN's form of the weight, made once, is a fifth to a third faster at 4 to 64 rows. Making it
-    costs as much as three steps gain. (The operators are those that torch.compile calls.)
-    """
-
-    def __init__(self, weight: Tensor, rows: int, steps: int) -> None:
-        self.weight = weight
-        self.packed: Tensor | None = None
-        pays = rows >= 4 and steps >= 12 and weight.numel() >= 1 << 18
-        if pays and weight.is_cpu and weight.dtype == torch.float32 and _has_packed_products():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return x @ self.weight.t()
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-    def add_to(self, base: Tensor, x: Tensor) -> Tensor:
-        """base + x @ weight.t(), in base."""
-        return base.addmm_(x, self.weight.t()) if self.packed is None else base.add_(self(x))
-
-
-@functools.cache
-def _has_packed_products() -> bool:
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+from .products import Product, linear
 
 
 class Layer:
@@ -77,7 +46,7 @@ class Layer:
 
     def weight_gradients(self) -> tuple[Tensor, ...]:
         """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
-        gradient = self.dgates.flatten(0, 1).t() @ self.inputs[:-1].flatten(0, 1)
+        gradient = linear(self.dgates.flatten(0, 1).t(), self.inputs[:-1].flatten(0, 1).t())
         bias = self.dgates.sum((0, 1))
         return gradient[:, : self.n], gradient[:, self.n :], bias, bias
 
@@ -102,7 +71,7 @@ class LSTMLayer(Layer):
 
     def step(self, t: int, again: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``again``, too."""
-        gates = self.product.add_to(self.gates[t], self.inputs[t])
+        gates = self.gates[t].add_(self.product(self.inputs[t]))
         if self.fused:
             hidden = self.h(t + 1)
             ops.kernel("lstm_step", "cpu")(gates, self.cells[t], self.cells[t + 1], self.tanhs[t], hidden, again)
@@ -145,16 +114,20 @@ class GRULayer(Layer):
 
     drecurrent: Tensor  # (T, B, 3 H): as dgates, of the products with h; the part of n has the factor r
 
+    product_x: Product  # with the weights in the forward, with their transposes in the backward
+    product_h: Product
+
     def __init__(self, base: Tensor, weight_x: Tensor, weight_h: Tensor, bias_h: Tensor, hidden: Tensor) -> None:
         super().__init__(base, weight_x, weight_h, hidden)
         self.bias_h = bias_h
+        self._make_products(weight_x, weight_h)
         self.recurrent = hidden.new_empty(base.shape[0], base.shape[1], self.size)  # h W_hn + b_hn
 
     def step(self, t: int, again: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``again``, too."""
         gates, size, before = self.gates[t], self.size, self.h(t)
-        gates.addmm_(self.x(t), self.weight[:, : self.n].t())
-        products = torch.addmm(self.bias_h, before, self.weight[:, self.n :].t())
+        gates.add_(self.product_x(self.x(t)))
+        products = self.product_h(before).add_(self.bias_h)
         self.recurrent[t] = products[:, 2 * size :]
         gates[:, : 2 * size].add_(products[:, : 2 * size]).sigmoid_()
         r, z, n = gates.chunk(3, dim=1)
@@ -164,6 +137,11 @@ class GRULayer(Layer):
     def start_backward(self) -> None:
         super().start_backward()
         self.drecurrent = torch.empty_like(self.gates)
+        self._make_products(self.weight[:, : self.n].t(), self.weight[:, self.n :].t())
+
+    def _make_products(self, weight_x: Tensor, weight_h: Tensor) -> None:
+        steps, rows = self.gates.shape[:2]
+        self.product_x, self.product_h = Product(weight_x, rows, steps), Product(weight_h, rows, steps)
 
     def step_back(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
@@ -176,13 +154,12 @@ class GRULayer(Layer):
         _sigmoid_backward(dn * self.recurrent[t], r, dr)
         self.drecurrent[t, :, : 2 * size] = self.dgates[t, :, : 2 * size]
         torch.mul(dn, r, out=self.drecurrent[t, :, 2 * size :])
-        dx = self.dgates[t] @ self.weight[:, : self.n]
-        return dx, kept.addmm_(self.drecurrent[t], self.weight[:, self.n :])
+        return self.product_x(self.dgates[t]), kept.add_(self.product_h(self.drecurrent[t]))
 
     def weight_gradients(self) -> tuple[Tensor, ...]:
         """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
         dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.inputs[:-1]))
-        dx, dh = dgates.t() @ inputs[:, : self.n], drecurrent.t() @ inputs[:, self.n :]
+        dx, dh = linear(dgates.t(), inputs[:, : self.n].t()), linear(drecurrent.t(), inputs[:, self.n :].t())
         return dx, dh, dgates.sum(0), drecurrent.sum(0)
 
     def first_gradients(self) -> tuple[Tensor, ...]:

@@ -1,0 +1,100 @@
+"""Products of the decoder's loop: every way to multiply gives the same, and each is taken where it is meant to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_kernels.seq2seq import products
+
+
+def strided(rows: int, columns: int, layout: str) -> Tensor:
+    """A matrix whose elements lie in another order than it has, or apart."""
+    if layout == "transposed":
+        return torch.randn(columns, rows).t()
+    if layout == "columns":
+        return torch.randn(rows, columns + 5)[:, 2 : columns + 2]
+    if layout == "every other":
+        return torch.randn(rows, 2 * columns)[:, ::2]
+    return torch.randn(rows, columns)
+
+
+LAYOUTS = ("contiguous", "transposed", "columns", "every other")
+
+
+@pytest.fixture
+def _wide_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN for what is large enough, whatever the CPU is."""
+    if not products._has_operators():
+        pytest.skip("this PyTorch has no products of oneDNN")
+    monkeypatch.setattr(products, "_has_wide_vectors", lambda: True)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The weights of products that oneDNN makes from now on."""
+    shapes: list[tuple[int, ...]] = []
+    call = products._call
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return call(x, weight, bias)
+
+    monkeypatch.setattr(products, "_call", counted)
+    return shapes
+
+
+@pytest.mark.usefixtures("_wide_vectors")
+@pytest.mark.parametrize("of_weight", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(monkeypatch: pytest.MonkeyPatch, of_x: str, of_weight: str, with_bias: bool) -> None:
+    made = count_calls(monkeypatch)
+    x, weight = strided(33, 257, of_x), strided(301, 257, of_weight)
+    bias = torch.randn(301) if with_bias else None
+    kept = x.clone(), weight.clone()
+    got = products.linear(x, weight, bias)
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=0)
+    assert made == [(301, 257)]
+    torch.testing.assert_close((x, weight), kept, atol=0, rtol=0)
+
+
+@pytest.mark.usefixtures("_wide_vectors")
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"), [(3, 1024, torch.float32), (8, 64, torch.float32), (64, 512, torch.float64)]
+)
+def test_small_and_other_products_stay(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    made = count_calls(monkeypatch)
+    x, weight = torch.randn(rows, columns, dtype=dtype), torch.randn(1024, columns, dtype=dtype)
+    torch.testing.assert_close(products.linear(x, weight), x @ weight.t())
+    torch.testing.assert_close(products.linear(x[:0], weight), x[:0] @ weight.t())
+    assert made == []
+
+
+@pytest.mark.usefixtures("_wide_vectors")
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may switch oneDNN off: then nothing goes there."""
+    made = count_calls(monkeypatch)
+    x, weight = torch.randn(64, 512), torch.randn(512, 512)
+    with torch.backends.mkldnn.flags(enabled=False):
+        products.linear(x, weight)
+        assert products.Product(weight, 64, 20).packed is None
+    assert made == []
+    products.linear(x, weight)
+    assert made == [(512, 512)]
+
+
+def test_products_of_both_kinds() -> None:
+    """A weight in oneDNN's form, or not: the same product, of rows that lie apart, too."""
+    weight, x = torch.randn(1024, 512), torch.randn(8, 700)[:, 100:612]
+    plain, packed = products.Product(weight, 8, 1), products.Product(weight, 8, 20)
+    transposed = products.Product(weight.t().contiguous().t(), 8, 20)
+    assert plain.packed is None
+    if not products._has_operators():
+        pytest.skip("this PyTorch has no packed products")
+    for other in (packed, transposed):
+        assert other.packed is not None
+        torch.testing.assert_close(other(x), plain(x), atol=1e-3, rtol=0)
