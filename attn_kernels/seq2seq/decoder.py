@@ -64,6 +64,7 @@ class Decoder(nn.Module):
         dropout: float,
         input_feeding: bool,
         loop: bool,
+        cuda_graph: bool,
         padding_idx: int,
         factory: dict[str, Any],
     ) -> None:
@@ -85,6 +86,7 @@ class Decoder(nn.Module):
         )
         self.attention = attention
         self.loop = loop
+        self.cuda_graph = cuda_graph
         self.attentional = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
         self.output = nn.Linear(hidden_size, vocab, **factory)
 

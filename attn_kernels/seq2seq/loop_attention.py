@@ -33,6 +33,7 @@ class SequenceAttention:
     def __init__(self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None) -> None:
         self.backend = backend
         self.memory = memory
+        self.prepared = memory.prepared
         self.query_weight = query_weight
         batch, source, units = memory.keys.shape
         self.queries = memory.keys.new_empty(steps, batch, units)  # as they are scored
@@ -180,7 +181,7 @@ class AdditiveSequenceAttention(SequenceAttention):
         return self.v, self.bias
 
     def _settings(self) -> tuple[Any, ...]:
-        return self.v, self.bias, self.memory.prepared, self.memory.memory_lengths, self.memory.mask
+        return self.v, self.bias, self.prepared, self.memory.memory_lengths, self.memory.mask
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -44,6 +44,9 @@ class Seq2Seq(nn.Module):
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
         backend: of the attention, as of :func:`attn_kernels.additive_attention`.
+        cuda_graph: replay the loop on a GPU as a CUDA graph, captured when its shapes come for the second time; the
+            lengths of source and target are padded to four sizes per doubling for that, and the 16 graphs used last
+            are kept with their memory. False: launch its kernels one by one. It makes no difference to the results.
         device, dtype: of the parameters.
     """
 
@@ -65,6 +68,7 @@ class Seq2Seq(nn.Module):
         bos: int = 1,
         eos: int = 2,
         backend: str | None = None,
+        cuda_graph: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,6 +100,7 @@ class Seq2Seq(nn.Module):
             memory_size,
             input_feeding=input_feeding,
             loop=decoder == "loop",
+            cuda_graph=cuda_graph,
             factory=factory,
             **rnn,
         )
