@@ -28,6 +28,7 @@ console = Console()
 app = typer.Typer(add_completion=False)
 
 EAGER, COMPILED, STEPS, LOOP = "eager steps", "torch.compile", "fused steps", "loop"
+LAUNCHED = "loop, no graph"  # on a GPU, where the loop is otherwise a CUDA graph
 VOCABULARY = 64
 TOLERANCE = 1e-3  # of gradients in float32, relative to their largest element
 
@@ -68,8 +69,9 @@ def make_ways(size: int, device: torch.device, names: list[str]) -> list[Way]:
     ways = []
     for name in names:
         torch.manual_seed(0)
-        decoder = "loop" if name == LOOP else "steps"
-        model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, decoder=decoder).to(device)
+        decoder = "loop" if name in (LOOP, LAUNCHED) else "steps"
+        graph = name == LOOP
+        model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, decoder=decoder, cuda_graph=graph).to(device)
         if name in (EAGER, COMPILED):
             model.decoder.attention = EagerAttention(model.decoder.attention)
         if name == COMPILED:
@@ -238,7 +240,10 @@ def main(
     in_effect = machine.set_allocator(allocator)
     target = ops.parse_device(device)
     shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
-    names = [name for name in (EAGER, COMPILED, STEPS, LOOP) if compiled or name != COMPILED]
+    left_out = set() if target.type == "cuda" else {LAUNCHED}
+    if not compiled:
+        left_out.add(COMPILED)
+    names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP) if name not in left_out]
     rows: list[dict[str, Any]] = []
     with ops.progress_bars(console) as progress:
         task = progress.add_task("shapes", total=len(shapes) * 2)

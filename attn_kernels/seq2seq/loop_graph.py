@@ -157,7 +157,8 @@ def _fill(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> No
         else:
             same_into.append(static)
             same.append(x)
-    torch._foreach_copy_(same_into, same)
+    if same:
+        torch._foreach_copy_(same_into, same)
 
 
 class Graphs:
