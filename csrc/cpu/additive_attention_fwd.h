@@ -225,13 +225,22 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
   for (; c < units.size; c += w) one(last);
 }
 
-// out[i * out_ld + j]: the scores of NQ queries and NK steps.
+// out[i * out_ld + j]: the scores of NQ queries and NK steps. next: rows that will be read soon, or null.
 template <typename T, int NQ, int NK, Reciprocals kBy>
-ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, int64_t ld, const T* const* k, T* out,
-                               int64_t out_ld) {
+ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, int64_t ld, const T* const* k, T* out, int64_t out_ld,
+                               const T* const* next = nullptr) {
   Vec<T> acc[NQ * NK];
-  factored_sums<T, NQ, NK, kBy>(
-      units, q, ld, [&](int j, int64_t c, auto) __attribute__((always_inline)) { return load(k[j] + c); }, acc);
+  if (next != nullptr)
+    factored_sums<T, NQ, NK, kBy>(
+        units, q, ld,
+        [&](int j, int64_t c, auto) __attribute__((always_inline)) {
+          prefetch(next[j] + c);
+          return load(k[j] + c);
+        },
+        acc);
+  else
+    factored_sums<T, NQ, NK, kBy>(
+        units, q, ld, [&](int j, int64_t c, auto) __attribute__((always_inline)) { return load(k[j] + c); }, acc);
   sums<T, NQ * NK>(acc, [&](int i, T s) __attribute__((always_inline)) {
     out[i / NK * out_ld + i % NK] = units.sum_v - units.scale * s;
   });
@@ -241,12 +250,12 @@ ATTN_INLINE void factored_tile(const Units<T>& units, const T* q, int64_t ld, co
 // b) is the score of query i + a and step j + b by tanh itself.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Direct>
 ATTN_INLINE void score_tile(const Units<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
-                            T* out, int64_t out_ld, const Direct& direct) {
+                            T* out, int64_t out_ld, const Direct& direct, const T* const* next = nullptr) {
   const int64_t ld = q.ld;
   bool in_range = units.factored;
   for (int a = 0; a < NQ; ++a)
     for (int b = 0; b < NK; ++b) in_range = in_range && units.template in_range<kBy>(q.top[i + a] + k.top[j + b]);
-  if (in_range) return factored_tile<T, NQ, NK, kBy>(units, q.e + i * ld, ld, k.e + j, out, out_ld);
+  if (in_range) return factored_tile<T, NQ, NK, kBy>(units, q.e + i * ld, ld, k.e + j, out, out_ld, next);
   for (int a = 0; a < NQ; ++a)
     for (int b = 0; b < NK; ++b) {
       T* to = out + a * out_ld + b;
@@ -263,8 +272,11 @@ ATTN_INLINE void score_tile(const Units<T>& units, const QueryRows<T>& q, int64_
 
 template <typename T, int NQ, int NK, Reciprocals kBy, class Direct>
 void score_strip(const Units<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t n, T* out,
-                 int64_t out_ld, const Direct& direct) {
+                 int64_t out_ld, const Direct& direct, bool ahead = false) {
   int64_t j = 0;
+  if (ahead)
+    for (; j + 2 * NK <= n; j += NK)
+      score_tile<T, NQ, NK, kBy>(units, q, i, k, j, out + j, out_ld, direct, k.e + j + NK);
   for (; j + NK <= n; j += NK) score_tile<T, NQ, NK, kBy>(units, q, i, k, j, out + j, out_ld, direct);
   for (; j < n; ++j) score_tile<T, NQ, 1, kBy>(units, q, i, k, j, out + j, out_ld, direct);
 }
@@ -322,7 +334,8 @@ struct AdditiveScore {
     }
     // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
     const int64_t row_bytes = units.size * static_cast<int64_t>(sizeof(T));
-    const int64_t most = smaller(n, larger(4, (q.n > 2 ? 1 << 18 : 1 << 14) / larger(row_bytes, 1)));
+    const bool in_place = op.prepared && op.prepared.dtype == native<T>;
+    const int64_t most = smaller(n, larger(4, (q.n > 2 || in_place ? 1 << 18 : 1 << 14) / larger(row_bytes, 1)));
     T* copies = take<T>(scratch, most * units.size);
     const KeyRows<T> k{take<const T*>(scratch, most), take<T>(scratch, most)};
     for (int64_t j = 0; j < n; j += most) {
@@ -343,8 +356,27 @@ struct AdditiveScore {
           score_strip<T, 2, 4, by>(units, q, i, k, count, out + i * ld + j, ld, direct);
       }
       constexpr Reciprocals by = Reciprocals::shared;
-      for (; i + 4 <= q.n; i += 4) score_strip<T, 4, 2, by>(units, q, i, k, count, out + i * ld + j, ld, direct);
-      for (; i < q.n; ++i) score_strip<T, 1, 4, by>(units, q, i, k, count, out + i * ld + j, ld, direct);
+      while (i < q.n) {
+        const int64_t left = q.n - i;
+        const bool ahead = i == 0 && in_place;  // the first to read the rows
+        auto strip = [&](auto queries, auto steps) {
+          constexpr int NQ = decltype(queries)::value, NK = decltype(steps)::value;
+          score_strip<T, NQ, NK, by>(units, q, i, k, count, out + i * ld + j, ld, direct, ahead);
+          i += NQ;
+        };
+        constexpr std::integral_constant<int, 1> one{};
+        constexpr std::integral_constant<int, 2> two{};
+        constexpr std::integral_constant<int, 4> four{};
+        constexpr std::integral_constant<int, 5> five{};
+        if (left == 1)
+          strip(one, four);
+        else if (left < 4)
+          strip(two, two);
+        else if (left == 5 || left == 9 || left == 10)
+          strip(five, two);
+        else
+          strip(four, two);
+      }
     }
   }
 

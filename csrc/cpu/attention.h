@@ -169,7 +169,7 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
   if (strip.stride[2] == 1) {
     by_element<T>(strip.dtype, [&](auto* element) {
       using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-      if (no < kWorthPacking) return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
+      if (no <= kMostWalked) return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
       for (int64_t j = 0; j < n; j += kMostRows<E>)
         weighted_rows(out, no, weight + j, ld, 1, ListedRows<E>(strip, b, list + j), smaller(n - j, kMostRows<E>), nc,
                       j > 0);

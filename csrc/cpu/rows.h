@@ -240,6 +240,7 @@ struct PointedRows {
 
 constexpr int kRowsAtOnce = 8;        // whose horizontal sums are taken together
 constexpr int64_t kWorthPacking = 4;  // this many queries are not few
+constexpr int64_t kMostWalked = 8;    // of sums over rows that are read once
 constexpr int64_t kMostCombined = 8;  // rows that are added up in one walk along the result, unless it is short
 
 // out[i * ld + j * step] = scale * x_i . rows[j] for nx rows x and `count` rows of n elements.
@@ -351,25 +352,47 @@ void weighted_walk(T* const* out, int64_t no, const T* const* weight, int64_t wj
         next[r] = rows[smaller(j + NY + r, count - 1)];
       }
       const bool onto = add || j > 0;
-      for (int64_t i = 0; i < no; ++i) {
-        Vec<T> factor[NY];
-        for (int r = 0; r < NY; ++r) factor[r] = broadcast(weight[i][(j + r) * wj]);
-        T* to = out[i];
+      int64_t i = 0;
+      // A vector of each row, once loaded, is added to NO sums.
+      auto add_rows = [&](auto sums_at_once, auto is_first) __attribute__((always_inline)) {
+        constexpr int NO = decltype(sums_at_once)::value;
+        Vec<T> factor[NO][NY];
+        for (int o = 0; o < NO; ++o)
+          for (int r = 0; r < NY; ++r) factor[o][r] = broadcast(weight[i + o][(j + r) * wj]);
         int64_t c = 0;
         for (; c + w <= n; c += w) {
-          Vec<T> acc = onto ? load(to + c) : Vec<T>{};
+          Vec<T> x[NY];
           for (int r = 0; r < NY; ++r) {
-            acc += factor[r] * load_element(y[r] + c);
-            prefetch(next[r] + c);
+            x[r] = load_element(y[r] + c);
+            if constexpr (decltype(is_first)::value) prefetch(next[r] + c);
           }
-          store(to + c, acc);
+          for (int o = 0; o < NO; ++o) {
+            Vec<T> acc = onto ? load(out[i + o] + c) : Vec<T>{};
+            for (int r = 0; r < NY; ++r) acc += factor[o][r] * x[r];
+            store(out[i + o] + c, acc);
+          }
         }
-        if (c < n) {
-          Vec<T> acc = onto ? load_part(to + c, n - c) : Vec<T>{};
-          for (int r = 0; r < NY; ++r) acc += factor[r] * load_element(y[r] + c, n - c);
-          store_part(to + c, acc, n - c);
-        }
-      }
+        if (c < n)
+          for (int o = 0; o < NO; ++o) {
+            Vec<T> acc = onto ? load_part(out[i + o] + c, n - c) : Vec<T>{};
+            for (int r = 0; r < NY; ++r) acc += factor[o][r] * load_element(y[r] + c, n - c);
+            store_part(out[i + o] + c, acc, n - c);
+          }
+        i += NO;
+      };
+      auto some = [&](auto is_first) __attribute__((always_inline)) {
+        const int64_t left = no - i;
+        if (left == 1)
+          add_rows(std::integral_constant<int, 1>(), is_first);
+        else if (left == 2)
+          add_rows(std::integral_constant<int, 2>(), is_first);
+        else if (left == 3 || left == 5 || left == 6)
+          add_rows(std::integral_constant<int, 3>(), is_first);
+        else
+          add_rows(std::integral_constant<int, 4>(), is_first);
+      };
+      if (no > 0) some(std::true_type());
+      while (i < no) some(std::false_type());
     }
   };
   step(std::integral_constant<int, 4>());
