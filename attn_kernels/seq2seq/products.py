@@ -28,20 +28,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Product:
-    """x @ weight.t() for the x of many steps; weight: (n, k).
+    """x @ weight.t() for the x of many steps, of about so many rows; weight: (n, k).
 
     oneDNN's form of the weight, made once, is faster than ``linear`` by a sixth, and than MKL by a fifth to a third on
-    Zen 4, at 4 to 64 rows. Making it costs as much as a few steps gain.
+    Zen 4, at 4 to 64 rows; at 2 and 3 MKL reads the weight for each of them. Making it costs as much as a few steps
+    gain.
     """
 
     def __init__(self, weight: Tensor, rows: int, steps: int) -> None:
         self.weight = weight
         self.packed: Tensor | None = None
-        if rows >= _LEAST_ROWS and steps >= 12 and weight.numel() >= 1 << 17 and _takes(weight):
+        if rows > 1 and steps >= 12 and weight.numel() >= 1 << 17 and _takes(weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight) if self.packed is None else _call(x, self.packed)
+        return linear(x, self.weight) if self.packed is None or x.shape[0] == 1 else _call(x, self.packed)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

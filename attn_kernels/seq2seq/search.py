@@ -6,6 +6,7 @@ read off backwards at the end. A sentence that is finished leaves the batch and 
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..memory import Memory
 from ..reference import attended
 from .decoder import Decoder, DecoderState
+from .generation_steps import make_steps
 
 
 class Hypothesis(NamedTuple):
@@ -37,24 +39,27 @@ def greedy_search(
     batch, device = memory.batch_size, memory.keys.device
     rows = torch.arange(batch, device=device)
     tokens = torch.full((batch, 1), bos, device=device)
-    own = torch.zeros_like(tokens)
-    scores = torch.zeros(batch, 1, dtype=torch.float64, device=device)
     lengths = torch.full_like(tokens, max_length)
+    log_probabilities = []
     history = []
     sentences = memory
+    steps = make_steps(decoder, batch, max_length)
     for step in range(max_length):
-        logits, alignments, state = decoder.step(tokens, state, memory)
+        logits, alignments, state = steps.step(tokens, state, memory)
         log_probability, tokens = _log_probabilities(logits).max(2)
-        scores.index_add_(0, rows, log_probability.double())
-        history.append(_Step(rows, tokens, own[: len(rows)], alignments))
-        stay = (tokens[:, 0] != eos).nonzero().squeeze(1)
-        if len(stay) < len(rows):
-            lengths[rows[tokens[:, 0] == eos]] = step
+        log_probabilities.append(log_probability)
+        history.append(_Step(rows, tokens, None, alignments))
+        if eos in tokens.flatten().tolist():
+            goes_on = tokens[:, 0] != eos
+            lengths[rows[~goes_on]] = step
+            stay = goes_on.nonzero().squeeze(1)
             if len(stay) == 0:
                 break
             rows, tokens = rows[stay], tokens[stay]
             state, memory = state.select(stay), memory.select(stay)
-    return _trace(sentences, history, scores, lengths, own)
+    scores = torch.zeros(batch, 1, dtype=torch.float64, device=device)
+    scores.index_add_(0, torch.cat([step.rows for step in history]), torch.cat(log_probabilities).double())
+    return _trace(sentences, history, scores, lengths, torch.zeros_like(lengths))
 
 
 def beam_search(
@@ -84,8 +89,9 @@ def beam_search(
     finished = _Finished(memory.batch_size, beam_size, device)
     history = []
     sentences = memory
+    steps = make_steps(decoder, memory.batch_size * beam_size, max_length)
     for step in range(1, max_length + 1):
-        logits, alignments, state = decoder.step(tokens, state, memory)
+        logits, alignments, state = steps.step(tokens, state, memory)
         candidates, parents, tokens = _extend(scores, logits, 2 * beam_size)
         totals = candidates / _length_factor(step, length_penalty)
         if coverage_penalty > 0:
@@ -148,14 +154,15 @@ def draw_samples(
     lengths = torch.zeros_like(own)
     history = []
     sentences = memory
+    steps = make_steps(decoder, batch * num_samples, max_length)
     for _ in range(max_length):
-        logits, alignments, state = decoder.step(tokens, state, memory)
+        logits, alignments, state = steps.step(tokens, state, memory)
         tokens = _draw(logits, temperature, top_k, generator)
         log_probability = _log_probabilities(logits).gather(2, tokens[..., None]).squeeze(2)
         scores[rows] += log_probability.masked_fill(~running, 0.0)
         running = running & (tokens != eos)
         lengths[rows] += running
-        history.append(_Step(rows, tokens, own[: len(rows)], alignments))
+        history.append(_Step(rows, tokens, None, alignments))
         stay = running.any(1).nonzero().squeeze(1)
         if len(stay) == 0:
             break
@@ -242,12 +249,12 @@ class _Step(NamedTuple):
     """What a step of n sentences did: from the w hypotheses that it was given it made w'.
 
     rows: (n,), the sentences. tokens: (n, w'), the last of each new hypothesis. parents: (n, w'), the hypothesis that
-    it continues. alignments: (n, w, S), of those given.
+    it continues; None where each goes on from itself. alignments: (n, w, S), of those given.
     """
 
     rows: Tensor
     tokens: Tensor
-    parents: Tensor
+    parents: Tensor | None
     alignments: Tensor
 
 
@@ -261,8 +268,18 @@ def _trace(
     batch, count = slots.shape
     tokens = slots.new_zeros(batch, count, len(history))
     alignments = history[0].alignments.new_zeros(batch, count, len(history), memory.keys.shape[1])
+    end = 0
+    for is_straight, group in itertools.groupby(history, key=lambda step: step.parents is None and id(step.rows)):
+        parts = list(group)
+        begin, end = end, end + len(parts)
+        if is_straight:  # all steps of the same sentences at once
+            rows = parts[0].rows
+            tokens[rows, :, begin:end] = torch.stack([step.tokens for step in parts], dim=2)
+            alignments[rows, :, begin:end] = torch.stack([step.alignments for step in parts], dim=2)
     for t in reversed(range(len(history))):
         rows, chosen, parents, looked = history[t]
+        if parents is None:
+            continue
         # A hypothesis that ended earlier copies what does not matter: it is cut off below. Its slot is not moved.
         slot = slots[rows]
         parent = parents.gather(1, slot)

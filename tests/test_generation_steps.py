@@ -1,0 +1,147 @@
+"""Steps of a search on the CPU against ``Decoder.step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_kernels.seq2seq import Seq2Seq, search
+from attn_kernels.seq2seq.generation_steps import GenerationSteps, make_steps
+from attn_kernels.seq2seq.model import ATTENTIONS
+
+SOURCE, TARGET = 11, 13
+
+
+def model(**settings: Any) -> Seq2Seq:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 5, "hidden_size": 6, "units": 7, "dtype": torch.float64}
+    return Seq2Seq(SOURCE, TARGET, **{**sizes, **settings}).eval()
+
+
+def source(sentences: int = 4, steps: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, SOURCE, (sentences, steps), generator=generator)
+    return tokens, torch.tensor([steps, 0, 1, steps // 2])[:sentences]
+
+
+@pytest.mark.parametrize("length", [1, 100], ids=["short", "long"])
+@pytest.mark.parametrize("hypotheses", [1, 3])
+@pytest.mark.parametrize("input_feeding", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@torch.no_grad()
+def test_steps(attention: str, layers: int, input_feeding: bool, hypotheses: int, length: int) -> None:
+    """Several in a row, each on what the one before made, for short searches and long ones, which have a table."""
+    decoder = (one := model(attention=attention, num_layers=layers, input_feeding=input_feeding)).decoder
+    memory, state = one.encode(*source())
+    state = state.reorder(torch.zeros(4, hypotheses, dtype=torch.int64))
+    steps = make_steps(decoder, 4 * hypotheses, length)
+    assert isinstance(steps, GenerationSteps)
+    assert (steps.table is not None) == (length == 100)
+    before = [x.clone() for x in (*state.hidden, *state.cell)]
+    expected_state = state
+    for n in range(3):
+        tokens = (torch.arange(4 * hypotheses).view(4, hypotheses) * (n + 1)) % TARGET
+        logits, alignments, new = steps.step(tokens, state, memory)
+        expected = decoder.step(tokens, expected_state, memory)
+        torch.testing.assert_close((logits, alignments), expected[:2], atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(tuple(new), tuple(expected[2]), atol=1e-12, rtol=1e-9)
+        if n == 0:  # nothing is written to
+            torch.testing.assert_close([*state.hidden, *state.cell], before, atol=0, rtol=0)
+        state, expected_state = new, expected[2]
+        chosen = torch.tensor([3, 0, 2])  # as where a sentence has ended
+        if n == 1:
+            memory, state, expected_state = memory.select(chosen), state.select(chosen), expected_state.select(chosen)
+            break
+    tokens = torch.full((3, hypotheses), 5)
+    got, expected = steps.step(tokens, state, memory), decoder.step(tokens, expected_state, memory)
+    torch.testing.assert_close(got[:2], expected[:2], atol=1e-12, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_weights_in_packed_form() -> None:
+    one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
+    memory, state = one.encode(*source())
+    steps = make_steps(one.decoder, 4, 50)
+    tokens = torch.tensor([[3], [4], [5], [6]])
+    got, expected = steps.step(tokens, state, memory), one.decoder.step(tokens, state, memory)
+    torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
+    torch.testing.assert_close(tuple(got[2]), tuple(expected[2]), atol=2e-5, rtol=0)
+
+
+def searched(one: Seq2Seq, choice: dict[str, Any]) -> list[list[tuple[list[int], float, Tensor]]]:
+    if "sample" in choice:
+        choice = {**choice, "generator": torch.Generator().manual_seed(2)}
+    return [[tuple(found) for found in each] for each in one.generate(*source(), max_length=20, **choice)]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"beam_size": 3, "length_penalty": 0.6, "coverage_penalty": 0.2}, {"sample": True, "num_hypotheses": 3}],
+    ids=["greedy", "beam", "sample"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hypotheses, of which some are shorter than others; after a change of the weights, too."""
+    one = model(dropout=0.5).train(training)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.mul_(6)  # far from uniform, so that sentences end at different times
+        one.decoder.output.bias[one.eos] += 2
+    made = []
+
+    def spy(*arguments: Any) -> Any:
+        made.append(make_steps(*arguments))
+        return made[-1]
+
+    for change in (0.0, 0.05):
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.add_(change * torch.randn(parameter.shape, dtype=parameter.dtype))
+        monkeypatch.setattr(search, "make_steps", spy)
+        got = searched(one, choice)
+        assert isinstance(made[-1], GenerationSteps)
+        monkeypatch.setattr(search, "make_steps", lambda decoder, *_: decoder)
+        expected = searched(one, choice)
+        assert len({len(found[0]) for each in expected for found in each}) > 1
+        for mine, theirs in zip(got, expected, strict=True):
+            for (tokens, score, alignments), other in zip(mine, theirs, strict=True):
+                assert tokens == other[0]
+                assert score == pytest.approx(other[1], abs=1e-10)
+                torch.testing.assert_close(alignments, other[2], atol=1e-12, rtol=0)
+    assert one.training == training
+
+
+def _hook(one: Seq2Seq) -> None:
+    one.decoder.attention.register_forward_hook(lambda *_: None)
+
+
+def _replace_step(one: Seq2Seq) -> None:
+    one.decoder.step = one.decoder.step
+
+
+def _replace_attention(one: Seq2Seq) -> None:
+    own = type("Mine", (type(one.decoder.attention),), {})
+    one.decoder.attention.__class__ = own
+
+
+@pytest.mark.parametrize("change", [_hook, _replace_step, _replace_attention, Seq2Seq.train, Seq2Seq.bfloat16])
+@torch.no_grad()
+def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
+    one = model()
+    assert isinstance(make_steps(one.decoder, 1, 10), GenerationSteps)
+    change(one)
+    assert make_steps(one.decoder, 1, 10) is one.decoder
+
+
+def test_the_decoder_itself_elsewhere() -> None:
+    one = model()
+    assert make_steps(one.decoder, 1, 10) is one.decoder  # with gradients
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert make_steps(one.decoder, 1, 10) is one.decoder
+        assert make_steps(model(cell="gru").decoder, 1, 10).step.__func__ is type(one.decoder).step
