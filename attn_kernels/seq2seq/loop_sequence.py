@@ -161,7 +161,7 @@ class Sequence:
         dattentional_weight = linear(dattentional.flatten(0, 1).t(), joined.t())
         dgates = self.layers[0].dgates.flatten(0, 1)
         weights = [gradient for layer in self.layers for gradient in layer.weight_gradients()]
-        weights[0] = torch.cat([linear(dgates.t(), self.embedded.flatten(0, 1).t()), weights[0]], dim=1)
+        weights[0] = torch.cat([self.layers[0].gate_product(self.embedded), weights[0]], dim=1)
         dembedded = linear(dgates, self.embedded_weight.t()).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
         dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, None, *rest, dattentional_weight]

@@ -21,10 +21,16 @@ _LEAST_ROWS = 4
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.t() + bias, without autograd. x: (m, k). weight: (n, k), any strides. bias: (n,)."""
-    rows = x.shape[0]
-    if rows >= _LEAST_ROWS and rows * weight.numel() >= _LEAST_WORK and _takes(x, weight) and _has_wide_vectors():
+    if is_onednns(x, weight):
         return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def is_onednns(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear`` has oneDNN multiply these, which copies an x that is not contiguous."""
+    rows = x.shape[0]
+    is_large = rows >= _LEAST_ROWS and rows * weight.numel() >= _LEAST_WORK
+    return is_large and _takes(x, weight) and _has_wide_vectors()
 
 
 class Product:
@@ -38,7 +44,7 @@ class Product:
     def __init__(self, weight: Tensor, rows: int, steps: int) -> None:
         self.weight = weight
         self.packed: Tensor | None = None
-        if rows > 1 and steps >= 12 and weight.numel() >= 1 << 17 and _takes(weight):
+        if rows > 1 and steps >= 12 and weight.numel() >= 1 << 16 and _takes(weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
