@@ -61,6 +61,20 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, of_x: str, of_weight: str, with
 
 
 @pytest.mark.usefixtures("_wide_vectors")
+@pytest.mark.parametrize("of_y", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("rows", [1183, 512, 31, 0])
+def test_across(monkeypatch: pytest.MonkeyPatch, rows: int, of_x: str, of_y: str) -> None:
+    """In blocks of a few sizes, and what is left over."""
+    made = count_calls(monkeypatch)
+    x, y = strided(rows, 257, of_x), strided(rows, 301, of_y)
+    expected = x.double().t() @ y.double()
+    torch.testing.assert_close(products.across(x, y).double(), expected, atol=1e-3, rtol=0)
+    sizes = {1183: [512, 512, 128], 512: [512], 31: [], 0: []}[rows]
+    assert [shape[1] for shape in made] == sizes
+
+
+@pytest.mark.usefixtures("_wide_vectors")
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"), [(3, 1024, torch.float32), (8, 64, torch.float32), (64, 512, torch.float64)]
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..memory import Memory
-from .products import Product, linear
+from .products import Product, across
 
 
 class SequenceAttention:
@@ -78,7 +78,7 @@ class SequenceAttention:
         )
         dweight = None
         if self.query_weight is not None:
-            dweight = linear(self.dqueries.flatten(0, 1).t(), states.flatten(0, 1).t())
+            dweight = across(self.dqueries.flatten(0, 1), states.flatten(0, 1))
         dv, dbias = score or (None, None)
         if dbias is not None and dbias.numel() == 0:
             dbias = None  # without a bias

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import choose
-from .products import Product, is_onednns, linear
+from .products import Product, across
 
 
 class Layer:
@@ -23,7 +23,6 @@ class Layer:
     """
 
     dgates: Tensor  # (T, B, G), of the backward that runs
-    dgates_across: Tensor | None  # (G, T B)
 
     def __init__(self, base: Tensor, weight_x: Tensor, weight_h: Tensor, hidden: Tensor) -> None:
         steps, batch, _ = base.shape
@@ -44,20 +43,10 @@ class Layer:
 
     def start_backward(self) -> None:
         self.dgates = torch.empty_like(self.gates)
-        self.dgates_across = None
-
-    def gate_product(self, x: Tensor) -> Tensor:
-        """The gradient of the weight that the gates' product with x, (T, B, n), has: (G, n)."""
-        weight = x.flatten(0, 1).t()
-        if self.dgates_across is None:
-            self.dgates_across = self.dgates.flatten(0, 1).t()
-        if is_onednns(self.dgates_across, weight):
-            self.dgates_across = self.dgates_across.contiguous()  # once for all such products
-        return linear(self.dgates_across, weight)
 
     def weight_gradients(self) -> tuple[Tensor, ...]:
         """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
-        gradient = self.gate_product(self.inputs[:-1])
+        gradient = across(self.dgates.flatten(0, 1), self.inputs[:-1].flatten(0, 1))
         bias = self.dgates.sum((0, 1))
         return gradient[:, : self.n], gradient[:, self.n :], bias, bias
 
@@ -169,10 +158,9 @@ class GRULayer(Layer):
 
     def weight_gradients(self) -> tuple[Tensor, ...]:
         """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
-        inputs, drecurrent = self.inputs[:-1], self.drecurrent.flatten(0, 1)
-        dx = self.gate_product(inputs[:, :, : self.n])
-        dh = linear(drecurrent.t(), inputs[:, :, self.n :].flatten(0, 1).t())
-        return dx, dh, self.dgates.sum((0, 1)), drecurrent.sum(0)
+        dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.inputs[:-1]))
+        dx, dh = across(dgates, inputs[:, : self.n]), across(drecurrent, inputs[:, self.n :])
+        return dx, dh, dgates.sum(0), drecurrent.sum(0)
 
     def first_gradients(self) -> tuple[Tensor, ...]:
         return ()

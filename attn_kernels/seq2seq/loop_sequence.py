@@ -15,7 +15,7 @@ from ..functional import prepare_keys
 from ..memory import Memory
 from .loop_attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
 from .loop_cells import GRULayer, LSTMLayer
-from .products import Product, linear
+from .products import Product, across, linear
 
 
 class Settings(NamedTuple):
@@ -158,10 +158,10 @@ class Sequence:
             dfeed = dx
         joined, batch = self.joined.flatten(0, 1), inputs.feed.shape[0]
         dkeys, dvalues, *rest = self.attention.gradients(self.joined[:, :, -self.size :], grad_alignments)
-        dattentional_weight = linear(dattentional.flatten(0, 1).t(), joined.t())
+        dattentional_weight = across(dattentional.flatten(0, 1), joined)
         dgates = self.layers[0].dgates.flatten(0, 1)
         weights = [gradient for layer in self.layers for gradient in layer.weight_gradients()]
-        weights[0] = torch.cat([self.layers[0].gate_product(self.embedded), weights[0]], dim=1)
+        weights[0] = torch.cat([across(dgates, self.embedded.flatten(0, 1)), weights[0]], dim=1)
         dembedded = linear(dgates, self.embedded_weight.t()).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
         dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, None, *rest, dattentional_weight]

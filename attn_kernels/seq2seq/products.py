@@ -17,17 +17,36 @@ from torch import Tensor
 
 _LEAST_WORK = 1 << 21  # multiply-adds: where the products of Zen 5 become 1.4 times as fast; half of it, the same
 _LEAST_ROWS = 4
+_BLOCKS = (512, 128, 32)  # rows that are summed over at once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.t() + bias, without autograd. x: (m, k). weight: (n, k), any strides. bias: (n,)."""
-    if is_onednns(x, weight):
+    if _is_onednns(x, weight):
         return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def is_onednns(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` has oneDNN multiply these, which copies an x that is not contiguous."""
+def across(x: Tensor, y: Tensor) -> Tensor:
+    """x.t() @ y, without autograd: the gradient of a weight. x: (m, k). y: (m, n), any strides.
+
+    oneDNN compiles code for each m, in milliseconds, and the m of training change with the lengths of sentences. Blocks
+    of a few sizes serve them all, and are as fast: what they copy stays in cache.
+    """
+    total = None
+    begin, rows = 0, x.shape[0]
+    for size in _BLOCKS:
+        while rows - begin >= size and _is_onednns(x[:size].t(), y[:size].t()):
+            block = slice(begin, begin + size)
+            part = _onednn(x[block].t(), y[block].t())
+            total = part if total is None else total.add_(part)
+            begin += size
+    if total is None:
+        return x.t() @ y
+    return total.addmm_(x[begin:].t(), y[begin:])
+
+
+def _is_onednns(x: Tensor, weight: Tensor) -> bool:
     rows = x.shape[0]
     is_large = rows >= _LEAST_ROWS and rows * weight.numel() >= _LEAST_WORK
     return is_large and _takes(x, weight) and _has_wide_vectors()
