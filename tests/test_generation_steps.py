@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Seq2Seq, search
 from attn_kernels.seq2seq.generation_steps import GenerationSteps, make_steps
@@ -33,20 +33,21 @@ def source(sentences: int = 4, steps: int = 9) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("input_feeding", [True, False])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @torch.no_grad()
-def test_steps(attention: str, layers: int, input_feeding: bool, hypotheses: int, length: int) -> None:
+def test_steps(cell: str, attention: str, layers: int, input_feeding: bool, hypotheses: int, length: int) -> None:
     """Several in a row, each on what the one before made, for short searches and long ones, which have a table."""
-    decoder = (one := model(attention=attention, num_layers=layers, input_feeding=input_feeding)).decoder
+    decoder = (one := model(cell=cell, attention=attention, num_layers=layers, input_feeding=input_feeding)).decoder
     memory, state = one.encode(*source())
     state = state.reorder(torch.zeros(4, hypotheses, dtype=torch.int64))
-    steps = make_steps(decoder, 4 * hypotheses, length)
+    steps, projected = make_steps(decoder, memory, hypotheses, length)
     assert isinstance(steps, GenerationSteps)
     assert (steps.table is not None) == (length == 100)
     before = [x.clone() for x in (*state.hidden, *state.cell)]
     expected_state = state
     for n in range(3):
         tokens = (torch.arange(4 * hypotheses).view(4, hypotheses) * (n + 1)) % TARGET
-        logits, alignments, new = steps.step(tokens, state, memory)
+        logits, alignments, new = steps.step(tokens, state, projected)
         expected = decoder.step(tokens, expected_state, memory)
         torch.testing.assert_close((logits, alignments), expected[:2], atol=1e-12, rtol=1e-9)
         torch.testing.assert_close(tuple(new), tuple(expected[2]), atol=1e-12, rtol=1e-9)
@@ -55,10 +56,11 @@ def test_steps(attention: str, layers: int, input_feeding: bool, hypotheses: int
         state, expected_state = new, expected[2]
         chosen = torch.tensor([3, 0, 2])  # as where a sentence has ended
         if n == 1:
-            memory, state, expected_state = memory.select(chosen), state.select(chosen), expected_state.select(chosen)
+            memory, projected = memory.select(chosen), projected.select(chosen)
+            state, expected_state = state.select(chosen), expected_state.select(chosen)
             break
     tokens = torch.full((3, hypotheses), 5)
-    got, expected = steps.step(tokens, state, memory), decoder.step(tokens, expected_state, memory)
+    got, expected = steps.step(tokens, state, projected), decoder.step(tokens, expected_state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=1e-12, rtol=1e-9)
 
 
@@ -66,9 +68,9 @@ def test_steps(attention: str, layers: int, input_feeding: bool, hypotheses: int
 def test_weights_in_packed_form() -> None:
     one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
     memory, state = one.encode(*source())
-    steps = make_steps(one.decoder, 4, 50)
+    steps, projected = make_steps(one.decoder, memory, 1, 50)
     tokens = torch.tensor([[3], [4], [5], [6]])
-    got, expected = steps.step(tokens, state, memory), one.decoder.step(tokens, state, memory)
+    got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
     torch.testing.assert_close(tuple(got[2]), tuple(expected[2]), atol=2e-5, rtol=0)
 
@@ -95,8 +97,9 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
     made = []
 
     def spy(*arguments: Any) -> Any:
-        made.append(make_steps(*arguments))
-        return made[-1]
+        steps, memory = make_steps(*arguments)
+        made.append(steps)
+        return steps, memory
 
     for change in (0.0, 0.05):
         with torch.no_grad():
@@ -105,7 +108,7 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
         monkeypatch.setattr(search, "make_steps", spy)
         got = searched(one, choice)
         assert isinstance(made[-1], GenerationSteps)
-        monkeypatch.setattr(search, "make_steps", lambda decoder, *_: decoder)
+        monkeypatch.setattr(search, "make_steps", lambda decoder, memory, *_: (decoder, memory))
         expected = searched(one, choice)
         assert len({len(found[0]) for each in expected for found in each}) > 1
         for mine, theirs in zip(got, expected, strict=True):
@@ -114,6 +117,11 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
                 assert score == pytest.approx(other[1], abs=1e-10)
                 torch.testing.assert_close(alignments, other[2], atol=1e-12, rtol=0)
     assert one.training == training
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 def _hook(one: Seq2Seq) -> None:
@@ -125,23 +133,58 @@ def _replace_step(one: Seq2Seq) -> None:
 
 
 def _replace_attention(one: Seq2Seq) -> None:
-    own = type("Mine", (type(one.decoder.attention),), {})
-    one.decoder.attention.__class__ = own
+    one.decoder.attention.__class__ = type("Mine", (type(one.decoder.attention),), {})
 
 
-@pytest.mark.parametrize("change", [_hook, _replace_step, _replace_attention, Seq2Seq.train, Seq2Seq.bfloat16])
+def _replace_output(one: Seq2Seq) -> None:
+    one.decoder.output.__class__ = _Doubled
+
+
+def _replace_query_projection(one: Seq2Seq) -> None:
+    one.decoder.attention.query_projection.__class__ = _Doubled
+
+
+def _append_to_output(one: Seq2Seq) -> None:
+    one.decoder.output = nn.Sequential(one.decoder.output, nn.Tanh()).eval()
+
+
+def _limit_embeddings(one: Seq2Seq) -> None:
+    one.decoder.embedding.max_norm = 0.3
+
+
+def _remove_biases_of_cells(one: Seq2Seq) -> None:
+    one.decoder.rnn = nn.LSTM(11, 6, batch_first=True, bias=False, dtype=torch.float64).eval()
+
+
+CHANGES = [_hook, _replace_step, _replace_attention, _replace_output, _replace_query_projection, _append_to_output]
+CHANGES += [_limit_embeddings, _remove_biases_of_cells, Seq2Seq.train, Seq2Seq.bfloat16]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
     one = model()
-    assert isinstance(make_steps(one.decoder, 1, 10), GenerationSteps)
+    memory, _ = one.encode(*source())
+    assert isinstance(make_steps(one.decoder, memory, 1, 10)[0], GenerationSteps)
     change(one)
-    assert make_steps(one.decoder, 1, 10) is one.decoder
+    assert make_steps(one.decoder, memory, 1, 10) == (one.decoder, memory)
 
 
 def test_the_decoder_itself_elsewhere() -> None:
     one = model()
-    assert make_steps(one.decoder, 1, 10) is one.decoder  # with gradients
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert make_steps(one.decoder, 1, 10) is one.decoder
-        assert make_steps(model(cell="gru").decoder, 1, 10).step.__func__ is type(one.decoder).step
+    memory, _ = one.encode(*source())
+    assert make_steps(one.decoder, memory, 1, 10) == (one.decoder, memory)  # with gradients
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert make_steps(one.decoder, memory, 1, 10) == (one.decoder, memory)
+
+
+@torch.no_grad()
+def test_output_without_bias() -> None:
+    one = model()
+    one.decoder.output.bias = None
+    memory, state = one.encode(*source())
+    steps, projected = make_steps(one.decoder, memory, 1, 100)
+    assert isinstance(steps, GenerationSteps)
+    tokens = torch.full((4, 1), 5)
+    got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
+    torch.testing.assert_close(got[:2], expected[:2], atol=1e-12, rtol=1e-9)
