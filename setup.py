@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
+import pybind11
 import torch
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
@@ -30,7 +31,8 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]
         name,
         sources,
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True)),
-        include_dirs=["csrc", str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")],
+        # pybind11's own headers first: torch carries a copy, which up to 2.11 cannot be used with the stable ABI.
+        include_dirs=["csrc", pybind11.get_include(), str(TORCH / "include")],
         # By name and without an rpath: "import torch" has loaded the library by the time the module is imported.
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu"],

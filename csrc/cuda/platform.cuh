@@ -220,7 +220,7 @@ ATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from) : "memory");
-#else
+#elif defined(ATTN_EMULATED)
   emulator::check_aligned(to, static_cast<size_t>(bytes));
   emulator::check_aligned(from, static_cast<size_t>(bytes));
   memcpy(to, from, static_cast<size_t>(bytes));
