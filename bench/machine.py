@@ -100,7 +100,7 @@ def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "allocator": allocator,
         "attn_kernels": __version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown",
+        "commit": commit(),
         "backends": "; ".join(
             f"{backend.name}: {backend.detail}" for backend in attn_kernels.backends().values() if backend.available
         ),
@@ -114,6 +114,12 @@ def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
         description["host processor"] = processor()
         description["cuda"] = str(torch.version.cuda)
     return description
+
+
+def commit() -> str:
+    """What git says of this folder. A copy without .git is told by ATTN_KERNELS_COMMIT in the environment."""
+    described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    return described or os.environ.get("ATTN_KERNELS_COMMIT") or "unknown"
 
 
 def as_text(description: dict[str, str | int]) -> Text:

@@ -457,7 +457,8 @@ def assert_close(
         if result.shape != expected.shape or result.dtype != dtype:
             problems.append(f"{name}: {tuple(result.shape)} {result.dtype}, expected {tuple(expected.shape)} {dtype}")
             continue
-        result, rounded = result.detach().double().cpu(), expected.to(dtype).double()  # rounding may overflow to Inf
+        result, expected = result.detach().double().cpu(), expected.detach().double().cpu()
+        rounded = expected.to(dtype).double()  # rounding may overflow to Inf
         special = ~rounded.isfinite()
         same = (result == rounded) | (result.isnan() & rounded.isnan())
         wrong = special & ~(~result.isfinite() if name.startswith("d") else same) | ~special & ~result.isfinite()

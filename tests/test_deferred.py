@@ -57,11 +57,12 @@ class World:
     ) -> None:
         """rounded: every number can be represented in it."""
         generator = torch.Generator().manual_seed(0)
+        device = device_of(backend)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(rounded).to(dtype)
+            return torch.randn(shape, generator=generator).to(rounded).to(device, dtype)
 
-        self.module: nn.Module = MECHANISMS[mechanism].make(backend=backend, dtype=dtype)
+        self.module: nn.Module = MECHANISMS[mechanism].make(backend=backend, dtype=dtype, device=device)
         for parameter in self.module.parameters():
             parameter.data = normal(*parameter.shape)
         size = MECHANISMS[mechanism].memory_size
@@ -69,7 +70,7 @@ class World:
         self.queries = [normal(B, Q).requires_grad_() for _ in range(STEPS)]
         self.mix = 0.25 * normal(size, Q)
         self.weights = [(normal(B, size), normal(B, TK)) for _ in range(STEPS)]
-        self.masks = masks
+        masks = {name: mask.to(device) for name, mask in masks.items()}
         self.memory: Memory = self.module.memory(self.outputs, **masks)
 
     def decode(self, memory: Memory | None = None, **options: Any) -> list[tuple[Tensor, Tensor]]:
@@ -99,8 +100,8 @@ class World:
 
 def largest_error(got: Tensor, expected: Tensor) -> float:
     """As a share of the largest value."""
-    wide = expected.double()
-    return ((got.double() - wide).abs().max() / wide.abs().max().clamp_min(1e-3)).item()
+    wide = expected.double().cpu()
+    return ((got.double().cpu() - wide).abs().max() / wide.abs().max().clamp_min(1e-3)).item()
 
 
 def assert_same(got: Grads, expected: Grads, tolerance: float = 1e-10) -> None:

@@ -82,7 +82,7 @@ def _score_parameters(attention: AttentionModule, like: Tensor) -> tuple[Tensor 
     """v, bias, scale."""
     if isinstance(attention, CosineAttention):
         sharpness = attention.sharpness
-        return None, None, sharpness if isinstance(sharpness, Tensor) else like.new_tensor(sharpness)
+        return None, None, sharpness if isinstance(sharpness, Tensor) else like.new_full((), sharpness)
     if attention.v is None:
         return None, None, None
     return attention.score_vector(), attention.bias if isinstance(attention, BahdanauAttention) else None, None
