@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .errors import ArgumentTypeError, ArgumentValueError
+
 NAMES = ("cuda", "triton", "cpu", "reference")  # fastest first
 
 
@@ -35,7 +37,7 @@ def choose(backend: str | None, device_type: str) -> str:
     Raises ValueError, with the reason, where a named backend cannot: it is never replaced by another.
     """
     if backend is not None and not isinstance(backend, str):
-        raise TypeError(_unknown(backend))
+        raise ArgumentTypeError(_unknown(backend))
     chosen = _chosen.get((backend, device_type))
     if chosen is None:
         chosen = _chosen[backend, device_type] = _choose(backend, device_type)
@@ -56,10 +58,10 @@ def _choose(backend: str | None, device_type: str) -> str:
             if _refusal(name, device_type) is None and not (name in ("cuda", "triton") and device_type == "cpu"):
                 return name
     if backend not in NAMES:
-        raise ValueError(_unknown(backend))
+        raise ArgumentValueError(_unknown(backend))
     reason = _refusal(backend, device_type)
     if reason is not None:
-        raise ValueError(f"attn_kernels: backend={backend!r} cannot be used on {device_type} tensors: {reason}")
+        raise ArgumentValueError(f"attn_kernels: backend={backend!r} cannot be used on {device_type} tensors: {reason}")
     return backend
 
 

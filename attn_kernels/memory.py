@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .deferred import Meeting
+from .errors import ArgumentTypeError, ArgumentValueError
 from .functional import prepare_keys
 
 
@@ -39,13 +40,13 @@ class Memory:
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
             _check_tensor(argument, tensor, self.keys)
             if not tensor.is_floating_point():
-                raise TypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
+                raise ArgumentTypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
             if tensor.dim() != 3:
-                raise ValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
+                raise ArgumentValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
         batch, steps = self.keys.shape[0], self.keys.shape[1]
         if self.values.shape[0] != batch or self.values.shape[1] != steps:
             expected = f"(B, Tk, D) = ({batch}, {steps}, *)"
-            raise ValueError(f"Memory: values must have shape {expected}, got {tuple(self.values.shape)}")
+            raise ArgumentValueError(f"Memory: values must have shape {expected}, got {tuple(self.values.shape)}")
         if self.memory_lengths is not None:
             self._check_lengths(self.memory_lengths, batch)
         if self.mask is not None:
@@ -54,23 +55,27 @@ class Memory:
             _check_tensor("prepared", self.prepared, self.keys)
             if self.prepared.dim() != 3 or self.prepared.shape[0] != batch:
                 expected = f"({batch}, *, *), as prepare_keys makes it"
-                raise ValueError(f"Memory: prepared must have shape {expected}, got {tuple(self.prepared.shape)}")
+                raise ArgumentValueError(
+                    f"Memory: prepared must have shape {expected}, got {tuple(self.prepared.shape)}"
+                )
 
     def _check_lengths(self, memory_lengths: Tensor, batch: int) -> None:
         _check_tensor("memory_lengths", memory_lengths, self.keys)
         if memory_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"Memory: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
+            raise ArgumentTypeError(f"Memory: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
         if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
             expected = f"(B,) = ({batch},)"
-            raise ValueError(f"Memory: memory_lengths must have shape {expected}, got {tuple(memory_lengths.shape)}")
+            raise ArgumentValueError(
+                f"Memory: memory_lengths must have shape {expected}, got {tuple(memory_lengths.shape)}"
+            )
 
     def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
         _check_tensor("mask", mask, self.keys)
         if mask.dtype != torch.bool:
-            raise TypeError(f"Memory: mask must be bool (True = attend), got {mask.dtype}")
+            raise ArgumentTypeError(f"Memory: mask must be bool (True = attend), got {mask.dtype}")
         if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != steps:
             expected = f"(B, Tk) or (B, Tq, Tk) = ({batch}, {steps}) or ({batch}, *, {steps})"
-            raise ValueError(f"Memory: mask must have shape {expected}, got {tuple(mask.shape)}")
+            raise ArgumentValueError(f"Memory: mask must have shape {expected}, got {tuple(mask.shape)}")
 
     @property
     def batch_size(self) -> int:
@@ -94,11 +99,11 @@ class Memory:
         """
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64, torch.bool):
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(f"Memory.select: indices must be an int32, int64 or bool tensor, got {got}")
+            raise ArgumentTypeError(f"Memory.select: indices must be an int32, int64 or bool tensor, got {got}")
         is_mask = indices.dtype == torch.bool
         if indices.dim() != 1 or (is_mask and indices.shape[0] != self.batch_size):
             expected = f"(B,) = ({self.batch_size},)" if is_mask else "(n,)"
-            raise ValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
+            raise ArgumentValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
         if is_mask:
             indices = indices.nonzero().squeeze(1)
         return Memory(
@@ -130,6 +135,8 @@ torch.export.register_dataclass(Memory, serialized_type_name="attn_kernels.Memor
 
 def _check_tensor(argument: str, tensor: object, keys: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"Memory: {argument} must be a tensor, got {type(tensor).__name__}")
+        raise ArgumentTypeError(f"Memory: {argument} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != keys.device:
-        raise ValueError(f"Memory: {argument} must be on the device of keys, {keys.device}, got {tensor.device}")
+        raise ArgumentValueError(
+            f"Memory: {argument} must be on the device of keys, {keys.device}, got {tensor.device}"
+        )

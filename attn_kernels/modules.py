@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ArgumentTypeError, ArgumentValueError
 from .functional import additive_step, dot_step, prepare_keys
 from .memory import Memory
 from .reference import Attention, attended
@@ -39,7 +40,7 @@ class _MemoryAttention(nn.Module):
         self._name = type(self).__name__
         for argument, size in (("query_size", query_size), ("memory_size", memory_size), ("units", key_size)):
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
+                raise ArgumentValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
         self.query_size = query_size
         self.memory_size = memory_size
         self.key_size = key_size
@@ -55,10 +56,12 @@ class _MemoryAttention(nn.Module):
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         """
         if not isinstance(memory, Tensor):
-            raise TypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
+            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
-            raise ValueError(f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}")
+            raise ArgumentValueError(
+                f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}"
+            )
         values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
         allowed = attended(values, memory_lengths, mask)
         if allowed is not None:
@@ -76,18 +79,20 @@ class _MemoryAttention(nn.Module):
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         if not isinstance(query, Tensor):
-            raise TypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
+            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
         if not isinstance(memory, Memory):
             got = type(memory).__name__
-            raise TypeError(f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}")
+            raise ArgumentTypeError(
+                f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}"
+            )
         batch, steps, key_size = memory.keys.shape
         if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
             expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
-            raise ValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
         if key_size != self.key_size or memory.values.shape[2] != self.memory_size:
             expected = f"keys ({batch}, {steps}, {self.key_size}) and values ({batch}, {steps}, {self.memory_size})"
             got = f"{tuple(memory.keys.shape)} and {tuple(memory.values.shape)}, as of another module's memory"
-            raise ValueError(f"{self._name}: memory must have {expected}, got {got}")
+            raise ArgumentValueError(f"{self._name}: memory must have {expected}, got {got}")
 
     def _repr(self, **settings: Any) -> str:
         sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
@@ -198,15 +203,15 @@ class LuongAttention(_MemoryAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if score not in ("dot", "general", "concat"):
-            raise ValueError(f"LuongAttention: score must be 'dot', 'general' or 'concat', got {score!r}")
+            raise ArgumentValueError(f"LuongAttention: score must be 'dot', 'general' or 'concat', got {score!r}")
         if score == "dot" and query_size != memory_size:
-            raise ValueError(
+            raise ArgumentValueError(
                 "LuongAttention: score='dot' needs query_size = memory_size, "
                 f"got {query_size} and {memory_size}; score='general' projects the memory to query_size"
             )
         if (units is not None) != (score == "concat"):
             expected = "a size" if score == "concat" else "None"
-            raise ValueError(f"LuongAttention: units must be {expected} with score={score!r}, got {units!r}")
+            raise ArgumentValueError(f"LuongAttention: units must be {expected} with score={score!r}, got {units!r}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             query_size,
@@ -286,7 +291,7 @@ class CosineAttention(_MemoryAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if units is None and query_size != memory_size:
-            raise ValueError(
+            raise ArgumentValueError(
                 "CosineAttention: without units, query_size must be memory_size, "
                 f"got {query_size} and {memory_size}; units=... projects both to that size"
             )
