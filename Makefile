@@ -31,7 +31,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu lint format wheel clean
+.PHONY: help setup test test-all test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu lint format wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -41,7 +41,10 @@ help:  ## This list
 setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
 	@$(RUN) attn_kernels
 
-test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The tests
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
 
 test-peers:  ## The tests of patch(model) with the libraries themselves, in an environment of its own

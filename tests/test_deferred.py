@@ -63,8 +63,9 @@ class World:
             return torch.randn(shape, generator=generator).to(rounded).to(device, dtype)
 
         self.module: nn.Module = MECHANISMS[mechanism].make(backend=backend, dtype=dtype, device=device)
-        for parameter in self.module.parameters():
-            parameter.data = normal(*parameter.shape)
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.copy_(normal(*parameter.shape))
         size = MECHANISMS[mechanism].memory_size
         self.outputs = normal(B, TK, size).requires_grad_()
         self.queries = [normal(B, Q).requires_grad_() for _ in range(STEPS)]
