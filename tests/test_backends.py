@@ -67,6 +67,22 @@ def test_nothing_but_pytorch() -> None:
     assert refusals == ["cuda", "triton", "cpu"]
 
 
+def test_interpreter_that_numpy_is_too_new_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at once, instead of an error from within each kernel; a GPU needs no NumPy."""
+    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for versions, fails in {
+        ("3.6.0", "2.4.0"): True,
+        ("3.6.0+git1", "2.3.5"): False,
+        ("3.7.0", "2.10.1"): False,
+    }.items():
+        monkeypatch.setattr(triton, "__version__", versions[0])
+        monkeypatch.setattr(numpy, "__version__", versions[1])
+        _, available, detail = attn_kernels.backends()["triton"]
+        assert available != fails
+        assert fails == (detail == "the interpreter of Triton 3.6.0 fails with NumPy 2.4.0: pip install 'numpy<2.4'")
+
+
 def test_no_triton() -> None:
     out = python(NO_TRITON + USE)
     assert "triton|False|triton is not installed" in out and "refused attn_kernels: backend='triton'" in out
