@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "first.jsonl"
 GROUP_VARIABLE = "ATTN_KERNELS_FIRST_GROUP"  # tells a process which group it is
-BEGUN, OK, WRONG, ERROR, SKIPPED, END = "begun", "ok", "wrong", "error", "skipped", "end"
+PLANNED, BEGUN, OK, WRONG, ERROR, SKIPPED, END = "planned", "begun", "ok", "wrong", "error", "skipped", "end"
+START_SECONDS = 60.0  # of a process, until it is at a case: all of them load PyTorch together
 MOST_PROCESSES = 6  # of one group: each death costs the start of another
 CONTEXT_LOST = 3  # exit status
 
@@ -93,7 +94,7 @@ class Contact:
 
     def __init__(self, folder: Path, group: str, device: str) -> None:
         self.file, self.group, self.device = folder / FILE, group, device
-        self.done = {line["case"] for line in read(folder) if line["group"] == group}
+        self.done = {line["case"] for line in read(folder) if line["group"] == group and line["verdict"] != BEGUN}
 
     @property
     def backend(self) -> str:
@@ -390,6 +391,8 @@ def go(
     """All groups, at most ``jobs`` at a time, within ``limit`` seconds; a case has ``case_limit``."""
     end = time.monotonic() + limit
     waiting, running, started = list(groups), dict[str, Running](), Counter[str]()
+    for group in groups:
+        Contact(folder, group, device).say("(group)", PLANNED)
     while waiting or running:
         while waiting and len(running) < jobs:
             group = waiting.pop(0)
@@ -400,12 +403,13 @@ def go(
         for group, (process, began) in list(running.items()):
             open_case, since = begun(lines, group, began)
             over = time.monotonic() > end
-            if process.poll() is None and not over and time.monotonic() - since < case_limit:
+            most = START_SECONDS if open_case is None else case_limit
+            if process.poll() is None and not over and time.monotonic() - since < most:
                 continue
             if process.poll() is None:
                 process.kill()
                 process.wait()
-                why = "the time of first contact was over" if over else f"no end after {case_limit:.0f} s"
+                why = "the time of first contact was over" if over else f"no end after {most:.0f} s"
             else:
                 why = f"its process ended with status {process.returncode}"
             del running[group]
@@ -439,16 +443,17 @@ _seen: dict[tuple[str, str], float] = {}  # when this process first saw that a c
 
 def begun(lines: Sequence[dict[str, Any]], group: str, began: float) -> tuple[str | None, float]:
     """The case that a group is at, if any, and since when: of the start of the process if none."""
-    own = [line for line in lines if line["group"] == group]
+    own = [line for line in lines if line["group"] == group and line["verdict"] != PLANNED]
     if not own:
         return None, began
     seen = _seen.setdefault((group, f"{len(own)}"), time.monotonic())
     return (own[-1]["case"] if own[-1]["verdict"] == BEGUN else None), max(began, seen)
 
 
-def summary(lines: Sequence[dict[str, Any]], groups: Iterable[str] = GROUPS) -> dict[str, Any]:
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts by group, and every verdict that is neither ok nor skipped."""
-    final = [line for line in lines if line["verdict"] not in (BEGUN, END)]
+    groups = [line["group"] for line in lines if line["verdict"] == PLANNED]
+    final = [line for line in lines if line["verdict"] not in (PLANNED, BEGUN, END)]
     counts = {group: dict(Counter(line["verdict"] for line in final if line["group"] == group)) for group in groups}
     ended = {line["group"] for line in lines if line["verdict"] == END}
     return {
@@ -496,7 +501,7 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] | None =
         options.folder, options.device, groups, command,
         limit=options.limit, case_limit=options.case_limit, jobs=options.jobs,
     )  # fmt: skip
-    found = summary(read(options.folder), groups)
+    found = summary(read(options.folder))
     print(text(found))
     print(f"first contact: {time.monotonic() - begin:.0f} s")
     return 1 if found["bad"] or found["not complete"] else 0
