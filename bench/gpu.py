@@ -143,12 +143,12 @@ def brief(stage: Stage, state: dict[str, Any]) -> str:
 
 
 def finish(path: Path, state: dict[str, Any], budget: Budget) -> int:
-    from . import gpu_targets
+    from . import gpu_report, gpu_targets
 
     if state.get("cells"):
         state["targets"] = [{**t._asdict(), "met": t.met} for t in gpu_targets.evaluate(state)]
         files.write_json(path, state)
-    print(gpu_targets.report(state))
+    print(gpu_report.report(state))
     if state.get("cells"):
         draw(path.with_suffix(".png"), state)
     minutes, seconds = divmod(round(budget.spent), 60)
@@ -162,10 +162,12 @@ def draw(path: Path, state: dict[str, Any]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         say("no plot: matplotlib is not installed; python -m bench.gpu --only plot draws it later, from the file")
         return
-    from . import plots
+    from . import gpu_report, plots
 
-    if plots.gpu(path, state["cells"], state["machine"]):
+    if plots.gpu(path, gpu_report.publishable(state), state["machine"]):
         say(f"Written: {files.shown(path)}")
+    else:
+        say("no plot: nothing of this run may be published")
 
 
 def say(text: str) -> None:
@@ -211,9 +213,9 @@ def from_file(options: argparse.Namespace) -> int:
     if options.only == ["plot"]:
         draw(options.file.with_suffix(".png"), state)
     else:
-        from . import gpu_targets
+        from . import gpu_report
 
-        print(gpu_targets.markdown(state))
+        print(gpu_report.markdown(state))
     return 0
 
 

@@ -9,20 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cuda_rules, files, gpu_cells, gpu_device, machine, roofline
+from . import files, gpu_cells, gpu_device, machine, roofline
 from .gpu_cells import Row
-
-COUNTED = (files.LOCAL / "cuda-check.json", files.LOCAL.parent / "cuda-check.json")
-
-
-def counted_kernels(paths: tuple[Path, ...] = COUNTED) -> dict[str, cuda_rules.Finding]:
-    """What ``make cuda-check`` counted in the kernels, if it ran here or its result is stored; for predictions."""
-    for path in paths:
-        if path.exists():
-            findings = [cuda_rules.Finding(**kernel) for kernel in json.loads(path.read_text())["kernels"]]
-            return roofline.counted(findings)
-    return {}
-
 
 def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.Device:
     """The device as it was measured; what was not is that of an H100."""
@@ -36,10 +24,8 @@ def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.
     )
 
 
-def with_rates(
-    cell: dict[str, Any], row: Row, device: roofline.Device, kernels: dict[str, cuda_rules.Finding]
-) -> dict[str, Any]:
-    """Adds bytes and pairs a second, the floor by this device's ceilings, and the prediction for an H100."""
+def with_rates(cell: dict[str, Any], row: Row, device: roofline.Device) -> dict[str, Any]:
+    """Adds bytes and pairs a second, and the floor by this device's ceilings."""
     if row.op == gpu_cells.SCORES or not cell.get("ways"):
         work = roofline.work_of(roofline.ADDITIVE, row.shape, row.passes, row.dtype)
         of_bytes = None
@@ -47,9 +33,7 @@ def with_rates(
         work = roofline.work_of(row.op, row.shape, row.passes, row.dtype)
         of_bytes = work.bytes
         floor = roofline.floor(row.op, row.shape, row.passes, row.dtype, device)
-        prediction = roofline.predict(row.op, row.shape, row.passes, row.dtype, kernels)
         cell["floor_us"], cell["floor_by"] = floor.floor_us, floor.floor_by
-        cell["predicted_us_h100"] = prediction.predicted_us
     pairs = work.forward_pairs + work.backward_pairs
     for way in cell.get("ways", ()):
         if row.beams:
@@ -118,11 +102,9 @@ def measure(path: Path, gpu: Any, todo: list[Row], *, seconds: float, left: floa
     if before in {row.key for row in todo} and before not in cells:
         cells[before] = {"key": before, "failure": ENDED, "ways": []}
     device = model_of(state.get("ceilings") or {}, state["machine"])
-    kernels = counted_kernels()
-
     def store(row: Row, cell: dict[str, Any] | None) -> None:
         if cell is not None:
-            cells[row.key] = with_rates(cell, row, device, kernels)
+            cells[row.key] = with_rates(cell, row, device)
         state["cells"] = list(cells.values())
         begin(path, state, row.key if cell is None else None, COMPILED_ROW_SECONDS if row.compile else None)
 
