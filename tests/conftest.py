@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -48,6 +49,24 @@ from matrix import device_of
 
 if IN_XDIST:
     torch.set_num_threads(1)
+
+
+# What programs print depends on these. Tests, and programs that they start, see the same everywhere: a wide terminal
+# without colours, English, UTC. It is set when pytest has decided how its own output looks, and before bench is
+# imported, whose console reads it once.
+ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+UNSET = ("LINES", "FORCE_COLOR", "CLICOLOR_FORCE", "COLORTERM", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+UNSET += ("TERMINAL_WIDTH", "GITHUB_ACTIONS", "LANGUAGE")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("terminalreporter"):
+        writer = session.config.get_terminal_writer()
+        writer.fullwidth = writer.fullwidth  # its own terminal is as wide as it is
+    os.environ.update(ENVIRONMENT)
+    for name in UNSET:
+        os.environ.pop(name, None)
+    time.tzset()
 
 
 def pytest_report_header() -> list[str]:
