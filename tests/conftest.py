@@ -134,9 +134,9 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _patched_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters serve the small problems of the tests, too, which they leave to the originals because of speed."""
+@pytest.fixture
+def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
     monkeypatch.setattr(patching, "_least_elements", lambda module: 0)
 
 
