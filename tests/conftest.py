@@ -103,12 +103,6 @@ def every_level(names: Sequence[str]) -> list[str]:
     return [variant for name in names for variant in ([name, *lower] if name == "cpu" else [name])]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "every_level: the C++ kernels run on each SIMD level of this CPU, not on the best one only"
-    )
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parameters of the fixtures in BACKENDS: here and not with them, since they depend on the test."""
     every = metafunc.definition.get_closest_marker("every_level") is not None
@@ -116,6 +110,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, names in BACKENDS.items():
         if fixture in metafunc.fixturenames and fixture not in own:
             metafunc.parametrize(fixture, every_level(names) if every else names, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
+            item.add_marker("slow")
 
 
 def use(variant: str) -> Iterator[str]:

@@ -21,9 +21,12 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
+    ),
+]
 
 TARGETS = (80, 90, 100)
 OLDEST_PACKING = (3, 8)  # the release of Triton from which on the bounds hold for sm_100 too
