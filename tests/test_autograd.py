@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from matrix import CASES, OPS, Case, Op, assert_close, call, is_slow, make
+from matrix import CASES, OPS, Case, Op, assert_close, call, is_slow, make, slow_interpreted
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -39,6 +39,7 @@ def function_of_leaves(op: Op, case: Case, backend: str, device: str) -> tuple[C
     return function, leaves
 
 
+@slow_interpreted(VARIANTS["both"])
 @pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
 @ops
 def test_gradcheck(op: Op, backend: str, device: str, case: Case) -> None:

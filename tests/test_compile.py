@@ -12,7 +12,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import attn_kernels
 from attn_kernels.ops import kernel
-from matrix import CASES, OPS, SHAPES, Case, Op, assert_close, call, eager_errors, is_slow, make, oracle
+from matrix import (
+    CASES,
+    OPS,
+    SHAPES,
+    Case,
+    Op,
+    assert_close,
+    call,
+    eager_errors,
+    is_slow,
+    make,
+    oracle,
+    slow_interpreted,
+)
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -26,6 +39,8 @@ def fresh_dynamo():
 
 # opcheck --------------------------------------------------------------------------------------------------------------
 
+# opcheck and torch.compile take a second or two each time: one case of each op and backend is in make test.
+USUAL = "masked per query, strided"
 OPCHECK = {
     "plain": Case(B=2, Tq=3, Tk=5, A=4, D=3),
     "no bias": Case(B=2, Tq=3, Tk=5, A=4, D=3, without=("bias",)),
@@ -52,6 +67,7 @@ def skip_if_many(backend: str, name: str) -> None:
         pytest.skip("the other cases are enough for Triton's interpreter")
 
 
+@pytest.mark.slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires grad"])
 @pytest.mark.parametrize("name", OPCHECK)
 @ops
@@ -61,6 +77,7 @@ def test_opcheck(op: Op, fused: str, device: str, name: str, requires_grad: bool
     torch.library.opcheck(kernel(op.name, fused), tuple(arguments))
 
 
+@pytest.mark.slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
 @pytest.mark.parametrize("name", OPCHECK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ops
@@ -115,6 +132,7 @@ def check_compiled(function: Callable[..., Any], op: Op, case: Case, device: str
     assert_close(outputs | named, exact, eager_errors(op, expected, exact), torch.float32)
 
 
+@pytest.mark.slow_if(lambda name, dynamic, **_: name != "lengths and mask" or dynamic is not None)
 @pytest.mark.parametrize("name", ["plain", "no bias", "lengths and mask", "mask (B, Tq, Tk)", "query 2-D, masked"])
 @pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
 @ops
@@ -126,6 +144,7 @@ def test_compile(op: Op, backend: str, device: str, dynamic: bool | None, name: 
     assert counter.frame_count == first <= 2  # 2 where a dynamic scale is found out to be a constant
 
 
+@pytest.mark.slow_if(lambda backend, **_: backend != "cpu")
 @ops
 def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     """Ten lengths of the memory, in batches and with numbers of queries that change too: two compilations at most."""
@@ -137,6 +156,7 @@ def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     assert counter.frame_count == before <= 2
 
 
+@slow_interpreted()
 @ops
 def test_compile_without_gradients(op: Op, backend: str, device: str) -> None:
     function, counter = compiled(op, backend, dynamic=None)
@@ -151,6 +171,7 @@ def test_compile_without_gradients(op: Op, backend: str, device: str) -> None:
     assert counter.frame_count <= 2
 
 
+@slow_interpreted()
 @ops
 def test_compile_autocast(op: Op, backend: str, device: str) -> None:
     function, _ = compiled(op, backend, dynamic=False)
@@ -179,6 +200,7 @@ def test_compile_generates_code() -> None:
 # torch.export ---------------------------------------------------------------------------------------------------------
 
 
+@slow_interpreted()
 @ops
 def test_export(op: Op, backend: str, device: str) -> None:
     """Exported with the sizes of batch and memory free, and run with others."""
