@@ -61,15 +61,23 @@ class Meeting:
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._state = _state(keys, values)
+        self._state = *_state(keys), *_state(values)
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
         self.keys, self.values = keys.detach(), values.detach()
         self.token = _Meeting.apply(keys, values, self._passes)
         self.nothing = self.token.detach()  # the gradient of the token: None is no number to compiled autograd
 
     def is_of(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether keys and values, the tensors that it was made of, still have the same place in autograd's graph."""
-        return self._state == _state(keys, values)
+        """Whether keys and values still have the storage and the place in autograd's graph that they had.
+
+        What they hold may have been written to: both that and ``self.keys`` show it.
+        """
+        is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+        return (
+            self._state == (*_state(keys), *_state(values))
+            and is_alias(self.keys, keys)
+            and is_alias(self.values, values)
+        )
 
     def leave(self, step: _Step) -> None:
         """Called by the backward of a step."""
@@ -136,9 +144,9 @@ def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
     )
 
 
-def _state(keys: Tensor, values: Tensor) -> tuple[int, bool, int, bool]:
-    """Differs where a tensor was written to, or began or ceased to need a gradient."""
-    return keys._version, keys.requires_grad, values._version, values.requires_grad
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """Differs where a tensor was written to, got other storage, or began or ceased to need a gradient."""
+    return x._version, x.requires_grad, x.grad_fn, x.storage_offset(), x.shape, x.stride()
 
 
 class _Meeting(Function):

@@ -51,14 +51,13 @@ class Steps:
 
     def forward(self, way: str) -> Tensor:
         """The contexts of all steps, (T, B, D)."""
-        prepared = None if way == EAGER else prepare_keys(self.keys)
-        memory = Memory(self.keys, self.values, prepared=prepared)
+        memory = Memory(self.keys, self.values)
         contexts = []
         for query in self.queries.unbind(0):
             if way == EAGER:
                 attention = eager.additive_attention(query, self.keys, self.values, self.v)
             elif way == DENSE:
-                attention = additive_attention(query, self.keys, self.values, self.v, prepared=prepared)
+                attention = additive_attention(query, self.keys, self.values, self.v)
             else:
                 attention = additive_step(query, self.v, None, memory, True, None)
             contexts.append(attention.context)
@@ -93,7 +92,7 @@ def measure_backward(shape: tuple[int, int, int], seconds: float) -> list[dict[s
 
 
 def measure_beams(shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
-    """A step of one query a sentence and one of several, on a prepared memory, without gradients."""
+    """A step of one query a sentence and one of several, on prepared keys, without gradients."""
     batch, source, units = shape
     steps = Steps(batch, source, units, BEAMS)
     queries = steps.queries.detach().transpose(0, 1).contiguous()  # (B, K, A)
