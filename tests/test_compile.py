@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import attn_kernels
 from attn_kernels.ops import kernel
@@ -174,6 +176,36 @@ def test_compile_generates_code() -> None:
     torch.testing.assert_close(actual, expected)
     gradients = torch.autograd.grad(actual, (query, keys)), torch.autograd.grad(expected, (query, keys))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp"])
+def test_compile_transforms(backend: str, device: str, transform: str) -> None:
+    """Transforms of torch.func inside torch.compile: there ops are their formulas, so one backend shows for all."""
+    x, v = torch.randn(2, 3, 4, device=device), torch.randn(4, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        lengths = torch.full(x.shape[:1], 2, device=device)
+        return attn_kernels.additive_attention(x, x, x, v, memory_lengths=lengths, backend=backend).context.sum()
+
+    def jvp(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(loss, (x,), (2 * x,))
+
+    per_sentence = torch.vmap(torch.func.grad(lambda x: loss(x[None])))
+    function = {"grad": torch.func.grad(loss), "vmap of grad": per_sentence, "jvp": jvp}[transform]
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(x), function(x))
+
+
+@ops
+def test_fake_tensors(op: Op, backend: str, device: str) -> None:
+    """Without torch.compile, and with lengths that have no values to be checked."""
+    arguments = make(op, CASES["lengths"], torch.float32, device)
+    expected = call(op.function, op, arguments.tensors, **arguments.masks, backend=backend)
+    for mode in (FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True))):
+        with mode:
+            tensors = {name: mode.from_tensor(t) for name, t in arguments.tensors.items()}
+            masks = {name: mode.from_tensor(t) for name, t in arguments.masks.items()}
+            outputs = call(op.function, op, tensors, **masks, backend=backend)
+        assert {n: t.shape for n, t in outputs.items()} == {n: t.shape for n, t in expected.items()}
 
 
 # torch.export ---------------------------------------------------------------------------------------------------------
