@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,3 +237,25 @@ def test_export(op: Op, backend: str, device: str) -> None:
         expected = call(op.reference, op, arguments.tensors, **arguments.masks)
         for name, t in expected.items():
             torch.testing.assert_close(outputs[name], t)
+
+
+def test_exported_program_is_saved(tmp_path: Path) -> None:
+    """With Memory and Attention in its signature; loaded in another process."""
+    torch.manual_seed(0)
+    attention = attn_kernels.BahdanauAttention(8, 8, 8)
+    memory = attention.memory(torch.randn(4, 5, 8), torch.tensor([5, 3, 0, 1]))
+    query = torch.randn(4, 8)
+    program = torch.export.export(attention, (query, memory))
+    torch.export.save(program, tmp_path / "attention.pt2")
+    torch.save((query, memory.keys, memory.values, memory.memory_lengths, memory.prepared), tmp_path / "inputs.pt")
+    script = """
+import sys, torch, attn_kernels
+query, keys, values, lengths, prepared = torch.load(sys.argv[2])
+memory = attn_kernels.Memory(keys, values, lengths, prepared=prepared)
+result = torch.export.load(sys.argv[1]).module()(query, memory)
+assert type(result) is attn_kernels.Attention, type(result)
+torch.save(tuple(result), sys.argv[3])
+"""
+    files = [str(tmp_path / name) for name in ("attention.pt2", "inputs.pt", "outputs.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), tuple(attention(query, memory)))
