@@ -315,9 +315,10 @@ class CosineAttention(_MemoryAttention):
 
     def _unit_length(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps.
-        return (wide / torch.where(length > self.eps, length, 1.0)).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
+        # before the root, not after it: its second derivative at 0 is NaN.
+        return (wide / torch.where(squares > self.eps**2, squares, 1.0).sqrt()).to(x.dtype)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

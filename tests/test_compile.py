@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import attn_kernels
 from attn_kernels.ops import kernel
@@ -197,6 +202,36 @@ def test_compile_generates_code() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp"])
+def test_compile_transforms(backend: str, device: str, transform: str) -> None:
+    """Transforms of torch.func inside torch.compile: there ops are their formulas, so one backend shows for all."""
+    x, v = torch.randn(2, 3, 4, device=device), torch.randn(4, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        lengths = torch.full(x.shape[:1], 2, device=device)
+        return attn_kernels.additive_attention(x, x, x, v, memory_lengths=lengths, backend=backend).context.sum()
+
+    def jvp(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(loss, (x,), (2 * x,))
+
+    per_sentence = torch.vmap(torch.func.grad(lambda x: loss(x[None])))
+    function = {"grad": torch.func.grad(loss), "vmap of grad": per_sentence, "jvp": jvp}[transform]
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(x), function(x))
+
+
+@ops
+def test_fake_tensors(op: Op, backend: str, device: str) -> None:
+    """Without torch.compile, and with lengths that have no values to be checked."""
+    arguments = make(op, CASES["lengths"], torch.float32, device)
+    expected = call(op.function, op, arguments.tensors, **arguments.masks, backend=backend)
+    for mode in (FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True))):
+        with mode:
+            tensors = {name: mode.from_tensor(t) for name, t in arguments.tensors.items()}
+            masks = {name: mode.from_tensor(t) for name, t in arguments.masks.items()}
+            outputs = call(op.function, op, tensors, **masks, backend=backend)
+        assert {n: t.shape for n, t in outputs.items()} == {n: t.shape for n, t in expected.items()}
+
+
 # torch.export ---------------------------------------------------------------------------------------------------------
 
 
@@ -224,3 +259,25 @@ def test_export(op: Op, backend: str, device: str) -> None:
         expected = call(op.reference, op, arguments.tensors, **arguments.masks)
         for name, t in expected.items():
             torch.testing.assert_close(outputs[name], t)
+
+
+def test_exported_program_is_saved(tmp_path: Path) -> None:
+    """With Memory and Attention in its signature; loaded in another process."""
+    torch.manual_seed(0)
+    attention = attn_kernels.BahdanauAttention(8, 8, 8)
+    memory = attention.memory(torch.randn(4, 5, 8), torch.tensor([5, 3, 0, 1]))
+    query = torch.randn(4, 8)
+    program = torch.export.export(attention, (query, memory))
+    torch.export.save(program, tmp_path / "attention.pt2")
+    torch.save((query, memory.keys, memory.values, memory.memory_lengths, memory.prepared), tmp_path / "inputs.pt")
+    script = """
+import sys, torch, attn_kernels
+query, keys, values, lengths, prepared = torch.load(sys.argv[2])
+memory = attn_kernels.Memory(keys, values, lengths, prepared=prepared)
+result = torch.export.load(sys.argv[1]).module()(query, memory)
+assert type(result) is attn_kernels.Attention, type(result)
+torch.save(tuple(result), sys.argv[3])
+"""
+    files = [str(tmp_path / name) for name in ("attention.pt2", "inputs.pt", "outputs.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), tuple(attention(query, memory)))
