@@ -273,7 +273,7 @@ class _State:
         self.choices: dict[Any, Any] = {}
         self.reasons: Counter[str] = Counter()
         self.entries: list[Entry] = []
-        self.slower = 0
+        self.keeper: Any = None
 
     def __deepcopy__(self, memo: Any) -> _State:
         return _State(self.original)
@@ -297,26 +297,33 @@ class _State:
                 return self.forward(module, *args, **kwargs)
             entry = found
         if entry not in self.entries:
+            if self.keeper is None:
+                self.keeper = _new_keeper()
             self.entries.append(entry)
-            return self._first(entry, module, args, kwargs, kind)
+            return self._run(entry, module, args, kwargs)
         if not entry.graph.is_fused:
             self.choices.setdefault(kind, False)
             self.reasons[entry.graph.why()] += 1
             return self.forward(module, *args, **kwargs)
         if choice is True or self.always:
-            return entry.run(module, args, kwargs)
+            return self._run(entry, module, args, kwargs)
         return self._try(entry, module, args, kwargs, kind, choice)
 
-    def _first(self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
-        """A call that settles which graph is right."""
-        return entry.run(module, args, kwargs)
+    def _run(self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The rewritten graph, with what this module keeps."""
+        kept = entry.kept
+        outer, kept.keeper = kept.keeper, self.keeper
+        try:
+            return entry.run(module, args, kwargs)
+        finally:
+            kept.keeper = outer
 
     def _try(
         self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, trial: Any
     ) -> Any:
         if any(isinstance(x, Tensor) and not x.is_cpu for x in args):  # where a call returns before it is done
             self.choices[kind] = True
-            return entry.run(module, args, kwargs)
+            return self._run(entry, module, args, kwargs)
         if trial is None:
             trial = self.choices[kind] = _Trial()
         is_original = trial.is_for_original
@@ -326,11 +333,10 @@ class _State:
         else:
             captured = self._captured()
             captured.find(module, args, kwargs)
-            result = entry.run(module, args, kwargs)
+            result = self._run(entry, module, args, kwargs)
         (trial.original if is_original else trial.rewritten).append(time.perf_counter() - start)
         if trial.is_over:
             self.choices[kind] = trial.decide()
-            self.slower += not self.choices[kind]
         return result
 
     def _captured(self) -> Captured:
@@ -375,6 +381,12 @@ def _state_of(module: Any) -> _State:
     if state is None:
         state = module.__dict__[_STATE] = _State(module._attn_kernels_original)
     return state
+
+
+def _new_keeper() -> Any:
+    from .graph.kept import Keeper
+
+    return Keeper()
 
 
 def _unsuited() -> str | None:

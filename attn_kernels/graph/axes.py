@@ -25,6 +25,8 @@ class Axis:
     __slots__ = ("parts", "size")
 
     def __init__(self, size: Any) -> None:
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Integer:
+            size = int(size.node.expr)
         self.size = size
         self.parts: tuple[Axis, ...] | None = None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import check
+from .kept import current
 from .rewrite import Found, Outcome, rewrite
 
 _MOST = 16  # graphs of one class: modes, dtypes, options; beyond them the original runs
@@ -67,7 +68,11 @@ class Graph:
             if self._is_settled:
                 return
             if self.found:
-                reason = check.difference(self.original, self.rewritten, args)
+                keeper, current.keeper = current.keeper, None
+                try:
+                    reason = check.difference(self.original, self.rewritten, args)
+                finally:
+                    current.keeper = keeper
                 if reason is not None:
                     self.found = []
                     self.reasons.insert(0, f"the rewritten graph is not the same: {reason}")
@@ -84,11 +89,12 @@ class Graph:
 class Entry:
     """A captured kind of call: ``check`` says whether it is right for a call, ``run`` makes it."""
 
-    __slots__ = ("check", "graph", "run")
+    __slots__ = ("check", "graph", "kept", "run")
 
     def __init__(self, entry: Any, graph: Graph, namespace: dict[str, Any]) -> None:
         self.check, self.graph = entry.guard_manager.check, graph
         self.run = types.FunctionType(entry.code, namespace)
+        self.kept = current  # where a module puts its keeper for the time of a run
 
 
 class Captured:
@@ -147,7 +153,6 @@ class Captured:
             "specialize_float": True,  # a scale is a number of the graph
             "skip_nnmodule_hook_guards": False,
             "allow_rnn": True,
-            "allow_unspec_int_on_nn_module": True,
             "recompile_limit": 4 * _MOST,
             "accumulated_recompile_limit": 64 * _MOST,
             "suppress_errors": False,

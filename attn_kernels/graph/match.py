@@ -151,6 +151,7 @@ class Matcher:
         self.graph = graph
         self.writes = Writes(graph)
         self._constant_in_calls = _constants(graph, parameters)
+        self._arguments = _arguments_of(graph, parameters)
 
     # Scores -----------------------------------------------------------------------------------------------------------
 
@@ -421,6 +422,10 @@ class Matcher:
         if not self.writes.same_mode(*nodes):
             raise NoMatch("grad mode or autocast is switched between")
 
+    def arguments_of(self, node: Node) -> frozenset[Node]:
+        """The placeholders, parameters aside, that a value depends on."""
+        return self._arguments[node]
+
     def is_constant(self, node: Node) -> bool:
         """Whether a value depends on parameters alone."""
         return node in self._constant_in_calls
@@ -553,4 +558,14 @@ def _constants(graph: Graph, parameters: set[Node]) -> set[Node]:
         ):
             if node.target is not operator.setitem:
                 found.add(node)
+    return found
+
+
+def _arguments_of(graph: Graph, parameters: set[Node]) -> dict[Node, frozenset[Node]]:
+    found: dict[Node, frozenset[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            found[node] = frozenset() if node in parameters or not is_tensor(node) else frozenset((node,))
+        else:
+            found[node] = frozenset().union(*(found[x] for x in node.all_input_nodes))
     return found

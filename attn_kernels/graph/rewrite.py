@@ -10,8 +10,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import runtime
 from .axes import Axis, Group, Index, NoMatch, axes_of, is_tensor, name_of, one, product, resolve, same, settle, value_of
+from .keeping import keep_node
 from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Softmax, Term, roles, softmax_dim, start
-from .writes import MODES, is_random, storage, written
+from .dead import remove_dead
+from .writes import written
 
 CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # what is computed by one op, all up to there
 _PRODUCTS = ("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "sum", "einsum")
@@ -22,14 +24,13 @@ class Found(NamedTuple):
     """Attention that was rewritten.
 
     kind: CONTEXT, ALIGNMENTS or SCORES. where: the qualified name of the module that computes it, "" for the one that
-    was captured. reason: why no more of it. keys, values: nodes of the rewritten graph.
+    was captured. reason: why no more of it. steady: nodes that may be the same in many calls.
     """
 
     kind: str
     where: str
     reason: str
-    keys: Node
-    node: Node
+    steady: tuple[Node, ...]
 
 
 class Outcome(NamedTuple):
@@ -44,7 +45,10 @@ def rewrite(graph_module: GraphModule, parameters: set[Node]) -> Outcome:
     graph = graph_module.graph
     found, reasons = _Writer(graph, Matcher(graph, parameters)).run()
     if found:
-        _remove_dead(graph)
+        remove_dead(graph)
+        for node in dict.fromkeys(node for one in found for node in one.steady):
+            keep_node(graph, node, parameters)
+        remove_dead(graph)
         graph_module.recompile()
     return Outcome(found, list(dict.fromkeys(reasons)))
 
@@ -103,6 +107,8 @@ class _Writer:
         part = roles(softmax.scores, softmax.steps, self.matcher)
         inner = {*part.batch, *resolve(part.steps)}
         width = tuple(axis for axis in values.axes if axis not in inner)
+        if not width and value_of(values.node).dim() < len(part.batch) + len(part.steps) + 1:
+            raise NoMatch("a sum of numbers, no context")
         if set(width) & set(part.queries):
             raise NoMatch("values that differ from query to query")
         if set(axes_of(settle(context.index))) != {*part.batch, *part.queries, *width}:
@@ -114,37 +120,37 @@ class _Writer:
         at = context.node if alone else softmax.node
         if not alone and self.writes.position[values.node] >= self.writes.position[softmax.node]:
             raise NoMatch("values that are not known yet where the alignments are used")
-        call, keys = self._attention(softmax, part, (values, width), at, {softmax.node, context.node})
+        call, steady = self._attention(softmax, part, (values, width), at, {softmax.node, context.node})
         result = self._call(at, operator.getitem, call, 0)
         have = (part.batch, part.queries, width) if part.queries else (part.batch, width)
         self._replace(context.node, self._arrange(result, have, settle(context.index), at), at)
         if not alone:
             self._replace_softmax(softmax, part, call, at)
-        return self._found(CONTEXT, softmax.scores, "", keys, call)
+        return self._found(CONTEXT, softmax.scores, "", steady)
 
     def _alignments(self, node: Node) -> Found:
         softmax = self.matcher.softmax(node, start(node))
         part = roles(softmax.scores, softmax.steps, self.matcher)
-        call, keys = self._attention(softmax, part, None, node, {node})
+        call, steady = self._attention(softmax, part, None, node, {node})
         self._replace_softmax(softmax, part, call, node)
-        return self._found(ALIGNMENTS, softmax.scores, "", keys, call)
+        return self._found(ALIGNMENTS, softmax.scores, "", steady)
 
     def _scores(self, scores: Scores, reason: str) -> Found:
         part = roles(scores, None, self.matcher)
         at = scores.node
         self._check(scores, {at}, at)
-        query, keys, bias = self._operands(scores, part, at)
+        query, keys, bias, steady = self._operands(scores, part, at)
         v = self._score_vector(scores, scores.scale, [], at)
         shift = None if scores.shift is None else self._arrange_leaf(scores.shift, ((),), at)
         call = self._call(at, runtime.scores, query, keys, v, bias, shift)
         have = (part.batch, part.queries, part.steps) if part.queries else (part.batch, part.steps)
         self._replace(at, self._arrange(call, have, settle(scores.index), at), at)
-        return self._found(SCORES, scores, reason, keys, call)
+        return self._found(SCORES, scores, reason, steady)
 
-    def _found(self, kind: str, scores: Scores, reason: str, keys: Node, call: Node) -> Found:
+    def _found(self, kind: str, scores: Scores, reason: str, steady: tuple[Node, ...]) -> Found:
         self._done.add(scores.tanh)
         stack = list((scores.node.meta.get("nn_module_stack") or {}).values())
-        return Found(kind, _where(stack), reason, keys, call)
+        return Found(kind, _where(stack), reason, steady)
 
     def _replace_softmax(self, softmax: Softmax, part: Roles, call: Node, at: Node) -> None:
         have = (part.batch, part.queries, part.steps) if part.queries else (part.batch, part.steps)
@@ -153,20 +159,21 @@ class _Writer:
 
     def _attention(
         self, softmax: Softmax, part: Roles, values: tuple[Leaf, Group] | None, at: Node, roots: set[Node]
-    ) -> tuple[Node, Node]:
+    ) -> tuple[Node, tuple[Node, ...]]:
         scores = softmax.scores
         self._check(scores, roots, at)
         for leaf in (*(mask.leaf for mask in softmax.masks), *softmax.shifts, *(() if values is None else values[:1])):
             self._check_leaf(leaf, at)
         if any(set(mask.leaf.axes) - {*part.batch, *part.queries, *part.steps} for mask in softmax.masks):
             raise NoMatch("a mask with other axes")
-        query, keys, bias = self._operands(scores, part, at)
+        query, keys, bias, steady = self._operands(scores, part, at)
         v = self._score_vector(scores, softmax.scale, softmax.shifts, at)
         x = None
         if values is not None:
             x = self._arrange_leaf(values[0], (part.batch, part.steps, values[1]), at)
+            steady = (*steady, x)
         masks = tuple((self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks)
-        return self._call(at, runtime.attention, query, keys, x, v, bias, masks), keys
+        return self._call(at, runtime.attention, query, keys, x, v, bias, masks), steady
 
     def _mask(self, mask: Mask, all_masks: list[Mask], part: Roles, at: Node) -> Node:
         by_query = any(set(other.leaf.axes) & set(part.queries) for other in all_masks)
@@ -221,18 +228,20 @@ class _Writer:
     def _dtype(self, scores: Scores) -> torch.dtype:
         return value_of(scores.tanh).dtype
 
-    def _operands(self, scores: Scores, part: Roles, at: Node) -> tuple[Node, Node, Node | None]:
-        """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None."""
+    def _operands(
+        self, scores: Scores, part: Roles, at: Node
+    ) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
+        """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the summands of the keys."""
         leaves = [term.leaf for term in scores.terms] + [scores.v]
         leaves += [term.projection.weight for term in scores.terms if term.projection is not None]
         for leaf in leaves:
             self._note_sizes(leaf.node, leaf.index)
         units = resolve(scores.units)
         by_query = (part.batch, part.queries, units) if part.queries else (part.batch, units)
-        query = self._total(part.query_terms, by_query, scores, at)
-        keys = self._total(part.key_terms, (part.batch, part.steps, units), scores, at)
-        bias = self._total(part.bias_terms, (units,), scores, at) if part.bias_terms else None
-        return query, keys, bias
+        query, _ = self._total(part.query_terms, by_query, scores, at)
+        keys, steady = self._total(part.key_terms, (part.batch, part.steps, units), scores, at)
+        bias = self._total(part.bias_terms, (units,), scores, at)[0] if part.bias_terms else None
+        return query, keys, bias, steady
 
     def _score_vector(self, scores: Scores, scale: float, shifts: list[Leaf], at: Node) -> Node:
         v = self._cast(self._arrange_leaf(scores.v, (resolve(scores.units),), at), self._dtype(scores), at)
@@ -241,24 +250,32 @@ class _Writer:
         added = tuple(self._current(shift.node) for shift in shifts)
         return self._call(at, runtime.score_vector, v, scale, added)
 
-    def _total(self, terms: list[Term], groups: tuple[Group, ...], scores: Scores, at: Node) -> Node:
-        """The sum of terms, arranged as ``groups``."""
+    def _total(
+        self, terms: list[Term], groups: tuple[Group, ...], scores: Scores, at: Node
+    ) -> tuple[Node, tuple[Node, ...]]:
+        """The sum of terms, arranged as ``groups``; and its parts, each of the terms that have the same arguments."""
         dtype = self._dtype(scores)
         if len(terms) == 1:
             node, index = self._term(terms[0], at)
-            return self._cast(self._arrange(node, index, groups, at), dtype, at)
-        axes = [axis for group in groups for axis in resolve(group)]
-        apart = tuple((axis,) for axis in axes)
-        total = None
-        for term in sorted(terms, key=lambda term: not self.matcher.is_constant(term.leaf.node)):
+            node = self._cast(self._arrange(node, index, groups, at), dtype, at)
+            return node, (node,)
+        apart = tuple((axis,) for group in groups for axis in resolve(group))
+        parts: dict[frozenset[Node], Node] = {}
+        for term in terms:
             node, index = self._term(term, at)
             present = set(axes_of(index))
             node = self._arrange(node, index, tuple(g if g[0] in present else () for g in apart), at)
             node = self._cast(node, dtype, at)
+            made_of = self.matcher.arguments_of(term.leaf.node)
+            known = parts.get(made_of)
+            parts[made_of] = node if known is None else self._call(at, torch.add, known, node)
+        total = None
+        for node in parts.values():
             total = node if total is None else self._call(at, torch.add, total, node)
         present = {axis for term in terms for axis in term.axes}
         index = tuple(g if g[0] in present else () for g in apart)
-        return self._arrange(total, index, groups, at)
+        total = self._arrange(total, index, groups, at)
+        return total, (total,) if len(parts) == 1 else tuple(parts.values())
 
     def _term(self, term: Term, at: Node) -> tuple[Node, Index]:
         leaf, projection = term.leaf, term.projection
@@ -355,10 +372,17 @@ class _Writer:
     def _size(self, axis: Axis, at: Node) -> Any:
         if isinstance(axis.size, int):
             return axis.size
-        if axis not in self._sizes:
-            raise NoMatch("a size that no tensor has")
-        node, dim = self._sizes[axis]
+        node, dim = self._sizes.get(axis) or self._sized_alike(axis.size)
         return self._call(at, torch.Tensor.size, self._current(node), dim)
+
+    def _sized_alike(self, size: Any) -> tuple[Node, int]:
+        """An argument of the graph that has a dimension of that size in all calls."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and is_tensor(node):
+                for dim, other in enumerate(value_of(node).shape):
+                    if same(size, other):
+                        return node, dim
+        raise NoMatch(f"a size that no tensor has: {size}")
 
     def _current(self, node: Node) -> Node:
         while node in self._replaced:
@@ -419,46 +443,3 @@ def _example(function: Any, args: tuple[Any, ...]) -> Any:
         return value_of(arg)
 
     return function(*(given(arg) for arg in args))
-
-
-def _remove_dead(graph: Graph) -> None:
-    """Removes calls whose results are not used, and writes to what nothing reads any more."""
-    nodes = list(graph.nodes)
-    place = {node: i for i, node in enumerate(nodes)}
-    alive = {node for node in nodes if node.op in ("placeholder", "output") or _has_effects(node)}
-    outside = {storage(node) for node in nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)}
-    last_read: dict[int, int] = {}  # storage -> where something that is alive reads or returns it last
-    while True:
-        for node in reversed(nodes):
-            if node in alive:
-                for source in node.all_input_nodes:
-                    alive.add(source)
-                    if is_tensor(source):
-                        key = storage(source)
-                        last_read[key] = max(last_read.get(key, 0), place[node])
-        more = {
-            node
-            for node in nodes
-            if node not in alive
-            and any(storage(t) in outside or last_read.get(storage(t), -1) > place[node] for t in written(node))
-        }
-        if not more:
-            break
-        alive |= more
-    for node in reversed(nodes):
-        if node not in alive:
-            graph.erase_node(node)
-    graph.lint()
-
-
-def _has_effects(node: Node) -> bool:
-    """Whether a call does more than to compute its result and to write to tensors."""
-    if node.op == "get_attr" or node.op not in ("call_function", "call_method"):
-        return node.op == "call_module"
-    name = name_of(node)
-    return (
-        isinstance(node.target, torch._ops.HigherOrderOperator)
-        or name in MODES
-        or name.startswith(("_assert", "_check", "sym_constrain", "register_hook", "__"))
-        or is_random(node)
-    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional import additive_attention, additive_scores
+from ..functional import additive_attention, additive_scores, additive_step
+from .kept import Held, held_of, memory_of, prepared_of
 
 # mask, whether True is to keep, what the others are set to, whether autograd does not see that
 Masks = tuple[tuple[Tensor, bool, float, bool], ...]
@@ -16,7 +17,8 @@ def score_vector(v: Tensor, scale: float, shifts: tuple[Tensor, ...]) -> Tensor:
     if scale != 1.0:
         v = v * scale
     for shift in shifts:
-        v = v + 0.0 * shift.sum().to(v.dtype)
+        if shift.requires_grad and torch.is_grad_enabled():
+            v = v + 0.0 * shift.sum().to(v.dtype)
     return v
 
 
@@ -30,15 +32,38 @@ def attention(
     query: Tensor, keys: Tensor, values: Tensor | None, v: Tensor, bias: Tensor | None, masks: Masks
 ) -> tuple[Tensor | None, Tensor]:
     """Context and alignments. A row with nothing to attend has what the original formula has there."""
-    if not masks:
-        return additive_attention(query, keys, values, v, bias)
+    held = held_of(keys)
+    allowed = None
+    if masks:
+        if not keys.is_cpu:  # whether a row may attend nothing would have to be waited for
+            return _with_fills(query, keys, values, v, bias, masks)
+        allowed, is_full = _allowed(masks, held)
+        if not is_full:
+            return _with_fills(query, keys, values, v, bias, masks)
+    if held is None or (values is not None and values.dtype != keys.dtype):
+        return additive_attention(query, keys, values, v, bias, mask=allowed)
+    if torch.is_grad_enabled():
+        return additive_step(query, v, bias, memory_of(held, values, allowed), True, None)
+    return additive_attention(query, keys, values, v, bias, mask=allowed, prepared=prepared_of(held))
+
+
+def _allowed(masks: Masks, held: Held | None) -> tuple[Tensor, bool]:
+    """Where all masks let attend, and whether every row may attend something; known for the masks of the last step."""
+    given = tuple(mask for mask, _, _, _ in masks)
+    if held is not None and held.masks is not None:
+        known, allowed, is_full = held.masks
+        if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(known, given, strict=True)):
+            return allowed, is_full
     allowed = None
     for mask, keep, _, _ in masks:
         kept = mask if keep else ~mask
         allowed = kept if allowed is None else allowed & kept
-    if allowed.is_cpu and bool(allowed.any(-1).all()):  # on a GPU that would wait for the device
-        return additive_attention(query, keys, values, v, bias, mask=allowed)
-    return _with_fills(query, keys, values, v, bias, masks)
+    is_full = bool(allowed.any(-1).all())
+    if held is not None:
+        if any(allowed is mask for mask in given):
+            allowed = allowed.clone()
+        held.masks = tuple(mask.clone() for mask in given), allowed, is_full
+    return allowed, is_full
 
 
 def _with_fills(

@@ -96,17 +96,17 @@ class NormBeforeTanh(nn.Module):
         return torch.bmm(a[:, None], memory)
 
 
-@case(None, step, why="")
-class TransposedSum(nn.Module):
-    """x + x.T is no query and key."""
+@case(None, lambda s, d: (d(s.B, s.Tk, M),), why="no query")
+class PairsAndTheirTranspose(nn.Module):
+    """x + x.T: both terms have all axes."""
 
     def __init__(self):
         super().__init__()
-        self.U, self.v = nn.Linear(M, A), nn.Linear(A, 1)
+        self.W, self.U, self.v = nn.Linear(M, A), nn.Linear(M, A), nn.Linear(A, 1)
 
-    def forward(self, state, memory):
-        x = self.U(memory @ memory.transpose(1, 2).new_ones(M, M))
-        e = self.v(torch.tanh(x + state.sum() * 0)).squeeze(-1)
+    def forward(self, x):
+        pairs = self.W(x)[:, None] * self.U(x)[:, :, None]
+        e = self.v(torch.tanh(pairs + pairs.transpose(1, 2))).squeeze(-1)
         return torch.softmax(e, 1)
 
 
