@@ -104,6 +104,11 @@ def build_info() -> dict[str, str] | None:
     return None if _compiled is None else _compiled.build_info()
 
 
+def checksums() -> Any:
+    """``checksums(address, bytes, pieces)`` of the compiled module; None without one."""
+    return None if _compiled is None else _compiled.checksums
+
+
 def _probe_cpu() -> tuple[bool, str]:
     if _compiled is None:
         return False, _compiled_reason

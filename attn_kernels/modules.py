@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import additive_step, dot_step, prepare_keys
+from .functional import additive_step, dot_step
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -68,11 +68,7 @@ class _MemoryAttention(nn.Module):
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
         keys = self._keys(values)
-        return Memory(keys, values, memory_lengths, mask, self._prepare(keys))
-
-    def _prepare(self, keys: Tensor) -> Tensor | None:
-        """What the kernels of a step need of the keys, made once per sentence."""
-        return None
+        return Memory(keys, values, memory_lengths, mask)
 
     def _keys(self, values: Tensor) -> Tensor:
         return values if self.memory_projection is None else self.memory_projection(values)
@@ -158,9 +154,6 @@ class BahdanauAttention(_MemoryAttention):
         """(A,): ``v``, or with ``normalize`` g v / |v|."""
         return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
-    def _prepare(self, keys: Tensor) -> Tensor | None:
-        return prepare_keys(keys, backend=self.backend)
-
     def extra_repr(self) -> str:
         return self._repr(units=self.units, normalize=self.normalize)
 
@@ -243,9 +236,6 @@ class LuongAttention(_MemoryAttention):
         """(A,), of "concat": ``v``, or with ``scale`` g v."""
         return self.v if self.g is None else self.g * self.v
 
-    def _prepare(self, keys: Tensor) -> Tensor | None:
-        return None if self.v is None else prepare_keys(keys, backend=self.backend)
-
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}
         return self._repr(**units, score=self.score, scale=self.scale)
@@ -325,9 +315,10 @@ class CosineAttention(_MemoryAttention):
 
     def _unit_length(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps.
-        return (wide / torch.where(length > self.eps, length, 1.0)).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
+        # before the root, not after it: its second derivative at 0 is NaN.
+        return (wide / torch.where(squares > self.eps**2, squares, 1.0).sqrt()).to(x.dtype)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import files, ops
 from .g2p import compare as g2p
 from .machine import Allocator
+from .terminal import application, console
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 
 @app.command()
@@ -54,11 +53,11 @@ def main(
     if result["training step"]:
         console.print(g2p.step_table(result["training step"]))
     for line in wrong:
-        console.print(f"[bold red]No time for ours:[/] {line}")
+        console.print(f"No time for ours: {line}", style="bold red")
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(f"{minutes} min {seconds} s. Written:")
     for path in written + more:
-        console.print(f"  {files.shown(path)}", highlight=False)
+        console.print(f"  {files.shown(path)}")
     sys.exit(1 if wrong else 0)
 
 

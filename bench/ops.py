@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +42,7 @@ from .problems import (
     expected_results,
     make_problem,
 )
-
-console = Console()
+from .terminal import application, console
 
 
 class Op(str, Enum):
@@ -187,7 +186,7 @@ def tracked(progress: Progress, what: str, cells: list[Cell]) -> Iterator[Cell]:
     progress.update(task, description=what)
 
 
-def progress_bars(console: Console = console) -> Progress:
+def progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -383,10 +382,10 @@ def benchmark(
             getattr(torch, dtype.value), device, seconds, rounds, compile, need_weights, lengths, seed, prepared
         )
         if choose(None, device.type) == "reference":
-            console.print(f"[bold red]No fused backend runs on {device.type}; ours is the reference:[/]")
+            console.print(f"No fused backend runs on {device.type}; ours is the reference:", style="bold red")
             for backend in attn_kernels.backends().values():
                 if not backend.available:
-                    console.print(f"  {backend.name}: {backend.detail}", highlight=False)
+                    console.print(f"  {backend.name}: {backend.detail}")
         cells = plan(ops or list(Op), chosen, list(passes))
         in_effect = run(cells, settings, allocator)
         description = machine.describe(device, in_effect)
@@ -403,11 +402,11 @@ def benchmark(
         written += [output / f"{stem}.json", output / f"{stem}.png"]
         wrong += wrong_cells(cells)
     for line in wrong:
-        console.print(f"[bold red]No time for ours:[/] {line}")
+        console.print(f"No time for ours: {line}", style="bold red")
     return written, wrong, printed
 
 
-app = typer.Typer(add_completion=False)
+app = application()
 
 
 @app.command()

@@ -508,6 +508,26 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# The cases that ``make test`` runs where kernels of a GPU are interpreted: a call takes a second there.
+CORE = tuple(
+    CASES[name]
+    for name in (
+        *("plain", "decode", "7", "lengths and mask per query", "query 2-D, masked", "sliced"),
+        *("gradient of context", "gradient of alignments"),
+    )
+)
+
+
+def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
+    """Marks a test as slow with interpreted kernels, except for the parameters in ``core``."""
+
+    def slow(**parameters: Any) -> bool:
+        backend = parameters.get("backend", parameters.get("fused"))
+        return interpreted(backend) and not any(value in core for value in parameters.values())
+
+    return pytest.mark.slow_if(slow)
+
+
 def is_slow(backend: str) -> bool:
     """Whether the kernels run in Triton's interpreter: tests make do with few and small cases there."""
     return backend == "triton" and interpreted(backend)

@@ -398,7 +398,7 @@ def test_help(part: str) -> None:
 
     app = {"ops": ops.app, "g2p": g2p_app, "all": everything}[part]
     arguments = ["compare", "--help"] if part == "g2p" else ["--help"]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "--output" in result.output
 
@@ -418,6 +418,6 @@ def test_errors_of_the_command_line(part: str, arguments: list[str], message: st
     from typer.testing import CliRunner
 
     app = {"ops": ops.app, "g2p": g2p_app}[part]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output

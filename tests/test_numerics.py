@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrix import VARIANTS, Arguments, Case, Op, check, check_by_sentences, is_slow, make, run
+from matrix import (
+    VARIANTS,
+    Arguments,
+    Case,
+    Op,
+    check,
+    check_by_sentences,
+    interpreted,
+    is_slow,
+    make,
+    run,
+    slow_interpreted,
+)
 
 pytestmark = pytest.mark.every_level
 ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
@@ -46,6 +58,9 @@ SPECIAL = {
 }
 
 
+@pytest.mark.slow_if(
+    lambda backend, special, size, **_: interpreted(backend) and (special, size) != (math.inf, "small")
+)
 @pytest.mark.parametrize("size", SPECIAL)
 @pytest.mark.parametrize("masks", [{}, {"lengths": "full"}, {"mask": "pairs"}], ids=["all", "lengths", "pairs"])
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
@@ -94,6 +109,7 @@ def test_nan_stays_in_its_row(op: Op, backend: str, device: str) -> None:
 # Magnitudes -----------------------------------------------------------------------------------------------------------
 
 
+@slow_interpreted(100.0)
 @pytest.mark.parametrize("size", [10.0, 100.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @ops
@@ -105,6 +121,7 @@ def test_large_inputs(op: Op, backend: str, device: str, dtype: torch.dtype, siz
     check_arguments(op, case, backend, arguments)
 
 
+@slow_interpreted(0.05)
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 0.05, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @additive_ops
@@ -135,6 +152,7 @@ def _vectors(size: int) -> dict[str, Tensor]:
     }
 
 
+@slow_interpreted("zero", "all sizes")
 @pytest.mark.parametrize("size", [1.0, 8.0, 20.0])
 @pytest.mark.parametrize("vector", _vectors(1))
 @additive_ops
@@ -186,6 +204,7 @@ def unit_norm(v: Tensor) -> Tensor:
     return v / v.norm()
 
 
+@slow_interpreted()
 @pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize("cancel", [False, True], ids=["same sign", "opposite signs"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -232,6 +251,7 @@ def test_small_units_add_up(op: Op, compiled: str, units: int) -> None:
     check_arguments(op, case, compiled, arguments)
 
 
+@slow_interpreted(math.inf)
 @pytest.mark.parametrize("special", [None, math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("lengths", ["", "random"], ids=["all", "lengths"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

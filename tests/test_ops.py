@@ -7,6 +7,7 @@ import torch
 
 from matrix import (
     CASES,
+    CORE,
     DTYPES,
     OPS,
     VARIANTS,
@@ -19,6 +20,7 @@ from matrix import (
     make,
     run,
     skip_if_slow,
+    slow_interpreted,
 )
 
 pytestmark = pytest.mark.every_level
@@ -28,6 +30,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+@slow_interpreted(*CORE)
 @cases
 @dtypes
 @ops
@@ -36,6 +39,7 @@ def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: C
     check(op, case, dtype, backend)
 
 
+@slow_interpreted("lengths and mask per query")
 @pytest.mark.parametrize("name", ["plain", "decode, long", "lengths and mask per query", "query 2-D, masked"])
 @dtypes
 @masked_ops
@@ -49,6 +53,7 @@ def test_without_weights(op: Op, backend: str, device: str, dtype: torch.dtype, 
     assert outputs["alignments"] is None
 
 
+@slow_interpreted("plain", "Tk = 0")
 @pytest.mark.parametrize("name", ["plain", "lengths all 0", "B = 0", "Tk = 0"])
 @ops
 def test_without_gradients(op: Op, backend: str, device: str, name: str) -> None:
@@ -67,6 +72,7 @@ def test_without_gradients(op: Op, backend: str, device: str, name: str) -> None
         assert_bit_equal({"d" + needed: gradient}, {"d" + needed: expected["d" + needed]})
 
 
+@slow_interpreted("lengths", "sliced")
 @pytest.mark.parametrize("name", ["plain", "lengths", "mask (B, Tq, Tk)", "sliced", "stride 0", "gradient stride 0"])
 @ops
 def test_inputs_are_not_written(op: Op, fused: str, device: str, name: str) -> None:

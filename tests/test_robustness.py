@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import SIMD_LEVELS, available, simd
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, is_slow, make, run
+from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, is_slow, make, run, slow_interpreted
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 ROOT = Path(__file__).parent.parent
@@ -39,6 +39,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@slow_interpreted()
 @ops
 def test_repeats_are_bit_equal(op: Op, fused: str, device: str) -> None:
     slow = is_slow(fused)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from attn_kernels.sentence import forget, once, project
+from attn_kernels.derived import forget, once
+from attn_kernels.sentence import project
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ already, autograd. Here a step calls the operators, and what weights and memory 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import choose
-from ..memory import Memory
+from ..functional import prepare_keys
+from ..memory import Memory, PreparedMemory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .decoder import AttentionModule, Decoder, DecoderState
 from .products import Product, linear
@@ -24,14 +26,26 @@ def make_steps(decoder: Decoder, memory: Memory, hypotheses: int, steps: int) ->
 
     hypotheses: of each sentence. The memory has the sentences of the one given, and is selected from as that one is.
 
-    They are decoder and memory themselves where the steps are not to be replaced: with gradients, under torch.compile
-    and autocast, with hooks, with modules or methods of the caller's own, off the CPU or in 16 bits. Parameters are not
+    The object is the decoder itself where the steps are not to be replaced: with gradients, under torch.compile and
+    autocast, with hooks, with modules or methods of the caller's own, off the CPU or in 16 bits. Parameters are not
     to change while the object is used.
     """
     if not _can_replace(decoder):
-        return decoder, memory
+        return decoder, _prepare(decoder, memory)
+    memory = _prepare(decoder, memory)
     made = GenerationSteps(decoder, memory, hypotheses, steps)
     return made, made.memory
+
+
+def _prepare(decoder: Decoder, memory: Memory) -> Memory:
+    """The memory with what additive attention makes of its keys, where only modules of this package will see it."""
+    attention = decoder.attention
+    if type(decoder) is not Decoder or type(attention) not in (BahdanauAttention, LuongAttention):
+        return memory
+    watched = attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention)
+    if attention.v is None or watched or torch.compiler.is_compiling():
+        return memory
+    return PreparedMemory.of(memory, prepare_keys(memory.keys, backend=attention.backend))
 
 
 def _can_replace(decoder: Decoder) -> bool:
@@ -94,7 +108,7 @@ class GenerationSteps:
             self.of_context = _Affine(weight[:, :values], rows, steps)
         else:
             projected = linear(memory.values.flatten(0, 1), weight[:, :values]).unflatten(0, (-1, source))
-            self.memory = Memory(memory.keys, projected, memory.memory_lengths, memory.mask, memory.prepared)
+            self.memory = PreparedMemory.of(replace(memory, values=projected), memory.prepared)
         self.module = decoder.attention
         self.of_state = _Affine(weight[:, values:], rows, steps)
         self.output = _Affine(decoder.output.weight, rows, steps)

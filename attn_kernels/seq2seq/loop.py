@@ -58,7 +58,6 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
         memory.values,
         memory.memory_lengths,
         memory.mask,
-        memory.prepared,
         None if projection is None else projection.weight,
         v,
         bias,
@@ -72,7 +71,6 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
         bool(state.cell),
         choose(attention.backend, embedded.device.type),
         attention.eps if isinstance(attention, CosineAttention) else None,
-        memory.prepared is not None,
         decoder.cuda_graph,
     )
     return _Loop.apply(settings, *inputs, *_dropout_factors(decoder, embedded), *first, *weights)

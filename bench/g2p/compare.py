@@ -18,7 +18,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -29,12 +28,11 @@ from attn_kernels.seq2seq import Hypothesis, Seq2Seq
 from .. import files, machine, ops, plots, timing
 from ..machine import Allocator
 from ..ops import parse_device
+from ..terminal import console
 from . import data, models
 from .data import Batch, Batches, Errors, Vocabulary, Words
 from .models import ModelConfig
 from .training import train_step
-
-console = Console()
 
 THREADS = 1  # steps of this size gain little from more, and lose much where other programs want the cores
 FUSED, REFERENCE = "fused", "reference"
@@ -277,7 +275,7 @@ def benchmark(
         training = Training(config, parts.train, vocabulary, names, device)
     if resume:
         training.load(checkpoint)
-    with ops.progress_bars(console) as progress:
+    with ops.progress_bars() as progress:
         train(training, checkpoint, save_every, progress)
         model = training.models[names[0]]
         tested = data.subset(parts.test, words)
@@ -381,7 +379,6 @@ def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) ->
     console.print(
         f"Mean WER {means[FUSED]:.2%} and {means[REFERENCE]:.2%}; one kind of model differs by up to {spread:.2%} "
         "from seed to seed.",
-        highlight=False,
     )
     return [path], result
 
@@ -434,16 +431,12 @@ def show(result: dict[str, Any]) -> None:
             f"Loss curves, fused and reference: apart by at most {close['first_steps']:.1e} in the first 10 steps and "
             f"{close['all_steps']:.1e} in all; mean of the last 100: {close['final_fused']:.4f}, "
             f"{close['final_reference']:.4f}.",
-            highlight=False,
         )
         same = evaluation["the same with reference attention"]
-        console.print(
-            f"The trained weights decode {same} of {evaluation['words']} words alike with both.", highlight=False
-        )
-    console.print(evaluation["rule"], highlight=False)
+        console.print(f"The trained weights decode {same} of {evaluation['words']} words alike with both.")
+    console.print(evaluation["rule"])
     console.print(
         "The reference: attention of separate operations in plain PyTorch steps, with the same weights.",
-        highlight=False,
     )
     console.print(machine.as_text(result["machine"]))
 
