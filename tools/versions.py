@@ -176,15 +176,21 @@ def is_done(result: dict[str, Any], commit: str, arguments: list[str]) -> bool:
     return (result.get("commit"), result.get("arguments")) == (commit, arguments) and not failed(result)
 
 
-def write(results: list[dict[str, Any]]) -> None:
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+def read() -> dict[str, dict[str, Any]]:
+    return {result["name"]: result for result in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Results in the order of COMBINATIONS, those of rows that are no longer there left out."""
+    known = [results.get(c.name, {"name": c.name, "combination": c._asdict(), "steps": {}}) for c in COMBINATIONS]
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     head = (
         "| Python | torch | triton | numpy | `_C` | `_C_cuda` | tests | passed / failed / skipped | commit |",
         "|---|---|---|---|---|---|---|---|---|",
     )
     before, _, rest = TABLE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    TABLE.write_text("\n".join((before + BEGIN, *head, *map(row, results), END)) + after)
+    TABLE.write_text("\n".join((before + BEGIN, *head, *map(row, known), END)) + after)
 
 
 def main() -> None:
@@ -196,11 +202,10 @@ def main() -> None:
     parser.add_argument("pytest", nargs="*", help='arguments for pytest after "--"; default: all tests')
     given = parser.parse_args()
     commit = state_of_sources()
-    results = {result["name"]: result for result in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for combination in COMBINATIONS:
         if given.only not in combination.name:
             continue
-        if not given.again and is_done(results.get(combination.name, {}), commit, given.pytest):
+        if not given.again and is_done(read().get(combination.name, {}), commit, given.pytest):
             print(f"{combination.name}: done")
             continue
         print(combination.name, flush=True)
@@ -216,12 +221,10 @@ def main() -> None:
             examine(combination, FOLDER / combination.name, not given.no_emulator, given.pytest, result)
         except StepFailed as failure:
             print(failure)
-        results[combination.name] = result
-        others = [{"name": c.name, "combination": c._asdict(), "steps": {}} for c in COMBINATIONS]
-        write([results.get(other["name"], other) for other in others])
+        write({**read(), combination.name: result})
         if not given.keep:
             shutil.rmtree(FOLDER / combination.name, ignore_errors=True)
-    if any(map(failed, results.values())):
+    if any(map(failed, read().values())):
         sys.exit("some combinations have failed steps: docs/versions.json has their last lines")
 
 
