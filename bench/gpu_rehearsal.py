@@ -9,7 +9,7 @@ emulator, a graph of calls is the calls, and the tests are a few that do nothing
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 import time
@@ -136,15 +136,10 @@ class Rehearsal(Machine):
 
 def load_emulated() -> None:
     """The CUDA kernels in the emulator, as the tests have them."""
-    built = sorted((ROOT / "build" / "emulated").glob("_C_cuda.*.so"))
-    if not built:
+    if not list((ROOT / "build" / "emulated").glob("_C_cuda.*.so")):
         raise FileNotFoundError("build/emulated has no module: make test builds it, or tests/cpp/build_emulated.py")
-    import torch  # noqa: F401 - its libraries are what the module links to
-
-    specification = importlib.util.spec_from_file_location("attn_kernels._C_cuda", built[0])
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["attn_kernels._C_cuda"] = module
-    specification.loader.exec_module(module)
+    sys.path.append(str(ROOT / "tests"))
+    importlib.import_module("conftest")  # which lets the package find it
 
 
 def happen(kind: str) -> None:
