@@ -508,12 +508,13 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# The cases that ``make test`` runs where kernels of a GPU are interpreted: a call takes a second there.
+# The cases that ``make test`` runs where kernels of a GPU are interpreted: the emulator of CUDA all of them, Triton's
+# interpreter, in which a case takes a second, the first three.
 CORE = tuple(
     CASES[name]
     for name in (
-        *("plain", "decode", "7", "lengths and mask per query", "query 2-D, masked", "sliced"),
-        *("gradient of context", "gradient of alignments"),
+        *("plain", "mask (B, Tq, Tk)", "gradient of alignments", "gradient of context", "decode", "7"),
+        *("lengths and mask per query", "query 2-D, masked", "sliced"),
     )
 )
 
@@ -523,7 +524,8 @@ def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
 
     def slow(**parameters: Any) -> bool:
         backend = parameters.get("backend", parameters.get("fused"))
-        return interpreted(backend) and not any(value in core for value in parameters.values())
+        kept = core[:3] if is_slow(backend) else core
+        return interpreted(backend) and not any(value in kept for value in parameters.values())
 
     return pytest.mark.slow_if(slow)
 
