@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import additive_step, dot_step, prepare_keys
+from .functional import additive_step, dot_step, kind, prepare_keys
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -55,7 +55,7 @@ class _MemoryAttention(nn.Module):
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         """
         if not isinstance(memory, Tensor):
-            raise TypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
+            raise TypeError(f"{self._name}.memory: memory must be a tensor, got {kind(memory)}")
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
             raise ValueError(f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}")
@@ -67,6 +67,10 @@ class _MemoryAttention(nn.Module):
         keys = self._keys(values)
         return Memory(keys, values, memory_lengths, mask, self._prepare(keys))
 
+    def __prepare_scriptable__(self) -> None:
+        others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
+        raise RuntimeError(f"{self._name}: torch.jit.script cannot compile a Memory; {others}")
+
     def _prepare(self, keys: Tensor) -> Tensor | None:
         """What the kernels of a step need of the keys, made once per sentence."""
         return None
@@ -76,7 +80,7 @@ class _MemoryAttention(nn.Module):
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         if not isinstance(query, Tensor):
-            raise TypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
+            raise TypeError(f"{self._name}: query must be a tensor, got {kind(query)}")
         if not isinstance(memory, Memory):
             got = type(memory).__name__
             raise TypeError(f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}")
