@@ -9,7 +9,21 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from . import runtime
-from .axes import Axis, Group, Index, NoMatch, axes_of, is_tensor, name_of, one, product, resolve, same, settle, value_of
+from .axes import (
+    Axis,
+    Group,
+    Index,
+    NoMatch,
+    axes_of,
+    is_tensor,
+    name_of,
+    one,
+    product,
+    resolve,
+    same,
+    settle,
+    value_of,
+)
 from .keeping import keep_node
 from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Softmax, Term, roles, softmax_dim, start
 from .dead import remove_dead
@@ -172,7 +186,9 @@ class _Writer:
         if values is not None:
             x = self._arrange_leaf(values[0], (part.batch, part.steps, values[1]), at)
             steady = (*steady, x)
-        masks = tuple((self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks)
+        masks = tuple(
+            (self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks
+        )
         return self._call(at, runtime.attention, query, keys, x, v, bias, masks), steady
 
     def _mask(self, mask: Mask, all_masks: list[Mask], part: Roles, at: Node) -> Node:
@@ -228,9 +244,7 @@ class _Writer:
     def _dtype(self, scores: Scores) -> torch.dtype:
         return value_of(scores.tanh).dtype
 
-    def _operands(
-        self, scores: Scores, part: Roles, at: Node
-    ) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
+    def _operands(self, scores: Scores, part: Roles, at: Node) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
         """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the summands of the keys."""
         leaves = [term.leaf for term in scores.terms] + [scores.v]
         leaves += [term.projection.weight for term in scores.terms if term.projection is not None]
@@ -345,8 +359,10 @@ class _Writer:
             sizes = [self._size(axis, at) for axis in group]
             size: Any = 1
             for factor in sizes:
-                size = size * factor if isinstance(size, int) and isinstance(factor, int) else (
-                    factor if size == 1 else self._call(at, operator.mul, size, factor)
+                size = (
+                    size * factor
+                    if isinstance(size, int) and isinstance(factor, int)
+                    else (factor if size == 1 else self._call(at, operator.mul, size, factor))
                 )
             shape.append(size)
         return self._call(at, torch.reshape, node, tuple(shape))
