@@ -415,7 +415,7 @@ def _patch_module(module: nn.Module) -> str | None:
     replaced = own_methods(cls, nn.Module) & vars(module).keys() - {"forward"}
     reason = f"its method {min(replaced)!r} was replaced" if replaced else adapter.fused.covers(module)
     if reason is None:
-        module.__class__ = _fused_class(cls, adapter.fused)
+        _change_class(module, _fused_class(cls, adapter.fused))
     return reason
 
 
@@ -425,6 +425,13 @@ def _forward_is_replaced(module: nn.Module) -> bool:
     if isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is Fused.forward:
         return False
     return forward is not None
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Seen by what torch.compile has made before, too: in torch 2.10 and 2.11 its guards look at ``__dict__`` alone."""
+    module.__class__ = cls
+    module.__dict__["_attn_kernels"] = None
+    del module.__dict__["_attn_kernels"]
 
 
 def _unknown(module: nn.Module) -> str | None:
@@ -458,7 +465,7 @@ def _unpatch(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
 
 
 def _restore(module: Any) -> None:
-    module.__class__ = module._original
+    _change_class(module, module._original)
     _fallbacks.pop(module, None)
     forget(module)
 

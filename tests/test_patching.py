@@ -348,6 +348,10 @@ def test_compile(when: str) -> None:
         torch.testing.assert_close(compiled(*given), expected)
         assert patch(compiled).replaced == [("_orig_mod.attention", Additive)]
     assert_fused(compiled, expected, given)
+    unpatch(compiled)
+    CALLS.clear()
+    torch.testing.assert_close(compiled(*given), expected)
+    assert not CALLS
 
 
 def test_compile_what_falls_through() -> None:

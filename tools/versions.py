@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,10 +74,19 @@ def run(name: str, log: Path, command: list[Any], where: Path, environment: dict
         raise StepFailed("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def state_of_sources() -> str:
+    """The commit; what this program writes itself is no change."""
+    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}", f":!{TABLE.relative_to(ROOT)}")
+    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed.strip() else "")
+
+
 def copy_sources(to: Path) -> None:
     """What git tracks and what it does not ignore, as it is now."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +162,18 @@ def row(result: dict[str, Any]) -> str:
         cells = ["yes" if found["build"] else "no", "-"]
         if found["cuda build"] and not found["cuda build"]["emulated"]:
             cells[1] = f"yes, nvcc {found['cuda build']['nvcc']}"
-        arguments = " ".join(result["arguments"])
+        arguments = shlex.join(result["arguments"])
         cells.append(f"`{arguments}`" if arguments else "all")
         cells.append("none" if tests is None else f"{tests['passed']} / {len(tests['failed'])} / {tests['skipped']}")
     return f"| {' | '.join([*versions, *cells, result.get('commit', '')])} |"
+
+
+def failed(result: dict[str, Any]) -> bool:
+    return any(isinstance(outcome, str) for outcome in result["steps"].values())  # seconds, or what went wrong
+
+
+def is_done(result: dict[str, Any], commit: str, arguments: list[str]) -> bool:
+    return (result.get("commit"), result.get("arguments")) == (commit, arguments) and not failed(result)
 
 
 def write(results: list[dict[str, Any]]) -> None:
@@ -172,19 +190,17 @@ def write(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help='combinations whose name has this: "torch2.11", "python3.12"')
-    parser.add_argument("--again", action="store_true", help="also those that have a result at this commit")
+    parser.add_argument("--again", action="store_true", help="also those that passed at this commit")
     parser.add_argument("--keep", action="store_true", help="leave environments, copies and logs in build/versions")
     parser.add_argument("--no-emulator", action="store_true", help="without the CUDA kernels in the emulator")
     parser.add_argument("pytest", nargs="*", help='arguments for pytest after "--"; default: all tests')
     given = parser.parse_args()
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = state_of_sources()
     results = {result["name"]: result for result in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for combination in COMBINATIONS:
         if given.only not in combination.name:
             continue
-        former = results.get(combination.name, {})
-        if not given.again and (former.get("commit"), former.get("arguments")) == (commit, given.pytest):
+        if not given.again and is_done(results.get(combination.name, {}), commit, given.pytest):
             print(f"{combination.name}: done")
             continue
         print(combination.name, flush=True)
@@ -205,7 +221,7 @@ def main() -> None:
         write([results.get(other["name"], other) for other in others])
         if not given.keep:
             shutil.rmtree(FOLDER / combination.name, ignore_errors=True)
-    if any(isinstance(outcome, str) for result in results.values() for outcome in result["steps"].values()):
+    if any(map(failed, results.values())):
         sys.exit("some combinations have failed steps: docs/versions.json has their last lines")
 
 
