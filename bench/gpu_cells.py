@@ -194,7 +194,7 @@ def time_limit(seconds: float):
 def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float = 40.0) -> dict:
     """Results are compared with the eager formula, peak memory is taken, then all ways take turns.
 
-    A way with a wrong result is timed as well, and marked: what it says of speed is worth knowing, and is not published.
+    A way with a wrong result is timed as well, and marked: its time is worth knowing, and is not published.
     """
     torch.compiler.reset()
     training = row.passes == TRAINING
