@@ -196,7 +196,8 @@ def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float 
 
     A way with a wrong result is timed as well, and marked: its time is worth knowing, and is not published.
     """
-    torch.compiler.reset()
+    if row.compile:
+        torch.compiler.reset()  # which imports the compiler: seconds
     training = row.passes == TRAINING
     problem = make_problem(row, gpu.device)
     ways = make_ways(row, problem)

@@ -143,7 +143,7 @@ def smoke(faults: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     name, faults, *rest = arguments
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if name == "bench.gpu_first":
         return first(faults.split(";"), rest)
     if name == "bench.gpu_measure":

@@ -162,8 +162,8 @@ def run_tests(machine: Machine, folder: Path, seconds: float, backend: str) -> d
     if importlib.util.find_spec("hypothesis") is None:
         names = [name for name in names if name.name != "test_fuzz.py"]  # it cannot even be read without
     tests = [str(name) for name in names if name.stem.removeprefix("test_") not in NOT_ON_GPU]
-    command = [*machine.module("pytest"), "-q", "-p", "bench.gpu_outcomes", "-k", chosen, "--tb=short"]
-    command += ["-p", "no:cacheprovider", f"--rootdir={machine.tests.parent}"]
+    command = [*machine.module("pytest"), "-q", "-p", "bench.gpu_outcomes", "-k", chosen, "-m", "not slow"]
+    command += ["--tb=short", "-p", "no:cacheprovider", f"--rootdir={machine.tests.parent}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1))]
     complete, text = False, ""
