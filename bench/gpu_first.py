@@ -403,14 +403,14 @@ def go(
             started[group] += 1
             running[group] = start(folder, group, command)
         time.sleep(0.1)
-        lines = read(folder)
         for group, (process, began) in list(running.items()):
-            open_case, since = begun(lines, group, began)
+            lives = process.poll() is None  # before its lines are read, so that they are all there if it has ended
+            open_case, since = begun(read(folder), group, began)
             over = time.monotonic() > end
             most = START_SECONDS if open_case is None else case_limit
-            if process.poll() is None and not over and time.monotonic() - since < most:
+            if lives and not over and time.monotonic() - since < most:
                 continue
-            if process.poll() is None:
+            if lives:
                 process.kill()
                 process.wait()
                 why = "the time of first contact was over" if over else f"no end after {most:.0f} s"
