@@ -76,7 +76,7 @@ fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of th
 cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
 	$(RUN) bench.cuda_check $(ARGS)
 
-gpu:  ## On a machine with a GPU: builds, tests and measures on it, in eight minutes and without network
+gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing

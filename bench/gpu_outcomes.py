@@ -1,8 +1,8 @@
 """A pytest plugin (``-p bench.gpu_outcomes``) for tests on a GPU, and what their outcomes say of each backend.
 
-Each outcome is written to a file as it comes, one JSON object a line: tests that are cut off leave what they found. What
-says most runs first. A test that hangs takes its process along after a while, and what ran before it is known; tests
-that a broken CUDA context would fail are skipped, for another process to run.
+Each outcome is written to a file as it comes, one JSON object a line: tests that are cut off leave what they found.
+What says most runs first. A test that hangs takes its process along after a while, and what ran before it is known;
+tests that a broken CUDA context would fail are skipped, for another process to run.
 """
 
 from __future__ import annotations

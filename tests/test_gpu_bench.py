@@ -30,7 +30,7 @@ from bench import (
     roofline,
 )
 from bench.gpu_cells import COLD, GRAPH, LAUNCHED, OURS, SCORES, Row
-from bench.gpu_rehearsal import StandIn
+from bench.gpu_rehearsed import StandIn
 from bench.problems import FORWARD, TRAINING, Shape
 from bench.roofline import ADDITIVE, DOT
 
@@ -302,20 +302,31 @@ def test_predictions_respect_the_floor() -> None:
 
 def test_measured_times_stand_beside_predicted_ones() -> None:
     row = Row(ADDITIVE, gpu_cells.DECODE[4], FORWARD, "float32", prepared=True)
-    one = {**cell(ADDITIVE, row.shape, FORWARD, [timed(OURS, {GRAPH: 8.0}), timed("eager", {LAUNCHED: 60.0})]), "key": row.key}
+    one = {
+        **cell(ADDITIVE, row.shape, FORWARD, [timed(OURS, {GRAPH: 8.0}), timed("eager", {LAUNCHED: 60.0})]),
+        "key": row.key,
+    }
     text = gpu_report.report(a_state(cells=[one]), {"rows": {row.key: {
         "kind": "decode, small", "factor": 1.5, "us": {GRAPH: 4.0}, "others": {"eager": 30.0}}}})  # fmt: skip
-    assert "8 [2.00]" in text and "60 [2.00]" in text and "far from the prediction" in text and "cluster barrier" in text
+    assert (
+        "8 [2.00]" in text and "60 [2.00]" in text and "far from the prediction" in text and "cluster barrier" in text
+    )
 
 
 def test_only_green_figures_may_be_published() -> None:
-    ways = [timed(OURS, {GRAPH: 5, LAUNCHED: 6}, detail="is cuda"), timed("cuda", {GRAPH: 5}), timed("triton", {GRAPH: 7}, 1.4)]
+    ways = [
+        timed(OURS, {GRAPH: 5, LAUNCHED: 6}, detail="is cuda"),
+        timed("cuda", {GRAPH: 5}),
+        timed("triton", {GRAPH: 7}, 1.4),
+    ]
     ways.append(timed("eager", {GRAPH: 50}, 10.0))
 
     def published(tests: dict[str, Any], **others: Any) -> tuple[list[str], str]:
         cells = [cell(DOT, MANY, FORWARD, [{**one} for one in ways])]
         state = a_state(cells=cells, **others) | {"tests": tests}
-        return [one["name"] for kept in gpu_report.publishable(state) for one in kept["ways"]], gpu_report.markdown(state)
+        return [one["name"] for kept in gpu_report.publishable(state) for one in kept["ways"]], gpu_report.markdown(
+            state
+        )
 
     names, table = published(GREEN)
     assert names == [OURS, "cuda", "triton", "eager"] and "triton 1.40" in table and "not published" not in table
@@ -324,7 +335,11 @@ def test_only_green_figures_may_be_published() -> None:
     names, table = published({**GREEN, "red": {"cuda": "2 failed"}})
     assert names == [] and "Nothing of this run may be published" in table
     assert published({**GREEN, "complete": {"triton": True}})[0] == []
-    bad = {"counts": {}, "not complete": [], "bad": [{"group": "dot cuda", "case": "x", "verdict": "wrong", "detail": ""}]}
+    bad = {
+        "counts": {},
+        "not complete": [],
+        "bad": [{"group": "dot cuda", "case": "x", "verdict": "wrong", "detail": ""}],
+    }
     assert published(GREEN, first=bad)[0] == []
     ways[0]["wrong"] = "wrong: context"
     assert published(GREEN)[0] == []
@@ -350,7 +365,9 @@ def test_a_command_is_stopped_with_its_children_when_its_time_is_over() -> None:
     start = time.monotonic()
     sleeping = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
     assert gpu_stages.run_limited(sleeping, 0.5) == gpu_stages.Outcome(None, "stopped after 0 s")
-    outcome = gpu_stages.run_limited(sleeping, 60, stuck=lambda: "a kernel hangs" if time.monotonic() > start + 1 else None)
+    outcome = gpu_stages.run_limited(
+        sleeping, 60, stuck=lambda: "a kernel hangs" if time.monotonic() > start + 1 else None
+    )
     assert outcome == gpu_stages.Outcome(None, "a kernel hangs") and time.monotonic() - start < 30
     ended = gpu_stages.run_limited([sys.executable, "-c", "print('x'); raise SystemExit(4)"], 60)
     assert ended == gpu_stages.Outcome(4, "x\n")
@@ -396,7 +413,9 @@ def main(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(path.read_text())
 
 
-def test_all_stages_in_order_and_the_file(tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_stages_in_order_and_the_file(
+    tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     status, state = main(tmp_path)
     assert status == 0 and stages == ALL
     assert {"stages", "machine", "build", "first", "tests", "sanitizer", "ceilings", "cells", "targets"} <= set(state)
@@ -465,7 +484,9 @@ def test_sanitizer_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_the_sanitizer_watches_our_kernels_alone_where_it_can(tmp_path: Path, known: bool) -> None:
     script = tmp_path / "sanitizer"
-    script.write_text(f"#!/bin/sh\n[ $1 = --help ] && echo '{'--kernel-name' if known else '--filter'}' || echo called \"$@\"\n")
+    script.write_text(
+        f"#!/bin/sh\n[ $1 = --help ] && echo '{'--kernel-name' if known else '--filter'}' || echo called \"$@\"\n"
+    )
     script.chmod(0o755)
 
     class Found(gpu_stages.Machine):
@@ -487,9 +508,10 @@ def test_every_kernel_is_in_the_namespace_that_the_sanitizer_is_told() -> None:
         assert "namespace attn {\nnamespace cuda {" in text[:first], source.name
 
 
-def test_modules_that_serve_are_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_that_serve_are_not_built_again(tmp_path: Path) -> None:
     class Having(gpu_stages.Machine):
-        reasons: dict[str, str] = {}
+        def __init__(self, **reasons: str) -> None:
+            self.reasons = reasons
 
         def lacking(self) -> dict[str, str]:
             return self.reasons
@@ -499,8 +521,7 @@ def test_modules_that_serve_are_not_built_again(tmp_path: Path, monkeypatch: pyt
             return [sys.executable, "-c", work], {}
 
     assert gpu_stages.build(Having(), tmp_path, 60)["built"] == []
-    both = Having()
-    both.reasons = {"_C": "it was not built", "_C_cuda": "an undefined symbol"}
+    both = Having(_C="it was not built", _C_cuda="an undefined symbol")
     found = gpu_stages.build(both, tmp_path, 3)  # both at once: the second is there though the first takes too long
     assert found["status"] == "stopped when the time was over" and found["why"] == both.reasons
     assert (tmp_path / "_C_cuda").exists()
@@ -543,7 +564,11 @@ def test_which_backends_are_red() -> None:
 
 def test_what_tells_most_runs_first() -> None:
     tests = ["test_compile.py::test_compile[cuda]", "test_fuzz.py::test_fuzz[cuda]", "test_z.py::test_z[cuda]"]
-    tests += ["test_loop_graph.py::test_captured_on_cuda[lstm]", "test_ops.py::test_op[cuda]", "test_numerics.py::t[cuda]"]
+    tests += [
+        "test_loop_graph.py::test_captured_on_cuda[lstm]",
+        "test_ops.py::test_op[cuda]",
+        "test_numerics.py::t[cuda]",
+    ]
     ordered = [test.partition(".")[0] for test in sorted(tests, key=gpu_outcomes.rank)]
     assert ordered == ["test_loop_graph", "test_ops", "test_numerics", "test_z", "test_fuzz", "test_compile"]
 
