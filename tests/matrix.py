@@ -518,6 +518,11 @@ CORE = tuple(
 )
 
 
+def slow_if(predicate: Callable[..., object]) -> pytest.MarkDecorator:
+    """Marks a test as slow for the parameters of which ``predicate(**parameters)`` is true."""
+    return pytest.mark.slow_if.with_args(predicate)  # called with a function alone, a mark would take it for the test
+
+
 def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
     """Marks a test as slow with interpreted kernels, except for the parameters in ``core``."""
 
@@ -526,7 +531,7 @@ def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
         kept = core[:3] if is_slow(backend) else core
         return interpreted(backend) and not any(value in kept for value in parameters.values())
 
-    return pytest.mark.slow_if(slow)
+    return slow_if(slow)
 
 
 def is_slow(backend: str) -> bool:
