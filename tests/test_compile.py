@@ -24,7 +24,8 @@ from matrix import (
     is_slow,
     make,
     oracle,
-   , slow_if, slow_interpreted,
+    slow_if,
+    slow_interpreted,
 )
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)

@@ -23,7 +23,8 @@ from matrix import (
     is_slow,
     make,
     run,
-   , slow_if, slow_interpreted,
+    slow_if,
+    slow_interpreted,
 )
 
 pytestmark = pytest.mark.every_level
