@@ -29,6 +29,7 @@ from matrix import (
     is_slow,
     make,
     oracle,
+    slow_if,
     slow_interpreted,
 )
 
@@ -72,7 +73,7 @@ def skip_if_many(backend: str, name: str) -> None:
         pytest.skip("the other cases are enough for Triton's interpreter")
 
 
-@pytest.mark.slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
+@slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires grad"])
 @pytest.mark.parametrize("name", OPCHECK)
 @ops
@@ -82,7 +83,7 @@ def test_opcheck(op: Op, fused: str, device: str, name: str, requires_grad: bool
     torch.library.opcheck(kernel(op.name, fused), tuple(arguments))
 
 
-@pytest.mark.slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
+@slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
 @pytest.mark.parametrize("name", OPCHECK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ops
@@ -138,7 +139,7 @@ def check_compiled(function: Callable[..., Any], op: Op, case: Case, device: str
     assert_close(outputs | named, exact, eager_errors(op, expected, exact), torch.float32)
 
 
-@pytest.mark.slow_if(lambda name, dynamic, **_: name != "lengths and mask" or dynamic is not None)
+@slow_if(lambda name, dynamic, **_: name != "lengths and mask" or dynamic is not None)
 @pytest.mark.parametrize("name", ["plain", "no bias", "lengths and mask", "mask (B, Tq, Tk)", "query 2-D, masked"])
 @pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
 @ops
@@ -150,7 +151,7 @@ def test_compile(op: Op, backend: str, device: str, dynamic: bool | None, name: 
     assert counter.frame_count == first <= 2  # 2 where a dynamic scale is found out to be a constant
 
 
-@pytest.mark.slow_if(lambda backend, **_: backend != "cpu")
+@slow_if(lambda backend, **_: backend != "cpu")
 @ops
 def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     """Ten lengths of the memory, in batches and with numbers of queries that change too: two compilations at most."""

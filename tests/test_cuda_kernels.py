@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from matrix import slow_if
+
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build/emulated/objects"  # of the kernels, as tests/cpp/build_emulated.py has compiled them
 
@@ -32,7 +34,7 @@ def flags() -> list[str]:
     return module.FLAGS
 
 
-@pytest.mark.slow_if(lambda program: PROGRAMS[program])
+@slow_if(lambda program: PROGRAMS[program])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")

@@ -23,6 +23,7 @@ from matrix import (
     is_slow,
     make,
     run,
+    slow_if,
     slow_interpreted,
 )
 
@@ -58,7 +59,7 @@ SPECIAL = {
 }
 
 
-@pytest.mark.slow_if(
+@slow_if(
     lambda backend, special, masks, size, **_: (
         interpreted(backend) and (masks or special != math.inf or size != "small")
     )
@@ -207,7 +208,7 @@ def unit_norm(v: Tensor) -> Tensor:
     return v / v.norm()
 
 
-@pytest.mark.slow_if(
+@slow_if(
     lambda fused, share, vector, **_: (
         interpreted(fused) or share != 0.5 or vector not in ("norm 1", "all sizes, norm 1")
     )
