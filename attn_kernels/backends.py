@@ -130,7 +130,17 @@ def _load_triton() -> str | None:
         importlib.import_module("attn_kernels.triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}): pip install 'attn_kernels[triton]'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
+        if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+            return f"the interpreter of Triton {triton} fails with NumPy {numpy}: pip install 'numpy<2.4'"
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """``3.6.0+git1234`` -> ``(3, 6)``"""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _probe_triton() -> tuple[bool, str]:
@@ -151,7 +161,9 @@ def _gpu_name() -> str:
 
 # cuda: the compiled module _C_cuda --------------------------------------------------------------------------------
 
-_cuda, _cuda_reason = _load_compiled("_C_cuda", "pip install . needs nvcc; ATTN_KERNELS_CUDA=1 insists on it")
+_cuda, _cuda_reason = _load_compiled(
+    "_C_cuda", "it needs nvcc and a PyTorch with CUDA; ATTN_KERNELS_CUDA=1 insists on it"
+)
 
 
 def cuda_build_info() -> dict[str, Any] | None:

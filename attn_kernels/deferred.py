@@ -64,6 +64,7 @@ class Meeting:
         self._state = *_state(keys), *_state(values)
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
         self.keys, self.values = keys.detach(), values.detach()
+        self.memory = (keys, values)  # for gradients that are differentiated themselves
         self.token = _Meeting.apply(keys, values, self._passes)
         self.nothing = self.token.detach()  # the gradient of the token: None is no number to compiled autograd
 
@@ -78,6 +79,15 @@ class Meeting:
             and is_alias(self.keys, keys)
             and is_alias(self.values, values)
         )
+
+    def arguments(self, *arguments: Any) -> tuple[Any, ...]:
+        """Those of a step's backward; where that is differentiated itself, with keys and values as autograd knows them.
+
+        arguments: grad_context, grad_alignments, query, keys, values, and what follows in the op's backward.
+        """
+        if torch.is_grad_enabled():  # the pass has create_graph=True
+            return *arguments[:3], *self.memory, *arguments[5:]
+        return arguments
 
     def leave(self, step: _Step) -> None:
         """Called by the backward of a step."""
@@ -134,8 +144,9 @@ def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
     queries may not have.
     """
     return (
-        backend in ops.BACKENDS  # the reference differentiates twice
+        backend in ops.BACKENDS  # not the reference
         and not is_compiling()
+        and not torch._C._is_tracing()
         and torch.is_grad_enabled()
         and pays(query, keys, values)
         and (mask is None or mask.dim() == 2 or query.shape[1] == 1)
@@ -228,7 +239,7 @@ class _AdditiveStep(Function):
     def backward(ctx, grad_context, grad_alignments=None):
         if grad_context is None and grad_alignments is None:
             return (None,) * 10
-        arguments = (grad_context, grad_alignments, *ctx.saved_tensors)
+        arguments = ctx.meeting.arguments(grad_context, grad_alignments, *ctx.saved_tensors)
         ctx.meeting.leave(_Step("additive_attention", ctx.backend, arguments))
         dquery, dv, dbias = ops.call("additive_attention_query_backward", ctx.backend, *arguments)
         dbias = dbias if ctx.needs_input_grad[5] else None
@@ -250,7 +261,8 @@ class _DotStep(Function):
         if grad_context is None and grad_alignments is None:
             return (None,) * 8
         *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
-        arguments = (grad_context, grad_alignments, *tensors, ctx.scale, memory_lengths, mask, alignments)
+        others = (ctx.scale, memory_lengths, mask, alignments)
+        arguments = ctx.meeting.arguments(grad_context, grad_alignments, *tensors, *others)
         ctx.meeting.leave(_Step("dot_attention", ctx.backend, arguments))
         dquery = ops.call("dot_attention_query_backward", ctx.backend, *arguments)
         return None, ctx.meeting.nothing, None, dquery, None, None, None, None

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from . import ops, reference
 from .backends import choose
 from .deferred import Meeting, defers, pays
+from .derivatives import transforms_are_active
 from .errors import ArgumentTypeError, ArgumentValueError
 from .reference import Attention
 
@@ -205,7 +206,9 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
         return None
     if chosen == "cuda" and keys.dtype == torch.float16:
         return None  # float32 would be twice the bytes, and reading them is what takes the time there
-    return ops.kernel("additive_prepare", chosen)(keys.detach())
+    if transforms_are_active() if is_compiling() else torch._C._is_tracing():
+        return None  # there ops are formulas: see ops.call
+    return ops.call("additive_prepare", chosen, keys.detach())
 
 
 def dot_attention(
@@ -490,11 +493,7 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
                 f"{name}: memory_lengths must have shape (B,) = ({batch},), got {_shape(memory_lengths)}"
             )
         _check_device(name, query, "memory_lengths", memory_lengths)
-        if memory_lengths.device.type == "cpu" and not is_compiling():
-            lengths = memory_lengths.tolist()
-            if lengths and (min(lengths) < 0 or max(lengths) > steps):
-                got = f"{min(lengths)}..{max(lengths)}"
-                raise ArgumentValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
+        _check_range(name, memory_lengths, steps)
     if mask is not None:
         _check_tensor(name, "mask", mask)
         if mask.dtype != torch.bool:
@@ -510,6 +509,20 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
                 f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}"
             )
         _check_device(name, query, "mask", mask)
+
+
+def _check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
+    """Whether lengths are within 0..Tk: where they can be read without waiting for a device, or at all."""
+    if memory_lengths.device.type != "cpu" or is_compiling() or torch._C._is_tracing():
+        return
+    try:
+        lengths = memory_lengths.tolist()
+        fits = not lengths or (min(lengths) >= 0 and max(lengths) <= steps)
+    except RuntimeError:  # there are no values in fake tensors, and none to be seen in those of a transform or a trace
+        return
+    if not fits:
+        got = f"{min(lengths)}..{max(lengths)}"
+        raise ArgumentValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
 
 
 def _check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
@@ -540,7 +553,14 @@ def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
 
 def _check_tensor(name: str, argument: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
+        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {kind(tensor)}")
+
+
+def kind(value: object) -> str:
+    """The type of what is no tensor, for an error message."""
+    if isinstance(value, torch.fx.Proxy):
+        return "Proxy: torch.fx.symbolic_trace cannot look into this call, torch.export and leaf modules can"
+    return type(value).__name__
 
 
 def _check_device(name: str, query: Tensor, argument: str, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import additive_step, dot_step
+from .functional import additive_step, dot_step, kind
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -56,7 +56,7 @@ class _MemoryAttention(nn.Module):
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         """
         if not isinstance(memory, Tensor):
-            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
+            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {kind(memory)}")
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
             raise ArgumentValueError(
@@ -70,12 +70,16 @@ class _MemoryAttention(nn.Module):
         keys = self._keys(values)
         return Memory(keys, values, memory_lengths, mask)
 
+    def __prepare_scriptable__(self) -> None:
+        others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
+        raise RuntimeError(f"{self._name}: torch.jit.script cannot compile a Memory; {others}")
+
     def _keys(self, values: Tensor) -> Tensor:
         return values if self.memory_projection is None else self.memory_projection(values)
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         if not isinstance(query, Tensor):
-            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
+            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {kind(query)}")
         if not isinstance(memory, Memory):
             got = type(memory).__name__
             raise ArgumentTypeError(
@@ -315,9 +319,10 @@ class CosineAttention(_MemoryAttention):
 
     def _unit_length(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps.
-        return (wide / torch.where(length > self.eps, length, 1.0)).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
+        # before the root, not after it: its second derivative at 0 is NaN.
+        return (wide / torch.where(squares > self.eps**2, squares, 1.0).sqrt()).to(x.dtype)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

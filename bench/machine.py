@@ -123,10 +123,11 @@ def commit() -> str:
 
 
 def as_text(description: dict[str, str | int]) -> Text:
-    """The description as lines to print under a table."""
+    """The description as lines to print under a table, none of them broken."""
     from rich.text import Text
 
-    return Text("\n".join(f"{name}: {value}" for name, value in description.items()), style="dim")
+    lines = "\n".join(f"{name}: {value}" for name, value in description.items())
+    return Text(lines, style="dim", no_wrap=True, overflow="ignore")
 
 
 def processor() -> str:

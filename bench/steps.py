@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from attn_kernels.functional import additive_step
 
 from . import eager, files, machine, timing
 from .machine import Allocator
+from .terminal import application, console
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 EAGER, DENSE, DEFERRED = "eager", "gradient per step", "gathered"
 STEPS = 50
@@ -166,7 +165,7 @@ def main(
     files.write_json(path, {"part": "steps", "machine": described, "settings": {"threads": threads}, "rows": rows})
     console.print(table(rows))
     console.print(machine.as_text(described))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}", highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}")
 
 
 if __name__ == "__main__":

@@ -508,6 +508,28 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# The cases that ``make test`` runs where kernels of a GPU are interpreted: the emulator of CUDA all of them, Triton's
+# interpreter, in which a case takes a second, the first three.
+CORE = tuple(
+    CASES[name]
+    for name in (
+        *("plain", "mask (B, Tq, Tk)", "gradient of alignments", "gradient of context", "decode", "7"),
+        *("lengths and mask per query", "query 2-D, masked", "sliced"),
+    )
+)
+
+
+def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
+    """Marks a test as slow with interpreted kernels, except for the parameters in ``core``."""
+
+    def slow(**parameters: Any) -> bool:
+        backend = parameters.get("backend", parameters.get("fused"))
+        kept = core[:3] if is_slow(backend) else core
+        return interpreted(backend) and not any(value in kept for value in parameters.values())
+
+    return pytest.mark.slow_if(slow)
+
+
 def is_slow(backend: str) -> bool:
     """Whether the kernels run in Triton's interpreter: tests make do with few and small cases there."""
     return backend == "triton" and interpreted(backend)

@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrix import VARIANTS, Arguments, Case, Op, check, check_by_sentences, is_slow, make, run
+from matrix import (
+    VARIANTS,
+    Arguments,
+    Case,
+    Op,
+    check,
+    check_by_sentences,
+    interpreted,
+    is_slow,
+    make,
+    run,
+    slow_interpreted,
+)
 
 pytestmark = pytest.mark.every_level
 ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
@@ -46,6 +58,11 @@ SPECIAL = {
 }
 
 
+@pytest.mark.slow_if(
+    lambda backend, special, masks, size, **_: (
+        interpreted(backend) and (masks or special != math.inf or size != "small")
+    )
+)
 @pytest.mark.parametrize("size", SPECIAL)
 @pytest.mark.parametrize("masks", [{}, {"lengths": "full"}, {"mask": "pairs"}], ids=["all", "lengths", "pairs"])
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
@@ -68,6 +85,7 @@ def test_nan_and_inf_spread_as_the_formula_says(
                 raise AssertionError(f"{special} in {name}, {dtype}\n{error}") from None
 
 
+@slow_interpreted((math.inf, -math.inf))
 @pytest.mark.parametrize("pair", [(math.inf, -math.inf), (-math.inf, math.inf), (math.inf, math.inf)])
 @ops
 def test_inf_meets_inf(op: Op, backend: str, device: str, pair: tuple[float, float]) -> None:
@@ -94,6 +112,7 @@ def test_nan_stays_in_its_row(op: Op, backend: str, device: str) -> None:
 # Magnitudes -----------------------------------------------------------------------------------------------------------
 
 
+@slow_interpreted(100.0)
 @pytest.mark.parametrize("size", [10.0, 100.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @ops
@@ -105,6 +124,7 @@ def test_large_inputs(op: Op, backend: str, device: str, dtype: torch.dtype, siz
     check_arguments(op, case, backend, arguments)
 
 
+@slow_interpreted(0.05)
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 0.05, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @additive_ops
@@ -135,6 +155,7 @@ def _vectors(size: int) -> dict[str, Tensor]:
     }
 
 
+@slow_interpreted("all sizes")
 @pytest.mark.parametrize("size", [1.0, 8.0, 20.0])
 @pytest.mark.parametrize("vector", _vectors(1))
 @additive_ops
@@ -186,6 +207,11 @@ def unit_norm(v: Tensor) -> Tensor:
     return v / v.norm()
 
 
+@pytest.mark.slow_if(
+    lambda fused, share, vector, **_: (
+        interpreted(fused) or share != 0.5 or vector not in ("norm 1", "all sizes, norm 1")
+    )
+)
 @pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize("cancel", [False, True], ids=["same sign", "opposite signs"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -232,6 +258,7 @@ def test_small_units_add_up(op: Op, compiled: str, units: int) -> None:
     check_arguments(op, case, compiled, arguments)
 
 
+@slow_interpreted(math.inf)
 @pytest.mark.parametrize("special", [None, math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("lengths", ["", "random"], ids=["all", "lengths"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -256,6 +283,7 @@ def test_rows_of_all_magnitudes(
             raise AssertionError(f"{queries} queries, {units} units\n{error}") from None
 
 
+@slow_interpreted(86.0)
 @pytest.mark.parametrize("size", [10.0, 40.0, 86.0, 90.0, 1e4])
 @additive_ops
 def test_bias_counts_in_guards(op: Op, backend: str, device: str, size: float) -> None:
@@ -268,6 +296,7 @@ def test_bias_counts_in_guards(op: Op, backend: str, device: str, size: float) -
         check_arguments(op, case, backend, arguments)
 
 
+@slow_interpreted(200.0)
 @pytest.mark.parametrize("score", [80.0, 200.0, 1e4, 1e30])
 @ops
 def test_softmax_does_not_overflow(op: Op, backend: str, device: str, score: float) -> None:

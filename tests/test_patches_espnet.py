@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from attn_kernels import derived, patch, patching
 from steps import compare
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 
 

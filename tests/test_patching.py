@@ -44,15 +44,16 @@ class Additive(nn.Module):
         return (alignments[:, None] @ memory)[:, 0], alignments
 
 
-class FusedAdditive(Fused):
-    calls = 0
+CALLS: list[None] = []  # a global, since Dynamo of torch 2.10 and 2.11 traces no assignment to a class
 
+
+class FusedAdditive(Fused):
     @classmethod
     def covers(cls, module: Any) -> str | None:
         return "left alone by design" if module.dropped_by_design else None
 
     def attend(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> Any:
-        FusedAdditive.calls += 1
+        CALLS.append(None)
         if self.training and self.dropout.p > 0:
             return Uncovered("dropout of the alignments")
         v = self.v.weight[0]
@@ -86,7 +87,7 @@ def _adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     patching.adapters()  # files of libraries register once, when imported: not in the copy, which is lost
     monkeypatch.setattr(patching, "_adapters", dict(patching._adapters))
     adapts(Additive)(FusedAdditive)
-    monkeypatch.setattr(FusedAdditive, "calls", 0)
+    CALLS.clear()
     torch.manual_seed(0)
 
 
@@ -95,9 +96,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_fused(module: nn.Module, expected: Tensor, given: tuple[Any, ...]) -> None:
-    before = FusedAdditive.calls
+    before = len(CALLS)
     torch.testing.assert_close(module(*given), expected)
-    assert FusedAdditive.calls > before
+    assert len(CALLS) > before
 
 
 # What it does ---------------------------------------------------------------------------------------------------------
@@ -173,15 +174,14 @@ def test_what_the_ops_refuse_is_for_the_original() -> None:
 
 def test_small_calls_are_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are not counted: nothing is missing in them."""
-    monkeypatch.setattr(patching, "_least_elements", lambda module: module.least_elements)
     monkeypatch.setattr(FusedAdditive, "least_elements", B * T * SIZE)
     model, (state, memory, mask) = Model(), inputs()
     expected = model(state, memory[:, :-1], mask[:, :-1])
     report = patch(model)
     assert torch.equal(model(state, memory[:, :-1], mask[:, :-1]), expected)
-    assert FusedAdditive.calls == 0 and report.fallbacks == []
+    assert len(CALLS) == 0 and report.fallbacks == []
     model(state, memory, mask)
-    assert FusedAdditive.calls == 1
+    assert len(CALLS) == 1
 
 
 def test_patching_twice_changes_nothing() -> None:
@@ -312,7 +312,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = unpatched(model)(*given)
         got = model(*given)
-    assert FusedAdditive.calls == 1
+    assert len(CALLS) == 1
     torch.testing.assert_close(got.float(), expected.float(), atol=0.05, rtol=0.05)
 
 
@@ -358,7 +358,7 @@ def test_compile_what_falls_through() -> None:
     got = compiled(*given)
     torch.manual_seed(1)
     torch.testing.assert_close(got, unpatched(model)(*given))
-    assert FusedAdditive.calls > 0 and report.fallbacks == []  # a graph counts nothing
+    assert len(CALLS) > 0 and report.fallbacks == []  # a graph counts nothing
 
 
 @pytest.mark.filterwarnings("ignore:While compiling")  # the count of calls is a side effect
@@ -379,7 +379,7 @@ def test_scripts_are_the_original() -> None:
     patch(model)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(*given), expected)
-    assert FusedAdditive.calls == 0
+    assert len(CALLS) == 0
     assert patch(model).replaced == [("attention", Additive)]  # PyTorch has put the original into the model
     assert_fused(model, expected, given)
 

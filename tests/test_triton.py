@@ -98,6 +98,21 @@ def test_own_table_goes_before_the_shipped_one(configurations: ModuleType, tmp_p
     assert [path.name for path in file.parent.iterdir()] == [file.name], "something unfinished is left"
 
 
+def test_a_user_without_a_home_has_the_shipped_table(
+    configurations: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers that run with the number of a user whom they do not know."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    table = configurations.table_of("A", configurations.path())
+    assert table == {entry: candidates[0] for entry, candidates in configurations.CANDIDATES.items()}
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"A": []}', '{"A": {"backward": {"BLOCK_Q": 3, "BLOCK_A": 128}}}', '{"A": {"no such": {}}}'],
