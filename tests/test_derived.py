@@ -231,7 +231,7 @@ def test_nothing_in_common(layer: nn.Linear) -> None:
 def test_what_is_written_to_is_projected_again(layer: nn.Linear, write: str, what: str) -> None:
     x = torch.randn(3, 5, 6)
     with torch.no_grad():
-        keys = project(layer, layer, x)
+        keys = project(layer, layer, x, shown=True)
     target = {"rows": x, "keys": keys, "weight": layer.weight, "bias": layer.bias}[what]
     put(write, target, torch.randn(target.shape))
     with torch.no_grad():

@@ -593,7 +593,14 @@ def test_an_adapter_by_name_is_for_the_class_that_is_there(library: Any) -> None
     ((_, _, reason),) = patch(first()).skipped
     assert reason == "it is not the class that library_of_tests.Attention is now, but another of this name"
     del library.Attention
-    assert patch(first()).replaced == []
+    assert patch(first()).replaced == [("", first)]  # as of a file that was executed without an import
+
+
+def test_an_adapter_by_name_of_classes_that_a_function_makes() -> None:
+    cls = make_class(1.0)
+    adapts(f"{cls.__module__}:{cls.__qualname__}")(FusedPlain)
+    ((_, _, reason),) = patch(make_class(3.0)()).skipped
+    assert reason == "its class was made by a function, which may make others of this name"
 
 
 def test_subclasses_of_a_class_with_an_adapter_by_name(library: Any) -> None:
