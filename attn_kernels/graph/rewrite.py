@@ -54,22 +54,27 @@ class Outcome(NamedTuple):
     reasons: list[str]
 
 
-def rewrite(graph_module: GraphModule, parameters: set[Node]) -> Outcome:
-    """Rewrites a graph in place. ``parameters``: its placeholders that are parameters or buffers of modules."""
+def rewrite(graph_module: GraphModule, parameters: set[Node], branches: bool = True) -> Outcome:
+    """Rewrites a graph in place.
+
+    parameters: its placeholders that are parameters or buffers of modules. branches: whether what is written may depend
+    on elements of tensors (whether every row of a mask attends something), and may be kept from call to call.
+    """
     graph = graph_module.graph
-    found, reasons = _Writer(graph, Matcher(graph, parameters)).run()
+    found, reasons = _Writer(graph, Matcher(graph, parameters), branches).run()
     if found:
         remove_dead(graph)
-        for node in dict.fromkeys(node for one in found for node in one.steady):
-            keep_node(graph, node, parameters)
-        remove_dead(graph)
+        if branches:
+            for node in dict.fromkeys(node for one in found for node in one.steady):
+                keep_node(graph, node, parameters)
+            remove_dead(graph)
         graph_module.recompile()
     return Outcome(found, list(dict.fromkeys(reasons)))
 
 
 class _Writer:
-    def __init__(self, graph: Graph, matcher: Matcher) -> None:
-        self.graph, self.matcher, self.writes = graph, matcher, matcher.writes
+    def __init__(self, graph: Graph, matcher: Matcher, branches: bool) -> None:
+        self.graph, self.matcher, self.writes, self._branches = graph, matcher, matcher.writes, branches
         self._written: dict[Any, Node] = {}  # calls that are written already, by function and arguments
         self._replaced: dict[Node, Node] = {}
         self._sizes: dict[Axis, tuple[Node, int]] = {}
@@ -175,6 +180,8 @@ class _Writer:
         self, softmax: Softmax, part: Roles, values: tuple[Leaf, Group] | None, at: Node, roots: set[Node]
     ) -> tuple[Node, tuple[Node, ...]]:
         scores = softmax.scores
+        if softmax.masks and not self._branches:
+            raise NoMatch("a mask in torch.compile, where a row without anything to attend cannot be seen")
         self._check(scores, roots, at)
         for leaf in (*(mask.leaf for mask in softmax.masks), *softmax.shifts, *(() if values is None else values[:1])):
             self._check_leaf(leaf, at)
