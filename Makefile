@@ -140,6 +140,6 @@ $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS
 	@touch $@
 
 # The CUDA kernels for the CPU, for the tests of a machine without a GPU.
-$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
+$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h tests/cpp/cuda_arithmetic.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
 	$(VENV)/bin/python tests/cpp/build_emulated.py build/emulated
 	@touch $@

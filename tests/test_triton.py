@@ -55,7 +55,11 @@ def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monke
 )
 @pytest.mark.parametrize("Tq", [1, 9])
 def test_offsets_beyond_31_bits(Tq: int, shape: tuple[int, int, int], strides: tuple[int, int, int]) -> None:
-    """Keys and values that lie so far apart that 32-bit offsets would wrap; memory between them is never touched."""
+    """Keys and values that lie so far apart that 32-bit offsets would wrap; memory between them is never touched.
+
+    Other strides are another compilation, which may lay out a tile in another way and add up in another order: the
+    results are the same but for a rounding.
+    """
     device = device_of(available("triton"))
     size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     try:
@@ -76,7 +80,7 @@ def test_offsets_beyond_31_bits(Tq: int, shape: tuple[int, int, int], strides: t
         return [*additive, *dot, scores, *torch.autograd.grad(total, leaf)]
 
     for a, b in zip(results(far), results(near), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=1e-6)
 
 
 @pytest.fixture
