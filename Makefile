@@ -76,7 +76,7 @@ fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of th
 cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
 	$(RUN) bench.cuda_check $(ARGS)
 
-gpu:  ## On a machine with a GPU: builds, tests and measures on it, in eight minutes and without network
+gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
@@ -140,6 +140,6 @@ $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS
 	@touch $@
 
 # The CUDA kernels for the CPU, for the tests of a machine without a GPU.
-$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
+$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h tests/cpp/cuda_arithmetic.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
 	$(VENV)/bin/python tests/cpp/build_emulated.py build/emulated
 	@touch $@

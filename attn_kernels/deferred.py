@@ -146,6 +146,7 @@ def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
     return (
         backend in ops.BACKENDS  # not the reference
         and not is_compiling()
+        and not torch._C._is_tracing()
         and torch.is_grad_enabled()
         and pays(query, keys, values)
         and (mask is None or mask.dim() == 2 or query.shape[1] == 1)

@@ -206,8 +206,8 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
         return None
     if chosen == "cuda" and keys.dtype == torch.float16:
         return None  # float32 would be twice the bytes, and reading them is what takes the time there
-    if is_compiling() and transforms_are_active():
-        return None  # there ops are formulas
+    if transforms_are_active() if is_compiling() else torch._C._is_tracing():
+        return None  # there ops are formulas: see ops.call
     return ops.call("additive_prepare", chosen, keys.detach())
 
 
@@ -513,7 +513,7 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
 
 def _check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
     """Whether lengths are within 0..Tk: where they can be read without waiting for a device, or at all."""
-    if memory_lengths.device.type != "cpu" or is_compiling():
+    if memory_lengths.device.type != "cpu" or is_compiling() or torch._C._is_tracing():
         return
     try:
         lengths = memory_lengths.tolist()
@@ -553,7 +553,14 @@ def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
 
 def _check_tensor(name: str, argument: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
+        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {kind(tensor)}")
+
+
+def kind(value: object) -> str:
+    """The type of what is no tensor, for an error message."""
+    if isinstance(value, torch.fx.Proxy):
+        return "Proxy: torch.fx.symbolic_trace cannot look into this call, torch.export and leaf modules can"
+    return type(value).__name__
 
 
 def _check_device(name: str, query: Tensor, argument: str, tensor: Tensor) -> None:

@@ -76,7 +76,10 @@ class FuseReport:
         found = list(self._patched.fallbacks)
         for name, module, state in self._states():
             if state.what():
-                found += [Fallback(name, module._attn_kernels_original, reason, calls) for reason, calls in state.reasons.items()]
+                found += [
+                    Fallback(name, module._attn_kernels_original, reason, calls)
+                    for reason, calls in state.reasons.items()
+                ]
         return found
 
     def _states(self) -> list[tuple[str, Any, _State]]:

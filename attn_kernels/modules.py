@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import additive_step, dot_step
+from .functional import additive_step, dot_step, kind
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -56,7 +56,7 @@ class _MemoryAttention(nn.Module):
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         """
         if not isinstance(memory, Tensor):
-            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
+            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {kind(memory)}")
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
             raise ArgumentValueError(
@@ -70,12 +70,16 @@ class _MemoryAttention(nn.Module):
         keys = self._keys(values)
         return Memory(keys, values, memory_lengths, mask)
 
+    def __prepare_scriptable__(self) -> None:
+        others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
+        raise RuntimeError(f"{self._name}: torch.jit.script cannot compile a Memory; {others}")
+
     def _keys(self, values: Tensor) -> Tensor:
         return values if self.memory_projection is None else self.memory_projection(values)
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         if not isinstance(query, Tensor):
-            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
+            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {kind(query)}")
         if not isinstance(memory, Memory):
             got = type(memory).__name__
             raise ArgumentTypeError(

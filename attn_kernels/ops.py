@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -42,6 +43,21 @@ def _define(
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
         _register_autograd(op, backend, differentiable(backend) if differentiable else None)
+        if not op.endswith("_backward"):
+            # For torch.onnx.export, whose table of decompositions has all that are registered. Others choose theirs:
+            # torch.export and torch.compile keep the op.
+            register_decomposition(kernel(op, backend))(_decomposition(op, fake))
+
+
+def _decomposition(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An op in plain PyTorch. What ``additive_prepare`` makes is not read by the formulas."""
+
+    def decomposition(*args: Any) -> Any:
+        if op == "additive_prepare":
+            return torch.zeros_like(fake(*args))
+        return derivatives.apply_formula(op, args)
+
+    return decomposition
 
 
 def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function] | None) -> None:
@@ -86,7 +102,8 @@ _complete_rules: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 def call(op: str, backend: str, *args: Any) -> Any:
     """``kernel(op, backend)(*args)``, at two thirds of its cost: past the dispatcher where only autograd would act.
 
-    Of an attention that is to return no alignments, it may return the context alone, or alignments all the same.
+    Of an attention that is to return no alignments, it may return the context alone, or alignments all the same. What
+    ``torch.jit.trace`` records is the formula of the reference: it would not record the rule of autograd.
     """
     if is_compiling():
         if derivatives.transforms_are_active():
@@ -94,6 +111,8 @@ def call(op: str, backend: str, *args: Any) -> Any:
         return kernel(op, backend)(*args)
     if torch._C._are_functorch_transforms_active():
         return _complete_rules[op, backend].apply(*args)
+    if torch._C._is_tracing():
+        return derivatives.apply_formula(op, args)
     return _rules[op, backend](*args)
 
 

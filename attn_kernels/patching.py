@@ -487,7 +487,9 @@ def _find(cls: type[nn.Module]) -> Adapter | str | None:
         adapter = _adapters.get(_key(cls))
         if adapter is None:
             return None
-        if class_at(cls.__module__, cls.__qualname__) is not cls:
+        if "<locals>" in cls.__qualname__:
+            return "its class was made by a function, which may make others of this name"
+        if class_at(cls.__module__, cls.__qualname__) not in (cls, None):  # None: its module was not imported as such
             return f"it is not the class that {_class_name(cls)} is now, but another of this name"
     if adapter.sources:
         if digest(cls) not in adapter.sources:

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from .derived import are_readable, checksums, once, value_of
 
 
-def project(module: Any, layer: Any, rows: Tensor) -> Tensor:
+def project(module: Any, layer: Any, rows: Tensor, *, shown: bool = False) -> Tensor:
     """``layer(rows)``; without gradients, rows that it was given the last time are not projected again.
 
     module: what the projection is kept for. layer: a ``nn.Linear``; another module is just called. rows: (B, Tk, M),
-    encoder outputs. Returns (B, Tk, A).
+    encoder outputs. shown: whether other code gets the result, and so may write to it. Returns (B, Tk, A).
 
     A beam search may give it the rows re-ordered, a copy for each hypothesis: then the keys are re-ordered.
     """
     if torch.is_grad_enabled() or not is_plain(layer) or not are_readable(rows):
         return layer(rows)
-    return once(module, "projection", _Projection, read=(layer.weight, layer.bias))(layer, rows)
+    return once(module, "projection", _Projection, read=(layer.weight, layer.bias))(layer, rows, shown)
 
 
 class _Projected(NamedTuple):
@@ -29,7 +29,7 @@ class _Projected(NamedTuple):
     layout: tuple[Any, ...]
     sums: list[int]
     keys: Tensor
-    value: Any  # of the keys, which whoever was given them may write to
+    value: Any  # of the keys, if they are shown
 
 
 class _Projection:
@@ -38,19 +38,19 @@ class _Projection:
     def __init__(self) -> None:
         self._last: _Projected | None = None
 
-    def __call__(self, layer: nn.Linear, rows: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Linear, rows: Tensor, shown: bool) -> Tensor:
         layout, sums = (rows.shape[1:], rows.dtype), checksums(rows, len(rows))
         keys = self._select(layout, sums)
         if keys is None:
             keys = layer(rows)
         if self._last is None or keys is not self._last.keys:
-            self._last = _Projected(layout, sums, keys, value_of(keys))
+            self._last = _Projected(layout, sums, keys, value_of(keys) if shown else None)
         return keys
 
     def _select(self, layout: tuple[Any, ...], sums: list[int]) -> Tensor | None:
         """The keys of rows that are all among the last ones."""
         last = self._last
-        if last is None or last.layout != layout or last.value != value_of(last.keys):
+        if last is None or last.layout != layout or (last.value is not None and last.value != value_of(last.keys)):
             return None
         if last.sums == sums:
             return last.keys

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import files, gpu_first, gpu_outcomes, gpu_stages
+from . import files, gpu_first, gpu_stages
 from .gpu_stages import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,9 @@ def run_stage(stage: Stage, path: Path, state: dict[str, Any], machine: Machine,
         state[stage.name] = found
 
 
-def go(path: Path, state: dict[str, Any], stages: Sequence[Stage], machine: Machine, options: argparse.Namespace) -> int:
+def go(
+    path: Path, state: dict[str, Any], stages: Sequence[Stage], machine: Machine, options: argparse.Namespace
+) -> int:
     """The stages, one after the other, whatever becomes of each. Returns the exit status."""
     budget = Budget(options.budget)
     state["stages"] = state.get("stages") or {}
@@ -183,8 +185,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0], epilog=(
         "Stages: " + "; ".join(f"{s.name}: {s.what}" for s in STAGES) + ". With --only also: plot and publish, a plot "
-        "and a table in Markdown from --file, of backends whose tests are green. Exits with 1 if anything is red or was "
-        "cut off, with 2 if there is no GPU."
+        "and a table in Markdown from --file, of backends whose tests are green. Exits with 1 if anything is red or "
+        "was cut off, with 2 if there is no GPU."
     ))  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default)s)")
     parser.add_argument("--only", type=names, help="these stages, with commas: build,first,ceilings,targets")
@@ -196,7 +198,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of one cell (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (bench/results)")
     parser.add_argument("--file", type=Path, help="the result; else gpu-<device>-<date>.json in that folder")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with kernels in the emulator; to build/gpu")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, with kernels in the emulator; to build/gpu"
+    )
     options = parser.parse_args(arguments)
     for name in [*(options.only or []), *options.skip]:
         if name not in (*NAMES, *(("plot", "publish") if options.only else ())):

@@ -194,9 +194,10 @@ def time_limit(seconds: float):
 def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float = 40.0) -> dict:
     """Results are compared with the eager formula, peak memory is taken, then all ways take turns.
 
-    A way with a wrong result is timed as well, and marked: what it says of speed is worth knowing, and is not published.
+    A way with a wrong result is timed as well, and marked: its time is worth knowing, and is not published.
     """
-    torch.compiler.reset()
+    if row.compile:
+        torch.compiler.reset()  # which imports the compiler: seconds
     training = row.passes == TRAINING
     problem = make_problem(row, gpu.device)
     ways = make_ways(row, problem)

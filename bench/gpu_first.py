@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     name: str
     sizes: tuple[int, int, int, int, int]  # B, Tq, Tk, A, D
     dtypes: str
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = {}
 
 
 # Clusters of 1 to 16 blocks, splits joined by the last block, rows that are not of 16 bytes, 2 to 8 queries.
@@ -72,12 +72,17 @@ DOT = (
     Case("GNMT", (16, 74, 75, 1024, 1024), "bfloat16 float32"),
 )
 MASKS = tuple(
-    Case(f"{sizes[1]} queries, mask {mask or 'none'}, lengths {lengths}", sizes, "float32 bfloat16", dict(lengths=lengths, mask=mask))
+    Case(
+        f"{sizes[1]} queries, mask {mask or 'none'}, lengths {lengths}",
+        sizes,
+        "float32 bfloat16",
+        dict(lengths=lengths, mask=mask),
+    )
     for sizes in ((3, 1, 130, 64, 64), (3, 5, 70, 64, 48), (3, 17, 70, 48, 80))
     for mask in ("", "steps", "pairs")
     for lengths in (False, True)
     if mask or lengths
-)  # fmt: skip
+)
 # Triton compiles each case first, so it gets fewer: by their names.
 OF_TRITON = ("cluster 16", "splits", "odd rows", "8 queries", "tile", "odd", "GNMT", "small tile")
 # Largest error, as a share of the largest value. Coarse: the tests judge by the error of eager.
@@ -115,7 +120,10 @@ class Contact:
         except Wrong as error:
             verdict, detail = WRONG, error
         except Exception as error:
-            verdict, detail = ERROR, f"{type(error).__name__}: {error} | {traceback.format_exc().splitlines()[-3].strip()}"
+            verdict, detail = (
+                ERROR,
+                f"{type(error).__name__}: {error} | {traceback.format_exc().splitlines()[-3].strip()}",
+            )
         self.say(case, verdict, "" if detail is None else detail, time.monotonic() - start)
         if verdict == ERROR and ("CUDA error" in str(detail) or "illegal" in str(detail)):
             os._exit(CONTEXT_LOST)  # nothing more can run in this process
@@ -224,17 +232,14 @@ def facts(contact: Contact) -> None:
 
 
 def prepare(contact: Contact) -> None:
+    """That it runs. Its numbers are in a form of the kernels: "prepared" cases of decode compare what comes of them."""
     import torch
 
     import attn_kernels
 
     def one(dtype: torch.dtype) -> str:
         keys = torch.randn(2, 33, 65).to(contact.device, dtype)
-        made = attn_kernels.prepare_keys(keys, backend=contact.backend)
-        exact = (2 * keys.double()).exp()
-        if not made.isfinite().all() or not torch.allclose(made.double(), exact, rtol=1e-4):
-            raise Wrong(f"e^(2 keys) off by {((made.double() - exact) / exact).abs().max().item():.1e}")
-        return str(tuple(made.shape))
+        return str(tuple(attn_kernels.prepare_keys(keys, backend=contact.backend).shape))
 
     for dtype in (torch.float32, torch.bfloat16):
         contact.attempt(str(dtype), lambda dtype=dtype: one(dtype))
@@ -316,7 +321,6 @@ def loop(contact: Contact) -> None:
 
     sys.path.append(str(ROOT / "tests"))
     import test_loop_graph as tests
-
     from attn_kernels.seq2seq import loop_graph
 
     def train(cell: str) -> str:
@@ -399,14 +403,14 @@ def go(
             started[group] += 1
             running[group] = start(folder, group, command)
         time.sleep(0.1)
-        lines = read(folder)
         for group, (process, began) in list(running.items()):
-            open_case, since = begun(lines, group, began)
+            lives = process.poll() is None  # before its lines are read, so that they are all there if it has ended
+            open_case, since = begun(read(folder), group, began)
             over = time.monotonic() > end
             most = START_SECONDS if open_case is None else case_limit
-            if process.poll() is None and not over and time.monotonic() - since < most:
+            if lives and not over and time.monotonic() - since < most:
                 continue
-            if process.poll() is None:
+            if lives:
                 process.kill()
                 process.wait()
                 why = "the time of first contact was over" if over else f"no end after {most:.0f} s"

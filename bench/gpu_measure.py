@@ -12,6 +12,7 @@ from typing import Any
 from . import files, gpu_cells, gpu_device, machine, roofline
 from .gpu_cells import Row
 
+
 def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.Device:
     """The device as it was measured; what was not is that of an H100."""
     clock = roofline.H100.clock
@@ -60,7 +61,7 @@ def begin(path: Path, state: dict[str, Any], what: str | None, limit: float | No
 
 
 def stuck(path: Path, start: float) -> str | None:
-    """For the process that waits for one begun at ``start``: what has been under way there for too long, if anything."""
+    """For the process that waits for one begun at ``start``: what has been under way there for too long."""
     try:
         begun = json.loads(path.read_text()).get("begun")
     except (OSError, ValueError):
@@ -70,7 +71,7 @@ def stuck(path: Path, start: float) -> str | None:
 
 
 def measure_ceilings(path: Path, gpu: Any, ceilings: Mapping[str, Callable[[Any], float]]) -> None:
-    """One by one into the file of the run. One that fails leaves the others, one that hung before is not tried again."""
+    """One by one into the file of the run. One that fails leaves the others, one that hung is not tried again."""
     state = json.loads(path.read_text())
     found = state.setdefault("ceilings", {"what": "best of several rounds, measured on this device"})
     hung = (state.get("begun") or {}).get("what")
@@ -102,6 +103,7 @@ def measure(path: Path, gpu: Any, todo: list[Row], *, seconds: float, left: floa
     if before in {row.key for row in todo} and before not in cells:
         cells[before] = {"key": before, "failure": ENDED, "ways": []}
     device = model_of(state.get("ceilings") or {}, state["machine"])
+
     def store(row: Row, cell: dict[str, Any] | None) -> None:
         if cell is not None:
             cells[row.key] = with_rates(cell, row, device)

@@ -1,8 +1,8 @@
 """A pytest plugin (``-p bench.gpu_outcomes``) for tests on a GPU, and what their outcomes say of each backend.
 
-Each outcome is written to a file as it comes, one JSON object a line: tests that are cut off leave what they found. What
-says most runs first. A test that hangs takes its process along after a while, and what ran before it is known; tests
-that a broken CUDA context would fail are skipped, for another process to run.
+Each outcome is written to a file as it comes, one JSON object a line: tests that are cut off leave what they found.
+What says most runs first. A test that hangs takes its process along after a while, and what ran before it is known;
+tests that a broken CUDA context would fail are skipped, for another process to run.
 """
 
 from __future__ import annotations
@@ -89,18 +89,24 @@ def pytest_runtest_logreport(report: Any) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     if report.when == "call" or report.outcome != "passed":
-        skipped = report.outcome == "skipped" and isinstance(report.longrepr, tuple)  # file, line, reason
-        _write(report.nodeid, report.outcome, report.longrepr[2] if skipped else report.longreprtext)
+        _write(report.nodeid, report.outcome, _reason(report))
 
 
 def pytest_collectreport(report: Any) -> None:
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        _write(report.nodeid, "failed", report.longreprtext)
+        _write(report.nodeid, "failed", _reason(report))
 
 
-def _write(test: str, outcome: str, text: str) -> None:
-    reason = "".join(text.strip().splitlines()[-1:])[:300] if outcome in ("failed", "skipped") else ""
-    line = {"test": test, "outcome": outcome, "reason": reason}
+def _reason(report: Any) -> str:
+    """A line on why a test failed or was skipped."""
+    if isinstance(report.longrepr, tuple):  # of one that was skipped: file, line, reason
+        return report.longrepr[2]
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return crash.message.splitlines()[0] if crash else "".join(report.longreprtext.strip().splitlines()[-1:])
+
+
+def _write(test: str, outcome: str, reason: str) -> None:
+    line = {"test": test, "outcome": outcome, "reason": reason[:300] if outcome in ("failed", "skipped") else ""}
     if os.environ.get(STAGE):
         line["stage"] = os.environ[STAGE]
     with open(os.environ[VARIABLE], "a") as file:

@@ -3,9 +3,9 @@
     python -m bench.gpu_predictions            # prints the table; --write stores it for ``make gpu`` to print beside
                                                # what it measures, and puts it into docs/gpu.md
 
-An op is a sequence of launches (csrc/cuda/kernels.cu). Each takes the longest of its bytes, its issue slots as they were
-counted in the machine code (``roofline``), its products, and what a launch takes at least; in a CUDA graph they follow
-each other. Of the others, eager is its passes over (B, Tq, Tk, A), SDPA its products. All of it is for an H100 SXM.
+An op is a sequence of launches (csrc/cuda/kernels.cu). Each takes the longest of its bytes, its issue slots as counted
+in the machine code (``roofline``), its products, and what a launch takes at least; in a CUDA graph they follow each
+other. Of the others, eager is its passes over (B, Tq, Tk, A), SDPA its products. All of it is for an H100 SXM.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ KINDS = {
         "decode, small",
         "latency: one launch, and the exchange between the blocks of a sentence",
         "cluster barriers or the counter's node take longer than assumed",
-        "the second cluster barrier (.release is a fence of all memory: .relaxed is enough, it orders reads only); then "
-        "the memset node of the last-block form, which a counter that the last block resets would save; then kMostSteps",
+        "the second cluster barrier (.release is a fence of all memory: .relaxed is enough, it orders reads only); "
+        "then the memset node of the last-block form, which a counter that the last block resets would save; then "
+        "kMostSteps",
         1.6,
     ),
     "few queries, training": Kind(

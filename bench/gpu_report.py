@@ -41,8 +41,13 @@ def _first(state: State) -> list[str]:
     if not found:
         return ["", "first contact: not run"]
     total = sum(sum(counts.values()) for counts in found["counts"].values())
-    lines = ["", f"first contact: {total} cases, {len(found['bad'])} bad; not complete: {found['not complete'] or 'none'}"]
-    return lines + [f"  {one['verdict']}: {one['group']}: {one['case']}: {one['detail'][:160]}" for one in found["bad"][:20]]
+    lines = [
+        "",
+        f"first contact: {total} cases, {len(found['bad'])} bad; not complete: {found['not complete'] or 'none'}",
+    ]
+    return lines + [
+        f"  {one['verdict']}: {one['group']}: {one['case']}: {one['detail'][:160]}" for one in found["bad"][:20]
+    ]
 
 
 def _tests(state: State) -> list[str]:
@@ -79,7 +84,9 @@ def _cell(cell: Mapping[str, Any], predicted: Mapping[str, Any]) -> list[str]:
         expected = _expected(one["name"], cell, predicted)
         lines.append("    " + _line(one, expected))
         if one["name"] == OURS or cell.get("beams"):
-            far |= any(not 1 / predicted["factor"] <= ratio <= predicted["factor"] for ratio in _ratios(one, expected).values())
+            far |= any(
+                not 1 / predicted["factor"] <= ratio <= predicted["factor"] for ratio in _ratios(one, expected).values()
+            )
     if far:
         kind = gpu_predictions.KINDS[predicted["kind"]]
         lines.append(f"    far from the prediction: perhaps {kind.wrong}. First: {kind.first}")
@@ -98,7 +105,9 @@ def _expected(name: str, cell: Mapping[str, Any], predicted: Mapping[str, Any]) 
 
 def _ratios(one: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, float]:
     """Measured / predicted."""
-    return {mode: one["us"][mode]["median"] / expected[mode] for mode in MODES if mode in one["us"] and mode in expected}
+    return {
+        mode: one["us"][mode]["median"] / expected[mode] for mode in MODES if mode in one["us"] and mode in expected
+    }
 
 
 def _line(one: Mapping[str, Any], expected: Mapping[str, float]) -> str:
@@ -106,7 +115,9 @@ def _line(one: Mapping[str, Any], expected: Mapping[str, float]) -> str:
         return f"{one['name']:24} none: {one['failure']}"
     ratios = _ratios(one, expected)
     us = " / ".join(
-        f"{one['us'][mode]['median']:.4g}" + (f" [{ratios[mode]:.2f}]" if mode in ratios else "") if mode in one["us"] else "-"
+        f"{one['us'][mode]['median']:.4g}" + (f" [{ratios[mode]:.2f}]" if mode in ratios else "")
+        if mode in one["us"]
+        else "-"
         for mode in MODES
     )
     text = f"{one['name']:24} {us:30}"
@@ -157,7 +168,7 @@ def publishable(state: State) -> list[dict[str, Any]]:
     """Cells without the ways that may not be published; without a way of ours a cell tells nothing."""
     found = []
     for cell in state.get("cells", []):
-        if cell.get("wrong") or cell.get("beams") and refusal(state, BACKENDS[0]):
+        if cell.get("wrong") or (cell.get("beams") and refusal(state, BACKENDS[0])):
             continue
         kept = [
             one
@@ -178,7 +189,10 @@ def markdown(state: State) -> str:
     if not cells:
         return "\n".join([*lines, "Nothing of this run may be published."])
     machine = state["machine"]
-    lines += [f"{machine['device']}, torch {machine.get('torch')}, {machine['date']}, commit {machine.get('commit')}.", ""]
+    lines += [
+        f"{machine['device']}, torch {machine.get('torch')}, {machine['date']}, commit {machine.get('commit')}.",
+        "",
+    ]
     lines += ["| | us, launched | us, in a graph | times as long: others |", "|---|---:|---:|---|"]
     for cell in cells:
         ours = gpu_targets.way(cell, OURS)

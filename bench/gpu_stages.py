@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,8 @@ found = attn_kernels.backends()
 reasons = {m: found[b].detail for m, b in (("_C", "cpu"), ("_C_cuda", "cuda")) if not found[b].available}
 if "_C_cuda" not in reasons:
     major, minor = torch.cuda.get_device_capability()
-    codes = [int(code) for code in "".join(c if c.isdigit() else " " for c in cuda_build_info()["architectures"]).split()]
+    text = cuda_build_info()["architectures"]
+    codes = [int(code) for code in "".join(c if c.isdigit() else " " for c in text).split()]
     if not any(code // 10 == major and code % 10 <= minor for code in codes):
         reasons["_C_cuda"] = f"it is for {codes}, the device has {major}{minor}"
 print(json.dumps(reasons))
@@ -129,28 +131,15 @@ def build(machine: Machine, folder: Path, seconds: float) -> dict[str, Any]:
     lacking = machine.lacking()
     if not lacking:
         return {"status": 0, "built": [], "seconds": round(time.monotonic() - start, 1)}
-    running = {}
-    for module in lacking:
-        command, environment = machine.build(module)
-        log = open(folder / f"build-{module}.log", "w+")
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, **environment},
-            start_new_session=True,
-        )  # fmt: skip
-        running[module] = (process, log)
+    with ThreadPoolExecutor() as pool:
+        commands = {module: machine.build(module) for module in lacking}
+        running = {m: pool.submit(run_limited, command, seconds, more) for m, (command, more) in commands.items()}
     found: dict[str, Any] = {"status": 0, "built": list(lacking), "why": lacking}
-    for module, (process, log) in running.items():
-        try:
-            status: int | None = process.wait(max(0.1, seconds - (time.monotonic() - start)))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = None
-        log.seek(0)
-        if status != 0:
-            found["status"] = "stopped when the time was over" if status is None else status
-            found[f"output of {module}"] = log.read()[-3000:]
-        log.close()
+    for module, outcome in ((module, future.result()) for module, future in running.items()):
+        (folder / f"build-{module}.log").write_text(outcome.text)
+        if outcome.status != 0:
+            found["status"] = outcome.status or "stopped when the time was over"
+            found[f"output of {module}"] = outcome.text[-3000:]
     found["seconds"] = round(time.monotonic() - start, 1)
     return found
 
@@ -173,8 +162,8 @@ def run_tests(machine: Machine, folder: Path, seconds: float, backend: str) -> d
     if importlib.util.find_spec("hypothesis") is None:
         names = [name for name in names if name.name != "test_fuzz.py"]  # it cannot even be read without
     tests = [str(name) for name in names if name.stem.removeprefix("test_") not in NOT_ON_GPU]
-    command = [*machine.module("pytest"), "-q", "-p", "bench.gpu_outcomes", "-k", chosen, "--tb=short"]
-    command += ["-p", "no:cacheprovider", f"--rootdir={machine.tests.parent}"]
+    command = [*machine.module("pytest"), "-q", "-p", "bench.gpu_outcomes", "-k", chosen, "-m", "not slow"]
+    command += ["--tb=short", "-p", "no:cacheprovider", f"--rootdir={machine.tests.parent}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1))]
     complete, text = False, ""

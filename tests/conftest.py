@@ -43,10 +43,13 @@ if not torch.cuda.is_available():
     sys.meta_path.insert(0, _Emulated())
 
 import attn_kernels
+import triton_arithmetic
 from attn_kernels import patching
 from attn_kernels.backends import NAMES
-from matrix import device_of
+from matrix import device_of, interpreted
 
+if attn_kernels.backends()["triton"].available and interpreted("triton"):
+    triton_arithmetic.install()  # errors of a GPU's instructions, for the tests of accuracy
 if IN_XDIST:
     torch.set_num_threads(1)
 

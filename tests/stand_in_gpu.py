@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "standin"
 MIXED = f"tensors on {NAME} and on cpu"
@@ -77,13 +76,6 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return (on_device[0], *out[1:]) if name == "aten::_pack_padded_sequence" else on_device  # sizes are for the host
 
 
-class Module(_DummyBackendModule):
-    """What torch.autocast asks for."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-
 @contextmanager
 def in_place_of_a_gpu() -> Iterator[None]:
     """backend="cuda" runs on the stand-in and nowhere else, every other backend on the CPU."""
@@ -103,7 +95,10 @@ def in_place_of_a_gpu() -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    _setup_privateuseone_for_python_backend(NAME, Module())
+    registration = importlib.import_module("torch.utils.backend_registration")  # PyTorch 2.11 and later
+    module = registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    registration._setup_privateuseone_for_python_backend(NAME, module)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -29,7 +29,7 @@ def python(script: str, **environment: str) -> str:
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -29,6 +29,7 @@ from matrix import (
     is_slow,
     make,
     oracle,
+    slow_if,
     slow_interpreted,
 )
 
@@ -72,7 +73,7 @@ def skip_if_many(backend: str, name: str) -> None:
         pytest.skip("the other cases are enough for Triton's interpreter")
 
 
-@pytest.mark.slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
+@slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires grad"])
 @pytest.mark.parametrize("name", OPCHECK)
 @ops
@@ -82,7 +83,7 @@ def test_opcheck(op: Op, fused: str, device: str, name: str, requires_grad: bool
     torch.library.opcheck(kernel(op.name, fused), tuple(arguments))
 
 
-@pytest.mark.slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
+@slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
 @pytest.mark.parametrize("name", OPCHECK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ops
@@ -138,7 +139,7 @@ def check_compiled(function: Callable[..., Any], op: Op, case: Case, device: str
     assert_close(outputs | named, exact, eager_errors(op, expected, exact), torch.float32)
 
 
-@pytest.mark.slow_if(lambda name, dynamic, **_: name != "lengths and mask" or dynamic is not None)
+@slow_if(lambda name, dynamic, **_: name != "lengths and mask" or dynamic is not None)
 @pytest.mark.parametrize("name", ["plain", "no bias", "lengths and mask", "mask (B, Tq, Tk)", "query 2-D, masked"])
 @pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
 @ops
@@ -150,7 +151,7 @@ def test_compile(op: Op, backend: str, device: str, dynamic: bool | None, name: 
     assert counter.frame_count == first <= 2  # 2 where a dynamic scale is found out to be a constant
 
 
-@pytest.mark.slow_if(lambda backend, **_: backend != "cpu")
+@slow_if(lambda backend, **_: backend != "cpu")
 @ops
 def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     """Ten lengths of the memory, in batches and with numbers of queries that change too: two compilations at most."""
@@ -283,3 +284,91 @@ torch.save(tuple(result), sys.argv[3])
     files = [str(tmp_path / name) for name in ("attention.pt2", "inputs.pt", "outputs.pt")]
     subprocess.run([sys.executable, "-c", script, *files], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), tuple(attention(query, memory)))
+
+
+# torch.jit and ONNX ---------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Encoder outputs and decoder states to contexts and alignments: memory() and steps in one graph."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, outputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        context, alignments = self.attention(query, self.attention.memory(outputs, lengths))
+        return context, alignments
+
+
+MODULES = {
+    "bahdanau": lambda **kw: attn_kernels.BahdanauAttention(8, 8, 6, normalize=True, **kw),
+    "luong general": lambda **kw: attn_kernels.LuongAttention(8, 8, scale=True, **kw),
+    "luong concat": lambda **kw: attn_kernels.LuongAttention(8, 8, 6, score="concat", **kw),
+    "cosine": lambda **kw: attn_kernels.CosineAttention(8, 8, 6, **kw),
+}
+
+
+def inputs_of(batch: int, queries: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(batch)
+    lengths = torch.arange(batch) % (steps + 1)
+    return torch.randn(batch, queries, 8), torch.randn(batch, steps, 8), lengths
+
+
+@pytest.mark.parametrize("needs_gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(name: str, backend: str, device: str, needs_gradients: bool) -> None:
+    decoder = Decoder(MODULES[name](backend=backend, device=device)).requires_grad_(needs_gradients)
+    traced = torch.jit.trace(decoder, tuple(x.to(device) for x in inputs_of(2, 3, 5)))
+    inputs = tuple(x.to(device) for x in inputs_of(4, 2, 7))
+    torch.testing.assert_close(traced(*inputs), decoder(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_says_why_not() -> None:
+    with pytest.raises(RuntimeError, match=r"BahdanauAttention: torch\.jit\.script .* torch\.export"):
+        torch.jit.script(Decoder(attn_kernels.BahdanauAttention(8, 8, 6)))
+
+
+def test_fx_says_why_not() -> None:
+    with pytest.raises(TypeError, match=r"memory must be a tensor, got Proxy: .* torch\.export"):
+        torch.fx.symbolic_trace(Decoder(attn_kernels.BahdanauAttention(8, 8, 6)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+def test_onnx(name: str, fused: str, device: str, tmp_path: Path) -> None:
+    """The formula of the reference in opset 18, with all sizes free, as onnxruntime computes it."""
+    if device != "cpu" or (fused != "cpu" and name != "bahdanau"):
+        pytest.skip("the decomposition is the same on every backend")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    decoder = Decoder(MODULES[name](backend=fused)).eval()
+    batch, queries, steps = (torch.export.Dim(n, min=1, max=1024) for n in ("batch", "queries", "steps"))
+    path = str(tmp_path / "decoder.onnx")
+    torch.onnx.export(
+        decoder,
+        inputs_of(2, 3, 5),
+        path,
+        dynamo=True,
+        verbose=False,
+        opset_version=18,
+        dynamic_shapes=({0: batch, 1: queries}, {0: batch, 1: steps}, {0: batch}),
+    )
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for sizes in ((2, 3, 5), (4, 1, 9), (1, 6, 1)):
+        inputs = inputs_of(*sizes)
+        named = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+        for actual, expected in zip(session.run(None, named), decoder(*inputs), strict=True):
+            torch.testing.assert_close(torch.from_numpy(actual), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_export_keeps_the_op() -> None:
+    """Decompositions are for ONNX: those that torch.export runs by default leave the kernels in."""
+    available = attn_kernels.backends()["cpu"]
+    if not available.available:
+        pytest.skip(available.detail)
+    program = torch.export.export(Decoder(MODULES["bahdanau"](backend="cpu")), inputs_of(2, 3, 5))
+    targets = {str(node.target) for node in program.run_decompositions().graph.nodes}
+    assert "attn_kernels.additive_attention.cpu" in targets

@@ -15,12 +15,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, is_slow
+from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, interpreted, is_slow
 
 pytestmark = pytest.mark.every_level
 
 WANTED = os.environ.get("ATTN_KERNELS_FUZZ_CASES")
-COUNTS = [int(WANTED)] if WANTED else [60, pytest.param(300, marks=pytest.mark.slow)]
+USUAL = 60  # and in the emulator of CUDA small
+COUNTS = [int(WANTED)] if WANTED else [USUAL, pytest.param(300, marks=pytest.mark.slow)]
 LIMITS = {"B": 65, "Tq": 33, "Tk": 513, "A": 300, "D": 300}
 LIMITS_INTERPRETED = LIMITS | {"B": 4, "Tq": 17, "Tk": 129}
 PRODUCT = 1_000_000  # of B, Tq, Tk and max(A, D): what a case costs, of which the oracle takes most
@@ -65,7 +66,8 @@ def cases(draw: st.DrawFn, op: Op, limits: dict[str, int], product: int) -> Case
 @pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
 def test_fuzz(op: Op, backend: str, count: int) -> None:
     few = is_slow(backend) or backend == "reference"
-    bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if is_slow(backend) else (LIMITS, PRODUCT)
+    small = is_slow(backend) or (interpreted(backend) and count == USUAL)
+    bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if small else (LIMITS, PRODUCT)
     long_run = WANTED is not None
 
     @settings(

@@ -40,7 +40,7 @@ def test_steps(cell: str, attention: str, layers: int, input_feeding: bool, hypo
     decoder = (one := model(cell=cell, attention=attention, num_layers=layers, input_feeding=input_feeding)).decoder
     memory, state = one.encode(*source())
     state = state.reorder(torch.zeros(4, hypotheses, dtype=torch.int64))
-    steps, projected = make_steps(decoder, memory, hypotheses, length)
+    steps, projected = make_steps(decoder, state, memory, hypotheses, length)
     assert isinstance(steps, GenerationSteps)
     assert (steps.table is not None) == (length == 100)
     before = [x.clone() for x in (*state.hidden, *state.cell)]
@@ -68,7 +68,7 @@ def test_steps(cell: str, attention: str, layers: int, input_feeding: bool, hypo
 def test_weights_in_packed_form() -> None:
     one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
     memory, state = one.encode(*source())
-    steps, projected = make_steps(one.decoder, memory, 1, 50)
+    steps, projected = make_steps(one.decoder, state, memory, 1, 50)
     tokens = torch.tensor([[3], [4], [5], [6]])
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
@@ -108,7 +108,7 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
         monkeypatch.setattr(search, "make_steps", spy)
         got = searched(one, choice)
         assert isinstance(made[-1], GenerationSteps)
-        monkeypatch.setattr(search, "make_steps", lambda decoder, memory, *_: (decoder, memory))
+        monkeypatch.setattr(search, "make_steps", lambda decoder, state, memory, *_: (decoder, memory))
         expected = searched(one, choice)
         assert len({len(found[0]) for each in expected for found in each}) > 1
         for mine, theirs in zip(got, expected, strict=True):
@@ -164,18 +164,18 @@ CHANGES += [_limit_embeddings, _remove_biases_of_cells, Seq2Seq.train, Seq2Seq.b
 @torch.no_grad()
 def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
     one = model()
-    memory, _ = one.encode(*source())
-    assert isinstance(make_steps(one.decoder, memory, 1, 10)[0], GenerationSteps)
+    memory, state = one.encode(*source())
+    assert isinstance(make_steps(one.decoder, state, memory, 1, 10)[0], GenerationSteps)
     change(one)
-    assert make_steps(one.decoder, memory, 1, 10) == (one.decoder, memory)
+    assert make_steps(one.decoder, state, memory, 1, 10) == (one.decoder, memory)
 
 
 def test_the_decoder_itself_elsewhere() -> None:
     one = model()
-    memory, _ = one.encode(*source())
-    assert make_steps(one.decoder, memory, 1, 10) == (one.decoder, memory)  # with gradients
+    memory, state = one.encode(*source())
+    assert make_steps(one.decoder, state, memory, 1, 10) == (one.decoder, memory)  # with gradients
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert make_steps(one.decoder, memory, 1, 10) == (one.decoder, memory)
+        assert make_steps(one.decoder, state, memory, 1, 10) == (one.decoder, memory)
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def test_output_without_bias() -> None:
     one = model()
     one.decoder.output.bias = None
     memory, state = one.encode(*source())
-    steps, projected = make_steps(one.decoder, memory, 1, 100)
+    steps, projected = make_steps(one.decoder, state, memory, 1, 100)
     assert isinstance(steps, GenerationSteps)
     tokens = torch.full((4, 1), 5)
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)

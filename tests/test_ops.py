@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from attn_kernels.backends import NAMES
 from matrix import (
     CASES,
     CORE,
@@ -37,6 +40,14 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: Case) -> None:
     skip_if_slow(backend, case, dtype)
     check(op, case, dtype, backend)
+
+
+def test_make_test_has_every_op_backend_and_dtype() -> None:
+    """Whatever is slow: results and all gradients of some case stay."""
+    (slow,) = (mark.args[0] for mark in test_results_and_gradients.pytestmark if mark.name == "slow_if")
+    for op, backend, dtype in itertools.product(VARIANTS.values(), NAMES, DTYPES):
+        kept = [case for case in CASES.values() if not slow(op=op, backend=backend, dtype=dtype, case=case)]
+        assert any(set(op.outputs) <= set(case.receives) and not case.without for case in kept), (op.name, backend)
 
 
 @slow_interpreted("lengths and mask per query")
@@ -83,6 +94,7 @@ def test_inputs_are_not_written(op: Op, fused: str, device: str, name: str) -> N
         assert_bit_equal(part, copy)
 
 
+@slow_interpreted(torch.float32)
 @dtypes
 @ops
 def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: torch.dtype) -> None:
@@ -97,6 +109,7 @@ def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: to
     assert_bit_equal(dict(zip(names, second, strict=True)), dict(zip(names, first, strict=True)))
 
 
+@slow_interpreted()
 @ops
 def test_negative_bit_is_resolved(op: Op, backend: str, device: str) -> None:
     """Views that PyTorch negates lazily, as imag of a conjugate: their memory holds the other sign."""

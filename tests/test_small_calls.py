@@ -118,4 +118,4 @@ def test_small_calls_are_the_originals_and_large_ones_are_fused(
 def test_every_adapter_with_a_size_has_an_example() -> None:
     """By its library: an adapter with another size belongs into the table."""
     sized = {adapter.library for adapter in patching.adapters() if adapter.fused.least_elements}
-    assert sized == {"fairseq", "Tacotron 2", "coqui-tts", "SpeechBrain", "ESPnet"}
+    assert sized == {"fairseq", "Tacotron 2 (NVIDIA)", "coqui-tts", "SpeechBrain", "ESPnet"}

@@ -376,7 +376,9 @@ def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
         found.append([])
         for Tq, Tk in lengths:
             launched = launches(op, (64, Tq, Tk, kind["A"]), **options)
-            sources = [(kernel.fn.__name__, *source_of(kernel, args, constants)) for kernel, args, constants in launched]
+            sources = [
+                (kernel.fn.__name__, *source_of(kernel, args, constants)) for kernel, args, constants in launched
+            ]
             found[-1].append(
                 [
                     f"{name} {source.signature} {source.constants} {source.attrs} {options}"

@@ -1,8 +1,8 @@
 """The Triton kernels, compiled for AMD GPUs (MI200, MI300) without one: registers, scratch memory, LDS, instructions.
 
-As tests/test_triton_aot.py does for NVIDIA GPUs: with the tiles and arguments that the launchers choose, each case in a
-process of its own. What the assembler says of a kernel stands in the metadata of its listing. These kernels have not run
-on an AMD GPU.
+As tests/test_triton_aot.py does for NVIDIA GPUs: with the tiles and arguments that the launchers choose, each case in
+a process of its own. What the assembler says of a kernel stands in the metadata of its listing. These kernels have not
+run on an AMD GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ def problems_of(kernel: dict[str, Any]) -> list[str]:
     """What is wrong with the machine code of a kernel."""
     facts, problems = kernel["facts"], []
     # A few scalars kept across a whole loop cost nothing; vector registers are 64 times as much.
-    if facts["vgpr_spill_count"] or facts["private_segment_fixed_size"] > 32 or any(count(loop, "scratch_") for loop in kernel["loops"]):
+    if (
+        facts["vgpr_spill_count"]
+        or facts["private_segment_fixed_size"] > 32
+        or any(count(loop, "scratch_") for loop in kernel["loops"])
+    ):
         problems.append(f"scratch memory: {facts}")
     if facts["group_segment_fixed_size"] > LDS // 2 or kernel["shared"] > LDS // 2:
         problems.append(f"{kernel['shared']} bytes of LDS leave fewer than two programs to a processor")
@@ -97,7 +101,9 @@ def problems_of(kernel: dict[str, Any]) -> list[str]:
         if len(shared) != 1:
             problems.append(f"{len(shared)} loops with reciprocals and without exponentials, expected one")
         elif count(shared[0], "v_rcp_f32") / pairs > 0.34:
-            problems.append(f"{count(shared[0], 'v_rcp_f32') / pairs:.3f} reciprocals for a unit of a pair, expected 1/3")
+            problems.append(
+                f"{count(shared[0], 'v_rcp_f32') / pairs:.3f} reciprocals for a unit of a pair, expected 1/3"
+            )
     if kernel["name"] == "decode_kernel" and kernel["wide"]:
         loads = Counter({name: n for name, n in kernel["all"].items() if re.match(r"(global|buffer|flat)_load_", name)})
         if count(loads, "global_load_dwordx4", "buffer_load_dwordx4") < sum(loads.values()) / 2:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import check
+from .axes import value_of
 from .kept import current
 from .rewrite import Found, Outcome, rewrite
 
 _MOST = 16  # graphs of one class: modes, dtypes, options; beyond them the original runs
 _FAILURES = 4
+_LARGE = 1 << 18  # elements of arguments; the graphs are compared for some of them, where there are more
 _capturing = threading.RLock()
 
 
@@ -34,25 +36,31 @@ class _Stop(Exception):
 
 
 class Graph:
-    """A captured graph, rewritten. ``found``: what was rewritten. ``reason``: why nothing was, or why not more."""
+    """A captured graph, rewritten. ``found``: what was rewritten. ``reasons``: why nothing was, or why not more.
 
-    def __init__(self, graph_module: torch.fx.GraphModule, what: str) -> None:
-        self.what = what
+    branches: whether the rewritten graph may do what depends on elements, and keep things from call to call.
+    """
+
+    def __init__(self, graph_module: torch.fx.GraphModule, branches: bool = True) -> None:
         self.found: list[Found] = []
         self.reasons: list[str] = []
+        self.graph_module = graph_module
         self.original = self.rewritten = graph_module.forward
         self._install: Callable[[Any], None] = lambda function: None
+        nodes = graph_module.graph.nodes
+        self._placeholders = [value_of(node) for node in nodes if node.op == "placeholder"]
         self._lock = threading.Lock()
         self._is_settled = False
         try:
             copy = _copy(graph_module)
-            outcome: Outcome = rewrite(copy, _parameters(copy))
+            outcome: Outcome = rewrite(copy, parameters_of(copy), branches)
         except Exception as error:  # an op that the matcher does not expect must not stop the model
             self.reasons.append(f"{type(error).__name__} in the search for attention: {error}")
             return
         self.found, self.reasons = outcome
         if self.found:
             self.rewritten = copy.forward
+            self.graph_module = copy
 
     @property
     def is_fused(self) -> bool:
@@ -70,7 +78,8 @@ class Graph:
             if self.found:
                 keeper, current.keeper = current.keeper, None
                 try:
-                    reason = check.difference(self.original, self.rewritten, args)
+                    less = check.smaller(self._placeholders, args) if self._is_large(args) else None
+                    reason = check.difference(self.original, self.rewritten, args, less)
                 finally:
                     current.keeper = keeper
                 if reason is not None:
@@ -79,6 +88,10 @@ class Graph:
                     self.rewritten = self.original
             self._is_settled = True
             self._install(self.rewritten)
+
+    def _is_large(self, args: tuple[Any, ...]) -> bool:
+        """Whether to compare the graphs for arguments of these sizes would take long."""
+        return sum(x.numel() for x in args if isinstance(x, Tensor)) > _LARGE
 
     def first(self, *args: Any) -> Any:
         """The function that the captured code calls until the graph is settled."""
@@ -101,7 +114,6 @@ class Captured:
     """The captured graphs of a class's forward."""
 
     def __init__(self, forward: Callable[..., Any], what: str) -> None:
-        self.what = what
         self.entries: list[Entry] = []
         self.failures: list[str] = []
         self._namespace = {"ORIGINAL": forward, "__builtins__": __builtins__, "__name__": f"{__name__}.of_{what}"}
@@ -181,7 +193,7 @@ class Captured:
         return "TorchDynamo kept nothing of it"
 
     def _backend(self, graph_module: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-        self._graph = Graph(graph_module, self.what)
+        self._graph = Graph(graph_module)
 
         def stop(*args: Any) -> Any:
             raise _Stop
@@ -189,13 +201,13 @@ class Captured:
         return stop
 
 
-def _parameters(graph_module: torch.fx.GraphModule) -> set[torch.fx.Node]:
+def parameters_of(graph_module: torch.fx.GraphModule) -> set[torch.fx.Node]:
     """The placeholders that are parameters or buffers of modules."""
-    found = set()
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and "_parameters_" in str(node.target) + "_" or "_buffers_" in str(node.target):
-            found.add(node)
-    return found
+    return {
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "placeholder" and (node.type is nn.Parameter or "_buffers_" in str(node.target))
+    }
 
 
 def _copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -212,14 +224,3 @@ def _words(error: BaseException) -> str:
     """The first lines of an error of TorchDynamo, which are what it is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:200]
-
-
-def elements(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Of all tensors among arguments."""
-    count = 0
-    for x in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(x, Tensor):
-            count += x.numel()
-        elif isinstance(x, (tuple, list)):
-            count += elements(tuple(x), {})
-    return count

@@ -7,6 +7,7 @@ the largest element. Places that are not finite have to be the same. Gradients a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,23 +22,68 @@ _WIDE = torch.float64
 Function = Callable[..., Any]
 
 
-def difference(original: Function, rewritten: Function, args: Sequence[Any]) -> str | None:
+def difference(
+    original: Function, rewritten: Function, args: Sequence[Any], smaller: Sequence[Any] | None = None
+) -> str | None:
     """None, or what differs between the results or gradients of two functions of tensors.
 
-    Arguments are copied: the functions may write to them. Random numbers are the same for both.
+    Arguments are copied: the functions may write to them. Random numbers are the same for both. ``smaller``: arguments
+    to use instead, unless the original refuses them.
     """
-    for given in (list(args), _randomised(args)):
-        result = _compare(original, rewritten, given)
-        if result is not None:
-            return result
-    return None
+    for given in (args,) if smaller is None else (smaller, args):
+        try:
+            result = _compare(original, rewritten, given)
+        except _Refused:
+            continue
+        if result is None:
+            with contextlib.suppress(_Refused):  # random arguments that the original refuses say nothing
+                result = _compare(original, rewritten, _randomised(given))
+        return result
+    return "the original graph could not be run for a comparison"
+
+
+class _Refused(Exception):
+    """The original raises an error."""
+
+
+def smaller(placeholders: Sequence[Any], args: Sequence[Any]) -> list[Any] | None:
+    """Arguments of a graph with the sizes that may vary cut to a few; None where that cannot be told.
+
+    placeholders: the fake tensors and SymInts that stand for the arguments.
+    """
+    sizes: dict[Any, int] = {}
+    for fake, arg in zip(placeholders, args, strict=True):
+        for size, actual in zip(fake.shape, arg.shape, strict=True) if isinstance(fake, Tensor) else ((fake, arg),):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                sizes.setdefault(size.node.expr, min(int(actual), 3 + len(sizes) % 3))
+    result: list[Any] = []
+    for fake, arg in zip(placeholders, args, strict=True):
+        if isinstance(fake, Tensor):
+            cut = arg.detach()
+            for dim, size in enumerate(fake.shape):
+                length = _evaluated(size, sizes)
+                if length is None or length > arg.shape[dim]:
+                    return None
+                cut = cut.narrow(dim, 0, length)
+            cut = cut.clone().requires_grad_(arg.requires_grad)
+            result.append(cut if arg.is_leaf or not arg.requires_grad else cut.view_as(cut))
+        else:
+            result.append(_evaluated(fake, sizes))
+    return result
+
+
+def _evaluated(size: Any, sizes: dict[Any, int]) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    value = size.node.expr.subs(sizes)
+    return int(value) if value.is_Integer else None
 
 
 def _compare(original: Function, rewritten: Function, args: Sequence[Any]) -> str | None:
     try:
         theirs = _run(original, args, None)
-    except Exception:
-        return None  # random arguments that the original refuses say nothing
+    except Exception as error:
+        raise _Refused from error
     try:
         ours = _run(rewritten, args, None)
     except Exception as error:

@@ -10,7 +10,9 @@ from .dead import has_effects
 from .kept import keep
 from .writes import storage, written
 
-PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "tensordot"))
+PRODUCTS = frozenset(
+    ("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "tensordot")
+)
 
 
 def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
@@ -27,7 +29,7 @@ def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
     nodes = list(graph.nodes)
     touched = {storage(target) for other in nodes for target in written(other)}
     returned = {storage(x) for x in next(x for x in nodes if x.op == "output").all_input_nodes if is_tensor(x)}
-    inside = [x for x in cone if x.op != "placeholder"]
+    inside = [x for x in cone if x.op != "placeholder" and not _is_number(x)]
     if any(is_tensor(x) and storage(x) in touched for x in cone):
         return
     outside = {storage(x) for x in cone if x.op == "placeholder" and is_tensor(x)}
@@ -52,6 +54,9 @@ def _cone(node: Node) -> list[Node] | None:
         current = waiting.pop()
         if current in found:
             continue
+        if _is_number(current):  # a size, whatever tensor it was read from
+            found.add(current)
+            continue
         if current.op not in ("placeholder", "call_function", "call_method") or has_effects(current):
             return None
         if isinstance(current.target, torch._ops.OpOverload) and current.target._schema.is_mutable:
@@ -61,13 +66,17 @@ def _cone(node: Node) -> list[Node] | None:
     return [x for x in node.graph.nodes if x in found]
 
 
+def _is_number(node: Node) -> bool:
+    return isinstance(value_of(node), (int, torch.SymInt))
+
+
 def _write(graph: Graph, node: Node, cone: list[Node], is_view: bool) -> None:
-    inputs = [x for x in cone if x.op == "placeholder"]
+    inputs = [x for x in cone if x.op == "placeholder" or _is_number(x)]
     tensors, numbers = [x for x in inputs if is_tensor(x)], [x for x in inputs if not is_tensor(x)]
     inner = Graph()
     copies = {x: inner.placeholder(x.name) for x in (*tensors, *numbers)}
     for x in cone:
-        if x.op != "placeholder":
+        if x not in inputs:
             copies[x] = inner.node_copy(x, lambda old: copies[old])
     inner.output(copies[node])
     function = keep(GraphModule({}, inner).forward, len(tensors), is_view, f"kept_{node.name}")

@@ -9,7 +9,21 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from . import runtime
-from .axes import Axis, Group, Index, NoMatch, axes_of, is_tensor, name_of, one, product, resolve, same, settle, value_of
+from .axes import (
+    Axis,
+    Group,
+    Index,
+    NoMatch,
+    axes_of,
+    is_tensor,
+    name_of,
+    one,
+    product,
+    resolve,
+    same,
+    settle,
+    value_of,
+)
 from .keeping import keep_node
 from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Softmax, Term, roles, softmax_dim, start
 from .dead import remove_dead
@@ -40,22 +54,27 @@ class Outcome(NamedTuple):
     reasons: list[str]
 
 
-def rewrite(graph_module: GraphModule, parameters: set[Node]) -> Outcome:
-    """Rewrites a graph in place. ``parameters``: its placeholders that are parameters or buffers of modules."""
+def rewrite(graph_module: GraphModule, parameters: set[Node], branches: bool = True) -> Outcome:
+    """Rewrites a graph in place.
+
+    parameters: its placeholders that are parameters or buffers of modules. branches: whether what is written may depend
+    on elements of tensors (whether every row of a mask attends something), and may be kept from call to call.
+    """
     graph = graph_module.graph
-    found, reasons = _Writer(graph, Matcher(graph, parameters)).run()
+    found, reasons = _Writer(graph, Matcher(graph, parameters), branches).run()
     if found:
         remove_dead(graph)
-        for node in dict.fromkeys(node for one in found for node in one.steady):
-            keep_node(graph, node, parameters)
-        remove_dead(graph)
+        if branches:
+            for node in dict.fromkeys(node for one in found for node in one.steady):
+                keep_node(graph, node, parameters)
+            remove_dead(graph)
         graph_module.recompile()
     return Outcome(found, list(dict.fromkeys(reasons)))
 
 
 class _Writer:
-    def __init__(self, graph: Graph, matcher: Matcher) -> None:
-        self.graph, self.matcher, self.writes = graph, matcher, matcher.writes
+    def __init__(self, graph: Graph, matcher: Matcher, branches: bool) -> None:
+        self.graph, self.matcher, self.writes, self._branches = graph, matcher, matcher.writes, branches
         self._written: dict[Any, Node] = {}  # calls that are written already, by function and arguments
         self._replaced: dict[Node, Node] = {}
         self._sizes: dict[Axis, tuple[Node, int]] = {}
@@ -161,6 +180,8 @@ class _Writer:
         self, softmax: Softmax, part: Roles, values: tuple[Leaf, Group] | None, at: Node, roots: set[Node]
     ) -> tuple[Node, tuple[Node, ...]]:
         scores = softmax.scores
+        if softmax.masks and not self._branches:
+            raise NoMatch("a mask in torch.compile, where a row without anything to attend cannot be seen")
         self._check(scores, roots, at)
         for leaf in (*(mask.leaf for mask in softmax.masks), *softmax.shifts, *(() if values is None else values[:1])):
             self._check_leaf(leaf, at)
@@ -172,7 +193,9 @@ class _Writer:
         if values is not None:
             x = self._arrange_leaf(values[0], (part.batch, part.steps, values[1]), at)
             steady = (*steady, x)
-        masks = tuple((self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks)
+        masks = tuple(
+            (self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks
+        )
         return self._call(at, runtime.attention, query, keys, x, v, bias, masks), steady
 
     def _mask(self, mask: Mask, all_masks: list[Mask], part: Roles, at: Node) -> Node:
@@ -228,9 +251,7 @@ class _Writer:
     def _dtype(self, scores: Scores) -> torch.dtype:
         return value_of(scores.tanh).dtype
 
-    def _operands(
-        self, scores: Scores, part: Roles, at: Node
-    ) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
+    def _operands(self, scores: Scores, part: Roles, at: Node) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
         """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the summands of the keys."""
         leaves = [term.leaf for term in scores.terms] + [scores.v]
         leaves += [term.projection.weight for term in scores.terms if term.projection is not None]
@@ -345,8 +366,10 @@ class _Writer:
             sizes = [self._size(axis, at) for axis in group]
             size: Any = 1
             for factor in sizes:
-                size = size * factor if isinstance(size, int) and isinstance(factor, int) else (
-                    factor if size == 1 else self._call(at, operator.mul, size, factor)
+                size = (
+                    size * factor
+                    if isinstance(size, int) and isinstance(factor, int)
+                    else (factor if size == 1 else self._call(at, operator.mul, size, factor))
                 )
             shape.append(size)
         return self._call(at, torch.reshape, node, tuple(shape))

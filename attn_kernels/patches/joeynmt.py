@@ -30,7 +30,7 @@ class _FusedMechanism(Fused):
 
     def compute_proj_keys(self, keys: Tensor) -> None:
         """keys: (B, Tk, M), the encoder's output. Leaves its projection, (B, Tk, A), in ``proj_keys``."""
-        self.proj_keys = project(self, self.key_layer, keys)
+        self.proj_keys = project(self, self.key_layer, keys, shown=True)
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
         """query: (B, 1, H), mask: (B, 1, Tk), > 0 where a step may be attended, values: (B, Tk, M)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
+from ..stock import register
+from .eligibility import has_stock_cells
 from .encoder import CELLS
 from .loop import can_loop, decode_sequence
+from .sharded import as_forward
 
 AttentionModule = BahdanauAttention | LuongAttention | CosineAttention
 
@@ -49,6 +53,12 @@ class Decoder(nn.Module):
 
     The attentional vector ``tanh(W [context; state])`` (equation 5) is what the output layer reads, and with input
     feeding (section 3.3) also what the next step reads beside its token.
+
+    Submodules may be replaced by others that are called alike, and may have hooks and parametrizations; a subclass, or
+    an instance, may have its own ``start``, ``step``, ``_step`` or ``_attend``. Training and search call what there is:
+    they compute past a module only where it is stock (see stock.py). A search does not call ``forward``: what is to
+    hold for both belongs into ``step``. Between layers a step applies ``dropout``; an ``rnn`` that is not stock is
+    called, and applies its own.
     """
 
     def __init__(
@@ -75,7 +85,6 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         states = num_layers * (2 if cell == "lstm" else 1)
         self.bridges = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size, **factory) for _ in range(states))
-        # A step computes with the weights of this module in a cell, a whole sequence with the module itself.
         self.rnn = CELLS[cell](
             embedding_size + (hidden_size if input_feeding else 0),
             hidden_size,
@@ -90,28 +99,44 @@ class Decoder(nn.Module):
         self.attentional = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
         self.output = nn.Linear(hidden_size, vocab, **factory)
 
+    def begin(
+        self, outputs: Tensor, encoder_states: tuple[Tensor, ...], source_lengths: Tensor
+    ) -> tuple[Memory, DecoderState]:
+        """What decoding starts from. outputs, encoder_states: of the encoder. source_lengths: (B,), on their device."""
+        return as_forward(self.attention, "memory")(outputs, source_lengths), self.start(encoder_states)
+
     def start(self, encoder_states: tuple[Tensor, ...]) -> DecoderState:
         """The first state, for one hypothesis per sentence, from the final states of the encoder."""
         layers = [layer for state in encoder_states for layer in state.unbind(0)]  # hidden of all layers, then cell
         states = [torch.tanh(bridge(layer)).unsqueeze(1) for bridge, layer in zip(self.bridges, layers, strict=True)]
-        hidden, cell = states[: self.rnn.num_layers], states[self.rnn.num_layers :]
+        count = len(states) // len(encoder_states)
+        hidden, cell = states[:count], states[count:]
         return DecoderState(tuple(hidden), tuple(cell), torch.zeros_like(hidden[0]) if self.input_feeding else None)
 
-    def forward(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Teacher forcing. tokens: (B, T), read by the steps. Returns logits (B, T, vocab) and alignments (B, T, S)."""
+    def forward(
+        self, tokens: Tensor, state: DecoderState, memory: Memory, next_state: list[DecoderState] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher forcing. tokens: (B, T), read by the steps. Returns logits (B, T, vocab) and alignments (B, T, S).
+
+        With a list as ``next_state`` it is ``step``, whose state is appended: searches call a decoder with hooks so.
+        """
+        if next_state is not None:
+            logits, alignments, after = self.step(tokens, state, memory)
+            next_state.append(after)
+            return logits, alignments
+        if not self._is_original("step"):
+            return self._join(self.step, tokens, state, memory)
         embedded = self.dropout(self.embedding(tokens))
-        if self.input_feeding and self.loop and can_loop(self, embedded):
-            attentional, alignments = decode_sequence(self, embedded, state, memory)
-        elif self.input_feeding:
-            steps = []
-            for token in embedded.split(1, dim=1):
-                attentional, alignments, state = self._step(token, state, memory)
-                steps.append((attentional, alignments))
-            attentional, alignments = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-        else:  # no step waits for the attention of another: all of them are queries of one call
-            first = tuple(torch.cat(layers, dim=1).transpose(0, 1) for layers in (state.hidden, state.cell) if layers)
-            states, _ = self.rnn(embedded, first if state.cell else first[0])
+        if not self._is_original("_step"):
+            attentional, alignments = self._join(self._step, embedded, state, memory)
+        elif not self.input_feeding:  # no step waits for the attention of another: all are queries of one call
+            states, _ = self._call_rnn(embedded, state)
             attentional, alignments = self._attend(states, memory)
+        elif self.loop and can_loop(self, embedded, state, memory):
+            attentional, alignments = decode_sequence(self, embedded, state, memory)
+        else:
+            advance = self._step_of_cells if has_stock_cells(self.rnn) else self._step_of_rnn
+            attentional, alignments = self._join(advance, embedded, state, memory)
         return self.output(attentional), alignments
 
     def step(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
@@ -124,9 +149,15 @@ class Decoder(nn.Module):
 
     def _step(self, embedded: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
         """embedded: (B, K, embedding_size). Returns attentional (B, K, hidden_size), alignments, the next state."""
+        advance = self._step_of_cells if has_stock_cells(self.rnn) else self._step_of_rnn
+        return advance(embedded, state, memory)
+
+    def _step_of_cells(
+        self, embedded: Tensor, state: DecoderState, memory: Memory
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """``_step`` with the weights of ``rnn``, which is faster than a call of it."""
         batch, hypotheses = embedded.shape[:2]
-        inputs = embedded if state.feed is None else torch.cat([embedded, state.feed], dim=-1)
-        output = inputs.flatten(0, 1)
+        output = self._inputs(embedded, state).flatten(0, 1)
         hidden, cell = [], []
         for layer, weights in enumerate(self.rnn.all_weights):
             if layer > 0:
@@ -138,12 +169,66 @@ class Decoder(nn.Module):
             else:
                 output = torch.gru_cell(output, state.hidden[layer].flatten(0, 1), *weights)
             hidden.append(output.view(batch, hypotheses, -1))
-        attentional, alignments = self._attend(hidden[-1], memory)
-        feed = attentional if self.input_feeding else None
-        return attentional, alignments, DecoderState(tuple(hidden), tuple(cell), feed)
+        return self._finish(hidden[-1], tuple(hidden), tuple(cell), memory)
+
+    def _step_of_rnn(
+        self, embedded: Tensor, state: DecoderState, memory: Memory
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """``_step`` by a call of ``rnn``."""
+        batch, hypotheses = embedded.shape[:2]
+        inputs = self._inputs(embedded, state).flatten(0, 1).unsqueeze(1)
+        rows = DecoderState(*(tuple(x.flatten(0, 1).unsqueeze(1) for x in of) for of in state[:2]), None)
+        outputs, after = self._call_rnn(inputs, rows)
+        hidden, cell = (
+            tuple(x.unflatten(0, (batch, hypotheses)) for layers in of for x in layers.unbind(0))
+            for of in ((after[:1], after[1:]) if isinstance(after, tuple) else ((after,), ()))
+        )
+        return self._finish(outputs.squeeze(1).unflatten(0, (batch, hypotheses)), hidden, cell, memory)
+
+    def _inputs(self, embedded: Tensor, state: DecoderState) -> Tensor:
+        return embedded if state.feed is None else torch.cat([embedded, state.feed], dim=-1)
+
+    def _call_rnn(self, inputs: Tensor, state: DecoderState) -> tuple[Tensor, Any]:
+        """inputs: (R, T, *). state: (R, 1, *) of each layer. Returns what ``rnn`` does, outputs as (R, T, *)."""
+        first = tuple(torch.cat(layers, dim=1).transpose(0, 1) for layers in (state.hidden, state.cell) if layers)
+        first = first if len(first) > 1 else first[0]
+        if getattr(self.rnn, "batch_first", True):
+            return self.rnn(inputs, first)
+        outputs, after = self.rnn(inputs.transpose(0, 1), first)
+        return outputs.transpose(0, 1), after
+
+    def _finish(
+        self, states: Tensor, hidden: tuple[Tensor, ...], cell: tuple[Tensor, ...], memory: Memory
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """states: (B, K, hidden_size), the outputs of the cells."""
+        attentional, alignments = self._attend(states, memory)
+        return attentional, alignments, DecoderState(hidden, cell, attentional if self.input_feeding else None)
 
     def _attend(self, states: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """states: (B, K or T, hidden_size), the queries. Returns attentional, of that shape, and alignments."""
         context, alignments = self.attention(states, memory)
         attentional = torch.tanh(self.attentional(torch.cat([context, states], dim=-1)))
         return self.dropout(attentional), alignments
+
+    def _is_original(self, method: str) -> bool:
+        """Whether a method is that of this class: neither a subclass nor the instance has another."""
+        return getattr(type(self), method) is _METHODS[method] and method not in vars(self)
+
+    @staticmethod
+    def _join(
+        step: Callable[[Tensor, DecoderState, Memory], tuple[Tensor, Tensor, DecoderState]],
+        inputs: Tensor,
+        state: DecoderState,
+        memory: Memory,
+    ) -> tuple[Tensor, Tensor]:
+        """The first two results of all steps, joined. inputs: (B, T) or (B, T, *)."""
+        steps = []
+        for given in inputs.split(1, dim=1):
+            result, alignments, state = step(given, state, memory)
+            steps.append((result, alignments))
+        results, alignments = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
+        return results, alignments
+
+
+_METHODS = {name: getattr(Decoder, name) for name in ("forward", "step", "_step", "_attend")}
+register(Decoder, (), ["embedding", "dropout", "bridges", "rnn", "attention", "attentional", "output"])

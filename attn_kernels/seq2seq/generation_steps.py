@@ -6,6 +6,8 @@ already, autograd. Here a step calls the operators, and what weights and memory 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,66 +19,86 @@ from ..backends import choose
 from ..functional import prepare_keys
 from ..memory import Memory, PreparedMemory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
+from ..stock import has_global_hooks, is_stock
 from .decoder import AttentionModule, Decoder, DecoderState
-from .products import Product, linear
+from .eligibility import has_stock_steps, takes_rows
+from .products import Budget, Product, linear
+
+MOST_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
+_SURE_STEPS = 4  # what is made for the steps of a search before the first pays within so many
 
 
-def make_steps(decoder: Decoder, memory: Memory, hypotheses: int, steps: int) -> tuple[Any, Memory]:
-    """An object with the ``step`` of ``decoder``, and the memory to give it: for a search of about so many steps.
+def make_steps(
+    decoder: Decoder, state: DecoderState, memory: Memory, hypotheses: int, steps: int
+) -> tuple[Any, Memory]:
+    """An object with the ``step`` of ``decoder``, and the memory to give it: for a search of at most so many steps.
 
-    hypotheses: of each sentence. The memory has the sentences of the one given, and is selected from as that one is.
+    state: the first. hypotheses: of each sentence. The memory has the sentences of the one given, and is selected from
+    as that one is.
 
-    The object is the decoder itself where the steps are not to be replaced: with gradients, under torch.compile and
-    autocast, with hooks, with modules or methods of the caller's own, off the CPU or in 16 bits. Parameters are not
-    to change while the object is used.
+    The object steps past the modules where all of them are stock and in evaluation mode, on the CPU in float32 or
+    float64; parameters are not to change while it is used. Otherwise it calls what the decoder has.
     """
-    if not _can_replace(decoder):
-        return decoder, _prepare(decoder, memory)
-    memory = _prepare(decoder, memory)
-    made = GenerationSteps(decoder, memory, hypotheses, steps)
-    return made, made.memory
+    if can_step(decoder, state, memory):
+        memory = _prepare(decoder, memory)
+        made = GenerationSteps(decoder, memory, hypotheses, steps)
+        return made, made.memory
+    if not isinstance(decoder, Decoder):
+        return decoder, memory
+    if not decoder._is_original("forward"):
+        if all(map(decoder._is_original, ("step", "_step", "_attend"))):
+            message = "the decoder has a forward of its own, which a search does not call: give it a step of its own"
+            warnings.warn(f"Seq2Seq.generate: {message}", stacklevel=4)
+    elif has_global_hooks() or decoder._forward_hooks or decoder._forward_pre_hooks:
+        return _CalledSteps(decoder), memory
+    return decoder, _prepare(decoder, memory)
 
 
 def _prepare(decoder: Decoder, memory: Memory) -> Memory:
     """The memory with what additive attention makes of its keys, where only modules of this package will see it."""
     attention = decoder.attention
-    if type(decoder) is not Decoder or type(attention) not in (BahdanauAttention, LuongAttention):
+    if not (is_stock(decoder) and is_stock(attention)) or type(memory) is not Memory or torch.compiler.is_compiling():
         return memory
-    watched = attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention)
-    if attention.v is None or watched or torch.compiler.is_compiling():
+    if not isinstance(attention, BahdanauAttention | LuongAttention) or attention.v is None:
         return memory
     return PreparedMemory.of(memory, prepare_keys(memory.keys, backend=attention.backend))
 
 
-def _can_replace(decoder: Decoder) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    if type(decoder) is not Decoder or {"step", "_step", "_attend"} & vars(decoder).keys():
-        return False
-    if not _is_as_made(decoder):
-        return False
-    if any(x.training or x._forward_hooks or x._forward_pre_hooks for x in decoder.modules()):
-        return False
-    parameters = list(decoder.parameters())
-    if not all(type(p) is nn.Parameter and p.is_cpu and p.dtype == parameters[0].dtype for p in parameters):
-        return False  # a parameter of another class may be a quantized one
-    return parameters[0].dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
+def can_step(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
+    """Whether ``GenerationSteps`` may stand for the steps of the decoder."""
+    return (
+        isinstance(decoder, Decoder)
+        and not torch.is_grad_enabled()
+        and not any(module.training for module in decoder.modules())
+        and not (decoder._forward_hooks or decoder._forward_pre_hooks)
+        and has_stock_steps(decoder, state, memory)
+        and takes_rows(decoder.embedding)
+        and _is_as_made(decoder.output, decoder)
+        and memory.keys.is_cpu
+        and memory.keys.dtype in (torch.float32, torch.float64)
+        and all(x.dtype == memory.keys.dtype and x.is_cpu for x in decoder.parameters())
+        and choose(None, "cpu") == "cpu"
+    )
 
 
-def _is_as_made(decoder: Decoder) -> bool:
-    """Whether the modules that a step calls are those of ``Decoder``: others would compute something else."""
-    attention, embedding, rnn = decoder.attention, decoder.embedding, decoder.rnn
-    if type(attention) not in (BahdanauAttention, CosineAttention, LuongAttention):
+def _is_as_made(output: object, decoder: Decoder) -> bool:
+    if not is_stock(output) or not isinstance(output, nn.Linear):
         return False
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or type(decoder.dropout) is not nn.Dropout:
-        return False
-    if type(rnn) not in (nn.LSTM, nn.GRU) or not rnn.bias or rnn.proj_size > 0:
-        return False
-    linears = (decoder.attentional, decoder.output, attention.query_projection)
-    if not all(x is None or type(x) is nn.Linear for x in linears):
-        return False
-    called = (decoder, attention, embedding, decoder.dropout, rnn, *linears)
-    return not any("forward" in vars(module) for module in called if module is not None)
+    embedded = decoder.rnn.input_size - (decoder.hidden_size if decoder.input_feeding else 0)
+    return output.weight.shape[1] == decoder.hidden_size and decoder.embedding.weight.shape[1] == embedded
+
+
+class _CalledSteps:
+    """Steps of a decoder by calls of it, which run its hooks."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def step(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
+        """As ``Decoder.step``."""
+        after: list[DecoderState] = []
+        logits, alignments = self.decoder(tokens, state, memory, after)
+        return logits, alignments, after[0]
 
 
 class GenerationSteps:
@@ -86,34 +108,49 @@ class GenerationSteps:
         self.size = decoder.hidden_size
         self.input_feeding = decoder.input_feeding
         rows = memory.batch_size * hypotheses
+        budget = self.budget = Budget(MOST_BYTES)
         self.embedding: Tensor = decoder.embedding.weight
-        read = self.embedding.shape[1]
         make_layer = _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
-        self.layers: list[_LSTMLayer | _GRULayer] = []
-        # What a token adds to the gates of the first layer, for all of the vocabulary where the steps would read more.
+        weights = decoder.rnn.all_weights
+        self.make_first = functools.partial(make_layer, *weights[0], rows, steps, budget)
+        # What a token adds to the gates of the first layer, for all of the vocabulary: as soon as the steps have computed
+        # as many products as it takes (a product of one row takes as long as one of four: both read the weight).
         self.table: Tensor | None = None
-        weight_x: Tensor
-        for n, (weight_x, weight_h, bias_x, bias_h) in enumerate(decoder.rnn.all_weights):
-            # A product of one row takes as long as one of four: both read the weight.
-            if n == 0 and self.embedding.shape[0] <= max(rows, 4) * steps:
-                self.table = linear(self.embedding, weight_x[:, :read], make_layer.known_bias(bias_x, bias_h))
-                weight_x = weight_x[:, read:]
-            self.layers.append(make_layer(weight_x, weight_h, bias_x, bias_h, rows, steps))
-        self.attention = _make_attention(decoder.attention, rows, steps)
+        self.rows_left = max(rows, 4) * steps
+        self.rows_read = max(rows, 4) * min(steps, _SURE_STEPS)
+        self.layers: list[_LSTMLayer | _GRULayer] = []
+        if not self._make_table():
+            self.layers.append(self.make_first())
+        self.layers += [make_layer(*of_layer, rows, steps, budget) for of_layer in weights[1:]]
+        self.attention = _make_attention(decoder.attention, rows, steps, budget)
         # The attentional vector reads sums of values: of values multiplied with its weight, they are its products.
         weight, source, values = decoder.attentional.weight, memory.keys.shape[1], memory.values.shape[2]
         self.of_context: _Affine | None = None
         self.memory = memory
         if self.attention is None or 2 * source > hypotheses * steps or source == 0 or values < self.size:
-            self.of_context = _Affine(weight[:, :values], rows, steps)
+            self.of_context = _Affine(weight[:, :values], rows, steps, budget)
         else:
             projected = linear(memory.values.flatten(0, 1), weight[:, :values]).unflatten(0, (-1, source))
             self.memory = PreparedMemory.of(replace(memory, values=projected), memory.prepared)
         self.module = decoder.attention
-        self.of_state = _Affine(weight[:, values:], rows, steps)
-        self.output = _Affine(decoder.output.weight, rows, steps)
+        self.of_state = _Affine(weight[:, values:], rows, steps, budget)
+        self.output = _Affine(decoder.output.weight, rows, steps, budget)
         bias = decoder.output.bias
         self.output_bias = weight.new_zeros(self.output.size) if bias is None else bias
+
+    def _make_table(self) -> bool:
+        """Whether the table pays and was made; the first layer then has the rest of its inputs."""
+        vocabulary, read = self.embedding.shape
+        if vocabulary > min(self.rows_read, self.rows_left):
+            return False
+        first = self.make_first.func
+        weight_x, weight_h, bias_x, bias_h, *rest = self.make_first.args
+        self.rows_left = 0  # it is not made twice, nor tried again where it does not fit
+        if not self.budget.take(vocabulary * weight_x.shape[0] * weight_x.element_size()):
+            return False
+        self.table = linear(self.embedding, weight_x[:, :read], first.known_bias(bias_x, bias_h))
+        self.layers[:1] = [first(weight_x[:, read:], weight_h, bias_x, bias_h, *rest)]
+        return True
 
     def step(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
         """As ``Decoder.step``."""
@@ -122,6 +159,10 @@ class GenerationSteps:
         feed = None if state.feed is None else state.feed.reshape(rows, -1)
         chosen = tokens.reshape(rows)
         base = inputs = None
+        if self.rows_left > 0:
+            self.rows_read += max(rows, 4)
+            self.rows_left -= max(rows, 4)
+            self._make_table()
         if self.table is not None:
             base, inputs = self.table.index_select(0, chosen), feed
         else:
@@ -150,10 +191,10 @@ class GenerationSteps:
 class _Affine:
     """x @ weight.t() + added. x: (R, k). weight: (n, k). added: (R, n), (n,) or None."""
 
-    def __init__(self, weight: Tensor, rows: int, steps: int) -> None:
+    def __init__(self, weight: Tensor, rows: int, steps: int, budget: Budget) -> None:
         self.size = weight.shape[0]
         self.transposed = weight.t()
-        self.product = Product(weight, rows, steps)
+        self.product = Product(weight, rows, steps, budget)
 
     def __call__(self, x: Tensor, added: Tensor | None) -> Tensor:
         if added is None:
@@ -167,11 +208,18 @@ class _LSTMLayer:
     """Without ``base``, (R, 4 H), the gates have the biases only, besides the products with the two inputs."""
 
     def __init__(
-        self, weight_x: Tensor, weight_h: Tensor, bias_x: Tensor, bias_h: Tensor, rows: int, steps: int
+        self,
+        weight_x: Tensor,
+        weight_h: Tensor,
+        bias_x: Tensor,
+        bias_h: Tensor,
+        rows: int,
+        steps: int,
+        budget: Budget,
     ) -> None:
         self.bias = self.known_bias(bias_x, bias_h)
-        self.of_inputs = _Affine(weight_x, rows, steps) if weight_x.shape[1] > 0 else None
-        self.of_state = _Affine(weight_h, rows, steps)
+        self.of_inputs = _Affine(weight_x, rows, steps, budget) if weight_x.shape[1] > 0 else None
+        self.of_state = _Affine(weight_h, rows, steps, budget)
         self.cell_step = ops.kernel("lstm_step", "cpu")
 
     @staticmethod
@@ -192,12 +240,19 @@ class _GRULayer:
     """As ``_LSTMLayer``; r multiplies the bias of the state's product, which ``base``, (R, 3 H), leaves out."""
 
     def __init__(
-        self, weight_x: Tensor, weight_h: Tensor, bias_x: Tensor, bias_h: Tensor, rows: int, steps: int
+        self,
+        weight_x: Tensor,
+        weight_h: Tensor,
+        bias_x: Tensor,
+        bias_h: Tensor,
+        rows: int,
+        steps: int,
+        budget: Budget,
     ) -> None:
         self.bias_x, self.bias_h = bias_x, bias_h
         self.size = weight_h.shape[1]
-        self.of_inputs = _Affine(weight_x, rows, steps) if weight_x.shape[1] > 0 else None
-        self.of_state = _Affine(weight_h, rows, steps)
+        self.of_inputs = _Affine(weight_x, rows, steps, budget) if weight_x.shape[1] > 0 else None
+        self.of_state = _Affine(weight_h, rows, steps, budget)
 
     @staticmethod
     def known_bias(bias_x: Tensor, bias_h: Tensor) -> Tensor:
@@ -240,14 +295,14 @@ class _Attention(NamedTuple):
         return ops.call(op, self.backend, query, memory.keys, memory.values, *settings)
 
 
-def _make_attention(module: AttentionModule, rows: int, steps: int) -> _Attention | None:
+def _make_attention(module: AttentionModule, rows: int, steps: int, budget: Budget) -> _Attention | None:
     """None where no op computes it, but plain PyTorch."""
     backend = choose(module.backend, "cpu")
     if backend == "reference":
         return None
     projection = None
     if module.query_projection is not None:
-        projection = _Affine(module.query_projection.weight, rows, steps)
+        projection = _Affine(module.query_projection.weight, rows, steps, budget)
     v = None
     if not isinstance(module, CosineAttention) and module.v is not None:
         v = module.score_vector()

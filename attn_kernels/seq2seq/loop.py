@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
+from ..stock import is_plain
+from .eligibility import has_stock_steps
+from .loop_formula import differentiable_gradients
 from .loop_graph import find_graph
 from .loop_sequence import Inputs, Settings, differentiate, evaluate
 
@@ -25,28 +27,27 @@ if TYPE_CHECKING:
     from .decoder import AttentionModule, Decoder, DecoderState
 
 
-def can_loop(decoder: Decoder, embedded: Tensor) -> bool:
-    """Whether the op may stand for the steps.
-
-    Not for those who look into steps: torch.compile, autocast, hooks of the modules that a step calls, an attention of
-    another class, or a dot attention with a learned scale.
-    """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(embedded.device.type):
-        return False
-    called = (*decoder.attention.modules(), decoder.attentional, decoder.dropout)
-    if any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in called):
-        return False
+def can_loop(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
+    """Whether the op may stand for the steps: stock modules, and no dot attention with a learned scale."""
     attention = decoder.attention
-    if type(attention) is LuongAttention:
-        return attention.v is not None or attention.g is None
-    return type(attention) in (BahdanauAttention, CosineAttention)
+    if isinstance(attention, LuongAttention) and attention.v is None and attention.g is not None:
+        return False
+    if not has_stock_steps(decoder, state, memory) or not is_plain(embedded):
+        return False
+    size = decoder.rnn.input_size - decoder.hidden_size
+    first = (*state.hidden, *state.cell, state.feed)
+    return (
+        embedded.shape[::2] == (memory.batch_size, size)
+        and (embedded.dtype, embedded.device) == (memory.keys.dtype, memory.keys.device)
+        and all(x.shape[1] == 1 for x in first)
+    )
 
 
 def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
     """Teacher forcing with input feeding: what ``Decoder._step`` does, of all steps.
 
     embedded: (B, T, E), read by the steps. state: the first one, of one hypothesis per sentence.
-    Returns the attentional vectors, (B, T, H), and alignments, (B, T, S). They have no second derivative.
+    Returns the attentional vectors, (B, T, H), and alignments, (B, T, S).
     """
     attention = decoder.attention
     projection = attention.query_projection
@@ -92,7 +93,7 @@ def _dropout_factors(decoder: Decoder, embedded: Tensor) -> list[Tensor | None]:
     (T, B, H) each; None without dropout.
     """
     layers = decoder.rnn.num_layers
-    if not decoder.training or decoder.dropout.p == 0:
+    if not decoder.dropout.training or decoder.dropout.p == 0:
         return [None] * layers
     ones = embedded.new_ones(embedded.shape[1], embedded.shape[0], decoder.hidden_size)
     return [decoder.dropout(ones) for _ in range(layers)]
@@ -102,6 +103,7 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.settings = settings
         ctx.graph = find_graph(settings, tensors)
         if ctx.graph is None:
             ctx.parts, attentional, alignments, kept = evaluate(settings, tensors)
@@ -111,13 +113,15 @@ class _Loop(torch.autograd.Function):
         return attentional, alignments
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # raises an error if an input has been changed in place since
         inputs = len(ctx.needs_input_grad) - 1
         if gradients == (None, None):
             return (None,) * (1 + inputs)
         tensors, kept = saved[:inputs], saved[inputs:]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            # The gradients are to be differentiated again, or are those of a batch of gradients (is_grads_batched).
+            return (None, *differentiable_gradients(ctx.settings, tensors, gradients, ctx.needs_input_grad[1:]))
         if ctx.graph is None:
             return (None, *differentiate(ctx.parts, tensors, kept, gradients))
         return (None, *ctx.graph.backward(tensors, kept, gradients))

@@ -158,7 +158,7 @@ class Sequence:
         weights[0] = torch.cat([across(dgates, self.embedded.flatten(0, 1)), weights[0]], dim=1)
         dembedded = linear(dgates, self.embedded_weight.t()).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
-        dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, None, *rest, dattentional_weight]
+        dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, *rest, dattentional_weight]
         return [*dinputs, *(None for _ in self.factors), *dstates, *dcells, *weights]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .decoder import AttentionModule, Decoder, DecoderState
 from .encoder import CELLS, Encoder
+from .evaluation import in_evaluation
+from .sharded import as_forward, gathered
 from .search import Hypothesis, beam_search, draw_samples, greedy_search
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
@@ -79,8 +81,7 @@ class Seq2Seq(nn.Module):
         _check_token("padding_idx", padding_idx, source_vocab)
         for name, token in (("padding_idx", padding_idx), ("bos", bos), ("eos", eos)):
             _check_token(name, token, target_vocab)
-        self.bos = bos
-        self.eos = eos
+        padding_idx, self.bos, self.eos = (operator.index(token) for token in (padding_idx, bos, eos))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rnn: dict[str, Any] = {"cell": cell, "num_layers": num_layers, "dropout": dropout, "padding_idx": padding_idx}
         self.encoder = Encoder(
@@ -143,7 +144,7 @@ class Seq2Seq(nn.Module):
         if shortest < 0 or longest > steps:
             raise ValueError(f"Seq2Seq: source_lengths must be in 0..S = 0..{steps}, got {shortest}..{longest}")
         outputs, states = self.encoder(source, lengths)
-        return self.decoder.attention.memory(outputs, source_lengths.to(outputs.device)), self.decoder.start(states)
+        return as_forward(self.decoder, "begin")(outputs, states, source_lengths.to(outputs.device))
 
     def generate(
         self,
@@ -203,22 +204,23 @@ class Seq2Seq(nn.Module):
             top_k: draw from that many likeliest tokens only.
             generator: where the random numbers come from, on the device of the model; None: PyTorch's default.
 
-        Without gradients, and without dropout also in training mode.
+        Without gradients, and as in evaluation mode, without dropout, whatever mode the model is in. No mode is switched:
+        of a model that has modules in training mode, a shallow copy computes, so that another thread may train the model
+        meanwhile. It shares parameters, buffers and hooks; attributes that a module of your own sets in its ``forward``
+        are set in the copy only. TorchScript modules keep the mode that they are in.
+
+        Numbers may be those of NumPy.
 
         Raises ValueError or TypeError where an argument does not fit, or where searching or sampling has no use for it.
         """
-        for name, count in (("num_hypotheses", num_hypotheses), ("top_k", top_k)):
-            if count is not None:
-                _check_count(name, count)
-        _check_count("beam_size", beam_size)
-        _check_count("max_length", max_length)
-        for name, penalty in (("length_penalty", length_penalty), ("coverage_penalty", coverage_penalty)):
-            if not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
-                raise ValueError(f"Seq2Seq.generate: {name} must be a number of at least 0, got {penalty!r}")
+        beam_size, max_length = _count("beam_size", beam_size), _count("max_length", max_length)
+        num_hypotheses = None if num_hypotheses is None else _count("num_hypotheses", num_hypotheses)
+        top_k = None if top_k is None else _count("top_k", top_k)
+        length_penalty = _number("length_penalty", length_penalty)
+        coverage_penalty = _number("coverage_penalty", coverage_penalty)
+        temperature = _number("temperature", temperature, above_zero=True)
         if length_penalty * math.log((5 + max_length) / 6) > 200:  # of the factor; beyond 709 it is no float64
             raise ValueError(f"Seq2Seq.generate: length_penalty is too large for {max_length} tokens: {length_penalty}")
-        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise ValueError(f"Seq2Seq.generate: temperature must be a number above 0, got {temperature!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             got = type(generator).__name__
             raise TypeError(f"Seq2Seq.generate: generator must be a torch.Generator or None, got {got}")
@@ -235,12 +237,13 @@ class Seq2Seq(nn.Module):
         if not sample and num_hypotheses > beam_size:
             expected = f"at most beam_size = {beam_size}"
             raise ValueError(f"Seq2Seq.generate: num_hypotheses must be {expected}, got {num_hypotheses}")
-        with torch.no_grad(), _evaluating(self):
-            memory, state = self.encode(source, source_lengths)
+        with torch.no_grad(), gathered(self):
+            model = in_evaluation(self)
+            memory, state = model.encode(source, source_lengths)
             limits = {"bos": self.bos, "eos": self.eos, "max_length": max_length}
             if sample:
                 return draw_samples(
-                    self.decoder,
+                    model.decoder,
                     memory,
                     state,
                     num_samples=num_hypotheses,
@@ -250,9 +253,9 @@ class Seq2Seq(nn.Module):
                     **limits,
                 )
             if beam_size == 1 and length_penalty == 0 and coverage_penalty == 0:
-                return greedy_search(self.decoder, memory, state, **limits)
+                return greedy_search(model.decoder, memory, state, **limits)
             return beam_search(
-                self.decoder,
+                model.decoder,
                 memory,
                 state,
                 beam_size=beam_size,
@@ -276,19 +279,6 @@ def _make_attention(
     return LuongAttention(query_size, memory_size, units if score == "concat" else None, score=score, **options)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches the modules that are in training mode to evaluation, and those back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:
     if choice not in choices:
         expected = ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices))
@@ -296,13 +286,23 @@ def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_token(argument: str, token: int, vocab: int) -> None:
-    if not 0 <= token < vocab:
+    if not isinstance(token, numbers.Integral) or not 0 <= token < vocab:
         raise ValueError(f"Seq2Seq: {argument} must be in 0..{vocab - 1}, the vocabulary, got {token!r}")
 
 
-def _check_count(argument: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
+def _count(argument: str, count: Any) -> int:
+    """A positive integer as an int; NumPy's are such numbers, too."""
+    if not isinstance(count, numbers.Integral) or count < 1:
         raise ValueError(f"Seq2Seq.generate: {argument} must be a positive integer, got {count!r}")
+    return operator.index(count)
+
+
+def _number(argument: str, number: Any, above_zero: bool = False) -> float:
+    """A finite number as a float."""
+    if not isinstance(number, numbers.Real) or not 0 <= number < math.inf or (above_zero and number == 0):
+        expected = "above 0" if above_zero else "of at least 0"
+        raise ValueError(f"Seq2Seq.generate: {argument} must be a number {expected}, got {number!r}")
+    return float(number)
 
 
 def _check_tokens(argument: str, tokens: Tensor, expected: str) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 _LEAST_WORK = 1 << 21  # multiply-adds: where the products of Zen 5 become 1.4 times as fast; half of it, the same
 _LEAST_ROWS = 4
+_LEAST_STEPS = 12  # from which a packed weight gains
+_LARGE = 1 << 22  # elements: what takes longer to pack than the rest of a step takes waits until it is sure to pay
 _BLOCKS = (512, 128, 32)  # rows that are summed over at once
 
 
@@ -52,21 +54,53 @@ def _is_onednns(x: Tensor, weight: Tensor) -> bool:
     return is_large and _takes(x, weight) and _has_wide_vectors()
 
 
+class Budget:
+    """Bytes that may yet be taken for copies of weights."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def take(self, size: int) -> bool:
+        """Whether ``size`` bytes were left, which are then taken."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
 class Product:
     """x @ weight.t() for the x of many steps, of about so many rows; weight: (n, k).
 
     oneDNN's form of the weight, made once, is faster than ``linear`` by a sixth, and than MKL by a fifth to a third on
     Zen 4, at 4 to 64 rows; at 2 and 3 MKL reads the weight for each of them. Making it costs as much as a few steps
     gain.
+
+    steps: how many there will be, or at most. With a budget, of a search that may end early, the form is made after as
+    many steps as make up for it, and only within the budget.
     """
 
-    def __init__(self, weight: Tensor, rows: int, steps: int) -> None:
+    def __init__(self, weight: Tensor, rows: int, steps: int, budget: Budget | None = None) -> None:
         self.weight = weight
         self.packed: Tensor | None = None
-        if rows > 1 and steps >= 12 and weight.numel() >= 1 << 16 and _takes(weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self.budget = budget
+        self.waits = -1  # steps until the form is made; never where it is not worth it
+        if rows > 1 and steps >= _LEAST_STEPS and weight.numel() >= 1 << 16 and _takes(weight):
+            if budget is None:
+                self._pack(rows)
+            elif weight.numel() < _LARGE:
+                if budget.take(weight.numel() * 4):
+                    self._pack(rows)
+            elif steps >= 2 * _LEAST_STEPS:
+                self.waits = _LEAST_STEPS
+
+    def _pack(self, rows: int) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.waits >= 0:
+            self.waits -= 1
+            if self.waits < 0 and self.budget is not None and self.budget.take(self.weight.numel() * 4):
+                self._pack(x.shape[0])
         return linear(x, self.weight) if self.packed is None or x.shape[0] == 1 else _call(x, self.packed)
 
 

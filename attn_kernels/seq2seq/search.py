@@ -43,7 +43,7 @@ def greedy_search(
     log_probabilities = []
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, memory, 1, max_length)
+    steps, memory = make_steps(decoder, state, memory, 1, max_length)
     for step in range(max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
         log_probability, tokens = _log_probabilities(logits).max(2)
@@ -89,7 +89,7 @@ def beam_search(
     finished = _Finished(memory.batch_size, beam_size, device)
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, memory, beam_size, max_length)
+    steps, memory = make_steps(decoder, state, memory, beam_size, max_length)
     for step in range(1, max_length + 1):
         logits, alignments, state = steps.step(tokens, state, memory)
         candidates, parents, tokens = _extend(scores, logits, 2 * beam_size)
@@ -154,7 +154,7 @@ def draw_samples(
     lengths = torch.zeros_like(own)
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, memory, num_samples, max_length)
+    steps, memory = make_steps(decoder, state, memory, num_samples, max_length)
     for _ in range(max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
         tokens = _draw(logits, temperature, top_k, generator)

@@ -1,4 +1,4 @@
-// A checksum of bytes: whether a tensor holds what it held. Not cryptographic.
+// Checksums of bytes: whether a tensor holds what it held. Not cryptographic.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,8 @@
 
 namespace attn {
 
-// Any change within eight aligned bytes changes it; other changes go unnoticed with a probability of about 2^-64.
-uint64_t checksum(const void* data, size_t bytes);
+// Of `pieces` pieces, of so many bytes each. A change within eight aligned bytes of a piece always changes its checksum;
+// other changes go unnoticed with a probability of about 2^-64.
+void checksums(const void* data, size_t bytes, int64_t pieces, uint64_t* sums);
 
 }  // namespace attn

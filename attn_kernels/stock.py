@@ -1,0 +1,135 @@
+"""Stock modules: those whose call computes what their class and parameters say, watched by nobody.
+
+A fast path that reads the parameters of a module and does not call it is right for stock modules only. Everything that
+users and libraries do to a module shows in one of these places: its class (subclasses, LoRA layers, parametrizations,
+quantized and sharded modules), the functions of that class, attributes of the instance that stand before them (a
+replaced ``forward``, offloading), hooks of the module or of all modules, and the names and classes of its parameters
+(weight norm, pruning, quantized and distributed tensors). What is not known to be stock is not: it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks_of_all
+from torch.utils._device import DeviceContext
+
+_CALL = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
+
+
+class _Class(NamedTuple):
+    """A class as it was when it was registered."""
+
+    functions: Callable[[type], tuple[Any, ...]]  # of the class, those that a call may reach
+    originals: tuple[Any, ...]
+    methods: frozenset[str]  # which an instance must not have as attributes
+    parameters: frozenset[str]  # those that a call reads
+    children: frozenset[str]
+
+
+_classes: dict[type[nn.Module], _Class] = {}
+# What the layers' forwards call; libraries replace them, too.
+_functionals = attrgetter("linear", "embedding", "dropout")
+_original_functionals = _functionals(nn.functional)
+
+
+def register(cls: type[nn.Module], parameters: Iterable[str] = (), children: Iterable[str] = ()) -> None:
+    """Makes instances of exactly this class stock, as long as they and it are as they were made.
+
+    parameters, children: the names of all parameters and submodules that instances may have.
+    """
+    bases = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    own = {name for base in bases for name, x in vars(base).items() if isinstance(x, FunctionType)}
+    functions = attrgetter(*sorted(own | set(_CALL)))
+    # Another module's function in place of the call had been put there before this one was imported.
+    modules = {base.__module__ for base in cls.__mro__}
+    for name in ("forward", "__call__", "_call_impl"):
+        if getattr(getattr(cls, name), "__globals__", {}).get("__name__") not in modules:
+            return
+    methods = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
+    _classes[cls] = _Class(functions, functions(cls), methods, frozenset(parameters), frozenset(children))
+
+
+register(nn.Linear, ["weight", "bias"])
+register(nn.Embedding, ["weight"])
+register(nn.Dropout)
+register(nn.LSTM)
+register(nn.GRU)
+
+
+def is_stock(module: object) -> bool:
+    """Whether a call of the module computes what its class, attributes and parameters say, and nothing else sees it.
+
+    Attributes such as sizes, ``bias=False`` or ``max_norm`` are for the caller to look at, and so are submodules.
+    """
+    as_registered = _classes.get(type(module))  # type: ignore[arg-type]
+    if as_registered is None or not isinstance(module, nn.Module):
+        return False
+    attributes = vars(module)
+    parameters = module._parameters
+    names = as_registered.parameters
+    if isinstance(module, nn.RNNBase):
+        names = frozenset(module._flat_weights_names)
+        if not names <= parameters.keys():
+            return False
+    return (
+        as_registered.functions(type(module)) == as_registered.originals
+        and as_registered.methods.isdisjoint(attributes)
+        and attributes.get("_compiled_call_impl") is None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not has_global_hooks()
+        and _functionals(nn.functional) == _original_functionals
+        and parameters.keys() <= names
+        and module._modules.keys() <= as_registered.children
+        and not module._buffers
+        and all(x is None or is_plain(x) for x in map(attributes.get, names))
+        and all(x is None or is_plain(x) for x in parameters.values())
+    )
+
+
+def is_plain(x: object) -> bool:
+    """Whether this is a tensor of PyTorch's own class, whose elements are numbers in memory.
+
+    Others may be quantized, distributed, fake or not initialised yet. ``torch.func.functional_call`` puts tensors in
+    the place of parameters.
+    """
+    return type(x) in (nn.Parameter, Tensor) and x.layout is torch.strided and not x.is_meta  # type: ignore[attr-defined]
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered that the calls of all modules run."""
+    return bool(
+        hooks_of_all._global_forward_hooks
+        or hooks_of_all._global_forward_pre_hooks
+        or hooks_of_all._global_backward_hooks
+        or hooks_of_all._global_backward_pre_hooks
+    )
+
+
+def runs_eagerly(device_type: str) -> bool:
+    """Whether operators run one by one on plain tensors as they are called, and nothing looks at or changes each.
+
+    Not under torch.compile, torch.export, torch.jit.trace, autocast, transforms of torch.func, forward-mode
+    differentiation, nor in modes that see the calls of functions or operators. ``torch.device`` as a context is none.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled(device_type)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _function_modes()
+    )
+
+
+def _function_modes() -> bool:
+    count = torch._C._len_torch_function_stack()
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))
