@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .derived import are_readable, checksums, once, value_of
 from .stock import is_stock
@@ -62,7 +63,13 @@ class _Projection:
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer does what its weight and bias say, and nothing else."""
-    return type(layer) is nn.Linear and is_stock(layer)
+    if type(layer) is not nn.Linear:
+        return False
+    if not is_compiling():
+        return is_stock(layer)
+    # In terms that torch.compile can trace.
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return type(layer.weight) is nn.Parameter and "forward" not in vars(layer) and not hooks
 
 
 def attended_steps(module: Any, mask: Tensor, keep: bool) -> Tensor | None:
