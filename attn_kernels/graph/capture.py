@@ -114,6 +114,7 @@ class Captured:
     """The captured graphs of a class's forward."""
 
     def __init__(self, forward: Callable[..., Any], what: str) -> None:
+        self.forward = forward
         self.entries: list[Entry] = []
         self.failures: list[str] = []
         self._namespace = {"ORIGINAL": forward, "__builtins__": __builtins__, "__name__": f"{__name__}.of_{what}"}
