@@ -443,7 +443,8 @@ def test_a_stage_that_raises_does_not_stop_the_next(tmp_path: Path, stages: list
     stages.append("raise")
     status, state = main(tmp_path)
     assert status == 1 and stages[1:] == ALL
-    assert state["stages"]["sanitizer"] == {"done": False, "why": "ValueError: no such option", "seconds": 0.0}
+    note = state["stages"]["sanitizer"]
+    assert note["done"] is False and note["why"] == "ValueError: no such option" and note["seconds"] < 5
     stages.clear()
     main(tmp_path, "--resume")
     assert stages == ["sanitizer"]
