@@ -287,6 +287,12 @@ def test_every_row_has_a_prediction() -> None:
     assert gpu_predictions.put_into(page, gpu_predictions.markdown(stored)) == page
 
 
+def test_targets_are_predicted() -> None:
+    found = gpu_predictions.predicted_targets(gpu_predictions.load())
+    assert len({target.what for target in found}) >= 9
+    assert all(target.measured is not None or "memory" in target.what for target in found)
+
+
 def test_predictions_respect_the_floor() -> None:
     kernels = gpu_predictions.counted_kernels()
     assert {gpu_predictions.FORWARD, gpu_predictions.BACKWARD} <= set(kernels)
@@ -306,8 +312,8 @@ def test_measured_times_stand_beside_predicted_ones() -> None:
         **cell(ADDITIVE, row.shape, FORWARD, [timed(OURS, {GRAPH: 8.0}), timed("eager", {LAUNCHED: 60.0})]),
         "key": row.key,
     }
-    text = gpu_report.report(a_state(cells=[one]), {"rows": {row.key: {
-        "kind": "decode, small", "factor": 1.5, "us": {GRAPH: 4.0}, "others": {"eager": 30.0}}}})  # fmt: skip
+    expected = {"kind": "decode, small", "factor": 1.5, "us": {GRAPH: 4.0}, "others": {"eager": {LAUNCHED: 30.0}}}
+    text = gpu_report.report(a_state(cells=[one]), {"rows": {row.key: expected}})
     assert (
         "8 [2.00]" in text and "60 [2.00]" in text and "far from the prediction" in text and "cluster barrier" in text
     )
