@@ -10,7 +10,9 @@ from .dead import has_effects
 from .kept import keep
 from .writes import storage, written
 
-PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "tensordot"))
+PRODUCTS = frozenset(
+    ("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "tensordot")
+)
 
 
 def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:

@@ -240,16 +240,15 @@ class Matcher:
             if len(rows) == 0 or not all(len(resolve(axis_)) == 1 for _, axis_, _ in pieces):
                 return []
             terms = [
-                Term(leaf, coefficient, Projection(weight, axis_, rows, before, whole)) for leaf, axis_, before in pieces
+                Term(leaf, coefficient, Projection(weight, axis_, rows, before, whole))
+                for leaf, axis_, before in pieces
             ]
             if found.bias is not None:
                 terms += self._terms(Leaf(found.bias, found.bias_index, found.node), coefficient, set(rows))
             return terms
         return []
 
-    def _pieces(
-        self, leaf: Leaf, summed: Group, before: Group
-    ) -> list[tuple[Leaf, Group, Group]]:
+    def _pieces(self, leaf: Leaf, summed: Group, before: Group) -> list[tuple[Leaf, Group, Group]]:
         """The parts that rows are joined of along the summed axis: tensor, axis, and what is before it."""
         node, index = self.writes.read(leaf.node, leaf.reader), leaf.index
         step = pull(node, index)
@@ -523,7 +522,7 @@ def _is_filled(node: Any) -> Any:
         number = constant(argument(node, 1, "fill_value"))
         if name == "new_full":
             number = constant(argument(node, 2, "fill_value"))
-        return False if number is None or node.users and any(_writes_to(node)) else number
+        return False if number is None or (node.users and any(_writes_to(node))) else number
     if name in ("tensor", "scalar_tensor"):
         number = constant(argument(node, 0, "data"))
         return False if number is None else number

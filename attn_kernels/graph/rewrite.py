@@ -9,10 +9,23 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from . import runtime
-from .axes import Axis, Group, Index, NoMatch, axes_of, is_tensor, name_of, one, product, resolve, same, settle, value_of
+from .axes import (
+    Axis,
+    Group,
+    Index,
+    NoMatch,
+    axes_of,
+    is_tensor,
+    name_of,
+    product,
+    resolve,
+    same,
+    settle,
+    value_of,
+)
+from .dead import remove_dead
 from .keeping import keep_node
 from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Softmax, Term, roles, softmax_dim, start
-from .dead import remove_dead
 from .writes import written
 
 CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # what is computed by one op, all up to there
@@ -105,7 +118,7 @@ class _Writer:
             contexts.setdefault(context.softmax.node, []).append(context)
         return contexts
 
-    # The three things that are written -------------------------------------------------------------------------------
+    # The three things that are written ------------------------------------------------------------------------------
 
     def _context(self, context: Context) -> Found:
         softmax, values = context.softmax, context.values
@@ -179,7 +192,9 @@ class _Writer:
         if values is not None:
             x = self._arrange_leaf(values[0], (part.batch, part.steps, values[1]), at)
             steady = (*steady, x)
-        masks = tuple((self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks)
+        masks = tuple(
+            (self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks
+        )
         return self._call(at, runtime.attention, query, keys, x, v, bias, masks), steady
 
     def _mask(self, mask: Mask, all_masks: list[Mask], part: Roles, at: Node) -> Node:
@@ -187,7 +202,7 @@ class _Writer:
         groups = (part.batch, part.queries, part.steps) if by_query else (part.batch, part.steps)
         return self._arrange_leaf(mask.leaf, groups, at)
 
-    # Whether it may be written -----------------------------------------------------------------------------------------
+    # Whether it may be written ----------------------------------------------------------------------------------------
 
     def _check(self, scores: Scores, roots: set[Node], at: Node) -> None:
         for term in scores.terms:
@@ -230,14 +245,12 @@ class _Writer:
             target = sources[0]
         return True
 
-    # Operands ----------------------------------------------------------------------------------------------------------
+    # Operands ---------------------------------------------------------------------------------------------------------
 
     def _dtype(self, scores: Scores) -> torch.dtype:
         return value_of(scores.tanh).dtype
 
-    def _operands(
-        self, scores: Scores, part: Roles, at: Node
-    ) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
+    def _operands(self, scores: Scores, part: Roles, at: Node) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
         """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the summands of the keys."""
         leaves = [term.leaf for term in scores.terms] + [scores.v]
         leaves += [term.projection.weight for term in scores.terms if term.projection is not None]
@@ -319,7 +332,7 @@ class _Writer:
             return self._call(at, torch.Tensor.to, node, dtype)
         return node
 
-    # Writing -----------------------------------------------------------------------------------------------------------
+    # Writing ----------------------------------------------------------------------------------------------------------
 
     def _arrange_leaf(self, leaf: Leaf, groups: tuple[Group, ...], at: Node) -> Node:
         self._note_sizes(leaf.node, leaf.index)
@@ -352,8 +365,10 @@ class _Writer:
             sizes = [self._size(axis, at) for axis in group]
             size: Any = 1
             for factor in sizes:
-                size = size * factor if isinstance(size, int) and isinstance(factor, int) else (
-                    factor if size == 1 else self._call(at, operator.mul, size, factor)
+                size = (
+                    size * factor
+                    if isinstance(size, int) and isinstance(factor, int)
+                    else (factor if size == 1 else self._call(at, operator.mul, size, factor))
                 )
             shape.append(size)
         return self._call(at, torch.reshape, node, tuple(shape))
