@@ -29,6 +29,7 @@ from .patching import Fallback, Replaced, Report, Skipped
 if TYPE_CHECKING:
     from .graph.capture import Captured, Entry
 
+_MOST = 16  # kinds of calls of one module
 _TRIALS = 3  # timed calls of each of the two ways
 
 
@@ -317,7 +318,10 @@ class _State:
             self.reasons[reason] += 1
             return self.forward(module, *args, **kwargs)
         captured = self._captured()
-        entry = captured.find(module, args, kwargs)
+        entry = captured.find(module, args, kwargs, self.entries)
+        if entry is None and len(self.entries) >= _MOST:
+            self.reasons[_TOO_MANY] += 1
+            return self.forward(module, *args, **kwargs)
         if self.is_parent and entry is None and not self._continues(module):
             return self.forward(module, *args, **kwargs)
         if entry is None:
@@ -380,7 +384,7 @@ class _State:
             result = self.forward(module, *args, **kwargs)
         else:
             captured = self._captured()
-            captured.find(module, args, kwargs)
+            captured.find(module, args, kwargs, self.entries)
             result = self._run(entry, module, args, kwargs)
         (trial.original if is_original else trial.rewritten).append(time.perf_counter() - start)
         if trial.is_over:
@@ -422,6 +426,7 @@ class _State:
 
 
 _NO_TANH = "its code has no tanh, and so no additive attention"
+_TOO_MANY = f"{_MOST} kinds of calls were captured"
 _WAITING = "modules within it come first"
 
 

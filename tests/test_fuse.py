@@ -7,7 +7,6 @@ import logging
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ from attn_kernels.graph import check as checking
 from attn_kernels.graph import rewrite
 from fuse_zoo import CASES, A, Draw, H, M, Sizes
 from fuse_zoo.run import assert_same, check, results, tensors
-
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +109,10 @@ class Decoder(nn.Module):
         return self.cell(context, state)
 
 
-def arguments(seed: int = 0, sizes: Sizes = Sizes(), dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+SIZES = Sizes()
+
+
+def arguments(seed: int = 0, sizes: Sizes = SIZES, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     draw = Draw(seed, dtype)
     return draw(sizes.B, H), draw(sizes.B, sizes.Tk, M), draw.padding(sizes.B, sizes.Tk)
 
@@ -796,24 +797,14 @@ def test_double_use_and_threads() -> None:
                 torch.testing.assert_close(result, theirs(*args))
 
 
-def test_small_calls_cost_little() -> None:
-    """Where the original runs, what is around it takes a few microseconds."""
+def test_where_the_original_is_faster_nothing_else_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair()
     fuse(ours)
-    state = fusing._state_of(ours.attention)
     args = arguments()
-
-    def seconds(model: nn.Module) -> float:
-        start = time.process_time()
-        for _ in range(200):
-            model(*args)
-        return (time.process_time() - start) / 200
-
-    with torch.no_grad():
-        for kind in [(sum(x.numel() for x in args).bit_length(), True, False)]:
-            state.choices[kind] = False
-        rounds = [(seconds(ours.attention), seconds(theirs.attention)) for _ in range(7)]
-    assert min(ours for ours, _ in rounds) - min(theirs for _, theirs in rounds) < 15e-6
+    state = fusing._state_of(ours.attention)
+    state.choices[sum(x.numel() for x in args).bit_length(), True, True] = False
+    monkeypatch.setattr(state, "run", None)
+    torch.testing.assert_close(ours.attention(*args), theirs.attention(*args))
 
 
 def test_results_are_tensors_of_their_own() -> None:
