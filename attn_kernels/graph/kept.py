@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..derived import are_readable, current_modes, value_of
 from ..functional import prepare_keys
-from ..memory import Memory
-
-_WIDTH = 1024  # elements that one number of a fingerprint stands for
-_weights: dict[torch.dtype, Tensor] = {}
+from ..memory import Memory, PreparedMemory
 
 
 class Sources:
@@ -32,14 +30,14 @@ class Sources:
         """``elements``: whether they matter; a view of a tensor shows what is written to it."""
         self.tensors = tensors
         self._counted = tuple(_counted(x) for x in tensors)
-        self._prints = tuple(_fingerprint(x) for x in tensors) if elements else ()
+        self._values = tuple(map(_value, tensors)) if elements else None
 
     def are(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors with the same elements."""
         for old, new, counted in zip(self.tensors, tensors, self._counted, strict=True):
             if (old is not new and not _one_view(old, new)) or _counted(new) != counted:
                 return False
-        return all(_equal(_fingerprint(new), known) for new, known in zip(tensors, self._prints, strict=False))
+        return self._values is None or tuple(map(_value, tensors)) == self._values
 
 
 def look_same(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
@@ -60,18 +58,10 @@ def _one_view(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def _fingerprint(x: Tensor) -> tuple[Tensor, ...]:
-    """Differs where elements do, by more than rounding: sums of 1024 elements times random numbers; few are copied."""
-    x = x.detach()
-    count = x.numel()
-    if count < 2 * _WIDTH or x.dtype not in (torch.float32, torch.float64):
-        return (x.clone(),)
-    flat = x.flatten() if x.is_contiguous() else _dense(x)
-    if flat is None:
-        return (x.clone(),)
-    rows = count // _WIDTH
-    sums = torch.mv(flat[: rows * _WIDTH].view(rows, _WIDTH), _weight(x.dtype))
-    return (sums,) if rows * _WIDTH == count else (sums, flat[rows * _WIDTH :].clone())
+def _value(x: Tensor) -> Any:
+    """Differs where an element does. Elements that fill their memory in another order are not copied."""
+    dense = None if x.is_contiguous() else _dense(x.detach())
+    return value_of(x if dense is None else dense)
 
 
 def _dense(x: Tensor) -> Tensor | None:
@@ -79,19 +69,6 @@ def _dense(x: Tensor) -> Tensor | None:
     order = sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d]), reverse=True)
     moved = x.permute(order)
     return moved.flatten() if moved.is_contiguous() else None
-
-
-def _weight(dtype: torch.dtype) -> Tensor:
-    weight = _weights.get(dtype)
-    if weight is None:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(_WIDTH, generator=generator, dtype=torch.float64).to(dtype)
-        _weights[dtype] = weight
-    return weight
-
-
-def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------
@@ -123,7 +100,9 @@ class Slot:
     def get(
         self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], is_view: bool
     ) -> Tensor:
-        state = (numbers, torch.is_grad_enabled(), _autocast(tensors[0]))
+        if not are_readable(*tensors):
+            return function(*tensors, *numbers)
+        state = (numbers, *current_modes())
         held = self._held
         if held is not None:
             if held.state == state and held.sources.are(tensors):
@@ -175,7 +154,7 @@ def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str
 
     def kept(*args: Any) -> Tensor:
         keeper = current.keeper
-        if keeper is None or not args[0].is_cpu:
+        if keeper is None:
             return function(*args)
         return keeper.slot(kept).get(function, args[:tensors], args[tensors:], is_view)
 
@@ -198,13 +177,8 @@ def memory_of(held: Held, values: Tensor | None, mask: Tensor | None) -> Memory:
             return memory
     if values is None:
         values = held.value.new_empty((*held.value.shape[:2], 0))
-    memory = held.memory = Memory(held.value, values, None, mask, prepared)
+    memory = held.memory = PreparedMemory.of(Memory(held.value, values, None, mask), prepared)
     return memory
-
-
-def _autocast(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _make(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> Tensor:
