@@ -47,6 +47,12 @@ class _MemoryAttention(nn.Module):
         self.query_projection = nn.Linear(query_size, key_size, bias=False, **factory) if project_query else None
         self.memory_projection = nn.Linear(memory_size, key_size, bias=False, **factory) if project_memory else None
 
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor does."""
+        for projection in (self.query_projection, self.memory_projection):
+            if projection is not None:
+                projection.reset_parameters()
+
     def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Makes of the encoder outputs what each step reads, once per sentence.
 
@@ -140,9 +146,21 @@ class BahdanauAttention(_MemoryAttention):
         )
         self.units = units
         self.normalize = normalize
-        self.v = nn.Parameter(_score_vector(units, factory))
-        self.g = nn.Parameter(torch.full((), math.sqrt(1 / units), **factory)) if normalize else None
-        self.bias = nn.Parameter(torch.zeros(units, **factory)) if normalize else None
+        self.v = nn.Parameter(torch.empty(units, **factory))
+        self.g = nn.Parameter(torch.empty((), **factory)) if normalize else None
+        self.bias = nn.Parameter(torch.empty(units, **factory)) if normalize else None
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises what is not a projection's own."""
+        _reset_score_vector(self.v)
+        if self.normalize:
+            nn.init.constant_(self.g, math.sqrt(1 / self.units))
+            nn.init.zeros_(self.bias)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -224,8 +242,20 @@ class LuongAttention(_MemoryAttention):
         self.units = units
         self.score = score
         self.scale = scale
-        self.v = None if units is None else nn.Parameter(_score_vector(units, factory))
-        self.g = nn.Parameter(torch.ones((), **factory)) if scale else None
+        self.v = None if units is None else nn.Parameter(torch.empty(units, **factory))
+        self.g = nn.Parameter(torch.empty((), **factory)) if scale else None
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises what is not a projection's own."""
+        if self.v is not None:
+            _reset_score_vector(self.v)
+        if self.g is not None:
+            nn.init.ones_(self.g)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -307,7 +337,18 @@ class CosineAttention(_MemoryAttention):
         self.units = units
         self.learn_sharpness = learn_sharpness
         self.eps = eps
-        self.sharpness = nn.Parameter(torch.full((), sharpness, **factory)) if learn_sharpness else float(sharpness)
+        self.initial_sharpness = float(sharpness)
+        self.sharpness = nn.Parameter(torch.empty((), **factory)) if learn_sharpness else self.initial_sharpness
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises what is not a projection's own."""
+        if self.learn_sharpness:
+            nn.init.constant_(self.sharpness, self.initial_sharpness)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -335,7 +376,7 @@ class CosineAttention(_MemoryAttention):
         return self._repr(**units, **sharpness, learn_sharpness=self.learn_sharpness)
 
 
-def _score_vector(units: int, factory: dict[str, Any]) -> Tensor:
-    """(A,), initialised as the weight of ``nn.Linear(units, 1)``."""
-    bound = 1 / math.sqrt(units)
-    return nn.init.uniform_(torch.empty(units, **factory), -bound, bound)
+def _reset_score_vector(v: Tensor) -> None:
+    """v: (A,), initialised as the weight of ``nn.Linear(A, 1)``."""
+    bound = 1 / math.sqrt(v.shape[0])
+    nn.init.uniform_(v, -bound, bound)
