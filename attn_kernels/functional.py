@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,7 +83,7 @@ def additive_attention(
     """
     name = "additive_attention"
     if type(scale) is not float or scale != 1.0:
-        _check_scale(name, scale)
+        scale = _number(name, scale)
         _check_units(name, query, "v", v)
         v = scale * v
     if extra is not None:
@@ -238,6 +239,8 @@ def dot_attention(
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
+    if type(scale) is not float:
+        scale = _number("dot_attention", scale)
     if values is not None:
         return _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
     values = _no_values("dot_attention", query, keys, need_weights)
@@ -445,6 +448,13 @@ def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
 # these run only when something was refused, and find the words for it.
 
 
+def _number(name: str, scale: object) -> float:
+    """scale as a number of Python, of those of numpy, too."""
+    number = float(scale) if isinstance(scale, Real) else scale
+    _check_scale(name, number)
+    return number  # type: ignore[return-value]
+
+
 def _check_scale(name: str, scale: object) -> None:
     if not isinstance(scale, (int, float)):
         raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
@@ -544,6 +554,9 @@ def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
 def _check_tensor(name: str, argument: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {kind(tensor)}")
+    if tensor.is_nested:
+        padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
+        raise TypeError(f"{name}: {argument} must be a padded tensor, got a nested one; pass {padded}")
 
 
 def kind(value: object) -> str:

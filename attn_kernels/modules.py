@@ -11,6 +11,7 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class _MemoryAttention(nn.Module):
         super().__init__()
         self._name = type(self).__name__
         for argument, size in (("query_size", query_size), ("memory_size", memory_size), ("units", key_size)):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
+        query_size, memory_size, key_size = int(query_size), int(memory_size), int(key_size)  # numpy has its own
         self.query_size = query_size
         self.memory_size = memory_size
         self.key_size = key_size
@@ -62,6 +64,9 @@ class _MemoryAttention(nn.Module):
         """
         if not isinstance(memory, Tensor):
             raise TypeError(f"{self._name}.memory: memory must be a tensor, got {kind(memory)}")
+        if memory.is_nested:
+            padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
+            raise TypeError(f"{self._name}.memory: memory must be a padded tensor, got a nested one; pass {padded}")
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
             raise ValueError(f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}")
@@ -347,7 +352,7 @@ class CosineAttention(_MemoryAttention):
 
     def _reset_scores(self) -> None:
         """Initialises what is not a projection's own."""
-        if self.learn_sharpness:
+        if isinstance(self.sharpness, Tensor):
             nn.init.constant_(self.sharpness, self.initial_sharpness)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
