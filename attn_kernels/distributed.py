@@ -114,7 +114,7 @@ def sharded_dot_attention(
     return _attend(_Dot(scale), group, query, keys, values, (), memory_lengths, mask, need_weights)
 
 
-def joint_mean(total: Tensor, count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def joint_mean(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
     """A mean over the batches of all ranks, as a loss for data-parallel training with DistributedDataParallel.
 
     DDP takes the mean of gradients over ranks. That of each rank's mean loss would give a token in a short batch more
@@ -123,11 +123,11 @@ def joint_mean(total: Tensor, count: Tensor, group: dist.ProcessGroup | None = N
 
     Args:
         total: a scalar with gradients, such as ``cross_entropy(..., reduction="sum")``. It may be of no tokens.
-        count: a scalar, how many terms ``total`` is the sum of. One ``all_reduce`` adds it up.
+        count: a scalar or a number, how many terms ``total`` is the sum of. One ``all_reduce`` adds it up.
         group: that of DDP; None for all processes.
     """
     _check_group("joint_mean", group)
-    counts = count.detach().to(total.device, torch.float64, copy=True)
+    counts = torch.as_tensor(count).detach().to(total.device, torch.float64, copy=True)
     dist.all_reduce(counts, group=group)
     return total * (dist.get_world_size(group) / counts).to(total.dtype)
 

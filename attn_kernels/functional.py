@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,7 +85,7 @@ def additive_attention(
     """
     name = "additive_attention"
     if type(scale) is not float or scale != 1.0:
-        _check_scale(name, scale)
+        scale = _number(name, scale)
         _check_units(name, query, "v", v)
         v = scale * v
     if extra is not None:
@@ -196,7 +197,7 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
         ValueError: keys do not have three axes, or the backend cannot. TypeError: a dtype or type does not fit.
     """
     name = "prepare_keys"
-    _check_tensor(name, "keys", keys)
+    check_tensor(name, "keys", keys)
     if keys.dim() != 3:
         raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A), got {_shape(keys)}")
     if keys.dtype not in _DTYPES:
@@ -240,6 +241,8 @@ def dot_attention(
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
+    if type(scale) is not float:
+        scale = _number("dot_attention", scale)
     if values is not None:
         return _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
     values = _no_values("dot_attention", query, keys, need_weights)
@@ -375,7 +378,7 @@ def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor 
 def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor:
     """keys + extra, in the dtype they come in: under autocast the sum is cast, not its parts."""
     _check_query_keys(name, query, keys)
-    _check_tensor(name, "extra", extra)
+    check_tensor(name, "extra", extra)
     if extra.shape != keys.shape:
         raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {_shape(keys)}, got {_shape(extra)}")
     _check_device(name, query, "extra", extra)
@@ -447,6 +450,13 @@ def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
 # these run only when something was refused, and find the words for it.
 
 
+def _number(name: str, scale: object) -> float:
+    """scale as a number of Python, of those of numpy, too."""
+    number = float(scale) if isinstance(scale, Real) else scale
+    _check_scale(name, number)
+    return number  # type: ignore[return-value]
+
+
 def _check_scale(name: str, scale: object) -> None:
     if not isinstance(scale, (int, float)):
         raise ArgumentTypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
@@ -455,8 +465,8 @@ def _check_scale(name: str, scale: object) -> None:
 
 
 def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
-    _check_tensor(name, "query", query)
-    _check_tensor(name, "keys", keys)
+    check_tensor(name, "query", query)
+    check_tensor(name, "keys", keys)
     if query.dim() not in (2, 3):
         raise ArgumentValueError(f"{name}: query must have shape (B, Tq, A) or (B, A), got {_shape(query)}")
     if keys.dim() != 3 or keys.shape[0] != query.shape[0] or keys.shape[2] != query.shape[-1]:
@@ -466,7 +476,7 @@ def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
 
 
 def _check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> None:
-    _check_tensor(name, "values", values)
+    check_tensor(name, "values", values)
     if values.dim() != 3 or values.shape[0] != keys.shape[0] or values.shape[1] != keys.shape[1]:
         expected = f"({keys.shape[0]}, {keys.shape[1]}, *)"
         raise ArgumentValueError(f"{name}: values must have shape (B, Tk, D) = {expected}, got {_shape(values)}")
@@ -476,7 +486,7 @@ def _check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> Non
 def _check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -> None:
     if units is None and argument == "bias":
         return
-    _check_tensor(name, argument, units)
+    check_tensor(name, argument, units)
     if units.dim() != 1 or units.shape[0] != query.shape[-1]:
         raise ArgumentValueError(f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {_shape(units)}")
     _check_device(name, query, argument, units)
@@ -485,7 +495,7 @@ def _check_units(name: str, query: Tensor, argument: str, units: Tensor | None) 
 def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> None:
     batch, steps = keys.shape[0], keys.shape[1]
     if memory_lengths is not None:
-        _check_tensor(name, "memory_lengths", memory_lengths)
+        check_tensor(name, "memory_lengths", memory_lengths)
         if memory_lengths.dtype not in (torch.int32, torch.int64):
             raise ArgumentTypeError(f"{name}: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
         if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
@@ -495,7 +505,7 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
         _check_device(name, query, "memory_lengths", memory_lengths)
         _check_range(name, memory_lengths, steps)
     if mask is not None:
-        _check_tensor(name, "mask", mask)
+        check_tensor(name, "mask", mask)
         if mask.dtype != torch.bool:
             raise ArgumentTypeError(f"{name}: mask must be bool (True = attend), got {mask.dtype}")
         queries = query.shape[1] if query.dim() == 3 else 1
@@ -526,7 +536,7 @@ def _check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
 
 
 def _check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
-    _check_tensor(name, "prepared", prepared)
+    check_tensor(name, "prepared", prepared)
     if backend not in ("cpu", "cuda", "reference"):  # the reference needs no preparation and is right without
         raise ArgumentValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
     dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
@@ -551,12 +561,15 @@ def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
             raise ArgumentTypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
 
 
-def _check_tensor(name: str, argument: str, tensor: object) -> None:
+def check_tensor(name: str, argument: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {kind(tensor)}")
+        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {_type_of(tensor)}")
+    if tensor.is_nested:
+        padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
+        raise ArgumentTypeError(f"{name}: {argument} must be a padded tensor, got a nested one; pass {padded}")
 
 
-def kind(value: object) -> str:
+def _type_of(value: object) -> str:
     """The type of what is no tensor, for an error message."""
     if isinstance(value, torch.fx.Proxy):
         return "Proxy: torch.fx.symbolic_trace cannot look into this call, torch.export and leaf modules can"

@@ -11,13 +11,14 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import additive_step, dot_step, kind
+from .functional import additive_step, check_tensor, dot_step
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -39,14 +40,21 @@ class _MemoryAttention(nn.Module):
         super().__init__()
         self._name = type(self).__name__
         for argument, size in (("query_size", query_size), ("memory_size", memory_size), ("units", key_size)):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, Integral) or size < 1:
                 raise ArgumentValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
+        query_size, memory_size, key_size = int(query_size), int(memory_size), int(key_size)  # numpy has its own
         self.query_size = query_size
         self.memory_size = memory_size
         self.key_size = key_size
         self.backend = backend
         self.query_projection = nn.Linear(query_size, key_size, bias=False, **factory) if project_query else None
         self.memory_projection = nn.Linear(memory_size, key_size, bias=False, **factory) if project_memory else None
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor does."""
+        for projection in (self.query_projection, self.memory_projection):
+            if projection is not None:
+                projection.reset_parameters()
 
     def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Makes of the encoder outputs what each step reads, once per sentence.
@@ -55,8 +63,7 @@ class _MemoryAttention(nn.Module):
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         """
-        if not isinstance(memory, Tensor):
-            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {kind(memory)}")
+        check_tensor(f"{self._name}.memory", "memory", memory)
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
             raise ArgumentValueError(
@@ -78,8 +85,7 @@ class _MemoryAttention(nn.Module):
         return values if self.memory_projection is None else self.memory_projection(values)
 
     def _check(self, query: Tensor, memory: Memory) -> None:
-        if not isinstance(query, Tensor):
-            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {kind(query)}")
+        check_tensor(self._name, "query", query)
         if not isinstance(memory, Memory):
             got = type(memory).__name__
             raise ArgumentTypeError(
@@ -141,9 +147,21 @@ class BahdanauAttention(_MemoryAttention):
         )
         self.units = units
         self.normalize = normalize
-        self.v = nn.Parameter(_score_vector(units, factory))
-        self.g = nn.Parameter(torch.full((), math.sqrt(1 / units), **factory)) if normalize else None
-        self.bias = nn.Parameter(torch.zeros(units, **factory)) if normalize else None
+        self.v = nn.Parameter(torch.empty(units, **factory))
+        self.g = nn.Parameter(torch.empty((), **factory)) if normalize else None
+        self.bias = nn.Parameter(torch.empty(units, **factory)) if normalize else None
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises what is not a projection's own."""
+        _reset_score_vector(self.v)
+        if self.normalize:
+            nn.init.constant_(self.g, math.sqrt(1 / self.units))
+            nn.init.zeros_(self.bias)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -222,8 +240,20 @@ class LuongAttention(_MemoryAttention):
         self.units = units
         self.score = score
         self.scale = scale
-        self.v = None if units is None else nn.Parameter(_score_vector(units, factory))
-        self.g = nn.Parameter(torch.ones((), **factory)) if scale else None
+        self.v = None if units is None else nn.Parameter(torch.empty(units, **factory))
+        self.g = nn.Parameter(torch.empty((), **factory)) if scale else None
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises what is not a projection's own."""
+        if self.v is not None:
+            _reset_score_vector(self.v)
+        if self.g is not None:
+            nn.init.ones_(self.g)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -302,7 +332,18 @@ class CosineAttention(_MemoryAttention):
         self.units = units
         self.learn_sharpness = learn_sharpness
         self.eps = eps
-        self.sharpness = nn.Parameter(torch.full((), sharpness, **factory)) if learn_sharpness else float(sharpness)
+        self.initial_sharpness = float(sharpness)
+        self.sharpness = nn.Parameter(torch.empty((), **factory)) if learn_sharpness else self.initial_sharpness
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises what is not a projection's own."""
+        if isinstance(self.sharpness, Tensor):
+            nn.init.constant_(self.sharpness, self.initial_sharpness)
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -330,7 +371,7 @@ class CosineAttention(_MemoryAttention):
         return self._repr(**units, **sharpness, learn_sharpness=self.learn_sharpness)
 
 
-def _score_vector(units: int, factory: dict[str, Any]) -> Tensor:
-    """(A,), initialised as the weight of ``nn.Linear(units, 1)``."""
-    bound = 1 / math.sqrt(units)
-    return nn.init.uniform_(torch.empty(units, **factory), -bound, bound)
+def _reset_score_vector(v: Tensor) -> None:
+    """v: (A,), initialised as the weight of ``nn.Linear(A, 1)``."""
+    bound = 1 / math.sqrt(v.shape[0])
+    nn.init.uniform_(v, -bound, bound)

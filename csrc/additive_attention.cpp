@@ -38,9 +38,8 @@ Tensor prepare(Tensor keys) {
   const Dtype dtype = dtype_of(keys, "keys");
   STD_TORCH_CHECK(dtype != Dtype::float64, "keys in float64 are not prepared");
   const PreparedSizes sizes(A, Tk, prepared_dtype(dtype));
-  Tensor prepared =
-      torch::stable::new_empty(keys, torch::headeronly::IntHeaderOnlyArrayRef({B, sizes.rows, sizes.columns}),
-                               prepared_dtype(dtype) == Dtype::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor prepared = output(keys, {B, sizes.rows, sizes.columns},
+                           prepared_dtype(dtype) == Dtype::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
   if (B * Tk * A > 0)
     call.kernels().additive_prepare(
         {B, Tk, A, array(keys, "keys", dtype, {B, Tk, A}), prepared_dtype(dtype), prepared.mutable_data_ptr()});

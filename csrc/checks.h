@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "call.h"
+#include "out_of_memory.h"
 
 namespace attn {
 
@@ -91,11 +92,13 @@ inline Attended attended(const std::optional<Tensor>& memory_lengths, const std:
 
 // A new contiguous tensor on the device of like. The shim is called as it is: through the dispatcher, as
 // torch::stable::new_empty goes, a small call would spend more time on its outputs than on its results.
-inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
+inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   int32_t dtype = 0;
-  switch (like.scalar_type()) {
+  int64_t item = 2;
+  switch (type) {
     case ScalarType::Double:
       dtype = aoti_torch_dtype_float64();
+      item = 8;
       break;
     case ScalarType::BFloat16:
       dtype = aoti_torch_dtype_bfloat16();
@@ -105,6 +108,7 @@ inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
       break;
     default:
       dtype = aoti_torch_dtype_float32();
+      item = 4;
   }
   int64_t strides[3], step = 1;
   const int64_t axes = static_cast<int64_t>(shape.size());
@@ -113,9 +117,14 @@ inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
     step *= shape.begin()[axis] > 1 ? shape.begin()[axis] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, Call::device_type(),
-                                                  Call::device_index(like), &handle));
+  if (aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, Call::device_type(), Call::device_index(like),
+                               &handle) != 0)
+    out_of_memory(step * item);
   return Tensor(handle);
+}
+
+inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return output(like, shape, like.scalar_type());
 }
 
 }  // namespace attn

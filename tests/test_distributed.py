@@ -591,3 +591,14 @@ def test_example_of_the_readme(tmp_path: Path) -> None:
     first, last = (float(figure) for figure in re.findall(r"\d+\.\d+", lines[0]))
     assert last < first
     Seq2Seq(30, 40, 32, 32, 32).load_state_dict(torch.load(tmp_path / "model.pt"))
+
+
+def test_joint_mean_of_a_number_of_terms() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        total = torch.tensor(3.0, requires_grad=True)
+        for count in (4, 4.0, torch.tensor(4)):
+            loss = joint_mean(total, count)
+            assert loss.item() == 0.75 and loss.requires_grad
+    finally:
+        dist.destroy_process_group()

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -286,3 +287,27 @@ def test_small_dot_attention_refuses(argument: str, axis: int) -> None:
     tensors[argument] = torch.randn([n + (i == axis) for i, n in enumerate((2, 3, 4))])
     with pytest.raises(ValueError, match=r"^dot_attention: (keys|values) must have shape"):
         attn_kernels.dot_attention(**tensors)
+
+
+@pytest.mark.parametrize(
+    "scale", [np.float32(2), np.float64(2), np.int64(2), np.float16(2)], ids=lambda s: s.dtype.name
+)
+@pytest.mark.parametrize("name", ["additive_attention", "dot_attention"])
+def test_scale_may_be_a_number_of_numpy(name: str, scale: Any) -> None:
+    tensors = [torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.randn(4)]
+    function = getattr(attn_kernels, name)
+    arguments = tensors if name == "additive_attention" else tensors[:3]
+    torch.testing.assert_close(function(*arguments, scale=scale), function(*arguments, scale=2.0))
+    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+        function(*arguments, scale=np.float32("nan"))
+
+
+@pytest.mark.parametrize("argument", ["query", "keys", "values"])
+def test_nested_tensors_are_refused(argument: str, backend: str, device: str) -> None:
+    tensors = {"query": torch.randn(2, 3, 4), "keys": torch.randn(2, 5, 4), "values": torch.randn(2, 5, 4)}
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    rows = [torch.randn(4, 4, device=device), torch.randn(7, 4, device=device)]
+    tensors[argument] = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    message = f"dot_attention: {argument} must be a padded tensor, got a nested one; pass .* memory_lengths"
+    with pytest.raises(TypeError, match=message):
+        attn_kernels.dot_attention(**tensors, backend=backend)

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -287,6 +288,35 @@ def test_initial_values() -> None:
     assert 0 < module.v.abs().max() <= 0.25
     assert LuongAttention(Q, M, scale=True).g.item() == 1
     assert CosineAttention(Q, M, 8).sharpness.item() == 10
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS)
+def test_reset_parameters(mechanism: Mechanism) -> None:
+    """On the meta device, then with memory of any content, then as the constructor makes them."""
+    with torch.device("meta"):
+        module = mechanism.make()
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(torch.nan)
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    torch.manual_seed(0)
+    expected = mechanism.make()
+    for (name, a), b in zip(module.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_sizes_may_be_numbers_of_numpy() -> None:
+    module = BahdanauAttention(np.int64(Q), np.int32(M), np.int64(8))
+    assert module.v.shape == (8,) and type(module.query_size) is int
+
+
+def test_nested_memory_is_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(4, M), torch.randn(7, M)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"memory must be a padded tensor, got a nested one; pass .* memory_lengths"):
+        BahdanauAttention(Q, M, 8).memory(nested)
 
 
 def test_normalized_scores_ignore_the_length_of_v() -> None:

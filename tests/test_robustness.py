@@ -242,3 +242,40 @@ def test_memory_does_not_grow() -> None:
     before = calls(count // 2)
     after = calls(count // 2)
     assert after <= 1.01 * before, f"{after / before - 1:.2%} more memory after {count // 2} calls"
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch, attn_kernels
+torch.set_num_threads(1)
+
+def used():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+q, k, x = (torch.randn(8, 300, 512, requires_grad=True) for _ in range(3))
+v = torch.randn(512)
+calls = {
+    "attention": lambda q, k, x: attn_kernels.additive_attention(q, k, x, v),
+    "prepare": lambda q, k, x: attn_kernels.prepare_keys(k),
+}
+small = [x.detach()[:1, :9] for x in (q, k, x)]
+for call in calls.values():  # what is loaded by a first call
+    call(*small)
+op, kibibytes = sys.argv[1], int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (used() + (kibibytes << 10), -1))
+try:
+    calls[op](q, k, x)
+    print("fits")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+@pytest.mark.parametrize(("op", "kibibytes"), [("attention", 64), ("attention", 6_000), ("prepare", 64)])
+def test_a_failed_allocation_says_memory(op: str, kibibytes: int) -> None:
+    available("cpu")
+    command = [sys.executable, "-c", OUT_OF_MEMORY, op, str(kibibytes)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.strip()
+    assert "you tried to allocate" in said, said

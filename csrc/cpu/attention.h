@@ -79,6 +79,23 @@ struct Chunks {
   }
 };
 
+// Sums over more steps than this are made of parts: one sum of hundreds of thousands of steps would be off by as many
+// roundings of the whole.
+constexpr int64_t kSummed = 2048;
+
+// The sum of term(j), a vector, for j = 0, width, ... below n.
+template <typename T, class Term>
+ATTN_INLINE T sum_of_vectors(int64_t n, const Term& term) {
+  Vec<T> total{};
+  for (int64_t j = 0; j < n;) {
+    const int64_t end = smaller(n, j + kSummed);
+    Vec<T> part{};
+    for (; j < end; j += width<T>) part += term(j);
+    total += part;
+  }
+  return sum<T>(total);
+}
+
 // p[0..n) = softmax(p[0..n)). p has room for whole vectors. n > 0.
 template <typename T>
 ATTN_INLINE void softmax_row(T* p, int64_t n) {
@@ -99,13 +116,11 @@ ATTN_INLINE void softmax_row(T* p, int64_t n) {
   Vec<T> top = tail;
   for (int64_t j = 0; j < end - w; j += w) top = maximum<T>(load(p + j), top);
   const T shift = largest<T>(top);
-  Vec<T> total{};
-  for (int64_t j = 0; j < end; j += w) {
-    Vec<T> e = exp_nonpositive(load(p + j) - shift);
-    store(p + j, e);
-    total += e;
-  }
-  const T factor = 1 / sum<T>(total);
+  const T factor = 1 / sum_of_vectors<T>(end, [&](int64_t j) {
+                     const Vec<T> e = exp_nonpositive(load(p + j) - shift);
+                     store(p + j, e);
+                     return e;
+                   });
   for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
 }
 
@@ -166,19 +181,34 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     out[i] = sums + i * sums_ld;
     weights[i] = weight + i * ld;
   }
-  if (strip.stride[2] == 1) {
-    by_element<T>(strip.dtype, [&](auto* element) {
-      using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-      if (no <= kMostWalked) return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, list), n, nc, false);
-      for (int64_t j = 0; j < n; j += kMostRows<E>)
-        weighted_rows(out, no, weight + j, ld, 1, ListedRows<E>(strip, b, list + j), smaller(n - j, kMostRows<E>), nc,
-                      j > 0);
-    });
-  } else {
-    RowBlock<T> block(strip, nc, smaller(n, kPanelRows), scratch);
-    for (int64_t j = 0; j < n; j += kPanelRows) {
-      const int64_t count = smaller(n - j, kPanelRows);
-      weighted_rows(out, no, weight + j, ld, 1, PointedRows<T>{block.read(b, list + j, count)}, count, nc, j > 0);
+  auto sum_of = [&](int64_t first, int64_t count) {  // of the listed steps from first on, to out
+    const int32_t* steps = list + first;
+    if (strip.stride[2] == 1)
+      return by_element<T>(strip.dtype, [&](auto* element) {
+        using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+        if (no <= kMostWalked)
+          return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, steps), count, nc, false);
+        for (int64_t j = 0; j < count; j += kMostRows<E>)
+          weighted_rows(out, no, weight + first + j, ld, 1, ListedRows<E>(strip, b, steps + j),
+                        smaller(count - j, kMostRows<E>), nc, j > 0);
+      });
+    ScratchScope scope(scratch);
+    RowBlock<T> block(strip, nc, smaller(count, kPanelRows), scratch);
+    for (int64_t j = 0; j < count; j += kPanelRows) {
+      const int64_t rows = smaller(count - j, kPanelRows);
+      weighted_rows(out, no, weight + first + j, ld, 1, PointedRows<T>{block.read(b, steps + j, rows)}, rows, nc,
+                    j > 0);
+    }
+  };
+  sum_of(0, smaller(n, kSummed));
+  if (n > kSummed) {
+    T* part = take<T>(scratch, no * nc);
+    for (int64_t i = 0; i < no; ++i) out[i] = part + i * nc;
+    for (int64_t first = kSummed; first < n; first += kSummed) {
+      for (int64_t i = 0; i < no; ++i) weights[i] = weight + i * ld + first;
+      sum_of(first, smaller(n - first, kSummed));
+      for (int64_t i = 0; i < no; ++i)
+        for (int64_t c = 0; c < nc; ++c) sums[i * sums_ld + c] += part[i * nc + c];
     }
   }
   if (!direct)
@@ -317,9 +347,9 @@ auto scores_backward(const Problem& p, const Array3& alignments, const Array3& g
         all = read_row(grad_alignments, b, first + i, p.Tk, row);
         for (int64_t j = 0; j < n; ++j) di[j] += all[list[j]];
       }
-      Vec<T> total{};  // softmax Jacobian: ds = w (d - sum w d)
-      for (int64_t j = 0; j < n; j += width<T>) total += load_upto(wi + j, n - j) * load_upto(di + j, n - j);
-      const T delta = sum<T>(total);
+      // Softmax Jacobian: ds = w (d - sum w d).
+      const T delta =
+          sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(wi + j, n - j) * load_upto(di + j, n - j); });
       for (int64_t j = 0; j < n; ++j) di[j] = wi[j] * (di[j] - delta);
     }
     with_chunk(b, first, nq, list, n, ds, scratch);

@@ -8,6 +8,8 @@
 #include <new>
 #include <string>
 
+#include "../out_of_memory.h"
+
 namespace attn {
 
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -68,8 +70,12 @@ void* Scratch::take(int64_t bytes) {
     int64_t size = blocks_ == nullptr && peak_ > kSmallestBlock ? peak_ : kSmallestBlock;
     if (bytes > size) size = bytes;
     char* memory = static_cast<char*>(std::aligned_alloc(kAlignment, size));
-    if (memory == nullptr) throw std::bad_alloc();
-    blocks_ = new Block{blocks_, memory, size, used_};
+    Block* block = memory == nullptr ? nullptr : new (std::nothrow) Block{blocks_, memory, size, used_};
+    if (block == nullptr) {
+      std::free(memory);
+      out_of_memory(size);
+    }
+    blocks_ = block;
   }
   char* p = blocks_->memory + (used_ - blocks_->start);
   used_ += bytes;

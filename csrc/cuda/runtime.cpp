@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../call.h"
+#include "../out_of_memory.h"
 
 #if !defined(ATTN_EMULATED)
 #include <dlfcn.h>
@@ -63,8 +64,8 @@ Call& Call::current() {
 void* Call::scratch(int64_t bytes) {
   AtenTensorHandle handle = nullptr;
   const int64_t size[] = {bytes}, stride[] = {1};
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_uint8(), device_type(), device, &handle));
+  if (aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_uint8(), device_type(), device, &handle) != 0)
+    out_of_memory(bytes);
   scratch_.push_back(Tensor(handle));
   void* memory = scratch_.back().mutable_data_ptr();
 #if defined(ATTN_EMULATED)
