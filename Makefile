@@ -31,18 +31,25 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu lint format wheel clean
+.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu lint format wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Settings (VENV, TORCH, ARGS, ...): see the top of the Makefile.'
 
 setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
 	@$(RUN) attn_kernels
 
-test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The tests
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
+
+# The interpreter of .venv runs it; what is tested has environments of its own. Resumable; results in docs/versions.md.
+test-versions: $(STAMPS)/versions  ## Builds and tests with other versions of Python, torch and triton: hours, many GB
+	$(RUN) tools.versions $(ARGS)
 
 test-peers:  ## The tests of patch(model) with the libraries themselves, in an environment of its own
 	$(MAKE) VENV=$(PEERS) in-peers
@@ -69,7 +76,7 @@ fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of th
 cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
 	$(RUN) bench.cuda_check $(ARGS)
 
-gpu:  ## On a machine with a GPU: builds, tests and measures on it, in eight minutes and without network
+gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
@@ -113,7 +120,7 @@ $(STAMPS)/torch: | $(STAMPS)/pip
 	@touch $@
 
 # The dependency groups of pyproject.toml.
-$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
 	$(PIP) install --quiet --group $(@F)
 	@touch $@
 
@@ -133,6 +140,6 @@ $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS
 	@touch $@
 
 # The CUDA kernels for the CPU, for the tests of a machine without a GPU.
-$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
+$(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h tests/cpp/cuda_arithmetic.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
 	$(VENV)/bin/python tests/cpp/build_emulated.py build/emulated
 	@touch $@

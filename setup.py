@@ -5,6 +5,7 @@ And attn_kernels._C_cuda, the CUDA kernels, where there are nvcc and a PyTorch w
 ATTN_KERNELS_CPU=0 leaves the CPU's module out (reference and GPUs remain). ATTN_KERNELS_CUDA=auto|0|1 is for the CUDA
 module: 1 asks only for nvcc, and fails where there is none. It is found by NVCC, CUDA_HOME, PATH, or in
 /usr/local/cuda. ATTN_KERNELS_CUDA_ARCHITECTURES="80 90": the compute capabilities, instead of all that are known.
+ATTN_KERNELS_BUILD_JOBS: how many processes of each compiler run at one time; default: as many as there are cores.
 """
 
 import os
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
+import pybind11
 import torch
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
@@ -30,7 +32,8 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]
         name,
         sources,
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True)),
-        include_dirs=["csrc", str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")],
+        # pybind11's own headers first: torch carries a copy, which up to 2.11 cannot be used with the stable ABI.
+        include_dirs=["csrc", pybind11.get_include(), str(TORCH / "include")],
         # By name and without an rpath: "import torch" has loaded the library by the time the module is imported.
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu"],
@@ -103,28 +106,46 @@ def cuda_libraries(nvcc: Path) -> list[Path]:
     return [path for path in [*named, nvcc.resolve().parents[1] / "lib64"] if (path / "libcudart_static.a").exists()]
 
 
+def compile_kernels(nvcc: Path, source: Path, folder: Path) -> str:
+    """The object of one .cu file, for all architectures."""
+    codes = architectures(nvcc)
+    targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for what comes later
+    to = folder / f"{source.stem}.o"
+    options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", *targets]
+    done = subprocess.run([nvcc, *options, "-c", source, "-o", to], capture_output=True, text=True)
+    if done.returncode:
+        command = " ".join(map(str, done.args))
+        sys.exit(f"nvcc failed: {command}\n{done.stdout}{done.stderr}\nATTN_KERNELS_CUDA=0 builds without CUDA kernels")
+    return str(to)
+
+
 class BuildExtension(build_ext):
-    """Compiles the .cu files of the CUDA module, and keeps its objects apart: both modules have the bindings."""
+    """nvcc compiles the .cu files while the C++ compiler builds the CPU's module."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # a module of an earlier build may be for other architectures
+
+    def build_extensions(self) -> None:
+        if all(ext.name != "attn_kernels._C_cuda" for ext in self.extensions):
+            return super().build_extensions()
+        self.folder = Path(self.build_temp) / "cuda"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(JOBS) as pool:
+            sources = sorted(Path("csrc/cuda").glob("*.cu"))
+            self.kernels = pool.map(lambda source: compile_kernels(nvcc, source, self.folder), sources)
+            try:
+                super().build_extensions()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         if ext.name != "attn_kernels._C_cuda":
             return super().build_extension(ext)
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc()
-        common = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", "-c"]
-        codes = architectures(nvcc)
-        targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
-        targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for what comes later
-        sources = sorted(Path("csrc/cuda").glob("*.cu"))
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        with ThreadPoolExecutor(JOBS) as pool:
-            commands = [[*common, *targets, s, "-o", o] for s, o in zip(sources, objects, strict=True)]
-            for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
-                if done.returncode:
-                    sys.exit(f"nvcc failed: {' '.join(map(str, done.args))}\n{done.stdout}{done.stderr}")
-        ext.extra_objects = [str(path) for path in objects]
-        before, self.build_temp = self.build_temp, str(folder)
+        ext.extra_objects = list(self.kernels)
+        before, self.build_temp = self.build_temp, str(self.folder)  # both modules have the bindings
         try:
             super().build_extension(ext)
         finally:

@@ -1,6 +1,9 @@
 """Fused attention for RNN sequence-to-sequence models: score, softmax and context in one pass, forward and backward."""
 
+from typing import TYPE_CHECKING, Any
+
 from .backends import Backend, backends
+from .errors import ArgumentError, ArgumentTypeError, ArgumentValueError
 from .functional import additive_attention, additive_scores, dot_attention, prepare_keys
 from .memory import Memory
 from .modules import BahdanauAttention, CosineAttention, LuongAttention
@@ -8,7 +11,13 @@ from .patching import patch, patched, unpatch
 from .reference import Attention
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .fusing import fuse, fused, unfuse
+
 __all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
     "Attention",
     "Backend",
     "BahdanauAttention",
@@ -20,8 +29,20 @@ __all__ = [
     "additive_scores",
     "backends",
     "dot_attention",
+    "fuse",
+    "fused",
     "patch",
     "patched",
     "prepare_keys",
+    "unfuse",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs use is imported when it is asked for."""
+    if name in ("fuse", "fused", "unfuse"):
+        from . import fusing
+
+        return getattr(fusing, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

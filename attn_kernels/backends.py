@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .errors import ArgumentTypeError, ArgumentValueError
+
 NAMES = ("cuda", "triton", "cpu", "reference")  # fastest first
 
 
@@ -35,7 +37,7 @@ def choose(backend: str | None, device_type: str) -> str:
     Raises ValueError, with the reason, where a named backend cannot: it is never replaced by another.
     """
     if backend is not None and not isinstance(backend, str):
-        raise TypeError(_unknown(backend))
+        raise ArgumentTypeError(_unknown(backend))
     chosen = _chosen.get((backend, device_type))
     if chosen is None:
         chosen = _chosen[backend, device_type] = _choose(backend, device_type)
@@ -56,10 +58,10 @@ def _choose(backend: str | None, device_type: str) -> str:
             if _refusal(name, device_type) is None and not (name in ("cuda", "triton") and device_type == "cpu"):
                 return name
     if backend not in NAMES:
-        raise ValueError(_unknown(backend))
+        raise ArgumentValueError(_unknown(backend))
     reason = _refusal(backend, device_type)
     if reason is not None:
-        raise ValueError(f"attn_kernels: backend={backend!r} cannot be used on {device_type} tensors: {reason}")
+        raise ArgumentValueError(f"attn_kernels: backend={backend!r} cannot be used on {device_type} tensors: {reason}")
     return backend
 
 
@@ -102,6 +104,11 @@ def build_info() -> dict[str, str] | None:
     return None if _compiled is None else _compiled.build_info()
 
 
+def checksums() -> Any:
+    """``checksums(address, bytes, pieces)`` of the compiled module; None without one."""
+    return None if _compiled is None else _compiled.checksums
+
+
 def _probe_cpu() -> tuple[bool, str]:
     if _compiled is None:
         return False, _compiled_reason
@@ -123,7 +130,17 @@ def _load_triton() -> str | None:
         importlib.import_module("attn_kernels.triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}): pip install 'attn_kernels[triton]'"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
+        if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+            return f"the interpreter of Triton {triton} fails with NumPy {numpy}: pip install 'numpy<2.4'"
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """``3.6.0+git1234`` -> ``(3, 6)``"""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _probe_triton() -> tuple[bool, str]:
@@ -144,7 +161,9 @@ def _gpu_name() -> str:
 
 # cuda: the compiled module _C_cuda --------------------------------------------------------------------------------
 
-_cuda, _cuda_reason = _load_compiled("_C_cuda", "pip install . needs nvcc; ATTN_KERNELS_CUDA=1 insists on it")
+_cuda, _cuda_reason = _load_compiled(
+    "_C_cuda", "it needs nvcc and a PyTorch with CUDA; ATTN_KERNELS_CUDA=1 insists on it"
+)
 
 
 def cuda_build_info() -> dict[str, Any] | None:

@@ -61,15 +61,33 @@ class Meeting:
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._state = _state(keys, values)
+        self._state = *_state(keys), *_state(values)
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
         self.keys, self.values = keys.detach(), values.detach()
+        self.memory = (keys, values)  # for gradients that are differentiated themselves
         self.token = _Meeting.apply(keys, values, self._passes)
         self.nothing = self.token.detach()  # the gradient of the token: None is no number to compiled autograd
 
     def is_of(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether keys and values, the tensors that it was made of, still have the same place in autograd's graph."""
-        return self._state == _state(keys, values)
+        """Whether keys and values still have the storage and the place in autograd's graph that they had.
+
+        What they hold may have been written to: both that and ``self.keys`` show it.
+        """
+        is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+        return (
+            self._state == (*_state(keys), *_state(values))
+            and is_alias(self.keys, keys)
+            and is_alias(self.values, values)
+        )
+
+    def arguments(self, *arguments: Any) -> tuple[Any, ...]:
+        """Those of a step's backward; where that is differentiated itself, with keys and values as autograd knows them.
+
+        arguments: grad_context, grad_alignments, query, keys, values, and what follows in the op's backward.
+        """
+        if torch.is_grad_enabled():  # the pass has create_graph=True
+            return *arguments[:3], *self.memory, *arguments[5:]
+        return arguments
 
     def leave(self, step: _Step) -> None:
         """Called by the backward of a step."""
@@ -126,8 +144,9 @@ def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
     queries may not have.
     """
     return (
-        backend in ops.BACKENDS  # the reference differentiates twice
+        backend in ops.BACKENDS  # not the reference
         and not is_compiling()
+        and not torch._C._is_tracing()
         and torch.is_grad_enabled()
         and pays(query, keys, values)
         and (mask is None or mask.dim() == 2 or query.shape[1] == 1)
@@ -136,9 +155,9 @@ def defers(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tens
     )
 
 
-def _state(keys: Tensor, values: Tensor) -> tuple[int, bool, int, bool]:
-    """Differs where a tensor was written to, or began or ceased to need a gradient."""
-    return keys._version, keys.requires_grad, values._version, values.requires_grad
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """Differs where a tensor was written to, got other storage, or began or ceased to need a gradient."""
+    return x._version, x.requires_grad, x.grad_fn, x.storage_offset(), x.shape, x.stride()
 
 
 class _Meeting(Function):
@@ -220,7 +239,7 @@ class _AdditiveStep(Function):
     def backward(ctx, grad_context, grad_alignments=None):
         if grad_context is None and grad_alignments is None:
             return (None,) * 10
-        arguments = (grad_context, grad_alignments, *ctx.saved_tensors)
+        arguments = ctx.meeting.arguments(grad_context, grad_alignments, *ctx.saved_tensors)
         ctx.meeting.leave(_Step("additive_attention", ctx.backend, arguments))
         dquery, dv, dbias = ops.call("additive_attention_query_backward", ctx.backend, *arguments)
         dbias = dbias if ctx.needs_input_grad[5] else None
@@ -242,7 +261,8 @@ class _DotStep(Function):
         if grad_context is None and grad_alignments is None:
             return (None,) * 8
         *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
-        arguments = (grad_context, grad_alignments, *tensors, ctx.scale, memory_lengths, mask, alignments)
+        others = (ctx.scale, memory_lengths, mask, alignments)
+        arguments = ctx.meeting.arguments(grad_context, grad_alignments, *tensors, *others)
         ctx.meeting.leave(_Step("dot_attention", ctx.backend, arguments))
         dquery = ops.call("dot_attention_query_backward", ctx.backend, *arguments)
         return None, ctx.meeting.nothing, None, dquery, None, None, None, None

@@ -12,6 +12,8 @@ from torch.compiler import is_compiling
 from . import ops, reference
 from .backends import choose
 from .deferred import Meeting, defers, pays
+from .derivatives import transforms_are_active
+from .errors import ArgumentTypeError, ArgumentValueError
 from .reference import Attention
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ def additive_attention(
     inputs are cast to its dtype (float64 excepted), like those of ``scaled_dot_product_attention``.
 
     Raises:
-        ValueError: a shape, device, length or backend does not fit. TypeError: a dtype or type does not.
+        ArgumentValueError (a ValueError): a shape, device, length or backend does not fit. ArgumentTypeError (a
+            TypeError): a dtype or type does not. Both are ``attn_kernels.ArgumentError``.
     """
     name = "additive_attention"
     if type(scale) is not float or scale != 1.0:
@@ -86,7 +89,7 @@ def additive_attention(
         v = scale * v
     if extra is not None:
         if prepared is not None:
-            raise ValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
+            raise ArgumentValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
         keys = _with_extra(name, query, keys, extra)
     given = values
     if values is None:
@@ -134,7 +137,7 @@ def _additive_attention(
         if chosen not in _CHECKED or is_compiling():
             _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, chosen)
         elif not _beside(query, keys, values, v, bias, prepared, memory_lengths, mask):
-            raise ValueError  # whose words _check_additive_attention has
+            raise ArgumentValueError  # whose words _check_additive_attention has
         q, k, x, w, b = _autocast(query, keys, values, v, bias)
         if chosen == "reference":
             return reference.additive_attention(
@@ -195,15 +198,17 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
     name = "prepare_keys"
     _check_tensor(name, "keys", keys)
     if keys.dim() != 3:
-        raise ValueError(f"{name}: keys must have shape (B, Tk, A), got {_shape(keys)}")
+        raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A), got {_shape(keys)}")
     if keys.dtype not in _DTYPES:
-        raise TypeError(f"{name}: keys must be float32, bfloat16, float16 or float64, got {keys.dtype}")
+        raise ArgumentTypeError(f"{name}: keys must be float32, bfloat16, float16 or float64, got {keys.dtype}")
     chosen = choose(backend, keys.device.type)
     if keys.dtype == torch.float64 or chosen not in ("cpu", "cuda"):
         return None
     if chosen == "cuda" and keys.dtype == torch.float16:
         return None  # float32 would be twice the bytes, and reading them is what takes the time there
-    return ops.kernel("additive_prepare", chosen)(keys.detach())
+    if transforms_are_active() if is_compiling() else torch._C._is_tracing():
+        return None  # there ops are formulas: see ops.call
+    return ops.call("additive_prepare", chosen, keys.detach())
 
 
 def dot_attention(
@@ -278,7 +283,7 @@ def _dot_attention(
             and -_INFINITY < scale < _INFINITY
             and _beside(query, keys, values, memory_lengths, mask)
         ):
-            raise ValueError  # whose words _check_dot_attention has
+            raise ArgumentValueError  # whose words _check_dot_attention has
         q, k, x = _autocast(query, keys, values)
         if chosen == "reference":
             return reference.dot_attention(
@@ -346,7 +351,7 @@ def additive_scores(
         if chosen not in _CHECKED or is_compiling():
             _check_additive_scores(query, keys, v, bias)
         elif not _beside(query, keys, v, bias):
-            raise ValueError  # whose words _check_additive_scores has
+            raise ArgumentValueError  # whose words _check_additive_scores has
         q, k, w, b = _autocast(query, keys, v, bias)
         if chosen == "reference":
             return reference.additive_scores(q, k, w, b)
@@ -372,17 +377,17 @@ def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor
     _check_query_keys(name, query, keys)
     _check_tensor(name, "extra", extra)
     if extra.shape != keys.shape:
-        raise ValueError(f"{name}: extra must have shape (B, Tk, A) = {_shape(keys)}, got {_shape(extra)}")
+        raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {_shape(keys)}, got {_shape(extra)}")
     _check_device(name, query, "extra", extra)
     if extra.dtype != keys.dtype:
-        raise TypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
+        raise ArgumentTypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
     return keys + extra
 
 
 def _no_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:
     """Values of size 0, for a call that wants the alignments only."""
     if not need_weights:
-        raise ValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
+        raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
     _check_query_keys(name, query, keys)
     return keys.new_empty((*keys.shape[:2], 0))
 
@@ -444,19 +449,19 @@ def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
 
 def _check_scale(name: str, scale: object) -> None:
     if not isinstance(scale, (int, float)):
-        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+        raise ArgumentTypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
     if not -_INFINITY < scale < _INFINITY:
-        raise ValueError(f"{name}: scale must be a finite number, got {scale}")
+        raise ArgumentValueError(f"{name}: scale must be a finite number, got {scale}")
 
 
 def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
     _check_tensor(name, "query", query)
     _check_tensor(name, "keys", keys)
     if query.dim() not in (2, 3):
-        raise ValueError(f"{name}: query must have shape (B, Tq, A) or (B, A), got {_shape(query)}")
+        raise ArgumentValueError(f"{name}: query must have shape (B, Tq, A) or (B, A), got {_shape(query)}")
     if keys.dim() != 3 or keys.shape[0] != query.shape[0] or keys.shape[2] != query.shape[-1]:
         expected = f"({query.shape[0]}, *, {query.shape[-1]})"
-        raise ValueError(f"{name}: keys must have shape (B, Tk, A) = {expected}, got {_shape(keys)}")
+        raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A) = {expected}, got {_shape(keys)}")
     _check_device(name, query, "keys", keys)
 
 
@@ -464,7 +469,7 @@ def _check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> Non
     _check_tensor(name, "values", values)
     if values.dim() != 3 or values.shape[0] != keys.shape[0] or values.shape[1] != keys.shape[1]:
         expected = f"({keys.shape[0]}, {keys.shape[1]}, *)"
-        raise ValueError(f"{name}: values must have shape (B, Tk, D) = {expected}, got {_shape(values)}")
+        raise ArgumentValueError(f"{name}: values must have shape (B, Tk, D) = {expected}, got {_shape(values)}")
     _check_device(name, query, "values", values)
 
 
@@ -473,7 +478,7 @@ def _check_units(name: str, query: Tensor, argument: str, units: Tensor | None) 
         return
     _check_tensor(name, argument, units)
     if units.dim() != 1 or units.shape[0] != query.shape[-1]:
-        raise ValueError(f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {_shape(units)}")
+        raise ArgumentValueError(f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {_shape(units)}")
     _check_device(name, query, argument, units)
 
 
@@ -482,19 +487,17 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
     if memory_lengths is not None:
         _check_tensor(name, "memory_lengths", memory_lengths)
         if memory_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
+            raise ArgumentTypeError(f"{name}: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
         if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
-            raise ValueError(f"{name}: memory_lengths must have shape (B,) = ({batch},), got {_shape(memory_lengths)}")
+            raise ArgumentValueError(
+                f"{name}: memory_lengths must have shape (B,) = ({batch},), got {_shape(memory_lengths)}"
+            )
         _check_device(name, query, "memory_lengths", memory_lengths)
-        if memory_lengths.device.type == "cpu" and not is_compiling():
-            lengths = memory_lengths.tolist()
-            if lengths and (min(lengths) < 0 or max(lengths) > steps):
-                got = f"{min(lengths)}..{max(lengths)}"
-                raise ValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
+        _check_range(name, memory_lengths, steps)
     if mask is not None:
         _check_tensor(name, "mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"{name}: mask must be bool (True = attend), got {mask.dtype}")
+            raise ArgumentTypeError(f"{name}: mask must be bool (True = attend), got {mask.dtype}")
         queries = query.shape[1] if query.dim() == 3 else 1
         if mask.dim() == 2:
             fits = mask.shape[0] == batch and mask.shape[1] == steps
@@ -502,40 +505,69 @@ def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor 
             fits = mask.dim() == 3 and mask.shape[0] == batch and mask.shape[1] == queries and mask.shape[2] == steps
         if not fits:
             expected = f"({batch}, {steps}) or ({batch}, {queries}, {steps})"
-            raise ValueError(f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}")
+            raise ArgumentValueError(
+                f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}"
+            )
         _check_device(name, query, "mask", mask)
+
+
+def _check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
+    """Whether lengths are within 0..Tk: where they can be read without waiting for a device, or at all."""
+    if memory_lengths.device.type != "cpu" or is_compiling() or torch._C._is_tracing():
+        return
+    try:
+        lengths = memory_lengths.tolist()
+        fits = not lengths or (min(lengths) >= 0 and max(lengths) <= steps)
+    except RuntimeError:  # there are no values in fake tensors, and none to be seen in those of a transform or a trace
+        return
+    if not fits:
+        got = f"{min(lengths)}..{max(lengths)}"
+        raise ArgumentValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
 
 
 def _check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
     _check_tensor(name, "prepared", prepared)
     if backend not in ("cpu", "cuda", "reference"):  # the reference needs no preparation and is right without
-        raise ValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
+        raise ArgumentValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
     dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
     if keys.dtype == torch.float64 or prepared.dtype != dtype:
-        raise TypeError(f"{name}: prepared must be what prepare_keys makes of {keys.dtype} keys, got {prepared.dtype}")
+        raise ArgumentTypeError(
+            f"{name}: prepared must be what prepare_keys makes of {keys.dtype} keys, got {prepared.dtype}"
+        )
     if prepared.dim() != 3 or prepared.shape[0] != keys.shape[0] or prepared.shape[1] < keys.shape[1]:
         expected = f"({keys.shape[0]}, >= {keys.shape[1]}, *)"
-        raise ValueError(f"{name}: prepared must be what prepare_keys made of keys, {expected}, got {_shape(prepared)}")
+        raise ArgumentValueError(
+            f"{name}: prepared must be what prepare_keys made of keys, {expected}, got {_shape(prepared)}"
+        )
     _check_device(name, keys, "prepared", prepared)
 
 
 def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
     dtype = query.dtype
     if dtype not in _DTYPES:
-        raise TypeError(f"{name}: query must be float32, bfloat16, float16 or float64, got {dtype}")
+        raise ArgumentTypeError(f"{name}: query must be float32, bfloat16, float16 or float64, got {dtype}")
     for argument, tensor in others.items():
         if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
+            raise ArgumentTypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
 
 
 def _check_tensor(name: str, argument: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
+        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {kind(tensor)}")
+
+
+def kind(value: object) -> str:
+    """The type of what is no tensor, for an error message."""
+    if isinstance(value, torch.fx.Proxy):
+        return "Proxy: torch.fx.symbolic_trace cannot look into this call, torch.export and leaf modules can"
+    return type(value).__name__
 
 
 def _check_device(name: str, query: Tensor, argument: str, tensor: Tensor) -> None:
     if tensor.device != query.device:
-        raise ValueError(f"{name}: {argument} must be on the device of query, {query.device}, got {tensor.device}")
+        raise ArgumentValueError(
+            f"{name}: {argument} must be on the device of query, {query.device}, got {tensor.device}"
+        )
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

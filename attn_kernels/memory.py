@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .deferred import Meeting
-from .functional import prepare_keys
+from .errors import ArgumentTypeError, ArgumentValueError
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
     """Projected memory of a batch: an explicit value that each decoding step is given, not state of a module.
 
-    It is a pytree of its tensors: ``torch.compile`` and ``torch.export`` take it as an argument and as a result.
+    It is a pytree of its tensors: ``torch.compile`` and ``torch.export`` take it as an argument and as a result. It
+    holds nothing derived from them, such as what :func:`attn_kernels.prepare_keys` makes of keys: so steps are right
+    after any write to its tensors, and with a copy that has others in their place.
 
     keys: (B, Tk, A), projected memory, in the form that the module which made it compares with its query.
     values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
     memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
     mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
-    prepared: what :func:`attn_kernels.prepare_keys` made of ``keys`` for additive attention, or None.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype or type does not. Whether lengths are
@@ -33,44 +34,42 @@ class Memory:
     values: Tensor
     memory_lengths: Tensor | None = None
     mask: Tensor | None = None
-    prepared: Tensor | None = None
+
+    prepared: ClassVar[Tensor | None] = None  # of a PreparedMemory only
 
     def __post_init__(self) -> None:
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
             _check_tensor(argument, tensor, self.keys)
             if not tensor.is_floating_point():
-                raise TypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
+                raise ArgumentTypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
             if tensor.dim() != 3:
-                raise ValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
+                raise ArgumentValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
         batch, steps = self.keys.shape[0], self.keys.shape[1]
         if self.values.shape[0] != batch or self.values.shape[1] != steps:
             expected = f"(B, Tk, D) = ({batch}, {steps}, *)"
-            raise ValueError(f"Memory: values must have shape {expected}, got {tuple(self.values.shape)}")
+            raise ArgumentValueError(f"Memory: values must have shape {expected}, got {tuple(self.values.shape)}")
         if self.memory_lengths is not None:
             self._check_lengths(self.memory_lengths, batch)
         if self.mask is not None:
             self._check_mask(self.mask, batch, steps)
-        if self.prepared is not None:
-            _check_tensor("prepared", self.prepared, self.keys)
-            if self.prepared.dim() != 3 or self.prepared.shape[0] != batch:
-                expected = f"({batch}, *, *), as prepare_keys makes it"
-                raise ValueError(f"Memory: prepared must have shape {expected}, got {tuple(self.prepared.shape)}")
 
     def _check_lengths(self, memory_lengths: Tensor, batch: int) -> None:
         _check_tensor("memory_lengths", memory_lengths, self.keys)
         if memory_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"Memory: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
+            raise ArgumentTypeError(f"Memory: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
         if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
             expected = f"(B,) = ({batch},)"
-            raise ValueError(f"Memory: memory_lengths must have shape {expected}, got {tuple(memory_lengths.shape)}")
+            raise ArgumentValueError(
+                f"Memory: memory_lengths must have shape {expected}, got {tuple(memory_lengths.shape)}"
+            )
 
     def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
         _check_tensor("mask", mask, self.keys)
         if mask.dtype != torch.bool:
-            raise TypeError(f"Memory: mask must be bool (True = attend), got {mask.dtype}")
+            raise ArgumentTypeError(f"Memory: mask must be bool (True = attend), got {mask.dtype}")
         if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != steps:
             expected = f"(B, Tk) or (B, Tq, Tk) = ({batch}, {steps}) or ({batch}, *, {steps})"
-            raise ValueError(f"Memory: mask must have shape {expected}, got {tuple(mask.shape)}")
+            raise ArgumentValueError(f"Memory: mask must have shape {expected}, got {tuple(mask.shape)}")
 
     @property
     def batch_size(self) -> int:
@@ -94,11 +93,11 @@ class Memory:
         """
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64, torch.bool):
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(f"Memory.select: indices must be an int32, int64 or bool tensor, got {got}")
+            raise ArgumentTypeError(f"Memory.select: indices must be an int32, int64 or bool tensor, got {got}")
         is_mask = indices.dtype == torch.bool
         if indices.dim() != 1 or (is_mask and indices.shape[0] != self.batch_size):
             expected = f"(B,) = ({self.batch_size},)" if is_mask else "(n,)"
-            raise ValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
+            raise ArgumentValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
         if is_mask:
             indices = indices.nonzero().squeeze(1)
         return Memory(
@@ -106,30 +105,45 @@ class Memory:
             self.values.index_select(0, indices),
             None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
             None if self.mask is None else self.mask.index_select(0, indices),
-            None if self.prepared is None else self.prepared.index_select(0, indices),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
         keys = self.keys.to(*args, **kwargs)
-        prepared = self.prepared  # belongs to these very keys: others are prepared anew
-        if prepared is not None and keys is not self.keys:
-            prepared = prepare_keys(keys)
         move = {"device": keys.device, "non_blocking": kwargs.get("non_blocking", False)}
         return Memory(
             keys,
             self.values.to(*args, **kwargs),
             None if self.memory_lengths is None else self.memory_lengths.to(**move),
             None if self.mask is None else self.mask.to(**move),
-            prepared,
         )
 
 
 torch.export.register_dataclass(Memory, serialized_type_name="attn_kernels.Memory")
 
 
+class PreparedMemory(Memory):
+    """A memory with ``prepared``, which :func:`attn_kernels.prepare_keys` made of its keys, for additive attention.
+
+    It is for many steps within one call of this package, such as a search: no code of others has it, which could write
+    to the keys. Whatever is made of it but by ``select`` is without ``prepared``.
+    """
+
+    @classmethod
+    def of(cls, memory: Memory, prepared: Tensor | None) -> PreparedMemory:
+        made = cls(memory.keys, memory.values, memory.memory_lengths, memory.mask)
+        object.__setattr__(made, "prepared", prepared)
+        return made
+
+    def select(self, indices: Tensor) -> Memory:
+        selected = super().select(indices)
+        return selected if self.prepared is None else self.of(selected, self.prepared[indices])
+
+
 def _check_tensor(argument: str, tensor: object, keys: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"Memory: {argument} must be a tensor, got {type(tensor).__name__}")
+        raise ArgumentTypeError(f"Memory: {argument} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != keys.device:
-        raise ValueError(f"Memory: {argument} must be on the device of keys, {keys.device}, got {tensor.device}")
+        raise ArgumentValueError(
+            f"Memory: {argument} must be on the device of keys, {keys.device}, got {tensor.device}"
+        )

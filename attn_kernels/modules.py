@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import additive_step, dot_step, prepare_keys
+from .errors import ArgumentTypeError, ArgumentValueError
+from .functional import additive_step, dot_step, kind
 from .memory import Memory
 from .reference import Attention, attended
 
@@ -39,7 +40,7 @@ class _MemoryAttention(nn.Module):
         self._name = type(self).__name__
         for argument, size in (("query_size", query_size), ("memory_size", memory_size), ("units", key_size)):
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
+                raise ArgumentValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
         self.query_size = query_size
         self.memory_size = memory_size
         self.key_size = key_size
@@ -55,39 +56,43 @@ class _MemoryAttention(nn.Module):
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         """
         if not isinstance(memory, Tensor):
-            raise TypeError(f"{self._name}.memory: memory must be a tensor, got {type(memory).__name__}")
+            raise ArgumentTypeError(f"{self._name}.memory: memory must be a tensor, got {kind(memory)}")
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
             expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
-            raise ValueError(f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}")
+            raise ArgumentValueError(
+                f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}"
+            )
         values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
         allowed = attended(values, memory_lengths, mask)
         if allowed is not None:
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
         keys = self._keys(values)
-        return Memory(keys, values, memory_lengths, mask, self._prepare(keys))
+        return Memory(keys, values, memory_lengths, mask)
 
-    def _prepare(self, keys: Tensor) -> Tensor | None:
-        """What the kernels of a step need of the keys, made once per sentence."""
-        return None
+    def __prepare_scriptable__(self) -> None:
+        others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
+        raise RuntimeError(f"{self._name}: torch.jit.script cannot compile a Memory; {others}")
 
     def _keys(self, values: Tensor) -> Tensor:
         return values if self.memory_projection is None else self.memory_projection(values)
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         if not isinstance(query, Tensor):
-            raise TypeError(f"{self._name}: query must be a tensor, got {type(query).__name__}")
+            raise ArgumentTypeError(f"{self._name}: query must be a tensor, got {kind(query)}")
         if not isinstance(memory, Memory):
             got = type(memory).__name__
-            raise TypeError(f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}")
+            raise ArgumentTypeError(
+                f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}"
+            )
         batch, steps, key_size = memory.keys.shape
         if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
             expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
-            raise ValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
         if key_size != self.key_size or memory.values.shape[2] != self.memory_size:
             expected = f"keys ({batch}, {steps}, {self.key_size}) and values ({batch}, {steps}, {self.memory_size})"
             got = f"{tuple(memory.keys.shape)} and {tuple(memory.values.shape)}, as of another module's memory"
-            raise ValueError(f"{self._name}: memory must have {expected}, got {got}")
+            raise ArgumentValueError(f"{self._name}: memory must have {expected}, got {got}")
 
     def _repr(self, **settings: Any) -> str:
         sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
@@ -153,9 +158,6 @@ class BahdanauAttention(_MemoryAttention):
         """(A,): ``v``, or with ``normalize`` g v / |v|."""
         return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
-    def _prepare(self, keys: Tensor) -> Tensor | None:
-        return prepare_keys(keys, backend=self.backend)
-
     def extra_repr(self) -> str:
         return self._repr(units=self.units, normalize=self.normalize)
 
@@ -198,15 +200,15 @@ class LuongAttention(_MemoryAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if score not in ("dot", "general", "concat"):
-            raise ValueError(f"LuongAttention: score must be 'dot', 'general' or 'concat', got {score!r}")
+            raise ArgumentValueError(f"LuongAttention: score must be 'dot', 'general' or 'concat', got {score!r}")
         if score == "dot" and query_size != memory_size:
-            raise ValueError(
+            raise ArgumentValueError(
                 "LuongAttention: score='dot' needs query_size = memory_size, "
                 f"got {query_size} and {memory_size}; score='general' projects the memory to query_size"
             )
         if (units is not None) != (score == "concat"):
             expected = "a size" if score == "concat" else "None"
-            raise ValueError(f"LuongAttention: units must be {expected} with score={score!r}, got {units!r}")
+            raise ArgumentValueError(f"LuongAttention: units must be {expected} with score={score!r}, got {units!r}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             query_size,
@@ -237,9 +239,6 @@ class LuongAttention(_MemoryAttention):
     def score_vector(self) -> Tensor:
         """(A,), of "concat": ``v``, or with ``scale`` g v."""
         return self.v if self.g is None else self.g * self.v
-
-    def _prepare(self, keys: Tensor) -> Tensor | None:
-        return None if self.v is None else prepare_keys(keys, backend=self.backend)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}
@@ -286,7 +285,7 @@ class CosineAttention(_MemoryAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if units is None and query_size != memory_size:
-            raise ValueError(
+            raise ArgumentValueError(
                 "CosineAttention: without units, query_size must be memory_size, "
                 f"got {query_size} and {memory_size}; units=... projects both to that size"
             )
@@ -320,9 +319,10 @@ class CosineAttention(_MemoryAttention):
 
     def _unit_length(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps.
-        return (wide / torch.where(length > self.eps, length, 1.0)).to(x.dtype)
+        squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
+        # before the root, not after it: its second derivative at 0 is NaN.
+        return (wide / torch.where(squares > self.eps**2, squares, 1.0).sqrt()).to(x.dtype)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

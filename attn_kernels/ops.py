@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from . import derivatives
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
@@ -34,67 +37,83 @@ def _define(
     fake: Callable[..., Any],
     differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
 ) -> None:
-    """``differentiable``: the rule of autograd for a backend; None where results are constants."""
+    """``differentiable``: makes the rule of autograd for a backend; None for that of derivatives.py in all cases."""
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", fake, lib=library)
         _register_autograd(op, backend, differentiable(backend) if differentiable else None)
+        if not op.endswith("_backward"):
+            # For torch.onnx.export, whose table of decompositions has all that are registered. Others choose theirs:
+            # torch.export and torch.compile keep the op.
+            register_decomposition(kernel(op, backend))(_decomposition(op, fake))
+
+
+def _decomposition(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An op in plain PyTorch. What ``additive_prepare`` makes is not read by the formulas."""
+
+    def decomposition(*args: Any) -> Any:
+        if op == "additive_prepare":
+            return torch.zeros_like(fake(*args))
+        return derivatives.apply_formula(op, args)
+
+    return decomposition
 
 
 def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function] | None) -> None:
     overload = kernel(op, backend)
+    attends = op.endswith("_attention")
+
+    def compute(*args: Any) -> Any:
+        return below_autograd(op, backend, (*args[:-1], True) if attends else args)
+
+    def gradients(*args: Any) -> Any:
+        return call(f"{op}_backward", backend, *args)
+
+    complete_rule = derivatives.rule(op, compute, None if function is None else gradients)
+    function = function or complete_rule
 
     def autograd(*args: Any) -> Any:
-        # In forward mode too the Function is what refuses, where its tangents would be dropped without a word.
-        if function is not None and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        if forward_ad._current_level >= 0:
+            return complete_rule.apply(*args)
+        if torch.is_grad_enabled():
             for arg in args:
-                if isinstance(arg, Tensor) and (arg.requires_grad or forward_ad._current_level >= 0):
+                if isinstance(arg, Tensor) and arg.requires_grad:
                     return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    def complete(*args: Any) -> Any:
+    def of_dispatcher(*args: Any) -> Any:
         result = autograd(*args)
-        return (result, result.new_empty(0)) if isinstance(result, Tensor) and attends else result
+        if not attends or args[-1]:
+            return result
+        context = result if isinstance(result, Tensor) else result[0]
+        return context, context.new_empty(0)
 
-    attends = op.endswith("_attention")
-    library.impl(f"{op}.{backend}", complete, "Autograd")
+    library.impl(f"{op}.{backend}", of_dispatcher, "Autograd")
     _rules[op, backend] = autograd
+    _complete_rules[op, backend] = complete_rule
 
 
 _rules: dict[tuple[str, str], Callable[..., Any]] = {}
+_complete_rules: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
 def call(op: str, backend: str, *args: Any) -> Any:
     """``kernel(op, backend)(*args)``, at two thirds of its cost: past the dispatcher where only autograd would act.
 
-    Of an attention that is to return no alignments, it may return the context alone.
+    Of an attention that is to return no alignments, it may return the context alone, or alignments all the same. What
+    ``torch.jit.trace`` records is the formula of the reference: it would not record the rule of autograd.
     """
-    if is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling():
+        if derivatives.transforms_are_active():
+            return derivatives.apply_formula(op, args)
         return kernel(op, backend)(*args)
+    if torch._C._are_functorch_transforms_active():
+        return _complete_rules[op, backend].apply(*args)
+    if torch._C._is_tracing():
+        return derivatives.apply_formula(op, args)
     return _rules[op, backend](*args)
-
-
-def _refuse_second_derivative(op: str) -> Callable[[str], type[torch.autograd.Function]]:
-    """The autograd rule of a backward op: its results, once differentiated again, raise an error."""
-
-    def make(backend: str) -> type[torch.autograd.Function]:
-        class Backward(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *args):
-                return below_autograd(op, backend, args)
-
-            @staticmethod
-            def backward(ctx, *gradients):
-                name = op.removesuffix("_backward").removesuffix("_query")
-                raise RuntimeError(
-                    f"{name}: backend={backend!r} has no second derivative; backend='reference' differentiates twice"
-                )
-
-        return Backward
-
-    return make
 
 
 def below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
@@ -140,7 +159,6 @@ _define(
     "additive_scores_backward",
     "(Tensor grad_scores, Tensor query, Tensor keys, Tensor v, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _additive_scores_backward_fake,
-    _refuse_second_derivative("additive_scores_backward"),
 )
 _define(
     "additive_scores",
@@ -221,7 +239,6 @@ _define(
     "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _additive_attention_backward_fake,
-    _refuse_second_derivative("additive_attention_backward"),
 )
 
 
@@ -237,7 +254,6 @@ _define(
     "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
     "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
     _additive_attention_query_backward_fake,
-    _refuse_second_derivative("additive_attention_query_backward"),
 )
 _define(
     "additive_attention",
@@ -289,7 +305,6 @@ _define(
     "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
     "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
     _dot_attention_backward_fake,
-    _refuse_second_derivative("dot_attention_backward"),
 )
 
 
@@ -305,7 +320,6 @@ _define(
     "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
     "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> Tensor",
     _dot_attention_query_backward_fake,
-    _refuse_second_derivative("dot_attention_query_backward"),
 )
 _define(
     "dot_attention",

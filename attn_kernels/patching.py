@@ -23,9 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import re
 import types
@@ -39,7 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .sentence import forget
+from .derived import forget
+from .errors import ArgumentError
+from .sources import class_at, digest, own_methods, replaced_method
 
 # Names of classes that are likely to compute attention, so that a report mentions them.
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn|^Att[A-Z]|GATv2", re.IGNORECASE)
@@ -63,6 +63,8 @@ class Fused:
     least_elements: ClassVar[int] = 0
 
     _original: ClassVar[type[nn.Module]]
+    _own_forward: ClassVar[Any]  # of the original class, when the class of the patched module was made
+    _own_methods: ClassVar[frozenset[str]]  # names of the methods of the original class
 
     @classmethod
     def covers(cls, module: Any) -> str | None:
@@ -77,6 +79,8 @@ class Fused:
         raise NotImplementedError(f"{type(self).__name__}: its adapter has no attend")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Fused):  # a wrapper of this method was put into the module, which was unpatched since
+            return type(self).forward(self, *args, **kwargs)
         least = _least_elements(self)
         if least > 0 and not any(isinstance(x, Tensor) and x.numel() >= least for x in (*args, *kwargs.values())):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -84,6 +88,8 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as its original class and the wish to be patched: the class of its own has no name."""
+        if not isinstance(self, Fused):  # unpatched since this method was looked up
+            return type(self).__reduce_ex__(self, protocol)
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         function, arguments, *rest = reduced
         if not arguments or arguments[0] is not type(self):
@@ -104,7 +110,7 @@ class Adapter(NamedTuple):
     """A class that can be swapped.
 
     original: "module:Class". fused: its mixin. library, versions: for people. sources: digests of the source of the
-    classes known to compute what the mixin does, see :func:`digest`; empty for a class given as an object.
+    classes known to compute what the mixin does, see :func:`digest`; empty if any will do.
     """
 
     original: str
@@ -123,8 +129,10 @@ def adapts(
     """Class decorator: the adapter with which modules of class ``original`` are patched.
 
     Args:
-        original: the class, or "module:Class", which imports nothing. A later adapter of a class replaces an earlier.
-            Modules of its subclasses are left alone: they may compute something else.
+        original: the class, or "module:Class", which imports nothing: the class that is there when a module is patched.
+            A later adapter of a class replaces an earlier. Modules of other classes are left alone, since they may
+            compute something else: of its subclasses, and of classes of the same name, such as one that is defined
+            anew in a notebook or made by another call of the same function.
         library, versions: what ``python -m attn_kernels patch-list`` prints.
         sources: digests (:func:`digest`) of the class's source in those versions. Where they are given, a class with
             another source is left alone: another version of a library may compute something else.
@@ -139,26 +147,27 @@ def adapts(
     def register(fused: F) -> F:
         if not (isinstance(fused, type) and issubclass(fused, Fused)):
             raise TypeError(f"adapts: the adapter of {name} must be a subclass of Fused, got {fused!r}")
-        _adapters[name] = Adapter(name, fused, library, versions, tuple(sources))
+        adapter = Adapter(name, fused, library, versions, tuple(sources))
+        if isinstance(original, str):
+            _adapters[name] = adapter
+            there = class_at(*name.split(":", 1)) if ":" in name else None
+            if isinstance(there, type) and _NOTES in vars(there):
+                _notes(there).adapter = None
+        else:
+            notes = _notes(original)
+            notes.adapter, notes.forward = adapter, original.forward
+            _classes.add(original)
         return fused
 
     return register
-
-
-def digest(cls: type) -> str | None:
-    """Twelve digits that change with the source of a class, whatever its white space; None where there is no source."""
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return None
-    return hashlib.sha256("".join(source.split()).encode()).hexdigest()[:12]
 
 
 def adapters() -> list[Adapter]:
     """Every class that can be swapped, by library; for those in ``patches/`` no library is imported."""
     for file in _files():
         importlib.import_module(f"{__package__}.patches.{file}")
-    return sorted(_adapters.values(), key=lambda adapter: (adapter.library.lower(), adapter.original))
+    of_classes = [notes.adapter for cls in _classes if (notes := _notes(cls)).adapter is not None]
+    return sorted([*_adapters.values(), *of_classes], key=lambda adapter: (adapter.library.lower(), adapter.original))
 
 
 class Replaced(NamedTuple):
@@ -203,7 +212,7 @@ class Report:
             Fallback(name, module._original, reason, calls)
             for name, reference in self._modules
             if isinstance(module := reference(), Fused)
-            for reason, calls in module.__dict__.get(_COUNTER, {}).items()
+            for reason, calls in _fallbacks.get(module, {}).items()
         ]
 
     def __str__(self) -> str:
@@ -277,22 +286,67 @@ def _least_elements(module: Fused) -> int:
 
 
 def run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of ``attend``, or where it is Uncovered, or its ops refuse the arguments, that of ``original``."""
-    result: Any
-    if not is_compiling() and torch._C._are_functorch_transforms_active():
-        result = Uncovered("transforms of torch.func")
-    elif not is_compiling() and torch._C._is_tracing():
-        result = Uncovered("torch.jit.trace")  # where the ops have gradients it would record a call of Python
-    else:
+    """The result of ``attend``; that of ``original`` where it is Uncovered, or where this package refuses an argument.
+
+    Other errors are the caller's, or mistakes in the adapter: they are raised.
+    """
+    reason = None if is_compiling() else _hindrance(module)
+    if reason is None:
         try:
             result = module.attend(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            result = Uncovered(f"{type(error).__name__}: {error}")  # the original may take them, or has its own words
-    if isinstance(result, Uncovered):
-        if not is_compiling():  # a graph would be compiled anew for every count
-            module.__dict__.setdefault(_COUNTER, Counter())[result.reason] += 1
-        return original(*args, **kwargs)
-    return result
+        except ArgumentError as error:
+            if not is_compiling() and _is_from_a_module(error):
+                raise  # hooks and submodules have run, and one of them has failed: they are not run once more
+            reason = f"{type(error).__name__}: {error}"
+        except TypeError as error:
+            if is_compiling() or not _is_of_call(error) or _takes(original, args, kwargs):
+                raise
+            return original(*args, **kwargs)  # which raises an error in terms of its own signature
+        else:
+            if not isinstance(result, Uncovered):
+                return result
+            reason = result.reason
+    if not is_compiling():  # a graph would be compiled anew for every count
+        _fallbacks.setdefault(module, Counter())[reason] += 1
+    return original(*args, **kwargs)
+
+
+def _hindrance(module: Any) -> str | None:
+    """Why this call is for the original, whatever its arguments."""
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of torch.func"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"  # where the ops have gradients it would record a call of Python
+    if module._original.forward is not type(module)._own_forward:
+        return "the forward of its class was replaced"
+    if not module._own_methods.isdisjoint(module.__dict__):
+        replaced = module._own_methods & module.__dict__.keys() - {"forward"}  # a wrapper that has led here
+        if replaced:
+            return f"its method {min(replaced)!r} was replaced"
+    return None
+
+
+def _is_from_a_module(error: BaseException) -> bool:
+    """Whether an error was raised within the call of a module, and not by the adapter that called it."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is nn.Module._call_impl.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _is_of_call(error: TypeError) -> bool:
+    """Whether arguments do not fit the signature of the function that was called: nothing of it has run."""
+    return error.__traceback__ is None or error.__traceback__.tb_next is None
+
+
+def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -306,9 +360,30 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-_COUNTER = "_attn_kernels_fallbacks"  # in a module's __dict__: reason -> calls
-_adapters: dict[str, Adapter] = {}
-_fused_classes: dict[tuple[type[nn.Module], type[Fused]], type[Any]] = {}
+_NOTES = "_attn_kernels_notes"  # an attribute of classes
+_adapters: dict[str, Adapter] = {}  # those that are given by name
+_classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()  # those that were given to ``adapts``
+_fallbacks: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()  # of a module: reason -> calls
+
+
+class _Notes:
+    """What is known of a class, kept in the class itself: so it ends with the class, although it refers to it."""
+
+    def __init__(self) -> None:
+        self.adapter: Adapter | None = None  # given to ``adapts`` for this very class
+        self.forward: Any = None  # that of the class then
+        self.fused: dict[type[Fused], type[Any]] = {}  # by mixin: the classes of patched modules
+
+    def __reduce__(self) -> Any:
+        return dict, ()  # a class that is pickled by value goes without
+
+
+def _notes(cls: type) -> _Notes:
+    notes = vars(cls).get(_NOTES)
+    if not isinstance(notes, _Notes):
+        notes = _Notes()
+        setattr(cls, _NOTES, notes)
+    return notes
 
 
 def _check_model(function: str, model: object) -> None:
@@ -333,14 +408,30 @@ def _patch_module(module: nn.Module) -> str | None:
     adapter = _find(cls)
     if adapter is None:
         return _unknown(module)
-    if not _knows(adapter, cls):
-        return f"its source is not that of {adapter.library} {adapter.versions}, which the adapter was written for"
-    if "forward" in module.__dict__:
-        return "its forward was replaced by another hand"
-    reason = adapter.fused.covers(module)
+    if isinstance(adapter, str):
+        return adapter
+    if _forward_is_replaced(module):
+        return "its forward was replaced"
+    replaced = own_methods(cls, nn.Module) & vars(module).keys() - {"forward"}
+    reason = f"its method {min(replaced)!r} was replaced" if replaced else adapter.fused.covers(module)
     if reason is None:
-        module.__class__ = _fused_class(cls, adapter.fused)
+        _change_class(module, _fused_class(cls, adapter.fused))
     return reason
+
+
+def _forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the module has a ``forward`` of its own; wrappers that are taken off may leave the patched one there."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is Fused.forward:
+        return False
+    return forward is not None
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Seen by what torch.compile has made before, too: in torch 2.10 and 2.11 its guards look at ``__dict__`` alone."""
+    module.__class__ = cls
+    module.__dict__["_attn_kernels"] = None
+    del module.__dict__["_attn_kernels"]
 
 
 def _unknown(module: nn.Module) -> str | None:
@@ -355,11 +446,9 @@ def _unknown(module: nn.Module) -> str | None:
         return "it is a script: patch the model before torch.jit.script is called" if looks else None
     if cls.__module__.startswith(f"{__package__}."):
         return None
+    if any(_key(other) == _key(cls) and _notes(other).adapter is not None for other in _classes):
+        return "an adapter was given for another class of this name, defined at another time or place"
     return "no adapter for its class" if _LOOKS_LIKE_ATTENTION.search(cls.__name__) else None
-
-
-def _knows(adapter: Adapter, cls: type) -> bool:
-    return not adapter.sources or digest(cls) in adapter.sources
 
 
 def _unpatch(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
@@ -376,17 +465,39 @@ def _unpatch(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
 
 
 def _restore(module: Any) -> None:
-    module.__class__ = module._original
-    module.__dict__.pop(_COUNTER, None)
+    _change_class(module, module._original)
+    _fallbacks.pop(module, None)
     forget(module)
 
 
-def _find(cls: type) -> Adapter | None:
-    """The adapter of a class. The file of its library is imported, if there is one: the library itself is loaded."""
+def _find(cls: type[nn.Module]) -> Adapter | str | None:
+    """The adapter of a class; why the one that there is does not fit; None where there is none.
+
+    The file of its library is imported, if there is one: the library itself is loaded.
+    """
     file = cls.__module__.partition(".")[0]
     if file in _files():
         importlib.import_module(f"{__package__}.patches.{file}")
-    return _adapters.get(_key(cls))
+    notes = vars(cls).get(_NOTES)
+    adapter = notes.adapter if isinstance(notes, _Notes) else None
+    if adapter is not None:
+        if cls.forward is not notes.forward:
+            return "the forward of its class was replaced after its adapter was given"
+    else:
+        adapter = _adapters.get(_key(cls))
+        if adapter is None:
+            return None
+        if "<locals>" in cls.__qualname__:
+            return "its class was made by a function, which may make others of this name"
+        if class_at(cls.__module__, cls.__qualname__) not in (cls, None):  # None: its module was not imported as such
+            return f"it is not the class that {_class_name(cls)} is now, but another of this name"
+    if adapter.sources:
+        if digest(cls) not in adapter.sources:
+            return f"its source is not that of {adapter.library} {adapter.versions}, which the adapter was written for"
+        replaced = replaced_method(cls, _bypassed(adapter.fused))
+        if replaced is not None:
+            return f"the method {replaced!r} of its class was replaced"
+    return adapter
 
 
 @functools.cache
@@ -398,17 +509,43 @@ def _files() -> tuple[str, ...]:
 
 
 def _fused_class(original: type[nn.Module], fused: type[Fused]) -> type[Any]:
-    cls = _fused_classes.get((original, fused))
-    if cls is None:
-        cls = _fused_classes[original, fused] = _make_fused_class(original, fused)
-    return cls
+    made = _notes(original).fused
+    if fused not in made:
+        made[fused] = _make_fused_class(original, fused)
+    return made[fused]
 
 
 def _make_fused_class(original: type[nn.Module], fused: type[Fused]) -> type[Any]:
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return types.new_class(
-        original.__name__, (fused, original), {}, lambda space: space.update(names, _original=original)
-    )
+    names: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_original": original,
+        "_own_forward": original.forward,
+        "_own_methods": own_methods(original, nn.Module),
+    }
+    for name in _bypassed(fused):
+        method = getattr(fused, name)
+        if method is not Fused.forward and hasattr(original, name):
+            names[name] = _while_patched(fused, name, method)
+    return types.new_class(original.__name__, (fused, original), {}, lambda space: space.update(names))
+
+
+def _bypassed(fused: type[Fused]) -> frozenset[str]:
+    """Names of the methods of an original class that its mixin replaces."""
+    return frozenset(n for n in own_methods(fused, object) if n == "forward" or n not in vars(Fused))
+
+
+def _while_patched(fused: type[Fused], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a mixin that stays right where it was stored, or wrapped, and its module is unpatched."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, fused):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    return call
 
 
 def _mixin(cls: type) -> type[Fused]:
@@ -419,7 +556,7 @@ def _mixin(cls: type) -> type[Fused]:
 def _rebuild(original: type[nn.Module], function: Callable[..., Any], *arguments: Any) -> Any:
     """An empty module of a patched class, for pickle and copy; where no adapter knows it, a plain one."""
     adapter = _find(original)
-    if adapter is None or not _knows(adapter, original):
+    if not isinstance(adapter, Adapter):
         return function(original, *arguments)
     return function(_fused_class(original, adapter.fused), *arguments)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Attention(NamedTuple):
@@ -29,6 +30,9 @@ class Attention(NamedTuple):
 
     context: Tensor
     alignments: Tensor | None
+
+
+_pytree._register_namedtuple(Attention, serialized_type_name="attn_kernels.Attention")  # for torch.export.save
 
 
 def additive_scores(

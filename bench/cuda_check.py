@@ -22,20 +22,19 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import files, nvcc, roofline, sass
 from .cuda_rules import OTHER, TARGETS, Facts, Finding, examine
+from .terminal import application, console
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "cuda-check"
 RESULT = files.LOCAL / "cuda-check.json"
 AOT = ROOT / "tests" / "test_triton_aot.py"
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 
 # CUDA C++ -------------------------------------------------------------------------------------------------------------
@@ -138,11 +137,14 @@ def triton_facts(case: str, kernel: dict[str, Any]) -> Facts:
 # All of it ------------------------------------------------------------------------------------------------------------
 
 
-def run(work: dict[str, Callable[[], list[Finding]]], jobs: int) -> tuple[list[Finding], list[str]]:
+def run(
+    work: dict[str, Callable[[], list[Finding]]], jobs: int, quiet: bool = False
+) -> tuple[list[Finding], list[str]]:
     """Findings of all pieces of work, in their order, and what failed to compile."""
     findings, failures = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
+    bar = Progress(*columns, console=console, transient=True, disable=quiet)
+    with bar as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("compiling", total=len(work))
 
         def tracked(name: str, piece: Callable[[], list[Finding]]) -> list[Finding]:
@@ -207,7 +209,6 @@ def main(
     of the hot loops; then predicts times on an H100. Needs nvcc and no GPU. Exits with 1 if a rule is broken, with 2
     if there is no nvcc.
     """
-    console.quiet = as_json
     try:
         found_nvcc = nvcc.find({**os.environ, "NVCC": str(compiler)} if compiler else os.environ)
         for tool in ("nvdisasm", "cuobjdump"):
@@ -224,10 +225,11 @@ def main(
     cases = triton_cases() if triton and not source else []
     for case in cases:
         work[f"triton {case}"] = lambda case=case: examine_triton(case, targets, cache)
-    console.print(
-        f"nvcc {version}, {', '.join(targets)}: {len(work)} compilations, what is known from {files.shown(cache)}"
-    )
-    findings, failures = run(work, jobs)
+    if not as_json:
+        console.print(
+            f"nvcc {version}, {', '.join(targets)}: {len(work)} compilations, what is known from {files.shown(cache)}"
+        )
+    findings, failures = run(work, jobs, quiet=as_json)
     # The same Triton kernel is part of several cases.
     unique = list({json.dumps({**f.as_json(), "origin": ""}): f for f in reversed(findings)}.values())[::-1]
     problems = problems_of(unique) + failures
@@ -248,11 +250,11 @@ def main(
         if predictions:
             console.print(roofline.table(predictions))
         if triton and not source and not cases:
-            console.print("[yellow]Triton kernels were not checked: triton is not installed[/]")
+            console.print("Triton kernels were not checked: triton is not installed", style="yellow")
         if not unique and not failures:
-            console.print("[yellow]No kernels were found: csrc/cuda has no .cu files[/]")
+            console.print("No kernels were found: csrc/cuda has no .cu files", style="yellow")
         for problem in problems:
-            console.print(f"[bold red]fails[/] {problem}", highlight=False, soft_wrap=True)
+            console.print(f"fails {problem}", style="bold red")
         console.print(f"{len(unique)} kernels, {len(problems)} problems. Written: {files.shown(output)}")
     sys.exit(1 if problems else 0)
 

@@ -1,8 +1,9 @@
-"""On a machine with a GPU: builds, tests, checks and measures the GPU backends: ``make gpu``.
+"""On a machine with a GPU: builds, tries, tests and measures the GPU backends: ``make gpu``.
 
-One command and at most eight minutes, without network: it needs what an image of PyTorch for CUDA has (torch, triton,
-nvcc, pybind11, pytest, numpy); matplotlib draws the plot if it is there. Each step runs in a process of its own with a
-limit of its own, and its result is written at once: a run that is cut off leaves a file, and --resume goes on with it.
+Device time may be scarce, so what tells most comes first, and nothing that fails stops the rest. Each stage runs in
+processes of its own with a limit, and writes its result at once: a run that is cut off leaves what it found, and
+--resume goes on with it. No network is needed; torch, triton, nvcc, pybind11, pytest and numpy are, as images of
+PyTorch for CUDA have them. --rehearse goes through all stages on the CPU, on small problems.
 """
 
 from __future__ import annotations
@@ -12,21 +13,19 @@ import datetime
 import importlib.util
 import json
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import files, gpu_outcomes
+from . import files, gpu_first, gpu_stages
+from .gpu_stages import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-BUDGET = 480  # seconds, all steps together
+BUDGET = 840  # seconds, all stages together
 
 # Needed, and what to do where one is missing.
 PACKAGES = {
@@ -36,36 +35,29 @@ PACKAGES = {
     "setuptools": "pip install setuptools",
     "pybind11": "pip install pybind11",
 }
-# The numerical tests that say most come first: those that time cuts off are at the end. What compiles for other
-# devices, or is about the tools themselves, tells nothing of this GPU.
-FIRST_TESTS = ("test_ops.py", "test_numerics.py", "test_functional.py", "test_padding.py", "test_autograd.py")
-NOT_ON_GPU = (
-    "test_triton_aot.py",
-    "test_cuda_check.py",
-    "test_gpu_bench.py",
-    "test_cpp.py",
-    "test_bench.py",
-    "test_sweep.py",
-)
 
 
-class Step(NamedTuple):
+class Stage(NamedTuple):
     name: str
-    share: float  # of the budget, at most
+    most: float  # seconds
     what: str
 
 
-STEPS = (
-    Step("build", 0.25, "the compiled modules, in place"),
-    Step("tests", 0.25, "the test matrix on the GPU backends"),
-    Step("sanitizer", 0.16, "compute-sanitizer, memcheck and racecheck, on small shapes"),
-    Step("ceilings", 0.08, "bandwidth, arithmetic and launches of this device"),
-    Step("cells", 1.0, "the benchmark, with all the time that is left"),
+STAGES = (
+    Stage("build", 140, "the compiled modules, where those at hand do not serve"),
+    Stage("first", 110, "first contact: every kernel once against the reference"),
+    Stage("ceilings", 40, "bandwidth, arithmetic and launches of this device"),
+    Stage("targets", 100, "the cells of the benchmark that targets are about"),
+    Stage("cuda-tests", 170, "the test matrix on the CUDA kernels"),
+    Stage("triton-tests", 200, "the test matrix on the Triton kernels"),
+    Stage("cells", 200, "the other cells of the benchmark"),
+    Stage("sanitizer", 80, "compute-sanitizer, memcheck and racecheck, on the CUDA kernels"),
 )
+NAMES = tuple(stage.name for stage in STAGES)
 
 
 class Budget:
-    """What is left of the time, and how much of it a step may take."""
+    """What is left of the time, and how much of it a stage may take."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock, self.start = seconds, clock, clock()
@@ -74,120 +66,8 @@ class Budget:
     def spent(self) -> float:
         return self.clock() - self.start
 
-    def limit(self, step: Step) -> float:
-        return max(0.0, min(step.share * self.seconds, self.seconds - self.spent))
-
-
-class Outcome(NamedTuple):
-    status: int | None  # None: it ran out of time
-    text: str
-
-
-def run_limited(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> Outcome:
-    """Runs a command with all that it starts; when the time is over, all of that is stopped."""
-    if seconds <= 0:
-        return Outcome(None, "no time was left")
-    process = subprocess.Popen(
-        list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}, start_new_session=True,
-    )  # fmt: skip
-    try:
-        text = process.communicate(timeout=seconds)[0]
-        return Outcome(process.returncode, text)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return Outcome(None, process.communicate()[0] or "")
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-# Steps ----------------------------------------------------------------------------------------------------------------
-
-
-def build(seconds: float) -> dict[str, Any]:
-    """Both modules, in place, for this device alone."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    # One source with many kernels takes minutes; nvcc can divide it among the processors.
-    environment = {
-        "ATTN_KERNELS_CUDA_ARCHITECTURES": f"{major}{minor}",
-        "NVCC_APPEND_FLAGS": f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --split-compile=0".strip(),
-    }
-    start = time.monotonic()
-    outcome = run_limited([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, environment)
-    found: dict[str, Any] = {"status": outcome.status, "seconds": round(time.monotonic() - start, 1)}
-    if outcome.status != 0:
-        found["output"] = outcome.text[-4000:]
-    return found
-
-
-def run_tests(seconds: float, path: Path) -> dict[str, Any]:
-    """Outcomes by name, and which backends are red."""
-    path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    every = sorted(file.name for file in (ROOT / "tests").glob("test_*.py") if file.name not in NOT_ON_GPU)
-    if importlib.util.find_spec("hypothesis") is None and "test_fuzz.py" in every:
-        every.remove("test_fuzz.py")  # it cannot even be read without
-    ordered = sorted(every, key=lambda name: FIRST_TESTS.index(name) if name in FIRST_TESTS else len(FIRST_TESTS))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_outcomes", "-k", "triton or cuda", "--tb=line"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    command += [f"tests/{name}" for name in ordered]
-    outcome = run_limited(command, seconds, {gpu_outcomes.VARIABLE: str(path), "TRITON_INTERPRET": "0"})
-    found = gpu_outcomes.summary(gpu_outcomes.read(path))
-    found["complete"] = outcome.status in (0, 1)
-    if outcome.status not in (0, 1):
-        found["output"] = outcome.text[-2000:]
-    return found
-
-
-def sanitizer(seconds: float, find: Callable[[str], str | None] = shutil.which) -> dict[str, str]:
-    """The last lines of memcheck and racecheck; why not, where the tool is missing."""
-    tool = find("compute-sanitizer") or find("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        return {"memcheck": "not run: compute-sanitizer was not found", "racecheck": "not run"}
-    found = {}
-    for check in ("memcheck", "racecheck"):
-        # Without PyTorch's cache every tensor is an allocation of its own, whose ends are watched.
-        outcome = run_limited(
-            [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu_smoke"],
-            seconds / 2,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"},
-        )
-        found[check] = verdict(outcome)
-    return found
-
-
-def verdict(outcome: Outcome) -> str:
-    summary = re.findall(r"={3,}\s*((?:ERROR|RACECHECK) SUMMARY:.*)", outcome.text)
-    if summary and outcome.status is not None:
-        return summary[-1].strip() + ("" if outcome.status == 0 else f" (exit status {outcome.status})")
-    lines = outcome.text.strip().splitlines()
-    why = "ran out of time" if outcome.status is None else f"exit status {outcome.status}"
-    return f"not finished: {why}" + (f": {lines[-1][:200]}" if lines else "")
-
-
-def measure(path: Path, seconds: float, *, ceilings: bool, cells: bool, cell_seconds: float) -> None:
-    """In processes of their own: a kernel that fails in earnest takes its process with it, and the next one goes on."""
-    until = time.monotonic() + seconds
-    for _ in range(5):
-        left = until - time.monotonic()
-        if left < 5:
-            return
-        command = [sys.executable, "-m", "bench.gpu_measure", str(path), "--left", f"{left - 3:.0f}"]
-        command += ["--seconds", str(cell_seconds)]
-        command += [] if ceilings else ["--no-ceilings"]
-        command += [] if cells else ["--no-cells"]
-        outcome = run_limited(command, left, {"TRITON_INTERPRET": "0"})
-        if outcome.status == 0:
-            return
-        state = json.loads(path.read_text())
-        state.setdefault("processes that ended", []).append(f"{outcome.status}: {outcome.text[-1000:]}")
-        files.write_json(path, state)
-        if outcome.status is None or (not state.get("begun") and outcome.status != 3):
-            return
+    def limit(self, stage: Stage) -> float:
+        return max(0.0, min(stage.most, self.seconds - self.spent))
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -197,103 +77,174 @@ def missing() -> list[str]:
     return [f"{name}: {advice}" for name, advice in PACKAGES.items() if importlib.util.find_spec(name) is None]
 
 
-def device_name() -> str | None:
-    import torch
+def run_stage(stage: Stage, path: Path, state: dict[str, Any], machine: Machine, limit: float, seconds: float) -> None:
+    """Adds the result of a stage to the state. Whatever the stage raises is its result."""
+    folder = path.parent
+    if stage.name in ("ceilings", "targets", "cells"):
+        files.write_json(path, state)
+        try:
+            gpu_stages.measure(machine, path, limit, stage.name, seconds)
+        finally:  # the processes have written to the file
+            state.clear()
+            state.update(json.loads(path.read_text()))
+        return
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "build": lambda: gpu_stages.build(machine, folder, limit),
+        "first": lambda: gpu_stages.first_contact(machine, folder, limit),
+        "cuda-tests": lambda: gpu_stages.run_tests(machine, folder, limit, "cuda"),
+        "triton-tests": lambda: gpu_stages.run_tests(machine, folder, limit, "triton"),
+        "sanitizer": lambda: gpu_stages.sanitizer(machine, folder, limit),
+    }
+    found = work[stage.name]()
+    if stage.name.endswith("-tests"):  # each reads the outcomes of both
+        complete = (state.get("tests") or {}).get("complete") or {}
+        complete = complete | {stage.name.removesuffix("-tests"): found["complete"]}
+        state["tests"] = found | {"complete": complete}
+    else:
+        state[stage.name] = found
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
-
-def go(path: Path, options: argparse.Namespace, name: str, steps: dict[str, Callable[..., Any]] | None = None) -> int:
-    """All steps, or those asked for. Returns the exit status: 1 where tests fail and --strict wants none of that."""
-    do = {"build": build, "tests": run_tests, "sanitizer": sanitizer, "measure": measure} | (steps or {})
-    state: dict[str, Any] = {"part": "gpu", "machine": {"device": name, "date": datetime.date.today().isoformat()}}
-    if options.resume and path.exists():
-        state = json.loads(path.read_text())
+def go(
+    path: Path, state: dict[str, Any], stages: Sequence[Stage], machine: Machine, options: argparse.Namespace
+) -> int:
+    """The stages, one after the other, whatever becomes of each. Returns the exit status."""
     budget = Budget(options.budget)
-    wanted = [step for step in STEPS if not options.only or step.name in options.only]
-    for number, step in enumerate(wanted, 1):
-        if options.resume and step.name != "cells" and state.get(step.name):
-            say(f"{number} of {len(wanted)}: {step.name}: taken from {files.shown(path)}")
+    state["stages"] = state.get("stages") or {}
+    for number, stage in enumerate(stages, 1):
+        if options.resume is not None and (state["stages"].get(stage.name) or {}).get("done"):
+            say(f"{number} of {len(stages)}: {stage.name}: done before")
             continue
-        limit = budget.limit(step)
-        say(f"{number} of {len(wanted)}: {step.name}: {step.what}; at most {limit:.0f} s, {budget.spent:.0f} s gone")
-        if step.name in ("ceilings", "cells"):
-            # Speed is published for backends whose tests were seen to pass, in this run or the one it goes on with.
-            state.setdefault("tests", {"red": dict.fromkeys(gpu_outcomes.BACKENDS, "not run"), "complete": False})
-            files.write_json(path, state)
-            of_cells = step.name == "cells"
-            do["measure"](path, limit, ceilings=not of_cells, cells=of_cells, cell_seconds=options.seconds)
-            state = json.loads(path.read_text())
+        limit = budget.limit(stage)
+        say(f"{number} of {len(stages)}: {stage.name}: {stage.what}; at most {limit:.0f} s, {budget.spent:.0f} s gone")
+        begin, used = time.monotonic(), processor_seconds()
+        note: dict[str, Any] = {"done": False}
+        if limit < 1:
+            note["why"] = "no time was left"
         else:
-            outcomes = ROOT / "build" / "gpu" / "outcomes.jsonl"
-            state[step.name] = do[step.name](limit, outcomes) if step.name == "tests" else do[step.name](limit)
-            files.write_json(path, state)
-        if step.name == "build" and state["build"]["status"] != 0:
-            say(f"the build failed; the backends that it leaves are measured\n{state['build'].get('output', '')}")
-        if step.name == "tests" and state["tests"]["red"] and options.strict:
-            say("--strict: tests are red, nothing is measured: " + json.dumps(state["tests"]["red"]))
-            return 1
+            try:
+                run_stage(stage, path, state, machine, limit, options.seconds)
+                note["done"] = True
+            except Exception as error:  # the next stages have their turn
+                note["why"] = f"{type(error).__name__}: {error}"[:500]
+        note["seconds"] = round(time.monotonic() - begin, 1)
+        note["processor seconds"] = round(processor_seconds() - used, 1)
+        state["stages"] = (state.get("stages") or {}) | {stage.name: note}
+        files.write_json(path, state)
+        say(f"{stage.name}: {note['seconds']:.0f} s{': ' + note['why'] if 'why' in note else ''}{brief(stage, state)}")
     return finish(path, state, budget)
 
 
-def finish(path: Path, state: dict[str, Any], budget: Budget) -> int:
-    if state.get("cells"):
-        from . import gpu_targets
+def processor_seconds() -> float:
+    """Of all processes that were started here and have ended: what the host does for the device."""
+    used = os.times()
+    return used.children_user + used.children_system
 
+
+def brief(stage: Stage, state: dict[str, Any]) -> str:
+    """What a stage found, where a line or some say it."""
+    if stage.name == "build" and (state.get("build") or {}).get("status"):
+        outputs = [text for name, text in state["build"].items() if name.startswith("output")]
+        return ": FAILED; the backends that it leaves are measured\n" + "\n".join(outputs)
+    if stage.name == "first" and state.get("first"):
+        return "\n" + gpu_first.text(state["first"])
+    if stage.name.endswith("-tests") and state.get("tests"):
+        return f": {state['tests']['counts']}, red: {json.dumps(state['tests']['red'])}"
+    return ""
+
+
+def finish(path: Path, state: dict[str, Any], budget: Budget) -> int:
+    from . import gpu_report, gpu_targets
+
+    if state.get("cells"):
         state["targets"] = [{**t._asdict(), "met": t.met} for t in gpu_targets.evaluate(state)]
         files.write_json(path, state)
-        print(gpu_targets.report(state))
+    print(gpu_report.report(state))
+    if state.get("cells"):
         draw(path.with_suffix(".png"), state)
     minutes, seconds = divmod(round(budget.spent), 60)
     say(f"{minutes} min {seconds} s. Written: {files.shown(path)}")
-    red = (state.get("tests") or {}).get("red")
-    return 1 if red else 0
+    bad = (state.get("tests") or {}).get("red") or (state.get("first") or {}).get("bad")
+    failed = any(not note["done"] for note in state["stages"].values())
+    return 1 if bad or failed else 0
 
 
 def draw(path: Path, state: dict[str, Any]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         say("no plot: matplotlib is not installed; python -m bench.gpu --only plot draws it later, from the file")
         return
-    from . import plots
+    from . import gpu_report, plots
 
-    if plots.gpu(path, state["cells"], state["machine"]):
+    if plots.gpu(path, gpu_report.publishable(state), state["machine"]):
         say(f"Written: {files.shown(path)}")
+    else:
+        say("no plot: nothing of this run may be published")
 
 
 def say(text: str) -> None:
     print(f"gpu: {text}", flush=True)
 
 
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = [step.name for step in STEPS]
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0], epilog=(
-        "Steps: " + "; ".join(f"{step.name}: {step.what}" for step in STEPS) + "; plot: draws a stored result again. "
-        "Exits with 1 if a GPU backend has failing tests (it gets no times), with 2 if there is no GPU."
+        "Stages: " + "; ".join(f"{s.name}: {s.what}" for s in STAGES) + ". With --only also: plot and publish, a plot "
+        "and a table in Markdown from --file, of backends whose tests are green. Exits with 1 if anything is red or "
+        "was cut off, with 2 if there is no GPU."
     ))  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default)s)")
-    parser.add_argument("--only", action="append", choices=[*names, "plot"], help="this step; may be repeated")
-    parser.add_argument("--resume", action="store_true", help="go on with the file of today: what it has stays")
-    parser.add_argument("--strict", action="store_true", help="measure nothing if any backend is red")
-    parser.add_argument("--seconds", type=float, default=0.7, help="for the rounds of one cell (%(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result (bench/results)")
+    parser.add_argument("--only", type=names, help="these stages, with commas: build,first,ceilings,targets")
+    parser.add_argument("--skip", type=names, default=[], help="all but these stages")
     parser.add_argument(
-        "--file", type=Path, help="the file of the result; else gpu-<device>-<date>.json in that folder"
+        "--resume", nargs="?", type=Path, const=Path(), metavar="FILE",
+        help="go on with FILE, by default with that of today: stages that are done stay",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of one cell (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (bench/results)")
+    parser.add_argument("--file", type=Path, help="the result; else gpu-<device>-<date>.json in that folder")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, with kernels in the emulator; to build/gpu"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in [*(options.only or []), *options.skip]:
+        if name not in (*NAMES, *(("plot", "publish") if options.only else ())):
+            parser.error(f"no stage {name!r}: {', '.join(NAMES)}")
+    return options
 
 
-def main(arguments: Sequence[str] | None = None, device: Callable[[], str | None] = device_name, **steps: Any) -> int:
-    options = parse(arguments)
+def from_file(options: argparse.Namespace) -> int:
+    """What needs no GPU."""
+    if options.file is None or not options.file.exists():
+        say(f"--only {options.only[0]} takes a result that is stored: --file bench/results/gpu-....json")
+        return 2
+    state = json.loads(options.file.read_text())
     if options.only == ["plot"]:
-        if options.file is None or not options.file.exists():
-            say("--only plot draws a result that is stored: --file bench/results/gpu-....json")
-            return 2
-        draw(options.file.with_suffix(".png"), json.loads(options.file.read_text()))
-        return 0
+        draw(options.file.with_suffix(".png"), state)
+    else:
+        from . import gpu_report
+
+        print(gpu_report.markdown(state))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None, machine: Machine | None = None) -> int:
+    options = parse(arguments)
+    if options.only in (["plot"], ["publish"]):
+        return from_file(options)
     if lacking := missing():
         say("needs packages that are not installed:\n  " + "\n  ".join(lacking))
         return 2
-    name = device()
+    if options.rehearse and machine is None:
+        from . import gpu_rehearsal
+
+        machine = gpu_rehearsal.Rehearsal()
+        options.output = gpu_rehearsal.FOLDER if options.output == RESULTS else options.output
+    machine = machine or Machine()
+    name = machine.name()
     if name is None:
         say("needs a CUDA device, and torch finds none here; make cuda-check checks the kernels without one")
         return 2
@@ -301,13 +252,36 @@ def main(arguments: Sequence[str] | None = None, device: Callable[[], str | None
 
     date = datetime.date.today().isoformat()
     path = options.file or options.output / f"gpu-{gpu_device.slug(name)}-{date}.json"
-    if options.only and path.exists() and not options.resume:
-        options.resume = True  # a step of what is stored, anew
-        state = json.loads(path.read_text())
-        for step in options.only:
-            state.pop(step, None)
-        files.write_json(path, state)
-    return go(path, options, name, steps or None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {"part": "gpu", "machine": {"device": name, "date": date}}
+    if options.resume is not None:
+        before = path if options.resume == Path() else options.resume
+        if before.exists():
+            state = json.loads(before.read_text())
+            outcomes = before.with_name("tests.jsonl")
+            if outcomes.exists() and before.parent.resolve() != path.parent.resolve():
+                shutil.copy(outcomes, path.with_name(outcomes.name))
+        else:
+            say(f"nothing to go on with: {files.shown(before)} does not exist")
+    else:
+        if options.only and path.exists():  # some stages of what is stored, anew
+            state = json.loads(path.read_text())
+        forget(path, state, options.only or NAMES)
+    stages = [s for s in STAGES if (not options.only or s.name in options.only) and s.name not in options.skip]
+    return go(path, state, stages, machine, options)
+
+
+def forget(path: Path, state: dict[str, Any], stages: Sequence[str]) -> None:
+    """Takes what these stages have found out of the state, and the outcomes of their tests out of the file of those."""
+    keys = {"targets": "cells", "cuda-tests": "", "triton-tests": ""}
+    for name in stages:
+        (state.get("stages") or {}).pop(name, None)
+        state.pop(keys.get(name, name), None)
+    backends = [name.removesuffix("-tests") for name in stages if name.endswith("-tests")]
+    outcomes = path.with_name("tests.jsonl")
+    if backends and outcomes.exists():
+        kept = [line for line in outcomes.read_text().splitlines() if json.loads(line).get("stage") not in backends]
+        outcomes.write_text("".join(f"{line}\n" for line in kept))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class Row(NamedTuple):
         return " ".join([self.op, f"({self.shape})", self.passes, self.dtype, *marks])
 
 
-def rows() -> list[Row]:
-    """What the targets are about first, so that a run that is cut off has it; torch.compile for few rows."""
+def targets() -> list[Row]:
+    """What the targets are about: a stage of its own, before the tests."""
     found = [Row(ADDITIVE, shape, FORWARD, "float32", prepared=True) for shape in DECODE]
     found += [Row(SCORES, RATES, passes, "float32") for passes in (FORWARD, TRAINING)]
     found += [Row(ADDITIVE, RATES, passes, "float32") for passes in (FORWARD, TRAINING)]
@@ -69,6 +69,12 @@ def rows() -> list[Row]:
     found += [Row(ADDITIVE, GNMT, TRAINING, dtype, compile=True) for dtype in ("bfloat16", "float16")]
     found += [Row(DOT, shape, FORWARD, dtype) for shape in (RATES, GNMT) for dtype in ("float32", "bfloat16")]
     found += [Row(DOT, shape, TRAINING, "bfloat16") for shape in (RATES, GNMT)]
+    return found
+
+
+def rows() -> list[Row]:
+    """All: the targets first, so that a run that is cut off has them; torch.compile for few rows."""
+    found = targets()
     compiled = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
     for op in (ADDITIVE, DOT):
         for shape in [*SHAPES, *GPU_SHAPES]:
@@ -103,8 +109,8 @@ def expected_results(row: Row, problem: Problem) -> dict[str, Tensor]:
     return problems.results(eager.additive_scores, wide, problem.grad_context, training=training)
 
 
-def make_ways(row: Row, problem: Problem, red: Mapping[str, str]) -> list[Way]:
-    """Ours without a name, each backend by name, and what it is compared with. red: backends whose tests fail."""
+def make_ways(row: Row, problem: Problem) -> list[Way]:
+    """Ours without a name, each backend by name, and what it is compared with."""
     device_type = problem.grad_context.device.type
     public = getattr(attn_kernels, row.op)
     chosen = choose(None, device_type)
@@ -113,16 +119,11 @@ def make_ways(row: Row, problem: Problem, red: Mapping[str, str]) -> list[Way]:
     }
     ways = []
     for title, backend in names.items():
-        used = backend or chosen
-        if used in red:
-            ways.append(Way(title, None, used, failure=f"its tests are red: {red[used]}"))
-            continue
         ways.append(Way(title, _ours(row, public, backend, problem), "" if backend else f"is {chosen}"))
     formula = getattr(eager, row.op)
     ways.append(Way("eager", formula if row.op == SCORES else _context_of(formula)))
     if row.op == ADDITIVE:
-        if chosen not in red:
-            ways.append(Way(SCORES_THEN_EAGER, _scores_then_eager, "additive_scores, torch.softmax, torch.bmm"))
+        ways.append(Way(SCORES_THEN_EAGER, _scores_then_eager, "additive_scores, torch.softmax, torch.bmm"))
         if row.compile:
             ways.append(_compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
     if row.op == DOT:
@@ -190,21 +191,26 @@ def time_limit(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
-def measure(row: Row, gpu: Any, red: Mapping[str, str], *, seconds: float = 1.0, compile_seconds: float = 40.0) -> dict:
-    """Results are compared with the eager formula, peak memory is taken, then all ways take turns."""
-    torch.compiler.reset()
+def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float = 40.0) -> dict:
+    """Results are compared with the eager formula, peak memory is taken, then all ways take turns.
+
+    A way with a wrong result is timed as well, and marked: its time is worth knowing, and is not published.
+    """
+    if row.compile:
+        torch.compiler.reset()  # which imports the compiler: seconds
     training = row.passes == TRAINING
     problem = make_problem(row, gpu.device)
-    ways = make_ways(row, problem, red)
+    ways = make_ways(row, problem)
     expected = expected_results(row, problem)
+    wrong: dict[str, str] = {}
     for way in ways:
-        if way.failure is not None:
-            continue
         try:
             with time_limit(compile_seconds):
                 problems.check(way, problem, expected, training=training)
         except TooLong as error:
             way.failure = str(error)
+        if way.failure is not None and way.failure.startswith("wrong"):
+            wrong[way.name], way.failure = way.failure, None
     del expected
     gpu.release()
     timed: dict[str, Timed] = {}
@@ -221,7 +227,7 @@ def measure(row: Row, gpu: Any, red: Mapping[str, str], *, seconds: float = 1.0,
     )
     for name, t in timed.items():
         samples[name] = [sample / t.calls for sample in samples[name]]
-    cell = _as_json(row, ways, samples, problem)
+    cell = _as_json(row, ways, wrong, samples, problem)
     del timed, problem
     for way in ways:
         way.function = None
@@ -243,7 +249,7 @@ def _graphs(row: Row, way: Way, problem: Problem, gpu: Any) -> dict[str, Timed]:
             copies = _copies(row, problem, gpu)
             cold = []
             for copy in copies:
-                anew = next(w for w in make_ways(row, copy, {}) if w.name == way.name)
+                anew = next(w for w in make_ways(row, copy) if w.name == way.name)
                 cold.append(problems.bind(anew, copy, training=False))
             found[f"{way.name}|{COLD}"] = Timed(gpu.capture(cold), len(cold))
     except Exception as error:  # what cannot be captured has its launched time still
@@ -263,7 +269,9 @@ def _copies(row: Row, problem: Problem, gpu: Any) -> list[Problem]:
     ]
 
 
-def _as_json(row: Row, ways: list[Way], samples: timing.Samples, problem: Problem) -> dict[str, Any]:
+def _as_json(
+    row: Row, ways: list[Way], wrong: Mapping[str, str], samples: timing.Samples, problem: Problem
+) -> dict[str, Any]:
     inputs_mb = sum(x.nbytes for x in problem.inputs.values()) / 1e6
 
     def of_way(way: Way) -> dict[str, Any]:
@@ -276,6 +284,7 @@ def _as_json(row: Row, ways: list[Way], samples: timing.Samples, problem: Proble
                     ratios[mode] = _rounded(timing.ratios(samples, name, ours))
         return {
             "name": way.name, "detail": way.detail, "failure": way.failure, "error": way.error,
+            "wrong": wrong.get(way.name),
             "memory_mb": way.memory_mb, "us": times, "times_ours": ratios,
         }  # fmt: skip
 
@@ -289,22 +298,20 @@ def _rounded(values: timing.Spread) -> dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in values._asdict().items()}
 
 
-def measure_beams(row: Row, gpu: Any, red: Mapping[str, str], *, seconds: float = 1.0) -> dict[str, Any]:
+def measure_beams(row: Row, gpu: Any, *, seconds: float = 1.0) -> dict[str, Any]:
     """1 to 10 queries on one memory, in CUDA graphs: the time of each and its ratio to that of one query."""
-    chosen = choose(None, gpu.device.type)
     cell: dict[str, Any] = {
         "key": row.key, "op": row.op, "shape": list(row.shape), "passes": row.passes, "dtype": row.dtype,
         "prepared": row.prepared, "beams": True, "few_queries": FEW_QUERIES, "ways": [],
     }  # fmt: skip
-    if chosen in red:
-        cell["failure"] = f"the tests of {chosen} are red: {red[chosen]}"
-        return cell
     timed: dict[str, Timed] = {}
     for count in range(1, 11):
         one = row._replace(shape=row.shape._replace(Tq=count))
         problem = make_problem(one, gpu.device)
         way = Way(str(count), _ours(one, attn_kernels.additive_attention, None, problem))
         problems.check(way, problem, expected_results(one, problem), training=False)
+        if way.failure is not None and way.failure.startswith("wrong"):
+            cell["wrong"], way.failure = f"{count} queries: {way.failure}", None
         if way.failure is None:
             call = problems.bind(way, problem, training=False)
             timed[str(count)] = Timed(gpu.capture([call] * 5), 5)
@@ -322,7 +329,6 @@ def measure_beams(row: Row, gpu: Any, red: Mapping[str, str], *, seconds: float 
 def run(
     gpu: Any,
     todo: list[Row],
-    red: Mapping[str, str],
     store: Callable[[Row, dict[str, Any] | None], None],
     *,
     until: float,
@@ -341,9 +347,9 @@ def run(
         try:
             with time_limit(left):
                 if row.beams:
-                    cell = measure_beams(row, gpu, red, seconds=seconds)
+                    cell = measure_beams(row, gpu, seconds=seconds)
                 else:
-                    cell = measure(row, gpu, red, seconds=seconds, compile_seconds=min(40.0, left / 2))
+                    cell = measure(row, gpu, seconds=seconds, compile_seconds=min(40.0, left / 2))
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else ""
             cell = {"key": row.key, "failure": f"{type(error).__name__}: {text}"[:300], "ways": []}

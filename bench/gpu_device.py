@@ -74,32 +74,7 @@ def slug(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
 
 
-# Ceilings -------------------------------------------------------------------------------------------------------------
-
-
-def ceilings(gpu: Gpu, seconds: float = 1.0) -> dict[str, object]:
-    """Bandwidth of a copy and of a read, float32 multiply-adds, special functions, and what launches cost.
-
-    Each is the best of several rounds: a ceiling, where the times of the benchmark are medians.
-    """
-    found: dict[str, object] = {"what": "best of several rounds, measured on this device"}
-    for name, measure in (
-        ("copy_bytes_per_s", copy_bandwidth),
-        ("read_bytes_per_s", read_bandwidth),
-        ("launch_us", launch_time),
-        ("graph_node_us", graph_node_time),
-        ("ffma_per_s", lambda gpu: arithmetic_rate(gpu, special=False)),
-        ("special_per_s", lambda gpu: arithmetic_rate(gpu, special=True)),
-    ):
-        try:
-            found[name] = measure(gpu)
-        except Exception as error:  # a ceiling that cannot be measured leaves the others
-            found[name] = None
-            found[f"{name} failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
-                :200
-            ]
-        gpu.release()
-    return found
+# Ceilings: each the best of several rounds, where the times of the benchmark are medians ------------------------------
 
 
 def best(gpu: Gpu, call: Call, rounds: int = 10, repeats: int = 10) -> float:
@@ -158,3 +133,15 @@ def arithmetic_rate(gpu: Gpu, *, special: bool) -> float:
         gpu_kernels.chains[(blocks,)](out, turns, SPECIAL=special, BLOCK=gpu_kernels.BLOCK, num_warps=gpu_kernels.WARPS)
 
     return blocks * gpu_kernels.BLOCK * turns * gpu_kernels.UNROLLED / best(gpu, call, repeats=3)
+
+
+# By name, what is measured: bandwidth of a copy and of a read, what launches cost, float32 multiply-adds, special
+# functions.
+CEILINGS: dict[str, Callable[[Gpu], float]] = {
+    "copy_bytes_per_s": copy_bandwidth,
+    "read_bytes_per_s": read_bandwidth,
+    "launch_us": launch_time,
+    "graph_node_us": graph_node_time,
+    "ffma_per_s": lambda gpu: arithmetic_rate(gpu, special=False),
+    "special_per_s": lambda gpu: arithmetic_rate(gpu, special=True),
+}

@@ -5,22 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cuda_rules, files, gpu_cells, gpu_device, machine, roofline
+from . import files, gpu_cells, gpu_device, machine, roofline
 from .gpu_cells import Row
-
-COUNTED = (files.LOCAL / "cuda-check.json", files.LOCAL.parent / "cuda-check.json")
-
-
-def counted_kernels(paths: tuple[Path, ...] = COUNTED) -> dict[str, cuda_rules.Finding]:
-    """What ``make cuda-check`` counted in the kernels, if it ran here or its result is stored; for predictions."""
-    for path in paths:
-        if path.exists():
-            findings = [cuda_rules.Finding(**kernel) for kernel in json.loads(path.read_text())["kernels"]]
-            return roofline.counted(findings)
-    return {}
 
 
 def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.Device:
@@ -35,10 +25,8 @@ def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.
     )
 
 
-def with_rates(
-    cell: dict[str, Any], row: Row, device: roofline.Device, kernels: dict[str, cuda_rules.Finding]
-) -> dict[str, Any]:
-    """Adds bytes and pairs a second, the floor by this device's ceilings, and the prediction for an H100."""
+def with_rates(cell: dict[str, Any], row: Row, device: roofline.Device) -> dict[str, Any]:
+    """Adds bytes and pairs a second, and the floor by this device's ceilings."""
     if row.op == gpu_cells.SCORES or not cell.get("ways"):
         work = roofline.work_of(roofline.ADDITIVE, row.shape, row.passes, row.dtype)
         of_bytes = None
@@ -46,9 +34,7 @@ def with_rates(
         work = roofline.work_of(row.op, row.shape, row.passes, row.dtype)
         of_bytes = work.bytes
         floor = roofline.floor(row.op, row.shape, row.passes, row.dtype, device)
-        prediction = roofline.predict(row.op, row.shape, row.passes, row.dtype, kernels)
         cell["floor_us"], cell["floor_by"] = floor.floor_us, floor.floor_by
-        cell["predicted_us_h100"] = prediction.predicted_us
     pairs = work.forward_pairs + work.backward_pairs
     for way in cell.get("ways", ()):
         if row.beams:
@@ -63,46 +49,90 @@ def with_rates(
     return cell
 
 
-def measure(path: Path, gpu: Any, todo: list[Row], *, seconds: float, left: float, ceilings: bool) -> None:
-    """Fills in the file of the run; a row that stands as begun there killed a process before this one."""
-    until = time.monotonic() + left
-    state = json.loads(path.read_text())
-    if ceilings and not state.get("ceilings"):
-        state["ceilings"] = gpu_device.ceilings(gpu)
-        files.write_json(path, state)
-    cells = {cell["key"]: cell for cell in state.get("cells", [])}
-    if state.get("begun") and state["begun"] not in cells:
-        cells[state["begun"]] = {"key": state["begun"], "failure": "the process that measured it ended", "ways": []}
-    device = model_of(state.get("ceilings") or {}, state["machine"])
-    kernels = counted_kernels()
+ROW_SECONDS = 30.0  # a row that stands as begun for longer hangs; torch.compile and its warm-up take more
+COMPILED_ROW_SECONDS = 100.0
+ENDED = "the process that measured it ended"
 
-    def store(row: Row, cell: dict[str, Any] | None) -> None:
-        state["begun"] = row.key if cell is None else None
-        if cell is not None:
-            cells[row.key] = with_rates(cell, row, device, kernels)
-        state["cells"] = list(cells.values())
-        files.write_json(path, state)
 
-    state["no time for"] = gpu_cells.run(
-        gpu, [row for row in todo if row.key not in cells], state["tests"]["red"], store, until=until, seconds=seconds
-    )
+def begin(path: Path, state: dict[str, Any], what: str | None, limit: float | None = None) -> None:
+    """Says in the file of the run what is measured next, since when, and how long that may take."""
+    state["begun"] = what and {"what": what, "at": time.time(), "limit": limit or ROW_SECONDS}
     files.write_json(path, state)
 
 
-def main() -> None:
+def stuck(path: Path, start: float) -> str | None:
+    """For the process that waits for one begun at ``start``: what has been under way there for too long."""
+    try:
+        begun = json.loads(path.read_text()).get("begun")
+    except (OSError, ValueError):
+        return None
+    over = begun and begun["at"] >= start and time.time() - begun["at"] > begun["limit"]
+    return f"{begun['what']} took longer than {begun['limit']:.0f} s" if over else None
+
+
+def measure_ceilings(path: Path, gpu: Any, ceilings: Mapping[str, Callable[[Any], float]]) -> None:
+    """One by one into the file of the run. One that fails leaves the others, one that hung is not tried again."""
+    state = json.loads(path.read_text())
+    found = state.setdefault("ceilings", {"what": "best of several rounds, measured on this device"})
+    hung = (state.get("begun") or {}).get("what")
+    for name, work in ceilings.items():
+        if name in found:
+            continue
+        if hung == name:
+            found[name], found[f"{name} failed"] = None, ENDED
+            continue
+        begin(path, state, name)
+        try:
+            found[name] = work(gpu)
+            gpu.release()
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else ""
+            found[name], found[f"{name} failed"] = None, f"{type(error).__name__}: {text}"[:200]
+            if "CUDA error" in text:  # nothing more can be measured in this process; the next one goes on
+                begin(path, state, None)
+                raise SystemExit(3) from None
+    begin(path, state, None)
+
+
+def measure(path: Path, gpu: Any, todo: list[Row], *, seconds: float, left: float) -> None:
+    """Fills in the file of the run; a row that stands as begun there took a process before this one along."""
+    until = time.monotonic() + left
+    state = json.loads(path.read_text())
+    cells = {cell["key"]: cell for cell in state.get("cells", [])}
+    before = (state.get("begun") or {}).get("what")
+    if before in {row.key for row in todo} and before not in cells:
+        cells[before] = {"key": before, "failure": ENDED, "ways": []}
+    device = model_of(state.get("ceilings") or {}, state["machine"])
+
+    def store(row: Row, cell: dict[str, Any] | None) -> None:
+        if cell is not None:
+            cells[row.key] = with_rates(cell, row, device)
+        state["cells"] = list(cells.values())
+        begin(path, state, row.key if cell is None else None, COMPILED_ROW_SECONDS if row.compile else None)
+
+    state["no time for"] = gpu_cells.run(
+        gpu, [row for row in todo if row.key not in cells], store, until=until, seconds=seconds
+    )
+    state["cells"] = list(cells.values())
+    begin(path, state, None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--left", type=float, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--no-ceilings", action="store_true")
-    parser.add_argument("--no-cells", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("what", choices=("ceilings", "targets", "cells"))
+    parser.add_argument("--left", type=float, required=True, help="seconds")
+    parser.add_argument("--seconds", type=float, required=True, help="for the rounds of one cell")
+    options = parser.parse_args(arguments)
     gpu = gpu_device.Gpu()
     state = json.loads(options.path.read_text())
     state["machine"] |= machine.describe(gpu.device, "PyTorch's caching allocator") | gpu_device.describe(gpu)
     files.write_json(options.path, state)
-    todo = [] if options.no_cells else gpu_cells.rows()
-    measure(options.path, gpu, todo, seconds=options.seconds, left=options.left, ceilings=not options.no_ceilings)
+    if options.what == "ceilings":
+        measure_ceilings(options.path, gpu, gpu_device.CEILINGS)
+    else:
+        todo = gpu_cells.targets() if options.what == "targets" else gpu_cells.rows()
+        measure(options.path, gpu, todo, seconds=options.seconds, left=options.left)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""Every op on every GPU backend, forward and backward, once, on small shapes: what compute-sanitizer watches."""
+"""Every op on GPU backends, forward and backward, once, on small shapes: what compute-sanitizer watches.
+
+``python -m bench.gpu_smoke cuda triton`` names the backends.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -41,5 +46,5 @@ def run(device: str, backends: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    here = [name for name in ("cuda", "triton") if attn_kernels.backends()[name].available]
+    here = [name for name in sys.argv[1:] if attn_kernels.backends()[name].available]
     print(f"{run('cuda', here)} calls on {', '.join(here) or 'no backend'}")

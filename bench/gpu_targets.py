@@ -1,4 +1,4 @@
-"""What the kernels aim at, each beside what was measured, and the run as plain text."""
+"""What the kernels aim at, each beside what was measured."""
 
 from __future__ import annotations
 
@@ -106,69 +106,3 @@ def _ratio(cell: Mapping[str, Any], name: str, mode: str) -> float | None:
     """Within rounds where both have that mode; launched by the host where a graph could not be made."""
     ratios = way(cell, name).get("times_ours", {})
     return (ratios.get(mode) or ratios.get(LAUNCHED) or {}).get("median")
-
-
-# Text -----------------------------------------------------------------------------------------------------------------
-
-
-def report(state: Mapping[str, Any]) -> str:
-    """The run as a page of text: no package is needed to print it."""
-    lines = [f"{name}: {value}" for name, value in state["machine"].items()]
-    tests = state.get("tests") or {}
-    lines += ["", f"tests: {tests.get('counts')}" + ("" if tests.get("complete") else ", NOT COMPLETE")]
-    lines += [f"  red: {backend}: {reason}" for backend, reason in tests.get("red", {}).items()]
-    lines += [f"  failed: {one['test']}: {one['reason']}" for one in tests.get("failed", [])[:20]]
-    for tool, found in (state.get("sanitizer") or {}).items():
-        lines.append(f"compute-sanitizer {tool}: {found}")
-    ceilings = {name: value for name, value in (state.get("ceilings") or {}).items() if value is not None}
-    lines += ["", "Ceilings of this device (measured, best of several rounds)"]
-    lines += [
-        f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}"
-        for name, value in ceilings.items()
-    ]
-    lines += ["", "Microseconds, medians: launched by the host / in a CUDA graph / in a graph, inputs from memory"]
-    for cell in state.get("cells", []):
-        lines.append(cell["key"] + _beside(cell))
-        if cell.get("failure"):
-            lines.append(f"    failed: {cell['failure']}")
-        for one in cell["ways"]:
-            lines.append("    " + _line(one))
-    lines += [f"  no time for {key}" for key in state.get("no time for", [])]
-    lines += ["", "Targets"]
-    for target in evaluate(state):
-        value = (
-            "not measured" if target.measured is None else f"{target.measured:.3g}{target.unit and ' ' + target.unit}"
-        )
-        verdict = {True: "met", False: "MISSED", None: "-"}[target.met]
-        aim = f"{'>=' if target.at_least else '<='} {target.aim:g}"
-        lines.append(f"  {verdict:6} {value:>18} ({aim}) {target.what}: {target.cell}")
-    return "\n".join(lines)
-
-
-def _beside(cell: Mapping[str, Any]) -> str:
-    parts = []
-    if cell.get("floor_us"):
-        parts.append(f"floor {cell['floor_us']:.4g} us ({cell['floor_by']}, computed)")
-    if cell.get("predicted_us_h100"):
-        parts.append(f"predicted on an H100 {cell['predicted_us_h100']:.4g} us (computed)")
-    return ": " + ", ".join(parts) if parts else ""
-
-
-def _line(one: Mapping[str, Any]) -> str:
-    if one.get("failure"):
-        return f"{one['name']:24} none: {one['failure']}"
-    us = " / ".join(
-        f"{one['us'][mode]['median']:.4g}" if mode in one["us"] else "-" for mode in (LAUNCHED, GRAPH, COLD)
-    )
-    text = f"{one['name']:24} {us:30}"
-    ratio = one.get("times_one") or one.get("times_ours", {}).get(GRAPH) or one.get("times_ours", {}).get(LAUNCHED)
-    if ratio and one["name"] != OURS:
-        text += f" {ratio['median']:.2f}x"
-    rates = (one.get("rates") or {}).get(COLD) or (one.get("rates") or {}).get(GRAPH) or {}
-    if rates.get("bytes_per_s"):
-        text += f"  {rates['bytes_per_s'] / 1e9:.0f} GB/s"
-    if rates.get("pairs_per_s"):
-        text += f"  {rates['pairs_per_s'] / 1e12:.2f}e12 pairs/s"
-    if one.get("memory_mb") is not None:
-        text += f"  {one['memory_mb']:.0f} MB"
-    return text

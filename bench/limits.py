@@ -34,7 +34,6 @@ import torch
 import typer
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -45,7 +44,8 @@ from attn_kernels.ops import kernel
 
 from . import files, machine, ops, timing
 from .machine import Allocator
-from .ops import Op, Shape, console
+from .ops import Op, Shape
+from .terminal import application, console
 
 SOURCE = Path(__file__).with_name("limits.c")
 BACKWARD = "backward"
@@ -655,7 +655,7 @@ def _threads(number: int) -> str:
 
 # Command line ---------------------------------------------------------------------------------------------------------
 
-app = typer.Typer(add_completion=False)
+app = application()
 
 
 @app.command()
@@ -694,11 +694,11 @@ def main(
     path = output / f"{'-'.join(['limits', 'cpu', *([] if dtype is Dtype.float32 else [dtype.value])])}.json"
     files.write_json(path, as_result(cells, limits, found, dtype, seconds, description))
     console.print(tables(cells, limits, dtype, description))
-    console.print(f"Written: {files.shown(path)}", highlight=False)
+    console.print(f"Written: {files.shown(path)}")
 
 
 def _stop(reason: str) -> NoReturn:
-    console.print(f"[bold red]No limits:[/] {escape(reason)}")
+    console.print(f"No limits: {reason}", style="bold red")
     sys.exit(2)
 
 

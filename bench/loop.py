@@ -14,7 +14,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -23,9 +22,9 @@ from attn_kernels.seq2seq import Seq2Seq
 
 from . import eager, files, machine, ops, timing
 from .machine import Allocator
+from .terminal import application, console
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 EAGER, COMPILED, STEPS, LOOP = "eager steps", "torch.compile", "fused steps", "loop"
 LAUNCHED = "loop, no graph"  # on a GPU, where the loop is otherwise a CUDA graph
@@ -245,7 +244,7 @@ def main(
         left_out.add(COMPILED)
     names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP) if name not in left_out]
     rows: list[dict[str, Any]] = []
-    with ops.progress_bars(console) as progress:
+    with ops.progress_bars() as progress:
         task = progress.add_task("shapes", total=len(shapes) * 2)
         for one in shapes:
             progress.update(task, description=f"B,S,T = {','.join(map(str, one))}")
@@ -267,7 +266,7 @@ def main(
     files.write_json(path, result)
     console.print(table(rows, names))
     console.print(machine.as_text(result["machine"]))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}", highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}")
 
 
 def _parse_shape(text: str) -> Shape:

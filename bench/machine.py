@@ -100,7 +100,7 @@ def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "allocator": allocator,
         "attn_kernels": __version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown",
+        "commit": commit(),
         "backends": "; ".join(
             f"{backend.name}: {backend.detail}" for backend in attn_kernels.backends().values() if backend.available
         ),
@@ -116,11 +116,18 @@ def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
     return description
 
 
+def commit() -> str:
+    """What git says of this folder. A copy without .git is told by ATTN_KERNELS_COMMIT in the environment."""
+    described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    return described or os.environ.get("ATTN_KERNELS_COMMIT") or "unknown"
+
+
 def as_text(description: dict[str, str | int]) -> Text:
-    """The description as lines to print under a table."""
+    """The description as lines to print under a table, none of them broken."""
     from rich.text import Text
 
-    return Text("\n".join(f"{name}: {value}" for name, value in description.items()), style="dim")
+    lines = "\n".join(f"{name}: {value}" for name, value in description.items())
+    return Text(lines, style="dim", no_wrap=True, overflow="ignore")
 
 
 def processor() -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +43,7 @@ from .problems import (
     expected_results,
     make_problem,
 )
-
-console = Console()
+from .terminal import application, console
 
 
 class Op(str, Enum):
@@ -63,6 +63,9 @@ QUICK_SHAPES = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
 SHORT = {FORWARD: "fwd", TRAINING: "fwd+bwd"}
 BASELINES = ("eager", "torch.compile", "sdpa")
 
+LEAST_CALLS = 8  # of each way: results, memory, warming up, and three rounds
+FEW_ROUNDS = 5  # from fewer, a median is shown with its quartiles
+
 
 @dataclass
 class Cell:
@@ -74,6 +77,15 @@ class Cell:
     label: str
     ours: str  # the name of the way that is ours; the backend's name
     ways: list[Way] = field(default_factory=list)
+    rounds: int = 0  # that the times are of; 0: it was left out, or nothing in it ran
+    left_out: bool = False  # there was no time for it
+    seconds_of_check: float = 0.0  # what was spent before the rounds, most of it on compilation
+    seconds_a_round: float = 0.0
+
+    @property
+    def work(self) -> int:
+        """Products of one pass over all pairs of a query and a step."""
+        return self.shape.B * self.shape.Tq * self.shape.Tk * (self.shape.A + self.shape.D)
 
     def way(self, name: str) -> Way | None:
         return next((way for way in self.ways if way.name == name), None)
@@ -115,44 +127,53 @@ def make_ways(op: str, problem: Problem, settings: Settings) -> tuple[str, list[
     return ours, ways
 
 
-def check_cell(cell: Cell, settings: Settings) -> None:
-    """Compares the results of all ways, and takes the peak memory of those that are right."""
+def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
+    """Compares the results of all ways; takes peak memory and times of those that are right.
+
+    Returns what the allocator was for the times. ``budget`` is for the rounds: what comes before them takes what it
+    takes.
+    """
     training = cell.passes == TRAINING
     torch.compiler.reset()
     problem = make_problem(cell.op, cell.shape, settings)
+    machine.set_allocator_for_memory(allocator)
+    start = time.perf_counter()
     expected = expected_results(cell.op, problem, training=training)
     cell.ours, cell.ways = make_ways(cell.op, problem, settings)
     for way in cell.ways:
         check(way, problem, expected, training=training)
     del expected
+    calls = {str(i): bind(way, problem, training=training) for i, way in enumerate(cell.ways) if way.failure is None}
+    for i, call in calls.items():
+        cell.ways[int(i)].memory_mb = machine.peak_memory(call, settings.device)
+    cell.seconds_of_check = time.perf_counter() - start
+    in_effect = machine.set_allocator(allocator)
+    time_ways(cell, calls, settings, budget)
     for way in cell.ways:
-        if way.failure is None:
-            way.memory_mb = machine.peak_memory(bind(way, problem, training=training), settings.device)
         way.function = None  # lets go of the inputs
+    cell.ways = one_compiled(cell.ways)
+    return in_effect
 
 
-def time_cell(cell: Cell, settings: Settings) -> None:
-    """Times the ways that ``check_cell`` found right."""
-    training = cell.passes == TRAINING
-    torch.compiler.reset()
-    problem = make_problem(cell.op, cell.shape, settings)
-    calls = {}
-    for i, (way, anew) in enumerate(zip(cell.ways, make_ways(cell.op, problem, settings)[1], strict=True)):
-        if way.failure is None:
-            calls[str(i)] = bind(anew, problem, training=training)
+def time_ways(cell: Cell, calls: dict[str, Callable[[], object]], settings: Settings, budget: timing.Budget) -> None:
+    """calls: by the place of their way in the cell."""
     timer = timing.timer_for(settings.device)
     variants = {i: call for i, call in calls.items() if cell.ways[int(i)].name == "torch.compile"}
     if len(variants) > 1:  # only the faster one goes on
-        tried = timing.interleave(variants, timer, seconds=0, least_rounds=3)
+        tried = timing.interleave(variants, timer, seconds=0, least_rounds=3, at_most=budget.left / 4)
         fastest = min(variants, key=lambda i: timing.spread(tried[i]).median)
         calls = {i: call for i, call in calls.items() if i not in variants or i == fastest}
-    samples = timing.interleave(calls, timer, seconds=settings.seconds, least_rounds=settings.rounds)
+    seconds = min(settings.seconds, budget.left)
+    samples = timing.interleave(
+        calls, timer, seconds=seconds, least_rounds=settings.rounds, at_most=max(settings.seconds, budget.left)
+    )
     for i in calls:
         way = cell.ways[int(i)]
         way.milliseconds = timing.Spread(*(1e3 * seconds for seconds in timing.spread(samples[i])))
         if "0" in calls:
             way.times_ours = timing.ratios(samples, i, "0")
-    cell.ways = one_compiled(cell.ways)
+        cell.rounds = len(samples[i])
+        cell.seconds_a_round += timing.spread(samples[i]).median
 
 
 def one_compiled(ways: list[Way]) -> list[Way]:
@@ -166,28 +187,36 @@ def plan(ops: list[Op], shapes: dict[Shape, str], passes: list[str]) -> list[Cel
     return [Cell(op.value, shape, p, label, "") for op in ops for shape, label in shapes.items() for p in passes]
 
 
-def run(cells: list[Cell], settings: Settings, allocator: Allocator) -> str:
-    """Fills in the cells, with progress bars; returns what the allocator was for the times."""
+def run(cells: list[Cell], settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
+    """Fills in the cells, with a progress bar; returns what the allocator was for the times.
+
+    With a budget, a cell that would take longer than what is left is left out, and said to be so.
+    """
+    in_effect = ""
     with progress_bars() as progress:
-        machine.set_allocator_for_memory(allocator)
-        for cell in tracked(progress, "results and memory", cells):
-            check_cell(cell, settings)
-        in_effect = machine.set_allocator(allocator)
-        for cell in tracked(progress, "times", cells):
-            time_cell(cell, settings)
+        task = progress.add_task("ops", total=budget.seconds or len(cells))
+        in_turn = sorted(cells, key=lambda cell: [other.shape for other in cells].index(cell.shape))  # the ops in turn
+        for done, cell in enumerate(in_turn):
+            progress.update(task, description=f"{cell.op} ({cell.shape}) {cell.passes}")
+            cell.left_out = expected_seconds(cell, in_turn[:done]) > budget.left
+            if not cell.left_out:
+                share = budget.left / (len(cells) - done)
+                in_effect = measure(cell, settings, allocator, timing.Budget(max(share, settings.seconds)))
+            progress.update(task, completed=done + 1 if budget.seconds is None else min(budget.spent, budget.seconds))
+        progress.update(task, description="ops", completed=budget.seconds or len(cells))
     return in_effect
 
 
-def tracked(progress: Progress, what: str, cells: list[Cell]) -> Iterator[Cell]:
-    task = progress.add_task(what, total=len(cells))
-    for cell in cells:
-        progress.update(task, description=f"{what}: {cell.op} ({cell.shape}) {cell.passes}")
-        yield cell
-        progress.advance(task)
-    progress.update(task, description=what)
+def expected_seconds(cell: Cell, others: list[Cell]) -> float:
+    """What a cell will take, from the last one of its kind: compilation as long, and calls by their work."""
+    alike = [other for other in others if (other.op, other.passes) == (cell.op, cell.passes) and other.rounds]
+    if not alike:
+        return 0.0
+    round_ = alike[-1].seconds_a_round * cell.work / alike[-1].work
+    return min(other.seconds_of_check for other in alike) + LEAST_CALLS * round_
 
 
-def progress_bars(console: Console = console) -> Progress:
+def progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -231,6 +260,8 @@ def as_result(cells: list[Cell], settings: Settings, description: dict[str, str 
                 "label": cell.label,
                 "passes": cell.passes,
                 "ours": cell.ours,
+                "rounds": cell.rounds,
+                "left out": cell.left_out,
                 "ways": [as_json(way) for way in cell.ways],
             }
             for cell in cells
@@ -249,6 +280,10 @@ def tables(cells: list[Cell], description: dict[str, str | int], settings: Setti
     parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
     parts.append(Text("ms: median over interleaved rounds. x: time of the other / time of ours, median over rounds."))
     parts.append(Text("Below 1x!: ours loses. MB: peak memory of one call: ours / eager / torch.compile."))
+    if any(0 < cell.rounds < FEW_ROUNDS for cell in cells):
+        parts.append(Text(f"In parentheses: the quartiles, where there was time for fewer than {FEW_ROUNDS} rounds."))
+    if any(cell.left_out for cell in cells):
+        parts.append(Text("left out: there was no time for it. python -m bench.ops measures all."))
     parts.append(machine.as_text(description))
     return Group(*parts)
 
@@ -259,17 +294,20 @@ def op_table(op: str, cells: list[Cell], dtype: str, notes: list[str]) -> Table:
         "torch.compile": "compile",
         **({"sdpa": "SDPA"} if cells[0].op == "dot_attention" else {}),
     }
-    title = f"{op}, {dtype}, ours: {cells[0].ours}"
+    ours = next((cell.ours for cell in cells if not cell.left_out), "left out")
+    title = f"{op}, {dtype}, ours: {ours}"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("B,Tq,Tk,A", "pass"):
         result.add_column(column, no_wrap=True)
     for column in ("ms", *others.values(), "MB"):
         result.add_column(column, justify="right", no_wrap=True)
     for cell in cells:
+        if cell.left_out:
+            result.add_row(str(cell.shape), SHORT[cell.passes], "[yellow]left out[/]")
+            continue
         memory = " / ".join(megabytes(cell.way(name)) for name in (cell.ours, "eager", "torch.compile"))
-        time = milliseconds(cell.way(cell.ours), notes)
-        ratios = [times_ours(cell.way(name), notes) for name in others]
-        result.add_row(str(cell.shape), SHORT[cell.passes], time, *ratios, memory)
+        ratios = [times_ours(cell.way(name), notes, cell.rounds) for name in others]
+        result.add_row(str(cell.shape), SHORT[cell.passes], milliseconds(cell.way(cell.ours), notes), *ratios, memory)
         for way in cell.ways:
             if way.name != cell.ours and way.name not in BASELINES:  # another backend of ours
                 blanks = [""] * (len(others) - 1)
@@ -284,12 +322,19 @@ def milliseconds(way: Way | None, notes: list[str]) -> str:
     return f"{way.milliseconds.median:.3g}"
 
 
-def times_ours(way: Way | None, notes: list[str]) -> str:
-    """A ratio; one that ours loses stands out, in colour and in plain text."""
+def times_ours(way: Way | None, notes: list[str], rounds: int = FEW_ROUNDS) -> str:
+    """A ratio; one that ours loses stands out, in colour and in plain text. Of few rounds, with its quartiles."""
     if way is None or way.times_ours is None:
         return failed(way, notes)
-    ratio = way.times_ours.median
-    return f"[bold red]{ratio:.2f}x![/]" if round(ratio, 2) < 1 else f"{ratio:.1f}x "
+    ratio, shown = way.times_ours.median, quartiles(way.times_ours, rounds)
+    return f"[bold red]{ratio:.2f}x!{shown}[/]" if round(ratio, 2) < 1 else f"{ratio:.1f}x {shown}"
+
+
+def quartiles(values: timing.Spread, rounds: int) -> str:
+    """Beside a median of few rounds, which is not to be taken for more than it is."""
+    if rounds >= FEW_ROUNDS:
+        return ""
+    return " (1 round)" if rounds == 1 else f" ({values.low:.2f}-{values.high:.2f})"
 
 
 def failed(way: Way | None, notes: list[str]) -> str:
@@ -366,11 +411,16 @@ def benchmark(
     prepared: bool = False,
     output: Path = files.LOCAL,
     quick: bool = False,
+    budget: float | None = None,
 ) -> tuple[list[Path], list[str], list[RenderableType]]:
-    """Runs, prints and stores the benchmark; returns the files, the cells where ours is wrong, and what it printed."""
+    """Runs, prints and stores the benchmark; returns the files, the cells where ours is wrong, and what it printed.
+
+    budget: seconds for all of it; None: as many as it takes.
+    """
     torch.set_num_threads(threads)
     written, wrong, printed = [], [], []
-    for name in devices or default_devices():
+    devices = devices or default_devices()
+    for name in devices:
         device = parse_device(name)
         chosen = dict.fromkeys(shapes, "") if shapes else dict(SHAPES)
         if not shapes and quick:
@@ -383,12 +433,12 @@ def benchmark(
             getattr(torch, dtype.value), device, seconds, rounds, compile, need_weights, lengths, seed, prepared
         )
         if choose(None, device.type) == "reference":
-            console.print(f"[bold red]No fused backend runs on {device.type}; ours is the reference:[/]")
+            console.print(f"No fused backend runs on {device.type}; ours is the reference:", style="bold red")
             for backend in attn_kernels.backends().values():
                 if not backend.available:
-                    console.print(f"  {backend.name}: {backend.detail}", highlight=False)
+                    console.print(f"  {backend.name}: {backend.detail}")
         cells = plan(ops or list(Op), chosen, list(passes))
-        in_effect = run(cells, settings, allocator)
+        in_effect = run(cells, settings, allocator, timing.Budget(None if budget is None else budget / len(devices)))
         description = machine.describe(device, in_effect)
         names = ["ops", device.type]
         names += [] if dtype is Dtype.float32 else [dtype.value]
@@ -397,17 +447,17 @@ def benchmark(
         names += [] if allocator is Allocator.reuse else [f"{allocator.value}malloc"]
         stem = "-".join(names)
         files.write_json(output / f"{stem}.json", as_result(cells, settings, description))
-        plots.speed(output / f"{stem}.png", cells, description, settings)
+        plots.speed(output / f"{stem}.png", [cell for cell in cells if not cell.left_out], description, settings)
         printed.append(tables(cells, description, settings))
         console.print(printed[-1])
         written += [output / f"{stem}.json", output / f"{stem}.png"]
         wrong += wrong_cells(cells)
     for line in wrong:
-        console.print(f"[bold red]No time for ours:[/] {line}")
+        console.print(f"No time for ours: {line}", style="bold red")
     return written, wrong, printed
 
 
-app = typer.Typer(add_completion=False)
+app = application()
 
 
 @app.command()
@@ -433,6 +483,10 @@ def main(
         Path, typer.Option(help="Folder for the JSON file and the plot.", show_default=files.shown(files.LOCAL))
     ] = files.LOCAL,
     quick: Annotated[bool, typer.Option(help="Two shapes, few rounds.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds for all of it: what does not fit is left out.", show_default="none"),
+    ] = None,
 ) -> None:
     """Times additive_attention and dot_attention against eager PyTorch, torch.compile and SDPA."""
     passes = (FORWARD,) * forward + (TRAINING,) * backward
@@ -455,6 +509,7 @@ def main(
         prepared=prepared,
         output=output,
         quick=quick,
+        budget=budget,
     )
     console.print("Written: " + ", ".join(files.shown(path) for path in written))
     sys.exit(1 if wrong else 0)

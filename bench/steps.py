@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from attn_kernels.functional import additive_step
 
 from . import eager, files, machine, timing
 from .machine import Allocator
+from .terminal import application, console
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 EAGER, DENSE, DEFERRED = "eager", "gradient per step", "gathered"
 STEPS = 50
@@ -52,14 +51,13 @@ class Steps:
 
     def forward(self, way: str) -> Tensor:
         """The contexts of all steps, (T, B, D)."""
-        prepared = None if way == EAGER else prepare_keys(self.keys)
-        memory = Memory(self.keys, self.values, prepared=prepared)
+        memory = Memory(self.keys, self.values)
         contexts = []
         for query in self.queries.unbind(0):
             if way == EAGER:
                 attention = eager.additive_attention(query, self.keys, self.values, self.v)
             elif way == DENSE:
-                attention = additive_attention(query, self.keys, self.values, self.v, prepared=prepared)
+                attention = additive_attention(query, self.keys, self.values, self.v)
             else:
                 attention = additive_step(query, self.v, None, memory, True, None)
             contexts.append(attention.context)
@@ -94,7 +92,7 @@ def measure_backward(shape: tuple[int, int, int], seconds: float) -> list[dict[s
 
 
 def measure_beams(shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
-    """A step of one query a sentence and one of several, on a prepared memory, without gradients."""
+    """A step of one query a sentence and one of several, on prepared keys, without gradients."""
     batch, source, units = shape
     steps = Steps(batch, source, units, BEAMS)
     queries = steps.queries.detach().transpose(0, 1).contiguous()  # (B, K, A)
@@ -167,7 +165,7 @@ def main(
     files.write_json(path, {"part": "steps", "machine": described, "settings": {"threads": threads}, "rows": rows})
     console.print(table(rows))
     console.print(machine.as_text(described))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}", highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}")
 
 
 if __name__ == "__main__":

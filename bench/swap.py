@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,9 +32,9 @@ from attn_kernels import patch
 
 from . import files, machine, plots, timing
 from .machine import Allocator
+from .terminal import application, console
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 LENGTHS = (64, 128, 256, 512, 1024)  # characters
 SENTENCES = 520
@@ -334,12 +333,12 @@ def main(
         compared = result["sentences"]
         console.print(f"Identical diacritics in {compared['identical']} of {compared['sentences']} sentences.")
     console.print(machine.as_text(result["machine"]))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}", highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}")
     if "sentences" in result and (
         result["sentences"]["identical"] < result["sentences"]["sentences"]
         or not all(row["identical"] for row in result["diacritizer"])
     ):
-        console.print("[red]The patched model gave another output.[/red]")
+        console.print("The patched model gave another output.", style="red")
         raise typer.Exit(1)
 
 

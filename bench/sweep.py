@@ -24,7 +24,7 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -36,8 +36,7 @@ from attn_kernels.backends import choose
 from . import files, machine, ops, plots, timing
 from .machine import Allocator
 from .ops import FORWARD, SHORT, TRAINING, Dtype, Op, Shape
-
-console = Console()
+from .terminal import application, console
 
 CPU = torch.device("cpu")
 OPS = tuple(op.value for op in Op)
@@ -267,7 +266,7 @@ def first_line(error: BaseException) -> str:
 def run(cells: list[Cell], settings: Settings, least: float, progress_file: ProgressFile) -> None:
     """Times the cells that have no time yet, then those below the bound once more."""
     inputs = Inputs(getattr(torch, settings.dtype))
-    with ops.progress_bars(console) as progress:
+    with ops.progress_bars() as progress:
         for cell in tracked(progress, "sweep", [cell for cell in cells if not cell.done]):
             time_cell(cell, inputs, settings)
             progress_file.add(cell)
@@ -542,16 +541,15 @@ def benchmark(
         },
     )
     if resume and progress_file.path.exists():
-        console.print(f"Taken over: {progress_file.resume(cells)} cells", highlight=False)
+        console.print(f"Taken over: {progress_file.resume(cells)} cells")
     else:
         progress_file.start()
     if choose(None, "cpu") == "reference":
-        console.print("[bold red]No fused backend runs on the CPU here; ours is the reference.[/]")
+        console.print("No fused backend runs on the CPU here; ours is the reference.", style="bold red")
     left_out, minutes = reasons(cells).total(), expected_total(cells, settings) / 60
     to_do = sum(not cell.done for cell in cells)
     console.print(
         f"{to_do} cells to time, about {max(1, round(minutes))} min and what is timed again; {left_out} left out",
-        highlight=False,
     )
     in_effect = machine.set_allocator(Allocator(settings.allocator))
     run(cells, settings, least, progress_file)
@@ -564,7 +562,7 @@ def benchmark(
     return [result, picture], cells
 
 
-app = typer.Typer(add_completion=False)
+app = application()
 
 
 @app.command()

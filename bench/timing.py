@@ -6,6 +6,7 @@ the median of these ratios and their quartiles; a slow second of the machine fal
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -30,6 +31,22 @@ class Spread(NamedTuple):
     median: float
     low: float
     high: float
+
+
+class Budget:
+    """Seconds to spend from now on; None: as many as it takes."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.start = clock()
+
+    @property
+    def spent(self) -> float:
+        return self.clock() - self.start
+
+    @property
+    def left(self) -> float:
+        return math.inf if self.seconds is None else self.seconds - self.spent
 
 
 class WallTimer:
@@ -75,9 +92,13 @@ def interleave(
     seed: int = 0,
     least_rounds: int = 5,
     most_rounds: int = 100,
+    at_most: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
-    """Rounds of all calls until ``seconds`` are spent, at least ``least_rounds`` and at most ``most_rounds``."""
+    """Rounds of all calls until ``seconds`` are spent, at least ``least_rounds`` and at most ``most_rounds``.
+
+    at_most: seconds after which no further round begins, however few there were: one at least.
+    """
     repeats, prime = {}, {}
     for name, call in calls.items():
         warm_up(call)
@@ -90,7 +111,8 @@ def interleave(
     samples: Samples = {name: [] for name in names}
     start = clock()
     for done in range(most_rounds):
-        if done >= least_rounds and clock() - start >= seconds:
+        spent = clock() - start
+        if (done >= least_rounds and spent >= seconds) or (done >= 1 and spent >= at_most):
             break
         order.shuffle(names)
         for name in names:

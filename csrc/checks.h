@@ -113,8 +113,8 @@ inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape) {
     step *= shape.begin()[axis] > 1 ? shape.begin()[axis] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, Call::device_type(),
-                                                         Call::device_index(like), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, Call::device_type(),
+                                                  Call::device_index(like), &handle));
   return Tensor(handle);
 }
 

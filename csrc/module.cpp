@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/checksum.h"
 #include "cpu/kernels.h"
 
 namespace {
@@ -36,6 +37,13 @@ std::vector<std::string> simd_levels() {
   return names;
 }
 
+std::vector<uint64_t> checksums(uintptr_t data, size_t bytes, size_t pieces) {
+  pybind11::gil_scoped_release release;
+  std::vector<uint64_t> sums(pieces);
+  attn::checksums(reinterpret_cast<const void*>(data), bytes, static_cast<int64_t>(pieces), sums.data());
+  return sums;
+}
+
 std::string use_simd(const std::optional<std::string>& name) { return attn::use_level(name.value_or("").c_str()).name; }
 
 }  // namespace
@@ -47,5 +55,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_simd", &use_simd, pybind11::arg("name").none(true),
         "For tests: makes all later calls in this process use that SIMD level (None: the first choice again). Returns "
         "the name of the one that was in use.");
+  m.def("checksums", &checksums, pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("pieces"),
+        "Of that many pieces, of so many bytes each, that begin at an address: 64 bits that change with their bytes.");
   attn::level();  // a wrong ATTN_KERNELS_SIMD is an error of the import, not of the first call
 }

@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,12 +43,33 @@ if not torch.cuda.is_available():
     sys.meta_path.insert(0, _Emulated())
 
 import attn_kernels
+import triton_arithmetic
 from attn_kernels import patching
 from attn_kernels.backends import NAMES
-from matrix import device_of
+from matrix import device_of, interpreted
 
+if attn_kernels.backends()["triton"].available and interpreted("triton"):
+    triton_arithmetic.install()  # errors of a GPU's instructions, for the tests of accuracy
 if IN_XDIST:
     torch.set_num_threads(1)
+
+
+# What programs print depends on these. Tests, and programs that they start, see the same everywhere: a wide terminal
+# without colours, English, UTC. It is set when pytest has decided how its own output looks, and before bench is
+# imported, whose console reads it once.
+ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+UNSET = ("LINES", "FORCE_COLOR", "CLICOLOR_FORCE", "COLORTERM", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+UNSET += ("TERMINAL_WIDTH", "GITHUB_ACTIONS", "LANGUAGE")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("terminalreporter"):
+        writer = session.config.get_terminal_writer()
+        writer.fullwidth = writer.fullwidth  # its own terminal is as wide as it is
+    os.environ.update(ENVIRONMENT)
+    for name in UNSET:
+        os.environ.pop(name, None)
+    time.tzset()
 
 
 def pytest_report_header() -> list[str]:
@@ -84,12 +106,6 @@ def every_level(names: Sequence[str]) -> list[str]:
     return [variant for name in names for variant in ([name, *lower] if name == "cpu" else [name])]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "every_level: the C++ kernels run on each SIMD level of this CPU, not on the best one only"
-    )
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parameters of the fixtures in BACKENDS: here and not with them, since they depend on the test."""
     every = metafunc.definition.get_closest_marker("every_level") is not None
@@ -97,6 +113,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, names in BACKENDS.items():
         if fixture in metafunc.fixturenames and fixture not in own:
             metafunc.parametrize(fixture, every_level(names) if every else names, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
+            item.add_marker("slow")
 
 
 def use(variant: str) -> Iterator[str]:
@@ -115,9 +138,9 @@ BACKENDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _patched_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters serve the small problems of the tests, too, which they leave to the originals because of speed."""
+@pytest.fixture
+def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
     monkeypatch.setattr(patching, "_least_elements", lambda module: 0)
 
 

@@ -370,7 +370,28 @@ def check(
 ) -> None:
     """Results and gradients of a backend against the oracle; arguments are made from the case unless given."""
     device = device_of(backend)
-    arguments = make(op, case, dtype, device, seed) if arguments is None else arguments
+    if arguments is not None:
+        exact, errors = _expected(op, case, dtype, device, seed, arguments)
+    else:
+        arguments = make(op, case, dtype, device, seed)
+        key = (op.name, case, dtype, device, seed)
+        exact, errors = _known.get(key) or _expected(op, case, dtype, device, seed, arguments)
+        if case in _TABLE:
+            _known[key] = exact, errors
+    results = run(op.function, op, arguments, backend=backend, **keywords)
+    if keywords.get("need_weights") is False:
+        exact = {name: t for name, t in exact.items() if name != "alignments"}
+    assert_close(results, exact, errors, dtype, condition)
+
+
+_TABLE = frozenset(CASES.values())
+_known: dict[Any, tuple[dict[str, Tensor], dict[str, float]]] = {}  # of the table: every backend is compared with them
+
+
+def _expected(
+    op: Op, case: Case, dtype: torch.dtype, device: str, seed: int, arguments: Arguments
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the oracle gives, and the errors of eager."""
     exact = oracle(op, arguments)
     errors = eager_errors(op, arguments, exact)
     if case.layout in STRIDE_0 or case.grad_layout in STRIDE_0:
@@ -379,10 +400,7 @@ def check(
         typical = make(op, case._replace(layout="contiguous", grad_layout="contiguous"), dtype, device, seed)
         others = eager_errors(op, typical, oracle(op, typical))
         errors = {name: max(error, others[name]) for name, error in errors.items()}
-    results = run(op.function, op, arguments, backend=backend, **keywords)
-    if keywords.get("need_weights") is False:
-        exact = {name: t for name, t in exact.items() if name != "alignments"}
-    assert_close(results, exact, errors, dtype, condition)
+    return exact, errors
 
 
 def check_by_sentences(
@@ -457,7 +475,8 @@ def assert_close(
         if result.shape != expected.shape or result.dtype != dtype:
             problems.append(f"{name}: {tuple(result.shape)} {result.dtype}, expected {tuple(expected.shape)} {dtype}")
             continue
-        result, rounded = result.detach().double().cpu(), expected.to(dtype).double()  # rounding may overflow to Inf
+        result, expected = result.detach().double().cpu(), expected.detach().double().cpu()
+        rounded = expected.to(dtype).double()  # rounding may overflow to Inf
         special = ~rounded.isfinite()
         same = (result == rounded) | (result.isnan() & rounded.isnan())
         wrong = special & ~(~result.isfinite() if name.startswith("d") else same) | ~special & ~result.isfinite()
@@ -505,6 +524,33 @@ def interpreted(backend: str) -> bool:
     if backend == "cuda":
         return emulated()
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# The cases that ``make test`` runs where kernels of a GPU are interpreted: the emulator of CUDA all of them, Triton's
+# interpreter, in which a case takes a second, the first three.
+CORE = tuple(
+    CASES[name]
+    for name in (
+        *("plain", "mask (B, Tq, Tk)", "gradient of alignments", "gradient of context", "decode", "7"),
+        *("lengths and mask per query", "query 2-D, masked", "sliced"),
+    )
+)
+
+
+def slow_if(predicate: Callable[..., object]) -> pytest.MarkDecorator:
+    """Marks a test as slow for the parameters of which ``predicate(**parameters)`` is true."""
+    return pytest.mark.slow_if.with_args(predicate)  # called with a function alone, a mark would take it for the test
+
+
+def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
+    """Marks a test as slow with interpreted kernels, except for the parameters in ``core``."""
+
+    def slow(**parameters: Any) -> bool:
+        backend = parameters.get("backend", parameters.get("fused"))
+        kept = core[:3] if is_slow(backend) else core
+        return interpreted(backend) and not any(value in kept for value in parameters.values())
+
+    return slow_if(slow)
 
 
 def is_slow(backend: str) -> bool:

@@ -27,8 +27,8 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
     patched = copy.deepcopy(original)
     report = patch(patched)
     assert len(report.replaced) == 1, report
-    exact = _results(original.double(), steps, inputs)
-    ours = _results(patched.double(), steps, inputs)
+    exact = results(original.double(), steps, inputs)
+    ours = results(patched.double(), steps, inputs)
     assert ours.keys() == exact.keys()
     for name, expected in exact.items():
         assert (ours[name] is None) == (expected is None), name
@@ -36,8 +36,8 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
             assert (ours[name].shape, ours[name].dtype) == (expected.shape, expected.dtype), name
             allowed = tolerance * _size(expected)
             torch.testing.assert_close(ours[name], expected, rtol=tolerance, atol=allowed, equal_nan=True, msg=name)
-    rough = _results(original.float(), steps, inputs)
-    ours = _results(patched.float(), steps, inputs)
+    rough = results(original.float(), steps, inputs)
+    ours = results(patched.float(), steps, inputs)
     for name, expected in exact.items():
         if expected is not None and not expected.isnan().any():
             error, allowed = _error(ours[name], expected), 2 * _error(rough[name], expected) + 1e-6 * _size(expected)
@@ -65,7 +65,8 @@ def _size(x: Tensor) -> float:
     return max(1.0, x.nan_to_num().abs().max().item()) if x.numel() else 1.0
 
 
-def _results(module: nn.Module, steps: Steps, inputs: Inputs) -> dict[str, Tensor | None]:
+def results(module: nn.Module, steps: Steps, inputs: Inputs) -> dict[str, Tensor | None]:
+    """Outputs and gradients by name, in the dtype of the parameters; the gradients are of a random sum of outputs."""
     dtype = next(module.parameters()).dtype
     inputs = {name: x.to(dtype) if _floats(x) else x for name, x in inputs.items()}
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items() if _floats(x)}
@@ -74,8 +75,8 @@ def _results(module: nn.Module, steps: Steps, inputs: Inputs) -> dict[str, Tenso
     wanted = {**leaves, **dict(module.named_parameters())}
     loss = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in outputs)
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    return {**results, **{f"d {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}}
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return {**named, **{f"d {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}}
 
 
 def _floats(x: Any) -> bool:

@@ -29,7 +29,7 @@ def python(script: str, **environment: str) -> str:
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -65,6 +65,22 @@ def test_nothing_but_pytorch() -> None:
         r"^refused attn_kernels: backend='(\w+)' cannot be used on cpu tensors: \S", out, re.MULTILINE
     )
     assert refusals == ["cuda", "triton", "cpu"]
+
+
+def test_interpreter_that_numpy_is_too_new_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at once, instead of an error from within each kernel; a GPU needs no NumPy."""
+    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for versions, fails in {
+        ("3.6.0", "2.4.0"): True,
+        ("3.6.0+git1", "2.3.5"): False,
+        ("3.7.0", "2.10.1"): False,
+    }.items():
+        monkeypatch.setattr(triton, "__version__", versions[0])
+        monkeypatch.setattr(numpy, "__version__", versions[1])
+        _, available, detail = attn_kernels.backends()["triton"]
+        assert available != fails
+        assert fails == (detail == "the interpreter of Triton 3.6.0 fails with NumPy 2.4.0: pip install 'numpy<2.4'")
 
 
 def test_no_triton() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 
 for package in ("typer", "rich", "matplotlib", "rapidfuzz"):
     pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
+
+from rich.console import Console  # noqa: E402
 
 from bench import files, machine, ops, timing  # noqa: E402
 from bench.g2p import compare as g2p  # noqa: E402
@@ -135,6 +138,55 @@ class Clock:
 
     def call(self, seconds: float) -> None:
         self.now += seconds * self.busy
+
+
+def test_no_round_begins_after_the_time_and_one_is_always_run() -> None:
+    clock = Clock()
+    calls = {"a": lambda: clock.call(4.0), "b": lambda: clock.call(6.0)}
+    for at_most, rounds in ((0.0, 1), (15.0, 2), (25.0, 3), (1000.0, 5)):
+        samples = timing.interleave(
+            calls, timing.WallTimer(clock), seconds=0, least_rounds=5, at_most=at_most, clock=clock
+        )
+        assert [len(taken) for taken in samples.values()] == [rounds, rounds], at_most
+
+
+def test_a_budget() -> None:
+    clock = Clock()
+    budget, endless = timing.Budget(10.0, clock), timing.Budget(None, clock)
+    clock.call(4.0)
+    assert (budget.spent, budget.left) == (4.0, 6.0) and endless.left == float("inf")
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(None, 8), (1000.0, 8), (70.0, 6), (20.0, 4)])
+def test_what_does_not_fit_into_the_time_is_left_out_and_said(
+    seconds: float | None, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ops, two passes, two shapes; a cell of the larger shape takes 20 seconds, of the smaller one 4.8."""
+    clock = Clock()
+    settings = ops.Settings(torch.float32, torch.device("cpu"), 1.0, 5, False, False, ops.Lengths.none, 0)
+    large, small = ops.Shape(8, 5, 10, 8, 8), ops.Shape(8, 1, 10, 8, 8)
+    taken = []
+
+    def measure(cell: ops.Cell, _: ops.Settings, __: machine.Allocator, share: timing.Budget) -> str:
+        taken.append(cell)
+        cell.ours, cell.rounds, cell.seconds_of_check = "cpu", 3, 1.0
+        cell.seconds_a_round = cell.work / small_work * 0.475
+        spread = timing.Spread(2.0, 1.5, 2.5)
+        cell.ways = [ops.Way("cpu", milliseconds=spread), ops.Way("eager", milliseconds=spread, times_ours=spread)]
+        clock.call(1.0 + ops.LEAST_CALLS * cell.seconds_a_round)
+        return "malloc"
+
+    monkeypatch.setattr(ops, "measure", measure)
+    cells = ops.plan(list(ops.Op), {small: "", large: ""}, [ops.FORWARD, ops.TRAINING])
+    small_work = cells[0].work
+    assert ops.run(cells, settings, machine.Allocator.default, timing.Budget(seconds, clock)) == "malloc"
+    assert [cell.shape for cell in taken] == sorted((cell.shape for cell in taken), key=lambda shape: shape.Tq)
+    assert len(taken) == measured == sum(not cell.left_out for cell in cells)
+    printed = io.StringIO()
+    Console(file=printed, width=150).print(ops.tables(cells, {}, settings))
+    assert printed.getvalue().count("left out") == (0 if measured == 8 else 8 - measured + 1)
+    assert "2.0x  (1.50-2.50)" in printed.getvalue()  # three rounds
+    assert [cell["left out"] for cell in ops.as_result(cells, settings, {})["cells"]] == [c.left_out for c in cells]
 
 
 def test_ratios_are_formed_within_rounds() -> None:
@@ -322,7 +374,24 @@ def test_both_attentions_train_alike(dictionary: Path) -> None:
     assert g2p.agreement(training.losses).all_steps < 1e-4
 
 
-def test_model_benchmark_and_its_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 60), (1.0, 100), (1e6, 700)])
+def test_as_many_steps_as_fit(dictionary: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int) -> None:
+    """Of two models, each of which takes 5 ms a step; no fewer than the quick run has, no more than asked for."""
+    words = g2p_data.read_dictionary(dictionary)
+    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
+
+    def run_step(training: g2p.Training) -> None:
+        for name in training.seconds:
+            training.seconds[name].append(0.005)
+
+    monkeypatch.setattr(g2p.Training, "run_step", run_step)
+    names = ["fused", "reference"]
+    found = g2p.steps_within(seconds, g2p.Config(**TINY), words, vocabulary, names, torch.device("cpu"))
+    assert found == steps
+
+
+@pytest.mark.parametrize("budget", [None, 0.0])
+def test_model_benchmark_and_its_files(tmp_path: Path, budget: float | None) -> None:
     letters = "abcdefghij"
     entries = [f"{a}{b}{c} {a.upper()} {b.upper()}1" for a in letters for b in letters for c in letters[:3]]
     (tmp_path / "small.dict").write_text("\n".join(entries))
@@ -333,6 +402,7 @@ def test_model_benchmark_and_its_files(tmp_path: Path) -> None:
         dictionary=tmp_path / "small.dict",
         words=10,
         time_rounds=0,
+        budget=budget,
         output=output,
         allocator=machine.Allocator.default,
     )
@@ -398,7 +468,7 @@ def test_help(part: str) -> None:
 
     app = {"ops": ops.app, "g2p": g2p_app, "all": everything}[part]
     arguments = ["compare", "--help"] if part == "g2p" else ["--help"]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "--output" in result.output
 
@@ -418,6 +488,6 @@ def test_errors_of_the_command_line(part: str, arguments: list[str], message: st
     from typer.testing import CliRunner
 
     app = {"ops": ops.app, "g2p": g2p_app}[part]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import attn_kernels
 from attn_kernels.ops import kernel
-from matrix import CASES, OPS, SHAPES, Case, Op, assert_close, call, eager_errors, is_slow, make, oracle
+from matrix import (
+    CASES,
+    OPS,
+    SHAPES,
+    Case,
+    Op,
+    assert_close,
+    call,
+    eager_errors,
+    is_slow,
+    make,
+    oracle,
+    slow_if,
+    slow_interpreted,
+)
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -26,6 +45,8 @@ def fresh_dynamo():
 
 # opcheck --------------------------------------------------------------------------------------------------------------
 
+# opcheck and torch.compile take a second or two each time: one case of each op and backend is in make test.
+USUAL = "masked per query, strided"
 OPCHECK = {
     "plain": Case(B=2, Tq=3, Tk=5, A=4, D=3),
     "no bias": Case(B=2, Tq=3, Tk=5, A=4, D=3, without=("bias",)),
@@ -52,6 +73,7 @@ def skip_if_many(backend: str, name: str) -> None:
         pytest.skip("the other cases are enough for Triton's interpreter")
 
 
+@slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires grad"])
 @pytest.mark.parametrize("name", OPCHECK)
 @ops
@@ -61,6 +83,7 @@ def test_opcheck(op: Op, fused: str, device: str, name: str, requires_grad: bool
     torch.library.opcheck(kernel(op.name, fused), tuple(arguments))
 
 
+@slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
 @pytest.mark.parametrize("name", OPCHECK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ops
@@ -94,10 +117,11 @@ def test_fake_kernel(op: Op, fused: str, device: str) -> None:
 def compiled(op: Op, backend: str, dynamic: bool | None) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     """A function around the op, as user code is; and what counts its compilations."""
     counter = CompileCounterWithBackend("aot_eager")  # everything of torch.compile but the generation of code
+    public = op.function  # taken here: Dynamo of torch 2.10 does not trace the property of a tuple
 
     def function(tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
         doubled = tensors | {"query": tensors["query"] * 2}
-        return call(op.function, op, doubled, **masks, backend=backend)
+        return call(public, op, doubled, **masks, backend=backend)
 
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter), counter
 
@@ -115,6 +139,7 @@ def check_compiled(function: Callable[..., Any], op: Op, case: Case, device: str
     assert_close(outputs | named, exact, eager_errors(op, expected, exact), torch.float32)
 
 
+@slow_if(lambda name, dynamic, **_: name != "lengths and mask" or dynamic is not None)
 @pytest.mark.parametrize("name", ["plain", "no bias", "lengths and mask", "mask (B, Tq, Tk)", "query 2-D, masked"])
 @pytest.mark.parametrize("dynamic", [False, True, None], ids=["static", "dynamic", "automatic"])
 @ops
@@ -126,6 +151,7 @@ def test_compile(op: Op, backend: str, device: str, dynamic: bool | None, name: 
     assert counter.frame_count == first <= 2  # 2 where a dynamic scale is found out to be a constant
 
 
+@slow_if(lambda backend, **_: backend != "cpu")
 @ops
 def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     """Ten lengths of the memory, in batches and with numbers of queries that change too: two compilations at most."""
@@ -137,6 +163,7 @@ def test_no_recompilation(op: Op, backend: str, device: str) -> None:
     assert counter.frame_count == before <= 2
 
 
+@slow_interpreted()
 @ops
 def test_compile_without_gradients(op: Op, backend: str, device: str) -> None:
     function, counter = compiled(op, backend, dynamic=None)
@@ -151,6 +178,7 @@ def test_compile_without_gradients(op: Op, backend: str, device: str) -> None:
     assert counter.frame_count <= 2
 
 
+@slow_interpreted()
 @ops
 def test_compile_autocast(op: Op, backend: str, device: str) -> None:
     function, _ = compiled(op, backend, dynamic=False)
@@ -176,16 +204,48 @@ def test_compile_generates_code() -> None:
     torch.testing.assert_close(*gradients)
 
 
-# torch.export ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp"])
+def test_compile_transforms(backend: str, device: str, transform: str) -> None:
+    """Transforms of torch.func inside torch.compile: there ops are their formulas, so one backend shows for all."""
+    x, v = torch.randn(2, 3, 4, device=device), torch.randn(4, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        lengths = torch.full(x.shape[:1], 2, device=device)
+        return attn_kernels.additive_attention(x, x, x, v, memory_lengths=lengths, backend=backend).context.sum()
+
+    def jvp(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(loss, (x,), (2 * x,))
+
+    per_sentence = torch.vmap(torch.func.grad(lambda x: loss(x[None])))
+    function = {"grad": torch.func.grad(loss), "vmap of grad": per_sentence, "jvp": jvp}[transform]
+    torch.testing.assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(x), function(x))
 
 
 @ops
+def test_fake_tensors(op: Op, backend: str, device: str) -> None:
+    """Without torch.compile, and with lengths that have no values to be checked."""
+    arguments = make(op, CASES["lengths"], torch.float32, device)
+    expected = call(op.function, op, arguments.tensors, **arguments.masks, backend=backend)
+    for mode in (FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True))):
+        with mode:
+            tensors = {name: mode.from_tensor(t) for name, t in arguments.tensors.items()}
+            masks = {name: mode.from_tensor(t) for name, t in arguments.masks.items()}
+            outputs = call(op.function, op, tensors, **masks, backend=backend)
+        assert {n: t.shape for n, t in outputs.items()} == {n: t.shape for n, t in expected.items()}
+
+
+# torch.export ---------------------------------------------------------------------------------------------------------
+
+
+@slow_interpreted()
+@ops
 def test_export(op: Op, backend: str, device: str) -> None:
     """Exported with the sizes of batch and memory free, and run with others."""
+    public = op.function
 
     class Model(nn.Module):
         def forward(self, tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
-            return call(op.function, op, tensors, **masks, backend=backend)
+            return call(public, op, tensors, **masks, backend=backend)
 
     batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
     axes = {"B": batch, "Tk": steps}
@@ -202,3 +262,113 @@ def test_export(op: Op, backend: str, device: str) -> None:
         expected = call(op.reference, op, arguments.tensors, **arguments.masks)
         for name, t in expected.items():
             torch.testing.assert_close(outputs[name], t)
+
+
+def test_exported_program_is_saved(tmp_path: Path) -> None:
+    """With Memory and Attention in its signature; loaded in another process."""
+    torch.manual_seed(0)
+    attention = attn_kernels.BahdanauAttention(8, 8, 8)
+    memory = attention.memory(torch.randn(4, 5, 8), torch.tensor([5, 3, 0, 1]))
+    query = torch.randn(4, 8)
+    program = torch.export.export(attention, (query, memory))
+    torch.export.save(program, tmp_path / "attention.pt2")
+    torch.save((query, memory.keys, memory.values, memory.memory_lengths, memory.prepared), tmp_path / "inputs.pt")
+    script = """
+import sys, torch, attn_kernels
+query, keys, values, lengths, prepared = torch.load(sys.argv[2])
+memory = attn_kernels.Memory(keys, values, lengths, prepared=prepared)
+result = torch.export.load(sys.argv[1]).module()(query, memory)
+assert type(result) is attn_kernels.Attention, type(result)
+torch.save(tuple(result), sys.argv[3])
+"""
+    files = [str(tmp_path / name) for name in ("attention.pt2", "inputs.pt", "outputs.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), tuple(attention(query, memory)))
+
+
+# torch.jit and ONNX ---------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Encoder outputs and decoder states to contexts and alignments: memory() and steps in one graph."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, outputs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        context, alignments = self.attention(query, self.attention.memory(outputs, lengths))
+        return context, alignments
+
+
+MODULES = {
+    "bahdanau": lambda **kw: attn_kernels.BahdanauAttention(8, 8, 6, normalize=True, **kw),
+    "luong general": lambda **kw: attn_kernels.LuongAttention(8, 8, scale=True, **kw),
+    "luong concat": lambda **kw: attn_kernels.LuongAttention(8, 8, 6, score="concat", **kw),
+    "cosine": lambda **kw: attn_kernels.CosineAttention(8, 8, 6, **kw),
+}
+
+
+def inputs_of(batch: int, queries: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(batch)
+    lengths = torch.arange(batch) % (steps + 1)
+    return torch.randn(batch, queries, 8), torch.randn(batch, steps, 8), lengths
+
+
+@pytest.mark.parametrize("needs_gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace(name: str, backend: str, device: str, needs_gradients: bool) -> None:
+    decoder = Decoder(MODULES[name](backend=backend, device=device)).requires_grad_(needs_gradients)
+    traced = torch.jit.trace(decoder, tuple(x.to(device) for x in inputs_of(2, 3, 5)))
+    inputs = tuple(x.to(device) for x in inputs_of(4, 2, 7))
+    torch.testing.assert_close(traced(*inputs), decoder(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_says_why_not() -> None:
+    with pytest.raises(RuntimeError, match=r"BahdanauAttention: torch\.jit\.script .* torch\.export"):
+        torch.jit.script(Decoder(attn_kernels.BahdanauAttention(8, 8, 6)))
+
+
+def test_fx_says_why_not() -> None:
+    with pytest.raises(TypeError, match=r"memory must be a tensor, got Proxy: .* torch\.export"):
+        torch.fx.symbolic_trace(Decoder(attn_kernels.BahdanauAttention(8, 8, 6)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+def test_onnx(name: str, fused: str, device: str, tmp_path: Path) -> None:
+    """The formula of the reference in opset 18, with all sizes free, as onnxruntime computes it."""
+    if device != "cpu" or (fused != "cpu" and name != "bahdanau"):
+        pytest.skip("the decomposition is the same on every backend")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    decoder = Decoder(MODULES[name](backend=fused)).eval()
+    batch, queries, steps = (torch.export.Dim(n, min=1, max=1024) for n in ("batch", "queries", "steps"))
+    path = str(tmp_path / "decoder.onnx")
+    torch.onnx.export(
+        decoder,
+        inputs_of(2, 3, 5),
+        path,
+        dynamo=True,
+        verbose=False,
+        opset_version=18,
+        dynamic_shapes=({0: batch, 1: queries}, {0: batch, 1: steps}, {0: batch}),
+    )
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for sizes in ((2, 3, 5), (4, 1, 9), (1, 6, 1)):
+        inputs = inputs_of(*sizes)
+        named = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+        for actual, expected in zip(session.run(None, named), decoder(*inputs), strict=True):
+            torch.testing.assert_close(torch.from_numpy(actual), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_export_keeps_the_op() -> None:
+    """Decompositions are for ONNX: those that torch.export runs by default leave the kernels in."""
+    available = attn_kernels.backends()["cpu"]
+    if not available.available:
+        pytest.skip(available.detail)
+    program = torch.export.export(Decoder(MODULES["bahdanau"](backend="cpu")), inputs_of(2, 3, 5))
+    targets = {str(node.target) for node in program.run_decompositions().graph.nodes}
+    assert "attn_kernels.additive_attention.cpu" in targets

@@ -58,12 +58,14 @@ def sources() -> None:
         pytest.skip("csrc is not here")
 
 
+@pytest.mark.slow
 def test_clang(tmp_path: Path) -> None:
     """Clang compiles without a warning, and every level of this CPU is right."""
     out = run(build(tool("clang++"), tmp_path))
     assert [line.partition(":")[0] for line in out.splitlines()][-1:] == ["portable"]
 
 
+@pytest.mark.slow
 def test_aarch64(tmp_path: Path) -> None:
     """Compiled for another architecture, without a warning; right in an emulator where there is one."""
     program = build(tool("aarch64-linux-gnu-g++"), tmp_path, "-static")
@@ -71,6 +73,7 @@ def test_aarch64(tmp_path: Path) -> None:
     assert out.startswith("portable: ")
 
 
+@pytest.mark.slow
 def test_sanitizers(tmp_path: Path) -> None:
     """Reads and writes out of bounds, undefined behaviour. In one level, the widest: it takes a minute for all."""
     watched = (SIMD_LEVELS or ("portable",))[0]

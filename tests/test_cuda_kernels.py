@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU, below PyTorch: programs that run them in the emulator, and the emulator itself.
 
-The ops on top of them run in the matrix, as ``backend="cuda"``. The machine code is checked by test_cuda_check.py.
+The ops on top of them run in the matrix, as ``backend="cuda"``; here in other orders of warps and blocks, and with less
+shared memory. The machine code is checked by test_cuda_check.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+import attn_kernels
+from attn_kernels.backends import emulated
+from conftest import available
+from matrix import OPS, Case, assert_bit_equal, check, make, run
+
+from matrix import slow_if
 
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build/emulated/objects"  # of the kernels, as tests/cpp/build_emulated.py has compiled them
@@ -19,6 +28,7 @@ OBJECTS = ROOT / "build/emulated/objects"  # of the kernels, as tests/cpp/build_
 PROGRAMS = {
     "check_emulator": (),
     "check_shared_form": (),
+    "check_tiles": (),
     "check_decode": ("decode",),
     "check_attend": ("attend", "few_rows", "products"),
 }
@@ -32,6 +42,7 @@ def flags() -> list[str]:
     return module.FLAGS
 
 
+@slow_if(lambda program: PROGRAMS[program])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
@@ -46,3 +57,54 @@ def test_program(program: str, tmp_path: Path) -> None:
     for step in (command, [tmp_path / program]):
         done = subprocess.run(step, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+@pytest.fixture
+def emulator() -> str:
+    """The backend, where its kernels run in the emulator."""
+    name = available("cuda")
+    if not emulated():
+        pytest.skip("the kernels run on a GPU")
+    return name
+
+
+# What waits for what: parts of a decoding step in a cluster, or in blocks of which the last combines them; values in
+# turns of warps; slices of products; staged rows of scores; sums over warps in the backward.
+RACES = {
+    "cluster": ("additive_attention", Case(B=1, Tq=2, Tk=140, A=40, D=36, lengths="full"), torch.float32),
+    "cluster, mask": ("dot_attention", Case(B=2, Tq=3, Tk=90, A=24, D=33, mask="pairs"), torch.float32),
+    "last block": ("additive_attention", Case(B=1, Tq=1, Tk=600, A=8, D=16), torch.float64),
+    "tiles": ("additive_attention", Case(B=2, Tq=19, Tk=37, A=40, D=24, lengths="random"), torch.float32),
+    "tiles, mask": ("additive_attention", Case(B=2, Tq=19, Tk=37, A=30, D=24, mask="pairs"), torch.float32),
+    "tensor cores": ("dot_attention", Case(B=1, Tq=20, Tk=70, A=40, D=40, mask="pairs"), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("order", ["first", "last", "random:1", "random:2"])
+@pytest.mark.parametrize("name", RACES)
+def test_any_order_of_warps_and_blocks(name: str, order: str, emulator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, results and gradients, whichever warp gets ahead and whichever block comes first."""
+    op, case, dtype = OPS[RACES[name][0]], *RACES[name][1:]
+    arguments = make(op, case, dtype)
+    expected = run(op.function, op, arguments, backend=emulator)
+    monkeypatch.setenv("ATTN_EMULATOR_ORDER", order)
+    assert_bit_equal(run(op.function, op, arguments, backend=emulator), expected)
+
+
+def test_unknown_order(emulator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_EMULATOR_ORDER", "backwards")
+    with pytest.raises(RuntimeError, match="ATTN_EMULATOR_ORDER"):
+        attn_kernels.dot_attention(torch.ones(1, 1, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), backend=emulator)
+
+
+@pytest.mark.parametrize("kib", [227, 163, 99], ids=["H100", "A100", "others"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 100, 4, 512), (2, 128, 4, 512), (1, 128, 2, 1024)], ids=str)
+def test_shared_memory_of_each_device(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kib: int, emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes for which many threads would share the units of few tiles, if there were room for what each brings."""
+    monkeypatch.setenv("ATTN_EMULATOR_SHARED_MEMORY", str(kib * 1024))
+    B, Tq, Tk, A = shape
+    case = Case(B, Tq, Tk, A, without=("bias",), receives=())
+    check(OPS["additive_scores"], case, dtype, emulator)

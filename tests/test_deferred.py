@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attn_kernels import BahdanauAttention, Memory, deferred
 from attn_kernels.ops import kernel
 from conftest import available
-from matrix import CASES, OPS, Case, Op, device_of, is_slow, make
+from matrix import CASES, CORE, OPS, Case, Op, device_of, is_slow, make, slow_interpreted
 from test_modules import MASKS, MECHANISMS, TK, B, M, Q
 
 STEPS = 4
@@ -57,19 +57,21 @@ class World:
     ) -> None:
         """rounded: every number can be represented in it."""
         generator = torch.Generator().manual_seed(0)
+        device = device_of(backend)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(rounded).to(dtype)
+            return torch.randn(shape, generator=generator).to(rounded).to(device, dtype)
 
-        self.module: nn.Module = MECHANISMS[mechanism].make(backend=backend, dtype=dtype)
-        for parameter in self.module.parameters():
-            parameter.data = normal(*parameter.shape)
+        self.module: nn.Module = MECHANISMS[mechanism].make(backend=backend, dtype=dtype, device=device)
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.copy_(normal(*parameter.shape))
         size = MECHANISMS[mechanism].memory_size
         self.outputs = normal(B, TK, size).requires_grad_()
         self.queries = [normal(B, Q).requires_grad_() for _ in range(STEPS)]
         self.mix = 0.25 * normal(size, Q)
         self.weights = [(normal(B, size), normal(B, TK)) for _ in range(STEPS)]
-        self.masks = masks
+        masks = {name: mask.to(device) for name, mask in masks.items()}
         self.memory: Memory = self.module.memory(self.outputs, **masks)
 
     def decode(self, memory: Memory | None = None, **options: Any) -> list[tuple[Tensor, Tensor]]:
@@ -99,8 +101,8 @@ class World:
 
 def largest_error(got: Tensor, expected: Tensor) -> float:
     """As a share of the largest value."""
-    wide = expected.double()
-    return ((got.double() - wide).abs().max() / wide.abs().max().clamp_min(1e-3)).item()
+    wide = expected.double().cpu()
+    return ((got.double().cpu() - wide).abs().max() / wide.abs().max().clamp_min(1e-3)).item()
 
 
 def assert_same(got: Grads, expected: Grads, tolerance: float = 1e-10) -> None:
@@ -687,6 +689,7 @@ def query_backward_arguments(
     return [(*grads, *arguments, alignments) for grads in ((context, weights), (context, None), (None, weights))]
 
 
+@slow_interpreted(*CORE)
 @pytest.mark.every_level
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -711,6 +714,7 @@ def test_gradients_of_query_alone(op: Op, fused: str, case: Case, dtype: torch.d
             torch.testing.assert_close(tensor, full, rtol=eps, atol=limit, msg=lambda text, n=name: f"d{n}: {text}")
 
 
+@slow_interpreted()
 @pytest.mark.parametrize("case", [Case(B=3, Tq=3, Tk=5, A=4, D=3, lengths="random", mask="steps"), CASES["B = 0"]])
 @masked
 def test_opcheck(op: Op, case: Case, fused: str) -> None:

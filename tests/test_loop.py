@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_kernels.seq2seq import Seq2Seq, loop_cells
 from attn_kernels.seq2seq.model import ATTENTIONS
@@ -346,6 +347,31 @@ def test_autocast_and_compile() -> None:
     with torch._dynamo.config.patch(allow_rnn=True):
         logits, _ = torch.compile(made["loop"].decoder, backend="eager", fullgraph=True)(data[2], state, memory)
     torch.testing.assert_close(logits, made["steps"].decoder(data[2], state, memory)[0])
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, "cosine, sharpness not learned"])
+def test_no_tensor_is_made_on_the_host(attention: str) -> None:
+    """Such a tensor is copied to a GPU, which waits, and which a CUDA graph around the step cannot record."""
+    model, (source, lengths, target) = models(attention=attention.partition(",")[0])["loop"], batch()
+    if "not learned" in attention:
+        del model.decoder.attention.sharpness
+        model.decoder.attention.sharpness = 10.0
+    memory, state = model.encode(source, lengths)  # reads lengths on the host
+    with Operations() as ran:
+        model.decoder(target, state, memory)[0].sum().backward()
+    assert "aten::lift_fresh" not in ran.names and "aten::_local_scalar_dense" not in ran.names
 
 
 @pytest.mark.parametrize("hooked", ["attention", "attentional", "attention.query_projection"])

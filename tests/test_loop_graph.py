@@ -224,7 +224,7 @@ def test_memory_without_lengths_or_with_a_mask(recorder: Recorder) -> None:
             model = made[name]
             for _ in range(2):
                 encoded, state = model.encode(source, lengths)
-                memory = Memory(encoded.keys, encoded.values, None, mask, encoded.prepared)
+                memory = Memory(encoded.keys, encoded.values, None, mask)
                 logits, alignments = model.decoder(target, state, memory)
                 model.zero_grad()
                 LOSSES["both"](logits, alignments).backward()

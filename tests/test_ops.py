@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from attn_kernels.backends import NAMES
 from matrix import (
     CASES,
+    CORE,
     DTYPES,
     OPS,
     VARIANTS,
@@ -19,6 +23,7 @@ from matrix import (
     make,
     run,
     skip_if_slow,
+    slow_interpreted,
 )
 
 pytestmark = pytest.mark.every_level
@@ -28,6 +33,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+@slow_interpreted(*CORE)
 @cases
 @dtypes
 @ops
@@ -36,6 +42,15 @@ def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: C
     check(op, case, dtype, backend)
 
 
+def test_make_test_has_every_op_backend_and_dtype() -> None:
+    """Whatever is slow: results and all gradients of some case stay."""
+    (slow,) = (mark.args[0] for mark in test_results_and_gradients.pytestmark if mark.name == "slow_if")
+    for op, backend, dtype in itertools.product(VARIANTS.values(), NAMES, DTYPES):
+        kept = [case for case in CASES.values() if not slow(op=op, backend=backend, dtype=dtype, case=case)]
+        assert any(set(op.outputs) <= set(case.receives) and not case.without for case in kept), (op.name, backend)
+
+
+@slow_interpreted("lengths and mask per query")
 @pytest.mark.parametrize("name", ["plain", "decode, long", "lengths and mask per query", "query 2-D, masked"])
 @dtypes
 @masked_ops
@@ -49,6 +64,7 @@ def test_without_weights(op: Op, backend: str, device: str, dtype: torch.dtype, 
     assert outputs["alignments"] is None
 
 
+@slow_interpreted("plain", "Tk = 0")
 @pytest.mark.parametrize("name", ["plain", "lengths all 0", "B = 0", "Tk = 0"])
 @ops
 def test_without_gradients(op: Op, backend: str, device: str, name: str) -> None:
@@ -67,6 +83,7 @@ def test_without_gradients(op: Op, backend: str, device: str, name: str) -> None
         assert_bit_equal({"d" + needed: gradient}, {"d" + needed: expected["d" + needed]})
 
 
+@slow_interpreted("lengths", "sliced")
 @pytest.mark.parametrize("name", ["plain", "lengths", "mask (B, Tq, Tk)", "sliced", "stride 0", "gradient stride 0"])
 @ops
 def test_inputs_are_not_written(op: Op, fused: str, device: str, name: str) -> None:
@@ -77,6 +94,7 @@ def test_inputs_are_not_written(op: Op, fused: str, device: str, name: str) -> N
         assert_bit_equal(part, copy)
 
 
+@slow_interpreted(torch.float32)
 @dtypes
 @ops
 def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: torch.dtype) -> None:
@@ -91,6 +109,7 @@ def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: to
     assert_bit_equal(dict(zip(names, second, strict=True)), dict(zip(names, first, strict=True)))
 
 
+@slow_interpreted()
 @ops
 def test_negative_bit_is_resolved(op: Op, backend: str, device: str) -> None:
     """Views that PyTorch negates lazily, as imag of a conjugate: their memory holds the other sign."""

@@ -22,10 +22,23 @@ from torch import Tensor
 
 from attn_kernels.reference import attended
 from conftest import SIMD_LEVELS, available
-from matrix import DTYPES, OPS, VARIANTS, Arguments, Case, Op, assert_bit_equal, is_slow, lay_out, make, run
+from matrix import (
+    DTYPES,
+    OPS,
+    VARIANTS,
+    Arguments,
+    Case,
+    Op,
+    assert_bit_equal,
+    is_slow,
+    lay_out,
+    make,
+    run,
+    slow_interpreted,
+)
 
 POISONS = (math.nan, math.inf, -math.inf, 3e38)
-CASES = 1000  # of all ops together, for one backend
+COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]  # of all ops together, for one backend
 
 pytestmark = pytest.mark.every_level
 ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
@@ -75,9 +88,10 @@ def poisoned_empty() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("count", COUNTS)
 @ops
-def test_poison_changes_nothing(op: Op, backend: str, device: str) -> None:
-    count = 8 if is_slow(backend) else CASES // len(OPS) + 1
+def test_poison_changes_nothing(op: Op, backend: str, device: str, count: int) -> None:
+    count = 1 + count // 125 if is_slow(backend) else count // len(OPS) + 1
     rows = {"B": 2, "Tq": 2} if is_slow(backend) else {"B": 5, "Tq": 6}
     cases = random_cases(op, count, rows | {"Tk": 40, "A": 40, "D": 40})
     for (case, dtype), poison in zip(cases, itertools.cycle(POISONS)):
@@ -101,6 +115,7 @@ LARGE = (
 )
 
 
+@slow_interpreted()
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"Tq {case.Tq}, A {case.A}")
 @masked_ops
 def test_poison_changes_nothing_in_large_tiles(op: Op, backend: str, device: str, case: Case) -> None:
@@ -114,6 +129,7 @@ def test_poison_changes_nothing_in_large_tiles(op: Op, backend: str, device: str
             assert_bit_equal(poisoned, clean)
 
 
+@slow_interpreted("pairs")
 @pytest.mark.parametrize("mask", ["", "steps", "pairs"])
 @pytest.mark.parametrize("lengths", ["random", "zero"])
 @masked_ops

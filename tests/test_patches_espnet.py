@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels import patch, patching, sentence
+from attn_kernels import derived, patch, patching
 from steps import compare
+
+pytestmark = pytest.mark.usefixtures("at_any_size")
 
 MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 
@@ -138,7 +140,7 @@ def test_an_unread_mask(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -
     """As on a GPU, where reading it would wait for the device: an empty utterance is NaN, the others are not."""
     from attn_kernels.patches import espnet
 
-    for module in (espnet, sentence):
+    for module in (espnet, derived):
         monkeypatch.setattr(module, "keeps", lambda tensor: False)
     torch.manual_seed(0)
     original = cls(6, 7, 5)
@@ -180,4 +182,4 @@ def test_reset_lets_go(cls: type[nn.Module]) -> None:
     gone = weakref.ref(memory)
     module.reset()
     del memory
-    assert gone() is None and module not in sentence._kept
+    assert gone() is None and module not in derived._derived

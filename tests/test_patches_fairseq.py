@@ -11,6 +11,8 @@ from torch import nn
 from attn_kernels import patch
 from steps import compare, stand_in
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 CLASSES = ("lstm", "berard")
 
 

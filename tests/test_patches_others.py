@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from attn_kernels import patch
 from steps import compare, stand_in
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 Q, M, A, D = 6, 7, 9, 4  # of the state, the memory, the hidden layer, the output
 
 

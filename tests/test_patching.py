@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import json
 import pickle
 import subprocess
 import sys
+import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,15 +44,16 @@ class Additive(nn.Module):
         return (alignments[:, None] @ memory)[:, 0], alignments
 
 
-class FusedAdditive(Fused):
-    calls = 0
+CALLS: list[None] = []  # a global, since Dynamo of torch 2.10 and 2.11 traces no assignment to a class
 
+
+class FusedAdditive(Fused):
     @classmethod
     def covers(cls, module: Any) -> str | None:
         return "left alone by design" if module.dropped_by_design else None
 
     def attend(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> Any:
-        FusedAdditive.calls += 1
+        CALLS.append(None)
         if self.training and self.dropout.p > 0:
             return Uncovered("dropout of the alignments")
         v = self.v.weight[0]
@@ -82,7 +87,7 @@ def _adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     patching.adapters()  # files of libraries register once, when imported: not in the copy, which is lost
     monkeypatch.setattr(patching, "_adapters", dict(patching._adapters))
     adapts(Additive)(FusedAdditive)
-    monkeypatch.setattr(FusedAdditive, "calls", 0)
+    CALLS.clear()
     torch.manual_seed(0)
 
 
@@ -91,9 +96,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_fused(module: nn.Module, expected: Tensor, given: tuple[Any, ...]) -> None:
-    before = FusedAdditive.calls
+    before = len(CALLS)
     torch.testing.assert_close(module(*given), expected)
-    assert FusedAdditive.calls > before
+    assert len(CALLS) > before
 
 
 # What it does ---------------------------------------------------------------------------------------------------------
@@ -169,15 +174,14 @@ def test_what_the_ops_refuse_is_for_the_original() -> None:
 
 def test_small_calls_are_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are not counted: nothing is missing in them."""
-    monkeypatch.setattr(patching, "_least_elements", lambda module: module.least_elements)
     monkeypatch.setattr(FusedAdditive, "least_elements", B * T * SIZE)
     model, (state, memory, mask) = Model(), inputs()
     expected = model(state, memory[:, :-1], mask[:, :-1])
     report = patch(model)
     assert torch.equal(model(state, memory[:, :-1], mask[:, :-1]), expected)
-    assert FusedAdditive.calls == 0 and report.fallbacks == []
+    assert len(CALLS) == 0 and report.fallbacks == []
     model(state, memory, mask)
-    assert FusedAdditive.calls == 1
+    assert len(CALLS) == 1
 
 
 def test_patching_twice_changes_nothing() -> None:
@@ -204,7 +208,7 @@ def test_a_forward_that_was_replaced_is_left_alone() -> None:
     model = Model()
     model.attention.forward = lambda *_: (torch.ones(1), torch.ones(1, 1))
     ((_, _, reason),) = patch(model).skipped
-    assert reason == "its forward was replaced by another hand"
+    assert reason == "its forward was replaced"
 
 
 def test_another_source_is_left_alone() -> None:
@@ -263,7 +267,7 @@ def test_a_pickle_whose_adapter_is_gone() -> None:
     expected = model(*given)
     patch(model)
     data = pickle.dumps(model)
-    del patching._adapters[patching._key(Additive)]
+    patching._notes(Additive).adapter = None
     other = pickle.loads(data)
     assert type(other.attention) is Additive
     torch.testing.assert_close(other(*given), expected)
@@ -308,7 +312,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = unpatched(model)(*given)
         got = model(*given)
-    assert FusedAdditive.calls == 1
+    assert len(CALLS) == 1
     torch.testing.assert_close(got.float(), expected.float(), atol=0.05, rtol=0.05)
 
 
@@ -344,6 +348,10 @@ def test_compile(when: str) -> None:
         torch.testing.assert_close(compiled(*given), expected)
         assert patch(compiled).replaced == [("_orig_mod.attention", Additive)]
     assert_fused(compiled, expected, given)
+    unpatch(compiled)
+    CALLS.clear()
+    torch.testing.assert_close(compiled(*given), expected)
+    assert not CALLS
 
 
 def test_compile_what_falls_through() -> None:
@@ -354,7 +362,7 @@ def test_compile_what_falls_through() -> None:
     got = compiled(*given)
     torch.manual_seed(1)
     torch.testing.assert_close(got, unpatched(model)(*given))
-    assert FusedAdditive.calls > 0 and report.fallbacks == []  # a graph counts nothing
+    assert len(CALLS) > 0 and report.fallbacks == []  # a graph counts nothing
 
 
 @pytest.mark.filterwarnings("ignore:While compiling")  # the count of calls is a side effect
@@ -375,7 +383,7 @@ def test_scripts_are_the_original() -> None:
     patch(model)
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(*given), expected)
-    assert FusedAdditive.calls == 0
+    assert len(CALLS) == 0
     assert patch(model).replaced == [("attention", Additive)]  # PyTorch has put the original into the model
     assert_fused(model, expected, given)
 
@@ -458,7 +466,7 @@ def test_unpatch() -> None:
     patch(model)
     assert unpatch(model) == [("attention", Additive)]
     assert type(model.attention) is Additive and unpatch(model) == []
-    assert patching._COUNTER not in vars(model.attention)
+    assert model.attention not in patching._fallbacks
 
 
 def test_unpatch_after_another_hand() -> None:
@@ -504,6 +512,471 @@ def test_with_patched() -> None:
     with pytest.raises(ZeroDivisionError), patched(model) as report:
         _fail_if(report.replaced == [("a", Additive), ("b", Additive)] and isinstance(model["a"], Fused))
     assert type(model["a"]) is Additive and isinstance(model["b"], Fused)
+
+
+# Which class an adapter is for ----------------------------------------------------------------------------------------
+
+
+def make_class(factor: float) -> type[nn.Module]:
+    """Two calls give two classes of one name, with one source."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v = nn.Parameter(torch.ones(SIZE))
+
+        def forward(self, state: Tensor, memory: Tensor) -> Tensor:
+            scores = factor * (torch.tanh(state[:, None] + memory) @ self.v)
+            return (scores.softmax(1)[:, None] @ memory)[:, 0]
+
+    return Attention
+
+
+class FusedPlain(Fused):
+    def attend(self, state: Tensor, memory: Tensor) -> Any:
+        return additive_attention(state, memory, memory, self.v).context
+
+
+ANOTHER = "an adapter was given for another class of this name, defined at another time or place"
+
+
+def test_two_classes_of_one_name() -> None:
+    plain, sharp = make_class(1.0), make_class(3.0)
+    adapts(plain)(FusedPlain)
+    model = nn.ModuleDict({"plain": plain(), "sharp": sharp()})
+    expected = {name: module(*inputs()[:2]) for name, module in model.items()}
+    torch.manual_seed(0)
+    state, memory, _ = inputs()
+    expected = {name: module(state, memory) for name, module in model.items()}
+    report = patch(model)
+    assert report.replaced == [("plain", plain)] and report.skipped == [("sharp", sharp, ANOTHER)]
+    for name, module in model.items():
+        torch.testing.assert_close(module(state, memory), expected[name])
+    other = type("Fused3", (FusedPlain,), {"attend": lambda self, *a: additive_attention(*a, a[1], 3 * self.v).context})
+    adapts(sharp)(other)  # each has its own
+    assert patch(model).skipped == [] and len(unpatch(model)) == 2
+    patch(model)
+    for name, module in model.items():
+        torch.testing.assert_close(module(state, memory), expected[name], atol=1e-4, rtol=1e-4)
+        assert type(copy.deepcopy(module)) is type(module)
+
+
+def test_a_class_that_is_defined_anew() -> None:
+    """As in a notebook: the first definition has an adapter, the second is another class, with other source or not."""
+    first = make_class(1.0)
+    adapts(first)(FusedPlain)
+    second = make_class(1.0)
+    second.__module__, second.__qualname__ = first.__module__, first.__qualname__
+    model = nn.ModuleList([first(), second()])
+    report = patch(model)
+    assert report.replaced == [("0", first)] and report.skipped == [("1", second, ANOTHER)]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module with a class ``Attention`` that has an adapter by name, and its source."""
+    module: Any = types.ModuleType("library_of_tests")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.Attention = make_class(1.0)
+    module.Attention.__module__, module.Attention.__qualname__ = module.__name__, "Attention"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.__file__ = __file__
+    adapts("library_of_tests:Attention")(FusedPlain)
+    return module
+
+
+def test_an_adapter_by_name_is_for_the_class_that_is_there(library: Any) -> None:
+    first = library.Attention
+    assert patch(first()).replaced == [("", first)]
+    library.Attention = make_class(3.0)  # as importlib.reload does
+    library.Attention.__module__, library.Attention.__qualname__ = first.__module__, "Attention"
+    ((_, _, reason),) = patch(first()).skipped
+    assert reason == "it is not the class that library_of_tests.Attention is now, but another of this name"
+    del library.Attention
+    assert patch(first()).replaced == [("", first)]  # as of a file that was executed without an import
+
+
+def test_an_adapter_by_name_of_classes_that_a_function_makes() -> None:
+    cls = make_class(1.0)
+    adapts(f"{cls.__module__}:{cls.__qualname__}")(FusedPlain)
+    ((_, _, reason),) = patch(make_class(3.0)()).skipped
+    assert reason == "its class was made by a function, which may make others of this name"
+
+
+def test_subclasses_of_a_class_with_an_adapter_by_name(library: Any) -> None:
+    derived = type("Derived", (library.Attention,), {})
+    ((_, _, reason),) = patch(derived()).skipped
+    assert reason == "a subclass of library_of_tests.Attention may compute something else"
+
+
+def test_a_later_adapter_replaces_an_earlier_one(library: Any) -> None:
+    class Second(FusedPlain):
+        pass
+
+    class Third(FusedPlain):
+        pass
+
+    for original, fused in ((library.Attention, Second), ("library_of_tests:Attention", Third)):
+        adapts(original)(fused)
+        module = library.Attention()
+        patch(module)
+        assert isinstance(module, fused)
+
+
+def twice(forward: Any) -> Any:
+    return functools.wraps(forward)(lambda self, *given: 2 * forward(self, *given))
+
+
+def test_a_forward_of_the_class_that_is_replaced_before_patch() -> None:
+    cls = make_class(1.0)
+    adapts(cls)(FusedPlain)
+    cls.forward = twice(cls.forward)
+    ((_, _, reason),) = patch(cls()).skipped
+    assert reason == "the forward of its class was replaced after its adapter was given"
+    adapts(cls)(FusedPlain)  # for what it is now
+    assert len(patch(cls()).replaced) == 1
+
+
+def test_a_forward_of_the_class_that_is_replaced_after_patch() -> None:
+    cls, (state, memory, _) = make_class(1.0), inputs()
+    adapts(cls)(FusedPlain)
+    module = cls()
+    report = patch(module)
+    expected = module(state, memory)
+    cls.forward = twice(cls.forward)
+    torch.testing.assert_close(module(state, memory), 2 * expected)
+    assert report.fallbacks[0].reason == "the forward of its class was replaced"
+
+
+class Sourced(Additive):
+    """Its methods are looked for in its source."""
+
+    def forward(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.helper(state, memory, mask)
+
+    @torch.no_grad()
+    def decorated(self) -> None:
+        pass
+
+    def helper(self, *given: Any) -> Any:
+        return super().forward(*given)
+
+
+@pytest.mark.parametrize("name", ["forward", "helper", "decorated", "added"])
+def test_methods_of_a_class_that_were_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching._notes(Sourced), "adapter", None)
+    adapts(Sourced, sources=(digest(Sourced),))(FusedAdditive)
+    assert len(patch(Sourced()).replaced) == 1
+    monkeypatch.setattr(Sourced, name, lambda *_: None, raising=False)
+    adapts(Sourced, sources=(digest(Sourced),))(FusedAdditive)
+    ((_, _, reason),) = patch(Sourced()).skipped
+    assert reason == f"the method {name!r} of its class was replaced"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_methods_of_a_module_that_were_replaced(when: str) -> None:
+    adapts(Sourced)(FusedAdditive)
+    module, given = Sourced(), inputs()
+    report = patch(module) if when == "after" else None
+    module.helper = lambda *_: "mine"
+    report = report or patch(module)
+    assert module(*given) == "mine"
+    what = report.fallbacks if when == "after" else report.skipped
+    assert what[0].reason == "its method 'helper' was replaced"
+
+
+def test_classes_and_modules_are_not_kept_alive() -> None:
+    cls = make_class(1.0)
+    adapts(cls)(FusedPlain)
+    module = cls()
+    patch(module)
+    module(*inputs()[:2])
+    fused = type(module)
+    unpatch(module)
+    patch(module)
+    assert type(module) is fused  # not made anew: torch.compile would compile for it
+    references = [weakref.ref(x) for x in (cls, module, fused)]
+    del cls, module, fused
+    gc.collect()
+    assert [reference() for reference in references] == [None, None, None]
+
+
+# Errors within a call -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, KeyError, patching.ArgumentError])
+@pytest.mark.parametrize("where", ["pre-hook", "hook", "submodule", "its own pre-hook", "its own hook"])
+def test_what_fails_in_a_module_fails_once(where: str, error: type[Exception]) -> None:
+    model, calls = Model(), []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        raise error("mine")
+
+    layer = model.attention if where.startswith("its own") else model.attention.U
+    if where.endswith("pre-hook"):
+        layer.register_forward_pre_hook(fail)
+    elif where.endswith("hook"):
+        layer.register_forward_hook(fail)
+    else:
+        layer.forward = fail
+    report = patch(model)
+    with pytest.raises(error, match="mine"):
+        model(*inputs())
+    assert len(calls) == 1 and report.fallbacks == []
+
+
+def test_a_refusal_within_a_submodule_is_no_refusal_of_the_call() -> None:
+    """A hook that uses this package, too."""
+    model, calls = Model(), []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        additive_attention(*[torch.zeros(1)] * 4)
+
+    model.attention.U.register_forward_hook(fail)
+    patch(model)
+    with pytest.raises(ValueError, match="query must have shape"):
+        model(*inputs())
+    assert len(calls) == 1
+
+
+class MistakenAdapter(Fused):
+    mistake = ""
+
+    def attend(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> Any:
+        if self.mistake == "value":
+            return int("no number")
+        if self.mistake == "type":
+            return additive_attention(state)
+        if self.mistake == "torch":
+            return torch.cat(3)
+        return self.W[0]
+
+
+@pytest.mark.parametrize(("mistake", "error"), [("value", ValueError), ("type", TypeError), ("torch", TypeError)])
+def test_mistakes_of_an_adapter_are_raised(mistake: str, error: type[Exception], monkeypatch: Any) -> None:
+    monkeypatch.setattr(MistakenAdapter, "mistake", mistake)
+    adapts(Additive)(MistakenAdapter)
+    model = Model()
+    report = patch(model)
+    with pytest.raises(error):
+        model(*inputs())
+    assert report.fallbacks == []
+
+
+def test_arguments_that_only_the_original_takes() -> None:
+    class Narrow(FusedAdditive):
+        def attend(self, state: Tensor, memory: Tensor) -> Any:
+            return super().attend(state, memory)
+
+    adapts(Additive)(Narrow)
+    model, (state, memory, mask) = Model(), inputs()
+    patch(model)
+    with pytest.raises(TypeError, match="attend"):  # a mistake of the adapter
+        model.attention(state, memory, mask)
+    with pytest.raises(TypeError, match=r"forward\(\) missing 1 required positional argument: 'memory'"):
+        model.attention(state)
+
+
+def test_compile_what_the_ops_refuse() -> None:
+    model, (state, memory, mask) = Model(), inputs()
+    expected = model(state, memory, mask[:1])
+    patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(state, memory, mask[:1]), expected)
+
+
+# What others put around a forward -------------------------------------------------------------------------------------
+
+
+def by_wraps(module: Any) -> None:
+    forward = module.forward
+    module.forward = functools.wraps(forward)(lambda *given: forward(*given))
+
+
+def by_accelerate(module: Any) -> None:
+    """As its hooks: the old forward is another attribute, and goes back where it was not when they are removed."""
+
+    def new_forward(module: Any, *given: Any) -> Any:
+        return module._old_forward(*given)
+
+    module._old_forward = module.forward
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), module._old_forward)
+
+
+def by_accelerate_and_removed(module: Any) -> None:
+    by_accelerate(module)
+    module.forward = module._old_forward
+    del module._old_forward
+
+
+def by_a_profiler(module: Any) -> None:
+    """As a context manager around the call."""
+    forward = module.forward
+
+    def profiled(*given: Any, **named: Any) -> Any:
+        with torch.profiler.record_function("forward"):
+            return forward(*given, **named)
+
+    module.forward = profiled
+
+
+def by_method_type(module: Any) -> None:
+    forward = type(module).forward
+    module.forward = types.MethodType(lambda self, *given: forward(self, *given), module)
+
+
+def by_compile(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+def by_compile_of_the_module(module: Any) -> None:
+    module.compile(backend="eager")
+
+
+def twice_wrapped(module: Any) -> None:
+    by_wraps(module)
+    by_accelerate(module)
+
+
+WRAPPERS = [
+    by_wraps,
+    by_accelerate,
+    by_accelerate_and_removed,
+    by_a_profiler,
+    by_method_type,
+    by_compile,
+    by_compile_of_the_module,
+    twice_wrapped,
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_while_patched(wrap: Any) -> None:
+    module, given = Additive(), inputs()
+    expected = module(*given)[0]
+    patch(module)
+    wrap(module)
+    CALLS.clear()
+    torch.testing.assert_close(module(*given)[0], expected)
+    assert len(CALLS) > 0
+    assert patch(module).replaced == [("", Additive)]
+    for _ in range(2):
+        assert unpatch(module) == [("", Additive)] and type(module) is Additive
+        CALLS.clear()
+        torch.testing.assert_close(module(*given)[0], expected)
+        assert len(CALLS) == 0
+        report = patch(module)
+        torch.testing.assert_close(module(*given)[0], expected)
+        if report.skipped:
+            assert report.skipped == [("", Additive, "its forward was replaced")] and type(module) is Additive
+            return
+        assert len(CALLS) > 0
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_before_patch_and_unwrapped(wrap: Any) -> None:
+    module, given = Additive(), inputs()
+    expected = module(*given)[0]
+    wrap(module)
+    patch(module)
+    torch.testing.assert_close(module(*given)[0], expected)
+    vars(module).pop("forward", None)
+    torch.testing.assert_close(module(*given)[0], expected)
+    patch(module)
+    CALLS.clear()
+    torch.testing.assert_close(module(*given)[0], expected)
+    assert len(CALLS) > 0
+    unpatch(module)
+    torch.testing.assert_close(module(*given)[0], expected)
+    assert type(module) is Additive
+
+
+def test_methods_that_were_stored_elsewhere() -> None:
+    class Stateful(Additive):
+        def start(self) -> str:
+            return "original"
+
+    class FusedStateful(FusedAdditive):
+        def start(self) -> str:
+            return "fused, " + super().start()
+
+    adapts(Stateful)(FusedStateful)
+    module, given = Stateful(), inputs()
+    expected = module(*given)
+    before = module.forward, module.start
+    patch(module)
+    patched_ones = module.forward, module.start, functools.partial(module.start)
+    assert [f() for f in (before[1], *patched_ones[1:])] == ["original", "fused, original", "fused, original"]
+    unpatch(module)
+    assert [f() for f in (before[1], *patched_ones[1:])] == ["original", "original", "original"]
+    for forward in (before[0], patched_ones[0]):
+        torch.testing.assert_close(forward(*given), expected)
+    assert copy.deepcopy(module).start() == pickle_free(module).start() == "original"
+    patch(module)
+    assert patched_ones[1]() == "fused, original"
+
+
+def pickle_free(module: nn.Module) -> nn.Module:
+    return copy.copy(module)
+
+
+class Unpatches:
+    """Where a copy of a module has got to this attribute, the module is unpatched."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: Any) -> None:
+        unpatch(self.module)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_unpatch_in_the_middle_of_a_copy(counted: bool) -> None:
+    model, (state, memory, mask) = Model(), inputs()
+    expected = model(state, memory, mask)
+    model.attention.extra = Unpatches(model)
+    patch(model)
+    if counted:
+        model(state, memory, mask[:1])  # a fallback
+    other = copy.deepcopy(model)
+    assert type(model.attention) is Additive and isinstance(other.attention, Fused)
+    for one in (model, other):
+        torch.testing.assert_close(one(state, memory, mask), expected)
+
+
+def test_a_copy_that_was_begun_before_unpatch() -> None:
+    module = Additive()
+    patch(module)
+    reduce = module.__reduce_ex__
+    unpatch(module)
+    assert reduce(4)[1][0] is Additive
+
+
+@pytest.mark.parametrize("wrap", [by_accelerate, by_accelerate_and_removed])
+def test_copies_of_wrapped_modules(wrap: Any) -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    wrap(model.attention)
+    other = copy.deepcopy(model)
+    assert other.attention.forward.__self__ is other.attention if wrap is by_accelerate_and_removed else True
+    for unpatched_one in (model, other):
+        unpatch(unpatched_one)
+        torch.testing.assert_close(model(*given), expected)
+        torch.testing.assert_close(other(*given), expected)
+
+
+def test_a_pickle_of_a_module_whose_wrapper_was_removed() -> None:
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    by_accelerate_and_removed(model.attention)
+    other = pickle.loads(pickle.dumps(model))
+    assert_fused(other, expected, given)
+    unpatch(other)
+    torch.testing.assert_close(other(*given), expected)
 
 
 # Errors and the list --------------------------------------------------------------------------------------------------

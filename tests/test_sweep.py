@@ -65,8 +65,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
 
 def invoke(*arguments: str, output: Path) -> tuple[int, str]:
     command = [*COMMAND, *arguments, "--output", str(output)]
-    sweep.console.width = 200  # COLUMNS counts only when the console is made
-    result = CliRunner().invoke(sweep.app, command, env={"NO_COLOR": "1"})
+    result = CliRunner().invoke(sweep.app, command)
     return result.exit_code, result.output
 
 
@@ -323,7 +322,7 @@ def test_low_precision_and_its_file(tmp_path: Path) -> None:
 
 
 def test_help() -> None:
-    result = CliRunner().invoke(sweep.app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(sweep.app, ["--help"])
     assert result.exit_code == 0, result.output
     for option in ("--resume", "--quick", "--pass", "--most-memory", "--least"):
         assert option in result.output

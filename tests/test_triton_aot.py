@@ -21,9 +21,12 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
+    ),
+]
 
 TARGETS = (80, 90, 100)
 OLDEST_PACKING = (3, 8)  # the release of Triton from which on the bounds hold for sm_100 too
@@ -64,13 +67,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_machine_code(name: str, tmp_path: Path) -> None:
-    compiled = _run(name, TRITON_CACHE_DIR=str(tmp_path))
+    compiled = run_here(name, TRITON_CACHE_DIR=str(tmp_path))
     assert {kernel["name"] for kernel in compiled} >= set(CASES[name].get("kernels", ())), "a kernel was not launched"
     problems = [f"{_title(kernel)}: {problem}" for kernel in compiled for problem in _problems(kernel)]
     assert not problems, "\n".join(problems)
 
 
-def _run(*arguments: str, **variables: str) -> Any:
+def run_here(*arguments: str, **variables: str) -> Any:
     """What this file prints last when it runs with these arguments, without Triton's interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
     root = str(Path(__file__).resolve().parents[1])
@@ -89,7 +92,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
-    for variants in _run("--variants", op, json.dumps(lengths)):
+    for variants in run_here("--variants", op, json.dumps(lengths)):
         new = set().union(*variants[2:]) - set(variants[0]) - set(variants[1])
         assert not new, "\n".join(sorted(new))
 
@@ -210,7 +213,9 @@ def _count(loop: dict[str, int], *names: str) -> int:
 # In the process that compiles: prints what it found as JSON -----------------------------------------------------------
 
 
-def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGETS) -> list[tuple[Any, tuple, dict]]:
+def launches(
+    op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGETS, nvidia=True
+) -> list[tuple[Any, tuple, dict]]:
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
     from triton.runtime.jit import JITFunction
@@ -220,10 +225,10 @@ def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGE
     additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
     decode = sys.modules["attn_kernels.triton.decode"]
     decode.has_approximate_reciprocal = additive.has_approximate_reciprocal = lambda tensor: (
-        tensor.dtype != torch.float64
+        nvidia and tensor.dtype != torch.float64
     )
-    launches = []
-    JITFunction.run = lambda self, *args, grid, warmup, **constants: launches.append((self, args, constants))
+    found = []
+    JITFunction.run = lambda self, *args, grid, warmup, **constants: found.append((self, args, constants))
 
     def empty(*shape: int, dtype: str = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -247,10 +252,10 @@ def _launches(op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGE
     else:
         dot.dot_attention(query, keys, values, 0.5, memory_lengths, allowed, True)
         dot.dot_attention_backward(*gradients, query, keys, values, 0.5, memory_lengths, allowed, alignments)
-    return launches
+    return found
 
 
-def _source(kernel, args: tuple, constants: dict[str, Any]):
+def source_of(kernel, args: tuple, constants: dict[str, Any]):
     """What Triton would compile for these arguments, as its launcher classifies them; and the options."""
     import torch
     from triton.compiler import ASTSource
@@ -293,29 +298,37 @@ def _resources(cubin: bytes) -> dict[str, Any]:
             subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    instructions: list[str] = []
+    instruction = r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)"
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        **instructions_of(code, instruction, r"\.L_x_\d+", "BRA"),
+    }
+
+
+def instructions_of(code: str, instruction: str, label: str, branch: str) -> dict[str, Any]:
+    """How often each instruction is in each innermost loop, and in all of the code.
+
+    instruction, label: patterns of a line, with groups for name and operands, and of a place that branches name.
+    """
+    names: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
-            target = re.search(r"\.L_x_\d+", instruction[2]) if instruction[1].startswith("BRA") else None
-            if target and labels.get(target[0], len(instructions)) < len(instructions):  # not a branch to itself
-                loops.append((labels[target[0]], len(instructions)))
-            instructions.append(instruction[1])
-    assert instructions, "nvdisasm printed no instructions"
+        if place := re.match(rf"\s*({label}):", line):
+            labels[place[1]] = len(names)
+        elif found := re.match(instruction, line):
+            target = re.search(label, found[2]) if found[1].startswith(branch) else None
+            if target and labels.get(target[0], len(names)) < len(names):  # not a branch to itself
+                loops.append((labels[target[0]], len(names)))
+            names.append(found[1])
+    assert names, "no instructions were found"
     inner = [
         (start, end)
         for start, end in set(loops)
         if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
     ]
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "loops": [Counter(instructions[start : end + 1]) for start, end in inner],
-        "all": Counter(instructions),
-    }
+    return {"loops": [Counter(names[start : end + 1]) for start, end in inner], "all": Counter(names)}
 
 
 def _compile(name: str) -> list[dict[str, Any]]:
@@ -324,9 +337,9 @@ def _compile(name: str) -> list[dict[str, Any]]:
 
     case = CASES[name]
     compiled, seen = [], set()
-    for kernel, args, constants in _launches(**case):
+    for kernel, args, constants in launches(**case):
         kernel_name = kernel.fn.__name__
-        source, options = _source(kernel, args, constants)
+        source, options = source_of(kernel, args, constants)
         if (case.get("kernels") and kernel_name not in case["kernels"]) or source.hash() in seen:
             continue
         seen.add(source.hash())
@@ -362,8 +375,10 @@ def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
         options = {key: value for key, value in kind.items() if key != "A"}
         found.append([])
         for Tq, Tk in lengths:
-            launches = _launches(op, (64, Tq, Tk, kind["A"]), **options)
-            sources = [(kernel.fn.__name__, *_source(kernel, args, constants)) for kernel, args, constants in launches]
+            launched = launches(op, (64, Tq, Tk, kind["A"]), **options)
+            sources = [
+                (kernel.fn.__name__, *source_of(kernel, args, constants)) for kernel, args, constants in launched
+            ]
             found[-1].append(
                 [
                     f"{name} {source.signature} {source.constants} {source.attrs} {options}"

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..derived import forget, keeps, once
+from ..errors import ArgumentTypeError
+from ..functional import additive_attention, additive_step, dot_step
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, forget, is_plain, keeps, once
+from ..sentence import as_of_softmax, is_plain
 
 _MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 _LIBRARY = {"library": "ESPnet", "versions": "202511"}
@@ -73,36 +75,33 @@ class _Fused(Fused):
         mask: Any = self.mask
         if not keeps(mask):  # a GPU's mask is not read: see _as_there
             return _Steps(~mask, False)
-        return once(self, "steps", (mask,), lambda: _steps_of(mask))
+        return once(self, "steps", lambda: _steps_of(mask), read=(mask,))
 
     def _additive(
         self, head: int, query: Tensor, keys: Tensor, values: Any, gvec: Any, scale: Any, extra: Tensor | None = None
     ) -> Attention:
         """query: (B, A). keys, extra: (B, T, A). values: (B, T, D) or, with extra, None. gvec: A -> 1."""
         if not isinstance(scale, int | float):
-            raise TypeError("a scaling that is no number")
+            raise ArgumentTypeError("a scaling that is no number")
         v = gvec.weight.view(-1)
         if scale != 1:
             v = scale * v
         if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
             v = torch.add(v, gvec.bias, alpha=0)  # for its gradient, which is 0
         if extra is None:
-            result = additive_step(query, v, None, self._memory(head, keys, values, prepare=True), True, None)
+            result = additive_step(query, v, None, self._memory(head, keys, values), True, None)
         else:
             result = additive_attention(query, keys, values, v, extra=extra, mask=self._steps().allowed)
         return self._as_there(result, values)
 
     def _dot(self, head: int, query: Tensor, keys: Tensor, values: Tensor) -> Attention:
         """query: (B, A). keys: (B, T, A). values: (B, T, D)."""
-        result = dot_step(query.unsqueeze(1), self._memory(head, keys, values, prepare=False), True, None)
+        result = dot_step(query.unsqueeze(1), self._memory(head, keys, values), True, None)
         return self._as_there(Attention(result.context.squeeze(1), result.alignments.squeeze(1)), values)
 
-    def _memory(self, head: int, keys: Tensor, values: Tensor, prepare: bool) -> Memory:
-        def make() -> Memory:
-            prepared = prepare_keys(keys) if prepare and keeps(keys) else None
-            return Memory(keys, values, mask=self._steps().allowed, prepared=prepared)
-
-        return once(self, f"memory {head}", (keys, values, self.mask), make)
+    def _memory(self, head: int, keys: Tensor, values: Tensor) -> Memory:
+        allowed = self._steps().allowed
+        return once(self, f"memory {head}", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
     def _as_there(self, result: Attention, values: Tensor | None) -> Attention:
         """In the dtypes of the original under autocast; NaN for an empty utterance of a mask that was not read."""
@@ -476,6 +475,6 @@ def _padding(lengths: Any) -> Tensor:
 def _uniform(lengths: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(B, longest): 1 / length within each, 0 beyond."""
     if not isinstance(lengths, list):
-        raise TypeError("lengths that are no list")
+        raise ArgumentTypeError("lengths that are no list")
     within = (~_padding(lengths)).to(device=device, dtype=dtype)
     return within / torch.tensor(lengths, device=device, dtype=dtype).unsqueeze(-1)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..derived import keeps, once
+from ..functional import additive_attention, dot_step
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, keeps, once, project
+from ..sentence import as_of_softmax, is_plain, project
 
 
 @adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("95aa4911b5d2",))
@@ -33,7 +34,7 @@ class FusedAttentionLayer(Fused):
 
     def attend(self, input: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
         padding = encoder_padding_mask
-        memory = once(self, "memory", (source_hids, padding), lambda: _memory(source_hids, source_hids, padding))
+        memory = once(self, "memory", lambda: _memory(source_hids, padding), read=(padding,), held=(source_hids,))
         if isinstance(memory, Uncovered):
             return memory
         result = dot_step(self.input_proj(input), memory, True, None)
@@ -64,26 +65,18 @@ class FusedMLPAttention(Fused):
             return Uncovered("a score vector that is no plain nn.Linear")
         padding, v = encoder_padding_mask, self.to_scores.weight.view(-1)
         keys = project(self, self.encoder_proj, source_hids)
-        if torch.is_grad_enabled() or not keeps(keys):  # they are new ones in each step, as the original's are
-            mask = once(self, "mask", (source_hids, padding), lambda: _mask(source_hids, padding))
-            if isinstance(mask, Uncovered):
-                return mask
-            keys, values, query = keys.transpose(0, 1), source_hids.transpose(0, 1), self.decoder_proj(decoder_state)
-            return _time_major(additive_attention(query, keys, values, v, mask=mask), padding)
-        sources = (keys, source_hids, padding)
-        memory = once(self, "memory", sources, lambda: _memory(*sources, prepare=True))
-        if isinstance(memory, Uncovered):
-            return memory
-        return _time_major(additive_step(self.decoder_proj(decoder_state), v, None, memory, True, None), padding)
+        mask = once(self, "mask", lambda: _mask(source_hids, padding), read=(padding,), held=(source_hids,))
+        if isinstance(mask, Uncovered):
+            return mask
+        keys, values, query = keys.transpose(0, 1), source_hids.transpose(0, 1), self.decoder_proj(decoder_state)
+        return _time_major(additive_attention(query, keys, values, v, mask=mask), padding)
 
 
-def _memory(keys: Tensor, values: Tensor, padding: Tensor | None, prepare: bool = False) -> Memory | Uncovered:
-    """Of keys (Tk, B, A), values (Tk, B, C) and padding (Tk, B)."""
+def _memory(values: Tensor, padding: Tensor | None) -> Memory | Uncovered:
+    """Of values (Tk, B, C), which are the keys, too, and padding (Tk, B)."""
     mask = _mask(values, padding)
-    if isinstance(mask, Uncovered):
-        return mask
-    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
-    return Memory(keys, values, mask=mask, prepared=prepare_keys(keys) if prepare else None)
+    values = values.transpose(0, 1)
+    return mask if isinstance(mask, Uncovered) else Memory(values, values, mask=mask)
 
 
 def _mask(values: Tensor, padding: Tensor | None) -> Tensor | Uncovered | None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import additive_step, dot_step, prepare_keys
+from ..derived import keeps, once
+from ..functional import additive_step, dot_step
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, keeps, once, project
+from ..sentence import as_of_softmax, is_plain, project
 
 
 class _FusedMechanism(Fused):
@@ -29,7 +30,7 @@ class _FusedMechanism(Fused):
 
     def compute_proj_keys(self, keys: Tensor) -> None:
         """keys: (B, Tk, M), the encoder's output. Leaves its projection, (B, Tk, A), in ``proj_keys``."""
-        self.proj_keys = project(self, self.key_layer, keys)
+        self.proj_keys = project(self, self.key_layer, keys, shown=True)
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
         """query: (B, 1, H), mask: (B, 1, Tk), > 0 where a step may be attended, values: (B, Tk, M)."""
@@ -43,18 +44,11 @@ class _FusedMechanism(Fused):
             some = allowed.any(2, keepdim=True)
             context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
         else:
-            memory = once(self, "memory", (keys, values, mask), lambda: self._memory(keys, values, mask))
+            memory = once(self, "memory", lambda: _memory(keys, values, mask), read=(mask,), held=(keys, values, mask))
             if memory is None:
                 return Uncovered("a row with nothing to attend")  # NaN there, and in all gradients
             context, alignments = self._step(query, memory)
         return context, as_of_softmax(alignments)
-
-    def _memory(self, keys: Tensor, values: Tensor, mask: Tensor) -> Memory | None:
-        allowed = _allowed(mask)
-        return Memory(keys, values, mask=allowed, prepared=self._prepared(keys)) if allowed.any(2).all() else None
-
-    def _prepared(self, keys: Tensor) -> Tensor | None:
-        return None
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         raise NotImplementedError
@@ -81,9 +75,6 @@ class FusedBahdanauAttention(_FusedMechanism):
             return Uncovered("an energy layer that is no plain nn.Linear")
         return super().attend(query, mask, values)
 
-    def _prepared(self, keys: Tensor) -> Tensor | None:
-        return once(self, "prepared", (keys,), lambda: prepare_keys(keys))  # also where values and mask are other ones
-
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         self.compute_proj_query(query)
         return additive_step(self.proj_query, self.energy_layer.weight.view(-1), None, memory, True, None)
@@ -101,6 +92,11 @@ class FusedLuongAttention(_FusedMechanism):
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         return dot_step(query, memory, True, None)
+
+
+def _memory(keys: Tensor, values: Tensor, mask: Tensor) -> Memory | None:
+    allowed = _allowed(mask)
+    return Memory(keys, values, mask=allowed) if allowed.any(2).all() else None
 
 
 def _allowed(mask: Tensor) -> Tensor:

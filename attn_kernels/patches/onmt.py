@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..derived import keeps, once
+from ..functional import additive_attention, dot_step
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
 from ..reference import Attention
-from ..sentence import as_of_softmax, is_plain, keeps, once, project
+from ..sentence import as_of_softmax, is_plain, project
 
 
 @adapts(
@@ -52,7 +53,7 @@ class FusedGlobalAttention(Fused):
         if self.attn_type == "mlp" and not is_plain(self.v):
             return Uncovered("a score vector that is no plain nn.Linear")
         if src_len is not None and keeps(src_len):
-            if not once(self, "no empty row", (src_len,), lambda: bool((src_len > 0).all())):
+            if not once(self, "no empty row", lambda: bool((src_len > 0).all()), read=(src_len,)):
                 return Uncovered("a sentence of length 0")
         context, alignments = self._attention(src, enc_out, src_len)
         if src_len is not None and not keeps(src_len):
@@ -65,15 +66,8 @@ class FusedGlobalAttention(Fused):
         if self.attn_type != "mlp":
             if self.attn_type == "general":
                 query = self.linear_in(query)
-            memory = once(self, "memory", (enc_out, src_len), lambda: Memory(enc_out, enc_out, src_len))
+            memory = once(self, "memory", lambda: Memory(enc_out, enc_out, src_len), held=(enc_out, src_len))
             return dot_step(query, memory, True, None)
         query, v = self.linear_query(query), self.v.weight.view(-1)
         keys = project(self, self.linear_context, enc_out)
-        if torch.is_grad_enabled() or not keeps(keys):  # they are new ones in each step, as the original's are
-            return additive_attention(query, keys, enc_out, v, memory_lengths=src_len)
-        memory = once(self, "memory", (keys, enc_out, src_len), lambda: _prepared(keys, enc_out, src_len))
-        return additive_step(query, v, None, memory, True, None)
-
-
-def _prepared(keys: Tensor, values: Tensor, lengths: Tensor | None) -> Memory:
-    return Memory(keys, values, lengths, prepared=prepare_keys(keys))
+        return additive_attention(query, keys, enc_out, v, memory_lengths=src_len)

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention, additive_step, dot_step, prepare_keys
+from ..derived import once
+from ..functional import additive_attention, additive_step, dot_step
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
-from ..sentence import attended_steps, is_plain, once
+from ..sentence import attended_steps, is_plain
 
 _MODULE = "speechbrain.nnet.attention"
 _LIBRARY = {"library": "SpeechBrain", "versions": "1.1.2"}
@@ -35,13 +36,11 @@ class _Fused(Fused):
     def _allowed(self) -> Tensor | None:
         """(B, T), True = attend; None where a sentence may attend nothing."""
         mask = self.mask
-        return once(self, "allowed", (mask,), lambda: attended_steps(self, (mask != 0).view(mask.shape[:2]), keep=True))
+        padding = once(self, "padding", lambda: (mask == 0).view(mask.shape[:2]), read=(mask,))
+        return attended_steps(self, padding, keep=False)
 
-    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor, prepare: bool) -> Memory:
-        def make() -> Memory:
-            return Memory(keys, values, mask=allowed, prepared=prepare_keys(keys) if prepare else None)
-
-        return once(self, "memory", (keys, values, allowed), make)
+    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor) -> Memory:
+        return once(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
 
 class _FusedAdditive(_Fused):
@@ -79,7 +78,7 @@ class FusedContentBasedAttention(_FusedAdditive):
     """scores_j = scaling * v . tanh(W h_j + V s): Bahdanau et al. 2015, appendix A.1.2."""
 
     def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        memory = self._memory(self.precomputed_enc_h, values, allowed, prepare=True)
+        memory = self._memory(self.precomputed_enc_h, values, allowed)
         v = self.mlp_attn.weight.view(-1)
         return additive_step(query, v if self.scaling == 1 else self.scaling * v, None, memory, True, None)
 
@@ -129,6 +128,6 @@ class FusedKeyValueAttention(_Fused):
         if allowed is None:
             return Uncovered("a sentence of length 0")
         query = (self.query_linear(dec_states) / self.scaling).unsqueeze(1)
-        memory = self._memory(self.keys, self.values, allowed, prepare=False)
+        memory = self._memory(self.keys, self.values, allowed)
         context, alignments = dot_step(query, memory, True, None)
         return context.squeeze(1), alignments

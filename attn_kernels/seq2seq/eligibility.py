@@ -90,4 +90,3 @@ def _has_sizes_as_made(decoder: Decoder, state: DecoderState, memory: Memory) ->
 def takes_rows(embedding: object) -> bool:
     """Whether the embeddings of tokens are rows of its weight."""
     return is_stock(embedding) and isinstance(embedding, nn.Embedding) and embedding.max_norm is None
-

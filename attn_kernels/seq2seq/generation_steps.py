@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import choose
-from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention
+from ..functional import prepare_keys
+from ..memory import Memory, PreparedMemory
+from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from ..stock import has_global_hooks, is_stock
 from .decoder import AttentionModule, Decoder, DecoderState
 from .eligibility import has_stock_steps, takes_rows
@@ -38,6 +40,7 @@ def make_steps(
     float64; parameters are not to change while it is used. Otherwise it calls what the decoder has.
     """
     if can_step(decoder, state, memory):
+        memory = _prepare(decoder, memory)
         made = GenerationSteps(decoder, memory, hypotheses, steps)
         return made, made.memory
     if not isinstance(decoder, Decoder):
@@ -48,7 +51,17 @@ def make_steps(
             warnings.warn(f"Seq2Seq.generate: {message}", stacklevel=4)
     elif has_global_hooks() or decoder._forward_hooks or decoder._forward_pre_hooks:
         return _CalledSteps(decoder), memory
-    return decoder, memory
+    return decoder, _prepare(decoder, memory)
+
+
+def _prepare(decoder: Decoder, memory: Memory) -> Memory:
+    """The memory with what additive attention makes of its keys, where only modules of this package will see it."""
+    attention = decoder.attention
+    if not (is_stock(decoder) and is_stock(attention)) or type(memory) is not Memory or torch.compiler.is_compiling():
+        return memory
+    if not isinstance(attention, BahdanauAttention | LuongAttention) or attention.v is None:
+        return memory
+    return PreparedMemory.of(memory, prepare_keys(memory.keys, backend=attention.backend))
 
 
 def can_step(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
@@ -118,7 +131,7 @@ class GenerationSteps:
             self.of_context = _Affine(weight[:, :values], rows, steps, budget)
         else:
             projected = linear(memory.values.flatten(0, 1), weight[:, :values]).unflatten(0, (-1, source))
-            self.memory = Memory(memory.keys, projected, memory.memory_lengths, memory.mask, memory.prepared)
+            self.memory = PreparedMemory.of(replace(memory, values=projected), memory.prepared)
         self.module = decoder.attention
         self.of_state = _Affine(weight[:, values:], rows, steps, budget)
         self.output = _Affine(decoder.output.weight, rows, steps, budget)

@@ -59,7 +59,6 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
         memory.values,
         memory.memory_lengths,
         memory.mask,
-        memory.prepared,
         None if projection is None else projection.weight,
         v,
         bias,
@@ -73,7 +72,6 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
         bool(state.cell),
         choose(attention.backend, embedded.device.type),
         attention.eps if isinstance(attention, CosineAttention) else None,
-        memory.prepared is not None,
         decoder.cuda_graph,
     )
     return _Loop.apply(settings, *inputs, *_dropout_factors(decoder, embedded), *first, *weights)
@@ -83,7 +81,7 @@ def _score_parameters(attention: AttentionModule, like: Tensor) -> tuple[Tensor 
     """v, bias, scale."""
     if isinstance(attention, CosineAttention):
         sharpness = attention.sharpness
-        return None, None, sharpness if isinstance(sharpness, Tensor) else like.new_tensor(sharpness)
+        return None, None, sharpness if isinstance(sharpness, Tensor) else like.new_full((), sharpness)
     if attention.v is None:
         return None, None, None
     return attention.score_vector(), attention.bias if isinstance(attention, BahdanauAttention) else None, None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..functional import prepare_keys
 from ..memory import Memory
 from .products import Product, across
 
@@ -33,7 +34,6 @@ class SequenceAttention:
     def __init__(self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None) -> None:
         self.backend = backend
         self.memory = memory
-        self.prepared = memory.prepared
         self.query_weight = query_weight
         batch, source, units = memory.keys.shape
         self.queries = memory.keys.new_empty(steps, batch, units)  # as they are scored
@@ -174,6 +174,7 @@ class AdditiveSequenceAttention(SequenceAttention):
         self, backend: str, memory: Memory, steps: int, query_weight: Tensor, v: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__(backend, memory, steps, query_weight)
+        self.prepared = prepare_keys(memory.keys, backend=backend)
         self.v = v
         self.bias = bias
 

@@ -56,13 +56,13 @@ def bucket(steps: int) -> int:
 
 
 def _as_padded(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Without ``prepared``, whose layout is the backend's own: a graph makes it. With lengths: padding is beyond."""
+    """With lengths: padding is beyond."""
     inputs = Inputs(*tensors[: len(Inputs._fields)])
     batch, source = inputs.keys.shape[:2]
     lengths = inputs.memory_lengths
     if lengths is None:
         lengths = torch.full((batch,), source, dtype=torch.int64, device=inputs.keys.device)
-    return [*inputs._replace(prepared=None, memory_lengths=lengths), *tensors[len(Inputs._fields) :]]
+    return [*inputs._replace(memory_lengths=lengths), *tensors[len(Inputs._fields) :]]
 
 
 def _shape(x: Tensor, axes: dict[int, str], sizes: dict[str, int]) -> tuple[int, ...]:

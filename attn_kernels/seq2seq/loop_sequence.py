@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import prepare_keys
 from ..memory import Memory
 from .loop_attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
 from .loop_cells import GRULayer, LSTMLayer
@@ -23,7 +22,6 @@ class Settings(NamedTuple):
     is_lstm: bool
     backend: str  # of the attention
     eps: float | None  # of cosine attention, None for the others
-    prepares: bool  # prepare_keys comes first where ``prepared`` is not given
     replays: bool  # on a GPU as a CUDA graph
 
 
@@ -36,7 +34,6 @@ class Inputs(NamedTuple):
     values: Tensor  # (B, S, M)
     memory_lengths: Tensor | None  # (B,)
     mask: Tensor | None  # (B, S) or (B, 1, S)
-    prepared: Tensor | None  # as of a Memory
     query_weight: Tensor | None  # (A, H); None where the state is the query
     v: Tensor | None  # (A,), of additive scores
     bias: Tensor | None  # (A,)
@@ -79,15 +76,12 @@ class Sequence:
         self.factors = rest[:layers]
         return rest[layers : layers + states], rest[layers + states :]
 
-    def _memory(self, prepared: Tensor | None) -> Memory:
-        return Memory(self.inputs.keys, self.inputs.values, self.inputs.memory_lengths, self.inputs.mask, prepared)
+    def _memory(self) -> Memory:
+        return Memory(self.inputs.keys, self.inputs.values, self.inputs.memory_lengths, self.inputs.mask)
 
     def _attention(self) -> SequenceAttention:
         settings, inputs = self.settings, self.inputs
-        prepared = inputs.prepared
-        if prepared is None and settings.prepares:
-            prepared = prepare_keys(inputs.keys, backend=settings.backend)
-        common = (settings.backend, self._memory(prepared), self.steps, inputs.query_weight)
+        common = (settings.backend, self._memory(), self.steps, inputs.query_weight)
         if inputs.v is not None:
             return AdditiveSequenceAttention(*common, inputs.v, inputs.bias)
         if settings.eps is not None:
@@ -125,7 +119,7 @@ class Sequence:
         self.give(tensors)
         for (part, name), tensor in kept.items():
             setattr(part, name, tensor)
-        self.attention.memory = self._memory(self.attention.prepared)
+        self.attention.memory = self._memory()
 
     def fed(self) -> Tensor:
         """(T, B, H): the attentional vectors after dropout."""
@@ -164,7 +158,7 @@ class Sequence:
         weights[0] = torch.cat([across(dgates, self.embedded.flatten(0, 1)), weights[0]], dim=1)
         dembedded = linear(dgates, self.embedded_weight.t()).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
-        dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, None, *rest, dattentional_weight]
+        dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, *rest, dattentional_weight]
         return [*dinputs, *(None for _ in self.factors), *dstates, *dcells, *weights]
 
 

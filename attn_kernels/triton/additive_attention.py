@@ -203,12 +203,12 @@ def _scores_backward(
     )
     dquery = query.new_empty((splits_k, B, Tq, A), dtype=dtype if splits_k == 1 else wide)
     dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide) if of_keys else None
-    sum_p = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
-    dbias = torch.empty_like(sum_p)
+    dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
+    dbias = torch.empty_like(dv)
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
-        (dquery, dkeys, sum_p, dbias, dscores, query, keys, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
+        (dquery, dkeys, dv, dbias, dscores, query, keys, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
         (
             blocks_per_split,
             steps_per_split,
@@ -230,8 +230,7 @@ def _scores_backward(
         ),
         warps,
     )
-    sum_ds = dscores.sum(1).sum()  # rows first: the sum of everything at once loses more in float32
-    dv = (sum_ds - 2.0 * sum_p.view(-1, A).sum(0)).to(dtype)
+    dv = dv.view(-1, A).sum(0).to(dtype)
     dbias = dbias.view(-1, A).sum(0).to(dtype) if bias is not None else v.new_empty((0,))
     return sum_splits(dquery, dtype), None if dkeys is None else sum_splits(dkeys, dtype), dv, dbias
 

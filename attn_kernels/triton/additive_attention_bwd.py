@@ -1,27 +1,40 @@
 """The gradients of the scores of additive attention.
 
-The hidden units are computed again: with p = ds r and g = p - p r, dquery and dkeys are sums of 4 v g, and dv is
-the sum of ds - 2 p. One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what
-crosses blocks is written apart and added in order afterwards.
+The hidden units are computed again. With E = exp(2 q) exp(2 k), r = 1 / (1 + E) and ds the gradient of a score,
+1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r. So, with exponentials made once per row,
+
+    dquery = 4 v exp(2 q) (sum of ds r^2 exp(2 k))    dkeys = 4 v exp(2 k) (sum of ds r^2 exp(2 q))
+    dv = sum of ds r (E - 1)
+
+Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is.
+
+One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what crosses blocks is
+written apart and added in order afterwards.
 """
 
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
 
 from .device import attended, exp2x, kernel, reciprocal, row_length
 
-SINGLE_REACH = tl.constexpr(40.0)  # largest |q| + |k| for a reciprocal of the product of exponentials: e^80 fits
+# Largest |q| + |bias|, and largest |k|, for the product of exponentials: a gradient times e^{2 reach} is in range up to
+# 10^24, and so is one over 1 + e^{4 reach} down to 10^-10. Then, the largest exponential.
+EACH_REACH = tl.constexpr(16.0)
+LARGEST_FACTOR = tl.constexpr(math.exp(2 * 16.0))
+SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
 
 @triton.jit
-def times_4v(sum_g, v4, MASKED: tl.constexpr):
-    """sum_g (T, A) times v4 (A,); where nothing was attended, which sums to 0, it stays 0 even for a v of NaN."""
-    gradient = sum_g * v4[None, :]
+def times_4v(gradient, v4, MASKED: tl.constexpr):
+    """gradient (T, A) times v4 (A,); where nothing was attended, which sums to 0, it stays 0 even for a v of NaN."""
+    product = gradient * v4[None, :]
     if MASKED:
-        gradient = tl.where(sum_g == 0.0, 0.0, gradient)
-    return gradient
+        product = tl.where(gradient == 0.0, 0.0, product)
+    return product
 
 
 @triton.jit
@@ -31,14 +44,13 @@ def _walk_steps(
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
-    Writes dkeys, if it is wanted, and adds it to what is there for the first ``added`` units; returns the sums of
-    g (Q, A) and p (A,). Pointers are to the first element of the row of the batch.
+    Writes dkeys, if it is wanted, and adds it to what is there for the first ``added`` units; returns dquery / 4 v
+    (Q, A) and dv (A,). Pointers are to the first element of the row of the batch.
     """
-    if FACTORED:
-        eq = exp2x(q) * exp2x(shift)[None, :]
-    sum_g = tl.zeros(q.shape, dtype=q.dtype)
-    sum_p = tl.zeros([q.shape[1]], dtype=q.dtype)
-    lost_p = tl.zeros([q.shape[1]], dtype=q.dtype)
+    if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
+        eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], LARGEST_FACTOR)
+    dq = tl.zeros(q.shape, dtype=q.dtype)
+    dv = tl.zeros([q.shape[1]], dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     keys += first[:, None] * stride_kk + u[None, :] * stride_ka
     if dkeys is not None:
@@ -54,35 +66,49 @@ def _walk_steps(
             ds = tl.load(dscores, mask=in_steps[None, :], other=0.0)
         k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
         if FACTORED:
-            # exp2x is finite whatever padding holds, and eq not NaN: where ds is 0, so are p and g.
-            r = reciprocal(1.0 + eq[:, None, :] * exp2x(k)[None, :, :], APPROXIMATE)
+            ek = exp2x(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
+            e = eq[:, None, :] * ek[None, :, :]
+            r = reciprocal(1.0 + e, APPROXIMATE)
+            once = ds[:, :, None] * r
+            twice = once * r
+            dq += tl.sum(twice * ek[None, :, :], axis=1)
+            dv += tl.sum(tl.sum(once * (e - 1.0), axis=0), axis=0)
+            if dkeys is not None:
+                dk = tl.sum(twice * eq[:, None, :], axis=0) * ek
         else:
-            r = reciprocal(1.0 + tl.exp(2.0 * (q[:, None, :] + k[None, :, :] + shift[None, None, :])), APPROXIMATE)
-            if MASKED:  # r may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
-                r = tl.where(ds[:, :, None] == 0.0, 0.0, r)
-        p = ds[:, :, None] * r
-        g = p - p * r
-        sum_g += tl.sum(g, axis=1)
-        # What an addition loses is carried to the next: dv, the sum of ds - 2 p, cancels where the inputs are small.
-        term = tl.sum(tl.sum(p, axis=0), axis=0) - lost_p
-        new_sum_p = sum_p + term
-        lost_p = (new_sum_p - sum_p) - term
-        sum_p = new_sum_p
+            hidden = q[:, None, :] + k[None, :, :] + shift[None, None, :]
+            if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
+                hidden = tl.where(ds[:, :, None] == 0.0, 0.0, hidden)
+            hidden = tl.where(tl.abs(hidden) > SATURATED, tl.where(hidden > 0.0, SATURATED, -SATURATED), hidden)
+            if keys.dtype.element_ty == tl.float32:  # the error of tl.exp would show in dv where tanh is small
+                e = tl.where(hidden == hidden, exp2x(hidden), hidden)
+            else:
+                e = tl.exp(2.0 * hidden)
+            r = reciprocal(1.0 + e, APPROXIMATE)
+            less = ds[:, :, None] * r
+            more = less * e
+            gradient = more * r
+            dq += tl.sum(gradient, axis=1)
+            dv += tl.sum(tl.sum(more - less, axis=0), axis=0)
+            if dkeys is not None:
+                dk = tl.sum(gradient, axis=0)
         if dkeys is not None:
-            gradient = times_4v(tl.sum(g, axis=0), v4, MASKED)
-            gradient += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
-            tl.store(dkeys, gradient, mask=in_keys)
+            dk = times_4v(dk, v4, MASKED)
+            dk += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
+            tl.store(dkeys, dk, mask=in_keys)
             dkeys += tl.cast(A, tl.int64) * BLOCK_K
         keys += tl.cast(stride_kk, tl.int64) * BLOCK_K
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
-    return sum_g, sum_p
+    if FACTORED:
+        dq *= eq
+    return dq, dv
 
 
 @kernel
 def backward_kernel(
     dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart
     dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart; or None
-    sum_p,  # (B, splits_q, splits_k, A), contiguous
+    dv,  # (B, splits_q, splits_k, A), contiguous
     dbias,  # (B, splits_q, splits_k, A), contiguous
     dscores,  # (B, Tk, padded_q), contiguous, 0 where not attended
     query,  # (B, Tq, A)
@@ -117,7 +143,7 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """dquery = 4 v sum_j g, dkeys = 4 v sum_i g, sums of p and of dquery, for a block of units; 0 beyond the length."""
+    """dquery and dkeys, and the sums of which dv and dbias consist, for a block of units; 0 beyond the length."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     tiles_a = tl.cdiv(A, BLOCK_A)
     splits_k = tl.cdiv(Tk, steps_per_split)
@@ -145,7 +171,7 @@ def backward_kernel(
         dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
     if mask is not None:
         mask += b * stride_mb
-    all_p = tl.zeros([BLOCK_A], dtype=wide)
+    all_dv = tl.zeros([BLOCK_A], dtype=wide)
     all_dquery = tl.zeros([BLOCK_A], dtype=wide)
     first_block = split_q * blocks_per_split
     for block in range(first_block, tl.minimum(first_block + blocks_per_split, tiles_q)):
@@ -156,7 +182,7 @@ def backward_kernel(
         if block > first_block:
             added = A
         if FACTORED:
-            # The largest |q| + |k| of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
+            # The largest of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
             reach_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
             for start in range(begin, end_used, 16):
@@ -173,29 +199,29 @@ def backward_kernel(
                 reach_k = tl.maximum(reach_k, tl.where(k == k, tl.abs(k), float("inf")))
             used = (used_q > 0)[:, None] & (u[None, :] < A)
             reach_q = tl.abs(q) + tl.abs(shift)[None, :]
-            reach = tl.max(reach_k) + tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
-            if reach <= SINGLE_REACH:
-                g, p = _walk_steps(
+            reach_q = tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
+            if (tl.max(reach_k) <= EACH_REACH) & (reach_q <= EACH_REACH):
+                dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                     stride_ka, mask is not None, True, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
             else:
-                g, p = _walk_steps(
+                dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                     stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
-            g, p = _walk_steps(
+            dq, dv_part = _walk_steps(
                 dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                 stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
-        g = times_4v(g, v4, (mask is not None) or (lengths is not None))
-        tl.store(dquery + i[:, None] * A, g, mask=in_query)
-        all_dquery += tl.sum(g, axis=0)
-        all_p += p
+        dq = times_4v(dq, v4, (mask is not None) or (lengths is not None))
+        tl.store(dquery + i[:, None] * A, dq, mask=in_query)
+        all_dquery += tl.sum(dq, axis=0)
+        all_dv += dv_part
         tl.debug_barrier()  # the next block adds to the dkeys of this one
     parts = ((b * splits_q + split_q) * splits_k + split_k) * A + u
-    tl.store(sum_p + parts, all_p, mask=u < A)
+    tl.store(dv + parts, all_dv, mask=u < A)
     tl.store(dbias + parts, all_dquery, mask=u < A)
     if dkeys is not None:
         for start in range(tl.maximum(begin, length), end, BLOCK_K):

@@ -98,7 +98,10 @@ def device_name(device: torch.device) -> str:
 
 def path() -> Path:
     """The user's own table."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attn_kernels" / "configurations.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(
+        "~/.cache"
+    )  # a user may have no home: "~" stays then
+    return Path(cache) / "attn_kernels" / "configurations.json"
 
 
 def write(name: str, chosen: Mapping[str, Configuration], file: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import typer
-
+from ..terminal import application
 from . import compare, recipe
 
-app = typer.Typer(add_completion=False, help="Seq2Seq writes the phonemes of English words (CMUdict).")
+app = application(help="Seq2Seq writes the phonemes of English words (CMUdict).")
 for command in (recipe.train, recipe.evaluate, recipe.predict, recipe.export):
     app.command()(command)
 app.command("compare")(compare.main)

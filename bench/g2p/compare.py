@@ -8,6 +8,8 @@ loss curves must agree. What rounding makes of them in the end is for several se
 from __future__ import annotations
 
 import random
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -18,7 +20,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -29,18 +30,17 @@ from attn_kernels.seq2seq import Hypothesis, Seq2Seq
 from .. import files, machine, ops, plots, timing
 from ..machine import Allocator
 from ..ops import parse_device
+from ..terminal import console
 from . import data, models
 from .data import Batch, Batches, Errors, Vocabulary, Words
 from .models import ModelConfig
 from .training import train_step
 
-console = Console()
-
 THREADS = 1  # steps of this size gain little from more, and lose much where other programs want the cores
 FUSED, REFERENCE = "fused", "reference"
 _ARGUMENTS: dict[str, dict[str, str]] = {FUSED: {}, REFERENCE: {"backend": "reference", "decoder": "steps"}}
 
-STEPS, QUICK_STEPS = 700, 60
+STEPS, QUICK_STEPS, TRIAL_STEPS = 700, 60, 8
 WORDS, QUICK_WORDS = 2000, 200
 
 
@@ -188,10 +188,52 @@ def generate(model: Seq2Seq, vocabulary: Vocabulary, words: Sequence[str], progr
     return models.generate(model, vocabulary, words, advance=lambda count: progress.advance(task, count))
 
 
+def steps_within(
+    seconds: float,
+    config: Config,
+    words: Words,
+    vocabulary: Vocabulary,
+    names: Sequence[str],
+    device: torch.device,
+) -> int:
+    """So many training steps of all models as take about that long, from the time of a few; no more than asked for."""
+    trial = Training(config, words, vocabulary, names, device)
+    for _ in range(TRIAL_STEPS):
+        trial.run_step()
+    step = sum(statistics.median(trial.seconds[name]) for name in names)
+    return max(min(QUICK_STEPS, config.steps), min(config.steps, int(seconds / step)))
+
+
+def words_within(
+    seconds: float,
+    most: int,
+    training: Training,
+    vocabulary: Vocabulary,
+    some: Sequence[str],
+    progress: Progress,
+) -> int:
+    """So many words as are decoded in about that time: by each model, and once more by the reference attention."""
+    taken = 0.0
+    for name, model in training.models.items():
+        start = time.perf_counter()
+        generate(model, vocabulary, some, progress)
+        taken += (time.perf_counter() - start) * (2 if name == REFERENCE else 1)
+    return max(min(QUICK_WORDS, most), min(most, int(len(some) * seconds / taken)))
+
+
 def step_times(
-    config: Config, vocabulary: Vocabulary, batch: Batch, device: torch.device, rounds: int, progress: Progress
+    config: Config,
+    vocabulary: Vocabulary,
+    batch: Batch,
+    device: torch.device,
+    rounds: int,
+    progress: Progress,
+    limit: timing.Budget,
 ) -> list[dict[str, Any]]:
-    """ms of a training step, fused and reference, with and without input feeding, on words and on longer sequences."""
+    """ms of a training step, fused and reference, with and without input feeding, on words and on longer sequences.
+
+    Each kind takes its share of what is left of the limit.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     size, length = 16, 100
     long = Batch(
@@ -210,14 +252,19 @@ def step_times(
                 optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
                 calls[name] = _step_call(model, optimizer, example.to(device))
             samples = timing.interleave(
-                calls, timing.timer_for(device), seconds=0, least_rounds=kind_rounds, most_rounds=kind_rounds
+                calls,
+                timing.timer_for(device),
+                seconds=0,
+                least_rounds=kind_rounds,
+                most_rounds=kind_rounds,
+                at_most=limit.left / (2 * len(kinds) - len(rows)),
             )
             rows.append(
                 {
                     "data": kind,
                     "B,S,T": [*example.source.shape, example.target.shape[1]],
                     "input feeding": input_feeding,
-                    "rounds": kind_rounds,
+                    "rounds": len(samples[FUSED]),
                     **{f"{name} ms": _milliseconds(samples[name]) for name in calls},
                     "times fused": _rounded(timing.ratios(samples, REFERENCE, FUSED)),
                 }
@@ -263,9 +310,14 @@ def benchmark(
     resume: bool = False,
     save_every: int = 500,
     time_rounds: int = 30,
+    budget: float | None = None,
     output: Path = files.LOCAL,
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Trains, evaluates, prints and stores; returns the files and the result."""
+    """Trains, evaluates, prints and stores; returns the files and the result.
+
+    budget: seconds, to which the steps of the training, the words and the rounds are cut; None: as many as it takes.
+    """
+    limit = timing.Budget(budget)
     torch.set_num_threads(threads or THREADS)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     in_effect = machine.set_allocator(allocator)
@@ -274,12 +326,18 @@ def benchmark(
         known = data.read_dictionary(dictionary or data.dictionary_file())
         parts = data.split(known)
         vocabulary = Vocabulary(data.phoneme_set(known))
+        if budget is not None:
+            config = replace(
+                config, steps=steps_within(0.7 * limit.left, config, parts.train, vocabulary, names, device)
+            )
         training = Training(config, parts.train, vocabulary, names, device)
     if resume:
         training.load(checkpoint)
-    with ops.progress_bars(console) as progress:
+    with ops.progress_bars() as progress:
         train(training, checkpoint, save_every, progress)
         model = training.models[names[0]]
+        if budget is not None:
+            words = words_within(0.6 * limit.left, words, training, vocabulary, data.subset(parts.test, 64), progress)
         tested = data.subset(parts.test, words)
         decoded = {name: generate(training.models[name], vocabulary, tested, progress) for name in names}
         hypotheses = decoded[names[0]]
@@ -294,7 +352,8 @@ def benchmark(
         rows = []
         if time_rounds:
             typical = sorted((training.batches[i] for i in range(min(51, len(training.batches)))), key=_cells)
-            rows = step_times(config, vocabulary, typical[len(typical) // 2], device, time_rounds, progress)
+            example = typical[len(typical) // 2]
+            rows = step_times(config, vocabulary, example, device, time_rounds, progress, limit)
     errors, examples = assess(tested, hypotheses, vocabulary, parts.test)
     stem = f"g2p-{device.type}"
     result = {
@@ -381,7 +440,6 @@ def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) ->
     console.print(
         f"Mean WER {means[FUSED]:.2%} and {means[REFERENCE]:.2%}; one kind of model differs by up to {spread:.2%} "
         "from seed to seed.",
-        highlight=False,
     )
     return [path], result
 
@@ -434,16 +492,12 @@ def show(result: dict[str, Any]) -> None:
             f"Loss curves, fused and reference: apart by at most {close['first_steps']:.1e} in the first 10 steps and "
             f"{close['all_steps']:.1e} in all; mean of the last 100: {close['final_fused']:.4f}, "
             f"{close['final_reference']:.4f}.",
-            highlight=False,
         )
         same = evaluation["the same with reference attention"]
-        console.print(
-            f"The trained weights decode {same} of {evaluation['words']} words alike with both.", highlight=False
-        )
-    console.print(evaluation["rule"], highlight=False)
+        console.print(f"The trained weights decode {same} of {evaluation['words']} words alike with both.")
+    console.print(evaluation["rule"])
     console.print(
         "The reference: attention of separate operations in plain PyTorch steps, with the same weights.",
-        highlight=False,
     )
     console.print(machine.as_text(result["machine"]))
 
@@ -471,7 +525,7 @@ def step_table(rows: list[dict[str, Any]]) -> Table:
             "yes" if row["input feeding"] else "no",
             f"{row['fused ms']['median']:.1f}",
             f"{row['reference ms']['median']:.1f}",
-            _ratio(row["times fused"]["median"]),
+            _ratio(row["times fused"]["median"]) + ops.quartiles(timing.Spread(**row["times fused"]), row["rounds"]),
         )
     return table
 

@@ -13,20 +13,16 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from attn_kernels.backends import choose
 
 from .. import files, machine, ops
+from ..terminal import console, errors
 from . import evaluation, models, tasks
 from .training import Config, Training, Validation
 from .training import train as run_to_the_end
-
-console = Console()
-errors = Console(stderr=True)
 
 BEAM = 5
 _DEFAULT = Config()
@@ -114,13 +110,11 @@ def train(
     console.print(
         f"{training.task.description}; {size / 1e6:.2f} M weights, batches of {config.batch_size}, "
         f"{training.steps} steps, attention: {choose(None, training.device.type)}, threads: {threads}",
-        highlight=False,
-        markup=False,
     )
     try:
         _run(training, path, validate_every, save_every, board)
     except ArithmeticError as error:
-        errors.print(f"train: {error}", style="red", highlight=False)
+        errors.print(f"train: {error}", style="red")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("interrupted; the same command continues from the last checkpoint")
@@ -130,9 +124,8 @@ def train(
     console.print(
         f"Ended ({why}) after {training.seconds / 60:.1f} min. Best on validation: PER {best.per:.2%}, "
         f"WER {best.wer:.2%}, greedy, at epoch {best.epoch:.2f}.",
-        highlight=False,
     )
-    console.print(f"Written: {files.shown(path)}", highlight=False)
+    console.print(f"Written: {files.shown(path)}")
 
 
 def _resume(training: Training, path: Path) -> None:
@@ -140,13 +133,13 @@ def _resume(training: Training, path: Path) -> None:
         training.load(path)
     except ValueError as error:
         raise ValueError(f"{error}. --restart begins anew, another --checkpoint keeps both") from None
-    console.print(f"continuing {files.shown(path)} at step {training.step}", highlight=False)
+    console.print(f"continuing {files.shown(path)} at step {training.step}")
     for validation in training.history:
         _report(validation)
 
 
 def _run(training: Training, path: Path, validate_every: int | None, save_every: int, board: Any) -> None:
-    with ops.progress_bars(console) as progress:
+    with ops.progress_bars() as progress:
         task = progress.add_task("training", total=training.steps, completed=training.step)
 
         def on_step(loss: float) -> None:
@@ -176,7 +169,6 @@ def _report(validation: Validation) -> None:
     console.print(
         f"epoch {validation.epoch:6.2f}  {validation.seconds / 60:6.1f} min  loss {validation.loss:.4f}  "
         f"validation PER {validation.per:6.2%}  WER {validation.wer:6.2%}",
-        highlight=False,
     )
 
 
@@ -222,7 +214,7 @@ def evaluate(
         if task.vocabulary.state() != loaded.vocabulary.state():
             raise ValueError(f"{files.shown(model)} was trained on a dictionary with other phonemes")
         count = min(words or sys.maxsize, len(getattr(task.parts, part.value)))
-        with ops.progress_bars(console) as progress:
+        with ops.progress_bars() as progress:
             bar = progress.add_task("decoding", total=count * len(beams))
             found = evaluation.evaluate(
                 loaded, task, beams, part=part.value, count=words, advance=lambda n: progress.advance(bar, n)
@@ -244,7 +236,7 @@ def evaluate(
     path = output / f"{stem}-evaluation.json"
     files.write_json(path, result)
     _show(result)
-    console.print("Written: " + ", ".join([files.shown(path), *(entry["file"] for entry in drawn)]), highlight=False)
+    console.print("Written: " + ", ".join([files.shown(path), *(entry["file"] for entry in drawn)]))
 
 
 def _sizes(task: tasks.Task) -> dict[str, Any]:
@@ -278,11 +270,10 @@ def _show(result: dict[str, Any]) -> None:
         console.print("* as published (cmusphinx/g2p-seq2seq), each on another split: near these figures, no contest.")
     for line in (result["task"]["description"], result["task"].get("split"), found["rule"]):
         if line:
-            console.print(line, highlight=False, markup=False)
+            console.print(line)
     console.print(
         f"Trained for {validation['epoch']:.2f} epochs, {validation['seconds'] / 60:.0f} min, "
         f"{result['model']['threads']} threads; validation WER then {validation['wer']:.2%}.",
-        highlight=False,
     )
     console.print(machine.as_text(result["machine"]))
 
@@ -327,7 +318,7 @@ def _predict(model: models.Model, words: list[str], beam: int) -> bool:
             model.vocabulary.check(word.lower())
             readable.append(word)
         except ValueError as error:
-            errors.print(f"predict: {escape(str(error))}", style="red", highlight=False, soft_wrap=True)
+            errors.print(f"predict: {error}", style="red")
     longest = tasks.longest_output(model.task)
     found = evaluation.search(model, [word.lower() for word in readable], beam, longest)
     for word, hypothesis in zip(readable, found, strict=True):
@@ -357,7 +348,7 @@ def export(
     with _said_by_whoever_knows():
         loaded = models.load_model(model, torch.device("cpu"))
         models.save_model(output, loaded)
-    console.print(f"Written: {files.shown(output)}, {output.stat().st_size / 1e6:.1f} MB", highlight=False)
+    console.print(f"Written: {files.shown(output)}, {output.stat().st_size / 1e6:.1f} MB")
 
 
 # Common ---------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 // The gradients of the scores of additive attention: of query, keys, v and bias. Hidden units are computed again.
 //
-// With E = e^{2q} e^{2k}, tanh = (E - 1) / (E + 1), w = tanh^2 - 1 and ds the gradient of a score: dquery and dkeys are
-// sums of ds w times -v, dv is the sum of ds tanh, dbias that of dquery: eight instructions for a pair and unit, one of
-// them a special function, and where one instruction does two (two.cuh) half of the others. One less would do with
-// tanh = 1 - 2 / (E + 1), at twice the error, which shows in dv where tanh is small.
+// With E = e^{2q} e^{2k}, r = 1 / (1 + E) and ds the gradient of a score: 1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r, so
+//
+//   dquery = 4 v e^{2q} (sum of ds r^2 e^{2k})    dkeys = 4 v e^{2k} (sum of ds r^2 e^{2q})    dv = sum of ds r (E - 1)
+//
+// and dbias is the sum of dquery: eight instructions for a pair and unit, one of them a special function, and where one
+// instruction does two (two.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
+// last place, however near to 0 or 1 tanh is. 1 - tanh^2 and 1 - 2 r would be off by as much of 1.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
@@ -25,6 +28,13 @@ constexpr int kBlockUnits = kLaneUnits * kWarp;
 // Of a block: so many have their sums in the shared memory of every GPU, 99 KB on the smaller ones.
 template <typename W>
 constexpr int kMostWarps = sizeof(W) == 4 ? 8 : 4;
+
+// Steps of a turn of the loop with few queries, as registers allow.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kAtOnce = 2;
+#else
+constexpr int kAtOnce = 4;
+#endif
 
 // How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
 struct BackwardTile {
@@ -50,8 +60,8 @@ struct Chunk {
   int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
   W* dscores;         // [step][query]
   W* e;               // [step][unit]: e^{2k}
-  W* dkeys;           // [warp_q][step][unit]: sums of ds w; at the end sums over units of other things, of each warp
-  W* dquery;          // [warp][query][unit]: sums of ds w
+  W* dkeys;           // [warp_q][step][unit]: dkeys / 4v; at the end sums over units of other things, of each warp
+  W* dquery;          // [warp][query][unit]: dquery / 4v
   int* outside;       // [step]: whether a |k| is out of the range of the factored form
 
   ATTN_DEVICE Chunk(const BackwardTile& tile, int queries)
@@ -72,8 +82,8 @@ struct Chunk {
 
 // Where nothing was attended, which sums to 0, it stays 0 even for a v of NaN.
 template <typename W>
-ATTN_DEVICE W times_minus_v(W sum, W v) {
-  return sum == 0 ? W(0) : sum * -v;
+ATTN_DEVICE W times_4v(W sum, W v) {
+  return sum == 0 ? W(0) : sum * (4 * v);
 }
 
 // ds[0 .. kQ) from shared memory, four at a time where they are that many.
@@ -186,7 +196,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
     }
     if (factored) {
       Two<W> chunk_t[kLaneUnits] = {};
-#pragma unroll(kQ <= 8 ? 2 : 1)
+#pragma unroll(kQ <= 8 ? kAtOnce : 1)
       for (int row = first; row < last; ++row) {
         W ds[kQ], k[kLaneUnits];
         Two<W> dk[kLaneUnits] = {};  // of even and odd queries
@@ -200,18 +210,17 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) {
             const Two<W> e{eq[i][n], eq[i + 1][n]}, ek{k[n], k[n]};
-            const Two<W> tanh = multiply_add(e, ek, kMinusOne) * reciprocal(multiply_add(e, ek, kOne));
-            const Two<W> w = multiply_add(tanh, tanh, kMinusOne);
-            const Two<W> sum = multiply_add(gradient, w, Two<W>{dq[i][n], dq[i + 1][n]});
+            const Two<W> r = reciprocal(multiply_add(e, ek, kOne)), once = gradient * r, twice = once * r;
+            const Two<W> sum = multiply_add(twice, ek, Two<W>{dq[i][n], dq[i + 1][n]});
             dq[i][n] = sum.x;
             dq[i + 1][n] = sum.y;
-            dk[n] = multiply_add(gradient, w, dk[n]);
-            chunk_t[n] = multiply_add(gradient, tanh, chunk_t[n]);
+            dk[n] = multiply_add(twice, e, dk[n]);
+            chunk_t[n] = multiply_add(once, multiply_add(e, ek, kMinusOne), chunk_t[n]);
           }
         }
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n)
-          s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk[n].x + dk[n].y;
+          s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = k[n] * (dk[n].x + dk[n].y);
       }
 #pragma unroll
       for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
@@ -224,11 +233,10 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
           for (int i = 0; i < kQ; ++i) {
             const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
             if (ds == 0) continue;
-            const W tanh = tanh_of(of_query(q0 + i, n) + of_key(j0 + row, n));
-            const W gradient = ds * (tanh * tanh - 1);
+            const W x = of_query(q0 + i, n) + of_key(j0 + row, n), gradient = ds * quarter_slope_of_tanh(x);
             mine()[(i * kLaneUnits + n) * kWarp] += gradient;
             dk += gradient;
-            sum_t[n] += ds * tanh;
+            sum_t[n] += ds * tanh_of(x);
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
@@ -242,7 +250,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       W sum = 0;
       for (int w = 0; w < a.tile.warps_q; ++w) sum += s.dkeys[w * s.rows * kBlockUnits + n];
       const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
-      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_minus_v(sum, v));
+      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_4v(sum, v));
     }
   }
   const int padding = a.dkeys == nullptr ? part_end : begin > length ? begin : length;
@@ -269,7 +277,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
 #pragma unroll
-    for (int n = 0; n < kLaneUnits; ++n) mine()[(i * kLaneUnits + n) * kWarp] += dq[i][n];
+    for (int n = 0; n < kLaneUnits; ++n) mine()[(i * kLaneUnits + n) * kWarp] += eq[i][n] * dq[i][n];
   __syncthreads();
   W all_dq[kLaneUnits] = {};
   if (warp_k == 0) {
@@ -281,7 +289,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       for (int i = 0; i < kQ && q0 + i < op.Tq; ++i) {
         W sum = 0;
         for (int w = 0; w < a.tile.warps_k; ++w) sum += mine()[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
-        const W gradient = times_minus_v(sum, v);
+        const W gradient = times_4v(sum, v);
         all_dq[n] += gradient;
         store_element(a.dquery, a.dquery_dtype, ((part_k * op.B + b) * op.Tq + q0 + i) * op.A + u, gradient);
       }

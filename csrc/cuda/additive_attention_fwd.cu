@@ -382,12 +382,27 @@ __global__ void __launch_bounds__(kMostThreads<W>, 1) many_queries_scores_kernel
   write_tile(a, s, b, q0, k0, total);
 }
 
-// How the pairs of an op are cut into blocks: that with the least estimated time. Read from compiled code: a pair and
-// unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the cycles, four at once.
+// Whether the rows of a tile lie in half of the columns that a tile may have.
+template <int kQ, int kK>
+bool is_narrow(int64_t threads_q, int64_t threads_k) {
+  return threads_q * kQ + threads_k * kK <= kMostColumns / 2;
+}
+
+// Shared memory of a block.
 template <typename W, int kQ, int kK>
-ScoresTile choose_tile(const AdditiveScores& op) {
+int64_t shared_bytes(int64_t shares, int64_t threads_q, int64_t threads_k) {
+  const int n = static_cast<int>(shares), q = static_cast<int>(threads_q) * kQ, k = static_cast<int>(threads_k) * kK;
+  return is_narrow<kQ, kK>(threads_q, threads_k) ? Staged<W, kMostColumns / 2>::bytes(n, q, k)
+                                                 : Staged<W, kMostColumns>::bytes(n, q, k);
+}
+
+// How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from compiled
+// code: a pair and unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the cycles, four
+// at once. One share fits every device; more of them may not.
+template <typename W, int kQ, int kK>
+ScoresTile choose_tile(const AdditiveScores& op, const Device& device) {
   const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);
-  const double processors = current_device().multiprocessors;
+  const double processors = device.multiprocessors;
   ScoresTile best{};
   double least = INFINITY;
   // From the fewest blocks that the limits allow to some more: further ones only bring more of the rows.
@@ -402,6 +417,7 @@ ScoresTile choose_tile(const AdditiveScores& op) {
       for (int64_t shares = 1; shares * threads <= kMostThreads<W> && shares <= kMostShares; ++shares) {
         const int64_t units = round_up(ceil_div(op.A, shares), shares > 1 ? kUnits : kStep);
         if (shares > ceil_div(op.A, units) || (shares > 1 && threads < 16)) break;  // 16 of them bring v
+        if (shared_bytes<W, kQ, kK>(shares, tq, tk) > device.shared_bytes) break;
         const double warps = double(ceil_div(shares * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
         const double slots = double(units) * (3.2 * kQ * kK * warps + 15.0 * double(shares * columns) / kWarp) + 4e3;
         const double at_once = std::fmin(std::floor(kMostThreads<W> / kWarp / warps), std::ceil(blocks / processors));
@@ -425,7 +441,7 @@ template <typename W, int kQ, int kK, int kColumns>
 void launch_tile(const ScoresTile& tile) {
   const Grid grid{tile.op.B * tile.tiles_q * tile.tiles_k,
                   static_cast<int>(round_up(tile.shares * tile.threads_q * tile.threads_k, kWarp)),
-                  Staged<W, kColumns>::bytes(tile.shares, tile.threads_q * kQ, tile.threads_k * kK)};
+                  shared_bytes<W, kQ, kK>(tile.shares, tile.threads_q, tile.threads_k)};
   const bool in_fours = in_fours_of(tile.op.query, tile.op.A) && in_fours_of(tile.op.keys, tile.op.A);
   launch(in_fours ? many_queries_scores_kernel<W, kQ, kK, kColumns, true>
                   : many_queries_scores_kernel<W, kQ, kK, kColumns, false>,
@@ -434,12 +450,12 @@ void launch_tile(const ScoresTile& tile) {
 
 template <typename W, int kQ, int kK>
 void launch_scores(const AdditiveScores& op, const Attended& attended, void* scores, Dtype dtype) {
-  ScoresTile tile = choose_tile<W, kQ, kK>(op);
+  ScoresTile tile = choose_tile<W, kQ, kK>(op, current_device());
   tile.op = op;
   tile.attended = attended;
   tile.scores = scores;
   tile.dtype = dtype;
-  if (tile.threads_q * kQ + tile.threads_k * kK <= kMostColumns / 2)
+  if (is_narrow<kQ, kK>(tile.threads_q, tile.threads_k))
     launch_tile<W, kQ, kK, kMostColumns / 2>(tile);
   else
     launch_tile<W, kQ, kK, kMostColumns>(tile);

@@ -50,13 +50,13 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   W total = 0;
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
-    if (mask_allows(attended, row.b, row.i, j)) total += exp(score[j] - top);
+    if (mask_allows(attended, row.b, row.i, j)) total += exp_of(score[j] - top);
   total = warp_sum(total);
   const W inverse = reciprocal(total);  // of 0 where nothing is attended, and then nothing is multiplied by it
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W p = 0;
-    if (j < length && mask_allows(attended, row.b, row.i, j)) p = exp(score[j] - top) * inverse;
+    if (j < length && mask_allows(attended, row.b, row.i, j)) p = exp_of(score[j] - top) * inverse;
     if (alignments != nullptr) alignments[row.index * Tk + j] = narrow<T>(p);
     if (weights != nullptr) weights[row.index * Tk + j] = p;
   }

@@ -364,7 +364,7 @@ struct Block {
       for (int j = threadIdx.x; j < p.Tk; j += kThreads) {
         W x = 0;
         if (j < length && mask_allows(p.attended, b, q, j))
-          x = exp(static_cast<const W*>(p.scores)[row * p.Tk + j] - largest[q]) * normalisers[q];
+          x = exp_of(static_cast<const W*>(p.scores)[row * p.Tk + j] - largest[q]) * normalisers[q];
         *alignment(q, j) = narrow<T>(x);
       }
     }

@@ -1,4 +1,8 @@
-// The table of kernels: each op as a sequence of launches.
+// The table of kernels: each op as a sequence of launches. And what is known of the device.
+#include <mutex>
+#include <set>
+#include <stdexcept>
+
 #include "kernels.h"
 #include "launch.h"
 #include "rows.cuh"
@@ -7,20 +11,47 @@ namespace attn {
 namespace cuda {
 
 #if !defined(ATTN_EMULATED)
-Device current_device() {
-  constexpr int kMost = 64;
-  static Device known[kMost];
+namespace {
+constexpr int kMostDevices = 64;
+
+int current_index() {
   int index = 0;
   check(cudaGetDevice(&index), "device");
-  Device device = index < kMost ? known[index] : Device{};
-  if (device.capability != 0) return device;
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
-  device.capability = 10 * major + minor;
-  if (index < kMost) known[index] = device;  // the same from every thread
-  return device;
+  if (index >= kMostDevices) throw std::runtime_error("attn_kernels: more than 64 CUDA devices");
+  return index;
+}
+}  // namespace
+
+Device current_device() {
+  static Device known[kMostDevices];
+  static std::once_flag asked[kMostDevices];
+  const int index = current_index();
+  std::call_once(asked[index], [&] {
+    auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, name, index), "device");
+      return value;
+    };
+    known[index] = {attribute(cudaDevAttrMultiProcessorCount),
+                    10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+                    attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  });
+  return known[index];
+}
+
+void allow_everything(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<const void*> allowed[kMostDevices];
+  const int index = current_index();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed[index].count(kernel) != 0) return;
+  const Device device = current_device();
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes)),
+      "shared memory");
+  if (device.capability >= 90)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
+  allowed[index].insert(kernel);
 }
 #endif
 

@@ -19,7 +19,8 @@ T* scratch(std::int64_t n) {
 
 struct Device {
   int multiprocessors;
-  int capability;  // 90 for compute capability 9.0
+  int capability;             // 90 for compute capability 9.0
+  std::int64_t shared_bytes;  // of a block, at most
 };
 Device current_device();
 
@@ -32,7 +33,7 @@ struct Grid {
 
 #if defined(ATTN_EMULATED)
 
-inline Device current_device() { return {emulator::machine().multiprocessors, 90}; }
+inline Device current_device() { return {emulator::machine().multiprocessors, 90, emulator::shared_memory_limit()}; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {
@@ -50,16 +51,19 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("attn_kernels: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// What a kernel may have without asking: bytes of shared memory, and blocks of a cluster.
+constexpr std::int64_t kPlainSharedBytes = 48 * 1024;
+constexpr int kPlainCluster = 8;
+
+// Asks for a kernel to have, on the current device, all that the device has of both. Once for each, from any thread.
+void allow_everything(const void* kernel);
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {
   if (grid.blocks == 0) return;
   if (grid.blocks > 0x7fffffff) throw std::runtime_error("attn_kernels: the call has too many tiles for one grid");
-  if (grid.shared_bytes > 48 * 1024)
-    check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
-        "shared memory");
-  if (grid.cluster > 8)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
+  if (grid.shared_bytes > kPlainSharedBytes || grid.cluster > kPlainCluster)
+    allow_everything(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));

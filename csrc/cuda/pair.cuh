@@ -16,8 +16,9 @@
 namespace attn {
 namespace cuda {
 
-// Of |q| and of |k| by themselves, where e^{2q} e^{2k} and its inverse are in range.
-constexpr float kEachReach = 21.5f;
+// Of |q| and of |k| by themselves, in the backward: a gradient times e^{2 reach} is in range up to 10^24, and so is one
+// over 1 + e^{4 reach} down to 10^-10.
+constexpr float kEachReach = 16.0f;
 // e^{4 reach} times |v| is in range while |v| is at most kLargestV.
 constexpr float kSharedReach = 20.0f, kLargestV = 1024.0f;
 
@@ -43,26 +44,12 @@ ATTN_HOST_DEVICE float exp2x(float x) {
 ATTN_HOST_DEVICE float quick_exp2x(float x) {
   const float y = x * 2.8853900817779268f;
   const float lost = fmaf(x, 2.8853900817779268f, -y) + x * 3.851926e-08f;  // of 2 x / ln 2
-#if defined(__CUDA_ARCH__)
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
-#else
-  const float e = exp2f(y);
-#endif
+  const float e = exp2_approximately(y);
   return fmaf(e, lost * 0.6931472f, e);
 }
 
 // e^{2x} for low precision: the relative error is about (1 + |x|) 2^-22. 0 and Inf beyond the range, NaN for NaN.
-ATTN_HOST_DEVICE float rough_exp2x(float x) {
-  const float y = x * 2.8853900817779268f;
-#if defined(__CUDA_ARCH__)
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y));
-  return e;
-#else
-  return exp2f(y);
-#endif
-}
+ATTN_HOST_DEVICE float rough_exp2x(float x) { return exp2_approximately(x * 2.8853900817779268f); }
 
 // Of an element of type T.
 template <typename T>
@@ -70,9 +57,13 @@ ATTN_HOST_DEVICE float exp2x_of(float x) {
   return sizeof(T) == 4 ? exp2x(x) : rough_exp2x(x);
 }
 
-// To two units in the last place, of the result: for where the factored form will not do.
-ATTN_HOST_DEVICE float tanh_of(float x) { return tanhf(x); }
-ATTN_HOST_DEVICE double tanh_of(double x) { return tanh(x); }
+// (1 - tanh(x)^2) / 4 to a few units in the last place. That difference itself would have the error of a number near 1
+// where tanh is near 1, and one large v lets it show.
+template <typename W>
+ATTN_HOST_DEVICE W quarter_slope_of_tanh(W x) {
+  const W e = exp_of(-2 * fabs(x)), r = reciprocal(1 + e);
+  return e * r * r;
+}
 
 // The larger magnitude, where NaN does not count: one instruction.
 ATTN_HOST_DEVICE float larger_magnitude(float top, float x) { return fmaxf(top, fabsf(x)); }
@@ -114,13 +105,13 @@ struct SoftmaxPart {
 // What an attended score adds to the sum of a part.
 template <typename W>
 ATTN_HOST_DEVICE W weight_of(W score, W largest) {
-  return score == largest && score < 0 ? W(1) : exp(score - largest);
+  return score == largest && score < 0 ? W(1) : exp_of(score - largest);
 }
 
 // What the weights of a part are to be multiplied with in a whole.
 template <typename W>
 ATTN_HOST_DEVICE W share(W part_largest, W largest) {
-  return part_largest == -W(INFINITY) ? W(0) : exp(part_largest - largest);
+  return part_largest == -W(INFINITY) ? W(0) : exp_of(part_largest - largest);
 }
 
 // Both parts in one. The sums of parts with nothing but -inf count only if there is nothing else.

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #if defined(ATTN_EMULATED)
+#include "cuda_arithmetic.h"
 #include "cuda_emulator.h"
 #elif defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -169,11 +170,45 @@ ATTN_HOST_DEVICE float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
+#elif defined(ATTN_EMULATED)
+  return emulator::rcp_approx_ftz(x);
 #else
   return 1.0f / x;
 #endif
 }
 ATTN_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
+
+// 2^x to a relative error of 2^-22; 0 for subnormal results.
+ATTN_HOST_DEVICE float exp2_approximately(float x) {
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
+  return e;
+#elif defined(ATTN_EMULATED)
+  return emulator::ex2_approx_ftz(x);
+#else
+  return exp2f(x);
+#endif
+}
+
+// e^x and tanh(x), in float32 to two units in the last place.
+ATTN_HOST_DEVICE float exp_of(float x) {
+#if defined(ATTN_EMULATED)
+  return emulator::expf(x);
+#else
+  return expf(x);
+#endif
+}
+ATTN_HOST_DEVICE double exp_of(double x) { return exp(x); }
+
+ATTN_HOST_DEVICE float tanh_of(float x) {
+#if defined(ATTN_EMULATED)
+  return emulator::tanhf(x);
+#else
+  return tanhf(x);
+#endif
+}
+ATTN_HOST_DEVICE double tanh_of(double x) { return tanh(x); }
 
 template <typename T>
 ATTN_DEVICE T warp_sum(T x) {
@@ -220,7 +255,7 @@ ATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(from) : "memory");
-#else
+#elif defined(ATTN_EMULATED)
   emulator::check_aligned(to, static_cast<size_t>(bytes));
   emulator::check_aligned(from, static_cast<size_t>(bytes));
   memcpy(to, from, static_cast<size_t>(bytes));

@@ -35,7 +35,7 @@ void* current_stream() {
   }();
   if (function == nullptr) throw std::runtime_error("attn_kernels: this PyTorch has no CUDA streams");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(Call::current().device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(Call::current().device, &stream));
   return stream;
 }
 #endif
@@ -63,7 +63,7 @@ Call& Call::current() {
 void* Call::scratch(int64_t bytes) {
   AtenTensorHandle handle = nullptr;
   const int64_t size[] = {bytes}, stride[] = {1};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_uint8(), device_type(), device, &handle));
   scratch_.push_back(Tensor(handle));
   void* memory = scratch_.back().mutable_data_ptr();

@@ -1,9 +1,13 @@
 // CUDA kernels on the CPU, for tests: what csrc/cuda uses of CUDA, in standard C++ with one fiber for each thread.
 //
-// The fibers of a block, or of all blocks of a cluster, take turns: each runs until it comes to a barrier (of its warp,
-// its block or its cluster), and the next turn comes when all have. Their order is shuffled anew in each turn, so that a
-// missing barrier shows, and a barrier that not all threads reach is an error instead of a hang. One block, or cluster,
-// runs at a time; blocks run in a shuffled order. Dynamic shared memory and every block's part of it start as NaN.
+// A fiber runs until it comes to a barrier (of its warp, its block or its cluster), so that a missing barrier shows, and a
+// barrier that not all threads reach is an error instead of a hang. One block, or cluster, runs at a time. Which fiber
+// runs next, and which block, is an order (below); hardware may take any. Dynamic shared memory starts as NaN.
+//
+// Two variables of the environment, read at each launch, choose what is emulated:
+//
+//   ATTN_EMULATOR_ORDER            "turns", "first", "last", "random" or "random:7", with a seed: see Order
+//   ATTN_EMULATOR_SHARED_MEMORY    bytes of shared memory that a block may have: those of an H100 otherwise
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -39,6 +44,13 @@ struct alignas(16) float4 {
 };
 
 namespace emulator {
+
+// turns: all fibers go one step each, to their next barrier, in an order that is shuffled for each turn; then the barriers
+//   are released. No warp gets ahead of the others by more than a step. Blocks run in a shuffled order.
+// first: the first warp that can run does, as far as it comes; blocks run in order. So the others come late.
+// last: the last warp that can run does, and the last block first.
+// random: any warp that can run goes one step; warps get ahead of each other by any number. Blocks are shuffled.
+enum class Order { turns, first, last, random };
 
 enum class Wait { none, warp, block, cluster, done };
 
@@ -66,6 +78,7 @@ struct Machine {
   ucontext_t scheduler_context;
   std::function<void()> body;
   std::uint32_t random = 12345;
+  Order order = Order::turns;
   int multiprocessors = 132;    // what kernels are chosen for
   const char* fault = nullptr;  // what ended the launch
 
@@ -78,6 +91,33 @@ struct Machine {
 inline Machine& machine() {
   static thread_local Machine m;
   return m;
+}
+
+// Bytes of shared memory that a block may have.
+inline std::int64_t shared_memory_limit() {
+  const char* bytes = std::getenv("ATTN_EMULATOR_SHARED_MEMORY");
+  return bytes == nullptr ? 227 * 1024 : std::atoll(bytes);
+}
+
+// Sets the order of a launch.
+inline void read_order(Machine& m) {
+  const char* variable = std::getenv("ATTN_EMULATOR_ORDER");
+  const std::string order = variable == nullptr ? "turns" : variable, random = "random:";
+  if (order == "turns") {
+    m.order = Order::turns;
+  } else if (order == "first") {
+    m.order = Order::first;
+  } else if (order == "last") {
+    m.order = Order::last;
+  } else if (order == "random") {
+    m.order = Order::random;
+  } else if (order.compare(0, random.size(), random) == 0) {
+    m.order = Order::random;
+    m.random = 2654435761u * static_cast<std::uint32_t>(std::atoi(order.c_str() + random.size())) | 1;
+  } else {
+    throw std::invalid_argument("emulator: ATTN_EMULATOR_ORDER is turns, first, last, random or random:SEED, not " +
+                                order);
+  }
 }
 
 constexpr std::int64_t kStack = 64 << 10;
@@ -127,7 +167,8 @@ inline bool release(Machine& m, std::size_t first, std::size_t n, Wait what) {
   return true;
 }
 
-inline void run_cluster(Machine& m, unsigned first_block) {
+// Fibers for all threads of a cluster, each at its beginning.
+inline void start_cluster(Machine& m, unsigned first_block) {
   const std::size_t threads = m.block_size.x, n = threads * m.cluster_size;
   m.fibers.assign(n, Fiber());
   m.slots.assign(2 * n, 0);
@@ -148,20 +189,64 @@ inline void run_cluster(Machine& m, unsigned first_block) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
   }
-  std::vector<std::size_t> order(n);
-  for (std::size_t i = 0; i < n; ++i) order[i] = i;
-  while (true) {
+}
+
+// order = 0 .. n - 1 as the launch wants it.
+inline void sort(Machine& m, std::size_t n, std::vector<std::size_t>& order) {
+  order.resize(n);
+  for (std::size_t i = 0; i < n; ++i) order[i] = m.order == Order::last ? n - 1 - i : i;
+  if (m.order == Order::turns || m.order == Order::random)
     for (std::size_t i = n; i > 1; --i) std::swap(order[i - 1], order[m.next_random() % i]);
-    for (std::size_t i : order)
-      if (m.fibers[i].wait == Wait::none && m.fault == nullptr) step(m, m.fibers[i]);
+}
+
+// One step of the fibers first .. first + n that can go on. Whether there were any.
+inline bool step_all(Machine& m, std::size_t first, std::size_t n) {
+  static thread_local std::vector<std::size_t> order;
+  bool any = false;
+  sort(m, n, order);
+  for (std::size_t i : order) {
+    if (m.fibers[first + i].wait != Wait::none) continue;
+    any = true;
+    step(m, m.fibers[first + i]);
     if (m.fault != nullptr) throw std::logic_error(std::exchange(m.fault, nullptr));
-    bool released = false, finished = true;
-    for (std::size_t warp = 0; warp < n; warp += 32) released |= release(m, warp, 32, Wait::warp);
-    for (std::size_t block = 0; block < n; block += threads) released |= release(m, block, threads, Wait::block);
-    released |= release(m, 0, n, Wait::cluster);
+  }
+  return any;
+}
+
+// All fibers go one step, or one warp does, or goes as far as it comes. Whether any did.
+inline bool advance(Machine& m) {
+  const std::size_t threads = m.block_size.x, n = m.fibers.size();
+  if (m.order == Order::turns) {
+    const bool any = step_all(m, 0, n);
+    for (std::size_t warp = 0; warp < n; warp += 32) release(m, warp, 32, Wait::warp);
+    for (std::size_t block = 0; block < n; block += threads) release(m, block, threads, Wait::block);
+    return any;
+  }
+  static thread_local std::vector<std::size_t> order;
+  sort(m, n / 32, order);
+  for (std::size_t warp : order) {
+    bool any = false;
+    while (step_all(m, 32 * warp, 32)) {
+      any = true;
+      if (!release(m, 32 * warp, 32, Wait::warp) || m.order == Order::random) break;
+    }
+    if (!any) continue;
+    release(m, 32 * warp / threads * threads, threads, Wait::block);
+    return true;
+  }
+  return false;
+}
+
+inline void run_cluster(Machine& m, unsigned first_block) {
+  start_cluster(m, first_block);
+  while (true) {
+    while (advance(m)) {
+    }
+    bool finished = true;
     for (const Fiber& fiber : m.fibers) finished &= fiber.wait == Wait::done;
     if (finished) return;
-    if (!released) throw std::logic_error("emulator: threads wait for each other at different barriers");
+    if (!release(m, 0, m.fibers.size(), Wait::cluster))
+      throw std::logic_error("emulator: threads wait for each other at different barriers");
   }
 }
 
@@ -169,17 +254,17 @@ inline void launch(std::function<void()> body, unsigned blocks, unsigned threads
                    int cluster) {
   Machine& m = machine();
   if (threads % 32 != 0 || threads > 1024) throw std::logic_error("emulator: a block has whole warps, at most 32");
-  if (shared_bytes > 227 * 1024) throw std::logic_error("emulator: more shared memory than an H100 has");
+  if (shared_bytes > shared_memory_limit()) throw std::logic_error("emulator: more shared memory than the device has");
   if (blocks % cluster != 0) throw std::logic_error("emulator: a grid has whole clusters");
   m.grid_size = {blocks, 1, 1};
   m.block_size = {threads, 1, 1};
   m.cluster_size = cluster;
   m.shared_bytes = shared_bytes;
   m.body = std::move(body);
-  std::vector<unsigned> order(blocks / cluster);
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i) * cluster;
-  for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[m.next_random() % i]);
-  for (unsigned first : order) run_cluster(m, first);
+  read_order(m);
+  std::vector<std::size_t> order;
+  sort(m, blocks / cluster, order);
+  for (std::size_t first : order) run_cluster(m, static_cast<unsigned>(first) * cluster);
 }
 
 // What every thread of the warp gave, by lane; only after all have.

@@ -15,6 +15,8 @@ attentions = pytest.importorskip(
 from attn_kernels import patch, unpatch
 from steps import compare
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 EPROJS, DUNITS, UNITS, OUT = 6, 7, 5, 4
 SINGLE = (EPROJS, DUNITS, UNITS)
 HEADS = (EPROJS, DUNITS, 3, UNITS, 4)

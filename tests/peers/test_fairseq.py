@@ -47,6 +47,8 @@ MLPAttention = load("fairseq.models.speech_to_text.berard").MLPAttention
 from attn_kernels import patch, unpatch
 from steps import compare
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 CLASSES = ("lstm", "lstm with bias", "berard")
 WITH_PADDING = 1e-6  # tolerance of float64: with a padding mask the originals round their scores to float32
 

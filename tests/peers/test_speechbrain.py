@@ -30,6 +30,8 @@ attention = pytest.importorskip(
 from attn_kernels import patch, unpatch
 from steps import compare
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 CLASSES = {
     "ContentBasedAttention": {"scaling": 1.5},
     "LocationAwareAttention": {"conv_channels": 3, "kernel_size": 4, "scaling": 0.7},

@@ -24,6 +24,8 @@ model = pytest.importorskip("tacotron2.model", reason="tacotron2: something that
 from attn_kernels import patch, unpatch
 from steps import compare
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 
 def decode(module, memory, states, mask=None):
     """As the decoder does: previous and cumulative alignments in, their gradients back through all steps."""

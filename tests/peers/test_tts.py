@@ -27,6 +27,8 @@ attentions = pytest.importorskip(
 from attn_kernels import patch, unpatch
 from steps import compare
 
+pytestmark = pytest.mark.usefixtures("at_any_size")
+
 OPTIONS = {
     "location_attention": True,
     "windowing": False,

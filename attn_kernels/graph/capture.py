@@ -1,0 +1,230 @@
+"""Capturing the forward of a class of modules with TorchDynamo, and calling what it captured.
+
+Dynamo makes three things of a call: a graph of tensor operations, guards that say for which calls the graph is right,
+and code that calls the graph with the tensors of a module and gives its results the form of the original's. Going
+through ``torch.compile`` costs 26 us a call; asking the guards and calling the code costs 5. That is what is done here.
+A graph is captured once for all modules of a class, with sizes that may vary.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import check
+from .axes import value_of
+from .kept import current
+from .rewrite import Found, Outcome, rewrite
+
+_MOST = 64  # graphs of one class: sizes of layers, modes, dtypes, options; beyond them the original runs
+_FAILURES = 4
+_LARGE = 1 << 18  # elements of arguments; the graphs are compared for some of them, where there are more
+_capturing = threading.RLock()
+
+
+def _call(module, args, kwargs):
+    return ORIGINAL(module, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - in the globals of a copy
+
+
+class _Stop(Exception):
+    """Raised in place of running a graph that was captured."""
+
+
+class Graph:
+    """A captured graph, rewritten. ``found``: what was rewritten. ``reasons``: why nothing was, or why not more.
+
+    branches: whether the rewritten graph may do what depends on elements, and keep things from call to call.
+    """
+
+    def __init__(self, graph_module: torch.fx.GraphModule, branches: bool = True) -> None:
+        self.found: list[Found] = []
+        self.reasons: list[str] = []
+        self.graph_module = graph_module
+        self.original = self.rewritten = graph_module.forward
+        self._install: Callable[[Any], None] = lambda function: None
+        nodes = graph_module.graph.nodes
+        self._placeholders = [value_of(node) for node in nodes if node.op == "placeholder"]
+        self._lock = threading.Lock()
+        self._is_settled = False
+        try:
+            copy = _copy(graph_module)
+            outcome: Outcome = rewrite(copy, parameters_of(copy), branches)
+        except Exception as error:  # an op that the matcher does not expect must not stop the model
+            self.reasons.append(f"{type(error).__name__} in the search for attention: {error}")
+            return
+        self.found, self.reasons = outcome
+        if self.found:
+            self.rewritten = copy.forward
+            self.graph_module = copy
+
+    @property
+    def is_fused(self) -> bool:
+        return bool(self.found)
+
+    def why(self) -> str:
+        """Why nothing was rewritten."""
+        return "; ".join(self.reasons) or "no additive attention in what it computes"
+
+    def settle(self, args: tuple[Any, ...]) -> None:
+        """Compares the two graphs for the arguments of the first call, and keeps the original if they differ."""
+        with self._lock:
+            if self._is_settled:
+                return
+            if self.found:
+                keeper, current.keeper = current.keeper, None
+                try:
+                    less = check.smaller(self._placeholders, args) if self._is_large(args) else None
+                    reason = check.difference(self.original, self.rewritten, args, less)
+                finally:
+                    current.keeper = keeper
+                if reason is not None:
+                    self.found = []
+                    self.reasons.insert(0, f"the rewritten graph is not the same: {reason}")
+                    self.rewritten = self.original
+            self._is_settled = True
+            self._install(self.rewritten)
+
+    def _is_large(self, args: tuple[Any, ...]) -> bool:
+        """Whether to compare the graphs for arguments of these sizes would take long."""
+        return sum(x.numel() for x in args if isinstance(x, Tensor)) > _LARGE
+
+    def first(self, *args: Any) -> Any:
+        """The function that the captured code calls until the graph is settled."""
+        self.settle(args)
+        return self.rewritten(*args)
+
+
+class Entry:
+    """A captured kind of call: ``check`` says whether it is right for a call, ``run`` makes it."""
+
+    __slots__ = ("check", "graph", "kept", "run")
+
+    def __init__(self, entry: Any, graph: Graph, namespace: dict[str, Any]) -> None:
+        self.check, self.graph = entry.guard_manager.check, graph
+        self.run = types.FunctionType(entry.code, namespace)
+        self.kept = current  # where a module puts its keeper for the time of a run
+
+
+class Captured:
+    """The captured graphs of a class's forward."""
+
+    def __init__(self, forward: Callable[..., Any], what: str) -> None:
+        self.forward = forward
+        self.entries: list[Entry] = []
+        self.failures: list[str] = []
+        self._namespace = {"ORIGINAL": forward, "__builtins__": __builtins__, "__name__": f"{__name__}.of_{what}"}
+        self.call = types.FunctionType(_call.__code__.replace(co_name=f"forward_of_{what}"), self._namespace)
+        self._compiled: Callable[..., Any] | None = None
+        self._graph: Graph | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether further kinds of calls are captured."""
+        return len(self.entries) < _MOST and len(self.failures) < _FAILURES
+
+    def find(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], likely: list[Entry] | None = None
+    ) -> Entry | None:
+        """``likely``: entries to look at first, the one found is moved to its front."""
+        given = {"module": module, "args": args, "kwargs": kwargs}
+        for place, entry in enumerate(likely or ()):
+            if entry.check(given):
+                if place:
+                    likely.insert(0, likely.pop(place))
+                return entry
+        return next((entry for entry in self.entries if entry.check(given)), None)
+
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | str:
+        """A new entry for a call, or the reason why there is none."""
+        with _capturing:
+            entry = self.find(module, args, kwargs)
+            if entry is not None:
+                return entry
+            if not self.is_open:
+                return f"{_MOST} kinds of calls were captured" if not self.failures else self.failures[-1]
+            reason = self._capture(module, args, kwargs)
+            if reason is None:
+                entry = self.find(module, args, kwargs)
+                if entry is not None:
+                    return entry
+                reason = "what was captured does not hold for the call that it was captured of"
+            self.failures.append(reason)
+            return reason
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        import torch._dynamo as dynamo
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+        from torch.fx.experimental import _config as shapes
+
+        if self._compiled is None:
+            self._compiled = torch.compile(self.call, backend=self._backend, dynamic=True, fullgraph=True)
+        self._graph = None
+        before = {id(entry.code) for entry in _debug_get_cache_entry_list(self.call.__code__)}
+        options = {
+            "specialize_float": True,  # a scale is a number of the graph
+            "skip_nnmodule_hook_guards": False,
+            "allow_rnn": True,
+            "recompile_limit": 2 * _MOST,
+            "accumulated_recompile_limit": 32 * _MOST,
+            "suppress_errors": False,
+        }
+        known = {name: value for name, value in options.items() if hasattr(dynamo.config, name)}
+        try:
+            with dynamo.config.patch(known), shapes.patch(use_duck_shape=False):
+                self._compiled(module, args, kwargs)
+        except _Stop:
+            pass
+        except Exception as error:
+            return _words(error)
+        if self._graph is None:
+            return "no tensor operations"
+        for entry in _debug_get_cache_entry_list(self.call.__code__):
+            if id(entry.code) in before:
+                continue
+            name = next((name for name in entry.code.co_names if name.startswith("__compiled_fn")), None)
+            if name is None or any(name.startswith("__resume_at") for name in entry.code.co_names):
+                return "it was not captured as one graph"
+            graph = self._graph
+            graph._install = lambda function, name=name: self._namespace.__setitem__(name, function)
+            graph._install(graph.first)
+            self.entries.insert(0, Entry(entry, graph, self._namespace))
+            return None
+        return "TorchDynamo kept nothing of it"
+
+    def _backend(self, graph_module: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        self._graph = Graph(graph_module)
+
+        def stop(*args: Any) -> Any:
+            raise _Stop
+
+        return stop
+
+
+def parameters_of(graph_module: torch.fx.GraphModule) -> set[torch.fx.Node]:
+    """The placeholders that are parameters or buffers of modules."""
+    return {
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "placeholder" and (node.type is nn.Parameter or "_buffers_" in str(node.target))
+    }
+
+
+def _copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    output = graph.graph_copy(graph_module.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return torch.fx.GraphModule(graph_module, graph)
+
+
+def _words(error: BaseException) -> str:
+    """The first lines of an error of TorchDynamo, which are what it is about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:200]

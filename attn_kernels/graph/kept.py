@@ -1,0 +1,237 @@
+"""What a captured graph makes of a memory and of weights alone, kept from one step of a decoder to the next.
+
+A decoder projects the same memory in every step, because its module has nowhere to put the result. Where the tensors
+that something is made of are those of the call before, it is not made again. They are the same if they are the same
+objects (or views of one) and nothing was written to them: neither a write that autograd counts, nor one that it does
+not (``.data``, ``set_``, ``swap_tensors``), for which their elements are looked at; see :class:`Sources`.
+
+What is kept has a node of its own in autograd's graph, which holds what its backward needs and releases nothing, so
+that steps can be differentiated together or one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import prepare_keys
+from ..memory import Memory
+
+_WIDTH = 1024  # elements that one number of a fingerprint stands for
+_weights: dict[torch.dtype, Tensor] = {}
+
+
+class Sources:
+    """The tensors that something was made of, and what they were then."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], elements: bool = True) -> None:
+        """``elements``: whether they matter; a view of a tensor shows what is written to it."""
+        self.tensors = tensors
+        self._counted = tuple(_counted(x) for x in tensors)
+        self._prints = tuple(_fingerprint(x) for x in tensors) if elements else ()
+
+    def are(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether these are the same tensors with the same elements."""
+        for old, new, counted in zip(self.tensors, tensors, self._counted, strict=True):
+            if (old is not new and not _one_view(old, new)) or _counted(new) != counted:
+                return False
+        return all(_equal(_fingerprint(new), known) for new, known in zip(tensors, self._prints, strict=False))
+
+
+def look_same(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
+    """Whether tensors are the same as far as can be seen without looking at elements."""
+    return all(a is b or _one_view(a, b) for a, b in zip(old, new, strict=True))
+
+
+def _counted(x: Tensor) -> tuple[Any, ...]:
+    return (None if x.is_inference() else x._version, x.data_ptr(), x.requires_grad)
+
+
+def _one_view(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same view of one tensor, made twice."""
+    if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype or a.data_ptr() != b.data_ptr():
+        return False
+    if a.requires_grad or b.requires_grad:
+        return a.requires_grad and b.requires_grad and a._base is not None and a._base is b._base
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _fingerprint(x: Tensor) -> tuple[Tensor, ...]:
+    """Differs where elements do, by more than rounding: sums of 1024 elements times random numbers; few are copied."""
+    x = x.detach()
+    count = x.numel()
+    if count < 2 * _WIDTH or x.dtype not in (torch.float32, torch.float64):
+        return (x.clone(),)
+    flat = x.flatten() if x.is_contiguous() else _dense(x)
+    if flat is None:
+        return (x.clone(),)
+    rows = count // _WIDTH
+    sums = torch.mv(flat[: rows * _WIDTH].view(rows, _WIDTH), _weight(x.dtype))
+    return (sums,) if rows * _WIDTH == count else (sums, flat[rows * _WIDTH :].clone())
+
+
+def _dense(x: Tensor) -> Tensor | None:
+    """The elements in the order of memory, if they fill it; else None."""
+    order = sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d]), reverse=True)
+    moved = x.permute(order)
+    return moved.flatten() if moved.is_contiguous() else None
+
+
+def _weight(dtype: torch.dtype) -> Tensor:
+    weight = _weights.get(dtype)
+    if weight is None:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(_WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        _weights[dtype] = weight
+    return weight
+
+
+def _equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Slots ----------------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """A result that is kept, and what else was made of it."""
+
+    def __init__(self, sources: Sources, state: tuple[Any, ...], value: Tensor) -> None:
+        self.sources, self.state, self.value = sources, state, value
+        self.hits = 0
+        self.memory: Memory | None = None
+        self.prepared: Tensor | None = None
+        self.masks: tuple[tuple[Tensor, ...], Tensor, bool] | None = None
+
+
+class Slot:
+    """What one module keeps for one place of one graph.
+
+    The first call on new tensors keeps nothing: only where the second is on the same ones, or where it was so the last
+    time, is the result worth holding.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, ...] = ()
+        self._held: Held | None = None
+        self._pays = False
+
+    def get(
+        self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], is_view: bool
+    ) -> Tensor:
+        state = (numbers, torch.is_grad_enabled(), _autocast(tensors[0]))
+        held = self._held
+        if held is not None:
+            if held.state == state and held.sources.are(tensors):
+                held.hits += 1
+                return held.value
+            self._pays = held.hits > 0
+            self._held = held = None
+        last, self._last = self._last, ()
+        if not self._pays and not (last and look_same(last, tensors)):
+            self._last = tensors
+            return function(*tensors, *numbers)
+        sources = Sources(tensors, elements=not is_view)
+        value = function(*tensors, *numbers) if is_view else _make(function, tensors, numbers)
+        if not any(value is x for x in tensors):
+            self._held = value.__dict__[_HELD] = Held(sources, state, value)
+        return value
+
+
+_HELD = "_attn_kernels_held"
+
+
+def held_of(tensor: Tensor) -> Held | None:
+    """What keeps a tensor, if it is one that is kept."""
+    return tensor.__dict__.get(_HELD)
+
+
+class Keeper:
+    """All that one module keeps."""
+
+    def __init__(self) -> None:
+        self._slots: dict[Any, Slot] = {}
+
+    def slot(self, key: Any) -> Slot:
+        slot = self._slots.get(key)
+        if slot is None:
+            slot = self._slots[key] = Slot()
+        return slot
+
+
+class _Current(threading.local):
+    keeper: Keeper | None = None
+
+
+current = _Current()  # the keeper of the module whose graph runs in this thread, or None where nothing is kept
+
+
+def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str) -> Callable[..., Tensor]:
+    """``function``, whose first arguments are tensors and the others numbers, with its result kept."""
+
+    def kept(*args: Any) -> Tensor:
+        keeper = current.keeper
+        if keeper is None or not args[0].is_cpu:
+            return function(*args)
+        return keeper.slot(kept).get(function, args[:tensors], args[tensors:], is_view)
+
+    kept.__name__ = kept.__qualname__ = name
+    return kept
+
+
+def prepared_of(held: Held) -> Tensor | None:
+    """What prepare_keys makes of keys that are used again."""
+    if held.prepared is None and held.hits > 0:
+        held.prepared = prepare_keys(held.value)
+    return held.prepared
+
+
+def memory_of(held: Held, values: Tensor | None, mask: Tensor | None) -> Memory:
+    """Keys and values as one object for all steps, where their gradients meet."""
+    memory, prepared = held.memory, prepared_of(held)
+    if memory is not None and memory.mask is mask and memory.prepared is prepared:
+        if memory.values is values or (values is None and memory.values.shape[2] == 0):
+            return memory
+    if values is None:
+        values = held.value.new_empty((*held.value.shape[:2], 0))
+    memory = held.memory = Memory(held.value, values, None, mask, prepared)
+    return memory
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _make(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> Tensor:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _Kept.apply(function, numbers, *tensors)
+    return function(*tensors, *numbers)
+
+
+class _Kept(torch.autograd.Function):
+    """``function(*tensors, *numbers)``; its backward may run any number of times."""
+
+    @staticmethod
+    def forward(ctx, function, numbers, *tensors):
+        leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors)
+        with torch.enable_grad():
+            inner = function(*leaves, *numbers)
+        ctx.function, ctx.numbers, ctx.tensors = function, numbers, tensors
+        ctx.leaves, ctx.inner = leaves, inner
+        return inner.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # to be differentiated again
+            tensors, inner = ctx.tensors, ctx.function(*ctx.tensors, *ctx.numbers)
+        else:
+            tensors, inner = ctx.leaves, ctx.inner
+        wanted = [x for x in tensors if x.requires_grad]
+        options = {"retain_graph": True, "allow_unused": True, "create_graph": torch.is_grad_enabled()}
+        gradients = iter(torch.autograd.grad(inner, wanted, gradient, **options))
+        return (None, None, *(next(gradients) if x.requires_grad else None for x in tensors))

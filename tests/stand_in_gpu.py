@@ -1,0 +1,109 @@
+"""A pytest plugin (``-p stand_in_gpu``) for machines without a GPU: tests of the cuda backend run on a device of their
+own, "standin", whose tensors hold a tensor of the CPU that every operation runs on.
+
+The kernels run in the emulator, as in other runs. What differs is that an operation on tensors of two devices is an
+error, as it is with a GPU: a test that makes some of its tensors on the CPU, whatever the backend, fails here. What
+torch.compile and opcheck look at inside a tensor, the stand-in does not have, nor the cells of PyTorch's own RNNs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+NAME = "standin"
+MIXED = f"tensors on {NAME} and on cpu"
+# What may be given tensors of both devices.
+MOVES = ("aten::_to_copy", "aten::copy_")
+READS_THE_HOST = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_pack_padded_sequence")
+
+
+class OnStandIn(Tensor):
+    """A tensor whose device is the stand-in, and whose elements are those of ``inner``, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnStandIn:
+        made = Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=f"{NAME}:0"
+        )
+        made.inner = inner
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnStandIn({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(operation, args, kwargs or {})
+
+
+class StandIn(TorchDispatchMode):
+    """Sees what is made on the device or moved to it, too."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(operation, args, kwargs or {})
+
+
+def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """On the CPU. Results are on the device of the arguments, or where the operation was told to put them."""
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    there = [x for x in tensors if isinstance(x, OnStandIn)]
+    here = [x for x in tensors if not isinstance(x, OnStandIn) and x.dim() > 0]  # a number may be anywhere
+    name = operation.name().partition(".")[0]
+    if there and here and name not in MOVES and not (name in READS_THE_HOST and isinstance(tensors[0], OnStandIn)):
+        raise RuntimeError(f"{operation}: {MIXED}")
+    device = kwargs.get("device")
+    stays = bool(there) if device is None else torch.device(device).type == NAME
+    if name == "aten::copy_":
+        stays = isinstance(args[0], OnStandIn)
+    args, kwargs = tree_map_only(OnStandIn, lambda x: x.inner, (args, kwargs))
+    if device is not None:
+        kwargs = kwargs | {"device": "cpu"}
+    out = operation(*args, **kwargs)
+    if not stays:
+        return out
+    known = {id(x.inner): x for x in there}  # an operation in place returns its argument
+    on_device = tree_map_only(Tensor, lambda x: known.get(id(x)) if id(x) in known else OnStandIn(x), out)
+    return (on_device[0], *out[1:]) if name == "aten::_pack_padded_sequence" else on_device  # sizes are for the host
+
+
+@contextmanager
+def in_place_of_a_gpu() -> Iterator[None]:
+    """backend="cuda" runs on the stand-in and nowhere else, every other backend on the CPU."""
+    backends = importlib.import_module("attn_kernels.backends")
+
+    def refusal(backend: str, device_type: str) -> str | None:
+        wanted = NAME if backend == "cuda" else "cpu"
+        return None if backend == "reference" or device_type == wanted else f"it runs on {wanted} tensors"
+
+    with pytest.MonkeyPatch.context() as patch, StandIn():
+        for module in list(sys.modules.values()):
+            if "device_of" in vars(module):
+                patch.setattr(module, "device_of", lambda backend: NAME if backend == "cuda" else "cpu")
+        patch.setattr(backends, "_refusal", refusal)
+        patch.setattr(backends, "_chosen", {})
+        yield
+
+
+def pytest_configure() -> None:
+    registration = importlib.import_module("torch.utils.backend_registration")  # PyTorch 2.11 and later
+    module = registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    registration._setup_privateuseone_for_python_backend(NAME, module)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    if "cuda" not in (item.callspec.params.values() if hasattr(item, "callspec") else ()):
+        return (yield)
+    with in_place_of_a_gpu():
+        return (yield)

@@ -1,0 +1,80 @@
+"""Tests of a GPU backend put all their tensors on its device: seen without a GPU, with a stand-in for one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_outcomes
+from conftest import available
+from stand_in_gpu import MIXED, NAME
+
+ROOT = Path(__file__).resolve().parents[1]
+# How an operation, or this package, complains about tensors of two devices.
+COMPLAINTS = (MIXED, "must be on the device of", "cannot be used on cpu tensors", f"cannot be used on {NAME} tensors")
+
+
+def outcomes(path: Path, *arguments: str) -> list[dict[str, str]]:
+    """Of the tests of the cuda backend that are asked for, run in another process."""
+    if torch.cuda.is_available():
+        pytest.skip("the tests themselves run on the GPU here")
+    if not hasattr(importlib.import_module("torch.utils.backend_registration"), "_DummyBackendModule"):
+        pytest.skip("this PyTorch knows no device written in Python")
+    available("cuda")
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), gpu_outcomes.VARIABLE: str(path)}
+    subprocess.run(
+        [*command, "-p", "stand_in_gpu", "-p", "bench.gpu_outcomes", *arguments],
+        env=environment, cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    return gpu_outcomes.read(path)
+
+
+def assert_on_one_device(found: list[dict[str, str]]) -> None:
+    wrong = [f"{one['test']}: {one['reason']}" for one in found if any(text in one["reason"] for text in COMPLAINTS)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_stand_in_tells_two_devices_apart(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "import pytest, torch\nfrom matrix import device_of\n"
+        "@pytest.mark.parametrize('other', ['same', 'cpu'])\n@pytest.mark.parametrize('backend', ['cuda'])\n"
+        "def test_it(backend, other):\n"
+        "    x = torch.arange(3.0).to(device_of(backend)).requires_grad_()\n"
+        "    weights = torch.ones(3, device=device_of(backend) if other == 'same' else 'cpu')\n"
+        "    (x.square() * weights).sum().backward()\n"
+        "    assert x.grad.device == x.device and x.grad.cpu().tolist() == [0, 2, 4]\n"
+    )
+    found = outcomes(tmp_path / "outcomes.jsonl", "--rootdir", str(tmp_path), str(tmp_path))
+    assert {one["test"].partition("[")[2]: one["outcome"] for one in found} == {
+        "cuda-same]": "passed",
+        "cuda-cpu]": "failed",
+    }
+    with pytest.raises(AssertionError, match="on standin and on cpu"):
+        assert_on_one_device(found)
+
+
+def test_inputs_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
+    """Of two tests that once did not; ``make test-all`` looks at all of them."""
+    chosen = "cuda and not triton and (vmap or every_backend)"
+    files = ["tests/test_autograd.py", "tests/test_deferred.py"]
+    found = outcomes(tmp_path / "outcomes.jsonl", "-k", chosen, *files)
+    assert_on_one_device(found)
+    assert sum(one["outcome"] == "passed" for one in found) >= 5
+
+
+@pytest.mark.slow
+def test_inputs_of_all_tests_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
+    # test_backends.py is about tensors on the wrong device.
+    found = outcomes(
+        tmp_path / "outcomes.jsonl", "-k", "cuda and not triton", "--ignore=tests/test_backends.py", "tests"
+    )
+    assert_on_one_device(found)
+    assert sum(one["outcome"] == "passed" for one in found) > 1000

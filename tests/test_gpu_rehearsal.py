@@ -1,0 +1,108 @@
+"""``make gpu`` rehearsed on the CPU: every stage meets with a fault, and the others are seen to leave their results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu, gpu_first, gpu_outcomes
+from bench.gpu_rehearsal import FAULTS, Rehearsal
+from conftest import available
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu itself")
+# The faults of the one run of make test. Each of the others starts a process more, or takes all the time of its stage.
+QUICK = (
+    "build fails",
+    "first wrong",
+    "first dies",
+    "ceilings dies",
+    "targets hangs",
+    "cells raises",
+    "sanitizer fails",
+)
+QUICK += ("tests red", "tests dies", "tests hangs", "tests loses the context")
+
+
+def rehearse(folder: Path, *faults: str, only: str = ",".join(gpu.NAMES)) -> tuple[int, dict[str, Any]]:
+    available("cuda")
+    status = gpu.main(["--output", str(folder), "--seconds", "0", "--only", only], Rehearsal(faults, folder))
+    (path,) = folder.glob("gpu-rehearsal-*.json")
+    return status, json.loads(path.read_text())
+
+
+def cells_of(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {cell["key"]: cell for cell in state["cells"]}
+
+
+def check_first(state: dict[str, Any], faults: tuple[str, ...]) -> None:
+    first = state["first"]
+    assert first["counts"]["prepare cuda"] == {"ok": 2}
+    bad = [f"{one['verdict']} {one['detail']}" for one in first["bad"]]
+    expected = {"first wrong": "wrong gradient", "first dies": "its process ended", "first hangs": "no end after"}
+    assert len(bad) == len([fault for fault in faults if fault in expected])
+    for fault in set(faults) & set(expected):
+        assert any(expected[fault] in one for one in bad), bad
+    assert first["counts"]["dot cuda"]["ok"] == 4 - len(bad) and not first["not complete"]
+
+
+def check_tests(state: dict[str, Any], faults: tuple[str, ...]) -> None:
+    tests = state["tests"]
+    names = {
+        "tests red": "red",
+        "tests dies": "dies",
+        "tests hangs": "hangs",
+        "tests loses the context": "loses the context",
+    }
+    failed = {one["test"].partition("[")[2] for one in tests["failed"]}
+    assert failed == {f"cuda-{names[fault]}]" for fault in faults if fault in names}
+    assert tests["counts"]["passed"] == 12 - len(failed), "a test was not run after one that took its process along"
+    assert set(tests["red"]) == ({"cuda"} if failed else set()) and tests["complete"] == {"cuda": True, "triton": True}
+
+
+def check_cells(state: dict[str, Any], faults: tuple[str, ...]) -> None:
+    cells = cells_of(state)
+    assert len(cells) == 5 and not state["no time for"]
+    failures = [cell["failure"] for cell in cells.values() if cell.get("failure")]
+    ends = [fault for fault in faults if fault in ("targets dies", "targets hangs", "cells raises")]
+    assert len(failures) == len(ends)
+    wrong = [one for cell in cells.values() for one in cell["ways"] if one.get("wrong")]
+    assert bool(wrong) == ("targets wrong" in faults)
+    assert all(one["us"] for cell in cells.values() for one in cell["ways"])
+    ceilings = state["ceilings"]
+    ended = [fault for fault in faults if fault.startswith("ceilings")]
+    assert len([value for value in ceilings.values() if isinstance(value, float)]) == 3 - len(ended)
+
+
+def check(state: dict[str, Any], faults: tuple[str, ...]) -> None:
+    """Each stage has left what it can, whatever the others did."""
+    assert all(note["done"] for note in state["stages"].values()), state["stages"]
+    assert (state["build"]["status"] != 0) == any(fault.startswith("build") for fault in faults)
+    check_first(state, faults)
+    check_tests(state, faults)
+    check_cells(state, faults)
+    errors = [verdict for verdict in state["sanitizer"].values() if "0 errors" not in verdict]
+    assert bool(errors) == any(fault.startswith("sanitizer") for fault in faults)
+
+
+def test_a_fault_in_every_stage(tmp_path: Path) -> None:
+    status, state = rehearse(tmp_path, *QUICK)
+    assert status == 1
+    check(state, QUICK)
+    # As they come, for whoever looks at a run that was cut off.
+    assert {line["verdict"] for line in gpu_first.read(tmp_path)} >= {gpu_first.OK, gpu_first.WRONG, gpu_first.ERROR}
+    assert {one["outcome"] for one in gpu_outcomes.read(tmp_path / "tests.jsonl")} == {"passed", "failed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_one_fault(fault: str, tmp_path: Path) -> None:
+    faults = (fault,) if fault else ()
+    status, state = rehearse(tmp_path, *faults)
+    assert status == (
+        1 if fault and not fault.startswith(("build", "ceilings", "targets", "cells", "sanitizer")) else 0
+    )
+    check(state, faults)
