@@ -221,7 +221,9 @@ def test_what_is_prepared_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_steps, "MOST_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
     steps, projected = make_steps(one.decoder, state, memory, 1, 50)
     assert steps.table is not None and steps.table.shape == (13, 1024)
-    packed = [x for x in (steps.layers[0].of_inputs, steps.layers[0].of_state, steps.of_state) if x.product.packed is not None]
+    packed = [
+        x for x in (steps.layers[0].of_inputs, steps.layers[0].of_state, steps.of_state) if x.product.packed is not None
+    ]
     assert len(packed) == (1 if products._takes(steps.embedding) else 0)
     tokens = torch.full((4, 1), 5)
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
