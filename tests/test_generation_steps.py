@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels.seq2seq import Seq2Seq, search
+from attn_kernels.seq2seq import Seq2Seq, generation_steps, products, search
 from attn_kernels.seq2seq.generation_steps import GenerationSteps, make_steps
 from attn_kernels.seq2seq.model import ATTENTIONS
 
@@ -188,3 +188,43 @@ def test_output_without_bias() -> None:
     tokens = torch.full((4, 1), 5)
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=1e-12, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary a search that ends early makes nothing, a long one a table and a packed weight, later."""
+    one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
+    vocabulary = 1 << 15
+    one.decoder.embedding = nn.Embedding(vocabulary, 256)
+    one.decoder.output = nn.Linear(256, vocabulary)
+    one.eval()
+    memory, state = one.encode(*source())
+    monkeypatch.setattr(products, "_LARGE", vocabulary * 256)
+    monkeypatch.setattr(generation_steps, "MOST_BYTES", 1 << 28)
+    steps, projected = make_steps(one.decoder, state, memory, 1, vocabulary)
+    tokens = torch.full((4, 1), 5)
+    expected = one.decoder.step(tokens, state, memory)
+    made = []
+    steps.rows_read += vocabulary - 4 * 20  # as after many steps
+    for _ in range(24):
+        got = steps.step(tokens, state, projected)
+        made.append((steps.table is not None, steps.output.product.packed is not None))
+    torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
+    first = [[flags[i] for flags in made].index(True) for i in (0, 1)] if products._takes(steps.embedding) else [15, 12]
+    assert first == [15, 12]
+
+
+@torch.no_grad()
+def test_what_is_prepared_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
+    memory, state = one.encode(*source())
+    monkeypatch.setattr(generation_steps, "MOST_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
+    steps, projected = make_steps(one.decoder, state, memory, 1, 50)
+    assert steps.table is not None and steps.table.shape == (13, 1024)
+    packed = [
+        x for x in (steps.layers[0].of_inputs, steps.layers[0].of_state, steps.of_state) if x.product.packed is not None
+    ]
+    assert len(packed) == (1 if products._takes(steps.embedding) else 0)
+    tokens = torch.full((4, 1), 5)
+    got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
+    torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)

@@ -299,8 +299,10 @@ WAYS: dict[str, list[Change]] = {
     "decoder.dropout": [*EVERY, pre_hook, identity, half],
     "decoder.bridges.0": LINEAR,
     "decoder.rnn": [*EVERY, *WEIGHTS, pre_hook, no_biases, batch_second],
-    "decoder.attention": [*EVERY, parametrization, parameter_of_another_class, tensor_for_parameter, weight_drop]
-    + [pre_hook, other_score_vector, other_score_vector_of_instance],
+    "decoder.attention": [
+        *(*EVERY, parametrization, parameter_of_another_class, tensor_for_parameter, weight_drop),
+        *(pre_hook, other_score_vector, other_score_vector_of_instance),
+    ],
     "decoder.attention.query_projection": LINEAR,
     "decoder.attention.memory_projection": LINEAR,
     "decoder.attentional": LINEAR,
@@ -500,9 +502,9 @@ def test_stock_models_take_the_fast_paths(monkeypatch: pytest.MonkeyPatch) -> No
     for attention in ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine"):
         for cell in ("lstm", "gru"):
             model = make(attention=attention, cell=cell, num_layers=2, dropout=0.1)
-            check_sizes = model(*batch())[0].shape == (B, T, TARGET)
+            model(*batch())
             model.generate(*batch()[:2], max_length=2)
-            assert check_sizes and type(made[-1][0]) is GenerationSteps
+            assert type(made[-1][0]) is GenerationSteps
             parameters = {name: x.detach() for name, x in model.named_parameters()}
             torch.func.functional_call(model, parameters, batch())
     assert len(loops) == 24

@@ -24,8 +24,7 @@ for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
 def has_stock_steps(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
     """Whether a step from ``state`` on ``memory`` is what the parameters say, and may be computed from them.
 
-    Of the modules that a step calls, embedding and output are for the caller to ask about, and so is whether the backend
-    of the attention has an op for it.
+    Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
     attention, projection = decoder.attention, getattr(decoder.attention, "query_projection", None)
     called = (decoder, attention, decoder.rnn, decoder.attentional, decoder.dropout)
@@ -64,7 +63,7 @@ def _has_sizes_as_made(decoder: Decoder, state: DecoderState, memory: Memory) ->
     """Whether all shapes are those that ``Decoder`` makes, without the biases that it leaves out."""
     attention, rnn, size = decoder.attention, decoder.rnn, decoder.hidden_size
     projection, attentional = attention.query_projection, decoder.attentional
-    batch, steps, key_size = memory.keys.shape
+    batch, _, key_size = memory.keys.shape
     memory_size = memory.values.shape[2]
     fed = size if decoder.input_feeding else 0
     layers = rnn.num_layers

@@ -113,8 +113,8 @@ class GenerationSteps:
         make_layer = _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
         weights = decoder.rnn.all_weights
         self.make_first = functools.partial(make_layer, *weights[0], rows, steps, budget)
-        # What a token adds to the gates of the first layer, for all of the vocabulary: as soon as the steps have computed
-        # as many products as it takes (a product of one row takes as long as one of four: both read the weight).
+        # What a token adds to the gates of the first layer, for all of the vocabulary: as soon as the steps have
+        # computed as many rows as it has (a product of one row takes as long as one of four: both read the weight).
         self.table: Tensor | None = None
         self.rows_left = max(rows, 4) * steps
         self.rows_read = max(rows, 4) * min(steps, _SURE_STEPS)

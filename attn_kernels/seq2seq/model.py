@@ -15,8 +15,8 @@ from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from .decoder import AttentionModule, Decoder, DecoderState
 from .encoder import CELLS, Encoder
 from .evaluation import in_evaluation
-from .sharded import as_forward, gathered
 from .search import Hypothesis, beam_search, draw_samples, greedy_search
+from .sharded import as_forward, gathered
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
 DECODERS = ("loop", "steps")
@@ -204,10 +204,10 @@ class Seq2Seq(nn.Module):
             top_k: draw from that many likeliest tokens only.
             generator: where the random numbers come from, on the device of the model; None: PyTorch's default.
 
-        Without gradients, and as in evaluation mode, without dropout, whatever mode the model is in. No mode is switched:
-        of a model that has modules in training mode, a shallow copy computes, so that another thread may train the model
-        meanwhile. It shares parameters, buffers and hooks; attributes that a module of your own sets in its ``forward``
-        are set in the copy only. TorchScript modules keep the mode that they are in.
+        Without gradients, and as in evaluation mode, without dropout, whatever mode the model is in. No mode is
+        switched: of a model that has modules in training mode, a shallow copy computes, so that another thread may
+        train the model meanwhile. It shares parameters, buffers and hooks; attributes that a module of your own sets in
+        its ``forward`` are set in the copy only. TorchScript modules keep the mode that they are in.
 
         Numbers may be those of NumPy.
 
