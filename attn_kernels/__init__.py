@@ -1,6 +1,6 @@
 """Fused attention for RNN sequence-to-sequence models: score, softmax and context in one pass, forward and backward."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .backends import Backend, backends
 from .errors import ArgumentError, ArgumentTypeError, ArgumentValueError
@@ -10,6 +10,9 @@ from .modules import BahdanauAttention, CosineAttention, LuongAttention
 from .patching import patch, patched, unpatch
 from .reference import Attention
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .fusing import fuse, fused, unfuse
 
 __all__ = [
     "ArgumentError",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import patching
@@ -28,6 +29,7 @@ from .patching import Fallback, Replaced, Report, Skipped
 if TYPE_CHECKING:
     from .graph.capture import Captured, Entry
 
+_MOST = 16  # kinds of calls of one module
 _TRIALS = 3  # timed calls of each of the two ways
 
 
@@ -63,9 +65,12 @@ class FuseReport:
 
     @property
     def skipped(self) -> list[Skipped]:
-        found = list(self._patched.skipped)
         watched = {name for name, _, _ in self._states()}
-        found = [skipped for skipped in found if skipped.name not in watched]
+        found = [
+            skipped._replace(reason=_NO_TANH) if skipped.reason == "no adapter for its class" else skipped
+            for skipped in self._patched.skipped
+            if skipped.name not in watched
+        ]
         for name, module, state in self._states():
             if not state.what():
                 found.append(Skipped(name, module._attn_kernels_original, state.why_not()))
@@ -111,7 +116,8 @@ class Watched:
     _attn_kernels_original: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():  # an outer torch.compile has the original's operations, and may rewrite them itself
+        # An outer torch.compile has the original's operations, and may rewrite them itself; a trace has plain ones.
+        if is_compiling() or torch._C._is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(_STATE)
         if state is None:
@@ -123,7 +129,7 @@ class Watched:
         kind = (size.bit_length(), self.training, torch.is_grad_enabled())  # type: ignore[attr-defined]
         choice = state.choices.get(kind)
         if choice is False:
-            return state.forward(self, *args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         return state.run(self, args, kwargs, kind, choice)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -176,15 +182,34 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
             watched.append((name, module))
         elif not isinstance(module, patching.Fused) and _may_attend(module):
             if "forward" in module.__dict__:
+                patched.skipped = [skipped for skipped in patched.skipped if skipped.name != name]
                 patched.skipped.append(Skipped(name, type(module), "its forward was replaced by another hand"))
                 continue
             module.__class__ = _watched_class(type(module))
             watched.append((name, module))
+    watched += [(name, _watch_parent(parent)) for name, parent in _parents(model, [m for _, m in watched])]
     for _, module in watched:
         state = _state_of(module)
         state.always = always
         state.inner = [other for _, other in watched if other is not module and _contains(module, other)]
     return FuseReport(patched, watched)
+
+
+def _parents(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules that hold others, and may make a context of the alignments that those return."""
+    found = []
+    for name, parent in patching._named_modules(model):
+        if isinstance(parent, (Watched, patching.Fused)) or "forward" in parent.__dict__ or not _is_foreign(parent):
+            continue
+        if any(child is module for child in _layers(parent) for module in modules) and not _has_loops(parent):
+            found.append((name, parent))
+    return found
+
+
+def _watch_parent(parent: nn.Module) -> nn.Module:
+    parent.__class__ = _watched_class(type(parent))
+    _state_of(parent).is_parent = True
+    return parent
 
 
 def unfuse(model: nn.Module) -> list[Replaced]:
@@ -270,9 +295,9 @@ class _State:
 
     def __init__(self, original: type[nn.Module]) -> None:
         self.original = original
-        self.forward = original.forward
         self.always = False
         self.inner: list[Any] = []  # watched modules within this one
+        self.is_parent = False  # watched for the alignments of those only
         self.choices: dict[Any, Any] = {}
         self.reasons: Counter[str] = Counter()
         self.entries: list[Entry] = []
@@ -284,21 +309,35 @@ class _State:
     def __reduce__(self) -> Any:
         return _State, (self.original,)
 
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.original.forward(module, *args, **kwargs)
+
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, choice: Any) -> Any:
         reason = _unsuited()
         if reason is not None:
             self.reasons[reason] += 1
             return self.forward(module, *args, **kwargs)
         captured = self._captured()
-        entry = captured.find(module, args, kwargs)
+        entry = captured.find(module, args, kwargs, self.entries)
+        if entry is None and len(self.entries) >= _MOST:
+            self.reasons[_TOO_MANY] += 1
+            return self.forward(module, *args, **kwargs)
+        if self.is_parent and entry is None and not self._continues(module):
+            return self.forward(module, *args, **kwargs)
         if entry is None:
             found = self._capture(captured, module, args, kwargs)
             if isinstance(found, str):
+                if self.is_parent:
+                    _restore(module)
+                    return self.forward(module, *args, **kwargs)
                 self.reasons[found] += 1
                 if not captured.is_open and not any(e.graph.is_fused for e in captured.entries):
                     self.choices[kind] = False
                 return self.forward(module, *args, **kwargs)
             entry = found
+        if self.is_parent and not any(found.kind == "context" for found in entry.graph.found):
+            _restore(module)
+            return self.forward(module, *args, **kwargs)
         if entry not in self.entries:
             if self.keeper is None:
                 self.keeper = _new_keeper()
@@ -311,6 +350,16 @@ class _State:
         if choice is True or self.always:
             return self._run(entry, module, args, kwargs)
         return self._try(entry, module, args, kwargs, kind, choice)
+
+    def _continues(self, module: Any) -> bool:
+        """Whether modules within a parent return alignments, as far as is known; where they do not, it is let go."""
+        inner = [_state_of(other) for other in self.inner if isinstance(other, Watched)]
+        if any(not state.is_known for state in inner):
+            return False
+        if any(found.kind == "alignments" for state in inner for e in state.entries for found in e.graph.found):
+            return True
+        _restore(module)
+        return False
 
     def _run(self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten graph, with what this module keeps."""
@@ -335,7 +384,7 @@ class _State:
             result = self.forward(module, *args, **kwargs)
         else:
             captured = self._captured()
-            captured.find(module, args, kwargs)
+            captured.find(module, args, kwargs, self.entries)
             result = self._run(entry, module, args, kwargs)
         (trial.original if is_original else trial.rewritten).append(time.perf_counter() - start)
         if trial.is_over:
@@ -344,7 +393,7 @@ class _State:
 
     def _captured(self) -> Captured:
         captured = _captured.get(self.original)
-        if captured is None:
+        if captured is None or captured.forward is not self.original.forward:  # which may have been replaced since
             from .graph.capture import Captured
 
             captured = _captured[self.original] = Captured(self.original.forward, self.original.__name__)
@@ -354,7 +403,7 @@ class _State:
         inner = [_state_of(other) for other in self.inner if isinstance(other, Watched)]
         if any(not state.is_known for state in inner):
             return _WAITING  # this very call makes it known
-        if any(state.what() for state in inner) and _has_loops(self.original.forward):
+        if any(state.what() for state in inner) and _has_loops(module):
             return "its attention is computed by modules within it"
         return captured.capture(module, args, kwargs)
 
@@ -376,6 +425,8 @@ class _State:
         return "; ".join(dict.fromkeys(reasons)) or "it was not called yet"
 
 
+_NO_TANH = "its code has no tanh, and so no additive attention"
+_TOO_MANY = f"{_MOST} kinds of calls were captured"
 _WAITING = "modules within it come first"
 
 
@@ -396,8 +447,8 @@ def _unsuited() -> str | None:
     """Why a call cannot be one of a captured graph, whatever the module."""
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func"
-    if torch._C._is_tracing():
-        return "torch.jit.trace"
+    if forward_ad._current_level >= 0:
+        return "derivatives in forward mode"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors, as activation checkpointing has"
     return None
@@ -418,7 +469,7 @@ def _contains(module: nn.Module, other: nn.Module) -> bool:
 def _may_attend(module: nn.Module) -> bool:
     """Whether a module computes a tanh, by its code or with a layer that is one."""
     cls = type(module)
-    if cls.__module__.startswith(("torch.", f"{__package__}.")) or isinstance(module, torch.jit.ScriptModule):
+    if not _is_foreign(module):
         return False
     if any(isinstance(part, nn.Tanh) for part in _layers(module)):
         return True
@@ -463,6 +514,13 @@ def _mentions(function: Any, seen: set[Any], depth: int = 3) -> bool:
     )
 
 
-def _has_loops(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
+def _has_loops(module: Any) -> bool:
+    """Whether a module's forward has loops: over steps, its graph would be another for every number of them."""
+    code = getattr(getattr(module, "_attn_kernels_original", type(module)).forward, "__code__", None)
     return code is not None and any(instruction.opname == "FOR_ITER" for instruction in dis.get_instructions(code))
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether a module's class is neither PyTorch's nor this package's, and no script."""
+    own = type(module).__module__.startswith(("torch.", f"{__package__}."))
+    return not own and not isinstance(module, torch.jit.ScriptModule)

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .derived import are_readable, checksums, once, value_of
+from .stock import is_stock
 
 
 def project(module: Any, layer: Any, rows: Tensor, *, shown: bool = False) -> Tensor:
@@ -61,14 +63,13 @@ class _Projection:
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer does what its weight and bias say, and nothing else."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and (layer.bias is None or type(layer.bias) is nn.Parameter)
-        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
-        and "forward" not in vars(layer)
-        and not nn.modules.module._has_any_global_hook()
-    )
+    if type(layer) is not nn.Linear:
+        return False
+    if not is_compiling():
+        return is_stock(layer)
+    # In terms that torch.compile can trace.
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return type(layer.weight) is nn.Parameter and "forward" not in vars(layer) and not hooks
 
 
 def attended_steps(module: Any, mask: Tensor, keep: bool) -> Tensor | None:

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
@@ -115,7 +116,7 @@ def go(
             continue
         limit = budget.limit(stage)
         say(f"{number} of {len(stages)}: {stage.name}: {stage.what}; at most {limit:.0f} s, {budget.spent:.0f} s gone")
-        begin = time.monotonic()
+        begin, used = time.monotonic(), processor_seconds()
         note: dict[str, Any] = {"done": False}
         if limit < 1:
             note["why"] = "no time was left"
@@ -126,10 +127,17 @@ def go(
             except Exception as error:  # the next stages have their turn
                 note["why"] = f"{type(error).__name__}: {error}"[:500]
         note["seconds"] = round(time.monotonic() - begin, 1)
+        note["processor seconds"] = round(processor_seconds() - used, 1)
         state["stages"] = (state.get("stages") or {}) | {stage.name: note}
         files.write_json(path, state)
         say(f"{stage.name}: {note['seconds']:.0f} s{': ' + note['why'] if 'why' in note else ''}{brief(stage, state)}")
     return finish(path, state, budget)
+
+
+def processor_seconds() -> float:
+    """Of all processes that were started here and have ended: what the host does for the device."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def brief(stage: Stage, state: dict[str, Any]) -> str:

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import files, roofline
+from . import files, gpu_targets, roofline
 from .cuda_rules import BACKWARD, FORWARD, Finding
-from .gpu_cells import COLD, GRAPH, LAUNCHED, SCORES, Row, rows
+from .gpu_cells import COLD, GRAPH, LAUNCHED, OURS, SCORES, Row, rows
 from .problems import TRAINING, Shape
 from .roofline import ADDITIVE, DOT, FEW_QUERIES, H100, ITEM
 
@@ -219,8 +219,8 @@ def beams_us(row: Row, kernels: Mapping[str, Finding]) -> list[float]:
 # Others ---------------------------------------------------------------------------------------------------------------
 
 
-def eager_us(row: Row) -> float:
-    """Of the eager formula, launched: passes over (B, Tq, Tk, A) for additive, products for dot."""
+def eager_us(row: Row) -> dict[str, float]:
+    """Of the eager formula: passes over (B, Tq, Tk, A) for additive, products for dot."""
     B, Tq, Tk, A, D = row.shape
     weights, item, training = B * Tq * Tk, ITEM[row.dtype], row.passes == TRAINING
     operations = (6 if row.op != DOT else 3) * (3 if training else 1)
@@ -231,21 +231,27 @@ def eager_us(row: Row) -> float:
     # float32 products of cuBLAS on the lanes at three quarters of the peak, 16 bits on tensor cores at a third.
     products = 1e6 * flops / (1.5 * H100.slots if row.dtype == "float32" else H100.tensor / 3)
     device = memory_us(hidden + inputs, cached=hidden + inputs < L2_BYTES) + products
-    return max(device + LEAST_US * operations, HOST_US["eager op"] * operations)
+    graph = device + (LEAST_US + NODE_US) * operations
+    return {LAUNCHED: max(graph, HOST_US["eager op"] * operations), GRAPH: graph}
 
 
-def others(row: Row) -> dict[str, float]:
+def others(row: Row) -> dict[str, dict[str, float]]:
+    """What ours is compared with, launched and in a graph."""
+    if row.beams:
+        return {}
     found = {"eager": eager_us(row)}
-    if row.op == DOT and not row.beams:
+    if row.op == DOT:
         # Heads of more than 256 elements: its memory-efficient kernel, not the flash one; a guess.
-        found["sdpa"] = 0.8 * eager_us(row) if row.shape.Tq > 1 else eager_us(row)
+        share = 0.8 if row.shape.Tq > 1 else 1.0
+        found["sdpa"] = {mode: share * us for mode, us in found["eager"].items()}
     if row.compile and row.op == ADDITIVE:
         # Inductor keeps no hidden layer in the forward, and computes it again for each sum of the backward: a tanh of
         # about 25 slots for a pair, four times in training.
         pairs = row.shape.B * row.shape.Tq * row.shape.Tk * row.shape.A
         turns = 4 if row.passes == TRAINING else 1
-        found["torch.compile"] = 1e6 * pairs * turns * 25 / (0.7 * H100.slots) + 20
-    return {} if row.beams else found
+        device = 1e6 * pairs * turns * 25 / (0.7 * H100.slots)
+        found["torch.compile"] = {LAUNCHED: max(device + 10, 40.0 * turns), GRAPH: device + 10}
+    return found
 
 
 # All rows -------------------------------------------------------------------------------------------------------------
@@ -264,7 +270,7 @@ def predict(row: Row, kernels: Mapping[str, Finding]) -> dict[str, Any]:
     return result | {
         "launches": len(each),
         "us": {mode: rounded(value) for mode, value in us.items()},
-        "others": {name: rounded(value) for name, value in others(row).items()},
+        "others": {name: {mode: rounded(us) for mode, us in each.items()} for name, each in others(row).items()},
     }
 
 
@@ -295,30 +301,64 @@ def make() -> dict[str, Any]:
     }
 
 
+def as_measured(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell as ``make gpu`` would have it, had it measured what is predicted: for gpu_targets."""
+
+    def spread(us: float) -> dict[str, float]:
+        return {"median": us}
+
+    cell: dict[str, Any] = {
+        "key": row.key, "op": row.op, "shape": list(row.shape), "passes": row.passes, "dtype": row.dtype,
+        "prepared": row.prepared, "beams": row.beams, "inputs_mb": 0.0,
+    }  # fmt: skip
+    if row.beams:
+        each = predicted["beams_us"]
+        return cell | {"ways": [{"name": str(i), "times_one": spread(us / each[0])} for i, us in enumerate(each, 1)]}
+    us = predicted["us"]
+    ours: dict[str, Any] = {"name": OURS, "us": {mode: spread(value) for mode, value in us.items()}, "times_ours": {}}
+    if COLD in us:
+        size = roofline.work_of(row.op, row.shape, row.passes, row.dtype).bytes
+        ours["rates"] = {COLD: {"bytes_per_s": size / us[COLD] * 1e6}}
+    ways = [
+        {
+            "name": name,
+            "us": {},
+            "times_ours": {mode: spread(theirs / us[mode]) for mode, theirs in each.items() if mode in us},
+        }
+        for name, each in predicted["others"].items()
+    ]
+    return cell | {"ways": [ours, *ways]}
+
+
+def predicted_targets(predictions: Mapping[str, Any]) -> list[gpu_targets.Target]:
+    """The targets as they would be judged if everything came as predicted."""
+    if not predictions:
+        return []
+    cells = [as_measured(row, predictions["rows"][row.key]) for row in rows() if row.key in predictions["rows"]]
+    return gpu_targets.evaluate({"ceilings": predictions.get("ceilings"), "cells": cells})
+
+
 def load(path: Path = FILE) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def markdown(predictions: Mapping[str, Any]) -> str:
-    lines = [
-        "| row | launched | graph | graph, cold | eager | others | within | kind |",
-        "|---|---:|---:|---:|---:|---|---:|---|",
-    ]
+    lines = ["| row | launched | graph | graph, cold | others, launched / graph | within | kind |"]
+    lines += ["|---|---:|---:|---:|---|---:|---|"]
     for key, row in predictions["rows"].items():
-        us = [format_us(row["us"].get(mode)) for mode in (LAUNCHED, GRAPH, COLD)]
-        more = dict(row.get("others", {}))
-        eager = format_us(more.pop("eager", None))
-        rest = ", ".join(f"{name} {value:g}" for name, value in more.items())
+        us = [f"{row['us'][mode]:g}" if mode in row["us"] else "" for mode in (LAUNCHED, GRAPH, COLD)]
+        more = [f"{name} {each[LAUNCHED]:g} / {each[GRAPH]:g}" for name, each in row.get("others", {}).items()]
         if "beams_us" in row:
-            rest = "1 to 10 queries: " + " ".join(f"{value:g}" for value in row["beams_us"])
-        lines.append(f"| {key} | {' | '.join(us)} | {eager} | {rest} | {row['factor']:g}x | {row['kind']} |")
+            more = ["1 to 10 queries: " + " ".join(f"{value:g}" for value in row["beams_us"])]
+        lines.append(f"| {key} | {' | '.join(us)} | {', '.join(more)} | {row['factor']:g}x | {row['kind']} |")
     lines += ["", "| kind | what limits it | how it may be wrong | what is looked at first |", "|---|---|---|---|"]
     lines += [f"| {k.name} | {k.limited_by} | {k.wrong} | {k.first} |" for k in KINDS.values()]
+    lines += ["", "| target | row | aim | predicted |", "|---|---|---:|---:|"]
+    for target in predicted_targets(predictions):
+        aim = f"{'>=' if target.at_least else '<='} {target.aim:g}"
+        value = "" if target.measured is None else f"{target.measured:.2g}{'' if target.met else ', missed'}"
+        lines.append(f"| {target.what} | {target.cell} | {aim} {target.unit} | {value} |")
     return "\n".join(lines)
-
-
-def format_us(us: float | None) -> str:
-    return "" if us is None else f"{us:g}"
 
 
 def put_into(page: str, table: str) -> str:

@@ -25,7 +25,8 @@ def report(state: State, predictions: Mapping[str, Any] | None = None) -> str:
     for cell in state.get("cells", []):
         lines += _cell(cell, predictions.get("rows", {}).get(cell["key"], {}))
     lines += [f"  no time for {key}" for key in state.get("no time for", [])]
-    lines += ["", "Targets", *map(_target, gpu_targets.evaluate(state))]
+    predicted = {(t.what, t.cell): t.measured for t in gpu_predictions.predicted_targets(predictions)}
+    lines += ["", "Targets", *(_target(t, predicted.get((t.what, t.cell))) for t in gpu_targets.evaluate(state))]
     refused = {backend: why for backend in BACKENDS if (why := refusal(state, backend))}
     lines += [""] + [f"Not to be published: {backend}: {why}" for backend, why in refused.items()]
     return "\n".join(lines)
@@ -99,8 +100,7 @@ def _expected(name: str, cell: Mapping[str, Any], predicted: Mapping[str, Any]) 
         return {GRAPH: predicted["beams_us"][int(name) - 1]}
     if name == OURS:
         return predicted.get("us", {})
-    other = predicted.get("others", {}).get(name)
-    return {} if other is None else {LAUNCHED: other}
+    return predicted.get("others", {}).get(name, {})
 
 
 def _ratios(one: Mapping[str, Any], expected: Mapping[str, float]) -> dict[str, float]:
@@ -134,12 +134,13 @@ def _line(one: Mapping[str, Any], expected: Mapping[str, float]) -> str:
     return text + (f"  WRONG: {one['wrong']}" if one.get("wrong") else "")
 
 
-def _target(target: gpu_targets.Target) -> str:
+def _target(target: gpu_targets.Target, predicted: float | None) -> str:
     unit = target.unit and f" {target.unit}"
     value = "not measured" if target.measured is None else f"{target.measured:.3g}{unit}"
     verdict = {True: "met", False: "MISSED", None: "-"}[target.met]
     aim = f"{'>=' if target.at_least else '<='} {target.aim:g}"
-    return f"  {verdict:6} {value:>18} ({aim}) {target.what}: {target.cell}"
+    beside = "" if predicted is None else f", predicted {predicted:.3g}"
+    return f"  {verdict:6} {value:>18} ({aim}{beside}) {target.what}: {target.cell}"
 
 
 # What may be published ------------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def emulator() -> str:
     return name
 
 
-# What waits for what in the kernels: parts of a decoding step in a cluster, and in blocks of which the last one combines
-# them; values in turns of warps; slices of products; staged rows of scores; sums over warps in the backward.
+# What waits for what: parts of a decoding step in a cluster, or in blocks of which the last combines them; values in
+# turns of warps; slices of products; staged rows of scores; sums over warps in the backward.
 RACES = {
     "cluster": ("additive_attention", Case(B=1, Tq=2, Tk=140, A=40, D=36, lengths="full"), torch.float32),
     "cluster, mask": ("dot_attention", Case(B=2, Tq=3, Tk=90, A=24, D=33, mask="pairs"), torch.float32),

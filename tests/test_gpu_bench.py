@@ -287,6 +287,12 @@ def test_every_row_has_a_prediction() -> None:
     assert gpu_predictions.put_into(page, gpu_predictions.markdown(stored)) == page
 
 
+def test_targets_are_predicted() -> None:
+    found = gpu_predictions.predicted_targets(gpu_predictions.load())
+    assert len({target.what for target in found}) >= 9
+    assert all(target.measured is not None or "memory" in target.what for target in found)
+
+
 def test_predictions_respect_the_floor() -> None:
     kernels = gpu_predictions.counted_kernels()
     assert {gpu_predictions.FORWARD, gpu_predictions.BACKWARD} <= set(kernels)
@@ -306,8 +312,8 @@ def test_measured_times_stand_beside_predicted_ones() -> None:
         **cell(ADDITIVE, row.shape, FORWARD, [timed(OURS, {GRAPH: 8.0}), timed("eager", {LAUNCHED: 60.0})]),
         "key": row.key,
     }
-    text = gpu_report.report(a_state(cells=[one]), {"rows": {row.key: {
-        "kind": "decode, small", "factor": 1.5, "us": {GRAPH: 4.0}, "others": {"eager": 30.0}}}})  # fmt: skip
+    expected = {"kind": "decode, small", "factor": 1.5, "us": {GRAPH: 4.0}, "others": {"eager": {LAUNCHED: 30.0}}}
+    text = gpu_report.report(a_state(cells=[one]), {"rows": {row.key: expected}})
     assert (
         "8 [2.00]" in text and "60 [2.00]" in text and "far from the prediction" in text and "cluster barrier" in text
     )
@@ -443,7 +449,8 @@ def test_a_stage_that_raises_does_not_stop_the_next(tmp_path: Path, stages: list
     stages.append("raise")
     status, state = main(tmp_path)
     assert status == 1 and stages[1:] == ALL
-    assert state["stages"]["sanitizer"] == {"done": False, "why": "ValueError: no such option", "seconds": 0.0}
+    note = state["stages"]["sanitizer"]
+    assert note["done"] is False and note["why"] == "ValueError: no such option" and note["seconds"] < 5
     stages.clear()
     main(tmp_path, "--resume")
     assert stages == ["sanitizer"]

@@ -213,13 +213,78 @@ def test_memory_is_let_go_after_backward() -> None:
     assert after <= parameters < before - 10
 
 
-def test_second_derivative_is_refused() -> None:
-    model = models()["loop"]
-    logits, _ = model(*batch())
+@pytest.mark.parametrize(
+    ("attention", "settings"),
+    [
+        ("bahdanau-normalized", {}),
+        ("luong-dot", {"cell": "gru", "num_layers": 2, "dropout": 0.3}),
+        ("cosine", {"backend": "reference"}),
+    ],
+)
+def test_second_derivatives(attention: str, settings: dict[str, Any]) -> None:
+    """Of every parameter that the loop reads, and of the gradients themselves."""
+    model = models(attention=attention, **settings)["loop"]
+    source, _, target = batch(steps=2, source=3)
+    lengths = torch.tensor([3, 2, 3, 1]) if attention != "cosine" else torch.full((B,), 3)
+    wanted = ("rnn.weight_hh_l0", "rnn.bias_ih_l0", "attentional", "attention.", "bridges.0.bias")
+    names = [name for name, _ in model.named_parameters() if name.removeprefix("decoder.").startswith(wanted)]
+
+    def results(*values: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(3)
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (source, lengths, target))
+
+    parameters = dict(model.named_parameters())
+    inputs = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
+    assert torch.autograd.gradgradcheck(results, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_differentiable_gradients_are_the_gradients(loss: str) -> None:
+    made = models(num_layers=2, attention="luong-concat")
+    parameters = [list(made[name].decoder.parameters()) for name in ("loop", "loop", "steps")]
+    found = []
+    for name, create_graph, of in zip(("loop", "loop", "steps"), (False, True, False), parameters, strict=True):
+        value = LOSSES[loss](*made[name](*batch()))
+        found.append(torch.autograd.grad(value, of, create_graph=create_graph, allow_unused=True))
+    for plain, differentiable, steps in zip(*found, strict=True):
+        x, y, z = (torch.zeros(()).double() if g is None else g for g in (plain, differentiable, steps))
+        torch.testing.assert_close(y.expand_as(z), z, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(x, y.expand_as(x), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"input_feeding": False, "backend": "reference"}, {"cell": "gru"}], ids=str)
+def test_gradient_penalty(settings: dict[str, Any]) -> None:
+    """Of the gradients of the whole model; with the formula in plain steps as the oracle."""
+    made = models(**settings)
+    made["steps"].decoder.attention.backend = "reference"
+    found = {}
+    for name, model in made.items():
+        model.zero_grad()
+        value = LOSSES["both"](*model(*batch(steps=3)))
+        gradients = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+        found[name] = {key: parameter.grad for key, parameter in model.named_parameters()}
+    for name, expected in found["steps"].items():
+        torch.testing.assert_close(found["loop"][name], expected, atol=1e-11, rtol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("decoder", ["loop", "steps"])
+def test_functional_gradients(decoder: str) -> None:
+    """torch.func.grad of a functional call, and a batch of gradients at once."""
+    model = models(backend="reference")[decoder]
+    expected = run(model, batch(), lambda logits, _: weighted(logits))
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return weighted(torch.func.functional_call(model, parameters, batch())[0])
+
+    for name, gradient in torch.func.grad(loss)({k: p.detach() for k, p in model.named_parameters()}).items():
+        other = expected[name]
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if other is None else other)
+    each = model(*batch())[0].sum((1, 2))
     weight = model.decoder.attentional.weight
-    (gradient,) = torch.autograd.grad(weighted(logits), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    together = torch.autograd.grad(each, weight, torch.eye(B).double(), is_grads_batched=True, retain_graph=True)[0]
+    for i in range(B):
+        torch.testing.assert_close(together[i], torch.autograd.grad(each[i], weight, retain_graph=True)[0])
 
 
 def test_results_may_be_changed_in_place() -> None:

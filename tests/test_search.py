@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -570,6 +571,29 @@ def test_sentences_whose_samples_have_ended_leave(monkeypatch: pytest.MonkeyPatc
     steps = [max(min(len(h.tokens) + 1, 9) for h in hypotheses) for hypotheses in generated]
     assert len(set(steps)) > 1
     assert rows == [sum(n > t for n in steps) for t in range(max(steps))]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"beam_size": 3, "length_penalty": 0.5, "coverage_penalty": 0.25, "num_hypotheses": 2, "max_length": 6},
+        {"sample": True, "temperature": 0.5, "top_k": 3, "max_length": 6},
+    ],
+    ids=["beam", "sample"],
+)
+def test_numbers_of_numpy(choice: dict[str, Any]) -> None:
+    model = make(padding_idx=np.int64(PAD), bos=np.int32(BOS), eos=np.int64(EOS))
+    assert type(model.eos) is int
+    of_numpy = {
+        name: x if isinstance(x, bool) else np.float32(x) if isinstance(x, float) else np.int64(x)
+        for name, x in choice.items()
+    }
+    torch.manual_seed(1)
+    expected = model.generate(*batch(), **choice)
+    torch.manual_seed(1)
+    for got, other in zip(model.generate(*batch(), **of_numpy), expected, strict=True):
+        for one, another in zip(got, other, strict=True):
+            assert_same(one, another)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -341,6 +343,87 @@ def test_generate_without_dropout_and_modes_untouched() -> None:
     with pytest.raises(IndexError):
         model.generate(source + SOURCE_VOCAB, lengths)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_generate_switches_no_mode(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What trains beside it keeps its dropout, at every moment of the search: modes are read, and never written."""
+    model = erratic(dropout=0.5, num_layers=2, attention=attention, backend="reference")
+    model.eos, written = TARGET_VOCAB, []  # an end that does not come
+    monkeypatch.setattr(
+        nn.Module,
+        "__setattr__",
+        lambda self, name, x, set=nn.Module.__setattr__: (written.append(name), set(self, name, x))[1],
+    )
+    seen = []
+    model.decoder.attention.register_forward_hook(lambda *_: seen.append(all(m.training for m in model.modules())))
+    source, lengths, _ = batch()
+    with torch.no_grad():
+        model.generate(source, lengths, max_length=3, beam_size=2)
+        model.generate(source, lengths, max_length=3, sample=True)
+    assert len(seen) == 6 and all(seen)
+    assert "training" not in written
+
+
+def test_generate_beside_training() -> None:
+    """A thread that trains while others search has dropout in every forward; searches have none."""
+    model = erratic(dropout=0.5)
+    source, lengths, target = batch()
+    expected = copy.deepcopy(model).eval().generate(source, lengths, max_length=6)
+    plain = copy.deepcopy(model).eval()(source, lengths, target)[0]
+    stop = threading.Event()
+    found = []
+
+    def search() -> None:
+        while not stop.is_set():
+            found.append(model.generate(source, lengths, max_length=6))
+
+    with ThreadPoolExecutor(2) as pool:
+        searches = [pool.submit(search) for _ in range(2)]
+        try:
+            logits = [model(source, lengths, target)[0] for _ in range(40)]
+        finally:
+            stop.set()
+        for one in searches:
+            one.result()
+    assert not any(torch.allclose(x, plain) for x in logits)
+    assert found
+    for generated in found:
+        for got, other in zip(generated, expected, strict=True):
+            assert_same_hypothesis(got[0], other[0])
+
+
+class _Noisy(nn.Module):
+    """A layer of a user's own that is another while training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []  # shared with a shallow copy
+        self.register_buffer("scale", torch.full((), 2.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        return self.scale * (x + torch.randn_like(x) if self.training else x)
+
+
+def test_generate_with_modules_that_know_their_mode() -> None:
+    model = erratic()
+    model.decoder.dropout, model.encoder.dropout = _Noisy(), nn.Sequential(_Noisy(), nn.Dropout(0.5))
+    model.decoder.output.forward = model.decoder.output.forward  # bound to the instance
+    source, lengths, _ = batch()
+    training = model.generate(source, lengths, max_length=4)
+    assert model.decoder.dropout.modes and not any(model.decoder.dropout.modes)
+    for got, other in zip(training, model.eval().generate(source, lengths, max_length=4), strict=True):
+        assert_same_hypothesis(got[0], other[0])
+
+
+def test_generate_with_compiled_modules() -> None:
+    model = erratic(dropout=0.5)
+    expected = model.generate(*batch()[:2], max_length=4)
+    model.decoder.output.compile(backend="eager")
+    model.decoder.dropout = torch.compile(model.decoder.dropout, backend="eager")
+    for got, other in zip(model.generate(*batch()[:2], max_length=4), expected, strict=True):
+        assert_same_hypothesis(got[0], other[0])
 
 
 # Learning -------------------------------------------------------------------------------------------------------------

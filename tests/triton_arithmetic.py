@@ -1,9 +1,9 @@
 """Triton's interpreter with the arithmetic of NVIDIA GPUs: what tests/cpp/cuda_arithmetic.h is for the CUDA kernels.
 
-numpy computes exp and divisions to half a unit in the last place, and sums of products in float32. The code that Triton
-makes for a GPU has approximate instructions there and, for elements of 16 bits, tensor cores. ``install`` puts errors of
-that size into the interpreter. The same operands always give the same result, half of them too large and half too
-small. float64 stays exact.
+numpy computes exp and divisions to half a unit in the last place, and sums of products in float32. What Triton compiles
+for a GPU has approximate instructions there and, for elements of 16 bits, tensor cores. ``install`` puts errors of that
+size into the interpreter. The same operands always give the same result, half of them too large and half too small.
+float64 stays exact.
 """
 
 from __future__ import annotations

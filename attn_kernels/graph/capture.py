@@ -21,7 +21,7 @@ from .axes import value_of
 from .kept import current
 from .rewrite import Found, Outcome, rewrite
 
-_MOST = 16  # graphs of one class: modes, dtypes, options; beyond them the original runs
+_MOST = 64  # graphs of one class: sizes of layers, modes, dtypes, options; beyond them the original runs
 _FAILURES = 4
 _LARGE = 1 << 18  # elements of arguments; the graphs are compared for some of them, where there are more
 _capturing = threading.RLock()
@@ -114,6 +114,7 @@ class Captured:
     """The captured graphs of a class's forward."""
 
     def __init__(self, forward: Callable[..., Any], what: str) -> None:
+        self.forward = forward
         self.entries: list[Entry] = []
         self.failures: list[str] = []
         self._namespace = {"ORIGINAL": forward, "__builtins__": __builtins__, "__name__": f"{__name__}.of_{what}"}
@@ -126,14 +127,17 @@ class Captured:
         """Whether further kinds of calls are captured."""
         return len(self.entries) < _MOST and len(self.failures) < _FAILURES
 
-    def find(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | None:
+    def find(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], likely: list[Entry] | None = None
+    ) -> Entry | None:
+        """``likely``: entries to look at first, the one found is moved to its front."""
         given = {"module": module, "args": args, "kwargs": kwargs}
-        for place, entry in enumerate(self.entries):
+        for place, entry in enumerate(likely or ()):
             if entry.check(given):
                 if place:
-                    self.entries.insert(0, self.entries.pop(place))
+                    likely.insert(0, likely.pop(place))
                 return entry
-        return None
+        return next((entry for entry in self.entries if entry.check(given)), None)
 
     def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | str:
         """A new entry for a call, or the reason why there is none."""
@@ -165,8 +169,8 @@ class Captured:
             "specialize_float": True,  # a scale is a number of the graph
             "skip_nnmodule_hook_guards": False,
             "allow_rnn": True,
-            "recompile_limit": 4 * _MOST,
-            "accumulated_recompile_limit": 64 * _MOST,
+            "recompile_limit": 2 * _MOST,
+            "accumulated_recompile_limit": 32 * _MOST,
             "suppress_errors": False,
         }
         known = {name: value for name, value in options.items() if hasattr(dynamo.config, name)}

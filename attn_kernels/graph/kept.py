@@ -28,20 +28,18 @@ _weights: dict[torch.dtype, Tensor] = {}
 class Sources:
     """The tensors that something was made of, and what they were then."""
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], elements: bool = True) -> None:
+        """``elements``: whether they matter; a view of a tensor shows what is written to it."""
         self.tensors = tensors
         self._counted = tuple(_counted(x) for x in tensors)
-        self._prints = tuple(_fingerprint(x) for x in tensors)
+        self._prints = tuple(_fingerprint(x) for x in tensors) if elements else ()
 
     def are(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors with the same elements."""
         for old, new, counted in zip(self.tensors, tensors, self._counted, strict=True):
             if (old is not new and not _one_view(old, new)) or _counted(new) != counted:
                 return False
-        for new, known in zip(tensors, self._prints, strict=True):
-            if not _equal(_fingerprint(new), known):
-                return False
-        return True
+        return all(_equal(_fingerprint(new), known) for new, known in zip(tensors, self._prints, strict=False))
 
 
 def look_same(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
@@ -137,7 +135,7 @@ class Slot:
         if not self._pays and not (last and look_same(last, tensors)):
             self._last = tensors
             return function(*tensors, *numbers)
-        sources = Sources(tensors)
+        sources = Sources(tensors, elements=not is_view)
         value = function(*tensors, *numbers) if is_view else _make(function, tensors, numbers)
         if not any(value is x for x in tensors):
             self._held = value.__dict__[_HELD] = Held(sources, state, value)

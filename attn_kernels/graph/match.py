@@ -522,7 +522,7 @@ def _is_filled(node: Any) -> Any:
         number = constant(argument(node, 1, "fill_value"))
         if name == "new_full":
             number = constant(argument(node, 2, "fill_value"))
-        return False if number is None or node.users and any(_writes_to(node)) else number
+        return False if number is None or (node.users and any(_writes_to(node))) else number
     if name in ("tensor", "scalar_tensor"):
         number = constant(argument(node, 0, "data"))
         return False if number is None else number

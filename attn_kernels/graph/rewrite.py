@@ -17,16 +17,15 @@ from .axes import (
     axes_of,
     is_tensor,
     name_of,
-    one,
     product,
     resolve,
     same,
     settle,
     value_of,
 )
+from .dead import remove_dead
 from .keeping import keep_node
 from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Softmax, Term, roles, softmax_dim, start
-from .dead import remove_dead
 from .writes import written
 
 CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # what is computed by one op, all up to there
@@ -119,7 +118,7 @@ class _Writer:
             contexts.setdefault(context.softmax.node, []).append(context)
         return contexts
 
-    # The three things that are written -------------------------------------------------------------------------------
+    # The three things that are written ------------------------------------------------------------------------------
 
     def _context(self, context: Context) -> Found:
         softmax, values = context.softmax, context.values
@@ -203,7 +202,7 @@ class _Writer:
         groups = (part.batch, part.queries, part.steps) if by_query else (part.batch, part.steps)
         return self._arrange_leaf(mask.leaf, groups, at)
 
-    # Whether it may be written -----------------------------------------------------------------------------------------
+    # Whether it may be written ----------------------------------------------------------------------------------------
 
     def _check(self, scores: Scores, roots: set[Node], at: Node) -> None:
         for term in scores.terms:
@@ -246,7 +245,7 @@ class _Writer:
             target = sources[0]
         return True
 
-    # Operands ----------------------------------------------------------------------------------------------------------
+    # Operands ---------------------------------------------------------------------------------------------------------
 
     def _dtype(self, scores: Scores) -> torch.dtype:
         return value_of(scores.tanh).dtype
@@ -333,7 +332,7 @@ class _Writer:
             return self._call(at, torch.Tensor.to, node, dtype)
         return node
 
-    # Writing -----------------------------------------------------------------------------------------------------------
+    # Writing ----------------------------------------------------------------------------------------------------------
 
     def _arrange_leaf(self, leaf: Leaf, groups: tuple[Group, ...], at: Node) -> Node:
         self._note_sizes(leaf.node, leaf.index)

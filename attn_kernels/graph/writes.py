@@ -18,6 +18,7 @@ from .axes import NoMatch, argument, is_tensor, name_of, value_of
 MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mode", "_enter_inference_mode")
 _AUGMENTED = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
+_BEFORE_INPLACE = {"relu": 1, "leaky_relu": 2, "dropout": 3}  # arguments before ``inplace``
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "normal")
 _RANDOM += ("uniform", "multinomial", "exponential", "gumbel_softmax", "rrelu", "log_normal", "cauchy", "geometric")
 
@@ -92,9 +93,17 @@ def written(node: Node) -> list[Node]:
             for i, a in enumerate(arguments)
             if a.alias_info is not None and a.alias_info.is_write
         ]
-    elif (name.endswith("_") and not name.endswith("__")) or name in _AUGMENTED or name == "setitem":
-        targets.append(argument(node, 0, "input"))
-    elif node.kwargs.get("inplace") is True or (name in ("relu", "leaky_relu", "dropout") and True in node.args[1:]):
+    elif (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in _AUGMENTED
+        or name == "setitem"
+        or node.kwargs.get("inplace") is True
+        or (
+            name in ("relu", "leaky_relu", "dropout")
+            and node.args[-1] is True
+            and len(node.args) > _BEFORE_INPLACE[name]
+        )
+    ):
         targets.append(argument(node, 0, "input"))
     elif name in ("batch_norm", "instance_norm"):
         targets += [argument(node, 1, "running_mean"), argument(node, 2, "running_var")]

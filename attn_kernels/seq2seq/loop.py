@@ -19,7 +19,7 @@ from ..memory import Memory
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 from ..stock import is_plain
 from .eligibility import has_stock_steps
-from .loop_formula import differentiable_gradients
+from .loop_formula import differentiable_gradients, is_batch
 from .loop_graph import find_graph
 from .loop_sequence import Inputs, Settings, differentiate, evaluate
 
@@ -119,8 +119,8 @@ class _Loop(torch.autograd.Function):
         if gradients == (None, None):
             return (None,) * (1 + inputs)
         tensors, kept = saved[:inputs], saved[inputs:]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            # The gradients are to be differentiated again, or are those of a batch of gradients (is_grads_batched).
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or any(map(is_batch, gradients)):
+            # Gradients that are to be differentiated again, and batches of them, are not made in place.
             return (None, *differentiable_gradients(ctx.settings, tensors, gradients, ctx.needs_input_grad[1:]))
         if ctx.graph is None:
             return (None, *differentiate(ctx.parts, tensors, kept, gradients))

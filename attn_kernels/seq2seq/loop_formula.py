@@ -64,6 +64,11 @@ def differentiable_gradients(
     return [next(found) if is_needed else None for is_needed in needed]
 
 
+def is_batch(gradient: Tensor | None) -> bool:
+    """Whether this stands for a batch of gradients: those of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def _attend(settings: Settings, inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
     """state: (B, H). Returns context (B, M) and alignments (B, S)."""
     query = state if inputs.query_weight is None else linear(state, inputs.query_weight)
@@ -73,8 +78,10 @@ def _attend(settings: Settings, inputs: Inputs, state: Tensor) -> tuple[Tensor, 
         return reference.additive_attention(query, inputs.keys, inputs.values, inputs.v, inputs.bias, **masks)
     if settings.eps is not None:
         wide = query.to(torch.promote_types(query.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        query = inputs.scale * (wide / torch.where(length > settings.eps, length, 1.0)).to(query.dtype)
+        is_zero = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True) <= settings.eps
+        # The length of a zero vector has no second derivative; that of a constant is 0.
+        length = torch.linalg.vector_norm(torch.where(is_zero, 1.0, wide), dim=-1, keepdim=True)
+        query = inputs.scale * (wide / torch.where(is_zero, 1.0, length)).to(query.dtype)
     return reference.dot_attention(query, inputs.keys, inputs.values, **masks)
 
 

@@ -80,10 +80,10 @@ def _walk_steps(
             if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
                 hidden = tl.where(ds[:, :, None] == 0.0, 0.0, hidden)
             hidden = tl.where(tl.abs(hidden) > SATURATED, tl.where(hidden > 0.0, SATURATED, -SATURATED), hidden)
-            if hidden.dtype == tl.float64:
-                e = tl.exp(2.0 * hidden)
-            else:  # the error of tl.exp would show in dv where tanh is small
+            if keys.dtype.element_ty == tl.float32:  # the error of tl.exp would show in dv where tanh is small
                 e = tl.where(hidden == hidden, exp2x(hidden), hidden)
+            else:
+                e = tl.exp(2.0 * hidden)
             r = reciprocal(1.0 + e, APPROXIMATE)
             less = ds[:, :, None] * r
             more = less * e

@@ -29,6 +29,13 @@ constexpr int kBlockUnits = kLaneUnits * kWarp;
 template <typename W>
 constexpr int kMostWarps = sizeof(W) == 4 ? 8 : 4;
 
+// Steps of a turn of the loop with few queries, as registers allow.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kAtOnce = 2;
+#else
+constexpr int kAtOnce = 4;
+#endif
+
 // How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
 struct BackwardTile {
   int warps_q, warps_k;
@@ -189,7 +196,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
     }
     if (factored) {
       Two<W> chunk_t[kLaneUnits] = {};
-#pragma unroll(kQ <= 8 ? 4 : 1)
+#pragma unroll(kQ <= 8 ? kAtOnce : 1)
       for (int row = first; row < last; ++row) {
         W ds[kQ], k[kLaneUnits];
         Two<W> dk[kLaneUnits] = {};  // of even and odd queries

@@ -46,9 +46,9 @@ void allow_everything(const void* kernel) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed[index].count(kernel) != 0) return;
   const Device device = current_device();
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(device.shared_bytes)),
-        "shared memory");
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes)),
+      "shared memory");
   if (device.capability >= 90)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
   allowed[index].insert(kernel);

@@ -33,9 +33,7 @@ struct Grid {
 
 #if defined(ATTN_EMULATED)
 
-inline Device current_device() {
-  return {emulator::machine().multiprocessors, 90, emulator::shared_memory_limit()};
-}
+inline Device current_device() { return {emulator::machine().multiprocessors, 90, emulator::shared_memory_limit()}; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&... arguments) {

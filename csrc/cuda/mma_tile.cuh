@@ -66,8 +66,7 @@ ATTN_DEVICE void multiply_matrices(float (&sum)[4], const unsigned (&a)[4], cons
     }
   }
   for (int r = 0; r < 2; ++r)
-    for (int c = 0; c < 2; ++c)
-      sum[r * 2 + c] = emulator::tensor_core_sum(sum[r * 2 + c], rows[r], columns[c], 16);
+    for (int c = 0; c < 2; ++c) sum[r * 2 + c] = emulator::tensor_core_sum(sum[r * 2 + c], rows[r], columns[c], 16);
 #elif defined(__CUDA_ARCH__)
   if constexpr (kIsBFloat16<T>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

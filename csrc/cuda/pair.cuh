@@ -49,9 +49,7 @@ ATTN_HOST_DEVICE float quick_exp2x(float x) {
 }
 
 // e^{2x} for low precision: the relative error is about (1 + |x|) 2^-22. 0 and Inf beyond the range, NaN for NaN.
-ATTN_HOST_DEVICE float rough_exp2x(float x) {
-  return exp2_approximately(x * 2.8853900817779268f);
-}
+ATTN_HOST_DEVICE float rough_exp2x(float x) { return exp2_approximately(x * 2.8853900817779268f); }
 
 // Of an element of type T.
 template <typename T>

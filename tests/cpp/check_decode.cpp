@@ -385,7 +385,7 @@ void check_pairs() {
     if (rough_error > rough) rough = rough_error, rough_at = f;
   }
   require(worst < 1.1, "exp2x, in ulps", worst_at, worst);
-  require(rough < 1.1, "rough_exp2x", rough_at, rough);
+  require(rough < 1.3, "rough_exp2x", rough_at, rough);  // a quarter is the rounding of what the instruction gives
   require(exp2x(0.0f) == 1, "exp2x", 0, 0);
   require(std::isnan(exp2x(NAN)) && std::isnan(rough_exp2x(NAN)), "exp2x of NaN", kNaN, 0);
   for (double size : {1e-4, 0.03, 0.5, 2.0, 9.9}) {
@@ -399,8 +399,9 @@ void check_pairs() {
                            (v1 * std::tanh(double(q1) + k1) + v2 * std::tanh(double(q2) + k2));
       most = std::fmax(most, std::fabs(error)), squares += error * error;
     }
-    require(most < 5e-7, "add_two_units, at most", size, most);
-    require(std::sqrt(squares / n) < 6e-8, "add_two_units, on average", size, std::sqrt(squares / n));
+    // With an exact reciprocal 5e-7 and 6e-8; that of the emulator is always off by 2^-23, of a sum of up to 2.
+    require(most < 5e-7 + 2 * 0x1p-23, "add_two_units, at most", size, most);
+    require(std::sqrt(squares / n) < 6e-8 + 0x1p-23 / 2, "add_two_units, on average", size, std::sqrt(squares / n));
   }
   for (float k : {-kSharedReach, kSharedReach}) {  // nothing overflows or vanishes at the edge
     const float e = exp2x(k), sum = add_two_units(0, 1, kLargestV, kLargestV, e, 1, kLargestV, kLargestV, e);

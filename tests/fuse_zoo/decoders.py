@@ -121,3 +121,18 @@ class AnyMask(nn.Module):
         if mask is not None:
             e = e.masked_fill(mask == 0, torch.finfo(e.dtype).min)
         return torch.bmm(torch.softmax(e, 1)[:, None], memory)[:, 0]
+
+
+@case("context in attention.v", step_padded)
+class Caller(nn.Module):
+    """Weights from a module, the context and the cell here: one chain over two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.rnn, self.out = Inner(), nn.GRU(M, H), nn.Linear(H + M, 4)
+
+    def forward(self, state, memory, padding):
+        a = self.attention(state, memory, padding).unsqueeze(1)
+        context = torch.bmm(a, memory)
+        output, state = self.rnn(context.transpose(0, 1), state.unsqueeze(0))
+        return self.out(torch.cat((output.squeeze(0), context.squeeze(1)), 1)), state.squeeze(0), a

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, step, step_padded
+from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, step
 
 
 @case(ALIGNMENTS, lambda s, d: (d(s.B, H), d(s.B, H), d(s.B, 8, s.Tk)))

@@ -15,7 +15,11 @@ from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many, many_padded, ste
 class LogProbabilities(nn.Module):
     def __init__(self):
         super().__init__()
-        self.W1, self.W2, self.vt = nn.Linear(M, A, bias=False), nn.Linear(H, A, bias=False), nn.Linear(A, 1, bias=False)
+        self.W1, self.W2, self.vt = (
+            nn.Linear(M, A, bias=False),
+            nn.Linear(H, A, bias=False),
+            nn.Linear(A, 1, bias=False),
+        )
 
     def forward(self, state, memory, padding):
         u = self.vt(torch.tanh(self.W1(memory) + self.W2(state).unsqueeze(1))).squeeze(-1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import A, H, M, case, many, step, step_padded
+from . import A, H, M, case, step, step_padded
 
 
 def _memory(s, d):

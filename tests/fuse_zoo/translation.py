@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many, many_padded, step, step_padded, step_time_major
+from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many, many_padded, step_padded, step_time_major
 
 
 @case(ALIGNMENTS, step_time_major)

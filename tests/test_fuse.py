@@ -1,0 +1,819 @@
+"""fuse(model): what is found, that it is the same, and what it costs nobody."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attn_kernels
+from attn_kernels import fuse, fused, fusing, unfuse
+from attn_kernels.graph import check as checking
+from attn_kernels.graph import rewrite
+from fuse_zoo import CASES, A, Draw, H, M, Sizes
+from fuse_zoo.run import assert_same, check, results, tensors
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """PyTorch writes every step of a capture into a log that pytest would collect."""
+    logger = logging.getLogger("torch.__trace")
+    before, logger.propagate = logger.propagate, False
+    disabled, logger.disabled = logger.disabled, True
+    yield
+    logger.propagate, logger.disabled = before, disabled
+
+
+# One of each way of writing; the others are slow.
+CORE = (
+    "RepeatedVector",
+    "TwoLayersSummed",
+    "HiddenFill",
+    "FlatPairs",
+    "SharpenedTimeMajor",
+    "FilledByIndex",
+    "Location",
+    "HeadsInBatch-three",
+    "MapAndQueries",
+    "ClippedLogits",
+    "ExpandedWeights",
+    "Hops",
+    "Loop",
+    "CausalSelf",
+    "Pooling",
+    "TanhIsUsedTwice",
+    "SeveralVectors",
+    "WrittenThroughAView",
+    "DropsTanh",
+)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in CORE])
+def test_all_ways_of_writing(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name: str) -> None:
+    check(CASES[name], torch.float32)
+
+
+def test_the_zoo_is_large() -> None:
+    fusible = {name.partition("-")[0] for name, case in CASES.items() if case.expected is not None}
+    assert len(fusible) >= 40
+    assert sum(case.expected is None for case in CASES.values()) >= 10
+
+
+# A model for the rest -------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, fill: float = -torch.inf, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
+        self.fill, self.dropout = fill, nn.Dropout(dropout)
+
+    def forward(self, state: Tensor, memory: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        e = self.v(torch.tanh(self.W(state).unsqueeze(1) + self.U(memory))).squeeze(-1)
+        if padding is not None:
+            e = e.masked_fill(padding, self.fill)
+        a = F.softmax(e, dim=1)
+        return torch.bmm(a.unsqueeze(1), memory).squeeze(1), a
+
+
+class Decoder(nn.Module):
+    """A module with the attention in it, so that hooks and names have somewhere to be."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention, self.cell = Attention(**options), nn.GRUCell(M, H)
+
+    def forward(self, state: Tensor, memory: Tensor, padding: Tensor | None = None) -> Tensor:
+        context, _ = self.attention(state, memory, padding)
+        return self.cell(context, state)
+
+
+SIZES = Sizes()
+
+
+def arguments(seed: int = 0, sizes: Sizes = SIZES, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    draw = Draw(seed, dtype)
+    return draw(sizes.B, H), draw(sizes.B, sizes.Tk, M), draw.padding(sizes.B, sizes.Tk)
+
+
+def pair(**options: Any) -> tuple[Decoder, Decoder]:
+    torch.manual_seed(0)
+    original = Decoder(**options).double()
+    return copy.deepcopy(original), original
+
+
+def assert_alike(ours: nn.Module, theirs: nn.Module, args: tuple[Any, ...], tolerance: float = 1e-12) -> None:
+    assert_same(results(ours, args), results(theirs, args), tolerance)
+
+
+def calls_of_op(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every call of the op from a rewritten graph."""
+    from attn_kernels.graph import runtime
+
+    calls: list[Any] = []
+    for name in ("additive_attention", "additive_step", "additive_scores"):
+        function = getattr(runtime, name)
+        wrapped = lambda *args, function=function, **kwargs: (calls.append(1), function(*args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(runtime, name, wrapped)
+    return calls
+
+
+# The public surface ---------------------------------------------------------------------------------------------------
+
+
+def test_import_stays_light() -> None:
+    code = "import sys, attn_kernels; assert 'attn_kernels.fusing' not in sys.modules; attn_kernels.fuse; "
+    code += "assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'fuze'"):
+        attn_kernels.fuze  # noqa: B018
+    assert set(attn_kernels.__all__) >= {"fuse", "fused", "unfuse"}
+
+
+def test_refuses_what_is_no_module() -> None:
+    for function in (fuse, unfuse):
+        with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got int"):
+            function(3)
+    with pytest.raises(TypeError, match=r"fused: model must be"), fused(3):
+        pass
+
+
+def test_report() -> None:
+    model = nn.ModuleDict({"decoder": Decoder().double(), "pool": nn.Sequential(nn.Linear(M, M), nn.Tanh())})
+    model["own"] = Attention()
+    model["own"].forward = lambda *args: None
+    report = fuse(model, always=True)
+    assert not report.fused
+    assert "not called yet" in str(report)
+    model["decoder"](*arguments())
+    assert [(f.name, f.cls, f.what) for f in report.fused] == [("decoder.attention", Attention, "context in v")]
+    assert [(s.name, s.reason) for s in report.skipped] == [("own", "its forward was replaced by another hand")]
+    assert "decoder.attention" in str(report)
+    assert "nothing in this model looks like attention" in str(fuse(nn.Linear(2, 2)))
+    again = fuse(model, always=True)
+    assert [f.name for f in again.fused] == ["decoder.attention"]
+
+
+def test_a_module_keeps_its_names() -> None:
+    class Named(Attention):
+        """Has methods with the names of an adapter's."""
+
+        def attend(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+        def covers(self) -> str:
+            return "mine"
+
+        def forward(self, *args: Any) -> Any:
+            return self.attend(*args)
+
+    torch.manual_seed(0)
+    original = Named().double()
+    module = copy.deepcopy(original)
+    report = fuse(module, always=True)
+    assert_alike(module, original, arguments())
+    assert report.fused and module.covers() == "mine"
+    assert isinstance(module, Named) and type(module).__name__ == "Named"
+
+
+def test_unfuse_and_context_manager() -> None:
+    ours, theirs = pair()
+    state = ours.state_dict()
+    with fused(ours, always=True) as report:
+        assert_alike(ours, theirs, arguments())
+        assert report.fused
+        assert list(ours.state_dict()) == list(state)
+        ours.load_state_dict(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict())
+    assert type(ours.attention) is Attention and "_attn_kernels_fused" not in ours.attention.__dict__
+    fuse(ours)
+    with fused(ours):
+        pass
+    assert type(ours.attention) is not Attention, "was fused before"
+    assert [r.name for r in unfuse(ours)] == ["attention"]
+    assert type(ours.attention) is Attention
+    fuse(ours)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_are_fused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    assert_alike(ours, theirs, arguments())
+    other = copy.deepcopy(ours) if way == "deepcopy" else pickle.loads(pickle.dumps(ours))
+    assert type(other.attention) is type(ours.attention)
+    calls = calls_of_op(monkeypatch)
+    report = fuse(other, always=True)
+    assert_alike(other, theirs, arguments(1))
+    assert calls and report.fused
+    unfuse(other)
+    assert type(other.attention) is Attention and type(ours.attention) is not Attention
+
+
+# Kinds of calls -------------------------------------------------------------------------------------------------------
+
+
+def test_no_recompilation_over_lengths() -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    captured = fusing._state_of(ours.attention)._captured()
+    counts = []
+    for seed in range(10):
+        args = arguments(seed, Sizes(2 + seed % 4, 1, 3 + seed))
+        assert_alike(ours, theirs, args)
+        counts.append(len(captured.entries))
+    assert counts[-1] == counts[1], counts
+
+
+def test_every_kind_of_call() -> None:
+    """With and without a mask, by keyword, one row, one step, without gradients, other dtypes, other strides."""
+    ours, theirs = pair()
+    report = fuse(ours, always=True)
+    state, memory, padding = arguments()
+    assert_alike(ours, theirs, (state, memory))
+    assert_alike(ours, theirs, (state, memory, padding))
+    torch.testing.assert_close(ours(state, memory, padding=padding), theirs(state, memory, padding=padding))
+    assert_alike(ours, theirs, arguments(1, Sizes(1, 1, 5)))
+    assert_alike(ours, theirs, arguments(1, Sizes(3, 1, 1)))
+    with torch.no_grad():
+        assert_alike(ours, theirs, (state, memory, padding))
+    with torch.inference_mode():
+        assert_alike(ours, theirs, (state, memory, padding))
+    turned = memory.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert_alike(ours, theirs, (state, turned, padding))
+    ours.float(), theirs.float()
+    assert_alike(ours, theirs, arguments(dtype=torch.float32), 1e-5)
+    assert not report.fallbacks, str(report)
+
+
+def test_autocast() -> None:
+    ours, theirs = pair()
+    ours.float(), theirs.float()
+    report = fuse(ours, always=True)
+    args = arguments(dtype=torch.float32)
+    exact = results(theirs, args)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = ours(*args), theirs(*args)
+    assert got.dtype == expected.dtype
+    assert (got - exact[0]).abs().max() <= 4 * (expected - exact[0]).abs().max() + 1e-3
+    assert report.fused or report.skipped
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, -1e9])
+def test_rows_with_nothing_to_attend(fill: float) -> None:
+    """What the original gives: NaN, or a mean over the padding."""
+    ours, theirs = pair(fill=fill)
+    report = fuse(ours, always=True)
+    state, memory, padding = arguments()
+    assert_alike(ours, theirs, (state, memory, padding))
+    padding = padding.clone()
+    padding[1] = True
+    assert_alike(ours, theirs, (state, memory, padding))
+    assert report.fused[0].what == "context in v"
+
+
+def test_a_fill_that_is_not_low_keeps_the_softmax() -> None:
+    ours, theirs = pair(fill=-3.0)
+    report = fuse(ours, always=True)
+    assert_alike(ours, theirs, arguments())
+    assert report.fused[0].what == "scores in v"
+
+
+def test_score_bias_has_a_gradient_of_zero() -> None:
+    ours, _ = pair()
+    fuse(ours, always=True)
+    ours(*arguments()).sum().backward()
+    assert ours.attention.v.bias.grad is not None
+    assert ours.attention.v.bias.grad.abs().max() < 1e-12
+
+
+# What a user changes is honoured --------------------------------------------------------------------------------------
+
+
+def test_hooks_on_inner_layers() -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    assert_alike(ours, theirs, arguments())
+    seen: list[str] = []
+    for model in (ours, theirs):
+        model.attention.U.register_forward_hook(lambda *_: seen.append("hook"))
+        model.attention.W.register_forward_hook(lambda m, args, out: 2 * out)
+    assert_alike(ours, theirs, arguments())
+    assert len(seen) == 2
+
+
+def test_hooks_on_the_module_itself() -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    for model in (ours, theirs):
+        model.attention.register_forward_hook(lambda m, args, out: (2 * out[0], out[1]))
+    assert_alike(ours, theirs, arguments())
+
+
+def test_replaced_layers() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    assert_alike(ours, theirs, arguments())
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        model.attention.U = Twice(M, A).double()
+    assert_alike(ours, theirs, arguments())
+    for model in (ours, theirs):
+        model.attention.W.forward = lambda x: x.new_ones(x.shape[0], A)
+    assert_alike(ours, theirs, arguments())
+    for model in (ours, theirs):
+        torch.nn.utils.parametrizations.weight_norm(model.attention.v)
+    assert_alike(ours, theirs, arguments())
+
+
+def test_forward_of_the_class_replaced() -> None:
+    class Other(Attention):
+        pass
+
+    torch.manual_seed(0)
+    original = Other().double()
+    module = copy.deepcopy(original)
+    fuse(module, always=True)
+    assert_alike(module, original, arguments())
+    forward = Other.forward
+    Other.forward = lambda self, *args: tuple(2 * x for x in forward(self, *args))
+    assert_alike(module, original, arguments())
+
+
+def test_changed_options() -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    assert_alike(ours, theirs, arguments())
+    for model in (ours, theirs):
+        model.attention.fill = -1e8
+    state, memory, padding = arguments()
+    padding[:] = True
+    assert_alike(ours, theirs, (state, memory, padding))
+
+
+# What is kept from step to step ---------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Decoding steps of a fused model and of the original on one memory."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = pair()
+        fuse(self.ours, always=True)
+        self.memory = Draw(5)(3, 8, M)
+        self.padding = Draw(6).padding(3, 8)
+        self.seed = 10
+
+    def step(self) -> None:
+        """Results and gradients are the same."""
+        self.seed += 1
+        assert_alike(self.ours, self.theirs, (Draw(self.seed)(3, H), self.memory, self.padding))
+
+    def models(self) -> tuple[Decoder, Decoder]:
+        return self.ours, self.theirs
+
+    def hits(self) -> int:
+        keeper = fusing._state_of(self.ours.attention).keeper
+        return sum(slot._held.hits for slot in keeper._slots.values() if slot._held is not None)
+
+
+def _write_data(steps: Steps) -> None:
+    steps.memory.data.copy_(torch.randn_like(steps.memory))
+
+
+def _permute_rows(steps: Steps) -> None:
+    steps.memory.data.copy_(steps.memory.detach()[[1, 2, 0]])
+
+
+def _write_one_element(steps: Steps) -> None:
+    steps.memory.data[1, 2, 3] += 0.1
+
+
+def _set_storage(steps: Steps) -> None:
+    steps.memory.data.set_(torch.randn_like(steps.memory))
+
+
+def _assign_data(steps: Steps) -> None:
+    steps.memory.data = torch.randn_like(steps.memory)
+
+
+def _write_counted(steps: Steps) -> None:
+    with torch.no_grad():
+        steps.memory.mul_(2.0)
+
+
+def _weights_by_data(steps: Steps) -> None:
+    for model in steps.models():
+        model.attention.U.weight.data.mul_(1.5)
+
+
+def _optimiser(steps: Steps) -> None:
+    for model in steps.models():
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.3)
+        torch.optim.SGD(model.parameters(), 0.5).step()
+
+
+def _swap(steps: Steps) -> None:
+    torch.manual_seed(9)
+    new = torch.randn(A, M, dtype=torch.float64)
+    for model in steps.models():
+        torch.utils.swap_tensors(model.attention.U.weight, nn.Parameter(new.clone()))
+
+
+def _assign_state(steps: Steps) -> None:
+    torch.manual_seed(9)
+    new = {name: torch.randn_like(x) for name, x in steps.theirs.state_dict().items()}
+    for model in steps.models():
+        model.load_state_dict({name: x.clone() for name, x in new.items()}, assign=True)
+
+
+def _other_mask(steps: Steps) -> None:
+    steps.padding.logical_and_(torch.arange(8) > 6)
+
+
+def _other_memory(steps: Steps) -> None:
+    steps.memory = Draw(77)(3, 8, M)
+
+
+WRITES = (
+    _write_data,
+    _permute_rows,
+    _write_one_element,
+    _set_storage,
+    _assign_data,
+    _write_counted,
+    _weights_by_data,
+    _optimiser,
+    _swap,
+    _assign_state,
+    _other_mask,
+    _other_memory,
+)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no_grad"])
+def test_steps_after_any_write(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        steps = Steps()
+        for write in WRITES:
+            for _ in range(4):
+                steps.step()
+            assert steps.hits() > 0, f"nothing was kept before {write.__name__}"
+            write(steps)
+            steps.step()
+
+
+def test_large_memories_are_compared_by_sums() -> None:
+    from attn_kernels.graph.kept import Sources
+
+    x = torch.randn(7, 50, 33).transpose(0, 1)
+    sources = Sources((x,))
+    assert sources.are((x,))
+    for change in (lambda: x.data[3, 4, 5].add_(0.01), lambda: x.data[-1, -1, -1].add_(1.0)):
+        change()
+        assert not sources.are((x,))
+        sources = Sources((x,))
+    x.data.copy_(x.flip(0).clone())
+    assert not sources.are((x,))
+    spread = torch.randn(60, 2, 80)[:, 0]
+    assert Sources((spread,)).are((spread,))
+
+
+@pytest.mark.parametrize("order", ["together", "one by one", "between steps"])
+def test_gradients_over_steps(order: str) -> None:
+    """Losses of several steps on one memory, differentiated in any order."""
+    gradients = []
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    for _ in range(2):  # the second time it is known that keeping pays
+        gradients = []
+        for model in (ours, theirs):
+            memory, padding = Draw(5)(3, 8, M), Draw(6).padding(3, 8)
+            state = Draw(7)(3, H)
+            losses = []
+            for _ in range(4):
+                state = model(state if order != "one by one" else state.detach(), memory, padding)
+                losses.append(state.square().sum())
+                if order == "between steps":
+                    losses.pop().backward()
+                    state = state.detach()
+            if order == "together":
+                sum(losses).backward()
+            for loss in losses if order == "one by one" else ():
+                loss.backward()
+            gradients.append([memory.grad, *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad()
+        assert_same(gradients[0], gradients[1], 1e-11)
+
+
+def test_memory_made_by_an_encoder() -> None:
+    """The memory is no leaf, its view is made anew in each step, and a hook sees its gradient once."""
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    for _ in range(2):
+        gradients = []
+        for model in (ours, theirs):
+            torch.manual_seed(0)
+            encoder = nn.Linear(M, M).double()
+            memory = encoder(Draw(5)(8, 3, M))
+            seen: list[int] = []
+            memory.register_hook(lambda g, seen=seen: seen.append(1))
+            state, total = Draw(7)(3, H), torch.zeros((), dtype=torch.float64)
+            for _ in range(4):
+                state = model(state, memory.transpose(0, 1))
+                total = total + state.square().sum()
+            total.backward()
+            gradients.append([p.grad for p in (*encoder.parameters(), *model.parameters())])
+            assert len(seen) == 1
+            model.zero_grad()
+        assert_same([g.clone() for g in gradients[0]], gradients[1], 1e-11)
+
+
+def test_what_is_returned_is_not_kept() -> None:
+    """The caller writes to projected keys that a module returned."""
+
+    class Returns(Attention):
+        def forward(self, state: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+            keys = self.U(memory)
+            a = F.softmax(self.v(torch.tanh(self.W(state).unsqueeze(1) + keys)).squeeze(-1), 1)
+            return torch.bmm(a.unsqueeze(1), memory), keys
+
+    torch.manual_seed(0)
+    original = Returns().double()
+    module = copy.deepcopy(original)
+    fuse(module, always=True)
+    state, memory, _ = arguments()
+    with torch.no_grad():
+        for _ in range(4):
+            (ours, keys), (theirs, expected) = module(state, memory), original(state, memory)
+            torch.testing.assert_close((ours, keys), (theirs, expected))
+            keys.zero_()
+
+
+# Trust ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_rewrite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    score_vector = rewrite._Writer._score_vector
+
+    def wrong(self: Any, scores: Any, scale: float, shifts: Any, at: Any) -> Any:
+        return score_vector(self, scores, 1.01 * scale, shifts, at)
+
+    monkeypatch.setattr(rewrite._Writer, "_score_vector", wrong)
+
+    class Other(Attention):
+        pass
+
+    torch.manual_seed(0)
+    original = Other().double()
+    module = copy.deepcopy(original)
+    report = fuse(module, always=True)
+    assert_alike(module, original, arguments())
+    assert not report.fused
+    assert "is not the same" in report.skipped[0].reason
+
+
+def test_an_error_in_the_search_is_no_error_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite._Writer, "run", lambda self: 1 / 0)
+
+    class Other(Attention):
+        pass
+
+    module = Other().double()
+    report = fuse(module, always=True)
+    module(*arguments())
+    assert "ZeroDivisionError" in report.skipped[0].reason
+
+
+def test_errors_of_the_call_are_those_of_the_original() -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    state, memory, _ = arguments()
+    for args in ((state[:, :3], memory), (state, memory[..., :2]), (state,)):
+        errors = []
+        for model in (ours, theirs):
+            with pytest.raises((RuntimeError, TypeError)) as raised:
+                model(*args)
+            errors.append((type(raised.value), str(raised.value)))
+        assert errors[0] == errors[1]
+    assert_alike(ours, theirs, arguments())
+
+
+def test_differences_are_found() -> None:
+    x = torch.randn(4, 5, requires_grad=True)
+    mask = torch.rand(4, 5) > 0.5
+
+    def original(x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(mask, -torch.inf).softmax(1)
+
+    assert checking.difference(original, original, (x, mask)) is None
+    for wrong in (
+        lambda x, mask: original(x, ~mask),
+        lambda x, mask: original(x * 1.01, mask),
+        lambda x, mask: original(x, mask).nan_to_num(0.0),
+        lambda x, mask: original(x.detach(), mask),
+        lambda x, mask: original(x, mask).double(),
+        lambda x, mask: original(x, mask) + 0 * x.data.add_(1.0),
+    ):
+        full = mask.clone()
+        full[0] = True
+        assert checking.difference(original, wrong, (x, full)) is not None
+
+
+# Where the original is faster, it runs --------------------------------------------------------------------------------
+
+
+def test_the_faster_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(fusing.time, "perf_counter", lambda: clock[0])
+    for slower in ("original", "rewritten"):
+        model = Decoder().double()
+        fuse(model)
+        state = fusing._state_of(model.attention)
+        forward, run = state.forward, state._run
+
+        def timed(function: Any, seconds: float) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                clock[0] += seconds
+                return function(*args, **kwargs)
+
+            return call
+
+        state.forward = timed(forward, 2.0 if slower == "original" else 1.0)
+        state._run = timed(run, 1.0 if slower == "original" else 2.0)
+        for _ in range(9):
+            model(*arguments())
+        assert set(state.choices.values()) == {slower == "original"}
+
+
+def test_kinds_that_are_not_rewritten_cost_nothing() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x) * x
+
+    model = Gate()
+    report = fuse(model)
+    for _ in range(3):
+        model(torch.randn(3, 4))
+    assert set(fusing._state_of(model).choices.values()) == {False}
+    assert "no additive attention" in report.skipped[0].reason
+
+
+# Among other tools ----------------------------------------------------------------------------------------------------
+
+
+def test_within_torch_compile() -> None:
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments()), theirs(*arguments()))
+    assert any("tanh" in str(graph.code) for graph in graphs), "the outer graph has the plain operations"
+    torch._dynamo.reset()
+    assert_alike(ours, theirs, arguments(1))
+
+
+def test_as_a_backend_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attn_kernels import compile as module
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _, **options: graph.forward)
+    calls = calls_of_op(monkeypatch)
+    _, theirs = pair()
+    compiled = torch.compile(theirs, backend=module.attn_kernels_backend, dynamic=True)
+    for seed, padded in ((0, False), (1, True)):
+        args = arguments(seed)[: 3 if padded else 2]
+        torch.testing.assert_close(compiled(*args), theirs(*args))
+        assert calls
+        calls.clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_with_inductor() -> None:
+    from attn_kernels.compile import attn_kernels_backend
+
+    _, theirs = pair()
+    theirs.float()
+    args = arguments(dtype=torch.float32)
+    compiled = torch.compile(theirs, backend=attn_kernels_backend)
+    assert_same(results(compiled, args), results(theirs, args), 1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    assert_alike(ours, theirs, arguments())
+    for _ in range(3):
+        gradients = []
+        for model in (ours, theirs):
+            args = arguments()
+            checkpoint(model, *args, use_reentrant=reentrant).square().sum().backward()
+            gradients.append([args[1].grad, *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad()
+        assert_same(gradients[0], gradients[1], 1e-12)
+
+
+def test_torch_func_and_tracing() -> None:
+    ours, theirs = pair()
+    report = fuse(ours, always=True)
+    args = arguments()
+    assert_alike(ours, theirs, args)
+    gradient = [torch.func.grad(lambda s, m=m: m(s, *args[1:]).sum())(args[0]) for m in (ours, theirs)]
+    torch.testing.assert_close(gradient[0], gradient[1])
+    assert any("torch.func" in fallback.reason for fallback in report.fallbacks)
+    traced = torch.jit.trace(ours, args)
+    torch.testing.assert_close(traced(*arguments(1)), theirs(*arguments(1)))
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ours, theirs = pair()
+        fuse(ours, always=True)
+        wrapped = nn.parallel.DistributedDataParallel(ours)
+        for _ in range(3):
+            wrapped(*arguments()).square().sum().backward()
+            theirs(*arguments()).square().sum().backward()
+        assert_same([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()], 1e-11)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_double_use_and_threads() -> None:
+    """One module on two memories in turn, and in two threads at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    both = [arguments(seed) for seed in (1, 2)]
+    for _ in range(3):
+        for args in both:
+            assert_alike(ours, theirs, args)
+
+    def many(args: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [ours(*args) for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for args, got in zip(both, pool.map(many, both), strict=True):
+            for result in got:
+                torch.testing.assert_close(result, theirs(*args))
+
+
+def test_where_the_original_is_faster_nothing_else_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair()
+    fuse(ours)
+    args = arguments()
+    state = fusing._state_of(ours.attention)
+    state.choices[sum(x.numel() for x in args).bit_length(), True, True] = False
+    monkeypatch.setattr(state, "run", None)
+    torch.testing.assert_close(ours.attention(*args), theirs.attention(*args))
+
+
+def test_results_are_tensors_of_their_own() -> None:
+    ours, _ = pair()
+    fuse(ours, always=True)
+    args = arguments()
+    with torch.no_grad():
+        first = [x.clone() for x in tensors(ours.attention(*args))]
+        for x in tensors(ours.attention(*args)):
+            x.zero_()
+        for x, expected in zip(tensors(ours.attention(*args)), first, strict=True):
+            torch.testing.assert_close(x, expected)
