@@ -20,9 +20,9 @@ MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mo
 _AUGMENTED = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 _BEFORE_INPLACE = {"relu": 1, "leaky_relu": 2, "dropout": 3}  # arguments before ``inplace``
-_RANDOM = frozenset(
-    ["rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "normal", "uniform", "multinomial", "exponential", "gumbel_softmax", "rrelu", "log_normal", "cauchy", "geometric"]
-)
+_RANDOM = frozenset(("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli"))
+_RANDOM |= {"normal", "uniform", "multinomial", "exponential", "gumbel_softmax", "rrelu", "log_normal", "cauchy"}
+_RANDOM |= {"geometric"}
 
 
 class Writes:
