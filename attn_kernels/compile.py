@@ -27,7 +27,7 @@ def attn_kernels_backend(
     from torch._inductor.compile_fx import compile_fx
 
     graph = Graph(graph_module, branches=False)
-    compiled = compile_fx(graph.graph_module if graph.is_fused else graph_module, example_inputs, **options)
+    compiled: Any = compile_fx(graph.graph_module if graph.is_fused else graph_module, example_inputs, **options)
     if not graph.is_fused:
         return compiled
     return _Checked(graph, compiled)

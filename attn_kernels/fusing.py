@@ -72,7 +72,7 @@ class FuseReport:
             if skipped.name not in watched
         ]
         for name, module, state in self._states():
-            if not state.what():
+            if not state.what() and not state.is_parent:
                 found.append(Skipped(name, module._attn_kernels_original, state.why_not()))
         return found
 
@@ -243,7 +243,9 @@ def _unfuse(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
             raise ValueError(f"{function}: {name or 'model'} was fused and then made a {changed}: undo that first")
     replaced = patching._unpatch(function, model, keep)
     for name, module in modules:
-        replaced.append(Replaced(name, module._attn_kernels_original))
+        state = _state_of(module)
+        if state.entries or not state.is_parent:
+            replaced.append(Replaced(name, module._attn_kernels_original))
         _restore(module)
     return replaced
 
@@ -302,6 +304,7 @@ class _State:
         self.reasons: Counter[str] = Counter()
         self.entries: list[Entry] = []
         self.keeper: Any = None
+        self._source: Captured | None = None  # what the entries are of
 
     def __deepcopy__(self, memo: Any) -> _State:
         return _State(self.original)
@@ -397,6 +400,8 @@ class _State:
             from .graph.capture import Captured
 
             captured = _captured[self.original] = Captured(self.original.forward, self.original.__name__)
+        if self._source is not captured:
+            self._source, self.entries = captured, []
         return captured
 
     def _capture(self, captured: Captured, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | str:

@@ -104,6 +104,11 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(value_of(node).shape)
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a call."""
+    return node.args
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     if len(node.args) > position:
@@ -315,13 +320,13 @@ def _stack(node: Node, source: Node, index: Index) -> Index:
 def _cat(node: Node, source: Node, index: Index) -> Index:
     """Of one tensor, several times."""
     dim = _dim(node, 1, "dim", len(index), 0)
-    inner = _within(index[dim], (len(node.args[0]), shape_of(source)[dim]))[1]
+    inner = _within(index[dim], (len(arguments(node)[0]), shape_of(source)[dim]))[1]
     return (*index[:dim], inner, *index[dim + 1 :])
 
 
 def _getitem(node: Node, source: Node, index: Index) -> Index:
-    items = node.args[1]
-    items = list(items) if isinstance(items, tuple) else [items]
+    given = arguments(node)[1]
+    items = list(given) if isinstance(given, tuple) else [given]
     if any(not (item is None or item is Ellipsis or item == 0 or _is_all(item)) for item in items):
         raise NoMatch("a selection")
     if any(item is True or item is False for item in items):
@@ -492,7 +497,8 @@ def _batch_of(batch: Index, node: Node) -> Index:
 def _add_product(node: Node, index: Index, read: Any) -> Contraction:
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         raise NoMatch("a scaled product")
-    return _product(node, index, node.args[1], node.args[2], node.args[0])
+    bias, a, b = arguments(node)[:3]
+    return _product(node, index, a, b, bias)
 
 
 def _sum(node: Node, index: Index, read: Any) -> Contraction:
@@ -521,7 +527,7 @@ def _sum(node: Node, index: Index, read: Any) -> Contraction:
     factor, inner = trace(read(source, node), tuple(result), read)
     if name_of(factor) not in ("mul", "multiply") or factor.kwargs:
         raise NoMatch("a sum")
-    a, b = factor.args
+    a, b = arguments(factor)
     if not (is_tensor(a) and is_tensor(b)):
         raise NoMatch("a sum")
     inner = settle(inner)
@@ -530,7 +536,7 @@ def _sum(node: Node, index: Index, read: Any) -> Contraction:
 
 
 def _einsum(node: Node, index: Index, read: Any) -> Contraction:
-    equation, *operands = node.args
+    equation, *operands = arguments(node)
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     if not isinstance(equation, str) or "." in equation or "->" not in equation or len(operands) != 2:
@@ -589,6 +595,8 @@ _CONTRACTIONS: dict[str, Callable[[Node, Index, Any], Contraction]] = {
     "einsum": _einsum,
     "tensordot": _tensordot,
 }
+
+PRODUCTS = frozenset(_CONTRACTIONS)  # names of calls that may sum over products
 
 
 def trace(node: Node, index: Index, read: Callable[[Node, Node], Node]) -> tuple[Node, Index]:

@@ -159,7 +159,9 @@ class Captured:
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         import torch._dynamo as dynamo
         from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-        from torch.fx.experimental import _config as shapes
+        from torch.fx.experimental import _config
+
+        shapes: Any = _config  # its ``patch`` is made when it is imported
 
         if self._compiled is None:
             self._compiled = torch.compile(self.call, backend=self._backend, dynamic=True, fullgraph=True)

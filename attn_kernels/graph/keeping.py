@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .axes import is_tensor, name_of, value_of
+from .axes import PRODUCTS, is_tensor, name_of, value_of
 from .dead import has_effects
 from .kept import keep
 from .writes import storage, written
-
-PRODUCTS = frozenset(
-    ("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "einsum", "tensordot")
-)
 
 
 def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
@@ -35,12 +31,12 @@ def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
     outside = {storage(x) for x in cone if x.op == "placeholder" and is_tensor(x)}
     if storage(node) in returned and storage(node) not in outside:
         return
-    shared = [x for x in inside if x is not node and name_of(x) in PRODUCTS and not set(x.users) <= set(inside)]
+    shared = [x for x in inside if x is not node and _is_expensive(x) and not set(x.users) <= set(inside)]
     for other in shared:  # used for something else, too: values that are projected keys
         keep_node(graph, other, parameters)
     if shared:
         return
-    is_view = not any(name_of(x) in PRODUCTS for x in inside)
+    is_view = not any(_is_expensive(x) for x in inside)
     if is_view and storage(node) not in outside:
         return
     _write(graph, node, cone, is_view)
@@ -64,6 +60,10 @@ def _cone(node: Node) -> list[Node] | None:
         found.add(current)
         waiting += current.all_input_nodes
     return [x for x in node.graph.nodes if x in found]
+
+
+def _is_expensive(node: Node) -> bool:
+    return name_of(node) in PRODUCTS and name_of(node) != "sum"
 
 
 def _is_number(node: Node) -> bool:

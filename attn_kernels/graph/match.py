@@ -22,6 +22,7 @@ from .axes import (
     Index,
     NoMatch,
     argument,
+    arguments,
     axes_of,
     broadcast,
     constant,
@@ -43,7 +44,8 @@ from .writes import Writes, written
 LOWEST_FILL = -1e6
 
 
-class Leaf(NamedTuple):
+@dataclass(frozen=True)
+class Leaf:
     """A tensor of the graph, ``node[index]``, as ``reader`` reads it."""
 
     node: Node
@@ -205,7 +207,7 @@ class Matcher:
             return self._terms(Leaf(*step, node), coefficient, units)
         if name in ("add", "iadd", "add_", "sub", "isub", "sub_") and not node.kwargs:
             terms = []
-            for operand, sign in zip(node.args, (1.0, -1.0 if "sub" in name else 1.0), strict=False):
+            for operand, sign in zip(arguments(node), (1.0, -1.0 if "sub" in name else 1.0), strict=False):
                 number = constant(operand)
                 if number is not None:
                     if number != 0:
@@ -215,7 +217,7 @@ class Matcher:
                 terms += self._terms(part, sign * coefficient, units)
             return terms
         if name == "neg":
-            return self._terms(Leaf(node.args[0], index, node), -coefficient, units)
+            return self._terms(Leaf(arguments(node)[0], index, node), -coefficient, units)
         return self._projected(node, index, coefficient) or [Term(Leaf(node, settle(index), node), coefficient)]
 
     def _projected(self, node: Node, index: Index, coefficient: float) -> list[Term]:
@@ -339,7 +341,7 @@ class Matcher:
             source, mask, fill = _arguments(node, "input", "condition", "other")
             keep = True
         elif name == "setitem":
-            source, mask, fill = node.args
+            source, mask, fill = arguments(node)
             keep = False
         else:
             return None
@@ -372,7 +374,7 @@ class Matcher:
         """Scores and what is added to them, if that is the same for all steps."""
         if name_of(node) not in ("add", "iadd", "add_") or node.kwargs or len(node.args) != 2:
             return None
-        for scores, added in (node.args, node.args[::-1]):
+        for scores, added in (arguments(node), arguments(node)[::-1]):
             if is_tensor(scores) and is_tensor(added) and len(shape_of(scores)) == len(index):
                 leaf = self._leaf(Leaf(added, broadcast(index, added), node))
                 if not set(leaf.axes):
@@ -402,8 +404,8 @@ class Matcher:
 
     def _leaf(self, leaf: Leaf) -> Leaf:
         """The tensor behind all views."""
-        node, index, reader = leaf
-        node = self.writes.read(node, reader)
+        index, reader = leaf.index, leaf.reader
+        node = self.writes.read(leaf.node, reader)
         while True:
             step = pull(node, index)
             if step is None or not is_tensor(node):
@@ -497,15 +499,15 @@ def _factor(node: Node) -> tuple[Node, float] | None:
     """A tensor and the number that it is multiplied by."""
     name = name_of(node)
     if name in ("mul", "mul_", "imul", "multiply") and len(node.args) == 2 and not node.kwargs:
-        for tensor, number in (node.args, node.args[::-1]):
+        for tensor, number in (arguments(node), arguments(node)[::-1]):
             if is_tensor(tensor) and constant(number) is not None:
                 return tensor, constant(number)
     if name in ("div", "div_", "itruediv", "truediv", "divide") and len(node.args) == 2 and not node.kwargs:
-        tensor, number = node.args
+        tensor, number = arguments(node)
         if is_tensor(tensor) and constant(number):
             return tensor, 1.0 / constant(number)
-    if name in ("neg", "neg_") and is_tensor(node.args[0]):
-        return node.args[0], -1.0
+    if name in ("neg", "neg_") and is_tensor(arguments(node)[0]):
+        return arguments(node)[0], -1.0
     return None
 
 

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import runtime
 from .axes import (
+    PRODUCTS,
     Axis,
     Group,
     Index,
@@ -29,8 +30,6 @@ from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Soft
 from .writes import written
 
 CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # what is computed by one op, all up to there
-_PRODUCTS = ("linear", "conv1d", "conv2d", "matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm", "sum", "einsum")
-_PRODUCTS += ("tensordot",)
 
 
 class Found(NamedTuple):
@@ -85,7 +84,7 @@ class _Writer:
         reasons: list[str] = []
         if not any(name_of(node) in ("tanh", "tanh_") for node in nodes):
             return found, reasons
-        products = [node for node in nodes if name_of(node) in _PRODUCTS and is_tensor(node)]
+        products = [node for node in nodes if name_of(node) in PRODUCTS and is_tensor(node)]
         contexts = self._contexts(products)
         for node in nodes:
             if softmax_dim(node) is None:

@@ -8,6 +8,7 @@ followed: what reads it is not matched.
 from __future__ import annotations
 
 import bisect
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -19,8 +20,9 @@ MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mo
 _AUGMENTED = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 _BEFORE_INPLACE = {"relu": 1, "leaky_relu": 2, "dropout": 3}  # arguments before ``inplace``
-_RANDOM = ("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli", "normal")
-_RANDOM += ("uniform", "multinomial", "exponential", "gumbel_softmax", "rrelu", "log_normal", "cauchy", "geometric")
+_RANDOM = frozenset(("rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "bernoulli"))
+_RANDOM |= {"normal", "uniform", "multinomial", "exponential", "gumbel_softmax", "rrelu", "log_normal", "cauchy"}
+_RANDOM |= {"geometric"}
 
 
 class Writes:
@@ -85,7 +87,7 @@ def written(node: Node) -> list[Node]:
     name = name_of(node)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return [arg for arg in node.all_input_nodes if is_tensor(arg)]  # its body is not looked into
-    targets = [node.kwargs.get("out")]
+    targets: list[Any] = [node.kwargs.get("out")]
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments
         targets += [
