@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .backends import Backend, backends
 from .errors import ArgumentError, ArgumentTypeError, ArgumentValueError
+from .flops import register_with_counter
 from .functional import additive_attention, additive_scores, dot_attention, prepare_keys
 from .memory import Memory
 from .modules import BahdanauAttention, CosineAttention, LuongAttention
@@ -37,6 +38,8 @@ __all__ = [
     "unfuse",
     "unpatch",
 ]
+
+register_with_counter()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,97 @@
+"""Formulas of the ops for ``torch.utils.flop_counter``: the FLOPs of the matrix products in the reference.
+
+An op counts the products of its formula in eager PyTorch, not what its kernel executes: so a model has one number on
+all backends with kernels. Elementwise functions count nothing, as in PyTorch; the product with v, which PyTorch's own
+table leaves out as one of a matrix with a vector, is counted. A backward counts the products that make its gradients,
+not those that it computes again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+Shape = tuple[int, ...]
+
+
+def register() -> None:
+    """Registers the formulas. Imports the counter, which imports triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in _FORMULAS.items():
+        register_flop_formula(getattr(torch.ops.attn_kernels, name))(formula)
+
+
+def register_with_counter() -> None:
+    """Registers the formulas as soon as the counter is imported, and imports nothing itself."""
+    if _COUNTER in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _pairs(query: Shape, keys: Shape) -> int:
+    """B Tq Tk."""
+    return query[0] * query[1] * keys[1]
+
+
+def _additive_scores(query: Shape, keys: Shape, *_: Any, **__: Any) -> int:
+    """tanh(...) @ v."""
+    return 2 * _pairs(query, keys) * query[2]
+
+
+def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *_: Any, **__: Any) -> int:
+    """The gradients of the tanh and of v."""
+    return 4 * _pairs(query, keys) * query[2]
+
+
+def _attention(query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> int:
+    """The scores, and alignments @ values."""
+    return 2 * _pairs(query, keys) * (query[2] + values[2])
+
+
+def _attention_backward(
+    grad_context: Shape | None, grad_alignments: Any, query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any
+) -> int:
+    """The gradients of both factors of the scores, and, where the context has one, of alignments and values."""
+    return 4 * _pairs(query, keys) * (query[2] + (0 if grad_context is None else values[2]))
+
+
+def _attention_query_backward(*args: Any, **kwargs: Any) -> int:
+    """The gradients of the query and of the alignments."""
+    return _attention_backward(*args, **kwargs) // 2
+
+
+_FORMULAS = {
+    "additive_scores": _additive_scores,
+    "additive_scores_backward": _additive_scores_backward,
+    "additive_attention": _attention,
+    "additive_attention_backward": _attention_backward,
+    "additive_attention_query_backward": _attention_query_backward,
+    "dot_attention": _attention,
+    "dot_attention_backward": _attention_backward,
+    "dot_attention_query_backward": _attention_query_backward,
+}
