@@ -177,7 +177,8 @@ class Decoder(nn.Module):
         """``_step`` by a call of ``rnn``."""
         batch, hypotheses = embedded.shape[:2]
         inputs = self._inputs(embedded, state).flatten(0, 1).unsqueeze(1)
-        rows = DecoderState(*(tuple(x.flatten(0, 1).unsqueeze(1) for x in of) for of in state[:2]), None)
+        first, second = (tuple(x.flatten(0, 1).unsqueeze(1) for x in of) for of in (state.hidden, state.cell))
+        rows = DecoderState(first, second, None)
         outputs, after = self._call_rnn(inputs, rows)
         hidden, cell = (
             tuple(x.unflatten(0, (batch, hypotheses)) for layers in of for x in layers.unbind(0))
@@ -191,10 +192,10 @@ class Decoder(nn.Module):
     def _call_rnn(self, inputs: Tensor, state: DecoderState) -> tuple[Tensor, Any]:
         """inputs: (R, T, *). state: (R, 1, *) of each layer. Returns what ``rnn`` does, outputs as (R, T, *)."""
         first = tuple(torch.cat(layers, dim=1).transpose(0, 1) for layers in (state.hidden, state.cell) if layers)
-        first = first if len(first) > 1 else first[0]
+        given = first if len(first) > 1 else first[0]
         if getattr(self.rnn, "batch_first", True):
-            return self.rnn(inputs, first)
-        outputs, after = self.rnn(inputs.transpose(0, 1), first)
+            return self.rnn(inputs, given)
+        outputs, after = self.rnn(inputs.transpose(0, 1), given)
         return outputs.transpose(0, 1), after
 
     def _finish(

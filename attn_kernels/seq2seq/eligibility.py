@@ -71,7 +71,7 @@ def _has_sizes_as_made(decoder: Decoder, state: DecoderState, memory: Memory) ->
     return (
         _is_as_made(rnn)
         and rnn.hidden_size == size
-        and rnn.weight_ih_l0.shape[1] == rnn.input_size > fed
+        and rnn.all_weights[0][0].shape[1] == rnn.input_size > fed
         and len(rnn.all_weights) == layers == len(state.hidden)
         and len(state.cell) == (layers if isinstance(rnn, nn.LSTM) else 0)
         and (state.feed is not None) == decoder.input_feeding

@@ -38,7 +38,8 @@ def _copy(module: Any, made: dict[int, Any]) -> Any:
     if compiled is not None and isinstance(module, compiled.OptimizedModule):
         return _copy(module._orig_mod, made)  # what is compiled belongs to the original
     # The second base of a sharded module's class is the class that it had before.
-    copy = made[id(module)] = object.__new__(type(module).__mro__[2] if is_sharded(module) else type(module))
+    copy: Any = object.__new__(type(module).__mro__[2] if is_sharded(module) else type(module))
+    made[id(module)] = copy
     attributes = {name: _rebind(value, module, copy) for name, value in vars(module).items()}
     children = {name: child if child is None else _copy(child, made) for name, child in module._modules.items()}
     vars(copy).update(attributes, training=False, _modules=children)

@@ -110,8 +110,8 @@ class GenerationSteps:
         rows = memory.batch_size * hypotheses
         budget = self.budget = Budget(MOST_BYTES)
         self.embedding: Tensor = decoder.embedding.weight
-        make_layer = _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
-        weights = decoder.rnn.all_weights
+        make_layer: Any = _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
+        weights: Any = decoder.rnn.all_weights
         self.make_first = functools.partial(make_layer, *weights[0], rows, steps, budget)
         # What a token adds to the gates of the first layer, for all of the vocabulary: as soon as the steps have
         # computed as many rows as it has (a product of one row takes as long as one of four: both read the weight).

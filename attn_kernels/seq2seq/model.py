@@ -299,7 +299,7 @@ def _count(argument: str, count: Any) -> int:
 
 def _number(argument: str, number: Any, above_zero: bool = False) -> float:
     """A finite number as a float."""
-    if not isinstance(number, numbers.Real) or not 0 <= number < math.inf or (above_zero and number == 0):
+    if not isinstance(number, numbers.Real) or not 0 <= float(number) < math.inf or (above_zero and number == 0):
         expected = "above 0" if above_zero else "of at least 0"
         raise ValueError(f"Seq2Seq.generate: {argument} must be a number {expected}, got {number!r}")
     return float(number)

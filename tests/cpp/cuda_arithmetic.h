@@ -1,8 +1,8 @@
 // What NVIDIA GPUs compute inexactly, for the emulator: the approximate instructions of PTX at the edge of the error that
 // its manual allows, functions of the CUDA math library, and the sums of tensor cores.
 //
-// The same operands always give the same result, half of them too large and half too small. float64 is exact on a GPU
-// but for the rounding, and here.
+// The same operands always give the same result, half of them too large and half too small; they are rounded besides, so
+// the errors are up to half a unit larger than on a GPU. float64 is exact there but for the rounding, and here.
 #pragma once
 
 #include <cfloat>
@@ -49,6 +49,13 @@ inline float tanhf(float x) {
   return with_error(exact, x, 0x1p-23);
 }
 
+inline double power_of_two(std::int64_t exponent) {
+  const std::int64_t bits = (exponent + 1023) << 52;
+  double x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 // c + the sum of the products a[k] b[k] of elements of 16 bits, as a tensor core adds them up: eight products at a time,
 // which are exact, and c are cut off below the largest of them, at one bit more than float32 has; then the sum is cut off
 // to float32. Measured on an A100; later ones keep more bits (M. Fasi et al., Numerical behavior of NVIDIA tensor cores,
@@ -66,8 +73,10 @@ inline float tensor_core_sum(float c, const float* a, const float* b, int n) {
       c = static_cast<float>(exact);
       continue;
     }
-    const int exponent = std::ilogb(largest);
-    const double unit = std::ldexp(1.0, exponent - kBits), parts = std::ldexp(1.0, kBits - exponent);
+    std::int64_t bits;  // as a double, the largest is a normal number
+    std::memcpy(&bits, &largest, sizeof(bits));
+    const std::int64_t exponent = (bits >> 52) - 1023;
+    const double unit = power_of_two(exponent - kBits), parts = power_of_two(kBits - exponent);
     std::int64_t sum = static_cast<std::int64_t>(c * parts);  // towards zero
     for (int k = first; k < first + kAtOnce; ++k) sum += static_cast<std::int64_t>(double(a[k]) * b[k] * parts);
     const double total = static_cast<double>(sum) * unit;
