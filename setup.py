@@ -131,7 +131,7 @@ class BuildExtension(build_ext):
         compiler = self.compiler.compiler_cxx[0] if getattr(self.compiler, "compiler_cxx", None) else None
         if compiler and not shutil.which(compiler):
             sys.exit(
-                f"attn_kernels needs a C++17 compiler, and {compiler!r} was not found: install one (Debian, Ubuntu: g++), "
+                f"attn_kernels needs a C++17 compiler, and {compiler!r} was not found: install one (Debian: g++), "
                 "name one by CXX=..., or leave the C++ kernels out by ATTN_KERNELS_CPU=0 (reference and Triton remain)"
             )
         if all(ext.name != "attn_kernels._C_cuda" for ext in self.extensions):

@@ -26,7 +26,7 @@ def register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in _FORMULAS.items():
-        register_flop_formula(getattr(torch.ops.attn_kernels, name))(formula)
+        register_flop_formula(getattr(torch.ops.attn_kernels, name))(formula)  # type: ignore[arg-type]
 
 
 def register_with_counter() -> None:

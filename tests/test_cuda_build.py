@@ -77,3 +77,13 @@ def test_module(compiler: Path, tmp_path: Path) -> None:
     assert available == torch.cuda.is_available()
     if torch.version.cuda is None:
         assert detail == "this PyTorch was built without CUDA"
+
+
+def test_without_a_compiler_the_build_says_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "'no-such-compiler' was not found" in done.stderr
+    assert "ATTN_KERNELS_CPU=0" in done.stderr

@@ -17,9 +17,7 @@ import torch
 import attn_kernels
 from attn_kernels.backends import emulated
 from conftest import available
-from matrix import OPS, Case, assert_bit_equal, check, make, run
-
-from matrix import slow_if
+from matrix import OPS, Case, assert_bit_equal, check, make, run, slow_if
 
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build/emulated/objects"  # of the kernels, as tests/cpp/build_emulated.py has compiled them

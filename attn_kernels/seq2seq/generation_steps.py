@@ -143,7 +143,7 @@ class GenerationSteps:
         vocabulary, read = self.embedding.shape
         if vocabulary > min(self.rows_read, self.rows_left):
             return False
-        first = self.make_first.func
+        first: Any = self.make_first.func
         weight_x, weight_h, bias_x, bias_h, *rest = self.make_first.args
         self.rows_left = 0  # it is not made twice, nor tried again where it does not fit
         if not self.budget.take(vocabulary * weight_x.shape[0] * weight_x.element_size()):
