@@ -44,6 +44,7 @@ def test_rows() -> None:
     tested = {"found": FOUND, "steps": {"tests": 3}, "tests": {"passed": 5, "failed": [], "skipped": 2}}
     expected = "| 3.12.1 | 2.11.0+cu130 | 3.6.0 | 2.3.5 | yes | yes, nvcc 13.0 | `-k dot` | 5 / 0 / 2 | abc |"
     assert versions.row({**result, **tested}) == expected
+    assert "| 5 / 0 / 2, not finished |" in versions.row({**result, **tested, "steps": {"tests": "Interrupted"}})
     emulated = {**FOUND, "cuda build": {"emulated": True}}
     assert "| yes | - |" in versions.row({**result, **tested, "found": emulated})
     assert "| 3.12 | 2.11.0 | - | - | failed: build |" in versions.row(

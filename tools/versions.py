@@ -165,6 +165,8 @@ def row(result: dict[str, Any]) -> str:
         arguments = shlex.join(result["arguments"])
         cells.append(f"`{arguments}`" if arguments else "all")
         cells.append("none" if tests is None else f"{tests['passed']} / {len(tests['failed'])} / {tests['skipped']}")
+        if tests is not None and isinstance(steps["tests"], str) and not tests["failed"]:
+            cells[-1] += ", not finished"
     return f"| {' | '.join([*versions, *cells, result.get('commit', '')])} |"
 
 
