@@ -29,6 +29,9 @@ from .patching import Fallback, Replaced, Report, Skipped
 if TYPE_CHECKING:
     from .graph.capture import Captured, Entry
 
+# Looked up once: they are called in every call of a module.
+_is_tracing, _is_grad_enabled = torch._C._is_tracing, torch.is_grad_enabled
+
 _MOST = 16  # kinds of calls of one module
 _TRIALS = 3  # timed calls of each of the two ways
 
@@ -117,7 +120,7 @@ class Watched:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # An outer torch.compile has the original's operations, and may rewrite them itself; a trace has plain ones.
-        if is_compiling() or torch._C._is_tracing():
+        if is_compiling() or _is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(_STATE)
         if state is None:
@@ -126,7 +129,7 @@ class Watched:
         for x in args:
             if isinstance(x, Tensor):
                 size += x.numel()
-        kind = (size.bit_length(), self.training, torch.is_grad_enabled())  # type: ignore[attr-defined]
+        kind = size.bit_length(), self.__dict__["training"], _is_grad_enabled()
         choice = state.choices.get(kind)
         if choice is False:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

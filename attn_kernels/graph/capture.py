@@ -44,7 +44,7 @@ class Graph:
     def __init__(self, graph_module: torch.fx.GraphModule, branches: bool = True) -> None:
         self.found: list[Found] = []
         self.reasons: list[str] = []
-        self.graph_module = graph_module
+        self._captured = self.graph_module = graph_module
         self.original = self.rewritten = graph_module.forward
         self._install: Callable[[Any], None] = lambda function: None
         nodes = graph_module.graph.nodes
@@ -88,6 +88,11 @@ class Graph:
                     self.rewritten = self.original
             self._is_settled = True
             self._install(self.rewritten)
+            # Fake tensors have weak references to parameters, which would then refuse to be swapped.
+            self._placeholders = []
+            for graph_module in (self._captured, self.graph_module):
+                for node in graph_module.graph.nodes:
+                    node.meta.clear()
 
     def _is_large(self, args: tuple[Any, ...]) -> bool:
         """Whether to compare the graphs for arguments of these sizes would take long."""

@@ -79,6 +79,8 @@ def _write(graph: Graph, node: Node, cone: list[Node], is_view: bool) -> None:
         if x not in inputs:
             copies[x] = inner.node_copy(x, lambda old: copies[old])
     inner.output(copies[node])
+    for x in inner.nodes:
+        x.meta.clear()
     function = keep(GraphModule({}, inner).forward, len(tensors), is_view, f"kept_{node.name}")
     with graph.inserting_after(node):
         call = graph.call_function(function, (*tensors, *numbers))

@@ -40,9 +40,9 @@ class Sources:
         return self._values is None or tuple(map(_value, tensors)) == self._values
 
 
-def look_same(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
-    """Whether tensors are the same as far as can be seen without looking at elements."""
-    return all(a is b or _one_view(a, b) for a, b in zip(old, new, strict=True))
+def _look(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The same for the same tensors, without holding them; rarely for others, too, where memory was used again."""
+    return tuple((x.data_ptr(), x.shape, x.stride(), x.requires_grad) for x in tensors)
 
 
 def _counted(x: Tensor) -> tuple[Any, ...]:
@@ -89,13 +89,14 @@ class Slot:
     """What one module keeps for one place of one graph.
 
     The first call on new tensors keeps nothing: only where the second is on the same ones, or where it was so the last
-    time, is the result worth holding.
+    time, is the result worth holding. What was held in vain makes it wait for more calls on the same.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, ...] = ()
         self._held: Held | None = None
         self._pays = False
+        self._last: tuple[Any, ...] = ()
+        self._repeats, self._needed = 0, 1
 
     def get(
         self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], is_view: bool
@@ -109,11 +110,14 @@ class Slot:
                 held.hits += 1
                 return held.value
             self._pays = held.hits > 0
+            self._needed = 1 if self._pays else min(2 * self._needed, 64)
             self._held = held = None
-        last, self._last = self._last, ()
-        if not self._pays and not (last and look_same(last, tensors)):
-            self._last = tensors
-            return function(*tensors, *numbers)
+        if not self._pays:
+            last, self._last = self._last, _look(tensors)
+            self._repeats = self._repeats + 1 if last == self._last else 0
+            if self._repeats < self._needed:
+                return function(*tensors, *numbers)
+        self._last, self._repeats = (), 0
         sources = Sources(tensors, elements=not is_view)
         value = function(*tensors, *numbers) if is_view else _make(function, tensors, numbers)
         if not any(value is x for x in tensors):

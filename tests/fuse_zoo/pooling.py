@@ -37,7 +37,7 @@ class Bag(nn.Module):
         return torch.mm(a, x), a
 
 
-@case(None, _memory, why="tanh")
+@case(None, _memory, why="no additive attention")
 class GatedBag(nn.Module):
     def __init__(self):
         super().__init__()
