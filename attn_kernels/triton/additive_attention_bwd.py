@@ -67,12 +67,12 @@ def _walk_steps(
         k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
         if FACTORED:
             ek = exp2x(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
-            e = eq[:, None, :] * ek[None, :, :]
-            r = reciprocal(1.0 + e, APPROXIMATE)
+            d = 1.0 + eq[:, None, :] * ek[None, :, :]
+            r = reciprocal(d, APPROXIMATE)
             once = ds[:, :, None] * r
             twice = once * r
             dq += tl.sum(twice * ek[None, :, :], axis=1)
-            dv += tl.sum(tl.sum(once * (e - 1.0), axis=0), axis=0)
+            dv += tl.sum(tl.sum(once * (d - 2.0), axis=0), axis=0)
             if dkeys is not None:
                 dk = tl.sum(twice * eq[:, None, :], axis=0) * ek
         else:
