@@ -350,7 +350,7 @@ def test_projections_of_cells() -> None:
     check(model)
 
 
-@pytest.mark.parametrize("kinds", [{nn.Linear}, {nn.LSTM}, {nn.GRU, nn.Linear}], ids=str)
+@pytest.mark.parametrize("kinds", [{nn.Linear}, {nn.LSTM}, {nn.GRU, nn.Linear}], ids=["linear", "lstm", "gru"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantized_modules(kinds: set[Any]) -> None:
     cell = "gru" if nn.GRU in kinds else "lstm"
