@@ -272,11 +272,11 @@ def test_exported_program_is_saved(tmp_path: Path) -> None:
     query = torch.randn(4, 8)
     program = torch.export.export(attention, (query, memory))
     torch.export.save(program, tmp_path / "attention.pt2")
-    torch.save((query, memory.keys, memory.values, memory.memory_lengths, memory.prepared), tmp_path / "inputs.pt")
+    torch.save((query, memory.keys, memory.values, memory.memory_lengths), tmp_path / "inputs.pt")
     script = """
 import sys, torch, attn_kernels
-query, keys, values, lengths, prepared = torch.load(sys.argv[2])
-memory = attn_kernels.Memory(keys, values, lengths, prepared=prepared)
+query, keys, values, lengths = torch.load(sys.argv[2])
+memory = attn_kernels.Memory(keys, values, lengths)
 result = torch.export.load(sys.argv[1]).module()(query, memory)
 assert type(result) is attn_kernels.Attention, type(result)
 torch.save(tuple(result), sys.argv[3])

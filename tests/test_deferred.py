@@ -545,18 +545,6 @@ def test_select_and_to(mechanism: str, passes: list[int]) -> None:
 # What it does not do --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_second_derivative_is_refused(mechanism: str) -> None:
-    world = World(mechanism, "cpu")
-    loss = sum(world.losses(world.decode()))
-    inputs = {**world.leaves(), "keys": world.memory.keys, "values": world.memory.values}
-    gradients = torch.autograd.grad(loss, list(inputs.values()), create_graph=True)
-    for name, gradient in zip(inputs, gradients, strict=True):
-        assert gradient.requires_grad, f"d{name} pretends to be a constant"
-        with pytest.raises(RuntimeError, match="twice"):
-            torch.autograd.grad(gradient.sum(), [world.outputs], retain_graph=True)
-
-
 @semantics
 def test_compiled(mechanism: str, passes: list[int]) -> None:
     """Compiled steps make their own gradients, beside steps that leave theirs."""

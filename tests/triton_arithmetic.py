@@ -88,9 +88,9 @@ def install() -> None:
         """The builder's method: ``function`` for float32, and what it was for other types."""
 
         def method(self, *operands):
-            if any(operand.data.dtype != np.float32 for operand in operands):
-                return plain(self, *operands)
             with np.errstate(all="ignore"):
+                if any(operand.data.dtype != np.float32 for operand in operands):
+                    return plain(self, *operands)
                 return TensorHandle(function(*(operand.data for operand in operands)), operands[0].dtype.scalar)
 
         return method
