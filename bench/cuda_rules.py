@@ -191,14 +191,17 @@ def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
 
 
 def _examine_pairs(facts: Facts, rule: Rule, finding: Finding) -> None:
-    """The hot loop is that with the most reciprocals and no exponential: tanh itself, for large inputs, has both."""
+    """The hot loop is that with the most reciprocals and no exponential: tanh itself, for large inputs, has both.
+
+    Where the exponentials of tanh are polynomials, the shorter loop of the two is the hot one.
+    """
     candidates = [loop for loop in facts.loops if loop.count("MUFU.RCP") and not loop.count("MUFU.EX2", "MUFU.TANH")]
     if not candidates and rule.special is None:
         return  # dot-product attention
     if not candidates:
         finding.problems.append("no loop with reciprocals and without exponentials: pairs take tanh itself")
         return
-    hot = max(candidates, key=lambda loop: loop.count("MUFU.RCP"))
+    hot = max(candidates, key=lambda loop: (loop.count("MUFU.RCP"), -loop.slots))
     pairs = float(hot.count("MUFU.RCP") * rule.sharing)
     if rule.thread_tile is not None:
         queries, steps = finding.thread_tile = rule.thread_tile(facts)

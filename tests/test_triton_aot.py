@@ -176,18 +176,24 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
 
 
 def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
-    """One reciprocal for a unit of a pair and no exponential, unless the inputs are large or the queries few."""
+    """One reciprocal for a unit of a pair and no exponential, unless the inputs are large or the queries few.
+
+    For keys in float32 the exponential of these is a polynomial and no special function.
+    """
     size = kernel["constants"]
     if size["FLOAT64"]:
         return []
     elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
     counts = {(_count(loop, "MUFU.RCP"), _count(loop, "MUFU")) for loop in kernel["loops"]} - {(0, 0)}
-    expected = {(elements, 2 * elements)} | ({(elements, elements)} if size["FACTORED"] else set())
+    special = elements if kernel["dtype"] == "float32" else 2 * elements
+    expected = {(elements, special)} | ({(elements, elements)} if size["FACTORED"] else set())
     if counts != expected:
         return [f"(reciprocals, special functions) of the loops are {counts}, expected {expected}"]
     problems = []
     if size["FACTORED"]:
-        factored = next(loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements)
+        factored = min(
+            (loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements), key=lambda loop: sum(loop.values())
+        )
         instructions = sum(factored.values()) / elements
         # 7 for each pair, and about 40 for each step: its exponential, its loads, its sum and store.
         if instructions > (9.0 if elements >= 32 else 10.5):

@@ -51,6 +51,7 @@ def _walk_steps(
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], LARGEST_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
+    dv_of_query = tl.zeros(q.shape, dtype=q.dtype)  # a sum over queries in each step would take half as much again
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     keys += first[:, None] * stride_kk + u[None, :] * stride_ka
     if dkeys is not None:
@@ -67,12 +68,12 @@ def _walk_steps(
         k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
         if FACTORED:
             ek = exp2x(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
-            d = 1.0 + eq[:, None, :] * ek[None, :, :]
-            r = reciprocal(d, APPROXIMATE)
+            e = eq[:, None, :] * ek[None, :, :]
+            r = reciprocal(1.0 + e, APPROXIMATE)
             once = ds[:, :, None] * r
             twice = once * r
             dq += tl.sum(twice * ek[None, :, :], axis=1)
-            dv += tl.sum(tl.sum(once * (d - 2.0), axis=0), axis=0)
+            dv_of_query += tl.sum(once * (e - 1.0), axis=1)
             if dkeys is not None:
                 dk = tl.sum(twice * eq[:, None, :], axis=0) * ek
         else:
@@ -101,6 +102,7 @@ def _walk_steps(
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
     if FACTORED:
         dq *= eq
+        dv += tl.sum(dv_of_query, axis=0)
     return dq, dv
 
 
