@@ -51,7 +51,8 @@ def _walk_steps(
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], LARGEST_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
-    dv_of_query = tl.zeros(q.shape, dtype=q.dtype)  # a sum over queries in each step would take half as much again
+    # A sum over queries in each step takes half as much again, but a mask leaves no registers for one of each query.
+    dv_of_query = tl.zeros(q.shape, dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     keys += first[:, None] * stride_kk + u[None, :] * stride_ka
     if dkeys is not None:
@@ -69,11 +70,15 @@ def _walk_steps(
         if FACTORED:
             ek = exp2x(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
             e = eq[:, None, :] * ek[None, :, :]
-            r = reciprocal(1.0 + e, APPROXIMATE)
+            d = 1.0 + e
+            r = reciprocal(d, APPROXIMATE)
             once = ds[:, :, None] * r
             twice = once * r
             dq += tl.sum(twice * ek[None, :, :], axis=1)
-            dv_of_query += tl.sum(once * (e - 1.0), axis=1)
+            if MASKED:  # d - 2 is e - 1 in fewer registers
+                dv += tl.sum(tl.sum(once * (d - 2.0), axis=0), axis=0)
+            else:
+                dv_of_query += tl.sum(once * (e - 1.0), axis=1)
             if dkeys is not None:
                 dk = tl.sum(twice * eq[:, None, :], axis=0) * ek
         else:
@@ -102,7 +107,8 @@ def _walk_steps(
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
     if FACTORED:
         dq *= eq
-        dv += tl.sum(dv_of_query, axis=0)
+        if not MASKED:
+            dv += tl.sum(dv_of_query, axis=0)
     return dq, dv
 
 
