@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..memory import Memory
@@ -26,6 +27,8 @@ def has_stock_steps(decoder: Decoder, state: DecoderState, memory: Memory) -> bo
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
+    if not runs_eagerly(memory.keys.device.type):
+        return False
     attention, projection = decoder.attention, getattr(decoder.attention, "query_projection", None)
     called = (decoder, attention, decoder.rnn, decoder.attentional, decoder.dropout)
     if not all(map(is_stock, called)) or not (projection is None or is_stock(projection)):
@@ -37,15 +40,16 @@ def has_stock_steps(decoder: Decoder, state: DecoderState, memory: Memory) -> bo
     like = memory.keys
     parameters = [x for module in (*called, projection) if module is not None for x in module._parameters.values()]
     floating = [x for x in (*parameters, *tensors) if x is not None and x.is_floating_point()]
-    return (
-        all(x.device == like.device for x in (*floating, *tensors))
-        and all(x.dtype == like.dtype for x in floating if x is not memory.prepared)
-        and runs_eagerly(like.device.type)
+    return all(x.device == like.device for x in (*floating, *tensors)) and all(
+        x.dtype == like.dtype for x in floating if x is not memory.prepared
     )
 
 
-def has_stock_cells(rnn: object) -> bool:
+def has_stock_cells(rnn: nn.Module) -> bool:
     """Whether ``torch.lstm_cell`` or ``torch.gru_cell`` with its weights are a step of it, but for dropout."""
+    if torch.compiler.is_compiling():  # as far as it can be traced
+        watched = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
+        return type(rnn) in (nn.LSTM, nn.GRU) and not watched and "forward" not in rnn.__dict__ and _is_as_made(rnn)
     return is_stock(rnn) and _is_as_made(rnn)
 
 
