@@ -174,7 +174,9 @@ class AdditiveSequenceAttention(SequenceAttention):
         self, backend: str, memory: Memory, steps: int, query_weight: Tensor, v: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__(backend, memory, steps, query_weight)
-        self.prepared = prepare_keys(memory.keys, backend=backend)
+        # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
+        is_short = memory.keys.element_size() == 2
+        self.prepared = None if is_short else prepare_keys(memory.keys, backend=backend)
         self.v = v
         self.bias = bias
 
