@@ -200,7 +200,9 @@ def test_function_transforms(op: Op, backend: str, device: str, transform: str) 
     function = {"vmap": torch.vmap(one), "grad": gradient, "vmap of grad": torch.vmap(gradient)}[transform]
     arguments = cases[0].tensors if transform == "grad" else stacked
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # that vmap falls back to a loop
+        warnings.simplefilter("error")  # that vmap falls back to a loop
+        # Inf times 0 in NumPy, where Triton's interpreter computes as a GPU does.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
         results = function(arguments)
 
     def loop(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
