@@ -56,6 +56,7 @@ class Case(NamedTuple):
     expected: str | None  # None: must not be fused
     train_expected: str | None
     why: str  # for those that are not fused: words of the reason
+    module: str  # where the class is
 
 
 CASES: dict[str, Case] = {}
@@ -79,6 +80,7 @@ def case(
                 expected,
                 expected if train == "same" else train,
                 why,
+                cls.__module__,
             )
         return cls
 
@@ -106,4 +108,4 @@ def many_padded(s: Sizes, d: Draw) -> tuple[Any, ...]:
     return d(s.B, s.Tq, H), d(s.B, s.Tk, M), d.padding(s.B, s.Tk)
 
 
-from . import decoders, others, pointers, pooling, speech, translation, vision  # noqa: E402, F401
+from . import decoders, others, pointers, pooling, speech, spellings, translation, vision  # noqa: E402, F401

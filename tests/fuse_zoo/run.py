@@ -12,6 +12,16 @@ from attn_kernels.fusing import FuseReport, fuse
 from fuse_zoo import Case, Draw, Sizes
 
 SIZES = (Sizes(2, 3, 4), Sizes(4, 2, 6), Sizes(3, 5, 3))
+# One row, one step, and sizes at which the kernels take other paths.
+MORE_SIZES = (
+    *SIZES,
+    Sizes(2, 4, 12),
+    Sizes(4, 3, 7),
+    Sizes(1, 2, 5),
+    Sizes(3, 2, 1),
+    Sizes(70, 2, 40),
+    Sizes(64, 3, 50),
+)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -44,8 +54,18 @@ def assert_same(ours: list[Tensor | None], theirs: list[Tensor | None], toleranc
             torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
-def check(case: Case, dtype: torch.dtype = torch.float64, modes: tuple[bool, ...] = (True, False)) -> FuseReport:
-    """Fused and original give the same for several sizes; the report says what was expected."""
+def check(
+    case: Case,
+    dtype: torch.dtype = torch.float64,
+    modes: tuple[bool, ...] = (True, False),
+    sizes_of: tuple[Sizes, ...] = SIZES,
+    calls: int = 1,
+) -> FuseReport:
+    """Fused and original give the same for several sizes; the report says what was expected.
+
+    calls: how often with the same arguments, as steps on one memory have them; where it is more than one, without
+    gradients, too.
+    """
     torch.manual_seed(0)
     original = case.build().to(dtype)
     module = copy.deepcopy(original)
@@ -53,10 +73,12 @@ def check(case: Case, dtype: torch.dtype = torch.float64, modes: tuple[bool, ...
     for training in modes:
         module.train(training)
         original.train(training)
-        for seed, sizes in enumerate(SIZES):
-            ours = results(module, case.arguments(sizes, Draw(seed, dtype)), seed)
-            theirs = results(original, case.arguments(sizes, Draw(seed, dtype)), seed)
-            assert_same(ours, theirs, TOLERANCE[dtype])
+        for seed, sizes in enumerate(sizes_of):
+            args = [case.arguments(sizes, Draw(seed, dtype)) for _ in range(2)]
+            for gradients in (True,) * calls + (False,) * (calls > 1):
+                with torch.set_grad_enabled(gradients):
+                    ours, theirs = results(module, args[0], seed), results(original, args[1], seed)
+                assert_same(ours, theirs, TOLERANCE[dtype])
     found = ", ".join(fused.what for fused in report.fused)
     if case.expected is None:
         assert not report.fused, found
