@@ -70,7 +70,7 @@ class FuseReport:
     def skipped(self) -> list[Skipped]:
         watched = {name for name, _, _ in self._states()}
         found = [
-            skipped._replace(reason=_NO_TANH) if skipped.reason == "no adapter for its class" else skipped
+            skipped._replace(reason=_NO_WORDS) if skipped.reason == "no adapter for its class" else skipped
             for skipped in self._patched.skipped
             if skipped.name not in watched
         ]
@@ -337,7 +337,7 @@ class _State:
                     _restore(module)
                     return self.forward(module, *args, **kwargs)
                 self.reasons[found] += 1
-                if not captured.is_open and not any(e.graph.is_fused for e in captured.entries):
+                if found == _LOOPS or (not captured.is_open and not any(e.graph.is_fused for e in captured.entries)):
                     self.choices[kind] = False
                 return self.forward(module, *args, **kwargs)
             entry = found
@@ -413,6 +413,8 @@ class _State:
             return _WAITING  # this very call makes it known
         if any(state.what() for state in inner) and _has_loops(module):
             return "its attention is computed by modules within it"
+        if captured.entries and _has_loops(module) and not any(e.graph.is_fused for e in captured.entries):
+            return _LOOPS
         return captured.capture(module, args, kwargs)
 
     @property
@@ -433,8 +435,9 @@ class _State:
         return "; ".join(dict.fromkeys(reasons)) or "it was not called yet"
 
 
-_NO_TANH = "its code has no tanh, and so no additive attention"
+_NO_WORDS = "its code has neither a tanh nor a softmax, and so no attention"
 _TOO_MANY = f"{_MOST} kinds of calls were captured"
+_LOOPS = "it has loops, and no attention was found in the graph of its first call"
 _WAITING = "modules within it come first"
 
 
@@ -474,14 +477,17 @@ def _contains(module: nn.Module, other: nn.Module) -> bool:
     return any(part is other for part in module.modules())
 
 
+_WORDS = frozenset(("tanh", "tanh_", "Tanh", "softmax", "Softmax"))  # one of them is in the code of attention
+
+
 def _may_attend(module: nn.Module) -> bool:
-    """Whether a module computes a tanh, by its code or with a layer that is one."""
+    """Whether a module computes a tanh or a softmax, by its code or with a layer that is one."""
     cls = type(module)
     if not _is_foreign(module):
         return False
-    if any(isinstance(part, nn.Tanh) for part in _layers(module)):
+    if any(isinstance(part, (nn.Tanh, nn.Softmax)) for part in _layers(module)):
         return True
-    if any(getattr(value, "__name__", "") == "tanh" for value in module.__dict__.values()):
+    if any(getattr(value, "__name__", "") in _WORDS for value in module.__dict__.values()):
         return True
     seen: set[Any] = set()
     return any(
@@ -512,7 +518,7 @@ def _mentions(function: Any, seen: set[Any], depth: int = 3) -> bool:
         code = codes.pop()
         names |= {*code.co_names, *code.co_freevars, *(x for x in code.co_consts if isinstance(x, str))}
         codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]
-    if not names.isdisjoint(("tanh", "tanh_", "Tanh")):
+    if not names.isdisjoint(_WORDS):
         return True
     helpers = (function.__globals__.get(name) for name in names)
     return depth > 0 and any(

@@ -301,6 +301,107 @@ def test_a_fill_that_is_not_low_keeps_the_softmax() -> None:
     assert report.fused[0].what == "scores in v"
 
 
+class Added(Attention):
+    """Its mask is numbers that are added to the scores."""
+
+    def forward(self, state: Tensor, memory: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        e = self.v(torch.tanh(self.W(state).unsqueeze(1) + self.U(memory))).squeeze(-1)
+        a = F.softmax(0.5 * e + added, dim=1)
+        return torch.bmm(a.unsqueeze(1), memory).squeeze(1), a
+
+
+class AddedToProducts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.U = nn.Linear(M, H)
+
+    def forward(self, state: Tensor, memory: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        a = F.softmax(torch.bmm(self.U(memory), state.unsqueeze(2)).squeeze(2) + added, dim=1)
+        return torch.bmm(a.unsqueeze(1), memory).squeeze(1), a
+
+
+@pytest.mark.parametrize("cls", [Added, AddedToProducts])
+def test_added_masks_are_told_by_their_values(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 and far below: one op. Anything else, NaN and rows with nothing to attend too: as it is written."""
+    from attn_kernels.graph import runtime
+
+    torch.manual_seed(0)
+    original = cls().double()
+    module = copy.deepcopy(original)
+    report = fuse(module, always=True)
+    formulas: list[Any] = []
+    by_formula = runtime._by_formula
+    monkeypatch.setattr(runtime, "_by_formula", lambda *args: (formulas.append(1), by_formula(*args))[1])
+    state, memory, padding = arguments()
+    masked = padding.double()
+    below = -1e4 if cls is Added else -1e10  # products have no bound
+    full = masked * -1e9
+    full[1] = -1e9
+    one = masked * below
+    one[0, 0] = 0.25
+    cases = [
+        (masked * below, False),
+        (torch.zeros_like(masked).masked_fill(padding, -torch.inf), False),
+        (torch.zeros_like(masked), False),
+        (masked * -3.0, True),
+        (full, True),
+        (full * torch.inf, True),
+        (one, True),
+        (one.masked_fill(padding, torch.nan), True),
+        ((masked * -1e12).requires_grad_(), True),
+        (masked.log(), True),
+    ]
+    assert_alike(module, original, (state, memory, masked))  # captured and compared
+    for added, is_formula in cases:
+        for _ in range(3):  # the third time with what is kept
+            formulas.clear()
+            # Where a whole row is masked, scores are rounded as numbers of the size of the mask.
+            assert_alike(module, original, (state, memory, added), 1e-6 if added is full else 1e-12)
+            assert bool(formulas) == is_formula, added
+    assert report.fused[0].what.startswith("context")
+
+
+def test_steps_of_general_attention() -> None:
+    """The projected memory is kept from step to step, and made anew after a write."""
+    torch.manual_seed(0)
+    original = AddedToProducts().double()
+    module = copy.deepcopy(original)
+    fuse(module, always=True)
+    memory, added = Draw(5)(3, 8, M), torch.zeros(3, 8, dtype=torch.float64)
+    keeper = None
+    for change in (lambda: memory.data[1, 2].add_(0.1), lambda: memory.data.copy_(memory.detach().flip(0))):
+        for seed in range(4):
+            assert_alike(module, original, (Draw(seed)(3, H), memory, added))
+        keeper = fusing._state_of(module).keeper
+        assert sum(slot._held.hits for slot in keeper._slots.values() if slot._held is not None) > 0
+        change()
+    losses = []
+    for model in (module, original):
+        total = sum(model(Draw(seed)(3, H), memory, added)[0].square().sum() for seed in range(4))
+        losses.append(torch.autograd.grad(total, [memory, *model.parameters()]))
+    assert_same(list(losses[0]), list(losses[1]), 1e-12)
+
+
+def test_loops_without_attention_are_captured_once() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = nn.GRUCell(M, H), nn.Linear(H, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(x.size(0), H)
+            for t in range(x.size(1)):
+                state = self.cell(x[:, t], state)
+            return F.softmax(self.out(state), -1)
+
+    model = Classifier()
+    report = fuse(model)
+    for steps in (2, 3, 4, 5):
+        model(torch.randn(2, steps, M))
+    assert len(fusing._state_of(model)._captured().entries) == 1
+    assert "loops" in report.skipped[0].reason
+
+
 def test_score_bias_has_a_gradient_of_zero() -> None:
     ours, _ = pair()
     fuse(ours, always=True)
@@ -704,7 +805,7 @@ def test_kinds_that_are_not_rewritten_cost_nothing() -> None:
     for _ in range(3):
         model(torch.randn(3, 4))
     assert set(fusing._state_of(model).choices.values()) == {False}
-    assert "no additive attention" in report.skipped[0].reason
+    assert "no attention" in report.skipped[0].reason
 
 
 # Among other tools ----------------------------------------------------------------------------------------------------

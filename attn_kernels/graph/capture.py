@@ -68,7 +68,7 @@ class Graph:
 
     def why(self) -> str:
         """Why nothing was rewritten."""
-        return "; ".join(self.reasons) or "no additive attention in what it computes"
+        return "; ".join(self.reasons) or "no attention in what it computes"
 
     def settle(self, args: tuple[Any, ...]) -> None:
         """Compares the two graphs for the arguments of the first call, and keeps the original if they differ."""

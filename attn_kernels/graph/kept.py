@@ -82,7 +82,7 @@ class Held:
         self.hits = 0
         self.memory: Memory | None = None
         self.prepared: Tensor | None = None
-        self.masks: tuple[tuple[Tensor, ...], Tensor, bool] | None = None
+        self.masks: Any = None  # those of the last step, and what was made of them: runtime.py
 
 
 class Slot:
@@ -173,9 +173,9 @@ def prepared_of(held: Held) -> Tensor | None:
     return held.prepared
 
 
-def memory_of(held: Held, values: Tensor | None, mask: Tensor | None) -> Memory:
+def memory_of(held: Held, values: Tensor | None, mask: Tensor | None, prepared: Tensor | None = None) -> Memory:
     """Keys and values as one object for all steps, where their gradients meet."""
-    memory, prepared = held.memory, prepared_of(held)
+    memory = held.memory
     if memory is not None and memory.mask is mask and memory.prepared is prepared:
         if memory.values is values or (values is None and memory.values.shape[2] == 0):
             return memory

@@ -1,21 +1,21 @@
-"""What a captured graph computes: additive scores, a softmax over them, a weighted sum of values.
+"""What a captured graph computes: scores, a softmax over them, a weighted sum of values.
 
 All is found backwards, by meaning: from a sum over some axes to a product with a score vector, to a tanh, to the terms
-of a sum. Which term is a query and which a key follows from the axes that they have; see axes.py. Nothing here changes
-the graph.
+of a sum. Which term is a query and which a key follows from the axes that they have; see axes.py. Where there is no
+tanh, the two sides of the product are query and keys themselves: dot.py. Nothing here changes the graph.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from .axes import (
+    PRODUCTS,
     Axis,
     Contraction,
     Group,
@@ -38,111 +38,24 @@ from .axes import (
     trace,
     value_of,
 )
+from .dot import check_query, products
+from .parts import (
+    LOWEST_FILL,
+    LOWEST_FILL_OF_PRODUCTS,
+    Context,
+    Leaf,
+    Mask,
+    Peeled,
+    Products,
+    Projection,
+    Roles,
+    Scores,
+    Softmax,
+    Term,
+    computed_factor_of,
+    factor_of,
+)
 from .writes import Writes, written
-
-# A finite number that masked scores are given must be so far below all others that its exponential is 0.
-LOWEST_FILL = -1e6
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A tensor of the graph, ``node[index]``, as ``reader`` reads it."""
-
-    node: Node
-    index: Index
-    reader: Node
-
-    @property
-    def axes(self) -> list[Axis]:
-        return axes_of(self.index)
-
-
-class Projection(NamedTuple):
-    """A sum over ``axis``, which a leaf has, with as many columns of a weight.
-
-    rows, whole: the axes of the weight. before: the axes whose sizes add up to the first column.
-    """
-
-    weight: Leaf
-    axis: Group
-    rows: Group
-    before: Group
-    whole: Group
-
-
-class Term(NamedTuple):
-    """A summand of what the tanh is taken of: ``coefficient * leaf``, or a projection of that leaf."""
-
-    leaf: Leaf
-    coefficient: float = 1.0
-    projection: Projection | None = None
-
-    @property
-    def axes(self) -> list[Axis]:
-        if self.projection is None:
-            return self.leaf.axes
-        summed = resolve(self.projection.axis)
-        rows = resolve(self.projection.rows)
-        return [axis for axis in self.leaf.axes if axis not in summed] + list(rows)
-
-
-@dataclass
-class Scores:
-    """``v . tanh(sum of terms) * scale + shift``, for all elements of ``node[index]``."""
-
-    node: Node
-    index: Index
-    units: Group
-    v: Leaf
-    terms: list[Term]
-    tanh: Node
-    scale: float
-    shift: Leaf | None
-    passed: list[Node]  # between tanh and node, that nothing else may need
-
-
-class Mask(NamedTuple):
-    """Scores are set to ``fill`` where ``leaf`` is True, or where it is False if ``keep``."""
-
-    leaf: Leaf
-    keep: bool
-    fill: float
-    is_hidden: bool  # from autograd, as a write through ``.data`` is
-
-
-@dataclass
-class Softmax:
-    """A softmax over ``steps`` of masked scores."""
-
-    node: Node
-    index: Index
-    steps: Group
-    scores: Scores
-    masks: list[Mask]  # the first is applied first
-    scale: float
-    shifts: list[Leaf]
-
-
-@dataclass
-class Context:
-    """A sum over all steps of alignments times values."""
-
-    node: Node
-    index: Index
-    softmax: Softmax
-    values: Leaf
-
-
-@dataclass
-class Roles:
-    """Which axes and terms play which part. batch, queries, steps: axes; together those of the scores."""
-
-    batch: Group
-    queries: Group
-    steps: Group
-    query_terms: list[Term] = field(default_factory=list)
-    key_terms: list[Term] = field(default_factory=list)
-    bias_terms: list[Term] = field(default_factory=list)
 
 
 class Matcher:
@@ -170,23 +83,22 @@ class Matcher:
         raise NoMatch("no tanh")
 
     def _scores(self, node: Node, index: Index, found: Contraction, x: Leaf, w: Leaf) -> Scores:
-        scale, current, at, passed = 1.0, x, node, []
+        scale, current, at = 1.0, x, node
         while True:
             inner, inner_index = current.node, current.index
             inner = self.writes.read(inner, current.reader)
-            passed.append(inner)
             if name_of(inner) in ("tanh", "tanh_"):
                 break
             step = pull(inner, inner_index)
             if step is not None:
                 current = Leaf(*step, inner)
                 continue
-            factor = _factor(inner)
+            factor = factor_of(inner)
             if factor is None:
                 raise _NoTanh("no tanh")
             scale *= factor[1]
             current = Leaf(factor[0], inner_index, inner)
-        v = self._leaf(w)
+        v = self.leaf(w)
         units = resolve(found.axes)
         if set(v.axes) != set(units) or len(v.axes) != sum(len(group) for group in settle(v.index)):
             raise NoMatch("several score vectors")
@@ -194,9 +106,9 @@ class Matcher:
         terms = self._terms(inside, 1.0, set(units))
         shift = None
         if found.bias is not None:
-            shift = self._leaf(Leaf(found.bias, found.bias_index, found.node))
+            shift = self.leaf(Leaf(found.bias, found.bias_index, found.node))
         self._one_mode(at, inner, *(term.leaf.reader for term in terms))
-        return Scores(node, index, units, v, terms, inner, scale, shift, [found.node, *passed])
+        return Scores(node, index, units, v, terms, inner, scale, shift)
 
     def _terms(self, leaf: Leaf, coefficient: float, units: set[Axis]) -> list[Term]:
         """The summands of a tensor."""
@@ -227,7 +139,7 @@ class Matcher:
             return []
         sides = ((found.a, found.a_index, found.b, found.b_index), (found.b, found.b_index, found.a, found.a_index))
         for x, x_index, w, w_index in sides:
-            weight = self._leaf(Leaf(w, w_index, found.node))
+            weight = self.leaf(Leaf(w, w_index, found.node))
             if weight.node not in self._constant_in_calls or not set(weight.axes) <= {*found.axes, *axes_of(index)}:
                 continue
             rows = tuple(axis for axis in weight.axes if axis not in resolve(found.axes))
@@ -280,50 +192,88 @@ class Matcher:
         dim = softmax_dim(node)
         if dim is None:
             raise NoMatch("no softmax")
-        steps = resolve(index[dim])
-        current = Leaf(argument(node, 0, "input"), index, node)
-        masks: list[Mask] = []
-        shifts: list[Leaf] = []
-        passed = [node]
-        scale = 1.0
+        steps = index[dim]  # read with ``resolve``: the search may split axes
+        scores: Scores | Products
+        start = Leaf(argument(node, 0, "input"), index, node)
+        try:
+            peeled, scores = self._peel(start, Peeled(), steps, self.scores)
+        except NoMatch as error:
+            try:
+                peeled, scores = self._peel(start, Peeled(), steps, lambda x, at: products(self, x, at, steps))
+            except NoMatch as other:
+                raise (other if str(error) in _NOT_ADDITIVE else error) from None
+        self._one_mode(node, scores.node, *(mask.leaf.reader for mask in peeled.masks))
+        shifts = [*peeled.shifts, *(() if scores.shift is None else (scores.shift,))]
+        if any(set(shift.axes) & set(resolve(steps)) for shift in shifts):
+            raise NoMatch("what is added to the scores differs from step to step")
+        lowest = LOWEST_FILL_OF_PRODUCTS if isinstance(scores, Products) else LOWEST_FILL
+        for mask in peeled.masks:
+            if not mask.is_added and not mask.fill <= lowest:
+                raise NoMatch(f"masked scores are {mask.fill:g}, which is not far below all others")
+        masks, factors = list(peeled.masks[::-1]), list(peeled.factors)
+        return Softmax(node, index, resolve(steps), scores, masks, peeled.scale * scores.scale, factors, shifts)
+
+    def _peel(
+        self, current: Leaf, peeled: Peeled, steps: Group, find: Callable[[Node, Index], Any]
+    ) -> tuple[Peeled, Any]:
+        """Back from a softmax to what ``find`` takes for scores, through masks, factors, and what is added."""
         while True:
-            inner = self.writes.read(current.node, current.reader)
-            inner_index = current.index
-            passed.append(inner)
-            step = pull(inner, inner_index)
+            inner, index = self.writes.read(current.node, current.reader), current.index
+            step = pull(inner, index)
             if step is not None:
                 current = Leaf(*step, inner)
                 continue
-            masked = self._mask(inner, inner_index, current.node)
+            masked = self._mask(inner, index, current.node)
             if masked is not None:
                 mask, current = masked
-                if math.isnan(mask.fill) or not mask.fill * scale <= LOWEST_FILL:
-                    raise NoMatch(f"masked scores are {mask.fill:g}, which is not far below all others")
-                masks.append(mask._replace(fill=mask.fill * scale))
+                if peeled.factors:
+                    raise NoMatch("masked scores are multiplied by a number that is computed")
+                peeled = peeled._replace(masks=(*peeled.masks, mask._replace(fill=mask.fill * peeled.scale)))
                 continue
-            factor = _factor(inner)
+            factor = factor_of(inner)
             if factor is not None:
-                if not factor[1] > 0 and masks:
+                if not factor[1] > 0 and peeled.masks:
                     raise NoMatch("masked scores change their sign")
-                scale *= factor[1]
-                current = Leaf(factor[0], inner_index, inner)
+                peeled = peeled._replace(scale=peeled.scale * factor[1])
+                current = Leaf(factor[0], index, inner)
                 continue
-            shift = self._shift(inner, inner_index, set(resolve(steps)))
-            if shift is not None:
-                current, added = shift
-                shifts.append(added)
+            computed = computed_factor_of(inner)
+            if computed is not None:
+                peeled = peeled._replace(factors=(*peeled.factors, computed[1]))
+                current = Leaf(computed[0], index, inner)
                 continue
             break
-        if not _whole(inner, inner_index):
+        reason: NoMatch | None = None
+        for scores, added in self._sums(inner, index, peeled, steps):
+            try:
+                return self._peel(scores, added, steps, find)
+            except NoMatch as error:
+                reason = reason or error
+        if reason is not None:
+            raise reason
+        if not _whole(inner, index):
             raise NoMatch("a softmax of some of the scores")
-        scores = self.scores(inner, settle(inner_index))
-        scores.passed += passed
-        self._one_mode(node, scores.node, *(mask.leaf.reader for mask in masks))
-        if scores.shift is not None:
-            shifts.append(scores.shift)
-        if any(set(shift.axes) for shift in shifts):
-            raise NoMatch("what is added to the scores differs from step to step")
-        return Softmax(node, index, resolve(steps), scores, masks[::-1], scale * scores.scale, shifts)
+        return peeled, find(inner, settle(index))
+
+    def _sums(self, node: Node, index: Index, peeled: Peeled, steps: Group) -> list[tuple[Leaf, Peeled]]:
+        """What may be scores in a sum of two tensors, with the other noted as a shift or a mask of numbers."""
+        name = name_of(node)
+        if name not in ("add", "iadd", "add_", "sub", "isub", "sub_") or node.kwargs or len(node.args) != 2:
+            return []
+        found = []
+        for scores, added in (arguments(node), arguments(node)[::-1])[: 1 if "sub" in name else 2]:
+            if not (is_tensor(scores) and is_tensor(added)) or len(shape_of(scores)) != len(index):
+                continue
+            leaf = self.leaf(Leaf(added, broadcast(index, added), node))
+            if not set(leaf.axes) & set(resolve(steps)):
+                more = peeled._replace(shifts=(*peeled.shifts, leaf))
+            elif peeled.factors or not value_of(scores).dtype == value_of(added).dtype == value_of(node).dtype:
+                continue
+            else:
+                mask = Mask(leaf, False, -peeled.scale if "sub" in name else peeled.scale, is_added=True)
+                more = peeled._replace(masks=(*peeled.masks, mask))
+            found.append((Leaf(scores, broadcast(index, scores), node), more))
+        return found
 
     def _mask(self, node: Node, index: Index, read: Node) -> tuple[Mask, Leaf] | None:
         """A mask and the scores that it was applied to; ``node`` is ``read``, or what wrote to it."""
@@ -367,19 +317,8 @@ class Matcher:
             if value_of(mask.args[0]).dtype != torch.bool or not self.writes.unchanged(mask.args[0], mask, node):
                 break
             mask, keep = mask.args[0], not keep
-        leaf = self._leaf(Leaf(mask, broadcast(index, mask), node))
+        leaf = self.leaf(Leaf(mask, broadcast(index, mask), node))
         return Mask(leaf, keep, number, hidden), Leaf(source, broadcast(index, source), node)
-
-    def _shift(self, node: Node, index: Index, steps: set[Axis]) -> tuple[Leaf, Leaf] | None:
-        """Scores and what is added to them, if that is the same for all steps."""
-        if name_of(node) not in ("add", "iadd", "add_") or node.kwargs or len(node.args) != 2:
-            return None
-        for scores, added in (arguments(node), arguments(node)[::-1]):
-            if is_tensor(scores) and is_tensor(added) and len(shape_of(scores)) == len(index):
-                leaf = self._leaf(Leaf(added, broadcast(index, added), node))
-                if not set(leaf.axes):
-                    return Leaf(scores, broadcast(index, scores), node), leaf
-        return None
 
     def context(self, node: Node, index: Index) -> Context:
         found = contraction(node, index, self.writes.read)
@@ -395,14 +334,15 @@ class Matcher:
             softmax = self.softmax(alignments, settle(inner))
             if set(softmax.steps) != set(resolve(found.axes)):
                 raise NoMatch("a sum over other axes than the steps")
-            softmax.scores.passed.append(found.node)
-            values = self._leaf(Leaf(x, x_index, found.node))
+            values = self.leaf(Leaf(x, x_index, found.node))
+            if isinstance(softmax.scores, Products):
+                check_query(softmax.scores, values)
             return Context(node, index, softmax, values)
         raise NoMatch("no alignments")
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _leaf(self, leaf: Leaf) -> Leaf:
+    def leaf(self, leaf: Leaf) -> Leaf:
         """The tensor behind all views."""
         index, reader = leaf.index, leaf.reader
         node = self.writes.read(leaf.node, reader)
@@ -436,6 +376,9 @@ class _NoTanh(NoMatch):
     pass
 
 
+_NOT_ADDITIVE = ("no tanh", "no product")  # reasons of those scores that may be of another kind
+
+
 def roles(scores: Scores, steps: Group | None, matcher: Matcher) -> Roles:
     """Divides axes and terms; ``steps`` are those of a softmax, or None where there is none."""
     units = set(resolve(scores.units))
@@ -448,6 +391,9 @@ def roles(scores: Scores, steps: Group | None, matcher: Matcher) -> Roles:
         if not steps and index:  # all have the same axes, and a vector for all may be the query
             steps = tuple(index[-1:])
     steps = resolve(steps)
+    if len(scores.terms) == 1 and _is_elementwise(scores.terms[0].leaf.node):
+        name = name_of(scores.terms[0].leaf.node)
+        raise NoMatch(f"the tanh is of what {name!r} returns, not of a sum of query and keys")
     result = Roles((), (), steps)
     for term in scores.terms:
         axes = set(term.axes) - units
@@ -467,6 +413,11 @@ def roles(scores: Scores, steps: Group | None, matcher: Matcher) -> Roles:
     if not set(steps) <= keys:
         raise NoMatch("steps that the keys do not have")
     return result
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Whether a term is neither an argument nor a product, such as what a normalisation makes of a sum."""
+    return node.op in ("call_function", "call_method") and name_of(node) not in PRODUCTS
 
 
 def softmax_dim(node: Node) -> int | None:
@@ -495,22 +446,6 @@ def _whole(node: Node, index: Index) -> bool:
     )
 
 
-def _factor(node: Node) -> tuple[Node, float] | None:
-    """A tensor and the number that it is multiplied by."""
-    name = name_of(node)
-    if name in ("mul", "mul_", "imul", "multiply") and len(node.args) == 2 and not node.kwargs:
-        for tensor, number in (arguments(node), arguments(node)[::-1]):
-            if is_tensor(tensor) and constant(number) is not None:
-                return tensor, constant(number)
-    if name in ("div", "div_", "itruediv", "truediv", "divide") and len(node.args) == 2 and not node.kwargs:
-        tensor, number = arguments(node)
-        if is_tensor(tensor) and constant(number):
-            return tensor, 1.0 / constant(number)
-    if name in ("neg", "neg_") and is_tensor(arguments(node)[0]):
-        return arguments(node)[0], -1.0
-    return None
-
-
 def _arguments(node: Node, *names: str) -> tuple[Any, ...]:
     return tuple(argument(node, i, name) for i, name in enumerate(names))
 
@@ -528,7 +463,7 @@ def _is_filled(node: Any) -> Any:
     if name in ("tensor", "scalar_tensor"):
         number = constant(argument(node, 0, "data"))
         return False if number is None else number
-    factor = _factor(node)  # torch.ones_like(e) * -1e9
+    factor = factor_of(node)  # torch.ones_like(e) * -1e9
     if factor is not None:
         if name_of(factor[0]) in ("ones_like", "ones", "new_ones") and not any(_writes_to(factor[0])):
             return factor[1]

@@ -25,8 +25,10 @@ from .axes import (
     value_of,
 )
 from .dead import remove_dead
+from .dot import check_query, roles_of
 from .keeping import keep_node
-from .match import Context, Leaf, Mask, Matcher, Projection, Roles, Scores, Softmax, Term, roles, softmax_dim, start
+from .match import Matcher, roles, softmax_dim, start
+from .parts import Context, Leaf, Mask, Products, Projection, Roles, Scores, Softmax, Term
 from .writes import written
 
 CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # what is computed by one op, all up to there
@@ -82,7 +84,7 @@ class _Writer:
         nodes = [node for node in self.graph.nodes if node.op in ("call_function", "call_method")]
         found: list[Found] = []
         reasons: list[str] = []
-        if not any(name_of(node) in ("tanh", "tanh_") for node in nodes):
+        if not any(name_of(node) in ("tanh", "tanh_", "softmax") for node in nodes):
             return found, reasons
         products = [node for node in nodes if name_of(node) in PRODUCTS and is_tensor(node)]
         contexts = self._contexts(products)
@@ -121,7 +123,7 @@ class _Writer:
 
     def _context(self, context: Context) -> Found:
         softmax, values = context.softmax, context.values
-        part = roles(softmax.scores, softmax.steps, self.matcher)
+        part = self._roles(softmax)
         inner = {*part.batch, *resolve(part.steps)}
         width = tuple(axis for axis in values.axes if axis not in inner)
         if not width and value_of(values.node).dim() < len(part.batch) + len(part.steps) + 1:
@@ -147,7 +149,9 @@ class _Writer:
 
     def _alignments(self, node: Node) -> Found:
         softmax = self.matcher.softmax(node, start(node))
-        part = roles(softmax.scores, softmax.steps, self.matcher)
+        if isinstance(softmax.scores, Products):
+            check_query(softmax.scores, None)
+        part = self._roles(softmax)
         call, steady = self._attention(softmax, part, None, node, {node})
         self._replace_softmax(softmax, part, call, node)
         return self._found(ALIGNMENTS, softmax.scores, "", steady)
@@ -157,15 +161,21 @@ class _Writer:
         at = scores.node
         self._check(scores, {at}, at)
         query, keys, bias, steady = self._operands(scores, part, at)
-        v = self._score_vector(scores, scores.scale, [], at)
+        v = self._score_vector(scores, scores.scale, at)
         shift = None if scores.shift is None else self._arrange_leaf(scores.shift, ((),), at)
         call = self._call(at, runtime.scores, query, keys, v, bias, shift)
         have = (part.batch, part.queries, part.steps) if part.queries else (part.batch, part.steps)
         self._replace(at, self._arrange(call, have, settle(scores.index), at), at)
         return self._found(SCORES, scores, reason, steady)
 
-    def _found(self, kind: str, scores: Scores, reason: str, steady: tuple[Node, ...]) -> Found:
-        self._done.add(scores.tanh)
+    def _roles(self, softmax: Softmax) -> Roles:
+        if isinstance(softmax.scores, Products):
+            return roles_of(softmax.scores, softmax.steps)
+        return roles(softmax.scores, softmax.steps, self.matcher)
+
+    def _found(self, kind: str, scores: Scores | Products, reason: str, steady: tuple[Node, ...]) -> Found:
+        if isinstance(scores, Scores):
+            self._done.add(scores.tanh)
         stack = list((scores.node.meta.get("nn_module_stack") or {}).values())
         return Found(kind, _where(stack), reason, steady)
 
@@ -180,26 +190,42 @@ class _Writer:
         scores = softmax.scores
         if softmax.masks and not self._branches:
             raise NoMatch("a mask in torch.compile, where a row without anything to attend cannot be seen")
-        self._check(scores, roots, at)
+        if isinstance(scores, Products):
+            self._check_products(scores, roots, at)
+        else:
+            self._check(scores, roots, at)
         for leaf in (*(mask.leaf for mask in softmax.masks), *softmax.shifts, *(() if values is None else values[:1])):
             self._check_leaf(leaf, at)
         if any(set(mask.leaf.axes) - {*part.batch, *part.queries, *part.steps} for mask in softmax.masks):
             raise NoMatch("a mask with other axes")
-        query, keys, bias, steady = self._operands(scores, part, at)
-        v = self._score_vector(scores, softmax.scale, softmax.shifts, at)
+        scale, shifts = self._scale(softmax, at), tuple(self._current(shift.node) for shift in softmax.shifts)
+        if isinstance(scores, Products):
+            query, keys = self._operands_of_products(scores, part, at)
+            steady: tuple[Node, ...] = (keys,)
+        else:
+            query, keys, bias, steady = self._operands(scores, part, at)
+            v = self._score_vector(scores, scale, at, shifts)
         x = None
         if values is not None:
             x = self._arrange_leaf(values[0], (part.batch, part.steps, values[1]), at)
             steady = (*steady, x)
-        masks = tuple(
-            (self._mask(mask, softmax.masks, part, at), mask.keep, mask.fill, mask.is_hidden) for mask in softmax.masks
-        )
+        masks = tuple(self._mask(mask, softmax.masks, part, at) for mask in softmax.masks)
+        if isinstance(scores, Products):
+            return self._call(at, runtime.dot, query, keys, x, scale, shifts, masks), steady
         return self._call(at, runtime.attention, query, keys, x, v, bias, masks), steady
 
-    def _mask(self, mask: Mask, all_masks: list[Mask], part: Roles, at: Node) -> Node:
+    def _scale(self, softmax: Softmax, at: Node) -> float | Node:
+        scale: Any = softmax.scale
+        for factor in softmax.factors:
+            operation = operator.truediv if factor.is_divisor else operator.mul
+            scale = self._call(at, operation, scale, self._current(factor.node))
+        return scale
+
+    def _mask(self, mask: Mask, all_masks: list[Mask], part: Roles, at: Node) -> runtime.Mask:
         by_query = any(set(other.leaf.axes) & set(part.queries) for other in all_masks)
         groups = (part.batch, part.queries, part.steps) if by_query else (part.batch, part.steps)
-        return self._arrange_leaf(mask.leaf, groups, at)
+        tensor: Any = self._arrange_leaf(mask.leaf, groups, at)
+        return runtime.Mask(tensor, mask.keep, mask.fill, mask.is_hidden, mask.is_added)
 
     # Whether it may be written ----------------------------------------------------------------------------------------
 
@@ -213,6 +239,18 @@ class _Writer:
             raise NoMatch("grad mode or autocast is switched between")
         if not self._exclusive(scores.tanh, roots):
             raise NoMatch("scores or their tanh are used for something else, too")
+
+    def _check_products(self, scores: Products, roots: set[Node], at: Node) -> None:
+        if not self._branches:
+            raise NoMatch("dot attention is left to inductor")
+        if value_of(scores.node).device.type != "cpu":
+            raise NoMatch("dot attention on a GPU, where the two are not timed")
+        for leaf in (scores.query, scores.keys):
+            self._check_leaf(leaf, at)
+        if not self.writes.same_mode(scores.node, at):
+            raise NoMatch("grad mode or autocast is switched between")
+        if not self._exclusive(scores.node, roots):
+            raise NoMatch("scores are used for something else, too")
 
     def _check_leaf(self, leaf: Leaf, at: Node) -> None:
         if not self.writes.unchanged(leaf.node, leaf.reader, at):
@@ -246,8 +284,18 @@ class _Writer:
 
     # Operands ---------------------------------------------------------------------------------------------------------
 
-    def _dtype(self, scores: Scores) -> torch.dtype:
-        return value_of(scores.tanh).dtype
+    def _dtype(self, scores: Scores | Products) -> torch.dtype:
+        return value_of(scores.node if isinstance(scores, Products) else scores.tanh).dtype
+
+    def _operands_of_products(self, scores: Products, part: Roles, at: Node) -> tuple[Node, Node]:
+        """query (B, Tq, A) or (B, A), and keys (B, Tk, A)."""
+        for leaf in (scores.query, scores.keys):
+            self._note_sizes(leaf.node, leaf.index)
+        units = resolve(scores.units)
+        by_query = (part.batch, part.queries, units) if part.queries else (part.batch, units)
+        return self._arrange_leaf(scores.query, by_query, at), self._arrange_leaf(
+            scores.keys, (part.batch, part.steps, units), at
+        )
 
     def _operands(self, scores: Scores, part: Roles, at: Node) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
         """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the summands of the keys."""
@@ -262,12 +310,11 @@ class _Writer:
         bias = self._total(part.bias_terms, (units,), scores, at)[0] if part.bias_terms else None
         return query, keys, bias, steady
 
-    def _score_vector(self, scores: Scores, scale: float, shifts: list[Leaf], at: Node) -> Node:
+    def _score_vector(self, scores: Scores, scale: Any, at: Node, shifts: tuple[Node, ...] = ()) -> Node:
         v = self._cast(self._arrange_leaf(scores.v, (resolve(scores.units),), at), self._dtype(scores), at)
         if scale == 1.0 and not shifts:
             return v
-        added = tuple(self._current(shift.node) for shift in shifts)
-        return self._call(at, runtime.score_vector, v, scale, added)
+        return self._call(at, runtime.score_vector, v, scale, shifts)
 
     def _total(
         self, terms: list[Term], groups: tuple[Group, ...], scores: Scores, at: Node
@@ -432,7 +479,7 @@ class _Writer:
 
 
 # Reasons that all products have which are no attention.
-_ORDINARY = ("no tanh", "no product", "no softmax", "no alignments")
+_ORDINARY = ("no tanh", "no product", "no softmax", "no alignments", "no query and keys", "the keys are weights")
 
 
 def _where(stack: list[Any]) -> str:
@@ -445,7 +492,7 @@ def _where(stack: list[Any]) -> str:
 
 def _example(function: Any, args: tuple[Any, ...]) -> Any:
     """The fake result of a call that was written."""
-    if function in (runtime.attention, runtime.scores):
+    if function in (runtime.attention, runtime.dot, runtime.scores):
         query, keys = value_of(args[0]), value_of(args[1])
         device = query.device.type
         dtype = query.dtype

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..functional import additive_attention, additive_scores, additive_step
+from ..functional import additive_attention, additive_scores, additive_step, dot_attention, dot_step
 from .kept import Held, held_of, memory_of, prepared_of
 
-# mask, whether True is to keep, what the others are set to, whether autograd does not see that
-Masks = tuple[tuple[Tensor, bool, float, bool], ...]
+
+class Mask(NamedTuple):
+    """(B, Tk) or (B, Tq, Tk). Scores are set to ``fill`` where it is True, or where it is False if ``keep``.
+
+    is_hidden: autograd does not see that. is_added: these are numbers, and ``fill`` times them is added to the scores.
+    """
+
+    tensor: Tensor
+    keep: bool
+    fill: float
+    is_hidden: bool
+    is_added: bool
+
+
+class Allowed(NamedTuple):
+    """What masks say together. mask: True where all let attend; None where an added one is more than a mask.
+
+    is_full: whether every row may attend something. highest: of all numbers that are added and not 0.
+    """
+
+    mask: Tensor | None
+    is_full: bool
+    highest: float
+
+
+Masks = tuple[Mask, ...]
+
+_UNDERFLOW = -750.0  # the exponential is 0 in float64, too
+_FAR_BELOW = -1e9  # what has no bound
 
 
 def score_vector(v: Tensor, scale: float, shifts: tuple[Tensor, ...]) -> Tensor:
-    """``scale * v``. What is added to all scores alike vanishes in a softmax, but is to have a gradient of 0."""
+    """``scale * v``, or of a query. What is added to all scores alike vanishes in a softmax, but is to have a gradient
+    of 0.
+    """
     if scale != 1.0:
         v = v * scale
     for shift in shifts:
@@ -35,44 +68,82 @@ def attention(
     held = held_of(keys)
     allowed = None
     if masks:
-        if not keys.is_cpu:  # whether a row may attend nothing would have to be waited for
-            return _with_fills(query, keys, values, v, bias, masks)
-        allowed, is_full = _allowed(masks, held)
-        if not is_full:
-            return _with_fills(query, keys, values, v, bias, masks)
+        # A score is at most the sum of the elements of v.
+        allowed = _mask(masks, keys, held, lambda: _UNDERFLOW - 2.0 * v.detach().abs().sum().item())
+        if allowed is None:
+            return _by_formula(additive_scores(query, keys, v, bias), values, masks)
     if held is None or (values is not None and values.dtype != keys.dtype):
         return additive_attention(query, keys, values, v, bias, mask=allowed)
+    prepared = prepared_of(held)
     if torch.is_grad_enabled():
-        return additive_step(query, v, bias, memory_of(held, values, allowed), True, None)
-    return additive_attention(query, keys, values, v, bias, mask=allowed, prepared=prepared_of(held))
+        return additive_step(query, v, bias, memory_of(held, values, allowed, prepared), True, None)
+    return additive_attention(query, keys, values, v, bias, mask=allowed, prepared=prepared)
 
 
-def _allowed(masks: Masks, held: Held | None) -> tuple[Tensor, bool]:
-    """Where all masks let attend, and whether every row may attend something; known for the masks of the last step."""
-    given = tuple(mask for mask, _, _, _ in masks)
-    if held is not None and held.masks is not None:
-        known, allowed, is_full = held.masks
-        if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(known, given, strict=True)):
-            return allowed, is_full
-    allowed = None
-    for mask, keep, _, _ in masks:
-        kept = mask if keep else ~mask
-        allowed = kept if allowed is None else allowed & kept
-    is_full = bool(allowed.any(-1).all())
-    if held is not None:
-        if any(allowed is mask for mask in given):
-            allowed = allowed.clone()
-        held.masks = tuple(mask.clone() for mask in given), allowed, is_full
-    return allowed, is_full
-
-
-def _with_fills(
-    query: Tensor, keys: Tensor, values: Tensor | None, v: Tensor, bias: Tensor | None, masks: Masks
+def dot(
+    query: Tensor, keys: Tensor, values: Tensor | None, scale: float, shifts: tuple[Tensor, ...], masks: Masks
 ) -> tuple[Tensor | None, Tensor]:
-    e = additive_scores(query, keys, v, bias)
-    for mask, keep, fill, is_hidden in masks:
-        mask = ~mask if keep else mask
-        mask = mask if mask.dim() == e.dim() else mask[:, None]
+    """Context and alignments, as :func:`attention`."""
+    held = held_of(keys)
+    allowed = None
+    if shifts:
+        query = score_vector(query, 1.0, shifts)
+    if masks:
+        allowed = _mask(masks, keys, held, lambda: _FAR_BELOW)
+        if allowed is None:
+            e = torch.matmul(query if query.dim() == 3 else query[:, None], keys.mT)
+            return _by_formula((e if query.dim() == 3 else e[:, 0]) * scale, values, masks)
+    if held is None or not torch.is_grad_enabled() or (values is not None and values.dtype != keys.dtype):
+        return dot_attention(query, keys, values, scale=scale, mask=allowed)
+    return dot_step(score_vector(query, scale, ()), memory_of(held, values, allowed), True, None)
+
+
+def _mask(masks: Masks, keys: Tensor, held: Held | None, lowest: Callable[[], float]) -> Tensor | None:
+    """Where steps may be attended; None where the original formula has to be computed instead.
+
+    lowest: numbers that are added to scores mask a step where they are below it.
+    """
+    if not keys.is_cpu:  # whether a row may attend nothing would have to be waited for
+        return None
+    if any(mask.is_added and mask.tensor.requires_grad for mask in masks) and torch.is_grad_enabled():
+        return None
+    given = tuple(mask.tensor for mask in masks)
+    known, allowed = (None, None) if held is None else held.masks or (None, None)
+    if known is None or not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(known, given, strict=True)):
+        allowed = _allowed(masks)
+        if held is not None:
+            if any(allowed.mask is mask for mask in given):
+                allowed = allowed._replace(mask=allowed.mask.clone())
+            held.masks = tuple(mask.clone() for mask in given), allowed
+    if not allowed.is_full or (allowed.highest > -math.inf and not allowed.highest <= lowest()):
+        return None
+    return allowed.mask
+
+
+def _allowed(masks: Masks) -> Allowed:
+    allowed, highest = None, -math.inf
+    for mask in masks:
+        if mask.is_added:
+            added = mask.tensor.detach() * mask.fill
+            kept = added == 0
+            masked = added.masked_fill(kept, -math.inf)
+            highest = max(masked.amax().item() if added.numel() else -math.inf, highest)  # NaN stays
+            if not highest < 0:  # NaN, too
+                return Allowed(None, False, highest)
+        else:
+            kept = mask.tensor if mask.keep else ~mask.tensor
+        allowed = kept if allowed is None else allowed & kept
+    return Allowed(allowed, bool(allowed.any(-1).all()), highest)
+
+
+def _by_formula(e: Tensor, values: Tensor | None, masks: Masks) -> tuple[Tensor | None, Tensor]:
+    """As it was written: e (B, Tq, Tk) or (B, Tk) are the scores without masks."""
+    for tensor, keep, fill, is_hidden, is_added in masks:
+        tensor = tensor if tensor.dim() == e.dim() else tensor[:, None]
+        if is_added:
+            e = e + tensor * fill
+            continue
+        mask = ~tensor if keep else tensor
         if is_hidden:
             e = e.clone()
             e.data.masked_fill_(mask, fill)
@@ -81,6 +152,6 @@ def _with_fills(
     alignments = torch.softmax(e, -1)
     if values is None:
         return None, alignments
-    if query.dim() == 2:
+    if e.dim() == 2:
         return torch.bmm(alignments[:, None], values.to(alignments.dtype))[:, 0], alignments
     return torch.bmm(alignments, values.to(alignments.dtype)), alignments

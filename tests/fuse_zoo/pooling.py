@@ -37,7 +37,7 @@ class Bag(nn.Module):
         return torch.mm(a, x), a
 
 
-@case(None, _memory, why="no additive attention")
+@case(None, _memory, why="no query")
 class GatedBag(nn.Module):
     def __init__(self):
         super().__init__()

@@ -143,7 +143,7 @@ class KeptOnModule(nn.Module):
         return self.attention.unsqueeze(-1).transpose(1, 2)
 
 
-@case(SCORES, step_padded)
+@case(CONTEXT, step_padded)
 class LogPrior(nn.Module):
     def __init__(self):
         super().__init__()

@@ -85,7 +85,7 @@ class ExpandedFlattenedChosen(nn.Module):
         return torch.einsum("bt,btd->bd", w, regions)
 
 
-@case("", _kept_numbers)
+@case(CONTEXT, _kept_numbers)
 class MaskOfNumbersAdded(nn.Module):
     def __init__(self):
         super().__init__()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many, many_padded, step_padded, step_time_major
+from . import ALIGNMENTS, CONTEXT, A, H, M, case, many, many_padded, step_padded, step_time_major
 
 
 @case(ALIGNMENTS, step_time_major)
@@ -163,7 +163,7 @@ class Coverage(nn.Module):
         return context, weights, coverage + weights
 
 
-@case(SCORES, lambda s, d: (d(s.B, H), d(s.B, s.Tk, M), d.padding(s.B, s.Tk).to(d.dtype)))
+@case(CONTEXT, lambda s, d: (d(s.B, H), d(s.B, s.Tk, M), d.padding(s.B, s.Tk).to(d.dtype)))
 class AddedMask(nn.Module):
     """A float mask times a large number, added to the scores."""
 

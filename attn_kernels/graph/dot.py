@@ -1,0 +1,54 @@
+"""Scores that are products of query and keys: dot, general (either side projected before) and linear pooling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from .axes import PRODUCTS, Group, Index, NoMatch, axes_of, contraction, name_of, resolve, settle
+from .parts import Leaf, Products, Roles
+
+if TYPE_CHECKING:
+    from .match import Matcher
+
+
+def products(matcher: Matcher, node: Node, index: Index, steps: Group) -> Products:
+    """The side of a product that has the steps is the keys, the other one is the query."""
+    found = contraction(node, index, matcher.writes.read)
+    if found is None or not found.axes:
+        raise NoMatch("no product")
+    a = matcher.leaf(Leaf(found.a, found.a_index, found.node))
+    b = matcher.leaf(Leaf(found.b, found.b_index, found.node))
+    units, along = set(resolve(found.axes)), set(resolve(steps))
+    for query, keys in ((a, b), (b, a)):
+        if along <= set(keys.axes) and not along & set(query.axes):
+            break
+    else:
+        raise NoMatch("no query and keys")
+    if not along or not units <= set(query.axes) & set(keys.axes):
+        raise NoMatch("no query and keys")
+    if matcher.is_constant(keys.node):
+        raise NoMatch("the keys are weights")
+    shift = None if found.bias is None else matcher.leaf(Leaf(found.bias, found.bias_index, found.node))
+    return Products(node, index, found.axes, query, keys, shift, matcher.is_constant(query.node))
+
+
+def check_query(scores: Products, values: Leaf | None) -> None:
+    """Pooling by a vector of weights: of the keys themselves, or of projected keys; not of features (tanh, gates)."""
+    if scores.is_pooling and (values is None or (scores.keys.node is not values.node and not _is_product(scores.keys))):
+        raise NoMatch("no query: scores are weighted sums of features, so that fusing gains nothing")
+
+
+def _is_product(leaf: Leaf) -> bool:
+    return name_of(leaf.node) in PRODUCTS
+
+
+def roles_of(scores: Products, steps: Group) -> Roles:
+    """Divides the axes as :func:`attn_kernels.graph.match.roles` does."""
+    units, keys = set(resolve(scores.units)), set(scores.keys.axes)
+    index = axes_of(settle(scores.index))
+    if {*scores.query.axes, *keys} - {*index, *units}:
+        raise NoMatch("axes that the scores do not have")
+    batch = tuple(axis for axis in index if axis in keys and axis not in steps)
+    return Roles(batch, tuple(axis for axis in index if axis not in keys and axis not in steps), steps)
