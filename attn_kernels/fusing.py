@@ -27,7 +27,7 @@ from . import patching
 from .patching import Fallback, Replaced, Report, Skipped
 
 if TYPE_CHECKING:
-    from .graph.capture import Captured, Entry
+    from .graph.capture import AnyEntry, Captured
 
 # Looked up once: they are called in every call of a module.
 _is_tracing, _is_grad_enabled = torch._C._is_tracing, torch.is_grad_enabled
@@ -188,7 +188,7 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
                 patched.skipped = [skipped for skipped in patched.skipped if skipped.name != name]
                 patched.skipped.append(Skipped(name, type(module), "its forward was replaced by another hand"))
                 continue
-            module.__class__ = _watched_class(type(module))
+            patching._change_class(module, _watched_class(type(module)))
             watched.append((name, module))
     watched += [(name, _watch_parent(parent)) for name, parent in _parents(model, [m for _, m in watched])]
     for _, module in watched:
@@ -210,7 +210,7 @@ def _parents(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.M
 
 
 def _watch_parent(parent: nn.Module) -> nn.Module:
-    parent.__class__ = _watched_class(type(parent))
+    patching._change_class(parent, _watched_class(type(parent)))
     _state_of(parent).is_parent = True
     return parent
 
@@ -254,7 +254,7 @@ def _unfuse(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
 
 
 def _restore(module: Any) -> None:
-    module.__class__ = module._attn_kernels_original
+    patching._change_class(module, module._attn_kernels_original)
     module.__dict__.pop(_STATE, None)
 
 
@@ -305,7 +305,7 @@ class _State:
         self.is_parent = False  # watched for the alignments of those only
         self.choices: dict[Any, Any] = {}
         self.reasons: Counter[str] = Counter()
-        self.entries: list[Entry] = []
+        self.entries: list[AnyEntry] = []
         self.keeper: Any = None
         self._source: Captured | None = None  # what the entries are of
 
@@ -367,7 +367,7 @@ class _State:
         _restore(module)
         return False
 
-    def _run(self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, entry: AnyEntry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten graph, with what this module keeps."""
         kept = entry.kept
         outer, kept.keeper = kept.keeper, self.keeper
@@ -377,7 +377,13 @@ class _State:
             kept.keeper = outer
 
     def _try(
-        self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, trial: Any
+        self,
+        entry: AnyEntry,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Any,
+        trial: Any,
     ) -> Any:
         if any(isinstance(x, Tensor) and not x.is_cpu for x in args):  # where a call returns before it is done
             self.choices[kind] = True
@@ -407,7 +413,9 @@ class _State:
             self._source, self.entries = captured, []
         return captured
 
-    def _capture(self, captured: Captured, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | str:
+    def _capture(
+        self, captured: Captured, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AnyEntry | str:
         inner = [_state_of(other) for other in self.inner if isinstance(other, Watched)]
         if any(not state.is_known for state in inner):
             return _WAITING  # this very call makes it known
@@ -415,7 +423,7 @@ class _State:
             return "its attention is computed by modules within it"
         if captured.entries and _has_loops(module) and not any(e.graph.is_fused for e in captured.entries):
             return _LOOPS
-        return captured.capture(module, args, kwargs)
+        return captured.capture(module, args, kwargs, in_parts=not (self.is_parent or _has_loops(module)))
 
     @property
     def is_known(self) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,8 @@ from attn_kernels.graph import check as checking
 from attn_kernels.graph import rewrite
 from fuse_zoo import CASES, A, Draw, H, M, Sizes
 from fuse_zoo.run import MORE_SIZES, assert_same, check, results, tensors
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +79,26 @@ def test_all_ways_of_writing(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name: str) -> None:
     check(CASES[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["ChoiceByValue", pytest.param("PackedBefore", marks=pytest.mark.slow)])
+def test_several_graphs_in_one_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph with the attention is fused, the rest runs as it is, over ten lengths with one capture more."""
+    torch.manual_seed(0)
+    original = CASES[name].build().double()
+    module = copy.deepcopy(original)
+    calls = calls_of_op(monkeypatch)
+    report = fuse(module, always=True)
+    counts = []
+    for seed in range(10):
+        args = [CASES[name].arguments(Sizes(2 + seed % 3, 1, 3 + seed), Draw(seed)) for _ in range(2)]
+        assert_same(results(module, args[0]), results(original, args[1]), 1e-12)
+        assert calls
+        calls.clear()
+        (entry,) = fusing._state_of(module).entries
+        counts.append(len(entry.graph.graphs))
+    assert counts[-1] == counts[1], counts
+    assert report.fused[0].what.startswith("context")
 
 
 def test_the_zoo_is_large() -> None:
@@ -842,10 +868,51 @@ def test_as_a_backend_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
+def test_the_backend_is_declared() -> None:
+    """``backend="attn_kernels"``: TorchDynamo looks for entry points of this group."""
+    tomllib = pytest.importorskip("tomllib")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    module, _, name = declared["torch_dynamo_backends"]["attn_kernels"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
 @pytest.mark.slow
-def test_with_inductor() -> None:
+def test_an_installed_package_has_the_backend(tmp_path: Path) -> None:
+    """A fresh install, without the C++ kernels, in an interpreter that imports nothing of this package by itself."""
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
+    source = tmp_path / "source"
+    skipped = shutil.ignore_patterns(".*", "build", "bench", "tests", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=skipped)
+    environment = {**os.environ, "ATTN_KERNELS_CPU": "0", "ATTN_KERNELS_CUDA": "0", "PYTHONPATH": str(site)}
+    subprocess.run([*map(str, pip), str(source)], check=True, env=environment, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", _BY_NAME, str(site)], check=True, env=environment, cwd=tmp_path)
+
+
+_BY_NAME = """
+import sys
+import torch
+import torch._inductor.compile_fx as inductor
+assert "attn_kernels" in torch.compiler.list_backends(), torch.compiler.list_backends()
+graphs = []
+inductor.compile_fx = lambda graph, _, **options: graphs.append(graph.code) or graph.forward
+q, k, v = torch.randn(2, 3), torch.randn(2, 4, 3), torch.randn(3)
+def scores(q, k, v):
+    return torch.softmax(torch.tanh(q[:, None] + k) @ v, 1)
+expected = scores(q, k, v)
+torch.testing.assert_close(torch.compile(scores, backend="attn_kernels")(q, k, v), expected)
+assert sys.modules["attn_kernels"].__file__.startswith(sys.argv[1]), sys.modules["attn_kernels"].__file__
+assert any("attention" in code for code in graphs), graphs
+"""
+
+
+@pytest.mark.slow
+def test_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attn_kernels.compile import attn_kernels_backend
 
+    # Caches that no other process writes to, and no pool of processes that compile: it may outlive its time.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     _, theirs = pair()
     theirs.float()
     args = arguments(dtype=torch.float32)
@@ -869,6 +936,22 @@ def test_activation_checkpointing(reentrant: bool) -> None:
             gradients.append([args[1].grad, *(p.grad.clone() for p in model.parameters())])
             model.zero_grad()
         assert_same(gradients[0], gradients[1], 1e-12)
+
+
+def test_torch_func_within_torch_compile() -> None:
+    """The outer graph has the plain operations, which torch.func differentiates."""
+    ours, theirs = pair()
+    fuse(ours, always=True)
+    args = arguments()
+    assert_alike(ours, theirs, args)
+
+    def gradient(state: Tensor) -> Tensor:
+        return torch.func.grad(lambda s: ours(s, *args[1:]).sum())(state)
+
+    got = torch.compile(gradient, backend="eager")(args[0].detach())
+    expected = torch.autograd.grad(theirs(*args).sum(), args[0])[0]
+    torch.testing.assert_close(got, expected)
+    torch._dynamo.reset()
 
 
 def test_torch_func_and_tracing() -> None:

@@ -8,9 +8,10 @@ A graph is captured once for all modules of a class, with sizes that may vary.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .rewrite import Found, Outcome, rewrite
 
 _MOST = 64  # graphs of one class: sizes of layers, modes, dtypes, options; beyond them the original runs
 _FAILURES = 4
+_PARTS = 8  # graphs of one part of a forward that is not one graph
 _LARGE = 1 << 18  # elements of arguments; the graphs are compared for some of them, where there are more
 _capturing = threading.RLock()
 
@@ -115,17 +117,69 @@ class Entry:
         self.kept = current  # where a module puts its keeper for the time of a run
 
 
+class Parts:
+    """The graphs of a forward that is not one graph: what lies between them runs as Python, under torch.compile.
+
+    reason: why it is not one. The rest is as of :class:`Graph`, over all graphs of the calls so far.
+    """
+
+    def __init__(self, call: Callable[..., Any], reason: str) -> None:
+        self.graphs: list[Graph] = []
+        self._reason = reason
+        self._compiled: Callable[..., Any] = torch.compile(call, backend=self._backend, dynamic=True)
+
+    @property
+    def found(self) -> list[Found]:
+        return [found for graph in self.graphs for found in graph.found]
+
+    @property
+    def is_fused(self) -> bool:
+        return any(graph.is_fused for graph in self.graphs)
+
+    def why(self) -> str:
+        reasons = [reason for graph in self.graphs for reason in graph.reasons]
+        return "; ".join(dict.fromkeys([f"it is not one graph ({self._reason})", *reasons]))
+
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _options(recompile_limit=_PARTS, accumulated_recompile_limit=8 * _PARTS, suppress_errors=True):
+            return self._compiled(module, args, kwargs)
+
+    def _backend(self, graph_module: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        graph = Graph(graph_module)
+        self.graphs.append(graph)
+        return graph.first if graph.is_fused else graph.original
+
+
+class PartsEntry:
+    """A kind of call that is made of parts; TorchDynamo itself says which graphs are right for a call."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.graph, self.run, self.kept = parts, parts.run, current
+
+    def check(self, given: dict[str, Any]) -> bool:
+        return True
+
+
+AnyEntry = Entry | PartsEntry
+
+
 class Captured:
     """The captured graphs of a class's forward."""
 
     def __init__(self, forward: Callable[..., Any], what: str) -> None:
         self.forward = forward
-        self.entries: list[Entry] = []
+        self.entries: list[AnyEntry] = []
         self.failures: list[str] = []
         self._namespace = {"ORIGINAL": forward, "__builtins__": __builtins__, "__name__": f"{__name__}.of_{what}"}
-        self.call = types.FunctionType(_call.__code__.replace(co_name=f"forward_of_{what}"), self._namespace)
+        self.call = self._call_of(what)
         self._compiled: Callable[..., Any] | None = None
         self._graph: Graph | None = None
+        self._is_broken = False  # whether the last capture failed because the forward is not one graph
+        self._parts: PartsEntry | None = None  # comes after all others
+
+    def _call_of(self, what: str) -> types.FunctionType:
+        """The forward as a function of its own, so that what is compiled of it is not mixed with anything else."""
+        return types.FunctionType(_call.__code__.replace(co_name=f"forward_of_{what}"), self._namespace)
 
     @property
     def is_open(self) -> bool:
@@ -133,19 +187,25 @@ class Captured:
         return len(self.entries) < _MOST and len(self.failures) < _FAILURES
 
     def find(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], likely: list[Entry] | None = None
-    ) -> Entry | None:
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        likely: list[AnyEntry] | None = None,
+    ) -> AnyEntry | None:
         """``likely``: entries to look at first, the one found is moved to its front."""
         given = {"module": module, "args": args, "kwargs": kwargs}
         for place, entry in enumerate(likely or ()):
             if entry.check(given):
-                if place:
+                if place and entry is not self._parts:
                     likely.insert(0, likely.pop(place))
                 return entry
         return next((entry for entry in self.entries if entry.check(given)), None)
 
-    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | str:
-        """A new entry for a call, or the reason why there is none."""
+    def capture(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in_parts: bool
+    ) -> AnyEntry | str:
+        """A new entry for a call, or the reason why there is none. in_parts: whether it may be several graphs."""
         with _capturing:
             entry = self.find(module, args, kwargs)
             if entry is not None:
@@ -158,34 +218,31 @@ class Captured:
                 if entry is not None:
                     return entry
                 reason = "what was captured does not hold for the call that it was captured of"
+            elif self._is_broken and in_parts:
+                self._parts = PartsEntry(Parts(self._call_of("parts"), reason))
+                self.entries.append(self._parts)
+                return self._parts
             self.failures.append(reason)
             return reason
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         import torch._dynamo as dynamo
         from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-        from torch.fx.experimental import _config
-
-        shapes: Any = _config  # its ``patch`` is made when it is imported
 
         if self._compiled is None:
             self._compiled = torch.compile(self.call, backend=self._backend, dynamic=True, fullgraph=True)
         self._graph = None
         before = {id(entry.code) for entry in _debug_get_cache_entry_list(self.call.__code__)}
-        options = {
-            "specialize_float": True,  # a scale is a number of the graph
-            "skip_nnmodule_hook_guards": False,
-            "allow_rnn": True,
-            "recompile_limit": 2 * _MOST,
-            "accumulated_recompile_limit": 32 * _MOST,
-            "suppress_errors": False,
-        }
-        known = {name: value for name, value in options.items() if hasattr(dynamo.config, name)}
+        self._is_broken = False
+        options = {"recompile_limit": 2 * _MOST, "accumulated_recompile_limit": 32 * _MOST, "suppress_errors": False}
         try:
-            with dynamo.config.patch(known), shapes.patch(use_duck_shape=False):
+            with _options(**options):
                 self._compiled(module, args, kwargs)
         except _Stop:
             pass
+        except (dynamo.exc.Unsupported, dynamo.exc.UserError) as error:
+            self._is_broken = True
+            return _words(error)
         except Exception as error:
             return _words(error)
         if self._graph is None:
@@ -195,6 +252,7 @@ class Captured:
                 continue
             name = next((name for name in entry.code.co_names if name.startswith("__compiled_fn")), None)
             if name is None or any(name.startswith("__resume_at") for name in entry.code.co_names):
+                self._is_broken = True
                 return "it was not captured as one graph"
             graph = self._graph
             graph._install = lambda function, name=name: self._namespace.__setitem__(name, function)
@@ -210,6 +268,24 @@ class Captured:
             raise _Stop
 
         return stop
+
+
+@contextlib.contextmanager
+def _options(**others: Any) -> Iterator[None]:
+    """How TorchDynamo captures here, as far as this version of it has these options."""
+    import torch._dynamo as dynamo
+    from torch.fx.experimental import _config
+
+    options = {
+        "specialize_float": True,  # a scale is a number of the graph
+        "skip_nnmodule_hook_guards": False,
+        "allow_rnn": True,
+        **others,
+    }
+    known = {name: value for name, value in options.items() if hasattr(dynamo.config, name)}
+    shapes: Any = _config  # its ``patch`` is made when it is imported
+    with dynamo.config.patch(known), shapes.patch(use_duck_shape=False):
+        yield
 
 
 def parameters_of(graph_module: torch.fx.GraphModule) -> set[torch.fx.Node]:

@@ -108,4 +108,4 @@ def many_padded(s: Sizes, d: Draw) -> tuple[Any, ...]:
     return d(s.B, s.Tq, H), d(s.B, s.Tk, M), d.padding(s.B, s.Tk)
 
 
-from . import decoders, others, pointers, pooling, products, speech, spellings, translation, vision  # noqa: E402, F401
+from . import broken, decoders, others, pointers, pooling, products, speech, spellings, translation, vision  # noqa: E402, F401
