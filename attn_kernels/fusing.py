@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import patching
 from .patching import Fallback, Replaced, Report, Skipped
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
 
 # Looked up once: they are called in every call of a module.
 _is_tracing, _is_grad_enabled = torch._C._is_tracing, torch.is_grad_enabled
+_module_call = nn.Module.__call__  # which tracers replace
 
 _MOST = 16  # kinds of calls of one module
+_UNSEEN = 64  # at most so many calls run as they were before one is looked at
+_CLEARLY = 0.97  # a smaller gain may be one of the clock
 _TRIALS = 3  # timed calls of each of the two ways
 
 
@@ -118,6 +122,30 @@ class Watched:
 
     _attn_kernels_original: ClassVar[type[nn.Module]]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As PyTorch's, but without its steps where the original was chosen, and nothing hooks into the call: so that
+        such a call, which may be one of thousands of small ones, is no slower than it was before.
+        """
+        if not (is_compiling() or _is_tracing()) and _module_call is nn.Module.__call__:
+            attributes = self.__dict__
+            state = attributes.get(_STATE)
+            if (
+                state is not None
+                and (state.rest > 0 or state.is_left_alone(attributes, args))
+                and not (
+                    attributes["_forward_hooks"]
+                    or attributes["_forward_pre_hooks"]
+                    or attributes["_backward_hooks"]
+                    or attributes["_backward_pre_hooks"]
+                    or "forward" in attributes
+                    or "_compiled_call_impl" in attributes
+                    or _has_any_global_hook()
+                )
+            ):
+                state.rest -= 1
+                return self._attn_kernels_original.forward(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # An outer torch.compile has the original's operations, and may rewrite them itself; a trace has plain ones.
         if is_compiling() or _is_tracing():
@@ -125,11 +153,7 @@ class Watched:
         state = self.__dict__.get(_STATE)
         if state is None:
             state = _state_of(self)
-        size = 0
-        for x in args:
-            if isinstance(x, Tensor):
-                size += x.numel()
-        kind = size.bit_length(), self.__dict__["training"], _is_grad_enabled()
+        kind = _kind(self.__dict__, args)
         choice = state.choices.get(kind)
         if choice is False:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -276,6 +300,15 @@ _watched_classes: weakref.WeakKeyDictionary[type[nn.Module], type[Any]] = weakre
 _captured: weakref.WeakKeyDictionary[type[nn.Module], Captured] = weakref.WeakKeyDictionary()
 
 
+def _kind(attributes: dict[str, Any], args: tuple[Any, ...]) -> tuple[int, bool, bool]:
+    """What a choice is made for: the size of the arguments to a power of two, the modes of module and autograd."""
+    size = 0
+    for x in args:
+        if isinstance(x, Tensor):
+            size += x.numel()
+    return size.bit_length(), attributes["training"], _is_grad_enabled()
+
+
 class _Trial:
     """Times of the first calls of a kind: original and rewritten in turn."""
 
@@ -292,7 +325,7 @@ class _Trial:
         return len(self.original) >= _TRIALS and len(self.rewritten) >= _TRIALS
 
     def decide(self) -> bool:
-        return min(self.rewritten) < min(self.original)
+        return min(self.rewritten) < _CLEARLY * min(self.original)
 
 
 class _State:
@@ -304,6 +337,7 @@ class _State:
         self.inner: list[Any] = []  # watched modules within this one
         self.is_parent = False  # watched for the alignments of those only
         self.choices: dict[Any, Any] = {}
+        self.rest = self._streak = 0  # calls for which the original is to run without a look at their arguments
         self.reasons: Counter[str] = Counter()
         self.entries: list[AnyEntry] = []
         self.keeper: Any = None
@@ -314,6 +348,14 @@ class _State:
 
     def __reduce__(self) -> Any:
         return _State, (self.original,)
+
+    def is_left_alone(self, attributes: dict[str, Any], args: tuple[Any, ...]) -> bool:
+        """Whether the original was chosen for a kind of call. After some such calls only every 64th is looked at."""
+        if self.choices.get(_kind(attributes, args)) is not False:
+            self._streak = 0
+            return False
+        self.rest = self._streak = min(self._streak + 1, _UNSEEN)
+        return True
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         return self.original.forward(module, *args, **kwargs)

@@ -821,6 +821,32 @@ def test_the_faster_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(state.choices.values()) == {slower == "original"}
 
 
+def test_small_calls_do_not_hide_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the original was chosen for many calls, few are looked at; hooks are honoured, another kind is found."""
+    ours, theirs = pair()
+    fuse(ours)
+    attention, args = ours.attention, arguments()
+    state = fusing._state_of(attention)
+    state.choices[fusing._kind(attention.__dict__, args)] = False
+    looks = []
+    kind = fusing._kind
+    monkeypatch.setattr(fusing, "_kind", lambda *args: (looks.append(1), kind(*args))[1])
+    for _ in range(2000):
+        attention(*args)
+    assert 0 < len(looks) < 150
+    seen: list[int] = []
+    hook = attention.register_forward_hook(lambda *_: seen.append(1))
+    attention(*args)
+    assert seen == [1]
+    hook.remove()
+    calls = calls_of_op(monkeypatch)
+    state.always = True
+    large = arguments(1, Sizes(16, 1, 9))
+    for _ in range(fusing._UNSEEN + 1):
+        torch.testing.assert_close(attention(*large), theirs.attention(*large))
+    assert calls
+
+
 def test_kinds_that_are_not_rewritten_cost_nothing() -> None:
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -913,6 +939,7 @@ def test_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Caches that no other process writes to, and no pool of processes that compile: it may outlive its time.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False, raising=False)
     _, theirs = pair()
     theirs.float()
     args = arguments(dtype=torch.float32)
