@@ -7,6 +7,7 @@ one thread, so that other work on the machine counts less.
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,18 @@ class Pointer(nn.Module):
         return torch.bmm(F.softmax(e, 2), memory)
 
 
+class GeneralStep(nn.Module):
+    """The state times the projected memory: no tanh."""
+
+    def __init__(self, state: int, memory: int, units: int) -> None:
+        super().__init__()
+        self.W = nn.Linear(memory, state, bias=False)
+
+    def forward(self, state: Tensor, memory: Tensor) -> Tensor:
+        weights = F.softmax(torch.bmm(self.W(memory), state.unsqueeze(2)).squeeze(2), 1)
+        return torch.bmm(weights.unsqueeze(1), memory).squeeze(1)
+
+
 class Bag(nn.Module):
     """Pooling of a bag of instances. It has no query: nothing is gained, and it must not become slower."""
 
@@ -113,6 +126,7 @@ CASES: tuple[tuple[str, type[nn.Module], int, int, int, int, int, bool], ...] = 
     ("text in images", RecognitionCell, 192, 0, 26, 256, 256, False),
     ("captions", CaptionStep, 32, 0, 196, 512, 2048, False),
     ("pointer", Pointer, 64, 31, 240, 512, 512, False),
+    ("general", GeneralStep, 64, 0, 50, 512, 512, False),
     ("bag", Bag, 1, 0, 10000, 128, 500, False),
     ("small", CaptionStep, 1, 0, 10, 16, 16, False),
 )
@@ -172,7 +186,8 @@ def measure(problem: Problem, passes: str, seconds: float, compiled: bool) -> di
         if not error <= TOLERANCE:
             raise RuntimeError(f"bench.fuse: {way!r} of {problem.name!r} is off by {error}: nothing is timed")
     timer = timing.WallTimer(time.process_time)
-    samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=200)
+    samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=3, most_rounds=200)
+    added = [1e6 * (ours - theirs) for ours, theirs in zip(samples[FUSED], samples[ORIGINAL], strict=True)]
     device = torch.device("cpu")
     return {
         "case": problem.name,
@@ -184,6 +199,7 @@ def measure(problem: Problem, passes: str, seconds: float, compiled: bool) -> di
         "rounds": len(samples[ORIGINAL]),
         "ms": {way: timing.spread([1e3 * x for x in samples[way]])._asdict() for way in ways},
         "times fused": {way: timing.ratios(samples, way, FUSED)._asdict() for way in ways if way != FUSED},
+        "added us": timing.spread(added)._asdict(),
         "peak MB": {way: machine.peak_memory(calls[way], device) for way in ways},
     }
 
@@ -207,6 +223,39 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+TITLES = {
+    "translation": "translation, time-major, layer on joined rows",
+    "text in images": "cell of a reader of text in images",
+    "captions": "captioning, regions of an image",
+    "pointer": "pointer network, all pairs",
+    "general": 'Luong\'s "general"',
+    "bag": "bag of instances, no query",
+    "small": "small",
+}
+
+
+def markdown(rows: list[dict[str, Any]], only: tuple[str, ...] = tuple(TITLES)) -> str:
+    """The table of the docs: a line for each case, in the order of ``only``."""
+    lines = [
+        f"| | (B,Tq,Tk,A,M) | forward, ms | {ORIGINAL} | {COMPILED} | training, ms | {ORIGINAL} | {COMPILED} | MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in only:
+        cells = [TITLES[case]]
+        for passes in ("forward", "training"):
+            row = next(row for row in rows if row["case"] == case and row["passes"] == passes)
+            if passes == "forward":
+                cells.append("({})".format(",".join(map(str, row["B,Tq,Tk,A,M"]))))
+            cells.append(f"{row['ms'][FUSED]['median']:.3g}" + (f" ({row['steps']} steps)" if row["steps"] > 1 else ""))
+            for way in (ORIGINAL, COMPILED):
+                ratio = row["times fused"].get(way)
+                cells.append("-" if ratio is None else f"{ratio['median']:.3g}x")
+        memory = [row["peak MB"][way] for way in (FUSED, ORIGINAL)]
+        cells.append(" / ".join("-" if x is None else f"{x:.0f}" for x in memory))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 @app.command()
 def main(
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
@@ -219,7 +268,9 @@ def main(
         Path, typer.Option(help="Folder for the JSON file.", show_default=files.shown(files.LOCAL))
     ] = files.LOCAL,
 ) -> None:
-    """Times modules as they are, fused and by torch.compile, on one thread of the CPU."""
+    """Times modules as they are, fused and by torch.compile, on one thread of the CPU, in about five minutes; most of
+    that is torch.compile. A JSON file and, of all cases, a plot.
+    """
     start = time.perf_counter()
     torch.set_num_threads(1)
     in_effect = machine.set_allocator(allocator)
@@ -231,11 +282,20 @@ def main(
         for passes in ("forward", "training"):
             with console.status(f"{case[0]}, {passes}"):
                 rows.append(measure(problem, passes, seconds, compiled))
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     described = machine.describe(torch.device("cpu"), in_effect)
     path = output / "fuse-cpu.json"
-    files.write_json(path, {"part": "fuse", "machine": described, "clock": "CPU time", "rows": rows})
+    files.write_json(path, {"part": "fuse", "machine": described, "clock": "CPU time", "load": load, "rows": rows})
+    if rows and not only:
+        from . import plots
+
+        plots.fuse(path.with_suffix(".png"), rows, described)
     console.print(table(rows))
-    console.print(machine.as_text(described))
+    small = [row for row in rows if row["case"] == "small"]
+    for row in small:
+        added = row["added us"]["median"] / row["steps"]
+        console.print(f"A small call takes {added:+.1f} us ({row['passes']}) beside the original.")
+    console.print(machine.as_text(described), highlight=False)
     console.print(f"{time.perf_counter() - start:.0f} s. Written: {files.shown(path)}", highlight=False)
 
 

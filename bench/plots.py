@@ -249,6 +249,42 @@ def swap(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _save(path, figure)
 
 
+def fuse(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str, object]) -> None:
+    """One panel for each pass: how many times as long as the fused module the others take, with quartiles."""
+    colours = {"original": _COLOURS["eager"], "torch.compile": _COLOURS["torch.compile"]}
+    passes = list(dict.fromkeys(row["passes"] for row in rows))
+    figure, axes = plt.subplots(1, len(passes), figsize=(6.5 * len(passes), 4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, passes, strict=True):
+        panel = [row for row in rows if row["passes"] == name]
+        for place, row in enumerate(panel):
+            for offset, (way, ratio) in zip((-0.2, 0.2), row["times fused"].items(), strict=False):
+                median, low, high = (ratio[key] for key in ("median", "low", "high"))
+                axis.barh(place + offset, median - 1, 0.4, left=1, color=colours[way])
+                axis.plot([low, high], [place + offset] * 2, color="black", linewidth=0.8)
+                axis.annotate(
+                    _short(median),
+                    (max(median, high, 1), place + offset),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                )
+        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.axvline(1, color="black", linewidth=1)
+        labels = [f"{row['case']} {','.join(map(str, row['B,Tq,Tk,A,M']))}" for row in panel]
+        axis.set_yticks(range(len(panel)), labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(
+            name if name == "forward" else f"{name}, {max(row['steps'] for row in panel)} steps", fontsize=10
+        )
+        axis.set_xlabel("time / time of the fused module (right of 1: fused is faster)", fontsize=8)
+    handles = [Patch(color=colour, label=way) for way, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
+    figure.suptitle(f"fuse(model), one thread, {description['device']}, {description['date']}", fontsize=9)
+    _save(path, figure)
+
+
 def _save(path: Path, figure: plt.Figure) -> None:
     files.write_whole(path, lambda partial: figure.savefig(partial, dpi=150, metadata={"Software": None}))
     plt.close(figure)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,25 @@ def test_a_row() -> None:
     console = Console(width=200, record=True)
     console.print(bench.table(rows))
     assert "training, 30 steps" in console.export_text()
+
+
+def test_documents_have_the_figures_of_the_file() -> None:
+    root = Path(__file__).parent.parent
+    rows = json.loads((root / "bench/results/fuse-cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["case"] for row in rows} == {case[0] for case in bench.CASES} == set(bench.TITLES)
+    assert bench.markdown(rows) in (root / "docs/fuse.md").read_text(encoding="utf-8")
+    table = bench.markdown(rows, ("translation", "captions", "pointer"))
+    assert table in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "bench/results/fuse-cpu.json").read_text(encoding="utf-8"))
+    plots.fuse(tmp_path / "fuse.png", result["rows"], result["machine"])
+    assert (tmp_path / "fuse.png").stat().st_size > 10_000
 
 
 def test_nothing_is_timed_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
