@@ -1,6 +1,6 @@
 """``fuse(model)``: the ops in any model, whatever class computes its attention.
 
-Modules of known libraries are patched (patching.py). Of all others, those whose code can compute additive attention are
+Modules of known libraries are patched (patching.py). Of all others, those whose code can compute attention are
 watched: the first call of each kind is captured as a graph (graph/capture.py), attention in it is replaced by the ops
 (graph/rewrite.py), the new graph is compared with the old one (graph/check.py), and both are timed. From then on the
 faster one runs. A module keeps its parameters, buffers, hooks and state; only its class changes, as ``patch`` does it.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Looked up once: they are called in every call of a module.
 _is_tracing, _is_grad_enabled = torch._C._is_tracing, torch.is_grad_enabled
-_module_call = nn.Module.__call__  # which tracers replace
+_module_call = nn.Module._wrapped_call_impl  # what nn.Module.__call__ is, unless a tracer has replaced it
 
 _MOST = 16  # kinds of calls of one module
 _UNSEEN = 64  # at most so many calls run as they were before one is looked at
@@ -179,8 +179,8 @@ class Watched:
 def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
     """Computes the attention of any model with this package's ops: same parameters, same results, no adapter.
 
-    Additive attention is recognised by what is computed, not by names: batch- or time-major, one query or many, any
-    mask, conv or linear projections, joined or added. Modules are changed in place, by their class: parameters,
+    Attention is recognised by what is computed, not by names: additive, dot or general, batch- or time-major, one query
+    or many, any mask, conv or linear projections, joined or added. Modules are changed in place, by their class: parameters,
     ``state_dict``, hooks and attributes stay as they are, and ``isinstance`` still holds. What depends on the memory
     and on weights alone is made once for all steps on that memory. :func:`patch` is called first, for the libraries
     that it knows.

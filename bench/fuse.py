@@ -7,6 +7,7 @@ one thread, so that other work on the machine counts less.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Callable
@@ -234,6 +235,9 @@ TITLES = {
 }
 
 
+IN_README = ("translation", "captions", "pointer")
+
+
 def markdown(rows: list[dict[str, Any]], only: tuple[str, ...] = tuple(TITLES)) -> str:
     """The table of the docs: a line for each case, in the order of ``only``."""
     lines = [
@@ -261,6 +265,9 @@ def main(
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
     only: Annotated[list[str] | None, typer.Option(help="Cases, by name; all without.")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile, too.")] = True,
+    published: Annotated[
+        bool, typer.Option("--markdown", help="Measure nothing: the tables of docs/fuse.md and README.md.")
+    ] = False,
     allocator: Annotated[
         Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
     ] = Allocator.reuse,
@@ -271,10 +278,15 @@ def main(
     """Times modules as they are, fused and by torch.compile, on one thread of the CPU, in about five minutes; most of
     that is torch.compile. A JSON file and, of all cases, a plot.
     """
+    path = output / "fuse-cpu.json"
+    if published:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        print(markdown(rows), markdown(rows, IN_README), sep="\n\n")
+        return
     start = time.perf_counter()
     torch.set_num_threads(1)
     in_effect = machine.set_allocator(allocator)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for case in CASES:
         if only and case[0] not in only:
             continue
@@ -284,7 +296,6 @@ def main(
                 rows.append(measure(problem, passes, seconds, compiled))
     load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     described = machine.describe(torch.device("cpu"), in_effect)
-    path = output / "fuse-cpu.json"
     files.write_json(path, {"part": "fuse", "machine": described, "clock": "CPU time", "load": load, "rows": rows})
     if rows and not only:
         from . import plots

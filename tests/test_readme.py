@@ -33,6 +33,7 @@ def test_the_eager_code_is_equivalent(names: dict[str, Any]) -> None:
 
 
 def test_shapes(names: dict[str, Any]) -> None:
+    assert names["averaged"].shape == (8, 1, 1024)
     assert names["states"].shape == (64, 30, 256)
     assert names["context"].shape == (64, 30, 512)
     assert names["logits"].shape == (8, 10, 40)
