@@ -24,6 +24,7 @@ from .rewrite import Found, Outcome, rewrite
 
 _MOST = 64  # graphs of one class: sizes of layers, modes, dtypes, options; beyond them the original runs
 _FAILURES = 4
+_CALM = 8  # calls without a new graph, after which none is expected
 _PARTS = 8  # graphs of one part of a forward that is not one graph
 _LARGE = 1 << 18  # elements of arguments; the graphs are compared for some of them, where there are more
 _capturing = threading.RLock()
@@ -125,7 +126,7 @@ class Parts:
 
     def __init__(self, call: Callable[..., Any], reason: str) -> None:
         self.graphs: list[Graph] = []
-        self._reason = reason
+        self._reason, self._calm = reason, 0  # calls in a row that added no graph
         self._compiled: Callable[..., Any] = torch.compile(call, backend=self._backend, dynamic=True)
 
     @property
@@ -141,8 +142,16 @@ class Parts:
         return "; ".join(dict.fromkeys([f"it is not one graph ({self._reason})", *reasons]))
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._calm >= _CALM:  # to set all options takes longer than a small call
+            import torch._dynamo as dynamo
+
+            with dynamo.config.patch(suppress_errors=True):
+                return self._compiled(module, args, kwargs)
+        before = len(self.graphs)
         with _options(recompile_limit=_PARTS, accumulated_recompile_limit=8 * _PARTS, suppress_errors=True):
-            return self._compiled(module, args, kwargs)
+            result = self._compiled(module, args, kwargs)
+        self._calm = self._calm + 1 if len(self.graphs) == before else 0
+        return result
 
     def _backend(self, graph_module: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         graph = Graph(graph_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -487,7 +488,7 @@ def _where(stack: list[Any]) -> str:
     if not stack:
         return ""
     path = stack[-1][0] if isinstance(stack[-1], tuple) else ""
-    return path.replace("L['module']", "").replace("._modules['", ".").replace("']", "").strip(".")
+    return re.sub(r"^L\['\w+'\]", "", path).replace("._modules['", ".").replace("']", "").strip(".")
 
 
 def _example(function: Any, args: tuple[Any, ...]) -> Any:
