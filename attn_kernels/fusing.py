@@ -180,10 +180,10 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
     """Computes the attention of any model with this package's ops: same parameters, same results, no adapter.
 
     Attention is recognised by what is computed, not by names: additive, dot or general, batch- or time-major, one query
-    or many, any mask, conv or linear projections, joined or added. Modules are changed in place, by their class: parameters,
-    ``state_dict``, hooks and attributes stay as they are, and ``isinstance`` still holds. What depends on the memory
-    and on weights alone is made once for all steps on that memory. :func:`patch` is called first, for the libraries
-    that it knows.
+    or many, any mask, conv or linear projections, joined or added. Modules are changed in place, by their class:
+    parameters, ``state_dict``, hooks and attributes stay as they are, and ``isinstance`` still holds. What depends on
+    the memory and on weights alone is made once for all steps on that memory. :func:`patch` is called first, for the
+    libraries that it knows.
 
     The first call of each kind (train or eval, mask or none, dtype) takes about a second: it is captured, and compared
     with the original on its arguments and on random ones, in values and gradients. A module whose rewritten graph is

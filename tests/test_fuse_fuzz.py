@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,6 +57,18 @@ SCORES: dict[str, Way] = {
         x.size(0), x.size(1), x.size(2)
     ),
 }
+PRODUCTS: dict[str, Way] = {
+    "bmm": lambda q, k: torch.bmm(q, k.transpose(1, 2)),
+    "matmul": lambda q, k: q @ k.mT,
+    "einsum": lambda q, k: torch.einsum("bqa,bka->bqk", q, k),
+    "pairs": lambda q, k: (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1),
+    "turned": lambda q, k: torch.matmul(k, q.transpose(1, 2)).transpose(1, 2),
+    "root": lambda q, k: torch.bmm(q / math.sqrt(q.size(2)), k.permute(0, 2, 1)),
+    "size": lambda q, k: torch.bmm(q, k.mT) / math.sqrt(k.size(1)),
+    "heads": lambda q, k: (
+        torch.matmul(q.unsqueeze(1).transpose(0, 1), k.unsqueeze(1).permute(1, 0, 3, 2)).transpose(0, 1).squeeze(1)
+    ),
+}
 MASKS: dict[str, Way] = {
     "none": lambda e, p: e,
     "fill": lambda e, p: e.masked_fill(p[:, None], -torch.inf),
@@ -91,16 +104,23 @@ class Spelled(nn.Module):
         self.join = nn.Linear(H + M, A)
         self.v = nn.Parameter(torch.randn(A))
         self.scale = choose.choice((1.0, 0.5, 3.0))
+        self.products = pick(PRODUCTS) if choose.random() < 0.4 else None
 
     def forward(self, query: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        pairs, scores, mask, softmax, context = self.names
+        pairs, scores = self.names[:2]
+        if self.products is not None:
+            e = PRODUCTS[self.products](self.q(query), self.k(memory))
+            return self.attend(e, memory, padding)
         if self.joined:
             rows = query.unsqueeze(2).expand(-1, -1, memory.size(1), -1)
             columns = memory.unsqueeze(1).expand(-1, query.size(1), -1, -1)
             x = self.join(torch.cat((rows, columns), -1))
         else:
             x = PAIRS[pairs](self.q(query), self.k(memory))
-        e = SCORES[scores](torch.tanh(x), self.v)
+        return self.attend(SCORES[scores](torch.tanh(x), self.v), memory, padding)
+
+    def attend(self, e: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+        _, _, mask, softmax, context = self.names
         e = MASKS[mask](e * self.scale if self.scale != 1.0 else e, padding)
         return CONTEXTS[context](SOFTMAXES[softmax](e), memory)
 
@@ -121,7 +141,7 @@ def check(seed: int) -> None:
     for sizes in (Sizes(2, 3, 4), Sizes(4, 2, 5)):
         ours, theirs = (results(m, arguments(sizes, seed)) for m in (module, original))
         assert_same(ours, theirs, 1e-11)
-    assert report.fused, f"{original.names}, joined: {original.joined}: {report.skipped}"
+    assert report.fused, f"{original.names}, joined: {original.joined}, {original.products}: {report.skipped}"
 
 
 @pytest.mark.parametrize("seed", range(4))
