@@ -275,7 +275,7 @@ def main(
         Path, typer.Option(help="Folder for the JSON file.", show_default=files.shown(files.LOCAL))
     ] = files.LOCAL,
 ) -> None:
-    """Times modules as they are, fused and by torch.compile, on one thread of the CPU, in about five minutes; most of
+    """Times modules as they are, fused and by torch.compile, on one thread of the CPU, in about ten minutes; most of
     that is torch.compile. A JSON file and, of all cases, a plot.
     """
     path = output / "fuse-cpu.json"

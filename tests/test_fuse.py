@@ -49,7 +49,7 @@ CORE = (
     "FilledByIndex",
     "Location",
     "HeadsInBatch-three",
-    "MapAndQueries",
+    "MapOfFeatures",
     "ClippedLogits",
     "Loop",
     "CausalSelf",
