@@ -250,7 +250,9 @@ def markdown(rows: list[dict[str, Any]], only: tuple[str, ...] = tuple(TITLES)) 
             row = next(row for row in rows if row["case"] == case and row["passes"] == passes)
             if passes == "forward":
                 cells.append("({})".format(",".join(map(str, row["B,Tq,Tk,A,M"]))))
-            cells.append(f"{row['ms'][FUSED]['median']:.3g}" + (f" ({row['steps']} steps)" if row["steps"] > 1 else ""))
+            median = row["ms"][FUSED]["median"]
+            text = f"{median:.0f}" if median >= 100 else f"{median:.3g}"
+            cells.append(text + (f" ({row['steps']} steps)" if row["steps"] > 1 else ""))
             for way in (ORIGINAL, COMPILED):
                 ratio = row["times fused"].get(way)
                 cells.append("-" if ratio is None else f"{ratio['median']:.3g}x")
