@@ -28,11 +28,10 @@ def outcomes(path: Path, *arguments: str) -> list[dict[str, str]]:
         pytest.skip("this PyTorch knows no device written in Python")
     available("cuda")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), gpu_outcomes.VARIABLE: str(path)}
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), gpu_outcomes.VARIABLE: str(path)}
     subprocess.run(
         [*command, "-p", "stand_in_gpu", "-p", "bench.gpu_outcomes", *arguments],
-        env=environment, cwd=ROOT, capture_output=True,
+        env=os.environ | environment, cwd=ROOT, capture_output=True,
     )  # fmt: skip
     return gpu_outcomes.read(path)
 
