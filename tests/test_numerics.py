@@ -272,13 +272,14 @@ def test_gradients_keep_their_digits(fused: str, device: str, queries: int) -> N
             assert dx[0].count_nonzero() == 1
 
 
+@pytest.mark.parametrize("small", [1.1e-7, 5e-7, 1e-5])
 @pytest.mark.parametrize("units", [48, 2048])
 @additive_ops
-def test_small_units_add_up(op: Op, compiled: str, units: int) -> None:
-    """One large element of v beside many that are each below its rounding, and together are not."""
+def test_small_units_add_up(op: Op, compiled: str, units: int, small: float) -> None:
+    """One large element of v beside many that are each near or below its rounding, and together are not."""
     case = Case(B=2, Tq=3, Tk=9, A=units, D=6)
     arguments = make(op, case, torch.float32)
-    arguments.tensors["v"].copy_(torch.where(torch.arange(units) == 4, 1.0, -1.1e-7))
+    arguments.tensors["v"].copy_(torch.where(torch.arange(units) == 4, 1.0, -small))
     keys = arguments.tensors["keys"]
     keys.abs_().add_(1).mul_(torch.where(keys[..., :1] > 1.7, 1.0, -1.0))  # a step has one sign: nothing cancels in it
     check_arguments(op, case, compiled, arguments)
