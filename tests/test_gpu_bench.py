@@ -580,6 +580,7 @@ def test_what_tells_most_runs_first() -> None:
     assert ordered == ["test_loop_graph", "test_ops", "test_numerics", "test_z", "test_fuzz", "test_compile"]
 
 
+@pytest.mark.usefixtures("outside_xdist")
 @pytest.mark.parametrize("workers", [(), ("-n", "2")])
 def test_outcomes_are_written_as_they_come(tmp_path: Path, workers: tuple[str, ...]) -> None:
     if workers:
