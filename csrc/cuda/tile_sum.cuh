@@ -23,6 +23,9 @@ struct Factor {
   const S* data;
   std::int64_t stride_r, stride_x;
   bool in_packs;
+
+  // Without its first x steps, a multiple of a pack.
+  ATTN_DEVICE Factor from(std::int64_t x) const { return {data + x * stride_x, stride_r, stride_x, in_packs}; }
 };
 
 // Which elements (r, x) of a factor are no padding; without data all of them.
