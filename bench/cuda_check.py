@@ -118,7 +118,6 @@ def _compile_triton(case: str, cache: Path) -> str:
 
 
 def triton_facts(case: str, kernel: dict[str, Any]) -> Facts:
-    constants = {**kernel["constants"], "masked": kernel.get("masked", False)}
     return Facts(
         kernel["name"],
         f"triton:{case}",
@@ -130,7 +129,7 @@ def triton_facts(case: str, kernel: dict[str, Any]) -> Facts:
         0,
         [sass.Loop(Counter(loop)) for loop in kernel["loops"]],
         sass.Code(Counter(kernel["all"])),
-        constants=constants,
+        constants=kernel["constants"],
     )
 
 

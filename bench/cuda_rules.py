@@ -74,13 +74,8 @@ def _tile_of_template(first: int) -> Callable[[Facts], tuple[int, int]]:
 
 
 def _is_many_queries_of_triton(facts: Facts) -> bool:
-    """The factored backward over a tile of queries. With a mask or few queries there is more to do for each pair."""
-    return (
-        _is_float32(facts)
-        and bool(facts.constants.get("FACTORED"))
-        and facts.constants.get("BLOCK_Q", 0) >= 16
-        and not facts.constants.get("masked")
-    )
+    """The factored backward over a tile of queries."""
+    return _is_float32(facts) and bool(facts.constants.get("FACTORED")) and facts.constants.get("BLOCK_Q", 0) >= 16
 
 
 RULES = (

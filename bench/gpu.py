@@ -114,7 +114,7 @@ def go(
         if options.resume is not None and (state["stages"].get(stage.name) or {}).get("done"):
             say(f"{number} of {len(stages)}: {stage.name}: done before")
             continue
-        limit = budget.limit(stage)
+        limit = min(budget.limit(stage), machine.most.get(stage.name, BUDGET))
         say(f"{number} of {len(stages)}: {stage.name}: {stage.what}; at most {limit:.0f} s, {budget.spent:.0f} s gone")
         begin, used = time.monotonic(), processor_seconds()
         note: dict[str, Any] = {"done": False}

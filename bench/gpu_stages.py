@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from . import files, gpu_first, gpu_measure, gpu_outcomes
@@ -71,6 +72,7 @@ class Machine:
     device = "cuda"
     tests = ROOT / "tests"
     test_seconds: float = TEST_SECONDS
+    most: Mapping[str, float] = MappingProxyType({})  # seconds of a stage, where they are less than usual
 
     def name(self) -> str | None:
         import torch

@@ -139,6 +139,13 @@ BACKENDS = {
 
 
 @pytest.fixture
+def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test starts takes itself for no worker of pytest-xdist, as it would by what it inherits."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
     monkeypatch.setattr(patching, "_least_elements", lambda module: 0)

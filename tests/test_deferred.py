@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from attn_kernels import BahdanauAttention, Memory, deferred
 from attn_kernels.ops import kernel
 from conftest import available
-from matrix import CASES, CORE, OPS, Case, Op, device_of, is_slow, make, slow_interpreted
+from matrix import CASES, CORE, OPS, Case, Op, device_of, is_slow, make, slow_if, slow_interpreted
 from test_modules import MASKS, MECHANISMS, TK, B, M, Q
 
 STEPS = 4
@@ -564,6 +564,7 @@ def test_compiled(mechanism: str, passes: list[int]) -> None:
     assert passes == [2]
 
 
+@slow_if(lambda mechanism, **_: mechanism != "bahdanau-normalized")
 @semantics
 def test_compiled_autograd(mechanism: str, passes: list[int]) -> None:
     torch._dynamo.reset()

@@ -580,6 +580,7 @@ def test_what_tells_most_runs_first() -> None:
     assert ordered == ["test_loop_graph", "test_ops", "test_numerics", "test_z", "test_fuzz", "test_compile"]
 
 
+@pytest.mark.usefixtures("outside_xdist")
 @pytest.mark.parametrize("workers", [(), ("-n", "2")])
 def test_outcomes_are_written_as_they_come(tmp_path: Path, workers: tuple[str, ...]) -> None:
     if workers:
@@ -590,12 +591,11 @@ def test_outcomes_are_written_as_they_come(tmp_path: Path, workers: tuple[str, .
     )
     (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     file = tmp_path / "outcomes.jsonl"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    environment |= {gpu_outcomes.VARIABLE: str(file), "PYTHONPATH": str(ROOT)}
+    environment = {gpu_outcomes.VARIABLE: str(file), "PYTHONPATH": str(ROOT)}
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_outcomes", "-p", "no:cacheprovider", *workers,
          "--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)],
-        env=environment, cwd=tmp_path, capture_output=True,
+        env=os.environ | environment, cwd=tmp_path, capture_output=True,
     )  # fmt: skip
     found = {one["test"].split("/")[-1]: one for one in gpu_outcomes.read(file)}
     assert found["test_x.py::test_it[cuda]"]["outcome"] == "passed"

@@ -13,18 +13,18 @@ from bench import gpu, gpu_first, gpu_outcomes
 from bench.gpu_rehearsal import FAULTS, Rehearsal
 from conftest import available
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu itself")
-# The faults of the one run of make test. Each of the others starts a process more, or takes all the time of its stage.
-QUICK = (
-    "build fails",
-    "first wrong",
-    "first dies",
-    "ceilings dies",
-    "targets hangs",
-    "cells raises",
-    "sanitizer fails",
-)
-QUICK += ("tests red", "tests dies", "tests hangs", "tests loses the context")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu itself"),
+    pytest.mark.usefixtures("outside_xdist"),
+]
+# Runs with a fault in every stage, or in none, in which each fault has its turn.
+TESTS = ("tests red", "tests dies", "tests hangs", "tests loses the context")
+RUNS = {
+    "no fault": (),
+    "ends": ("build fails", "first wrong", "first dies", "ceilings dies", "targets dies", *TESTS, "sanitizer fails"),
+    "hangs": ("build hangs", "first hangs", "ceilings hangs", "targets hangs", "cells raises", "sanitizer hangs"),
+    "wrong": ("targets wrong",),
+}
 
 
 def rehearse(folder: Path, *faults: str, only: str = ",".join(gpu.NAMES)) -> tuple[int, dict[str, Any]]:
@@ -88,21 +88,16 @@ def check(state: dict[str, Any], faults: tuple[str, ...]) -> None:
     assert bool(errors) == any(fault.startswith("sanitizer") for fault in faults)
 
 
-def test_a_fault_in_every_stage(tmp_path: Path) -> None:
-    status, state = rehearse(tmp_path, *QUICK)
-    assert status == 1
-    check(state, QUICK)
-    # As they come, for whoever looks at a run that was cut off.
-    assert {line["verdict"] for line in gpu_first.read(tmp_path)} >= {gpu_first.OK, gpu_first.WRONG, gpu_first.ERROR}
-    assert {one["outcome"] for one in gpu_outcomes.read(tmp_path / "tests.jsonl")} == {"passed", "failed"}
+def test_every_fault_has_its_turn() -> None:
+    assert set(FAULTS) == {fault for faults in RUNS.values() for fault in faults}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["", *FAULTS])
-def test_one_fault(fault: str, tmp_path: Path) -> None:
-    faults = (fault,) if fault else ()
+@pytest.mark.parametrize("faults", RUNS.values(), ids=RUNS)
+def test_rehearsal(faults: tuple[str, ...], tmp_path: Path) -> None:
     status, state = rehearse(tmp_path, *faults)
-    assert status == (
-        1 if fault and not fault.startswith(("build", "ceilings", "targets", "cells", "sanitizer")) else 0
-    )
+    assert status == (1 if any(fault.startswith(("first", "tests")) for fault in faults) else 0)
     check(state, faults)
+    # As they come, for whoever looks at a run that was cut off.
+    assert {line["verdict"] for line in gpu_first.read(tmp_path)} >= {gpu_first.OK}
+    assert "passed" in {one["outcome"] for one in gpu_outcomes.read(tmp_path / "tests.jsonl")}

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,15 +141,15 @@ def test_rate_counts_what_all_threads_do() -> None:
     assert 0 < rate <= 2 * 1000 / 2e-5 / 1e9
 
 
-def test_rate_survives_an_interruption_of_its_first_samples() -> None:
-    asked = []
+def test_rate_survives_an_interruption_of_its_first_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = [], [0.0]
 
     def call(i: int, repeats: int) -> None:
         asked.append(repeats)
-        time.sleep(2 * limits.SAMPLE if len(asked) <= 2 else 0)
-        time.sleep(1e-5 * repeats)
+        clock[0] += 1e-5 * repeats + (2 * limits.SAMPLE if len(asked) <= 2 else 0)
 
-    limits.Crew(1, 0).rate(1.0, call)
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert limits.Crew(1, 0).rate(1.0, call) == pytest.approx(1e-4)  # a call takes 1e4 ns
     assert asked[:3] == [1, 1, 1]
     assert asked[-1] > 10
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_kernels.seq2seq import Seq2Seq, loop_cells
 from attn_kernels.seq2seq.model import ATTENTIONS
-from matrix import device_of
+from matrix import device_of, slow_interpreted
 
 B, S, T = 4, 9, 7
 SOURCE, TARGET, HIDDEN = 11, 13, 6
@@ -80,6 +80,7 @@ def test_results_and_gradients(attention: str, cell: str, num_layers: int, backe
     assert_same(models(attention=attention, cell=cell, num_layers=num_layers, backend=backend), batch())
 
 
+@slow_interpreted("bahdanau", "luong-general")
 @attentions
 def test_every_backend(attention: str, fused: str) -> None:
     device = device_of(fused)

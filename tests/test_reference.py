@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, eager_errors, make, oracle, run
+from matrix import CASES, CORE, DTYPES, OPS, Case, Op, assert_close, eager_errors, make, oracle, run, slow_if
 
 SMALL = {name: case for name, case in CASES.items() if case.pairs <= 4000}
 
@@ -57,6 +57,7 @@ def loops_as_op(op: Op):
     return function
 
 
+@slow_if(lambda case, **_: case not in CORE and case.pairs > 1000)
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_reference_is_the_formula(op: Op, case: Case) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import SIMD_LEVELS, available, simd
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, is_slow, make, run, slow_interpreted
+from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, is_slow, make, run, slow_if, slow_interpreted
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,7 @@ def test_repeats_are_bit_equal(op: Op, fused: str, device: str) -> None:
             assert_bit_equal(run(op.function, op, arguments, backend=fused), first)
 
 
+@slow_if(lambda compiled, **_: compiled != "cpu")
 @pytest.mark.every_level
 @pytest.mark.parametrize("name", SPLIT)
 @ops

@@ -14,7 +14,7 @@ import torch
 
 import attn_kernels
 from conftest import available
-from matrix import OPS, Case, Op, check, device_of
+from matrix import OPS, Case, Op, check, device_of, slow_if
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 attending = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 
 
+@slow_if(lambda dtype, **_: dtype != torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -129,6 +130,7 @@ def test_a_table_that_is_not_right_is_named_and_not_used(configurations: ModuleT
     assert table == {entry: candidates[0] for entry, candidates in configurations.CANDIDATES.items()}
 
 
+@pytest.mark.slow
 def test_tuning_takes_what_wins(configurations: ModuleType, tmp_path: Path) -> None:
     """On small inputs and with a clock that prefers the second candidate; every candidate gives the same results."""
     if torch.cuda.is_available():

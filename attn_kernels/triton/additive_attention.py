@@ -221,6 +221,7 @@ def _scores_backward(
             *mask_strides(mask),
         ),
         dict(
+            SEVERAL=blocks_per_split > 1,
             FACTORED=not is_few(query),
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=dtype == torch.float64,

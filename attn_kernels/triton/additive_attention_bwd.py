@@ -19,7 +19,7 @@ import math
 import triton
 import triton.language as tl
 
-from .device import attended, exp2x, kernel, reciprocal, row_length
+from .device import attended, exp2x, exp2x_in_range, kernel, reciprocal, row_length
 
 # Largest |q| + |bias|, and largest |k|, for the product of exponentials: a gradient times e^{2 reach} is in range up to
 # 10^24, and so is one over 1 + e^{4 reach} down to 10^-10. Then, the largest exponential.
@@ -29,32 +29,39 @@ SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
 
 @triton.jit
-def times_4v(gradient, v4, MASKED: tl.constexpr):
-    """gradient (T, A) times v4 (A,); where nothing was attended, which sums to 0, it stays 0 even for a v of NaN."""
-    product = gradient * v4[None, :]
-    if MASKED:
-        product = tl.where(gradient == 0.0, 0.0, product)
-    return product
+def _sum_of_products(x):
+    """The sum of x (Q, 1, A), a product, over the queries: (1, A).
+
+    tl.sum adds up pairs, where half of the products take an addition of their own. Here they are added one after the
+    other, each in one multiply-add: two sums of every other one, because some GPUs add two at once.
+    """
+    half: tl.constexpr = x.shape[0] // 2
+    sums = tl.cumsum(tl.reshape(x, (half, 2, x.shape[2])), axis=0)
+    last = (tl.arange(0, half) == half - 1)[:, None, None]
+    return tl.sum(tl.sum(tl.where(last, sums, -0.0), axis=0), axis=0)[None, :]  # x + -0.0 is x: no addition is left
 
 
 @triton.jit
 def _walk_steps(
     dkeys, keys, dscores, q, shift, i, u, v4, begin, end, A, added, padded_q, stride_kk, stride_ka,
-    MASKED: tl.constexpr, FACTORED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+    SEVERAL: tl.constexpr, MASKED: tl.constexpr, FACTORED: tl.constexpr, APPROXIMATE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
-    Writes dkeys, if it is wanted, and adds it to what is there for the first ``added`` units; returns dquery / 4 v
-    (Q, A) and dv (A,). Pointers are to the first element of the row of the batch.
+    Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
+    returns dquery / 4 v (Q, A) and dv (A,). Pointers are to the first element of the row of the batch.
     """
     if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], LARGEST_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
-    # A sum over queries in each step takes half as much again, but a mask leaves no registers for one of each query.
+    # A sum over queries in each step takes two more additions, but a mask leaves no registers for 32 apart.
+    SUM_APART: tl.constexpr = FACTORED and not (MASKED and q.shape[0] > 16)
     dv_of_query = tl.zeros(q.shape, dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
-    keys += first[:, None] * stride_kk + u[None, :] * stride_ka
+    # Beyond A the last unit again, which nobody keeps: so no load needs a mask.
+    keys += first[:, None] * stride_kk + tl.minimum(u, A - 1)[None, :] * stride_ka
     if dkeys is not None:
         dkeys += first[:, None] * A + u[None, :]
     dscores += i[:, None] + first[None, :] * padded_q
@@ -62,25 +69,27 @@ def _walk_steps(
         if BLOCK_K == 1:  # then every step of the loop exists
             in_keys = (u < A)[None, :]
             ds = tl.load(dscores)
+            k = tl.load(keys).to(q.dtype)
         else:
             in_steps = start + tl.arange(0, BLOCK_K) < end
             in_keys = in_steps[:, None] & (u < A)[None, :]
             ds = tl.load(dscores, mask=in_steps[None, :], other=0.0)
-        k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
+            k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
         if FACTORED:
-            ek = exp2x(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
+            if MASKED:  # a step that no query attends may be anything
+                k = tl.where(tl.abs(k) <= EACH_REACH, k, 0.0)
+            ek = exp2x_in_range(k)
             e = eq[:, None, :] * ek[None, :, :]
-            d = 1.0 + e
-            r = reciprocal(d, APPROXIMATE)
+            r = reciprocal(1.0 + e, APPROXIMATE)
             once = ds[:, :, None] * r
             twice = once * r
             dq += tl.sum(twice * ek[None, :, :], axis=1)
-            if MASKED:  # d - 2 is e - 1 in fewer registers
-                dv += tl.sum(tl.sum(once * (d - 2.0), axis=0), axis=0)
-            else:
+            if SUM_APART:
                 dv_of_query += tl.sum(once * (e - 1.0), axis=1)
+            else:
+                dv += tl.sum(_sum_of_products(once * (e - 1.0)), axis=0)
             if dkeys is not None:
-                dk = tl.sum(twice * eq[:, None, :], axis=0) * ek
+                dk = _sum_of_products(twice * eq[:, None, :]) * ek
         else:
             hidden = q[:, None, :] + k[None, :, :] + shift[None, None, :]
             if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
@@ -99,16 +108,17 @@ def _walk_steps(
             if dkeys is not None:
                 dk = tl.sum(gradient, axis=0)
         if dkeys is not None:
-            dk = times_4v(dk, v4, MASKED)
-            dk += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
+            dk *= v4[None, :]
+            if SEVERAL:
+                dk += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
             tl.store(dkeys, dk, mask=in_keys)
             dkeys += tl.cast(A, tl.int64) * BLOCK_K
         keys += tl.cast(stride_kk, tl.int64) * BLOCK_K
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
     if FACTORED:
         dq *= eq
-        if not MASKED:
-            dv += tl.sum(dv_of_query, axis=0)
+    if SUM_APART:
+        dv += tl.sum(dv_of_query, axis=0)
     return dq, dv
 
 
@@ -144,6 +154,7 @@ def backward_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which add to the same dkeys
     FACTORED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
@@ -168,6 +179,9 @@ def backward_kernel(
     end = tl.minimum(begin + steps_per_split, Tk)
     end_used = tl.minimum(end, length)
     v4 = 4.0 * tl.load(v + u * stride_v, mask=u < A, other=0.0).to(wide)
+    if (mask is not None) or (lengths is not None):
+        # Where nothing is attended the gradient is 0, and it is NaN anyway where a pair with NaN or Inf is: in ds.
+        v4 = tl.where(tl.abs(v4) < float("inf"), v4, 0.0)
     shift = tl.zeros([BLOCK_A], dtype=wide)
     if bias is not None:
         shift += tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(wide)
@@ -211,19 +225,19 @@ def backward_kernel(
             if (tl.max(reach_k) <= EACH_REACH) & (reach_q <= EACH_REACH):
                 dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                    stride_ka, mask is not None, True, APPROXIMATE, BLOCK_K,
+                    stride_ka, SEVERAL, mask is not None, True, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
             else:
                 dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                    stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
+                    stride_ka, SEVERAL, mask is not None, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
             dq, dv_part = _walk_steps(
                 dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                stride_ka, mask is not None, False, APPROXIMATE, BLOCK_K,
+                stride_ka, SEVERAL, mask is not None, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
-        dq = times_4v(dq, v4, (mask is not None) or (lengths is not None))
+        dq *= v4[None, :]
         tl.store(dquery + i[:, None] * A, dq, mask=in_query)
         all_dquery += tl.sum(dq, axis=0)
         all_dv += dv_part

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import configuration
-from .device import add_product, attended, batch_offset, kernel, row_length, tanh
+from .device import add_product, attended, batch_offset, divide, kernel, row_length, tanh
 from .launch import (
     PROCESSORS,
     accumulator,
@@ -150,7 +150,7 @@ def decode_kernel(
     average = tl.sum(averaged, axis=1)
     in_split = (split.to(tl.int64) * B + b) * Tq + i
     if tops is None:
-        inverse = tl.where(used > 0, 1.0 / total, 0.0)
+        inverse = tl.where(used > 0, divide(1.0, total), 0.0)
         average *= inverse[:, None]
         if alignments is not None:
             tl.debug_barrier()  # the scores that other threads have written
@@ -202,7 +202,7 @@ def combine_kernel(
     found = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
     top = tl.max(each, axis=0)
     total = tl.sum(tl.where(found == -1.0, 0.0, found * tl.exp(each - top)), axis=0)
-    inverse = tl.where(tl.max(tl.where(found == -1.0, 0, 1), axis=0) > 0, 1.0 / total, 0.0)
+    inverse = tl.where(tl.max(tl.where(found == -1.0, 0, 1), axis=0) > 0, divide(1.0, total), 0.0)
     tiles_d = tl.cdiv(D, BLOCK)
     if tile < tiles_d:
         d = tile * BLOCK + tl.arange(0, BLOCK)

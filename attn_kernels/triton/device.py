@@ -122,6 +122,19 @@ def reciprocal(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def divide(a, b):
+    """a / b, correctly rounded, for a tensor b. The plain division of NVIDIA GPUs is off by up to two units.
+
+    Softmax needs it: an alignment that is alone in its row has to be 1 exactly, so that the gradient of its score is 0.
+    """
+    if b.dtype == tl.float32:
+        quotient = tl.div_rn(a, b)
+    else:
+        quotient = a / b
+    return quotient
+
+
+@triton.jit
 def tanh(x, APPROXIMATE: tl.constexpr):
     """tanh(x); to two units in the last place in float32, and to a rounding of 1 in float64."""
     magnitude = tl.abs(x)
@@ -139,19 +152,25 @@ def tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def exp2x(x):
-    """exp(2 x) in float32 to one unit in the last place, for |x| <= 43; finite for others.
+def exp2x_in_range(x):
+    """exp(2 x) in float32 to one unit in the last place, for |x| <= 43; anything for others.
 
-    2 x = n ln 2 + f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
+    2 x = n ln 2 + 2 f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
     """
-    x = tl.where(tl.abs(x) <= 43.0, x, 0.0)
     rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
     n = rounded - 12582912.0
-    f = (2.0 * x - n * 0.693145751953125) - n * 1.42860677e-06
-    p = 0.00139561 * f + 0.00837513
-    p = p * f + 0.04166608
-    p = p * f + 0.16666415
-    p = p * f + 0.50000002
+    f = (x - n * 0.3465728759765625) - n * 7.14303385e-07
+    p = 0.08931904 * f + 0.26800416
+    p = p * f + 0.66665728
+    p = p * f + 1.3333132
+    p = p * f + 2.00000008
+    p = p * f + 2.0
     p = p * f + 1.0
-    p = p * f + 1.0
-    return p * ((rounded.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    # Times 2^n, by adding n to the exponent.
+    return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2x(x):
+    """The same, and finite for others."""
+    return exp2x_in_range(tl.where(tl.abs(x) <= 43.0, x, 0.0))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
+from .device import add_product, attended, batch_offset, divide, kernel, load_rows, row_length
 from .launch import (
     FEW_QUERIES,
     accumulator,
@@ -83,7 +83,7 @@ def _attend_kernel(
         total = total * tl.exp(top - new_top) + tl.sum(exponentials, axis=1)
         used = tl.maximum(used, allowed.to(tl.int32))
         top = new_top
-    inverse = tl.where(tl.max(used, axis=1) > 0, 1.0 / total, 0.0)
+    inverse = tl.where(tl.max(used, axis=1) > 0, divide(1.0, total), 0.0)
 
     if FEW:
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
@@ -195,9 +195,8 @@ def _softmax_backward_kernel(
     total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
         if apply == 1:
-            mean = tl.sum(products, axis=1) / tl.maximum(
-                tl.sum(total, axis=1), 1e-30
-            )  # 0 / 0 where nothing is attended
+            # Not 0 / 0 where nothing is attended.
+            mean = divide(tl.sum(products, axis=1), tl.maximum(tl.sum(total, axis=1), 1e-30))
         for start in range(0, length if apply == 0 else Tk, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)

@@ -288,11 +288,8 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
                            const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
                            int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
-  T half = 0;
-  for (int64_t i = 0; i < Tq; ++i)
-    for (int r = 0; r < NK; ++r) half += T(0.5) * ds[i * Tk + r];
   for (int64_t c = 0; c < size; c += width<T>) {
-    Vec<T> dk[NK], sum_p{}, dvc = load(dv + c);
+    Vec<T> dk[NK], sum{}, dvc = load(dv + c);
     clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
@@ -301,10 +298,11 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
         const Vec<T> q = load(eq + i * size + c);
         for (int r = 0; r < NK; ++r) {
           const Vec<T> e = q * load(ek[r] + c), x = T(1) / (T(1) + e);
-          const Vec<T> pr = rounded(ds[i * Tk + r] * x), g = rounded(pr * (e * x));
+          const T d = ds[i * Tk + r];
+          const Vec<T> pr = rounded(d * x), g = rounded(pr * (e * x));
           if constexpr (kKeys) dk[r] += g;
           dqi += g;
-          sum_p += pr;
+          sum += pr - T(0.5) * d;  // each by itself: the two sums would be larger than what is left of them
         }
       } else {
         const Vec<T> q = back.query(b, i, first + c);
@@ -312,7 +310,7 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
       }
       store(dq + i * size + c, dqi);
     }
-    store(dv + c, kFactored ? dvc - T(2) * (sum_p - half) : dvc);
+    store(dv + c, kFactored ? dvc - T(2) * sum : dvc);
     if constexpr (kKeys) {
       const Vec<T> v4 = T(4) * load(back.units.v + first + c);
       for (int r = 0; r < NK; ++r) {

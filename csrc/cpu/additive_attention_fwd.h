@@ -90,14 +90,16 @@ struct Units {
     int exponent;
     frexp(top, &exponent);
     const T unit = static_cast<T>(ldexp(1.0, exponent)), smallest = unit * T(kSmallestUnit);
-    Vec<T> total{}, dropped{};
+    Vec<T> total{}, lost{}, dropped{};  // lost: by rounding the total
     for (int64_t c = 0; c < size; c += width<T>) {
       const Vec<T> x = load(v + c), zero{};
       const IntVec<T> kept = absolute<T>(x) >= smallest;
       const Vec<T> inverse = unit * T(kUnitScale) / x;
       store(factor + c, kept ? inverse : zero);
       store(constant + c, kept ? inverse : broadcast(T(256)));  // 1 / d is then 2^-48 of the largest
-      total += kept ? x : zero;
+      const Vec<T> term = kept ? x : zero, next = total + term, of_term = next - total;
+      lost += (total - (next - of_term)) + (term - of_term);
+      total = next;
       dropped += kept ? zero : absolute<T>(x);
     }
     // Each is below the rounding of the largest unit; all of them together have to be, too.
@@ -105,7 +107,7 @@ struct Units {
     estimated = factored && kHasEstimate && op.query.dtype != native<T>;
     const T least = op.query.dtype == Dtype::bfloat16 ? kLeastBFloat16 : kLeastFloat16;
     least_estimated = least_reach > least ? least_reach : least;
-    sum_v = sum<T>(total);
+    sum_v = sum<T>(total) + sum<T>(lost);
     scale = static_cast<T>(2 * unit * kUnitScale);
   }
 
@@ -172,6 +174,9 @@ struct KeyRows {
   T* top;
 };
 
+// Vectors of terms that are added to one sum: a large term would take away the last bits of more small ones.
+constexpr int64_t kTermsOfSum = 48;
+
 // acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on,
 // which may be the row's last only where `last` says so.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Key>
@@ -183,6 +188,18 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
   clear(acc, std::make_index_sequence<NQ * NK>());
   auto denominator = [&](int64_t c, int i, Vec<T> e)
                          __attribute__((always_inline)) { return load(units.constant + c) + load(q + i * ld + c) * e; };
+  // Of long rows the sums are made in parts.
+  Vec<T> parts[NQ * NK];
+  const bool in_parts = units.size > 2 * kTermsOfSum * w;
+  if (in_parts) clear(parts, std::make_index_sequence<NQ * NK>());
+  auto whole_vectors = [&](int64_t& c, int64_t step, const auto& add) __attribute__((always_inline)) {
+    while (in_parts && c + kTermsOfSum * w <= whole) {
+      for (const int64_t end = c + kTermsOfSum * w; c < end; c += step) add(inner);
+      for (int n = 0; n < NQ * NK; ++n) parts[n] += acc[n];
+      clear(acc, std::make_index_sequence<NQ * NK>());
+    }
+    for (; c + step <= whole; c += step) add(inner);
+  };
   int64_t c = 0;
   if constexpr (kBy == Reciprocals::shared) {
     auto three = [&](auto where) __attribute__((always_inline)) {
@@ -195,7 +212,7 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
         }
       }
     };
-    for (; c + 3 * w <= whole; c += 3 * w) three(inner);
+    whole_vectors(c, 3 * w, three);
     if (c + 3 * w <= units.size) {
       three(last);
       c += 3 * w;
@@ -220,9 +237,11 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
       }
     }
   };
-  if constexpr (kBy == Reciprocals::estimated)
-    for (; c + w <= whole; c += w) one(inner);
+  if constexpr (kBy != Reciprocals::shared)
+    if (in_parts || kBy == Reciprocals::estimated) whole_vectors(c, w, one);
   for (; c < units.size; c += w) one(last);
+  if (in_parts)
+    for (int n = 0; n < NQ * NK; ++n) acc[n] += parts[n];
 }
 
 // out[i * out_ld + j]: the scores of NQ queries and NK steps. next: rows that will be read soon, or null.
@@ -306,12 +325,17 @@ struct AdditiveScore {
   T direct(int64_t b, int64_t i, int64_t j, T* query_buffer, T* key_buffer) const {
     const T* query = read_row(op.query, b, i, op.A, query_buffer);
     const T* key = read_row(op.keys, b, j, op.A, key_buffer);
-    Vec<T> acc{};
-    for (int64_t c = 0; c < op.A; c += width<T>) {  // past the end, 0 * tanh(0)
-      const Vec<T> x = load_upto(query + c, op.A - c) + load(units.bias + c) + load_upto(key + c, op.A - c);
-      acc += load(units.v + c) * tanh_any(x);
+    constexpr int64_t part = kTermsOfSum * width<T>;
+    Vec<T> total{};
+    for (int64_t first = 0; first < op.A; first += part) {
+      Vec<T> acc{};
+      for (int64_t c = first, end = smaller(first + part, op.A); c < end; c += width<T>) {  // past A, 0 * tanh(0)
+        const Vec<T> x = load_upto(query + c, op.A - c) + load(units.bias + c) + load_upto(key + c, op.A - c);
+        acc += load(units.v + c) * tanh_any(x);
+      }
+      total += acc;
     }
-    return sum<T>(acc);
+    return sum<T>(total);
   }
 
   void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {

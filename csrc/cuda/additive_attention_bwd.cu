@@ -210,7 +210,11 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) {
             const Two<W> e{eq[i][n], eq[i + 1][n]}, ek{k[n], k[n]};
-            const Two<W> r = reciprocal(multiply_add(e, ek, kOne)), once = gradient * r, twice = once * r;
+            const Two<W> d = multiply_add(e, ek, kOne);
+            Two<W> r = reciprocal(d);
+            // Few queries: memory decides, and there is time for the last bit, which the instruction does not give.
+            if constexpr (kFactored && kQ < 8) r = multiply_add(r, multiply_add(Two<W>{-d.x, -d.y}, r, kOne), r);
+            const Two<W> once = gradient * r, twice = once * r;
             const Two<W> sum = multiply_add(twice, ek, Two<W>{dq[i][n], dq[i + 1][n]});
             dq[i][n] = sum.x;
             dq[i + 1][n] = sum.y;

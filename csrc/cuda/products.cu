@@ -3,17 +3,25 @@
 #include "few_rows.cuh"
 #include "mma_tile.cuh"
 #include "simt_tile.cuh"
+#include "sum_parts.cuh"
 
 namespace attn {
 namespace cuda {
 namespace {
 
-// A batched matrix product (M, X) x (X, N) in tiles: which one a block has.
+// Steps that one thread adds up in float32, where there are more than twice as many: each addition rounds at the size
+// of the sum so far.
+constexpr std::int64_t kStepsOfSum = 4096;
+
+// A batched matrix product (M, X) x (X, N) in tiles: which one a block has, and which part of the steps X.
 struct Tiling {
   std::int64_t M, N;
   unsigned tiles_m, tiles_n;  // of a sentence
+  unsigned parts;
 
-  ATTN_DEVICE std::int64_t sentence() const { return blockIdx.x / tiles_n / tiles_m; }
+  ATTN_DEVICE std::int64_t sentence() const { return blockIdx.x / tiles_n / tiles_m / parts; }
+  ATTN_DEVICE std::int64_t part() const { return blockIdx.x / tiles_n / tiles_m % parts; }
+  ATTN_DEVICE std::int64_t sentences() const { return gridDim.x / tiles_n / tiles_m / parts; }
   ATTN_DEVICE std::int64_t tile_m() const { return blockIdx.x / tiles_n % tiles_m; }
   ATTN_DEVICE std::int64_t tile_n() const { return blockIdx.x % tiles_n; }
 };
@@ -50,42 +58,49 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
 }
 
 // out[b, m, n] = scale * sum over x of weights[b, m, x] * rows[b, x, n] over the attended pairs (m, x). m are queries
-// and x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked.
+// and x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked. The sums of each part of x
+// are written apart.
 template <class Tile, typename S, typename T, bool kOfSteps, bool kMasked>
 __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
     weighted_sum_kernel(Tiling tiling, std::int64_t X,
                         Factors<S> weights,  // (B, Tq, Tk)
                         Factors<T> rows,     // (B, X, N)
                         Attended attended, Wide<T> scale, bool in_packs,
-                        T* out) {  // (B, M, N) contiguous
+                        T* out) {  // (parts, B, M, N) contiguous
   const std::int64_t b = tiling.sentence();
   const std::int64_t m0 = tiling.tile_m() * Tile::kRows, n0 = tiling.tile_n() * Tile::kColumns;
   const std::int64_t length = attended_steps(attended, b, kOfSteps ? tiling.M : X);
   const std::int64_t M = kOfSteps ? length : tiling.M;
   if (!kOfSteps) X = length;
+  const std::int64_t first = tiling.part() * kStepsOfSum;
+  X -= first;
+  if (tiling.parts > 1 && X > kStepsOfSum) X = kStepsOfSum;
   if (m0 >= M) X = 0;  // zeros
   Tile tile;
-  SliceLoader<Tile, S, Tile::kRows, !kOfSteps> left(weights.of(b), m0, M);
-  SliceLoader<Tile, T, Tile::kColumns, false> right(rows.of(b), n0, tiling.N);
+  SliceLoader<Tile, S, Tile::kRows, !kOfSteps> left(weights.of(b).from(first), m0, M);
+  SliceLoader<Tile, T, Tile::kColumns, false> right(rows.of(b).from(first), n0, tiling.N);
   Kept kept_weights, kept_rows;
   if (kMasked) {
     const std::int64_t* stride = attended.mask_stride;
     const unsigned char* mask = reinterpret_cast<const unsigned char*>(attended.mask) + b * stride[0];
+    if (!kOfSteps) mask += first * stride[2];
     kept_weights = {mask + m0 * stride[kOfSteps ? 2 : 1], stride[kOfSteps ? 2 : 1], stride[kOfSteps ? 1 : 2]};
     if (!kOfSteps && !attended.per_query) kept_rows = {mask, 0, stride[2]};
   }
   sum_slices(tile, left, right, X, kept_weights, kept_rows, kMasked && attended.per_query);
   // A sum over queries has weights of 0 where a step is padding for all of them, but 0 * NaN is NaN.
-  store_tile(
-      tile, out + (b * tiling.M + m0) * tiling.N + n0, tiling.M - m0, tiling.N - n0, tiling.N, scale, in_packs,
-      [&](int r) { return !kOfSteps || (m0 + r < M && (attended.per_query || mask_allows(attended, b, 0, m0 + r))); });
+  store_tile(tile, out + ((tiling.part() * tiling.sentences() + b) * tiling.M + m0) * tiling.N + n0, tiling.M - m0,
+             tiling.N - n0, tiling.N, scale, in_packs, [&](int r) {
+               return !kOfSteps || (m0 + r < M && (attended.per_query || mask_allows(attended, b, 0, m0 + r)));
+             });
 }
 
 // Host ----------------------------------------------------------------------------------------------------------------
 
 template <class Tile>
-Tiling tiling_of(std::int64_t M, std::int64_t N) {
-  return {M, N, static_cast<unsigned>(ceil_div(M, Tile::kRows)), static_cast<unsigned>(ceil_div(N, Tile::kColumns))};
+Tiling tiling_of(std::int64_t M, std::int64_t N, std::int64_t parts = 1) {
+  return {M, N, static_cast<unsigned>(ceil_div(M, Tile::kRows)), static_cast<unsigned>(ceil_div(N, Tile::kColumns)),
+          static_cast<unsigned>(parts)};
 }
 
 // The time of the busiest multiprocessor: rounds of tiles.
@@ -155,14 +170,19 @@ void launch_product(const Product& op) {
 
 template <class Tile, typename S, typename T, bool kOfSteps, bool kMasked>
 void launch_weighted_sum(const WeightedSum& op) {
-  const Tiling tiling = tiling_of<Tile>(kOfSteps ? op.Tk : op.Tq, op.N);
-  T* out = static_cast<T*>(op.out);
+  const std::int64_t M = kOfSteps ? op.Tk : op.Tq, n = op.B * M * op.N;
+  // Elements of 16 bits hide what is lost.
+  const bool in_parts = !kOfSteps && sizeof(T) > 2 && op.Tk > 2 * kStepsOfSum;
+  const Tiling tiling = tiling_of<Tile>(M, op.N, in_parts ? ceil_div(op.Tk, kStepsOfSum) : 1);
+  T* out = in_parts ? scratch<T>(tiling.parts * n) : static_cast<T*>(op.out);
   using Weights = SliceLoader<Tile, S, Tile::kRows, !kOfSteps>;
   using Rows = SliceLoader<Tile, T, Tile::kColumns, false>;
   launch(weighted_sum_kernel<Tile, S, T, kOfSteps, kMasked>,
-         Grid{op.B * tiling.tiles_m * tiling.tiles_n, kTileThreads, tile_shared_bytes<Weights, Rows>()}, tiling,
-         kOfSteps ? op.Tq : op.Tk, factors<S>(op.weights, kOfSteps ? 2 : 1), factors<T>(op.rows, 2), op.attended,
-         static_cast<Wide<T>>(op.scale), stores_in_packs(out, op.N), out);
+         Grid{op.B * tiling.parts * tiling.tiles_m * tiling.tiles_n, kTileThreads, tile_shared_bytes<Weights, Rows>()},
+         tiling, kOfSteps ? op.Tq : op.Tk, factors<S>(op.weights, kOfSteps ? 2 : 1), factors<T>(op.rows, 2),
+         op.attended, static_cast<Wide<T>>(op.scale), stores_in_packs(out, op.N), out);
+  if constexpr (sizeof(T) > 2)
+    if (in_parts) sum_parts(out, tiling.parts, n, op.out, n, nullptr, op.rows.dtype);
 }
 
 template <typename S, typename T, bool kMasked>

@@ -23,6 +23,9 @@ struct Factor {
   const S* data;
   std::int64_t stride_r, stride_x;
   bool in_packs;
+
+  // Without its first x steps, a multiple of a pack.
+  ATTN_DEVICE Factor from(std::int64_t x) const { return {data + x * stride_x, stride_r, stride_x, in_packs}; }
 };
 
 // Which elements (r, x) of a factor are no padding; without data all of them.
@@ -148,7 +151,8 @@ constexpr std::int64_t tile_shared_bytes() {
 }
 
 // tile.sum += the sum over x < X of a * b. With by_pair a row of b may be padding for one row of a and not for another:
-// slices of b that hold NaN or Inf are then multiplied pair by pair, because 0 * NaN is NaN.
+// what is NaN or Inf in b is then multiplied pair by pair, because 0 * NaN is NaN. All else is added up as ever, so that
+// padding does not change a bit.
 template <class Tile, class A, class B>
 ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& kept_a, const Kept& kept_b,
                             bool by_pair) {
@@ -185,9 +189,7 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
     unsigned any = 0;
     if (by_pair)
       for (int warp = 0; warp < kTileWarps; ++warp) any |= strange[half * kTileWarps + warp];
-    if (any == 0) {
-      tile.template multiply<typename A::Layout, typename B::Layout>(slice_a, slice_b);
-    } else {
+    if (any != 0) {  // what is NaN or Inf pair by pair, then as 0
 #pragma unroll 1
       for (int x = 0; x < Tile::kSlice && x0 + x < X; ++x)
         tile.each_row([&](auto rows, int i, int r) {
@@ -197,12 +199,20 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
             const Sum weight = widen(A::Layout::get(slice_a, r + e, x));
             tile.each_column([&](auto columns, int j, int c) {
 #pragma unroll
-              for (int f = 0; f < decltype(columns)::value; ++f)
-                tile.sum[i + e][j + f] += weight * Sum(widen(B::Layout::get(slice_b, c + f, x)));
+              for (int f = 0; f < decltype(columns)::value; ++f) {
+                const Stored element = B::Layout::get(slice_b, c + f, x);
+                if (!finite(element)) tile.sum[i + e][j + f] += weight * Sum(widen(element));
+              }
             });
           }
         });
+      __syncthreads();
+      Stored* elements = shared_b + half * B::Layout::kSize;
+      for (int n = threadIdx.x; n < B::Layout::kSize; n += kTileThreads)
+        if (!finite(elements[n])) elements[n] = Stored{};
+      __syncthreads();
     }
+    tile.template multiply<typename A::Layout, typename B::Layout>(slice_a, slice_b);
     half ^= 1;
     if (more) put(half);
     __syncthreads();
