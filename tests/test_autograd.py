@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import attn_kernels
 from attn_kernels.reference import attended
-from matrix import CASES, OPS, Case, Op, assert_close, call, is_slow, make, slow_interpreted
+from matrix import CASES, OPS, Case, Op, assert_close, call, interpreted, is_slow, make, slow_if, slow_interpreted
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -54,6 +54,7 @@ def test_gradcheck(op: Op, backend: str, device: str, case: Case) -> None:
     assert gradcheck(function, leaves, fast_mode=fast, nondet_tol=1e-12 if device == "cuda" else 0.0)
 
 
+@slow_if(lambda backend, case, **_: interpreted(backend) and case is not VARIANTS["both"])
 @pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
 @ops
 def test_second_derivatives(op: Op, backend: str, device: str, case: Case) -> None:
@@ -183,6 +184,7 @@ def test_transforms_of_modules(name: str, fused: str, device: str) -> None:
         torch.testing.assert_close(a, e)
 
 
+@slow_interpreted("vmap of grad")
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
 @ops
 def test_function_transforms(op: Op, backend: str, device: str, transform: str) -> None:

@@ -73,7 +73,7 @@ def skip_if_many(backend: str, name: str) -> None:
         pytest.skip("the other cases are enough for Triton's interpreter")
 
 
-@slow_if(lambda name, requires_grad, **_: name != USUAL or not requires_grad)
+@slow_if(lambda fused, name, requires_grad, **_: fused != "cpu" or name != USUAL or not requires_grad)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires grad"])
 @pytest.mark.parametrize("name", OPCHECK)
 @ops
@@ -83,7 +83,7 @@ def test_opcheck(op: Op, fused: str, device: str, name: str, requires_grad: bool
     torch.library.opcheck(kernel(op.name, fused), tuple(arguments))
 
 
-@slow_if(lambda name, dtype, **_: name != USUAL or dtype != torch.float32)
+@slow_if(lambda fused, name, dtype, **_: fused != "cpu" or name != USUAL or dtype != torch.float32)
 @pytest.mark.parametrize("name", OPCHECK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @ops

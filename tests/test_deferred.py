@@ -564,7 +564,7 @@ def test_compiled(mechanism: str, passes: list[int]) -> None:
     assert passes == [2]
 
 
-@slow_if(lambda mechanism, **_: mechanism != "bahdanau-normalized")
+@pytest.mark.slow
 @semantics
 def test_compiled_autograd(mechanism: str, passes: list[int]) -> None:
     torch._dynamo.reset()
@@ -680,6 +680,7 @@ def query_backward_arguments(
     return [(*grads, *arguments, alignments) for grads in ((context, weights), (context, None), (None, weights))]
 
 
+@slow_if(lambda fused, dtype, **_: dtype == torch.float16 or (fused != "cpu" and dtype == torch.float64))
 @slow_interpreted(*CORE)
 @pytest.mark.every_level
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,7 @@ from stand_in_gpu import CASES, MIXED, NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 # How an operation, or this package, complains about tensors of two devices.
-pytestmark = pytest.mark.usefixtures("outside_xdist")
+pytestmark = [pytest.mark.usefixtures("outside_xdist"), pytest.mark.slow]
 COMPLAINTS = (MIXED, "must be on the device of", "cannot be used on cpu tensors", f"cannot be used on {NAME} tensors")
 
 
@@ -70,7 +70,6 @@ def test_inputs_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
     assert sum(one["outcome"] == "passed" for one in found) >= 5
 
 
-@pytest.mark.slow
 def test_inputs_of_all_tests_lie_on_the_device_of_their_backend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

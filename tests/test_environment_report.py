@@ -11,6 +11,7 @@ import torch
 
 import attn_kernels
 from attn_kernels.__main__ import _without_folders, main, render, report
+from matrix import slow_if
 
 COMPILED, TRITON = "attn_kernels._C", "triton"
 
@@ -28,6 +29,7 @@ def run(*arguments: str, absent: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
+@slow_if(lambda absent: absent == (COMPILED,))
 @pytest.mark.parametrize("absent", [(), (COMPILED,), (TRITON,)], ids=str)
 def test_json(absent):
     found = json.loads(run("--json", absent=absent))

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attn_kernels
 from attn_kernels import BahdanauAttention
+from matrix import slow_if
 
 B, TQ, TK, A, D = 2, 3, 5, 7, 4
 
@@ -63,6 +64,7 @@ def test_steps_on_a_memory() -> None:
     assert per_op["attn_kernels.additive_attention"] == 2 * 2 * B * TK * (A + D)
 
 
+@slow_if(lambda first: first == "attn_kernels")
 @pytest.mark.parametrize("first", ["attn_kernels", "torch.utils.flop_counter"])
 def test_in_any_order_of_imports(first: str) -> None:
     program = f"""

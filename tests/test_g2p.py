@@ -101,6 +101,7 @@ def test_resumed_training_is_the_uninterrupted_one(dictionary: Path, tmp_path: P
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_training_learns(dictionary: Path, tmp_path: Path) -> None:
     learner = _training(
         dictionary, epochs=25, hidden_size=32, learning_rate=0.02, dropout=0.0, label_smoothing=0.0, average=0.9

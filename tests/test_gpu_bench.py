@@ -33,6 +33,7 @@ from bench.gpu_cells import COLD, GRAPH, LAUNCHED, OURS, SCORES, Row
 from bench.gpu_rehearsed import StandIn
 from bench.problems import FORWARD, TRAINING, Shape
 from bench.roofline import ADDITIVE, DOT
+from matrix import slow_if
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODE, MANY = Shape(2, 1, 5, 8, 8), Shape(2, 9, 5, 8, 8)
@@ -45,6 +46,7 @@ def way(cell: dict[str, Any], name: str) -> dict[str, Any]:
 # Cells ----------------------------------------------------------------------------------------------------------------
 
 
+@slow_if(lambda op, passes, **_: (op, passes) not in ((ADDITIVE, FORWARD), (DOT, TRAINING)))
 @pytest.mark.parametrize("passes", [FORWARD, TRAINING])
 @pytest.mark.parametrize(
     ("op", "others"),

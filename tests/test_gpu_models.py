@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from attn_kernels import BahdanauAttention, LuongAttention, additive_attention, patch, patching
 from attn_kernels.patching import Fused, adapts
 from attn_kernels.seq2seq import Seq2Seq
-from matrix import device_of, is_slow
+from matrix import device_of, is_slow, slow_interpreted
 
 SOURCE_VOCAB, TARGET_VOCAB = 11, 9
 LENGTHS = torch.tensor([7, 3, 5])
@@ -171,6 +171,7 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
 }
 
 
+@slow_interpreted(*list(CHECKS.values())[:2])
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_as_on_the_cpu(check: Callable[[str, str], None], fused: str) -> None:
     check(fused, device_of(fused))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_kernels import additive_attention, additive_scores, dot_attention, prepare_keys, reference
 from bench import eager
-from matrix import DTYPES, Arguments, Case, Op, assert_close, device_of, make, run
+from matrix import DTYPES, Arguments, Case, Op, assert_close, device_of, interpreted, make, run, slow_if
 
 LOCATED = Op(
     "additive_attention",
@@ -48,6 +48,7 @@ def written_out(scale: float) -> Callable[..., Any]:
     return call
 
 
+@slow_if(lambda backend, dtype, **_: interpreted(backend) and dtype != torch.float32)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extra_and_scale(backend: str, dtype: torch.dtype, case: str) -> None:

@@ -80,7 +80,7 @@ def test_results_and_gradients(attention: str, cell: str, num_layers: int, backe
     assert_same(models(attention=attention, cell=cell, num_layers=num_layers, backend=backend), batch())
 
 
-@slow_interpreted("bahdanau", "luong-general")
+@slow_interpreted("bahdanau")
 @attentions
 def test_every_backend(attention: str, fused: str) -> None:
     device = device_of(fused)
@@ -384,6 +384,7 @@ def test_hooks_fire(hooked: str) -> None:
     assert len(calls) == T
 
 
+@pytest.mark.slow
 def test_training_takes_the_same_course() -> None:
     """200 steps of training from one seed, in float64: loop and kernels against steps and the reference."""
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.reference import attended
-from conftest import BEST_LEVEL, SIMD_LEVELS, available
+from conftest import SIMD_LEVELS, available
 from matrix import (
     DTYPES,
     OPS,
@@ -34,7 +34,6 @@ from matrix import (
     lay_out,
     make,
     run,
-    slow_if,
     slow_interpreted,
 )
 
@@ -167,7 +166,7 @@ print(digest.hexdigest())
 """
 
 
-@slow_if(lambda level: level != BEST_LEVEL)
+@pytest.mark.slow
 @pytest.mark.parametrize("level", SIMD_LEVELS or ("none",))
 def test_fresh_memory_changes_nothing(level: str) -> None:
     """Scratch memory of the C++ kernels: malloc's own, then full of 0x7f (3.4e38), then NaN each time it is taken."""

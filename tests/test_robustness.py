@@ -211,6 +211,7 @@ if __name__ == "__main__":
 """
 
 
+@slow_if(lambda script: script is SPAWN)
 @pytest.mark.parametrize("script", [FORK, SPAWN], ids=["fork", "spawn"])
 def test_processes(script: str, tmp_path: Path) -> None:
     """A fork after use, and spawned workers that are given tensors: no crash, no hang."""
@@ -222,6 +223,7 @@ def test_processes(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc/self/statm")
 def test_memory_does_not_grow() -> None:
     """Many calls of random shapes: ATTN_KERNELS_CALLS=100000 for the long run."""
@@ -271,6 +273,7 @@ except Exception as error:
 """
 
 
+@slow_if(lambda op, kibibytes: (op, kibibytes) != ("attention", 6_000))
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 @pytest.mark.parametrize(("op", "kibibytes"), [("attention", 64), ("attention", 6_000), ("prepare", 64)])
 def test_a_failed_allocation_says_memory(op: str, kibibytes: int) -> None:

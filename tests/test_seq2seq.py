@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
-from matrix import slow_interpreted
+from matrix import slow_if, slow_interpreted
 
 SOURCE_VOCAB, TARGET_VOCAB, EMBEDDING, HIDDEN, UNITS = 11, 9, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
@@ -430,6 +430,7 @@ def test_generate_with_compiled_modules() -> None:
 # Learning -------------------------------------------------------------------------------------------------------------
 
 
+@slow_if(lambda attention, **_: attention not in ("bahdanau", "luong-general"))
 @pytest.mark.parametrize(
     ("attention", "cell", "layers", "input_feeding"),
     [
