@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .additive_attention_bwd import backward_kernel
+from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
 from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
 from .additive_attention_fwd import few_scores_kernel, many_scores_kernel
 from .configurations import Configuration, configuration
@@ -187,7 +187,7 @@ def _scores_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
 
-    None for that of the keys without ``of_keys``.
+    None for that of the keys without ``of_keys``. More than 16 queries take a scratch of (B, Tk, A) in float32.
     """
     B, Tq, A = query.shape
     Tk = keys.shape[1]
@@ -205,10 +205,21 @@ def _scores_backward(
     dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide) if of_keys else None
     dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
     dbias = torch.empty_like(dv)
+    ek = None
+    if not is_few(query) and Tq > 16:  # with fewer, what is written and read again costs more than it saves
+        ek, rows = keys.new_empty((B, Tk, A), dtype=torch.float32), 16
+        launch(
+            key_exponentials_kernel,
+            B * triton.cdiv(Tk, rows) * triton.cdiv(A, 128),
+            (ek, keys, Tk, A),
+            keys.stride(),
+            dict(ALIGNED=rows_aligned(keys), BLOCK_K=rows, BLOCK_A=128),
+            4,
+        )
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
-        (dquery, dkeys, dv, dbias, dscores, query, keys, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
+        (dquery, dkeys, dv, dbias, dscores, query, keys, ek, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
         (
             blocks_per_split,
             steps_per_split,
