@@ -205,17 +205,8 @@ def _scores_backward(
     dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide) if of_keys else None
     dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
     dbias = torch.empty_like(dv)
-    ek = None
-    if not is_few(query) and Tq > 16:  # with fewer, what is written and read again costs more than it saves
-        ek, rows = keys.new_empty((B, Tk, A), dtype=torch.float32), 16
-        launch(
-            key_exponentials_kernel,
-            B * triton.cdiv(Tk, rows) * triton.cdiv(A, 128),
-            (ek, keys, Tk, A),
-            keys.stride(),
-            dict(ALIGNED=rows_aligned(keys), BLOCK_K=rows, BLOCK_A=128),
-            4,
-        )
+    # With fewer queries, writing and reading exponentials takes more time than they save.
+    ek = None if is_few(query) or Tq <= 16 else _key_exponentials(keys)
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
@@ -245,6 +236,22 @@ def _scores_backward(
     dv = dv.view(-1, A).sum(0).to(dtype)
     dbias = dbias.view(-1, A).sum(0).to(dtype) if bias is not None else v.new_empty((0,))
     return sum_splits(dquery, dtype), None if dkeys is None else sum_splits(dkeys, dtype), dv, dbias
+
+
+def _key_exponentials(keys: Tensor) -> Tensor:
+    """exp(2 keys) in float32, (B, Tk, A), contiguous; 1 where a key is too large, or NaN."""
+    B, Tk, A = keys.shape
+    ek = keys.new_empty((B, Tk, A), dtype=torch.float32)
+    block_k, block_a = 16, power_of_two(A, 32, 128)
+    launch(
+        key_exponentials_kernel,
+        B * triton.cdiv(Tk, block_k) * triton.cdiv(A, block_a),
+        (ek, keys, Tk, A),
+        keys.stride(),
+        dict(ALIGNED=rows_aligned(keys), BLOCK_K=block_k, BLOCK_A=block_a),
+        4,
+    )
+    return ek
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------

@@ -39,7 +39,8 @@ def _sum_of_products(x):
     half: tl.constexpr = x.shape[0] // 2
     sums = tl.cumsum(tl.reshape(x, (half, 2, x.shape[2])), axis=0)
     last = (tl.arange(0, half) == half - 1)[:, None, None]
-    return tl.sum(tl.sum(tl.where(last, sums, -0.0), axis=0), axis=0)[None, :]  # x + -0.0 is x: no addition is left
+    nothing = tl.zeros(sums.shape, dtype=x.dtype) * -1.0  # x + -0.0 is x: no addition is left. Triton 3.6 has no -0.0
+    return tl.sum(tl.sum(tl.where(last, sums, nothing), axis=0), axis=0)[None, :]
 
 
 @triton.jit
