@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 import attn_kernels
 from conftest import available
-from matrix import OPS, Case, Op, check, device_of, slow_if
+from matrix import OPS, Case, Op, assert_bit_equal, check, device_of, lay_out, run, slow_if
+from test_padding import padded_with, poisoned_empty
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
@@ -83,6 +85,50 @@ def test_offsets_beyond_31_bits(Tq: int, shape: tuple[int, int, int], strides: t
 
     for a, b in zip(results(far), results(near), strict=True):
         torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "columns", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_exponentials_of_keys(dtype: torch.dtype, layout: str) -> None:
+    """They are exact to one unit in the last place, and finite whatever a key is: padding may hold anything."""
+    device = device_of(available("triton"))
+    additive = importlib.import_module("attn_kernels.triton.additive_attention")
+    keys = torch.linspace(-16, 16, 2 * 19 * 133).reshape(2, 19, 133).to(device, dtype)
+    exact = torch.exp(2 * keys.double())
+    beyond = torch.tensor([float("nan"), float("inf"), -float("inf"), torch.finfo(dtype).max, 17, -17])
+    keys[1, 3:9, 7] = beyond.to(device, dtype)
+    exact[1, 3:9, 7] = 1.0
+    found = additive._key_exponentials(lay_out(keys, layout))
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-23, atol=0)
+
+
+# The number of queries from which on they are made before, and several blocks of queries that read them.
+KEYS_ONCE = {
+    "16": Case(B=2, Tq=16, Tk=9, A=20, D=6, lengths="random"),
+    "17, lengths": Case(B=2, Tq=17, Tk=19, A=37, D=6, lengths="random", layout="columns"),
+    "17, length 0": Case(B=2, Tq=17, Tk=9, A=20, D=6, lengths="zero"),
+    "40, steps": Case(B=1, Tq=40, Tk=9, A=5, D=6, mask="steps", layout="transposed"),
+    "70, pairs": Case(B=1, Tq=70, Tk=18, A=20, D=6, lengths="random", mask="pairs"),
+}
+
+
+@pytest.mark.parametrize("case", KEYS_ONCE.values(), ids=KEYS_ONCE)
+def test_exponentials_of_keys_are_made_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many queries, in one launch; and what padding holds changes no gradient."""
+    device = device_of(available("triton"))
+    additive = importlib.import_module("attn_kernels.triton.additive_attention")
+    launched = []
+    launch = additive.launch
+    monkeypatch.setattr(additive, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
+    monkeypatch.setattr(additive, "_backward_splits", lambda programs, blocks, Tk, block_k: (blocks, 1, Tk, 1))
+    op = OPS["additive_attention"]
+    check(op, case, torch.float32, "triton")
+    assert launched.count(additive.key_exponentials_kernel) == (case.Tq > 16)
+    clean, poisoned = (padded_with(op, case, torch.bfloat16, device, fill) for fill in (0.5, math.nan))
+    expected = run(op.function, op, clean, backend="triton")
+    with poisoned_empty():
+        assert_bit_equal(run(op.function, op, poisoned, backend="triton"), expected)
 
 
 @pytest.fixture

@@ -195,7 +195,8 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
             (loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements), key=lambda loop: sum(loop.values())
         )
         instructions = sum(factored.values()) / elements
-        # 7 for each pair, and about 40 for each step: its exponential, its loads, its sum and store.
+        # 8 for each pair, and about 30 for each step: its loads, pointers and store. With at most 16 queries a step
+        # makes the exponential of its key, too.
         if instructions > (9.0 if elements >= 32 else 10.5):
             problems.append(f"{instructions:.2f} instructions for a unit of a pair")
         if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .additive_attention_bwd import backward_kernel
+from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
 from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
 from .additive_attention_fwd import few_scores_kernel, many_scores_kernel
 from .configurations import Configuration, configuration
@@ -187,7 +187,7 @@ def _scores_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
 
-    None for that of the keys without ``of_keys``.
+    None for that of the keys without ``of_keys``. More than 16 queries take a scratch of (B, Tk, A) in float32.
     """
     B, Tq, A = query.shape
     Tk = keys.shape[1]
@@ -205,10 +205,12 @@ def _scores_backward(
     dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide) if of_keys else None
     dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
     dbias = torch.empty_like(dv)
+    # With fewer queries, writing and reading exponentials takes more time than they save.
+    ek = None if is_few(query) or Tq <= 16 else _key_exponentials(keys)
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
-        (dquery, dkeys, dv, dbias, dscores, query, keys, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
+        (dquery, dkeys, dv, dbias, dscores, query, keys, ek, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
         (
             blocks_per_split,
             steps_per_split,
@@ -234,6 +236,22 @@ def _scores_backward(
     dv = dv.view(-1, A).sum(0).to(dtype)
     dbias = dbias.view(-1, A).sum(0).to(dtype) if bias is not None else v.new_empty((0,))
     return sum_splits(dquery, dtype), None if dkeys is None else sum_splits(dkeys, dtype), dv, dbias
+
+
+def _key_exponentials(keys: Tensor) -> Tensor:
+    """exp(2 keys) in float32, (B, Tk, A), contiguous; 1 where a key is too large, or NaN."""
+    B, Tk, A = keys.shape
+    ek = keys.new_empty((B, Tk, A), dtype=torch.float32)
+    block_k, block_a = 16, power_of_two(A, 32, 128)
+    launch(
+        key_exponentials_kernel,
+        B * triton.cdiv(Tk, block_k) * triton.cdiv(A, block_a),
+        (ek, keys, Tk, A),
+        keys.stride(),
+        dict(ALIGNED=rows_aligned(keys), BLOCK_K=block_k, BLOCK_A=block_a),
+        4,
+    )
+    return ek
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------

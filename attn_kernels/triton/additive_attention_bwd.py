@@ -6,7 +6,8 @@ The hidden units are computed again. With E = exp(2 q) exp(2 k), r = 1 / (1 + E)
     dquery = 4 v exp(2 q) (sum of ds r^2 exp(2 k))    dkeys = 4 v exp(2 k) (sum of ds r^2 exp(2 q))
     dv = sum of ds r (E - 1)
 
-Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is.
+Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is. With many
+queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise each step makes its own.
 
 One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what crosses blocks is
 written apart and added in order afterwards.
@@ -19,7 +20,7 @@ import math
 import triton
 import triton.language as tl
 
-from .device import attended, exp2x, exp2x_in_range, kernel, reciprocal, row_length
+from .device import attended, batch_offset, exp2x, exp2x_in_range, kernel, reciprocal, row_length
 
 # Largest |q| + |bias|, and largest |k|, for the product of exponentials: a gradient times e^{2 reach} is in range up to
 # 10^24, and so is one over 1 + e^{4 reach} down to 10^-10. Then, the largest exponential.
@@ -38,19 +39,21 @@ def _sum_of_products(x):
     half: tl.constexpr = x.shape[0] // 2
     sums = tl.cumsum(tl.reshape(x, (half, 2, x.shape[2])), axis=0)
     last = (tl.arange(0, half) == half - 1)[:, None, None]
-    return tl.sum(tl.sum(tl.where(last, sums, -0.0), axis=0), axis=0)[None, :]  # x + -0.0 is x: no addition is left
+    nothing = tl.zeros(sums.shape, dtype=x.dtype) * -1.0  # x + -0.0 is x: no addition is left. Triton 3.6 has no -0.0
+    return tl.sum(tl.sum(tl.where(last, sums, nothing), axis=0), axis=0)[None, :]
 
 
 @triton.jit
 def _walk_steps(
     dkeys, keys, dscores, q, shift, i, u, v4, begin, end, A, added, padded_q, stride_kk, stride_ka,
-    SEVERAL: tl.constexpr, MASKED: tl.constexpr, FACTORED: tl.constexpr, APPROXIMATE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SEVERAL: tl.constexpr, MASKED: tl.constexpr, FACTORED: tl.constexpr, EXPONENTIALS: tl.constexpr,
+    APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
     Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
-    returns dquery / 4 v (Q, A) and dv (A,). Pointers are to the first element of the row of the batch.
+    returns dquery / 4 v (Q, A) and dv (A,). Pointers are to the first element of the row of the batch. EXPONENTIALS:
+    whether ``keys`` has exp(2 k) for k.
     """
     if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], LARGEST_FACTOR)
@@ -76,9 +79,11 @@ def _walk_steps(
             ds = tl.load(dscores, mask=in_steps[None, :], other=0.0)
             k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
         if FACTORED:
-            if MASKED:  # a step that no query attends may be anything
-                k = tl.where(tl.abs(k) <= EACH_REACH, k, 0.0)
-            ek = exp2x_in_range(k)
+            ek = k
+            if not EXPONENTIALS:
+                if MASKED:  # a step that no query attends may be anything
+                    k = tl.where(tl.abs(k) <= EACH_REACH, k, 0.0)
+                ek = exp2x_in_range(k)
             e = eq[:, None, :] * ek[None, :, :]
             r = reciprocal(1.0 + e, APPROXIMATE)
             once = ds[:, :, None] * r
@@ -123,6 +128,33 @@ def _walk_steps(
 
 
 @kernel
+def key_exponentials_kernel(
+    ek,  # (B, Tk, A), contiguous, float32
+    keys,  # (B, Tk, A)
+    Tk,
+    A,
+    stride_kb,
+    stride_kk,
+    stride_ka,
+    ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """ek = exp(2 keys), and 1 beyond EACH_REACH and for NaN: finite whatever padding holds."""
+    tiles_a = tl.cdiv(A, BLOCK_A)
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    program = tl.program_id(0)
+    u = (program % tiles_a).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
+    j = (program // tiles_a % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b = (program // (tiles_a * tiles_k)).to(tl.int64)
+    in_keys = (j[:, None] < Tk) & (u[None, :] < A)
+    keys += batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
+    k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
+    e = exp2x_in_range(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
+    tl.store(ek + (b * Tk + j[:, None]) * A + u[None, :], e, mask=in_keys)
+
+
+@kernel
 def backward_kernel(
     dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart
     dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart; or None
@@ -131,6 +163,7 @@ def backward_kernel(
     dscores,  # (B, Tk, padded_q), contiguous, 0 where not attended
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
+    ek,  # (B, Tk, A), contiguous: that of key_exponentials_kernel; or None
     v,  # (A,)
     bias,  # (A,) or None
     lengths,  # (B,) or None
@@ -223,19 +256,25 @@ def backward_kernel(
             reach_q = tl.abs(q) + tl.abs(shift)[None, :]
             reach_q = tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
             if (tl.max(reach_k) <= EACH_REACH) & (reach_q <= EACH_REACH):
-                dq, dv_part = _walk_steps(
-                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                    stride_ka, SEVERAL, mask is not None, True, APPROXIMATE, BLOCK_K,
-                )  # fmt: skip
+                if ek is not None:
+                    dq, dv_part = _walk_steps(
+                        dkeys, ek + b * Tk * A, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, A, 1,
+                        SEVERAL, mask is not None, True, True, APPROXIMATE, BLOCK_K,
+                    )  # fmt: skip
+                else:
+                    dq, dv_part = _walk_steps(
+                        dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
+                        stride_ka, SEVERAL, mask is not None, True, False, APPROXIMATE, BLOCK_K,
+                    )  # fmt: skip
             else:
                 dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                    stride_ka, SEVERAL, mask is not None, False, APPROXIMATE, BLOCK_K,
+                    stride_ka, SEVERAL, mask is not None, False, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
             dq, dv_part = _walk_steps(
                 dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                stride_ka, SEVERAL, mask is not None, False, APPROXIMATE, BLOCK_K,
+                stride_ka, SEVERAL, mask is not None, False, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         dq *= v4[None, :]
         tl.store(dquery + i[:, None] * A, dq, mask=in_query)

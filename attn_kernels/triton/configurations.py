@@ -49,8 +49,8 @@ CANDIDATES: Mapping[str, tuple[Configuration, ...]] = {
         _pairs(8, 32, 4, 2, 1),
     ),
     "scores, few tiles": (_pairs(8, 32, 4, 2, 1), _pairs(16, 32, 4, 2, 2), _pairs(16, 32, 4, 4, 1)),
-    # Their backward: what a step costs for any number of queries, about 40 instructions, weighs 14% with 32 of them
-    # and 26% with 16. A thread has one unit.
+    # Their backward: beside 8 instructions for each query a step takes about 30, which are 10% with 32 queries. With 16
+    # they are 38 and 23%, because the exponential of the key is among them. A thread has one unit.
     "backward": (_walk(32, 128), _walk(32, 64), _walk(16, 128), _walk(16, 64)),
     # Products of rows with rows, and weighted sums of rows. "masked": the check and the pairs take registers.
     "product": (_product(32, 64, 32, 4), _product(64, 32, 32, 4), _product(32, 32, 32, 4)),
