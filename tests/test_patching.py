@@ -1006,9 +1006,9 @@ def test_an_adapter_without_attend() -> None:
 
 
 def test_every_shipped_adapter_says_what_it_is_for() -> None:
-    for adapter in patching.adapters():
-        if adapter.original.startswith(f"{__name__}:"):
-            continue
+    shipped = [adapter for adapter in patching.adapters() if adapter.fused.__module__.startswith("attn_kernels.")]
+    assert len(shipped) > 20
+    for adapter in shipped:
         assert adapter.library and adapter.versions and adapter.sources, adapter
         assert all(len(source) == 12 for source in adapter.sources) and adapter.fused.__doc__, adapter
 
