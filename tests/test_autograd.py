@@ -54,7 +54,7 @@ def test_gradcheck(op: Op, backend: str, device: str, case: Case) -> None:
     assert gradcheck(function, leaves, fast_mode=fast, nondet_tol=1e-12 if device == "cuda" else 0.0)
 
 
-@slow_if(lambda backend, case, **_: interpreted(backend) and case is not VARIANTS["both"])
+@slow_if(lambda backend, case, **_: is_slow(backend) or (interpreted(backend) and case is not VARIANTS["both"]))
 @pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
 @ops
 def test_second_derivatives(op: Op, backend: str, device: str, case: Case) -> None:
@@ -184,7 +184,7 @@ def test_transforms_of_modules(name: str, fused: str, device: str) -> None:
         torch.testing.assert_close(a, e)
 
 
-@slow_interpreted("vmap of grad")
+@slow_if(lambda backend, transform, **_: is_slow(backend) or (interpreted(backend) and transform != "vmap of grad"))
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
 @ops
 def test_function_transforms(op: Op, backend: str, device: str, transform: str) -> None:

@@ -188,6 +188,7 @@ def test_compile_autocast(op: Op, backend: str, device: str) -> None:
     assert all(t.dtype == torch.bfloat16 for t in outputs.values())
 
 
+@pytest.mark.slow
 def test_compile_generates_code() -> None:
     """Once through Inductor with the default backend, between other operations."""
 
@@ -204,6 +205,7 @@ def test_compile_generates_code() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@slow_if(lambda backend, **_: backend != "cpu")
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp"])
 def test_compile_transforms(backend: str, device: str, transform: str) -> None:
     """Transforms of torch.func inside torch.compile: there ops are their formulas, so one backend shows for all."""

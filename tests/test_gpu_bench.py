@@ -63,6 +63,7 @@ def test_every_way_is_checked_and_timed(op: str, others: set[str], passes: str) 
     json.dumps(cell, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_decode_is_also_timed_with_inputs_from_memory() -> None:
     row = Row(ADDITIVE, DECODE, FORWARD, "float32", prepared=True)
     problem = gpu_cells.make_problem(row, torch.device("cpu"))
@@ -149,6 +150,7 @@ def a_state(**others: Any) -> dict[str, Any]:
     return {"part": "gpu", "machine": machine, "tests": GREEN, **others}
 
 
+@pytest.mark.slow
 def test_measuring_goes_on_after_a_process_that_ended(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     rows = [
@@ -517,6 +519,7 @@ def test_every_kernel_is_in_the_namespace_that_the_sanitizer_is_told() -> None:
         assert "namespace attn {\nnamespace cuda {" in text[:first], source.name
 
 
+@pytest.mark.slow
 def test_modules_that_serve_are_not_built_again(tmp_path: Path) -> None:
     class Having(gpu_stages.Machine):
         def __init__(self, **reasons: str) -> None:
@@ -582,6 +585,7 @@ def test_what_tells_most_runs_first() -> None:
     assert ordered == ["test_loop_graph", "test_ops", "test_numerics", "test_z", "test_fuzz", "test_compile"]
 
 
+@slow_if(lambda workers: bool(workers))
 @pytest.mark.usefixtures("outside_xdist")
 @pytest.mark.parametrize("workers", [(), ("-n", "2")])
 def test_outcomes_are_written_as_they_come(tmp_path: Path, workers: tuple[str, ...]) -> None:

@@ -280,6 +280,7 @@ def _invoke(*arguments: str, **environment: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_command_line_and_its_file(loops: limits.Loops, tmp_path: Path) -> None:
     if not attn_kernels.backends()["cpu"].available:
         pytest.skip(attn_kernels.backends()["cpu"].detail)

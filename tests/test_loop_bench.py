@@ -49,6 +49,7 @@ def test_ways_are_what_their_names_say() -> None:
         assert sum(counted) == ours, name
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     arguments = ["--quick", "--no-compiled", "--size", "8", "--shape", "2,3,4", "--output", str(tmp_path)]
     done = CliRunner().invoke(loop.app, arguments)

@@ -1013,6 +1013,7 @@ def test_every_shipped_adapter_says_what_it_is_for() -> None:
         assert all(len(source) == 12 for source in adapter.sources) and adapter.fused.__doc__, adapter
 
 
+@pytest.mark.slow
 def test_patch_list() -> None:
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "attn_kernels", "patch-list", *arguments]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
-from matrix import slow_if, slow_interpreted
+from matrix import interpreted, slow_if
 
 SOURCE_VOCAB, TARGET_VOCAB, EMBEDDING, HIDDEN, UNITS = 11, 9, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
@@ -483,7 +483,9 @@ def test_dropout() -> None:
 # As a module ----------------------------------------------------------------------------------------------------------
 
 
-@slow_interpreted("bahdanau", "luong-general")
+@slow_if(
+    lambda fused, attention, input_feeding: interpreted(fused) and (attention, input_feeding) != ("bahdanau", True)
+)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("input_feeding", [True, False])
 def test_backends_agree(attention: str, input_feeding: bool, fused: str, device: str) -> None:
