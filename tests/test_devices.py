@@ -30,10 +30,11 @@ def outcomes(path: Path, *arguments: str) -> list[dict[str, str]]:
     available("cuda")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), gpu_outcomes.VARIABLE: str(path)}
-    subprocess.run(
+    done = subprocess.run(
         [*command, "-p", "stand_in_gpu", "-p", "bench.gpu_outcomes", *arguments],
-        env=os.environ | environment, cwd=ROOT, capture_output=True,
+        env=os.environ | environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]  # 1: some tests failed
     return gpu_outcomes.read(path)
 
 
@@ -76,8 +77,8 @@ def test_inputs_of_all_tests_lie_on_the_device_of_their_backend(
     """Of each test a few cases: where its tensors are made is the same in all."""
     monkeypatch.setenv(CASES, "6")
     # test_backends.py is about tensors on the wrong device.
-    found = outcomes(
-        tmp_path / "outcomes.jsonl", "-k", "cuda and not triton", "--ignore=tests/test_backends.py", "tests"
-    )
+    # PyTorch itself ends the process where jacfwd meets a tensor that is a subclass.
+    chosen = "cuda and not triton and not transforms_are_those_of_the_reference"
+    found = outcomes(tmp_path / "outcomes.jsonl", "-k", chosen, "--ignore=tests/test_backends.py", "tests")
     assert_on_one_device(found)
-    assert len({one["test"].partition("[")[0] for one in found if one["outcome"] == "passed"}) > 80
+    assert sum(one["outcome"] == "passed" for one in found) > 200
