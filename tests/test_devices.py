@@ -77,8 +77,10 @@ def test_inputs_of_all_tests_lie_on_the_device_of_their_backend(
     """Of each test a few cases: where its tensors are made is the same in all."""
     monkeypatch.setenv(CASES, "6")
     # test_backends.py is about tensors on the wrong device.
-    # PyTorch itself ends the process where jacfwd meets a tensor that is a subclass.
-    chosen = "cuda and not triton and not transforms_are_those_of_the_reference"
+    # Left out: tests named after CUDA that have no tensors, the many repeats of a call, and the transforms, where
+    # PyTorch itself ends the process (jacfwd of a subclass of Tensor).
+    left_out = ("triton", "test_cuda", "repeats_are_bit_equal", "transforms_are_those_of_the_reference")
+    chosen = " and not ".join(("cuda", *left_out))
     found = outcomes(tmp_path / "outcomes.jsonl", "-k", chosen, "--ignore=tests/test_backends.py", "tests")
     assert_on_one_device(found)
-    assert sum(one["outcome"] == "passed" for one in found) > 200
+    assert sum(one["outcome"] == "passed" for one in found) > 140
