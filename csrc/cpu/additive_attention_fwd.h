@@ -188,15 +188,17 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
   clear(acc, std::make_index_sequence<NQ * NK>());
   auto denominator = [&](int64_t c, int i, Vec<T> e)
                          __attribute__((always_inline)) { return load(units.constant + c) + load(q + i * ld + c) * e; };
-  // Of long rows the sums are made in parts.
-  Vec<T> parts[NQ * NK];
   const bool in_parts = units.size > 2 * kTermsOfSum * w;
-  if (in_parts) clear(parts, std::make_index_sequence<NQ * NK>());
   auto whole_vectors = [&](int64_t& c, int64_t step, const auto& add) __attribute__((always_inline)) {
-    while (in_parts && c + kTermsOfSum * w <= whole) {
-      for (const int64_t end = c + kTermsOfSum * w; c < end; c += step) add(inner);
-      for (int n = 0; n < NQ * NK; ++n) parts[n] += acc[n];
-      clear(acc, std::make_index_sequence<NQ * NK>());
+    if (in_parts) {
+      Vec<T> parts[NQ * NK];
+      clear(parts, std::make_index_sequence<NQ * NK>());
+      while (c + kTermsOfSum * w <= whole) {
+        for (const int64_t end = c + kTermsOfSum * w; c < end; c += step) add(inner);
+        for (int n = 0; n < NQ * NK; ++n) parts[n] += acc[n];
+        clear(acc, std::make_index_sequence<NQ * NK>());
+      }
+      for (int n = 0; n < NQ * NK; ++n) acc[n] = parts[n];
     }
     for (; c + step <= whole; c += step) add(inner);
   };
@@ -240,8 +242,6 @@ ATTN_INLINE void factored_sums(const Units<T>& units, const T* q, int64_t ld, co
   if constexpr (kBy != Reciprocals::shared)
     if (in_parts || kBy == Reciprocals::estimated) whole_vectors(c, w, one);
   for (; c < units.size; c += w) one(last);
-  if (in_parts)
-    for (int n = 0; n < NQ * NK; ++n) acc[n] += parts[n];
 }
 
 // out[i * out_ld + j]: the scores of NQ queries and NK steps. next: rows that will be read soon, or null.

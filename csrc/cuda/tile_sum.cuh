@@ -189,27 +189,30 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
     unsigned any = 0;
     if (by_pair)
       for (int warp = 0; warp < kTileWarps; ++warp) any |= strange[half * kTileWarps + warp];
-    if (any != 0) {  // what is NaN or Inf pair by pair, then as 0
+    if (any != 0) {  // products with NaN or Inf pair by pair, then these as 0
 #pragma unroll 1
       for (int x = 0; x < Tile::kSlice && x0 + x < X; ++x)
         tile.each_row([&](auto rows, int i, int r) {
 #pragma unroll
           for (int e = 0; e < decltype(rows)::value; ++e) {
             if (r + e >= a.r_end || !kept_a.at(r + e, x0 + x)) continue;
-            const Sum weight = widen(A::Layout::get(slice_a, r + e, x));
+            const Stored weight = A::Layout::get(slice_a, r + e, x);
             tile.each_column([&](auto columns, int j, int c) {
 #pragma unroll
               for (int f = 0; f < decltype(columns)::value; ++f) {
                 const Stored element = B::Layout::get(slice_b, c + f, x);
-                if (!finite(element)) tile.sum[i + e][j + f] += weight * Sum(widen(element));
+                if (!finite(element) || !finite(weight)) tile.sum[i + e][j + f] += Sum(widen(weight)) * widen(element);
               }
             });
           }
         });
       __syncthreads();
-      Stored* elements = shared_b + half * B::Layout::kSize;
-      for (int n = threadIdx.x; n < B::Layout::kSize; n += kTileThreads)
-        if (!finite(elements[n])) elements[n] = Stored{};
+      const auto clear = [](Stored* elements, int count) {
+        for (int n = threadIdx.x; n < count; n += kTileThreads)
+          if (!finite(elements[n])) elements[n] = Stored{};
+      };
+      clear(shared_a + half * A::Layout::kSize, A::Layout::kSize);
+      clear(shared_b + half * B::Layout::kSize, B::Layout::kSize);
       __syncthreads();
     }
     tile.template multiply<typename A::Layout, typename B::Layout>(slice_a, slice_b);
