@@ -9,7 +9,6 @@ torch.compile and opcheck look at inside a tensor, the stand-in does not have, n
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 NAME = "standin"
-CASES = "ATTN_KERNELS_STAND_IN_CASES"  # the most cases of a test, spread over all; none: all of them
 MIXED = f"tensors on {NAME} and on cpu"
 # What may be given tensors of both devices.
 MOVES = ("aten::_to_copy", "aten::copy_")
@@ -101,17 +99,6 @@ def pytest_configure() -> None:
     module = registration._DummyBackendModule()
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     registration._setup_privateuseone_for_python_backend(NAME, module)
-
-
-@pytest.hookimpl(trylast=True)  # when -k has chosen
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    most = int(os.environ.get(CASES, len(items)))
-    tests: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {id(cases[i * len(cases) // most]) for cases in tests.values() for i in range(most)}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,7 @@
 """Random sizes, dtypes, masks and strides against the reference in float64.
 
 ``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend (and for each SIMD level of the C++ kernels), all ops
-together; ``make fuzz`` runs 10,000 new ones. By default it is 40 in ``make test`` and 300 in ``make test-all``, the
+together; ``make fuzz`` runs 10,000 new ones. By default it is 60 in ``make test`` and 300 in ``make test-all``, the
 same ones each time. The interpreter and the reference get a fifteenth.
 """
 
@@ -20,7 +20,7 @@ from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, interpreted, is_slow
 pytestmark = pytest.mark.every_level
 
 WANTED = os.environ.get("ATTN_KERNELS_FUZZ_CASES")
-USUAL = 40  # and in the emulator of CUDA small
+USUAL = 60  # and in the emulator of CUDA small
 COUNTS = [int(WANTED)] if WANTED else [USUAL, pytest.param(300, marks=pytest.mark.slow)]
 LIMITS = {"B": 65, "Tq": 33, "Tk": 513, "A": 300, "D": 300}
 LIMITS_INTERPRETED = LIMITS | {"B": 4, "Tq": 17, "Tk": 129}
