@@ -18,6 +18,8 @@ ARGS ?=
 FUZZ_CASES ?= 10000
 GPU_PYTHON ?= python3
 export NVCC
+# Python compiles what is imported; pip would compile all of torch, for 20 seconds on one processor.
+export PIP_NO_COMPILE := 1
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
