@@ -1,6 +1,9 @@
 // What a backend computes, as a table: the CPU has one for each SIMD level, CUDA devices have one.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "additive_attention.h"
 #include "dot_attention.h"
 #include "lstm_cell.h"
@@ -17,6 +20,7 @@ struct Kernels {
   void (*dot_attention_backward)(const DotAttentionBackward&);
   void (*lstm_step)(const LstmStep&);  // on the CPU only, like the next
   void (*lstm_step_backward)(const LstmStepBackward&);
+  uint64_t (*checksum)(const void* data, size_t bytes);
 };
 
 }  // namespace attn

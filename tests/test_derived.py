@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from attn_kernels import BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
-from attn_kernels.derived import forget, once
+from attn_kernels.derived import checksums, forget, once
 from attn_kernels.sentence import attended_steps, project
+from conftest import SIMD_LEVELS, compiled_module, simd
 
 # Each gives a tensor the values of another, in a way of its own; most of them autograd does not count.
 WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -413,6 +414,24 @@ def test_every_element_counts(dtype: torch.dtype, size: int) -> None:
         once(module, "y", make)
         make.__closure__[0].cell_contents.pop()  # type: ignore[union-attr]
         forget(module)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 255, 256, 257, 3 * 256 + 13, 2 * 2**18, 2 * 2**18 + 5])
+def test_checksums_are_the_same_on_every_level(size: int) -> None:
+    """Bytes of a block and beyond it; tensors that are divided among threads."""
+    if compiled_module is None:
+        pytest.skip("the package was built without the C++ kernels")
+    x = torch.randint(256, (size,), dtype=torch.uint8)
+    changed = [x]
+    for i in {0, size // 2, size - 1} if size else ():
+        changed.append(x.clone())
+        changed[-1][i] += 1
+    sums = set()
+    for level in SIMD_LEVELS:
+        with simd(level):
+            sums.add(tuple(checksums(y, 1)[0] for y in changed))
+    assert len(sums) == 1, sums
+    assert len(set(*sums)) == len(changed)
 
 
 @writes

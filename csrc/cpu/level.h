@@ -5,6 +5,7 @@
 #pragma GCC optimize("no-tree-loop-distribute-patterns")  // keeps loops that clear a few vectors from becoming memset
 #endif
 #include "additive_attention_bwd.h"
+#include "checksum_kernel.h"
 #include "dot_attention_kernels.h"
 #include "lstm_cell_kernels.h"
 
@@ -50,6 +51,7 @@ const Kernels kernels = {
     ATTN_BY_DTYPE(DotAttentionBackward, dot_attention_backward),
     ATTN_BY_DTYPE(LstmStep, lstm_step),
     ATTN_BY_DTYPE(LstmStepBackward, lstm_step_backward),
+    checksum,
 };
 
 }  // namespace ATTN_LEVEL
