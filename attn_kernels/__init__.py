@@ -9,7 +9,7 @@ from .functional import additive_attention, additive_scores, dot_attention, prep
 from .memory import Memory
 from .modules import BahdanauAttention, CosineAttention, LuongAttention
 from .patching import patch, patched, unpatch
-from .reference import Attention
+from .types import Attention
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ do not see each other.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -27,6 +28,7 @@ from torch.autograd import Function, Variable, forward_ad
 from torch.compiler import is_compiling
 
 from . import ops
+from .scores import Score
 
 _FEW = 8  # queries; with more in one step its own backward is the many-query one
 # Bytes of keys and values. How many times as fast as a gradient from each step, over the backward of 20 to 50 steps of
@@ -100,32 +102,18 @@ class Meeting:
             Variable._execution_engine.queue_callback(steps)
         steps.append(step)
 
-    def additive_attention(
+    def attend(
         self,
+        score: Score,
         backend: str,
         query: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        prepared: Tensor | None,
         memory_lengths: Tensor | None,
         mask: Tensor | None,
         need_alignments: bool,
     ) -> Any:
-        """The op ``additive_attention`` on the memory, by ``ops.call``."""
-        score = (v, bias, prepared)
-        return _AdditiveStep.apply(self, self.token, backend, query, *score, memory_lengths, mask, need_alignments)
-
-    def dot_attention(
-        self,
-        backend: str,
-        query: Tensor,
-        scale: float,
-        memory_lengths: Tensor | None,
-        mask: Tensor | None,
-        need_alignments: bool,
-    ) -> Any:
-        """The op ``dot_attention`` on the memory, by ``ops.call``."""
-        return _DotStep.apply(self, self.token, backend, query, scale, memory_lengths, mask, need_alignments)
+        """The op of a score on the memory, by ``ops.call``."""
+        masks = (memory_lengths, mask)
+        return _StepFunction.apply(self, self.token, type(score), backend, query, *masks, need_alignments, *score)
 
 
 def pays(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -225,44 +213,27 @@ def _join_gradients(gradients: tuple[Tensor | None, ...], queries: tuple[Tensor,
     return torch.cat([query.new_zeros(*query.shape[:2], size) if g is None else g for g, query in pairs], 1)
 
 
-class _AdditiveStep(Function):
+class _StepFunction(Function):
     @staticmethod
-    def forward(ctx, meeting, token, backend, query, v, bias, prepared, memory_lengths, mask, need_alignments):
+    def forward(ctx, meeting, token, kind, backend, query, memory_lengths, mask, need_alignments, *score):
         ctx.set_materialize_grads(False)
-        ctx.meeting, ctx.backend = meeting, backend
-        arguments = (query, meeting.keys, meeting.values, v, bias, prepared, memory_lengths, mask)
-        context, alignments = ops.below_autograd("additive_attention", backend, (*arguments, True))
-        ctx.save_for_backward(*arguments, alignments)
+        ctx.meeting, ctx.backend, ctx.op = meeting, backend, kind.op
+        # A score is of tensors or of numbers: saved, or kept as it is.
+        ctx.numbers, tensors = ((), score) if kind(*score).tensors else (score, ())
+        memory, masks = (meeting.keys, meeting.values), (memory_lengths, mask)
+        context, alignments = ops.below_autograd(kind.op, backend, (query, *memory, *score, *masks, True))
+        ctx.save_for_backward(query, *memory, *tensors, *masks, alignments)
         return (context, alignments) if need_alignments else context
 
     @staticmethod
     def backward(ctx, grad_context, grad_alignments=None):
         if grad_context is None and grad_alignments is None:
-            return (None,) * 10
-        arguments = ctx.meeting.arguments(grad_context, grad_alignments, *ctx.saved_tensors)
-        ctx.meeting.leave(_Step("additive_attention", ctx.backend, arguments))
-        dquery, dv, dbias = ops.call("additive_attention_query_backward", ctx.backend, *arguments)
-        dbias = dbias if ctx.needs_input_grad[5] else None
-        return None, ctx.meeting.nothing, None, dquery, dv, dbias, None, None, None, None
-
-
-class _DotStep(Function):
-    @staticmethod
-    def forward(ctx, meeting, token, backend, query, scale, memory_lengths, mask, need_alignments):
-        ctx.set_materialize_grads(False)
-        ctx.meeting, ctx.backend, ctx.scale = meeting, backend, scale
-        tensors, masks = (query, meeting.keys, meeting.values), (memory_lengths, mask)
-        context, alignments = ops.below_autograd("dot_attention", backend, (*tensors, scale, *masks, True))
-        ctx.save_for_backward(*tensors, *masks, alignments)
-        return (context, alignments) if need_alignments else context
-
-    @staticmethod
-    def backward(ctx, grad_context, grad_alignments=None):
-        if grad_context is None and grad_alignments is None:
-            return (None,) * 8
-        *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
-        others = (ctx.scale, memory_lengths, mask, alignments)
-        arguments = ctx.meeting.arguments(grad_context, grad_alignments, *tensors, *others)
-        ctx.meeting.leave(_Step("dot_attention", ctx.backend, arguments))
-        dquery = ops.call("dot_attention_query_backward", ctx.backend, *arguments)
-        return None, ctx.meeting.nothing, None, dquery, None, None, None, None
+            return (None,) * len(ctx.needs_input_grad)
+        query, keys, values, *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
+        score, others = (*ctx.numbers, *tensors), (memory_lengths, mask, alignments)
+        arguments = ctx.meeting.arguments(grad_context, grad_alignments, query, keys, values, *score, *others)
+        ctx.meeting.leave(_Step(ctx.op, ctx.backend, arguments))
+        gradients = ops.call(f"{ctx.op}_query_backward", ctx.backend, *arguments)
+        dquery, *dscore = gradients if isinstance(gradients, tuple) else (gradients,)
+        of_score = [d if need else None for d, need in zip_longest(dscore, ctx.needs_input_grad[8:])]
+        return None, ctx.meeting.nothing, None, None, dquery, None, None, None, *of_score

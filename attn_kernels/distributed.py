@@ -30,9 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import functional, ops, reference
+from . import checks, ops, reference
 from .backends import choose
-from .reference import Attention
+from .functional import to_result
+from .types import Attention, attention_mask, autocast
 
 
 def sharded_additive_attention(
@@ -109,7 +110,7 @@ def sharded_dot_attention(
     All as in :func:`sharded_additive_attention`. No ``backend`` is named, since scores are PyTorch's own product.
     """
     name = "sharded_dot_attention"
-    functional._check_scale(name, scale)
+    checks.check_scale(name, scale)
     _check(name, group, query, keys, values, memory_lengths, mask)
     return _attend(_Dot(scale), group, query, keys, values, (), memory_lengths, mask, need_weights)
 
@@ -183,13 +184,13 @@ def _attend(
     mask: Tensor | None,
     need_weights: bool,
 ) -> Attention:
-    allowed = reference.attended(keys, memory_lengths, mask)
+    allowed = attention_mask(keys, memory_lengths, mask)
     padding = None if allowed is None else ~allowed
-    q, k, x, *u = functional._autocast(query, keys, values, *units)
+    q, k, x, *u = autocast(query, keys, values, *units)
     if q.dim() == 2:
         q = q.unsqueeze(1)
     result = _Sharded.apply(form, group, need_weights, padding, q, k, x, *u)
-    return functional._as_attention(result, query.dim(), need_weights)
+    return to_result(result, query.dim(), need_weights)
 
 
 class _Sharded(torch.autograd.Function):
@@ -356,13 +357,13 @@ def _check(
     mask: Tensor | None,
     **units: Tensor | None,
 ) -> None:
-    functional._check_query_keys(name, query, keys)
-    functional._check_values(name, query, keys, values)
+    checks.check_query_keys(name, query, keys)
+    checks.check_values(name, query, keys, values)
     for argument, unit in units.items():
-        functional._check_units(name, query, argument, unit)
-    functional._check_masks(name, query, keys, memory_lengths, mask)
-    query, keys, values, *cast = functional._autocast(query, keys, values, *units.values())
-    functional._check_dtypes(name, query, keys=keys, values=values, **dict(zip(units, cast, strict=True)))
+        checks.check_units(name, query, argument, unit)
+    checks.check_masks(name, query, keys, memory_lengths, mask)
+    query, keys, values, *cast = autocast(query, keys, values, *units.values())
+    checks.check_dtypes(name, query, keys=keys, values=values, **dict(zip(units, cast, strict=True)))
     _check_group(name, group)
 
 

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import ops, reference
+from . import derivatives, ops, reference
 from .backends import choose
-from .deferred import Meeting, defers, pays
-from .derivatives import transforms_are_active
+from .checks import (
+    INFINITY,
+    as_number,
+    check_device,
+    check_dtypes,
+    check_masks,
+    check_query_keys,
+    check_tensor,
+    check_units,
+    check_values,
+    shape_of,
+)
+from .deferred import defers, pays
 from .errors import ArgumentTypeError, ArgumentValueError
-from .reference import Attention
+from .scores import AdditiveScore, DotScore, Score
+from .types import DTYPES, Attention, autocast, device_type
 
 if TYPE_CHECKING:
     from .memory import Memory
 
-_INFINITY = float("inf")
-_SMALL = 1 << 19  # products
-_CHECKED = ("cpu", "cuda")  # backends that check the arguments themselves: see the checks below
-# What is raised where an argument does not fit: by the dispatcher, a kernel, or Python where it is no tensor at all.
-_REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
+# What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
+_ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 
 def additive_attention(
@@ -85,98 +92,94 @@ def additive_attention(
     """
     name = "additive_attention"
     if type(scale) is not float or scale != 1.0:
-        scale = _number(name, scale)
-        _check_units(name, query, "v", v)
+        scale = as_number(name, scale)
+        check_units(name, query, "v", v)
         v = scale * v
     if extra is not None:
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
         keys = _with_extra(name, query, keys, extra)
-    given = values
-    if values is None:
-        values = _no_values(name, query, keys, need_weights)
-    result = _additive_attention(
-        query, keys, values, v, bias, prepared, memory_lengths, mask, need_weights, backend, None
-    )
-    return result if given is not None else Attention(None, result.alignments)
+    score = AdditiveScore(v, bias, prepared)
+    return _attend(score, query, keys, values, memory_lengths, mask, need_weights, backend)
 
 
-def additive_step(
-    query: Tensor, v: Tensor, bias: Tensor | None, memory: Memory, need_weights: bool, backend: str | None
-) -> Attention:
-    """:func:`additive_attention` on a memory; its gradients may be made with those of other steps: see deferred.py."""
+def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
+    """A step on a memory. The gradients of the memory may be made with those of other steps: see deferred.py."""
     masks = (memory.memory_lengths, memory.mask)
-    return _additive_attention(
-        query,
-        memory.keys,
-        memory.values,
-        v,
-        bias,
-        memory.prepared,
-        *masks,
-        need_weights,
-        backend,
-        memory.meeting,
-    )
+    return _attend(score, query, memory.keys, memory.values, *masks, need_weights, backend, memory)
 
 
-def _additive_attention(
+def _attend(
+    score: Score,
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    prepared: Tensor | None,
+    values: Tensor | None,
     memory_lengths: Tensor | None,
     mask: Tensor | None,
     need_weights: bool,
     backend: str | None,
-    meeting: Callable[[], Meeting] | None,
+    memory: Memory | None = None,
 ) -> Attention:
+    """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
+    without_context = values is None
+    if without_context:
+        values = _empty_values(score.op, query, keys, need_weights)
     try:
-        chosen = choose(backend, _device_type(query))
-        if chosen not in _CHECKED or is_compiling():
-            _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, chosen)
-        elif not _beside(query, keys, values, v, bias, prepared, memory_lengths, mask):
-            raise ArgumentValueError  # whose words _check_additive_attention has
-        q, k, x, w, b = _autocast(query, keys, values, v, bias)
+        if (
+            backend is None
+            and memory_lengths is None
+            and mask is None
+            and score.is_small(query, keys, values)
+            and not (memory is not None and pays(query, keys, values))
+        ):
+            context, alignments = score.attend_small(query, keys, values)
+            return Attention(None if without_context else context, alignments if need_weights else None)
+        device = device_type(query)
+        chosen = choose(backend, device)
+        if chosen not in _SELF_CHECKING or is_compiling():
+            _check(score, query, keys, values, memory_lengths, mask, chosen)
+        elif not _on_one_device(query, keys, values, *score.tensors, memory_lengths, mask):
+            raise ArgumentValueError  # raised again below with the words of the check
+        q, k, x = query, keys, values
+        if device != "meta" and torch.is_autocast_enabled(device):
+            q, k, x = autocast(query, keys, values)
+            score = score.autocast(query)
         if chosen == "reference":
-            return reference.additive_attention(
-                q, k, x, w, b, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
+            context, alignments = derivatives.apply_formula(
+                score.op, (q, k, x, *score, memory_lengths, mask, need_weights)
             )
-        if q.dim() == 2:
-            q = q.unsqueeze(1)
-        if meeting is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
-            result = meeting().additive_attention(chosen, q, w, b, prepared, memory_lengths, mask, need_weights)
+            alignments = alignments if need_weights else None
         else:
-            result = ops.call("additive_attention", chosen, q, k, x, w, b, prepared, memory_lengths, mask, need_weights)
-        return _as_attention(result, query.dim(), need_weights)
-    except _REFUSALS:
-        _check_additive_attention(query, keys, values, v, bias, memory_lengths, mask, prepared, backend)
+            if q.dim() == 2:
+                q = q.unsqueeze(1)
+            if memory is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
+                result = memory.meeting().attend(score, chosen, q, memory_lengths, mask, need_weights)
+            else:
+                result = ops.call(score.op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
+            context, alignments = to_result(result, query.dim(), need_weights)
+    except _ARGUMENT_ERRORS:
+        _check(score, query, keys, values, memory_lengths, mask, backend)
         raise
+    return Attention(None if without_context else context, alignments)
 
 
-def _check_additive_attention(
+def _check(
+    score: Score,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
     memory_lengths: Tensor | None,
     mask: Tensor | None,
-    prepared: Tensor | None,
     backend: str | None,
 ) -> None:
-    name = "additive_attention"
-    _check_query_keys(name, query, keys)
-    _check_values(name, query, keys, values)
-    _check_units(name, query, "v", v)
-    _check_units(name, query, "bias", bias)
-    _check_masks(name, query, keys, memory_lengths, mask)
-    query, keys, values, v, bias = _autocast(query, keys, values, v, bias)
-    _check_dtypes(name, query, keys=keys, values=values, v=v, bias=bias)
-    if prepared is not None:
-        _check_prepared(name, keys, prepared, choose(backend, query.device.type))
+    check_query_keys(score.op, query, keys)
+    check_values(score.op, query, keys, values)
+    score.check(query)
+    check_masks(score.op, query, keys, memory_lengths, mask)
+    score = score.autocast(query)
+    query, keys, values = autocast(query, keys, values)
+    check_dtypes(score.op, query, keys=keys, values=values)
+    score.check_dtypes(query, keys, backend)
 
 
 def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
@@ -199,15 +202,15 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
     name = "prepare_keys"
     check_tensor(name, "keys", keys)
     if keys.dim() != 3:
-        raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A), got {_shape(keys)}")
-    if keys.dtype not in _DTYPES:
+        raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A), got {shape_of(keys)}")
+    if keys.dtype not in DTYPES:
         raise ArgumentTypeError(f"{name}: keys must be float32, bfloat16, float16 or float64, got {keys.dtype}")
     chosen = choose(backend, keys.device.type)
     if keys.dtype == torch.float64 or chosen not in ("cpu", "cuda"):
         return None
     if chosen == "cuda" and keys.dtype == torch.float16:
         return None  # float32 would be twice the bytes, and reading them is what takes the time there
-    if transforms_are_active() if is_compiling() else torch._C._is_tracing():
+    if derivatives.transforms_are_active() if is_compiling() else torch._C._is_tracing():
         return None  # there ops are formulas: see ops.call
     return ops.call("additive_prepare", chosen, keys.detach())
 
@@ -241,84 +244,9 @@ def dot_attention(
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
-    if type(scale) is not float:
-        scale = _number("dot_attention", scale)
-    if values is not None:
-        return _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
-    values = _no_values("dot_attention", query, keys, need_weights)
-    result = _dot_attention(query, keys, values, scale, memory_lengths, mask, need_weights, backend, None)
-    return Attention(None, result.alignments)
-
-
-def dot_step(query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
-    """:func:`dot_attention` on a memory; its gradients may be made with those of other steps: see deferred.py."""
-    masks = (memory.memory_lengths, memory.mask)
-    return _dot_attention(query, memory.keys, memory.values, 1.0, *masks, need_weights, backend, memory.meeting)
-
-
-def _dot_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    need_weights: bool,
-    backend: str | None,
-    meeting: Callable[[], Meeting] | None,
-) -> Attention:
-    try:
-        if (
-            backend is None
-            and memory_lengths is None
-            and mask is None
-            and _is_small(query, keys, values, scale)
-            and not (meeting is not None and pays(query, keys, values))
-        ):
-            scores = torch.bmm(query, keys.mT)
-            alignments = torch.softmax(scores if scale == 1.0 else scale * scores, -1)
-            return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
-        chosen = choose(backend, _device_type(query))
-        if chosen not in _CHECKED or is_compiling():
-            _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
-        elif not (
-            isinstance(scale, (int, float))
-            and -_INFINITY < scale < _INFINITY
-            and _beside(query, keys, values, memory_lengths, mask)
-        ):
-            raise ArgumentValueError  # whose words _check_dot_attention has
-        q, k, x = _autocast(query, keys, values)
-        if chosen == "reference":
-            return reference.dot_attention(
-                q, k, x, scale=scale, memory_lengths=memory_lengths, mask=mask, need_weights=need_weights
-            )
-        if q.dim() == 2:
-            q = q.unsqueeze(1)
-        if meeting is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
-            result = meeting().dot_attention(chosen, q, scale, memory_lengths, mask, need_weights)
-        else:
-            result = ops.call("dot_attention", chosen, q, k, x, scale, memory_lengths, mask, need_weights)
-        return _as_attention(result, query.dim(), need_weights)
-    except _REFUSALS:
-        _check_dot_attention(query, keys, values, scale, memory_lengths, mask)
-        raise
-
-
-def _check_dot_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-) -> None:
-    name = "dot_attention"
-    _check_scale(name, scale)
-    _check_query_keys(name, query, keys)
-    _check_values(name, query, keys, values)
-    _check_masks(name, query, keys, memory_lengths, mask)
-    query, keys, values = _autocast(query, keys, values)
-    _check_dtypes(name, query, keys=keys, values=values)
+    if type(scale) is not float or not -INFINITY < scale < INFINITY:
+        scale = as_number("dot_attention", scale)
+    return _attend(DotScore(scale), query, keys, values, memory_lengths, mask, need_weights, backend)
 
 
 def additive_scores(
@@ -350,52 +278,52 @@ def additive_scores(
     if extra is not None:
         keys = _with_extra("additive_scores", query, keys, extra)
     try:
-        chosen = choose(backend, _device_type(query))
-        if chosen not in _CHECKED or is_compiling():
+        chosen = choose(backend, device_type(query))
+        if chosen not in _SELF_CHECKING or is_compiling():
             _check_additive_scores(query, keys, v, bias)
-        elif not _beside(query, keys, v, bias):
-            raise ArgumentValueError  # whose words _check_additive_scores has
-        q, k, w, b = _autocast(query, keys, v, bias)
+        elif not _on_one_device(query, keys, v, bias):
+            raise ArgumentValueError  # raised again below with the words of the check
+        q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
             return reference.additive_scores(q, k, w, b)
         if q.dim() == 2:
             return ops.call("additive_scores", chosen, q.unsqueeze(1), k, w, b).squeeze(1)
         return ops.call("additive_scores", chosen, q, k, w, b)
-    except _REFUSALS:
+    except _ARGUMENT_ERRORS:
         _check_additive_scores(query, keys, v, bias)
         raise
 
 
 def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> None:
     name = "additive_scores"
-    _check_query_keys(name, query, keys)
-    _check_units(name, query, "v", v)
-    _check_units(name, query, "bias", bias)
-    query, keys, v, bias = _autocast(query, keys, v, bias)
-    _check_dtypes(name, query, keys=keys, v=v, bias=bias)
+    check_query_keys(name, query, keys)
+    check_units(name, query, "v", v)
+    check_units(name, query, "bias", bias)
+    query, keys, v, bias = autocast(query, keys, v, bias)
+    check_dtypes(name, query, keys=keys, v=v, bias=bias)
 
 
 def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor:
     """keys + extra, in the dtype they come in: under autocast the sum is cast, not its parts."""
-    _check_query_keys(name, query, keys)
+    check_query_keys(name, query, keys)
     check_tensor(name, "extra", extra)
     if extra.shape != keys.shape:
-        raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {_shape(keys)}, got {_shape(extra)}")
-    _check_device(name, query, "extra", extra)
+        raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {shape_of(keys)}, got {shape_of(extra)}")
+    check_device(name, "extra", extra, query=query)
     if extra.dtype != keys.dtype:
         raise ArgumentTypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
     return keys + extra
 
 
-def _no_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:
+def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:
     """Values of size 0, for a call that wants the alignments only."""
     if not need_weights:
         raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
-    _check_query_keys(name, query, keys)
+    check_query_keys(name, query, keys)
     return keys.new_empty((*keys.shape[:2], 0))
 
 
-def _as_attention(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:
+def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:
     """What an op returned, without the axis that a query in two axes was given."""
     if isinstance(result, Tensor):
         context, alignments = result, None
@@ -408,33 +336,8 @@ def _as_attention(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_
     return Attention(context, alignments)
 
 
-def _is_small(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
-    """Whether a dot attention that needs gradients is faster as three calls of PyTorch than as one of ours.
-
-    Below about half a million products the time is that of the calls, and autograd's nodes in C++, which an extension
-    on the stable ABI cannot have, cost less than a node in Python. What does not fit together, PyTorch refuses, too.
-    """
-    return (
-        torch.is_grad_enabled()
-        and (query.requires_grad or keys.requires_grad or values.requires_grad)
-        and query.is_cpu
-        and query.dtype == torch.float32
-        and query.dim() == keys.dim() == 3
-        and query.numel() * keys.size(1) <= _SMALL
-        and values.numel() * query.size(1) <= _SMALL
-        and isinstance(scale, (int, float))
-        and -_INFINITY < scale < _INFINITY
-        and not is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _device_type(query: Tensor) -> str:
-    return "cpu" if query.is_cpu else query.device.type  # which makes a device and a string
-
-
-def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether all are on the device of query; the dispatcher would take one on "meta" for a call that wants shapes."""
+def _on_one_device(query: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether all are on the device of query: one tensor on "meta" would make the dispatcher only trace shapes."""
     if query.is_cpu:
         for tensor in tensors:  # noqa: SIM110 - all() of a generator takes four times as long
             if tensor is not None and not tensor.is_cpu:
@@ -442,154 +345,3 @@ def _beside(query: Tensor, *tensors: Tensor | None) -> bool:
         return True
     device = query.device
     return all(tensor is None or tensor.device == device for tensor in tensors)
-
-
-# Checks: each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph ------------------
-#
-# The compiled backends check shapes and dtypes (and lengths, on the CPU) themselves, in a tenth of the time: with them,
-# these run only when something was refused, and find the words for it.
-
-
-def _number(name: str, scale: object) -> float:
-    """scale as a number of Python, of those of numpy, too."""
-    number = float(scale) if isinstance(scale, Real) else scale
-    _check_scale(name, number)
-    return number  # type: ignore[return-value]
-
-
-def _check_scale(name: str, scale: object) -> None:
-    if not isinstance(scale, (int, float)):
-        raise ArgumentTypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
-    if not -_INFINITY < scale < _INFINITY:
-        raise ArgumentValueError(f"{name}: scale must be a finite number, got {scale}")
-
-
-def _check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
-    check_tensor(name, "query", query)
-    check_tensor(name, "keys", keys)
-    if query.dim() not in (2, 3):
-        raise ArgumentValueError(f"{name}: query must have shape (B, Tq, A) or (B, A), got {_shape(query)}")
-    if keys.dim() != 3 or keys.shape[0] != query.shape[0] or keys.shape[2] != query.shape[-1]:
-        expected = f"({query.shape[0]}, *, {query.shape[-1]})"
-        raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A) = {expected}, got {_shape(keys)}")
-    _check_device(name, query, "keys", keys)
-
-
-def _check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> None:
-    check_tensor(name, "values", values)
-    if values.dim() != 3 or values.shape[0] != keys.shape[0] or values.shape[1] != keys.shape[1]:
-        expected = f"({keys.shape[0]}, {keys.shape[1]}, *)"
-        raise ArgumentValueError(f"{name}: values must have shape (B, Tk, D) = {expected}, got {_shape(values)}")
-    _check_device(name, query, "values", values)
-
-
-def _check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -> None:
-    if units is None and argument == "bias":
-        return
-    check_tensor(name, argument, units)
-    if units.dim() != 1 or units.shape[0] != query.shape[-1]:
-        raise ArgumentValueError(f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {_shape(units)}")
-    _check_device(name, query, argument, units)
-
-
-def _check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> None:
-    batch, steps = keys.shape[0], keys.shape[1]
-    if memory_lengths is not None:
-        check_tensor(name, "memory_lengths", memory_lengths)
-        if memory_lengths.dtype not in (torch.int32, torch.int64):
-            raise ArgumentTypeError(f"{name}: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
-        if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
-            raise ArgumentValueError(
-                f"{name}: memory_lengths must have shape (B,) = ({batch},), got {_shape(memory_lengths)}"
-            )
-        _check_device(name, query, "memory_lengths", memory_lengths)
-        _check_range(name, memory_lengths, steps)
-    if mask is not None:
-        check_tensor(name, "mask", mask)
-        if mask.dtype != torch.bool:
-            raise ArgumentTypeError(f"{name}: mask must be bool (True = attend), got {mask.dtype}")
-        queries = query.shape[1] if query.dim() == 3 else 1
-        if mask.dim() == 2:
-            fits = mask.shape[0] == batch and mask.shape[1] == steps
-        else:
-            fits = mask.dim() == 3 and mask.shape[0] == batch and mask.shape[1] == queries and mask.shape[2] == steps
-        if not fits:
-            expected = f"({batch}, {steps}) or ({batch}, {queries}, {steps})"
-            raise ArgumentValueError(
-                f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {_shape(mask)}"
-            )
-        _check_device(name, query, "mask", mask)
-
-
-def _check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
-    """Whether lengths are within 0..Tk: where they can be read without waiting for a device, or at all."""
-    if memory_lengths.device.type != "cpu" or is_compiling() or torch._C._is_tracing():
-        return
-    try:
-        lengths = memory_lengths.tolist()
-        fits = not lengths or (min(lengths) >= 0 and max(lengths) <= steps)
-    except RuntimeError:  # there are no values in fake tensors, and none to be seen in those of a transform or a trace
-        return
-    if not fits:
-        got = f"{min(lengths)}..{max(lengths)}"
-        raise ArgumentValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
-
-
-def _check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
-    check_tensor(name, "prepared", prepared)
-    if backend not in ("cpu", "cuda", "reference"):  # the reference needs no preparation and is right without
-        raise ArgumentValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
-    dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
-    if keys.dtype == torch.float64 or prepared.dtype != dtype:
-        raise ArgumentTypeError(
-            f"{name}: prepared must be what prepare_keys makes of {keys.dtype} keys, got {prepared.dtype}"
-        )
-    if prepared.dim() != 3 or prepared.shape[0] != keys.shape[0] or prepared.shape[1] < keys.shape[1]:
-        expected = f"({keys.shape[0]}, >= {keys.shape[1]}, *)"
-        raise ArgumentValueError(
-            f"{name}: prepared must be what prepare_keys made of keys, {expected}, got {_shape(prepared)}"
-        )
-    _check_device(name, keys, "prepared", prepared)
-
-
-def _check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
-    dtype = query.dtype
-    if dtype not in _DTYPES:
-        raise ArgumentTypeError(f"{name}: query must be float32, bfloat16, float16 or float64, got {dtype}")
-    for argument, tensor in others.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise ArgumentTypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
-
-
-def check_tensor(name: str, argument: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {_type_of(tensor)}")
-    if tensor.is_nested:
-        padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
-        raise ArgumentTypeError(f"{name}: {argument} must be a padded tensor, got a nested one; pass {padded}")
-
-
-def _type_of(value: object) -> str:
-    """The type of what is no tensor, for an error message."""
-    if isinstance(value, torch.fx.Proxy):
-        return "Proxy: torch.fx.symbolic_trace cannot look into this call, torch.export and leaf modules can"
-    return type(value).__name__
-
-
-def _check_device(name: str, query: Tensor, argument: str, tensor: Tensor) -> None:
-    if tensor.device != query.device:
-        raise ArgumentValueError(
-            f"{name}: {argument} must be on the device of query, {query.device}, got {tensor.device}"
-        )
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    device_type = _device_type(tensors[0])
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None or t.dtype not in _DTYPES[:3] else t.to(dtype) for t in tensors)
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .checks import check_device, check_lengths, check_mask, check_tensor
 from .deferred import Meeting
 from .errors import ArgumentTypeError, ArgumentValueError
 
@@ -39,7 +40,8 @@ class Memory:
 
     def __post_init__(self) -> None:
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
-            _check_tensor(argument, tensor, self.keys)
+            check_tensor("Memory", argument, tensor)
+            check_device("Memory", argument, tensor, keys=self.keys)
             if not tensor.is_floating_point():
                 raise ArgumentTypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
             if tensor.dim() != 3:
@@ -49,27 +51,9 @@ class Memory:
             expected = f"(B, Tk, D) = ({batch}, {steps}, *)"
             raise ArgumentValueError(f"Memory: values must have shape {expected}, got {tuple(self.values.shape)}")
         if self.memory_lengths is not None:
-            self._check_lengths(self.memory_lengths, batch)
+            check_lengths("Memory", batch, self.memory_lengths, keys=self.keys)
         if self.mask is not None:
-            self._check_mask(self.mask, batch, steps)
-
-    def _check_lengths(self, memory_lengths: Tensor, batch: int) -> None:
-        _check_tensor("memory_lengths", memory_lengths, self.keys)
-        if memory_lengths.dtype not in (torch.int32, torch.int64):
-            raise ArgumentTypeError(f"Memory: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
-        if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
-            expected = f"(B,) = ({batch},)"
-            raise ArgumentValueError(
-                f"Memory: memory_lengths must have shape {expected}, got {tuple(memory_lengths.shape)}"
-            )
-
-    def _check_mask(self, mask: Tensor, batch: int, steps: int) -> None:
-        _check_tensor("mask", mask, self.keys)
-        if mask.dtype != torch.bool:
-            raise ArgumentTypeError(f"Memory: mask must be bool (True = attend), got {mask.dtype}")
-        if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != steps:
-            expected = f"(B, Tk) or (B, Tq, Tk) = ({batch}, {steps}) or ({batch}, *, {steps})"
-            raise ArgumentValueError(f"Memory: mask must have shape {expected}, got {tuple(mask.shape)}")
+            check_mask("Memory", batch, None, steps, self.mask, keys=self.keys)
 
     @property
     def batch_size(self) -> int:
@@ -138,12 +122,3 @@ class PreparedMemory(Memory):
     def select(self, indices: Tensor) -> Memory:
         selected = super().select(indices)
         return selected if self.prepared is None else self.of(selected, self.prepared[indices])
-
-
-def _check_tensor(argument: str, tensor: object, keys: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(f"Memory: {argument} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device != keys.device:
-        raise ArgumentValueError(
-            f"Memory: {argument} must be on the device of keys, {keys.device}, got {tensor.device}"
-        )

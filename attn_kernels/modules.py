@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import additive_step, check_tensor, dot_step
+from .functional import attend
 from .memory import Memory
-from .reference import Attention, attended
+from .scores import AdditiveScore, DotScore
+from .types import Attention, attention_mask
 
 
 class _MemoryAttention(nn.Module):
@@ -70,7 +72,7 @@ class _MemoryAttention(nn.Module):
                 f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}"
             )
         values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
-        allowed = attended(values, memory_lengths, mask)
+        allowed = attention_mask(values, memory_lengths, mask)
         if allowed is not None:
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
@@ -170,7 +172,8 @@ class BahdanauAttention(_MemoryAttention):
         """
         self._check(query, memory)
         query = self.query_projection(query)
-        return additive_step(query, self.score_vector(), self.bias, memory, need_weights, self.backend)
+        score = AdditiveScore(self.score_vector(), self.bias, memory.prepared)
+        return attend(score, query, memory, need_weights, self.backend)
 
     def score_vector(self) -> Tensor:
         """(A,): ``v``, or with ``normalize`` g v / |v|."""
@@ -263,8 +266,10 @@ class LuongAttention(_MemoryAttention):
         self._check(query, memory)
         if self.v is not None:
             query = self.query_projection(query)
-            return additive_step(query, self.score_vector(), None, memory, need_weights, self.backend)
-        return dot_step(query if self.g is None else self.g * query, memory, need_weights, self.backend)
+            score = AdditiveScore(self.score_vector(), None, memory.prepared)
+            return attend(score, query, memory, need_weights, self.backend)
+        query = query if self.g is None else self.g * query
+        return attend(DotScore(), query, memory, need_weights, self.backend)
 
     def score_vector(self) -> Tensor:
         """(A,), of "concat": ``v``, or with ``scale`` g v."""
@@ -353,7 +358,8 @@ class CosineAttention(_MemoryAttention):
         self._check(query, memory)
         if self.query_projection is not None:
             query = self.query_projection(query)
-        return dot_step(self.sharpness * self._unit_length(query), memory, need_weights, self.backend)
+        query = self.sharpness * self._unit_length(query)
+        return attend(DotScore(), query, memory, need_weights, self.backend)
 
     def _keys(self, values: Tensor) -> Tensor:
         return self._unit_length(super()._keys(values))

@@ -14,25 +14,10 @@ Rules that hold for every op here and in every backend:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-
-class Attention(NamedTuple):
-    """What an attention op returns.
-
-    context: (B, Tq, D), or (B, D) for a 2-D query: alignments @ values; None with ``values=None``.
-    alignments: (B, Tq, Tk), or (B, Tk): softmax of the scores; None with ``need_weights=False``.
-    """
-
-    context: Tensor
-    alignments: Tensor | None
-
-
-_pytree._register_namedtuple(Attention, serialized_type_name="attn_kernels.Attention")  # for torch.export.save
+from .types import Attention, attention_mask
 
 
 def additive_scores(
@@ -80,7 +65,7 @@ def additive_attention(
     query, keys, values, v, bias, extra = _widen(query, keys, values, v, bias, extra)
     if extra is not None:
         keys = keys + extra
-    allowed = attended(keys, memory_lengths, mask)
+    allowed = attention_mask(keys, memory_lengths, mask)
     query, keys, values = _blank_padding(query, keys, values, allowed)
     scores = scale * _additive_scores(query, keys, v, bias, allowed)
     return _attend(scores, values, allowed, need_weights, dtype)
@@ -110,25 +95,13 @@ def dot_attention(
         return _drop_query_axis(attention)
     dtype = query.dtype
     query, keys, values = _widen(query, keys, values)
-    allowed = attended(keys, memory_lengths, mask)
+    allowed = attention_mask(keys, memory_lengths, mask)
     query, keys, values = _blank_padding(query, keys, values, allowed)
     if _per_query(allowed):  # a step may be padding for one query and not for another: a product per pair
         scores = (_pairs(query[:, :, None], allowed) * _pairs(keys[:, None], allowed)).sum(-1)
     else:
         scores = query @ keys.transpose(1, 2)
     return _attend(scale * scores, values, allowed, need_weights, dtype)
-
-
-def attended(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Which steps may be attended: bool, (B, 1, Tk) or (B, Tq, Tk); None where every step may."""
-    allowed = None
-    if memory_lengths is not None:
-        steps = torch.arange(keys.shape[1], device=keys.device)
-        allowed = (steps < memory_lengths[:, None])[:, None]
-    if mask is not None:
-        mask = mask if mask.dim() == 3 else mask[:, None]
-        allowed = mask if allowed is None else allowed & mask
-    return allowed
 
 
 def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None) -> Tensor:

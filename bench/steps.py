@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from attn_kernels import Memory, additive_attention, prepare_keys
-from attn_kernels.functional import additive_step
+from attn_kernels.functional import attend
+from attn_kernels.scores import AdditiveScore
 
 from . import eager, files, machine, timing
 from .machine import Allocator
@@ -59,7 +60,7 @@ class Steps:
             elif way == DENSE:
                 attention = additive_attention(query, self.keys, self.values, self.v)
             else:
-                attention = additive_step(query, self.v, None, memory, True, None)
+                attention = attend(AdditiveScore(self.v), query, memory, True, None)
             contexts.append(attention.context)
         return torch.stack(contexts)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import attn_kernels
 from attn_kernels import reference
 from attn_kernels.backends import emulated
+from attn_kernels.types import attention_mask
 from bench import eager
 
 # Ops ------------------------------------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def baseline(op: Op, arguments: Arguments) -> dict[str, Tensor]:
     if not masks:
         return run(op.eager, op, arguments)
     keys, query = arguments.tensors["keys"], arguments.tensors["query"]
-    allowed = reference.attended(keys, masks.get("memory_lengths"), masks.get("mask"))
+    allowed = attention_mask(keys, masks.get("memory_lengths"), masks.get("mask"))
     allowed = allowed.expand(-1, query.shape[1] if query.dim() == 3 else 1, -1)
     empty = ~allowed.any(-1, keepdim=True)
     blank = empty[:, 0] if query.dim() == 2 else empty

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 
 import attn_kernels
-from attn_kernels.reference import attended
+from attn_kernels.types import attention_mask
 from matrix import CASES, OPS, Case, Op, assert_close, call, interpreted, is_slow, make, slow_if, slow_interpreted
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -81,7 +81,7 @@ def test_second_derivative_of_padding(backend: str, device: str) -> None:
     op = OPS["additive_attention"]
     function, leaves = function_of_leaves(op, VARIANTS["both"], backend, device)
     masks = make(op, VARIANTS["both"], torch.float64, device).masks
-    padding = ~attended(leaves[1], **masks).any(1)
+    padding = ~attention_mask(leaves[1], **masks).any(1)
     for leaf in leaves[1:3]:
         leaf.data[padding] = math.nan
     loss = sum(t.square().sum() for t in function(*leaves))

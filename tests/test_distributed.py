@@ -29,6 +29,7 @@ import attn_kernels
 from attn_kernels import reference
 from attn_kernels.distributed import joint_mean, sharded_additive_attention, sharded_dot_attention
 from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.types import attention_mask
 from matrix import CASES, DTYPES, OPS, Arguments, Case, Op, assert_close, eager_errors, make, oracle
 
 pytestmark = pytest.mark.skipif(
@@ -113,7 +114,7 @@ def poisoned(arguments: Arguments) -> Arguments:
     """NaN in the steps that no query attends, in queries that attend nothing, and in gradients of such alignments."""
     tensors, masks, grads = (dict(parts) for parts in arguments)
     query = tensors["query"]
-    padding = ~reference.attended(tensors["keys"], masks.get("memory_lengths"), masks.get("mask"))
+    padding = ~attention_mask(tensors["keys"], masks.get("memory_lengths"), masks.get("mask"))
     steps, queries = padding.all(1)[..., None], padding.all(2)
     for name in ("keys", "values"):
         tensors[name] = tensors[name].masked_fill(steps, math.nan)

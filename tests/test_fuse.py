@@ -158,7 +158,7 @@ def calls_of_op(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from attn_kernels.graph import runtime
 
     calls: list[Any] = []
-    for name in ("additive_attention", "additive_step", "additive_scores"):
+    for name in ("additive_attention", "attend", "additive_scores"):
         function = getattr(runtime, name)
         wrapped = lambda *args, function=function, **kwargs: (calls.append(1), function(*args, **kwargs))[1]  # noqa: E731
         monkeypatch.setattr(runtime, name, wrapped)

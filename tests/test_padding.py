@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels.reference import attended
+from attn_kernels.types import attention_mask
 from conftest import SIMD_LEVELS, available
 from matrix import (
     DTYPES,
@@ -61,7 +61,7 @@ def padded_with(op: Op, case: Case, dtype: torch.dtype, device: str, fill: float
     unused: dict[str, Tensor] = {}
     if arguments.masks:
         keys = arguments.tensors["keys"]
-        allowed = attended(keys, arguments.masks.get("memory_lengths"), arguments.masks.get("mask"))
+        allowed = attention_mask(keys, arguments.masks.get("memory_lengths"), arguments.masks.get("mask"))
         allowed = allowed.expand(-1, case.Tq, -1)
         unused = {"query": ~allowed.any(2), "keys": ~allowed.any(1), "values": ~allowed.any(1), "alignments": ~allowed}
 
@@ -139,7 +139,7 @@ def test_nothing_attended_gives_zeros(op: Op, backend: str, device: str, lengths
     arguments = padded_with(op, case, torch.float32, device, fill=math.nan)
     results = run(op.function, op, arguments, backend=backend)
     masks = arguments.masks
-    allowed = attended(arguments.tensors["keys"], masks.get("memory_lengths"), masks.get("mask")).expand(
+    allowed = attention_mask(arguments.tensors["keys"], masks.get("memory_lengths"), masks.get("mask")).expand(
         -1, case.Tq, -1
     )
     assert (~allowed.any(2)).any(), "the case has no empty row"

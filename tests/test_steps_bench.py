@@ -25,8 +25,8 @@ def test_ways_agree() -> None:
 
 
 def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = steps.additive_step
-    monkeypatch.setattr(steps, "additive_step", lambda query, v, *rest: right(query, 1.1 * v, *rest))
+    right = steps.attend
+    monkeypatch.setattr(steps, "attend", lambda score, *rest: right(score._replace(v=1.1 * score.v), *rest))
     with pytest.raises(RuntimeError, match=r"gradients of 'gathered' at .* are off by"):
         steps.measure_backward((2, 3, 4), 0.0)
 

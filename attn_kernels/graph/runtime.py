@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import additive_attention, additive_scores, additive_step, dot_attention, dot_step
+from ..functional import additive_attention, additive_scores, attend, dot_attention
+from ..scores import AdditiveScore, DotScore
 from .kept import Held, held_of, memory_of, prepared_of
 
 
@@ -76,7 +77,7 @@ def attention(
         return additive_attention(query, keys, values, v, bias, mask=allowed)
     prepared = prepared_of(held)
     if torch.is_grad_enabled():
-        return additive_step(query, v, bias, memory_of(held, values, allowed, prepared), True, None)
+        return attend(AdditiveScore(v, bias, prepared), query, memory_of(held, values, allowed, prepared), True, None)
     return additive_attention(query, keys, values, v, bias, mask=allowed, prepared=prepared)
 
 
@@ -95,7 +96,7 @@ def dot(
             return _by_formula((e if query.dim() == 3 else e[:, 0]) * scale, values, masks)
     if held is None or not torch.is_grad_enabled() or (values is not None and values.dtype != keys.dtype):
         return dot_attention(query, keys, values, scale=scale, mask=allowed)
-    return dot_step(score_vector(query, scale, ()), memory_of(held, values, allowed), True, None)
+    return attend(DotScore(), score_vector(query, scale, ()), memory_of(held, values, allowed), True, None)
 
 
 def _mask(masks: Masks, keys: Tensor, held: Held | None, lowest: Callable[[], float]) -> Tensor | None:

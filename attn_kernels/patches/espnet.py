@@ -20,11 +20,12 @@ from torch.compiler import is_compiling
 
 from ..derived import forget, keeps, once
 from ..errors import ArgumentTypeError
-from ..functional import additive_attention, additive_step, dot_step
+from ..functional import additive_attention, attend
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
-from ..reference import Attention
+from ..scores import AdditiveScore, DotScore
 from ..sentence import as_of_softmax, is_plain
+from ..types import Attention
 
 _MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 _LIBRARY = {"library": "ESPnet", "versions": "202511"}
@@ -89,14 +90,14 @@ class _Fused(Fused):
         if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
             v = torch.add(v, gvec.bias, alpha=0)  # for its gradient, which is 0
         if extra is None:
-            result = additive_step(query, v, None, self._memory(head, keys, values), True, None)
+            result = attend(AdditiveScore(v), query, self._memory(head, keys, values), True, None)
         else:
             result = additive_attention(query, keys, values, v, extra=extra, mask=self._steps().allowed)
         return self._as_there(result, values)
 
     def _dot(self, head: int, query: Tensor, keys: Tensor, values: Tensor) -> Attention:
         """query: (B, A). keys: (B, T, A). values: (B, T, D)."""
-        result = dot_step(query.unsqueeze(1), self._memory(head, keys, values), True, None)
+        result = attend(DotScore(), query.unsqueeze(1), self._memory(head, keys, values), True, None)
         return self._as_there(Attention(result.context.squeeze(1), result.alignments.squeeze(1)), values)
 
     def _memory(self, head: int, keys: Tensor, values: Tensor) -> Memory:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..derived import keeps, once
-from ..functional import additive_attention, dot_step
+from ..functional import additive_attention, attend
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
-from ..reference import Attention
+from ..scores import DotScore
 from ..sentence import as_of_softmax, is_plain, project
+from ..types import Attention
 
 
 @adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("95aa4911b5d2",))
@@ -37,7 +38,7 @@ class FusedAttentionLayer(Fused):
         memory = once(self, "memory", lambda: _memory(source_hids, padding), read=(padding,), held=(source_hids,))
         if isinstance(memory, Uncovered):
             return memory
-        result = dot_step(self.input_proj(input), memory, True, None)
+        result = attend(DotScore(), self.input_proj(input), memory, True, None)
         context, alignments = _time_major(result, padding)
         return torch.tanh(self.output_proj(torch.cat((context, input), dim=1))), alignments
 

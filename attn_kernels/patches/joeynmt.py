@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..derived import keeps, once
-from ..functional import additive_step, dot_step
+from ..functional import attend
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
-from ..reference import Attention
+from ..scores import AdditiveScore, DotScore
 from ..sentence import as_of_softmax, is_plain, project
+from ..types import Attention
 
 
 class _FusedMechanism(Fused):
@@ -77,7 +78,8 @@ class FusedBahdanauAttention(_FusedMechanism):
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         self.compute_proj_query(query)
-        return additive_step(self.proj_query, self.energy_layer.weight.view(-1), None, memory, True, None)
+        score = AdditiveScore(self.energy_layer.weight.view(-1))
+        return attend(score, self.proj_query, memory, True, None)
 
 
 @adapts("joeynmt.attention:LuongAttention", library="JoeyNMT", versions="2.3.0", sources=("b326c557d00a",))
@@ -91,7 +93,7 @@ class FusedLuongAttention(_FusedMechanism):
     """
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
-        return dot_step(query, memory, True, None)
+        return attend(DotScore(), query, memory, True, None)
 
 
 def _memory(keys: Tensor, values: Tensor, mask: Tensor) -> Memory | None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..derived import keeps, once
-from ..functional import additive_attention, dot_step
+from ..functional import additive_attention, attend
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
-from ..reference import Attention
+from ..scores import DotScore
 from ..sentence import as_of_softmax, is_plain, project
+from ..types import Attention
 
 
 @adapts(
@@ -67,7 +68,7 @@ class FusedGlobalAttention(Fused):
             if self.attn_type == "general":
                 query = self.linear_in(query)
             memory = once(self, "memory", lambda: Memory(enc_out, enc_out, src_len), held=(enc_out, src_len))
-            return dot_step(query, memory, True, None)
+            return attend(DotScore(), query, memory, True, None)
         query, v = self.linear_query(query), self.v.weight.view(-1)
         keys = project(self, self.linear_context, enc_out)
         return additive_attention(query, keys, enc_out, v, memory_lengths=src_len)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..derived import once
-from ..functional import additive_attention, additive_step, dot_step
+from ..functional import additive_attention, attend
 from ..memory import Memory
 from ..patching import Fused, Uncovered, adapts
+from ..scores import AdditiveScore, DotScore
 from ..sentence import attended_steps, is_plain
 
 _MODULE = "speechbrain.nnet.attention"
@@ -80,7 +81,8 @@ class FusedContentBasedAttention(_FusedAdditive):
     def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         memory = self._memory(self.precomputed_enc_h, values, allowed)
         v = self.mlp_attn.weight.view(-1)
-        return additive_step(query, v if self.scaling == 1 else self.scaling * v, None, memory, True, None)
+        score = AdditiveScore(v if self.scaling == 1 else self.scaling * v)
+        return attend(score, query, memory, True, None)
 
 
 @adapts(f"{_MODULE}:LocationAwareAttention", **_LIBRARY, sources=("321bdd3c9ff3",))
@@ -129,5 +131,5 @@ class FusedKeyValueAttention(_Fused):
             return Uncovered("a sentence of length 0")
         query = (self.query_linear(dec_states) / self.scaling).unsqueeze(1)
         memory = self._memory(self.keys, self.values, allowed)
-        context, alignments = dot_step(query, memory, True, None)
+        context, alignments = attend(DotScore(), query, memory, True, None)
         return context.squeeze(1), alignments

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
-from ..reference import attended
+from ..types import attention_mask
 from .decoder import Decoder, DecoderState
 from .generation_steps import make_steps
 
@@ -197,7 +197,7 @@ def _length_factor(length: int, penalty: float) -> float:
 
 def _nothing_covered(memory: Memory) -> Tensor:
     """(B, 1, S) float64: 0 for the steps of a sentence, and 1 for its padding, which no token needs to look at."""
-    allowed = attended(memory.values, memory.memory_lengths, memory.mask)
+    allowed = attention_mask(memory.values, memory.memory_lengths, memory.mask)
     if allowed is None:
         return torch.zeros(memory.batch_size, 1, memory.keys.shape[1], dtype=torch.float64, device=memory.keys.device)
     return (~allowed).double()

@@ -1,0 +1,165 @@
+"""The checks of arguments and their words: what is expected and what was got.
+
+Each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph. The compiled backends check
+shapes and dtypes (and lengths, on the CPU) themselves, in a tenth of the time: for them, these run only after something
+was refused, to say what.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .errors import ArgumentTypeError, ArgumentValueError
+from .types import DTYPES
+
+INFINITY = float("inf")
+
+
+def as_number(name: str, scale: object) -> float:
+    """scale as a number of Python, of those of numpy, too."""
+    number = float(scale) if isinstance(scale, Real) else scale
+    check_scale(name, number)
+    return number  # type: ignore[return-value]
+
+
+def check_scale(name: str, scale: object) -> None:
+    if not isinstance(scale, (int, float)):
+        raise ArgumentTypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+    if not -INFINITY < scale < INFINITY:
+        raise ArgumentValueError(f"{name}: scale must be a finite number, got {scale}")
+
+
+def check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:
+    check_tensor(name, "query", query)
+    check_tensor(name, "keys", keys)
+    if query.dim() not in (2, 3):
+        raise ArgumentValueError(f"{name}: query must have shape (B, Tq, A) or (B, A), got {shape_of(query)}")
+    if keys.dim() != 3 or keys.shape[0] != query.shape[0] or keys.shape[2] != query.shape[-1]:
+        expected = f"({query.shape[0]}, *, {query.shape[-1]})"
+        raise ArgumentValueError(f"{name}: keys must have shape (B, Tk, A) = {expected}, got {shape_of(keys)}")
+    check_device(name, "keys", keys, query=query)
+
+
+def check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> None:
+    check_tensor(name, "values", values)
+    if values.dim() != 3 or values.shape[0] != keys.shape[0] or values.shape[1] != keys.shape[1]:
+        expected = f"({keys.shape[0]}, {keys.shape[1]}, *)"
+        raise ArgumentValueError(f"{name}: values must have shape (B, Tk, D) = {expected}, got {shape_of(values)}")
+    check_device(name, "values", values, query=query)
+
+
+def check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -> None:
+    if units is None and argument == "bias":
+        return
+    check_tensor(name, argument, units)
+    if units.dim() != 1 or units.shape[0] != query.shape[-1]:
+        raise ArgumentValueError(
+            f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {shape_of(units)}"
+        )
+    check_device(name, argument, units, query=query)
+
+
+def check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> None:
+    batch, steps = keys.shape[0], keys.shape[1]
+    if memory_lengths is not None:
+        check_lengths(name, batch, memory_lengths, query=query)
+        check_range(name, memory_lengths, steps)
+    if mask is not None:
+        check_mask(name, batch, query.shape[1] if query.dim() == 3 else 1, steps, mask, query=query)
+
+
+def check_lengths(name: str, batch: int, memory_lengths: Tensor, **beside: Tensor) -> None:
+    """beside: the argument whose device it is to be on, by its name."""
+    check_tensor(name, "memory_lengths", memory_lengths)
+    if memory_lengths.dtype not in (torch.int32, torch.int64):
+        raise ArgumentTypeError(f"{name}: memory_lengths must be int32 or int64, got {memory_lengths.dtype}")
+    if memory_lengths.dim() != 1 or memory_lengths.shape[0] != batch:
+        expected = f"(B,) = ({batch},)"
+        raise ArgumentValueError(f"{name}: memory_lengths must have shape {expected}, got {shape_of(memory_lengths)}")
+    check_device(name, "memory_lengths", memory_lengths, **beside)
+
+
+def check_mask(name: str, batch: int, queries: int | None, steps: int, mask: Tensor, **beside: Tensor) -> None:
+    """queries: None for any number. beside: as of :func:`check_lengths`."""
+    check_tensor(name, "mask", mask)
+    if mask.dtype != torch.bool:
+        raise ArgumentTypeError(f"{name}: mask must be bool (True = attend), got {mask.dtype}")
+    fits = mask.dim() in (2, 3) and mask.shape[0] == batch and mask.shape[-1] == steps
+    if not fits or (mask.dim() == 3 and queries is not None and mask.shape[1] != queries):
+        expected = f"({batch}, {steps}) or ({batch}, {'*' if queries is None else queries}, {steps})"
+        raise ArgumentValueError(
+            f"{name}: mask must have shape (B, Tk) or (B, Tq, Tk) = {expected}, got {shape_of(mask)}"
+        )
+    check_device(name, "mask", mask, **beside)
+
+
+def check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
+    """Whether lengths are within 0..Tk: where they can be read without waiting for a device, or at all."""
+    if memory_lengths.device.type != "cpu" or is_compiling() or torch._C._is_tracing():
+        return
+    try:
+        lengths = memory_lengths.tolist()
+        fits = not lengths or (min(lengths) >= 0 and max(lengths) <= steps)
+    except RuntimeError:  # there are no values in fake tensors, and none to be seen in those of a transform or a trace
+        return
+    if not fits:
+        got = f"{min(lengths)}..{max(lengths)}"
+        raise ArgumentValueError(f"{name}: memory_lengths must be in 0..Tk = 0..{steps}, got {got}")
+
+
+def check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
+    check_tensor(name, "prepared", prepared)
+    if backend not in ("cpu", "cuda", "reference"):  # the reference needs no preparation and is right without
+        raise ArgumentValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
+    dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
+    if keys.dtype == torch.float64 or prepared.dtype != dtype:
+        raise ArgumentTypeError(
+            f"{name}: prepared must be what prepare_keys makes of {keys.dtype} keys, got {prepared.dtype}"
+        )
+    if prepared.dim() != 3 or prepared.shape[0] != keys.shape[0] or prepared.shape[1] < keys.shape[1]:
+        expected = f"({keys.shape[0]}, >= {keys.shape[1]}, *)"
+        raise ArgumentValueError(
+            f"{name}: prepared must be what prepare_keys made of keys, {expected}, got {shape_of(prepared)}"
+        )
+    check_device(name, "prepared", prepared, keys=keys)
+
+
+def check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
+    dtype = query.dtype
+    if dtype not in DTYPES:
+        raise ArgumentTypeError(f"{name}: query must be float32, bfloat16, float16 or float64, got {dtype}")
+    for argument, tensor in others.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise ArgumentTypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
+
+
+def check_tensor(name: str, argument: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {_type_of(tensor)}")
+    if tensor.is_nested:
+        padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
+        raise ArgumentTypeError(f"{name}: {argument} must be a padded tensor, got a nested one; pass {padded}")
+
+
+def _type_of(value: object) -> str:
+    """The type of what is no tensor, for an error message."""
+    if isinstance(value, torch.fx.Proxy):
+        return "Proxy: torch.fx.symbolic_trace cannot look into this call, torch.export and leaf modules can"
+    return type(value).__name__
+
+
+def check_device(name: str, argument: str, tensor: Tensor, **beside: Tensor) -> None:
+    """beside: the argument whose device it is to be on, by its name."""
+    for other, reference in beside.items():
+        if tensor.device != reference.device:
+            raise ArgumentValueError(
+                f"{name}: {argument} must be on the device of {other}, {reference.device}, got {tensor.device}"
+            )
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,109 @@
+"""Scores: what is particular to an attention op among its arguments.
+
+The fields are the op's arguments after query, keys and values, in the order of its schema, so that ``*score`` is
+spliced into a call. A new mechanism is a class here, its row in ops.py and derivatives.py, and its kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import checks, types
+from .backends import choose
+
+_SMALL = 1 << 19  # products
+
+
+class _AdditiveArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None = None
+    prepared: Tensor | None = None
+
+
+class _DotArguments(NamedTuple):
+    scale: float = 1.0
+
+
+class AdditiveScore(_AdditiveArguments):
+    """v . tanh(query + keys + bias).
+
+    v: (A,), score vector. bias: (A,). prepared: what ``prepare_keys`` made of the keys; it is never cast.
+    """
+
+    __slots__ = ()
+    op = "additive_attention"
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self
+
+    def autocast(self, query: Tensor) -> AdditiveScore:
+        """In the dtype that autocast gives the other arguments."""
+        _, v, bias = types.autocast(query, self.v, self.bias)
+        return AdditiveScore(v, bias, self.prepared)
+
+    def check(self, query: Tensor) -> None:
+        """Whether types and shapes fit the query, (B, Tq, A) or (B, A)."""
+        checks.check_units(self.op, query, "v", self.v)
+        checks.check_units(self.op, query, "bias", self.bias)
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
+        """Whether dtypes fit those of query and keys, all as autocast leaves them."""
+        checks.check_dtypes(self.op, query, v=self.v, bias=self.bias)
+        if self.prepared is not None:
+            checks.check_prepared(self.op, keys, self.prepared, choose(backend, query.device.type))
+
+    def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        return False  # the op is faster than PyTorch's own at every size
+
+    def attend_small(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class DotScore(_DotArguments):
+    """scale * query . keys. scale: a finite number."""
+
+    __slots__ = ()
+    op = "dot_attention"
+    tensors: tuple[Tensor | None, ...] = ()
+
+    def autocast(self, query: Tensor) -> DotScore:
+        return self
+
+    def check(self, query: Tensor) -> None:
+        checks.check_scale(self.op, self.scale)
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
+        """A number fits all."""
+
+    def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether attention that needs gradients is faster as three calls of PyTorch than as one of ours.
+
+        Below about half a million products the time is that of the calls, and autograd's nodes in C++, which an
+        extension on the stable ABI cannot have, cost less than a node in Python. What does not fit together, PyTorch
+        refuses, too.
+        """
+        return (
+            torch.is_grad_enabled()
+            and (query.requires_grad or keys.requires_grad or values.requires_grad)
+            and query.is_cpu
+            and query.dtype == torch.float32
+            and query.dim() == keys.dim() == 3
+            and query.numel() * keys.size(1) <= _SMALL
+            and values.numel() * query.size(1) <= _SMALL
+            and not is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def attend_small(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Context and alignments, for what is small."""
+        scores = torch.bmm(query, keys.mT)
+        alignments = torch.softmax(scores if self.scale == 1.0 else self.scale * scores, -1)
+        return torch.bmm(alignments, values), alignments
+
+
+Score = AdditiveScore | DotScore

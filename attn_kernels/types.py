@@ -1,0 +1,50 @@
+"""What all parts of the package speak of: the result of attention, and which steps may be attended."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+class Attention(NamedTuple):
+    """What an attention op returns.
+
+    context: (B, Tq, D), or (B, D) for a 2-D query: alignments @ values; None with ``values=None``.
+    alignments: (B, Tq, Tk), or (B, Tk): softmax of the scores; None with ``need_weights=False``.
+    """
+
+    context: Tensor
+    alignments: Tensor | None
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of all arguments but lengths and masks
+
+_pytree._register_namedtuple(Attention, serialized_type_name="attn_kernels.Attention")  # for torch.export.save
+
+
+def attention_mask(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which steps may be attended: bool, (B, 1, Tk) or (B, Tq, Tk); None where every step may."""
+    allowed = None
+    if memory_lengths is not None:
+        steps = torch.arange(keys.shape[1], device=keys.device)
+        allowed = (steps < memory_lengths[:, None])[:, None]
+    if mask is not None:
+        mask = mask if mask.dim() == 3 else mask[:, None]
+        allowed = mask if allowed is None else allowed & mask
+    return allowed
+
+
+def device_type(tensor: Tensor) -> str:
+    return "cpu" if tensor.is_cpu else tensor.device.type  # which makes a device and a string
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype of autocast, where that is on for the device of the first; float64 stays."""
+    device = device_type(tensors[0])
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype not in DTYPES[:3] else t.to(dtype) for t in tensors)
