@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from attn_kernels import BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
 from attn_kernels.derived import checksums, forget, once
 from attn_kernels.sentence import attended_steps, project
 from conftest import SIMD_LEVELS, compiled_module, simd
+from steps import CountLinear
 
 # Each gives a tensor the values of another, in a way of its own; most of them autograd does not count.
 WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -157,18 +157,6 @@ def test_a_step_under_autocast_on_a_memory_from_outside(size: str) -> None:
 
 
 # Layers of adapters ---------------------------------------------------------------------------------------------------
-
-
-class CountLinear(TorchFunctionMode):
-    """Counts calls of the function, and so leaves the layer as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += function is nn.functional.linear
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
