@@ -135,6 +135,13 @@ def test_a_memory_made_of_another(change: str) -> None:
         torch.testing.assert_close(attention(query, memory).context, formula(attention, query, memory))
 
 
+def test_a_tree_of_something_else() -> None:
+    """As ``torch.utils.checkpoint`` makes of its arguments before torch 2.13."""
+    memory = BahdanauAttention(4, 4, 4).memory(torch.randn(2, 3, 4), torch.tensor([1, 3]))
+    assert tree_map(lambda _: None, memory).keys is None
+    assert tree_map(lambda x: x.shape, memory).memory_lengths == (2,)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_memory_cast_by_a_wrapper(dtype: torch.dtype) -> None:
     """FSDP's MixedPrecision casts the tensors among a module's inputs."""
