@@ -28,7 +28,7 @@ class Memory:
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype or type does not. Whether lengths are
-        within 0..Tk is for each step to check.
+        within 0..Tk is for each step to check, and what holds no tensor at all, as trees may.
     """
 
     keys: Tensor
@@ -39,6 +39,8 @@ class Memory:
     prepared: ClassVar[Tensor | None] = None  # of a PreparedMemory only
 
     def __post_init__(self) -> None:
+        if not any(isinstance(field, Tensor) for field in (self.keys, self.values, self.memory_lengths, self.mask)):
+            return  # a tree of something else, made by tree_map, as torch.utils.checkpoint does before torch 2.13
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
             check_tensor("Memory", argument, tensor)
             check_device("Memory", argument, tensor, keys=self.keys)

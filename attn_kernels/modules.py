@@ -93,6 +93,7 @@ class _MemoryAttention(nn.Module):
             raise ArgumentTypeError(
                 f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}"
             )
+        check_tensor(self._name, "memory.keys", memory.keys)
         batch, steps, key_size = memory.keys.shape
         if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
             expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"

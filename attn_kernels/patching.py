@@ -39,7 +39,7 @@ from torch.compiler import is_compiling
 
 from .derived import forget
 from .errors import ArgumentError
-from .sources import class_at, digest, own_methods, replaced_method
+from .sources import class_at, digest, own_methods, replaced_method, replaced_on
 
 # Names of classes that are likely to compute attention, so that a report mentions them.
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn|^Att[A-Z]|GATv2", re.IGNORECASE)
@@ -320,9 +320,9 @@ def _hindrance(module: Any) -> str | None:
     if module._original.forward is not type(module)._own_forward:
         return "the forward of its class was replaced"
     if not module._own_methods.isdisjoint(module.__dict__):
-        replaced = module._own_methods & module.__dict__.keys() - {"forward"}  # a wrapper that has led here
+        replaced = replaced_on(module, module._original, module._own_methods)  # without the forward that has led here
         if replaced:
-            return f"its method {min(replaced)!r} was replaced"
+            return f"its method {replaced[0]!r} was replaced"
     return None
 
 
@@ -412,8 +412,8 @@ def _patch_module(module: nn.Module) -> str | None:
         return adapter
     if _forward_is_replaced(module):
         return "its forward was replaced"
-    replaced = own_methods(cls, nn.Module) & vars(module).keys() - {"forward"}
-    reason = f"its method {min(replaced)!r} was replaced" if replaced else adapter.fused.covers(module)
+    replaced = replaced_on(module, cls, own_methods(cls, nn.Module))
+    reason = f"its method {replaced[0]!r} was replaced" if replaced else adapter.fused.covers(module)
     if reason is None:
         _change_class(module, _fused_class(cls, adapter.fused))
     return reason

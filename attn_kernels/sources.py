@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import operator
+import os
 import sys
 import types
 
@@ -45,6 +46,24 @@ def replaced_method(cls: type, bypassed: frozenset[str]) -> str | None:
             if not (isinstance(inner, types.FunctionType) and is_in_source(inner)):
                 return name
     return None
+
+
+def replaced_on(instance: object, cls: type, methods: frozenset[str]) -> list[str]:
+    """Names of the methods of a class that an instance has others for, but for those that its library puts there.
+
+    Keras, for one, wraps some in its constructor. ``forward`` is left out.
+    """
+    names = methods & vars(instance).keys() - {"forward"}
+    return sorted(name for name in names if not _is_of_library(vars(instance)[name], cls))
+
+
+def _is_of_library(function: object, cls: type) -> bool:
+    """Whether the code of a function lies in the top-level package of a class: in its file, not in what it wraps."""
+    code = getattr(function, "__code__", None)
+    top = getattr(sys.modules.get(cls.__module__.partition(".")[0]), "__file__", None)
+    if code is None or top is None or os.path.basename(top) != "__init__.py":
+        return False
+    return code.co_filename.startswith(os.path.dirname(top) + os.sep)
 
 
 def own_methods(cls: type, base: type) -> frozenset[str]:

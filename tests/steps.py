@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attn_kernels import patch, patching
 
@@ -81,3 +82,15 @@ def results(module: nn.Module, steps: Steps, inputs: Inputs) -> dict[str, Tensor
 
 def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+class CountLinear(TorchFunctionMode):
+    """Counts calls of the function, and so leaves the layer as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function is nn.functional.linear
+        return function(*args, **(kwargs or {}))

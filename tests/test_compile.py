@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,6 +230,8 @@ def test_fake_tensors(op: Op, backend: str, device: str) -> None:
     arguments = make(op, CASES["lengths"], torch.float32, device)
     expected = call(op.function, op, arguments.tensors, **arguments.masks, backend=backend)
     for mode in (FakeTensorMode(), FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True))):
+        if mode.shape_env is not None and backend == "reference" and not symbolic_products_work():
+            continue
         with mode:
             tensors = {name: mode.from_tensor(t) for name, t in arguments.tensors.items()}
             masks = {name: mode.from_tensor(t) for name, t in arguments.masks.items()}
@@ -237,6 +240,20 @@ def test_fake_tensors(op: Op, backend: str, device: str) -> None:
 
 
 # torch.export ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def symbolic_products_work() -> bool:
+    """Whether PyTorch's own product takes such tensors: that of torch 2.11 does not."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x, y = mode.from_tensor(torch.ones(2, 3, 4)), mode.from_tensor(torch.ones(4))
+    with mode:
+        try:
+            torch.tanh(x[:, :, None] + x[:, None]) @ y
+        except RuntimeError as error:
+            assert "symbolic sizes" in str(error), error
+            return False
+    return True
 
 
 @slow_interpreted()

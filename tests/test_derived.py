@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from attn_kernels import BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
 from attn_kernels.derived import checksums, forget, once
 from attn_kernels.sentence import attended_steps, project
 from conftest import SIMD_LEVELS, compiled_module, simd
+from steps import CountLinear
 
 # Each gives a tensor the values of another, in a way of its own; most of them autograd does not count.
 WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -135,6 +135,13 @@ def test_a_memory_made_of_another(change: str) -> None:
         torch.testing.assert_close(attention(query, memory).context, formula(attention, query, memory))
 
 
+def test_a_tree_of_something_else() -> None:
+    """As ``torch.utils.checkpoint`` makes of its arguments before torch 2.13."""
+    memory = BahdanauAttention(4, 4, 4).memory(torch.randn(2, 3, 4), torch.tensor([1, 3]))
+    assert tree_map(lambda _: None, memory).keys is None
+    assert tree_map(lambda x: x.shape, memory).memory_lengths == (2,)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_memory_cast_by_a_wrapper(dtype: torch.dtype) -> None:
     """FSDP's MixedPrecision casts the tensors among a module's inputs."""
@@ -157,18 +164,6 @@ def test_a_step_under_autocast_on_a_memory_from_outside(size: str) -> None:
 
 
 # Layers of adapters ---------------------------------------------------------------------------------------------------
-
-
-class CountLinear(TorchFunctionMode):
-    """Counts calls of the function, and so leaves the layer as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += function is nn.functional.linear
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

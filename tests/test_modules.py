@@ -510,6 +510,7 @@ ERRORS = [
     (lambda: BAHDANAU.memory(VALUES, mask=torch.ones(B, 4).bool()), ValueError, "mask must have shape"),
     # steps
     (lambda: BAHDANAU([0], MEMORY), TypeError, "BahdanauAttention: query must be a tensor, got list"),
+    (lambda: BAHDANAU(QUERY, Memory(None, None)), TypeError, "memory.keys must be a tensor, got NoneType"),
     (lambda: BAHDANAU(QUERY, VALUES), TypeError, "must be a Memory, made by BahdanauAttention.memory(...), got Tensor"),
     (lambda: BAHDANAU(QUERY[..., 1:], MEMORY), ValueError, "= (4, *, 6) or (4, 6), got (4, 3, 5)"),
     (lambda: BAHDANAU(QUERY[1:], MEMORY), ValueError, "= (4, *, 6) or (4, 6), got (3, 3, 6)"),

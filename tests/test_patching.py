@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib
 import json
 import pickle
 import subprocess
@@ -683,6 +684,47 @@ def test_methods_of_a_module_that_were_replaced(when: str) -> None:
     assert module(*given) == "mine"
     what = report.fallbacks if when == "after" else report.skipped
     assert what[0].reason == "its method 'helper' was replaced"
+
+
+def test_methods_that_a_library_wraps_in_its_constructor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Keras does: they are the class's own, unlike a wrapper of anyone else."""
+    package = tmp_path / "wrapping_library"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "layers.py").write_text(WRAPPING_LIBRARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    layers = importlib.import_module("wrapping_library.layers")
+    adapts(layers.Attention, sources=(digest(layers.Attention),))(FusedPlain)
+    module = layers.Attention()
+    assert patch(module).replaced == [("", layers.Attention)]
+    state, memory, _ = inputs()
+    report = patch(other := layers.Attention())
+    torch.testing.assert_close(module(state, memory), layers.Attention()(state, memory))
+    assert other(state, memory) is not None and report.fallbacks == []
+    other.build = functools.wraps(other.build)(lambda: None)
+    torch.testing.assert_close(other(state, memory), module(state, memory))
+    assert report.fallbacks[0].reason == "its method 'build' was replaced"
+    for name in [name for name in sys.modules if name.startswith("wrapping_library")]:
+        del sys.modules[name]
+
+
+WRAPPING_LIBRARY = """
+import functools, torch
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = torch.nn.Parameter(torch.ones(8))
+        build = self.build
+        self.build = functools.wraps(build)(lambda: build())
+
+    def build(self):
+        pass
+
+    def forward(self, state, memory):
+        scores = torch.tanh(state[:, None] + memory) @ self.v
+        return (scores.softmax(1)[:, None] @ memory)[:, 0]
+"""
 
 
 def test_classes_and_modules_are_not_kept_alive() -> None:

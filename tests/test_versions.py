@@ -88,7 +88,8 @@ def test_a_step_keeps_its_last_lines(tmp_path: Path) -> None:
 
 
 def test_copy_of_the_sources(tmp_path: Path) -> None:
-    if subprocess.run(["git", "rev-parse"], cwd=versions.ROOT, capture_output=True).returncode:
+    top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=versions.ROOT, capture_output=True, text=True)
+    if top.returncode or Path(top.stdout.strip()) != versions.ROOT.resolve():
         pytest.skip("this is no clone")
     versions.copy_sources(tmp_path)
     assert (tmp_path / "setup.py").exists() and not list(tmp_path.glob("attn_kernels/*.so"))

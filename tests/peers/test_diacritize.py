@@ -49,18 +49,27 @@ def test_the_whole_model(model):
     assert type(model.attention) is model_module.BahdanauAttention and model.diacritize(TEXT) == expected
 
 
-def test_a_step_of_training(model):
-    """Dropout draws the same numbers in both."""
-    ids = torch.randint(4, model.tokenizer.vocab_size, (2, 40))
-    gradients = []
-    for context in (None, patched(model)):
-        torch.manual_seed(0)
-        model.train()
-        model.zero_grad()
-        with context or torch.enable_grad():
-            torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), torch.arange(80) % 15).backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+def gradients(model, ids, context):
+    """Of a step of training. Dropout draws the same numbers in both dtypes."""
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(0)
+    with context or torch.enable_grad():
+        torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), torch.arange(80) % 15).backward()
     model.eval()
-    for name, expected in gradients[0].items():
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(gradients[1][name], expected, atol=1e-5 * scale + 1e-9, rtol=1e-3, msg=name)
+    return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_step_of_training(model, seed):
+    """In float64 they are equal. In float32 three layers of LSTM make 1e-5 of what either rounds differently."""
+    torch.manual_seed(seed)
+    ids = torch.randint(4, model.tokenizer.vocab_size, (2, 40))
+    wide = copy.deepcopy(model).double()
+    exact = gradients(wide, ids, None)
+
+    def error(given):
+        return max(((given[name] - x).abs().max() / x.abs().max()).item() for name, x in exact.items())
+
+    assert error(gradients(wide, ids, patched(wide))) < 1e-12
+    assert error(gradients(model, ids, patched(model))) <= 4 * error(gradients(model, ids, None)) + 1e-6
