@@ -219,7 +219,7 @@ class _StepFunction(Function):
         ctx.set_materialize_grads(False)
         ctx.meeting, ctx.backend, ctx.op = meeting, backend, kind.op
         # A score is of tensors or of numbers: saved, or kept as it is.
-        ctx.numbers, tensors = ((), score) if kind(*score).tensors else (score, ())
+        ctx.numbers, tensors = ((), score) if kind.holds_tensors else (score, ())
         memory, masks = (meeting.keys, meeting.values), (memory_lengths, mask)
         context, alignments = ops.below_autograd(kind.op, backend, (query, *memory, *score, *masks, True))
         ctx.save_for_backward(query, *memory, *tensors, *masks, alignments)

@@ -25,11 +25,12 @@ from .checks import (
 from .deferred import defers, pays
 from .errors import ArgumentTypeError, ArgumentValueError
 from .scores import AdditiveScore, DotScore, Score
-from .types import DTYPES, Attention, autocast, device_type
+from .types import DTYPES, Attention, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
     from .memory import Memory
 
+_new = tuple.__new__  # of a score, at a third of the cost of its constructor
 _SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
 # What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
 _ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -99,7 +100,7 @@ def additive_attention(
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
         keys = _with_extra(name, query, keys, extra)
-    score = AdditiveScore(v, bias, prepared)
+    score = _new(AdditiveScore, (v, bias, prepared))
     return _attend(score, query, keys, values, memory_lengths, mask, need_weights, backend)
 
 
@@ -129,26 +130,25 @@ def _attend(
             backend is None
             and memory_lengths is None
             and mask is None
+            and isinstance(score, DotScore)
             and score.is_small(query, keys, values)
             and not (memory is not None and pays(query, keys, values))
         ):
-            context, alignments = score.attend_small(query, keys, values)
-            return Attention(None if without_context else context, alignments if need_weights else None)
+            attention = score.attend_small(query, keys, values, need_weights)
+            return Attention(None, attention.alignments) if without_context else attention
         device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in _SELF_CHECKING or is_compiling():
             _check(score, query, keys, values, memory_lengths, mask, chosen)
-        elif not _on_one_device(query, keys, values, *score.tensors, memory_lengths, mask):
+        elif not on_one_device(query, keys, values, memory_lengths, mask, *score):
             raise ArgumentValueError  # raised again below with the words of the check
         q, k, x = query, keys, values
-        if device != "meta" and torch.is_autocast_enabled(device):
+        if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
             q, k, x = autocast(query, keys, values)
             score = score.autocast(query)
         if chosen == "reference":
-            context, alignments = derivatives.apply_formula(
-                score.op, (q, k, x, *score, memory_lengths, mask, need_weights)
-            )
-            alignments = alignments if need_weights else None
+            result = derivatives.apply_formula(score.op, (q, k, x, *score, memory_lengths, mask, need_weights))
+            attention = result if need_weights else Attention(result.context, None)
         else:
             if q.dim() == 2:
                 q = q.unsqueeze(1)
@@ -156,11 +156,11 @@ def _attend(
                 result = memory.meeting().attend(score, chosen, q, memory_lengths, mask, need_weights)
             else:
                 result = ops.call(score.op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
-            context, alignments = to_result(result, query.dim(), need_weights)
+            attention = to_result(result, query.dim(), need_weights)
     except _ARGUMENT_ERRORS:
         _check(score, query, keys, values, memory_lengths, mask, backend)
         raise
-    return Attention(None if without_context else context, alignments)
+    return Attention(None, attention.alignments) if without_context else attention
 
 
 def _check(
@@ -246,7 +246,7 @@ def dot_attention(
     """
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
-    return _attend(DotScore(scale), query, keys, values, memory_lengths, mask, need_weights, backend)
+    return _attend(_new(DotScore, (scale,)), query, keys, values, memory_lengths, mask, need_weights, backend)
 
 
 def additive_scores(
@@ -281,7 +281,7 @@ def additive_scores(
         chosen = choose(backend, device_type(query))
         if chosen not in _SELF_CHECKING or is_compiling():
             _check_additive_scores(query, keys, v, bias)
-        elif not _on_one_device(query, keys, v, bias):
+        elif not on_one_device(query, keys, v, bias):
             raise ArgumentValueError  # raised again below with the words of the check
         q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
@@ -334,14 +334,3 @@ def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weig
     if query_axes == 2:
         return Attention(context.squeeze(1), None if alignments is None else alignments.squeeze(1))
     return Attention(context, alignments)
-
-
-def _on_one_device(query: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether all are on the device of query: one tensor on "meta" would make the dispatcher only trace shapes."""
-    if query.is_cpu:
-        for tensor in tensors:  # noqa: SIM110 - all() of a generator takes four times as long
-            if tensor is not None and not tensor.is_cpu:
-                return False
-        return True
-    device = query.device
-    return all(tensor is None or tensor.device == device for tensor in tensors)

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from . import checks, types
 from .backends import choose
+from .types import Attention
 
 _SMALL = 1 << 19  # products
 
@@ -36,10 +37,7 @@ class AdditiveScore(_AdditiveArguments):
 
     __slots__ = ()
     op = "additive_attention"
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self
+    holds_tensors = True
 
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
@@ -57,19 +55,13 @@ class AdditiveScore(_AdditiveArguments):
         if self.prepared is not None:
             checks.check_prepared(self.op, keys, self.prepared, choose(backend, query.device.type))
 
-    def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
-        return False  # the op is faster than PyTorch's own at every size
-
-    def attend_small(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
 
 class DotScore(_DotArguments):
     """scale * query . keys. scale: a finite number."""
 
     __slots__ = ()
     op = "dot_attention"
-    tensors: tuple[Tensor | None, ...] = ()
+    holds_tensors = False
 
     def autocast(self, query: Tensor) -> DotScore:
         return self
@@ -99,11 +91,11 @@ class DotScore(_DotArguments):
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def attend_small(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Context and alignments, for what is small."""
+    def attend_small(self, query: Tensor, keys: Tensor, values: Tensor, need_weights: bool) -> Attention:
+        """By PyTorch, what is small."""
         scores = torch.bmm(query, keys.mT)
         alignments = torch.softmax(scores if self.scale == 1.0 else self.scale * scores, -1)
-        return torch.bmm(alignments, values), alignments
+        return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
 
 
 Score = AdditiveScore | DotScore

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,3 +48,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype not in DTYPES[:3] else t.to(dtype) for t in tensors)
+
+
+def on_one_device(query: Tensor, *others: Any) -> bool:
+    """Whether all that are no numbers are where query is: one on "meta" would make the dispatcher only trace."""
+    if query.is_cpu:
+        for other in others:  # noqa: SIM110 - all() of a generator takes four times as long
+            if other is not None and type(other) is not float and not other.is_cpu:
+                return False
+        return True
+    device = query.device
+    return all(other is None or type(other) is float or other.device == device for other in others)
