@@ -30,7 +30,7 @@ library = torch.library.Library("attn_kernels", "DEF")
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
-    """The overload of ``op`` that runs on ``backend``: what functional.py calls."""
+    """The overload of ``op`` that runs on ``backend``: what ``call`` calls."""
     return getattr(getattr(torch.ops.attn_kernels, op), backend)
 
 

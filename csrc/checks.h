@@ -1,5 +1,5 @@
-// From tensors to what the kernels take: shape and dtype checks, strides, outputs. What fails here is checked again by
-// attn_kernels/functional.py, which has better words for it.
+// From tensors to what the kernels take: shape and dtype checks, strides, outputs. After a failure
+// attn_kernels/functional.py checks again in Python, to raise a readable error.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
