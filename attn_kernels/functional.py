@@ -30,7 +30,7 @@ from .types import DTYPES, Attention, autocast, device_type, on_one_device
 if TYPE_CHECKING:
     from .memory import Memory
 
-_new = tuple.__new__  # of a score, at a third of the cost of its constructor
+_new = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
 _SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
 # What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
 _ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -333,4 +333,4 @@ def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weig
             alignments = None
     if query_axes == 2:
         return Attention(context.squeeze(1), None if alignments is None else alignments.squeeze(1))
-    return Attention(context, alignments)
+    return _new(Attention, (context, alignments))
