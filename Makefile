@@ -18,8 +18,6 @@ ARGS ?=
 FUZZ_CASES ?= 10000
 GPU_PYTHON ?= python3
 export NVCC
-# Python compiles what is imported; pip would compile all of torch, for 20 seconds on one processor.
-export PIP_NO_COMPILE := 1
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -28,7 +26,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 RUN := $(VENV)/bin/python -m
-PIP := $(RUN) pip --disable-pip-version-check
+# Python compiles what is imported; pip would compile all of torch, for 20 seconds on one processor.
+INSTALL := $(RUN) pip --disable-pip-version-check install --no-compile
 STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
@@ -113,24 +112,24 @@ $(VENV)/bin/python:
 
 $(STAMPS)/pip: | $(VENV)/bin/python
 	@mkdir -p $(STAMPS)
-	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(INSTALL) --quiet --upgrade 'pip>=25.1'
 	@touch $@
 
 # First and by itself: what is installed later finds torch in place and never brings another one.
 $(STAMPS)/torch: | $(STAMPS)/pip
-	$(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.__version__ < (2, 10))' 2>/dev/null || $(PIP) install '$(TORCH)'
+	$(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.__version__ < (2, 10))' 2>/dev/null || $(INSTALL) '$(TORCH)'
 	@touch $@
 
 # The dependency groups of pyproject.toml.
 $(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
-	$(PIP) install --quiet --group $(@F)
+	$(INSTALL) --quiet --group $(@F)
 	@touch $@
 
 # Other libraries, each without what it asks for beyond torch and what is listed with it: their demands exclude each
 # other. One that cannot be installed is left out, and its tests are skipped with the reason.
 $(STAMPS)/peers: tests/peers/requirements.txt | $(STAMPS)/torch
 	@grep -v '^\s*\(#\|$$\)' $< | while read -r library; do \
-	  $(PIP) install --quiet --no-deps "$$library" </dev/null || echo "left out: $$library"; done
+	  $(INSTALL) --quiet --no-deps "$$library" </dev/null || echo "left out: $$library"; done
 	@touch $@
 
 # Editable, so that Python files need no second installation; sources of the compiled module do.
@@ -138,7 +137,7 @@ $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS
 	@[ "$${ATTN_KERNELS_CPU:-1}" = 0 ] || command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { \
 	  echo 'no C++ compiler was found (Debian, Ubuntu: install g++; or name one: make CXX=...);' >&2; \
 	  echo 'ATTN_KERNELS_CPU=0 make ... goes without the C++ kernels' >&2; exit 1; }
-	$(PIP) install --quiet --no-build-isolation --editable '.[triton]'
+	$(INSTALL) --quiet --no-build-isolation --editable '.[triton]'
 	@touch $@
 
 # The CUDA kernels for the CPU, for the tests of a machine without a GPU.

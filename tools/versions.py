@@ -128,7 +128,8 @@ def examine(
     copy_sources(sources)
     groups = ["--group", "build", "--group", "test"]
     step("packages", [*uv, "pip", "install", "--python", python, *combination.requirements, *groups])
-    install = [python, "-m", "pip", "install", "--no-build-isolation", "--editable", ".[triton]"]
+    # Without dependencies, which are there: a constraint of the machine's pip would put another torch in their place.
+    install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
     architectures = os.environ.get("ATTN_KERNELS_CUDA_ARCHITECTURES", "90")
     step("build", install, ATTN_KERNELS_CUDA_ARCHITECTURES=architectures)
     found = subprocess.run([python, "-m", "attn_kernels", "--json"], cwd=sources, capture_output=True, text=True)
