@@ -26,6 +26,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import patching
 from .patching import Fallback, Replaced, Report, Skipped
+from .sources import are_current
+from .stock import functions_are_replaced
 
 if TYPE_CHECKING:
     from .graph.capture import AnyEntry, Captured
@@ -370,6 +372,9 @@ class _State:
         if entry is None and len(self.entries) >= _MOST:
             self.reasons[_TOO_MANY] += 1
             return self.forward(module, *args, **kwargs)
+        if entry is not None and not are_current(entry.forwards):
+            self.reasons[_REPLACED] += 1
+            return self.forward(module, *args, **kwargs)
         if self.is_parent and entry is None and not self._continues(module):
             return self.forward(module, *args, **kwargs)
         if entry is None:
@@ -487,6 +492,7 @@ class _State:
 
 _NO_WORDS = "its code has neither a tanh nor a softmax, and so no attention"
 _TOO_MANY = f"{_MOST} kinds of calls were captured"
+_REPLACED = "the forward of the class of a module within it was replaced after the capture"
 _LOOPS = "it has loops, and no attention was found in the graph of its first call"
 _WAITING = "modules within it come first"
 
@@ -510,6 +516,10 @@ def _unsuited() -> str | None:
         return "transforms of torch.func"
     if forward_ad._current_level >= 0:
         return "derivatives in forward mode"
+    if _has_any_global_hook():
+        return "hooks on the calls of all modules"
+    if functions_are_replaced():  # a graph would call by its name what has been put in its place
+        return "a function of PyTorch was replaced"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors, as activation checkpointing has"
     return None

@@ -40,6 +40,7 @@ from torch.compiler import is_compiling
 from .derived import forget
 from .errors import ArgumentError
 from .sources import class_at, digest, own_methods, replaced_method, replaced_on
+from .stock import functions_are_replaced
 
 # Names of classes that are likely to compute attention, so that a report mentions them.
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn|^Att[A-Z]|GATv2", re.IGNORECASE)
@@ -319,6 +320,8 @@ def _hindrance(module: Any) -> str | None:
         return "torch.jit.trace"  # where the ops have gradients it would record a call of Python
     if module._original.forward is not type(module)._own_forward:
         return "the forward of its class was replaced"
+    if functions_are_replaced():
+        return "a function of PyTorch was replaced"
     if not module._own_methods.isdisjoint(module.__dict__):
         replaced = replaced_on(module, module._original, module._own_methods)  # without the forward that has led here
         if replaced:

@@ -8,6 +8,11 @@ import operator
 import os
 import sys
 import types
+from typing import Any
+
+from torch import nn
+
+Forwards = tuple[tuple[type[nn.Module], Any], ...]
 
 
 def digest(cls: type) -> str | None:
@@ -70,3 +75,17 @@ def own_methods(cls: type, base: type) -> frozenset[str]:
     """Names of the methods of a class that its base does not have, and of its ``forward``."""
     names = set(dir(cls)) - (set(dir(base)) - {"forward"})
     return frozenset(n for n in names if isinstance(inspect.getattr_static(cls, n), types.FunctionType))
+
+
+def forwards_of(module: nn.Module) -> Forwards:
+    """The classes of a module and of those within it, with the ``forward`` that each has now."""
+    classes = {getattr(type(part), "_attn_kernels_original", type(part)) for part in module.modules()}
+    return tuple((cls, cls.forward) for cls in classes)
+
+
+def are_current(forwards: Forwards) -> bool:
+    """Whether the classes still have them: TorchDynamo's guards look at the modules, not at their classes."""
+    for cls, forward in forwards:  # noqa: SIM110 - all() of a generator takes four times as long
+        if cls.forward is not forward:
+            return False
+    return True

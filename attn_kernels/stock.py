@@ -37,6 +37,10 @@ _classes: dict[type[nn.Module], _Class] = {}
 # What the layers' forwards call; libraries replace them, too.
 _functionals = attrgetter("linear", "embedding", "dropout")
 _original_functionals = _functionals(nn.functional)
+# What attention is written with.
+_of_torch = attrgetter("tanh", "softmax", "bmm", "matmul", "einsum", "cat", "sum")
+_of_functional = attrgetter("linear", "softmax", "tanh", "conv1d", "conv2d", "dropout")
+_original_of_torch, _original_of_functional = _of_torch(torch), _of_functional(nn.functional)
 
 
 def register(cls: type[nn.Module], parameters: Iterable[str] = (), children: Iterable[str] = ()) -> None:
@@ -101,6 +105,11 @@ def is_plain(x: object) -> bool:
     the place of parameters.
     """
     return type(x) in (nn.Parameter, Tensor) and x.layout is torch.strided and not x.is_meta  # type: ignore[attr-defined]
+
+
+def functions_are_replaced() -> bool:
+    """Whether one of the functions that attention is written with is not PyTorch's own any more."""
+    return _of_torch(torch) != _original_of_torch or _of_functional(nn.functional) != _original_of_functional
 
 
 def has_global_hooks() -> bool:

@@ -820,6 +820,63 @@ def test_the_faster_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(state.choices.values()) == {slower == "original"}
 
 
+def _hook_all(patch: pytest.MonkeyPatch) -> Any:
+    def halved(module: nn.Module, _: Any, result: Any) -> Any:
+        return result / 2 if isinstance(module, nn.Linear) else None
+
+    return nn.modules.module.register_module_forward_hook(halved)
+
+
+def _hook_all_before(patch: pytest.MonkeyPatch) -> Any:
+    def halved(module: nn.Module, given: Any) -> Any:
+        return (given[0] / 2,) if isinstance(module, nn.Linear) else None
+
+    return nn.modules.module.register_module_forward_pre_hook(halved)
+
+
+def _replace(owner: Any, name: str) -> Any:
+    def replace(patch: pytest.MonkeyPatch) -> None:
+        function = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **kwargs: function(*args, **kwargs) / 2)
+
+    return replace
+
+
+REPLACED = {
+    "hooks of all modules": (_hook_all, "hooks on the calls of all modules"),
+    "hooks before all modules": (_hook_all_before, "hooks on the calls of all modules"),
+    "forward of a layer's class": (
+        _replace(nn.Linear, "forward"),
+        "the forward of the class of a module within it was replaced after the capture",
+    ),
+    "a functional": (_replace(F, "softmax"), "a function of PyTorch was replaced"),
+    "a function": (_replace(torch, "tanh"), "a function of PyTorch was replaced"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_is_replaced_for_all_modules(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the capture: the guards of TorchDynamo do not look there."""
+    change, reason = REPLACED[what]
+    ours, theirs = pair()
+    report = fuse(ours, always=True)
+    args = arguments()
+    for _ in range(2):
+        assert_alike(ours, theirs, args)
+    before = theirs(*args)
+    calls = calls_of_op(monkeypatch)
+    with monkeypatch.context() as patch:
+        hook = change(patch)
+        assert (theirs(*args) - before).abs().max() > 1e-3
+        for _ in range(2):
+            assert_alike(ours, theirs, args)
+        if hook is not None:
+            hook.remove()
+    assert not calls and {fallback.reason for fallback in report.fallbacks} == {reason}
+    assert_alike(ours, theirs, args)
+    assert calls
+
+
 def test_small_calls_do_not_hide_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the original was chosen for many calls, few are looked at; hooks are honoured, another kind is found."""
     ours, theirs = pair()

@@ -686,6 +686,19 @@ def test_methods_of_a_module_that_were_replaced(when: str) -> None:
     assert what[0].reason == "its method 'helper' was replaced"
 
 
+@pytest.mark.parametrize(("owner", "name"), [(torch, "tanh"), (torch, "softmax"), (nn.functional, "linear")])
+def test_functions_of_pytorch_that_were_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, given = Additive(), inputs()
+    module = copy.deepcopy(original)
+    report = patch(module)
+    with monkeypatch.context() as context:
+        function = getattr(owner, name)
+        context.setattr(owner, name, lambda *args, **kwargs: function(*args, **kwargs) / 2)
+        assert torch.equal(module(*given)[0], original(*given)[0])
+    assert report.fallbacks[0].reason == "a function of PyTorch was replaced"
+    assert_fused(module, original(*given), given)
+
+
 def test_methods_that_a_library_wraps_in_its_constructor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Keras does: they are the class's own, unlike a wrapper of anyone else."""
     package = tmp_path / "wrapping_library"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sources import forwards_of
 from . import check
 from .axes import value_of
 from .kept import current
@@ -110,10 +111,10 @@ class Graph:
 class Entry:
     """A captured kind of call: ``check`` says whether it is right for a call, ``run`` makes it."""
 
-    __slots__ = ("check", "graph", "kept", "run")
+    __slots__ = ("check", "forwards", "graph", "kept", "run")
 
-    def __init__(self, entry: Any, graph: Graph, namespace: dict[str, Any]) -> None:
-        self.check, self.graph = entry.guard_manager.check, graph
+    def __init__(self, entry: Any, graph: Graph, namespace: dict[str, Any], module: nn.Module) -> None:
+        self.check, self.graph, self.forwards = entry.guard_manager.check, graph, forwards_of(module)
         self.run = types.FunctionType(entry.code, namespace)
         self.kept = current  # where a module puts its keeper for the time of a run
 
@@ -162,8 +163,8 @@ class Parts:
 class PartsEntry:
     """A kind of call that is made of parts; TorchDynamo itself says which graphs are right for a call."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.graph, self.run, self.kept = parts, parts.run, current
+    def __init__(self, parts: Parts, module: nn.Module) -> None:
+        self.graph, self.run, self.kept, self.forwards = parts, parts.run, current, forwards_of(module)
 
     def check(self, given: dict[str, Any]) -> bool:
         return True
@@ -228,7 +229,7 @@ class Captured:
                     return entry
                 reason = "what was captured does not hold for the call that it was captured of"
             elif self._is_broken and in_parts:
-                self._parts = PartsEntry(Parts(self._call_of("parts"), reason))
+                self._parts = PartsEntry(Parts(self._call_of("parts"), reason), module)
                 self.entries.append(self._parts)
                 return self._parts
             self.failures.append(reason)
@@ -266,7 +267,7 @@ class Captured:
             graph = self._graph
             graph._install = lambda function, name=name: self._namespace.__setitem__(name, function)
             graph._install(graph.first)
-            self.entries.insert(0, Entry(entry, graph, self._namespace))
+            self.entries.insert(0, Entry(entry, graph, self._namespace, module))
             return None
         return "TorchDynamo kept nothing of it"
 
