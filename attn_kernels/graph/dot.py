@@ -37,7 +37,10 @@ def products(matcher: Matcher, node: Node, index: Index, steps: Group) -> Produc
 def check_query(scores: Products, values: Leaf | None) -> None:
     """Pooling by a vector of weights: of the keys themselves, or of projected keys; not of features (tanh, gates)."""
     if scores.is_pooling and (values is None or (scores.keys.node is not values.node and not _is_product(scores.keys))):
-        raise NoMatch("no query: scores are weighted sums of features, so that fusing gains nothing")
+        made_by = name_of(scores.keys.node)
+        if "tanh" in made_by:
+            raise NoMatch("no product")  # additive: why it is none of an op's, the search for those says
+        raise NoMatch(f"scores are weights times features that {made_by} made: an op computes those of tanh of a sum")
 
 
 def _is_product(leaf: Leaf) -> bool:
