@@ -40,7 +40,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         if not any(isinstance(field, Tensor) for field in (self.keys, self.values, self.memory_lengths, self.mask)):
-            return  # a tree of something else, made by tree_map, as torch.utils.checkpoint does before torch 2.13
+            return  # a tree of something else, made by tree_map, as torch.utils.checkpoint of torch 2.10 does
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
             check_tensor("Memory", argument, tensor)
             check_device("Memory", argument, tensor, keys=self.keys)

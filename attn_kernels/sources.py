@@ -1,4 +1,4 @@
-"""Whether a class is the one that an adapter was written for."""
+"""Whether classes and their methods are those that an adapter was written for, or that were there at a capture."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_a_memory_made_of_another(change: str) -> None:
 
 
 def test_a_tree_of_something_else() -> None:
-    """As ``torch.utils.checkpoint`` makes of its arguments before torch 2.13."""
+    """As ``torch.utils.checkpoint`` makes of its arguments in torch 2.10 and 2.11."""
     memory = BahdanauAttention(4, 4, 4).memory(torch.randn(2, 3, 4), torch.tensor([1, 3]))
     assert tree_map(lambda _: None, memory).keys is None
     assert tree_map(lambda x: x.shape, memory).memory_lengths == (2,)
