@@ -16,7 +16,21 @@ import pytest
 import torch
 
 from conftest import SIMD_LEVELS, available, simd
-from matrix import CASES, DTYPES, OPS, Case, Op, assert_bit_equal, check, is_slow, make, run, slow_if, slow_interpreted
+from matrix import (
+    CASES,
+    DTYPES,
+    OPS,
+    Case,
+    Op,
+    assert_bit_equal,
+    check,
+    interpreted,
+    is_slow,
+    make,
+    run,
+    slow_if,
+    slow_interpreted,
+)
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 ROOT = Path(__file__).parent.parent
@@ -46,7 +60,7 @@ def test_repeats_are_bit_equal(op: Op, fused: str, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         arguments = make(op, CASES["mask (B, Tk)"] if slow else SPLIT["many rows"], dtype, device)
         first = run(op.function, op, arguments, backend=fused)
-        for _ in range(1 if slow else 125):
+        for _ in range(1 if slow else 10 if interpreted(fused) else 125):
             assert_bit_equal(run(op.function, op, arguments, backend=fused), first)
 
 
