@@ -79,12 +79,7 @@ def _register_autograd(op: str, backend: str) -> None:
     attends = derivatives.FORMULAS[op].attends
 
     def compute(*args: Any) -> Any:
-        try:
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload(*args)
-        except RuntimeError as error:
-            _allocate_again(error, args)
-            raise
+        return below_autograd(op, backend, args)
 
     has_kernel = f"{op}_backward" in derivatives.FORMULAS
     gradients = functools.partial(call, f"{op}_backward", backend) if has_kernel else None
@@ -98,7 +93,12 @@ def _register_autograd(op: str, backend: str) -> None:
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
                     return usual_rule.apply(*args)
-        return compute(*args)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+        except RuntimeError as error:
+            _allocate_again(error, args)
+            raise
 
     def of_dispatcher(*args: Any) -> Any:
         result = autograd(*args)
