@@ -26,7 +26,7 @@ BEGUN, LOST = "begun", "the CUDA context was lost by "
 
 # By what is in their names: graphs, which only a GPU can show, then numbers; what compiles for long comes last.
 FIRST = ("captured_on_cuda", "test_gpu_models", "test_ops", "test_numerics", "test_few_queries", "test_padding")
-FIRST += ("test_functional", "test_autograd", "test_location", "test_loop", "test_deferred", "test_robustness")
+FIRST += ("test_functional", "test_autograd", "test_location", "test_loop", "test_memory_gradient", "test_robustness")
 LAST = ("test_fuzz", "test_compile", "compile")
 
 _lost_by: list[str] = []

@@ -65,7 +65,7 @@ def test_the_stand_in_tells_two_devices_apart(tmp_path: Path) -> None:
 def test_inputs_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
     """Of two tests that once did not; the next test looks at all of them."""
     chosen = "cuda and not triton and (vmap or every_backend)"
-    files = ["tests/test_autograd.py", "tests/test_deferred.py"]
+    files = ["tests/test_autograd.py", "tests/test_memory_gradient.py"]
     found = outcomes(tmp_path / "outcomes.jsonl", "-k", chosen, *files)
     assert_on_one_device(found)
     assert sum(one["outcome"] == "passed" for one in found) >= 5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attn_kernels import BahdanauAttention, Memory, deferred
+from attn_kernels import BahdanauAttention, Memory, memory_gradient
 from attn_kernels.ops import kernel
 from conftest import available
 from matrix import CASES, CORE, OPS, Case, Op, device_of, is_slow, make, slow_if, slow_interpreted
@@ -30,14 +30,14 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Every memory is large enough. Gives the numbers of steps of which gradients of a memory were made at once."""
     available("cpu")
     made: list[int] = []
-    memory_gradients = deferred._memory_gradients
+    memory_gradients = memory_gradient._memory_gradients
 
     def counted(steps: list[Any]) -> tuple[Tensor, Tensor]:
         made.append(len(steps))
         return memory_gradients(steps)
 
-    monkeypatch.setattr(deferred, "_LARGE", 0)
-    monkeypatch.setattr(deferred, "_memory_gradients", counted)
+    monkeypatch.setattr(memory_gradient, "_MIN_BYTES", 0)
+    monkeypatch.setattr(memory_gradient, "_memory_gradients", counted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield made
@@ -154,7 +154,7 @@ def test_precision(
 
     exact, got = gradients("reference", torch.float64), gradients("cpu", dtype)
     assert passes == [STEPS]
-    monkeypatch.setattr(deferred, "_LARGE", 1 << 60)
+    monkeypatch.setattr(memory_gradient, "_MIN_BYTES", 1 << 60)
     step_by_step = gradients("cpu", dtype)
     factor, rounding = (2, 1e-6) if dtype == torch.float32 else (3, torch.finfo(dtype).eps)
     for name, wide in exact.items():
@@ -436,8 +436,8 @@ def test_aborted_backward(mechanism: str, passes: list[int]) -> None:
         handle.remove()
         for leaf in world.leaves().values():
             leaf.grad = None
-        meeting = world.memory.__dict__.get("_meeting")
-        assert meeting is None or not meeting._passes
+        gradient = world.memory.__dict__.get("_gradient")
+        assert gradient is None or not gradient._passes
         loss.backward()
         return world.grads()
 
@@ -588,7 +588,7 @@ def test_function_transforms(mechanism: str, passes: list[int]) -> None:
     query = world.queries[0].detach()
     gradient = torch.func.grad(loss)(query)
     _, tangent = torch.func.jvp(loss, (query,), (torch.ones_like(query),))
-    assert "_meeting" not in world.memory.__dict__ and not passes
+    assert "_gradient" not in world.memory.__dict__ and not passes
     (expected,) = torch.autograd.grad(loss(query.requires_grad_()), query)
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(tangent, expected.sum())
@@ -620,11 +620,11 @@ def test_small_memories_and_steps_without_gradients(monkeypatch: pytest.MonkeyPa
     sum(world.losses(world.decode(frozen))).backward()
     monkeypatch.undo()  # the size that a memory must have again
     sum(world.losses(world.decode())).backward()
-    assert "_meeting" not in world.memory.__dict__ and "_meeting" not in frozen.__dict__ and not passes
+    assert "_gradient" not in world.memory.__dict__ and "_gradient" not in frozen.__dict__ and not passes
     keys = torch.zeros(1, 1000, 512, requires_grad=True)
     values = torch.zeros(1, 1000, 512)
-    assert deferred.defers("cpu", torch.zeros(1, 1, 512), keys, values, None)
-    assert not deferred.defers("cpu", torch.zeros(1, 8, 512), keys, values, None)
+    assert memory_gradient.should_defer("cpu", torch.zeros(1, 1, 512), keys, values, None)
+    assert not memory_gradient.should_defer("cpu", torch.zeros(1, 8, 512), keys, values, None)
 
 
 # Memory as a value ----------------------------------------------------------------------------------------------------
@@ -634,9 +634,9 @@ def test_copies(passes: list[int]) -> None:
     world = World("bahdanau", "cpu")
     memory = Memory(world.memory.keys.detach().requires_grad_(), world.memory.values.detach())
     world.decode(memory)
-    assert "_meeting" in memory.__dict__
+    assert "_gradient" in memory.__dict__
     for copied in (copy.copy(memory), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
-        assert "_meeting" not in copied.__dict__
+        assert "_gradient" not in copied.__dict__
         passes.clear()
         sum(world.losses(world.decode(copied))).backward()
         assert passes == [STEPS]
@@ -648,11 +648,11 @@ def test_nothing_is_kept() -> None:
     gc.disable()
     try:
         results = world.decode()
-        meeting = world.memory.__dict__["_meeting"]
+        gradient = world.memory.__dict__["_gradient"]
         sum(world.losses(results)).backward(retain_graph=True)
-        assert not meeting._passes
-        gone = [weakref.ref(t) for t in (meeting, world.memory.keys, *(t for step in results for t in step))]
-        del results, meeting, world.memory
+        assert not gradient._passes
+        gone = [weakref.ref(t) for t in (gradient, world.memory.keys, *(t for step in results for t in step))]
+        del results, gradient, world.memory
         assert not any(ref() is not None for ref in gone)
     finally:
         gc.enable()
