@@ -8,13 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import batch_offset, exp2x, kernel
+from .additive_math import (
+    DENOMINATOR_SCALE,
+    DROPPED_DENOMINATOR,
+    MAX_ABS_MAX_V,
+    MIN_ABS_MAX_V,
+    MIN_RELATIVE_V,
+    exp2x,
+    min_abs_bound,
+)
+from .device import batch_offset, kernel
 
 CHUNK = tl.constexpr(12)  # units whose partial sum is kept apart: four shared reciprocals
 ROW = tl.constexpr(16)  # of the table of units: the constants of a chunk, half the sum of its v, filled up
-UNIT_SCALE = tl.constexpr(2.0**-40)  # in every denominator, so that the least product of three, 2^-120, is in range too
-SMALLEST_UNIT = tl.constexpr(2.0**-24)  # of the largest: smaller v are below its rounding, and left out
-DROPPED = tl.constexpr(256.0)  # the denominator of a unit that is left out: its inverse is 2^-48 of the largest
 
 
 @triton.jit
@@ -32,8 +38,8 @@ def _largest_v(v, A, stride_v, BLOCK_A: tl.constexpr):
 @triton.jit
 def _folded(x, unit):
     """1 / x for d = 1 / x + (e^{2q} / x) e^{2k}, x in parts of unit; 0 where the unit is left out."""
-    kept = tl.abs(x) >= unit * SMALLEST_UNIT
-    return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * UNIT_SCALE, 0.0)
+    kept = tl.abs(x) >= unit * MIN_RELATIVE_V
+    return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * DENOMINATOR_SCALE, 0.0)
 
 
 @triton.jit
@@ -50,21 +56,14 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
         kept = tl.where(inverse != 0.0, x, 0.0)
         squares += x * x
         dropped += tl.abs(x - kept)
-        half = tl.sum(kept, axis=0) / unit * (0.5 / UNIT_SCALE)
-        constant = tl.where(inverse != 0.0, inverse, DROPPED)
+        half = tl.sum(kept, axis=0) / unit * (0.5 / DENOMINATOR_SCALE)
+        constant = tl.where(inverse != 0.0, inverse, DROPPED_DENOMINATOR)
         tl.store(table + first // CHUNK * ROW + t, tl.where(t < CHUNK, constant, half))
-    # 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where
-    # scores are sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation
-    # 0.01 to 3, norms of v up to 64), the error is no larger for any input while the norm of v is at most 2, from
-    # |q| + |k| = 2 while it is at most 8, and from |q| + |k| = 5 while it is at most that of a standard normal v.
-    square = tl.sum(squares, axis=0)
-    least = tl.where(square <= 1.3 * A, 5.0, float("inf"))
-    least = tl.where(square <= 64.0, 2.0, least)
-    least = tl.where(square <= 4.0, 0.0, least)
+    least = min_abs_bound(tl.sum(squares, axis=0), A)
     # Each unit that is left out is below the rounding of the largest; all of them together have to be, too.
-    exact = (largest > 1e-30) & (tl.sum(dropped, axis=0) <= unit * SMALLEST_UNIT)
+    exact = (largest > MIN_ABS_MAX_V) & (largest < MAX_ABS_MAX_V) & (tl.sum(dropped, axis=0) <= unit * MIN_RELATIVE_V)
     summary = table + units // CHUNK * ROW
-    tl.store(summary, unit * (-2.0 * UNIT_SCALE))
+    tl.store(summary, unit * (-2.0 * DENOMINATOR_SCALE))
     tl.store(summary + 1, tl.where(exact, least, float("inf")))
 
 

@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 
 from .additive_attention_exponentials import CHUNK, ROW
-from .device import attended, batch_offset, kernel, reciprocal, row_length, tanh
-
-SHARED_REACH = tl.constexpr(19.0)  # largest |q| + |k| for three sharers: (2^-16 e^38)^3 and its inverse fit in float32
-
+from .additive_math import MAX_BOUND_THREE, tanh
+from .device import attended, batch_offset, kernel, reciprocal, row_length
 
 # Many queries ---------------------------------------------------------------------------------------------------------
 
@@ -143,7 +141,7 @@ def many_scores_kernel(
         in_tile_q = in_q < (Tq - first_q).to(tl.int32)
         in_tile_k = in_k < (Tk - first_k).to(tl.int32)
         summary = table + units // CHUNK * ROW
-        if (reach >= tl.load(summary + 1)) & (reach <= SHARED_REACH):
+        if (reach >= tl.load(summary + 1)) & (reach <= MAX_BOUND_THREE):
             eq_tile = eq + tile_q.to(tl.int64) * units * BLOCK_Q + in_q
             ek_tile = ek + (b * tiles_k + tile_k) * units * BLOCK_K + in_k
             if THREAD_Q <= 4:

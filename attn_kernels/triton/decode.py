@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .additive_math import tanh
 from .configurations import configuration
-from .device import add_product, attended, batch_offset, divide, kernel, row_length, tanh
+from .device import add_product, attended, batch_offset, divide, kernel, row_length
 from .launch import (
     PROCESSORS,
     accumulator,

@@ -18,9 +18,6 @@ namespace ATTN_LEVEL {
 
 constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 7 : 4;  // their exponentials and sums fill the registers
 constexpr int64_t kFewQueries = 8;
-// The largest |q| + |k| of the form above: g would become denormal, and with it g (E - 1/E) inexact, beyond E = 2^78
-// where ds is as small as 2^-48.
-constexpr float kBothWays = 27.0f;
 
 // The largest |x| of n elements; NaN if one is.
 template <typename T>
@@ -144,7 +141,7 @@ ATTN_INLINE Vec<T> gradient_row(const Columns<T>& q, int64_t i, const Columns<T>
     const int64_t row = list == nullptr ? j : list[j];
     T* step = k.cell(row, u);
     Vec<T> dk = load(step + 2 * w);
-    if (sizeof(T) == 4 && q.top[i] + k.top[row] <= kBothWays)
+    if (sizeof(T) == 4 && q.top[i] + k.top[row] <= kMaxBoundBackward)
       add_pair<T>(up, down, load(step), load(step + w), ds[j], dq, dk, dv);
     else
       add_pair<T>(x + read_k(row, u), ds[j], dq, dk, dv);
@@ -242,7 +239,8 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
     k.set(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
   }
 
-  const bool in_range = sizeof(T) == 4 && !per_query && largest_of(q.top, Tq) + largest_of(k.top, n) <= kBothWays;
+  const bool in_range =
+      sizeof(T) == 4 && !per_query && largest_of(q.top, Tq) + largest_of(k.top, n) <= kMaxBoundBackward;
   const T* ds = back.dscores + b * Tq * Tk;
   const int64_t tiles = divide_up(Tq, kTileQueries);
   Ahead ahead = back.next(b, first + vectors * w, vectors * w);
@@ -378,7 +376,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
             return c < whole ? load(row + c) : load_part(row + c, columns - c);
           });
         }
-        factored = factored && reach <= kSingle;
+        factored = factored && reach <= kMaxBoundOne;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         if constexpr (kKeys) dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +

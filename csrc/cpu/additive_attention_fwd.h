@@ -1,53 +1,27 @@
 // Additive attention without a tanh per pair. Part of a SIMD level: see simd.h.
 //
-// tanh(q + k) = 1 - 2 / (1 + E), E = e^{2q} e^{2k}, so that with exponentials made once per row a pair of query and
-// step costs a multiply-add and a reciprocal for each hidden unit, and in the forward units share reciprocals over a
-// common denominator. Guards choose, for each tile of queries and each step, a form in which nothing overflows:
+// With E = e^{2q} e^{2k} and the exponentials computed once per row, a pair of query and step costs a multiply-add and a
+// reciprocal for each hidden unit, and in the forward units share reciprocals over a common denominator. Guards choose,
+// for each tile of queries and each step, a form in which nothing overflows (limits: ../additive_math.h):
 //
 //   largest |q| + largest |k|   forward                          backward
-//   <= kThree                   three units share a division     a division for each pair
-//   <= kBothWays                one division each                a division for each pair
-//   <= kSingle                  one division each                the same for few queries, tanh itself for many
+//   <= kMaxBoundThree           three units share a division     a division for each pair
+//   <= kMaxBoundBackward        one division each                a division for each pair
+//   <= kMaxBoundOne             one division each                the same for few queries, tanh itself for many
 //   beyond, or NaN              tanh itself                      tanh itself
 //
 // In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's
 // divisions.
 //
-// The forward also uses tanh itself where a large v would show the rounding of the factored form (least_reach_of).
+// The forward also uses tanh itself where a large v would show the rounding of the factored form (min_abs_bound).
 #pragma once
 
 #include "../additive_attention.h"
+#include "../additive_math.h"
 #include "attention.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
-
-// Forward, with v folded in: v / (1 + E) = 1 / d, d = (1/v) + (e^{2q}/v) e^{2k}. With v scaled to at most 1, units
-// smaller than 2^-24 dropped (they are below the rounding of the others) and d scaled by 2^-40, three denominators lie
-// between 2^-40 and 2^(24 - 40) (1 + E), so their product is in range while 1 + E < 2^56.
-constexpr float kThree = 19.0f;
-constexpr float kSingle = 43.0f;  // e^{2q}, e^{2k} and their product are in range
-constexpr double kSmallestUnit = 0x1p-24, kUnitScale = 0x1p-40;
-// 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where scores
-// are sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation 0.01 to
-// 3, norms of v up to 64), the error is no larger
-//   for any input       while the norm of v is at most 2,
-//   from |q| + |k| = 2  while it is at most 8,
-//   from |q| + |k| = 5  while it is at most that of a standard normal v (its square about A),
-//   from |q| + |k| = 10 for any v of 256 units or more (trained models have such; norms up to 64 times that and single
-//                       units that outweigh the others, standard deviations 1.5 to 12: half the error allowed).
-template <typename T>
-T least_reach_of(T norm2, int64_t units) {
-  if (norm2 <= 4) return 0;
-  if (norm2 <= 64) return 2;
-  if (norm2 <= T(1.3) * units) return 5;
-  return units >= 256 ? T(10) : static_cast<T>(__builtin_inf());
-}
-
-// In low precision an estimate of 1 / d, off by 2^-14 at most, costs less than a third of a division. Measured against
-// eager (A = 4 to 2048, inputs of standard deviation 0.003 to 3, norms of v up to 64), the error allowed by the tests
-// is twice what it gives from this |q| + |k| on.
-constexpr float kLeastBFloat16 = 0.0625f, kLeastFloat16 = 0.25f;
 
 // How the reciprocals of denominators are made: three by one division, by a division each, or by an estimate each.
 enum class Reciprocals { shared, single, estimated };
@@ -82,21 +56,20 @@ struct Units {
     }
     const T top = largest_magnitude<T>(top_bits);
     // Not for NaN or Inf, nor for float64, which is there to be exact.
-    const T norm2 = sum<T>(squares);
-    least_reach = least_reach_of(norm2, n);
-    factored = sizeof(T) == 4 && top > T(1e-30) && least_reach <= kThree;
+    least_reach = min_abs_bound(static_cast<float>(sum<T>(squares)), n);
+    factored = sizeof(T) == 4 && top > kMinAbsMaxV && top < kMaxAbsMaxV && least_reach <= kMaxBoundThree;
     estimated = false;
     if (!factored) return;
     int exponent;
     frexp(top, &exponent);
-    const T unit = static_cast<T>(ldexp(1.0, exponent)), smallest = unit * T(kSmallestUnit);
+    const T unit = static_cast<T>(ldexp(1.0, exponent)), smallest = unit * T(kMinRelativeV);
     Vec<T> total{}, lost{}, dropped{};  // lost: by rounding the total
     for (int64_t c = 0; c < size; c += width<T>) {
       const Vec<T> x = load(v + c), zero{};
       const IntVec<T> kept = absolute<T>(x) >= smallest;
-      const Vec<T> inverse = unit * T(kUnitScale) / x;
+      const Vec<T> inverse = unit * T(kDenominatorScale) / x;
       store(factor + c, kept ? inverse : zero);
-      store(constant + c, kept ? inverse : broadcast(T(256)));  // 1 / d is then 2^-48 of the largest
+      store(constant + c, kept ? inverse : broadcast(T(kDroppedDenominator)));
       const Vec<T> term = kept ? x : zero, next = total + term, of_term = next - total;
       lost += (total - (next - of_term)) + (term - of_term);
       total = next;
@@ -105,18 +78,18 @@ struct Units {
     // Each is below the rounding of the largest unit; all of them together have to be, too.
     factored = sum<T>(dropped) <= smallest;
     estimated = factored && kHasEstimate && op.query.dtype != native<T>;
-    const T least = op.query.dtype == Dtype::bfloat16 ? kLeastBFloat16 : kLeastFloat16;
+    const T least = op.query.dtype == Dtype::bfloat16 ? kMinBoundEstimateBFloat16 : kMinBoundEstimateFloat16;
     least_estimated = least_reach > least ? least_reach : least;
     sum_v = sum<T>(total) + sum<T>(lost);
-    scale = static_cast<T>(2 * unit * kUnitScale);
+    scale = static_cast<T>(2 * unit * kDenominatorScale);
   }
 
   // Whether three units may share a division, or one each may be used, where |q| + |k| is at most `reach`. NaN:
   // neither.
-  bool three(T reach) const { return factored && reach >= least_reach && reach <= kThree; }
-  bool single(T reach) const { return factored && reach >= least_reach && reach <= kSingle; }
+  bool three(T reach) const { return factored && reach >= least_reach && reach <= kMaxBoundThree; }
+  bool single(T reach) const { return factored && reach >= least_reach && reach <= kMaxBoundOne; }
   // Whether estimates will do, of one denominator each.
-  bool estimate(T reach) const { return estimated && reach >= least_estimated && reach <= kSingle; }
+  bool estimate(T reach) const { return estimated && reach >= least_estimated && reach <= kMaxBoundOne; }
 
   template <Reciprocals kBy>
   bool in_range(T reach) const {
@@ -124,7 +97,7 @@ struct Units {
   }
 };
 
-// e = e^{2x} (meaningful up to kSingle) for the vectors x = row(c) of a row, times factor where there is one. Returns
+// e = e^{2x} (meaningful up to kMaxBoundOne) for the vectors x = row(c) of a row, times factor where there is one. Returns
 // its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
 ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr) {

@@ -5,18 +5,17 @@
 //   dquery = 4 v e^{2q} (sum of ds r^2 e^{2k})    dkeys = 4 v e^{2k} (sum of ds r^2 e^{2q})    dv = sum of ds r (E - 1)
 //
 // and dbias is the sum of dquery: eight instructions for a pair and unit, one of them a special function, and where one
-// instruction does two (two.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
+// instruction does two (f32x2.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
 // last place, however near to 0 or 1 tanh is. 1 - tanh^2 and 1 - 2 r would be off by as much of 1.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
 // that have the queries. No atomics: what crosses blocks is written apart and added in order.
+#include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "pair.cuh"
 #include "rows.cuh"
 #include "sum_parts.cuh"
-#include "two.cuh"
 
 namespace attn {
 namespace cuda {
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       dq[i][n] = eq[i][n] = 0;
       if constexpr (kFactored) {
         const float x = mine()[(i * kLaneUnits + n) * kWarp];
-        const bool in_range = fabsf(x) <= kEachReach;
+        const bool in_range = fabsf(x) <= kMaxAbsBackward;
         outside |= in_range ? 0u : 1u << i;
         eq[i][n] = in_range ? exp2x(x) : 0.0f;
       }
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       for (int n = 0; n < kLaneUnits; ++n) {
         if constexpr (kFactored) {
           const float x = of_key(j0 + row, n);
-          const bool in_range = fabsf(x) <= kEachReach;
+          const bool in_range = fabsf(x) <= kMaxAbsBackward;
           row_outside = row_outside || !in_range;
           s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? exp2x(x) : 0.0f;
         }

@@ -15,11 +15,10 @@
 // pairs outside the limits make the block walk again with tanh itself. Limits as on the CPU (cpu/additive_attention_fwd.h).
 #include <algorithm>
 
+#include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "pair.cuh"
 #include "rows.cuh"
-#include "shared_form.cuh"
 
 namespace attn {
 namespace cuda {
@@ -74,15 +73,15 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
   }
   top = of_block<true>(top, buffer);
   squares = of_block<false>(squares, buffer);
-  Scale scale{power_of_two_above(top), least_reach_of(squares, op.A)};
+  Scale scale{power_of_two_above(top), min_abs_bound(squares, op.A)};
   float dropped = 0;
   for (int64_t u = threadIdx.x; u < op.A; u += blockDim.x) {
     const float x = fabsf(element<float>(op.v.data, op.v.dtype, u * op.v.stride[2]));
-    dropped += x < scale.unit * kSmallestUnit ? x : 0.0f;
+    dropped += x < scale.unit * kMinRelativeV ? x : 0.0f;
   }
   dropped = of_block<false>(dropped, buffer);
   // Not for NaN or infinity; and what is dropped has to be below the rounding of the largest unit, all of it together.
-  if (!(top > 1e-30f && top < 1e30f && dropped <= scale.unit * kSmallestUnit)) scale.least_reach = INFINITY;
+  if (!(top > kMinAbsMaxV && top < kMaxAbsMaxV && dropped <= scale.unit * kMinRelativeV)) scale.least_reach = INFINITY;
   return scale;
 }
 
@@ -232,10 +231,10 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, 
     if (int(threadIdx.x) / kWarp * 2 >= a.shares) return;
     W constant = next_v, factor = 0, half = 0;
     if constexpr (kForm == Form::shared) {
-      const bool kept = fabsf(next_v) >= unit * kSmallestUnit;
-      factor = kept ? unit * kUnitScale / next_v : 0.0f;
-      constant = kept ? factor : kDropped;
-      half = kept ? next_v / (2 * unit * kUnitScale) : 0.0f;
+      const bool kept = fabsf(next_v) >= unit * kMinRelativeV;
+      factor = kept ? unit * kDenominatorScale / next_v : 0.0f;
+      constant = kept ? factor : kDroppedDenominator;
+      half = kept ? next_v / (2 * unit * kDenominatorScale) : 0.0f;
 #pragma unroll
       for (int step = 8; step > 0; step /= 2) half += __shfl_xor_sync(kAllLanes, half, step);
     }
@@ -311,7 +310,7 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, 
 #pragma unroll
     for (int i = 0; i < kQ; ++i)
 #pragma unroll
-      for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kUnitScale * (total[i][j] + (part[i][j] - owed));
+      for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kDenominatorScale * (total[i][j] + (part[i][j] - owed));
   }
   __syncthreads();
 }
@@ -354,7 +353,7 @@ ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>
   for (int e = threadIdx.x; e < s.columns_q * s.columns_k; e += blockDim.x) {
     const int row = e / s.columns_k, column = e % s.columns_k;
     const float reach = s.reach[row] + s.reach[s.columns_q + column];
-    if (!(reach >= least_reach && reach <= kThreeReach) && q0 + row < a.op.Tq && k0 + column < length)
+    if (!(reach >= least_reach && reach <= kMaxBoundThree) && q0 + row < a.op.Tq && k0 + column < length)
       outside = outside || mask_allows(a.attended, b, q0 + row, k0 + column);
   }
   return of_block<true>(outside ? 1.0f : 0.0f, s.buffer) != 0;
@@ -373,7 +372,7 @@ __global__ void __launch_bounds__(kMostThreads<W>, 1) many_queries_scores_kernel
   W total[kQ][kK];
   if constexpr (sizeof(W) == 4) {
     const Scale scale = scale_of(a.op, s.buffer);
-    if (scale.least_reach <= kThreeReach) {
+    if (scale.least_reach <= kMaxBoundThree) {
       walk<W, kQ, kK, kColumns, Form::shared, kInFours>(a, s, b, q0, k0, scale.unit, total);
       if (!out_of_reach(a, s, b, q0, k0, length, scale.least_reach)) return write_tile(a, s, b, q0, k0, total);
     }

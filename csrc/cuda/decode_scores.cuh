@@ -5,7 +5,8 @@
 // in which lanes read it. While a warp computes with 16 bytes of each of its steps, the next 16 are on their way.
 #pragma once
 
-#include "pair.cuh"
+#include "additive_math.cuh"
+#include "softmax.cuh"
 
 namespace attn {
 namespace cuda {
@@ -289,8 +290,8 @@ struct Scorer {
       if (attending >> q & 1) largest = fmaxf(largest, top), smallest = fminf(smallest, top);
     }
     for (int w = 0; w < kEach; ++w) norm2 += guards()[kWarps + w];
-    most = kSharedReach - largest;
-    least = least_reach<T>(norm2, static_cast<float>(units)) - smallest;
+    most = kMaxBoundTwo - largest;
+    least = min_abs_bound_two<T>(norm2, units) - smallest;
     return most >= 0 && least <= most;
   }
 

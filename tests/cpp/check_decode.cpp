@@ -1,6 +1,6 @@
-// csrc/cuda/decode.cu and pair.cuh without a GPU: the kernels run in the emulator and are compared with loops over single
-// elements in double. Link it with decode.cu, both compiled by any C++ compiler with ATTN_EMULATED. One line for each
-// group of cases; exits with 1 at the first mismatch.
+// csrc/cuda/decode.cu, additive_math.cuh and softmax.cuh without a GPU: the kernels run in the emulator and are compared
+// with loops over single elements in double. Link it with decode.cu, both compiled by any C++ compiler with
+// ATTN_EMULATED. One line for each group of cases; exits with 1 at the first mismatch.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/additive_math.cuh"
 #include "cuda/decode.h"
-#include "cuda/pair.cuh"
 
 namespace attn {
 namespace cuda {
@@ -370,7 +370,7 @@ void report(const char* group) {
 void require(bool right, const char* what, double at, double error) {
   ++checks;
   if (right) return;
-  std::printf("pair.cuh: %s at %g: error %g\n", what, at, error);
+  std::printf("additive_math.cuh: %s at %g: error %g\n", what, at, error);
   std::exit(1);
 }
 
@@ -403,9 +403,9 @@ void check_pairs() {
     require(most < 5e-7 + 2 * 0x1p-23, "add_two_units, at most", size, most);
     require(std::sqrt(squares / n) < 6e-8 + 0x1p-23 / 2, "add_two_units, on average", size, std::sqrt(squares / n));
   }
-  for (float k : {-kSharedReach, kSharedReach}) {  // nothing overflows or vanishes at the edge
-    const float e = exp2x(k), sum = add_two_units(0, 1, kLargestV, kLargestV, e, 1, kLargestV, kLargestV, e);
-    require(std::fabs(sum - std::copysign(2 * kLargestV, k)) < 1e-3, "add_two_units at the edge", k, sum);
+  for (float k : {-kMaxBoundTwo, kMaxBoundTwo}) {  // nothing overflows or vanishes at the edge
+    const float e = exp2x(k), sum = add_two_units(0, 1, kMaxAbsVTwo, kMaxAbsVTwo, e, 1, kMaxAbsVTwo, kMaxAbsVTwo, e);
+    require(std::fabs(sum - std::copysign(2 * kMaxAbsVTwo, k)) < 1e-3, "add_two_units at the edge", k, sum);
   }
   using Part = SoftmaxPart<float>;
   const Part empty{-INFINITY, 0}, two{1, 2}, more{3, 0.5f}, hopeless{-INFINITY, 3}, lost{NAN, NAN};
@@ -419,7 +419,7 @@ void check_pairs() {
     require(std::isnan(normaliser(merge(part, lost))) && std::isnan(normaliser(merge(lost, part))), "merge with NaN", 0,
             0);
   require(weight_of(-INFINITY, -INFINITY) == 1 && std::isnan(weight_of(INFINITY, INFINITY)), "weight_of", 0, 0);
-  report("pair.cuh");
+  report("additive_math.cuh");
 }
 
 }  // namespace
