@@ -28,7 +28,7 @@ PROGRAMS = {
     "check_additive_math": (),
     "check_tiles": (),
     "check_decode": ("decode",),
-    "check_attend": ("attend", "few_rows", "products"),
+    "check_softmax": ("softmax", "gemm_small_m", "gemm"),
 }
 
 

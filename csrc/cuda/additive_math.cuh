@@ -85,7 +85,7 @@ ATTN_HOST_DEVICE float power_of_two_above(float x) {
   return bit_cast<float>((bit_cast<std::uint32_t>(x) & 0x7f800000u) + 0x00800000u);
 }
 
-// total + 1 / d1 + 1 / d2 + 1 / d3, of float or Two<float>
+// total + 1 / d1 + 1 / d2 + 1 / d3, of float or F32x2<float>
 template <typename V>
 ATTN_HOST_DEVICE V add_three(V d1, V d2, V d3, V total) {
   const V product = d1 * d2;

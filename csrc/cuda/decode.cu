@@ -3,16 +3,16 @@
 // A block has a sentence, or a part of its steps, and all queries: scores of its steps (decode_scores.cuh), softmax
 // within the part, context of the part. Parts are put together by their largest scores and sums, in a fixed order: by
 // the blocks of a cluster, which read each other's shared memory, or by whichever block of the sentence comes last.
-#include "arrays.cuh"
 #include "decode.h"
 #include "decode_scores.cuh"
+#include "views.cuh"
 
 namespace attn {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kMostClustered = 16;  // blocks of a cluster
+constexpr int kMaxClusterBlocks = 16;  // blocks of a cluster
 
 // threadIdx.x, read anew, so that nothing made of it is kept in registers over the inner loops.
 ATTN_DEVICE int this_thread() {
@@ -32,37 +32,37 @@ struct Block {
   using W = Wide<T>;
   static constexpr int kEach = kPer16Bytes<T>;
 
-  const FewQueries& p;
+  const DecodeParams& p;
   int b, rank, length;
   Steps steps;
 
-  // What is known from the start lies in shared memory: registers are for the inner loops.
-  ATTN_DEVICE explicit Block(const FewQueries& p) : p(p), steps{p, 0, 0} {
+  // Block constants live in shared memory to save registers.
+  ATTN_DEVICE explicit Block(const DecodeParams& p) : p(p), steps{p, 0, 0} {
     if (threadIdx.x == 0) {
       b = blockIdx.x / p.splits;
       rank = blockIdx.x % p.splits;
       length = static_cast<int>(attended_steps(p.attended, b, p.Tk));
       const int part = (length + p.splits - 1) / p.splits, first = rank * part < length ? rank * part : length;
-      int* place = this->place();
-      place[0] = b, place[1] = rank, place[2] = length;
-      place[3] = first, place[4] = place[5] = part < length - first ? part : length - first;
-      place[7] = p.splits == 1 || p.cluster ? p.splits : 0;
-      place[8] = (1 << p.Tq) - 1;
+      BlockState* state = this->state();
+      state->sentence = b, state->rank = rank, state->length = length;
+      state->first = first, state->steps = state->attended_steps = part < length - first ? part : length - first;
+      state->combined_blocks = p.splits == 1 || p.cluster ? p.splits : 0;
+      state->attending_queries = (1 << p.Tq) - 1;
     }
-    sync(4);
+    sync(&BlockState::steps);
   }
 
   // A barrier, after which everything known from the start is read anew.
-  ATTN_DEVICE void sync() { sync(5); }
+  ATTN_DEVICE void sync() { sync(&BlockState::attended_steps); }
 
-  ATTN_DEVICE void sync(int count) {
+  ATTN_DEVICE void sync(int BlockState::* steps_now) {
     __syncthreads();
-    const int* place = this->place();
-    b = place[0], rank = place[1], length = place[2];
-    steps.first = place[3], steps.n = place[count];
+    const BlockState* state = this->state();
+    b = state->sentence, rank = state->rank, length = state->length;
+    steps.first = state->first, steps.n = state->*steps_now;
   }
 
-  ATTN_DEVICE int* place() const { return reinterpret_cast<int*>(shared_memory() + p.shared.place); }
+  ATTN_DEVICE BlockState* state() const { return reinterpret_cast<BlockState*>(shared_memory() + p.shared.state); }
   ATTN_DEVICE W* contexts() const { return reinterpret_cast<W*>(shared_memory()); }  // (NQ, columns.n)
   ATTN_DEVICE W* weights() const { return reinterpret_cast<W*>(shared_memory() + p.shared.weights); }
   ATTN_DEVICE W* stats() const { return reinterpret_cast<W*>(shared_memory() + p.shared.stats); }
@@ -81,7 +81,7 @@ struct Block {
   ATTN_DEVICE void run() {
     fetch_values();
     if (p.attended.mask != nullptr) list_attended();
-    Scorer<F, NQ>{p, b, steps}.run();
+    ScoreTile<F, NQ>{p, b, steps}.run();
     sync();
     softmax();
     sync();
@@ -89,7 +89,7 @@ struct Block {
     do {
       sum_values(first_column(pass));
       sync();
-      if (place()[7] > 0)
+      if (state()->combined_blocks > 0)
         combine_shared(first_column(pass));
       else
         write_partial(first_column(pass));
@@ -102,7 +102,7 @@ struct Block {
 
   // Values come from memory while scores are computed, as far as they are not too many to be kept till then.
   ATTN_DEVICE void fetch_values() const {
-    if constexpr (F::kVector) {
+    if constexpr (F::kVectorized) {
       constexpr int kLine = 128 / sizeof(T);
       const int lines = static_cast<int>((p.D + kLine - 1) / kLine);
       int64_t most = int64_t(steps.n) * lines;
@@ -139,7 +139,7 @@ struct Block {
       }
 #pragma unroll
       for (int step = kWarp / 2; step > 0; step /= 2) all |= __shfl_xor_sync(kAllLanes, all, step);
-      if (lane == 0) place()[5] = n, place()[8] = static_cast<int>(all);
+      if (lane == 0) state()->attended_steps = n, state()->attending_queries = static_cast<int>(all);
     }
     if (p.alignments != nullptr && (p.splits == 1 || p.cluster))
 #pragma unroll 1
@@ -205,7 +205,7 @@ struct Block {
           W* to = contexts() + q * p.columns.n + first;
 #pragma unroll
           for (int j = 0; j < kEach; j += 4) {
-            if constexpr (F::kVector) {
+            if constexpr (F::kVectorized) {
               add_four(sums + q * kEach + j, to + lane * kEach + j, g > 0);
             } else {
 #pragma unroll
@@ -234,8 +234,8 @@ struct Block {
   template <bool kMixed>
   ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
     // Steps on their way at a time, as far as registers go.
-    constexpr int kMost = NQ * kEach >= 32 ? 4 : 8;
-    constexpr int kRows = kMixed || (NQ == 8 && !F::kVector) ? 1 : NQ * kEach == 64 || !F::kVector ? 2 : kMost;
+    constexpr int kMax = NQ * kEach >= 32 ? 4 : 8;
+    constexpr int kRows = kMixed || (NQ == 8 && !F::kVectorized) ? 1 : NQ * kEach == 64 || !F::kVectorized ? 2 : kMax;
     const Rows<F, T> rows(p.values, b, steps.first, d);
 #pragma unroll 1
     for (int i = group; i < steps.n; i += groups * kRows) {
@@ -295,7 +295,7 @@ struct Block {
       __syncthreads();
       if (p.alignments != nullptr) write_alignments();
     }
-    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = place()[7];
+    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = state()->combined_blocks;
     for (int i = (warp * splits + rank) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
       const int q = i / n, c = i % n;
       W sum = 0;
@@ -335,9 +335,9 @@ struct Block {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) place()[6] = atomicAdd(p.finished + b, 1u) == static_cast<unsigned>(p.splits - 1);
+    if (threadIdx.x == 0) state()->is_last = atomicAdd(p.finished + b, 1u) == static_cast<unsigned>(p.splits - 1);
     __syncthreads();
-    if (!place()[6]) return;
+    if (!state()->is_last) return;
     __threadfence();
     const W* stats = static_cast<const W*>(p.stats) + static_cast<int64_t>(b) * p.splits * 2 * p.Tq;
     W *largest = factors(), *normalisers = factors() + NQ;
@@ -372,16 +372,16 @@ struct Block {
 };
 
 template <class F, int NQ>
-__global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(FewQueries p) {
+__global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(DecodeParams p) {
   Block<F, NQ>(p).run();
 }
 
 // The host's side ------------------------------------------------------------------------------------------------------
 
 constexpr int kCapacity = 1024;  // steps of a block, for shared memory; half of it in float64
-constexpr int kLeastSteps = 8;   // of a block, below which a further split is not worth it
+constexpr int kMinSteps = 8;     // of a block, below which a further split is not worth it
 
-bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
+bool has_vectorized_rows(const Array3& a, int64_t n, int64_t item) {
   const int64_t each = 16 / item;
   return reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0 && a.stride[0] % each == 0 && a.stride[1] % each == 0 &&
          (a.stride[2] == 1 || n <= 1) && n % each == 0 && std::abs(a.stride[1]) < (int64_t(1) << 31) / item;
@@ -389,8 +389,8 @@ bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
 
 template <typename T>
 Columns columns_of(int64_t D) {
-  constexpr int kEach = kWarp * kPer16Bytes<T>, kMost = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
-  const int warps = D >= kMost * kEach ? kMost : D <= kEach ? 1 : static_cast<int>(ceil_div(D, kEach));
+  constexpr int kEach = kWarp * kPer16Bytes<T>, kMax = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
+  const int warps = D >= kMax * kEach ? kMax : D <= kEach ? 1 : static_cast<int>(ceil_div(D, kEach));
   return {warps, warps * kEach};
 }
 
@@ -405,22 +405,22 @@ Shared shared_of(int64_t beginning, int64_t capacity) {
   take(&s.weights, beginning);
   take(&s.weights, capacity * NQ * sizeof(W));
   take(&s.stats, 2 * NQ * sizeof(W));
-  take(&s.factors, kMostClustered * NQ * sizeof(W));
+  take(&s.factors, kMaxClusterBlocks * NQ * sizeof(W));
   take(&s.guards, 2 * kWarps * sizeof(float));
-  take(&s.place, 9 * sizeof(int));
+  take(&s.state, sizeof(BlockState));
   take(&s.list, capacity * sizeof(int));
   take(&s.attends, capacity);
-  take(&s.left, capacity);
+  take(&s.needs_exact, capacity);
   take(&s.bytes, 0);
   return s;
 }
 
 template <class F, int NQ>
-void run(FewQueries p, int64_t B) {
+void run(DecodeParams p, int64_t B) {
   using T = typename F::T;
   using W = Wide<T>;
   p.columns = columns_of<T>(p.D);
-  const int64_t contexts = NQ * p.columns.n * sizeof(W), staged = Scorer<F, NQ>::bytes(p.A);
+  const int64_t contexts = NQ * p.columns.n * sizeof(W), staged = ScoreTile<F, NQ>::bytes(p.A);
   p.shared = shared_of<W, NQ>(contexts > staged ? contexts : staged, ceil_div(p.Tk, p.splits));
   if (p.splits > 1 && !p.cluster) {
     p.stats = scratch<W>(B * p.splits * 2 * p.Tq);
@@ -434,32 +434,32 @@ void run(FewQueries p, int64_t B) {
 }
 
 template <class F>
-void run_queries(const FewQueries& p, int64_t B) {
+void run_queries(const DecodeParams& p, int64_t B) {
   if (p.Tq == 1) return run<F, 1>(p, B);
-  if constexpr (F::kVector) {
+  if constexpr (F::kVectorized) {
     if (p.Tq <= 2) return run<F, 2>(p, B);
     if (p.Tq <= 4) return run<F, 4>(p, B);
   }
   run<F, 8>(p, B);
 }
 
-// Prepared keys are for the fast way only: the raw ones always do.
+// Prepared keys are for the fast form only: the raw ones always do.
 template <bool kAdditive, typename T>
-void run_form(FewQueries p, int64_t B) {
+void run_form(DecodeParams p, int64_t B) {
   if constexpr (sizeof(T) <= 4) {
-    if (rows_by_16_bytes(p.values, p.D, sizeof(T))) {
+    if (has_vectorized_rows(p.values, p.D, sizeof(T))) {
       using Prepared = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
       if constexpr (kAdditive)
-        if (p.prepared.data != nullptr && rows_by_16_bytes(p.prepared, 0, sizeof(Prepared)))
+        if (p.prepared.data != nullptr && has_vectorized_rows(p.prepared, 0, sizeof(Prepared)))
           return run_queries<Form<true, T, Prepared, true, true>>(p, B);
-      if (rows_by_16_bytes(p.keys, p.A, sizeof(T))) return run_queries<Form<kAdditive, T, T, false, true>>(p, B);
+      if (has_vectorized_rows(p.keys, p.A, sizeof(T))) return run_queries<Form<kAdditive, T, T, false, true>>(p, B);
     }
   }
   run_queries<Form<kAdditive, T, T, false, false>>(p, B);
 }
 
 template <bool kAdditive, class Op>
-void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
+void run_dtype(const Op& op, const Splits& splits, DecodeParams p) {
   if (op.B == 0 || op.Tq == 0) return;
   if (op.Tk > (int64_t(1) << 30)) throw std::runtime_error("attn_kernels: memory has more than 2^30 steps");
   p.Tq = static_cast<int>(op.Tq), p.Tk = static_cast<int>(op.Tk), p.A = op.A, p.D = op.D;
@@ -491,25 +491,25 @@ Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
   if (device.capability >= 90 && dtype != Dtype::float64) {
     // Clusters of more than 8 blocks are only for the large chips.
     const int64_t most = device.capability < 110 ? 16 : 8;
-    constexpr int64_t kMostSteps = 96;
+    constexpr int64_t kMaxSteps = 96;
     int64_t n = 1;
-    while (n < most && (n < least || (2 * n <= wanted && Tk >= 2 * n * kLeastSteps))) n *= 2;
-    if (n >= least && (2 * n > wanted || ceil_div(Tk, n) <= kMostSteps)) return {n, n > 1};
+    while (n < most && (n < least || (2 * n <= wanted && Tk >= 2 * n * kMinSteps))) n *= 2;
+    if (n >= least && (2 * n > wanted || ceil_div(Tk, n) <= kMaxSteps)) return {n, n > 1};
   }
   // The last block reads a context from each of the others: with more of them than about this, that takes longest.
   int64_t most = 1;
   while (most * most < 2 * Tk) ++most;
-  return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kLeastSteps)))), false};
+  return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kMinSteps)))), false};
 }
 
 void few_queries_attention(const AdditiveAttentionForward& op, const Splits& splits) {
-  FewQueries p = {};
+  DecodeParams p = {};
   p.v = op.v, p.bias = op.bias, p.prepared = op.prepared;
   run_dtype<true>(op, splits, p);
 }
 
 void few_queries_attention(const DotAttentionForward& op, const Splits& splits) {
-  FewQueries p = {};
+  DecodeParams p = {};
   p.scale = op.scale;
   run_dtype<false>(op, splits, p);
 }

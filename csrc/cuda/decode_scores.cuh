@@ -15,18 +15,25 @@ constexpr int kWarps = 8;
 
 // Shared memory of a block: offsets in bytes. It begins with what the scores stage and, later, the contexts of the part.
 struct Shared {
-  int weights;  // (capacity, NQ), of W: scores, later e^(score - largest), 0 where not attended
-  int stats;    // (2, NQ), of W: SoftmaxPart
-  int factors;  // (kMostClustered, NQ), of W: what turns weights of each block into alignments
-  int guards;   // (2, kWarps) float
-  // 9 int: sentence, which of its blocks this is, its length, first step, steps, attended steps, whether the block is the
-  // last of its sentence, blocks that combine in shared memory (0: by the last block), a bit for each query that attends
-  // a step of the block.
-  int place;
-  int list;     // (capacity) int, with a mask: offsets of the attended steps from the first
-  int attends;  // (capacity) bytes, with a mask: a bit for each query
-  int left;     // (capacity) bytes: steps that are left for the plain way
+  int weights;      // (capacity, NQ), of W: scores, later e^(score - largest), 0 where not attended
+  int stats;        // (2, NQ), of W: SoftmaxPart
+  int factors;      // (kMaxClusterBlocks, NQ), of W: what turns weights of each block into alignments
+  int guards;       // (2, kWarps) float
+  int state;        // a BlockState
+  int list;         // (capacity) int, with a mask: offsets of the attended steps from the first
+  int attends;      // (capacity) bytes, with a mask: a bit for each query
+  int needs_exact;  // (capacity) bytes: steps that need the exact form
   int bytes;
+};
+
+// The constants of a block live in shared memory to save registers.
+struct BlockState {
+  int sentence, rank, length;  // rank: which of the sentence's blocks this is
+  int first, steps;            // of the block, before the mask
+  int attended_steps;          // steps that some query attends
+  int is_last;                 // whether the block is the last of its sentence to finish
+  int combined_blocks;         // blocks that combine in shared memory; 0 where the last block does it in global memory
+  int attending_queries;       // a bit for each query that attends a step of the block
 };
 
 // How a block divides D: columns of a pass, over `warps` warps, of which kWarps / warps groups share the steps.
@@ -35,7 +42,7 @@ struct Columns {
 };
 
 // What a call is, for the kernel.
-struct FewQueries {
+struct DecodeParams {
   int Tq, Tk;
   int64_t A, D;
   Array3 query;     // (B, Tq, A)
@@ -59,16 +66,16 @@ struct FewQueries {
 
 // An instance: additive or dot attention, the elements of the inputs, those of the keys as they are read (T, or those
 // of prepared keys), and whether rows are read by 16 bytes.
-template <bool additive, typename Element, typename KeyElement, bool prepared, bool by_16_bytes>
+template <bool additive, typename Element, typename KeyElement, bool prepared, bool vectorized>
 struct Form {
   using T = Element;
   using Key = KeyElement;
-  static constexpr bool kAdditive = additive, kPrepared = prepared, kVector = by_16_bytes;
+  static constexpr bool kAdditive = additive, kPrepared = prepared, kVectorized = vectorized;
 };
 
 // The attended steps of a block: all of first .. first + n, or those in the list.
 struct Steps {
-  const FewQueries& p;
+  const DecodeParams& p;
   int first, n;
 
   ATTN_DEVICE int offset(int i) const {
@@ -97,16 +104,16 @@ struct Rows {
 
   ATTN_DEVICE Rows(const Array3& a, int64_t b, int64_t row, int64_t element)
       : stride(a.stride[1] * static_cast<int>(sizeof(E))), element_stride(a.stride[2] * static_cast<int>(sizeof(E))) {
-    if (F::kVector) element_stride = sizeof(E);
+    if (F::kVectorized) element_stride = sizeof(E);
     const int lane = threadIdx.x % kWarp;
     lane_first = reinterpret_cast<const char*>(row_of<E>(a, b, row)) + element * element_stride +
-                 (F::kVector ? lane * 16 : lane * element_stride);
+                 (F::kVectorized ? lane * 16 : lane * element_stride);
   }
 
   // Of elements first .. first + 32 * kPer16Bytes of a row, those from n on as zeros.
   ATTN_DEVICE uint4 load(int row, int first, int n) const {
     const int lane = threadIdx.x % kWarp;
-    if constexpr (F::kVector) {
+    if constexpr (F::kVectorized) {
       uint4 raw{0, 0, 0, 0};
       if (first + lane * kPer16Bytes<E> < n)
         raw = vector_at<uint4>(lane_first + static_cast<int64_t>(row) * static_cast<int>(stride) +
@@ -131,7 +138,7 @@ template <class F>
 ATTN_DEVICE int unit_at(int i) {
   constexpr int kEach = kPer16Bytes<typename F::Key>, kAll = kWarp * kEach;
   const int part = i % kAll / (4 * kWarp), lane = i % (4 * kWarp) / 4, j = 4 * part + i % 4;
-  return i / kAll * kAll + (F::kVector ? lane * kEach + j : j * kWarp + lane);
+  return i / kAll * kAll + (F::kVectorized ? lane * kEach + j : j * kWarp + lane);
 }
 
 // In the lanes from 32 / N * i on: the sum of x[i] of all lanes. N is a power of two. The lanes share the additions.
@@ -164,44 +171,46 @@ ATTN_DEVICE void add_four(const float* x, float* to, bool add) {
 
 // weights[i * NQ + q] for step i of the block: its scores, where not attended anything.
 template <class F, int NQ>
-struct Scorer {
+struct ScoreTile {
   using T = typename F::T;
   using Key = typename F::Key;
   using W = Wide<T>;
-  static constexpr bool kStaged = sizeof(T) <= 4;  // float64 takes the plain way
+  static constexpr bool kStaged = sizeof(T) <= 4;  // float64 takes the exact form
   static constexpr int kRows =
-      NQ == 4 && F::kVector ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 take too many registers
-  static constexpr int kLoads = F::kVector ? 4 / kRows : 1;  // loads of each
-  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;    // of a load of the warp
+      NQ == 4 && F::kVectorized ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 take too many registers
+  static constexpr int kLoads = F::kVectorized ? 4 / kRows : 1;  // loads of each
+  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;        // of a load of the warp
   static constexpr int kRowsOfUnits = F::kAdditive ? 2 * NQ + 1 : NQ;
 
-  const FewQueries& p;
+  const DecodeParams& p;
   int b;
   Steps steps;
 
-  int64_t unit = 0;           // where this block of units begins,
-  int units = 0, padded = 0;  // how many it has, and that in whole loads
-  float most = 0, least = 0;  // which largest |k| the factored form is right for
-  bool all_plainly = true;
+  int64_t unit = 0;            // where this block of units begins,
+  int units = 0, padded = 0;   // how many it has, and that in whole loads
+  float max_k = 0, min_k = 0;  // which largest |k| the factored form is right for
+  bool all_exact = true;
 
   // (NQ, padded) e^{2(q + bias)}, (NQ, padded) v times that, (padded) v; or (NQ, padded) q.
   ATTN_DEVICE float* staged() const { return reinterpret_cast<float*>(shared_memory()); }
   ATTN_DEVICE float* guards() const { return reinterpret_cast<float*>(shared_memory() + p.shared.guards); }
-  ATTN_DEVICE unsigned char* left() const { return reinterpret_cast<unsigned char*>(shared_memory() + p.shared.left); }
+  ATTN_DEVICE unsigned char* needs_exact() const {
+    return reinterpret_cast<unsigned char*>(shared_memory() + p.shared.needs_exact);
+  }
 
   // Most units of a block of them, and the bytes they take.
-  static constexpr int kMostUnits = 4096 / (NQ < 2 ? 2 : NQ);
+  static constexpr int kMaxUnits = 4096 / (NQ < 2 ? 2 : NQ);
   static int64_t bytes(int64_t A) {
     if (!kStaged) return 0;
-    const int64_t n = A < kMostUnits ? A : kMostUnits;
+    const int64_t n = A < kMaxUnits ? A : kMaxUnits;
     return kRowsOfUnits * round_up(n > 0 ? n : 1, kUnits) * 4;
   }
 
   ATTN_DEVICE void run() {
     const int warp = threadIdx.x / kWarp;
     do {
-      bool plainly = true;  // whether some of this warp's steps, or all, are left for the plain way
-      units = static_cast<int>(!kStaged || p.A - unit < kMostUnits ? p.A - unit : kMostUnits);
+      bool any_exact = true;  // whether some of this warp's steps, or all, need the exact form
+      units = static_cast<int>(!kStaged || p.A - unit < kMaxUnits ? p.A - unit : kMaxUnits);
       if constexpr (kStaged) {
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
         uint4 next[kRows * kLoads];
@@ -210,21 +219,21 @@ struct Scorer {
         if (unit > 0) __syncthreads();
         stage();
         __syncthreads();
-        all_plainly = !choose();
-        plainly = all_plainly;
-        if (!all_plainly)
+        all_exact = !choose();
+        any_exact = all_exact;
+        if (!all_exact)
 #pragma unroll 1
-          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) plainly |= !score_rows(rows, next, i);
+          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) any_exact |= !score_rows(rows, next, i);
       }
-      if ((F::kAdditive || !kStaged) && plainly) {
+      if ((F::kAdditive || !kStaged) && any_exact) {
         __syncwarp();
 #pragma unroll 1
         for (int i = warp * kRows; i < steps.n; i += kWarps * kRows)
 #pragma unroll 1
           for (int r = i; r < i + kRows && r < steps.n; ++r)
-            if (all_plainly || left()[r]) score_plainly(r);
+            if (all_exact || needs_exact()[r]) score_exactly(r);
       }
-      unit += kMostUnits;
+      unit += kMaxUnits;
     } while (kStaged && unit < p.A);
   }
 
@@ -244,7 +253,7 @@ struct Scorer {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, q = warp / kEach;
     const T* query = row_of<T>(p.query, b, q < p.Tq ? q : 0) + unit * p.query.stride[2];
     const int n = q < p.Tq ? units : 0;
-    float top = 0, norm2 = 0;
+    float abs_max = 0, norm2 = 0;
 #pragma unroll 2
     for (int i = warp % kEach * kWarp + lane; i < padded; i += kEach * kWarp) {
       const int u = unit_at<F>(i);
@@ -258,7 +267,7 @@ struct Scorer {
           e *= exp2x(shift);
           size += fabsf(shift);
         }
-        top = larger_magnitude(top, size);
+        abs_max = larger_magnitude(abs_max, size);
         staged()[q * padded + i] = e;
         staged()[(NQ + q) * padded + i] = e * v;
         if (q == 0) {
@@ -270,9 +279,9 @@ struct Scorer {
       }
     }
     if constexpr (F::kAdditive) {
-      top = warp_largest(top);
+      abs_max = warp_largest(abs_max);
       norm2 = warp_sum(norm2);
-      if (lane == 0) guards()[warp] = top, guards()[kWarps + warp] = norm2;
+      if (lane == 0) guards()[warp] = abs_max, guards()[kWarps + warp] = norm2;
     }
   }
 
@@ -281,25 +290,25 @@ struct Scorer {
     if constexpr (!F::kAdditive) return true;
     constexpr int kEach = kWarps / NQ;
     float largest = 0, smallest = INFINITY, norm2 = 0;
-    const int attending = reinterpret_cast<const int*>(shared_memory() + p.shared.place)[8];
+    const int attending = reinterpret_cast<const BlockState*>(shared_memory() + p.shared.state)->attending_queries;
 #pragma unroll
     for (int q = 0; q < NQ; ++q) {
-      float top = 0;
+      float abs_max = 0;
 #pragma unroll
-      for (int w = q * kEach; w < (q + 1) * kEach; ++w) top = larger_magnitude(top, guards()[w]);
-      if (attending >> q & 1) largest = fmaxf(largest, top), smallest = fminf(smallest, top);
+      for (int w = q * kEach; w < (q + 1) * kEach; ++w) abs_max = larger_magnitude(abs_max, guards()[w]);
+      if (attending >> q & 1) largest = fmaxf(largest, abs_max), smallest = fminf(smallest, abs_max);
     }
     for (int w = 0; w < kEach; ++w) norm2 += guards()[kWarps + w];
-    most = kMaxBoundTwo - largest;
-    least = min_abs_bound_two<T>(norm2, units) - smallest;
-    return most >= 0 && least <= most;
+    max_k = kMaxBoundTwo - largest;
+    min_k = min_abs_bound_two<T>(norm2, units) - smallest;
+    return max_k >= 0 && min_k <= max_k;
   }
 
   // Scores of step i and those after it, or false where some of them are left. next: the first loads of this warp,
   // afterwards those of its next steps.
   ATTN_DEVICE bool score_rows(const Rows<F, Key>& rows, uint4* next, int i) {
     const int lane = threadIdx.x % kWarp;
-    float sums[kRows * NQ] = {}, top[kRows] = {};
+    float sums[kRows * NQ] = {}, abs_max[kRows] = {};
 #pragma unroll 1
     for (int c = 0; c < padded; c += kLoads * kUnits) {
       uint4 now[kRows * kLoads];
@@ -310,27 +319,27 @@ struct Scorer {
       fetch(rows, next, j, more ? c + kLoads * kUnits : 0);
 #pragma unroll
       for (int l = 0; l < kLoads; ++l)
-        if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, top);
+        if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, abs_max);
     }
-    unsigned right = 0;  // a bit for each step for which the factored form is
+    unsigned accepted = 0;  // a bit for each step for which the factored form is
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (F::kPrepared) top[r] = prepared_top(i + r < steps.n ? i + r : steps.n - 1);
-      if (!F::kAdditive || (__all_sync(kAllLanes, top[r] <= most) && __any_sync(kAllLanes, top[r] >= least)))
-        right |= 1u << r;
+      if (F::kPrepared) abs_max[r] = prepared_top(i + r < steps.n ? i + r : steps.n - 1);
+      if (!F::kAdditive || (__all_sync(kAllLanes, abs_max[r] <= max_k) && __any_sync(kAllLanes, abs_max[r] >= min_k)))
+        accepted |= 1u << r;
     }
     const float sum = warp_sums<kRows * NQ>(sums);
     constexpr int kLanes = kWarp / (kRows * NQ);
     const int k = lane / kLanes, r = k / NQ;
     if (lane % kLanes == 0 && i + r < steps.n) {
-      if (F::kAdditive && k % NQ == 0) left()[i + r] = !(right >> r & 1);
-      if (right >> r & 1) store(i * NQ + k, sum);
+      if (F::kAdditive && k % NQ == 0) needs_exact()[i + r] = !(accepted >> r & 1);
+      if (accepted >> r & 1) store(i * NQ + k, sum);
     }
-    return right == (1u << kRows) - 1;
+    return accepted == (1u << kRows) - 1;
   }
 
   // Adds to the sums (row, query) what a load of each row has, of the units from c on.
-  ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* top) const {
+  ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* abs_max) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int part = 0; part < kPer16Bytes<Key> / 4; ++part) {
@@ -342,7 +351,7 @@ struct Scorer {
         if constexpr (F::kAdditive && !F::kPrepared) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            top[r] = larger_magnitude(top[r], k[r][j]);
+            abs_max[r] = larger_magnitude(abs_max[r], k[r][j]);
             k[r][j] = exp2x_of<T>(k[r][j]);
           }
         }
@@ -374,7 +383,7 @@ struct Scorer {
   }
 
   // Step i by the formula itself: by tanh, and in the precision of W.
-  ATTN_DEVICE void score_plainly(int i) const {
+  ATTN_DEVICE void score_exactly(int i) const {
     const int lane = threadIdx.x % kWarp;
     const int64_t query_stride = p.query.stride[2], keys_stride = p.keys.stride[2];
     const T* query = row_of<T>(p.query, b, 0) + unit * query_stride;

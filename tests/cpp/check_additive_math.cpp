@@ -45,7 +45,7 @@ void check_three() {
     expect(std::isfinite(sum), "a sum of three is finite", sum, reach);
     worst = std::fmax(worst, error / size);
   }
-  // Two exponentials and their product: 2e-7; six more roundings of 2 v / (1 + E): 7e-7.
+  // F32x2 exponentials and their product: 2e-7; six more roundings of 2 v / (1 + E): 7e-7.
   expect(worst < 9e-7, "a sum of three, as a share of |v|", worst);
   std::printf("three units: %d cases, worst error %.2g of the sum of |v|\n", n, worst);
 }

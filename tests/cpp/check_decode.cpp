@@ -11,6 +11,7 @@
 
 #include "cuda/additive_math.cuh"
 #include "cuda/decode.h"
+#include "cuda/softmax.cuh"
 
 namespace attn {
 namespace cuda {

@@ -55,12 +55,12 @@ inline Attended simplified(Attended attended, std::int64_t Tq) {
 
 // Strided arrays ------------------------------------------------------------------------------------------------------
 
-// An (n0, n1, n2) array of T; in_packs: 16 bytes along its last axis are aligned and lie side by side.
+// An (n0, n1, n2) array of T; vectorized: 16 bytes along its last axis are aligned and lie side by side.
 template <typename T>
 struct Strided {
   const T* data;
   std::int64_t stride[3];
-  bool in_packs;
+  bool vectorized;
 };
 
 template <typename T>
@@ -74,9 +74,9 @@ Strided<T> strided(const Array3& a) {
 
 // x[e] = row[(u + e) * stride], for the units u + e below `units`; 0 beyond.
 template <typename T>
-ATTN_DEVICE void load_units(const T* row, std::int64_t stride, bool in_packs, std::int64_t u, std::int64_t units,
+ATTN_DEVICE void load_units(const T* row, std::int64_t stride, bool vectorized, std::int64_t u, std::int64_t units,
                             Wide<T>* x) {
-  if (in_packs && u + kPer16Bytes<T> <= units) {
+  if (vectorized && u + kPer16Bytes<T> <= units) {
     load_16_bytes(row + u, x);
   } else {
 #pragma unroll

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/arrays.cuh"
+#include "cuda/views.cuh"
 
 namespace attn {
 namespace cuda {

@@ -1,7 +1,7 @@
-// Softmax with context, and the gradient of scores: a kernel for the rows of scores each, and a product (products.cu).
+// Softmax with context, and the gradient of scores: a kernel for the rows of scores each, and a product (gemm.cu).
 #include <limits>
 
-#include "arrays.cuh"
+#include "views.cuh"
 
 namespace attn {
 namespace cuda {
