@@ -237,7 +237,7 @@ def backward_kernel(
         if FACTORED:
             # The largest of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
-            reach_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
+            abs_max_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
             for start in range(begin, end_used, 16):
                 j = (start + tl.arange(0, 16)).to(tl.int64)
                 in_keys = (j[:, None] < end_used) & (u[None, :] < A)
@@ -249,11 +249,11 @@ def backward_kernel(
                     used_q += 1
                 k = tl.load(keys + j[:, None] * stride_kk + u[None, :] * stride_ka, mask=in_keys, other=0.0)
                 k = k.to(tl.float32)
-                reach_k = tl.maximum(reach_k, tl.where(k == k, tl.abs(k), float("inf")))
+                abs_max_k = tl.maximum(abs_max_k, tl.where(k == k, tl.abs(k), float("inf")))
             used = (used_q > 0)[:, None] & (u[None, :] < A)
-            reach_q = tl.abs(q) + tl.abs(shift)[None, :]
-            reach_q = tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
-            if (tl.max(reach_k) <= MAX_ABS_BACKWARD) & (reach_q <= MAX_ABS_BACKWARD):
+            abs_max_q = tl.abs(q) + tl.abs(shift)[None, :]
+            abs_max_q = tl.max(tl.where(used, tl.where(abs_max_q == abs_max_q, abs_max_q, float("inf")), 0.0))
+            if (tl.max(abs_max_k) <= MAX_ABS_BACKWARD) & (abs_max_q <= MAX_ABS_BACKWARD):
                 if ek is not None:
                     dq, dv_part = _walk_steps(
                         dkeys, ek + b * Tk * A, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, A, 1,

@@ -44,7 +44,7 @@ def _folded(x, unit):
 
 @triton.jit
 def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
-    """What many_scores_kernel needs of v: see its argument ``table``."""
+    """What tiled_scores_kernel needs of v: see its argument ``table``."""
     largest, unit = _largest_v(v, A, stride_v, BLOCK_A)
     squares = tl.zeros([ROW], dtype=tl.float32)
     dropped = tl.zeros([ROW], dtype=tl.float32)
@@ -69,13 +69,13 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
 
 @triton.jit
 def _write_exponentials(
-    exponentials, reach, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
+    exponentials, abs_max, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
     stride_bias, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), with v folded in where there is v.
 
-    reach[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the last
-    tile, and 0 for u >= A, which fills up the last chunk.
+    abs_max[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the
+    last tile, and 0 for u >= A, which fills up the last chunk.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
     in_rows = (i < T)[:, None]
@@ -97,16 +97,16 @@ def _write_exponentials(
         e = tl.where((u < A)[None, :], e, 0.0)
         stored = (i < padded)[:, None] & (u < units)[None, :]
         tl.store(tile[:, None] + u[None, :] * BLOCK, e, mask=stored)
-    tl.store(reach + b * T + i, largest, mask=i < T)
+    tl.store(abs_max + b * T + i, largest, mask=i < T)
 
 
 @kernel
 def exponentials_kernel(
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys)
-    reach_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN
-    reach_k,  # (B, Tk): max over units of |keys|
-    table,  # (units / CHUNK + 1, ROW): see many_scores_kernel
+    abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN
+    abs_max_k,  # (B, Tk): max over units of |keys|
+    table,  # (units / CHUNK + 1, ROW): see tiled_scores_kernel
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     v,  # (A,)
@@ -141,15 +141,15 @@ def exponentials_kernel(
         i = (program % tiles_q).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _, unit = _largest_v(v, A, stride_v, BLOCK_A)
         _write_exponentials(
-            eq, reach_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa, stride_v,
-            stride_bias, ALIGNED, BLOCK_Q, BLOCK_A,
+            eq, abs_max_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
+            stride_v, stride_bias, ALIGNED, BLOCK_Q, BLOCK_A,
         )  # fmt: skip
     elif program < B * (tiles_q + tiles_k):
         program -= B * tiles_q
         b = (program // tiles_k).to(tl.int64)
         j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _write_exponentials(
-            ek, reach_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
+            ek, abs_max_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
             ALIGNED, BLOCK_K, BLOCK_A,
         )  # fmt: skip
     else:

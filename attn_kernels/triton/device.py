@@ -6,8 +6,9 @@
 - Padding is removed by selecting, never by multiplying with zero: it may hold NaN.
 - No atomics: what several programs add up is written apart and summed in a fixed order.
 - A 2-D mask is a 3-D mask with stride 0 along the queries.
-- With FEW queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by element,
-  units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix product.
+- SMALL_M: with few queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by
+  element, units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix
+  product.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def dot(a, b, total):
 
 
 @triton.jit
-def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
-    """rows[x, n], (X, N), 0 beyond X and N; with FEW, (1, X, N): so the threads lie along n in the product too."""
-    if FEW:
+def load_rows(rows, x, n, X, N, stride_x, stride_n, SMALL_M: tl.constexpr):
+    """rows[x, n], (X, N), 0 beyond X and N; with SMALL_M, (1, X, N): so the threads lie along n in the product too."""
+    if SMALL_M:
         x = x[None, :, None]
         n = n[None, None, :]
     else:
@@ -79,14 +80,14 @@ def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.constexpr):
+def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, SMALL_M: tl.constexpr):
     """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs.
 
-    With FEW, total is (M, X, N) and rows are (1, X, N).
+    With SMALL_M, total is (M, X, N) and rows are (1, X, N).
 
     Weights are 0 where not allowed, but 0 * NaN is NaN: under a mask a row may be padding for one m, not for another.
     """
-    if FEW:
+    if SMALL_M:
         product = weights[:, :, None] * rows.to(weights.dtype)
         if MASKED:
             product = tl.where(allowed[:, :, None], product, 0.0)

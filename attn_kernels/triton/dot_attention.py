@@ -38,12 +38,12 @@ def dot_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys and values."""
     dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)
-    dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, of_steps=True)
+    dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, transposed=False)
+    dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, transposed=True)
     if grad_context is None:
         dvalues = values.new_zeros(values.shape)
     else:
-        dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
+        dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, transposed=True)
     return dquery, dkeys, dvalues
 
 
@@ -60,4 +60,4 @@ def dot_attention_query_backward(
 ) -> Tensor:
     """dot_attention_backward without the gradients of keys and values."""
     dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    return weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)
+    return weighted_sum(dscores, keys, scale, memory_lengths, mask, transposed=False)

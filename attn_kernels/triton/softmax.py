@@ -8,15 +8,15 @@ from torch import Tensor
 
 from .device import add_product, attended, batch_offset, divide, kernel, load_rows, row_length
 from .launch import (
-    FEW_QUERIES,
+    MAX_SMALL_M,
     accumulator,
     bytes_of,
-    few_block,
     launch,
     lengths_stride,
     mask_strides,
     power_of_two,
     rows_aligned,
+    small_m_block,
     sum_splits,
 )
 from .products import product, split, sum_tile
@@ -45,7 +45,7 @@ def _attend_kernel(
     stride_mq,
     stride_mk,
     ALIGNED: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,21 +71,21 @@ def _attend_kernel(
         mask += b * stride_mb
 
     # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
-    top = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
-    total = tl.zeros([BLOCK_Q], dtype=accumulate)
-    used = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
+    m_i = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
+    l_i = tl.zeros([BLOCK_Q], dtype=accumulate)
+    any_i = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
     for start in range(0, length, BLOCK_K):
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        exponentials = tl.where(allowed, tl.exp(s - new_top[:, None]), 0.0)
-        total = total * tl.exp(top - new_top) + tl.sum(exponentials, axis=1)
-        used = tl.maximum(used, allowed.to(tl.int32))
-        top = new_top
-    inverse = tl.where(tl.max(used, axis=1) > 0, divide(1.0, total), 0.0)
+        m_new = tl.maximum(m_i, tl.max(s, axis=1))
+        exponentials = tl.where(allowed, tl.exp(s - m_new[:, None]), 0.0)
+        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(exponentials, axis=1)
+        any_i = tl.maximum(any_i, allowed.to(tl.int32))
+        m_i = m_new
+    inverse = tl.where(tl.max(any_i, axis=1) > 0, divide(1.0, l_i), 0.0)
 
-    if FEW:
+    if SMALL_M:
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
     else:
         averaged = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
@@ -95,14 +95,14 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        p = tl.where(allowed, tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+        p = tl.where(allowed, tl.exp(s - m_i[:, None]) * inverse[:, None], 0.0)
         if alignments is not None:
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < Tk)
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
-        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, FEW)
-        averaged = add_product(averaged, p, rows, allowed, mask is not None, FEW)
-    if FEW:
+        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, SMALL_M)
+        averaged = add_product(averaged, p, rows, allowed, mask is not None, SMALL_M)
+    if SMALL_M:
         averaged = tl.sum(averaged, axis=1)
     split_context = context + ((split.to(tl.int64) * B + b) * Tq + i[:, None]) * D + d[None, :]
     tl.store(split_context, averaged, mask=(i[:, None] < Tq) & (d[None, :] < D))
@@ -130,7 +130,7 @@ def attend(
     alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
     if Tk == 0:
         return values.new_zeros((B, Tq, D)), alignments
-    few, block_m, block_k, block_d, warps = sum_tile(values, Tq, Tk, D, mask is not None)
+    small_m, block_m, block_k, block_d, warps = sum_tile(values, Tq, Tk, D, mask is not None)
     programs = B * triton.cdiv(Tq, block_m) * max(1, triton.cdiv(D, block_d))
     steps_per_split, splits = split(programs, Tk, block_k)
     context = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else scores.dtype)
@@ -139,7 +139,7 @@ def attend(
         programs * splits,
         (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
         (B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(ALIGNED=rows_aligned(values), FEW=few, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
+        dict(ALIGNED=rows_aligned(values), SMALL_M=small_m, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
         warps,
     )
     return sum_splits(context, values.dtype), alignments
@@ -222,7 +222,7 @@ def padded_scores(query: Tensor, keys: Tensor) -> Tensor:
     """
     B, Tq = query.shape[:2]
     Tk = keys.shape[1]
-    padded_q = few_block(Tq) if Tq <= FEW_QUERIES else triton.cdiv(Tq, 32) * 32
+    padded_q = small_m_block(Tq) if Tq <= MAX_SMALL_M else triton.cdiv(Tq, 32) * 32
     return query.new_empty((B, Tk, padded_q), dtype=accumulator(query.dtype)).transpose(1, 2)[:, :Tq]
 
 
