@@ -15,6 +15,7 @@ void expect(bool holds, const char* what, double a, double b = 0, double c = 0) 
   if (++failures <= 10) std::printf("FAILED %s: %.9g %.9g %.9g\n", what, a, b, c);
 }
 
+using namespace attn;
 using namespace attn::cuda;
 
 // Three units: v . tanh(q + k) by that form, within its limits, against double.
@@ -24,7 +25,7 @@ void check_three() {
   double worst = 0;
   const int n = 200000;
   for (int t = 0; t < n; ++t) {
-    const float reach = kMaxBoundThree * std::fabs(uniform(random)), unit = 1;
+    const float bound = kMaxBoundThree * std::fabs(uniform(random)), unit = 1;
     float d[3];
     double exact = 0, half = 0, size = 0;
     for (int u = 0; u < 3; ++u) {
@@ -32,8 +33,8 @@ void check_three() {
       float v = std::ldexp(uniform(random), -static_cast<int>(24 * std::fabs(uniform(random))));
       if (std::fabs(v) < kMinRelativeV) v = kMinRelativeV;
       const float part = std::fabs(uniform(random));
-      const float q = std::copysign(reach * part, uniform(random)),
-                  k = std::copysign(reach * (1 - part), uniform(random));
+      const float q = std::copysign(bound * part, uniform(random)),
+                  k = std::copysign(bound * (1 - part), uniform(random));
       const float factor = unit * kDenominatorScale / v;
       d[u] = factor + factor * exp2x(q) * exp2x(k);
       exact += v * std::tanh(double(q) + double(k));
@@ -42,7 +43,7 @@ void check_three() {
     }
     const float sum = add_three(d[0], d[1], d[2], static_cast<float>(-half));
     const double error = std::fabs(-2 * double(unit) * kDenominatorScale * sum - exact);
-    expect(std::isfinite(sum), "a sum of three is finite", sum, reach);
+    expect(std::isfinite(sum), "a sum of three is finite", sum, bound);
     worst = std::fmax(worst, error / size);
   }
   // F32x2 exponentials and their product: 2e-7; six more roundings of 2 v / (1 + E): 7e-7.

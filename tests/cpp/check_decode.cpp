@@ -408,18 +408,24 @@ void check_pairs() {
     const float e = exp2x(k), sum = add_two_units(0, 1, kMaxAbsVTwo, kMaxAbsVTwo, e, 1, kMaxAbsVTwo, kMaxAbsVTwo, e);
     require(std::fabs(sum - std::copysign(2 * kMaxAbsVTwo, k)) < 1e-3, "add_two_units at the edge", k, sum);
   }
-  using Part = SoftmaxPart<float>;
+  using Normaliser = Softmax<float>;
+  using Part = Normaliser::Part;
   const Part empty{-INFINITY, 0}, two{1, 2}, more{3, 0.5f}, hopeless{-INFINITY, 3}, lost{NAN, NAN};
   const double sum = 0.5 + 2 * std::exp(-2.0);
-  require(std::fabs(merge(two, more).sum - sum) < 1e-6 && merge(two, more).largest == 3, "merge", 0, 0);
-  require(merge(empty, two).sum == 2 && merge(two, empty).largest == 1, "merge with nothing", 0, 0);
-  require(merge(hopeless, two).sum == 2 && merge(hopeless, two).largest == 1, "merge with -inf", 0, 0);
-  require(normaliser(merge(empty, empty)) == 0, "normaliser of nothing", 0, 0);
-  require(std::isnan(normaliser(merge(empty, hopeless))), "normaliser of -inf", 0, 0);
+  require(std::fabs(Normaliser::merge(two, more).sum - sum) < 1e-6 && Normaliser::merge(two, more).largest == 3,
+          "merge", 0, 0);
+  require(Normaliser::merge(empty, two).sum == 2 && Normaliser::merge(two, empty).largest == 1, "merge with nothing", 0,
+          0);
+  require(Normaliser::merge(hopeless, two).sum == 2 && Normaliser::merge(hopeless, two).largest == 1, "merge with -inf",
+          0, 0);
+  require(Normaliser::finish(Normaliser::merge(empty, empty)) == 0, "normaliser of nothing", 0, 0);
+  require(std::isnan(Normaliser::finish(Normaliser::merge(empty, hopeless))), "normaliser of -inf", 0, 0);
   for (const Part& part : {empty, two, hopeless, lost})
-    require(std::isnan(normaliser(merge(part, lost))) && std::isnan(normaliser(merge(lost, part))), "merge with NaN", 0,
-            0);
-  require(weight_of(-INFINITY, -INFINITY) == 1 && std::isnan(weight_of(INFINITY, INFINITY)), "weight_of", 0, 0);
+    require(std::isnan(Normaliser::finish(Normaliser::merge(part, lost))) &&
+                std::isnan(Normaliser::finish(Normaliser::merge(lost, part))),
+            "merge with NaN", 0, 0);
+  require(Normaliser::weight(-INFINITY, -INFINITY) == 1 && std::isnan(Normaliser::weight(INFINITY, INFINITY)),
+          "weight_of", 0, 0);
   report("additive_math.cuh");
 }
 
