@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .additive_math import tanh
 from .configurations import configuration
-from .device import add_product, attended, batch_offset, divide, kernel, row_length
+from .device import add_product, attended, batch_offset, kernel, row_length
 from .launch import (
     NUM_SMS,
     accumulator,
@@ -29,6 +28,8 @@ from .launch import (
     power_of_two,
     rows_aligned,
 )
+from .normaliser import LOWEST, add_block, alignments_of, factor, merge, part_factor
+from .scores import finish_scores, score_terms
 
 MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
 MAX_VALUE_COLUMNS = 1024  # whose averages do
@@ -45,7 +46,7 @@ def decode_kernel(
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     values,  # (B, Tk, D)
-    v,  # (A,), or None for dot attention
+    v,  # (A,), or None for "dot"
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
@@ -72,6 +73,8 @@ def decode_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    SCORE: tl.constexpr,
+    NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -105,8 +108,7 @@ def decode_kernel(
     if scores is not None:
         scores += b * Tq * Tk
 
-    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
-    m_i = tl.full([BLOCK_Q], -3.4e38, dtype=wide)
+    m_i = tl.full([BLOCK_Q], LOWEST, dtype=wide)
     l_i = tl.zeros([BLOCK_Q], dtype=wide)
     any_i = tl.zeros([BLOCK_Q], dtype=tl.int32)
     averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=wide)
@@ -124,35 +126,21 @@ def decode_kernel(
             offset = u.to(tl.int64)
             k = tl.load(keys + j[None, :, None] * stride_kk + offset * stride_ka, mask=in_steps & in_units, other=0.0)
             q = tl.load(query + offset * stride_qa, mask=(i < Tq)[:, None, None] & in_units, other=0.0)
-            if v is None:
-                products += q.to(wide) * k.to(wide)
-            else:
-                hidden = q.to(wide) + k.to(wide)
-                if bias is not None:
-                    hidden += tl.load(bias + offset * stride_bias, mask=in_units, other=0.0).to(wide)
-                products += tl.load(v + offset * stride_v, mask=in_units, other=0.0).to(wide) * tanh(
-                    hidden, APPROXIMATE
-                )
-        s = tl.sum(products, axis=2)
-        if v is None:
-            s *= tl.cast(scale, wide) + tl.cast(scale_lo, wide)
+            products += score_terms(q.to(wide), k.to(wide), v, bias, u, A, stride_v, stride_bias, SCORE, APPROXIMATE)
+        s = finish_scores(tl.sum(products, axis=2), scale, scale_lo, SCORE)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
         s = tl.where(allowed, s, -float("inf"))
-        m_new = tl.maximum(m_i, tl.max(s, axis=1))
-        rescale = tl.exp(m_i - m_new)
-        p = tl.where(allowed, tl.exp(s - m_new[:, None]), 0.0)
-        l_i = l_i * rescale + tl.sum(p, axis=1)
+        p, rescale, m_i, l_i = add_block(s, allowed, m_i, l_i, NORMALISER)
         averaged = add_product(averaged * rescale[:, None, None], p, x, allowed, mask is not None, True)
         any_i = tl.maximum(any_i, tl.max(allowed.to(tl.int32), axis=1))
-        m_i = m_new
 
     average = tl.sum(averaged, axis=1)
     in_split = (split.to(tl.int64) * B + b) * Tq + i
     if tops is None:
-        inverse = tl.where(any_i > 0, divide(1.0, l_i), 0.0)
-        average *= inverse[:, None]
+        factor_i = factor(l_i, any_i, NORMALISER)
+        average *= factor_i[:, None]
         if alignments is not None:
             tl.debug_barrier()  # the scores that other threads have written
             for start in range(0, Tk, STEPS):
@@ -160,7 +148,7 @@ def decode_kernel(
                 allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
                 pointers = i[:, None] * Tk + j[None, :]
                 s = tl.load(scores + pointers, mask=allowed, other=0.0)
-                p = tl.where(allowed, tl.exp(s - m_i[:, None]) * inverse[:, None], 0.0)
+                p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None], NORMALISER)
                 tl.store(alignments + pointers, p, mask=(i < Tq)[:, None] & (j < Tk)[None, :])
     else:
         tl.store(tops + in_split, m_i, mask=i < Tq)
@@ -189,6 +177,7 @@ def combine_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    NORMALISER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
@@ -199,19 +188,18 @@ def combine_kernel(
     split = tl.arange(0, MAX_SPLITS).to(tl.int64)
     tops += row
     totals += row
-    each = tl.load(tops + split * rows, mask=split < splits, other=-3.4e38)
-    found = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
-    top = tl.max(each, axis=0)
-    total = tl.sum(tl.where(found == -1.0, 0.0, found * tl.exp(each - top)), axis=0)
-    inverse = tl.where(tl.max(tl.where(found == -1.0, 0, 1), axis=0) > 0, divide(1.0, total), 0.0)
+    m_parts = tl.load(tops + split * rows, mask=split < splits, other=LOWEST)
+    l_parts = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
+    m_i, factor_i = merge(m_parts, l_parts, NORMALISER)
     tiles_d = tl.cdiv(D, BLOCK)
     if tile < tiles_d:
         d = tile * BLOCK + tl.arange(0, BLOCK)
         average = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
         for part in range(0, splits):
             at = tl.cast(part, tl.int64) * rows
-            average += tl.exp(tl.load(tops + at) - top) * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
-        tl.store(context + row * D + d, average * inverse, mask=d < D)
+            each = part_factor(tl.load(tops + at), m_i, NORMALISER)
+            average += each * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
+        tl.store(context + row * D + d, average * factor_i, mask=d < D)
     elif alignments is not None:
         b = row // Tq
         i = row % Tq + tl.arange(0, 1)
@@ -220,7 +208,7 @@ def combine_kernel(
             mask += b * stride_mb
         allowed = attended(mask, i, j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
         s = tl.load(scores + row * Tk + j[None, :], mask=allowed, other=0.0)
-        p = tl.where(allowed, tl.exp(s - top) * inverse, 0.0)
+        p = alignments_of(s, allowed, m_i, factor_i, NORMALISER)
         tl.store(alignments + row * Tk + j[None, :], p, mask=(j < Tk)[None, :])
 
 
@@ -275,6 +263,8 @@ def decode(
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
         ),
         dict(
+            SCORE="dot" if v is None else "additive",
+            NORMALISER="softmax",
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
             ALIGNED=rows_aligned(query, keys, values),
@@ -296,7 +286,7 @@ def decode(
         B * Tq * tiles,
         (context, alignments if need_alignments else None, parts, scores, tops, totals, memory_lengths, bytes_of(mask)),
         (B, Tq, Tk, D, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(BLOCK=block),
+        dict(NORMALISER="softmax", BLOCK=block),
         4,
     )
     return context, alignments

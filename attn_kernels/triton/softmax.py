@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import add_product, attended, batch_offset, divide, kernel, load_rows, row_length
+from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
 from .launch import (
     MAX_SMALL_M,
     accumulator,
@@ -19,6 +19,7 @@ from .launch import (
     small_m_block,
     sum_splits,
 )
+from .normaliser import LOWEST, add_block, alignments_of, factor, mean_gradient, score_gradient
 from .products import product, split, sum_tile
 
 # Softmax and context --------------------------------------------------------------------------------------------------
@@ -44,6 +45,7 @@ def _attend_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    NORMALISER: tl.constexpr,
     ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -70,20 +72,16 @@ def _attend_kernel(
     if mask is not None:
         mask += b * stride_mb
 
-    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
-    m_i = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
+    m_i = tl.full([BLOCK_Q], LOWEST, dtype=accumulate)
     l_i = tl.zeros([BLOCK_Q], dtype=accumulate)
     any_i = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
     for start in range(0, length, BLOCK_K):
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        m_new = tl.maximum(m_i, tl.max(s, axis=1))
-        exponentials = tl.where(allowed, tl.exp(s - m_new[:, None]), 0.0)
-        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(exponentials, axis=1)
+        _, _, m_i, l_i = add_block(s, allowed, m_i, l_i, NORMALISER)
         any_i = tl.maximum(any_i, allowed.to(tl.int32))
-        m_i = m_new
-    inverse = tl.where(tl.max(any_i, axis=1) > 0, divide(1.0, l_i), 0.0)
+    factor_i = factor(l_i, tl.max(any_i, axis=1), NORMALISER)
 
     if SMALL_M:
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
@@ -95,7 +93,7 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        p = tl.where(allowed, tl.exp(s - m_i[:, None]) * inverse[:, None], 0.0)
+        p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None], NORMALISER)
         if alignments is not None:
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < Tk)
@@ -139,7 +137,14 @@ def attend(
         programs * splits,
         (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
         (B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(ALIGNED=rows_aligned(values), SMALL_M=small_m, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
+        dict(
+            NORMALISER="softmax",
+            ALIGNED=rows_aligned(values),
+            SMALL_M=small_m,
+            BLOCK_Q=block_m,
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+        ),
         warps,
     )
     return sum_splits(context, values.dtype), alignments
@@ -169,6 +174,7 @@ def _softmax_backward_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    NORMALISER: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -195,8 +201,7 @@ def _softmax_backward_kernel(
     total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
         if apply == 1:
-            # Not 0 / 0 where nothing is attended.
-            mean = divide(tl.sum(products, axis=1), tl.maximum(tl.sum(total, axis=1), 1e-30))
+            mean = mean_gradient(products, total, NORMALISER)
         for start in range(0, length if apply == 0 else Tk, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -210,7 +215,7 @@ def _softmax_backward_kernel(
                 products += p * g
                 total += p
             else:
-                gradient = tl.where(allowed, p * (g - mean[:, None]), 0.0)
+                gradient = tl.where(allowed, score_gradient(p, g, mean[:, None], NORMALISER), 0.0)
                 stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
                 tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
 
@@ -254,7 +259,7 @@ def softmax_backward(
             lengths_stride(memory_lengths),
             *mask_strides(mask),
         ),
-        dict(BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
+        dict(NORMALISER="softmax", BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
         4,
     )
     return dscores
