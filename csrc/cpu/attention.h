@@ -5,124 +5,11 @@
 // listed steps only ("compact" rows), so that nothing a padded step holds can reach a result.
 #pragma once
 
-#include "gemm.h"
+#include "softmax.h"
+#include "tasks.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
-
-constexpr int64_t kMinCostPerThread = 1 << 16;  // multiply-adds or the like
-
-// Runs task(t, scratch) for t in [0, n); cost is the work of a task, in multiply-adds or the like.
-template <class Task>
-void for_each_task(int64_t n, int64_t cost, const Task& task) {
-  auto body = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t t = begin; t < end; ++t) {
-      Scratch& scratch = thread_scratch();
-      ScratchScope scope(scratch);
-      (*static_cast<const Task*>(context))(t, scratch);
-    }
-  };
-  parallel_for(n, max(1, kMinCostPerThread / max(cost, 1)), body, const_cast<Task*>(&task));
-}
-
-// A part of a call: `tasks` of each sentence, run(b, t, scratch), that cost about so much each.
-template <class Run>
-struct Stage {
-  int64_t tasks, cost;
-  Run run;
-};
-template <class Run>
-Stage(int64_t, int64_t, Run) -> Stage<Run>;
-
-// Runs stages that each need what the one before has made of the same sentence: sentence by sentence, while it is in
-// cache, where every thread has a few of them, otherwise stage by stage.
-template <class... Stages>
-void for_each_sentence(int64_t batch, const Stages&... stages) {
-  if (batch < 4 * thread_count() && thread_count() > 1) {
-    (for_each_task(batch * stages.tasks, stages.cost,
-                   [&](int64_t t, Scratch& scratch) { stages.run(t / stages.tasks, t % stages.tasks, scratch); }),
-     ...);
-    return;
-  }
-  for_each_task(batch, ((stages.tasks * stages.cost) + ...), [&](int64_t b, Scratch& scratch) {
-    auto tasks_of = [&](const auto& stage) {
-      for (int64_t t = 0; t < stage.tasks; ++t) {
-        ScratchScope scope(scratch);
-        stage.run(b, t, scratch);
-      }
-    };
-    (tasks_of(stages), ...);
-  });
-}
-
-// How the queries of a sentence are cut into tasks: small enough that weights and projected queries stay in L2 and that
-// there is a task for every thread, large enough that what is prepared per step serves many queries.
-struct QueryTiles {
-  int64_t queries, size, per_sentence, tasks;
-
-  QueryTiles(int64_t batch, int64_t queries, int64_t steps, bool per_query) : queries(queries) {
-    constexpr int64_t kLeast = 4, kWeights = 1 << 17;
-    size = min(kMaxQueries, max(kLeast, kWeights / max(steps, 1)));
-    size = min(size, max(1, divide_up(batch * queries, thread_count())));
-    if (per_query) size = 1;  // each query has steps of its own
-    per_sentence = divide_up(queries, size);
-    tasks = batch * per_sentence;
-  }
-
-  int64_t sentence(int64_t task) const { return task / per_sentence; }
-  int64_t first(int64_t task) const { return task % per_sentence * size; }
-  int64_t count(int64_t task) const { return min(size, queries - first(task)); }
-
-  // Into how many parts each task is cut where there are fewer tasks than threads. cost: of a task.
-  int64_t parts(int64_t cost) const {
-    return min(divide_up(thread_count(), max(tasks, 1)), max(1, cost / kMinCostPerThread));
-  }
-};
-
-// Sums over more steps than this are made of parts: one sum of hundreds of thousands of steps would be off by as many
-// roundings of the whole.
-constexpr int64_t kMaxSummedSteps = 2048;
-
-// The sum of term(j), a vector, for j = 0, width, ... below n.
-template <typename T, class Term>
-ATTN_INLINE T sum_of_vectors(int64_t n, const Term& term) {
-  Vec<T> total{};
-  for (int64_t j = 0; j < n;) {
-    const int64_t end = min(n, j + kMaxSummedSteps);
-    Vec<T> part{};
-    for (; j < end; j += width<T>) part += term(j);
-    total += part;
-  }
-  return sum<T>(total);
-}
-
-// p[0..n) = softmax(p[0..n)). p has room for whole vectors. n > 0.
-template <typename T>
-ATTN_INLINE void softmax_row(T* p, int64_t n) {
-  constexpr int64_t w = width<T>;
-  const T infinity = static_cast<T>(__builtin_inf());
-  if (n == 1) {
-    *p = 1 + (*p - *p);  // NaN for NaN and infinity
-    return;
-  }
-  const int64_t end = padded<T>(n);
-  T* last = p + end - w;
-  const Vec<T> tail = first_lanes<T>(n - (end - w)) ? load(last) : broadcast(-infinity);
-  if (n <= w) {
-    const Vec<T> e = exp_nonpositive(tail - largest<T>(tail));
-    return store(p, e * (1 / sum<T>(e)));
-  }
-  store(last, tail);
-  Vec<T> top = tail;
-  for (int64_t j = 0; j < end - w; j += w) top = maximum<T>(load(p + j), top);
-  const T shift = largest<T>(top);
-  const T factor = 1 / sum_of_vectors<T>(end, [&](int64_t j) {
-                     const Vec<T> e = exp_nonpositive(load(p + j) - shift);
-                     store(p + j, e);
-                     return e;
-                   });
-  for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
-}
 
 template <typename T>
 void fill_zero(void* data, int64_t at, int64_t n, Dtype dtype) {
@@ -140,17 +27,6 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
   fill_zero<T>(out, at, steps, dtype);
   for (int64_t j = 0; j < n; ++j) store_as<T>(out, dtype, at + list[j], broadcast(p[j]), 1);
 }
-
-// Part `part` of `parts` of n elements, in whole groups of `group`.
-struct Range {
-  int64_t begin, end;
-
-  Range(int64_t n, int64_t part, int64_t parts, int64_t group) {
-    const int64_t size = divide_up(divide_up(n, parts), group) * group;
-    begin = min(n, part * size);
-    end = min(n, begin + size);
-  }
-};
 
 // Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written
 // as dtype from row `row` of data on.
@@ -260,7 +136,7 @@ struct AttentionParams {
 //
 // Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum
 // is split, so that results do not depend on the number of threads.
-template <typename T, class Score>
+template <typename T, class Normaliser = Softmax, class Score>
 void attention_forward(const AttentionParams& p, void* context, void* alignments, const Score& score) {
   const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
   const int64_t cost = tiles.size * p.Tk * (score.cost() + p.D), parts = tiles.parts(cost);
@@ -275,7 +151,7 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
   auto normalise = [&](int64_t task, const int32_t* list, int64_t n, T* weights) {
     const int64_t row = tiles.sentence(task) * p.Tq + tiles.first(task);
     for (int64_t i = 0; i < tiles.count(task); ++i) {
-      if (n > 0) softmax_row(weights + i * ld, n);
+      if (n > 0) Normaliser::row(weights + i * ld, n);
       if (alignments != nullptr) write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, weights + i * ld);
     }
   };
@@ -319,7 +195,7 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
 
 // Gradients of the scores, compact: row (b, i) of dscores and weights (B, Tq, Tk) holds the attended steps of query i.
 // with_chunk(b, first, nq, list, n, dscores, scratch) runs on each chunk's rows while they are in cache.
-template <typename T, class WithTile>
+template <typename T, class Normaliser = Softmax, class WithTile>
 auto scores_backward(const AttentionParams& p, const Array3& alignments, const Array3& grad_context,
                      const Array3& grad_alignments, T* weights, T* dscores, WithTile with_tile) {
   const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
@@ -347,10 +223,7 @@ auto scores_backward(const AttentionParams& p, const Array3& alignments, const A
         all = read_row(grad_alignments, b, first + i, p.Tk, row);
         for (int64_t j = 0; j < n; ++j) di[j] += all[list[j]];
       }
-      // Softmax Jacobian: ds = w (d - sum w d).
-      const T delta =
-          sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(wi + j, n - j) * load_upto(di + j, n - j); });
-      for (int64_t j = 0; j < n; ++j) di[j] = wi[j] * (di[j] - delta);
+      Normaliser::gradient(wi, di, n);
     }
     with_tile(b, first, nq, list, n, ds, scratch);
   };
