@@ -91,7 +91,7 @@ KINDS = {
         "dot",
         "products, on float32 lanes or tensor cores",
         "mma.sync far below the assumed quarter of the peak, or float32 tiles below half of theirs",
-        "wgmma in place of mma.sync; the stages of the loads of mma_tile.cuh; for float32 the tile of simt_tile.cuh",
+        "wgmma in place of mma.sync; the stages of the loads of gemm_mma.cuh; for float32 the tile of gemm_simt.cuh",
         1.6,
     ),
     "beams": Kind(

@@ -1,5 +1,5 @@
-// The factored form of additive scores, and where it may be used: every number of its guards, once for all backends. The
-// CPU and CUDA kernels include this header; attn_kernels/triton/additive_math.py has the same numbers, and a test
+// The factored form of additive scores, and where it may be used: every number of its guards, once for all backends.
+// The CPU and CUDA kernels include this header; attn_kernels/triton/additive_math.py has the same numbers, and a test
 // compares them.
 //
 //   tanh(q + k) = 1 - 2 / (1 + E) = (E - 1) / (E + 1),   E = e^{2q} e^{2k}
@@ -27,16 +27,16 @@ namespace attn {
 
 // Largest bound -------------------------------------------------------------------------------------------------------
 
-// Three units share a division, v folded in: v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}. v is scaled to at
-// most 1, |v| below 2^-24 of the largest are dropped, and d is scaled by 2^-40: d lies between 2^-40 and 2^(24 - 40)
+// Three units share a division, v folded in: v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}. v is scaled to
+// at most 1, |v| below 2^-24 of the largest are dropped, and d is scaled by 2^-40: d lies between 2^-40 and 2^(24 - 40)
 // (1 + E), and a product of three is in range while 1 + E < 2^56, which is e^{38.8}.
 constexpr float kMaxBoundThree = 19.0f;
 // Two units share a division, each (E - 1) / (E + 1): e^{4 bound} |v| is in range while |v| is at most kMaxAbsVTwo.
 constexpr float kMaxBoundTwo = 20.0f;
 // One division for each unit: e^{2q}, e^{2k} and their product are in range.
 constexpr float kMaxBoundOne = 43.0f;
-// Backward of many queries on the CPU, g = ds / (E + 1/E + 2): beyond E = 2^78, and for ds as small as 2^-48, g would be
-// denormal and g (E - 1/E) inexact.
+// Backward of many queries on the CPU, g = ds / (E + 1/E + 2): beyond E = 2^78, and for ds as small as 2^-48, g would
+// be denormal and g (E - 1/E) inexact.
 constexpr float kMaxBoundBackward = 27.0f;
 // Backward on GPUs, for |q| and |k| by themselves: a gradient times e^{2 |q|} is in range up to 10^24, and a gradient
 // over 1 + e^{4 kMaxAbsBackward} down to 10^-10.
@@ -81,8 +81,9 @@ ATTN_GUARD float min_abs_bound(float norm2, int64_t units) {
   return units >= kMinUnitsOfLargeBound ? kLargeBound : INFINITY;
 }
 
-// Estimates of 1 / d, off by at most 2^-14, in low precision on the CPU: the smallest bound from which the error that the
-// tests allow is twice what they give (A = 4 to 2048, inputs of standard deviation 0.003 to 3, norms of v up to 64).
+// Estimates of 1 / d, off by at most 2^-14, in low precision on the CPU: the smallest bound from which the error that
+// the tests allow is twice what they give (A = 4 to 2048, inputs of standard deviation 0.003 to 3, norms of v up to
+// 64).
 constexpr float kMinBoundEstimateBFloat16 = 0.0625f, kMinBoundEstimateFloat16 = 0.25f;
 
 }  // namespace attn

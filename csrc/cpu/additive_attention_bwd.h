@@ -2,10 +2,10 @@
 //
 // With E = e^{2q} e^{2k}, dquery and dkeys are sums of 4 v g, g = ds (1 - tanh^2) / 4, and dv is the sum of ds tanh.
 //
-// Many queries, columnwise: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a
-// division and three multiplications for each pair. Few queries, rowwise: one exponential for each key is all there is time for;
-// with r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 - tanh^2 cancel where
-// units are saturated.
+// Many queries, columnwise: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product,
+// too: a division and three multiplications for each pair. Few queries, rowwise: one exponential for each key is all
+// there is time for; with r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 -
+// tanh^2 cancel where units are saturated.
 //
 // Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence,
 // so that all sums over queries and steps stay within it.
@@ -321,8 +321,8 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T>& back, int64_t b, int64_t 
   }
 }
 
-// Rowwise, for few queries: memory bandwidth decides, so keys are read and dkeys, with kKeys, written in one pass along rows, with the sums in
-// L1. The task has the units [first, first + size) of a sentence, in whole vectors.
+// Rowwise, for few queries: memory bandwidth decides, so keys are read and dkeys, with kKeys, written in one pass along
+// rows, with the sums in L1. The task has the units [first, first + size) of a sentence, in whole vectors.
 template <typename T, bool kKeys>
 void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;

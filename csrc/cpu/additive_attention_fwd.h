@@ -1,5 +1,5 @@
-// Additive attention, forward: the scores of blocks of queries and steps, prepared keys, and the ops. Part of a SIMD level:
-// see simd.h, and additive_factored.h for the form without a tanh per pair.
+// Additive attention, forward: the scores of blocks of queries and steps, prepared keys, and the ops. Part of a SIMD
+// level: see simd.h, and additive_factored.h for the form without a tanh per pair.
 #pragma once
 
 #include "additive_factored.h"

@@ -1,8 +1,8 @@
 // Scores of additive attention without a tanh per pair: the factored form. Part of a SIMD level: see simd.h.
 //
-// With E = e^{2q} e^{2k} and the exponentials computed once per row, a pair of query and step costs a multiply-add and a
-// reciprocal for each hidden unit, and in the forward units share reciprocals over a common denominator. Guards choose,
-// for each tile of queries and each step, a form in which nothing overflows (limits: ../additive_math.h):
+// With E = e^{2q} e^{2k} and the exponentials computed once per row, a pair of query and step costs a multiply-add and
+// a reciprocal for each hidden unit, and in the forward units share reciprocals over a common denominator. Guards
+// choose, for each tile of queries and each step, a form in which nothing overflows (limits: ../additive_math.h):
 //
 //   largest |q| + largest |k|   forward                          backward
 //   <= kMaxBoundThree           three units share a division     a division for each pair
@@ -99,8 +99,8 @@ struct FactoredV {
   }
 };
 
-// e = e^{2x} (meaningful up to kMaxBoundOne) for the vectors x = row(c) of a row, times factor where there is one. Returns
-// its largest |x|; NaN if it has a NaN.
+// e = e^{2x} (meaningful up to kMaxBoundOne) for the vectors x = row(c) of a row, times factor where there is one.
+// Returns its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
 ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr) {
   IntVec<T> abs_max{};

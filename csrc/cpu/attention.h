@@ -1,5 +1,5 @@
-// What every attention op shares, whatever its score: normalisation over the attended steps, context, and in the backward
-// the gradients of scores and values from those of context and alignments. Part of a SIMD level: see simd.h.
+// What every attention op shares, whatever its score: normalisation over the attended steps, context, and in the
+// backward the gradients of scores and values from those of context and alignments. Part of a SIMD level: see simd.h.
 //
 // Padding is left out by listing the attended steps of a sentence: scores, weights and gradients are computed for the
 // listed steps only ("compact" rows), so that nothing a padded step holds can reach a result.
@@ -131,8 +131,8 @@ struct AttentionParams {
   Attended attended;
 };
 
-// Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld, scratch) writes the
-// scores of those queries and of the n listed steps; cost() is the work of a pair.
+// Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld, scratch) writes
+// the scores of those queries and of the n listed steps; cost() is the work of a pair.
 //
 // Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum
 // is split, so that results do not depend on the number of threads.

@@ -1,5 +1,6 @@
-// Products with rows that are read once (the GEMV family): with one query or few, memory decides the speed. Rows are read
-// in their own dtype and in order, a few of them for all queries before the next. Part of a SIMD level: see simd.h.
+// Products with rows that are read once (the GEMV family): with one query or few, memory decides the speed. Rows are
+// read in their own dtype and in order, a few of them for all queries before the next. Part of a SIMD level: see
+// simd.h.
 #pragma once
 
 #include "views.h"
@@ -93,7 +94,8 @@ ATTN_INLINE void weighted_sum_narrow(T* out, const T* weight, int64_t wj, const 
   }
 }
 
-// out_i (+)= sum_j weight_i[j * wj] * rows[j] for out_rows rows out and `count` rows of n elements; the sums stay in L1.
+// out_i (+)= sum_j weight_i[j * wj] * rows[j] for out_rows rows out and `count` rows of n elements; the sums stay in
+// L1.
 template <typename T, class Rows>
 void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weight, int64_t wj, const Rows& rows,
                            int64_t count, int64_t n, bool add) {
@@ -200,8 +202,8 @@ ATTN_INLINE void weighted_sum_short(T* out, const T* weight, int64_t wi, const T
   weighted_sum_fixed<T, NY>(out, weight, wi, y, n, stream);
 }
 
-// Whether rows of n elements from data on can be, and are better, stored past the caches: an array of `bytes` is too large
-// to be found there by its reader.
+// Whether rows of n elements from data on can be, and are better, stored past the caches: an array of `bytes` is too
+// large to be found there by its reader.
 template <typename T>
 ATTN_INLINE bool worth_streaming(const void* data, int64_t n, int64_t bytes) {
   return n % width<T> == 0 && reinterpret_cast<uintptr_t>(data) % ATTN_VECTOR_BYTES == 0 && bytes > last_cache_bytes();

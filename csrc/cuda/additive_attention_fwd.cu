@@ -11,8 +11,8 @@
 // as exponentials into shared memory, unit by unit, and each thread sums up kQ x kK pairs in registers. Where there are
 // few tiles, further warps of the block take a part of the units each (unit_splits).
 //
-// The exponentials are computed before it is known whether they are in range: the largest |q| and |k| are found meanwhile,
-// and pairs outside the limits (../additive_math.h) make the block start again with tanh itself.
+// The exponentials are computed before it is known whether they are in range: the largest |q| and |k| are found
+// meanwhile, and pairs outside the limits (../additive_math.h) make the block start again with tanh itself.
 #include <algorithm>
 
 #include "additive_math.cuh"
@@ -85,8 +85,8 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
   return scale;
 }
 
-// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and step
-// on; constants: [unit].
+// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and
+// step on; constants: [unit].
 template <int kQ, int kK, int kColumns>
 ATTN_DEVICE void add_factored(const float* eq, const float* ek, const float* constants, int units,
                               float (&part)[kQ][kK]) {
@@ -396,9 +396,9 @@ int64_t shared_bytes(int64_t unit_splits, int64_t threads_q, int64_t threads_k) 
                                                  : SharedTile<W, kMaxColumns>::bytes(n, q, k);
 }
 
-// How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from compiled
-// code: a pair and unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the cycles, four
-// at once. One split fits every device; more of them may not.
+// How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from
+// compiled code: a pair and unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the
+// cycles, four at once. One split fits every device; more of them may not.
 template <typename W, int kQ, int kK>
 ScoresTile choose_tile(const AdditiveScores& op, const Device& device) {
   const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);

@@ -30,8 +30,8 @@ ATTN_HOST_DEVICE float exp2x(float x) {
   return p * bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
-// The same by the instruction for 2^y, which has an error of 2^-22, with what rounding takes from y given back: less than
-// half of the instructions. NaN for NaN.
+// The same by the instruction for 2^y, which has an error of 2^-22, with what rounding takes from y given back: less
+// than half of the instructions. NaN for NaN.
 ATTN_HOST_DEVICE float quick_exp2x(float x) {
   const float y = x * 2.8853900817779268f;
   const float lost = fmaf(x, 2.8853900817779268f, -y) + x * 3.851926e-08f;  // of 2 x / ln 2

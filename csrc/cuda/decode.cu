@@ -1,5 +1,5 @@
-// Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once: the kernel,
-// what it is launched with, and how the steps of a sentence are split over blocks (decode_block.cuh).
+// Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once: the
+// kernel, what it is launched with, and how the steps of a sentence are split over blocks (decode_block.cuh).
 #include "additive_score.cuh"
 #include "decode.h"
 #include "decode_block.cuh"

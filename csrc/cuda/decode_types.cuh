@@ -10,7 +10,8 @@ namespace cuda {
 
 constexpr int kWarps = 8;
 
-// Shared memory of a block: offsets in bytes. It begins with what the scores stage and, later, the contexts of the part.
+// Shared memory of a block: offsets in bytes. It begins with what the scores stage and, later, the contexts of the
+// part.
 struct Shared {
   int weights;      // (capacity, NQ), of W: scores, later e^(score - largest), 0 where not attended
   int stats;        // (2, NQ), of W: Normaliser::Part
@@ -61,8 +62,8 @@ struct DecodeParams {
   unsigned* finished;  // (B,): how many blocks have
 };
 
-// An instance: the score and the normaliser (policies: additive_score.cuh, dot_score.cuh, softmax.cuh), the elements of the
-// inputs, those of the keys as they are read (T, or those of prepared keys), and whether rows are read by 16 bytes.
+// An instance: the score and the normaliser (policies: additive_score.cuh, dot_score.cuh, softmax.cuh), the elements of
+// the inputs, those of the keys as they are read (T, or those of prepared keys), and whether rows are read by 16 bytes.
 template <class ScorePolicy, typename Element, typename KeyElement, bool prepared, bool vectorized>
 struct Form {
   using Score = ScorePolicy;

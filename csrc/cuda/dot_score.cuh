@@ -1,4 +1,5 @@
-// The score of dot-product attention in a decoding step: a policy like AdditiveScore (additive_score.cuh has the rules).
+// The score of dot-product attention in a decoding step: a policy like AdditiveScore (additive_score.cuh has the
+// rules).
 #pragma once
 
 #include "decode_types.cuh"

@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
 }
 
 // out[b, m, n] = scale * sum over x of weights[b, m, x] * rows[b, x, n] over the attended pairs (m, x). m are queries
-// and x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked. The sums of each part of x
-// are written apart.
+// and x steps, or with kOfSteps m are steps and x queries. Masks take registers: without one, !kMasked. The sums of
+// each part of x are written apart.
 template <class Tile, typename S, typename T, bool kOfSteps, bool kMasked>
 __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
     weighted_sum_kernel(Tiling tiling, std::int64_t X,

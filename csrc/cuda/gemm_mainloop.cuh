@@ -151,8 +151,8 @@ constexpr std::int64_t tile_shared_bytes() {
 }
 
 // tile.sum += the sum over x < X of a * b. With by_pair a row of b may be padding for one row of a and not for another:
-// what is NaN or Inf in b is then multiplied pair by pair, because 0 * NaN is NaN. All else is added up as ever, so that
-// padding does not change a bit.
+// what is NaN or Inf in b is then multiplied pair by pair, because 0 * NaN is NaN. All else is added up as ever, so
+// that padding does not change a bit.
 template <class Tile, class A, class B>
 ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& kept_a, const Kept& kept_b,
                             bool by_pair) {
@@ -223,7 +223,8 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
 }
 
 // out[r, c] = scale * sum, for the rows and columns of the tile that exist; 0 in rows that keep(r) does not name.
-// out (rows, N) points to the first element of the tile. vectorized: N is a multiple of 4 and out is aligned to 16 bytes.
+// out (rows, N) points to the first element of the tile. vectorized: N is a multiple of 4 and out is aligned to 16
+// bytes.
 template <class Tile, typename O, class Keep>
 ATTN_DEVICE void store_tile(const Tile& tile, O* out, std::int64_t rows, std::int64_t columns, std::int64_t N,
                             typename Tile::Sum scale, bool vectorized, const Keep& keep) {

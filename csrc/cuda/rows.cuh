@@ -46,8 +46,8 @@ inline bool is_vectorized(const Array3& a, int64_t n) {
          reinterpret_cast<uintptr_t>(a.data) % bytes == 0;
 }
 
-// slot = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond. The slot, of
-// this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
+// slot = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond. The slot,
+// of this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
 // stored, and are what read_slot widens after wait_for_copies().
 template <typename W, bool kVectorized>
 ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n, W* slot) {

@@ -1,5 +1,5 @@
-// Softmax as a policy of decoding (decode.cu): of a part of a row of scores, merged over parts, and finished. No access to
-// global memory: unit-tested as plain C++.
+// Softmax as a policy of decoding (decode.cu): of a part of a row of scores, merged over parts, and finished. No access
+// to global memory: unit-tested as plain C++.
 #pragma once
 
 #include "platform.cuh"
@@ -54,7 +54,8 @@ struct Softmax {
     return {largest, a.sum * share(a.largest, largest) + b.sum * share(b.largest, largest)};
   }
 
-  // What turns weights of the whole into alignments: 0 where nothing is attended, NaN where all attended scores are -inf.
+  // What turns weights of the whole into alignments: 0 where nothing is attended, NaN where all attended scores are
+  // -inf.
   ATTN_HOST_DEVICE static W finish(Part whole) {
     if (whole.sum == 0) return 0;
     return whole.largest == -W(INFINITY) ? W(NAN) : 1 / whole.sum;
