@@ -29,7 +29,7 @@ struct Scratch::Block {
   void* memory;
 };
 
-void* Scratch::take(int64_t bytes) {
+void* Scratch::alloc(int64_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
   std::memset(memory, 0xff, bytes);  // NaN in every dtype
