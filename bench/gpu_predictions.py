@@ -98,7 +98,7 @@ KINDS = {
         "beams",
         "memory bandwidth for one query, issue slots from five on; nine and ten take the launches of many queries",
         "the tile of eight queries computes for six and seven, too, and nine queries compute for sixteen",
-        "kFewQueries, and a tile of six; for nine and ten the cut of choose_tile",
+        "kMaxDecodeQueries, and a tile of six; for nine and ten the cut of choose_tile",
         1.5,
     ),
 }

@@ -156,8 +156,8 @@ ATTN_INLINE Vec<T> gradient_row(const UnitColumns<T>& q, int64_t i, const UnitCo
 template <typename T>
 struct BackwardParams {
   const AdditiveScores& op;
-  const Attended& attended;
-  const Array3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
+  const AttentionMask& attended;
+  const StridedView3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
   int64_t D;
   const FactoredV<T>& units;
   const T* dscores;
@@ -165,7 +165,7 @@ struct BackwardParams {
   T *dv_parts, *dbias_parts;
 
   // Vectors of units from c on, of one row of the queries (bias added) or keys.
-  ATTN_INLINE Vec<T> read(const Array3& a, int64_t b, int64_t row, int64_t c) const {
+  ATTN_INLINE Vec<T> read(const StridedView3& a, int64_t b, int64_t row, int64_t c) const {
     const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
     return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
   }
@@ -221,14 +221,14 @@ void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, in
   const bool per_query = back.attended.per_query;
   int32_t* list = alloc<int32_t>(scratch, Tk);
   int32_t* own = alloc<int32_t>(scratch, Tk);
-  Attended any = back.attended;  // a column holds every step; a query's own mask chooses among them
+  AttentionMask any = back.attended;  // a column holds every step; a query's own mask chooses among them
   if (per_query) any.mask = nullptr;
   const int64_t n = list_steps(any, b, 0, Tk, list);
   auto read_q = [&](int64_t i, int64_t u) __attribute__((always_inline)) { return back.query(b, i, first + u * w); };
   auto read_k = [&](int64_t j, int64_t u)
                     __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
   UnitColumns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
-  const Array3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
+  const StridedView3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
   const int64_t columns = min(vectors * w, back.op.A - first);
   T* buffer = alloc<T>(scratch, columns);
   for (int64_t i = 0; i < Tq; ++i) {
@@ -349,7 +349,7 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
   }
   const bool prepared = back.prepared();
   const float* step_abs_max = prepared ? AdditiveScore<T>{op, back.units}.prepared_abs_max(b) : nullptr;
-  const Array3 keys = columns_from(prepared ? op.prepared : op.keys, first);
+  const StridedView3 keys = columns_from(prepared ? op.prepared : op.keys, first);
   const bool stream =
       kKeys && direct &&
       worth_streaming<T>(static_cast<const T*>(back.dkeys) + first, op.A, op.B * op.Tk * op.A * item_size(dtype)) &&
@@ -412,8 +412,8 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
 // dquery, dv and dbias, and dkeys, where needed, from the compact gradients of the scores, (B, Tq, Tk), that the stages
 // before make.
 template <typename T, class Op, class... Before>
-void unit_gradients(const Op& op, const Attended& attended, const Array3& values, const Array3& grad_context, int64_t D,
-                    const T* dscores, const Before&... before) {
+void unit_gradients(const Op& op, const AttentionMask& attended, const StridedView3& values,
+                    const StridedView3& grad_context, int64_t D, const T* dscores, const Before&... before) {
   constexpr int64_t w = width<T>;
   Scratch& call = thread_scratch();
   const FactoredV<T> units(op, call);
@@ -478,7 +478,7 @@ void additive_scores_backward(const AdditiveScoresBackward& op) {
     T* buffer = alloc<T>(scratch, op.Tk);
     memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
   };
-  unit_gradients(op, Attended{}, Array3{}, Array3{}, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
+  unit_gradients(op, AttentionMask{}, StridedView3{}, StridedView3{}, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
 }
 
 }  // namespace ATTN_LEVEL

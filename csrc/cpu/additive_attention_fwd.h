@@ -51,7 +51,7 @@ struct AdditiveScore {
     T* key_buffer = alloc<T>(scratch, 2 * units.size);
     T* query_buffer = alloc<T>(scratch, op.A);
     if constexpr (sizeof(T) == 4) {
-      const Array3& keys = op.prepared ? op.prepared : op.keys;
+      const StridedView3& keys = op.prepared ? op.prepared : op.keys;
       if (q.n == 1 && units.factored && keys.stride[2] == 1)
         return by_element<T>(keys.dtype, [&](auto* element) {
           using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
@@ -236,7 +236,7 @@ void additive_scores(const AdditiveScoresForward& op) {
     const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
     const int64_t nq = min(tiles.size, op.Tq - first), ld = padded<T>(op.Tk);
     int32_t* list = alloc<int32_t>(scratch, op.Tk);
-    list_steps(Attended{}, b, first, op.Tk, list);
+    list_steps(AttentionMask{}, b, first, op.Tk, list);
     T* scores = alloc<T>(scratch, nq * ld);
     score.score_block(score.queries(b, first, nq, scratch), b, list, op.Tk, scores, ld, scratch);
     for (int64_t i = 0; i < nq; ++i)

@@ -117,7 +117,7 @@ ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor =
 
 // The same for row (b, i) of a, of n elements, plus bias where there is one. buffer: of a row.
 template <typename T>
-T row_exponentials(const Array3& a, int64_t b, int64_t i, int64_t n, T* e, T* buffer, const T* bias = nullptr,
+T row_exponentials(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* e, T* buffer, const T* bias = nullptr,
                    const T* factor = nullptr) {
   const int64_t whole = n / width<T> * width<T>;
   auto of = [&](const auto* row) __attribute__((always_inline)) {

@@ -31,7 +31,7 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
 // Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written
 // as dtype from row `row` of data on.
 template <typename T>
-void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
+void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
                      int64_t out_rows, const Range& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
                      Scratch& scratch) {
   const int64_t nc = columns.end - columns.begin, at = row * out_columns + columns.begin;
@@ -40,7 +40,7 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     return;
   }
   ScratchScope scope(scratch);
-  const Array3 strip = columns_from(array, columns.begin);
+  const StridedView3 strip = columns_from(array, columns.begin);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
     if (is_bfloat16_rows(array) && kMinPackedRows <= out_rows && n <= kMaxPairedRows) {  // sums need not be kept
       BFloat16** out = alloc<BFloat16*>(scratch, out_rows);
@@ -94,8 +94,8 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
 // out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMaxQueries rows of x; both rows of
 // sentence b, of `columns` elements.
 template <typename T>
-void dot_listed(const Array3& x, int64_t first, int64_t x_rows, const Array3& y, int64_t b, const int32_t* list,
-                int64_t n, int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
+void dot_listed(const StridedView3& x, int64_t first, int64_t x_rows, const StridedView3& y, int64_t b,
+                const int32_t* list, int64_t n, int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
   ScratchScope scope(scratch);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
     if (x_rows >= kMinPackedRows && is_bfloat16_rows(x) && is_bfloat16_rows(y)) {
@@ -127,8 +127,8 @@ void dot_listed(const Array3& x, int64_t first, int64_t x_rows, const Array3& y,
 struct AttentionParams {
   int64_t B, Tq, Tk, D;
   Dtype dtype;
-  Array3 values;  // (B, Tk, D)
-  Attended attended;
+  StridedView3 values;  // (B, Tk, D)
+  AttentionMask attended;
 };
 
 // Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld, scratch) writes
@@ -196,8 +196,8 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
 // Gradients of the scores, compact: row (b, i) of dscores and weights (B, Tq, Tk) holds the attended steps of query i.
 // with_chunk(b, first, nq, list, n, dscores, scratch) runs on each chunk's rows while they are in cache.
 template <typename T, class Normaliser = Softmax, class WithTile>
-auto scores_backward(const AttentionParams& p, const Array3& alignments, const Array3& grad_context,
-                     const Array3& grad_alignments, T* weights, T* dscores, WithTile with_tile) {
+auto scores_backward(const AttentionParams& p, const StridedView3& alignments, const StridedView3& grad_context,
+                     const StridedView3& grad_alignments, T* weights, T* dscores, WithTile with_tile) {
   const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
   auto run = [=, &p](int64_t b, int64_t chunk, Scratch& scratch) {
     const int64_t first = chunk * tiles.size;
@@ -234,7 +234,7 @@ auto scores_backward(const AttentionParams& p, const Array3& alignments, const A
 // Tk); zero for steps that none attends, and where there is no array. The gradient of values, and of the keys of a dot
 // product.
 template <typename T>
-auto weighted_steps(const AttentionParams& p, const T* weights, const Array3& array, int64_t columns, void* out) {
+auto weighted_steps(const AttentionParams& p, const T* weights, const StridedView3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;
   const int64_t strip = per_query ? 4 * width<T> : max(columns, 1);
   const int64_t step_rows = per_query ? p.Tk : max(1, min(kPanelRows, divide_up(p.B * p.Tk, thread_count())));

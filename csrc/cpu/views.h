@@ -69,7 +69,7 @@ ATTN_INLINE void store_as(void* data, Dtype dtype, int64_t at, Vec<T> x, int64_t
 
 // Row (b, i) of a: a pointer into the array if it is contiguous and of type T, otherwise a converted copy in buffer.
 template <typename T>
-const T* read_row(const Array3& a, int64_t b, int64_t i, int64_t n, T* buffer) {
+const T* read_row(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* buffer) {
   const int64_t at = b * a.stride[0] + i * a.stride[1];
   if (a.dtype == native<T> && (a.stride[2] == 1 || n == 1)) return static_cast<const T*>(a.data) + at;
   int64_t c = 0;
@@ -84,13 +84,13 @@ const T* read_row(const Array3& a, int64_t b, int64_t i, int64_t n, T* buffer) {
 }
 
 // The columns of a from c on.
-ATTN_INLINE Array3 columns_from(Array3 a, int64_t c) {
+ATTN_INLINE StridedView3 columns_from(StridedView3 a, int64_t c) {
   a.data = static_cast<const char*>(a.data) + c * a.stride[2] * item_size(a.dtype);
   return a;
 }
 
 // Prefetches row (b, i) of a.
-ATTN_INLINE void prefetch_row(const Array3& a, int64_t b, int64_t i, int64_t n) {
+ATTN_INLINE void prefetch_row(const StridedView3& a, int64_t b, int64_t i, int64_t n) {
   if (a.stride[2] != 1) return;
   const int64_t item = item_size(a.dtype);
   const char* row = static_cast<const char*>(a.data) + (b * a.stride[0] + i * a.stride[1]) * item;
@@ -102,7 +102,7 @@ ATTN_INLINE void prefetch_row(const Array3& a, int64_t b, int64_t i, int64_t n) 
 class Prefetcher {
  public:
   // Columns [c, c + columns) of rows [0, n) of sentence b of a.
-  void add(const Array3& a, int64_t b, int64_t n, int64_t c, int64_t columns) {
+  void add(const StridedView3& a, int64_t b, int64_t n, int64_t c, int64_t columns) {
     const int64_t item = item_size(a.dtype), lines = n * divide_up(columns * item, kLine);
     if (a.stride[2] != 1 || lines <= 0 || count_ == kMost || (left_ + lines) * kLine > kHalfOfL2) return;
     const char* row = static_cast<const char*>(a.data) + (b * a.stride[0] + c) * item;
@@ -148,7 +148,7 @@ void write_row(void* data, Dtype dtype, int64_t at, const T* row, int64_t n) {
 }
 
 // The steps that may be attended by query i of sentence b (by any query, where the mask is shared), in order.
-ATTN_INLINE int64_t list_steps(const Attended& attended, int64_t b, int64_t i, int64_t steps, int32_t* list) {
+ATTN_INLINE int64_t list_steps(const AttentionMask& attended, int64_t b, int64_t i, int64_t steps, int32_t* list) {
   const int64_t length = min(max(attended.length(b, steps), 0), steps);
   const bool* mask = attended.mask;
   int64_t n = 0;
@@ -165,12 +165,12 @@ ATTN_INLINE int64_t list_steps(const Attended& attended, int64_t b, int64_t i, i
 // A block of rows of one array, as pointers. Copies live in scratch taken once, for at most `capacity` rows.
 template <typename T>
 struct RowBlock {
-  const Array3& array;
+  const StridedView3& array;
   int64_t n;
   T* copies;
   const T** rows;
 
-  RowBlock(const Array3& array, int64_t n, int64_t capacity, Scratch& scratch) : array(array), n(n) {
+  RowBlock(const StridedView3& array, int64_t n, int64_t capacity, Scratch& scratch) : array(array), n(n) {
     const bool direct = array.dtype == native<T> && (array.stride[2] == 1 || n == 1);
     copies = direct ? nullptr : alloc<T>(scratch, capacity * n);
     rows = alloc<const T*>(scratch, capacity);
@@ -200,7 +200,7 @@ struct RowBlock {
 };
 
 // Whether rows of a may be multiplied in pairs, where kPairs<BFloat16>.
-ATTN_INLINE bool is_bfloat16_rows(const Array3& a) { return a.dtype == Dtype::bfloat16 && a.stride[2] == 1; }
+ATTN_INLINE bool is_bfloat16_rows(const StridedView3& a) { return a.dtype == Dtype::bfloat16 && a.stride[2] == 1; }
 
 // Listed rows of a sentence as they lie in memory, where the elements of a row lie side by side.
 template <class E>
@@ -209,7 +209,7 @@ struct ListedRows {
   int64_t stride;
   const int32_t* list;
 
-  ListedRows(const Array3& a, int64_t b, const int32_t* list)
+  ListedRows(const StridedView3& a, int64_t b, const int32_t* list)
       : data(static_cast<const E*>(a.data) + b * a.stride[0]), stride(a.stride[1]), list(list) {}
   const E* operator[](int64_t j) const { return data + list[j] * stride; }
 };
@@ -220,7 +220,7 @@ struct StridedRows {
   const E* data;
   int64_t stride;
 
-  StridedRows(const Array3& a, int64_t b, int64_t first)
+  StridedRows(const StridedView3& a, int64_t b, int64_t first)
       : data(static_cast<const E*>(a.data) + b * a.stride[0] + first * a.stride[1]), stride(a.stride[1]) {}
   const E* operator[](int64_t j) const { return data + j * stride; }
 };

@@ -44,7 +44,7 @@ struct BackwardTile {
 template <typename W>
 struct Backward {
   AdditiveScores op;
-  Attended attended;
+  AttentionMask attended;
   BackwardTile tile;
   const W* dscores;  // (B, Tq, Tk) contiguous, 0 where not attended
   void* dquery;      // (parts_k, B, Tq, A) contiguous
@@ -333,8 +333,8 @@ BackwardTile choose_tile(const AdditiveScores& op, int queries) {
 }
 
 template <typename W, int kQ>
-void launch_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery, void* dkeys,
-                     void* dv, void* dbias) {
+void launch_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
+                     void* dkeys, void* dv, void* dbias) {
   const Dtype dtype = op.query.dtype, wide = sizeof(W) == 8 ? Dtype::float64 : Dtype::float32;
   Backward<W> a{};
   a.op = op;
@@ -359,8 +359,8 @@ void launch_backward(const AdditiveScores& op, const Attended& attended, const v
 
 }  // namespace
 
-void additive_scores_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery,
-                              void* dkeys, void* dv, void* dbias) {
+void additive_scores_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores,
+                              void* dquery, void* dkeys, void* dv, void* dbias) {
   if (op.A == 0) return;
   check_sizes(op);
   auto run = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };

@@ -34,7 +34,7 @@ constexpr int kMaxUnitSplits = 12, kMaxColumns = 192;
 
 struct ScoresTile {
   AdditiveScores op;
-  Attended attended;
+  AttentionMask attended;
   void* scores;  // (B, Tq, Tk) contiguous
   Dtype dtype;   // of scores
   // A block has threads_q x threads_k threads for each of unit_splits parts of the units, and what fills the last warp.
@@ -217,7 +217,7 @@ ATTN_DEVICE void compute_tile(const ScoresTile& a, const SharedTile<W, kColumns>
       const int u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits;
       const int row = is_query ? q0 + of.column : k0 + of.column - s.columns_q;
       const bool exists = row < (is_query ? op.Tq : op.Tk);
-      const Array3& from = is_query ? op.query : op.keys;
+      const StridedView3& from = is_query ? op.query : op.keys;
       fill_slot<W, kVectorized>(from, b * from.stride[0] + row * from.stride[1], u, exists ? op.A : 0,
                                 s.staging + 4 * index);
     });
@@ -451,7 +451,7 @@ void launch_tile(const ScoresTile& tile) {
 }
 
 template <typename W, int kQ, int kK>
-void launch_scores(const AdditiveScores& op, const Attended& attended, void* scores, Dtype dtype) {
+void launch_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, Dtype dtype) {
   ScoresTile tile = choose_tile<W, kQ, kK>(op, current_device());
   tile.op = op;
   tile.attended = attended;
@@ -465,7 +465,7 @@ void launch_scores(const AdditiveScores& op, const Attended& attended, void* sco
 
 }  // namespace
 
-void additive_scores(const AdditiveScores& op, const Attended& attended, void* scores, bool narrow) {
+void additive_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, bool narrow) {
   const Dtype dtype = narrow || op.query.dtype == Dtype::float64 ? op.query.dtype : Dtype::float32;
   check_sizes(op);
   if (op.A == 0) return clear(scores, op.B * op.Tq * op.Tk * item_size(dtype));

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(DecodeParams p
 constexpr int kCapacity = 1024;  // steps of a block, for shared memory; half of it in float64
 constexpr int kMinSteps = 8;     // of a block, below which a further split is not worth it
 
-bool has_vectorized_rows(const Array3& a, int64_t n, int64_t item) {
+bool has_vectorized_rows(const StridedView3& a, int64_t n, int64_t item) {
   const int64_t each = 16 / item;
   return reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0 && a.stride[0] % each == 0 && a.stride[1] % each == 0 &&
          (a.stride[2] == 1 || n <= 1) && n % each == 0 && std::abs(a.stride[1]) < (int64_t(1) << 31) / item;
@@ -138,24 +138,24 @@ Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
   return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kMinSteps)))), false};
 }
 
-void few_queries_attention(const AdditiveAttentionForward& op, const Splits& splits) {
+void decode_attention(const AdditiveAttentionForward& op, const Splits& splits) {
   DecodeParams p = {};
   p.v = op.v, p.bias = op.bias, p.prepared = op.prepared;
   run_dtype<AdditiveScore>(op, splits, p);
 }
 
-void few_queries_attention(const DotAttentionForward& op, const Splits& splits) {
+void decode_attention(const DotAttentionForward& op, const Splits& splits) {
   DecodeParams p = {};
   p.scale = op.scale;
   run_dtype<DotScore>(op, splits, p);
 }
 
-void few_queries_attention(const AdditiveAttentionForward& op) {
-  few_queries_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+void decode_attention(const AdditiveAttentionForward& op) {
+  decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
-void few_queries_attention(const DotAttentionForward& op) {
-  few_queries_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+void decode_attention(const DotAttentionForward& op) {
+  decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
 }  // namespace cuda

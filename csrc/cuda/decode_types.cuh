@@ -43,13 +43,13 @@ struct Columns {
 struct DecodeParams {
   int Tq, Tk;
   int64_t A, D;
-  Array3 query;     // (B, Tq, A)
-  Array3 keys;      // (B, Tk, A)
-  Array3 prepared;  // (B, rows, columns) or absent: see PreparedSizes
-  Array3 v, bias;   // (1, 1, A) or absent
-  Array3 values;    // (B, Tk, D)
+  StridedView3 query;     // (B, Tq, A)
+  StridedView3 keys;      // (B, Tk, A)
+  StridedView3 prepared;  // (B, rows, columns) or absent: see PreparedSizes
+  StridedView3 v, bias;   // (1, 1, A) or absent
+  StridedView3 values;    // (B, Tk, D)
   double scale;
-  Attended attended;
+  AttentionMask attended;
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
   Shared shared;
@@ -85,7 +85,7 @@ struct Steps {
 };
 
 template <typename T>
-ATTN_DEVICE const T* row_of(const Array3& a, int64_t b, int64_t i) {
+ATTN_DEVICE const T* row_of(const StridedView3& a, int64_t b, int64_t i) {
   return static_cast<const T*>(a.data) + b * a.stride[0] + i * a.stride[1];
 }
 
@@ -102,7 +102,7 @@ struct Rows {
   const char* lane_first;
   int64_t stride, element_stride;  // in bytes; of rows it fits in 32 bits where they are read by 16 bytes
 
-  ATTN_DEVICE Rows(const Array3& a, int64_t b, int64_t row, int64_t element)
+  ATTN_DEVICE Rows(const StridedView3& a, int64_t b, int64_t row, int64_t element)
       : stride(a.stride[1] * static_cast<int>(sizeof(E))), element_stride(a.stride[2] * static_cast<int>(sizeof(E))) {
     if (F::kVectorized) element_stride = sizeof(E);
     const int lane = threadIdx.x % kWarp;

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
     small_m_product_kernel(int Tq, std::int64_t Tk, std::int64_t A, unsigned blocks_of_sentence,
                            Strided<T> query,  // (B, Tq, A)
                            Strided<T> keys,   // (B, Tk, A)
-                           Attended attended, Wide<T> scale,
+                           AttentionMask attended, Wide<T> scale,
                            Wide<T>* out) {  // (B, Tq, Tk) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
@@ -71,7 +71,7 @@ struct Weights {
 
 // The weights of the steps j0 .. j0 + n for all queries, (n, kQ), and which queries attend each step: a bit each.
 template <typename T, int kQ>
-ATTN_DEVICE void share_weights(const Weights<T>& weights, const Attended& attended, std::int64_t b, int Tq,
+ATTN_DEVICE void share_weights(const Weights<T>& weights, const AttentionMask& attended, std::int64_t b, int Tq,
                                std::int64_t length, std::int64_t j0, int n, Wide<T>* shared, unsigned* attending) {
   for (int x = threadIdx.x; x < n; x += blockDim.x) {
     const std::int64_t j = j0 + x;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2)
     small_m_sum_kernel(std::int64_t B, int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned parts,
                        std::int64_t steps_of_part, Weights<T> weights,
                        Strided<T> rows,  // (B, Tk, N)
-                       Attended attended, Wide<T> scale,
+                       AttentionMask attended, Wide<T> scale,
                        O* out) {  // (parts, B, Tq, N) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp)
     small_m_outer_kernel(int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned blocks_j,
                          Weights<T> weights,
                          Strided<T> rows,  // (B, Tq, N)
-                         Attended attended, Wide<T> scale, bool vectorized,
+                         AttentionMask attended, Wide<T> scale, bool vectorized,
                          T* out) {  // (B, Tk, N) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
@@ -242,7 +242,7 @@ void with_queries(std::int64_t Tq, const F& f) {
   else
     f(Int<8>());
 }
-static_assert(kFewQueries == 8, "with_queries has a kernel for each number of queries");
+static_assert(kMaxDecodeQueries == 8, "with_queries has a kernel for each number of queries");
 
 template <typename T>
 Weights<T> weights_of(const WeightedSum& op) {
@@ -306,7 +306,7 @@ void gemm_small_m_nn(const WeightedSum& op) {
     using T = typename decltype(type)::type;
     with_queries(op.Tq, [&](auto queries) {
       constexpr int kQ = decltype(queries)::value;
-      if (op.of_steps)
+      if (op.transposed)
         sum_over_queries<T, kQ>(op);
       else
         sum_over_steps<T, kQ>(op);

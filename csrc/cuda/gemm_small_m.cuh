@@ -6,7 +6,7 @@
 namespace attn {
 namespace cuda {
 
-// For op.Tq <= kFewQueries and a simplified op.attended (views.cuh).
+// For op.Tq <= kMaxDecodeQueries and a simplified op.attended (views.cuh).
 void gemm_small_m_nt(const Product& op);
 void gemm_small_m_nn(const WeightedSum& op);
 

@@ -40,7 +40,7 @@ inline void check_sizes(const AdditiveScores& op) {
 }
 
 // Whether four units may be read at once: rows are whole fours that lie side by side and aligned.
-inline bool is_vectorized(const Array3& a, int64_t n) {
+inline bool is_vectorized(const StridedView3& a, int64_t n) {
   const uintptr_t bytes = static_cast<uintptr_t>(4 * item_size(a.dtype));
   return n % 4 == 0 && a.stride[2] == 1 && a.stride[0] % 4 == 0 && a.stride[1] % 4 == 0 &&
          reinterpret_cast<uintptr_t>(a.data) % bytes == 0;
@@ -50,7 +50,7 @@ inline bool is_vectorized(const Array3& a, int64_t n) {
 // of this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
 // stored, and are what read_slot widens after wait_for_copies().
 template <typename W, bool kVectorized>
-ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n, W* slot) {
+ATTN_DEVICE void fill_slot(const StridedView3& a, int64_t offset, int64_t u, int64_t n, W* slot) {
   if constexpr (kVectorized && sizeof(W) == 4) {
     const int item = a.dtype == Dtype::float32 ? 4 : 2;
     if (u < n)

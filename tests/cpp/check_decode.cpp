@@ -58,7 +58,7 @@ void with_dtype(Dtype dtype, const F& f) {
 struct Data {
   Dtype dtype;
   std::int64_t n0, n1, n2;
-  Array3 array;
+  StridedView3 array;
   std::vector<double> x;
   std::vector<std::uint64_t> memory;
 
@@ -219,8 +219,8 @@ struct Inputs {
     return !c.mask || mask[(b * c.Tq + (c.mask == 2 ? i : 0)) * c.Tk + j];
   }
 
-  Attended attended() const {
-    Attended a;
+  AttentionMask attended() const {
+    AttentionMask a;
     if (c.lengths % 64 == 32) a.lengths = lengths32.data(), a.lengths_stride = 1;
     if (c.lengths && c.lengths % 64 == 0) a.lengths = lengths.data(), a.lengths_are_64 = true, a.lengths_stride = 1;
     if (c.mask) {
@@ -326,13 +326,13 @@ void check(const Inputs& in, bool additive, const Expected& expected, const Spli
     if (c.bias) op.bias = in.bias.array;
     if (c.prepared && c.A > 0) op.prepared = in.prepared.array;
     op.attended = in.attended(), op.context = to[0], op.alignments = to[1];
-    splits.n > 0 ? few_queries_attention(op, splits) : few_queries_attention(op);
+    splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
   } else {
     DotAttentionForward op{};
     op.B = c.B, op.Tq = c.Tq, op.Tk = c.Tk, op.A = c.A, op.D = c.D, op.scale = kScale;
     op.query = in.query.array, op.keys = in.keys.array, op.values = in.values.array;
     op.attended = in.attended(), op.context = to[0], op.alignments = to[1];
-    splits.n > 0 ? few_queries_attention(op, splits) : few_queries_attention(op);
+    splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
   }
   attn::cuda::blocks.clear();
   if (before[0] != in.query.memory || before[1] != in.keys.memory || before[2] != in.values.memory)
