@@ -105,7 +105,7 @@ RULES = (
     Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
     # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
     # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
-    Rule(r"^many_scores_kernel$", FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
+    Rule(r"^tiled_scores_kernel$", FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
     Rule(
         r"^backward_kernel$",
         BACKWARD,

@@ -91,14 +91,14 @@ KINDS = {
         "dot",
         "products, on float32 lanes or tensor cores",
         "mma.sync far below the assumed quarter of the peak, or float32 tiles below half of theirs",
-        "wgmma in place of mma.sync; the stages of the loads of mma_tile.cuh; for float32 the tile of simt_tile.cuh",
+        "wgmma in place of mma.sync; the stages of the loads of gemm_mma.cuh; for float32 the tile of gemm_simt.cuh",
         1.6,
     ),
     "beams": Kind(
         "beams",
         "memory bandwidth for one query, issue slots from five on; nine and ten take the launches of many queries",
         "the tile of eight queries computes for six and seven, too, and nine queries compute for sixteen",
-        "kFewQueries, and a tile of six; for nine and ten the cut of choose_tile",
+        "kMaxDecodeQueries, and a tile of six; for nine and ten the cut of choose_tile",
         1.5,
     ),
 }

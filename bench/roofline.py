@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ADDITIVE, DOT = "additive_attention", "dot_attention"
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-FEW_QUERIES = 8  # kFewQueries of csrc/cuda/kernels.h: up to here one launch reads keys and values once
+FEW_QUERIES = 8  # kMaxDecodeQueries of csrc/cuda/kernels.h: up to here one launch reads keys and values once
 
 # The least that the formulas take for a pair: three units share a reciprocal in nine instructions; the backward has
 # the multiply-add of 1 + E, its reciprocal, p, g, and the sums of dq, dk and dv.

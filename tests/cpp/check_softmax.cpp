@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/arrays.cuh"
+#include "cuda/views.cuh"
 
 namespace attn {
 namespace cuda {
@@ -87,7 +87,7 @@ enum Layout { contiguous, time_major, columns, sliced, misaligned, expanded, rep
 // An (n0, n1, n2) input in some layout, with NaN between and around its elements. Those of stride 0 share elements.
 struct Input {
   std::vector<double> memory;  // room for any dtype, aligned
-  Array3 array;
+  StridedView3 array;
 
   Input() = default;
   Input(std::int64_t n0, std::int64_t n1, std::int64_t n2, Dtype dtype, Layout layout) {
@@ -137,7 +137,7 @@ struct Pairs {
   std::vector<std::int64_t> lengths64;
   std::vector<std::int32_t> lengths32;
   std::vector<unsigned char> mask;
-  Attended attended;
+  AttentionMask attended;
   std::int64_t Tk;
 
   explicit Pairs(const Case& c) : Tk(c.Tk) {
@@ -221,8 +221,8 @@ void compare(const char* name, double is, double right, double allowed, std::int
 }
 
 // Calls on a small or a large device, which take different tiles; with both_same on both, for the same bits.
-template <class Call>
-void on_devices(bool both_same, Output& out, const Call& call) {
+template <class CallContext>
+void on_devices(bool both_same, Output& out, const CallContext& call) {
   Output other = out;
   int& multiprocessors = emulator::machine().multiprocessors;
   multiprocessors = random_below(2) ? 132 : 1;
@@ -273,12 +273,12 @@ void check_product(const Case& c, Dtype dtype, Layout query_layout, Layout keys_
 }
 
 // Poison where nothing is attended: weights of such pairs, and rows that no pair uses.
-void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool of_steps, Layout weights_layout,
+void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool transposed, Layout weights_layout,
                         Layout rows_layout) {
   const Pairs pairs(c);
-  const std::int64_t M = of_steps ? c.Tk : c.Tq, X = of_steps ? c.Tq : c.Tk;
+  const std::int64_t M = transposed ? c.Tk : c.Tq, X = transposed ? c.Tq : c.Tk;
   const auto attends = [&](std::int64_t b, std::int64_t m, std::int64_t x) {
-    return of_steps ? pairs(b, x, m) : pairs(b, m, x);
+    return transposed ? pairs(b, x, m) : pairs(b, m, x);
   };
   const Dtype weights_dtype = wide_weights ? wide(dtype) : dtype;
   Input weights(c.B, c.Tq, c.Tk, weights_dtype, weights_layout), rows(c.B, X, c.D, dtype, rows_layout);
@@ -298,9 +298,9 @@ void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool of_s
       }
   const double scale = -1.7;
   Output out(c.B, M, c.D, dtype, rows_layout != misaligned);
-  const bool tiles = c.Tq > kFewQueries;
+  const bool tiles = c.Tq > kMaxDecodeQueries;
   on_devices(tiles && dtype == Dtype::float32, out, [&](Output& to) {
-    weighted_sum({c.B, c.Tq, c.Tk, c.D, weights.array, rows.array, scale, pairs.attended, of_steps, to.data()});
+    weighted_sum({c.B, c.Tq, c.Tk, c.D, weights.array, rows.array, scale, pairs.attended, transposed, to.data()});
   });
   // Tensor cores take weights in the dtype of rows.
   const bool rounds = tiles && weights_dtype != dtype;
@@ -311,7 +311,7 @@ void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool of_s
         double row_sizes = 0;
         for (std::int64_t x = 0; x < X; ++x)
           if (attends(b, m, x)) {
-            sum.add((of_steps ? weights(b, x, m) : weights(b, m, x)) * rows(b, x, n));
+            sum.add((transposed ? weights(b, x, m) : weights(b, m, x)) * rows(b, x, n));
             row_sizes += std::isfinite(rows(b, x, n)) ? std::fabs(rows(b, x, n)) : 0;
           }
         const double right = scale * sum.total;
@@ -342,13 +342,13 @@ void check_attend(const Case& c, Dtype dtype, bool with_alignments) {
       }
     }
   Output context(c.B, c.Tq, c.D, dtype), alignments(c.B, c.Tq, c.Tk, dtype);
-  on_devices(c.Tq > kFewQueries && dtype == Dtype::float32, context, [&](Output& to) {
+  on_devices(c.Tq > kMaxDecodeQueries && dtype == Dtype::float32, context, [&](Output& to) {
     attend({c.B, c.Tq, c.Tk, c.D, scores.array.data, values.array, pairs.attended, to.data(),
             with_alignments ? alignments.data() : nullptr});
   });
   alignments.check_guards();
   std::vector<double> p(c.Tk);
-  const bool rounds = c.Tq > kFewQueries && dtype != wide(dtype);
+  const bool rounds = c.Tq > kMaxDecodeQueries && dtype != wide(dtype);
   for (std::int64_t b = 0; b < c.B; ++b)
     for (std::int64_t i = 0; i < c.Tq; ++i) {
       double top = -1e300, total = 0;
@@ -397,8 +397,9 @@ void check_softmax_backward(const Case& c, Dtype dtype, bool has_context, bool h
     }
   Output out(c.B, c.Tq, c.Tk, wide(dtype));
   on_devices(false, out, [&](Output& to) {
-    softmax_backward({c.B, c.Tq, c.Tk, c.D, alignments.array, has_context ? grad_context.array : Array3{},
-                      has_alignments ? grad_alignments.array : Array3{}, values.array, pairs.attended, to.data()});
+    softmax_backward({c.B, c.Tq, c.Tk, c.D, alignments.array, has_context ? grad_context.array : StridedView3{},
+                      has_alignments ? grad_alignments.array : StridedView3{}, values.array, pairs.attended,
+                      to.data()});
   });
   std::vector<Sum> g(c.Tk);
   for (std::int64_t b = 0; b < c.B; ++b)

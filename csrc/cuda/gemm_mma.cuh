@@ -1,7 +1,7 @@
 // A tile of a matrix product on tensor cores: bfloat16 and float16, with sums in float32.
 #pragma once
 
-#include "tile_sum.cuh"
+#include "gemm_mainloop.cuh"
 
 namespace attn {
 namespace cuda {

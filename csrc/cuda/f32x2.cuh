@@ -1,4 +1,4 @@
-// Two numbers that are computed with together: on compute capability 10.0 and later one instruction does it for both,
+// F32x2 numbers that are computed with together: on compute capability 10.0 and later one instruction does it for both,
 // elsewhere these are the plain operations twice.
 #pragma once
 
@@ -8,18 +8,18 @@ namespace attn {
 namespace cuda {
 
 template <typename W>
-struct Two {
+struct F32x2 {
   W x, y;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-ATTN_DEVICE std::uint64_t packed(Two<float> a) {
+ATTN_DEVICE std::uint64_t packed(F32x2<float> a) {
   std::uint64_t bits;
   asm("mov.b64 %0, {%1, %2};" : "=l"(bits) : "f"(a.x), "f"(a.y));
   return bits;
 }
-ATTN_DEVICE Two<float> unpacked(std::uint64_t bits) {
-  Two<float> a;
+ATTN_DEVICE F32x2<float> unpacked(std::uint64_t bits) {
+  F32x2<float> a;
   asm("mov.b64 {%0, %1}, %2;" : "=f"(a.x), "=f"(a.y) : "l"(bits));
   return a;
 }
@@ -28,7 +28,7 @@ ATTN_DEVICE Two<float> unpacked(std::uint64_t bits) {
 // a b + c
 ATTN_HOST_DEVICE float multiply_add(float a, float b, float c) { return a * b + c; }
 template <typename W>
-ATTN_HOST_DEVICE Two<W> multiply_add(Two<W> a, Two<W> b, Two<W> c) {
+ATTN_HOST_DEVICE F32x2<W> multiply_add(F32x2<W> a, F32x2<W> b, F32x2<W> c) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if constexpr (sizeof(W) == 4) {
     std::uint64_t r;
@@ -40,7 +40,7 @@ ATTN_HOST_DEVICE Two<W> multiply_add(Two<W> a, Two<W> b, Two<W> c) {
 }
 
 template <typename W>
-ATTN_HOST_DEVICE Two<W> operator*(Two<W> a, Two<W> b) {
+ATTN_HOST_DEVICE F32x2<W> operator*(F32x2<W> a, F32x2<W> b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if constexpr (sizeof(W) == 4) {
     std::uint64_t r;
@@ -52,7 +52,7 @@ ATTN_HOST_DEVICE Two<W> operator*(Two<W> a, Two<W> b) {
 }
 
 template <typename W>
-ATTN_HOST_DEVICE Two<W> operator+(Two<W> a, Two<W> b) {
+ATTN_HOST_DEVICE F32x2<W> operator+(F32x2<W> a, F32x2<W> b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if constexpr (sizeof(W) == 4) {
     std::uint64_t r;
@@ -64,7 +64,7 @@ ATTN_HOST_DEVICE Two<W> operator+(Two<W> a, Two<W> b) {
 }
 
 template <typename W>
-ATTN_HOST_DEVICE Two<W> reciprocal(Two<W> a) {
+ATTN_HOST_DEVICE F32x2<W> reciprocal(F32x2<W> a) {
   return {reciprocal(a.x), reciprocal(a.y)};
 }
 

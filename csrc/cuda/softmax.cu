@@ -1,7 +1,7 @@
-// Softmax with context, and the gradient of scores: a kernel for the rows of scores each, and a product (products.cu).
+// Softmax with context, and the gradient of scores: a kernel for the rows of scores each, and a product (gemm.cu).
 #include <limits>
 
-#include "arrays.cuh"
+#include "views.cuh"
 
 namespace attn {
 namespace cuda {
@@ -31,7 +31,7 @@ template <typename T>
 __global__ void __launch_bounds__(kRowWarps* kWarp)
     attend_kernel(std::int64_t rows, std::int64_t Tq, std::int64_t Tk,
                   const Wide<T>* scores,  // (B, Tq, Tk) contiguous
-                  Attended attended,
+                  AttentionMask attended,
                   T* alignments,       // (B, Tq, Tk) contiguous, or null
                   Wide<T>* weights) {  // (B, Tq, Tk) contiguous, or null
   using W = Wide<T>;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
     softmax_backward_kernel(std::int64_t rows, std::int64_t Tq, std::int64_t Tk,
                             Strided<T> alignments,       // (B, Tq, Tk)
                             Strided<T> grad_alignments,  // (B, Tq, Tk), or null
-                            Attended attended, bool has_product,
+                            AttentionMask attended, bool has_product,
                             Wide<T>* dscores) {  // (B, Tq, Tk) contiguous, first the product, if there is one
   using W = Wide<T>;
   const Row row(rows, Tq);
@@ -107,21 +107,21 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
 
 Grid rows_grid(std::int64_t rows) { return {ceil_div(rows, kRowWarps), kRowWarps * kWarp}; }
 
-Array3 contiguous(const void* data, Dtype dtype, std::int64_t Tq, std::int64_t Tk) {
+StridedView3 contiguous(const void* data, Dtype dtype, std::int64_t Tq, std::int64_t Tk) {
   return {data, dtype, {Tq * Tk, Tk, 1}};
 }
 
 }  // namespace
 
 void attend(const Attend& op) {
-  const Attended attended = simplified(op.attended, op.Tq);
+  const AttentionMask attended = simplified(op.attended, op.Tq);
   with_type(op.values.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using W = Wide<T>;
     const std::int64_t rows = op.B * op.Tq, size = op.Tk > 0 ? rows * op.Tk : 0;
     // The context is summed with unrounded weights, but tensor cores take them in the dtype of values.
     constexpr bool kRounds = sizeof(T) != sizeof(W);
-    const bool unrounded = kRounds && op.Tq <= kFewQueries && op.D > 0;
+    const bool unrounded = kRounds && op.Tq <= kMaxDecodeQueries && op.D > 0;
     T* alignments = static_cast<T*>(op.alignments);
     W* weights = nullptr;
     if (unrounded)
@@ -132,14 +132,14 @@ void attend(const Attend& op) {
       launch(attend_kernel<T>, rows_grid(rows), rows, op.Tq, op.Tk, static_cast<const W*>(op.scores), attended,
              alignments, weights);
     const Dtype dtype = op.values.dtype;
-    const Array3 averages =
+    const StridedView3 averages =
         unrounded ? contiguous(weights, Dtype::float32, op.Tq, op.Tk) : contiguous(alignments, dtype, op.Tq, op.Tk);
     weighted_sum({op.B, op.Tq, op.Tk, op.D, averages, op.values, 1.0, attended, false, op.context});
   });
 }
 
 void softmax_backward(const SoftmaxBackward& op) {
-  const Attended attended = simplified(op.attended, op.Tq);
+  const AttentionMask attended = simplified(op.attended, op.Tq);
   const std::int64_t rows = op.Tk > 0 ? op.B * op.Tq : 0;
   if (op.grad_context) product({op.B, op.Tq, op.Tk, op.D, op.grad_context, op.values, 1.0, attended, op.dscores});
   with_type(op.alignments.dtype, [&](auto type) {

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "arrays.cuh"
+#include "views.cuh"
 
 namespace attn {
 namespace cuda {
@@ -17,15 +17,15 @@ constexpr int kTileThreads = 128;
 constexpr int kTileWarps = kTileThreads / kWarp;
 
 // A factor of the product of one sentence: element (r, x) is data[r * stride_r + x * stride_x], r a row of the result
-// or a column. in_packs: 16 bytes along the axis that is read first are aligned and lie side by side.
+// or a column. vectorized: 16 bytes along the axis that is read first are aligned and lie side by side.
 template <typename S>
 struct Factor {
   const S* data;
   std::int64_t stride_r, stride_x;
-  bool in_packs;
+  bool vectorized;
 
   // Without its first x steps, a multiple of a pack.
-  ATTN_DEVICE Factor from(std::int64_t x) const { return {data + x * stride_x, stride_r, stride_x, in_packs}; }
+  ATTN_DEVICE Factor from(std::int64_t x) const { return {data + x * stride_x, stride_r, stride_x, vectorized}; }
 };
 
 // Which elements (r, x) of a factor are no padding; without data all of them.
@@ -53,7 +53,7 @@ struct SliceLoader {
   const S* from;
   std::int64_t step, stride_x, next;  // from element to element of a pack, from step to step, from pack to pack
   int r_end;                          // rows of the slice that exist
-  bool in_packs;
+  bool vectorized;
   static constexpr int kParts = kPack * static_cast<int>(sizeof(S)) / 16;
   uint4 raw[kEach][kParts];  // as it came: looking at it would be waiting for it
 
@@ -76,7 +76,7 @@ struct SliceLoader {
         stride_x(factor.stride_x),
         next((kAlongX ? factor.stride_r : factor.stride_x) * kLines),
         r_end(static_cast<int>(R - r0 < kR ? R - r0 : kR)),
-        in_packs(factor.in_packs) {}
+        vectorized(factor.vectorized) {}
 
   // The next slice, of which x_end steps exist, from step x0 on; zeros for what is not kept.
   ATTN_DEVICE void load(std::int64_t x0, int x_end, const Kept& kept) {
@@ -86,7 +86,7 @@ struct SliceLoader {
       const int r = r_of(k), x = x_of(k);
       const S* at = from + k * next;
       const bool whole = kAlongX ? r < r_end && x + kPack <= x_end : r + kPack <= r_end && x < x_end;
-      if (in_packs && whole) {
+      if (vectorized && whole) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) raw[k][part] = vector_at<uint4>(at + part * (kPack / kParts));
       } else {
@@ -151,8 +151,8 @@ constexpr std::int64_t tile_shared_bytes() {
 }
 
 // tile.sum += the sum over x < X of a * b. With by_pair a row of b may be padding for one row of a and not for another:
-// what is NaN or Inf in b is then multiplied pair by pair, because 0 * NaN is NaN. All else is added up as ever, so that
-// padding does not change a bit.
+// what is NaN or Inf in b is then multiplied pair by pair, because 0 * NaN is NaN. All else is added up as ever, so
+// that padding does not change a bit.
 template <class Tile, class A, class B>
 ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& kept_a, const Kept& kept_b,
                             bool by_pair) {
@@ -223,10 +223,11 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
 }
 
 // out[r, c] = scale * sum, for the rows and columns of the tile that exist; 0 in rows that keep(r) does not name.
-// out (rows, N) points to the first element of the tile. in_packs: N is a multiple of 4 and out is aligned to 16 bytes.
+// out (rows, N) points to the first element of the tile. vectorized: N is a multiple of 4 and out is aligned to 16
+// bytes.
 template <class Tile, typename O, class Keep>
 ATTN_DEVICE void store_tile(const Tile& tile, O* out, std::int64_t rows, std::int64_t columns, std::int64_t N,
-                            typename Tile::Sum scale, bool in_packs, const Keep& keep) {
+                            typename Tile::Sum scale, bool vectorized, const Keep& keep) {
   tile.each_row([&](auto row_count, int i, int r0) {
 #pragma unroll
     for (int e = 0; e < decltype(row_count)::value; ++e) {
@@ -240,7 +241,7 @@ ATTN_DEVICE void store_tile(const Tile& tile, O* out, std::int64_t rows, std::in
 #pragma unroll
         for (int f = 0; f < n; ++f)
           pack.x[f] = narrow<O>(kept ? scale * tile.sum[i + e][j + f] : typename Tile::Sum(0));
-        if (in_packs && c + n <= columns) {
+        if (vectorized && c + n <= columns) {
           vector_at<Pack<O, n>>(row + c) = pack;
         } else {
 #pragma unroll

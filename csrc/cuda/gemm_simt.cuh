@@ -1,22 +1,22 @@
 // A tile of a matrix product by multiply-adds of single elements: float32 and float64.
 #pragma once
 
-#include "tile_sum.cuh"
+#include "gemm_mainloop.cuh"
 
 namespace attn {
 namespace cuda {
 
-// The elements of thread t among the kThreads * n of a tile's side: first groups of up to kMost side by side, then
+// The elements of thread t among the kThreads * n of a tile's side: first groups of up to kMax side by side, then
 // of 2, then of 1; so that any n is read from shared memory in few instructions.
-template <int n, int kThreads, int kMost, int kFirst = 0>
+template <int n, int kThreads, int kMax, int kFirst = 0>
 struct Fragment {
-  static constexpr int kGroup = n >= kMost ? kMost : n >= 2 ? 2 : 1;
+  static constexpr int kGroup = n >= kMax ? kMax : n >= 2 ? 2 : 1;
 
   // f(Int<group>, the index of its first element, where that lies).
   template <class F>
   ATTN_DEVICE static void each(int t, const F& f) {
     f(Int<kGroup>(), kFirst, kFirst * kThreads + t * kGroup);
-    if constexpr (n > kGroup) Fragment<n - kGroup, kThreads, kMost, kFirst + kGroup>::each(t, f);
+    if constexpr (n > kGroup) Fragment<n - kGroup, kThreads, kMax, kFirst + kGroup>::each(t, f);
   }
 };
 
@@ -28,7 +28,7 @@ struct SimtTile {
   static constexpr int kRows = 8 * kM, kColumns = 16 * kN, kSlice = 16;
   static constexpr int kBlocks = kM * kN >= 40 || sizeof(W) == 8 ? 3 : 4;  // of a multiprocessor: what registers allow
   static constexpr int kCost = kM * kN + 2 * (kM + kN) + 8;                // of a step of the sum, in issue slots
-  static constexpr int kMost = kPer16Bytes<W>;
+  static constexpr int kMax = kPer16Bytes<W>;
 
   W sum[kM][kN];
 
@@ -50,10 +50,10 @@ struct SimtTile {
     ATTN_DEVICE static W get(const W* shared, int r, int x) { return shared[at(r, x)]; }
     ATTN_DEVICE static void put(W* shared, int r, int x, const uint4& pack) {
       if constexpr (kAlongX) {
-        W elements[kMost];
+        W elements[kMax];
         memcpy(elements, &pack, 16);
 #pragma unroll
-        for (int e = 0; e < kMost; ++e) shared[at(r, x + e)] = elements[e];
+        for (int e = 0; e < kMax; ++e) shared[at(r, x + e)] = elements[e];
       } else {
         vector_at<uint4>(shared + at(r, x)) = pack;
       }
@@ -66,11 +66,11 @@ struct SimtTile {
 
   template <class F>
   ATTN_DEVICE void each_row(const F& f) const {
-    Fragment<kM, 8, kMost>::each(row_thread(), f);
+    Fragment<kM, 8, kMax>::each(row_thread(), f);
   }
   template <class F>
   ATTN_DEVICE void each_column(const F& f) const {
-    Fragment<kN, 16, kMost>::each(column_thread(), f);
+    Fragment<kN, 16, kMax>::each(column_thread(), f);
   }
 
   template <class LayoutA, class LayoutB>

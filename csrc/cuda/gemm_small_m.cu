@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "arrays.cuh"
-#include "few_rows.cuh"
+#include "gemm_small_m.cuh"
+#include "views.cuh"
 
 namespace attn {
 namespace cuda {
@@ -16,11 +16,11 @@ constexpr int kProductWarps = 4, kSteps = 4;
 
 template <typename T, int kQ>
 __global__ void __launch_bounds__(kProductWarps* kWarp)
-    few_rows_product_kernel(int Tq, std::int64_t Tk, std::int64_t A, unsigned blocks_of_sentence,
-                            Strided<T> query,  // (B, Tq, A)
-                            Strided<T> keys,   // (B, Tk, A)
-                            Attended attended, Wide<T> scale,
-                            Wide<T>* out) {  // (B, Tq, Tk) contiguous
+    small_m_product_kernel(int Tq, std::int64_t Tk, std::int64_t A, unsigned blocks_of_sentence,
+                           Strided<T> query,  // (B, Tq, A)
+                           Strided<T> keys,   // (B, Tk, A)
+                           AttentionMask attended, Wide<T> scale,
+                           Wide<T>* out) {  // (B, Tq, Tk) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
     W key[kSteps][n];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s)
-      load_units(first_key + s * keys.stride[1], keys.stride[2], keys.in_packs, u, j0 + s < length ? A : 0, key[s]);
+      load_units(first_key + s * keys.stride[1], keys.stride[2], keys.vectorized, u, j0 + s < length ? A : 0, key[s]);
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       if (i >= Tq) continue;
       W part[n];
-      load_units(first_query + i * query.stride[1], query.stride[2], query.in_packs, u, A, part);
+      load_units(first_query + i * query.stride[1], query.stride[2], query.vectorized, u, A, part);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s)
 #pragma unroll
@@ -71,7 +71,7 @@ struct Weights {
 
 // The weights of the steps j0 .. j0 + n for all queries, (n, kQ), and which queries attend each step: a bit each.
 template <typename T, int kQ>
-ATTN_DEVICE void share_weights(const Weights<T>& weights, const Attended& attended, std::int64_t b, int Tq,
+ATTN_DEVICE void share_weights(const Weights<T>& weights, const AttentionMask& attended, std::int64_t b, int Tq,
                                std::int64_t length, std::int64_t j0, int n, Wide<T>* shared, unsigned* attending) {
   for (int x = threadIdx.x; x < n; x += blockDim.x) {
     const std::int64_t j = j0 + x;
@@ -92,18 +92,18 @@ ATTN_DEVICE void share_weights(const Weights<T>& weights, const Attended& attend
 constexpr int kSumWarps = 8, kSumSteps = 256;
 
 template <typename T, int kQ>
-constexpr std::int64_t few_rows_sum_bytes() {
+constexpr std::int64_t small_m_sum_bytes() {
   const std::int64_t columns = kWarp * kPer16Bytes<T>;
   return (kSumSteps * kQ + kSumWarps * columns) * sizeof(Wide<T>) + kSumSteps * sizeof(unsigned);
 }
 
 template <typename T, typename O, int kQ>
 __global__ void __launch_bounds__(kSumWarps* kWarp, 2)
-    few_rows_sum_kernel(std::int64_t B, int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned parts,
-                        std::int64_t steps_of_part, Weights<T> weights,
-                        Strided<T> rows,  // (B, Tk, N)
-                        Attended attended, Wide<T> scale,
-                        O* out) {  // (parts, B, Tq, N) contiguous
+    small_m_sum_kernel(std::int64_t B, int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned parts,
+                       std::int64_t steps_of_part, Weights<T> weights,
+                       Strided<T> rows,  // (B, Tk, N)
+                       AttentionMask attended, Wide<T> scale,
+                       O* out) {  // (parts, B, Tq, N) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
   constexpr int kAhead = kQ * n >= 64 ? 2 : 4;                // rows on their way, as registers allow
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2)
       for (int ahead = 0; ahead < kAhead; ++ahead) {
         const int x = x0 + ahead * kSumWarps;
         const bool used = x < count && attending[x] != 0;
-        load_units(rows.data + b * rows.stride[0] + (j0 + x) * rows.stride[1], rows.stride[2], rows.in_packs,
+        load_units(rows.data + b * rows.stride[0] + (j0 + x) * rows.stride[1], rows.stride[2], rows.vectorized,
                    n0 + lane * n, used ? N : 0, row[ahead]);
       }
 #pragma unroll
@@ -168,9 +168,9 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2)
 constexpr int kTotalThreads = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(kTotalThreads) few_rows_total_kernel(std::int64_t size, unsigned parts,
-                                                                       const Wide<T>* partial,  // (parts, size)
-                                                                       T* out) {                // (size,)
+__global__ void __launch_bounds__(kTotalThreads) small_m_total_kernel(std::int64_t size, unsigned parts,
+                                                                      const Wide<T>* partial,  // (parts, size)
+                                                                      T* out) {                // (size,)
   const std::int64_t k = static_cast<std::int64_t>(blockIdx.x) * kTotalThreads + threadIdx.x;
   if (k >= size) return;
   Wide<T> total = 0;
@@ -184,11 +184,11 @@ constexpr int kOuterWarps = 8, kOuterSteps = 64;
 
 template <typename T, int kQ>
 __global__ void __launch_bounds__(kOuterWarps* kWarp)
-    few_rows_outer_kernel(int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned blocks_j,
-                          Weights<T> weights,
-                          Strided<T> rows,  // (B, Tq, N)
-                          Attended attended, Wide<T> scale, bool in_packs,
-                          T* out) {  // (B, Tk, N) contiguous
+    small_m_outer_kernel(int Tq, std::int64_t Tk, std::int64_t N, unsigned blocks_n, unsigned blocks_j,
+                         Weights<T> weights,
+                         Strided<T> rows,  // (B, Tq, N)
+                         AttentionMask attended, Wide<T> scale, bool vectorized,
+                         T* out) {  // (B, Tk, N) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
   W* shared_weights = reinterpret_cast<W*>(shared_memory());                             // (kOuterSteps, kQ)
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp)
   W row[kQ][n];
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
-    load_units(rows.data + b * rows.stride[0] + i * rows.stride[1], rows.stride[2], rows.in_packs, n0, i < Tq ? N : 0,
+    load_units(rows.data + b * rows.stride[0] + i * rows.stride[1], rows.stride[2], rows.vectorized, n0, i < Tq ? N : 0,
                row[i]);
   __syncthreads();
   if (n0 >= N) return;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp)
 #pragma unroll
     for (int e = 0; e < n; ++e) pack.x[e] = narrow<T>(sum[e]);
     T* to = out + (b * Tk + j0 + x) * N + n0;
-    if (in_packs) {
+    if (vectorized) {
       vector_at<Pack<T, n>>(to) = pack;
     } else {
 #pragma unroll
@@ -242,7 +242,7 @@ void with_queries(std::int64_t Tq, const F& f) {
   else
     f(Int<8>());
 }
-static_assert(kFewQueries == 8, "with_queries has a kernel for each number of queries");
+static_assert(kMaxDecodeQueries == 8, "with_queries has a kernel for each number of queries");
 
 template <typename T>
 Weights<T> weights_of(const WeightedSum& op) {
@@ -262,14 +262,14 @@ void sum_over_steps(const WeightedSum& op) {
   const std::int64_t steps_of_part = ceil_div(op.Tk, parts);
   const auto run = [&](auto* out) {
     using O = std::remove_pointer_t<decltype(out)>;
-    launch(few_rows_sum_kernel<T, O, kQ>, Grid{op.B * blocks_n * parts, kSumWarps * kWarp, few_rows_sum_bytes<T, kQ>()},
+    launch(small_m_sum_kernel<T, O, kQ>, Grid{op.B * blocks_n * parts, kSumWarps * kWarp, small_m_sum_bytes<T, kQ>()},
            op.B, static_cast<int>(op.Tq), op.Tk, op.N, static_cast<unsigned>(blocks_n), static_cast<unsigned>(parts),
            steps_of_part, weights_of<T>(op), strided<T>(op.rows), op.attended, static_cast<W>(op.scale), out);
   };
   if (parts == 1) return run(static_cast<T*>(op.out));
   W* partial = scratch<W>(parts * size);
   run(partial);
-  launch(few_rows_total_kernel<T>, Grid{ceil_div(size, kTotalThreads), kTotalThreads}, size,
+  launch(small_m_total_kernel<T>, Grid{ceil_div(size, kTotalThreads), kTotalThreads}, size,
          static_cast<unsigned>(parts), partial, static_cast<T*>(op.out));
 }
 
@@ -278,35 +278,35 @@ void sum_over_queries(const WeightedSum& op) {
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
   const std::int64_t blocks_n = ceil_div(op.N, kWarp * n), blocks_j = ceil_div(op.Tk, kOuterSteps);
-  const bool in_packs = op.N % n == 0 && reinterpret_cast<std::uintptr_t>(op.out) % 16 == 0;
-  launch(few_rows_outer_kernel<T, kQ>,
+  const bool vectorized = op.N % n == 0 && reinterpret_cast<std::uintptr_t>(op.out) % 16 == 0;
+  launch(small_m_outer_kernel<T, kQ>,
          Grid{op.B * blocks_n * blocks_j, kOuterWarps * kWarp,
               kOuterSteps * static_cast<std::int64_t>(kQ * sizeof(W) + sizeof(unsigned))},
          static_cast<int>(op.Tq), op.Tk, op.N, static_cast<unsigned>(blocks_n), static_cast<unsigned>(blocks_j),
-         weights_of<T>(op), strided<T>(op.rows), op.attended, static_cast<W>(op.scale), in_packs,
+         weights_of<T>(op), strided<T>(op.rows), op.attended, static_cast<W>(op.scale), vectorized,
          static_cast<T*>(op.out));
 }
 
 }  // namespace
 
-void few_rows_product(const Product& op) {
+void gemm_small_m_nt(const Product& op) {
   with_type(op.query.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_queries(op.Tq, [&](auto queries) {
       const std::int64_t blocks = op.Tq > 0 ? ceil_div(op.Tk, kProductWarps * kSteps) : 0;
-      launch(few_rows_product_kernel<T, decltype(queries)::value>, Grid{op.B * blocks, kProductWarps * kWarp},
+      launch(small_m_product_kernel<T, decltype(queries)::value>, Grid{op.B * blocks, kProductWarps * kWarp},
              static_cast<int>(op.Tq), op.Tk, op.A, static_cast<unsigned>(blocks), strided<T>(op.query),
              strided<T>(op.keys), op.attended, static_cast<Wide<T>>(op.scale), static_cast<Wide<T>*>(op.out));
     });
   });
 }
 
-void few_rows_weighted_sum(const WeightedSum& op) {
+void gemm_small_m_nn(const WeightedSum& op) {
   with_type(op.rows.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_queries(op.Tq, [&](auto queries) {
       constexpr int kQ = decltype(queries)::value;
-      if (op.of_steps)
+      if (op.transposed)
         sum_over_queries<T, kQ>(op);
       else
         sum_over_steps<T, kQ>(op);

@@ -31,7 +31,7 @@ ATTN_HOST_DEVICE bool finite(Float16 x) { return (x.bits & 0x7c00) != 0x7c00; }
 // Attended pairs ------------------------------------------------------------------------------------------------------
 
 // How many steps of sentence b may be attended, within [0, Tk].
-ATTN_DEVICE std::int64_t attended_steps(const Attended& attended, std::int64_t b, std::int64_t Tk) {
+ATTN_DEVICE std::int64_t attended_steps(const AttentionMask& attended, std::int64_t b, std::int64_t Tk) {
   if (attended.lengths == nullptr) return Tk;
   const std::int64_t i = b * attended.lengths_stride;
   const std::int64_t length = attended.lengths_are_64 ? static_cast<const std::int64_t*>(attended.lengths)[i]
@@ -40,14 +40,14 @@ ATTN_DEVICE std::int64_t attended_steps(const Attended& attended, std::int64_t b
 }
 
 // Whether the mask lets query i attend step j; true without a mask.
-ATTN_DEVICE bool mask_allows(const Attended& attended, std::int64_t b, std::int64_t i, std::int64_t j) {
+ATTN_DEVICE bool mask_allows(const AttentionMask& attended, std::int64_t b, std::int64_t i, std::int64_t j) {
   const std::int64_t* stride = attended.mask_stride;
   return attended.mask == nullptr ||
          reinterpret_cast<const unsigned char*>(attended.mask)[b * stride[0] + i * stride[1] + j * stride[2]] != 0;
 }
 
 // The same pairs, with `per_query` only where queries really differ: such masks are dearer.
-inline Attended simplified(Attended attended, std::int64_t Tq) {
+inline AttentionMask simplified(AttentionMask attended, std::int64_t Tq) {
   attended.per_query = attended.mask != nullptr && attended.per_query && Tq > 1 && attended.mask_stride[1] != 0;
   if (!attended.per_query) attended.mask_stride[1] = 0;
   return attended;
@@ -55,16 +55,16 @@ inline Attended simplified(Attended attended, std::int64_t Tq) {
 
 // Strided arrays ------------------------------------------------------------------------------------------------------
 
-// An (n0, n1, n2) array of T; in_packs: 16 bytes along its last axis are aligned and lie side by side.
+// An (n0, n1, n2) array of T; vectorized: 16 bytes along its last axis are aligned and lie side by side.
 template <typename T>
 struct Strided {
   const T* data;
   std::int64_t stride[3];
-  bool in_packs;
+  bool vectorized;
 };
 
 template <typename T>
-Strided<T> strided(const Array3& a) {
+Strided<T> strided(const StridedView3& a) {
   constexpr int n = kPer16Bytes<T>;
   const bool aligned = reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0;
   return {static_cast<const T*>(a.data),
@@ -74,9 +74,9 @@ Strided<T> strided(const Array3& a) {
 
 // x[e] = row[(u + e) * stride], for the units u + e below `units`; 0 beyond.
 template <typename T>
-ATTN_DEVICE void load_units(const T* row, std::int64_t stride, bool in_packs, std::int64_t u, std::int64_t units,
+ATTN_DEVICE void load_units(const T* row, std::int64_t stride, bool vectorized, std::int64_t u, std::int64_t units,
                             Wide<T>* x) {
-  if (in_packs && u + kPer16Bytes<T> <= units) {
+  if (vectorized && u + kPer16Bytes<T> <= units) {
     load_16_bytes(row + u, x);
   } else {
 #pragma unroll
