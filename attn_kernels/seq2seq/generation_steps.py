@@ -18,7 +18,7 @@ from .. import ops
 from ..backends import choose
 from ..functional import prepare_keys
 from ..memory import Memory, PreparedMemory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
+from ..modules import BahdanauAttention, CosineAttention, LuongAttention, unit_length
 from ..stock import has_global_hooks, is_stock
 from .decoder import AttentionModule, Decoder, DecoderState
 from .eligibility import has_stock_steps, takes_rows
@@ -287,7 +287,7 @@ class _Attention(NamedTuple):
         else:
             settings = (1.0, *masks)
             if isinstance(self.module, CosineAttention):
-                query = self.module.sharpness * self.module._unit_length(query)
+                query = self.module.sharpness * unit_length(query, self.module.eps)
             elif self.module.g is not None:
                 query = self.module.g * query
         op = "dot_attention" if self.v is None else "additive_attention"
