@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_kernels.seq2seq import Seq2Seq, loop_cells
+from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.seq2seq.fused import cells as fused_cells
 from attn_kernels.seq2seq.model import ATTENTIONS
 from matrix import device_of, slow_interpreted
 
@@ -126,7 +127,7 @@ def test_bfloat16(cell: str) -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_lstm_without_its_op(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, or with no compiled module."""
-    monkeypatch.setattr(loop_cells, "choose", lambda *_: "reference")
+    monkeypatch.setattr(fused_cells, "choose", lambda *_: "reference")
     assert_same(models(attention="bahdanau", cell="lstm", num_layers=num_layers), batch())
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
-from .decoder import AttentionModule, Decoder, DecoderState
+from ..modules import AttentionModule, BahdanauAttention, CosineAttention, LuongAttention
+from .decoder import Decoder
 from .encoder import CELLS, Encoder
 from .evaluation import in_evaluation
 from .search import Hypothesis, beam_search, draw_samples, greedy_search
 from .sharded import as_forward, gathered
+from .state import DecoderState
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
 DECODERS = ("loop", "steps")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..memory import Memory
 from ..types import attention_mask
-from .decoder import Decoder, DecoderState
-from .generation_steps import make_steps
+from .decoder import Decoder
+from .fused.inference import fast_decoder
+from .state import DecoderState
 
 
 class Hypothesis(NamedTuple):
@@ -43,7 +44,7 @@ def greedy_search(
     log_probabilities = []
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, state, memory, 1, max_length)
+    steps, memory = fast_decoder(decoder, state, memory, 1, max_length)
     for step in range(max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
         log_probability, tokens = _log_probabilities(logits).max(2)
@@ -89,7 +90,7 @@ def beam_search(
     finished = _Finished(memory.batch_size, beam_size, device)
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, state, memory, beam_size, max_length)
+    steps, memory = fast_decoder(decoder, state, memory, beam_size, max_length)
     for step in range(1, max_length + 1):
         logits, alignments, state = steps.step(tokens, state, memory)
         candidates, parents, tokens = _extend(scores, logits, 2 * beam_size)
@@ -154,7 +155,7 @@ def draw_samples(
     lengths = torch.zeros_like(own)
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, state, memory, num_samples, max_length)
+    steps, memory = fast_decoder(decoder, state, memory, num_samples, max_length)
     for _ in range(max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
         tokens = _draw(logits, temperature, top_k, generator)

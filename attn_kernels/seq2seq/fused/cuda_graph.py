@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loop_sequence import Inputs, Settings, differentiate, evaluate
+from .sequence import Inputs, Settings, differentiate, evaluate
 
 # Which axes are T or S steps, counted from the last.
 _AXES: dict[str, dict[int, str]] = {
@@ -30,13 +30,13 @@ _FACTORS = {-3: "T"}  # of dropout
 _RESULTS: tuple[dict[int, str], ...] = ({-2: "T"}, {-2: "T", -1: "S"})  # attentional vectors and alignments
 
 # Runs a function once and records it: returns what computes it again, in the same memory, and its results there.
-Record = Callable[[Callable[[], list[Any]]], tuple[Callable[[], object], list[Any]]]
+Capture = Callable[[Callable[[], list[Any]]], tuple[Callable[[], object], list[Any]]]
 
 
-def find_graph(settings: Settings, tensors: Sequence[Tensor | None]) -> LoopGraph | None:
+def find_graph(settings: Settings, tensors: Sequence[Tensor | None]) -> SequenceGraph | None:
     """The graph for these shapes; None where the loop is better computed without."""
-    record = _recorder(tensors[0]) if settings.replays else None
-    if record is None:
+    capture = _capturer(tensors[0]) if settings.replays else None
+    if capture is None:
         return None
     tensors = _as_padded(tensors)
     axes = [_AXES.get(name, {}) for name in Inputs._fields]
@@ -46,7 +46,7 @@ def find_graph(settings: Settings, tensors: Sequence[Tensor | None]) -> LoopGrap
     shapes = [None if x is None else _shape(x, of, sizes) for x, of in zip(tensors, axes, strict=True)]
     dtypes = tuple(None if x is None else x.dtype for x in tensors)
     key = (settings, inputs.keys.device, _stream(inputs.keys), tuple(shapes), dtypes)
-    return graphs.find(key, lambda: LoopGraph(record, settings, tensors, shapes, axes))
+    return graphs.find(key, lambda: SequenceGraph(capture, settings, tensors, shapes, axes))
 
 
 def bucket(steps: int) -> int:
@@ -70,39 +70,39 @@ def _shape(x: Tensor, axes: dict[int, str], sizes: dict[str, int]) -> tuple[int,
     return tuple(sizes[axes[i]] if (i := n - x.dim()) in axes else x.shape[n] for n in range(x.dim()))
 
 
-class LoopGraph:
+class SequenceGraph:
     """``evaluate`` and ``differentiate`` for tensors of some shapes, replayed."""
 
     def __init__(
         self,
-        record: Record,
+        capture: Capture,
         settings: Settings,
         tensors: Sequence[Tensor | None],
         shapes: Sequence[tuple[int, ...] | None],
         axes: Sequence[dict[int, str]],
     ) -> None:
-        self.record = record
+        self.capture = capture
         self.axes = axes
         # A replay and the copies around it belong together, whatever other threads do with the same graph.
         self.lock = threading.Lock()
         self.inputs = [None if x is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)]
         self.sizes = {"T": self.inputs[0].shape[1], "S": self.inputs[2].shape[1]}
         self.backwards: dict[tuple[bool, ...], tuple[Callable[[], object], list[Any], list[Any]]] = {}
-        _fill(self.inputs, tensors)  # numbers as they come, for the run before the recording
+        _copy_padded(self.inputs, tensors)  # numbers as they come, for the run before the recording
 
         def run() -> list[Tensor]:
             self.parts, *results, kept = evaluate(settings, self.inputs)
             return [*results, *kept]
 
-        self.replay, self.results = record(run)
+        self.replay, self.results = capture(run)
 
     def forward(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Attentional vectors, alignments and what ``backward`` is to be given."""
         with self.lock:
-            _fill(self.inputs, _as_padded(tensors))
+            _copy_padded(self.inputs, _as_padded(tensors))
             self.replay()
             sizes = _sizes(tensors)
-            cut = [_cut(x, axes, sizes) for x, axes in zip(self.results, _RESULTS, strict=False)]
+            cut = [_unpad(x, axes, sizes) for x, axes in zip(self.results, _RESULTS, strict=False)]
             return [x.clone(memory_format=torch.contiguous_format) for x in (*cut, *self.results[2:])]
 
     def backward(
@@ -111,13 +111,13 @@ class LoopGraph:
         """The gradients of ``tensors``."""
         sizes = _sizes(tensors)
         with self.lock:
-            _fill(self.inputs, _as_padded(tensors))
-            _fill(self.results[2:], kept)
+            _copy_padded(self.inputs, _as_padded(tensors))
+            _copy_padded(self.results[2:], kept)
             replay, given, results = self._backward_of(gradients)
-            _fill(given, gradients)
+            _copy_padded(given, gradients)
             replay()
             return [
-                None if x is None else _cut(x, axes, sizes).clone(memory_format=torch.contiguous_format)
+                None if x is None else _unpad(x, axes, sizes).clone(memory_format=torch.contiguous_format)
                 for x, axes in zip(results, self.axes, strict=True)
             ]
 
@@ -129,8 +129,8 @@ class LoopGraph:
                 None if x is None else x.new_zeros(_shape(x, axes, self.sizes))
                 for x, axes in zip(gradients, _RESULTS, strict=True)
             ]
-            _fill(given, gradients)
-            replay, results = self.record(lambda: differentiate(self.parts, self.inputs, self.results[2:], given))
+            _copy_padded(given, gradients)
+            replay, results = self.capture(lambda: differentiate(self.parts, self.inputs, self.results[2:], given))
             self.backwards[which] = replay, given, results
         return self.backwards[which]
 
@@ -140,12 +140,12 @@ def _sizes(tensors: Sequence[Tensor | None]) -> dict[str, int]:
     return {"T": inputs.embedded.shape[1], "S": inputs.keys.shape[1]}
 
 
-def _cut(x: Tensor, axes: dict[int, str], sizes: dict[str, int]) -> Tensor:
+def _unpad(x: Tensor, axes: dict[int, str], sizes: dict[str, int]) -> Tensor:
     """The part of x that is no padding."""
     return x[tuple(slice(size) for size in _shape(x, axes, sizes))]
 
 
-def _fill(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> None:
+def _copy_padded(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> None:
     """Copies; what is beyond a smaller tensor becomes 0: of what was there before, NaN would be NaN times 0, too."""
     same_into, same = [], []
     for static, x in zip(into, tensors, strict=True):
@@ -164,16 +164,16 @@ def _fill(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> No
 class Graphs:
     """Those used last. To make one takes as long as several runs, so that shapes must come again to get theirs."""
 
-    most = 16
-    calls_before = 2
-    calls_before_replacing = 16  # with ``most`` in use
+    capacity = 16
+    min_calls = 2
+    min_calls_to_replace = 16  # with ``capacity`` in use
 
     def __init__(self) -> None:
-        self.made: OrderedDict[Hashable, LoopGraph] = OrderedDict()
+        self.made: OrderedDict[Hashable, SequenceGraph] = OrderedDict()
         self.calls: dict[Hashable, int] = {}
         self.lock = threading.Lock()
 
-    def find(self, key: Hashable, make: Callable[[], LoopGraph]) -> LoopGraph | None:
+    def find(self, key: Hashable, make: Callable[[], SequenceGraph]) -> SequenceGraph | None:
         with self.lock:
             if key in self.made:
                 self.made.move_to_end(key)
@@ -181,8 +181,8 @@ class Graphs:
             if len(self.calls) > 1024:
                 self.calls.clear()
             calls = self.calls[key] = self.calls.get(key, 0) + 1
-            full = len(self.made) >= self.most
-            if calls < (self.calls_before_replacing if full else self.calls_before):
+            full = len(self.made) >= self.capacity
+            if calls < (self.min_calls_to_replace if full else self.min_calls):
                 return None
             if full:
                 self.made.popitem(last=False)
@@ -194,7 +194,7 @@ class Graphs:
 graphs = Graphs()
 
 
-def _recorder(x: Tensor) -> Record | None:
+def _capturer(x: Tensor) -> Capture | None:
     """None where nothing can be recorded, as on a CPU, or while the caller captures a graph of her own."""
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return None

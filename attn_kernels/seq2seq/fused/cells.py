@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..backends import choose
-from .products import Product, across
+from ... import ops
+from ...backends import choose
+from .gemm import PackedLinear, weight_gradient
 
 
 class Layer:
@@ -46,7 +46,7 @@ class Layer:
 
     def weight_gradients(self) -> tuple[Tensor, ...]:
         """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
-        gradient = across(self.dgates.flatten(0, 1), self.inputs[:-1].flatten(0, 1))
+        gradient = weight_gradient(self.dgates.flatten(0, 1), self.inputs[:-1].flatten(0, 1))
         bias = self.dgates.sum((0, 1))
         return gradient[:, : self.n], gradient[:, self.n :], bias, bias
 
@@ -54,7 +54,7 @@ class Layer:
 class LSTMLayer(Layer):
     """Gates i, f, g, o: c' = f c + i g, h' = o tanh(c')."""
 
-    product: Product  # with the weight in the forward, with its transpose in the backward
+    product: PackedLinear  # with the weight in the forward, with its transpose in the backward
     dcell: Tensor  # (B, H), of the cell after the step that comes next; a buffer of its own
 
     def __init__(
@@ -66,7 +66,7 @@ class LSTMLayer(Layer):
         self.cells = cell.new_empty(steps + 1, batch, self.size)
         self.cells[0] = cell
         self.tanhs = cell.new_empty(steps, batch, self.size)
-        self.product = Product(self.weight, batch, steps)
+        self.product = PackedLinear(self.weight, batch, steps)
         self.fused = base.is_cpu and base.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
 
     def step(self, t: int, again: Tensor | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class LSTMLayer(Layer):
     def start_backward(self) -> None:
         super().start_backward()
         self.dcell = torch.zeros_like(self.cells[0])
-        self.product = Product(self.weight.t(), self.dcell.shape[0], self.gates.shape[0])
+        self.product = PackedLinear(self.weight.t(), self.dcell.shape[0], self.gates.shape[0])
 
     def step_back(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
@@ -114,8 +114,8 @@ class GRULayer(Layer):
 
     drecurrent: Tensor  # (T, B, 3 H): as dgates, of the products with h; the part of n has the factor r
 
-    product_x: Product  # with the weights in the forward, with their transposes in the backward
-    product_h: Product
+    product_x: PackedLinear  # with the weights in the forward, with their transposes in the backward
+    product_h: PackedLinear
 
     def __init__(self, base: Tensor, weight_x: Tensor, weight_h: Tensor, bias_h: Tensor, hidden: Tensor) -> None:
         super().__init__(base, weight_x, weight_h, hidden)
@@ -141,7 +141,7 @@ class GRULayer(Layer):
 
     def _make_products(self, weight_x: Tensor, weight_h: Tensor) -> None:
         steps, rows = self.gates.shape[:2]
-        self.product_x, self.product_h = Product(weight_x, rows, steps), Product(weight_h, rows, steps)
+        self.product_x, self.product_h = PackedLinear(weight_x, rows, steps), PackedLinear(weight_h, rows, steps)
 
     def step_back(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
@@ -159,7 +159,7 @@ class GRULayer(Layer):
     def weight_gradients(self) -> tuple[Tensor, ...]:
         """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
         dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.inputs[:-1]))
-        dx, dh = across(dgates, inputs[:, : self.n]), across(drecurrent, inputs[:, self.n :])
+        dx, dh = weight_gradient(dgates, inputs[:, : self.n]), weight_gradient(drecurrent, inputs[:, self.n :])
         return dx, dh, dgates.sum(0), drecurrent.sum(0)
 
     def first_gradients(self) -> tuple[Tensor, ...]:

@@ -9,25 +9,23 @@ B sentences, T steps, S source steps, E embedding_size, H hidden_size, M memory_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
-from ..stock import is_plain
+from ...backends import choose
+from ...memory import Memory
+from ...modules import BahdanauAttention, CosineAttention, LuongAttention
+from ...stock import is_plain
+from ..state import DecoderState
+from .cuda_graph import find_graph
 from .eligibility import has_stock_steps
-from .loop_formula import differentiable_gradients, is_batch
-from .loop_graph import find_graph
-from .loop_sequence import Inputs, Settings, differentiate, evaluate
-
-if TYPE_CHECKING:
-    from .decoder import AttentionModule, Decoder, DecoderState
+from .formula import differentiable_gradients, is_batch
+from .sequence import Inputs, Settings, differentiate, evaluate
 
 
-def can_loop(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
+def can_loop(decoder: Any, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
     """Whether the op may stand for the steps: stock modules, and no dot attention with a learned scale."""
     attention = decoder.attention
     if isinstance(attention, LuongAttention) and attention.v is None and attention.g is not None:
@@ -43,7 +41,7 @@ def can_loop(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Me
     )
 
 
-def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
+def decode_sequence(decoder: Any, embedded: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor]:
     """Teacher forcing with input feeding: what ``Decoder._step`` does, of all steps.
 
     embedded: (B, T, E), read by the steps. state: the first one, of one hypothesis per sentence.
@@ -77,7 +75,7 @@ def decode_sequence(decoder: Decoder, embedded: Tensor, state: DecoderState, mem
     return _Loop.apply(settings, *inputs, *_dropout_factors(decoder, embedded), *first, *weights)
 
 
-def _score_parameters(attention: AttentionModule, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _score_parameters(attention: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """v, bias, scale."""
     if isinstance(attention, CosineAttention):
         sharpness = attention.sharpness
@@ -87,7 +85,7 @@ def _score_parameters(attention: AttentionModule, like: Tensor) -> tuple[Tensor 
     return attention.score_vector(), attention.bias if isinstance(attention, BahdanauAttention) else None, None
 
 
-def _dropout_factors(decoder: Decoder, embedded: Tensor) -> list[Tensor | None]:
+def _dropout_factors(decoder: Any, embedded: Tensor) -> list[Tensor | None]:
     """What is multiplied with the outputs of the layers below the top one and with the attentional vectors.
 
     (T, B, H) each; None without dropout.

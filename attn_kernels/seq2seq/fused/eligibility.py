@@ -6,23 +6,21 @@ here; where the answer is no, steps call the modules, in training as in a search
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
-from ..stock import is_plain, is_stock, register, runs_eagerly
-
-if TYPE_CHECKING:
-    from .decoder import Decoder, DecoderState
+from ...memory import Memory
+from ...modules import BahdanauAttention, CosineAttention, LuongAttention
+from ...stock import is_plain, is_stock, register, runs_eagerly
+from ..state import DecoderState
 
 for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
     register(_attention, ["v", "g", "bias", "sharpness"], ["query_projection", "memory_projection"])
 
 
-def has_stock_steps(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
+def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     """Whether a step from ``state`` on ``memory`` is what the parameters say, and may be computed from them.
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
@@ -63,7 +61,7 @@ def _is_as_made(rnn: object) -> bool:
     )
 
 
-def _has_sizes_as_made(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
+def _has_sizes_as_made(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     """Whether all shapes are those that ``Decoder`` makes, without the biases that it leaves out."""
     attention, rnn, size = decoder.attention, decoder.rnn, decoder.hidden_size
     projection, attentional = attention.query_projection, decoder.attentional

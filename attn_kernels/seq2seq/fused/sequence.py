@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import Memory
-from .loop_attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
-from .loop_cells import GRULayer, LSTMLayer
-from .products import Product, across, linear
+from ...memory import Memory
+from .attention import AdditiveSequenceAttention, CosineSequenceAttention, SequenceAttention
+from .cells import GRULayer, LSTMLayer
+from .gemm import PackedLinear, linear, weight_gradient
 
 
 class Settings(NamedTuple):
@@ -90,7 +90,7 @@ class Sequence:
 
     def run(self) -> None:
         *below, top = self.factors
-        attentional_product = Product(self.inputs.attentional_weight, self.joined.shape[1], self.steps)
+        attentional_product = PackedLinear(self.inputs.attentional_weight, self.joined.shape[1], self.steps)
         for t in range(self.steps):
             joined = self.joined[t]
             context, last = joined[:, : -self.size], joined[:, -self.size :]
@@ -106,7 +106,7 @@ class Sequence:
         """Lets go of all tensors. Returns those that are not inputs, by owner and name: autograd keeps them."""
         parts: tuple[object, ...] = (self, *self.layers, self.attention)
         for part in parts:  # the backward has products of its own
-            for name in [name for name, x in vars(part).items() if isinstance(x, Product)]:
+            for name in [name for name, x in vars(part).items() if isinstance(x, PackedLinear)]:
                 delattr(part, name)
         tensors = {(part, name): x for part in parts for name, x in vars(part).items() if isinstance(x, Tensor)}
         for part, name in tensors:
@@ -133,7 +133,7 @@ class Sequence:
             layer.start_backward()
         self.attention.start_backward()
         dattentional = torch.empty_like(self.attentional)  # before the tanh
-        attentional_product = Product(inputs.attentional_weight.t(), inputs.feed.shape[0], self.steps)
+        attentional_product = PackedLinear(inputs.attentional_weight.t(), inputs.feed.shape[0], self.steps)
         dfeed = torch.zeros_like(inputs.feed)
         dstates = [torch.zeros_like(inputs.feed) for _ in self.layers]  # of the states after the step
         for t in reversed(range(self.steps)):
@@ -152,10 +152,10 @@ class Sequence:
             dfeed = dx
         joined, batch = self.joined.flatten(0, 1), inputs.feed.shape[0]
         dkeys, dvalues, *rest = self.attention.gradients(self.joined[:, :, -self.size :], grad_alignments)
-        dattentional_weight = across(dattentional.flatten(0, 1), joined)
+        dattentional_weight = weight_gradient(dattentional.flatten(0, 1), joined)
         dgates = self.layers[0].dgates.flatten(0, 1)
         weights = [gradient for layer in self.layers for gradient in layer.weight_gradients()]
-        weights[0] = torch.cat([across(dgates, self.embedded.flatten(0, 1)), weights[0]], dim=1)
+        weights[0] = torch.cat([weight_gradient(dgates, self.embedded.flatten(0, 1)), weights[0]], dim=1)
         dembedded = linear(dgates, self.embedded_weight.t()).unflatten(0, (self.steps, batch)).transpose(0, 1)
         dcells = [gradient for layer in self.layers for gradient in layer.first_gradients()]
         dinputs = [dembedded, dfeed, dkeys, dvalues, None, None, *rest, dattentional_weight]

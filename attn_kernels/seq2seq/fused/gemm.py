@@ -24,12 +24,12 @@ _BLOCKS = (512, 128, 32)  # rows that are summed over at once
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.t() + bias, without autograd. x: (m, k). weight: (n, k), any strides. bias: (n,)."""
-    if _is_onednns(x, weight):
+    if _use_onednn(x, weight):
         return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def across(x: Tensor, y: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, y: Tensor) -> Tensor:
     """x.t() @ y, without autograd: the gradient of a weight. x: (m, k). y: (m, n), any strides.
 
     oneDNN compiles code for each m, in milliseconds, and the m of training change with the lengths of sentences. Blocks
@@ -38,7 +38,7 @@ def across(x: Tensor, y: Tensor) -> Tensor:
     total = None
     begin, rows = 0, x.shape[0]
     for size in _BLOCKS:
-        while rows - begin >= size and _is_onednns(x[:size].t(), y[:size].t()):
+        while rows - begin >= size and _use_onednn(x[:size].t(), y[:size].t()):
             block = slice(begin, begin + size)
             part = _onednn(x[block].t(), y[block].t())
             total = part if total is None else total.add_(part)
@@ -48,10 +48,10 @@ def across(x: Tensor, y: Tensor) -> Tensor:
     return total.addmm_(x[begin:].t(), y[begin:])
 
 
-def _is_onednns(x: Tensor, weight: Tensor) -> bool:
+def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     rows = x.shape[0]
     is_large = rows >= _LEAST_ROWS and rows * weight.numel() >= _LEAST_WORK
-    return is_large and _takes(x, weight) and _has_wide_vectors()
+    return is_large and _supports(x, weight) and _has_wide_vectors()
 
 
 class Budget:
@@ -68,7 +68,7 @@ class Budget:
         return True
 
 
-class Product:
+class PackedLinear:
     """x @ weight.t() for the x of many steps, of about so many rows; weight: (n, k).
 
     oneDNN's form of the weight, made once, is faster than ``linear`` by a sixth, and than MKL by a fifth to a third on
@@ -84,7 +84,7 @@ class Product:
         self.packed: Tensor | None = None
         self.budget = budget
         self.waits = -1  # steps until the form is made; never where it is not worth it
-        if rows > 1 and steps >= _LEAST_STEPS and weight.numel() >= 1 << 16 and _takes(weight):
+        if rows > 1 and steps >= _LEAST_STEPS and weight.numel() >= 1 << 16 and _supports(weight):
             if budget is None:
                 self._pack(rows)
             elif weight.numel() < _LARGE:
@@ -114,7 +114,7 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _takes(*tensors: Tensor) -> bool:
+def _supports(*tensors: Tensor) -> bool:
     """Whether oneDNN may compute with them."""
     if not all(x.is_cpu and x.dtype == torch.float32 for x in tensors):
         return False

@@ -14,21 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..backends import choose
-from ..functional import prepare_keys
-from ..memory import Memory, PreparedMemory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention, unit_length
-from ..stock import has_global_hooks, is_stock
-from .decoder import AttentionModule, Decoder, DecoderState
+from ... import ops
+from ...backends import choose
+from ...functional import prepare_keys
+from ...memory import Memory, PreparedMemory
+from ...modules import BahdanauAttention, CosineAttention, LuongAttention, unit_length
+from ...stock import has_global_hooks, is_stock
+from ..decoder import Decoder
+from ..state import DecoderState
 from .eligibility import has_stock_steps, takes_rows
-from .products import Budget, Product, linear
+from .gemm import Budget, PackedLinear, linear
 
 MOST_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
 _SURE_STEPS = 4  # what is made for the steps of a search before the first pays within so many
 
 
-def make_steps(
+def fast_decoder(
     decoder: Decoder, state: DecoderState, memory: Memory, hypotheses: int, steps: int
 ) -> tuple[Any, Memory]:
     """An object with the ``step`` of ``decoder``, and the memory to give it: for a search of at most so many steps.
@@ -41,7 +42,7 @@ def make_steps(
     """
     if can_step(decoder, state, memory):
         memory = _prepare(decoder, memory)
-        made = GenerationSteps(decoder, memory, hypotheses, steps)
+        made = FastDecoder(decoder, memory, hypotheses, steps)
         return made, made.memory
     if not isinstance(decoder, Decoder):
         return decoder, memory
@@ -65,7 +66,7 @@ def _prepare(decoder: Decoder, memory: Memory) -> Memory:
 
 
 def can_step(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
-    """Whether ``GenerationSteps`` may stand for the steps of the decoder."""
+    """Whether ``FastDecoder`` may stand for the steps of the decoder."""
     return (
         isinstance(decoder, Decoder)
         and not torch.is_grad_enabled()
@@ -101,7 +102,7 @@ class _CalledSteps:
         return logits, alignments, after[0]
 
 
-class GenerationSteps:
+class FastDecoder:
     """B sentences, K hypotheses of each, R = B K rows, E embedding_size, H hidden_size, S source steps."""
 
     def __init__(self, decoder: Decoder, memory: Memory, hypotheses: int, steps: int) -> None:
@@ -194,7 +195,7 @@ class _Affine:
     def __init__(self, weight: Tensor, rows: int, steps: int, budget: Budget) -> None:
         self.size = weight.shape[0]
         self.transposed = weight.t()
-        self.product = Product(weight, rows, steps, budget)
+        self.product = PackedLinear(weight, rows, steps, budget)
 
     def __call__(self, x: Tensor, added: Tensor | None) -> Tensor:
         if added is None:
@@ -272,7 +273,7 @@ class _GRULayer:
 class _Attention(NamedTuple):
     """A call of an attention module, at the cost of its op. A units."""
 
-    module: AttentionModule
+    module: Any
     backend: str
     projection: _Affine | None  # of the state to the query
     v: Tensor | None  # (A,), of additive attention
@@ -295,7 +296,7 @@ class _Attention(NamedTuple):
         return ops.call(op, self.backend, query, memory.keys, memory.values, *settings)
 
 
-def _make_attention(module: AttentionModule, rows: int, steps: int, budget: Budget) -> _Attention | None:
+def _make_attention(module: Any, rows: int, steps: int, budget: Budget) -> _Attention | None:
     """None where no op computes it, but plain PyTorch."""
     backend = choose(module.backend, "cpu")
     if backend == "reference":

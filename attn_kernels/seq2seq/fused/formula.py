@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import reference
-from .loop_sequence import Inputs, Settings
+from ... import reference
+from .sequence import Inputs, Settings
 
 
 def evaluate_formula(settings: Settings, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:

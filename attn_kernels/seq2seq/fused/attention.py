@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..functional import prepare_keys
-from ..memory import Memory
-from .products import Product, across
+from ... import ops, reference
+from ...functional import prepare_keys
+from ...memory import Memory
+from .gemm import PackedLinear, weight_gradient
 
 
 class SequenceAttention:
@@ -27,7 +27,7 @@ class SequenceAttention:
     op = "dot_attention"
     function: Callable[..., reference.Attention] = staticmethod(reference.dot_attention)
 
-    query_product: Product | None  # with query_weight in the forward, with its transpose in the backward
+    query_product: PackedLinear | None  # with query_weight in the forward, with its transpose in the backward
     dqueries: Tensor  # (T, B, A)  of the backward that runs
     dcontexts: Tensor  # (B, T, D)
 
@@ -38,7 +38,7 @@ class SequenceAttention:
         batch, source, units = memory.keys.shape
         self.queries = memory.keys.new_empty(steps, batch, units)  # as they are scored
         self.alignments = memory.keys.new_empty(batch, steps, source)
-        self.query_product = None if query_weight is None else Product(query_weight, batch, steps)
+        self.query_product = None if query_weight is None else PackedLinear(query_weight, batch, steps)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, D)."""
@@ -56,7 +56,7 @@ class SequenceAttention:
 
     def start_backward(self) -> None:
         weight, (steps, batch, _) = self.query_weight, self.queries.shape
-        self.query_product = None if weight is None else Product(weight.t(), batch, steps)
+        self.query_product = None if weight is None else PackedLinear(weight.t(), batch, steps)
         self.dqueries = torch.empty_like(self.queries)
         self.dcontexts = self.memory.values.new_empty(*self.alignments.shape[:2], self.memory.values.shape[2])
 
@@ -78,7 +78,7 @@ class SequenceAttention:
         )
         dweight = None
         if self.query_weight is not None:
-            dweight = across(self.dqueries.flatten(0, 1), states.flatten(0, 1))
+            dweight = weight_gradient(self.dqueries.flatten(0, 1), states.flatten(0, 1))
         dv, dbias = score or (None, None)
         if dbias is not None and dbias.numel() == 0:
             dbias = None  # without a bias

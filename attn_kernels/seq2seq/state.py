@@ -1,0 +1,37 @@
+"""The state of a decoder between two steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DecoderState(NamedTuple):
+    """What a decoding step hands to the next, for K hypotheses of each of B sentences.
+
+    hidden: (B, K, hidden_size) of each layer. cell: the same; empty for a GRU.
+    feed: (B, K, hidden_size), the attentional vector of the step before; None without input feeding.
+    """
+
+    hidden: tuple[Tensor, ...]
+    cell: tuple[Tensor, ...]
+    feed: Tensor | None
+
+    def select(self, indices: Tensor) -> DecoderState:
+        """The sentences at ``indices``, (n,)."""
+        return DecoderState(
+            tuple(state.index_select(0, indices) for state in self.hidden),
+            tuple(state.index_select(0, indices) for state in self.cell),
+            None if self.feed is None else self.feed.index_select(0, indices),
+        )
+
+    def reorder(self, hypotheses: Tensor) -> DecoderState:
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        index = hypotheses[..., None]
+        return DecoderState(
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
+            None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
+        )
