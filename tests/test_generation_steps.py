@@ -202,7 +202,7 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
     one.eval()
     memory, state = one.encode(*source())
     monkeypatch.setattr(gemm, "_LARGE", vocabulary * 256)
-    monkeypatch.setattr(inference, "MOST_BYTES", 1 << 28)
+    monkeypatch.setattr(inference, "MAX_BYTES", 1 << 28)
     steps, projected = fast_decoder(one.decoder, state, memory, 1, vocabulary)
     tokens = torch.full((4, 1), 5)
     expected = one.decoder.step(tokens, state, memory)
@@ -220,7 +220,7 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_prepared_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
     memory, state = one.encode(*source())
-    monkeypatch.setattr(inference, "MOST_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
+    monkeypatch.setattr(inference, "MAX_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
     steps, projected = fast_decoder(one.decoder, state, memory, 1, 50)
     assert steps.table is not None and steps.table.shape == (13, 1024)
     packed = [

@@ -12,8 +12,9 @@ from ..memory import Memory
 from ..modules import AttentionModule
 from ..stock import register
 from .encoder import CELLS
-from .fused.autograd import can_loop, decode_sequence
-from .fused.eligibility import has_stock_cells
+from .fused.autograd import decode_sequence
+from .fused.eligibility import can_fuse_sequence, has_stock_cells
+from .fused.formula import step_cells
 from .sharded import as_forward
 from .state import DecoderState
 
@@ -104,7 +105,7 @@ class Decoder(nn.Module):
         elif not self.input_feeding:  # no step waits for the attention of another: all are queries of one call
             states, _ = self._call_rnn(embedded, state)
             attentional, alignments = self._attend(states, memory)
-        elif self.loop and can_loop(self, embedded, state, memory):
+        elif self.loop and can_fuse_sequence(self, embedded, state, memory):
             attentional, alignments = decode_sequence(self, embedded, state, memory)
         else:
             advance = self._step_of_cells if has_stock_cells(self.rnn) else self._step_of_rnn
@@ -129,19 +130,12 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """``_step`` with the weights of ``rnn``, which is faster than a call of it."""
         batch, hypotheses = embedded.shape[:2]
-        output = self._inputs(embedded, state).flatten(0, 1)
-        hidden, cell = [], []
-        for layer, weights in enumerate(self.rnn.all_weights):
-            if layer > 0:
-                output = self.dropout(output)
-            if state.cell:
-                before = (state.hidden[layer].flatten(0, 1), state.cell[layer].flatten(0, 1))
-                output, memory_cell = torch.lstm_cell(output, before, *weights)
-                cell.append(memory_cell.view(batch, hypotheses, -1))
-            else:
-                output = torch.gru_cell(output, state.hidden[layer].flatten(0, 1), *weights)
-            hidden.append(output.view(batch, hypotheses, -1))
-        return self._finish(hidden[-1], tuple(hidden), tuple(cell), memory)
+        inputs = self._inputs(embedded, state).flatten(0, 1)
+        hidden_before, cell_before = ([x.flatten(0, 1) for x in of] for of in (state.hidden, state.cell))
+        weights: Any = self.rnn.all_weights
+        after = step_cells(inputs, hidden_before, cell_before, weights, lambda x, _: self.dropout(x))
+        hidden, cell = (tuple(x.unflatten(0, (batch, hypotheses)) for x in of) for of in after)
+        return self._finish(hidden[-1], hidden, cell, memory)
 
     def _step_of_rnn(
         self, embedded: Tensor, state: DecoderState, memory: Memory

@@ -1,11 +1,13 @@
-"""The state of a decoder between two steps."""
+"""What a decoder step is made from: the state between two steps, and the modules that it calls."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..modules import AttentionModule
 
 
 class DecoderState(NamedTuple):
@@ -35,3 +37,17 @@ class DecoderState(NamedTuple):
             tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
             None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
         )
+
+
+class DecoderModules(Protocol):
+    """What the fused decoder reads of a ``Decoder``."""
+
+    hidden_size: int
+    input_feeding: bool
+    cuda_graph: bool
+    embedding: nn.Embedding
+    dropout: nn.Dropout
+    rnn: nn.LSTM | nn.GRU
+    attention: AttentionModule
+    attentional: nn.Linear
+    output: nn.Linear

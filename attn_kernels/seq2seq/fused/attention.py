@@ -1,190 +1,151 @@
 """The attention of all steps of a sequence, without autograd: forward step by step, then backward.
 
-The backward of a step makes the gradient of its query alone. Keys, values, score vector and bias get theirs from one
-pass with all steps as queries, when all are done. B sentences, T steps, S source steps, A units, D value size.
+The backward of a step makes the gradient of its query alone. Memory and score get theirs from one pass with all steps
+as queries, when all are done. B sentences, T steps, S source steps, A units, M memory_size, H hidden_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import ops, reference
+from ... import derivatives, ops
 from ...functional import prepare_keys
 from ...memory import Memory
+from ...scores import AdditiveScore, Score
 from .gemm import PackedLinear, weight_gradient
+from .inputs import Inputs
 
 
-class SequenceAttention:
-    """Dot attention; what the other forms have in common with it.
+class SavedAttention(NamedTuple):
+    """What the backward reads of the forward."""
 
-    query_weight: (A, H), or None where the state is the query.
-    """
+    queries: Tensor  # (T, B, A), before the factor
+    alignments: Tensor  # (B, T, S)
+    lengths: Tensor | None  # (T, B, 1), what a query was divided by: its length, or 1 if that is 0
+    is_zero: Tensor | None  # (T, B, 1), whether it is
+    prepared: Tensor | None  # of the keys
 
-    op = "dot_attention"
-    function: Callable[..., reference.Attention] = staticmethod(reference.dot_attention)
 
-    query_product: PackedLinear | None  # with query_weight in the forward, with its transpose in the backward
-    dqueries: Tensor  # (T, B, A)  of the backward that runs
-    dcontexts: Tensor  # (B, T, D)
+def prepare(score: Score, keys: Tensor, backend: str | None) -> Tensor | None:
+    """What the score reads of keys in each step and can be made once: for ``with_prepared``."""
+    return prepare_keys(keys, backend=backend) if isinstance(score, AdditiveScore) else None
 
-    def __init__(self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None) -> None:
-        self.backend = backend
-        self.memory = memory
-        self.query_weight = query_weight
-        batch, source, units = memory.keys.shape
-        self.queries = memory.keys.new_empty(steps, batch, units)  # as they are scored
-        self.alignments = memory.keys.new_empty(batch, steps, source)
-        self.query_product = None if query_weight is None else PackedLinear(query_weight, batch, steps)
+
+def with_prepared(score: Score, prepared: Tensor | None) -> Score:
+    return AdditiveScore(score.v, score.bias, prepared) if isinstance(score, AdditiveScore) else score
+
+
+def op_arguments(score: Score, query: Tensor, memory: Memory) -> tuple[Any, ...]:
+    """Those of the score's op but for the last. query: (B, Tq, A)."""
+    return query, memory.keys, memory.values, *score, memory.memory_lengths, memory.mask
+
+
+def call(op: str, backend: str, *arguments: Any) -> Any:
+    """An op on a backend; "reference" has no ops, but their formulas."""
+    if backend == "reference":
+        return derivatives.apply_formula(op, arguments)
+    return ops.call(op, backend, *arguments)
+
+
+class AttentionForward:
+    def __init__(self, inputs: Inputs) -> None:
+        self.backend, self.memory, self.query = inputs.backend, inputs.memory, inputs.query
+        keys, steps = self.memory.keys, inputs.embedded.shape[1]
+        batch, source, units = keys.shape
+        lengths = is_zero = None
+        if self.query.eps is not None:
+            lengths = keys.new_empty(steps, batch, 1, dtype=_wide(keys))
+            is_zero = torch.empty_like(lengths, dtype=torch.bool)
+        # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
+        prepared = None if keys.element_size() == 2 else prepare(inputs.score, keys, self.backend)
+        self.score = with_prepared(inputs.score, prepared)
+        queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
+        self.saved = SavedAttention(queries, alignments, lengths, is_zero, prepared)
+        self.projection = _projection(self.query.weight, batch, steps)
 
     def step(self, t: int, state: Tensor) -> Tensor:
-        """state: (B, H). Returns the context, (B, D)."""
-        query = self.queries[t]
-        self._query(t, state, query)
-        memory = self.memory
-        if self.backend == "reference":
-            context, alignments = self._reference(query.unsqueeze(1), memory.keys, memory.values, *self._score())
-        else:
-            context, alignments = ops.call(
-                self.op, self.backend, query.unsqueeze(1), memory.keys, memory.values, *self._settings(), True
-            )
-        self.alignments[:, t] = alignments.squeeze(1)
+        """state: (B, H). Returns the context, (B, M)."""
+        arguments = op_arguments(self.score, self._query(t, state).unsqueeze(1), self.memory)
+        context, alignments = call(self.score.op, self.backend, *arguments, True)
+        self.saved.alignments[:, t] = alignments.squeeze(1)
         return context.squeeze(1)
 
-    def start_backward(self) -> None:
-        weight, (steps, batch, _) = self.query_weight, self.queries.shape
-        self.query_product = None if weight is None else PackedLinear(weight.t(), batch, steps)
-        self.dqueries = torch.empty_like(self.queries)
-        self.dcontexts = self.memory.values.new_empty(*self.alignments.shape[:2], self.memory.values.shape[2])
+    def _query(self, t: int, state: Tensor) -> Tensor:
+        saved, factor, eps = self.saved, self.query.factor, self.query.eps
+        query = saved.queries[t]
+        x = state if self.projection is None else self.projection(state)
+        if eps is not None:
+            x = x.to(saved.lengths.dtype)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            torch.le(length, eps, out=saved.is_zero[t])
+            saved.lengths[t] = length.masked_fill(saved.is_zero[t], 1.0)
+            x = x / saved.lengths[t]
+        query.copy_(x)
+        return query if factor is None else query * factor
 
-    def step_back(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
-        """dcontext: (B, D). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""
+
+class AttentionBackward:
+    def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
+        self.backend, self.memory, self.query, self.saved = inputs.backend, inputs.memory, inputs.query, saved
+        self.score = with_prepared(inputs.score, saved.prepared)
+        batch, steps, _ = saved.alignments.shape
+        weight, factor = self.query.weight, self.query.factor
+        self.projection = _projection(None if weight is None else weight.t(), batch, steps)
+        # (B, T, A), as they were scored
+        self.queries = (saved.queries if factor is None else saved.queries * factor).transpose(0, 1)
+        self.dqueries = torch.empty_like(saved.queries)  # becomes that of the projected states
+        self.dcontexts = saved.queries.new_empty(batch, steps, self.memory.values.shape[2])
+        self.dfactor = None if factor is None else factor.new_zeros((), dtype=_wide(factor))
+
+    def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
+        """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""
         self.dcontexts[:, t] = dcontext
         step = slice(t, t + 1)
-        dalignments = None if dalignments is None else dalignments[:, step]
-        query, alignments = self.queries[step].transpose(0, 1), self.alignments[:, step]
-        dquery = self._backward(f"{self.op}_query_backward", dcontext.unsqueeze(1), dalignments, query, alignments)
+        dquery = self._backward(f"{self.score.op}_query_backward", step, dalignments)
         self.dqueries[t] = (dquery if isinstance(dquery, Tensor) else dquery[0]).squeeze(1)
         return self._state_gradient(t)
 
-    def gradients(self, states: Tensor, dalignments: Tensor | None) -> tuple[Tensor | None, ...]:
-        """states: (T, B, H). dalignments: (B, T, S). Of keys, values, query_weight, v, bias, scale."""
-        queries = self.queries.transpose(0, 1)
-        _, dkeys, dvalues, *score = self._backward(
-            f"{self.op}_backward", self.dcontexts, dalignments, queries, self.alignments
-        )
+    def _state_gradient(self, t: int) -> Tensor:
+        """From dqueries[t], which becomes the gradient of the product with the weight."""
+        factor, saved = self.query.factor, self.saved
+        if factor is not None:
+            unit = saved.queries[t].to(self.dfactor.dtype)
+            dquery = self.dqueries[t].to(unit.dtype)
+            along = (dquery * unit).sum(-1, keepdim=True)
+            self.dfactor += along.sum()
+            if self.query.eps is not None:  # the length of a zero vector counts as a constant
+                dquery = (dquery - unit * along.masked_fill(saved.is_zero[t], 0.0)) / saved.lengths[t]
+            self.dqueries[t] = dquery * factor
+        return self.dqueries[t] if self.projection is None else self.projection(self.dqueries[t])
+
+    def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
+        """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
+        _, dkeys, dvalues, *dscore = self._backward(f"{self.score.op}_backward", slice(None), dalignments)
+        # The op returns an empty tensor where there is no bias.
+        pairs = zip(self.score._fields, self.score, dscore, strict=False)
+        by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
         dweight = None
-        if self.query_weight is not None:
+        if self.query.weight is not None:
             dweight = weight_gradient(self.dqueries.flatten(0, 1), states.flatten(0, 1))
-        dv, dbias = score or (None, None)
-        if dbias is not None and dbias.numel() == 0:
-            dbias = None  # without a bias
-        return dkeys, dvalues, dweight, dv, dbias, self._scale_gradient()
+        dfactor = None if self.dfactor is None else self.dfactor.to(self.query.factor.dtype)
+        return {
+            "memory": Memory(dkeys, dvalues),
+            "score": with_prepared(self.score, None)._replace(**by_name),
+            "query": self.query._replace(weight=dweight, factor=dfactor),
+        }
 
-    def _backward(
-        self, op: str, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
-    ) -> Any:
-        """Of query, keys, values and what the scores have besides, as far as the op gives them."""
-        memory = self.memory
-        tensors = (query, memory.keys, memory.values)
-        if self.backend != "reference":
-            return ops.call(op, self.backend, dcontext, dalignments, *tensors, *self._settings(), alignments)
-        inputs = [None if x is None else x.detach().requires_grad_() for x in (*tensors, *self._score())]
-        with torch.enable_grad():
-            outputs = self._reference(*inputs)
-        wanted = [x for x in inputs if x is not None]
-        gradients = (dcontext, torch.zeros_like(alignments) if dalignments is None else dalignments)
-        found = iter(torch.autograd.grad(outputs, wanted, gradients))
-        return tuple(None if x is None else next(found) for x in inputs)
-
-    def _reference(self, *arguments: Tensor | None) -> reference.Attention:
-        memory = self.memory
-        return self.function(*arguments, memory_lengths=memory.memory_lengths, mask=memory.mask)
-
-    def _score(self) -> tuple[Tensor | None, ...]:
-        """What scores take besides queries and keys, as arguments of the public function."""
-        return ()
-
-    def _settings(self) -> tuple[Any, ...]:
-        """The arguments of the op after query, keys and values."""
-        return (1.0, self.memory.memory_lengths, self.memory.mask)
-
-    # How a query is made of a state -----------------------------------------------------------------------------------
-
-    def _query(self, t: int, state: Tensor, out: Tensor) -> None:
-        out.copy_(self._projected(state))
-
-    def _projected(self, state: Tensor) -> Tensor:
-        return state if self.query_product is None else self.query_product(state)
-
-    def _state_gradient(self, t: int) -> Tensor:
-        """From dqueries[t], which becomes the gradient of the product with query_weight."""
-        return self._projected(self.dqueries[t])
-
-    def _scale_gradient(self) -> Tensor | None:
-        return None
+    def _backward(self, op: str, steps: slice, dalignments: Tensor | None) -> Any:
+        """A backward op for the queries of some steps."""
+        gradients = (self.dcontexts[:, steps], None if dalignments is None else dalignments[:, steps])
+        arguments = op_arguments(self.score, self.queries[:, steps], self.memory)
+        return call(op, self.backend, *gradients, *arguments, self.saved.alignments[:, steps])
 
 
-class CosineSequenceAttention(SequenceAttention):
-    """The query is scale u, u = x / |x|; the keys have length 1 already (modules.CosineAttention)."""
-
-    def __init__(
-        self, backend: str, memory: Memory, steps: int, query_weight: Tensor | None, scale: Tensor, eps: float
-    ) -> None:
-        super().__init__(backend, memory, steps, query_weight)
-        self.scale = scale
-        self.eps = eps
-        self.lengths = self.queries.new_empty(steps, self.queries.shape[1], 1, dtype=_wide(self.queries))
-        self.is_zero = torch.empty_like(self.lengths, dtype=torch.bool)
-
-    def start_backward(self) -> None:
-        super().start_backward()
-        self.dscale = self.lengths.new_zeros(())
-
-    def _query(self, t: int, state: Tensor, out: Tensor) -> None:
-        x = self._projected(state).to(self.lengths.dtype)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        torch.le(length, self.eps, out=self.is_zero[t])
-        self.lengths[t] = length.masked_fill(self.is_zero[t], 1.0)
-        torch.mul((x / self.lengths[t]).to(out.dtype), self.scale, out=out)
-
-    def _state_gradient(self, t: int) -> Tensor:
-        unit = self.queries[t].to(self.lengths.dtype) / self.scale
-        gradient = self.dqueries[t].to(unit.dtype)
-        along = (gradient * unit).sum(-1, keepdim=True)
-        self.dscale += along.sum()
-        across = gradient - unit * along.masked_fill(self.is_zero[t], 0.0)  # below eps the length is a constant
-        self.dqueries[t] = across * (self.scale / self.lengths[t])
-        return self._projected(self.dqueries[t])
-
-    def _scale_gradient(self) -> Tensor:
-        return self.dscale.to(self.scale.dtype)
-
-
-class AdditiveSequenceAttention(SequenceAttention):
-    """v: (A,). bias: (A,) or None."""
-
-    op = "additive_attention"
-    function = staticmethod(reference.additive_attention)
-
-    def __init__(
-        self, backend: str, memory: Memory, steps: int, query_weight: Tensor, v: Tensor, bias: Tensor | None
-    ) -> None:
-        super().__init__(backend, memory, steps, query_weight)
-        # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
-        is_short = memory.keys.element_size() == 2
-        self.prepared = None if is_short else prepare_keys(memory.keys, backend=backend)
-        self.v = v
-        self.bias = bias
-
-    def _score(self) -> tuple[Tensor | None, ...]:
-        return self.v, self.bias
-
-    def _settings(self) -> tuple[Any, ...]:
-        return self.v, self.bias, self.prepared, self.memory.memory_lengths, self.memory.mask
+def _projection(weight: Tensor | None, batch: int, steps: int) -> PackedLinear | None:
+    return None if weight is None else PackedLinear(weight, batch, steps)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,10 +1,12 @@
 """Layers of recurrent cells over a whole sequence, without autograd: forward step by step, then backward.
 
-A layer keeps [x_t | h_{t-1}] of all steps side by side, so that a step is one product and so is the gradient of the
-weights of all steps. T steps, B rows, n inputs, H units; (T, B, *) is contiguous for each step.
+A layer keeps [x_t | h_{t-1}] of all steps side by side: the gradient of its weights is one product for all steps, and
+a step of an LSTM is one, too. T steps, B rows, n inputs, H units; (T, B, *) is contiguous for each step.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,25 +14,33 @@ from torch import Tensor
 from ... import ops
 from ...backends import choose
 from .gemm import PackedLinear, weight_gradient
+from .inputs import CellWeights
 
 
-class Layer:
-    """What LSTM and GRU layers share: their inputs, and the gradients that are one product for all steps.
+class SavedLSTM(NamedTuple):
+    """What the backward of an LSTM layer reads."""
 
-    base: (T, B, G), what the steps add to the pre-activations of their gates: biases, and inputs that are known before
-        the loop. The layer computes in it.
-    weight_x: (G, n). weight_h: (G, H). hidden: (B, H), the first state.
-    """
+    inputs: Tensor  # (T + 1, B, n + H), [x | h] before each step
+    gates: Tensor  # (T, B, 4 H): i, f, g, o
+    cells: Tensor  # (T + 1, B, H)
+    tanh_cells: Tensor  # (T, B, H)
+    weight: Tensor  # (4 H, n + H), of x and h side by side
 
-    dgates: Tensor  # (T, B, G), of the backward that runs
 
-    def __init__(self, base: Tensor, weight_x: Tensor, weight_h: Tensor, hidden: Tensor) -> None:
-        steps, batch, _ = base.shape
-        self.gates = base
-        self.size = hidden.shape[1]
-        self.n = weight_x.shape[1]
-        self.weight = torch.cat([weight_x, weight_h], dim=1)
-        self.inputs = hidden.new_empty(steps + 1, batch, self.n + self.size)
+class SavedGRU(NamedTuple):
+    """What the backward of a GRU layer reads."""
+
+    inputs: Tensor  # (T + 1, B, n + H), [x | h] before each step
+    gates: Tensor  # (T, B, 3 H): r, z, n
+    recurrent: Tensor  # (T, B, H), h W_hn + b_hn
+
+
+class _Forward:
+    """What the forwards of both cells share: their inputs."""
+
+    def __init__(self, weights: CellWeights, hidden: Tensor, steps: int) -> None:
+        self.n, self.size = weights.x.shape[1], hidden.shape[1]
+        self.inputs = hidden.new_empty(steps + 1, hidden.shape[0], self.n + self.size)
         self.inputs[0, :, self.n :] = hidden
 
     def x(self, t: int) -> Tensor:
@@ -41,129 +51,135 @@ class Layer:
         """(B, H): the state before step t."""
         return self.inputs[t, :, self.n :]
 
-    def start_backward(self) -> None:
-        self.dgates = torch.empty_like(self.gates)
 
-    def weight_gradients(self) -> tuple[Tensor, ...]:
-        """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
-        gradient = weight_gradient(self.dgates.flatten(0, 1), self.inputs[:-1].flatten(0, 1))
-        bias = self.dgates.sum((0, 1))
-        return gradient[:, : self.n], gradient[:, self.n :], bias, bias
+class LSTMForward(_Forward):
+    """Gates i, f, g, o: c' = f c + i g, h' = o tanh(c').
 
+    base: (T, B, 4 H), what is added to the products with x and h of each step but for ``weights.bias_h``: the other
+        bias, and inputs that are known before the loop. The layer computes in it.
+    weights: of the inputs that become known in the loop. hidden, cell: (B, H), the first state.
+    """
 
-class LSTMLayer(Layer):
-    """Gates i, f, g, o: c' = f c + i g, h' = o tanh(c')."""
+    saved: SavedLSTM
 
-    product: PackedLinear  # with the weight in the forward, with its transpose in the backward
-    dcell: Tensor  # (B, H), of the cell after the step that comes next; a buffer of its own
-
-    def __init__(
-        self, base: Tensor, weight_x: Tensor, weight_h: Tensor, bias_h: Tensor, hidden: Tensor, cell: Tensor
-    ) -> None:
-        super().__init__(base, weight_x, weight_h, hidden)
-        self.gates += bias_h
+    def __init__(self, base: Tensor, weights: CellWeights, hidden: Tensor, cell: Tensor) -> None:
         steps, batch, _ = base.shape
-        self.cells = cell.new_empty(steps + 1, batch, self.size)
-        self.cells[0] = cell
-        self.tanhs = cell.new_empty(steps, batch, self.size)
-        self.product = PackedLinear(self.weight, batch, steps)
-        self.fused = base.is_cpu and base.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
+        super().__init__(weights, hidden, steps)
+        base += weights.bias_h
+        cells = cell.new_empty(steps + 1, batch, self.size)
+        cells[0] = cell
+        weight = torch.cat([weights.x, weights.h], dim=1)
+        self.saved = SavedLSTM(self.inputs, base, cells, cell.new_empty(steps, batch, self.size), weight)
+        self.product = PackedLinear(weight, batch, steps)
+        self.has_op = _has_lstm_op(base)
 
-    def step(self, t: int, again: Tensor | None = None) -> Tensor:
-        """Returns h' of step t, (B, H), and writes it to ``again``, too."""
-        gates = self.gates[t].add_(self.product(self.inputs[t]))
-        if self.fused:
-            hidden = self.h(t + 1)
-            ops.kernel("lstm_step", "cpu")(gates, self.cells[t], self.cells[t + 1], self.tanhs[t], hidden, again)
+    def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
+        """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
+        _, gates, cells, tanh_cells, _ = self.saved
+        step_gates = gates[t].add_(self.product(self.inputs[t]))
+        hidden = self.h(t + 1)
+        if self.has_op:
+            ops.kernel("lstm_step", "cpu")(step_gates, cells[t], cells[t + 1], tanh_cells[t], hidden, hidden_copy)
             return hidden
-        i, f, g, o = gates.chunk(4, dim=1)
-        gates[:, : 2 * self.size].sigmoid_()
+        i, f, g, o = step_gates.chunk(4, dim=1)
+        step_gates[:, : 2 * self.size].sigmoid_()
         g.tanh_()
         o.sigmoid_()
-        cell = torch.mul(f, self.cells[t], out=self.cells[t + 1]).addcmul_(i, g)
-        return _copied(torch.mul(o, torch.tanh(cell, out=self.tanhs[t]), out=self.h(t + 1)), again)
+        cell = torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
+        return _copied(torch.mul(o, torch.tanh(cell, out=tanh_cells[t]), out=hidden), hidden_copy)
 
-    def start_backward(self) -> None:
-        super().start_backward()
-        self.dcell = torch.zeros_like(self.cells[0])
-        self.product = PackedLinear(self.weight.t(), self.dcell.shape[0], self.gates.shape[0])
 
-    def step_back(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
+class LSTMBackward:
+    def __init__(self, saved: SavedLSTM, weights: CellWeights) -> None:
+        self.saved = saved
+        self.sizes = [weights.x.shape[1], weights.h.shape[1]]
+        self.dgates = torch.empty_like(saved.gates)
+        self.dcell = torch.zeros_like(saved.cells[0])  # of the cell after the step that comes next
+        steps, batch, _ = saved.gates.shape
+        self.product = PackedLinear(saved.weight.t(), batch, steps)
+        self.has_op = _has_lstm_op(saved.gates)
+
+    def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
-        if self.fused:
-            parts = (self.gates[t], self.cells[t], self.tanhs[t], self.dcell, self.dgates[t])
-            ops.kernel("lstm_step_backward", "cpu")(dh, *parts)
-            return self.product(self.dgates[t]).split([self.n, self.size], dim=1)
-        i, f, g, o = self.gates[t].chunk(4, dim=1)
-        di, df, dg, do = self.dgates[t].chunk(4, dim=1)
-        tanh, dcell = self.tanhs[t], self.dcell
-        _sigmoid_backward(dh * tanh, o, do)
-        dcell += _tanh_backward(dh * o, tanh)
-        _sigmoid_backward(dcell * g, i, di)
-        _sigmoid_backward(dcell * self.cells[t], f, df)
-        _tanh_backward(dcell * i, g, dg)
-        dcell *= f
-        return self.product(self.dgates[t]).split([self.n, self.size], dim=1)
+        _, gates, cells, tanh_cells, _ = self.saved
+        tanh, dcell, dgates = tanh_cells[t], self.dcell, self.dgates[t]
+        if self.has_op:
+            ops.kernel("lstm_step_backward", "cpu")(dh, gates[t], cells[t], tanh, dcell, dgates)
+        else:
+            i, f, g, o = gates[t].chunk(4, dim=1)
+            di, df, dg, do = dgates.chunk(4, dim=1)
+            _sigmoid_backward(dh * tanh, o, do)
+            dcell += _tanh_backward(dh * o, tanh)
+            _sigmoid_backward(dcell * g, i, di)
+            _sigmoid_backward(dcell * cells[t], f, df)
+            _tanh_backward(dcell * i, g, dg)
+            dcell *= f
+        return self.product(dgates).split(self.sizes, dim=1)
 
-    def first_gradients(self) -> tuple[Tensor, ...]:
-        return (self.dcell,)
+    def weight_gradients(self) -> CellWeights:
+        gradient = weight_gradient(self.dgates.flatten(0, 1), self.saved.inputs[:-1].flatten(0, 1))
+        bias = self.dgates.sum((0, 1))
+        dx, dh = gradient.split(self.sizes, dim=1)
+        return CellWeights(dx, dh, bias, bias)
 
 
-class GRULayer(Layer):
-    """Gates r, z, n with n = tanh(x W_n + b + r (h W_hn + b_hn)): h' = n + z (h - n)."""
+class GRUForward(_Forward):
+    """Gates r, z, n with n = tanh(x W_n + b + r (h W_hn + b_hn)): h' = n + z (h - n). Arguments as of LSTMForward."""
 
-    drecurrent: Tensor  # (T, B, 3 H): as dgates, of the products with h; the part of n has the factor r
+    saved: SavedGRU
 
-    product_x: PackedLinear  # with the weights in the forward, with their transposes in the backward
-    product_h: PackedLinear
+    def __init__(self, base: Tensor, weights: CellWeights, hidden: Tensor) -> None:
+        steps, batch, _ = base.shape
+        super().__init__(weights, hidden, steps)
+        self.bias_h = weights.bias_h
+        self.saved = SavedGRU(self.inputs, base, hidden.new_empty(steps, batch, self.size))
+        self.product_x = PackedLinear(weights.x, batch, steps)
+        self.product_h = PackedLinear(weights.h, batch, steps)
 
-    def __init__(self, base: Tensor, weight_x: Tensor, weight_h: Tensor, bias_h: Tensor, hidden: Tensor) -> None:
-        super().__init__(base, weight_x, weight_h, hidden)
-        self.bias_h = bias_h
-        self._make_products(weight_x, weight_h)
-        self.recurrent = hidden.new_empty(base.shape[0], base.shape[1], self.size)  # h W_hn + b_hn
-
-    def step(self, t: int, again: Tensor | None = None) -> Tensor:
-        """Returns h' of step t, (B, H), and writes it to ``again``, too."""
-        gates, size, before = self.gates[t], self.size, self.h(t)
+    def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
+        """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
+        gates, size, before = self.saved.gates[t], self.size, self.h(t)
         gates.add_(self.product_x(self.x(t)))
         products = self.product_h(before).add_(self.bias_h)
-        self.recurrent[t] = products[:, 2 * size :]
+        recurrent = self.saved.recurrent[t].copy_(products[:, 2 * size :])
         gates[:, : 2 * size].add_(products[:, : 2 * size]).sigmoid_()
         r, z, n = gates.chunk(3, dim=1)
-        n.addcmul_(r, self.recurrent[t]).tanh_()
-        return _copied(torch.lerp(n, before, z, out=self.h(t + 1)), again)
+        n.addcmul_(r, recurrent).tanh_()
+        return _copied(torch.lerp(n, before, z, out=self.h(t + 1)), hidden_copy)
 
-    def start_backward(self) -> None:
-        super().start_backward()
-        self.drecurrent = torch.empty_like(self.gates)
-        self._make_products(self.weight[:, : self.n].t(), self.weight[:, self.n :].t())
 
-    def _make_products(self, weight_x: Tensor, weight_h: Tensor) -> None:
-        steps, rows = self.gates.shape[:2]
-        self.product_x, self.product_h = PackedLinear(weight_x, rows, steps), PackedLinear(weight_h, rows, steps)
+class GRUBackward:
+    def __init__(self, saved: SavedGRU, weights: CellWeights) -> None:
+        self.saved = saved
+        self.n, self.size = weights.x.shape[1], weights.h.shape[1]
+        self.dgates = torch.empty_like(saved.gates)  # of the products with x
+        self.drecurrent = torch.empty_like(saved.gates)  # of the products with h; the part of n has the factor r
+        steps, batch, _ = saved.gates.shape
+        self.product_x = PackedLinear(weights.x.t(), batch, steps)
+        self.product_h = PackedLinear(weights.h.t(), batch, steps)
 
-    def step_back(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
-        r, z, n = self.gates[t].chunk(3, dim=1)
-        dr, dz, dn = self.dgates[t].chunk(3, dim=1)
-        size = self.size
-        _sigmoid_backward(dh * (self.h(t) - n), z, dz)
-        kept = dh * z
-        _tanh_backward(dh - kept, n, dn)
-        _sigmoid_backward(dn * self.recurrent[t], r, dr)
-        self.drecurrent[t, :, : 2 * size] = self.dgates[t, :, : 2 * size]
-        torch.mul(dn, r, out=self.drecurrent[t, :, 2 * size :])
-        return self.product_x(self.dgates[t]), kept.add_(self.product_h(self.drecurrent[t]))
+        inputs, gates, recurrent = self.saved
+        dgates, drecurrent, size = self.dgates[t], self.drecurrent[t], self.size
+        r, z, n = gates[t].chunk(3, dim=1)
+        dr, dz, dn = dgates.chunk(3, dim=1)
+        _sigmoid_backward(dh * (inputs[t, :, self.n :] - n), z, dz)
+        dh_z = dh * z
+        _tanh_backward(dh - dh_z, n, dn)
+        _sigmoid_backward(dn * recurrent[t], r, dr)
+        drecurrent[:, : 2 * size] = dgates[:, : 2 * size]
+        torch.mul(dn, r, out=drecurrent[:, 2 * size :])
+        return self.product_x(dgates), dh_z.add_(self.product_h(drecurrent))
 
-    def weight_gradients(self) -> tuple[Tensor, ...]:
-        """Of weight_x, weight_h, and of the biases added to the products with x and with h."""
-        dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.inputs[:-1]))
+    def weight_gradients(self) -> CellWeights:
+        dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.saved.inputs[:-1]))
         dx, dh = weight_gradient(dgates, inputs[:, : self.n]), weight_gradient(drecurrent, inputs[:, self.n :])
-        return dx, dh, dgates.sum(0), drecurrent.sum(0)
+        return CellWeights(dx, dh, dgates.sum(0), drecurrent.sum(0))
 
-    def first_gradients(self) -> tuple[Tensor, ...]:
-        return ()
+
+def _has_lstm_op(gates: Tensor) -> bool:
+    return gates.is_cpu and gates.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
 
 
 def _copied(x: Tensor, to: Tensor | None) -> Tensor:

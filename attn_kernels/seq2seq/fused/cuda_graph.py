@@ -1,9 +1,9 @@
-"""The loop of a decoder on a GPU as CUDA graphs: all of its launches as one.
+"""A sequence of decoder steps on a GPU as CUDA graphs: all of its launches as one.
 
 A graph is made for fixed shapes and computes in memory of its own. Shapes come in buckets: S and T are padded with
 steps that are not attended to and steps whose results are not used, so that few graphs serve all batches. Inputs are
-copied in and results copied out, so that to autograd a replay is a function like any other: several forwards may come
-before their backwards, and a graph may be used again while results of it are alive.
+copied in and results copied out, so that a replay is a function without state: several forwards may come before their
+backwards, and a graph may be used again while results of it are alive.
 """
 
 from __future__ import annotations
@@ -17,36 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sequence import Inputs, Settings, differentiate, evaluate
+from ...memory import Memory
+from .inputs import Axes, Inputs, flatten, step_axes, unflatten
+from .sequence import backward, forward
 
-# Which axes are T or S steps, counted from the last.
-_AXES: dict[str, dict[int, str]] = {
-    "embedded": {-2: "T"},
-    "keys": {-2: "S"},
-    "values": {-2: "S"},
-    "mask": {-1: "S"},
-}
-_FACTORS = {-3: "T"}  # of dropout
-_RESULTS: tuple[dict[int, str], ...] = ({-2: "T"}, {-2: "T", -1: "S"})  # attentional vectors and alignments
+_RESULTS: tuple[Axes, ...] = ({-2: "T"}, {-2: "T", -1: "S"})  # attentional vectors and alignments
 
-# Runs a function once and records it: returns what computes it again, in the same memory, and its results there.
+# Runs a function once and captures it: returns what computes it again, in the same memory, and its results there.
 Capture = Callable[[Callable[[], list[Any]]], tuple[Callable[[], object], list[Any]]]
 
 
-def find_graph(settings: Settings, tensors: Sequence[Tensor | None]) -> SequenceGraph | None:
-    """The graph for these shapes; None where the loop is better computed without."""
-    capture = _capturer(tensors[0]) if settings.replays else None
+def find_graph(inputs: Inputs) -> SequenceGraph | None:
+    """The graph for these shapes; None where there is none and the steps are to be launched one by one."""
+    keys = inputs.memory.keys
+    capture = _capturer(keys)
     if capture is None:
         return None
-    tensors = _as_padded(tensors)
-    axes = [_AXES.get(name, {}) for name in Inputs._fields]
-    axes += [_FACTORS] * settings.layers + [{}] * (len(tensors) - len(axes) - settings.layers)
-    inputs = Inputs(*tensors[: len(Inputs._fields)])
-    sizes = {"T": bucket(inputs.embedded.shape[1]), "S": bucket(inputs.keys.shape[1])}
+    inputs = _with_lengths(inputs)
+    tensors, structure = flatten(inputs)
+    sizes = {name: bucket(size) for name, size in _sizes(inputs).items()}
+    axes = step_axes(inputs)
     shapes = [None if x is None else _shape(x, of, sizes) for x, of in zip(tensors, axes, strict=True)]
     dtypes = tuple(None if x is None else x.dtype for x in tensors)
-    key = (settings, inputs.keys.device, _stream(inputs.keys), tuple(shapes), dtypes)
-    return graphs.find(key, lambda: SequenceGraph(capture, settings, tensors, shapes, axes))
+    key = (structure, keys.device, _stream(keys), tuple(shapes), dtypes)
+    return graphs.find(key, lambda: SequenceGraph(capture, structure, tensors, shapes, axes, sizes))
 
 
 def bucket(steps: int) -> int:
@@ -55,71 +49,72 @@ def bucket(steps: int) -> int:
     return -(-steps // unit) * unit
 
 
-def _as_padded(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """With lengths: padding is beyond."""
-    inputs = Inputs(*tensors[: len(Inputs._fields)])
-    batch, source = inputs.keys.shape[:2]
-    lengths = inputs.memory_lengths
+def _with_lengths(inputs: Inputs) -> Inputs:
+    """With the lengths of a memory that has none: padding is beyond them."""
+    keys, values, lengths, mask = flatten(inputs.memory)[0]
     if lengths is None:
-        lengths = torch.full((batch,), source, dtype=torch.int64, device=inputs.keys.device)
-    return [*inputs._replace(memory_lengths=lengths), *tensors[len(Inputs._fields) :]]
+        lengths = torch.full((keys.shape[0],), keys.shape[1], dtype=torch.int64, device=keys.device)
+    return inputs._replace(memory=Memory(keys, values, lengths, mask))
 
 
-def _shape(x: Tensor, axes: dict[int, str], sizes: dict[str, int]) -> tuple[int, ...]:
+def _shape(x: Tensor, axes: Axes, sizes: dict[str, int]) -> tuple[int, ...]:
     """The shape of x with the axes that ``axes`` names as long as ``sizes`` tells."""
     return tuple(sizes[axes[i]] if (i := n - x.dim()) in axes else x.shape[n] for n in range(x.dim()))
 
 
 class SequenceGraph:
-    """``evaluate`` and ``differentiate`` for tensors of some shapes, replayed."""
+    """``forward`` and ``backward`` of a sequence, replayed for inputs of one structure and of shapes that fit."""
 
     def __init__(
         self,
         capture: Capture,
-        settings: Settings,
+        structure: Any,
         tensors: Sequence[Tensor | None],
         shapes: Sequence[tuple[int, ...] | None],
-        axes: Sequence[dict[int, str]],
+        axes: Sequence[Axes],
+        sizes: dict[str, int],
     ) -> None:
         self.capture = capture
         self.axes = axes
+        self.sizes = sizes
         # A replay and the copies around it belong together, whatever other threads do with the same graph.
         self.lock = threading.Lock()
-        self.inputs = [None if x is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)]
-        self.sizes = {"T": self.inputs[0].shape[1], "S": self.inputs[2].shape[1]}
+        self.tensors = [None if x is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)]
+        self.inputs: Inputs = unflatten(structure, iter(self.tensors))
         self.backwards: dict[tuple[bool, ...], tuple[Callable[[], object], list[Any], list[Any]]] = {}
-        _copy_padded(self.inputs, tensors)  # numbers as they come, for the run before the recording
+        _copy_padded(self.tensors, tensors)  # numbers as they come, for the run before the capture
 
-        def run() -> list[Tensor]:
-            self.parts, *results, kept = evaluate(settings, self.inputs)
-            return [*results, *kept]
+        def run() -> list[Tensor | None]:
+            *results, self.saved = forward(self.inputs)
+            self.saved_tensors, self.saved_structure = flatten(self.saved)
+            return [*results, *self.saved_tensors]
 
-        self.replay, self.results = capture(run)
+        self.replay, results = capture(run)
+        self.results, self.saved_tensors = results[:2], results[2:]
+        self.saved = unflatten(self.saved_structure, iter(self.saved_tensors))
 
-    def forward(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Attentional vectors, alignments and what ``backward`` is to be given."""
+    def forward(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Attentional vectors and alignments; and the tensors that ``backward`` is to be given."""
         with self.lock:
-            _copy_padded(self.inputs, _as_padded(tensors))
+            _copy_padded(self.tensors, flatten(_with_lengths(inputs))[0])
             self.replay()
-            sizes = _sizes(tensors)
-            cut = [_unpad(x, axes, sizes) for x, axes in zip(self.results, _RESULTS, strict=False)]
-            return [x.clone(memory_format=torch.contiguous_format) for x in (*cut, *self.results[2:])]
+            sizes = _sizes(inputs)
+            results = [_copy(_unpad(x, axes, sizes)) for x, axes in zip(self.results, _RESULTS, strict=True)]
+            return results, [None if x is None else _copy(x) for x in self.saved_tensors]
 
     def backward(
-        self, tensors: Sequence[Tensor | None], kept: Sequence[Tensor], gradients: Sequence[Tensor | None]
+        self, inputs: Inputs, saved: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The gradients of ``tensors``."""
-        sizes = _sizes(tensors)
+        """The gradients of the inputs, flat."""
+        sizes = _sizes(inputs)
         with self.lock:
-            _copy_padded(self.inputs, _as_padded(tensors))
-            _copy_padded(self.results[2:], kept)
+            _copy_padded(self.tensors, flatten(_with_lengths(inputs))[0])
+            _copy_padded(self.saved_tensors, saved)
             replay, given, results = self._backward_of(gradients)
             _copy_padded(given, gradients)
             replay()
-            return [
-                None if x is None else _unpad(x, axes, sizes).clone(memory_format=torch.contiguous_format)
-                for x, axes in zip(results, self.axes, strict=True)
-            ]
+            pairs = zip(results, self.axes, strict=True)
+            return [None if x is None else _copy(_unpad(x, axes, sizes)) for x, axes in pairs]
 
     def _backward_of(self, gradients: Sequence[Tensor | None]) -> tuple[Callable[[], object], list[Any], list[Any]]:
         """What replays the backward, the gradients that it reads and those that it makes."""
@@ -130,23 +125,26 @@ class SequenceGraph:
                 for x, axes in zip(gradients, _RESULTS, strict=True)
             ]
             _copy_padded(given, gradients)
-            replay, results = self.capture(lambda: differentiate(self.parts, self.inputs, self.results[2:], given))
+            replay, results = self.capture(lambda: flatten(backward(self.inputs, self.saved, *given))[0])
             self.backwards[which] = replay, given, results
         return self.backwards[which]
 
 
-def _sizes(tensors: Sequence[Tensor | None]) -> dict[str, int]:
-    inputs = Inputs(*tensors[: len(Inputs._fields)])
-    return {"T": inputs.embedded.shape[1], "S": inputs.keys.shape[1]}
+def _sizes(inputs: Inputs) -> dict[str, int]:
+    return {"T": inputs.embedded.shape[1], "S": inputs.memory.keys.shape[1]}
 
 
-def _unpad(x: Tensor, axes: dict[int, str], sizes: dict[str, int]) -> Tensor:
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _unpad(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
     """The part of x that is no padding."""
     return x[tuple(slice(size) for size in _shape(x, axes, sizes))]
 
 
 def _copy_padded(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> None:
-    """Copies; what is beyond a smaller tensor becomes 0: of what was there before, NaN would be NaN times 0, too."""
+    """Copies into static buffers, and zeroes their padding: a stale NaN there would survive multiplication by 0."""
     same_into, same = [], []
     for static, x in zip(into, tensors, strict=True):
         if static is None:
@@ -162,7 +160,7 @@ def _copy_padded(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
 
 
 class Graphs:
-    """Those used last. To make one takes as long as several runs, so that shapes must come again to get theirs."""
+    """The graphs used last. To make one takes as long as several runs: only shapes that come again get theirs."""
 
     capacity = 16
     min_calls = 2
@@ -195,7 +193,7 @@ graphs = Graphs()
 
 
 def _capturer(x: Tensor) -> Capture | None:
-    """None where nothing can be recorded, as on a CPU, or while the caller captures a graph of her own."""
+    """None where nothing can be captured: on a CPU, or while the caller captures a graph."""
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return None
     return functools.partial(_capture, x.device)

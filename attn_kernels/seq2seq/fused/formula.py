@@ -1,58 +1,91 @@
-"""The loop of a decoder in operators that autograd knows: the specification of loop_sequence.py, and its derivatives.
+"""The steps of a decoder in operators that autograd knows: the specification of sequence.py, and its derivatives.
 
-The backward of the loop writes into arrays, so that autograd cannot differentiate it. Where gradients are to be
+The backward of a sequence writes into arrays, so that autograd cannot differentiate it. Where gradients are to be
 differentiated again, they are those of this formula, computed anew: they are right, and cost what plain steps cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ... import reference
-from .sequence import Inputs, Settings
+from ... import derivatives
+from ...modules import unit_length
+from .attention import op_arguments
+from .inputs import Inputs, unflatten
 
 
-def evaluate_formula(settings: Settings, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """What ``loop_sequence.evaluate`` returns of the same arguments: attentional vectors and alignments."""
-    inputs, rest = Inputs(*tensors[: len(Inputs._fields)]), tensors[len(Inputs._fields) :]
-    layers = settings.layers
-    states = layers * (2 if settings.is_lstm else 1)
-    factors, first, weights = rest[:layers], rest[layers : layers + states], rest[layers + states :]
-    hidden, cell, feed = list(first[:layers]), list(first[layers:]), inputs.feed
+def step_cells(
+    x: Tensor,
+    hidden: Sequence[Tensor],
+    cell: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    dropout: Callable[[Tensor, int], Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A step of stacked LSTM layers, or GRU layers if ``cell`` is empty. Returns the states after it.
+
+    x: (R, n). hidden, cell: (R, H) of each layer. weights: of each layer, as ``nn.LSTM.all_weights`` has them.
+    dropout: of the output of a layer below the top, and the number of that layer.
+    """
+    new_hidden: list[Tensor] = []
+    new_cell: list[Tensor] = []
+    for n, of_layer in enumerate(weights):
+        if n > 0:
+            x = dropout(x, n - 1)
+        if cell:
+            x, cell_after = torch.lstm_cell(x, (hidden[n], cell[n]), *of_layer)
+            new_cell.append(cell_after)
+        else:
+            x = torch.gru_cell(x, hidden[n], *of_layer)
+        new_hidden.append(x)
+    return new_hidden, new_cell
+
+
+def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The first two results of ``sequence.forward``: attentional vectors and alignments."""
+    hidden, cell, feed = list(inputs.hidden), list(inputs.cell), inputs.feed
     steps = []
     for t, embedded in enumerate(inputs.embedded.unbind(1)):
-        x = torch.cat([embedded, feed], dim=1)
-        for n in range(layers):
-            if n > 0:
-                x = _drop(x, factors[n - 1], t)
-            of_layer = weights[4 * n : 4 * n + 4]
-            if settings.is_lstm:
-                hidden[n], cell[n] = torch.lstm_cell(x, (hidden[n], cell[n]), *of_layer)
-            else:
-                hidden[n] = torch.gru_cell(x, hidden[n], *of_layer)
-            x = hidden[n]
-        context, alignments = _attend(settings, inputs, x)
-        feed = torch.tanh(linear(torch.cat([context, x], dim=1), inputs.attentional_weight))
-        feed = _drop(feed, factors[-1], t)
-        steps.append((feed, alignments))
+
+        def drop(x: Tensor, layer: int, t: int = t) -> Tensor:
+            factors = inputs.dropout[layer]
+            return x if factors is None else x * factors[t]
+
+        hidden, cell = step_cells(torch.cat([embedded, feed], dim=1), hidden, cell, inputs.weights, drop)
+        query = hidden[-1] if inputs.query.weight is None else linear(hidden[-1], inputs.query.weight)
+        query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
+        arguments = op_arguments(inputs.score, query, inputs.memory)
+        context, alignments = derivatives.apply_formula(inputs.score.op, (*arguments, True))
+        both = torch.cat([context.squeeze(1), hidden[-1]], dim=1)
+        feed = drop(torch.tanh(linear(both, inputs.attentional_weight)), -1)
+        steps.append((feed, alignments.squeeze(1)))
     attentional, alignments = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
     return attentional, alignments
 
 
+def scale_query(query: Tensor, factor: Tensor | float | None, eps: float | None) -> Tensor:
+    """What ``AttentionModule.make_query`` does after the projection."""
+    if eps is not None:
+        query = unit_length(query, eps)
+    return query if factor is None else factor * query
+
+
 def differentiable_gradients(
-    settings: Settings, tensors: Sequence[Any], gradients: Sequence[Tensor | None], needed: Sequence[bool]
+    structure: Any, tensors: Sequence[Any], gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of those ``tensors`` that are needed, from those of the results; as functions of both."""
+    """The gradients of those ``tensors`` that are needed, from those of the results; as functions of both.
+
+    structure, tensors: the inputs, flat.
+    """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Other names: some of the tensors are made of others, and each is to get its own part of the gradient.
         names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
-        results = evaluate_formula(settings, names)
+        results = formula(unflatten(structure, iter(names)))
         pairs = [(x, gradient) for x, gradient in zip(results, gradients, strict=True) if gradient is not None]
     wanted = [x for x, is_needed in zip(names, needed, strict=True) if is_needed]
     outputs, of_outputs = zip(*pairs, strict=True)
@@ -67,23 +100,3 @@ def differentiable_gradients(
 def is_batch(gradient: Tensor | None) -> bool:
     """Whether this stands for a batch of gradients: those of ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
-
-
-def _attend(settings: Settings, inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
-    """state: (B, H). Returns context (B, M) and alignments (B, S)."""
-    query = state if inputs.query_weight is None else linear(state, inputs.query_weight)
-    mask = None if inputs.mask is None else inputs.mask.view(inputs.mask.shape[0], -1)
-    masks: dict[str, Any] = {"memory_lengths": inputs.memory_lengths, "mask": mask}
-    if inputs.v is not None:
-        return reference.additive_attention(query, inputs.keys, inputs.values, inputs.v, inputs.bias, **masks)
-    if settings.eps is not None:
-        wide = query.to(torch.promote_types(query.dtype, torch.float32))
-        is_zero = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True) <= settings.eps
-        # The length of a zero vector has no second derivative; that of a constant is 0.
-        length = torch.linalg.vector_norm(torch.where(is_zero, 1.0, wide), dim=-1, keepdim=True)
-        query = inputs.scale * (wide / torch.where(is_zero, 1.0, length)).to(query.dtype)
-    return reference.dot_attention(query, inputs.keys, inputs.values, **masks)
-
-
-def _drop(x: Tensor, factor: Tensor | None, t: int) -> Tensor:
-    return x if factor is None else x * factor[t]

@@ -1,12 +1,12 @@
 """Decoding steps for a search on the CPU: what ``Decoder.step`` computes, with less around it.
 
 Of a step of one hypothesis half the time is spent between operators: modules, checks that the first step has passed
-already, autograd. Here a step calls the operators, and what weights and memory allow to be made once is made once.
+already, autograd. Here a step calls the operators only, and what depends on weights and memory alone is computed once.
+That needs a form of the step of its own: with autograd, or saved for a backward, it would be as slow as the modules.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...backends import choose
-from ...functional import prepare_keys
 from ...memory import Memory, PreparedMemory
-from ...modules import BahdanauAttention, CosineAttention, LuongAttention, unit_length
+from ...modules import AttentionModule
+from ...scores import Score
 from ...stock import has_global_hooks, is_stock
 from ..decoder import Decoder
-from ..state import DecoderState
-from .eligibility import has_stock_steps, takes_rows
+from ..state import DecoderModules, DecoderState
+from .attention import op_arguments, prepare, with_prepared
+from .eligibility import can_fuse_steps
+from .formula import scale_query
 from .gemm import Budget, PackedLinear, linear
+from .inputs import CellWeights
 
-MOST_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
-_SURE_STEPS = 4  # what is made for the steps of a search before the first pays within so many
+MAX_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
+_SURE_STEPS = 4  # a search has at least so many: what pays within them is made before the first
 
 
 def fast_decoder(
@@ -40,7 +43,7 @@ def fast_decoder(
     The object steps past the modules where all of them are stock and in evaluation mode, on the CPU in float32 or
     float64; parameters are not to change while it is used. Otherwise it calls what the decoder has.
     """
-    if can_step(decoder, state, memory):
+    if can_fuse_steps(decoder, state, memory):
         memory = _prepare(decoder, memory)
         made = FastDecoder(decoder, memory, hypotheses, steps)
         return made, made.memory
@@ -60,33 +63,8 @@ def _prepare(decoder: Decoder, memory: Memory) -> Memory:
     attention = decoder.attention
     if not (is_stock(decoder) and is_stock(attention)) or type(memory) is not Memory or torch.compiler.is_compiling():
         return memory
-    if not isinstance(attention, BahdanauAttention | LuongAttention) or attention.v is None:
-        return memory
-    return PreparedMemory.of(memory, prepare_keys(memory.keys, backend=attention.backend))
-
-
-def can_step(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
-    """Whether ``FastDecoder`` may stand for the steps of the decoder."""
-    return (
-        isinstance(decoder, Decoder)
-        and not torch.is_grad_enabled()
-        and not any(module.training for module in decoder.modules())
-        and not (decoder._forward_hooks or decoder._forward_pre_hooks)
-        and has_stock_steps(decoder, state, memory)
-        and takes_rows(decoder.embedding)
-        and _is_as_made(decoder.output, decoder)
-        and memory.keys.is_cpu
-        and memory.keys.dtype in (torch.float32, torch.float64)
-        and all(x.dtype == memory.keys.dtype and x.is_cpu for x in decoder.parameters())
-        and choose(None, "cpu") == "cpu"
-    )
-
-
-def _is_as_made(output: object, decoder: Decoder) -> bool:
-    if not is_stock(output) or not isinstance(output, nn.Linear):
-        return False
-    embedded = decoder.rnn.input_size - (decoder.hidden_size if decoder.input_feeding else 0)
-    return output.weight.shape[1] == decoder.hidden_size and decoder.embedding.weight.shape[1] == embedded
+    prepared = prepare(attention.make_score(memory), memory.keys, attention.backend)
+    return memory if prepared is None else PreparedMemory.of(memory, prepared)
 
 
 class _CalledSteps:
@@ -102,18 +80,26 @@ class _CalledSteps:
         return logits, alignments, after[0]
 
 
+class Packing(NamedTuple):
+    """How the weights of a search are packed: for products of so many rows, in so many steps at most."""
+
+    rows: int
+    steps: int
+    budget: Budget
+
+
 class FastDecoder:
     """B sentences, K hypotheses of each, R = B K rows, E embedding_size, H hidden_size, S source steps."""
 
-    def __init__(self, decoder: Decoder, memory: Memory, hypotheses: int, steps: int) -> None:
-        self.size = decoder.hidden_size
+    def __init__(self, decoder: DecoderModules, memory: Memory, hypotheses: int, steps: int) -> None:
         self.input_feeding = decoder.input_feeding
         rows = memory.batch_size * hypotheses
-        budget = self.budget = Budget(MOST_BYTES)
+        self.packing = packing = Packing(rows, steps, Budget(MAX_BYTES))
         self.embedding: Tensor = decoder.embedding.weight
-        make_layer: Any = _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
-        weights: Any = decoder.rnn.all_weights
-        self.make_first = functools.partial(make_layer, *weights[0], rows, steps, budget)
+        self.make_layer: type[_LSTMLayer] | type[_GRULayer] = (
+            _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
+        )
+        self.first_weights, *weights = (CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights)
         # What a token adds to the gates of the first layer, for all of the vocabulary: as soon as the steps have
         # computed as many rows as it has (a product of one row takes as long as one of four: both read the weight).
         self.table: Tensor | None = None
@@ -121,21 +107,21 @@ class FastDecoder:
         self.rows_read = max(rows, 4) * min(steps, _SURE_STEPS)
         self.layers: list[_LSTMLayer | _GRULayer] = []
         if not self._make_table():
-            self.layers.append(self.make_first())
-        self.layers += [make_layer(*of_layer, rows, steps, budget) for of_layer in weights[1:]]
-        self.attention = _make_attention(decoder.attention, rows, steps, budget)
-        # The attentional vector reads sums of values: of values multiplied with its weight, they are its products.
+            self.layers.append(self.make_layer(self.first_weights, packing))
+        self.layers += [self.make_layer(of_layer, packing) for of_layer in weights]
+        self.module = decoder.attention
+        self.attention = _make_attention(decoder.attention, memory, packing)
+        # W context is linear in the values: values that are projected once save that product in every step.
         weight, source, values = decoder.attentional.weight, memory.keys.shape[1], memory.values.shape[2]
         self.of_context: _Affine | None = None
         self.memory = memory
-        if self.attention is None or 2 * source > hypotheses * steps or source == 0 or values < self.size:
-            self.of_context = _Affine(weight[:, :values], rows, steps, budget)
+        if self.attention is None or 2 * source > hypotheses * steps or source == 0 or values < decoder.hidden_size:
+            self.of_context = _Affine(weight[:, :values], *packing)
         else:
             projected = linear(memory.values.flatten(0, 1), weight[:, :values]).unflatten(0, (-1, source))
             self.memory = PreparedMemory.of(replace(memory, values=projected), memory.prepared)
-        self.module = decoder.attention
-        self.of_state = _Affine(weight[:, values:], rows, steps, budget)
-        self.output = _Affine(decoder.output.weight, rows, steps, budget)
+        self.of_state = _Affine(weight[:, values:], *packing)
+        self.output = _Affine(decoder.output.weight, *packing)
         bias = decoder.output.bias
         self.output_bias = weight.new_zeros(self.output.size) if bias is None else bias
 
@@ -144,13 +130,12 @@ class FastDecoder:
         vocabulary, read = self.embedding.shape
         if vocabulary > min(self.rows_read, self.rows_left):
             return False
-        first: Any = self.make_first.func
-        weight_x, weight_h, bias_x, bias_h, *rest = self.make_first.args
+        weights = self.first_weights
         self.rows_left = 0  # it is not made twice, nor tried again where it does not fit
-        if not self.budget.take(vocabulary * weight_x.shape[0] * weight_x.element_size()):
+        if not self.packing.budget.take(vocabulary * weights.x.shape[0] * weights.x.element_size()):
             return False
-        self.table = linear(self.embedding, weight_x[:, :read], first.known_bias(bias_x, bias_h))
-        self.layers[:1] = [first(weight_x[:, read:], weight_h, bias_x, bias_h, *rest)]
+        self.table = linear(self.embedding, weights.x[:, :read], self.make_layer.known_bias(weights))
+        self.layers[:1] = [self.make_layer(weights._replace(x=weights.x[:, read:]), self.packing)]
         return True
 
     def step(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
@@ -205,30 +190,31 @@ class _Affine:
         return self.product(x).add_(added)
 
 
-class _LSTMLayer:
-    """Without ``base``, (R, 4 H), the gates have the biases only, besides the products with the two inputs."""
+class _Layer:
+    """What layers of both cells share. weights.x: (G, n), of inputs that no table has."""
 
-    def __init__(
-        self,
-        weight_x: Tensor,
-        weight_h: Tensor,
-        bias_x: Tensor,
-        bias_h: Tensor,
-        rows: int,
-        steps: int,
-        budget: Budget,
-    ) -> None:
-        self.bias = self.known_bias(bias_x, bias_h)
-        self.of_inputs = _Affine(weight_x, rows, steps, budget) if weight_x.shape[1] > 0 else None
-        self.of_state = _Affine(weight_h, rows, steps, budget)
+    def __init__(self, weights: CellWeights, packing: Packing) -> None:
+        self.bias, self.bias_h = self.known_bias(weights), weights.bias_h
+        self.of_inputs = _Affine(weights.x, *packing) if weights.x.shape[1] > 0 else None
+        self.of_state = _Affine(weights.h, *packing)
+
+    @staticmethod
+    def known_bias(weights: CellWeights) -> Tensor:
+        """(G,), what is added to the gates besides products with inputs and state; a table has it in its rows."""
+        raise NotImplementedError
+
+
+class _LSTMLayer(_Layer):
+    def __init__(self, weights: CellWeights, packing: Packing) -> None:
+        super().__init__(weights, packing)
         self.cell_step = ops.kernel("lstm_step", "cpu")
 
     @staticmethod
-    def known_bias(bias_x: Tensor, bias_h: Tensor) -> Tensor:
-        return bias_x + bias_h
+    def known_bias(weights: CellWeights) -> Tensor:
+        return weights.bias_x + weights.bias_h
 
     def __call__(self, base: Tensor | None, inputs: Tensor | None, before: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-        """inputs: (R, n) or None. before, cell: (R, H), the state. Returns the next one."""
+        """base: (R, 4 H), rows of a table, or None. inputs: (R, n) or None. before, cell: (R, H). Returns the next."""
         gates = self.of_state(before, self.bias if base is None else base)
         if self.of_inputs is not None:
             gates = self.of_inputs(inputs, gates)
@@ -237,75 +223,46 @@ class _LSTMLayer:
         return hidden, new_cell
 
 
-class _GRULayer:
-    """As ``_LSTMLayer``; r multiplies the bias of the state's product, which ``base``, (R, 3 H), leaves out."""
-
-    def __init__(
-        self,
-        weight_x: Tensor,
-        weight_h: Tensor,
-        bias_x: Tensor,
-        bias_h: Tensor,
-        rows: int,
-        steps: int,
-        budget: Budget,
-    ) -> None:
-        self.bias_x, self.bias_h = bias_x, bias_h
-        self.size = weight_h.shape[1]
-        self.of_inputs = _Affine(weight_x, rows, steps, budget) if weight_x.shape[1] > 0 else None
-        self.of_state = _Affine(weight_h, rows, steps, budget)
+class _GRULayer(_Layer):
+    """The bias of the product with the state is not in ``known_bias``: r multiplies it."""
 
     @staticmethod
-    def known_bias(bias_x: Tensor, bias_h: Tensor) -> Tensor:
-        return bias_x
+    def known_bias(weights: CellWeights) -> Tensor:
+        return weights.bias_x
 
     def __call__(self, base: Tensor | None, inputs: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
-        """inputs: (R, n) or None. before: (R, H), the state. Returns the next one."""
-        gates = self.bias_x if base is None else base
+        """base: (R, 3 H), rows of a table, or None. inputs: (R, n) or None. before: (R, H). Returns the next."""
+        gates = self.bias if base is None else base
         if self.of_inputs is not None:
             gates = self.of_inputs(inputs, gates)
-        known, n = gates.split([2 * self.size, self.size], dim=1)
-        from_state, recurrent = self.of_state(before, self.bias_h).split([2 * self.size, self.size], dim=1)
+        size = before.shape[1]
+        known, n = gates.split([2 * size, size], dim=1)
+        from_state, recurrent = self.of_state(before, self.bias_h).split([2 * size, size], dim=1)
         r, z = from_state.add_(known).sigmoid_().chunk(2, dim=1)
         return (torch.lerp(torch.addcmul(n, r, recurrent).tanh_(), before, z),)
 
 
 class _Attention(NamedTuple):
-    """A call of an attention module, at the cost of its op. A units."""
+    """A call of an attention module, at the cost of its op."""
 
-    module: Any
     backend: str
     projection: _Affine | None  # of the state to the query
-    v: Tensor | None  # (A,), of additive attention
-    bias: Tensor | None  # (A,)
+    factor: Tensor | float | None  # of the query
+    eps: float | None
+    score: Score  # but for what is prepared of the keys
 
     def __call__(self, states: Tensor, count: int, memory: Memory) -> tuple[Tensor, Tensor]:
         """states: (R, H), ``count`` of each sentence. Returns contexts (B, K, D) and alignments (B, K, S)."""
         query = states if self.projection is None else self.projection(states, None)
-        masks = (memory.memory_lengths, memory.mask, True)
-        if self.v is not None:
-            settings: tuple[Any, ...] = (self.v, self.bias, memory.prepared, *masks)
-        else:
-            settings = (1.0, *masks)
-            if isinstance(self.module, CosineAttention):
-                query = self.module.sharpness * unit_length(query, self.module.eps)
-            elif self.module.g is not None:
-                query = self.module.g * query
-        op = "dot_attention" if self.v is None else "additive_attention"
-        query = query.view(-1, count, query.shape[1])
-        return ops.call(op, self.backend, query, memory.keys, memory.values, *settings)
+        query = scale_query(query, self.factor, self.eps).view(-1, count, query.shape[1])
+        score = with_prepared(self.score, memory.prepared)
+        return ops.call(score.op, self.backend, *op_arguments(score, query, memory), True)
 
 
-def _make_attention(module: Any, rows: int, steps: int, budget: Budget) -> _Attention | None:
+def _make_attention(module: AttentionModule, memory: Memory, packing: Packing) -> _Attention | None:
     """None where no op computes it, but plain PyTorch."""
-    backend = choose(module.backend, "cpu")
+    backend, projection = choose(module.backend, "cpu"), module.query_projection
     if backend == "reference":
         return None
-    projection = None
-    if module.query_projection is not None:
-        projection = _Affine(module.query_projection.weight, rows, steps, budget)
-    v = None
-    if not isinstance(module, CosineAttention) and module.v is not None:
-        v = module.score_vector()
-    bias = module.bias if isinstance(module, BahdanauAttention) else None
-    return _Attention(module, backend, projection, v, bias)
+    product = None if projection is None else _Affine(projection.weight, *packing)
+    return _Attention(backend, product, module.query_factor(), module.eps, module.make_score(memory))
