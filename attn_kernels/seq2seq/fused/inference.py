@@ -52,7 +52,7 @@ def fast_decoder(
     if not decoder._is_original("forward"):
         if all(map(decoder._is_original, ("step", "_step", "_attend"))):
             message = "the decoder has a forward of its own, which a search does not call: give it a step of its own"
-            warnings.warn(f"Seq2Seq.generate: {message}", stacklevel=4)
+            warnings.warn(f"Seq2Seq.generate: {message}", stacklevel=5)
     elif has_global_hooks() or decoder._forward_hooks or decoder._forward_pre_hooks:
         return _CalledSteps(decoder), memory
     return decoder, _prepare(decoder, memory)
