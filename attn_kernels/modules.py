@@ -34,8 +34,6 @@ class AttentionModule(nn.Module):
     ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute.
     """
 
-    eps: float | None = None  # the length below which a query counts as zero, where queries are divided by theirs
-
     def __init__(
         self,
         query_size: int,
@@ -89,6 +87,10 @@ class AttentionModule(nn.Module):
 
     def query_factor(self) -> Tensor | float | None:
         """The number that multiplies a query; None for 1."""
+        return None
+
+    def query_eps(self) -> float | None:
+        """None, or a query is divided by its length first; one that is not longer than this counts as zero."""
         return None
 
     def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
@@ -351,7 +353,7 @@ class CosineAttention(AttentionModule):
         )
         self.units = units
         self.learn_sharpness = learn_sharpness
-        self.eps: float = eps
+        self.eps = eps
         self.initial_sharpness = float(sharpness)
         self.sharpness = nn.Parameter(torch.empty((), **factory)) if learn_sharpness else self.initial_sharpness
         self._reset_scores()
@@ -368,6 +370,9 @@ class CosineAttention(AttentionModule):
 
     def query_factor(self) -> Tensor | float:
         return self.sharpness
+
+    def query_eps(self) -> float:
+        return self.eps
 
     def _keys(self, values: Tensor) -> Tensor:
         return unit_length(super()._keys(values), self.eps)

@@ -201,7 +201,7 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
     one.decoder.output = nn.Linear(256, vocabulary)
     one.eval()
     memory, state = one.encode(*source())
-    monkeypatch.setattr(gemm, "_LARGE", vocabulary * 256)
+    monkeypatch.setattr(gemm, "_LARGE_WEIGHT", vocabulary * 256)
     monkeypatch.setattr(inference, "MAX_BYTES", 1 << 28)
     steps, projected = fast_decoder(one.decoder, state, memory, 1, vocabulary)
     tokens = torch.full((4, 1), 5)

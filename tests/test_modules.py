@@ -189,7 +189,7 @@ def test_formula(mechanism: Mechanism, masks: str, backend: str | None) -> None:
 
 
 def test_a_step_is_its_score_and_query(mechanism: Mechanism) -> None:
-    """What ``make_score``, ``make_query`` and ``query_factor`` say is what a step computes."""
+    """What ``make_score``, ``make_query``, ``query_factor`` and ``query_eps`` say is what a step computes."""
     module = make(mechanism)
     query, outputs = inputs(mechanism)
     memory = module.memory(outputs, torch.tensor([5, 0, 2, 1]))
@@ -199,7 +199,7 @@ def test_a_step_is_its_score_and_query(mechanism: Mechanism) -> None:
     got = op(made, memory.keys, memory.values, **named, memory_lengths=memory.memory_lengths)
     torch.testing.assert_close(got, module(query, memory), atol=1e-14, rtol=1e-12)
     projected = query if module.query_projection is None else module.query_projection(query)
-    if module.eps is not None:
+    if module.query_eps() is not None:
         projected = projected / projected.norm(dim=-1, keepdim=True)
     factor = module.query_factor()
     torch.testing.assert_close(made, projected if factor is None else factor * projected)

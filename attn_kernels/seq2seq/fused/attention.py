@@ -30,27 +30,30 @@ class SavedAttention(NamedTuple):
 
 
 def prepare(score: Score, keys: Tensor, backend: str | None) -> Tensor | None:
-    """What the score reads of keys in each step and can be made once: for ``with_prepared``."""
+    """What the op of the score would compute of the keys in each call; None if it computes nothing of them alone."""
     return prepare_keys(keys, backend=backend) if isinstance(score, AdditiveScore) else None
 
 
 def with_prepared(score: Score, prepared: Tensor | None) -> Score:
+    """The score with the result of ``prepare``."""
     return AdditiveScore(score.v, score.bias, prepared) if isinstance(score, AdditiveScore) else score
 
 
 def op_arguments(score: Score, query: Tensor, memory: Memory) -> tuple[Any, ...]:
-    """Those of the score's op but for the last. query: (B, Tq, A)."""
+    """The arguments of the score's op, and the last ones of its backward. query: (B, Tq, A)."""
     return query, memory.keys, memory.values, *score, memory.memory_lengths, memory.mask
 
 
 def call(op: str, backend: str, *arguments: Any) -> Any:
-    """An op on a backend; "reference" has no ops, but their formulas."""
+    """An op on a backend, or its formula with the backend "reference", which has no ops."""
     if backend == "reference":
         return derivatives.apply_formula(op, arguments)
     return ops.call(op, backend, *arguments)
 
 
 class AttentionForward:
+    """The attention of each step in turn."""
+
     def __init__(self, inputs: Inputs) -> None:
         self.backend, self.memory, self.query = inputs.backend, inputs.memory, inputs.query
         keys, steps = self.memory.keys, inputs.embedded.shape[1]
@@ -88,6 +91,8 @@ class AttentionForward:
 
 
 class AttentionBackward:
+    """The gradients of each step, from the last to the first, and then those of all steps together."""
+
     def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
         self.backend, self.memory, self.query, self.saved = inputs.backend, inputs.memory, inputs.query, saved
         self.score = with_prepared(inputs.score, saved.prepared)

@@ -33,7 +33,7 @@ def decode_sequence(
     """
     attention = decoder.attention
     projection, factor = attention.query_projection, attention.query_factor()
-    if isinstance(factor, float):
+    if factor is not None and not isinstance(factor, Tensor):
         factor = embedded.new_full((), factor)
     if memory.mask is not None and memory.mask.dim() == 3:  # (B, 1, S), the same for all queries
         memory = Memory(memory.keys, memory.values, memory.memory_lengths, memory.mask.squeeze(1))
@@ -46,7 +46,7 @@ def decode_sequence(
         cell=tuple(layer[:, 0] for layer in state.cell),
         weights=tuple(CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights),
         score=attention.make_score(memory),
-        query=Query(None if projection is None else projection.weight, factor, attention.eps),
+        query=Query(None if projection is None else projection.weight, factor, attention.query_eps()),
         attentional_weight=decoder.attentional.weight,
         backend=choose(attention.backend, embedded.device.type),
     )

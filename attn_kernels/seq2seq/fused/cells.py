@@ -36,7 +36,7 @@ class SavedGRU(NamedTuple):
 
 
 class _Forward:
-    """What the forwards of both cells share: their inputs."""
+    """The inputs of a layer, which both cells have alike."""
 
     def __init__(self, weights: CellWeights, hidden: Tensor, steps: int) -> None:
         self.n, self.size = weights.x.shape[1], hidden.shape[1]
@@ -90,6 +90,8 @@ class LSTMForward(_Forward):
 
 
 class LSTMBackward:
+    """weights: as of the forward."""
+
     def __init__(self, saved: SavedLSTM, weights: CellWeights) -> None:
         self.saved = saved
         self.sizes = [weights.x.shape[1], weights.h.shape[1]]
@@ -149,6 +151,8 @@ class GRUForward(_Forward):
 
 
 class GRUBackward:
+    """weights: as of the forward."""
+
     def __init__(self, saved: SavedGRU, weights: CellWeights) -> None:
         self.saved = saved
         self.n, self.size = weights.x.shape[1], weights.h.shape[1]

@@ -1,9 +1,9 @@
-"""Products with a weight, x @ weight.t(), on a CPU by whichever of PyTorch's libraries is faster there.
+"""Products with a weight, x @ weight.t(), by the faster one of the two libraries that PyTorch has on a CPU.
 
-PyTorch multiplies float32 matrices with MKL, which on processors of other makers keeps to AVX2. oneDNN, which PyTorch
-has too, uses AVX-512 on all of them: on Zen 5, 250 GFLOP/s a core against 110; on Zen 4, whose AVX-512 is no wider than
-its AVX2, there is nothing to gain but from weights in oneDNN's own layout. (The operators are those that torch.compile
-calls.)
+``torch.mm`` multiplies float32 matrices with MKL, which uses no AVX-512 on processors of AMD. oneDNN does: on Zen 5 it
+reaches 250 GFLOP/s a core, MKL 110. On Zen 4, where AVX-512 is no faster than AVX2, only weights in oneDNN's own layout
+gain. The operators are private to PyTorch; they are the ones that torch.compile calls, and where one is missing
+``torch.mm`` is used. This file has no purpose any more once ``torch.mm`` itself takes oneDNN on these processors.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_LEAST_WORK = 1 << 21  # multiply-adds: where the products of Zen 5 become 1.4 times as fast; half of it, the same
-_LEAST_ROWS = 4
-_LEAST_STEPS = 12  # from which a packed weight gains
-_LARGE = 1 << 22  # elements: what takes longer to pack than the rest of a step takes waits until it is sure to pay
-_BLOCKS = (512, 128, 32)  # rows that are summed over at once
+_MIN_WORK = 1 << 21  # multiply-adds: from here oneDNN is 1.4 times as fast on Zen 5; at half of it, equally fast
+_MIN_ROWS = 4
+_MIN_STEPS = 12  # so many products make up for packing a weight
+_LARGE_WEIGHT = 1 << 22  # elements: packing takes longer than the rest of a decoding step
+_BLOCK_ROWS = (512, 128, 32)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,12 +32,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(x: Tensor, y: Tensor) -> Tensor:
     """x.t() @ y, without autograd: the gradient of a weight. x: (m, k). y: (m, n), any strides.
 
-    oneDNN compiles code for each m, in milliseconds, and the m of training change with the lengths of sentences. Blocks
-    of a few sizes serve them all, and are as fast: what they copy stays in cache.
+    oneDNN compiles code for each number of rows m, in milliseconds, and m varies with the lengths of sentences. A few
+    fixed sizes of blocks avoid that, and are as fast: their copies stay in cache.
     """
     total = None
     begin, rows = 0, x.shape[0]
-    for size in _BLOCKS:
+    for size in _BLOCK_ROWS:
         while rows - begin >= size and _use_onednn(x[:size].t(), y[:size].t()):
             block = slice(begin, begin + size)
             part = _onednn(x[block].t(), y[block].t())
@@ -50,18 +50,18 @@ def weight_gradient(x: Tensor, y: Tensor) -> Tensor:
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     rows = x.shape[0]
-    is_large = rows >= _LEAST_ROWS and rows * weight.numel() >= _LEAST_WORK
+    is_large = rows >= _MIN_ROWS and rows * weight.numel() >= _MIN_WORK
     return is_large and _supports(x, weight) and _has_wide_vectors()
 
 
 class Budget:
-    """Bytes that may yet be taken for copies of weights."""
+    """The memory that copies of weights may still take, in bytes."""
 
     def __init__(self, size: int) -> None:
         self.left = size
 
     def take(self, size: int) -> bool:
-        """Whether ``size`` bytes were left, which are then taken."""
+        """Takes ``size`` bytes if so many are left. Returns whether they were."""
         if size > self.left:
             return False
         self.left -= size
@@ -69,44 +69,47 @@ class Budget:
 
 
 class PackedLinear:
-    """x @ weight.t() for the x of many steps, of about so many rows; weight: (n, k).
+    """x @ weight.t() for the x of many steps, with the weight in oneDNN's packed layout where that is faster.
 
-    oneDNN's form of the weight, made once, is faster than ``linear`` by a sixth, and than MKL by a fifth to a third on
-    Zen 4, at 4 to 64 rows; at 2 and 3 MKL reads the weight for each of them. Making it costs as much as a few steps
-    gain.
+    At 4 to 64 rows on Zen 4 it is faster than ``linear`` by a sixth, and than MKL by a fifth to a third; at 2 and 3
+    rows MKL reads the weight once for each. Packing costs as much as a few steps gain.
 
-    steps: how many there will be, or at most. With a budget, of a search that may end early, the form is made after as
-    many steps as make up for it, and only within the budget.
+    Args:
+        weight: (n, k).
+        rows: of x, about.
+        steps: the number of products, or the most.
+        budget: of a search, which may end early: a large weight is packed after as many steps as make up for that, and
+            every weight only if the budget has the bytes.
     """
 
     def __init__(self, weight: Tensor, rows: int, steps: int, budget: Budget | None = None) -> None:
         self.weight = weight
         self.packed: Tensor | None = None
         self.budget = budget
-        self.waits = -1  # steps until the form is made; never where it is not worth it
-        if rows > 1 and steps >= _LEAST_STEPS and weight.numel() >= 1 << 16 and _supports(weight):
+        self.steps_to_packing = -1  # never
+        if rows > 1 and steps >= _MIN_STEPS and weight.numel() >= 1 << 16 and _supports(weight):
             if budget is None:
                 self._pack(rows)
-            elif weight.numel() < _LARGE:
+            elif weight.numel() < _LARGE_WEIGHT:
                 if budget.take(weight.numel() * 4):
                     self._pack(rows)
-            elif steps >= 2 * _LEAST_STEPS:
-                self.waits = _LEAST_STEPS
+            elif steps >= 2 * _MIN_STEPS:
+                self.steps_to_packing = _MIN_STEPS
 
     def _pack(self, rows: int) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.waits >= 0:
-            self.waits -= 1
-            if self.waits < 0 and self.budget is not None and self.budget.take(self.weight.numel() * 4):
+        if self.steps_to_packing >= 0:
+            self.steps_to_packing -= 1
+            if self.steps_to_packing < 0 and self.budget is not None and self.budget.take(self.weight.numel() * 4):
                 self._pack(x.shape[0])
         return linear(x, self.weight) if self.packed is None or x.shape[0] == 1 else _call(x, self.packed)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # of other strides oneDNN multiplies number by number, a thousand times as slow
+        weight = weight.contiguous()  # with other strides oneDNN is a thousand times as slow
     return _call(x, weight, bias)
 
 
@@ -115,7 +118,7 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _supports(*tensors: Tensor) -> bool:
-    """Whether oneDNN may compute with them."""
+    """Whether oneDNN computes with these tensors here, and the user has not turned it off."""
     if not all(x.is_cpu and x.dtype == torch.float32 for x in tensors):
         return False
     return bool(torch.backends.mkldnn.enabled) and _has_operators()
@@ -129,7 +132,7 @@ def _has_operators() -> bool:
 
 @functools.cache
 def _has_wide_vectors() -> bool:
-    """Whether this is a CPU of AMD whose AVX-512 does twice the work of AVX2: Zen 5, family 26, or later."""
+    """Whether this is a CPU of AMD whose AVX-512 is twice as fast as its AVX2: Zen 5, family 26, or later."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux

@@ -29,19 +29,19 @@ from .gemm import Budget, PackedLinear, linear
 from .inputs import CellWeights
 
 MAX_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
-_SURE_STEPS = 4  # a search has at least so many: what pays within them is made before the first
+_SURE_STEPS = 4  # what is worth it within so many is made before the first
 
 
 def fast_decoder(
     decoder: Decoder, state: DecoderState, memory: Memory, hypotheses: int, steps: int
 ) -> tuple[Any, Memory]:
-    """An object with the ``step`` of ``decoder``, and the memory to give it: for a search of at most so many steps.
+    """The fastest object whose ``step`` computes that of ``decoder``, and the memory to call it with.
 
-    state: the first. hypotheses: of each sentence. The memory has the sentences of the one given, and is selected from
-    as that one is.
+    state: the first. hypotheses: the number for each sentence. steps: the most that a search will take. The memory has
+    the sentences of the one given.
 
-    The object steps past the modules where all of them are stock and in evaluation mode, on the CPU in float32 or
-    float64; parameters are not to change while it is used. Otherwise it calls what the decoder has.
+    On the CPU, in float32 or float64, where all modules are stock and in evaluation mode, it is a ``FastDecoder``;
+    parameters must not change while that is used. Otherwise it is the decoder, or calls it.
     """
     if can_fuse_steps(decoder, state, memory):
         memory = _prepare(decoder, memory)
@@ -59,7 +59,7 @@ def fast_decoder(
 
 
 def _prepare(decoder: Decoder, memory: Memory) -> Memory:
-    """The memory with what additive attention makes of its keys, where only modules of this package will see it."""
+    """The memory with its keys prepared, if no code but that of this package will read it."""
     attention = decoder.attention
     if not (is_stock(decoder) and is_stock(attention)) or type(memory) is not Memory or torch.compiler.is_compiling():
         return memory
@@ -68,7 +68,7 @@ def _prepare(decoder: Decoder, memory: Memory) -> Memory:
 
 
 class _CalledSteps:
-    """Steps of a decoder by calls of it, which run its hooks."""
+    """Steps by calls of the decoder, which run its hooks."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -89,7 +89,7 @@ class Packing(NamedTuple):
 
 
 class FastDecoder:
-    """B sentences, K hypotheses of each, R = B K rows, E embedding_size, H hidden_size, S source steps."""
+    """``Decoder.step`` by operators. B sentences, K hypotheses of each, R = B K rows, H hidden_size, S source steps."""
 
     def __init__(self, decoder: DecoderModules, memory: Memory, hypotheses: int, steps: int) -> None:
         self.input_feeding = decoder.input_feeding
@@ -100,8 +100,8 @@ class FastDecoder:
             _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
         )
         self.first_weights, *weights = (CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights)
-        # What a token adds to the gates of the first layer, for all of the vocabulary: as soon as the steps have
-        # computed as many rows as it has (a product of one row takes as long as one of four: both read the weight).
+        # The product of the first layer's weight with every embedding of the vocabulary. It is made once the steps have
+        # computed as many rows as it has; a product of one row takes as long as one of four: both read the weight.
         self.table: Tensor | None = None
         self.rows_left = max(rows, 4) * steps
         self.rows_read = max(rows, 4) * min(steps, _SURE_STEPS)
@@ -126,12 +126,12 @@ class FastDecoder:
         self.output_bias = weight.new_zeros(self.output.size) if bias is None else bias
 
     def _make_table(self) -> bool:
-        """Whether the table pays and was made; the first layer then has the rest of its inputs."""
+        """Makes the table if it is worth it by now, and a first layer without that product. Returns whether it did."""
         vocabulary, read = self.embedding.shape
         if vocabulary > min(self.rows_read, self.rows_left):
             return False
         weights = self.first_weights
-        self.rows_left = 0  # it is not made twice, nor tried again where it does not fit
+        self.rows_left = 0  # not to be tried again, whether it fits or not
         if not self.packing.budget.take(vocabulary * weights.x.shape[0] * weights.x.element_size()):
             return False
         self.table = linear(self.embedding, weights.x[:, :read], self.make_layer.known_bias(weights))
@@ -191,7 +191,7 @@ class _Affine:
 
 
 class _Layer:
-    """What layers of both cells share. weights.x: (G, n), of inputs that no table has."""
+    """A layer of cells. weights.x: (G, n), for the inputs that are not in the table; n may be 0."""
 
     def __init__(self, weights: CellWeights, packing: Packing) -> None:
         self.bias, self.bias_h = self.known_bias(weights), weights.bias_h
@@ -243,7 +243,7 @@ class _GRULayer(_Layer):
 
 
 class _Attention(NamedTuple):
-    """A call of an attention module, at the cost of its op."""
+    """A step of an attention module by its op alone."""
 
     backend: str
     projection: _Affine | None  # of the state to the query
@@ -260,9 +260,9 @@ class _Attention(NamedTuple):
 
 
 def _make_attention(module: AttentionModule, memory: Memory, packing: Packing) -> _Attention | None:
-    """None where no op computes it, but plain PyTorch."""
+    """None with the backend "reference", which has no op: the module is called."""
     backend, projection = choose(module.backend, "cpu"), module.query_projection
     if backend == "reference":
         return None
     product = None if projection is None else _Affine(projection.weight, *packing)
-    return _Attention(backend, product, module.query_factor(), module.eps, module.make_score(memory))
+    return _Attention(backend, product, module.query_factor(), module.query_eps(), module.make_score(memory))
