@@ -131,11 +131,11 @@ class Decoder(nn.Module):
         """``_step`` with the weights of ``rnn``, which is faster than a call of it."""
         batch, hypotheses = embedded.shape[:2]
         inputs = self._inputs(embedded, state).flatten(0, 1)
-        hidden_before, cell_before = ([x.flatten(0, 1) for x in of] for of in (state.hidden, state.cell))
-        weights: Any = self.rnn.all_weights
-        after = step_cells(inputs, hidden_before, cell_before, weights, lambda x, _: self.dropout(x))
-        hidden, cell = (tuple(x.unflatten(0, (batch, hypotheses)) for x in of) for of in after)
-        return self._finish(hidden[-1], hidden, cell, memory)
+        before = [x.flatten(0, 1) for x in state.hidden], [x.flatten(0, 1) for x in state.cell]
+        hidden, cell = step_cells(inputs, *before, self.rnn.all_weights, lambda x, _: self.dropout(x))
+        hidden = [x.view(batch, hypotheses, -1) for x in hidden]
+        cell = [x.view(batch, hypotheses, -1) for x in cell]
+        return self._finish(hidden[-1], tuple(hidden), tuple(cell), memory)
 
     def _step_of_rnn(
         self, embedded: Tensor, state: DecoderState, memory: Memory

@@ -39,9 +39,9 @@ def with_prepared(score: Score, prepared: Tensor | None) -> Score:
     return AdditiveScore(score.v, score.bias, prepared) if isinstance(score, AdditiveScore) else score
 
 
-def op_arguments(score: Score, query: Tensor, memory: Memory) -> tuple[Any, ...]:
-    """The arguments of the score's op, and the last ones of its backward. query: (B, Tq, A)."""
-    return query, memory.keys, memory.values, *score, memory.memory_lengths, memory.mask
+def op_arguments(score: Score, memory: Memory) -> tuple[Any, ...]:
+    """The arguments of the score's op after the query, but for the last one; of its backward, too."""
+    return memory.keys, memory.values, *score, memory.memory_lengths, memory.mask
 
 
 def call(op: str, backend: str, *arguments: Any) -> Any:
@@ -55,8 +55,8 @@ class AttentionForward:
     """The attention of each step in turn."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.backend, self.memory, self.query = inputs.backend, inputs.memory, inputs.query
-        keys, steps = self.memory.keys, inputs.embedded.shape[1]
+        self.backend, self.query = inputs.backend, inputs.query
+        keys, steps = inputs.memory.keys, inputs.embedded.shape[1]
         batch, source, units = keys.shape
         lengths = is_zero = None
         if self.query.eps is not None:
@@ -64,15 +64,16 @@ class AttentionForward:
             is_zero = torch.empty_like(lengths, dtype=torch.bool)
         # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
         prepared = None if keys.element_size() == 2 else prepare(inputs.score, keys, self.backend)
-        self.score = with_prepared(inputs.score, prepared)
+        self.op = inputs.score.op
+        self.arguments = op_arguments(with_prepared(inputs.score, prepared), inputs.memory)
         queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
         self.saved = SavedAttention(queries, alignments, lengths, is_zero, prepared)
         self.projection = _projection(self.query.weight, batch, steps)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, M)."""
-        arguments = op_arguments(self.score, self._query(t, state).unsqueeze(1), self.memory)
-        context, alignments = call(self.score.op, self.backend, *arguments, True)
+        query = self._query(t, state).unsqueeze(1)
+        context, alignments = call(self.op, self.backend, query, *self.arguments, True)
         self.saved.alignments[:, t] = alignments.squeeze(1)
         return context.squeeze(1)
 
@@ -94,22 +95,24 @@ class AttentionBackward:
     """The gradients of each step, from the last to the first, and then those of all steps together."""
 
     def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
-        self.backend, self.memory, self.query, self.saved = inputs.backend, inputs.memory, inputs.query, saved
-        self.score = with_prepared(inputs.score, saved.prepared)
+        self.backend, self.score, self.query, self.saved = inputs.backend, inputs.score, inputs.query, saved
+        self.arguments = op_arguments(with_prepared(inputs.score, saved.prepared), inputs.memory)
         batch, steps, _ = saved.alignments.shape
         weight, factor = self.query.weight, self.query.factor
         self.projection = _projection(None if weight is None else weight.t(), batch, steps)
+        self.query_backward = f"{self.score.op}_query_backward"
         # (B, T, A), as they were scored
         self.queries = (saved.queries if factor is None else saved.queries * factor).transpose(0, 1)
         self.dqueries = torch.empty_like(saved.queries)  # becomes that of the projected states
-        self.dcontexts = saved.queries.new_empty(batch, steps, self.memory.values.shape[2])
+        self.dcontexts = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
         self.dfactor = None if factor is None else factor.new_zeros((), dtype=_wide(factor))
 
     def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
         """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""
         self.dcontexts[:, t] = dcontext
-        step = slice(t, t + 1)
-        dquery = self._backward(f"{self.score.op}_query_backward", step, dalignments)
+        gradients = dcontext.unsqueeze(1), None if dalignments is None else dalignments.narrow(1, t, 1)
+        query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
+        dquery = call(self.query_backward, self.backend, *gradients, query, *self.arguments, alignments)
         self.dqueries[t] = (dquery if isinstance(dquery, Tensor) else dquery[0]).squeeze(1)
         return self._state_gradient(t)
 
@@ -128,7 +131,8 @@ class AttentionBackward:
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
         """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
-        _, dkeys, dvalues, *dscore = self._backward(f"{self.score.op}_backward", slice(None), dalignments)
+        arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments)
+        _, dkeys, dvalues, *dscore = call(f"{self.score.op}_backward", self.backend, *arguments)
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
         by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
@@ -138,15 +142,9 @@ class AttentionBackward:
         dfactor = None if self.dfactor is None else self.dfactor.to(self.query.factor.dtype)
         return {
             "memory": Memory(dkeys, dvalues),
-            "score": with_prepared(self.score, None)._replace(**by_name),
+            "score": self.score._replace(**by_name),
             "query": self.query._replace(weight=dweight, factor=dfactor),
         }
-
-    def _backward(self, op: str, steps: slice, dalignments: Tensor | None) -> Any:
-        """A backward op for the queries of some steps."""
-        gradients = (self.dcontexts[:, steps], None if dalignments is None else dalignments[:, steps])
-        arguments = op_arguments(self.score, self.queries[:, steps], self.memory)
-        return call(op, self.backend, *gradients, *arguments, self.saved.alignments[:, steps])
 
 
 def _projection(weight: Tensor | None, batch: int, steps: int) -> PackedLinear | None:

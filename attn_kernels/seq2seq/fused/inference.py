@@ -256,7 +256,7 @@ class _Attention(NamedTuple):
         query = states if self.projection is None else self.projection(states, None)
         query = scale_query(query, self.factor, self.eps).view(-1, count, query.shape[1])
         score = with_prepared(self.score, memory.prepared)
-        return ops.call(score.op, self.backend, *op_arguments(score, query, memory), True)
+        return ops.call(score.op, self.backend, query, *op_arguments(score, memory), True)
 
 
 def _make_attention(module: AttentionModule, memory: Memory, packing: Packing) -> _Attention | None:

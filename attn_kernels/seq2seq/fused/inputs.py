@@ -84,6 +84,5 @@ def unflatten(structure: Any, tensors: Iterator[Tensor | None]) -> Any:
     if structure is Memory:
         return Memory(*(next(tensors) for _ in range(4)))
     if isinstance(structure, tuple):
-        kind, *children = structure
-        return tuple.__new__(kind, [unflatten(child, tensors) for child in children])
+        return tuple.__new__(structure[0], [unflatten(child, tensors) for child in structure[1:]])
     return structure
