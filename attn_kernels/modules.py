@@ -21,12 +21,18 @@ from .checks import check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .functional import attend
 from .memory import Memory
-from .scores import AdditiveScore, DotScore
+from .scores import AdditiveScore, DotScore, Score
 from .types import Attention, attention_mask
 
+_DOT = DotScore()
 
-class _MemoryAttention(nn.Module):
-    """What the mechanisms share: the projections, the memory of a sentence, and the checks of each step."""
+
+class AttentionModule(nn.Module):
+    """The base of all mechanisms: projections, the memory of a sentence, and a decoding step.
+
+    A mechanism says what its score is (``make_score``) and how a decoder state becomes a query (``make_query``).
+    ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,35 @@ class _MemoryAttention(nn.Module):
         for projection in (self.query_projection, self.memory_projection):
             if projection is not None:
                 projection.reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises the parameters that are not those of a projection."""
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        return attend(self.make_score(memory), self.make_query(query), memory, need_weights, self.backend)
+
+    def make_score(self, memory: Memory) -> Score:
+        """The score of this mechanism on a memory, with its parameters."""
+        raise NotImplementedError
+
+    def make_query(self, state: Tensor) -> Tensor:
+        """(..., query_size), decoder states -> (..., A), the queries that are compared with the keys."""
+        projection = self.query_projection
+        return state if projection is None else projection(state)
+
+    def query_factor(self) -> Tensor | float | None:
+        """The number that multiplies a query; None for 1."""
+        return None
+
+    def query_eps(self) -> float | None:
+        """None, or a query is divided by its length first; one that is not longer than this counts as zero."""
+        return None
 
     def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Makes of the encoder outputs what each step reads, once per sentence.
@@ -109,7 +144,7 @@ class _MemoryAttention(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **backend}.items())
 
 
-class BahdanauAttention(_MemoryAttention):
+class BahdanauAttention(AttentionModule):
     r"""Additive attention.
 
     .. math:: scores_{ij} = v \cdot \tanh(W_q \, query_i + W_m \, memory_j)
@@ -155,26 +190,14 @@ class BahdanauAttention(_MemoryAttention):
         self.bias = nn.Parameter(torch.empty(units, **factory)) if normalize else None
         self._reset_scores()
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._reset_scores()
-
     def _reset_scores(self) -> None:
-        """Initialises what is not a projection's own."""
         _reset_score_vector(self.v)
         if self.normalize:
             nn.init.constant_(self.g, math.sqrt(1 / self.units))
             nn.init.zeros_(self.bias)
 
-    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
-        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
-
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
-        """
-        self._check(query, memory)
-        query = self.query_projection(query)
-        score = AdditiveScore(self.score_vector(), self.bias, memory.prepared)
-        return attend(score, query, memory, need_weights, self.backend)
+    def make_score(self, memory: Memory) -> AdditiveScore:
+        return AdditiveScore(self.score_vector(), self.bias, memory.prepared)
 
     def score_vector(self) -> Tensor:
         """(A,): ``v``, or with ``normalize`` g v / |v|."""
@@ -184,7 +207,7 @@ class BahdanauAttention(_MemoryAttention):
         return self._repr(units=self.units, normalize=self.normalize)
 
 
-class LuongAttention(_MemoryAttention):
+class LuongAttention(AttentionModule):
     r"""Multiplicative attention, and the "concat" form beside it.
 
     .. math::
@@ -248,29 +271,22 @@ class LuongAttention(_MemoryAttention):
         self.g = nn.Parameter(torch.empty((), **factory)) if scale else None
         self._reset_scores()
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._reset_scores()
-
     def _reset_scores(self) -> None:
-        """Initialises what is not a projection's own."""
         if self.v is not None:
             _reset_score_vector(self.v)
         if self.g is not None:
             nn.init.ones_(self.g)
 
-    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
-        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+    def make_score(self, memory: Memory) -> Score:
+        return _DOT if self.v is None else AdditiveScore(self.score_vector(), None, memory.prepared)
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
-        """
-        self._check(query, memory)
+    def make_query(self, state: Tensor) -> Tensor:
         if self.v is not None:
-            query = self.query_projection(query)
-            score = AdditiveScore(self.score_vector(), None, memory.prepared)
-            return attend(score, query, memory, need_weights, self.backend)
-        query = query if self.g is None else self.g * query
-        return attend(DotScore(), query, memory, need_weights, self.backend)
+            return self.query_projection(state)
+        return state if self.g is None else self.g * state
+
+    def query_factor(self) -> Tensor | None:
+        return self.g if self.v is None else None  # "concat" has it in its score vector
 
     def score_vector(self) -> Tensor:
         """(A,), of "concat": ``v``, or with ``scale`` g v."""
@@ -281,7 +297,7 @@ class LuongAttention(_MemoryAttention):
         return self._repr(**units, score=self.score, scale=self.scale)
 
 
-class CosineAttention(_MemoryAttention):
+class CosineAttention(AttentionModule):
     r"""Cosine similarity times a sharpness: a softmax of bare cosines, all within -1..1, would be nearly uniform.
 
     .. math:: scores_{ij} = sharpness \; \frac{q_i \cdot m_j}{\|q_i\| \|m_j\|}
@@ -342,40 +358,38 @@ class CosineAttention(_MemoryAttention):
         self.sharpness = nn.Parameter(torch.empty((), **factory)) if learn_sharpness else self.initial_sharpness
         self._reset_scores()
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._reset_scores()
-
     def _reset_scores(self) -> None:
-        """Initialises what is not a projection's own."""
         if isinstance(self.sharpness, Tensor):
             nn.init.constant_(self.sharpness, self.initial_sharpness)
 
-    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
-        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+    def make_score(self, memory: Memory) -> DotScore:
+        return _DOT
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
-        """
-        self._check(query, memory)
-        if self.query_projection is not None:
-            query = self.query_projection(query)
-        query = self.sharpness * self._unit_length(query)
-        return attend(DotScore(), query, memory, need_weights, self.backend)
+    def make_query(self, state: Tensor) -> Tensor:
+        return self.sharpness * unit_length(super().make_query(state), self.eps)
+
+    def query_factor(self) -> Tensor | float:
+        return self.sharpness
+
+    def query_eps(self) -> float:
+        return self.eps
 
     def _keys(self, values: Tensor) -> Tensor:
-        return self._unit_length(super()._keys(values))
-
-    def _unit_length(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
-        squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
-        # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
-        # before the root, not after it: its second derivative at 0 is NaN.
-        return (wide / torch.where(squares > self.eps**2, squares, 1.0).sqrt()).to(x.dtype)
+        return unit_length(super()._keys(values), self.eps)
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}
         sharpness = {} if self.learn_sharpness else {"sharpness": self.sharpness}
         return self._repr(**units, **sharpness, learn_sharpness=self.learn_sharpness)
+
+
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x / |x| along the last axis; vectors that are not longer than eps stay as they are."""
+    wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
+    squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+    # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
+    # before the root, not after it: its second derivative at 0 is NaN.
+    return (wide / torch.where(squares > eps**2, squares, 1.0).sqrt()).to(x.dtype)
 
 
 def _reset_score_vector(v: Tensor) -> None:

@@ -238,7 +238,7 @@ _define("additive_prepare", "(Tensor keys) -> Tensor", _prepare_fake)
 
 # lstm_step ------------------------------------------------------------------------------------------------------------
 
-# For the decoder's loop (seq2seq/loop_cells.py), which is its own rule of autograd: they write into their arguments. B
+# For the decoder's loop (seq2seq/fused/cells.py), which is its own rule of autograd: they write into their arguments. B
 # rows, H units; rows are contiguous; float32 or float64.
 for _name, _schema in (
     (

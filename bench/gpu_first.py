@@ -322,16 +322,16 @@ def loop(contact: Contact) -> None:
 
     sys.path.append(str(ROOT / "tests"))
     import test_loop_graph as tests
-    from attn_kernels.seq2seq import loop_graph
+    from attn_kernels.seq2seq.fused import cuda_graph
 
     def train(cell: str) -> str:
-        loop_graph.graphs = loop_graph.Graphs()
+        cuda_graph.graphs = cuda_graph.Graphs()
         made = {name: m.to(contact.device) for name, m in tests.models(cell=cell, dtype=torch.float32).items()}
         for seed, (source, steps) in enumerate([(9, 7), (10, 7), (9, 7), (20, 20), (18, 17)]):
             data = tuple(x.to(contact.device) for x in tests.batch(source=source, steps=steps, seed=seed))
             found = {name: tests.run(model, data) for name, model in made.items()}
             tests.assert_same(found["graph"], found["plain"], atol=1e-4, rtol=1e-3)
-        return f"{len(loop_graph.graphs.made)} graphs"
+        return f"{len(cuda_graph.graphs.made)} graphs"
 
     for cell in ("lstm", "gru"):
         contact.attempt(cell, lambda cell=cell: train(cell))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels.seq2seq import Seq2Seq, generation_steps, products, search
-from attn_kernels.seq2seq.generation_steps import GenerationSteps, make_steps
+from attn_kernels.seq2seq import Seq2Seq, search
+from attn_kernels.seq2seq.fused import gemm, inference
+from attn_kernels.seq2seq.fused.inference import FastDecoder, fast_decoder
 from attn_kernels.seq2seq.model import ATTENTIONS
 
 SOURCE, TARGET = 11, 13
@@ -40,8 +41,8 @@ def test_steps(cell: str, attention: str, layers: int, input_feeding: bool, hypo
     decoder = (one := model(cell=cell, attention=attention, num_layers=layers, input_feeding=input_feeding)).decoder
     memory, state = one.encode(*source())
     state = state.reorder(torch.zeros(4, hypotheses, dtype=torch.int64))
-    steps, projected = make_steps(decoder, state, memory, hypotheses, length)
-    assert isinstance(steps, GenerationSteps)
+    steps, projected = fast_decoder(decoder, state, memory, hypotheses, length)
+    assert isinstance(steps, FastDecoder)
     assert (steps.table is not None) == (length == 100)
     before = [x.clone() for x in (*state.hidden, *state.cell)]
     expected_state = state
@@ -68,7 +69,7 @@ def test_steps(cell: str, attention: str, layers: int, input_feeding: bool, hypo
 def test_weights_in_packed_form() -> None:
     one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
     memory, state = one.encode(*source())
-    steps, projected = make_steps(one.decoder, state, memory, 1, 50)
+    steps, projected = fast_decoder(one.decoder, state, memory, 1, 50)
     tokens = torch.tensor([[3], [4], [5], [6]])
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
@@ -97,7 +98,7 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
     made = []
 
     def spy(*arguments: Any) -> Any:
-        steps, memory = make_steps(*arguments)
+        steps, memory = fast_decoder(*arguments)
         made.append(steps)
         return steps, memory
 
@@ -105,10 +106,10 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
         with torch.no_grad():
             for parameter in one.parameters():
                 parameter.add_(change * torch.randn(parameter.shape, dtype=parameter.dtype))
-        monkeypatch.setattr(search, "make_steps", spy)
+        monkeypatch.setattr(search, "fast_decoder", spy)
         got = searched(one, choice)
-        assert isinstance(made[-1], GenerationSteps)
-        monkeypatch.setattr(search, "make_steps", lambda decoder, state, memory, *_: (decoder, memory))
+        assert isinstance(made[-1], FastDecoder)
+        monkeypatch.setattr(search, "fast_decoder", lambda decoder, state, memory, *_: (decoder, memory))
         expected = searched(one, choice)
         assert len({len(found[0]) for each in expected for found in each}) > 1
         for mine, theirs in zip(got, expected, strict=True):
@@ -165,18 +166,18 @@ CHANGES += [_limit_embeddings, _remove_biases_of_cells, Seq2Seq.train, Seq2Seq.b
 def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
     one = model()
     memory, state = one.encode(*source())
-    assert isinstance(make_steps(one.decoder, state, memory, 1, 10)[0], GenerationSteps)
+    assert isinstance(fast_decoder(one.decoder, state, memory, 1, 10)[0], FastDecoder)
     change(one)
-    steps, same = make_steps(one.decoder, state, memory, 1, 10)
+    steps, same = fast_decoder(one.decoder, state, memory, 1, 10)
     assert steps is one.decoder and same.keys is memory.keys and same.values is memory.values
 
 
 def test_the_decoder_itself_elsewhere() -> None:
     one = model()
     memory, state = one.encode(*source())
-    assert make_steps(one.decoder, state, memory, 1, 10)[0] is one.decoder  # with gradients
+    assert fast_decoder(one.decoder, state, memory, 1, 10)[0] is one.decoder  # with gradients
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert make_steps(one.decoder, state, memory, 1, 10)[0] is one.decoder
+        assert fast_decoder(one.decoder, state, memory, 1, 10)[0] is one.decoder
 
 
 @torch.no_grad()
@@ -184,8 +185,8 @@ def test_output_without_bias() -> None:
     one = model()
     one.decoder.output.bias = None
     memory, state = one.encode(*source())
-    steps, projected = make_steps(one.decoder, state, memory, 1, 100)
-    assert isinstance(steps, GenerationSteps)
+    steps, projected = fast_decoder(one.decoder, state, memory, 1, 100)
+    assert isinstance(steps, FastDecoder)
     tokens = torch.full((4, 1), 5)
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=1e-12, rtol=1e-9)
@@ -200,9 +201,9 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
     one.decoder.output = nn.Linear(256, vocabulary)
     one.eval()
     memory, state = one.encode(*source())
-    monkeypatch.setattr(products, "_LARGE", vocabulary * 256)
-    monkeypatch.setattr(generation_steps, "MOST_BYTES", 1 << 28)
-    steps, projected = make_steps(one.decoder, state, memory, 1, vocabulary)
+    monkeypatch.setattr(gemm, "_LARGE_WEIGHT", vocabulary * 256)
+    monkeypatch.setattr(inference, "MAX_BYTES", 1 << 28)
+    steps, projected = fast_decoder(one.decoder, state, memory, 1, vocabulary)
     tokens = torch.full((4, 1), 5)
     expected = one.decoder.step(tokens, state, memory)
     made = []
@@ -211,7 +212,7 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
         got = steps.step(tokens, state, projected)
         made.append((steps.table is not None, steps.output.product.packed is not None))
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)
-    first = [[flags[i] for flags in made].index(True) for i in (0, 1)] if products._takes(steps.embedding) else [15, 12]
+    first = [[flags[i] for flags in made].index(True) for i in (0, 1)] if gemm._supports(steps.embedding) else [15, 12]
     assert first == [15, 12]
 
 
@@ -219,13 +220,13 @@ def test_what_is_prepared_waits_until_it_pays(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_prepared_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     one = model(embedding_size=256, hidden_size=256, units=256, dtype=torch.float32)
     memory, state = one.encode(*source())
-    monkeypatch.setattr(generation_steps, "MOST_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
-    steps, projected = make_steps(one.decoder, state, memory, 1, 50)
+    monkeypatch.setattr(inference, "MAX_BYTES", 13 * 4 * 256 * 4 + 4 * 256 * 256 * 4)
+    steps, projected = fast_decoder(one.decoder, state, memory, 1, 50)
     assert steps.table is not None and steps.table.shape == (13, 1024)
     packed = [
         x for x in (steps.layers[0].of_inputs, steps.layers[0].of_state, steps.of_state) if x.product.packed is not None
     ]
-    assert len(packed) == (1 if products._takes(steps.embedding) else 0)
+    assert len(packed) == (1 if gemm._supports(steps.embedding) else 0)
     tokens = torch.full((4, 1), 5)
     got, expected = steps.step(tokens, state, projected), one.decoder.step(tokens, state, memory)
     torch.testing.assert_close(got[:2], expected[:2], atol=2e-5, rtol=0)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_kernels.seq2seq import Seq2Seq, loop_cells
+from attn_kernels import LuongAttention, Memory
+from attn_kernels.scores import AdditiveScore, DotScore
+from attn_kernels.seq2seq import Seq2Seq, decoder
+from attn_kernels.seq2seq.fused import cells as fused_cells
+from attn_kernels.seq2seq.fused.inputs import flatten, unflatten
 from attn_kernels.seq2seq.model import ATTENTIONS
 from matrix import device_of, slow_interpreted
 
@@ -126,7 +130,7 @@ def test_bfloat16(cell: str) -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_lstm_without_its_op(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, or with no compiled module."""
-    monkeypatch.setattr(loop_cells, "choose", lambda *_: "reference")
+    monkeypatch.setattr(fused_cells, "choose", lambda *_: "reference")
     assert_same(models(attention="bahdanau", cell="lstm", num_layers=num_layers), batch())
 
 
@@ -212,6 +216,80 @@ def test_memory_is_let_go_after_backward() -> None:
     after = sum(reference() is not None for reference in kept)
     parameters = len(list(model.decoder.parameters()))
     assert after <= parameters < before - 10
+
+
+def looped(made: dict[str, Seq2Seq], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls that the loop computes."""
+    calls: list[int] = []
+    decode = decoder.decode_sequence
+    monkeypatch.setattr(decoder, "decode_sequence", lambda *args: calls.append(1) or decode(*args))
+    return calls
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+def test_learned_scale(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of the query, which no attention that Seq2Seq makes has."""
+    made = models(attention="luong-dot")
+    for model in made.values():
+        torch.manual_seed(2)
+        units = 7 if score == "concat" else None
+        attention = LuongAttention(HIDDEN, HIDDEN, units, score=score, scale=True, dtype=torch.float64)
+        model.decoder.attention = attention
+        with torch.no_grad():
+            attention.g.fill_(0.7)
+    calls = looped(made, monkeypatch)
+    assert_same(made, batch())
+    assert calls == [1]
+    gradients = run(made["loop"], batch(steps=3), LOSSES["both"])
+    logits, alignments = made["loop"](*batch(steps=3))
+    parameters = list(made["loop"].decoder.attention.parameters())
+    again = torch.autograd.grad(LOSSES["both"](logits, alignments), parameters, create_graph=True)
+    names = [f"decoder.attention.{name}" for name, _ in made["loop"].decoder.attention.named_parameters()]
+    for name, gradient in zip(names, again, strict=True):
+        torch.testing.assert_close(gradient, gradients[name], atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["cosine", "luong-dot"])
+def test_factor_of_zero(attention: str) -> None:
+    """All steps then count alike, and the factor itself has a gradient."""
+    made = models(attention=attention)
+    for model in made.values():
+        if attention == "luong-dot":
+            model.decoder.attention = LuongAttention(HIDDEN, HIDDEN, score="dot", scale=True, dtype=torch.float64)
+        with torch.no_grad():
+            model.decoder.attention.query_factor().zero_()
+    assert_same(made, batch())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("attention", ["bahdanau", "luong-general"])
+def test_mask_of_one_query(attention: str, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B, 1, S): the same for each step, as for the queries of all steps, of which the backward makes one call."""
+    made, found = models(attention=attention, backend=backend), {}
+    calls = looped(made, monkeypatch)
+    mask = torch.rand(B, 1, S, generator=torch.Generator().manual_seed(4)) < 0.6
+    for name, model in made.items():
+        memory, state = model.encode(*batch()[:2])
+        memory = Memory(memory.keys, memory.values, memory.memory_lengths, mask)
+        logits, alignments = model.decoder(batch()[2], state, memory)
+        gradients = torch.autograd.grad(LOSSES["both"](logits, alignments), list(model.decoder.attention.parameters()))
+        found[name] = (logits, alignments, *gradients)
+    torch.testing.assert_close(found["loop"], found["steps"], atol=1e-12, rtol=1e-9)
+    assert calls == [1]
+
+
+def test_trees_of_tensors() -> None:
+    """A tree is what was taken apart, and its structure is a key: it differs where anything but the tensors does."""
+    memory = Memory(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+    tree = ((torch.ones(1), None), AdditiveScore(torch.ones(4)), DotScore(2.0), memory, "cpu")
+    tensors, structure = flatten(tree)
+    assert len(tensors) == 9
+    again = unflatten(structure, iter(tensors))
+    assert type(again[1]) is AdditiveScore and again[1].v is tree[1].v
+    assert again[2] == DotScore(2.0) and type(again[3]) is Memory and again[3].keys is memory.keys and again[4] == "cpu"
+    others = [(*tree[:2], DotScore(3.0), *tree[3:]), (*tree[:4], "cuda"), ((torch.ones(1),), *tree[1:])]
+    structures = [structure, *(flatten(other)[1] for other in others)]
+    assert len(set(structures)) == 4 and hash(structure) == hash(flatten(again)[1])
 
 
 @pytest.mark.parametrize(

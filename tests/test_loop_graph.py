@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attn_kernels import Memory
-from attn_kernels.seq2seq import Seq2Seq, loop_graph
+from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.seq2seq.fused import cuda_graph
 from attn_kernels.seq2seq.model import ATTENTIONS
 
 SOURCE, TARGET = 11, 13
@@ -47,8 +48,8 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     one = Recorder()
-    monkeypatch.setattr(loop_graph, "_recorder", lambda x: one)
-    monkeypatch.setattr(loop_graph, "graphs", loop_graph.Graphs())
+    monkeypatch.setattr(cuda_graph, "_capturer", lambda x: one)
+    monkeypatch.setattr(cuda_graph, "graphs", cuda_graph.Graphs())
     return one
 
 
@@ -275,18 +276,18 @@ def test_threads_share_a_graph(recorder: Recorder) -> None:
 
 
 def test_buckets() -> None:
-    assert [loop_graph.bucket(n) for n in range(18)] == [*range(9), 10, 10, 12, 12, 14, 14, 16, 16, 20]
+    assert [cuda_graph.bucket(n) for n in range(18)] == [*range(9), 10, 10, 12, 12, 14, 14, 16, 16, 20]
     for n in range(1, 3000):
-        size = loop_graph.bucket(n)
+        size = cuda_graph.bucket(n)
         assert n <= size <= 1.25 * n
-        assert loop_graph.bucket(size) == size
-    octave = {loop_graph.bucket(n) for n in range(65, 129)}
+        assert cuda_graph.bucket(size) == size
+    octave = {cuda_graph.bucket(n) for n in range(65, 129)}
     assert octave == {80, 96, 112, 128}
 
 
 class TestWhichGraphsAreKept:
     def test_the_second_call_makes_one(self) -> None:
-        graphs = loop_graph.Graphs()
+        graphs = cuda_graph.Graphs()
         made: list[str] = []
         found = [graphs.find("a", lambda: made.append("a") or "graph") for _ in range(4)]
         assert found == [None, "graph", "graph", "graph"]
@@ -294,24 +295,24 @@ class TestWhichGraphsAreKept:
 
     def test_a_full_house_changes_slowly(self) -> None:
         """The one used longest ago goes, and only for shapes that come often."""
-        graphs = loop_graph.Graphs()
-        for key in range(graphs.most):
-            for _ in range(graphs.calls_before):
+        graphs = cuda_graph.Graphs()
+        for key in range(graphs.capacity):
+            for _ in range(graphs.min_calls):
                 graphs.find(key, lambda key=key: key)
         graphs.find(0, lambda: pytest.fail("is there"))
-        for _ in range(graphs.calls_before_replacing - 1):
+        for _ in range(graphs.min_calls_to_replace - 1):
             assert graphs.find("new", lambda: pytest.fail("too early")) is None
         assert graphs.find("new", lambda: "new") == "new"
-        assert list(graphs.made) == [*range(2, graphs.most), 0, "new"]
+        assert list(graphs.made) == [*range(2, graphs.capacity), 0, "new"]
 
     def test_counts_do_not_grow_without_end(self) -> None:
-        graphs = loop_graph.Graphs()
+        graphs = cuda_graph.Graphs()
         for key in range(5000):
             graphs.find(key, lambda: pytest.fail("seen once"))
         assert len(graphs.calls) <= 1025
 
     def test_an_error_leaves_no_graph(self) -> None:
-        graphs = loop_graph.Graphs()
+        graphs = cuda_graph.Graphs()
 
         def fail() -> Any:
             raise RuntimeError("no memory")
@@ -325,17 +326,17 @@ class TestWhichGraphsAreKept:
 def test_none_on_a_cpu() -> None:
     """Without the stand-in nothing is recorded there, whatever the setting."""
     made = models()
-    before = len(loop_graph.graphs.made), dict(loop_graph.graphs.calls)
+    before = len(cuda_graph.graphs.made), dict(cuda_graph.graphs.calls)
     for _ in range(3):
         run(made["graph"], batch())
-    assert (len(loop_graph.graphs.made), dict(loop_graph.graphs.calls)) == before
+    assert (len(cuda_graph.graphs.made), dict(cuda_graph.graphs.calls)) == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU was found")
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_captured_on_cuda(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = loop_graph.Graphs()
-    monkeypatch.setattr(loop_graph, "graphs", graphs)
+    graphs = cuda_graph.Graphs()
+    monkeypatch.setattr(cuda_graph, "graphs", graphs)
     made = {name: model.cuda() for name, model in models(cell=cell, dtype=torch.float32).items()}
     for seed, (source, steps) in enumerate([(9, 7), (10, 7), (9, 7), (20, 20), (18, 17)]):
         data = tuple(x.cuda() for x in batch(source=source, steps=steps, seed=seed))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels import BahdanauAttention, CosineAttention, LuongAttention, Memory
+from attn_kernels import BahdanauAttention, CosineAttention, LuongAttention, Memory, additive_attention, dot_attention
 
 B, TQ, TK, Q, M, UNITS = 4, 3, 5, 6, 7, 9
 
@@ -186,6 +186,23 @@ def test_formula(mechanism: Mechanism, masks: str, backend: str | None) -> None:
     assert_same(
         gradients(module, got, query=query, memory=memory), gradients(module, expected, query=query, memory=memory)
     )
+
+
+def test_a_step_is_its_score_and_query(mechanism: Mechanism) -> None:
+    """What ``make_score``, ``make_query``, ``query_factor`` and ``query_eps`` say is what a step computes."""
+    module = make(mechanism)
+    query, outputs = inputs(mechanism)
+    memory = module.memory(outputs, torch.tensor([5, 0, 2, 1]))
+    score, made = module.make_score(memory), module.make_query(query)
+    op = {"additive_attention": additive_attention, "dot_attention": dot_attention}[score.op]
+    named = {key: x for key, x in score._asdict().items() if x is not None}
+    got = op(made, memory.keys, memory.values, **named, memory_lengths=memory.memory_lengths)
+    torch.testing.assert_close(got, module(query, memory), atol=1e-14, rtol=1e-12)
+    projected = query if module.query_projection is None else module.query_projection(query)
+    if module.query_eps() is not None:
+        projected = projected / projected.norm(dim=-1, keepdim=True)
+    factor = module.query_factor()
+    torch.testing.assert_close(made, projected if factor is None else factor * projected)
 
 
 def test_one_query(mechanism: Mechanism) -> None:

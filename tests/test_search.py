@@ -274,11 +274,10 @@ def test_greedy_is_a_beam_of_one() -> None:
             tokens.append(token)
         assert len(got) == 1 and got[0].tokens == tokens
     memory, state = model.encode(*batch())
-    limits = {"bos": model.bos, "eos": EOS, "max_length": 9}
-    options = {"beam_size": 1, "num_hypotheses": 1, "length_penalty": 0.0, "coverage_penalty": 0.0}
+    options = search.SearchOptions(bos=model.bos, eos=EOS, max_length=9).checked()
     with torch.no_grad():
-        beams = search.beam_search(model.decoder, memory, state, early_stopping=False, **options, **limits)
-        for got, expected in zip(search.greedy_search(model.decoder, memory, state, **limits), beams, strict=True):
+        beams = search.beam_search(model.decoder, memory, state, options)
+        for got, expected in zip(search.greedy_search(model.decoder, memory, state, options), beams, strict=True):
             assert_same(got[0], expected[0])
 
 

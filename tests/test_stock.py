@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 from attn_kernels import BahdanauAttention, CosineAttention, LuongAttention, stock
 from attn_kernels.seq2seq import Seq2Seq, decoder, search
 from attn_kernels.seq2seq.decoder import Decoder
-from attn_kernels.seq2seq.generation_steps import GenerationSteps, make_steps
+from attn_kernels.seq2seq.fused.inference import FastDecoder, fast_decoder
 from attn_kernels.stock import is_stock, runs_eagerly
 
 SOURCE, TARGET, HIDDEN = 9, 11, 6
@@ -498,13 +498,13 @@ def test_stock_models_take_the_fast_paths(monkeypatch: pytest.MonkeyPatch) -> No
     loops, made = [], []
     decode = decoder.decode_sequence
     monkeypatch.setattr(decoder, "decode_sequence", lambda *args: loops.append(1) or decode(*args))
-    monkeypatch.setattr(search, "make_steps", lambda *args: made.append(make_steps(*args)) or made[-1])
+    monkeypatch.setattr(search, "fast_decoder", lambda *args: made.append(fast_decoder(*args)) or made[-1])
     for attention in ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine"):
         for cell in ("lstm", "gru"):
             model = make(attention=attention, cell=cell, num_layers=2, dropout=0.1)
             model(*batch())
             model.generate(*batch()[:2], max_length=2)
-            assert type(made[-1][0]) is GenerationSteps
+            assert type(made[-1][0]) is FastDecoder
             parameters = {name: x.detach() for name, x in model.named_parameters()}
             torch.func.functional_call(model, parameters, batch())
     assert len(loops) == 24

@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
+from ..modules import AttentionModule
 from ..stock import register
-from .eligibility import has_stock_cells
 from .encoder import CELLS
-from .loop import can_loop, decode_sequence
+from .fused.autograd import decode_sequence
+from .fused.eligibility import can_fuse_sequence, has_stock_cells
+from .fused.formula import step_cells
 from .sharded import as_forward
+from .state import DecoderState
 
-AttentionModule = BahdanauAttention | LuongAttention | CosineAttention
-
-
-class DecoderState(NamedTuple):
-    """What a decoding step hands to the next, for K hypotheses of each of B sentences.
-
-    hidden: (B, K, hidden_size) of each layer. cell: the same; empty for a GRU.
-    feed: (B, K, hidden_size), the attentional vector of the step before; None without input feeding.
-    """
-
-    hidden: tuple[Tensor, ...]
-    cell: tuple[Tensor, ...]
-    feed: Tensor | None
-
-    def select(self, indices: Tensor) -> DecoderState:
-        """The sentences at ``indices``, (n,)."""
-        return DecoderState(
-            tuple(state.index_select(0, indices) for state in self.hidden),
-            tuple(state.index_select(0, indices) for state in self.cell),
-            None if self.feed is None else self.feed.index_select(0, indices),
-        )
-
-    def reorder(self, hypotheses: Tensor) -> DecoderState:
-        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
-        index = hypotheses[..., None]
-        return DecoderState(
-            tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
-            tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
-            None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
-        )
+__all__ = ["AttentionModule", "Decoder", "DecoderState"]
 
 
 class Decoder(nn.Module):
@@ -132,7 +105,7 @@ class Decoder(nn.Module):
         elif not self.input_feeding:  # no step waits for the attention of another: all are queries of one call
             states, _ = self._call_rnn(embedded, state)
             attentional, alignments = self._attend(states, memory)
-        elif self.loop and can_loop(self, embedded, state, memory):
+        elif self.loop and can_fuse_sequence(self, embedded, state, memory):
             attentional, alignments = decode_sequence(self, embedded, state, memory)
         else:
             advance = self._step_of_cells if has_stock_cells(self.rnn) else self._step_of_rnn
@@ -157,18 +130,11 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """``_step`` with the weights of ``rnn``, which is faster than a call of it."""
         batch, hypotheses = embedded.shape[:2]
-        output = self._inputs(embedded, state).flatten(0, 1)
-        hidden, cell = [], []
-        for layer, weights in enumerate(self.rnn.all_weights):
-            if layer > 0:
-                output = self.dropout(output)
-            if state.cell:
-                before = (state.hidden[layer].flatten(0, 1), state.cell[layer].flatten(0, 1))
-                output, memory_cell = torch.lstm_cell(output, before, *weights)
-                cell.append(memory_cell.view(batch, hypotheses, -1))
-            else:
-                output = torch.gru_cell(output, state.hidden[layer].flatten(0, 1), *weights)
-            hidden.append(output.view(batch, hypotheses, -1))
+        inputs = self._inputs(embedded, state).flatten(0, 1)
+        before = [x.flatten(0, 1) for x in state.hidden], [x.flatten(0, 1) for x in state.cell]
+        hidden, cell = step_cells(inputs, *before, self.rnn.all_weights, lambda x, _: self.dropout(x))
+        hidden = [x.view(batch, hypotheses, -1) for x in hidden]
+        cell = [x.view(batch, hypotheses, -1) for x in cell]
         return self._finish(hidden[-1], tuple(hidden), tuple(cell), memory)
 
     def _step_of_rnn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from typing import Any
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
-from .decoder import AttentionModule, Decoder, DecoderState
+from ..modules import AttentionModule, BahdanauAttention, CosineAttention, LuongAttention
+from .decoder import Decoder
 from .encoder import CELLS, Encoder
 from .evaluation import in_evaluation
-from .search import Hypothesis, beam_search, draw_samples, greedy_search
+from .search import Hypothesis, SearchOptions, search
 from .sharded import as_forward, gathered
+from .state import DecoderState
 
 ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
 DECODERS = ("loop", "steps")
@@ -213,58 +213,24 @@ class Seq2Seq(nn.Module):
 
         Raises ValueError or TypeError where an argument does not fit, or where searching or sampling has no use for it.
         """
-        beam_size, max_length = _count("beam_size", beam_size), _count("max_length", max_length)
-        num_hypotheses = None if num_hypotheses is None else _count("num_hypotheses", num_hypotheses)
-        top_k = None if top_k is None else _count("top_k", top_k)
-        length_penalty = _number("length_penalty", length_penalty)
-        coverage_penalty = _number("coverage_penalty", coverage_penalty)
-        temperature = _number("temperature", temperature, above_zero=True)
-        if length_penalty * math.log((5 + max_length) / 6) > 200:  # of the factor; beyond 709 it is no float64
-            raise ValueError(f"Seq2Seq.generate: length_penalty is too large for {max_length} tokens: {length_penalty}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            got = type(generator).__name__
-            raise TypeError(f"Seq2Seq.generate: generator must be a torch.Generator or None, got {got}")
-        if sample:
-            changed = {"beam_size": beam_size != 1, "length_penalty": length_penalty != 0}
-            changed |= {"coverage_penalty": coverage_penalty != 0, "early_stopping": early_stopping}
-        else:
-            changed = {"temperature": temperature != 1, "top_k": top_k is not None, "generator": generator is not None}
-        if any(changed.values()):
-            unused = ", ".join(name for name, given in changed.items() if given)
-            raise ValueError(f"Seq2Seq.generate: with sample={sample} there is no use for {unused}")
-        if num_hypotheses is None:
-            num_hypotheses = beam_size
-        if not sample and num_hypotheses > beam_size:
-            expected = f"at most beam_size = {beam_size}"
-            raise ValueError(f"Seq2Seq.generate: num_hypotheses must be {expected}, got {num_hypotheses}")
+        options = SearchOptions(
+            bos=self.bos,
+            eos=self.eos,
+            max_length=max_length,
+            beam_size=beam_size,
+            num_hypotheses=num_hypotheses,
+            length_penalty=length_penalty,
+            coverage_penalty=coverage_penalty,
+            early_stopping=early_stopping,
+            sample=sample,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+        ).checked()
         with torch.no_grad(), gathered(self):
             model = in_evaluation(self)
             memory, state = model.encode(source, source_lengths)
-            limits = {"bos": self.bos, "eos": self.eos, "max_length": max_length}
-            if sample:
-                return draw_samples(
-                    model.decoder,
-                    memory,
-                    state,
-                    num_samples=num_hypotheses,
-                    temperature=temperature,
-                    top_k=top_k,
-                    generator=generator,
-                    **limits,
-                )
-            if beam_size == 1 and length_penalty == 0 and coverage_penalty == 0:
-                return greedy_search(model.decoder, memory, state, **limits)
-            return beam_search(
-                model.decoder,
-                memory,
-                state,
-                beam_size=beam_size,
-                num_hypotheses=num_hypotheses,
-                length_penalty=length_penalty,
-                coverage_penalty=coverage_penalty,
-                early_stopping=early_stopping,
-                **limits,
-            )
+            return search(model.decoder, memory, state, options)
 
 
 def _make_attention(
@@ -288,21 +254,6 @@ def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:
 def _check_token(argument: str, token: int, vocab: int) -> None:
     if not isinstance(token, numbers.Integral) or not 0 <= token < vocab:
         raise ValueError(f"Seq2Seq: {argument} must be in 0..{vocab - 1}, the vocabulary, got {token!r}")
-
-
-def _count(argument: str, count: Any) -> int:
-    """A positive integer as an int; NumPy's are such numbers, too."""
-    if not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"Seq2Seq.generate: {argument} must be a positive integer, got {count!r}")
-    return operator.index(count)
-
-
-def _number(argument: str, number: Any, above_zero: bool = False) -> float:
-    """A finite number as a float."""
-    if not isinstance(number, numbers.Real) or not 0 <= float(number) < math.inf or (above_zero and number == 0):
-        expected = "above 0" if above_zero else "of at least 0"
-        raise ValueError(f"Seq2Seq.generate: {argument} must be a number {expected}, got {number!r}")
-    return float(number)
 
 
 def _check_tokens(argument: str, tokens: Tensor, expected: str) -> None:

@@ -7,15 +7,19 @@ read off backwards at the end. A sentence that is finished leaves the batch and 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+import math
+import numbers
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..memory import Memory
 from ..types import attention_mask
-from .decoder import Decoder, DecoderState
-from .generation_steps import make_steps
+from .decoder import Decoder
+from .fused.inference import fast_decoder
+from .state import DecoderState
 
 
 class Hypothesis(NamedTuple):
@@ -32,19 +36,96 @@ class Hypothesis(NamedTuple):
     alignments: Tensor
 
 
+class SearchOptions(NamedTuple):
+    """The arguments of ``Seq2Seq.generate`` but for the sentences, and the tokens that begin and end an output."""
+
+    bos: int
+    eos: int
+    max_length: int
+    beam_size: int = 1
+    num_hypotheses: int | None = None
+    length_penalty: float = 0.0
+    coverage_penalty: float = 0.0
+    early_stopping: bool = False
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    generator: torch.Generator | None = None
+
+    def checked(self) -> SearchOptions:
+        """The options as Python's own numbers, with ``num_hypotheses``. Raises ValueError or TypeError."""
+        beam_size, max_length = _count("beam_size", self.beam_size), _count("max_length", self.max_length)
+        num_hypotheses = beam_size if self.num_hypotheses is None else _count("num_hypotheses", self.num_hypotheses)
+        top_k = None if self.top_k is None else _count("top_k", self.top_k)
+        length_penalty = _number("length_penalty", self.length_penalty)
+        coverage_penalty = _number("coverage_penalty", self.coverage_penalty)
+        temperature = _number("temperature", self.temperature, above_zero=True)
+        if length_penalty * math.log((5 + max_length) / 6) > 200:  # of the factor; beyond 709 it is no float64
+            raise ValueError(f"Seq2Seq.generate: length_penalty is too large for {max_length} tokens: {length_penalty}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            got = type(self.generator).__name__
+            raise TypeError(f"Seq2Seq.generate: generator must be a torch.Generator or None, got {got}")
+        if self.sample:
+            changed = {"beam_size": beam_size != 1, "length_penalty": length_penalty != 0}
+            changed |= {"coverage_penalty": coverage_penalty != 0, "early_stopping": self.early_stopping}
+        else:
+            changed = {"temperature": temperature != 1, "top_k": top_k is not None}
+            changed |= {"generator": self.generator is not None}
+        if any(changed.values()):
+            unused = ", ".join(name for name, given in changed.items() if given)
+            raise ValueError(f"Seq2Seq.generate: with sample={self.sample} there is no use for {unused}")
+        if not self.sample and num_hypotheses > beam_size:
+            expected = f"at most beam_size = {beam_size}"
+            raise ValueError(f"Seq2Seq.generate: num_hypotheses must be {expected}, got {num_hypotheses}")
+        return self._replace(
+            max_length=max_length,
+            beam_size=beam_size,
+            num_hypotheses=num_hypotheses,
+            length_penalty=length_penalty,
+            coverage_penalty=coverage_penalty,
+            temperature=temperature,
+            top_k=top_k,
+        )
+
+
+def _count(argument: str, count: Any) -> int:
+    """A positive integer as an int; NumPy's are such numbers, too."""
+    if not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"Seq2Seq.generate: {argument} must be a positive integer, got {count!r}")
+    return operator.index(count)
+
+
+def _number(argument: str, number: Any, above_zero: bool = False) -> float:
+    """A finite number as a float."""
+    if not isinstance(number, numbers.Real) or not 0 <= float(number) < math.inf or (above_zero and number == 0):
+        expected = "above 0" if above_zero else "of at least 0"
+        raise ValueError(f"Seq2Seq.generate: {argument} must be a number {expected}, got {number!r}")
+    return float(number)
+
+
+def search(decoder: Decoder, memory: Memory, state: DecoderState, options: SearchOptions) -> list[list[Hypothesis]]:
+    """The hypotheses of each sentence. memory, state: what decoding starts from. options: as ``checked``."""
+    if options.sample:
+        return draw_samples(decoder, memory, state, options)
+    if options.beam_size == 1 and options.length_penalty == 0 and options.coverage_penalty == 0:
+        return greedy_search(decoder, memory, state, options)
+    return beam_search(decoder, memory, state, options)
+
+
 def greedy_search(
-    decoder: Decoder, memory: Memory, state: DecoderState, *, bos: int, eos: int, max_length: int
+    decoder: Decoder, memory: Memory, state: DecoderState, options: SearchOptions
 ) -> list[list[Hypothesis]]:
     """The likeliest token at every step, until eos: what beam search with one hypothesis finds, with less to do."""
     batch, device = memory.batch_size, memory.keys.device
     rows = torch.arange(batch, device=device)
-    tokens = torch.full((batch, 1), bos, device=device)
-    lengths = torch.full_like(tokens, max_length)
+    tokens = torch.full((batch, 1), options.bos, device=device)
+    lengths = torch.full_like(tokens, options.max_length)
     log_probabilities = []
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, state, memory, 1, max_length)
-    for step in range(max_length):
+    steps, memory = fast_decoder(decoder, state, memory, 1, options.max_length)
+    eos = options.eos
+    for step in range(options.max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
         log_probability, tokens = _log_probabilities(logits).max(2)
         log_probabilities.append(log_probability)
@@ -63,18 +144,7 @@ def greedy_search(
 
 
 def beam_search(
-    decoder: Decoder,
-    memory: Memory,
-    state: DecoderState,
-    *,
-    bos: int,
-    eos: int,
-    max_length: int,
-    beam_size: int,
-    num_hypotheses: int,
-    length_penalty: float,
-    coverage_penalty: float,
-    early_stopping: bool,
+    decoder: Decoder, memory: Memory, state: DecoderState, options: SearchOptions
 ) -> list[list[Hypothesis]]:
     """For each sentence up to ``num_hypotheses``, best first; ``Seq2Seq.generate`` says how, and when a search ends.
 
@@ -83,36 +153,36 @@ def beam_search(
     """
     device = memory.keys.device
     rows = torch.arange(memory.batch_size, device=device)  # (n,), the sentence of each row
-    tokens = torch.full((memory.batch_size, 1), bos, device=device)
+    tokens = torch.full((memory.batch_size, 1), options.bos, device=device)
     scores = torch.zeros(memory.batch_size, 1, dtype=torch.float64, device=device)  # (n, w), log-probabilities
     coverage = _nothing_covered(memory)  # (n, w, S)
-    finished = _Finished(memory.batch_size, beam_size, device)
+    finished = _Finished(memory.batch_size, options.beam_size, device)
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, state, memory, beam_size, max_length)
-    for step in range(1, max_length + 1):
+    steps, memory = fast_decoder(decoder, state, memory, options.beam_size, options.max_length)
+    for step in range(1, options.max_length + 1):
         logits, alignments, state = steps.step(tokens, state, memory)
-        candidates, parents, tokens = _extend(scores, logits, 2 * beam_size)
-        totals = candidates / _length_factor(step, length_penalty)
-        if coverage_penalty > 0:
+        candidates, parents, tokens = _extend(scores, logits, 2 * options.beam_size)
+        totals = candidates / _length_factor(step, options.length_penalty)
+        if options.coverage_penalty > 0:
             coverage = coverage + alignments
-            totals = totals + coverage_penalty * _log_coverage(coverage).gather(1, parents)
-        is_end = tokens == eos
+            totals = totals + options.coverage_penalty * _log_coverage(coverage).gather(1, parents)
+        is_end = tokens == options.eos
         ended = totals.masked_fill(~is_end, -torch.inf)
-        finished.add(rows, ended[:, :beam_size], step - 1, parents[:, :beam_size])
+        finished.add(rows, ended[:, : options.beam_size], step - 1, parents[:, : options.beam_size])
         # Among twice as many candidates as places, at most half end: each hypothesis has only one eos.
-        width = min(beam_size, candidates.shape[1])
+        width = min(options.beam_size, candidates.shape[1])
         scores, order = candidates.masked_fill(is_end, -torch.inf).topk(width, dim=1)
         parents, tokens = parents.gather(1, order), tokens.gather(1, order)
         history.append(_Step(rows, tokens, parents, alignments))
-        if step == max_length:
+        if step == options.max_length:
             unfinished = totals.masked_fill(is_end, -torch.inf).gather(1, order)
             finished.add(rows, unfinished, step, torch.arange(width, device=device).expand_as(order))
             break
         # No token adds to a log-probability, no length divides by more, and the coverage term is at most 0.
-        within_reach = scores[:, 0] / _length_factor(max_length, length_penalty)
-        done = within_reach <= finished.scores[rows, num_hypotheses - 1]
-        if early_stopping:
+        within_reach = scores[:, 0] / _length_factor(options.max_length, options.length_penalty)
+        done = within_reach <= finished.scores[rows, options.num_hypotheses - 1]
+        if options.early_stopping:
             done |= finished.scores[rows, -1] > -torch.inf
         stay = (~done).nonzero().squeeze(1)
         if len(stay) == 0:
@@ -121,46 +191,36 @@ def beam_search(
             rows, tokens, parents, scores, coverage = (x[stay] for x in (rows, tokens, parents, scores, coverage))
             state, memory = state.select(stay), memory.select(stay)
         state = state.reorder(parents)
-        if coverage_penalty > 0:
+        if options.coverage_penalty > 0:
             coverage = torch.take_along_dim(coverage, parents[..., None], dim=1)
-    best = slice(num_hypotheses)
+    best = slice(options.num_hypotheses)
     return _trace(sentences, history, finished.scores[:, best], finished.lengths[:, best], finished.slots[:, best])
 
 
 def draw_samples(
-    decoder: Decoder,
-    memory: Memory,
-    state: DecoderState,
-    *,
-    bos: int,
-    eos: int,
-    max_length: int,
-    num_samples: int,
-    temperature: float,
-    top_k: int | None,
-    generator: torch.Generator | None,
+    decoder: Decoder, memory: Memory, state: DecoderState, options: SearchOptions
 ) -> list[list[Hypothesis]]:
-    """For each sentence ``num_samples`` independent outputs, in the order drawn, with their log-probabilities.
+    """For each sentence ``num_hypotheses`` independent outputs, in the order drawn, with their log-probabilities.
 
     A sentence leaves the batch when all of its samples have reached eos.
     """
     batch, device = memory.batch_size, memory.keys.device
     rows = torch.arange(batch, device=device)
-    own = torch.arange(num_samples, device=device).expand(batch, -1)  # each sample goes on from itself
+    own = torch.arange(options.num_hypotheses, device=device).expand(batch, -1)  # each sample goes on from itself
     state = state.reorder(torch.zeros_like(own))
-    tokens = torch.full_like(own, bos)
+    tokens = torch.full_like(own, options.bos)
     running = torch.ones_like(own, dtype=torch.bool)
-    scores = torch.zeros(batch, num_samples, dtype=torch.float64, device=device)
+    scores = torch.zeros(batch, options.num_hypotheses, dtype=torch.float64, device=device)
     lengths = torch.zeros_like(own)
     history = []
     sentences = memory
-    steps, memory = make_steps(decoder, state, memory, num_samples, max_length)
-    for _ in range(max_length):
+    steps, memory = fast_decoder(decoder, state, memory, options.num_hypotheses, options.max_length)
+    for _ in range(options.max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
-        tokens = _draw(logits, temperature, top_k, generator)
+        tokens = _draw(logits, options.temperature, options.top_k, options.generator)
         log_probability = _log_probabilities(logits).gather(2, tokens[..., None]).squeeze(2)
         scores[rows] += log_probability.masked_fill(~running, 0.0)
-        running = running & (tokens != eos)
+        running = running & (tokens != options.eos)
         lengths[rows] += running
         history.append(_Step(rows, tokens, None, alignments))
         stay = running.any(1).nonzero().squeeze(1)

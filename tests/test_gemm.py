@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels.seq2seq import products
+from attn_kernels.seq2seq.fused import gemm
 
 
 def strided(rows: int, columns: int, layout: str) -> Tensor:
@@ -26,21 +26,21 @@ LAYOUTS = ("contiguous", "transposed", "columns", "every other")
 @pytest.fixture
 def _wide_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN for what is large enough, whatever the CPU is."""
-    if not products._has_operators():
+    if not gemm._has_operators():
         pytest.skip("this PyTorch has no products of oneDNN")
-    monkeypatch.setattr(products, "_has_wide_vectors", lambda: True)
+    monkeypatch.setattr(gemm, "_has_wide_vectors", lambda: True)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The weights of products that oneDNN makes from now on."""
     shapes: list[tuple[int, ...]] = []
-    call = products._call
+    call = gemm._call
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         shapes.append(tuple(weight.shape))
         return call(x, weight, bias)
 
-    monkeypatch.setattr(products, "_call", counted)
+    monkeypatch.setattr(gemm, "_call", counted)
     return shapes
 
 
@@ -53,7 +53,7 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, of_x: str, of_weight: str, with
     x, weight = strided(33, 257, of_x), strided(301, 257, of_weight)
     bias = torch.randn(301) if with_bias else None
     kept = x.clone(), weight.clone()
-    got = products.linear(x, weight, bias)
+    got = gemm.linear(x, weight, bias)
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=0)
     assert made == [(301, 257)]
@@ -64,12 +64,12 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, of_x: str, of_weight: str, with
 @pytest.mark.parametrize("of_y", LAYOUTS)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @pytest.mark.parametrize("rows", [1183, 512, 31, 0])
-def test_across(monkeypatch: pytest.MonkeyPatch, rows: int, of_x: str, of_y: str) -> None:
+def test_weight_gradient(monkeypatch: pytest.MonkeyPatch, rows: int, of_x: str, of_y: str) -> None:
     """In blocks of a few sizes, and what is left over."""
     made = count_calls(monkeypatch)
     x, y = strided(rows, 257, of_x), strided(rows, 301, of_y)
     expected = x.double().t() @ y.double()
-    torch.testing.assert_close(products.across(x, y).double(), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gemm.weight_gradient(x, y).double(), expected, atol=1e-3, rtol=0)
     sizes = {1183: [512, 512, 128], 512: [512], 31: [], 0: []}[rows]
     assert [shape[1] for shape in made] == sizes
 
@@ -83,8 +83,8 @@ def test_small_and_other_products_stay(
 ) -> None:
     made = count_calls(monkeypatch)
     x, weight = torch.randn(rows, columns, dtype=dtype), torch.randn(1024, columns, dtype=dtype)
-    torch.testing.assert_close(products.linear(x, weight), x @ weight.t())
-    torch.testing.assert_close(products.linear(x[:0], weight), x[:0] @ weight.t())
+    torch.testing.assert_close(gemm.linear(x, weight), x @ weight.t())
+    torch.testing.assert_close(gemm.linear(x[:0], weight), x[:0] @ weight.t())
     assert made == []
 
 
@@ -94,20 +94,20 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     made = count_calls(monkeypatch)
     x, weight = torch.randn(64, 512), torch.randn(512, 512)
     with torch.backends.mkldnn.flags(enabled=False):
-        products.linear(x, weight)
-        assert products.Product(weight, 64, 20).packed is None
+        gemm.linear(x, weight)
+        assert gemm.PackedLinear(weight, 64, 20).packed is None
     assert made == []
-    products.linear(x, weight)
+    gemm.linear(x, weight)
     assert made == [(512, 512)]
 
 
 def test_products_of_both_kinds() -> None:
     """A weight in oneDNN's form, or not: the same product, of rows that lie apart, too."""
     weight, x = torch.randn(1024, 512), torch.randn(8, 700)[:, 100:612]
-    plain, packed = products.Product(weight, 8, 1), products.Product(weight, 8, 20)
-    transposed = products.Product(weight.t().contiguous().t(), 8, 20)
+    plain, packed = gemm.PackedLinear(weight, 8, 1), gemm.PackedLinear(weight, 8, 20)
+    transposed = gemm.PackedLinear(weight.t().contiguous().t(), 8, 20)
     assert plain.packed is None
-    if not products._has_operators():
+    if not gemm._has_operators():
         pytest.skip("this PyTorch has no packed products")
     for other in (packed, transposed):
         assert other.packed is not None

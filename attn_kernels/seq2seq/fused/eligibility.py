@@ -1,44 +1,72 @@
-"""Which decoders the fast paths may compute: those whose steps are what ``Decoder`` and its modules say.
+"""Which decoders the fused forms may stand for: those whose steps are what ``Decoder`` and its modules say.
 
-The loop over a whole target and the steps of a search read the parameters of the modules that a step calls. Both ask
-here; where the answer is no, steps call the modules, in training as in a search.
+The node of a whole target and the steps of a search read the parameters of the modules that a step calls. Both ask
+here; where the answer is no, steps call the modules, in training and in a search.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..memory import Memory
-from ..modules import BahdanauAttention, CosineAttention, LuongAttention
-from ..stock import is_plain, is_stock, register, runs_eagerly
-
-if TYPE_CHECKING:
-    from .decoder import Decoder, DecoderState
+from ...backends import choose
+from ...memory import Memory
+from ...modules import BahdanauAttention, CosineAttention, LuongAttention
+from ...stock import is_plain, is_stock, register, runs_eagerly
+from ..state import DecoderModules, DecoderState
 
 for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
     register(_attention, ["v", "g", "bias", "sharpness"], ["query_projection", "memory_projection"])
 
 
-def has_stock_steps(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
+def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
+    """Whether ``decode_sequence`` may stand for the steps of a target. embedded: (B, T, *). state: the first."""
+    if not has_stock_steps(decoder, state, memory) or not is_plain(embedded):
+        return False
+    size = decoder.rnn.input_size - decoder.hidden_size
+    first = (*state.hidden, *state.cell, state.feed)
+    return (
+        embedded.shape[::2] == (memory.batch_size, size)
+        and (embedded.dtype, embedded.device) == (memory.keys.dtype, memory.keys.device)
+        and all(x.shape[1] == 1 for x in first)
+    )
+
+
+def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
+    """Whether ``FastDecoder`` may stand for the steps of a search."""
+    return (
+        not torch.is_grad_enabled()
+        and has_stock_steps(decoder, state, memory)
+        and not any(module.training for module in decoder.modules())
+        and memory.keys.is_cpu
+        and memory.keys.dtype in (torch.float32, torch.float64)
+        and all(x.dtype == memory.keys.dtype and x.is_cpu for x in decoder.parameters())
+        and _has_stock_ends(decoder)
+        and choose(None, "cpu") == "cpu"
+    )
+
+
+def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     """Whether a step from ``state`` on ``memory`` is what the parameters say, and may be computed from them.
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
-    if not runs_eagerly(memory.keys.device.type):
+    if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first
         return False
-    attention, projection = decoder.attention, getattr(decoder.attention, "query_projection", None)
-    called = (decoder, attention, decoder.rnn, decoder.attentional, decoder.dropout)
-    if not all(map(is_stock, called)) or not (projection is None or is_stock(projection)):
+    called = [decoder.attention, decoder.rnn, decoder.attentional, decoder.dropout]
+    projection = getattr(decoder.attention, "query_projection", None)
+    if projection is not None:
+        called.append(projection)
+    if not all(map(is_stock, called)):
         return False
     tensors = [*state.hidden, *state.cell, memory.keys, memory.values]
     tensors += [x for x in (state.feed, memory.memory_lengths, memory.mask, memory.prepared) if x is not None]
     if type(memory) is not Memory or not all(map(is_plain, tensors)) or not _has_sizes_as_made(decoder, state, memory):
         return False
     like = memory.keys
-    parameters = [x for module in (*called, projection) if module is not None for x in module._parameters.values()]
+    parameters = [x for module in called for x in module._parameters.values()]
     floating = [x for x in (*parameters, *tensors) if x is not None and x.is_floating_point()]
     return all(x.device == like.device for x in (*floating, *tensors)) and all(
         x.dtype == like.dtype for x in floating if x is not memory.prepared
@@ -63,7 +91,7 @@ def _is_as_made(rnn: object) -> bool:
     )
 
 
-def _has_sizes_as_made(decoder: Decoder, state: DecoderState, memory: Memory) -> bool:
+def _has_sizes_as_made(decoder: DecoderModules, state: DecoderState, memory: Memory) -> bool:
     """Whether all shapes are those that ``Decoder`` makes, without the biases that it leaves out."""
     attention, rnn, size = decoder.attention, decoder.rnn, decoder.hidden_size
     projection, attentional = attention.query_projection, decoder.attentional
@@ -90,6 +118,16 @@ def _has_sizes_as_made(decoder: Decoder, state: DecoderState, memory: Memory) ->
     )
 
 
-def takes_rows(embedding: object) -> bool:
-    """Whether the embeddings of tokens are rows of its weight."""
-    return is_stock(embedding) and isinstance(embedding, nn.Embedding) and embedding.max_norm is None
+def _has_stock_ends(decoder: DecoderModules) -> bool:
+    """Whether embeddings are rows of a weight, and logits a linear layer, of the sizes that ``Decoder`` makes."""
+    embedding, output = decoder.embedding, decoder.output
+    embedded = decoder.rnn.input_size - (decoder.hidden_size if decoder.input_feeding else 0)
+    return (
+        is_stock(embedding)
+        and isinstance(embedding, nn.Embedding)
+        and embedding.max_norm is None
+        and is_stock(output)
+        and isinstance(output, nn.Linear)
+        and output.weight.shape[1] == decoder.hidden_size
+        and embedding.weight.shape[1] == embedded
+    )

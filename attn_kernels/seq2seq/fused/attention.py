@@ -1,0 +1,155 @@
+"""The attention of all steps of a sequence, without autograd: forward step by step, then backward.
+
+The backward of a step makes the gradient of its query alone. Memory and score get theirs from one pass with all steps
+as queries, when all are done. B sentences, T steps, S source steps, A units, M memory_size, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import derivatives, ops
+from ...functional import prepare_keys
+from ...memory import Memory
+from ...scores import AdditiveScore, Score
+from .gemm import PackedLinear, weight_gradient
+from .inputs import Inputs
+
+
+class SavedAttention(NamedTuple):
+    """What the backward reads of the forward."""
+
+    queries: Tensor  # (T, B, A), before the factor
+    alignments: Tensor  # (B, T, S)
+    lengths: Tensor | None  # (T, B, 1), what a query was divided by: its length, or 1 if that is 0
+    is_zero: Tensor | None  # (T, B, 1), whether it is
+    prepared: Tensor | None  # of the keys
+
+
+def prepare(score: Score, keys: Tensor, backend: str | None) -> Tensor | None:
+    """What the op of the score would compute of the keys in each call; None if it computes nothing of them alone."""
+    return prepare_keys(keys, backend=backend) if isinstance(score, AdditiveScore) else None
+
+
+def with_prepared(score: Score, prepared: Tensor | None) -> Score:
+    """The score with the result of ``prepare``."""
+    return AdditiveScore(score.v, score.bias, prepared) if isinstance(score, AdditiveScore) else score
+
+
+def op_arguments(score: Score, memory: Memory) -> tuple[Any, ...]:
+    """The arguments of the score's op after the query, but for the last one; of its backward, too."""
+    return memory.keys, memory.values, *score, memory.memory_lengths, memory.mask
+
+
+def call(op: str, backend: str, *arguments: Any) -> Any:
+    """An op on a backend, or its formula with the backend "reference", which has no ops."""
+    if backend == "reference":
+        return derivatives.apply_formula(op, arguments)
+    return ops.call(op, backend, *arguments)
+
+
+class AttentionForward:
+    """The attention of each step in turn."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.backend, self.query = inputs.backend, inputs.query
+        keys, steps = inputs.memory.keys, inputs.embedded.shape[1]
+        batch, source, units = keys.shape
+        lengths = is_zero = None
+        if self.query.eps is not None:
+            lengths = keys.new_empty(steps, batch, 1, dtype=_wide(keys))
+            is_zero = torch.empty_like(lengths, dtype=torch.bool)
+        # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
+        prepared = None if keys.element_size() == 2 else prepare(inputs.score, keys, self.backend)
+        self.op = inputs.score.op
+        self.arguments = op_arguments(with_prepared(inputs.score, prepared), inputs.memory)
+        queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
+        self.saved = SavedAttention(queries, alignments, lengths, is_zero, prepared)
+        self.projection = _projection(self.query.weight, batch, steps)
+
+    def step(self, t: int, state: Tensor) -> Tensor:
+        """state: (B, H). Returns the context, (B, M)."""
+        query = self._query(t, state).unsqueeze(1)
+        context, alignments = call(self.op, self.backend, query, *self.arguments, True)
+        self.saved.alignments[:, t] = alignments.squeeze(1)
+        return context.squeeze(1)
+
+    def _query(self, t: int, state: Tensor) -> Tensor:
+        saved, factor, eps = self.saved, self.query.factor, self.query.eps
+        query = saved.queries[t]
+        x = state if self.projection is None else self.projection(state)
+        if eps is not None:
+            x = x.to(saved.lengths.dtype)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            torch.le(length, eps, out=saved.is_zero[t])
+            saved.lengths[t] = length.masked_fill(saved.is_zero[t], 1.0)
+            x = x / saved.lengths[t]
+        query.copy_(x)
+        return query if factor is None else query * factor
+
+
+class AttentionBackward:
+    """The gradients of each step, from the last to the first, and then those of all steps together."""
+
+    def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
+        self.backend, self.score, self.query, self.saved = inputs.backend, inputs.score, inputs.query, saved
+        self.arguments = op_arguments(with_prepared(inputs.score, saved.prepared), inputs.memory)
+        batch, steps, _ = saved.alignments.shape
+        weight, factor = self.query.weight, self.query.factor
+        self.projection = _projection(None if weight is None else weight.t(), batch, steps)
+        self.op = f"{self.score.op}_backward"
+        # (B, T, A), as they were scored
+        self.queries = (saved.queries if factor is None else saved.queries * factor).transpose(0, 1)
+        self.dqueries = torch.empty_like(saved.queries)  # becomes that of the projected states
+        self.dcontexts = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
+        self.dfactor = None if factor is None else factor.new_zeros((), dtype=_wide(factor))
+
+    def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
+        """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""
+        self.dcontexts[:, t] = dcontext
+        gradients = dcontext.unsqueeze(1), None if dalignments is None else dalignments.narrow(1, t, 1)
+        query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
+        dquery, *_ = call(self.op, self.backend, *gradients, query, *self.arguments, alignments, True, False)
+        self.dqueries[t] = dquery.squeeze(1)
+        return self._state_gradient(t)
+
+    def _state_gradient(self, t: int) -> Tensor:
+        """From dqueries[t], which becomes the gradient of the product with the weight."""
+        factor, saved = self.query.factor, self.saved
+        if factor is not None:
+            unit = saved.queries[t].to(self.dfactor.dtype)
+            dquery = self.dqueries[t].to(unit.dtype)
+            along = (dquery * unit).sum(-1, keepdim=True)
+            self.dfactor += along.sum()
+            if self.query.eps is not None:  # the length of a zero vector counts as a constant
+                dquery = (dquery - unit * along.masked_fill(saved.is_zero[t], 0.0)) / saved.lengths[t]
+            self.dqueries[t] = dquery * factor
+        return self.dqueries[t] if self.projection is None else self.projection(self.dqueries[t])
+
+    def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
+        """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
+        arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments, True, True)
+        _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments)
+        # The op returns an empty tensor where there is no bias.
+        pairs = zip(self.score._fields, self.score, dscore, strict=False)
+        by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
+        dweight = None
+        if self.query.weight is not None:
+            dweight = weight_gradient(self.dqueries.flatten(0, 1), states.flatten(0, 1))
+        dfactor = None if self.dfactor is None else self.dfactor.to(self.query.factor.dtype)
+        return {
+            "memory": Memory(dkeys, dvalues),
+            "score": self.score._replace(**by_name),
+            "query": self.query._replace(weight=dweight, factor=dfactor),
+        }
+
+
+def _projection(weight: Tensor | None, batch: int, steps: int) -> PackedLinear | None:
+    return None if weight is None else PackedLinear(weight, batch, steps)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,103 @@
+"""A decoder over a whole target as one node of autograd: cells, attention, attentional vector and input feeding.
+
+The forward saves what the backward reads and nothing else. The backward computes step by step only what the step before
+needs. What is a sum over steps is computed once, after the last: each weight gradient is one product over all steps,
+and keys, values and score vector get theirs from one pass with all steps as queries.
+
+B sentences, T steps, S source steps, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import choose
+from ...memory import Memory
+from ..state import DecoderModules, DecoderState
+from .cuda_graph import find_graph
+from .formula import differentiable_gradients, is_batch
+from .inputs import CellWeights, Inputs, Query, flatten, unflatten
+from .sequence import backward, forward
+
+
+def decode_sequence(
+    decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory
+) -> tuple[Tensor, Tensor]:
+    """Teacher forcing with input feeding: what ``Decoder._step`` does, of all steps. See ``can_fuse_sequence``.
+
+    embedded: (B, T, E), read by the steps. state: the first one, of one hypothesis per sentence.
+    Returns the attentional vectors, (B, T, H), and alignments, (B, T, S).
+    """
+    attention = decoder.attention
+    projection, factor = attention.query_projection, attention.query_factor()
+    if factor is not None and not isinstance(factor, Tensor):
+        factor = embedded.new_full((), factor)
+    if memory.mask is not None and memory.mask.dim() == 3:  # (B, 1, S), the same for all queries
+        memory = Memory(memory.keys, memory.values, memory.memory_lengths, memory.mask.squeeze(1))
+    inputs = Inputs(
+        embedded=embedded,
+        memory=memory,
+        dropout=_dropout_factors(decoder, embedded),
+        feed=state.feed[:, 0],
+        hidden=tuple(layer[:, 0] for layer in state.hidden),
+        cell=tuple(layer[:, 0] for layer in state.cell),
+        weights=tuple(CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights),
+        score=attention.make_score(memory),
+        query=Query(None if projection is None else projection.weight, factor, attention.query_eps()),
+        attentional_weight=decoder.attentional.weight,
+        backend=choose(attention.backend, embedded.device.type),
+    )
+    tensors, structure = flatten(inputs)
+    return _Sequence.apply(inputs, structure, decoder.cuda_graph, *tensors)
+
+
+def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of the outputs of the layers below the top one and of the attentional vectors, (T, B, H) each.
+
+    None without dropout.
+    """
+    layers = decoder.rnn.num_layers
+    if not decoder.dropout.training or decoder.dropout.p == 0:
+        return (None,) * layers
+    ones = embedded.new_ones(embedded.shape[1], embedded.shape[0], decoder.hidden_size)
+    return tuple(decoder.dropout(ones) for _ in range(layers))
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Inputs, structure: Any, cuda_graph: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """structure, tensors: those of the inputs, flat: autograd looks into no tuples."""
+        ctx.set_materialize_grads(False)
+        ctx.structure = structure
+        ctx.graph = find_graph(inputs) if cuda_graph else None
+        if ctx.graph is None:
+            *results, saved = forward(inputs)
+            saved_tensors, ctx.saved_structure = flatten(saved)
+        else:
+            results, saved_tensors = ctx.graph.forward(inputs)
+        ctx.save_for_backward(*tensors, *saved_tensors)
+        attentional, alignments = results
+        return attentional, alignments
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        all_saved = ctx.saved_tensors  # raises an error if an input has been changed in place since
+        needed = ctx.needs_input_grad[3:]
+        if gradients == (None, None):
+            return (None,) * len(ctx.needs_input_grad)
+        tensors, saved = all_saved[: len(needed)], all_saved[len(needed) :]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or any(map(is_batch, gradients)):
+            # Gradients that are to be differentiated again, and batches of them, are not made in place.
+            found = differentiable_gradients(ctx.structure, tensors, gradients, needed)
+        else:
+            inputs = unflatten(ctx.structure, iter(tensors))
+            if ctx.graph is None:
+                found, _ = flatten(backward(inputs, unflatten(ctx.saved_structure, iter(saved)), *gradients))
+            else:
+                found = ctx.graph.backward(inputs, saved, gradients)
+        return None, None, None, *found

@@ -1,0 +1,102 @@
+"""The steps of a decoder in operators that autograd knows: the specification of sequence.py, and its derivatives.
+
+The backward of a sequence writes into arrays, so that autograd cannot differentiate it. Where gradients are to be
+differentiated again, they are those of this formula, computed anew: they are right, and cost what plain steps cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ... import derivatives
+from ...modules import unit_length
+from .attention import op_arguments
+from .inputs import Inputs, unflatten
+
+
+def step_cells(
+    x: Tensor,
+    hidden: Sequence[Tensor],
+    cell: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    dropout: Callable[[Tensor, int], Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A step of stacked LSTM layers, or GRU layers if ``cell`` is empty. Returns the states after it.
+
+    x: (R, n). hidden, cell: (R, H) of each layer. weights: of each layer, as ``nn.LSTM.all_weights`` has them.
+    dropout: of the output of a layer below the top, and the number of that layer.
+    """
+    new_hidden: list[Tensor] = []
+    new_cell: list[Tensor] = []
+    for n, of_layer in enumerate(weights):
+        if n > 0:
+            x = dropout(x, n - 1)
+        if cell:
+            x, cell_after = torch.lstm_cell(x, (hidden[n], cell[n]), *of_layer)
+            new_cell.append(cell_after)
+        else:
+            x = torch.gru_cell(x, hidden[n], *of_layer)
+        new_hidden.append(x)
+    return new_hidden, new_cell
+
+
+def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The first two results of ``sequence.forward``: attentional vectors and alignments."""
+    hidden, cell, feed = list(inputs.hidden), list(inputs.cell), inputs.feed
+    steps = []
+    for t, embedded in enumerate(inputs.embedded.unbind(1)):
+
+        def drop(x: Tensor, layer: int, t: int = t) -> Tensor:
+            factors = inputs.dropout[layer]
+            return x if factors is None else x * factors[t]
+
+        hidden, cell = step_cells(torch.cat([embedded, feed], dim=1), hidden, cell, inputs.weights, drop)
+        query = hidden[-1] if inputs.query.weight is None else linear(hidden[-1], inputs.query.weight)
+        query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
+        arguments = (query, *op_arguments(inputs.score, inputs.memory), True)
+        context, alignments = derivatives.apply_formula(inputs.score.op, arguments)
+        both = torch.cat([context.squeeze(1), hidden[-1]], dim=1)
+        feed = drop(torch.tanh(linear(both, inputs.attentional_weight)), -1)
+        steps.append((feed, alignments.squeeze(1)))
+    attentional, alignments = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+    return attentional, alignments
+
+
+def scale_query(query: Tensor, factor: Tensor | float | None, eps: float | None) -> Tensor:
+    """What ``AttentionModule.make_query`` does after the projection."""
+    if eps is not None:
+        query = unit_length(query, eps)
+    return query if factor is None else factor * query
+
+
+def differentiable_gradients(
+    structure: Any, tensors: Sequence[Any], gradients: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of those ``tensors`` that are needed, from those of the results; as functions of both.
+
+    structure, tensors: the inputs, flat.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Other names: some of the tensors are made of others, and each is to get its own part of the gradient.
+        names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
+        results = formula(unflatten(structure, iter(names)))
+        pairs = [(x, gradient) for x, gradient in zip(results, gradients, strict=True) if gradient is not None]
+    wanted = [x for x, is_needed in zip(names, needed, strict=True) if is_needed]
+    outputs, of_outputs = zip(*pairs, strict=True)
+    found = iter(
+        torch.autograd.grad(outputs, wanted, of_outputs, create_graph=differentiable, allow_unused=True)
+        if wanted
+        else ()
+    )
+    return [next(found) if is_needed else None for is_needed in needed]
+
+
+def is_batch(gradient: Tensor | None) -> bool:
+    """Whether this stands for a batch of gradients: those of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)

@@ -1,0 +1,88 @@
+"""What a sequence of decoder steps is computed from, and how autograd is given it: trees of tensors.
+
+B sentences, T steps, S source steps, E embedding_size, H hidden_size, M memory_size, A units, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...memory import Memory
+from ...scores import Score
+
+Axes = dict[int, str]  # the axes of a tensor that are T or S steps, counted from the last
+
+
+class Query(NamedTuple):
+    """How a state becomes a query: ``AttentionModule.make_query`` as tensors and numbers."""
+
+    weight: Tensor | None  # (A, H); None where the state is not projected
+    factor: Tensor | None  # (), multiplies the query
+    eps: float | None  # the query is divided by its length if that is above eps; only with a factor
+
+
+class CellWeights(NamedTuple):
+    """The parameters of an LSTM or GRU layer; G = 4 H or 3 H."""
+
+    x: Tensor  # (G, n)
+    h: Tensor  # (G, H)
+    bias_x: Tensor  # (G,)
+    bias_h: Tensor  # (G,)
+
+
+class Inputs(NamedTuple):
+    """All that a sequence is computed from, or the gradients of all that."""
+
+    embedded: Tensor  # (B, T, E)
+    memory: Memory  # its mask has the shape (B, S)
+    dropout: tuple[Tensor | None, ...]  # (T, B, H), factors: of the layers below the top, then of attentional vectors
+    feed: Tensor  # (B, H), the attentional vector before the first step
+    hidden: tuple[Tensor, ...]  # (B, H), the first states, L of them
+    cell: tuple[Tensor, ...]  # the same; empty for a GRU
+    weights: tuple[CellWeights, ...]
+    score: Score
+    query: Query
+    attentional_weight: Tensor  # (H, M + H)
+    backend: str  # of the attention
+
+
+def step_axes(inputs: Inputs) -> list[Axes]:
+    """For each tensor that ``flatten`` finds in the inputs, its axes that are steps."""
+    memory: list[Axes] = [{-2: "S"}, {-2: "S"}, {}, {-1: "S"}]
+    axes: list[Axes] = [{-2: "T"}, *memory, *({-3: "T"} for _ in inputs.dropout)]
+    return axes + [{}] * (len(flatten(inputs)[0]) - len(axes))
+
+
+def flatten(tree: Any) -> tuple[list[Tensor | None], Any]:
+    """The tensors in a tree of tuples and memories, in order, and its structure without them, which is hashable.
+
+    None counts as a tensor: a tree of gradients has the structure of what they belong to.
+    """
+    tensors: list[Tensor | None] = []
+    return tensors, _flatten(tree, tensors)
+
+
+def _flatten(tree: Any, tensors: list[Tensor | None]) -> Any:
+    if tree is None or isinstance(tree, Tensor):
+        tensors.append(tree)
+        return None
+    if isinstance(tree, Memory):
+        tensors += (tree.keys, tree.values, tree.memory_lengths, tree.mask)
+        return Memory
+    if isinstance(tree, tuple):
+        return (type(tree), *[_flatten(child, tensors) for child in tree])
+    return tree  # a number or a name
+
+
+def unflatten(structure: Any, tensors: Iterator[Tensor | None]) -> Any:
+    """The tree of which ``flatten`` made the structure, with these tensors."""
+    if structure is None:
+        return next(tensors)
+    if structure is Memory:
+        return Memory(*(next(tensors) for _ in range(4)))
+    if isinstance(structure, tuple):
+        return tuple.__new__(structure[0], [unflatten(child, tensors) for child in structure[1:]])
+    return structure

@@ -1,0 +1,126 @@
+"""All steps of a decoder over a target, without autograd: the forward, and the backward from what the forward saved.
+
+The forward writes the steps into arrays of the whole sequence. So this is a third form of a decoder step, beside
+``formula.py``, which says the same in operators that autograd knows, and ``inference.py``, which keeps nothing.
+
+B sentences, T steps, E embedding_size, H hidden_size, M memory_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionBackward, AttentionForward, SavedAttention
+from .cells import GRUBackward, GRUForward, LSTMBackward, LSTMForward, SavedGRU, SavedLSTM
+from .gemm import PackedLinear, linear, weight_gradient
+from .inputs import CellWeights, Inputs
+
+
+class Saved(NamedTuple):
+    """What the backward reads besides the inputs."""
+
+    embedded: Tensor  # (T, B, E), contiguous
+    context_and_state: Tensor  # (T, B, M + H)
+    attentional: Tensor  # (T, B, H), before dropout
+    layers: tuple[SavedLSTM | SavedGRU, ...]
+    attention: SavedAttention
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
+    """Attentional vectors, (B, T, H); alignments, (B, T, S); and what the backward is to be given."""
+    embedded = inputs.embedded.transpose(0, 1).contiguous()
+    steps, batch, _ = embedded.shape
+    layers, attention = _make_layers(inputs, embedded), AttentionForward(inputs)
+    size, memory_size = inputs.feed.shape[1], inputs.memory.values.shape[2]
+    context_and_state = inputs.feed.new_empty(steps, batch, memory_size + size)
+    attentional = inputs.feed.new_empty(steps, batch, size)
+    product = PackedLinear(inputs.attentional_weight, batch, steps)
+    *below, top = inputs.dropout
+    layers[0].x(0).copy_(inputs.feed)
+    for t in range(steps):
+        both = context_and_state[t]
+        context, last = both[:, :memory_size], both[:, memory_size:]
+        state = layers[0].step(t, None if below else last)
+        for n, (layer, factors) in enumerate(zip(layers[1:], below, strict=True), 2):
+            _drop(state, factors, t, layer.x(t))
+            state = layer.step(t, last if n == len(layers) else None)
+        context.copy_(attention.step(t, state))
+        torch.tanh(product(both), out=attentional[t])
+        _drop(attentional[t], top, t, layers[0].x(t + 1))
+    saved_layers = tuple(layer.saved for layer in layers)
+    fed = saved_layers[0].inputs[1:, :, :size]  # the attentional vectors after dropout
+    # Copies: what is saved is not to change where a caller changes results in place.
+    results = fed.transpose(0, 1).clone(memory_format=torch.contiguous_format), attention.saved.alignments.clone()
+    return *results, Saved(embedded, context_and_state, attentional, saved_layers, attention.saved)
+
+
+def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad_alignments: Tensor | None) -> Inputs:
+    """The gradients of the inputs, from those of the results of ``forward``; None for those that are constants."""
+    embedded, context_and_state, attentional, *_ = saved
+    steps, batch, size = attentional.shape
+    make_layer: Any = LSTMBackward if inputs.cell else GRUBackward
+    weights = _weights_in_loop(inputs)
+    layers: list[LSTMBackward | GRUBackward] = list(map(make_layer, saved.layers, weights))
+    attention = AttentionBackward(inputs, saved.attention)
+    product = PackedLinear(inputs.attentional_weight.t(), batch, steps)
+    dattentional = torch.empty_like(attentional)  # before the tanh
+    dfeed = torch.zeros_like(inputs.feed)
+    dstates = [torch.zeros_like(inputs.feed) for _ in layers]  # of the states after the step
+    *below, top = inputs.dropout
+    for t in reversed(range(steps)):
+        if grad_attentional is not None:
+            dfeed = dfeed + grad_attentional[:, t]
+        if top is not None:
+            dfeed = dfeed * top[t]
+        torch.ops.aten.tanh_backward.grad_input(dfeed, attentional[t], grad_input=dattentional[t])
+        dboth = product(dattentional[t])
+        dstates[-1] = dstates[-1] + dboth[:, -size:]
+        dstates[-1] += attention.step(t, dboth[:, :-size], grad_alignments)
+        for n in reversed(range(len(layers))):
+            dx, dstates[n] = layers[n].step(t, dstates[n])
+            if n > 0:
+                dstates[n - 1] = dstates[n - 1] + (dx if below[n - 1] is None else dx * below[n - 1][t])
+        dfeed = dx
+    dgates = layers[0].dgates.flatten(0, 1)
+    first, *others = (layer.weight_gradients() for layer in layers)
+    dweight = torch.cat([weight_gradient(dgates, embedded.flatten(0, 1)), first.x], dim=1)
+    weight = inputs.weights[0].x[:, : embedded.shape[2]]
+    return Inputs(
+        embedded=linear(dgates, weight.t()).unflatten(0, (steps, batch)).transpose(0, 1),
+        dropout=(None,) * len(inputs.dropout),
+        feed=dfeed,
+        hidden=tuple(dstates),
+        cell=tuple(layer.dcell for layer in layers if isinstance(layer, LSTMBackward)),
+        weights=(first._replace(x=dweight), *others),
+        attentional_weight=weight_gradient(dattentional.flatten(0, 1), context_and_state.flatten(0, 1)),
+        backend=inputs.backend,
+        **attention.gradients(context_and_state[:, :, -size:], grad_alignments),
+    )
+
+
+def _make_layers(inputs: Inputs, embedded: Tensor) -> list[LSTMForward | GRUForward]:
+    """embedded: (T, B, E). Its product with the weight of the first layer is made here, for all steps."""
+    steps, batch, read = embedded.shape
+    make_layer: Any = LSTMForward if inputs.cell else GRUForward
+    layers = []
+    for n, weights in enumerate(_weights_in_loop(inputs)):
+        if n == 0:
+            base = linear(embedded.flatten(0, 1), inputs.weights[0].x[:, :read], weights.bias_x)
+            base = base.unflatten(0, (steps, batch))
+        else:
+            base = weights.bias_x.expand(steps, batch, -1).clone()
+        layers.append(make_layer(base, weights, inputs.hidden[n], *inputs.cell[n : n + 1]))
+    return layers
+
+
+def _weights_in_loop(inputs: Inputs) -> list[CellWeights]:
+    """Those that multiply what becomes known in the loop: of the first layer the attentional vector, not the token."""
+    first, *others = inputs.weights
+    return [first._replace(x=first.x[:, inputs.embedded.shape[2] :]), *others]
+
+
+def _drop(x: Tensor, factors: Tensor | None, t: int, out: Tensor) -> None:
+    out.copy_(x) if factors is None else torch.mul(x, factors[t], out=out)

@@ -1,0 +1,53 @@
+"""What a decoder step is made from: the state between two steps, and the modules that it calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import AttentionModule
+
+
+class DecoderState(NamedTuple):
+    """What a decoding step hands to the next, for K hypotheses of each of B sentences.
+
+    hidden: (B, K, hidden_size) of each layer. cell: the same; empty for a GRU.
+    feed: (B, K, hidden_size), the attentional vector of the step before; None without input feeding.
+    """
+
+    hidden: tuple[Tensor, ...]
+    cell: tuple[Tensor, ...]
+    feed: Tensor | None
+
+    def select(self, indices: Tensor) -> DecoderState:
+        """The sentences at ``indices``, (n,)."""
+        return DecoderState(
+            tuple(state.index_select(0, indices) for state in self.hidden),
+            tuple(state.index_select(0, indices) for state in self.cell),
+            None if self.feed is None else self.feed.index_select(0, indices),
+        )
+
+    def reorder(self, hypotheses: Tensor) -> DecoderState:
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        index = hypotheses[..., None]
+        return DecoderState(
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
+            tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
+            None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
+        )
+
+
+class DecoderModules(Protocol):
+    """What the fused decoder reads of a ``Decoder``."""
+
+    hidden_size: int
+    input_feeding: bool
+    cuda_graph: bool
+    embedding: nn.Embedding
+    dropout: nn.Dropout
+    rnn: nn.LSTM | nn.GRU
+    attention: AttentionModule
+    attentional: nn.Linear
+    output: nn.Linear
