@@ -26,6 +26,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import patching
 from .patching import Fallback, Replaced, Report, Skipped
+from .patching.classes import change_class
+from .patching.report import MODULE_HEAD, fallback_text, module_row
 from .sources import are_current
 from .stock import functions_are_replaced
 
@@ -105,16 +107,12 @@ class FuseReport:
         return states
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = []
-        for name, cls, what in self.fused:
-            rows.append((name or "(model)", patching._class_name(cls), f"fused: {what}"))
-        for name, cls, reason in self.skipped:
-            rows.append((name or "(model)", patching._class_name(cls), f"as it was: {reason}"))
-        for name, cls, reason, calls in self.fallbacks:
-            rows.append((name or "(model)", patching._class_name(cls), f"own forward, {calls} calls: {reason}"))
+        rows = [module_row(name, cls, f"fused: {what}") for name, cls, what in self.fused]
+        rows += [module_row(name, cls, f"as it was: {reason}") for name, cls, reason in self.skipped]
+        rows += [module_row(*fallback[:2], fallback_text(fallback)) for fallback in self.fallbacks]
         if not rows:
             return "attn_kernels.fuse: nothing in this model looks like attention"
-        return patching.table(("module", "class", "what"), rows)
+        return patching.table(MODULE_HEAD, rows)
 
     __repr__ = __str__
 
@@ -203,10 +201,10 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
     Raises:
         TypeError: model is no module.
     """
-    patching._check_model("fuse", model)
+    patching.check_model("fuse", model)
     patched = patching.patch(model)
     watched: list[tuple[str, Any]] = []
-    for name, module in patching._named_modules(model):
+    for name, module in patching.named_modules(model):
         if isinstance(module, Watched):
             watched.append((name, module))
         elif not isinstance(module, patching.Fused) and _may_attend(module):
@@ -214,7 +212,7 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
                 patched.skipped = [skipped for skipped in patched.skipped if skipped.name != name]
                 patched.skipped.append(Skipped(name, type(module), "its forward was replaced by another hand"))
                 continue
-            patching._change_class(module, _watched_class(type(module)))
+            change_class(module, _watched_class(type(module)))
             watched.append((name, module))
     watched += [(name, _watch_parent(parent)) for name, parent in _parents(model, [m for _, m in watched])]
     for _, module in watched:
@@ -227,7 +225,7 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
 def _parents(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
     """The modules that hold others, and may make a context of the alignments that those return."""
     found = []
-    for name, parent in patching._named_modules(model):
+    for name, parent in patching.named_modules(model):
         if isinstance(parent, (Watched, patching.Fused)) or "forward" in parent.__dict__ or not _is_foreign(parent):
             continue
         if any(child is module for child in _layers(parent) for module in modules) and not _has_loops(parent):
@@ -236,7 +234,7 @@ def _parents(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.M
 
 
 def _watch_parent(parent: nn.Module) -> nn.Module:
-    patching._change_class(parent, _watched_class(type(parent)))
+    change_class(parent, _watched_class(type(parent)))
     _state_of(parent).is_parent = True
     return parent
 
@@ -246,16 +244,16 @@ def unfuse(model: nn.Module) -> list[Replaced]:
 
     Raises ValueError where :func:`unpatch` would.
     """
-    patching._check_model("unfuse", model)
+    patching.check_model("unfuse", model)
     return _unfuse("unfuse", model, set())
 
 
 @contextlib.contextmanager
 def fused(model: nn.Module, *, always: bool = False) -> Iterator[FuseReport]:
     """``with fused(model) as report:`` the model is fused within; modules fused or patched before stay so after."""
-    patching._check_model("fused", model)
+    patching.check_model("fused", model)
     swapped = (Watched, patching.Fused)
-    before = {id(module) for _, module in patching._named_modules(model) if isinstance(module, swapped)}
+    before = {id(module) for _, module in patching.named_modules(model) if isinstance(module, swapped)}
     report = fuse(model, always=always)
     try:
         yield report
@@ -265,12 +263,12 @@ def fused(model: nn.Module, *, always: bool = False) -> Iterator[FuseReport]:
 
 def _unfuse(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
     """Of all changed modules but those whose ids are in ``keep``."""
-    modules = [(n, m) for n, m in patching._named_modules(model) if isinstance(m, Watched) and id(m) not in keep]
+    modules = [(n, m) for n, m in patching.named_modules(model) if isinstance(m, Watched) and id(m) not in keep]
     for name, module in modules:
         if type(module) is not _watched_class(module._attn_kernels_original):
             changed = type(module).__name__
             raise ValueError(f"{function}: {name or 'model'} was fused and then made a {changed}: undo that first")
-    replaced = patching._unpatch(function, model, keep)
+    replaced = patching.unpatch_modules(function, model, keep)
     for name, module in modules:
         state = _state_of(module)
         if state.entries or not state.is_parent:
@@ -280,7 +278,7 @@ def _unfuse(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
 
 
 def _restore(module: Any) -> None:
-    patching._change_class(module, module._attn_kernels_original)
+    change_class(module, module._attn_kernels_original)
     module.__dict__.pop(_STATE, None)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attn_kernels import patch, patching
+from attn_kernels.patching import registry
 
 Inputs = dict[str, Any]
 Steps = Callable[..., Sequence[Tensor]]  # of a module and the inputs: what is to be the same, of all steps
@@ -55,7 +56,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module
     monkeypatch.setattr(sys.modules[name], attribute, cls, raising=False)
     cls.__module__, cls.__qualname__ = name, attribute
     adapter = next(adapter for adapter in patching.adapters() if adapter.original == original)
-    monkeypatch.setitem(patching._adapters, original, adapter._replace(sources=()))  # its source is not the library's
+    monkeypatch.setitem(registry._adapters, original, adapter._replace(sources=()))  # its source is not the library's
 
 
 def _error(a: Tensor, b: Tensor) -> float:

@@ -18,6 +18,7 @@ import test_patches_espnet as espnet
 import test_patches_fairseq as fairseq
 import test_patches_others as others
 from attn_kernels import patch, patching
+from attn_kernels.patching import registry
 from steps import Inputs, Steps, results, stand_in
 
 STAND_INS = {
@@ -81,7 +82,7 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brain, "length_to_mask", others.length_to_mask, raising=False)
     for cls in espnet.CLASSES:
         name = f"{espnet.MODULE}:{cls.__name__}"
-        monkeypatch.setitem(patching._adapters, name, patching._adapters[name]._replace(sources=()))
+        monkeypatch.setitem(registry._adapters, name, registry._adapters[name]._replace(sources=()))
 
 
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
@@ -117,5 +118,5 @@ def test_small_calls_are_the_originals_and_large_ones_are_fused(
 
 def test_every_adapter_with_a_size_has_an_example() -> None:
     """By its library: an adapter with another size belongs into the table."""
-    sized = {adapter.library for adapter in patching.adapters() if adapter.fused.least_elements}
+    sized = {adapter.library for adapter in patching.adapters() if adapter.fused.min_numel}
     assert sized == {"fairseq", "Tacotron 2 (NVIDIA)", "coqui-tts", "SpeechBrain", "ESPnet"}

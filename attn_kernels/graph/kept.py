@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import are_readable, current_modes, value_of
+from ..checksums import are_readable, current_modes, value_of
 from ..functional import prepare_keys
 from ..memory import Memory, PreparedMemory
 

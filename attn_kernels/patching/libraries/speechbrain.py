@@ -12,21 +12,20 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..derived import once
-from ..functional import additive_attention, attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import AdditiveScore, DotScore
-from ..sentence import attended_steps, is_plain
+from ...functional import additive_attention, attend
+from ...memory import Memory
+from ...scores import AdditiveScore, DotScore
+from ...stock import is_stock_linear
+from ..adapter import Fused, NotSupported, mask_without_empty_rows
+from ..cache import cached
+from ..registry import adapts
 
 _MODULE = "speechbrain.nnet.attention"
 _LIBRARY = {"library": "SpeechBrain", "versions": "1.1.2"}
 
 
 class _Fused(Fused):
-    least_elements = (
-        1 << 15
-    )  # measured: 0.93x at (1, 30, 512), 1.0x at (1, 100, 512), 1.4x and more from (8, 100, 512) on
+    min_numel = 1 << 15  # measured: 0.93x at (1, 30, 512), 1.0x at (1, 100, 512), 1.4x and more from (8, 100, 512) on
     mask: Tensor
 
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
@@ -37,11 +36,11 @@ class _Fused(Fused):
     def _allowed(self) -> Tensor | None:
         """(B, T), True = attend; None where a sentence may attend nothing."""
         mask = self.mask
-        padding = once(self, "padding", lambda: (mask == 0).view(mask.shape[:2]), read=(mask,))
-        return attended_steps(self, padding, keep=False)
+        padding = cached(self, "padding", lambda: (mask == 0).view(mask.shape[:2]), read=(mask,))
+        return mask_without_empty_rows(self, padding, keep=False)
 
     def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor) -> Memory:
-        return once(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
+        return cached(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
 
 class _FusedAdditive(_Fused):
@@ -59,14 +58,14 @@ class _FusedAdditive(_Fused):
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, T)."""
         if is_compiling():
-            return Uncovered("torch.compile")
-        if not is_plain(self.mlp_attn):
-            return Uncovered("a score layer that is no plain nn.Linear")
+            return NotSupported("torch.compile")
+        if not is_stock_linear(self.mlp_attn):
+            return NotSupported("a score layer that is no plain nn.Linear")
         if self.precomputed_enc_h is None:
             self._begin(enc_states, enc_len)
         allowed = self._allowed()
         if allowed is None:
-            return Uncovered("a sentence of length 0")
+            return NotSupported("a sentence of length 0")
         context, alignments = self._step(self.mlp_dec(dec_states), enc_states, allowed)
         return self.mlp_out(context), alignments
 
@@ -111,7 +110,7 @@ class FusedLocationAwareAttention(_FusedAdditive):
 class FusedKeyValueAttention(_Fused):
     """scores_j = query . key_j / sqrt(attn_dim): Vaswani et al., "Attention is all you need", 2017, section 3.2.1."""
 
-    least_elements = 1 << 16  # measured: 0.88x at (1, 100, 512), 1.13x at (8, 100, 512)
+    min_numel = 1 << 16  # measured: 0.88x at (1, 100, 512), 1.13x at (8, 100, 512)
     keys: Tensor | None
     values: Tensor
     scaling: Tensor
@@ -122,13 +121,13 @@ class FusedKeyValueAttention(_Fused):
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, 1, T)."""
         if is_compiling():
-            return Uncovered("torch.compile")
+            return NotSupported("torch.compile")
         if self.keys is None:
             self.keys, self.values = self.key_linear(enc_states), self.value_linear(enc_states)
             self.mask = self._mask_of(enc_states, enc_len).unsqueeze(2)
         allowed = self._allowed()
         if allowed is None:
-            return Uncovered("a sentence of length 0")
+            return NotSupported("a sentence of length 0")
         query = (self.query_linear(dec_states) / self.scaling).unsqueeze(1)
         memory = self._memory(self.keys, self.values, allowed)
         context, alignments = attend(DotScore(), query, memory, True, None)

@@ -3,7 +3,7 @@
 The decoder calls ``compute_proj_keys`` once in a training step, but anew in every step of a greedy or beam search,
 although the sentences are the same: under ``torch.no_grad()`` their projection is used again. A greedy search hands
 over the same tensor. A beam search hands over another each time, with the rows of a sentence's hypotheses, which are
-all equal, re-ordered, and without those of sentences that are done: see :func:`attn_kernels.sentence.project`.
+all equal, re-ordered, and without those of sentences that are done: see ``cached_projection``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import keeps, once
-from ..functional import attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import AdditiveScore, DotScore
-from ..sentence import as_of_softmax, is_plain, project
-from ..types import Attention
+from ...checksums import is_cacheable
+from ...functional import attend
+from ...memory import Memory
+from ...scores import AdditiveScore, DotScore
+from ...stock import is_stock_linear
+from ...types import Attention
+from ..adapter import Fused, NotSupported, to_softmax_dtype
+from ..cache import cached, cached_projection
+from ..registry import adapts
 
 
 class _FusedMechanism(Fused):
@@ -31,25 +33,27 @@ class _FusedMechanism(Fused):
 
     def compute_proj_keys(self, keys: Tensor) -> None:
         """keys: (B, Tk, M), the encoder's output. Leaves its projection, (B, Tk, A), in ``proj_keys``."""
-        self.proj_keys = project(self, self.key_layer, keys, shown=True)
+        self.proj_keys = cached_projection(self, self.key_layer, keys, is_shared=True)
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
         """query: (B, 1, H), mask: (B, 1, Tk), > 0 where a step may be attended, values: (B, Tk, M)."""
         self._check_input_shapes_forward(query=query, mask=mask, values=values)
         keys = self.proj_keys
         if keys is None:
-            return Uncovered("no projected keys")
-        if not keeps(keys):  # and so no value is read to see whether a row is empty
+            return NotSupported("no projected keys")
+        if not is_cacheable(keys):  # and so no value is read to see whether a row is empty
             allowed = _allowed(mask)
             context, alignments = self._step(query, Memory(keys, values, mask=allowed))
             some = allowed.any(2, keepdim=True)
             context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
         else:
-            memory = once(self, "memory", lambda: _memory(keys, values, mask), read=(mask,), held=(keys, values, mask))
+            memory = cached(
+                self, "memory", lambda: _memory(keys, values, mask), read=(mask,), held=(keys, values, mask)
+            )
             if memory is None:
-                return Uncovered("a row with nothing to attend")  # NaN there, and in all gradients
+                return NotSupported("a row with nothing to attend")  # NaN there, and in all gradients
             context, alignments = self._step(query, memory)
-        return context, as_of_softmax(alignments)
+        return context, to_softmax_dtype(alignments)
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         raise NotImplementedError
@@ -72,8 +76,8 @@ class FusedBahdanauAttention(_FusedMechanism):
     compute_proj_query: Any
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
-        if not is_plain(self.energy_layer):
-            return Uncovered("an energy layer that is no plain nn.Linear")
+        if not is_stock_linear(self.energy_layer):
+            return NotSupported("an energy layer that is no plain nn.Linear")
         return super().attend(query, mask, values)
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts
-from ..sentence import is_plain
+from ...functional import additive_attention
+from ...stock import is_stock_linear
+from ..adapter import Fused, NotSupported
+from ..registry import adapts
 
 
 @adapts(
@@ -33,7 +34,7 @@ class FusedBahdanauAttention(Fused):
 
     def attend(self, hidden_states: Tensor) -> Any:
         """hidden_states: (B, T, H). Returns the contexts, of that shape."""
-        if not is_plain(self.v):
-            return Uncovered("a score layer that is no plain nn.Linear")
+        if not is_stock_linear(self.v):
+            return NotSupported("a score layer that is no plain nn.Linear")
         query, keys = self.W(hidden_states), self.U(hidden_states)
         return additive_attention(query, keys, hidden_states, self.v.weight.view(-1), need_weights=False).context

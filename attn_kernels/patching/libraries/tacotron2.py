@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts
-from ..sentence import attended_steps, is_plain
+from ...functional import additive_attention
+from ...stock import is_stock_linear
+from ..adapter import Fused, NotSupported, mask_without_empty_rows
+from ..registry import adapts
 
 _LIBRARY = "Tacotron 2 (NVIDIA)"
 _SOURCES = ("456ef21d5bcf",)
@@ -32,9 +33,7 @@ class FusedAttention(Fused):
     NaN is ignored.
     """
 
-    least_elements = (
-        1 << 15
-    )  # measured: 0.9x at (1, 30, 512), 1.0x at (1, 100, 512), 1.2x and more from (8, 100, 512) on
+    min_numel = 1 << 15  # measured: 0.9x at (1, 30, 512), 1.0x at (1, 100, 512), 1.2x and more from (8, 100, 512) on
     query_layer: Any
     location_layer: Any
     v: Any
@@ -51,16 +50,16 @@ class FusedAttention(Fused):
         """(B, Q), (B, T, M), (B, T, A), (B, 2, T), and (B, T) True = padding. Returns (B, M) and (B, T)."""
         score = wrapped(self.v)
         if score is None:
-            return Uncovered("a score layer that is no plain linear layer")
+            return NotSupported("a score layer that is no plain linear layer")
         allowed = None
         if mask is not None:
             if is_compiling():
-                return Uncovered("torch.compile")
+                return NotSupported("torch.compile")
             if mask.dtype != torch.bool or self.score_mask_value != -float("inf"):
-                return Uncovered("a mask of another kind")
-            allowed = attended_steps(self, mask, keep=False)
+                return NotSupported("a mask of another kind")
+            allowed = mask_without_empty_rows(self, mask, keep=False)
             if allowed is None:
-                return Uncovered("a sentence that is all padding")
+                return NotSupported("a sentence that is all padding")
         query = self.query_layer(attention_hidden_state)
         extra = self.location_layer(attention_weights_cat)
         v = score.weight.view(-1)
@@ -73,4 +72,4 @@ def wrapped(layer: Any) -> nn.Linear | None:
     if type(layer).__name__ not in ("LinearNorm", "Linear") or inner is None:
         return None
     hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
-    return inner if is_plain(inner) and not hooks else None
+    return inner if is_stock_linear(inner) and not hooks else None

@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..derived import forget, keeps, once
-from ..errors import ArgumentTypeError
-from ..functional import additive_attention, attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import AdditiveScore, DotScore
-from ..sentence import as_of_softmax, is_plain
-from ..types import Attention
+from ...checksums import is_cacheable
+from ...errors import ArgumentTypeError
+from ...functional import additive_attention, attend
+from ...memory import Memory
+from ...scores import AdditiveScore, DotScore
+from ...stock import is_stock_linear
+from ...types import Attention
+from ..adapter import Fused, NotSupported, to_softmax_dtype
+from ..cache import cached, clear
+from ..registry import adapts
 
 _MODULE = "espnet.nets.pytorch_backend.rnn.attentions"
 _LIBRARY = {"library": "ESPnet", "versions": "202511"}
@@ -41,7 +43,7 @@ class _Steps(NamedTuple):
 class _Fused(Fused):
     """What the classes share: the state of a batch, and a step of one head."""
 
-    least_elements = 1 << 13  # measured: 0.6 to 0.8x at (1, 8, 16), 1.03 to 1.13x at (1, 50, 320)
+    min_numel = 1 << 13  # measured: 0.6 to 0.8x at (1, 8, 16), 1.03 to 1.13x at (1, 50, 320)
     h_length: int | None
     enc_h: Tensor
     mask: Tensor | None
@@ -50,19 +52,19 @@ class _Fused(Fused):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        forget(self)
+        clear(self)
 
     def _begin(self, memory: Tensor, lengths: Any, state: Tensor | None) -> Any:
-        """What a step begins with, or Uncovered. memory: (B, T, eprojs). Returns the decoder's state, (B, dunits)."""
+        """What a step begins with. memory: (B, T, eprojs). Returns the decoder's state, (B, dunits), or NotSupported."""
         if is_compiling():
-            return Uncovered("torch.compile")
+            return NotSupported("torch.compile")
         self._project(memory)
         if self.mask is None:
             self.mask = _padding(lengths).to(memory.device)
         if self.mask.dtype != torch.bool or self.mask.shape != self.enc_h.shape[:2]:
-            return Uncovered("a mask of another kind")
+            return NotSupported("a mask of another kind")
         if self._steps().empty:
-            return Uncovered("an utterance with nothing to attend")  # NaN there
+            return NotSupported("an utterance with nothing to attend")  # NaN there
         return memory.new_zeros(len(memory), self.dunits) if state is None else state.view(len(memory), self.dunits)
 
     def _project(self, memory: Tensor) -> None:
@@ -74,9 +76,9 @@ class _Fused(Fused):
 
     def _steps(self) -> _Steps:
         mask: Any = self.mask
-        if not keeps(mask):  # a GPU's mask is not read: see _as_there
+        if not is_cacheable(mask):  # a GPU's mask is not read: see _as_there
             return _Steps(~mask, False)
-        return once(self, "steps", lambda: _steps_of(mask), read=(mask,))
+        return cached(self, "steps", lambda: _steps_of(mask), read=(mask,))
 
     def _additive(
         self, head: int, query: Tensor, keys: Tensor, values: Any, gvec: Any, scale: Any, extra: Tensor | None = None
@@ -102,15 +104,15 @@ class _Fused(Fused):
 
     def _memory(self, head: int, keys: Tensor, values: Tensor) -> Memory:
         allowed = self._steps().allowed
-        return once(self, f"memory {head}", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
+        return cached(self, f"memory {head}", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
     def _as_there(self, result: Attention, values: Tensor | None) -> Attention:
         """In the dtypes of the original under autocast; NaN for an empty utterance of a mask that was not read."""
         context, alignments = result
-        alignments = as_of_softmax(alignments)
+        alignments = to_softmax_dtype(alignments)
         if context is not None:
             context = _as_product(context, alignments, values)
-        if not keeps(self.mask):
+        if not is_cacheable(self.mask):
             some = self._steps().allowed.any(1, keepdim=True)
             alignments = alignments.where(some, torch.nan)
             context = context if context is None else context.where(some, torch.nan)
@@ -150,7 +152,7 @@ class _FusedLocation(_FusedSingle):
 class FusedAttDot(_FusedSingle):
     """scores_j = tanh(mlp_dec(z)) . tanh(mlp_enc(h_j))."""
 
-    least_elements = 1 << 15  # measured: 0.7x at (1, 50, 320) without gradients, 1.5x at (16, 200, 320)
+    min_numel = 1 << 15  # measured: 0.7x at (1, 50, 320) without gradients, 1.5x at (16, 200, 320)
 
     def _project(self, memory: Tensor) -> None:
         if self.pre_compute_enc_h is None or self.han_mode:
@@ -159,7 +161,7 @@ class FusedAttDot(_FusedSingle):
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered):
+        if isinstance(state, NotSupported):
             return state
         query = scaling * torch.tanh(self.mlp_dec(state))
         return tuple(self._dot(0, query, self.pre_compute_enc_h, self.enc_h))
@@ -171,8 +173,8 @@ class FusedAttAdd(_FusedSingle):
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         return tuple(self._single(self.mlp_dec(state), scaling))
 
 
@@ -192,10 +194,10 @@ class FusedAttLoc(_FusedLocation):
         forward_window: int = 3,
     ) -> Any:
         if last_attended_idx is not None:
-            return Uncovered("a window around the last attended frame")
+            return NotSupported("a window around the last attended frame")
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         if att_prev is None:
             att_prev = _uniform(enc_hs_len, state.device, state.dtype)
         return tuple(self._single(self.mlp_dec(state), scaling, self._features(att_prev)))
@@ -211,8 +213,8 @@ class FusedAttCov(_FusedSingle):
         self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev_list: list[Tensor] | None, scaling: float = 2.0
     ) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         if att_prev_list is None:
             att_prev_list = [_uniform(enc_hs_len, enc_hs_pad.device, torch.float32)]
         extra = self._covered(sum(att_prev_list))  # type: ignore[arg-type]
@@ -242,8 +244,8 @@ class FusedAttLoc2D(_FusedLocation):
         self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Tensor | None, scaling: float = 2.0
     ) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         if att_prev is None:
             uniform = _uniform(enc_hs_len, enc_hs_pad.device, torch.float32)
             att_prev = uniform.unsqueeze(1).expand(-1, self.att_win, -1)
@@ -264,8 +266,8 @@ class FusedAttLocRec(_FusedSingle):
         self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev_states: Any, scaling: float = 2.0
     ) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         batch = len(enc_hs_pad)
         if att_prev_states is None:
             zeros = enc_hs_pad.new_zeros(batch, self.att_dim)
@@ -315,10 +317,10 @@ class FusedAttForward(_FusedForward):
         forward_window: int = 3,
     ) -> Any:
         if last_attended_idx is not None:
-            return Uncovered("a window around the last attended frame")
+            return NotSupported("a window around the last attended frame")
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         previous = self._first(enc_hs_pad) if att_prev is None else att_prev
         return self._forward_step(state, previous, scaling, 1, 1)
 
@@ -343,10 +345,10 @@ class FusedAttForwardTA(_FusedForward):
         forward_window: int = 3,
     ) -> Any:
         if last_attended_idx is not None:
-            return Uncovered("a window around the last attended frame")
+            return NotSupported("a window around the last attended frame")
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not is_plain(self.gvec):
-            return _because(state)
+        if isinstance(state, NotSupported) or not is_stock_linear(self.gvec):
+            return _not_supported(state)
         previous = self._first(enc_hs_pad) if att_prev is None else att_prev
         stay = self.trans_agent_prob
         context, alignments = self._forward_step(state, previous, scaling, stay, 1 - stay)
@@ -357,7 +359,7 @@ class FusedAttForwardTA(_FusedForward):
 class _FusedHeads(_Fused):
     """Several heads, each with projections of its own; lists of them in ``pre_compute_k`` and ``pre_compute_v``."""
 
-    least_elements = 1 << 15  # measured: 0.84x at (1, 50, 320), 1.04 to 4x at (16, 200, 320)
+    min_numel = 1 << 15  # measured: 0.84x at (1, 50, 320), 1.04 to 4x at (16, 200, 320)
     aheads: int
     scaling: float
     pre_compute_k: list[Tensor] | None
@@ -397,7 +399,7 @@ class FusedAttMultiHeadDot(_FusedHeads):
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, **kwargs: Any) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered):
+        if isinstance(state, NotSupported):
             return state
         heads = []
         for h in range(self.aheads):
@@ -412,8 +414,8 @@ class FusedAttMultiHeadAdd(_FusedHeads):
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, **kwargs: Any) -> Any:
         state = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(state, Uncovered) or not all(map(is_plain, self.gvec)):
-            return _because(state)
+        if isinstance(state, NotSupported) or not all(map(is_stock_linear, self.gvec)):
+            return _not_supported(state)
         return self._join([self._head(h, state, self.scaling) for h in range(self.aheads)])
 
 
@@ -423,8 +425,8 @@ class _FusedHeadsLocation(_FusedHeads):
 
     def _located(self, memory: Tensor, lengths: Any, state: Any, previous: list[Tensor] | None, scale: Any) -> Any:
         state = self._begin(memory, lengths, state)
-        if isinstance(state, Uncovered) or not all(map(is_plain, self.gvec)):
-            return _because(state)
+        if isinstance(state, NotSupported) or not all(map(is_stock_linear, self.gvec)):
+            return _not_supported(state)
         if previous is None:
             previous = [_uniform(lengths, memory.device, torch.float32)] * self.aheads
         heads = []
@@ -453,8 +455,8 @@ class FusedAttMultiHeadMultiResLoc(_FusedHeadsLocation):
         return self._located(enc_hs_pad, enc_hs_len, dec_z, att_prev, self.scaling)
 
 
-def _because(begun: Any) -> Uncovered:
-    return begun if isinstance(begun, Uncovered) else Uncovered("a score layer that is no plain nn.Linear")
+def _not_supported(begun: Any) -> NotSupported:
+    return begun if isinstance(begun, NotSupported) else NotSupported("a score layer that is no plain nn.Linear")
 
 
 def _as_product(context: Tensor, alignments: Tensor, values: Any) -> Tensor:

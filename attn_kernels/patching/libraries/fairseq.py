@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import keeps, once
-from ..functional import additive_attention, attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import DotScore
-from ..sentence import as_of_softmax, is_plain, project
-from ..types import Attention
+from ...checksums import is_cacheable
+from ...functional import additive_attention, attend
+from ...memory import Memory
+from ...scores import DotScore
+from ...stock import is_stock_linear
+from ...types import Attention
+from ..adapter import Fused, NotSupported, to_softmax_dtype
+from ..cache import cached, cached_projection
+from ..registry import adapts
 
 
 @adapts("fairseq.models.lstm:AttentionLayer", library="fairseq", versions="0.12.2", sources=("95aa4911b5d2",))
@@ -29,14 +31,14 @@ class FusedAttentionLayer(Fused):
     rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script`` compiles the original.
     """
 
-    least_elements = 1 << 16  # measured: 0.74 to 0.86x for one sentence, no slower from (50, 8, 256) on
+    min_numel = 1 << 16  # measured: 0.74 to 0.86x for one sentence, no slower from (50, 8, 256) on
     input_proj: Any
     output_proj: Any
 
     def attend(self, input: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
         padding = encoder_padding_mask
-        memory = once(self, "memory", lambda: _memory(source_hids, padding), read=(padding,), held=(source_hids,))
-        if isinstance(memory, Uncovered):
+        memory = cached(self, "memory", lambda: _memory(source_hids, padding), read=(padding,), held=(source_hids,))
+        if isinstance(memory, NotSupported):
             return memory
         result = attend(DotScore(), self.input_proj(input), memory, True, None)
         context, alignments = _time_major(result, padding)
@@ -56,45 +58,45 @@ class FusedMLPAttention(Fused):
     Covered: as of :class:`FusedAttentionLayer`. Without gradients, a memory is projected once and not in each step.
     """
 
-    least_elements = 1 << 11  # measured: 0.89 to 0.95x at (10, 1, 32), 2.6x at (50, 1, 256)
+    min_numel = 1 << 11  # measured: 0.89 to 0.95x at (10, 1, 32), 2.6x at (50, 1, 256)
     encoder_proj: Any
     decoder_proj: Any
     to_scores: Any
 
     def attend(self, decoder_state: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
-        if not is_plain(self.to_scores):
-            return Uncovered("a score vector that is no plain nn.Linear")
+        if not is_stock_linear(self.to_scores):
+            return NotSupported("a score vector that is no plain nn.Linear")
         padding, v = encoder_padding_mask, self.to_scores.weight.view(-1)
-        keys = project(self, self.encoder_proj, source_hids)
-        mask = once(self, "mask", lambda: _mask(source_hids, padding), read=(padding,), held=(source_hids,))
-        if isinstance(mask, Uncovered):
+        keys = cached_projection(self, self.encoder_proj, source_hids)
+        mask = cached(self, "mask", lambda: _mask(source_hids, padding), read=(padding,), held=(source_hids,))
+        if isinstance(mask, NotSupported):
             return mask
         keys, values, query = keys.transpose(0, 1), source_hids.transpose(0, 1), self.decoder_proj(decoder_state)
         return _time_major(additive_attention(query, keys, values, v, mask=mask), padding)
 
 
-def _memory(values: Tensor, padding: Tensor | None) -> Memory | Uncovered:
+def _memory(values: Tensor, padding: Tensor | None) -> Memory | NotSupported:
     """Of values (Tk, B, C), which are the keys, too, and padding (Tk, B)."""
     mask = _mask(values, padding)
     values = values.transpose(0, 1)
-    return mask if isinstance(mask, Uncovered) else Memory(values, values, mask=mask)
+    return mask if isinstance(mask, NotSupported) else Memory(values, values, mask=mask)
 
 
-def _mask(values: Tensor, padding: Tensor | None) -> Tensor | Uncovered | None:
+def _mask(values: Tensor, padding: Tensor | None) -> Tensor | NotSupported | None:
     """(B, Tk), True where a step may be attended."""
     if padding is None:
         return None
     if padding.dtype != torch.bool or padding.shape != values.shape[:2]:
-        return Uncovered("a padding mask that is not (Tk, B) bool")
-    if keeps(padding) and padding.all(0).any():
-        return Uncovered("a row with nothing to attend")
+        return NotSupported("a padding mask that is not (Tk, B) bool")
+    if is_cacheable(padding) and padding.all(0).any():
+        return NotSupported("a row with nothing to attend")
     return ~padding.t().contiguous()
 
 
 def _time_major(result: Attention, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """Context (B, C) and alignments (Tk, B), of alignments (B, Tk)."""
     context, alignments = result
-    if padding is not None and not keeps(padding):  # and so no value was read to see whether a row is empty
+    if padding is not None and not is_cacheable(padding):  # and so no value was read to see whether a row is empty
         some = ~padding.all(0)[:, None]
         context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
-    return context, as_of_softmax(alignments).t().contiguous()
+    return context, to_softmax_dtype(alignments).t().contiguous()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts
-from ..sentence import attended_steps
+from ...functional import additive_attention
+from ..adapter import Fused, NotSupported, mask_without_empty_rows
+from ..registry import adapts
 from .tacotron2 import wrapped
 
 
@@ -32,7 +32,7 @@ class FusedOriginalAttention(Fused):
     bias of ``v`` adds the same to all scores of a softmax: its gradient is 0. Padding that holds NaN is ignored.
     """
 
-    least_elements = 1 << 15  # measured: as of Tacotron 2's
+    min_numel = 1 << 15  # measured: as of Tacotron 2's
     training: bool
     norm: str
     windowing: bool
@@ -55,20 +55,20 @@ class FusedOriginalAttention(Fused):
         """(B, Q), (B, T, M), (B, T, A), and (B, T) True = keep. Returns the context, (B, M)."""
         score = wrapped(self.v)
         if score is None:
-            return Uncovered("a score layer that is no plain linear layer")
+            return NotSupported("a score layer that is no plain linear layer")
         if self.norm != "softmax":
-            return Uncovered("a norm other than softmax")
+            return NotSupported("a norm other than softmax")
         if self.windowing and not self.training:
-            return Uncovered("a window")
+            return NotSupported("a window")
         if is_compiling():
-            return Uncovered("torch.compile")
+            return NotSupported("torch.compile")
         allowed = None
         if mask is not None:
             if mask.dtype != torch.bool or self._mask_value != -float("inf"):
-                return Uncovered("a mask of another kind")
-            allowed = attended_steps(self, mask, keep=True)
+                return NotSupported("a mask of another kind")
+            allowed = mask_without_empty_rows(self, mask, keep=True)
             if allowed is None:
-                return Uncovered("a sentence that is all padding")
+                return NotSupported("a sentence that is all padding")
         extra = None
         if self.location_attention:
             both = (self.attention_weights.unsqueeze(1), self.attention_weights_cum.unsqueeze(1))

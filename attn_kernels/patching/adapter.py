@@ -1,0 +1,192 @@
+"""Adapters: how the result of a class of modules is computed by this package, and when the original runs instead."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..errors import ArgumentError
+from ..sources import own_methods, replaced_on
+from ..stock import functions_are_replaced
+from .cache import cached
+
+
+class NotSupported(NamedTuple):
+    """What ``attend`` returns for a call that the ops cannot compute; the original forward runs and is counted."""
+
+    reason: str
+
+
+class Fused:
+    """Base of adapters: mixed in before the class of a module, so that ``self`` is the module.
+
+    A subclass has :meth:`attend`, and :meth:`unsupported_reason` if not every module of the class can be patched. It
+    may also override further methods of the original class; ``super()`` in them is that class.
+    """
+
+    # Calls whose tensors are all smaller run the original: there 10 to 30 us of Python in the adapter outweigh the
+    # faster op. They are not counted as fallbacks, since nothing is missing in them.
+    min_numel: ClassVar[int] = 0
+
+    # Set in the class of a patched module: see classes.py.
+    _original: ClassVar[type[nn.Module]]
+    _own_forward: ClassVar[Any]  # of the original class, when the class of the patched module was made
+    _own_methods: ClassVar[frozenset[str]]  # names of the methods of the original class
+    _rebuild: ClassVar[Callable[..., Any]]  # what pickle and copy call
+
+    @classmethod
+    def unsupported_reason(cls, module: Any) -> str | None:
+        """Why a module is left alone: an option that no call of it could serve; None for a module to patch."""
+        return None
+
+    def attend(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes what the original ``forward`` would return for these arguments, or returns ``NotSupported(reason)``.
+
+        It writes the state of the module that the original would write, and nothing before it returns NotSupported.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: its adapter has no attend")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Fused):  # a wrapper of this method was put into the module, which was unpatched since
+            return type(self).forward(self, *args, **kwargs)
+        least = min_numel(self)
+        if least > 0 and not any(isinstance(x, Tensor) and x.numel() >= least for x in (*args, *kwargs.values())):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return run(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied as its original class, to be patched again: the class of a patched module has no name."""
+        if not isinstance(self, Fused):  # unpatched since this method was looked up
+            return type(self).__reduce_ex__(self, protocol)
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        function, arguments, *rest = reduced
+        if not arguments or arguments[0] is not type(self):
+            raise TypeError(f"{type(self).__name__}: its class has a __reduce__ of its own; unpatch it to pickle it")
+        return (type(self)._rebuild, (self._original, function, *arguments[1:]), *rest)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script compiles the original: a script cannot call the ops.
+
+        It also puts it into the model in this module's place, as it does with all that this method returns.
+        """
+        original = copy.copy(self)
+        original.__class__ = self._original  # type: ignore[assignment]
+        return original  # type: ignore[return-value]
+
+
+def min_numel(module: Fused) -> int:
+    return module.min_numel
+
+
+def mask_without_empty_rows(module: Any, mask: Tensor, keep: bool) -> Tensor | None:
+    """(B, Tk) bool, True = attend, of a bool mask in which ``keep`` means that; None if a row may attend nothing.
+
+    Such rows give NaN in most libraries, and in ours zeros.
+    """
+    held = (mask,) if keep else ()
+    return cached(module, "attended", lambda: _mask_without_empty_rows(mask, keep), read=(mask,), held=held)
+
+
+def _mask_without_empty_rows(mask: Tensor, keep: bool) -> Tensor | None:
+    allowed = mask if keep else ~mask
+    return allowed if bool(allowed.any(1).all()) else None
+
+
+def to_softmax_dtype(alignments: Tensor) -> Tensor:
+    """Alignments in the dtype that a softmax has under autocast: on a GPU float32, whatever its argument."""
+    if alignments.is_cuda and torch.is_autocast_enabled("cuda") and alignments.dtype != torch.float64:
+        return alignments.float()
+    return alignments
+
+
+def overridden_methods(fused: type[Fused]) -> frozenset[str]:
+    """Names of the methods of an original class that its adapter overrides."""
+    return frozenset(n for n in own_methods(fused, object) if n == "forward" or n not in vars(Fused))
+
+
+# A call ---------------------------------------------------------------------------------------------------------------
+
+fallbacks: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()  # of a module: reason -> calls
+
+
+def run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of ``attend``; that of ``original`` if it is NotSupported, or if an op refuses an argument.
+
+    Only ArgumentError is caught: any other error comes from the caller or is a bug in the adapter, and is raised.
+    """
+    reason = None if is_compiling() else _reason_against_call(module)
+    if reason is None:
+        try:
+            result = module.attend(*args, **kwargs)
+        except ArgumentError as error:
+            if not is_compiling() and _is_from_a_module(error):
+                raise  # hooks and submodules have run, and one of them has failed: they are not run once more
+            reason = f"{type(error).__name__}: {error}"
+        except TypeError as error:
+            if is_compiling() or not _is_of_call(error) or _takes(original, args, kwargs):
+                raise
+            return original(*args, **kwargs)  # which raises an error in terms of its own signature
+        else:
+            if not isinstance(result, NotSupported):
+                return result
+            reason = result.reason
+    if not is_compiling():  # a graph would be compiled again for every count
+        fallbacks.setdefault(module, Counter())[reason] += 1
+    return original(*args, **kwargs)
+
+
+def _reason_against_call(module: Any) -> str | None:
+    """Why the original runs, whatever the arguments of the call."""
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of torch.func"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"  # it would record a call of Python, where the ops have gradients
+    if module._original.forward is not type(module)._own_forward:
+        return "the forward of its class was replaced"
+    if functions_are_replaced():
+        return "a function of PyTorch was replaced"
+    if not module._own_methods.isdisjoint(module.__dict__):
+        replaced = replaced_on(module, module._original, module._own_methods)  # without the forward that was called
+        if replaced:
+            return f"its method {replaced[0]!r} was replaced"
+    return None
+
+
+def _is_from_a_module(error: BaseException) -> bool:
+    """Whether an error was raised within the call of a module, and not by the adapter that called it."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is nn.Module._call_impl.__code__:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _is_of_call(error: TypeError) -> bool:
+    """Whether arguments do not fit the signature of the function that was called: nothing of it has run."""
+    return error.__traceback__ is None or error.__traceback__.tb_next is None
+
+
+def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the module has a ``forward`` of its own; wrappers that are taken off may leave the patched one there."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is Fused.forward:
+        return False
+    return forward is not None
