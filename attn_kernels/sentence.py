@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from .patching import adapter, cache
+from .patching import cache, masks
 from .stock import is_stock_linear
 
 _RENAMED = {
     "project": cache.cached_projection,
     "is_plain": is_stock_linear,
-    "attended_steps": adapter.mask_without_empty_rows,
-    "as_of_softmax": adapter.to_softmax_dtype,
+    "as_of_softmax": masks.to_softmax_dtype,
 }
 
 

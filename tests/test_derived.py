@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from attn_kernels import BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
+from attn_kernels import Attention, BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
+from attn_kernels import checksums as checking
 from attn_kernels.checksums import checksums
-from attn_kernels.patching.adapter import mask_without_empty_rows
+from attn_kernels.patching import NotSupported, masks
 from attn_kernels.patching.cache import cached, cached_projection, clear
+from attn_kernels.patching.masks import as_original, lengths_without_empty_rows, mask_without_empty_rows
 from conftest import SIMD_LEVELS, compiled_module, simd
 from steps import CountLinear
 
@@ -438,12 +440,49 @@ def test_checksums_are_the_same_on_every_level(size: int) -> None:
 def test_masks(write: str, keep: bool) -> None:
     module, mask = nn.Module(), torch.rand(3, 5) < 0.5
     mask[:, 0], mask[:, 1] = True, False
+    make: Callable[[Tensor], Tensor] = (lambda x: x) if keep else torch.logical_not
     for other in (mask.flip(1), torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)):
-        mask_without_empty_rows(module, mask, keep)
+        mask_without_empty_rows(module, mask, make)
         put(write, mask, other.clone())
-        allowed = mask if keep else ~mask
-        got = mask_without_empty_rows(module, mask, keep)
-        assert torch.equal(got, allowed) if allowed.any(1).all() else got is None
+        allowed = make(mask)
+        got = mask_without_empty_rows(module, mask, make)
+        if allowed.all():
+            assert got is None
+        elif allowed.any(1).all():
+            assert torch.equal(got, allowed)
+        else:
+            assert got == NotSupported("a row with nothing to attend")
+
+
+def test_a_mask_that_is_kept_does_not_change_with_the_callers() -> None:
+    module, mask = nn.Module(), torch.tensor([[True, False], [True, True]])
+    kept = mask_without_empty_rows(module, mask, lambda x: x)
+    before = kept.clone()
+    mask[0, 1] = True
+    assert torch.equal(kept, before)
+    assert mask_without_empty_rows(module, mask, lambda x: x) is None
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+def test_a_mask_that_cannot_be_read(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: NaN in the rows that may attend nothing, in all others nothing is changed."""
+    for module in (checking, masks):
+        monkeypatch.setattr(module, "is_cacheable", lambda tensor: False)
+    mask = torch.rand(*shape, 4) < 0.5
+    mask[..., 0], mask[0] = True, False
+    allowed = mask_without_empty_rows(nn.Module(), mask, lambda x: x)
+    assert allowed is mask
+    result = Attention(torch.randn(*shape, 5), torch.rand(*shape, 4))
+    for got, given in zip(as_original(result, allowed), result, strict=True):
+        assert got[0].isnan().all() and torch.equal(got[1:], given[1:])
+    assert as_original(Attention(None, result.alignments), allowed).context is None
+    assert mask_without_empty_rows(nn.Module(), mask, lambda x: x, wait=True) == NotSupported(
+        "a row with nothing to attend"
+    )
+    lengths = torch.tensor([0, 3])
+    assert lengths_without_empty_rows(nn.Module(), lengths) is lengths
+    for got, given in zip(as_original(result, lengths), result, strict=True):
+        assert got[0].isnan().all() and torch.equal(got[1:], given[1:])
 
 
 def test_only_on_the_cpu() -> None:

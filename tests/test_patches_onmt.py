@@ -76,7 +76,7 @@ def test_results(attn_type, case):
     if case == "empty":
         inputs["lengths"][1] = 0
     reasons = compare(Global(inputs["memory"].shape[2], attn_type=attn_type), calls, inputs)
-    assert reasons == (["a sentence of length 0"] if case == "empty" else [])
+    assert reasons == (["a row with nothing to attend"] if case == "empty" else [])
 
 
 @pytest.mark.parametrize("attn_type", TYPES)

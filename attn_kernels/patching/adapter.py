@@ -17,7 +17,6 @@ from torch.compiler import is_compiling
 from ..errors import ArgumentError
 from ..sources import own_methods, replaced_on
 from ..stock import functions_are_replaced
-from .cache import cached
 
 
 class NotSupported(NamedTuple):
@@ -85,27 +84,6 @@ class Fused:
 
 def min_numel(module: Fused) -> int:
     return module.min_numel
-
-
-def mask_without_empty_rows(module: Any, mask: Tensor, keep: bool) -> Tensor | None:
-    """(B, Tk) bool, True = attend, of a bool mask in which ``keep`` means that; None if a row may attend nothing.
-
-    Such rows give NaN in most libraries, and in ours zeros.
-    """
-    held = (mask,) if keep else ()
-    return cached(module, "attended", lambda: _mask_without_empty_rows(mask, keep), read=(mask,), held=held)
-
-
-def _mask_without_empty_rows(mask: Tensor, keep: bool) -> Tensor | None:
-    allowed = mask if keep else ~mask
-    return allowed if bool(allowed.any(1).all()) else None
-
-
-def to_softmax_dtype(alignments: Tensor) -> Tensor:
-    """Alignments in the dtype that a softmax has under autocast: on a GPU float32, whatever its argument."""
-    if alignments.is_cuda and torch.is_autocast_enabled("cuda") and alignments.dtype != torch.float64:
-        return alignments.float()
-    return alignments
 
 
 def overridden_methods(fused: type[Fused]) -> frozenset[str]:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...functional import additive_attention
-from ..adapter import Fused, NotSupported, mask_without_empty_rows
+from ..adapter import Fused, NotSupported
+from ..masks import mask_without_empty_rows
 from ..registry import adapts
 from .tacotron2 import wrapped
 
@@ -62,13 +63,13 @@ class FusedOriginalAttention(Fused):
             return NotSupported("a window")
         if is_compiling():
             return NotSupported("torch.compile")
-        allowed = None
+        allowed: Any = None
         if mask is not None:
             if mask.dtype != torch.bool or self._mask_value != -float("inf"):
                 return NotSupported("a mask of another kind")
-            allowed = mask_without_empty_rows(self, mask, keep=True)
-            if allowed is None:
-                return NotSupported("a sentence that is all padding")
+            allowed = mask_without_empty_rows(self, mask, lambda x: x, wait=True)
+            if isinstance(allowed, NotSupported):
+                return allowed
         extra = None
         if self.location_attention:
             both = (self.attention_weights.unsqueeze(1), self.attention_weights_cum.unsqueeze(1))

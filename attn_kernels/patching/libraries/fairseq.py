@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checksums import is_cacheable
 from ...functional import additive_attention, attend
 from ...memory import Memory
 from ...scores import DotScore
 from ...stock import is_stock_linear
 from ...types import Attention
-from ..adapter import Fused, NotSupported, to_softmax_dtype
+from ..adapter import Fused, NotSupported
 from ..cache import cached, cached_projection
+from ..masks import as_original, mask_without_empty_rows
 from ..registry import adapts
 
 
@@ -25,9 +25,8 @@ class FusedAttentionLayer(Fused):
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general", and equation 5.
 
-    Covered: everything but small problems, which the original computes faster, and a row that is all padding. That is
-    left to the original, which gives NaN (on a GPU and in ``torch.compile`` it comes from here, without the NaN of the
-    gradients). Padding is ignored, even if it is NaN or infinite; the original returns NaN then. Scores are never
+    Supported: everything but small problems, which the original computes faster, and a row that is all padding
+    (masks.py). Padding is ignored, even if it is NaN or infinite; the original returns NaN then. Scores are never
     rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script`` compiles the original.
     """
 
@@ -36,12 +35,12 @@ class FusedAttentionLayer(Fused):
     output_proj: Any
 
     def attend(self, input: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
-        padding = encoder_padding_mask
-        memory = cached(self, "memory", lambda: _memory(source_hids, padding), read=(padding,), held=(source_hids,))
-        if isinstance(memory, NotSupported):
-            return memory
+        allowed = _allowed(self, source_hids, encoder_padding_mask)
+        if isinstance(allowed, NotSupported):
+            return allowed
+        memory = cached(self, "memory", lambda: _memory(source_hids, allowed), held=(source_hids, allowed))
         result = attend(DotScore(), self.input_proj(input), memory, True, None)
-        context, alignments = _time_major(result, padding)
+        context, alignments = _time_major(result, allowed)
         return torch.tanh(self.output_proj(torch.cat((context, input), dim=1))), alignments
 
 
@@ -55,7 +54,7 @@ class FusedMLPAttention(Fused):
     appendix A.1.2; the model: Berard, Besacier, Kocabiyikoglu, Pietquin, "End-to-end automatic speech translation of
     audiobooks", 2018.
 
-    Covered: as of :class:`FusedAttentionLayer`. Without gradients, a memory is projected once and not in each step.
+    Supported: as :class:`FusedAttentionLayer`. Without gradients, a memory is projected once and not in each step.
     """
 
     min_numel = 1 << 11  # measured: 0.89 to 0.95x at (10, 1, 32), 2.6x at (50, 1, 256)
@@ -66,37 +65,30 @@ class FusedMLPAttention(Fused):
     def attend(self, decoder_state: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
         if not is_stock_linear(self.to_scores):
             return NotSupported("a score vector that is no plain nn.Linear")
-        padding, v = encoder_padding_mask, self.to_scores.weight.view(-1)
-        keys = cached_projection(self, self.encoder_proj, source_hids)
-        mask = cached(self, "mask", lambda: _mask(source_hids, padding), read=(padding,), held=(source_hids,))
-        if isinstance(mask, NotSupported):
-            return mask
-        keys, values, query = keys.transpose(0, 1), source_hids.transpose(0, 1), self.decoder_proj(decoder_state)
-        return _time_major(additive_attention(query, keys, values, v, mask=mask), padding)
+        allowed = _allowed(self, source_hids, encoder_padding_mask)
+        if isinstance(allowed, NotSupported):
+            return allowed
+        query, v = self.decoder_proj(decoder_state), self.to_scores.weight.view(-1)
+        keys = cached_projection(self, self.encoder_proj, source_hids).transpose(0, 1)
+        return _time_major(additive_attention(query, keys, source_hids.transpose(0, 1), v, mask=allowed), allowed)
 
 
-def _memory(values: Tensor, padding: Tensor | None) -> Memory | NotSupported:
-    """Of values (Tk, B, C), which are the keys, too, and padding (Tk, B)."""
-    mask = _mask(values, padding)
+def _memory(values: Tensor, allowed: Tensor | None) -> Memory:
+    """Of values (Tk, B, C), which are the keys, too."""
     values = values.transpose(0, 1)
-    return mask if isinstance(mask, NotSupported) else Memory(values, values, mask=mask)
+    return Memory(values, values, mask=allowed)
 
 
-def _mask(values: Tensor, padding: Tensor | None) -> Tensor | NotSupported | None:
+def _allowed(module: Any, values: Tensor, padding: Tensor | None) -> Tensor | NotSupported | None:
     """(B, Tk), True where a step may be attended."""
     if padding is None:
         return None
     if padding.dtype != torch.bool or padding.shape != values.shape[:2]:
         return NotSupported("a padding mask that is not (Tk, B) bool")
-    if is_cacheable(padding) and padding.all(0).any():
-        return NotSupported("a row with nothing to attend")
-    return ~padding.t().contiguous()
+    return mask_without_empty_rows(module, padding, lambda mask: ~mask.t().contiguous())
 
 
-def _time_major(result: Attention, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def _time_major(result: Attention, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Context (B, C) and alignments (Tk, B), of alignments (B, Tk)."""
-    context, alignments = result
-    if padding is not None and not is_cacheable(padding):  # and so no value was read to see whether a row is empty
-        some = ~padding.all(0)[:, None]
-        context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
-    return context, to_softmax_dtype(alignments).t().contiguous()
+    context, alignments = as_original(result, allowed)
+    return context, alignments.t().contiguous()

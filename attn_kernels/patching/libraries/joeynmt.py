@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checksums import is_cacheable
 from ...functional import attend
 from ...memory import Memory
 from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear
 from ...types import Attention
-from ..adapter import Fused, NotSupported, to_softmax_dtype
+from ..adapter import Fused, NotSupported
 from ..cache import cached, cached_projection
+from ..masks import as_original, mask_without_empty_rows
 from ..registry import adapts
 
 
@@ -41,19 +41,11 @@ class _FusedMechanism(Fused):
         keys = self.proj_keys
         if keys is None:
             return NotSupported("no projected keys")
-        if not is_cacheable(keys):  # and so no value is read to see whether a row is empty
-            allowed = _allowed(mask)
-            context, alignments = self._step(query, Memory(keys, values, mask=allowed))
-            some = allowed.any(2, keepdim=True)
-            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
-        else:
-            memory = cached(
-                self, "memory", lambda: _memory(keys, values, mask), read=(mask,), held=(keys, values, mask)
-            )
-            if memory is None:
-                return NotSupported("a row with nothing to attend")  # NaN there, and in all gradients
-            context, alignments = self._step(query, memory)
-        return context, to_softmax_dtype(alignments)
+        allowed = mask_without_empty_rows(self, mask, _allowed)
+        if isinstance(allowed, NotSupported):
+            return allowed
+        memory = cached(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
+        return tuple(as_original(self._step(query, memory), allowed))
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         raise NotImplementedError
@@ -66,9 +58,8 @@ class FusedBahdanauAttention(_FusedMechanism):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2.
 
-    Covered: everything but a row that may attend nothing: that is left to the original, which gives NaN (on a GPU and
-    in ``torch.compile`` that NaN comes from here, without the NaN of the gradients). Keys and values where the mask is
-    0 are ignored, even if they are NaN or infinite; the original returns NaN then.
+    Supported: everything but a row that may attend nothing (masks.py). Keys and values where the mask is 0 are ignored,
+    even if they are NaN or infinite; the original returns NaN then.
     """
 
     energy_layer: Any
@@ -93,16 +84,11 @@ class FusedLuongAttention(_FusedMechanism):
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general".
 
-    Covered: as of :class:`FusedBahdanauAttention`.
+    Supported: as :class:`FusedBahdanauAttention`.
     """
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         return attend(DotScore(), query, memory, True, None)
-
-
-def _memory(keys: Tensor, values: Tensor, mask: Tensor) -> Memory | None:
-    allowed = _allowed(mask)
-    return Memory(keys, values, mask=allowed) if allowed.any(2).all() else None
 
 
 def _allowed(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from ...functional import additive_attention
 from ..adapter import Fused, NotSupported, run
+from ..masks import mask_without_empty_rows
 from ..registry import adapts
 
 
@@ -65,11 +66,11 @@ class FusedAdditiveAttention(Fused):
         if training and self.dropout > 0:
             return NotSupported("dropout of the alignments")
         query_mask, value_mask = (mask[0], mask[1]) if mask else (None, None)
-        allowed = None
+        allowed: Any = None
         if value_mask is not None or use_causal_mask:
             if is_compiling():
                 return NotSupported("a mask within torch.compile")
-            allowed = _allowed(value_mask, use_causal_mask, query.shape[1], keys)
+            allowed = _allowed(self, value_mask, use_causal_mask, query.shape[1], keys)
             if isinstance(allowed, NotSupported):
                 return allowed
         v = self.scale.value if self.use_scale else query.new_ones(query.shape[2])
@@ -81,8 +82,8 @@ class FusedAdditiveAttention(Fused):
         return (context, alignments) if return_attention_scores else context
 
 
-def _allowed(value_mask: Any, causal: bool, queries: int, keys: Tensor) -> Any:
-    """(B, Tk), or (B, Tq, Tk) for a causal mask, True = attend; or NotSupported."""
+def _allowed(module: Any, value_mask: Any, causal: bool, queries: int, keys: Tensor) -> Tensor | NotSupported | None:
+    """(B, Tk), or (B, Tq, Tk) for a causal mask, True = attend; None: all."""
     batch, steps = keys.shape[:2]
     if value_mask is not None and not (
         isinstance(value_mask, Tensor) and value_mask.dtype == torch.bool and value_mask.shape == (batch, steps)
@@ -92,4 +93,4 @@ def _allowed(value_mask: Any, causal: bool, queries: int, keys: Tensor) -> Any:
     if causal:
         past = torch.ones(queries, steps, dtype=torch.bool, device=keys.device).tril()
         allowed = past.expand(batch, -1, -1) if allowed is None else past & allowed.unsqueeze(1)
-    return allowed if bool(allowed.any(-1).all()) else NotSupported("a query with nothing to attend")
+    return mask_without_empty_rows(module, allowed, lambda x: x, wait=True)

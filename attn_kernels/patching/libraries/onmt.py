@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checksums import is_cacheable
 from ...functional import additive_attention, attend
 from ...memory import Memory
 from ...scores import DotScore
 from ...stock import is_stock_linear
 from ...types import Attention
-from ..adapter import Fused, NotSupported, to_softmax_dtype
+from ..adapter import Fused, NotSupported
 from ..cache import cached, cached_projection
+from ..masks import as_original, lengths_without_empty_rows
 from ..registry import adapts
 
 
@@ -30,10 +30,9 @@ class FusedGlobalAttention(Fused):
     3.1 and equation 5; "mlp": Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
     translate", 2015, appendix A.1.2.
 
-    Covered: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
-    sentence of length 0, for which it gives NaN (on a GPU and in ``torch.compile`` that NaN comes from here, without
-    the NaN of the gradients). Memory beyond ``src_len`` is ignored, even if it is NaN or infinite; the original returns
-    NaN then.
+    Supported: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
+    sentence of length 0 (masks.py). Memory beyond ``src_len`` is ignored, even if it is NaN or infinite; the original
+    returns NaN then.
     """
 
     attn_type: str
@@ -55,15 +54,11 @@ class FusedGlobalAttention(Fused):
             return NotSupported("coverage")
         if self.attn_type == "mlp" and not is_stock_linear(self.v):
             return NotSupported("a score vector that is no plain nn.Linear")
-        if src_len is not None and is_cacheable(src_len):
-            if not cached(self, "no empty row", lambda: bool((src_len > 0).all()), read=(src_len,)):
-                return NotSupported("a sentence of length 0")
-        context, alignments = self._attention(src, enc_out, src_len)
-        if src_len is not None and not is_cacheable(src_len):
-            some = (src_len > 0).view(-1, *(1,) * (src.dim() - 1))
-            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
+        if src_len is not None and isinstance(empty := lengths_without_empty_rows(self, src_len), NotSupported):
+            return empty
+        context, alignments = as_original(self._attention(src, enc_out, src_len), src_len)
         output = self.linear_out(torch.cat([context, src], -1))
-        return output if self.attn_type == "mlp" else torch.tanh(output), to_softmax_dtype(alignments)
+        return output if self.attn_type == "mlp" else torch.tanh(output), alignments
 
     def _attention(self, query: Tensor, enc_out: Tensor, src_len: Tensor | None) -> Attention:
         if self.attn_type != "mlp":

@@ -16,8 +16,9 @@ from ...functional import additive_attention, attend
 from ...memory import Memory
 from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear
-from ..adapter import Fused, NotSupported, mask_without_empty_rows
+from ..adapter import Fused, NotSupported
 from ..cache import cached
+from ..masks import mask_without_empty_rows
 from ..registry import adapts
 
 _MODULE = "speechbrain.nnet.attention"
@@ -33,13 +34,11 @@ class _Fused(Fused):
         library: Any = importlib.import_module(self._original.__module__)
         return library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
 
-    def _allowed(self) -> Tensor | None:
-        """(B, T), True = attend; None where a sentence may attend nothing."""
-        mask = self.mask
-        padding = cached(self, "padding", lambda: (mask == 0).view(mask.shape[:2]), read=(mask,))
-        return mask_without_empty_rows(self, padding, keep=False)
+    def _allowed(self) -> Tensor | NotSupported | None:
+        """(B, T), True = attend."""
+        return mask_without_empty_rows(self, self.mask, lambda x: (x != 0).view(x.shape[:2]), wait=True)
 
-    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor) -> Memory:
+    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Memory:
         return cached(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
 
@@ -64,12 +63,12 @@ class _FusedAdditive(_Fused):
         if self.precomputed_enc_h is None:
             self._begin(enc_states, enc_len)
         allowed = self._allowed()
-        if allowed is None:
-            return NotSupported("a sentence of length 0")
+        if isinstance(allowed, NotSupported):
+            return allowed
         context, alignments = self._step(self.mlp_dec(dec_states), enc_states, allowed)
         return self.mlp_out(context), alignments
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -77,7 +76,7 @@ class _FusedAdditive(_Fused):
 class FusedContentBasedAttention(_FusedAdditive):
     """scores_j = scaling * v . tanh(W h_j + V s): Bahdanau et al. 2015, appendix A.1.2."""
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         memory = self._memory(self.precomputed_enc_h, values, allowed)
         v = self.mlp_attn.weight.view(-1)
         score = AdditiveScore(v if self.scaling == 1 else self.scaling * v)
@@ -98,7 +97,7 @@ class FusedLocationAwareAttention(_FusedAdditive):
         super()._begin(enc_states, enc_len)
         self.prev_attn = self.mask * (1 / enc_len.float()).unsqueeze(1)
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         extra = self.mlp_loc(self.conv_loc(self.prev_attn.unsqueeze(1)).transpose(1, 2))
         keys, v = self.precomputed_enc_h, self.mlp_attn.weight.view(-1)
         attention = additive_attention(query, keys, values, v, extra=extra, scale=self.scaling, mask=allowed)
@@ -126,8 +125,8 @@ class FusedKeyValueAttention(_Fused):
             self.keys, self.values = self.key_linear(enc_states), self.value_linear(enc_states)
             self.mask = self._mask_of(enc_states, enc_len).unsqueeze(2)
         allowed = self._allowed()
-        if allowed is None:
-            return NotSupported("a sentence of length 0")
+        if isinstance(allowed, NotSupported):
+            return allowed
         query = (self.query_linear(dec_states) / self.scaling).unsqueeze(1)
         memory = self._memory(self.keys, self.values, allowed)
         context, alignments = attend(DotScore(), query, memory, True, None)

@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 
 from ...functional import additive_attention
 from ...stock import is_stock_linear
-from ..adapter import Fused, NotSupported, mask_without_empty_rows
+from ..adapter import Fused, NotSupported
+from ..masks import mask_without_empty_rows
 from ..registry import adapts
 
 _LIBRARY = "Tacotron 2 (NVIDIA)"
@@ -51,15 +52,15 @@ class FusedAttention(Fused):
         score = wrapped(self.v)
         if score is None:
             return NotSupported("a score layer that is no plain linear layer")
-        allowed = None
+        allowed: Any = None
         if mask is not None:
             if is_compiling():
                 return NotSupported("torch.compile")
             if mask.dtype != torch.bool or self.score_mask_value != -float("inf"):
                 return NotSupported("a mask of another kind")
-            allowed = mask_without_empty_rows(self, mask, keep=False)
-            if allowed is None:
-                return NotSupported("a sentence that is all padding")
+            allowed = mask_without_empty_rows(self, mask, torch.logical_not, wait=True)
+            if isinstance(allowed, NotSupported):
+                return allowed
         query = self.query_layer(attention_hidden_state)
         extra = self.location_layer(attention_weights_cat)
         v = score.weight.view(-1)
