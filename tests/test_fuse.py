@@ -728,12 +728,12 @@ def test_what_is_returned_is_not_kept() -> None:
 
 
 def test_a_wrong_rewrite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    score_vector = rewrite._Writer._score_vector
+    score_vector = rewrite.score_vector
 
-    def wrong(self: Any, scores: Any, scale: float, shifts: Any, at: Any) -> Any:
-        return score_vector(self, scores, 1.01 * scale, shifts, at)
+    def wrong(emit: Any, scores: Any, scale: float, *rest: Any) -> Any:
+        return score_vector(emit, scores, 1.01 * scale, *rest)
 
-    monkeypatch.setattr(rewrite._Writer, "_score_vector", wrong)
+    monkeypatch.setattr(rewrite, "score_vector", wrong)
 
     class Other(Attention):
         pass

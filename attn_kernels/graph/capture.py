@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..sources import forwards_of
 from . import check
-from .axes import value_of
 from .kept import current
+from .nodes import value_of
 from .rewrite import Found, Outcome, rewrite
 
 _MOST = 64  # graphs of one class: sizes of layers, modes, dtypes, options; beyond them the original runs
