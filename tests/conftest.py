@@ -148,7 +148,7 @@ def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
-    monkeypatch.setattr(adapter, "min_numel", lambda module: 0)
+    monkeypatch.setattr(adapter, "min_products", lambda module: 0)
 
 
 @pytest.fixture

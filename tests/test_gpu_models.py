@@ -96,7 +96,7 @@ def patched_model(backend: str, device: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         patching.adapters()  # files of libraries register once, when imported: not in the copy, which is lost
         monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
-        monkeypatch.setattr(adapter, "min_numel", lambda module: 0)
+        monkeypatch.setattr(adapter, "min_products", lambda module: 0)
         adapts(Additive)(FusedAdditive)
         assert patch(model).replaced
         results = []

@@ -77,7 +77,7 @@ def adapts(
 
 def _rename_members(fused: type[Fused]) -> None:
     """Adapters written for the names of earlier versions keep working."""
-    for old, new in (("covers", "unsupported_reason"), ("least_elements", "min_numel")):
+    for old, new in (("covers", "unsupported_reason"), ("least_elements", "min_products")):
         if hasattr(fused, old) and getattr_static(fused, new) is vars(Fused)[new]:
             message = f"{fused.__name__}.{old}: the name is {new} now; the old one goes with the next version"
             warnings.warn(message, DeprecationWarning, stacklevel=3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...functional import additive_attention
-from ..adapter import Fused, NotSupported
+from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..masks import mask_without_empty_rows
 from ..registry import adapts
 from .tacotron2 import wrapped
@@ -33,7 +33,7 @@ class FusedOriginalAttention(Fused):
     bias of ``v`` adds the same to all scores of a softmax: its gradient is 0. Padding that holds NaN is ignored.
     """
 
-    min_numel = 1 << 15  # measured: as of Tacotron 2's
+    min_products = MIN_PRODUCTS
     training: bool
     norm: str
     windowing: bool

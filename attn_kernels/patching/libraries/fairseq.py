@@ -12,7 +12,7 @@ from ...memory import Memory
 from ...scores import DotScore
 from ...stock import is_stock_linear
 from ...types import Attention
-from ..adapter import Fused, NotSupported
+from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..cache import cached, cached_projection
 from ..masks import as_original, mask_without_empty_rows
 from ..registry import adapts
@@ -30,7 +30,7 @@ class FusedAttentionLayer(Fused):
     rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script`` compiles the original.
     """
 
-    min_numel = 1 << 16  # measured: 0.74 to 0.86x for one sentence, no slower from (50, 8, 256) on
+    min_products = MIN_PRODUCTS
     input_proj: Any
     output_proj: Any
 
@@ -57,10 +57,17 @@ class FusedMLPAttention(Fused):
     Supported: as :class:`FusedAttentionLayer`. Without gradients, a memory is projected once and not in each step.
     """
 
-    min_numel = 1 << 11  # measured: 0.89 to 0.95x at (10, 1, 32), 2.6x at (50, 1, 256)
+    min_products = MIN_PRODUCTS
     encoder_proj: Any
     decoder_proj: Any
     to_scores: Any
+
+    def products(self, elements: int) -> float:
+        """Without gradients also those of the projection of the memory, which is kept: 32 of them take the time of one
+        that comes with a tanh.
+        """
+        columns = 0 if torch.is_grad_enabled() else getattr(self.encoder_proj, "in_features", 0)
+        return elements * (1 + columns / 32)
 
     def attend(self, decoder_state: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
         if not is_stock_linear(self.to_scores):

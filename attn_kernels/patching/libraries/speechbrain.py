@@ -16,7 +16,7 @@ from ...functional import additive_attention, attend
 from ...memory import Memory
 from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear
-from ..adapter import Fused, NotSupported
+from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..cache import cached
 from ..masks import mask_without_empty_rows
 from ..registry import adapts
@@ -26,7 +26,7 @@ _LIBRARY = {"library": "SpeechBrain", "versions": "1.1.2"}
 
 
 class _Fused(Fused):
-    min_numel = 1 << 15  # measured: 0.93x at (1, 30, 512), 1.0x at (1, 100, 512), 1.4x and more from (8, 100, 512) on
+    min_products = MIN_PRODUCTS
     mask: Tensor
 
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
@@ -109,7 +109,6 @@ class FusedLocationAwareAttention(_FusedAdditive):
 class FusedKeyValueAttention(_Fused):
     """scores_j = query . key_j / sqrt(attn_dim): Vaswani et al., "Attention is all you need", 2017, section 3.2.1."""
 
-    min_numel = 1 << 16  # measured: 0.88x at (1, 100, 512), 1.13x at (8, 100, 512)
     keys: Tensor | None
     values: Tensor
     scaling: Tensor
