@@ -1101,9 +1101,9 @@ def test_a_pickle_of_an_earlier_version() -> None:
 
 
 def test_earlier_names() -> None:
-    with pytest.warns(DeprecationWarning, match="Uncovered is NotSupported now"):
+    with pytest.warns(DeprecationWarning, match=r"Uncovered is attn_kernels.patching.adapter.NotSupported now"):
         assert patching.Uncovered is NotSupported
-    with pytest.warns(DeprecationWarning, match="Adapter is AdapterSpec now"):
+    with pytest.warns(DeprecationWarning, match=r"Adapter is attn_kernels.patching.registry.AdapterSpec now"):
         assert patching.Adapter is patching.AdapterSpec
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         patching.Other  # noqa: B018
