@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 is_tracing, _is_grad_enabled = torch._C._is_tracing, torch.is_grad_enabled
 
 _MAX_KINDS = 16  # kinds of calls of one module
-SKIPPED_CALLS = 64  # at most so many calls run as they were before one is looked at
-_MIN_GAIN = 0.97  # a smaller gain may be one of the clock
-_TRIALS = 3  # timed calls of each of the two ways
-
+SKIPPED_CALLS = 64  # at most so many calls in a row run the original without a look at their arguments
+_MAX_TIME = 0.97  # of the original's, for the rewritten graph to be chosen: a smaller gain may be noise
+_TRIALS = 3  # timed calls of the original and of the rewritten graph each
 
 STATE = "_attn_kernels_fused"  # in a module's __dict__
 _captured: weakref.WeakKeyDictionary[type[nn.Module], Captured] = weakref.WeakKeyDictionary()
 
 
 def kind_of(attributes: dict[str, Any], args: tuple[Any, ...]) -> tuple[int, bool, bool]:
-    """What a choice is made for: the size of the arguments to a power of two, the modes of module and autograd."""
+    """The key of a choice: the size of the arguments to a power of two, the modes of module and autograd."""
     size = 0
     for x in args:
         if isinstance(x, Tensor):
@@ -43,7 +42,7 @@ def kind_of(attributes: dict[str, Any], args: tuple[Any, ...]) -> tuple[int, boo
 
 
 class Trial:
-    """Times of the first calls of a kind: original and rewritten in turn."""
+    """Times of the first calls of a kind, which alternate between the original and the rewritten graph."""
 
     def __init__(self) -> None:
         self.original: list[float] = []
@@ -58,23 +57,23 @@ class Trial:
         return len(self.original) >= _TRIALS and len(self.rewritten) >= _TRIALS
 
     def decide(self) -> bool:
-        return min(self.rewritten) < _MIN_GAIN * min(self.original)
+        return min(self.rewritten) < _MAX_TIME * min(self.original)
 
 
 class State:
-    """Of one module. ``choices``: by kind of call, True for rewritten, False for the original, or a trial."""
+    """The state of one module. choices: by kind of call, True for rewritten, False for the original, or a Trial."""
 
     def __init__(self, original: type[nn.Module]) -> None:
         self.original = original
         self.always = False
         self.inner: list[Any] = []  # watched modules within this one
-        self.is_parent = False  # watched for the alignments of those only
+        self.is_parent = False  # watched only because of the alignments that those return
         self.choices: dict[Any, Any] = {}
-        self.rest = self._streak = 0  # calls for which the original is to run without a look at their arguments
+        self.rest = self._streak = 0  # calls left that run the original without a look at their arguments
         self.reasons: Counter[str] = Counter()
         self.entries: list[AnyEntry] = []
         self.keeper: Any = None
-        self._source: Captured | None = None  # what the entries are of
+        self._source: Captured | None = None  # which the entries belong to
 
     def __deepcopy__(self, memo: Any) -> State:
         return State(self.original)
@@ -96,17 +95,14 @@ class State:
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any, choice: Any) -> Any:
         reason = unsupported_mode()
         if reason is not None:
-            self.reasons[reason] += 1
-            return self.forward(module, *args, **kwargs)
+            return self._fall_back(reason, module, args, kwargs)
         captured = self._captured()
         entry = captured.find(module, args, kwargs, self.entries)
         if entry is None and len(self.entries) >= _MAX_KINDS:
-            self.reasons[_TOO_MANY] += 1
-            return self.forward(module, *args, **kwargs)
+            return self._fall_back(_TOO_MANY, module, args, kwargs)
         if entry is not None and not are_current(entry.forwards):
-            self.reasons[_REPLACED] += 1
-            return self.forward(module, *args, **kwargs)
-        if self.is_parent and entry is None and not self._continues(module):
+            return self._fall_back(_REPLACED, module, args, kwargs)
+        if self.is_parent and entry is None and not self._may_use_alignments(module):
             return self.forward(module, *args, **kwargs)
         if entry is None:
             found = self._capture(captured, module, args, kwargs)
@@ -114,10 +110,9 @@ class State:
                 if self.is_parent:
                     restore_class(module)
                     return self.forward(module, *args, **kwargs)
-                self.reasons[found] += 1
                 if found == _LOOPS or (not captured.is_open and not any(e.graph.is_fused for e in captured.entries)):
                     self.choices[kind] = False
-                return self.forward(module, *args, **kwargs)
+                return self._fall_back(found, module, args, kwargs)
             entry = found
         if self.is_parent and not any(found.kind == "context" for found in entry.graph.found):
             restore_class(module)
@@ -129,14 +124,18 @@ class State:
             return self._run(entry, module, args, kwargs)
         if not entry.graph.is_fused:
             self.choices.setdefault(kind, False)
-            self.reasons[entry.graph.why()] += 1
-            return self.forward(module, *args, **kwargs)
+            return self._fall_back(entry.graph.why(), module, args, kwargs)
         if choice is True or self.always:
             return self._run(entry, module, args, kwargs)
         return self._try(entry, module, args, kwargs, kind, choice)
 
-    def _continues(self, module: Any) -> bool:
-        """Whether modules within a parent return alignments, as far as is known; where they do not, it is let go."""
+    def _fall_back(self, reason: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the original, and counts why."""
+        self.reasons[reason] += 1
+        return self.forward(module, *args, **kwargs)
+
+    def _may_use_alignments(self, module: Any) -> bool:
+        """Whether modules within a parent return alignments; once it is clear that none does, its class is restored."""
         inner = [state_of(other) for other in self.inner if is_watched(other)]
         if any(not state.is_known for state in inner):
             return False
@@ -146,7 +145,7 @@ class State:
         return False
 
     def _run(self, entry: AnyEntry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The rewritten graph, with what this module keeps."""
+        """Runs the rewritten graph with the results that this module keeps."""
         kept = entry.kept
         outer, kept.keeper = kept.keeper, self.keeper
         try:
@@ -163,7 +162,7 @@ class State:
         kind: Any,
         trial: Any,
     ) -> Any:
-        if any(isinstance(x, Tensor) and not x.is_cpu for x in args):  # where a call returns before it is done
+        if any(isinstance(x, Tensor) and not x.is_cpu for x in args):  # calls on a GPU return before they are done
             self.choices[kind] = True
             return self._run(entry, module, args, kwargs)
         if trial is None:
@@ -196,7 +195,7 @@ class State:
     ) -> AnyEntry | str:
         inner = [state_of(other) for other in self.inner if is_watched(other)]
         if any(not state.is_known for state in inner):
-            return _WAITING  # this very call makes it known
+            return _WAITING  # they are called within this call
         if any(state.what() for state in inner) and has_loops(module):
             return "its attention is computed by modules within it"
         if captured.entries and has_loops(module) and not any(e.graph.is_fused for e in captured.entries):
@@ -224,7 +223,7 @@ class State:
 _TOO_MANY = f"{_MAX_KINDS} kinds of calls were captured"
 _REPLACED = "the forward of the class of a module within it was replaced after the capture"
 _LOOPS = "it has loops, and no attention was found in the graph of its first call"
-_WAITING = "modules within it come first"
+_WAITING = "modules within it are captured first"
 
 
 def state_of(module: Any) -> State:
@@ -248,7 +247,7 @@ def unsupported_mode() -> str | None:
         return "derivatives in forward mode"
     if _has_any_global_hook():
         return "hooks on the calls of all modules"
-    if functions_are_replaced():  # a graph would call by its name what has been put in its place
+    if functions_are_replaced():  # a graph calls functions by name
         return "a function of PyTorch was replaced"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors, as activation checkpointing has"

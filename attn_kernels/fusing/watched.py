@@ -24,8 +24,8 @@ class Watched:
     _attn_kernels_original: ClassVar[type[nn.Module]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As PyTorch's, but without its steps where the original was chosen, and nothing hooks into the call: so that
-        such a call, which may be one of thousands of small ones, is no slower than it was before.
+        """As PyTorch's, with a shortcut to the original where that was chosen and nothing hooks into the call: of
+        thousands of small calls none should be slower than before.
         """
         if not (is_compiling() or is_tracing()) and _module_call is nn.Module.__call__:
             attributes = self.__dict__
@@ -48,7 +48,7 @@ class Watched:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # An outer torch.compile has the original's operations, and may rewrite them itself; a trace has plain ones.
+        # An outer torch.compile sees the original's operations, and may rewrite them itself; so does a trace.
         if is_compiling() or is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(STATE)
@@ -61,7 +61,7 @@ class Watched:
         return state.run(self, args, kwargs, kind, choice)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled as its original class and the wish to be fused: the class of its own has no name."""
+        """Copied and pickled as its original class and fused again: the class of a fused module has no name."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         function, arguments, *rest = reduced
         if not arguments or arguments[0] is not type(self):

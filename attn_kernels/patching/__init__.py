@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+from ..deprecation import renamed
 from ..errors import ArgumentError
 from ..sources import digest, own_methods, replaced_on
 from .adapter import Fused, NotSupported, forward_is_replaced, run
@@ -180,14 +179,4 @@ def unpatch_modules(function: str, model: nn.Module, keep: set[int]) -> list[Rep
     return replaced
 
 
-_RENAMED = {"Uncovered": NotSupported, "Adapter": AdapterSpec}
-
-
-def __getattr__(name: str) -> Any:
-    """Names of earlier versions."""
-    if name in _RENAMED:
-        new = _RENAMED[name]
-        message = f"attn_kernels.patching.{name} is {new.__name__} now; the old name goes with the next version"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return new
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed(__name__, {"Uncovered": NotSupported, "Adapter": AdapterSpec})
