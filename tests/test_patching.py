@@ -213,6 +213,14 @@ def test_a_forward_that_was_replaced_is_left_alone() -> None:
     assert reason == "its forward was replaced"
 
 
+def test_an_attribute_that_an_adapter_would_hide() -> None:
+    """The original's forward, which serves what the adapter does not, would find the adapter's."""
+    module = Additive()
+    module.attend = nn.Linear(SIZE, SIZE)
+    ((_, _, reason),) = patch(module).skipped
+    assert reason == "its attribute 'attend' has the name of one of the adapter's" and type(module) is Additive
+
+
 def test_another_source_is_left_alone() -> None:
     adapts(Additive, library="mine", versions="1.0", sources=("000000000000",))(FusedAdditive)
     ((_, _, reason),) = patch(Model()).skipped

@@ -121,9 +121,9 @@ def test_small_calls_are_the_originals_and_large_ones_are_fused(
 
 def test_one_rule_for_all_adapters() -> None:
     """Those that have it are in the table, by their library."""
-    sizes = {adapter.fused.min_products for adapter in patching.adapters()}
-    assert sizes == {0, MIN_PRODUCTS}
-    sized = {adapter.library for adapter in patching.adapters() if adapter.fused.min_products}
+    shipped = [one for one in patching.adapters() if one.fused.__module__.startswith("attn_kernels.")]
+    assert {one.fused.min_products for one in shipped} == {0, MIN_PRODUCTS}
+    sized = {one.library for one in shipped if one.fused.min_products}
     assert sized == {"fairseq", "Tacotron 2 (NVIDIA)", "coqui-tts", "SpeechBrain", "ESPnet"}
 
 

@@ -31,7 +31,7 @@ from torch import nn
 from ..deprecation import renamed
 from ..errors import ArgumentError
 from ..sources import digest, own_methods, replaced_on
-from .adapter import Fused, NotSupported, forward_is_replaced, run
+from .adapter import Fused, NotSupported, forward_is_replaced, hidden_attribute, run
 from .classes import adapter_of, change_class, fused_class, restore_class
 from .classes import rebuild as _rebuild  # the name in pickles of earlier versions
 from .registry import AdapterSpec, adapters, adapts, find_adapter, namesake_has_adapter
@@ -142,7 +142,12 @@ def _patch_module(module: nn.Module) -> str | None:
     if forward_is_replaced(module):
         return "its forward was replaced"
     replaced = replaced_on(module, cls, own_methods(cls, nn.Module))
-    reason = f"its method {replaced[0]!r} was replaced" if replaced else adapter.fused.unsupported_reason(module)
+    if replaced:
+        return f"its method {replaced[0]!r} was replaced"
+    hidden = hidden_attribute(module)
+    if hidden is not None:
+        return f"its attribute {hidden!r} has the name of one of the adapter's"
+    reason = adapter.fused.unsupported_reason(module)
     if reason is None:
         change_class(module, fused_class(cls, adapter.fused))
     return reason

@@ -53,7 +53,7 @@ class Fused:
         """
         raise NotImplementedError(f"{type(self).__name__}: its adapter has no attend")
 
-    def products(self, elements: int) -> float:
+    def count_products(self, elements: int) -> float:
         """The products of a call whose largest tensor, the memory, has so many elements.
 
         One query multiplies each element of the memory once for its score, and once for the context.
@@ -114,11 +114,16 @@ def is_small(module: Fused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             elements = max(elements, x.numel())
-    return module.products(elements) < least
+    return module.count_products(elements) < least
 
 
 def min_products(module: Fused) -> int:
     return module.min_products
+
+
+def hidden_attribute(module: nn.Module) -> str | None:
+    """The name of an attribute that the adapter's own attribute of that name would hide."""
+    return next((name for name in vars(Fused) if name[0] != "_" and name != "forward" and hasattr(module, name)), None)
 
 
 def overridden_methods(fused: type[Fused]) -> frozenset[str]:

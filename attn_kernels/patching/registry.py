@@ -114,12 +114,16 @@ def find_adapter(cls: type[nn.Module]) -> AdapterSpec | str | None:
         if class_at(cls.__module__, cls.__qualname__) not in (cls, None):  # None: its module was not imported as such
             return f"it is not the class that {class_name(cls)} is now, but another of this name"
     if adapter.sources:
-        if digest(cls) not in adapter.sources:
+        if not _source_matches(cls, adapter):
             return f"its source is not that of {adapter.library} {adapter.versions}, which the adapter was written for"
         replaced = replaced_method(cls, overridden_methods(adapter.fused))
         if replaced is not None:
             return f"the method {replaced!r} of its class was replaced"
     return adapter
+
+
+def _source_matches(cls: type[nn.Module], adapter: AdapterSpec) -> bool:
+    return digest(cls) in adapter.sources
 
 
 def namesake_has_adapter(cls: type) -> bool:

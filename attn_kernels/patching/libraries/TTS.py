@@ -12,7 +12,7 @@ from ...functional import additive_attention
 from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..masks import mask_without_empty_rows
 from ..registry import adapts
-from .tacotron2 import wrapped
+from .tacotron2 import linear_within
 
 
 @adapts(
@@ -54,7 +54,7 @@ class FusedOriginalAttention(Fused):
 
     def attend(self, query: Tensor, inputs: Tensor, processed_inputs: Tensor, mask: Tensor | None) -> Any:
         """(B, Q), (B, T, M), (B, T, A), and (B, T) True = keep. Returns the context, (B, M)."""
-        score = wrapped(self.v)
+        score = linear_within(self.v)
         if score is None:
             return NotSupported("a score layer that is no plain linear layer")
         if self.norm != "softmax":

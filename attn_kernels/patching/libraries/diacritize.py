@@ -24,8 +24,7 @@ class FusedBahdanauAttention(Fused):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2, with the states as queries and as memory.
 
-    Covered: everything. It has no mask, here as there: padding is attended. What is saved is the (B, T, T, 512) tensor
-    of the tanh.
+    Supported: everything. There is no mask: padding is attended. The op saves the (B, T, T, 512) tensor of the tanh.
     """
 
     W: Any

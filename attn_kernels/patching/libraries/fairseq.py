@@ -62,7 +62,7 @@ class FusedMLPAttention(Fused):
     decoder_proj: Any
     to_scores: Any
 
-    def products(self, elements: int) -> float:
+    def count_products(self, elements: int) -> float:
         """Without gradients also those of the projection of the memory, which is kept: 32 of them take the time of one
         that comes with a tanh.
         """

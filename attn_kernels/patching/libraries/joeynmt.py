@@ -1,9 +1,9 @@
 """JoeyNMT: the attention of its recurrent decoder.
 
-The decoder calls ``compute_proj_keys`` once in a training step, but anew in every step of a greedy or beam search,
-although the sentences are the same: under ``torch.no_grad()`` their projection is used again. A greedy search hands
-over the same tensor. A beam search hands over another each time, with the rows of a sentence's hypotheses, which are
-all equal, re-ordered, and without those of sentences that are done: see ``cached_projection``.
+The decoder calls ``compute_proj_keys`` once in a training step, but in every step of a greedy or beam search, although
+the sentences are the same: under ``torch.no_grad()`` their projection is reused. A greedy search passes the same
+tensor. A beam search passes another one each time, with the rows of a sentence's hypotheses, which are all equal,
+re-ordered, and without those of sentences that are done: see ``cached_projection``.
 """
 
 from __future__ import annotations

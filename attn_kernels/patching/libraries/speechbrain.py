@@ -1,7 +1,7 @@
 """SpeechBrain: the attention of its recurrent decoder. ``reset()`` is called for each batch, the module for each step.
 
-What the first step makes is kept in the module's attributes, as there. Left to the original are a sentence of length 0,
-whose NaN is the original's, and torch.compile. Padding that holds NaN is ignored.
+The first step keeps its projection in the module's attributes, as the original does. Left to the original: a sentence
+of length 0 (masks.py), and torch.compile. Padding that holds NaN is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Fused(Fused):
     mask: Tensor
 
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
-        """(B, T), not 0 within each length, in the dtype of the lengths: the library's own."""
+        """The library's own mask: (B, T), not 0 within each length, in the dtype of the lengths."""
         library: Any = importlib.import_module(self._original.__module__)
         return library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
 
@@ -85,7 +85,7 @@ class FusedContentBasedAttention(_FusedAdditive):
 
 @adapts(f"{_MODULE}:LocationAwareAttention", **_LIBRARY, sources=("321bdd3c9ff3",))
 class FusedLocationAwareAttention(_FusedAdditive):
-    """With features of the alignments of the step before, which are constants here as there: Chorowski et al.,
+    """With features of the alignments of the step before, which are constants, as in the original: Chorowski et al.,
     "Attention-based models for speech recognition", 2015, section 2.1.
     """
 

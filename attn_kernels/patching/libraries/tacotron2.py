@@ -30,8 +30,8 @@ class FusedAttention(Fused):
     Source: Shen et al., "Natural TTS synthesis by conditioning WaveNet on mel spectrogram predictions", 2018, section
     2.2, after Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1.
 
-    Covered: all but a sentence that is all padding, whose NaN is the original's, and torch.compile. Padding that holds
-    NaN is ignored.
+    Supported: all but a sentence that is all padding (masks.py), and masks within torch.compile. Padding that holds NaN
+    is ignored.
     """
 
     min_products = MIN_PRODUCTS
@@ -49,7 +49,7 @@ class FusedAttention(Fused):
         mask: Tensor | None,
     ) -> Any:
         """(B, Q), (B, T, M), (B, T, A), (B, 2, T), and (B, T) True = padding. Returns (B, M) and (B, T)."""
-        score = wrapped(self.v)
+        score = linear_within(self.v)
         if score is None:
             return NotSupported("a score layer that is no plain linear layer")
         allowed: Any = None
@@ -67,8 +67,8 @@ class FusedAttention(Fused):
         return tuple(additive_attention(query, processed_memory, memory, v, extra=extra, mask=allowed))
 
 
-def wrapped(layer: Any) -> nn.Linear | None:
-    """The linear layer within one of the LinearNorm kind, if nothing else happens there."""
+def linear_within(layer: Any) -> nn.Linear | None:
+    """The linear layer of a LinearNorm (NVIDIA) or Linear (coqui-tts), if the call does nothing else."""
     inner = getattr(layer, "linear_layer", None)
     if type(layer).__name__ not in ("LinearNorm", "Linear") or inner is None:
         return None

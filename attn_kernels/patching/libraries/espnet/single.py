@@ -112,7 +112,7 @@ class FusedAttCov(FusedSingle):
             att_prev_list = [uniform(enc_hs_len, enc_hs_pad.device, torch.float32)]
         extra = self._covered(sum(att_prev_list))  # type: ignore[arg-type]
         context, alignments = self._single(step, self.mlp_dec(step.state), scaling, extra)
-        att_prev_list += [alignments]  # in place, as there
+        att_prev_list += [alignments]  # in place, as the original
         return context, att_prev_list
 
     def _covered(self, coverage: Tensor) -> Tensor:
