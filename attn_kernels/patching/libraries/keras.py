@@ -28,7 +28,8 @@ class FusedAdditiveAttention(Fused):
 
     Left to the original: float64, dropout in training, more than three axes, masks within torch.compile, and a mask
     under which a query may attend nothing (Keras subtracts 1e9 where it is False: from all scores, without effect).
-    Values where the mask is False are ignored, even if they are NaN. Pickle and Keras's own saving write the original layer.
+    Values where the mask is False are ignored, even if they are NaN. Pickle and Keras's own saving write the original
+    layer.
     """
 
     scale: Any
