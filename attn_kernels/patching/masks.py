@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checksums import is_cacheable
+from ..memory import Memory
 from ..types import Attention
 from .adapter import NotSupported
 from .cache import cached
@@ -44,6 +45,27 @@ def _without_empty_rows(mask: Tensor, allowed: Tensor) -> Tensor | NotSupported 
     if bool(allowed.all()):
         return None
     return allowed.clone() if allowed is mask else allowed  # what is kept must not change with the mask
+
+
+def memory_without_empty_rows(
+    module: Any,
+    mask: Tensor | None,
+    make: Callable[[Tensor], Tensor],
+    build: Callable[[Tensor | None], Memory],
+    held: tuple[Tensor, ...],
+) -> Memory | NotSupported:
+    """``build(allowed)``, with what :func:`mask_without_empty_rows` makes of the mask; both are kept as one.
+
+    held: the tensors of the memory, by which it is recognised in the next step.
+    """
+    if mask is not None and not is_cacheable(mask):
+        return build(make(mask))
+
+    def memory() -> Memory | NotSupported:
+        allowed = None if mask is None else _without_empty_rows(mask, make(mask))
+        return allowed if isinstance(allowed, NotSupported) else build(allowed)
+
+    return cached(module, "memory", memory, read=(mask,), held=held)
 
 
 def lengths_without_empty_rows(module: Any, lengths: Tensor) -> Tensor | NotSupported:

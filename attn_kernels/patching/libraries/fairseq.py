@@ -13,8 +13,8 @@ from ...scores import DotScore
 from ...stock import is_stock_linear
 from ...types import Attention
 from ..adapter import MIN_PRODUCTS, Fused, NotSupported
-from ..cache import cached, cached_projection
-from ..masks import as_original, mask_without_empty_rows
+from ..cache import cached_projection
+from ..masks import as_original, mask_without_empty_rows, memory_without_empty_rows
 from ..registry import adapts
 
 
@@ -35,12 +35,15 @@ class FusedAttentionLayer(Fused):
     output_proj: Any
 
     def attend(self, input: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
-        allowed = _allowed(self, source_hids, encoder_padding_mask)
-        if isinstance(allowed, NotSupported):
-            return allowed
-        memory = cached(self, "memory", lambda: _memory(source_hids, allowed), held=(source_hids, allowed))
+        if _is_of_another_kind(encoder_padding_mask, source_hids):
+            return _OTHER_PADDING
+        memory = memory_without_empty_rows(
+            self, encoder_padding_mask, _allowed, lambda allowed: _memory(source_hids, allowed), held=(source_hids,)
+        )
+        if isinstance(memory, NotSupported):
+            return memory
         result = attend(DotScore(), self.input_proj(input), memory, True, None)
-        context, alignments = _time_major(result, allowed)
+        context, alignments = _time_major(result, memory.mask)
         return torch.tanh(self.output_proj(torch.cat((context, input), dim=1))), alignments
 
 
@@ -72,9 +75,13 @@ class FusedMLPAttention(Fused):
     def attend(self, decoder_state: Tensor, source_hids: Tensor, encoder_padding_mask: Tensor | None) -> Any:
         if not is_stock_linear(self.to_scores):
             return NotSupported("a score vector that is no plain nn.Linear")
-        allowed = _allowed(self, source_hids, encoder_padding_mask)
-        if isinstance(allowed, NotSupported):
-            return allowed
+        allowed: Any = None
+        if encoder_padding_mask is not None:
+            if _is_of_another_kind(encoder_padding_mask, source_hids):
+                return _OTHER_PADDING
+            allowed = mask_without_empty_rows(self, encoder_padding_mask, _allowed)
+            if isinstance(allowed, NotSupported):
+                return allowed
         query, v = self.decoder_proj(decoder_state), self.to_scores.weight.view(-1)
         keys = cached_projection(self, self.encoder_proj, source_hids).transpose(0, 1)
         return _time_major(additive_attention(query, keys, source_hids.transpose(0, 1), v, mask=allowed), allowed)
@@ -86,13 +93,16 @@ def _memory(values: Tensor, allowed: Tensor | None) -> Memory:
     return Memory(values, values, mask=allowed)
 
 
-def _allowed(module: Any, values: Tensor, padding: Tensor | None) -> Tensor | NotSupported | None:
+_OTHER_PADDING = NotSupported("a padding mask that is not (Tk, B) bool")
+
+
+def _is_of_another_kind(padding: Tensor | None, values: Tensor) -> bool:
+    return padding is not None and (padding.dtype != torch.bool or padding.shape != values.shape[:2])
+
+
+def _allowed(padding: Tensor) -> Tensor:
     """(B, Tk), True where a step may be attended."""
-    if padding is None:
-        return None
-    if padding.dtype != torch.bool or padding.shape != values.shape[:2]:
-        return NotSupported("a padding mask that is not (Tk, B) bool")
-    return mask_without_empty_rows(module, padding, lambda mask: ~mask.t().contiguous())
+    return ~padding.t().contiguous()
 
 
 def _time_major(result: Attention, allowed: Tensor | None) -> tuple[Tensor, Tensor]:

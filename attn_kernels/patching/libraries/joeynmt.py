@@ -19,8 +19,8 @@ from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear
 from ...types import Attention
 from ..adapter import Fused, NotSupported
-from ..cache import cached, cached_projection
-from ..masks import as_original, mask_without_empty_rows
+from ..cache import cached_projection
+from ..masks import as_original, memory_without_empty_rows
 from ..registry import adapts
 
 
@@ -41,11 +41,12 @@ class _FusedMechanism(Fused):
         keys = self.proj_keys
         if keys is None:
             return NotSupported("no projected keys")
-        allowed = mask_without_empty_rows(self, mask, _allowed)
-        if isinstance(allowed, NotSupported):
-            return allowed
-        memory = cached(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
-        return tuple(as_original(self._step(query, memory), allowed))
+        memory = memory_without_empty_rows(
+            self, mask, _allowed, lambda allowed: Memory(keys, values, mask=allowed), held=(keys, values)
+        )
+        if isinstance(memory, NotSupported):
+            return memory
+        return tuple(as_original(self._step(query, memory), memory.mask))
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         raise NotImplementedError

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapter import NotSupported
 from ...registry import adapts
 from .base import LIBRARY, MODULE, Step, as_product
-from .single import FusedLocation
+from .single import FusedAttLoc
 
 
-class _FusedForward(FusedLocation):
+class _FusedForward(FusedAttLoc):
     """Alignments re-weighted by the previous ones: Zhang et al., "Forward attention in sequence-to-sequence acoustic
     modelling for speech synthesis", 2018.
     """
@@ -43,18 +42,15 @@ class FusedAttForward(_FusedForward):
         enc_hs_pad: Tensor,
         enc_hs_len: Any,
         dec_z: Any,
-        att_prev: Tensor | None,
+        att_prev: Any,
         scaling: float = 1.0,
-        last_attended_idx: int | None = None,
-        backward_window: int = 1,
-        forward_window: int = 3,
+        *window: Any,
+        **w: Any,
     ) -> Any:
-        if last_attended_idx is not None:
-            return NotSupported("a window around the last attended frame")
-        step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(step, NotSupported):
-            return step
-        previous = self._first(enc_hs_pad) if att_prev is None else att_prev
+        return super().attend(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling, *window, **w)
+
+    def _attend(self, step: Step, memory: Tensor, lengths: Any, previous: Any, scaling: Any) -> Any:
+        previous = self._first(memory) if previous is None else previous
         return self._forward_step(step, previous, scaling, 1, 1)
 
 
@@ -65,7 +61,7 @@ class FusedAttForwardTA(_FusedForward):
     mlp_ta: Any
     trans_agent_prob: Any
 
-    def attend(
+    def attend(  # type: ignore[override]
         self,
         enc_hs_pad: Tensor,
         enc_hs_len: Any,
@@ -73,16 +69,14 @@ class FusedAttForwardTA(_FusedForward):
         att_prev: Tensor | None,
         out_prev: Tensor,
         scaling: float = 1.0,
-        last_attended_idx: int | None = None,
-        backward_window: int = 1,
-        forward_window: int = 3,
+        *window: Any,
+        **w: Any,
     ) -> Any:
-        if last_attended_idx is not None:
-            return NotSupported("a window around the last attended frame")
-        step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
-        if isinstance(step, NotSupported):
-            return step
-        previous = self._first(enc_hs_pad) if att_prev is None else att_prev
+        return super().attend(enc_hs_pad, enc_hs_len, dec_z, (att_prev, out_prev), scaling, *window, **w)
+
+    def _attend(self, step: Step, memory: Tensor, lengths: Any, previous: Any, scaling: Any) -> Any:
+        previous, out_prev = previous
+        previous = self._first(memory) if previous is None else previous
         stay = self.trans_agent_prob
         context, alignments = self._forward_step(step, previous, scaling, stay, 1 - stay)
         self.trans_agent_prob = torch.sigmoid(self.mlp_ta(torch.cat([context, out_prev, step.state], dim=1)))

@@ -80,7 +80,7 @@ class FusedAttLoc(FusedLocation):
         enc_hs_pad: Tensor,
         enc_hs_len: Any,
         dec_z: Any,
-        att_prev: Tensor | None,
+        att_prev: Any,
         scaling: float = 2.0,
         last_attended_idx: int | None = None,
         backward_window: int = 1,
@@ -91,9 +91,12 @@ class FusedAttLoc(FusedLocation):
         step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
         if isinstance(step, NotSupported):
             return step
-        if att_prev is None:
-            att_prev = uniform(enc_hs_len, step.state.device, step.state.dtype)
-        return tuple(self._single(step, self.mlp_dec(step.state), scaling, self._features(att_prev)))
+        return self._attend(step, enc_hs_pad, enc_hs_len, att_prev, scaling)
+
+    def _attend(self, step: Step, memory: Tensor, lengths: Any, previous: Any, scaling: Any) -> Any:
+        if previous is None:
+            previous = uniform(lengths, step.state.device, step.state.dtype)
+        return tuple(self._single(step, self.mlp_dec(step.state), scaling, self._features(previous)))
 
 
 @adapts(f"{MODULE}:AttCov", **LIBRARY, sources=("1df44dd08bc1",))
