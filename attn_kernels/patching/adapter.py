@@ -98,7 +98,7 @@ class Fused:
 #   SpeechBrain, additive    0.92 1.04    0.94 0.98    1.02 1.11    1.14 1.13    1.16 1.45
 #   SpeechBrain, key-value   0.73 1.09    0.80 0.99    0.90 1.04    0.93 1.05    1.08 1.19
 #   fairseq, general         0.75 0.84    0.75 0.85    0.86 0.97    1.13 1.35    1.50 1.79
-#   Tacotron 2                                         0.81 0.93    0.82 0.99    1.03 1.02
+#   Tacotron 2                            0.81 0.93    0.80 0.72    0.82 0.99    1.03 1.02
 #
 # Below 2^16 nothing is gained; from there on it depends on the class and on gradients, up to 2^18. Other adapters have
 # no such sizes: they save a projection of the memory in each step, or have many queries to a call.
