@@ -44,8 +44,8 @@ if not torch.cuda.is_available():
 
 import attn_kernels
 import triton_arithmetic
-from attn_kernels import patching
 from attn_kernels.backends import NAMES
+from attn_kernels.patching import adapter
 from matrix import device_of, interpreted
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
@@ -148,7 +148,7 @@ def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
-    monkeypatch.setattr(patching, "_least_elements", lambda module: 0)
+    monkeypatch.setattr(adapter, "min_products", lambda module: 0)
 
 
 @pytest.fixture

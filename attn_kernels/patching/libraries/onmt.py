@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import keeps, once
-from ..functional import additive_attention, attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import DotScore
-from ..sentence import as_of_softmax, is_plain, project
-from ..types import Attention
+from ...functional import additive_attention, attend
+from ...memory import Memory
+from ...scores import DotScore
+from ...stock import is_stock_linear
+from ...types import Attention
+from ..adapter import Fused, NotSupported
+from ..cache import cached, cached_projection
+from ..masks import as_original, lengths_without_empty_rows
+from ..registry import adapts
 
 
 @adapts(
@@ -28,10 +30,9 @@ class FusedGlobalAttention(Fused):
     3.1 and equation 5; "mlp": Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
     translate", 2015, appendix A.1.2.
 
-    Covered: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
-    sentence of length 0, for which it gives NaN (on a GPU and in ``torch.compile`` that NaN comes from here, without
-    the NaN of the gradients). Memory beyond ``src_len`` is ignored, even if it is NaN or infinite; the original returns
-    NaN then.
+    Supported: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
+    sentence of length 0 (masks.py). Memory beyond ``src_len`` is ignored, even if it is NaN or infinite; the original
+    returns NaN then.
     """
 
     attn_type: str
@@ -42,7 +43,7 @@ class FusedGlobalAttention(Fused):
     v: Any
 
     @classmethod
-    def covers(cls, module: Any) -> str | None:
+    def unsupported_reason(cls, module: Any) -> str | None:
         return None if module.attn_func == "softmax" else f"attn_func={module.attn_func!r}"
 
     def attend(
@@ -50,25 +51,21 @@ class FusedGlobalAttention(Fused):
     ) -> Any:
         """src: (B, Tq, dim) or (B, dim), enc_out: (B, Tk, dim), src_len: (B,)."""
         if coverage is not None:
-            return Uncovered("coverage")
-        if self.attn_type == "mlp" and not is_plain(self.v):
-            return Uncovered("a score vector that is no plain nn.Linear")
-        if src_len is not None and keeps(src_len):
-            if not once(self, "no empty row", lambda: bool((src_len > 0).all()), read=(src_len,)):
-                return Uncovered("a sentence of length 0")
-        context, alignments = self._attention(src, enc_out, src_len)
-        if src_len is not None and not keeps(src_len):
-            some = (src_len > 0).view(-1, *(1,) * (src.dim() - 1))
-            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
+            return NotSupported("coverage")
+        if self.attn_type == "mlp" and not is_stock_linear(self.v):
+            return NotSupported("a score vector that is no plain nn.Linear")
+        if src_len is not None and isinstance(empty := lengths_without_empty_rows(self, src_len), NotSupported):
+            return empty
+        context, alignments = as_original(self._attention(src, enc_out, src_len), src_len)
         output = self.linear_out(torch.cat([context, src], -1))
-        return output if self.attn_type == "mlp" else torch.tanh(output), as_of_softmax(alignments)
+        return output if self.attn_type == "mlp" else torch.tanh(output), alignments
 
     def _attention(self, query: Tensor, enc_out: Tensor, src_len: Tensor | None) -> Attention:
         if self.attn_type != "mlp":
             if self.attn_type == "general":
                 query = self.linear_in(query)
-            memory = once(self, "memory", lambda: Memory(enc_out, enc_out, src_len), held=(enc_out, src_len))
+            memory = cached(self, "memory", lambda: Memory(enc_out, enc_out, src_len), held=(enc_out, src_len))
             return attend(DotScore(), query, memory, True, None)
         query, v = self.linear_query(query), self.v.weight.view(-1)
-        keys = project(self, self.linear_context, enc_out)
+        keys = cached_projection(self, self.linear_context, enc_out)
         return additive_attention(query, keys, enc_out, v, memory_lengths=src_len)

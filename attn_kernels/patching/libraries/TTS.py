@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts
-from ..sentence import attended_steps
-from .tacotron2 import wrapped
+from ...functional import additive_attention
+from ..adapter import MIN_PRODUCTS, Fused, NotSupported
+from ..masks import mask_without_empty_rows
+from ..registry import adapts
+from .tacotron2 import linear_within
 
 
 @adapts(
@@ -32,7 +33,7 @@ class FusedOriginalAttention(Fused):
     bias of ``v`` adds the same to all scores of a softmax: its gradient is 0. Padding that holds NaN is ignored.
     """
 
-    least_elements = 1 << 15  # measured: as of Tacotron 2's
+    min_products = MIN_PRODUCTS
     training: bool
     norm: str
     windowing: bool
@@ -53,22 +54,22 @@ class FusedOriginalAttention(Fused):
 
     def attend(self, query: Tensor, inputs: Tensor, processed_inputs: Tensor, mask: Tensor | None) -> Any:
         """(B, Q), (B, T, M), (B, T, A), and (B, T) True = keep. Returns the context, (B, M)."""
-        score = wrapped(self.v)
+        score = linear_within(self.v)
         if score is None:
-            return Uncovered("a score layer that is no plain linear layer")
+            return NotSupported("a score layer that is no plain linear layer")
         if self.norm != "softmax":
-            return Uncovered("a norm other than softmax")
+            return NotSupported("a norm other than softmax")
         if self.windowing and not self.training:
-            return Uncovered("a window")
+            return NotSupported("a window")
         if is_compiling():
-            return Uncovered("torch.compile")
-        allowed = None
+            return NotSupported("torch.compile")
+        allowed: Any = None
         if mask is not None:
             if mask.dtype != torch.bool or self._mask_value != -float("inf"):
-                return Uncovered("a mask of another kind")
-            allowed = attended_steps(self, mask, keep=True)
-            if allowed is None:
-                return Uncovered("a sentence that is all padding")
+                return NotSupported("a mask of another kind")
+            allowed = mask_without_empty_rows(self, mask, lambda x: x, wait=True)
+            if isinstance(allowed, NotSupported):
+                return allowed
         extra = None
         if self.location_attention:
             both = (self.attention_weights.unsqueeze(1), self.attention_weights_cum.unsqueeze(1))

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts
-from ..sentence import attended_steps, is_plain
+from ...functional import additive_attention
+from ...stock import is_stock_linear
+from ..adapter import MIN_PRODUCTS, Fused, NotSupported
+from ..masks import mask_without_empty_rows
+from ..registry import adapts
 
 _LIBRARY = "Tacotron 2 (NVIDIA)"
 _SOURCES = ("456ef21d5bcf",)
@@ -28,13 +30,11 @@ class FusedAttention(Fused):
     Source: Shen et al., "Natural TTS synthesis by conditioning WaveNet on mel spectrogram predictions", 2018, section
     2.2, after Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1.
 
-    Covered: all but a sentence that is all padding, whose NaN is the original's, and torch.compile. Padding that holds
-    NaN is ignored.
+    Supported: all but a sentence that is all padding (masks.py), and masks within torch.compile. Padding that holds NaN
+    is ignored.
     """
 
-    least_elements = (
-        1 << 15
-    )  # measured: 0.9x at (1, 30, 512), 1.0x at (1, 100, 512), 1.2x and more from (8, 100, 512) on
+    min_products = MIN_PRODUCTS
     query_layer: Any
     location_layer: Any
     v: Any
@@ -49,28 +49,28 @@ class FusedAttention(Fused):
         mask: Tensor | None,
     ) -> Any:
         """(B, Q), (B, T, M), (B, T, A), (B, 2, T), and (B, T) True = padding. Returns (B, M) and (B, T)."""
-        score = wrapped(self.v)
+        score = linear_within(self.v)
         if score is None:
-            return Uncovered("a score layer that is no plain linear layer")
-        allowed = None
+            return NotSupported("a score layer that is no plain linear layer")
+        allowed: Any = None
         if mask is not None:
             if is_compiling():
-                return Uncovered("torch.compile")
+                return NotSupported("torch.compile")
             if mask.dtype != torch.bool or self.score_mask_value != -float("inf"):
-                return Uncovered("a mask of another kind")
-            allowed = attended_steps(self, mask, keep=False)
-            if allowed is None:
-                return Uncovered("a sentence that is all padding")
+                return NotSupported("a mask of another kind")
+            allowed = mask_without_empty_rows(self, mask, torch.logical_not, wait=True)
+            if isinstance(allowed, NotSupported):
+                return allowed
         query = self.query_layer(attention_hidden_state)
         extra = self.location_layer(attention_weights_cat)
         v = score.weight.view(-1)
         return tuple(additive_attention(query, processed_memory, memory, v, extra=extra, mask=allowed))
 
 
-def wrapped(layer: Any) -> nn.Linear | None:
-    """The linear layer within one of the LinearNorm kind, if nothing else happens there."""
+def linear_within(layer: Any) -> nn.Linear | None:
+    """The linear layer of a LinearNorm (NVIDIA) or Linear (coqui-tts), if the call does nothing else."""
     inner = getattr(layer, "linear_layer", None)
     if type(layer).__name__ not in ("LinearNorm", "Linear") or inner is None:
         return None
     hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
-    return inner if is_plain(inner) and not hooks else None
+    return inner if is_stock_linear(inner) and not hooks else None

@@ -1,9 +1,9 @@
 """JoeyNMT: the attention of its recurrent decoder.
 
-The decoder calls ``compute_proj_keys`` once in a training step, but anew in every step of a greedy or beam search,
-although the sentences are the same: under ``torch.no_grad()`` their projection is used again. A greedy search hands
-over the same tensor. A beam search hands over another each time, with the rows of a sentence's hypotheses, which are
-all equal, re-ordered, and without those of sentences that are done: see :func:`attn_kernels.sentence.project`.
+The decoder calls ``compute_proj_keys`` once in a training step, but in every step of a greedy or beam search, although
+the sentences are the same: under ``torch.no_grad()`` their projection is reused. A greedy search passes the same
+tensor. A beam search passes another one each time, with the rows of a sentence's hypotheses, which are all equal,
+re-ordered, and without those of sentences that are done: see ``cached_projection``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import keeps, once
-from ..functional import attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import AdditiveScore, DotScore
-from ..sentence import as_of_softmax, is_plain, project
-from ..types import Attention
+from ...functional import attend
+from ...memory import Memory
+from ...scores import AdditiveScore, DotScore
+from ...stock import is_stock_linear
+from ...types import Attention
+from ..adapter import Fused, NotSupported
+from ..cache import cached_projection
+from ..masks import as_original, memory_without_empty_rows
+from ..registry import adapts
 
 
 class _FusedMechanism(Fused):
@@ -31,25 +33,20 @@ class _FusedMechanism(Fused):
 
     def compute_proj_keys(self, keys: Tensor) -> None:
         """keys: (B, Tk, M), the encoder's output. Leaves its projection, (B, Tk, A), in ``proj_keys``."""
-        self.proj_keys = project(self, self.key_layer, keys, shown=True)
+        self.proj_keys = cached_projection(self, self.key_layer, keys, is_shared=True)
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
         """query: (B, 1, H), mask: (B, 1, Tk), > 0 where a step may be attended, values: (B, Tk, M)."""
         self._check_input_shapes_forward(query=query, mask=mask, values=values)
         keys = self.proj_keys
         if keys is None:
-            return Uncovered("no projected keys")
-        if not keeps(keys):  # and so no value is read to see whether a row is empty
-            allowed = _allowed(mask)
-            context, alignments = self._step(query, Memory(keys, values, mask=allowed))
-            some = allowed.any(2, keepdim=True)
-            context, alignments = context.where(some, torch.nan), alignments.where(some, torch.nan)
-        else:
-            memory = once(self, "memory", lambda: _memory(keys, values, mask), read=(mask,), held=(keys, values, mask))
-            if memory is None:
-                return Uncovered("a row with nothing to attend")  # NaN there, and in all gradients
-            context, alignments = self._step(query, memory)
-        return context, as_of_softmax(alignments)
+            return NotSupported("no projected keys")
+        memory = memory_without_empty_rows(
+            self, mask, _allowed, lambda allowed: Memory(keys, values, mask=allowed), held=(keys, values)
+        )
+        if isinstance(memory, NotSupported):
+            return memory
+        return tuple(as_original(self._step(query, memory), memory.mask))
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         raise NotImplementedError
@@ -62,9 +59,8 @@ class FusedBahdanauAttention(_FusedMechanism):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2.
 
-    Covered: everything but a row that may attend nothing: that is left to the original, which gives NaN (on a GPU and
-    in ``torch.compile`` that NaN comes from here, without the NaN of the gradients). Keys and values where the mask is
-    0 are ignored, even if they are NaN or infinite; the original returns NaN then.
+    Supported: everything but a row that may attend nothing (masks.py). Keys and values where the mask is 0 are ignored,
+    even if they are NaN or infinite; the original returns NaN then.
     """
 
     energy_layer: Any
@@ -72,8 +68,8 @@ class FusedBahdanauAttention(_FusedMechanism):
     compute_proj_query: Any
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
-        if not is_plain(self.energy_layer):
-            return Uncovered("an energy layer that is no plain nn.Linear")
+        if not is_stock_linear(self.energy_layer):
+            return NotSupported("an energy layer that is no plain nn.Linear")
         return super().attend(query, mask, values)
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
@@ -89,16 +85,11 @@ class FusedLuongAttention(_FusedMechanism):
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general".
 
-    Covered: as of :class:`FusedBahdanauAttention`.
+    Supported: as :class:`FusedBahdanauAttention`.
     """
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:
         return attend(DotScore(), query, memory, True, None)
-
-
-def _memory(keys: Tensor, values: Tensor, mask: Tensor) -> Memory | None:
-    allowed = _allowed(mask)
-    return Memory(keys, values, mask=allowed) if allowed.any(2).all() else None
 
 
 def _allowed(mask: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts
-from ..sentence import is_plain
+from ...functional import additive_attention
+from ...stock import is_stock_linear
+from ..adapter import Fused, NotSupported
+from ..registry import adapts
 
 
 @adapts(
@@ -23,8 +24,7 @@ class FusedBahdanauAttention(Fused):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2, with the states as queries and as memory.
 
-    Covered: everything. It has no mask, here as there: padding is attended. What is saved is the (B, T, T, 512) tensor
-    of the tanh.
+    Supported: everything. There is no mask: padding is attended. The op saves the (B, T, T, 512) tensor of the tanh.
     """
 
     W: Any
@@ -33,7 +33,7 @@ class FusedBahdanauAttention(Fused):
 
     def attend(self, hidden_states: Tensor) -> Any:
         """hidden_states: (B, T, H). Returns the contexts, of that shape."""
-        if not is_plain(self.v):
-            return Uncovered("a score layer that is no plain nn.Linear")
+        if not is_stock_linear(self.v):
+            return NotSupported("a score layer that is no plain nn.Linear")
         query, keys = self.W(hidden_states), self.U(hidden_states)
         return additive_attention(query, keys, hidden_states, self.v.weight.view(-1), need_weights=False).context

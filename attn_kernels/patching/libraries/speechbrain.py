@@ -1,7 +1,7 @@
 """SpeechBrain: the attention of its recurrent decoder. ``reset()`` is called for each batch, the module for each step.
 
-What the first step makes is kept in the module's attributes, as there. Left to the original are a sentence of length 0,
-whose NaN is the original's, and torch.compile. Padding that holds NaN is ignored.
+The first step keeps its projection in the module's attributes, as the original does. Left to the original: a sentence
+of length 0 (masks.py), and torch.compile. Padding that holds NaN is ignored.
 """
 
 from __future__ import annotations
@@ -12,36 +12,34 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..derived import once
-from ..functional import additive_attention, attend
-from ..memory import Memory
-from ..patching import Fused, Uncovered, adapts
-from ..scores import AdditiveScore, DotScore
-from ..sentence import attended_steps, is_plain
+from ...functional import additive_attention, attend
+from ...memory import Memory
+from ...scores import AdditiveScore, DotScore
+from ...stock import is_stock_linear
+from ..adapter import MIN_PRODUCTS, Fused, NotSupported
+from ..cache import cached
+from ..masks import mask_without_empty_rows
+from ..registry import adapts
 
 _MODULE = "speechbrain.nnet.attention"
 _LIBRARY = {"library": "SpeechBrain", "versions": "1.1.2"}
 
 
 class _Fused(Fused):
-    least_elements = (
-        1 << 15
-    )  # measured: 0.93x at (1, 30, 512), 1.0x at (1, 100, 512), 1.4x and more from (8, 100, 512) on
+    min_products = MIN_PRODUCTS
     mask: Tensor
 
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
-        """(B, T), not 0 within each length, in the dtype of the lengths: the library's own."""
+        """The library's own mask: (B, T), not 0 within each length, in the dtype of the lengths."""
         library: Any = importlib.import_module(self._original.__module__)
         return library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
 
-    def _allowed(self) -> Tensor | None:
-        """(B, T), True = attend; None where a sentence may attend nothing."""
-        mask = self.mask
-        padding = once(self, "padding", lambda: (mask == 0).view(mask.shape[:2]), read=(mask,))
-        return attended_steps(self, padding, keep=False)
+    def _allowed(self) -> Tensor | NotSupported | None:
+        """(B, T), True = attend."""
+        return mask_without_empty_rows(self, self.mask, lambda x: (x != 0).view(x.shape[:2]), wait=True)
 
-    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor) -> Memory:
-        return once(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
+    def _memory(self, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Memory:
+        return cached(self, "memory", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
 
 class _FusedAdditive(_Fused):
@@ -59,18 +57,18 @@ class _FusedAdditive(_Fused):
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, T)."""
         if is_compiling():
-            return Uncovered("torch.compile")
-        if not is_plain(self.mlp_attn):
-            return Uncovered("a score layer that is no plain nn.Linear")
+            return NotSupported("torch.compile")
+        if not is_stock_linear(self.mlp_attn):
+            return NotSupported("a score layer that is no plain nn.Linear")
         if self.precomputed_enc_h is None:
             self._begin(enc_states, enc_len)
         allowed = self._allowed()
-        if allowed is None:
-            return Uncovered("a sentence of length 0")
+        if isinstance(allowed, NotSupported):
+            return allowed
         context, alignments = self._step(self.mlp_dec(dec_states), enc_states, allowed)
         return self.mlp_out(context), alignments
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -78,7 +76,7 @@ class _FusedAdditive(_Fused):
 class FusedContentBasedAttention(_FusedAdditive):
     """scores_j = scaling * v . tanh(W h_j + V s): Bahdanau et al. 2015, appendix A.1.2."""
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         memory = self._memory(self.precomputed_enc_h, values, allowed)
         v = self.mlp_attn.weight.view(-1)
         score = AdditiveScore(v if self.scaling == 1 else self.scaling * v)
@@ -87,7 +85,7 @@ class FusedContentBasedAttention(_FusedAdditive):
 
 @adapts(f"{_MODULE}:LocationAwareAttention", **_LIBRARY, sources=("321bdd3c9ff3",))
 class FusedLocationAwareAttention(_FusedAdditive):
-    """With features of the alignments of the step before, which are constants here as there: Chorowski et al.,
+    """With features of the alignments of the step before, which are constants, as in the original: Chorowski et al.,
     "Attention-based models for speech recognition", 2015, section 2.1.
     """
 
@@ -99,7 +97,7 @@ class FusedLocationAwareAttention(_FusedAdditive):
         super()._begin(enc_states, enc_len)
         self.prev_attn = self.mask * (1 / enc_len.float()).unsqueeze(1)
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         extra = self.mlp_loc(self.conv_loc(self.prev_attn.unsqueeze(1)).transpose(1, 2))
         keys, v = self.precomputed_enc_h, self.mlp_attn.weight.view(-1)
         attention = additive_attention(query, keys, values, v, extra=extra, scale=self.scaling, mask=allowed)
@@ -111,7 +109,6 @@ class FusedLocationAwareAttention(_FusedAdditive):
 class FusedKeyValueAttention(_Fused):
     """scores_j = query . key_j / sqrt(attn_dim): Vaswani et al., "Attention is all you need", 2017, section 3.2.1."""
 
-    least_elements = 1 << 16  # measured: 0.88x at (1, 100, 512), 1.13x at (8, 100, 512)
     keys: Tensor | None
     values: Tensor
     scaling: Tensor
@@ -122,13 +119,13 @@ class FusedKeyValueAttention(_Fused):
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, 1, T)."""
         if is_compiling():
-            return Uncovered("torch.compile")
+            return NotSupported("torch.compile")
         if self.keys is None:
             self.keys, self.values = self.key_linear(enc_states), self.value_linear(enc_states)
             self.mask = self._mask_of(enc_states, enc_len).unsqueeze(2)
         allowed = self._allowed()
-        if allowed is None:
-            return Uncovered("a sentence of length 0")
+        if isinstance(allowed, NotSupported):
+            return allowed
         query = (self.query_linear(dec_states) / self.scaling).unsqueeze(1)
         memory = self._memory(self.keys, self.values, allowed)
         context, alignments = attend(DotScore(), query, memory, True, None)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..functional import additive_attention
-from ..patching import Fused, Uncovered, adapts, run
+from ...functional import additive_attention
+from ..adapter import Fused, NotSupported, run
+from ..masks import mask_without_empty_rows
+from ..registry import adapts
 
 
 @adapts(
@@ -25,8 +27,9 @@ class FusedAdditiveAttention(Fused):
     appendix A.1.2, as ``keras.layers.AdditiveAttention`` documents it.
 
     Left to the original: float64, dropout in training, more than three axes, masks within torch.compile, and a mask
-    under which a query may attend nothing (Keras subtracts 1e9 where it is False, which is then no mask at all). Values
-    where the mask is False are ignored, even if they are NaN. Pickle and Keras's own saving write the original layer.
+    under which a query may attend nothing (Keras subtracts 1e9 where it is False: from all scores, without effect).
+    Values where the mask is False are ignored, even if they are NaN. Pickle and Keras's own saving write the original
+    layer.
     """
 
     scale: Any
@@ -58,18 +61,18 @@ class FusedAdditiveAttention(Fused):
         query, values, *rest = inputs
         keys = rest[0] if rest else values
         if not all(isinstance(x, Tensor) and x.dim() == 3 and x.device.type != "meta" for x in (query, keys, values)):
-            return Uncovered("inputs that are not tensors in three axes")
+            return NotSupported("inputs that are not tensors in three axes")
         if query.dtype == torch.float64:
-            return Uncovered("float64, of which Keras's matmul makes float32")
+            return NotSupported("float64, of which Keras's matmul makes float32")
         if training and self.dropout > 0:
-            return Uncovered("dropout of the alignments")
+            return NotSupported("dropout of the alignments")
         query_mask, value_mask = (mask[0], mask[1]) if mask else (None, None)
-        allowed = None
+        allowed: Any = None
         if value_mask is not None or use_causal_mask:
             if is_compiling():
-                return Uncovered("a mask within torch.compile")
-            allowed = _allowed(value_mask, use_causal_mask, query.shape[1], keys)
-            if isinstance(allowed, Uncovered):
+                return NotSupported("a mask within torch.compile")
+            allowed = _allowed(self, value_mask, use_causal_mask, query.shape[1], keys)
+            if isinstance(allowed, NotSupported):
                 return allowed
         v = self.scale.value if self.use_scale else query.new_ones(query.shape[2])
         context, alignments = additive_attention(
@@ -80,15 +83,15 @@ class FusedAdditiveAttention(Fused):
         return (context, alignments) if return_attention_scores else context
 
 
-def _allowed(value_mask: Any, causal: bool, queries: int, keys: Tensor) -> Any:
-    """(B, Tk), or (B, Tq, Tk) for a causal mask, True = attend; or Uncovered."""
+def _allowed(module: Any, value_mask: Any, causal: bool, queries: int, keys: Tensor) -> Tensor | NotSupported | None:
+    """(B, Tk), or (B, Tq, Tk) for a causal mask, True = attend; None: all."""
     batch, steps = keys.shape[:2]
     if value_mask is not None and not (
         isinstance(value_mask, Tensor) and value_mask.dtype == torch.bool and value_mask.shape == (batch, steps)
     ):
-        return Uncovered("a mask of another kind")
+        return NotSupported("a mask of another kind")
     allowed = value_mask
     if causal:
         past = torch.ones(queries, steps, dtype=torch.bool, device=keys.device).tril()
         allowed = past.expand(batch, -1, -1) if allowed is None else past & allowed.unsqueeze(1)
-    return allowed if bool(allowed.any(-1).all()) else Uncovered("a query with nothing to attend")
+    return mask_without_empty_rows(module, allowed, lambda x: x, wait=True)
