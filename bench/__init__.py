@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` runs all of them; ``python -m bench.ops`` and ``bench.g2p compare`` one part."""
+"""Benchmarks: ``python -m bench`` runs the first two; cpu, gpu and models have a command for each of them."""

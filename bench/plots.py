@@ -16,11 +16,11 @@ from matplotlib.axis import Axis
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from . import files
+from . import results
 
 if TYPE_CHECKING:
-    from . import sweep as sweeping
-    from .ops import Cell, Settings
+    from .cpu import sweep as sweeping
+    from .cpu.ops import Cell, Settings
 
 _COLOURS = {"eager": "#4878a8", "torch.compile": "#e08a3c", "sdpa": "#5a9e5a"}
 
@@ -286,5 +286,5 @@ def fuse(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str
 
 
 def _save(path: Path, figure: plt.Figure) -> None:
-    files.write_whole(path, lambda partial: figure.savefig(partial, dpi=150, metadata={"Software": None}))
+    results.write_whole(path, lambda partial: figure.savefig(partial, dpi=150, metadata={"Software": None}))
     plt.close(figure)

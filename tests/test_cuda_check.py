@@ -13,9 +13,11 @@ import pytest
 for package in ("typer", "rich"):
     pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
 
-from bench import cuda_check, cuda_rules, nvcc, roofline, sass  # noqa: E402
-from bench.cuda_rules import Facts, Rule, examine  # noqa: E402
-from bench.problems import FORWARD, TRAINING, Shape  # noqa: E402
+from bench.cases import FORWARD, TRAINING, Shape  # noqa: E402
+from tools.cuda_check import check as cuda_check  # noqa: E402
+from tools.cuda_check import nvcc, roofline, sass  # noqa: E402
+from tools.cuda_check import rules as cuda_rules  # noqa: E402
+from tools.cuda_check.rules import Facts, Rule, examine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -237,7 +239,7 @@ def test_small_kernels(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPa
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.cuda_check", *arguments]
+    command = [sys.executable, "-m", "tools.cuda_check", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
 

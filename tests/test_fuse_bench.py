@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from bench import fuse as bench
+from bench.models import fuse as bench
 
 
 def test_a_row() -> None:

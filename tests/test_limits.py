@@ -1,4 +1,4 @@
-"""The limits of a CPU: the loops of limits.c against plain formulas, bounds against counts by hand, command line."""
+"""The limits of a CPU: the loops of loops.c against plain formulas, bounds against counts by hand, command line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ for package in ("typer", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
 
 import attn_kernels  # noqa: E402
-from bench import limits, ops, timing  # noqa: E402
-from bench.limits import Bandwidth, Cache, Op  # noqa: E402
+from bench import timing  # noqa: E402
+from bench.cpu import ops  # noqa: E402
+from bench.cpu import roofline as limits  # noqa: E402
+from bench.cpu.roofline import Bandwidth, Cache, Op  # noqa: E402
 
 CACHES = [Cache("L1", 32 << 10, 1), Cache("L2", 1 << 20, 1), Cache("L3", 32 << 20, 8)]
 SHAPE = ops.Shape(2, 3, 5, 7, 11)
@@ -310,7 +312,7 @@ def test_no_compiler_is_told_and_stops() -> None:
     assert "the C compiler of $CC was not found: no-such-compiler" in output
     code, output = _invoke(CC="false")
     assert code == 2
-    assert "false cannot compile limits.c" in output
+    assert "false cannot compile loops.c" in output
 
 
 def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""bench/loop.py: that it measures what it says."""
+"""bench/models/loop.py: that it measures what it says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import loop  # noqa: E402
+from bench.models import loop  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = [loop.EAGER, loop.STEPS, loop.LOOP]

@@ -15,8 +15,9 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import ops, plots, sweep, timing  # noqa: E402
-from bench.ops import FORWARD, TRAINING, Shape  # noqa: E402
+from bench import plots, timing  # noqa: E402
+from bench.cpu import ops, sweep  # noqa: E402
+from bench.cpu.ops import FORWARD, TRAINING, Shape  # noqa: E402
 
 SIZES = [f"--{axis}={size}" for axis, size in (("batch", 1), ("batch", 2), ("queries", 1), ("steps", 3), ("units", 4))]
 COMMAND = [*SIZES, "--units=8", "--allocator=default"]

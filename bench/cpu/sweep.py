@@ -1,0 +1,628 @@
+"""Is ours ever slower than eager PyTorch? ``python -m bench.cpu.sweep --help``.
+
+Both ops, forward alone and with backward, over a grid of sizes; the project asks for 0.97x eager or more in every cell.
+A cell gets little time, for there are thousands; those below the bound are timed again at the end, at more length, so
+that noise is not reported as a loss. Each finished cell is stored at once and survives an interrupt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from rich import box
+from rich.console import Group, RenderableType
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+import attn_kernels
+from attn_kernels.backends import choose
+
+from .. import machine, plots, results, timing
+from ..cli import application, console
+from ..machine import Allocator
+from . import ops
+from .ops import FORWARD, SHORT, TRAINING, Dtype, Op, Shape
+
+CPU = torch.device("cpu")
+OPS = tuple(op.value for op in Op)
+LEAST = 0.97  # what the project asks for
+SEED = 0
+
+
+class Grid(NamedTuple):
+    """The sizes of the sweep; the width D of the values is A."""
+
+    batch: tuple[int, ...] = (1, 4, 16, 64, 256)
+    queries: tuple[int, ...] = (1, 2, 5, 8, 32, 128)
+    steps: tuple[int, ...] = (1, 10, 50, 200, 1000, 4000)
+    units: tuple[int, ...] = (16, 64, 256, 1024)
+
+
+QUICK = Grid(batch=(1, 64), queries=(1, 8, 32), steps=(10, 200, 1000), units=(64, 1024))
+
+LONG_CALL = 0.3  # seconds; such calls get few rounds, and their times vary little
+AGAIN_SECONDS = 1.0
+AGAIN_ROUNDS, AGAIN_ROUNDS_LONG = 21, 5
+
+# What eager takes on one core, for leaving cells out and for the expected total only; from measurements, rounded.
+NANOSECONDS_A_PAIR = {FORWARD: 1.0, TRAINING: 3.0}  # additive: B*Tq*Tk*A
+NANOSECONDS_A_PRODUCT = {FORWARD: 0.03, TRAINING: 0.08}  # dot: B*Tq*Tk*(A+D)
+NANOSECONDS_A_BYTE = {FORWARD: 0.07, TRAINING: 0.25}  # keys and values
+
+
+class Pass(str, Enum):
+    forward = "forward"
+    training = "training"
+
+
+PASSES = {Pass.forward: FORWARD, Pass.training: TRAINING}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cell may take; more, and it is left out."""
+
+    memory_gb: float = 4.0
+    seconds: float = 2.0
+    item_size: int = 4  # also of 16-bit dtypes: their results are compared with eager in float32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a time depends on: an interrupted sweep goes on only under the same."""
+
+    dtype: str = "float32"
+    threads: int = 1
+    allocator: str = Allocator.reuse.value
+    seconds: float = 0.15
+    rounds: int = 5
+    rounds_long: int = 2
+
+
+@dataclass
+class Measured:
+    """Medians in milliseconds, and the time of eager / the time of ours within rounds: above 1 where ours is faster."""
+
+    ours: float
+    eager: float
+    ratio: timing.Spread
+    rounds: int
+
+
+@dataclass
+class Cell:
+    op: str
+    shape: Shape
+    passes: str
+    not_run: str | None = None  # why it was left out
+    failure: str | None = None  # why ours gets no time
+    first: Measured | None = None
+    again: Measured | None = None  # more rounds, for a cell that was below the bound
+
+    @property
+    def key(self) -> tuple[str, Shape, str]:
+        return self.op, self.shape, self.passes
+
+    @property
+    def ratio(self) -> float | None:
+        """The one that counts: of the longer measurement, where there is one."""
+        measured = self.again or self.first
+        return None if measured is None else measured.ratio.median
+
+    @property
+    def done(self) -> bool:
+        return self.first is not None or self.failure is not None or self.not_run is not None
+
+
+# The grid -------------------------------------------------------------------------------------------------------------
+
+
+def plan(grid: Grid, op_names: Sequence[str], passes: Sequence[str], limits: Limits) -> list[Cell]:
+    """All cells; those beyond the limits carry the reason. Cells with the same keys and values follow each other."""
+    cells = []
+    for batch, steps, units in itertools.product(grid.batch, grid.steps, grid.units):
+        for op, p, queries in itertools.product(op_names, passes, grid.queries):
+            cell = Cell(op, Shape(batch, queries, steps, units, units), p)
+            cell.not_run = beyond(cell, limits)
+            cells.append(cell)
+    return cells
+
+
+def beyond(cell: Cell, limits: Limits) -> str | None:
+    if working_set(cell) * limits.item_size > limits.memory_gb * 1e9:
+        return f"more than {limits.memory_gb:g} GB"
+    if expected_seconds(cell.op, cell.shape, cell.passes) > limits.seconds:
+        return f"more than {limits.seconds:g} s a call"
+    return None
+
+
+def working_set(cell: Cell) -> int:
+    """How many numbers eager (or ours) holds at its peak, with the inputs."""
+    batch, queries, steps, units, width = cell.shape
+    training = cell.passes == TRAINING
+    scores = batch * queries * steps
+    memory = batch * steps * (units + width)  # keys and values; the same once more for gradients, or a prepared copy
+    rest = 2 * memory + 4 * batch * queries * (units + width) + (5 if training else 3) * scores
+    return rest + ((5 if training else 3) * scores * units if cell.op == "additive_attention" else 0)
+
+
+def expected_seconds(op: str, shape: Shape, passes: str) -> float:
+    """About what a call of eager takes."""
+    batch, queries, steps, units, width = shape
+    scores = batch * queries * steps
+    own = (
+        scores * units * NANOSECONDS_A_PAIR[passes]
+        if op == "additive_attention"
+        else scores * (units + width) * NANOSECONDS_A_PRODUCT[passes]
+    )
+    return 1e-9 * (own + 4 * batch * steps * (units + width) * NANOSECONDS_A_BYTE[passes])
+
+
+def expected_total(cells: Iterable[Cell], settings: Settings) -> float:
+    """About how many seconds the cells will take that are still to be timed."""
+    total = 0.0
+    for cell in cells:
+        if not cell.done:
+            call = expected_seconds(cell.op, cell.shape, cell.passes)
+            rounds = settings.rounds_long if call > LONG_CALL else settings.rounds
+            total += 0.05 + 5 * call + max(settings.seconds, 1.5 * rounds * call)
+    return total
+
+
+# Times ----------------------------------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """The problems of the cells. Keys and values, the large ones, are kept while (B, Tk, A) stays the same."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.sizes: tuple[int, int, int] | None = None
+        self.memory: list[Tensor] = []
+
+    def problem(self, op: str, shape: Shape) -> ops.Problem:
+        batch, queries, steps, units, width = shape
+        if self.sizes != (batch, steps, units):
+            self.memory = []  # lets go of the old before the new is made
+            generator = torch.Generator().manual_seed(SEED)
+            self.memory = [self._normal(generator, batch, steps, size) for size in (units, width)]
+            self.sizes = batch, steps, units
+        keys, values = self.memory
+        generator = torch.Generator().manual_seed(SEED + 1)
+        query = self._normal(generator, batch, queries, units)
+        inputs = {"query": query if op == "additive_attention" else query * units**-0.5, "keys": keys, "values": values}
+        if op == "additive_attention":
+            inputs["v"] = self._normal(generator, units) * units**-0.5
+        return ops.Problem(inputs, self._normal(generator, batch, queries, width), None)
+
+    def _normal(self, generator: torch.Generator, *size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(self.dtype)
+
+
+def time_cell(cell: Cell, inputs: Inputs, settings: Settings, *, again: bool = False) -> None:
+    """Compares the contexts, then lets ours and eager take turns; a failure of ours is noted in its place."""
+    problem = inputs.problem(cell.op, cell.shape)
+    training = cell.passes == TRAINING
+    plain = ops.Settings(inputs.dtype, CPU, 0, 1, False, False, ops.Lengths.none, SEED)
+    name, found = ops.make_ways(cell.op, problem, plain)
+    ways = {way.name: way for way in found}
+    ours = ways[name]
+    start = time.perf_counter()
+    try:
+        expected = ops.expected_results(cell.op, problem, training=False)
+    except (RuntimeError, MemoryError) as error:
+        cell.not_run = f"eager failed: {first_line(error)}"
+        return
+    forward = time.perf_counter() - start
+    ops.check(ours, problem, expected, training=False)
+    del expected
+    if ours.failure is not None:
+        cell.failure = ours.failure
+        return
+    share = expected_seconds(*cell.key) / expected_seconds(cell.op, cell.shape, FORWARD)
+    long = forward * share > LONG_CALL
+    if again:
+        seconds, rounds = AGAIN_SECONDS, AGAIN_ROUNDS_LONG if long else AGAIN_ROUNDS
+    else:
+        seconds, rounds = settings.seconds, settings.rounds_long if long else settings.rounds
+    calls = {"ours": ops.bind(ours, problem, training=training)}
+    calls["eager"] = ops.bind(ways["eager"], problem, training=training)
+    try:
+        samples = timing.interleave(calls, timing.timer_for(CPU), seconds=seconds, least_rounds=rounds)
+    except (RuntimeError, MemoryError) as error:
+        cell.failure = f"{type(error).__name__}: {first_line(error)}"
+        return
+    measured = Measured(
+        1e3 * timing.spread(samples["ours"]).median,
+        1e3 * timing.spread(samples["eager"]).median,
+        timing.ratios(samples, "eager", "ours"),
+        len(samples["ours"]),
+    )
+    if again:
+        cell.again = measured
+    else:
+        cell.first = measured
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def run(cells: list[Cell], settings: Settings, least: float, progress_file: ProgressFile) -> None:
+    """Times the cells that have no time yet, then those below the bound once more."""
+    inputs = Inputs(getattr(torch, settings.dtype))
+    with ops.progress_bars() as progress:
+        for cell in tracked(progress, "sweep", [cell for cell in cells if not cell.done]):
+            time_cell(cell, inputs, settings)
+            progress_file.add(cell)
+        below = [cell for cell in cells if cell.again is None and is_below(cell, least)]
+        for cell in tracked(progress, "again", below):
+            time_cell(cell, inputs, settings, again=True)
+            progress_file.add(cell)
+
+
+def is_below(cell: Cell, least: float) -> bool:
+    return cell.ratio is not None and cell.ratio < least
+
+
+def tracked(progress: Progress, what: str, cells: list[Cell]) -> Iterator[Cell]:
+    if not cells:
+        return
+    task = progress.add_task(what, total=len(cells))
+    for cell in cells:
+        progress.update(
+            task, description=f"{what}: {cell.op.removesuffix('_attention')} {SHORT[cell.passes]} {cell.shape}"
+        )
+        yield cell
+        progress.advance(task)
+    progress.update(task, description=what)
+
+
+# What survives an interrupt -------------------------------------------------------------------------------------------
+
+
+class ProgressFile:
+    """JSON lines beside the result: first what the times depend on, then the cells as they are finished."""
+
+    def __init__(self, path: Path, conditions: dict[str, object]) -> None:
+        self.path = path
+        self.conditions = conditions
+
+    def start(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.conditions) + "\n")
+
+    def resume(self, cells: list[Cell]) -> int:
+        """Takes over the cells that are finished, and returns their number; ValueError under other conditions."""
+        lines = self.path.read_text().splitlines(keepends=True)
+        if not lines or not lines[0].endswith("\n"):  # stopped within the first line
+            self.start()
+            return 0
+        stored = json.loads(lines[0])
+        names = {**stored, **self.conditions}
+        differing = [
+            f"{name} {stored.get(name)!r}, not {self.conditions.get(name)!r}"
+            for name in names
+            if stored.get(name) != self.conditions.get(name)
+        ]
+        if differing:
+            raise ValueError(f"{results.shown(self.path)} is of another sweep: {'; '.join(differing)}")
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):  # an interrupt left half a line, to which nothing may be appended
+            results.write_whole(self.path, lambda partial: partial.write_text("".join(whole)))
+        found = {cell.key: cell for cell in map(read_cell, map(json.loads, whole[1:]))}
+        taken = 0
+        for cell in cells:
+            before = found.get(cell.key)
+            if before is not None and cell.not_run is None:
+                cell.not_run, cell.failure = before.not_run, before.failure
+                cell.first, cell.again = before.first, before.again
+                taken += 1
+        return taken
+
+    def add(self, cell: Cell) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(as_json(cell), allow_nan=False) + "\n")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def as_json(cell: Cell) -> dict[str, object]:
+    def measured(values: Measured | None) -> dict[str, object] | None:
+        if values is None:
+            return None
+        ratio = {name: round(value, 4) for name, value in values.ratio._asdict().items()}
+        return {
+            "ours ms": float(f"{values.ours:.5g}"),
+            "eager ms": float(f"{values.eager:.5g}"),
+            "ratio": ratio,
+            "rounds": values.rounds,
+        }
+
+    return {
+        "op": cell.op,
+        "shape": cell.shape._asdict(),
+        "passes": cell.passes,
+        "not run": cell.not_run,
+        "failure": cell.failure,
+        "first": measured(cell.first),
+        "again": measured(cell.again),
+    }
+
+
+def read_cell(entry: dict) -> Cell:
+    def measured(values: dict | None) -> Measured | None:
+        if values is None:
+            return None
+        return Measured(values["ours ms"], values["eager ms"], timing.Spread(**values["ratio"]), values["rounds"])
+
+    return Cell(
+        entry["op"],
+        Shape(**entry["shape"]),
+        entry["passes"],
+        entry["not run"],
+        entry["failure"],
+        measured(entry["first"]),
+        measured(entry["again"]),
+    )
+
+
+def code_digest() -> str:
+    """Tells one state of the package, compiled part included, from another, without git."""
+    folder = Path(attn_kernels.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("_C*.so"), *folder.glob("_C*.pyd")]):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def as_result(
+    cells: list[Cell], settings: Settings, limits: Limits, least: float, description: dict[str, str | int]
+) -> dict[str, object]:
+    return {
+        "part": "sweep",
+        "machine": description,
+        "settings": {
+            "dtype": settings.dtype,
+            "ours": choose(None, "cpu"),
+            "seconds a cell": settings.seconds,
+            "least rounds": settings.rounds,
+            "least rounds of long calls": settings.rounds_long,
+            "most memory, GB": limits.memory_gb,
+            "most seconds a call": limits.seconds,
+            "least ratio": least,
+            "package digest": code_digest(),
+            "first, again": "medians in ms; ratio: eager / ours within rounds, median and quartiles; above 1 where "
+            "ours is faster. again: the longer measurement of a cell that was below the least ratio; it is what counts",
+        },
+        "summary": {
+            f"{op}, {p}": {"cells": len(ratios), **{name: round(value, 4) for name, value in figures(ratios).items()}}
+            for (op, p), ratios in by_panel(cells).items()
+            if ratios
+        },
+        "not run": dict(reasons(cells)),
+        "cells": [as_json(cell) for cell in cells],
+    }
+
+
+def by_panel(cells: list[Cell]) -> dict[tuple[str, str], list[float]]:
+    panels: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        ratios = panels.setdefault((cell.op, cell.passes), [])
+        if cell.ratio is not None:
+            ratios.append(cell.ratio)
+    return panels
+
+
+def figures(ratios: list[float]) -> dict[str, float]:
+    geometric = math.exp(statistics.fmean(map(math.log, ratios)))
+    return {"lowest": min(ratios), "median": statistics.median(ratios), "geometric mean": geometric}
+
+
+def reasons(cells: list[Cell]) -> Counter[str]:
+    return Counter(cell.not_run for cell in cells if cell.not_run is not None)
+
+
+def report(cells: list[Cell], least: float, description: dict[str, str | int]) -> RenderableType:
+    """All cells below the bound, at least the ten lowest, the summary, and where all this was measured."""
+    timed = sorted((cell for cell in cells if cell.ratio is not None), key=lambda cell: cell.ratio or 0.0)
+    below = [cell for cell in timed if is_below(cell, least)]
+    parts: list[RenderableType] = []
+    if timed and len(below) < 10:
+        parts.append(cell_table("The ten lowest", timed[:10], least))
+    if below:
+        parts.append(cell_table(f"All below {least:g}x eager", below, least))
+    parts.append(summary_table(cells, least))
+    not_run = reasons(cells)
+    if not_run:
+        listed = "; ".join(f"{reason}: {count}" for reason, count in not_run.most_common())
+        parts.append(Text(f"Not run: {not_run.total()} of {len(cells)} cells ({listed})."))
+    for cell in cells:
+        if cell.failure is not None:
+            parts.append(Text(f"No time for ours: {cell.op} ({cell.shape}) {cell.passes}: {cell.failure}", "bold red"))
+    once = sum(cell.again is not None for cell in cells)
+    parts.append(
+        Text(f"x: time of eager / time of ours, median over rounds. Timed again at more length: {once} cells.")
+    )
+    if below:
+        parts.append(Text(f"{len(below)} cells remain below {least:g}x eager.", "bold red"))
+    elif timed:
+        parts.append(Text(f"No cell is below {least:g}x eager.", "bold green"))
+    parts.append(machine.as_text(description))
+    return Group(*parts)
+
+
+def summary_table(cells: list[Cell], least: float) -> Table:
+    table = Table(title="Eager / ours", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("op", no_wrap=True)
+    table.add_column("pass", no_wrap=True)
+    for column in ("cells", "not run", "failed", f"<{least:g}", "lowest", "median", "geo. mean"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for (op, p), ratios in by_panel(cells).items():
+        own = [cell for cell in cells if (cell.op, cell.passes) == (op, p)]
+        not_run = sum(cell.not_run is not None for cell in own)
+        failed = sum(cell.failure is not None for cell in own)
+        below = sum(is_below(cell, least) for cell in own)
+        shown = [f"{value:.2f}x" for value in figures(ratios).values()] if ratios else ["-"] * 3
+        table.add_row(
+            op.removesuffix("_attention"), SHORT[p], str(len(ratios)), str(not_run), str(failed), str(below), *shown
+        )
+    return table
+
+
+def cell_table(title: str, cells: list[Cell], least: float) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("op", "pass", "B,Tq,Tk,A"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ours ms", "eager ms", "first", "again"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def ratio(measured: Measured | None) -> str:
+        if measured is None:
+            return ""
+        value = f"{measured.ratio.median:.3f}x"
+        return f"[bold red]{value}![/]" if measured.ratio.median < least else f"{value} "
+
+    for cell in cells:
+        last = cell.again or cell.first
+        if last is not None:
+            times = f"{last.ours:.3g}", f"{last.eager:.3g}"
+            table.add_row(cell.op, SHORT[cell.passes], str(cell.shape), *times, ratio(cell.first), ratio(cell.again))
+    return table
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def benchmark(
+    *,
+    grid: Grid | None = None,
+    op_names: Sequence[str] = OPS,
+    passes: Sequence[str] = (FORWARD, TRAINING),
+    settings: Settings | None = None,
+    limits: Limits | None = None,
+    least: float = LEAST,
+    output: Path = results.LOCAL,
+    resume: bool = False,
+    quick: bool = False,
+) -> tuple[list[Path], list[Cell]]:
+    """Runs, prints and stores the sweep; returns the files and all cells. ValueError: what is there cannot go on."""
+    grid = grid or (QUICK if quick else Grid())
+    settings, limits = settings or Settings(), limits or Limits()
+    torch.set_num_threads(settings.threads)
+    stem = "-".join(["sweep-cpu", *([] if settings.dtype == "float32" else [settings.dtype]), *(["quick"] * quick)])
+    cells = plan(grid, op_names, passes, limits)
+    progress_file = ProgressFile(
+        output / f"{stem}.partial.jsonl",
+        {
+            **vars(settings),
+            "package": code_digest(),
+            "torch": torch.__version__,
+            "processor": machine.processor(),
+        },
+    )
+    if resume and progress_file.path.exists():
+        console.print(f"Taken over: {progress_file.resume(cells)} cells")
+    else:
+        progress_file.start()
+    if choose(None, "cpu") == "reference":
+        console.print("No fused backend runs on the CPU here; ours is the reference.", style="bold red")
+    left_out, minutes = reasons(cells).total(), expected_total(cells, settings) / 60
+    to_do = sum(not cell.done for cell in cells)
+    console.print(
+        f"{to_do} cells to time, about {max(1, round(minutes))} min and what is timed again; {left_out} left out",
+    )
+    in_effect = machine.set_allocator(Allocator(settings.allocator))
+    run(cells, settings, least, progress_file)
+    description = machine.describe(CPU, in_effect)
+    result, picture = output / f"{stem}.json", output / f"{stem}.png"
+    results.write_json(result, as_result(cells, settings, limits, least, description))
+    plots.sweep(picture, cells, description, settings.dtype, least)
+    progress_file.remove()
+    console.print(report(cells, least, description))
+    return [result, picture], cells
+
+
+app = application()
+
+
+@app.command()
+def main(
+    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
+    pass_: Annotated[list[Pass] | None, typer.Option("--pass", help="May be repeated; both if left out.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="B; may be repeated.")] = None,
+    queries: Annotated[list[int] | None, typer.Option(min=1, help="Tq; may be repeated.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Tk; may be repeated.")] = None,
+    units: Annotated[list[int] | None, typer.Option(min=1, help="A and D; may be repeated.")] = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of the kernels.")] = 1,
+    allocator: Annotated[
+        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: glibc's own.")
+    ] = Allocator.reuse,
+    least: Annotated[float, typer.Option(min=0, help="Least eager / ours; what is below is timed again.")] = LEAST,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = Settings.seconds,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Least rounds of a cell; 2 where calls are long.")
+    ] = Settings.rounds,
+    most_memory: Annotated[
+        float, typer.Option(min=0, help="GB; cells whose working set is larger are left out.")
+    ] = Limits.memory_gb,
+    most_seconds: Annotated[
+        float, typer.Option(min=0, help="Cells where a call of eager is expected to take longer are left out.")
+    ] = Limits.seconds,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the JSON file and the picture.", show_default=results.shown(results.LOCAL))
+    ] = results.LOCAL,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that was interrupted there.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A thin grid, under two minutes.")] = False,
+) -> None:
+    """Times additive_attention and dot_attention against eager PyTorch over a grid of sizes, 20 to 30 minutes on one
+    core. Exit code 1 where a cell is slower than eager (below --least) or has no time because ours failed.
+    """
+    axes = {"batch": batch, "queries": queries, "steps": steps, "units": units}
+    chosen = {name: tuple(sorted(set(sizes))) for name, sizes in axes.items() if sizes}
+    try:
+        written, cells = benchmark(
+            grid=(QUICK if quick else Grid())._replace(**chosen),
+            op_names=[o.value for o in dict.fromkeys(op or Op)],
+            passes=[PASSES[p] for p in dict.fromkeys(pass_ or Pass)],
+            settings=Settings(
+                dtype.value, threads, allocator.value, seconds, rounds, min(rounds, Settings.rounds_long)
+            ),
+            limits=Limits(most_memory, most_seconds, 8 if dtype is Dtype.float64 else 4),
+            least=least,
+            output=output,
+            resume=resume,
+            quick=quick,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}. Without --resume a new one starts.", param_hint="--resume") from None
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command with --resume goes on from here.")
+        sys.exit(130)
+    console.print("Written: " + ", ".join(results.shown(path) for path in written))
+    sys.exit(1 if any(is_below(cell, least) or cell.failure is not None for cell in cells) else 0)
+
+
+if __name__ == "__main__":
+    app()
