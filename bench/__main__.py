@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import results
-from .cli import application, console
+from .cli import AllocatorOption, OutputOption, ThreadsOption, application, console
 from .cpu import ops
 from .machine import Allocator
 from .models import g2p
@@ -28,14 +27,10 @@ def main(
     full: Annotated[
         bool, typer.Option("--full", help="As the committed results: no limit of time, about a quarter of an hour.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for the ops.")] = 1,
+    threads: ThreadsOption = 1,
     training_threads: Annotated[int, typer.Option(min=1, help="Threads for the training.")] = g2p.THREADS,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
-    ] = Allocator.reuse,
-    output: Annotated[
-        Path, typer.Option(help="Folder for JSON and plots.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    allocator: AllocatorOption = Allocator.reuse,
+    output: OutputOption = results.LOCAL,
 ) -> None:
     """Times the ops, then trains Seq2Seq on CMUdict with fused and with reference attention. It takes five minutes: on
     a slower machine there are fewer rounds, shapes and steps, and the tables say so. On a machine with a GPU the ops

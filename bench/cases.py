@@ -1,4 +1,4 @@
-"""The standard shapes, their inputs, and when a result is right: what every benchmark of the ops shares.
+"""The cases that all benchmarks of the ops share: sizes, inputs, how much work they are, when a result is right.
 
 Needs torch alone, so that it serves where nothing else is installed.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -16,6 +16,18 @@ import torch
 from torch import Tensor
 
 from . import eager, timing
+
+
+class Op(str, Enum):
+    additive_attention = "additive_attention"
+    dot_attention = "dot_attention"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
 
 
 class Lengths(str, Enum):
@@ -50,15 +62,17 @@ SHAPES = {
 }
 GPU_SHAPES = {Shape(256, 74, 75, 1024, 1024): "MLPerf GNMT"}
 
-FORWARD, TRAINING = "forward", "forward+backward"
+# The passes of a call. The backward alone is timed by cpu/roofline.py only.
+FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
+SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd+bwd"}
 
 # Largest difference from the eager formula (in float32 or wider), as a share of the largest value of that tensor.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass
-class Way:
-    """One way to compute a cell, and what came of it."""
+class Provider:
+    """One way to compute a cell (a backend of ours, eager, torch.compile, ...), and what came of it."""
 
     name: str
     function: Callable[..., Tensor] | None = None  # tensors -> context
@@ -91,6 +105,62 @@ class Settings:
     prepared: bool = False
 
 
+class Work(NamedTuple):
+    """What one call has to do at least."""
+
+    read: int  # bytes
+    written: int  # bytes
+    pairs: int  # of a query and a key, for one unit
+    exponentials: int
+    macs: int
+
+
+def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
+    """Of the forward or of the backward.
+
+    Forward: context alone, no alignments. Backward: starts from the alignments and the gradient of the context.
+    """
+    batch, queries, steps, units, width = shape
+    pairs = batch * queries * steps
+    query, context = batch * queries * units, batch * queries * width
+    keys, values = batch * steps * units, batch * steps * width
+    additive = op == Op.additive_attention
+    inputs = query + keys + values + (units if additive else 0)
+    if passes == FORWARD:
+        read, written, products = inputs, context, pairs * width
+    else:
+        # The gradient of the values and that of the alignments.
+        read, written, products = inputs + pairs + context, inputs, 2 * pairs * width
+    if additive:
+        return Work(read * item_size, written * item_size, pairs * units, query + keys, products)
+    products += pairs * units * (1 if passes == FORWARD else 2)
+    return Work(read * item_size, written * item_size, 0, 0, products)
+
+
+@dataclass
+class Cell:
+    """One line of a table: an op at one shape, forward or forward and backward, by several providers."""
+
+    op: str
+    shape: Shape
+    passes: str
+    label: str
+    ours: str  # the name of the provider that is ours; the backend's name
+    providers: list[Provider] = field(default_factory=list)
+    rounds: int = 0  # that the times are of; 0: it was left out, or nothing in it ran
+    left_out: bool = False  # there was no time for it
+    seconds_of_check: float = 0.0  # what was spent before the rounds, most of it on compilation
+    seconds_a_round: float = 0.0
+
+    @property
+    def work(self) -> int:
+        """Products of one pass over all pairs of a query and a step."""
+        return self.shape.B * self.shape.Tq * self.shape.Tk * (self.shape.A + self.shape.D)
+
+    def provider(self, name: str) -> Provider | None:
+        return next((provider for provider in self.providers if provider.name == name), None)
+
+
 def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
     generator = torch.Generator().manual_seed(settings.seed)
 
@@ -115,10 +185,10 @@ def expected_results(op: str, problem: Problem, *, training: bool) -> dict[str, 
     """What the eager formula makes of a problem, in float32 or wider."""
     formula = functools.partial(getattr(eager, op), memory_lengths=problem.memory_lengths, need_weights=False)
     wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
-    return results(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
+    return compute(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
 
 
-def results(
+def compute(
     function: Callable[..., Tensor], inputs: dict[str, Tensor], grad_context: Tensor, *, training: bool
 ) -> dict[str, Tensor]:
     """The context and, for training, the gradient of every input, by name."""
@@ -141,10 +211,10 @@ def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[
     return worst, where
 
 
-def bind(way: Way, problem: Problem, *, training: bool) -> Callable[[], object]:
+def bind(provider: Provider, problem: Problem, *, training: bool) -> Callable[[], object]:
     """The call that is timed."""
-    assert way.function is not None
-    function, inputs = way.function, list(problem.inputs.values())
+    assert provider.function is not None
+    function, inputs = provider.function, list(problem.inputs.values())
     if not training:
 
         def forward() -> Tensor:
@@ -156,15 +226,15 @@ def bind(way: Way, problem: Problem, *, training: bool) -> Callable[[], object]:
     return lambda: torch.autograd.grad(function(*leaves), leaves, problem.grad_context)
 
 
-def check(way: Way, problem: Problem, expected: dict[str, Tensor], *, training: bool) -> None:
+def check(provider: Provider, problem: Problem, expected: dict[str, Tensor], *, training: bool) -> None:
     """Runs a way once and notes why it may not be timed, if so."""
     try:
-        got = results(way.function, problem.inputs, problem.grad_context, training=training)
+        got = compute(provider.function, problem.inputs, problem.grad_context, training=training)
     except Exception as error:  # whatever a compiler or a kernel raises belongs into the cell
         lines = str(error).strip().splitlines()
-        way.failure = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+        provider.failure = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
         return
     error, where = largest_error(got, expected)
     if not error <= TOLERANCES[problem.grad_context.dtype]:
-        way.failure = f"wrong: {where} differs by {error:.1e} of its largest value"
-    way.error = error if math.isfinite(error) else None  # JSON has neither NaN nor infinity
+        provider.failure = f"wrong: {where} differs by {error:.1e} of its largest value"
+    provider.error = error if math.isfinite(error) else None  # JSON has neither NaN nor infinity

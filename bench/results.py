@@ -6,6 +6,9 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .timing import Spread
 
 FOLDER = Path(__file__).parent / "results"  # the published ones
 LOCAL = FOLDER / "local"  # ignored by git
@@ -35,3 +38,14 @@ def shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def rounded(value: Any) -> Any:
+    """Five digits of every float in it: more would be noise. A spread becomes a dictionary."""
+    if isinstance(value, Spread):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -297,7 +297,7 @@ def test_targets_are_predicted() -> None:
 
 def test_predictions_respect_the_floor() -> None:
     kernels = gpu_predictions.counted_kernels()
-    assert {gpu_predictions.FORWARD, gpu_predictions.BACKWARD} <= set(kernels)
+    assert {gpu_predictions.MANY_FORWARD, gpu_predictions.MANY_BACKWARD} <= set(kernels)
     for row in gpu_cells.rows():
         if row.beams or row.op == SCORES:
             continue

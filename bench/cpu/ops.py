@@ -10,20 +10,18 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich import box
 from rich.console import Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import attn_kernels
+from attn_kernels import Attention
 from attn_kernels.backends import choose
 
 from .. import eager, machine, plots, results, timing
@@ -31,76 +29,52 @@ from ..cases import (
     FORWARD,
     GPU_SHAPES,
     SHAPES,
+    SHORT,
     TRAINING,
+    Cell,
+    Dtype,
     Lengths,
+    Op,
     Problem,
+    Provider,
     Settings,
     Shape,
-    Way,
     bind,
     check,
     expected_results,
     make_problem,
 )
-from ..cli import application, console
+from ..cli import (
+    AllocatorOption,
+    OutputOption,
+    ShapesOption,
+    ThreadsOption,
+    application,
+    console,
+    parse_device,
+    parse_shape,
+    progress_bars,
+)
 from ..machine import Allocator
-
-
-class Op(str, Enum):
-    additive_attention = "additive_attention"
-    dot_attention = "dot_attention"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
+from ..report import FEW_ROUNDS, figure, megabytes, quartiles, table, times
 
 QUICK_SHAPES = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
 
-SHORT = {FORWARD: "fwd", TRAINING: "fwd+bwd"}
 BASELINES = ("eager", "torch.compile", "sdpa")
 
-LEAST_CALLS = 8  # of each way: results, memory, warming up, and three rounds
-FEW_ROUNDS = 5  # from fewer, a median is shown with its quartiles
+LEAST_CALLS = 8  # of each provider: results, memory, warming up, and three rounds
 
 
-@dataclass
-class Cell:
-    """One line of the table: an op at one shape, forward or forward and backward."""
-
-    op: str
-    shape: Shape
-    passes: str
-    label: str
-    ours: str  # the name of the way that is ours; the backend's name
-    ways: list[Way] = field(default_factory=list)
-    rounds: int = 0  # that the times are of; 0: it was left out, or nothing in it ran
-    left_out: bool = False  # there was no time for it
-    seconds_of_check: float = 0.0  # what was spent before the rounds, most of it on compilation
-    seconds_a_round: float = 0.0
-
-    @property
-    def work(self) -> int:
-        """Products of one pass over all pairs of a query and a step."""
-        return self.shape.B * self.shape.Tq * self.shape.Tk * (self.shape.A + self.shape.D)
-
-    def way(self, name: str) -> Way | None:
-        return next((way for way in self.ways if way.name == name), None)
-
-
-def make_ways(op: str, problem: Problem, settings: Settings) -> tuple[str, list[Way]]:
+def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, list[Provider]]:
     """The name of ours, and all ways: each backend that runs here, eager, torch.compile in its variants, SDPA."""
     masks = {"memory_lengths": problem.memory_lengths, "need_weights": settings.need_weights}
 
-    def way(name: str, function: Callable[..., attn_kernels.Attention], detail: str = "", **keywords: object) -> Way:
+    def make(name: str, function: Callable[..., Attention], detail: str = "", **keywords: object) -> Provider:
         bound = functools.partial(function, **{**masks, **keywords})
-        return Way(name, lambda *tensors: bound(*tensors).context, detail)
+        return Provider(name, lambda *tensors: bound(*tensors).context, detail)
 
-    def compiled(function: Callable[..., attn_kernels.Attention], detail: str) -> Way:
-        plain = way("torch.compile", function, detail)
+    def compiled(function: Callable[..., Attention], detail: str) -> Provider:
+        plain = make("torch.compile", function, detail)
         assert plain.function is not None
         plain.function = torch.compile(plain.function, dynamic=False)
         return plain
@@ -115,16 +89,16 @@ def make_ways(op: str, problem: Problem, settings: Settings) -> tuple[str, list[
     if settings.prepared and op == "additive_attention":
         keywords["prepared"] = attn_kernels.prepare_keys(problem.inputs["keys"], backend=ours)  # once, not in each call
     # Ours as users call it: without a name, which leaves the smallest dot attentions to PyTorch's own calls.
-    ways = [way(name, public, backend=None if name == ours else name, **keywords) for name in backends]
-    ways.append(way("eager", getattr(eager, op)))
+    providers = [make(name, public, backend=None if name == ours else name, **keywords) for name in backends]
+    providers.append(make("eager", getattr(eager, op)))
     if settings.compile and op == "additive_attention":
-        ways.append(compiled(eager.additive_attention, "sum as tanh(...) @ v"))
-        ways.append(compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
+        providers.append(compiled(eager.additive_attention, "sum as tanh(...) @ v"))
+        providers.append(compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
     elif settings.compile:
-        ways.append(compiled(eager.dot_attention, ""))
+        providers.append(compiled(eager.dot_attention, ""))
     if op == "dot_attention":
-        ways.append(way("sdpa", eager.sdpa_dot_attention, "returns no alignments", need_weights=False))
-    return ours, ways
+        providers.append(make("sdpa", eager.sdpa_dot_attention, "returns no alignments", need_weights=False))
+    return ours, providers
 
 
 def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
@@ -139,26 +113,32 @@ def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing
     machine.set_allocator_for_memory(allocator)
     start = time.perf_counter()
     expected = expected_results(cell.op, problem, training=training)
-    cell.ours, cell.ways = make_ways(cell.op, problem, settings)
-    for way in cell.ways:
-        check(way, problem, expected, training=training)
+    cell.ours, cell.providers = make_providers(cell.op, problem, settings)
+    for provider in cell.providers:
+        check(provider, problem, expected, training=training)
     del expected
-    calls = {str(i): bind(way, problem, training=training) for i, way in enumerate(cell.ways) if way.failure is None}
+    calls = {
+        str(i): bind(provider, problem, training=training)
+        for i, provider in enumerate(cell.providers)
+        if provider.failure is None
+    }
     for i, call in calls.items():
-        cell.ways[int(i)].memory_mb = machine.peak_memory(call, settings.device)
+        cell.providers[int(i)].memory_mb = machine.peak_memory(call, settings.device)
     cell.seconds_of_check = time.perf_counter() - start
     in_effect = machine.set_allocator(allocator)
-    time_ways(cell, calls, settings, budget)
-    for way in cell.ways:
-        way.function = None  # lets go of the inputs
-    cell.ways = one_compiled(cell.ways)
+    time_providers(cell, calls, settings, budget)
+    for provider in cell.providers:
+        provider.function = None  # lets go of the inputs
+    cell.providers = one_compiled(cell.providers)
     return in_effect
 
 
-def time_ways(cell: Cell, calls: dict[str, Callable[[], object]], settings: Settings, budget: timing.Budget) -> None:
+def time_providers(
+    cell: Cell, calls: dict[str, Callable[[], object]], settings: Settings, budget: timing.Budget
+) -> None:
     """calls: by the place of their way in the cell."""
     timer = timing.timer_for(settings.device)
-    variants = {i: call for i, call in calls.items() if cell.ways[int(i)].name == "torch.compile"}
+    variants = {i: call for i, call in calls.items() if cell.providers[int(i)].name == "torch.compile"}
     if len(variants) > 1:  # only the faster one goes on
         tried = timing.interleave(variants, timer, seconds=0, least_rounds=3, at_most=budget.left / 4)
         fastest = min(variants, key=lambda i: timing.spread(tried[i]).median)
@@ -168,19 +148,21 @@ def time_ways(cell: Cell, calls: dict[str, Callable[[], object]], settings: Sett
         calls, timer, seconds=seconds, least_rounds=settings.rounds, at_most=max(settings.seconds, budget.left)
     )
     for i in calls:
-        way = cell.ways[int(i)]
-        way.milliseconds = timing.Spread(*(1e3 * seconds for seconds in timing.spread(samples[i])))
+        provider = cell.providers[int(i)]
+        provider.milliseconds = timing.spread(samples[i]).scaled(1e3)
         if "0" in calls:
-            way.times_ours = timing.ratios(samples, i, "0")
+            provider.times_ours = timing.ratios(samples, i, "0")
         cell.rounds = len(samples[i])
         cell.seconds_a_round += timing.spread(samples[i]).median
 
 
-def one_compiled(ways: list[Way]) -> list[Way]:
+def one_compiled(providers: list[Provider]) -> list[Provider]:
     """Of the variants of torch.compile, the one that was timed; where none was, the first with its reason."""
-    compiled = [way for way in ways if way.name == "torch.compile"]
-    kept = next((way for way in compiled if way.milliseconds is not None), compiled[0] if compiled else None)
-    return [way for way in ways if way.name != "torch.compile" or way is kept]
+    compiled = [provider for provider in providers if provider.name == "torch.compile"]
+    kept = next(
+        (provider for provider in compiled if provider.milliseconds is not None), compiled[0] if compiled else None
+    )
+    return [provider for provider in providers if provider.name != "torch.compile" or provider is kept]
 
 
 def plan(ops: list[Op], shapes: dict[Shape, str], passes: list[str]) -> list[Cell]:
@@ -216,28 +198,18 @@ def expected_seconds(cell: Cell, others: list[Cell]) -> float:
     return min(other.seconds_of_check for other in alike) + LEAST_CALLS * round_
 
 
-def progress_bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
 def as_result(cells: list[Cell], settings: Settings, description: dict[str, str | int]) -> dict[str, object]:
-    def spread(values: timing.Spread | None) -> dict[str, float] | None:
-        return None if values is None else {k: round(v, 5) for k, v in values._asdict().items()}
-
-    def as_json(way: Way) -> dict[str, object]:
-        entry = asdict(way)
+    def as_json(provider: Provider) -> dict[str, object]:
+        entry = asdict(provider)
         del entry["function"]
-        return {**entry, "milliseconds": spread(way.milliseconds), "times_ours": spread(way.times_ours)}
+        spreads = {
+            "milliseconds": results.rounded(provider.milliseconds),
+            "times_ours": results.rounded(provider.times_ours),
+        }
+        return {**entry, **spreads}
 
     return {
         "part": "ops",
@@ -262,7 +234,7 @@ def as_result(cells: list[Cell], settings: Settings, description: dict[str, str 
                 "ours": cell.ours,
                 "rounds": cell.rounds,
                 "left out": cell.left_out,
-                "ways": [as_json(way) for way in cell.ways],
+                "ways": [as_json(provider) for provider in cell.providers],
             }
             for cell in cells
         ],
@@ -295,98 +267,63 @@ def op_table(op: str, cells: list[Cell], dtype: str, notes: list[str]) -> Table:
         **({"sdpa": "SDPA"} if cells[0].op == "dot_attention" else {}),
     }
     ours = next((cell.ours for cell in cells if not cell.left_out), "left out")
-    title = f"{op}, {dtype}, ours: {ours}"
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("B,Tq,Tk,A", "pass"):
-        result.add_column(column, no_wrap=True)
-    for column in ("ms", *others.values(), "MB"):
-        result.add_column(column, justify="right", no_wrap=True)
+    numbers = (f">{column}" for column in ("ms", *others.values(), "MB"))
+    result = table(f"{op}, {dtype}, ours: {ours}", "B,Tq,Tk,A", "pass", *numbers)
     for cell in cells:
         if cell.left_out:
             result.add_row(str(cell.shape), SHORT[cell.passes], "[yellow]left out[/]")
             continue
-        memory = " / ".join(megabytes(cell.way(name)) for name in (cell.ours, "eager", "torch.compile"))
-        ratios = [times_ours(cell.way(name), notes, cell.rounds) for name in others]
-        result.add_row(str(cell.shape), SHORT[cell.passes], milliseconds(cell.way(cell.ours), notes), *ratios, memory)
-        for way in cell.ways:
-            if way.name != cell.ours and way.name not in BASELINES:  # another backend of ours
+        memory = " / ".join(memory_of(cell.provider(name)) for name in (cell.ours, "eager", "torch.compile"))
+        ratios = [times_ours(cell.provider(name), notes, cell.rounds) for name in others]
+        result.add_row(
+            str(cell.shape), SHORT[cell.passes], milliseconds(cell.provider(cell.ours), notes), *ratios, memory
+        )
+        for provider in cell.providers:
+            if provider.name != cell.ours and provider.name not in BASELINES:  # another backend of ours
                 blanks = [""] * (len(others) - 1)
-                row = [f"  {way.name}", "", milliseconds(way, notes), times_ours(way, notes), *blanks, megabytes(way)]
-                result.add_row(*row)
+                ms, ratio = milliseconds(provider, notes), times_ours(provider, notes)
+                result.add_row(f"  {provider.name}", "", ms, ratio, *blanks, memory_of(provider))
     return result
 
 
-def milliseconds(way: Way | None, notes: list[str]) -> str:
-    if way is None or way.milliseconds is None:
-        return failed(way, notes)
-    return f"{way.milliseconds.median:.3g}"
+def milliseconds(provider: Provider | None, notes: list[str]) -> str:
+    if provider is None or provider.milliseconds is None:
+        return failed(provider, notes)
+    return figure(provider.milliseconds.median)
 
 
-def times_ours(way: Way | None, notes: list[str], rounds: int = FEW_ROUNDS) -> str:
-    """A ratio; one that ours loses stands out, in colour and in plain text. Of few rounds, with its quartiles."""
-    if way is None or way.times_ours is None:
-        return failed(way, notes)
-    ratio, shown = way.times_ours.median, quartiles(way.times_ours, rounds)
-    return f"[bold red]{ratio:.2f}x!{shown}[/]" if round(ratio, 2) < 1 else f"{ratio:.1f}x {shown}"
+def times_ours(provider: Provider | None, notes: list[str], rounds: int = FEW_ROUNDS) -> str:
+    """A ratio; of few rounds, with its quartiles."""
+    if provider is None or provider.times_ours is None:
+        return failed(provider, notes)
+    ratio, beside = provider.times_ours.median, quartiles(provider.times_ours, rounds)
+    return times(ratio, digits=1) + (beside if round(ratio, 2) < 1 else f" {beside}")
 
 
-def quartiles(values: timing.Spread, rounds: int) -> str:
-    """Beside a median of few rounds, which is not to be taken for more than it is."""
-    if rounds >= FEW_ROUNDS:
-        return ""
-    return " (1 round)" if rounds == 1 else f" ({values.low:.2f}-{values.high:.2f})"
-
-
-def failed(way: Way | None, notes: list[str]) -> str:
-    if way is None or way.failure is None:
+def failed(provider: Provider | None, notes: list[str]) -> str:
+    if provider is None or provider.failure is None:
         return "-"
-    note = f"{way.name}: {way.failure}"
+    note = f"{provider.name}: {provider.failure}"
     if note not in notes:
         notes.append(note)
     return rf"[yellow]none \[{notes.index(note) + 1}][/]"
 
 
-def megabytes(way: Way | None) -> str:
-    if way is None or way.memory_mb is None:
-        return "-"
-    return f"{way.memory_mb:.1f}" if way.memory_mb < 99.5 else f"{way.memory_mb:.0f}"
+def memory_of(provider: Provider | None) -> str:
+    return "-" if provider is None else megabytes(provider.memory_mb)
 
 
 def wrong_cells(cells: list[Cell]) -> list[str]:
     """Where ours has no time: its results are wrong or it failed."""
     found = []
     for cell in cells:
-        way = cell.way(cell.ours)
-        if way is not None and way.failure:
-            found.append(f"{cell.op} ({cell.shape}) {cell.passes}, backend {cell.ours}: {way.failure}")
+        provider = cell.provider(cell.ours)
+        if provider is not None and provider.failure:
+            found.append(f"{cell.op} ({cell.shape}) {cell.passes}, backend {cell.ours}: {provider.failure}")
     return found
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
-
-
-def parse_shape(text: str) -> Shape:
-    try:
-        sizes = [int(size) for size in text.split(",")]
-    except ValueError:
-        sizes = []
-    if len(sizes) == 4:
-        sizes.append(sizes[3])
-    if len(sizes) != 5 or min(sizes) < 1:
-        raise typer.BadParameter(f"a shape is B,Tq,Tk,A or B,Tq,Tk,A,D, five positive numbers at most; got {text!r}")
-    return Shape(*sizes)
-
-
-def parse_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error).splitlines()[0]) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"{name}: PyTorch finds no GPU here")
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name}: cpu or cuda")
-    return device
 
 
 def default_devices() -> list[str]:
@@ -462,16 +399,14 @@ app = application()
 
 @app.command()
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help="B,Tq,Tk,A or B,Tq,Tk,A,D; may be repeated.")] = None,
+    shape: ShapesOption = None,
     op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
     forward: Annotated[bool, typer.Option(help="Time the forward alone.")] = True,
     backward: Annotated[bool, typer.Option(help="Time forward and backward together.")] = True,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda; all that are here if left out.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of the kernels.")] = 1,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: glibc's own.")
-    ] = Allocator.reuse,
+    threads: ThreadsOption = 1,
+    allocator: AllocatorOption = Allocator.reuse,
     compile: Annotated[bool, typer.Option(help="Time torch.compile as well; needs a C++ compiler.")] = True,
     need_weights: Annotated[bool, typer.Option(help="Ask for the alignments too (not of SDPA).")] = False,
     lengths: Annotated[Lengths, typer.Option(help="random: memory_lengths between Tk/2 and Tk.")] = Lengths.none,
@@ -479,9 +414,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
     prepared: Annotated[bool, typer.Option(help="Prepare the keys once (prepare_keys), as decoders do.")] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the JSON file and the plot.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    output: OutputOption = results.LOCAL,
     quick: Annotated[bool, typer.Option(help="Two shapes, few rounds.")] = False,
     budget: Annotated[
         float | None,

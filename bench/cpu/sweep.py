@@ -23,7 +23,6 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from rich import box
 from rich.console import Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
@@ -33,11 +32,12 @@ from torch import Tensor
 import attn_kernels
 from attn_kernels.backends import choose
 
-from .. import machine, plots, results, timing
-from ..cli import application, console
+from .. import cases, machine, plots, results, timing
+from ..cases import FORWARD, SHORT, TRAINING, Dtype, Op, Shape
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, progress_bars
 from ..machine import Allocator
+from ..report import figure, table, times
 from . import ops
-from .ops import FORWARD, SHORT, TRAINING, Dtype, Op, Shape
 
 CPU = torch.device("cpu")
 OPS = tuple(op.value for op in Op)
@@ -196,7 +196,7 @@ class Inputs:
         self.sizes: tuple[int, int, int] | None = None
         self.memory: list[Tensor] = []
 
-    def problem(self, op: str, shape: Shape) -> ops.Problem:
+    def problem(self, op: str, shape: Shape) -> cases.Problem:
         batch, queries, steps, units, width = shape
         if self.sizes != (batch, steps, units):
             self.memory = []  # lets go of the old before the new is made
@@ -209,7 +209,7 @@ class Inputs:
         inputs = {"query": query if op == "additive_attention" else query * units**-0.5, "keys": keys, "values": values}
         if op == "additive_attention":
             inputs["v"] = self._normal(generator, units) * units**-0.5
-        return ops.Problem(inputs, self._normal(generator, batch, queries, width), None)
+        return cases.Problem(inputs, self._normal(generator, batch, queries, width), None)
 
     def _normal(self, generator: torch.Generator, *size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(self.dtype)
@@ -219,18 +219,18 @@ def time_cell(cell: Cell, inputs: Inputs, settings: Settings, *, again: bool = F
     """Compares the contexts, then lets ours and eager take turns; a failure of ours is noted in its place."""
     problem = inputs.problem(cell.op, cell.shape)
     training = cell.passes == TRAINING
-    plain = ops.Settings(inputs.dtype, CPU, 0, 1, False, False, ops.Lengths.none, SEED)
-    name, found = ops.make_ways(cell.op, problem, plain)
-    ways = {way.name: way for way in found}
-    ours = ways[name]
+    plain = cases.Settings(inputs.dtype, CPU, 0, 1, False, False, cases.Lengths.none, SEED)
+    name, found = ops.make_providers(cell.op, problem, plain)
+    providers = {provider.name: provider for provider in found}
+    ours = providers[name]
     start = time.perf_counter()
     try:
-        expected = ops.expected_results(cell.op, problem, training=False)
+        expected = cases.expected_results(cell.op, problem, training=False)
     except (RuntimeError, MemoryError) as error:
         cell.not_run = f"eager failed: {first_line(error)}"
         return
     forward = time.perf_counter() - start
-    ops.check(ours, problem, expected, training=False)
+    cases.check(ours, problem, expected, training=False)
     del expected
     if ours.failure is not None:
         cell.failure = ours.failure
@@ -241,8 +241,8 @@ def time_cell(cell: Cell, inputs: Inputs, settings: Settings, *, again: bool = F
         seconds, rounds = AGAIN_SECONDS, AGAIN_ROUNDS_LONG if long else AGAIN_ROUNDS
     else:
         seconds, rounds = settings.seconds, settings.rounds_long if long else settings.rounds
-    calls = {"ours": ops.bind(ours, problem, training=training)}
-    calls["eager"] = ops.bind(ways["eager"], problem, training=training)
+    calls = {"ours": cases.bind(ours, problem, training=training)}
+    calls["eager"] = cases.bind(providers["eager"], problem, training=training)
     try:
         samples = timing.interleave(calls, timing.timer_for(CPU), seconds=seconds, least_rounds=rounds)
     except (RuntimeError, MemoryError) as error:
@@ -267,7 +267,7 @@ def first_line(error: BaseException) -> str:
 def run(cells: list[Cell], settings: Settings, least: float, progress_file: ProgressFile) -> None:
     """Times the cells that have no time yet, then those below the bound once more."""
     inputs = Inputs(getattr(torch, settings.dtype))
-    with ops.progress_bars() as progress:
+    with progress_bars() as progress:
         for cell in tracked(progress, "sweep", [cell for cell in cells if not cell.done]):
             time_cell(cell, inputs, settings)
             progress_file.add(cell)
@@ -348,13 +348,8 @@ def as_json(cell: Cell) -> dict[str, object]:
     def measured(values: Measured | None) -> dict[str, object] | None:
         if values is None:
             return None
-        ratio = {name: round(value, 4) for name, value in values.ratio._asdict().items()}
-        return {
-            "ours ms": float(f"{values.ours:.5g}"),
-            "eager ms": float(f"{values.eager:.5g}"),
-            "ratio": ratio,
-            "rounds": values.rounds,
-        }
+        times = {"ours ms": values.ours, "eager ms": values.eager, "ratio": values.ratio, "rounds": values.rounds}
+        return results.rounded(times)
 
     return {
         "op": cell.op,
@@ -416,13 +411,22 @@ def as_result(
             "ours is faster. again: the longer measurement of a cell that was below the least ratio; it is what counts",
         },
         "summary": {
-            f"{op}, {p}": {"cells": len(ratios), **{name: round(value, 4) for name, value in figures(ratios).items()}}
+            f"{op}, {p}": {"cells": len(ratios), **results.rounded(figures(ratios))}
             for (op, p), ratios in by_panel(cells).items()
             if ratios
         },
         "not run": dict(reasons(cells)),
         "cells": [as_json(cell) for cell in cells],
     }
+
+
+def ratios_by_panel(cells: list[Cell]) -> dict[tuple[str, str], dict[Shape, float | None]]:
+    """For the heat map; None where ours failed, NaN where a cell was not run."""
+    panels: dict[tuple[str, str], dict[Shape, float | None]] = {}
+    for cell in cells:
+        panel = panels.setdefault((cell.op, cell.passes), {})
+        panel[cell.shape] = cell.ratio if cell.ratio is not None or cell.failure is not None else math.nan
+    return panels
 
 
 def by_panel(cells: list[Cell]) -> dict[tuple[str, str], list[float]]:
@@ -473,42 +477,34 @@ def report(cells: list[Cell], least: float, description: dict[str, str | int]) -
 
 
 def summary_table(cells: list[Cell], least: float) -> Table:
-    table = Table(title="Eager / ours", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("op", no_wrap=True)
-    table.add_column("pass", no_wrap=True)
-    for column in ("cells", "not run", "failed", f"<{least:g}", "lowest", "median", "geo. mean"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = (">cells", ">not run", ">failed", f"><{least:g}", ">lowest", ">median", ">geo. mean")
+    result = table("Eager / ours", "op", "pass", *columns)
     for (op, p), ratios in by_panel(cells).items():
         own = [cell for cell in cells if (cell.op, cell.passes) == (op, p)]
         not_run = sum(cell.not_run is not None for cell in own)
         failed = sum(cell.failure is not None for cell in own)
         below = sum(is_below(cell, least) for cell in own)
         shown = [f"{value:.2f}x" for value in figures(ratios).values()] if ratios else ["-"] * 3
-        table.add_row(
+        result.add_row(
             op.removesuffix("_attention"), SHORT[p], str(len(ratios)), str(not_run), str(failed), str(below), *shown
         )
-    return table
+    return result
 
 
 def cell_table(title: str, cells: list[Cell], least: float) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("op", "pass", "B,Tq,Tk,A"):
-        table.add_column(column, no_wrap=True)
-    for column in ("ours ms", "eager ms", "first", "again"):
-        table.add_column(column, justify="right", no_wrap=True)
+    result = table(title, "op", "pass", "B,Tq,Tk,A", ">ours ms", ">eager ms", ">first", ">again")
 
     def ratio(measured: Measured | None) -> str:
         if measured is None:
             return ""
-        value = f"{measured.ratio.median:.3f}x"
-        return f"[bold red]{value}![/]" if measured.ratio.median < least else f"{value} "
+        return times(measured.ratio.median, digits=3, lost=measured.ratio.median < least)
 
     for cell in cells:
         last = cell.again or cell.first
         if last is not None:
-            times = f"{last.ours:.3g}", f"{last.eager:.3g}"
-            table.add_row(cell.op, SHORT[cell.passes], str(cell.shape), *times, ratio(cell.first), ratio(cell.again))
-    return table
+            ms = figure(last.ours), figure(last.eager)
+            result.add_row(cell.op, SHORT[cell.passes], str(cell.shape), *ms, ratio(cell.first), ratio(cell.again))
+    return result
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -557,7 +553,7 @@ def benchmark(
     description = machine.describe(CPU, in_effect)
     result, picture = output / f"{stem}.json", output / f"{stem}.png"
     results.write_json(result, as_result(cells, settings, limits, least, description))
-    plots.sweep(picture, cells, description, settings.dtype, least)
+    plots.sweep(picture, ratios_by_panel(cells), description, settings.dtype, least)
     progress_file.remove()
     console.print(report(cells, least, description))
     return [result, picture], cells
@@ -575,10 +571,8 @@ def main(
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Tk; may be repeated.")] = None,
     units: Annotated[list[int] | None, typer.Option(min=1, help="A and D; may be repeated.")] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of the kernels.")] = 1,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: glibc's own.")
-    ] = Allocator.reuse,
+    threads: ThreadsOption = 1,
+    allocator: AllocatorOption = Allocator.reuse,
     least: Annotated[float, typer.Option(min=0, help="Least eager / ours; what is below is timed again.")] = LEAST,
     seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = Settings.seconds,
     rounds: Annotated[
@@ -590,9 +584,7 @@ def main(
     most_seconds: Annotated[
         float, typer.Option(min=0, help="Cells where a call of eager is expected to take longer are left out.")
     ] = Limits.seconds,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the JSON file and the picture.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    output: OutputOption = results.LOCAL,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that was interrupted there.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A thin grid, under two minutes.")] = False,
 ) -> None:

@@ -21,8 +21,8 @@ import attn_kernels
 from attn_kernels.backends import choose
 from tools.cuda_check.roofline import ADDITIVE, DOT, FEW_QUERIES
 
-from .. import cases, eager, machine, timing
-from ..cases import FORWARD, GPU_SHAPES, SHAPES, TRAINING, Lengths, Problem, Settings, Shape, Way
+from .. import cases, eager, machine, results, timing
+from ..cases import FORWARD, GPU_SHAPES, SHAPES, TRAINING, Lengths, Problem, Provider, Settings, Shape
 
 SCORES = "additive_scores"
 LAUNCHED, GRAPH, COLD = "launched", "graph", "graph, cold"
@@ -106,10 +106,10 @@ def expected_results(row: Row, problem: Problem) -> dict[str, Tensor]:
     if row.op != SCORES:
         return cases.expected_results(row.op, problem, training=training)
     wide = {name: x.float() for name, x in problem.inputs.items()}
-    return cases.results(eager.additive_scores, wide, problem.grad_context, training=training)
+    return cases.compute(eager.additive_scores, wide, problem.grad_context, training=training)
 
 
-def make_ways(row: Row, problem: Problem) -> list[Way]:
+def make_providers(row: Row, problem: Problem) -> list[Provider]:
     """Ours without a name, each backend by name, and what it is compared with."""
     device_type = problem.grad_context.device.type
     public = getattr(attn_kernels, row.op)
@@ -117,20 +117,20 @@ def make_ways(row: Row, problem: Problem) -> list[Way]:
     names = {OURS: None} | {
         name: name for name in ("cuda", "triton") if device_type == "cuda" if attn_kernels.backends()[name].available
     }
-    ways = []
+    providers = []
     for title, backend in names.items():
-        ways.append(Way(title, _ours(row, public, backend, problem), "" if backend else f"is {chosen}"))
+        providers.append(Provider(title, _ours(row, public, backend, problem), "" if backend else f"is {chosen}"))
     formula = getattr(eager, row.op)
-    ways.append(Way("eager", formula if row.op == SCORES else _context_of(formula)))
+    providers.append(Provider("eager", formula if row.op == SCORES else _context_of(formula)))
     if row.op == ADDITIVE:
-        ways.append(Way(SCORES_THEN_EAGER, _scores_then_eager, "additive_scores, torch.softmax, torch.bmm"))
+        providers.append(Provider(SCORES_THEN_EAGER, _scores_then_eager, "additive_scores, torch.softmax, torch.bmm"))
         if row.compile:
-            ways.append(_compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
+            providers.append(_compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
     if row.op == DOT:
-        ways.append(Way("sdpa", _context_of(eager.sdpa_dot_attention), "returns no alignments"))
+        providers.append(Provider("sdpa", _context_of(eager.sdpa_dot_attention), "returns no alignments"))
         if row.compile:
-            ways.append(_compiled(eager.dot_attention, ""))
-    return ways
+            providers.append(_compiled(eager.dot_attention, ""))
+    return providers
 
 
 def _ours(row: Row, public: Callable[..., Any], backend: str | None, problem: Problem) -> Callable[..., Tensor]:
@@ -146,8 +146,8 @@ def _context_of(formula: Callable[..., attn_kernels.Attention]) -> Callable[...,
     return lambda *tensors: formula(*tensors, need_weights=False).context
 
 
-def _compiled(formula: Callable[..., attn_kernels.Attention], detail: str) -> Way:
-    return Way("torch.compile", torch.compile(_context_of(formula), dynamic=False), detail)
+def _compiled(formula: Callable[..., attn_kernels.Attention], detail: str) -> Provider:
+    return Provider("torch.compile", torch.compile(_context_of(formula), dynamic=False), detail)
 
 
 def _scores_then_eager(query: Tensor, keys: Tensor, values: Tensor, v: Tensor) -> Tensor:
@@ -200,61 +200,61 @@ def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float 
         torch.compiler.reset()  # which imports the compiler: seconds
     training = row.passes == TRAINING
     problem = make_problem(row, gpu.device)
-    ways = make_ways(row, problem)
+    providers = make_providers(row, problem)
     expected = expected_results(row, problem)
     wrong: dict[str, str] = {}
-    for way in ways:
+    for provider in providers:
         try:
             with time_limit(compile_seconds):
-                cases.check(way, problem, expected, training=training)
+                cases.check(provider, problem, expected, training=training)
         except TooLong as error:
-            way.failure = str(error)
-        if way.failure is not None and way.failure.startswith("wrong"):
-            wrong[way.name], way.failure = way.failure, None
+            provider.failure = str(error)
+        if provider.failure is not None and provider.failure.startswith("wrong"):
+            wrong[provider.name], provider.failure = provider.failure, None
     del expected
     gpu.release()
     timed: dict[str, Timed] = {}
-    for way in ways:
-        if way.failure is None:
-            call = cases.bind(way, problem, training=training)
-            way.memory_mb = machine.peak_memory(call, gpu.device)
-            timed[f"{way.name}|{LAUNCHED}"] = Timed(call, 1)
-    for way in ways:
-        if way.failure is None:
-            timed |= _graphs(row, way, problem, gpu)
+    for provider in providers:
+        if provider.failure is None:
+            call = cases.bind(provider, problem, training=training)
+            provider.memory_mb = machine.peak_memory(call, gpu.device)
+            timed[f"{provider.name}|{LAUNCHED}"] = Timed(call, 1)
+    for provider in providers:
+        if provider.failure is None:
+            timed |= _graphs(row, provider, problem, gpu)
     samples = timing.interleave(
         {name: t.call for name, t in timed.items()}, gpu.timer, seconds=seconds, least_rounds=5, most_rounds=50
     )
     for name, t in timed.items():
         samples[name] = [sample / t.calls for sample in samples[name]]
-    cell = _as_json(row, ways, wrong, samples, problem)
+    cell = _as_json(row, providers, wrong, samples, problem)
     del timed, problem
-    for way in ways:
-        way.function = None
+    for provider in providers:
+        provider.function = None
     gpu.release()
     return cell
 
 
-def _graphs(row: Row, way: Way, problem: Problem, gpu: Any) -> dict[str, Timed]:
+def _graphs(row: Row, provider: Provider, problem: Problem, gpu: Any) -> dict[str, Timed]:
     """The call in CUDA graphs: repeated on the same inputs, and for decode also through copies of them."""
     training = row.passes == TRAINING
-    call = cases.bind(way, problem, training=training)
+    call = cases.bind(provider, problem, training=training)
     found = {}
     try:
         call()
         once = max(gpu.timer(call, 3), 1e-7)
         calls = max(1, min(CALLS_OF_A_GRAPH, round(2e-4 / once)))
-        found[f"{way.name}|{GRAPH}"] = Timed(gpu.capture([call] * calls), calls)
+        found[f"{provider.name}|{GRAPH}"] = Timed(gpu.capture([call] * calls), calls)
         if row.shape.Tq == 1 and not training:
             copies = _copies(row, problem, gpu)
             cold = []
             for copy in copies:
-                anew = next(w for w in make_ways(row, copy) if w.name == way.name)
+                anew = next(w for w in make_providers(row, copy) if w.name == provider.name)
                 cold.append(cases.bind(anew, copy, training=False))
-            found[f"{way.name}|{COLD}"] = Timed(gpu.capture(cold), len(cold))
+            found[f"{provider.name}|{COLD}"] = Timed(gpu.capture(cold), len(cold))
     except Exception as error:  # what cannot be captured has its launched time still
         text = str(error).splitlines()[0] if str(error) else ""
-        way.detail = "; ".join(filter(None, (way.detail, f"no graph: {type(error).__name__}: {text}"[:160])))
+        provider.detail = "; ".join(filter(None, (provider.detail, f"no graph: {type(error).__name__}: {text}"[:160])))
         torch.cuda.synchronize() if gpu.device.type == "cuda" else None
     return found
 
@@ -270,32 +270,28 @@ def _copies(row: Row, problem: Problem, gpu: Any) -> list[Problem]:
 
 
 def _as_json(
-    row: Row, ways: list[Way], wrong: Mapping[str, str], samples: timing.Samples, problem: Problem
+    row: Row, providers: list[Provider], wrong: Mapping[str, str], samples: timing.Samples, problem: Problem
 ) -> dict[str, Any]:
     inputs_mb = sum(x.nbytes for x in problem.inputs.values()) / 1e6
 
-    def of_way(way: Way) -> dict[str, Any]:
+    def of_way(provider: Provider) -> dict[str, Any]:
         times, ratios = {}, {}
         for mode in (LAUNCHED, GRAPH, COLD):
-            name, ours = f"{way.name}|{mode}", f"{OURS}|{mode}"
+            name, ours = f"{provider.name}|{mode}", f"{OURS}|{mode}"
             if name in samples:
-                times[mode] = _rounded(timing.spread([1e6 * s for s in samples[name]]))
+                times[mode] = results.rounded(timing.spread([1e6 * s for s in samples[name]]))
                 if ours in samples:
-                    ratios[mode] = _rounded(timing.ratios(samples, name, ours))
+                    ratios[mode] = results.rounded(timing.ratios(samples, name, ours))
         return {
-            "name": way.name, "detail": way.detail, "failure": way.failure, "error": way.error,
-            "wrong": wrong.get(way.name),
-            "memory_mb": way.memory_mb, "us": times, "times_ours": ratios,
+            "name": provider.name, "detail": provider.detail, "failure": provider.failure, "error": provider.error,
+            "wrong": wrong.get(provider.name),
+            "memory_mb": provider.memory_mb, "us": times, "times_ours": ratios,
         }  # fmt: skip
 
     return {
         "key": row.key, "op": row.op, "shape": list(row.shape), "passes": row.passes, "dtype": row.dtype,
-        "prepared": row.prepared, "inputs_mb": inputs_mb, "ways": [of_way(way) for way in ways],
+        "prepared": row.prepared, "inputs_mb": inputs_mb, "ways": [of_way(provider) for provider in providers],
     }  # fmt: skip
-
-
-def _rounded(values: timing.Spread) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in values._asdict().items()}
 
 
 def measure_beams(row: Row, gpu: Any, *, seconds: float = 1.0) -> dict[str, Any]:
@@ -308,19 +304,19 @@ def measure_beams(row: Row, gpu: Any, *, seconds: float = 1.0) -> dict[str, Any]
     for count in range(1, 11):
         one = row._replace(shape=row.shape._replace(Tq=count))
         problem = make_problem(one, gpu.device)
-        way = Way(str(count), _ours(one, attn_kernels.additive_attention, None, problem))
-        cases.check(way, problem, expected_results(one, problem), training=False)
-        if way.failure is not None and way.failure.startswith("wrong"):
-            cell["wrong"], way.failure = f"{count} queries: {way.failure}", None
-        if way.failure is None:
-            call = cases.bind(way, problem, training=False)
+        provider = Provider(str(count), _ours(one, attn_kernels.additive_attention, None, problem))
+        cases.check(provider, problem, expected_results(one, problem), training=False)
+        if provider.failure is not None and provider.failure.startswith("wrong"):
+            cell["wrong"], provider.failure = f"{count} queries: {provider.failure}", None
+        if provider.failure is None:
+            call = cases.bind(provider, problem, training=False)
             timed[str(count)] = Timed(gpu.capture([call] * 5), 5)
         else:
-            cell["ways"].append({"name": str(count), "failure": way.failure, "us": {}, "times_ours": {}})
+            cell["ways"].append({"name": str(count), "failure": provider.failure, "us": {}, "times_ours": {}})
     samples = timing.interleave({n: t.call for n, t in timed.items()}, gpu.timer, seconds=seconds, most_rounds=50)
     for name, t in timed.items():
-        us = _rounded(timing.spread([1e6 * s / t.calls for s in samples[name]]))
-        ratio = _rounded(timing.ratios(samples, name, "1")) if "1" in samples else None
+        us = results.rounded(timing.spread([1e6 * s / t.calls for s in samples[name]]))
+        ratio = results.rounded(timing.ratios(samples, name, "1")) if "1" in samples else None
         cell["ways"].append({"name": name, "failure": None, "us": {GRAPH: us}, "times_one": ratio})
     gpu.release()
     return cell

@@ -32,10 +32,10 @@ def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.
 def with_rates(cell: dict[str, Any], row: Row, device: roofline.Device) -> dict[str, Any]:
     """Adds bytes and pairs a second, and the floor by this device's ceilings."""
     if row.op == gpu_cells.SCORES or not cell.get("ways"):
-        work = roofline.work_of(roofline.ADDITIVE, row.shape, row.passes, row.dtype)
+        work = roofline.call_work(roofline.ADDITIVE, row.shape, row.passes, row.dtype)
         of_bytes = None
     else:
-        work = roofline.work_of(row.op, row.shape, row.passes, row.dtype)
+        work = roofline.call_work(row.op, row.shape, row.passes, row.dtype)
         of_bytes = work.bytes
         floor = roofline.floor(row.op, row.shape, row.passes, row.dtype, device)
         cell["floor_us"], cell["floor_by"] = floor.floor_us, floor.floor_by

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tools.cuda_check import roofline
 from tools.cuda_check.roofline import ADDITIVE, DOT, FEW_QUERIES, H100, ITEM
-from tools.cuda_check.rules import BACKWARD, FORWARD, Finding
+from tools.cuda_check.rules import MANY_BACKWARD, MANY_FORWARD, Finding
 
 from .. import results
 from ..cases import TRAINING, Shape
@@ -186,11 +186,11 @@ def launches(row: Row, kernels: Mapping[str, Finding], *, cached: bool) -> list[
 
     found = []
     if row.op == SCORES:
-        found.append(max(pairs_us(shape, FORWARD, kernels), bytes_us(item * (B * (Tq + Tk) * A + weights))))
+        found.append(max(pairs_us(shape, MANY_FORWARD, kernels), bytes_us(item * (B * (Tq + Tk) * A + weights))))
     elif few:
         found += decode_launches(row, kernels, cached and B * Tk * (A + D) * item < L2_BYTES)
     else:
-        found.append(pairs_us(shape, FORWARD, kernels) if row.op == ADDITIVE else product(A))
+        found.append(pairs_us(shape, MANY_FORWARD, kernels) if row.op == ADDITIVE else product(A))
         found += [bytes_us((4 + item) * weights), product(D)]  # softmax; context
     if not training:
         return [max(LEAST_US, us) for us in found]
@@ -201,7 +201,7 @@ def launches(row: Row, kernels: Mapping[str, Finding], *, cached: bool) -> list[
     if row.op == DOT:
         found += [product(A), product(A)]  # dquery, dkeys
     else:
-        backward = pairs_us(shape, BACKWARD, kernels)
+        backward = pairs_us(shape, MANY_BACKWARD, kernels)
         found.append(max(backward, bytes_us(item * 2 * B * (Tq + Tk) * A)))
         found += [bytes_us(8 * B * Tq * A), LEAST_US]  # sums of parts: dquery or dkeys; dv
     if row.op != SCORES:
@@ -320,7 +320,7 @@ def as_measured(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
     us = predicted["us"]
     ours: dict[str, Any] = {"name": OURS, "us": {mode: spread(value) for mode, value in us.items()}, "times_ours": {}}
     if COLD in us:
-        size = roofline.work_of(row.op, row.shape, row.passes, row.dtype).bytes
+        size = roofline.call_work(row.op, row.shape, row.passes, row.dtype).bytes
         ours["rates"] = {COLD: {"bytes_per_s": size / us[COLD] * 1e6}}
     ways = [
         {

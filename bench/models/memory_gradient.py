@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -21,8 +19,8 @@ from attn_kernels import Memory, additive_attention, prepare_keys
 from attn_kernels.functional import attend
 from attn_kernels.scores import AdditiveScore
 
-from .. import eager, machine, results, timing
-from ..cli import application, console
+from .. import eager, machine, report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
 from ..machine import Allocator
 
 app = application()
@@ -50,46 +48,46 @@ class Steps:
         self.v = (normal(units) / units**0.5).requires_grad_()
         self.gradient = normal(steps, batch, units)
 
-    def forward(self, way: str) -> Tensor:
+    def forward(self, variant: str) -> Tensor:
         """The contexts of all steps, (T, B, D)."""
         memory = Memory(self.keys, self.values)
         contexts = []
         for query in self.queries.unbind(0):
-            if way == EAGER:
+            if variant == EAGER:
                 attention = eager.additive_attention(query, self.keys, self.values, self.v)
-            elif way == DENSE:
+            elif variant == DENSE:
                 attention = additive_attention(query, self.keys, self.values, self.v)
             else:
                 attention = attend(AdditiveScore(self.v), query, memory, True, None)
             contexts.append(attention.context)
         return torch.stack(contexts)
 
-    def backward(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
+    def backward(self, variant: str) -> Callable[[], tuple[Tensor, ...]]:
         """The backward alone: the graph is made once and kept."""
-        contexts = self.forward(way)
+        contexts = self.forward(variant)
         leaves = (self.queries, self.keys, self.values, self.v)
         return lambda: torch.autograd.grad(contexts, leaves, self.gradient, retain_graph=True)
 
-    def both(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
+    def both(self, variant: str) -> Callable[[], tuple[Tensor, ...]]:
         leaves = (self.queries, self.keys, self.values, self.v)
-        return lambda: torch.autograd.grad(self.forward(way), leaves, self.gradient)
+        return lambda: torch.autograd.grad(self.forward(variant), leaves, self.gradient)
 
 
 def measure_backward(shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
     """Backward alone and with the forward, each of all steps."""
     steps = Steps(*shape)
     expected = steps.backward(EAGER)()
-    for way in (DENSE, DEFERRED):
-        for got, wanted in zip(steps.backward(way)(), expected, strict=True):
+    for variant in (DENSE, DEFERRED):
+        for got, wanted in zip(steps.backward(variant)(), expected, strict=True):
             error = ((got - wanted).abs().max() / wanted.abs().max()).item()
             if not error <= TOLERANCE:
                 raise RuntimeError(
-                    f"memory_gradient: gradients of {way!r} at {shape} are off by {error}: nothing is timed"
+                    f"memory_gradient: gradients of {variant!r} at {shape} are off by {error}: nothing is timed"
                 )
-    ways = (EAGER, DENSE, DEFERRED)
+    variants = (EAGER, DENSE, DEFERRED)
     kinds = {f"backward, {STEPS} steps": steps.backward, f"forward + backward, {STEPS} steps": steps.both}
     return [
-        _row(kind, shape, {way: make(way) for way in ways}, DEFERRED, seconds)  # type: ignore[operator]
+        _row(kind, shape, {variant: make(variant) for variant in variants}, DEFERRED, seconds)  # type: ignore[operator]
         for kind, make in kinds.items()
     ]
 
@@ -118,7 +116,7 @@ def _row(
         "kind": kind,
         "B,Tk,A=D": list(shape),
         "rounds": len(samples[against]),
-        "ms": {name: timing.spread([1e3 * x for x in samples[name]])._asdict() for name in calls},
+        "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
         f"times {against}": {
             name: timing.ratios(samples, name, against)._asdict() for name in calls if name != against
         },
@@ -126,11 +124,7 @@ def _row(
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        title="Steps on one memory: ms, and how many times the last one's", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    for column in ("", "B,Tk,A=D", "ms"):
-        shown.add_column(column)
+    shown = report.table("Steps on one memory: ms, and how many times the last one's", "", "B,Tk,A=D", "ms")
     for row in rows:
         ratios = next(value for key, value in row.items() if key.startswith("times "))
         cells = [
@@ -144,19 +138,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @app.command()
 def main(
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
-    ] = Allocator.reuse,
+    threads: ThreadsOption = 1,
+    allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape of each and few rounds.")] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the JSON file.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    output: OutputOption = results.LOCAL,
 ) -> None:
     """Times the backward of 50 steps on one memory, and a step of five beams against one of one, on the CPU."""
     start = time.perf_counter()
-    torch.set_num_threads(threads)
-    in_effect = machine.set_allocator(allocator)
+    in_effect = prepare(threads, allocator)
     budget = 0.2 if quick else seconds
     rows: list[dict[str, Any]] = []
     with console.status("measuring"):
@@ -166,9 +155,7 @@ def main(
     described = machine.describe(torch.device("cpu"), in_effect)
     path = output / "steps-cpu.json"
     results.write_json(path, {"part": "steps", "machine": described, "settings": {"threads": threads}, "rows": rows})
-    console.print(table(rows))
-    console.print(machine.as_text(described))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {results.shown(path)}")
+    finish([table(rows)], described, start, path)
 
 
 if __name__ == "__main__":

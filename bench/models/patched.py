@@ -18,20 +18,18 @@ import time
 import types
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from attn_kernels import patch
 
-from .. import machine, plots, results, timing
-from ..cli import application, console
+from .. import machine, plots, report, results, timing
+from ..cli import AllocatorOption, OutputOption, application, console, finish, prepare
 from ..machine import Allocator
 
 app = application()
@@ -41,7 +39,7 @@ SENTENCES = 520
 ORIGINAL, PATCHED = "original", "patched"
 
 
-class Way(str, Enum):
+class Variant(str, Enum):
     original = ORIGINAL
     patched = PATCHED
 
@@ -53,10 +51,10 @@ class Missing(Exception):
 # arabic-diacritizer ---------------------------------------------------------------------------------------------------
 
 
-def diacritizer(way: str) -> Any:
+def diacritizer(variant: str) -> Any:
     """The package's model with its weights."""
     model = _library("diacritize.baseline.model", "arabic-diacritizer").BiLSTMDiacritizer.from_pretrained()
-    return _patched(model, 1) if way == PATCHED else model
+    return _patched(model, 1) if variant == PATCHED else model
 
 
 def sentences() -> list[str]:
@@ -95,11 +93,11 @@ def compare_diacritics(count: int) -> dict[str, int]:
 
 
 @app.command(hidden=True)
-def child(way: Way, length: int, seconds: float, allocator: Allocator) -> None:
+def child(variant: Variant, length: int, seconds: float, allocator: Allocator) -> None:
     """One way at one length, in a process of its own: prints a line of JSON."""
     torch.set_num_threads(1)
     machine.set_allocator(allocator)
-    model, text = diacritizer(way.value), text_of(sentences(), length)
+    model, text = diacritizer(variant.value), text_of(sentences(), length)
     result = model.diacritize(text)
     times = []
     start = time.perf_counter()
@@ -115,23 +113,23 @@ def child(way: Way, length: int, seconds: float, allocator: Allocator) -> None:
 def measure_diacritizer(length: int, seconds: float, allocator: Allocator) -> dict[str, Any]:
     """The ways take turns, twice; the best time of each counts."""
     best: dict[str, dict[str, Any]] = {}
-    for way in (ORIGINAL, PATCHED, PATCHED, ORIGINAL):
+    for variant in (ORIGINAL, PATCHED, PATCHED, ORIGINAL):
         command = [
             sys.executable,
             "-m",
             "bench.models.patched",
             "child",
-            way,
+            variant,
             str(length),
             str(seconds / 4),
             allocator.value,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"patched: {way} at {length} characters failed:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"patched: {variant} at {length} characters failed:\n{done.stderr[-2000:]}")
         result = json.loads(done.stdout.splitlines()[-1])
-        if way not in best or result["ms"] < best[way]["ms"]:
-            best[way] = result
+        if variant not in best or result["ms"] < best[variant]["ms"]:
+            best[variant] = result
     same = best[ORIGINAL].pop("output") == best[PATCHED].pop("output")
     return {
         "T": length,
@@ -247,7 +245,7 @@ def measure_decoder(name: str, seconds: float) -> dict[str, Any]:
     return {
         "what": name,
         "rounds": len(samples[ORIGINAL]),
-        "ms": {way: timing.spread([1e3 * x for x in samples[way]])._asdict() for way in calls},
+        "ms": {variant: results.rounded(timing.spread(samples[variant]).scaled(1e3)) for variant in calls},
         "times patched": timing.ratios(samples, ORIGINAL, PATCHED)._asdict(),
     }
 
@@ -282,22 +280,19 @@ def _library(module: str, name: str) -> Any:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    demonstration = Table(title="arabic-diacritizer, whole model", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("characters", "original, ms", "patched, ms", "times", "original, MB", "patched, MB", "same output"):
-        demonstration.add_column(column, justify="right")
+    columns = ("characters", "original, ms", "patched, ms", "times", "original, MB", "patched, MB", "same output")
+    demonstration = report.table("arabic-diacritizer, whole model", *(f">{column}" for column in columns))
     for row in result["diacritizer"]:
-        ways = [row[way] for way in (ORIGINAL, PATCHED)]
-        cells = [str(row["T"]), *(f"{way['ms']:.1f}" for way in ways), f"{row['times patched']:.2f}x"]
-        cells += ["?" if way["MB"] is None else f"{way['MB']:.0f}" for way in ways]
+        variants = [row[variant] for variant in (ORIGINAL, PATCHED)]
+        cells = [str(row["T"]), *(f"{variant['ms']:.1f}" for variant in variants), f"{row['times patched']:.2f}x"]
+        cells += [report.megabytes(variant["MB"]) for variant in variants]
         demonstration.add_row(*cells, "yes" if row["identical"] else "NO")
-    decoders = Table(title="Decoders", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("", "original, ms", "patched, ms", "times"):
-        decoders.add_column(column)
+    decoders = report.table("Decoders", "", "original, ms", "patched, ms", "times")
     for row in result["decoders"]:
         if "skipped" in row:
             decoders.add_row(row["what"], "skipped: " + row["skipped"], "", "")
         else:
-            medians = [f"{row['ms'][way]['median']:.1f}" for way in (ORIGINAL, PATCHED)]
+            medians = [f"{row['ms'][variant]['median']:.1f}" for variant in (ORIGINAL, PATCHED)]
             decoders.add_row(row["what"], *medians, f"{row['times patched']['median']:.2f}x")
     return [demonstration, decoders]
 
@@ -308,19 +303,14 @@ def main(
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the tables.")] = 12.0,
     count: Annotated[int, typer.Option(min=1, help="Sentences whose diacritics are compared.")] = SENTENCES,
     length: Annotated[list[int] | None, typer.Option(min=1, help="Characters; several times for several.")] = None,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours the original. default: malloc's own.")
-    ] = Allocator.default,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the JSON file and the plot.", show_default=results.shown(results.LOCAL))
-    ] = results.LOCAL,
+    allocator: AllocatorOption = Allocator.default,
+    output: OutputOption = results.LOCAL,
 ) -> None:
     """Original against patched, one thread: arabic-diacritizer end to end, then JoeyNMT's and ESPnet's decoders."""
     if context.invoked_subcommand is not None:
         return
     start = time.perf_counter()
-    torch.set_num_threads(1)
-    in_effect = machine.set_allocator(allocator)
+    in_effect = prepare(1, allocator)
     result: dict[str, Any] = {"part": "swap", "machine": machine.describe(torch.device("cpu"), in_effect)}
     result |= {"diacritizer": [], "decoders": []}
     try:
@@ -336,13 +326,10 @@ def main(
     results.write_json(path, result)
     if result["diacritizer"]:
         plots.swap(path.with_suffix(".png"), result["diacritizer"])
-    for table in tables(result):
-        console.print(table)
+    finish(tables(result), result["machine"], start, path)
     if "sentences" in result:
         compared = result["sentences"]
         console.print(f"Identical diacritics in {compared['identical']} of {compared['sentences']} sentences.")
-    console.print(machine.as_text(result["machine"]))
-    console.print(f"{time.perf_counter() - start:.0f} s. Written: {results.shown(path)}")
     if "sentences" in result and (
         result["sentences"]["identical"] < result["sentences"]["sentences"]
         or not all(row["identical"] for row in result["diacritizer"])

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attn_kernels.seq2seq import Hypothesis
-from bench import plots, results
 
-from . import data, models
+from . import data, models, plots
 from .models import Model
 from .tasks import Task, words_of
 
@@ -87,5 +86,5 @@ def draw(model: Model, word: str, beam_size: int, max_length: int, path: Path) -
         "word": word,
         "written": model.vocabulary.text(model.vocabulary.read(hypothesis.tokens)),
         "rows": [[round(value, 4) for value in row] for row in rows],
-        "file": results.shown(path),
+        "file": str(path),
     }

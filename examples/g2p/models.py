@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
-from bench import results
 
 from .data import BOS, EOS, PADDING, Vocabulary
+from .files import write_whole
 
 FORMAT = "attn_kernels bench.g2p model, 1"
 
@@ -73,7 +73,7 @@ def contents(
 
 def save_model(path: Path, model: Model) -> None:
     state = contents(model.config, model.vocabulary, model.task, model.facts, model.network.state_dict())
-    results.write_whole(path, lambda partial: torch.save(state, partial))
+    write_whole(path, lambda partial: torch.save(state, partial))
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -84,9 +84,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         if isinstance(error, OSError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{results.shown(path)} is not a file of examples.g2p, or damaged: {reason}") from None
+        raise ValueError(f"{path} is not a file of examples.g2p, or damaged: {reason}") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{results.shown(path)} is not a file of examples.g2p")
+        raise ValueError(f"{path} is not a file of examples.g2p")
     return state
 
 
@@ -99,10 +99,10 @@ def load_model(path: Path, device: torch.device) -> Model:
     if "best" in state:  # a checkpoint
         state = state["best"]
         if state is None:
-            raise ValueError(f"{results.shown(path)}: this training has not reached its first validation yet")
+            raise ValueError(f"{path}: this training has not reached its first validation yet")
     if state.get("format") != FORMAT:
         raise ValueError(
-            f"{results.shown(path)}: expected a checkpoint or an export of examples.g2p of the format {FORMAT!r}, "
+            f"{path}: expected a checkpoint or an export of examples.g2p of the format {FORMAT!r}, "
             f"got {state.get('format')!r}"
         )
     config = ModelConfig(**state["config"])

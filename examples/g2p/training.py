@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Seq2Seq
-from bench import results
 
 from . import data, models
 from .data import PADDING, Batch, Batches, Errors
+from .files import write_whole
 from .models import ModelConfig
 from .tasks import Task, words_of
 
@@ -80,15 +80,20 @@ def train_step(
 
 
 class Training:
-    """A run and its state. Each step is a function of the configuration, the data and the state alone."""
+    """A run and its state. Each step is a function of the configuration, the data and the state alone.
 
-    def __init__(self, config: Config, task: Task, device: torch.device) -> None:
+    ``changes``: other values for arguments of Seq2Seq; they change how the model computes, not what.
+    """
+
+    may_differ: tuple[str, ...] = ("epochs",)  # fields of the configuration that another run may have changed
+
+    def __init__(self, config: Config, task: Task, device: torch.device, **changes: Any) -> None:
         self.config = config
         self.task = task
         self.device = device
         self.batches = Batches(task.parts.train, task.vocabulary, config.batch_size, config.seed)
         self.validation_words = words_of(task, "validation", config.validation_words)
-        self.model = models.make_model(config, task.vocabulary, device)
+        self.model = models.make_model(config, task.vocabulary, device, **changes)
         self.averaged = copy.deepcopy(self.model) if config.average else self.model
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
         self.step = 0
@@ -126,12 +131,15 @@ class Training:
         fall = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         return self.config.learning_rate * min(rise, 1.0) * fall
 
-    def run_step(self) -> float:
-        """Returns the loss."""
+    def next_batch(self) -> Batch:
+        return self.batches[self.step].to(self.device)
+
+    def run_step(self, batch: Batch | None = None) -> float:
+        """Returns the loss. ``batch``: the next one, if it has been made already."""
         start = time.perf_counter()
+        batch = batch or self.next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        batch = self.batches[self.step].to(self.device)
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # of the dropout
         loss = train_step(self.model, self.optimizer, batch, self.config.label_smoothing, self.config.clip)
         if not math.isfinite(loss):
@@ -179,8 +187,9 @@ class Training:
         weights = {name: weight.clone() for name, weight in self.averaged.state_dict().items()}
         return models.contents(self.config, self.task.vocabulary, self.task.name, facts, weights)
 
-    def save(self, path: Path) -> None:
-        state = {
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`restore` takes to continue."""
+        return {
             "format": FORMAT,
             "config": asdict(self.config),
             "task": self.task.name,
@@ -194,24 +203,28 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
         }
-        results.write_whole(path, lambda partial: torch.save(state, partial))
+
+    def save(self, path: Path) -> None:
+        state = self.state()
+        write_whole(path, lambda partial: torch.save(state, partial))
 
     def load(self, path: Path) -> None:
         """Continues where ``save`` was called. Raises ValueError if the file is none, or of another run."""
-        state = models.read(path, self.device)
+        self.restore(models.read(path, self.device), str(path))
+
+    def restore(self, state: dict[str, Any], name: str) -> None:
+        """Continues from a state. Raises ValueError, about ``name``, if it is none, or of another run."""
         if state.get("format") != FORMAT:
-            raise ValueError(
-                f"{results.shown(path)}: expected a checkpoint of the format {FORMAT!r}, got {state.get('format')!r}"
-            )
+            raise ValueError(f"{name}: expected a checkpoint of the format {FORMAT!r}, got {state.get('format')!r}")
         theirs = {"task": state["task"], **state["config"], "data": state["data"]}
         ours = {"task": self.task.name, **asdict(self.config), "data": self.task.fingerprint()}
         other = [
             f"{key} {theirs.get(key)!r}, not {value!r}"
             for key, value in ours.items()
-            if key != "epochs" and theirs.get(key) != value
+            if key not in self.may_differ and theirs.get(key) != value
         ]
         if other:
-            raise ValueError(f"{results.shown(path)} is of another run: {'; '.join(other)}")
+            raise ValueError(f"{name} is of another run: {'; '.join(other)}")
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.history = [Validation(*validation) for validation in state["history"]]
         self.model.load_state_dict(state["model"])

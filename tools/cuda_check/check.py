@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import results
-from bench.cli import application, console
+from bench.cli import application, console, progress_bars
+from bench.report import table
 
 from . import nvcc, roofline, sass
 from .rules import OTHER, TARGETS, Facts, Finding, examine
@@ -143,9 +142,7 @@ def run(
 ) -> tuple[list[Finding], list[str]]:
     """Findings of all pieces of work, in their order, and what failed to compile."""
     findings, failures = [], []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=quiet)
-    with bar as progress, ThreadPoolExecutor(jobs) as pool:
+    with progress_bars(transient=True, disable=quiet) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("compiling", total=len(work))
 
         def tracked(name: str, piece: Callable[[], list[Finding]]) -> list[Finding]:
@@ -164,14 +161,10 @@ def run(
     return findings, failures
 
 
-def table(findings: list[Finding]) -> Table:
-    result = Table(title="Machine code, counted", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    result.add_column("kernel", overflow="fold")
-    result.add_column("target", no_wrap=True)
-    result.add_column("regime")
-    for column in ("registers", "warps", "local", "slots/pair", "special/pair", "16-byte"):
-        result.add_column(column, justify="right")
-    result.add_column("")
+def finding_table(findings: list[Finding]) -> Table:
+    columns = (">registers", ">warps", ">local", ">slots/pair", ">special/pair", ">16-byte", "")
+    result = table("Machine code, counted", "kernel", "target", "regime", *columns)
+    result.columns[0].no_wrap, result.columns[0].overflow = False, "fold"
     for found in findings:
         result.add_row(
             found.name.removesuffix("_kernel"),
@@ -247,9 +240,9 @@ def main(
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
-        console.print(table(unique))
+        console.print(finding_table(unique))
         if predictions:
-            console.print(roofline.table(predictions))
+            console.print(roofline.prediction_table(predictions))
         if triton and not source and not cases:
             console.print("Triton kernels were not checked: triton is not installed", style="yellow")
         if not unique and not failures:

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench.cases import FORWARD as FORWARD_PASS
-from bench.cases import GPU_SHAPES, SHAPES, TRAINING, Shape
+from bench.cases import BACKWARD, FORWARD, GPU_SHAPES, SHAPES, SHORT, TRAINING, Shape, work_of
 
-from .rules import BACKWARD, DECODE, FORWARD, Finding
+from .rules import DECODE, MANY_BACKWARD, MANY_FORWARD, Finding
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,8 +26,8 @@ FEW_QUERIES = 8  # kFewQueries of csrc/cuda/kernels.h: up to here one launch rea
 
 # The least that the formulas take for a pair: three units share a reciprocal in nine instructions; the backward has
 # the multiply-add of 1 + E, its reciprocal, p, g, and the sums of dq, dk and dv.
-LEAST_SLOTS = {FORWARD: 3.0, BACKWARD: 7.0}
-LEAST_SPECIAL = {FORWARD: 1 / 3, BACKWARD: 1.0}
+LEAST_SLOTS = {MANY_FORWARD: 3.0, MANY_BACKWARD: 7.0}
+LEAST_SPECIAL = {MANY_FORWARD: 1 / 3, MANY_BACKWARD: 1.0}
 
 
 class Device(NamedTuple):
@@ -57,8 +56,8 @@ LAUNCH_US = 2.0  # about what a node of a CUDA graph adds; not in any figure her
 WARP_ISSUE = 0.5
 
 
-class Work(NamedTuple):
-    """What a call has to do, whatever computes it."""
+class CallWork(NamedTuple):
+    """What a whole call has to do, whatever computes it."""
 
     bytes: int
     forward_pairs: int
@@ -66,22 +65,16 @@ class Work(NamedTuple):
     flops: int  # of products of matrices
 
 
-def work_of(op: str, shape: Shape, passes: str, dtype: str) -> Work:
+def call_work(op: str, shape: Shape, passes: str, dtype: str) -> CallWork:
     """Every input read once, every output written once; the forward of training also writes alignments."""
-    batch, queries, steps, units, width = shape
-    memory = batch * steps * (units + width)
-    rows = batch * queries * (units + width)
-    weights = batch * queries * steps
-    elements = memory + rows
-    flops = 2 * weights * (width if op == ADDITIVE else units + width)
-    pairs = weights * units if op == ADDITIVE else 0
-    if passes == FORWARD_PASS:
-        return Work(elements * ITEM[dtype], pairs, 0, flops)
-    # Alignments are written, and read again; the backward reads what the forward read, dcontext in place of context,
-    # and writes a gradient of each input.
-    elements += weights + weights + elements + memory + batch * queries * units
-    backward = 2 * weights * width * 2 + (0 if op == ADDITIVE else 2 * weights * units * 2)
-    return Work(elements * ITEM[dtype], pairs, pairs, flops + backward)
+    item = ITEM[dtype]
+    forward = work_of(op, shape, FORWARD, item)
+    size = forward.read + forward.written
+    if passes == FORWARD:
+        return CallWork(size, forward.pairs, 0, 2 * forward.macs)
+    backward = work_of(op, shape, BACKWARD, item)
+    size += shape.B * shape.Tq * shape.Tk * item + backward.read + backward.written
+    return CallWork(size, forward.pairs, backward.pairs, 2 * (forward.macs + backward.macs))
 
 
 @dataclass
@@ -101,9 +94,9 @@ class Prediction:
 
 
 def floor(op: str, shape: Shape, passes: str, dtype: str, device: Device = H100) -> Prediction:
-    work = work_of(op, shape, passes, dtype)
-    special = work.forward_pairs * LEAST_SPECIAL[FORWARD] + work.backward_pairs * LEAST_SPECIAL[BACKWARD]
-    slots = work.forward_pairs * LEAST_SLOTS[FORWARD] + work.backward_pairs * LEAST_SLOTS[BACKWARD]
+    work = call_work(op, shape, passes, dtype)
+    special = work.forward_pairs * LEAST_SPECIAL[MANY_FORWARD] + work.backward_pairs * LEAST_SPECIAL[MANY_BACKWARD]
+    slots = work.forward_pairs * LEAST_SLOTS[MANY_FORWARD] + work.backward_pairs * LEAST_SLOTS[MANY_BACKWARD]
     pairs = max(special / device.specials, slots / device.slots)
     on_tensor_cores = dtype != "float32"
     times = {
@@ -140,9 +133,9 @@ def predict(
 ) -> Prediction:
     """The floor, and beside it what the kernels should take."""
     result = floor(op, shape, passes, dtype, device)
-    work = work_of(op, shape, passes, dtype)
+    work = call_work(op, shape, passes, dtype)
     few = shape.Tq <= FEW_QUERIES
-    parts = [] if op == DOT else [DECODE if few else FORWARD, *([BACKWARD] if passes == TRAINING else [])]
+    parts = [] if op == DOT else [DECODE if few else MANY_FORWARD, *([MANY_BACKWARD] if passes == TRAINING else [])]
     if not parts or any(part not in kernels for part in parts):
         return result
     seconds = 0.0
@@ -150,7 +143,7 @@ def predict(
         kernel = kernels[part]
         time, padding, blocks = _pairs_time(shape, kernel, device)
         seconds += time
-        if part == FORWARD:
+        if part == MANY_FORWARD:
             result.padding, result.blocks = padding, blocks
     on_tensor_cores = dtype != "float32"
     seconds += work.flops / (device.tensor if on_tensor_cores else 2 * device.slots)
@@ -201,37 +194,28 @@ def predict_all(findings: Iterable[Finding], device: Device = H100) -> list[Pred
     return [
         predict(op, shape, passes, dtype, kernels, device)
         for op, shape, dtype in cells
-        for passes in (FORWARD_PASS, TRAINING)
+        for passes in (FORWARD, TRAINING)
     ]
 
 
 TARGET_SHAPE = Shape(64, 100, 100, 512, 512)  # the rates of many queries that the kernels aim at are for this one
 
 
-def table(predictions: list[Prediction], device: Device = H100) -> Table:
-    from rich import box
-    from rich.table import Table
+def prediction_table(predictions: list[Prediction], device: Device = H100) -> Table:
+    from bench.report import table
 
-    result = Table(
-        title=f"{device.name}, microseconds: computed from sizes and machine code, not measured",
+    result = table(
+        f"{device.name}, microseconds: computed from sizes and machine code, not measured",
+        *("B,Tq,Tk,A", "dtype", "pass", ">bytes", ">pairs", ">floor", "floor is"),
+        *(">predicted", ">/ floor", ">padding", ">blocks"),
         caption=f"Without launches: about {LAUNCH_US:g} us for each kernel in a CUDA graph. "
         "padding: pairs computed for each that is wanted.",
-        title_justify="left",
         caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    for column in ("B,Tq,Tk,A", "dtype", "pass"):
-        result.add_column(column, no_wrap=True)
-    for column in ("bytes", "pairs", "floor"):
-        result.add_column(column, justify="right")
-    result.add_column("floor is")
-    for column in ("predicted", "/ floor", "padding", "blocks"):
-        result.add_column(column, justify="right")
     for p in predictions:
         known = p.predicted_us is not None
         result.add_row(
-            str(p.shape), p.dtype, "fwd" if p.passes == FORWARD_PASS else "fwd+bwd",
+            str(p.shape), p.dtype, SHORT[p.passes],
             f"{p.bytes_us:.1f}", f"{p.pairs_us:.1f}", f"{p.floor_us:.1f}", p.floor_by,
             f"{p.predicted_us:.1f}" if known else "-", f"{p.predicted_us / p.floor_us:.2f}x" if known else "-",
             "-" if p.padding is None else f"{p.padding:.2f}", "-" if p.blocks is None else str(p.blocks),

@@ -17,7 +17,8 @@ from typing import Any
 
 from .sass import Code, Loop, blocks_for_registers
 
-FORWARD, BACKWARD, DECODE, OTHER = "many-query forward", "many-query backward", "decode", "other"
+# The regimes: what a kernel computes decides what is asked of it.
+MANY_FORWARD, MANY_BACKWARD, DECODE, OTHER = "many-query forward", "many-query backward", "decode", "other"
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 
 
@@ -82,7 +83,7 @@ RULES = (
     # CUDA C++. 12 warps: what hides the latency of the special function unit and of shared memory; 168 registers.
     Rule(
         r"many_queries_scores_kernel",
-        FORWARD,
+        MANY_FORWARD,
         sharing=3,
         special=0.34,
         slots=3.5,
@@ -92,7 +93,7 @@ RULES = (
     ),
     Rule(
         r"scores_backward_kernel",
-        BACKWARD,
+        MANY_BACKWARD,
         sharing=1,
         special=1.02,
         slots=9.0,
@@ -105,10 +106,10 @@ RULES = (
     Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
     # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
     # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
-    Rule(r"^many_scores_kernel$", FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
+    Rule(r"^many_scores_kernel$", MANY_FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
     Rule(
         r"^backward_kernel$",
-        BACKWARD,
+        MANY_BACKWARD,
         sharing=1,
         special=1.02,
         slots=10.5,
