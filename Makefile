@@ -67,6 +67,10 @@ swap:  ## patch(model) on models of other libraries: the same output, time and m
 in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
 	$(RUN) bench.models.patched $(ARGS)
 
+# Freed pages stay with the process: fresh ones can cost more than the arithmetic.
+g2p: export MALLOC_MMAP_MAX_ := 0
+g2p: export MALLOC_TRIM_THRESHOLD_ := 100000000000
+g2p: export MALLOC_TOP_PAD_ := 67108864
 g2p: $(STAMPS)/package $(STAMPS)/bench  ## A model that writes phonemes: training (45 minutes, resumable) and errors
 	$(RUN) examples.g2p train $(ARGS)
 	$(RUN) examples.g2p evaluate --word attention --word pronunciation

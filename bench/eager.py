@@ -72,10 +72,10 @@ def sdpa_dot_attention(
     keys: Tensor,
     values: Tensor,
     *,
-    scale: float = 1.0,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
     need_weights: bool = False,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
 ) -> Attention:
     """Dot-product attention by PyTorch's fused ``scaled_dot_product_attention``, which returns no alignments."""
     if need_weights:

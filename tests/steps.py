@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attn_kernels import patch, patching
+from attn_kernels import patch, patching, unpatch
 
 Inputs = dict[str, Any]
 Steps = Callable[..., Sequence[Tensor]]  # of a module and the inputs: what is to be the same, of all steps
@@ -44,6 +45,65 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
             error, allowed = _error(ours[name], expected), 2 * _error(rough[name], expected) + 1e-6 * _size(expected)
             assert error <= allowed, f"{name}: {error} > {allowed}"
     return [fallback.reason for fallback in report.fallbacks]
+
+
+def check_copies_and_back(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
+    """A patched module, its copies and pickles compute what the original does, and unpatched it is the original."""
+    module = copy.deepcopy(original)
+    patch(module)
+    with torch.no_grad():
+        expected = steps(original, *inputs)
+        steps(module, *inputs)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other.state_dict().keys() == original.state_dict().keys()
+            assert other.__dict__.keys() == original.__dict__.keys()
+            torch.testing.assert_close(steps(other, *inputs), expected)
+        original.load_state_dict(module.state_dict())
+        unpatch(module)
+        assert type(module) is type(original)
+        torch.testing.assert_close(steps(module, *inputs), expected, rtol=0, atol=0)
+
+
+def check_nothing_stale(
+    original: nn.Module, steps: Steps, memory: Tensor, queries: Tensor, mask: Tensor, change: Callable[[Tensor], None]
+) -> None:
+    """After writes to the memory, to the mask (by ``change``) and to the parameters, the result is the original's."""
+    patched = copy.deepcopy(original)
+    patch(patched)
+
+    def check() -> None:
+        for gradients in (False, True, False):
+            with torch.set_grad_enabled(gradients):
+                ours, expected = (steps(m, memory, queries, mask) for m in (patched, original))
+            torch.testing.assert_close(ours, expected)
+            assert [x.requires_grad for x in ours] == [x.requires_grad for x in expected]
+
+    check()
+    memory[0, 0] += 1
+    check()
+    change(mask)
+    check()
+    with torch.no_grad():
+        for module in (original, patched):
+            for parameter in module.parameters():
+                parameter.mul_(2)
+    check()
+    memory.requires_grad_()
+    check()
+    assert torch.autograd.grad(steps(patched, memory, queries, mask)[0].sum(), memory)[0].any()
+
+
+def check_two_backward_passes(original: nn.Module, steps: Steps, inputs: Inputs) -> None:
+    """One memory, of which each pass has a graph of its own."""
+    module = copy.deepcopy(original)
+    patch(module)
+    memory = inputs.pop("memory").requires_grad_()
+    for _ in range(2):
+        ours, expected = (
+            torch.autograd.grad(sum(x.square().sum() for x in steps(m, memory, **inputs)), [memory, *m.parameters()])
+            for m in (module, original)
+        )
+        torch.testing.assert_close(ours, expected)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module]) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,8 @@ from bench.models import g2p  # noqa: E402
 from examples.g2p import data as g2p_data  # noqa: E402
 from examples.g2p import tasks  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("same_threads")
+
 DICTIONARY = """\
 bar B AA1 R
 bar(2) B AE1 R
@@ -34,14 +36,6 @@ abc.d EY1
 'em AH0 M
 rain R EY1 N
 """
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A benchmark sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +21,12 @@ from examples.g2p import data, models, tasks, training  # noqa: E402
 from examples.g2p.__main__ import app  # noqa: E402
 from examples.g2p.training import Config, Training  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("same_threads")
+
 LETTERS = "abcdefghij"
 CPU = torch.device("cpu")
 SIZES = {"embedding_size": 8, "hidden_size": 8, "units": 8, "batch_size": 16, "warm_up": 2, "validation_words": 10}
 TINY = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """The commands set the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,16 +20,10 @@ from bench.cases import Op, Work, work_of  # noqa: E402
 from bench.cpu import ceilings, roofline  # noqa: E402
 from bench.cpu.ceilings import Bandwidth, Cache, Ceilings  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("same_threads")
+
 CACHES = [Cache("L1", 32 << 10, 1), Cache("L2", 1 << 20, 1), Cache("L3", 32 << 20, 8)]
 SHAPE = cases.Shape(2, 3, 5, 7, 11)
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A benchmark sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

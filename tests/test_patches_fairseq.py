@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attn_kernels import patch
-from steps import compare, stand_in
+from steps import check_two_backward_passes, compare, stand_in
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -91,16 +91,7 @@ def test_results(cls, case):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_two_backward_passes_on_one_memory(cls):
-    original, inputs = make(cls, 20, 120).double(), some_inputs(16, 30, 20, 120)
-    module = copy.deepcopy(original)
-    patch(module)
-    memory = inputs.pop("memory").requires_grad_()
-    for _ in range(2):
-        ours, expected = (
-            torch.autograd.grad(sum(x.square().sum() for x in decode(m, memory, **inputs)), [memory, *m.parameters()])
-            for m in (module, original)
-        )
-        torch.testing.assert_close(ours, expected)
+    check_two_backward_passes(make(cls, 20, 120).double(), decode, some_inputs(16, 30, 20, 120))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

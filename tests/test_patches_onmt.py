@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attn_kernels import patch
-from steps import compare, stand_in
+from steps import check_two_backward_passes, compare, stand_in
 
 TYPES = ("dot", "general", "mlp")
 
@@ -81,16 +81,7 @@ def test_results(attn_type, case):
 
 @pytest.mark.parametrize("attn_type", TYPES)
 def test_two_backward_passes_on_one_memory(attn_type):
-    original, inputs = Global(70, attn_type=attn_type).double(), some_inputs(16, 30, 70)
-    module = copy.deepcopy(original)
-    patch(module)
-    memory = inputs.pop("memory").requires_grad_()
-    for _ in range(2):
-        ours, expected = (
-            torch.autograd.grad(sum(x.square().sum() for x in calls(m, memory, **inputs)), [memory, *m.parameters()])
-            for m in (module, original)
-        )
-        torch.testing.assert_close(ours, expected)
+    check_two_backward_passes(Global(70, attn_type=attn_type).double(), calls, some_inputs(16, 30, 70))
 
 
 @pytest.mark.parametrize("attn_type", TYPES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +19,11 @@ from bench import plots, timing  # noqa: E402
 from bench.cases import FORWARD, TRAINING, Problem, Provider, Settings, Shape  # noqa: E402
 from bench.cpu import ops, sweep  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("same_threads")
+
 SIZES = [f"--{axis}={size}" for axis, size in (("batch", 1), ("batch", 2), ("queries", 1), ("steps", 3), ("units", 4))]
 COMMAND = [*SIZES, "--units=8", "--allocator=default"]
 Key = tuple[str, Shape, str]
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A benchmark sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 class Times:

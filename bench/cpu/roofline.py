@@ -26,19 +26,9 @@ from rich.text import Text
 import attn_kernels
 from attn_kernels.ops import kernel
 
-from .. import cases, machine, results, timing
+from .. import cases, cli, machine, results, timing
 from ..cases import BACKWARD, FORWARD, Dtype, Op, Shape, Work, work_of
-from ..cli import (
-    AllocatorOption,
-    OutputOption,
-    ShapesOption,
-    ThreadsOption,
-    application,
-    console,
-    parse_shape,
-    prepare,
-    progress_bars,
-)
+from ..cli import application, console
 from ..machine import Allocator
 from ..report import figure, table
 from . import ceilings
@@ -272,20 +262,20 @@ app = application()
 
 @app.command()
 def main(
-    shape: ShapesOption = None,
+    shape: cli.ShapesOption = None,
     op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the ops; the loops compute in float32.")] = Dtype.float32,
-    threads: ThreadsOption = 1,
-    allocator: AllocatorOption = Allocator.reuse,
+    threads: cli.ThreadsOption = 1,
+    allocator: cli.AllocatorOption = Allocator.reuse,
     seconds: Annotated[
         float, typer.Option(min=0, help="Time for each figure of the machine, and for each line of the tables.")
     ] = 0.5,
-    output: OutputOption = results.LOCAL,
+    output: cli.OutputOption = results.LOCAL,
 ) -> None:
     """Measures the limits of this CPU, and how far from them the kernels are. Needs a C compiler."""
     if dtype is Dtype.float64:
         raise typer.BadParameter("--dtype float64: bounds are of the arithmetic of float32")
-    shapes = dict.fromkeys(map(parse_shape, shape), "") if shape else cases.SHAPES
+    shapes = dict.fromkeys(map(cli.parse_shape, shape), "") if shape else cases.SHAPES
     backend = attn_kernels.backends()["cpu"]
     if not backend.available:
         _stop(f"the C++ kernels do not run here: {backend.detail}")
@@ -293,9 +283,9 @@ def main(
         loops = ceilings.compile_loops()
     except CompilerError as error:
         _stop(str(error))
-    in_effect = prepare(threads, allocator)
+    in_effect = cli.prepare(threads, allocator)
     found = ceilings.caches()
-    with progress_bars() as progress:
+    with cli.progress_bars() as progress:
         limits = ceilings.measure(loops, found, threads, seconds, progress)
         cells = list(time_ops(op or list(Op), shapes, getattr(torch, dtype.value), limits, found, seconds, progress))
     description = {**machine.describe(CPU, in_effect), "compiler of loops.c": loops.compiler}

@@ -237,17 +237,14 @@ TITLES = {
 }
 
 
-IN_README = ("translation", "captions", "pointer")
-
-
-def markdown(rows: list[dict[str, Any]], only: tuple[str, ...] = tuple(TITLES)) -> str:
-    """The table of the docs: a line for each case, in the order of ``only``."""
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/fuse.md: a line for each case."""
     lines = [
         f"| | (B,Tq,Tk,A,M) | forward, ms | {ORIGINAL} | {COMPILED} | training, ms | {ORIGINAL} | {COMPILED} | MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for case in only:
-        cells = [TITLES[case]]
+    for case, title in TITLES.items():
+        cells = [title]
         for passes in ("forward", "training"):
             row = next(row for row in rows if row["case"] == case and row["passes"] == passes)
             if passes == "forward":
@@ -269,9 +266,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
     only: Annotated[list[str] | None, typer.Option(help="Cases, by name; all without.")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile, too.")] = True,
-    published: Annotated[
-        bool, typer.Option("--markdown", help="Measure nothing: the tables of docs/fuse.md and README.md.")
-    ] = False,
+    published: Annotated[bool, typer.Option("--markdown", help="Measure nothing: the table of docs/fuse.md.")] = False,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,
 ) -> None:
@@ -281,7 +276,7 @@ def main(
     path = output / "fuse-cpu.json"
     if published:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        print(markdown(rows), markdown(rows, IN_README), sep="\n\n")
+        print(markdown(rows))
         return
     start = time.perf_counter()
     in_effect = prepare(1, allocator)

