@@ -12,14 +12,19 @@ from .timing import Spread
 FEW_ROUNDS = 5  # a median of fewer is shown with its quartiles
 
 
-def table(title: str, *columns: str, **options: Any) -> Table:
-    """A plain table. A column whose name begins with ">" is aligned to the right. ``options``: as of rich's Table."""
+def table(title: str, *columns: str, wrap: bool = False, **options: Any) -> Table:
+    """A plain table. A column whose name begins with ">" is aligned to the right.
+
+    wrap: cells may have several lines, for tables that are wider than a terminal. ``options``: as of rich's Table.
+    """
     result = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, **{"padding": (0, 1, 0, 0), **options}
     )  # fmt: skip
     for column in columns:
         right = column.startswith(">")
-        result.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=True)
+        result.add_column(
+            column.removeprefix(">"), justify="right" if right else "left", no_wrap=not wrap, overflow="fold"
+        )
     return result
 
 

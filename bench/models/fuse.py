@@ -210,6 +210,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     shown = report.table(
         "fuse(model): ms of the fused, and how many times as long the others take",
         *("", "", "B,Tq,Tk,A,M", "fused, ms", ORIGINAL, COMPILED, "MB: fused / original"),
+        wrap=True,
     )
     for row in rows:
         ratios = {variant: f"{spread['median']:.2f}x" for variant, spread in row["times fused"].items()}

@@ -415,7 +415,7 @@ def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) ->
     path = output / "g2p-seeds.json"
     results.write_json(path, result)
     columns = ("seed", "WER fused", "WER reference", "PER fused", "PER reference")
-    table = report.table("Held-out words, greedy search", *columns)
+    table = report.table("Held-out words, greedy search", *columns, wrap=True)
     for row in rows:
         rates = [f"{row[name][rate]:.2%}" for rate in ("WER", "PER") for name in (FUSED, REFERENCE)]
         table.add_row(str(row["seed"]), *rates)
@@ -462,7 +462,7 @@ def _word_to_show(
 
 def show(result: dict[str, Any]) -> None:
     evaluation, training = result["evaluation"], result["training"]
-    examples = report.table("Held-out words, decoded", "word", "written", "dictionary")
+    examples = report.table("Held-out words, decoded", "word", "written", "dictionary", wrap=True)
     for example in evaluation["examples"]:
         style = "" if example["correct"] else "red"
         written = Text(example["written"] + ("" if example["correct"] else "  (wrong)"), style=style)
@@ -491,7 +491,9 @@ def summary(result: dict[str, Any]) -> Table:
     """Training and errors in a few lines."""
     training, evaluation = result["training"], result["evaluation"]
     settings = result["settings"]
-    table = report.table(f"Seq2Seq on CMUdict, {settings['attention']}, fused: {settings['fused backend']}", "", "")
+    table = report.table(
+        f"Seq2Seq on CMUdict, {settings['attention']}, fused: {settings['fused backend']}", "", "", wrap=True
+    )
     table.add_row("steps (epochs)", f"{training['steps']} ({result['data']['epochs']})")
     for name, spread in training["ms a step"].items():
         table.add_row(f"ms a step, {name}", f"{spread['median']:.1f}")
@@ -504,7 +506,7 @@ def summary(result: dict[str, Any]) -> Table:
 
 def step_table(rows: list[dict[str, Any]]) -> Table:
     columns = ("B,S,T", "input feeding", "fused ms", "reference ms", "x")
-    table = report.table("A training step, forward to optimizer", *columns)
+    table = report.table("A training step, forward to optimizer", *columns, wrap=True)
     for row in rows:
         ratio = timing.Spread(**row["times fused"])
         table.add_row(

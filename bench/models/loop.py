@@ -195,7 +195,7 @@ def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
     title = "Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager"
-    shown = report.table(title, "", "B,S,T", *names, "MB (eager, loop)", "of the loop's time")
+    shown = report.table(title, "", "B,S,T", *names, "MB (eager, loop)", "of the loop's time", wrap=True)
     for row in rows:
         cells = []
         for name in names:

@@ -124,11 +124,12 @@ def _row(
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = report.table("Steps on one memory: ms, and how many times the last one's", "", "B,Tk,A=D", "ms")
+    shown = report.table("Steps on one memory: ms, and how many times the last one's", "", "B,Tk,A=D", "ms", wrap=True)
     for row in rows:
         ratios = next(value for key, value in row.items() if key.startswith("times "))
         cells = [
-            f"{name} {spread['median']:.3g}" + (f" ({ratios[name]['median']:.2f}x)" if name in ratios else "")
+            f"{name} {report.figure(spread['median'])}"
+            + (f" ({ratios[name]['median']:.2f}x)" if name in ratios else "")
             for name, spread in row["ms"].items()
         ]
         shown.add_row(row["kind"], ",".join(map(str, row["B,Tk,A=D"])), "; ".join(cells))

@@ -281,13 +281,13 @@ def _library(module: str, name: str) -> Any:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     columns = ("characters", "original, ms", "patched, ms", "times", "original, MB", "patched, MB", "same output")
-    demonstration = report.table("arabic-diacritizer, whole model", *(f">{column}" for column in columns))
+    demonstration = report.table("arabic-diacritizer, whole model", *(f">{column}" for column in columns), wrap=True)
     for row in result["diacritizer"]:
         variants = [row[variant] for variant in (ORIGINAL, PATCHED)]
         cells = [str(row["T"]), *(f"{variant['ms']:.1f}" for variant in variants), f"{row['times patched']:.2f}x"]
         cells += [report.megabytes(variant["MB"]) for variant in variants]
         demonstration.add_row(*cells, "yes" if row["identical"] else "NO")
-    decoders = report.table("Decoders", "", "original, ms", "patched, ms", "times")
+    decoders = report.table("Decoders", "", "original, ms", "patched, ms", "times", wrap=True)
     for row in result["decoders"]:
         if "skipped" in row:
             decoders.add_row(row["what"], "skipped: " + row["skipped"], "", "")

@@ -163,8 +163,8 @@ def run(
 
 def finding_table(findings: list[Finding]) -> Table:
     columns = (">registers", ">warps", ">local", ">slots/pair", ">special/pair", ">16-byte", "")
-    result = table("Machine code, counted", "kernel", "target", "regime", *columns)
-    result.columns[0].no_wrap, result.columns[0].overflow = False, "fold"
+    result = table("Machine code, counted", "kernel", "target", "regime", *columns, wrap=True)
+    result.columns[0].overflow = "fold"
     for found in findings:
         result.add_row(
             found.name.removesuffix("_kernel"),

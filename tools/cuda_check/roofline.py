@@ -211,6 +211,7 @@ def prediction_table(predictions: list[Prediction], device: Device = H100) -> Ta
         caption=f"Without launches: about {LAUNCH_US:g} us for each kernel in a CUDA graph. "
         "padding: pairs computed for each that is wanted.",
         caption_justify="left",
+        wrap=True,
     )
     for p in predictions:
         known = p.predicted_us is not None
