@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` runs the first two; cpu, gpu and models have a command for each of them."""
+"""Benchmarks. ``python -m bench`` runs two of them; each module of cpu, gpu and models is a command."""

@@ -48,7 +48,7 @@ class Shape(NamedTuple):
         return ",".join(map(str, self[:4] if self.A == self.D else self))
 
 
-# design.md's standard shapes. The first list runs on every device, the second also on a GPU.
+# The standard shapes. The first list runs on every device, the second only on a GPU.
 SHAPES = {
     Shape(64, 1, 50, 512, 512): "decode step",
     Shape(64, 1, 200, 1024, 1024): "decode step, longer and wider",
@@ -66,7 +66,7 @@ GPU_SHAPES = {Shape(256, 74, 75, 1024, 1024): "MLPerf GNMT"}
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd+bwd"}
 
-# Largest difference from the eager formula (in float32 or wider), as a share of the largest value of that tensor.
+# Allowed difference from the eager formula (in float32 or wider), relative to the largest value of that tensor.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -106,7 +106,7 @@ class Settings:
 
 
 class Work(NamedTuple):
-    """What one call has to do at least."""
+    """The least work of one call."""
 
     read: int  # bytes
     written: int  # bytes
@@ -116,7 +116,7 @@ class Work(NamedTuple):
 
 
 def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
-    """Of the forward or of the backward.
+    """The work of the forward or of the backward.
 
     Forward: context alone, no alignments. Backward: starts from the alignments and the gradient of the context.
     """
@@ -202,7 +202,7 @@ def compute(
 
 
 def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference over all tensors, as a share of the largest value of its tensor, and whose it is."""
+    """The largest difference over all tensors, relative to the largest value of each, and the tensor that has it."""
     worst, where = 0.0, ""
     for name, wanted in expected.items():
         error = ((got[name].to(wanted.dtype) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
@@ -227,7 +227,7 @@ def bind(provider: Provider, problem: Problem, *, training: bool) -> Callable[[]
 
 
 def check(provider: Provider, problem: Problem, expected: dict[str, Tensor], *, training: bool) -> None:
-    """Runs a way once and notes why it may not be timed, if so."""
+    """Runs a provider once. If it fails or its results are wrong, ``failure`` says so, and it is not timed."""
     try:
         got = compute(provider.function, problem.inputs, problem.grad_context, training=training)
     except Exception as error:  # whatever a compiler or a kernel raises belongs into the cell

@@ -1,4 +1,4 @@
-"""The plots: speed of the ops, the sweep over sizes, loss curves, and the alignment of one word."""
+"""The plots: speed of the ops, the sweep over sizes, GPU cells, loss curves, patched and fused models."""
 
 from __future__ import annotations
 

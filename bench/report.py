@@ -1,4 +1,4 @@
-"""How the benchmarks print numbers: tables, and what stands in them."""
+"""Tables for the terminal, and the format of the numbers in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(title: str, *columns: str, wrap: bool = False, **options: Any) -> Tabl
 
 
 def figure(value: float | None) -> str:
-    """Three digits, or all before the point: of milliseconds, GB/s and the like."""
+    """Three significant digits, or all digits before the point."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
@@ -50,7 +50,7 @@ def times(ratio: float, digits: int = 2, lost: bool | None = None) -> str:
 
 
 def quartiles(values: Spread, rounds: int) -> str:
-    """Stands beside a median of few rounds, which is less certain than others."""
+    """Printed beside a median of few rounds, which is uncertain."""
     if rounds >= FEW_ROUNDS:
         return ""
     return " (1 round)" if rounds == 1 else f" ({values.low:.2f}-{values.high:.2f})"

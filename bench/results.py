@@ -1,4 +1,4 @@
-"""Files of results: written as a whole or not at all, few and with fixed names."""
+"""Result files. They are written atomically, and have fixed names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA = 1  # raised when the meaning of a field changes
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` makes a file beside ``path`` that then takes its place: an interrupt leaves the old one, not a half."""
+    """``write`` gets a temporary path, which then replaces ``path``: an interrupt leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells savefig the format
     try:

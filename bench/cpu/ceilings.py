@@ -38,7 +38,7 @@ class CompilerError(Exception):
 
 
 class _Data:
-    """Lets ctypes take a tensor where a pointer to its elements is wanted."""
+    """Converts a tensor to a pointer to its elements, for ctypes."""
 
     @classmethod
     def from_param(cls, tensor: Tensor) -> ctypes.c_void_p:
@@ -98,7 +98,7 @@ class Loops:
 
 
 def find_compiler() -> list[str]:
-    """The command of the C compiler: $CC, with its arguments if it has any, or what the system calls one."""
+    """The command of the C compiler: $CC with its arguments, or cc, gcc or clang."""
     command = shlex.split(os.environ.get("CC", ""))
     if command:
         if shutil.which(command[0]) is None:
@@ -151,7 +151,7 @@ class Cache(NamedTuple):
 
 
 def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[Cache]:
-    """The data caches of the first core, the fastest first; usual ones where the system does not tell."""
+    """The data caches of the first core, the fastest first; typical sizes if the system does not report them."""
     found = []
     for index in sorted(folder.glob("index*")):
         try:
@@ -171,13 +171,13 @@ def _bytes(text: str) -> int:
 
 
 def _count(cpus: str) -> int:
-    """How many there are in a list like 0-3,8."""
+    """The number of CPUs in a list such as "0-3,8"."""
     ends = [part.split("-") for part in cpus.split(",")]
     return sum(int(part[-1]) - int(part[0]) + 1 for part in ends)
 
 
 def level_of(size: int, caches: list[Cache], threads: int) -> str:
-    """Where ``size`` bytes live between calls: a whole cache, but half of the last one, or else memory."""
+    """The level that keeps ``size`` bytes between calls. Of the last cache only half counts."""
     for i, cache in enumerate(caches):
         if size * (2 if i + 1 == len(caches) else 1) <= cache.capacity(threads):
             return cache.name
@@ -208,7 +208,7 @@ class Bandwidth:
     streaming_copy: float | None = None
 
     def milliseconds(self, read: int, written: int, *, streaming: bool) -> float:
-        """The time of reading and writing so many bytes: as much of it as can be in one copy, the rest alone."""
+        """The time to read and write so many bytes: as one copy as far as both go, the rest separately."""
         write, copy = self.write, self.copy
         if streaming:
             write, copy = self.streaming_write or write, self.streaming_copy or copy
@@ -218,7 +218,7 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do; per ns, of all threads together, but for ``clock``."""
+    """Rates per ns, of all threads together; ``clock`` is that of one."""
 
     threads: int
     clock: float  # cycles a ns, of one thread
@@ -231,18 +231,18 @@ class Ceilings:
     backward_pairs_single: float  # each has its own
 
     def cycles(self, rate: float, number: int) -> float:
-        """Cycles that one thread takes for ``number`` things of which all threads do ``rate`` a ns."""
+        """Cycles that one thread takes for ``number`` operations, of which all threads together do ``rate`` per ns."""
         return self.clock * number * self.threads / rate
 
 
 class ThreadTeam:
-    """Threads that do the same at the same time. Numbers are the best of all samples: others use the machine too."""
+    """Threads that run a loop at the same time. A rate is the best of all samples, because other programs run too."""
 
     def __init__(self, threads: int, seconds: float) -> None:
         self.threads, self.seconds = threads, seconds
 
     def rate(self, amount: float, call: Callable[[int, int], object]) -> float:
-        """How much all threads do in a ns, where call(i, repeats) makes thread i do ``amount`` ``repeats`` times."""
+        """Work per ns of all threads together; call(i, repeats) does ``amount`` of it ``repeats`` times on thread i."""
         with ThreadPoolExecutor(self.threads) as pool:
             repeats, samples, best = 1, 0, math.inf
             start = time.perf_counter()
@@ -256,7 +256,7 @@ class ThreadTeam:
         return self.threads * amount / best / 1e9
 
     def _sample(self, pool: ThreadPoolExecutor, call: Callable[[int, int], object], repeats: int) -> float:
-        """Seconds from the first that begins to the last that ends."""
+        """Seconds from the start of the first thread to the end of the last."""
         barrier = threading.Barrier(self.threads)
 
         def work(i: int) -> tuple[float, float]:

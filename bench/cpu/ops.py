@@ -1,7 +1,7 @@
 """Times the ops against eager PyTorch, torch.compile and SDPA: ``python -m bench.cpu.ops --help``.
 
-For every shape, first the results and gradients of each way are compared with the eager formula, and the peak memory of
-each is taken; what computes something else gets no time. Then the ways take turns (``timing.py``).
+For every shape, the results and gradients of each provider are compared with the eager formula, and its peak memory is
+measured. Providers with wrong results are not timed; the others then take turns (``timing.py``).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ LEAST_CALLS = 8  # of each provider: results, memory, warming up, and three roun
 
 
 def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, list[Provider]]:
-    """The name of ours, and all ways: each backend that runs here, eager, torch.compile in its variants, SDPA."""
+    """The name of ours, and all providers: backends that run here, eager, variants of torch.compile, SDPA."""
     masks = {"memory_lengths": problem.memory_lengths, "need_weights": settings.need_weights}
 
     def make(name: str, function: Callable[..., Attention], detail: str = "", **keywords: object) -> Provider:
@@ -102,7 +102,7 @@ def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, 
 
 
 def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
-    """Compares the results of all ways; takes peak memory and times of those that are right.
+    """Compares the results of all providers; measures peak memory and time of those that are right.
 
     Returns what the allocator was for the times. ``budget`` is for the rounds: what comes before them takes what it
     takes.
@@ -136,7 +136,7 @@ def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing
 def time_providers(
     cell: Cell, calls: dict[str, Callable[[], object]], settings: Settings, budget: timing.Budget
 ) -> None:
-    """calls: by the place of their way in the cell."""
+    """calls: by the index of their provider in the cell."""
     timer = timing.timer_for(settings.device)
     variants = {i: call for i, call in calls.items() if cell.providers[int(i)].name == "torch.compile"}
     if len(variants) > 1:  # only the faster one goes on
@@ -190,7 +190,7 @@ def run(cells: list[Cell], settings: Settings, allocator: Allocator, budget: tim
 
 
 def expected_seconds(cell: Cell, others: list[Cell]) -> float:
-    """What a cell will take, from the last one of its kind: compilation as long, and calls by their work."""
+    """Estimated from the last cell of the same op and passes: equal compilation time, calls in proportion to work."""
     alike = [other for other in others if (other.op, other.passes) == (cell.op, cell.passes) and other.rounds]
     if not alike:
         return 0.0
@@ -242,7 +242,7 @@ def as_result(cells: list[Cell], settings: Settings, description: dict[str, str 
 
 
 def tables(cells: list[Cell], description: dict[str, str | int], settings: Settings) -> RenderableType:
-    """One table for each op, then what did not run and why, then where all this was measured."""
+    """One table for each op, then what did not run and why, then the machine."""
     parts: list[RenderableType] = []
     notes: list[str] = []
     dtype = str(settings.dtype).removeprefix("torch.")
@@ -314,7 +314,7 @@ def memory_of(provider: Provider | None) -> str:
 
 
 def wrong_cells(cells: list[Cell]) -> list[str]:
-    """Where ours has no time: its results are wrong or it failed."""
+    """Cells in which ours was not timed, because it failed or its results are wrong."""
     found = []
     for cell in cells:
         provider = cell.provider(cell.ours)

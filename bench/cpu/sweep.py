@@ -76,7 +76,7 @@ PASSES = {Pass.forward: FORWARD, Pass.training: TRAINING}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a cell may take; more, and it is left out."""
+    """Cells that need more are left out."""
 
     memory_gb: float = 4.0
     seconds: float = 2.0

@@ -1,8 +1,8 @@
 """The cells of the GPU benchmark: which there are, in the order of their weight, and how one is measured.
 
-Every way is timed launched by the host, call after call, and replayed in a CUDA graph. "graph" repeats one call on the
-same inputs, which the L2 cache keeps as far as it holds them; "graph, cold" goes through copies of the inputs that are
-together three times as large as the cache, so that every call reads memory. Bandwidth is judged by the latter.
+Every provider is timed launched by the host, call after call, and replayed in a CUDA graph. "graph" repeats one call on
+the same inputs, which the L2 cache keeps as far as it holds them; "graph, cold" goes through copies of the inputs that
+are together three times as large as the cache, so that every call reads memory. Bandwidth is judged by the latter.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def expected_results(row: Row, problem: Problem) -> dict[str, Tensor]:
 
 
 def make_providers(row: Row, problem: Problem) -> list[Provider]:
-    """Ours without a name, each backend by name, and what it is compared with."""
+    """Ours with the default backend, each backend by name, and the baselines."""
     device_type = problem.grad_context.device.type
     public = getattr(attn_kernels, row.op)
     chosen = choose(None, device_type)
@@ -170,7 +170,7 @@ class TooLong(Exception):
 
 @contextmanager
 def time_limit(seconds: float):
-    """Raises TooLong after that many seconds, where there are signals and this is the main thread."""
+    """Raises TooLong after that many seconds, if the system has signals and this is the main thread."""
     import signal
     import threading
 

@@ -65,7 +65,7 @@ def begin(path: Path, state: dict[str, Any], what: str | None, limit: float | No
 
 
 def stuck(path: Path, start: float) -> str | None:
-    """For the process that waits for one begun at ``start``: what has been under way there for too long."""
+    """What the process that began at ``start`` has worked on for too long; None if nothing."""
     try:
         begun = json.loads(path.read_text()).get("begun")
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def stuck(path: Path, start: float) -> str | None:
 
 
 def measure_ceilings(path: Path, gpu: Any, ceilings: Mapping[str, Callable[[Any], float]]) -> None:
-    """One by one into the file of the run. One that fails leaves the others, one that hung is not tried again."""
+    """Writes each to the file of the run. A failure does not stop the others; one that hung is not tried again."""
     state = json.loads(path.read_text())
     found = state.setdefault("ceilings", {"what": "best of several rounds, measured on this device"})
     hung = (state.get("begun") or {}).get("what")
@@ -99,7 +99,7 @@ def measure_ceilings(path: Path, gpu: Any, ceilings: Mapping[str, Callable[[Any]
 
 
 def measure(path: Path, gpu: Any, todo: list[Row], *, seconds: float, left: float) -> None:
-    """Fills in the file of the run; a row that stands as begun there took a process before this one along."""
+    """Adds rows to the file of the run. A row that is marked there as begun ended an earlier process."""
     until = time.monotonic() + left
     state = json.loads(path.read_text())
     cells = {cell["key"]: cell for cell in state.get("cells", [])}

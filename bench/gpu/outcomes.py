@@ -33,7 +33,7 @@ _lost_by: list[str] = []
 
 
 def lost(outcome: dict[str, str]) -> bool:
-    """Whether a test was skipped for a process with a whole context to run."""
+    """Whether a test was skipped because the CUDA context was lost: another process is to run it."""
     return outcome["outcome"] == "skipped" and LOST in outcome["reason"]
 
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
-    """The watchdog is a thread that needs no lock of Python's, which a kernel that hangs may be waited for under."""
+    """The watchdog does not need the GIL, which a test that waits for a hanging kernel may hold."""
     seconds = float(os.environ.get(SECONDS) or 0)
     if not seconds:
         return (yield)
@@ -117,7 +117,7 @@ def _write(test: str, outcome: str, reason: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """One outcome for each test: the last; a test that began and has none took its process along."""
+    """The last outcome of each test. A test that began and has no outcome ended its process."""
     if not path.exists():
         return []
     last: dict[str, dict[str, str]] = {}

@@ -43,7 +43,7 @@ CLUSTER_US, COUNTER_US = 1.0, 2.5  # two cluster barriers; the node that clears 
 
 
 class Kind(NamedTuple):
-    """What decides a kind of row, how a prediction of it may be wrong, and what is looked at first then."""
+    """What limits a kind of row, how its prediction may be wrong, and what to look at first in that case."""
 
     name: str
     limited_by: str
@@ -305,7 +305,7 @@ def make() -> dict[str, Any]:
 
 
 def as_measured(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell as ``make gpu`` would have it, had it measured what is predicted: for gpu_targets."""
+    """A cell as ``make gpu`` would have it, had it measured what is predicted: for targets.py."""
 
     def spread(us: float) -> dict[str, float]:
         return {"median": us}

@@ -19,7 +19,7 @@ CASE_SECONDS = 12.0  # what hangs is stopped after so long
 
 
 class StandIn:
-    """A CPU in the place of a GPU to measure on: a graph of calls is the calls."""
+    """A CPU in place of a GPU: a graph of calls makes the calls one after the other."""
 
     l2_bytes = 4000
     memory_bytes = 10**9

@@ -109,7 +109,7 @@ def run_stage(stage: Stage, path: Path, state: dict[str, Any], machine: Machine,
 def go(
     path: Path, state: dict[str, Any], stages: Sequence[Stage], machine: Machine, options: argparse.Namespace
 ) -> int:
-    """The stages, one after the other, whatever becomes of each. Returns the exit status."""
+    """Runs the stages one after the other, also after failures. Returns the exit status."""
     budget = Budget(options.budget)
     state["stages"] = state.get("stages") or {}
     for number, stage in enumerate(stages, 1):
@@ -143,7 +143,7 @@ def processor_seconds() -> float:
 
 
 def brief(stage: Stage, state: dict[str, Any]) -> str:
-    """What a stage found, where a line or some say it."""
+    """The result of a stage in a few lines, if it has a short form."""
     if stage.name == "build" and (state.get("build") or {}).get("status"):
         outputs = [text for name, text in state["build"].items() if name.startswith("output")]
         return ": FAILED; the backends that it leaves are measured\n" + "\n".join(outputs)

@@ -132,7 +132,7 @@ CASES: tuple[tuple[str, type[nn.Module], int, int, int, int, int, bool], ...] = 
 
 
 class Problem:
-    """A module, in each way, and arguments for some steps on one memory."""
+    """A module: original, fused and compiled; and arguments for some steps on one memory."""
 
     def __init__(self, case: tuple[str, type[nn.Module], int, int, int, int, int, bool]) -> None:
         self.name, cls, batch, queries, steps, units, memory, time_major = case

@@ -197,7 +197,7 @@ def generate(model: Seq2Seq, vocabulary: Vocabulary, words: Sequence[str], progr
 
 
 def steps_within(seconds: float, config: Config, task: Task, names: Sequence[str], device: torch.device) -> int:
-    """So many training steps of all models as take about that long, from the time of a few; no more than asked for."""
+    """How many steps, at most ``config.steps``, all models can train in that time; from a short trial."""
     trial = Comparison(config, task, names, device)
     for _ in range(TRIAL_STEPS):
         trial.run_step()
@@ -206,7 +206,7 @@ def steps_within(seconds: float, config: Config, task: Task, names: Sequence[str
 
 
 def words_within(seconds: float, most: int, comparison: Comparison, some: Sequence[str], progress: Progress) -> int:
-    """So many words as are decoded in about that time: by each model, and once more by the reference attention."""
+    """The number of words that can be decoded in that time by each model, and once more by the reference attention."""
     taken = 0.0
     for name, run in comparison.runs.items():
         start = time.perf_counter()
@@ -388,7 +388,7 @@ def benchmark(
 
 
 def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) -> tuple[list[Path], dict[str, Any]]:
-    """``benchmark`` for successive seeds, each into a folder of its own; whether the rates of errors tell them apart.
+    """``benchmark`` for successive seeds, each in a folder of its own, with a table of their errors.
 
     Training amplifies rounding, so that two models from one seed end apart: by no more than models from two seeds do,
     where fused attention is as good as the reference.

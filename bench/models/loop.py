@@ -1,6 +1,6 @@
 """Times the decoder's whole loop, training and decoding: ``python -m bench.models.loop --help``.
 
-Four ways to compute the same model from the same parameters take turns: plain PyTorch step by step, as a good user
+Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user
 would write it; the same with its step compiled; our fused attention step by step; and the loop as one op.
 """
 
@@ -88,7 +88,7 @@ def make_variants(size: int, device: torch.device, names: list[str]) -> list[Var
 
 
 def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
-    """Forward, loss and backward; the optimizer is the same for all ways and left out."""
+    """Forward, loss and backward; without the optimizer, which is the same for all variants."""
 
     def step() -> Tensor:
         model.zero_grad()
@@ -114,7 +114,7 @@ def make_data(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 
 def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Of the gradients of each way against those of the first, relative to the largest element of each."""
+    """Largest difference of the gradients of each variant from those of the first, relative to the largest element."""
     gradients = {}
     for name, model in variants:
         training_step(model, data)()

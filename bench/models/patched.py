@@ -45,7 +45,7 @@ class Variant(str, Enum):
 
 
 class Missing(Exception):
-    """A library that is not installed, or a class of it that patch leaves alone: the reason."""
+    """Why a case cannot run: a library is not installed, or ``patch`` does not replace its class."""
 
 
 # arabic-diacritizer ---------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def compare_diacritics(count: int) -> dict[str, int]:
 
 @app.command(hidden=True)
 def child(variant: Variant, length: int, seconds: float, allocator: Allocator) -> None:
-    """One way at one length, in a process of its own: prints a line of JSON."""
+    """One variant at one length, in a process of its own: prints a line of JSON."""
     torch.set_num_threads(1)
     machine.set_allocator(allocator)
     model, text = diacritizer(variant.value), text_of(sentences(), length)
@@ -111,7 +111,7 @@ def child(variant: Variant, length: int, seconds: float, allocator: Allocator) -
 
 
 def measure_diacritizer(length: int, seconds: float, allocator: Allocator) -> dict[str, Any]:
-    """The ways take turns, twice; the best time of each counts."""
+    """Original and patched take turns, twice; the best time of each counts."""
     best: dict[str, dict[str, Any]] = {}
     for variant in (ORIGINAL, PATCHED, PATCHED, ORIGINAL):
         command = [

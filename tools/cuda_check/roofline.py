@@ -187,7 +187,7 @@ def _blocks(shape: Shape, kernel: Finding) -> Iterable[tuple[int, int, int]]:
 
 
 def predict_all(findings: Iterable[Finding], device: Device = H100) -> list[Prediction]:
-    """Every standard shape, forward and with backward; float32, and bfloat16 where design.md wants it."""
+    """Every standard shape, forward and with backward; float32, and bfloat16 for the largest."""
     kernels = counted(findings)
     cells = [(ADDITIVE, shape, "float32") for shape in [*SHAPES, *GPU_SHAPES, TARGET_SHAPE]]
     cells += [(ADDITIVE, shape, "bfloat16") for shape in GPU_SHAPES]

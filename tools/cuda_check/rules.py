@@ -58,7 +58,7 @@ class Rule:
 
 
 def _is_float32(facts: Facts) -> bool:
-    """Of the numbers that are computed with; float64 is for checks of gradients and has no bound on its speed."""
+    """The dtype of the arithmetic. Float64 is for checks of gradients, and has no bounds."""
     return not any(re.search(r"\bdouble\b", text) for text in facts.arguments) and not facts.constants.get("FLOAT64")
 
 
