@@ -17,7 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from bench import plots, timing  # noqa: E402
 from bench.cases import FORWARD, TRAINING, Problem, Provider, Settings, Shape  # noqa: E402
-from bench.cpu import ops, sweep  # noqa: E402
+from bench.cpu import grid, ops, sweep  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 
@@ -87,7 +87,7 @@ def test_the_quick_grid_is_a_part_of_the_whole() -> None:
 
 def test_what_is_too_large_or_too_slow_is_left_out_with_the_reason() -> None:
     def reason(op: str, sizes: tuple[int, ...], passes: str, **limits: float) -> str | None:
-        return sweep.beyond(sweep.Cell(op, Shape(*sizes), passes), sweep.Limits(**limits))
+        return grid.beyond(sweep.Cell(op, Shape(*sizes), passes), sweep.Limits(**limits))
 
     # Additive eager holds B * Tq * Tk * A numbers three times, five with backward: 2.4 GB and 4 GB here.
     sizes = (50, 40, 1000, 100, 100)

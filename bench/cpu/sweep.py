@@ -7,19 +7,15 @@ that noise is not reported as a loss. Each finished cell is stored at once and s
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import math
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import typer
@@ -29,7 +25,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-import attn_kernels
 from attn_kernels.backends import choose
 
 from .. import cases, machine, plots, results, timing
@@ -38,32 +33,27 @@ from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, con
 from ..machine import Allocator
 from ..report import figure, table, times
 from . import ops
+from .grid import (
+    LONG_CALL,
+    QUICK,
+    Cell,
+    Grid,
+    Limits,
+    Measured,
+    Settings,
+    expected_seconds,
+    expected_total,
+    plan,
+)
+from .progress import ProgressFile, as_json, code_digest
 
 CPU = torch.device("cpu")
 OPS = tuple(op.value for op in Op)
 LEAST = 0.97  # what the project asks for
 SEED = 0
 
-
-class Grid(NamedTuple):
-    """The sizes of the sweep; the width D of the values is A."""
-
-    batch: tuple[int, ...] = (1, 4, 16, 64, 256)
-    queries: tuple[int, ...] = (1, 2, 5, 8, 32, 128)
-    steps: tuple[int, ...] = (1, 10, 50, 200, 1000, 4000)
-    units: tuple[int, ...] = (16, 64, 256, 1024)
-
-
-QUICK = Grid(batch=(1, 64), queries=(1, 8, 32), steps=(10, 200, 1000), units=(64, 1024))
-
-LONG_CALL = 0.3  # seconds; such calls get few rounds, and their times vary little
 AGAIN_SECONDS = 1.0
 AGAIN_ROUNDS, AGAIN_ROUNDS_LONG = 21, 5
-
-# What eager takes on one core, for leaving cells out and for the expected total only; from measurements, rounded.
-NANOSECONDS_A_PAIR = {FORWARD: 1.0, TRAINING: 3.0}  # additive: B*Tq*Tk*A
-NANOSECONDS_A_PRODUCT = {FORWARD: 0.03, TRAINING: 0.08}  # dot: B*Tq*Tk*(A+D)
-NANOSECONDS_A_BYTE = {FORWARD: 0.07, TRAINING: 0.25}  # keys and values
 
 
 class Pass(str, Enum):
@@ -72,117 +62,6 @@ class Pass(str, Enum):
 
 
 PASSES = {Pass.forward: FORWARD, Pass.training: TRAINING}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Cells that need more are left out."""
-
-    memory_gb: float = 4.0
-    seconds: float = 2.0
-    item_size: int = 4  # also of 16-bit dtypes: their results are compared with eager in float32
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a time depends on: an interrupted sweep goes on only under the same."""
-
-    dtype: str = "float32"
-    threads: int = 1
-    allocator: str = Allocator.reuse.value
-    seconds: float = 0.15
-    rounds: int = 5
-    rounds_long: int = 2
-
-
-@dataclass
-class Measured:
-    """Medians in milliseconds, and the time of eager / the time of ours within rounds: above 1 where ours is faster."""
-
-    ours: float
-    eager: float
-    ratio: timing.Spread
-    rounds: int
-
-
-@dataclass
-class Cell:
-    op: str
-    shape: Shape
-    passes: str
-    not_run: str | None = None  # why it was left out
-    failure: str | None = None  # why ours gets no time
-    first: Measured | None = None
-    again: Measured | None = None  # more rounds, for a cell that was below the bound
-
-    @property
-    def key(self) -> tuple[str, Shape, str]:
-        return self.op, self.shape, self.passes
-
-    @property
-    def ratio(self) -> float | None:
-        """The one that counts: of the longer measurement, where there is one."""
-        measured = self.again or self.first
-        return None if measured is None else measured.ratio.median
-
-    @property
-    def done(self) -> bool:
-        return self.first is not None or self.failure is not None or self.not_run is not None
-
-
-# The grid -------------------------------------------------------------------------------------------------------------
-
-
-def plan(grid: Grid, op_names: Sequence[str], passes: Sequence[str], limits: Limits) -> list[Cell]:
-    """All cells; those beyond the limits carry the reason. Cells with the same keys and values follow each other."""
-    cells = []
-    for batch, steps, units in itertools.product(grid.batch, grid.steps, grid.units):
-        for op, p, queries in itertools.product(op_names, passes, grid.queries):
-            cell = Cell(op, Shape(batch, queries, steps, units, units), p)
-            cell.not_run = beyond(cell, limits)
-            cells.append(cell)
-    return cells
-
-
-def beyond(cell: Cell, limits: Limits) -> str | None:
-    if working_set(cell) * limits.item_size > limits.memory_gb * 1e9:
-        return f"more than {limits.memory_gb:g} GB"
-    if expected_seconds(cell.op, cell.shape, cell.passes) > limits.seconds:
-        return f"more than {limits.seconds:g} s a call"
-    return None
-
-
-def working_set(cell: Cell) -> int:
-    """How many numbers eager (or ours) holds at its peak, with the inputs."""
-    batch, queries, steps, units, width = cell.shape
-    training = cell.passes == TRAINING
-    scores = batch * queries * steps
-    memory = batch * steps * (units + width)  # keys and values; the same once more for gradients, or a prepared copy
-    rest = 2 * memory + 4 * batch * queries * (units + width) + (5 if training else 3) * scores
-    return rest + ((5 if training else 3) * scores * units if cell.op == "additive_attention" else 0)
-
-
-def expected_seconds(op: str, shape: Shape, passes: str) -> float:
-    """About what a call of eager takes."""
-    batch, queries, steps, units, width = shape
-    scores = batch * queries * steps
-    own = (
-        scores * units * NANOSECONDS_A_PAIR[passes]
-        if op == "additive_attention"
-        else scores * (units + width) * NANOSECONDS_A_PRODUCT[passes]
-    )
-    return 1e-9 * (own + 4 * batch * steps * (units + width) * NANOSECONDS_A_BYTE[passes])
-
-
-def expected_total(cells: Iterable[Cell], settings: Settings) -> float:
-    """About how many seconds the cells will take that are still to be timed."""
-    total = 0.0
-    for cell in cells:
-        if not cell.done:
-            call = expected_seconds(cell.op, cell.shape, cell.passes)
-            rounds = settings.rounds_long if call > LONG_CALL else settings.rounds
-            total += 0.05 + 5 * call + max(settings.seconds, 1.5 * rounds * call)
-    return total
 
 
 # Times ----------------------------------------------------------------------------------------------------------------
@@ -292,100 +171,6 @@ def tracked(progress: Progress, what: str, cells: list[Cell]) -> Iterator[Cell]:
         yield cell
         progress.advance(task)
     progress.update(task, description=what)
-
-
-# What survives an interrupt -------------------------------------------------------------------------------------------
-
-
-class ProgressFile:
-    """JSON lines beside the result: first what the times depend on, then the cells as they are finished."""
-
-    def __init__(self, path: Path, conditions: dict[str, object]) -> None:
-        self.path = path
-        self.conditions = conditions
-
-    def start(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.conditions) + "\n")
-
-    def resume(self, cells: list[Cell]) -> int:
-        """Takes over the cells that are finished, and returns their number; ValueError under other conditions."""
-        lines = self.path.read_text().splitlines(keepends=True)
-        if not lines or not lines[0].endswith("\n"):  # stopped within the first line
-            self.start()
-            return 0
-        stored = json.loads(lines[0])
-        names = {**stored, **self.conditions}
-        differing = [
-            f"{name} {stored.get(name)!r}, not {self.conditions.get(name)!r}"
-            for name in names
-            if stored.get(name) != self.conditions.get(name)
-        ]
-        if differing:
-            raise ValueError(f"{results.shown(self.path)} is of another sweep: {'; '.join(differing)}")
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):  # an interrupt left half a line, to which nothing may be appended
-            results.write_whole(self.path, lambda partial: partial.write_text("".join(whole)))
-        found = {cell.key: cell for cell in map(read_cell, map(json.loads, whole[1:]))}
-        taken = 0
-        for cell in cells:
-            before = found.get(cell.key)
-            if before is not None and cell.not_run is None:
-                cell.not_run, cell.failure = before.not_run, before.failure
-                cell.first, cell.again = before.first, before.again
-                taken += 1
-        return taken
-
-    def add(self, cell: Cell) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(as_json(cell), allow_nan=False) + "\n")
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def as_json(cell: Cell) -> dict[str, object]:
-    def measured(values: Measured | None) -> dict[str, object] | None:
-        if values is None:
-            return None
-        times = {"ours ms": values.ours, "eager ms": values.eager, "ratio": values.ratio, "rounds": values.rounds}
-        return results.rounded(times)
-
-    return {
-        "op": cell.op,
-        "shape": cell.shape._asdict(),
-        "passes": cell.passes,
-        "not run": cell.not_run,
-        "failure": cell.failure,
-        "first": measured(cell.first),
-        "again": measured(cell.again),
-    }
-
-
-def read_cell(entry: dict) -> Cell:
-    def measured(values: dict | None) -> Measured | None:
-        if values is None:
-            return None
-        return Measured(values["ours ms"], values["eager ms"], timing.Spread(**values["ratio"]), values["rounds"])
-
-    return Cell(
-        entry["op"],
-        Shape(**entry["shape"]),
-        entry["passes"],
-        entry["not run"],
-        entry["failure"],
-        measured(entry["first"]),
-        measured(entry["again"]),
-    )
-
-
-def code_digest() -> str:
-    """Tells one state of the package, compiled part included, from another, without git."""
-    folder = Path(attn_kernels.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.glob("_C*.so"), *folder.glob("_C*.pyd")]):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

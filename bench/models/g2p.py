@@ -69,6 +69,9 @@ class Config(training.Config):
     steps: int = STEPS
 
 
+UNUSED = ("epochs", "warm_up", "validation_words", "patience")  # settings of a training with validation
+
+
 class Agreement(NamedTuple):
     """How far the two loss curves are apart."""
 
@@ -91,8 +94,8 @@ def make_model(config: Config, vocabulary: Vocabulary, name: str, device: torch.
     return models.make_model(config, vocabulary, device, **_ARGUMENTS[name], **changes)
 
 
-class Training(training.Training):
-    """One model of the comparison; without validation."""
+class ShortTraining(training.Training):
+    """Of one model of the comparison: its learning rate is that of few steps, and it is not validated."""
 
     config: Config
     may_differ = ("epochs", "steps")
@@ -114,11 +117,11 @@ class Comparison:
     def __init__(self, config: Config, task: Task, names: Sequence[str], device: torch.device):
         self.config = config
         self.device = device
-        self.runs = {name: Training(config, task, device, **_ARGUMENTS[name]) for name in names}
+        self.runs = {name: ShortTraining(config, task, device, **_ARGUMENTS[name]) for name in names}
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
 
     @property
-    def first(self) -> Training:
+    def first(self) -> ShortTraining:
         return next(iter(self.runs.values()))
 
     @property
@@ -338,10 +341,11 @@ def benchmark(
             rows = step_times(config, vocabulary, example, device, time_rounds, progress, limit)
     errors, examples = assess(tested, hypotheses, vocabulary, parts.test)
     stem = f"g2p-{device.type}"
+    settings = {name: value for name, value in asdict(config).items() if name not in UNUSED}
     result = {
         "part": "g2p",
         "machine": machine.describe(device, in_effect),
-        "settings": {**asdict(config), "fused backend": choose(None, device.type)},
+        "settings": {**settings, "fused backend": choose(None, device.type)},
         "data": {
             "dictionary": data.DESCRIPTION,
             "split": data.SPLIT,
