@@ -66,16 +66,14 @@ class SequenceAttention:
         step = slice(t, t + 1)
         dalignments = None if dalignments is None else dalignments[:, step]
         query, alignments = self.queries[step].transpose(0, 1), self.alignments[:, step]
-        dquery = self._backward(f"{self.op}_query_backward", dcontext.unsqueeze(1), dalignments, query, alignments)
-        self.dqueries[t] = (dquery if isinstance(dquery, Tensor) else dquery[0]).squeeze(1)
+        dquery, *_ = self._backward(dcontext.unsqueeze(1), dalignments, query, alignments, need_memory=False)
+        self.dqueries[t] = dquery.squeeze(1)
         return self._state_gradient(t)
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> tuple[Tensor | None, ...]:
         """states: (T, B, H). dalignments: (B, T, S). Of keys, values, query_weight, v, bias, scale."""
         queries = self.queries.transpose(0, 1)
-        _, dkeys, dvalues, *score = self._backward(
-            f"{self.op}_backward", self.dcontexts, dalignments, queries, self.alignments
-        )
+        _, dkeys, dvalues, *score = self._backward(self.dcontexts, dalignments, queries, self.alignments)
         dweight = None
         if self.query_weight is not None:
             dweight = across(self.dqueries.flatten(0, 1), states.flatten(0, 1))
@@ -85,13 +83,19 @@ class SequenceAttention:
         return dkeys, dvalues, dweight, dv, dbias, self._scale_gradient()
 
     def _backward(
-        self, op: str, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
+        self,
+        dcontext: Tensor,
+        dalignments: Tensor | None,
+        query: Tensor,
+        alignments: Tensor,
+        need_memory: bool = True,
     ) -> Any:
         """Of query, keys, values and what the scores have besides, as far as the op gives them."""
         memory = self.memory
         tensors = (query, memory.keys, memory.values)
         if self.backend != "reference":
-            return ops.call(op, self.backend, dcontext, dalignments, *tensors, *self._settings(), alignments)
+            op, grads = f"{self.op}_backward", (dcontext, dalignments)
+            return ops.call(op, self.backend, *grads, *tensors, *self._settings(), alignments, True, need_memory)
         inputs = [None if x is None else x.detach().requires_grad_() for x in (*tensors, *self._score())]
         with torch.enable_grad():
             outputs = self._reference(*inputs)

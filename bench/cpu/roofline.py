@@ -111,7 +111,7 @@ def calls_of(op: Op, problem: cases.Problem) -> dict[str, Callable[[], object]]:
     inputs = (query, keys, values, *parameters, *masks)
     return {
         FORWARD: lambda: forward(*inputs, False),
-        BACKWARD: lambda: backward(problem.grad_context, None, *inputs, alignments),
+        BACKWARD: lambda: backward(problem.grad_context, None, *inputs, alignments, True, True),
     }
 
 
