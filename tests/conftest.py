@@ -139,6 +139,20 @@ BACKENDS = {
 
 
 @pytest.fixture
+def same_threads() -> Iterator[None]:
+    """For commands that set the number of threads of the process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """For tiny tensors: more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test starts takes itself for no worker of pytest-xdist, as it would by what it inherits."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_outcomes
+from bench.gpu import outcomes as gpu_outcomes
 from conftest import available
 from stand_in_gpu import MIXED, NAME
 
@@ -31,7 +31,7 @@ def outcomes(path: Path, *arguments: str) -> list[dict[str, str]]:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), gpu_outcomes.VARIABLE: str(path)}
     done = subprocess.run(
-        [*command, "-p", "stand_in_gpu", "-p", "bench.gpu_outcomes", *arguments],
+        [*command, "-p", "stand_in_gpu", "-p", "bench.gpu.outcomes", *arguments],
         env=os.environ | environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]  # 1: some tests failed

@@ -1,7 +1,7 @@
 """What is above the ops, on the device of a backend: searches, patched models, autocast, DistributedDataParallel.
 
 With a GPU these run on it; without one the same code runs the kernels in the emulator and in Triton's interpreter, and
-gloo in place of NCCL. First contact with a GPU (bench/gpu_first.py) goes through CHECKS, too.
+gloo in place of NCCL. First contact with a GPU (bench/gpu/first.py) goes through CHECKS, too.
 """
 
 from __future__ import annotations
