@@ -138,10 +138,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 @app.command()
 def main(
+    quick: Annotated[bool, typer.Option(help="One shape of each and few rounds.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
     threads: ThreadsOption = 1,
     allocator: AllocatorOption = Allocator.reuse,
-    quick: Annotated[bool, typer.Option(help="One shape of each and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
 ) -> None:
     """Times the backward of 50 steps on one memory, and a step of five beams against one of one, on the CPU."""
