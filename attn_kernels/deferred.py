@@ -201,6 +201,8 @@ def _memory_gradients(steps: list[_Step]) -> tuple[Tensor, Tensor]:
         memory_lengths,
         mask,
         torch.cat(alignments, 1),
+        False,
+        True,
     )
     return gradients[1], gradients[2]
 
@@ -233,7 +235,6 @@ class _StepFunction(Function):
         score, others = (*ctx.numbers, *tensors), (memory_lengths, mask, alignments)
         arguments = ctx.meeting.arguments(grad_context, grad_alignments, query, keys, values, *score, *others)
         ctx.meeting.leave(_Step(ctx.op, ctx.backend, arguments))
-        gradients = ops.call(f"{ctx.op}_query_backward", ctx.backend, *arguments)
-        dquery, *dscore = gradients if isinstance(gradients, tuple) else (gradients,)
+        dquery, _, _, *dscore = ops.call(f"{ctx.op}_backward", ctx.backend, *arguments, True, False)
         of_score = [d if need else None for d, need in zip_longest(dscore, ctx.needs_input_grad[8:])]
         return None, ctx.meeting.nothing, None, None, dquery, None, None, None, *of_score

@@ -28,12 +28,34 @@ class Formula(NamedTuple):
     """An op in plain PyTorch, with the arguments and results of its schema.
 
     differentiable: the positions of the arguments that have a derivative. shared: of those without an axis B; None
-    where results are sums over the rows of the batch.
+    where results are sums over the rows of the batch. numbers: of the arguments that are no tensors. memory: how many
+    of the differentiable arguments are keys and values, from position 1 on. attends: whether the last argument says if
+    alignments are returned.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     differentiable: tuple[int, ...]
     shared: tuple[int, ...] | None
+    numbers: tuple[int, ...] = ()
+    memory: int = 0
+    attends: bool = False
+
+    def save(self, ctx: Any, arguments: Sequence[Any]) -> None:
+        """Of an op's node in the graph: what its derivatives need."""
+        if self.numbers:
+            arguments = list(arguments)
+            ctx.numbers = [arguments[i] for i in self.numbers]
+            for i in self.numbers:
+                arguments[i] = None
+        ctx.save_for_backward(*arguments)
+
+    def saved(self, ctx: Any) -> Sequence[Any]:
+        arguments = ctx.saved_tensors  # read once: checkpointing computes what is saved anew for each read
+        if self.numbers:
+            arguments = list(arguments)
+            for i, number in zip(self.numbers, ctx.numbers, strict=True):
+                arguments[i] = number
+        return arguments
 
 
 def pull_back(
@@ -92,89 +114,105 @@ def _dot_attention(query, keys, values, scale, memory_lengths, mask, _):
     return reference.dot_attention(query, keys, values, scale=scale, memory_lengths=memory_lengths, mask=mask)
 
 
-def _backward(formula: Formula, results: int, wanted: Sequence[int]) -> Formula:
-    """The gradients of the arguments at ``wanted`` of a formula with so many results; (0,) for an argument of None."""
+def _backward(formula: Formula) -> Formula:
+    """The gradients of a formula's differentiable arguments, in order; (0,) for those that are not needed.
+
+    Arguments: the gradients of the results, the arguments of the formula (of an attention with the alignments in place
+    of the last one), and which gradients are needed: those of keys and values, and those of the others.
+    """
+    results = 2 if formula.attends else 1
+    of_memory = range(1, 1 + formula.memory)
 
     def function(*arguments: Any) -> tuple[Tensor, ...]:
-        grads, inputs = arguments[:results], arguments[results:]
-        gradients = pull_back(formula, inputs, grads, wanted)
+        grads, inputs = arguments[:results], arguments[results:-2]
+        need_query, need_memory = arguments[-2:]
+        wanted = [i for i in formula.differentiable if (need_memory if i in of_memory else need_query)]
+        found = dict(zip(wanted, pull_back(formula, inputs, grads, wanted), strict=True))
+        gradients = (found.get(i) for i in formula.differentiable)
         return tuple(inputs[0].new_zeros(0) if gradient is None else gradient for gradient in gradients)
 
-    differentiable = (*range(results), *(results + i for i in formula.differentiable))
-    return Formula(function, differentiable, None if formula.shared else ())
+    return Formula(
+        function,
+        differentiable=(*range(results), *(results + i for i in formula.differentiable)),
+        shared=None if formula.shared else (),
+        numbers=(*(results + i for i in formula.numbers), -2, -1),
+    )
 
 
-_SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3))
-_ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4))
-_DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=())
+_SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
+_ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, attends=True)
+_DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3,), memory=2, attends=True)
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
     "additive_scores": _SCORES,
-    "additive_scores_backward": _backward(_SCORES, 1, (0, 1, 2, 3)),
+    "additive_scores_backward": _backward(_SCORES),
     "additive_attention": _ADDITIVE,
-    "additive_attention_backward": _backward(_ADDITIVE, 2, (0, 1, 2, 3, 4)),
-    "additive_attention_query_backward": _backward(_ADDITIVE, 2, (0, 3, 4)),
+    "additive_attention_backward": _backward(_ADDITIVE),
     "dot_attention": _DOT,
-    "dot_attention_backward": _backward(_DOT, 2, (0, 1, 2)),
-    "dot_attention_query_backward": _backward(_DOT, 2, (0,)),
+    "dot_attention_backward": _backward(_DOT),
 }
 
 
 # The rule of autograd -------------------------------------------------------------------------------------------------
 
 
-def rule(op: str, compute: Callable[..., Any], gradients: Callable[..., Any] | None) -> type[Function]:
-    """The rule of autograd for an op on a backend, with all that forward mode and ``torch.func`` ask for.
+def rules(
+    op: str, compute: Callable[..., Any], gradients: Callable[..., Any] | None
+) -> tuple[type[Function], type[Function]]:
+    """Two rules of autograd for an op on a backend.
 
-    It costs several times as much a call as one without ``setup_context``, which ops.py has for each op besides.
+    The first one has all that forward mode and ``torch.func`` ask for. It costs several times as much a call as the
+    second one, which is for reverse mode alone, and of an attention returns the context alone where no alignments are
+    asked for: each output costs some microseconds.
 
     Args:
         op: of ``FORMULAS``.
         compute: the kernel, for tensors without derivatives.
-        gradients: of the differentiable arguments, called with those of the results and the arguments; of an attention
-            it gets the alignments in place of the last argument. None: as the formula has it.
+        gradients: of the differentiable arguments, called with those of the results, the arguments, and which are
+            needed (see ``_backward``); of an attention it gets the alignments in place of the last argument. None: as
+            the formula has it.
     """
     formula = FORMULAS[op]
-    attends = op.endswith("_attention")
+    attends, first_of_others = formula.attends, 1 + formula.memory
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        if grads[0] is None and all(grad is None for grad in grads):
+            return (None,) * len(needs)
+        arguments = formula.saved(ctx)
+        if gradients is None:
+            wanted = [i for i in formula.differentiable if needs[i]]
+            if not wanted:
+                return (None,) * len(needs)
+            found = dict(zip(wanted, pull_back(formula, arguments, grads, wanted), strict=True))
+            return tuple(found.get(i) for i in range(len(needs)))
+        if attends and len(grads) == 1:  # the context alone was returned
+            grads = (*grads, None)
+        others = needs[0] or True in needs[first_of_others:]
+        found = gradients(*grads, *arguments, others, True in needs[1:first_of_others])
+        made = [gradient if needed else None for gradient, needed in zip(found, needs, strict=False)]
+        return (*made, *(None,) * (len(needs) - len(made)))
 
     class Rule(Function):
         @staticmethod
         def forward(*arguments):
-            return compute(*arguments)
+            return compute(*arguments[:-1], True) if attends else compute(*arguments)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
             ctx.single = isinstance(output, Tensor)
-            arguments = (*inputs[:-1], output[1]) if attends else inputs
-            ctx.constants = [None if isinstance(argument, Tensor) else argument for argument in arguments]
-            tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*((*tensors[:-1], None) if attends else tensors))
+            formula.save(ctx, (*inputs[:-1], output[1]) if attends else inputs)
+            tensors = [argument if isinstance(argument, Tensor) else None for argument in inputs]
+            ctx.save_for_forward(*tensors)
             if formula.function is None:
                 ctx.mark_non_differentiable(output)
-
-        @staticmethod
-        def backward(ctx, *grads):
-            arguments = _merge(ctx.saved_tensors, ctx.constants)
-            results: list[Tensor | None] = [None] * len(arguments)
-            wanted = [i for i in formula.differentiable if ctx.needs_input_grad[i]]
-            if wanted and any(grad is not None for grad in grads):
-                if gradients is None:
-                    of_wanted = pull_back(formula, arguments, grads, wanted)
-                else:
-                    by_position = dict(zip(formula.differentiable, gradients(*grads, *arguments), strict=True))
-                    of_wanted = [by_position[i] for i in wanted]
-                for i, gradient in zip(wanted, of_wanted, strict=True):
-                    results[i] = gradient
-            return tuple(results)
 
         @staticmethod
         def jvp(ctx, *tangents):
             if formula.function is None:
                 return None
-            arguments = _merge(ctx.saved_tensors, ctx.constants)
-            results = push_forward(formula, arguments, tangents)
+            results = push_forward(formula, formula.saved(ctx), tangents)
             return results[0] if ctx.single else results
 
         @staticmethod
@@ -198,17 +236,26 @@ def rule(op: str, compute: Callable[..., Any], gradients: Callable[..., Any] | N
                 return results.unflatten(0, (n, -1)), 0
             return tuple(result.unflatten(0, (n, -1)) for result in results), 0
 
-    return Rule
+    class ReverseRule(Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            ctx.set_materialize_grads(False)
+            if attends:  # its backward starts from the alignments, (B, Tq, Tk)
+                *inputs, need_alignments = arguments
+                results = compute(*inputs, True)
+                formula.save(ctx, (*inputs, results[1]))
+                return results if need_alignments else results[0]
+            formula.save(ctx, arguments)
+            return compute(*arguments)
+
+    ReverseRule.backward = Rule.backward = staticmethod(backward)  # type: ignore[method-assign]
+    return Rule, ReverseRule
 
 
 def apply_formula(op: str, arguments: Sequence[Any]) -> Any:
     """The results of an op by its formula."""
     results = FORMULAS[op].function(*arguments)
     return results if len(results) > 1 else results[0]
-
-
-def _merge(tensors: Sequence[Tensor | None], constants: Sequence[Any]) -> list[Any]:
-    return [constant if tensor is None else tensor for tensor, constant in zip(tensors, constants, strict=True)]
 
 
 def transforms_are_active() -> bool:

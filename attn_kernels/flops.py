@@ -63,9 +63,10 @@ def _additive_scores(query: Shape, keys: Shape, *_: Any, **__: Any) -> int:
     return 2 * _pairs(query, keys) * query[2]
 
 
-def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *_: Any, **__: Any) -> int:
-    """The gradients of the tanh and of v."""
-    return 4 * _pairs(query, keys) * query[2]
+def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *others: Any, **_: Any) -> int:
+    """The gradients of the tanh and, with those of the query, of v."""
+    need_query = others[-2]
+    return 2 * _pairs(query, keys) * query[2] * (1 + need_query)
 
 
 def _attention(query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> int:
@@ -74,15 +75,12 @@ def _attention(query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> 
 
 
 def _attention_backward(
-    grad_context: Shape | None, grad_alignments: Any, query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any
+    grad_context: Shape | None, grad_alignments: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **_: Any
 ) -> int:
-    """The gradients of both factors of the scores, and, where the context has one, of alignments and values."""
-    return 4 * _pairs(query, keys) * (query[2] + (0 if grad_context is None else values[2]))
-
-
-def _attention_query_backward(*args: Any, **kwargs: Any) -> int:
-    """The gradients of the query and of the alignments."""
-    return _attention_backward(*args, **kwargs) // 2
+    """The gradients of query and alignments, and of keys and values, as far as they are needed."""
+    need_query, need_memory = others[-2:]
+    products = query[2] + (0 if grad_context is None else values[2])
+    return 2 * _pairs(query, keys) * products * (need_query + need_memory)
 
 
 _FORMULAS = {
@@ -90,8 +88,6 @@ _FORMULAS = {
     "additive_scores_backward": _additive_scores_backward,
     "additive_attention": _attention,
     "additive_attention_backward": _attention_backward,
-    "additive_attention_query_backward": _attention_query_backward,
     "dot_attention": _attention,
     "dot_attention_backward": _attention_backward,
-    "dot_attention_query_backward": _attention_query_backward,
 }

@@ -14,7 +14,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +34,12 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.attn_kernels, op), backend)
 
 
-def _define(
-    op: str,
-    schema: str,
-    fake: Callable[..., Any],
-    differentiable: Callable[[str], type[torch.autograd.Function]] | None = None,
-) -> None:
-    """``differentiable``: makes the rule of autograd for a backend; None for that of derivatives.py in all cases."""
+def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"attn_kernels::{name}", _seen_by_inductor(op, fake), lib=library)
-        _register_autograd(op, backend, differentiable(backend) if differentiable else None)
+        _register_autograd(op, backend)
         if not op.endswith("_backward"):
             # For torch.onnx.export, whose table of decompositions has all that are registered. Others choose theirs:
             # torch.export and torch.compile keep the op.
@@ -80,18 +74,17 @@ def _decomposition(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return decomposition
 
 
-def _register_autograd(op: str, backend: str, function: type[torch.autograd.Function] | None) -> None:
+def _register_autograd(op: str, backend: str) -> None:
     overload = kernel(op, backend)
-    attends = op.endswith("_attention")
+    attends = derivatives.FORMULAS[op].attends
 
     def compute(*args: Any) -> Any:
-        return below_autograd(op, backend, (*args[:-1], True) if attends else args)
+        return below_autograd(op, backend, args)
 
-    def gradients(*args: Any) -> Any:
-        return call(f"{op}_backward", backend, *args)
-
-    complete_rule = derivatives.rule(op, compute, None if function is None else gradients)
-    function = function or complete_rule
+    has_kernel = f"{op}_backward" in derivatives.FORMULAS
+    gradients = functools.partial(call, f"{op}_backward", backend) if has_kernel else None
+    complete_rule, reverse_rule = derivatives.rules(op, compute, gradients)
+    usual_rule = reverse_rule if has_kernel else complete_rule
 
     def autograd(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -99,7 +92,7 @@ def _register_autograd(op: str, backend: str, function: type[torch.autograd.Func
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
-                    return function.apply(*args)
+                    return usual_rule.apply(*args)
         try:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args)
@@ -158,56 +151,55 @@ def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
         torch.empty(int(failed[1]), dtype=torch.uint8, device=device)
 
 
-# additive_scores ------------------------------------------------------------------------------------------------------
+# The table of ops -----------------------------------------------------------------------------------------------------
 
 
-def _additive_scores_fake(query, keys, v, bias):
+class _Score(NamedTuple):
+    """What a score brings into the schemas of its attention: see scores.py.
+
+    arguments: in the schema, after query, keys and values. gradients: of them, in order: their positions among them.
+    """
+
+    arguments: str
+    gradients: tuple[int, ...]
+
+
+SCORES = {
+    "additive": _Score("Tensor v, Tensor? bias, Tensor? prepared", gradients=(0, 1)),
+    "dot": _Score("float scale", gradients=()),
+}
+
+
+def _like(tensor: Tensor | None, needed: bool, other: Tensor) -> Tensor:
+    """A gradient of a tensor, or what stands in its place: empty, with the dtype and device of another one."""
+    return tensor.new_empty(tensor.shape) if needed and tensor is not None else other.new_empty(0)
+
+
+def _attention_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, steps = query.shape[0], query.shape[1], keys.shape[1]
+    alignments = query.new_empty((batch, queries, steps) if others[-1] else (0,))
+    return query.new_empty(batch, queries, values.shape[2]), alignments
+
+
+def _attention_backward_fake(gradients: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(_, __, query, keys, values, *others):
+        need_query, need_memory = others[-2:]
+        memory = (_like(x, need_memory, query) for x in (keys, values))
+        return _like(query, need_query, query), *memory, *(_like(others[i], need_query, query) for i in gradients)
+
+    return fake
+
+
+def _scores_fake(query: Tensor, keys: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
 
-def _additive_scores_backward_fake(grad_scores, query, keys, v, bias):
-    return (
-        query.new_empty(query.shape),
-        keys.new_empty(keys.shape),
-        v.new_empty(v.shape),
-        v.new_empty(v.shape if bias is not None else (0,)),
-    )
+def _scores_backward_fake(_, query, keys, v, bias, need_query, need_memory):
+    needed = ((query, need_query), (keys, need_memory), (v, need_query), (bias, need_query))
+    return tuple(_like(x, need, query) for x, need in needed)
 
 
-def _additive_scores_function(backend: str) -> type[torch.autograd.Function]:
-    class AdditiveScores(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            query, keys, v, bias = args
-            ctx.save_for_backward(query, keys, v, bias)
-            return below_autograd("additive_scores", backend, args)
-
-        @staticmethod
-        def backward(ctx, grad_scores):
-            query, keys, v, bias = ctx.saved_tensors
-            dquery, dkeys, dv, dbias = call("additive_scores_backward", backend, grad_scores, query, keys, v, bias)
-            return dquery, dkeys, dv, dbias if bias is not None else None
-
-    return AdditiveScores
-
-
-_define(
-    "additive_scores_backward",
-    "(Tensor grad_scores, Tensor query, Tensor keys, Tensor v, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    _additive_scores_backward_fake,
-)
-_define(
-    "additive_scores",
-    "(Tensor query, Tensor keys, Tensor v, Tensor? bias) -> Tensor",
-    _additive_scores_fake,
-    _additive_scores_function,
-)
-
-
-# additive_prepare -----------------------------------------------------------------------------------------------------
-
-
-def _additive_prepare_fake(keys):
+def _prepare_fake(keys: Tensor) -> Tensor:
     # PreparedSizes in csrc/additive_attention.h: lines of 64 bytes; after the steps, rows for a float32 of each step.
     dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
     batch, steps, units = keys.shape
@@ -217,153 +209,31 @@ def _additive_prepare_fake(keys):
     return keys.new_empty((batch, rows, columns), dtype=dtype)
 
 
-_define("additive_prepare", "(Tensor keys) -> Tensor", _additive_prepare_fake)
-
-
-# additive_attention ---------------------------------------------------------------------------------------------------
-
-
-def _attention_fake(query, keys, values, need_alignments):
-    batch, queries, steps = query.shape[0], query.shape[1], keys.shape[1]
-    context = query.new_empty(batch, queries, values.shape[2])
-    alignments = query.new_empty((batch, queries, steps) if need_alignments else (0,))
-    return context, alignments
-
-
-def _additive_attention_fake(query, keys, values, v, bias, prepared, memory_lengths, mask, need_alignments):
-    return _attention_fake(query, keys, values, need_alignments)
-
-
-def _additive_attention_backward_fake(
-    grad_context, grad_alignments, query, keys, values, v, bias, prepared, memory_lengths, mask, alignments
-):
-    return (
-        query.new_empty(query.shape),
-        keys.new_empty(keys.shape),
-        values.new_empty(values.shape),
-        v.new_empty(v.shape),
-        v.new_empty(v.shape if bias is not None else (0,)),
+# need_query: the gradients of the query and of the score's own arguments; need_memory: those of keys and values. A
+# gradient that is not needed is empty, (0,), as is that of an argument that is None. See memory_gradient.py.
+_NEEDED = "bool need_query, bool need_memory"
+for _name, _score in SCORES.items():
+    _inputs = f"Tensor query, Tensor keys, Tensor values, {_score.arguments}, Tensor? memory_lengths, Tensor? mask"
+    _define(
+        f"{_name}_attention_backward",
+        f"(Tensor? grad_context, Tensor? grad_alignments, {_inputs}, Tensor alignments, {_NEEDED}) -> "
+        f"({', '.join(['Tensor'] * (3 + len(_score.gradients)))})",
+        _attention_backward_fake(_score.gradients),
+    )
+    _define(
+        f"{_name}_attention",
+        f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
+        _attention_fake,
     )
 
-
-def _additive_attention_function(backend: str) -> type[torch.autograd.Function]:
-    class AdditiveAttention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            query, keys, values, v, bias, prepared, memory_lengths, mask, _ = args
-            ctx.set_materialize_grads(False)
-            # The backward starts from the alignments, (B, Tq, Tk), and computes the hidden units again.
-            context, alignments = below_autograd("additive_attention", backend, (*args[:-1], True))
-            ctx.save_for_backward(query, keys, values, v, bias, prepared, memory_lengths, mask, alignments)
-            return (context, alignments) if args[-1] else context  # each output costs some microseconds
-
-        @staticmethod
-        def backward(ctx, grad_context, grad_alignments=None):
-            if grad_context is None and grad_alignments is None:
-                return (None,) * 9
-            saved = ctx.saved_tensors  # read once: checkpointing computes what is saved anew for each read
-            arguments = (grad_context, grad_alignments, *saved)
-            dquery, dkeys, dvalues, dv, dbias = call("additive_attention_backward", backend, *arguments)
-            return dquery, dkeys, dvalues, dv, dbias if saved[4] is not None else None, None, None, None, None
-
-    return AdditiveAttention
-
-
+_inputs = "Tensor query, Tensor keys, Tensor v, Tensor? bias"
 _define(
-    "additive_attention_backward",
-    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
-    "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _additive_attention_backward_fake,
+    "additive_scores_backward",
+    f"(Tensor grad_scores, {_inputs}, {_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _scores_backward_fake,
 )
-
-
-# additive_attention_backward without the gradients of keys and values: see deferred.py.
-def _additive_attention_query_backward_fake(
-    grad_context, grad_alignments, query, keys, values, v, bias, prepared, memory_lengths, mask, alignments
-):
-    return query.new_empty(query.shape), v.new_empty(v.shape), v.new_empty(v.shape if bias is not None else (0,))
-
-
-_define(
-    "additive_attention_query_backward",
-    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, "
-    "Tensor? prepared, Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
-    _additive_attention_query_backward_fake,
-)
-_define(
-    "additive_attention",
-    "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? bias, Tensor? prepared, Tensor? memory_lengths, "
-    "Tensor? mask, bool need_alignments) -> (Tensor context, Tensor alignments)",
-    _additive_attention_fake,
-    _additive_attention_function,
-)
-
-
-# dot_attention --------------------------------------------------------------------------------------------------------
-
-
-def _dot_attention_fake(query, keys, values, scale, memory_lengths, mask, need_alignments):
-    return _attention_fake(query, keys, values, need_alignments)
-
-
-def _dot_attention_backward_fake(
-    grad_context, grad_alignments, query, keys, values, scale, memory_lengths, mask, alignments
-):
-    return query.new_empty(query.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
-
-
-def _dot_attention_function(backend: str) -> type[torch.autograd.Function]:
-    class DotAttention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            query, keys, values, scale, memory_lengths, mask, _ = args
-            ctx.set_materialize_grads(False)
-            ctx.scale = scale
-            context, alignments = below_autograd("dot_attention", backend, (*args[:-1], True))
-            ctx.save_for_backward(query, keys, values, memory_lengths, mask, alignments)
-            return (context, alignments) if args[-1] else context  # each output costs some microseconds
-
-        @staticmethod
-        def backward(ctx, grad_context, grad_alignments=None):
-            if grad_context is None and grad_alignments is None:
-                return (None,) * 7
-            query, keys, values, memory_lengths, mask, alignments = ctx.saved_tensors
-            arguments = (query, keys, values, ctx.scale, memory_lengths, mask, alignments)
-            gradients = call("dot_attention_backward", backend, grad_context, grad_alignments, *arguments)
-            return *gradients, None, None, None, None
-
-    return DotAttention
-
-
-_define(
-    "dot_attention_backward",
-    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
-    "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> (Tensor, Tensor, Tensor)",
-    _dot_attention_backward_fake,
-)
-
-
-# dot_attention_backward without the gradients of keys and values: see deferred.py.
-def _dot_attention_query_backward_fake(
-    grad_context, grad_alignments, query, keys, values, scale, memory_lengths, mask, alignments
-):
-    return query.new_empty(query.shape)
-
-
-_define(
-    "dot_attention_query_backward",
-    "(Tensor? grad_context, Tensor? grad_alignments, Tensor query, Tensor keys, Tensor values, float scale, "
-    "Tensor? memory_lengths, Tensor? mask, Tensor alignments) -> Tensor",
-    _dot_attention_query_backward_fake,
-)
-_define(
-    "dot_attention",
-    "(Tensor query, Tensor keys, Tensor values, float scale, Tensor? memory_lengths, Tensor? mask, "
-    "bool need_alignments) -> (Tensor context, Tensor alignments)",
-    _dot_attention_fake,
-    _dot_attention_function,
-)
+_define("additive_scores", f"({_inputs}) -> Tensor", _scores_fake)
+_define("additive_prepare", "(Tensor keys) -> Tensor", _prepare_fake)
 
 
 # lstm_step ------------------------------------------------------------------------------------------------------------

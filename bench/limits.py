@@ -477,7 +477,7 @@ def calls_of(op: Op, problem: ops.Problem) -> dict[str, Callable[[], object]]:
     inputs = (query, keys, values, *parameters, *masks)
     return {
         ops.FORWARD: lambda: forward(*inputs, False),
-        BACKWARD: lambda: backward(problem.grad_context, None, *inputs, alignments),
+        BACKWARD: lambda: backward(problem.grad_context, None, *inputs, alignments, True, True),
     }
 
 

@@ -1,18 +1,35 @@
-// Additive attention on the CPU: scores = v . tanh(query + keys + bias), softmax, context. Raw pointers and sizes, no
-// torch.
+// Additive attention: scores = v . tanh(query + keys + bias).
 #pragma once
 
-#include "types.h"
+#include "attention.h"
 
 namespace attn {
 
-struct AdditiveScores {
-  int64_t B, Tq, Tk, A;
-  Array3 query;     // (B, Tq, A)
-  Array3 keys;      // (B, Tk, A), dtype of query, like all that follows
+// Where the gradients of the score's own arguments go.
+struct AdditiveGradients {
+  void* dv;     // (A,)
+  void* dbias;  // (A,), or null
+};
+
+struct AdditiveScores : Scores {
+  using Gradients = AdditiveGradients;
   Array3 v;         // (1, 1, A)
   Array3 bias;      // (1, 1, A) or absent
   Array3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
+};
+
+using AdditiveAttentionForward = AttentionForward<AdditiveScores>;
+using AdditiveAttentionBackward = AttentionBackward<AdditiveScores>;
+
+struct AdditiveScoresForward : AdditiveScores {
+  void* scores;  // (B, Tq, Tk) contiguous
+};
+
+// Outputs as those of AttentionBackward.
+struct AdditiveScoresBackward : AdditiveScores, AdditiveGradients {
+  Array3 grad_scores;  // (B, Tq, Tk)
+  void* dquery;        // (B, Tq, A)
+  void* dkeys;         // (B, Tk, A)
 };
 
 // Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
@@ -33,40 +50,6 @@ struct AdditivePrepare {
   Array3 keys;     // (B, Tk, A), not float64
   Dtype dtype;     // of prepared: bfloat16 for keys in bfloat16, otherwise float32
   void* prepared;  // (B, rows, columns) contiguous: see PreparedSizes
-};
-
-struct AdditiveScoresForward : AdditiveScores {
-  void* scores;  // (B, Tq, Tk) contiguous
-};
-
-struct AdditiveAttentionForward : AdditiveScores {
-  int64_t D;
-  Array3 values;  // (B, Tk, D)
-  Attended attended;
-  void* context;     // (B, Tq, D) contiguous
-  void* alignments;  // (B, Tq, Tk) contiguous, or null
-};
-
-struct AdditiveScoresBackward : AdditiveScores {
-  Array3 grad_scores;  // (B, Tq, Tk)
-  void* dquery;        // (B, Tq, A) contiguous
-  void* dkeys;         // (B, Tk, A) contiguous
-  void* dv;            // (A,)
-  void* dbias;         // (A,), or null
-};
-
-struct AdditiveAttentionBackward : AdditiveScores {
-  int64_t D;
-  Array3 values;  // (B, Tk, D)
-  Attended attended;
-  Array3 alignments;       // (B, Tq, Tk), what the forward returned
-  Array3 grad_context;     // (B, Tq, D) or absent
-  Array3 grad_alignments;  // (B, Tq, Tk) or absent
-  void* dquery;            // (B, Tq, A) contiguous
-  void* dkeys;             // (B, Tk, A) contiguous; it and dvalues may both be null
-  void* dvalues;           // (B, Tk, D) contiguous
-  void* dv;                // (A,)
-  void* dbias;             // (A,), or null
 };
 
 }  // namespace attn

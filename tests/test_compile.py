@@ -94,11 +94,11 @@ def test_opcheck_of_backward(op: Op, fused: str, device: str, dtype: torch.dtype
     grads = list(make(op, OPCHECK[name], dtype, device).grads.values())
     backward = kernel(f"{op.name}_backward", fused)
     if not op.masked:
-        torch.library.opcheck(backward, (*grads, *arguments))
+        torch.library.opcheck(backward, (*grads, *arguments, True, True))
         return
     _, alignments = kernel(op.name, fused)(*arguments)
     for given in (tuple(grads), (grads[0], None), (None, grads[1]))[: 1 if is_slow(fused) else 3]:
-        torch.library.opcheck(backward, (*given, *arguments[:-1], alignments))
+        torch.library.opcheck(backward, (*given, *arguments[:-1], alignments, True, True))
 
 
 @ops

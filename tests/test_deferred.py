@@ -663,9 +663,7 @@ def test_nothing_is_kept() -> None:
 masked = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 
 
-def query_backward_arguments(
-    op: Op, case: Case, dtype: torch.dtype, prepare: bool, backend: str
-) -> list[tuple[Any, ...]]:
+def backward_arguments(op: Op, case: Case, dtype: torch.dtype, prepare: bool, backend: str) -> list[tuple[Any, ...]]:
     """With gradients of both outputs, of the context and of the alignments."""
     made = make(op, case, dtype, device_of(backend))
     tensors = list(made.tensors.values())
@@ -686,21 +684,22 @@ def query_backward_arguments(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @masked
-def test_gradients_of_query_alone(op: Op, fused: str, case: Case, dtype: torch.dtype) -> None:
-    """Those of the whole backward, but for the order of sums."""
+def test_only_needed_gradients(op: Op, fused: str, case: Case, dtype: torch.dtype) -> None:
+    """Those of the whole backward, but for the order of sums; the others are empty."""
     if len(case.receives) < 2:
         pytest.skip("outputs without a gradient are part of every case here")
     if is_slow(fused) and (dtype != torch.float32 or case.B > 16 or case.pairs > 12_000):
         pytest.skip("the small cases are enough for Triton's interpreter")
     prepare = fused == "cpu" and op.name == "additive_attention" and dtype != torch.float64
-    for arguments in query_backward_arguments(op, case, dtype, prepare, fused):
-        got = kernel(f"{op.name}_query_backward", fused)(*arguments)
-        whole = kernel(f"{op.name}_backward", fused)(*arguments)
-        names = ("query", "v", "bias") if isinstance(got, tuple) else ("query",)
-        got = got if isinstance(got, tuple) else (got,)
-        expected = (whole[0], *whole[3:])
+    for arguments in backward_arguments(op, case, dtype, prepare, fused):
+        backward = kernel(f"{op.name}_backward", fused)
+        of_query, of_memory = backward(*arguments, True, False), backward(*arguments, False, True)
+        whole = backward(*arguments, True, True)
+        names = ("query", "keys", "values", "v", "bias")[: len(whole)]
         eps = {torch.float64: 1e-13, torch.float32: 4e-6}.get(dtype, torch.finfo(dtype).eps)
-        for name, tensor, full in zip(names, got, expected, strict=True):
+        for name, a, b, full in zip(names, of_query, of_memory, whole, strict=True):
+            tensor, empty = (b, a) if name in ("keys", "values") else (a, b)
+            assert empty.shape == (0,)
             assert tensor.shape == full.shape and tensor.dtype == full.dtype and tensor.is_contiguous()
             limit = eps * full.double().abs().max().item() if full.numel() else 0.0
             torch.testing.assert_close(tensor, full, rtol=eps, atol=limit, msg=lambda text, n=name: f"d{n}: {text}")
@@ -710,5 +709,6 @@ def test_gradients_of_query_alone(op: Op, fused: str, case: Case, dtype: torch.d
 @pytest.mark.parametrize("case", [Case(B=3, Tq=3, Tk=5, A=4, D=3, lengths="random", mask="steps"), CASES["B = 0"]])
 @masked
 def test_opcheck(op: Op, case: Case, fused: str) -> None:
-    for arguments in query_backward_arguments(op, case, torch.float32, fused == "cpu", fused):
-        torch.library.opcheck(kernel(f"{op.name}_query_backward", fused), arguments)
+    for arguments in backward_arguments(op, case, torch.float32, fused == "cpu", fused):
+        for needed in ((True, False), (False, True), (False, False)):
+            torch.library.opcheck(kernel(f"{op.name}_backward", fused), (*arguments, *needed))

@@ -62,6 +62,7 @@ def test_steps_on_a_memory() -> None:
         sum(attention(state, memory).context.sum() for state in states).backward()
     per_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     assert per_op["attn_kernels.additive_attention"] == 2 * 2 * B * TK * (A + D)
+    assert per_op["attn_kernels.additive_attention_backward"] == 2 * 4 * B * TK * (A + D)
 
 
 @slow_if(lambda first: first == "attn_kernels")

@@ -247,18 +247,18 @@ def launches(
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
     if op == "additive":
         additive.additive_attention(query, keys, values, v, bias, None, memory_lengths, allowed, True)
-        additive.additive_attention_backward(
-            *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments
-        )
-        additive.additive_attention_query_backward(
-            *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments
-        )
+        for needed in ((True, True), (True, False), (False, True)):
+            additive.additive_attention_backward(
+                *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments, *needed
+            )
     elif op == "scores":
         additive.additive_scores(query, keys, v, bias)
-        additive.additive_scores_backward(alignments, query, keys, v, bias)
+        additive.additive_scores_backward(alignments, query, keys, v, bias, True, True)
     else:
         dot.dot_attention(query, keys, values, 0.5, memory_lengths, allowed, True)
-        dot.dot_attention_backward(*gradients, query, keys, values, 0.5, memory_lengths, allowed, alignments)
+        dot.dot_attention_backward(
+            *gradients, query, keys, values, 0.5, memory_lengths, allowed, alignments, True, True
+        )
     return found
 
 

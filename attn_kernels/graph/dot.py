@@ -40,7 +40,9 @@ def check_query(scores: Products, values: Leaf | None) -> None:
         made_by = name_of(scores.keys.node)
         if "tanh" in made_by:
             raise NoMatch("no product")  # additive: why it is none of an op's, the search for those says
-        raise NoMatch(f"no query: scores are weights times features of {made_by}, an op computes those of tanh of a sum")
+        raise NoMatch(
+            f"no query: scores are weights times features of {made_by}, an op computes those of tanh of a sum"
+        )
 
 
 def _is_product(leaf: Leaf) -> bool:

@@ -10,12 +10,10 @@ from .device import INTERPRETER
 for _function in (
     additive_attention.additive_attention,
     additive_attention.additive_attention_backward,
-    additive_attention.additive_attention_query_backward,
     additive_attention.additive_scores,
     additive_attention.additive_scores_backward,
     dot_attention.dot_attention,
     dot_attention.dot_attention_backward,
-    dot_attention.dot_attention_query_backward,
 ):
     for _key in ("CUDA", "XPU", "CPU") if INTERPRETER.value else ("CUDA", "XPU"):
         ops.library.impl(f"{_function.__name__}.triton", _function, _key)

@@ -29,7 +29,7 @@ from .launch import (
     rows_aligned,
     sum_splits,
 )
-from .products import weighted_sum
+from .products import values_gradient
 from .softmax import attend, padded_scores, softmax_backward
 
 
@@ -63,34 +63,15 @@ def additive_attention_backward(
     memory_lengths: Tensor | None,
     mask: Tensor | None,
     alignments: Tensor,
+    need_query: bool,
+    need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys, values, v and bias."""
     dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask, True)
-    if grad_context is None:
-        dvalues = values.new_zeros(values.shape)
-    else:
-        dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
+    needed = (need_query, need_memory)
+    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask, *needed)
+    dvalues = values_gradient(grad_context, values, alignments, memory_lengths, mask, need_memory)
     return dquery, dkeys, dvalues, dv, dbias
-
-
-def additive_attention_query_backward(
-    grad_context: Tensor | None,
-    grad_alignments: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    prepared: None,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    alignments: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """additive_attention_backward without the gradients of keys and values."""
-    dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    dquery, _, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask, False)
-    return dquery, dv, dbias
 
 
 def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,14 +80,20 @@ def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None)
 
 
 def additive_scores_backward(
-    grad_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
+    grad_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    need_query: bool,
+    need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_scores (B, Tq, Tk) -> the gradients of query, keys, v and bias."""
     dscores = padded_scores(query, keys)
     filler = dscores.as_strided((query.shape[0], dscores.stride(2), keys.shape[1]), dscores.stride())
     filler.zero_()
     dscores.copy_(grad_scores)
-    return _scores_backward(dscores, query, keys, v, bias, None, None, True)
+    return _scores_backward(dscores, query, keys, v, bias, None, None, need_query, need_memory)
 
 
 def _scores(
@@ -183,28 +170,33 @@ def _scores_backward(
     bias: Tensor | None,
     memory_lengths: Tensor | None,
     mask: Tensor | None,
-    of_keys: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    need_query: bool,
+    need_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
 
-    None for that of the keys without ``of_keys``. More than 16 queries take a scratch of (B, Tk, A) in float32.
+    Those that are not needed (of query, v, bias; of keys) are empty. More than 16 queries take a scratch of (B, Tk, A)
+    in float32.
     """
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     dtype, wide = query.dtype, accumulator(query.dtype)
-    if B * Tq * Tk * A == 0:
-        dbias = v.new_zeros(v.shape if bias is not None else (0,))
-        dkeys = keys.new_zeros(keys.shape) if of_keys else None
-        return query.new_zeros(query.shape), dkeys, v.new_zeros(v.shape), dbias
+    if B * Tq * Tk * A == 0 or not (need_query or need_memory):
+        shapes = (query.shape, v.shape, v.shape if bias is not None else (0,)) if need_query else ((0,),) * 3
+        dquery, dv, dbias = (query.new_zeros(shape) for shape in shapes)
+        return dquery, keys.new_zeros(keys.shape if need_memory else (0,)), dv, dbias
     block_q, block_k, block_a, warps = _backward_tile(query)
     blocks = triton.cdiv(Tq, block_q)
     blocks_per_split, splits_q, steps_per_split, splits_k = _backward_splits(
         B * triton.cdiv(A, block_a), blocks, Tk, block_k
     )
-    dquery = query.new_empty((splits_k, B, Tq, A), dtype=dtype if splits_k == 1 else wide)
-    dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide) if of_keys else None
-    dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
-    dbias = torch.empty_like(dv)
+    dquery = dkeys = dv = dbias = None
+    if need_query:
+        dquery = query.new_empty((splits_k, B, Tq, A), dtype=dtype if splits_k == 1 else wide)
+        dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
+        dbias = torch.empty_like(dv)
+    if need_memory:
+        dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading exponentials takes more time than they save.
     ek = None if is_few(query) or Tq <= 16 else _key_exponentials(keys)
     launch(
@@ -233,9 +225,12 @@ def _scores_backward(
         ),
         warps,
     )
-    dv = dv.view(-1, A).sum(0).to(dtype)
-    dbias = dbias.view(-1, A).sum(0).to(dtype) if bias is not None else v.new_empty((0,))
-    return sum_splits(dquery, dtype), None if dkeys is None else sum_splits(dkeys, dtype), dv, dbias
+    return (
+        query.new_empty(0) if dquery is None else sum_splits(dquery, dtype),
+        query.new_empty(0) if dkeys is None else sum_splits(dkeys, dtype),
+        query.new_empty(0) if dv is None else dv.view(-1, A).sum(0).to(dtype),
+        query.new_empty(0) if dbias is None or bias is None else dbias.view(-1, A).sum(0).to(dtype),
+    )
 
 
 def _key_exponentials(keys: Tensor) -> Tensor:

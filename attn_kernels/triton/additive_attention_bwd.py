@@ -156,7 +156,7 @@ def key_exponentials_kernel(
 
 @kernel
 def backward_kernel(
-    dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart
+    dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart; it, dv and dbias are None together
     dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart; or None
     dv,  # (B, splits_q, splits_k, A), contiguous
     dbias,  # (B, splits_q, splits_k, A), contiguous
@@ -221,7 +221,8 @@ def backward_kernel(
     query += b * stride_qb + u[None, :] * stride_qa
     keys += b * stride_kb
     dscores += b * Tk * padded_q
-    dquery += (split_k.to(tl.int64) * B + b) * Tq * A + u[None, :]
+    if dquery is not None:
+        dquery += (split_k.to(tl.int64) * B + b) * Tq * A + u[None, :]
     if dkeys is not None:
         dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
     if mask is not None:
@@ -276,14 +277,16 @@ def backward_kernel(
                 dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
                 stride_ka, SEVERAL, mask is not None, False, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
-        dq *= v4[None, :]
-        tl.store(dquery + i[:, None] * A, dq, mask=in_query)
-        all_dquery += tl.sum(dq, axis=0)
-        all_dv += dv_part
+        if dquery is not None:
+            dq *= v4[None, :]
+            tl.store(dquery + i[:, None] * A, dq, mask=in_query)
+            all_dquery += tl.sum(dq, axis=0)
+            all_dv += dv_part
         tl.debug_barrier()  # the next block adds to the dkeys of this one
-    parts = ((b * splits_q + split_q) * splits_k + split_k) * A + u
-    tl.store(dv + parts, all_dv, mask=u < A)
-    tl.store(dbias + parts, all_dquery, mask=u < A)
+    if dquery is not None:
+        parts = ((b * splits_q + split_q) * splits_k + split_k) * A + u
+        tl.store(dv + parts, all_dv, mask=u < A)
+        tl.store(dbias + parts, all_dquery, mask=u < A)
     if dkeys is not None:
         for start in range(tl.maximum(begin, length), end, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)

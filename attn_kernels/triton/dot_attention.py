@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .decode import can_decode, decode
-from .products import product, weighted_sum
+from .products import product, values_gradient, weighted_sum
 from .softmax import attend, softmax_backward
 
 
@@ -35,29 +35,15 @@ def dot_attention_backward(
     memory_lengths: Tensor | None,
     mask: Tensor | None,
     alignments: Tensor,
+    need_query: bool,
+    need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys and values."""
     dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)
-    dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, of_steps=True)
-    if grad_context is None:
-        dvalues = values.new_zeros(values.shape)
-    else:
-        dvalues = weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
+    dquery, dkeys = query.new_empty(0), query.new_empty(0)
+    if need_query:
+        dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)
+    if need_memory:
+        dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, of_steps=True)
+    dvalues = values_gradient(grad_context, values, alignments, memory_lengths, mask, need_memory)
     return dquery, dkeys, dvalues
-
-
-def dot_attention_query_backward(
-    grad_context: Tensor | None,
-    grad_alignments: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    alignments: Tensor,
-) -> Tensor:
-    """dot_attention_backward without the gradients of keys and values."""
-    dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    return weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)

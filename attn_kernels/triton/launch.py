@@ -13,9 +13,9 @@ FEW_QUERIES = 4  # up to here reading keys and values takes longer than computin
 
 
 def launch(kernel, programs: int, arguments: tuple, strides: tuple, constants: dict, warps: int) -> None:
-    """Runs that many programs of a kernel on the device of its first argument."""
+    """Runs that many programs of a kernel on the device of its first tensor."""
     if programs > 0:
-        with _device_of(arguments[0]):
+        with _device_of(next(argument for argument in arguments if argument is not None)):
             kernel[(programs,)](*arguments, *strides, **constants, num_warps=warps, enable_fp_fusion=True)
 
 

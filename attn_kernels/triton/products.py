@@ -232,6 +232,22 @@ def weighted_sum(
     return sum_splits(out, rows.dtype)
 
 
+def values_gradient(
+    grad_context: Tensor | None,
+    values: Tensor,
+    alignments: Tensor,
+    memory_lengths: Tensor | None,
+    mask: Tensor | None,
+    needed: bool,
+) -> Tensor:
+    """alignments^T @ grad_context, (B, Tk, D), over the attended pairs; empty where it is not needed."""
+    if not needed:
+        return values.new_empty(0)
+    if grad_context is None:
+        return values.new_zeros(values.shape)
+    return weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
+
+
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
 
 

@@ -164,7 +164,7 @@ struct UnitsBackward {
   int64_t D;
   const Units<T>& units;
   const T* dscores;
-  void *dquery, *dkeys;  // dkeys: or null
+  void *dquery, *dkeys;  // each null where it is not needed
   T *dv_parts, *dbias_parts;
 
   // Vectors of units from c on, of one row of the queries (bias added) or keys.
@@ -179,6 +179,7 @@ struct UnitsBackward {
 
   // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
   ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
+    if (dquery == nullptr) return;
     const Vec<T> g = T(4) * load(units.v + c) * sum, zero{};
     store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
     T* dbias = dbias_parts + b * units.size + c;
@@ -249,7 +250,7 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   const int64_t share = ahead.share(vectors * tiles);
   for (int64_t u = 0; u < vectors; ++u) {
     Vec<T> dv{};
-    for (int64_t row = 0; row < Tq; ++row) back.expect_dquery(b, row, first + u * w);
+    for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.expect_dquery(b, row, first + u * w);
     for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.expect_dkeys(b, row, first + u * w);
     if (in_range) {
       // In tiles of about the same size: the smaller ones are slower.
@@ -410,7 +411,7 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
 
-// dquery, dkeys, dv and dbias from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.
+// dquery, dv and dbias, and dkeys, where needed, from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.
 template <typename T, class Op, class... Before>
 void units_backward(const Op& op, const Attended& attended, const Array3& values, const Array3& grad_context, int64_t D,
                     const T* dscores, const Before&... before) {
@@ -441,6 +442,7 @@ void units_backward(const Op& op, const Attended& attended, const Array3& values
       columns_task(back, b, first, size / w, scratch);
   };
   for_each_sentence(op.B, before..., Stage{strips, op.Tq * op.Tk * strip, run});
+  if (op.dquery == nullptr) return;
   for (int64_t c = 0; c < units.size; c += w) {
     Vec<T> v_sum{}, bias_sum{};
     for (int64_t b = 0; b < op.B; ++b) {

@@ -9,7 +9,7 @@ namespace ATTN_LEVEL {
 
 template <typename T>
 struct DotScore {
-  const DotAttention& op;
+  const DotScores& op;
 
   struct Queries {
     int64_t first, n;
@@ -42,6 +42,7 @@ void dot_attention_backward(const DotAttentionBackward& op) {
       [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
         for (int64_t i = 0; i < nq; ++i)
           for (int64_t j = 0; j < n; ++j) ds[i * op.Tk + j] *= static_cast<T>(op.scale);
+        if (op.dquery == nullptr) return;
         weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Part(op.A, 0, 1, 1), op.dquery, problem.dtype,
                         b * op.Tq + first, op.A, scratch);
       });

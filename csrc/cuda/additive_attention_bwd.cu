@@ -295,6 +295,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
         for (int w = 0; w < a.tile.warps_k; ++w) sum += mine()[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
         const W gradient = times_4v(sum, v);
         all_dq[n] += gradient;
+        if (a.dquery == nullptr) continue;
         store_element(a.dquery, a.dquery_dtype, ((part_k * op.B + b) * op.Tq + q0 + i) * op.A + u, gradient);
       }
     }
@@ -346,15 +347,15 @@ void launch_backward(const AdditiveScores& op, const Attended& attended, const v
   const int64_t parts = op.B * tile.parts_q * tile.parts_k;
   a.dquery_dtype = tile.parts_k > 1 ? wide : dtype;
   a.dkeys_dtype = tile.parts_q > 1 ? wide : dtype;
-  a.dquery = tile.parts_k > 1 ? scratch<W>(tile.parts_k * n_query) : dquery;
+  a.dquery = dquery != nullptr && tile.parts_k > 1 ? scratch<W>(tile.parts_k * n_query) : dquery;
   a.dkeys = dkeys != nullptr && tile.parts_q > 1 ? scratch<W>(tile.parts_q * n_keys) : dkeys;
   a.dunits = scratch<W>(parts * 2 * op.A);
   launch(scores_backward_kernel<W, kQ>,
          {parts * ceil_div(op.A, kBlockUnits), tile.warps_q * tile.warps_k * kWarp, Chunk<W>::bytes(tile, kQ)}, a);
-  if (tile.parts_k > 1) sum_parts(static_cast<W*>(a.dquery), tile.parts_k, n_query, dquery, n_query, nullptr, dtype);
+  if (a.dquery != dquery) sum_parts(static_cast<W*>(a.dquery), tile.parts_k, n_query, dquery, n_query, nullptr, dtype);
   if (a.dkeys != dkeys) sum_parts(static_cast<W*>(a.dkeys), tile.parts_q, n_keys, dkeys, n_keys, nullptr, dtype);
   // Without a bias, the second half of the columns of each part is left out.
-  sum_parts(a.dunits, parts, 2 * op.A, dv, op.A, dbias, dtype);
+  if (dv != nullptr) sum_parts(a.dunits, parts, 2 * op.A, dv, op.A, dbias, dtype);
 }
 
 }  // namespace

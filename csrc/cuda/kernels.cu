@@ -130,7 +130,8 @@ void dot_backward(const DotAttentionBackward& op) {
   softmax_backward(
       {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
   const Array3 weights = wide_array(dscores, op.Tq, op.Tk, op.query.dtype);
-  weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.keys, op.scale, op.attended, false, op.dquery});
+  if (op.dquery != nullptr)
+    weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.keys, op.scale, op.attended, false, op.dquery});
   if (op.dkeys != nullptr)
     weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.query, op.scale, op.attended, true, op.dkeys});
   values_backward(op);

@@ -20,7 +20,7 @@ void few_queries_attention(const DotAttentionForward& op);
 // scores: (B, Tq, Tk) contiguous, of W, or of the dtype of query with `narrow`. All pairs are computed.
 void additive_scores(const AdditiveScores& op, const Attended& attended, void* scores, bool narrow);
 
-// dscores: (B, Tq, Tk) contiguous, of W, 0 where not attended. dkeys: null where it is not wanted.
+// dscores: (B, Tq, Tk) contiguous, of W, 0 where not attended. dquery, dv and dbias may be null, or dkeys.
 void additive_scores_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery,
                               void* dkeys, void* dv, void* dbias);
 

@@ -100,7 +100,7 @@ class AttentionBackward:
         batch, steps, _ = saved.alignments.shape
         weight, factor = self.query.weight, self.query.factor
         self.projection = _projection(None if weight is None else weight.t(), batch, steps)
-        self.query_backward = f"{self.score.op}_query_backward"
+        self.backward = f"{self.score.op}_backward"
         # (B, T, A), as they were scored
         self.queries = (saved.queries if factor is None else saved.queries * factor).transpose(0, 1)
         self.dqueries = torch.empty_like(saved.queries)  # becomes that of the projected states
@@ -112,8 +112,8 @@ class AttentionBackward:
         self.dcontexts[:, t] = dcontext
         gradients = dcontext.unsqueeze(1), None if dalignments is None else dalignments.narrow(1, t, 1)
         query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
-        dquery = call(self.query_backward, self.backend, *gradients, query, *self.arguments, alignments)
-        self.dqueries[t] = (dquery if isinstance(dquery, Tensor) else dquery[0]).squeeze(1)
+        dquery, *_ = call(self.backward, self.backend, *gradients, query, *self.arguments, alignments, True, False)
+        self.dqueries[t] = dquery.squeeze(1)
         return self._state_gradient(t)
 
     def _state_gradient(self, t: int) -> Tensor:
@@ -132,7 +132,9 @@ class AttentionBackward:
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
         """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
         arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments)
-        _, dkeys, dvalues, *dscore = call(f"{self.score.op}_backward", self.backend, *arguments)
+        # With the gradients of a score come those of the queries, which the steps have made before.
+        needed = (self.score.holds_tensors, True)
+        _, dkeys, dvalues, *dscore = call(self.backward, self.backend, *arguments, *needed)
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
         by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
