@@ -65,17 +65,21 @@ swap:  ## patch(model) on models of other libraries: the same output, time and m
 	$(MAKE) VENV=$(PEERS) in-swap
 
 in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
-	$(RUN) bench.swap $(ARGS)
+	$(RUN) bench.models.patched $(ARGS)
 
+# Freed pages stay with the process: fresh ones can cost more than the arithmetic.
+g2p: export MALLOC_MMAP_MAX_ := 0
+g2p: export MALLOC_TRIM_THRESHOLD_ := 100000000000
+g2p: export MALLOC_TOP_PAD_ := 67108864
 g2p: $(STAMPS)/package $(STAMPS)/bench  ## A model that writes phonemes: training (45 minutes, resumable) and errors
-	$(RUN) bench.g2p train $(ARGS)
-	$(RUN) bench.g2p evaluate --word attention --word pronunciation
+	$(RUN) examples.g2p train $(ARGS)
+	$(RUN) examples.g2p evaluate --word attention --word pronunciation
 
 fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
 	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
 cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
-	$(RUN) bench.cuda_check $(ARGS)
+	$(RUN) tools.cuda_check $(ARGS)
 
 gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
@@ -98,7 +102,7 @@ wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
 clean:  ## Remove what was built; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(STAMPS)/package
 	rm -f attn_kernels/*.so
-	find attn_kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find attn_kernels bench examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The steps of the set-up: a stamp each, so that a second call takes no time -------------------------------------------
 

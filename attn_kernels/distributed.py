@@ -33,7 +33,7 @@ from torch.compiler import is_compiling
 from . import checks, ops, reference
 from .backends import choose
 from .functional import to_result
-from .types import Attention, attention_mask, autocast
+from .types import Attention, attention_mask, autocast, upcast
 
 
 def sharded_additive_attention(
@@ -148,7 +148,7 @@ class _Additive(NamedTuple):
 
     def gradients(self, grad_scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.backend != "reference":
-            *gradients, grad_bias = ops.call("additive_scores_backward", self.backend, grad_scores, *inputs)
+            *gradients, grad_bias = ops.call("additive_scores_backward", self.backend, grad_scores, *inputs, True, True)
             return *gradients, grad_bias if inputs[3] is not None else None
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         with torch.enable_grad():
@@ -199,7 +199,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, group, need_weights, padding, query, keys, values, *units):
         with torch.autocast(query.device.type, enabled=False):
-            q, k, x, *u = reference._widen(query, keys, values, *units)
+            q, k, x, *u = upcast(query, keys, values, *units)
             context, alignments = _forward(form, group, padding, q, k, x, u)
         ctx.set_materialize_grads(False)
         ctx.form, ctx.group, ctx.need_weights = form, group, need_weights
@@ -223,7 +223,7 @@ class _ShardedBackward(torch.autograd.Function):
         padding, context, alignments, *inputs = saved
         with torch.autocast(context.device.type, enabled=False):
             grad_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
-            grad_context, grad_alignments, *widened = reference._widen(grad_context, grad_alignments, *inputs)
+            grad_context, grad_alignments, *widened = upcast(grad_context, grad_alignments, *inputs)
             sums = (grad_context * context).sum(-1, keepdim=True)
             if need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
                 own = torch.zeros_like(sums)

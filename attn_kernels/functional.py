@@ -22,8 +22,8 @@ from .checks import (
     check_values,
     shape_of,
 )
-from .deferred import defers, pays
 from .errors import ArgumentTypeError, ArgumentValueError
+from .memory_gradient import is_worth_deferring, should_defer
 from .scores import AdditiveScore, DotScore, Score
 from .types import DTYPES, Attention, autocast, device_type, on_one_device
 
@@ -105,7 +105,7 @@ def additive_attention(
 
 
 def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
-    """A step on a memory. The gradients of the memory may be made with those of other steps: see deferred.py."""
+    """A step on a memory. The gradients of the memory may be made with those of other steps: see memory_gradient.py."""
     masks = (memory.memory_lengths, memory.mask)
     return _attend(score, query, memory.keys, memory.values, *masks, need_weights, backend, memory)
 
@@ -132,7 +132,7 @@ def _attend(
             and mask is None
             and isinstance(score, DotScore)
             and score.is_small(query, keys, values)
-            and not (memory is not None and pays(query, keys, values))
+            and not (memory is not None and is_worth_deferring(query, keys, values))
         ):
             attention = score.attend_small(query, keys, values, need_weights)
             return Attention(None, attention.alignments) if without_context else attention
@@ -152,8 +152,8 @@ def _attend(
         else:
             if q.dim() == 2:
                 q = q.unsqueeze(1)
-            if memory is not None and k is keys and x is values and defers(chosen, q, k, x, mask):
-                result = memory.meeting().attend(score, chosen, q, memory_lengths, mask, need_weights)
+            if memory is not None and k is keys and x is values and should_defer(chosen, q, k, x, mask):
+                result = memory.gradient().attend(score, chosen, q, memory_lengths, mask, need_weights)
             else:
                 result = ops.call(score.op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
             attention = to_result(result, query.dim(), need_weights)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_device, check_lengths, check_mask, check_tensor
-from .deferred import Meeting
 from .errors import ArgumentTypeError, ArgumentValueError
+from .memory_gradient import MemoryGradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +61,16 @@ class Memory:
     def batch_size(self) -> int:
         return self.keys.shape[0]
 
-    def meeting(self) -> Meeting:
-        """Where the gradients of all steps on this memory meet; made by the first that needs one."""
-        meeting = self.__dict__.get("_meeting")
-        if meeting is None or not meeting.is_of(self.keys, self.values):
-            meeting = Meeting(self.keys, self.values)
-            object.__setattr__(self, "_meeting", meeting)  # made of the fields, and so no field: copies make their own
-        return meeting
+    def gradient(self) -> MemoryGradient:
+        """Accumulates the gradients of all steps on this memory; created on first use."""
+        gradient = self.__dict__.get("_gradient")
+        if gradient is None or not gradient.is_current_for(self.keys, self.values):
+            gradient = MemoryGradient(self.keys, self.values)
+            object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
+        return gradient
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_meeting"}
+        return {name: value for name, value in self.__dict__.items() if name != "_gradient"}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import Attention, attention_mask
+from .types import Attention, attention_mask, upcast
 
 
 def additive_scores(
@@ -25,7 +25,7 @@ def additive_scores(
 ) -> Tensor:
     """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + extra[b, j] + bias)."""
     dtype = query.dtype
-    query, keys, v, bias, extra = _widen(query, keys, v, bias, extra)
+    query, keys, v, bias, extra = upcast(query, keys, v, bias, extra)
     if extra is not None:
         keys = keys + extra
     if query.dim() == 2:
@@ -62,11 +62,11 @@ def additive_attention(
         )
         return _drop_query_axis(attention)
     dtype = query.dtype
-    query, keys, values, v, bias, extra = _widen(query, keys, values, v, bias, extra)
+    query, keys, values, v, bias, extra = upcast(query, keys, values, v, bias, extra)
     if extra is not None:
         keys = keys + extra
     allowed = attention_mask(keys, memory_lengths, mask)
-    query, keys, values = _blank_padding(query, keys, values, allowed)
+    query, keys, values = _zero_padding(query, keys, values, allowed)
     scores = scale * _additive_scores(query, keys, v, bias, allowed)
     return _attend(scores, values, allowed, need_weights, dtype)
 
@@ -94,11 +94,11 @@ def dot_attention(
         )
         return _drop_query_axis(attention)
     dtype = query.dtype
-    query, keys, values = _widen(query, keys, values)
+    query, keys, values = upcast(query, keys, values)
     allowed = attention_mask(keys, memory_lengths, mask)
-    query, keys, values = _blank_padding(query, keys, values, allowed)
+    query, keys, values = _zero_padding(query, keys, values, allowed)
     if _per_query(allowed):  # a step may be padding for one query and not for another: a product per pair
-        scores = (_pairs(query[:, :, None], allowed) * _pairs(keys[:, None], allowed)).sum(-1)
+        scores = (_mask_pairs(query[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
     else:
         scores = query @ keys.transpose(1, 2)
     return _attend(scale * scores, values, allowed, need_weights, dtype)
@@ -109,7 +109,7 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     if bias is not None:
         hidden = hidden + bias
     if _per_query(allowed):
-        hidden = _pairs(hidden, allowed)
+        hidden = _mask_pairs(hidden, allowed)
     return torch.tanh(hidden) @ v
 
 
@@ -125,13 +125,13 @@ def _attend(
     if values is None:
         return Attention(None, alignments.to(dtype))
     if _per_query(allowed):
-        context = (alignments[..., None] * _pairs(values[:, None], allowed)).sum(2)
+        context = (alignments[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
     else:
         context = alignments @ values
     return Attention(context.to(dtype), alignments.to(dtype) if need_weights else None)
 
 
-def _blank_padding(
+def _zero_padding(
     query: Tensor, keys: Tensor, values: Tensor | None, allowed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Zeros in the steps that no query attends and in the queries that attend no step: 0 * NaN would be NaN."""
@@ -150,13 +150,9 @@ def _per_query(allowed: Tensor | None) -> bool:
     return allowed is not None and allowed.shape[1] != 1
 
 
-def _pairs(x: Tensor, allowed: Tensor) -> Tensor:
+def _mask_pairs(x: Tensor, allowed: Tensor) -> Tensor:
     """x, broadcast to (B, Tq, Tk, *), with zeros in the pairs that are not attended."""
     return torch.where(allowed[..., None], x, 0.0)
-
-
-def _widen(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
 
 
 def _drop_query_axis(attention: Attention) -> Attention:

@@ -98,6 +98,17 @@ def is_stock(module: object) -> bool:
     )
 
 
+def is_stock_linear(layer: Any) -> bool:
+    """Whether a module is a ``nn.Linear`` whose call computes what its weight and bias say, and nothing else."""
+    if type(layer) is not nn.Linear:
+        return False
+    if not torch.compiler.is_compiling():
+        return is_stock(layer)
+    # In terms that torch.compile can trace.
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return type(layer.weight) is nn.Parameter and "forward" not in vars(layer) and not hooks
+
+
 def is_plain(x: object) -> bool:
     """Whether this is a tensor of PyTorch's own class, whose elements are numbers in memory.
 

@@ -50,6 +50,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.dtype not in DTYPES[:3] else t.to(dtype) for t in tensors)
 
 
+def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in float32; float64 stays."""
+    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+
+
 def on_one_device(query: Tensor, *others: Any) -> bool:
     """Whether all that are no numbers are where query is: one on "meta" would make the dispatcher only trace."""
     if query.is_cpu:

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` runs all of them; ``python -m bench.ops`` and ``bench.g2p compare`` one part."""
+"""Benchmarks. ``python -m bench`` runs two of them; each module of cpu, gpu and models is a command."""

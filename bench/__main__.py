@@ -1,18 +1,18 @@
-"""All benchmarks, one after the other: ``python -m bench``. Alone: ``python -m bench.ops``, ``bench.g2p compare``."""
+"""``make bench``: times the ops (``bench.cpu.ops``), then trains a model (``bench.models.g2p``)."""
 
 from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import files, ops
-from .g2p import compare as g2p
+from . import results
+from .cli import AllocatorOption, OutputOption, ThreadsOption, application, console
+from .cpu import ops
 from .machine import Allocator
-from .terminal import application, console
+from .models import g2p
 
 app = application()
 
@@ -27,18 +27,14 @@ def main(
     full: Annotated[
         bool, typer.Option("--full", help="As the committed results: no limit of time, about a quarter of an hour.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for the ops.")] = 1,
+    threads: ThreadsOption = 1,
     training_threads: Annotated[int, typer.Option(min=1, help="Threads for the training.")] = g2p.THREADS,
-    allocator: Annotated[
-        Allocator, typer.Option(help="reuse: freed pages are kept, which favours eager most. default: malloc's own.")
-    ] = Allocator.reuse,
-    output: Annotated[
-        Path, typer.Option(help="Folder for JSON and plots.", show_default=files.shown(files.LOCAL))
-    ] = files.LOCAL,
+    allocator: AllocatorOption = Allocator.reuse,
+    output: OutputOption = results.LOCAL,
 ) -> None:
     """Times the ops, then trains Seq2Seq on CMUdict with fused and with reference attention. It takes five minutes: on
     a slower machine there are fewer rounds, shapes and steps, and the tables say so. On a machine with a GPU the ops
-    are timed on it too. More options: python -m bench.ops --help, python -m bench.g2p compare --help.
+    are timed on it too. More options: python -m bench.cpu.ops --help, python -m bench.models.g2p --help.
     """
     start = time.perf_counter()
     console.rule("1 of 2: the ops")
@@ -64,7 +60,7 @@ def main(
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     console.print(f"{minutes} min {seconds} s. Written:")
     for path in written + more:
-        console.print(f"  {files.shown(path)}")
+        console.print(f"  {results.shown(path)}")
     sys.exit(1 if wrong else 0)
 
 

@@ -7,10 +7,13 @@ error that the tests allow at a given precision. As in such code, a row with not
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from attn_kernels.reference import Attention
+from attn_kernels.types import Attention
 
 
 def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,24 +40,13 @@ def additive_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    scores: Callable[..., Tensor] = additive_scores,
 ) -> Attention:
-    """Additive attention with :func:`additive_scores`."""
-    return _attend(additive_scores(query, keys, v, bias), values, memory_lengths, mask, need_weights)
+    """Additive attention with :func:`additive_scores`, or with other ``scores``."""
+    return _attend(scores(query, keys, v, bias), values, memory_lengths, mask, need_weights)
 
 
-def additive_attention_sum(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    need_weights: bool = True,
-) -> Attention:
-    """Additive attention with :func:`additive_scores_sum`."""
-    return _attend(additive_scores_sum(query, keys, v, bias), values, memory_lengths, mask, need_weights)
+additive_attention_sum = functools.partial(additive_attention, scores=additive_scores_sum)
 
 
 def dot_attention(
@@ -80,10 +72,10 @@ def sdpa_dot_attention(
     keys: Tensor,
     values: Tensor,
     *,
-    scale: float = 1.0,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
     need_weights: bool = False,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
 ) -> Attention:
     """Dot-product attention by PyTorch's fused ``scaled_dot_product_attention``, which returns no alignments."""
     if need_weights:

@@ -27,7 +27,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 
 
 class Allocator(str, Enum):
-    """What malloc does with freed memory while times are taken.
+    """What malloc does with freed memory during the measurement.
 
     reuse: freed pages stay with the process and serve the next call. Fresh pages can cost more than the arithmetic, and
     eager PyTorch asks for the most of them, so this setting favours eager most. default: glibc's own, which gives large
@@ -94,7 +94,7 @@ def _resident(field: str) -> int:
 
 
 def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
-    """What is printed with every table and stored in every result."""
+    """The conditions of a measurement: printed with every table and stored in every result."""
     description: dict[str, str | int] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
@@ -117,7 +117,7 @@ def describe(device: torch.device, allocator: str) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """What git says of this folder. A copy without .git is told by ATTN_KERNELS_COMMIT in the environment."""
+    """``git describe`` of this folder; in a copy without .git, the value of ATTN_KERNELS_COMMIT."""
     described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     return described or os.environ.get("ATTN_KERNELS_COMMIT") or "unknown"
 
@@ -131,7 +131,7 @@ def as_text(description: dict[str, str | int]) -> Text:
 
 
 def processor() -> str:
-    """The name of the CPU, with the numbers that tell its generation where the name does not."""
+    """The name of the CPU, with family and model numbers: the name alone may not identify its generation."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The plots: speed of the ops, the sweep over sizes, loss curves, and the alignment of one word."""
+"""The plots: speed of the ops, the sweep over sizes, GPU cells, loss curves, patched and fused models."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from matplotlib.axis import Axis
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from . import files
+from . import results
 
 if TYPE_CHECKING:
-    from . import sweep as sweeping
-    from .ops import Cell, Settings
+    from .cases import Cell, Settings, Shape
 
 _COLOURS = {"eager": "#4878a8", "torch.compile": "#e08a3c", "sdpa": "#5a9e5a"}
 
@@ -39,11 +38,11 @@ def speed(path: Path, cells: Sequence[Cell], description: Mapping[str, object], 
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, ((op, passes), panel) in zip(axes.flat, panels.items(), strict=False):
-        names = [name for name in _COLOURS if any(cell.way(name) for cell in panel)]
+        names = [name for name in _COLOURS if any(cell.provider(name) for cell in panel)]
         height = 0.8 / len(names)
         for offset, name in enumerate(names):
             for row, cell in enumerate(panel):
-                way = cell.way(name)
+                way = cell.provider(name)
                 if way is None or way.times_ours is None:
                     continue
                 median, low, high = way.times_ours
@@ -69,7 +68,7 @@ def speed(path: Path, cells: Sequence[Cell], description: Mapping[str, object], 
         axis.invert_yaxis()
         axis.set_title(f"{op}, {passes}", fontsize=10)
         axis.set_xlabel("time / time of ours (right of 1: ours is faster)", fontsize=8)
-    names = [name for name in _COLOURS if any(cell.way(name) for cell in cells)]
+    names = [name for name in _COLOURS if any(cell.provider(name) for cell in cells)]
     handles = [Patch(color=_COLOURS[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     dtype = str(settings.dtype).removeprefix("torch.")
@@ -82,14 +81,19 @@ def speed(path: Path, cells: Sequence[Cell], description: Mapping[str, object], 
 
 
 def sweep(
-    path: Path, cells: Sequence[sweeping.Cell], description: Mapping[str, object], dtype: str, least: float
+    path: Path,
+    panels: Mapping[tuple[str, str], Mapping[Shape, float | None]],
+    description: Mapping[str, object],
+    dtype: str,
+    least: float,
 ) -> None:
-    """One panel for each op and pass: eager / ours in colour and number, (B, Tq) down, (Tk, A) across."""
-    panels: dict[tuple[str, str], list[sweeping.Cell]] = {}
-    for cell in cells:
-        panels.setdefault((cell.op, cell.passes), []).append(cell)
-    rows = sorted({(cell.shape.B, cell.shape.Tq) for cell in cells})
-    columns = sorted({(cell.shape.Tk, cell.shape.A) for cell in cells})
+    """One panel for each op and pass: eager / ours in colour and number, (B, Tq) down, (Tk, A) across.
+
+    None: ours failed. NaN: it was not run, which is grey.
+    """
+    shapes = [shape for panel in panels.values() for shape in panel]
+    rows = sorted({(shape.B, shape.Tq) for shape in shapes})
+    columns = sorted({(shape.Tk, shape.A) for shape in shapes})
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     size = (max(10.0, across * (1.0 + 0.36 * len(columns)) + 1.0), 1.5 + down * (1.2 + 0.2 * len(rows)))
@@ -101,17 +105,17 @@ def sweep(
     image = None
     for axis, ((op, passes), panel) in zip(axes.flat, panels.items(), strict=False):
         heat = [[math.nan] * len(columns) for _ in rows]
-        for cell in panel:
-            if cell.ratio is None and cell.failure is None:
-                continue
-            row, column = rows.index((cell.shape.B, cell.shape.Tq)), columns.index((cell.shape.Tk, cell.shape.A))
-            if cell.ratio is None:
+        for shape, ratio in panel.items():
+            row, column = rows.index((shape.B, shape.Tq)), columns.index((shape.Tk, shape.A))
+            if ratio is None:
                 axis.text(column, row, "fails", ha="center", va="center", fontsize=6, color="red")
                 continue
-            heat[row][column] = place = math.log2(cell.ratio)
+            if math.isnan(ratio):
+                continue
+            heat[row][column] = place = math.log2(ratio)
             ink = "white" if abs(place) > 0.75 * most else "black"
-            axis.text(column, row, _short(cell.ratio), ha="center", va="center", fontsize=6, color=ink)
-            if cell.ratio < least:
+            axis.text(column, row, _short(ratio), ha="center", va="center", fontsize=6, color=ink)
+            if ratio < least:
                 frame = Rectangle(
                     (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6, zorder=3
                 )
@@ -205,22 +209,6 @@ def losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> Non
     _save(path, figure)
 
 
-def alignment(
-    path: Path, rows: Sequence[Sequence[float]], letters: Sequence[str], phonemes: Sequence[str], title: str
-) -> None:
-    """A heat map: one row for each phoneme that was written, one column for each letter that was read."""
-    shrink = min(1.0, 50 / max(1, len(letters), len(phonemes)))  # a long sequence takes a page, no more
-    size = (2.2 + 0.45 * shrink * len(letters), 1.6 + 0.4 * shrink * len(phonemes))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    nothing = [[math.nan] * len(letters)]  # a model may write nothing at all
-    image = axis.imshow(rows or nothing, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(letters)), letters, fontsize=max(4, 10 * shrink))
-    axis.set_yticks(range(len(phonemes)), phonemes, fontsize=max(4, 10 * shrink))
-    axis.set_title(title, fontsize=10)
-    figure.colorbar(image, label="alignment")
-    _save(path, figure)
-
-
 def swap(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Time and memory of the original and the patched model by length, both axes logarithmic."""
     lengths = [row["T"] for row in rows]
@@ -286,5 +274,5 @@ def fuse(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str
 
 
 def _save(path: Path, figure: plt.Figure) -> None:
-    files.write_whole(path, lambda partial: figure.savefig(partial, dpi=150, metadata={"Software": None}))
+    results.write_whole(path, lambda partial: figure.savefig(partial, dpi=150, metadata={"Software": None}))
     plt.close(figure)

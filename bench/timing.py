@@ -32,6 +32,9 @@ class Spread(NamedTuple):
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Spread:
+        return Spread(*(factor * value for value in self))
+
 
 class Budget:
     """Seconds to spend from now on; None: as many as it takes."""

@@ -33,7 +33,7 @@ struct Own {
 };
 
 Tensor prepare(Tensor keys) {
-  const Call call(keys);
+  const CallContext call(keys);
   STD_TORCH_CHECK(keys.dim() == 3, "keys must have 3 axes");
   const int64_t B = keys.size(0), Tk = keys.size(1), A = keys.size(2);
   const Dtype dtype = dtype_of(keys, "keys");
@@ -48,7 +48,7 @@ Tensor prepare(Tensor keys) {
 }
 
 Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias) {
-  const Call call(query);
+  const CallContext call(query);
   AdditiveScoresForward op{additive(query, keys, v, bias), nullptr};
   Tensor out = output(query, {op.B, op.Tq, op.Tk});
   op.scores = out.mutable_data_ptr();
@@ -59,7 +59,7 @@ Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v,
                                                            std::optional<Tensor> bias, bool need_query,
                                                            bool need_memory) {
-  const Call call(query);
+  const CallContext call(query);
   const AdditiveScores n = additive(query, keys, v, bias);
   Own own(v, bias.has_value(), need_query);
   Tensor dquery = output_if(need_query, query, {n.B, n.Tq, n.A});
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, T
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
                                      std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
                                      std::optional<Tensor> mask, bool need_alignments) {
-  const Call call(query);
+  const CallContext call(query);
   return attention_forward(call.kernels().additive_attention, additive(query, keys, v, bias, prepared), query, values,
                            memory_lengths, mask, need_alignments);
 }
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
     Tensor v, std::optional<Tensor> bias, std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
     std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
-  const Call call(query);
+  const CallContext call(query);
   const AdditiveScores score = additive(query, keys, v, bias, prepared);
   Own own(v, bias.has_value(), need_query);
   auto [dquery, dkeys, dvalues] = attention_backward(

@@ -13,9 +13,9 @@ struct AdditiveGradients {
 
 struct AdditiveScores : Scores {
   using Gradients = AdditiveGradients;
-  Array3 v;         // (1, 1, A)
-  Array3 bias;      // (1, 1, A) or absent
-  Array3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
+  StridedView3 v;         // (1, 1, A)
+  StridedView3 bias;      // (1, 1, A) or absent
+  StridedView3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
 };
 
 using AdditiveAttentionForward = AttentionForward<AdditiveScores>;
@@ -27,9 +27,9 @@ struct AdditiveScoresForward : AdditiveScores {
 
 // Outputs as those of AttentionBackward.
 struct AdditiveScoresBackward : AdditiveScores, AdditiveGradients {
-  Array3 grad_scores;  // (B, Tq, Tk)
-  void* dquery;        // (B, Tq, A)
-  void* dkeys;         // (B, Tk, A)
+  StridedView3 grad_scores;  // (B, Tq, Tk)
+  void* dquery;              // (B, Tq, A)
+  void* dkeys;               // (B, Tk, A)
 };
 
 // Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
@@ -47,9 +47,9 @@ struct PreparedSizes {
 
 struct AdditivePrepare {
   int64_t B, Tk, A;
-  Array3 keys;     // (B, Tk, A), not float64
-  Dtype dtype;     // of prepared: bfloat16 for keys in bfloat16, otherwise float32
-  void* prepared;  // (B, rows, columns) contiguous: see PreparedSizes
+  StridedView3 keys;  // (B, Tk, A), not float64
+  Dtype dtype;        // of prepared: bfloat16 for keys in bfloat16, otherwise float32
+  void* prepared;     // (B, rows, columns) contiguous: see PreparedSizes
 };
 
 }  // namespace attn

@@ -8,15 +8,15 @@ namespace attn {
 // What every score has. The struct of a score adds its own arguments, and a type Gradients of where theirs go.
 struct Scores {
   int64_t B, Tq, Tk, A;
-  Array3 query;  // (B, Tq, A)
-  Array3 keys;   // (B, Tk, A), dtype of query, like all that follows
+  StridedView3 query;  // (B, Tq, A)
+  StridedView3 keys;   // (B, Tk, A), dtype of query, like all that follows
 };
 
 template <class Score>
 struct AttentionForward : Score {
   int64_t D;
-  Array3 values;  // (B, Tk, D)
-  Attended attended;
+  StridedView3 values;  // (B, Tk, D)
+  AttentionMask attended;
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
 };
@@ -26,14 +26,14 @@ struct AttentionForward : Score {
 template <class Score>
 struct AttentionBackward : Score, Score::Gradients {
   int64_t D;
-  Array3 values;  // (B, Tk, D)
-  Attended attended;
-  Array3 alignments;       // (B, Tq, Tk), what the forward returned
-  Array3 grad_context;     // (B, Tq, D) or absent
-  Array3 grad_alignments;  // (B, Tq, Tk) or absent
-  void* dquery;            // (B, Tq, A)
-  void* dkeys;             // (B, Tk, A)
-  void* dvalues;           // (B, Tk, D)
+  StridedView3 values;  // (B, Tk, D)
+  AttentionMask attended;
+  StridedView3 alignments;       // (B, Tq, Tk), what the forward returned
+  StridedView3 grad_context;     // (B, Tq, D) or absent
+  StridedView3 grad_alignments;  // (B, Tq, Tk) or absent
+  void* dquery;                  // (B, Tq, A)
+  void* dkeys;                   // (B, Tk, A)
+  void* dvalues;                 // (B, Tk, D)
 };
 
 }  // namespace attn

@@ -15,13 +15,13 @@ namespace attn {
 
 using torch::stable::Tensor;
 
-class Call {
+class CallContext {
  public:
   static constexpr bool kOnHost = true;  // whether bindings can read what is in tensors
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
   static int32_t device_index(const Tensor&) { return 0; }
 
-  explicit Call(const Tensor&) {}
+  explicit CallContext(const Tensor&) {}
   const Kernels& kernels() const { return *level().kernels; }
 };
 

@@ -39,11 +39,11 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
   STD_TORCH_CHECK(fits, name, " does not have the shape that the other arguments ask for");
 }
 
-// The last axes of t, of a given shape, as an Array3; leading axes that t lacks have size 1.
-inline Array3 array(const Tensor& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
+// The last axes of t, of a given shape, as an StridedView3; leading axes that t lacks have size 1.
+inline StridedView3 array(const Tensor& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
   check_shape(t, name, shape);
   STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype that query asks for");
-  Array3 a;
+  StridedView3 a;
   a.data = t.const_data_ptr();
   a.dtype = dtype;
   const int64_t missing = 3 - t.dim();
@@ -51,14 +51,14 @@ inline Array3 array(const Tensor& t, const char* name, Dtype dtype, std::initial
   return a;
 }
 
-inline Array3 array(const std::optional<Tensor>& t, const char* name, Dtype dtype,
-                    std::initializer_list<int64_t> shape) {
-  return t.has_value() ? array(*t, name, dtype, shape) : Array3{};
+inline StridedView3 array(const std::optional<Tensor>& t, const char* name, Dtype dtype,
+                          std::initializer_list<int64_t> shape) {
+  return t.has_value() ? array(*t, name, dtype, shape) : StridedView3{};
 }
 
-inline Attended attended(const std::optional<Tensor>& memory_lengths, const std::optional<Tensor>& mask, int64_t B,
-                         int64_t Tq, int64_t Tk) {
-  Attended a;
+inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const std::optional<Tensor>& mask, int64_t B,
+                              int64_t Tq, int64_t Tk) {
+  AttentionMask a;
   if (memory_lengths.has_value()) {
     check_shape(*memory_lengths, "memory_lengths", {B});
     const ScalarType type = memory_lengths->scalar_type();
@@ -67,7 +67,7 @@ inline Attended attended(const std::optional<Tensor>& memory_lengths, const std:
     a.lengths_are_64 = type == ScalarType::Long;
     a.lengths_stride = memory_lengths->stride(0);
     // Lengths on another device are not read here, which would wait for it: its kernels clamp them.
-    for (int64_t b = 0; b < (Call::kOnHost ? B : 0); ++b) {
+    for (int64_t b = 0; b < (CallContext::kOnHost ? B : 0); ++b) {
       const int64_t i = b * a.lengths_stride;
       const int64_t length =
           a.lengths_are_64 ? static_cast<const int64_t*>(a.lengths)[i] : static_cast<const int32_t*>(a.lengths)[i];
@@ -117,8 +117,8 @@ inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape, S
     step *= shape.begin()[axis] > 1 ? shape.begin()[axis] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, Call::device_type(), Call::device_index(like),
-                               &handle) != 0)
+  if (aoti_torch_empty_strided(axes, shape.begin(), strides, dtype, CallContext::device_type(),
+                               CallContext::device_index(like), &handle) != 0)
     out_of_memory(step * item);
   return Tensor(handle);
 }

@@ -9,7 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, double scale,
                                      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                      bool need_alignments) {
-  const Call call(query);
+  const CallContext call(query);
   return attention_forward(call.kernels().dot_attention, DotScores{scores_of(query, keys), scale}, query, values,
                            memory_lengths, mask, need_alignments);
 }
@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context, 
                                             Tensor query, Tensor keys, Tensor values, double scale,
                                             std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                             Tensor alignments, bool need_query, bool need_memory) {
-  const Call call(query);
+  const CallContext call(query);
   return attention_backward(
       call.kernels().dot_attention_backward, DotScores{scores_of(query, keys), scale},
       {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory});

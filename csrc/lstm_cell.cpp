@@ -7,7 +7,7 @@ namespace attn {
 namespace {
 
 // One axis of B rows of `columns` elements each, all of the dtype of the gates.
-Rows rows(const Tensor& t, const char* name, Dtype dtype, int64_t B, int64_t columns) {
+RowsView rows(const Tensor& t, const char* name, Dtype dtype, int64_t B, int64_t columns) {
   check_shape(t, name, {B, columns});
   STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype of gates");
   STD_TORCH_CHECK(t.stride(1) == 1 || columns <= 1, name, " must have contiguous rows");
@@ -32,8 +32,8 @@ void step(Tensor gates, Tensor cell, Tensor new_cell, Tensor tanh, Tensor hidden
                     rows(new_cell, "new_cell", dtype, B, H),
                     rows(tanh, "tanh", dtype, B, H),
                     rows(hidden, "hidden", dtype, B, H),
-                    again.has_value() ? rows(*again, "again", dtype, B, H) : Rows{}};
-  if (B * H > 0) Call(gates).kernels().lstm_step(op);
+                    again.has_value() ? rows(*again, "again", dtype, B, H) : RowsView{}};
+  if (B * H > 0) CallContext(gates).kernels().lstm_step(op);
 }
 
 void step_backward(Tensor dhidden, Tensor gates, Tensor cell, Tensor tanh, Tensor dcell, Tensor dgates) {
@@ -48,7 +48,7 @@ void step_backward(Tensor dhidden, Tensor gates, Tensor cell, Tensor tanh, Tenso
                             rows(tanh, "tanh", dtype, B, H),
                             rows(dcell, "dcell", dtype, B, H),
                             rows(dgates, "dgates", dtype, B, 4 * H)};
-  if (B * H > 0) Call(gates).kernels().lstm_step_backward(op);
+  if (B * H > 0) CallContext(gates).kernels().lstm_step_backward(op);
 }
 
 }  // namespace

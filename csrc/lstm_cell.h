@@ -6,29 +6,29 @@
 namespace attn {
 
 // A (B, H) matrix, (B, 4 H) for gates, whose rows are contiguous.
-struct Rows {
+struct RowsView {
   void* data = nullptr;
   int64_t stride = 0;  // in elements
 };
 
 struct LstmStep {
   int64_t B, H;
-  Dtype dtype;    // float32 or float64, of all
-  Rows gates;     // in: i, f, g, o before their functions; out: after
-  Rows cell;      // before the step
-  Rows new_cell;  // out
-  Rows tanh;      // out: of new_cell
-  Rows hidden;    // out
-  Rows again;     // out: hidden once more, or absent
+  Dtype dtype;        // float32 or float64, of all
+  RowsView gates;     // in: i, f, g, o before their functions; out: after
+  RowsView cell;      // before the step
+  RowsView new_cell;  // out
+  RowsView tanh;      // out: of new_cell
+  RowsView hidden;    // out
+  RowsView again;     // out: hidden once more, or absent
 };
 
 struct LstmStepBackward {
   int64_t B, H;
   Dtype dtype;
-  Rows dhidden;
-  Rows gates, cell, tanh;  // of the forward; cell: before the step
-  Rows dcell;              // in: of the cell after the step; out: before it
-  Rows dgates;             // out: of the gates before their functions
+  RowsView dhidden;
+  RowsView gates, cell, tanh;  // of the forward; cell: before the step
+  RowsView dcell;              // in: of the cell after the step; out: before it
+  RowsView dgates;             // out: of the gates before their functions
 };
 
 }  // namespace attn

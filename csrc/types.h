@@ -10,7 +10,7 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // A read-only (n0, n1, n2) array, strides in elements; data is null where an optional array is absent.
-struct Array3 {
+struct StridedView3 {
   const void* data = nullptr;
   Dtype dtype = Dtype::float32;
   int64_t stride[3] = {0, 0, 0};
@@ -19,7 +19,7 @@ struct Array3 {
 };
 
 // Which steps may be attended: lengths (B,) and mask (B, 1 or Tq, Tk), each optional; both must allow a step.
-struct Attended {
+struct AttentionMask {
   const void* lengths = nullptr;  // int32 or int64
   bool lengths_are_64 = false;
   int64_t lengths_stride = 0;

@@ -44,8 +44,8 @@ if not torch.cuda.is_available():
 
 import attn_kernels
 import triton_arithmetic
-from attn_kernels import patching
 from attn_kernels.backends import NAMES
+from attn_kernels.patching import adapter
 from matrix import device_of, interpreted
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
@@ -139,6 +139,20 @@ BACKENDS = {
 
 
 @pytest.fixture
+def same_threads() -> Iterator[None]:
+    """For commands that set the number of threads of the process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """For tiny tensors: more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test starts takes itself for no worker of pytest-xdist, as it would by what it inherits."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
@@ -148,7 +162,7 @@ def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
-    monkeypatch.setattr(patching, "_least_elements", lambda module: 0)
+    monkeypatch.setattr(adapter, "min_products", lambda module: 0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attn_kernels import patch, patching
+from attn_kernels import patch, patching, unpatch
+from attn_kernels.patching import registry
 
 Inputs = dict[str, Any]
 Steps = Callable[..., Sequence[Tensor]]  # of a module and the inputs: what is to be the same, of all steps
@@ -46,6 +48,61 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
     return [fallback.reason for fallback in report.fallbacks]
 
 
+def check_two_backward_passes(original: nn.Module, steps: Steps, inputs: Inputs) -> None:
+    """Of steps on one memory, which is kept from the first pass to the second."""
+    patched = copy.deepcopy(original)
+    patch(patched)
+    memory = inputs["memory"].requires_grad_()
+    for _ in range(2):
+        ours, expected = (
+            torch.autograd.grad(sum(x.square().sum() for x in steps(m, **inputs)), [memory, *m.parameters()])
+            for m in (patched, original)
+        )
+        torch.testing.assert_close(ours, expected)
+
+
+def check_nothing_is_stale(original: nn.Module, steps: Steps, inputs: Inputs, write: Callable[[Inputs], None]) -> None:
+    """What is kept without gradients follows writes to the memory, to what masks it (``write``) and to parameters."""
+    patched = copy.deepcopy(original)
+    report = patch(patched)
+
+    def scale_parameters(_: Inputs) -> None:
+        for module in (original, patched):
+            for parameter in module.parameters():
+                parameter.mul_(2)
+
+    changes: list[Callable[[Inputs], None]] = [
+        lambda _: None,
+        lambda given: given["memory"][0].fill_(2),
+        write,
+        scale_parameters,
+        lambda given: given.update(memory=given["memory"] + 1),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            change(inputs)
+            for _ in range(2):
+                torch.testing.assert_close(steps(patched, **inputs), steps(original, **inputs))
+    assert report.fallbacks == []
+
+
+def check_copies(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
+    """Copies and pickles of a patched module compute the same; unpatched, it is as it was."""
+    module = copy.deepcopy(original)
+    patch(module)
+    with torch.no_grad():
+        expected = steps(original, *inputs)
+        steps(module, *inputs)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other.state_dict().keys() == original.state_dict().keys()
+            assert other.__dict__.keys() == original.__dict__.keys()
+            torch.testing.assert_close(steps(other, *inputs), expected)
+        original.load_state_dict(module.state_dict())
+        unpatch(module)
+        assert type(module) is type(original)
+        torch.testing.assert_close(steps(module, *inputs), expected, rtol=0, atol=0)
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module]) -> None:
     """Makes ``cls`` the class "module:Class" of a library that is not installed, for as long as monkeypatch lasts."""
     name, _, attribute = original.partition(":")
@@ -55,7 +112,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module
     monkeypatch.setattr(sys.modules[name], attribute, cls, raising=False)
     cls.__module__, cls.__qualname__ = name, attribute
     adapter = next(adapter for adapter in patching.adapters() if adapter.original == original)
-    monkeypatch.setitem(patching._adapters, original, adapter._replace(sources=()))  # its source is not the library's
+    monkeypatch.setitem(registry._adapters, original, adapter._replace(sources=()))  # its source is not the library's
 
 
 def _error(a: Tensor, b: Tensor) -> float:

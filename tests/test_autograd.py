@@ -132,7 +132,7 @@ def test_second_derivatives_of_modules(
         pytest.skip("one variant is enough for Triton's interpreter: the formulas are the reference's")
     if backend == "reference" and deferred:
         pytest.skip("the reference does not defer")
-    monkeypatch.setattr("attn_kernels.deferred._LARGE", 0 if deferred else 1 << 40)
+    monkeypatch.setattr("attn_kernels.memory_gradient._MIN_BYTES", 0 if deferred else 1 << 40)
     steps, (queries, outputs, lengths) = steps_of(name, backend, device)
     leaves = [queries.requires_grad_(), outputs.requires_grad_(), *steps.parameters()]
     seeds = [torch.randn_like(leaf) for leaf in leaves]

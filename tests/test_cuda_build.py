@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import nvcc
+from tools.cuda_check import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = "90"

@@ -13,9 +13,11 @@ import pytest
 for package in ("typer", "rich"):
     pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
 
-from bench import cuda_check, cuda_rules, nvcc, roofline, sass  # noqa: E402
-from bench.cuda_rules import Facts, Rule, examine  # noqa: E402
-from bench.problems import FORWARD, TRAINING, Shape  # noqa: E402
+from bench.cases import FORWARD, TRAINING, Shape  # noqa: E402
+from tools.cuda_check import check as cuda_check  # noqa: E402
+from tools.cuda_check import nvcc, roofline, sass  # noqa: E402
+from tools.cuda_check import rules as cuda_rules  # noqa: E402
+from tools.cuda_check.rules import Facts, Rule, examine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +129,7 @@ GOOD = {"LDS.128": 9, "LDS": 3, "FFMA": 160, "FADD": 32, "FMUL": 64, "MUFU.RCP":
 
 def test_a_loop_within_its_bounds() -> None:
     found = examine(facts(GOOD))
-    assert found.problems == [] and found.regime == cuda_rules.FORWARD
+    assert found.problems == [] and found.regime == cuda_rules.MANY_FORWARD
     assert found.pairs == 96 and found.special_per_pair == pytest.approx(1 / 3)
     assert found.slots_per_pair == pytest.approx(301 / 96)
 
@@ -164,8 +166,8 @@ def test_rules_come_in_order_and_the_last_takes_the_rest() -> None:
     assert cuda_rules.rule_for(facts({}, name="widen_kernel<float>")).regime == cuda_rules.OTHER
     double = facts({}, arguments=["double", "4", "4"])
     assert cuda_rules.rule_for(double).regime == cuda_rules.OTHER and examine(double).problems == []
-    own = (Rule(r"mine", cuda_rules.BACKWARD), Rule("", cuda_rules.OTHER))
-    assert cuda_rules.rule_for(facts({}, name="is_mine"), own).regime == cuda_rules.BACKWARD
+    own = (Rule(r"mine", cuda_rules.MANY_BACKWARD), Rule("", cuda_rules.OTHER))
+    assert cuda_rules.rule_for(facts({}, name="is_mine"), own).regime == cuda_rules.MANY_BACKWARD
 
 
 # Compiled kernels -----------------------------------------------------------------------------------------------------
@@ -202,8 +204,8 @@ __global__ void __launch_bounds__(64) tanh_kernel(const float* x, float* y, int 
 }}
 """
 RULES = (
-    Rule("counted_kernel", cuda_rules.BACKWARD, sharing=1, special=1.0, slots=9.0, wide_loads=True),
-    Rule("tanh_kernel", cuda_rules.FORWARD, sharing=3, special=0.34),
+    Rule("counted_kernel", cuda_rules.MANY_BACKWARD, sharing=1, special=1.0, slots=9.0, wide_loads=True),
+    Rule("tanh_kernel", cuda_rules.MANY_FORWARD, sharing=3, special=0.34),
     Rule("", cuda_rules.OTHER),
 )
 
@@ -237,7 +239,7 @@ def test_small_kernels(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPa
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.cuda_check", *arguments]
+    command = [sys.executable, "-m", "tools.cuda_check", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
 
@@ -272,7 +274,7 @@ def test_without_nvcc_the_command_says_how_to_name_it() -> None:
 def test_floors_are_what_the_numbers_of_an_h100_make() -> None:
     decode = roofline.floor(roofline.ADDITIVE, Shape(64, 1, 200, 1024, 1024), FORWARD, "float32")
     assert decode.floor_by == "memory"
-    assert decode.floor_us == pytest.approx(64 * (201 * 2048) * 4 / 3.35e12 * 1e6)
+    assert decode.floor_us == pytest.approx((64 * (201 * 2048) + 1024) * 4 / 3.35e12 * 1e6)
     many = roofline.floor(roofline.ADDITIVE, Shape(64, 100, 100, 512, 512), TRAINING, "bfloat16")
     pairs = 64 * 100 * 100 * 512
     assert many.floor_by == "special functions"
@@ -282,10 +284,10 @@ def test_floors_are_what_the_numbers_of_an_h100_make() -> None:
 def test_prediction_counts_whole_tiles_and_whole_rounds() -> None:
     kernel = examine(facts(GOOD, registers=168, threads=384))
     shape = Shape(132, 64, 32, 512, 512)  # one block of 64 threads for each multiprocessor, nothing left over
-    even = roofline.predict(roofline.ADDITIVE, shape, FORWARD, "float32", {cuda_rules.FORWARD: kernel})
+    even = roofline.predict(roofline.ADDITIVE, shape, FORWARD, "float32", {cuda_rules.MANY_FORWARD: kernel})
     assert even.padding == 1.0 and even.predicted_us > even.floor_us
     odd = roofline.predict(
-        roofline.ADDITIVE, shape._replace(B=133, Tq=65), FORWARD, "float32", {cuda_rules.FORWARD: kernel}
+        roofline.ADDITIVE, shape._replace(B=133, Tq=65), FORWARD, "float32", {cuda_rules.MANY_FORWARD: kernel}
     )
     assert odd.padding > 1.0 and odd.predicted_us > 1.01 * even.predicted_us
     assert roofline.predict(roofline.ADDITIVE, shape, TRAINING, "float32", {}).predicted_us is None

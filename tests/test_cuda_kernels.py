@@ -25,10 +25,10 @@ OBJECTS = ROOT / "build/emulated/objects"  # of the kernels, as tests/cpp/build_
 # A program of tests/cpp, and the sources in csrc/cuda that it is linked with.
 PROGRAMS = {
     "check_emulator": (),
-    "check_shared_form": (),
+    "check_additive_math": (),
     "check_tiles": (),
     "check_decode": ("decode",),
-    "check_attend": ("attend", "few_rows", "products"),
+    "check_softmax": ("softmax", "gemm_small_m", "gemm"),
 }
 
 

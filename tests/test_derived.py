@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from attn_kernels import BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
-from attn_kernels.derived import checksums, forget, once
-from attn_kernels.sentence import attended_steps, project
+from attn_kernels import Attention, BahdanauAttention, LuongAttention, Memory, additive_attention, dot_attention
+from attn_kernels import checksums as checking
+from attn_kernels.checksums import checksums
+from attn_kernels.patching import NotSupported, masks
+from attn_kernels.patching.cache import cached, cached_projection, clear
+from attn_kernels.patching.masks import as_original, lengths_without_empty_rows, mask_without_empty_rows
 from conftest import SIMD_LEVELS, compiled_module, simd
 from steps import CountLinear
 
@@ -178,7 +181,7 @@ def rows_of(layer: nn.Linear, x: Tensor) -> Tensor:
 def check(layer: Any, x: Tensor, calls: int) -> None:
     """The keys are right, and took that many calls of the layer."""
     with CountLinear() as count:
-        keys = project(layer, layer, x)
+        keys = cached_projection(layer, layer, x)
     torch.testing.assert_close(keys, rows_of(layer, x))
     assert count.calls == calls
 
@@ -220,10 +223,13 @@ def test_nothing_in_common(layer: nn.Linear) -> None:
     with torch.no_grad():
         check(layer, torch.randn(3, 5, 6), 1)
         for shape in ((3, 4, 6), (0, 4, 6), (2, 4, 6), (2, 0, 6), (1, 0, 6)):
-            assert project(layer, layer, torch.randn(shape)).shape == (*shape[:2], 4)
+            assert cached_projection(layer, layer, torch.randn(shape)).shape == (*shape[:2], 4)
         x = torch.full((2, 3, 6), torch.nan)
-        assert all(keys.isnan().all() for keys in (project(layer, layer, x), project(layer, layer, x.clone())))
-        assert project(layer.double(), layer, torch.randn(2, 3, 6).double()).dtype == torch.float64
+        assert all(
+            keys.isnan().all()
+            for keys in (cached_projection(layer, layer, x), cached_projection(layer, layer, x.clone()))
+        )
+        assert cached_projection(layer.double(), layer, torch.randn(2, 3, 6).double()).dtype == torch.float64
 
 
 @writes
@@ -231,7 +237,7 @@ def test_nothing_in_common(layer: nn.Linear) -> None:
 def test_what_is_written_to_is_projected_again(layer: nn.Linear, write: str, what: str) -> None:
     x = torch.randn(3, 5, 6)
     with torch.no_grad():
-        keys = project(layer, layer, x, shown=True)
+        keys = cached_projection(layer, layer, x, is_shared=True)
     target = {"rows": x, "keys": keys, "weight": layer.weight, "bias": layer.bias}[what]
     put(write, target, torch.randn(target.shape))
     with torch.no_grad():
@@ -274,7 +280,7 @@ def test_other_weights(layer: nn.Linear, how: str) -> None:
         check(layer, x, 1)
         OTHER_WEIGHTS[how](layer)
         expected = nn.functional.linear(x, layer.weight, layer.bias)
-        torch.testing.assert_close(project(layer, layer, x), expected)
+        torch.testing.assert_close(cached_projection(layer, layer, x), expected)
 
 
 def test_with_gradients_nothing_is_kept(layer: nn.Linear) -> None:
@@ -288,7 +294,7 @@ def test_with_gradients_nothing_is_kept(layer: nn.Linear) -> None:
 def test_vmap(layer: nn.Linear) -> None:
     x = torch.randn(2, 3, 5, 6)
     with torch.no_grad():
-        torch.testing.assert_close(torch.vmap(lambda rows: project(layer, layer, rows))(x), rows_of(layer, x))
+        torch.testing.assert_close(torch.vmap(lambda rows: cached_projection(layer, layer, rows))(x), rows_of(layer, x))
 
 
 @pytest.mark.parametrize("how", ["hook", "global hook", "forward"])
@@ -315,7 +321,7 @@ def test_autocast_and_inference_mode(layer: nn.Linear) -> None:
     with torch.no_grad():
         check(layer, x, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            assert project(layer, layer, x).dtype == torch.bfloat16
+            assert cached_projection(layer, layer, x).dtype == torch.bfloat16
         check(layer, x, 1)
     with torch.inference_mode():
         y = torch.randn(3, 5, 6)
@@ -324,7 +330,7 @@ def test_autocast_and_inference_mode(layer: nn.Linear) -> None:
         y += 1
         check(layer, y, 1)
     with torch.no_grad():
-        assert not project(layer, layer, y).is_inference()
+        assert not cached_projection(layer, layer, y).is_inference()
 
 
 # Anything -------------------------------------------------------------------------------------------------------------
@@ -343,32 +349,32 @@ def counter() -> tuple[nn.Module, Callable[[], int]]:
 def test_once() -> None:
     module, make = counter()
     a, b = torch.randn(2), torch.randn(2)
-    assert once(module, "x", make, read=(a, b)) == 1
-    assert once(module, "x", make, read=(a, b)) == 1
-    assert once(module, "x", make, read=(a.clone(), b)) == 1  # equal
-    assert once(module, "y", make, read=(a, b)) == 2
-    assert once(nn.Module(), "x", make, read=(a, b)) == 3
-    assert once(module, "x", make, read=(a, None)) == 4
-    assert once(module, "x", make, read=(a, b)) == 5
-    assert once(module, "x", make, read=(b, a)) == 6
-    assert once(module, "x", make, read=(b.double(), a)) == 7
-    assert once(module, "x", make, read=(b.double()[None], a)) == 8
+    assert cached(module, "x", make, read=(a, b)) == 1
+    assert cached(module, "x", make, read=(a, b)) == 1
+    assert cached(module, "x", make, read=(a.clone(), b)) == 1  # equal
+    assert cached(module, "y", make, read=(a, b)) == 2
+    assert cached(nn.Module(), "x", make, read=(a, b)) == 3
+    assert cached(module, "x", make, read=(a, None)) == 4
+    assert cached(module, "x", make, read=(a, b)) == 5
+    assert cached(module, "x", make, read=(b, a)) == 6
+    assert cached(module, "x", make, read=(b.double(), a)) == 7
+    assert cached(module, "x", make, read=(b.double()[None], a)) == 8
     with torch.no_grad():
-        assert once(module, "x", make, read=(a,)) == 9
-    assert once(module, "x", make, read=(a,)) == 10
+        assert cached(module, "x", make, read=(a,)) == 9
+    assert cached(module, "x", make, read=(a,)) == 10
     with torch.inference_mode():
-        assert once(module, "x", make, read=(a,)) == 11
+        assert cached(module, "x", make, read=(a,)) == 11
     with torch.autocast("cpu", torch.bfloat16):
-        assert once(module, "x", make, read=(a,)) == 12
+        assert cached(module, "x", make, read=(a,)) == 12
 
 
 @writes
 def test_once_what_was_read(write: str) -> None:
     module, make = counter()
     x = torch.randn(7)
-    assert once(module, "x", make, read=(x,)) == once(module, "x", make, read=(x,)) == 1
+    assert cached(module, "x", make, read=(x,)) == cached(module, "x", make, read=(x,)) == 1
     put(write, x, torch.randn(7))
-    assert once(module, "x", make, read=(x,)) == once(module, "x", make, read=(x,)) == 2
+    assert cached(module, "x", make, read=(x,)) == cached(module, "x", make, read=(x,)) == 2
 
 
 @writes_to_shared
@@ -377,7 +383,7 @@ def test_once_what_is_held(write: str) -> None:
     module, x = nn.Module(), torch.randn(3, 4)
 
     def view() -> Tensor:
-        return once(module, "x", lambda: x.t(), held=(x,))
+        return cached(module, "x", lambda: x.t(), held=(x,))
 
     assert view() is view() and torch.equal(view(), x.t())
     put(write, x, torch.randn(3, 4))
@@ -387,11 +393,11 @@ def test_once_what_is_held(write: str) -> None:
 def test_once_another_object_is_held() -> None:
     module, make = counter()
     x = torch.randn(3)
-    assert once(module, "x", make, held=(x,)) == once(module, "x", make, held=(x,)) == 1
-    assert once(module, "x", make, held=(x.clone(),)) == 2
-    assert once(module, "x", make, held=(x,)) == 3
+    assert cached(module, "x", make, held=(x,)) == cached(module, "x", make, held=(x,)) == 1
+    assert cached(module, "x", make, held=(x.clone(),)) == 2
+    assert cached(module, "x", make, held=(x,)) == 3
     x.requires_grad_()
-    assert once(module, "x", make, held=(x,)) == 4
+    assert cached(module, "x", make, held=(x,)) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64])
@@ -399,16 +405,16 @@ def test_once_another_object_is_held() -> None:
 def test_every_element_counts(dtype: torch.dtype, size: int) -> None:
     module, make = counter()
     x = torch.zeros(size, dtype=dtype)
-    once(module, "x", make, read=(x,))
+    cached(module, "x", make, read=(x,))
     for i in range(size):
         x.data[i] = 1
-        assert once(module, "x", make, read=(x,)) == 2 * i + 2
+        assert cached(module, "x", make, read=(x,)) == 2 * i + 2
         x.data[i], x.data[i - 1] = 0, 1  # the same elements elsewhere
-        assert once(module, "x", make, read=(x,)) == 2 * i + 3 or size == 1
+        assert cached(module, "x", make, read=(x,)) == 2 * i + 3 or size == 1
         x.data[i - 1] = 0
-        once(module, "y", make)
+        cached(module, "y", make)
         make.__closure__[0].cell_contents.pop()  # type: ignore[union-attr]
-        forget(module)
+        clear(module)
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 255, 256, 257, 3 * 256 + 13, 2 * 2**18, 2 * 2**18 + 5])
@@ -434,21 +440,58 @@ def test_checksums_are_the_same_on_every_level(size: int) -> None:
 def test_masks(write: str, keep: bool) -> None:
     module, mask = nn.Module(), torch.rand(3, 5) < 0.5
     mask[:, 0], mask[:, 1] = True, False
+    make: Callable[[Tensor], Tensor] = (lambda x: x) if keep else torch.logical_not
     for other in (mask.flip(1), torch.ones(3, 5, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)):
-        attended_steps(module, mask, keep)
+        mask_without_empty_rows(module, mask, make)
         put(write, mask, other.clone())
-        allowed = mask if keep else ~mask
-        got = attended_steps(module, mask, keep)
-        assert torch.equal(got, allowed) if allowed.any(1).all() else got is None
+        allowed = make(mask)
+        got = mask_without_empty_rows(module, mask, make)
+        if allowed.all():
+            assert got is None
+        elif allowed.any(1).all():
+            assert torch.equal(got, allowed)
+        else:
+            assert got == NotSupported("a row with nothing to attend")
+
+
+def test_a_mask_that_is_kept_does_not_change_with_the_callers() -> None:
+    module, mask = nn.Module(), torch.tensor([[True, False], [True, True]])
+    kept = mask_without_empty_rows(module, mask, lambda x: x)
+    before = kept.clone()
+    mask[0, 1] = True
+    assert torch.equal(kept, before)
+    assert mask_without_empty_rows(module, mask, lambda x: x) is None
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+def test_a_mask_that_cannot_be_read(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: NaN in the rows that may attend nothing, in all others nothing is changed."""
+    for module in (checking, masks):
+        monkeypatch.setattr(module, "is_cacheable", lambda tensor: False)
+    mask = torch.rand(*shape, 4) < 0.5
+    mask[..., 0], mask[0] = True, False
+    allowed = mask_without_empty_rows(nn.Module(), mask, lambda x: x)
+    assert allowed is mask
+    result = Attention(torch.randn(*shape, 5), torch.rand(*shape, 4))
+    for got, given in zip(as_original(result, allowed), result, strict=True):
+        assert got[0].isnan().all() and torch.equal(got[1:], given[1:])
+    assert as_original(Attention(None, result.alignments), allowed).context is None
+    assert mask_without_empty_rows(nn.Module(), mask, lambda x: x, wait=True) == NotSupported(
+        "a row with nothing to attend"
+    )
+    lengths = torch.tensor([0, 3])
+    assert lengths_without_empty_rows(nn.Module(), lengths) is lengths
+    for got, given in zip(as_original(result, lengths), result, strict=True):
+        assert got[0].isnan().all() and torch.equal(got[1:], given[1:])
 
 
 def test_only_on_the_cpu() -> None:
     module, make = counter()
     x = torch.empty(2, 3, 6, device="meta")
-    assert [once(module, "x", make, read=(x,)) for _ in range(2)] == [1, 2]
+    assert [cached(module, "x", make, read=(x,)) for _ in range(2)] == [1, 2]
     layer = nn.Linear(6, 4, device="meta")
     with torch.no_grad():
-        assert project(module, layer, x) is not project(module, layer, x)
+        assert cached_projection(module, layer, x) is not cached_projection(module, layer, x)
 
 
 @pytest.mark.parametrize("how", ["deleted", "forgotten"])
@@ -456,12 +499,12 @@ def test_what_is_kept_goes_with_the_module(layer: Any, how: str) -> None:
     module = nn.Module()
     x: Any = torch.randn(2, 3, 6)
     with torch.no_grad():
-        keys = weakref.ref(project(module, layer, x))
-        once(module, "x", lambda: x, held=(x,))
+        keys = weakref.ref(cached_projection(module, layer, x))
+        cached(module, "x", lambda: x, held=(x,))
     assert keys() is not None
     x = weakref.ref(x)
     if how == "forgotten":
-        forget(module)
+        clear(module)
     else:
         del module
         gc.collect()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_outcomes
+from bench.gpu import outcomes as gpu_outcomes
 from conftest import available
 from stand_in_gpu import MIXED, NAME
 
@@ -31,7 +31,7 @@ def outcomes(path: Path, *arguments: str) -> list[dict[str, str]]:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), gpu_outcomes.VARIABLE: str(path)}
     done = subprocess.run(
-        [*command, "-p", "stand_in_gpu", "-p", "bench.gpu_outcomes", *arguments],
+        [*command, "-p", "stand_in_gpu", "-p", "bench.gpu.outcomes", *arguments],
         env=os.environ | environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]  # 1: some tests failed
@@ -65,7 +65,7 @@ def test_the_stand_in_tells_two_devices_apart(tmp_path: Path) -> None:
 def test_inputs_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
     """Of two tests that once did not; the next test looks at all of them."""
     chosen = "cuda and not triton and (vmap or every_backend)"
-    files = ["tests/test_autograd.py", "tests/test_deferred.py"]
+    files = ["tests/test_autograd.py", "tests/test_memory_gradient.py"]
     found = outcomes(tmp_path / "outcomes.jsonl", "-k", chosen, *files)
     assert_on_one_device(found)
     assert sum(one["outcome"] == "passed" for one in found) >= 5

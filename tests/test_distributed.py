@@ -572,11 +572,10 @@ def test_training(ranks: list[dict[str, Any]], name: str) -> None:
 
 
 @pytest.mark.slow
-def test_example_of_the_readme(tmp_path: Path) -> None:
+def test_example_of_the_documents(tmp_path: Path) -> None:
     """Under torchrun, as it stands there: the model learns, and one process writes one file."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("\n## Distributed\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```py\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2
     # Without the interpreter's end: there PyTorch aborts now and then when it takes down Gloo under DDP, as it does
     # with two Linear layers and nothing of this package ("terminate called without an active exception").

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attn_kernels
-from attn_kernels import fuse, fused, fusing, unfuse
+from attn_kernels import fuse, fused, unfuse
+from attn_kernels.fusing import state as fuse_state
+from attn_kernels.fusing import watched
 from attn_kernels.graph import check as checking
 from attn_kernels.graph import rewrite
 from fuse_zoo import CASES, A, Draw, H, M, Sizes
@@ -94,7 +96,7 @@ def test_several_graphs_in_one_forward(name: str, monkeypatch: pytest.MonkeyPatc
         assert_same(results(module, args[0]), results(original, args[1]), 1e-12)
         assert calls
         calls.clear()
-        (entry,) = fusing._state_of(module).entries
+        (entry,) = fuse_state.state_of(module).entries
         counts.append(len(entry.graph.graphs))
     assert counts[-1] == counts[1], counts
     assert report.fused[0].what == "context in v"
@@ -194,7 +196,7 @@ def test_report() -> None:
     assert "not called yet" in str(report)
     model["decoder"](*arguments())
     assert [(f.name, f.cls, f.what) for f in report.fused] == [("decoder.attention", Attention, "context in v")]
-    assert [(s.name, s.reason) for s in report.skipped] == [("own", "its forward was replaced by another hand")]
+    assert [(s.name, s.reason) for s in report.skipped] == [("own", "its forward was replaced")]
     assert "decoder.attention" in str(report)
     assert "nothing in this model looks like attention" in str(fuse(nn.Linear(2, 2)))
     again = fuse(model, always=True)
@@ -242,6 +244,18 @@ def test_unfuse_and_context_manager() -> None:
     fuse(ours)
 
 
+def test_a_pickle_of_an_earlier_version() -> None:
+    """They name ``attn_kernels.fusing._rebuild``."""
+    ours, theirs = pair()
+    fuse(ours)
+    now, before = b"cattn_kernels.fusing.watched\nrebuild\n", b"cattn_kernels.fusing\n_rebuild\n"
+    data = pickle.dumps(ours, protocol=2)
+    assert now in data
+    other = pickle.loads(data.replace(now, before))
+    assert type(other.attention) is type(ours.attention)
+    assert_alike(other.attention, theirs.attention, arguments())
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_are_fused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair()
@@ -263,7 +277,7 @@ def test_copies_are_fused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_recompilation_over_lengths() -> None:
     ours, theirs = pair()
     fuse(ours, always=True)
-    captured = fusing._state_of(ours.attention)._captured()
+    captured = fuse_state.state_of(ours.attention)._captured()
     counts = []
     for seed in range(10):
         args = arguments(seed, Sizes(2 + seed % 4, 1, 3 + seed))
@@ -397,7 +411,7 @@ def test_steps_of_general_attention() -> None:
     for change in (lambda: memory.data[1, 2].add_(0.1), lambda: memory.data.copy_(memory.detach().flip(0))):
         for seed in range(4):
             assert_alike(module, original, (Draw(seed)(3, H), memory, added))
-        keeper = fusing._state_of(module).keeper
+        keeper = fuse_state.state_of(module).keeper
         assert sum(slot._held.hits for slot in keeper._slots.values() if slot._held is not None) > 0
         change()
     losses = []
@@ -423,7 +437,7 @@ def test_loops_without_attention_are_captured_once() -> None:
     report = fuse(model)
     for steps in (2, 3, 4, 5):
         model(torch.randn(2, steps, M))
-    assert len(fusing._state_of(model)._captured().entries) == 1
+    assert len(fuse_state.state_of(model)._captured().entries) == 1
     assert "loops" in report.skipped[0].reason
 
 
@@ -530,7 +544,7 @@ class Steps:
         return self.ours, self.theirs
 
     def hits(self) -> int:
-        keeper = fusing._state_of(self.ours.attention).keeper
+        keeper = fuse_state.state_of(self.ours.attention).keeper
         return sum(slot._held.hits for slot in keeper._slots.values() if slot._held is not None)
 
 
@@ -728,12 +742,12 @@ def test_what_is_returned_is_not_kept() -> None:
 
 
 def test_a_wrong_rewrite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    score_vector = rewrite._Writer._score_vector
+    score_vector = rewrite.score_vector
 
-    def wrong(self: Any, scores: Any, scale: float, shifts: Any, at: Any) -> Any:
-        return score_vector(self, scores, 1.01 * scale, shifts, at)
+    def wrong(emit: Any, scores: Any, scale: float, *rest: Any) -> Any:
+        return score_vector(emit, scores, 1.01 * scale, *rest)
 
-    monkeypatch.setattr(rewrite._Writer, "_score_vector", wrong)
+    monkeypatch.setattr(rewrite, "score_vector", wrong)
 
     class Other(Attention):
         pass
@@ -799,11 +813,11 @@ def test_differences_are_found() -> None:
 
 def test_the_faster_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(fusing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(fuse_state.time, "perf_counter", lambda: clock[0])
     for slower in ("original", "rewritten"):
         model = Decoder().double()
         fuse(model)
-        state = fusing._state_of(model.attention)
+        state = fuse_state.state_of(model.attention)
         forward, run = state.forward, state._run
 
         def timed(function: Any, seconds: float) -> Any:
@@ -882,11 +896,12 @@ def test_small_calls_do_not_hide_large_ones(monkeypatch: pytest.MonkeyPatch) -> 
     ours, theirs = pair()
     fuse(ours)
     attention, args = ours.attention, arguments()
-    state = fusing._state_of(attention)
-    state.choices[fusing._kind(attention.__dict__, args)] = False
+    state = fuse_state.state_of(attention)
+    state.choices[fuse_state.kind_of(attention.__dict__, args)] = False
     looks = []
-    kind = fusing._kind
-    monkeypatch.setattr(fusing, "_kind", lambda *args: (looks.append(1), kind(*args))[1])
+    kind = fuse_state.kind_of
+    for module in (fuse_state, watched):
+        monkeypatch.setattr(module, "kind_of", lambda *args: (looks.append(1), kind(*args))[1])
     for _ in range(2000):
         attention(*args)
     assert 0 < len(looks) < 150
@@ -903,7 +918,7 @@ def test_small_calls_do_not_hide_large_ones(monkeypatch: pytest.MonkeyPatch) -> 
     calls = calls_of_op(monkeypatch)
     state.always = True
     large = arguments(1, Sizes(16, 1, 9))
-    for _ in range(fusing._UNSEEN + 1):
+    for _ in range(fuse_state.SKIPPED_CALLS + 1):
         torch.testing.assert_close(attention(*large), theirs.attention(*large))
     assert calls
 
@@ -917,7 +932,7 @@ def test_kinds_that_are_not_rewritten_cost_nothing() -> None:
     report = fuse(model)
     for _ in range(3):
         model(torch.randn(3, 4))
-    assert set(fusing._state_of(model).choices.values()) == {False}
+    assert set(fuse_state.state_of(model).choices.values()) == {False}
     assert "no attention" in report.skipped[0].reason
 
 
@@ -1095,7 +1110,7 @@ def test_where_the_original_is_faster_nothing_else_is_done(monkeypatch: pytest.M
     ours, theirs = pair()
     fuse(ours)
     args = arguments()
-    state = fusing._state_of(ours.attention)
+    state = fuse_state.state_of(ours.attention)
     state.choices[sum(x.numel() for x in args).bit_length(), True, True] = False
     monkeypatch.setattr(state, "run", None)
     torch.testing.assert_close(ours.attention(*args), theirs.attention(*args))

@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from bench import fuse as bench
+from bench.models import fuse as bench
 
 
 def test_a_row() -> None:
@@ -32,8 +32,6 @@ def test_documents_have_the_figures_of_the_file() -> None:
     rows = json.loads((root / "bench/results/fuse-cpu.json").read_text(encoding="utf-8"))["rows"]
     assert {row["case"] for row in rows} == {case[0] for case in bench.CASES} == set(bench.TITLES)
     assert bench.markdown(rows) in (root / "docs/fuse.md").read_text(encoding="utf-8")
-    table = bench.markdown(rows, bench.IN_README)
-    assert table in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_plot(tmp_path: Path) -> None:

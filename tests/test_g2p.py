@@ -1,10 +1,10 @@
-"""The recipe of bench.g2p, small: training and its resumption, evaluation, prediction, files, command lines."""
+"""The recipe of examples/g2p, small: training and its resumption, evaluation, prediction, files, command lines."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,23 +17,16 @@ for package in ("typer", "rich", "matplotlib", "rapidfuzz"):
 
 from typer.testing import CliRunner, Result  # noqa: E402
 
-from bench import files  # noqa: E402
-from bench.g2p import data, models, tasks, training  # noqa: E402
-from bench.g2p.__main__ import app  # noqa: E402
-from bench.g2p.training import Config, Training  # noqa: E402
+from examples.g2p import data, models, tasks, training  # noqa: E402
+from examples.g2p.__main__ import app  # noqa: E402
+from examples.g2p.training import Config, Training  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 LETTERS = "abcdefghij"
 CPU = torch.device("cpu")
 SIZES = {"embedding_size": 8, "hidden_size": 8, "units": 8, "batch_size": 16, "warm_up": 2, "validation_words": 10}
 TINY = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """The commands set the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -237,7 +230,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, run: Callable[..., Result], con
     path.write_bytes(content)
     for command in ("evaluate", "predict", "export"):
         arguments = {"predict": ["aab"], "export": [tmp_path / "out.pt"]}.get(command, [])
-        assert "broken.pt is not a file of bench.g2p" in run(command, *arguments, "--model", path, status=2).output
+        assert "broken.pt is not a file of examples.g2p" in run(command, *arguments, "--model", path, status=2).output
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -251,7 +244,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
 def test_a_file_that_would_execute_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "code.pt"
     torch.save({"best": print}, path)
-    with pytest.raises(ValueError, match=r"code\.pt is not a file of bench\.g2p"):
+    with pytest.raises(ValueError, match=r"code\.pt is not a file of examples\.g2p"):
         models.load_model(path, CPU)
 
 
@@ -283,7 +276,6 @@ def test_evaluate_and_its_files(trained: Path, tmp_path: Path, run: Callable[...
     names = ["g2p-cmudict-alignment-1.png", "g2p-cmudict-alignment-2.png", "g2p-cmudict-evaluation.json"]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == names
     result = json.loads((tmp_path / "results" / names[-1]).read_text())
-    assert result["schema"] == files.SCHEMA
     assert [row["beam"] for row in result["evaluation"]["rows"]] == [1, 5]
     for row in result["evaluation"]["rows"]:
         assert row["words"] == result["task"]["words"]["test"] > 0
@@ -340,12 +332,12 @@ def test_an_export_predicts_as_its_checkpoint(trained: Path, tmp_path: Path, run
     assert run("predict", "--model", tmp_path / "again.pt", *words).stdout == expected
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "compare"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export"])
 def test_help(command: str) -> None:
     assert command in CliRunner().invoke(app, ["--help"]).output
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0, result.output
-    assert {"compare": "--only", "train": "--checkpoint"}.get(command, "--model") in result.output
+    assert {"train": "--checkpoint"}.get(command, "--model") in result.output
 
 
 @pytest.mark.parametrize(

@@ -14,26 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from bench import (
-    files,
-    gpu,
-    gpu_cells,
-    gpu_device,
-    gpu_first,
-    gpu_measure,
-    gpu_outcomes,
-    gpu_predictions,
-    gpu_report,
-    gpu_smoke,
-    gpu_stages,
-    gpu_targets,
-    roofline,
-)
-from bench.gpu_cells import COLD, GRAPH, LAUNCHED, OURS, SCORES, Row
-from bench.gpu_rehearsed import StandIn
-from bench.problems import FORWARD, TRAINING, Shape
-from bench.roofline import ADDITIVE, DOT
+from bench import results
+from bench.cases import FORWARD, TRAINING, Shape
+from bench.gpu import cells as gpu_cells
+from bench.gpu import device as gpu_device
+from bench.gpu import first as gpu_first
+from bench.gpu import measure as gpu_measure
+from bench.gpu import outcomes as gpu_outcomes
+from bench.gpu import predictions as gpu_predictions
+from bench.gpu import report as gpu_report
+from bench.gpu import run as gpu
+from bench.gpu import smoke as gpu_smoke
+from bench.gpu import stages as gpu_stages
+from bench.gpu import targets as gpu_targets
+from bench.gpu.cells import COLD, GRAPH, LAUNCHED, OURS, SCORES, Row
+from bench.gpu.rehearsed import StandIn
 from matrix import slow_if
+from tools.cuda_check import roofline
+from tools.cuda_check.roofline import ADDITIVE, DOT
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODE, MANY = Shape(2, 1, 5, 8, 8), Shape(2, 9, 5, 8, 8)
@@ -299,7 +297,7 @@ def test_targets_are_predicted() -> None:
 
 def test_predictions_respect_the_floor() -> None:
     kernels = gpu_predictions.counted_kernels()
-    assert {gpu_predictions.FORWARD, gpu_predictions.BACKWARD} <= set(kernels)
+    assert {gpu_predictions.MANY_FORWARD, gpu_predictions.MANY_BACKWARD} <= set(kernels)
     for row in gpu_cells.rows():
         if row.beams or row.op == SCORES:
             continue
@@ -507,7 +505,7 @@ def test_the_sanitizer_watches_our_kernels_alone_where_it_can(tmp_path: Path, kn
     gpu_stages.sanitizer(Found(), tmp_path, 20)
     for check in ("memcheck", "racecheck"):
         called = (tmp_path / f"{check}.log").read_text()
-        assert f"--tool {check}" in called and called.rstrip().endswith("bench.gpu_smoke cuda")
+        assert f"--tool {check}" in called and called.rstrip().endswith("bench.gpu.smoke cuda")
         assert ("--kernel-name kernel_substring=attn4cuda" in called) == known
 
 
@@ -599,7 +597,7 @@ def test_outcomes_are_written_as_they_come(tmp_path: Path, workers: tuple[str, .
     file = tmp_path / "outcomes.jsonl"
     environment = {gpu_outcomes.VARIABLE: str(file), "PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_outcomes", "-p", "no:cacheprovider", *workers,
+        [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.outcomes", "-p", "no:cacheprovider", *workers,
          "--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)],
         env=os.environ | environment, cwd=tmp_path, capture_output=True,
     )  # fmt: skip
@@ -627,7 +625,9 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_the_runner_needs_neither_typer_nor_rich_nor_matplotlib() -> None:
-    modules = sorted(f"bench.{path.stem}" for path in (ROOT / "bench").glob("gpu*.py") if path.stem != "gpu_kernels")
+    modules = sorted(
+        f"bench.gpu.{path.stem}" for path in (ROOT / "bench/gpu").glob("[a-z]*.py") if path.stem != "kernels"
+    )
     code = (
         "import sys\nfor name in ('typer', 'rich', 'matplotlib', 'hypothesis'): sys.modules[name] = None\n"
         f"import {', '.join(modules)}\n"
@@ -642,7 +642,7 @@ def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         gpu.parse(["--only", "no_such_stage"])
     assert "no stage 'no_such_stage': build, first" in capsys.readouterr().err
     file = tmp_path / "gpu.json"
-    files.write_json(file, a_state(cells=[]))
+    results.write_json(file, a_state(cells=[]))
     assert gpu.main(["--only", "publish", "--file", str(file)]) == 0
     assert "Nothing of this run may be published" in capsys.readouterr().out
     assert gpu.main(["--only", "plot"]) == 2

@@ -1,7 +1,7 @@
 """What is above the ops, on the device of a backend: searches, patched models, autocast, DistributedDataParallel.
 
 With a GPU these run on it; without one the same code runs the kernels in the emulator and in Triton's interpreter, and
-gloo in place of NCCL. First contact with a GPU (bench/gpu_first.py) goes through CHECKS, too.
+gloo in place of NCCL. First contact with a GPU (bench/gpu/first.py) goes through CHECKS, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from attn_kernels import BahdanauAttention, LuongAttention, additive_attention, patch, patching
-from attn_kernels.patching import Fused, adapts
+from attn_kernels.patching import Fused, adapter, adapts, registry
 from attn_kernels.seq2seq import Seq2Seq
 from matrix import device_of, is_slow, slow_interpreted
 
@@ -95,8 +95,8 @@ def patched_model(backend: str, device: str) -> None:
     given = torch.randn(3, 8), torch.randn(3, 7, 8), torch.arange(7) < LENGTHS[:, None]
     with pytest.MonkeyPatch.context() as monkeypatch:
         patching.adapters()  # files of libraries register once, when imported: not in the copy, which is lost
-        monkeypatch.setattr(patching, "_adapters", dict(patching._adapters))
-        monkeypatch.setattr(patching, "_least_elements", lambda module: 0)
+        monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
+        monkeypatch.setattr(adapter, "min_products", lambda module: 0)
         adapts(Additive)(FusedAdditive)
         assert patch(model).replaced
         results = []

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_first, gpu_outcomes
-from bench.gpu_rehearsal import FAULTS, Rehearsal
+from bench.gpu import first as gpu_first
+from bench.gpu import outcomes as gpu_outcomes
+from bench.gpu import run as gpu
+from bench.gpu.rehearsal import FAULTS, Rehearsal
 from conftest import available
 
 pytestmark = [

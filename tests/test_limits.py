@@ -1,11 +1,10 @@
-"""The limits of a CPU: the loops of limits.c against plain formulas, bounds against counts by hand, command line."""
+"""The limits of a CPU: the loops of loops.c against plain formulas, bounds against counts by hand, command line."""
 
 from __future__ import annotations
 
 import json
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,26 +15,22 @@ for package in ("typer", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
 
 import attn_kernels  # noqa: E402
-from bench import limits, ops, timing  # noqa: E402
-from bench.limits import Bandwidth, Cache, Op  # noqa: E402
+from bench import cases, cli, timing  # noqa: E402
+from bench.cases import Op, Work, work_of  # noqa: E402
+from bench.cpu import ceilings, roofline  # noqa: E402
+from bench.cpu.ceilings import Bandwidth, Cache, Ceilings  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 CACHES = [Cache("L1", 32 << 10, 1), Cache("L2", 1 << 20, 1), Cache("L3", 32 << 20, 8)]
-SHAPE = ops.Shape(2, 3, 5, 7, 11)
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A benchmark sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+SHAPE = cases.Shape(2, 3, 5, 7, 11)
 
 
 @pytest.fixture(scope="module")
-def loops() -> limits.Loops:
+def loops() -> ceilings.Loops:
     try:
-        return limits.compile_loops()
-    except limits.CompilerError as error:
+        return ceilings.compile_loops()
+    except ceilings.CompilerError as error:
         pytest.skip(str(error))
 
 
@@ -46,14 +41,14 @@ def normal(*size: int) -> torch.Tensor:
 # Loops ----------------------------------------------------------------------------------------------------------------
 
 
-def test_reading_sums_every_word(loops: limits.Loops) -> None:
+def test_reading_sums_every_word(loops: ceilings.Loops) -> None:
     words = torch.randint(-(2**31), 2**31, (3 * loops.block,), dtype=torch.int64).to(torch.int32)
     for repeats in (0, 1, 5):
         assert loops.read_words(words, words.numel(), repeats) == repeats * words.sum().item() % 2**32
 
 
 @pytest.mark.parametrize("name", ["write_floats", "stream_floats"])
-def test_writing_fills_what_it_is_given(loops: limits.Loops, name: str) -> None:
+def test_writing_fills_what_it_is_given(loops: ceilings.Loops, name: str) -> None:
     if name == "stream_floats" and not loops.can_stream:
         pytest.skip("no non-temporal stores here")
     x = torch.zeros(4 * loops.block)
@@ -63,7 +58,7 @@ def test_writing_fills_what_it_is_given(loops: limits.Loops, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["copy_floats", "copy_streaming"])
-def test_copying(loops: limits.Loops, name: str) -> None:
+def test_copying(loops: ceilings.Loops, name: str) -> None:
     if name == "copy_streaming" and not loops.can_stream:
         pytest.skip("no non-temporal stores here")
     n = 3 * loops.block
@@ -73,7 +68,7 @@ def test_copying(loops: limits.Loops, name: str) -> None:
     assert y[n:].eq(0).all()
 
 
-def test_chains(loops: limits.Loops) -> None:
+def test_chains(loops: ceilings.Loops) -> None:
     assert loops.add_integers(3, 5) == 3 * 16 * 5
     sums = torch.empty(loops.lanes)
     loops.multiply_add(0.5, 3.0, 4, sums)
@@ -81,14 +76,14 @@ def test_chains(loops: limits.Loops) -> None:
     assert torch.equal(sums, torch.full((loops.lanes,), expected))
 
 
-def test_exponentials(loops: limits.Loops) -> None:
+def test_exponentials(loops: ceilings.Loops) -> None:
     x = torch.linspace(-20, 20, 4 * loops.block)
     e = torch.empty_like(x)
     loops.exponentials(x, x.numel(), 2, e)
     torch.testing.assert_close(e.double(), torch.exp(2 * x.double()), rtol=5e-6, atol=0)
 
 
-def test_forward_pairs(loops: limits.Loops) -> None:
+def test_forward_pairs(loops: ceilings.Loops) -> None:
     units = 5 * loops.forward_units
     c, q, k = normal(1, units).abs() + 0.1, normal(loops.forward_queries, units).exp(), normal(2, units).exp()
     sums = torch.empty(loops.forward_queries, loops.forward_keys, loops.lanes)
@@ -98,7 +93,7 @@ def test_forward_pairs(loops: limits.Loops) -> None:
 
 
 @pytest.mark.parametrize("name", ["backward_shared", "backward_single"])
-def test_backward_pairs(loops: limits.Loops, name: str) -> None:
+def test_backward_pairs(loops: ceilings.Loops, name: str) -> None:
     queries, keys = loops.backward_queries, 9
     q, k, ds = normal(queries, loops.lanes), normal(keys, loops.lanes), normal(queries, keys)
     eq, ek = (torch.exp(torch.cat((2 * x, -2 * x))) for x in (q, k))
@@ -115,10 +110,10 @@ def test_backward_pairs(loops: limits.Loops, name: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_figures_of_the_machine_are_positive(loops: limits.Loops, threads: int) -> None:
+def test_figures_of_the_machine_are_positive(loops: ceilings.Loops, threads: int) -> None:
     small = [Cache("L1", 16 << 10, 1), Cache("L2", 256 << 10, 2)]
-    with ops.progress_bars() as progress:
-        found = limits.measure(loops, small, threads, 0, progress)
+    with cli.progress_bars() as progress:
+        found = ceilings.measure(loops, small, threads, 0, progress)
     assert list(found.bandwidth) == ["L1", "L2", "memory"]
     figures = [found.clock, found.macs, found.exponentials, found.forward_pairs, found.backward_pairs]
     for rates in found.bandwidth.values():
@@ -136,8 +131,8 @@ def test_rate_counts_what_all_threads_do(monkeypatch: pytest.MonkeyPatch) -> Non
         done[i] += repeats
         clock.now = 2e-5 * repeats
 
-    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: vars(clock).pop("now", 0.0)))
-    rate = limits.Crew(2, 0).rate(1000.0, call)
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: vars(clock).pop("now", 0.0)))
+    rate = ceilings.ThreadTeam(2, 0).rate(1000.0, call)
     assert done[0] == done[1] > 100
     assert rate == pytest.approx(2 * 1000 / 2e-5 / 1e9)
 
@@ -147,10 +142,10 @@ def test_rate_survives_an_interruption_of_its_first_samples(monkeypatch: pytest.
 
     def call(i: int, repeats: int) -> None:
         asked.append(repeats)
-        clock[0] += 1e-5 * repeats + (2 * limits.SAMPLE if len(asked) <= 2 else 0)
+        clock[0] += 1e-5 * repeats + (2 * ceilings.SAMPLE if len(asked) <= 2 else 0)
 
-    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert limits.Crew(1, 0).rate(1.0, call) == pytest.approx(1e-4)  # a call takes 1e4 ns
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert ceilings.ThreadTeam(1, 0).rate(1.0, call) == pytest.approx(1e-4)  # a call takes 1e4 ns
     assert asked[:3] == [1, 1, 1]
     assert asked[-1] > 10
 
@@ -166,16 +161,16 @@ def test_caches_are_those_of_the_system(tmp_path: Path) -> None:
         folder.mkdir()
         for name, text in {"level": level, "type": kind, "size": size, "shared_cpu_list": cpus}.items():
             (folder / name).write_text(f"{text}\n")
-    assert limits.caches(tmp_path) == [Cache("L1", 48 << 10, 2), Cache("L3", 36 << 20, 32)]
-    assert [cache.name for cache in limits.caches(tmp_path / "nowhere")] == ["L1", "L2", "L3"]
+    assert ceilings.caches(tmp_path) == [Cache("L1", 48 << 10, 2), Cache("L3", 36 << 20, 32)]
+    assert [cache.name for cache in ceilings.caches(tmp_path / "nowhere")] == ["L1", "L2", "L3"]
 
 
 def test_working_sets_and_their_levels() -> None:
     sizes = {32 << 10: "L1", (32 << 10) + 1: "L2", 1 << 20: "L2", 16 << 20: "L3", (16 << 20) + 1: "memory"}
-    assert {size: limits.level_of(size, CACHES, 1) for size in sizes} == sizes
-    assert limits.level_of(2 << 20, CACHES, 2) == "L2"  # two cores have two of them
-    assert limits.level_of(20 << 20, CACHES, 8) == "memory"  # and share the last one
-    assert limits.sizes_of_buffers(CACHES, 1) == {
+    assert {size: ceilings.level_of(size, CACHES, 1) for size in sizes} == sizes
+    assert ceilings.level_of(2 << 20, CACHES, 2) == "L2"  # two cores have two of them
+    assert ceilings.level_of(20 << 20, CACHES, 8) == "memory"  # and share the last one
+    assert ceilings.sizes_of_buffers(CACHES, 1) == {
         "L1": 16 << 10,
         "L2": 512 << 10,
         "L3": 8 << 20,
@@ -188,22 +183,22 @@ def test_working_sets_and_their_levels() -> None:
 
 def test_work_by_hand() -> None:
     # B, Tq, Tk, A, D = 2, 3, 5, 7, 11: query 42, keys 70, values 110, v 7, context 66 and alignments 30 elements.
-    assert limits.work_of(Op.additive_attention, SHAPE, "forward", 4) == (
+    assert work_of(Op.additive_attention, SHAPE, "forward", 4) == (
         4 * (42 + 70 + 110 + 7),
         4 * 66,
         2 * 3 * 5 * 7,
         42 + 70,
         2 * 3 * 5 * 11,
     )
-    assert limits.work_of(Op.additive_attention, SHAPE, "backward", 4) == (
+    assert work_of(Op.additive_attention, SHAPE, "backward", 4) == (
         4 * (42 + 70 + 110 + 7 + 66 + 30),
         4 * (42 + 70 + 110 + 7),
         2 * 3 * 5 * 7,
         42 + 70,
         2 * (2 * 3 * 5 * 11),
     )
-    assert limits.work_of(Op.dot_attention, SHAPE, "forward", 2) == (2 * (42 + 70 + 110), 2 * 66, 0, 0, 30 * (7 + 11))
-    assert limits.work_of(Op.dot_attention, SHAPE, "backward", 2) == (
+    assert work_of(Op.dot_attention, SHAPE, "forward", 2) == (2 * (42 + 70 + 110), 2 * 66, 0, 0, 30 * (7 + 11))
+    assert work_of(Op.dot_attention, SHAPE, "backward", 2) == (
         2 * (42 + 70 + 110 + 66 + 30),
         2 * (42 + 70 + 110),
         0,
@@ -212,10 +207,10 @@ def test_work_by_hand() -> None:
     )
 
 
-def _limits(threads: int = 1) -> limits.Limits:
+def _limits(threads: int = 1) -> Ceilings:
     levels = {name: Bandwidth(0, 100.0, 50.0, 80.0) for name in ("L1", "L2", "L3")}
     memory = Bandwidth(0, 20.0, 10.0, 16.0, 25.0, 40.0)
-    return limits.Limits(threads, 4.0, {**levels, "memory": memory}, 64.0, 8.0, 16.0, 4.0, 4.0, 3.0)
+    return Ceilings(threads, 4.0, {**levels, "memory": memory}, 64.0, 8.0, 16.0, 4.0, 4.0, 3.0)
 
 
 def test_bytes_go_in_a_copy_as_far_as_they_can() -> None:
@@ -228,25 +223,25 @@ def test_bytes_go_in_a_copy_as_far_as_they_can() -> None:
 
 
 def test_bound_is_the_larger_of_bytes_and_arithmetic() -> None:
-    arithmetic = limits.Work(1000, 0, pairs=16_000_000, exponentials=8_000_000, macs=64_000_000)
-    bound = limits.bound_of(arithmetic, "forward", _limits(), CACHES)
+    arithmetic = Work(1000, 0, pairs=16_000_000, exponentials=8_000_000, macs=64_000_000)
+    bound = roofline.bound_of(arithmetic, "forward", _limits(), CACHES)
     assert (bound.level, bound.by, bound.streaming) == ("L1", "math", False)
     assert bound.milliseconds == bound.arithmetic_ms == pytest.approx(1 + 1 + 1)
-    backward = limits.bound_of(arithmetic, "backward", _limits(), CACHES)
+    backward = roofline.bound_of(arithmetic, "backward", _limits(), CACHES)
     assert backward.milliseconds == pytest.approx(4 + 1 + 1)
 
-    memory = limits.bound_of(limits.Work(40_000_000, 1_000_000, 0, 0, 1), "forward", _limits(), CACHES)
+    memory = roofline.bound_of(Work(40_000_000, 1_000_000, 0, 0, 1), "forward", _limits(), CACHES)
     assert (memory.level, memory.by, memory.streaming) == ("memory", "bytes", False)
     assert memory.milliseconds == pytest.approx(2 / 16 + 39 / 20)
-    outputs = limits.bound_of(limits.Work(40_000_000, 40_000_000, 0, 0, 1), "backward", _limits(), CACHES)
+    outputs = roofline.bound_of(Work(40_000_000, 40_000_000, 0, 0, 1), "backward", _limits(), CACHES)
     assert outputs.streaming
     assert outputs.milliseconds == pytest.approx(80 / 40)
 
 
 def test_figures_of_a_line() -> None:
-    work = limits.Work(1_500_000, 500_000, 8_000_000, 0, 0)
-    bound = limits.bound_of(work, "forward", _limits(), CACHES)
-    cell = limits.Cell(
+    work = Work(1_500_000, 500_000, 8_000_000, 0, 0)
+    bound = roofline.bound_of(work, "forward", _limits(), CACHES)
+    cell = roofline.Cell(
         Op.additive_attention, SHAPE, "", "forward", work, bound, timing.Spread(2.0, 1.5, 2.5), best=1.25
     )
     assert cell.gigabytes_a_second == pytest.approx(1.0)
@@ -260,10 +255,10 @@ def test_figures_of_a_line() -> None:
 def test_what_is_timed_is_the_op(op: Op) -> None:
     if not attn_kernels.backends()["cpu"].available:
         pytest.skip(attn_kernels.backends()["cpu"].detail)
-    settings = ops.Settings(torch.float32, limits.CPU, 0, 1, False, False, ops.Lengths.none, 0)
-    problem = ops.make_problem(op.value, SHAPE, settings)
-    expected = ops.expected_results(op.value, problem, training=True)
-    calls = limits.calls_of(op, problem)
+    settings = cases.Settings(torch.float32, roofline.CPU, 0, 1, False, False, cases.Lengths.none, 0)
+    problem = cases.make_problem(op.value, SHAPE, settings)
+    expected = cases.expected_results(op.value, problem, training=True)
+    calls = roofline.calls_of(op, problem)
     got = dict(zip(problem.inputs, calls["backward"](), strict=False))
     torch.testing.assert_close(calls["forward"]()[0], expected["context"])
     for name in problem.inputs:
@@ -276,12 +271,12 @@ def test_what_is_timed_is_the_op(op: Op) -> None:
 def _invoke(*arguments: str, **environment: str) -> tuple[int, str]:
     from typer.testing import CliRunner
 
-    result = CliRunner().invoke(limits.app, arguments, env=environment)
+    result = CliRunner().invoke(roofline.app, arguments, env=environment)
     return result.exit_code, result.output
 
 
 @pytest.mark.slow
-def test_command_line_and_its_file(loops: limits.Loops, tmp_path: Path) -> None:
+def test_command_line_and_its_file(loops: ceilings.Loops, tmp_path: Path) -> None:
     if not attn_kernels.backends()["cpu"].available:
         pytest.skip(attn_kernels.backends()["cpu"].detail)
     code, output = _invoke(
@@ -310,14 +305,14 @@ def test_no_compiler_is_told_and_stops() -> None:
     assert "the C compiler of $CC was not found: no-such-compiler" in output
     code, output = _invoke(CC="false")
     assert code == 2
-    assert "false cannot compile limits.c" in output
+    assert "false cannot compile loops.c" in output
 
 
 def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(limits.CompilerError, match="no C compiler was found"):
-        limits.find_compiler()
+    with pytest.raises(ceilings.CompilerError, match="no C compiler was found"):
+        ceilings.find_compiler()
 
 
 @pytest.mark.parametrize(

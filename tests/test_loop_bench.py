@@ -1,4 +1,4 @@
-"""bench/loop.py: that it measures what it says."""
+"""bench/models/loop.py: that it measures what it says."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import loop  # noqa: E402
+from bench.models import loop  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = [loop.EAGER, loop.STEPS, loop.LOOP]
 
 
 def test_ways_agree() -> None:
-    ways = loop.make_ways(8, CPU, NAMES)
-    errors = loop.largest_error(ways, loop.make_data(loop.Shape(3, 5, 4), CPU))
+    variants = loop.make_variants(8, CPU, NAMES)
+    errors = loop.largest_error(variants, loop.make_data(loop.Shape(3, 5, 4), CPU))
     assert list(errors) == NAMES and errors[loop.EAGER] == 0
     assert max(errors.values()) < 1e-4
 
 
 def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = loop.make_ways(8, CPU, NAMES)
+    made = loop.make_variants(8, CPU, NAMES)
     with torch.no_grad():
         made[2].model.decoder.attentional.weight.mul_(1.1)
-    monkeypatch.setattr(loop, "make_ways", lambda *args: made)
+    monkeypatch.setattr(loop, "make_variants", lambda *args: made)
     with pytest.raises(RuntimeError, match=r"gradients at .* are off by .*loop"):
         loop.measure(loop.Shape(2, 3, 3), 8, CPU, NAMES, 0.0)
 
 
 def test_ways_are_what_their_names_say() -> None:
     """The loop makes one node of autograd, the steps one for each step of attention, eager none of ours."""
-    for (name, model), ours in zip(loop.make_ways(8, CPU, NAMES), (0, 4, 1), strict=True):
+    for (name, model), ours in zip(loop.make_variants(8, CPU, NAMES), (0, 4, 1), strict=True):
         logits, _ = model(*loop.make_data(loop.Shape(2, 3, 4), CPU))
         seen, left = set(), [logits.grad_fn]
         while left:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_kernels import BahdanauAttention, CosineAttention, LuongAttention, Memory, additive_attention, dot_attention
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, TQ, TK, Q, M, UNITS = 4, 3, 5, 6, 7, 9
 
@@ -95,15 +97,6 @@ MASKS = {
         "mask": torch.rand(B, TK, generator=torch.Generator().manual_seed(3)) < 0.6,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are tiny: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=list(MECHANISMS))

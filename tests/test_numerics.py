@@ -14,6 +14,7 @@ from torch import Tensor
 
 import attn_kernels
 from matrix import (
+    OPS,
     VARIANTS,
     Arguments,
     Case,
@@ -172,6 +173,23 @@ def test_score_vector(op: Op, backend: str, device: str, vector: str, size: floa
             check_arguments(op, case, backend, arguments)
         except AssertionError as error:
             raise AssertionError(f"{queries} queries, {units} units\n{error}") from None
+
+
+@slow_interpreted(math.inf)
+@pytest.mark.parametrize("largest", [64.0, 1e37, math.inf])
+def test_large_score_vector_of_many_units(backend: str, device: str, largest: float) -> None:
+    """From |q| + |k| = 10 on the factored form is right for any v of 256 units or more, unless v leaves its range."""
+    op = OPS["additive_scores"]
+    for queries in [9] if is_slow(backend) else [1, 3, 19]:
+        case = Case(B=1, Tq=queries, Tk=9, A=300, without=("bias",), receives=())
+        arguments = make(op, case, torch.float32, device)
+        arguments.tensors["query"].mul_(6.0)
+        arguments.tensors["keys"].mul_(3.0)
+        arguments.tensors["v"].mul_(64.0)[4] = largest
+        try:
+            check(op, case, torch.float32, backend, arguments=arguments)
+        except AssertionError as error:
+            raise AssertionError(f"{queries} queries\n{error}") from None
 
 
 # |q| + |k| where a kernel changes its form or could leave its range: sharing of a division by two, three or four; the

@@ -1,4 +1,4 @@
-"""patches/diacritize.py on a class with the interface of arabic-diacritizer's."""
+"""The adapter of arabic-diacritizer on a class with the interface of arabic-diacritizer's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels import patch, patching
+from attn_kernels import patch
+from attn_kernels.patching import registry
 from steps import compare
 
 
@@ -31,8 +32,8 @@ BahdanauAttention.__module__ = "diacritize.baseline.model"
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapter takes this class for the one that it was written for."""
     name = "diacritize.baseline.model:BahdanauAttention"
-    importlib.import_module("attn_kernels.patches.diacritize")
-    monkeypatch.setitem(patching._adapters, name, patching._adapters[name]._replace(sources=()))
+    importlib.import_module("attn_kernels.patching.libraries.diacritize")
+    monkeypatch.setitem(registry._adapters, name, registry._adapters[name]._replace(sources=()))
 
 
 def call(module: nn.Module, states: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""patches/espnet.py on classes with the interface of ESPnet's: additive, with location features, forward, heads."""
+"""The adapters of ESPnet on classes with the same interface: additive, with location features, forward, heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels import derived, patch, patching
+from attn_kernels import checksums, patch
+from attn_kernels.patching import cache, masks, registry
 from steps import compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
@@ -89,10 +90,10 @@ classes = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapters take these classes for those that they were written for."""
-    importlib.import_module("attn_kernels.patches.espnet")
+    importlib.import_module("attn_kernels.patching.libraries.espnet")
     for cls in CLASSES:
         name = f"{MODULE}:{cls.__name__}"
-        monkeypatch.setitem(patching._adapters, name, patching._adapters[name]._replace(sources=()))
+        monkeypatch.setitem(registry._adapters, name, registry._adapters[name]._replace(sources=()))
 
 
 def decode(module: nn.Module, memory: Tensor, states: Tensor, lengths: list[int]) -> list[Tensor]:
@@ -125,7 +126,7 @@ def test_an_empty_utterance_falls_through(cls: type[nn.Module]) -> None:
     if cls is AttLoc:
         pytest.skip("it divides by the length")
     given = {"memory": memory, "states": states, "lengths": [4, 0]}
-    assert compare(cls(6, 7, 5), decode, given) == ["an utterance with nothing to attend"]
+    assert compare(cls(6, 7, 5), decode, given) == ["a row with nothing to attend"]
 
 
 @classes
@@ -138,10 +139,9 @@ def test_another_source_is_left_alone(cls: type[nn.Module], monkeypatch: pytest.
 @classes
 def test_an_unread_mask(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where reading it would wait for the device: an empty utterance is NaN, the others are not."""
-    from attn_kernels.patches import espnet
 
-    for module in (espnet, derived):
-        monkeypatch.setattr(module, "keeps", lambda tensor: False)
+    for module in (checksums, masks):
+        monkeypatch.setattr(module, "is_cacheable", lambda tensor: False)
     torch.manual_seed(0)
     original = cls(6, 7, 5)
     patched = copy.deepcopy(original)
@@ -182,4 +182,4 @@ def test_reset_lets_go(cls: type[nn.Module]) -> None:
     gone = weakref.ref(memory)
     module.reset()
     del memory
-    assert gone() is None and module not in derived._derived
+    assert gone() is None and module not in cache._entries

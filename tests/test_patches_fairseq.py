@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attn_kernels import patch
-from steps import compare, stand_in
+from steps import check_nothing_is_stale, check_two_backward_passes, compare, stand_in
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -91,38 +91,12 @@ def test_results(cls, case):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_two_backward_passes_on_one_memory(cls):
-    original, inputs = make(cls, 20, 120).double(), some_inputs(16, 30, 20, 120)
-    module = copy.deepcopy(original)
-    patch(module)
-    memory = inputs.pop("memory").requires_grad_()
-    for _ in range(2):
-        ours, expected = (
-            torch.autograd.grad(sum(x.square().sum() for x in decode(m, memory, **inputs)), [memory, *m.parameters()])
-            for m in (module, original)
-        )
-        torch.testing.assert_close(ours, expected)
+    check_two_backward_passes(make(cls, 20, 120).double(), decode, some_inputs(16, 30, 20, 120))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_without_gradients_nothing_is_stale(cls):
-    original, inputs = make(cls).double(), some_inputs()
-    module = copy.deepcopy(original)
-    report = patch(module)
-    with torch.no_grad():
-        for change in ("nothing", "memory", "padding", "parameters", "other memory"):
-            if change == "memory":
-                inputs["memory"][0] = 2
-            if change == "padding":
-                inputs["padding"][:2] = False
-            if change == "parameters":
-                for m in (original, module):
-                    for parameter in m.parameters():
-                        parameter.mul_(2)
-            if change == "other memory":
-                inputs["memory"] = inputs["memory"] + 1
-            for _ in range(2):
-                torch.testing.assert_close(decode(module, **inputs), decode(original, **inputs))
-    assert not report.fallbacks
+    check_nothing_is_stale(make(cls).double(), decode, some_inputs(), lambda given: given["padding"][:2].fill_(False))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")

@@ -24,7 +24,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from attn_kernels import additive_attention, patch, patched, patching, unpatch
-from attn_kernels.patching import Fused, Report, Uncovered, adapts, digest
+from attn_kernels.patching import Fused, NotSupported, Report, adapter, adapts, digest, registry
+from attn_kernels.patching.cache import cached_projection
 
 B, T, SIZE = 3, 5, 8
 
@@ -50,13 +51,13 @@ CALLS: list[None] = []  # a global, since Dynamo of torch 2.10 and 2.11 traces n
 
 class FusedAdditive(Fused):
     @classmethod
-    def covers(cls, module: Any) -> str | None:
+    def unsupported_reason(cls, module: Any) -> str | None:
         return "left alone by design" if module.dropped_by_design else None
 
     def attend(self, state: Tensor, memory: Tensor, mask: Tensor | None = None) -> Any:
         CALLS.append(None)
         if self.training and self.dropout.p > 0:
-            return Uncovered("dropout of the alignments")
+            return NotSupported("dropout of the alignments")
         v = self.v.weight[0]
         return tuple(additive_attention(self.W(state), self.U(memory), memory, v, mask=mask))
 
@@ -86,7 +87,7 @@ class Model(nn.Module):
 @pytest.fixture(autouse=True)
 def _adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     patching.adapters()  # files of libraries register once, when imported: not in the copy, which is lost
-    monkeypatch.setattr(patching, "_adapters", dict(patching._adapters))
+    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
     adapts(Additive)(FusedAdditive)
     CALLS.clear()
     torch.manual_seed(0)
@@ -175,7 +176,7 @@ def test_what_the_ops_refuse_is_for_the_original() -> None:
 
 def test_small_calls_are_the_originals(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are not counted: nothing is missing in them."""
-    monkeypatch.setattr(FusedAdditive, "least_elements", B * T * SIZE)
+    monkeypatch.setattr(FusedAdditive, "min_products", B * T * SIZE)
     model, (state, memory, mask) = Model(), inputs()
     expected = model(state, memory[:, :-1], mask[:, :-1])
     report = patch(model)
@@ -210,6 +211,14 @@ def test_a_forward_that_was_replaced_is_left_alone() -> None:
     model.attention.forward = lambda *_: (torch.ones(1), torch.ones(1, 1))
     ((_, _, reason),) = patch(model).skipped
     assert reason == "its forward was replaced"
+
+
+def test_an_attribute_that_an_adapter_would_hide() -> None:
+    """The original's forward, which serves what the adapter does not, would find the adapter's."""
+    module = Additive()
+    module.attend = nn.Linear(SIZE, SIZE)
+    ((_, _, reason),) = patch(module).skipped
+    assert reason == "its attribute 'attend' has the name of one of the adapter's" and type(module) is Additive
 
 
 def test_another_source_is_left_alone() -> None:
@@ -268,7 +277,7 @@ def test_a_pickle_whose_adapter_is_gone() -> None:
     expected = model(*given)
     patch(model)
     data = pickle.dumps(model)
-    patching._notes(Additive).adapter = None
+    registry.notes_of(Additive).adapter = None
     other = pickle.loads(data)
     assert type(other.attention) is Additive
     torch.testing.assert_close(other(*given), expected)
@@ -467,7 +476,7 @@ def test_unpatch() -> None:
     patch(model)
     assert unpatch(model) == [("attention", Additive)]
     assert type(model.attention) is Additive and unpatch(model) == []
-    assert model.attention not in patching._fallbacks
+    assert model.attention not in adapter.fallbacks
 
 
 def test_unpatch_after_another_hand() -> None:
@@ -665,7 +674,7 @@ class Sourced(Additive):
 
 @pytest.mark.parametrize("name", ["forward", "helper", "decorated", "added"])
 def test_methods_of_a_class_that_were_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching._notes(Sourced), "adapter", None)
+    monkeypatch.setattr(registry.notes_of(Sourced), "adapter", None)
     adapts(Sourced, sources=(digest(Sourced),))(FusedAdditive)
     assert len(patch(Sourced()).replaced) == 1
     monkeypatch.setattr(Sourced, name, lambda *_: None, raising=False)
@@ -1061,11 +1070,11 @@ def test_an_adapter_without_attend() -> None:
 
 
 def test_every_shipped_adapter_says_what_it_is_for() -> None:
-    shipped = [adapter for adapter in patching.adapters() if adapter.fused.__module__.startswith("attn_kernels.")]
+    shipped = [one for one in patching.adapters() if one.fused.__module__.startswith("attn_kernels.")]
     assert len(shipped) > 20
-    for adapter in shipped:
-        assert adapter.library and adapter.versions and adapter.sources, adapter
-        assert all(len(source) == 12 for source in adapter.sources) and adapter.fused.__doc__, adapter
+    for one in shipped:
+        assert one.library and one.versions and one.sources, one
+        assert all(len(source) == 12 for source in one.sources) and one.fused.__doc__, one
 
 
 @pytest.mark.slow
@@ -1083,3 +1092,61 @@ def test_patch_list() -> None:
 
 def test_reports_may_be_made_empty() -> None:
     assert Report().fallbacks == [] and Report().replaced == []
+
+
+# Names of earlier versions --------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_of_an_earlier_version() -> None:
+    """They name ``attn_kernels.patching._rebuild``."""
+    model, given = Model(), inputs()
+    expected = model(*given)
+    patch(model)
+    now, before = b"cattn_kernels.patching.classes\nrebuild\n", b"cattn_kernels.patching\n_rebuild\n"
+    data = pickle.dumps(model, protocol=2)
+    assert now in data
+    assert_fused(pickle.loads(data.replace(now, before)), expected, given)
+
+
+def test_earlier_names() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Uncovered is attn_kernels.patching.adapter.NotSupported now"):
+        assert patching.Uncovered is NotSupported
+    with pytest.warns(DeprecationWarning, match=r"Adapter is attn_kernels.patching.registry.AdapterSpec now"):
+        assert patching.Adapter is patching.AdapterSpec
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        patching.Other  # noqa: B018
+    from attn_kernels import sentence
+
+    with pytest.warns(DeprecationWarning, match=r"sentence.project is attn_kernels.patching.cache.cached_projection"):
+        assert sentence.project is cached_projection
+
+
+def test_earlier_modules_of_libraries() -> None:
+    with pytest.warns(DeprecationWarning, match=r"attn_kernels.patches is attn_kernels.patching.libraries now"):
+        old = importlib.import_module("attn_kernels.patches.joeynmt")
+    assert old is importlib.import_module("attn_kernels.patching.libraries.joeynmt")
+    for name in [name for name in sys.modules if name.startswith("attn_kernels.patches")]:
+        del sys.modules[name]
+
+
+def test_an_adapter_with_earlier_names() -> None:
+    class Old(Fused):
+        attend = FusedAdditive.attend
+        least_elements = B * T * SIZE
+
+        @classmethod
+        def covers(cls, module: Any) -> str | None:
+            return "left alone by design" if module.dropped_by_design else None
+
+    with pytest.warns(DeprecationWarning, match="Old.(covers|least_elements): the name is ") as warned:
+        adapts(Additive)(Old)
+    assert len(warned) == 2
+    module, (state, memory, mask) = Additive(), inputs()
+    patch(module)
+    module(state, memory[:, 1:], mask[:, 1:])
+    assert len(CALLS) == 0
+    module(state, memory, mask)
+    assert len(CALLS) == 1
+    other = Additive()
+    other.dropped_by_design = True
+    assert patch(other).skipped[0].reason == "left alone by design"

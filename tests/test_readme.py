@@ -1,27 +1,34 @@
-"""The examples of README.md run, one after the other, and give the shapes that stand beside them."""
+"""The examples of README.md and docs/ run and give the shapes beside them; figures, links and commands are right."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/g2p/README.md"]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def run_examples(page: Path) -> dict[str, Any]:
+    """What the examples of a page leave behind. They find a ``model``."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"model": nn.Linear(2, 2)}
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+    return names
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """What the examples leave behind."""
-    torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, README.name, "exec"), names)
-    return names
+    return run_examples(README)
 
 
 def test_the_eager_code_is_equivalent(names: dict[str, Any]) -> None:
@@ -40,8 +47,69 @@ def test_shapes(names: dict[str, Any]) -> None:
     assert names["alignments"].shape == (8, 10, 12)
     assert names["loss"].isfinite()
     assert len(names["hypotheses"]) == 8
+    assert len(names["report"].fused) == 1
 
 
-def test_links(names: dict[str, Any]) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (README.parent / target).exists(), target
+@pytest.mark.parametrize("page", PAGES[2:], ids=lambda page: page.name)
+def test_examples_run(page: Path) -> None:
+    names = run_examples(page)
+    if page.name == "patching.md":
+        assert [replaced.name for replaced in names["report"].replaced] == ["attention"]
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_speed_is_that_of_the_files() -> None:
+    """Each row of the table has the figures of the file that its command writes."""
+
+    def rows_of(file: str, key: str) -> list[dict[str, Any]]:
+        return json.loads((ROOT / "bench/results" / file).read_text(encoding="utf-8"))[key]
+
+    def op(passes: str, *shape: int) -> str:
+        cell = next(
+            cell
+            for cell in rows_of("ops-cpu.json", "cells")
+            if (cell["op"], cell["passes"]) == ("additive_attention", passes)
+            and tuple(cell["shape"].values())[:4] == shape
+        )
+        providers = {provider["name"]: provider for provider in cell["ways"]}
+        times = [providers[name]["times_ours"]["median"] for name in ("eager", "torch.compile")]
+        return f"| {providers['cpu']['milliseconds']['median']:.3g} | {times[0]:.1f}x | {times[1]:.1f}x | "
+
+    def training_step() -> str:
+        row = next(row for row in rows_of("loop-cpu.json", "rows") if row["B,S,T"] == [32, 80, 96])
+        return f"| {row['ms']['loop']['median']:.0f} | {row['eager / ours']['loop']['median']:.1f}x | - | "
+
+    def captions() -> str:
+        row = next(
+            row for row in rows_of("fuse-cpu.json", "rows") if (row["case"], row["passes"]) == ("captions", "training")
+        )
+        times = [row["times fused"][name]["median"] for name in ("original", "torch.compile")]
+        return f"| {row['ms']['fused']['median']:.0f} | {times[0]:.1f}x | {times[1]:.1f}x | "
+
+    section = README.read_text(encoding="utf-8").partition("## Speed")[2].partition("## Modules")[0]
+    rows = [line for line in section.splitlines() if "`python -m" in line and line.startswith("|")]
+    found = [op("forward", 64, 1, 50, 512), op("forward+backward", 32, 50, 50, 512), training_step(), captions()]
+    assert len(rows) == len(found)
+    for row, figures in zip(rows, found, strict=True):
+        assert figures in row, row
+
+
+@pages
+def test_links(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, _ = target.partition("#")
+        assert target.startswith("https://") or not path or (page.parent / path).exists(), target
+
+
+@pages
+def test_commands_exist(page: Path) -> None:
+    """Every ``python -m`` of the pages is a module of this repository or of the package."""
+    for module in re.findall(
+        r"python -m ((?:bench|tools|examples|attn_kernels)[\w.]*)", page.read_text(encoding="utf-8")
+    ):
+        place = ROOT / module.rstrip(".").replace(".", "/")
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module

@@ -17,20 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq, search
 from matrix import slow_if
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOURCE_VOCAB, TARGET_VOCAB, HIDDEN, UNITS = 11, 9, 6, 7
 PAD, BOS, EOS = 0, 1, 2
 ATTENTIONS = ["bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine"]
 LENGTHS = torch.tensor([4, 7, 0, 1, 7, 2, 5, 3])
 PENALTIES = [(0.0, 0.0), (0.6, 0.0), (2.5, 0.0), (0.0, 0.3), (1.0, 0.2)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are tiny: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(target_vocab: int = TARGET_VOCAB, scale: float = 6.0, eos_bias: float = 2.0, **options: Any) -> Seq2Seq:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,19 +17,12 @@ from torch import Tensor, nn
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
 from matrix import interpreted, slow_if
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOURCE_VOCAB, TARGET_VOCAB, EMBEDDING, HIDDEN, UNITS = 11, 9, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
 ATTENTIONS = ["bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine"]
 LENGTHS = torch.tensor([4, 7, 0, 1, 7, 2])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are tiny: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(**options: Any) -> Seq2Seq:

@@ -1,4 +1,4 @@
-"""Adapters with the sizes from which users meet them: below, a call is the original's; from there on it is fused.
+"""The rule for small calls, as users meet it: below so many products a call runs the original, above them it is fused.
 
 The tests of each adapter turn these sizes off (``at_any_size``), to reach the fused form with small numbers.
 """
@@ -18,6 +18,8 @@ import test_patches_espnet as espnet
 import test_patches_fairseq as fairseq
 import test_patches_others as others
 from attn_kernels import patch, patching
+from attn_kernels.patching import registry
+from attn_kernels.patching.adapter import MIN_PRODUCTS
 from steps import Inputs, Steps, results, stand_in
 
 STAND_INS = {
@@ -52,24 +54,20 @@ def of_others(batch: int, steps: int) -> Inputs:
     return {"memory": memory, "states": states, "padding": torch.arange(steps) >= torch.randint(1, steps, (batch, 1))}
 
 
+# 2^16 numbers in the largest tensor: the memory, or in Tacotron 2 and coqui-tts the projected memory, (B, T, 9).
 EXAMPLES = {
-    # 2^16 numbers in the memory
     "fairseq, general": Example(
         lambda: fairseq.make("lstm", 5, 64), fairseq.decode, lambda *size: fairseq.some_inputs(*size, 5, 64), 8, 128
     ),
-    # 2^11 numbers in the memory
     "fairseq, additive": Example(
-        lambda: fairseq.make("berard", 5, 64), fairseq.decode, lambda *size: fairseq.some_inputs(*size, 5, 64), 4, 8
+        lambda: fairseq.make("berard", 5, 64), fairseq.decode, lambda *size: fairseq.some_inputs(*size, 5, 64), 8, 128
     ),
-    # 2^15 numbers in the projected memory
-    "Tacotron 2": Example(others.Tacotron, others.tacotron_steps, of_others, 16, 228),
-    "coqui-tts": Example(others.Coqui, others.coqui_steps, of_others, 16, 228),
-    # 2^15 numbers in the memory
-    "SpeechBrain": Example(others.Brain, others.brain_steps, of_others, 16, 293),
-    # 2^13 numbers in the memory
-    "ESPnet, additive": Example(lambda: espnet.AttAdd(6, 7, 5), espnet.decode, of_espnet, 8, 171),
-    "ESPnet, location": Example(lambda: espnet.AttLoc(6, 7, 5), espnet.decode, of_espnet, 8, 171),
-    "ESPnet, forward": Example(lambda: espnet.AttForward(6, 7, 5), espnet.decode, of_espnet, 69, 20, "batch"),
+    "Tacotron 2": Example(others.Tacotron, others.tacotron_steps, of_others, 16, 456),
+    "coqui-tts": Example(others.Coqui, others.coqui_steps, of_others, 16, 456),
+    "SpeechBrain": Example(others.Brain, others.brain_steps, of_others, 16, 586),
+    "ESPnet, additive": Example(lambda: espnet.AttAdd(6, 7, 5), espnet.decode, of_espnet, 64, 171),
+    "ESPnet, location": Example(lambda: espnet.AttLoc(6, 7, 5), espnet.decode, of_espnet, 64, 171),
+    "ESPnet, forward": Example(lambda: espnet.AttForward(6, 7, 5), espnet.decode, of_espnet, 547, 20, "batch"),
 }
 
 
@@ -81,7 +79,19 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brain, "length_to_mask", others.length_to_mask, raising=False)
     for cls in espnet.CLASSES:
         name = f"{espnet.MODULE}:{cls.__name__}"
-        monkeypatch.setitem(patching._adapters, name, patching._adapters[name]._replace(sources=()))
+        monkeypatch.setitem(registry._adapters, name, registry._adapters[name]._replace(sources=()))
+
+
+def count_fused(patched: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with every call that the adapter serves."""
+    attend, calls = type(patched).attend, []
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return attend(module, *args, **kwargs)
+
+    monkeypatch.setattr(type(patched), "attend", counted)
+    return calls
 
 
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
@@ -93,13 +103,7 @@ def test_small_calls_are_the_originals_and_large_ones_are_fused(
     patched = copy.deepcopy(original)
     report = patch(patched)
     assert len(report.replaced) == 1, report
-    attend, fused_calls = type(patched).attend, []
-
-    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fused_calls.append(None)
-        return attend(module, *args, **kwargs)
-
-    monkeypatch.setattr(type(patched), "attend", counted)
+    fused_calls = count_fused(patched, monkeypatch)
     large = {"batch": example.batch, "steps": example.steps}
     small = {**large, example.shorter: large[example.shorter] - 1}
     for size in (large, small, large):
@@ -115,7 +119,35 @@ def test_small_calls_are_the_originals_and_large_ones_are_fused(
     assert report.fallbacks == []
 
 
-def test_every_adapter_with_a_size_has_an_example() -> None:
-    """By its library: an adapter with another size belongs into the table."""
-    sized = {adapter.library for adapter in patching.adapters() if adapter.fused.least_elements}
+def test_one_rule_for_all_adapters() -> None:
+    """Those that have it are in the table, by their library."""
+    shipped = [one for one in patching.adapters() if one.fused.__module__.startswith("attn_kernels.")]
+    assert {one.fused.min_products for one in shipped} == {0, MIN_PRODUCTS}
+    sized = {one.library for one in shipped if one.fused.min_products}
     assert sized == {"fairseq", "Tacotron 2 (NVIDIA)", "coqui-tts", "SpeechBrain", "ESPnet"}
+
+
+@pytest.mark.parametrize(("steps", "is_fused"), [(84, False), (88, True)])
+def test_a_projection_that_is_kept_counts_without_gradients(
+    steps: int, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fairseq's additive class: 4 x T x 64 x (1 + 64 / 32) products, and with gradients a third of them."""
+    original, inputs = fairseq.make("berard", 5, 64).double(), fairseq.some_inputs(4, steps, 5, 64)
+    patched = copy.deepcopy(original)
+    patch(patched)
+    fused_calls = count_fused(patched, monkeypatch)
+    with torch.no_grad():
+        ours, expected = fairseq.decode(patched, **inputs), fairseq.decode(original, **inputs)
+    assert bool(fused_calls) == is_fused
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    fused_calls.clear()
+    fairseq.decode(patched, **inputs)
+    assert fused_calls == []
+
+
+def test_wrong_arguments_of_a_small_call() -> None:
+    """The error is the original's."""
+    module = fairseq.make("berard", 5, 64)
+    patch(module)
+    with pytest.raises(TypeError, match=r"forward\(\) missing 3 required positional arguments"):
+        module()

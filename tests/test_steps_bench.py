@@ -1,4 +1,4 @@
-"""bench/steps.py: that it measures what it says."""
+"""bench/models/memory_gradient.py: that it measures what it says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import steps  # noqa: E402
+from bench.models import memory_gradient as steps  # noqa: E402
 
 
 def test_ways_agree() -> None:

@@ -1,4 +1,4 @@
-"""bench/swap.py, as far as it needs no other library."""
+"""bench/models/patched.py, as far as it needs no other library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import swap  # noqa: E402
+from bench.models import patched as swap  # noqa: E402
 
 
 def test_sentences_are_chosen_evenly() -> None:

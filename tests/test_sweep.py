@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,20 +15,15 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import ops, plots, sweep, timing  # noqa: E402
-from bench.ops import FORWARD, TRAINING, Shape  # noqa: E402
+from bench import plots, timing  # noqa: E402
+from bench.cases import FORWARD, TRAINING, Problem, Provider, Settings, Shape  # noqa: E402
+from bench.cpu import grid, ops, sweep  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 SIZES = [f"--{axis}={size}" for axis, size in (("batch", 1), ("batch", 2), ("queries", 1), ("steps", 3), ("units", 4))]
 COMMAND = [*SIZES, "--units=8", "--allocator=default"]
 Key = tuple[str, Shape, str]
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """A benchmark sets the number of threads of the process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 class Times:
@@ -92,7 +87,7 @@ def test_the_quick_grid_is_a_part_of_the_whole() -> None:
 
 def test_what_is_too_large_or_too_slow_is_left_out_with_the_reason() -> None:
     def reason(op: str, sizes: tuple[int, ...], passes: str, **limits: float) -> str | None:
-        return sweep.beyond(sweep.Cell(op, Shape(*sizes), passes), sweep.Limits(**limits))
+        return grid.beyond(sweep.Cell(op, Shape(*sizes), passes), sweep.Limits(**limits))
 
     # Additive eager holds B * Tq * Tk * A numbers three times, five with backward: 2.4 GB and 4 GB here.
     sizes = (50, 40, 1000, 100, 100)
@@ -147,14 +142,14 @@ def test_a_cell_is_timed_in_rounds_and_longer_the_second_time(
 
 @pytest.mark.parametrize("passes", [FORWARD, TRAINING])
 def test_ours_gets_no_time_for_another_result(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(op: str, problem: ops.Problem, settings: ops.Settings) -> tuple[str, list[ops.Way]]:
-        name, ways = make_ways(op, problem, settings)
-        right = ways[0].function
-        ways[0].function = lambda *tensors: right(*tensors) * 1.01
-        return name, ways
+    def wrong(op: str, problem: Problem, settings: Settings) -> tuple[str, list[Provider]]:
+        name, providers = make_providers(op, problem, settings)
+        right = providers[0].function
+        providers[0].function = lambda *tensors: right(*tensors) * 1.01
+        return name, providers
 
-    make_ways = ops.make_ways
-    monkeypatch.setattr(ops, "make_ways", wrong)
+    make_providers = ops.make_providers
+    monkeypatch.setattr(ops, "make_providers", wrong)
     cell = sweep.Cell("dot_attention", Shape(2, 3, 4, 8, 8), passes)
     sweep.time_cell(cell, sweep.Inputs(torch.float32), sweep.Settings())
     assert cell.failure.startswith("wrong: context differs")
@@ -293,8 +288,8 @@ def test_picture_of_every_kind_of_cell(tmp_path: Path) -> None:
         cell.first = sweep.Measured(1.0, ratio, timing.Spread(ratio, ratio, ratio), 5)
     cells[2].not_run, cells[3].failure = "too large", "wrong"
     description = {"device": "a processor", "threads": 1, "torch": "2", "allocator": "malloc", "date": "today"}
-    plots.sweep(tmp_path / "some.png", cells, description, "float32", 0.97)
-    plots.sweep(tmp_path / "none.png", cells[2:3], description, "float32", 0.97)
+    plots.sweep(tmp_path / "some.png", sweep.ratios_by_panel(cells), description, "float32", 0.97)
+    plots.sweep(tmp_path / "none.png", sweep.ratios_by_panel(cells[2:3]), description, "float32", 0.97)
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
 

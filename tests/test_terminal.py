@@ -17,14 +17,14 @@ import typer  # noqa: E402
 from rich.console import Group  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from bench import machine, terminal  # noqa: E402
+from bench import cli, machine  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PATH = "/a/folder with spaces/[brackets]/" + "long-" * 60 + "/result.json"
 
 
 def test_a_path_is_printed_in_one_piece() -> None:
-    console = terminal.Terminal(file=io.StringIO(), width=20)
+    console = cli.Terminal(file=io.StringIO(), width=20)
     console.print(f"Written: {PATH}", style="red")
     console.print(Group(machine.as_text({"compiler": PATH, "device": "a processor with a name, 2 cores"})))
     lines = console.file.getvalue().splitlines()
@@ -32,7 +32,7 @@ def test_a_path_is_printed_in_one_piece() -> None:
 
 
 def test_an_error_is_printed_in_one_piece() -> None:
-    app = terminal.application()
+    app = cli.application()
 
     @app.command()
     def refuse() -> None:

@@ -42,7 +42,7 @@ def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monke
     available("triton")
     decode = importlib.import_module("attn_kernels.triton.decode")
     configurations = importlib.import_module("attn_kernels.triton.configurations")
-    monkeypatch.setattr(decode, "PROCESSORS", 10)
+    monkeypatch.setattr(decode, "NUM_SMS", 10)
     launched = []
     launch = decode.launch
     monkeypatch.setattr(decode, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))

@@ -30,8 +30,8 @@ pytestmark = [
 
 TARGETS = (80, 90, 100)
 OLDEST_PACKING = (3, 8)  # the release of Triton from which on the bounds hold for sm_100 too
-HOT = ("many_scores_kernel", "backward_kernel")
-FEW = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
+HOT = ("tiled_scores_kernel", "backward_kernel")
+SMALL_M = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets.
@@ -42,11 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
     "small": dict(op="additive", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT),
     "beams": dict(op="additive", sizes=(32, 5, 200, 512), dtype="float32", lengths=True, kernels=HOT),
     "odd": dict(op="additive", sizes=(7, 9, 33, 17), dtype="float16", mask=2, kernels=HOT, targets=(90,)),
-    "decode": dict(op="additive", sizes=(64, 1, 50, 512), dtype="float32", lengths=True, kernels=FEW),
+    "decode": dict(op="additive", sizes=(64, 1, 50, 512), dtype="float32", lengths=True, kernels=SMALL_M),
     "decode-bfloat16": dict(
-        op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=FEW, targets=(90,)
+        op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M, targets=(90,)
     ),
-    "four": dict(op="additive", sizes=(64, 4, 200, 1024), dtype="float32", mask=3, kernels=FEW, targets=(90,)),
+    "four": dict(op="additive", sizes=(64, 4, 200, 1024), dtype="float32", mask=3, kernels=SMALL_M, targets=(90,)),
     "beams-decode": dict(
         op="additive", sizes=(2, 5, 200, 512), dtype="float32", lengths=True, kernels=("decode_kernel",)
     ),
@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
         sizes=(4, 9, 33, 128),
         dtype="float64",
         mask=2,
-        kernels=("few_scores_kernel", "backward_kernel", *PRODUCTS),
+        kernels=("small_q_scores_kernel", "backward_kernel", *PRODUCTS),
         targets=(90,),
     ),
     "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
@@ -105,7 +105,7 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
     """What is wrong with the machine code of a kernel."""
     problems = []
     # A few bytes kept across a whole loop cost nothing: that is for ptxas to choose, but not where speed is decided.
-    most = 0 if kernel["name"] == "many_scores_kernel" else 32
+    most = 0 if kernel["name"] == "tiled_scores_kernel" else 32
     if kernel["stack"] > most or any(_count(loop, "LDL", "STL") for loop in kernel["loops"]):
         problems.append(f"local memory: {kernel['stack']} bytes")
     if -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"] > 65536:
@@ -113,8 +113,8 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
     if kernel["shared"] > 48 * 1024:
         problems.append(f"{kernel['shared']} bytes of shared memory leave few programs to a processor")
     check = {
-        "many_scores_kernel": _problems_of_many_scores,
-        "few_scores_kernel": _problems_of_few_scores,
+        "tiled_scores_kernel": _problems_of_many_scores,
+        "small_q_scores_kernel": _problems_of_few_scores,
         "decode_kernel": _problems_of_decode,
         "backward_kernel": _problems_of_backward,
     }.get(kernel["name"], _problems_of_products if kernel["name"] in PRODUCTS else None)
@@ -206,7 +206,7 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
 
 def _problems_of_products(kernel: dict[str, Any]) -> list[str]:
     """Products of 16-bit numbers run on tensor cores."""
-    if kernel["constants"]["FEW"] or kernel["dtype"] not in ("bfloat16", "float16"):
+    if kernel["constants"]["SMALL_M"] or kernel["dtype"] not in ("bfloat16", "float16"):
         return []
     found = any(_count(loop, "HMMA", "HGMMA", "UTCHMMA") for loop in [*kernel["loops"], kernel["all"]])
     return [] if found else ["no tensor core instruction"]

@@ -32,7 +32,7 @@ WAVE = 64
 REGISTERS = 512  # vector registers of a SIMD for each of its lanes, those of accumulators included
 LDS = 64 * 1024
 # For MI200: the hot kernels; one of them in make test. For MI300 make test-all compiles everything.
-QUICK = {"small": ("many_scores_kernel",), "dot-decode": ("decode_kernel",)}
+QUICK = {"small": ("tiled_scores_kernel",), "dot-decode": ("decode_kernel",)}
 
 
 @slow_if(lambda name, target, **_: (name, target) != ("dot-decode", "gfx942"))
@@ -95,7 +95,7 @@ def problems_of(kernel: dict[str, Any]) -> list[str]:
     if facts["vgpr_count"] > REGISTERS:
         problems.append(f"{facts['vgpr_count']} registers")
     size = kernel["constants"]
-    if kernel["name"] == "many_scores_kernel":
+    if kernel["name"] == "tiled_scores_kernel":
         if facts["vgpr_count"] > REGISTERS // 2:
             problems.append(f"{facts['vgpr_count']} registers leave fewer than two waves to a SIMD")
         pairs = size["BLOCK_Q"] * size["BLOCK_K"] / (WAVE * kernel["warps"]) * kernel["chunk"]
@@ -110,7 +110,7 @@ def problems_of(kernel: dict[str, Any]) -> list[str]:
         loads = Counter({name: n for name, n in kernel["all"].items() if re.match(r"(global|buffer|flat)_load_", name)})
         if count(loads, "global_load_dwordx4", "buffer_load_dwordx4") < sum(loads.values()) / 2:
             problems.append(f"keys and values are not read 16 bytes at a time: {dict(loads)}")
-    if kernel["name"] in aot.PRODUCTS and not size["FEW"] and kernel["dtype"] in ("bfloat16", "float16"):
+    if kernel["name"] in aot.PRODUCTS and not size["SMALL_M"] and kernel["dtype"] in ("bfloat16", "float16"):
         if not count(kernel["all"], "v_mfma"):
             problems.append("no matrix instruction")
     return problems

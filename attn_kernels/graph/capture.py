@@ -1,8 +1,8 @@
 """Capturing the forward of a class of modules with TorchDynamo, and calling what it captured.
 
-Dynamo makes three things of a call: a graph of tensor operations, guards that say for which calls the graph is right,
-and code that calls the graph with the tensors of a module and gives its results the form of the original's. Going
-through ``torch.compile`` costs 26 us a call; asking the guards and calling the code costs 5. That is what is done here.
+Dynamo produces a graph of tensor operations, guards that check whether the graph is valid for a call, and code that
+calls the graph with the tensors of a module and returns its results in the original's structure. A call through
+``torch.compile`` costs 26 us; checking the guards and calling the code directly, as is done here, costs 5.
 A graph is captured once for all modules of a class, with sizes that may vary.
 """
 
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from ..sources import forwards_of
 from . import check
-from .axes import value_of
 from .kept import current
+from .nodes import value_of
 from .rewrite import Found, Outcome, rewrite
 
-_MOST = 64  # graphs of one class: sizes of layers, modes, dtypes, options; beyond them the original runs
-_FAILURES = 4
-_CALM = 8  # calls without a new graph, after which none is expected
-_PARTS = 8  # graphs of one part of a forward that is not one graph
-_LARGE = 1 << 18  # elements of arguments; the graphs are compared for some of them, where there are more
+_MAX_GRAPHS = 64  # of one class, for sizes of layers, modes, dtypes, options; beyond them the original runs
+_MAX_FAILURES = 4
+_STABLE_CALLS = 8  # in a row without a new graph, after which none is expected
+_MAX_PART_GRAPHS = 8  # of one part of a forward that is not one graph
+_LARGE = 1 << 18  # elements of all arguments; of larger ones some rows and steps are compared
 _capturing = threading.RLock()
 
 
@@ -127,7 +127,7 @@ class Parts:
 
     def __init__(self, call: Callable[..., Any], reason: str) -> None:
         self.graphs: list[Graph] = []
-        self._reason, self._calm = reason, 0  # calls in a row that added no graph
+        self._reason, self._calls_without_new = reason, 0  # calls in a row that added no graph
         self._compiled: Callable[..., Any] = torch.compile(call, backend=self._backend, dynamic=True)
 
     @property
@@ -143,15 +143,17 @@ class Parts:
         return "; ".join(dict.fromkeys([f"it is not one graph ({self._reason})", *reasons]))
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._calm >= _CALM:  # to set all options takes longer than a small call
+        if self._calls_without_new >= _STABLE_CALLS:  # to set all options takes longer than a small call
             import torch._dynamo as dynamo
 
             with dynamo.config.patch(suppress_errors=True):
                 return self._compiled(module, args, kwargs)
         before = len(self.graphs)
-        with _options(recompile_limit=_PARTS, accumulated_recompile_limit=8 * _PARTS, suppress_errors=True):
+        with _options(
+            recompile_limit=_MAX_PART_GRAPHS, accumulated_recompile_limit=8 * _MAX_PART_GRAPHS, suppress_errors=True
+        ):
             result = self._compiled(module, args, kwargs)
-        self._calm = self._calm + 1 if len(self.graphs) == before else 0
+        self._calls_without_new = self._calls_without_new + 1 if len(self.graphs) == before else 0
         return result
 
     def _backend(self, graph_module: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
@@ -194,7 +196,7 @@ class Captured:
     @property
     def is_open(self) -> bool:
         """Whether further kinds of calls are captured."""
-        return len(self.entries) < _MOST and len(self.failures) < _FAILURES
+        return len(self.entries) < _MAX_GRAPHS and len(self.failures) < _MAX_FAILURES
 
     def find(
         self,
@@ -221,7 +223,7 @@ class Captured:
             if entry is not None:
                 return entry
             if not self.is_open:
-                return f"{_MOST} kinds of calls were captured" if not self.failures else self.failures[-1]
+                return f"{_MAX_GRAPHS} kinds of calls were captured" if not self.failures else self.failures[-1]
             reason = self._capture(module, args, kwargs)
             if reason is None:
                 entry = self.find(module, args, kwargs)
@@ -244,7 +246,11 @@ class Captured:
         self._graph = None
         before = {id(entry.code) for entry in _debug_get_cache_entry_list(self.call.__code__)}
         self._is_broken = False
-        options = {"recompile_limit": 2 * _MOST, "accumulated_recompile_limit": 32 * _MOST, "suppress_errors": False}
+        options = {
+            "recompile_limit": 2 * _MAX_GRAPHS,
+            "accumulated_recompile_limit": 32 * _MAX_GRAPHS,
+            "suppress_errors": False,
+        }
         try:
             with _options(**options):
                 self._compiled(module, args, kwargs)
@@ -252,9 +258,9 @@ class Captured:
             pass
         except (dynamo.exc.Unsupported, dynamo.exc.UserError) as error:
             self._is_broken = True
-            return _words(error)
+            return _summary(error)
         except Exception as error:
-            return _words(error)
+            return _summary(error)
         if self._graph is None:
             return "no tensor operations"
         for entry in _debug_get_cache_entry_list(self.call.__code__):
@@ -317,7 +323,7 @@ def _copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(graph_module, graph)
 
 
-def _words(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     """The first lines of an error of TorchDynamo, which are what it is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:200]

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TIMES = 4.0
-_PLUS = {torch.float64: 1e-11}  # of the largest element; 1e-6 for all others
-_LOOSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # without float64
-_WIDE = torch.float64
+_EXACT = torch.float64
+_ERROR_FACTOR = 4.0  # of the original's error
+_ATOL = {torch.float64: 1e-11}  # relative to the largest element; 1e-6 for other dtypes
+# Without a result in float64.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Function = Callable[..., Any]
 
@@ -89,7 +90,7 @@ def _compare(original: Function, rewritten: Function, args: Sequence[Any]) -> st
     except Exception as error:
         return f"the rewritten graph raises {type(error).__name__}: {error}"
     try:
-        exact = _run(original, args, _WIDE)
+        exact = _run(original, args, _EXACT)
     except Exception:
         exact = None
     if len(ours) != len(theirs):
@@ -162,7 +163,7 @@ def _differ(own: Any, their: Any, exact: Any, scale: float) -> str | None:
     if not own.is_floating_point():
         return None if torch.equal(own, their) else "differs"
     dtype = own.dtype
-    own, their = own.to(_WIDE), their.to(_WIDE)
+    own, their = own.to(_EXACT), their.to(_EXACT)
     finite = torch.isfinite(their)
     if not torch.equal(finite, torch.isfinite(own)):
         return "is not finite in other places"
@@ -172,12 +173,12 @@ def _differ(own: Any, their: Any, exact: Any, scale: float) -> str | None:
         return None
     own, their = own[finite], their[finite]
     largest = max(their.abs().max().item(), scale)
-    if exact is not None and exact.dtype == _WIDE and exact.shape == finite.shape:
+    if exact is not None and exact.dtype == _EXACT and exact.shape == finite.shape:
         exact = exact[finite]
         error, theirs = (own - exact).abs().max().item(), (their - exact).abs().max().item()
-        allowed = _TIMES * theirs + _PLUS.get(dtype, 1e-6) * largest + 1e-12
+        allowed = _ERROR_FACTOR * theirs + _ATOL.get(dtype, 1e-6) * largest + 1e-12
     else:
-        error, allowed = (own - their).abs().max().item(), _LOOSE.get(dtype, 1e-4) * (largest + 1e-3)
+        error, allowed = (own - their).abs().max().item(), _TOLERANCE.get(dtype, 1e-4) * (largest + 1e-3)
     return None if error <= allowed else f"is off by {error:.2g}, where {allowed:.2g} is allowed"
 
 

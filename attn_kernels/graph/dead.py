@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .axes import is_tensor, name_of
+from .nodes import is_tensor, name_of
 from .writes import MODES, is_random, storage, written
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch.fx import Node
 
-from .axes import PRODUCTS, Group, Index, NoMatch, axes_of, contraction, name_of, resolve, settle
+from .axes import Group, Index, NoMatch, axes_of, resolve, settle
+from .contractions import PRODUCTS, contraction
+from .dataflow import Dataflow
+from .nodes import name_of
 from .parts import Leaf, Products, Roles
 
-if TYPE_CHECKING:
-    from .match import Matcher
 
-
-def products(matcher: Matcher, node: Node, index: Index, steps: Group) -> Products:
+def match_products(flow: Dataflow, node: Node, index: Index, steps: Group) -> Products:
     """The side of a product that has the steps is the keys, the other one is the query."""
-    found = contraction(node, index, matcher.writes.read)
+    found = contraction(node, index, flow.writes.read)
     if found is None or not found.axes:
         raise NoMatch("no product")
-    a = matcher.leaf(Leaf(found.a, found.a_index, found.node))
-    b = matcher.leaf(Leaf(found.b, found.b_index, found.node))
+    a = flow.leaf(Leaf(found.a, found.a_index, found.node))
+    b = flow.leaf(Leaf(found.b, found.b_index, found.node))
     units, along = set(resolve(found.axes)), set(resolve(steps))
     for query, keys in ((a, b), (b, a)):
         if along <= set(keys.axes) and not along & set(query.axes):
@@ -28,10 +26,10 @@ def products(matcher: Matcher, node: Node, index: Index, steps: Group) -> Produc
         raise NoMatch("no query and keys")
     if not along or not units <= set(query.axes) & set(keys.axes):
         raise NoMatch("no query and keys")
-    if matcher.is_constant(keys.node):
+    if flow.is_constant(keys.node):
         raise NoMatch("the keys are weights")
-    shift = None if found.bias is None else matcher.leaf(Leaf(found.bias, found.bias_index, found.node))
-    return Products(node, index, found.axes, query, keys, shift, matcher.is_constant(query.node))
+    shift = None if found.bias is None else flow.leaf(Leaf(found.bias, found.bias_index, found.node))
+    return Products(node, index, found.axes, query, keys, shift, flow.is_constant(query.node))
 
 
 def check_query(scores: Products, values: Leaf | None) -> None:
@@ -50,7 +48,7 @@ def _is_product(leaf: Leaf) -> bool:
 
 
 def roles_of(scores: Products, steps: Group) -> Roles:
-    """Divides the axes as :func:`attn_kernels.graph.match.roles` does."""
+    """Divides the axes as :func:`attn_kernels.graph.additive.roles` does."""
     units, keys = set(resolve(scores.units)), set(scores.keys.axes)
     index = axes_of(settle(scores.index))
     if {*scores.query.axes, *keys} - {*index, *units}:

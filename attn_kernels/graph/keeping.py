@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .axes import PRODUCTS, is_tensor, name_of, value_of
+from .contractions import PRODUCTS
 from .dead import has_effects
 from .kept import keep
+from .nodes import is_tensor, name_of, value_of
 from .writes import storage, written
 
 

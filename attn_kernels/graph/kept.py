@@ -1,11 +1,11 @@
-"""What a captured graph makes of a memory and of weights alone, kept from one step of a decoder to the next.
+"""Values that a captured graph derives from the memory and from weights alone, reused by later steps of a decoder.
 
-A decoder projects the same memory in every step, because its module has nowhere to put the result. Where the tensors
-that something is made of are those of the call before, it is not made again. They are the same if they are the same
-objects (or views of one) and nothing was written to them: neither a write that autograd counts, nor one that it does
-not (``.data``, ``set_``, ``swap_tensors``), for which their elements are looked at; see :class:`Sources`.
+A decoder projects the same memory in every step, because its module has nowhere to put the result. A value is reused
+if the tensors that it was computed from are those of the last call: the same objects (or views of one), and nothing
+was written to them, neither a write that autograd counts, nor one that it does not (``.data``, ``set_``,
+``swap_tensors``), for which their elements are compared; see :class:`Sources`.
 
-What is kept has a node of its own in autograd's graph, which holds what its backward needs and releases nothing, so
+A kept value has a node of its own in autograd's graph, which holds what its backward needs and releases nothing, so
 that steps can be differentiated together or one by one.
 """
 
@@ -18,38 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import are_readable, current_modes, value_of
+from ..checksums import are_readable, current_modes, value_of
 from ..functional import prepare_keys
 from ..memory import Memory, PreparedMemory
 
 
 class Sources:
-    """The tensors that something was made of, and what they were then."""
+    """The tensors that a value was computed from, and their state then."""
 
     def __init__(self, tensors: tuple[Tensor, ...], elements: bool = True) -> None:
         """``elements``: whether they matter; a view of a tensor shows what is written to it."""
         self.tensors = tensors
-        self._counted = tuple(_counted(x) for x in tensors)
+        self._versions = tuple(_version(x) for x in tensors)
         self._values = tuple(map(_value, tensors)) if elements else None
 
-    def are(self, tensors: tuple[Tensor, ...]) -> bool:
+    def match(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors with the same elements."""
-        for old, new, counted in zip(self.tensors, tensors, self._counted, strict=True):
-            if (old is not new and not _one_view(old, new)) or _counted(new) != counted:
+        for old, new, counted in zip(self.tensors, tensors, self._versions, strict=True):
+            if (old is not new and not _is_same_view(old, new)) or _version(new) != counted:
                 return False
         return self._values is None or tuple(map(_value, tensors)) == self._values
 
 
-def _look(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The same for the same tensors, without holding them; rarely for others, too, where memory was used again."""
+def _fingerprint(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Identifies tensors without holding them; rarely equal for others, whose memory was reused."""
     return tuple((x.data_ptr(), x.shape, x.stride(), x.requires_grad) for x in tensors)
 
 
-def _counted(x: Tensor) -> tuple[Any, ...]:
+def _version(x: Tensor) -> tuple[Any, ...]:
     return (None if x.is_inference() else x._version, x.data_ptr(), x.requires_grad)
 
 
-def _one_view(a: Tensor, b: Tensor) -> bool:
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same view of one tensor, made twice."""
     if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype or a.data_ptr() != b.data_ptr():
         return False
@@ -75,7 +75,7 @@ def _dense(x: Tensor) -> Tensor | None:
 
 
 class Held:
-    """A result that is kept, and what else was made of it."""
+    """A value that is kept, and what was derived from it."""
 
     def __init__(self, sources: Sources, state: tuple[Any, ...], value: Tensor) -> None:
         self.sources, self.state, self.value = sources, state, value
@@ -88,15 +88,15 @@ class Held:
 class Slot:
     """What one module keeps for one place of one graph.
 
-    The first call on new tensors keeps nothing: only where the second is on the same ones, or where it was so the last
-    time, is the result worth holding. What was held in vain makes it wait for more calls on the same.
+    A value is kept from the second call with the same tensors on, or from the first if the value before was reused.
+    After a value that was kept and never reused, twice as many calls with the same tensors are needed.
     """
 
     def __init__(self) -> None:
         self._held: Held | None = None
-        self._pays = False
+        self._is_reused = False
         self._last: tuple[Any, ...] = ()
-        self._repeats, self._needed = 0, 1
+        self._repeats, self._needed_repeats = 0, 1
 
     def get(
         self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], is_view: bool
@@ -106,16 +106,16 @@ class Slot:
         state = (numbers, *current_modes())
         held = self._held
         if held is not None:
-            if held.state == state and held.sources.are(tensors):
+            if held.state == state and held.sources.match(tensors):
                 held.hits += 1
                 return held.value
-            self._pays = held.hits > 0
-            self._needed = 1 if self._pays else min(2 * self._needed, 64)
+            self._is_reused = held.hits > 0
+            self._needed_repeats = 1 if self._is_reused else min(2 * self._needed_repeats, 64)
             self._held = held = None
-        if not self._pays:
-            last, self._last = self._last, _look(tensors)
+        if not self._is_reused:
+            last, self._last = self._last, _fingerprint(tensors)
             self._repeats = self._repeats + 1 if last == self._last else 0
-            if self._repeats < self._needed:
+            if self._repeats < self._needed_repeats:
                 return function(*tensors, *numbers)
         self._last, self._repeats = (), 0
         sources = Sources(tensors, elements=not is_view)
@@ -129,12 +129,12 @@ _HELD = "_attn_kernels_held"
 
 
 def held_of(tensor: Tensor) -> Held | None:
-    """What keeps a tensor, if it is one that is kept."""
+    """The entry of a tensor, if it is a kept value."""
     return tensor.__dict__.get(_HELD)
 
 
 class Keeper:
-    """All that one module keeps."""
+    """All values that one module keeps."""
 
     def __init__(self) -> None:
         self._slots: dict[Any, Slot] = {}
@@ -167,14 +167,14 @@ def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str
 
 
 def prepared_of(held: Held) -> Tensor | None:
-    """What prepare_keys makes of keys that are used again."""
+    """prepare_keys of keys that were reused."""
     if held.prepared is None and held.hits > 0:
         held.prepared = prepare_keys(held.value)
     return held.prepared
 
 
 def memory_of(held: Held, values: Tensor | None, mask: Tensor | None, prepared: Tensor | None = None) -> Memory:
-    """Keys and values as one object for all steps, where their gradients meet."""
+    """Keys and values as one Memory for all steps, which accumulates their gradients."""
     memory = held.memory
     if memory is not None and memory.mask is mask and memory.prepared is prepared:
         if memory.values is values or (values is None and memory.values.shape[2] == 0):

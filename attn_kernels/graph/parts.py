@@ -1,4 +1,4 @@
-"""What attention consists of in a captured graph: scores, masks, softmax, context; as match.py finds them."""
+"""What attention consists of in a captured graph: scores, masks, softmax, context; as they are found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
-from .axes import Axis, Group, Index, arguments, axes_of, constant, is_tensor, name_of, resolve, value_of
+from .axes import Axis, Group, Index, axes_of, resolve
+from .nodes import arguments, constant, is_tensor, name_of, value_of
 
 # A finite number that masked scores are given must be so far below all others that its exponential is 0.
 LOWEST_FILL = -1e6
@@ -148,6 +149,10 @@ class Roles:
     query_terms: list[Term] = field(default_factory=list)
     key_terms: list[Term] = field(default_factory=list)
     bias_terms: list[Term] = field(default_factory=list)
+
+    def by_query(self, last: Group) -> Index:
+        """The dimensions of what each query has: (B, Tq, last), or (B, last) without an axis of queries."""
+        return (self.batch, self.queries, last) if self.queries else (self.batch, last)
 
 
 def computed_factor_of(node: Node) -> tuple[Node, Factor] | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .axes import NoMatch, argument, is_tensor, name_of, value_of
+from .axes import NoMatch
+from .nodes import argument, is_tensor, name_of, value_of
 
 # Calls that change grad mode, autocast and the like for the calls after them.
 MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mode", "_enter_inference_mode")

@@ -1,8 +1,13 @@
-"""Adapters of other libraries' classes: one file each, named as the library's top-level package.
+"""The earlier name of :mod:`attn_kernels.patching.libraries`; it goes with the next version."""
 
-A file imports nothing of its library: it names classes, and its adapters are mixed into them when a model has one.
-"""
+import importlib
+import sys
+import warnings
 
-import pkgutil
+from ..patching.libraries import FILES
 
-FILES = tuple(file.name for file in pkgutil.iter_modules(__path__))
+warnings.warn("attn_kernels.patches is attn_kernels.patching.libraries now", DeprecationWarning, stacklevel=2)
+
+for _file in FILES:  # so that ``import attn_kernels.patches.<library>`` gives the same module, not a second one
+    _module = importlib.import_module(f"attn_kernels.patching.libraries.{_file}")
+    globals()[_file] = sys.modules[f"{__name__}.{_file}"] = _module

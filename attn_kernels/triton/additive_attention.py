@@ -11,22 +11,22 @@ from torch import Tensor
 
 from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
 from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
-from .additive_attention_fwd import few_scores_kernel, many_scores_kernel
+from .additive_attention_fwd import small_q_scores_kernel, tiled_scores_kernel
 from .configurations import Configuration, configuration
 from .decode import can_decode, decode
 from .launch import (
-    PROCESSORS,
+    NUM_SMS,
     accumulator,
     bytes_of,
-    few_block,
-    few_tile,
     has_approximate_reciprocal,
-    is_few,
+    is_small_m,
     launch,
     lengths_stride,
     mask_strides,
     power_of_two,
     rows_aligned,
+    small_m_block,
+    small_m_tile,
     sum_splits,
 )
 from .products import values_gradient
@@ -114,10 +114,10 @@ def _scores(
     approximate = has_approximate_reciprocal(query)
     row_strides = (*query.stride(), *keys.stride(), v.stride(0), 0 if bias is None else bias.stride(0))
     aligned = rows_aligned(query, keys)
-    if is_few(query):
-        block_q, block_k, block_a = few_tile(query)
+    if is_small_m(query):
+        block_q, block_k, block_a = small_m_tile(query)
         launch(
-            few_scores_kernel,
+            small_q_scores_kernel,
             B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
             (scores, query, keys, v, bias, memory_lengths, Tq, Tk, A),
             (*row_strides, lengths_stride(memory_lengths)),
@@ -138,10 +138,10 @@ def _scores(
     units = triton.cdiv(A, CHUNK.value) * CHUNK.value
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
     ek = query.new_empty((B, padded_k, units), dtype=torch.float32)
-    reach_q = query.new_empty((B, Tq), dtype=torch.float32)
-    reach_k = query.new_empty((B, Tk), dtype=torch.float32)
+    abs_max_q = query.new_empty((B, Tq), dtype=torch.float32)
+    abs_max_k = query.new_empty((B, Tk), dtype=torch.float32)
     table = query.new_empty((units // CHUNK.value + 1, ROW.value), dtype=torch.float32)
-    prepared = (eq, ek, reach_q, reach_k, table)
+    prepared = (eq, ek, abs_max_q, abs_max_k, table)
     block_t = 16
     launch(
         exponentials_kernel,
@@ -152,7 +152,7 @@ def _scores(
         4,
     )
     launch(
-        many_scores_kernel,
+        tiled_scores_kernel,
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
         (scores, *prepared, query, keys, v, bias, memory_lengths, bytes_of(mask), Tq, Tk, A, units),
         (*row_strides, lengths_stride(memory_lengths), *mask_strides(mask)),
@@ -198,7 +198,7 @@ def _scores_backward(
     if need_memory:
         dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading exponentials takes more time than they save.
-    ek = None if is_few(query) or Tq <= 16 else _key_exponentials(keys)
+    ek = None if is_small_m(query) or Tq <= 16 else _key_exponentials(keys)
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
@@ -216,7 +216,7 @@ def _scores_backward(
         ),
         dict(
             SEVERAL=blocks_per_split > 1,
-            FACTORED=not is_few(query),
+            FACTORED=not is_small_m(query),
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=dtype == torch.float64,
             BLOCK_Q=block_q,
@@ -256,21 +256,21 @@ def _is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
     """Whether exponentials made once per row save time for at most 8 queries (B, Tq, A), in tiles of 8 by 32 pairs."""
     # A tile of tanh takes 17 * 8 instructions a unit, spread over a GPU; one of shared reciprocals 3.7 * 8 on a warp,
     # of which a large GPU runs 512 at once.
-    return not is_few(query) and query.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
+    return not is_small_m(query) and query.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
 
 
 def _pair_tile(query: Tensor, keys: Tensor) -> Configuration:
     """The tile of pairs: one of two, whatever the lengths."""
     B, Tq = query.shape[:2]
-    many = Tq > 8 and B * triton.cdiv(Tq, 16) * triton.cdiv(keys.shape[1], 32) >= 4 * PROCESSORS
+    many = Tq > 8 and B * triton.cdiv(Tq, 16) * triton.cdiv(keys.shape[1], 32) >= 4 * NUM_SMS
     return configuration("scores, many tiles" if many else "scores, few tiles", query)
 
 
 def _backward_tile(query: Tensor) -> tuple[int, int, int, int]:
     """BLOCK_Q, BLOCK_K, BLOCK_A, warps of the backward: as many queries as registers hold, one unit to a thread."""
     Tq, A = query.shape[1:]
-    if is_few(query):
-        block_q, block_a = few_block(Tq), power_of_two(A, 32, 128)
+    if is_small_m(query):
+        block_q, block_a = small_m_block(Tq), power_of_two(A, 32, 128)
         return block_q, 8 // block_q, block_a, block_a // 32
     chosen = configuration("backward", query)
     block_a = power_of_two(A, 32, chosen["BLOCK_A"])

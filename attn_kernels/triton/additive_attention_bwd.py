@@ -20,12 +20,10 @@ import math
 import triton
 import triton.language as tl
 
-from .device import attended, batch_offset, exp2x, exp2x_in_range, kernel, reciprocal, row_length
+from .additive_math import MAX_ABS_BACKWARD, exp2x, exp2x_in_range
+from .device import attended, batch_offset, kernel, reciprocal, row_length
 
-# Largest |q| + |bias|, and largest |k|, for the product of exponentials: a gradient times e^{2 reach} is in range up to
-# 10^24, and so is one over 1 + e^{4 reach} down to 10^-10. Then, the largest exponential.
-EACH_REACH = tl.constexpr(16.0)
-LARGEST_FACTOR = tl.constexpr(math.exp(2 * 16.0))
+MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
 SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
 
@@ -56,7 +54,7 @@ def _walk_steps(
     whether ``keys`` has exp(2 k) for k.
     """
     if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
-        eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], LARGEST_FACTOR)
+        eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], MAX_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
     # A sum over queries in each step takes two more additions, but a mask leaves no registers for 32 apart.
@@ -82,7 +80,7 @@ def _walk_steps(
             ek = k
             if not EXPONENTIALS:
                 if MASKED:  # a step that no query attends may be anything
-                    k = tl.where(tl.abs(k) <= EACH_REACH, k, 0.0)
+                    k = tl.where(tl.abs(k) <= MAX_ABS_BACKWARD, k, 0.0)
                 ek = exp2x_in_range(k)
             e = eq[:, None, :] * ek[None, :, :]
             r = reciprocal(1.0 + e, APPROXIMATE)
@@ -140,7 +138,7 @@ def key_exponentials_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """ek = exp(2 keys), and 1 beyond EACH_REACH and for NaN: finite whatever padding holds."""
+    """ek = exp(2 keys), and 1 beyond MAX_ABS_BACKWARD and for NaN: finite whatever padding holds."""
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     program = tl.program_id(0)
@@ -150,7 +148,7 @@ def key_exponentials_kernel(
     in_keys = (j[:, None] < Tk) & (u[None, :] < A)
     keys += batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
     k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
-    e = exp2x_in_range(tl.where(tl.abs(k) <= EACH_REACH, k, 0.0))
+    e = exp2x_in_range(tl.where(tl.abs(k) <= MAX_ABS_BACKWARD, k, 0.0))
     tl.store(ek + (b * Tk + j[:, None]) * A + u[None, :], e, mask=in_keys)
 
 
@@ -240,7 +238,7 @@ def backward_kernel(
         if FACTORED:
             # The largest of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
-            reach_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
+            abs_max_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
             for start in range(begin, end_used, 16):
                 j = (start + tl.arange(0, 16)).to(tl.int64)
                 in_keys = (j[:, None] < end_used) & (u[None, :] < A)
@@ -252,11 +250,11 @@ def backward_kernel(
                     used_q += 1
                 k = tl.load(keys + j[:, None] * stride_kk + u[None, :] * stride_ka, mask=in_keys, other=0.0)
                 k = k.to(tl.float32)
-                reach_k = tl.maximum(reach_k, tl.where(k == k, tl.abs(k), float("inf")))
+                abs_max_k = tl.maximum(abs_max_k, tl.where(k == k, tl.abs(k), float("inf")))
             used = (used_q > 0)[:, None] & (u[None, :] < A)
-            reach_q = tl.abs(q) + tl.abs(shift)[None, :]
-            reach_q = tl.max(tl.where(used, tl.where(reach_q == reach_q, reach_q, float("inf")), 0.0))
-            if (tl.max(reach_k) <= EACH_REACH) & (reach_q <= EACH_REACH):
+            abs_max_q = tl.abs(q) + tl.abs(shift)[None, :]
+            abs_max_q = tl.max(tl.where(used, tl.where(abs_max_q == abs_max_q, abs_max_q, float("inf")), 0.0))
+            if (tl.max(abs_max_k) <= MAX_ABS_BACKWARD) & (abs_max_q <= MAX_ABS_BACKWARD):
                 if ek is not None:
                     dq, dv_part = _walk_steps(
                         dkeys, ek + b * Tk * A, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, A, 1,

@@ -8,13 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import batch_offset, exp2x, kernel
+from .additive_math import (
+    DENOMINATOR_SCALE,
+    DROPPED_DENOMINATOR,
+    MAX_ABS_MAX_V,
+    MIN_ABS_MAX_V,
+    MIN_RELATIVE_V,
+    exp2x,
+    min_abs_bound,
+)
+from .device import batch_offset, kernel
 
 CHUNK = tl.constexpr(12)  # units whose partial sum is kept apart: four shared reciprocals
 ROW = tl.constexpr(16)  # of the table of units: the constants of a chunk, half the sum of its v, filled up
-UNIT_SCALE = tl.constexpr(2.0**-40)  # in every denominator, so that the least product of three, 2^-120, is in range too
-SMALLEST_UNIT = tl.constexpr(2.0**-24)  # of the largest: smaller v are below its rounding, and left out
-DROPPED = tl.constexpr(256.0)  # the denominator of a unit that is left out: its inverse is 2^-48 of the largest
 
 
 @triton.jit
@@ -32,13 +38,13 @@ def _largest_v(v, A, stride_v, BLOCK_A: tl.constexpr):
 @triton.jit
 def _folded(x, unit):
     """1 / x for d = 1 / x + (e^{2q} / x) e^{2k}, x in parts of unit; 0 where the unit is left out."""
-    kept = tl.abs(x) >= unit * SMALLEST_UNIT
-    return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * UNIT_SCALE, 0.0)
+    kept = tl.abs(x) >= unit * MIN_RELATIVE_V
+    return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * DENOMINATOR_SCALE, 0.0)
 
 
 @triton.jit
 def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
-    """What many_scores_kernel needs of v: see its argument ``table``."""
+    """What tiled_scores_kernel needs of v: see its argument ``table``."""
     largest, unit = _largest_v(v, A, stride_v, BLOCK_A)
     squares = tl.zeros([ROW], dtype=tl.float32)
     dropped = tl.zeros([ROW], dtype=tl.float32)
@@ -50,33 +56,26 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
         kept = tl.where(inverse != 0.0, x, 0.0)
         squares += x * x
         dropped += tl.abs(x - kept)
-        half = tl.sum(kept, axis=0) / unit * (0.5 / UNIT_SCALE)
-        constant = tl.where(inverse != 0.0, inverse, DROPPED)
+        half = tl.sum(kept, axis=0) / unit * (0.5 / DENOMINATOR_SCALE)
+        constant = tl.where(inverse != 0.0, inverse, DROPPED_DENOMINATOR)
         tl.store(table + first // CHUNK * ROW + t, tl.where(t < CHUNK, constant, half))
-    # 1 - 2 / (1 + E) is off by an ulp of 1, where tanh itself is off by an ulp of its value. That shows only where
-    # scores are sums of small tanh times a large v. Measured against eager (A = 4 to 2048, inputs of standard deviation
-    # 0.01 to 3, norms of v up to 64), the error is no larger for any input while the norm of v is at most 2, from
-    # |q| + |k| = 2 while it is at most 8, and from |q| + |k| = 5 while it is at most that of a standard normal v.
-    square = tl.sum(squares, axis=0)
-    least = tl.where(square <= 1.3 * A, 5.0, float("inf"))
-    least = tl.where(square <= 64.0, 2.0, least)
-    least = tl.where(square <= 4.0, 0.0, least)
+    least = min_abs_bound(tl.sum(squares, axis=0), A)
     # Each unit that is left out is below the rounding of the largest; all of them together have to be, too.
-    exact = (largest > 1e-30) & (tl.sum(dropped, axis=0) <= unit * SMALLEST_UNIT)
+    exact = (largest > MIN_ABS_MAX_V) & (largest < MAX_ABS_MAX_V) & (tl.sum(dropped, axis=0) <= unit * MIN_RELATIVE_V)
     summary = table + units // CHUNK * ROW
-    tl.store(summary, unit * (-2.0 * UNIT_SCALE))
+    tl.store(summary, unit * (-2.0 * DENOMINATOR_SCALE))
     tl.store(summary + 1, tl.where(exact, least, float("inf")))
 
 
 @triton.jit
 def _write_exponentials(
-    exponentials, reach, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
+    exponentials, abs_max, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
     stride_bias, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), with v folded in where there is v.
 
-    reach[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the last
-    tile, and 0 for u >= A, which fills up the last chunk.
+    abs_max[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the
+    last tile, and 0 for u >= A, which fills up the last chunk.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
     in_rows = (i < T)[:, None]
@@ -98,16 +97,16 @@ def _write_exponentials(
         e = tl.where((u < A)[None, :], e, 0.0)
         stored = (i < padded)[:, None] & (u < units)[None, :]
         tl.store(tile[:, None] + u[None, :] * BLOCK, e, mask=stored)
-    tl.store(reach + b * T + i, largest, mask=i < T)
+    tl.store(abs_max + b * T + i, largest, mask=i < T)
 
 
 @kernel
 def exponentials_kernel(
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys)
-    reach_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN
-    reach_k,  # (B, Tk): max over units of |keys|
-    table,  # (units / CHUNK + 1, ROW): see many_scores_kernel
+    abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN
+    abs_max_k,  # (B, Tk): max over units of |keys|
+    table,  # (units / CHUNK + 1, ROW): see tiled_scores_kernel
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     v,  # (A,)
@@ -142,15 +141,15 @@ def exponentials_kernel(
         i = (program % tiles_q).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _, unit = _largest_v(v, A, stride_v, BLOCK_A)
         _write_exponentials(
-            eq, reach_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa, stride_v,
-            stride_bias, ALIGNED, BLOCK_Q, BLOCK_A,
+            eq, abs_max_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
+            stride_v, stride_bias, ALIGNED, BLOCK_Q, BLOCK_A,
         )  # fmt: skip
     elif program < B * (tiles_q + tiles_k):
         program -= B * tiles_q
         b = (program // tiles_k).to(tl.int64)
         j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _write_exponentials(
-            ek, reach_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
+            ek, abs_max_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
             ALIGNED, BLOCK_K, BLOCK_A,
         )  # fmt: skip
     else:

@@ -16,16 +16,14 @@ import triton
 import triton.language as tl
 
 from .additive_attention_exponentials import CHUNK, ROW
-from .device import attended, batch_offset, kernel, reciprocal, row_length, tanh
-
-SHARED_REACH = tl.constexpr(19.0)  # largest |q| + |k| for three sharers: (2^-16 e^38)^3 and its inverse fit in float32
-
+from .additive_math import MAX_BOUND_THREE, tanh
+from .device import attended, batch_offset, kernel, reciprocal, row_length
 
 # Many queries ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _shared_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def _factored_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """v . tanh of a tile in parts of the scale, from eq and ek, pointers to the first unit; three to a reciprocal.
 
     With v folded in, v / (1 + E) is 1 / d, and the sum of three is ((d1 + d2) d3 + d1 d2) / (d1 d2 d3). Half the sum of
@@ -48,7 +46,7 @@ def _shared_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.
 
 
 @triton.jit
-def _plain_scores(
+def _exact_scores(
     query, keys, v, bias, in_query, in_keys, A, stride_qa, stride_ka, stride_v, stride_bias, APPROXIMATE: tl.constexpr
 ):  # fmt: skip
     """v . tanh of a tile, from query and keys, pointers to the first unit; one tanh for each unit.
@@ -75,13 +73,13 @@ def _plain_scores(
 
 
 @kernel
-def many_scores_kernel(
+def tiled_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q)
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K)
-    reach_q,  # (B, Tq)
-    reach_k,  # (B, Tk)
-    table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least reach
+    abs_max_q,  # (B, Tq)
+    abs_max_k,  # (B, Tk)
+    table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least bound
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     v,  # (A,)
@@ -127,12 +125,12 @@ def many_scores_kernel(
     all_i = first_q + tl.arange(0, BLOCK_Q)
     all_j = first_k + tl.arange(0, BLOCK_K)
     allowed = attended(mask, all_i, all_j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
-    reach = (
-        tl.load(reach_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
-        + tl.load(reach_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
+    bound = (
+        tl.load(abs_max_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
+        + tl.load(abs_max_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
     )
-    reach = tl.max(tl.where(allowed, reach, -1.0))  # padding decides nothing, whatever it holds
-    if reach >= 0.0:
+    bound = tl.max(tl.where(allowed, bound, -1.0))  # padding decides nothing, whatever it holds
+    if bound >= 0.0:
         # The tile is (THREAD_K, THREAD_Q, *, *). Triton deals the last dimensions out to the threads and leaves each
         # all of the first two, so that it loads several rows at once. ek is repeated for each thread, because Triton
         # spreads a smaller one over the threads to load it, and then has to exchange it between them.
@@ -143,17 +141,17 @@ def many_scores_kernel(
         in_tile_q = in_q < (Tq - first_q).to(tl.int32)
         in_tile_k = in_k < (Tk - first_k).to(tl.int32)
         summary = table + units // CHUNK * ROW
-        if (reach >= tl.load(summary + 1)) & (reach <= SHARED_REACH):
+        if (bound >= tl.load(summary + 1)) & (bound <= MAX_BOUND_THREE):
             eq_tile = eq + tile_q.to(tl.int64) * units * BLOCK_Q + in_q
             ek_tile = ek + (b * tiles_k + tile_k) * units * BLOCK_K + in_k
             if THREAD_Q <= 4:
                 eq_tile = tl.broadcast_to(eq_tile, [1, THREAD_Q, THREADS_Q, THREADS_K])
             ek_tile = tl.broadcast_to(ek_tile, [THREAD_K, 1, THREADS_Q, THREADS_K])
-            total = _shared_scores(eq_tile, ek_tile, table, units, APPROXIMATE, BLOCK_Q, BLOCK_K) * tl.load(summary)
+            total = _factored_scores(eq_tile, ek_tile, table, units, APPROXIMATE, BLOCK_Q, BLOCK_K) * tl.load(summary)
         else:
             q_rows = query + b * stride_qb + (first_q + in_q) * stride_qq
             k_rows = keys + b * stride_kb + (first_k + in_k) * stride_kk
-            total = _plain_scores(
+            total = _exact_scores(
                 q_rows,
                 k_rows,
                 v,
@@ -175,7 +173,7 @@ def many_scores_kernel(
 
 
 @kernel
-def few_scores_kernel(
+def small_q_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import configuration
-from .device import add_product, attended, batch_offset, divide, kernel, row_length, tanh
+from .device import add_product, attended, batch_offset, kernel, row_length
 from .launch import (
-    PROCESSORS,
+    NUM_SMS,
     accumulator,
     bytes_of,
     has_approximate_reciprocal,
@@ -28,10 +28,12 @@ from .launch import (
     power_of_two,
     rows_aligned,
 )
+from .normaliser import LOWEST, add_block, alignments_of, factor, merge, part_factor
+from .scores import finish_scores, score_terms
 
-DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
-WIDEST_VALUES = 1024  # whose averages do
-MOST_SPLITS = tl.constexpr(128)  # of the steps of a row
+MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
+MAX_VALUE_COLUMNS = 1024  # whose averages do
+MAX_SPLITS = tl.constexpr(128)  # of the steps of a row
 
 
 @kernel
@@ -44,12 +46,12 @@ def decode_kernel(
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     values,  # (B, Tk, D)
-    v,  # (A,), or None for dot attention
+    v,  # (A,), or None for "dot"
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     scale,  # of dot attention
-    scale_rest,  # what float32 lost of it: for float64
+    scale_lo,  # what float32 lost of it: for float64
     B,
     Tq,
     Tk,
@@ -71,6 +73,8 @@ def decode_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    SCORE: tl.constexpr,
+    NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -104,10 +108,9 @@ def decode_kernel(
     if scores is not None:
         scores += b * Tq * Tk
 
-    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
-    top = tl.full([BLOCK_Q], -3.4e38, dtype=wide)
-    total = tl.zeros([BLOCK_Q], dtype=wide)
-    used = tl.zeros([BLOCK_Q], dtype=tl.int32)
+    m_i = tl.full([BLOCK_Q], LOWEST, dtype=wide)
+    l_i = tl.zeros([BLOCK_Q], dtype=wide)
+    any_i = tl.zeros([BLOCK_Q], dtype=tl.int32)
     averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=wide)
     for start in range(begin, tl.minimum(end, length), BLOCK_K):
         j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -123,35 +126,21 @@ def decode_kernel(
             offset = u.to(tl.int64)
             k = tl.load(keys + j[None, :, None] * stride_kk + offset * stride_ka, mask=in_steps & in_units, other=0.0)
             q = tl.load(query + offset * stride_qa, mask=(i < Tq)[:, None, None] & in_units, other=0.0)
-            if v is None:
-                products += q.to(wide) * k.to(wide)
-            else:
-                hidden = q.to(wide) + k.to(wide)
-                if bias is not None:
-                    hidden += tl.load(bias + offset * stride_bias, mask=in_units, other=0.0).to(wide)
-                products += tl.load(v + offset * stride_v, mask=in_units, other=0.0).to(wide) * tanh(
-                    hidden, APPROXIMATE
-                )
-        s = tl.sum(products, axis=2)
-        if v is None:
-            s *= tl.cast(scale, wide) + tl.cast(scale_rest, wide)
+            products += score_terms(q.to(wide), k.to(wide), v, bias, u, A, stride_v, stride_bias, SCORE, APPROXIMATE)
+        s = finish_scores(tl.sum(products, axis=2), scale, scale_lo, SCORE)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
         s = tl.where(allowed, s, -float("inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        rescale = tl.exp(top - new_top)
-        p = tl.where(allowed, tl.exp(s - new_top[:, None]), 0.0)
-        total = total * rescale + tl.sum(p, axis=1)
+        p, rescale, m_i, l_i = add_block(s, allowed, m_i, l_i, NORMALISER)
         averaged = add_product(averaged * rescale[:, None, None], p, x, allowed, mask is not None, True)
-        used = tl.maximum(used, tl.max(allowed.to(tl.int32), axis=1))
-        top = new_top
+        any_i = tl.maximum(any_i, tl.max(allowed.to(tl.int32), axis=1))
 
     average = tl.sum(averaged, axis=1)
     in_split = (split.to(tl.int64) * B + b) * Tq + i
     if tops is None:
-        inverse = tl.where(used > 0, divide(1.0, total), 0.0)
-        average *= inverse[:, None]
+        factor_i = factor(l_i, any_i, NORMALISER)
+        average *= factor_i[:, None]
         if alignments is not None:
             tl.debug_barrier()  # the scores that other threads have written
             for start in range(0, Tk, STEPS):
@@ -159,11 +148,11 @@ def decode_kernel(
                 allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
                 pointers = i[:, None] * Tk + j[None, :]
                 s = tl.load(scores + pointers, mask=allowed, other=0.0)
-                p = tl.where(allowed, tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+                p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None], NORMALISER)
                 tl.store(alignments + pointers, p, mask=(i < Tq)[:, None] & (j < Tk)[None, :])
     else:
-        tl.store(tops + in_split, top, mask=i < Tq)
-        tl.store(totals + in_split, tl.where(used > 0, total, -1.0), mask=i < Tq)
+        tl.store(tops + in_split, m_i, mask=i < Tq)
+        tl.store(totals + in_split, tl.where(any_i > 0, l_i, -1.0), mask=i < Tq)
     d = tl.arange(0, BLOCK_D)[None, :]
     tl.store(context + in_split[:, None] * D + d, average, mask=(i < Tq)[:, None] & (d < D))
 
@@ -188,6 +177,7 @@ def combine_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    NORMALISER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
@@ -195,22 +185,21 @@ def combine_kernel(
     tile = program % tiles
     row = (program // tiles).to(tl.int64)  # b * Tq + i
     rows = tl.cast(B, tl.int64) * Tq
-    split = tl.arange(0, MOST_SPLITS).to(tl.int64)
+    split = tl.arange(0, MAX_SPLITS).to(tl.int64)
     tops += row
     totals += row
-    each = tl.load(tops + split * rows, mask=split < splits, other=-3.4e38)
-    found = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
-    top = tl.max(each, axis=0)
-    total = tl.sum(tl.where(found == -1.0, 0.0, found * tl.exp(each - top)), axis=0)
-    inverse = tl.where(tl.max(tl.where(found == -1.0, 0, 1), axis=0) > 0, divide(1.0, total), 0.0)
+    m_parts = tl.load(tops + split * rows, mask=split < splits, other=LOWEST)
+    l_parts = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
+    m_i, factor_i = merge(m_parts, l_parts, NORMALISER)
     tiles_d = tl.cdiv(D, BLOCK)
     if tile < tiles_d:
         d = tile * BLOCK + tl.arange(0, BLOCK)
         average = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
         for part in range(0, splits):
             at = tl.cast(part, tl.int64) * rows
-            average += tl.exp(tl.load(tops + at) - top) * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
-        tl.store(context + row * D + d, average * inverse, mask=d < D)
+            each = part_factor(tl.load(tops + at), m_i, NORMALISER)
+            average += each * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
+        tl.store(context + row * D + d, average * factor_i, mask=d < D)
     elif alignments is not None:
         b = row // Tq
         i = row % Tq + tl.arange(0, 1)
@@ -219,13 +208,13 @@ def combine_kernel(
             mask += b * stride_mb
         allowed = attended(mask, i, j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
         s = tl.load(scores + row * Tk + j[None, :], mask=allowed, other=0.0)
-        p = tl.where(allowed, tl.exp(s - top) * inverse, 0.0)
+        p = alignments_of(s, allowed, m_i, factor_i, NORMALISER)
         tl.store(alignments + row * Tk + j[None, :], p, mask=(j < Tk)[None, :])
 
 
 def can_decode(query: Tensor, values: Tensor) -> bool:
     """Whether query (B, Tq, A) is few queries, and values (B, Tk, D) narrow enough to average all columns at once."""
-    return query.shape[1] <= DECODE_QUERIES and values.shape[2] <= WIDEST_VALUES
+    return query.shape[1] <= MAX_DECODE_QUERIES and values.shape[2] <= MAX_VALUE_COLUMNS
 
 
 def decode(
@@ -250,7 +239,7 @@ def decode(
         return values.new_zeros((B, Tq, D)), alignments
     wide = accumulator(values.dtype)
     double = wide == torch.float64
-    block_q, block_d = (power_of_two(Tq, 1, DECODE_QUERIES), power_of_two(D, 32, WIDEST_VALUES))
+    block_q, block_d = (power_of_two(Tq, 1, MAX_DECODE_QUERIES), power_of_two(D, 32, MAX_VALUE_COLUMNS))
     warps = 4 if block_q * block_d <= 2048 else 8
     elements = (512 if double else 1024) * warps // block_q  # of a query: 32 to a thread, 16 in float64
     block_k = max(2, min(16, elements // block_d))
@@ -262,18 +251,20 @@ def decode(
     scores = values.new_empty((B, Tq, Tk), dtype=wide) if need_alignments else None
     parts = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else wide)
     tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq), dtype=wide)
-    rest = scale - torch.tensor(scale, dtype=torch.float32).item() if double else 0.0
+    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if double else 0.0
     launch(
         decode_kernel,
         B * splits,
         (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
         (
-            *(v, bias, memory_lengths, bytes_of(mask), float(scale), rest, B, Tq, Tk, A, D, steps),
+            *(v, bias, memory_lengths, bytes_of(mask), float(scale), scale_lo, B, Tq, Tk, A, D, steps),
             *(*query.stride(), *keys.stride(), *values.stride()),
             *(0 if v is None else v.stride(0), 0 if bias is None else bias.stride(0)),
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
         ),
         dict(
+            SCORE="dot" if v is None else "additive",
+            NORMALISER="softmax",
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
             ALIGNED=rows_aligned(query, keys, values),
@@ -295,7 +286,7 @@ def decode(
         B * Tq * tiles,
         (context, alignments if need_alignments else None, parts, scores, tops, totals, memory_lengths, bytes_of(mask)),
         (B, Tq, Tk, D, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(BLOCK=block),
+        dict(NORMALISER="softmax", BLOCK=block),
         4,
     )
     return context, alignments
@@ -303,6 +294,6 @@ def decode(
 
 def _split(B: int, Tk: int, block_k: int, row_bytes: int, bytes_of_program: int) -> tuple[int, int]:
     """How the steps of a row are cut: steps of a split, a multiple of block_k, and the splits."""
-    splits = min(triton.cdiv(PROCESSORS, B), triton.cdiv(row_bytes, bytes_of_program), MOST_SPLITS.value)
+    splits = min(triton.cdiv(NUM_SMS, B), triton.cdiv(row_bytes, bytes_of_program), MAX_SPLITS.value)
     steps = triton.cdiv(triton.cdiv(Tk, max(splits, 1)), block_k) * block_k
     return steps, triton.cdiv(Tk, steps)

@@ -6,8 +6,9 @@
 - Padding is removed by selecting, never by multiplying with zero: it may hold NaN.
 - No atomics: what several programs add up is written apart and summed in a fixed order.
 - A 2-D mask is a 3-D mask with stride 0 along the queries.
-- With FEW queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by element,
-  units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix product.
+- SMALL_M: with few queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by
+  element, units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix
+  product.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def dot(a, b, total):
 
 
 @triton.jit
-def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
-    """rows[x, n], (X, N), 0 beyond X and N; with FEW, (1, X, N): so the threads lie along n in the product too."""
-    if FEW:
+def load_rows(rows, x, n, X, N, stride_x, stride_n, SMALL_M: tl.constexpr):
+    """rows[x, n], (X, N), 0 beyond X and N; with SMALL_M, (1, X, N): so the threads lie along n in the product too."""
+    if SMALL_M:
         x = x[None, :, None]
         n = n[None, None, :]
     else:
@@ -79,14 +80,14 @@ def load_rows(rows, x, n, X, N, stride_x, stride_n, FEW: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, FEW: tl.constexpr):
+def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, SMALL_M: tl.constexpr):
     """total (M, N) + weights (M, X) @ rows (X, N) over the allowed (M, X) pairs.
 
-    With FEW, total is (M, X, N) and rows are (1, X, N).
+    With SMALL_M, total is (M, X, N) and rows are (1, X, N).
 
     Weights are 0 where not allowed, but 0 * NaN is NaN: under a mask a row may be padding for one m, not for another.
     """
-    if FEW:
+    if SMALL_M:
         product = weights[:, :, None] * rows.to(weights.dtype)
         if MASKED:
             product = tl.where(allowed[:, :, None], product, 0.0)
@@ -132,45 +133,3 @@ def divide(a, b):
     else:
         quotient = a / b
     return quotient
-
-
-@triton.jit
-def tanh(x, APPROXIMATE: tl.constexpr):
-    """tanh(x); to two units in the last place in float32, and to a rounding of 1 in float64."""
-    magnitude = tl.abs(x)
-    result = 1.0 - 2.0 * reciprocal(1.0 + tl.exp(2.0 * magnitude), APPROXIMATE)
-    result = tl.where(x < 0.0, -result, result)
-    if x.dtype == tl.float32:  # 1 - 2 r loses the small ones: a polynomial, fitted to relative error 1.4e-8 on [0, 0.9]
-        s = x * x
-        p = 0.00131424297 * s - 0.00688467104
-        p = p * s + 0.0209260591
-        p = p * s - 0.0537303689
-        p = p * s + 0.133305171
-        p = p * s - 0.333332212
-        result = tl.where(magnitude < 0.9, x + x * s * p, result)
-    return result
-
-
-@triton.jit
-def exp2x_in_range(x):
-    """exp(2 x) in float32 to one unit in the last place, for |x| <= 43; anything for others.
-
-    2 x = n ln 2 + 2 f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
-    """
-    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
-    n = rounded - 12582912.0
-    f = (x - n * 0.3465728759765625) - n * 7.14303385e-07
-    p = 0.08931904 * f + 0.26800416
-    p = p * f + 0.66665728
-    p = p * f + 1.3333132
-    p = p * f + 2.00000008
-    p = p * f + 2.0
-    p = p * f + 1.0
-    # Times 2^n, by adding n to the exponent.
-    return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exp2x(x):
-    """The same, and finite for others."""
-    return exp2x_in_range(tl.where(tl.abs(x) <= 43.0, x, 0.0))

@@ -42,8 +42,8 @@ def dot_attention_backward(
     dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
     dquery, dkeys = query.new_empty(0), query.new_empty(0)
     if need_query:
-        dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, of_steps=False)
+        dquery = weighted_sum(dscores, keys, scale, memory_lengths, mask, transposed=False)
     if need_memory:
-        dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, of_steps=True)
+        dkeys = weighted_sum(dscores, query, scale, memory_lengths, mask, transposed=True)
     dvalues = values_gradient(grad_context, values, alignments, memory_lengths, mask, need_memory)
     return dquery, dkeys, dvalues

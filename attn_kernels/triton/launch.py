@@ -1,4 +1,4 @@
-"""What the launchers share: launching on the right device, dtypes, strides, and what counts as few queries."""
+"""What the launchers share: launching on the right device, dtypes, strides, and which products have a small M."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-PROCESSORS = 128  # about what a large GPU has; asking for the number would make results depend on the device
-FEW_QUERIES = 4  # up to here reading keys and values takes longer than computing with them
+NUM_SMS = 128  # about what a large GPU has; asking for the number would make results depend on the device
+MAX_SMALL_M = 4  # rows of a product, up to which reading the other factor takes longer than computing with it
 
 
 def launch(kernel, programs: int, arguments: tuple, strides: tuple, constants: dict, warps: int) -> None:
@@ -73,18 +73,18 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
-def is_few(query: Tensor) -> bool:
+def is_small_m(query: Tensor) -> bool:
     """Whether query (B, Tq, *) takes the kernels that multiply element by element."""
-    return query.shape[1] <= FEW_QUERIES or query.dtype == torch.float64
+    return query.shape[1] <= MAX_SMALL_M or query.dtype == torch.float64
 
 
-def few_block(queries: int) -> int:
+def small_m_block(queries: int) -> int:
     """The queries of a tile with few queries: 1, 2 or 4."""
-    return power_of_two(queries, 1, FEW_QUERIES)
+    return power_of_two(queries, 1, MAX_SMALL_M)
 
 
-def few_tile(query: Tensor) -> tuple[int, int, int]:
+def small_m_tile(query: Tensor) -> tuple[int, int, int]:
     """BLOCK_Q, BLOCK_K, BLOCK_A of scores of few queries (B, Tq, A): 32 elements a thread, 16 in float64."""
-    block_q, block_a = few_block(query.shape[1]), power_of_two(query.shape[2], 32, 256)
+    block_q, block_a = small_m_block(query.shape[1]), power_of_two(query.shape[2], 32, 256)
     elements = 2048 if query.dtype == torch.float64 else 4096
     return block_q, max(2, elements // (block_q * block_a)), block_a

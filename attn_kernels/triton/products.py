@@ -13,18 +13,18 @@ from torch import Tensor
 from .configurations import configuration, of_width
 from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length
 from .launch import (
-    FEW_QUERIES,
-    PROCESSORS,
+    MAX_SMALL_M,
+    NUM_SMS,
     accumulator,
     bytes_of,
-    few_block,
-    few_tile,
-    is_few,
+    is_small_m,
     launch,
     lengths_stride,
     mask_strides,
     power_of_two,
     rows_aligned,
+    small_m_block,
+    small_m_tile,
     sum_splits,
 )
 
@@ -38,7 +38,7 @@ def _product_kernel(
     keys,  # (B, Tk, A)
     lengths,  # (B,) or None
     scale,
-    scale_rest,  # what float32 lost of the scale: for float64
+    scale_lo,  # what float32 lost of the scale: for float64
     Tq,
     Tk,
     A,
@@ -50,7 +50,7 @@ def _product_kernel(
     stride_ka,
     stride_lengths,
     ALIGNED: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -67,7 +67,7 @@ def _product_kernel(
     if first < row_length(lengths, b, stride_lengths, Tk):
         q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
         k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
-        if FEW:
+        if SMALL_M:
             total = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_A], dtype=out.dtype.element_ty)
         else:
             total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
@@ -75,16 +75,16 @@ def _product_kernel(
             in_units = (u + start < A)[None, :]
             q = tl.load(q_rows, mask=(i < Tq)[:, None] & in_units, other=0.0)
             k = tl.load(k_rows, mask=(j < Tk)[:, None] & in_units, other=0.0)
-            if FEW:
+            if SMALL_M:
                 total += q[:, None, :].to(total.dtype) * k[None, :, :].to(total.dtype)
             else:
                 total = dot(q, tl.trans(k), total)
             q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
             k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
-        if FEW:
+        if SMALL_M:
             total = tl.sum(total, axis=2)
         if out.dtype.element_ty == tl.float64:
-            total *= tl.cast(scale, tl.float64) + tl.cast(scale_rest, tl.float64)
+            total *= tl.cast(scale, tl.float64) + tl.cast(scale_lo, tl.float64)
         else:
             total *= scale
         in_tile = (i[:, None] < Tq) & (j[None, :] < Tk)
@@ -96,22 +96,22 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     out = query.new_empty((B, Tq, Tk), dtype=accumulator(query.dtype))
-    few = is_few(query)
-    if few:
-        block_q, block_k, block_a = few_tile(query)
+    small_m = is_small_m(query)
+    if small_m:
+        block_q, block_k, block_a = small_m_tile(query)
         warps = 4
     else:
         chosen = configuration(of_width("product", query), query)
         block_q, block_k, block_a, warps = (chosen[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_A", "warps"))
         if Tq <= 16:
             block_q = 16
-    rest = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
+    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
     launch(
         _product_kernel,
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
-        (out, query, keys, memory_lengths, float(scale), rest, Tq, Tk, A),
+        (out, query, keys, memory_lengths, float(scale), scale_lo, Tq, Tk, A),
         (*query.stride(), *keys.stride(), lengths_stride(memory_lengths)),
-        dict(ALIGNED=rows_aligned(query, keys), FEW=few, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_A=block_a),
+        dict(ALIGNED=rows_aligned(query, keys), SMALL_M=small_m, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_A=block_a),
         warps,
     )
     return out
@@ -128,7 +128,7 @@ def _weighted_sum_kernel(
     lengths,  # (B,) or None
     mask,  # (B, M, X) or None
     scale,
-    scale_rest,
+    scale_lo,
     B,
     M,
     X,
@@ -144,9 +144,9 @@ def _weighted_sum_kernel(
     stride_mb,
     stride_mm,
     stride_mx,
-    OF_STEPS: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
+    TRANSPOSED: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
     ALIGNED: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -161,7 +161,7 @@ def _weighted_sum_kernel(
     split = (program // tiles_n) % splits
     m = ((program // (tiles_n * splits)) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = (program // (tiles_n * splits * tiles_m)).to(tl.int64)
-    if OF_STEPS:
+    if TRANSPOSED:
         used_m = row_length(lengths, b, stride_lengths, M)
         used_x = X
     else:
@@ -171,7 +171,7 @@ def _weighted_sum_kernel(
     rows += batch_offset(b, stride_rb, ALIGNED)
     if mask is not None:
         mask += b * stride_mb
-    if FEW:
+    if SMALL_M:
         total = tl.zeros([BLOCK_M, BLOCK_X, BLOCK_N], dtype=accumulate)
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -180,12 +180,12 @@ def _weighted_sum_kernel(
         x = (start + tl.arange(0, BLOCK_X)).to(tl.int64)
         allowed = attended(mask, m, x, used_m, used_x, stride_mm, stride_mx)
         w = tl.load(weights + x[None, :] * stride_wx, mask=allowed, other=0.0).to(accumulate)
-        r = load_rows(rows, x, n, used_x, N, stride_rx, stride_rn, FEW)
-        total = add_product(total, w, r, allowed, mask is not None, FEW)
-    if FEW:
+        r = load_rows(rows, x, n, used_x, N, stride_rx, stride_rn, SMALL_M)
+        total = add_product(total, w, r, allowed, mask is not None, SMALL_M)
+    if SMALL_M:
         total = tl.sum(total, axis=1)
     if accumulate == tl.float64:
-        total *= tl.cast(scale, tl.float64) + tl.cast(scale_rest, tl.float64)
+        total *= tl.cast(scale, tl.float64) + tl.cast(scale_lo, tl.float64)
     else:
         total *= scale
     total = tl.where(m[:, None] < used_m, total, 0.0)  # padding of 0 * a NaN that is real elsewhere
@@ -194,35 +194,35 @@ def _weighted_sum_kernel(
 
 
 def weighted_sum(
-    weights: Tensor, rows: Tensor, scale: float, memory_lengths: Tensor | None, mask: Tensor | None, of_steps: bool
+    weights: Tensor, rows: Tensor, scale: float, memory_lengths: Tensor | None, mask: Tensor | None, transposed: bool
 ) -> Tensor:
     """scale * weights @ rows over the attended pairs, in the dtype of rows.
 
-    of_steps False: weights (B, Tq, Tk), rows (B, Tk, N), the result (B, Tq, N).
-    of_steps True: weights are transposed: weights (B, Tq, Tk), rows (B, Tq, N), the result (B, Tk, N).
+    transposed False: weights (B, Tq, Tk), rows (B, Tk, N), the result (B, Tq, N).
+    transposed True: weights are transposed: weights (B, Tq, Tk), rows (B, Tq, N), the result (B, Tk, N).
     """
     strides = mask_strides(mask)
-    if of_steps:
+    if transposed:
         weights, strides = weights.transpose(1, 2), (strides[0], strides[2], strides[1])
     B, M, X = weights.shape
     N = rows.shape[2]
     if X == 0:
         return rows.new_zeros((B, M, N))
-    few, block_m, block_x, block_n, warps = sum_tile(rows, M, X, N, mask is not None)
+    small_m, block_m, block_x, block_n, warps = sum_tile(rows, M, X, N, mask is not None)
     programs = B * triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     rows_per_split, splits = split(programs, X, block_x)
     dtype = accumulator(rows.dtype)
     out = rows.new_empty((splits, B, M, N), dtype=rows.dtype if splits == 1 else dtype)
-    rest = scale - torch.tensor(scale, dtype=torch.float32).item() if dtype == torch.float64 else 0.0
+    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if dtype == torch.float64 else 0.0
     launch(
         _weighted_sum_kernel,
         programs * splits,
-        (out, weights, rows, memory_lengths, bytes_of(mask), float(scale), rest, B, M, X, N, rows_per_split),
+        (out, weights, rows, memory_lengths, bytes_of(mask), float(scale), scale_lo, B, M, X, N, rows_per_split),
         (*weights.stride(), *rows.stride(), lengths_stride(memory_lengths), *strides),
         dict(
-            OF_STEPS=of_steps,
+            TRANSPOSED=transposed,
             ALIGNED=rows_aligned(rows),
-            FEW=few,
+            SMALL_M=small_m,
             BLOCK_M=block_m,
             BLOCK_X=block_x,
             BLOCK_N=block_n,
@@ -245,21 +245,21 @@ def values_gradient(
         return values.new_empty(0)
     if grad_context is None:
         return values.new_zeros(values.shape)
-    return weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, of_steps=True)
+    return weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, transposed=True)
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
 
 
 def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, int, int, int, int]:
-    """Tile of a weighted sum (M, X) @ (X, N): whether it is FEW, BLOCK_M, BLOCK_X, BLOCK_N, warps."""
+    """Tile of a weighted sum (M, X) @ (X, N): whether it is SMALL_M, BLOCK_M, BLOCK_X, BLOCK_N, warps."""
     elements = 2048 if rows.dtype == torch.float64 else 4096
-    if rows.dtype == torch.float64 or M <= FEW_QUERIES or X <= FEW_QUERIES:
+    if rows.dtype == torch.float64 or M <= MAX_SMALL_M or X <= MAX_SMALL_M:
         block_n = power_of_two(N, 32, 128)
-        if X <= FEW_QUERIES:
-            block_x = power_of_two(X, 1, FEW_QUERIES)
+        if X <= MAX_SMALL_M:
+            block_x = power_of_two(X, 1, MAX_SMALL_M)
             return True, max(4, elements // (block_n * block_x)), block_x, block_n, 4
-        block_m = few_block(M)
+        block_m = small_m_block(M)
         return True, block_m, max(4, elements // (block_n * block_m)), block_n, 4
     chosen = configuration(of_width("sum", rows, "masked" if masked else ""), rows)
     return False, 16 if M <= 16 else chosen["BLOCK_M"], chosen["BLOCK_X"], chosen["BLOCK_N"], chosen["warps"]
@@ -268,7 +268,7 @@ def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, 
 def split(programs: int, steps: int, block: int) -> tuple[int, int]:
     """How a sum over steps is cut where there are few programs: steps of a part, a multiple of block, and the parts."""
     parts = 1
-    if programs * 4 <= PROCESSORS and steps >= 2048:  # else one more kernel costs more than it saves
-        parts = min(PROCESSORS // max(programs, 1), triton.cdiv(steps, 512))
+    if programs * 4 <= NUM_SMS and steps >= 2048:  # else one more kernel costs more than it saves
+        parts = min(NUM_SMS // max(programs, 1), triton.cdiv(steps, 512))
     per_part = triton.cdiv(triton.cdiv(steps, parts), block) * block
     return per_part, triton.cdiv(steps, per_part)

@@ -6,19 +6,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import add_product, attended, batch_offset, divide, kernel, load_rows, row_length
+from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
 from .launch import (
-    FEW_QUERIES,
+    MAX_SMALL_M,
     accumulator,
     bytes_of,
-    few_block,
     launch,
     lengths_stride,
     mask_strides,
     power_of_two,
     rows_aligned,
+    small_m_block,
     sum_splits,
 )
+from .normaliser import LOWEST, add_block, alignments_of, factor, mean_gradient, score_gradient
 from .products import product, split, sum_tile
 
 # Softmax and context --------------------------------------------------------------------------------------------------
@@ -44,8 +45,9 @@ def _attend_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    NORMALISER: tl.constexpr,
     ALIGNED: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -70,22 +72,18 @@ def _attend_kernel(
     if mask is not None:
         mask += b * stride_mb
 
-    # Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
-    top = tl.full([BLOCK_Q], -3.4e38, dtype=accumulate)
-    total = tl.zeros([BLOCK_Q], dtype=accumulate)
-    used = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
+    m_i = tl.full([BLOCK_Q], LOWEST, dtype=accumulate)
+    l_i = tl.zeros([BLOCK_Q], dtype=accumulate)
+    any_i = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.int32)
     for start in range(0, length, BLOCK_K):
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        exponentials = tl.where(allowed, tl.exp(s - new_top[:, None]), 0.0)
-        total = total * tl.exp(top - new_top) + tl.sum(exponentials, axis=1)
-        used = tl.maximum(used, allowed.to(tl.int32))
-        top = new_top
-    inverse = tl.where(tl.max(used, axis=1) > 0, divide(1.0, total), 0.0)
+        _, _, m_i, l_i = add_block(s, allowed, m_i, l_i, NORMALISER)
+        any_i = tl.maximum(any_i, allowed.to(tl.int32))
+    factor_i = factor(l_i, tl.max(any_i, axis=1), NORMALISER)
 
-    if FEW:
+    if SMALL_M:
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
     else:
         averaged = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
@@ -95,14 +93,14 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        p = tl.where(allowed, tl.exp(s - top[:, None]) * inverse[:, None], 0.0)
+        p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None], NORMALISER)
         if alignments is not None:
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < Tk)
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
-        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, FEW)
-        averaged = add_product(averaged, p, rows, allowed, mask is not None, FEW)
-    if FEW:
+        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, SMALL_M)
+        averaged = add_product(averaged, p, rows, allowed, mask is not None, SMALL_M)
+    if SMALL_M:
         averaged = tl.sum(averaged, axis=1)
     split_context = context + ((split.to(tl.int64) * B + b) * Tq + i[:, None]) * D + d[None, :]
     tl.store(split_context, averaged, mask=(i[:, None] < Tq) & (d[None, :] < D))
@@ -130,7 +128,7 @@ def attend(
     alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
     if Tk == 0:
         return values.new_zeros((B, Tq, D)), alignments
-    few, block_m, block_k, block_d, warps = sum_tile(values, Tq, Tk, D, mask is not None)
+    small_m, block_m, block_k, block_d, warps = sum_tile(values, Tq, Tk, D, mask is not None)
     programs = B * triton.cdiv(Tq, block_m) * max(1, triton.cdiv(D, block_d))
     steps_per_split, splits = split(programs, Tk, block_k)
     context = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else scores.dtype)
@@ -139,7 +137,14 @@ def attend(
         programs * splits,
         (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
         (B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(ALIGNED=rows_aligned(values), FEW=few, BLOCK_Q=block_m, BLOCK_K=block_k, BLOCK_D=block_d),
+        dict(
+            NORMALISER="softmax",
+            ALIGNED=rows_aligned(values),
+            SMALL_M=small_m,
+            BLOCK_Q=block_m,
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+        ),
         warps,
     )
     return sum_splits(context, values.dtype), alignments
@@ -169,6 +174,7 @@ def _softmax_backward_kernel(
     stride_mb,
     stride_mq,
     stride_mk,
+    NORMALISER: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -195,8 +201,7 @@ def _softmax_backward_kernel(
     total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
         if apply == 1:
-            # Not 0 / 0 where nothing is attended.
-            mean = divide(tl.sum(products, axis=1), tl.maximum(tl.sum(total, axis=1), 1e-30))
+            mean = mean_gradient(products, total, NORMALISER)
         for start in range(0, length if apply == 0 else Tk, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -210,7 +215,7 @@ def _softmax_backward_kernel(
                 products += p * g
                 total += p
             else:
-                gradient = tl.where(allowed, p * (g - mean[:, None]), 0.0)
+                gradient = tl.where(allowed, score_gradient(p, g, mean[:, None], NORMALISER), 0.0)
                 stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
                 tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
 
@@ -222,7 +227,7 @@ def padded_scores(query: Tensor, keys: Tensor) -> Tensor:
     """
     B, Tq = query.shape[:2]
     Tk = keys.shape[1]
-    padded_q = few_block(Tq) if Tq <= FEW_QUERIES else triton.cdiv(Tq, 32) * 32
+    padded_q = small_m_block(Tq) if Tq <= MAX_SMALL_M else triton.cdiv(Tq, 32) * 32
     return query.new_empty((B, Tk, padded_q), dtype=accumulator(query.dtype)).transpose(1, 2)[:, :Tq]
 
 
@@ -254,7 +259,7 @@ def softmax_backward(
             lengths_stride(memory_lengths),
             *mask_strides(mask),
         ),
-        dict(BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
+        dict(NORMALISER="softmax", BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
         4,
     )
     return dscores

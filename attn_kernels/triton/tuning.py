@@ -51,7 +51,7 @@ def _product(i: Inputs) -> Tensor:
 
 def _sums(i: Inputs) -> tuple[Tensor, ...]:
     context, _ = dot_attention(i.query, i.keys, i.keys, 0.05, None, i.mask, False)
-    return context, weighted_sum(i.weights, i.query, 1.0, None, i.mask, of_steps=True)
+    return context, weighted_sum(i.weights, i.query, 1.0, None, i.mask, transposed=True)
 
 
 def _decode(i: Inputs) -> tuple[Tensor, ...]:

@@ -1,11 +1,11 @@
-// Additive attention, the way back. Part of a SIMD level: see simd.h, and additive_attention_fwd.h for the guards.
+// Additive attention, backward. Part of a SIMD level: see simd.h; ../additive_math.h has the guards.
 //
 // With E = e^{2q} e^{2k}, dquery and dkeys are sums of 4 v g, g = ds (1 - tanh^2) / 4, and dv is the sum of ds tanh.
 //
-// Many queries: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product, too: a
-// division and three multiplications for each pair. Few queries: one exponential for each key is all there is time for;
-// with r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 - tanh^2 cancel where
-// units are saturated.
+// Many queries, columnwise: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product,
+// too: a division and three multiplications for each pair. Few queries, rowwise: one exponential for each key is all
+// there is time for; with r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In neither does 1 -
+// tanh^2 cancel where units are saturated.
 //
 // Nothing of size (B, Tq, Tk, A) is stored: the exponentials are made again. A task takes some units of one sentence,
 // so that all sums over queries and steps stay within it.
@@ -17,19 +17,16 @@ namespace attn {
 namespace ATTN_LEVEL {
 
 constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 7 : 4;  // their exponentials and sums fill the registers
-constexpr int64_t kFewQueries = 8;
-// The largest |q| + |k| of the form above: g would become denormal, and with it g (E - 1/E) inexact, beyond E = 2^78
-// where ds is as small as 2^-48.
-constexpr float kBothWays = 27.0f;
+constexpr int64_t kMaxRowwiseQueries = 7;  // with more, exponentials are worth storing for all steps: by columns
 
 // The largest |x| of n elements; NaN if one is.
 template <typename T>
 ATTN_INLINE T largest_of(const T* x, int64_t n) {
-  IntVec<T> top{};
+  IntVec<T> abs_max{};
   int64_t i = 0;
-  for (; i + width<T> <= n; i += width<T>) top = larger_magnitude<T>(top, load(x + i));
-  if (i < n) top = larger_magnitude<T>(top, load_part(x + i, n - i));
-  return largest_magnitude<T>(top);
+  for (; i + width<T> <= n; i += width<T>) abs_max = larger_magnitude<T>(abs_max, load(x + i));
+  if (i < n) abs_max = larger_magnitude<T>(abs_max, load_part(x + i, n - i));
+  return largest_magnitude<T>(abs_max);
 }
 
 // Stores e^{2x}, e^{-2x}.
@@ -43,8 +40,8 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   }
 }
 
-// Adds what a query and a step of score gradient ds give: g to the sums of query and step, ds tanh to that of v. By
-// their exponentials:
+// Accumulates one pair of query and step with score gradient ds: g into dq and dk, ds tanh into dv. Factored form; the
+// overload below is exact.
 template <typename T>
 ATTN_INLINE void add_pair(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                           Vec<T>& dv) {
@@ -55,7 +52,7 @@ ATTN_INLINE void add_pair(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down
   dv += g * (up - down);
 }
 
-// And by tanh itself, x = q + k:
+// The same with tanh itself, x = q + k.
 template <typename T>
 ATTN_INLINE void add_pair(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) {
   const Vec<T> t = tanh_any(x);
@@ -68,12 +65,12 @@ ATTN_INLINE void add_pair(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) {
 // A block of columns of the queries or keys of a sentence: of vector u of row i, e^{2x}, e^{-2x} and the gradient side
 // by side.
 template <typename T>
-struct Columns {
+struct UnitColumns {
   int64_t n;
-  T *cells, *top;
+  T *cells, *abs_max;
 
-  Columns(int64_t n, int64_t vectors, Scratch& scratch)
-      : n(n), cells(take<T>(scratch, vectors * n * 3 * width<T>)), top(take<T>(scratch, n)) {}
+  UnitColumns(int64_t n, int64_t vectors, Scratch& scratch)
+      : n(n), cells(alloc<T>(scratch, vectors * n * 3 * width<T>)), abs_max(alloc<T>(scratch, n)) {}
 
   T* cell(int64_t i, int64_t u) const { return cells + (u * n + i) * 3 * width<T>; }
   T* gradient(int64_t i, int64_t u) const { return cell(i, u) + 2 * width<T>; }
@@ -90,7 +87,7 @@ struct Columns {
       store(e + 2 * width<T>, zero);
       most = larger_magnitude<T>(most, x);
     }
-    top[i] = largest_magnitude<T>(most);
+    abs_max[i] = largest_magnitude<T>(most);
   }
 };
 
@@ -134,8 +131,8 @@ ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, T* q, T* k, int64_t n, const 
 // The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), whatever their
 // range. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
 template <typename T, class ReadQ, class ReadK>
-ATTN_INLINE Vec<T> gradient_row(const Columns<T>& q, int64_t i, const Columns<T>& k, int64_t u, const int32_t* list,
-                                int64_t n, const T* ds, const ReadQ& read_q, const ReadK& read_k) {
+ATTN_INLINE Vec<T> gradient_row(const UnitColumns<T>& q, int64_t i, const UnitColumns<T>& k, int64_t u,
+                                const int32_t* list, int64_t n, const T* ds, const ReadQ& read_q, const ReadK& read_k) {
   constexpr int64_t w = width<T>;
   T* cell = q.cell(i, u);
   const Vec<T> x = read_q(i, u), up = load(cell), down = load(cell + w);
@@ -144,7 +141,7 @@ ATTN_INLINE Vec<T> gradient_row(const Columns<T>& q, int64_t i, const Columns<T>
     const int64_t row = list == nullptr ? j : list[j];
     T* step = k.cell(row, u);
     Vec<T> dk = load(step + 2 * w);
-    if (sizeof(T) == 4 && q.top[i] + k.top[row] <= kBothWays)
+    if (sizeof(T) == 4 && q.abs_max[i] + k.abs_max[row] <= kMaxBoundBackward)
       add_pair<T>(up, down, load(step), load(step + w), ds[j], dq, dk, dv);
     else
       add_pair<T>(x + read_k(row, u), ds[j], dq, dk, dv);
@@ -157,18 +154,18 @@ ATTN_INLINE Vec<T> gradient_row(const Columns<T>& q, int64_t i, const Columns<T>
 // What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in
 // parts, (B, A in whole vectors), to be added up in order.
 template <typename T>
-struct UnitsBackward {
+struct BackwardParams {
   const AdditiveScores& op;
-  const Attended& attended;
-  const Array3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
+  const AttentionMask& attended;
+  const StridedView3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
   int64_t D;
-  const Units<T>& units;
+  const FactoredV<T>& units;
   const T* dscores;
   void *dquery, *dkeys;  // each null where it is not needed
   T *dv_parts, *dbias_parts;
 
   // Vectors of units from c on, of one row of the queries (bias added) or keys.
-  ATTN_INLINE Vec<T> read(const Array3& a, int64_t b, int64_t row, int64_t c) const {
+  ATTN_INLINE Vec<T> read(const StridedView3& a, int64_t b, int64_t row, int64_t c) const {
     const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
     return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
   }
@@ -185,11 +182,11 @@ struct UnitsBackward {
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
   }
-  // The lines of what is written when all tiles are done.
-  ATTN_INLINE void expect_dquery(int64_t b, int64_t i, int64_t c) const {
+  // Prefetches the cache lines that are written when all tiles are done.
+  ATTN_INLINE void prefetch_dquery(int64_t b, int64_t i, int64_t c) const {
     prefetch_to_write(static_cast<const char*>(dquery) + ((b * op.Tq + i) * op.A + c) * item_size(op.query.dtype));
   }
-  ATTN_INLINE void expect_dkeys(int64_t b, int64_t j, int64_t c) const {
+  ATTN_INLINE void prefetch_dkeys(int64_t b, int64_t j, int64_t c) const {
     prefetch_to_write(static_cast<const char*>(dkeys) + ((b * op.Tk + j) * op.A + c) * item_size(op.query.dtype));
   }
   ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
@@ -198,9 +195,9 @@ struct UnitsBackward {
   }
   // e^{2k} of all steps, where it is prepared as T.
   bool prepared() const { return op.prepared && op.prepared.dtype == native<T>; }
-  // What is read next after the columns before `first` of sentence b, where a task has so many.
-  Ahead next(int64_t b, int64_t first, int64_t columns) const {
-    Ahead ahead;
+  // Prefetches what is read after the columns before `first` of sentence b, where a task has so many.
+  Prefetcher next(int64_t b, int64_t first, int64_t columns) const {
+    Prefetcher ahead;
     const bool same = first < op.A;
     if (!same && ++b == op.B) return ahead;
     const int64_t c = same ? first : 0, steps = attended.length(b, op.Tk);
@@ -208,55 +205,56 @@ struct UnitsBackward {
       ahead.add(grad_context, b, op.Tq, 0, D);
       ahead.add(values, b, steps, 0, D);
     }
-    ahead.add(op.query, b, op.Tq, c, smaller(columns, op.A - c));
-    ahead.add(op.keys, b, steps, c, smaller(columns, op.A - c));
+    ahead.add(op.query, b, op.Tq, c, min(columns, op.A - c));
+    ahead.add(op.keys, b, steps, c, min(columns, op.A - c));
     return ahead;
   }
   ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
 };
 
-// Many queries: columns of a sentence, `vectors` vectors of units from `first` on. Meanwhile what the next task reads
-// is asked for.
+// Columnwise, for many queries: columns of a sentence, `vectors` vectors of units from `first` on. Prefetches what the
+// next task reads.
 template <typename T>
-void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
+void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
   constexpr int64_t w = width<T>;
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   const bool per_query = back.attended.per_query;
-  int32_t* list = take<int32_t>(scratch, Tk);
-  int32_t* own = take<int32_t>(scratch, Tk);
-  Attended any = back.attended;  // a column holds every step; a query's own mask chooses among them
+  int32_t* list = alloc<int32_t>(scratch, Tk);
+  int32_t* own = alloc<int32_t>(scratch, Tk);
+  AttentionMask any = back.attended;  // a column holds every step; a query's own mask chooses among them
   if (per_query) any.mask = nullptr;
   const int64_t n = list_steps(any, b, 0, Tk, list);
   auto read_q = [&](int64_t i, int64_t u) __attribute__((always_inline)) { return back.query(b, i, first + u * w); };
   auto read_k = [&](int64_t j, int64_t u)
                     __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
-  Columns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
-  const Array3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
-  const int64_t columns = smaller(vectors * w, back.op.A - first);
-  T* buffer = take<T>(scratch, columns);
+  UnitColumns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
+  const StridedView3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
+  const int64_t columns = min(vectors * w, back.op.A - first);
+  T* buffer = alloc<T>(scratch, columns);
   for (int64_t i = 0; i < Tq; ++i) {
-    prefetch_row(queries, b, smaller(i + 1, Tq - 1), columns);
+    prefetch_row(queries, b, min(i + 1, Tq - 1), columns);
     q.set(i, read_row(queries, b, i, columns, buffer), back.units.bias + first, columns);
   }
   for (int64_t j = 0; j < n; ++j) {
-    prefetch_row(keys, b, list[smaller(j + 1, n - 1)], columns);
+    prefetch_row(keys, b, list[min(j + 1, n - 1)], columns);
     k.set(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
   }
 
-  const bool in_range = sizeof(T) == 4 && !per_query && largest_of(q.top, Tq) + largest_of(k.top, n) <= kBothWays;
+  const bool in_range =
+      sizeof(T) == 4 && !per_query && largest_of(q.abs_max, Tq) + largest_of(k.abs_max, n) <= kMaxBoundBackward;
   const T* ds = back.dscores + b * Tq * Tk;
   const int64_t tiles = divide_up(Tq, kTileQueries);
-  Ahead ahead = back.next(b, first + vectors * w, vectors * w);
+  Prefetcher ahead = back.next(b, first + vectors * w, vectors * w);
   const int64_t share = ahead.share(vectors * tiles);
   for (int64_t u = 0; u < vectors; ++u) {
     Vec<T> dv{};
-    for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.expect_dquery(b, row, first + u * w);
-    for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.expect_dkeys(b, row, first + u * w);
+    for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.prefetch_dquery(b, row, first + u * w);
+    for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.prefetch_dkeys(b, row, first + u * w);
     if (in_range) {
       // In tiles of about the same size: the smaller ones are slower.
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t count = (Tq - i) / (tiles - t);
-        ahead.ask(share);
+        ahead.issue(share);
         dv += gradient_tile_of<T>(count, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
         i += count;
       }
@@ -280,14 +278,14 @@ void columns_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_
   }
 }
 
-// Few queries: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
+// Rowwise: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
 // strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
 // of the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Without kKeys there are no
-// dkeys. Meanwhile what the next tile reads, rows of `item` bytes an element, is asked for.
+// dkeys. Prefetches what the next tile reads, rows of `item` bytes an element.
 template <typename T, int NK, bool kFactored, bool kKeys>
-ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
-                           const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
-                           int64_t columns, bool stream, const char* const* next, int64_t item) {
+ATTN_INLINE void rowwise_tile(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
+                              const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
+                              int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   for (int64_t c = 0; c < size; c += width<T>) {
     Vec<T> dk[NK], sum{}, dvc = load(dv + c);
@@ -324,34 +322,34 @@ ATTN_INLINE void rows_tile(const UnitsBackward<T>& back, int64_t b, int64_t firs
   }
 }
 
-// Few queries: memory decides, so keys are read and dkeys, with kKeys, written in one walk along rows, with the sums in
-// L1. The task has the units [first, first + size) of a sentence, in whole vectors.
+// Rowwise, for few queries: memory bandwidth decides, so keys are read and dkeys, with kKeys, written in one pass along
+// rows, with the sums in L1. The task has the units [first, first + size) of a sentence, in whole vectors.
 template <typename T, bool kKeys>
-void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
+void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;
   constexpr int64_t w = width<T>;
   const AdditiveScores& op = back.op;
-  int32_t* list = take<int32_t>(scratch, op.Tk);
+  int32_t* list = alloc<int32_t>(scratch, op.Tk);
   const int64_t n = list_steps(back.attended, b, 0, op.Tk, list);
-  T* eq = take<T>(scratch, op.Tq * size);
-  T* dq = take<T>(scratch, op.Tq * size);
-  T* ek = take<T>(scratch, NK * size);
-  T* dv = take<T>(scratch, size);
+  T* eq = alloc<T>(scratch, op.Tq * size);
+  T* dq = alloc<T>(scratch, op.Tq * size);
+  T* ek = alloc<T>(scratch, NK * size);
+  T* dv = alloc<T>(scratch, size);
   const Dtype dtype = op.query.dtype;
   const bool direct = dtype == native<T>;
-  const int64_t columns = smaller(size, op.A - first);
-  T* copies = take<T>(scratch, NK * columns);  // of rows that are converted
+  const int64_t columns = min(size, op.A - first);
+  T* copies = alloc<T>(scratch, NK * columns);  // of rows that are converted
   memset(dq, 0, op.Tq * size * sizeof(T));
   memset(dv, 0, size * sizeof(T));
-  T q_top = 0;
+  T q_abs_max = 0;
   for (int64_t i = 0; i < op.Tq; ++i) {
-    const T top = exponentials(size, eq + i * size,
-                               [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
-    if (q_top == q_top && !(top <= q_top)) q_top = top;  // NaN, once met, stays
+    const T abs_max = exponentials(
+        size, eq + i * size, [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
+    if (q_abs_max == q_abs_max && !(abs_max <= q_abs_max)) q_abs_max = abs_max;  // NaN, once met, stays
   }
   const bool prepared = back.prepared();
-  const float* tops = prepared ? AdditiveScore<T>{op, back.units}.prepared_tops(b) : nullptr;
-  const Array3 keys = columns_from(prepared ? op.prepared : op.keys, first);
+  const float* step_abs_max = prepared ? AdditiveScore<T>{op, back.units}.prepared_abs_max(b) : nullptr;
+  const StridedView3 keys = columns_from(prepared ? op.prepared : op.keys, first);
   const bool stream =
       kKeys && direct &&
       worth_streaming<T>(static_cast<const T*>(back.dkeys) + first, op.A, op.B * op.Tk * op.A * item_size(dtype)) &&
@@ -368,29 +366,29 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
       const char* next[kSteps];
       for (int r = 0; r < kSteps; ++r) {
         const T* row = read_row(keys, b, list[j + r], columns, copies);
-        T reach = q_top;
+        T bound = q_abs_max;
         if (prepared) {
           e[r] = row;
-          reach += tops[list[j + r]];
+          bound += step_abs_max[list[j + r]];
         } else {
           const int64_t whole = columns / w * w;
           e[r] = ek + r * size;
-          reach += exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
+          bound += exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
             return c < whole ? load(row + c) : load_part(row + c, columns - c);
           });
         }
-        factored = factored && reach <= kSingle;
+        factored = factored && bound <= kMaxBoundOne;
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         if constexpr (kKeys) dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +
-                  (b * keys.stride[0] + list[smaller(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
+                  (b * keys.stride[0] + list[min(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
       if (factored)
-        rows_tile<T, kSteps, true, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns, stream,
-                                          next, item);
+        rowwise_tile<T, kSteps, true, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
+                                             stream, next, item);
       else
-        rows_tile<T, kSteps, false, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
-                                           stream, next, item);
+        rowwise_tile<T, kSteps, false, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
+                                              stream, next, item);
       if (kKeys && !direct)
         for (int r = 0; r < kSteps; ++r)
           write_row(back.dkeys, dtype, (b * op.Tk + list[j + r]) * op.A + first, dkeys[r], columns);
@@ -411,35 +409,36 @@ void rows_task(const UnitsBackward<T>& back, int64_t b, int64_t first, int64_t s
   for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
 
-// dquery, dv and dbias, and dkeys, where needed, from the compact gradients of the scores, (B, Tq, Tk), that the stages before make.
+// dquery, dv and dbias, and dkeys, where needed, from the compact gradients of the scores, (B, Tq, Tk), that the stages
+// before make.
 template <typename T, class Op, class... Before>
-void units_backward(const Op& op, const Attended& attended, const Array3& values, const Array3& grad_context, int64_t D,
-                    const T* dscores, const Before&... before) {
+void unit_gradients(const Op& op, const AttentionMask& attended, const StridedView3& values,
+                    const StridedView3& grad_context, int64_t D, const T* dscores, const Before&... before) {
   constexpr int64_t w = width<T>;
   Scratch& call = thread_scratch();
-  const Units<T> units(op, call);
-  T* dv_parts = take<T>(call, op.B * units.size);
-  T* dbias_parts = take<T>(call, op.B * units.size);
-  const UnitsBackward<T> back{op,      attended,  values,   grad_context, D,          units,
-                              dscores, op.dquery, op.dkeys, dv_parts,     dbias_parts};
-  const bool few = op.Tq < kFewQueries && !attended.per_query;
+  const FactoredV<T> units(op, call);
+  T* dv_parts = alloc<T>(call, op.B * units.size);
+  T* dbias_parts = alloc<T>(call, op.B * units.size);
+  const BackwardParams<T> back{op,      attended,  values,   grad_context, D,          units,
+                               dscores, op.dquery, op.dkeys, dv_parts,     dbias_parts};
+  const bool few = op.Tq <= kMaxRowwiseQueries && !attended.per_query;
   // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
   // a quarter of L2. Narrower strips where there are threads to feed.
   const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * (few ? 2 * (op.Tq + 3) : 3 * (op.Tq + op.Tk));
   const int64_t in_cache = (few ? 3 << 14 : 1 << 18) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
-  const int64_t widest = larger(4 * w, smaller(in_cache, per_thread));
-  const int64_t even = divide_up(units.size, larger(1, divide_up(units.size, widest)));  // all of about the same size
-  const int64_t strip = larger(w, padded<T>(even));
+  const int64_t widest = max(4 * w, min(in_cache, per_thread));
+  const int64_t even = divide_up(units.size, max(1, divide_up(units.size, widest)));  // all of about the same size
+  const int64_t strip = max(w, padded<T>(even));
   const int64_t strips = divide_up(units.size, strip);
   auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
-    const int64_t first = task * strip, size = smaller(strip, units.size - first);
+    const int64_t first = task * strip, size = min(strip, units.size - first);
     if (few && op.dkeys != nullptr)
-      rows_task<T, true>(back, b, first, size, scratch);
+      rowwise_task<T, true>(back, b, first, size, scratch);
     else if (few)
-      rows_task<T, false>(back, b, first, size, scratch);
+      rowwise_task<T, false>(back, b, first, size, scratch);
     else
-      columns_task(back, b, first, size / w, scratch);
+      columnwise_task(back, b, first, size / w, scratch);
   };
   for_each_sentence(op.B, before..., Stage{strips, op.Tq * op.Tk * strip, run});
   if (op.dquery == nullptr) return;
@@ -458,15 +457,15 @@ template <typename T>
 void additive_attention_backward(const AdditiveAttentionBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
-  T* weights = take<T>(call, op.B * op.Tq * op.Tk);
-  T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
+  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
+  T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
                                       [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
   if (op.dvalues == nullptr)
-    units_backward(op, op.attended, op.values, op.grad_context, op.D, dscores, scores);
+    unit_gradients(op, op.attended, op.values, op.grad_context, op.D, dscores, scores);
   else
-    units_backward(op, op.attended, op.values, op.grad_context, op.D, dscores, scores,
+    unit_gradients(op, op.attended, op.values, op.grad_context, op.D, dscores, scores,
                    weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
 }
 
@@ -474,12 +473,12 @@ template <typename T>
 void additive_scores_backward(const AdditiveScoresBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
+  T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   auto copy_row = [&](int64_t b, int64_t i, Scratch& scratch) {
-    T* buffer = take<T>(scratch, op.Tk);
+    T* buffer = alloc<T>(scratch, op.Tk);
     memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
   };
-  units_backward(op, Attended{}, Array3{}, Array3{}, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
+  unit_gradients(op, AttentionMask{}, StridedView3{}, StridedView3{}, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
 }
 
 }  // namespace ATTN_LEVEL

@@ -1,128 +1,15 @@
-// What every attention op shares, whatever its score: softmax over the attended steps, context, and the way back from
-// the gradients of context and alignments to those of scores and values. Part of a SIMD level: see simd.h.
+// What every attention op shares, whatever its score: normalisation over the attended steps, context, and in the
+// backward the gradients of scores and values from those of context and alignments. Part of a SIMD level: see simd.h.
 //
 // Padding is left out by listing the attended steps of a sentence: scores, weights and gradients are computed for the
 // listed steps only ("compact" rows), so that nothing a padded step holds can reach a result.
 #pragma once
 
-#include "rows.h"
+#include "softmax.h"
+#include "tasks.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
-
-constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds or the like
-
-// Runs task(t, scratch) for t in [0, n); cost is the work of a task, in multiply-adds or the like.
-template <class Task>
-void for_each_task(int64_t n, int64_t cost, const Task& task) {
-  auto body = [](int64_t begin, int64_t end, void* context) {
-    for (int64_t t = begin; t < end; ++t) {
-      Scratch& scratch = thread_scratch();
-      ScratchScope scope(scratch);
-      (*static_cast<const Task*>(context))(t, scratch);
-    }
-  };
-  parallel_for(n, larger(1, kWorthAThread / larger(cost, 1)), body, const_cast<Task*>(&task));
-}
-
-// A part of a call: `tasks` of each sentence, run(b, t, scratch), that cost about so much each.
-template <class Run>
-struct Stage {
-  int64_t tasks, cost;
-  Run run;
-};
-template <class Run>
-Stage(int64_t, int64_t, Run) -> Stage<Run>;
-
-// Runs stages that each need what the one before has made of the same sentence: sentence by sentence, while it is in
-// cache, where every thread has a few of them, otherwise stage by stage.
-template <class... Stages>
-void for_each_sentence(int64_t batch, const Stages&... stages) {
-  if (batch < 4 * thread_count() && thread_count() > 1) {
-    (for_each_task(batch * stages.tasks, stages.cost,
-                   [&](int64_t t, Scratch& scratch) { stages.run(t / stages.tasks, t % stages.tasks, scratch); }),
-     ...);
-    return;
-  }
-  for_each_task(batch, ((stages.tasks * stages.cost) + ...), [&](int64_t b, Scratch& scratch) {
-    auto tasks_of = [&](const auto& stage) {
-      for (int64_t t = 0; t < stage.tasks; ++t) {
-        ScratchScope scope(scratch);
-        stage.run(b, t, scratch);
-      }
-    };
-    (tasks_of(stages), ...);
-  });
-}
-
-// How the queries of a sentence are cut into tasks: small enough that weights and projected queries stay in L2 and that
-// there is a task for every thread, large enough that what is prepared per step serves many queries.
-struct Chunks {
-  int64_t queries, size, per_sentence, tasks;
-
-  Chunks(int64_t batch, int64_t queries, int64_t steps, bool per_query) : queries(queries) {
-    constexpr int64_t kLeast = 4, kWeights = 1 << 17;
-    size = smaller(kMostQueries, larger(kLeast, kWeights / larger(steps, 1)));
-    size = smaller(size, larger(1, divide_up(batch * queries, thread_count())));
-    if (per_query) size = 1;  // each query has steps of its own
-    per_sentence = divide_up(queries, size);
-    tasks = batch * per_sentence;
-  }
-
-  int64_t sentence(int64_t task) const { return task / per_sentence; }
-  int64_t first(int64_t task) const { return task % per_sentence * size; }
-  int64_t count(int64_t task) const { return smaller(size, queries - first(task)); }
-
-  // Into how many parts each task is cut where there are fewer tasks than threads. cost: of a task.
-  int64_t parts(int64_t cost) const {
-    return smaller(divide_up(thread_count(), larger(tasks, 1)), larger(1, cost / kWorthAThread));
-  }
-};
-
-// Sums over more steps than this are made of parts: one sum of hundreds of thousands of steps would be off by as many
-// roundings of the whole.
-constexpr int64_t kSummed = 2048;
-
-// The sum of term(j), a vector, for j = 0, width, ... below n.
-template <typename T, class Term>
-ATTN_INLINE T sum_of_vectors(int64_t n, const Term& term) {
-  Vec<T> total{};
-  for (int64_t j = 0; j < n;) {
-    const int64_t end = smaller(n, j + kSummed);
-    Vec<T> part{};
-    for (; j < end; j += width<T>) part += term(j);
-    total += part;
-  }
-  return sum<T>(total);
-}
-
-// p[0..n) = softmax(p[0..n)). p has room for whole vectors. n > 0.
-template <typename T>
-ATTN_INLINE void softmax_row(T* p, int64_t n) {
-  constexpr int64_t w = width<T>;
-  const T infinity = static_cast<T>(__builtin_inf());
-  if (n == 1) {
-    *p = 1 + (*p - *p);  // NaN for NaN and infinity
-    return;
-  }
-  const int64_t end = padded<T>(n);
-  T* last = p + end - w;
-  const Vec<T> tail = first_lanes<T>(n - (end - w)) ? load(last) : broadcast(-infinity);
-  if (n <= w) {
-    const Vec<T> e = exp_nonpositive(tail - largest<T>(tail));
-    return store(p, e * (1 / sum<T>(e)));
-  }
-  store(last, tail);
-  Vec<T> top = tail;
-  for (int64_t j = 0; j < end - w; j += w) top = maximum<T>(load(p + j), top);
-  const T shift = largest<T>(top);
-  const T factor = 1 / sum_of_vectors<T>(end, [&](int64_t j) {
-                     const Vec<T> e = exp_nonpositive(load(p + j) - shift);
-                     store(p + j, e);
-                     return e;
-                   });
-  for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
-}
 
 template <typename T>
 void fill_zero(void* data, int64_t at, int64_t n, Dtype dtype) {
@@ -141,43 +28,32 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
   for (int64_t j = 0; j < n; ++j) store_as<T>(out, dtype, at + list[j], broadcast(p[j]), 1);
 }
 
-// Part `part` of `parts` of n elements, in whole groups of `group`.
-struct Part {
-  int64_t begin, end;
-
-  Part(int64_t n, int64_t part, int64_t parts, int64_t group) {
-    const int64_t size = divide_up(divide_up(n, parts), group) * group;
-    begin = smaller(n, part * size);
-    end = smaller(n, begin + size);
-  }
-};
-
 // Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written
 // as dtype from row `row` of data on.
 template <typename T>
-void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
-                     int64_t no, const Part& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
+void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
+                     int64_t out_rows, const Range& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
                      Scratch& scratch) {
   const int64_t nc = columns.end - columns.begin, at = row * out_columns + columns.begin;
   if (n == 0 || nc == 0) {
-    for (int64_t i = 0; i < no; ++i) fill_zero<T>(data, at + i * out_columns, nc, dtype);
+    for (int64_t i = 0; i < out_rows; ++i) fill_zero<T>(data, at + i * out_columns, nc, dtype);
     return;
   }
   ScratchScope scope(scratch);
-  const Array3 strip = columns_from(array, columns.begin);
+  const StridedView3 strip = columns_from(array, columns.begin);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-    if (in_pairs(array) && kWorthPacking <= no && n <= kMostPaired) {  // sums need not be kept
-      BFloat16** out = take<BFloat16*>(scratch, no);
-      for (int64_t i = 0; i < no; ++i) out[i] = static_cast<BFloat16*>(data) + at + i * out_columns;
-      return weighted_rows(out, no, weight, ld, 1, ListedRows<BFloat16>(strip, b, list), n, nc, false);
+    if (is_bfloat16_rows(array) && kMinPackedRows <= out_rows && n <= kMaxPairedRows) {  // sums need not be kept
+      BFloat16** out = alloc<BFloat16*>(scratch, out_rows);
+      for (int64_t i = 0; i < out_rows; ++i) out[i] = static_cast<BFloat16*>(data) + at + i * out_columns;
+      return gemm_nn(out, out_rows, weight, ld, 1, ListedRows<BFloat16>(strip, b, list), n, nc, false);
     }
   }
   const bool direct = dtype == native<T>;
-  T* sums = direct ? static_cast<T*>(data) + at : take<T>(scratch, no * nc);
+  T* sums = direct ? static_cast<T*>(data) + at : alloc<T>(scratch, out_rows * nc);
   const int64_t sums_ld = direct ? out_columns : nc;
-  T** out = take<T*>(scratch, no);
-  const T** weights = take<const T*>(scratch, no);
-  for (int64_t i = 0; i < no; ++i) {
+  T** out = alloc<T*>(scratch, out_rows);
+  const T** weights = alloc<const T*>(scratch, out_rows);
+  for (int64_t i = 0; i < out_rows; ++i) {
     out[i] = sums + i * sums_ld;
     weights[i] = weight + i * ld;
   }
@@ -186,148 +62,148 @@ void weighted_output(const Array3& array, int64_t b, const int32_t* list, int64_
     if (strip.stride[2] == 1)
       return by_element<T>(strip.dtype, [&](auto* element) {
         using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-        if (no <= kMostWalked)
-          return weighted_walk(out, no, weights, 1, ListedRows<E>(strip, b, steps), count, nc, false);
-        for (int64_t j = 0; j < count; j += kMostRows<E>)
-          weighted_rows(out, no, weight + first + j, ld, 1, ListedRows<E>(strip, b, steps + j),
-                        smaller(count - j, kMostRows<E>), nc, j > 0);
+        if (out_rows <= kMaxStreamedRows)
+          return weighted_sum_streamed(out, out_rows, weights, 1, ListedRows<E>(strip, b, steps), count, nc, false);
+        for (int64_t j = 0; j < count; j += kMaxRows<E>)
+          gemm_nn(out, out_rows, weight + first + j, ld, 1, ListedRows<E>(strip, b, steps + j),
+                  min(count - j, kMaxRows<E>), nc, j > 0);
       });
     ScratchScope scope(scratch);
-    RowBlock<T> block(strip, nc, smaller(count, kPanelRows), scratch);
+    RowBlock<T> block(strip, nc, min(count, kPanelRows), scratch);
     for (int64_t j = 0; j < count; j += kPanelRows) {
-      const int64_t rows = smaller(count - j, kPanelRows);
-      weighted_rows(out, no, weight + first + j, ld, 1, PointedRows<T>{block.read(b, steps + j, rows)}, rows, nc,
-                    j > 0);
+      const int64_t rows = min(count - j, kPanelRows);
+      gemm_nn(out, out_rows, weight + first + j, ld, 1, PointedRows<T>{block.read(b, steps + j, rows)}, rows, nc,
+              j > 0);
     }
   };
-  sum_of(0, smaller(n, kSummed));
-  if (n > kSummed) {
-    T* part = take<T>(scratch, no * nc);
-    for (int64_t i = 0; i < no; ++i) out[i] = part + i * nc;
-    for (int64_t first = kSummed; first < n; first += kSummed) {
-      for (int64_t i = 0; i < no; ++i) weights[i] = weight + i * ld + first;
-      sum_of(first, smaller(n - first, kSummed));
-      for (int64_t i = 0; i < no; ++i)
+  sum_of(0, min(n, kMaxSummedSteps));
+  if (n > kMaxSummedSteps) {
+    T* part = alloc<T>(scratch, out_rows * nc);
+    for (int64_t i = 0; i < out_rows; ++i) out[i] = part + i * nc;
+    for (int64_t first = kMaxSummedSteps; first < n; first += kMaxSummedSteps) {
+      for (int64_t i = 0; i < out_rows; ++i) weights[i] = weight + i * ld + first;
+      sum_of(first, min(n - first, kMaxSummedSteps));
+      for (int64_t i = 0; i < out_rows; ++i)
         for (int64_t c = 0; c < nc; ++c) sums[i * sums_ld + c] += part[i * nc + c];
     }
   }
   if (!direct)
-    for (int64_t i = 0; i < no; ++i) write_row(data, dtype, at + i * out_columns, sums + i * sums_ld, nc);
+    for (int64_t i = 0; i < out_rows; ++i) write_row(data, dtype, at + i * out_columns, sums + i * sums_ld, nc);
 }
 
-// out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMostQueries rows of x; both rows of
+// out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMaxQueries rows of x; both rows of
 // sentence b, of `columns` elements.
 template <typename T>
-void dot_listed(const Array3& x, int64_t first, int64_t nx, const Array3& y, int64_t b, const int32_t* list, int64_t n,
-                int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
+void dot_listed(const StridedView3& x, int64_t first, int64_t x_rows, const StridedView3& y, int64_t b,
+                const int32_t* list, int64_t n, int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
   ScratchScope scope(scratch);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-    if (nx >= kWorthPacking && in_pairs(x) && in_pairs(y)) {
+    if (x_rows >= kMinPackedRows && is_bfloat16_rows(x) && is_bfloat16_rows(y)) {
       const StridedRows<BFloat16> queries(x, b, first);
       const ListedRows<BFloat16> steps(y, b, list);
-      const BFloat16 *rows[kMostQueries], *block[kPanelRows];
-      for (int64_t i = 0; i < nx; ++i) rows[i] = queries[i];
+      const BFloat16 *rows[kMaxQueries], *block[kPanelRows];
+      for (int64_t i = 0; i < x_rows; ++i) rows[i] = queries[i];
       for (int64_t j = 0; j < n; j += kPanelRows) {
-        const int64_t count = smaller(n - j, kPanelRows);
+        const int64_t count = min(n - j, kPanelRows);
         for (int64_t r = 0; r < count; ++r) block[r] = steps[j + r];
-        dot_rows(rows, nx, block, count, columns, scale, out + j, ld);
+        gemm_nt(rows, x_rows, block, count, columns, scale, out + j, ld);
       }
       return;
     }
   }
-  const T* const* rows = RowBlock<T>(x, columns, nx, scratch).read(b, first, nx);
-  if (nx < kWorthPacking && y.stride[2] == 1)
+  const T* const* rows = RowBlock<T>(x, columns, x_rows, scratch).read(b, first, x_rows);
+  if (x_rows < kMinPackedRows && y.stride[2] == 1)
     return by_element<T>(y.dtype, [&](auto* element) {
       using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
-      dot_walk(rows, nx, ListedRows<E>(y, b, list), n, columns, scale, out, ld);
+      dot_streamed(rows, x_rows, ListedRows<E>(y, b, list), n, columns, scale, out, ld);
     });
-  RowBlock<T> block(y, columns, smaller(n, kPanelRows), scratch);
+  RowBlock<T> block(y, columns, min(n, kPanelRows), scratch);
   for (int64_t j = 0; j < n; j += kPanelRows) {
-    const int64_t count = smaller(n - j, kPanelRows);
-    dot_rows(rows, nx, block.read(b, list + j, count), count, columns, scale, out + j, ld);
+    const int64_t count = min(n - j, kPanelRows);
+    gemm_nt(rows, x_rows, block.read(b, list + j, count), count, columns, scale, out + j, ld);
   }
 }
 
-struct Problem {
+struct AttentionParams {
   int64_t B, Tq, Tk, D;
   Dtype dtype;
-  Array3 values;  // (B, Tk, D)
-  Attended attended;
+  StridedView3 values;  // (B, Tk, D)
+  AttentionMask attended;
 };
 
-// Score: queries(b, first, n, scratch) prepares n queries; block(queries, b, list, n, out, ld, scratch) writes the
-// scores of those queries and of the n listed steps; cost() is the work of a pair.
+// Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld, scratch) writes
+// the scores of those queries and of the n listed steps; cost() is the work of a pair.
 //
 // Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum
 // is split, so that results do not depend on the number of threads.
-template <typename T, class Score>
-void attention_forward(const Problem& p, void* context, void* alignments, const Score& score) {
-  const Chunks chunks(p.B, p.Tq, p.Tk, p.attended.per_query);
-  const int64_t cost = chunks.size * p.Tk * (score.cost() + p.D), parts = chunks.parts(cost);
-  const int64_t ld = padded<T>(p.Tk), weights_size = chunks.size * ld;
-  auto write_scores = [&](int64_t task, const int32_t* list, const Part& steps, T* weights, Scratch& scratch) {
+template <typename T, class Normaliser = Softmax, class Score>
+void attention_forward(const AttentionParams& p, void* context, void* alignments, const Score& score) {
+  const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
+  const int64_t cost = tiles.size * p.Tk * (score.cost() + p.D), parts = tiles.parts(cost);
+  const int64_t ld = padded<T>(p.Tk), weights_size = tiles.size * ld;
+  auto write_scores = [&](int64_t task, const int32_t* list, const Range& steps, T* weights, Scratch& scratch) {
     if (steps.begin == steps.end) return;
     ScratchScope scope(scratch);
-    const int64_t b = chunks.sentence(task);
-    score.block(score.queries(b, chunks.first(task), chunks.count(task), scratch), b, list + steps.begin,
-                steps.end - steps.begin, weights + steps.begin, ld, scratch);
+    const int64_t b = tiles.sentence(task);
+    score.score_block(score.queries(b, tiles.first(task), tiles.count(task), scratch), b, list + steps.begin,
+                      steps.end - steps.begin, weights + steps.begin, ld, scratch);
   };
   auto normalise = [&](int64_t task, const int32_t* list, int64_t n, T* weights) {
-    const int64_t row = chunks.sentence(task) * p.Tq + chunks.first(task);
-    for (int64_t i = 0; i < chunks.count(task); ++i) {
-      if (n > 0) softmax_row(weights + i * ld, n);
+    const int64_t row = tiles.sentence(task) * p.Tq + tiles.first(task);
+    for (int64_t i = 0; i < tiles.count(task); ++i) {
+      if (n > 0) Normaliser::row(weights + i * ld, n);
       if (alignments != nullptr) write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, weights + i * ld);
     }
   };
-  auto write_context = [&](int64_t task, const int32_t* list, int64_t n, const T* weights, const Part& columns,
+  auto write_context = [&](int64_t task, const int32_t* list, int64_t n, const T* weights, const Range& columns,
                            Scratch& scratch) {
-    const int64_t b = chunks.sentence(task);
-    weighted_output(p.values, b, list, n, weights, ld, chunks.count(task), columns, context, p.dtype,
-                    b * p.Tq + chunks.first(task), p.D, scratch);
+    const int64_t b = tiles.sentence(task);
+    weighted_output(p.values, b, list, n, weights, ld, tiles.count(task), columns, context, p.dtype,
+                    b * p.Tq + tiles.first(task), p.D, scratch);
   };
   if (parts == 1)
-    return for_each_task(chunks.tasks, cost, [&](int64_t task, Scratch& scratch) {
-      int32_t* list = take<int32_t>(scratch, p.Tk);
-      T* weights = take<T>(scratch, weights_size);
-      const int64_t n = list_steps(p.attended, chunks.sentence(task), chunks.first(task), p.Tk, list);
-      write_scores(task, list, Part(n, 0, 1, 1), weights, scratch);
+    return for_each_task(tiles.tasks, cost, [&](int64_t task, Scratch& scratch) {
+      int32_t* list = alloc<int32_t>(scratch, p.Tk);
+      T* weights = alloc<T>(scratch, weights_size);
+      const int64_t n = list_steps(p.attended, tiles.sentence(task), tiles.first(task), p.Tk, list);
+      write_scores(task, list, Range(n, 0, 1, 1), weights, scratch);
       normalise(task, list, n, weights);
-      write_context(task, list, n, weights, Part(p.D, 0, 1, 1), scratch);
+      write_context(task, list, n, weights, Range(p.D, 0, 1, 1), scratch);
     });
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  int32_t* lists = take<int32_t>(call, chunks.tasks * p.Tk);
-  int64_t* n = take<int64_t>(call, chunks.tasks);
-  T* weights = take<T>(call, chunks.tasks * weights_size);
-  for (int64_t task = 0; task < chunks.tasks; ++task)
-    n[task] = list_steps(p.attended, chunks.sentence(task), chunks.first(task), p.Tk, lists + task * p.Tk);
+  int32_t* lists = alloc<int32_t>(call, tiles.tasks * p.Tk);
+  int64_t* n = alloc<int64_t>(call, tiles.tasks);
+  T* weights = alloc<T>(call, tiles.tasks * weights_size);
+  for (int64_t task = 0; task < tiles.tasks; ++task)
+    n[task] = list_steps(p.attended, tiles.sentence(task), tiles.first(task), p.Tk, lists + task * p.Tk);
   const int64_t part_cost = cost / parts;
-  for_each_task(chunks.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
+  for_each_task(tiles.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
     const int64_t task = t / parts;
-    write_scores(task, lists + task * p.Tk, Part(n[task], t % parts, parts, kRowsAtOnce), weights + task * weights_size,
-                 scratch);
+    write_scores(task, lists + task * p.Tk, Range(n[task], t % parts, parts, kRowsAtOnce),
+                 weights + task * weights_size, scratch);
   });
-  for_each_task(chunks.tasks, chunks.size * p.Tk, [&](int64_t task, Scratch&) {
+  for_each_task(tiles.tasks, tiles.size * p.Tk, [&](int64_t task, Scratch&) {
     normalise(task, lists + task * p.Tk, n[task], weights + task * weights_size);
   });
-  for_each_task(chunks.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
+  for_each_task(tiles.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
     const int64_t task = t / parts;
     write_context(task, lists + task * p.Tk, n[task], weights + task * weights_size,
-                  Part(p.D, t % parts, parts, 4 * width<T>), scratch);
+                  Range(p.D, t % parts, parts, 4 * width<T>), scratch);
   });
 }
 
 // Gradients of the scores, compact: row (b, i) of dscores and weights (B, Tq, Tk) holds the attended steps of query i.
 // with_chunk(b, first, nq, list, n, dscores, scratch) runs on each chunk's rows while they are in cache.
-template <typename T, class WithChunk>
-auto scores_backward(const Problem& p, const Array3& alignments, const Array3& grad_context,
-                     const Array3& grad_alignments, T* weights, T* dscores, WithChunk with_chunk) {
-  const Chunks chunks(p.B, p.Tq, p.Tk, p.attended.per_query);
+template <typename T, class Normaliser = Softmax, class WithTile>
+auto scores_backward(const AttentionParams& p, const StridedView3& alignments, const StridedView3& grad_context,
+                     const StridedView3& grad_alignments, T* weights, T* dscores, WithTile with_tile) {
+  const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
   auto run = [=, &p](int64_t b, int64_t chunk, Scratch& scratch) {
-    const int64_t first = chunk * chunks.size;
-    const int64_t nq = smaller(chunks.size, p.Tq - first), at = (b * p.Tq + first) * p.Tk;
-    int32_t* list = take<int32_t>(scratch, p.Tk);
-    T* row = take<T>(scratch, p.Tk);
+    const int64_t first = chunk * tiles.size;
+    const int64_t nq = min(tiles.size, p.Tq - first), at = (b * p.Tq + first) * p.Tk;
+    int32_t* list = alloc<int32_t>(scratch, p.Tk);
+    T* row = alloc<T>(scratch, p.Tk);
     const int64_t n = list_steps(p.attended, b, first, p.Tk, list);
     T *w = weights + at, *ds = dscores + at;
     if (grad_context) {
@@ -347,36 +223,33 @@ auto scores_backward(const Problem& p, const Array3& alignments, const Array3& g
         all = read_row(grad_alignments, b, first + i, p.Tk, row);
         for (int64_t j = 0; j < n; ++j) di[j] += all[list[j]];
       }
-      // Softmax Jacobian: ds = w (d - sum w d).
-      const T delta =
-          sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(wi + j, n - j) * load_upto(di + j, n - j); });
-      for (int64_t j = 0; j < n; ++j) di[j] = wi[j] * (di[j] - delta);
+      Normaliser::gradient(wi, di, n);
     }
-    with_chunk(b, first, nq, list, n, ds, scratch);
+    with_tile(b, first, nq, list, n, ds, scratch);
   };
-  return Stage{chunks.per_sentence, chunks.size * p.Tk * p.D, run};
+  return Stage{tiles.per_sentence, tiles.size * p.Tk * p.D, run};
 }
 
 // out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,
 // Tk); zero for steps that none attends, and where there is no array. The gradient of values, and of the keys of a dot
 // product.
 template <typename T>
-auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int64_t columns, void* out) {
+auto weighted_steps(const AttentionParams& p, const T* weights, const StridedView3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;
-  const int64_t strip = per_query ? 4 * width<T> : larger(columns, 1);
-  const int64_t step_rows = per_query ? p.Tk : larger(1, smaller(kPanelRows, divide_up(p.B * p.Tk, thread_count())));
+  const int64_t strip = per_query ? 4 * width<T> : max(columns, 1);
+  const int64_t step_rows = per_query ? p.Tk : max(1, min(kPanelRows, divide_up(p.B * p.Tk, thread_count())));
   const int64_t row_tasks = divide_up(p.Tk, step_rows), strips = divide_up(columns, strip);
   auto run = [=, &p](int64_t b, int64_t task, Scratch& scratch) {
     const int64_t part = task / strips, c = task % strips * strip;
-    const int64_t nc = smaller(strip, columns - c);
+    const int64_t nc = min(strip, columns - c);
     if (!array) {
-      for (int64_t j = part * step_rows; j < smaller((part + 1) * step_rows, p.Tk); ++j)
+      for (int64_t j = part * step_rows; j < min((part + 1) * step_rows, p.Tk); ++j)
         fill_zero<T>(out, (b * p.Tk + j) * columns + c, nc, p.dtype);
       return;
     }
-    int32_t* list = take<int32_t>(scratch, p.Tk);
+    int32_t* list = alloc<int32_t>(scratch, p.Tk);
     if (per_query) {  // a step may be padding for one query and not for another: add up pair by pair
-      T* sums = take<T>(scratch, p.Tk * strip);
+      T* sums = alloc<T>(scratch, p.Tk * strip);
       memset(sums, 0, p.Tk * strip * sizeof(T));
       for (int64_t i = 0; i < p.Tq; ++i) {
         const int64_t n = list_steps(p.attended, b, i, p.Tk, list);
@@ -394,12 +267,12 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
       return;
     }
     // Steps [part * step_rows, ..) of the sentence: those in the list take the rows of weights they stand at there.
-    const int64_t begin = part * step_rows, end = smaller(begin + step_rows, p.Tk);
+    const int64_t begin = part * step_rows, end = min(begin + step_rows, p.Tk);
     int64_t at = 0, count = 0;
     if (p.attended.mask == nullptr) {  // no list of all steps for each part of them
-      const int64_t n = smaller(larger(p.attended.length(b, p.Tk), 0), p.Tk);
-      at = smaller(begin, n);
-      count = smaller(end, n) - at;
+      const int64_t n = min(max(p.attended.length(b, p.Tk), 0), p.Tk);
+      at = min(begin, n);
+      count = min(end, n) - at;
       for (int64_t j = at; j < at + count; ++j) list[j] = static_cast<int32_t>(j);
     } else {
       const int64_t n = list_steps(p.attended, b, 0, p.Tk, list);
@@ -421,34 +294,34 @@ auto weighted_steps(const Problem& p, const T* weights, const Array3& array, int
     auto in_out = [](int64_t row, int64_t) { return row; };
     const T* factors = weights + b * p.Tq * p.Tk + at;
     if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-      if (in_pairs(array) && kWorthPacking <= count && kMostCombined < p.Tq && p.Tq <= kMostPaired) {
-        BFloat16** rows = set_rows(take<BFloat16*>(scratch, count), static_cast<BFloat16*>(out), in_out);
+      if (is_bfloat16_rows(array) && kMinPackedRows <= count && kMaxShortSumRows < p.Tq && p.Tq <= kMaxPairedRows) {
+        BFloat16** rows = set_rows(alloc<BFloat16*>(scratch, count), static_cast<BFloat16*>(out), in_out);
         const StridedRows<BFloat16> y(array, b, 0);
-        return weighted_rows(rows, count, factors, 1, p.Tk, y, p.Tq, columns, false);
+        return gemm_nn(rows, count, factors, 1, p.Tk, y, p.Tq, columns, false);
       }
     }
     const bool direct = p.dtype == native<T>;
-    T** rows = take<T*>(scratch, larger(count, 1));
+    T** rows = alloc<T*>(scratch, max(count, 1));
     if (direct)
       set_rows(rows, static_cast<T*>(out), in_out);
     else
-      set_rows(rows, take<T>(scratch, larger(count, 1) * columns), [](int64_t, int64_t next) { return next; });
-    RowBlock<T> block(array, columns, smaller(p.Tq, kPanelRows), scratch);
-    if (p.Tq <= (columns >= kPanel<T> ? kMostCombined : kWorthPacking - 1)) {
+      set_rows(rows, alloc<T>(scratch, max(count, 1) * columns), [](int64_t, int64_t next) { return next; });
+    RowBlock<T> block(array, columns, min(p.Tq, kPanelRows), scratch);
+    if (p.Tq <= (columns >= kPanel<T> ? kMaxShortSumRows : kMinPackedRows - 1)) {
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
-      for (int64_t j = 0; j < count; ++j) combine_few(rows[j], factors + j, p.Tk, y, p.Tq, columns, stream);
+      for (int64_t j = 0; j < count; ++j) weighted_sum_short(rows[j], factors + j, p.Tk, y, p.Tq, columns, stream);
       if (stream) stream_end();
     } else {
       auto add_queries = [&](int64_t i, int64_t nq, const auto& y) {
-        weighted_rows(rows, count, factors + i * p.Tk, 1, p.Tk, y, nq, columns, i > 0);
+        gemm_nn(rows, count, factors + i * p.Tk, 1, p.Tk, y, nq, columns, i > 0);
       };
       int64_t i = 0;
       if constexpr (sizeof(T) == 4 && kPairs<BFloat16>)
-        for (; in_pairs(array) && i < p.Tq; i += kMostPaired)
-          add_queries(i, smaller(kMostPaired, p.Tq - i), StridedRows<BFloat16>(array, b, i));
+        for (; is_bfloat16_rows(array) && i < p.Tq; i += kMaxPairedRows)
+          add_queries(i, min(kMaxPairedRows, p.Tq - i), StridedRows<BFloat16>(array, b, i));
       for (; i < p.Tq; i += kPanelRows) {
-        const int64_t nq = smaller(kPanelRows, p.Tq - i);
+        const int64_t nq = min(kPanelRows, p.Tq - i);
         add_queries(i, nq, PointedRows<T>{block.read(b, i, nq)});
       }
     }

@@ -19,14 +19,15 @@ struct DotScore {
 
   Queries queries(int64_t, int64_t first, int64_t n, Scratch&) const { return {first, n}; }
 
-  void block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld, Scratch& scratch) const {
+  void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
+                   Scratch& scratch) const {
     dot_listed(op.query, q.first, q.n, op.keys, b, list, n, op.A, static_cast<T>(op.scale), out, ld, scratch);
   }
 };
 
 template <typename T>
 void dot_attention(const DotAttentionForward& op) {
-  const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
   attention_forward<T>(problem, op.context, op.alignments, DotScore<T>{op});
 }
 
@@ -34,16 +35,16 @@ template <typename T>
 void dot_attention_backward(const DotAttentionBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const Problem problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
-  T* weights = take<T>(call, op.B * op.Tq * op.Tk);
-  T* dscores = take<T>(call, op.B * op.Tq * op.Tk);
+  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
+  T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(
       problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
       [&](int64_t b, int64_t first, int64_t nq, const int32_t* list, int64_t n, T* ds, Scratch& scratch) {
         for (int64_t i = 0; i < nq; ++i)
           for (int64_t j = 0; j < n; ++j) ds[i * op.Tk + j] *= static_cast<T>(op.scale);
         if (op.dquery == nullptr) return;
-        weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Part(op.A, 0, 1, 1), op.dquery, problem.dtype,
+        weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Range(op.A, 0, 1, 1), op.dquery, problem.dtype,
                         b * op.Tq + first, op.A, scratch);
       });
   const bool query_only = op.dkeys == nullptr && op.dvalues == nullptr;  // one alone is null where it has no elements

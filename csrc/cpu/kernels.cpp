@@ -25,8 +25,8 @@ extern const Kernels kernels;
 
 namespace {
 
-Levels available_levels() {
-  Levels available{};
+SimdLevels available_levels() {
+  SimdLevels available{};
   auto add = [&](const char* name, const Kernels* kernels) { available.list[available.n++] = {name, kernels}; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -42,18 +42,18 @@ Levels available_levels() {
   return available;
 }
 
-const Level& find_level(const char* name, const char* asked_by) {
+const SimdLevel& find_level(const char* name, const char* asked_by) {
   std::string names;
   for (int i = 0; i < levels().n; ++i) {
-    const Level& candidate = levels().list[i];
+    const SimdLevel& candidate = levels().list[i];
     if (std::strcmp(candidate.name, name) == 0) return candidate;
     names += std::string(names.empty() ? "" : ", ") + candidate.name;
   }
   throw std::invalid_argument(std::string(asked_by) + " must be one of " + names + " on this CPU, got '" + name + "'");
 }
 
-const Level& first_choice() {
-  static const Level& chosen = []() -> const Level& {
+const SimdLevel& first_choice() {
+  static const SimdLevel& chosen = []() -> const SimdLevel& {
     const char* wanted = std::getenv("ATTN_KERNELS_SIMD");
     return wanted == nullptr || *wanted == '\0' ? levels().list[0] : find_level(wanted, "ATTN_KERNELS_SIMD");
   }();
@@ -61,22 +61,22 @@ const Level& first_choice() {
 }
 
 // Levels are constants, so that their address is all that threads have to agree on.
-std::atomic<const Level*>& in_use() {
-  static std::atomic<const Level*> pointer{&first_choice()};
+std::atomic<const SimdLevel*>& in_use() {
+  static std::atomic<const SimdLevel*> pointer{&first_choice()};
   return pointer;
 }
 
 }  // namespace
 
-const Levels& levels() {
-  static const Levels available = available_levels();
+const SimdLevels& levels() {
+  static const SimdLevels available = available_levels();
   return available;
 }
 
-const Level& level() { return *in_use().load(std::memory_order_relaxed); }
+const SimdLevel& level() { return *in_use().load(std::memory_order_relaxed); }
 
-const Level& use_level(const char* name) {
-  const Level& wanted = *name == '\0' ? first_choice() : find_level(name, "the SIMD level");
+const SimdLevel& use_level(const char* name) {
+  const SimdLevel& wanted = *name == '\0' ? first_choice() : find_level(name, "the SIMD level");
   return *in_use().exchange(&wanted, std::memory_order_relaxed);
 }
 

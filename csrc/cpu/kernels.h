@@ -5,25 +5,25 @@
 
 namespace attn {
 
-struct Level {
+struct SimdLevel {
   const char* name;
   const Kernels* kernels;
 };
 
 // The levels that this CPU can run, best first. No std:: container: level_*.cpp include this (see simd.h).
-struct Levels {
-  Level list[4];
+struct SimdLevels {
+  SimdLevel list[4];
   int n;
 };
-const Levels& levels();
+const SimdLevels& levels();
 
 // The level in use. It is chosen once, the best or the one that the environment variable ATTN_KERNELS_SIMD names, and
 // stays unless use_level() changes it. A call of an op asks once, and so computes on one level from end to end.
-const Level& level();
+const SimdLevel& level();
 
 // Makes every later call, on any thread, use the level of that name; "" is the first choice again. Returns the level
 // that was in use. Throws std::invalid_argument for a name that is none of levels(). For tests: all levels in one
 // process.
-const Level& use_level(const char* name);
+const SimdLevel& use_level(const char* name);
 
 }  // namespace attn

@@ -16,7 +16,7 @@ ATTN_INLINE Vec<T> sigmoid(Vec<T> x) {
 }
 
 template <typename T>
-ATTN_INLINE T* row_of(const Rows& rows, int64_t b) {
+ATTN_INLINE T* row_of(const RowsView& rows, int64_t b) {
   return static_cast<T*>(rows.data) + b * rows.stride;
 }
 

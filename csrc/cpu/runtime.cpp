@@ -64,7 +64,7 @@ struct Scratch::Block {
   int64_t start;
 };
 
-void* Scratch::take(int64_t bytes) {
+void* Scratch::alloc(int64_t bytes) {
   bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   if (blocks_ == nullptr || used_ - blocks_->start + bytes > blocks_->size) {
     int64_t size = blocks_ == nullptr && peak_ > kSmallestBlock ? peak_ : kSmallestBlock;

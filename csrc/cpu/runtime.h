@@ -16,7 +16,7 @@ int64_t last_cache_bytes();
 // Everything taken is valid until release() of the mark that was current when it was taken.
 class Scratch {
  public:
-  void* take(int64_t bytes);  // aligned to 64 bytes
+  void* alloc(int64_t bytes);  // aligned to 64 bytes
   int64_t mark() const { return used_; }
   void release(int64_t mark);
   ~Scratch();

@@ -5,18 +5,17 @@
 //   dquery = 4 v e^{2q} (sum of ds r^2 e^{2k})    dkeys = 4 v e^{2k} (sum of ds r^2 e^{2q})    dv = sum of ds r (E - 1)
 //
 // and dbias is the sum of dquery: eight instructions for a pair and unit, one of them a special function, and where one
-// instruction does two (two.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
+// instruction does two (f32x2.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
 // last place, however near to 0 or 1 tanh is. 1 - tanh^2 and 1 - 2 r would be off by as much of 1.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
 // that have the queries. No atomics: what crosses blocks is written apart and added in order.
+#include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "pair.cuh"
 #include "rows.cuh"
 #include "sum_parts.cuh"
-#include "two.cuh"
 
 namespace attn {
 namespace cuda {
@@ -27,7 +26,7 @@ constexpr int kLaneUnits = 2;  // of a lane
 constexpr int kBlockUnits = kLaneUnits * kWarp;
 // Of a block: so many have their sums in the shared memory of every GPU, 99 KB on the smaller ones.
 template <typename W>
-constexpr int kMostWarps = sizeof(W) == 4 ? 8 : 4;
+constexpr int kMaxWarps = sizeof(W) == 4 ? 8 : 4;
 
 // Steps of a turn of the loop with few queries, as registers allow.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -45,7 +44,7 @@ struct BackwardTile {
 template <typename W>
 struct Backward {
   AdditiveScores op;
-  Attended attended;
+  AttentionMask attended;
   BackwardTile tile;
   const W* dscores;  // (B, Tq, Tk) contiguous, 0 where not attended
   void* dquery;      // (parts_k, B, Tq, A) contiguous
@@ -99,7 +98,7 @@ ATTN_DEVICE void load_queries(const W* from, W* ds) {
 }
 
 template <typename W, int kQ>
-__global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) scores_backward_kernel(Backward<W> a) {
+__global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) scores_backward_kernel(Backward<W> a) {
   constexpr bool kFactored = sizeof(W) == 4;
   const AdditiveScores& op = a.op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       dq[i][n] = eq[i][n] = 0;
       if constexpr (kFactored) {
         const float x = mine()[(i * kLaneUnits + n) * kWarp];
-        const bool in_range = fabsf(x) <= kEachReach;
+        const bool in_range = fabsf(x) <= kMaxAbsBackward;
         outside |= in_range ? 0u : 1u << i;
         eq[i][n] = in_range ? exp2x(x) : 0.0f;
       }
@@ -161,18 +160,18 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
   for (int j0 = begin; j0 < end; j0 += s.rows) {
     // A chunk of the steps into shared memory.
     for (int row = warp; row < s.rows; row += warps) {
-      bool row_outside = false;
+      bool row_out_of_bounds = false;
 #pragma unroll
       for (int n = 0; n < kLaneUnits; ++n) {
         if constexpr (kFactored) {
           const float x = of_key(j0 + row, n);
-          const bool in_range = fabsf(x) <= kEachReach;
-          row_outside = row_outside || !in_range;
+          const bool in_range = fabsf(x) <= kMaxAbsBackward;
+          row_out_of_bounds = row_out_of_bounds || !in_range;
           s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? exp2x(x) : 0.0f;
         }
       }
-      row_outside = __any_sync(kAllLanes, row_outside);
-      if (lane == 0) s.outside[row] = row_outside;
+      row_out_of_bounds = __any_sync(kAllLanes, row_out_of_bounds);
+      if (lane == 0) s.outside[row] = row_out_of_bounds;
     }
     const int queries = a.tile.warps_q * kQ;
     for (int n = threadIdx.x; n < s.rows * queries; n += blockDim.x) {
@@ -195,27 +194,27 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
       factored = !__any_sync(kAllLanes, used);
     }
     if (factored) {
-      Two<W> chunk_t[kLaneUnits] = {};
+      F32x2<W> chunk_t[kLaneUnits] = {};
 #pragma unroll(kQ <= 8 ? kAtOnce : 1)
       for (int row = first; row < last; ++row) {
         W ds[kQ], k[kLaneUnits];
-        Two<W> dk[kLaneUnits] = {};  // of even and odd queries
+        F32x2<W> dk[kLaneUnits] = {};  // of even and odd queries
         load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
 #pragma unroll
         for (int i = 0; i < kQ; i += 2) {
-          constexpr Two<W> kOne{1, 1}, kMinusOne{-1, -1};
-          const Two<W> gradient{ds[i], ds[i + 1]};
+          constexpr F32x2<W> kOne{1, 1}, kMinusOne{-1, -1};
+          const F32x2<W> gradient{ds[i], ds[i + 1]};
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) {
-            const Two<W> e{eq[i][n], eq[i + 1][n]}, ek{k[n], k[n]};
-            const Two<W> d = multiply_add(e, ek, kOne);
-            Two<W> r = reciprocal(d);
+            const F32x2<W> e{eq[i][n], eq[i + 1][n]}, ek{k[n], k[n]};
+            const F32x2<W> d = multiply_add(e, ek, kOne);
+            F32x2<W> r = reciprocal(d);
             // Few queries: memory decides, and there is time for the last bit, which the instruction does not give.
-            if constexpr (kFactored && kQ < 8) r = multiply_add(r, multiply_add(Two<W>{-d.x, -d.y}, r, kOne), r);
-            const Two<W> once = gradient * r, twice = once * r;
-            const Two<W> sum = multiply_add(twice, ek, Two<W>{dq[i][n], dq[i + 1][n]});
+            if constexpr (kFactored && kQ < 8) r = multiply_add(r, multiply_add(F32x2<W>{-d.x, -d.y}, r, kOne), r);
+            const F32x2<W> once = gradient * r, twice = once * r;
+            const F32x2<W> sum = multiply_add(twice, ek, F32x2<W>{dq[i][n], dq[i + 1][n]});
             dq[i][n] = sum.x;
             dq[i + 1][n] = sum.y;
             dk[n] = multiply_add(twice, e, dk[n]);
@@ -317,12 +316,12 @@ __global__ void __launch_bounds__(kMostWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) 
 template <typename W>
 BackwardTile choose_tile(const AdditiveScores& op, int queries) {
   BackwardTile tile{};
-  tile.parts_q = ceil_div(op.Tq, int64_t(queries) * kMostWarps<W>);
+  tile.parts_q = ceil_div(op.Tq, int64_t(queries) * kMaxWarps<W>);
   tile.warps_q = static_cast<int>(ceil_div(ceil_div(op.Tq, tile.parts_q), queries));
   tile.queries = int64_t(tile.warps_q) * queries;
   tile.parts_q = ceil_div(op.Tq, tile.queries);
   const int64_t chunks = ceil_div(op.Tk, kSteps);
-  tile.warps_k = static_cast<int>(kMostWarps<W> / tile.warps_q < chunks ? kMostWarps<W> / tile.warps_q : chunks);
+  tile.warps_k = static_cast<int>(kMaxWarps<W> / tile.warps_q < chunks ? kMaxWarps<W> / tile.warps_q : chunks);
   if (tile.warps_k > 4) tile.warps_k = 4;
   const int64_t steps = int64_t(kSteps) * tile.warps_k;
   const int64_t blocks = op.B * ceil_div(op.A, kBlockUnits) * tile.parts_q;
@@ -334,8 +333,8 @@ BackwardTile choose_tile(const AdditiveScores& op, int queries) {
 }
 
 template <typename W, int kQ>
-void launch_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery, void* dkeys,
-                     void* dv, void* dbias) {
+void launch_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
+                     void* dkeys, void* dv, void* dbias) {
   const Dtype dtype = op.query.dtype, wide = sizeof(W) == 8 ? Dtype::float64 : Dtype::float32;
   Backward<W> a{};
   a.op = op;
@@ -360,8 +359,8 @@ void launch_backward(const AdditiveScores& op, const Attended& attended, const v
 
 }  // namespace
 
-void additive_scores_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery,
-                              void* dkeys, void* dv, void* dbias) {
+void additive_scores_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores,
+                              void* dquery, void* dkeys, void* dv, void* dbias) {
   if (op.A == 0) return;
   check_sizes(op);
   auto run = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };

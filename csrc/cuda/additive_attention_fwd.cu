@@ -7,50 +7,49 @@
 //
 // nine instructions for three hidden units, one of them a special function, where tanh costs about 17 and two for each.
 //
-// A block has the queries and steps of one tile. It is walked in chunks of units: the threads bring a chunk of the rows
+// A block has the queries and steps of one tile. It goes through chunks of units: the threads load a chunk of the rows
 // as exponentials into shared memory, unit by unit, and each thread sums up kQ x kK pairs in registers. Where there are
-// few tiles, further warps of the block take a share of the units each.
+// few tiles, further warps of the block take a part of the units each (unit_splits).
 //
-// The exponentials are made without knowing whether they are in range. Largest |q| and |k| are found on the way, and
-// pairs outside the limits make the block walk again with tanh itself. Limits as on the CPU (cpu/additive_attention_fwd.h).
+// The exponentials are computed before it is known whether they are in range: the largest |q| and |k| are found
+// meanwhile, and pairs outside the limits (../additive_math.h) make the block start again with tanh itself.
 #include <algorithm>
 
+#include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "pair.cuh"
 #include "rows.cuh"
-#include "shared_form.cuh"
 
 namespace attn {
 namespace cuda {
 namespace {
 
 constexpr int kStep = 6;            // units that a thread takes in one turn of its loop: twice three
-constexpr int kUnits = 12;          // of a chunk, in each share of the units
-constexpr int kQuads = kUnits / 4;  // what a thread brings at once
+constexpr int kUnits = 12;          // of a chunk, in each split of the units
+constexpr int kQuads = kUnits / 4;  // what a thread loads at once
 constexpr int kKnownItems = 3;      // quads of a thread whose place is kept in registers; large tiles have no more
 template <typename W>
-constexpr int kMostThreads = sizeof(W) == 4 ? 384 : 256;  // with the registers that they need
-constexpr int kMostShares = 12, kMostColumns = 192;
+constexpr int kMaxThreads = sizeof(W) == 4 ? 384 : 256;  // with the registers that they need
+constexpr int kMaxUnitSplits = 12, kMaxColumns = 192;
 
 struct ScoresTile {
   AdditiveScores op;
-  Attended attended;
+  AttentionMask attended;
   void* scores;  // (B, Tq, Tk) contiguous
   Dtype dtype;   // of scores
-  // A block has threads_q x threads_k threads for each of `shares` shares of the units, and what fills the last warp.
-  int threads_q, threads_k, shares;
+  // A block has threads_q x threads_k threads for each of unit_splits parts of the units, and what fills the last warp.
+  int threads_q, threads_k, unit_splits;
   int64_t tiles_q, tiles_k;  // blocks along queries and steps
-  int share_units;           // of a share, a multiple of kStep; of kUnits where there are several: rows come by fours
+  int split_units;           // of a split, a multiple of kStep; of kUnits where there are several: rows come by fours
 };
 
-// What the shared form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
+// What the factored form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
 struct Scale {
-  float unit;         // v / unit is at most 1
-  float least_reach;  // infinity where the shared form may not be used at all
+  float unit;       // v / unit is at most 1
+  float min_bound;  // infinity where the factored form may not be used at all
 };
 
-enum class Form { shared, plain };
+enum class Form { factored, exact };
 
 // The block's sum, or largest, of one value for each thread; the same for all. buffer: (threads / 32) floats.
 template <bool kLargest>
@@ -74,23 +73,23 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
   }
   top = of_block<true>(top, buffer);
   squares = of_block<false>(squares, buffer);
-  Scale scale{power_of_two_above(top), least_reach_of(squares, op.A)};
+  Scale scale{power_of_two_above(top), min_abs_bound(squares, op.A)};
   float dropped = 0;
   for (int64_t u = threadIdx.x; u < op.A; u += blockDim.x) {
     const float x = fabsf(element<float>(op.v.data, op.v.dtype, u * op.v.stride[2]));
-    dropped += x < scale.unit * kSmallestUnit ? x : 0.0f;
+    dropped += x < scale.unit * kMinRelativeV ? x : 0.0f;
   }
   dropped = of_block<false>(dropped, buffer);
   // Not for NaN or infinity; and what is dropped has to be below the rounding of the largest unit, all of it together.
-  if (!(top > 1e-30f && top < 1e30f && dropped <= scale.unit * kSmallestUnit)) scale.least_reach = INFINITY;
+  if (!(top > kMinAbsMaxV && top < kMaxAbsMaxV && dropped <= scale.unit * kMinRelativeV)) scale.min_bound = INFINITY;
   return scale;
 }
 
-// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and step
-// on; constants: [unit].
+// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and
+// step on; constants: [unit].
 template <int kQ, int kK, int kColumns>
-ATTN_DEVICE void add_shared(const float* eq, const float* ek, const float* constants, int units,
-                            float (&part)[kQ][kK]) {
+ATTN_DEVICE void add_factored(const float* eq, const float* ek, const float* constants, int units,
+                              float (&part)[kQ][kK]) {
 #pragma unroll 1
   for (int t = 0; t < units; t += kStep) {
 #pragma unroll
@@ -108,11 +107,11 @@ ATTN_DEVICE void add_shared(const float* eq, const float* ek, const float* const
       for (int j = 0; j < kK; ++j)
 #pragma unroll
         for (int i = 0; i < kQ; i += 2) {
-          Two<float> d[3];
+          F32x2<float> d[3];
 #pragma unroll
           for (int n = 0; n < 3; ++n)
-            d[n] = multiply_add({q[n][i], q[n][i + 1]}, {k[n][j], k[n][j]}, Two<float>{c[n], c[n]});
-          const Two<float> sum = add_three(d[0], d[1], d[2], Two<float>{part[i][j], part[i + 1][j]});
+            d[n] = multiply_add({q[n][i], q[n][i + 1]}, {k[n][j], k[n][j]}, F32x2<float>{c[n], c[n]});
+          const F32x2<float> sum = add_three(d[0], d[1], d[2], F32x2<float>{part[i][j], part[i + 1][j]});
           part[i][j] = sum.x;
           part[i + 1][j] = sum.y;
         }
@@ -126,7 +125,7 @@ ATTN_DEVICE void add_shared(const float* eq, const float* ek, const float* const
 // The same with tanh itself: q, with the bias, and k lie in place of the exponentials, v in place of the constants.
 // What an addition loses is carried to the next one: with a large v one unit may be much larger than the others.
 template <typename W, int kQ, int kK, int kColumns>
-ATTN_DEVICE void add_plain(const W* q, const W* k, const W* v, int units, W (&total)[kQ][kK], W (&lost)[kQ][kK]) {
+ATTN_DEVICE void add_exact(const W* q, const W* k, const W* v, int units, W (&total)[kQ][kK], W (&lost)[kQ][kK]) {
 #pragma unroll 1
   for (int t = 0; t < units; ++t) {
 #pragma unroll
@@ -137,34 +136,34 @@ ATTN_DEVICE void add_plain(const W* q, const W* k, const W* v, int units, W (&to
   }
 }
 
-// Shared memory of a block. The sums of the shares take its place at the end.
+// Shared memory of a block. The sums of the splits take its place at the end.
 template <typename W, int kColumns>
-struct Staged {
+struct SharedTile {
   int columns_q, columns_k, columns;  // rows of the tile: queries, steps, both
-  W* rows;                            // [share][unit][kColumns]: a constant, so that loads need no arithmetic
-  W *constants, *factors, *biases;    // [share][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}
-  W* halves;                          // [share]
-  W* slots;                           // [item][4], item = (share, quad, column): the next four units of a row
-  W* reach;                           // [item]: the largest of them so far, in magnitude
+  W* rows;                            // [split][unit][kColumns]: a constant, so that loads need no arithmetic
+  W *constants, *factors, *biases;    // [split][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}
+  W* halves;                          // [split]
+  W* staging;                         // [item][4], item = (split, quad, column): the next four units of a row
+  W* abs_max;                         // [item]: the largest of them so far, in magnitude
   float* buffer;                      // of of_block
 
-  ATTN_DEVICE Staged(int shares, int columns_q, int columns_k)
+  ATTN_DEVICE SharedTile(int unit_splits, int columns_q, int columns_k)
       : columns_q(columns_q), columns_k(columns_k), columns(columns_q + columns_k) {
     rows = reinterpret_cast<W*>(shared_memory());
-    constants = rows + shares * kUnits * kColumns;
-    factors = constants + shares * kUnits;
-    biases = factors + shares * kUnits;
-    slots = biases + shares * kUnits;
-    reach = slots + 4 * shares * kQuads * columns;
-    halves = reach + shares * kQuads * columns;
-    buffer = reinterpret_cast<float*>(halves + shares);
+    constants = rows + unit_splits * kUnits * kColumns;
+    factors = constants + unit_splits * kUnits;
+    biases = factors + unit_splits * kUnits;
+    staging = biases + unit_splits * kUnits;
+    abs_max = staging + 4 * unit_splits * kQuads * columns;
+    halves = abs_max + unit_splits * kQuads * columns;
+    buffer = reinterpret_cast<float*>(halves + unit_splits);
   }
 
-  static int64_t bytes(int shares, int columns_q, int columns_k) {
+  static int64_t bytes(int unit_splits, int columns_q, int columns_k) {
     const int columns = columns_q + columns_k;
-    const int64_t staged = int64_t(shares) * (kUnits * kColumns + 3 * kUnits + 5 * kQuads * columns + 1);
-    const int64_t summed = int64_t(shares) * columns_q * columns_k;
-    return (staged > summed ? staged : summed) * int64_t(sizeof(W)) + kMostThreads<W> / kWarp * int64_t(sizeof(float));
+    const int64_t staged = int64_t(unit_splits) * (kUnits * kColumns + 3 * kUnits + 5 * kQuads * columns + 1);
+    const int64_t summed = int64_t(unit_splits) * columns_q * columns_k;
+    return (staged > summed ? staged : summed) * int64_t(sizeof(W)) + kMaxThreads<W> / kWarp * int64_t(sizeof(float));
   }
 };
 
@@ -175,22 +174,22 @@ ATTN_DEVICE void load_4_staged(const W* from, W* x) {
   for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(from + i, x + i);
 }
 
-template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kInFours>
-ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, int q0, int k0, float unit,
-                      W (&total)[kQ][kK]) {
+template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kVectorized>
+ATTN_DEVICE void compute_tile(const ScoresTile& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0, float unit,
+                              W (&total)[kQ][kK]) {
   const AdditiveScores& op = a.op;
-  const int columns = s.columns, share = threadIdx.x / (a.threads_q * a.threads_k);
-  const bool works = share < a.shares;
+  const int columns = s.columns, split = threadIdx.x / (a.threads_q * a.threads_k);
+  const bool works = split < a.unit_splits;
   const int within = works ? threadIdx.x % (a.threads_q * a.threads_k) : 0;
-  const W* mine = s.rows + (works ? share : 0) * kUnits * kColumns;
-  const W* mine_v = s.constants + (works ? share : 0) * kUnits;
+  const W* mine = s.rows + (works ? split : 0) * kUnits * kColumns;
+  const W* mine_v = s.constants + (works ? split : 0) * kUnits;
   const int mine_q = within / a.threads_k * kQ, mine_k = s.columns_q + within % a.threads_k * kK;
 
   // An item is four units of a row. Consecutive threads have consecutive rows. The first items of a thread are known.
   struct Item {
-    short column, unit;  // unit of the chunk, counted over all shares
+    short column, unit;  // unit of the chunk, counted over all splits
   } known[kKnownItems];
-  const int items = a.shares * kQuads * columns;
+  const int items = a.unit_splits * kQuads * columns;
   auto item = [&](int index) {
     return Item{static_cast<short>(index % columns), static_cast<short>(index / columns * 4)};
   };
@@ -205,53 +204,54 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, 
     for (int index = threadIdx.x + kKnownItems * blockDim.x; index < items; index += blockDim.x)
       body(index, item(index));
   };
-  for_items([&](int index, Item) { s.reach[index] = 0; });
-  auto first_unit = [&](int of_share, int chunk) { return of_share * a.share_units + chunk * kUnits; };
-  // Of v and bias: 16 threads for each share, in whole warps.
-  const int v_share = threadIdx.x / 16, v_unit = threadIdx.x % 16;
+  for_items([&](int index, Item) { s.abs_max[index] = 0; });
+  auto first_unit = [&](int of_split, int chunk) { return of_split * a.split_units + chunk * kUnits; };
+  // Of v and bias: 16 threads for each split, in whole warps.
+  const int v_split = threadIdx.x / 16, v_unit = threadIdx.x % 16;
   W next_v = 0, next_bias = 0;
 
-  // From the rows to slots in shared memory, where it arrives while the threads compute; each thread has its own.
-  auto bring = [&](int chunk) {
+  // From the rows to the staging area in shared memory, while the threads compute; each thread reads back its own part.
+  auto load_chunk = [&](int chunk) {
     for_items([&](int index, Item of) {
       const bool is_query = of.column < s.columns_q;
       const int u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits;
       const int row = is_query ? q0 + of.column : k0 + of.column - s.columns_q;
       const bool exists = row < (is_query ? op.Tq : op.Tk);
-      const Array3& from = is_query ? op.query : op.keys;
-      fill_slot<W, kInFours>(from, b * from.stride[0] + row * from.stride[1], u, exists ? op.A : 0,
-                             s.slots + 4 * index);
+      const StridedView3& from = is_query ? op.query : op.keys;
+      fill_slot<W, kVectorized>(from, b * from.stride[0] + row * from.stride[1], u, exists ? op.A : 0,
+                                s.staging + 4 * index);
     });
-    const int u = first_unit(v_share, chunk) + v_unit;
-    const bool exists = v_share < a.shares && v_unit < a.share_units - chunk * kUnits && v_unit < kUnits && u < op.A;
+    const int u = first_unit(v_split, chunk) + v_unit;
+    const bool exists =
+        v_split < a.unit_splits && v_unit < a.split_units - chunk * kUnits && v_unit < kUnits && u < op.A;
     next_v = exists ? element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]) : W(0);
     const bool biased = exists && op.bias.data != nullptr;
     next_bias = biased ? element<W>(op.bias.data, op.bias.dtype, u * op.bias.stride[2]) : W(0);
   };
   auto stage_v = [&]() {
-    if (int(threadIdx.x) / kWarp * 2 >= a.shares) return;
+    if (int(threadIdx.x) / kWarp * 2 >= a.unit_splits) return;
     W constant = next_v, factor = 0, half = 0;
-    if constexpr (kForm == Form::shared) {
-      const bool kept = fabsf(next_v) >= unit * kSmallestUnit;
-      factor = kept ? unit * kUnitScale / next_v : 0.0f;
-      constant = kept ? factor : kDropped;
-      half = kept ? next_v / (2 * unit * kUnitScale) : 0.0f;
+    if constexpr (kForm == Form::factored) {
+      const bool kept = fabsf(next_v) >= unit * kMinRelativeV;
+      factor = kept ? unit * kDenominatorScale / next_v : 0.0f;
+      constant = kept ? factor : kDroppedDenominator;
+      half = kept ? next_v / (2 * unit * kDenominatorScale) : 0.0f;
 #pragma unroll
       for (int step = 8; step > 0; step /= 2) half += __shfl_xor_sync(kAllLanes, half, step);
     }
-    if (v_share >= a.shares || v_unit >= kUnits) return;
-    s.constants[v_share * kUnits + v_unit] = constant;
-    s.factors[v_share * kUnits + v_unit] = factor;
-    s.biases[v_share * kUnits + v_unit] = next_bias;
-    if (v_unit == 0) s.halves[v_share] = half;
+    if (v_split >= a.unit_splits || v_unit >= kUnits) return;
+    s.constants[v_split * kUnits + v_unit] = constant;
+    s.factors[v_split * kUnits + v_unit] = factor;
+    s.biases[v_split * kUnits + v_unit] = next_bias;
+    if (v_unit == 0) s.halves[v_split] = half;
   };
   auto stage = [&]() {
     wait_for_copies();
     for_items([&](int index, Item of) {
       const bool is_query = of.column < s.columns_q;
       W* to = s.rows + of.unit * kColumns + of.column;
-      W x[4], bias[4], factor[4], top = s.reach[index];
-      read_slot<W, kInFours>(s.slots + 4 * index, op.query.dtype, x);
+      W x[4], bias[4], factor[4], top = s.abs_max[index];
+      read_slot<W, kVectorized>(s.staging + 4 * index, op.query.dtype, x);
       if (is_query) {
         load_4_staged(s.biases + of.unit, bias);
         load_4_staged(s.factors + of.unit, factor);
@@ -259,34 +259,33 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (is_query) x[i] += bias[i];
-        if constexpr (kForm == Form::shared) {
+        if constexpr (kForm == Form::factored) {
           top = larger_magnitude(top, x[i]);
           x[i] = is_query ? factor[i] * quick_exp2x(x[i]) : quick_exp2x(x[i]);
         }
         to[i * kColumns] = x[i];
       }
-      s.reach[index] = top;
+      s.abs_max[index] = top;
     });
   };
 
-  // part: what has not been added to the total yet, so that sums stay as small as the scores: every second chunk, half
-  // of what the units give without the rest of tanh is taken off. Of the plain form: what was lost.
+  // part: sum over two chunks minus half their sum of v, which keeps it score-sized. Exact form: Kahan compensation.
   W part[kQ][kK], owed = 0;
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
 #pragma unroll
     for (int j = 0; j < kK; ++j) total[i][j] = part[i][j] = 0;
-  bring(0);
+  load_chunk(0);
   stage_v();
   __syncthreads();
-  const int chunks = (a.share_units + kUnits - 1) / kUnits;
+  const int chunks = (a.split_units + kUnits - 1) / kUnits;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     stage();
     __syncthreads();
-    if (chunk + 1 < chunks) bring(chunk + 1);
-    const int left = a.share_units - chunk * kUnits, units = left < kUnits ? left : kUnits;
-    if constexpr (kForm == Form::shared) {
-      owed += s.halves[works ? share : 0];
+    if (chunk + 1 < chunks) load_chunk(chunk + 1);
+    const int left = a.split_units - chunk * kUnits, units = left < kUnits ? left : kUnits;
+    if constexpr (kForm == Form::factored) {
+      owed += s.halves[works ? split : 0];
       if (chunk % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < kQ; ++i)
@@ -297,9 +296,9 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, 
           }
         owed = 0;
       }
-      add_shared<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
+      add_factored<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
     } else {
-      add_plain<W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, total, part);
+      add_exact<W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, total, part);
     }
     __syncthreads();
     if (chunk + 1 < chunks) {
@@ -307,22 +306,22 @@ ATTN_DEVICE void walk(const ScoresTile& a, const Staged<W, kColumns>& s, int b, 
       __syncthreads();
     }
   }
-  if constexpr (kForm == Form::shared) {
+  if constexpr (kForm == Form::factored) {
 #pragma unroll
     for (int i = 0; i < kQ; ++i)
 #pragma unroll
-      for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kUnitScale * (total[i][j] + (part[i][j] - owed));
+      for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kDenominatorScale * (total[i][j] + (part[i][j] - owed));
   }
   __syncthreads();
 }
 
-// Adds up the shares and writes the tile.
+// Adds up the splits and writes the tile.
 template <typename W, int kQ, int kK, int kColumns>
-ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, int b, int q0, int k0,
+ATTN_DEVICE void write_tile(const ScoresTile& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0,
                             const W (&total)[kQ][kK]) {
   const int pairs = s.columns_q * s.columns_k, threads = a.threads_q * a.threads_k;
-  W* sums = s.rows;  // [share][columns_q][columns_k]
-  if (static_cast<int>(threadIdx.x) < a.shares * threads) {
+  W* sums = s.rows;  // [split][columns_q][columns_k]
+  if (static_cast<int>(threadIdx.x) < a.unit_splits * threads) {
     const int within = threadIdx.x % threads, q = within / a.threads_k * kQ, k = within % a.threads_k * kK;
     W* to = sums + threadIdx.x / threads * pairs + q * s.columns_k + k;
 #pragma unroll
@@ -335,102 +334,105 @@ ATTN_DEVICE void write_tile(const ScoresTile& a, const Staged<W, kColumns>& s, i
     const int i = q0 + e / s.columns_k, j = k0 + e % s.columns_k;
     if (i >= a.op.Tq || j >= a.op.Tk) continue;
     W x = 0;
-    for (int n = 0; n < a.shares; ++n) x += sums[n * pairs + e];
+    for (int n = 0; n < a.unit_splits; ++n) x += sums[n * pairs + e];
     store_element(a.scores, a.dtype, (b * a.op.Tq + i) * a.op.Tk + j, x);
   }
 }
 
-// Whether a pair that is attended lies outside the limits of the shared form; the same for all threads.
+// Whether a pair that is attended lies outside the limits of the factored form; the same for all threads.
 template <int kColumns>
-ATTN_DEVICE bool out_of_reach(const ScoresTile& a, const Staged<float, kColumns>& s, int b, int q0, int k0, int length,
-                              float least_reach) {
+ATTN_DEVICE bool is_out_of_bounds(const ScoresTile& a, const SharedTile<float, kColumns>& s, int b, int q0, int k0,
+                                  int length, float min_bound) {
   for (int column = threadIdx.x; column < s.columns; column += blockDim.x) {
     float top = 0;
-    for (int n = 0; n < a.shares * kQuads; ++n) top = fmaxf(top, s.reach[n * s.columns + column]);
-    s.reach[column] = top;
+    for (int n = 0; n < a.unit_splits * kQuads; ++n) top = fmaxf(top, s.abs_max[n * s.columns + column]);
+    s.abs_max[column] = top;
   }
   __syncthreads();
   bool outside = false;
   for (int e = threadIdx.x; e < s.columns_q * s.columns_k; e += blockDim.x) {
     const int row = e / s.columns_k, column = e % s.columns_k;
-    const float reach = s.reach[row] + s.reach[s.columns_q + column];
-    if (!(reach >= least_reach && reach <= kThreeReach) && q0 + row < a.op.Tq && k0 + column < length)
+    const float abs_max = s.abs_max[row] + s.abs_max[s.columns_q + column];
+    if (!(abs_max >= min_bound && abs_max <= kMaxBoundThree) && q0 + row < a.op.Tq && k0 + column < length)
       outside = outside || mask_allows(a.attended, b, q0 + row, k0 + column);
   }
   return of_block<true>(outside ? 1.0f : 0.0f, s.buffer) != 0;
 }
 
 // Scores of a tile of queries and steps. Tiles beyond the length are left as they are.
-template <typename W, int kQ, int kK, int kColumns, bool kInFours>
-__global__ void __launch_bounds__(kMostThreads<W>, 1) many_queries_scores_kernel(ScoresTile a) {
+template <typename W, int kQ, int kK, int kColumns, bool kVectorized>
+__global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(ScoresTile a) {
   // Positions in 32 bits: dividing those of 64 is a call, and they would take too many registers.
   const int tiles_q = static_cast<int>(a.tiles_q), tiles_k = static_cast<int>(a.tiles_k), tile = blockIdx.x;
   const int b = tile / (tiles_q * tiles_k);
   const int q0 = tile / tiles_k % tiles_q * a.threads_q * kQ, k0 = tile % tiles_k * a.threads_k * kK;
   const int length = static_cast<int>(attended_steps(a.attended, b, a.op.Tk));
   if (k0 >= length) return;
-  const Staged<W, kColumns> s(a.shares, a.threads_q * kQ, a.threads_k * kK);
+  const SharedTile<W, kColumns> s(a.unit_splits, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
   if constexpr (sizeof(W) == 4) {
     const Scale scale = scale_of(a.op, s.buffer);
-    if (scale.least_reach <= kThreeReach) {
-      walk<W, kQ, kK, kColumns, Form::shared, kInFours>(a, s, b, q0, k0, scale.unit, total);
-      if (!out_of_reach(a, s, b, q0, k0, length, scale.least_reach)) return write_tile(a, s, b, q0, k0, total);
+    if (scale.min_bound <= kMaxBoundThree) {
+      compute_tile<W, kQ, kK, kColumns, Form::factored, kVectorized>(a, s, b, q0, k0, scale.unit, total);
+      if (!is_out_of_bounds(a, s, b, q0, k0, length, scale.min_bound)) return write_tile(a, s, b, q0, k0, total);
     }
   }
-  walk<W, kQ, kK, kColumns, Form::plain, kInFours>(a, s, b, q0, k0, W(1), total);
+  compute_tile<W, kQ, kK, kColumns, Form::exact, kVectorized>(a, s, b, q0, k0, W(1), total);
   write_tile(a, s, b, q0, k0, total);
 }
 
 // Whether the rows of a tile lie in half of the columns that a tile may have.
 template <int kQ, int kK>
 bool is_narrow(int64_t threads_q, int64_t threads_k) {
-  return threads_q * kQ + threads_k * kK <= kMostColumns / 2;
+  return threads_q * kQ + threads_k * kK <= kMaxColumns / 2;
 }
 
 // Shared memory of a block.
 template <typename W, int kQ, int kK>
-int64_t shared_bytes(int64_t shares, int64_t threads_q, int64_t threads_k) {
-  const int n = static_cast<int>(shares), q = static_cast<int>(threads_q) * kQ, k = static_cast<int>(threads_k) * kK;
-  return is_narrow<kQ, kK>(threads_q, threads_k) ? Staged<W, kMostColumns / 2>::bytes(n, q, k)
-                                                 : Staged<W, kMostColumns>::bytes(n, q, k);
+int64_t shared_bytes(int64_t unit_splits, int64_t threads_q, int64_t threads_k) {
+  const int n = static_cast<int>(unit_splits), q = static_cast<int>(threads_q) * kQ,
+            k = static_cast<int>(threads_k) * kK;
+  return is_narrow<kQ, kK>(threads_q, threads_k) ? SharedTile<W, kMaxColumns / 2>::bytes(n, q, k)
+                                                 : SharedTile<W, kMaxColumns>::bytes(n, q, k);
 }
 
-// How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from compiled
-// code: a pair and unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the cycles, four
-// at once. One share fits every device; more of them may not.
+// How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from
+// compiled code: a pair and unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the
+// cycles, four at once. One split fits every device; more of them may not.
 template <typename W, int kQ, int kK>
 ScoresTile choose_tile(const AdditiveScores& op, const Device& device) {
   const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);
   const double processors = device.multiprocessors;
   ScoresTile best{};
   double least = INFINITY;
-  // From the fewest blocks that the limits allow to some more: further ones only bring more of the rows.
-  const int64_t least_q = ceil_div(threads_q * kQ, kMostColumns - kK);
+  // From the fewest blocks that the limits allow to some more: further ones only load_chunk more of the rows.
+  const int64_t least_q = ceil_div(threads_q * kQ, kMaxColumns - kK);
   for (int64_t tiles_q = least_q; tiles_q <= threads_q && tiles_q < least_q + 8; ++tiles_q) {
     const int64_t tq = ceil_div(threads_q, tiles_q);
     if (tiles_q != ceil_div(threads_q, tq)) continue;  // another one with the same threads
-    const int64_t least_k = ceil_div(threads_k, std::min(kMostThreads<W> / tq, (kMostColumns - tq * kQ) / kK));
+    const int64_t least_k = ceil_div(threads_k, std::min(kMaxThreads<W> / tq, (kMaxColumns - tq * kQ) / kK));
     for (int64_t tiles_k = least_k; tiles_k <= threads_k && tiles_k < least_k + 12; ++tiles_k) {
       const int64_t tk = ceil_div(threads_k, tiles_k), threads = tq * tk, columns = tq * kQ + tk * kK;
       if (tiles_k != ceil_div(threads_k, tk)) continue;
-      for (int64_t shares = 1; shares * threads <= kMostThreads<W> && shares <= kMostShares; ++shares) {
-        const int64_t units = round_up(ceil_div(op.A, shares), shares > 1 ? kUnits : kStep);
-        if (shares > ceil_div(op.A, units) || (shares > 1 && threads < 16)) break;  // 16 of them bring v
-        if (shared_bytes<W, kQ, kK>(shares, tq, tk) > device.shared_bytes) break;
-        const double warps = double(ceil_div(shares * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
-        const double slots = double(units) * (3.2 * kQ * kK * warps + 15.0 * double(shares * columns) / kWarp) + 4e3;
-        const double at_once = std::fmin(std::floor(kMostThreads<W> / kWarp / warps), std::ceil(blocks / processors));
+      for (int64_t unit_splits = 1; unit_splits * threads <= kMaxThreads<W> && unit_splits <= kMaxUnitSplits;
+           ++unit_splits) {
+        const int64_t units = round_up(ceil_div(op.A, unit_splits), unit_splits > 1 ? kUnits : kStep);
+        if (unit_splits > ceil_div(op.A, units) || (unit_splits > 1 && threads < 16)) break;  // 16 of them load v
+        if (shared_bytes<W, kQ, kK>(unit_splits, tq, tk) > device.shared_bytes) break;
+        const double warps = double(ceil_div(unit_splits * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
+        const double slots =
+            double(units) * (3.2 * kQ * kK * warps + 15.0 * double(unit_splits * columns) / kWarp) + 4e3;
+        const double at_once = std::fmin(std::floor(kMaxThreads<W> / kWarp / warps), std::ceil(blocks / processors));
         const double rate = std::fmin(4.0, 0.5 * warps * at_once);
         const double time = std::ceil(blocks / (at_once * processors)) * at_once * slots / rate;
         if (time >= least) continue;
         least = time;
         best.threads_q = static_cast<int>(tq);
         best.threads_k = static_cast<int>(tk);
-        best.shares = static_cast<int>(shares);
+        best.unit_splits = static_cast<int>(unit_splits);
         best.tiles_q = tiles_q;
         best.tiles_k = tiles_k;
-        best.share_units = static_cast<int>(units);
+        best.split_units = static_cast<int>(units);
       }
     }
   }
@@ -440,30 +442,30 @@ ScoresTile choose_tile(const AdditiveScores& op, const Device& device) {
 template <typename W, int kQ, int kK, int kColumns>
 void launch_tile(const ScoresTile& tile) {
   const Grid grid{tile.op.B * tile.tiles_q * tile.tiles_k,
-                  static_cast<int>(round_up(tile.shares * tile.threads_q * tile.threads_k, kWarp)),
-                  shared_bytes<W, kQ, kK>(tile.shares, tile.threads_q, tile.threads_k)};
-  const bool in_fours = in_fours_of(tile.op.query, tile.op.A) && in_fours_of(tile.op.keys, tile.op.A);
-  launch(in_fours ? many_queries_scores_kernel<W, kQ, kK, kColumns, true>
-                  : many_queries_scores_kernel<W, kQ, kK, kColumns, false>,
+                  static_cast<int>(round_up(tile.unit_splits * tile.threads_q * tile.threads_k, kWarp)),
+                  shared_bytes<W, kQ, kK>(tile.unit_splits, tile.threads_q, tile.threads_k)};
+  const bool vectorized = is_vectorized(tile.op.query, tile.op.A) && is_vectorized(tile.op.keys, tile.op.A);
+  launch(vectorized ? many_queries_scores_kernel<W, kQ, kK, kColumns, true>
+                    : many_queries_scores_kernel<W, kQ, kK, kColumns, false>,
          grid, tile);
 }
 
 template <typename W, int kQ, int kK>
-void launch_scores(const AdditiveScores& op, const Attended& attended, void* scores, Dtype dtype) {
+void launch_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, Dtype dtype) {
   ScoresTile tile = choose_tile<W, kQ, kK>(op, current_device());
   tile.op = op;
   tile.attended = attended;
   tile.scores = scores;
   tile.dtype = dtype;
   if (is_narrow<kQ, kK>(tile.threads_q, tile.threads_k))
-    launch_tile<W, kQ, kK, kMostColumns / 2>(tile);
+    launch_tile<W, kQ, kK, kMaxColumns / 2>(tile);
   else
-    launch_tile<W, kQ, kK, kMostColumns>(tile);
+    launch_tile<W, kQ, kK, kMaxColumns>(tile);
 }
 
 }  // namespace
 
-void additive_scores(const AdditiveScores& op, const Attended& attended, void* scores, bool narrow) {
+void additive_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, bool narrow) {
   const Dtype dtype = narrow || op.query.dtype == Dtype::float64 ? op.query.dtype : Dtype::float32;
   check_sizes(op);
   if (op.A == 0) return clear(scores, op.B * op.Tq * op.Tk * item_size(dtype));

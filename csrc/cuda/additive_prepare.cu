@@ -1,8 +1,8 @@
 // Keys prepared once for the steps of a decoder: e^{2k}, and the largest |k| of each step. Layout: PreparedSizes in
 // additive_attention.h.
+#include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "pair.cuh"
 #include "rows.cuh"
 
 namespace attn {

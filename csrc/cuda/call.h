@@ -12,7 +12,7 @@ namespace attn {
 
 using torch::stable::Tensor;
 
-class Call {
+class CallContext {
  public:
 #if defined(ATTN_EMULATED)
   static constexpr bool kOnHost = true;
@@ -22,14 +22,14 @@ class Call {
   static int32_t device_type();
   static int32_t device_index(const Tensor& like);
 
-  explicit Call(const Tensor& like);
-  ~Call();
-  Call(const Call&) = delete;
+  explicit CallContext(const Tensor& like);
+  ~CallContext();
+  CallContext(const CallContext&) = delete;
   const Kernels& kernels() const;
 
   // Memory that is freed with the call; what runs on its stream before may still use it then.
   void* scratch(int64_t bytes);
-  static Call& current();
+  static CallContext& current();
 
   const int32_t device;
 
@@ -37,7 +37,7 @@ class Call {
 #if !defined(ATTN_EMULATED)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
-  Call* const outer_;
+  CallContext* const outer_;
   std::vector<Tensor> scratch_;
 };
 

@@ -1,387 +1,23 @@
-// Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once.
-//
-// A block has a sentence, or a part of its steps, and all queries: scores of its steps (decode_scores.cuh), softmax
-// within the part, context of the part. Parts are put together by their largest scores and sums, in a fixed order: by
-// the blocks of a cluster, which read each other's shared memory, or by whichever block of the sentence comes last.
-#include "arrays.cuh"
+// Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once: the
+// kernel, what it is launched with, and how the steps of a sentence are split over blocks (decode_block.cuh).
+#include "additive_score.cuh"
 #include "decode.h"
-#include "decode_scores.cuh"
+#include "decode_block.cuh"
+#include "dot_score.cuh"
 
 namespace attn {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kMostClustered = 16;  // blocks of a cluster
-
-// threadIdx.x, read anew, so that nothing made of it is kept in registers over the inner loops.
-ATTN_DEVICE int this_thread() {
-#if defined(__CUDA_ARCH__)
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-#else
-  return threadIdx.x;
-#endif
-}
-
-// One block: see above.
 template <class F, int NQ>
-struct Block {
-  using T = typename F::T;
-  using W = Wide<T>;
-  static constexpr int kEach = kPer16Bytes<T>;
-
-  const FewQueries& p;
-  int b, rank, length;
-  Steps steps;
-
-  // What is known from the start lies in shared memory: registers are for the inner loops.
-  ATTN_DEVICE explicit Block(const FewQueries& p) : p(p), steps{p, 0, 0} {
-    if (threadIdx.x == 0) {
-      b = blockIdx.x / p.splits;
-      rank = blockIdx.x % p.splits;
-      length = static_cast<int>(attended_steps(p.attended, b, p.Tk));
-      const int part = (length + p.splits - 1) / p.splits, first = rank * part < length ? rank * part : length;
-      int* place = this->place();
-      place[0] = b, place[1] = rank, place[2] = length;
-      place[3] = first, place[4] = place[5] = part < length - first ? part : length - first;
-      place[7] = p.splits == 1 || p.cluster ? p.splits : 0;
-      place[8] = (1 << p.Tq) - 1;
-    }
-    sync(4);
-  }
-
-  // A barrier, after which everything known from the start is read anew.
-  ATTN_DEVICE void sync() { sync(5); }
-
-  ATTN_DEVICE void sync(int count) {
-    __syncthreads();
-    const int* place = this->place();
-    b = place[0], rank = place[1], length = place[2];
-    steps.first = place[3], steps.n = place[count];
-  }
-
-  ATTN_DEVICE int* place() const { return reinterpret_cast<int*>(shared_memory() + p.shared.place); }
-  ATTN_DEVICE W* contexts() const { return reinterpret_cast<W*>(shared_memory()); }  // (NQ, columns.n)
-  ATTN_DEVICE W* weights() const { return reinterpret_cast<W*>(shared_memory() + p.shared.weights); }
-  ATTN_DEVICE W* stats() const { return reinterpret_cast<W*>(shared_memory() + p.shared.stats); }
-  ATTN_DEVICE W* factors() const { return reinterpret_cast<W*>(shared_memory() + p.shared.factors); }
-  ATTN_DEVICE int* list() const { return reinterpret_cast<int*>(shared_memory() + p.shared.list); }
-  ATTN_DEVICE unsigned char* attending() const {
-    return reinterpret_cast<unsigned char*>(shared_memory() + p.shared.attends);
-  }
-  // Whether a step of the block may be attended by some queries only.
-  ATTN_DEVICE bool mixed() const { return NQ > 1 && p.attended.mask != nullptr && p.attended.per_query; }
-  ATTN_DEVICE bool attends(int q, int i) const { return !mixed() || (attending()[i] >> q & 1); }
-  ATTN_DEVICE T* alignment(int q, int64_t j) const {
-    return static_cast<T*>(p.alignments) + (static_cast<int64_t>(b) * p.Tq + q) * p.Tk + j;
-  }
-
-  ATTN_DEVICE void run() {
-    fetch_values();
-    if (p.attended.mask != nullptr) list_attended();
-    Scorer<F, NQ>{p, b, steps}.run();
-    sync();
-    softmax();
-    sync();
-    int pass = 0;
-    do {
-      sum_values(first_column(pass));
-      sync();
-      if (place()[7] > 0)
-        combine_shared(first_column(pass));
-      else
-        write_partial(first_column(pass));
-      sync();
-    } while (first_column(++pass) < p.D);
-    if (p.splits > 1 && !p.cluster) combine_last();
-  }
-
-  ATTN_DEVICE int64_t first_column(int pass) const { return static_cast<int64_t>(pass) * p.columns.n; }
-
-  // Values come from memory while scores are computed, as far as they are not too many to be kept till then.
-  ATTN_DEVICE void fetch_values() const {
-    if constexpr (F::kVector) {
-      constexpr int kLine = 128 / sizeof(T);
-      const int lines = static_cast<int>((p.D + kLine - 1) / kLine);
-      int64_t most = int64_t(steps.n) * lines;
-      if (most > 512) most = 512;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < most; i += kThreads)
-        prefetch(row_of<T>(p.values, b, steps.first + i / lines) + i % lines * kLine);
-    }
-  }
-
-  // The steps that some query attends, in order, with a bit for each query. Zeros as the alignments of the others.
-  ATTN_DEVICE void list_attended() {
-    const int lane = threadIdx.x % kWarp;
-    if (threadIdx.x < kWarp) {
-      int n = 0;
-      unsigned all = 0;
-#pragma unroll 1
-      for (int first = 0; first < steps.n; first += kWarp) {
-        const int j = first + lane;
-        unsigned bits = 0;
-        if (j < steps.n) {
-#pragma unroll 1
-          for (int q = 0; q < p.Tq; ++q) bits |= unsigned(mask_allows(p.attended, b, q, steps.first + j)) << q;
-        }
-        const unsigned some = __ballot_sync(kAllLanes, bits != 0);
-        all |= bits;
-        if (bits != 0) {
-          int at = n;
-          for (unsigned below = some & ((1u << lane) - 1); below != 0; below &= below - 1) ++at;
-          list()[at] = j;
-          attending()[at] = static_cast<unsigned char>(bits);
-        }
-        for (unsigned rest = some; rest != 0; rest &= rest - 1) ++n;
-      }
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) all |= __shfl_xor_sync(kAllLanes, all, step);
-      if (lane == 0) place()[5] = n, place()[8] = static_cast<int>(all);
-    }
-    if (p.alignments != nullptr && (p.splits == 1 || p.cluster))
-#pragma unroll 1
-      for (int q = 0; q < p.Tq; ++q)
-#pragma unroll 1
-        for (int j = threadIdx.x; j < steps.n; j += kThreads) *alignment(q, steps.first + j) = narrow<T>(W(0));
-    sync();
-  }
-
-  // weights: from scores to e^(score - largest), 0 where not attended. A warp for each query.
-  ATTN_DEVICE void softmax() const {
-    const int q = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (q >= NQ) return;
-    W* weight = weights() + q;
-    if (q >= p.Tq) {
-#pragma unroll 1
-      for (int i = lane; i < steps.n; i += kWarp) weight[i * NQ] = 0;
-      return;
-    }
-    W largest = -W(INFINITY), sum = 0;
-#pragma unroll 1
-    for (int i = lane; i < steps.n; i += kWarp)
-      if (attends(q, i)) largest = larger(largest, weight[i * NQ]);
-    largest = warp_largest(largest);
-#pragma unroll 1
-    for (int i = lane; i < steps.n; i += kWarp) {
-      if (p.scores != nullptr)
-        static_cast<W*>(p.scores)[(static_cast<int64_t>(b) * p.Tq + q) * p.Tk + steps[i]] = weight[i * NQ];
-      const W x = attends(q, i) ? weight_of(weight[i * NQ], largest) : W(0);
-      weight[i * NQ] = x;
-      sum += x;
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      stats()[q] = largest;
-      stats()[NQ + q] = sum;
-      if (p.splits > 1 && !p.cluster) {
-        W* to = static_cast<W*>(p.stats) + static_cast<int64_t>(blockIdx.x) * 2 * p.Tq + q;
-        to[0] = largest;
-        to[p.Tq] = sum;
-      }
-    }
-  }
-
-  // contexts = weights @ values of the part, columns d .. d + columns.n.
-  ATTN_DEVICE void sum_values(int64_t d) const {
-    const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
-    const int groups = kWarps / p.columns.warps, group = warp / p.columns.warps;
-    const int first = warp % p.columns.warps * kWarp * kEach;
-    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n);
-    W sums[NQ * kEach] = {};
-    if (group < groups) {
-      if (mixed())
-        sum_rows<true>(sums, d, first, n, group, groups);
-      else
-        sum_rows<false>(sums, d, first, n, group, groups);
-    }
-#pragma unroll 1
-    for (int g = 0; g < groups; ++g) {
-      if (group == g) {
-#pragma unroll
-        for (int q = 0; q < NQ; ++q) {
-          W* to = contexts() + q * p.columns.n + first;
-#pragma unroll
-          for (int j = 0; j < kEach; j += 4) {
-            if constexpr (F::kVector) {
-              add_four(sums + q * kEach + j, to + lane * kEach + j, g > 0);
-            } else {
-#pragma unroll
-              for (int i = j; i < j + 4 && i < kEach; ++i) {
-                W* sum = to + i * kWarp + lane;
-                *sum = g > 0 ? *sum + sums[q * kEach + i] : sums[q * kEach + i];
-              }
-            }
-          }
-        }
-      }
-      __syncthreads();
-    }
-  }
-
-  ATTN_DEVICE void load_weights(int i, W* weight) const {
-#pragma unroll
-    for (int q = 0; q < NQ; q += 4)
-      if constexpr (sizeof(W) == 4 && NQ % 4 == 0)
-        load_four(weights() + i * NQ + q, weight + q);
-      else
-        for (int r = q; r < q + 4 && r < NQ; ++r) weight[r] = weights()[i * NQ + r];
-  }
-
-  // weights @ values of the steps of a group of warps, for the columns of this lane.
-  template <bool kMixed>
-  ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
-    // Steps on their way at a time, as far as registers go.
-    constexpr int kMost = NQ * kEach >= 32 ? 4 : 8;
-    constexpr int kRows = kMixed || (NQ == 8 && !F::kVector) ? 1 : NQ * kEach == 64 || !F::kVector ? 2 : kMost;
-    const Rows<F, T> rows(p.values, b, steps.first, d);
-#pragma unroll 1
-    for (int i = group; i < steps.n; i += groups * kRows) {
-      uint4 raw[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int at = i + r * groups;
-        raw[r] = rows.load(steps.offset(at < steps.n ? at : i), first, at < steps.n ? n : 0);
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int at = i + r * groups < steps.n ? i + r * groups : i;
-        const unsigned bits = kMixed ? attending()[at] : 0;
-        W x[kEach], weight[NQ];
-        widen_16_bytes<T>(raw[r], x);
-        load_weights(at, weight);
-#pragma unroll
-        for (int q = 0; q < NQ; ++q) {
-          const bool selected = !kMixed || (bits >> q & 1);
-#pragma unroll
-          for (int j = 0; j < kEach; ++j) sums[q * kEach + j] += weight[q] * (selected ? x[j] : W(0));
-        }
-      }
-    }
-  }
-
-  // SoftmaxPart of query q over all blocks: what the lanes of a warp make of those that part(r) gives.
-  template <class Part>
-  ATTN_DEVICE SoftmaxPart<W> whole(const Part& part) const {
-    SoftmaxPart<W> all{-W(INFINITY), 0};
-#pragma unroll 1
-    for (int r = threadIdx.x % kWarp; r < p.splits; r += kWarp) all = merge(all, part(r));
-#pragma unroll 1
-    for (int step = kWarp / 2; step > 0; step /= 2)
-      all = merge(all, SoftmaxPart<W>{__shfl_xor_sync(kAllLanes, all.largest, step),
-                                      __shfl_xor_sync(kAllLanes, all.sum, step)});
-    return all;
-  }
-
-  // From the shared memory of the cluster's blocks, or of this one.
-  ATTN_DEVICE W load_of(const W* address, int r) const {
-    if constexpr (sizeof(W) == 4)
-      if (p.cluster) return load_of_rank(address, r);
-    return *address;
-  }
-
-  // Columns d .. d + columns.n of the context, and with the first of them the alignments. Blocks share the p.columns.
-  ATTN_DEVICE void combine_shared(int64_t d) const {
-    const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
-    if (p.cluster) cluster_sync();
-    if (d == 0) {
-      if (warp < p.Tq) {
-        auto part = [&](int r) { return SoftmaxPart<W>{load_of(stats() + warp, r), load_of(stats() + NQ + warp, r)}; };
-        const SoftmaxPart<W> all = whole(part);
-        if (lane < p.splits) factors()[lane * NQ + warp] = share(part(lane).largest, all.largest) * normaliser(all);
-      }
-      __syncthreads();
-      if (p.alignments != nullptr) write_alignments();
-    }
-    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n), splits = place()[7];
-    for (int i = (warp * splits + rank) * kWarp + lane; i < p.Tq * n; i += splits * kThreads) {
-      const int q = i / n, c = i % n;
-      W sum = 0;
-#pragma unroll 4
-      for (int r = 0; r < splits; ++r) sum += factors()[r * NQ + q] * load_of(contexts() + q * p.columns.n + c, r);
-      static_cast<T*>(p.context)[(static_cast<int64_t>(b) * p.Tq + q) * p.D + d + c] = narrow<T>(sum);
-    }
-    if (p.cluster) cluster_sync();  // until now others read this block's contexts
-  }
-
-  // Of the steps of this block, and of its share of those beyond the length.
-  ATTN_DEVICE void write_alignments() const {
-#pragma unroll 1
-    for (int q = 0; q < p.Tq; ++q) {
-      const W factor = factors()[rank * NQ + q];
-#pragma unroll 1
-      for (int i = threadIdx.x; i < steps.n; i += kThreads)
-        *alignment(q, steps[i]) = narrow<T>(attends(q, i) ? weights()[i * NQ + q] * factor : W(0));
-#pragma unroll 1
-      for (int j = length + rank * kThreads + threadIdx.x; j < p.Tk; j += p.splits * kThreads)
-        *alignment(q, j) = narrow<T>(W(0));
-    }
-  }
-
-  ATTN_DEVICE void write_partial(int64_t d) const {
-    const int n = static_cast<int>(p.D - d < p.columns.n ? p.D - d : p.columns.n);
-#pragma unroll 1
-    for (int q = 0; q < p.Tq; ++q) {
-      W* to = static_cast<W*>(p.partial) + (static_cast<int64_t>(blockIdx.x) * p.Tq + q) * p.D + d;
-#pragma unroll 1
-      for (int c = threadIdx.x; c < n; c += kThreads) to[c] = contexts()[q * p.columns.n + c];
-    }
-  }
-
-  // If this is the last block of its sentence: context and alignments of all blocks.
-  ATTN_DEVICE void combine_last() const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) place()[6] = atomicAdd(p.finished + b, 1u) == static_cast<unsigned>(p.splits - 1);
-    __syncthreads();
-    if (!place()[6]) return;
-    __threadfence();
-    const W* stats = static_cast<const W*>(p.stats) + static_cast<int64_t>(b) * p.splits * 2 * p.Tq;
-    W *largest = factors(), *normalisers = factors() + NQ;
-    if (warp < p.Tq) {
-      const SoftmaxPart<W> all =
-          whole([&](int r) { return SoftmaxPart<W>{stats[r * 2 * p.Tq + warp], stats[(r * 2 + 1) * p.Tq + warp]}; });
-      if (lane == 0) largest[warp] = all.largest, normalisers[warp] = normaliser(all);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int q = 0; q < p.Tq; ++q) {
-      const int64_t row = static_cast<int64_t>(b) * p.Tq + q;
-      const W* partial = static_cast<const W*>(p.partial) + (static_cast<int64_t>(b) * p.splits * p.Tq + q) * p.D;
-#pragma unroll 1
-      for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
-        W sum = 0;
-#pragma unroll 8
-        for (int r = 0; r < p.splits; ++r)
-          sum += share(stats[r * 2 * p.Tq + q], largest[q]) * partial[static_cast<int64_t>(r) * p.Tq * p.D + d];
-        static_cast<T*>(p.context)[row * p.D + d] = narrow<T>(sum * normalisers[q]);
-      }
-      if (p.alignments == nullptr) continue;
-#pragma unroll 1
-      for (int j = threadIdx.x; j < p.Tk; j += kThreads) {
-        W x = 0;
-        if (j < length && mask_allows(p.attended, b, q, j))
-          x = exp_of(static_cast<const W*>(p.scores)[row * p.Tk + j] - largest[q]) * normalisers[q];
-        *alignment(q, j) = narrow<T>(x);
-      }
-    }
-  }
-};
-
-template <class F, int NQ>
-__global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(FewQueries p) {
+__global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(DecodeParams p) {
   Block<F, NQ>(p).run();
 }
 
-// The host's side ------------------------------------------------------------------------------------------------------
-
 constexpr int kCapacity = 1024;  // steps of a block, for shared memory; half of it in float64
-constexpr int kLeastSteps = 8;   // of a block, below which a further split is not worth it
+constexpr int kMinSteps = 8;     // of a block, below which a further split is not worth it
 
-bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
+bool has_vectorized_rows(const StridedView3& a, int64_t n, int64_t item) {
   const int64_t each = 16 / item;
   return reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0 && a.stride[0] % each == 0 && a.stride[1] % each == 0 &&
          (a.stride[2] == 1 || n <= 1) && n % each == 0 && std::abs(a.stride[1]) < (int64_t(1) << 31) / item;
@@ -389,8 +25,8 @@ bool rows_by_16_bytes(const Array3& a, int64_t n, int64_t item) {
 
 template <typename T>
 Columns columns_of(int64_t D) {
-  constexpr int kEach = kWarp * kPer16Bytes<T>, kMost = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
-  const int warps = D >= kMost * kEach ? kMost : D <= kEach ? 1 : static_cast<int>(ceil_div(D, kEach));
+  constexpr int kEach = kWarp * kPer16Bytes<T>, kMax = 1024 / kEach < kWarps ? 1024 / kEach : kWarps;
+  const int warps = D >= kMax * kEach ? kMax : D <= kEach ? 1 : static_cast<int>(ceil_div(D, kEach));
   return {warps, warps * kEach};
 }
 
@@ -405,22 +41,22 @@ Shared shared_of(int64_t beginning, int64_t capacity) {
   take(&s.weights, beginning);
   take(&s.weights, capacity * NQ * sizeof(W));
   take(&s.stats, 2 * NQ * sizeof(W));
-  take(&s.factors, kMostClustered * NQ * sizeof(W));
+  take(&s.factors, kMaxClusterBlocks * NQ * sizeof(W));
   take(&s.guards, 2 * kWarps * sizeof(float));
-  take(&s.place, 9 * sizeof(int));
+  take(&s.state, sizeof(BlockState));
   take(&s.list, capacity * sizeof(int));
   take(&s.attends, capacity);
-  take(&s.left, capacity);
+  take(&s.needs_exact, capacity);
   take(&s.bytes, 0);
   return s;
 }
 
 template <class F, int NQ>
-void run(FewQueries p, int64_t B) {
+void run(DecodeParams p, int64_t B) {
   using T = typename F::T;
   using W = Wide<T>;
   p.columns = columns_of<T>(p.D);
-  const int64_t contexts = NQ * p.columns.n * sizeof(W), staged = Scorer<F, NQ>::bytes(p.A);
+  const int64_t contexts = NQ * p.columns.n * sizeof(W), staged = ScoreTile<F, NQ>::bytes(p.A);
   p.shared = shared_of<W, NQ>(contexts > staged ? contexts : staged, ceil_div(p.Tk, p.splits));
   if (p.splits > 1 && !p.cluster) {
     p.stats = scratch<W>(B * p.splits * 2 * p.Tq);
@@ -434,32 +70,32 @@ void run(FewQueries p, int64_t B) {
 }
 
 template <class F>
-void run_queries(const FewQueries& p, int64_t B) {
+void run_queries(const DecodeParams& p, int64_t B) {
   if (p.Tq == 1) return run<F, 1>(p, B);
-  if constexpr (F::kVector) {
+  if constexpr (F::kVectorized) {
     if (p.Tq <= 2) return run<F, 2>(p, B);
     if (p.Tq <= 4) return run<F, 4>(p, B);
   }
   run<F, 8>(p, B);
 }
 
-// Prepared keys are for the fast way only: the raw ones always do.
-template <bool kAdditive, typename T>
-void run_form(FewQueries p, int64_t B) {
+// Prepared keys are for the fast form only: the raw ones always do.
+template <class Score, typename T>
+void run_form(DecodeParams p, int64_t B) {
   if constexpr (sizeof(T) <= 4) {
-    if (rows_by_16_bytes(p.values, p.D, sizeof(T))) {
+    if (has_vectorized_rows(p.values, p.D, sizeof(T))) {
       using Prepared = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
-      if constexpr (kAdditive)
-        if (p.prepared.data != nullptr && rows_by_16_bytes(p.prepared, 0, sizeof(Prepared)))
-          return run_queries<Form<true, T, Prepared, true, true>>(p, B);
-      if (rows_by_16_bytes(p.keys, p.A, sizeof(T))) return run_queries<Form<kAdditive, T, T, false, true>>(p, B);
+      if constexpr (Score::kGuarded)
+        if (p.prepared.data != nullptr && has_vectorized_rows(p.prepared, 0, sizeof(Prepared)))
+          return run_queries<Form<Score, T, Prepared, true, true>>(p, B);
+      if (has_vectorized_rows(p.keys, p.A, sizeof(T))) return run_queries<Form<Score, T, T, false, true>>(p, B);
     }
   }
-  run_queries<Form<kAdditive, T, T, false, false>>(p, B);
+  run_queries<Form<Score, T, T, false, false>>(p, B);
 }
 
-template <bool kAdditive, class Op>
-void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
+template <class Score, class Op>
+void run_dtype(const Op& op, const Splits& splits, DecodeParams p) {
   if (op.B == 0 || op.Tq == 0) return;
   if (op.Tk > (int64_t(1) << 30)) throw std::runtime_error("attn_kernels: memory has more than 2^30 steps");
   p.Tq = static_cast<int>(op.Tq), p.Tk = static_cast<int>(op.Tk), p.A = op.A, p.D = op.D;
@@ -469,13 +105,13 @@ void run_dtype(const Op& op, const Splits& splits, FewQueries p) {
   p.splits = static_cast<int>(splits.n), p.cluster = splits.cluster && splits.n > 1;
   switch (op.query.dtype) {
     case Dtype::float32:
-      return run_form<kAdditive, float>(p, op.B);
+      return run_form<Score, float>(p, op.B);
     case Dtype::float64:
-      return run_form<kAdditive, double>(p, op.B);
+      return run_form<Score, double>(p, op.B);
     case Dtype::bfloat16:
-      return run_form<kAdditive, BFloat16>(p, op.B);
+      return run_form<Score, BFloat16>(p, op.B);
     case Dtype::float16:
-      return run_form<kAdditive, Float16>(p, op.B);
+      return run_form<Score, Float16>(p, op.B);
   }
 }
 
@@ -491,35 +127,35 @@ Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
   if (device.capability >= 90 && dtype != Dtype::float64) {
     // Clusters of more than 8 blocks are only for the large chips.
     const int64_t most = device.capability < 110 ? 16 : 8;
-    constexpr int64_t kMostSteps = 96;
+    constexpr int64_t kMaxSteps = 96;
     int64_t n = 1;
-    while (n < most && (n < least || (2 * n <= wanted && Tk >= 2 * n * kLeastSteps))) n *= 2;
-    if (n >= least && (2 * n > wanted || ceil_div(Tk, n) <= kMostSteps)) return {n, n > 1};
+    while (n < most && (n < least || (2 * n <= wanted && Tk >= 2 * n * kMinSteps))) n *= 2;
+    if (n >= least && (2 * n > wanted || ceil_div(Tk, n) <= kMaxSteps)) return {n, n > 1};
   }
   // The last block reads a context from each of the others: with more of them than about this, that takes longest.
   int64_t most = 1;
   while (most * most < 2 * Tk) ++most;
-  return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kLeastSteps)))), false};
+  return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kMinSteps)))), false};
 }
 
-void few_queries_attention(const AdditiveAttentionForward& op, const Splits& splits) {
-  FewQueries p = {};
+void decode_attention(const AdditiveAttentionForward& op, const Splits& splits) {
+  DecodeParams p = {};
   p.v = op.v, p.bias = op.bias, p.prepared = op.prepared;
-  run_dtype<true>(op, splits, p);
+  run_dtype<AdditiveScore>(op, splits, p);
 }
 
-void few_queries_attention(const DotAttentionForward& op, const Splits& splits) {
-  FewQueries p = {};
+void decode_attention(const DotAttentionForward& op, const Splits& splits) {
+  DecodeParams p = {};
   p.scale = op.scale;
-  run_dtype<false>(op, splits, p);
+  run_dtype<DotScore>(op, splits, p);
 }
 
-void few_queries_attention(const AdditiveAttentionForward& op) {
-  few_queries_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+void decode_attention(const AdditiveAttentionForward& op) {
+  decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
-void few_queries_attention(const DotAttentionForward& op) {
-  few_queries_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+void decode_attention(const DotAttentionForward& op) {
+  decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
 }  // namespace cuda

@@ -16,8 +16,8 @@ struct Splits {
 
 Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype);
 
-void few_queries_attention(const AdditiveAttentionForward& op, const Splits& splits);
-void few_queries_attention(const DotAttentionForward& op, const Splits& splits);
+void decode_attention(const AdditiveAttentionForward& op, const Splits& splits);
+void decode_attention(const DotAttentionForward& op, const Splits& splits);
 
 }  // namespace cuda
 }  // namespace attn

@@ -64,8 +64,8 @@ void* scores_scratch(int64_t B, int64_t Tq, int64_t Tk, Dtype dtype) {
 }
 
 // scores (B, Tq, Tk) as an array of W
-Array3 wide_array(const void* scores, int64_t Tq, int64_t Tk, Dtype dtype) {
-  Array3 a;
+StridedView3 wide_array(const void* scores, int64_t Tq, int64_t Tk, Dtype dtype) {
+  StridedView3 a;
   a.data = scores;
   a.dtype = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
   a.stride[0] = Tq * Tk;
@@ -75,14 +75,14 @@ Array3 wide_array(const void* scores, int64_t Tq, int64_t Tk, Dtype dtype) {
 }
 
 template <typename W>
-__global__ void __launch_bounds__(256) widen_kernel(Array3 from, W* to, int64_t Tq, int64_t Tk, int64_t n) {
+__global__ void __launch_bounds__(256) widen_kernel(StridedView3 from, W* to, int64_t Tq, int64_t Tk, int64_t n) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const int64_t b = i / (Tq * Tk), q = i / Tk % Tq, k = i % Tk;
   to[i] = element<W>(from.data, from.dtype, b * from.stride[0] + q * from.stride[1] + k * from.stride[2]);
 }
 
-void scores_forward(const AdditiveScoresForward& op) { additive_scores(op, Attended{}, op.scores, true); }
+void scores_forward(const AdditiveScoresForward& op) { additive_scores(op, AttentionMask{}, op.scores, true); }
 
 void scores_backward(const AdditiveScoresBackward& op) {
   void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
@@ -92,11 +92,11 @@ void scores_backward(const AdditiveScoresBackward& op) {
     launch(widen_kernel<double>, grid, op.grad_scores, static_cast<double*>(dscores), op.Tq, op.Tk, n);
   else
     launch(widen_kernel<float>, grid, op.grad_scores, static_cast<float*>(dscores), op.Tq, op.Tk, n);
-  additive_scores_backward(op, Attended{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
+  additive_scores_backward(op, AttentionMask{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
 }
 
 void additive_forward(const AdditiveAttentionForward& op) {
-  if (op.Tq <= kFewQueries && op.Tk > 0) return few_queries_attention(op);
+  if (op.Tq <= kMaxDecodeQueries && op.Tk > 0) return decode_attention(op);
   void* scores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   if (op.Tk > 0) additive_scores(op, op.attended, scores, false);
   attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
@@ -119,7 +119,7 @@ void additive_backward(const AdditiveAttentionBackward& op) {
 }
 
 void dot_forward(const DotAttentionForward& op) {
-  if (op.Tq <= kFewQueries && op.Tk > 0) return few_queries_attention(op);
+  if (op.Tq <= kMaxDecodeQueries && op.Tk > 0) return decode_attention(op);
   void* scores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   product({op.B, op.Tq, op.Tk, op.A, op.query, op.keys, op.scale, op.attended, scores});
   attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
@@ -129,7 +129,7 @@ void dot_backward(const DotAttentionBackward& op) {
   void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   softmax_backward(
       {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
-  const Array3 weights = wide_array(dscores, op.Tq, op.Tk, op.query.dtype);
+  const StridedView3 weights = wide_array(dscores, op.Tq, op.Tk, op.query.dtype);
   if (op.dquery != nullptr)
     weighted_sum({op.B, op.Tq, op.Tk, op.A, weights, op.keys, op.scale, op.attended, false, op.dquery});
   if (op.dkeys != nullptr)

@@ -10,29 +10,29 @@ namespace cuda {
 // decode.cu: few queries, all of an attention in one launch --------------------------------------------------------------
 
 // Up to here an attention is one launch that reads keys and values once for all queries of a sentence.
-constexpr int64_t kFewQueries = 8;
+constexpr int64_t kMaxDecodeQueries = 8;
 
-void few_queries_attention(const AdditiveAttentionForward& op);  // op.Tq <= kFewQueries, op.Tk > 0
-void few_queries_attention(const DotAttentionForward& op);
+void decode_attention(const AdditiveAttentionForward& op);  // op.Tq <= kMaxDecodeQueries, op.Tk > 0
+void decode_attention(const DotAttentionForward& op);
 
 // additive_attention_fwd.cu, additive_attention_bwd.cu -------------------------------------------------------------------
 
 // scores: (B, Tq, Tk) contiguous, of W, or of the dtype of query with `narrow`. All pairs are computed.
-void additive_scores(const AdditiveScores& op, const Attended& attended, void* scores, bool narrow);
+void additive_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, bool narrow);
 
 // dscores: (B, Tq, Tk) contiguous, of W, 0 where not attended. dquery, dv and dbias may be null, or dkeys.
-void additive_scores_backward(const AdditiveScores& op, const Attended& attended, const void* dscores, void* dquery,
-                              void* dkeys, void* dv, void* dbias);
+void additive_scores_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores,
+                              void* dquery, void* dkeys, void* dv, void* dbias);
 
 void additive_prepare(const AdditivePrepare& op);
 
-// attend.cu: what additive and dot attention with many queries share, and their gradients ---------------------------------
+// softmax.cu: what additive and dot attention with many queries share, and their gradients ---------------------------------
 
 struct Attend {
   int64_t B, Tq, Tk, D;
-  const void* scores;  // (B, Tq, Tk) contiguous, of W; anything where not attended
-  Array3 values;       // (B, Tk, D)
-  Attended attended;
+  const void* scores;   // (B, Tq, Tk) contiguous, of W; anything where not attended
+  StridedView3 values;  // (B, Tk, D)
+  AttentionMask attended;
   void* context;     // (B, Tq, D) contiguous, dtype of values
   void* alignments;  // (B, Tq, Tk) contiguous, dtype of values, or null
 };
@@ -40,11 +40,11 @@ void attend(const Attend& op);  // alignments = softmax of the attended scores, 
 
 struct SoftmaxBackward {
   int64_t B, Tq, Tk, D;
-  Array3 alignments;       // (B, Tq, Tk), what the forward returned
-  Array3 grad_context;     // (B, Tq, D) or absent
-  Array3 grad_alignments;  // (B, Tq, Tk) or absent
-  Array3 values;           // (B, Tk, D)
-  Attended attended;
+  StridedView3 alignments;       // (B, Tq, Tk), what the forward returned
+  StridedView3 grad_context;     // (B, Tq, D) or absent
+  StridedView3 grad_alignments;  // (B, Tq, Tk) or absent
+  StridedView3 values;           // (B, Tk, D)
+  AttentionMask attended;
   void* dscores;  // (B, Tq, Tk) contiguous, of W; 0 where not attended
 };
 void softmax_backward(const SoftmaxBackward& op);
@@ -52,9 +52,9 @@ void softmax_backward(const SoftmaxBackward& op);
 // out[b, i, j] = scale * query[b, i] . keys[b, j], (B, Tq, Tk) contiguous, of W; anything where not attended.
 struct Product {
   int64_t B, Tq, Tk, A;
-  Array3 query, keys;
+  StridedView3 query, keys;
   double scale;
-  Attended attended;
+  AttentionMask attended;
   void* out;
 };
 void product(const Product& op);
@@ -62,12 +62,12 @@ void product(const Product& op);
 // out = scale * weights @ rows over the attended pairs; what is not attended adds nothing, whatever it holds.
 struct WeightedSum {
   int64_t B, Tq, Tk, N;
-  Array3 weights;  // (B, Tq, Tk), of W or of the dtype of rows
-  Array3 rows;     // (B, Tk, N), or (B, Tq, N) where of_steps
+  StridedView3 weights;  // (B, Tq, Tk), of W or of the dtype of rows
+  StridedView3 rows;     // (B, Tk, N), or (B, Tq, N) where transposed
   double scale;
-  Attended attended;
-  bool of_steps;  // whether out is (B, Tk, N), the sum over queries, or (B, Tq, N), the sum over steps
-  void* out;      // contiguous, dtype of rows
+  AttentionMask attended;
+  bool transposed;  // whether out is (B, Tk, N), the sum over queries, or (B, Tq, N), the sum over steps
+  void* out;        // contiguous, dtype of rows
 };
 void weighted_sum(const WeightedSum& op);
 

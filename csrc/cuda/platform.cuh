@@ -143,7 +143,8 @@ ATTN_DEVICE void widen_16_bytes(const uint4& raw, Wide<T>* x) {
   }
 }
 
-// What lies at an address, as one V, which its alignment divides. Hardware stops at other addresses; so does the emulator.
+// What lies at an address, as one V, which its alignment divides. Hardware stops at other addresses; so does the
+// emulator.
 template <typename V>
 ATTN_DEVICE const V& vector_at(const void* address) {
 #if defined(ATTN_EMULATED)
@@ -164,7 +165,8 @@ ATTN_DEVICE void load_16_bytes(const T* from, Wide<T>* x) {
 
 // Instructions ---------------------------------------------------------------------------------------------------------
 
-// 1 / x to one unit in the last place, 0 for subnormal results. The division of the language takes several times as long.
+// 1 / x to one unit in the last place, 0 for subnormal results. The division of the language takes several times as
+// long.
 ATTN_HOST_DEVICE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float r;
@@ -246,8 +248,8 @@ ATTN_DEVICE void prefetch(const void* address) {
 #endif
 }
 
-// Copies 16 or 8 bytes from global to shared memory while the thread goes on. What a thread has copied in this way it may
-// read after wait_for_copies(), others after a barrier besides.
+// Copies 16 or 8 bytes from global to shared memory while the thread goes on. What a thread has copied in this way it
+// may read after wait_for_copies(), others after a barrier besides.
 ATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
 #if defined(__CUDA_ARCH__)
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));

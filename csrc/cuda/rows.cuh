@@ -2,7 +2,7 @@
 // once for many pairs, so that one kernel serves float32, bfloat16 and float16.
 #pragma once
 
-#include "arrays.cuh"
+#include "views.cuh"
 
 namespace attn {
 namespace cuda {
@@ -34,24 +34,24 @@ ATTN_DEVICE void store_element(void* data, Dtype dtype, int64_t i, W x) {
 
 // Positions within a row of scores are 32 bits in the kernels; offsets are 64.
 inline void check_sizes(const AdditiveScores& op) {
-  constexpr int64_t kMost = 0x7fffffff - 4096;
-  if (op.Tq > kMost || op.Tk > kMost || op.A > kMost)
+  constexpr int64_t kMax = 0x7fffffff - 4096;
+  if (op.Tq > kMax || op.Tk > kMax || op.A > kMax)
     throw std::runtime_error("attn_kernels: more than 2^31 queries, steps or units");
 }
 
 // Whether four units may be read at once: rows are whole fours that lie side by side and aligned.
-inline bool in_fours_of(const Array3& a, int64_t n) {
+inline bool is_vectorized(const StridedView3& a, int64_t n) {
   const uintptr_t bytes = static_cast<uintptr_t>(4 * item_size(a.dtype));
   return n % 4 == 0 && a.stride[2] == 1 && a.stride[0] % 4 == 0 && a.stride[1] % 4 == 0 &&
          reinterpret_cast<uintptr_t>(a.data) % bytes == 0;
 }
 
-// slot = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond. The slot, of
-// this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
+// slot = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond. The slot,
+// of this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
 // stored, and are what read_slot widens after wait_for_copies().
-template <typename W, bool kInFours>
-ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n, W* slot) {
-  if constexpr (kInFours && sizeof(W) == 4) {
+template <typename W, bool kVectorized>
+ATTN_DEVICE void fill_slot(const StridedView3& a, int64_t offset, int64_t u, int64_t n, W* slot) {
+  if constexpr (kVectorized && sizeof(W) == 4) {
     const int item = a.dtype == Dtype::float32 ? 4 : 2;
     if (u < n)
       copy_async(slot, static_cast<const char*>(a.data) + (offset + u) * item, 4 * item);
@@ -64,9 +64,9 @@ ATTN_DEVICE void fill_slot(const Array3& a, int64_t offset, int64_t u, int64_t n
   }
 }
 
-template <typename W, bool kInFours>
+template <typename W, bool kVectorized>
 ATTN_DEVICE void read_slot(const W* slot, Dtype dtype, W* x) {
-  if (kInFours && sizeof(W) == 4 && dtype != Dtype::float32) {
+  if (kVectorized && sizeof(W) == 4 && dtype != Dtype::float32) {
     uint4 raw = vector_at<uint4>(slot);
     const unsigned words[2] = {raw.x, raw.y};
 #pragma unroll

@@ -11,7 +11,7 @@
 
 namespace attn {
 namespace {
-thread_local Call* innermost = nullptr;
+thread_local CallContext* innermost = nullptr;
 }  // namespace
 
 namespace cuda {
@@ -20,7 +20,7 @@ extern const Kernels kernels;
 void* current_stream();
 void* scratch_bytes(int64_t bytes);
 
-void* scratch_bytes(int64_t bytes) { return Call::current().scratch(bytes); }
+void* scratch_bytes(int64_t bytes) { return CallContext::current().scratch(bytes); }
 
 #if defined(ATTN_EMULATED)
 void* current_stream() { return nullptr; }
@@ -36,7 +36,7 @@ void* current_stream() {
   }();
   if (function == nullptr) throw std::runtime_error("attn_kernels: this PyTorch has no CUDA streams");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(function(Call::current().device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(CallContext::current().device, &stream));
   return stream;
 }
 #endif
@@ -44,24 +44,26 @@ void* current_stream() {
 }  // namespace cuda
 
 #if defined(ATTN_EMULATED)
-int32_t Call::device_type() { return aoti_torch_device_type_cpu(); }
-int32_t Call::device_index(const Tensor&) { return 0; }
-Call::Call(const Tensor&) : device(0), outer_(innermost) { innermost = this; }
+int32_t CallContext::device_type() { return aoti_torch_device_type_cpu(); }
+int32_t CallContext::device_index(const Tensor&) { return 0; }
+CallContext::CallContext(const Tensor&) : device(0), outer_(innermost) { innermost = this; }
 #else
-int32_t Call::device_type() { return aoti_torch_device_type_cuda(); }
-int32_t Call::device_index(const Tensor& like) { return like.get_device_index(); }
-Call::Call(const Tensor& like) : device(device_index(like)), guard_(device), outer_(innermost) { innermost = this; }
+int32_t CallContext::device_type() { return aoti_torch_device_type_cuda(); }
+int32_t CallContext::device_index(const Tensor& like) { return like.get_device_index(); }
+CallContext::CallContext(const Tensor& like) : device(device_index(like)), guard_(device), outer_(innermost) {
+  innermost = this;
+}
 #endif
 
-Call::~Call() { innermost = outer_; }
-const Kernels& Call::kernels() const { return cuda::kernels; }
+CallContext::~CallContext() { innermost = outer_; }
+const Kernels& CallContext::kernels() const { return cuda::kernels; }
 
-Call& Call::current() {
+CallContext& CallContext::current() {
   if (innermost == nullptr) throw std::logic_error("attn_kernels: a kernel was launched outside of a call");
   return *innermost;
 }
 
-void* Call::scratch(int64_t bytes) {
+void* CallContext::scratch(int64_t bytes) {
   AtenTensorHandle handle = nullptr;
   const int64_t size[] = {bytes}, stride[] = {1};
   if (aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_uint8(), device_type(), device, &handle) != 0)

@@ -1,6 +1,6 @@
-// csrc/cuda/decode.cu and pair.cuh without a GPU: the kernels run in the emulator and are compared with loops over single
-// elements in double. Link it with decode.cu, both compiled by any C++ compiler with ATTN_EMULATED. One line for each
-// group of cases; exits with 1 at the first mismatch.
+// csrc/cuda/decode.cu, additive_math.cuh and softmax.cuh without a GPU: the kernels run in the emulator and are compared
+// with loops over single elements in double. Link it with decode.cu, both compiled by any C++ compiler with
+// ATTN_EMULATED. One line for each group of cases; exits with 1 at the first mismatch.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,8 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "cuda/additive_math.cuh"
 #include "cuda/decode.h"
-#include "cuda/pair.cuh"
+#include "cuda/softmax.cuh"
 
 namespace attn {
 namespace cuda {
@@ -57,7 +58,7 @@ void with_dtype(Dtype dtype, const F& f) {
 struct Data {
   Dtype dtype;
   std::int64_t n0, n1, n2;
-  Array3 array;
+  StridedView3 array;
   std::vector<double> x;
   std::vector<std::uint64_t> memory;
 
@@ -218,8 +219,8 @@ struct Inputs {
     return !c.mask || mask[(b * c.Tq + (c.mask == 2 ? i : 0)) * c.Tk + j];
   }
 
-  Attended attended() const {
-    Attended a;
+  AttentionMask attended() const {
+    AttentionMask a;
     if (c.lengths % 64 == 32) a.lengths = lengths32.data(), a.lengths_stride = 1;
     if (c.lengths && c.lengths % 64 == 0) a.lengths = lengths.data(), a.lengths_are_64 = true, a.lengths_stride = 1;
     if (c.mask) {
@@ -325,13 +326,13 @@ void check(const Inputs& in, bool additive, const Expected& expected, const Spli
     if (c.bias) op.bias = in.bias.array;
     if (c.prepared && c.A > 0) op.prepared = in.prepared.array;
     op.attended = in.attended(), op.context = to[0], op.alignments = to[1];
-    splits.n > 0 ? few_queries_attention(op, splits) : few_queries_attention(op);
+    splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
   } else {
     DotAttentionForward op{};
     op.B = c.B, op.Tq = c.Tq, op.Tk = c.Tk, op.A = c.A, op.D = c.D, op.scale = kScale;
     op.query = in.query.array, op.keys = in.keys.array, op.values = in.values.array;
     op.attended = in.attended(), op.context = to[0], op.alignments = to[1];
-    splits.n > 0 ? few_queries_attention(op, splits) : few_queries_attention(op);
+    splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
   }
   attn::cuda::blocks.clear();
   if (before[0] != in.query.memory || before[1] != in.keys.memory || before[2] != in.values.memory)
@@ -370,7 +371,7 @@ void report(const char* group) {
 void require(bool right, const char* what, double at, double error) {
   ++checks;
   if (right) return;
-  std::printf("pair.cuh: %s at %g: error %g\n", what, at, error);
+  std::printf("additive_math.cuh: %s at %g: error %g\n", what, at, error);
   std::exit(1);
 }
 
@@ -403,23 +404,29 @@ void check_pairs() {
     require(most < 5e-7 + 2 * 0x1p-23, "add_two_units, at most", size, most);
     require(std::sqrt(squares / n) < 6e-8 + 0x1p-23 / 2, "add_two_units, on average", size, std::sqrt(squares / n));
   }
-  for (float k : {-kSharedReach, kSharedReach}) {  // nothing overflows or vanishes at the edge
-    const float e = exp2x(k), sum = add_two_units(0, 1, kLargestV, kLargestV, e, 1, kLargestV, kLargestV, e);
-    require(std::fabs(sum - std::copysign(2 * kLargestV, k)) < 1e-3, "add_two_units at the edge", k, sum);
+  for (float k : {-kMaxBoundTwo, kMaxBoundTwo}) {  // nothing overflows or vanishes at the edge
+    const float e = exp2x(k), sum = add_two_units(0, 1, kMaxAbsVTwo, kMaxAbsVTwo, e, 1, kMaxAbsVTwo, kMaxAbsVTwo, e);
+    require(std::fabs(sum - std::copysign(2 * kMaxAbsVTwo, k)) < 1e-3, "add_two_units at the edge", k, sum);
   }
-  using Part = SoftmaxPart<float>;
+  using Normaliser = Softmax<float>;
+  using Part = Normaliser::Part;
   const Part empty{-INFINITY, 0}, two{1, 2}, more{3, 0.5f}, hopeless{-INFINITY, 3}, lost{NAN, NAN};
   const double sum = 0.5 + 2 * std::exp(-2.0);
-  require(std::fabs(merge(two, more).sum - sum) < 1e-6 && merge(two, more).largest == 3, "merge", 0, 0);
-  require(merge(empty, two).sum == 2 && merge(two, empty).largest == 1, "merge with nothing", 0, 0);
-  require(merge(hopeless, two).sum == 2 && merge(hopeless, two).largest == 1, "merge with -inf", 0, 0);
-  require(normaliser(merge(empty, empty)) == 0, "normaliser of nothing", 0, 0);
-  require(std::isnan(normaliser(merge(empty, hopeless))), "normaliser of -inf", 0, 0);
+  require(std::fabs(Normaliser::merge(two, more).sum - sum) < 1e-6 && Normaliser::merge(two, more).largest == 3,
+          "merge", 0, 0);
+  require(Normaliser::merge(empty, two).sum == 2 && Normaliser::merge(two, empty).largest == 1, "merge with nothing", 0,
+          0);
+  require(Normaliser::merge(hopeless, two).sum == 2 && Normaliser::merge(hopeless, two).largest == 1, "merge with -inf",
+          0, 0);
+  require(Normaliser::finish(Normaliser::merge(empty, empty)) == 0, "normaliser of nothing", 0, 0);
+  require(std::isnan(Normaliser::finish(Normaliser::merge(empty, hopeless))), "normaliser of -inf", 0, 0);
   for (const Part& part : {empty, two, hopeless, lost})
-    require(std::isnan(normaliser(merge(part, lost))) && std::isnan(normaliser(merge(lost, part))), "merge with NaN", 0,
-            0);
-  require(weight_of(-INFINITY, -INFINITY) == 1 && std::isnan(weight_of(INFINITY, INFINITY)), "weight_of", 0, 0);
-  report("pair.cuh");
+    require(std::isnan(Normaliser::finish(Normaliser::merge(part, lost))) &&
+                std::isnan(Normaliser::finish(Normaliser::merge(lost, part))),
+            "merge with NaN", 0, 0);
+  require(Normaliser::weight(-INFINITY, -INFINITY) == 1 && std::isnan(Normaliser::weight(INFINITY, INFINITY)),
+          "weight_of", 0, 0);
+  report("additive_math.cuh");
 }
 
 }  // namespace

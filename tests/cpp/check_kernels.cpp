@@ -29,7 +29,7 @@ struct Scratch::Block {
   void* memory;
 };
 
-void* Scratch::take(int64_t bytes) {
+void* Scratch::alloc(int64_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, bytes) != 0) std::abort();
   std::memset(memory, 0xff, bytes);  // NaN in every dtype
@@ -167,13 +167,13 @@ struct Check {
     return !n.mask || mask[(b * n.Tq + (n.per_query ? i : 0)) * n.Tk + j];
   }
 
-  Array3 array(const Data& data, int64_t rows, int64_t columns) const {
+  StridedView3 array(const Data& data, int64_t rows, int64_t columns) const {
     return {data.bytes.data(), dtype, {rows * columns, columns, 1}};
   }
-  Array3 vector(const Data& data) const { return {data.bytes.data(), dtype, {0, 0, 1}}; }
+  StridedView3 vector(const Data& data) const { return {data.bytes.data(), dtype, {0, 0, 1}}; }
 
-  Attended attended() const {
-    Attended a;
+  AttentionMask attended() const {
+    AttentionMask a;
     if (n.lengths) a.lengths = lengths.data(), a.lengths_are_64 = true, a.lengths_stride = 1;
     if (n.mask) {
       a.mask = reinterpret_cast<const bool*>(mask.data());
@@ -264,8 +264,11 @@ struct Check {
     Data scores(dtype, r.scores.size()), dquery(dtype, r.dquery.size()), dkeys(dtype, r.dkeys.size()), dv(dtype, n.A),
         dbias(dtype, n.A);
     level().kernels->additive_scores({sizes, scores.bytes.data()});
-    level().kernels->additive_scores_backward({sizes, array(grad_scores, n.Tq, n.Tk), dquery.bytes.data(),
-                                               dkeys.bytes.data(), dv.bytes.data(), dbias.bytes.data()});
+    level().kernels->additive_scores_backward({sizes,
+                                               {dv.bytes.data(), dbias.bytes.data()},
+                                               array(grad_scores, n.Tq, n.Tk),
+                                               dquery.bytes.data(),
+                                               dkeys.bytes.data()});
     const char* op = "additive_scores";
     compare(op, "scores", scores, r.scores);
     compare(op, "dquery", dquery, r.dquery);
@@ -280,32 +283,39 @@ struct Check {
     const Loops r = loops(additive, scale, false);
     Data context(dtype, r.context.size()), weights(dtype, r.alignments.size());
     Data dquery(dtype, r.dquery.size()), dkeys(dtype, r.dkeys.size()), dvalues(dtype, r.dvalues.size());
-    Data dv(dtype, n.A), dbias(dtype, n.A), alone(dtype, r.dquery.size());  // alone: without dkeys and dvalues
-    const Array3 value_rows = array(values, n.Tk, n.D), saved = array(weights, n.Tq, n.Tk);
-    const Array3 dcontext = array(grad_context, n.Tq, n.D), dalignments = array(grad_alignments, n.Tq, n.Tk);
+    Data dv(dtype, n.A), dbias(dtype, n.A);
+    Data query_alone(dtype, r.dquery.size()), keys_alone(dtype, r.dkeys.size()), values_alone(dtype, r.dvalues.size());
+    const StridedView3 value_rows = array(values, n.Tk, n.D), saved = array(weights, n.Tq, n.Tk);
+    const StridedView3 dcontext = array(grad_context, n.Tq, n.D), dalignments = array(grad_alignments, n.Tq, n.Tk);
     if (additive) {
       level().kernels->additive_attention(
           {additive_sizes(), n.D, value_rows, attended(), context.bytes.data(), weights.bytes.data()});
-      level().kernels->additive_attention_backward({additive_sizes(), n.D, value_rows, attended(), saved, dcontext,
-                                                    dalignments, dquery.bytes.data(), dkeys.bytes.data(),
-                                                    dvalues.bytes.data(), dv.bytes.data(), dbias.bytes.data()});
-      level().kernels->additive_attention_backward({additive_sizes(), n.D, value_rows, attended(), saved, dcontext,
-                                                    dalignments, alone.bytes.data(), nullptr, nullptr, dv.bytes.data(),
-                                                    dbias.bytes.data()});
+      auto backward = [&](const AdditiveGradients& own, void* to_query, void* to_keys, void* to_values) {
+        level().kernels->additive_attention_backward({additive_sizes(), own, n.D, value_rows, attended(), saved,
+                                                      dcontext, dalignments, to_query, to_keys, to_values});
+      };
+      const AdditiveGradients own{dv.bytes.data(), dbias.bytes.data()};
+      backward(own, dquery.bytes.data(), dkeys.bytes.data(), dvalues.bytes.data());
+      backward(own, query_alone.bytes.data(), nullptr, nullptr);
+      backward({nullptr, nullptr}, nullptr, keys_alone.bytes.data(), values_alone.bytes.data());
     } else {
-      const DotAttention sizes{n.B,        n.Tq,  n.Tk,      n.A, n.D, array(query, n.Tq, n.A), array(keys, n.Tk, n.A),
-                               value_rows, scale, attended()};
-      level().kernels->dot_attention({sizes, context.bytes.data(), weights.bytes.data()});
-      level().kernels->dot_attention_backward(
-          {sizes, saved, dcontext, dalignments, dquery.bytes.data(), dkeys.bytes.data(), dvalues.bytes.data()});
-      level().kernels->dot_attention_backward(
-          {sizes, saved, dcontext, dalignments, alone.bytes.data(), nullptr, nullptr});
+      const DotScores sizes{{n.B, n.Tq, n.Tk, n.A, array(query, n.Tq, n.A), array(keys, n.Tk, n.A)}, scale};
+      level().kernels->dot_attention({sizes, n.D, value_rows, attended(), context.bytes.data(), weights.bytes.data()});
+      auto backward = [&](void* to_query, void* to_keys, void* to_values) {
+        level().kernels->dot_attention_backward(
+            {sizes, {}, n.D, value_rows, attended(), saved, dcontext, dalignments, to_query, to_keys, to_values});
+      };
+      backward(dquery.bytes.data(), dkeys.bytes.data(), dvalues.bytes.data());
+      backward(query_alone.bytes.data(), nullptr, nullptr);
+      backward(nullptr, keys_alone.bytes.data(), values_alone.bytes.data());
     }
     const char* op = additive ? "additive_attention" : "dot_attention";
     compare(op, "context", context, r.context);
     compare(op, "alignments", weights, r.alignments);
     compare(op, "dquery", dquery, r.dquery);
-    compare(op, "dquery alone", alone, r.dquery);
+    compare(op, "dquery alone", query_alone, r.dquery);
+    compare(op, "dkeys alone", keys_alone, r.dkeys);
+    compare(op, "dvalues alone", values_alone, r.dvalues);
     compare(op, "dkeys", dkeys, r.dkeys);
     compare(op, "dvalues", dvalues, r.dvalues);
     if (!additive) return;
@@ -314,7 +324,7 @@ struct Check {
   }
 
   AdditiveScores additive_sizes() const {
-    return {n.B, n.Tq, n.Tk, n.A, array(query, n.Tq, n.A), array(keys, n.Tk, n.A), vector(v), vector(bias), Array3{}};
+    return {{n.B, n.Tq, n.Tk, n.A, array(query, n.Tq, n.A), array(keys, n.Tk, n.A)}, vector(v), vector(bias), {}};
   }
 };
 

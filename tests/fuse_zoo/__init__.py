@@ -16,6 +16,18 @@ CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"
 H, M, A = 5, 6, 7  # sizes of the state, the memory and the units: different, so that none stands for another
 
 
+def linears(**sizes: tuple[Any, ...]) -> type[nn.Module]:
+    """A base class whose modules have a Linear of each name; sizes: its arguments."""
+
+    class Linears(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, size in sizes.items():
+                setattr(self, name, nn.Linear(*size))
+
+    return Linears
+
+
 class Sizes(NamedTuple):
     B: int = 3
     Tq: int = 4

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from . import CONTEXT, A, H, M, case, step
+from . import CONTEXT, A, H, M, case, linears, step
 
 
 def _lengths(s, d):
@@ -15,12 +15,8 @@ def _lengths(s, d):
 
 
 @case(CONTEXT, _lengths)
-class LengthsAsNumbers(nn.Module):
+class LengthsAsNumbers(linears(W=(H, A), U=(M, A), v=(A, 1))):
     """The mask is made row by row from a list of numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def padding(self, lengths, steps):
         return torch.tensor([[t >= n for t in range(steps)] for n in lengths])
@@ -49,12 +45,8 @@ class PackedBefore(nn.Module):
 
 
 @case(CONTEXT, step)
-class ChoiceByValue(nn.Module):
+class ChoiceByValue(linears(W=(H, A), U=(M, A), v=(A, 1))):
     """What is done after the attention depends on a number that is read."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory):
         e = self.v(torch.tanh(self.W(state)[:, None] + self.U(memory))).squeeze(-1)
@@ -65,11 +57,7 @@ class ChoiceByValue(nn.Module):
 
 
 @case(None, _lengths, why="not one graph")
-class NoAttentionInParts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.U, self.v = nn.Linear(M, A), nn.Linear(A, 1)
-
+class NoAttentionInParts(linears(U=(M, A), v=(A, 1))):
     def forward(self, state, memory, lengths):
         x = torch.tanh(self.U(memory))
         if x.detach().sum().item() > 0:

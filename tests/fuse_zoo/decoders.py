@@ -6,15 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, A, H, M, case, step, step_padded
+from . import ALIGNMENTS, CONTEXT, A, H, M, case, linears, step, step_padded
 
 
-class Inner(nn.Module):
+class Inner(linears(W=(H, A), U=(M, A), v=(A, 1, False))):
     """Weights only: the caller makes the context."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1, bias=False)
 
     def forward(self, state, memory, padding=None):
         e = self.v(torch.tanh(self.W(state).unsqueeze(1) + self.U(memory))).squeeze(2)
@@ -78,12 +74,8 @@ class Options(nn.Module):
 
 
 @case(CONTEXT, step)
-class TwoMemories(nn.Module):
+class TwoMemories(linears(W=(H, A), U=(M, A), v=(A, 1, False))):
     """Double use: one set of layers on the memory and on its reverse."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1, bias=False)
 
     def attend(self, state, memory):
         e = self.v(torch.tanh(self.W(state)[:, None] + self.U(memory))).squeeze(-1)
@@ -94,12 +86,8 @@ class TwoMemories(nn.Module):
 
 
 @case(CONTEXT, step)
-class InPlaceSum(nn.Module):
+class InPlaceSum(linears(W=(H, A), U=(M, A), v=(A, 1, False))):
     """The sum is added to in place, and its tanh is taken in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1, bias=False)
 
     def forward(self, state, memory):
         x = self.W(state)[:, None] + self.U(memory)
@@ -109,12 +97,8 @@ class InPlaceSum(nn.Module):
 
 
 @case(CONTEXT, step)
-class AnyMask(nn.Module):
+class AnyMask(linears(W=(H, A), U=(M, A), v=(A, 1, False))):
     """mask=None by default, made by a method."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1, bias=False)
 
     def forward(self, state, memory, mask=None):
         e = self.v(torch.tanh(self.W(state)[:, None] + self.U(memory))).squeeze(-1)

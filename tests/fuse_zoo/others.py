@@ -6,16 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, step
+from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, linears, step
 
 
 @case(ALIGNMENTS, lambda s, d: (d(s.B, H), d(s.B, H), d(s.B, 8, s.Tk)))
-class SeriesAsKeys(nn.Module):
+class SeriesAsKeys(linears(We=(2 * H, 8), Ue=(8, 8), ve=(8, 1, False))):
     """Attention over input series: units are time steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.We, self.Ue, self.ve = nn.Linear(2 * H, 8), nn.Linear(8, 8), nn.Linear(8, 1, bias=False)
 
     def forward(self, h, s, x):
         n = x.size(2)
@@ -25,12 +21,8 @@ class SeriesAsKeys(nn.Module):
 
 
 @case(SCORES, lambda s, d: (d(s.B, M), d(s.B, s.Tk, M), d.padding(s.B, s.Tk)))
-class ScoresAsWeights(nn.Module):
+class ScoresAsWeights(linears(W1=(M, A), W2=(M, A, False), q=(A, 1, False))):
     """No softmax: scores weigh the memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.W1, self.W2, self.q = nn.Linear(M, A), nn.Linear(M, A, bias=False), nn.Linear(A, 1, bias=False)
 
     def forward(self, last, x, padding):
         alpha = self.q(torch.tanh(self.W1(last).view(last.size(0), 1, -1) + self.W2(x)))
@@ -38,11 +30,7 @@ class ScoresAsWeights(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.Tk, s.B, M), d(s.B, H), d.padding(s.B, s.Tk)))
-class MatchedUtterances(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.transform, self.vector = nn.Linear(H + M, A, bias=False), nn.Linear(A, 1, bias=False)
-
+class MatchedUtterances(linears(transform=(H + M, A, False), vector=(A, 1, False))):
     def forward(self, memory, x, padding):
         m_ = memory.transpose(0, 1)
         x_ = x.unsqueeze(1).expand(-1, memory.size(0), -1)
@@ -51,12 +39,8 @@ class MatchedUtterances(nn.Module):
 
 
 @case(ALIGNMENTS, lambda s, d: (d(s.B, s.Tq, M),))
-class SelfPairs(nn.Module):
+class SelfPairs(linears(q=(M, A), k=(M, A), v=(A, 1))):
     """Every step is a query and a key; its own step is left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(M, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, x):
         e = self.v(torch.tanh(self.q(x).unsqueeze(2) + self.k(x).unsqueeze(1))).squeeze(-1)
@@ -65,11 +49,7 @@ class SelfPairs(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, s.Tq, M), d.padding(s.B, s.Tq)))
-class CausalSelf(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(M, A), nn.Linear(M, A), nn.Linear(A, 1)
-
+class CausalSelf(linears(q=(M, A), k=(M, A), v=(A, 1))):
     def forward(self, x, padding):
         e = self.v(torch.tanh(self.q(x).unsqueeze(2) + self.k(x).unsqueeze(1))).squeeze(-1)
         t = x.size(1)
@@ -94,12 +74,8 @@ class NormalisedVector(nn.Module):
 
 
 @case(CONTEXT, step)
-class KeysAsTheyAre(nn.Module):
+class KeysAsTheyAre(linears(q=(H, M), v=(M, 1))):
     """Nothing projected but the state."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.v = nn.Linear(H, M), nn.Linear(M, 1)
 
     def forward(self, state, memory):
         a = self.v(torch.tanh(memory + self.q(state)[:, None])).squeeze(-1).softmax(-1)
@@ -107,12 +83,8 @@ class KeysAsTheyAre(nn.Module):
 
 
 @case(CONTEXT, step)
-class Difference(nn.Module):
+class Difference(linears(q=(H, A), k=(M, A), v=(A, 1))):
     """W q - U k, both negated once more."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory):
         a = self.v(torch.tanh(-(self.q(state)[:, None] - self.k(memory)))).squeeze(-1).softmax(-1)
@@ -120,12 +92,8 @@ class Difference(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, s.Tq, H), d(s.B, s.Tk, M)))
-class InterleavedRows(nn.Module):
+class InterleavedRows(linears(q=(H, A), k=(M, A), v=(A, 1))):
     """repeat_interleave and repeat make all pairs in one axis."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, query, memory):
         b, tq, tk = query.size(0), query.size(1), memory.size(1)
@@ -147,12 +115,8 @@ class NamedTensordot(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, 2, H), d(s.B, s.Tk, M), d.padding(s.B, s.Tk)))
-class SumOfLayers(nn.Module):
+class SumOfLayers(linears(W1=(M, A), W2=(H, A), V=(A, 1))):
     """The state is a sum over layers; a float mask is compared with 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.W1, self.W2, self.V = nn.Linear(M, A), nn.Linear(H, A), nn.Linear(A, 1)
 
     def forward(self, hidden, memory, padding):
         mask = (~padding).to(memory.dtype)

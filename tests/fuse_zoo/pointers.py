@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many, many_padded, step, step_padded
+from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, linears, many, many_padded, step, step_padded
 
 
 @case(SCORES, step_padded)
@@ -115,22 +115,14 @@ class OneQuestion(nn.Module):
 
 
 @case(SCORES, many)
-class RawScores(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.query, self.key, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
-
+class RawScores(linears(query=(H, A), key=(M, A), v=(A, 1))):
     def forward(self, query, memory):
         return self.v(torch.tanh(self.query(query)[:, :, None] + self.key(memory)[:, None])).squeeze(-1)
 
 
 @case(SCORES, step)
-class ScoresAlsoReturned(nn.Module):
+class ScoresAlsoReturned(linears(query=(H, A), key=(M, A), v=(A, 1))):
     """Raw scores are a result besides the weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.query, self.key, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, query, memory):
         e = self.v(torch.tanh(self.query(query)[:, None] + self.key(memory))).squeeze(-1)
@@ -150,12 +142,8 @@ class ByEinsum(nn.Module):
 
 
 @case(SCORES, step)
-class OwnSoftmax(nn.Module):
+class OwnSoftmax(linears(query=(H, A), key=(M, A), v=(A, 1))):
     """exp of scores less the largest of the whole batch, by hand, with a small number in the denominator."""
-
-    def __init__(self):
-        super().__init__()
-        self.query, self.key, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, query, memory):
         e = self.v(torch.tanh(self.query(query).unsqueeze(1) + self.key(memory))).squeeze(-1)
@@ -165,12 +153,8 @@ class OwnSoftmax(nn.Module):
 
 
 @case(CONTEXT, step)
-class InnerScaled(nn.Module):
+class InnerScaled(linears(query=(H, A), key=(M, A), v=(A, 1))):
     """C tanh inside, temperature outside."""
-
-    def __init__(self):
-        super().__init__()
-        self.query, self.key, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, query, memory):
         e = self.v(10 * torch.tanh(self.query(query).unsqueeze(1) + self.key(memory))).squeeze(-1) * 0.3

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import A, H, M, case, step, step_padded
+from . import A, H, M, case, linears, step, step_padded
 
 
 def _memory(s, d):
@@ -14,12 +14,8 @@ def _memory(s, d):
 
 
 @case(None, _memory, why="no query")
-class Pooling(nn.Module):
+class Pooling(linears(k=(M, A), v=(A, 1, False))):
     """Nothing is broadcast, so that nothing is gained."""
-
-    def __init__(self):
-        super().__init__()
-        self.k, self.v = nn.Linear(M, A), nn.Linear(A, 1, bias=False)
 
     def forward(self, x):
         a = torch.softmax(self.v(torch.tanh(self.k(x))), 1)
@@ -38,22 +34,14 @@ class Bag(nn.Module):
 
 
 @case(None, _memory, why="no query")
-class GatedBag(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.V, self.U, self.w = nn.Linear(M, A), nn.Linear(M, A), nn.Linear(A, 1)
-
+class GatedBag(linears(V=(M, A), U=(M, A), w=(A, 1))):
     def forward(self, x):
         a = self.w(torch.tanh(self.V(x)) * torch.sigmoid(self.U(x)))
         return (torch.softmax(a, 1) * x).sum(1)
 
 
 @case(None, step, why="used for something else")
-class TanhIsUsedTwice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
-
+class TanhIsUsedTwice(linears(W=(H, A), U=(M, A), v=(A, 1))):
     def forward(self, state, memory):
         joint = torch.tanh(self.W(state)[:, None] + self.U(memory))
         a = torch.softmax(self.v(joint).squeeze(-1), 1)
@@ -61,23 +49,15 @@ class TanhIsUsedTwice(nn.Module):
 
 
 @case(None, step, why="score vectors")
-class SeveralVectors(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 4)
-
+class SeveralVectors(linears(W=(H, A), U=(M, A), v=(A, 4))):
     def forward(self, state, memory):
         a = torch.softmax(self.v(torch.tanh(self.W(state)[:, None] + self.U(memory))), 1)
         return torch.bmm(a.transpose(1, 2), memory)
 
 
 @case(None, step)
-class TanhAfter(nn.Module):
+class TanhAfter(linears(W=(H, A), U=(M, A), v=(A, 1))):
     """The tanh is taken of the score."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory):
         a = torch.softmax(torch.tanh(self.v(self.W(state)[:, None] + self.U(memory))).squeeze(-1), 1)
@@ -97,12 +77,8 @@ class NormBeforeTanh(nn.Module):
 
 
 @case(None, lambda s, d: (d(s.B, s.Tk, M),), why="no query")
-class PairsAndTheirTranspose(nn.Module):
+class PairsAndTheirTranspose(linears(W=(M, A), U=(M, A), v=(A, 1))):
     """x + x.T: both terms have all axes."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(M, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, x):
         pairs = self.W(x)[:, None] * self.U(x)[:, :, None]
@@ -111,12 +87,8 @@ class PairsAndTheirTranspose(nn.Module):
 
 
 @case(None, step)
-class PerChannel(nn.Module):
+class PerChannel(linears(W=(H, A), U=(M, A), V=(A, M))):
     """Weights for each channel: no score vector."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.V = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, M)
 
     def forward(self, state, memory):
         a = torch.softmax(self.V(torch.tanh(self.W(state)[:, None] + self.U(memory))), 1)
@@ -139,24 +111,16 @@ class DropsTanh(nn.Module):
 
 
 @case(None, step)
-class TanhOfSomethingElse(nn.Module):
+class TanhOfSomethingElse(linears(out=(H + M, A))):
     """A tanh, but no attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(H + M, A)
 
     def forward(self, state, memory):
         return torch.tanh(self.out(torch.cat([state, memory.mean(1)], -1)))
 
 
 @case(None, step_padded)
-class WrittenThroughAView(nn.Module):
+class WrittenThroughAView(linears(W=(H, A), U=(M, A), v=(A, 1))):
     """Part of the keys is overwritten through a view before they are used."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory, padding):
         x = self.W(state)[:, None] + self.U(memory)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, A, H, M, case, step, step_padded
+from . import ALIGNMENTS, CONTEXT, A, H, M, case, linears, step, step_padded
 
 
 def _same_width(s, d):
@@ -34,12 +34,8 @@ class DotTimeMajor(nn.Module):
 
 
 @case(ALIGNMENTS, lambda s, d: (d(1, s.B, H), d(s.Tk, s.B, M)))
-class GeneralTimeMajor(nn.Module):
+class GeneralTimeMajor(linears(attn=(M, H))):
     """The memory is projected to the width of the state."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.Linear(M, H)
 
     def forward(self, hidden, outputs):
         energies = torch.sum(hidden * self.attn(outputs), dim=2).t()
@@ -47,12 +43,8 @@ class GeneralTimeMajor(nn.Module):
 
 
 @case(CONTEXT, step_padded)
-class GeneralOfState(nn.Module):
+class GeneralOfState(linears(linear_in=(H, M, False), linear_out=(H + M, H, False))):
     """The state is projected; the attentional state behind it is the user's."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear_in, self.linear_out = nn.Linear(H, M, bias=False), nn.Linear(H + M, H, bias=False)
 
     def forward(self, h, context, mask):
         target = self.linear_in(h).unsqueeze(2)
@@ -63,12 +55,8 @@ class GeneralOfState(nn.Module):
 
 
 @case(CONTEXT, step)
-class GeneralOfMemory(nn.Module):
+class GeneralOfMemory(linears(W=(M, H))):
     """The keys are projected in each step."""
-
-    def __init__(self):
-        super().__init__()
-        self.W = nn.Linear(M, H)
 
     def forward(self, state, memory):
         e = self.W(memory) @ state.unsqueeze(-1)
@@ -107,12 +95,8 @@ class HeadsOfSelfAttention(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, s.Tk, M),))
-class CausalByAddition(nn.Module):
+class CausalByAddition(linears(q=(M, A), k=(M, A))):
     """The mask is a matrix of 0 and -inf that is added."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k = nn.Linear(M, A), nn.Linear(M, A)
 
     def forward(self, x):
         steps = x.size(1)
@@ -121,12 +105,8 @@ class CausalByAddition(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, H), d(s.B, M, 3, s.Tk)))
-class MapByEinsum(nn.Module):
+class MapByEinsum(linears(q=(H, M))):
     """Positions of a map of features."""
-
-    def __init__(self):
-        super().__init__()
-        self.q = nn.Linear(H, M)
 
     def forward(self, state, x):
         e = torch.einsum("bc,bchw->bhw", self.q(state), x)
@@ -135,11 +115,7 @@ class MapByEinsum(nn.Module):
 
 
 @case(CONTEXT, step)
-class ProductOfTanhs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W, self.U = nn.Linear(H, A), nn.Linear(M, A)
-
+class ProductOfTanhs(linears(W=(H, A), U=(M, A))):
     def forward(self, state, memory):
         e = (torch.tanh(self.W(state))[:, None] * torch.tanh(self.U(memory))).sum(-1)
         return torch.bmm(F.softmax(e, -1)[:, None], memory)[:, 0]
@@ -163,12 +139,8 @@ class LoopOfGeneral(nn.Module):
 
 
 @case(CONTEXT, _memory)
-class LinearPooling(nn.Module):
+class LinearPooling(linears(score=(M, 1))):
     """A bias that cancels, and the scores in an axis of their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.score = nn.Linear(M, 1)
 
     def forward(self, x):
         a = torch.softmax(self.score(x), dim=1)
@@ -176,23 +148,15 @@ class LinearPooling(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.Tk, s.B, M),))
-class PoolingTimeMajor(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scalar = nn.Linear(M, 1, bias=False)
-
+class PoolingTimeMajor(linears(scalar=(M, 1, False))):
     def forward(self, x):
         alpha = F.softmax(self.scalar(x), dim=0).permute(1, 2, 0)
         return torch.bmm(alpha, x.transpose(0, 1))[:, 0, :], alpha
 
 
 @case(CONTEXT, _memory)
-class SeveralPoolings(nn.Module):
+class SeveralPoolings(linears(score=(M, 3))):
     """A vector of weights for each of three views of a sentence."""
-
-    def __init__(self):
-        super().__init__()
-        self.score = nn.Linear(M, 3)
 
     def forward(self, x):
         a = torch.softmax(self.score(x).transpose(1, 2), -1)
@@ -235,24 +199,16 @@ class BiasOfPairs(nn.Module):
 
 
 @case(None, _memory, why="no attention")
-class Classifier(nn.Module):
+class Classifier(linears(out=(M, 4))):
     """A softmax over classes, whose vectors are weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(M, 4)
 
     def forward(self, x):
         return F.softmax(self.out(x), -1)
 
 
 @case(None, step, why="no query")
-class PoolingOfFeatures(nn.Module):
+class PoolingOfFeatures(linears(W=(H, A), U=(M, A), w=(A, 1))):
     """Features of an activation, weighed by a vector of weights: nothing is broadcast."""
-
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.w = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory):
         a = F.softmax(self.w(F.relu(self.W(state)[:, None] + self.U(memory))), 1)

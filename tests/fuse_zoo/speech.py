@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many_padded, step, step_padded
+from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, linears, many_padded, step, step_padded
 
 
 def _located(s, d):
@@ -144,11 +144,7 @@ class KeptOnModule(nn.Module):
 
 
 @case(CONTEXT, step_padded)
-class LogPrior(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W, self.U, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
-
+class LogPrior(linears(W=(H, A), U=(M, A), v=(A, 1))):
     def forward(self, state, memory, padding):
         prior = torch.softmax(memory.mean(-1).detach(), -1)
         scores = self.v(torch.tanh(self.W(state).unsqueeze(1) + self.U(memory))).squeeze(-1) + torch.log(prior + 1e-6)

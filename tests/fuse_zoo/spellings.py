@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, many, step, step_padded
+from . import ALIGNMENTS, CONTEXT, SCORES, A, H, M, case, linears, many, step, step_padded
 
 
 def _kept(s, d):
@@ -27,12 +27,8 @@ def _previous(s, d):
 
 
 @case(CONTEXT, step)
-class StateRepeatedAndJoined(nn.Module):
+class StateRepeatedAndJoined(linears(attn=(M + H, A), v=(A, 1, False))):
     """Weights are returned beside the context."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn, self.v = nn.Linear(M + H, A), nn.Linear(A, 1, bias=False)
 
     def forward(self, hidden, enc):
         h = hidden.unsqueeze(1).repeat(1, enc.shape[1], 1)
@@ -73,11 +69,7 @@ class BiasOfItsOwn(nn.Module):
 
 
 @case(CONTEXT, _kept)
-class ExpandedFlattenedChosen(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(M, A), nn.Linear(H, A), nn.Linear(A, 1)
-
+class ExpandedFlattenedChosen(linears(fc1=(M, A), fc2=(H, A), fc3=(A, 1))):
     def forward(self, h, regions, keep):
         s = self.fc1(regions) + self.fc2(h).unsqueeze(1).expand(-1, regions.size(1), -1)
         e = self.fc3(s.tanh()).flatten(1)
@@ -86,22 +78,14 @@ class ExpandedFlattenedChosen(nn.Module):
 
 
 @case(CONTEXT, _kept_numbers)
-class MaskOfNumbersAdded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.k, self.q, self.v = nn.Linear(M, A), nn.Linear(H, A), nn.Linear(A, 1)
-
+class MaskOfNumbersAdded(linears(k=(M, A), q=(H, A), v=(A, 1))):
     def forward(self, q, m, keep):
         e = self.v(torch.tanh(self.k(m) + self.q(q).unsqueeze(1))).squeeze(2) + (1.0 - keep) * -10000.0
         return F.softmax(e, -1).unsqueeze(1) @ m
 
 
 @case(ALIGNMENTS, _kept_numbers)
-class MultipliedAndRenormalised(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.k, self.q, self.v = nn.Linear(M, A, bias=False), nn.Linear(H, A), nn.Linear(A, 1, bias=False)
-
+class MultipliedAndRenormalised(linears(k=(M, A, False), q=(H, A), v=(A, 1, False))):
     def forward(self, q, m, keep):
         batch, steps, width = m.shape
         feature = self.k(m.contiguous().view(-1, width))
@@ -152,11 +136,7 @@ class PairsOfTheTextbook(nn.Module):
 
 
 @case(CONTEXT, many)
-class OneMatrixOfAllPairs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(M + H, A), nn.Linear(A, 1)
-
+class OneMatrixOfAllPairs(linears(a=(M + H, A), b=(A, 1))):
     def forward(self, q, k):
         (batch, queries, _), steps = q.shape, k.shape[1]
         rows = q[:, :, None, :].expand(batch, queries, steps, H)
@@ -255,12 +235,8 @@ class MaskOfLengthsByData(nn.Module):
 
 
 @case(CONTEXT, step)
-class TwoHopsOfOneLayer(nn.Module):
+class TwoHopsOfOneLayer(linears(k=(H, A), q=(H, A, False), v=(A, 1, False))):
     """The second hop asks with the first one's result; the memory is a part of what is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.k, self.q, self.v = nn.Linear(H, A), nn.Linear(H, A, bias=False), nn.Linear(A, 1, bias=False)
 
     def hop(self, q, m):
         a = torch.softmax(self.v(torch.tanh(self.k(m) + self.q(q)[:, None, :])), dim=1)
@@ -286,22 +262,14 @@ class TemperatureAndOption(nn.Module):
 
 
 @case(ALIGNMENTS, lambda s, d: (d(s.B, H), d(s.B, s.Tk, 8)))
-class SeriesAreAttended(nn.Module):
+class SeriesAreAttended(linears(u=(8, A), w=(H, A), v=(A, 1))):
     """The axis of attention is that of the series, time is the units."""
-
-    def __init__(self):
-        super().__init__()
-        self.u, self.w, self.v = nn.Linear(8, A), nn.Linear(H, A), nn.Linear(A, 1)
 
     def forward(self, h, x):
         return F.softmax(self.v(torch.tanh(self.u(x) + self.w(h)[:, None])).squeeze(2), 1)
 
 
-class _Weights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.l, self.v = nn.Linear(M + H, A), nn.Linear(A, 1, bias=False)
-
+class _Weights(linears(l=(M + H, A), v=(A, 1, False))):
     def forward(self, h, m):
         x = torch.cat([h.unsqueeze(1).expand(-1, m.size(1), -1), m], 2)
         return F.softmax(self.v(torch.tanh(self.l(x))).squeeze(2), dim=1)
@@ -325,23 +293,15 @@ class WholeDecoder(nn.Module):
 
 
 @case(None, step, why="used for something else")
-class MeanOfTheTanh(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.k, self.q, self.v = nn.Linear(M, A), nn.Linear(H, A), nn.Linear(A, 1)
-
+class MeanOfTheTanh(linears(k=(M, A), q=(H, A), v=(A, 1))):
     def forward(self, q, m):
         t = torch.tanh(self.k(m) + self.q(q).unsqueeze(1))
         return F.softmax(self.v(t).squeeze(-1), -1), t.mean()
 
 
 @case(None, lambda s, d: (d(s.B, s.Tk, M),), why="score vectors")
-class ClassesOfEachStep(nn.Module):
+class ClassesOfEachStep(linears(k=(M, A), v=(A, 4))):
     """A head of a classifier: its softmax is over classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.k, self.v = nn.Linear(M, A), nn.Linear(A, 4)
 
     def forward(self, m):
         return F.softmax(self.v(torch.tanh(self.k(m))), -1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, A, H, M, case, many, many_padded, step_padded, step_time_major
+from . import ALIGNMENTS, CONTEXT, A, H, M, case, linears, many, many_padded, step_padded, step_time_major
 
 
 @case(ALIGNMENTS, step_time_major)
@@ -54,12 +54,8 @@ class RepeatedVector(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, 1, H), d(s.B, s.Tk, M)))
-class TwoLayersSummed(nn.Module):
+class TwoLayersSummed(linears(Wa=(H, A), Ua=(M, A), Va=(A, 1))):
     """Biases everywhere, also of the score layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.Wa, self.Ua, self.Va = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, query, keys):
         scores = self.Va(torch.tanh(self.Wa(query) + self.Ua(keys)))
@@ -164,12 +160,8 @@ class Coverage(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, H), d(s.B, s.Tk, M), d.padding(s.B, s.Tk).to(d.dtype)))
-class AddedMask(nn.Module):
+class AddedMask(linears(q=(H, A), k=(M, A), v=(A, 1))):
     """A float mask times a large number, added to the scores."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory, padding):
         scores = self.v(torch.tanh(self.q(state).unsqueeze(1) + self.k(memory))).squeeze(-1)
@@ -235,12 +227,8 @@ class ThreeJoined(nn.Module):
 
 
 @case(CONTEXT, lambda s, d: (d(s.B, H), d(s.B, s.Tk, M), d(s.B, s.Tk, A)))
-class SumOfList(nn.Module):
+class SumOfList(linears(q=(H, A), k=(M, A), v=(A, 1))):
     """Python's sum of a list of features."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory, positions):
         parts = [self.k(memory), self.q(state).unsqueeze(1), positions]
@@ -249,12 +237,8 @@ class SumOfList(nn.Module):
 
 
 @case(CONTEXT, many)
-class GrownBySquares(nn.Module):
+class GrownBySquares(linears(q=(H, A), k=(M, A), v=(A, 1))):
     """Alignments used three times: for a mean, for squares, and as a result."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, query, memory):
         a = torch.softmax(self.v(torch.tanh(self.q(query)[:, :, None] + self.k(memory)[:, None])).squeeze(3), 2)

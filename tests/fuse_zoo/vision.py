@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ALIGNMENTS, CONTEXT, A, H, M, case, step, step_padded
+from . import ALIGNMENTS, CONTEXT, A, H, M, case, linears, step, step_padded
 
 
 def _map(s, d):
@@ -30,12 +30,8 @@ class RecurrentCell(nn.Module):
 
 
 @case(ALIGNMENTS, step)
-class FlatRows(nn.Module):
+class FlatRows(linears(s=(H, A), x=(M, A), w=(A, 1))):
     """Rows of all steps flattened before the sum; weights returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.s, self.x, self.w = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, x):
         b, t, n = x.size()
@@ -46,11 +42,7 @@ class FlatRows(nn.Module):
 
 
 @case(ALIGNMENTS, lambda s, d: (d(s.B, H), d(s.Tk, s.B, M)))
-class TimeMajorFlat(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.i2h, self.h2h, self.score = nn.Linear(M, A, bias=False), nn.Linear(H, A), nn.Linear(A, 1, bias=False)
-
+class TimeMajorFlat(linears(i2h=(M, A, False), h2h=(H, A), score=(A, 1, False))):
     def forward(self, hidden, feats):
         t, b, n = feats.size()
         proj = self.i2h(feats.view(-1, n))
@@ -131,12 +123,8 @@ class CaptionStep(nn.Module):
 
 
 @case(ALIGNMENTS, step_padded)
-class RenormalisedRegions(nn.Module):
+class RenormalisedRegions(linears(h2att=(H, A), ctx=(M, A), alpha=(A, 1))):
     """expand_as, rows flattened, weights multiplied by a mask and divided by their sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.h2att, self.ctx, self.alpha = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, h, feats, padding):
         p = self.ctx(feats)
@@ -164,11 +152,7 @@ class ChannelsFirst(nn.Module):
 
 
 @case(CONTEXT, step)
-class VideoFrames(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear1, self.linear2 = nn.Linear(H + M, A), nn.Linear(A, 1, bias=False)
-
+class VideoFrames(linears(linear1=(H + M, A), linear2=(A, 1, False))):
     def forward(self, hidden, frames):
         b, t, _ = frames.size()
         inputs = torch.cat((frames, hidden.unsqueeze(1).repeat(1, t, 1)), 2).view(-1, H + M)
@@ -177,12 +161,8 @@ class VideoFrames(nn.Module):
 
 
 @case(ALIGNMENTS, step)
-class NeighboursSwapped(nn.Module):
+class NeighboursSwapped(linears(q=(H, A), k=(M, A), v=(A, 1))):
     """What follows the softmax is of another kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(H, A), nn.Linear(M, A), nn.Linear(A, 1)
 
     def forward(self, state, memory):
         a = self.v(torch.tanh(self.q(state).unsqueeze(1) + self.k(memory))).softmax(1)

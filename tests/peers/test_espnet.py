@@ -172,7 +172,7 @@ def test_what_falls_through(name):
         one.reset()
     for expected, got in zip(flat(module(*args, *extra)), flat(patched(*args, *extra)), strict=True):
         torch.testing.assert_close(got, expected, equal_nan=True)
-    assert report.fallbacks[-1].reason == "an utterance with nothing to attend"
+    assert report.fallbacks[-1].reason == "a row with nothing to attend"
 
 
 @types_

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import pickle
 import sys
 import types
 from pathlib import Path
@@ -44,8 +43,8 @@ def load(name: str) -> types.ModuleType:
 AttentionLayer = load("fairseq.models.lstm").AttentionLayer
 MLPAttention = load("fairseq.models.speech_to_text.berard").MLPAttention
 
-from attn_kernels import patch, unpatch
-from steps import compare
+from attn_kernels import patch
+from steps import check_copies, compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -171,16 +170,4 @@ def test_scripts(cls):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_copies_pickles_and_back(cls):
     torch.manual_seed(0)
-    original = make(cls, 5, 6)
-    module = copy.deepcopy(original)
-    patch(module)
-    inputs = torch.randn(7, 3, 6), torch.randn(2, 3, 5), some_padding(7, 3)
-    with torch.no_grad():
-        expected = decode(original, *inputs)
-        decode(module, *inputs)
-        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert other.__dict__.keys() == original.__dict__.keys()
-            torch.testing.assert_close(decode(other, *inputs), expected)
-        original.load_state_dict(module.state_dict())
-        unpatch(module)
-        torch.testing.assert_close(decode(module, *inputs), expected, rtol=0, atol=0)
+    check_copies(make(cls, 5, 6), decode, torch.randn(7, 3, 6), torch.randn(2, 3, 5), some_padding(7, 3))

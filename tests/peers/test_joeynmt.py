@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import sys
 import types
 from types import SimpleNamespace
@@ -27,8 +26,8 @@ from joeynmt.attention import BahdanauAttention, LuongAttention
 from joeynmt.decoders import RecurrentDecoder
 from joeynmt.search import beam_search, greedy
 
-from attn_kernels import patch, unpatch
-from steps import CountLinear, compare
+from attn_kernels import patch
+from steps import CountLinear, check_copies, compare
 
 MECHANISMS = ("bahdanau", "luong")
 EOS = 3
@@ -211,21 +210,7 @@ def test_rows_are_projected_once_under_no_grad():
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_copies_pickles_and_back(mechanism):
     torch.manual_seed(0)
-    original = make(mechanism, 8, 6)
-    module = copy.deepcopy(original)
-    patch(module)
-    inputs = torch.randn(3, 7, 6), torch.randn(3, 2, 8), some_mask(3, 7)
-    with torch.no_grad():
-        expected = decode(original, *inputs)
-        decode(module, *inputs)
-        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert other.state_dict().keys() == original.state_dict().keys()
-            assert other.__dict__.keys() == original.__dict__.keys()
-            torch.testing.assert_close(decode(other, *inputs), expected)
-        original.load_state_dict(module.state_dict())
-        unpatch(module)
-        assert type(module) is type(original)
-        torch.testing.assert_close(decode(module, *inputs), expected, rtol=0, atol=0)
+    check_copies(make(mechanism, 8, 6), decode, torch.randn(3, 7, 6), torch.randn(3, 2, 8), some_mask(3, 7))
 
 
 class Model(nn.Module):

@@ -96,7 +96,7 @@ def test_what_falls_through():
     for one in make(dtype="float64")[:2]:
         assert one([x.detach().double() for x in given]).dtype == torch.float32  # Keras's, and so ours
     reasons = [fallback.reason for fallback in report.fallbacks]
-    assert reasons == ["a query with nothing to attend", "dropout of the alignments"]
+    assert reasons == ["a row with nothing to attend", "dropout of the alignments"]
     with pytest.raises(ValueError, match="must be called on a list of inputs"):
         patched(given[0])
 

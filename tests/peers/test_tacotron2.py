@@ -59,7 +59,7 @@ def test_decoding(seed, masked):
 def test_all_padding():
     given = inputs(0)
     given["mask"][1] = True
-    assert compare(model.Attention(6, 7, 9, 4, 5), decode, given) == ["a sentence that is all padding"]
+    assert compare(model.Attention(6, 7, 9, 4, 5), decode, given) == ["a row with nothing to attend"]
 
 
 def test_copies_and_back():

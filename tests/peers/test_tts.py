@@ -93,7 +93,7 @@ def test_a_window_falls_through():
 def test_all_padding():
     given = inputs(0)
     given["mask"][1] = False
-    assert compare(make(), decode, given) == ["a sentence that is all padding"]
+    assert compare(make(), decode, given) == ["a row with nothing to attend"]
 
 
 def test_copies_and_back():

@@ -100,7 +100,7 @@ class AttentionBackward:
         batch, steps, _ = saved.alignments.shape
         weight, factor = self.query.weight, self.query.factor
         self.projection = _projection(None if weight is None else weight.t(), batch, steps)
-        self.backward = f"{self.score.op}_backward"
+        self.op = f"{self.score.op}_backward"
         # (B, T, A), as they were scored
         self.queries = (saved.queries if factor is None else saved.queries * factor).transpose(0, 1)
         self.dqueries = torch.empty_like(saved.queries)  # becomes that of the projected states
@@ -112,7 +112,7 @@ class AttentionBackward:
         self.dcontexts[:, t] = dcontext
         gradients = dcontext.unsqueeze(1), None if dalignments is None else dalignments.narrow(1, t, 1)
         query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
-        dquery, *_ = call(self.backward, self.backend, *gradients, query, *self.arguments, alignments, True, False)
+        dquery, *_ = call(self.op, self.backend, *gradients, query, *self.arguments, alignments, True, False)
         self.dqueries[t] = dquery.squeeze(1)
         return self._state_gradient(t)
 
@@ -134,7 +134,7 @@ class AttentionBackward:
         arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments)
         # With the gradients of a score come those of the queries, which the steps have made before.
         needed = (self.score.holds_tensors, True)
-        _, dkeys, dvalues, *dscore = call(self.backward, self.backend, *arguments, *needed)
+        _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments, *needed)
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
         by_name = {name: None if x is None else gradient for name, x, gradient in pairs}

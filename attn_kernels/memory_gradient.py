@@ -1,0 +1,245 @@
+"""The gradient of a memory, deferred: made once for all steps that read it, and not by each of them.
+
+The backward of a decoding step that makes gradients of keys and values writes, and autograd then adds up, two arrays as
+large as the memory; over the steps of a sentence that takes most of the time of training. Here the backward of a step
+makes the gradients of its query and of v and bias only, and leaves its query, alignments and their gradients with the
+memory; after the last step, the many-query backward makes the gradients of keys and values from all of them at once.
+
+To autograd the memory is a node, ``_MemoryGradientNode``: keys and values enter it, an empty tensor, the anchor, leaves
+it. Every step takes the anchor as an input, so autograd runs the node after all steps that are part of a backward pass,
+and only where the pass needs a gradient beyond it. The node saves no tensors: what a pass needs it gets from the steps,
+which save and release theirs as each would by itself. So retained graphs, several losses and steps that are never
+differentiated behave as without it.
+
+The records of the steps belong to the backward pass (autograd's "graph task") that they ran in, by its number, and only
+the engine holds them: they are freed with the pass, whether that ends or is aborted, and passes that are nested or run
+in other threads do not see each other.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, Variable, forward_ad
+from torch.compiler import is_compiling
+
+from . import ops
+from .scores import Score
+
+_MAX_QUERIES = 8  # of a step, exclusive: with more, its own backward is the many-query one
+# Bytes of keys and values. How many times as fast as a gradient from each step, over the backward of 20 to 50 steps of
+# one query on one thread of a CPU, additive / dot: 0.9 / 0.9 at 80 KB, 1.0 / 1.0 at 200 KB, 1.2 / 1.5 at 400 KB, 3 / 4
+# at 13 MB. Four steps gain; a single one takes longer.
+_MIN_BYTES = 1 << 18
+
+
+class _StepRecord(NamedTuple):
+    """What a step leaves for the gradient of the memory: the arguments of its backward.
+
+    grad_context: (B, Tq, D) or None. grad_alignments: (B, Tq, Tk) or None. query: (B, Tq, A). alignments: (B, Tq, Tk).
+    """
+
+    score: Score
+    backend: str
+    grad_context: Tensor | None
+    grad_alignments: Tensor | None
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    memory_lengths: Tensor | None
+    mask: Tensor | None
+    alignments: Tensor
+
+    def backward(self, need_query: bool, need_memory: bool) -> tuple[Tensor, ...]:
+        """The gradients of query, keys, values and the score's own arguments; empty where they are not needed."""
+        score, backend, *inputs, memory_lengths, mask, alignments = self
+        others = (memory_lengths, mask, alignments, need_query, need_memory)
+        return ops.call(f"{score.op}_backward", backend, *inputs, *score, *others)
+
+
+class _PendingSteps(list[_StepRecord]):
+    """The steps of one backward pass so far. The engine holds it as a callback for the end of the pass."""
+
+    def __call__(self) -> None:
+        """No-op: it is queued only so that the engine keeps the records alive for exactly one backward pass."""
+
+
+class MemoryGradient:
+    """Accumulates the gradients of all steps on one memory.
+
+    keys: (B, Tk, A), values: (B, Tk, D). The steps get them detached: their gradients flow through the anchor alone.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._state = *_state(keys), *_state(values)
+        self._passes: WeakValueDictionary[int, _PendingSteps] = WeakValueDictionary()
+        self.keys, self.values = keys.detach(), values.detach()
+        self.memory = (keys, values)  # for gradients that are differentiated themselves
+        self.anchor = _MemoryGradientNode.apply(keys, values, self._passes)
+        self.empty_grad = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
+
+    def is_current_for(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether keys and values still have the storage and the place in autograd's graph that they had.
+
+        What they hold may have been written to: both that and ``self.keys`` show it.
+        """
+        is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+        return (
+            self._state == (*_state(keys), *_state(values))
+            and is_alias(self.keys, keys)
+            and is_alias(self.values, values)
+        )
+
+    def record(self, step: _StepRecord) -> None:
+        """Called by the backward of a step."""
+        if not torch._C._will_engine_execute_node(self.anchor.grad_fn):
+            return  # this pass needs no gradient beyond the memory
+        task = torch._C._current_graph_task_id()
+        steps = self._passes.get(task)
+        if steps is None:
+            steps = self._passes[task] = _PendingSteps()
+            Variable._execution_engine.queue_callback(steps)
+        steps.append(step)
+
+    def attend(
+        self,
+        score: Score,
+        backend: str,
+        query: Tensor,
+        memory_lengths: Tensor | None,
+        mask: Tensor | None,
+        need_alignments: bool,
+    ) -> Any:
+        """The op of a score on the memory, by ``ops.call``."""
+        masks = (memory_lengths, mask)
+        return _StepFunction.apply(self, self.anchor, type(score), backend, query, *masks, need_alignments, *score)
+
+
+def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether keys and values, which need a gradient, are large enough and the queries, (B, Tq, A), few enough."""
+    return (
+        (keys.requires_grad or values.requires_grad)
+        and query.shape[1] < _MAX_QUERIES
+        and (keys.numel() + values.numel()) * keys.element_size() >= _MIN_BYTES
+    )
+
+
+def should_defer(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+    """Whether a step on a memory leaves the gradients of keys and values to be made later.
+
+    query: (B, Tq, A), keys: (B, Tk, A), values: (B, Tk, D), mask: (B, Tk) or (B, Tq, Tk), which a step of several
+    queries may not have.
+    """
+    return (
+        backend in ops.BACKENDS  # not the reference
+        and not is_compiling()
+        and not torch._C._is_tracing()
+        and torch.is_grad_enabled()
+        and is_worth_deferring(query, keys, values)
+        and (mask is None or mask.dim() == 2 or query.shape[1] == 1)
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """Differs where a tensor was written to, got other storage, or began or ceased to need a gradient."""
+    return x._version, x.requires_grad, x.grad_fn, x.storage_offset(), x.shape, x.stride()
+
+
+class _MemoryGradientNode(Function):
+    @staticmethod
+    def forward(ctx, keys, values, passes):
+        ctx.set_materialize_grads(False)
+        ctx.passes = passes
+        return keys.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        steps = ctx.passes.get(torch._C._current_graph_task_id())
+        if not steps:
+            return None, None, None
+        groups: list[list[_StepRecord]] = []
+        for step in steps:
+            group = next((group for group in groups if _score_alike(group[0], step)), None)
+            if group is None:
+                groups.append([step])
+            else:
+                group.append(step)
+        steps.clear()
+        dkeys, dvalues = _memory_gradients(groups[0])
+        for group in groups[1:]:
+            more_keys, more_values = _memory_gradients(group)
+            dkeys, dvalues = dkeys + more_keys, dvalues + more_values
+        return dkeys, dvalues, None
+
+
+def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
+    """Whether two steps can be queries of one call.
+
+    v may be recomputed in every step (weight normalisation): equal values in different tensors.
+    """
+    if type(a.score) is not type(b.score) or a.backend != b.backend:
+        return False
+    masks = ((a.memory_lengths, b.memory_lengths), (a.mask, b.mask))
+    return all(
+        x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
+        for x, y in (*zip(a.score, b.score, strict=True), *masks)
+    )
+
+
+def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor, Tensor]:
+    """dkeys, dvalues of steps that score alike: those of one call with the queries of all."""
+    first, mask = steps[0], steps[0].mask
+    if mask is not None and mask.dim() == 3:
+        mask = mask.squeeze(1)  # (B, 1, Tk), and the same for every step
+    queries = [step.query for step in steps]
+    gradients = first._replace(
+        grad_context=_join_gradients([step.grad_context for step in steps], queries, first.values.shape[2]),
+        grad_alignments=_join_gradients([step.grad_alignments for step in steps], queries, first.keys.shape[1]),
+        query=torch.cat(queries, 1),
+        mask=mask,
+        alignments=torch.cat([step.alignments for step in steps], 1),
+    ).backward(need_query=False, need_memory=True)
+    return gradients[1], gradients[2]
+
+
+def _join_gradients(gradients: list[Tensor | None], queries: list[Tensor], size: int) -> Tensor | None:
+    """(B, all Tq, size), with zeros for the queries whose output has no gradient; None where none has one."""
+    if all(gradient is None for gradient in gradients):
+        return None
+    pairs = zip(gradients, queries, strict=True)
+    return torch.cat([query.new_zeros(*query.shape[:2], size) if g is None else g for g, query in pairs], 1)
+
+
+class _StepFunction(Function):
+    @staticmethod
+    def forward(ctx, gradient, anchor, kind, backend, query, memory_lengths, mask, need_alignments, *score):
+        ctx.set_materialize_grads(False)
+        ctx.memory_gradient, ctx.backend, ctx.kind = gradient, backend, kind
+        # A score is of tensors or of numbers: saved, or kept as it is.
+        ctx.numbers, tensors = ((), score) if kind.holds_tensors else (score, ())
+        memory, masks = (gradient.keys, gradient.values), (memory_lengths, mask)
+        context, alignments = ops.below_autograd(kind.op, backend, (query, *memory, *score, *masks, True))
+        ctx.save_for_backward(query, *memory, *tensors, *masks, alignments)
+        return (context, alignments) if need_alignments else context
+
+    @staticmethod
+    def backward(ctx, grad_context, grad_alignments=None):
+        if grad_context is None and grad_alignments is None:
+            return (None,) * len(ctx.needs_input_grad)
+        query, keys, values, *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
+        gradient = ctx.memory_gradient
+        if torch.is_grad_enabled():  # create_graph=True: keys and values as autograd knows them
+            keys, values = gradient.memory
+        score = ctx.kind(*ctx.numbers, *tensors)
+        grads, others = (grad_context, grad_alignments), (memory_lengths, mask, alignments)
+        step = _StepRecord(score, ctx.backend, *grads, query, keys, values, *others)
+        gradient.record(step)
+        dquery, _, _, *dscore = step.backward(need_query=True, need_memory=False)
+        of_score = [d if need else None for d, need in zip_longest(dscore, ctx.needs_input_grad[8:])]
+        return None, gradient.empty_grad, None, None, dquery, None, None, None, *of_score

@@ -1,0 +1,167 @@
+"""Which adapter a class has: those of known libraries (``libraries/``), by name, and those that users give."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+import weakref
+from collections.abc import Callable
+from inspect import getattr_static
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from ..sources import class_at, digest, replaced_method
+from . import libraries
+from .adapter import Fused, overridden_methods
+from .report import class_name
+
+
+class AdapterSpec(NamedTuple):
+    """A class that can be patched.
+
+    original: "module:Class". fused: its adapter. library, versions: for people. sources: digests of the source of the
+    classes known to compute what the adapter does, see :func:`digest`; empty if any will do.
+    """
+
+    original: str
+    fused: type[Fused]
+    library: str
+    versions: str
+    sources: tuple[str, ...]
+
+
+F = TypeVar("F", bound=type[Fused])
+
+
+def adapts(
+    original: type[nn.Module] | str, *, library: str = "", versions: str = "", sources: tuple[str, ...] = ()
+) -> Callable[[F], F]:
+    """Class decorator: the adapter with which modules of class ``original`` are patched.
+
+    Args:
+        original: the class, or "module:Class", which imports nothing: the class that is there when a module is patched.
+            A later adapter of a class replaces an earlier. Modules of other classes are left alone, since they may
+            compute something else: of its subclasses, and of classes of the same name, such as one that is defined
+            again in a notebook or made by another call of the same function.
+        library, versions: what ``python -m attn_kernels patch-list`` prints.
+        sources: digests (:func:`digest`) of the class's source in those versions. Where they are given, a class with
+            another source is left alone: another version of a library may compute something else.
+    """
+    if isinstance(original, str):
+        name = original
+    elif isinstance(original, type) and issubclass(original, nn.Module):
+        name = key_of(original)
+    else:
+        raise TypeError(f'adapts: original must be a class of modules or "module:Class", got {original!r}')
+
+    def register(fused: F) -> F:
+        if not (isinstance(fused, type) and issubclass(fused, Fused)):
+            raise TypeError(f"adapts: the adapter of {name} must be a subclass of Fused, got {fused!r}")
+        _rename_members(fused)
+        adapter = AdapterSpec(name, fused, library, versions, tuple(sources))
+        if isinstance(original, str):
+            _adapters[name] = adapter
+            there = class_at(*name.split(":", 1)) if ":" in name else None
+            if isinstance(there, type) and _NOTES in vars(there):
+                notes_of(there).adapter = None
+        else:
+            notes = notes_of(original)
+            notes.adapter, notes.forward = adapter, original.forward
+            _classes.add(original)
+        return fused
+
+    return register
+
+
+def _rename_members(fused: type[Fused]) -> None:
+    """Adapters written for the names of earlier versions keep working."""
+    for old, new in (("covers", "unsupported_reason"), ("least_elements", "min_products")):
+        if hasattr(fused, old) and getattr_static(fused, new) is vars(Fused)[new]:
+            message = f"{fused.__name__}.{old}: the name is {new} now; the old one goes with the next version"
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+            setattr(fused, new, getattr_static(fused, old))
+
+
+def adapters() -> list[AdapterSpec]:
+    """Every class that can be patched, by library; for those in ``libraries/`` no library is imported."""
+    for file in libraries.FILES:
+        _load(file)
+    of_classes = [notes.adapter for cls in _classes if (notes := notes_of(cls)).adapter is not None]
+    return sorted([*_adapters.values(), *of_classes], key=lambda adapter: (adapter.library.lower(), adapter.original))
+
+
+def find_adapter(cls: type[nn.Module]) -> AdapterSpec | str | None:
+    """The adapter of a class; why the one that there is does not fit; None where there is none.
+
+    The file of its library is imported, if there is one: the library itself is loaded.
+    """
+    file = cls.__module__.partition(".")[0]
+    if file in libraries.FILES:
+        _load(file)
+    notes = vars(cls).get(_NOTES)
+    adapter = notes.adapter if isinstance(notes, _Notes) else None
+    if adapter is not None:
+        if cls.forward is not notes.forward:
+            return "the forward of its class was replaced after its adapter was given"
+    else:
+        adapter = _adapters.get(key_of(cls))
+        if adapter is None:
+            return None
+        if "<locals>" in cls.__qualname__:
+            return "its class was made by a function, which may make others of this name"
+        if class_at(cls.__module__, cls.__qualname__) not in (cls, None):  # None: its module was not imported as such
+            return f"it is not the class that {class_name(cls)} is now, but another of this name"
+    if adapter.sources:
+        if not _source_matches(cls, adapter):
+            return f"its source is not that of {adapter.library} {adapter.versions}, which the adapter was written for"
+        replaced = replaced_method(cls, overridden_methods(adapter.fused))
+        if replaced is not None:
+            return f"the method {replaced!r} of its class was replaced"
+    return adapter
+
+
+def _source_matches(cls: type[nn.Module], adapter: AdapterSpec) -> bool:
+    return digest(cls) in adapter.sources
+
+
+def namesake_has_adapter(cls: type) -> bool:
+    """Whether another class of this name was given to :func:`adapts`."""
+    return any(key_of(other) == key_of(cls) and notes_of(other).adapter is not None for other in _classes)
+
+
+@functools.cache
+def _load(file: str) -> None:
+    importlib.import_module(f"{libraries.__name__}.{file}")
+
+
+# What is known of a class ---------------------------------------------------------------------------------------------
+
+_NOTES = "_attn_kernels_notes"  # an attribute of classes
+_adapters: dict[str, AdapterSpec] = {}  # those that are given by name
+_classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()  # those that were given to ``adapts``
+
+
+class _Notes:
+    """What is known of a class, kept in the class itself: so it ends with the class, although it refers to it."""
+
+    def __init__(self) -> None:
+        self.adapter: AdapterSpec | None = None  # given to ``adapts`` for this very class
+        self.forward: Any = None  # that of the class then
+        self.fused: dict[type[Fused], type[Any]] = {}  # by adapter: the classes of patched modules
+
+    def __reduce__(self) -> Any:
+        return dict, ()  # a class that is pickled by value goes without
+
+
+def notes_of(cls: type) -> _Notes:
+    notes = vars(cls).get(_NOTES)
+    if not isinstance(notes, _Notes):
+        notes = _Notes()
+        setattr(cls, _NOTES, notes)
+    return notes
+
+
+def key_of(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

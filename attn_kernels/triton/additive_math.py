@@ -1,0 +1,86 @@
+"""The factored form of additive scores, and where it may be used: the numbers of csrc/additive_math.h, which says why.
+
+    tanh(q + k) = 1 - 2 / (1 + E) = (E - 1) / (E + 1),   E = e^{2q} e^{2k}
+
+``bound`` is the largest |q| (and |bias|) of a query plus the largest |k| of a step. A test compares each number with
+that of the header.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import reciprocal
+
+MAX_BOUND_THREE = tl.constexpr(19.0)  # three units share a reciprocal, v folded in
+MAX_BOUND_ONE = tl.constexpr(43.0)  # e^{2q}, e^{2k} and their product are in range
+MAX_ABS_BACKWARD = tl.constexpr(16.0)  # of |q| + |bias|, and of |k|, in the backward
+MIN_ABS_MAX_V = tl.constexpr(1e-30)  # of the largest |v|
+MAX_ABS_MAX_V = tl.constexpr(1e30)
+MIN_RELATIVE_V = tl.constexpr(2.0**-24)  # smaller |v| are below the rounding of the largest, and dropped
+DENOMINATOR_SCALE = tl.constexpr(2.0**-40)  # of d: the least product of three, 2^-120, is in range
+DROPPED_DENOMINATOR = tl.constexpr(256.0)  # d of a unit that is dropped: 1 / d is 2^-48 of that of the largest
+
+# min_abs_bound
+NORM2_OF_ANY_BOUND = tl.constexpr(4.0)
+NORM2_OF_SMALL_BOUND = tl.constexpr(64.0)
+SMALL_BOUND = tl.constexpr(2.0)
+NORM2_PER_UNIT_OF_MEDIUM_BOUND = tl.constexpr(1.3)
+MEDIUM_BOUND = tl.constexpr(5.0)
+LARGE_BOUND = tl.constexpr(10.0)
+MIN_UNITS_OF_LARGE_BOUND = tl.constexpr(256)
+
+
+@triton.jit
+def min_abs_bound(norm2, units):
+    """The bound from which on the factored form is as accurate as the formula, inf where it never is.
+
+    norm2: the sum of the squares of v, which has that many units.
+    """
+    bound = tl.where(units >= MIN_UNITS_OF_LARGE_BOUND, LARGE_BOUND, float("inf"))
+    bound = tl.where(norm2 <= NORM2_PER_UNIT_OF_MEDIUM_BOUND * units, MEDIUM_BOUND, bound)
+    bound = tl.where(norm2 <= NORM2_OF_SMALL_BOUND, SMALL_BOUND, bound)
+    return tl.where(norm2 <= NORM2_OF_ANY_BOUND, 0.0, bound)
+
+
+@triton.jit
+def tanh(x, APPROXIMATE: tl.constexpr):
+    """tanh(x); to two units in the last place in float32, and to a rounding of 1 in float64."""
+    magnitude = tl.abs(x)
+    result = 1.0 - 2.0 * reciprocal(1.0 + tl.exp(2.0 * magnitude), APPROXIMATE)
+    result = tl.where(x < 0.0, -result, result)
+    if x.dtype == tl.float32:  # 1 - 2 r loses the small ones: a polynomial, fitted to relative error 1.4e-8 on [0, 0.9]
+        s = x * x
+        p = 0.00131424297 * s - 0.00688467104
+        p = p * s + 0.0209260591
+        p = p * s - 0.0537303689
+        p = p * s + 0.133305171
+        p = p * s - 0.333332212
+        result = tl.where(magnitude < 0.9, x + x * s * p, result)
+    return result
+
+
+@triton.jit
+def exp2x_in_range(x):
+    """exp(2 x) in float32 to one unit in the last place, for |x| <= MAX_BOUND_ONE; anything for others.
+
+    2 x = n ln 2 + 2 f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
+    """
+    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
+    n = rounded - 12582912.0
+    f = (x - n * 0.3465728759765625) - n * 7.14303385e-07
+    p = 0.08931904 * f + 0.26800416
+    p = p * f + 0.66665728
+    p = p * f + 1.3333132
+    p = p * f + 2.00000008
+    p = p * f + 2.0
+    p = p * f + 1.0
+    # Times 2^n, by adding n to the exponent.
+    return (p.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2x(x):
+    """The same, and finite for others."""
+    return exp2x_in_range(tl.where(tl.abs(x) <= MAX_BOUND_ONE, x, 0.0))

@@ -1,0 +1,240 @@
+"""The cases that all benchmarks of the ops share: sizes, inputs, how much work they are, when a result is right.
+
+Needs torch alone, so that it serves where nothing else is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import eager, timing
+
+
+class Op(str, Enum):
+    additive_attention = "additive_attention"
+    dot_attention = "dot_attention"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Lengths(str, Enum):
+    """none: no mask at all. random: memory_lengths between half of Tk and Tk."""
+
+    none = "none"
+    random = "random"
+
+
+class Shape(NamedTuple):
+    B: int
+    Tq: int
+    Tk: int
+    A: int
+    D: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self[:4] if self.A == self.D else self))
+
+
+# The standard shapes. The first list runs on every device, the second only on a GPU.
+SHAPES = {
+    Shape(64, 1, 50, 512, 512): "decode step",
+    Shape(64, 1, 200, 1024, 1024): "decode step, longer and wider",
+    Shape(1, 1, 1000, 512, 512): "decode step, one long sentence",
+    Shape(8, 5, 200, 512, 512): "5 beams",
+    Shape(64, 1, 180, 128, 128): "Tacotron 2's sizes, without its location features",
+    Shape(32, 50, 50, 512, 512): "all target steps",
+    Shape(16, 100, 100, 512, 512): "all target steps, longer",
+    Shape(1280, 1, 66, 1024, 1024): "PyTorch's tensorexpr benchmark",
+    Shape(128, 10, 128, 1024, 1024): "PyTorch's tensorexpr benchmark",
+}
+GPU_SHAPES = {Shape(256, 74, 75, 1024, 1024): "MLPerf GNMT"}
+
+# The passes of a call. The backward alone is timed by cpu/roofline.py only.
+FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
+SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd+bwd"}
+
+# Allowed difference from the eager formula (in float32 or wider), relative to the largest value of that tensor.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class Provider:
+    """One way to compute a cell (a backend of ours, eager, torch.compile, ...), and what came of it."""
+
+    name: str
+    function: Callable[..., Tensor] | None = None  # tensors -> context
+    detail: str = ""
+    failure: str | None = None  # why there is no time
+    memory_mb: float | None = None
+    error: float | None = None  # largest difference from the eager formula, as a share of the largest value
+    milliseconds: timing.Spread | None = None
+    times_ours: timing.Spread | None = None  # its time / the time of ours, within rounds: above 1 where ours is faster
+
+
+class Problem(NamedTuple):
+    """The inputs of one shape."""
+
+    inputs: dict[str, Tensor]
+    grad_context: Tensor
+    memory_lengths: Tensor | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float
+    rounds: int
+    compile: bool
+    need_weights: bool
+    lengths: Lengths
+    seed: int
+    prepared: bool = False
+
+
+class Work(NamedTuple):
+    """The least work of one call."""
+
+    read: int  # bytes
+    written: int  # bytes
+    pairs: int  # of a query and a key, for one unit
+    exponentials: int
+    macs: int
+
+
+def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
+    """The work of the forward or of the backward.
+
+    Forward: context alone, no alignments. Backward: starts from the alignments and the gradient of the context.
+    """
+    batch, queries, steps, units, width = shape
+    pairs = batch * queries * steps
+    query, context = batch * queries * units, batch * queries * width
+    keys, values = batch * steps * units, batch * steps * width
+    additive = op == Op.additive_attention
+    inputs = query + keys + values + (units if additive else 0)
+    if passes == FORWARD:
+        read, written, products = inputs, context, pairs * width
+    else:
+        # The gradient of the values and that of the alignments.
+        read, written, products = inputs + pairs + context, inputs, 2 * pairs * width
+    if additive:
+        return Work(read * item_size, written * item_size, pairs * units, query + keys, products)
+    products += pairs * units * (1 if passes == FORWARD else 2)
+    return Work(read * item_size, written * item_size, 0, 0, products)
+
+
+@dataclass
+class Cell:
+    """One line of a table: an op at one shape, forward or forward and backward, by several providers."""
+
+    op: str
+    shape: Shape
+    passes: str
+    label: str
+    ours: str  # the name of the provider that is ours; the backend's name
+    providers: list[Provider] = field(default_factory=list)
+    rounds: int = 0  # that the times are of; 0: it was left out, or nothing in it ran
+    left_out: bool = False  # there was no time for it
+    seconds_of_check: float = 0.0  # what was spent before the rounds, most of it on compilation
+    seconds_a_round: float = 0.0
+
+    @property
+    def work(self) -> int:
+        """Products of one pass over all pairs of a query and a step."""
+        return self.shape.B * self.shape.Tq * self.shape.Tk * (self.shape.A + self.shape.D)
+
+    def provider(self, name: str) -> Provider | None:
+        return next((provider for provider in self.providers if provider.name == name), None)
+
+
+def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator) * scale).to(settings.device, settings.dtype)
+
+    batch, queries, steps, units, width = shape
+    inputs = {
+        "query": normal(batch, queries, units, scale=1.0 if op == "additive_attention" else units**-0.5),
+        "keys": normal(batch, steps, units),
+        "values": normal(batch, steps, width),
+    }
+    if op == "additive_attention":
+        inputs["v"] = normal(units, scale=units**-0.5)
+    lengths = None
+    if settings.lengths is Lengths.random:
+        lengths = torch.randint(max(1, steps // 2), steps + 1, (batch,), generator=generator).to(settings.device)
+    return Problem(inputs, normal(batch, queries, width), lengths)
+
+
+def expected_results(op: str, problem: Problem, *, training: bool) -> dict[str, Tensor]:
+    """What the eager formula makes of a problem, in float32 or wider."""
+    formula = functools.partial(getattr(eager, op), memory_lengths=problem.memory_lengths, need_weights=False)
+    wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
+    return compute(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
+
+
+def compute(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], grad_context: Tensor, *, training: bool
+) -> dict[str, Tensor]:
+    """The context and, for training, the gradient of every input, by name."""
+    if not training:
+        with torch.no_grad():
+            return {"context": function(*inputs.values())}
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    context = function(*leaves)
+    gradients = torch.autograd.grad(context, leaves, grad_context.to(context.dtype))
+    return {"context": context.detach(), **{f"d{name}": g for name, g in zip(inputs, gradients, strict=True)}}
+
+
+def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference over all tensors, relative to the largest value of each, and the tensor that has it."""
+    worst, where = 0.0, ""
+    for name, wanted in expected.items():
+        error = ((got[name].to(wanted.dtype) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
+        if not error <= worst:  # also where it is NaN
+            worst, where = error, name
+    return worst, where
+
+
+def bind(provider: Provider, problem: Problem, *, training: bool) -> Callable[[], object]:
+    """The call that is timed."""
+    assert provider.function is not None
+    function, inputs = provider.function, list(problem.inputs.values())
+    if not training:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return forward
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, problem.grad_context)
+
+
+def check(provider: Provider, problem: Problem, expected: dict[str, Tensor], *, training: bool) -> None:
+    """Runs a provider once. If it fails or its results are wrong, ``failure`` says so, and it is not timed."""
+    try:
+        got = compute(provider.function, problem.inputs, problem.grad_context, training=training)
+    except Exception as error:  # whatever a compiler or a kernel raises belongs into the cell
+        lines = str(error).strip().splitlines()
+        provider.failure = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+        return
+    error, where = largest_error(got, expected)
+    if not error <= TOLERANCES[problem.grad_context.dtype]:
+        provider.failure = f"wrong: {where} differs by {error:.1e} of its largest value"
+    provider.error = error if math.isfinite(error) else None  # JSON has neither NaN nor infinity

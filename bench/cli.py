@@ -1,0 +1,110 @@
+"""What the benchmarks print on, and the options that their commands share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from . import machine, results
+from .cases import Shape
+from .machine import Allocator
+
+
+class Terminal(Console):
+    """Lines of text are printed as they are: they often hold a path or a command, to be copied as a whole.
+
+    No line is broken, which the terminal does itself in a way that copying undoes, and nothing in them is read as
+    markup: a path may have brackets. Tables have the width of the terminal.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if all(isinstance(thing, (str, Text)) for thing in objects):
+            options = {"soft_wrap": True, "highlight": False, "markup": False, **options}
+        super().print(*objects, **{"crop": False, **options})
+
+
+console = Terminal()
+errors = Terminal(stderr=True)
+
+
+def application(**options: Any) -> typer.Typer:
+    """A command line whose errors and tracebacks are plain lines, without the frames that would break a path."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
+
+
+def progress_bars(**options: Any) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        **options,
+    )
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads of PyTorch and of the kernels.")]
+AllocatorOption = Annotated[
+    Allocator,
+    typer.Option("--allocator", help="reuse: freed pages are kept, which favours eager most. default: malloc's own."),
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", help="Folder for JSON and plots.", show_default=results.shown(results.LOCAL))
+]
+ShapesOption = Annotated[list[str] | None, typer.Option("--shape", help="B,Tq,Tk,A or B,Tq,Tk,A,D; may be repeated.")]
+
+
+def parse_shape(text: str) -> Shape:
+    sizes = parse_sizes(text)
+    if len(sizes) == 4:
+        sizes.append(sizes[3])
+    if len(sizes) != 5:
+        raise typer.BadParameter(f"a shape is B,Tq,Tk,A or B,Tq,Tk,A,D, five positive numbers at most; got {text!r}")
+    return Shape(*sizes)
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Positive numbers with commas; an empty list for anything else."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        return []
+    return sizes if min(sizes) > 0 else []
+
+
+def parse_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error).splitlines()[0]) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{name}: PyTorch finds no GPU here")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name}: cpu or cuda")
+    return device
+
+
+def prepare(threads: int, allocator: Allocator) -> str:
+    """Threads and allocator for the times; returns what the allocator is, for the record."""
+    torch.set_num_threads(threads)
+    return machine.set_allocator(allocator)
+
+
+def finish(tables: Iterable[Any], description: dict[str, str | int], start: float, *written: Path) -> None:
+    """The last lines of a command: its tables, where they were measured, how long that took, and the files."""
+    for table in tables:
+        console.print(table)
+    console.print(machine.as_text(description))
+    seconds = time.perf_counter() - start
+    console.print(f"{seconds:.0f} s. Written: {', '.join(map(results.shown, written))}")

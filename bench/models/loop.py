@@ -1,0 +1,269 @@
+"""Times the decoder's whole loop, training and decoding: ``python -m bench.models.loop --help``.
+
+Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user
+would write it; the same with its step compiled; our fused attention step by step; and the loop as one op.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor, nn
+
+from attn_kernels import Attention, Memory
+from attn_kernels.seq2seq import Seq2Seq
+
+from .. import eager, machine, report, results, timing
+from ..cli import (
+    AllocatorOption,
+    OutputOption,
+    ThreadsOption,
+    application,
+    finish,
+    parse_device,
+    parse_sizes,
+    prepare,
+    progress_bars,
+)
+from ..machine import Allocator
+
+app = application()
+
+EAGER, COMPILED, STEPS, LOOP = "eager steps", "torch.compile", "fused steps", "loop"
+LAUNCHED = "loop, no graph"  # on a GPU, where the loop is otherwise a CUDA graph
+VOCABULARY = 64
+TOLERANCE = 1e-3  # of gradients in float32, relative to their largest element
+
+
+class Shape(NamedTuple):
+    B: int  # sentences
+    S: int  # source steps
+    T: int  # target steps
+
+
+SHAPES = (Shape(64, 8, 8), Shape(64, 32, 32), Shape(32, 80, 96), Shape(16, 200, 200), Shape(1, 8, 8))
+QUICK = SHAPES[:1]
+
+
+class EagerAttention(nn.Module):
+    """Additive attention as it is written without this package, on the parameters of a BahdanauAttention."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        self.query_projection, self.memory_projection, self.v = fused.query_projection, fused.memory_projection, fused.v
+
+    def memory(self, outputs: Tensor, memory_lengths: Tensor) -> Memory:
+        return Memory(self.memory_projection(outputs), outputs, memory_lengths)
+
+    def forward(self, query: Tensor, memory: Memory) -> Attention:
+        return eager.additive_attention(
+            self.query_projection(query), memory.keys, memory.values, self.v, memory_lengths=memory.memory_lengths
+        )
+
+
+class Variant(NamedTuple):
+    name: str
+    model: Seq2Seq
+
+
+def make_variants(size: int, device: torch.device, names: list[str]) -> list[Variant]:
+    """Models with the same parameters. size: of embedding, states and attention."""
+    variants = []
+    for name in names:
+        torch.manual_seed(0)
+        decoder = "loop" if name in (LOOP, LAUNCHED) else "steps"
+        graph = name == LOOP
+        model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, decoder=decoder, cuda_graph=graph).to(device)
+        if name in (EAGER, COMPILED):
+            model.decoder.attention = EagerAttention(model.decoder.attention)
+        if name == COMPILED:
+            model.decoder._step = torch.compile(model.decoder._step, dynamic=False)
+        variants.append(Variant(name, model))
+    return variants
+
+
+def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+    """Forward, loss and backward; without the optimizer, which is the same for all variants."""
+
+    def step() -> Tensor:
+        model.zero_grad()
+        logits, _ = model(*data)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), data[2].flatten())
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def decoding(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    """Greedy search of as many steps as the target has."""
+    model.eos = VOCABULARY  # a token that does not come: all ways go all the way
+    return lambda: model.generate(data[0], data[1], max_length=data[2].shape[1])
+
+
+def make_data(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    source = torch.randint(3, VOCABULARY, (shape.B, shape.S), generator=generator)
+    target = torch.randint(3, VOCABULARY, (shape.B, shape.T), generator=generator)
+    return source.to(device), torch.full((shape.B,), shape.S), target.to(device)
+
+
+def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """Largest difference of the gradients of each variant from those of the first, relative to the largest element."""
+    gradients = {}
+    for name, model in variants:
+        training_step(model, data)()
+        gradients[name] = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        model.zero_grad()
+    expected = gradients[variants[0].name]
+    return {
+        name: max(
+            ((got[key] - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
+            for key, wanted in expected.items()
+        )
+        for name, got in gradients.items()
+    }
+
+
+# The time of a call by what it is spent on: names of PyTorch's operators.
+_ENCODER = ("aten::mkldnn_rnn", "aten::_cudnn_rnn", "aten::_thnn")
+_ATTENTION = ("attn_kernels::", "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::mv", "aten::masked_fill")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::")
+
+
+def shares(call: Callable[[], object]) -> dict[str, float]:
+    """Parts of the time: encoder, products of cells and projections, attention, and the rest, mostly overhead."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call()
+    parts = {"encoder": 0.0, "products": 0.0, "attention": 0.0, "rest": 0.0}
+    for event in profile.key_averages(group_by_input_shape=True):
+        in_four_axes = any(len(shape) == 4 for shape in event.input_shapes if isinstance(shape, list))
+        if event.key.startswith(_ENCODER):
+            part = "encoder"
+        elif event.key.startswith(_ATTENTION) or in_four_axes:  # (B, Tq, Tk, A) of the eager formula
+            part = "attention"
+        else:
+            part = "products" if event.key.startswith(_PRODUCTS) else "rest"
+        parts[part] += event.self_cpu_time_total
+    total = sum(parts.values())
+    return {part: round(value / total, 3) for part, value in parts.items()}
+
+
+def measure(shape: Shape, size: int, device: torch.device, names: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Training step and greedy decoding at one shape: a row each."""
+    variants = make_variants(size, device, names)
+    data = make_data(shape, device)
+    errors = largest_error(variants, data)
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    if wrong:
+        raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
+    rows = []
+    for kind, make in (("training step", training_step), ("greedy decoding", decoding)):
+        timed = [variant for variant in variants if kind == "training step" or variant.name in (EAGER, COMPILED, STEPS)]
+        calls = {name: make(model, data) for name, model in timed}
+        samples = timing.interleave(calls, timing.timer_for(device), seconds=seconds, least_rounds=5, most_rounds=60)
+        rows.append(
+            {
+                "kind": kind,
+                "B,S,T": list(shape),
+                "rounds": len(samples[EAGER]),
+                "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
+                "eager / ours": {
+                    name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER
+                },
+                "shares": {name: shares(call) for name, call in calls.items() if name != COMPILED},
+            }
+        )
+    return rows
+
+
+def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str]) -> dict[str, float | None]:
+    """MB beyond what is held before, of a training step."""
+    data = make_data(shape, device)
+    memory = {}
+    for name, model in make_variants(size, device, names):
+        step = training_step(model, data)
+        step()
+        memory[name] = machine.peak_memory(step, device)
+    return memory
+
+
+def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
+    title = "Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager"
+    shown = report.table(title, "", "B,S,T", *names, "MB (eager, loop)", "of the loop's time", wrap=True)
+    for row in rows:
+        cells = []
+        for name in names:
+            if name not in row["ms"]:
+                cells.append("")
+                continue
+            ratio = row["eager / ours"].get(name)
+            text = report.figure(row["ms"][name]["median"])
+            cells.append(f"{text}  {report.times(ratio['median'])}" if ratio else text)
+        memory = row.get("MB", {})
+        megabytes = ", ".join(report.megabytes(memory[name]) for name in (EAGER, LOOP) if name in memory)
+        ours = row["shares"].get(LOOP) or row["shares"].get(STEPS, {})
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in ours.items())
+        shown.add_row(row["kind"], ",".join(map(str, row["B,S,T"])), *cells, megabytes, parts)
+    return shown
+
+
+@app.command()
+def main(
+    size: Annotated[int, typer.Option(min=1, help="Of embedding, states and attention.")] = 256,
+    shape: Annotated[list[str] | None, typer.Option(help="B,S,T; several times for several.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 20.0,
+    threads: ThreadsOption = 1,
+    compiled: Annotated[bool, typer.Option(help="Also torch.compile, whose first calls take minutes.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    allocator: AllocatorOption = Allocator.reuse,
+    quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
+    output: OutputOption = results.LOCAL,
+) -> None:
+    """Times training steps and greedy decoding of Seq2Seq: eager, torch.compile, fused steps, the loop as one op."""
+    start = time.perf_counter()
+    in_effect = prepare(threads, allocator)
+    target = parse_device(device)
+    shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
+    left_out = set() if target.type == "cuda" else {LAUNCHED}
+    if not compiled:
+        left_out.add(COMPILED)
+    names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP) if name not in left_out]
+    rows: list[dict[str, Any]] = []
+    with progress_bars() as progress:
+        task = progress.add_task("shapes", total=len(shapes) * 2)
+        for one in shapes:
+            progress.update(task, description=f"B,S,T = {','.join(map(str, one))}")
+            rows += measure(one, size, target, names, 1.0 if quick else seconds)
+            progress.advance(task)
+        machine.set_allocator_for_memory(allocator)
+        for one in shapes:
+            progress.update(task, description=f"memory of {','.join(map(str, one))}")
+            memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP])
+            next(row for row in rows if row["B,S,T"] == list(one))["MB"] = memory
+            progress.advance(task)
+    result = {
+        "part": "loop",
+        "machine": machine.describe(target, in_effect),
+        "settings": {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY},
+        "rows": rows,
+    }
+    path = output / f"loop-{target.type}.json"
+    results.write_json(path, result)
+    finish([table(rows, names)], result["machine"], start, path)
+
+
+def _parse_shape(text: str) -> Shape:
+    sizes = parse_sizes(text)
+    if len(sizes) != 3:
+        raise typer.BadParameter(f"a shape is B,S,T, three positive numbers; got {text!r}")
+    return Shape(*sizes)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,163 @@
+"""Times what decoding steps share with each other: ``python -m bench.models.memory_gradient --help``.
+
+The backward of many steps on one memory, whose gradients are made once for all of them, against a gradient per step and
+against eager; and a step of five beams, which read the memory once, against a step of one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from attn_kernels import Memory, additive_attention, prepare_keys
+from attn_kernels.functional import attend
+from attn_kernels.scores import AdditiveScore
+
+from .. import eager, machine, report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from ..machine import Allocator
+
+app = application()
+
+EAGER, DENSE, DEFERRED = "eager", "gradient per step", "gathered"
+STEPS = 50
+BACKWARD_SHAPES = ((64, 50, 512), (64, 200, 512), (16, 200, 256), (1, 200, 512))  # B, Tk, A = D
+BEAM_SHAPES = ((8, 200, 512), (64, 50, 512), (1, 200, 512), (64, 200, 1024))  # the last is beyond the caches
+BEAMS = 5
+TOLERANCE = 1e-4  # of gradients, relative to their largest element
+
+
+class Steps:
+    """A decode loop's attention: T queries, one after the other, on one memory. A = D."""
+
+    def __init__(self, batch: int, source: int, units: int, steps: int = STEPS) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.queries = normal(steps, batch, units).requires_grad_()
+        self.keys, self.values = normal(batch, source, units).requires_grad_(), normal(batch, source, units)
+        self.values.requires_grad_()
+        self.v = (normal(units) / units**0.5).requires_grad_()
+        self.gradient = normal(steps, batch, units)
+
+    def forward(self, variant: str) -> Tensor:
+        """The contexts of all steps, (T, B, D)."""
+        memory = Memory(self.keys, self.values)
+        contexts = []
+        for query in self.queries.unbind(0):
+            if variant == EAGER:
+                attention = eager.additive_attention(query, self.keys, self.values, self.v)
+            elif variant == DENSE:
+                attention = additive_attention(query, self.keys, self.values, self.v)
+            else:
+                attention = attend(AdditiveScore(self.v), query, memory, True, None)
+            contexts.append(attention.context)
+        return torch.stack(contexts)
+
+    def backward(self, variant: str) -> Callable[[], tuple[Tensor, ...]]:
+        """The backward alone: the graph is made once and kept."""
+        contexts = self.forward(variant)
+        leaves = (self.queries, self.keys, self.values, self.v)
+        return lambda: torch.autograd.grad(contexts, leaves, self.gradient, retain_graph=True)
+
+    def both(self, variant: str) -> Callable[[], tuple[Tensor, ...]]:
+        leaves = (self.queries, self.keys, self.values, self.v)
+        return lambda: torch.autograd.grad(self.forward(variant), leaves, self.gradient)
+
+
+def measure_backward(shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
+    """Backward alone and with the forward, each of all steps."""
+    steps = Steps(*shape)
+    expected = steps.backward(EAGER)()
+    for variant in (DENSE, DEFERRED):
+        for got, wanted in zip(steps.backward(variant)(), expected, strict=True):
+            error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+            if not error <= TOLERANCE:
+                raise RuntimeError(
+                    f"memory_gradient: gradients of {variant!r} at {shape} are off by {error}: nothing is timed"
+                )
+    variants = (EAGER, DENSE, DEFERRED)
+    kinds = {f"backward, {STEPS} steps": steps.backward, f"forward + backward, {STEPS} steps": steps.both}
+    return [
+        _row(kind, shape, {variant: make(variant) for variant in variants}, DEFERRED, seconds)  # type: ignore[operator]
+        for kind, make in kinds.items()
+    ]
+
+
+def measure_beams(shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
+    """A step of one query a sentence and one of several, on prepared keys, without gradients."""
+    batch, source, units = shape
+    steps = Steps(batch, source, units, BEAMS)
+    queries = steps.queries.detach().transpose(0, 1).contiguous()  # (B, K, A)
+    keys, values, v = steps.keys.detach(), steps.values.detach(), steps.v.detach()
+    prepared = prepare_keys(keys)
+
+    def step(count: int) -> Callable[[], object]:
+        few = queries[:, :count].contiguous()
+        return lambda: additive_attention(few, keys, values, v, prepared=prepared)
+
+    calls = {f"{count} queries": step(count) for count in (1, BEAMS)}
+    return _row("a step, forward", shape, calls, "1 queries", seconds)
+
+
+def _row(
+    kind: str, shape: tuple[int, int, int], calls: dict[str, Callable[[], object]], against: str, seconds: float
+) -> dict[str, Any]:
+    samples = timing.interleave(calls, timing.WallTimer(), seconds=seconds, least_rounds=5, most_rounds=200)
+    return {
+        "kind": kind,
+        "B,Tk,A=D": list(shape),
+        "rounds": len(samples[against]),
+        "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
+        f"times {against}": {
+            name: timing.ratios(samples, name, against)._asdict() for name in calls if name != against
+        },
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = report.table("Steps on one memory: ms, and how many times the last one's", "", "B,Tk,A=D", "ms", wrap=True)
+    for row in rows:
+        ratios = next(value for key, value in row.items() if key.startswith("times "))
+        cells = [
+            f"{name} {report.figure(spread['median'])}"
+            + (f" ({ratios[name]['median']:.2f}x)" if name in ratios else "")
+            for name, spread in row["ms"].items()
+        ]
+        shown.add_row(row["kind"], ",".join(map(str, row["B,Tk,A=D"])), "; ".join(cells))
+    return shown
+
+
+@app.command()
+def main(
+    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
+    threads: ThreadsOption = 1,
+    allocator: AllocatorOption = Allocator.reuse,
+    quick: Annotated[bool, typer.Option(help="One shape of each and few rounds.")] = False,
+    output: OutputOption = results.LOCAL,
+) -> None:
+    """Times the backward of 50 steps on one memory, and a step of five beams against one of one, on the CPU."""
+    start = time.perf_counter()
+    in_effect = prepare(threads, allocator)
+    budget = 0.2 if quick else seconds
+    rows: list[dict[str, Any]] = []
+    with console.status("measuring"):
+        for shape in BACKWARD_SHAPES[: 1 if quick else None]:
+            rows += measure_backward(shape, budget)
+        rows += [measure_beams(shape, budget) for shape in BEAM_SHAPES[: 1 if quick else None]]
+    described = machine.describe(torch.device("cpu"), in_effect)
+    path = output / "steps-cpu.json"
+    results.write_json(path, {"part": "steps", "machine": described, "settings": {"threads": threads}, "rows": rows})
+    finish([table(rows)], described, start, path)
+
+
+if __name__ == "__main__":
+    app()

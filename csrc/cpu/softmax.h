@@ -1,0 +1,68 @@
+// The normaliser of attention: what turns a row of scores into alignments. Part of a SIMD level: see simd.h.
+//
+// attention.h takes a normaliser as a template argument, a class with
+//   row(p, n)          the alignments of n > 0 attended scores p, in place
+//   gradient(w, d, n)  the gradient of the scores, in place of that of the alignments w in d
+#pragma once
+
+#include "views.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+// Sums over more steps than this are made of parts: one sum of hundreds of thousands of steps would be off by as many
+// roundings of the whole.
+constexpr int64_t kMaxSummedSteps = 2048;
+
+// The sum of term(j), a vector, for j = 0, width, ... below n.
+template <typename T, class Term>
+ATTN_INLINE T sum_of_vectors(int64_t n, const Term& term) {
+  Vec<T> total{};
+  for (int64_t j = 0; j < n;) {
+    const int64_t end = min(n, j + kMaxSummedSteps);
+    Vec<T> part{};
+    for (; j < end; j += width<T>) part += term(j);
+    total += part;
+  }
+  return sum<T>(total);
+}
+
+struct Softmax {
+  // p[0..n) = softmax(p[0..n)). p has room for whole vectors. n > 0.
+  template <typename T>
+  ATTN_INLINE static void row(T* p, int64_t n) {
+    constexpr int64_t w = width<T>;
+    const T infinity = static_cast<T>(__builtin_inf());
+    if (n == 1) {
+      *p = 1 + (*p - *p);  // NaN for NaN and infinity
+      return;
+    }
+    const int64_t end = padded<T>(n);
+    T* last = p + end - w;
+    const Vec<T> tail = first_lanes<T>(n - (end - w)) ? load(last) : broadcast(-infinity);
+    if (n <= w) {
+      const Vec<T> e = exp_nonpositive(tail - largest<T>(tail));
+      return store(p, e * (1 / sum<T>(e)));
+    }
+    store(last, tail);
+    Vec<T> top = tail;
+    for (int64_t j = 0; j < end - w; j += w) top = maximum<T>(load(p + j), top);
+    const T shift = largest<T>(top);
+    const T factor = 1 / sum_of_vectors<T>(end, [&](int64_t j) {
+                       const Vec<T> e = exp_nonpositive(load(p + j) - shift);
+                       store(p + j, e);
+                       return e;
+                     });
+    for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
+  }
+
+  // d = w (d - sum w d)
+  template <typename T>
+  ATTN_INLINE static void gradient(const T* w, T* d, int64_t n) {
+    const T delta = sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(w + j, n - j) * load_upto(d + j, n - j); });
+    for (int64_t j = 0; j < n; ++j) d[j] = w[j] * (d[j] - delta);
+  }
+};
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

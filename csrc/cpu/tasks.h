@@ -1,0 +1,90 @@
+// How a call is cut into tasks for the threads. Part of a SIMD level: see simd.h.
+#pragma once
+
+#include "gemm.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+constexpr int64_t kMinCostPerThread = 1 << 16;  // multiply-adds or the like
+
+// Runs task(t, scratch) for t in [0, n); cost is the work of a task, in multiply-adds or the like.
+template <class Task>
+void for_each_task(int64_t n, int64_t cost, const Task& task) {
+  auto body = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t t = begin; t < end; ++t) {
+      Scratch& scratch = thread_scratch();
+      ScratchScope scope(scratch);
+      (*static_cast<const Task*>(context))(t, scratch);
+    }
+  };
+  parallel_for(n, max(1, kMinCostPerThread / max(cost, 1)), body, const_cast<Task*>(&task));
+}
+
+// A part of a call: `tasks` of each sentence, run(b, t, scratch), that cost about so much each.
+template <class Run>
+struct Stage {
+  int64_t tasks, cost;
+  Run run;
+};
+template <class Run>
+Stage(int64_t, int64_t, Run) -> Stage<Run>;
+
+// Runs stages that each need what the one before has made of the same sentence: sentence by sentence, while it is in
+// cache, where every thread has a few of them, otherwise stage by stage.
+template <class... Stages>
+void for_each_sentence(int64_t batch, const Stages&... stages) {
+  if (batch < 4 * thread_count() && thread_count() > 1) {
+    (for_each_task(batch * stages.tasks, stages.cost,
+                   [&](int64_t t, Scratch& scratch) { stages.run(t / stages.tasks, t % stages.tasks, scratch); }),
+     ...);
+    return;
+  }
+  for_each_task(batch, ((stages.tasks * stages.cost) + ...), [&](int64_t b, Scratch& scratch) {
+    auto tasks_of = [&](const auto& stage) {
+      for (int64_t t = 0; t < stage.tasks; ++t) {
+        ScratchScope scope(scratch);
+        stage.run(b, t, scratch);
+      }
+    };
+    (tasks_of(stages), ...);
+  });
+}
+
+// How the queries of a sentence are cut into tasks: small enough that weights and projected queries stay in L2 and that
+// there is a task for every thread, large enough that what is prepared per step serves many queries.
+struct QueryTiles {
+  int64_t queries, size, per_sentence, tasks;
+
+  QueryTiles(int64_t batch, int64_t queries, int64_t steps, bool per_query) : queries(queries) {
+    constexpr int64_t kLeast = 4, kWeights = 1 << 17;
+    size = min(kMaxQueries, max(kLeast, kWeights / max(steps, 1)));
+    size = min(size, max(1, divide_up(batch * queries, thread_count())));
+    if (per_query) size = 1;  // each query has steps of its own
+    per_sentence = divide_up(queries, size);
+    tasks = batch * per_sentence;
+  }
+
+  int64_t sentence(int64_t task) const { return task / per_sentence; }
+  int64_t first(int64_t task) const { return task % per_sentence * size; }
+  int64_t count(int64_t task) const { return min(size, queries - first(task)); }
+
+  // Into how many parts each task is cut where there are fewer tasks than threads. cost: of a task.
+  int64_t parts(int64_t cost) const {
+    return min(divide_up(thread_count(), max(tasks, 1)), max(1, cost / kMinCostPerThread));
+  }
+};
+
+// Part `part` of `parts` of n elements, in whole groups of `group`.
+struct Range {
+  int64_t begin, end;
+
+  Range(int64_t n, int64_t part, int64_t parts, int64_t group) {
+    const int64_t size = divide_up(divide_up(n, parts), group) * group;
+    begin = min(n, part * size);
+    end = min(n, begin + size);
+  }
+};
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

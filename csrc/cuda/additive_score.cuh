@@ -1,0 +1,98 @@
+// The score of additive attention in a decoding step, as a policy of ScoreTile (decode_scores.cuh):
+//
+//   kGuarded                whether the fast sums hold only between limits, outside of which ExactUnit is used
+//   staged_rows(NQ), stage  what NQ queries keep in shared memory: that many rows of floats
+//   limits                  the largest |k| of a step between which the fast sums hold
+//   prepare_key             makes of an element of a key what add_two() takes
+//   Units, Query, add_two   four units of the staged rows, and the sum with two of them
+//   ExactUnit               a unit by the formula
+//   finish                  the score, from the sum over units
+#pragma once
+
+#include "additive_math.cuh"
+#include "decode_types.cuh"
+
+namespace attn {
+namespace cuda {
+
+// v . tanh(query + keys + bias). Two units share a reciprocal; outside the limits tanh itself.
+struct AdditiveScore {
+  static constexpr bool kGuarded = true;
+
+  // (NQ, padded) e^{2 (q + bias)}, (NQ, padded) v times that, (padded) v
+  ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return 2 * queries + 1; }
+
+  // At place i of the rows of query q: unit u, 0 from `end` on, x of the query. Adds to its largest magnitude and, once
+  // for all queries, to the sum of the squares of v.
+  template <typename T, int NQ>
+  ATTN_DEVICE static void stage(const DecodeParams& p, float* staged, int padded, int q, int i, int64_t u, int64_t end,
+                                float x, float& abs_max, float& norm2) {
+    const float v = element_or_zero(static_cast<const T*>(p.v.data), u, end, p.v.stride[2]);
+    float e = exp2x(x), size = fabsf(x);
+    if (p.bias.data != nullptr) {  // a product: the sum would round what keys of the other sign cancel
+      const float bias = element_or_zero(static_cast<const T*>(p.bias.data), u, end, p.bias.stride[2]);
+      e *= exp2x(bias);
+      size += fabsf(bias);
+    }
+    abs_max = larger_magnitude(abs_max, size);
+    staged[q * padded + i] = e;
+    staged[(NQ + q) * padded + i] = e * v;
+    if (q == 0) {
+      staged[2 * NQ * padded + i] = v;
+      norm2 += v * v;
+    }
+  }
+
+  // largest, smallest: of the largest |query| + |bias| of the queries.
+  template <typename T>
+  ATTN_DEVICE static void limits(float norm2, int units, float largest, float smallest, float* max_k, float* min_k) {
+    *max_k = kMaxBoundTwo - largest;
+    *min_k = min_abs_bound_two<T>(norm2, units) - smallest;
+  }
+
+  template <typename T>
+  ATTN_DEVICE static void prepare_key(float& k, float& abs_max) {
+    abs_max = larger_magnitude(abs_max, k);
+    k = exp2x_of<T>(k);
+  }
+
+  struct Units {
+    float v[4];
+
+    ATTN_DEVICE Units(const float* staged, int padded, int queries, int at) {
+      load_four(staged + 2 * queries * padded + at, v);
+    }
+  };
+
+  struct Query {
+    float e[4], ev[4];
+
+    ATTN_DEVICE Query(const float* staged, int padded, int queries, int q, int at) {
+      load_four(staged + q * padded + at, e);
+      load_four(staged + (queries + q) * padded + at, ev);
+    }
+  };
+
+  ATTN_DEVICE static float add_two(float sum, const Query& q, const Units& units, const float* k, int j) {
+    return add_two_units(sum, q.e[j], q.ev[j], units.v[j], k[j], q.e[j + 1], q.ev[j + 1], units.v[j + 1], k[j + 1]);
+  }
+
+  template <typename T>
+  struct ExactUnit {
+    Wide<T> v, bias;
+
+    ATTN_DEVICE ExactUnit(const DecodeParams& p, int64_t u)
+        : v(widen(static_cast<const T*>(p.v.data)[u * p.v.stride[2]])),
+          bias(p.bias.data != nullptr ? widen(static_cast<const T*>(p.bias.data)[u * p.bias.stride[2]]) : Wide<T>(0)) {}
+
+    ATTN_DEVICE Wide<T> operator()(Wide<T> x, Wide<T> k) const { return v * tanh_of(x + k + bias); }
+  };
+
+  template <typename W>
+  ATTN_DEVICE static W finish(const DecodeParams&, W sum) {
+    return sum;
+  }
+};
+
+}  // namespace cuda
+}  // namespace attn

@@ -1,0 +1,72 @@
+// F32x2 numbers that are computed with together: on compute capability 10.0 and later one instruction does it for both,
+// elsewhere these are the plain operations twice.
+#pragma once
+
+#include "platform.cuh"
+
+namespace attn {
+namespace cuda {
+
+template <typename W>
+struct F32x2 {
+  W x, y;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+ATTN_DEVICE std::uint64_t packed(F32x2<float> a) {
+  std::uint64_t bits;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(bits) : "f"(a.x), "f"(a.y));
+  return bits;
+}
+ATTN_DEVICE F32x2<float> unpacked(std::uint64_t bits) {
+  F32x2<float> a;
+  asm("mov.b64 {%0, %1}, %2;" : "=f"(a.x), "=f"(a.y) : "l"(bits));
+  return a;
+}
+#endif
+
+// a b + c
+ATTN_HOST_DEVICE float multiply_add(float a, float b, float c) { return a * b + c; }
+template <typename W>
+ATTN_HOST_DEVICE F32x2<W> multiply_add(F32x2<W> a, F32x2<W> b, F32x2<W> c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if constexpr (sizeof(W) == 4) {
+    std::uint64_t r;
+    asm("fma.rn.f32x2 %0, %1, %2, %3;" : "=l"(r) : "l"(packed(a)), "l"(packed(b)), "l"(packed(c)));
+    return unpacked(r);
+  }
+#endif
+  return {a.x * b.x + c.x, a.y * b.y + c.y};
+}
+
+template <typename W>
+ATTN_HOST_DEVICE F32x2<W> operator*(F32x2<W> a, F32x2<W> b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if constexpr (sizeof(W) == 4) {
+    std::uint64_t r;
+    asm("mul.rn.f32x2 %0, %1, %2;" : "=l"(r) : "l"(packed(a)), "l"(packed(b)));
+    return unpacked(r);
+  }
+#endif
+  return {a.x * b.x, a.y * b.y};
+}
+
+template <typename W>
+ATTN_HOST_DEVICE F32x2<W> operator+(F32x2<W> a, F32x2<W> b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if constexpr (sizeof(W) == 4) {
+    std::uint64_t r;
+    asm("add.rn.f32x2 %0, %1, %2;" : "=l"(r) : "l"(packed(a)), "l"(packed(b)));
+    return unpacked(r);
+  }
+#endif
+  return {a.x + b.x, a.y + b.y};
+}
+
+template <typename W>
+ATTN_HOST_DEVICE F32x2<W> reciprocal(F32x2<W> a) {
+  return {reciprocal(a.x), reciprocal(a.y)};
+}
+
+}  // namespace cuda
+}  // namespace attn

@@ -1,0 +1,1 @@
+"""Complete programs with attn_kernels."""

@@ -1,0 +1,108 @@
+// The arithmetic of three units that share a reciprocal (csrc/cuda/additive_math.cuh) against double: the same functions
+// that the kernels use on a GPU, as plain C++.
+#include <cmath>
+#include <cstdio>
+#include <random>
+
+#include "cuda/additive_math.cuh"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what, double a, double b = 0, double c = 0) {
+  if (holds) return;
+  if (++failures <= 10) std::printf("FAILED %s: %.9g %.9g %.9g\n", what, a, b, c);
+}
+
+using namespace attn;
+using namespace attn::cuda;
+
+// Three units: v . tanh(q + k) by that form, within its limits, against double.
+void check_three() {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  double worst = 0;
+  const int n = 200000;
+  for (int t = 0; t < n; ++t) {
+    const float bound = kMaxBoundThree * std::fabs(uniform(random)), unit = 1;
+    float d[3];
+    double exact = 0, half = 0, size = 0;
+    for (int u = 0; u < 3; ++u) {
+      // Units from the largest to the smallest that is kept, and q and k on opposite sides as often as on the same.
+      float v = std::ldexp(uniform(random), -static_cast<int>(24 * std::fabs(uniform(random))));
+      if (std::fabs(v) < kMinRelativeV) v = kMinRelativeV;
+      const float part = std::fabs(uniform(random));
+      const float q = std::copysign(bound * part, uniform(random)),
+                  k = std::copysign(bound * (1 - part), uniform(random));
+      const float factor = unit * kDenominatorScale / v;
+      d[u] = factor + factor * exp2x(q) * exp2x(k);
+      exact += v * std::tanh(double(q) + double(k));
+      half += double(v) / (2 * unit * kDenominatorScale);
+      size += std::fabs(v);
+    }
+    const float sum = add_three(d[0], d[1], d[2], static_cast<float>(-half));
+    const double error = std::fabs(-2 * double(unit) * kDenominatorScale * sum - exact);
+    expect(std::isfinite(sum), "a sum of three is finite", sum, bound);
+    worst = std::fmax(worst, error / size);
+  }
+  // F32x2 exponentials and their product: 2e-7; six more roundings of 2 v / (1 + E): 7e-7.
+  expect(worst < 9e-7, "a sum of three, as a share of |v|", worst);
+  std::printf("three units: %d cases, worst error %.2g of the sum of |v|\n", n, worst);
+}
+
+// The corners of the range: no overflow, no underflow, the limits of tanh.
+void check_corners() {
+  const float ends[] = {-kMaxBoundThree, 0, kMaxBoundThree}, units[] = {1, kMinRelativeV, -1, -kMinRelativeV};
+  for (float x : ends)
+    for (float y : ends)
+      for (float z : ends)
+        for (float v : units)
+          for (float w : units) {
+            const float a = kDenominatorScale / v, b = kDenominatorScale / w, c = kDenominatorScale / w;
+            const float sum = add_three(a + a * exp2x(x), b + b * exp2x(y), c + c * exp2x(z), 0.0f);
+            const double exact =
+                v / (1 + std::exp(2.0 * x)) + w / (1 + std::exp(2.0 * y)) + w / (1 + std::exp(2.0 * z));
+            const double size = std::fabs(v) + 2 * std::fabs(w);
+            expect(std::fabs(sum * double(kDenominatorScale) - exact) <= 1e-6 * size, "a corner",
+                   sum * double(kDenominatorScale), exact);
+          }
+  const float dropped =
+      add_three(kDroppedDenominator, kDenominatorScale, kDroppedDenominator, 0.0f) * kDenominatorScale;
+  expect(std::fabs(dropped - 1) < 1e-6, "dropped units add nothing", dropped);
+}
+
+void check_limits() {
+  for (float x : {1e-30f, 0.75f, 1.0f, 1.5f, 2.0f, 3e29f}) {
+    const float power = power_of_two_above(x);
+    int exponent;
+    expect(std::frexp(power, &exponent) == 0.5f && power > x && power <= 2 * x, "a power of two above", x, power);
+  }
+  expect(min_abs_bound(3, 100) == 0 && min_abs_bound(60, 100) == 2 && min_abs_bound(100, 100) == 5, "limits", 0);
+  expect(min_abs_bound(1e9f, 256) == 10, "a large v of many units", 0);
+  expect(std::isinf(min_abs_bound(200, 100)) && std::isinf(min_abs_bound(NAN, 100)), "no limit for a large v", 0);
+  expect(std::isinf(min_abs_bound_two<float>(1e9f, 256)) && min_abs_bound_two<attn::cuda::BFloat16>(200, 100) == 0,
+         "limits of two units", 0);
+}
+
+// What a running sum loses is carried: a million small numbers beside a large one.
+void check_exact_sum() {
+  float total = 0, lost = 0;
+  add_exactly(1e8f, total, lost);
+  for (int i = 0; i < 1000000; ++i) add_exactly(0.1f, total, lost);
+  expect(std::fabs(total - (1e8 + 1e6 * double(0.1f))) <= 8, "a long sum", total);
+  add_exactly(INFINITY, total, lost);
+  add_exactly(1.0f, total, lost);
+  expect(std::isinf(total), "infinity stays", total, lost);
+}
+
+}  // namespace
+
+int main() {
+  check_three();
+  check_corners();
+  check_limits();
+  check_exact_sum();
+  std::printf(failures == 0 ? "all right\n" : "%d failures\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,69 @@
+"""The guards of the factored form are the same on all backends: csrc/additive_math.h and the page of Triton."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from attn_kernels.triton import additive_math  # noqa: E402
+
+HEADER = Path(__file__).parent.parent / "csrc/additive_math.h"
+NORM2 = (0.0, 4.0, 4.001, 64.0, 64.01, 129.9, 130.1, 332.7, 332.9, 1e6, 1e38, math.inf, math.nan)
+UNITS = (1, 100, 255, 256, 4096)
+
+
+def upper_case(name: str) -> str:
+    """kMaxBoundThree -> MAX_BOUND_THREE"""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.removeprefix("k")).upper()
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Every constant of the header, and min_abs_bound(norm2, units), as a compiler reads them."""
+    compiler = shutil.which("g++")
+    if compiler is None or not HEADER.exists():
+        pytest.skip("needs g++ and the sources")
+    names = re.findall(r"\b(k[A-Z]\w*) = ", HEADER.read_text())
+    lines = [f'std::printf("{name} %.17g\\n", double(attn::{name}));' for name in names]
+    for norm2 in NORM2:
+        value = {math.inf: "INFINITY"}.get(norm2, "NAN" if norm2 != norm2 else f"float({norm2})")
+        lines += [f'std::printf("{norm2},{n} %g\\n", double(attn::min_abs_bound({value}, {n})));' for n in UNITS]
+    folder = tmp_path_factory.mktemp("header")
+    source = folder / "constants.cpp"
+    source.write_text(f'#include "{HEADER}"\n#include <cstdio>\nint main() {{ {" ".join(lines)} }}\n')
+    subprocess.run([compiler, "-std=c++17", source, "-o", folder / "constants"], check=True)
+    printed = subprocess.run([folder / "constants"], capture_output=True, text=True, check=True).stdout
+    return {name: float(value) for name, value in map(str.split, printed.splitlines())}
+
+
+def test_constants_of_triton(header: dict[str, float]) -> None:
+    here = {name: getattr(x, "value", x) for name, x in vars(additive_math).items() if name.isupper()}
+    theirs = {upper_case(name): value for name, value in header.items() if name.startswith("k")}
+    assert len(here) >= 15
+    assert here == {name: pytest.approx(theirs[name], rel=1e-7) for name in here}  # those of the header are float32
+
+
+@triton.jit
+def bounds_kernel(bounds, norm2, units):
+    i = tl.program_id(0)
+    tl.store(bounds + i, additive_math.min_abs_bound(tl.load(norm2 + i), tl.load(units + i)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the function by itself runs in the interpreter")
+def test_min_abs_bound_of_triton(header: dict[str, float]) -> None:
+    norm2, units = torch.tensor(NORM2).repeat_interleave(len(UNITS)), torch.tensor(UNITS * len(NORM2))
+    bounds = torch.empty_like(norm2)
+    bounds_kernel[(len(norm2),)](bounds, norm2, units)
+    expected = [header[f"{n},{u}"] for n in NORM2 for u in UNITS]
+    assert bounds.tolist() == expected
+    assert set(expected) == {0.0, 2.0, 5.0, 10.0, math.inf}

@@ -1,0 +1,241 @@
+"""What the machine code of the GPU kernels must hold, in one table: RULES.
+
+A kernel has the first rule whose pattern is found in its name, and the last one takes what is left. To add a kernel is
+to add a row above it; to add a kind of bound is a field of ``Rule`` and some lines in ``examine``.
+
+A pair is one hidden unit of one query and one step: B * Tq * Tk * A of them in a call. How many of them a thread
+computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each. Where a row
+says what a thread reads of shared memory for a unit, that count is checked against the bytes that the loop reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .sass import Code, Loop, blocks_for_registers
+
+# The regimes: what a kernel computes decides what is asked of it.
+MANY_FORWARD, MANY_BACKWARD, DECODE, OTHER = "many-query forward", "many-query backward", "decode", "other"
+TARGETS = ("sm_80", "sm_90a", "sm_100")
+
+
+@dataclass
+class Facts:
+    """What is known of one kernel, compiled for one target."""
+
+    name: str  # as people write it, with template arguments
+    origin: str  # the source file, or the case of the Triton kernels
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    threads: int  # of a block, at most
+    blocks: int  # of a multiprocessor, that the kernel was planned for; 0 where nothing was said
+    loops: list[Loop]  # innermost ones
+    code: Code
+    arguments: list[str] = field(default_factory=list)  # of the template
+    constants: Mapping[str, Any] = field(default_factory=dict)  # of a Triton kernel
+
+
+@dataclass(frozen=True)
+class Rule:
+    pattern: str
+    regime: str
+    sharing: int = 0  # units that share a reciprocal in the hot loop
+    special: float | None = None  # most special-function operations for a pair
+    slots: float | None = None  # most issue slots for a pair
+    warps: int = 0  # least number of warps of a multiprocessor that the registers leave room for
+    wide_loads: bool = False  # rows come by loads of 16 bytes
+    stack: int = 0  # most bytes of local memory of a thread
+    # (queries, steps) of a thread. A thread that reads its rows from shared memory reads one number for each of them
+    # and for each unit, and `constants` more.
+    thread_tile: Callable[[Facts], tuple[int, int]] | None = None
+    constants: int = 1
+    applies: Callable[[Facts], bool] = lambda _: True
+
+
+def _is_float32(facts: Facts) -> bool:
+    """The dtype of the arithmetic. Float64 is for checks of gradients, and has no bounds."""
+    return not any(re.search(r"\bdouble\b", text) for text in facts.arguments) and not facts.constants.get("FLOAT64")
+
+
+def _is_many_queries(facts: Facts) -> bool:
+    """The second argument of the template is the queries of a thread: with fewer the loads of a row serve too few."""
+    return _is_float32(facts) and int(facts.arguments[1]) >= 8
+
+
+def _tile_of_template(first: int) -> Callable[[Facts], tuple[int, int]]:
+    def tile(facts: Facts) -> tuple[int, int]:
+        return int(facts.arguments[first]), int(facts.arguments[first + 1])
+
+    return tile
+
+
+def _is_many_queries_of_triton(facts: Facts) -> bool:
+    """The factored backward over a tile of queries."""
+    return _is_float32(facts) and bool(facts.constants.get("FACTORED")) and facts.constants.get("BLOCK_Q", 0) >= 16
+
+
+RULES = (
+    # CUDA C++. 12 warps: what hides the latency of the special function unit and of shared memory; 168 registers.
+    Rule(
+        r"many_queries_scores_kernel",
+        MANY_FORWARD,
+        sharing=3,
+        special=0.34,
+        slots=3.5,
+        warps=12,
+        thread_tile=_tile_of_template(1),
+        applies=_is_float32,
+    ),
+    Rule(
+        r"scores_backward_kernel",
+        MANY_BACKWARD,
+        sharing=1,
+        special=1.02,
+        slots=9.0,
+        warps=12,
+        applies=_is_many_queries,
+    ),
+    # Two units share a reciprocal, which is counted and has no bound: memory is what decides. Form<..., false> is for
+    # rows that do not lie at multiples of 16 bytes.
+    Rule(r"few_queries_kernel<Form<[^>]*, false>", DECODE, sharing=2, warps=16, applies=_is_float32),
+    Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
+    # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
+    # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
+    Rule(r"^tiled_scores_kernel$", MANY_FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
+    Rule(
+        r"^backward_kernel$",
+        MANY_BACKWARD,
+        sharing=1,
+        special=1.02,
+        slots=10.5,
+        stack=32,
+        applies=_is_many_queries_of_triton,
+    ),
+    Rule(r"^decode_kernel$", DECODE, wide_loads=True, stack=32, applies=_is_float32),
+    Rule(r"^_?\w+_kernel$", OTHER, stack=32),
+    Rule(r"", OTHER),
+)
+
+
+@dataclass
+class Finding:
+    """A kernel with what was counted and what is wrong with it."""
+
+    name: str
+    origin: str
+    target: str
+    regime: str
+    registers: int
+    stack: int
+    local: int  # loads and stores of local memory
+    shared: int
+    threads: int
+    warps: int  # of a multiprocessor, as many as the registers leave room for
+    hot: dict[str, int] | None = None  # the counts of the hot loop, for one turn of one thread
+    pairs: float | None = None  # of one turn of one thread
+    slots_per_pair: float | None = None
+    special_per_pair: float | None = None
+    wide_share: float | None = None  # of the bytes that the hot loop loads from global memory
+    thread_tile: tuple[int, int] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rule_for(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Rule:
+    """The first rule whose pattern is in the name. One that does not apply leaves what holds for every kernel."""
+    rule = next(rule for rule in rules if re.search(rule.pattern, facts.name))
+    return rule if rule.applies(facts) else Rule(rule.pattern, OTHER, stack=rule.stack)
+
+
+def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
+    rule = rule_for(facts, rules)
+    blocks = blocks_for_registers(facts.registers, facts.threads or 1024)
+    warps = min(64, blocks * -(-(facts.threads or 1024) // 32))
+    local = facts.code.local
+    finding = Finding(
+        facts.name, facts.origin, facts.target, rule.regime, facts.registers, facts.stack, local, facts.shared,
+        facts.threads, warps,
+    )  # fmt: skip
+    problems = finding.problems
+    if facts.stack > rule.stack or (local and facts.stack == 0):
+        in_a_loop = max((loop.local for loop in facts.loops), default=0)
+        where = f", up to {in_a_loop} of them in a loop" if in_a_loop else ", none in a loop"
+        problems.append(f"local memory: {facts.stack} bytes, {local} loads and stores{where}")
+    elif any(loop.local for loop in facts.loops):
+        problems.append("local memory is used in a loop")
+    if blocks < max(1, facts.blocks):
+        problems.append(
+            f"{facts.registers} registers leave room for {blocks} blocks of {facts.threads} threads, "
+            f"planned are {max(1, facts.blocks)}"
+        )
+    if rule.regime != OTHER and facts.threads == 0:
+        problems.append("no __launch_bounds__: no occupancy was planned")
+    elif warps < rule.warps:
+        problems.append(f"{facts.registers} registers leave room for {warps} warps, fewer than {rule.warps}")
+    if rule.sharing:
+        _examine_pairs(facts, rule, finding)
+    if rule.wide_loads:
+        _examine_loads(facts, finding)
+    return finding
+
+
+def _examine_pairs(facts: Facts, rule: Rule, finding: Finding) -> None:
+    """The hot loop is that with the most reciprocals and no exponential: tanh itself, for large inputs, has both.
+
+    Where the exponentials of tanh are polynomials, the shorter loop of the two is the hot one.
+    """
+    candidates = [loop for loop in facts.loops if loop.count("MUFU.RCP") and not loop.count("MUFU.EX2", "MUFU.TANH")]
+    if not candidates and rule.special is None:
+        return  # dot-product attention
+    if not candidates:
+        finding.problems.append("no loop with reciprocals and without exponentials: pairs take tanh itself")
+        return
+    hot = max(candidates, key=lambda loop: (loop.count("MUFU.RCP"), -loop.slots))
+    pairs = float(hot.count("MUFU.RCP") * rule.sharing)
+    if rule.thread_tile is not None:
+        queries, steps = finding.thread_tile = rule.thread_tile(facts)
+        units = _shared_numbers(hot) / (queries + steps + rule.constants)
+        if units:
+            pairs = units * queries * steps
+        if abs(pairs - hot.count("MUFU.RCP") * rule.sharing) > 0.1 * pairs:
+            shared = pairs / hot.count("MUFU.RCP")
+            finding.problems.append(f"{shared:.2f} units share a reciprocal, expected {rule.sharing}")
+    finding.hot, finding.pairs = hot.classes(), pairs
+    finding.slots_per_pair, finding.special_per_pair = hot.slots / pairs, hot.special / pairs
+    for what, value, most in (
+        ("special-function operations", finding.special_per_pair, rule.special),
+        ("issue slots", finding.slots_per_pair, rule.slots),
+    ):
+        if most is not None and value > most:
+            finding.problems.append(f"{value:.3f} {what} for a pair, at most {most:g}")
+
+
+def _shared_numbers(loop: Loop) -> float:
+    """Numbers of 4 bytes that a thread reads from shared memory in one turn."""
+    sizes = {"U8": 0.25, "S8": 0.25, "U16": 0.5, "S16": 0.5, "64": 2, "128": 4}
+    total = 0.0
+    for name, count in loop.counts.items():
+        parts = name.split(".")
+        if parts[0] == "LDS":
+            total += count * next((sizes[part] for part in parts[1:] if part in sizes), 1)
+    return total
+
+
+def _examine_loads(facts: Facts, finding: Finding) -> None:
+    """Rows of keys and values come by 16 bytes; what else the loop reads (a mask) is little beside them."""
+    loads = [loop for loop in facts.loops if loop.global_bytes[0]]
+    if not loads:
+        finding.problems.append("no loop with global loads of 16 bytes")
+        return
+    hot = max(loads, key=lambda loop: loop.global_bytes[0])
+    wide, every = hot.global_bytes
+    finding.hot, finding.wide_share = hot.classes(), wide / every
+    if finding.wide_share < 0.9:
+        finding.problems.append(f"{100 * finding.wide_share:.0f}% of the bytes come by loads of 16 bytes, at least 90%")
