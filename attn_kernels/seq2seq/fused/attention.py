@@ -131,8 +131,10 @@ class AttentionBackward:
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
         """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
-        arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments, True, True)
-        _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments)
+        arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments)
+        # With the gradients of a score come those of the queries, which the steps have made before.
+        needed = (self.score.holds_tensors, True)
+        _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments, *needed)
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
         by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
