@@ -640,15 +640,15 @@ def test_large_memories_are_compared_by_sums() -> None:
 
     x = torch.randn(7, 50, 33).transpose(0, 1)
     sources = Sources((x,))
-    assert sources.are((x,))
+    assert sources.match((x,))
     for change in (lambda: x.data[3, 4, 5].add_(0.01), lambda: x.data[-1, -1, -1].add_(1.0)):
         change()
-        assert not sources.are((x,))
+        assert not sources.match((x,))
         sources = Sources((x,))
     x.data.copy_(x.flip(0).clone())
-    assert not sources.are((x,))
+    assert not sources.match((x,))
     spread = torch.randn(60, 2, 80)[:, 0]
-    assert Sources((spread,)).are((spread,))
+    assert Sources((spread,)).match((spread,))
 
 
 @pytest.mark.parametrize("order", ["together", "one by one", "between steps"])
