@@ -122,9 +122,10 @@ def _attend(
     memory: Memory | None = None,
 ) -> Attention:
     """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
+    op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
     if without_context:
-        values = _empty_values(score.op, query, keys, need_weights)
+        values = _empty_values(op, query, keys, need_weights)
     try:
         if (
             backend is None
@@ -147,7 +148,7 @@ def _attend(
             q, k, x = autocast(query, keys, values)
             score = score.autocast(query)
         if chosen == "reference":
-            result = derivatives.apply_formula(score.op, (q, k, x, *score, memory_lengths, mask, need_weights))
+            result = derivatives.apply_formula(op, (q, k, x, *score, memory_lengths, mask, need_weights))
             attention = result if need_weights else Attention(result.context, None)
         else:
             if q.dim() == 2:
@@ -155,7 +156,7 @@ def _attend(
             if memory is not None and k is keys and x is values and should_defer(chosen, q, k, x, mask):
                 result = memory.gradient().attend(score, chosen, q, memory_lengths, mask, need_weights)
             else:
-                result = ops.call(score.op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
+                result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
             attention = to_result(result, query.dim(), need_weights)
     except _ARGUMENT_ERRORS:
         _check(score, query, keys, values, memory_lengths, mask, backend)
