@@ -106,12 +106,14 @@ def _additive_scores(query, keys, v, bias):
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _additive_attention(query, keys, values, v, bias, prepared, memory_lengths, mask, _):
-    return reference.additive_attention(query, keys, values, v, bias, memory_lengths=memory_lengths, mask=mask)
+def _additive_attention(*arguments):
+    *inputs, _, memory_lengths, mask, _ = arguments  # of query, keys, values, v, bias, prepared
+    return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
 
 
-def _dot_attention(query, keys, values, scale, memory_lengths, mask, _):
-    return reference.dot_attention(query, keys, values, scale=scale, memory_lengths=memory_lengths, mask=mask)
+def _dot_attention(*arguments):
+    *inputs, scale, memory_lengths, mask, _ = arguments
+    return reference.dot_attention(*inputs, scale=scale, memory_lengths=memory_lengths, mask=mask)
 
 
 def _backward(formula: Formula) -> Formula:

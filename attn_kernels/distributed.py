@@ -33,7 +33,7 @@ from torch.compiler import is_compiling
 from . import checks, ops, reference
 from .backends import choose
 from .functional import to_result
-from .types import Attention, attention_mask, autocast, upcast
+from .types import Attention, Masks, attention_mask, autocast, upcast
 
 
 def sharded_additive_attention(
@@ -89,9 +89,10 @@ def sharded_additive_attention(
         ValueError, TypeError: as of ``additive_attention``. RuntimeError: there is no process group.
     """
     name = "sharded_additive_attention"
-    _check(name, group, query, keys, values, memory_lengths, mask, v=v, bias=bias)
+    masks = Masks(memory_lengths, mask)
+    _check(name, group, query, keys, values, masks, v=v, bias=bias)
     form = _Additive(choose(backend, query.device.type))
-    return _attend(form, group, query, keys, values, (v, bias), memory_lengths, mask, need_weights)
+    return _attend(form, group, query, keys, values, (v, bias), masks, need_weights)
 
 
 def sharded_dot_attention(
@@ -111,8 +112,9 @@ def sharded_dot_attention(
     """
     name = "sharded_dot_attention"
     checks.check_scale(name, scale)
-    _check(name, group, query, keys, values, memory_lengths, mask)
-    return _attend(_Dot(scale), group, query, keys, values, (), memory_lengths, mask, need_weights)
+    masks = Masks(memory_lengths, mask)
+    _check(name, group, query, keys, values, masks)
+    return _attend(_Dot(scale), group, query, keys, values, (), masks, need_weights)
 
 
 def joint_mean(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -180,11 +182,10 @@ def _attend(
     keys: Tensor,
     values: Tensor,
     units: tuple[Tensor | None, ...],
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     need_weights: bool,
 ) -> Attention:
-    allowed = attention_mask(keys, memory_lengths, mask)
+    allowed = attention_mask(keys, *masks)
     padding = None if allowed is None else ~allowed
     q, k, x, *u = autocast(query, keys, values, *units)
     if q.dim() == 2:
@@ -353,15 +354,14 @@ def _check(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     **units: Tensor | None,
 ) -> None:
     checks.check_query_keys(name, query, keys)
     checks.check_values(name, query, keys, values)
     for argument, unit in units.items():
         checks.check_units(name, query, argument, unit)
-    checks.check_masks(name, query, keys, memory_lengths, mask)
+    checks.check_masks(name, query, keys, *masks)
     query, keys, values, *cast = autocast(query, keys, values, *units.values())
     checks.check_dtypes(name, query, keys=keys, values=values, **dict(zip(units, cast, strict=True)))
     _check_group(name, group)

@@ -75,7 +75,7 @@ def _attention(query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> 
 
 
 def _attention_backward(
-    grad_context: Shape | None, grad_alignments: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **_: Any
+    grad_context: Shape | None, _: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **__: Any
 ) -> int:
     """The gradients of query and alignments, and of keys and values, as far as they are needed."""
     need_query, need_memory = others[-2:]

@@ -25,7 +25,7 @@ from .checks import (
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import is_worth_deferring, should_defer
 from .scores import AdditiveScore, DotScore, Score
-from .types import DTYPES, Attention, autocast, device_type, on_one_device
+from .types import DTYPES, Attention, Masks, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -101,13 +101,13 @@ def additive_attention(
             raise ArgumentValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
         keys = _with_extra(name, query, keys, extra)
     score = _new(AdditiveScore, (v, bias, prepared))
-    return _attend(score, query, keys, values, memory_lengths, mask, need_weights, backend)
+    return _attend(score, query, keys, values, _new(Masks, (memory_lengths, mask)), need_weights, backend)
 
 
 def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
     """A step on a memory. The gradients of the memory may be made with those of other steps: see memory_gradient.py."""
-    masks = (memory.memory_lengths, memory.mask)
-    return _attend(score, query, memory.keys, memory.values, *masks, need_weights, backend, memory)
+    masks = _new(Masks, (memory.memory_lengths, memory.mask))
+    return _attend(score, query, memory.keys, memory.values, masks, need_weights, backend, memory)
 
 
 def _attend(
@@ -115,13 +115,13 @@ def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor | None,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     need_weights: bool,
     backend: str | None,
     memory: Memory | None = None,
 ) -> Attention:
     """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
+    memory_lengths, mask = masks
     op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
     if without_context:
@@ -140,8 +140,8 @@ def _attend(
         device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in _SELF_CHECKING or is_compiling():
-            _check(score, query, keys, values, memory_lengths, mask, chosen)
-        elif not on_one_device(query, keys, values, memory_lengths, mask, *score):
+            _check(score, query, keys, values, masks, chosen)
+        elif not on_one_device(query, keys, values, *masks, *score):
             raise ArgumentValueError  # raised again below with the words of the check
         q, k, x = query, keys, values
         if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
@@ -159,7 +159,7 @@ def _attend(
                 result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
             attention = to_result(result, query.dim(), need_weights)
     except _ARGUMENT_ERRORS:
-        _check(score, query, keys, values, memory_lengths, mask, backend)
+        _check(score, query, keys, values, masks, backend)
         raise
     return Attention(None, attention.alignments) if without_context else attention
 
@@ -169,14 +169,13 @@ def _check(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     backend: str | None,
 ) -> None:
     check_query_keys(score.op, query, keys)
     check_values(score.op, query, keys, values)
     score.check(query)
-    check_masks(score.op, query, keys, memory_lengths, mask)
+    check_masks(score.op, query, keys, *masks)
     score = score.autocast(query)
     query, keys, values = autocast(query, keys, values)
     check_dtypes(score.op, query, keys=keys, values=values)
@@ -247,7 +246,8 @@ def dot_attention(
     """
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
-    return _attend(_new(DotScore, (scale,)), query, keys, values, memory_lengths, mask, need_weights, backend)
+    masks = _new(Masks, (memory_lengths, mask))
+    return _attend(_new(DotScore, (scale,)), query, keys, values, masks, need_weights, backend)
 
 
 def additive_scores(

@@ -20,6 +20,13 @@ class Attention(NamedTuple):
     alignments: Tensor | None
 
 
+class Masks(NamedTuple):
+    """Which steps may be attended: memory_lengths (B,), mask (B, Tk) or (B, Tq, Tk); a step must be in both."""
+
+    memory_lengths: Tensor | None = None
+    mask: Tensor | None = None
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of all arguments but lengths and masks
 
 _pytree._register_namedtuple(Attention, serialized_type_name="attn_kernels.Attention")  # for torch.export.save

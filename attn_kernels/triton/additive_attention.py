@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..scores import AdditiveScore
+from ..types import Masks
 from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
 from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
 from .additive_attention_fwd import small_q_scores_kernel, tiled_scores_kernel
@@ -46,9 +48,9 @@ def additive_attention(
 ) -> tuple[Tensor, Tensor]:
     """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty."""
     if can_decode(query, values) and not _is_worth_sharing(query, keys):
-        return decode(query, keys, values, v, bias, 1.0, memory_lengths, mask, need_alignments)
-    scores = _scores(query, keys, v, bias, memory_lengths, mask, accumulator(query.dtype))
-    return attend(scores, values, memory_lengths, mask, need_alignments)
+        return decode(AdditiveScore(v, bias), query, keys, values, Masks(memory_lengths, mask), need_alignments)
+    masks = Masks(memory_lengths, mask)
+    return attend(_scores(query, keys, v, bias, masks, accumulator(query.dtype)), values, masks, need_alignments)
 
 
 def additive_attention_backward(
@@ -67,16 +69,16 @@ def additive_attention_backward(
     need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys, values, v and bias."""
-    dscores = softmax_backward(grad_context, grad_alignments, values, memory_lengths, mask, alignments)
-    needed = (need_query, need_memory)
-    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, memory_lengths, mask, *needed)
-    dvalues = values_gradient(grad_context, values, alignments, memory_lengths, mask, need_memory)
+    masks = Masks(memory_lengths, mask)
+    dscores = softmax_backward(grad_context, grad_alignments, values, masks, alignments)
+    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, masks, need_query, need_memory)
+    dvalues = values_gradient(grad_context, values, alignments, masks, need_memory)
     return dquery, dkeys, dvalues, dv, dbias
 
 
 def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """query (B, Tq, A), keys (B, Tk, A) -> scores (B, Tq, Tk)."""
-    return _scores(query, keys, v, bias, None, None, query.dtype)
+    return _scores(query, keys, v, bias, Masks(), query.dtype)
 
 
 def additive_scores_backward(
@@ -93,19 +95,12 @@ def additive_scores_backward(
     filler = dscores.as_strided((query.shape[0], dscores.stride(2), keys.shape[1]), dscores.stride())
     filler.zero_()
     dscores.copy_(grad_scores)
-    return _scores_backward(dscores, query, keys, v, bias, None, None, need_query, need_memory)
+    return _scores_backward(dscores, query, keys, v, bias, Masks(), need_query, need_memory)
 
 
-def _scores(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, masks: Masks, dtype: torch.dtype) -> Tensor:
     """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding."""
+    memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     scores = query.new_empty((B, Tq, Tk), dtype=dtype)
@@ -168,8 +163,7 @@ def _scores_backward(
     keys: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     need_query: bool,
     need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,6 +172,7 @@ def _scores_backward(
     Those that are not needed (of query, v, bias; of keys) are empty. More than 16 queries take a scratch of (B, Tk, A)
     in float32.
     """
+    memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     dtype, wide = query.dtype, accumulator(query.dtype)

@@ -131,13 +131,11 @@ def key_exponentials_kernel(
     keys,  # (B, Tk, A)
     Tk,
     A,
-    stride_kb,
-    stride_kk,
-    stride_ka,
+    stride_kb, stride_kk, stride_ka,
     ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
-):
+):  # fmt: skip
     """ek = exp(2 keys), and 1 beyond MAX_ABS_BACKWARD and for NaN: finite whatever padding holds."""
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_k = tl.cdiv(Tk, BLOCK_K)
@@ -173,18 +171,12 @@ def backward_kernel(
     blocks_per_split,  # of queries
     steps_per_split,  # a multiple of BLOCK_K
     padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
-    stride_qb,
-    stride_qq,
-    stride_qa,
-    stride_kb,
-    stride_kk,
-    stride_ka,
+    stride_qb, stride_qq, stride_qa,
+    stride_kb, stride_kk, stride_ka,
     stride_v,
     stride_bias,
     stride_lengths,
-    stride_mb,
-    stride_mq,
-    stride_mk,
+    stride_mb, stride_mq, stride_mk,
     SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which add to the same dkeys
     FACTORED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -192,7 +184,7 @@ def backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
-):
+):  # fmt: skip
     """dquery and dkeys, and the sums of which dv and dbias consist, for a block of units; 0 beyond the length."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     tiles_a = tl.cdiv(A, BLOCK_A)

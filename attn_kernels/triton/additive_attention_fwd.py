@@ -90,24 +90,18 @@ def tiled_scores_kernel(
     Tk,
     A,
     units,  # A, rounded up to a multiple of CHUNK
-    stride_qb,
-    stride_qq,
-    stride_qa,
-    stride_kb,
-    stride_kk,
-    stride_ka,
+    stride_qb, stride_qq, stride_qa,
+    stride_kb, stride_kk, stride_ka,
     stride_v,
     stride_bias,
     stride_lengths,
-    stride_mb,
-    stride_mq,
-    stride_mk,
+    stride_mb, stride_mq, stride_mk,
     APPROXIMATE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     THREAD_Q: tl.constexpr,
     THREAD_K: tl.constexpr,
-):
+):  # fmt: skip
     """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are left as they are.
 
     A thread has THREAD_Q queries by THREAD_K steps of it.
@@ -183,22 +177,14 @@ def small_q_scores_kernel(
     Tq,
     Tk,
     A,
-    stride_qb,
-    stride_qq,
-    stride_qa,
-    stride_kb,
-    stride_kk,
-    stride_ka,
-    stride_v,
-    stride_bias,
-    stride_lengths,
+    stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias, stride_lengths,
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
-):
+):  # fmt: skip
     """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are left as they are."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     tiles_k = tl.cdiv(Tk, BLOCK_K)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..scores import AdditiveScore, Score
+from ..types import Masks
 from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length
 from .launch import (
@@ -58,21 +60,12 @@ def decode_kernel(
     A,
     D,
     steps_per_split,  # a multiple of BLOCK_K
-    stride_qb,
-    stride_qq,
-    stride_qa,
-    stride_kb,
-    stride_kk,
-    stride_ka,
-    stride_vb,
-    stride_vk,
-    stride_vd,
-    stride_v,
+    stride_qb, stride_qq, stride_qa,
+    stride_kb, stride_kk, stride_ka,
+    stride_vb, stride_vk, stride_vd, stride_v,
     stride_bias,
     stride_lengths,
-    stride_mb,
-    stride_mq,
-    stride_mk,
+    stride_mb, stride_mq, stride_mk,
     SCORE: tl.constexpr,
     NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -83,7 +76,7 @@ def decode_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # of which alignments are written at once
-):
+):  # fmt: skip
     """context of a row of the batch, all Tq queries of it, over one split of its steps."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     splits = tl.cdiv(Tk, steps_per_split)
@@ -173,13 +166,10 @@ def combine_kernel(
     D,
     splits,
     tiles,  # of a query: those of its values and then of its steps
-    stride_lengths,
-    stride_mb,
-    stride_mq,
-    stride_mk,
+    stride_lengths, stride_mb, stride_mq, stride_mk,
     NORMALISER: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
     program = tl.program_id(0)
     tile = program % tiles
@@ -218,20 +208,15 @@ def can_decode(query: Tensor, values: Tensor) -> bool:
 
 
 def decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    need_alignments: bool,
+    score: Score, query: Tensor, keys: Tensor, values: Tensor, masks: Masks, need_alignments: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention where ``can_decode``: additive with v (A,) and bias, or dot with scale.
+    """Attention where ``can_decode``.
 
     query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
     """
+    additive = isinstance(score, AdditiveScore)
+    v, bias, scale = (score.v, score.bias, 1.0) if additive else (None, None, score.scale)
+    memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
     alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
@@ -263,7 +248,7 @@ def decode(
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
         ),
         dict(
-            SCORE="dot" if v is None else "additive",
+            SCORE="additive" if additive else "dot",
             NORMALISER="softmax",
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,

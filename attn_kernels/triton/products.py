@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import Masks
 from .configurations import configuration, of_width
 from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length
 from .launch import (
@@ -42,19 +43,13 @@ def _product_kernel(
     Tq,
     Tk,
     A,
-    stride_qb,
-    stride_qq,
-    stride_qa,
-    stride_kb,
-    stride_kk,
-    stride_ka,
-    stride_lengths,
+    stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_lengths,
     ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
-):
+):  # fmt: skip
     """out[b, i, j] = scale * query[b, i] . keys[b, j], except tiles beyond the length, which are left as they are."""
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     tiles_q = tl.cdiv(Tq, BLOCK_Q)
@@ -134,23 +129,17 @@ def _weighted_sum_kernel(
     X,
     N,
     rows_per_split,  # a multiple of BLOCK_X
-    stride_wb,
-    stride_wm,
-    stride_wx,
-    stride_rb,
-    stride_rx,
-    stride_rn,
+    stride_wb, stride_wm, stride_wx,
+    stride_rb, stride_rx, stride_rn,
     stride_lengths,
-    stride_mb,
-    stride_mm,
-    stride_mx,
+    stride_mb, stride_mm, stride_mx,
     TRANSPOSED: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
     ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """out[b, m] = scale * the sum over x of weights[b, m, x] * rows[b, x], over the pairs (m, x) that are attended."""
     accumulate: tl.constexpr = tl.float64 if weights.dtype.element_ty == tl.float64 else tl.float32
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -193,14 +182,13 @@ def _weighted_sum_kernel(
     tl.store(pointers, total, mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def weighted_sum(
-    weights: Tensor, rows: Tensor, scale: float, memory_lengths: Tensor | None, mask: Tensor | None, transposed: bool
-) -> Tensor:
+def weighted_sum(weights: Tensor, rows: Tensor, scale: float, masks: Masks, transposed: bool) -> Tensor:
     """scale * weights @ rows over the attended pairs, in the dtype of rows.
 
     transposed False: weights (B, Tq, Tk), rows (B, Tk, N), the result (B, Tq, N).
     transposed True: weights are transposed: weights (B, Tq, Tk), rows (B, Tq, N), the result (B, Tk, N).
     """
+    memory_lengths, mask = masks
     strides = mask_strides(mask)
     if transposed:
         weights, strides = weights.transpose(1, 2), (strides[0], strides[2], strides[1])
@@ -236,8 +224,7 @@ def values_gradient(
     grad_context: Tensor | None,
     values: Tensor,
     alignments: Tensor,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     needed: bool,
 ) -> Tensor:
     """alignments^T @ grad_context, (B, Tk, D), over the attended pairs; empty where it is not needed."""
@@ -245,7 +232,7 @@ def values_gradient(
         return values.new_empty(0)
     if grad_context is None:
         return values.new_zeros(values.shape)
-    return weighted_sum(alignments, grad_context, 1.0, memory_lengths, mask, transposed=True)
+    return weighted_sum(alignments, grad_context, 1.0, masks, transposed=True)
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import Masks
 from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
 from .launch import (
     MAX_SMALL_M,
@@ -38,20 +39,14 @@ def _attend_kernel(
     Tk,
     D,
     steps_per_split,  # a multiple of BLOCK_K
-    stride_vb,
-    stride_vk,
-    stride_vd,
-    stride_lengths,
-    stride_mb,
-    stride_mq,
-    stride_mk,
+    stride_vb, stride_vk, stride_vd, stride_lengths, stride_mb, stride_mq, stride_mk,
     NORMALISER: tl.constexpr,
     ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """alignments = softmax of the attended scores, context = alignments @ values; zeros where nothing is attended.
 
     Every program takes the maximum and the sum of its whole rows, which are short, so that no two have to be combined.
@@ -114,15 +109,13 @@ def _attend_kernel(
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], zeros, mask=stored)
 
 
-def attend(
-    scores: Tensor, values: Tensor, memory_lengths: Tensor | None, mask: Tensor | None, need_alignments: bool
-) -> tuple[Tensor, Tensor]:
+def attend(scores: Tensor, values: Tensor, masks: Masks, need_alignments: bool) -> tuple[Tensor, Tensor]:
     """Softmax over the attended scores and the average of values.
 
-    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D);
-        memory_lengths (B,); mask (B, Tk) or (B, Tq, Tk).
+    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D).
     Returns: context (B, Tq, D), and alignments (B, Tq, Tk) or an empty tensor; in the dtype of values.
     """
+    memory_lengths, mask = masks
     B, Tq, Tk = scores.shape
     D = values.shape[2]
     alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
@@ -164,20 +157,14 @@ def _softmax_backward_kernel(
     Tq,
     Tk,
     padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
-    stride_gb,
-    stride_gq,
-    stride_gk,
-    stride_ab,
-    stride_aq,
-    stride_ak,
+    stride_gb, stride_gq, stride_gk,
+    stride_ab, stride_aq, stride_ak,
     stride_lengths,
-    stride_mb,
-    stride_mq,
-    stride_mk,
+    stride_mb, stride_mq, stride_mk,
     NORMALISER: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
 
     The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
@@ -235,14 +222,14 @@ def softmax_backward(
     grad_context: Tensor | None,
     grad_alignments: Tensor | None,
     values: Tensor,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
+    masks: Masks,
     alignments: Tensor,
 ) -> Tensor:
     """The gradient of the scores: (B, Tq, Tk), float32 or float64, 0 where not attended.
 
     Its memory is that of ``padded_scores``, filled up with zeros.
     """
+    memory_lengths, mask = masks
     B, Tq, Tk = alignments.shape
     dscores = padded_scores(alignments, values)
     dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths)

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..scores import AdditiveScore
+from ..types import Masks
 from .additive_attention import additive_scores, additive_scores_backward
 from .configurations import CANDIDATES, device_name, overriding, path, write
 from .decode import decode
@@ -42,7 +44,7 @@ def _scores(i: Inputs) -> Tensor:
 
 
 def _scores_backward(i: Inputs) -> tuple[Tensor, ...]:
-    return additive_scores_backward(i.weights, i.query, i.keys, i.v, None)[:3]
+    return additive_scores_backward(i.weights, i.query, i.keys, i.v, None, True, True)[:3]
 
 
 def _product(i: Inputs) -> Tensor:
@@ -51,11 +53,11 @@ def _product(i: Inputs) -> Tensor:
 
 def _sums(i: Inputs) -> tuple[Tensor, ...]:
     context, _ = dot_attention(i.query, i.keys, i.keys, 0.05, None, i.mask, False)
-    return context, weighted_sum(i.weights, i.query, 1.0, None, i.mask, transposed=True)
+    return context, weighted_sum(i.weights, i.query, 1.0, Masks(None, i.mask), transposed=True)
 
 
 def _decode(i: Inputs) -> tuple[Tensor, ...]:
-    return decode(i.query, i.keys, i.keys, i.v, None, 1.0, None, None, True)
+    return decode(AdditiveScore(i.v), i.query, i.keys, i.keys, Masks(), True)
 
 
 class Inputs(NamedTuple):
