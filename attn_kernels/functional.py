@@ -142,7 +142,7 @@ def _attend(
         if chosen not in _SELF_CHECKING or is_compiling():
             _check(score, query, keys, values, masks, chosen)
         elif not on_one_device(query, keys, values, *masks, *score):
-            raise ArgumentValueError  # raised again below with the words of the check
+            raise ArgumentValueError  # raised again below, with a full message
         q, k, x = query, keys, values
         if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
             q, k, x = autocast(query, keys, values)
@@ -283,7 +283,7 @@ def additive_scores(
         if chosen not in _SELF_CHECKING or is_compiling():
             _check_additive_scores(query, keys, v, bias)
         elif not on_one_device(query, keys, v, bias):
-            raise ArgumentValueError  # raised again below with the words of the check
+            raise ArgumentValueError  # raised again below, with a full message
         q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
             return reference.additive_scores(q, k, w, b)

@@ -49,7 +49,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def test_constants_of_triton(header: dict[str, float]) -> None:
     # By the source: the interpreter adds names of its own to the modules of what it runs.
     names = re.findall(r"^([A-Z][A-Z0-9_]+)\b.* = ", Path(additive_math.__file__).read_text(), re.MULTILINE)
-    here = {name: getattr(x, "value", x) for name, x in ((name, getattr(additive_math, name)) for name in names)}
+    here = {name: getattr(vars(additive_math)[name], "value", vars(additive_math)[name]) for name in names}
     theirs = {upper_case(name): value for name, value in header.items() if name.startswith("k")}
     assert len(here) >= 15
     assert here == {name: pytest.approx(theirs[name], rel=1e-7) for name in here}  # those of the header are float32
