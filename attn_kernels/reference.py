@@ -24,13 +24,10 @@ def additive_scores(
     query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, extra: Tensor | None = None
 ) -> Tensor:
     """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + extra[b, j] + bias)."""
-    dtype = query.dtype
-    query, keys, v, bias, extra = upcast(query, keys, v, bias, extra)
+    queries, keys, v, bias, extra = upcast(_with_query_axis(query), keys, v, bias, extra)
     if extra is not None:
         keys = keys + extra
-    if query.dim() == 2:
-        return additive_scores(query[:, None], keys, v, bias)[:, 0].to(dtype)
-    return _additive_scores(query, keys, v, bias, None).to(dtype)
+    return _as_query(_additive_scores(queries, keys, v, bias, None), query)
 
 
 def additive_attention(
@@ -47,28 +44,13 @@ def additive_attention(
     need_weights: bool = True,
 ) -> Attention:
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . tanh(query + keys + extra + bias)."""
-    if query.dim() == 2:
-        attention = additive_attention(
-            query[:, None],
-            keys,
-            values,
-            v,
-            bias,
-            extra=extra,
-            scale=scale,
-            memory_lengths=memory_lengths,
-            mask=mask,
-            need_weights=need_weights,
-        )
-        return _drop_query_axis(attention)
-    dtype = query.dtype
-    query, keys, values, v, bias, extra = upcast(query, keys, values, v, bias, extra)
+    queries, keys, values, v, bias, extra = upcast(_with_query_axis(query), keys, values, v, bias, extra)
     if extra is not None:
         keys = keys + extra
     allowed = attention_mask(keys, memory_lengths, mask)
-    query, keys, values = _zero_padding(query, keys, values, allowed)
-    scores = scale * _additive_scores(query, keys, v, bias, allowed)
-    return _attend(scores, values, allowed, need_weights, dtype)
+    queries, keys, values = _zero_padding(queries, keys, values, allowed)
+    scores = scale * _additive_scores(queries, keys, v, bias, allowed)
+    return _attend(scores, values, allowed, need_weights, query)
 
 
 def dot_attention(
@@ -82,26 +64,14 @@ def dot_attention(
     need_weights: bool = True,
 ) -> Attention:
     """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys."""
-    if query.dim() == 2:
-        attention = dot_attention(
-            query[:, None],
-            keys,
-            values,
-            scale=scale,
-            memory_lengths=memory_lengths,
-            mask=mask,
-            need_weights=need_weights,
-        )
-        return _drop_query_axis(attention)
-    dtype = query.dtype
-    query, keys, values = upcast(query, keys, values)
+    queries, keys, values = upcast(_with_query_axis(query), keys, values)
     allowed = attention_mask(keys, memory_lengths, mask)
-    query, keys, values = _zero_padding(query, keys, values, allowed)
+    queries, keys, values = _zero_padding(queries, keys, values, allowed)
     if _per_query(allowed):  # a step may be padding for one query and not for another: a product per pair
-        scores = (_mask_pairs(query[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
+        scores = (_mask_pairs(queries[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
     else:
-        scores = query @ keys.transpose(1, 2)
-    return _attend(scale * scores, values, allowed, need_weights, dtype)
+        scores = queries @ keys.transpose(1, 2)
+    return _attend(scale * scores, values, allowed, need_weights, query)
 
 
 def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None) -> Tensor:
@@ -114,7 +84,7 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
 
 
 def _attend(
-    scores: Tensor, values: Tensor | None, allowed: Tensor | None, need_weights: bool, dtype: torch.dtype
+    scores: Tensor, values: Tensor | None, allowed: Tensor | None, need_weights: bool, query: Tensor
 ) -> Attention:
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -122,13 +92,25 @@ def _attend(
     alignments = torch.softmax(scores, dim=-1)
     if allowed is not None:
         alignments = alignments.masked_fill(~allowed, 0.0)
-    if values is None:
-        return Attention(None, alignments.to(dtype))
-    if _per_query(allowed):
+    context = None
+    if values is not None and _per_query(allowed):
         context = (alignments[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
-    else:
+    elif values is not None:
         context = alignments @ values
-    return Attention(context.to(dtype), alignments.to(dtype) if need_weights else None)
+    if values is not None and not need_weights:
+        alignments = None
+    return Attention(_as_query(context, query), _as_query(alignments, query))
+
+
+def _with_query_axis(query: Tensor) -> Tensor:
+    return query if query.dim() == 3 else query[:, None]
+
+
+def _as_query(result: Tensor | None, query: Tensor) -> Tensor | None:
+    """In the dtype of the query, and without the axis of queries if that has none."""
+    if result is None:
+        return None
+    return (result if query.dim() == 3 else result[:, 0]).to(query.dtype)
 
 
 def _zero_padding(
@@ -153,7 +135,3 @@ def _per_query(allowed: Tensor | None) -> bool:
 def _mask_pairs(x: Tensor, allowed: Tensor) -> Tensor:
     """x, broadcast to (B, Tq, Tk, *), with zeros in the pairs that are not attended."""
     return torch.where(allowed[..., None], x, 0.0)
-
-
-def _drop_query_axis(attention: Attention) -> Attention:
-    return Attention(*(None if result is None else result[:, 0] for result in attention))

@@ -48,7 +48,7 @@ COMBINATIONS = (
     Combination("3.10", "2.10.0", "3.6.0", "<2.4"),
     Combination("3.12", "2.11.0", "3.6.0", "<2.4"),
     Combination("3.12", "2.12.1"),
-    Combination("3.11", "2.13.0", "3.8.0"),
+    Combination("3.11", "2.13.0"),
     Combination("3.11", "2.14.1"),
     Combination("3.13", "2.15.0"),
     Combination("3.14", "2.15.0"),
