@@ -7,8 +7,7 @@ error that the tests allow at a given precision. As in such code, a row with not
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +39,16 @@ def additive_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
-    scores: Callable[..., Tensor] = additive_scores,
 ) -> Attention:
-    """Additive attention with :func:`additive_scores`, or with other ``scores``."""
-    return _attend(scores(query, keys, v, bias), values, memory_lengths, mask, need_weights)
+    """Additive attention with :func:`additive_scores`."""
+    return _attend(additive_scores(query, keys, v, bias), values, memory_lengths, mask, need_weights)
 
 
-additive_attention_sum = functools.partial(additive_attention, scores=additive_scores_sum)
+def additive_attention_sum(
+    query: Tensor, keys: Tensor, values: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any
+) -> Attention:
+    """Additive attention with :func:`additive_scores_sum`; the options are those of :func:`additive_attention`."""
+    return _attend(additive_scores_sum(query, keys, v, bias), values, **options)
 
 
 def dot_attention(
@@ -96,7 +98,11 @@ def _hidden(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attend(
-    scores: Tensor, values: Tensor, memory_lengths: Tensor | None, mask: Tensor | None, need_weights: bool
+    scores: Tensor,
+    values: Tensor,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
 ) -> Attention:
     if scores.dim() == 2:
         context, alignments = _attend(scores[:, None], values, memory_lengths, mask, True)
