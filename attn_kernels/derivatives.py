@@ -13,6 +13,7 @@ The kernels know an op and its gradients. What lies beyond takes the formulas of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -175,7 +176,14 @@ def rules(
             the formula has it.
     """
     formula = FORMULAS[op]
-    attends, first_of_others = formula.attends, 1 + formula.memory
+    attends = formula.attends
+
+    @functools.cache  # a call of it in every backward would take microseconds
+    def plan(needs: tuple[bool, ...]) -> tuple[bool, bool, tuple[int, ...], tuple[None, ...]]:
+        """Of the inputs that need a gradient: which groups do, which results do not, and what follows the results."""
+        count, end = len(formula.differentiable), 1 + formula.memory
+        unneeded = tuple(i for i in range(count) if not needs[i])
+        return needs[0] or any(needs[end:]), any(needs[1:end]), unneeded, (None,) * (len(needs) - count)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
@@ -190,10 +198,13 @@ def rules(
             return tuple(found.get(i) for i in range(len(needs)))
         if attends and len(grads) == 1:  # the context alone was returned
             grads = (*grads, None)
-        others = needs[0] or True in needs[first_of_others:]
-        found = gradients(*grads, *arguments, others, True in needs[1:first_of_others])
-        made = [gradient if needed else None for gradient, needed in zip(found, needs, strict=False)]
-        return (*made, *(None,) * (len(needs) - len(made)))
+        need_query, need_memory, unneeded, rest = plan(needs)
+        made = gradients(*grads, *arguments, need_query, need_memory)
+        if unneeded:
+            made = list(made)
+            for i in unneeded:
+                made[i] = None
+        return (*made, *rest)
 
     class Rule(Function):
         @staticmethod

@@ -79,7 +79,12 @@ def _register_autograd(op: str, backend: str) -> None:
     attends = derivatives.FORMULAS[op].attends
 
     def compute(*args: Any) -> Any:
-        return below_autograd(op, backend, args)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+        except RuntimeError as error:
+            _allocate_again(error, args)
+            raise
 
     has_kernel = f"{op}_backward" in derivatives.FORMULAS
     gradients = functools.partial(call, f"{op}_backward", backend) if has_kernel else None
@@ -93,7 +98,7 @@ def _register_autograd(op: str, backend: str) -> None:
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
                     return usual_rule.apply(*args)
-        try:
+        try:  # compute by hand: this is every call without gradients, and a frame of Python costs it one percent
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args)
         except RuntimeError as error:
