@@ -185,7 +185,7 @@ def rules(
         unneeded = tuple(i for i in range(count) if not needs[i])
         return needs[0] or any(needs[end:]), any(needs[1:end]), unneeded, (None,) * (len(needs) - count)
 
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def reverse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * len(needs)
@@ -207,6 +207,8 @@ def rules(
         return (*made, *rest)
 
     class Rule(Function):
+        backward = staticmethod(reverse)
+
         @staticmethod
         def forward(*arguments):
             return compute(*arguments[:-1], True) if attends else compute(*arguments)
@@ -250,6 +252,8 @@ def rules(
             return tuple(result.unflatten(0, (n, -1)) for result in results), 0
 
     class ReverseRule(Function):
+        backward = staticmethod(reverse)
+
         @staticmethod
         def forward(ctx, *arguments):
             ctx.set_materialize_grads(False)
@@ -261,7 +265,6 @@ def rules(
             formula.save(ctx, arguments)
             return compute(*arguments)
 
-    ReverseRule.backward = Rule.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Rule, ReverseRule
 
 

@@ -113,10 +113,12 @@ def _register_autograd(op: str, backend: str) -> None:
         return context, context.new_empty(0)
 
     library.impl(f"{op}.{backend}", of_dispatcher, "Autograd")
+    _kernels[op, backend] = compute
     _rules[op, backend] = autograd
     _complete_rules[op, backend] = complete_rule
 
 
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}  # below autograd
 _rules: dict[tuple[str, str], Callable[..., Any]] = {}
 _complete_rules: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
@@ -140,12 +142,7 @@ def call(op: str, backend: str, *args: Any) -> Any:
 
 def below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
     """``kernel(op, backend)(*args)``, for a rule of autograd to call."""
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return kernel(op, backend)(*args)
-    except RuntimeError as error:
-        _allocate_again(error, args)
-        raise
+    return _kernels[op, backend](*args)
 
 
 def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
