@@ -29,34 +29,34 @@ class Formula(NamedTuple):
     """An op in plain PyTorch, with the arguments and results of its schema.
 
     differentiable: the positions of the arguments that have a derivative. shared: of those without an axis B; None
-    where results are sums over the rows of the batch. numbers: of the arguments that are no tensors. memory: how many
-    of the differentiable arguments are keys and values, from position 1 on. attends: whether the last argument says if
-    alignments are returned.
+    where results are sums over the rows of the batch. numbers: where those that are no tensors start and end. flags:
+    how many of the last arguments are none, either. memory: how many of the differentiable arguments are keys and
+    values, from position 1 on. attends: whether the last argument says if alignments are returned.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
     differentiable: tuple[int, ...]
     shared: tuple[int, ...] | None
-    numbers: tuple[int, ...] = ()
+    numbers: tuple[int, int] = (0, 0)
+    flags: int = 0
     memory: int = 0
     attends: bool = False
 
-    def save(self, ctx: Any, arguments: Sequence[Any]) -> None:
-        """Of an op's node in the graph: what its derivatives need."""
-        if self.numbers:
-            arguments = list(arguments)
-            ctx.numbers = [arguments[i] for i in self.numbers]
-            for i in self.numbers:
-                arguments[i] = None
-        ctx.save_for_backward(*arguments)
+    def tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        start, stop = self.numbers
+        return (*arguments[:start], *arguments[stop : len(arguments) - self.flags]) if stop else arguments
 
-    def saved(self, ctx: Any) -> Sequence[Any]:
-        arguments = ctx.saved_tensors  # read once: checkpointing computes what is saved anew for each read
-        if self.numbers:
-            arguments = list(arguments)
-            for i, number in zip(self.numbers, ctx.numbers, strict=True):
-                arguments[i] = number
-        return arguments
+    def save(self, ctx: Any, arguments: tuple[Any, ...]) -> None:
+        """Of an op's node in the graph: what its derivatives need."""
+        start, stop = self.numbers
+        if stop:
+            ctx.numbers, ctx.flags = arguments[start:stop], arguments[len(arguments) - self.flags :]
+        ctx.save_for_backward(*self.tensors(arguments))
+
+    def saved(self, ctx: Any) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors  # read once: checkpointing computes what is saved anew for each read
+        start, stop = self.numbers
+        return (*tensors[:start], *ctx.numbers, *tensors[start:], *ctx.flags) if stop else tensors
 
 
 def pull_back(
@@ -138,13 +138,14 @@ def _backward(formula: Formula) -> Formula:
         function,
         differentiable=(*range(results), *(results + i for i in formula.differentiable)),
         shared=None if formula.shared else (),
-        numbers=(*(results + i for i in formula.numbers), -2, -1),
+        numbers=(results + formula.numbers[0], results + formula.numbers[1]),
+        flags=2,
     )
 
 
 _SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
 _ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, attends=True)
-_DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3,), memory=2, attends=True)
+_DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, attends=True)
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
     "additive_scores": _SCORES,
@@ -178,28 +179,31 @@ def rules(
     formula = FORMULAS[op]
     attends = formula.attends
 
+    save, saved = formula.save, formula.saved
+    count, end = len(formula.differentiable), 1 + formula.memory
+
     @functools.cache  # a call of it in every backward would take microseconds
     def plan(needs: tuple[bool, ...]) -> tuple[bool, bool, tuple[int, ...], tuple[None, ...]]:
         """Of the inputs that need a gradient: which groups do, which results do not, and what follows the results."""
-        count, end = len(formula.differentiable), 1 + formula.memory
         unneeded = tuple(i for i in range(count) if not needs[i])
         return needs[0] or any(needs[end:]), any(needs[1:end]), unneeded, (None,) * (len(needs) - count)
+
+    def pulled(arguments: tuple[Any, ...], grads: Sequence[Tensor | None], needs: tuple[bool, ...]) -> Any:
+        wanted = [i for i in formula.differentiable if needs[i]]
+        found = dict(zip(wanted, pull_back(formula, arguments, grads, wanted), strict=True)) if wanted else {}
+        return tuple(found.get(i) for i in range(len(needs)))
 
     def reverse(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * len(needs)
-        arguments = formula.saved(ctx)
         if gradients is None:
-            wanted = [i for i in formula.differentiable if needs[i]]
-            if not wanted:
-                return (None,) * len(needs)
-            found = dict(zip(wanted, pull_back(formula, arguments, grads, wanted), strict=True))
-            return tuple(found.get(i) for i in range(len(needs)))
-        if attends and len(grads) == 1:  # the context alone was returned
-            grads = (*grads, None)
+            return pulled(saved(ctx), grads, needs)
         need_query, need_memory, unneeded, rest = plan(needs)
-        made = gradients(*grads, *arguments, need_query, need_memory)
+        if attends and len(grads) == 1:  # the context alone was returned
+            made = gradients(grads[0], None, *saved(ctx), need_query, need_memory)
+        else:
+            made = gradients(*grads, *saved(ctx), need_query, need_memory)
         if unneeded:
             made = list(made)
             for i in unneeded:
@@ -217,9 +221,9 @@ def rules(
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
             ctx.single = isinstance(output, Tensor)
-            formula.save(ctx, (*inputs[:-1], output[1]) if attends else inputs)
-            tensors = [argument if isinstance(argument, Tensor) else None for argument in inputs]
-            ctx.save_for_forward(*tensors)
+            save(ctx, (*inputs[:-1], output[1]) if attends else inputs)
+            # What forward mode reads as ctx.saved_tensors: as above, but for the alignments, which it does not need.
+            ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
             if formula.function is None:
                 ctx.mark_non_differentiable(output)
 
@@ -227,7 +231,7 @@ def rules(
         def jvp(ctx, *tangents):
             if formula.function is None:
                 return None
-            results = push_forward(formula, formula.saved(ctx), tangents)
+            results = push_forward(formula, saved(ctx), tangents)
             return results[0] if ctx.single else results
 
         @staticmethod
@@ -257,13 +261,13 @@ def rules(
         @staticmethod
         def forward(ctx, *arguments):
             ctx.set_materialize_grads(False)
-            if attends:  # its backward starts from the alignments, (B, Tq, Tk)
-                *inputs, need_alignments = arguments
-                results = compute(*inputs, True)
-                formula.save(ctx, (*inputs, results[1]))
-                return results if need_alignments else results[0]
-            formula.save(ctx, arguments)
-            return compute(*arguments)
+            if not attends:
+                save(ctx, arguments)
+                return compute(*arguments)
+            inputs = arguments[:-1]
+            results = compute(*inputs, True)  # the backward starts from the alignments, (B, Tq, Tk)
+            save(ctx, (*inputs, results[1]))
+            return results if arguments[-1] else results[0]
 
     return Rule, ReverseRule
 

@@ -176,7 +176,6 @@ struct BackwardParams {
 
   // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
   ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
-    if (dquery == nullptr) return;
     const Vec<T> g = T(4) * load(units.v + c) * sum, zero{};
     store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
     T* dbias = dbias_parts + b * units.size + c;
@@ -266,7 +265,7 @@ void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, in
     }
     back.write_dv(b, first + u * w, dv);
   }
-  for (int64_t i = 0; i < Tq; ++i)
+  for (int64_t i = 0; i < (back.dquery == nullptr ? 0 : Tq); ++i)
     for (int64_t u = 0; u < vectors; ++u) back.write_dquery(b, i, first + u * w, load(q.gradient(i, u)));
   if (back.dkeys == nullptr) return;
   for (int64_t j = 0, next = 0; j < Tk; ++j) {
@@ -404,7 +403,7 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
     else
       fill_zero<T>(back.dkeys, (b * op.Tk + step) * op.A + first, columns, dtype);
   }
-  for (int64_t i = 0; i < op.Tq; ++i)
+  for (int64_t i = 0; i < (back.dquery == nullptr ? 0 : op.Tq); ++i)
     for (int64_t c = 0; c < size; c += w) back.write_dquery(b, i, first + c, load(dq + i * size + c));
   for (int64_t c = 0; c < size; c += w) back.write_dv(b, first + c, load(dv + c));
 }
