@@ -1,0 +1,90 @@
+"""Mechanisms whose step depends on the steps before: what they have in common.
+
+The state is explicit: a decoder is given one before its first step, hands it to each step and gets the next one back.
+Nothing is kept in the module, so that a batch may be re-ordered, a search may branch, and a step may be taken twice::
+
+    attention = LocationSensitiveAttention(query_size, memory_size, units)
+    memory = attention.memory(encoder_outputs, memory_lengths)
+    state = attention.initial_state(memory)
+    for ...:
+        context, alignments, state = attention(decoder_state, memory, state)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..memory import Memory
+from ..modules import AttentionModule
+
+
+class StatefulResult(NamedTuple):
+    """What a step of a stateful mechanism returns.
+
+    context: (B, K, D), or (B, D) for a 2-D query: alignments @ values.
+    alignments: (B, K, Tk), or (B, Tk).
+    state: what the next step is to be given: a NamedTuple of tensors, each (B, K, *).
+    """
+
+    context: Tensor
+    alignments: Tensor
+    state: Any
+
+
+class StatefulAttention(AttentionModule):
+    """The base of mechanisms with a state.
+
+    A subclass says what the state is before the first step (``initial_state``) and how a step is made (``_step``). The
+    axis K has the hypotheses of one sentence: they read one memory, and each has its own state. It is not an axis of
+    time: a step needs the state that the step before returned (see ``sequence``).
+    """
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> Any:
+        """The state before the first step: a NamedTuple of tensors, each (B, hypotheses, *)."""
+        raise NotImplementedError
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, memory: Memory, state: Any
+    ) -> StatefulResult:
+        """A step. query: (B, K, query_size) or (B, query_size), decoder states; state: of the step before.
+
+        Raises ValueError or TypeError where query, memory or state do not fit the module or each other.
+        """
+        self._check(query, memory)
+        self._check_state(query, state)
+        if query.dim() == 3:
+            return self._step(query, memory, state)
+        context, alignments, state = self._step(query.unsqueeze(1), memory, state)
+        return StatefulResult(context.squeeze(1), alignments.squeeze(1), state)
+
+    def sequence(self, queries: Tensor, memory: Memory, state: Any = None) -> StatefulResult:
+        """The steps of a whole sequence, one after the other.
+
+        queries: (B, T, query_size). state: before the first of them; None for ``initial_state``. Returns context
+        (B, T, D), alignments (B, T, Tk) and the state after the last step.
+        """
+        state = self.initial_state(memory) if state is None else state
+        steps = []
+        for query in queries.unbind(1):
+            context, alignments, state = self(query, memory, state)
+            steps.append((context, alignments))
+        contexts, alignments = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+        return StatefulResult(contexts, alignments, state)
+
+    def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
+        """A step of checked arguments. query: (B, K, query_size)."""
+        raise NotImplementedError
+
+    def _check_state(self, query: Tensor, state: Any) -> None:
+        if not isinstance(state, tuple) or not all(isinstance(x, Tensor) for x in state):
+            expected = f"made by {self._name}.initial_state(...) or returned by the step before"
+            raise ArgumentTypeError(f"{self._name}: state must be a tuple of tensors, {expected}, got {type(state)}")
+        axes = (query.shape[0], query.shape[1] if query.dim() == 3 else 1)
+        for x in state:
+            if tuple(x.shape[:2]) != axes:
+                expected = f"(B, K, *) = ({axes[0]}, {axes[1]}, *)"
+                raise ArgumentValueError(f"{self._name}: state must have tensors {expected}, got {tuple(x.shape)}")
