@@ -19,18 +19,31 @@ from .types import DTYPES
 INFINITY = float("inf")
 
 
-def as_number(name: str, scale: object) -> float:
-    """scale as a number of Python, of those of numpy, too."""
-    number = float(scale) if isinstance(scale, Real) else scale
-    check_scale(name, number)
+def as_number(name: str, given: object, argument: str = "scale") -> float:
+    """What is given as a number of Python, of those of numpy, too."""
+    number = float(given) if isinstance(given, Real) else given
+    check_scale(name, number, argument)
     return number  # type: ignore[return-value]
 
 
-def check_scale(name: str, scale: object) -> None:
+def check_scale(name: str, scale: object, argument: str = "scale") -> None:
     if not isinstance(scale, (int, float)):
-        raise ArgumentTypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+        raise ArgumentTypeError(f"{name}: {argument} must be a number, got {type(scale).__name__}")
     if not -INFINITY < scale < INFINITY:
-        raise ArgumentValueError(f"{name}: scale must be a finite number, got {scale}")
+        raise ArgumentValueError(f"{name}: {argument} must be a finite number, got {scale}")
+
+
+ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid")
+
+
+def check_activation(name: str, activation: object, negative_slope: object) -> float | None:
+    """The slope of an activation where its argument is negative; None for those that are curved."""
+    if activation not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS[:-1]))
+        raise ArgumentValueError(f"{name}: activation must be {names} or {ACTIVATIONS[-1]!r}, got {activation!r}")
+    if activation == "leaky_relu":
+        return as_number(name, negative_slope, "negative_slope")
+    return 0.0 if activation == "relu" else None
 
 
 def check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:

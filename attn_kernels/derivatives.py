@@ -107,6 +107,21 @@ def _additive_scores(query, keys, v, bias):
     return (reference.additive_scores(query, keys, v, bias),)
 
 
+def _relu_scores(query, keys, v, bias, negative_slope):
+    return (_with_slope(reference.additive_scores, negative_slope)(query, keys, v, bias),)
+
+
+def _relu_attention(*arguments):
+    *inputs, negative_slope, memory_lengths, mask, _ = arguments
+    attend = _with_slope(reference.additive_attention, negative_slope)
+    return attend(*inputs, memory_lengths=memory_lengths, mask=mask)
+
+
+def _with_slope(function: Callable[..., Any], negative_slope: float) -> Callable[..., Any]:
+    activation = "leaky_relu" if negative_slope else "relu"
+    return functools.partial(function, activation=activation, negative_slope=negative_slope)
+
+
 def _additive_attention(*arguments):
     *inputs, _, memory_lengths, mask, _ = arguments  # of query, keys, values, v, bias, prepared
     return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
@@ -145,6 +160,8 @@ def _backward(formula: Formula) -> Formula:
 
 _SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
 _ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, attends=True)
+_RELU_SCORES = Formula(_relu_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 5), memory=1)
+_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 6), memory=2, attends=True)
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, attends=True)
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
@@ -152,6 +169,10 @@ FORMULAS = {
     "additive_scores_backward": _backward(_SCORES),
     "additive_attention": _ADDITIVE,
     "additive_attention_backward": _backward(_ADDITIVE),
+    "relu_scores": _RELU_SCORES,
+    "relu_scores_backward": _backward(_RELU_SCORES),
+    "relu_attention": _RELU,
+    "relu_attention_backward": _backward(_RELU),
     "dot_attention": _DOT,
     "dot_attention_backward": _backward(_DOT),
 }

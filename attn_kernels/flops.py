@@ -59,12 +59,12 @@ def _pairs(query: Shape, keys: Shape) -> int:
 
 
 def _additive_scores(query: Shape, keys: Shape, *_: Any, **__: Any) -> int:
-    """tanh(...) @ v."""
+    """activation(...) @ v."""
     return 2 * _pairs(query, keys) * query[2]
 
 
 def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *others: Any, **_: Any) -> int:
-    """The gradients of the tanh and, with those of the query, of v."""
+    """The gradients of the activation and, with those of the query, of v."""
     need_query = others[-2]
     return 2 * _pairs(query, keys) * query[2] * (1 + need_query)
 
@@ -86,6 +86,10 @@ def _attention_backward(
 _FORMULAS = {
     "additive_scores": _additive_scores,
     "additive_scores_backward": _additive_scores_backward,
+    "relu_scores": _additive_scores,
+    "relu_scores_backward": _additive_scores_backward,
+    "relu_attention": _attention,
+    "relu_attention_backward": _attention_backward,
     "additive_attention": _attention,
     "additive_attention_backward": _attention_backward,
     "dot_attention": _attention,

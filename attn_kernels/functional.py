@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import derivatives, ops, reference
+from . import derivatives, ops
 from .backends import choose
 from .checks import (
     INFINITY,
     as_number,
+    check_activation,
     check_device,
     check_dtypes,
     check_masks,
@@ -24,8 +25,8 @@ from .checks import (
 )
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import is_worth_deferring, should_defer
-from .scores import AdditiveScore, DotScore, Score
-from .types import DTYPES, Attention, Masks, autocast, device_type, on_one_device
+from .scores import AdditiveScore, DotScore, ReluScore, Score
+from .types import DTYPES, Attention, Masks, autocast, device_type, on_one_device, upcast
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -43,6 +44,8 @@ def additive_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
     extra: Tensor | None = None,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
@@ -67,8 +70,11 @@ def additive_attention(
         keys: (B, Tk, A), projected memory.
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         v: (A,), score vector.
-        bias: (A,), added before the tanh.
-        extra: (B, Tk, A), added before the tanh: what a step adds to the keys, such as projected location features.
+        bias: (A,), added before the activation.
+        activation: "tanh", "relu", "leaky_relu" or "sigmoid", in the place of tanh.
+        negative_slope: of "leaky_relu", a finite number.
+        extra: (B, Tk, A), added before the activation: what a step adds to the keys, such as projected location
+            features.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
@@ -77,7 +83,8 @@ def additive_attention(
         need_weights: False to leave out ``alignments`` (None is returned in their place).
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
         prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
-            and gradients are the same to within rounding; gradients flow to ``keys``. Not together with ``extra``.
+            and gradients are the same to within rounding; gradients flow to ``keys``. Not together with ``extra``, nor
+            with another activation than tanh.
 
     Returns:
         ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
@@ -100,7 +107,18 @@ def additive_attention(
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
         keys = _with_extra(name, query, keys, extra)
-    score = _new(AdditiveScore, (v, bias, prepared))
+    score: Score
+    if activation == "tanh":
+        score = _new(AdditiveScore, (v, bias, prepared))
+    else:
+        slope = check_activation(name, activation, negative_slope)
+        if prepared is not None:
+            raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: it is for tanh")
+        if slope is None:
+            query, keys, v, bias = _half_of_sigmoid(name, query, keys, v, bias)
+            score = AdditiveScore(v, bias)
+        else:
+            score = ReluScore(v, bias, slope)
     return _attend(score, query, keys, values, _new(Masks, (memory_lengths, mask)), need_weights, backend)
 
 
@@ -125,7 +143,7 @@ def _attend(
     op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
     if without_context:
-        values = _empty_values(op, query, keys, need_weights)
+        values = _empty_values(score.name, query, keys, need_weights)
     try:
         if (
             backend is None
@@ -172,13 +190,13 @@ def _check(
     masks: Masks,
     backend: str | None,
 ) -> None:
-    check_query_keys(score.op, query, keys)
-    check_values(score.op, query, keys, values)
+    check_query_keys(score.name, query, keys)
+    check_values(score.name, query, keys, values)
     score.check(query)
-    check_masks(score.op, query, keys, *masks)
+    check_masks(score.name, query, keys, *masks)
     score = score.autocast(query)
     query, keys, values = autocast(query, keys, values)
-    check_dtypes(score.op, query, keys=keys, values=values)
+    check_dtypes(score.name, query, keys=keys, values=values)
     score.check_dtypes(query, keys, backend)
 
 
@@ -256,6 +274,8 @@ def additive_scores(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
     extra: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -267,8 +287,9 @@ def additive_scores(
         query: (B, Tq, A), or (B, A) for one query.
         keys: (B, Tk, A).
         v: (A,), score vector.
-        bias: (A,), added before the tanh.
-        extra: (B, Tk, A), added before the tanh.
+        bias: (A,), added before the activation.
+        activation, negative_slope: as in :func:`additive_attention`.
+        extra: (B, Tk, A), added before the activation.
         backend: as in :func:`additive_attention`.
 
     Returns:
@@ -278,6 +299,14 @@ def additive_scores(
     """
     if extra is not None:
         keys = _with_extra("additive_scores", query, keys, extra)
+    op: tuple[str, tuple[float, ...]] = ("additive_scores", ())
+    if activation != "tanh":
+        slope = check_activation("additive_scores", activation, negative_slope)
+        if slope is None:  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+            q, k, w, b = _half_of_sigmoid("additive_scores", query, keys, v, bias)
+            scores = additive_scores(q, k, w, b, backend=backend)
+            return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
+        op = ("relu_scores", (slope,))
     try:
         chosen = choose(backend, device_type(query))
         if chosen not in _SELF_CHECKING or is_compiling():
@@ -286,10 +315,10 @@ def additive_scores(
             raise ArgumentValueError  # raised again below, with a full message
         q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
-            return reference.additive_scores(q, k, w, b)
+            return derivatives.apply_formula(op[0], (q, k, w, b, *op[1]))
         if q.dim() == 2:
-            return ops.call("additive_scores", chosen, q.unsqueeze(1), k, w, b).squeeze(1)
-        return ops.call("additive_scores", chosen, q, k, w, b)
+            return ops.call(op[0], chosen, q.unsqueeze(1), k, w, b, *op[1]).squeeze(1)
+        return ops.call(op[0], chosen, q, k, w, b, *op[1])
     except _ARGUMENT_ERRORS:
         _check_additive_scores(query, keys, v, bias)
         raise
@@ -302,6 +331,19 @@ def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor 
     check_units(name, query, "bias", bias)
     query, keys, v, bias = autocast(query, keys, v, bias)
     check_dtypes(name, query, keys=keys, v=v, bias=bias)
+
+
+def _half_of_sigmoid(
+    name: str, query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What gives with tanh what the arguments give with sigmoid, less a constant: (1 + tanh(x / 2)) / 2.
+
+    Halving is exact but for what becomes denormal.
+    """
+    check_query_keys(name, query, keys)
+    check_units(name, query, "v", v)
+    check_units(name, query, "bias", bias)
+    return 0.5 * query, 0.5 * keys, 0.5 * v, None if bias is None else 0.5 * bias
 
 
 def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor:

@@ -221,8 +221,7 @@ class _StepFunction(Function):
     def forward(ctx, gradient, anchor, kind, backend, query, memory_lengths, mask, need_alignments, *score):
         ctx.set_materialize_grads(False)
         ctx.memory_gradient, ctx.backend, ctx.kind = gradient, backend, kind
-        # A score is of tensors or of numbers: saved, or kept as it is.
-        ctx.numbers, tensors = ((), score) if kind.holds_tensors else (score, ())
+        tensors, ctx.numbers = score[: kind.tensors], score[kind.tensors :]
         memory, masks = (gradient.keys, gradient.values), (memory_lengths, mask)
         context, alignments = ops.below_autograd(kind.op, backend, (query, *memory, *score, *masks, True))
         ctx.save_for_backward(query, *memory, *tensors, *masks, alignments)
@@ -236,7 +235,7 @@ class _StepFunction(Function):
         gradient = ctx.memory_gradient
         if torch.is_grad_enabled():  # create_graph=True: keys and values as autograd knows them
             keys, values = gradient.memory
-        score = ctx.kind(*ctx.numbers, *tensors)
+        score = ctx.kind(*tensors, *ctx.numbers)
         grads, others = (grad_context, grad_alignments), (memory_lengths, mask, alignments)
         step = _StepRecord(score, ctx.backend, *grads, query, keys, values, *others)
         gradient.record(step)

@@ -168,6 +168,7 @@ class _Score(NamedTuple):
 
 SCORES = {
     "additive": _Score("Tensor v, Tensor? bias, Tensor? prepared", gradients=(0, 1)),
+    "relu": _Score("Tensor v, Tensor? bias, float negative_slope", gradients=(0, 1)),
     "dot": _Score("float scale", gradients=()),
 }
 
@@ -196,7 +197,8 @@ def _scores_fake(query: Tensor, keys: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
 
-def _scores_backward_fake(_, query, keys, v, bias, need_query, need_memory):
+def _scores_backward_fake(_, query, keys, v, bias, *others):
+    need_query, need_memory = others[-2:]
     needed = ((query, need_query), (keys, need_memory), (v, need_query), (bias, need_query))
     return tuple(_like(x, need, query) for x, need in needed)
 
@@ -228,13 +230,16 @@ for _name, _score in SCORES.items():
         _attention_fake,
     )
 
-_inputs = "Tensor query, Tensor keys, Tensor v, Tensor? bias"
-_define(
-    "additive_scores_backward",
-    f"(Tensor grad_scores, {_inputs}, {_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _scores_backward_fake,
-)
-_define("additive_scores", f"({_inputs}) -> Tensor", _scores_fake)
+for _name, _inputs in (
+    ("additive_scores", "Tensor query, Tensor keys, Tensor v, Tensor? bias"),
+    ("relu_scores", "Tensor query, Tensor keys, Tensor v, Tensor? bias, float negative_slope"),
+):
+    _define(
+        f"{_name}_backward",
+        f"(Tensor grad_scores, {_inputs}, {_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor)",
+        _scores_backward_fake,
+    )
+    _define(_name, f"({_inputs}) -> Tensor", _scores_fake)
 _define("additive_prepare", "(Tensor keys) -> Tensor", _prepare_fake)
 
 

@@ -14,20 +14,38 @@ Rules that hold for every op here and in every backend:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .types import Attention, attention_mask, upcast
 
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "tanh": lambda x, negative_slope: torch.tanh(x),
+    "sigmoid": lambda x, negative_slope: torch.sigmoid(x),
+    "relu": lambda x, negative_slope: torch.relu(x),
+    "leaky_relu": torch.nn.functional.leaky_relu,
+}
+
 
 def additive_scores(
-    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, extra: Tensor | None = None
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
+    extra: Tensor | None = None,
 ) -> Tensor:
-    """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + extra[b, j] + bias)."""
+    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + extra[b, j] + bias)."""
     queries, keys, v, bias, extra = upcast(_with_query_axis(query), keys, v, bias, extra)
     if extra is not None:
         keys = keys + extra
-    return _as_query(_additive_scores(queries, keys, v, bias, None), query)
+    activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
+    return _as_query(_additive_scores(queries, keys, v, bias, activate, None), query)
 
 
 def additive_attention(
@@ -37,19 +55,22 @@ def additive_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
     extra: Tensor | None = None,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
 ) -> Attention:
-    """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . tanh(query + keys + extra + bias)."""
+    """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias)."""
+    activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
     queries, keys, values, v, bias, extra = upcast(_with_query_axis(query), keys, values, v, bias, extra)
     if extra is not None:
         keys = keys + extra
     allowed = attention_mask(keys, memory_lengths, mask)
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
-    scores = scale * _additive_scores(queries, keys, v, bias, allowed)
+    scores = scale * _additive_scores(queries, keys, v, bias, activate, allowed)
     return _attend(scores, values, allowed, need_weights, query)
 
 
@@ -74,13 +95,20 @@ def dot_attention(
     return _attend(scale * scores, values, allowed, need_weights, query)
 
 
-def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None) -> Tensor:
+def _additive_scores(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    activate: Callable[[Tensor], Tensor],
+    allowed: Tensor | None,
+) -> Tensor:
     hidden = query[:, :, None] + keys[:, None]
     if bias is not None:
         hidden = hidden + bias
     if _per_query(allowed):
         hidden = _mask_pairs(hidden, allowed)
-    return torch.tanh(hidden) @ v
+    return activate(hidden) @ v
 
 
 def _attend(

@@ -25,6 +25,12 @@ class _AdditiveArguments(NamedTuple):
     prepared: Tensor | None = None
 
 
+class _ReluArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None = None
+    negative_slope: float = 0.0
+
+
 class _DotArguments(NamedTuple):
     scale: float = 1.0
 
@@ -36,8 +42,8 @@ class AdditiveScore(_AdditiveArguments):
     """
 
     __slots__ = ()
-    op = "additive_attention"
-    holds_tensors = True
+    op = name = "additive_attention"  # name: of the public function, for messages
+    tensors = 3  # among the fields, before the numbers
 
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
@@ -46,28 +52,50 @@ class AdditiveScore(_AdditiveArguments):
 
     def check(self, query: Tensor) -> None:
         """Whether types and shapes fit the query, (B, Tq, A) or (B, A)."""
-        checks.check_units(self.op, query, "v", self.v)
-        checks.check_units(self.op, query, "bias", self.bias)
+        checks.check_units(self.name, query, "v", self.v)
+        checks.check_units(self.name, query, "bias", self.bias)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
         """Whether dtypes fit those of query and keys, all as autocast leaves them."""
-        checks.check_dtypes(self.op, query, v=self.v, bias=self.bias)
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
         if self.prepared is not None:
-            checks.check_prepared(self.op, keys, self.prepared, choose(backend, query.device.type))
+            checks.check_prepared(self.name, keys, self.prepared, choose(backend, query.device.type))
+
+
+class ReluScore(_ReluArguments):
+    """v . relu(query + keys + bias), or with a negative_slope, v . leaky_relu(...).
+
+    v: (A,), score vector. bias: (A,). negative_slope: a finite number, what multiplies negative sums.
+    """
+
+    __slots__ = ()
+    op, name = "relu_attention", "additive_attention"
+    tensors = 2
+
+    def autocast(self, query: Tensor) -> ReluScore:
+        _, v, bias = types.autocast(query, self.v, self.bias)
+        return ReluScore(v, bias, self.negative_slope)
+
+    def check(self, query: Tensor) -> None:
+        checks.check_units(self.name, query, "v", self.v)
+        checks.check_units(self.name, query, "bias", self.bias)
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
 
 class DotScore(_DotArguments):
     """scale * query . keys. scale: a finite number."""
 
     __slots__ = ()
-    op = "dot_attention"
-    holds_tensors = False
+    op = name = "dot_attention"
+    tensors = 0
 
     def autocast(self, query: Tensor) -> DotScore:
         return self
 
     def check(self, query: Tensor) -> None:
-        checks.check_scale(self.op, self.scale)
+        checks.check_scale(self.name, self.scale)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
         """A number fits all."""
@@ -98,4 +126,4 @@ class DotScore(_DotArguments):
         return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
 
 
-Score = AdditiveScore | DotScore
+Score = AdditiveScore | ReluScore | DotScore

@@ -14,19 +14,34 @@ from torch import Tensor
 
 from attn_kernels.types import Attention
 
+ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 
-def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """scores[b, i, j] = v . tanh(query[b, i] + keys[b, j] + bias), the sum as a product with v."""
-    if query.dim() == 2:
-        return additive_scores(query[:, None], keys, v, bias)[:, 0]
-    return _hidden(query, keys, bias) @ v
+
+def additive_scores(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), the sum as a product with v."""
+    queries = query[:, None] if query.dim() == 2 else query
+    hidden = _sum(queries, keys, bias)
+    if activation == "leaky_relu":
+        hidden = torch.nn.functional.leaky_relu(hidden, negative_slope)
+    else:
+        hidden = ACTIVATIONS[activation](hidden)
+    scores = hidden @ v
+    return scores[:, 0] if query.dim() == 2 else scores
 
 
 def additive_scores_sum(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same with the sum written out: slower in eager mode, but torch.compile can fuse all of it."""
     if query.dim() == 2:
         return additive_scores_sum(query[:, None], keys, v, bias)[:, 0]
-    return (_hidden(query, keys, bias) * v).sum(-1)
+    return (torch.tanh(_sum(query, keys, bias)) * v).sum(-1)
 
 
 def additive_attention(
@@ -39,9 +54,10 @@ def additive_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    **score: Any,
 ) -> Attention:
-    """Additive attention with :func:`additive_scores`."""
-    return _attend(additive_scores(query, keys, v, bias), values, memory_lengths, mask, need_weights)
+    """Additive attention with :func:`additive_scores`, whose options are taken, too."""
+    return _attend(additive_scores(query, keys, v, bias, **score), values, memory_lengths, mask, need_weights)
 
 
 def additive_attention_sum(
@@ -92,9 +108,9 @@ def sdpa_dot_attention(
     return Attention(context[:, 0] if query.dim() == 2 else context, None)
 
 
-def _hidden(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+def _sum(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     hidden = query[:, :, None] + keys[:, None]
-    return torch.tanh(hidden if bias is None else hidden + bias)
+    return hidden if bias is None else hidden + bias
 
 
 def _attend(

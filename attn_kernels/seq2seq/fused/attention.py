@@ -133,7 +133,7 @@ class AttentionBackward:
         """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
         arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments)
         # With the gradients of a score come those of the queries, which the steps have made before.
-        needed = (self.score.holds_tensors, True)
+        needed = (self.score.tensors > 0, True)
         _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments, *needed)
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
