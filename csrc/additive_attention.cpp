@@ -1,4 +1,4 @@
-// additive_scores and additive_attention: the ops of attn_kernels/ops.py, for each backend (call.h).
+// The ops with a score vector of attn_kernels/ops.py, for each backend (call.h).
 #include "additive_attention.h"
 
 #include "binding.h"
@@ -9,13 +9,17 @@ namespace {
 // What additive_prepare returns for keys of this dtype.
 Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
 
+VectorScores with_vector(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias) {
+  const Scores n = scores_of(query, keys);
+  return {n, array(v, "v", n.query.dtype, {n.A}), array(bias, "bias", n.query.dtype, {n.A})};
+}
+
 AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& prepared = std::nullopt) {
-  const Scores n = scores_of(query, keys);
-  const Dtype dtype = n.query.dtype;
-  const PreparedSizes sizes(n.A, n.Tk, prepared_dtype(dtype));
-  const AdditiveScores op{n, array(v, "v", dtype, {n.A}), array(bias, "bias", dtype, {n.A}),
-                          array(prepared, "prepared", prepared_dtype(dtype), {n.B, sizes.rows, sizes.columns})};
+  const VectorScores n = with_vector(query, keys, v, bias);
+  const Dtype dtype = prepared_dtype(n.query.dtype);
+  const PreparedSizes sizes(n.A, n.Tk, dtype);
+  const AdditiveScores op{n, array(prepared, "prepared", dtype, {n.B, sizes.rows, sizes.columns})};
   STD_TORCH_CHECK(!op.prepared || (op.prepared.stride[1] == sizes.columns && op.prepared.stride[2] == 1),
                   "prepared must be what additive_prepare returned");
   return op;
@@ -24,13 +28,46 @@ AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v
 // The gradients of v and bias, where those are needed.
 struct Own {
   Tensor dv, dbias;
-  AdditiveGradients gradients;
+  VectorGradients gradients;
 
   Own(const Tensor& v, bool has_bias, bool needed)
       : dv(output_if(needed, v, {v.size(0)})),
         dbias(output_if(needed && has_bias, v, {v.size(0)})),
         gradients{data_if(needed, dv), data_if(needed && has_bias, dbias)} {}
 };
+
+template <class Score>
+Tensor scores_forward(void (*kernel)(const ScoresForward<Score>&), const Score& score, const Tensor& query) {
+  Tensor out = output(query, {score.B, score.Tq, score.Tk});
+  if (score.B * score.Tq * score.Tk > 0) kernel({score, out.mutable_data_ptr()});
+  return out;
+}
+
+template <class Score>
+std::tuple<Tensor, Tensor, Tensor, Tensor> scores_gradients(void (*kernel)(const ScoresBackward<Score>&),
+                                                            const Score& score, const Tensor& grad_scores,
+                                                            const Tensor& query, const Tensor& keys, const Tensor& v,
+                                                            bool need_query, bool need_memory) {
+  Own own(v, static_cast<bool>(score.bias), need_query);
+  Tensor dquery = output_if(need_query, query, {score.B, score.Tq, score.A});
+  Tensor dkeys = output_if(need_memory, keys, {score.B, score.Tk, score.A});
+  if (score.B * score.Tq * score.Tk == 0) {
+    for (Tensor* t : {&dquery, &dkeys, &own.dv, &own.dbias}) torch::stable::zero_(*t);
+  } else if (need_query || need_memory) {
+    kernel({score, own.gradients, array(grad_scores, "grad_scores", score.query.dtype, {score.B, score.Tq, score.Tk}),
+            data_if(need_query, dquery), data_if(need_memory, dkeys)});
+  }
+  return {dquery, dkeys, own.dv, own.dbias};
+}
+
+template <class Score>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_gradients(void (*kernel)(const AttentionBackward<Score>&),
+                                                                       const Score& score, const AttentionGradients& of,
+                                                                       const Tensor& v) {
+  Own own(v, static_cast<bool>(score.bias), of.need_query);
+  auto [dquery, dkeys, dvalues] = attention_backward(kernel, score, of, own.gradients, {&own.dv, &own.dbias});
+  return {dquery, dkeys, dvalues, own.dv, own.dbias};
+}
 
 Tensor prepare(Tensor keys) {
   const CallContext call(keys);
@@ -47,31 +84,19 @@ Tensor prepare(Tensor keys) {
   return prepared;
 }
 
+// The ops ---------------------------------------------------------------------------------------------------------------
+
 Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias) {
   const CallContext call(query);
-  AdditiveScoresForward op{additive(query, keys, v, bias), nullptr};
-  Tensor out = output(query, {op.B, op.Tq, op.Tk});
-  op.scores = out.mutable_data_ptr();
-  if (op.B * op.Tq * op.Tk > 0) call.kernels().additive_scores(op);
-  return out;
+  return scores_forward(call.kernels().additive_scores, additive(query, keys, v, bias), query);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v,
                                                            std::optional<Tensor> bias, bool need_query,
                                                            bool need_memory) {
   const CallContext call(query);
-  const AdditiveScores n = additive(query, keys, v, bias);
-  Own own(v, bias.has_value(), need_query);
-  Tensor dquery = output_if(need_query, query, {n.B, n.Tq, n.A});
-  Tensor dkeys = output_if(need_memory, keys, {n.B, n.Tk, n.A});
-  if (n.B * n.Tq * n.Tk == 0) {
-    for (Tensor* t : {&dquery, &dkeys, &own.dv, &own.dbias}) torch::stable::zero_(*t);
-  } else if (need_query || need_memory) {
-    call.kernels().additive_scores_backward({n, own.gradients,
-                                             array(grad_scores, "grad_scores", n.query.dtype, {n.B, n.Tq, n.Tk}),
-                                             data_if(need_query, dquery), data_if(need_memory, dkeys)});
-  }
-  return {dquery, dkeys, own.dv, own.dbias};
+  return scores_gradients(call.kernels().additive_scores_backward, additive(query, keys, v, bias), grad_scores, query,
+                          keys, v, need_query, need_memory);
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
@@ -87,13 +112,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor v, std::optional<Tensor> bias, std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
     std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
   const CallContext call(query);
-  const AdditiveScores score = additive(query, keys, v, bias, prepared);
-  Own own(v, bias.has_value(), need_query);
-  auto [dquery, dkeys, dvalues] = attention_backward(
-      call.kernels().additive_attention_backward, score,
+  return attention_gradients(
+      call.kernels().additive_attention_backward, additive(query, keys, v, bias, prepared),
       {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
-      own.gradients, {&own.dv, &own.dbias});
-  return {dquery, dkeys, dvalues, own.dv, own.dbias};
+      v);
+}
+
+Tensor relu_scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, double negative_slope) {
+  const CallContext call(query);
+  return scores_forward(call.kernels().relu_scores, ReluScores{with_vector(query, keys, v, bias), negative_slope},
+                        query);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> relu_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v,
+                                                                std::optional<Tensor> bias, double negative_slope,
+                                                                bool need_query, bool need_memory) {
+  const CallContext call(query);
+  return scores_gradients(call.kernels().relu_scores_backward,
+                          ReluScores{with_vector(query, keys, v, bias), negative_slope}, grad_scores, query, keys, v,
+                          need_query, need_memory);
+}
+
+std::tuple<Tensor, Tensor> relu_attention(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                          std::optional<Tensor> bias, double negative_slope,
+                                          std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                          bool need_alignments) {
+  const CallContext call(query);
+  return attention_forward(call.kernels().relu_attention, ReluScores{with_vector(query, keys, v, bias), negative_slope},
+                           query, values, memory_lengths, mask, need_alignments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
+    Tensor v, std::optional<Tensor> bias, double negative_slope, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
+  const CallContext call(query);
+  return attention_gradients(
+      call.kernels().relu_attention_backward, ReluScores{with_vector(query, keys, v, bias), negative_slope},
+      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
+      v);
 }
 
 }  // namespace
@@ -105,4 +162,8 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("additive_scores_backward"), TORCH_BOX(&attn::scores_backward));
   m.impl(ATTN_OVERLOAD("additive_attention"), TORCH_BOX(&attn::attention));
   m.impl(ATTN_OVERLOAD("additive_attention_backward"), TORCH_BOX(&attn::backward));
+  m.impl(ATTN_OVERLOAD("relu_scores"), TORCH_BOX(&attn::relu_scores));
+  m.impl(ATTN_OVERLOAD("relu_scores_backward"), TORCH_BOX(&attn::relu_scores_backward));
+  m.impl(ATTN_OVERLOAD("relu_attention"), TORCH_BOX(&attn::relu_attention));
+  m.impl(ATTN_OVERLOAD("relu_attention_backward"), TORCH_BOX(&attn::relu_backward));
 }

@@ -1,4 +1,4 @@
-// Additive attention: scores = v . tanh(query + keys + bias).
+// Scores with a score vector: v . tanh(query + keys + bias), additive attention, and v . relu(query + keys + bias).
 #pragma once
 
 #include "attention.h"
@@ -6,31 +6,47 @@
 namespace attn {
 
 // Where the gradients of the score's own arguments go.
-struct AdditiveGradients {
+struct VectorGradients {
   void* dv;     // (A,)
   void* dbias;  // (A,), or null
 };
 
-struct AdditiveScores : Scores {
-  using Gradients = AdditiveGradients;
-  StridedView3 v;         // (1, 1, A)
-  StridedView3 bias;      // (1, 1, A) or absent
+struct VectorScores : Scores {
+  using Gradients = VectorGradients;
+  StridedView3 v;     // (1, 1, A)
+  StridedView3 bias;  // (1, 1, A) or absent
+};
+
+struct AdditiveScores : VectorScores {
   StridedView3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
+};
+
+struct ReluScores : VectorScores {
+  double negative_slope;  // what multiplies negative sums: 0 for relu, and leaky relu otherwise
 };
 
 using AdditiveAttentionForward = AttentionForward<AdditiveScores>;
 using AdditiveAttentionBackward = AttentionBackward<AdditiveScores>;
+using ReluAttentionForward = AttentionForward<ReluScores>;
+using ReluAttentionBackward = AttentionBackward<ReluScores>;
 
-struct AdditiveScoresForward : AdditiveScores {
+template <class Score>
+struct ScoresForward : Score {
   void* scores;  // (B, Tq, Tk) contiguous
 };
 
 // Outputs as those of AttentionBackward.
-struct AdditiveScoresBackward : AdditiveScores, AdditiveGradients {
+template <class Score>
+struct ScoresBackward : Score, Score::Gradients {
   StridedView3 grad_scores;  // (B, Tq, Tk)
   void* dquery;              // (B, Tq, A)
   void* dkeys;               // (B, Tk, A)
 };
+
+using AdditiveScoresForward = ScoresForward<AdditiveScores>;
+using AdditiveScoresBackward = ScoresBackward<AdditiveScores>;
+using ReluScoresForward = ScoresForward<ReluScores>;
+using ReluScoresBackward = ScoresBackward<ReluScores>;
 
 // Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
 // every level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step

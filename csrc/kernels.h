@@ -16,6 +16,10 @@ struct Kernels {
   void (*additive_scores_backward)(const AdditiveScoresBackward&);
   void (*additive_attention)(const AdditiveAttentionForward&);
   void (*additive_attention_backward)(const AdditiveAttentionBackward&);
+  void (*relu_scores)(const ReluScoresForward&);
+  void (*relu_scores_backward)(const ReluScoresBackward&);
+  void (*relu_attention)(const ReluAttentionForward&);
+  void (*relu_attention_backward)(const ReluAttentionBackward&);
   void (*dot_attention)(const DotAttentionForward&);
   void (*dot_attention_backward)(const DotAttentionBackward&);
   void (*lstm_step)(const LstmStep&);  // on the CPU only, like the next

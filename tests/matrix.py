@@ -65,9 +65,27 @@ class Op(NamedTuple):
         return "alignments" in self.outputs
 
 
-def _additive_score(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def _additive_score(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
+) -> Tensor:
     hidden = query + keys if bias is None else query + keys + bias
-    return sum((v[a] * torch.tanh(hidden[a]) for a in range(len(v))), torch.zeros((), dtype=v.dtype))
+    total = torch.zeros((), dtype=v.dtype)
+    for a in range(len(v)):
+        x = hidden[a]
+        if activation == "tanh":
+            y = torch.tanh(x)
+        elif activation == "sigmoid":
+            y = 1 / (1 + torch.exp(-x))
+        else:
+            y = x if x > 0 else x * (negative_slope if activation == "leaky_relu" else 0.0)
+        total = total + v[a] * y
+    return total
 
 
 def _dot_score(query: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -112,7 +130,17 @@ def _with_prepared_keys(
 
 
 # For tests of results: the ops, and further ways to call them, which must give the same.
-VARIANTS = OPS | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
+ACTIVATIONS = {
+    "relu": {"activation": "relu"},
+    "leaky_relu": {"activation": "leaky_relu", "negative_slope": 0.2},
+    "sigmoid": {"activation": "sigmoid"},
+}
+VARIANTS = (
+    OPS
+    | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
+    | {activation: OPS["additive_attention"]._replace(options=options) for activation, options in ACTIVATIONS.items()}
+    | {f"{name} scores": OPS["additive_scores"]._replace(options=options) for name, options in ACTIVATIONS.items()}
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

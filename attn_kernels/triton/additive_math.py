@@ -39,7 +39,8 @@ def min_abs_bound(norm2, units):
     norm2: the sum of the squares of v, which has that many units.
     """
     bound = tl.where(units >= MIN_UNITS_OF_LARGE_BOUND, LARGE_BOUND, float("inf"))
-    bound = tl.where(norm2 <= NORM2_PER_UNIT_OF_MEDIUM_BOUND * units, MEDIUM_BOUND, bound)
+    # The tensor first: the interpreter of Triton 3.7 makes no tensor of a constant times one.
+    bound = tl.where(norm2 <= units * NORM2_PER_UNIT_OF_MEDIUM_BOUND, MEDIUM_BOUND, bound)
     bound = tl.where(norm2 <= NORM2_OF_SMALL_BOUND, SMALL_BOUND, bound)
     return tl.where(norm2 <= NORM2_OF_ANY_BOUND, 0.0, bound)
 

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "additive_attention_fwd.h"
+#include "relu_attention_fwd.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
@@ -40,30 +41,82 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   }
 }
 
-// Accumulates one pair of query and step with score gradient ds: g into dq and dk, ds tanh into dv. Factored form; the
-// overload below is exact.
+// What is particular to an activation f is a class like this one, with what a pair of query and step with score
+// gradient ds adds, x = q + k: g = ds f'(x) / kGain to dq and dk, ds f(x) to dv.
 template <typename T>
-ATTN_INLINE void add_pair(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
-                          Vec<T>& dv) {
-  const Vec<T> up = rounded(q_up * k_up), down = rounded(q_down * k_down);
-  const Vec<T> g = ds / ((up + T(2)) + down);
-  dq += g;
-  dk += g;
-  dv += g * (up - down);
-}
+struct TanhPair {
+  static constexpr T kGain = 4;
 
-// The same with tanh itself, x = q + k.
-template <typename T>
-ATTN_INLINE void add_pair(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) {
-  const Vec<T> t = tanh_any(x);
-  const Vec<T> g = T(0.25) * ds * ((T(1) - t) * (T(1) + t));
-  dq += g;
-  dk += g;
-  dv += ds * t;
-}
+  // Of a row, for the sums by columns: two vectors, and whether they serve where |q| + |k| is at most `bound`.
+  ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
+  ATTN_INLINE static bool fits_kept(T bound) { return sizeof(T) == 4 && bound <= kMaxBoundBackward; }
+  ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
+                            Vec<T>& dv) const {
+    const Vec<T> up = rounded(q_up * k_up), down = rounded(q_down * k_down);
+    const Vec<T> g = ds / ((up + T(2)) + down);
+    dq += g;
+    dk += g;
+    dv += g * (up - down);
+  }
 
-// A block of columns of the queries or keys of a sentence: of vector u of row i, e^{2x}, e^{-2x} and the gradient side
-// by side.
+  // Of a row, for the sums by rows: one vector; returns the largest |x|, NaN if one is.
+  template <class Row>
+  ATTN_INLINE static T keep_row(int64_t size, T* e, const Row& row) {
+    return exponentials(size, e, row);
+  }
+  ATTN_INLINE static bool fits_row(T bound) { return sizeof(T) == 4 && bound <= kMaxBoundOne; }
+  ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
+    const Vec<T> e = q * k, x = T(1) / (T(1) + e);
+    const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
+    dk += g;
+    dq += g;
+    sum += pr - T(0.5) * ds;  // each by itself: the two sums would be larger than what is left of them
+  }
+  ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return T(-2) * sum; }
+
+  // By tanh itself.
+  ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
+    const Vec<T> t = tanh_any(x);
+    const Vec<T> g = T(0.25) * ds * ((T(1) - t) * (T(1) + t));
+    dq += g;
+    dk += g;
+    dv += ds * t;
+  }
+};
+
+template <typename T, bool kLeaky>
+struct ReluPair {
+  static constexpr T kGain = 1;
+  T negative_slope;
+
+  ATTN_INLINE static void keep(T* e, Vec<T> x) { store(e, x); }
+  ATTN_INLINE static bool fits_kept(T) { return true; }
+  ATTN_INLINE void add_kept(Vec<T> q, Vec<T>, Vec<T> k, Vec<T>, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
+    add(q + k, ds, dq, dk, dv);
+  }
+
+  template <class Row>
+  ATTN_INLINE static T keep_row(int64_t size, T* e, const Row& row) {
+    for (int64_t c = 0; c < size; c += width<T>) store(e + c, row(c));
+    return T(0);
+  }
+  ATTN_INLINE static bool fits_row(T) { return true; }
+  ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
+    add(q + k, ds, dq, dk, sum);
+  }
+  ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return sum; }
+
+  ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
+    const Vec<T> all = broadcast(ds), zero{};
+    const Vec<T> g = x > zero ? all : (kLeaky ? negative_slope * all : zero);
+    dq += g;
+    dk += g;
+    dv += ds * rectified<T, kLeaky>(x, negative_slope);
+  }
+};
+
+// A block of columns of the queries or keys of a sentence: of vector u of row i, two vectors that Pair::keep makes
+// (e^{2x}, e^{-2x} for tanh) and the gradient side by side.
 template <typename T>
 struct UnitColumns {
   int64_t n;
@@ -76,6 +129,7 @@ struct UnitColumns {
   T* gradient(int64_t i, int64_t u) const { return cell(i, u) + 2 * width<T>; }
 
   // Row i from that of the queries or keys, `columns` elements, to which bias is added unless it is null.
+  template <class Pair>
   ATTN_INLINE void set(int64_t i, const T* row, const T* bias, int64_t columns) {
     IntVec<T> most{};
     const Vec<T> zero{};
@@ -83,7 +137,7 @@ struct UnitColumns {
       Vec<T> x = load_upto(row + c, columns - c);
       if (bias != nullptr) x += load(bias + c);
       T* e = cell(i, u);
-      store_both_exponentials(e, x);
+      Pair::keep(e, x);
       store(e + 2 * width<T>, zero);
       most = larger_magnitude<T>(most, x);
     }
@@ -96,8 +150,8 @@ struct UnitColumns {
 //
 // The divider is busy all the time. Two queries could share a division, but the multiplications, or estimates of the
 // reciprocal, that this takes turned out slower. Not inlined: its sums take all registers there are.
-template <typename T, int NQ>
-__attribute__((noinline)) Vec<T> gradient_tile(T* q, T* k, int64_t n, const T* ds, int64_t ld) {
+template <typename T, int NQ, class Pair>
+__attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
   constexpr int64_t w = width<T>, cell = 3 * w;
   Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two sums, so that one need not wait for the other
   clear(dq);
@@ -109,7 +163,7 @@ __attribute__((noinline)) Vec<T> gradient_tile(T* q, T* k, int64_t n, const T* d
   for (int64_t j = 0; j < n; ++j, k += cell) {
     const Vec<T> k_up = load(k), k_down = load(k + w);
     Vec<T> dk = load(k + 2 * w);
-    for (int a = 0; a < NQ; ++a) add_pair<T>(up[a], down[a], k_up, k_down, ds[a * ld + j], dq[a], dk, dv[a % 2]);
+    for (int a = 0; a < NQ; ++a) pair.add_kept(up[a], down[a], k_up, k_down, ds[a * ld + j], dq[a], dk, dv[a % 2]);
     store(k + 2 * w, dk);
   }
   for (int a = 0; a < NQ; ++a) {
@@ -120,18 +174,18 @@ __attribute__((noinline)) Vec<T> gradient_tile(T* q, T* k, int64_t n, const T* d
 }
 
 // The same for `count` queries, at most kTileQueries.
-template <typename T, int NQ = 1>
-ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
+template <typename T, int NQ = 1, class Pair>
+ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
   if constexpr (NQ < kTileQueries) {
-    if (count > NQ) return gradient_tile_of<T, NQ + 1>(count, q, k, n, ds, ld);
+    if (count > NQ) return gradient_tile_of<T, NQ + 1>(count, pair, q, k, n, ds, ld);
   }
-  return gradient_tile<T, NQ>(q, k, n, ds, ld);
+  return gradient_tile<T, NQ>(pair, q, k, n, ds, ld);
 }
 
 // The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), whatever their
 // range. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
-template <typename T, class ReadQ, class ReadK>
-ATTN_INLINE Vec<T> gradient_row(const UnitColumns<T>& q, int64_t i, const UnitColumns<T>& k, int64_t u,
+template <typename T, class Pair, class ReadQ, class ReadK>
+ATTN_INLINE Vec<T> gradient_row(Pair pair, const UnitColumns<T>& q, int64_t i, const UnitColumns<T>& k, int64_t u,
                                 const int32_t* list, int64_t n, const T* ds, const ReadQ& read_q, const ReadK& read_k) {
   constexpr int64_t w = width<T>;
   T* cell = q.cell(i, u);
@@ -141,10 +195,10 @@ ATTN_INLINE Vec<T> gradient_row(const UnitColumns<T>& q, int64_t i, const UnitCo
     const int64_t row = list == nullptr ? j : list[j];
     T* step = k.cell(row, u);
     Vec<T> dk = load(step + 2 * w);
-    if (sizeof(T) == 4 && q.abs_max[i] + k.abs_max[row] <= kMaxBoundBackward)
-      add_pair<T>(up, down, load(step), load(step + w), ds[j], dq, dk, dv);
+    if (Pair::fits_kept(q.abs_max[i] + k.abs_max[row]))
+      pair.add_kept(up, down, load(step), load(step + w), ds[j], dq, dk, dv);
     else
-      add_pair<T>(x + read_k(row, u), ds[j], dq, dk, dv);
+      pair.add(x + read_k(row, u), ds[j], dq, dk, dv);
     store(step + 2 * w, dk);
   }
   store(cell + 2 * w, dq);
@@ -153,9 +207,11 @@ ATTN_INLINE Vec<T> gradient_row(const UnitColumns<T>& q, int64_t i, const UnitCo
 
 // What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in
 // parts, (B, A in whole vectors), to be added up in order.
-template <typename T>
+template <typename T, class Pair>
 struct BackwardParams {
-  const AdditiveScores& op;
+  const VectorScores& op;
+  const StridedView3& prepared;  // e^{2k} of all steps and what follows it, or absent
+  Pair pair;
   const AttentionMask& attended;
   const StridedView3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
   int64_t D;
@@ -176,7 +232,7 @@ struct BackwardParams {
 
   // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
   ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
-    const Vec<T> g = T(4) * load(units.v + c) * sum, zero{};
+    const Vec<T> g = Pair::kGain * load(units.v + c) * sum, zero{};
     store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
@@ -189,11 +245,9 @@ struct BackwardParams {
     prefetch_to_write(static_cast<const char*>(dkeys) + ((b * op.Tk + j) * op.A + c) * item_size(op.query.dtype));
   }
   ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
-    const Vec<T> g = T(4) * load(units.v + c) * sum;
+    const Vec<T> g = Pair::kGain * load(units.v + c) * sum;
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
-  // e^{2k} of all steps, where it is prepared as T.
-  bool prepared() const { return op.prepared && op.prepared.dtype == native<T>; }
   // Prefetches what is read after the columns before `first` of sentence b, where a task has so many.
   Prefetcher next(int64_t b, int64_t first, int64_t columns) const {
     Prefetcher ahead;
@@ -213,8 +267,8 @@ struct BackwardParams {
 
 // Columnwise, for many queries: columns of a sentence, `vectors` vectors of units from `first` on. Prefetches what the
 // next task reads.
-template <typename T>
-void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
+template <typename T, class Pair>
+void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
   constexpr int64_t w = width<T>;
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
   const bool per_query = back.attended.per_query;
@@ -232,15 +286,14 @@ void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, in
   T* buffer = alloc<T>(scratch, columns);
   for (int64_t i = 0; i < Tq; ++i) {
     prefetch_row(queries, b, min(i + 1, Tq - 1), columns);
-    q.set(i, read_row(queries, b, i, columns, buffer), back.units.bias + first, columns);
+    q.template set<Pair>(i, read_row(queries, b, i, columns, buffer), back.units.bias + first, columns);
   }
   for (int64_t j = 0; j < n; ++j) {
     prefetch_row(keys, b, list[min(j + 1, n - 1)], columns);
-    k.set(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
+    k.template set<Pair>(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
   }
 
-  const bool in_range =
-      sizeof(T) == 4 && !per_query && largest_of(q.abs_max, Tq) + largest_of(k.abs_max, n) <= kMaxBoundBackward;
+  const bool in_range = !per_query && Pair::fits_kept(largest_of(q.abs_max, Tq) + largest_of(k.abs_max, n));
   const T* ds = back.dscores + b * Tq * Tk;
   const int64_t tiles = divide_up(Tq, kTileQueries);
   Prefetcher ahead = back.next(b, first + vectors * w, vectors * w);
@@ -254,13 +307,13 @@ void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, in
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t count = (Tq - i) / (tiles - t);
         ahead.issue(share);
-        dv += gradient_tile_of<T>(count, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
+        dv += gradient_tile_of<T>(count, back.pair, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
         i += count;
       }
     } else {
       for (int64_t i = 0; i < Tq; ++i) {
         const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;
-        dv += gradient_row(q, i, k, u, per_query ? own : nullptr, count, ds + i * Tk, read_q, read_k);
+        dv += gradient_row(back.pair, q, i, k, u, per_query ? own : nullptr, count, ds + i * Tk, read_q, read_k);
       }
     }
     back.write_dv(b, first + u * w, dv);
@@ -279,10 +332,10 @@ void columnwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, in
 
 // Rowwise: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
 // strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
-// of the score of query i and step r. kFactored: all of it in range, otherwise tanh itself. Without kKeys there are no
-// dkeys. Prefetches what the next tile reads, rows of `item` bytes an element.
-template <typename T, int NK, bool kFactored, bool kKeys>
-ATTN_INLINE void rowwise_tile(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t size, const T* eq,
+// of the score of query i and step r. kKept: all of it in range of what is kept of rows, otherwise from the rows
+// themselves. Without kKeys there are no dkeys. Prefetches what the next tile reads, rows of `item` bytes an element.
+template <typename T, int NK, bool kKept, bool kKeys, class Pair>
+ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, const T* eq,
                               const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
                               int64_t columns, bool stream, const char* const* next, int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
@@ -292,30 +345,24 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T>& back, int64_t b, int64_t 
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
-      if constexpr (kFactored) {
+      if constexpr (kKept) {
         const Vec<T> q = load(eq + i * size + c);
-        for (int r = 0; r < NK; ++r) {
-          const Vec<T> e = q * load(ek[r] + c), x = T(1) / (T(1) + e);
-          const T d = ds[i * Tk + r];
-          const Vec<T> pr = rounded(d * x), g = rounded(pr * (e * x));
-          if constexpr (kKeys) dk[r] += g;
-          dqi += g;
-          sum += pr - T(0.5) * d;  // each by itself: the two sums would be larger than what is left of them
-        }
+        for (int r = 0; r < NK; ++r) back.pair.add_row(q, load(ek[r] + c), ds[i * Tk + r], dqi, dk[r], sum);
       } else {
         const Vec<T> q = back.query(b, i, first + c);
-        for (int r = 0; r < NK; ++r) add_pair<T>(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
+        for (int r = 0; r < NK; ++r)
+          back.pair.add(q + back.key(b, steps[r], first + c), ds[i * Tk + r], dqi, dk[r], dvc);
       }
       store(dq + i * size + c, dqi);
     }
-    store(dv + c, kFactored ? dvc - T(2) * sum : dvc);
+    store(dv + c, kKept ? dvc + Pair::dv_of_rows(sum) : dvc);
     if constexpr (kKeys) {
-      const Vec<T> v4 = T(4) * load(back.units.v + first + c);
+      const Vec<T> factor = Pair::kGain * load(back.units.v + first + c);
       for (int r = 0; r < NK; ++r) {
         if (stream)
-          store_stream(dkeys[r] + c, v4 * dk[r]);
+          store_stream(dkeys[r] + c, factor * dk[r]);
         else
-          store_upto(dkeys[r] + c, v4 * dk[r], columns - c);
+          store_upto(dkeys[r] + c, factor * dk[r], columns - c);
       }
     }
   }
@@ -323,11 +370,11 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T>& back, int64_t b, int64_t 
 
 // Rowwise, for few queries: memory bandwidth decides, so keys are read and dkeys, with kKeys, written in one pass along
 // rows, with the sums in L1. The task has the units [first, first + size) of a sentence, in whole vectors.
-template <typename T, bool kKeys>
-void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
+template <typename T, bool kKeys, class Pair>
+void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;
   constexpr int64_t w = width<T>;
-  const AdditiveScores& op = back.op;
+  const VectorScores& op = back.op;
   int32_t* list = alloc<int32_t>(scratch, op.Tk);
   const int64_t n = list_steps(back.attended, b, 0, op.Tk, list);
   T* eq = alloc<T>(scratch, op.Tq * size);
@@ -342,13 +389,13 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
   memset(dv, 0, size * sizeof(T));
   T q_abs_max = 0;
   for (int64_t i = 0; i < op.Tq; ++i) {
-    const T abs_max = exponentials(
+    const T abs_max = Pair::keep_row(
         size, eq + i * size, [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
     if (q_abs_max == q_abs_max && !(abs_max <= q_abs_max)) q_abs_max = abs_max;  // NaN, once met, stays
   }
-  const bool prepared = back.prepared();
-  const float* step_abs_max = prepared ? AdditiveScore<T>{op, back.units}.prepared_abs_max(b) : nullptr;
-  const StridedView3 keys = columns_from(prepared ? op.prepared : op.keys, first);
+  const bool prepared = back.prepared && back.prepared.dtype == native<T>;
+  const float* step_abs_max = prepared ? prepared_abs_max(back.prepared, op.Tk, b) : nullptr;
+  const StridedView3 keys = columns_from(prepared ? back.prepared : op.keys, first);
   const bool stream =
       kKeys && direct &&
       worth_streaming<T>(static_cast<const T*>(back.dkeys) + first, op.A, op.B * op.Tk * op.A * item_size(dtype)) &&
@@ -359,7 +406,7 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
   auto tiles = [&](auto steps) __attribute__((always_inline)) {
     constexpr int kSteps = decltype(steps)::value;
     for (; j + kSteps <= n; j += kSteps) {
-      bool factored = sizeof(T) == 4;
+      bool kept = true;
       T* dkeys[kSteps];
       const T* e[kSteps];
       const char* next[kSteps];
@@ -372,17 +419,17 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
         } else {
           const int64_t whole = columns / w * w;
           e[r] = ek + r * size;
-          bound += exponentials(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
+          bound += Pair::keep_row(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
             return c < whole ? load(row + c) : load_part(row + c, columns - c);
           });
         }
-        factored = factored && bound <= kMaxBoundOne;
+        kept = kept && Pair::fits_row(bound);
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         if constexpr (kKeys) dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +
                   (b * keys.stride[0] + list[min(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
-      if (factored)
+      if (kept)
         rowwise_tile<T, kSteps, true, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
                                              stream, next, item);
       else
@@ -410,16 +457,17 @@ void rowwise_task(const BackwardParams<T>& back, int64_t b, int64_t first, int64
 
 // dquery, dv and dbias, and dkeys, where needed, from the compact gradients of the scores, (B, Tq, Tk), that the stages
 // before make.
-template <typename T, class Op, class... Before>
-void unit_gradients(const Op& op, const AttentionMask& attended, const StridedView3& values,
-                    const StridedView3& grad_context, int64_t D, const T* dscores, const Before&... before) {
+template <typename T, class Op, class Pair, class... Before>
+void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const AttentionMask& attended,
+                    const StridedView3& values, const StridedView3& grad_context, int64_t D, const T* dscores,
+                    const Before&... before) {
   constexpr int64_t w = width<T>;
   Scratch& call = thread_scratch();
   const FactoredV<T> units(op, call);
   T* dv_parts = alloc<T>(call, op.B * units.size);
   T* dbias_parts = alloc<T>(call, op.B * units.size);
-  const BackwardParams<T> back{op,      attended,  values,   grad_context, D,          units,
-                               dscores, op.dquery, op.dkeys, dv_parts,     dbias_parts};
+  const BackwardParams<T, Pair> back{op,    prepared, pair,      attended, values,   grad_context, D,
+                                     units, dscores,  op.dquery, op.dkeys, dv_parts, dbias_parts};
   const bool few = op.Tq <= kMaxRowwiseQueries && !attended.per_query;
   // Few queries: exponentials, sums and a tile of keys stay close to L1. Many: exponentials and sums of a sentence fill
   // a quarter of L2. Narrower strips where there are threads to feed.
@@ -452,8 +500,8 @@ void unit_gradients(const Op& op, const AttentionMask& attended, const StridedVi
   }
 }
 
-template <typename T>
-void additive_attention_backward(const AdditiveAttentionBackward& op) {
+template <typename T, class Op, class Pair>
+void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
@@ -461,15 +509,17 @@ void additive_attention_backward(const AdditiveAttentionBackward& op) {
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
                                       [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
+  auto gradients = [&](const auto&... before) {
+    unit_gradients<T>(op, prepared, pair, op.attended, op.values, op.grad_context, op.D, dscores, scores, before...);
+  };
   if (op.dvalues == nullptr)
-    unit_gradients(op, op.attended, op.values, op.grad_context, op.D, dscores, scores);
+    gradients();
   else
-    unit_gradients(op, op.attended, op.values, op.grad_context, op.D, dscores, scores,
-                   weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
+    gradients(weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
 }
 
-template <typename T>
-void additive_scores_backward(const AdditiveScoresBackward& op) {
+template <typename T, class Op, class Pair>
+void scores_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
@@ -477,7 +527,28 @@ void additive_scores_backward(const AdditiveScoresBackward& op) {
     T* buffer = alloc<T>(scratch, op.Tk);
     memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
   };
-  unit_gradients(op, AttentionMask{}, StridedView3{}, StridedView3{}, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
+  const StridedView3 none;
+  unit_gradients<T>(op, prepared, pair, AttentionMask{}, none, none, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
+}
+
+template <typename T>
+void additive_attention_backward(const AdditiveAttentionBackward& op) {
+  attention_gradients<T>(op, op.prepared, TanhPair<T>{});
+}
+
+template <typename T>
+void additive_scores_backward(const AdditiveScoresBackward& op) {
+  scores_gradients<T>(op, op.prepared, TanhPair<T>{});
+}
+
+template <typename T>
+void relu_attention_backward(const ReluAttentionBackward& op) {
+  by_slope<T>(op, [&](auto leaky, T slope) { attention_gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
+}
+
+template <typename T>
+void relu_scores_backward(const ReluScoresBackward& op) {
+  by_slope<T>(op, [&](auto leaky, T slope) { scores_gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
 }
 
 }  // namespace ATTN_LEVEL

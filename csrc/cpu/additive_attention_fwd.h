@@ -7,6 +7,12 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
+// The largest |k| of each step, which follows the prepared keys of a sentence.
+inline const float* prepared_abs_max(const StridedView3& prepared, int64_t steps, int64_t b) {
+  const int64_t at = b * prepared.stride[0] + steps * prepared.stride[1];
+  return reinterpret_cast<const float*>(static_cast<const char*>(prepared.data) + at * item_size(prepared.dtype));
+}
+
 template <typename T>
 struct AdditiveScore {
   const AdditiveScores& op;
@@ -118,7 +124,7 @@ struct AdditiveScore {
     if constexpr (sizeof(T) == 4) {
       if (op.prepared) {
         const int64_t at = b * op.prepared.stride[0] + j * op.prepared.stride[1];
-        k.abs_max[r] = prepared_abs_max(b)[j];
+        k.abs_max[r] = prepared_abs_max(op.prepared, op.Tk, b)[j];
         if (op.prepared.dtype == Dtype::float32) {
           k.e[r] = static_cast<const float*>(op.prepared.data) + at;
         } else {
@@ -131,18 +137,12 @@ struct AdditiveScore {
     k.abs_max[r] = row_exponentials(op.keys, b, j, op.A, copy, buffer);
   }
 
-  const float* prepared_abs_max(int64_t b) const {
-    const int64_t at = b * op.prepared.stride[0] + op.Tk * op.prepared.stride[1];
-    return reinterpret_cast<const float*>(static_cast<const char*>(op.prepared.data) +
-                                          at * item_size(op.prepared.dtype));
-  }
-
   // The scores of one query: each row of keys, raw or prepared, is read once and in order, and nothing of it is stored.
   template <class E, bool kPrepared, Reciprocals kBy>
   void single_query(const Queries& q, int64_t b, const ListedRows<E>& rows, int64_t n, T* out, T* query_buffer,
                     T* key_buffer) const {
     const int64_t whole = units.n / width<T> * width<T>;
-    const float* step_abs_max = kPrepared ? prepared_abs_max(b) : nullptr;
+    const float* step_abs_max = kPrepared ? prepared_abs_max(op.prepared, op.Tk, b) : nullptr;
     // The sums of 1 / d of NK rows, where top becomes the largest |k| met in each.
     auto row_sums = [&](auto rows_at_once, int64_t j, Vec<T>* acc, IntVec<T>* abs_max) __attribute__((always_inline)) {
       constexpr int NK = decltype(rows_at_once)::value;
@@ -230,18 +230,7 @@ template <typename T>
 void additive_scores(const AdditiveScoresForward& op) {
   ScratchScope scope(thread_scratch());
   const FactoredV<T> units(op, thread_scratch());
-  const AdditiveScore<T> score{op, units};
-  const QueryTiles tiles(op.B, op.Tq, op.Tk, false);
-  for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
-    const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
-    const int64_t nq = min(tiles.size, op.Tq - first), ld = padded<T>(op.Tk);
-    int32_t* list = alloc<int32_t>(scratch, op.Tk);
-    list_steps(AttentionMask{}, b, first, op.Tk, list);
-    T* scores = alloc<T>(scratch, nq * ld);
-    score.score_block(score.queries(b, first, nq, scratch), b, list, op.Tk, scores, ld, scratch);
-    for (int64_t i = 0; i < nq; ++i)
-      write_row(op.scores, op.query.dtype, (b * op.Tq + first + i) * op.Tk, scores + i * ld, op.Tk);
-  });
+  all_scores<T>(op, AdditiveScore<T>{op, units});
 }
 
 }  // namespace ATTN_LEVEL

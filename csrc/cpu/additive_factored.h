@@ -38,7 +38,7 @@ struct FactoredV {
   bool estimated;        // whether estimates may be used,
   T min_bound_estimate;  // and from which |q| + |k| on
 
-  FactoredV(const AdditiveScores& op, Scratch& scratch) : n(op.A), size(padded<T>(op.A)) {
+  FactoredV(const VectorScores& op, Scratch& scratch) : n(op.A), size(padded<T>(op.A)) {
     v = alloc<T>(scratch, size);
     bias = alloc<T>(scratch, size);
     constant = alloc<T>(scratch, size);
@@ -148,9 +148,6 @@ struct KeyRows {
   const T** e;
   T* abs_max;
 };
-
-// Vectors of terms that are added to one sum: a large term would take away the last bits of more small ones.
-constexpr int64_t kTermsOfSum = 48;
 
 // acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on,
 // which may be the row's last only where `last` says so.

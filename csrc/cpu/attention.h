@@ -11,6 +11,9 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
+// Vectors of terms that are added to one sum: a large term would take away the last bits of more small ones.
+constexpr int64_t kTermsOfSum = 48;
+
 template <typename T>
 void fill_zero(void* data, int64_t at, int64_t n, Dtype dtype) {
   memset(static_cast<char*>(data) + at * item_size(dtype), 0, n * item_size(dtype));
@@ -228,6 +231,22 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
     with_tile(b, first, nq, list, n, ds, scratch);
   };
   return Stage{tiles.per_sentence, tiles.size * p.Tk * p.D, run};
+}
+
+// The scores of all pairs, as an op of their own. op: as ScoresForward.
+template <typename T, class Op, class Score>
+void all_scores(const Op& op, const Score& score) {
+  const QueryTiles tiles(op.B, op.Tq, op.Tk, false);
+  for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
+    const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
+    const int64_t nq = min(tiles.size, op.Tq - first), ld = padded<T>(op.Tk);
+    int32_t* list = alloc<int32_t>(scratch, op.Tk);
+    list_steps(AttentionMask{}, b, first, op.Tk, list);
+    T* scores = alloc<T>(scratch, nq * ld);
+    score.score_block(score.queries(b, first, nq, scratch), b, list, op.Tk, scores, ld, scratch);
+    for (int64_t i = 0; i < nq; ++i)
+      write_row(op.scores, op.query.dtype, (b * op.Tq + first + i) * op.Tk, scores + i * ld, op.Tk);
+  });
 }
 
 // out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,

@@ -1,0 +1,144 @@
+// v . relu(query + keys + bias), forward, and its leaky form. Part of a SIMD level: see simd.h.
+//
+// There is nothing to share between pairs: an addition, a maximum and a multiply-add for each hidden unit, exact for all
+// inputs. A tile of queries and steps keeps its sums in registers.
+#pragma once
+
+#include <type_traits>
+
+#include "../additive_attention.h"
+#include "attention.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+// NaN where x is: where neither is larger, the second one is taken.
+template <typename T, bool kLeaky>
+ATTN_INLINE Vec<T> rectified(Vec<T> x, T negative_slope) {
+  const Vec<T> zero{};
+  if constexpr (kLeaky) return x > zero ? x : negative_slope * x;
+  return zero > x ? zero : x;
+}
+
+// Calls body with whether there is a slope, as a type, and it.
+template <typename T, class Body>
+ATTN_INLINE void by_slope(const ReluScores& op, const Body& body) {
+  if (op.negative_slope == 0)
+    body(std::false_type(), T(0));
+  else
+    body(std::true_type(), static_cast<T>(op.negative_slope));
+}
+
+template <typename T, bool kLeaky>
+struct ReluScore {
+  const ReluScores& op;
+  T negative_slope;
+  const T *v, *bias;  // in whole vectors
+
+  static constexpr int kSteps = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // of a tile, with up to four queries
+
+  struct Queries {
+    int64_t first, n;
+    const T* rows;  // (n, A in whole vectors), bias added
+  };
+
+  int64_t cost() const { return op.A; }
+
+  Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
+    const int64_t size = padded<T>(op.A);
+    T* rows = alloc<T>(scratch, n * size);
+    ScratchScope scope(scratch);
+    T* buffer = alloc<T>(scratch, op.A);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* row = read_row(op.query, b, first + i, op.A, buffer);
+      for (int64_t c = 0; c < size; c += width<T>)
+        store(rows + i * size + c, load_upto(row + c, op.A - c) + load(bias + c));
+    }
+    return {first, n, rows};
+  }
+
+  void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
+                   Scratch& scratch) const {
+    ScratchScope scope(scratch);
+    // A block of keys stays in L2 for many queries, in L1 for few.
+    const int64_t row_bytes = op.A * static_cast<int64_t>(sizeof(T));
+    const int64_t most = min(n, max(kSteps, (q.n > 4 ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
+    RowBlock<T> block(op.keys, op.A, most, scratch);
+    for (int64_t j = 0; j < n; j += most) {
+      const int64_t count = min(most, n - j);
+      const T* const* keys = block.read(b, list + j, count);
+      int64_t i = 0;
+      for (; i + 4 <= q.n; i += 4) strip<4>(q, i, keys, count, out + i * ld + j, ld);
+      for (; i + 2 <= q.n; i += 2) strip<2>(q, i, keys, count, out + i * ld + j, ld);
+      for (; i < q.n; ++i) strip<1>(q, i, keys, count, out + i * ld + j, ld);
+    }
+  }
+
+ private:
+  template <int NQ>
+  void strip(const Queries& q, int64_t i, const T* const* keys, int64_t n, T* out, int64_t ld) const {
+    const T* rows = q.rows + i * padded<T>(op.A);
+    int64_t j = 0;
+    for (; j + kSteps <= n; j += kSteps) tile<NQ, kSteps>(rows, keys + j, out + j, ld);
+    for (; j < n; ++j) tile<NQ, 1>(rows, keys + j, out + j, ld);
+  }
+
+  template <int NQ, int NK>
+  ATTN_INLINE void tile(const T* q, const T* const* keys, T* out, int64_t ld) const {
+    constexpr int64_t w = width<T>;
+    const int64_t size = padded<T>(op.A), whole = op.A / w * w;
+    int64_t c = 0;
+    // In parts, as many terms as one sum may have (additive_factored.h).
+    for (bool first = true; first || c < size; first = false) {
+      Vec<T> acc[NQ * NK];
+      clear(acc);
+      auto add = [&](auto key) __attribute__((always_inline)) {
+        const Vec<T> vc = load(v + c);
+        for (int b = 0; b < NK; ++b) {
+          const Vec<T> k = key(b);
+          for (int a = 0; a < NQ; ++a)
+            acc[a * NK + b] += vc * rectified<T, kLeaky>(load(q + a * size + c) + k, negative_slope);
+        }
+      };
+      for (const int64_t end = min(whole, c + kTermsOfSum * w); c < end; c += w)
+        add([&](int b) __attribute__((always_inline)) { return load(keys[b] + c); });
+      if (c == whole && c < size) {
+        add([&](int b) __attribute__((always_inline)) { return load_part(keys[b] + c, op.A - c); });
+        c += w;
+      }
+      sums<T, NQ * NK>(acc, [&](int i, T s) __attribute__((always_inline)) {
+        T* to = out + i / NK * ld + i % NK;
+        *to = first ? s : *to + s;
+      });
+    }
+  }
+};
+
+// Calls body with the score of an op.
+template <typename T, class Body>
+void with_relu_score(const ReluScores& op, const Body& body) {
+  ScratchScope scope(thread_scratch());
+  const int64_t size = padded<T>(op.A);
+  T *v = alloc<T>(thread_scratch(), size), *bias = alloc<T>(thread_scratch(), size);
+  for (int64_t c = 0; c < size; c += width<T>) {
+    const Vec<T> zero{};
+    store(v + c, load_as<T>(op.v.data, op.v.dtype, c * op.v.stride[2], op.v.stride[2], op.A - c));
+    store(bias + c,
+          op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], op.A - c) : zero);
+  }
+  by_slope<T>(op, [&](auto leaky, T slope) { body(ReluScore<T, leaky()>{op, slope, v, bias}); });
+}
+
+template <typename T>
+void relu_attention(const ReluAttentionForward& op) {
+  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  with_relu_score<T>(op, [&](const auto& score) { attention_forward<T>(problem, op.context, op.alignments, score); });
+}
+
+template <typename T>
+void relu_scores(const ReluScoresForward& op) {
+  with_relu_score<T>(op, [&](const auto& score) { all_scores<T>(op, score); });
+}
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn
