@@ -31,7 +31,8 @@ from matrix import (
 
 pytestmark = pytest.mark.every_level
 ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
-additive = [name for name, op in VARIANTS.items() if "v" in op.inputs]
+# The guards are of the bounded activations: relu has none, and scores as large as its inputs.
+additive = [name for name, op in VARIANTS.items() if "v" in op.inputs and "relu" not in name]
 additive_ops = pytest.mark.parametrize("op", [VARIANTS[name] for name in additive], ids=additive)
 
 
