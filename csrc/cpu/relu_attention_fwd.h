@@ -12,12 +12,11 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// NaN where x is: where neither is larger, the second one is taken.
 template <typename T, bool kLeaky>
 ATTN_INLINE Vec<T> rectified(Vec<T> x, T negative_slope) {
   const Vec<T> zero{};
   if constexpr (kLeaky) return x > zero ? x : negative_slope * x;
-  return zero > x ? zero : x;
+  return positive_part<T>(x);
 }
 
 // Calls body with whether there is a slope, as a type, and it.
