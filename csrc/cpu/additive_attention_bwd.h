@@ -513,7 +513,7 @@ template <typename T, class Op, class Pair>
 void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,

@@ -130,7 +130,7 @@ void with_relu_score(const ReluScores& op, const Body& body) {
 
 template <typename T>
 void relu_attention(const ReluAttentionForward& op) {
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   with_relu_score<T>(op, [&](const auto& score) { attention_forward<T>(problem, op.context, op.alignments, score); });
 }
 
