@@ -92,6 +92,15 @@ def test_forward_pairs(loops: ceilings.Loops) -> None:
     torch.testing.assert_close(sums.double().sum(-1), expected.sum(-1), rtol=1e-5, atol=0)
 
 
+def test_relu_pairs(loops: ceilings.Loops) -> None:
+    units = 5 * loops.lanes
+    v, q, k = normal(1, units), normal(loops.forward_queries, units), normal(loops.forward_keys, units)
+    sums = torch.empty(loops.forward_queries, loops.forward_keys, loops.lanes)
+    loops.relu_pairs(v, q, k, units, 3, sums)
+    expected = torch.relu(q.double()[:, None] + k.double()) @ v.double().squeeze(0)
+    torch.testing.assert_close(sums.double().sum(-1), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["backward_shared", "backward_single"])
 def test_backward_pairs(loops: ceilings.Loops, name: str) -> None:
     queries, keys = loops.backward_queries, 9
