@@ -188,7 +188,8 @@ def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
 
 def expected_results(op: str, problem: Problem, *, training: bool) -> dict[str, Tensor]:
     """What the eager formula makes of a problem, in float32 or wider."""
-    formula = functools.partial(getattr(eager, op), memory_lengths=problem.memory_lengths, need_weights=False)
+    function = functools.partial(eager.additive_attention, activation="relu") if op == RELU else getattr(eager, op)
+    formula = functools.partial(function, memory_lengths=problem.memory_lengths, need_weights=False)
     wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
     return compute(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
 

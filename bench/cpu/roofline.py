@@ -113,7 +113,7 @@ class Cell:
 def calls_of(op: str, problem: cases.Problem) -> dict[str, Callable[[], object]]:
     """What is timed: the kernels as autograd calls them. The one place here that knows the signatures of the ops."""
     query, keys, values, *v = problem.inputs.values()
-    others: dict[str, tuple[object, ...]] = {Op.additive_attention: (*v, None, None), RELU: (*v, None, 0.0)}
+    others: dict[str, tuple[object, ...]] = {Op.additive_attention.value: (*v, None, None), RELU: (*v, None, 0.0)}
     parameters = others.get(op, (1.0,))
     masks = (problem.memory_lengths, None)
     forward, backward = kernel(op, "cpu"), kernel(f"{op}_backward", "cpu")
