@@ -30,10 +30,12 @@ ATTN_HOST_DEVICE F32x2<W> rectified(F32x2<W> x, W negative_slope) {
   return {rectified<kLeaky>(x.x, negative_slope), rectified<kLeaky>(x.y, negative_slope)};
 }
 
-// The gradient of x, with ds that of rectified(x): for x = 0 that of the negative side, as PyTorch has it.
+// The gradient of x, with ds that of rectified(x). As PyTorch has it: for x = 0 that of the negative side, and that of
+// relu passes where x is NaN.
 template <bool kLeaky, typename W>
 ATTN_HOST_DEVICE W rectified_backward(W x, W ds, W negative_slope) {
-  return x > 0 ? ds : kLeaky ? negative_slope * ds : W(0);
+  if constexpr (kLeaky) return x > 0 ? ds : negative_slope * ds;
+  return x <= 0 ? W(0) : ds;
 }
 
 template <bool kLeaky, typename W>
