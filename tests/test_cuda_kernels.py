@@ -102,7 +102,12 @@ def test_unknown_order(emulator: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(1, 100, 4, 512), (2, 128, 4, 512), (1, 128, 2, 1024)], ids=str)
 @pytest.mark.parametrize("name", ["additive_scores", "relu scores"])
 def test_shared_memory_of_each_device(
-    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kib: int, emulator: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    kib: int,
+    emulator: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shapes for which many threads would share the units of few tiles, if there were room for what each brings."""
     monkeypatch.setenv("ATTN_EMULATOR_SHARED_MEMORY", str(kib * 1024))

@@ -673,7 +673,9 @@ def test_first_contact_notes_what_is_wrong(tmp_path: Path) -> None:
     assert "wrong: dot cuda: b: output 0 3.0e-01" in gpu_first.text(found)
 
 
-@pytest.mark.parametrize(("op", "activation"), [(ADDITIVE, "tanh"), (ADDITIVE, "relu"), (DOT, "tanh"), (SCORES, "tanh")])
+@pytest.mark.parametrize(
+    ("op", "activation"), [(ADDITIVE, "tanh"), (ADDITIVE, "relu"), (DOT, "tanh"), (SCORES, "tanh")]
+)
 def test_first_contact_compares_with_float64(op: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"activation": activation} | ({} if op == SCORES else {"lengths": True, "mask": "pairs"})
     assert float(gpu_first.compare(op, (2, 3, 5, 8, 4), "float32", "cpu", "cpu", **options)) < 2e-5

@@ -49,6 +49,7 @@ struct BackwardTile {
 struct TanhPair {
   using Score = AdditiveScores;
   static constexpr int kGain = 4;
+  static constexpr bool kBounded = true;  // f(x) is finite for all x but NaN: a ds of 0 adds nothing
   template <typename W>
   static constexpr bool kHasFast = sizeof(W) == 4;
 
@@ -95,10 +96,11 @@ struct TanhPair {
 struct ReluPair {
   using Score = ReluScores;
   static constexpr int kGain = 1;
+  static constexpr bool kBounded = false;
   template <typename W>
   static constexpr bool kHasFast = true;
 
-  // The sum of two is finite: where ds is 0, nothing is added.
+  // The sum of two is finite.
   template <typename W>
   ATTN_DEVICE static bool in_range(W x) {
     return fabs(x) <= (sizeof(W) == 4 ? W(0x1p126f) : W(0x1p1022));
@@ -284,13 +286,21 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 
     const int last = end - j0 < (warp_k + 1) * kSteps ? end - j0 : (warp_k + 1) * kSteps;
     const int first = warp_k * kSteps;
+    // Whether query i of this warp and the step add something, which may be 0 times infinity.
+    auto counts = [&](int row, int i, W ds) {
+      if constexpr (Pair::kBounded)
+        return ds != 0;
+      else
+        return q0 + i < op.Tq && j0 + row < end && mask_allows(a.attended, b, q0 + i, j0 + row);
+    };
     bool fast = kHasFast;
     if (kHasFast) {
       const int row = first + lane % kSteps;
       bool used = false;
       if (outside != 0 || s.outside[row])
         for (int i = 0; i < kQ; ++i)
-          used = used || ((s.outside[row] || (outside >> i & 1)) && s.dscores[row * s.columns + warp_q * kQ + i] != 0);
+          used = used || ((s.outside[row] || (outside >> i & 1)) &&
+                          counts(row, i, s.dscores[row * s.columns + warp_q * kQ + i]));
       fast = !__any_sync(kAllLanes, used);
     }
     if (fast) {
@@ -328,7 +338,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 #pragma unroll 1
           for (int i = 0; i < kQ; ++i) {
             const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
-            if (ds == 0) continue;
+            if (!counts(row, i, ds)) continue;
             const W x = of_query(q0 + i, n) + of_key(j0 + row, n), gradient = Pair::gradient(op, x, ds);
             mine()[(i * kLaneUnits + n) * kWarp] += gradient;
             dk += gradient;

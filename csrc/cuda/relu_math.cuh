@@ -21,8 +21,10 @@ ATTN_DEVICE void by_slope(double negative_slope, const Body& body) {
 // NaN where x is.
 template <bool kLeaky, typename W>
 ATTN_HOST_DEVICE W rectified(W x, W negative_slope) {
-  if constexpr (kLeaky) return x > 0 ? x : negative_slope * x;
-  return larger_or_nan(x, W(0));
+  if constexpr (kLeaky)
+    return x > 0 ? x : negative_slope * x;
+  else
+    return larger_or_nan(x, W(0));
 }
 
 template <bool kLeaky, typename W>
@@ -34,8 +36,10 @@ ATTN_HOST_DEVICE F32x2<W> rectified(F32x2<W> x, W negative_slope) {
 // relu passes where x is NaN.
 template <bool kLeaky, typename W>
 ATTN_HOST_DEVICE W rectified_backward(W x, W ds, W negative_slope) {
-  if constexpr (kLeaky) return x > 0 ? ds : negative_slope * ds;
-  return x <= 0 ? W(0) : ds;
+  if constexpr (kLeaky)
+    return x > 0 ? ds : negative_slope * ds;
+  else
+    return x <= 0 ? W(0) : ds;
 }
 
 template <bool kLeaky, typename W>
