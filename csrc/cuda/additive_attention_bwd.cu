@@ -298,6 +298,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       const int row = first + lane % kSteps;
       bool used = false;
       if (outside != 0 || s.outside[row])
+#pragma unroll(Pair::kBounded ? kQ : 1)  // the addresses of the mask would take registers
         for (int i = 0; i < kQ; ++i)
           used = used || ((s.outside[row] || (outside >> i & 1)) &&
                           counts(row, i, s.dscores[row * s.columns + warp_q * kQ + i]));

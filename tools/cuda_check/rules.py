@@ -5,7 +5,8 @@ to add a row above it; to add a kind of bound is a field of ``Rule`` and some li
 
 A pair is one hidden unit of one query and one step: B * Tq * Tk * A of them in a call. How many of them a thread
 computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each, or, for relu,
-maxima. Where a row says what a thread reads of shared memory for a unit, that count is checked against the bytes that the loop reads.
+maxima. Where a row says what a thread reads of shared memory for a unit, that count is checked against the bytes that
+the loop reads.
 """
 
 from __future__ import annotations
@@ -211,8 +212,8 @@ def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
 
 
 def _examine_pairs(facts: Facts, rule: Rule, finding: Finding) -> None:
-    """The hot loop is that with the most reciprocals, or what else is counted, and no exponential: tanh itself, for large
-    inputs, has both.
+    """The hot loop is that with the most reciprocals (or what else is counted) and no exponential: tanh itself, for
+    large inputs, has both.
 
     Where the exponentials of tanh are polynomials, the shorter loop of the two is the hot one.
     """
