@@ -54,7 +54,7 @@ def pair_gradients(x, ds, slope, ACTIVATION: tl.constexpr):
     """ds f'(x) and ds f(x), for the gradients ds of scores; not of tanh."""
     if ACTIVATION == "relu":  # as of PyTorch, which lets the gradient pass where x is NaN
         gradient = tl.where(x <= 0.0, 0.0, ds)
-        weighted = ds * activate(x, slope, ACTIVATION, False)
+        weighted = ds * activate(x, slope, ACTIVATION, False)  # not the gradient times x: NaN where ds is
     else:
         tl.static_assert(ACTIVATION == "leaky_relu")
         gradient = tl.where(x > 0.0, ds, ds * slope)

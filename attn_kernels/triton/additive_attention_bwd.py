@@ -72,7 +72,7 @@ def _walk_steps(
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
     # A sum over queries in each step takes two more additions, but a mask leaves no registers for 32 apart.
-    SUM_APART: tl.constexpr = (FACTORED or ACTIVATION != "tanh") and not (MASKED and q.shape[0] > 16)
+    SUM_APART: tl.constexpr = FACTORED and not (MASKED and q.shape[0] > 16)
     dv_of_query = tl.zeros(q.shape, dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     # Beyond A the last unit again, which nobody keeps: so no load needs a mask.
@@ -128,12 +128,15 @@ def _walk_steps(
             else:
                 gradient, weighted = pair_gradients(hidden, ds[:, :, None], slope, ACTIVATION)
                 dq += tl.sum(gradient, axis=1)
-            if SUM_APART:
-                dv_of_query += tl.sum(weighted, axis=1)
+            if ACTIVATION != "tanh" and BLOCK_K == 1:
+                dv += tl.sum(_sum_of_products(weighted), axis=0)
             else:
                 dv += tl.sum(tl.sum(weighted, axis=0), axis=0)
             if dkeys is not None:
-                dk = tl.sum(gradient, axis=0)
+                if ACTIVATION != "tanh" and BLOCK_K == 1:
+                    dk = _sum_of_products(gradient)
+                else:
+                    dk = tl.sum(gradient, axis=0)
         if dkeys is not None:
             dk = _of_unit(dk, factor, ACTIVATION)
             if SEVERAL:
