@@ -35,6 +35,18 @@ class StatefulResult(NamedTuple):
     state: Any
 
 
+def select_state(state: Any, indices: Tensor) -> Any:
+    """The sentences at ``indices``, (n,), in that order: as ``Memory.select``."""
+    return type(state)(*(x.index_select(0, indices) for x in state))
+
+
+def reorder_state(state: Any, hypotheses: Tensor) -> Any:
+    """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+    return type(state)(
+        *(torch.take_along_dim(x, hypotheses.view(*hypotheses.shape, *[1] * (x.dim() - 2)), dim=1) for x in state)
+    )
+
+
 class StatefulAttention(AttentionModule):
     """The base of mechanisms with a state.
 
