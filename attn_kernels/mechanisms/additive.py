@@ -118,6 +118,8 @@ def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments
     weight = projection.weight @ convolution.weight.flatten(1)
     taps = convolution.weight.shape[2]
     inputs = torch.stack(alignments, dim=2) if len(alignments) > 1 else alignments[0].unsqueeze(2)
+    if inputs.shape[3] == 0:  # which unfold refuses
+        return weight.new_zeros(*inputs.shape[:2], 0, weight.shape[0])
     padded = F.pad(inputs.to(weight.dtype), (taps // 2, taps // 2))
     neighbourhoods = padded.unfold(3, taps, 1).transpose(2, 3).flatten(3)  # (B, K, Tk, inputs taps)
     return F.linear(neighbourhoods, weight)

@@ -111,7 +111,7 @@ def coverage_loss(alignments: Tensor, coverage: Tensor | None = None) -> Tensor:
         coverage = alignments.cumsum(1) - alignments
     check_tensor("coverage_loss", "coverage", coverage)
     if coverage.shape != alignments.shape:
-        expected = f"that of alignments, {shape_of(alignments)}"
-        raise ArgumentValueError(f"coverage_loss: coverage must have shape {expected}, got {shape_of(coverage)}")
+        expected = f"the shape of alignments, {shape_of(alignments)}"
+        raise ArgumentValueError(f"coverage_loss: coverage must have {expected}, got {shape_of(coverage)}")
     dtype = wide(alignments.dtype)
     return torch.minimum(alignments.to(dtype), coverage.to(dtype)).sum(-1)
