@@ -154,6 +154,27 @@ def test_padding_holds_anything(mechanism: Mechanism, masks: str, hypotheses: in
         assert_same(poisoned, clean_run, rtol=0, atol=0)
 
 
+def test_padding_that_is_written_to(mechanism: Mechanism) -> None:
+    """That of values which the module has made 0: what is known of it holds until a write, and for rows of it."""
+    module = make(mechanism)
+    queries, outputs = (x.detach() for x in inputs(2))
+    with torch.no_grad():
+        memory = module.memory(outputs, LENGTHS)
+        expected = take(module, queries, memory)
+        rows = memory.select(torch.tensor([2, 0]))
+        assert memory.has_zero_padding() and rows.has_zero_padding()
+        assert not copy.deepcopy(memory).has_zero_padding() and not module.memory(outputs).has_zero_padding()
+        for written in (memory, rows):
+            written.values[1 if written is memory else 0, -1] = torch.nan
+            assert not written.has_zero_padding()
+        torch.testing.assert_close(take(module, queries, memory), expected, rtol=0, atol=0)
+        torch.testing.assert_close(take(module, queries[:, [2, 0]], rows)[0], expected[0][:, [2, 0]])
+        with torch.inference_mode():
+            memory = module.memory(outputs.clone(), LENGTHS)
+            memory.values[1] = torch.nan
+            torch.testing.assert_close(take(module, queries, memory), expected, rtol=0, atol=0)
+
+
 def test_hypotheses_are_runs_of_their_own(mechanism: Mechanism) -> None:
     module = make(mechanism)
     queries, outputs = inputs(3)
@@ -270,9 +291,10 @@ def test_initial_state_of_hypotheses_and_masks(mechanism: Mechanism) -> None:
         assert all(torch.equal(x, expected) for x in state)
 
 
-def test_autocast(mechanism: Mechanism) -> None:
+@pytest.mark.parametrize("hypotheses", [1, 2])
+def test_autocast(mechanism: Mechanism, hypotheses: int) -> None:
     module = make(mechanism, dtype=torch.float32)
-    queries, outputs = inputs(2, dtype=torch.float32)
+    queries, outputs = inputs(hypotheses, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         context, alignments, _ = take(module, queries, module.memory(outputs, LENGTHS))
         mixed, *_ = take(module, queries, module.memory(outputs.detach(), LENGTHS).to(torch.float32))
@@ -351,11 +373,13 @@ def test_forward_attention_far_from_the_largest_score(dtype: torch.dtype) -> Non
     """The softmax of all scores is 0 in float32 wherever the alignments may go; their quotient is not."""
     module, query, memory = far_apart(dtype)
     state = module.initial_state(memory)
-    scores = (400 * memory.keys.float().tanh()).to(dtype).float().flatten()
+    scores = 400 * memory.keys.float().tanh().flatten()
     assert (scores.softmax(0)[:2] == 0).all()
     context, alignments, after = module(query, memory, state)
     expected = scores[:2].softmax(0)
-    torch.testing.assert_close(after.alignments.flatten().float(), torch.cat([expected, torch.zeros(2)]))
+    rounding = max(torch.finfo(dtype).eps, 2e-6)
+    got = after.alignments.flatten().float()
+    torch.testing.assert_close(got, torch.cat([expected, torch.zeros(2)]), rtol=rounding, atol=0)
     assert alignments.dtype == context.dtype == dtype
     (alignments[..., 0].sum() + context.sum()).backward()
     assert all(x.grad.isfinite().all() for x in module.parameters())
@@ -363,6 +387,11 @@ def test_forward_attention_far_from_the_largest_score(dtype: torch.dtype) -> Non
     # From the second step the third can be reached, which takes all.
     alignments = module(query, memory, after).alignments.flatten()
     torch.testing.assert_close(alignments, torch.tensor([0.0, 0, 1, 0], dtype=dtype))
+    # What is left of it before counts for nothing, where the product with its softmax may be 0.
+    memory = module.memory(torch.tensor([0.0, -0.005, 8.0, 8.0], dtype=dtype).view(1, 4, 1))
+    before = torch.tensor([1.0, 0, 2.8e-45, 0], dtype=state.alignments.dtype).view(1, 1, 4)
+    got = module(query, memory, ForwardState(before, state.move)).state.alignments.flatten().float()
+    torch.testing.assert_close(got, torch.cat([expected, torch.zeros(2)]), rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("certain", [1.0, 0.0], ids=["moves", "stays"])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..checks import as_number
 from ..errors import ArgumentValueError
-from ..functional import additive_attention, additive_scores
+from ..functional import additive_attention
 from ..memory import Memory
 from ..types import Attention
-from .alignments import allowed_steps, average, wide
+from .alignments import average
 from .stateful import StatefulAttention
 
 
@@ -51,35 +51,33 @@ class StatefulAdditiveAttention(StatefulAttention):
 
     def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> Attention:
         """Alignments by softmax, and their context. query: (B, K, A), projected. extra: (B, K, Tk, A)."""
-        masks: dict[str, Any] = {"memory_lengths": memory.memory_lengths, "mask": memory.mask}
-        options: dict[str, Any] = {"scale": self.scale, "backend": self.backend}
-        if query.shape[1] == 1:
-            extra = extra.squeeze(1).to(memory.keys.dtype)
-            return additive_attention(
-                query, memory.keys, memory.values, self.v, self.bias, extra=extra, **masks, **options
-            )
-        # Each hypothesis has keys of its own, and is a row of the batch; the values are those of the sentence.
-        hypotheses = query.shape[1]
-        rows: dict[str, Any] = {name: _to_rows(x, hypotheses) for name, x in masks.items() if x is not None}
-        keys = (memory.keys.unsqueeze(1) + extra).flatten(0, 1)
-        result = additive_attention(query.flatten(0, 1), keys, None, self.v, self.bias, **rows, **options)
-        alignments = result.alignments.unflatten(0, (memory.batch_size, hypotheses))
-        return Attention(average(alignments, memory), alignments)
+        if query.shape[1] > 1:
+            alignments = self._align(query, memory, extra, memory.memory_lengths, memory.mask)
+            return Attention(average(alignments, memory), alignments)
+        options: dict[str, Any] = {
+            "memory_lengths": memory.memory_lengths,
+            "mask": memory.mask,
+            "backend": self.backend,
+        }
+        extra = extra.squeeze(1).to(memory.keys.dtype)
+        return additive_attention(
+            query, memory.keys, memory.values, self.v, self.bias, extra=extra, scale=self.scale, **options
+        )
 
-    def _scores(self, query: Tensor, memory: Memory, extra: Tensor | None) -> Tensor:
-        """(B, K, Tk), the scores, in float32 or wider; those of padding are finite. query, extra: as of ``_attend``."""
-        keys, allowed = memory.keys, allowed_steps(memory)
-        if extra is None and (allowed is None or allowed.shape[1] == 1):
-            keys = keys if allowed is None else keys.masked_fill(~allowed.mT, 0.0)
-            scores = additive_scores(query, keys, self.v, self.bias, backend=self.backend)
-        else:
-            keys = keys.unsqueeze(1) if extra is None else keys.unsqueeze(1) + extra
-            if allowed is not None:  # 0 times NaN is NaN in the gradient of the query
-                keys = torch.where(allowed.unsqueeze(3), keys, 0.0)
-            keys = keys.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
-            scores = additive_scores(query.flatten(0, 1), keys, self.v, self.bias, backend=self.backend)
-            scores = scores.unflatten(0, query.shape[:2])
-        return self.scale * scores.to(wide(scores.dtype))
+    def _align(
+        self, query: Tensor, memory: Memory, extra: Tensor | None, lengths: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. lengths, mask: as of a memory."""
+        keys, hypotheses = memory.keys, query.shape[1]
+        if extra is not None:  # each hypothesis has keys of its own, and is a row of the batch
+            keys = (keys.unsqueeze(1) + extra).flatten(0, 1)
+            query = query.reshape(-1, 1, query.shape[2])
+            lengths = None if lengths is None else lengths.repeat_interleave(hypotheses, 0)
+            if mask is not None:
+                mask = mask.flatten(0, 1) if mask.dim() == 3 else mask.repeat_interleave(hypotheses, 0)
+        options: dict[str, Any] = {"memory_lengths": lengths, "mask": mask, "backend": self.backend}
+        alignments = additive_attention(query, keys, None, self.v, self.bias, scale=self.scale, **options).alignments
+        return alignments.view(memory.batch_size, hypotheses, keys.shape[1])
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         super()._check(query, memory)
@@ -89,11 +87,6 @@ class StatefulAdditiveAttention(StatefulAttention):
             expected = f"(B, Tk) or (B, K, Tk) = ({batch}, {steps}) or ({batch}, {hypotheses}, {steps})"
             got = tuple(memory.mask.shape)
             raise ArgumentValueError(f"{self._name}: memory.mask must have shape {expected}, got {got}")
-
-
-def _to_rows(x: Tensor, hypotheses: int) -> Tensor:
-    """(B,), (B, Tk) or (B, K, Tk) -> (B K,), (B K, Tk)."""
-    return x.flatten(0, 1) if x.dim() == 3 else x.repeat_interleave(hypotheses, 0)
 
 
 def make_location_layers(

@@ -13,8 +13,8 @@ from .additive import StatefulAdditiveAttention, make_location_layers, project_l
 from .alignments import allowed_steps, as_state, average, first_step_alignments, wide
 from .stateful import StatefulResult
 
-_LEAST = 1e-6  # of the probability that may be left within reach by a transition agent
-_LARGEST_EXPONENT = 80.0  # exp() of it is below the largest float32
+_LEAST = 1e-6  # of the probability that an agent must leave within the memory
+_NONE = 1e-30  # a step with less of it counts as out of reach: products with that would underflow
 
 
 class ForwardState(NamedTuple):
@@ -36,7 +36,7 @@ class ForwardAttention(StatefulAdditiveAttention):
     .. math:: u^{next} = sigmoid(w \cdot [context; query] + c)
 
     which is 1/2 in the first step. Before it, alignments are 1 at the first step of the memory that may be attended.
-    The denominator of the softmax, which the paper has in its y, is the same at all j, and rows are normalised.
+    Rows are normalised; so the denominator of the softmax, which the paper has in its y, makes no difference.
 
     Source: Zhang, Ling, Dai, "Forward attention in sequence-to-sequence acoustic modeling for speech synthesis", 2018,
     algorithms 1 and 2. The agent there also reads the output of the step before, which a decoder with input feeding has
@@ -44,10 +44,10 @@ class ForwardAttention(StatefulAdditiveAttention):
     :class:`LocationSensitiveAttention`, as in ESPnet's AttForward and AttForwardTA. ESPnet's probability is that of
     staying, 1 - u, and it adds at least 1e-6 to each alignment, padding included, which is left out here.
 
-    Numerics: products are taken in float32 or wider and relative to the largest of a row, so that rows do not
-    underflow. Where an agent leaves less than 1e-6 of the probability within the memory, as when it moves on from the
-    last step, that step is one without an agent. Where nothing of what was attended, or is next to it, may be attended,
-    alignments and context are 0.
+    Numerics: the softmax is over the steps that can be reached, where alignments before are above 0 (1e-30), so that
+    rows do not underflow however far the scores of others are above; the state is float32 or wider. Where an agent
+    leaves less than 1e-6 of the probability within the memory, as when it moves on from the last step, that step is one
+    without an agent. Where nothing that can be reached may be attended, alignments and context are 0.
 
     Args:
         query_size: size of the decoder state.
@@ -111,11 +111,12 @@ class ForwardAttention(StatefulAdditiveAttention):
         extra = None
         if self.location_convolution is not None:
             extra = project_locations(self.location_convolution, self.location_projection, before)
-        projected = self.make_query(query)
-        scores = self._scores(projected, memory, extra)
-        wanted = _moved_on(before, None if self.transition is None else move, allowed_steps(memory))
-        alignments = _normalised(scores, wanted)
-        result = alignments.to(projected.dtype)
+        weights = _moved_on(before, None if self.transition is None else move, allowed_steps(memory))
+        likely = self._align(self.make_query(query), memory, extra, None, weights > _NONE)
+        products = weights * likely
+        total = products.sum(-1, keepdim=True)
+        alignments = products / torch.where(total > 0, total, 1.0)
+        result = alignments.to(likely.dtype)
         context = average(result, memory)
         if self.transition is not None:
             move = torch.sigmoid(self.transition(torch.cat([context, query], dim=2))).to(alignments.dtype)
@@ -137,14 +138,3 @@ def _moved_on(before: Tensor, move: Tensor | None, allowed: Tensor | None) -> Te
         return halves
     weights = within((1 - move) * before + move * one_later)
     return torch.where(weights.sum(-1, keepdim=True) < _LEAST, halves, weights)
-
-
-def _normalised(scores: Tensor, weights: Tensor) -> Tensor:
-    """softmax(scores + log(weights)), and 0 where all weights are, with the gradient of weights that are 0, too."""
-    with torch.no_grad():
-        logits = torch.where(weights > 0, scores + weights.log(), -torch.inf)
-        largest = torch.logsumexp(logits, -1, keepdim=True)
-        largest = torch.where(largest == -torch.inf, 0.0, largest)
-    products = weights * (scores - largest).clamp(max=_LARGEST_EXPONENT).exp()
-    total = products.sum(-1, keepdim=True)
-    return products / torch.where(total > 0, total, 1.0)
