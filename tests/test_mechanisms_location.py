@@ -492,6 +492,10 @@ ERRORS = [
         "(B, Tk) or (B, K, Tk) = (4, 5) or (4, 2, 5), got (4, 3, 5)",
     ),
     (lambda: FORWARD(QUERY[:, 0], OUTPUTS, STATE), TypeError, "must be a Memory, made by ForwardAttention.memory(...)"),
+    *(
+        (lambda m=m: m(QUERY, m.memory(OUTPUTS, LENGTHS + 1), m.initial_state(MEMORY, 2)), ValueError, "0..5, got 1..6")
+        for m in (LOCATION, COVERAGE, FORWARD)
+    ),
     (lambda: coverage_loss([0.5]), TypeError, "coverage_loss: alignments must be a tensor, got list"),
     (lambda: coverage_loss(ROWS[0]), ValueError, "alignments must be (B, T, Tk) without coverage, got (2, 5)"),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class StatefulAdditiveAttention(StatefulAttention):
     def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> Attention:
         """Alignments by softmax, and their context. query: (B, K, A), projected. extra: (B, K, Tk, A)."""
         if query.shape[1] > 1:
-            alignments = self._align(query, memory, extra, memory.memory_lengths, memory.mask)
+            alignments = self._align(query, memory, extra, memory.mask)
             return Attention(average(alignments, memory), alignments)
         options: dict[str, Any] = {
             "memory_lengths": memory.memory_lengths,
@@ -64,11 +65,9 @@ class StatefulAdditiveAttention(StatefulAttention):
             query, memory.keys, memory.values, self.v, self.bias, extra=extra, scale=self.scale, **options
         )
 
-    def _align(
-        self, query: Tensor, memory: Memory, extra: Tensor | None, lengths: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. lengths, mask: as of a memory."""
-        keys, hypotheses = memory.keys, query.shape[1]
+    def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:
+        """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. mask: in place of that of the memory."""
+        keys, lengths, hypotheses = memory.keys, memory.memory_lengths, query.shape[1]
         if extra is not None:  # each hypothesis has keys of its own, and is a row of the batch
             keys = (keys.unsqueeze(1) + extra).flatten(0, 1)
             query = query.reshape(-1, 1, query.shape[2])
@@ -77,7 +76,7 @@ class StatefulAdditiveAttention(StatefulAttention):
                 mask = mask.flatten(0, 1) if mask.dim() == 3 else mask.repeat_interleave(hypotheses, 0)
         options: dict[str, Any] = {"memory_lengths": lengths, "mask": mask, "backend": self.backend}
         alignments = additive_attention(query, keys, None, self.v, self.bias, scale=self.scale, **options).alignments
-        return alignments.view(memory.batch_size, hypotheses, keys.shape[1])
+        return alignments.reshape(memory.batch_size, hypotheses, keys.shape[1])
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         super()._check(query, memory)
@@ -94,10 +93,11 @@ def make_location_layers(
 ) -> tuple[nn.Conv1d, nn.Linear]:
     """The convolution F of ``inputs`` kinds of alignments and the projection U of what it finds."""
     for argument, size in (("channels", channels), ("kernel_size", kernel_size)):
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, Integral) or size < 1:
             raise ArgumentValueError(f"{name}: {argument} must be a positive integer, got {size!r}")
     if kernel_size % 2 == 0:  # the features of a step are to be around it
         raise ArgumentValueError(f"{name}: kernel_size must be odd, got {kernel_size}")
+    channels, kernel_size = int(channels), int(kernel_size)  # numpy has its own
     convolution = nn.Conv1d(inputs, channels, kernel_size, padding=kernel_size // 2, bias=False, **factory)
     return convolution, nn.Linear(channels, units, bias=False, **factory)
 

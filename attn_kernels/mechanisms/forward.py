@@ -112,7 +112,7 @@ class ForwardAttention(StatefulAdditiveAttention):
         if self.location_convolution is not None:
             extra = project_locations(self.location_convolution, self.location_projection, before)
         weights = _moved_on(before, None if self.transition is None else move, allowed_steps(memory))
-        likely = self._align(self.make_query(query), memory, extra, None, weights > _NONE)
+        likely = self._align(self.make_query(query), memory, extra, weights > _NONE)
         products = weights * likely
         total = products.sum(-1, keepdim=True)
         alignments = products / torch.where(total > 0, total, 1.0)
