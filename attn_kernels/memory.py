@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .checks import check_device, check_lengths, check_mask, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
@@ -69,8 +70,19 @@ class Memory:
             object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
         return gradient
 
+    def with_zero_padding(self) -> Memory:
+        """This memory, of which the caller knows that values are 0 where no query may attend them."""
+        if not is_compiling() and not self.values.is_inference():  # whose writes nobody counts
+            object.__setattr__(self, "_zero_padding", (self.values, self.values._version))
+        return self
+
+    def has_zero_padding(self) -> bool:
+        """Whether that is known, and values were not written to since. A product need not leave out padding then."""
+        values, version = self.__dict__.get("_zero_padding", (None, 0))
+        return values is not None and values is self.values and values._version == version
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_gradient"}
+        return {name: x for name, x in self.__dict__.items() if name not in ("_gradient", "_zero_padding")}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
@@ -86,12 +98,13 @@ class Memory:
             raise ArgumentValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
         if is_mask:
             indices = indices.nonzero().squeeze(1)
-        return Memory(
+        selected = Memory(
             self.keys.index_select(0, indices),
             self.values.index_select(0, indices),
             None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
             None if self.mask is None else self.mask.index_select(0, indices),
         )
+        return selected.with_zero_padding() if self.has_zero_padding() else selected
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
