@@ -167,6 +167,21 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1).masked_fill(~allowed, 0.0)
 
 
+def recurrence(factors: Tensor, x: Tensor) -> Tensor:
+    """y with y[0] = x[0], y[j] = x[j] + factors[j] y[j-1] along the last axis. factors, x: (..., Tk); factors in 0..1.
+
+    By doubling, in log2 Tk passes: sums over one step, two, four, with the products of factors between. Nothing is
+    divided, so that factors may be 0, and no term is lost.
+    """
+    factors = torch.cat([torch.zeros_like(factors[..., :1]), factors[..., 1:]], -1)
+    shift, steps = 1, x.shape[-1]
+    while shift < steps:
+        x = x + factors * nn.functional.pad(x[..., :-shift], (shift, 0))
+        factors = factors * nn.functional.pad(factors[..., :-shift], (shift, 0))
+        shift *= 2
+    return x
+
+
 def shifted(x: Tensor, fill: float = 0.0) -> Tensor:
     """x moved by one along the last axis: fill, x[0], x[1], ..."""
     return nn.functional.pad(x, (1, 0), value=fill)[..., :-1]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from .alignments import AlignmentsState, additive_energies, dot_energies
+from .alignments import AlignmentsState, additive_energies, dot_energies, recurrence
 from .energy import ChoosingAttention, check_size
 from .monotonic import MODES, monotonic_alignments
 
@@ -141,16 +141,11 @@ def _look_back(stops: Tensor, energy: Tensor) -> Tensor:
     """As _chunks, with chunks from the first step on.
 
     With l the logarithm of the sum of the exponentials up to each step, alignments_j = exp(u_j - l_j) S_j and
-    S_j = stops_j + exp(l_j - l_{j+1}) S_{j+1}, which is made by doubling: of one step, of two, of four.
+    S_j = stops_j + exp(l_j - l_{j+1}) S_{j+1}, a recurrence from the end on.
     """
-    steps = stops.shape[-1]
-    if steps == 0:
+    if stops.shape[-1] == 0:
         return stops
     normalisers = torch.logcumsumexp(energy, -1)
     factors = F.pad(torch.exp(normalisers[..., :-1] - normalisers[..., 1:]), (0, 1))
-    sums, shift = stops, 1
-    while shift < steps:
-        sums = sums + factors * F.pad(sums[..., shift:], (0, shift))
-        factors = factors * F.pad(factors[..., shift:], (0, shift))
-        shift *= 2
+    sums = recurrence(factors.flip(-1), stops.flip(-1)).flip(-1)
     return torch.exp(energy - normalisers) * sums

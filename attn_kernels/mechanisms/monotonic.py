@@ -11,7 +11,7 @@ from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..memory import Memory
 from ..types import DTYPES, upcast
-from .alignments import AlignmentsState, shifted
+from .alignments import AlignmentsState, recurrence, shifted
 from .energy import ChoosingAttention, check_choice
 
 MODES = ("parallel", "recursive", "hard")
@@ -33,11 +33,11 @@ def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "parall
     Args:
         p_choose: (..., Tk), in 0..1.
         previous: (..., Tk), the alignments of the step before; all weight on the first step, 1 0 0 ..., at first.
-        mode: "recursive" computes the recursion above, step by step: exact, and slow. "parallel" computes
-            :math:`p \, c \, cumsum(previous / c)` where c is the exclusive cumulative product of 1 - p. It divides by
-            :math:`\max(c, 10^{-10})`, so that it is less than the exact result behind steps where c is smaller: where p
-            is near 1 or Tk is large. "hard" requires 0 or 1 in both: the first step with p = 1, from the previous one
-            on.
+        mode: "recursive" computes the recursion above: exact. "parallel" is TensorFlow's closed form,
+            :math:`p \, c \, cumsum(previous / \max(c, 10^{-10}))` where c is the exclusive cumulative product of
+            1 - p: less than the exact result where c gets below 1e-10, behind steps with p near 1 or many of them.
+            "hard" requires 0 or 1 in both: the first step with p = 1, from the previous one on. Their times differ
+            little: the recursion takes log2 Tk passes.
 
     Returns:
         (..., Tk) in the dtype of the arguments; computed in float32, of float64 in float64. Gradients flow to both.
@@ -57,7 +57,7 @@ def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "parall
         raise ArgumentTypeError(f"{name}: p_choose and previous must have one floating-point dtype, got {got}")
     p, before = upcast(p_choose, previous)
     if mode == "recursive":
-        return _recursive(p, before).to(p_choose.dtype)
+        return (p * recurrence(shifted(1.0 - p), before)).to(p_choose.dtype)
     if mode == "parallel":
         # A product of many factors, or one of them, may be 0, of which neither a quotient nor a logarithm is finite.
         logarithms = torch.log(torch.clamp(1.0 - p, torch.finfo(p.dtype).tiny, 1.0))
@@ -66,15 +66,6 @@ def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "parall
         return (p * arrivals).to(p_choose.dtype)
     p = p * torch.cumsum(before, -1)
     return (p * torch.cumprod(shifted(1.0 - p, 1.0), -1)).to(p_choose.dtype)
-
-
-def _recursive(p: Tensor, previous: Tensor) -> Tensor:
-    arrival = torch.zeros_like(p[..., 0]) if p.shape[-1] else None
-    arrivals = []
-    for go_on, before in zip(shifted(1.0 - p, 1.0).unbind(-1), previous.unbind(-1), strict=True):
-        arrival = go_on * arrival + before
-        arrivals.append(arrival)
-    return p * torch.stack(arrivals, -1) if arrivals else p * previous
 
 
 class MonotonicAttention(ChoosingAttention):
@@ -100,7 +91,7 @@ class MonotonicAttention(ChoosingAttention):
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer of additive energies; None, or query_size, with score="dot".
-        mode: "parallel" or "recursive" for training, "hard" for decoding in linear time: see
+        mode: "recursive", exact, or "parallel", TensorFlow's, for training; "hard" for decoding: see
             :func:`monotonic_alignments`. ``module.mode`` may be set at any time. Hard choices stop where the energy
             plus r is above 0, and have no gradient.
         noise: standard deviation of what is added to energies, in training mode only, of PyTorch's default generator.
