@@ -407,6 +407,7 @@ def test_chunks_far_below_the_largest_energy(width: int | None, dtype: torch.dty
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@torch.no_grad()
 def chunkwise_of_logarithms(
     p: Parameters, queries: Tensor, outputs: Tensor, allow: list[bool], width: int | None
 ) -> list[list[float]]:
@@ -418,7 +419,7 @@ def chunkwise_of_logarithms(
         row = torch.zeros(len(memory), dtype=torch.float64)
         for k, x in enumerate(stop):
             first = 0 if width is None else max(0, k - width + 1)
-            row[first : k + 1] += float(x) * torch.softmax(energies[first : k + 1], 0).detach()
+            row[first : k + 1] += float(x) * torch.softmax(energies[first : k + 1], 0)
         rows.append(row.tolist())
     return rows
 
