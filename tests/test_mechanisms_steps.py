@@ -127,6 +127,37 @@ def test_padding_of_a_memory_that_was_not_made_here(name: str, masks: str) -> No
     assert_same(runs[1], runs[0], rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_padding_that_is_written_to_later(name: str) -> None:
+    """A memory knows that its padding is clean, until it is written to; copies and selected rows are right, too."""
+    module = make(name)
+    queries, outputs = (x.detach() for x in inputs())
+    lengths = torch.tensor([6, 0, 3, 1])
+    memory = module.memory(outputs, lengths)
+    expected = module(queries[0], memory, module.initial_state(memory, K))
+    assert memory.has_clean_padding() and not module.memory(outputs).has_clean_padding()
+    rows = torch.tensor([2, 3])
+    selected = memory.select(rows)
+    assert selected.has_clean_padding()
+    for x in (memory.keys, memory.values):
+        x[torch.arange(TK) >= lengths[:, None]] = torch.nan
+    assert not memory.has_clean_padding()
+    for copied in (memory, copy.deepcopy(memory), Memory(memory.keys, memory.values, lengths)):
+        assert not copied.has_clean_padding()
+        torch.testing.assert_close(module(queries[0], copied, module.initial_state(memory, K)), expected)
+    result = module(queries[0][rows], selected, module.initial_state(selected, K))
+    torch.testing.assert_close(result.alignments, expected.alignments[rows])
+
+
+def test_inference_mode(name: str) -> None:
+    module = make(name)
+    queries, outputs = (x.detach() for x in inputs())
+    expected = decode(module, queries, outputs, **MASKS["both"])
+    with torch.inference_mode():
+        results = decode(module, queries, outputs.clone(), **MASKS["both"])
+    torch.testing.assert_close(results, expected)
+
+
 def test_padding_of_one_hypothesis_alone(name: str) -> None:
     """A step that one hypothesis attends and another may not: NaN stays with the one."""
     module = make(name)
@@ -268,7 +299,7 @@ def test_backends(name: str) -> None:
 
 
 # Errors of scores in the dtype of the inputs, of which a sigmoid, an exponential or a position is made.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
 def test_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
     module = make(name, dtype=dtype)
     queries, outputs = (x.detach() for x in inputs(dtype))

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from ..functional import additive_scores
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from .alignments import AlignmentsAttention, AlignmentsState, masked_softmax, without_autocast
 from .energy import check_number, check_size
+from .steps import AlignmentsAttention, AlignmentsState, masked_softmax, without_autocast
 
 _LEAST_PRIOR = 1e-6  # of the paper: the logarithm of what the prior cannot reach is -13.8, and not -Inf
 
@@ -124,10 +124,8 @@ class DynamicConvolutionAttention(AlignmentsAttention):
             filters = filters.to(wide).unflatten(-1, (self.dynamic_filters, self.dynamic_length))
             dynamic = _windows(previous, self.dynamic_length) @ filters.mT
             static = _windows(previous, self.static_filters.shape[1]) @ self.static_filters.to(wide).mT
-            features = F.linear(static, self.static_projection.weight.to(wide))
-            features = features + F.linear(
-                dynamic, self.dynamic_projection.weight.to(wide), self.dynamic_projection.bias.to(wide)
-            )
+            weight = torch.cat([self.static_projection.weight, self.dynamic_projection.weight], 1).to(wide)
+            features = F.linear(torch.cat([static, dynamic], -1), weight, self.dynamic_projection.bias.to(wide))
             features = features.flatten(0, 1)
             none = features.new_zeros(features.shape[0], self.units)
             scores = additive_scores(none, features, self.v.to(wide), backend=self.backend).view(previous.shape)

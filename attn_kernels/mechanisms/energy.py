@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..modules import _reset_score_vector
-from .alignments import AlignmentsAttention, additive_energies, dot_energies
+from .steps import AlignmentsAttention, additive_energies, dot_energies
 
 SCORES = ("additive", "dot")
 

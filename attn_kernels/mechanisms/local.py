@@ -13,9 +13,9 @@ from ..functional import additive_attention, dot_attention
 from ..memory import Memory
 from ..modules import _reset_score_vector
 from ..types import Attention, attention_mask
-from .alignments import result_dtype, weighted_sum, wide_dtype, without_autocast
 from .energy import EnergyAttention, check_choice, check_number, check_size
 from .stateful import StatefulResult
+from .steps import clean, result_dtype, weighted_sum, wide_dtype, without_autocast
 
 MODES = ("local-m", "local-p")
 
@@ -145,7 +145,7 @@ class LocalAttention(EnergyAttention):
             alignments = softmax.to(centres.dtype) * torch.exp(distances.square() * (-2.0 / self.window**2))
             values = memory.values
             if allowed is not None:
-                values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
+                values = clean(values, memory, allowed)
             context = weighted_sum(alignments, values, allowed)
         dtype = result_dtype(query)
         return StatefulResult(context.to(dtype), alignments.to(dtype), next_state)

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from .alignments import AlignmentsState, additive_energies, dot_energies, recurrence
 from .energy import ChoosingAttention, check_size
 from .monotonic import MODES, monotonic_alignments
+from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
 
 
 class MonotonicChunkwiseAttention(ChoosingAttention):

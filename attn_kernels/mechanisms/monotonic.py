@@ -11,8 +11,8 @@ from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..memory import Memory
 from ..types import DTYPES, upcast
-from .alignments import AlignmentsState, recurrence, shifted
 from .energy import ChoosingAttention, check_choice
+from .steps import AlignmentsState, recurrence, shifted
 
 MODES = ("parallel", "recursive", "hard")
 _LEAST_PRODUCT = 1e-10  # of TensorFlow Addons

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
-from .alignments import AlignmentsState, shifted
 from .energy import ChoosingAttention
+from .steps import AlignmentsState, shifted
 
 
 class StepwiseMonotonicAttention(ChoosingAttention):

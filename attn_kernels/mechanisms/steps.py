@@ -30,8 +30,8 @@ class AlignmentsState(NamedTuple):
 class AlignmentsAttention(StatefulAttention):
     """A stateful mechanism that says its alignments, of which this base makes the context.
 
-    A subclass has ``initial_state`` and ``_alignments``. Padding reaches neither: it holds zeros there, and a query
-    that may attend no step is zero, so that nothing of it gets into a gradient.
+    A subclass has ``initial_state`` and ``_alignments``. Padding is finite there, and a query that may attend no step
+    is 0, so that NaN times 0 gets into no gradient.
     """
 
     reads_keys: ClassVar[bool] = True
@@ -47,11 +47,10 @@ class AlignmentsAttention(StatefulAttention):
         allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
         keys, values = memory.keys, memory.values
         if allowed is not None:  # 0 * NaN is NaN
-            unused = ~allowed.any(1)[..., None]
             query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
-            values = values.masked_fill(unused, 0.0)
+            values = clean(values, memory, allowed)
             if self.reads_keys:
-                keys = keys.masked_fill(unused, 0.0)
+                keys = clean(keys, memory, allowed)
         alignments, state = self._alignments(query, keys, allowed, state)
         dtype = result_dtype(query)
         with without_autocast(query):
@@ -124,6 +123,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def clean(x: Tensor, memory: Memory, allowed: Tensor) -> Tensor:
+    """x, keys or values of a memory, with finite numbers in the steps that no query may attend."""
+    return x if memory.has_clean_padding() else x.masked_fill(~allowed.any(1)[..., None], 0.0)
+
+
 def additive_energies(
     query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None, backend: str | None
 ) -> Tensor:
@@ -146,7 +150,7 @@ def dot_energies(query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def weighted_sum(alignments: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """(B, K, D), alignments @ values. alignments: (B, K, Tk). values: (B, Tk, D), zero in padding."""
+    """(B, K, D), alignments @ values. alignments: (B, K, Tk). values: (B, Tk, D), finite in padding."""
     values = values.to(alignments.dtype)
     if not per_hypothesis(allowed):
         return torch.bmm(alignments, values)
