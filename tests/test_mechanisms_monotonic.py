@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attn_kernels import additive_attention, dot_attention
 from attn_kernels.mechanisms import (
@@ -197,6 +198,23 @@ def test_parallel_clips_where_products_vanish() -> None:
     clipped = monotonic_alignments(p_choose, previous, "parallel")
     torch.testing.assert_close(clipped, torch.tensor([0.25, 0.25, 0.0, 0.0], dtype=torch.float64))
     assert torch.autograd.grad(clipped.sum(), p_choose)[0].isfinite().all()
+
+
+def test_parallel_is_tensorflows_closed_form() -> None:
+    """With its limits, where products vanish: those of ``safe_cumprod`` and of the quotient."""
+    torch.manual_seed(0)
+    p_choose, previous = random_steps(4, 60)
+    p_choose[0, 5] = p_choose[1, 0] = p_choose[2, 20:40] = 1.0
+    p_choose[3] = 0.0
+    expected = torch.zeros_like(previous)
+    for row in range(4):
+        product, quotients = 1.0, 0.0
+        for j in range(60):
+            quotients += previous[row, j].item() / min(max(product, 1e-10), 1.0)
+            expected[row, j] = p_choose[row, j].item() * product * quotients
+            product *= max(1.0 - p_choose[row, j].item(), torch.finfo(torch.float64).tiny)
+    torch.testing.assert_close(monotonic_alignments(p_choose, previous, "parallel"), expected)
+    assert not torch.allclose(monotonic_alignments(p_choose, previous, "recursive"), expected)
 
 
 def walk(stop: list[bool], start: int | None) -> list[float]:
@@ -437,6 +455,27 @@ def test_saturated_choices_have_finite_gradients(name: str) -> None:
     loss = sum(x.square().sum() for x in results)
     grads = torch.autograd.grad(loss, [queries, outputs, *module.parameters()], materialize_grads=True)
     assert all(x.isfinite().all() for x in (*results, *grads))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9, 40, None])
+def test_chunks_by_moving_sums(width: int | None) -> None:
+    """The form of the paper, and of neural_sp: convolutions with ones, of energies for which exponentials do."""
+    torch.manual_seed(0)
+    module = MonotonicChunkwiseAttention(Q, M, UNITS, width, dtype=torch.float64)
+    queries, outputs = torch.randn(2, B, 1, Q).double(), torch.randn(B, 30, M).double()
+    memory = module.memory(outputs)
+    state = module.initial_state(memory)
+    for query in queries:
+        result = module(query, memory, state)
+        hidden = query @ module.query_projection.weight[UNITS:].T + memory.keys[..., UNITS:] + module.chunk_bias
+        exponentials = torch.exp(torch.tanh(hidden) @ module.chunk_v)[:, None]
+        w = 30 if width is None else width
+        ones = torch.ones(1, 1, w, dtype=torch.float64)
+        sums = F.conv1d(F.pad(exponentials, (w - 1, 0)), ones)
+        stops = result.state.alignments
+        expected = exponentials * F.conv1d(F.pad(stops / sums, (0, w - 1)), ones)
+        torch.testing.assert_close(result.alignments, expected)
+        state = result.state
 
 
 # Noise ----------------------------------------------------------------------------------------------------------------

@@ -372,6 +372,22 @@ def test_moves_with_what_comes_before() -> None:
     torch.testing.assert_close(moved, F.pad(alignments, (2, 0)))
 
 
+def test_dynamic_convolution_by_grouped_convolutions() -> None:
+    """The form of coqui's and other implementations: a batch's own filters as the groups of one convolution."""
+    module = make("dynamic convolution")
+    queries, outputs = inputs()
+    alignments = F.one_hot(torch.zeros(B, dtype=torch.int64), TK).double()
+    _, got = decode(module, queries[:, :, 0], outputs)
+    for query, row in zip(queries[:, :, 0], got, strict=True):
+        filters = module.filter_output(torch.tanh(module.filter_hidden(query))).view(B * 3, 1, 3)
+        dynamic = F.conv1d(alignments[None], filters, padding=1, groups=B).view(B, 3, TK)
+        static = F.conv1d(alignments[:, None], module.static_filters[:, None], padding=2)
+        hidden = module.static_projection(static.mT) + module.dynamic_projection(dynamic.mT)
+        prior = F.conv1d(F.pad(alignments[:, None], (3, 0)), module.prior.flip(0)[None, None])[:, 0]
+        alignments = torch.softmax(torch.tanh(hidden) @ module.v + prior.clamp_min(1e-6).log(), -1)
+        torch.testing.assert_close(row[:, 0] if row.dim() == 3 else row, alignments)
+
+
 def test_refusals_of_dynamic_convolution() -> None:
     name = "DynamicConvolutionAttention"
     for argument in ("static_length", "dynamic_length"):
