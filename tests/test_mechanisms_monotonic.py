@@ -111,24 +111,20 @@ def stepwise(
 
 MECHANISMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "monotonic": (lambda **k: MonotonicAttention(Q, M, UNITS, **k), monotonic),
-    "monotonic-recursive": (lambda **k: MonotonicAttention(Q, M, UNITS, mode="recursive", **k), monotonic),
+    "monotonic-parallel": (lambda mode="parallel", **k: MonotonicAttention(Q, M, UNITS, mode=mode, **k), monotonic),
     "monotonic-normalized": (lambda **k: MonotonicAttention(Q, M, UNITS, normalize=True, **k), monotonic),
-    "monotonic-dot": (
-        lambda mode="recursive", **k: MonotonicAttention(Q, M, score="dot", mode=mode, **k),
-        monotonic_dot,
-    ),
-    "monotonic-dot-scaled": (
-        lambda mode="recursive", **k: MonotonicAttention(Q, M, score="dot", normalize=True, mode=mode, **k),
-        monotonic_dot,
-    ),
+    "monotonic-dot": (lambda **k: MonotonicAttention(Q, M, score="dot", **k), monotonic_dot),
+    "monotonic-dot-scaled": (lambda **k: MonotonicAttention(Q, M, score="dot", normalize=True, **k), monotonic_dot),
     "mocha": (lambda **k: MonotonicChunkwiseAttention(Q, M, UNITS, 3, **k), chunkwise),
     "mocha-1": (lambda **k: MonotonicChunkwiseAttention(Q, M, UNITS, 1, **k), partial(chunkwise, width=1)),
     "mocha-wide": (lambda **k: MonotonicChunkwiseAttention(Q, M, UNITS, 50, **k), partial(chunkwise, width=50)),
+    "mocha-parallel": (
+        lambda mode="parallel", **k: MonotonicChunkwiseAttention(Q, M, UNITS, 3, mode=mode, **k),
+        chunkwise,
+    ),
     "mocha-normalized": (lambda **k: MonotonicChunkwiseAttention(Q, M, UNITS, 3, normalize=True, **k), chunkwise),
     "mocha-dot": (
-        lambda mode="recursive", **k: MonotonicChunkwiseAttention(
-            Q, M, chunk_size=3, score="dot", normalize=True, mode=mode, **k
-        ),
+        lambda **k: MonotonicChunkwiseAttention(Q, M, chunk_size=3, score="dot", normalize=True, **k),
         partial(chunkwise, units=Q),
     ),
     "milk": (lambda **k: MonotonicChunkwiseAttention(Q, M, UNITS, None, **k), partial(chunkwise, width=None)),
@@ -217,6 +213,24 @@ def test_parallel_is_tensorflows_closed_form() -> None:
     assert not torch.allclose(monotonic_alignments(p_choose, previous, "recursive"), expected)
 
 
+def test_long_memories() -> None:
+    """1000 steps, 40 times: "recursive" in float32 is the recursion in float64, and loses nothing."""
+    torch.manual_seed(0)
+    result = torch.zeros(2, 1000)
+    result[:, 0] = 1.0
+    exact, clipped = result.double(), result
+    for p_choose in 0.1 * torch.rand(40, 2, 1000):
+        arrivals, arrival = [], torch.zeros(2, dtype=torch.float64)
+        for j in range(1000):
+            arrival = (1 - p_choose[:, j - 1].double()) * arrival + exact[:, j] if j else exact[:, 0]
+            arrivals.append(arrival)
+        exact = p_choose.double() * torch.stack(arrivals, 1)
+        result = monotonic_alignments(p_choose, result)
+        clipped = monotonic_alignments(p_choose, clipped, "parallel")
+    torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-7)
+    assert (result.sum(1) > 0.9).all() and (clipped.sum(1) < 0.01).all()
+
+
 def walk(stop: list[bool], start: int | None) -> list[float]:
     """From start on to the first step that stops."""
     row = [0.0] * len(stop)
@@ -273,7 +287,7 @@ def test_gradients_at_the_ends(dtype: torch.dtype) -> None:
 
 def test_refusals_of_the_function() -> None:
     x = torch.rand(2, 3)
-    with pytest.raises(ValueError, match=r"mode must be 'parallel' or 'recursive' or 'hard', got 'soft'"):
+    with pytest.raises(ValueError, match=r"mode must be 'recursive' or 'parallel' or 'hard', got 'soft'"):
         monotonic_alignments(x, x, "soft")
     with pytest.raises(ValueError, match=r"previous must have shape \(\.\.\., Tk\) = \(2, 3\), got \(2, 4\)"):
         monotonic_alignments(x, torch.rand(2, 4))

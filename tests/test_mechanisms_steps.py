@@ -34,12 +34,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MECHANISMS: dict[str, Callable[..., nn.Module]] = {
     "monotonic": lambda **k: mechanisms.MonotonicAttention(Q, M, UNITS, normalize=True, **k),
-    "monotonic-recursive": lambda **k: mechanisms.MonotonicAttention(Q, M, UNITS, "recursive", **k),
-    "monotonic-dot": lambda **k: mechanisms.MonotonicAttention(Q, M, None, "recursive", score="dot", **k),
+    "monotonic-parallel": lambda **k: mechanisms.MonotonicAttention(Q, M, UNITS, "parallel", **k),
+    "monotonic-dot": lambda **k: mechanisms.MonotonicAttention(Q, M, score="dot", **k),
     "mocha": lambda **k: mechanisms.MonotonicChunkwiseAttention(Q, M, UNITS, 3, **k),
-    "mocha-dot": lambda **k: mechanisms.MonotonicChunkwiseAttention(
-        Q, M, None, 3, "recursive", score="dot", normalize=True, **k
-    ),
+    "mocha-dot": lambda **k: mechanisms.MonotonicChunkwiseAttention(Q, M, None, 3, score="dot", normalize=True, **k),
     "milk": lambda **k: mechanisms.MonotonicChunkwiseAttention(Q, M, UNITS, None, **k),
     "stepwise": lambda **k: mechanisms.StepwiseMonotonicAttention(Q, M, UNITS, **k),
     "local-p": lambda **k: mechanisms.LocalAttention(Q, M, UNITS, 3, normalize=True, **k),
@@ -267,7 +265,7 @@ def test_state_is_a_tree_of_its_tensors(name: str) -> None:
 
 
 def test_gradcheck(name: str) -> None:
-    """By finite differences: of two steps, in all inputs and parameters."""
+    """By finite differences: of two steps, in all inputs and parameters. Second derivatives, too."""
     module = Decoded(make(name))
     queries, outputs = (x.detach() for x in inputs())
     names = [key for key, _ in module.named_parameters()]
@@ -277,6 +275,7 @@ def test_gradcheck(name: str) -> None:
 
     arguments = (queries[:2, :2].clone().requires_grad_(), outputs[:2].clone().requires_grad_())
     assert torch.autograd.gradcheck(function, (*arguments, *module.parameters()))
+    assert torch.autograd.gradgradcheck(function, (*arguments, *module.parameters()), fast_mode=True)
 
 
 class Decoded(nn.Module):
@@ -296,6 +295,26 @@ def test_backends(name: str) -> None:
     queries, outputs = inputs()
     results = [decode(make(name, backend=x), queries, outputs, **MASKS["both"]) for x in ("reference", None)]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["monotonic", "mocha", "local-p", "local-m", "dynamic convolution"])
+def test_every_backend(name: str, fused: str, device: str) -> None:
+    """Keys of mocha are a part of wider ones, and those of dynamic convolution are made in each step."""
+    module = make(name, dtype=torch.float32, backend=fused).to(device)
+    queries, outputs = (x.detach() for x in inputs(torch.float32))
+    lengths = torch.tensor([6, 4], device=device)
+    queries, outputs = (x.to(device).requires_grad_() for x in (queries[:2, :2], outputs[:2]))
+    got = decode(module, queries, outputs, memory_lengths=lengths)
+    exact = make(name, backend="reference")
+    exact.load_state_dict(module.state_dict())
+    wide = [x.detach().double().cpu().requires_grad_() for x in (queries, outputs)]
+    expected = decode(exact, *wide, memory_lengths=lengths.cpu())
+    torch.testing.assert_close([x.double().cpu() for x in got], list(expected), rtol=1e-5, atol=1e-5)
+    loss, right = (results[0].square().sum() + results[1].square().sum() for results in (got, expected))
+    grads = torch.autograd.grad(loss, [queries, outputs, *module.parameters()])
+    rights = torch.autograd.grad(right, [*wide, *exact.parameters()])
+    for grad, other in zip(grads, rights, strict=True):
+        torch.testing.assert_close(grad.double().cpu(), other, rtol=1e-4, atol=1e-5)
 
 
 # Errors of scores in the dtype of the inputs, of which a sigmoid, an exponential or a position is made.

@@ -56,7 +56,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         memory_size: int,
         units: int | None = None,
         chunk_size: int | None = 4,
-        mode: str = "parallel",
+        mode: str = "recursive",
         noise: float = 0.0,
         score_bias_init: float = 0.0,
         *,
@@ -140,12 +140,14 @@ def _chunks(stops: Tensor, energy: Tensor, width: int) -> Tensor:
 def _look_back(stops: Tensor, energy: Tensor) -> Tensor:
     """As _chunks, with chunks from the first step on.
 
-    With l the logarithm of the sum of the exponentials up to each step, alignments_j = exp(u_j - l_j) S_j and
-    S_j = stops_j + exp(l_j - l_{j+1}) S_{j+1}, a recurrence from the end on.
+    With Z_j the sum of the exponentials up to step j, alignments_j = exp(u_j) / Z_j S_j and
+    S_j = stops_j + Z_j / Z_{j+1} S_{j+1}, a recurrence from the end on. Z_j is relative to the largest of them, and
+    another recurrence. (The gradient of torch.logcumsumexp, which would do for it, has no right derivative.)
     """
     if stops.shape[-1] == 0:
         return stops
-    normalisers = torch.logcumsumexp(energy, -1)
-    factors = F.pad(torch.exp(normalisers[..., :-1] - normalisers[..., 1:]), (0, 1))
-    sums = recurrence(factors.flip(-1), stops.flip(-1)).flip(-1)
-    return torch.exp(energy - normalisers) * sums
+    most = energy.detach().cummax(-1).values
+    own, decay = torch.exp(energy - most), torch.exp(most[..., :-1] - most[..., 1:])
+    sums = recurrence(F.pad(decay, (1, 0)), own)
+    factors = F.pad(decay * sums[..., :-1] / sums[..., 1:], (0, 1))
+    return own / sums * recurrence(factors.flip(-1), stops.flip(-1)).flip(-1)
