@@ -119,15 +119,15 @@ def dynamic_convolution(
     results = []
     for q in queries:
         made = p["filter_output.weight"] @ torch.tanh(p["filter_hidden.weight"] @ q + p["filter_hidden.bias"])
-        dynamic = made.view(p["dynamic_projection.weight"].shape[1], -1)
+        dynamic = made.view(p["dynamic_projection"].shape[1], -1)
         scores = {}
         for j, a in enumerate(allow):
             if a:
-                hidden = p["dynamic_projection.bias"]
+                hidden = p["bias"]
                 for c, weights in enumerate(static):
-                    hidden = hidden + p["static_projection.weight"][:, c] * convolve(weights, j)
+                    hidden = hidden + p["static_projection"][:, c] * convolve(weights, j)
                 for c, weights in enumerate(dynamic):
-                    hidden = hidden + p["dynamic_projection.weight"][:, c] * convolve(weights, j)
+                    hidden = hidden + p["dynamic_projection"][:, c] * convolve(weights, j)
                 moved = torch.as_tensor(sum(prior[n] * previous[j - n] for n in range(prior_length) if n <= j)).double()
                 scores[j] = p["v"] @ torch.tanh(hidden) + torch.log(moved.clamp_min(1e-6))
         previous = softmax(scores, steps)
@@ -382,7 +382,7 @@ def test_dynamic_convolution_by_grouped_convolutions() -> None:
         filters = module.filter_output(torch.tanh(module.filter_hidden(query))).view(B * 3, 1, 3)
         dynamic = F.conv1d(alignments[None], filters, padding=1, groups=B).view(B, 3, TK)
         static = F.conv1d(alignments[:, None], module.static_filters[:, None], padding=2)
-        hidden = module.static_projection(static.mT) + module.dynamic_projection(dynamic.mT)
+        hidden = static.mT @ module.static_projection.T + dynamic.mT @ module.dynamic_projection.T + module.bias
         prior = F.conv1d(F.pad(alignments[:, None], (3, 0)), module.prior.flip(0)[None, None])[:, 0]
         alignments = torch.softmax(torch.tanh(hidden) @ module.v + prior.clamp_min(1e-6).log(), -1)
         torch.testing.assert_close(row[:, 0] if row.dim() == 3 else row, alignments)

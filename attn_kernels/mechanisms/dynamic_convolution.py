@@ -47,8 +47,8 @@ class DynamicConvolutionAttention(AlignmentsAttention):
 
     Parameters: ``filter_hidden`` (A, query_size) with a bias, W_G and b_G; ``filter_output.weight``
     (dynamic_filters * dynamic_length, A), V_G; ``static_filters`` (static_filters, static_length), F;
-    ``static_projection.weight`` (A, static_filters), U; ``dynamic_projection`` (A, dynamic_filters) with a bias, T and
-    b; ``v`` (A,). A buffer that is not saved: ``prior`` (prior_length,), P.
+    ``static_projection`` (A, static_filters), U; ``dynamic_projection`` (A, dynamic_filters), T; ``bias`` (A,), b;
+    ``v`` (A,). A buffer that is not saved: ``prior`` (prior_length,), P.
 
     State: :class:`AlignmentsState`, the alignments of the step before; at first all weight is on the first step that
     may be attended.
@@ -95,16 +95,19 @@ class DynamicConvolutionAttention(AlignmentsAttention):
         self.prior_beta = check_number(name, "prior_beta", prior_beta, 1e-6)
         self.filter_hidden = nn.Linear(self.query_size, self.units, **factory)
         self.filter_output = nn.Linear(self.units, self.dynamic_filters * self.dynamic_length, bias=False, **factory)
-        self.static_projection = nn.Linear(static_filters, self.units, bias=False, **factory)
-        self.dynamic_projection = nn.Linear(self.dynamic_filters, self.units, **factory)
         self.static_filters = nn.Parameter(torch.empty(static_filters, static_length, **factory))
+        self.static_projection = nn.Parameter(torch.empty(self.units, static_filters, **factory))
+        self.dynamic_projection = nn.Parameter(torch.empty(self.units, self.dynamic_filters, **factory))
+        self.bias = nn.Parameter(torch.empty(self.units, **factory))
         self.v = nn.Parameter(torch.empty(self.units, **factory))
         self.register_buffer("prior", torch.empty(self.prior_length, **factory), persistent=False)
         self._reset_scores()
 
     def _reset_scores(self) -> None:
-        bound = 1 / math.sqrt(self.static_filters.shape[1])  # as of nn.Conv1d
-        nn.init.uniform_(self.static_filters, -bound, bound)
+        for weight in (self.static_filters, self.static_projection, self.dynamic_projection):
+            bound = 1 / math.sqrt(weight.shape[1])  # as of nn.Conv1d and nn.Linear
+            nn.init.uniform_(weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
         _reset_score_vector(self.v)
         prior = beta_binomial(self.prior_length - 1, self.prior_alpha, self.prior_beta)
         self.prior.copy_(torch.tensor(prior, dtype=torch.float64))
@@ -124,11 +127,11 @@ class DynamicConvolutionAttention(AlignmentsAttention):
             filters = filters.to(wide).unflatten(-1, (self.dynamic_filters, self.dynamic_length))
             dynamic = _windows(previous, self.dynamic_length) @ filters.mT
             static = _windows(previous, self.static_filters.shape[1]) @ self.static_filters.to(wide).mT
-            weight = torch.cat([self.static_projection.weight, self.dynamic_projection.weight], 1).to(wide)
-            features = F.linear(torch.cat([static, dynamic], -1), weight, self.dynamic_projection.bias.to(wide))
-            features = features.flatten(0, 1)
+            weight = torch.cat([self.static_projection, self.dynamic_projection], 1).to(wide)
+            features = F.linear(torch.cat([static, dynamic], -1), weight).flatten(0, 1)
             none = features.new_zeros(features.shape[0], self.units)
-            scores = additive_scores(none, features, self.v.to(wide), backend=self.backend).view(previous.shape)
+            v, bias = self.v.to(wide), self.bias.to(wide)
+            scores = additive_scores(none, features, v, bias, backend=self.backend).view(previous.shape)
             moved = F.pad(previous, (self.prior_length - 1, 0)).unfold(-1, self.prior_length, 1)
             prior = moved @ self.prior.to(wide).flip(0)
             alignments = masked_softmax(scores + torch.log(prior.clamp_min(_LEAST_PRIOR)), allowed)
