@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_kernels import mechanisms
+
 B, K, T, TK, Q, M, UNITS = 4, 2, 3, 6, 5, 7, 8
 
 MASKS: dict[str, dict[str, Tensor]] = {
@@ -26,6 +28,29 @@ MASKS: dict[str, dict[str, Tensor]] = {
 Parameters = dict[str, Tensor]
 # The alignments of each step of one sentence, of parameters, queries, memory vectors and which of those are allowed.
 ByHand = Callable[[Parameters, list[Tensor], list[Tensor], list[bool]], list[list[Tensor]]]
+
+
+MECHANISMS: dict[str, Callable[..., nn.Module]] = {
+    "monotonic": lambda **k: mechanisms.MonotonicAttention(Q, M, UNITS, normalize=True, **k),
+    "monotonic-parallel": lambda **k: mechanisms.MonotonicAttention(Q, M, UNITS, "parallel", **k),
+    "monotonic-dot": lambda **k: mechanisms.MonotonicAttention(Q, M, score="dot", **k),
+    "mocha": lambda **k: mechanisms.MonotonicChunkwiseAttention(Q, M, UNITS, 3, **k),
+    "mocha-dot": lambda **k: mechanisms.MonotonicChunkwiseAttention(Q, M, None, 3, score="dot", normalize=True, **k),
+    "milk": lambda **k: mechanisms.MonotonicChunkwiseAttention(Q, M, UNITS, None, **k),
+    "stepwise": lambda **k: mechanisms.StepwiseMonotonicAttention(Q, M, UNITS, **k),
+    "local-p": lambda **k: mechanisms.LocalAttention(Q, M, UNITS, 3, normalize=True, **k),
+    "local-m": lambda **k: mechanisms.LocalAttention(Q, M, None, 2, "local-m", score="dot", **k),
+    "gmm-0": lambda **k: mechanisms.GMMAttention(Q, M, None, 3, 0, initial_sigma=2.0, **k),
+    "gmm-1": lambda **k: mechanisms.GMMAttention(Q, M, UNITS, 3, 1, initial_sigma=2.0, **k),
+    "gmm-2": lambda **k: mechanisms.GMMAttention(Q, M, UNITS, 3, 2, initial_sigma=2.0, **k),
+    "dynamic convolution": lambda **k: mechanisms.DynamicConvolutionAttention(Q, M, UNITS, 2, 5, 3, 3, **k),
+}
+WITH_BACKEND = [name for name in MECHANISMS if not name.startswith("gmm")]
+
+
+def make(name: str, scale: float = 0.4, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(MECHANISMS[name](**{"dtype": torch.float64, **options}), scale)
 
 
 def allowed(masks: dict[str, Tensor]) -> Tensor:
