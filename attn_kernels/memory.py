@@ -70,19 +70,26 @@ class Memory:
             object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
         return gradient
 
-    def with_zero_padding(self) -> Memory:
-        """This memory, of which the caller knows that values are 0 where no query may attend them."""
-        if not is_compiling() and not self.values.is_inference():  # whose writes nobody counts
-            object.__setattr__(self, "_zero_padding", (self.values, self.values._version))
-        return self
+    def mark_clean_padding(self) -> None:
+        """Notes that what no query may attend holds finite numbers, whatever the encoder left there."""
+        if not is_compiling():
+            object.__setattr__(self, "_clean", self._versions())  # no field: copies do not know it
 
-    def has_zero_padding(self) -> bool:
-        """Whether that is known, and values were not written to since. A product need not leave out padding then."""
-        values, version = self.__dict__.get("_zero_padding", (None, 0))
-        return values is not None and values is self.values and values._version == version
+    def has_clean_padding(self) -> bool:
+        """Whether padding is known to be finite: marked, and not written to since.
+
+        A step that multiplies padding by 0 need not replace it then, which would be a copy of keys and values. In
+        graphs, which may be run with other tensors, it is never known. Writes to inference tensors leave no trace.
+        """
+        known = self.__dict__.get("_clean")
+        return known is not None and not is_compiling() and not torch._C._is_tracing() and known == self._versions()
+
+    def _versions(self) -> tuple[int | None, ...]:
+        fields = (self.keys, self.values, self.memory_lengths, self.mask)
+        return tuple(None if x is None or x.is_inference() else x._version for x in fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("_gradient", "_zero_padding")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_gradient", "_clean")}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
@@ -104,7 +111,9 @@ class Memory:
             None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
             None if self.mask is None else self.mask.index_select(0, indices),
         )
-        return selected.with_zero_padding() if self.has_zero_padding() else selected
+        if self.has_clean_padding():
+            selected.mark_clean_padding()
+        return selected
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
