@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from ..checks import check_activation, check_device, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_attention
+from ..types import Attention
+from .recompute import recompute
 from .sizes import check_size
+
+_LARGE = 1 << 20  # pairs of nodes, of which several heads do not keep their alignments
 
 
 class DenseGATv2(nn.Module):
@@ -27,7 +31,8 @@ class DenseGATv2(nn.Module):
     of Velickovic et al., "Graph attention networks", 2018, equations 4-6.
 
     Each head is a call of :func:`attn_kernels.additive_attention`: the (N, N, heads, out_size) tensor of the broadcast
-    form is never made, nor, without ``need_weights``, the alignments of all heads at once.
+    form is never made. Nor are, of large graphs and without ``need_weights``, the alignments of all heads: each head is
+    computed again in the backward, so that there are those of one head at a time.
 
     Args:
         in_size: size of the nodes' features.
@@ -110,20 +115,19 @@ class DenseGATv2(nn.Module):
         project = self.query_projection if self.memory_projection is None else self.memory_projection
         keys = project(nodes.masked_fill(~allowed.any(1)[..., None], 0.0))
         mask = allowed.expand(nodes.shape[0], -1, -1)
-        results = [
-            additive_attention(
-                q,
-                k,
-                k,
-                a,
-                activation="leaky_relu",
-                negative_slope=self.negative_slope,
-                mask=mask,
-                need_weights=need_weights,
-                backend=self.backend,
-            )
-            for q, k, a in zip(self._heads(queries), self._heads(keys), self.a, strict=True)
-        ]
+
+        def attend(q: Tensor, k: Tensor, a: Tensor) -> Attention:
+            options: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": self.negative_slope}
+            return additive_attention(q, k, k, a, **options, mask=mask, need_weights=need_weights, backend=self.backend)
+
+        def sum_alone(q: Tensor, k: Tensor, a: Tensor) -> Tensor:
+            return attend(q, k, a).context
+
+        heads = zip(self._heads(queries), self._heads(keys), self.a, strict=True)
+        if need_weights or self.heads == 1 or mask.numel() < _LARGE:
+            results = [attend(*head) for head in heads]
+        else:  # for its backward the op would keep the alignments of all heads
+            results = [Attention(recompute(sum_alone, *head), None) for head in heads]
         contexts = [result.context for result in results]
         features = torch.cat(contexts, dim=-1) if self.concat else torch.stack(contexts).mean(0)
         if self.bias is not None:

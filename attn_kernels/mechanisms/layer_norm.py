@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import as_number
 from ..errors import ArgumentValueError
@@ -14,6 +14,7 @@ from ..memory import Memory
 from ..modules import AttentionModule, _reset_score_vector
 from ..types import Attention, autocast, upcast
 from .normalizers import Normalizer, check_normalizer, mask_queries, normalize, weighted_sum
+from .recompute import recompute
 
 _CHUNK_BYTES = 1 << 24  # of a tensor (B, queries, Tk, A): what a chunk makes is of a few of these
 
@@ -98,7 +99,7 @@ class LayerNormBahdanauAttention(AttentionModule):
         chunks = wide[0].split(max(1, _CHUNK_BYTES // row), dim=1)
         if len(chunks) == 1:
             return _scores(self.eps, *wide).to(query.dtype)
-        parts = [checkpoint(_scores, self.eps, chunk, *wide[1:], use_reentrant=False) for chunk in chunks]
+        parts = [recompute(partial(_scores, self.eps), chunk, *wide[1:]) for chunk in chunks]
         return torch.cat(parts, dim=1).to(query.dtype)
 
     def extra_repr(self) -> str:
