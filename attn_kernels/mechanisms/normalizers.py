@@ -192,10 +192,11 @@ class NormalizedAttention(nn.Module):
 
         Raises ValueError or TypeError where query or memory do not fit the module or each other.
         """
+        self.attention._check(query, memory)
+        query = mask_queries(query, memory)
         if self.normalizer == "softmax":
             return self.attention(query, memory, need_weights)
-        self.attention._check(query, memory)
-        made = self.attention.make_query(mask_queries(query, memory))
+        made = self.attention.make_query(query)
         scores = pair_scores(self.attention.make_score(memory), made, memory.keys, self.attention.backend)
         alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
         return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)
