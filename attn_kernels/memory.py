@@ -72,14 +72,15 @@ class Memory:
 
     def mark_clean_padding(self) -> None:
         """Notes that what no query may attend holds finite numbers, whatever the encoder left there."""
-        if not is_compiling():
+        if not is_compiling() and not self.keys.is_inference() and not self.values.is_inference():
             object.__setattr__(self, "_clean", self._versions())  # no field: copies do not know it
 
     def has_clean_padding(self) -> bool:
         """Whether padding is known to be finite: marked, and not written to since.
 
         A step that multiplies padding by 0 need not replace it then, which would be a copy of keys and values. In
-        graphs, which may be run with other tensors, it is never known. Writes to inference tensors leave no trace.
+        graphs, which may be run with other tensors, it is never known, nor of inference tensors: nobody counts their
+        writes.
         """
         known = self.__dict__.get("_clean")
         return known is not None and not is_compiling() and not torch._C._is_tracing() and known == self._versions()

@@ -1,0 +1,112 @@
+"""Additive attention with layer normalisation before the tanh."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import as_number
+from ..errors import ArgumentValueError
+from ..memory import Memory
+from ..modules import AttentionModule, _reset_score_vector
+from ..types import Attention, autocast, upcast
+from .normalizers import Normalizer, check_normalizer, mask_queries, normalize, weighted_sum
+from .recompute import recompute
+
+_CHUNK_BYTES = 1 << 24  # of a tensor (B, queries, Tk, A): what a chunk makes is of a few of these
+
+
+class LayerNormBahdanauAttention(AttentionModule):
+    r"""Additive attention whose hidden layer is normalised: for each pair of a query and a step, over the units.
+
+    .. math::
+        x_{ij} = W_q \, query_i + W_m \, memory_j, \quad
+        scores_{ij} = v \cdot \tanh\left(gain \, \frac{x_{ij} - mean(x_{ij})}{\sqrt{var(x_{ij}) + eps}} + shift\right)
+
+    Source: Ba, Kiros, Hinton, "Layer normalization", 2016, section 3, in additive attention as Sockeye and Marian have
+    it.
+
+    **This is not a fused kernel.** Mean and variance of a pair are cheap, since mean(q + k) = mean q + mean k and
+    var(q + k) = var q + var k + 2 cov(q, k), of which the last is a product of matrices. But 1 / sqrt(var) is another
+    number for each pair and is inside the tanh, so that the tanh of a pair is no function of numbers of its query and
+    its step, as it is without the norm: e^(2 r_ij (q + k)) is no product of powers made once for each row. It is
+    computed in PyTorch for some queries at a time, and made again in the backward: as much arithmetic as the formula in
+    eager PyTorch and that once more, but no tensor of (B, Tq, Tk, A), only a few of 16 MiB, or of the size of the keys.
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs.
+        units: A, size of the hidden layer that scores.
+        eps: added to the variance.
+        normalizer: as of :func:`normalize`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
+    ``v``, ``gain`` (initially 1) and ``shift`` (initially 0), each (units,).
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int,
+        eps: float = 1e-5,
+        normalizer: Normalizer = "softmax",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            query_size, memory_size, units, project_query=True, project_memory=True, backend=None, factory=factory
+        )
+        self.eps = as_number(self._name, eps, "eps")
+        if self.eps <= 0:
+            raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
+        check_normalizer(self._name, normalizer)
+        self.units = units
+        self.normalizer = normalizer
+        self.v = nn.Parameter(torch.empty(units, **factory))
+        self.gain = nn.Parameter(torch.empty(units, **factory))
+        self.shift = nn.Parameter(torch.empty(units, **factory))
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        _reset_score_vector(self.v)
+        nn.init.ones_(self.gain)
+        nn.init.zeros_(self.shift)
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        made = self.make_query(mask_queries(query, memory))
+        scores = self.scores(made if made.dim() == 3 else made[:, None], memory.keys)
+        scores = scores if query.dim() == 3 else scores[:, 0]
+        alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
+        return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)
+
+    def scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        """query: (B, Tq, A); keys: (B, Tk, A), both projected. Returns (B, Tq, Tk)."""
+        query, keys, v, gain, shift = autocast(query, keys, self.v, self.gain, self.shift)
+        wide = upcast(query, keys, v, gain, shift)
+        row = max(1, keys.numel() * wide[1].element_size())
+        chunks = wide[0].split(max(1, _CHUNK_BYTES // row), dim=1)
+        if len(chunks) == 1:
+            return _scores(self.eps, *wide).to(query.dtype)
+        parts = [recompute(partial(_scores, self.eps), chunk, *wide[1:]) for chunk in chunks]
+        return torch.cat(parts, dim=1).to(query.dtype)
+
+    def extra_repr(self) -> str:
+        return self._repr(units=self.units, eps=self.eps, normalizer=self.normalizer)
+
+
+def _scores(eps: float, query: Tensor, keys: Tensor, v: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    hidden = query[:, :, None] + keys[:, None]
+    hidden = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], gain, shift, eps)
+    return torch.tanh(hidden) @ v

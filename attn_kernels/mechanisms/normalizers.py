@@ -1,0 +1,206 @@
+"""What makes alignments of scores: softmax, smoothing, hardmax, or a function of your own, such as sparsemax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_dtypes, check_lengths, check_mask, check_range, check_tensor
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..functional import additive_scores
+from ..memory import Memory
+from ..modules import AttentionModule
+from ..scores import DotScore, ReluScore, Score
+from ..types import Attention, attention_mask, autocast, upcast
+
+Normalizer = str | Callable[[Tensor], Tensor]
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, dim=-1)
+
+
+def _smoothing(scores: Tensor) -> Tensor:
+    # sigmoid(x) / sum sigmoid = softmax(log sigmoid(x)), which stays finite where every sigmoid is 0.
+    return torch.softmax(torch.nn.functional.logsigmoid(scores), dim=-1)
+
+
+def _hardmax(scores: Tensor) -> Tensor:
+    best = scores.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(scores).scatter(-1, best, 1.0)
+
+
+NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "sigmoid": _smoothing,
+    "hardmax": _hardmax,
+}
+
+
+def normalize(
+    scores: Tensor,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalizer: Normalizer = "softmax",
+) -> Tensor:
+    r"""Alignments of scores, over the steps that may be attended.
+
+    .. math::
+        \text{softmax:} \; \frac{e^{s_{ij}}}{\sum_k e^{s_{ik}}} \qquad
+        \text{sigmoid:} \; \frac{\sigma(s_{ij})}{\sum_k \sigma(s_{ik})} \qquad
+        \text{hardmax:} \; 1 \text{ for the first } j \text{ of } \max_k s_{ik}, \text{ else } 0
+
+    Source: "sigmoid" is the smoothing of Chorowski et al., "Attention-based models for speech recognition", 2015,
+    section 2.3, equation 16; "hardmax" is that of TensorFlow's seq2seq, and has no gradient.
+
+    Args:
+        scores: (B, Tq, Tk) or (B, Tk), such as :func:`attn_kernels.additive_scores` returns. What is in padding, NaN
+            included, has no effect, and its gradient is 0.
+        memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
+        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
+        normalizer: "softmax", "sigmoid", "hardmax", or a function of a tensor (..., Tk) to one of that shape, along
+            its last axis. It is given float32 or float64 scores with -inf where a step may not be attended; a row with
+            nothing to attend, it is given as zeros. ``entmax.sparsemax`` and ``entmax.entmax15`` (PyPI: entmax) fit.
+
+    Returns:
+        Alignments, with the shape and dtype of ``scores``. 0 in padding; a row with nothing to attend is zeros.
+
+    Raises:
+        ArgumentValueError: a shape, device or length does not fit, or no normalizer has that name.
+        ArgumentTypeError: a dtype or type does not fit.
+    """
+    name = "normalize"
+    check_tensor(name, "scores", scores)
+    if scores.dim() not in (2, 3):
+        raise ArgumentValueError(f"{name}: scores must have shape (B, Tq, Tk) or (B, Tk), got {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise ArgumentTypeError(f"{name}: scores must be floating point, got {scores.dtype}")
+    function = check_normalizer(name, normalizer)
+    batch, steps = scores.shape[0], scores.shape[-1]
+    if memory_lengths is not None:
+        check_lengths(name, batch, memory_lengths, scores=scores)
+        check_range(name, memory_lengths, steps)
+    if mask is not None:
+        check_mask(name, batch, scores.shape[1] if scores.dim() == 3 else 1, steps, mask, scores=scores)
+    allowed = allowed_pairs(scores, memory_lengths, mask)
+    if scores.numel() == 0:  # functions of others may want a largest element
+        return scores.clone()
+    (wide,) = upcast(scores)
+    if allowed is not None:
+        wide = mask_scores(wide, allowed)
+    alignments = function(wide)
+    if not isinstance(alignments, Tensor) or alignments.shape != scores.shape:
+        got = tuple(alignments.shape) if isinstance(alignments, Tensor) else type(alignments).__name__
+        raise ArgumentValueError(
+            f"{name}: normalizer must return a tensor of the shape it was given, {tuple(scores.shape)}, got {got}"
+        )
+    if allowed is not None:
+        alignments = alignments.masked_fill(~allowed, 0.0)
+    return alignments.to(scores.dtype)
+
+
+def check_normalizer(name: str, normalizer: Normalizer) -> Callable[[Tensor], Tensor]:
+    """The function that a normalizer is or names."""
+    if callable(normalizer):
+        return normalizer
+    if not isinstance(normalizer, str) or normalizer not in NORMALIZERS:
+        names = ", ".join(map(repr, NORMALIZERS))
+        raise ArgumentValueError(f"{name}: normalizer must be {names} or a function, got {normalizer!r}")
+    return NORMALIZERS[normalizer]
+
+
+def allowed_pairs(scores: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which scores are of steps that may be attended: bool, broadcast to scores; None where all are."""
+    allowed = attention_mask(scores.mT if scores.dim() == 3 else scores, memory_lengths, mask)
+    return allowed if allowed is None or scores.dim() == 3 else allowed[:, 0]
+
+
+def mask_scores(scores: Tensor, allowed: Tensor) -> Tensor:
+    """-inf in padding; zeros in a row with nothing else, of which a softmax would be NaN."""
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
+
+def mask_queries(query: Tensor, memory: Memory) -> Tensor:
+    """query, (B, Tq, *) or (B, *), with zeros where a query has nothing to attend: 0 * NaN would be NaN."""
+    allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
+    if allowed is None:
+        return query
+    unused = ~allowed.any(-1, keepdim=True)  # (B, 1 or Tq, 1)
+    return query.masked_fill(unused if query.dim() == 3 else unused[:, 0], 0.0)
+
+
+def pair_scores(score: Score, query: Tensor, keys: Tensor, backend: str | None = None) -> Tensor:
+    """The scores of all pairs. query: (B, Tq, A) or (B, A); keys: (B, Tk, A). Returns (B, Tq, Tk) or (B, Tk)."""
+    if not isinstance(score, DotScore):
+        options: dict[str, Any] = {}
+        if isinstance(score, ReluScore):
+            options = {"activation": "leaky_relu", "negative_slope": score.negative_slope}
+        return additive_scores(query, keys, score.v, score.bias, backend=backend, **options)
+    query, keys = autocast(query, keys)
+    check_dtypes(score.name, query, keys=keys)
+    scores = score.scale * ((query if query.dim() == 3 else query[:, None]) @ keys.mT)
+    return scores if query.dim() == 3 else scores[:, 0]
+
+
+def weighted_sum(alignments: Tensor, values: Tensor) -> Tensor:
+    """alignments @ values: (B, Tq, Tk) or (B, Tk), and (B, Tk, D)."""
+    alignments, values = autocast(alignments, values)
+    return alignments @ values if alignments.dim() == 3 else (alignments[:, None] @ values)[:, 0]
+
+
+class NormalizedAttention(nn.Module):
+    r"""An attention mechanism with another normaliser in the place of softmax.
+
+    .. math:: alignments_i = normalizer_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
+
+    It is called as the mechanism is::
+
+        attention = NormalizedAttention(BahdanauAttention(query_size, memory_size, units), entmax.entmax15)
+        memory = attention.memory(encoder_outputs, memory_lengths)
+        context, alignments = attention(decoder_state, memory)
+
+    The scores are those of the fused op; (B, Tq, Tk, A) is never made. A step that no query may attend is padding,
+    whatever it holds; with a mask (B, Tq, Tk), one that only some may attend must be finite.
+
+    Args:
+        attention: the mechanism, such as BahdanauAttention or LuongAttention; a module with the parameters.
+        normalizer: as of :func:`normalize`. With "softmax" a step is the mechanism's own, in one pass.
+    """
+
+    def __init__(self, attention: AttentionModule, normalizer: Normalizer) -> None:
+        super().__init__()
+        if not isinstance(attention, AttentionModule):
+            got = type(attention).__name__
+            raise ArgumentTypeError(f"NormalizedAttention: attention must be an AttentionModule, got {got}")
+        if type(attention).make_score is AttentionModule.make_score:
+            got = type(attention).__name__
+            raise ArgumentTypeError(f"NormalizedAttention: attention must be one whose step is a score, got {got}")
+        check_normalizer("NormalizedAttention", normalizer)
+        self.attention = attention
+        self.normalizer = normalizer
+
+    def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
+        """As of the mechanism: what each step reads, once per sentence."""
+        return self.attention.memory(memory, memory_lengths, mask)
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self.attention._check(query, memory)
+        query = mask_queries(query, memory)
+        if self.normalizer == "softmax":
+            return self.attention(query, memory, need_weights)
+        made = self.attention.make_query(query)
+        scores = pair_scores(self.attention.make_score(memory), made, memory.keys, self.attention.backend)
+        alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
+        return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)
+
+    def extra_repr(self) -> str:
+        name = self.normalizer if isinstance(self.normalizer, str) else getattr(self.normalizer, "__name__", "function")
+        return f"normalizer={name!r}"

@@ -1,0 +1,144 @@
+"""Pointer networks: attention whose result is a distribution over the steps of the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import as_number
+from ..errors import ArgumentValueError
+from ..functional import additive_attention, additive_scores
+from ..memory import Memory
+from ..modules import AttentionModule, _reset_score_vector
+from ..types import upcast
+from .normalizers import allowed_pairs, mask_queries, mask_scores
+from .sizes import check_size
+
+
+class PointerAttention(AttentionModule):
+    r"""The log-probability of each step of the memory, by additive scores.
+
+    .. math::
+        u_{ij} = v \cdot \tanh(W_1 \, memory_j + W_2 \, query_i), \quad
+        result_{ij} = \log softmax_j(u_{ij} / temperature)
+
+    With ``clip`` C, :math:`C \tanh(u_{ij})` in the place of :math:`u_{ij}`. With ``glimpses``, the query first attends
+    to the memory itself so many times, with a score of the same form and parameters of its own, and each time what it
+    got is the new query:
+
+    .. math:: query_i \leftarrow \sum_j softmax_j(v' \cdot \tanh(W_1' \, memory_j + W_2' \, query_i)) \, memory_j
+
+    Source: Vinyals, Fortunato, Jaitly, "Pointer networks", 2015, equation 3. Glimpses: Vinyals, Bengio, Kudlur, "Order
+    matters: sequence to sequence for sets", 2016, section 4, in the form of Bello, Pham, Le, Norouzi, Bengio, "Neural
+    combinatorial optimization with reinforcement learning", 2017, appendix A.1; there, too, temperature and clip
+    (appendix A.2, equations 15 and 16).
+
+    Args:
+        query_size: size of the decoder state; with glimpses it must be ``memory_size``.
+        memory_size: size of the encoder outputs.
+        units: A, size of the hidden layer that scores.
+        glimpses: how many times a query attends to the memory before it points.
+        clip: C, which bounds the scores to -C..C; None for no bound.
+        temperature: above 1 for a flatter distribution.
+        backend: as of :func:`attn_kernels.additive_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
+    ``v`` (units,); with glimpses, the same three with the prefix ``glimpse_``.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int,
+        glimpses: int = 0,
+        clip: float | None = None,
+        temperature: float = 1.0,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            query_size, memory_size, units, project_query=True, project_memory=True, backend=backend, factory=factory
+        )
+        self.glimpses = check_size(self._name, "glimpses", glimpses, least=0)
+        if self.glimpses and query_size != memory_size:
+            raise ArgumentValueError(
+                f"{self._name}: query_size must be memory_size with glimpses, whose result is the next query, "
+                f"got {query_size} and {memory_size}"
+            )
+        self.clip = None if clip is None else as_number(self._name, clip, "clip")
+        self.temperature = as_number(self._name, temperature, "temperature")
+        for argument, number in (("clip", self.clip), ("temperature", self.temperature)):
+            if number is not None and number <= 0:
+                raise ArgumentValueError(f"{self._name}: {argument} must be positive, got {number}")
+        self.units = self.key_size
+        self.v = nn.Parameter(torch.empty(units, **factory))
+        if self.glimpses:
+            self.glimpse_query_projection = nn.Linear(self.query_size, self.units, bias=False, **factory)
+            self.glimpse_memory_projection = nn.Linear(self.memory_size, self.units, bias=False, **factory)
+            self.glimpse_v = nn.Parameter(torch.empty(units, **factory))
+            self.key_size = 2 * self.units  # a memory has the keys to point to, then those of glimpses
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.glimpses:
+            self.glimpse_query_projection.reset_parameters()
+            self.glimpse_memory_projection.reset_parameters()
+
+    def _reset_scores(self) -> None:
+        _reset_score_vector(self.v)
+        if self.glimpses:
+            _reset_score_vector(self.glimpse_v)
+
+    def forward(self, query: Tensor, memory: Memory) -> Tensor:  # type: ignore[override]
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (B, Tq, Tk) or (B, Tk).
+
+        The result has the dtype of the query. -inf where a step may not be attended, so that a query with nothing to
+        point to has -inf everywhere, and contributes nothing to gradients.
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        query = mask_queries(query, memory)
+        for _ in range(self.glimpses):
+            query = self._glimpse(query, memory)
+        scores = additive_scores(
+            self.query_projection(query), memory.keys[..., : self.units], self.v, backend=self.backend
+        )
+        (wide,) = upcast(scores)
+        if self.clip is not None:
+            wide = self.clip * torch.tanh(wide)
+        if self.temperature != 1.0:
+            wide = wide / self.temperature
+        allowed = allowed_pairs(scores, memory.memory_lengths, memory.mask)
+        if allowed is None:
+            return torch.log_softmax(wide, dim=-1).to(scores.dtype)
+        result = torch.log_softmax(mask_scores(wide, allowed), dim=-1)
+        return result.masked_fill(~allowed, float("-inf")).to(scores.dtype)
+
+    def _glimpse(self, query: Tensor, memory: Memory) -> Tensor:
+        return additive_attention(
+            self.glimpse_query_projection(query),
+            memory.keys[..., self.units :],
+            memory.values,
+            self.glimpse_v,
+            memory_lengths=memory.memory_lengths,
+            mask=memory.mask,
+            need_weights=False,
+            backend=self.backend,
+        ).context
+
+    def _keys(self, values: Tensor) -> Tensor:
+        keys = self.memory_projection(values)
+        return torch.cat([keys, self.glimpse_memory_projection(values)], dim=-1) if self.glimpses else keys
+
+    def extra_repr(self) -> str:
+        settings = {"units": self.units, "glimpses": self.glimpses, "clip": self.clip, "temperature": self.temperature}
+        return self._repr(**settings)

@@ -1,0 +1,247 @@
+"""Attention without a query: a sentence, a bag or an utterance becomes one vector, or one for each head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import as_number, check_activation, check_lengths, check_mask, check_range, check_tensor
+from ..errors import ArgumentValueError
+from ..functional import additive_attention, dot_attention
+from ..types import Attention, attention_mask, device_type, upcast
+from .sizes import check_size
+
+
+class AttentionPooling(nn.Module):
+    r"""Weighted means of a memory, the weights of which are made of the memory alone.
+
+    .. math:: scores_{rj} = v_r \cdot activation(W \, memory_j + b), \quad
+        alignments_r = softmax_j(scores_{rj}), \quad context_r = \sum_j alignments_{rj} \, memory_j
+
+    and with ``gated=True``
+
+    .. math:: scores_{rj} = v_r \cdot (\tanh(W \, memory_j + b) \odot \sigma(U \, memory_j + c))
+
+    Source: Yang et al., "Hierarchical attention networks for document classification", 2016, equations 5-7, for one
+    head; Lin et al., "A structured self-attentive sentence embedding", 2017, equations 5-7, for several (their r);
+    gated: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", 2018, equation 9.
+
+    A bag of N rows costs, besides the result, what the activations need: one tensor (N, units); gated, those of the
+    two gates and their product. With lengths or a mask there is a copy of the memory, with zeros in padding.
+
+    Args:
+        memory_size: D, size of the rows.
+        units: A, size of the hidden layer that scores.
+        heads: R, how many score vectors there are.
+        gated: multiply by a gate; then ``activation`` is "tanh".
+        activation: "tanh", "relu", "leaky_relu" or "sigmoid".
+        negative_slope: of "leaky_relu".
+        backend: as of :func:`attn_kernels.additive_attention`.
+        device, dtype: of the parameters; the memory must have the same.
+
+    Parameters: ``memory_projection.weight`` (units, memory_size) and ``.bias`` (units,), ``v`` (heads, units); with
+    ``gated`` also ``gate_projection.weight`` and ``.bias``. A bias of the scores would have no effect: there is none.
+    """
+
+    def __init__(
+        self,
+        memory_size: int,
+        units: int,
+        heads: int = 1,
+        gated: bool = False,
+        activation: str = "tanh",
+        *,
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._name = type(self).__name__
+        self.memory_size = check_size(self._name, "memory_size", memory_size)
+        self.units = check_size(self._name, "units", units)
+        self.heads = check_size(self._name, "heads", heads)
+        check_activation(self._name, activation, negative_slope)
+        if gated and activation != "tanh":
+            raise ArgumentValueError(f"{self._name}: activation must be 'tanh' with gated=True, got {activation!r}")
+        self.gated = gated
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.backend = backend
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.memory_projection = nn.Linear(self.memory_size, self.units, **factory)
+        self.gate_projection = nn.Linear(self.memory_size, self.units, **factory) if gated else None
+        self.v = nn.Parameter(torch.empty(self.heads, self.units, **factory))
+        self._reset_scores()
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor does."""
+        self.memory_projection.reset_parameters()
+        if self.gate_projection is not None:
+            self.gate_projection.reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        bound = self.units**-0.5  # as of nn.Linear(units, heads)
+        nn.init.uniform_(self.v, -bound, bound)
+
+    def forward(
+        self,
+        memory: Tensor,
+        memory_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = True,
+    ) -> Attention:
+        """The means of each sentence or bag.
+
+        memory: (B, Tk, memory_size), or (Tk, memory_size) for one bag without an axis of batches.
+        memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
+        mask: (B, Tk) bool, or (Tk,), True where a step may be attended. With lengths, both must allow it.
+        need_weights: False to leave out the alignments.
+
+        Returns ``Attention(context, alignments)``: (B, heads, memory_size) and (B, heads, Tk), without the axis of
+        heads for one head, and without that of the batch if the memory has none. A row with nothing to attend, such as
+        a bag of 0 steps, gets zeros.
+
+        Raises ValueError or TypeError where an argument does not fit the module or the others.
+        """
+        check_tensor(self._name, "memory", memory)
+        if memory.dim() == 2:
+            if memory_lengths is not None:
+                raise ArgumentValueError(f"{self._name}: memory_lengths must be None for a memory without a batch")
+            batched = mask[None] if isinstance(mask, Tensor) else mask
+            context, alignments = self(memory[None], None, batched, need_weights)
+            return Attention(context[0], None if alignments is None else alignments[0])
+        if memory.dim() != 3 or memory.shape[2] != self.memory_size:
+            expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size}) or (*, {self.memory_size})"
+            raise ArgumentValueError(f"{self._name}: memory must have shape {expected}, got {tuple(memory.shape)}")
+        allowed = self._allowed(memory, memory_lengths, mask)
+        if allowed is not None:
+            # The function skips padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
+            memory = memory.masked_fill(~allowed[..., None], 0.0)
+        return self._pool(memory, allowed, need_weights)
+
+    def _pool(self, memory: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
+        """memory: (B, Tk, D), finite in padding; allowed: (B, Tk)."""
+        return self._attend(self._keys(memory), memory, allowed, need_weights)
+
+    def _keys(self, memory: Tensor) -> Tensor:
+        """(B, Tk, A): what ``_attend`` makes scores of; with one head and no gate, that is before the activation."""
+        rows = memory.flatten(0, 1)  # of a view, such as a 3-D product is, autograd would copy what is written in place
+        if self._is_additive():
+            keys = nn.functional.linear(rows, self.memory_projection.weight)
+        else:
+            keys = self._activate(self.memory_projection(rows))
+            if self.gate_projection is not None:
+                keys = keys * self.gate_projection(rows).sigmoid_()
+        return keys.unflatten(0, memory.shape[:2])
+
+    def _is_additive(self) -> bool:
+        """Whether the op of additive attention makes the activation and never stores it: once for each score vector."""
+        return self.heads == 1 and not self.gated
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.activation == "leaky_relu":
+            return nn.functional.leaky_relu_(hidden, self.negative_slope)
+        return {"tanh": torch.tanh_, "relu": torch.relu_, "sigmoid": torch.sigmoid_}[self.activation](hidden)
+
+    def _attend(self, keys: Tensor, values: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
+        """The means of values, (B, Tk, *)."""
+        options: dict[str, Any] = {"mask": allowed, "need_weights": need_weights, "backend": self.backend}
+        v = self.v.to(keys.dtype)
+        if self._is_additive():
+            query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[2])
+            bias = self.memory_projection.bias.to(keys.dtype)
+            options |= {"activation": self.activation, "negative_slope": self.negative_slope}
+            return additive_attention(query, keys, values, v[0], bias, **options)
+        # The scores are products with activated keys, and the op adds softmax and sum.
+        context, alignments = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)
+        if self.heads > 1:
+            return Attention(context, alignments)
+        return Attention(context[:, 0], alignments[:, 0] if need_weights else None)
+
+    def _allowed(self, memory: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Which steps may be attended: (B, Tk), or None for all."""
+        if memory_lengths is not None:
+            check_lengths(self._name, memory.shape[0], memory_lengths, memory=memory)
+            check_range(self._name, memory_lengths, memory.shape[1])
+        if mask is not None:
+            check_mask(self._name, memory.shape[0], 1, memory.shape[1], mask, memory=memory)
+            mask = mask[:, 0] if mask.dim() == 3 else mask
+        allowed = attention_mask(memory, memory_lengths, mask)
+        return None if allowed is None else allowed[:, 0]
+
+    def extra_repr(self) -> str:
+        settings: dict[str, Any] = {
+            "memory_size": self.memory_size,
+            "units": self.units,
+            "heads": self.heads,
+            "gated": self.gated,
+        }
+        settings["activation"] = self.activation
+        if self.backend is not None:
+            settings["backend"] = self.backend
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+
+class AttentiveStatisticsPooling(AttentionPooling):
+    r"""Weighted means and standard deviations of a memory.
+
+    .. math:: mean_r = \sum_j alignments_{rj} \, memory_j, \quad
+        std_r = \sqrt{\max(\sum_j alignments_{rj} \, memory_j^2 - mean_r^2, \, eps)}
+
+    with alignments as of :class:`AttentionPooling`. One call of the op makes both sums. The squares are those of
+    differences to the plain mean, which the standard deviation does not depend on, and the sums of 16-bit numbers are
+    made in float32: the difference above would cancel else.
+
+    Source: Okabe, Koshinaka, Shinoda, "Attentive statistics pooling for deep speaker embedding", 2018, equations 3-7.
+
+    Args:
+        eps: the least variance, where the standard deviation has a gradient of 0.
+        others: as of :class:`AttentionPooling`.
+
+    ``forward`` is that of :class:`AttentionPooling`, with a context of 2 memory_size: means, then standard deviations.
+    A row with nothing to attend gets zeros for both.
+    """
+
+    def __init__(
+        self,
+        memory_size: int,
+        units: int,
+        heads: int = 1,
+        gated: bool = False,
+        activation: str = "tanh",
+        *,
+        eps: float = 1e-5,
+        negative_slope: float = 0.01,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
+        super().__init__(memory_size, units, heads, gated, activation, negative_slope=negative_slope, **options)
+        self.eps = as_number(self._name, eps, "eps")
+        if self.eps <= 0:
+            raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
+
+    def _pool(self, memory: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
+        keys = self._keys(memory)
+        keys, values = upcast(keys, memory)
+        keys = keys.to(values.dtype)  # under autocast, float64 stays
+        count = memory.shape[1] if allowed is None else allowed.sum(1)[:, None, None]
+        center = (values.sum(1, keepdim=True) / torch.as_tensor(count).clamp(min=1)).detach()
+        values = torch.cat([values, (values - center).square()], dim=-1)
+        with torch.autocast(device_type(memory), enabled=False):
+            context, alignments = self._attend(keys, values, allowed, need_weights)
+        mean, square = context.split(self.memory_size, dim=-1)
+        variance = square - (mean - (center[:, 0] if self.heads == 1 else center)).square()
+        std = variance.clamp(min=self.eps).sqrt()
+        if memory.shape[1] == 0:
+            std = torch.zeros_like(std)
+        elif allowed is not None:
+            std = std.masked_fill(~allowed.any(1).reshape(-1, *[1] * (std.dim() - 1)), 0.0)
+        if alignments is not None:
+            alignments = alignments.to(memory.dtype)
+        return Attention(torch.cat([mean, std], dim=-1).to(memory.dtype), alignments)
