@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attending import attend
 from .checks import check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import attend
 from .memory import Memory
 from .scores import AdditiveScore, DotScore, Score
 from .types import Attention, attention_mask
