@@ -77,7 +77,7 @@ class Memory:
         return self
 
     def has_zero_padding(self) -> bool:
-        """Whether that is known, and none of the tensors was written to since. Products need not leave out padding then.
+        """Whether that is known, and no tensor was written to since: products need not leave out padding then.
 
         Leaving it out is a copy of keys and values in each step. In graphs, which may be run with other tensors, it is
         never known. Writes to inference tensors leave no trace.
