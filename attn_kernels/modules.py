@@ -112,9 +112,7 @@ class AttentionModule(nn.Module):
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
         made = Memory(self._keys(values), values, memory_lengths, mask)
-        if allowed is not None:
-            made.mark_clean_padding()
-        return made
+        return made if allowed is None else made.with_zero_padding()
 
     def __prepare_scriptable__(self) -> None:
         others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
