@@ -107,8 +107,7 @@ def test_inputs_are_not_written(op: Op, fused: str, device: str, name: str) -> N
 def test_second_backward_is_bit_equal(op: Op, fused: str, device: str, dtype: torch.dtype) -> None:
     arguments = make(op, CASES["lengths"], dtype, device)
     leaves = [t.requires_grad_() for t in arguments.tensors.values()]
-    outputs = op.function(*leaves, **op.options, **arguments.masks, backend=fused)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = list(call(op.function, op, arguments.tensors, **arguments.masks, backend=fused).values())
     grads = list(arguments.grads.values())
     first = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
     second = torch.autograd.grad(outputs, leaves, grads)
