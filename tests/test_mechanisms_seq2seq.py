@@ -26,6 +26,8 @@ SOURCE, TARGET, EMBEDDING, HIDDEN, UNITS = 11, 9, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
 LENGTHS = torch.tensor([4, 7, 0, 1, 7, 2])
 attentions = pytest.mark.parametrize("attention", STATEFUL)
+# Their alignments may sum to less than 1, or a window may have left the sentence.
+LOSES = ("monotonic", "mocha", "stepwise-monotonic", "local-m", "local-p", "gmm")
 
 
 def make(erratic: bool = False, eos: float = 1.0, **options: Any) -> Seq2Seq:
@@ -112,7 +114,10 @@ def test_padding(attention: str) -> None:
         torch.testing.assert_close(alignments[i, :, :length], alone[1][0])
         assert (alignments[i, :, length:] == 0).all()
     sums = torch.where(lengths > 0, 1.0, 0.0).double()[:, None].expand(-1, 5)
-    torch.testing.assert_close(alignments.sum(-1), sums)
+    if attention in LOSES:
+        assert (alignments.sum(-1) <= sums + 1e-12).all()
+    else:
+        torch.testing.assert_close(alignments.sum(-1), sums)
 
 
 @attentions
@@ -191,7 +196,13 @@ def check_hypotheses(model: Seq2Seq, source: Tensor, lengths: Tensor, found: lis
 @pytest.mark.parametrize("input_feeding", [True, False])
 @attentions
 def test_greedy_search(attention: str, input_feeding: bool) -> None:
-    model = make(erratic=True, eos=2.5, attention=attention, input_feeding=input_feeding)
+    # How likely the end is: so that sentences finish at different steps.
+    model = make(
+        erratic=True,
+        eos={"local-p": 3.5, "gmm": 5.0}.get(attention, 2.5),
+        attention=attention,
+        input_feeding=input_feeding,
+    )
     source, lengths, _ = batch(torch.arange(40) % 8)
     found = model.generate(source, lengths, max_length=8)
     assert check_hypotheses(model, source, lengths, found, 8) > 0

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..mechanisms import CoverageAttention, ForwardAttention, LocationSensitiveAttention
+from ..mechanisms import (
+    CoverageAttention,
+    DynamicConvolutionAttention,
+    ForwardAttention,
+    GMMAttention,
+    LocalAttention,
+    LocationSensitiveAttention,
+    MonotonicAttention,
+    MonotonicChunkwiseAttention,
+    StepwiseMonotonicAttention,
+)
 from ..modules import AttentionModule, BahdanauAttention, CosineAttention, LuongAttention
 
 # Called with query_size, memory_size, units, and backend, device and dtype by name.
@@ -23,6 +33,11 @@ def _with(made: Make, **settings: Any) -> Make:
     return lambda *sizes, **options: made(*sizes, **settings, **options)
 
 
+def _without_backend(made: Make) -> Make:
+    """Of a mechanism that calls no op."""
+    return lambda *sizes, backend=None, **options: made(*sizes, **options)
+
+
 STATELESS: dict[str, Make] = {
     "bahdanau": BahdanauAttention,
     "bahdanau-normalized": _with(BahdanauAttention, normalize=True),
@@ -37,5 +52,12 @@ STATEFUL: dict[str, Make] = {
     "coverage": CoverageAttention,
     "forward": ForwardAttention,
     "forward-agent": _with(ForwardAttention, transition_agent=True),
+    "monotonic": MonotonicAttention,
+    "mocha": MonotonicChunkwiseAttention,
+    "stepwise-monotonic": StepwiseMonotonicAttention,
+    "local-m": _with(LocalAttention, mode="local-m"),
+    "local-p": _with(LocalAttention, mode="local-p"),
+    "gmm": _without_backend(GMMAttention),
+    "dynamic-convolution": DynamicConvolutionAttention,
 }
 ATTENTIONS = STATELESS | STATEFUL

@@ -35,8 +35,9 @@ class Seq2Seq(nn.Module):
         attention: "bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat" or "cosine". For
             "luong-dot", which compares memory and state as they are, the outputs of the encoder's directions are added.
             Or one whose steps depend on the steps before (attn_kernels.mechanisms): "location", "location-cumulative",
-            "coverage", "forward" or "forward-agent". Its state is in ``DecoderState.attention``, and training and
-            search go step by step.
+            "coverage", "forward", "forward-agent", "monotonic", "mocha", "stepwise-monotonic", "local-m", "local-p",
+            "gmm" or "dynamic-convolution". Its state is in ``DecoderState.attention``, and training and search go step
+            by step.
         cell: "lstm" or "gru".
         num_layers: of encoder and decoder.
         dropout: on embeddings, between layers and on the attentional vector.
