@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -146,24 +146,32 @@ ACTIVATIONS = {
     "leaky_relu": {"activation": "leaky_relu", "negative_slope": 0.2},
     "sigmoid": {"activation": "sigmoid"},
 }
-VARIANTS = (
-    OPS
-    | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
-    | {activation: OPS["additive_attention"]._replace(options=options) for activation, options in ACTIVATIONS.items()}
-    | {f"{name} scores": OPS["additive_scores"]._replace(options=options) for name, options in ACTIVATIONS.items()}
-    | {
-        f"{name}, score bias": op._replace(
-            inputs=(*op.inputs, "score_bias"), by_name=("score_bias",), variant=_with_options(name)
-        )
-        for name, op in OPS.items()
-        if op.masked
-    }
-    | {
-        f"{name}, sigmoid": op._replace(options={**op.options, "normalizer": "sigmoid"}, variant=_with_options(name))
-        for name, op in OPS.items()
-        if op.masked
-    }
-)
+MAIN = OPS | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
+_OF_ATTENTION, _OF_DOT = OPS["additive_attention"], OPS["dot_attention"]
+VARIANTS = MAIN | {
+    **{activation: _OF_ATTENTION._replace(options=options) for activation, options in ACTIVATIONS.items()},
+    "relu scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["relu"]),
+    "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
+    "score bias": _OF_ATTENTION._replace(
+        inputs=(*_OF_ATTENTION.inputs, "score_bias"),
+        by_name=("score_bias",),
+        variant=_with_options("additive_attention"),
+    ),
+    "score bias, sigmoid": _OF_DOT._replace(
+        inputs=(*_OF_DOT.inputs, "score_bias"),
+        by_name=("score_bias",),
+        options={**_OF_DOT.options, "normalizer": "sigmoid"},
+        variant=_with_options("dot_attention"),
+    ),
+}
+
+
+def of_variants(names: Iterable[str] = VARIANTS) -> pytest.MarkDecorator:
+    """Parametrizes a test with ops; the others than MAIN are slow: they share most code with it."""
+    marks = {name: () if name in MAIN else (pytest.mark.slow,) for name in names}
+    return pytest.mark.parametrize("op", [pytest.param(VARIANTS[n], id=n, marks=m) for n, m in marks.items()])
+
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

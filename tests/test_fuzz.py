@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from matrix import DTYPES, OPS, VARIANTS, Case, Op, check, interpreted, is_slow
+from matrix import DTYPES, OPS, Case, Op, check, interpreted, is_slow, of_variants
 
 pytestmark = pytest.mark.every_level
 
@@ -63,7 +63,7 @@ def cases(draw: st.DrawFn, op: Op, limits: dict[str, int], product: int) -> Case
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
+@of_variants()
 def test_fuzz(op: Op, backend: str, count: int) -> None:
     few = is_slow(backend) or backend == "reference"
     small = is_slow(backend) or (interpreted(backend) and count == USUAL)

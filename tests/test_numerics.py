@@ -24,16 +24,17 @@ from matrix import (
     interpreted,
     is_slow,
     make,
+    of_variants,
     run,
     slow_if,
     slow_interpreted,
 )
 
 pytestmark = pytest.mark.every_level
-ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
+ops = of_variants()
 # The guards are of the bounded activations: relu has none, and scores as large as its inputs.
 additive = [name for name, op in VARIANTS.items() if "v" in op.inputs and "relu" not in name]
-additive_ops = pytest.mark.parametrize("op", [VARIANTS[name] for name in additive], ids=additive)
+additive_ops = of_variants(additive)
 
 
 def check_arguments(op: Op, case: Case, backend: str, arguments: Arguments) -> None:

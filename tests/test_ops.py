@@ -12,6 +12,7 @@ from matrix import (
     CASES,
     CORE,
     DTYPES,
+    MAIN,
     OPS,
     VARIANTS,
     Arguments,
@@ -23,6 +24,7 @@ from matrix import (
     interpreted,
     is_slow,
     make,
+    of_variants,
     run,
     skip_if_slow,
     slow_if,
@@ -30,16 +32,20 @@ from matrix import (
 )
 
 pytestmark = pytest.mark.every_level
-ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
+ops = of_variants()
 masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-@slow_interpreted(*CORE)
+@slow_if(
+    lambda op, backend, case, **_: (
+        case not in (CORE[:3] if is_slow(backend) else CORE) and (interpreted(backend) or op not in MAIN.values())
+    )
+)
 @cases
 @dtypes
-@ops
+@pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
 def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: Case) -> None:
     skip_if_slow(backend, case, dtype)
     check(op, case, dtype, backend)

@@ -25,7 +25,6 @@ from conftest import SIMD_LEVELS, available
 from matrix import (
     DTYPES,
     OPS,
-    VARIANTS,
     Arguments,
     Case,
     Op,
@@ -33,6 +32,7 @@ from matrix import (
     is_slow,
     lay_out,
     make,
+    of_variants,
     run,
     slow_interpreted,
 )
@@ -41,7 +41,7 @@ POISONS = (math.nan, math.inf, -math.inf, 3e38)
 COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]  # of all ops together, for one backend
 
 pytestmark = pytest.mark.every_level
-ops = pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
+ops = of_variants()
 masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
 
 
