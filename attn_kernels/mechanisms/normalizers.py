@@ -54,7 +54,7 @@ def normalize(
         \text{hardmax:} \; 1 \text{ for the first } j \text{ of } \max_k s_{ik}, \text{ else } 0
 
     Source: "sigmoid" is the smoothing of Chorowski et al., "Attention-based models for speech recognition", 2015,
-    section 2.3, equation 16; "hardmax" is that of TensorFlow's seq2seq, and has no gradient.
+    section 2.3; "hardmax" is that of TensorFlow's seq2seq, and has no gradient.
 
     Args:
         scores: (B, Tq, Tk) or (B, Tk), such as :func:`attn_kernels.additive_scores` returns. What is in padding, NaN
