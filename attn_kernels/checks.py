@@ -76,6 +76,21 @@ def check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -
     check_device(name, argument, units, query=query)
 
 
+def check_score_bias(name: str, query: Tensor, keys: Tensor, score_bias: Tensor | None) -> None:
+    if score_bias is None:
+        return
+    check_tensor(name, "score_bias", score_bias)
+    expected = (*query.shape[:-1], keys.shape[1])
+    if tuple(score_bias.shape) != expected:
+        axes = "(B, Tq, Tk)" if query.dim() == 3 else "(B, Tk)"
+        raise ArgumentValueError(f"{name}: score_bias must have shape {axes} = {expected}, got {shape_of(score_bias)}")
+    check_device(name, "score_bias", score_bias, query=query)
+    if score_bias.dtype != query.dtype:
+        raise ArgumentTypeError(
+            f"{name}: score_bias must have the dtype of query, {query.dtype}, got {score_bias.dtype}"
+        )
+
+
 def check_masks(name: str, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> None:
     batch, steps = keys.shape[0], keys.shape[1]
     if memory_lengths is not None:

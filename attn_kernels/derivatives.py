@@ -23,6 +23,10 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from . import reference
+from .scores import AdditiveScore, DotScore, ReluScore, Score
+from .types import NORMALIZERS
+
+SCORES: tuple[type[Score], ...] = (AdditiveScore, ReluScore, DotScore)
 
 
 class Formula(NamedTuple):
@@ -31,7 +35,8 @@ class Formula(NamedTuple):
     differentiable: the positions of the arguments that have a derivative. shared: of those without an axis B; None
     where results are sums over the rows of the batch. numbers: where those that are no tensors start and end. flags:
     how many of the last arguments are none, either. memory: how many of the differentiable arguments are keys and
-    values, from position 1 on. attends: whether the last argument says if alignments are returned.
+    values, from position 1 on. results: 1, or of an attention, whose last argument says if alignments are returned, 2
+    or 3; the backward needs all but the first.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -40,7 +45,7 @@ class Formula(NamedTuple):
     numbers: tuple[int, int] = (0, 0)
     flags: int = 0
     memory: int = 0
-    attends: bool = False
+    results: int = 1
 
     def tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         start, stop = self.numbers
@@ -135,10 +140,10 @@ def _dot_attention(*arguments):
 def _backward(formula: Formula) -> Formula:
     """The gradients of a formula's differentiable arguments, in order; (0,) for those that are not needed.
 
-    Arguments: the gradients of the results, the arguments of the formula (of an attention with the alignments in place
-    of the last one), and which gradients are needed: those of keys and values, and those of the others.
+    Arguments: the gradients of the results, the arguments of the formula (of an attention with its results but the
+    context in place of the last one), and which gradients are needed: those of keys and values, and of the others.
     """
-    results = 2 if formula.attends else 1
+    results = formula.results
     of_memory = range(1, 1 + formula.memory)
 
     def function(*arguments: Any) -> tuple[Tensor, ...]:
@@ -159,10 +164,37 @@ def _backward(formula: Formula) -> Formula:
 
 
 _SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
-_ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, attends=True)
+_ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, results=2)
 _RELU_SCORES = Formula(_relu_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 5), memory=1)
-_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 6), memory=2, attends=True)
-_DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, attends=True)
+_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 6), memory=2, results=2)
+_DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
+
+
+def _with_options(kind: type[Score]) -> Formula:
+    """The formula of a score's attention with options."""
+    function, tensors = getattr(reference, kind.name), kind.gradients
+    count = len(kind._fields) - kind.tensors  # of its numbers
+
+    def formula(query, keys, values, *others):
+        own, (score_bias, *numbers) = others[:tensors], others[tensors:]
+        dropout_p, seed, normalizer, memory_lengths, mask = numbers[count : count + 5]
+        options = dict(score_bias=score_bias, dropout_p=dropout_p, seed=seed, normalizer=NORMALIZERS[normalizer])
+        masks = dict(memory_lengths=memory_lengths, mask=mask)
+        return function(
+            query, keys, values, *own, **kind.keywords(*numbers[:count]), **options, **masks, need_log_total=True
+        )
+
+    first = 4 + tensors
+    return Formula(
+        formula,
+        differentiable=tuple(range(first)),
+        shared=tuple(range(3, 3 + tensors)),
+        numbers=(first, first + count + 3),
+        memory=2,
+        results=3,
+    )
+
+
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
     "additive_scores": _SCORES,
@@ -173,6 +205,8 @@ FORMULAS = {
     "relu_scores_backward": _backward(_RELU_SCORES),
     "relu_attention": _RELU,
     "relu_attention_backward": _backward(_RELU),
+    **{f"{kind.op}_with_options": _with_options(kind) for kind in SCORES},
+    **{f"{kind.op}_with_options_backward": _backward(_with_options(kind)) for kind in SCORES},
     "dot_attention": _DOT,
     "dot_attention_backward": _backward(_DOT),
 }
@@ -198,7 +232,7 @@ def rules(
             the formula has it.
     """
     formula = FORMULAS[op]
-    attends = formula.attends
+    results_count, attends = formula.results, formula.results > 1
 
     save, saved = formula.save, formula.saved
     count, end = len(formula.differentiable), 1 + formula.memory
@@ -221,8 +255,8 @@ def rules(
         if gradients is None:
             return pulled(saved(ctx), grads, needs)
         need_query, need_memory, unneeded, rest = plan(needs)
-        if attends and len(grads) == 1:  # the context alone was returned
-            made = gradients(grads[0], None, *saved(ctx), need_query, need_memory)
+        if len(grads) < results_count:  # the context alone was returned
+            made = gradients(grads[0], *(None,) * (results_count - 1), *saved(ctx), need_query, need_memory)
         else:
             made = gradients(*grads, *saved(ctx), need_query, need_memory)
         if unneeded:
@@ -242,7 +276,7 @@ def rules(
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
             ctx.single = isinstance(output, Tensor)
-            save(ctx, (*inputs[:-1], output[1]) if attends else inputs)
+            save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
             # What forward mode reads as ctx.saved_tensors: as above, but for the alignments, which it does not need.
             ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
             if formula.function is None:
@@ -287,8 +321,8 @@ def rules(
                 return compute(*arguments)
             inputs = arguments[:-1]
             results = compute(*inputs, True)  # the backward starts from the alignments, (B, Tq, Tk)
-            save(ctx, (*inputs, results[1]))
-            return results if arguments[-1] else results[0]
+            save(ctx, (*inputs, *results[1:]))
+            return results if arguments[-1] or results_count > 2 else results[0]
 
     return Rule, ReverseRule
 

@@ -18,6 +18,7 @@ from .checks import (
     check_dtypes,
     check_masks,
     check_query_keys,
+    check_score_bias,
     check_tensor,
     check_units,
     check_values,
@@ -26,7 +27,18 @@ from .checks import (
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import is_worth_deferring, should_defer
 from .scores import AdditiveScore, DotScore, ReluScore, Score
-from .types import DTYPES, Attention, Masks, autocast, device_type, on_one_device, upcast
+from .types import (
+    DTYPES,
+    NORMALIZERS,
+    Attention,
+    AttentionWithLogTotal,
+    Masks,
+    Options,
+    autocast,
+    device_type,
+    on_one_device,
+    upcast,
+)
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -38,7 +50,7 @@ _ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 
 def additive_attention(
-    query: Tensor,
+    query: Tensor | None,
     keys: Tensor,
     values: Tensor | None,
     v: Tensor,
@@ -50,10 +62,14 @@ def additive_attention(
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    normalizer: str = "softmax",
     need_weights: bool = True,
+    need_log_total: bool = False,
     backend: str | None = None,
     prepared: Tensor | None = None,
-) -> Attention:
+) -> Attention | AttentionWithLogTotal:
     r"""Additive (Bahdanau) attention: score, masked softmax and context in one pass.
 
     .. math::
@@ -66,7 +82,8 @@ def additive_attention(
     2015, sections 2.2 and 2.3.
 
     Args:
-        query: (B, Tq, A), or (B, A) for one query; projected decoder state.
+        query: (B, Tq, A), or (B, A) for one query; projected decoder state. None for pooling, without a query: the
+            scores are then those of the keys alone, and the results those of a 2-D query.
         keys: (B, Tk, A), projected memory.
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         v: (A,), score vector.
@@ -80,7 +97,14 @@ def additive_attention(
             kernels clamp lengths to that range: checking them would wait for the device.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
             it.
+        score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty.
+        dropout_p: how likely each weight is left out of the context, those that stay multiplied by 1 / (1 - p); for
+            training. The seed comes from PyTorch's default generator. ``alignments`` are those before dropout.
+        normalizer: "softmax", or "sigmoid": alignments are sigmoid(scores) over their sum (Chorowski et al. 2015,
+            section 2.3, "smoothing").
         need_weights: False to leave out ``alignments`` (None is returned in their place).
+        need_log_total: True to return :class:`AttentionWithLogTotal`, with the logarithm of the sum that the
+            alignments were divided by: the log-probability of a step is its score minus that.
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
         prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
             and gradients are the same to within rounding; gradients flow to ``keys``. Not together with ``extra``, nor
@@ -99,6 +123,9 @@ def additive_attention(
             TypeError): a dtype or type does not. Both are ``attn_kernels.ArgumentError``.
     """
     name = "additive_attention"
+    if query is None:
+        check_tensor(name, "keys", keys)
+        query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[-1])
     if type(scale) is not float or scale != 1.0:
         scale = as_number(name, scale)
         check_units(name, query, "v", v)
@@ -119,7 +146,15 @@ def additive_attention(
             score = AdditiveScore(v, bias)
         else:
             score = ReluScore(v, bias, slope)
-    return _attend(score, query, keys, values, _new(Masks, (memory_lengths, mask)), need_weights, backend)
+    masks = _new(Masks, (memory_lengths, mask))
+    if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
+        if prepared is not None:
+            raise ArgumentValueError(
+                f"{name}: prepared must be None with score_bias, dropout_p, normalizer or log_total"
+            )
+        options = make_options(name, score_bias, dropout_p, normalizer)
+        return _attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
+    return _attend(score, query, keys, values, masks, need_weights, backend)
 
 
 def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
@@ -182,6 +217,59 @@ def _attend(
     return Attention(None, attention.alignments) if without_context else attention
 
 
+def _attend_with_options(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    masks: Masks,
+    options: Options,
+    need_weights: bool,
+    need_log_total: bool,
+    backend: str | None,
+) -> Attention | AttentionWithLogTotal:
+    """The op of a score with options."""
+    without_context = values is None
+    if without_context:
+        values = _empty_values(score.name, query, keys, need_weights)
+    device = device_type(query)
+    chosen = choose(backend, device)
+    if chosen in ("cuda", "triton"):
+        if backend is not None:
+            what = "score_bias, dropout_p, normalizer and need_log_total"
+            raise ArgumentValueError(f"{score.name}: backend {backend!r} has no kernels for {what} yet")
+        chosen = "reference"
+    _check(score, query, keys, values, masks, backend)
+    check_score_bias(score.name, query, keys, options.score_bias)
+    axes = query.dim()
+    query, keys, values, score_bias = autocast(query, keys, values, options.score_bias)
+    score = score.autocast(query)
+    if axes == 2:
+        query = query.unsqueeze(1)
+        score_bias = None if score_bias is None else score_bias.unsqueeze(1)
+    own, numbers = score[: score.gradients], score[score.tensors :]
+    arguments = (query, keys, values, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
+    op = f"{score.op}_with_options"
+    results = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    context, alignments, log_total = results
+    context = None if without_context else context
+    alignments = alignments if need_weights else None
+    if axes == 2:
+        context, alignments, log_total = (None if x is None else x.squeeze(1) for x in (context, alignments, log_total))
+    return AttentionWithLogTotal(context, alignments, log_total) if need_log_total else Attention(context, alignments)
+
+
+def make_options(name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str) -> Options:
+    """Checked, with a seed where there is dropout."""
+    if normalizer not in NORMALIZERS:
+        raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}")
+    dropout_p = as_number(name, dropout_p, "dropout_p")
+    if not 0 <= dropout_p < 1:
+        raise ArgumentValueError(f"{name}: dropout_p must be at least 0 and below 1, got {dropout_p}")
+    seed = int(torch.randint(1 << 62, ()).item()) if dropout_p > 0 else 0
+    return Options(score_bias, dropout_p, seed, NORMALIZERS.index(normalizer))
+
+
 def _check(
     score: Score,
     query: Tensor,
@@ -241,9 +329,13 @@ def dot_attention(
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    normalizer: str = "softmax",
     need_weights: bool = True,
+    need_log_total: bool = False,
     backend: str | None = None,
-) -> Attention:
+) -> Attention | AttentionWithLogTotal:
     r"""Dot-product (Luong) attention: score, masked softmax and context in one pass.
 
     .. math::
@@ -258,14 +350,19 @@ def dot_attention(
         keys: (B, Tk, A).
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
-        memory_lengths, mask, need_weights, backend: as in :func:`additive_attention`.
+        memory_lengths, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, backend: as in
+            :func:`additive_attention`.
 
     Returns, dtypes, errors: as in :func:`additive_attention`.
     """
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
     masks = _new(Masks, (memory_lengths, mask))
-    return _attend(_new(DotScore, (scale,)), query, keys, values, masks, need_weights, backend)
+    score = _new(DotScore, (scale,))
+    if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
+        options = make_options("dot_attention", score_bias, dropout_p, normalizer)
+        return _attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
+    return _attend(score, query, keys, values, masks, need_weights, backend)
 
 
 def additive_scores(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .checks import check_device, check_lengths, check_mask, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
@@ -69,8 +70,27 @@ class Memory:
             object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
         return gradient
 
+    def mark_clean_padding(self) -> None:
+        """Notes that what no query may attend holds finite numbers, whatever the encoder left there."""
+        if not is_compiling() and not self.keys.is_inference() and not self.values.is_inference():
+            object.__setattr__(self, "_clean", self._versions())  # no field: copies do not know it
+
+    def has_clean_padding(self) -> bool:
+        """Whether padding is known to be finite: marked, and not written to since.
+
+        A step that multiplies padding by 0 need not replace it then, which would be a copy of keys and values. In
+        graphs, which may be run with other tensors, it is never known, nor of inference tensors: nobody counts their
+        writes.
+        """
+        known = self.__dict__.get("_clean")
+        return known is not None and not is_compiling() and not torch._C._is_tracing() and known == self._versions()
+
+    def _versions(self) -> tuple[int | None, ...]:
+        fields = (self.keys, self.values, self.memory_lengths, self.mask)
+        return tuple(None if x is None or x.is_inference() else x._version for x in fields)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_gradient"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_gradient", "_clean")}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
@@ -86,12 +106,15 @@ class Memory:
             raise ArgumentValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
         if is_mask:
             indices = indices.nonzero().squeeze(1)
-        return Memory(
+        selected = Memory(
             self.keys.index_select(0, indices),
             self.values.index_select(0, indices),
             None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
             None if self.mask is None else self.mask.index_select(0, indices),
         )
+        if self.has_clean_padding():
+            selected.mark_clean_padding()
+        return selected
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""

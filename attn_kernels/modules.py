@@ -111,8 +111,10 @@ class AttentionModule(nn.Module):
         if allowed is not None:
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
-        keys = self._keys(values)
-        return Memory(keys, values, memory_lengths, mask)
+        made = Memory(self._keys(values), values, memory_lengths, mask)
+        if allowed is not None:
+            made.mark_clean_padding()
+        return made
 
     def __prepare_scriptable__(self) -> None:
         others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"

@@ -76,7 +76,7 @@ def _decomposition(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register_autograd(op: str, backend: str) -> None:
     overload = kernel(op, backend)
-    attends = derivatives.FORMULAS[op].attends
+    attends = derivatives.FORMULAS[op].results == 2  # and may return the context alone
 
     def compute(*args: Any) -> Any:
         try:
@@ -157,19 +157,20 @@ def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
 
 
 class _Score(NamedTuple):
-    """What a score brings into the schemas of its attention: see scores.py.
+    """What a score brings into the schemas of its attention, after query, keys and values: see scores.py.
 
-    arguments: in the schema, after query, keys and values. gradients: of them, in order: their positions among them.
+    tensors: with a gradient. constants: tensors without. numbers: the rest.
     """
 
-    arguments: str
-    gradients: tuple[int, ...]
+    tensors: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
 
 SCORES = {
-    "additive": _Score("Tensor v, Tensor? bias, Tensor? prepared", gradients=(0, 1)),
-    "relu": _Score("Tensor v, Tensor? bias, float negative_slope", gradients=(0, 1)),
-    "dot": _Score("float scale", gradients=()),
+    "additive": _Score(tensors=("Tensor v", "Tensor? bias"), constants=("Tensor? prepared",)),
+    "relu": _Score(tensors=("Tensor v", "Tensor? bias"), numbers=("float negative_slope",)),
+    "dot": _Score(numbers=("float scale",)),
 }
 
 
@@ -184,11 +185,20 @@ def _attention_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -
     return query.new_empty(batch, queries, values.shape[2]), alignments
 
 
-def _attention_backward_fake(gradients: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    def fake(_, __, query, keys, values, *others):
+def _options_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return *_attention_fake(query, keys, values, *others), query.new_empty(query.shape[:2], dtype=wide)
+
+
+def _attention_backward_fake(results: int, gradients: int) -> Callable[..., tuple[Tensor, ...]]:
+    """results: of the forward. gradients: of the arguments that follow query, keys and values."""
+
+    def fake(*arguments):
+        query, keys, values, *others = arguments[results:]
         need_query, need_memory = others[-2:]
         memory = (_like(x, need_memory, query) for x in (keys, values))
-        return _like(query, need_query, query), *memory, *(_like(others[i], need_query, query) for i in gradients)
+        own = (_like(x, need_query, query) for x in others[:gradients])
+        return _like(query, need_query, query), *memory, *own
 
     return fake
 
@@ -216,18 +226,34 @@ def _prepare_fake(keys: Tensor) -> Tensor:
 # need_query: the gradients of the query and of the score's own arguments; need_memory: those of keys and values. A
 # gradient that is not needed is empty, (0,), as is that of an argument that is None. See memory_gradient.py.
 _NEEDED = "bool need_query, bool need_memory"
+_MEMORY, _MASKS = ("Tensor query", "Tensor keys", "Tensor values"), ("Tensor? memory_lengths", "Tensor? mask")
 for _name, _score in SCORES.items():
-    _inputs = f"Tensor query, Tensor keys, Tensor values, {_score.arguments}, Tensor? memory_lengths, Tensor? mask"
+    _inputs = ", ".join((*_MEMORY, *_score.tensors, *_score.constants, *_score.numbers, *_MASKS))
     _define(
         f"{_name}_attention_backward",
         f"(Tensor? grad_context, Tensor? grad_alignments, {_inputs}, Tensor alignments, {_NEEDED}) -> "
-        f"({', '.join(['Tensor'] * (3 + len(_score.gradients)))})",
-        _attention_backward_fake(_score.gradients),
+        f"({', '.join(['Tensor'] * (3 + len(_score.tensors)))})",
+        _attention_backward_fake(2, len(_score.tensors)),
     )
     _define(
         f"{_name}_attention",
         f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
         _attention_fake,
+    )
+    # With what few calls have (Options in types.py), and the logarithm of the sum that the alignments were divided by:
+    # ops of their own, so that the others do not take longer.
+    _options = ("float dropout_p", "int seed", "int normalizer")
+    _inputs = ", ".join((*_MEMORY, *_score.tensors, "Tensor? score_bias", *_score.numbers, *_options, *_MASKS))
+    _define(
+        f"{_name}_attention_with_options_backward",
+        f"(Tensor? grad_context, Tensor? grad_alignments, Tensor? grad_log_total, {_inputs}, Tensor alignments, "
+        f"Tensor log_total, {_NEEDED}) -> ({', '.join(['Tensor'] * (4 + len(_score.tensors)))})",
+        _attention_backward_fake(3, len(_score.tensors) + 1),
+    )
+    _define(
+        f"{_name}_attention_with_options",
+        f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments, Tensor log_total)",
+        _options_fake,
     )
 
 for _name, _inputs in (

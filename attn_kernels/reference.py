@@ -14,13 +14,14 @@ Rules that hold for every op here and in every backend:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .types import Attention, attention_mask, upcast
+from .types import Attention, AttentionWithLogTotal, attention_mask, upcast
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "tanh": lambda x, negative_slope: torch.tanh(x),
@@ -62,7 +63,12 @@ def additive_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
-) -> Attention:
+    score_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    normalizer: str = "softmax",
+    need_log_total: bool = False,
+) -> Attention | AttentionWithLogTotal:
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias)."""
     activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
     queries, keys, values, v, bias, extra = upcast(_with_query_axis(query), keys, values, v, bias, extra)
@@ -71,7 +77,8 @@ def additive_attention(
     allowed = attention_mask(keys, memory_lengths, mask)
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
     scores = scale * _additive_scores(queries, keys, v, bias, activate, allowed)
-    return _attend(scores, values, allowed, need_weights, query)
+    options = (score_bias, dropout_p, seed, normalizer, need_log_total)
+    return _attend(scores, values, allowed, need_weights, query, *options)
 
 
 def dot_attention(
@@ -83,7 +90,12 @@ def dot_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
-) -> Attention:
+    score_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    normalizer: str = "softmax",
+    need_log_total: bool = False,
+) -> Attention | AttentionWithLogTotal:
     """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys."""
     queries, keys, values = upcast(_with_query_axis(query), keys, values)
     allowed = attention_mask(keys, memory_lengths, mask)
@@ -92,7 +104,8 @@ def dot_attention(
         scores = (_mask_pairs(queries[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
     else:
         scores = queries @ keys.transpose(1, 2)
-    return _attend(scale * scores, values, allowed, need_weights, query)
+    options = (score_bias, dropout_p, seed, normalizer, need_log_total)
+    return _attend(scale * scores, values, allowed, need_weights, query, *options)
 
 
 def _additive_scores(
@@ -112,22 +125,67 @@ def _additive_scores(
 
 
 def _attend(
-    scores: Tensor, values: Tensor | None, allowed: Tensor | None, need_weights: bool, query: Tensor
-) -> Attention:
+    scores: Tensor,
+    values: Tensor | None,
+    allowed: Tensor | None,
+    need_weights: bool,
+    query: Tensor,
+    score_bias: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    normalizer: str,
+    need_log_total: bool,
+) -> Attention | AttentionWithLogTotal:
+    if score_bias is not None:
+        score_bias = _with_query_axis(score_bias).to(scores.dtype)
+        scores = scores + (score_bias if allowed is None else score_bias.masked_fill(~allowed, 0.0))
+    if normalizer == "sigmoid":
+        # sigmoid(s) over their sum is the softmax of log sigmoid(s), which does not underflow.
+        scores = torch.nn.functional.logsigmoid(scores)
+    empty = None
     if allowed is not None:
+        empty = ~allowed.any(-1, keepdim=True)
         scores = scores.masked_fill(~allowed, float("-inf"))
-        scores = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # softmax of a row of -inf would be NaN
+        scores = scores.masked_fill(empty, 0.0)  # softmax of a row of -inf would be NaN
     alignments = torch.softmax(scores, dim=-1)
     if allowed is not None:
         alignments = alignments.masked_fill(~allowed, 0.0)
     context = None
+    weights = alignments if dropout_p == 0 else alignments * dropout_factors(alignments.shape, dropout_p, seed, scores)
     if values is not None and _per_query(allowed):
-        context = (alignments[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
+        context = (weights[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
     elif values is not None:
-        context = alignments @ values
+        context = weights @ values
     if values is not None and not need_weights:
         alignments = None
-    return Attention(_as_query(context, query), _as_query(alignments, query))
+    context, alignments = _as_query(context, query), _as_query(alignments, query)
+    if not need_log_total:
+        return Attention(context, alignments)
+    log_total = torch.logsumexp(scores, -1)
+    if empty is not None:
+        log_total = log_total.masked_fill(empty.squeeze(-1), float("-inf"))
+    return AttentionWithLogTotal(context, alignments, log_total if query.dim() == 3 else log_total[:, 0])
+
+
+def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
+    """What dropout multiplies weights with: 0 with probability p, else 1 / (1 - p).
+
+    From 24 bits of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014, figure 17)
+    of the seed and the number of the weight: the same on every backend, and in a backward.
+    """
+
+    def as_signed(number: int) -> int:  # modulo 2^64
+        return (number + 2**63) % 2**64 - 2**63
+
+    def shifted(z: Tensor, bits: int) -> Tensor:  # without sign
+        return (z >> bits) & (2 ** (64 - bits) - 1)
+
+    index = torch.arange(1, math.prod(shape) + 1, device=like.device)
+    z = index * as_signed(0x9E3779B97F4A7C15) + as_signed(seed)
+    z = (z ^ shifted(z, 30)) * as_signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * as_signed(0x94D049BB133111EB)
+    kept = shifted(z ^ shifted(z, 31), 40) >= p * 2**24
+    return kept.view(shape).to(like.dtype) / (1 - p)
 
 
 def _with_query_axis(query: Tensor) -> Tensor:

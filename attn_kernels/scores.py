@@ -6,7 +6,7 @@ spliced into a call. A new mechanism is a class here, its row in ops.py and deri
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,11 @@ class AdditiveScore(_AdditiveArguments):
 
     __slots__ = ()
     op = name = "additive_attention"  # name: of the public function, for messages
-    tensors = 3  # among the fields, before the numbers
+    tensors, gradients = 3, 2  # fields that are tensors, before the numbers, and that have a gradient, before those
+
+    @staticmethod
+    def keywords() -> dict[str, Any]:
+        return {}
 
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
@@ -70,7 +74,12 @@ class ReluScore(_ReluArguments):
 
     __slots__ = ()
     op, name = "relu_attention", "additive_attention"
-    tensors = 2
+    tensors, gradients = 2, 2
+
+    @staticmethod
+    def keywords(negative_slope: float) -> dict[str, Any]:
+        """The numbers as keywords of the reference."""
+        return dict(activation="leaky_relu" if negative_slope else "relu", negative_slope=negative_slope)
 
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
@@ -89,7 +98,11 @@ class DotScore(_DotArguments):
 
     __slots__ = ()
     op = name = "dot_attention"
-    tensors = 0
+    tensors, gradients = 0, 0
+
+    @staticmethod
+    def keywords(scale: float) -> dict[str, Any]:
+        return dict(scale=scale)
 
     def autocast(self, query: Tensor) -> DotScore:
         return self

@@ -27,8 +27,37 @@ class Masks(NamedTuple):
     mask: Tensor | None = None
 
 
+class AttentionWithLogTotal(NamedTuple):
+    """What an attention function returns with ``need_log_total=True``.
+
+    context, alignments: as of :class:`Attention`. log_total: (B, Tq), or (B,): the logarithm of what the alignments
+    were divided by, the sum of e^scores (log-sum-exp), or with ``normalizer="sigmoid"`` that of sigmoid(scores); -inf
+    where nothing may be attended. In float32, or float64 for float64.
+    """
+
+    context: Tensor
+    alignments: Tensor | None
+    log_total: Tensor
+
+
+class Options(NamedTuple):
+    """What few calls of an attention have.
+
+    score_bias: (B, Tq, Tk), added to the scores. dropout_p: how likely a weight is left out of the context. seed: of
+    dropout. normalizer: its place in NORMALIZERS.
+    """
+
+    score_bias: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+    normalizer: int = 0
+
+
+NORMALIZERS = ("softmax", "sigmoid")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of all arguments but lengths and masks
 
+_pytree._register_namedtuple(AttentionWithLogTotal, serialized_type_name="attn_kernels.AttentionWithLogTotal")
 _pytree._register_namedtuple(Attention, serialized_type_name="attn_kernels.Attention")  # for torch.export.save
 
 

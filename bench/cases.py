@@ -23,6 +23,10 @@ class Op(str, Enum):
     dot_attention = "dot_attention"
 
 
+RELU = "relu_attention"  # additive attention with relu, as an op
+WITH_VECTOR = (Op.additive_attention.value, RELU)  # ops with a score vector
+
+
 class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -124,7 +128,7 @@ def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
     pairs = batch * queries * steps
     query, context = batch * queries * units, batch * queries * width
     keys, values = batch * steps * units, batch * steps * width
-    additive = op == Op.additive_attention
+    additive = op in WITH_VECTOR
     inputs = query + keys + values + (units if additive else 0)
     if passes == FORWARD:
         read, written, products = inputs, context, pairs * width
@@ -132,7 +136,8 @@ def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
         # The gradient of the values and that of the alignments.
         read, written, products = inputs + pairs + context, inputs, 2 * pairs * width
     if additive:
-        return Work(read * item_size, written * item_size, pairs * units, query + keys, products)
+        exponentials = 0 if op == RELU else query + keys
+        return Work(read * item_size, written * item_size, pairs * units, exponentials, products)
     products += pairs * units * (1 if passes == FORWARD else 2)
     return Work(read * item_size, written * item_size, 0, 0, products)
 
@@ -169,11 +174,11 @@ def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
 
     batch, queries, steps, units, width = shape
     inputs = {
-        "query": normal(batch, queries, units, scale=1.0 if op == "additive_attention" else units**-0.5),
+        "query": normal(batch, queries, units, scale=1.0 if op in WITH_VECTOR else units**-0.5),
         "keys": normal(batch, steps, units),
         "values": normal(batch, steps, width),
     }
-    if op == "additive_attention":
+    if op in WITH_VECTOR:
         inputs["v"] = normal(units, scale=units**-0.5)
     lengths = None
     if settings.lengths is Lengths.random:
@@ -183,7 +188,8 @@ def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
 
 def expected_results(op: str, problem: Problem, *, training: bool) -> dict[str, Tensor]:
     """What the eager formula makes of a problem, in float32 or wider."""
-    formula = functools.partial(getattr(eager, op), memory_lengths=problem.memory_lengths, need_weights=False)
+    function = functools.partial(eager.additive_attention, activation="relu") if op == RELU else getattr(eager, op)
+    formula = functools.partial(function, memory_lengths=problem.memory_lengths, need_weights=False)
     wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
     return compute(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
 

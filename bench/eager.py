@@ -54,10 +54,13 @@ def additive_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    score_bias: Tensor | None = None,
+    normalizer: str = "softmax",
     **score: Any,
 ) -> Attention:
     """Additive attention with :func:`additive_scores`, whose options are taken, too."""
-    return _attend(additive_scores(query, keys, v, bias, **score), values, memory_lengths, mask, need_weights)
+    scores = _biased(additive_scores(query, keys, v, bias, **score), score_bias, normalizer)
+    return _attend(scores, values, memory_lengths, mask, need_weights)
 
 
 def additive_attention_sum(
@@ -76,13 +79,16 @@ def dot_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    score_bias: Tensor | None = None,
+    normalizer: str = "softmax",
 ) -> Attention:
     """Dot-product attention as two batched matrix products."""
     queries = query[:, None] if query.dim() == 2 else query
     scores = torch.bmm(queries, keys.transpose(1, 2))
     if scale != 1.0:
         scores = scores * scale
-    return _attend(scores[:, 0] if query.dim() == 2 else scores, values, memory_lengths, mask, need_weights)
+    scores = _biased(scores[:, 0] if query.dim() == 2 else scores, score_bias, normalizer)
+    return _attend(scores, values, memory_lengths, mask, need_weights)
 
 
 def sdpa_dot_attention(
@@ -106,6 +112,12 @@ def sdpa_dot_attention(
         queries[:, None], keys[:, None], values[:, None], attn_mask=allowed, scale=scale
     )[:, 0]
     return Attention(context[:, 0] if query.dim() == 2 else context, None)
+
+
+def _biased(scores: Tensor, score_bias: Tensor | None, normalizer: str) -> Tensor:
+    scores = scores if score_bias is None else scores + score_bias
+    # sigmoid(s) over their sum is the softmax of its logarithm.
+    return torch.nn.functional.logsigmoid(scores) if normalizer == "sigmoid" else scores
 
 
 def _sum(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:

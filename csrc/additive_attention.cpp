@@ -153,6 +153,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_backward(
       v);
 }
 
+template <class Score>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_with_options(
+    void (*kernel)(const AttentionBackward<Score>&), const Score& score, const AttentionGradients& of, const Tensor& v,
+    const OptionArguments& given, const Tensor& log_total, const std::optional<Tensor>& grad_log_total) {
+  Own own(v, static_cast<bool>(score.bias), of.need_query);
+  Tensor dscore_bias = dscore_bias_if(of.need_query, given, score, of.query);
+  const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};
+  auto [dquery, dkeys, dvalues] = attention_backward(kernel, score, of, own.gradients, {&own.dv, &own.dbias}, &with);
+  return {dquery, dkeys, dvalues, own.dv, own.dbias, dscore_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                                std::optional<Tensor> bias, std::optional<Tensor> score_bias,
+                                                double dropout_p, int64_t seed, int64_t normalizer,
+                                                std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                                bool need_alignments) {
+  const CallContext call(query);
+  return attention_forward(call.kernels().additive_attention, additive(query, keys, v, bias),
+                           {score_bias, dropout_p, seed, normalizer}, query, values, memory_lengths, mask,
+                           need_alignments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> with_options_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
+    Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> score_bias,
+    double dropout_p, int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
+  const CallContext call(query);
+  return gradients_with_options(
+      call.kernels().additive_attention_backward, additive(query, keys, v, bias),
+      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
+      v, {score_bias, dropout_p, seed, normalizer}, log_total, grad_log_total);
+}
+
+std::tuple<Tensor, Tensor, Tensor> relu_with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                                     std::optional<Tensor> bias, std::optional<Tensor> score_bias,
+                                                     double negative_slope, double dropout_p, int64_t seed,
+                                                     int64_t normalizer, std::optional<Tensor> memory_lengths,
+                                                     std::optional<Tensor> mask, bool need_alignments) {
+  const CallContext call(query);
+  return attention_forward(call.kernels().relu_attention, ReluScores{with_vector(query, keys, v, bias), negative_slope},
+                           {score_bias, dropout_p, seed, normalizer}, query, values, memory_lengths, mask,
+                           need_alignments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relu_with_options_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
+    Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> score_bias,
+    double negative_slope, double dropout_p, int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
+  const CallContext call(query);
+  return gradients_with_options(
+      call.kernels().relu_attention_backward, ReluScores{with_vector(query, keys, v, bias), negative_slope},
+      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
+      v, {score_bias, dropout_p, seed, normalizer}, log_total, grad_log_total);
+}
+
 }  // namespace
 }  // namespace attn
 
@@ -166,4 +223,10 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("relu_scores_backward"), TORCH_BOX(&attn::relu_scores_backward));
   m.impl(ATTN_OVERLOAD("relu_attention"), TORCH_BOX(&attn::relu_attention));
   m.impl(ATTN_OVERLOAD("relu_attention_backward"), TORCH_BOX(&attn::relu_backward));
+#if !defined(ATTN_CUDA)
+  m.impl(ATTN_OVERLOAD("additive_attention_with_options"), TORCH_BOX(&attn::with_options));
+  m.impl(ATTN_OVERLOAD("additive_attention_with_options_backward"), TORCH_BOX(&attn::with_options_backward));
+  m.impl(ATTN_OVERLOAD("relu_attention_with_options"), TORCH_BOX(&attn::relu_with_options));
+  m.impl(ATTN_OVERLOAD("relu_attention_with_options_backward"), TORCH_BOX(&attn::relu_with_options_backward));
+#endif
 }

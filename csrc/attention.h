@@ -12,6 +12,24 @@ struct Scores {
   StridedView3 keys;   // (B, Tk, A), dtype of query, like all that follows
 };
 
+// What an attention may have beyond its score, softmax and values.
+struct AttentionOptions {
+  StridedView3 score_bias;  // (B, Tq, Tk), added to the scores, or absent
+  double dropout_p;         // how likely a weight is left out of the context; the others are larger by 1 / (1 - p)
+  uint64_t seed;            // of dropout: see keeps()
+  bool sigmoid;             // alignments are sigmoid(scores) over their sum
+};
+
+// Whether a weight stays: a uniform number of 24 bits from seed and the number of the weight in (B, Tq, Tk), by
+// SplitMix64 (Steele, Lea, Flood 2014). The same on every backend and in the backward.
+inline bool keeps(const AttentionOptions& options, uint64_t index) {
+  uint64_t z = options.seed + (index + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  z ^= z >> 31;
+  return static_cast<double>(z >> 40) >= options.dropout_p * 0x1p24;
+}
+
 template <class Score>
 struct AttentionForward : Score {
   int64_t D;
@@ -19,6 +37,9 @@ struct AttentionForward : Score {
   AttentionMask attended;
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
+  const AttentionOptions* options = nullptr;
+  void* log_total = nullptr;  // with options: (B, Tq) contiguous, float, or double for float64: log of the sum of
+                              // e^scores or of sigmoid(scores)
 };
 
 // Outputs are contiguous. Those of the query and of the score's own arguments may all be null, or those of the memory;
@@ -34,6 +55,10 @@ struct AttentionBackward : Score, Score::Gradients {
   void* dquery;                  // (B, Tq, A)
   void* dkeys;                   // (B, Tk, A)
   void* dvalues;                 // (B, Tk, D)
+  const AttentionOptions* options = nullptr;
+  const void* log_total = nullptr;       // with options: what the forward returned
+  const void* grad_log_total = nullptr;  // (B, Tq) contiguous, or null
+  void* dscore_bias = nullptr;           // (B, Tq, Tk), or null
 };
 
 }  // namespace attn

@@ -38,6 +38,42 @@ std::tuple<Tensor, Tensor> attention_forward(void (*kernel)(const AttentionForwa
   return {context, alignments};
 }
 
+inline ScalarType wide_type(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
+
+// The arguments of an attention with options that make up those.
+struct OptionArguments {
+  const std::optional<Tensor>& score_bias;
+  double dropout_p;
+  int64_t seed;
+  int64_t normalizer;  // 0: softmax, 1: sigmoid
+
+  AttentionOptions options(const Scores& n) const {
+    return {array(score_bias, "score_bias", n.query.dtype, {n.B, n.Tq, n.Tk}), dropout_p, static_cast<uint64_t>(seed),
+            normalizer == 1};
+  }
+};
+
+// Returns context, alignments and the logarithm of what the alignments were divided by.
+template <class Score>
+std::tuple<Tensor, Tensor, Tensor> attention_forward(void (*kernel)(const AttentionForward<Score>&), const Score& score,
+                                                     const OptionArguments& given, const Tensor& query,
+                                                     const Tensor& values, const std::optional<Tensor>& memory_lengths,
+                                                     const std::optional<Tensor>& mask, bool need_alignments) {
+  STD_TORCH_CHECK(values.dim() == 3, "values must have 3 axes");
+  const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = values.size(2);
+  const AttentionOptions options = given.options(score);
+  Tensor context = output(query, {B, Tq, D}), alignments = output_if(need_alignments, query, {B, Tq, Tk});
+  Tensor log_total = output(query, {B, Tq}, wide_type(score.query.dtype));
+  if (B * Tq > 0)
+    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, B, Tq, Tk),
+            context.mutable_data_ptr(), data_if(need_alignments, alignments), &options, log_total.mutable_data_ptr()});
+  return {context, alignments, log_total};
+}
+
+inline Tensor dscore_bias_if(bool needed, const OptionArguments& given, const Scores& n, const Tensor& query) {
+  return output_if(needed && given.score_bias.has_value(), query, {n.B, n.Tq, n.Tk});
+}
+
 // What follows the score among the arguments of the backward of an attention.
 struct AttentionGradients {
   const Tensor &query, &keys, &values, &alignments;
@@ -45,12 +81,21 @@ struct AttentionGradients {
   bool need_query, need_memory;  // the gradients of the query and the score's own arguments; of keys and values
 };
 
+// The same of an attention with options.
+struct OptionGradients {
+  const OptionArguments& given;
+  const Tensor& log_total;
+  const std::optional<Tensor>& grad_log_total;
+  Tensor* dscore_bias;  // allocated where it is needed
+};
+
 // Of query, keys and values. `own`: those of the score's own arguments, allocated, with `gradients` pointing to them.
 template <class Score>
 std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const AttentionBackward<Score>&),
                                                       const Score& score, const AttentionGradients& of,
                                                       const typename Score::Gradients& gradients = {},
-                                                      std::initializer_list<Tensor*> own = {}) {
+                                                      std::initializer_list<Tensor*> own = {},
+                                                      const OptionGradients* with = nullptr) {
   STD_TORCH_CHECK(of.values.dim() == 3, "values must have 3 axes");
   const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = of.values.size(2);
   const Dtype dtype = score.query.dtype;
@@ -60,12 +105,29 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
   if (B * Tq * Tk == 0) {
     for (Tensor* t : {&dquery, &dkeys, &dvalues}) torch::stable::zero_(*t);
     for (Tensor* t : own) torch::stable::zero_(*t);
+    if (with != nullptr) torch::stable::zero_(*with->dscore_bias);
   } else if (of.need_query || of.need_memory) {
+    AttentionOptions options;
+    const void *log_total = nullptr, *grad_log_total = nullptr;
+    void* dscore_bias = nullptr;
+    if (with != nullptr) {
+      options = with->given.options(score);
+      const ScalarType wide = wide_type(dtype);
+      auto data = [&](const Tensor& t, const char* name) {
+        check_shape(t, name, {B, Tq});
+        STD_TORCH_CHECK(t.scalar_type() == wide && t.is_contiguous(), name, " must be contiguous, and wide");
+        return t.const_data_ptr();
+      };
+      log_total = data(with->log_total, "log_total");
+      if (with->grad_log_total.has_value()) grad_log_total = data(*with->grad_log_total, "grad_log_total");
+      if (with->dscore_bias->numel() > 0) dscore_bias = with->dscore_bias->mutable_data_ptr();
+    }
     kernel({score, gradients, D, array(of.values, "values", dtype, {B, Tk, D}),
             attended(of.memory_lengths, of.mask, B, Tq, Tk), array(of.alignments, "alignments", dtype, {B, Tq, Tk}),
             array(of.grad_context, "grad_context", dtype, {B, Tq, D}),
             array(of.grad_alignments, "grad_alignments", dtype, {B, Tq, Tk}), data_if(of.need_query, dquery),
-            data_if(of.need_memory, dkeys), data_if(of.need_memory, dvalues)});
+            data_if(of.need_memory, dkeys), data_if(of.need_memory, dvalues), with == nullptr ? nullptr : &options,
+            log_total, grad_log_total, dscore_bias});
   }
   return {dquery, dkeys, dvalues};
 }

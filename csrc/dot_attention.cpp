@@ -24,10 +24,41 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context, 
       {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory});
 }
 
+std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values,
+                                                std::optional<Tensor> score_bias, double scale, double dropout_p,
+                                                int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths,
+                                                std::optional<Tensor> mask, bool need_alignments) {
+  const CallContext call(query);
+  return attention_forward(call.kernels().dot_attention, DotScores{scores_of(query, keys), scale},
+                           {score_bias, dropout_p, seed, normalizer}, query, values, memory_lengths, mask,
+                           need_alignments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> with_options_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
+    Tensor query, Tensor keys, Tensor values, std::optional<Tensor> score_bias, double scale, double dropout_p,
+    int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+    Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
+  const CallContext call(query);
+  const DotScores score{scores_of(query, keys), scale};
+  const OptionArguments given{score_bias, dropout_p, seed, normalizer};
+  Tensor dscore_bias = dscore_bias_if(need_query, given, score, query);
+  const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};
+  auto [dquery, dkeys, dvalues] = attention_backward(
+      call.kernels().dot_attention_backward, score,
+      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
+      {}, {}, &with);
+  return {dquery, dkeys, dvalues, dscore_bias};
+}
+
 }  // namespace
 }  // namespace attn
 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("dot_attention"), TORCH_BOX(&attn::attention));
   m.impl(ATTN_OVERLOAD("dot_attention_backward"), TORCH_BOX(&attn::backward));
+#if !defined(ATTN_CUDA)
+  m.impl(ATTN_OVERLOAD("dot_attention_with_options"), TORCH_BOX(&attn::with_options));
+  m.impl(ATTN_OVERLOAD("dot_attention_with_options_backward"), TORCH_BOX(&attn::with_options_backward));
+#endif
 }

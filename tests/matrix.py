@@ -32,6 +32,7 @@ SHAPES = {
     "extra": ("B", "Tk", "A"),
     "context": ("B", "Tq", "D"),
     "alignments": ("B", "Tq", "Tk"),
+    "score_bias": ("B", "Tq", "Tk"),
     "scores": ("B", "Tq", "Tk"),
 }
 
@@ -46,6 +47,7 @@ class Op(NamedTuple):
     options: Mapping[str, Any] = {}
     optional: tuple[str, ...] = ()
     variant: Callable[..., Any] | None = None  # the public function, called in a way of its own
+    by_name: tuple[str, ...] = ()  # tensors that go in by keyword
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -129,6 +131,15 @@ def _with_prepared_keys(
     return attn_kernels.additive_attention(query, keys, *others, backend=backend, prepared=prepared, **keywords)
 
 
+def _with_options(name: str) -> Callable[..., Any]:
+    def attend(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
+        if backend in ("cuda", "triton"):
+            pytest.skip(f"backend {backend} has no kernels for it yet")
+        return getattr(attn_kernels, name)(*tensors, backend=backend, **keywords)
+
+    return attend
+
+
 # For tests of results: the ops, and further ways to call them, which must give the same.
 ACTIVATIONS = {
     "relu": {"activation": "relu"},
@@ -140,6 +151,18 @@ VARIANTS = (
     | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
     | {activation: OPS["additive_attention"]._replace(options=options) for activation, options in ACTIVATIONS.items()}
     | {f"{name} scores": OPS["additive_scores"]._replace(options=options) for name, options in ACTIVATIONS.items()}
+    | {
+        f"{name}, score bias": op._replace(
+            inputs=(*op.inputs, "score_bias"), by_name=("score_bias",), variant=_with_options(name)
+        )
+        for name, op in OPS.items()
+        if op.masked
+    }
+    | {
+        f"{name}, sigmoid": op._replace(options={**op.options, "normalizer": "sigmoid"}, variant=_with_options(name))
+        for name, op in OPS.items()
+        if op.masked
+    }
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -332,7 +355,9 @@ def _buffer(x: Tensor, shape: list[int], fill: float) -> Tensor:
 
 def call(function: Callable[..., Any], op: Op, tensors: Mapping[str, Tensor], **keywords: Any) -> dict[str, Tensor]:
     """The outputs by name."""
-    outputs = function(*(tensors.get(name) for name in op.inputs), **op.options, **keywords)
+    by_name = {name: tensors[name] for name in op.by_name if name in tensors}
+    positional = (tensors.get(name) for name in op.inputs if name not in op.by_name)
+    outputs = function(*positional, **by_name, **op.options, **keywords)
     return dict(zip(op.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
 
 

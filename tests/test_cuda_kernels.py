@@ -17,7 +17,7 @@ import torch
 import attn_kernels
 from attn_kernels.backends import emulated
 from conftest import available
-from matrix import OPS, Case, assert_bit_equal, check, make, run, slow_if
+from matrix import VARIANTS, Case, assert_bit_equal, check, make, run, slow_if
 
 ROOT = Path(__file__).parent.parent
 OBJECTS = ROOT / "build/emulated/objects"  # of the kernels, as tests/cpp/build_emulated.py has compiled them
@@ -74,6 +74,8 @@ RACES = {
     "last block": ("additive_attention", Case(B=1, Tq=1, Tk=600, A=8, D=16), torch.float64),
     "tiles": ("additive_attention", Case(B=2, Tq=19, Tk=37, A=40, D=24, lengths="random"), torch.float32),
     "tiles, mask": ("additive_attention", Case(B=2, Tq=19, Tk=37, A=30, D=24, mask="pairs"), torch.float32),
+    "relu, cluster, mask": ("relu", Case(B=2, Tq=3, Tk=90, A=40, D=33, mask="pairs"), torch.float32),
+    "relu, tiles": ("leaky_relu", Case(B=2, Tq=19, Tk=37, A=40, D=24, lengths="random"), torch.float32),
     "tensor cores": ("dot_attention", Case(B=1, Tq=20, Tk=70, A=40, D=40, mask="pairs"), torch.bfloat16),
 }
 
@@ -82,7 +84,7 @@ RACES = {
 @pytest.mark.parametrize("name", RACES)
 def test_any_order_of_warps_and_blocks(name: str, order: str, emulator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, results and gradients, whichever warp gets ahead and whichever block comes first."""
-    op, case, dtype = OPS[RACES[name][0]], *RACES[name][1:]
+    op, case, dtype = VARIANTS[RACES[name][0]], *RACES[name][1:]
     arguments = make(op, case, dtype)
     expected = run(op.function, op, arguments, backend=emulator)
     monkeypatch.setenv("ATTN_EMULATOR_ORDER", order)
@@ -98,11 +100,17 @@ def test_unknown_order(emulator: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kib", [227, 163, 99], ids=["H100", "A100", "others"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 100, 4, 512), (2, 128, 4, 512), (1, 128, 2, 1024)], ids=str)
+@pytest.mark.parametrize("name", ["additive_scores", "relu scores"])
 def test_shared_memory_of_each_device(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, kib: int, emulator: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    kib: int,
+    emulator: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shapes for which many threads would share the units of few tiles, if there were room for what each brings."""
     monkeypatch.setenv("ATTN_EMULATOR_SHARED_MEMORY", str(kib * 1024))
     B, Tq, Tk, A = shape
     case = Case(B, Tq, Tk, A, without=("bias",), receives=())
-    check(OPS["additive_scores"], case, dtype, emulator)
+    check(VARIANTS[name], case, dtype, emulator)

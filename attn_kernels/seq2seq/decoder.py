@@ -76,10 +76,18 @@ class Decoder(nn.Module):
         self, outputs: Tensor, encoder_states: tuple[Tensor, ...], source_lengths: Tensor
     ) -> tuple[Memory, DecoderState]:
         """What decoding starts from. outputs, encoder_states: of the encoder. source_lengths: (B,), on their device."""
-        return as_forward(self.attention, "memory")(outputs, source_lengths), self.start(encoder_states)
+        memory = as_forward(self.attention, "memory")(outputs, source_lengths)
+        state = self.start(encoder_states)
+        initial_state = getattr(self.attention, "initial_state", None)  # of an attention with a state
+        if initial_state is not None and state.attention is None:
+            state = state._replace(attention=initial_state(memory))
+        return memory, state
 
     def start(self, encoder_states: tuple[Tensor, ...]) -> DecoderState:
-        """The first state, for one hypothesis per sentence, from the final states of the encoder."""
+        """The first state, for one hypothesis per sentence, from the final states of the encoder.
+
+        That of an attention which has one depends on the memory: ``begin`` adds it.
+        """
         layers = [layer for state in encoder_states for layer in state.unbind(0)]  # hidden of all layers, then cell
         states = [torch.tanh(bridge(layer)).unsqueeze(1) for bridge, layer in zip(self.bridges, layers, strict=True)]
         count = len(states) // len(encoder_states)
@@ -104,7 +112,7 @@ class Decoder(nn.Module):
             attentional, alignments = self._join(self._step, embedded, state, memory)
         elif not self.input_feeding:  # no step waits for the attention of another: all are queries of one call
             states, _ = self._call_rnn(embedded, state)
-            attentional, alignments = self._attend(states, memory)
+            attentional, alignments = self._attend_all(states, memory, state.attention)
         elif self.loop and can_fuse_sequence(self, embedded, state, memory):
             attentional, alignments = decode_sequence(self, embedded, state, memory)
         else:
@@ -135,7 +143,7 @@ class Decoder(nn.Module):
         hidden, cell = step_cells(inputs, *before, self.rnn.all_weights, lambda x, _: self.dropout(x))
         hidden = [x.view(batch, hypotheses, -1) for x in hidden]
         cell = [x.view(batch, hypotheses, -1) for x in cell]
-        return self._finish(hidden[-1], tuple(hidden), tuple(cell), memory)
+        return self._finish(hidden[-1], tuple(hidden), tuple(cell), state, memory)
 
     def _step_of_rnn(
         self, embedded: Tensor, state: DecoderState, memory: Memory
@@ -150,7 +158,7 @@ class Decoder(nn.Module):
             tuple(x.unflatten(0, (batch, hypotheses)) for layers in of for x in layers.unbind(0))
             for of in ((after[:1], after[1:]) if isinstance(after, tuple) else ((after,), ()))
         )
-        return self._finish(outputs.squeeze(1).unflatten(0, (batch, hypotheses)), hidden, cell, memory)
+        return self._finish(outputs.squeeze(1).unflatten(0, (batch, hypotheses)), hidden, cell, state, memory)
 
     def _inputs(self, embedded: Tensor, state: DecoderState) -> Tensor:
         return embedded if state.feed is None else torch.cat([embedded, state.feed], dim=-1)
@@ -165,17 +173,39 @@ class Decoder(nn.Module):
         return outputs.transpose(0, 1), after
 
     def _finish(
-        self, states: Tensor, hidden: tuple[Tensor, ...], cell: tuple[Tensor, ...], memory: Memory
+        self,
+        states: Tensor,
+        hidden: tuple[Tensor, ...],
+        cell: tuple[Tensor, ...],
+        state: DecoderState,
+        memory: Memory,
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """states: (B, K, hidden_size), the outputs of the cells."""
-        attentional, alignments = self._attend(states, memory)
-        return attentional, alignments, DecoderState(hidden, cell, attentional if self.input_feeding else None)
+        """states: (B, K, hidden_size), the outputs of the cells. state: before them."""
+        before = () if state.attention is None else (state.attention,)
+        attentional, alignments, *after = self._attend(states, memory, *before)
+        return attentional, alignments, DecoderState(hidden, cell, attentional if self.input_feeding else None, *after)
 
-    def _attend(self, states: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """states: (B, K or T, hidden_size), the queries. Returns attentional, of that shape, and alignments."""
-        context, alignments = self.attention(states, memory)
+    def _attend(self, states: Tensor, memory: Memory, *before: Any) -> tuple[Any, ...]:
+        """states: (B, K or T, hidden_size), the queries. Returns attentional, of that shape, and alignments.
+
+        With an attention that has a state it is called with that and one query for each hypothesis, and also returns
+        the next state.
+        """
+        context, alignments, *after = self.attention(states, memory, *before)
         attentional = torch.tanh(self.attentional(torch.cat([context, states], dim=-1)))
-        return self.dropout(attentional), alignments
+        return self.dropout(attentional), alignments, *after
+
+    def _attend_all(self, states: Tensor, memory: Memory, attention: Any) -> tuple[Tensor, Tensor]:
+        """states: (B, T, hidden_size), of all steps. attention: the state before them, or None."""
+        if attention is None:
+            attentional, alignments = self._attend(states, memory)
+            return attentional, alignments
+        steps = []
+        for query in states.split(1, dim=1):
+            *results, attention = self._attend(query, memory, attention)
+            steps.append(results)
+        attentional, alignments = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
+        return attentional, alignments
 
     def _is_original(self, method: str) -> bool:
         """Whether a method is that of this class: neither a subclass nor the instance has another."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import Memory
-from ..modules import AttentionModule, BahdanauAttention, CosineAttention, LuongAttention
+from .attentions import ATTENTIONS
 from .decoder import Decoder
 from .encoder import CELLS, Encoder
 from .evaluation import in_evaluation
@@ -18,7 +18,6 @@ from .search import Hypothesis, SearchOptions, search
 from .sharded import as_forward, gathered
 from .state import DecoderState
 
-ATTENTIONS = ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine")
 DECODERS = ("loop", "steps")
 
 
@@ -35,14 +34,17 @@ class Seq2Seq(nn.Module):
         units: size at which additive, "luong-concat" and "cosine" attention compare; the others do not use it.
         attention: "bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat" or "cosine". For
             "luong-dot", which compares memory and state as they are, the outputs of the encoder's directions are added.
+            Or one whose steps depend on the steps before (attn_kernels.mechanisms): "location", "location-cumulative",
+            "coverage", "forward" or "forward-agent". Its state is in ``DecoderState.attention``, and training and
+            search go step by step.
         cell: "lstm" or "gru".
         num_layers: of encoder and decoder.
         dropout: on embeddings, between layers and on the attentional vector.
         input_feeding: each step reads the attentional vector of the step before. Without it, training computes the
-            attention of all steps in one call, which is much faster.
+            attention of all steps in one call, which is much faster, if that has no state.
         decoder: how a whole target is computed with input feeding. "loop": as one op, which is faster; under
-            torch.compile and autocast, which look into steps, as "steps". "steps": one after the other. Parameters and
-            results are the same.
+            torch.compile and autocast, which look into steps, and with an attention that has a state, as "steps".
+            "steps": one after the other. Parameters and results are the same.
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
         backend: of the attention, as of :func:`attn_kernels.additive_attention`.
@@ -75,7 +77,7 @@ class Seq2Seq(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("attention", attention, ATTENTIONS)
+        _check_choice("attention", attention, tuple(ATTENTIONS))
         _check_choice("cell", cell, tuple(CELLS))
         _check_choice("decoder", decoder, DECODERS)
         _check_token("padding_idx", padding_idx, source_vocab)
@@ -97,7 +99,7 @@ class Seq2Seq(nn.Module):
             target_vocab,
             embedding_size,
             hidden_size,
-            _make_attention(attention, hidden_size, memory_size, units, {"backend": backend, **factory}),
+            ATTENTIONS[attention](hidden_size, memory_size, units, backend=backend, **factory),
             memory_size,
             input_feeding=input_feeding,
             loop=decoder == "loop",
@@ -231,18 +233,6 @@ class Seq2Seq(nn.Module):
             model = in_evaluation(self)
             memory, state = model.encode(source, source_lengths)
             return search(model.decoder, memory, state, options)
-
-
-def _make_attention(
-    attention: str, query_size: int, memory_size: int, units: int, options: dict[str, Any]
-) -> AttentionModule:
-    if attention in ("bahdanau", "bahdanau-normalized"):
-        normalize = attention == "bahdanau-normalized"
-        return BahdanauAttention(query_size, memory_size, units, normalize=normalize, **options)
-    if attention == "cosine":
-        return CosineAttention(query_size, memory_size, units, **options)
-    score = attention.removeprefix("luong-")
-    return LuongAttention(query_size, memory_size, units if score == "concat" else None, score=score, **options)
 
 
 def _check_choice(argument: str, choice: str, choices: tuple[str, ...]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..mechanisms.stateful import reorder_state, select_state
 from ..modules import AttentionModule
 
 
@@ -15,11 +16,13 @@ class DecoderState(NamedTuple):
 
     hidden: (B, K, hidden_size) of each layer. cell: the same; empty for a GRU.
     feed: (B, K, hidden_size), the attentional vector of the step before; None without input feeding.
+    attention: the state of an attention that has one, a NamedTuple of tensors, each (B, K, *); None for the others.
     """
 
     hidden: tuple[Tensor, ...]
     cell: tuple[Tensor, ...]
     feed: Tensor | None
+    attention: Any = None
 
     def select(self, indices: Tensor) -> DecoderState:
         """The sentences at ``indices``, (n,)."""
@@ -27,6 +30,7 @@ class DecoderState(NamedTuple):
             tuple(state.index_select(0, indices) for state in self.hidden),
             tuple(state.index_select(0, indices) for state in self.cell),
             None if self.feed is None else self.feed.index_select(0, indices),
+            None if self.attention is None else select_state(self.attention, indices),
         )
 
     def reorder(self, hypotheses: Tensor) -> DecoderState:
@@ -36,6 +40,7 @@ class DecoderState(NamedTuple):
             tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
             tuple(torch.take_along_dim(state, index, dim=1) for state in self.cell),
             None if self.feed is None else torch.take_along_dim(self.feed, index, dim=1),
+            None if self.attention is None else reorder_state(self.attention, hypotheses),
         )
 
 

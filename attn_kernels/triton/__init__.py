@@ -4,7 +4,7 @@ They run on CUDA (NVIDIA, AMD) and XPU (Intel) devices, and on the CPU in Triton
 """
 
 from .. import ops
-from . import additive_attention, dot_attention
+from . import additive_attention, dot_attention, relu_attention
 from .device import INTERPRETER
 
 for _function in (
@@ -12,6 +12,10 @@ for _function in (
     additive_attention.additive_attention_backward,
     additive_attention.additive_scores,
     additive_attention.additive_scores_backward,
+    relu_attention.relu_attention,
+    relu_attention.relu_attention_backward,
+    relu_attention.relu_scores,
+    relu_attention.relu_scores_backward,
     dot_attention.dot_attention,
     dot_attention.dot_attention_backward,
 ):

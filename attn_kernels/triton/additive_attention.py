@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..scores import AdditiveScore
 from ..types import Masks
+from .activations import TANH, Activation
 from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
 from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
 from .additive_attention_fwd import small_q_scores_kernel, tiled_scores_kernel
@@ -50,7 +51,7 @@ def additive_attention(
     if can_decode(query, values) and not _is_worth_sharing(query, keys):
         return decode(AdditiveScore(v, bias), query, keys, values, Masks(memory_lengths, mask), need_alignments)
     masks = Masks(memory_lengths, mask)
-    return attend(_scores(query, keys, v, bias, masks, accumulator(query.dtype)), values, masks, need_alignments)
+    return attend(pair_scores(query, keys, v, bias, masks, accumulator(query.dtype)), values, masks, need_alignments)
 
 
 def additive_attention_backward(
@@ -71,14 +72,14 @@ def additive_attention_backward(
     """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys, values, v and bias."""
     masks = Masks(memory_lengths, mask)
     dscores = softmax_backward(grad_context, grad_alignments, values, masks, alignments)
-    dquery, dkeys, dv, dbias = _scores_backward(dscores, query, keys, v, bias, masks, need_query, need_memory)
+    dquery, dkeys, dv, dbias = pair_scores_backward(dscores, query, keys, v, bias, masks, need_query, need_memory)
     dvalues = values_gradient(grad_context, values, alignments, masks, need_memory)
     return dquery, dkeys, dvalues, dv, dbias
 
 
 def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """query (B, Tq, A), keys (B, Tk, A) -> scores (B, Tq, Tk)."""
-    return _scores(query, keys, v, bias, Masks(), query.dtype)
+    return pair_scores(query, keys, v, bias, Masks(), query.dtype)
 
 
 def additive_scores_backward(
@@ -91,14 +92,27 @@ def additive_scores_backward(
     need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_scores (B, Tq, Tk) -> the gradients of query, keys, v and bias."""
+    dscores = padded_gradient(grad_scores, query, keys)
+    return pair_scores_backward(dscores, query, keys, v, bias, Masks(), need_query, need_memory)
+
+
+def padded_gradient(grad_scores: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+    """grad_scores (B, Tq, Tk) as pair_scores_backward takes them."""
     dscores = padded_scores(query, keys)
     filler = dscores.as_strided((query.shape[0], dscores.stride(2), keys.shape[1]), dscores.stride())
     filler.zero_()
-    dscores.copy_(grad_scores)
-    return _scores_backward(dscores, query, keys, v, bias, Masks(), need_query, need_memory)
+    return dscores.copy_(grad_scores)
 
 
-def _scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, masks: Masks, dtype: torch.dtype) -> Tensor:
+def pair_scores(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    masks: Masks,
+    dtype: torch.dtype,
+    activation: Activation = TANH,
+) -> Tensor:
     """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding."""
     memory_lengths, mask = masks
     B, Tq, A = query.shape
@@ -109,14 +123,16 @@ def _scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, masks: 
     approximate = has_approximate_reciprocal(query)
     row_strides = (*query.stride(), *keys.stride(), v.stride(0), 0 if bias is None else bias.stride(0))
     aligned = rows_aligned(query, keys)
+    name, (slope, slope_lo) = activation.name, activation.slope_arguments(query)
     if is_small_m(query):
         block_q, block_k, block_a = small_m_tile(query)
         launch(
             small_q_scores_kernel,
             B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
             (scores, query, keys, v, bias, memory_lengths, Tq, Tk, A),
-            (*row_strides, lengths_stride(memory_lengths)),
+            (*row_strides, lengths_stride(memory_lengths), slope, slope_lo),
             dict(
+                ACTIVATION=name,
                 APPROXIMATE=approximate,
                 FLOAT64=query.dtype == torch.float64,
                 ALIGNED=aligned,
@@ -133,31 +149,36 @@ def _scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, masks: 
     units = triton.cdiv(A, CHUNK.value) * CHUNK.value
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
     ek = query.new_empty((B, padded_k, units), dtype=torch.float32)
-    abs_max_q = query.new_empty((B, Tq), dtype=torch.float32)
-    abs_max_k = query.new_empty((B, Tk), dtype=torch.float32)
-    table = query.new_empty((units // CHUNK.value + 1, ROW.value), dtype=torch.float32)
-    prepared = (eq, ek, abs_max_q, abs_max_k, table)
+    prepared: tuple[Tensor | None, ...]
+    exact: tuple[Tensor | None, ...]  # for tanh itself
+    if activation == TANH:
+        abs_max = (query.new_empty((B, T), dtype=torch.float32) for T in (Tq, Tk))
+        prepared = (eq, ek, *abs_max, query.new_empty((units // CHUNK.value + 1, ROW.value), dtype=torch.float32))
+        exact = (query, keys, v, bias)
+    else:
+        prepared = (eq, ek, None, None, query.new_empty(units, dtype=torch.float32))
+        exact = (None, None, None, None)
     block_t = 16
     launch(
         exponentials_kernel,
         B * (triton.cdiv(padded_q, block_t) + triton.cdiv(padded_k, block_t)) + 1,
         (*prepared, query, keys, v, bias, B, Tq, Tk, A, units),
         row_strides,
-        dict(ALIGNED=aligned, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_A=128),
+        dict(ACTIVATION=name, ALIGNED=aligned, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_A=128),
         4,
     )
     launch(
         tiled_scores_kernel,
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
-        (scores, *prepared, query, keys, v, bias, memory_lengths, bytes_of(mask), Tq, Tk, A, units),
-        (*row_strides, lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(APPROXIMATE=approximate, **tile),
+        (scores, *prepared, *exact, memory_lengths, bytes_of(mask), Tq, Tk, A, units),
+        (*row_strides, lengths_stride(memory_lengths), *mask_strides(mask), slope),
+        dict(ACTIVATION=name, APPROXIMATE=approximate, **tile),
         warps,
     )
     return scores
 
 
-def _scores_backward(
+def pair_scores_backward(
     dscores: Tensor,
     query: Tensor,
     keys: Tensor,
@@ -166,6 +187,7 @@ def _scores_backward(
     masks: Masks,
     need_query: bool,
     need_memory: bool,
+    activation: Activation = TANH,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
 
@@ -193,7 +215,8 @@ def _scores_backward(
     if need_memory:
         dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading exponentials takes more time than they save.
-    ek = None if is_small_m(query) or Tq <= 16 else _key_exponentials(keys)
+    factored = activation == TANH and not is_small_m(query)
+    ek = _key_exponentials(keys) if factored and Tq > 16 else None
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
@@ -208,10 +231,12 @@ def _scores_backward(
             0 if bias is None else bias.stride(0),
             lengths_stride(memory_lengths),
             *mask_strides(mask),
+            *activation.slope_arguments(query),
         ),
         dict(
+            ACTIVATION=activation.name,
             SEVERAL=blocks_per_split > 1,
-            FACTORED=not is_small_m(query),
+            FACTORED=factored,
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=dtype == torch.float64,
             BLOCK_Q=block_q,

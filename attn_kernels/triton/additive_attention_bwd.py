@@ -9,6 +9,8 @@ The hidden units are computed again. With E = exp(2 q) exp(2 k), r = 1 / (1 + E)
 Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is. With many
 queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise each step makes its own.
 
+Other activations than tanh (activations.py) have no factored form: each pair computes its own f and f'.
+
 One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what crosses blocks is
 written apart and added in order afterwards.
 """
@@ -20,6 +22,7 @@ import math
 import triton
 import triton.language as tl
 
+from .activations import pair_gradients
 from .additive_math import MAX_ABS_BACKWARD, exp2x, exp2x_in_range
 from .device import attended, batch_offset, kernel, reciprocal, row_length
 
@@ -42,17 +45,28 @@ def _sum_of_products(x):
 
 
 @triton.jit
+def _of_unit(total, factor, ACTIVATION: tl.constexpr):
+    """factor (A,) * total (N, A): the gradients of units, from the sums over their pairs."""
+    gradient = total * factor[None, :]
+    if ACTIVATION == "relu":  # 0 where no pair is above 0: an infinite v would make NaN of it
+        gradient = tl.where(total == 0.0, 0.0, gradient)
+    return gradient
+
+
+@triton.jit
 def _walk_steps(
-    dkeys, keys, dscores, q, shift, i, u, v4, begin, end, A, added, padded_q, stride_kk, stride_ka,
-    SEVERAL: tl.constexpr, MASKED: tl.constexpr, FACTORED: tl.constexpr, EXPONENTIALS: tl.constexpr,
-    APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+    dkeys, keys, dscores, q, shift, i, u, factor, begin, end, A, added, padded_q, stride_kk, stride_ka, slope,
+    SEVERAL: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, FACTORED: tl.constexpr,
+    EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
     Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
-    returns dquery / 4 v (Q, A) and dv (A,). Pointers are to the first element of the row of the batch. EXPONENTIALS:
-    whether ``keys`` has exp(2 k) for k.
+    returns dquery / factor (Q, A) and dv (A,), for the factor of each unit: v, and of tanh 4 v. Pointers are to the
+    first element of the row of the batch. EXPONENTIALS: whether ``keys`` has exp(2 k) for k.
     """
+    if ACTIVATION != "tanh":
+        q += shift[None, :]
     if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], MAX_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
@@ -94,24 +108,37 @@ def _walk_steps(
             if dkeys is not None:
                 dk = _sum_of_products(twice * eq[:, None, :]) * ek
         else:
-            hidden = q[:, None, :] + k[None, :, :] + shift[None, None, :]
+            hidden = q[:, None, :] + k[None, :, :]
+            if ACTIVATION == "tanh":
+                hidden += shift[None, None, :]
             if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
                 hidden = tl.where(ds[:, :, None] == 0.0, 0.0, hidden)
-            hidden = tl.where(tl.abs(hidden) > SATURATED, tl.where(hidden > 0.0, SATURATED, -SATURATED), hidden)
-            if keys.dtype.element_ty == tl.float32:  # the error of tl.exp would show in dv where tanh is small
-                e = tl.where(hidden == hidden, exp2x(hidden), hidden)
+            if ACTIVATION == "tanh":
+                hidden = tl.where(tl.abs(hidden) > SATURATED, tl.where(hidden > 0.0, SATURATED, -SATURATED), hidden)
+                if keys.dtype.element_ty == tl.float32:  # the error of tl.exp would show in dv where tanh is small
+                    e = tl.where(hidden == hidden, exp2x(hidden), hidden)
+                else:
+                    e = tl.exp(2.0 * hidden)
+                r = reciprocal(1.0 + e, APPROXIMATE)
+                less = ds[:, :, None] * r
+                more = less * e
+                gradient = more * r
+                dq += tl.sum(gradient, axis=1)
+                weighted = more - less
             else:
-                e = tl.exp(2.0 * hidden)
-            r = reciprocal(1.0 + e, APPROXIMATE)
-            less = ds[:, :, None] * r
-            more = less * e
-            gradient = more * r
-            dq += tl.sum(gradient, axis=1)
-            dv += tl.sum(tl.sum(more - less, axis=0), axis=0)
+                gradient, weighted = pair_gradients(hidden, ds[:, :, None], slope, ACTIVATION)
+                dq += tl.sum(gradient, axis=1)
+            if ACTIVATION != "tanh" and BLOCK_K == 1:
+                dv += tl.sum(_sum_of_products(weighted), axis=0)
+            else:
+                dv += tl.sum(tl.sum(weighted, axis=0), axis=0)
             if dkeys is not None:
-                dk = tl.sum(gradient, axis=0)
+                if ACTIVATION != "tanh" and BLOCK_K == 1:
+                    dk = _sum_of_products(gradient)
+                else:
+                    dk = tl.sum(gradient, axis=0)
         if dkeys is not None:
-            dk *= v4[None, :]
+            dk = _of_unit(dk, factor, ACTIVATION)
             if SEVERAL:
                 dk += tl.load(dkeys, mask=in_keys & (u < added)[None, :], other=0.0)
             tl.store(dkeys, dk, mask=in_keys)
@@ -177,8 +204,11 @@ def backward_kernel(
     stride_bias,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
+    slope,  # of "leaky_relu", in two parts, or None
+    slope_lo,
+    ACTIVATION: tl.constexpr,
     SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which add to the same dkeys
-    FACTORED: tl.constexpr,
+    FACTORED: tl.constexpr,  # of tanh only
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -201,10 +231,14 @@ def backward_kernel(
     begin = split_k * steps_per_split
     end = tl.minimum(begin + steps_per_split, Tk)
     end_used = tl.minimum(end, length)
-    v4 = 4.0 * tl.load(v + u * stride_v, mask=u < A, other=0.0).to(wide)
+    factor = tl.load(v + u * stride_v, mask=u < A, other=0.0).to(wide)
+    if ACTIVATION == "tanh":
+        factor = 4.0 * factor
+    if slope is not None:
+        slope = tl.cast(slope, wide) + tl.cast(slope_lo, wide)
     if (mask is not None) or (lengths is not None):
         # Where nothing is attended the gradient is 0, and it is NaN anyway where a pair with NaN or Inf is: in ds.
-        v4 = tl.where(tl.abs(v4) < float("inf"), v4, 0.0)
+        factor = tl.where(tl.abs(factor) < float("inf"), factor, 0.0)
     shift = tl.zeros([BLOCK_A], dtype=wide)
     if bias is not None:
         shift += tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(wide)
@@ -249,26 +283,26 @@ def backward_kernel(
             if (tl.max(abs_max_k) <= MAX_ABS_BACKWARD) & (abs_max_q <= MAX_ABS_BACKWARD):
                 if ek is not None:
                     dq, dv_part = _walk_steps(
-                        dkeys, ek + b * Tk * A, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, A, 1,
-                        SEVERAL, mask is not None, True, True, APPROXIMATE, BLOCK_K,
+                        dkeys, ek + b * Tk * A, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q,
+                        A, 1, slope, SEVERAL, mask is not None, ACTIVATION, True, True, APPROXIMATE, BLOCK_K,
                     )  # fmt: skip
                 else:
                     dq, dv_part = _walk_steps(
-                        dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                        stride_ka, SEVERAL, mask is not None, True, False, APPROXIMATE, BLOCK_K,
+                        dkeys, keys, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q, stride_kk,
+                        stride_ka, slope, SEVERAL, mask is not None, ACTIVATION, True, False, APPROXIMATE, BLOCK_K,
                     )  # fmt: skip
             else:
                 dq, dv_part = _walk_steps(
-                    dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                    stride_ka, SEVERAL, mask is not None, False, False, APPROXIMATE, BLOCK_K,
+                    dkeys, keys, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q, stride_kk,
+                    stride_ka, slope, SEVERAL, mask is not None, ACTIVATION, False, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
             dq, dv_part = _walk_steps(
-                dkeys, keys, dscores, q, shift, i, u, v4, begin, end_used, A, added, padded_q, stride_kk,
-                stride_ka, SEVERAL, mask is not None, False, False, APPROXIMATE, BLOCK_K,
+                dkeys, keys, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q, stride_kk,
+                stride_ka, slope, SEVERAL, mask is not None, ACTIVATION, False, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         if dquery is not None:
-            dq *= v4[None, :]
+            dq = _of_unit(dq, factor, ACTIVATION)
             tl.store(dquery + i[:, None] * A, dq, mask=in_query)
             all_dquery += tl.sum(dq, axis=0)
             all_dv += dv_part

@@ -1,6 +1,8 @@
 """The exponentials of which the scores of many queries are made, with v folded into those of the queries.
 
 v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}: a table has 1 / v for each unit, in parts of the largest v.
+
+Other activations than tanh take the rows themselves, laid out in the same way, and v.
 """
 
 from __future__ import annotations
@@ -70,12 +72,12 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
 @triton.jit
 def _write_exponentials(
     exponentials, abs_max, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
-    stride_bias, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
+    stride_bias, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), with v folded in where there is v.
 
     abs_max[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the
-    last tile, and 0 for u >= A, which fills up the last chunk.
+    last tile, and 0 for u >= A, which fills up the last chunk. For other activations than tanh, rows + bias instead.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
     in_rows = (i < T)[:, None]
@@ -84,11 +86,16 @@ def _write_exponentials(
         u = (start + tl.arange(0, BLOCK_A)).to(tl.int64)
         pointers = rows + batch_offset(b, stride_b, ALIGNED) + i[:, None] * stride_t + u[None, :] * stride_a
         x = tl.load(pointers, mask=in_rows & (u < A)[None, :], other=0.0).to(tl.float32)
-        e = exp2x(x)
+        e = x
+        if ACTIVATION == "tanh":
+            e = exp2x(x)
         size = tl.abs(x)
-        if bias is not None:  # a product, because the sum would round what keys of the other sign cancel
+        if bias is not None:
             x = tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(tl.float32)[None, :]
-            e *= exp2x(x)
+            if ACTIVATION == "tanh":  # a product, because the sum would round what keys of the other sign cancel
+                e *= exp2x(x)
+            else:
+                e += x
             size += tl.abs(x)
         if v is not None:
             x = tl.load(v + u * stride_v, mask=u < A, other=0.0).to(tl.float32)
@@ -97,16 +104,17 @@ def _write_exponentials(
         e = tl.where((u < A)[None, :], e, 0.0)
         stored = (i < padded)[:, None] & (u < units)[None, :]
         tl.store(tile[:, None] + u[None, :] * BLOCK, e, mask=stored)
-    tl.store(abs_max + b * T + i, largest, mask=i < T)
+    if abs_max is not None:
+        tl.store(abs_max + b * T + i, largest, mask=i < T)
 
 
 @kernel
 def exponentials_kernel(
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys)
-    abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN
-    abs_max_k,  # (B, Tk): max over units of |keys|
-    table,  # (units / CHUNK + 1, ROW): see tiled_scores_kernel
+    abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN; or None
+    abs_max_k,  # (B, Tk): max over units of |keys|; or None
+    table,  # (units / CHUNK + 1, ROW), or (units,): see tiled_scores_kernel
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     v,  # (A,)
@@ -117,6 +125,7 @@ def exponentials_kernel(
     A,
     units,  # A, rounded up to a multiple of CHUNK
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias,
+    ACTIVATION: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -132,18 +141,29 @@ def exponentials_kernel(
     if program < B * tiles_q:
         b = (program // tiles_q).to(tl.int64)
         i = (program % tiles_q).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        _, unit = _largest_v(v, A, stride_v, BLOCK_A)
-        _write_exponentials(
-            eq, abs_max_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
-            stride_v, stride_bias, ALIGNED, BLOCK_Q, BLOCK_A,
-        )  # fmt: skip
+        if ACTIVATION == "tanh":
+            _, unit = _largest_v(v, A, stride_v, BLOCK_A)
+            _write_exponentials(
+                eq, abs_max_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
+                stride_v, stride_bias, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
+            )  # fmt: skip
+        else:
+            _write_exponentials(
+                eq, None, query, None, bias, 1.0, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
+                0, stride_bias, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
+            )  # fmt: skip
     elif program < B * (tiles_q + tiles_k):
         program -= B * tiles_q
         b = (program // tiles_k).to(tl.int64)
         j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _write_exponentials(
             ek, abs_max_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
-            ALIGNED, BLOCK_K, BLOCK_A,
+            ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
         )  # fmt: skip
+    elif ACTIVATION != "tanh":
+        for start in range(0, units, BLOCK_A):
+            u = (start + tl.arange(0, BLOCK_A)).to(tl.int64)
+            x = tl.load(v + u * stride_v, mask=u < A, other=0.0).to(tl.float32)
+            tl.store(table + u, x, mask=u < units)
     else:
         _write_units(table, v, A, units, stride_v, BLOCK_A)

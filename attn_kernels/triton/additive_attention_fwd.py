@@ -8,6 +8,9 @@ in each unit does not count. Each tile looks at the largest |q| + |k| among its 
 beyond the limits and where there is NaN.
 
 Few queries. Reading keys and values is what takes the time, so tanh is computed directly, units along the threads.
+
+With relu in the place of tanh (activations.py) there are no exponentials and no limits: the rows of queries and keys
+themselves stand where the exponentials do, and a unit of a pair is an addition, a maximum and a multiply-add.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activations import activate
 from .additive_attention_exponentials import CHUNK, ROW
 from .additive_math import MAX_BOUND_THREE, tanh
 from .device import attended, batch_offset, kernel, reciprocal, row_length
@@ -46,6 +50,23 @@ def _factored_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: t
 
 
 @triton.jit
+def _activated_scores(
+    q, k, v, slope, units, ACTIVATION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """v . activation of a tile, from the rows q and k, pointers to the first unit; v (units,) is 0 beyond A."""
+    total = tl.zeros([k.shape[0], q.shape[1], k.shape[2], k.shape[3]], dtype=tl.float32)
+    for _ in range(0, units, CHUNK):
+        part = tl.zeros(total.shape, dtype=tl.float32)
+        for t in tl.static_range(0, CHUNK):
+            part += activate(tl.load(q) + tl.load(k), slope, ACTIVATION, False) * tl.load(v + t)
+            q += BLOCK_Q
+            k += BLOCK_K
+        total += part
+        v += CHUNK
+    return total
+
+
+@triton.jit
 def _exact_scores(
     query, keys, v, bias, in_query, in_keys, A, stride_qa, stride_ka, stride_v, stride_bias, APPROXIMATE: tl.constexpr
 ):  # fmt: skip
@@ -72,17 +93,31 @@ def _exact_scores(
     return total
 
 
+@triton.jit
+def _spread(eq, ek):
+    """The pointers to a tile's exponentials, (1, THREAD_Q, THREADS_Q, 1) and (THREAD_K, 1, 1, THREADS_K), to be loaded.
+
+    ek is repeated for each thread, because Triton spreads a smaller one over the threads to load it, and then has to
+    exchange it between them.
+    """
+    ek = tl.broadcast_to(ek, [ek.shape[0], 1, eq.shape[2], ek.shape[3]])
+    if eq.shape[1] <= 4:
+        eq = tl.broadcast_to(eq, [1, eq.shape[1], eq.shape[2], ek.shape[3]])
+    return eq, ek
+
+
 @kernel
 def tiled_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q)
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K)
-    abs_max_q,  # (B, Tq)
-    abs_max_k,  # (B, Tk)
+    abs_max_q,  # (B, Tq); for tanh only, as all that is None here for others
+    abs_max_k,  # (B, Tk) or None
     table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least bound
-    query,  # (B, Tq, A)
-    keys,  # (B, Tk, A)
-    v,  # (A,)
+    # of others (units,): v
+    query,  # (B, Tq, A) or None
+    keys,  # (B, Tk, A) or None
+    v,  # (A,) or None
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
@@ -96,6 +131,8 @@ def tiled_scores_kernel(
     stride_bias,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
+    slope,  # of "leaky_relu", or None
+    ACTIVATION: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,28 +156,31 @@ def tiled_scores_kernel(
     all_i = first_q + tl.arange(0, BLOCK_Q)
     all_j = first_k + tl.arange(0, BLOCK_K)
     allowed = attended(mask, all_i, all_j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
-    bound = (
-        tl.load(abs_max_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
-        + tl.load(abs_max_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
-    )
+    if ACTIVATION == "tanh":
+        bound = (
+            tl.load(abs_max_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
+            + tl.load(abs_max_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
+        )
+    else:
+        bound = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
     bound = tl.max(tl.where(allowed, bound, -1.0))  # padding decides nothing, whatever it holds
     if bound >= 0.0:
         # The tile is (THREAD_K, THREAD_Q, *, *). Triton deals the last dimensions out to the threads and leaves each
-        # all of the first two, so that it loads several rows at once. ek is repeated for each thread, because Triton
-        # spreads a smaller one over the threads to load it, and then has to exchange it between them.
+        # all of the first two, so that it loads several rows at once.
         THREADS_Q: tl.constexpr = BLOCK_Q // THREAD_Q
         THREADS_K: tl.constexpr = BLOCK_K // THREAD_K
         in_q = (tl.arange(0, THREAD_Q)[:, None] + THREAD_Q * tl.arange(0, THREADS_Q)[None, :])[None, :, :, None]
         in_k = (tl.arange(0, THREAD_K)[:, None] + THREAD_K * tl.arange(0, THREADS_K)[None, :])[:, None, None, :]
         in_tile_q = in_q < (Tq - first_q).to(tl.int32)
         in_tile_k = in_k < (Tk - first_k).to(tl.int32)
+        eq += tile_q.to(tl.int64) * units * BLOCK_Q
+        ek += (b * tiles_k + tile_k) * units * BLOCK_K
         summary = table + units // CHUNK * ROW
-        if (bound >= tl.load(summary + 1)) & (bound <= MAX_BOUND_THREE):
-            eq_tile = eq + tile_q.to(tl.int64) * units * BLOCK_Q + in_q
-            ek_tile = ek + (b * tiles_k + tile_k) * units * BLOCK_K + in_k
-            if THREAD_Q <= 4:
-                eq_tile = tl.broadcast_to(eq_tile, [1, THREAD_Q, THREADS_Q, THREADS_K])
-            ek_tile = tl.broadcast_to(ek_tile, [THREAD_K, 1, THREADS_Q, THREADS_K])
+        if ACTIVATION != "tanh":
+            eq_tile, ek_tile = _spread(eq + in_q, ek + in_k)
+            total = _activated_scores(eq_tile, ek_tile, table, slope, units, ACTIVATION, BLOCK_Q, BLOCK_K)
+        elif (bound >= tl.load(summary + 1)) & (bound <= MAX_BOUND_THREE):
+            eq_tile, ek_tile = _spread(eq + in_q, ek + in_k)
             total = _factored_scores(eq_tile, ek_tile, table, units, APPROXIMATE, BLOCK_Q, BLOCK_K) * tl.load(summary)
         else:
             q_rows = query + b * stride_qb + (first_q + in_q) * stride_qq
@@ -178,6 +218,9 @@ def small_q_scores_kernel(
     Tk,
     A,
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias, stride_lengths,
+    slope,  # of "leaky_relu", in two parts, or None
+    slope_lo,
+    ACTIVATION: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -195,6 +238,8 @@ def small_q_scores_kernel(
     first = (program % tiles_k) * BLOCK_K
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
+    if slope is not None:
+        slope = tl.cast(slope, wide) + tl.cast(slope_lo, wide)
     if first < row_length(lengths, b, stride_lengths, Tk):
         q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
         k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
@@ -210,7 +255,8 @@ def small_q_scores_kernel(
             if bias is not None:
                 hidden += tl.load(bias_units, mask=in_units, other=0.0).to(wide)[None, None, :]
                 bias_units += tl.cast(stride_bias, tl.int64) * BLOCK_A
-            total += tl.load(v_units, mask=in_units, other=0.0).to(wide)[None, None, :] * tanh(hidden, APPROXIMATE)
+            x = tl.load(v_units, mask=in_units, other=0.0).to(wide)[None, None, :]
+            total += x * activate(hidden, slope, ACTIVATION, APPROXIMATE)
             q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
             k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
             v_units += tl.cast(stride_v, tl.int64) * BLOCK_A

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import AdditiveScore, Score
+from ..scores import Score
 from ..types import Masks
 from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length
@@ -29,9 +29,10 @@ from .launch import (
     mask_strides,
     power_of_two,
     rows_aligned,
+    two_parts,
 )
 from .normaliser import LOWEST, add_block, alignments_of, factor, merge, part_factor
-from .scores import finish_scores, score_terms
+from .scores import finish_scores, parts_of, score_terms
 
 MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
 MAX_VALUE_COLUMNS = 1024  # whose averages do
@@ -48,12 +49,12 @@ def decode_kernel(
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     values,  # (B, Tk, D)
-    v,  # (A,), or None for "dot"
+    v,  # (A,), or None for dot attention
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    scale,  # of dot attention
-    scale_lo,  # what float32 lost of it: for float64
+    number,  # of the score: see parts_of
+    number_lo,  # what float32 lost of it: for float64
     B,
     Tq,
     Tk,
@@ -119,8 +120,10 @@ def decode_kernel(
             offset = u.to(tl.int64)
             k = tl.load(keys + j[None, :, None] * stride_kk + offset * stride_ka, mask=in_steps & in_units, other=0.0)
             q = tl.load(query + offset * stride_qa, mask=(i < Tq)[:, None, None] & in_units, other=0.0)
-            products += score_terms(q.to(wide), k.to(wide), v, bias, u, A, stride_v, stride_bias, SCORE, APPROXIMATE)
-        s = finish_scores(tl.sum(products, axis=2), scale, scale_lo, SCORE)
+            products += score_terms(
+                q.to(wide), k.to(wide), v, bias, number, number_lo, u, A, stride_v, stride_bias, SCORE, APPROXIMATE
+            )
+        s = finish_scores(tl.sum(products, axis=2), number, number_lo, SCORE)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
@@ -214,8 +217,7 @@ def decode(
 
     query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
     """
-    additive = isinstance(score, AdditiveScore)
-    v, bias, scale = (score.v, score.bias, 1.0) if additive else (None, None, score.scale)
+    name, v, bias, number = parts_of(score)
     memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
@@ -236,19 +238,18 @@ def decode(
     scores = values.new_empty((B, Tq, Tk), dtype=wide) if need_alignments else None
     parts = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else wide)
     tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq), dtype=wide)
-    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if double else 0.0
     launch(
         decode_kernel,
         B * splits,
         (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
         (
-            *(v, bias, memory_lengths, bytes_of(mask), float(scale), scale_lo, B, Tq, Tk, A, D, steps),
+            *(v, bias, memory_lengths, bytes_of(mask), *two_parts(number, wide), B, Tq, Tk, A, D, steps),
             *(*query.stride(), *keys.stride(), *values.stride()),
             *(0 if v is None else v.stride(0), 0 if bias is None else bias.stride(0)),
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
         ),
         dict(
-            SCORE="additive" if additive else "dot",
+            SCORE=name,
             NORMALISER="softmax",
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,

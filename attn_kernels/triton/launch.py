@@ -78,6 +78,13 @@ def is_small_m(query: Tensor) -> bool:
     return query.shape[1] <= MAX_SMALL_M or query.dtype == torch.float64
 
 
+def two_parts(number: float, dtype: torch.dtype) -> tuple[float, float]:
+    """A number as a kernel gets it, in float32, and what float32 lost of it, for kernels of float64."""
+    if dtype != torch.float64:
+        return float(number), 0.0
+    return float(number), number - torch.tensor(number, dtype=torch.float32).item()
+
+
 def small_m_block(queries: int) -> int:
     """The queries of a tile with few queries: 1, 2 or 4."""
     return power_of_two(queries, 1, MAX_SMALL_M)

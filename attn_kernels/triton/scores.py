@@ -1,34 +1,52 @@
-"""What is particular to a score in the kernels that all scores share: ``SCORE`` is "additive" or "dot"."""
+"""What is particular to a score in the kernels that all scores share.
+
+``SCORE`` is "dot", or that of additive attention by its activation: "tanh", "relu" or "leaky_relu".
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .additive_math import tanh
+from ..scores import AdditiveScore, DotScore, Score
+from .activations import TANH, activate, activation_of
+
+
+def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
+    """SCORE, v, bias and number of a score: scale of "dot", negative slope of "leaky_relu"."""
+    if isinstance(score, DotScore):
+        return "dot", None, None, score.scale
+    name, slope = TANH if isinstance(score, AdditiveScore) else activation_of(score.negative_slope)
+    return name, score.v, score.bias, slope
 
 
 @triton.jit
-def score_terms(q, k, v, bias, u, A, stride_v, stride_bias, SCORE: tl.constexpr, APPROXIMATE: tl.constexpr):
+def score_terms(
+    q, k, v, bias, number, number_lo, u, A, stride_v, stride_bias, SCORE: tl.constexpr, APPROXIMATE: tl.constexpr
+):  # fmt: skip
     """The terms of which a score is the sum over the units u < A, from query q and key k, widened; 0 beyond A.
 
-    v (A,) and bias (A,) or None are those of "additive".
+    v (A,) and bias (A,) or None are those of additive attention. number + number_lo: see parts_of; it is in two parts
+    for float64.
     """
-    if SCORE == "additive":
+    if SCORE == "dot":
+        terms = q * k
+    else:
         hidden = q + k
         if bias is not None:
             hidden += tl.load(bias + u.to(tl.int64) * stride_bias, mask=u < A, other=0.0).to(q.dtype)
         x = tl.load(v + u.to(tl.int64) * stride_v, mask=u < A, other=0.0).to(q.dtype)
-        terms = x * tanh(hidden, APPROXIMATE)
-    else:
-        tl.static_assert(SCORE == "dot")
-        terms = q * k
+        slope = None
+        if SCORE == "leaky_relu":
+            slope = tl.cast(number, q.dtype) + tl.cast(number_lo, q.dtype)
+        terms = x * activate(hidden, slope, SCORE, APPROXIMATE)
     return terms
 
 
 @triton.jit
-def finish_scores(sums, scale, scale_lo, SCORE: tl.constexpr):
-    """The scores, from the sums of their terms; scale + scale_lo is that of "dot", in two parts for float64."""
+def finish_scores(sums, number, number_lo, SCORE: tl.constexpr):
+    """The scores, from the sums of their terms."""
     if SCORE == "dot":
-        sums *= tl.cast(scale, sums.dtype) + tl.cast(scale_lo, sums.dtype)
+        sums *= tl.cast(number, sums.dtype) + tl.cast(number_lo, sums.dtype)
     return sums

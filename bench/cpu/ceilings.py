@@ -56,6 +56,7 @@ _FUNCTIONS: dict[str, list[type]] = {
     "multiply_add": [_FLOAT, _FLOAT, _COUNT, _Data],
     "exponentials": [_Data, _COUNT, _COUNT, _Data],
     "forward_pairs": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
+    "relu_pairs": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
     "backward_shared": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
     "backward_single": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
 }
@@ -74,6 +75,7 @@ class Loops:
     multiply_add: Callable[..., None]
     exponentials: Callable[..., None]
     forward_pairs: Callable[..., None]
+    relu_pairs: Callable[..., None]
     backward_shared: Callable[..., None]
     backward_single: Callable[..., None]
 
@@ -226,6 +228,7 @@ class Ceilings:
     macs: float  # float32 multiply-adds
     exponentials: float
     forward_pairs: float  # of a query and a key, for one unit
+    relu_pairs: float  # the same with relu in place of tanh
     backward_pairs: float  # the better one of the next two
     backward_pairs_shared: float  # two queries share a division
     backward_pairs_single: float  # each has its own
@@ -276,7 +279,7 @@ def measure(loops: Loops, caches: list[Cache], threads: int, seconds: float, pro
     """Takes ``seconds`` for each of the figures."""
     team = ThreadTeam(threads, seconds)
     sizes = sizes_of_buffers(caches, threads)
-    task = progress.add_task("machine", total=6 + 3 * len(sizes) + 2 * loops.can_stream)
+    task = progress.add_task("machine", total=7 + 3 * len(sizes) + 2 * loops.can_stream)
 
     def rate(what: str, amount: float, call: Callable[[int, int], object]) -> float:
         progress.update(task, description=f"machine: {what}")
@@ -290,14 +293,15 @@ def measure(loops: Loops, caches: list[Cache], threads: int, seconds: float, pro
     clock = rate("clock", 16, lambda i, repeats: loops.add_integers(3, repeats)) / threads
     macs = rate("multiply-adds", loops.chains * loops.lanes, lambda i, r: loops.multiply_add(0.5, 1.0, r, y[i]))
     exponentials = rate("exponentials", n, lambda i, repeats: loops.exponentials(x[i], n, repeats, y[i]))
-    forward = measure_forward(loops, threads, rate)
+    forward = measure_forward(loops, loops.forward_pairs, threads, rate)
+    relu = measure_forward(loops, loops.relu_pairs, threads, rate)
     shared, single = (measure_backward(loops, loop, threads, rate) for loop in ("shared", "single"))
     bandwidth = {level: measure_bandwidth(loops, level, size, threads, rate) for level, size in sizes.items()}
     progress.update(task, description="machine")
-    return Ceilings(threads, clock, bandwidth, macs, exponentials, forward, max(shared, single), shared, single)
+    return Ceilings(threads, clock, bandwidth, macs, exponentials, forward, relu, max(shared, single), shared, single)
 
 
-def measure_forward(loops: Loops, threads: int, rate: Rate) -> float:
+def measure_forward(loops: Loops, loop: Callable[..., None], threads: int, rate: Rate) -> float:
     queries, keys = loops.forward_queries, loops.forward_keys
     units = 512 // loops.forward_units * loops.forward_units
     rows = [torch.rand(1 + queries + keys, units) + 0.5 for _ in range(threads)]
@@ -305,7 +309,7 @@ def measure_forward(loops: Loops, threads: int, rate: Rate) -> float:
 
     def call(i: int, repeats: int) -> None:
         c, q, k = rows[i], rows[i][1:], rows[i][1 + queries :]
-        loops.forward_pairs(c, q, k, units, repeats, sums[i])
+        loop(c, q, k, units, repeats, sums[i])
 
     return rate("pairs, forward", queries * keys * units, call)
 

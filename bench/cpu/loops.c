@@ -49,6 +49,14 @@
 #endif
 #endif
 
+#if VECTOR_BYTES == 64
+#define POSITIVE_PART(x) (Floats)_mm512_maskz_max_ps(0xffff, (__m512)(Floats){0}, (__m512)(x))
+#elif VECTOR_BYTES == 32
+#define POSITIVE_PART(x) (Floats)_mm256_max_ps((__m256)(Floats){0}, (__m256)(x))
+#else
+#define POSITIVE_PART(x) ((x) > (Floats){0} ? (x) : (Floats){0})
+#endif
+
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
@@ -207,6 +215,22 @@ void forward_pairs(const float* c, const float* q, const float* k, int64_t units
           const Floats product = d1 * d2;
           acc[i][j] += ((d1 + d2) * d3 + product) / (product * d3);
         }
+    }
+    for (int i = 0; i < FORWARD_QUERIES; ++i)
+      for (int j = 0; j < FORWARD_KEYS; ++j) store(sums + (i * FORWARD_KEYS + j) * LANES, acc[i][j]);
+    BARRIER();
+  }
+}
+
+// The scores of v . relu(q + k) of the same tile, with v in place of c.
+void relu_pairs(const float* v, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
+  for (int64_t r = 0; r < repeats; ++r) {
+    Floats acc[FORWARD_QUERIES][FORWARD_KEYS] = {{{0}}};
+    for (int64_t u = 0; u < units; u += LANES) {
+      const Floats vu = load(v + u);
+      for (int i = 0; i < FORWARD_QUERIES; ++i)
+        for (int j = 0; j < FORWARD_KEYS; ++j)
+          acc[i][j] += vu * POSITIVE_PART(load(q + i * units + u) + load(k + j * units + u));
     }
     for (int i = 0; i < FORWARD_QUERIES; ++i)
       for (int j = 0; j < FORWARD_KEYS; ++j) store(sums + (i * FORWARD_KEYS + j) * LANES, acc[i][j]);

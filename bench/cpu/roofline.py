@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Annotated, NoReturn
 
 import torch
@@ -27,7 +28,7 @@ import attn_kernels
 from attn_kernels.ops import kernel
 
 from .. import cases, cli, machine, results, timing
-from ..cases import BACKWARD, FORWARD, Dtype, Op, Shape, Work, work_of
+from ..cases import BACKWARD, FORWARD, RELU, WITH_VECTOR, Dtype, Op, Shape, Work, work_of
 from ..cli import application, console
 from ..machine import Allocator
 from ..report import figure, table
@@ -35,6 +36,12 @@ from . import ceilings
 from .ceilings import MEMORY, Cache, Ceilings, CompilerError, level_of
 
 CPU = torch.device("cpu")
+
+
+class Timed(str, Enum):
+    additive_attention = Op.additive_attention.value
+    relu_attention = RELU
+    dot_attention = Op.dot_attention.value
 
 
 # Bounds ---------------------------------------------------------------------------------------------------------------
@@ -56,12 +63,14 @@ class Bound:
         return "bytes" if self.bytes_ms >= self.arithmetic_ms else "math"
 
 
-def bound_of(work: Work, passes: str, limits: Ceilings, caches: list[Cache]) -> Bound:
+def bound_of(op: str, work: Work, passes: str, limits: Ceilings, caches: list[Cache]) -> Bound:
     level = level_of(work.read + work.written, caches, limits.threads)
     # Outputs larger than the last cache leave it in any case; smaller ones may stay for whoever reads them next.
     streaming = level == MEMORY and work.written > caches[-1].capacity(limits.threads)
     streaming = streaming and limits.bandwidth[level].streaming_copy is not None
     pairs = limits.forward_pairs if passes == FORWARD else limits.backward_pairs
+    if op == RELU and passes == FORWARD:  # no loop for its backward: that of tanh is no bound of it, and stands in
+        pairs = limits.relu_pairs
     arithmetic = work.pairs / pairs + work.exponentials / limits.exponentials + work.macs / limits.macs
     return Bound(
         level,
@@ -78,7 +87,7 @@ def bound_of(work: Work, passes: str, limits: Ceilings, caches: list[Cache]) -> 
 class Cell:
     """One line of the table: one pass of an op at one shape."""
 
-    op: Op
+    op: str
     shape: Shape
     label: str
     passes: str
@@ -101,12 +110,13 @@ class Cell:
         return self.work.pairs / self.milliseconds.median / 1e6
 
 
-def calls_of(op: Op, problem: cases.Problem) -> dict[str, Callable[[], object]]:
+def calls_of(op: str, problem: cases.Problem) -> dict[str, Callable[[], object]]:
     """What is timed: the kernels as autograd calls them. The one place here that knows the signatures of the ops."""
     query, keys, values, *v = problem.inputs.values()
-    parameters: tuple[object, ...] = (*v, None, None) if op is Op.additive_attention else (1.0,)
+    others: dict[str, tuple[object, ...]] = {Op.additive_attention.value: (*v, None, None), RELU: (*v, None, 0.0)}
+    parameters = others.get(op, (1.0,))
     masks = (problem.memory_lengths, None)
-    forward, backward = kernel(op.value, "cpu"), kernel(f"{op.value}_backward", "cpu")
+    forward, backward = kernel(op, "cpu"), kernel(f"{op}_backward", "cpu")
     alignments = forward(query, keys, values, *parameters, *masks, True)[1]
     inputs = (query, keys, values, *parameters, *masks)
     return {
@@ -116,7 +126,7 @@ def calls_of(op: Op, problem: cases.Problem) -> dict[str, Callable[[], object]]:
 
 
 def time_ops(
-    chosen: list[Op],
+    chosen: list[str],
     shapes: dict[Shape, str],
     dtype: torch.dtype,
     limits: Ceilings,
@@ -128,14 +138,14 @@ def time_ops(
     task = progress.add_task("ops", total=len(chosen) * len(shapes))
     for op in chosen:
         for shape, label in shapes.items():
-            progress.update(task, description=f"ops: {op.value} ({shape})")
-            calls = calls_of(op, cases.make_problem(op.value, shape, settings))
+            progress.update(task, description=f"ops: {op} ({shape})")
+            calls = calls_of(op, cases.make_problem(op, shape, settings))
             for passes, call in calls.items():
                 # One after the other, not in turns: each is to find in the caches what its own last call left there.
                 samples = timing.interleave({passes: call}, timing.timer_for(CPU), seconds=seconds, most_rounds=1000)
                 taken = [1e3 * sample for sample in samples[passes]]
                 work = work_of(op, shape, passes, dtype.itemsize)
-                bound = bound_of(work, passes, limits, caches)
+                bound = bound_of(op, work, passes, limits, caches)
                 yield Cell(op, shape, label, passes, work, bound, timing.spread(taken), min(taken))
             progress.advance(task)
     progress.update(task, description="ops")
@@ -153,9 +163,9 @@ def as_result(
     description: dict[str, str | int],
 ) -> dict[str, object]:
     def entry(cell: Cell) -> dict[str, object]:
-        additive = cell.op is Op.additive_attention
+        additive = cell.op in WITH_VECTOR
         return {
-            "op": cell.op.value,
+            "op": cell.op,
             "shape": cell.shape._asdict(),
             "label": cell.label,
             "passes": cell.passes,
@@ -219,6 +229,7 @@ def rates_table(limits: Ceilings) -> Table:
         ("multiply-adds", limits.macs),
         ("exponentials", limits.exponentials),
         ("pairs, forward: three units share a division", limits.forward_pairs),
+        ("pairs, forward: relu", limits.relu_pairs),
         ("pairs, backward: two queries share a division", limits.backward_pairs_shared),
         ("pairs, backward: a division each", limits.backward_pairs_single),
     ):
@@ -228,8 +239,8 @@ def rates_table(limits: Ceilings) -> Table:
 
 def op_table(cells: list[Cell], limits: Ceilings, dtype: Dtype) -> Table:
     op, passes = cells[0].op, cells[0].passes
-    additive = op is Op.additive_attention
-    title = f"{op.value}, {passes}, {dtype.value}, {_threads(limits.threads)}"
+    additive = op in WITH_VECTOR
+    title = f"{op}, {passes}, {dtype.value}, {_threads(limits.threads)}"
     of_pairs = [">/ns", ">cyc."] if additive else []
     columns = ("B,Tq,Tk,A", ">ms", ">best", ">GB/s", ">%", *of_pairs, "in", ">bound", ">by", ">x", ">best")
     result = table(title, *columns, show_edge=False)
@@ -263,7 +274,7 @@ app = application()
 @app.command()
 def main(
     shape: cli.ShapesOption = None,
-    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
+    op: Annotated[list[Timed] | None, typer.Option(help="May be repeated; all if left out.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the ops; the loops compute in float32.")] = Dtype.float32,
     threads: cli.ThreadsOption = 1,
     allocator: cli.AllocatorOption = Allocator.reuse,
@@ -287,7 +298,11 @@ def main(
     found = ceilings.caches()
     with cli.progress_bars() as progress:
         limits = ceilings.measure(loops, found, threads, seconds, progress)
-        cells = list(time_ops(op or list(Op), shapes, getattr(torch, dtype.value), limits, found, seconds, progress))
+        cells = list(
+            time_ops(
+                [o.value for o in op or Timed], shapes, getattr(torch, dtype.value), limits, found, seconds, progress
+            )
+        )
     description = {**machine.describe(CPU, in_effect), "compiler of loops.c": loops.compiler}
     path = output / f"{'-'.join(['limits', 'cpu', *([] if dtype is Dtype.float32 else [dtype.value])])}.json"
     results.write_json(path, as_result(cells, limits, found, dtype, seconds, description))

@@ -155,6 +155,7 @@ def compare(
     mask: str = "",
     scale: float = 1.0,
     prepared: bool = False,
+    activation: str = "tanh",
 ) -> str:
     """Results and all gradients of one call against the reference in float64 on the same device."""
     import torch
@@ -175,7 +176,7 @@ def compare(
         DOT_ATTENTION: [query, keys, values],
         ADDITIVE_SCORES: [query, keys, v, bias],
     }[op]
-    keywords: dict[str, Any] = {"scale": A**-0.5} if op == DOT_ATTENTION else {}
+    keywords: dict[str, Any] = {"scale": A**-0.5} if op == DOT_ATTENTION else {"activation": activation}
     if lengths:
         keywords["memory_lengths"] = torch.randint(0, Tk + 1, (B,), generator=rng).to(device)
     if mask:
@@ -260,6 +261,20 @@ def decode(contact: Contact) -> None:
 def scores(contact: Contact) -> None:
     contact.compare(ADDITIVE_SCORES, SCORES)
     contact.compare(ADDITIVE, SCORES)
+
+
+def relu(contact: Contact) -> None:
+    for activation in ("relu", "leaky_relu"):
+
+        def activated(cases: Iterable[Case], activation: str = activation) -> list[Case]:
+            # Large inputs are for the guards of tanh: what relu makes of them, softmax would make a 0 or a 1.
+            kept = [case for case in cases if "scale" not in case.options]
+            options = {"activation": activation}
+            return [one._replace(name=f"{one.name}, {activation}", options={**one.options, **options}) for one in kept]
+
+        contact.compare(ADDITIVE, activated(DECODE))
+        contact.compare(ADDITIVE_SCORES, activated(SCORES))
+        contact.compare(ADDITIVE, activated(SCORES + MASKS))
 
 
 def dot(contact: Contact) -> None:
@@ -358,6 +373,7 @@ GROUPS: dict[str, Callable[[Contact], None]] = {
     "prepare cuda": prepare,
     "decode cuda": decode,
     "scores cuda": scores,
+    "relu cuda": relu,
     "dot cuda": dot,
     "masks cuda": masks,
     "graph cuda": graph,

@@ -42,10 +42,13 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
 }
 
 // What is particular to an activation f is a class like this one, with what a pair of query and step with score
-// gradient ds adds, x = q + k: g = ds f'(x) / kGain to dq and dk, ds f(x) to dv.
+// gradient ds adds, x = q + k: g, ds f'(x) up to a factor (of_unit), to dq and dk, and ds f(x) to dv.
 template <typename T>
 struct TanhPair {
   static constexpr T kGain = 4;
+
+  // The gradient of a unit of query or key, from the sum of g.
+  ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
 
   // Of a row, for the sums by columns: two vectors, and whether they serve where |q| + |k| is at most `bound`.
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
@@ -86,8 +89,13 @@ struct TanhPair {
 
 template <typename T, bool kLeaky>
 struct ReluPair {
-  static constexpr T kGain = 1;
   T negative_slope;
+
+  // 0 where no pair was in the slope: an infinite v would make NaN of it.
+  ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) {
+    const Vec<T> zero{};
+    return sum == zero ? zero : v * sum;
+  }
 
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store(e, x); }
   ATTN_INLINE static bool fits_kept(T) { return true; }
@@ -108,7 +116,8 @@ struct ReluPair {
 
   ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
     const Vec<T> all = broadcast(ds), zero{};
-    const Vec<T> g = x > zero ? all : (kLeaky ? negative_slope * all : zero);
+    // As of PyTorch, which lets the gradient of relu pass where x is NaN.
+    const Vec<T> g = kLeaky ? (x > zero ? all : negative_slope * all) : (x <= zero ? zero : all);
     dq += g;
     dk += g;
     dv += ds * rectified<T, kLeaky>(x, negative_slope);
@@ -232,7 +241,7 @@ struct BackwardParams {
 
   // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
   ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
-    const Vec<T> g = Pair::kGain * load(units.v + c) * sum, zero{};
+    const Vec<T> g = Pair::of_unit(load(units.v + c), sum), zero{};
     store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
@@ -245,7 +254,7 @@ struct BackwardParams {
     prefetch_to_write(static_cast<const char*>(dkeys) + ((b * op.Tk + j) * op.A + c) * item_size(op.query.dtype));
   }
   ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
-    const Vec<T> g = Pair::kGain * load(units.v + c) * sum;
+    const Vec<T> g = Pair::of_unit(load(units.v + c), sum);
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
   // Prefetches what is read after the columns before `first` of sentence b, where a task has so many.
@@ -357,12 +366,12 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, in
     }
     store(dv + c, kKept ? dvc + Pair::dv_of_rows(sum) : dvc);
     if constexpr (kKeys) {
-      const Vec<T> factor = Pair::kGain * load(back.units.v + first + c);
+      const Vec<T> v = load(back.units.v + first + c);
       for (int r = 0; r < NK; ++r) {
         if (stream)
-          store_stream(dkeys[r] + c, factor * dk[r]);
+          store_stream(dkeys[r] + c, Pair::of_unit(v, dk[r]));
         else
-          store_upto(dkeys[r] + c, factor * dk[r], columns - c);
+          store_upto(dkeys[r] + c, Pair::of_unit(v, dk[r]), columns - c);
       }
     }
   }
@@ -504,7 +513,7 @@ template <typename T, class Op, class Pair>
 void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,

@@ -222,7 +222,7 @@ template <typename T>
 void additive_attention(const AdditiveAttentionForward& op) {
   ScratchScope scope(thread_scratch());
   const FactoredV<T> units(op, thread_scratch());
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   attention_forward<T>(problem, op.context, op.alignments, AdditiveScore<T>{op, units});
 }
 

@@ -132,7 +132,62 @@ struct AttentionParams {
   Dtype dtype;
   StridedView3 values;  // (B, Tk, D)
   AttentionMask attended;
+  // With options, else null: see ../attention.h.
+  const AttentionOptions* options = nullptr;
+  void* log_total = nullptr;              // forward, written
+  const void* known_log_total = nullptr;  // backward
+  const void* grad_log_total = nullptr;
+  void* dscore_bias = nullptr;
 };
+
+template <class Score>
+AttentionParams params_of(const AttentionForward<Score>& op) {
+  return {op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended, op.options, op.log_total};
+}
+
+template <class Score>
+AttentionParams params_of(const AttentionBackward<Score>& op) {
+  return {op.B,        op.Tq,      op.Tk,   op.D,         op.query.dtype,    op.values,
+          op.attended, op.options, nullptr, op.log_total, op.grad_log_total, op.dscore_bias};
+}
+
+template <typename T>
+ATTN_INLINE T log_sigmoid(T x) {
+  const double y = x;
+  return static_cast<T>(y < 0 ? y - log1p(exp(y)) : -log1p(exp(-y)));
+}
+
+// Alignments of the n listed steps from their scores w, with options, in place. row: b Tq + i. Returns the logarithm
+// of what they were divided by.
+template <typename T, class Normaliser>
+T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* w,
+                         Scratch& scratch) {
+  const T infinity = static_cast<T>(__builtin_inf());
+  if (n == 0) return -infinity;
+  if (p.options->score_bias) {
+    ScratchScope scope(scratch);
+    const T* bias = read_row(p.options->score_bias, row / p.Tq, row % p.Tq, p.Tk, alloc<T>(scratch, p.Tk));
+    for (int64_t j = 0; j < n; ++j) w[j] += bias[list[j]];
+  }
+  // sigmoid(s) over their sum is the softmax of log sigmoid(s), which does not underflow.
+  if (p.options->sigmoid)
+    for (int64_t j = 0; j < n; ++j) w[j] = log_sigmoid(w[j]);
+  T top = -infinity;
+  int64_t at = 0;
+  for (int64_t j = 0; j < n; ++j)
+    if (w[j] > top) top = w[j], at = j;
+  Normaliser::row(w, n);
+  return static_cast<T>(static_cast<double>(top) - log(static_cast<double>(w[at])));
+}
+
+// Dropout of the alignments of the n listed steps, or of the gradients that come through them.
+template <typename T>
+void drop(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* w) {
+  if (p.options->dropout_p == 0) return;
+  const T factor = static_cast<T>(1 / (1 - p.options->dropout_p));
+  for (int64_t j = 0; j < n; ++j)
+    w[j] = keeps(*p.options, static_cast<uint64_t>(row * p.Tk + list[j])) ? w[j] * factor : T(0);
+}
 
 // Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld, scratch) writes
 // the scores of those queries and of the n listed steps; cost() is the work of a pair.
@@ -151,11 +206,16 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
     score.score_block(score.queries(b, tiles.first(task), tiles.count(task), scratch), b, list + steps.begin,
                       steps.end - steps.begin, weights + steps.begin, ld, scratch);
   };
-  auto normalise = [&](int64_t task, const int32_t* list, int64_t n, T* weights) {
+  auto normalise = [&](int64_t task, const int32_t* list, int64_t n, T* weights, Scratch& scratch) {
     const int64_t row = tiles.sentence(task) * p.Tq + tiles.first(task);
     for (int64_t i = 0; i < tiles.count(task); ++i) {
-      if (n > 0) Normaliser::row(weights + i * ld, n);
-      if (alignments != nullptr) write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, weights + i * ld);
+      T* w = weights + i * ld;
+      if (p.options != nullptr)
+        static_cast<T*>(p.log_total)[row + i] = normalise_with_options<T, Normaliser>(p, row + i, list, n, w, scratch);
+      else if (n > 0)
+        Normaliser::row(w, n);
+      if (alignments != nullptr) write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, w);
+      if (p.options != nullptr) drop(p, row + i, list, n, w);
     }
   };
   auto write_context = [&](int64_t task, const int32_t* list, int64_t n, const T* weights, const Range& columns,
@@ -170,7 +230,7 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
       T* weights = alloc<T>(scratch, weights_size);
       const int64_t n = list_steps(p.attended, tiles.sentence(task), tiles.first(task), p.Tk, list);
       write_scores(task, list, Range(n, 0, 1, 1), weights, scratch);
-      normalise(task, list, n, weights);
+      normalise(task, list, n, weights, scratch);
       write_context(task, list, n, weights, Range(p.D, 0, 1, 1), scratch);
     });
   Scratch& call = thread_scratch();
@@ -186,14 +246,30 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
     write_scores(task, lists + task * p.Tk, Range(n[task], t % parts, parts, kRowsAtOnce),
                  weights + task * weights_size, scratch);
   });
-  for_each_task(tiles.tasks, tiles.size * p.Tk, [&](int64_t task, Scratch&) {
-    normalise(task, lists + task * p.Tk, n[task], weights + task * weights_size);
+  for_each_task(tiles.tasks, tiles.size * p.Tk, [&](int64_t task, Scratch& scratch) {
+    normalise(task, lists + task * p.Tk, n[task], weights + task * weights_size, scratch);
   });
   for_each_task(tiles.tasks * parts, part_cost, [&](int64_t t, Scratch& scratch) {
     const int64_t task = t / parts;
     write_context(task, lists + task * p.Tk, n[task], weights + task * weights_size,
                   Range(p.D, t % parts, parts, 4 * width<T>), scratch);
   });
+}
+
+// Of the gradients di of the scores of a row, what options change; weights become those of the context.
+template <typename T>
+void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* weights, T* di) {
+  const T total = static_cast<const T*>(p.known_log_total)[row];
+  if (p.grad_log_total != nullptr) {
+    const T grad = static_cast<const T*>(p.grad_log_total)[row];
+    for (int64_t j = 0; j < n; ++j) di[j] += weights[j] * grad;
+  }
+  if (p.options->sigmoid) {
+    const T sum = static_cast<T>(exp(static_cast<double>(total)));
+    for (int64_t j = 0; j < n; ++j) di[j] *= 1 - weights[j] * sum;  // the derivative of log sigmoid
+  }
+  if (p.dscore_bias != nullptr) write_compact(p.dscore_bias, p.dtype, row * p.Tk, p.Tk, list, n, di);
+  drop(p, row, list, n, weights);
 }
 
 // Gradients of the scores, compact: row (b, i) of dscores and weights (B, Tq, Tk) holds the attended steps of query i.
@@ -222,11 +298,14 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
         memcpy(wi, all, n * sizeof(T));
       else
         for (int64_t j = 0; j < n; ++j) wi[j] = all[list[j]];
+      const int64_t at_row = b * p.Tq + first + i;
+      if (p.options != nullptr) drop(p, at_row, list, n, di);
       if (grad_alignments) {
         all = read_row(grad_alignments, b, first + i, p.Tk, row);
         for (int64_t j = 0; j < n; ++j) di[j] += all[list[j]];
       }
       Normaliser::gradient(wi, di, n);
+      if (p.options != nullptr) gradient_with_options(p, at_row, list, n, wi, di);
     }
     with_tile(b, first, nq, list, n, ds, scratch);
   };

@@ -27,7 +27,7 @@ struct DotScore {
 
 template <typename T>
 void dot_attention(const DotAttentionForward& op) {
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   attention_forward<T>(problem, op.context, op.alignments, DotScore<T>{op});
 }
 
@@ -35,7 +35,7 @@ template <typename T>
 void dot_attention_backward(const DotAttentionBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(

@@ -12,12 +12,11 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// NaN where x is: where neither is larger, the second one is taken.
 template <typename T, bool kLeaky>
 ATTN_INLINE Vec<T> rectified(Vec<T> x, T negative_slope) {
   const Vec<T> zero{};
   if constexpr (kLeaky) return x > zero ? x : negative_slope * x;
-  return zero > x ? zero : x;
+  return positive_part<T>(x);
 }
 
 // Calls body with whether there is a slope, as a type, and it.
@@ -131,7 +130,7 @@ void with_relu_score(const ReluScores& op, const Body& body) {
 
 template <typename T>
 void relu_attention(const ReluAttentionForward& op) {
-  const AttentionParams problem{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended};
+  const AttentionParams problem = params_of(op);
   with_relu_score<T>(op, [&](const auto& score) { attention_forward<T>(problem, op.context, op.alignments, score); });
 }
 

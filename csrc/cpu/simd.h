@@ -216,6 +216,18 @@ ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// max(x, 0), NaN where x is NaN. The instruction for it, of which GCC 12 makes two of a comparison and a choice.
+template <typename T>
+ATTN_INLINE Vec<T> positive_part(Vec<T> x) {
+  const Vec<T> zero{};
+#if ATTN_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)zero, (__m512)x);
+#elif ATTN_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)zero, (__m256)x);
+#endif
+  return zero > x ? zero : x;  // the second one where neither is larger
+}
+
 // Element i changes places with element i ^ n.
 template <int n, class V, size_t... i>
 ATTN_INLINE V exchange(V x, std::index_sequence<i...>) {

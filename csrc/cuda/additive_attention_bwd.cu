@@ -1,4 +1,5 @@
-// The gradients of the scores of additive attention: of query, keys, v and bias. Hidden units are computed again.
+// The gradients of scores with a score vector: of query, keys, v and bias. Hidden units are computed again. What differs
+// between tanh of additive attention and relu is in TanhPair and ReluPair.
 //
 // With E = e^{2q} e^{2k}, r = 1 / (1 + E) and ds the gradient of a score: 1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r, so
 //
@@ -14,6 +15,7 @@
 #include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "relu_math.cuh"
 #include "rows.cuh"
 #include "sum_parts.cuh"
 
@@ -41,9 +43,108 @@ struct BackwardTile {
   int64_t parts_q, parts_k, queries, steps;  // of a part: queries, and steps, a multiple of a chunk
 };
 
-template <typename W>
+// What is particular to an activation f is a class like this one: which numbers the fast form keeps of the rows, what it
+// adds for a pair of query and step with score gradient ds, x = q + k, and f itself. dquery and dkeys are kGain v times
+// their sums.
+struct TanhPair {
+  using Score = AdditiveScores;
+  static constexpr int kGain = 4;
+  static constexpr bool kBounded = true;  // f(x) is finite for all x but NaN: a ds of 0 adds nothing
+  template <typename W>
+  static constexpr bool kHasFast = sizeof(W) == 4;
+
+  // Of an element of a query or key. What is out of range counts as 0 in the fast form.
+  ATTN_DEVICE static bool in_range(float x) { return fabsf(x) <= kMaxAbsBackward; }
+  ATTN_DEVICE static float kept(float x) { return exp2x(x); }
+
+  // Calls body with which form of add() the op takes, as a type.
+  template <class Body>
+  ATTN_DEVICE static void by_form(const Score&, const Body& body) {
+    body(std::false_type());
+  }
+
+  // Adds to dq and dk what is to be multiplied by what is kept of the other row's and then by that of the own row.
+  template <int kQ, bool, typename W>
+  ATTN_DEVICE static void add(const Score&, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
+                              F32x2<W>& dv) {
+    constexpr F32x2<W> kOne{1, 1}, kMinusOne{-1, -1};
+    const F32x2<W> d = multiply_add(e, ek, kOne);
+    F32x2<W> r = reciprocal(d);
+    // Few queries: memory decides, and there is time for the last bit, which the instruction does not give.
+    if constexpr (sizeof(W) == 4 && kQ < 8) r = multiply_add(r, multiply_add(F32x2<W>{-d.x, -d.y}, r, kOne), r);
+    const F32x2<W> once = ds * r, twice = once * r;
+    dq = multiply_add(twice, ek, dq);
+    dk = multiply_add(twice, e, dk);
+    dv = multiply_add(once, multiply_add(e, ek, kMinusOne), dv);
+  }
+  template <typename W>
+  ATTN_DEVICE static W of_row(W kept, W sum) {
+    return kept * sum;
+  }
+
+  // ds f'(x) / kGain, and f(x)
+  template <typename W>
+  ATTN_DEVICE static W gradient(const Score&, W x, W ds) {
+    return ds * quarter_slope_of_tanh(x);
+  }
+  template <typename W>
+  ATTN_DEVICE static W value(const Score&, W x) {
+    return tanh_of(x);
+  }
+};
+
+struct ReluPair {
+  using Score = ReluScores;
+  static constexpr int kGain = 1;
+  static constexpr bool kBounded = false;
+  template <typename W>
+  static constexpr bool kHasFast = true;
+
+  // The sum of two is finite.
+  template <typename W>
+  ATTN_DEVICE static bool in_range(W x) {
+    return fabs(x) <= (sizeof(W) == 4 ? W(0x1p126f) : W(0x1p1022));
+  }
+  template <typename W>
+  ATTN_DEVICE static W kept(W x) {
+    return x;
+  }
+
+  template <class Body>
+  ATTN_DEVICE static void by_form(const Score& op, const Body& body) {
+    by_slope(op.negative_slope, body);
+  }
+
+  template <int, bool kLeaky, typename W>
+  ATTN_DEVICE static void add(const Score& op, F32x2<W> q, F32x2<W> k, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
+                              F32x2<W>& dv) {
+    const W slope = static_cast<W>(op.negative_slope);
+    const F32x2<W> x = q + k, gradient = rectified_backward<kLeaky>(x, ds, slope);
+    dq = dq + gradient;
+    dk = dk + gradient;
+    // The first takes an instruction less, and would lose a ds of NaN where relu is 0.
+    dv = kLeaky ? multiply_add(gradient, x, dv) : multiply_add(ds, rectified<false>(x, slope), dv);
+  }
+  template <typename W>
+  ATTN_DEVICE static W of_row(W, W sum) {
+    return sum;
+  }
+
+  template <typename W>
+  ATTN_DEVICE static W gradient(const Score& op, W x, W ds) {
+    const W slope = static_cast<W>(op.negative_slope);
+    return op.negative_slope == 0 ? rectified_backward<false>(x, ds, slope) : rectified_backward<true>(x, ds, slope);
+  }
+  template <typename W>
+  ATTN_DEVICE static W value(const Score& op, W x) {
+    const W slope = static_cast<W>(op.negative_slope);
+    return op.negative_slope == 0 ? rectified<false>(x, slope) : rectified<true>(x, slope);
+  }
+};
+
+template <typename W, class Score>
 struct Backward {
-  AdditiveScores op;
+  Score op;
   AttentionMask attended;
   BackwardTile tile;
   const W* dscores;  // (B, Tq, Tk) contiguous, 0 where not attended
@@ -58,10 +159,10 @@ template <typename W>
 struct Chunk {
   int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
   W* dscores;         // [step][query]
-  W* e;               // [step][unit]: e^{2k}
-  W* dkeys;           // [warp_q][step][unit]: dkeys / 4v; at the end sums over units of other things, of each warp
-  W* dquery;          // [warp][query][unit]: dquery / 4v
-  int* outside;       // [step]: whether a |k| is out of the range of the factored form
+  W* e;               // [step][unit]: what is kept of k, e^{2k} for tanh
+  W* dkeys;      // [warp_q][step][unit]: dkeys / (kGain v); at the end sums over units of other things, of each warp
+  W* dquery;     // [warp][query][unit]: dquery / (kGain v)
+  int* outside;  // [step]: whether a |k| is out of the range of the fast form
 
   ATTN_DEVICE Chunk(const BackwardTile& tile, int queries)
       : rows(kSteps * tile.warps_k), columns(padded(tile, queries)) {
@@ -80,9 +181,9 @@ struct Chunk {
 };
 
 // Where nothing was attended, which sums to 0, it stays 0 even for a v of NaN.
-template <typename W>
-ATTN_DEVICE W times_4v(W sum, W v) {
-  return sum == 0 ? W(0) : sum * (4 * v);
+template <class Pair, typename W>
+ATTN_DEVICE W times_v(W sum, W v) {
+  return sum == 0 ? W(0) : sum * (Pair::kGain * v);
 }
 
 // ds[0 .. kQ) from shared memory, four at a time where they are that many.
@@ -97,10 +198,11 @@ ATTN_DEVICE void load_queries(const W* from, W* ds) {
   }
 }
 
-template <typename W, int kQ>
-__global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) scores_backward_kernel(Backward<W> a) {
-  constexpr bool kFactored = sizeof(W) == 4;
-  const AdditiveScores& op = a.op;
+template <typename W, int kQ, class Pair>
+__global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
+    scores_backward_kernel(Backward<W, typename Pair::Score> a) {
+  constexpr bool kHasFast = Pair::template kHasFast<W>;
+  const typename Pair::Score& op = a.op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int warp_q = warp % a.tile.warps_q, warp_k = warp / a.tile.warps_q;
   // Positions in 32 bits: those of 64 would not leave enough registers, and dividing them is a call.
@@ -138,18 +240,18 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
 
   W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits];
   W sum_t[kLaneUnits] = {};
-  // What is out of range counts as 0 in the factored form: there it may only be something that is not attended.
+  // What is out of range may, in the fast form, only be something that is not attended.
   unsigned outside = 0;  // a bit for each query
 #pragma unroll
   for (int n = 0; n < kLaneUnits; ++n) {
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       dq[i][n] = eq[i][n] = 0;
-      if constexpr (kFactored) {
-        const float x = mine()[(i * kLaneUnits + n) * kWarp];
-        const bool in_range = fabsf(x) <= kMaxAbsBackward;
+      if constexpr (kHasFast) {
+        const W x = mine()[(i * kLaneUnits + n) * kWarp];
+        const bool in_range = Pair::in_range(x);
         outside |= in_range ? 0u : 1u << i;
-        eq[i][n] = in_range ? exp2x(x) : 0.0f;
+        eq[i][n] = in_range ? Pair::kept(x) : W(0);
       }
       mine()[(i * kLaneUnits + n) * kWarp] = 0;
     }
@@ -163,11 +265,11 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
       bool row_out_of_bounds = false;
 #pragma unroll
       for (int n = 0; n < kLaneUnits; ++n) {
-        if constexpr (kFactored) {
-          const float x = of_key(j0 + row, n);
-          const bool in_range = fabsf(x) <= kMaxAbsBackward;
+        if constexpr (kHasFast) {
+          const W x = of_key(j0 + row, n);
+          const bool in_range = Pair::in_range(x);
           row_out_of_bounds = row_out_of_bounds || !in_range;
-          s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? exp2x(x) : 0.0f;
+          s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? Pair::kept(x) : W(0);
         }
       }
       row_out_of_bounds = __any_sync(kAllLanes, row_out_of_bounds);
@@ -184,49 +286,51 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
 
     const int last = end - j0 < (warp_k + 1) * kSteps ? end - j0 : (warp_k + 1) * kSteps;
     const int first = warp_k * kSteps;
-    bool factored = kFactored;
-    if (kFactored) {
+    // Whether query i of this warp and the step add something, which may be 0 times infinity.
+    auto counts = [&](int row, int i, W ds) {
+      if constexpr (Pair::kBounded)
+        return ds != 0;
+      else
+        return q0 + i < op.Tq && j0 + row < end && mask_allows(a.attended, b, q0 + i, j0 + row);
+    };
+    bool fast = kHasFast;
+    if (kHasFast) {
       const int row = first + lane % kSteps;
       bool used = false;
       if (outside != 0 || s.outside[row])
+#pragma unroll(Pair::kBounded ? kQ : 1)  // the addresses of the mask would take registers
         for (int i = 0; i < kQ; ++i)
-          used = used || ((s.outside[row] || (outside >> i & 1)) && s.dscores[row * s.columns + warp_q * kQ + i] != 0);
-      factored = !__any_sync(kAllLanes, used);
+          used = used || ((s.outside[row] || (outside >> i & 1)) &&
+                          counts(row, i, s.dscores[row * s.columns + warp_q * kQ + i]));
+      fast = !__any_sync(kAllLanes, used);
     }
-    if (factored) {
-      F32x2<W> chunk_t[kLaneUnits] = {};
+    if (fast) {
+      Pair::by_form(op, [&](auto form) {
+        F32x2<W> chunk_t[kLaneUnits] = {};
 #pragma unroll(kQ <= 8 ? kAtOnce : 1)
-      for (int row = first; row < last; ++row) {
-        W ds[kQ], k[kLaneUnits];
-        F32x2<W> dk[kLaneUnits] = {};  // of even and odd queries
-        load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
+        for (int row = first; row < last; ++row) {
+          W ds[kQ], k[kLaneUnits];
+          F32x2<W> dk[kLaneUnits] = {};  // of even and odd queries
+          load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
 #pragma unroll
-        for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
+          for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
 #pragma unroll
-        for (int i = 0; i < kQ; i += 2) {
-          constexpr F32x2<W> kOne{1, 1}, kMinusOne{-1, -1};
-          const F32x2<W> gradient{ds[i], ds[i + 1]};
+          for (int i = 0; i < kQ; i += 2)
 #pragma unroll
-          for (int n = 0; n < kLaneUnits; ++n) {
-            const F32x2<W> e{eq[i][n], eq[i + 1][n]}, ek{k[n], k[n]};
-            const F32x2<W> d = multiply_add(e, ek, kOne);
-            F32x2<W> r = reciprocal(d);
-            // Few queries: memory decides, and there is time for the last bit, which the instruction does not give.
-            if constexpr (kFactored && kQ < 8) r = multiply_add(r, multiply_add(F32x2<W>{-d.x, -d.y}, r, kOne), r);
-            const F32x2<W> once = gradient * r, twice = once * r;
-            const F32x2<W> sum = multiply_add(twice, ek, F32x2<W>{dq[i][n], dq[i + 1][n]});
-            dq[i][n] = sum.x;
-            dq[i + 1][n] = sum.y;
-            dk[n] = multiply_add(twice, e, dk[n]);
-            chunk_t[n] = multiply_add(once, multiply_add(e, ek, kMinusOne), chunk_t[n]);
-          }
+            for (int n = 0; n < kLaneUnits; ++n) {
+              F32x2<W> sum{dq[i][n], dq[i + 1][n]};
+              Pair::template add<kQ, decltype(form)::value>(op, F32x2<W>{eq[i][n], eq[i + 1][n]}, F32x2<W>{k[n], k[n]},
+                                                            F32x2<W>{ds[i], ds[i + 1]}, sum, dk[n], chunk_t[n]);
+              dq[i][n] = sum.x;
+              dq[i + 1][n] = sum.y;
+            }
+#pragma unroll
+          for (int n = 0; n < kLaneUnits; ++n)
+            s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = Pair::of_row(k[n], dk[n].x + dk[n].y);
         }
 #pragma unroll
-        for (int n = 0; n < kLaneUnits; ++n)
-          s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = k[n] * (dk[n].x + dk[n].y);
-      }
-#pragma unroll
-      for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
+        for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
+      });
     } else {  // without the factors; what is not attended may be NaN
       for (int row = first; row < last; ++row)
 #pragma unroll
@@ -235,11 +339,11 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
 #pragma unroll 1
           for (int i = 0; i < kQ; ++i) {
             const W ds = s.dscores[row * s.columns + warp_q * kQ + i];
-            if (ds == 0) continue;
-            const W x = of_query(q0 + i, n) + of_key(j0 + row, n), gradient = ds * quarter_slope_of_tanh(x);
+            if (!counts(row, i, ds)) continue;
+            const W x = of_query(q0 + i, n) + of_key(j0 + row, n), gradient = Pair::gradient(op, x, ds);
             mine()[(i * kLaneUnits + n) * kWarp] += gradient;
             dk += gradient;
-            sum_t[n] += ds * tanh_of(x);
+            sum_t[n] += ds * Pair::value(op, x);
           }
           s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = dk;
         }
@@ -253,7 +357,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
       W sum = 0;
       for (int w = 0; w < a.tile.warps_q; ++w) sum += s.dkeys[w * s.rows * kBlockUnits + n];
       const W v = element<W>(op.v.data, op.v.dtype, u * op.v.stride[2]);
-      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_4v(sum, v));
+      store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, times_v<Pair>(sum, v));
     }
   }
   const int padding = a.dkeys == nullptr ? part_end : begin > length ? begin : length;
@@ -280,7 +384,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
 #pragma unroll
-    for (int n = 0; n < kLaneUnits; ++n) mine()[(i * kLaneUnits + n) * kWarp] += eq[i][n] * dq[i][n];
+    for (int n = 0; n < kLaneUnits; ++n) mine()[(i * kLaneUnits + n) * kWarp] += Pair::of_row(eq[i][n], dq[i][n]);
   __syncthreads();
   W all_dq[kLaneUnits] = {};
   if (warp_k == 0) {
@@ -292,7 +396,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
       for (int i = 0; i < kQ && q0 + i < op.Tq; ++i) {
         W sum = 0;
         for (int w = 0; w < a.tile.warps_k; ++w) sum += mine()[(w * a.tile.warps_q * kQ + i) * kBlockUnits + n * kWarp];
-        const W gradient = times_4v(sum, v);
+        const W gradient = times_v<Pair>(sum, v);
         all_dq[n] += gradient;
         if (a.dquery == nullptr) continue;
         store_element(a.dquery, a.dquery_dtype, ((part_k * op.B + b) * op.Tq + q0 + i) * op.A + u, gradient);
@@ -314,7 +418,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1) s
 
 // The cut that pads the queries least, and with enough blocks to fill the device.
 template <typename W>
-BackwardTile choose_tile(const AdditiveScores& op, int queries) {
+BackwardTile choose_tile(const Scores& op, int queries) {
   BackwardTile tile{};
   tile.parts_q = ceil_div(op.Tq, int64_t(queries) * kMaxWarps<W>);
   tile.warps_q = static_cast<int>(ceil_div(ceil_div(op.Tq, tile.parts_q), queries));
@@ -332,11 +436,11 @@ BackwardTile choose_tile(const AdditiveScores& op, int queries) {
   return tile;
 }
 
-template <typename W, int kQ>
-void launch_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
+template <typename W, int kQ, class Pair>
+void launch_backward(const typename Pair::Score& op, const AttentionMask& attended, const void* dscores, void* dquery,
                      void* dkeys, void* dv, void* dbias) {
   const Dtype dtype = op.query.dtype, wide = sizeof(W) == 8 ? Dtype::float64 : Dtype::float32;
-  Backward<W> a{};
+  Backward<W, typename Pair::Score> a{};
   a.op = op;
   a.attended = attended;
   a.tile = choose_tile<W>(op, kQ);
@@ -349,7 +453,7 @@ void launch_backward(const AdditiveScores& op, const AttentionMask& attended, co
   a.dquery = dquery != nullptr && tile.parts_k > 1 ? scratch<W>(tile.parts_k * n_query) : dquery;
   a.dkeys = dkeys != nullptr && tile.parts_q > 1 ? scratch<W>(tile.parts_q * n_keys) : dkeys;
   a.dunits = scratch<W>(parts * 2 * op.A);
-  launch(scores_backward_kernel<W, kQ>,
+  launch(scores_backward_kernel<W, kQ, Pair>,
          {parts * ceil_div(op.A, kBlockUnits), tile.warps_q * tile.warps_k * kWarp, Chunk<W>::bytes(tile, kQ)}, a);
   if (a.dquery != dquery) sum_parts(static_cast<W*>(a.dquery), tile.parts_k, n_query, dquery, n_query, nullptr, dtype);
   if (a.dkeys != dkeys) sum_parts(static_cast<W*>(a.dkeys), tile.parts_q, n_keys, dkeys, n_keys, nullptr, dtype);
@@ -357,22 +461,33 @@ void launch_backward(const AdditiveScores& op, const AttentionMask& attended, co
   if (dv != nullptr) sum_parts(a.dunits, parts, 2 * op.A, dv, op.A, dbias, dtype);
 }
 
+template <class Pair>
+void run(const typename Pair::Score& op, const AttentionMask& attended, const void* dscores, void* dquery, void* dkeys,
+         void* dv, void* dbias) {
+  if (op.A == 0) return;
+  check_sizes(op);
+  auto by = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };
+  if (op.query.dtype == Dtype::float64)
+    return by(op.Tq <= 2 ? launch_backward<double, 2, Pair> : launch_backward<double, 4, Pair>);
+  if (op.Tq <= 2) return by(launch_backward<float, 2, Pair>);
+  if (op.Tq <= 4) return by(launch_backward<float, 4, Pair>);
+  // A step costs a warp about as much as 1.5 queries besides the queries themselves.
+  auto cost = [&](int queries) { return double(ceil_div(op.Tq, queries)) * (queries + 1.5); };
+  const double eight = cost(8), twelve = cost(12), sixteen = cost(16);
+  if (eight < twelve && eight < sixteen) return by(launch_backward<float, 8, Pair>);
+  by(twelve < sixteen ? launch_backward<float, 12, Pair> : launch_backward<float, 16, Pair>);
+}
+
 }  // namespace
 
 void additive_scores_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores,
                               void* dquery, void* dkeys, void* dv, void* dbias) {
-  if (op.A == 0) return;
-  check_sizes(op);
-  auto run = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };
-  if (op.query.dtype == Dtype::float64)
-    return run(op.Tq <= 2 ? launch_backward<double, 2> : launch_backward<double, 4>);
-  if (op.Tq <= 2) return run(launch_backward<float, 2>);
-  if (op.Tq <= 4) return run(launch_backward<float, 4>);
-  // A step costs a warp about as much as 1.5 queries besides the queries themselves.
-  auto cost = [&](int queries) { return double(ceil_div(op.Tq, queries)) * (queries + 1.5); };
-  const double eight = cost(8), twelve = cost(12), sixteen = cost(16);
-  if (eight < twelve && eight < sixteen) return run(launch_backward<float, 8>);
-  run(twelve < sixteen ? launch_backward<float, 12> : launch_backward<float, 16>);
+  run<TanhPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
+}
+
+void additive_scores_backward(const ReluScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
+                              void* dkeys, void* dv, void* dbias) {
+  run<ReluPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
 }
 
 }  // namespace cuda

@@ -1,4 +1,5 @@
-// Scores of additive attention with many queries: v . tanh(query + keys + bias) without a tanh for each pair.
+// Scores with a score vector and many queries: v . tanh(query + keys + bias) of additive attention without a tanh for each
+// pair, and v . relu(query + keys + bias) (relu_math.cuh), which has nothing to share between pairs.
 //
 // tanh(x) = 1 - 2 / (1 + e^{2x}), and e^{2(q + k)} = e^{2q} e^{2k} is a product of exponentials that are made once for
 // a row. With v folded in, v / (1 + E) = 1 / d, d = 1/v + (e^{2q} / v) e^{2k}, and three units share a reciprocal:
@@ -18,6 +19,7 @@
 #include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "relu_math.cuh"
 #include "rows.cuh"
 
 namespace attn {
@@ -32,8 +34,9 @@ template <typename W>
 constexpr int kMaxThreads = sizeof(W) == 4 ? 384 : 256;  // with the registers that they need
 constexpr int kMaxUnitSplits = 12, kMaxColumns = 192;
 
+template <class Score>
 struct ScoresTile {
-  AdditiveScores op;
+  Score op;
   AttentionMask attended;
   void* scores;  // (B, Tq, Tk) contiguous
   Dtype dtype;   // of scores
@@ -49,7 +52,7 @@ struct Scale {
   float min_bound;  // infinity where the factored form may not be used at all
 };
 
-enum class Form { factored, exact };
+enum class Form { factored, exact, relu };
 
 // The block's sum, or largest, of one value for each thread; the same for all. buffer: (threads / 32) floats.
 template <bool kLargest>
@@ -136,6 +139,30 @@ ATTN_DEVICE void add_exact(const W* q, const W* k, const W* v, int units, W (&to
   }
 }
 
+// The same with relu.
+template <bool kLeaky, typename W, int kQ, int kK, int kColumns>
+ATTN_DEVICE void add_relu(const W* q, const W* k, const W* v, int units, W negative_slope, W (&part)[kQ][kK]) {
+#pragma unroll 2
+  for (int t = 0; t < units; ++t) {
+    W xq[kQ], xk[kK];
+#pragma unroll
+    for (int i = 0; i < kQ; i += kPer16Bytes<W>) load_16_bytes(q + t * kColumns + i, xq + i);
+#pragma unroll
+    for (int j = 0; j < kK; j += kPer16Bytes<W>) load_16_bytes(k + t * kColumns + j, xk + j);
+    const F32x2<W> of_unit{v[t], v[t]};
+#pragma unroll
+    for (int j = 0; j < kK; ++j)
+#pragma unroll
+      for (int i = 0; i < kQ; i += 2) {
+        const F32x2<W> x = F32x2<W>{xq[i], xq[i + 1]} + F32x2<W>{xk[j], xk[j]};
+        const F32x2<W> sum =
+            multiply_add(of_unit, rectified<kLeaky>(x, negative_slope), F32x2<W>{part[i][j], part[i + 1][j]});
+        part[i][j] = sum.x;
+        part[i + 1][j] = sum.y;
+      }
+  }
+}
+
 // Shared memory of a block. The sums of the splits take its place at the end.
 template <typename W, int kColumns>
 struct SharedTile {
@@ -174,10 +201,10 @@ ATTN_DEVICE void load_4_staged(const W* from, W* x) {
   for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(from + i, x + i);
 }
 
-template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kVectorized>
-ATTN_DEVICE void compute_tile(const ScoresTile& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0, float unit,
-                              W (&total)[kQ][kK]) {
-  const AdditiveScores& op = a.op;
+template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kVectorized, class Score>
+ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0,
+                              float unit, W (&total)[kQ][kK]) {
+  const Score& op = a.op;
   const int columns = s.columns, split = threadIdx.x / (a.threads_q * a.threads_k);
   const bool works = split < a.unit_splits;
   const int within = works ? threadIdx.x % (a.threads_q * a.threads_k) : 0;
@@ -265,11 +292,12 @@ ATTN_DEVICE void compute_tile(const ScoresTile& a, const SharedTile<W, kColumns>
         }
         to[i * kColumns] = x[i];
       }
-      s.abs_max[index] = top;
+      if constexpr (kForm != Form::relu) s.abs_max[index] = top;
     });
   };
 
-  // part: sum over two chunks minus half their sum of v, which keeps it score-sized. Exact form: Kahan compensation.
+  // part: the sum over two chunks; factored, minus half their sum of v, which keeps it score-sized. Exact form: what Kahan
+  // compensation keeps.
   W part[kQ][kK], owed = 0;
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
@@ -297,6 +325,20 @@ ATTN_DEVICE void compute_tile(const ScoresTile& a, const SharedTile<W, kColumns>
         owed = 0;
       }
       add_factored<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
+    } else if constexpr (kForm == Form::relu) {
+      if (chunk % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < kQ; ++i)
+#pragma unroll
+          for (int j = 0; j < kK; ++j) {
+            total[i][j] += part[i][j];
+            part[i][j] = 0;
+          }
+      }
+      by_slope(op.negative_slope, [&](auto leaky) {
+        add_relu<decltype(leaky)::value, W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units,
+                                                              static_cast<W>(op.negative_slope), part);
+      });
     } else {
       add_exact<W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, total, part);
     }
@@ -312,12 +354,18 @@ ATTN_DEVICE void compute_tile(const ScoresTile& a, const SharedTile<W, kColumns>
 #pragma unroll
       for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kDenominatorScale * (total[i][j] + (part[i][j] - owed));
   }
+  if constexpr (kForm == Form::relu) {
+#pragma unroll
+    for (int i = 0; i < kQ; ++i)
+#pragma unroll
+      for (int j = 0; j < kK; ++j) total[i][j] += part[i][j];
+  }
   __syncthreads();
 }
 
 // Adds up the splits and writes the tile.
-template <typename W, int kQ, int kK, int kColumns>
-ATTN_DEVICE void write_tile(const ScoresTile& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0,
+template <typename W, int kQ, int kK, int kColumns, class Score>
+ATTN_DEVICE void write_tile(const ScoresTile<Score>& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0,
                             const W (&total)[kQ][kK]) {
   const int pairs = s.columns_q * s.columns_k, threads = a.threads_q * a.threads_k;
   W* sums = s.rows;  // [split][columns_q][columns_k]
@@ -341,8 +389,8 @@ ATTN_DEVICE void write_tile(const ScoresTile& a, const SharedTile<W, kColumns>& 
 
 // Whether a pair that is attended lies outside the limits of the factored form; the same for all threads.
 template <int kColumns>
-ATTN_DEVICE bool is_out_of_bounds(const ScoresTile& a, const SharedTile<float, kColumns>& s, int b, int q0, int k0,
-                                  int length, float min_bound) {
+ATTN_DEVICE bool is_out_of_bounds(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b,
+                                  int q0, int k0, int length, float min_bound) {
   for (int column = threadIdx.x; column < s.columns; column += blockDim.x) {
     float top = 0;
     for (int n = 0; n < a.unit_splits * kQuads; ++n) top = fmaxf(top, s.abs_max[n * s.columns + column]);
@@ -360,8 +408,8 @@ ATTN_DEVICE bool is_out_of_bounds(const ScoresTile& a, const SharedTile<float, k
 }
 
 // Scores of a tile of queries and steps. Tiles beyond the length are left as they are.
-template <typename W, int kQ, int kK, int kColumns, bool kVectorized>
-__global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(ScoresTile a) {
+template <typename W, int kQ, int kK, int kColumns, bool kVectorized, class Score>
+__global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(ScoresTile<Score> a) {
   // Positions in 32 bits: dividing those of 64 is a call, and they would take too many registers.
   const int tiles_q = static_cast<int>(a.tiles_q), tiles_k = static_cast<int>(a.tiles_k), tile = blockIdx.x;
   const int b = tile / (tiles_q * tiles_k);
@@ -370,14 +418,18 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   if (k0 >= length) return;
   const SharedTile<W, kColumns> s(a.unit_splits, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
-  if constexpr (sizeof(W) == 4) {
-    const Scale scale = scale_of(a.op, s.buffer);
-    if (scale.min_bound <= kMaxBoundThree) {
-      compute_tile<W, kQ, kK, kColumns, Form::factored, kVectorized>(a, s, b, q0, k0, scale.unit, total);
-      if (!is_out_of_bounds(a, s, b, q0, k0, length, scale.min_bound)) return write_tile(a, s, b, q0, k0, total);
+  if constexpr (std::is_same_v<Score, ReluScores>) {
+    compute_tile<W, kQ, kK, kColumns, Form::relu, kVectorized>(a, s, b, q0, k0, W(1), total);
+  } else {
+    if constexpr (sizeof(W) == 4) {
+      const Scale scale = scale_of(a.op, s.buffer);
+      if (scale.min_bound <= kMaxBoundThree) {
+        compute_tile<W, kQ, kK, kColumns, Form::factored, kVectorized>(a, s, b, q0, k0, scale.unit, total);
+        if (!is_out_of_bounds(a, s, b, q0, k0, length, scale.min_bound)) return write_tile(a, s, b, q0, k0, total);
+      }
     }
+    compute_tile<W, kQ, kK, kColumns, Form::exact, kVectorized>(a, s, b, q0, k0, W(1), total);
   }
-  compute_tile<W, kQ, kK, kColumns, Form::exact, kVectorized>(a, s, b, q0, k0, W(1), total);
   write_tile(a, s, b, q0, k0, total);
 }
 
@@ -397,13 +449,13 @@ int64_t shared_bytes(int64_t unit_splits, int64_t threads_q, int64_t threads_k) 
 }
 
 // How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from
-// compiled code: a pair and unit takes 3.2 issue slots, an element of the rows about 15; a warp issues in half of the
+// compiled code: a pair and unit takes 3.2 issue slots (relu about as many), an element of the rows about 15; a warp issues in half of the
 // cycles, four at once. One split fits every device; more of them may not.
-template <typename W, int kQ, int kK>
-ScoresTile choose_tile(const AdditiveScores& op, const Device& device) {
+template <typename W, int kQ, int kK, class Score>
+ScoresTile<Score> choose_tile(const Score& op, const Device& device) {
   const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);
   const double processors = device.multiprocessors;
-  ScoresTile best{};
+  ScoresTile<Score> best{};
   double least = INFINITY;
   // From the fewest blocks that the limits allow to some more: further ones only load_chunk more of the rows.
   const int64_t least_q = ceil_div(threads_q * kQ, kMaxColumns - kK);
@@ -439,20 +491,20 @@ ScoresTile choose_tile(const AdditiveScores& op, const Device& device) {
   return best;
 }
 
-template <typename W, int kQ, int kK, int kColumns>
-void launch_tile(const ScoresTile& tile) {
+template <typename W, int kQ, int kK, int kColumns, class Score>
+void launch_tile(const ScoresTile<Score>& tile) {
   const Grid grid{tile.op.B * tile.tiles_q * tile.tiles_k,
                   static_cast<int>(round_up(tile.unit_splits * tile.threads_q * tile.threads_k, kWarp)),
                   shared_bytes<W, kQ, kK>(tile.unit_splits, tile.threads_q, tile.threads_k)};
   const bool vectorized = is_vectorized(tile.op.query, tile.op.A) && is_vectorized(tile.op.keys, tile.op.A);
-  launch(vectorized ? many_queries_scores_kernel<W, kQ, kK, kColumns, true>
-                    : many_queries_scores_kernel<W, kQ, kK, kColumns, false>,
+  launch(vectorized ? many_queries_scores_kernel<W, kQ, kK, kColumns, true, Score>
+                    : many_queries_scores_kernel<W, kQ, kK, kColumns, false, Score>,
          grid, tile);
 }
 
-template <typename W, int kQ, int kK>
-void launch_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, Dtype dtype) {
-  ScoresTile tile = choose_tile<W, kQ, kK>(op, current_device());
+template <typename W, int kQ, int kK, class Score>
+void launch_scores(const Score& op, const AttentionMask& attended, void* scores, Dtype dtype) {
+  ScoresTile<Score> tile = choose_tile<W, kQ, kK>(op, current_device());
   tile.op = op;
   tile.attended = attended;
   tile.scores = scores;
@@ -463,14 +515,23 @@ void launch_scores(const AdditiveScores& op, const AttentionMask& attended, void
     launch_tile<W, kQ, kK, kMaxColumns>(tile);
 }
 
-}  // namespace
-
-void additive_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, bool narrow) {
+template <class Score>
+void run(const Score& op, const AttentionMask& attended, void* scores, bool narrow) {
   const Dtype dtype = narrow || op.query.dtype == Dtype::float64 ? op.query.dtype : Dtype::float32;
   check_sizes(op);
   if (op.A == 0) return clear(scores, op.B * op.Tq * op.Tk * item_size(dtype));
   if (dtype == Dtype::float64) return launch_scores<double, 4, 4>(op, attended, scores, dtype);
   launch_scores<float, 8, 4>(op, attended, scores, dtype);
+}
+
+}  // namespace
+
+void additive_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, bool narrow) {
+  run(op, attended, scores, narrow);
+}
+
+void additive_scores(const ReluScores& op, const AttentionMask& attended, void* scores, bool narrow) {
+  run(op, attended, scores, narrow);
 }
 
 }  // namespace cuda

@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "decode_block.cuh"
 #include "dot_score.cuh"
+#include "relu_score.cuh"
 
 namespace attn {
 namespace cuda {
@@ -144,6 +145,12 @@ void decode_attention(const AdditiveAttentionForward& op, const Splits& splits) 
   run_dtype<AdditiveScore>(op, splits, p);
 }
 
+void decode_attention(const ReluAttentionForward& op, const Splits& splits) {
+  DecodeParams p = {};
+  p.v = op.v, p.bias = op.bias, p.negative_slope = op.negative_slope;
+  run_dtype<ReluScore>(op, splits, p);
+}
+
 void decode_attention(const DotAttentionForward& op, const Splits& splits) {
   DecodeParams p = {};
   p.scale = op.scale;
@@ -151,6 +158,10 @@ void decode_attention(const DotAttentionForward& op, const Splits& splits) {
 }
 
 void decode_attention(const AdditiveAttentionForward& op) {
+  decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
+}
+
+void decode_attention(const ReluAttentionForward& op) {
   decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 

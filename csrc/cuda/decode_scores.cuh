@@ -1,5 +1,5 @@
 // Scores of the few queries of a sentence against the steps of a block. Part of decode.cu; what
-// is particular to a score is in additive_score.cuh and dot_score.cuh.
+// is particular to a score is in additive_score.cuh, relu_score.cuh and dot_score.cuh.
 //
 // A warp takes a few steps at a time, its lanes lie along the hidden units, and all queries share each loaded key. What
 // the queries bring (for additive attention exponentials) is staged in shared memory, in blocks of units, in the order
@@ -178,17 +178,20 @@ struct ScoreTile {
         }
       }
       const typename Score::Units unit_constants(staged(), padded, NQ, at);
+      Score::by_form(p, [&](auto form) {
 #pragma unroll
-      for (int q = 0; q < NQ; ++q) {
-        if (NQ > 2 && q >= p.Tq) break;
-        const typename Score::Query query(staged(), padded, NQ, q, at);
+        for (int q = 0; q < NQ; ++q) {
+          if (NQ > 2 && q >= p.Tq) break;
+          const typename Score::Query query(staged(), padded, NQ, q, at);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          float& sum = sums[r * NQ + q];
+          for (int r = 0; r < kRows; ++r) {
+            float& sum = sums[r * NQ + q];
 #pragma unroll
-          for (int j = 0; j < 4; j += 2) sum = Score::add_two(sum, query, unit_constants, k[r], j);
+            for (int j = 0; j < 4; j += 2)
+              sum = Score::template add_two<decltype(form)::value>(p, sum, query, unit_constants, k[r], j);
+          }
         }
-      }
+      });
     }
   }
 

@@ -54,15 +54,17 @@ struct DecodeParams {
   void* alignments;  // (B, Tq, Tk) contiguous, or null
   Shared shared;
   Columns columns;
-  int splits;          // blocks of a sentence,
-  bool cluster;        // which are a cluster or, otherwise, use what follows
-  void* stats;         // (B, splits, 2, Tq), of W: Normaliser::Part of each block
-  void* partial;       // (B, splits, Tq, D), of W: their contexts
-  void* scores;        // (B, Tq, Tk), of W, or null
-  unsigned* finished;  // (B,): how many blocks have
+  int splits;             // blocks of a sentence,
+  bool cluster;           // which are a cluster or, otherwise, use what follows
+  void* stats;            // (B, splits, 2, Tq), of W: Normaliser::Part of each block
+  void* partial;          // (B, splits, Tq, D), of W: their contexts
+  void* scores;           // (B, Tq, Tk), of W, or null
+  unsigned* finished;     // (B,): how many blocks have
+  double negative_slope;  // of ReluScore
 };
 
-// An instance: the score and the normaliser (policies: additive_score.cuh, dot_score.cuh, softmax.cuh), the elements of
+// An instance: the score and the normaliser (policies: additive_score.cuh, relu_score.cuh,
+// dot_score.cuh, softmax.cuh), the elements of
 // the inputs, those of the keys as they are read (T, or those of prepared keys), and whether rows are read by 16 bytes.
 template <class ScorePolicy, typename Element, typename KeyElement, bool prepared, bool vectorized>
 struct Form {

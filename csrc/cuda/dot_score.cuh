@@ -36,7 +36,14 @@ struct DotScore {
     ATTN_DEVICE Query(const float* staged, int padded, int, int q, int at) { load_four(staged + q * padded + at, x); }
   };
 
-  ATTN_DEVICE static float add_two(float sum, const Query& q, const Units&, const float* k, int j) {
+  template <class Body>
+  ATTN_DEVICE static void by_form(const DecodeParams&, const Body& body) {
+    body(std::false_type());
+  }
+
+  template <bool>
+  ATTN_DEVICE static float add_two(const DecodeParams&, float sum, const Query& q, const Units&, const float* k,
+                                   int j) {
     return fmaf(q.x[j + 1], k[j + 1], fmaf(q.x[j], k[j], sum));
   }
 

@@ -82,9 +82,15 @@ __global__ void __launch_bounds__(256) widen_kernel(StridedView3 from, W* to, in
   to[i] = element<W>(from.data, from.dtype, b * from.stride[0] + q * from.stride[1] + k * from.stride[2]);
 }
 
-void scores_forward(const AdditiveScoresForward& op) { additive_scores(op, AttentionMask{}, op.scores, true); }
+// With a score vector: Score is AdditiveScores or ReluScores -------------------------------------------------------------
 
-void scores_backward(const AdditiveScoresBackward& op) {
+template <class Score>
+void scores_forward(const ScoresForward<Score>& op) {
+  additive_scores(op, AttentionMask{}, op.scores, true);
+}
+
+template <class Score>
+void scores_backward(const ScoresBackward<Score>& op) {
   void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   const int64_t n = op.B * op.Tq * op.Tk;
   const Grid grid{ceil_div(n, 256), 256};
@@ -95,7 +101,8 @@ void scores_backward(const AdditiveScoresBackward& op) {
   additive_scores_backward(op, AttentionMask{}, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
 }
 
-void additive_forward(const AdditiveAttentionForward& op) {
+template <class Score>
+void vector_forward(const AttentionForward<Score>& op) {
   if (op.Tq <= kMaxDecodeQueries && op.Tk > 0) return decode_attention(op);
   void* scores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   if (op.Tk > 0) additive_scores(op, op.attended, scores, false);
@@ -110,13 +117,16 @@ void values_backward(const Op& op) {
   weighted_sum({op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, 1.0, op.attended, true, op.dvalues});
 }
 
-void additive_backward(const AdditiveAttentionBackward& op) {
+template <class Score>
+void vector_backward(const AttentionBackward<Score>& op) {
   void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   softmax_backward(
       {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
   additive_scores_backward(op, op.attended, dscores, op.dquery, op.dkeys, op.dv, op.dbias);
   values_backward(op);
 }
+
+// Dot-product attention ------------------------------------------------------------------------------------------------
 
 void dot_forward(const DotAttentionForward& op) {
   if (op.Tq <= kMaxDecodeQueries && op.Tk > 0) return decode_attention(op);
@@ -140,8 +150,19 @@ void dot_backward(const DotAttentionBackward& op) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {additive_prepare, scores_forward, scores_backward, additive_forward, additive_backward,
-                         dot_forward,      dot_backward,   nullptr,         nullptr};
+const Kernels kernels = {additive_prepare,
+                         scores_forward<AdditiveScores>,
+                         scores_backward<AdditiveScores>,
+                         vector_forward<AdditiveScores>,
+                         vector_backward<AdditiveScores>,
+                         scores_forward<ReluScores>,
+                         scores_backward<ReluScores>,
+                         vector_forward<ReluScores>,
+                         vector_backward<ReluScores>,
+                         dot_forward,
+                         dot_backward,
+                         nullptr,
+                         nullptr};
 
 }  // namespace cuda
 }  // namespace attn

@@ -232,6 +232,18 @@ ATTN_DEVICE T warp_largest(T x) {
   return x;
 }
 
+// The same in one instruction.
+ATTN_HOST_DEVICE float larger_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return larger(a, b);
+#endif
+}
+ATTN_HOST_DEVICE double larger_or_nan(double a, double b) { return larger(a, b); }
+
 ATTN_DEVICE char* shared_memory() {
 #if defined(ATTN_EMULATED)
   return emulator::machine().now->shared;

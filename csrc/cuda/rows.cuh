@@ -33,7 +33,7 @@ ATTN_DEVICE void store_element(void* data, Dtype dtype, int64_t i, W x) {
 }
 
 // Positions within a row of scores are 32 bits in the kernels; offsets are 64.
-inline void check_sizes(const AdditiveScores& op) {
+inline void check_sizes(const Scores& op) {
   constexpr int64_t kMax = 0x7fffffff - 4096;
   if (op.Tq > kMax || op.Tk > kMax || op.A > kMax)
     throw std::runtime_error("attn_kernels: more than 2^31 queries, steps or units");

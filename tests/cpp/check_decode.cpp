@@ -108,6 +108,11 @@ struct Data {
   }
 };
 
+enum class Score { additive, relu, leaky, dot };
+const char* const kScores[] = {"additive", "relu", "leaky relu", "dot"};
+constexpr double kScale = 0.5;  // of dot attention
+double slope_of(Score score) { return score == Score::leaky ? 0.25 : 0; }
+
 struct Case {
   std::int64_t B, Tq, Tk, A, D;
   Dtype dtype = Dtype::float32;
@@ -233,7 +238,7 @@ struct Inputs {
 
   // The formula, with everything in R.
   template <typename R>
-  void loops(bool additive, double scale, std::vector<double>* context, std::vector<double>* alignments) const {
+  void loops(Score of, std::vector<double>* context, std::vector<double>* alignments) const {
     context->assign(c.B * c.Tq * c.D, 0);
     alignments->assign(c.B * c.Tq * c.Tk, 0);
     std::vector<R> s(c.Tk), sums(c.D);
@@ -246,9 +251,17 @@ struct Inputs {
           R score = 0;
           for (std::int64_t a = 0; a < c.A; ++a) {
             const R q = R(query.at(b, i, a)), k = R(keys.at(b, j, a)), shift = c.bias ? R(bias.x[a]) : R(0);
-            score += additive ? R(v.x[a]) * std::tanh(q + k + shift) : q * k;
+            const R x = q + k + shift;
+            if (of == Score::dot)
+              score += q * k;
+            else if (of == Score::additive)
+              score += R(v.x[a]) * std::tanh(x);
+            else if (of == Score::relu)
+              score += R(v.x[a]) * (x <= 0 ? R(0) : x);
+            else
+              score += R(v.x[a]) * (x > 0 ? x : R(slope_of(of)) * x);
           }
-          s[j] = additive ? score : R(scale) * score;
+          s[j] = of == Score::dot ? R(kScale) * score : score;
           top = larger(top, s[j]);
           any = true;
         }
@@ -267,20 +280,18 @@ struct Inputs {
   }
 };
 
-constexpr double kScale = 0.5;  // of dot attention
-
 int checks = 0;
 
-void fail(const Case& c, bool additive, const Splits& splits, const char* name, std::size_t i, double actual,
+void fail(const Case& c, Score of, const Splits& splits, const char* name, std::size_t i, double actual,
           double expected, double allowed) {
-  std::printf("%s attention, %s, %d splits%s: %s[%d] is %.9g, expected %.9g within %.3g\n",
-              additive ? "additive" : "dot", describe(c).c_str(), int(splits.n), splits.cluster ? " in clusters" : "",
-              name, int(i), actual, expected, allowed);
+  std::printf("%s attention, %s, %d splits%s: %s[%d] is %.9g, expected %.9g within %.3g\n", kScores[int(of)],
+              describe(c).c_str(), int(splits.n), splits.cluster ? " in clusters" : "", name, int(i), actual, expected,
+              allowed);
   std::exit(1);
 }
 
 // tests/matrix.py: twice the error of the formula in float32, and a rounding.
-void compare(const Case& c, bool additive, const Splits& splits, const char* name, const Data& actual,
+void compare(const Case& c, Score of, const Splits& splits, const char* name, const Data& actual,
              const std::vector<double>& expected, const std::vector<double>& eager) {
   double peak = 0, eager_error = 0;
   for (std::size_t i = 0; i < expected.size(); ++i)
@@ -290,7 +301,8 @@ void compare(const Case& c, bool additive, const Splits& splits, const char* nam
     }
   const double scale = std::strcmp(name, "alignments") == 0 ? peak : std::fmax(peak, 1);
   // The error of a score is relative to its terms, and softmax makes it larger.
-  const double terms = additive ? 1 : std::fmin(std::fmax(kScale * c.size * c.size * std::sqrt(c.A) / 3, 1), 1e5);
+  const double term = of == Score::additive ? 0 : c.size * (of == Score::dot ? kScale * c.size : c.v_size),
+               terms = std::fmin(std::fmax(term * std::sqrt(c.A) / 3, 1), 1e5);
   const double rounding = (c.dtype == Dtype::float64 ? 1e-10 : 1e-6) * scale * terms;
   const bool low = item_size(c.dtype) == 2;
   const double allowed = (c.dtype == Dtype::float64 ? 0 : 2 * eager_error) + rounding +
@@ -300,56 +312,72 @@ void compare(const Case& c, bool additive, const Splits& splits, const char* nam
     const bool right = std::isnan(e)   ? std::isnan(a)
                        : std::isinf(e) ? a == e || std::isnan(a)
                                        : std::fabs(a - e) <= allowed;
-    if (!right) fail(c, additive, splits, name, i, a, e, allowed);
+    if (!right) fail(c, of, splits, name, i, a, e, allowed);
   }
 }
 
 struct Expected {
   std::vector<double> context, alignments, eager_context, eager_alignments;
 
-  Expected(const Inputs& in, bool additive) {
-    in.loops<double>(additive, kScale, &context, &alignments);
-    in.loops<float>(additive, kScale, &eager_context, &eager_alignments);
+  Expected(const Inputs& in, Score of) {
+    in.loops<double>(of, &context, &alignments);
+    in.loops<float>(of, &eager_context, &eager_alignments);
   }
 };
 
-void check(const Inputs& in, bool additive, const Expected& expected, const Splits& splits) {
+template <class Op>
+void call(Op op, const Inputs& in, void* context, void* alignments, const Splits& splits) {
+  const Case& c = in.c;
+  op.B = c.B, op.Tq = c.Tq, op.Tk = c.Tk, op.A = c.A, op.D = c.D;
+  op.query = in.query.array, op.keys = in.keys.array, op.values = in.values.array;
+  op.attended = in.attended(), op.context = context, op.alignments = alignments;
+  splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
+}
+
+template <class Op>
+Op with_vector(const Inputs& in) {
+  Op op{};
+  op.v = in.v.array;
+  if (in.c.bias) op.bias = in.bias.array;
+  return op;
+}
+
+void check(const Inputs& in, Score of, const Expected& expected, const Splits& splits) {
   const Case& c = in.c;
   Data out(c.dtype, c.B, c.Tq, c.D, 0), weights(c.dtype, c.B, c.Tq, c.Tk, 0);
   for (Data* data : {&out, &weights}) data->memory.assign(data->memory.size(), ~std::uint64_t(0));
   const std::vector<std::uint64_t> before[] = {in.query.memory, in.keys.memory, in.values.memory};
   void* to[] = {const_cast<void*>(out.array.data), c.alignments ? const_cast<void*>(weights.array.data) : nullptr};
-  if (additive) {
-    AdditiveAttentionForward op{};
-    op.B = c.B, op.Tq = c.Tq, op.Tk = c.Tk, op.A = c.A, op.D = c.D;
-    op.query = in.query.array, op.keys = in.keys.array, op.values = in.values.array, op.v = in.v.array;
-    if (c.bias) op.bias = in.bias.array;
+  if (of == Score::additive) {
+    auto op = with_vector<AdditiveAttentionForward>(in);
     if (c.prepared && c.A > 0) op.prepared = in.prepared.array;
-    op.attended = in.attended(), op.context = to[0], op.alignments = to[1];
-    splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
-  } else {
+    call(op, in, to[0], to[1], splits);
+  } else if (of == Score::dot) {
     DotAttentionForward op{};
-    op.B = c.B, op.Tq = c.Tq, op.Tk = c.Tk, op.A = c.A, op.D = c.D, op.scale = kScale;
-    op.query = in.query.array, op.keys = in.keys.array, op.values = in.values.array;
-    op.attended = in.attended(), op.context = to[0], op.alignments = to[1];
-    splits.n > 0 ? decode_attention(op, splits) : decode_attention(op);
+    op.scale = kScale;
+    call(op, in, to[0], to[1], splits);
+  } else {
+    auto op = with_vector<ReluAttentionForward>(in);
+    op.negative_slope = slope_of(of);
+    call(op, in, to[0], to[1], splits);
   }
   attn::cuda::blocks.clear();
   if (before[0] != in.query.memory || before[1] != in.keys.memory || before[2] != in.values.memory)
-    fail(c, additive, splits, "an input was written to", 0, 0, 0, 0);
+    fail(c, of, splits, "an input was written to", 0, 0, 0, 0);
   out.decode(), weights.decode();
-  compare(c, additive, splits, "context", out, expected.context, expected.eager_context);
-  if (c.alignments) compare(c, additive, splits, "alignments", weights, expected.alignments, expected.eager_alignments);
+  compare(c, of, splits, "context", out, expected.context, expected.eager_context);
+  if (c.alignments) compare(c, of, splits, "alignments", weights, expected.alignments, expected.eager_alignments);
   ++checks;
 }
 
-// Both forms; the steps in one part, in few and in many, put together both ways: all of these, or each time others.
+// Every score, of relu one form or the other; the steps in one part, in few and in many, put together both ways: all of these, or each time others.
 void check_all(const Case& c, bool every = false) {
   static int turn = 0;
   const Inputs in(c);
-  for (bool additive : {true, false}) {
-    if (!additive && (c.prepared || c.special == 7 || c.special >= 8)) continue;
-    const Expected expected(in, additive);
+  for (const Score of : {Score::additive, turn % 2 ? Score::leaky : Score::relu, Score::dot}) {
+    if (of != Score::additive && c.prepared) continue;
+    if (of == Score::dot && c.special >= 7) continue;
+    const Expected expected(in, of);
     int i = ++turn;
     for (const Splits& splits : {Splits{0, false}, Splits{1, false}, Splits{2, true}, Splits{3, false}, Splits{4, true},
                                  Splits{7, false}, Splits{16, true}}) {
@@ -357,7 +385,7 @@ void check_all(const Case& c, bool every = false) {
       if (splits.cluster && c.dtype == Dtype::float64) continue;
       if (splits.n > 4 && (c.Tk < 5 || c.B > 3)) continue;
       if (splits.n > 7 && !every && c.Tk < 64) continue;  // these take the emulator longest
-      check(in, additive, expected, splits);
+      check(in, of, expected, splits);
     }
   }
 }

@@ -14,8 +14,8 @@ template <typename W, int kQ, int kK>
 void check_shape(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t kib) {
   AdditiveScores op{};
   op.B = B, op.Tq = Tq, op.Tk = Tk, op.A = A;
-  const ScoresTile tile = choose_tile<W, kQ, kK>(op, {132, 90, kib * 1024}),
-                   free = choose_tile<W, kQ, kK>(op, {132, 90, int64_t(1) << 40});
+  const ScoresTile<AdditiveScores> tile = choose_tile<W, kQ, kK>(op, {132, 90, kib * 1024}),
+                                   free = choose_tile<W, kQ, kK>(op, {132, 90, int64_t(1) << 40});
   const int64_t bytes = shared_bytes<W, kQ, kK>(tile.unit_splits, tile.threads_q, tile.threads_k);
   const bool same = tile.threads_q == free.threads_q && tile.threads_k == free.threads_k &&
                     tile.unit_splits == free.unit_splits && tile.split_units == free.split_units &&

@@ -13,6 +13,7 @@ attentions = pytest.importorskip(
 )
 
 from attn_kernels import patch, unpatch
+from attn_kernels.mechanisms import CoverageAttention, CoverageState, ForwardAttention, LocationSensitiveAttention
 from steps import compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
@@ -247,3 +248,72 @@ def test_every_attention_is_known():
     """All but NoAtt, which computes none, and the dynamic convolution GDCAttLoc."""
     known = {name for name in vars(attentions) if name.startswith(("Att", "GDC", "NoAtt"))}
     assert known - set(TYPES) == {"NoAtt", "GDCAttLoc"}
+
+
+# Modules of our own with the same weights -----------------------------------------------------------------------------
+
+
+def with_weights_of(module, ours):
+    """ours: ours, with the parameters of the original; the biases that ESPnet adds up are one."""
+    named = module.state_dict()
+    renamed = {
+        "query_projection.weight": named["mlp_dec.weight"],
+        "memory_projection.weight": named["mlp_enc.weight"],
+        "bias": named["mlp_enc.bias"],
+        "v": named["gvec.weight"][0],
+    }
+    if "loc_conv.weight" in named:
+        renamed["location_convolution.weight"] = named["loc_conv.weight"].squeeze(2)
+        renamed["location_projection.weight"] = named["mlp_att.weight"]
+    if "wvec.weight" in named:
+        renamed["coverage_weight"] = named["wvec.weight"][:, 0]
+        renamed["bias"] = named["mlp_enc.bias"] + named["wvec.bias"]
+    if "mlp_ta.weight" in named:  # of context, output, state; the probability of staying
+        weight = named["mlp_ta.weight"]
+        renamed["transition.weight"] = -torch.cat([weight[:, :EPROJS], weight[:, EPROJS + OUT :]], dim=1)
+        renamed["transition.bias"] = -named["mlp_ta.bias"]
+    ours.load_state_dict(renamed)
+    return ours
+
+
+OURS = {
+    "AttLoc": (lambda **k: LocationSensitiveAttention(DUNITS, EPROJS, UNITS, 3, 5, initial="uniform", **k), 2.0),
+    "AttCov": (lambda **k: CoverageAttention(DUNITS, EPROJS, UNITS, initial="uniform", **k), 2.0),
+    "AttForward": (lambda **k: ForwardAttention(DUNITS, EPROJS, UNITS, channels=3, kernel_size=5, **k), 1.0),
+    "AttForwardTA": (lambda **k: ForwardAttention(DUNITS, EPROJS, UNITS, True, 3, 5, **k), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("seed", range(3))
+def test_mechanisms(name, seed, monkeypatch):
+    """Contexts, alignments and gradients of four steps. The agent does not read the output of the step before."""
+    given = inputs(10 + seed)
+    memory, states, lengths = given["memory"].requires_grad_(), given["states"].requires_grad_(), given["lengths"]
+    module = make(name).double()
+    if name == "AttForwardTA":
+        with torch.no_grad():
+            module.mlp_ta.weight[:, EPROJS : EPROJS + OUT] = 0
+    make_ours, scale = OURS[name]
+    ours = with_weights_of(module, make_ours(scale=scale, dtype=torch.float64))
+    projected = ours.memory(memory, torch.tensor(lengths))
+    state = ours.initial_state(projected)
+    # AttCov's own first alignments are float32 whatever the model is.
+    previous = [state.coverage[:, 0]] if isinstance(state, CoverageState) else None
+    module.reset()
+    results, expected = [], []
+    for query in states:
+        context, alignments, state = ours(query, projected, state)
+        results += [context, alignments]
+        extra = (query.new_zeros(len(query), OUT),) if name == "AttForwardTA" else ()
+        with monkeypatch.context() as patch_:
+            patch_.setattr(torch, "clamp", lambda x, least: x)  # of ESPnet's, at least 1e-6 of every alignment
+            context, previous = module(memory, lengths, query, previous, *extra, scaling=scale)
+        expected += [context, previous[-1] if name == "AttCov" else previous]
+    torch.testing.assert_close(results, expected)
+    gradients = []
+    for outputs in (results, expected):
+        torch.manual_seed(1)
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        gradients.append(torch.autograd.grad(loss, [memory, states], retain_graph=True))
+    torch.testing.assert_close(*gradients)

@@ -22,6 +22,7 @@ if importlib.util.find_spec("librosa") is None:  # for audio, which is not used 
 model = pytest.importorskip("tacotron2.model", reason="tacotron2: something that it imports is missing")
 
 from attn_kernels import patch, unpatch
+from attn_kernels.mechanisms import LocationSensitiveAttention
 from steps import compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
@@ -71,3 +72,36 @@ def test_copies_and_back():
         assert [cls for _, cls in patch(other).replaced] == [model.Attention]
     unpatch(module)
     assert type(module) is model.Attention
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_mechanism(masked):
+    """LocationSensitiveAttention with the same weights: contexts, alignments and gradients of four steps."""
+    given = inputs(7, masked)
+    module = model.Attention(6, 7, 9, 4, 5).double()
+    ours = LocationSensitiveAttention(6, 7, 9, 4, 5, cumulative=True, bias=False, dtype=torch.float64)
+    named = module.state_dict()
+    ours.load_state_dict(
+        {
+            "query_projection.weight": named["query_layer.linear_layer.weight"],
+            "memory_projection.weight": named["memory_layer.linear_layer.weight"],
+            "v": named["v.linear_layer.weight"][0],
+            "location_convolution.weight": named["location_layer.location_conv.conv.weight"],
+            "location_projection.weight": named["location_layer.location_dense.linear_layer.weight"],
+        }
+    )
+    memory, states = given["memory"].requires_grad_(), given["states"].requires_grad_()
+    expected = decode(module, **given)
+    allowed = None if given.get("mask") is None else ~given["mask"]
+    projected = ours.memory(memory, mask=allowed)
+    state, results = ours.initial_state(projected), []
+    for query in states:
+        context, alignments, state = ours(query, projected, state)
+        results += [context, alignments]
+    torch.testing.assert_close(results, expected)
+    gradients = []
+    for outputs in (results, expected):
+        torch.manual_seed(1)
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        gradients.append(torch.autograd.grad(loss, [memory, states]))
+    torch.testing.assert_close(*gradients)

@@ -4,8 +4,9 @@ A kernel has the first rule whose pattern is found in its name, and the last one
 to add a row above it; to add a kind of bound is a field of ``Rule`` and some lines in ``examine``.
 
 A pair is one hidden unit of one query and one step: B * Tq * Tk * A of them in a call. How many of them a thread
-computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each. Where a row
-says what a thread reads of shared memory for a unit, that count is checked against the bytes that the loop reads.
+computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each, or, for relu,
+maxima. Where a row says what a thread reads of shared memory for a unit, that count is checked against the bytes that
+the loop reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .sass import Code, Loop, blocks_for_registers
 
 # The regimes: what a kernel computes decides what is asked of it.
 MANY_FORWARD, MANY_BACKWARD, DECODE, OTHER = "many-query forward", "many-query backward", "decode", "other"
+RELU_FORWARD, RELU_BACKWARD = f"{MANY_FORWARD}, relu", f"{MANY_BACKWARD}, relu"
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 
 
@@ -45,6 +47,7 @@ class Rule:
     pattern: str
     regime: str
     sharing: int = 0  # units that share a reciprocal in the hot loop
+    counted: str = "MUFU.RCP"  # the instruction that pairs are counted by
     special: float | None = None  # most special-function operations for a pair
     slots: float | None = None  # most issue slots for a pair
     warps: int = 0  # least number of warps of a multiprocessor that the registers leave room for
@@ -81,6 +84,28 @@ def _is_many_queries_of_triton(facts: Facts) -> bool:
 
 RULES = (
     # CUDA C++. 12 warps: what hides the latency of the special function unit and of shared memory; 168 registers.
+    # Of relu, then of tanh. Leaky relu, in a loop of its own, has no maximum and is not counted.
+    Rule(
+        r"many_queries_scores_kernel<.*\bReluScores>",
+        RELU_FORWARD,
+        sharing=1,
+        counted="FMNMX",
+        special=0.0,
+        slots=3.5,
+        warps=12,
+        thread_tile=_tile_of_template(1),
+        applies=_is_float32,
+    ),
+    Rule(
+        r"scores_backward_kernel<.*\bReluPair>",
+        RELU_BACKWARD,
+        sharing=1,
+        counted="FMNMX",
+        special=0.0,
+        slots=8.5,
+        warps=12,
+        applies=_is_many_queries,
+    ),
     Rule(
         r"many_queries_scores_kernel",
         MANY_FORWARD,
@@ -187,26 +212,28 @@ def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
 
 
 def _examine_pairs(facts: Facts, rule: Rule, finding: Finding) -> None:
-    """The hot loop is that with the most reciprocals and no exponential: tanh itself, for large inputs, has both.
+    """The hot loop is that with the most reciprocals (or what else is counted) and no exponential: tanh itself, for
+    large inputs, has both.
 
     Where the exponentials of tanh are polynomials, the shorter loop of the two is the hot one.
     """
-    candidates = [loop for loop in facts.loops if loop.count("MUFU.RCP") and not loop.count("MUFU.EX2", "MUFU.TANH")]
+    one = "reciprocal" if rule.counted == Rule.counted else rule.counted
+    candidates = [loop for loop in facts.loops if loop.count(rule.counted) and not loop.count("MUFU.EX2", "MUFU.TANH")]
     if not candidates and rule.special is None:
         return  # dot-product attention
     if not candidates:
-        finding.problems.append("no loop with reciprocals and without exponentials: pairs take tanh itself")
+        finding.problems.append(f"no loop with {one}s and without exponentials: pairs take tanh itself")
         return
-    hot = max(candidates, key=lambda loop: (loop.count("MUFU.RCP"), -loop.slots))
-    pairs = float(hot.count("MUFU.RCP") * rule.sharing)
+    hot = max(candidates, key=lambda loop: (loop.count(rule.counted), -loop.slots))
+    pairs = float(hot.count(rule.counted) * rule.sharing)
     if rule.thread_tile is not None:
         queries, steps = finding.thread_tile = rule.thread_tile(facts)
         units = _shared_numbers(hot) / (queries + steps + rule.constants)
         if units:
             pairs = units * queries * steps
-        if abs(pairs - hot.count("MUFU.RCP") * rule.sharing) > 0.1 * pairs:
-            shared = pairs / hot.count("MUFU.RCP")
-            finding.problems.append(f"{shared:.2f} units share a reciprocal, expected {rule.sharing}")
+        if abs(pairs - hot.count(rule.counted) * rule.sharing) > 0.1 * pairs:
+            shared = pairs / hot.count(rule.counted)
+            finding.problems.append(f"{shared:.2f} units share a {one}, expected {rule.sharing}")
     finding.hot, finding.pairs = hot.classes(), pairs
     finding.slots_per_pair, finding.special_per_pair = hot.slots / pairs, hot.special / pairs
     for what, value, most in (

@@ -53,6 +53,8 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
+    if state.attention is not None:  # the fused forms hand on no state of an attention
+        return False
     if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first
         return False
     called = [decoder.attention, decoder.rnn, decoder.attentional, decoder.dropout]

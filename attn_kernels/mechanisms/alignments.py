@@ -1,0 +1,81 @@
+"""What mechanisms with a state make of alignments and of a memory: first alignments, averages, checks."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentValueError
+from ..memory import Memory
+from ..types import attention_mask
+
+State = TypeVar("State", bound=tuple)
+
+
+def allowed_steps(memory: Memory) -> Tensor | None:
+    """(B, 1, Tk) or (B, K, Tk) bool, True where a step may be attended; None where every step may."""
+    return attention_mask(memory.keys, memory.memory_lengths, memory.mask)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is added or multiplied up over many steps: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def no_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
+    """(B, hypotheses, Tk): 0 everywhere."""
+    batch, steps = memory.keys.shape[:2]
+    return memory.keys.new_zeros(batch, hypotheses, steps, dtype=dtype)
+
+
+def uniform_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
+    """(B, hypotheses, Tk): the same at each step that may be attended, in all 1 or, where there is none, 0."""
+    may = _ever_allowed(memory).to(wide(dtype))
+    each = may / may.sum(-1, keepdim=True).clamp(min=1)
+    return each.to(dtype).unsqueeze(1).expand(-1, hypotheses, -1)
+
+
+def first_step_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
+    """(B, hypotheses, Tk): 1 at the first step that may be attended."""
+    may = _ever_allowed(memory)
+    return (may & (may.cumsum(-1) == 1)).to(dtype).unsqueeze(1).expand(-1, hypotheses, -1)
+
+
+INITIAL = {"zeros": no_alignments, "uniform": uniform_alignments}
+
+
+def check_initial(name: str, initial: str) -> None:
+    if initial not in INITIAL:
+        raise ArgumentValueError(f"{name}: initial must be 'zeros' or 'uniform', got {initial!r}")
+
+
+def _ever_allowed(memory: Memory) -> Tensor:
+    """(B, Tk) bool: what at least one hypothesis may attend."""
+    allowed = allowed_steps(memory)
+    return memory.keys.new_ones(memory.keys.shape[:2], dtype=torch.bool) if allowed is None else allowed.any(1)
+
+
+def average(alignments: Tensor, memory: Memory) -> Tensor:
+    """(B, K, D), the context: alignments @ values. alignments: (B, K, Tk), 0 in padding, which may hold anything."""
+    values, allowed = memory.values, allowed_steps(memory)
+    if allowed is None or (allowed.shape[1] == 1 and memory.has_clean_padding()):
+        return alignments @ values
+    if allowed.shape[1] == 1:
+        return alignments @ values.masked_fill(~allowed.mT, 0.0)
+    # A step may be padding for one hypothesis and hold NaN for another: a product for each pair.
+    return (alignments.unsqueeze(2) @ torch.where(allowed.unsqueeze(3), values.unsqueeze(1), 0.0)).squeeze(2)
+
+
+def as_state(name: str, kind: type[State], state: tuple[Tensor, ...], sizes: tuple[int, ...]) -> State:
+    """A state, which may have become a plain tuple, as ``kind``. sizes: the last axis of each tensor, (B, K, size)."""
+    fields = kind._fields  # type: ignore[attr-defined]
+    if len(state) != len(fields):
+        expected = f"{kind.__name__}({', '.join(fields)})"
+        raise ArgumentValueError(f"{name}: state must be {expected}, got {len(state)} tensors")
+    for field, x, size in zip(fields, state, sizes, strict=True):
+        if x.dim() != 3 or x.shape[2] != size:
+            got = tuple(x.shape)
+            raise ArgumentValueError(f"{name}: state.{field} must have shape (B, K, {size}), got {got}")
+    return kind(*state)

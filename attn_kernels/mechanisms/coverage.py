@@ -1,0 +1,117 @@
+"""Coverage: the score of a step reads how much all steps before looked at it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_tensor, shape_of
+from ..errors import ArgumentValueError
+from ..memory import Memory
+from .additive import StatefulAdditiveAttention
+from .alignments import INITIAL, as_state, check_initial, wide
+from .stateful import StatefulResult
+
+
+class CoverageState(NamedTuple):
+    """coverage: (B, K, Tk), the sum of the alignments of all steps so far, float32 or wider."""
+
+    coverage: Tensor
+
+
+class CoverageAttention(StatefulAdditiveAttention):
+    r"""Additive attention that reads the sum of all alignments so far.
+
+    .. math::
+        scores_j = scale \; v \cdot \tanh(W_q \, query + W_m \, memory_j + w_c \, coverage_j + bias), \quad
+        coverage = \sum alignments^{before}, \quad alignments = softmax(scores)
+
+    Source: See, Liu, Manning, "Get to the point: summarization with pointer-generator networks", 2017, section 2.2
+    (equations 10 and 11); :func:`coverage_loss` is equation 12. ESPnet's AttCov is the same formula, with
+    ``initial="uniform"`` and ``scale=2.0``; its three biases are added up in ``bias``.
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs.
+        units: A, size of the hidden layer that scores.
+        scale: a finite number that multiplies the scores.
+        bias: whether there is one, initially 0.
+        initial: the coverage before the first step, "zeros" or "uniform" (over what may be attended, as in ESPnet).
+        backend: as of :func:`attn_kernels.additive_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
+    ``coverage_weight`` (units,), ``v`` (units,), ``bias`` (units,).
+
+    State: ``CoverageState(coverage)``.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int,
+        scale: float = 1.0,
+        *,
+        bias: bool = True,
+        initial: str = "zeros",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, bias=bias, scale=scale, backend=backend, factory=factory)
+        check_initial(self._name, initial)
+        self.initial = initial
+        self.coverage_weight = nn.Parameter(torch.empty(self.units, **factory))
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        super()._reset_scores()
+        nn.init.uniform_(self.coverage_weight, -1.0, 1.0)  # as the weight of nn.Linear(1, units)
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> CoverageState:
+        return CoverageState(INITIAL[self.initial](memory, hypotheses, wide(memory.keys.dtype)))
+
+    def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
+        (coverage,) = as_state(self._name, CoverageState, state, (memory.keys.shape[1],))
+        extra = coverage.to(self.coverage_weight.dtype).unsqueeze(3) * self.coverage_weight
+        context, alignments = self._attend(self.make_query(query), memory, extra)
+        return StatefulResult(context, alignments, CoverageState(coverage + alignments))
+
+    def extra_repr(self) -> str:
+        return self._repr(units=self.units, scale=self.scale, initial=self.initial)
+
+
+def coverage_loss(alignments: Tensor, coverage: Tensor | None = None) -> Tensor:
+    r"""The penalty for looking again at what was looked at before.
+
+    .. math:: loss_t = \sum_j \min(alignments_{tj}, coverage_{tj})
+
+    Source: See, Liu, Manning 2017, section 2.2, equation 12.
+
+    Args:
+        alignments: (..., Tk), of a step; without ``coverage`` (B, T, Tk), of all steps of a sequence.
+        coverage: (..., Tk), what the step was given: the sum of the alignments before it. None: summed up here, from 0.
+
+    Returns:
+        (...,), without the last axis, in float32 or wider: one loss for each step. Those of the padding of a target are
+        for the caller to leave out.
+
+    Raises ValueError or TypeError where the arguments do not fit each other.
+    """
+    check_tensor("coverage_loss", "alignments", alignments)
+    if coverage is None:
+        if alignments.dim() != 3:
+            got = shape_of(alignments)
+            raise ArgumentValueError(f"coverage_loss: alignments must be (B, T, Tk) without coverage, got {got}")
+        alignments = alignments.to(wide(alignments.dtype))
+        coverage = alignments.cumsum(1) - alignments
+    check_tensor("coverage_loss", "coverage", coverage)
+    if coverage.shape != alignments.shape:
+        expected = f"the shape of alignments, {shape_of(alignments)}"
+        raise ArgumentValueError(f"coverage_loss: coverage must have {expected}, got {shape_of(coverage)}")
+    dtype = wide(alignments.dtype)
+    return torch.minimum(alignments.to(dtype), coverage.to(dtype)).sum(-1)

@@ -1,0 +1,147 @@
+"""Energies: the score of a query and a step, additive or dot, of the mechanisms that make probabilities of it."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..modules import _reset_score_vector
+from .steps import AlignmentsAttention, additive_energies, dot_energies
+
+SCORES = ("additive", "dot")
+
+
+class EnergyAttention(AlignmentsAttention):
+    """A mechanism with one or more energies: their parameters, and what they are of queries and keys.
+
+    Projections of all energies are made at once: key ``i`` of a step is the i-th block of ``units`` of the memory's
+    keys.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None,
+        score: str,
+        normalize: bool,
+        energies: int = 1,
+        *,
+        backend: str | None,
+        factory: dict[str, Any],
+    ) -> None:
+        name = type(self).__name__
+        check_choice(name, "score", score, SCORES)
+        additive = score == "additive"
+        if additive and units is None:
+            raise ArgumentValueError(f"{name}: units must be a size with score='additive', got None")
+        if not additive and units not in (None, query_size):
+            expected = f"None or query_size = {query_size} with score='dot'"
+            raise ArgumentValueError(f"{name}: units must be {expected}, got {units!r}")
+        units = query_size if units is None else units
+        super().__init__(
+            query_size,
+            memory_size,
+            units * energies if isinstance(units, Integral) else units,
+            project_query=additive,
+            project_memory=True,
+            backend=backend,
+            factory=factory,
+        )
+        self.units = self.key_size // energies
+        self.score = score
+        self.normalize = normalize
+        self.v = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
+        self.g = nn.Parameter(torch.empty((), **factory)) if normalize else None
+        self.bias = nn.Parameter(torch.empty(self.units, **factory)) if normalize and additive else None
+
+    def _reset_scores(self) -> None:
+        if self.v is not None:
+            _reset_score_vector(self.v)
+        if self.g is not None:
+            nn.init.constant_(self.g, 1.0 if self.v is None else math.sqrt(1 / self.units))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def score_vector(self) -> Tensor:
+        """(units,), of additive energies: ``v``, or with ``normalize`` g v / |v|."""
+        return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
+
+    def _energy(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+        """(B, K, Tk), in float32 or wider. query: (B, K, units), projected. keys: (B, Tk, units)."""
+        if self.v is not None:
+            return additive_energies(query, keys, self.score_vector(), self.bias, allowed, self.backend)
+        return dot_energies(query if self.g is None else self.g * query, keys, allowed)
+
+    def _score_settings(self) -> dict[str, Any]:
+        return {"units": self.units, "score": self.score, "normalize": self.normalize}
+
+
+class ChoosingAttention(EnergyAttention):
+    """A mechanism of choices: each step is chosen, or kept, with a probability sigmoid(energy + r + noise).
+
+    Raffel et al. 2017, section 2: ``r`` is learned, since a sigmoid has no shift of its own as a softmax
+    has, and noise in training makes the probabilities be near 0 or 1, as they are when decoding is hard.
+    """
+
+    modes: tuple[str, ...]
+
+    def __init__(
+        self, *args: Any, mode: str, noise: float, score_bias_init: float, factory: dict[str, Any], **options: Any
+    ) -> None:
+        super().__init__(*args, factory=factory, **options)
+        check_choice(self._name, "mode", mode, self.modes)
+        self.noise = check_number(self._name, "noise", noise, 0.0)
+        self.score_bias_init = check_number(self._name, "score_bias_init", score_bias_init)
+        self.mode = mode
+        self.score_bias = nn.Parameter(torch.empty((), **factory))
+
+    def _reset_scores(self) -> None:
+        super()._reset_scores()
+        nn.init.constant_(self.score_bias, self.score_bias_init)
+
+    def _choices(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+        """(B, K, Tk), probabilities in float32 or wider, 0 in padding; with mode="hard" each is 0 or 1."""
+        check_choice(self._name, "mode", self.mode, self.modes)  # it may be set between steps
+        energy = self._energy(query, keys, allowed)
+        energy = energy + self.score_bias.to(energy.dtype)
+        if self.training and self.noise > 0:
+            energy = energy + self.noise * torch.randn_like(energy)
+        if allowed is not None:
+            energy = energy.masked_fill(~allowed, float("-inf"))
+        return (energy > 0).to(energy.dtype) if self.mode == "hard" else torch.sigmoid(energy)
+
+    def _choice_settings(self) -> dict[str, Any]:
+        return {**self._score_settings(), "mode": self.mode, "noise": self.noise}
+
+
+def check_choice(name: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = " or ".join(repr(choice) for choice in choices)
+        raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {value!r}")
+
+
+def check_number(name: str, argument: str, value: Any, least: float = -math.inf) -> float:
+    """A finite number, at least ``least``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        got = type(value).__name__
+        raise ArgumentTypeError(f"{name}: {argument} must be a number, got {got}") from None
+    if not math.isfinite(number) or number < least:
+        expected = "a finite number" if least == -math.inf else f"a finite number >= {least}"
+        raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {value}")
+    return number
+
+
+def check_size(name: str, argument: str, value: Any, odd: bool = False) -> int:
+    """A positive integer, odd where it has to have a middle."""
+    if not isinstance(value, Integral) or value < 1 or (odd and value % 2 == 0):
+        expected = "an odd positive integer" if odd else "a positive integer"
+        raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {value!r}")
+    return int(value)

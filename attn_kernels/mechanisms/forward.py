@@ -1,0 +1,140 @@
+"""Forward attention: alignments that stay where they were or move on by one step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..memory import Memory
+from .additive import StatefulAdditiveAttention, make_location_layers, project_locations
+from .alignments import allowed_steps, as_state, average, first_step_alignments, wide
+from .stateful import StatefulResult
+
+_LEAST = 1e-6  # of the probability that an agent must leave within the memory
+_NONE = 1e-30  # a step with less of it counts as out of reach: products with that would underflow
+
+
+class ForwardState(NamedTuple):
+    """alignments: (B, K, Tk), of the step before. move: (B, K, 1), the probability of moving on. Float32 or wider."""
+
+    alignments: Tensor
+    move: Tensor
+
+
+class ForwardAttention(StatefulAdditiveAttention):
+    r"""Forward attention: additive scores, re-weighted by the alignments of the step before and those moved on by one.
+
+    .. math::
+        alignments_j \propto ((1 - u) \, alignments^{before}_j + u \, alignments^{before}_{j-1}) \, \exp(scores_j),
+        \quad scores_j = scale \; v \cdot \tanh(W_q \, query + W_m \, memory_j + bias)
+
+    with u = 1/2 or, with ``transition_agent=True``,
+
+    .. math:: u^{next} = sigmoid(w \cdot [context; query] + c)
+
+    which is 1/2 in the first step. Before it, alignments are 1 at the first step of the memory that may be attended.
+    Rows are normalised; so the denominator of the softmax, which the paper has in its y, makes no difference.
+
+    Source: Zhang, Ling, Dai, "Forward attention in sequence-to-sequence acoustic modeling for speech synthesis", 2018,
+    algorithms 1 and 2. The agent there also reads the output of the step before, which a decoder with input feeding has
+    in its query; the layer is that of ESPnet and coqui-tts. With ``channels``, scores have the location features of
+    :class:`LocationSensitiveAttention`, as in ESPnet's AttForward and AttForwardTA. ESPnet's probability is that of
+    staying, 1 - u, and it adds at least 1e-6 to each alignment, padding included, which is left out here.
+
+    Numerics: the softmax is over the steps that can be reached, where alignments before are above 0 (1e-30), so that
+    rows do not underflow however far the scores of others are above; the state is float32 or wider. Where an agent
+    leaves less than 1e-6 of the probability within the memory, as when it moves on from the last step, that step is one
+    without an agent. Where nothing that can be reached may be attended, alignments and context are 0.
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs.
+        units: A, size of the hidden layer that scores.
+        transition_agent: learn when to move on.
+        channels: of the convolution of location features; None to have none.
+        kernel_size: its width, odd.
+        scale: a finite number that multiplies the scores.
+        bias: whether there is one, initially 0.
+        backend: as of :func:`attn_kernels.additive_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
+    ``v`` (units,), ``bias`` (units,); with ``transition_agent`` ``transition.weight`` (1, memory_size + query_size) and
+    ``transition.bias`` (1,); with ``channels`` ``location_convolution.weight`` (channels, 1, kernel_size) and
+    ``location_projection.weight`` (units, channels).
+
+    State: ``ForwardState(alignments, move)``.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int,
+        transition_agent: bool = False,
+        channels: int | None = None,
+        kernel_size: int = 31,
+        scale: float = 1.0,
+        *,
+        bias: bool = True,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, bias=bias, scale=scale, backend=backend, factory=factory)
+        sizes = self.memory_size + self.query_size
+        self.transition = nn.Linear(sizes, 1, **factory) if transition_agent else None
+        self.location_convolution = self.location_projection = None
+        if channels is not None:
+            self.location_convolution, self.location_projection = make_location_layers(
+                self._name, 1, channels, kernel_size, self.units, factory
+            )
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        super()._reset_scores()
+        for layer in (self.transition, self.location_convolution, self.location_projection):
+            if layer is not None:
+                layer.reset_parameters()
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> ForwardState:
+        dtype = wide(memory.keys.dtype)
+        move = memory.keys.new_full((memory.batch_size, hypotheses, 1), 0.5, dtype=dtype)
+        return ForwardState(first_step_alignments(memory, hypotheses, dtype), move)
+
+    def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
+        before, move = as_state(self._name, ForwardState, state, (memory.keys.shape[1], 1))
+        extra = None
+        if self.location_convolution is not None:
+            extra = project_locations(self.location_convolution, self.location_projection, before)
+        weights = _moved_on(before, None if self.transition is None else move, allowed_steps(memory))
+        likely = self._align(self.make_query(query), memory, extra, weights > _NONE)
+        products = weights * likely
+        total = products.sum(-1, keepdim=True)
+        alignments = products / torch.where(total > 0, total, 1.0)
+        result = alignments.to(likely.dtype)
+        context = average(result, memory)
+        if self.transition is not None:
+            move = torch.sigmoid(self.transition(torch.cat([context, query], dim=2))).to(alignments.dtype)
+        return StatefulResult(context, result, ForwardState(alignments, move))
+
+    def extra_repr(self) -> str:
+        return self._repr(units=self.units, transition_agent=self.transition is not None, scale=self.scale)
+
+
+def _moved_on(before: Tensor, move: Tensor | None, allowed: Tensor | None) -> Tensor:
+    """What the alignments before, (B, K, Tk), say of those of this step; 0 in padding. move: None for 1/2."""
+    one_later = F.pad(before, (1, 0))[..., :-1]
+
+    def within(weights: Tensor) -> Tensor:
+        return weights if allowed is None else weights.masked_fill(~allowed, 0.0)
+
+    halves = within(0.5 * (before + one_later))
+    if move is None:
+        return halves
+    weights = within((1 - move) * before + move * one_later)
+    return torch.where(weights.sum(-1, keepdim=True) < _LEAST, halves, weights)

@@ -1,0 +1,176 @@
+"""Local attention: a window of the memory, around the decoding step's own number or around a position it predicts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_lengths, check_masks, check_tensor, shape_of
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..functional import additive_attention, dot_attention
+from ..memory import Memory
+from ..modules import _reset_score_vector
+from ..types import Attention, attention_mask
+from .energy import EnergyAttention, check_choice, check_number, check_size
+from .stateful import StatefulResult
+from .steps import clean, result_dtype, weighted_sum, wide_dtype, without_autocast
+
+MODES = ("local-m", "local-p")
+
+
+class LocalState(NamedTuple):
+    """step: (B, K, 1) int64, the number of the next decoding step, from 0 on."""
+
+    step: Tensor
+
+
+def window_mask(centres: Tensor, radius: float, memory_steps: int, memory_lengths: Tensor | None = None) -> Tensor:
+    """The steps that are at most ``radius`` from a centre, of each row and hypothesis its own.
+
+    Args:
+        centres: (B, K), positions: step j is at j, from 0 on. Whole numbers or not.
+        radius: a number >= 0.
+        memory_steps: Tk.
+        memory_lengths: (B,) int32 or int64: nothing beyond is in a window.
+
+    Returns:
+        (B, K, Tk) bool, a ``mask`` of the attention functions.
+
+    Raises:
+        ArgumentValueError: a shape or number does not fit. ArgumentTypeError: a dtype or type does not.
+    """
+    name = "window_mask"
+    check_tensor(name, "centres", centres)
+    if centres.dim() != 2:
+        raise ArgumentValueError(f"{name}: centres must have shape (B, K), got {shape_of(centres)}")
+    if centres.dtype == torch.bool or centres.is_complex():
+        raise ArgumentTypeError(f"{name}: centres must be numbers, got {centres.dtype}")
+    radius = check_number(name, "radius", radius, 0.0)
+    if centres.dtype in (torch.float16, torch.bfloat16):
+        centres = centres.float()
+    steps = torch.arange(memory_steps, device=centres.device)
+    mask = (steps - centres[..., None]).abs() <= radius
+    if memory_lengths is None:
+        return mask
+    check_lengths(name, centres.shape[0], memory_lengths, centres=centres)
+    return mask & (steps < memory_lengths[:, None, None])
+
+
+class LocalAttention(EnergyAttention):
+    r"""Attention to a window of 2 D + 1 steps of the memory around a position p.
+
+    .. math::
+        \text{local-m:} \; p_i = i \qquad
+        \text{local-p:} \; p_i = S \, \sigma(v_p \cdot \tanh(W_p \, query_i))
+
+    where S is the number of steps of the sentence. The softmax of the scores is over the window [p - D, p + D]; local-p
+    then multiplies by a Gaussian, through which p is learned, and does not normalise again:
+
+    .. math::
+        alignments_{ij} = softmax_{j \in window}(scores_{ij}) \exp(-\frac{(j - p_i)^2}{2 \sigma^2}), \quad
+        \sigma = D / 2
+
+    Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
+    3.2, equations 9 and 10. Steps are counted from 0. A window of local-m behind the end of a sentence holds nothing:
+    zeros.
+
+    Args:
+        query_size: size of the decoder state.
+        memory_size: size of the encoder outputs.
+        units: A, size of the hidden layer of additive scores; None, or query_size, with score="dot".
+        window: D, in steps.
+        mode: "local-p", predictive, or "local-m", monotonic.
+        score: "additive", or "dot" (the "general" of the paper).
+        normalize: as of :class:`MonotonicAttention`.
+        backend: as of :func:`attn_kernels.additive_attention`.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: ``memory_projection.weight`` (A, memory_size); additive: ``query_projection.weight`` (A, query_size),
+    ``v`` (A,); with ``normalize`` ``g`` (), additive also ``bias`` (A,); local-p: ``position_projection.weight``
+    (A, query_size), W_p, and ``position_v`` (A,).
+
+    State: :class:`LocalState`, the number of the step, of which local-p makes no use.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None = None,
+        window: int = 10,
+        mode: str = "local-p",
+        *,
+        score: str = "additive",
+        normalize: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, score, normalize, backend=backend, factory=factory)
+        check_choice(self._name, "mode", mode, MODES)
+        self.window = check_size(self._name, "window", window)
+        self.mode = mode
+        predicts = mode == "local-p"
+        self.position_projection = nn.Linear(query_size, self.units, bias=False, **factory) if predicts else None
+        self.position_v = nn.Parameter(torch.empty(self.units, **factory)) if predicts else None
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        super()._reset_scores()
+        if self.position_v is not None:
+            _reset_score_vector(self.position_v)
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> LocalState:
+        shape = (*self._check_axes(memory, hypotheses), 1)
+        return LocalState(memory.keys.new_zeros(shape, dtype=torch.int64))
+
+    def _step(self, query: Tensor, memory: Memory, state: LocalState) -> StatefulResult:
+        check_masks(self._name, query, memory.keys, memory.memory_lengths, memory.mask)
+        if state[0].dim() != 3 or state[0].shape[2] != 1:
+            raise ArgumentValueError(f"{self._name}: state must have step (B, K, 1), got {tuple(state[0].shape)}")
+        step = state[0][..., 0]
+        next_state = LocalState(state[0] + 1)
+        if self.position_projection is None:
+            return StatefulResult(*self._windowed(query, memory, memory.values, step), next_state)
+        allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
+        if allowed is not None:  # a NaN in a query that attends nothing would be one in the gradient of W_p
+            query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
+        centres = self._positions(query, memory, allowed)
+        softmax = self._windowed(query, memory, None, centres.detach()).alignments
+        with without_autocast(query):
+            distances = torch.arange(softmax.shape[2], device=centres.device) - centres[..., None]
+            alignments = softmax.to(centres.dtype) * torch.exp(distances.square() * (-2.0 / self.window**2))
+            values = memory.values
+            if allowed is not None:
+                values = clean(values, memory, allowed)
+            context = weighted_sum(alignments, values, allowed)
+        dtype = result_dtype(query)
+        return StatefulResult(context.to(dtype), alignments.to(dtype), next_state)
+
+    def _positions(self, query: Tensor, memory: Memory, allowed: Tensor | None) -> Tensor:
+        """(B, K), in float32 or wider."""
+        hidden = self.position_projection(query)
+        wide = wide_dtype(hidden.dtype)
+        position = torch.sigmoid((torch.tanh(hidden.to(wide)) * self.position_v.to(wide)).sum(-1))
+        steps = memory.keys.shape[1]
+        if memory.mask is not None and steps:  # a sentence ends with its last step that may be attended
+            numbers = torch.arange(1, steps + 1, device=position.device)
+            return position * torch.where(allowed, numbers, 0).amax(-1)
+        return position * (steps if memory.memory_lengths is None else memory.memory_lengths[:, None])
+
+    def _windowed(self, query: Tensor, memory: Memory, values: Tensor | None, centres: Tensor) -> Attention:
+        """Softmax over the windows, of which what is not allowed is left out."""
+        mask = window_mask(centres, self.window, memory.keys.shape[1])
+        if memory.mask is not None:
+            mask = mask & (memory.mask if memory.mask.dim() == 3 else memory.mask[:, None])
+        masks: dict[str, Any] = {"memory_lengths": memory.memory_lengths, "mask": mask, "backend": self.backend}
+        if self.v is None:
+            query = query if self.g is None else self.g * query
+            return dot_attention(query, memory.keys, values, **masks)
+        return additive_attention(self.make_query(query), memory.keys, values, self.score_vector(), self.bias, **masks)
+
+    def extra_repr(self) -> str:
+        return self._repr(**self._score_settings(), window=self.window, mode=self.mode)

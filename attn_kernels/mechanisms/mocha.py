@@ -1,0 +1,153 @@
+"""Monotonic chunkwise attention: a softmax over the few steps before the one at which monotonic attention stops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..memory import Memory
+from ..modules import _reset_score_vector
+from .energy import ChoosingAttention, check_size
+from .monotonic import MODES, monotonic_alignments
+from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
+
+
+class MonotonicChunkwiseAttention(ChoosingAttention):
+    r"""Monotonic chunkwise attention (MoChA), and with ``chunk_size=None`` monotonic infinite look-back (MILk).
+
+    Where monotonic attention stops at step k, a softmax attends the chunk of the last ``chunk_size`` steps up to k, by
+    an energy u of its own. The alignments are what is expected of it, with :math:`\alpha` of
+    :class:`MonotonicAttention`, by whose rules the chunk's end moves:
+
+    .. math::
+        \beta_{ij} = \sum_{k=j}^{j+w-1} \alpha_{ik} \frac{\exp u_{ij}}{\sum_{l=k-w+1}^{k} \exp u_{il}}, \quad
+        context_i = \sum_j \beta_{ij} values_j
+
+    .. math::
+        \text{additive:} \; u = v_c \cdot \tanh(W_{qc} query + W_{mc} memory + bias_c) \qquad
+        \text{dot:} \; u = query \cdot W_{mc} memory
+
+    Source: Chiu, Raffel, "Monotonic chunkwise attention", 2018, section 2, equations 7 to 20.
+    MILk: Arivazhagan et al., "Monotonic infinite lookback attention for simultaneous machine translation", 2019,
+    section 3.2; there the chunk is all that was read. The quotients are taken of the exponentials of differences, each
+    1 at most, and not of moving sums of exponentials, which may be 0 far from the largest.
+
+    Args:
+        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize, backend: as of
+            :class:`MonotonicAttention`; ``units`` is the size of either energy. ``noise``, r and ``normalize`` are of
+            the monotonic one alone.
+        chunk_size: w, the number of steps in a chunk; None for all up to the one that is stopped at.
+        device, dtype: of the parameters; query and memory must have the same.
+
+    Parameters: those of :class:`MonotonicAttention`, with projections of both energies in one weight, (2 A, *), the
+    monotonic one first; additive: ``chunk_v`` (A,), ``chunk_bias`` (A,), initially 0.
+
+    State: :class:`AlignmentsState`, the monotonic alignments of the step before, which are not those that are returned.
+    """
+
+    modes = MODES
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None = None,
+        chunk_size: int | None = 4,
+        mode: str = "recursive",
+        noise: float = 0.0,
+        score_bias_init: float = 0.0,
+        *,
+        score: str = "additive",
+        normalize: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            query_size,
+            memory_size,
+            units,
+            score,
+            normalize,
+            energies=2,
+            mode=mode,
+            noise=noise,
+            score_bias_init=score_bias_init,
+            backend=backend,
+            factory=factory,
+        )
+        self.chunk_size = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
+        additive = score == "additive"
+        self.chunk_v = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
+        self.chunk_bias = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        super()._reset_scores()
+        if self.chunk_v is not None:
+            _reset_score_vector(self.chunk_v)
+            nn.init.zeros_(self.chunk_bias)
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
+        return self._first_step(memory, hypotheses)
+
+    def _alignments(
+        self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
+    ) -> tuple[Tensor, AlignmentsState]:
+        keys, chunk_keys = keys.split(self.units, -1)
+        if self.chunk_v is not None:
+            query, chunk_query = self.make_query(query).split(self.units, -1)
+            energy = additive_energies(chunk_query, chunk_keys, self.chunk_v, self.chunk_bias, allowed, self.backend)
+        else:
+            energy = dot_energies(query, chunk_keys, allowed)
+        p_choose = self._choices(query, keys, allowed)
+        stops = monotonic_alignments(p_choose, self._previous(state, keys).to(p_choose.dtype), self.mode)
+        # Not -inf: a chunk of nothing but padding, at which nothing stops, has gradients of 0, too.
+        if allowed is not None:
+            energy = energy.masked_fill(~allowed, -_far(energy))
+        alignments = _look_back(stops, energy) if self.chunk_size is None else _chunks(stops, energy, self.chunk_size)
+        if allowed is not None:
+            alignments = alignments.masked_fill(~allowed, 0.0)
+        return alignments, AlignmentsState(stops)
+
+    def extra_repr(self) -> str:
+        return self._repr(**self._choice_settings(), chunk_size=self.chunk_size)
+
+
+def _far(x: Tensor) -> float:
+    """A number that no energy comes near, and of which differences are still finite."""
+    return torch.finfo(x.dtype).max / 4
+
+
+def _chunks(stops: Tensor, energy: Tensor, width: int) -> Tensor:
+    """(B, K, Tk): stops and energies to alignments, with windows instead of moving sums."""
+    steps = stops.shape[-1]
+    width = min(width, steps)
+    if width == 0:
+        return stops
+    far = _far(energy)
+    behind = F.pad(energy, (width - 1, 0), value=-far).unfold(-1, width, 1)
+    normalisers = torch.logsumexp(behind, -1)  # of the chunk that ends at each step
+    ends = F.pad(stops, (0, width - 1)).unfold(-1, width, 1)
+    normalisers = F.pad(normalisers, (0, width - 1), value=far).unfold(-1, width, 1)
+    return (ends * torch.exp(energy[..., None] - normalisers)).sum(-1)
+
+
+def _look_back(stops: Tensor, energy: Tensor) -> Tensor:
+    """As _chunks, with chunks from the first step on.
+
+    With Z_j the sum of the exponentials up to step j, alignments_j = exp(u_j) / Z_j S_j and
+    S_j = stops_j + Z_j / Z_{j+1} S_{j+1}, a recurrence from the end on. Z_j is relative to the largest of them, and
+    another recurrence. (The gradient of torch.logcumsumexp, which would do for it, has no right derivative.)
+    """
+    if stops.shape[-1] == 0:
+        return stops
+    most = energy.detach().cummax(-1).values
+    own, decay = torch.exp(energy - most), torch.exp(most[..., :-1] - most[..., 1:])
+    sums = recurrence(F.pad(decay, (1, 0)), own)
+    factors = F.pad(decay * sums[..., :-1] / sums[..., 1:], (0, 1))
+    return own / sums * recurrence(factors.flip(-1), stops.flip(-1)).flip(-1)

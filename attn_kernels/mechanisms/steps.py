@@ -1,0 +1,191 @@
+"""The base of mechanisms that make their alignments by rules of their own: masks, dtypes and the context, once for all.
+
+Monotonic attention, mixtures of Gaussians, filters of the alignments before: none of them is a softmax of scores alone,
+so that no op gives alignments and context in one pass. Scores are made by the ops; what follows is in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_masks
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..functional import additive_scores
+from ..memory import Memory
+from ..types import DTYPES, attention_mask, device_type
+from .stateful import StatefulAttention, StatefulResult
+
+
+class AlignmentsState(NamedTuple):
+    """alignments: (B, K, Tk), of the step before, in float32 or wider."""
+
+    alignments: Tensor
+
+
+class AlignmentsAttention(StatefulAttention):
+    """A stateful mechanism that says its alignments, of which this base makes the context.
+
+    A subclass has ``initial_state`` and ``_alignments``. Padding is finite there, and a query that may attend no step
+    is 0, so that NaN times 0 gets into no gradient.
+    """
+
+    reads_keys: ClassVar[bool] = True
+
+    def reset_parameters(self) -> None:
+        for layer in self.children():  # in the order in which the constructor made them
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        self._reset_scores()
+
+    def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
+        check_masks(self._name, query, memory.keys, memory.memory_lengths, memory.mask)
+        allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
+        keys, values = memory.keys, memory.values
+        if allowed is not None:  # 0 * NaN is NaN
+            query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
+            values = clean(values, memory, allowed)
+            if self.reads_keys:
+                keys = clean(keys, memory, allowed)
+        alignments, state = self._alignments(query, keys, allowed, state)
+        dtype = result_dtype(query)
+        with without_autocast(query):
+            context = weighted_sum(alignments, values, allowed)
+        return StatefulResult(context.to(dtype), alignments.to(dtype), state)
+
+    def _alignments(self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        """Alignments (B, K, Tk) in float32 or wider, zero where not allowed, and the next state.
+
+        query: (B, K, query_size). keys: (B, Tk, key_size). allowed: bool, (B, 1, Tk) or (B, K, Tk); None where every
+        step may be attended.
+        """
+        raise NotImplementedError
+
+    def _check_axes(self, memory: Memory, hypotheses: int) -> tuple[int, int]:
+        """B and K of an initial state."""
+        name = f"{self._name}.initial_state"
+        if not isinstance(memory, Memory):
+            made = f"made by {self._name}.memory(...)"
+            raise ArgumentTypeError(f"{name}: memory must be a Memory, {made}, got {type(memory).__name__}")
+        if not isinstance(hypotheses, Integral) or hypotheses < 0:
+            raise ArgumentValueError(f"{name}: hypotheses must be an integer >= 0, got {hypotheses!r}")
+        return memory.batch_size, int(hypotheses)
+
+    def _first_step(self, memory: Memory, hypotheses: int, attended: bool = False) -> AlignmentsState:
+        """All weight on the first step; attended: on the first that may be attended."""
+        batch, hypotheses = self._check_axes(memory, hypotheses)
+        steps = memory.keys.shape[1]
+        alignments = memory.keys.new_zeros(batch, hypotheses, steps, dtype=wide_dtype(memory.keys.dtype))
+        if not attended or memory.mask is None:
+            alignments[..., :1] = 1.0
+        else:
+            allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
+            if allowed.shape[1] not in (1, hypotheses):
+                expected = f"(B, Tk) or (B, K, Tk) = ({batch}, {steps}) or ({batch}, {hypotheses}, {steps})"
+                got = tuple(allowed.shape)
+                raise ArgumentValueError(f"{self._name}.initial_state: mask must have shape {expected}, got {got}")
+            alignments += allowed & (allowed.cumsum(-1) == 1)
+        return AlignmentsState(alignments)
+
+    def _previous(self, state: AlignmentsState, keys: Tensor) -> Tensor:
+        """The alignments of the step before, in float32 or wider."""
+        previous = state[0]
+        if previous.dim() != 3 or previous.shape[2] != keys.shape[1]:
+            expected = f"(B, K, Tk) = ({keys.shape[0]}, *, {keys.shape[1]})"
+            raise ArgumentValueError(
+                f"{self._name}: state must have alignments {expected}, got {tuple(previous.shape)}"
+            )
+        return previous.to(wide_dtype(keys.dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32; float64 stays."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def result_dtype(query: Tensor) -> torch.dtype:
+    """The dtype of results: that of the query, or of autocast."""
+    device = device_type(query)
+    if device == "meta" or query.dtype not in DTYPES[:3] or not torch.is_autocast_enabled(device):
+        return query.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """For products of what is float32 already."""
+    device = device_type(tensor)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def clean(x: Tensor, memory: Memory, allowed: Tensor) -> Tensor:
+    """x, keys or values of a memory, with finite numbers in the steps that no query may attend."""
+    return x if memory.has_clean_padding() else x.masked_fill(~allowed.any(1)[..., None], 0.0)
+
+
+def additive_energies(
+    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None, backend: str | None
+) -> Tensor:
+    """(B, K, Tk), additive scores in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
+    if not per_hypothesis(allowed):
+        scores = additive_scores(query, keys, v, bias, backend=backend)
+    else:
+        pairs = torch.where(allowed[..., None], keys[:, None], 0.0).flatten(0, 1)
+        scores = additive_scores(query.flatten(0, 1), pairs, v, bias, backend=backend).view(allowed.shape)
+    return scores.to(wide_dtype(scores.dtype))
+
+
+def dot_energies(query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+    """(B, K, Tk), dot products in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
+    if not per_hypothesis(allowed):
+        scores = torch.bmm(query, keys.mT)
+    else:
+        scores = (query[:, :, None] * torch.where(allowed[..., None], keys[:, None], 0.0)).sum(-1)
+    return scores.to(wide_dtype(scores.dtype))
+
+
+def weighted_sum(alignments: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
+    """(B, K, D), alignments @ values. alignments: (B, K, Tk). values: (B, Tk, D), finite in padding."""
+    values = values.to(alignments.dtype)
+    if not per_hypothesis(allowed):
+        return torch.bmm(alignments, values)
+    return (alignments[..., None] * torch.where(allowed[..., None], values[:, None], 0.0)).sum(2)
+
+
+def per_hypothesis(allowed: Tensor | None) -> bool:
+    """Whether a step may be padding for one hypothesis and not for another: then pairs are masked, not steps."""
+    return allowed is not None and allowed.shape[1] != 1
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the last axis, of what is allowed; zeros where nothing is."""
+    if allowed is None:
+        return torch.softmax(scores, -1)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    scores = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)  # softmax of a row of -inf would be NaN
+    return torch.softmax(scores, -1).masked_fill(~allowed, 0.0)
+
+
+def recurrence(factors: Tensor, x: Tensor) -> Tensor:
+    """y with y[0] = x[0], y[j] = x[j] + factors[j] y[j-1] along the last axis. factors, x: (..., Tk); factors in 0..1.
+
+    By doubling, in log2 Tk passes: sums over one step, two, four, with the products of factors between. Nothing is
+    divided, so that factors may be 0, and no term is lost.
+    """
+    factors = torch.cat([torch.zeros_like(factors[..., :1]), factors[..., 1:]], -1)
+    shift, steps = 1, x.shape[-1]
+    while shift < steps:
+        x = x + factors * nn.functional.pad(x[..., :-shift], (shift, 0))
+        factors = factors * nn.functional.pad(factors[..., :-shift], (shift, 0))
+        shift *= 2
+    return x
+
+
+def shifted(x: Tensor, fill: float = 0.0) -> Tensor:
+    """x moved by one along the last axis: fill, x[0], x[1], ..."""
+    return nn.functional.pad(x, (1, 0), value=fill)[..., :-1]

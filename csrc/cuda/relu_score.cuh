@@ -1,0 +1,80 @@
+// The score with relu of a decoding step: a policy like AdditiveScore (additive_score.cuh has the rules).
+#pragma once
+
+#include "decode_types.cuh"
+#include "relu_math.cuh"
+
+namespace attn {
+namespace cuda {
+
+// v . relu(query + keys + bias), or its leaky form
+struct ReluScore {
+  static constexpr bool kGuarded = false;
+
+  // (NQ, padded) q + bias, (padded) v
+  ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return queries + 1; }
+
+  template <typename T, int NQ>
+  ATTN_DEVICE static void stage(const DecodeParams& p, float* staged, int padded, int q, int i, int64_t u, int64_t end,
+                                float x, float&, float&) {
+    if (p.bias.data != nullptr) x += element_or_zero(static_cast<const T*>(p.bias.data), u, end, p.bias.stride[2]);
+    staged[q * padded + i] = x;
+    if (q == 0) staged[NQ * padded + i] = element_or_zero(static_cast<const T*>(p.v.data), u, end, p.v.stride[2]);
+  }
+
+  template <typename T>
+  ATTN_DEVICE static void limits(float, int, float, float, float*, float*) {}
+
+  template <typename T>
+  ATTN_DEVICE static void prepare_key(float&, float&) {}
+
+  struct Units {
+    float v[4];
+
+    ATTN_DEVICE Units(const float* staged, int padded, int queries, int at) {
+      load_four(staged + queries * padded + at, v);
+    }
+  };
+
+  struct Query {
+    float x[4];
+
+    ATTN_DEVICE Query(const float* staged, int padded, int, int q, int at) { load_four(staged + q * padded + at, x); }
+  };
+
+  template <class Body>
+  ATTN_DEVICE static void by_form(const DecodeParams& p, const Body& body) {
+    by_slope(p.negative_slope, body);
+  }
+
+  template <bool kLeaky>
+  ATTN_DEVICE static float add_two(const DecodeParams& p, float sum, const Query& q, const Units& units, const float* k,
+                                   int j) {
+    const float slope = static_cast<float>(p.negative_slope);
+    sum = fmaf(units.v[j], rectified<kLeaky>(q.x[j] + k[j], slope), sum);
+    return fmaf(units.v[j + 1], rectified<kLeaky>(q.x[j + 1] + k[j + 1], slope), sum);
+  }
+
+  template <typename T>
+  struct ExactUnit {
+    Wide<T> v, bias, negative_slope;
+
+    ATTN_DEVICE ExactUnit(const DecodeParams& p, int64_t u)
+        : v(widen(static_cast<const T*>(p.v.data)[u * p.v.stride[2]])),
+          bias(p.bias.data != nullptr ? widen(static_cast<const T*>(p.bias.data)[u * p.bias.stride[2]]) : Wide<T>(0)),
+          negative_slope(static_cast<Wide<T>>(p.negative_slope)) {}
+
+    ATTN_DEVICE Wide<T> operator()(Wide<T> x, Wide<T> k) const {
+      x += k + bias;
+      return v * (negative_slope == 0 ? rectified<false>(x, negative_slope) : rectified<true>(x, negative_slope));
+    }
+  };
+
+  template <typename W>
+  ATTN_DEVICE static W finish(const DecodeParams&, W sum) {
+    return sum;
+  }
+};
+
+}  // namespace cuda
+}  // namespace attn
