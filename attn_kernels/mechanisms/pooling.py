@@ -157,12 +157,13 @@ class AttentionPooling(nn.Module):
         options: dict[str, Any] = {"mask": allowed, "need_weights": need_weights, "backend": self.backend}
         v = self.v.to(keys.dtype)
         if self._is_additive():
-            query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[2])
             bias = self.memory_projection.bias.to(keys.dtype)
             options |= {"activation": self.activation, "negative_slope": self.negative_slope}
-            return additive_attention(query, keys, values, v[0], bias, **options)
+            result = additive_attention(None, keys, values, v[0], bias, **options)
+            return Attention(result.context, result.alignments)
         # The scores are products with activated keys, and the op adds softmax and sum.
-        context, alignments = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)
+        result = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)
+        context, alignments = result.context, result.alignments
         if self.heads == 1:
             context = None if context is None else context[:, 0]
             alignments = None if alignments is None else alignments[:, 0]
