@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import checks, ops, reference
+from .attending import to_result
 from .backends import choose
-from .functional import to_result
 from .types import Attention, Masks, attention_mask, autocast, upcast
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import derivatives, ops
+from .attending import (
+    ARGUMENT_ERRORS,
+    SELF_CHECKING,
+    attend_arrays,
+    attend_with_options,
+    make_options,
+    new,
+)
 from .backends import choose
 from .checks import (
     INFINITY,
@@ -16,37 +22,22 @@ from .checks import (
     check_activation,
     check_device,
     check_dtypes,
-    check_masks,
     check_query_keys,
-    check_score_bias,
     check_tensor,
     check_units,
-    check_values,
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
-from .memory_gradient import is_worth_deferring, should_defer
 from .scores import AdditiveScore, DotScore, ReluScore, Score
 from .types import (
     DTYPES,
-    NORMALIZERS,
     Attention,
-    AttentionWithLogTotal,
     Masks,
-    Options,
     autocast,
     device_type,
     on_one_device,
     upcast,
 )
-
-if TYPE_CHECKING:
-    from .memory import Memory
-
-_new = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
-_SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
-# What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
-_ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 
 def additive_attention(
@@ -69,7 +60,7 @@ def additive_attention(
     need_log_total: bool = False,
     backend: str | None = None,
     prepared: Tensor | None = None,
-) -> Attention | AttentionWithLogTotal:
+) -> Attention:
     r"""Additive (Bahdanau) attention: score, masked softmax and context in one pass.
 
     .. math::
@@ -136,7 +127,7 @@ def additive_attention(
         keys = _with_extra(name, query, keys, extra)
     score: Score
     if activation == "tanh":
-        score = _new(AdditiveScore, (v, bias, prepared))
+        score = new(AdditiveScore, (v, bias, prepared))
     else:
         slope = check_activation(name, activation, negative_slope)
         if prepared is not None:
@@ -146,146 +137,15 @@ def additive_attention(
             score = AdditiveScore(v, bias)
         else:
             score = ReluScore(v, bias, slope)
-    masks = _new(Masks, (memory_lengths, mask))
+    masks = new(Masks, (memory_lengths, mask))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
         if prepared is not None:
             raise ArgumentValueError(
                 f"{name}: prepared must be None with score_bias, dropout_p, normalizer or log_total"
             )
         options = make_options(name, score_bias, dropout_p, normalizer)
-        return _attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
-    return _attend(score, query, keys, values, masks, need_weights, backend)
-
-
-def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
-    """A step on a memory. The gradients of the memory may be made with those of other steps: see memory_gradient.py."""
-    masks = _new(Masks, (memory.memory_lengths, memory.mask))
-    return _attend(score, query, memory.keys, memory.values, masks, need_weights, backend, memory)
-
-
-def _attend(
-    score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    masks: Masks,
-    need_weights: bool,
-    backend: str | None,
-    memory: Memory | None = None,
-) -> Attention:
-    """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
-    memory_lengths, mask = masks
-    op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
-    without_context = values is None
-    if without_context:
-        values = _empty_values(score.name, query, keys, need_weights)
-    try:
-        if (
-            backend is None
-            and memory_lengths is None
-            and mask is None
-            and isinstance(score, DotScore)
-            and score.is_small(query, keys, values)
-            and not (memory is not None and is_worth_deferring(query, keys, values))
-        ):
-            attention = score.attend_small(query, keys, values, need_weights)
-            return Attention(None, attention.alignments) if without_context else attention
-        device = device_type(query)
-        chosen = choose(backend, device)
-        if chosen not in _SELF_CHECKING or is_compiling():
-            _check(score, query, keys, values, masks, chosen)
-        elif not on_one_device(query, keys, values, *masks, *score):
-            raise ArgumentValueError  # raised again below, with a full message
-        q, k, x = query, keys, values
-        if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
-            q, k, x = autocast(query, keys, values)
-            score = score.autocast(query)
-        if chosen == "reference":
-            result = derivatives.apply_formula(op, (q, k, x, *score, memory_lengths, mask, need_weights))
-            attention = result if need_weights else Attention(result.context, None)
-        else:
-            if q.dim() == 2:
-                q = q.unsqueeze(1)
-            if memory is not None and k is keys and x is values and should_defer(chosen, q, k, x, mask):
-                result = memory.gradient().attend(score, chosen, q, memory_lengths, mask, need_weights)
-            else:
-                result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
-            attention = to_result(result, query.dim(), need_weights)
-    except _ARGUMENT_ERRORS:
-        _check(score, query, keys, values, masks, backend)
-        raise
-    return Attention(None, attention.alignments) if without_context else attention
-
-
-def _attend_with_options(
-    score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    masks: Masks,
-    options: Options,
-    need_weights: bool,
-    need_log_total: bool,
-    backend: str | None,
-) -> Attention | AttentionWithLogTotal:
-    """The op of a score with options."""
-    without_context = values is None
-    if without_context:
-        values = _empty_values(score.name, query, keys, need_weights)
-    device = device_type(query)
-    chosen = choose(backend, device)
-    if chosen in ("cuda", "triton"):
-        if backend is not None:
-            what = "score_bias, dropout_p, normalizer and need_log_total"
-            raise ArgumentValueError(f"{score.name}: backend {backend!r} has no kernels for {what} yet")
-        chosen = "reference"
-    _check(score, query, keys, values, masks, backend)
-    check_score_bias(score.name, query, keys, options.score_bias)
-    axes = query.dim()
-    query, keys, values, score_bias = autocast(query, keys, values, options.score_bias)
-    score = score.autocast(query)
-    if axes == 2:
-        query = query.unsqueeze(1)
-        score_bias = None if score_bias is None else score_bias.unsqueeze(1)
-    own, numbers = score[: score.gradients], score[score.tensors :]
-    arguments = (query, keys, values, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
-    op = f"{score.op}_with_options"
-    results = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
-    context, alignments, log_total = results
-    context = None if without_context else context
-    alignments = alignments if need_weights else None
-    if axes == 2:
-        context, alignments, log_total = (None if x is None else x.squeeze(1) for x in (context, alignments, log_total))
-    return AttentionWithLogTotal(context, alignments, log_total) if need_log_total else Attention(context, alignments)
-
-
-def make_options(name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str) -> Options:
-    """Checked, with a seed where there is dropout."""
-    if normalizer not in NORMALIZERS:
-        raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}")
-    dropout_p = as_number(name, dropout_p, "dropout_p")
-    if not 0 <= dropout_p < 1:
-        raise ArgumentValueError(f"{name}: dropout_p must be at least 0 and below 1, got {dropout_p}")
-    seed = int(torch.randint(1 << 62, ()).item()) if dropout_p > 0 else 0
-    return Options(score_bias, dropout_p, seed, NORMALIZERS.index(normalizer))
-
-
-def _check(
-    score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    masks: Masks,
-    backend: str | None,
-) -> None:
-    check_query_keys(score.name, query, keys)
-    check_values(score.name, query, keys, values)
-    score.check(query)
-    check_masks(score.name, query, keys, *masks)
-    score = score.autocast(query)
-    query, keys, values = autocast(query, keys, values)
-    check_dtypes(score.name, query, keys=keys, values=values)
-    score.check_dtypes(query, keys, backend)
+        return attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
+    return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
 
 def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
@@ -335,7 +195,7 @@ def dot_attention(
     need_weights: bool = True,
     need_log_total: bool = False,
     backend: str | None = None,
-) -> Attention | AttentionWithLogTotal:
+) -> Attention:
     r"""Dot-product (Luong) attention: score, masked softmax and context in one pass.
 
     .. math::
@@ -357,12 +217,12 @@ def dot_attention(
     """
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
-    masks = _new(Masks, (memory_lengths, mask))
-    score = _new(DotScore, (scale,))
+    masks = new(Masks, (memory_lengths, mask))
+    score = new(DotScore, (scale,))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
         options = make_options("dot_attention", score_bias, dropout_p, normalizer)
-        return _attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
-    return _attend(score, query, keys, values, masks, need_weights, backend)
+        return attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
+    return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
 
 def additive_scores(
@@ -406,7 +266,7 @@ def additive_scores(
         op = ("relu_scores", (slope,))
     try:
         chosen = choose(backend, device_type(query))
-        if chosen not in _SELF_CHECKING or is_compiling():
+        if chosen not in SELF_CHECKING or is_compiling():
             _check_additive_scores(query, keys, v, bias)
         elif not on_one_device(query, keys, v, bias):
             raise ArgumentValueError  # raised again below, with a full message
@@ -416,7 +276,7 @@ def additive_scores(
         if q.dim() == 2:
             return ops.call(op[0], chosen, q.unsqueeze(1), k, w, b, *op[1]).squeeze(1)
         return ops.call(op[0], chosen, q, k, w, b, *op[1])
-    except _ARGUMENT_ERRORS:
+    except ARGUMENT_ERRORS:
         _check_additive_scores(query, keys, v, bias)
         raise
 
@@ -453,24 +313,3 @@ def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor
     if extra.dtype != keys.dtype:
         raise ArgumentTypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
     return keys + extra
-
-
-def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:
-    """Values of size 0, for a call that wants the alignments only."""
-    if not need_weights:
-        raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
-    check_query_keys(name, query, keys)
-    return keys.new_empty((*keys.shape[:2], 0))
-
-
-def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:
-    """What an op returned, without the axis that a query in two axes was given."""
-    if isinstance(result, Tensor):
-        context, alignments = result, None
-    else:
-        context, alignments = result
-        if not need_weights:
-            alignments = None
-    if query_axes == 2:
-        return Attention(context.squeeze(1), None if alignments is None else alignments.squeeze(1))
-    return _new(Attention, (context, alignments))

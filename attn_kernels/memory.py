@@ -70,19 +70,19 @@ class Memory:
             object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
         return gradient
 
-    def mark_clean_padding(self) -> None:
-        """Notes that what no query may attend holds finite numbers, whatever the encoder left there."""
+    def with_zero_padding(self) -> Memory:
+        """This memory, of which the caller knows that values are 0 where no query may attend them, and keys finite."""
         if not is_compiling() and not self.keys.is_inference() and not self.values.is_inference():
-            object.__setattr__(self, "_clean", self._versions())  # no field: copies do not know it
+            object.__setattr__(self, "_zero_padding", self._versions())  # no field: copies do not know it
+        return self
 
-    def has_clean_padding(self) -> bool:
-        """Whether padding is known to be finite: marked, and not written to since.
+    def has_zero_padding(self) -> bool:
+        """Whether that is known, and no tensor was written to since: products need not leave out padding then.
 
-        A step that multiplies padding by 0 need not replace it then, which would be a copy of keys and values. In
-        graphs, which may be run with other tensors, it is never known, nor of inference tensors: nobody counts their
-        writes.
+        Leaving it out is a copy of keys and values in each step. In graphs, which may be run with other tensors, it is
+        never known, nor of inference tensors, whose writes nobody counts.
         """
-        known = self.__dict__.get("_clean")
+        known = self.__dict__.get("_zero_padding")
         return known is not None and not is_compiling() and not torch._C._is_tracing() and known == self._versions()
 
     def _versions(self) -> tuple[int | None, ...]:
@@ -90,7 +90,7 @@ class Memory:
         return tuple(None if x is None or x.is_inference() else x._version for x in fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_gradient", "_clean")}
+        return {name: x for name, x in self.__dict__.items() if name not in ("_gradient", "_zero_padding")}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
@@ -112,9 +112,7 @@ class Memory:
             None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
             None if self.mask is None else self.mask.index_select(0, indices),
         )
-        if self.has_clean_padding():
-            selected.mark_clean_padding()
-        return selected
+        return selected.with_zero_padding() if self.has_zero_padding() else selected
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attending import attend
 from .checks import check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
-from .functional import attend
 from .memory import Memory
 from .scores import AdditiveScore, DotScore, Score
 from .types import Attention, attention_mask
@@ -112,9 +112,7 @@ class AttentionModule(nn.Module):
             # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
         made = Memory(self._keys(values), values, memory_lengths, mask)
-        if allowed is not None:
-            made.mark_clean_padding()
-        return made
+        return made if allowed is None else made.with_zero_padding()
 
     def __prepare_scriptable__(self) -> None:
         others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"

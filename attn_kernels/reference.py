@@ -62,11 +62,11 @@ def additive_attention(
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
-    need_weights: bool = True,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     normalizer: str = "softmax",
+    need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias)."""
@@ -89,11 +89,11 @@ def dot_attention(
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
-    need_weights: bool = True,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     normalizer: str = "softmax",
+    need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
     """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys."""

@@ -162,11 +162,11 @@ def test_padding_that_is_written_to(mechanism: Mechanism) -> None:
         memory = module.memory(outputs, LENGTHS)
         expected = take(module, queries, memory)
         rows = memory.select(torch.tensor([2, 0]))
-        assert memory.has_clean_padding() and rows.has_clean_padding()
-        assert not copy.deepcopy(memory).has_clean_padding() and not module.memory(outputs).has_clean_padding()
+        assert memory.has_zero_padding() and rows.has_zero_padding()
+        assert not copy.deepcopy(memory).has_zero_padding() and not module.memory(outputs).has_zero_padding()
         for written in (memory, rows):
             written.values[1 if written is memory else 0, -1] = torch.nan
-            assert not written.has_clean_padding()
+            assert not written.has_zero_padding()
         torch.testing.assert_close(take(module, queries, memory), expected, rtol=0, atol=0)
         torch.testing.assert_close(take(module, queries[:, [2, 0]], rows)[0], expected[0][:, [2, 0]])
         with torch.inference_mode():

@@ -81,21 +81,21 @@ def test_padding_of_a_memory_that_was_not_made_here(name: str, masks: str) -> No
 
 @torch.no_grad()
 def test_padding_that_is_written_to_later(name: str) -> None:
-    """A memory knows that its padding is clean, until it is written to; copies and selected rows are right, too."""
+    """A memory knows that its padding is 0, until it is written to; copies and selected rows are right, too."""
     module = make(name)
     queries, outputs = (x.detach() for x in inputs())
     lengths = torch.tensor([6, 0, 3, 1])
     memory = module.memory(outputs, lengths)
     expected = module(queries[0], memory, module.initial_state(memory, K))
-    assert memory.has_clean_padding() and not module.memory(outputs).has_clean_padding()
+    assert memory.has_zero_padding() and not module.memory(outputs).has_zero_padding()
     rows = torch.tensor([2, 3])
     selected = memory.select(rows)
-    assert selected.has_clean_padding()
+    assert selected.has_zero_padding()
     for x in (memory.keys, memory.values):
         x[torch.arange(TK) >= lengths[:, None]] = torch.nan
-    assert not memory.has_clean_padding()
+    assert not memory.has_zero_padding()
     for copied in (memory, copy.deepcopy(memory), Memory(memory.keys, memory.values, lengths)):
-        assert not copied.has_clean_padding()
+        assert not copied.has_zero_padding()
         torch.testing.assert_close(module(queries[0], copied, module.initial_state(memory, K)), expected)
     result = module(queries[0][rows], selected, module.initial_state(selected, K))
     torch.testing.assert_close(result.alignments, expected.alignments[rows])

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import additive_attention, additive_scores, attend, dot_attention
+from ..attending import attend
+from ..functional import additive_attention, additive_scores, dot_attention
 from ..scores import AdditiveScore, DotScore
 from .kept import Held, held_of, memory_of, prepared_of
 

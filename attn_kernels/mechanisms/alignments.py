@@ -60,7 +60,7 @@ def _ever_allowed(memory: Memory) -> Tensor:
 def average(alignments: Tensor, memory: Memory) -> Tensor:
     """(B, K, D), the context: alignments @ values. alignments: (B, K, Tk), 0 in padding, which may hold anything."""
     values, allowed = memory.values, allowed_steps(memory)
-    if allowed is None or (allowed.shape[1] == 1 and memory.has_clean_padding()):
+    if allowed is None or (allowed.shape[1] == 1 and memory.has_zero_padding()):
         return alignments @ values
     if allowed.shape[1] == 1:
         return alignments @ values.masked_fill(~allowed.mT, 0.0)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..attending import attend
 from ..checks import as_number, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..functional import attend
 from ..memory import Memory
 from ..modules import AttentionModule
 from ..scores import AdditiveScore, DotScore, Score

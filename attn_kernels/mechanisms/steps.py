@@ -125,7 +125,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def clean(x: Tensor, memory: Memory, allowed: Tensor) -> Tensor:
     """x, keys or values of a memory, with finite numbers in the steps that no query may attend."""
-    return x if memory.has_clean_padding() else x.masked_fill(~allowed.any(1)[..., None], 0.0)
+    return x if memory.has_zero_padding() else x.masked_fill(~allowed.any(1)[..., None], 0.0)
 
 
 def additive_energies(

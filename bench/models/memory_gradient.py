@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attn_kernels import Memory, additive_attention, prepare_keys
-from attn_kernels.functional import attend
+from attn_kernels.attending import attend
 from attn_kernels.scores import AdditiveScore
 
 from .. import eager, machine, report, results, timing

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...functional import additive_attention, attend
+from ...attending import attend
+from ...functional import additive_attention
 from ...memory import Memory
 from ...scores import DotScore
 from ...stock import is_stock_linear

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...functional import attend
+from ...attending import attend
 from ...memory import Memory
 from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ...functional import additive_attention, attend
+from ...attending import attend
+from ...functional import additive_attention
 from ...memory import Memory
 from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear

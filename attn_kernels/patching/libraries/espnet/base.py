@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ....attending import attend
 from ....errors import ArgumentTypeError
-from ....functional import additive_attention, attend
+from ....functional import additive_attention
 from ....memory import Memory
 from ....scores import AdditiveScore, DotScore
 from ....stock import is_stock_linear
