@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention
+from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, Memory
 from attn_kernels.mechanisms import HeadsMemory, MultiHeadAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,6 +180,16 @@ def test_dtypes(form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", ["additive", "dot, tanh"])
+def test_backends(form: str, backend: str) -> None:
+    module, (query, memory) = make(form, backend=backend, dtype=torch.float32), inputs(torch.float32)
+    exact = make(form)
+    exact.load_state_dict(module.state_dict())
+    expected = exact(query.double(), exact.memory(memory.double(), LENGTHS))
+    got = module(query, module.memory(memory, LENGTHS))
+    torch.testing.assert_close(tuple(x.double() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["additive", "dot, tanh"])
 def test_compile_and_autocast(form: str) -> None:
     module, (query, memory) = make(form, dtype=torch.float32), inputs(torch.float32)
     made = module.memory(memory, LENGTHS)
@@ -213,3 +224,13 @@ def test_errors() -> None:
     before = {name: p.clone() for name, p in module.named_parameters()}
     module.reset_parameters()
     assert not any(torch.equal(before[name], p) for name, p in module.named_parameters())
+
+
+def test_export(tmp_path: Path) -> None:
+    module, (query, memory) = make("additive"), inputs()
+    made = module.memory(memory.detach(), LENGTHS)
+    program = torch.export.export(module, (query.detach(), made))
+    torch.export.save(program, tmp_path / "heads.pt2")
+    with torch.serialization.safe_globals([Memory, HeadsMemory]):  # example inputs, which are saved beside the program
+        loaded = torch.export.load(tmp_path / "heads.pt2").module()
+    torch.testing.assert_close(tuple(loaded(query.detach(), made)), tuple(module(query.detach(), made)))

@@ -214,6 +214,30 @@ def test_softmax_is_the_mechanism_itself() -> None:
     torch.testing.assert_close(module(query, memory), mechanism(query, memory), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_smoothing_on_backends(name: str, backend: str) -> None:
+    """In one pass where the backend has one, by scores elsewhere."""
+    torch.manual_seed(0)
+    module = NormalizedAttention(MODULES[name](backend=backend), "sigmoid")
+    query, memory = torch.randn(B, TQ, Q), torch.randn(B, TK, M)
+    expected = by_hand(scores_of(module.attention, query, memory).detach().double(), allowed(MASKS["both"]), "sigmoid")
+    context, alignments = module(query, module.memory(memory, **MASKS["both"]))
+    torch.testing.assert_close(alignments.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(context.double(), expected @ memory.double(), rtol=1e-5, atol=1e-6)
+    one = module(query[:, 1], module.memory(memory, LENGTHS), need_weights=False)
+    assert one.alignments is None
+    torch.testing.assert_close(one.context, module(query, module.memory(memory, LENGTHS)).context[:, 1])
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_compile(normalizer: object) -> None:
+    torch.manual_seed(0)
+    module = NormalizedAttention(BahdanauAttention(Q, M, UNITS), normalizer)
+    query, memory = torch.randn(B, TQ, Q), module.memory(torch.randn(B, TK, M), **MASKS["both"])
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query, memory), module(query, memory))
+
+
 def test_module_under_autocast() -> None:
     torch.manual_seed(0)
     module = NormalizedAttention(BahdanauAttention(Q, M, UNITS), "sigmoid")

@@ -120,6 +120,32 @@ def test_formula(kind: str, form: str, masks: str) -> None:
 
 @pytest.mark.parametrize("kind", POOLINGS)
 @pytest.mark.parametrize("form", FORMS)
+def test_features_without_a_gradient(kind: str, form: str) -> None:
+    """Of which the op makes none: the gradients of the parameters are the same."""
+    module, memory = make(kind, form), inputs()
+    weights = torch.randn(module(memory).context.shape, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        context, alignments = module(x, **MASKS["both"])
+        return (weights * context).sum() + alignments.square().sum()
+
+    got = torch.autograd.grad(loss(memory), list(module.parameters()))
+    expected = torch.autograd.grad(loss(memory.requires_grad_()), list(module.parameters()))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+@pytest.mark.parametrize("form", ["one head", "heads"])
+def test_backends(kind: str, form: str, backend: str) -> None:
+    module, memory = make(kind, form, backend=backend, dtype=torch.float32), inputs(torch.float32)
+    exact = make(kind, form)
+    exact.load_state_dict(module.state_dict())
+    got, expected = module(memory, **MASKS["both"]), exact(memory.double(), **MASKS["both"])
+    torch.testing.assert_close(tuple(x.double() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+@pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(kind: str, form: str) -> None:
     module, memory = make(kind, form), inputs().requires_grad_()
     # One step has no spread: its standard deviation is the least one, which is constant.

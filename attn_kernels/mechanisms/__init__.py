@@ -26,6 +26,7 @@ for _of_a_program in (
     CumulativeLocationState,
     ForwardState,
     GMMState,
+    HeadsMemory,
     LocalState,
     LocationState,
     StatefulResult,

@@ -118,7 +118,9 @@ class DenseGATv2(nn.Module):
 
         def attend(q: Tensor, k: Tensor, a: Tensor) -> Attention:
             options: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": self.negative_slope}
-            return additive_attention(q, k, k, a, **options, mask=mask, need_weights=need_weights, backend=self.backend)
+            options |= {"mask": mask, "need_weights": need_weights, "backend": self.backend}
+            result = additive_attention(q, k, k, a, **options)
+            return Attention(result.context, result.alignments)
 
         def sum_alone(q: Tensor, k: Tensor, a: Tensor) -> Tensor:
             return attend(q, k, a).context

@@ -36,6 +36,9 @@ class LayerNormBahdanauAttention(AttentionModule):
     computed in PyTorch for some queries at a time, and made again in the backward: as much arithmetic as the formula in
     eager PyTorch and that once more, but no tensor of (B, Tq, Tk, A), only a few of 16 MiB, or of the size of the keys.
 
+    A step that no query may attend is padding, whatever it holds; with a mask (B, Tq, Tk), one that only some may
+    attend must be finite.
+
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attending import attend_with_options, make_options
+from ..backends import choose
 from ..checks import check_dtypes, check_lengths, check_mask, check_range, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
 from ..modules import AttentionModule
 from ..scores import DotScore, ReluScore, Score
-from ..types import Attention, attention_mask, autocast, upcast
+from ..types import Attention, Masks, attention_mask, autocast, device_type, upcast
 
 Normalizer = str | Callable[[Tensor], Tensor]
 
@@ -54,7 +56,7 @@ def normalize(
         \text{hardmax:} \; 1 \text{ for the first } j \text{ of } \max_k s_{ik}, \text{ else } 0
 
     Source: "sigmoid" is the smoothing of Chorowski et al., "Attention-based models for speech recognition", 2015,
-    section 2.3, equation 16; "hardmax" is that of TensorFlow's seq2seq, and has no gradient.
+    section 2.3; "hardmax" is that of TensorFlow's seq2seq, and has no gradient.
 
     Args:
         scores: (B, Tq, Tk) or (B, Tk), such as :func:`attn_kernels.additive_scores` returns. What is in padding, NaN
@@ -168,7 +170,8 @@ class NormalizedAttention(nn.Module):
 
     Args:
         attention: the mechanism, such as BahdanauAttention or LuongAttention; a module with the parameters.
-        normalizer: as of :func:`normalize`. With "softmax" a step is the mechanism's own, in one pass.
+        normalizer: as of :func:`normalize`. With "softmax" a step is the mechanism's own, in one pass; with "sigmoid",
+            too, where the op has it.
     """
 
     def __init__(self, attention: AttentionModule, normalizer: Normalizer) -> None:
@@ -196,8 +199,15 @@ class NormalizedAttention(nn.Module):
         query = mask_queries(query, memory)
         if self.normalizer == "softmax":
             return self.attention(query, memory, need_weights)
-        made = self.attention.make_query(query)
-        scores = pair_scores(self.attention.make_score(memory), made, memory.keys, self.attention.backend)
+        score, made = self.attention.make_score(memory), self.attention.make_query(query)
+        backend = self.attention.backend
+        if self.normalizer == "sigmoid" and choose(backend, device_type(query)) not in ("triton", "cuda"):
+            options = make_options(score.name, None, 0.0, "sigmoid")  # in one pass, for which a GPU has no kernels yet
+            masks = Masks(memory.memory_lengths, memory.mask)
+            return attend_with_options(
+                score, made, memory.keys, memory.values, masks, options, need_weights, False, backend
+            )
+        scores = pair_scores(score, made, memory.keys, backend)
         alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
         return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)
 

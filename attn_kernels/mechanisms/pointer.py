@@ -35,6 +35,9 @@ class PointerAttention(AttentionModule):
     combinatorial optimization with reinforcement learning", 2017, appendix A.1; there, too, temperature and clip
     (appendix A.2, equations 15 and 16).
 
+    A step that no query may point to is padding, whatever it holds; with a mask (B, Tq, Tk), one that only some may
+    point to must be finite.
+
     Args:
         query_size: size of the decoder state; with glimpses it must be ``memory_size``.
         memory_size: size of the encoder outputs.

@@ -11,6 +11,7 @@ from ..checks import as_number, check_activation, check_lengths, check_mask, che
 from ..errors import ArgumentValueError
 from ..functional import additive_attention, dot_attention
 from ..types import Attention, attention_mask, device_type, upcast
+from .normalizers import weighted_sum
 from .sizes import check_size
 
 
@@ -147,20 +148,26 @@ class AttentionPooling(nn.Module):
             return nn.functional.leaky_relu_(hidden, self.negative_slope)
         return {"tanh": torch.tanh_, "relu": torch.relu_, "sigmoid": torch.sigmoid_}[self.activation](hidden)
 
-    def _attend(self, keys: Tensor, values: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
-        """The means of values, (B, Tk, *)."""
+    def _attend(self, keys: Tensor, values: Tensor | None, allowed: Tensor | None, need_weights: bool) -> Attention:
+        """The means of values, (B, Tk, *), finite in padding; None for the alignments alone."""
+        if values is not None and torch.is_grad_enabled() and keys.requires_grad and not values.requires_grad:
+            # The features of a bag, mostly: the op would make a gradient of their size for nothing.
+            alignments = self._attend(keys, None, allowed, True).alignments
+            return Attention(weighted_sum(alignments, values), alignments if need_weights else None)
         options: dict[str, Any] = {"mask": allowed, "need_weights": need_weights, "backend": self.backend}
         v = self.v.to(keys.dtype)
         if self._is_additive():
-            query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[2])
             bias = self.memory_projection.bias.to(keys.dtype)
             options |= {"activation": self.activation, "negative_slope": self.negative_slope}
-            return additive_attention(query, keys, values, v[0], bias, **options)
+            result = additive_attention(None, keys, values, v[0], bias, **options)
+            return Attention(result.context, result.alignments)
         # The scores are products with activated keys, and the op adds softmax and sum.
-        context, alignments = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)
-        if self.heads > 1:
-            return Attention(context, alignments)
-        return Attention(context[:, 0], alignments[:, 0] if need_weights else None)
+        result = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)
+        context, alignments = result.context, result.alignments
+        if self.heads == 1:
+            context = None if context is None else context[:, 0]
+            alignments = None if alignments is None else alignments[:, 0]
+        return Attention(context, alignments)
 
     def _allowed(self, memory: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Which steps may be attended: (B, Tk), or None for all."""
@@ -192,11 +199,11 @@ class AttentiveStatisticsPooling(AttentionPooling):
     .. math:: mean_r = \sum_j alignments_{rj} \, memory_j, \quad
         std_r = \sqrt{\max(\sum_j alignments_{rj} \, memory_j^2 - mean_r^2, \, eps)}
 
-    with alignments as of :class:`AttentionPooling`. One call of the op makes both sums. The squares are those of
-    differences to the plain mean, which the standard deviation does not depend on, and the sums of 16-bit numbers are
-    made in float32: the difference above would cancel else.
+    with alignments as of :class:`AttentionPooling`. The squares are those of differences to the mean, and the sums of
+    16-bit numbers are made in float32: the difference above would cancel else.
 
-    Source: Okabe, Koshinaka, Shinoda, "Attentive statistics pooling for deep speaker embedding", 2018, equations 3-7.
+    Source: Okabe, Koshinaka, Shinoda, "Attentive statistics pooling for deep speaker embedding", 2018,
+    from equation 3 on.
 
     Args:
         eps: the least variance, where the standard deviation has a gradient of 0.
@@ -227,21 +234,20 @@ class AttentiveStatisticsPooling(AttentionPooling):
             raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
 
     def _pool(self, memory: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
-        keys = self._keys(memory)
-        keys, values = upcast(keys, memory)
-        keys = keys.to(values.dtype)  # under autocast, float64 stays
-        count = memory.shape[1] if allowed is None else allowed.sum(1)[:, None, None]
-        center = (values.sum(1, keepdim=True) / torch.as_tensor(count).clamp(min=1)).detach()
-        values = torch.cat([values, (values - center).square()], dim=-1)
+        (values,) = upcast(memory)
+        alignments = self._attend(self._keys(memory), None, allowed, True).alignments
         with torch.autocast(device_type(memory), enabled=False):
-            context, alignments = self._attend(keys, values, allowed, need_weights)
-        mean, square = context.split(self.memory_size, dim=-1)
-        variance = square - (mean - (center[:, 0] if self.heads == 1 else center)).square()
+            wide = alignments.to(values.dtype)
+            mean = weighted_sum(wide, values)
+            # Any constant may be subtracted first, but with this one nothing cancels; the heads share one.
+            center = mean.detach() if self.heads == 1 else mean.detach().mean(1)
+            difference = values - center[:, None]
+            squares = difference.square() if difference.requires_grad else difference.square_()
+            offset = mean - (center if self.heads == 1 else center[:, None])
+            variance = weighted_sum(wide, squares) - offset.square()
         std = variance.clamp(min=self.eps).sqrt()
         if memory.shape[1] == 0:
             std = torch.zeros_like(std)
         elif allowed is not None:
             std = std.masked_fill(~allowed.any(1).reshape(-1, *[1] * (std.dim() - 1)), 0.0)
-        if alignments is not None:
-            alignments = alignments.to(memory.dtype)
-        return Attention(torch.cat([mean, std], dim=-1).to(memory.dtype), alignments)
+        return Attention(torch.cat([mean, std], dim=-1).to(memory.dtype), alignments if need_weights else None)
