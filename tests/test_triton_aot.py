@@ -31,10 +31,12 @@ pytestmark = [
 TARGETS = (80, 90, 100)
 OLDEST_PACKING = (3, 8)  # the release of Triton from which on the bounds hold for sm_100 too
 HOT = ("tiled_scores_kernel", "backward_kernel")
+HOT_OF_RELU = (*HOT, "exponentials_kernel")
 SMALL_M = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
 
-# name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets.
+# name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
+# slope: of relu_attention and relu_scores.
 # The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
 CASES: dict[str, dict[str, Any]] = {
     "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
@@ -60,6 +62,48 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(90,),
     ),
     "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
+    "relu": dict(op="relu", sizes=(1024, 128, 128, 512), dtype="float32", kernels=HOT_OF_RELU),
+    "relu-masked": dict(
+        op="relu",
+        sizes=(256, 74, 75, 1024),
+        dtype="bfloat16",
+        lengths=True,
+        mask=3,
+        kernels=HOT_OF_RELU,
+        targets=(90,),
+    ),
+    "relu-small": dict(op="relu", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT, targets=(90,)),
+    "relu-decode": dict(op="relu", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M[:2]),
+    "relu-beams": dict(op="relu", sizes=(2, 5, 200, 512), dtype="float32", mask=2, kernels=SMALL_M[:2], targets=(90,)),
+    "relu-float64": dict(
+        op="relu",
+        sizes=(4, 9, 33, 128),
+        dtype="float64",
+        mask=2,
+        kernels=("small_q_scores_kernel", "backward_kernel"),
+        targets=(90,),
+    ),
+    "relu-scores": dict(op="relu scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
+    "leaky_relu": dict(
+        op="relu",
+        sizes=(256, 74, 75, 1024),
+        dtype="bfloat16",
+        mask=2,
+        slope=0.2,
+        kernels=HOT_OF_RELU,
+        targets=(90,),
+    ),
+    "leaky_relu-decode": dict(
+        op="relu", sizes=(64, 1, 50, 512), dtype="float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)
+    ),
+    "leaky_relu-scores": dict(
+        op="relu scores",
+        sizes=(64, 3, 100, 512),
+        dtype="float32",
+        slope=0.2,
+        kernels=("small_q_scores_kernel", "backward_kernel"),
+        targets=(90,),
+    ),
     "dot": dict(op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", lengths=True, kernels=PRODUCTS),
     "dot-masked": dict(op="dot", sizes=(64, 16, 100, 512), dtype="float32", mask=3, kernels=PRODUCTS, targets=(90,)),
 }
@@ -88,7 +132,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 
 
 @pytest.mark.parametrize("queries", ["many", "beams", "one"])
-@pytest.mark.parametrize("op", ["additive", "dot"])
+@pytest.mark.parametrize("op", ["additive", "relu", "dot"])
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
@@ -125,6 +169,8 @@ def _problems_of_many_scores(kernel: dict[str, Any]) -> list[str]:
     """One loop shares a reciprocal among three units and needs no other special function; one takes tanh."""
     size = kernel["constants"]
     pairs = size["THREAD_Q"] * size["THREAD_K"]
+    if size["ACTIVATION"] != "tanh":
+        return _problems_of_many_scores_of_relu(kernel, pairs)
     shared = [loop for loop in kernel["loops"] if _count(loop, "MUFU.RCP") and not _count(loop, "MUFU.EX2")]
     if len(shared) != 1:
         return [f"{len(shared)} loops with reciprocals and without exponentials, expected one"]
@@ -145,14 +191,32 @@ def _problems_of_many_scores(kernel: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _problems_of_many_scores_of_relu(kernel: dict[str, Any], pairs: int) -> list[str]:
+    """One loop, of an addition, a maximum and a multiply-add for a unit of a pair; with a slope, one more."""
+    (loop,) = kernel["loops"]
+    units, problems = kernel["chunk"], []
+    if _count(kernel["all"], "MUFU.EX2") or _count(loop, "MUFU", "CALL"):
+        problems.append("exponentials or divisions")
+    instructions = sum(loop.values()) / (pairs * units)
+    most = (3.5 if pairs >= 16 else 3.7) + (kernel["constants"]["ACTIVATION"] == "leaky_relu")
+    if instructions > most and not kernel["old"]:
+        problems.append(f"{instructions:.2f} instructions for a unit of a pair")
+    if _count(loop, "LDG") > 3 * units:
+        problems.append(f"{_count(loop, 'LDG')} loads: not all queries and all steps of a thread at once")
+    if kernel["registers"] > (96 if pairs >= 16 else 80):
+        problems.append(f"{kernel['registers']} registers")
+    return problems
+
+
 def _problems_of_few_scores(kernel: dict[str, Any]) -> list[str]:
-    """One exponential and one reciprocal for a tanh."""
+    """One exponential and one reciprocal for a tanh, none for others."""
     size = kernel["constants"]
     if size["FLOAT64"]:
         return []
     elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
     most = max(_count(loop, "MUFU") for loop in kernel["loops"])
-    return [] if most == 2 * elements else [f"{most / elements:.2f} special functions for a tanh, expected 2"]
+    expected = 2 if size["ACTIVATION"] == "tanh" else 0
+    return [] if most == expected * elements else [f"{most / elements:.2f} special functions, expected {expected}"]
 
 
 def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
@@ -168,8 +232,9 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
     if _count(kernel["all"], "LDG.E.128") < wide + values:
         problems.append("values are not read 16 bytes at a time")
     elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
-    if _count(walk, "MUFU") != (2 * elements if kernel["additive"] else 0):
-        problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a tanh, expected 2")
+    expected = 2 if size["SCORE"] == "tanh" else 0
+    if _count(walk, "MUFU") != expected * elements:
+        problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a unit, expected {expected}")
     if kernel["registers"] * 32 * kernel["warps"] > 65536 // (8 // kernel["warps"]):
         problems.append(f"{kernel['registers']} registers leave fewer than 8 warps to a processor")
     return problems
@@ -184,13 +249,15 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
     if size["FLOAT64"]:
         return []
     elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    if size["ACTIVATION"] != "tanh":
+        return _problems_of_backward_of_relu(kernel, elements)
     counts = {(_count(loop, "MUFU.RCP"), _count(loop, "MUFU")) for loop in kernel["loops"]} - {(0, 0)}
     special = elements if kernel["dtype"] == "float32" else 2 * elements
-    expected = {(elements, special)} | ({(elements, elements)} if size["FACTORED"] else set())
+    expected = {(elements, special)} | ({(elements, elements)} if size["GUARDED"] else set())
     if counts != expected:
         return [f"(reciprocals, special functions) of the loops are {counts}, expected {expected}"]
     problems = []
-    if size["FACTORED"]:
+    if size["GUARDED"]:
         factored = min(
             (loop for loop in kernel["loops"] if _count(loop, "MUFU") == elements), key=lambda loop: sum(loop.values())
         )
@@ -201,6 +268,23 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
             problems.append(f"{instructions:.2f} instructions for a unit of a pair")
         if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
             problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")
+    return problems
+
+
+def _problems_of_backward_of_relu(kernel: dict[str, Any], elements: int) -> list[str]:
+    """With many queries 7 instructions for a unit of a pair, no more under a mask, and about 30 for each step."""
+    problems = []
+    if _count(kernel["all"], "MUFU.EX2", "MUFU.TANH"):
+        problems.append("exponentials")
+    if elements < 16:  # few queries
+        return problems
+    walks = [sum(loop.values()) / elements for loop in kernel["loops"] if _count(loop, "FSETP") >= elements]
+    if not walks:
+        problems.append("no loop over the steps")
+    elif min(walks) > (8.5 if elements >= 32 else 9.5) and not kernel["old"]:
+        problems.append(f"{min(walks):.2f} instructions for a unit of a pair")
+    if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
+        problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")
     return problems
 
 
@@ -221,7 +305,7 @@ def _count(loop: dict[str, int], *names: str) -> int:
 
 
 def launches(
-    op, sizes, dtype, lengths=False, mask=0, kernels=(), targets=TARGETS, nvidia=True
+    op, sizes, dtype, lengths=False, mask=0, slope=0.0, kernels=(), targets=TARGETS, nvidia=True
 ) -> list[tuple[Any, tuple, dict]]:
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
@@ -230,6 +314,7 @@ def launches(
     import attn_kernels.triton
 
     additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
+    relu = attn_kernels.triton.relu_attention
     decode = sys.modules["attn_kernels.triton.decode"]
     decode.has_approximate_reciprocal = additive.has_approximate_reciprocal = lambda tensor: (
         nvidia and tensor.dtype != torch.float64
@@ -251,6 +336,15 @@ def launches(
             additive.additive_attention_backward(
                 *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments, *needed
             )
+    elif op == "relu":
+        relu.relu_attention(query, keys, values, v, bias, slope, memory_lengths, allowed, True)
+        for needed in ((True, True), (True, False), (False, True)):
+            relu.relu_attention_backward(
+                *gradients, query, keys, values, v, bias, slope, memory_lengths, allowed, alignments, *needed
+            )
+    elif op == "relu scores":
+        relu.relu_scores(query, keys, v, bias, slope)
+        relu.relu_scores_backward(alignments, query, keys, v, bias, slope, True, True)
     elif op == "scores":
         additive.additive_scores(query, keys, v, bias)
         additive.additive_scores_backward(alignments, query, keys, v, bias, True, True)
@@ -357,7 +451,6 @@ def _compile(name: str) -> list[dict[str, Any]]:
                     "name": kernel_name,
                     "target": target,
                     "dtype": case["dtype"],
-                    "additive": case["op"] != "dot",
                     # The assembler of older releases packs two float32 into one operation there, and moves more for it.
                     "old": target == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_PACKING,
                     "chunk": sys.modules["attn_kernels.triton.additive_attention_exponentials"].CHUNK.value,

@@ -100,7 +100,10 @@ def problems_of(kernel: dict[str, Any]) -> list[str]:
             problems.append(f"{facts['vgpr_count']} registers leave fewer than two waves to a SIMD")
         pairs = size["BLOCK_Q"] * size["BLOCK_K"] / (WAVE * kernel["warps"]) * kernel["chunk"]
         shared = [loop for loop in kernel["loops"] if count(loop, "v_rcp_f32") and not count(loop, "v_exp_f32")]
-        if len(shared) != 1:
+        if size["ACTIVATION"] != "tanh":
+            if len(kernel["loops"]) != 1 or count(kernel["loops"][0], "v_rcp", "v_exp", "v_div"):
+                problems.append("more than one loop, or one with exponentials or divisions")
+        elif len(shared) != 1:
             problems.append(f"{len(shared)} loops with reciprocals and without exponentials, expected one")
         elif count(shared[0], "v_rcp_f32") / pairs > 0.34:
             problems.append(

@@ -215,8 +215,8 @@ def pair_scores_backward(
     if need_memory:
         dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading exponentials takes more time than they save.
-    factored = activation == TANH and not is_small_m(query)
-    ek = _key_exponentials(keys) if factored and Tq > 16 else None
+    guarded = not is_small_m(query) and (activation == TANH or mask is not None)
+    ek = _key_exponentials(keys) if guarded and activation == TANH and Tq > 16 else None
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
@@ -236,7 +236,7 @@ def pair_scores_backward(
         dict(
             ACTIVATION=activation.name,
             SEVERAL=blocks_per_split > 1,
-            FACTORED=factored,
+            GUARDED=guarded,
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=dtype == torch.float64,
             BLOCK_Q=block_q,

@@ -9,7 +9,8 @@ The hidden units are computed again. With E = exp(2 q) exp(2 k), r = 1 / (1 + E)
 Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is. With many
 queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise each step makes its own.
 
-Other activations than tanh (activations.py) have no factored form: each pair computes its own f and f'.
+Other activations than tanh (activations.py) have no factored form: each pair computes its own f and f'. Under a mask,
+many queries are spared a look at it for each pair: where all that is attended is finite, zeros for the rest do.
 
 One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what crosses blocks is
 written apart and added in order afterwards.
@@ -27,6 +28,7 @@ from .additive_math import MAX_ABS_BACKWARD, exp2x, exp2x_in_range
 from .device import attended, batch_offset, kernel, reciprocal, row_length
 
 MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
+MAX_FINITE = tl.constexpr(1e38)  # of q + bias, and of k, whose sum is finite
 SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
 
@@ -45,6 +47,14 @@ def _sum_of_products(x):
 
 
 @triton.jit
+def _size(x, ACTIVATION: tl.constexpr):
+    """What is compared with MAX_FINITE: relu(-Inf) is 0."""
+    if ACTIVATION == "leaky_relu":
+        x = tl.abs(x)
+    return x
+
+
+@triton.jit
 def _of_unit(total, factor, ACTIVATION: tl.constexpr):
     """factor (A,) * total (N, A): the gradients of units, from the sums over their pairs."""
     gradient = total * factor[None, :]
@@ -55,18 +65,24 @@ def _of_unit(total, factor, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _walk_steps(
-    dkeys, keys, dscores, q, shift, i, u, factor, begin, end, A, added, padded_q, stride_kk, stride_ka, slope,
-    SEVERAL: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, FACTORED: tl.constexpr,
-    EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk, stride_ka,
+    stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
+    IN_RANGE: tl.constexpr, EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
     Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
     returns dquery / factor (Q, A) and dv (A,), for the factor of each unit: v, and of tanh 4 v. Pointers are to the
-    first element of the row of the batch. EXPONENTIALS: whether ``keys`` has exp(2 k) for k.
+    first element of the row of the batch. GUARDED, IN_RANGE: whether it is known what is attended,
+    and all of it is within the limits.
+    EXPONENTIALS: whether ``keys`` has exp(2 k) for k.
     """
+    MASKED: tl.constexpr = mask is not None
+    FACTORED: tl.constexpr = IN_RANGE and ACTIVATION == "tanh"
     if ACTIVATION != "tanh":
         q += shift[None, :]
+        if IN_RANGE and MASKED:  # a query that attends no step may be anything
+            q = tl.where(_size(q, ACTIVATION) <= MAX_FINITE, q, 0.0)
     if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], MAX_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
@@ -108,12 +124,13 @@ def _walk_steps(
             if dkeys is not None:
                 dk = _sum_of_products(twice * eq[:, None, :]) * ek
         else:
+            if ACTIVATION != "tanh" and IN_RANGE and MASKED:
+                k = tl.where(_size(k, ACTIVATION) <= MAX_FINITE, k, 0.0)
             hidden = q[:, None, :] + k[None, :, :]
             if ACTIVATION == "tanh":
                 hidden += shift[None, None, :]
-            if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
-                hidden = tl.where(ds[:, :, None] == 0.0, 0.0, hidden)
-            if ACTIVATION == "tanh":
+                if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
+                    hidden = tl.where(ds[:, :, None] == 0.0, 0.0, hidden)
                 hidden = tl.where(tl.abs(hidden) > SATURATED, tl.where(hidden > 0.0, SATURATED, -SATURATED), hidden)
                 if keys.dtype.element_ty == tl.float32:  # the error of tl.exp would show in dv where tanh is small
                     e = tl.where(hidden == hidden, exp2x(hidden), hidden)
@@ -126,6 +143,13 @@ def _walk_steps(
                 dq += tl.sum(gradient, axis=1)
                 weighted = more - less
             else:
+                if MASKED and not IN_RANGE:
+                    if GUARDED:  # backward_kernel knows where a score is -Inf: ds is 0, too, and its product is NaN
+                        allowed = ds != 0.0
+                    else:
+                        j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+                        allowed = attended(mask, i, j, Tq, end, stride_mq, stride_mk)
+                    hidden = tl.where(allowed[:, :, None], hidden, 0.0)
                 gradient, weighted = pair_gradients(hidden, ds[:, :, None], slope, ACTIVATION)
                 dq += tl.sum(gradient, axis=1)
             if ACTIVATION != "tanh" and BLOCK_K == 1:
@@ -208,7 +232,7 @@ def backward_kernel(
     slope_lo,
     ACTIVATION: tl.constexpr,
     SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which add to the same dkeys
-    FACTORED: tl.constexpr,  # of tanh only
+    GUARDED: tl.constexpr,  # whether what is attended is compared with the limit first
     APPROXIMATE: tl.constexpr,
     FLOAT64: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -261,7 +285,8 @@ def backward_kernel(
         added = 0  # units whose dkeys an earlier block of queries has written: none, or all
         if block > first_block:
             added = A
-        if FACTORED:
+        if GUARDED:
+            limit: tl.constexpr = MAX_ABS_BACKWARD if ACTIVATION == "tanh" else MAX_FINITE
             # The largest of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
             abs_max_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
@@ -276,30 +301,41 @@ def backward_kernel(
                     used_q += 1
                 k = tl.load(keys + j[:, None] * stride_kk + u[None, :] * stride_ka, mask=in_keys, other=0.0)
                 k = k.to(tl.float32)
-                abs_max_k = tl.maximum(abs_max_k, tl.where(k == k, tl.abs(k), float("inf")))
+                size_k = tl.abs(k) if ACTIVATION == "tanh" else _size(k, ACTIVATION)
+                abs_max_k = tl.maximum(abs_max_k, tl.where(k == k, size_k, float("inf")))
             used = (used_q > 0)[:, None] & (u[None, :] < A)
-            abs_max_q = tl.abs(q) + tl.abs(shift)[None, :]
-            abs_max_q = tl.max(tl.where(used, tl.where(abs_max_q == abs_max_q, abs_max_q, float("inf")), 0.0))
-            if (tl.max(abs_max_k) <= MAX_ABS_BACKWARD) & (abs_max_q <= MAX_ABS_BACKWARD):
+            size_q = (
+                tl.abs(q) + tl.abs(shift)[None, :] if ACTIVATION == "tanh" else _size(q + shift[None, :], ACTIVATION)
+            )
+            size_q = tl.where(used, tl.where(size_q == size_q, size_q, float("inf")), 0.0)
+            abs_max_q = tl.max(size_q)
+            if (tl.max(abs_max_k) <= limit) & (abs_max_q <= limit):
                 if ek is not None:
                     dq, dv_part = _walk_steps(
-                        dkeys, ek + b * Tk * A, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q,
-                        A, 1, slope, SEVERAL, mask is not None, ACTIVATION, True, True, APPROXIMATE, BLOCK_K,
+                        dkeys, ek + b * Tk * A, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
+                        padded_q, A, 1, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, True,
+                        APPROXIMATE, BLOCK_K,
                     )  # fmt: skip
                 else:
                     dq, dv_part = _walk_steps(
-                        dkeys, keys, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q, stride_kk,
-                        stride_ka, slope, SEVERAL, mask is not None, ACTIVATION, True, False, APPROXIMATE, BLOCK_K,
+                        dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                        stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, False,
+                        APPROXIMATE, BLOCK_K,
                     )  # fmt: skip
             else:
+                infinite = tl.maximum(tl.max(abs_max_k, axis=0), tl.max(size_q, axis=0)) == float("inf")
                 dq, dv_part = _walk_steps(
-                    dkeys, keys, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q, stride_kk,
-                    stride_ka, slope, SEVERAL, mask is not None, ACTIVATION, False, False, APPROXIMATE, BLOCK_K,
+                    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                    stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
+                    APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
+                if ACTIVATION != "tanh":
+                    dv_part = tl.where(infinite, float("nan"), dv_part)
         else:
             dq, dv_part = _walk_steps(
-                dkeys, keys, dscores, q, shift, i, u, factor, begin, end_used, A, added, padded_q, stride_kk,
-                stride_ka, slope, SEVERAL, mask is not None, ACTIVATION, False, False, APPROXIMATE, BLOCK_K,
+                dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
+                APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         if dquery is not None:
             dq = _of_unit(dq, factor, ACTIVATION)
