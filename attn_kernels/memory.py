@@ -82,8 +82,10 @@ class Memory:
         Leaving it out is a copy of keys and values in each step. In graphs, which may be run with other tensors, it is
         never known, nor of inference tensors, whose writes nobody counts.
         """
+        if is_compiling() or torch._C._is_tracing():  # a compiled program would count the writes in each call
+            return False
         known = self.__dict__.get("_zero_padding")
-        return known is not None and not is_compiling() and not torch._C._is_tracing() and known == self._versions()
+        return known is not None and known == self._versions()
 
     def _versions(self) -> tuple[int | None, ...]:
         fields = (self.keys, self.values, self.memory_lengths, self.mask)
