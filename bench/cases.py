@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float64 = "float64"
+
+
+class Activation(str, Enum):
+    tanh = "tanh"
+    relu = "relu"
+    leaky_relu = "leaky_relu"
+    sigmoid = "sigmoid"
 
 
 class Lengths(str, Enum):
@@ -107,6 +114,7 @@ class Settings:
     lengths: Lengths
     seed: int
     prepared: bool = False
+    activation: str = "tanh"  # of additive attention
 
 
 class Work(NamedTuple):
@@ -186,10 +194,17 @@ def make_problem(op: str, shape: Shape, settings: Settings) -> Problem:
     return Problem(inputs, normal(batch, queries, width), lengths)
 
 
-def expected_results(op: str, problem: Problem, *, training: bool) -> dict[str, Tensor]:
+def formula_of(op: str, activation: str = "tanh") -> Callable[..., Any]:
+    """The eager formula of an op."""
+    activation = "relu" if op == RELU else activation
+    if activation != "tanh":
+        return functools.partial(eager.additive_attention, activation=activation)
+    return getattr(eager, op)
+
+
+def expected_results(op: str, problem: Problem, *, training: bool, activation: str = "tanh") -> dict[str, Tensor]:
     """What the eager formula makes of a problem, in float32 or wider."""
-    function = functools.partial(eager.additive_attention, activation="relu") if op == RELU else getattr(eager, op)
-    formula = functools.partial(function, memory_lengths=problem.memory_lengths, need_weights=False)
+    formula = functools.partial(formula_of(op, activation), memory_lengths=problem.memory_lengths, need_weights=False)
     wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
     return compute(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)
 

@@ -31,6 +31,7 @@ from ..cases import (
     SHAPES,
     SHORT,
     TRAINING,
+    Activation,
     Cell,
     Dtype,
     Lengths,
@@ -42,6 +43,7 @@ from ..cases import (
     bind,
     check,
     expected_results,
+    formula_of,
     make_problem,
 )
 from ..cli import (
@@ -85,16 +87,21 @@ def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, 
     backends = [ours]
     if device_type == "cuda":
         backends += [name for name in ("cuda", "triton") if name != ours and attn_kernels.backends()[name].available]
-    keywords = {}
+    keywords: dict[str, object] = {}
+    is_tanh = settings.activation == "tanh"
+    if not is_tanh:
+        keywords["activation"] = settings.activation
     if settings.prepared and op == "additive_attention":
         keywords["prepared"] = attn_kernels.prepare_keys(problem.inputs["keys"], backend=ours)  # once, not in each call
     # Ours as users call it: without a name, which leaves the smallest dot attentions to PyTorch's own calls.
     providers = [make(name, public, backend=None if name == ours else name, **keywords) for name in backends]
-    providers.append(make("eager", getattr(eager, op)))
+    providers.append(make("eager", formula_of(op, settings.activation)))
     if settings.compile and op == "additive_attention":
-        providers.append(compiled(eager.additive_attention, "sum as tanh(...) @ v"))
+        detail = f"sum as {settings.activation}(...) @ v"
+        providers.append(compiled(formula_of(op, settings.activation), detail))
+    if settings.compile and op == "additive_attention" and is_tanh:
         providers.append(compiled(eager.additive_attention_sum, "sum as (tanh(...) * v).sum(-1)"))
-    elif settings.compile:
+    if settings.compile and op == "dot_attention":
         providers.append(compiled(eager.dot_attention, ""))
     if op == "dot_attention":
         providers.append(make("sdpa", eager.sdpa_dot_attention, "returns no alignments", need_weights=False))
@@ -112,7 +119,7 @@ def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing
     problem = make_problem(cell.op, cell.shape, settings)
     machine.set_allocator_for_memory(allocator)
     start = time.perf_counter()
-    expected = expected_results(cell.op, problem, training=training)
+    expected = expected_results(cell.op, problem, training=training, activation=settings.activation)
     cell.ours, cell.providers = make_providers(cell.op, problem, settings)
     for provider in cell.providers:
         check(provider, problem, expected, training=training)
@@ -346,6 +353,7 @@ def benchmark(
     rounds: int = 5,
     seed: int = 0,
     prepared: bool = False,
+    activation: Activation = Activation.tanh,
     output: Path = results.LOCAL,
     quick: bool = False,
     budget: float | None = None,
@@ -367,7 +375,16 @@ def benchmark(
         if quick:
             seconds, rounds = min(seconds, 0.5), min(rounds, 3)
         settings = Settings(
-            getattr(torch, dtype.value), device, seconds, rounds, compile, need_weights, lengths, seed, prepared
+            getattr(torch, dtype.value),
+            device,
+            seconds,
+            rounds,
+            compile,
+            need_weights,
+            lengths,
+            seed,
+            prepared,
+            activation.value,
         )
         if choose(None, device.type) == "reference":
             console.print(f"No fused backend runs on {device.type}; ours is the reference:", style="bold red")
@@ -380,6 +397,7 @@ def benchmark(
         names = ["ops", device.type]
         names += [] if dtype is Dtype.float32 else [dtype.value]
         names += ["prepared"] * prepared
+        names += [] if activation is Activation.tanh else [activation.value]
         names += [] if threads == 1 else [f"{threads}threads"]
         names += [] if allocator is Allocator.reuse else [f"{allocator.value}malloc"]
         stem = "-".join(names)
@@ -414,6 +432,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
     prepared: Annotated[bool, typer.Option(help="Prepare the keys once (prepare_keys), as decoders do.")] = False,
+    activation: Annotated[Activation, typer.Option(help="Of additive_attention.")] = Activation.tanh,
     output: OutputOption = results.LOCAL,
     quick: Annotated[bool, typer.Option(help="Two shapes, few rounds.")] = False,
     budget: Annotated[
@@ -425,6 +444,10 @@ def main(
     passes = (FORWARD,) * forward + (TRAINING,) * backward
     if not passes:
         raise typer.BadParameter("--no-forward and --no-backward leave nothing to time")
+    if activation is not Activation.tanh:
+        if prepared or (op and op != [Op.additive_attention]):
+            raise typer.BadParameter(f"--activation {activation.value} is of additive_attention, without --prepared")
+        op = [Op.additive_attention]
     written, wrong, _ = benchmark(
         devices=device,
         shapes=[parse_shape(text) for text in shape] if shape else None,
@@ -440,6 +463,7 @@ def main(
         rounds=rounds,
         seed=seed,
         prepared=prepared,
+        activation=activation,
         output=output,
         quick=quick,
         budget=budget,
