@@ -23,10 +23,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from . import reference
-from .scores import AdditiveScore, DotScore, ReluScore, Score
 from .types import NORMALIZERS
-
-SCORES: tuple[type[Score], ...] = (AdditiveScore, ReluScore, DotScore)
 
 
 class Formula(NamedTuple):
@@ -113,18 +110,17 @@ def _additive_scores(query, keys, v, bias):
 
 
 def _relu_scores(query, keys, v, bias, negative_slope):
-    return (_with_slope(reference.additive_scores, negative_slope)(query, keys, v, bias),)
+    return (reference.additive_scores(query, keys, v, bias, **_of_slope(negative_slope)),)
 
 
 def _relu_attention(*arguments):
     *inputs, negative_slope, memory_lengths, mask, _ = arguments
-    attend = _with_slope(reference.additive_attention, negative_slope)
-    return attend(*inputs, memory_lengths=memory_lengths, mask=mask)
+    keywords: dict[str, Any] = dict(**_of_slope(negative_slope), memory_lengths=memory_lengths, mask=mask)
+    return reference.additive_attention(*inputs, **keywords)
 
 
-def _with_slope(function: Callable[..., Any], negative_slope: float) -> Callable[..., Any]:
-    activation = "leaky_relu" if negative_slope else "relu"
-    return functools.partial(function, activation=activation, negative_slope=negative_slope)
+def _of_slope(negative_slope: float) -> dict[str, Any]:
+    return dict(activation="leaky_relu" if negative_slope else "relu", negative_slope=negative_slope)
 
 
 def _additive_attention(*arguments):
@@ -170,31 +166,35 @@ _RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), 
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
 
 
-def _with_options(kind: type[Score]) -> Formula:
-    """The formula of a score's attention with options."""
-    function, tensors = getattr(reference, kind.name), kind.gradients
-    count = len(kind._fields) - kind.tensors  # of its numbers
+def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable[[float], dict[str, Any]]) -> Formula:
+    """The formula of an attention with options.
+
+    function: of the reference. tensors: of the score, after query, keys and values. numbers: for each number of the
+    score, what makes keywords of the function of it.
+    """
 
     def formula(query, keys, values, *others):
-        own, (score_bias, *numbers) = others[:tensors], others[tensors:]
-        dropout_p, seed, normalizer, memory_lengths, mask = numbers[count : count + 5]
+        own, score_bias, others = others[:tensors], others[tensors], others[tensors + 1 :]
+        keywords = {name: x for number, make in zip(others, numbers, strict=False) for name, x in make(number).items()}
+        dropout_p, seed, normalizer, memory_lengths, mask = others[len(numbers) : len(numbers) + 5]
         options = dict(score_bias=score_bias, dropout_p=dropout_p, seed=seed, normalizer=NORMALIZERS[normalizer])
         masks = dict(memory_lengths=memory_lengths, mask=mask)
-        return function(
-            query, keys, values, *own, **kind.keywords(*numbers[:count]), **options, **masks, need_log_total=True
-        )
+        return function(query, keys, values, *own, **keywords, **options, **masks, need_log_total=True)
 
     first = 4 + tensors
     return Formula(
         formula,
         differentiable=tuple(range(first)),
         shared=tuple(range(3, 3 + tensors)),
-        numbers=(first, first + count + 3),
+        numbers=(first, first + len(numbers) + 3),
         memory=2,
         results=3,
     )
 
 
+_ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
+_RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
+_DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
     "additive_scores": _SCORES,
@@ -205,8 +205,12 @@ FORMULAS = {
     "relu_scores_backward": _backward(_RELU_SCORES),
     "relu_attention": _RELU,
     "relu_attention_backward": _backward(_RELU),
-    **{f"{kind.op}_with_options": _with_options(kind) for kind in SCORES},
-    **{f"{kind.op}_with_options_backward": _backward(_with_options(kind)) for kind in SCORES},
+    "additive_attention_with_options": _ADDITIVE_WITH_OPTIONS,
+    "additive_attention_with_options_backward": _backward(_ADDITIVE_WITH_OPTIONS),
+    "relu_attention_with_options": _RELU_WITH_OPTIONS,
+    "relu_attention_with_options_backward": _backward(_RELU_WITH_OPTIONS),
+    "dot_attention_with_options": _DOT_WITH_OPTIONS,
+    "dot_attention_with_options_backward": _backward(_DOT_WITH_OPTIONS),
     "dot_attention": _DOT,
     "dot_attention_backward": _backward(_DOT),
 }

@@ -6,14 +6,13 @@ spliced into a call. A new mechanism is a class here, its row in ops.py and deri
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import checks, types
-from .backends import choose
 from .types import Attention
 
 _SMALL = 1 << 19  # products
@@ -45,10 +44,6 @@ class AdditiveScore(_AdditiveArguments):
     op = name = "additive_attention"  # name: of the public function, for messages
     tensors, gradients = 3, 2  # fields that are tensors, before the numbers, and that have a gradient, before those
 
-    @staticmethod
-    def keywords() -> dict[str, Any]:
-        return {}
-
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
         _, v, bias = types.autocast(query, self.v, self.bias)
@@ -59,11 +54,11 @@ class AdditiveScore(_AdditiveArguments):
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
-        """Whether dtypes fit those of query and keys, all as autocast leaves them."""
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str) -> None:
+        """Whether dtypes fit those of query and keys, all as autocast leaves them. backend: that is chosen."""
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
         if self.prepared is not None:
-            checks.check_prepared(self.name, keys, self.prepared, choose(backend, query.device.type))
+            checks.check_prepared(self.name, keys, self.prepared, backend)
 
 
 class ReluScore(_ReluArguments):
@@ -76,11 +71,6 @@ class ReluScore(_ReluArguments):
     op, name = "relu_attention", "additive_attention"
     tensors, gradients = 2, 2
 
-    @staticmethod
-    def keywords(negative_slope: float) -> dict[str, Any]:
-        """The numbers as keywords of the reference."""
-        return dict(activation="leaky_relu" if negative_slope else "relu", negative_slope=negative_slope)
-
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
         return ReluScore(v, bias, self.negative_slope)
@@ -89,7 +79,7 @@ class ReluScore(_ReluArguments):
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
 
@@ -100,17 +90,13 @@ class DotScore(_DotArguments):
     op = name = "dot_attention"
     tensors, gradients = 0, 0
 
-    @staticmethod
-    def keywords(scale: float) -> dict[str, Any]:
-        return dict(scale=scale)
-
     def autocast(self, query: Tensor) -> DotScore:
         return self
 
     def check(self, query: Tensor) -> None:
         checks.check_scale(self.name, self.scale)
 
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str | None) -> None:
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str) -> None:
         """A number fits all."""
 
     def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:

@@ -56,10 +56,12 @@ def additive_attention(
     need_weights: bool = True,
     score_bias: Tensor | None = None,
     normalizer: str = "softmax",
-    **score: Any,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
 ) -> Attention:
-    """Additive attention with :func:`additive_scores`, whose options are taken, too."""
-    scores = _biased(additive_scores(query, keys, v, bias, **score), score_bias, normalizer)
+    """Additive attention with :func:`additive_scores`."""
+    scores = additive_scores(query, keys, v, bias, activation=activation, negative_slope=negative_slope)
+    scores = _biased(scores, score_bias, normalizer)
     return _attend(scores, values, memory_lengths, mask, need_weights)
 
 
