@@ -15,14 +15,17 @@ import torch
 
 import attn_kernels
 from conftest import available
-from matrix import OPS, Case, Op, assert_bit_equal, check, device_of, lay_out, run, slow_if
+from matrix import OPS, VARIANTS, Case, Op, assert_bit_equal, check, device_of, lay_out, make, run, slow_if
 from test_padding import padded_with, poisoned_empty
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'attn_kernels[triton]'"
 )
 
-attending = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
+names = [name for name, op in OPS.items() if op.masked]
+attending = pytest.mark.parametrize(
+    "op", [VARIANTS[name] for name in (*names, "leaky_relu")], ids=(*names, "leaky_relu")
+)
 
 
 @slow_if(lambda dtype, **_: dtype != torch.float32)
@@ -131,6 +134,23 @@ def test_exponentials_of_keys_are_made_once(case: Case, monkeypatch: pytest.Monk
     expected = run(op.function, op, clean, backend="triton")
     with poisoned_empty():
         assert_bit_equal(run(op.function, op, poisoned, backend="triton"), expected)
+
+
+@slow_if(lambda name, special, **_: (name, special) != ("keys", math.inf))
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["query", "keys", "values"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_special_values_of_relu_under_a_mask(activation: str, name: str, special: float) -> None:
+    """Many queries: the backward has one form where all that is attended is finite, and one for the rest.
+
+    With a negative v an Inf makes a score of -Inf, whose gradient is 0: only the product with the Inf shows in dv.
+    """
+    op = VARIANTS[activation]
+    case = Case(B=2, Tq=9, Tk=11, A=48, D=16, mask="pairs")
+    arguments = make(op, case, torch.float32, device_of(available("triton")))
+    arguments.tensors[name][0, 3, 2] = special
+    arguments.tensors["v"][2] = -0.1
+    check(op, case, torch.float32, "triton", arguments=arguments)
 
 
 @pytest.fixture

@@ -73,9 +73,8 @@ def _walk_steps(
 
     Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
     returns dquery / factor (Q, A) and dv (A,), for the factor of each unit: v, and of tanh 4 v. Pointers are to the
-    first element of the row of the batch. GUARDED, IN_RANGE: whether it is known what is attended,
-    and all of it is within the limits.
-    EXPONENTIALS: whether ``keys`` has exp(2 k) for k.
+    first element of the row of the batch. GUARDED, IN_RANGE: whether backward_kernel has looked at what is attended,
+    and whether all of it is within the limits. EXPONENTIALS: whether ``keys`` has exp(2 k) for k.
     """
     MASKED: tl.constexpr = mask is not None
     FACTORED: tl.constexpr = IN_RANGE and ACTIVATION == "tanh"
