@@ -195,7 +195,7 @@ def _problems_of_many_scores_of_relu(kernel: dict[str, Any], pairs: int) -> list
     """One loop, of an addition, a maximum and a multiply-add for a unit of a pair; with a slope, one more."""
     (loop,) = kernel["loops"]
     units, problems = kernel["chunk"], []
-    if _count(kernel["all"], "MUFU.EX2") or _count(loop, "MUFU", "CALL"):
+    if _count(kernel["all"], "MUFU.EX2") or _count(loop, "MUFU"):
         problems.append("exponentials or divisions")
     instructions = sum(loop.values()) / (pairs * units)
     most = (3.5 if pairs >= 16 else 3.7) + (kernel["constants"]["ACTIVATION"] == "leaky_relu")
