@@ -314,21 +314,21 @@ def rules(
                 return results.unflatten(0, (n, -1)), 0
             return tuple(result.unflatten(0, (n, -1)) for result in results), 0
 
-    class ReverseRule(Function):
-        backward = staticmethod(reverse)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        if not attends:
+            save(ctx, arguments)
+            return compute(*arguments)
+        inputs = arguments[:-1]
+        results = compute(*inputs, True)  # the backward starts from the alignments, (B, Tq, Tk)
+        save(ctx, (*inputs, *results[1:]))
+        return results if arguments[-1] or results_count > 2 else results[0]
 
-        @staticmethod
-        def forward(ctx, *arguments):
-            ctx.set_materialize_grads(False)
-            if not attends:
-                save(ctx, arguments)
-                return compute(*arguments)
-            inputs = arguments[:-1]
-            results = compute(*inputs, True)  # the backward starts from the alignments, (B, Tq, Tk)
-            save(ctx, (*inputs, *results[1:]))
-            return results if arguments[-1] or results_count > 2 else results[0]
-
-    return Rule, ReverseRule
+    # Named after the op, as autograd's graph shows it: AdditiveAttentionBackward.
+    name = op.title().replace("_", "")
+    members = {"forward": staticmethod(forward), "backward": staticmethod(reverse)}
+    reverse_rule: type[Function] = type(Function)(name, (Function,), members)  # type: ignore[misc]
+    return Rule, reverse_rule
 
 
 def apply_formula(op: str, arguments: Sequence[Any]) -> Any:

@@ -45,7 +45,7 @@ def test_ways_are_what_their_names_say() -> None:
             if node is not None and node not in seen:
                 seen.add(node)
                 left += [parent for parent, _ in node.next_functions]
-        counted = [type(node).__name__ in ("_LoopBackward", "AdditiveAttentionBackward") for node in seen]
+        counted = [type(node).__name__ in ("_SequenceBackward", "AdditiveAttentionBackward") for node in seen]
         assert sum(counted) == ours, name
 
 

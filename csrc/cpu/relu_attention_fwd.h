@@ -59,9 +59,9 @@ struct ReluScore {
   void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                    Scratch& scratch) const {
     ScratchScope scope(scratch);
-    // A block of keys stays in L2 for many queries, in L1 for few.
+    // A block of keys stays in L2 for many queries, in L1 for few. A single one reads rows once and in order.
     const int64_t row_bytes = op.A * static_cast<int64_t>(sizeof(T));
-    const int64_t most = min(n, max(kSteps, (q.n > 4 ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
+    const int64_t most = min(n, max(2 * kSteps, (q.n > 4 || q.n == 1 ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
     RowBlock<T> block(op.keys, op.A, most, scratch);
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = min(most, n - j);
@@ -78,12 +78,14 @@ struct ReluScore {
   void strip(const Queries& q, int64_t i, const T* const* keys, int64_t n, T* out, int64_t ld) const {
     const T* rows = q.rows + i * padded<T>(op.A);
     int64_t j = 0;
-    for (; j + kSteps <= n; j += kSteps) tile<NQ, kSteps>(rows, keys + j, out + j, ld);
-    for (; j < n; ++j) tile<NQ, 1>(rows, keys + j, out + j, ld);
+    for (; j + kSteps <= n; j += kSteps)
+      tile<NQ, kSteps>(rows, keys + j, keys + min(j + kSteps, n - kSteps), out + j, ld);
+    for (; j < n; ++j) tile<NQ, 1>(rows, keys + j, keys + j, out + j, ld);
   }
 
+  // next: rows that are read after these; a single query asks for them, as nothing else takes its time.
   template <int NQ, int NK>
-  ATTN_INLINE void tile(const T* q, const T* const* keys, T* out, int64_t ld) const {
+  ATTN_INLINE void tile(const T* q, const T* const* keys, const T* const* next, T* out, int64_t ld) const {
     constexpr int64_t w = width<T>;
     const int64_t size = padded<T>(op.A), whole = op.A / w * w;
     int64_t c = 0;
@@ -100,7 +102,10 @@ struct ReluScore {
         }
       };
       for (const int64_t end = min(whole, c + kTermsOfSum * w); c < end; c += w)
-        add([&](int b) __attribute__((always_inline)) { return load(keys[b] + c); });
+        add([&](int b) __attribute__((always_inline)) {
+          if constexpr (NQ == 1) prefetch(next[b] + c);
+          return load(keys[b] + c);
+        });
       if (c == whole && c < size) {
         add([&](int b) __attribute__((always_inline)) { return load_part(keys[b] + c, op.A - c); });
         c += w;
