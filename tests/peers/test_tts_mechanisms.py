@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
-from pathlib import Path
-
 import pytest
 import torch
-
-FOUND = importlib.util.find_spec("TTS")
-if FOUND is None:
-    pytest.skip("coqui-tts is not installed: see tests/peers/requirements.txt", allow_module_level=True)
-for name in ("TTS", "TTS.tts", "TTS.tts.layers", "TTS.tts.layers.tacotron"):  # packages that import all of coqui-tts
-    package = types.ModuleType(name)
-    package.__path__ = [str(Path(FOUND.origin).parent.joinpath(*name.split(".")[1:]))]
-    sys.modules.setdefault(name, package)
-
-attentions = pytest.importorskip(
-    "TTS.tts.layers.tacotron.attentions", reason="coqui-tts: something that it imports is missing"
-)
+from coqui import attentions
 
 from attn_kernels.mechanisms import DynamicConvolutionAttention, GMMAttention
 
