@@ -165,7 +165,7 @@ def _check(
     score = score.autocast(query)
     query, keys, values = autocast(query, keys, values)
     check_dtypes(score.name, query, keys=keys, values=values)
-    score.check_dtypes(query, keys, choose(backend, query.device.type))
+    score.check_dtypes(query, keys, lambda: choose(backend, query.device.type))
 
 
 def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:

@@ -6,6 +6,7 @@ spliced into a call. A new mechanism is a class here, its row in ops.py and deri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,11 @@ class AdditiveScore(_AdditiveArguments):
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str) -> None:
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         """Whether dtypes fit those of query and keys, all as autocast leaves them. backend: that is chosen."""
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
         if self.prepared is not None:
-            checks.check_prepared(self.name, keys, self.prepared, backend)
+            checks.check_prepared(self.name, keys, self.prepared, backend())
 
 
 class ReluScore(_ReluArguments):
@@ -79,7 +80,7 @@ class ReluScore(_ReluArguments):
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str) -> None:
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
 
@@ -96,7 +97,7 @@ class DotScore(_DotArguments):
     def check(self, query: Tensor) -> None:
         checks.check_scale(self.name, self.scale)
 
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: str) -> None:
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         """A number fits all."""
 
     def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:

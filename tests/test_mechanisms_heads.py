@@ -180,13 +180,14 @@ def test_dtypes(form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", ["additive", "dot, tanh"])
-def test_backends(form: str, backend: str) -> None:
+def test_backends(form: str, backend: str, device: str) -> None:
     module, (query, memory) = make(form, backend=backend, dtype=torch.float32), inputs(torch.float32)
     exact = make(form)
     exact.load_state_dict(module.state_dict())
     expected = exact(query.double(), exact.memory(memory.double(), LENGTHS))
-    got = module(query, module.memory(memory, LENGTHS))
-    torch.testing.assert_close(tuple(x.double() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
+    module = module.to(device)
+    got = module(query.to(device), module.memory(memory.to(device), LENGTHS.to(device)))
+    torch.testing.assert_close(tuple(x.double().cpu() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["additive", "dot, tanh"])

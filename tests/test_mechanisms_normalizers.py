@@ -215,18 +215,20 @@ def test_softmax_is_the_mechanism_itself() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_smoothing_on_backends(name: str, backend: str) -> None:
+def test_smoothing_on_backends(name: str, backend: str, device: str) -> None:
     """In one pass where the backend has one, by scores elsewhere."""
     torch.manual_seed(0)
-    module = NormalizedAttention(MODULES[name](backend=backend), "sigmoid")
-    query, memory = torch.randn(B, TQ, Q), torch.randn(B, TK, M)
-    expected = by_hand(scores_of(module.attention, query, memory).detach().double(), allowed(MASKS["both"]), "sigmoid")
-    context, alignments = module(query, module.memory(memory, **MASKS["both"]))
-    torch.testing.assert_close(alignments.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(context.double(), expected @ memory.double(), rtol=1e-5, atol=1e-6)
-    one = module(query[:, 1], module.memory(memory, LENGTHS), need_weights=False)
+    module = NormalizedAttention(MODULES[name](backend=backend), "sigmoid").to(device)
+    query, memory = torch.randn(B, TQ, Q).to(device), torch.randn(B, TK, M).to(device)
+    masks, lengths = {name: x.to(device) for name, x in MASKS["both"].items()}, LENGTHS.to(device)
+    scores = scores_of(module.attention, query, memory).detach().double().cpu()
+    expected = by_hand(scores, allowed(MASKS["both"]), "sigmoid")
+    context, alignments = module(query, module.memory(memory, **masks))
+    torch.testing.assert_close(alignments.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(context.double().cpu(), expected @ memory.double().cpu(), rtol=1e-5, atol=1e-6)
+    one = module(query[:, 1], module.memory(memory, lengths), need_weights=False)
     assert one.alignments is None
-    torch.testing.assert_close(one.context, module(query, module.memory(memory, LENGTHS)).context[:, 1])
+    torch.testing.assert_close(one.context, module(query, module.memory(memory, lengths)).context[:, 1])
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

@@ -193,13 +193,14 @@ def test_compile(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", "all"])
-def test_backends(form: str, backend: str) -> None:
+def test_backends(form: str, backend: str, device: str) -> None:
     module, (query, memory) = make(form, backend=backend, dtype=torch.float32), inputs(torch.float32)
     exact = make(form)
     exact.load_state_dict(module.state_dict())
     expected = exact(query.double(), exact.memory(memory.double(), LENGTHS))
-    got = module(query, module.memory(memory, LENGTHS))
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    module = module.to(device)
+    got = module(query.to(device), module.memory(memory.to(device), LENGTHS.to(device)))
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_steps_selected_rows() -> None:

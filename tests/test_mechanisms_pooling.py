@@ -136,12 +136,13 @@ def test_features_without_a_gradient(kind: str, form: str) -> None:
 
 @pytest.mark.parametrize("kind", POOLINGS)
 @pytest.mark.parametrize("form", ["one head", "heads"])
-def test_backends(kind: str, form: str, backend: str) -> None:
+def test_backends(kind: str, form: str, backend: str, device: str) -> None:
     module, memory = make(kind, form, backend=backend, dtype=torch.float32), inputs(torch.float32)
     exact = make(kind, form)
     exact.load_state_dict(module.state_dict())
-    got, expected = module(memory, **MASKS["both"]), exact(memory.double(), **MASKS["both"])
-    torch.testing.assert_close(tuple(x.double() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
+    expected = exact(memory.double(), **MASKS["both"])
+    got = module.to(device)(memory.to(device), **{name: x.to(device) for name, x in MASKS["both"].items()})
+    torch.testing.assert_close(tuple(x.double().cpu() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", POOLINGS)

@@ -290,11 +290,11 @@ struct Check {
     if (additive) {
       level().kernels->additive_attention(
           {additive_sizes(), n.D, value_rows, attended(), context.bytes.data(), weights.bytes.data()});
-      auto backward = [&](const AdditiveGradients& own, void* to_query, void* to_keys, void* to_values) {
+      auto backward = [&](const VectorGradients& own, void* to_query, void* to_keys, void* to_values) {
         level().kernels->additive_attention_backward({additive_sizes(), own, n.D, value_rows, attended(), saved,
                                                       dcontext, dalignments, to_query, to_keys, to_values});
       };
-      const AdditiveGradients own{dv.bytes.data(), dbias.bytes.data()};
+      const VectorGradients own{dv.bytes.data(), dbias.bytes.data()};
       backward(own, dquery.bytes.data(), dkeys.bytes.data(), dvalues.bytes.data());
       backward(own, query_alone.bytes.data(), nullptr, nullptr);
       backward({nullptr, nullptr}, nullptr, keys_alone.bytes.data(), values_alone.bytes.data());
@@ -324,7 +324,7 @@ struct Check {
   }
 
   AdditiveScores additive_sizes() const {
-    return {{n.B, n.Tq, n.Tk, n.A, array(query, n.Tq, n.A), array(keys, n.Tk, n.A)}, vector(v), vector(bias), {}};
+    return {{{n.B, n.Tq, n.Tk, n.A, array(query, n.Tq, n.A), array(keys, n.Tk, n.A)}, vector(v), vector(bias)}, {}};
   }
 };
 
