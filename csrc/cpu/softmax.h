@@ -12,7 +12,8 @@ namespace ATTN_LEVEL {
 
 // Sums over more steps than this are made of parts: one sum of hundreds of thousands of steps would be off by as many
 // roundings of the whole.
-constexpr int64_t kMaxSummedSteps = 2048;
+// Without fused multiply-adds, the portable level rounds twice for each step.
+constexpr int64_t kMaxSummedSteps = ATTN_VECTOR_BYTES == 16 ? 256 : 2048;
 
 // The sum of term(j), a vector, for j = 0, width, ... below n.
 template <typename T, class Term>
@@ -56,10 +57,14 @@ struct Softmax {
     for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
   }
 
-  // d = w (d - sum w d)
+  // d = w (d - sum w d / sum w). The sum of w is 1, but for what rounding to a low precision leaves: dividing by it keeps
+  // the sum of all d at 0.
   template <typename T>
   ATTN_INLINE static void gradient(const T* w, T* d, int64_t n) {
-    const T delta = sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(w + j, n - j) * load_upto(d + j, n - j); });
+    const T total = sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(w + j, n - j); });
+    const T weighted =
+        sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(w + j, n - j) * load_upto(d + j, n - j); });
+    const T delta = total == 0 ? weighted : weighted / total;
     for (int64_t j = 0; j < n; ++j) d[j] = w[j] * (d[j] - delta);
   }
 };
