@@ -57,14 +57,25 @@ struct Softmax {
     for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
   }
 
-  // d = w (d - sum w d / sum w). The sum of w is 1, but for what rounding to a low precision leaves: dividing by it keeps
-  // the sum of all d at 0.
+  // d = w (d - delta), delta = sum w d / sum w, in two steps: the second one makes up for what rounding left of the
+  // first. The sum of w is 1, but for rounding to a low precision; and where all d are about the same, the rounding of
+  // their mean is as large as the differences that count.
   template <typename T>
   ATTN_INLINE static void gradient(const T* w, T* d, int64_t n) {
+    if (n <= width<T>) {
+      const Vec<T> weights = load_upto(w, n), grads = load_upto(d, n);
+      const T total = sum<T>(weights);
+      Vec<T> rest = grads - sum<T>(weights * grads);
+      if (total != 0) rest -= sum<T>(weights * rest) / total;
+      return store_upto(d, weights * rest, n);
+    }
+    const auto mean_above = [&](T delta) {
+      return sum_of_vectors<T>(n,
+                               [&](int64_t j) { return load_upto(w + j, n - j) * (load_upto(d + j, n - j) - delta); });
+    };
+    T delta = mean_above(0);
     const T total = sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(w + j, n - j); });
-    const T weighted =
-        sum_of_vectors<T>(n, [&](int64_t j) { return load_upto(w + j, n - j) * load_upto(d + j, n - j); });
-    const T delta = total == 0 ? weighted : weighted / total;
+    if (total != 0) delta += mean_above(delta) / total;
     for (int64_t j = 0; j < n; ++j) d[j] = w[j] * (d[j] - delta);
   }
 };
