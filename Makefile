@@ -32,7 +32,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu lint format wheel clean
+.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint format wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -84,6 +84,11 @@ cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a
 gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
+# From nothing each time: a page that was not read again has no warnings.
+docs: $(STAMPS)/torch $(STAMPS)/docs  ## The documentation as a site, build/docs/html/index.html; a warning is an error
+	rm -rf build/docs
+	$(RUN) sphinx --quiet --fail-on-warning --keep-going -c docs -d build/docs/doctrees . build/docs/html $(ARGS)
+
 lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
@@ -125,7 +130,7 @@ $(STAMPS)/torch: | $(STAMPS)/pip
 	@touch $@
 
 # The dependency groups of pyproject.toml.
-$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
 	$(INSTALL) --quiet --group $(@F)
 	@touch $@
 

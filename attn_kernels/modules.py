@@ -200,7 +200,7 @@ class BahdanauAttention(AttentionModule):
         return AdditiveScore(self.score_vector(), self.bias, memory.prepared)
 
     def score_vector(self) -> Tensor:
-        """(A,): ``v``, or with ``normalize`` g v / |v|."""
+        """(A,): ``v``, or with ``normalize`` ``g v / |v|``."""
         return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
     def extra_repr(self) -> str:
