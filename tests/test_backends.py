@@ -111,15 +111,22 @@ sys.meta_path.insert(0, Broken())
 
 
 def test_import_is_light() -> None:
-    """Importing attn_kernels imports torch and nothing heavy, and neither warns nor prints."""
+    """Importing attn_kernels imports torch and nothing heavy, and neither warns nor prints nor starts a compiler."""
     script = """
 import sys, torch
+started = []
+sys.addaudithook(lambda event, args: started.append(event) if event in ("subprocess.Popen", "os.system") else None)
 before = set(sys.modules)
 import attn_kernels
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "numpy", "sympy", "matplotlib", "typer"}))
+new = set(sys.modules) - before
+print(sorted({name.partition(".")[0] for name in new} - sys.stdlib_module_names - {"torch", "attn_kernels"}))
+heavy = ("torch._dynamo", "torch._inductor", "torch.distributed", "torch.onnx", "torch.utils.cpp_extension")
+print(sorted(name for name in new if name.startswith(heavy)))
+late = ("fusing", "graph", "seq2seq", "mechanisms", "triton", "compile", "distributed", "patching.libraries.")
+print(sorted(name for name in new if name.startswith(tuple("attn_kernels." + part for part in late))))
+print(started)
 """
-    assert python(script).strip() == "[]"
+    assert python(script).split() == ["[]"] * 4
 
 
 def test_backends_lists_all() -> None:
