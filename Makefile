@@ -89,11 +89,15 @@ docs: $(STAMPS)/torch $(STAMPS)/docs  ## The documentation as a site, build/docs
 	rm -rf build/docs
 	$(RUN) sphinx --quiet --fail-on-warning --keep-going -c docs -d build/docs/doctrees . build/docs/html $(ARGS)
 
-lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks and types, changing nothing
+lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workflows, changing nothing
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(RUN) mypy
+	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(RUN) check_jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
 	$(RUN) ruff check --fix-only .

@@ -130,6 +130,11 @@ def test_commands_exist(page: Path) -> None:
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
 
 
+def test_citation_has_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == attn_kernels.__version__
+
+
 def test_what_is_public_is_in_the_reference() -> None:
     """A new name of the package needs a line in a page of docs/api/; those of mechanisms are found by themselves."""
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
