@@ -94,6 +94,7 @@ lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workfl
 	$(RUN) ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(RUN) mypy
+	$(RUN) mypy --strict --strict-optional --follow-imports=silent tests/typed_program.py
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff

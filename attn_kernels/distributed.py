@@ -198,7 +198,17 @@ class _Sharded(torch.autograd.Function):
     """Saves what it was given, its results, and nothing else of the size of the memory: a decoder has many steps."""
 
     @staticmethod
-    def forward(ctx, form, group, need_weights, padding, query, keys, values, *units):
+    def forward(
+        ctx: Any,
+        form: Any,
+        group: dist.ProcessGroup | None,
+        need_weights: bool,
+        padding: Tensor | None,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *units: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             q, k, x, *u = upcast(query, keys, values, *units)
             context, alignments = _forward(form, group, padding, q, k, x, u)
@@ -209,7 +219,7 @@ class _Sharded(torch.autograd.Function):
         return (context, alignments.to(query.dtype)) if need_weights else context
 
     @staticmethod
-    def backward(ctx, grad_context, grad_alignments=None):
+    def backward(ctx: Any, grad_context: Tensor | None, grad_alignments: Tensor | None = None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[4:]
         options = (ctx.form, ctx.group, ctx.need_weights, needed)
         gradients = _ShardedBackward.apply(*options, grad_context, grad_alignments, *ctx.saved_tensors)
@@ -220,7 +230,16 @@ class _ShardedBackward(torch.autograd.Function):
     """A function of its own so that its results, differentiated again, raise an error."""
 
     @staticmethod
-    def forward(ctx, form, group, need_weights, needed, grad_context, grad_alignments, *saved):
+    def forward(
+        ctx: Any,
+        form: Any,
+        group: dist.ProcessGroup | None,
+        need_weights: bool,
+        needed: tuple[bool, ...],
+        grad_context: Tensor | None,
+        grad_alignments: Tensor | None,
+        *saved: Any,
+    ) -> tuple[Tensor | None, ...]:
         padding, context, alignments, *inputs = saved
         with torch.autocast(context.device.type, enabled=False):
             grad_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
@@ -239,7 +258,7 @@ class _ShardedBackward(torch.autograd.Function):
         return tuple(g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True))
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
         raise RuntimeError("sharded attention has no second derivative: it cannot be differentiated twice")
 
 

@@ -79,8 +79,8 @@ class MemoryGradient:
         self._passes: WeakValueDictionary[int, _PendingSteps] = WeakValueDictionary()
         self.keys, self.values = keys.detach(), values.detach()
         self.memory = (keys, values)  # for gradients that are differentiated themselves
-        self.anchor = _MemoryGradientNode.apply(keys, values, self._passes)
-        self.empty_grad = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
+        self.anchor: Tensor = _MemoryGradientNode.apply(keys, values, self._passes)
+        self.empty_grad: Tensor = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
 
     def is_current_for(self, keys: Tensor, values: Tensor) -> bool:
         """Whether keys and values still have the storage and the place in autograd's graph that they had.

@@ -31,7 +31,7 @@ _LARGE = 1 << 18  # elements of all arguments; of larger ones some rows and step
 _capturing = threading.RLock()
 
 
-def _call(module, args, kwargs):
+def _call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return ORIGINAL(module, *args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - in the globals of a copy
 
 

@@ -195,7 +195,7 @@ class _Kept(torch.autograd.Function):
     """``function(*tensors, *numbers)``; its backward may run any number of times."""
 
     @staticmethod
-    def forward(ctx, function, numbers, *tensors):
+    def forward(ctx: Any, function: Callable[..., Tensor], numbers: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors)
         with torch.enable_grad():
             inner = function(*leaves, *numbers)
@@ -204,7 +204,7 @@ class _Kept(torch.autograd.Function):
         return inner.detach()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # to be differentiated again
             tensors, inner = ctx.tensors, ctx.function(*ctx.tensors, *ctx.numbers)
         else:

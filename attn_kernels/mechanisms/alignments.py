@@ -11,7 +11,7 @@ from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..types import attention_mask
 
-State = TypeVar("State", bound=tuple)
+State = TypeVar("State", bound=tuple[Tensor, ...])
 
 
 def allowed_steps(memory: Memory) -> Tensor | None:
