@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
-from . import reference
+from . import packing, reference
 from .types import NORMALIZERS
 
 
@@ -153,7 +153,7 @@ def _backward(formula: Formula) -> Formula:
     return Formula(
         function,
         differentiable=(*range(results), *(results + i for i in formula.differentiable)),
-        shared=None if formula.shared else (),
+        shared=() if formula.shared == () else None,
         numbers=(results + formula.numbers[0], results + formula.numbers[1]),
         flags=2,
     )
@@ -192,6 +192,33 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
     )
 
 
+def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[float], dict[str, Any]]) -> Formula:
+    """The formula of an attention over packed keys and values. Arguments as of ``_with_options``."""
+
+    def formula(query, keys, values, *others):
+        own, (*given, max_length, offsets, _) = others[:tensors], others[tensors:]
+        keywords = {name: x for number, make in zip(given, numbers, strict=True) for name, x in make(number).items()}
+        columns = max_length or packing.enough_columns(offsets, len(keys))
+        padded = (packing.pad(x, offsets, columns) for x in (keys, values))
+        lengths = packing.lengths(offsets)
+        context, alignments = function(query, *padded, *own, **keywords, memory_lengths=lengths)
+        return context, alignments if max_length else packing.flatten_alignments(alignments, offsets, len(keys))
+
+    first = 3 + tensors
+    return Formula(
+        formula,
+        differentiable=tuple(range(first)),
+        shared=None,  # where sentences lie differs from one element of a mapped axis to the next
+        numbers=(first, first + len(numbers) + 1),
+        flags=0,
+        memory=2,
+        results=2,
+    )
+
+
+_ADDITIVE_PACKED = _packed(reference.additive_attention, 2)
+_RELU_PACKED = _packed(reference.additive_attention, 2, _of_slope)
+_DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
 _RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
@@ -211,6 +238,12 @@ FORMULAS = {
     "relu_attention_with_options_backward": _backward(_RELU_WITH_OPTIONS),
     "dot_attention_with_options": _DOT_WITH_OPTIONS,
     "dot_attention_with_options_backward": _backward(_DOT_WITH_OPTIONS),
+    "additive_attention_packed": _ADDITIVE_PACKED,
+    "additive_attention_packed_backward": _backward(_ADDITIVE_PACKED),
+    "relu_attention_packed": _RELU_PACKED,
+    "relu_attention_packed_backward": _backward(_RELU_PACKED),
+    "dot_attention_packed": _DOT_PACKED,
+    "dot_attention_packed_backward": _backward(_DOT_PACKED),
     "dot_attention": _DOT,
     "dot_attention_backward": _backward(_DOT),
 }

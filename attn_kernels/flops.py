@@ -83,7 +83,25 @@ def _attention_backward(
     return 2 * _pairs(query, keys) * products * (need_query + need_memory)
 
 
+def _packed_attention(query: Shape, keys: Shape, values: Shape, *others: Any, **named: Any) -> int:
+    """Of the steps that there are: each is one of one sentence."""
+    return _attention((1, *query[1:]), (1, *keys), (1, *values), *others, **named)
+
+
+def _packed_attention_backward(
+    grad_context: Shape | None, _: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **named: Any
+) -> int:
+    of_one = ((1, *query[1:]), (1, *keys), (1, *values))
+    return _attention_backward(grad_context, _, *of_one, *others, **named)
+
+
 _FORMULAS = {
+    "additive_attention_packed": _packed_attention,
+    "additive_attention_packed_backward": _packed_attention_backward,
+    "relu_attention_packed": _packed_attention,
+    "relu_attention_packed_backward": _packed_attention_backward,
+    "dot_attention_packed": _packed_attention,
+    "dot_attention_packed_backward": _packed_attention_backward,
     "additive_scores": _additive_scores,
     "additive_scores_backward": _additive_scores_backward,
     "relu_scores": _additive_scores,

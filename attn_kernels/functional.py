@@ -28,6 +28,7 @@ from .checks import (
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
+from .packed_attention import attend_packed, check_query, is_jagged, packed_memory
 from .scores import AdditiveScore, DotScore, ReluScore, Score
 from .types import (
     DTYPES,
@@ -52,6 +53,7 @@ def additive_attention(
     extra: Tensor | None = None,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
+    memory_offsets: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -86,6 +88,7 @@ def additive_attention(
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
+        memory_offsets: (B + 1,) int32 or int64, for keys and values without padding; see below.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
             it.
         score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty.
@@ -106,6 +109,16 @@ def additive_attention(
         dtype of the inputs. A query with nothing to attend gets zeros. Gradients flow through both. The context is None
         without ``values``.
 
+    Packed memories: keys (N, A) and values (N, D) that hold the steps of all sentences one after the other, where
+    sentence b has steps ``memory_offsets[b]`` to ``memory_offsets[b + 1] - 1``: the first offset is 0, the last one N.
+    Or keys (B, j, A) and values (B, j, D) that are jagged (``torch.nested``, ``layout=torch.jagged``), of the same
+    lengths. The query remains a dense tensor. The context is (B, Tq, D), and zero for an empty sentence; alignments are
+    (B, Tq, Tk) with zeros behind each sentence, where Tk is the largest length, or the ``max_seqlen`` that jagged
+    tensors know. No work is done for padding on the CPU. Other backends than "cpu" run on a padded copy, and on a GPU
+    wait for the largest length unless ``max_seqlen`` is known; offsets are not checked there. Not together with
+    ``memory_lengths``, ``mask``, ``extra``, ``prepared``, ``score_bias``, ``dropout_p``, ``normalizer`` and
+    ``need_log_total``.
+
     Dtypes: float64, float32, bfloat16, float16, the same for all tensors; sums are float32 or wider. Under autocast the
     inputs are cast to its dtype (float64 excepted), like those of ``scaled_dot_product_attention``.
 
@@ -114,6 +127,15 @@ def additive_attention(
             TypeError): a dtype or type does not. Both are ``attn_kernels.ArgumentError``.
     """
     name = "additive_attention"
+    memory = None
+    if memory_offsets is not None or (type(keys) is not Tensor and is_jagged(keys)):
+        few = _given_options(score_bias, dropout_p, normalizer, need_log_total)
+        of_padded = dict(memory_lengths=memory_lengths, mask=mask, extra=extra, prepared=prepared)
+        memory = packed_memory(name, keys, values, memory_offsets, **of_padded, **few)
+        keys = memory.keys
+        if query is None:
+            query = keys.new_zeros(()).expand(memory.offsets.shape[0] - 1, keys.shape[1])
+        check_query(name, query, memory)
     if query is None:
         check_tensor(name, "keys", keys)
         query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[-1])
@@ -133,10 +155,14 @@ def additive_attention(
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: it is for tanh")
         if slope is None:
+            if memory is None:
+                check_query_keys(name, query, keys)
             query, keys, v, bias = _half_of_sigmoid(name, query, keys, v, bias)
             score = AdditiveScore(v, bias)
         else:
             score = ReluScore(v, bias, slope)
+    if memory is not None:
+        return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
     masks = new(Masks, (memory_lengths, mask))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
         if prepared is not None:
@@ -188,6 +214,7 @@ def dot_attention(
     *,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
+    memory_offsets: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -210,13 +237,19 @@ def dot_attention(
         keys: (B, Tk, A).
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
-        memory_lengths, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, backend: as in
-            :func:`additive_attention`.
+        memory_lengths, memory_offsets, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, backend:
+            as in :func:`additive_attention`.
 
-    Returns, dtypes, errors: as in :func:`additive_attention`.
+    Returns, packed memories, dtypes, errors: as in :func:`additive_attention`.
     """
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
+    if memory_offsets is not None or (type(keys) is not Tensor and is_jagged(keys)):
+        few = _given_options(score_bias, dropout_p, normalizer, need_log_total)
+        of_padded = dict(memory_lengths=memory_lengths, mask=mask)
+        memory = packed_memory("dot_attention", keys, values, memory_offsets, **of_padded, **few)
+        check_query("dot_attention", query, memory)
+        return attend_packed(DotScore(scale), query, memory, need_weights, backend)
     masks = new(Masks, (memory_lengths, mask))
     score = new(DotScore, (scale,))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
@@ -260,6 +293,7 @@ def additive_scores(
     if activation != "tanh":
         slope = check_activation("additive_scores", activation, negative_slope)
         if slope is None:  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+            check_query_keys("additive_scores", query, keys)
             q, k, w, b = _half_of_sigmoid("additive_scores", query, keys, v, bias)
             scores = additive_scores(q, k, w, b, backend=backend)
             return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
@@ -297,10 +331,21 @@ def _half_of_sigmoid(
 
     Halving is exact but for what becomes denormal.
     """
-    check_query_keys(name, query, keys)
     check_units(name, query, "v", v)
     check_units(name, query, "bias", bias)
     return 0.5 * query, 0.5 * keys, 0.5 * v, None if bias is None else 0.5 * bias
+
+
+def _given_options(
+    score_bias: Tensor | None, dropout_p: float, normalizer: str, need_log_total: bool
+) -> dict[str, object]:
+    """By name, None or False where they are as by default."""
+    return dict(
+        score_bias=score_bias,
+        dropout_p=dropout_p != 0.0,
+        normalizer=normalizer != "softmax",
+        need_log_total=need_log_total,
+    )
 
 
 def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor:

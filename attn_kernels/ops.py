@@ -185,6 +185,13 @@ def _attention_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -
     return query.new_empty(batch, queries, values.shape[2]), alignments
 
 
+def _packed_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, max_length, _, need_alignments = others
+    batch, queries = query.shape[:2]
+    shape = (batch, queries, max_length) if max_length else (queries * keys.shape[0],)
+    return query.new_empty(batch, queries, values.shape[1]), query.new_empty(shape if need_alignments else (0,))
+
+
 def _options_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return *_attention_fake(query, keys, values, *others), query.new_empty(query.shape[:2], dtype=wide)
@@ -254,6 +261,22 @@ for _name, _score in SCORES.items():
         f"{_name}_attention_with_options",
         f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments, Tensor log_total)",
         _options_fake,
+    )
+
+    # Of keys (N, A) and values (N, D), the steps of all sentences one after the other: see packing.py. Alignments are
+    # (B, Tq, max_length), or with max_length 0 those of the steps alone, (Tq N,), sentence by sentence.
+    _packed = ("int max_length", "Tensor offsets")
+    _inputs = ", ".join((*_MEMORY, *_score.tensors, *_score.numbers, *_packed))
+    _define(
+        f"{_name}_attention_packed_backward",
+        f"(Tensor? grad_context, Tensor? grad_alignments, {_inputs}, Tensor alignments, {_NEEDED}) -> "
+        f"({', '.join(['Tensor'] * (3 + len(_score.tensors)))})",
+        _attention_backward_fake(2, len(_score.tensors)),
+    )
+    _define(
+        f"{_name}_attention_packed",
+        f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
+        _packed_fake,
     )
 
 for _name, _inputs in (

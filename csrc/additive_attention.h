@@ -7,8 +7,9 @@ namespace attn {
 
 // Where the gradients of the score's own arguments go.
 struct VectorGradients {
-  void* dv;     // (A,)
-  void* dbias;  // (A,), or null
+  void* dv;           // (A,)
+  void* dbias;        // (A,), or null
+  bool wide = false;  // float, or double for float64, whatever the dtype of query: for sums of several calls; CPU only
 };
 
 struct VectorScores : Scores {

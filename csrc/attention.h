@@ -38,8 +38,9 @@ struct AttentionForward : Score {
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
   const AttentionOptions* options = nullptr;
-  void* log_total = nullptr;  // with options: (B, Tq) contiguous, float, or double for float64: log of the sum of
-                              // e^scores or of sigmoid(scores)
+  void* log_total = nullptr;       // with options: (B, Tq) contiguous, float, or double for float64: log of the sum of
+                                   // e^scores or of sigmoid(scores)
+  int64_t alignments_columns = 0;  // of the rows of alignments where those are longer than Tk: 0 is filled in; CPU only
 };
 
 // Outputs are contiguous. Those of the query and of the score's own arguments may all be null, or those of the memory;

@@ -140,6 +140,38 @@ def _with_options(name: str) -> Callable[..., Any]:
     return attend
 
 
+def _packed(name: str) -> Callable[..., Any]:
+    """A public function, called with keys and values without their padding."""
+
+    def attend(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *others: Tensor,
+        backend: str | None = None,
+        memory_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        **keywords: Any,
+    ) -> Any:
+        if mask is not None:
+            pytest.skip("packed memories have lengths alone")
+        if backend in ("cuda", "triton"):
+            pytest.skip(f"backend {backend} runs on a padded copy")
+        steps = keys.shape[1]
+        if memory_lengths is None:
+            memory_lengths = torch.full(keys.shape[:1], steps, device=keys.device)
+        there = torch.arange(steps, device=keys.device) < memory_lengths[:, None]
+        offsets = torch.nn.functional.pad(memory_lengths.cumsum(0), (1, 0)).to(memory_lengths.dtype)
+        packed = (query, keys[there], values[there], *others)
+        found = getattr(attn_kernels, name)(*packed, memory_offsets=offsets, backend=backend, **keywords)
+        if found.alignments is None:
+            return found
+        behind = steps - found.alignments.shape[-1]
+        return found._replace(alignments=torch.nn.functional.pad(found.alignments, (0, behind)))
+
+    return attend
+
+
 # For tests of results: the ops, and further ways to call them, which must give the same.
 ACTIVATIONS = {
     "relu": {"activation": "relu"},
@@ -163,6 +195,9 @@ VARIANTS = MAIN | {
         options={**_OF_DOT.options, "normalizer": "sigmoid"},
         variant=_with_options("dot_attention"),
     ),
+    "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention")),
+    "packed relu": _OF_ATTENTION._replace(variant=_packed("additive_attention"), options=ACTIVATIONS["relu"]),
+    "packed dot": _OF_DOT._replace(variant=_packed("dot_attention")),
 }
 
 

@@ -504,8 +504,9 @@ void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const
       v_sum += load(dv_parts + b * units.size + c);
       bias_sum += load(dbias_parts + b * units.size + c);
     }
-    store_as<T>(op.dv, op.query.dtype, c, v_sum, op.A - c);
-    if (op.dbias != nullptr) store_as<T>(op.dbias, op.query.dtype, c, bias_sum, op.A - c);
+    const Dtype dtype = op.wide ? native<T> : op.query.dtype;
+    store_as<T>(op.dv, dtype, c, v_sum, op.A - c);
+    if (op.dbias != nullptr) store_as<T>(op.dbias, dtype, c, bias_sum, op.A - c);
   }
 }
 

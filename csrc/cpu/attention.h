@@ -138,11 +138,14 @@ struct AttentionParams {
   const void* known_log_total = nullptr;  // backward
   const void* grad_log_total = nullptr;
   void* dscore_bias = nullptr;
+  int64_t alignments_columns = 0;  // forward
 };
 
 template <class Score>
 AttentionParams params_of(const AttentionForward<Score>& op) {
-  return {op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended, op.options, op.log_total};
+  AttentionParams p{op.B, op.Tq, op.Tk, op.D, op.query.dtype, op.values, op.attended, op.options, op.log_total};
+  p.alignments_columns = max(op.alignments_columns, op.Tk);
+  return p;
 }
 
 template <class Score>
@@ -214,7 +217,10 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
         static_cast<T*>(p.log_total)[row + i] = normalise_with_options<T, Normaliser>(p, row + i, list, n, w, scratch);
       else if (n > 0)
         Normaliser::row(w, n);
-      if (alignments != nullptr) write_compact(alignments, p.dtype, (row + i) * p.Tk, p.Tk, list, n, w);
+      if (alignments != nullptr) {
+        const int64_t columns = p.alignments_columns;
+        write_compact(alignments, p.dtype, (row + i) * columns, columns, list, n, w);
+      }
       if (p.options != nullptr) drop(p, row + i, list, n, w);
     }
   };

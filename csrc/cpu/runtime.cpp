@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,13 +13,32 @@
 
 namespace attn {
 
+namespace {
+thread_local bool on_one_thread = false;
+
+struct OneThread {
+  const bool outer = on_one_thread;
+  OneThread() { on_one_thread = true; }
+  ~OneThread() { on_one_thread = outer; }
+};
+}  // namespace
+
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (n <= 0) return;
-  if (n <= grain) return body(0, n, context);
+  if (n <= grain || on_one_thread) return body(0, n, context);
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-int64_t thread_count() { return torch::stable::get_num_threads(); }
+int64_t thread_count() { return on_one_thread ? 1 : torch::stable::get_num_threads(); }
+
+void for_each_in_turn(int64_t n, void (*body)(int64_t, void*), void* context) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = thread_count();
+  torch::stable::parallel_for(0, n < threads ? n : threads, 1, [&](int64_t, int64_t) {
+    const OneThread scope;
+    for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, context);
+  });
+}
 
 namespace {
 // Of the first processor, as Linux tells it; 0 if it does not. Not sysconf(): on AMD it counts all caches of the package.

@@ -9,6 +9,10 @@ namespace attn {
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
+// Runs body(i, context) for i in [0, n), each on one thread, which takes the next one when it is done: n tasks of unlike
+// cost, the largest first. Within body there is one thread: a parallel_for there runs on it.
+void for_each_in_turn(int64_t n, void (*body)(int64_t, void*), void* context);
+
 // Bytes of the last level of cache; 32 MiB where the system does not tell.
 int64_t last_cache_bytes();
 

@@ -1,0 +1,168 @@
+"""Attention over packed keys and values: the steps of all sentences one after the other, and no padding.
+
+``functional.py`` has the public functions, which come here with jagged keys or ``memory_offsets``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, packing
+from .attending import ARGUMENT_ERRORS, attend_arrays, to_result
+from .backends import choose
+from .checks import check_device, check_dtypes, check_tensor, shape_of
+from .errors import ArgumentTypeError, ArgumentValueError
+from .scores import Score
+from .types import Attention, Masks, autocast, device_type
+
+
+class PackedMemory(NamedTuple):
+    """Keys (N, A), values (N, D) or None, and the first step of each sentence, (B + 1,).
+
+    max_length: that jagged tensors were made with, at least the largest length; None where it is not known.
+    """
+
+    keys: Tensor
+    values: Tensor | None
+    offsets: Tensor
+    max_length: int | None
+
+
+def is_jagged(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_nested and tensor.layout == torch.jagged
+
+
+def packed_memory(
+    name: str, keys: Tensor, values: Tensor | None, memory_offsets: Tensor | None, **others: Any
+) -> PackedMemory:
+    """Of jagged keys and values, or of packed ones with offsets; shapes and types are checked.
+
+    others: what was given that padded keys may have, and these not, by name; None or False where it was not.
+    """
+    for argument, given in others.items():
+        if given is not None and given is not False:
+            pad = "" if argument == "memory_lengths" else "; pad keys and values, with memory_lengths, to use it"
+            raise ArgumentValueError(f"{name}: {argument} is not for jagged keys, nor with memory_offsets{pad}")
+    max_length = None
+    if is_jagged(keys):
+        if memory_offsets is not None:
+            raise ArgumentValueError(f"{name}: memory_offsets must be None with jagged keys, which have their own")
+        memory_offsets = _offsets(name, "keys", keys)
+        max_length = getattr(keys, "_maybe_max_seqlen", None)
+        if values is not None:
+            if not is_jagged(values):
+                raise ArgumentTypeError(f"{name}: values must be jagged, as keys are, got {_kind(values)}")
+            of_values = _offsets(name, "values", values)
+            check_device(name, "values", values, keys=keys)
+            if not (of_values is memory_offsets or _are_equal(of_values, memory_offsets)):
+                raise ArgumentValueError(f"{name}: values must have the lengths of keys")
+            values = values.values()
+        keys = keys.values()
+    check_tensor(name, "keys", keys)
+    if keys.dim() != 2:
+        raise ArgumentValueError(f"{name}: keys must have shape (N, A) with memory_offsets, got {shape_of(keys)}")
+    if values is not None:
+        check_tensor(name, "values", values)
+        if values.dim() != 2 or values.shape[0] != keys.shape[0]:
+            expected = f"({keys.shape[0]}, *)"
+            raise ArgumentValueError(f"{name}: values must have shape (N, D) = {expected}, got {shape_of(values)}")
+        check_device(name, "values", values, keys=keys)
+    check_tensor(name, "memory_offsets", memory_offsets)
+    if memory_offsets.dtype not in (torch.int32, torch.int64):
+        raise ArgumentTypeError(f"{name}: memory_offsets must be int32 or int64, got {memory_offsets.dtype}")
+    if memory_offsets.dim() != 1 or memory_offsets.shape[0] == 0:
+        raise ArgumentValueError(f"{name}: memory_offsets must have shape (B + 1,), got {shape_of(memory_offsets)}")
+    check_device(name, "memory_offsets", memory_offsets, keys=keys)
+    return PackedMemory(keys, values, memory_offsets, max_length)
+
+
+def _offsets(name: str, argument: str, jagged: Any) -> Tensor:
+    if jagged.dim() != 3 or jagged._ragged_idx != 1:
+        axes = "(B, j, A)" if argument == "keys" else "(B, j, D)"
+        raise ArgumentValueError(f"{name}: {argument} must have shape {axes}, got {shape_of(jagged)}")
+    if jagged.lengths() is not None:
+        raise ArgumentValueError(
+            f"{name}: {argument} must have no holes between sentences: call {argument}.contiguous()"
+        )
+    return jagged.offsets()
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {shape_of(value)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _are_equal(offsets: Tensor, others: Tensor) -> bool:
+    """As far as it can be read without waiting for a device."""
+    if offsets.shape != others.shape:
+        return False
+    return not offsets.is_cpu or not packing.is_readable(offsets) or torch.equal(offsets, others)
+
+
+def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
+    """Whether the query, (B, Tq, A) or (B, A), fits the memory."""
+    check_tensor(name, "query", query)
+    batch, units = memory.offsets.shape[0] - 1, memory.keys.shape[1]
+    if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != units:
+        expected = f"({batch}, *, {units}) or ({batch}, {units})"
+        raise ArgumentValueError(
+            f"{name}: query must have shape (B, Tq, A) or (B, A) = {expected}, as memory_offsets, (B + 1,), and keys, "
+            f"(N, A), ask for, got {shape_of(query)}"
+        )
+    check_device(name, "keys", memory.keys, query=query)
+
+
+def _check_offsets(name: str, memory: PackedMemory) -> None:
+    if not memory.offsets.is_cpu or not packing.is_readable(memory.offsets):
+        return
+    try:
+        offsets = memory.offsets.tolist()
+    except RuntimeError:  # there are none to be seen in tensors of a transform
+        return
+    steps = memory.keys.shape[0]
+    if offsets[0] != 0 or offsets[-1] != steps or offsets != sorted(offsets):
+        raise ArgumentValueError(f"{name}: memory_offsets must start with 0, not decrease and end with N = {steps}")
+    if memory.max_length is not None and packing.longest(memory.offsets) > memory.max_length:
+        raise ArgumentValueError(f"{name}: keys have a sentence longer than their max_seqlen, {memory.max_length}")
+
+
+def attend_packed(
+    score: Score, query: Tensor, memory: PackedMemory, need_weights: bool, backend: str | None
+) -> Attention:
+    """The op of a score on a packed memory; on other backends than the CPU's, that of a padded copy."""
+    name = score.name
+    keys, values, offsets, max_length = memory
+    if values is None and not need_weights:
+        raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
+    score.check(query)
+    chosen = choose(backend, device_type(query))
+    if chosen != "cpu":
+        _check_offsets(name, memory)
+        columns = packing.longest(offsets) if max_length is None else max_length
+        keys = packing.pad(keys, offsets, columns)
+        values = None if values is None else packing.pad(values, offsets, columns)
+        return attend_arrays(score, query, keys, values, Masks(packing.lengths(offsets)), need_weights, backend)
+    without_context = values is None
+    if values is None:
+        values = keys.new_empty((keys.shape[0], 0))
+    score, (q, k, x) = score.autocast(query), autocast(query, keys, values)
+    check_dtypes(name, q, keys=k, values=x)
+    score.check_dtypes(q, k, lambda: chosen)
+    if q.dim() == 2:
+        q = q.unsqueeze(1)
+    columns = 0
+    if need_weights:
+        columns = packing.longest(offsets) if max_length is None else max_length
+        columns = max(columns, 1)  # 0 is for packed alignments
+    own, numbers = score[: score.gradients], score[score.tensors :]
+    try:
+        result = ops.call(f"{score.op}_packed", chosen, q, k, x, *own, *numbers, columns, offsets, need_weights)
+    except ARGUMENT_ERRORS:
+        _check_offsets(name, memory)
+        raise
+    if columns == 1 and keys.shape[0] == 0:  # nothing to attend
+        result = result[0], result[1][..., :0]
+    context, alignments = to_result(result, query.dim(), need_weights)
+    return Attention(None if without_context else context, alignments)

@@ -1,0 +1,59 @@
+"""Packed sequences: the steps of all sentences one after the other, (N, *), and where each sentence lies.
+
+offsets: (B + 1,) int32 or int64; sentence b has the steps offsets[b] to offsets[b + 1] - 1. Plain PyTorch, which
+autograd and its transforms look into.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+
+def lengths(offsets: Tensor) -> Tensor:
+    """(B,), in the dtype of offsets."""
+    return offsets.diff()
+
+
+def longest(offsets: Tensor) -> int:
+    """The largest length, 0 where there is no sentence. Waits for the device."""
+    return int(lengths(offsets).max()) if offsets.numel() > 1 else 0
+
+
+def is_readable(offsets: Tensor) -> bool:
+    """Whether there are values, which a trace may depend on."""
+    return (
+        type(offsets) is Tensor
+        and not is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def enough_columns(offsets: Tensor, n: int) -> int:
+    """For all sentences: the largest length, or where that cannot be read, N."""
+    return longest(offsets) if is_readable(offsets) else n
+
+
+def pad(rows: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """(N, *) -> (B, columns, *), zeros behind each sentence.
+
+    On a GPU nobody has checked offsets: what they have too much is not read.
+    """
+    steps = torch.arange(columns, device=rows.device)
+    used = steps < lengths(offsets)[:, None]
+    zeros = len(rows)  # the place of a row of them
+    at = torch.where(used, offsets[:-1, None] + steps, zeros).clamp(0, zeros)
+    with_zeros = torch.cat((rows, rows.new_zeros((1, *rows.shape[1:]))))
+    return with_zeros.index_select(0, at.flatten()).view(*at.shape, *rows.shape[1:])
+
+
+def flatten_alignments(alignments: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """(B, Tq, columns) -> (Tq n,): of each sentence, the weights (Tq, length) without those behind it."""
+    queries, columns = alignments.shape[1:]
+    place = torch.arange(queries * n, device=alignments.device)
+    sentence = torch.bucketize(place, queries * offsets[1:].long(), right=True)
+    within, length = place - queries * offsets[sentence], lengths(offsets)[sentence]
+    at = (sentence * queries + within // length) * columns + within % length
+    return alignments.flatten().index_select(0, at)

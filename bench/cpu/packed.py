@@ -1,0 +1,152 @@
+"""Times attention over a ragged batch: ``python -m bench.cpu.packed --help``.
+
+Sentences of unlike lengths, forward and backward of additive or dot attention: packed keys and values, without padding,
+against padded ones with ``memory_lengths``, and against eager on the padded ones. Besides, what each allocates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from attn_kernels import additive_attention, dot_attention
+
+from .. import eager, machine, report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from ..machine import Allocator
+
+app = application()
+
+PACKED, PADDED, EAGER = "packed", "padded", "eager, padded"
+WAYS = (PACKED, PADDED, EAGER)
+SHORTEST, LONGEST = 5, 200
+SHAPES = ((32, 40, 256), (32, 1, 256))  # B, Tq, A = D
+OPS = ("additive_attention", "dot_attention")
+TOLERANCE = 1e-4  # of gradients, relative to their largest element
+
+
+class Ragged:
+    """A batch of sentences of 5 to 200 steps, packed and padded."""
+
+    def __init__(self, op: str, batch: int, queries: int, units: int) -> None:
+        rng = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=rng)
+
+        self.op = op
+        self.lengths = torch.randint(SHORTEST, LONGEST + 1, (batch,), generator=rng)
+        self.offsets = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
+        steps = int(self.lengths.sum())
+        self.there = torch.arange(int(self.lengths.max())) < self.lengths[:, None]
+        self.query = normal(batch, queries, units).requires_grad_()
+        self.v = (normal(units) / math.sqrt(units)).requires_grad_()
+        self.packed = [normal(steps, units).requires_grad_() for _ in range(2)]
+        self.padded = [self._pad(x.detach()).requires_grad_() for x in self.packed]
+        self.grad = normal(batch, queries, units)
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros((*self.there.shape, rows.shape[1])).masked_scatter(self.there[..., None], rows)
+
+    @property
+    def padding(self) -> float:
+        """How much of the padded memory is padding."""
+        return 1 - self.there.float().mean().item()
+
+    def both(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
+        """Forward and backward: the gradients of query, keys, values and v."""
+        keys, values = self.packed if way == PACKED else self.padded
+        own = (self.v,) if self.op == "additive_attention" else ()
+        masks = dict(memory_offsets=self.offsets) if way == PACKED else dict(memory_lengths=self.lengths)
+        ours: dict[str, Any] = dict(additive_attention=additive_attention, dot_attention=dot_attention)
+        function = getattr(eager, self.op) if way == EAGER else ours[self.op]
+
+        def run() -> tuple[Tensor, ...]:
+            context = function(self.query, keys, values, *own, **masks, need_weights=False).context
+            return torch.autograd.grad(context, (self.query, keys, values, *own), self.grad)
+
+        return run
+
+    def check(self) -> None:
+        """Whether all ways give the same gradients: otherwise nothing is timed."""
+        dquery, dkeys, dvalues, *own = self.both(PACKED)()
+        packed = (dquery, self._pad(dkeys), self._pad(dvalues), *own)
+        for way in (PADDED, EAGER):
+            for one, other in zip(packed, self.both(way)(), strict=True):
+                error = ((one - other).abs().max() / other.abs().max()).item()
+                if not error <= TOLERANCE:
+                    raise RuntimeError(f"packed: gradients of {way!r} are off by {error}: nothing is timed")
+
+
+def measure(op: str, shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
+    ragged = Ragged(op, *shape)
+    ragged.check()
+    calls = {way: ragged.both(way) for way in WAYS}
+    samples = timing.interleave(calls, timing.WallTimer(), seconds=seconds, least_rounds=5, most_rounds=200)
+    return {
+        "op": op,
+        "B,Tq,A=D": list(shape),
+        "padding": round(ragged.padding, 3),
+        "rounds": len(samples[PACKED]),
+        "ms": {way: results.rounded(timing.spread(samples[way]).scaled(1e3)) for way in WAYS},
+        f"times {PACKED}": {way: timing.ratios(samples, way, PACKED)._asdict() for way in WAYS if way != PACKED},
+    }
+
+
+def add_memory(row: dict[str, Any]) -> None:
+    """What a forward and backward hold at their peak: what is saved, scratch and gradients. Inputs were made before."""
+    ragged = Ragged(row["op"], *row["B,Tq,A=D"])
+    row["MB"] = {}
+    for way in WAYS:
+        call = ragged.both(way)
+        call()
+        row["MB"][way] = machine.peak_memory(call, torch.device("cpu"))
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    title = "Forward and backward of a ragged batch: ms, how many times those of packed, and MB at the peak"
+    shown = report.table(title, "", "B,Tq,A=D", "padding", *WAYS, wrap=True)
+    for row in rows:
+        cells = []
+        for way in WAYS:
+            ratio = row[f"times {PACKED}"].get(way)
+            of_packed = "" if ratio is None else f" ({ratio['median']:.2f}x)"
+            memory = row["MB"][way]
+            of_memory = "" if memory is None else f", {report.figure(memory)} MB"
+            cells.append(f"{report.figure(row['ms'][way]['median'])}{of_packed}{of_memory}")
+        shown.add_row(row["op"], ",".join(map(str, row["B,Tq,A=D"])), f"{row['padding']:.0%}", *cells)
+    return shown
+
+
+@app.command()
+def main(
+    quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
+    threads: ThreadsOption = 1,
+    allocator: AllocatorOption = Allocator.reuse,
+    output: OutputOption = results.LOCAL,
+) -> None:
+    """Times attention over sentences of 5 to 200 steps, packed and padded, forward and backward, on the CPU."""
+    start = time.perf_counter()
+    in_effect = prepare(threads, allocator)
+    shapes = SHAPES[: 1 if quick else None]
+    with console.status("measuring"):
+        rows = [measure(op, shape, 0.2 if quick else seconds) for shape in shapes for op in OPS]
+        machine.set_allocator_for_memory(allocator)
+        for row in rows:
+            add_memory(row)
+    described = machine.describe(torch.device("cpu"), in_effect)
+    path = output / "packed-cpu.json"
+    results.write_json(path, {"part": "packed", "machine": described, "settings": {"threads": threads}, "rows": rows})
+    finish([table(rows)], described, start, path)
+
+
+if __name__ == "__main__":
+    app()
