@@ -28,7 +28,7 @@ from .checks import (
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
-from .packed_attention import attend_packed, check_query, is_jagged, packed_memory
+from .packed_attention import attend_packed, check_memory, check_query, is_jagged, packed_memory
 from .scores import AdditiveScore, DotScore, ReluScore, Score
 from .types import (
     DTYPES,
@@ -134,8 +134,10 @@ def additive_attention(
         memory = packed_memory(name, keys, values, memory_offsets, **of_padded, **few)
         keys = memory.keys
         if query is None:
+            check_memory(name, memory)
             query = keys.new_zeros(()).expand(memory.offsets.shape[0] - 1, keys.shape[1])
-        check_query(name, query, memory)
+        if activation == "sigmoid" or scale != 1.0:  # what is made of the arguments here
+            check_query(name, query, memory)
     if query is None:
         check_tensor(name, "keys", keys)
         query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[-1])
@@ -248,7 +250,6 @@ def dot_attention(
         few = _given_options(score_bias, dropout_p, normalizer, need_log_total)
         of_padded = dict(memory_lengths=memory_lengths, mask=mask)
         memory = packed_memory("dot_attention", keys, values, memory_offsets, **of_padded, **few)
-        check_query("dot_attention", query, memory)
         return attend_packed(DotScore(scale), query, memory, need_weights, backend)
     masks = new(Masks, (memory_lengths, mask))
     score = new(DotScore, (scale,))

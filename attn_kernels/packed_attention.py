@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops, packing
-from .attending import ARGUMENT_ERRORS, attend_arrays, to_result
+from .attending import ARGUMENT_ERRORS, attend_arrays, new, to_result
 from .backends import choose
 from .checks import check_device, check_dtypes, check_tensor, shape_of
 from .errors import ArgumentTypeError, ArgumentValueError
 from .scores import Score
-from .types import Attention, Masks, autocast, device_type
+from .types import Attention, Masks, autocast, device_type, on_one_device
 
 
 class PackedMemory(NamedTuple):
@@ -38,7 +39,7 @@ def is_jagged(tensor: object) -> bool:
 def packed_memory(
     name: str, keys: Tensor, values: Tensor | None, memory_offsets: Tensor | None, **others: Any
 ) -> PackedMemory:
-    """Of jagged keys and values, or of packed ones with offsets; shapes and types are checked.
+    """Of jagged keys and values, or of packed ones with offsets.
 
     others: what was given that padded keys may have, and these not, by name; None or False where it was not.
     """
@@ -61,21 +62,6 @@ def packed_memory(
                 raise ArgumentValueError(f"{name}: values must have the lengths of keys")
             values = values.values()
         keys = keys.values()
-    check_tensor(name, "keys", keys)
-    if keys.dim() != 2:
-        raise ArgumentValueError(f"{name}: keys must have shape (N, A) with memory_offsets, got {shape_of(keys)}")
-    if values is not None:
-        check_tensor(name, "values", values)
-        if values.dim() != 2 or values.shape[0] != keys.shape[0]:
-            expected = f"({keys.shape[0]}, *)"
-            raise ArgumentValueError(f"{name}: values must have shape (N, D) = {expected}, got {shape_of(values)}")
-        check_device(name, "values", values, keys=keys)
-    check_tensor(name, "memory_offsets", memory_offsets)
-    if memory_offsets.dtype not in (torch.int32, torch.int64):
-        raise ArgumentTypeError(f"{name}: memory_offsets must be int32 or int64, got {memory_offsets.dtype}")
-    if memory_offsets.dim() != 1 or memory_offsets.shape[0] == 0:
-        raise ArgumentValueError(f"{name}: memory_offsets must have shape (B + 1,), got {shape_of(memory_offsets)}")
-    check_device(name, "memory_offsets", memory_offsets, keys=keys)
     return PackedMemory(keys, values, memory_offsets, max_length)
 
 
@@ -101,8 +87,29 @@ def _are_equal(offsets: Tensor, others: Tensor) -> bool:
     return not offsets.is_cpu or not packing.is_readable(offsets) or torch.equal(offsets, others)
 
 
+def check_memory(name: str, memory: PackedMemory) -> None:
+    """Whether types and shapes are those of a packed memory."""
+    keys, values, offsets, _ = memory
+    check_tensor(name, "keys", keys)
+    if keys.dim() != 2:
+        raise ArgumentValueError(f"{name}: keys must have shape (N, A) with memory_offsets, got {shape_of(keys)}")
+    if values is not None:
+        check_tensor(name, "values", values)
+        if values.dim() != 2 or values.shape[0] != keys.shape[0]:
+            expected = f"({keys.shape[0]}, *)"
+            raise ArgumentValueError(f"{name}: values must have shape (N, D) = {expected}, got {shape_of(values)}")
+        check_device(name, "values", values, keys=keys)
+    check_tensor(name, "memory_offsets", offsets)
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise ArgumentTypeError(f"{name}: memory_offsets must be int32 or int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ArgumentValueError(f"{name}: memory_offsets must have shape (B + 1,), got {shape_of(offsets)}")
+    check_device(name, "memory_offsets", offsets, keys=keys)
+
+
 def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
-    """Whether the query, (B, Tq, A) or (B, A), fits the memory."""
+    """Whether the query, (B, Tq, A) or (B, A), fits the memory, and that is one."""
+    check_memory(name, memory)
     check_tensor(name, "query", query)
     batch, units = memory.offsets.shape[0] - 1, memory.keys.shape[1]
     if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != units:
@@ -112,6 +119,16 @@ def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
             f"(N, A), ask for, got {shape_of(query)}"
         )
     check_device(name, "keys", memory.keys, query=query)
+
+
+def _check(score: Score, query: Tensor, memory: PackedMemory, backend: str | None) -> None:
+    check_query(score.name, query, memory)
+    score.check(query)
+    _check_offsets(score.name, memory)
+    score = score.autocast(query)
+    query, keys, values = autocast(query, memory.keys, memory.values)
+    check_dtypes(score.name, query, keys=keys, values=values)
+    score.check_dtypes(query, keys, lambda: choose(backend, query.device.type))
 
 
 def _check_offsets(name: str, memory: PackedMemory) -> None:
@@ -132,37 +149,35 @@ def attend_packed(
     score: Score, query: Tensor, memory: PackedMemory, need_weights: bool, backend: str | None
 ) -> Attention:
     """The op of a score on a packed memory; on other backends than the CPU's, that of a padded copy."""
-    name = score.name
     keys, values, offsets, max_length = memory
     if values is None and not need_weights:
-        raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
-    score.check(query)
-    chosen = choose(backend, device_type(query))
-    if chosen != "cpu":
-        _check_offsets(name, memory)
-        columns = packing.longest(offsets) if max_length is None else max_length
-        keys = packing.pad(keys, offsets, columns)
-        values = None if values is None else packing.pad(values, offsets, columns)
-        return attend_arrays(score, query, keys, values, Masks(packing.lengths(offsets)), need_weights, backend)
-    without_context = values is None
-    if values is None:
-        values = keys.new_empty((keys.shape[0], 0))
-    score, (q, k, x) = score.autocast(query), autocast(query, keys, values)
-    check_dtypes(name, q, keys=k, values=x)
-    score.check_dtypes(q, k, lambda: chosen)
-    if q.dim() == 2:
-        q = q.unsqueeze(1)
-    columns = 0
-    if need_weights:
-        columns = packing.longest(offsets) if max_length is None else max_length
-        columns = max(columns, 1)  # 0 is for packed alignments
-    own, numbers = score[: score.gradients], score[score.tensors :]
+        raise ArgumentValueError(f"{score.name}: need_weights must be True without values: nothing else is returned")
     try:
-        result = ops.call(f"{score.op}_packed", chosen, q, k, x, *own, *numbers, columns, offsets, need_weights)
+        chosen = choose(backend, device_type(query))
+        if chosen != "cpu":
+            _check(score, query, memory, backend)
+            columns = packing.longest(offsets) if max_length is None else max_length
+            keys = packing.pad(keys, offsets, columns)
+            values = None if values is None else packing.pad(values, offsets, columns)
+            return attend_arrays(score, query, keys, values, Masks(packing.lengths(offsets)), need_weights, backend)
+        if is_compiling():
+            _check(score, query, memory, backend)
+        elif not on_one_device(query, keys, values, offsets, *score):
+            raise ArgumentValueError  # raised again below, with a full message
+        q, k, x = query, keys, keys.new_empty((keys.shape[0], 0)) if values is None else values
+        if torch._C._is_any_autocast_enabled():
+            score, (q, k, x) = score.autocast(query), autocast(q, k, x)
+        if q.dim() == 2:
+            q = q.unsqueeze(1)
+        columns = 0  # packed alignments
+        if need_weights:
+            columns = max(1, packing.longest(offsets) if max_length is None else max_length)
+        own, numbers = score[: score.gradients], score[score.tensors :]
+        result = ops.call(f"{score.op}_packed", "cpu", q, k, x, *own, *numbers, columns, offsets, need_weights)
+        context, alignments = to_result(result, query.dim(), need_weights)
     except ARGUMENT_ERRORS:
-        _check_offsets(name, memory)
+        _check(score, query, memory, backend)
         raise
     if columns == 1 and keys.shape[0] == 0:  # nothing to attend
-        result = result[0], result[1][..., :0]
-    context, alignments = to_result(result, query.dim(), need_weights)
-    return Attention(None if without_context else context, alignments)
+        alignments = alignments[..., :0]
+    return new(Attention, (None if values is None else context, alignments))
