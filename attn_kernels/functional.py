@@ -53,13 +53,13 @@ def additive_attention(
     extra: Tensor | None = None,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
-    memory_offsets: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     normalizer: str = "softmax",
     need_weights: bool = True,
     need_log_total: bool = False,
+    memory_offsets: Tensor | None = None,
     backend: str | None = None,
     prepared: Tensor | None = None,
 ) -> Attention:
@@ -88,7 +88,6 @@ def additive_attention(
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
-        memory_offsets: (B + 1,) int32 or int64, for keys and values without padding; see below.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
             it.
         score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty.
@@ -99,6 +98,7 @@ def additive_attention(
         need_weights: False to leave out ``alignments`` (None is returned in their place).
         need_log_total: True to return :class:`AttentionWithLogTotal`, with the logarithm of the sum that the
             alignments were divided by: the log-probability of a step is its score minus that.
+        memory_offsets: (B + 1,) int32 or int64, for keys and values without padding; see below.
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
         prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
             and gradients are the same to within rounding; gradients flow to ``keys``. Not together with ``extra``, nor
@@ -216,13 +216,13 @@ def dot_attention(
     *,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
-    memory_offsets: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     normalizer: str = "softmax",
     need_weights: bool = True,
     need_log_total: bool = False,
+    memory_offsets: Tensor | None = None,
     backend: str | None = None,
 ) -> Attention:
     r"""Dot-product (Luong) attention: score, masked softmax and context in one pass.
@@ -239,7 +239,7 @@ def dot_attention(
         keys: (B, Tk, A).
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
-        memory_lengths, memory_offsets, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, backend:
+        memory_lengths, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, memory_offsets, backend:
             as in :func:`additive_attention`.
 
     Returns, packed memories, dtypes, errors: as in :func:`additive_attention`.

@@ -141,7 +141,7 @@ def _with_options(name: str) -> Callable[..., Any]:
 
 
 def _packed(name: str) -> Callable[..., Any]:
-    """A public function, called with keys and values without their padding."""
+    """A public function, called with the keys and values of the steps that may be attended, and no others."""
 
     def attend(
         query: Tensor,
@@ -153,21 +153,26 @@ def _packed(name: str) -> Callable[..., Any]:
         mask: Tensor | None = None,
         **keywords: Any,
     ) -> Any:
-        if mask is not None:
-            pytest.skip("packed memories have lengths alone")
+        allowed = attention_mask(keys, memory_lengths, mask)
+        if allowed is None:
+            allowed = torch.ones(keys.shape[0], 1, keys.shape[1], dtype=torch.bool, device=keys.device)
+        if allowed.shape[1] != 1:
+            pytest.skip("packed memories are the same for all queries")
         if backend in ("cuda", "triton"):
             pytest.skip(f"backend {backend} runs on a padded copy")
-        steps = keys.shape[1]
-        if memory_lengths is None:
-            memory_lengths = torch.full(keys.shape[:1], steps, device=keys.device)
-        there = torch.arange(steps, device=keys.device) < memory_lengths[:, None]
-        offsets = torch.nn.functional.pad(memory_lengths.cumsum(0), (1, 0)).to(memory_lengths.dtype)
+        there = allowed[:, 0]
+        lengths = there.sum(1)
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         packed = (query, keys[there], values[there], *others)
-        found = getattr(attn_kernels, name)(*packed, memory_offsets=offsets, backend=backend, **keywords)
-        if found.alignments is None:
-            return found
-        behind = steps - found.alignments.shape[-1]
-        return found._replace(alignments=torch.nn.functional.pad(found.alignments, (0, behind)))
+        context, weights = getattr(attn_kernels, name)(*packed, memory_offsets=offsets, backend=backend, **keywords)
+        if weights is None:
+            return attn_kernels.Attention(context, None)
+        used = torch.arange(weights.shape[-1], device=keys.device) < lengths[:, None]
+        if query.dim() == 3:
+            used, there = used[:, None], there[:, None]
+        alignments = weights.new_zeros(*weights.shape[:-1], keys.shape[1])
+        used, there = used.expand_as(weights), there.expand_as(alignments)
+        return attn_kernels.Attention(context, alignments.masked_scatter(there, weights.masked_select(used)))
 
     return attend
 
@@ -196,7 +201,6 @@ VARIANTS = MAIN | {
         variant=_with_options("dot_attention"),
     ),
     "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention")),
-    "packed relu": _OF_ATTENTION._replace(variant=_packed("additive_attention"), options=ACTIVATIONS["relu"]),
     "packed dot": _OF_DOT._replace(variant=_packed("dot_attention")),
 }
 

@@ -65,6 +65,17 @@ def test_steps_on_a_memory() -> None:
     assert per_op["attn_kernels.additive_attention_backward"] == 2 * 4 * B * TK * (A + D)
 
 
+@pytest.mark.skipif(not attn_kernels.backends()["cpu"].available, reason="needs the CPU's kernels")
+@pytest.mark.parametrize("op", ["additive_attention", "dot_attention"])
+def test_packed_memories_have_no_padding(op: str) -> None:
+    query, keys, values, *others = tensors(op)
+    rows = [x.detach().flatten(0, 1).requires_grad_() for x in (keys, values)]
+    offsets = torch.tensor([0, 1, B * TK])
+    with FlopCounterMode(display=False) as counter:
+        getattr(attn_kernels, op)(query, *rows, *others, memory_offsets=offsets).context.sum().backward()
+    assert counter.get_total_flops() == 3 * FORWARD[op]
+
+
 @slow_if(lambda first: first == "attn_kernels")
 @pytest.mark.parametrize("first", ["attn_kernels", "torch.utils.flop_counter"])
 def test_in_any_order_of_imports(first: str) -> None:

@@ -183,7 +183,8 @@ def test_signature(op: Op) -> None:
     parameters = inspect.signature(op.function).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == list(op.inputs)
-    own = ["backend", "prepared"] if op.name == "additive_attention" else ["backend"]
+    own = [*(["memory_offsets"] if op.masked else []), "backend"]
+    own += ["prepared"] if op.name == "additive_attention" else []
     of_reference = [name for name in inspect.signature(op.reference).parameters if name != "seed"]  # of dropout
     assert [*of_reference, *own] == list(parameters)
     assert inspect.signature(op.eager).parameters.keys() <= inspect.signature(op.reference).parameters.keys()
