@@ -340,12 +340,12 @@ def _half_of_sigmoid(
 def _given_options(
     score_bias: Tensor | None, dropout_p: float, normalizer: str, need_log_total: bool
 ) -> dict[str, object]:
-    """By name, None or False where they are as by default."""
+    """By name, None where they are as by default."""
     return dict(
         score_bias=score_bias,
-        dropout_p=dropout_p != 0.0,
-        normalizer=normalizer != "softmax",
-        need_log_total=need_log_total,
+        dropout_p=dropout_p if dropout_p != 0.0 else None,
+        normalizer=normalizer if normalizer != "softmax" else None,
+        need_log_total=True if need_log_total else None,
     )
 
 

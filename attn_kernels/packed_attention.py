@@ -41,10 +41,10 @@ def packed_memory(
 ) -> PackedMemory:
     """Of jagged keys and values, or of packed ones with offsets.
 
-    others: what was given that padded keys may have, and these not, by name; None or False where it was not.
+    others: what was given that padded keys may have, and these not, by name; None where it was not.
     """
     for argument, given in others.items():
-        if given is not None and given is not False:
+        if given is not None:
             pad = "" if argument == "memory_lengths" else "; pad keys and values, with memory_lengths, to use it"
             raise ArgumentValueError(f"{name}: {argument} is not for jagged keys, nor with memory_offsets{pad}")
     max_length = None

@@ -231,19 +231,31 @@ def test_op(op: str, columns: int) -> None:
     torch.library.opcheck(overload, (*tensors, *numbers, columns, offsets_of(LENGTHS), True))
 
 
+@slow_if(lambda score: score not in ("tanh", "dot"))
 @scores
 def test_compiled(score: str) -> None:
+    """One graph for all lengths, of packed tensors and of jagged ones."""
+    torch._dynamo.reset()
     tensors = make(torch.float32)
 
     def function(*tensors: Tensor) -> Tensor:
         *tensors, offsets = tensors
         return attend(score, tensors, memory_offsets=offsets, need_weights=False, backend="cpu").context
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    results = [f(*tensors, offsets_of(LENGTHS)) for f in (function, compiled)]
-    of_results = [torch.autograd.grad(r.square().sum(), used(score, tensors)) for r in results]
-    torch.testing.assert_close(*results)
-    torch.testing.assert_close(*of_results)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in (LENGTHS, LENGTHS[::-1]):
+        results = [f(*tensors, offsets_of(lengths)) for f in (function, compiled)]
+        of_results = [torch.autograd.grad(r.square().sum(), used(score, tensors)) for r in results]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*of_results)
+
+    def of_jagged(*tensors: Tensor) -> Tensor:
+        return attend(score, list(tensors), need_weights=False, backend="cpu").context
+
+    query, keys, values, *others = (t.detach() for t in tensors)
+    nested = (query, jagged(keys), jagged(values), *others)
+    compiled = torch.compile(of_jagged, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*nested), of_jagged(*nested))
 
 
 def jagged(rows: Tensor, lengths: list[int] = LENGTHS) -> Tensor:
