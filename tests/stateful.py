@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import formulas
 from attn_kernels import Memory
 from attn_kernels.mechanisms import (
     CoverageAttention,
@@ -16,6 +17,7 @@ from attn_kernels.mechanisms import (
     LocationSensitiveAttention,
     StatefulAttention,
 )
+from formulas import assert_same as assert_same
 
 B, T, TK, Q, M, UNITS = 4, 3, 5, 6, 7, 8
 SCALE = 1.5
@@ -137,11 +139,7 @@ MASKS: dict[str, dict[str, Tensor]] = {
 
 
 def make(mechanism: Mechanism, **options: Any) -> StatefulAttention:
-    module = mechanism.make(**{"dtype": torch.float64, **options})
-    with torch.no_grad():  # no parameter stays where its initial value might hide it
-        for parameter in module.parameters():
-            parameter.add_(0.4 * torch.randn_like(parameter))
-    return module
+    return formulas.randomize(mechanism.make(**{"dtype": torch.float64, **options}))
 
 
 def inputs(hypotheses: int = 2, steps: int = T, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -152,12 +150,7 @@ def inputs(hypotheses: int = 2, steps: int = T, dtype: torch.dtype = torch.float
 
 def allowed(masks: dict[str, Tensor], hypotheses: int) -> Tensor:
     """(B, K, Tk)"""
-    result = torch.ones(B, hypotheses, TK, dtype=torch.bool)
-    if "memory_lengths" in masks:
-        result &= torch.arange(TK) < masks["memory_lengths"][:, None, None]
-    if "mask" in masks:
-        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
-    return result
+    return formulas.allowed(masks, (B, hypotheses, TK))
 
 
 def take(
@@ -221,17 +214,5 @@ def by_hand(
 
 
 def gradients(module: nn.Module, results: Sequence[Tensor], **tensors: Tensor) -> dict[str, Tensor]:
-    """Of one loss on all outputs, by name of parameter or input; 0 where the loss does not depend on one."""
-    tensors = {**dict(module.named_parameters()), **tensors}
-    generator = torch.Generator().manual_seed(4)
-    loss = sum((torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) * x).sum() for x in results)
-    grads = torch.autograd.grad(
-        loss, list(tensors.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return {f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+    """As of ``formulas``, with names that begin with a d."""
+    return {f"d{name}": gradient for name, gradient in formulas.gradients(module, results, **tensors).items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import formulas
 from attn_kernels import mechanisms
+from formulas import assert_same, gradients, randomize
 
 B, K, T, TK, Q, M, UNITS = 4, 2, 3, 6, 5, 7, 8
 
@@ -49,26 +51,20 @@ WITH_BACKEND = [name for name in MECHANISMS if not name.startswith("gmm")]
 
 
 def make(name: str, scale: float = 0.4, **options: Any) -> nn.Module:
+    return make_of(MECHANISMS, name, scale, **options)
+
+
+def make_of(
+    mechanisms: Mapping[str, Callable[..., nn.Module]], name: str, scale: float = 0.4, **options: Any
+) -> nn.Module:
+    """One of a table, in float64, always the same; no parameter has its initial value."""
     torch.manual_seed(0)
-    return randomize(MECHANISMS[name](**{"dtype": torch.float64, **options}), scale)
+    return randomize(mechanisms[name](**{"dtype": torch.float64, **options}), scale)
 
 
 def allowed(masks: dict[str, Tensor]) -> Tensor:
     """(B, K, Tk)"""
-    result = torch.ones(B, K, TK, dtype=torch.bool)
-    if "memory_lengths" in masks:
-        result &= torch.arange(TK) < masks["memory_lengths"][:, None, None]
-    if "mask" in masks:
-        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
-    return result
-
-
-def randomize(module: nn.Module, scale: float = 0.4) -> nn.Module:
-    """No parameter stays where its initial value might hide it."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return module
+    return formulas.allowed(masks, (B, K, TK))
 
 
 def inputs(dtype: torch.dtype = torch.float64, memory_size: int = M) -> tuple[Tensor, Tensor]:
@@ -113,23 +109,6 @@ def decode_by_hand(
 
 def _rows(steps: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
     return torch.stack([torch.stack([torch.as_tensor(x, dtype=like.dtype) for x in row]) for row in steps])
-
-
-def gradients(module: nn.Module, results: Sequence[Tensor], **tensors: Tensor) -> dict[str, Tensor]:
-    """Of one loss on all results, by name of parameter or input; 0 where the loss does not depend on one."""
-    tensors = {**dict(module.named_parameters()), **tensors}
-    generator = torch.Generator().manual_seed(4)
-    loss = sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in results)
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(tensors, grads, strict=True))
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def check_formula(by_hand: ByHand, module: nn.Module, masks: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_kernels import ArgumentTypeError, ArgumentValueError
 from attn_kernels.mechanisms import DenseGATv2, gat
+from formulas import assert_same, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,28 +84,16 @@ def broadcast(module: DenseGATv2, x: Tensor, adjacency: Tensor) -> Tensor:
     return features.flatten(1) + module.bias
 
 
-def gradients(module: DenseGATv2, outputs: tuple[Tensor, ...], x: Tensor) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    loss = sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in outputs)
-    tensors = {**dict(module.named_parameters()), "x": x}
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_formula(form: str, large: None) -> None:
     module, x = make(form), nodes()
     expected = by_hand(module, x, ADJACENCY)
     got = module(x, ADJACENCY, need_weights=True)
     torch.testing.assert_close(got, expected)
-    assert_same(gradients(module, got, x), gradients(module, expected, x))
+    assert_same(gradients(module, got, x=x), gradients(module, expected, x=x))
     alone, expected = module(x, ADJACENCY), by_hand(module, x, ADJACENCY)
     torch.testing.assert_close(alone, expected[0])
-    assert_same(gradients(module, (alone,), x), gradients(module, expected[:1], x))
+    assert_same(gradients(module, (alone,), x=x), gradients(module, expected[:1], x=x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -114,7 +103,7 @@ def test_broadcast_form(dtype: torch.dtype, large: None) -> None:
     expected = broadcast(module, x, adjacency)
     got = module(x, adjacency)
     torch.testing.assert_close(got, expected)
-    assert_same(gradients(module, (got,), x), gradients(module, (expected,), x))
+    assert_same(gradients(module, (got,), x=x), gradients(module, (expected,), x=x))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -152,8 +141,8 @@ def test_padding_has_no_effect(large: None) -> None:
     expected, got = module(clean, adjacency), module(poisoned, adjacency)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert torch.equal(got[4], module.bias)
-    grads = gradients(module, (got,), poisoned)
-    assert_same(grads, gradients(module, (expected,), clean), rtol=0, atol=0)
+    grads = gradients(module, (got,), x=poisoned)
+    assert_same(grads, gradients(module, (expected,), x=clean), rtol=0, atol=0)
     assert (grads["x"][4] == 0).all()
 
 

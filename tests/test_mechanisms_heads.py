@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,21 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, Memory
 from attn_kernels.mechanisms import HeadsMemory, MultiHeadAttention
+from formulas import assert_same, check_padding, every_kind, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, TQ, TK, Q, M, UNITS, H = 4, 3, 6, 5, 4, 7, 3
 LENGTHS = torch.tensor([6, 0, 3, 1])
 MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
-MASKS = {
-    "none": {},
-    "lengths": {"memory_lengths": LENGTHS},
-    "mask": {"mask": MASK[:, 0]},
-    "mask per query": {"mask": MASK},
-    "both": {"memory_lengths": LENGTHS, "mask": MASK},
-}
+MASKS = every_kind(LENGTHS, MASK)
+allowed = partial(formulas.allowed, shape=(B, TQ, TK))
 FORMS = {
     "additive": {},
     "dot": {"score": "dot"},
@@ -42,15 +40,6 @@ def make(form: str, **options: object) -> MultiHeadAttention:
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     return torch.randn(B, TQ, Q, dtype=dtype).requires_grad_(), torch.randn(B, TK, M, dtype=dtype).requires_grad_()
-
-
-def allowed(masks: dict[str, Tensor]) -> Tensor:
-    result = torch.ones(B, TQ, TK, dtype=torch.bool)
-    if "memory_lengths" in masks:
-        result &= torch.arange(TK) < masks["memory_lengths"][:, None, None]
-    if "mask" in masks:
-        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
-    return result
 
 
 def by_hand(module: MultiHeadAttention, query: Tensor, memory: Tensor, allow: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,13 +70,6 @@ def by_hand(module: MultiHeadAttention, query: Tensor, memory: Tensor, allow: Te
     return torch.stack(contexts).unflatten(0, (B, TQ)), torch.stack(alignments).unflatten(0, (B, TQ)).transpose(1, 2)
 
 
-def gradients(module: torch.nn.Module, outputs: tuple[Tensor, ...], *inputs: Tensor) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    loss = sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in outputs)
-    tensors = {**dict(module.named_parameters()), "query": inputs[0], "memory": inputs[1]}
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masks", MASKS)
 def test_formula(form: str, masks: str) -> None:
@@ -95,9 +77,8 @@ def test_formula(form: str, masks: str) -> None:
     got = module(query, module.memory(memory, **MASKS[masks]))
     expected = by_hand(module, query, memory, allowed(MASKS[masks]))
     torch.testing.assert_close(tuple(got), expected)
-    exact = gradients(module, expected, query, memory)
-    for name, gradient in gradients(module, got, query, memory).items():
-        torch.testing.assert_close(gradient, exact[name], msg=lambda text, name=name: f"{name}: {text}")
+    of = {"query": query, "memory": memory}
+    assert_same(gradients(module, got, **of), gradients(module, expected, **of))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -111,17 +92,7 @@ def test_gradcheck(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_has_no_effect(form: str) -> None:
     module, (query, memory) = make(form), inputs()
-    clean = module(query, module.memory(memory, LENGTHS))
-    expected = gradients(module, clean, query, memory)
-    q, m = query.detach().clone(), memory.detach().clone()
-    q[1], m[1], m[2, 3:], m[3, 1:] = math.nan, math.nan, math.nan, math.nan
-    q.requires_grad_()
-    m.requires_grad_()
-    got = module(q, module.memory(m, LENGTHS))
-    torch.testing.assert_close(got, clean, rtol=0, atol=0)
-    assert (got.context[1] == 0).all()
-    for name, gradient in gradients(module, got, q, m).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0, msg=lambda t, name=name: f"{name}: {t}")
+    check_padding(module, query, memory, LENGTHS)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -159,9 +130,8 @@ def test_gradients_of_many_steps(form: str) -> None:
     made = module.memory(memory, LENGTHS)
     context = torch.stack([module(query[:, i], made).context for i in range(TQ)], dim=1)
     one = module(query, module.memory(memory, LENGTHS)).context
-    exact = gradients(module, (one,), query, memory)
-    for name, gradient in gradients(module, (context,), query, memory).items():
-        torch.testing.assert_close(gradient, exact[name], msg=lambda text, name=name: f"{name}: {text}")
+    of = {"query": query, "memory": memory}
+    assert_same(gradients(module, (context,), **of), gradients(module, (one,), **of))
 
 
 @pytest.mark.parametrize("form", FORMS)

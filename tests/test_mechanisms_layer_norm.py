@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from attn_kernels import ArgumentValueError
 from attn_kernels.mechanisms import LayerNormBahdanauAttention, NormalizedAttention, layer_norm
+from formulas import assert_same, check_padding, gradients, random_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,22 +59,14 @@ def by_hand(module: LayerNormBahdanauAttention, query: Tensor, memory: Tensor, l
     return torch.stack(contexts).unflatten(0, (B, TQ)), torch.stack(alignments).unflatten(0, (B, TQ))
 
 
-def gradients(module: torch.nn.Module, outputs: tuple[Tensor, ...], *inputs: Tensor) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    loss = sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in outputs)
-    tensors = {**dict(module.named_parameters()), "query": inputs[0], "memory": inputs[1]}
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
-
-
 def test_formula(chunks: str) -> None:
     for lengths in (LENGTHS, torch.full((B,), TK)):
         module, (query, memory) = make(), inputs()
         got = module(query, module.memory(memory, lengths if lengths is LENGTHS else None))
         expected = by_hand(module, query, memory, lengths)
         torch.testing.assert_close(tuple(got), expected)
-        exact = gradients(module, expected, query, memory)
-        for name, gradient in gradients(module, got, query, memory).items():
-            torch.testing.assert_close(gradient, exact[name], msg=lambda text, name=name: f"{name}: {text}")
+        of = {"query": query, "memory": memory}
+        assert_same(gradients(module, got, **of), gradients(module, expected, **of))
 
 
 def test_gradcheck(chunks: str) -> None:
@@ -88,29 +79,17 @@ def test_gradcheck(chunks: str) -> None:
 def test_parameters_only(chunks: str) -> None:
     """Inputs without a gradient, as of the first layer."""
     module, (query, memory) = make(), inputs()
-    expected = gradients(module, module(query, module.memory(memory, LENGTHS)), query, memory)
+    expected = gradients(module, module(query, module.memory(memory, LENGTHS)), query=query, memory=memory)
     module(query.detach(), module.memory(memory.detach(), LENGTHS)).context.sum().backward()
     module.zero_grad()
-    generator = torch.Generator().manual_seed(4)
-    outputs = module(query.detach(), module.memory(memory.detach(), LENGTHS))
-    sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in outputs).backward()
+    random_sum(module(query.detach(), module.memory(memory.detach(), LENGTHS))).backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def test_padding_has_no_effect(chunks: str) -> None:
     module, (query, memory) = make(), inputs()
-    clean = module(query, module.memory(memory, LENGTHS))
-    expected = gradients(module, clean, query, memory)
-    q, m = query.detach().clone(), memory.detach().clone()
-    q[1], m[1], m[2, 3:] = math.nan, math.nan, math.nan
-    q.requires_grad_()
-    m.requires_grad_()
-    got = module(q, module.memory(m, LENGTHS))
-    torch.testing.assert_close(got, clean, rtol=0, atol=0)
-    assert (got.context[1] == 0).all()
-    for name, gradient in gradients(module, got, q, m).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+    check_padding(module, query, memory, LENGTHS)
 
 
 def test_one_query_and_no_weights(chunks: str) -> None:

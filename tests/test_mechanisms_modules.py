@@ -8,20 +8,8 @@ import io
 import pytest
 import torch
 
-from stepwise import (
-    MASKS,
-    MECHANISMS,
-    TK,
-    WITH_BACKEND,
-    B,
-    K,
-    M,
-    Q,
-    decode,
-    gradients,
-    inputs,
-    make,
-)
+from formulas import gradients
+from stepwise import MASKS, MECHANISMS, TK, WITH_BACKEND, B, K, M, Q, decode, inputs, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -33,7 +33,7 @@ from stepwise import (
     check_formula,
     decode,
     inputs,
-    randomize,
+    make_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,9 +66,7 @@ MECHANISMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def make(name: str, **options: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return randomize(MECHANISMS[name][0](**{"dtype": torch.float64, **options}))
+make = partial(make_of, {name: make for name, (make, _) in MECHANISMS.items()})
 
 
 @pytest.mark.parametrize("masks", MASKS)

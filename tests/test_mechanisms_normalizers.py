@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, CosineAttention, LuongAttention
 from attn_kernels.mechanisms import NormalizedAttention, normalize
+from formulas import every_kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, TQ, TK, Q, M, UNITS = 3, 2, 6, 4, 5, 7
 LENGTHS = torch.tensor([6, 0, 3])
 MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
-MASKS = {
-    "none": {},
-    "lengths": {"memory_lengths": LENGTHS},
-    "mask": {"mask": MASK[:, 0]},
-    "mask per query": {"mask": MASK},
-    "both": {"memory_lengths": LENGTHS, "mask": MASK},
-}
+MASKS = every_kind(LENGTHS, MASK)
+allowed = partial(formulas.allowed, shape=(B, TQ, TK))
 
 
 def sparsemax(x: Tensor) -> Tensor:
@@ -43,15 +41,6 @@ def row(scores: list[float], normalizer: object) -> list[float]:
         return [float(j == scores.index(max(scores))) for j in range(len(scores))]
     weights = [math.exp(s) if normalizer == "softmax" else 1 / (1 + math.exp(-s)) for s in scores]
     return [weight / sum(weights) for weight in weights]
-
-
-def allowed(masks: dict[str, Tensor]) -> Tensor:
-    result = torch.ones(B, TQ, TK, dtype=torch.bool)
-    if "memory_lengths" in masks:
-        result &= torch.arange(TK) < masks["memory_lengths"][:, None, None]
-    if "mask" in masks:
-        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
-    return result
 
 
 def by_hand(scores: Tensor, allow: Tensor, normalizer: object) -> Tensor:

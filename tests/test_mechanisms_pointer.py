@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError
 from attn_kernels.mechanisms import PointerAttention
+from formulas import assert_same, every_kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, TQ, TK, M, UNITS = 4, 3, 6, 5, 7
 LENGTHS = torch.tensor([6, 0, 3, 1])
 MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
-MASKS = {
-    "none": {},
-    "lengths": {"memory_lengths": LENGTHS},
-    "mask": {"mask": MASK[:, 0]},
-    "mask per query": {"mask": MASK},
-    "both": {"memory_lengths": LENGTHS, "mask": MASK},
-}
+MASKS = every_kind(LENGTHS, MASK)
+allowed = partial(formulas.allowed, shape=(B, TQ, TK))
 FORMS = {
     "plain": {},
     "clip": {"clip": 10.0},
@@ -42,15 +40,6 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(B, TQ, M, dtype=dtype, requires_grad=True), torch.randn(
         B, TK, M, dtype=dtype, requires_grad=True
     )
-
-
-def allowed(masks: dict[str, Tensor]) -> Tensor:
-    result = torch.ones(B, TQ, TK, dtype=torch.bool)
-    if "memory_lengths" in masks:
-        result &= torch.arange(TK) < masks["memory_lengths"][:, None, None]
-    if "mask" in masks:
-        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
-    return result
 
 
 def by_hand(module: PointerAttention, query: Tensor, memory: Tensor, allow: Tensor) -> Tensor:
@@ -78,17 +67,9 @@ def by_hand(module: PointerAttention, query: Tensor, memory: Tensor, allow: Tens
     return torch.stack(rows).unflatten(0, (B, TQ))
 
 
-def gradients(module: PointerAttention, result: Tensor, query: Tensor, memory: Tensor) -> dict[str, Tensor]:
+def gradients(module: PointerAttention, result: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
     """Of a loss on the log-probabilities that are finite."""
-    weights = torch.randn(B, TQ, TK, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    loss = (weights * result.masked_fill(result.isinf(), 0.0)).sum()
-    tensors = {**dict(module.named_parameters()), "query": query, "memory": memory}
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+    return formulas.gradients(module, [result.masked_fill(result.isinf(), 0.0)], **inputs)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -98,7 +79,8 @@ def test_formula(form: str, masks: str) -> None:
     got = module(query, module.memory(memory, **MASKS[masks]))
     expected = by_hand(module, query, memory, allowed(MASKS[masks]))
     torch.testing.assert_close(got, expected)
-    assert_same(gradients(module, got, query, memory), gradients(module, expected, query, memory))
+    of = {"query": query, "memory": memory}
+    assert_same(gradients(module, got, **of), gradients(module, expected, **of))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,7 +100,7 @@ def test_padding_has_no_effect(form: str) -> None:
     module, (query, memory) = make(form), inputs()
     allow = allowed(MASKS["lengths"])
     clean = module(query, module.memory(memory, LENGTHS))
-    expected = gradients(module, clean, query, memory)
+    expected = gradients(module, clean, query=query, memory=memory)
     q, m = query.detach().clone(), memory.detach().clone()
     q[1] = math.nan
     m = m.masked_fill(~allow[:, 0, :, None], math.nan)
@@ -126,7 +108,7 @@ def test_padding_has_no_effect(form: str) -> None:
     m.requires_grad_()
     got = module(q, module.memory(m, LENGTHS))
     torch.testing.assert_close(got, clean, rtol=0, atol=0)
-    assert_same(gradients(module, got, q, m), expected, rtol=0, atol=0)
+    assert_same(gradients(module, got, query=q, memory=m), expected, rtol=0, atol=0)
     weights = torch.randn(B, TQ, TK, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     got = module(q, module.memory(m, LENGTHS))
     tensors = {**dict(module.named_parameters()), "query": q, "memory": m}

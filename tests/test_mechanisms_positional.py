@@ -18,7 +18,7 @@ from attn_kernels.mechanisms import (
     GMMAttention,
     LocalAttention,
 )
-from stepwise import MASKS, TK, UNITS, B, K, M, Parameters, Q, T, check_formula, decode, inputs, randomize
+from stepwise import MASKS, TK, UNITS, B, K, M, Parameters, Q, T, check_formula, decode, inputs, make_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,9 +150,7 @@ MECHANISMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def make(name: str, **options: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return randomize(MECHANISMS[name][0](**{"dtype": torch.float64, **options}))
+make = partial(make_of, {name: make for name, (make, _) in MECHANISMS.items()})
 
 
 @pytest.mark.parametrize("masks", MASKS)

@@ -10,21 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from attn_kernels import Memory
-from stepwise import (
-    MASKS,
-    MECHANISMS,
-    TK,
-    B,
-    K,
-    M,
-    T,
-    allowed,
-    assert_same,
-    decode,
-    gradients,
-    inputs,
-    make,
-)
+from formulas import assert_same, gradients
+from stepwise import MASKS, MECHANISMS, TK, B, K, M, T, allowed, decode, inputs, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import formulas
 from attn_kernels import BahdanauAttention, CosineAttention, LuongAttention, Memory, additive_attention, dot_attention
+from formulas import assert_same, gradients, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,6 +102,9 @@ MASKS = {
 }
 
 
+allowed = partial(formulas.allowed, shape=(B, TQ, TK))
+
+
 @pytest.fixture(params=list(MECHANISMS))
 def mechanism(request: pytest.FixtureRequest) -> Mechanism:
     torch.manual_seed(0)
@@ -106,26 +112,12 @@ def mechanism(request: pytest.FixtureRequest) -> Mechanism:
 
 
 def make(mechanism: Mechanism, **options: Any) -> nn.Module:
-    module = mechanism.make(**{"dtype": torch.float64, **options})
-    with torch.no_grad():  # no parameter stays where its initial value might hide it
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module
+    return randomize(mechanism.make(**{"dtype": torch.float64, **options}), 0.3)
 
 
 def inputs(mechanism: Mechanism, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     query = torch.randn(B, TQ, Q, dtype=dtype, requires_grad=True)
     return query, torch.randn(B, TK, mechanism.memory_size, dtype=dtype, requires_grad=True)
-
-
-def allowed(masks: dict[str, Tensor]) -> Tensor:
-    """(B, Tq, Tk)"""
-    result = torch.ones(B, TQ, TK, dtype=torch.bool)
-    if "memory_lengths" in masks:
-        result &= torch.arange(TK) < masks["memory_lengths"][:, None, None]
-    if "mask" in masks:
-        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
-    return result
 
 
 def by_hand(score: Score, module: nn.Module, query: Tensor, memory: Tensor, allow: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,23 +137,6 @@ def by_hand(score: Score, module: nn.Module, query: Tensor, memory: Tensor, allo
             alignments.append(row)
     shape = query.shape[:2]
     return torch.stack(contexts).unflatten(0, shape), torch.stack(alignments).unflatten(0, shape)
-
-
-def gradients(module: nn.Module, outputs: tuple[Tensor, Tensor], **tensors: Tensor) -> dict[str, Tensor]:
-    """Of one loss on both outputs, by name of parameter or input; 0 where the loss does not depend on one."""
-    tensors = {**dict(module.named_parameters()), **tensors}
-    generator = torch.Generator().manual_seed(4)
-    loss = sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in outputs)
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(tensors, grads, strict=True))
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 # The formulas ---------------------------------------------------------------------------------------------------------

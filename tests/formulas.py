@@ -1,0 +1,81 @@
+"""What the tests of modules against their formulas share: masks, the steps that these allow, gradients by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Masks = dict[str, Tensor]  # memory_lengths, mask, both or none of them
+
+
+def every_kind(memory_lengths: Tensor, mask: Tensor) -> dict[str, Masks]:
+    """Each way to say which steps may be attended. memory_lengths: (B,); mask: (B, Tq, Tk)."""
+    return {
+        "none": {},
+        "lengths": {"memory_lengths": memory_lengths},
+        "mask": {"mask": mask[:, 0]},
+        "mask per query": {"mask": mask},
+        "both": {"memory_lengths": memory_lengths, "mask": mask},
+    }
+
+
+def allowed(masks: Masks, shape: tuple[int, int, int]) -> Tensor:
+    """shape, (B, Tq, Tk), of bool: which steps each query may attend."""
+    result = torch.ones(shape, dtype=torch.bool)
+    if "memory_lengths" in masks:
+        result &= torch.arange(shape[2]) < masks["memory_lengths"][:, None, None]
+    if "mask" in masks:
+        result &= masks["mask"] if masks["mask"].dim() == 3 else masks["mask"][:, None]
+    return result
+
+
+def randomize(module: nn.Module, scale: float = 0.4) -> nn.Module:
+    """No parameter stays where its initial value might hide it."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+def random_sum(results: Sequence[Tensor]) -> Tensor:
+    """A loss, always the same, of which no two results have the same gradient."""
+    generator = torch.Generator().manual_seed(4)
+    return sum((torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) * x).sum() for x in results)
+
+
+def gradients(module: nn.Module, results: Sequence[Tensor], **inputs: Tensor) -> dict[str, Tensor]:
+    """Of one loss on all results, by name of parameter or input; 0 where the loss does not depend on one."""
+    tensors = {**dict(module.named_parameters()), **inputs}
+    loss = random_sum(results)
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    grads = torch.autograd.grad(
+        loss, list(tensors.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(tensors, grads, strict=True))
+
+
+def assert_same(
+    got: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], **tolerance: float | None
+) -> None:
+    """tolerance: as of ``torch.testing.assert_close``. What is None in one has to be None in the other."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengths: Tensor) -> None:
+    """NaN behind the lengths, and in queries that have nothing to attend, changes no bit of results and gradients."""
+    padding = torch.arange(memory.shape[1]) >= memory_lengths[:, None]
+    empty = memory_lengths == 0
+    clean = {"query": query, "memory": memory}
+    poisoned = {
+        "query": query.detach().masked_fill(empty[:, None, None], torch.nan).requires_grad_(),
+        "memory": memory.detach().masked_fill(padding[..., None], torch.nan).requires_grad_(),
+    }
+    expected, got = (module(x["query"], module.memory(x["memory"], memory_lengths)) for x in (clean, poisoned))
+    assert empty.any() and (got.context[empty] == 0).all()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert_same(gradients(module, got, **poisoned), gradients(module, expected, **clean), rtol=0, atol=0)
