@@ -61,8 +61,13 @@ def check_two_backward_passes(original: nn.Module, steps: Steps, inputs: Inputs)
         torch.testing.assert_close(ours, expected)
 
 
-def check_nothing_is_stale(original: nn.Module, steps: Steps, inputs: Inputs, write: Callable[[Inputs], None]) -> None:
-    """What is kept without gradients follows writes to the memory, to what masks it (``write``) and to parameters."""
+def check_nothing_is_stale(
+    original: nn.Module, steps: Steps, inputs: Inputs, *writes: Callable[[Inputs], None]
+) -> None:
+    """What is kept follows writes to the memory, to what masks it (``writes``) and to parameters.
+
+    Results are compared without gradients, with them, and without them again; gradients of the memory at the end.
+    """
     patched = copy.deepcopy(original)
     report = patch(patched)
 
@@ -74,15 +79,24 @@ def check_nothing_is_stale(original: nn.Module, steps: Steps, inputs: Inputs, wr
     changes: list[Callable[[Inputs], None]] = [
         lambda _: None,
         lambda given: given["memory"][0].fill_(2),
-        write,
+        *writes,
         scale_parameters,
         lambda given: given.update(memory=given["memory"] + 1),
+        lambda given: given["memory"].requires_grad_(),
     ]
-    with torch.no_grad():
-        for change in changes:
+    for change in changes:
+        with torch.no_grad():
             change(inputs)
-            for _ in range(2):
-                torch.testing.assert_close(steps(patched, **inputs), steps(original, **inputs))
+        for gradients in (False, False, True, False):
+            with torch.set_grad_enabled(gradients):
+                ours, expected = (steps(module, **inputs) for module in (patched, original))
+            torch.testing.assert_close(ours, expected)
+            assert [x.requires_grad for x in ours] == [x.requires_grad for x in expected]
+    ours, expected = (
+        torch.autograd.grad(sum(x.square().sum() for x in steps(module, **inputs)), inputs["memory"])
+        for module in (patched, original)
+    )
+    torch.testing.assert_close(ours, expected)
     assert report.fallbacks == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import formulas
+import sentences
 from attn_kernels import LuongAttention, Memory
 from attn_kernels.scores import AdditiveScore, DotScore
 from attn_kernels.seq2seq import Seq2Seq, decoder
@@ -18,9 +19,10 @@ from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import cells as fused_cells
 from attn_kernels.seq2seq.fused.inputs import flatten, unflatten
 from matrix import device_of, slow_interpreted
+from sentences import SOURCE, TARGET, Batch, random_batch, run, weighted
 
 B, S, T = 4, 9, 7
-SOURCE, TARGET, HIDDEN = 11, 13, 6
+HIDDEN = 6
 
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -35,45 +37,18 @@ def models(**settings: Any) -> dict[str, Seq2Seq]:
     return made
 
 
-def batch(steps: int = T, source: int = S) -> tuple[Tensor, Tensor, Tensor]:
+def batch(steps: int = T, source: int = S) -> Batch:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([source, source // 2, 0, min(1, source)])
-    return (
-        torch.randint(3, SOURCE, (B, source), generator=generator),
-        lengths,
-        torch.randint(3, TARGET, (B, steps), generator=generator),
-    )
+    return random_batch(lengths, source, steps, generator)
 
 
-def weighted(x: Tensor) -> Tensor:
-    """A sum in which every element has another weight."""
-    return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum()
-
-
-def run(model: Seq2Seq, data: tuple[Tensor, ...], loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor | None]:
-    logits, alignments = model(*data)
-    model.zero_grad()
-    loss(logits, alignments).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"logits": logits.detach(), "alignments": alignments.detach(), **gradients}
-
-
-LOSSES = {
-    "both": lambda logits, alignments: weighted(logits) + weighted(alignments),
-    "logits": lambda logits, alignments: weighted(logits),
-    "alignments": lambda logits, alignments: weighted(alignments),
-    "last step": lambda logits, alignments: weighted(logits[:, -1]),
-}
+LOSSES = {**sentences.LOSSES, "last step": lambda logits, alignments: weighted(logits[:, -1])}
 
 
 def assert_same(made: dict[str, Seq2Seq], data: tuple[Tensor, ...], loss: str = "both", **tolerance: float) -> None:
     tolerance = tolerance or {"atol": 1e-12, "rtol": 1e-9}
-    steps, loop = (run(made[name], data, LOSSES[loss]) for name in ("steps", "loop"))
-    for name, expected in steps.items():
-        got = loop[name]
-        assert (got is None) == (expected is None), name
-        if expected is not None:
-            torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+    formulas.assert_same(*(run(made[name], data, LOSSES[loss]) for name in ("loop", "steps")), **tolerance)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import formulas
+import sentences
 from attn_kernels import Memory
 from attn_kernels.seq2seq import Seq2Seq
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import cuda_graph
-
-SOURCE, TARGET = 11, 13
+from sentences import LOSSES, SOURCE, TARGET, Batch, random_batch
 
 
 class Recorder:
@@ -65,42 +66,21 @@ def models(**settings: Any) -> dict[str, Seq2Seq]:
 NAMES = ("plain", "graph")
 
 
-def batch(sentences: int = 4, source: int = 9, steps: int = 7, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def batch(size: int = 4, source: int = 9, steps: int = 7, seed: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, source + 1, (sentences,), generator=generator)
-    return (
-        torch.randint(3, SOURCE, (sentences, source), generator=generator),
-        lengths,
-        torch.randint(3, TARGET, (sentences, steps), generator=generator),
-    )
+    lengths = torch.randint(0, source + 1, (size,), generator=generator)
+    return random_batch(lengths, source, steps, generator)
 
 
-def weighted(x: Tensor) -> Tensor:
-    return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "both": lambda logits, alignments: weighted(logits) + weighted(alignments),
-    "logits": lambda logits, alignments: weighted(logits),
-    "alignments": lambda logits, alignments: weighted(alignments),
-}
-
-
-def run(model: Seq2Seq, data: tuple[Tensor, ...], loss: str = "both") -> dict[str, Tensor | None]:
+def run(model: Seq2Seq, data: Batch, loss: str = "both") -> dict[str, Tensor | None]:
     torch.manual_seed(3)  # of dropout
-    logits, alignments = model(*data)
-    model.zero_grad()
-    LOSSES[loss](logits, alignments).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"logits": logits.detach(), "alignments": alignments.detach(), **gradients}
+    return sentences.run(model, data, LOSSES[loss])
 
 
-def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], **tolerance: float) -> None:
-    for name, x in expected.items():
-        assert (x is None) == (got[name] is None), name
-        if x is not None:
-            tolerance = tolerance or {"atol": 1e-12, "rtol": 1e-9}
-            torch.testing.assert_close(got[name], x, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+def assert_same(
+    got: dict[str, Tensor | None], expected: dict[str, Tensor | None], atol: float = 1e-12, rtol: float = 1e-9
+) -> None:
+    formulas.assert_same(got, expected, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from attn_kernels.seq2seq.fused.eligibility import can_fuse_sequence, can_fuse_s
 from attn_kernels.seq2seq.fused.inference import fast_decoder
 from attn_kernels.seq2seq.search import SearchOptions, beam_search, greedy_search
 from attn_kernels.seq2seq.state import DecoderState
+from sentences import check_each_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,15 +105,8 @@ def test_a_step_reads_the_state(attention: str, input_feeding: bool) -> None:
 
 @attentions
 def test_padding(attention: str) -> None:
-    """A sentence has the same logits alone and in a batch."""
-    model = make(attention=attention)
     source, lengths, target = batch()
-    logits, alignments = model(source, lengths, target)
-    for i, length in enumerate(lengths.tolist()):
-        alone = model(source[i : i + 1, :length], lengths[i : i + 1], target[i : i + 1])
-        torch.testing.assert_close(logits[i], alone[0][0])
-        torch.testing.assert_close(alignments[i, :, :length], alone[1][0])
-        assert (alignments[i, :, length:] == 0).all()
+    _, alignments = check_each_alone(make(attention=attention), source, lengths, target)
     sums = torch.where(lengths > 0, 1.0, 0.0).double()[:, None].expand(-1, 5)
     if attention in LOSES:
         assert (alignments.sum(-1) <= sums + 1e-12).all()

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq
+from formulas import assert_same
 from matrix import interpreted, slow_if
+from sentences import check_each_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,12 +58,6 @@ def gradients(model: nn.Module, logits: Tensor, alignments: Tensor) -> dict[str,
     loss = (weights * logits).sum() + alignments.square().sum()
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # The formulas, one sentence at a time ---------------------------------------------------------------------------------
@@ -189,13 +185,8 @@ def test_padding(attention: str, input_feeding: bool) -> None:
     """A sentence has the same logits alone and in a batch, and whatever tokens fill the batch up."""
     model = make(attention=attention, input_feeding=input_feeding, num_layers=2)
     source, lengths, target = batch()
-    logits, alignments = model(source, lengths, target)
+    logits, alignments = check_each_alone(model, source, lengths, target)
     assert logits.shape == (6, 5, TARGET_VOCAB) and alignments.shape == (6, 5, 7)
-    for i, length in enumerate(lengths.tolist()):
-        alone = model(source[i : i + 1, :length], lengths[i : i + 1], target[i : i + 1])
-        torch.testing.assert_close(logits[i], alone[0][0])
-        torch.testing.assert_close(alignments[i, :, :length], alone[1][0])
-        assert (alignments[i, :, length:] == 0).all()
     sums = torch.where(lengths > 0, 1.0, 0.0).double()[:, None].expand(-1, 5)
     torch.testing.assert_close(alignments.sum(-1), sums)
     padding = torch.arange(9) >= lengths[:, None]

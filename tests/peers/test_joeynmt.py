@@ -37,6 +37,14 @@ def make(mechanism: str, hidden: int, size: int) -> nn.Module:
     return BahdanauAttention(hidden, size, hidden) if mechanism == "bahdanau" else LuongAttention(hidden, size)
 
 
+def twice(mechanism: str, hidden: int, size: int) -> tuple[nn.Module, nn.Module]:
+    """The original, and the same patched."""
+    original = make(mechanism, hidden, size)
+    patched = copy.deepcopy(original)
+    patch(patched)
+    return original, patched
+
+
 def some_mask(batch: int, steps: int) -> Tensor:
     return (torch.arange(steps) < torch.randint(1, steps + 1, (batch,))[:, None])[:, None]
 
@@ -115,9 +123,7 @@ def test_errors_are_the_originals(mechanism):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_bfloat16_autocast(mechanism):
     torch.manual_seed(0)
-    original = make(mechanism, 16, 24)
-    patched = copy.deepcopy(original)
-    patch(patched)
+    original, patched = twice(mechanism, 16, 24)
     memory, queries, mask = torch.randn(3, 9, 24), torch.randn(3, 2, 16), some_mask(3, 9)
     for inputs in ((memory, queries, mask), (memory.clone(), queries, mask)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -133,10 +139,7 @@ def test_bfloat16_autocast(mechanism):
 def test_nothing_stale(mechanism):
     """Whatever is written to or replaced between two calls, the result is the original's."""
     torch.manual_seed(0)
-    original = make(mechanism, 8, 6)
-    patched = copy.deepcopy(original)
-    patch(patched)
-    modules = (original, patched)
+    modules = original, patched = twice(mechanism, 8, 6)
     memory, queries, mask = torch.randn(4, 7, 6), torch.randn(4, 1, 8), some_mask(4, 7)
 
     def check():
