@@ -40,8 +40,8 @@ class AttentionModule(nn.Module):
         memory_size: int,
         key_size: int,
         *,
-        project_query: bool,
-        project_memory: bool,
+        project_query: bool = True,
+        project_memory: bool = True,
         backend: str | None,
         factory: dict[str, Any],
     ) -> None:
@@ -57,6 +57,11 @@ class AttentionModule(nn.Module):
         self.backend = backend
         self.query_projection = nn.Linear(query_size, key_size, bias=False, **factory) if project_query else None
         self.memory_projection = nn.Linear(memory_size, key_size, bias=False, **factory) if project_memory else None
+        self._factory = factory
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        """One more parameter, for a constructor, which initialises it by ``_reset_scores`` at its end."""
+        return nn.Parameter(torch.empty(shape, **self._factory))
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor does."""
@@ -179,15 +184,12 @@ class BahdanauAttention(AttentionModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            query_size, memory_size, units, project_query=True, project_memory=True, backend=backend, factory=factory
-        )
+        super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units = units
         self.normalize = normalize
-        self.v = nn.Parameter(torch.empty(units, **factory))
-        self.g = nn.Parameter(torch.empty((), **factory)) if normalize else None
-        self.bias = nn.Parameter(torch.empty(units, **factory)) if normalize else None
+        self.v = self._parameter(units)
+        self.g = self._parameter() if normalize else None
+        self.bias = self._parameter(units) if normalize else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:
@@ -254,7 +256,6 @@ class LuongAttention(AttentionModule):
         if (units is not None) != (score == "concat"):
             expected = "a size" if score == "concat" else "None"
             raise ArgumentValueError(f"LuongAttention: units must be {expected} with score={score!r}, got {units!r}")
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             query_size,
             memory_size,
@@ -262,13 +263,13 @@ class LuongAttention(AttentionModule):
             project_query=score == "concat",
             project_memory=score != "dot",
             backend=backend,
-            factory=factory,
+            factory={"device": device, "dtype": dtype},
         )
         self.units = units
         self.score = score
         self.scale = scale
-        self.v = None if units is None else nn.Parameter(torch.empty(units, **factory))
-        self.g = nn.Parameter(torch.empty((), **factory)) if scale else None
+        self.v = None if units is None else self._parameter(units)
+        self.g = self._parameter() if scale else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:
@@ -341,7 +342,6 @@ class CosineAttention(AttentionModule):
                 "CosineAttention: without units, query_size must be memory_size, "
                 f"got {query_size} and {memory_size}; units=... projects both to that size"
             )
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             query_size,
             memory_size,
@@ -349,13 +349,13 @@ class CosineAttention(AttentionModule):
             project_query=units is not None,
             project_memory=units is not None,
             backend=backend,
-            factory=factory,
+            factory={"device": device, "dtype": dtype},
         )
         self.units = units
         self.learn_sharpness = learn_sharpness
         self.eps = eps
         self.initial_sharpness = float(sharpness)
-        self.sharpness = nn.Parameter(torch.empty((), **factory)) if learn_sharpness else self.initial_sharpness
+        self.sharpness = self._parameter() if learn_sharpness else self.initial_sharpness
         self._reset_scores()
 
     def _reset_scores(self) -> None:

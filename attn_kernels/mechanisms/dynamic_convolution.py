@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,12 @@ from ..functional import additive_scores
 from ..memory import Memory
 from ..modules import _reset_score_vector
 from .energy import check_number, check_size
-from .steps import AlignmentsAttention, AlignmentsState, masked_softmax, without_autocast
+from .steps import AlignmentsState, PositionalAttention, masked_softmax, without_autocast
 
 _LEAST_PRIOR = 1e-6  # of the paper: the logarithm of what the prior cannot reach is -13.8, and not -Inf
 
 
-class DynamicConvolutionAttention(AlignmentsAttention):
+class DynamicConvolutionAttention(PositionalAttention):
     r"""Location-relative attention by filters of the previous alignments: no content of the memory is read.
 
     .. math::
@@ -54,7 +53,6 @@ class DynamicConvolutionAttention(AlignmentsAttention):
     may be attended.
     """
 
-    reads_keys = False
     prior: Tensor
 
     def __init__(
@@ -74,16 +72,7 @@ class DynamicConvolutionAttention(AlignmentsAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            query_size,
-            memory_size,
-            memory_size,
-            project_query=False,
-            project_memory=False,
-            backend=backend,
-            factory=factory,
-        )
+        super().__init__(query_size, memory_size, backend=backend, factory={"device": device, "dtype": dtype})
         name = self._name
         self.units = check_size(name, "units", units)
         static_filters = check_size(name, "static_filters", static_filters)
@@ -93,14 +82,16 @@ class DynamicConvolutionAttention(AlignmentsAttention):
         self.prior_length = check_size(name, "prior_length", prior_length)
         self.prior_alpha = check_number(name, "prior_alpha", prior_alpha, 1e-6)
         self.prior_beta = check_number(name, "prior_beta", prior_beta, 1e-6)
-        self.filter_hidden = nn.Linear(self.query_size, self.units, **factory)
-        self.filter_output = nn.Linear(self.units, self.dynamic_filters * self.dynamic_length, bias=False, **factory)
-        self.static_filters = nn.Parameter(torch.empty(static_filters, static_length, **factory))
-        self.static_projection = nn.Parameter(torch.empty(self.units, static_filters, **factory))
-        self.dynamic_projection = nn.Parameter(torch.empty(self.units, self.dynamic_filters, **factory))
-        self.bias = nn.Parameter(torch.empty(self.units, **factory))
-        self.v = nn.Parameter(torch.empty(self.units, **factory))
-        self.register_buffer("prior", torch.empty(self.prior_length, **factory), persistent=False)
+        self.filter_hidden = nn.Linear(self.query_size, self.units, **self._factory)
+        self.filter_output = nn.Linear(
+            self.units, self.dynamic_filters * self.dynamic_length, bias=False, **self._factory
+        )
+        self.static_filters = self._parameter(static_filters, static_length)
+        self.static_projection = self._parameter(self.units, static_filters)
+        self.dynamic_projection = self._parameter(self.units, self.dynamic_filters)
+        self.bias = self._parameter(self.units)
+        self.v = self._parameter(self.units)
+        self.register_buffer("prior", torch.empty(self.prior_length, **self._factory), persistent=False)
         self._reset_scores()
 
     def _reset_scores(self) -> None:

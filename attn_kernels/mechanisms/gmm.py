@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentValueError
 from ..memory import Memory
 from .energy import check_number, check_size
-from .steps import AlignmentsAttention, wide_dtype
+from .steps import PositionalAttention, wide_dtype
 
 _MOST = 30.0  # e^30 is far beyond any position; e^89 is Inf in float32, and of Inf * 0 a gradient would be NaN
 _LEAST_WIDTH = 1e-5  # the width divides, and softplus and exp of a large negative number are 0
@@ -23,7 +23,7 @@ class GMMState(NamedTuple):
     means: Tensor
 
 
-class GMMAttention(AlignmentsAttention):
+class GMMAttention(PositionalAttention):
     r"""Mixture of Gaussians over the positions of the memory: location alone, no content.
 
     .. math::
@@ -63,8 +63,6 @@ class GMMAttention(AlignmentsAttention):
     State: :class:`GMMState`, the means; 0 at first.
     """
 
-    reads_keys = False
-
     def __init__(
         self,
         query_size: int,
@@ -78,16 +76,7 @@ class GMMAttention(AlignmentsAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            query_size,
-            memory_size,
-            memory_size,
-            project_query=False,
-            project_memory=False,
-            backend=None,
-            factory=factory,
-        )
+        super().__init__(query_size, memory_size, backend=None, factory={"device": device, "dtype": dtype})
         if version not in (0, 1, 2):
             raise ArgumentValueError(f"{self._name}: version must be 0, 1 or 2, got {version!r}")
         self.units = None if units is None else check_size(self._name, "units", units)
@@ -95,8 +84,8 @@ class GMMAttention(AlignmentsAttention):
         self.version = int(version)
         self.initial_delta = _check_initial(self._name, "initial_delta", initial_delta)
         self.initial_sigma = _check_initial(self._name, "initial_sigma", initial_sigma)
-        self.hidden = None if units is None else nn.Linear(self.query_size, self.units, **factory)
-        self.mixture = nn.Linear(self.units or self.query_size, 3 * self.mixtures, **factory)
+        self.hidden = None if units is None else nn.Linear(self.query_size, self.units, **self._factory)
+        self.mixture = nn.Linear(self.units or self.query_size, 3 * self.mixtures, **self._factory)
         self._reset_scores()
 
     def _reset_scores(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +61,16 @@ class LayerNormBahdanauAttention(AttentionModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            query_size, memory_size, units, project_query=True, project_memory=True, backend=None, factory=factory
-        )
+        super().__init__(query_size, memory_size, units, backend=None, factory={"device": device, "dtype": dtype})
         self.eps = as_number(self._name, eps, "eps")
         if self.eps <= 0:
             raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
         check_normalizer(self._name, normalizer)
         self.units = units
         self.normalizer = normalizer
-        self.v = nn.Parameter(torch.empty(units, **factory))
-        self.gain = nn.Parameter(torch.empty(units, **factory))
-        self.shift = nn.Parameter(torch.empty(units, **factory))
+        self.v = self._parameter(units)
+        self.gain = self._parameter(units)
+        self.shift = self._parameter(units)
         self._reset_scores()
 
     def _reset_scores(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,7 +64,6 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             query_size,
             memory_size,
@@ -78,12 +75,12 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
             noise=noise,
             score_bias_init=score_bias_init,
             backend=backend,
-            factory=factory,
+            factory={"device": device, "dtype": dtype},
         )
         self.chunk_size = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
         additive = score == "additive"
-        self.chunk_v = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
-        self.chunk_bias = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
+        self.chunk_v = self._parameter(self.units) if additive else None
+        self.chunk_bias = self._parameter(self.units) if additive else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -65,10 +63,7 @@ class PointerAttention(AttentionModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            query_size, memory_size, units, project_query=True, project_memory=True, backend=backend, factory=factory
-        )
+        super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.glimpses = check_size(self._name, "glimpses", glimpses, least=0)
         if self.glimpses and query_size != memory_size:
             raise ArgumentValueError(
@@ -81,11 +76,11 @@ class PointerAttention(AttentionModule):
             if number is not None and number <= 0:
                 raise ArgumentValueError(f"{self._name}: {argument} must be positive, got {number}")
         self.units = self.key_size
-        self.v = nn.Parameter(torch.empty(units, **factory))
+        self.v = self._parameter(units)
         if self.glimpses:
-            self.glimpse_query_projection = nn.Linear(self.query_size, self.units, bias=False, **factory)
-            self.glimpse_memory_projection = nn.Linear(self.memory_size, self.units, bias=False, **factory)
-            self.glimpse_v = nn.Parameter(torch.empty(units, **factory))
+            self.glimpse_query_projection = nn.Linear(self.query_size, self.units, bias=False, **self._factory)
+            self.glimpse_memory_projection = nn.Linear(self.memory_size, self.units, bias=False, **self._factory)
+            self.glimpse_v = self._parameter(units)
             self.key_size = 2 * self.units  # a memory has the keys to point to, then those of glimpses
         self._reset_scores()
 

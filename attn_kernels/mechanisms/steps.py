@@ -102,6 +102,23 @@ class AlignmentsAttention(StatefulAttention):
         return previous.to(wide_dtype(keys.dtype))
 
 
+class PositionalAttention(AlignmentsAttention):
+    """A mechanism that reads the query and the alignments before, and of a memory only how many steps it has."""
+
+    reads_keys = False
+
+    def __init__(self, query_size: int, memory_size: int, *, backend: str | None, factory: dict[str, Any]) -> None:
+        super().__init__(
+            query_size,
+            memory_size,
+            memory_size,
+            project_query=False,
+            project_memory=False,
+            backend=backend,
+            factory=factory,
+        )
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed in: float32; float64 stays."""
     return torch.float64 if dtype == torch.float64 else torch.float32
