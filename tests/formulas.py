@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 Masks = dict[str, Tensor]  # memory_lengths, mask, both or none of them
 
@@ -79,3 +80,23 @@ def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengt
     assert empty.any() and (got.context[empty] == 0).all()
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert_same(gradients(module, got, **poisoned), gradients(module, expected, **clean), rtol=0, atol=0)
+
+
+def check_error(got: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """At most twice the error of the eager formula in the dtype of the result, and its rounding."""
+    assert got.dtype == eager.dtype
+    limit = 2 * (eager.double() - exact).abs().max() + torch.finfo(got.dtype).eps * exact.abs().max()
+    assert (got.double() - exact).abs().max() <= limit
+
+
+def check_backend(
+    make: Callable[..., nn.Module], inputs: Callable[..., tuple[Tensor, Tensor]], lengths: Tensor, **place: str
+) -> None:
+    """A step in float32 on place["device"], with the kernels of place["backend"], against the module in float64."""
+    module, (query, memory) = make(backend=place["backend"], dtype=torch.float32), inputs(torch.float32)
+    exact = make()
+    exact.load_state_dict(module.state_dict())
+    expected = exact(query.double(), exact.memory(memory.double(), lengths))
+    module, query, memory, lengths = (x.to(place["device"]) for x in (module, query, memory, lengths))
+    got = _pytree.tree_map(lambda x: x.double().cpu(), module(query, module.memory(memory, lengths)))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

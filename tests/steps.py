@@ -117,6 +117,15 @@ def check_copies(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
         torch.testing.assert_close(steps(module, *inputs), expected, rtol=0, atol=0)
 
 
+def decoding(seed: int, least_steps: int = 2) -> tuple[Inputs, Tensor]:
+    """A memory (B, Tk, 7) and states (T, B, 6) in float64, and the steps of the memory that are padding, (B, Tk)."""
+    torch.manual_seed(seed)
+    batch, steps = 3, int(torch.randint(least_steps, 40, ()))
+    given = {"memory": torch.randn(batch, steps, 7).double(), "states": torch.randn(4, batch, 6).double()}
+    lengths = torch.tensor([steps, *torch.randint(1, steps + 1, (batch - 1,)).tolist()])
+    return given, torch.arange(steps) >= lengths[:, None]
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module]) -> None:
     """Makes ``cls`` the class "module:Class" of a library that is not installed, for as long as monkeypatch lasts."""
     name, _, attribute = original.partition(":")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_kernels import ArgumentTypeError, ArgumentValueError
 from attn_kernels.mechanisms import DenseGATv2, gat
-from formulas import assert_same, gradients
+from formulas import assert_same, check_error, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,9 +154,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     exact = by_hand(exact_module, x.double(), ADJACENCY)
     plain = by_hand(module, x, ADJACENCY)
     for result, expected, eager in zip(module(x, ADJACENCY, need_weights=True), exact, plain, strict=True):
-        assert result.dtype == dtype
-        allow = 2 * (eager.double() - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
-        assert (result.double() - expected).abs().max() <= allow
+        check_error(result, expected, eager)
 
 
 def test_autocast_compile_and_transforms(large: None) -> None:

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, Memory
 from attn_kernels.mechanisms import HeadsMemory, MultiHeadAttention
-from formulas import assert_same, check_padding, every_kind, gradients
+from formulas import assert_same, check_backend, check_error, check_padding, every_kind, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,20 +144,12 @@ def test_dtypes(form: str, dtype: torch.dtype) -> None:
     got = module(query, module.memory(memory, LENGTHS))
     plain = by_hand(module, query, memory, allowed(MASKS["lengths"]))
     for result, expected, eager in zip(got, exact, plain, strict=True):
-        assert result.dtype == dtype
-        allow = 2 * (eager.double() - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
-        assert (result.double() - expected).abs().max() <= allow
+        check_error(result, expected, eager)
 
 
 @pytest.mark.parametrize("form", ["additive", "dot, tanh"])
 def test_backends(form: str, backend: str, device: str) -> None:
-    module, (query, memory) = make(form, backend=backend, dtype=torch.float32), inputs(torch.float32)
-    exact = make(form)
-    exact.load_state_dict(module.state_dict())
-    expected = exact(query.double(), exact.memory(memory.double(), LENGTHS))
-    module = module.to(device)
-    got = module(query.to(device), module.memory(memory.to(device), LENGTHS.to(device)))
-    torch.testing.assert_close(tuple(x.double().cpu() for x in got), tuple(expected), rtol=1e-5, atol=1e-5)
+    check_backend(partial(make, form), inputs, LENGTHS, backend=backend, device=device)
 
 
 @pytest.mark.parametrize("form", ["additive", "dot, tanh"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from attn_kernels.fusing import FuseReport, fuse
 from fuse_zoo import Case, Draw, Sizes
@@ -26,11 +27,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, (tuple, list)):
-        return [x for part in result for x in tensors(part)]
-    return []
+    return [x for x in _pytree.tree_leaves(result) if isinstance(x, Tensor)]
 
 
 def results(module: nn.Module, args: tuple[Any, ...], seed: int = 0) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ import torch
 from coqui import attentions
 
 from attn_kernels import patch, unpatch
-from steps import compare
+from steps import compare, decoding
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -42,13 +42,8 @@ def decode(module, memory, states, mask=None):
 
 
 def inputs(seed, masked=True):
-    torch.manual_seed(seed)
-    batch, steps = 3, int(torch.randint(4, 40, ()))
-    given = {"memory": torch.randn(batch, steps, 7).double(), "states": torch.randn(4, batch, 6).double()}
-    if masked:
-        lengths = torch.tensor([steps, *torch.randint(1, steps + 1, (batch - 1,)).tolist()])
-        given["mask"] = torch.arange(steps) < lengths[:, None]
-    return given
+    given, padding = decoding(seed, least_steps=4)
+    return given | {"mask": ~padding} if masked else given
 
 
 @pytest.mark.parametrize("masked", [True, False])
