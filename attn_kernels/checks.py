@@ -7,7 +7,7 @@ was refused, to say what.
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ def check_scale(name: str, scale: object, argument: str = "scale") -> None:
         raise ArgumentTypeError(f"{name}: {argument} must be a number, got {type(scale).__name__}")
     if not -INFINITY < scale < INFINITY:
         raise ArgumentValueError(f"{name}: {argument} must be a finite number, got {scale}")
+
+
+def check_size(name: str, argument: str, size: object, least: int = 1) -> int:
+    """A size, a count or a number of steps as an int of Python; numpy has its own."""
+    if not isinstance(size, Integral) or size < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {size!r}")
+    return int(size)
 
 
 ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid")

@@ -11,14 +11,13 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
-from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .attending import attend
-from .checks import check_tensor
+from .checks import check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory import Memory
 from .scores import AdditiveScore, DotScore, Score
@@ -47,13 +46,9 @@ class AttentionModule(nn.Module):
     ) -> None:
         super().__init__()
         self._name = type(self).__name__
-        for argument, size in (("query_size", query_size), ("memory_size", memory_size), ("units", key_size)):
-            if not isinstance(size, Integral) or size < 1:
-                raise ArgumentValueError(f"{self._name}: {argument} must be a positive integer, got {size!r}")
-        query_size, memory_size, key_size = int(query_size), int(memory_size), int(key_size)  # numpy has its own
-        self.query_size = query_size
-        self.memory_size = memory_size
-        self.key_size = key_size
+        self.query_size = query_size = check_size(self._name, "query_size", query_size)
+        self.memory_size = memory_size = check_size(self._name, "memory_size", memory_size)
+        self.key_size = key_size = check_size(self._name, "units", key_size)
         self.backend = backend
         self.query_projection = nn.Linear(query_size, key_size, bias=False, **factory) if project_query else None
         self.memory_projection = nn.Linear(memory_size, key_size, bias=False, **factory) if project_memory else None
@@ -127,21 +122,25 @@ class AttentionModule(nn.Module):
         return values if self.memory_projection is None else self.memory_projection(values)
 
     def _check(self, query: Tensor, memory: Memory) -> None:
-        check_tensor(self._name, "query", query)
         if not isinstance(memory, Memory):
-            got = type(memory).__name__
-            raise ArgumentTypeError(
-                f"{self._name}: memory must be a Memory, made by {self._name}.memory(...), got {got}"
-            )
+            self._refuse(memory, "a Memory")
         check_tensor(self._name, "memory.keys", memory.keys)
         batch, steps, key_size = memory.keys.shape
-        if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
-            expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
-            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+        self._check_query(query, batch)
         if key_size != self.key_size or memory.values.shape[2] != self.memory_size:
             expected = f"keys ({batch}, {steps}, {self.key_size}) and values ({batch}, {steps}, {self.memory_size})"
             got = f"{tuple(memory.keys.shape)} and {tuple(memory.values.shape)}, as of another module's memory"
             raise ArgumentValueError(f"{self._name}: memory must have {expected}, got {got}")
+
+    def _check_query(self, query: Tensor, batch: int) -> None:
+        check_tensor(self._name, "query", query)
+        if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
+            expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
+            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+
+    def _refuse(self, memory: object, expected: str) -> NoReturn:
+        made, got = f"made by {self._name}.memory(...)", type(memory).__name__
+        raise ArgumentTypeError(f"{self._name}: memory must be {expected}, {made}, got {got}")
 
     def _repr(self, **settings: Any) -> str:
         sizes = {"query_size": self.query_size, "memory_size": self.memory_size}

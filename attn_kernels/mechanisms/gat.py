@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_activation, check_device, check_tensor
+from ..checks import check_activation, check_device, check_size, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_attention
 from ..types import Attention
 from .recompute import recompute
-from .sizes import check_size
 
 _LARGE = 1 << 20  # pairs of nodes, of which several heads do not keep their alignments
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attending import attend
-from ..checks import as_number, check_tensor
-from ..errors import ArgumentTypeError, ArgumentValueError
+from ..checks import as_number, check_size
+from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..modules import AttentionModule
 from ..scores import AdditiveScore, DotScore, Score
 from ..types import Attention
 from .normalizers import mask_queries
-from .sizes import check_size
 
 
 class HeadsMemory(NamedTuple):
@@ -168,17 +167,10 @@ class MultiHeadAttention(AttentionModule):
         return DotScore(self.scale) if self.v is None else AdditiveScore(self.scale * self.v[head])
 
     def _check_heads(self, query: Tensor, memory: HeadsMemory) -> None:
-        check_tensor(self._name, "query", query)
         if not isinstance(memory, HeadsMemory):
-            got = type(memory).__name__
-            raise ArgumentTypeError(
-                f"{self._name}: memory must be a HeadsMemory, made by {self._name}.memory(...), got {got}"
-            )
+            self._refuse(memory, "a HeadsMemory")
         heads, keys, values = len(memory.heads), memory.heads[0].keys, memory.heads[0].values
-        batch = keys.shape[0]
-        if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
-            expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
-            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+        self._check_query(query, keys.shape[0])
         if (heads, keys.shape[2], values.shape[2]) != (self.heads, self.units, self.value_size):
             expected = f"{self.heads} heads with keys of {self.units} and values of {self.value_size}"
             got = f"{heads}, {keys.shape[2]} and {values.shape[2]}, as of another module's memory"

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_number, check_activation, check_lengths, check_mask, check_range, check_tensor
+from ..checks import as_number, check_activation, check_lengths, check_mask, check_range, check_size, check_tensor
 from ..errors import ArgumentValueError
 from ..functional import additive_attention, dot_attention
 from ..types import Attention, attention_mask, device_type, upcast
 from .normalizers import weighted_sum
-from .sizes import check_size
 
 
 class AttentionPooling(nn.Module):

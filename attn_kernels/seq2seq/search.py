@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-import operator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import check_size
 from ..memory import Memory
 from ..types import attention_mask
 from .decoder import Decoder
@@ -88,11 +89,7 @@ class SearchOptions(NamedTuple):
         )
 
 
-def _count(argument: str, count: Any) -> int:
-    """A positive integer as an int; NumPy's are such numbers, too."""
-    if not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"Seq2Seq.generate: {argument} must be a positive integer, got {count!r}")
-    return operator.index(count)
+_count = partial(check_size, "Seq2Seq.generate")
 
 
 def _number(argument: str, number: Any, above_zero: bool = False) -> float:

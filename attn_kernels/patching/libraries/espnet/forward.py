@@ -18,6 +18,8 @@ class _FusedForward(FusedAttLoc):
     modelling for speech synthesis", 2018.
     """
 
+    default_scaling = 1.0
+
     def _forward_step(self, step: Step, previous: Tensor, scaling: Any, stay: Any, move: Any) -> tuple[Tensor, Tensor]:
         """stay, move: probabilities, or 1, of the frame that was attended before and of the one after it."""
         keys, extra = self.pre_compute_enc_h, self._features(previous)
@@ -36,18 +38,6 @@ class _FusedForward(FusedAttLoc):
 @adapts(f"{MODULE}:AttForward", **LIBRARY, sources=("fa9f43f7449a",))
 class FusedAttForward(_FusedForward):
     """Forward attention, section 3.1 of that paper."""
-
-    def attend(
-        self,
-        enc_hs_pad: Tensor,
-        enc_hs_len: Any,
-        dec_z: Any,
-        att_prev: Any,
-        scaling: float = 1.0,
-        *window: Any,
-        **w: Any,
-    ) -> Any:
-        return super().attend(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling, *window, **w)
 
     def _attend(self, step: Step, memory: Tensor, lengths: Any, previous: Any, scaling: Any) -> Any:
         previous = self._first(memory) if previous is None else previous
@@ -68,7 +58,7 @@ class FusedAttForwardTA(_FusedForward):
         dec_z: Any,
         att_prev: Tensor | None,
         out_prev: Tensor,
-        scaling: float = 1.0,
+        scaling: float | None = None,
         *window: Any,
         **w: Any,
     ) -> Any:

@@ -75,17 +75,20 @@ class FusedAttAdd(FusedSingle):
 class FusedAttLoc(FusedLocation):
     """With location features: Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1."""
 
+    default_scaling = 2.0
+
     def attend(
         self,
         enc_hs_pad: Tensor,
         enc_hs_len: Any,
         dec_z: Any,
         att_prev: Any,
-        scaling: float = 2.0,
+        scaling: float | None = None,
         last_attended_idx: int | None = None,
         backward_window: int = 1,
         forward_window: int = 3,
     ) -> Any:
+        scaling = self.default_scaling if scaling is None else scaling
         if last_attended_idx is not None:
             return NotSupported("a window around the last attended frame")
         step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
