@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -287,6 +288,16 @@ def test_every_row_has_a_prediction() -> None:
         assert (COLD in one["us"]) == (row.shape.Tq == 1 and row.passes == FORWARD and not row.beams)
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert gpu_predictions.put_into(page, gpu_predictions.markdown(stored)) == page
+
+
+def test_predictions_name_code_that_there_is() -> None:
+    sources = "\n".join(
+        path.read_text() for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cu", ".cuh", ".h")
+    )
+    names = {path.name for path in (ROOT / "csrc/cuda").iterdir()}
+    for kind in gpu_predictions.KINDS.values():
+        for name in re.findall(r"\b(?:k[A-Z]\w+|[A-Z]\w+[a-z][A-Z]\w+|\w+_\w+|\w+\.cuh?)\b", kind.first):
+            assert name in names or re.search(rf"\b{name}\b", sources), name
 
 
 def test_targets_are_predicted() -> None:

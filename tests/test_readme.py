@@ -156,3 +156,19 @@ def test_limits_of_the_design_are_those_of_the_kernels() -> None:
     assert len(told) == 4
     for name, limit in told:
         assert f" {name} = {limit}.0f;" in header, name
+
+
+FOLDERS = ("attn_kernels", "bench", "csrc", "docs", "examples", "tests", "tools")
+
+
+@pages
+def test_files_exist(page: Path) -> None:
+    """Every file that the text names by the end of its path, and every folder that it names from the root."""
+    paths = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    paths += [f"/{path.name}" for path in ROOT.iterdir()]
+    written = "/bench/results/local"  # by ``make bench``
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`([\w./-]+\.(?:py|h|cpp|cu|cuh|c|md|toml))`", text):
+        assert any(path.endswith(f"/{name}") for path in paths), name
+    for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text):
+        assert f"/{name.rstrip('/')}" in (*paths, written), name

@@ -57,7 +57,7 @@ KINDS = {
         "decode, large",
         "memory bandwidth",
         "too few loads under way: bandwidth below 80% with all multiprocessors busy",
-        "loads under way for each warp in the walk of decode.cu (Scorer), then blocks for each multiprocessor",
+        "loads under way for each warp in ScoreTile (decode_scores.cuh), then blocks for each multiprocessor",
         1.25,
     ),
     "decode, small": Kind(
@@ -66,7 +66,7 @@ KINDS = {
         "cluster barriers or the counter's node take longer than assumed",
         "the second cluster barrier (.release is a fence of all memory: .relaxed is enough, it orders reads only); "
         "then the memset node of the last-block form, which a counter that the last block resets would save; then "
-        "kMostSteps",
+        "kMaxSteps of decode.cu",
         1.6,
     ),
     "few queries, training": Kind(
