@@ -91,8 +91,8 @@ def sharded_additive_attention(
     name = "sharded_additive_attention"
     masks = Masks(memory_lengths, mask)
     _check(name, group, query, keys, values, masks, v=v, bias=bias)
-    form = _Additive(choose(backend, query.device.type))
-    return _attend(form, group, query, keys, values, (v, bias), masks, need_weights)
+    plan = _Plan(_Additive(choose(backend, query.device.type)), group, need_weights)
+    return _attend(plan, query, keys, values, (v, bias), masks)
 
 
 def sharded_dot_attention(
@@ -114,7 +114,7 @@ def sharded_dot_attention(
     checks.check_scale(name, scale)
     masks = Masks(memory_lengths, mask)
     _check(name, group, query, keys, values, masks)
-    return _attend(_Dot(scale), group, query, keys, values, (), masks, need_weights)
+    return _attend(_Plan(_Dot(scale), group, need_weights), query, keys, values, (), masks)
 
 
 def joint_mean(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -175,23 +175,24 @@ class _Dot(NamedTuple):
 # Both forms -----------------------------------------------------------------------------------------------------------
 
 
+class _Plan(NamedTuple):
+    """What every rank has the same of, besides tensors."""
+
+    form: _Additive | _Dot
+    group: dist.ProcessGroup | None
+    need_weights: bool
+
+
 def _attend(
-    form: _Additive | _Dot,
-    group: dist.ProcessGroup | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    units: tuple[Tensor | None, ...],
-    masks: Masks,
-    need_weights: bool,
+    plan: _Plan, query: Tensor, keys: Tensor, values: Tensor, units: tuple[Tensor | None, ...], masks: Masks
 ) -> Attention:
     allowed = attention_mask(keys, *masks)
     padding = None if allowed is None else ~allowed
     q, k, x, *u = autocast(query, keys, values, *units)
     if q.dim() == 2:
         q = q.unsqueeze(1)
-    result = _Sharded.apply(form, group, need_weights, padding, q, k, x, *u)
-    return to_result(result, query.dim(), need_weights)
+    result = _Sharded.apply(plan, padding, q, k, x, *u)
+    return to_result(result, query.dim(), plan.need_weights)
 
 
 class _Sharded(torch.autograd.Function):
@@ -200,9 +201,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        form: Any,
-        group: dist.ProcessGroup | None,
-        need_weights: bool,
+        plan: _Plan,
         padding: Tensor | None,
         query: Tensor,
         keys: Tensor,
@@ -211,19 +210,18 @@ class _Sharded(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             q, k, x, *u = upcast(query, keys, values, *units)
-            context, alignments = _forward(form, group, padding, q, k, x, u)
+            context, alignments = _forward(plan, padding, q, k, x, u)
         ctx.set_materialize_grads(False)
-        ctx.form, ctx.group, ctx.need_weights = form, group, need_weights
+        ctx.plan = plan
         ctx.save_for_backward(padding, context, alignments, query, keys, values, *units)
         context = context.to(query.dtype)
-        return (context, alignments.to(query.dtype)) if need_weights else context
+        return (context, alignments.to(query.dtype)) if plan.need_weights else context
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor | None, grad_alignments: Tensor | None = None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[4:]
-        options = (ctx.form, ctx.group, ctx.need_weights, needed)
-        gradients = _ShardedBackward.apply(*options, grad_context, grad_alignments, *ctx.saved_tensors)
-        return None, None, None, None, *gradients
+        needed = ctx.needs_input_grad[2:]
+        gradients = _ShardedBackward.apply(ctx.plan, needed, grad_context, grad_alignments, *ctx.saved_tensors)
+        return None, None, *gradients
 
 
 class _ShardedBackward(torch.autograd.Function):
@@ -232,9 +230,7 @@ class _ShardedBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        form: Any,
-        group: dist.ProcessGroup | None,
-        need_weights: bool,
+        plan: _Plan,
         needed: tuple[bool, ...],
         grad_context: Tensor | None,
         grad_alignments: Tensor | None,
@@ -245,15 +241,15 @@ class _ShardedBackward(torch.autograd.Function):
             grad_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
             grad_context, grad_alignments, *widened = upcast(grad_context, grad_alignments, *inputs)
             sums = (grad_context * context).sum(-1, keepdim=True)
-            if need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
+            if plan.need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
                 own = torch.zeros_like(sums)
                 if grad_alignments is not None:
                     own = _fill(alignments * grad_alignments, padding).sum(-1, keepdim=True)
-                dist.all_reduce(own, group=group)
+                dist.all_reduce(own, group=plan.group)
                 sums = sums + own
-            gradients = _backward(form, grad_context, grad_alignments, sums, padding, alignments, widened)
+            gradients = _backward(plan.form, grad_context, grad_alignments, sums, padding, alignments, widened)
             shared = [i for i, need in enumerate(needed) if need and i not in (1, 2)]  # all but keys and values
-            for i, gradient in zip(shared, _all_reduce([gradients[i] for i in shared], group), strict=True):
+            for i, gradient in zip(shared, _all_reduce([gradients[i] for i in shared], plan.group), strict=True):
                 gradients[i] = gradient
         return tuple(g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True))
 
@@ -263,8 +259,7 @@ class _ShardedBackward(torch.autograd.Function):
 
 
 def _forward(
-    form: Any,
-    group: dist.ProcessGroup | None,
+    plan: _Plan,
     padding: Tensor | None,
     query: Tensor,
     keys: Tensor,
@@ -272,11 +267,11 @@ def _forward(
     units: list[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """The context of all ranks and the alignments of this one."""
-    scores = _fill(form.scores(query, keys, *units), padding, -math.inf)
+    scores = _fill(plan.form.scores(query, keys, *units), padding, -math.inf)
     top = scores.amax(-1, keepdim=True) if keys.shape[1] else scores.new_full((*query.shape[:2], 1), -math.inf)
     weights = _fill(torch.exp(scores - top), padding)  # NaN where steps are attended and all their scores are -Inf
     part = torch.cat([top, weights.sum(-1, keepdim=True), weights @ _blank_steps(values, padding)], -1)
-    parts = _all_gather(part, group)
+    parts = _all_gather(part, plan.group)
 
     tops, sums = parts[..., :1], parts[..., 1:]
     factors = torch.exp(tops - tops.amax(0))  # NaN where no rank has a score above -Inf
@@ -286,13 +281,13 @@ def _forward(
     total, context = joined[..., :1], joined[..., 1:]
     context = torch.where(total == 0, 0.0, context / total)  # a total is 1 or more where anything is attended
 
-    rank = dist.get_rank(group)
+    rank = dist.get_rank(plan.group)
     alignments = torch.where(counted[rank] | total.isnan(), weights * (factors[rank] / total), 0.0)
     return context, _fill(alignments, padding)
 
 
 def _backward(
-    form: Any,
+    form: _Additive | _Dot,
     grad_context: Tensor,
     grad_alignments: Tensor | None,
     sums: Tensor,

@@ -82,6 +82,13 @@ def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengt
     assert_same(gradients(module, got, **poisoned), gradients(module, expected, **clean), rtol=0, atol=0)
 
 
+def in_float64(make: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
+    """The same with the same parameters, as it is made by default."""
+    exact = make()
+    exact.load_state_dict(module.state_dict())
+    return exact
+
+
 def check_error(got: Tensor, exact: Tensor, eager: Tensor) -> None:
     """At most twice the error of the eager formula in the dtype of the result, and its rounding."""
     assert got.dtype == eager.dtype
@@ -94,9 +101,26 @@ def check_backend(
 ) -> None:
     """A step in float32 on place["device"], with the kernels of place["backend"], against the module in float64."""
     module, (query, memory) = make(backend=place["backend"], dtype=torch.float32), inputs(torch.float32)
-    exact = make()
-    exact.load_state_dict(module.state_dict())
+    exact = in_float64(make, module)
     expected = exact(query.double(), exact.memory(memory.double(), lengths))
     module, query, memory, lengths = (x.to(place["device"]) for x in (module, query, memory, lengths))
     got = _pytree.tree_map(lambda x: x.double().cpu(), module(query, module.memory(memory, lengths)))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_precision(
+    make: Callable[..., nn.Module],
+    inputs: Callable[..., tuple[Tensor, Tensor]],
+    lengths: Tensor,
+    by_hand: Callable[..., Sequence[Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """The results of a step, by the error of the formula in that dtype: by_hand(module, query, memory)."""
+    module, (query, memory) = make(dtype=dtype), inputs(dtype)
+    exact = in_float64(make, module)
+    expected = exact(query.double(), exact.memory(memory.double(), lengths))
+    got, plain = module(query, module.memory(memory, lengths)), by_hand(module, query, memory)
+    for result, x, eager in zip(*map(_pytree.tree_leaves, (got, expected, plain)), strict=True):
+        finite = x.isfinite()
+        assert torch.equal(result[~finite].double(), x[~finite])
+        check_error(result[finite], x[finite], eager[finite])

@@ -117,6 +117,18 @@ def check_copies(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
         torch.testing.assert_close(steps(module, *inputs), expected, rtol=0, atol=0)
 
 
+def check_copies_are_patched(module: nn.Module) -> None:
+    """A patched module has the same state_dict; copies and pickles of it are patched; unpatched, it is of its class."""
+    names, cls = list(module.state_dict()), type(module)
+    patch(module)
+    assert list(module.state_dict()) == names and isinstance(module, cls)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert [replaced.cls for replaced in patch(other).replaced] == [cls]
+        other.load_state_dict(module.state_dict())
+    unpatch(module)
+    assert type(module) is cls
+
+
 def decoding(seed: int, least_steps: int = 2) -> tuple[Inputs, Tensor]:
     """A memory (B, Tk, 7) and states (T, B, 6) in float64, and the steps of the memory that are padding, (B, Tk)."""
     torch.manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from attn_kernels import ArgumentTypeError, ArgumentValueError
 from attn_kernels.mechanisms import DenseGATv2, gat
-from formulas import assert_same, check_error, gradients
+from formulas import assert_same, check_error, gradients, in_float64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,8 +150,7 @@ def test_padding_has_no_effect(large: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
     module, x = make("heads side by side", dtype=dtype), nodes(dtype=dtype)
-    exact_module = make("heads side by side")
-    exact_module.load_state_dict(module.state_dict())
+    exact_module = in_float64(partial(make, "heads side by side"), module)
     exact = by_hand(exact_module, x.double(), ADJACENCY)
     plain = by_hand(module, x, ADJACENCY)
     for result, expected, eager in zip(module(x, ADJACENCY, need_weights=True), exact, plain, strict=True):

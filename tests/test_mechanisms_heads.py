@@ -14,7 +14,7 @@ from torch.utils import _pytree
 import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, Memory
 from attn_kernels.mechanisms import HeadsMemory, MultiHeadAttention
-from formulas import assert_same, check_backend, check_error, check_padding, every_kind, gradients
+from formulas import assert_same, check_backend, check_padding, check_precision, every_kind, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,14 +137,8 @@ def test_gradients_of_many_steps(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(form: str, dtype: torch.dtype) -> None:
-    module, (query, memory) = make(form, dtype=dtype), inputs(dtype)
-    exact_module = make(form)
-    exact_module.load_state_dict(module.state_dict())
-    exact = exact_module(query.double(), exact_module.memory(memory.double(), LENGTHS))
-    got = module(query, module.memory(memory, LENGTHS))
-    plain = by_hand(module, query, memory, allowed(MASKS["lengths"]))
-    for result, expected, eager in zip(got, exact, plain, strict=True):
-        check_error(result, expected, eager)
+    formula = partial(by_hand, allow=allowed(MASKS["lengths"]))
+    check_precision(partial(make, form), inputs, LENGTHS, formula, dtype)
 
 
 @pytest.mark.parametrize("form", ["additive", "dot, tanh"])

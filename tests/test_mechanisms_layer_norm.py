@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from attn_kernels import ArgumentValueError
 from attn_kernels.mechanisms import LayerNormBahdanauAttention, NormalizedAttention, layer_norm
-from formulas import assert_same, check_error, check_padding, gradients, random_sum
+from formulas import assert_same, check_padding, check_precision, gradients, random_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,14 +114,7 @@ def test_normalizer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
-    module, (query, memory) = make(dtype=dtype), inputs(dtype)
-    exact_module = make()
-    exact_module.load_state_dict(module.state_dict())
-    exact = exact_module(query.double(), exact_module.memory(memory.double(), LENGTHS))
-    got = module(query, module.memory(memory, LENGTHS))
-    plain = by_hand(module, query, memory, LENGTHS)
-    for result, expected, eager in zip(got, exact, plain, strict=True):
-        check_error(result, expected, eager)
+    check_precision(make, inputs, LENGTHS, partial(by_hand, lengths=LENGTHS), dtype)
 
 
 def test_autocast(chunks: str) -> None:

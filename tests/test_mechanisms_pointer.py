@@ -12,7 +12,7 @@ from torch import Tensor
 import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError
 from attn_kernels.mechanisms import PointerAttention
-from formulas import assert_same, check_backend, check_error, every_kind
+from formulas import assert_same, check_backend, check_precision, every_kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,16 +144,8 @@ def test_one_query(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(form: str, dtype: torch.dtype) -> None:
-    module, (query, memory) = make(form, dtype=dtype), inputs(dtype)
-    exact_module = make(form)
-    exact_module.load_state_dict(module.state_dict())
-    exact = exact_module(query.double(), exact_module.memory(memory.double(), LENGTHS))
-    got = module(query, module.memory(memory, LENGTHS))
-    assert got.dtype == dtype
-    finite = exact.isfinite()
-    assert (got.isneginf() == ~finite).all()
-    plain = by_hand(module, query, memory, allowed(MASKS["lengths"]))
-    check_error(got[finite], exact[finite], plain[finite])
+    formula = partial(by_hand, allow=allowed(MASKS["lengths"]))
+    check_precision(partial(make, form), inputs, LENGTHS, formula, dtype)
 
 
 def test_autocast() -> None:

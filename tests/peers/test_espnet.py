@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ attentions = pytest.importorskip(
     "espnet.nets.pytorch_backend.rnn.attentions", reason="ESPnet: tests/peers/requirements.txt"
 )
 
-from attn_kernels import patch, unpatch
+from attn_kernels import patch
 from attn_kernels.mechanisms import CoverageAttention, CoverageState, ForwardAttention, LocationSensitiveAttention
-from steps import compare
+from steps import check_copies_are_patched, compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -178,15 +177,7 @@ def test_what_falls_through(name):
 
 @types_
 def test_copies_and_back(name):
-    module = make(name)
-    names, cls = list(module.state_dict()), type(module)
-    patch(module)
-    assert list(module.state_dict()) == names and isinstance(module, cls)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert [replaced.cls for replaced in patch(other).replaced] == [cls]
-        other.load_state_dict(module.state_dict())
-    unpatch(module)
-    assert type(module) is cls
+    check_copies_are_patched(make(name))
 
 
 @types_

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import pickle
 import sys
 import types
 
@@ -21,9 +19,8 @@ if importlib.util.find_spec("librosa") is None:  # for audio, which is not used 
 
 model = pytest.importorskip("tacotron2.model", reason="tacotron2: something that it imports is missing")
 
-from attn_kernels import patch, unpatch
 from attn_kernels.mechanisms import LocationSensitiveAttention
-from steps import compare, decoding
+from steps import check_copies_are_patched, compare, decoding
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -59,14 +56,7 @@ def test_all_padding():
 
 
 def test_copies_and_back():
-    module = model.Attention(6, 7, 9, 4, 5)
-    names = list(module.state_dict())
-    patch(module)
-    assert list(module.state_dict()) == names
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert [cls for _, cls in patch(other).replaced] == [model.Attention]
-    unpatch(module)
-    assert type(module) is model.Attention
+    check_copies_are_patched(model.Attention(6, 7, 9, 4, 5))
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
 from coqui import attentions
 
-from attn_kernels import patch, unpatch
-from steps import compare, decoding
+from attn_kernels import patch
+from steps import check_copies_are_patched, compare, decoding
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
 
@@ -77,11 +76,4 @@ def test_all_padding():
 
 
 def test_copies_and_back():
-    module = make()
-    names = list(module.state_dict())
-    patch(module)
-    assert list(module.state_dict()) == names
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert [cls for _, cls in patch(other).replaced] == [attentions.OriginalAttention]
-    unpatch(module)
-    assert type(module) is attentions.OriginalAttention
+    check_copies_are_patched(make())
