@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .timing import Spread
+from .timing import Samples, Spread, ratios, spread
 
 FOLDER = Path(__file__).parent / "results"  # the published ones
 LOCAL = FOLDER / "local"  # ignored by git
@@ -49,3 +49,12 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(entry) for entry in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def comparison(samples: Samples, ours: str) -> dict[str, Any]:
+    """Figures of a row: rounds, ms of each call, and how many times as long as ``ours`` the others took."""
+    return {
+        "rounds": len(samples[ours]),
+        "ms": {name: rounded(spread(values).scaled(1e3)) for name, values in samples.items()},
+        f"times {ours}": {name: ratios(samples, name, ours)._asdict() for name in samples if name != ours},
+    }

@@ -94,9 +94,7 @@ def measure(op: str, shape: tuple[int, int, int], seconds: float) -> dict[str, A
         "op": op,
         "B,Tq,A=D": list(shape),
         "padding": round(ragged.padding, 3),
-        "rounds": len(samples[PACKED]),
-        "ms": {way: results.rounded(timing.spread(samples[way]).scaled(1e3)) for way in WAYS},
-        f"times {PACKED}": {way: timing.ratios(samples, way, PACKED)._asdict() for way in WAYS if way != PACKED},
+        **results.comparison(samples, PACKED),
     }
 
 

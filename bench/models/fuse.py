@@ -196,11 +196,7 @@ def measure(problem: Problem, passes: str, seconds: float, compiled: bool) -> di
         "B,Tq,Tk,A,M": list(problem.shape),
         "found": [f"{fused.name or '(model)'}: {fused.what}" for fused in problem.report.fused],
         "left alone": [skipped.reason for skipped in problem.report.skipped],
-        "rounds": len(samples[ORIGINAL]),
-        "ms": {variant: results.rounded(timing.spread(samples[variant]).scaled(1e3)) for variant in variants},
-        "times fused": {
-            variant: timing.ratios(samples, variant, FUSED)._asdict() for variant in variants if variant != FUSED
-        },
+        **results.comparison(samples, FUSED),
         "added us": results.rounded(timing.spread(added)),
         "peak MB": {variant: machine.peak_memory(calls[variant], device) for variant in variants},
     }

@@ -115,11 +115,7 @@ def _row(
     return {
         "kind": kind,
         "B,Tk,A=D": list(shape),
-        "rounds": len(samples[against]),
-        "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
-        f"times {against}": {
-            name: timing.ratios(samples, name, against)._asdict() for name in calls if name != against
-        },
+        **results.comparison(samples, against),
     }
 
 
