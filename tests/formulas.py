@@ -22,7 +22,14 @@ def every_kind(memory_lengths: Tensor, mask: Tensor) -> dict[str, Masks]:
     }
 
 
-def allowed(masks: Masks, shape: tuple[int, int, int]) -> Tensor:
+# For those who need no sizes of their own; a sentence is empty.
+B, TQ, TK = 4, 3, 6
+LENGTHS = torch.tensor([6, 0, 3, 1])
+MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
+MASKS = every_kind(LENGTHS, MASK)
+
+
+def allowed(masks: Masks, shape: tuple[int, int, int] = (B, TQ, TK)) -> Tensor:
     """shape, (B, Tq, Tk), of bool: which steps each query may attend."""
     result = torch.ones(shape, dtype=torch.bool)
     if "memory_lengths" in masks:

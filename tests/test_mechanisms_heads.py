@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, Memory
 from attn_kernels.mechanisms import HeadsMemory, MultiHeadAttention
-from formulas import assert_same, check_backend, check_padding, check_precision, every_kind, gradients
+from formulas import (
+    LENGTHS,
+    MASKS,
+    TK,
+    TQ,
+    B,
+    allowed,
+    assert_same,
+    check_backend,
+    check_padding,
+    check_precision,
+    gradients,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-B, TQ, TK, Q, M, UNITS, H = 4, 3, 6, 5, 4, 7, 3
-LENGTHS = torch.tensor([6, 0, 3, 1])
-MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
-MASKS = every_kind(LENGTHS, MASK)
-allowed = partial(formulas.allowed, shape=(B, TQ, TK))
+Q, M, UNITS, H = 5, 4, 7, 3
 FORMS = {
     "additive": {},
     "dot": {"score": "dot"},

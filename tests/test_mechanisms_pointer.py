@@ -12,15 +12,11 @@ from torch import Tensor
 import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError
 from attn_kernels.mechanisms import PointerAttention
-from formulas import assert_same, check_backend, check_precision, every_kind
+from formulas import LENGTHS, MASK, MASKS, TK, TQ, B, allowed, assert_same, check_backend, check_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-B, TQ, TK, M, UNITS = 4, 3, 6, 5, 7
-LENGTHS = torch.tensor([6, 0, 3, 1])
-MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
-MASKS = every_kind(LENGTHS, MASK)
-allowed = partial(formulas.allowed, shape=(B, TQ, TK))
+M, UNITS = 5, 7
 FORMS = {
     "plain": {},
     "clip": {"clip": 10.0},
