@@ -16,6 +16,7 @@ from .backends import choose
 from .checks import (
     as_number,
     check_dtypes,
+    check_extra,
     check_masks,
     check_query_keys,
     check_score_bias,
@@ -23,7 +24,7 @@ from .checks import (
 )
 from .errors import ArgumentValueError
 from .memory_gradient import is_worth_deferring, should_defer
-from .scores import DotScore, Score
+from .scores import AdditiveScore, DotScore, ReluScore, Score
 from .types import NORMALIZERS, Attention, AttentionWithLogTotal, Masks, Options, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
@@ -93,6 +94,26 @@ def attend_arrays(
         _check(score, query, keys, values, masks, backend)
         raise
     return Attention(None, attention.alignments) if without_context else attention
+
+
+def attend_with_extra(
+    score: AdditiveScore | ReluScore,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    extra: Tensor,
+    masks: Masks,
+    need_weights: bool,
+    backend: str | None,
+    memory: Memory | None = None,
+) -> Attention:
+    """The same with ``extra``, (B, Tk, A), added to the keys: in the kernel on the CPU, beforehand on a GPU."""
+    check_extra(score.name, query, keys, extra)
+    if choose(backend, device_type(query)) in ("cuda", "triton"):
+        if isinstance(score, AdditiveScore):
+            score = score._replace(prepared=None)  # of the keys alone
+        return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
+    return attend_arrays(score.with_extra(extra), query, keys, values, masks, need_weights, backend, memory)
 
 
 def attend_with_options(

@@ -84,6 +84,16 @@ def check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -
     check_device(name, argument, units, query=query)
 
 
+def check_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> None:
+    check_query_keys(name, query, keys)
+    check_tensor(name, "extra", extra)
+    if extra.shape != keys.shape:
+        raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {shape_of(keys)}, got {shape_of(extra)}")
+    check_device(name, "extra", extra, query=query)
+    if extra.dtype != keys.dtype:
+        raise ArgumentTypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
+
+
 def check_score_bias(name: str, query: Tensor, keys: Tensor, score_bias: Tensor | None) -> None:
     if score_bias is None:
         return

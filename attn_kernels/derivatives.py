@@ -33,7 +33,8 @@ class Formula(NamedTuple):
     where results are sums over the rows of the batch. numbers: where those that are no tensors start and end. flags:
     how many of the last arguments are none, either. memory: how many of the differentiable arguments are keys and
     values, from position 1 on. results: 1, or of an attention, whose last argument says if alignments are returned, 2
-    or 3; the backward needs all but the first.
+    or 3; the backward needs all but the first. addend: the position of what is added to the keys, after all others that
+    are differentiable; the gradient of the sum is that of both.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -43,6 +44,15 @@ class Formula(NamedTuple):
     flags: int = 0
     memory: int = 0
     results: int = 1
+    addend: int | None = None
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Which gradients the backward is asked for together, by a flag each; see ops.py."""
+        others = tuple(i for i in self.differentiable if not 1 <= i <= self.memory and i != self.addend)
+        if self.addend is None:
+            return others, tuple(range(1, 1 + self.memory))
+        return others, (1, self.addend), (2,)
 
     def tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         start, stop = self.numbers
@@ -128,6 +138,17 @@ def _additive_attention(*arguments):
     return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
 
 
+def _additive_attention_with_extra(*arguments):
+    *inputs, extra, memory_lengths, mask, _ = arguments
+    return reference.additive_attention(*inputs, extra=extra, memory_lengths=memory_lengths, mask=mask)
+
+
+def _relu_attention_with_extra(*arguments):
+    *inputs, extra, negative_slope, memory_lengths, mask, _ = arguments
+    keywords: dict[str, Any] = dict(**_of_slope(negative_slope), memory_lengths=memory_lengths, mask=mask)
+    return reference.additive_attention(*inputs, extra=extra, **keywords)
+
+
 def _dot_attention(*arguments):
     *inputs, scale, memory_lengths, mask, _ = arguments
     return reference.dot_attention(*inputs, scale=scale, memory_lengths=memory_lengths, mask=mask)
@@ -137,17 +158,17 @@ def _backward(formula: Formula) -> Formula:
     """The gradients of a formula's differentiable arguments, in order; (0,) for those that are not needed.
 
     Arguments: the gradients of the results, the arguments of the formula (of an attention with its results but the
-    context in place of the last one), and which gradients are needed: those of keys and values, and of the others.
+    context in place of the last one), and which groups of gradients are needed. There is none of an addend of the keys.
     """
-    results = formula.results
-    of_memory = range(1, 1 + formula.memory)
+    results, groups = formula.results, formula.groups
+    returned = [i for i in formula.differentiable if i != formula.addend]
 
     def function(*arguments: Any) -> tuple[Tensor, ...]:
-        grads, inputs = arguments[:results], arguments[results:-2]
-        need_query, need_memory = arguments[-2:]
-        wanted = [i for i in formula.differentiable if (need_memory if i in of_memory else need_query)]
+        grads, inputs, flags = arguments[:results], arguments[results : -len(groups)], arguments[-len(groups) :]
+        needed = {i for group, flag in zip(groups, flags, strict=True) if flag for i in group}
+        wanted = [i for i in returned if i in needed]
         found = dict(zip(wanted, pull_back(formula, inputs, grads, wanted), strict=True))
-        gradients = (found.get(i) for i in formula.differentiable)
+        gradients = (found.get(i) for i in returned)
         return tuple(inputs[0].new_zeros(0) if gradient is None else gradient for gradient in gradients)
 
     return Formula(
@@ -155,7 +176,7 @@ def _backward(formula: Formula) -> Formula:
         differentiable=(*range(results), *(results + i for i in formula.differentiable)),
         shared=() if formula.shared == () else None,
         numbers=(results + formula.numbers[0], results + formula.numbers[1]),
-        flags=2,
+        flags=len(groups),
     )
 
 
@@ -222,6 +243,12 @@ _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
 _RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
+_ADDITIVE_WITH_EXTRA = Formula(
+    _additive_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5
+)
+_RELU_WITH_EXTRA = Formula(
+    _relu_attention_with_extra, tuple(range(6)), shared=(3, 4), numbers=(6, 7), memory=2, results=2, addend=5
+)
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
     "additive_scores": _SCORES,
@@ -236,6 +263,10 @@ FORMULAS = {
     "additive_attention_with_options_backward": _backward(_ADDITIVE_WITH_OPTIONS),
     "relu_attention_with_options": _RELU_WITH_OPTIONS,
     "relu_attention_with_options_backward": _backward(_RELU_WITH_OPTIONS),
+    "additive_attention_with_extra": _ADDITIVE_WITH_EXTRA,
+    "additive_attention_with_extra_backward": _backward(_ADDITIVE_WITH_EXTRA),
+    "relu_attention_with_extra": _RELU_WITH_EXTRA,
+    "relu_attention_with_extra_backward": _backward(_RELU_WITH_EXTRA),
     "dot_attention_with_options": _DOT_WITH_OPTIONS,
     "dot_attention_with_options_backward": _backward(_DOT_WITH_OPTIONS),
     "additive_attention_packed": _ADDITIVE_PACKED,
@@ -272,13 +303,13 @@ def rules(
     results_count, attends = formula.results, formula.results > 1
 
     save, saved = formula.save, formula.saved
-    count, end = len(formula.differentiable), 1 + formula.memory
+    count, groups, addend = len(formula.differentiable), formula.groups, formula.addend
 
     @functools.cache  # a call of it in every backward would take microseconds
-    def plan(needs: tuple[bool, ...]) -> tuple[bool, bool, tuple[int, ...], tuple[None, ...]]:
+    def plan(needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...], tuple[None, ...]]:
         """Of the inputs that need a gradient: which groups do, which results do not, and what follows the results."""
         unneeded = tuple(i for i in range(count) if not needs[i])
-        return needs[0] or any(needs[end:]), any(needs[1:end]), unneeded, (None,) * (len(needs) - count)
+        return tuple(any(needs[i] for i in group) for group in groups), unneeded, (None,) * (len(needs) - count)
 
     def pulled(arguments: tuple[Any, ...], grads: Sequence[Tensor | None], needs: tuple[bool, ...]) -> Any:
         wanted = [i for i in formula.differentiable if needs[i]]
@@ -291,11 +322,13 @@ def rules(
             return (None,) * len(needs)
         if gradients is None:
             return pulled(saved(ctx), grads, needs)
-        need_query, need_memory, unneeded, rest = plan(needs)
+        flags, unneeded, rest = plan(needs)
         if len(grads) < results_count:  # the context alone was returned
-            made = gradients(grads[0], *(None,) * (results_count - 1), *saved(ctx), need_query, need_memory)
+            made = gradients(grads[0], *(None,) * (results_count - 1), *saved(ctx), *flags)
         else:
-            made = gradients(*grads, *saved(ctx), need_query, need_memory)
+            made = gradients(*grads, *saved(ctx), *flags)
+        if addend is not None:
+            made = (*made, made[1])
         if unneeded:
             made = list(made)
             for i in unneeded:

@@ -95,6 +95,15 @@ def _packed_attention_backward(
     return _attention_backward(grad_context, _, *of_one, *others, **named)
 
 
+def _extra_backward(
+    grad_context: Shape | None, _: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **__: Any
+) -> int:
+    """The same, where keys and values have a flag each."""
+    need_query, need_keys, need_values = others[-3:]
+    of_alignments = 0 if grad_context is None else values[2] * (max(need_query, need_keys) + need_values)
+    return 2 * _pairs(query, keys) * (query[2] * (need_query + need_keys) + of_alignments)
+
+
 _FORMULAS = {
     "additive_attention_packed": _packed_attention,
     "additive_attention_packed_backward": _packed_attention_backward,
@@ -110,6 +119,10 @@ _FORMULAS = {
     "relu_attention_backward": _attention_backward,
     "additive_attention": _attention,
     "additive_attention_backward": _attention_backward,
+    "additive_attention_with_extra": _attention,
+    "additive_attention_with_extra_backward": _extra_backward,
+    "relu_attention_with_extra": _attention,
+    "relu_attention_with_extra_backward": _extra_backward,
     "dot_attention": _attention,
     "dot_attention_backward": _attention_backward,
 }

@@ -11,6 +11,7 @@ from .attending import (
     ARGUMENT_ERRORS,
     SELF_CHECKING,
     attend_arrays,
+    attend_with_extra,
     attend_with_options,
     make_options,
     new,
@@ -20,8 +21,8 @@ from .checks import (
     INFINITY,
     as_number,
     check_activation,
-    check_device,
     check_dtypes,
+    check_extra,
     check_query_keys,
     check_tensor,
     check_units,
@@ -29,7 +30,7 @@ from .checks import (
 )
 from .errors import ArgumentTypeError, ArgumentValueError
 from .packed_attention import attend_packed, check_memory, check_query, is_jagged, packed_memory
-from .scores import AdditiveScore, DotScore, ReluScore, Score
+from .scores import AdditiveScore, DotScore, ReluScore
 from .types import (
     DTYPES,
     Attention,
@@ -84,7 +85,8 @@ def additive_attention(
         activation: "tanh", "relu", "leaky_relu" or "sigmoid", in the place of tanh.
         negative_slope: of "leaky_relu", a finite number.
         extra: (B, Tk, A), added before the activation: what a step adds to the keys, such as projected location
-            features.
+            features. On the CPU the sum is made within the kernels, and its gradient is that of both; elsewhere, and
+            with an option below or ``activation="sigmoid"``, it is a tensor.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
@@ -101,8 +103,8 @@ def additive_attention(
         memory_offsets: (B + 1,) int32 or int64, for keys and values without padding; see below.
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
         prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
-            and gradients are the same to within rounding; gradients flow to ``keys``. Not together with ``extra``, nor
-            with another activation than tanh.
+            and gradients are the same to within rounding; gradients flow to ``keys``. With ``extra`` it is accepted,
+            so that callers have one way to call, and has no effect. Not with another activation than tanh.
 
     Returns:
         ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
@@ -145,11 +147,11 @@ def additive_attention(
         scale = as_number(name, scale)
         check_units(name, query, "v", v)
         v = scale * v
-    if extra is not None:
-        if prepared is not None:
-            raise ArgumentValueError(f"{name}: prepared must be None with extra: it was made of keys alone")
-        keys = _with_extra(name, query, keys, extra)
-    score: Score
+    with_options = score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total
+    if extra is not None and (with_options or activation == "sigmoid"):  # nor are these kept from copies of the keys
+        check_extra(name, query, keys, extra)
+        keys, extra, prepared = keys + extra, None, None
+    score: AdditiveScore | ReluScore
     if activation == "tanh":
         score = new(AdditiveScore, (v, bias, prepared))
     else:
@@ -166,7 +168,9 @@ def additive_attention(
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
     masks = new(Masks, (memory_lengths, mask))
-    if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
+    if extra is not None:
+        return attend_with_extra(score, query, keys, values, extra, masks, need_weights, backend)
+    if with_options:
         if prepared is not None:
             raise ArgumentValueError(
                 f"{name}: prepared must be None with score_bias, dropout_p, normalizer or log_total"
@@ -289,7 +293,8 @@ def additive_scores(
     Source, dtypes, errors: as in :func:`additive_attention`.
     """
     if extra is not None:
-        keys = _with_extra("additive_scores", query, keys, extra)
+        check_extra("additive_scores", query, keys, extra)
+        keys = keys + extra
     op: tuple[str, tuple[float, ...]] = ("additive_scores", ())
     if activation != "tanh":
         slope = check_activation("additive_scores", activation, negative_slope)
@@ -347,15 +352,3 @@ def _given_options(
         normalizer=normalizer if normalizer != "softmax" else None,
         need_log_total=True if need_log_total else None,
     )
-
-
-def _with_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> Tensor:
-    """keys + extra, in the dtype they come in: under autocast the sum is cast, not its parts."""
-    check_query_keys(name, query, keys)
-    check_tensor(name, "extra", extra)
-    if extra.shape != keys.shape:
-        raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {shape_of(keys)}, got {shape_of(extra)}")
-    check_device(name, "extra", extra, query=query)
-    if extra.dtype != keys.dtype:
-        raise ArgumentTypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
-    return keys + extra

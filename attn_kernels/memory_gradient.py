@@ -14,6 +14,10 @@ differentiated behave as without it.
 The records of the steps belong to the backward pass (autograd's "graph task") that they ran in, by its number, and only
 the engine holds them: they are freed with the pass, whether that ends or is aborted, and passes that are nested or run
 in other threads do not see each other.
+
+A step that adds something of its own to the keys (``extra``: location features) makes the gradient of the sum in its
+backward, since that of the extra is the same: it is added to those of the steps before, and only the gradient of the
+values is left to the end.
 """
 
 from __future__ import annotations
@@ -54,15 +58,31 @@ class _StepRecord(NamedTuple):
     mask: Tensor | None
     alignments: Tensor
 
-    def backward(self, need_query: bool, need_memory: bool) -> tuple[Tensor, ...]:
-        """The gradients of query, keys, values and the score's own arguments; empty where they are not needed."""
+    def backward(self, *needed: bool) -> tuple[Tensor, ...]:
+        """The gradients of query, keys, values and the score's own arguments; empty where they are not needed.
+
+        needed: the flags of the op, of the query and of the memory or, with an extra, of the keys and of the values.
+        """
         score, backend, *inputs, memory_lengths, mask, alignments = self
-        others = (memory_lengths, mask, alignments, need_query, need_memory)
-        return ops.call(f"{score.op}_backward", backend, *inputs, *score, *others)
+        return ops.call(f"{score.op}_backward", backend, *inputs, *score, memory_lengths, mask, alignments, *needed)
 
 
 class _PendingSteps(list[_StepRecord]):
-    """The steps of one backward pass so far. The engine holds it as a callback for the end of the pass."""
+    """The steps of one backward pass so far. The engine holds it as a callback for the end of the pass.
+
+    dkeys: the sum of the gradients of keys that steps made themselves, in float32 or wider.
+    """
+
+    dkeys: Tensor | None = None
+
+    def add(self, dkeys: Tensor) -> None:
+        if self.dkeys is None:
+            # A copy in any case: the step returns dkeys to autograd, too.
+            self.dkeys = dkeys.to(torch.promote_types(dkeys.dtype, torch.float32), copy=True)
+        elif torch.is_grad_enabled():
+            self.dkeys = self.dkeys + dkeys
+        else:
+            self.dkeys.add_(dkeys)
 
     def __call__(self) -> None:
         """No-op: it is queued only so that the engine keeps the records alive for exactly one backward pass."""
@@ -94,16 +114,23 @@ class MemoryGradient:
             and is_alias(self.values, values)
         )
 
-    def record(self, step: _StepRecord) -> None:
-        """Called by the backward of a step."""
-        if not torch._C._will_engine_execute_node(self.anchor.grad_fn):
-            return  # this pass needs no gradient beyond the memory
+    def is_needed(self) -> bool:
+        """Whether this pass needs a gradient beyond the memory."""
+        return torch._C._will_engine_execute_node(self.anchor.grad_fn)
+
+    def record(self, step: _StepRecord, dkeys: Tensor | None = None) -> None:
+        """Called by the backward of a step, where the gradient of the memory is needed.
+
+        dkeys: the gradient of the keys, where the step has made it.
+        """
         task = torch._C._current_graph_task_id()
         steps = self._passes.get(task)
         if steps is None:
             steps = self._passes[task] = _PendingSteps()
             Variable._execution_engine.queue_callback(steps)
         steps.append(step)
+        if dkeys is not None:
+            steps.add(dkeys)
 
     def attend(
         self,
@@ -174,8 +201,12 @@ class _MemoryGradientNode(Function):
         dkeys, dvalues = _memory_gradients(groups[0])
         for group in groups[1:]:
             more_keys, more_values = _memory_gradients(group)
-            dkeys, dvalues = dkeys + more_keys, dvalues + more_values
-        return dkeys, dvalues, None
+            dkeys, dvalues = _sum(dkeys, more_keys), dvalues + more_values
+        return _sum(dkeys, None if steps.dkeys is None else steps.dkeys.to(dvalues.dtype)), dvalues, None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
@@ -192,20 +223,26 @@ def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
     )
 
 
-def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor, Tensor]:
-    """dkeys, dvalues of steps that score alike: those of one call with the queries of all."""
+def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor]:
+    """dkeys, dvalues of steps that score alike: those of one call with the queries of all.
+
+    dkeys is None where the steps have made it.
+    """
     first, mask = steps[0], steps[0].mask
     if mask is not None and mask.dim() == 3:
         mask = mask.squeeze(1)  # (B, 1, Tk), and the same for every step
     queries = [step.query for step in steps]
-    gradients = first._replace(
+    joined = first._replace(
         grad_context=_join_gradients([step.grad_context for step in steps], queries, first.values.shape[2]),
         grad_alignments=_join_gradients([step.grad_alignments for step in steps], queries, first.keys.shape[1]),
         query=torch.cat(queries, 1),
         mask=mask,
         alignments=torch.cat([step.alignments for step in steps], 1),
-    ).backward(need_query=False, need_memory=True)
-    return gradients[1], gradients[2]
+    )
+    if first.score.has_extra:
+        return None, joined.backward(False, False, True)[2]
+    _, dkeys, dvalues, *_ = joined.backward(False, True)
+    return dkeys, dvalues
 
 
 def _join_gradients(gradients: list[Tensor | None], queries: list[Tensor], size: int) -> Tensor | None:
@@ -235,10 +272,23 @@ class _StepFunction(Function):
         gradient = ctx.memory_gradient
         if torch.is_grad_enabled():  # create_graph=True: keys and values as autograd knows them
             keys, values = gradient.memory
-        score = ctx.kind(*tensors, *ctx.numbers)
+        kind = ctx.kind
+        score = kind(*tensors, *ctx.numbers)
         grads, others = (grad_context, grad_alignments), (memory_lengths, mask, alignments)
         step = _StepRecord(score, ctx.backend, *grads, query, keys, values, *others)
-        gradient.record(step)
-        dquery, _, _, *dscore = step.backward(need_query=True, need_memory=False)
+        needed = gradient.is_needed()
+        if kind.has_extra:
+            of_keys = needed and gradient.memory[0].requires_grad
+            need_sum = of_keys or ctx.needs_input_grad[8 + kind.gradients]
+            dquery, dkeys, _, *dscore = step.backward(True, need_sum, False)
+            dscore.append(dkeys)
+            if needed:
+                if not torch.is_grad_enabled():  # the extra is large, and has no part in what is left to make
+                    step = step._replace(score=score._replace(extra=keys))
+                gradient.record(step, dkeys if of_keys else None)
+        else:
+            if needed:
+                gradient.record(step)
+            dquery, _, _, *dscore = step.backward(True, False)
         of_score = [d if need else None for d, need in zip_longest(dscore, ctx.needs_input_grad[8:])]
         return None, gradient.empty_grad, None, None, dquery, None, None, None, *of_score

@@ -210,6 +210,13 @@ def _attention_backward_fake(results: int, gradients: int) -> Callable[..., tupl
     return fake
 
 
+def _extra_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    query, keys, values, v, bias, *others = arguments[2:]
+    need_query, need_keys, need_values = others[-3:]
+    needed = ((query, need_query), (keys, need_keys), (values, need_values), (v, need_query), (bias, need_query))
+    return tuple(_like(x, need, query) for x, need in needed)
+
+
 def _scores_fake(query: Tensor, keys: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
@@ -277,6 +284,22 @@ for _name, _score in SCORES.items():
         f"{_name}_attention_packed",
         f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
         _packed_fake,
+    )
+
+# With what a step adds to the keys (WithExtra in scores.py). need_keys: the gradient of the sum, which is that of both.
+for _name in ("additive", "relu"):
+    _score = SCORES[_name]
+    _inputs = ", ".join((*_MEMORY, *_score.tensors, "Tensor extra", *_score.numbers, *_MASKS))
+    _define(
+        f"{_name}_attention_with_extra_backward",
+        f"(Tensor? grad_context, Tensor? grad_alignments, {_inputs}, Tensor alignments, bool need_query, "
+        "bool need_keys, bool need_values) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _extra_backward_fake,
+    )
+    _define(
+        f"{_name}_attention_with_extra",
+        f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
+        _attention_fake,
     )
 
 for _name, _inputs in (

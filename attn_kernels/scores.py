@@ -31,6 +31,19 @@ class _ReluArguments(NamedTuple):
     negative_slope: float = 0.0
 
 
+class _AdditiveExtraArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None
+    extra: Tensor
+
+
+class _ReluExtraArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None
+    extra: Tensor
+    negative_slope: float
+
+
 class _DotArguments(NamedTuple):
     scale: float = 1.0
 
@@ -43,7 +56,9 @@ class AdditiveScore(_AdditiveArguments):
 
     __slots__ = ()
     op = name = "additive_attention"  # name: of the public function, for messages
-    tensors, gradients = 3, 2  # fields that are tensors, before the numbers, and that have a gradient, before those
+    # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
+    # one is added to the keys.
+    tensors, gradients, has_extra = 3, 2, False
 
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
@@ -61,6 +76,9 @@ class AdditiveScore(_AdditiveArguments):
         if self.prepared is not None:
             checks.check_prepared(self.name, keys, self.prepared, backend())
 
+    def with_extra(self, extra: Tensor) -> AdditiveExtraScore:
+        return AdditiveExtraScore(self.v, self.bias, extra)
+
 
 class ReluScore(_ReluArguments):
     """v . relu(query + keys + bias), or with a negative_slope, v . leaky_relu(...).
@@ -70,7 +88,7 @@ class ReluScore(_ReluArguments):
 
     __slots__ = ()
     op, name = "relu_attention", "additive_attention"
-    tensors, gradients = 2, 2
+    tensors, gradients, has_extra = 2, 2, False
 
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
@@ -83,13 +101,59 @@ class ReluScore(_ReluArguments):
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
+    def with_extra(self, extra: Tensor) -> ReluExtraScore:
+        return ReluExtraScore(self.v, self.bias, extra, self.negative_slope)
+
+
+class AdditiveExtraScore(_AdditiveExtraArguments):
+    """v . tanh(query + keys + extra + bias).
+
+    extra: (B, Tk, A), of a step. Its gradient is that of the keys, and no result of the backward by itself. Prepared
+    keys have no part in it: e^{2 (keys + extra)} takes an exponential of each element, whether e^{2 keys} is known or
+    not.
+    """
+
+    __slots__ = ()
+    op, name = "additive_attention_with_extra", "additive_attention"
+    tensors, gradients, has_extra = 3, 2, True
+
+    def autocast(self, query: Tensor) -> AdditiveExtraScore:
+        _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
+        return AdditiveExtraScore(v, bias, extra)
+
+    def check(self, query: Tensor) -> None:
+        checks.check_units(self.name, query, "v", self.v)
+        checks.check_units(self.name, query, "bias", self.bias)
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
+
+
+class ReluExtraScore(_ReluExtraArguments):
+    """v . relu(query + keys + extra + bias), or its leaky form."""
+
+    __slots__ = ()
+    op, name = "relu_attention_with_extra", "additive_attention"
+    tensors, gradients, has_extra = 3, 2, True
+
+    def autocast(self, query: Tensor) -> ReluExtraScore:
+        _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
+        return ReluExtraScore(v, bias, extra, self.negative_slope)
+
+    def check(self, query: Tensor) -> None:
+        checks.check_units(self.name, query, "v", self.v)
+        checks.check_units(self.name, query, "bias", self.bias)
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
+
 
 class DotScore(_DotArguments):
     """scale * query . keys. scale: a finite number."""
 
     __slots__ = ()
     op = name = "dot_attention"
-    tensors, gradients = 0, 0
+    tensors, gradients, has_extra = 0, 0, False
 
     def autocast(self, query: Tensor) -> DotScore:
         return self
@@ -126,4 +190,4 @@ class DotScore(_DotArguments):
         return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
 
 
-Score = AdditiveScore | ReluScore | DotScore
+Score = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore | DotScore

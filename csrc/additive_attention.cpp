@@ -9,14 +9,18 @@ namespace {
 // What additive_prepare returns for keys of this dtype.
 Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
 
-VectorScores with_vector(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias) {
+VectorScores with_vector(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& extra = std::nullopt) {
   const Scores n = scores_of(query, keys);
-  return {n, array(v, "v", n.query.dtype, {n.A}), array(bias, "bias", n.query.dtype, {n.A})};
+  const Dtype dtype = n.query.dtype;
+  return {n, array(v, "v", dtype, {n.A}), array(bias, "bias", dtype, {n.A}),
+          array(extra, "extra", dtype, {n.B, n.Tk, n.A})};
 }
 
 AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& prepared = std::nullopt) {
-  const VectorScores n = with_vector(query, keys, v, bias);
+                        const std::optional<Tensor>& prepared = std::nullopt,
+                        const std::optional<Tensor>& extra = std::nullopt) {
+  const VectorScores n = with_vector(query, keys, v, bias, extra);
   const Dtype dtype = prepared_dtype(n.query.dtype);
   const PreparedSizes sizes(n.A, n.Tk, dtype);
   const AdditiveScores op{n, array(prepared, "prepared", dtype, {n.B, sizes.rows, sizes.columns})};
@@ -112,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor v, std::optional<Tensor> bias, std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
     std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
   const CallContext call(query);
-  return attention_gradients(
-      call.kernels().additive_attention_backward, additive(query, keys, v, bias, prepared),
-      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
-      v);
+  return attention_gradients(call.kernels().additive_attention_backward, additive(query, keys, v, bias, prepared),
+                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                              need_query, need_memory, need_memory},
+                             v);
 }
 
 Tensor relu_scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, double negative_slope) {
@@ -147,10 +151,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_backward(
     Tensor v, std::optional<Tensor> bias, double negative_slope, std::optional<Tensor> memory_lengths,
     std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
   const CallContext call(query);
-  return attention_gradients(
-      call.kernels().relu_attention_backward, ReluScores{with_vector(query, keys, v, bias), negative_slope},
-      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
-      v);
+  return attention_gradients(call.kernels().relu_attention_backward,
+                             ReluScores{with_vector(query, keys, v, bias), negative_slope},
+                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                              need_query, need_memory, need_memory},
+                             v);
 }
 
 template <class Score>
@@ -181,10 +186,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> with_options_backward
     double dropout_p, int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths,
     std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
   const CallContext call(query);
-  return gradients_with_options(
-      call.kernels().additive_attention_backward, additive(query, keys, v, bias),
-      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
-      v, {score_bias, dropout_p, seed, normalizer}, log_total, grad_log_total);
+  return gradients_with_options(call.kernels().additive_attention_backward, additive(query, keys, v, bias),
+                                {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                                 need_query, need_memory, need_memory},
+                                v, {score_bias, dropout_p, seed, normalizer}, log_total, grad_log_total);
 }
 
 std::tuple<Tensor, Tensor, Tensor> relu_with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
@@ -204,10 +209,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relu_with_options_bac
     double negative_slope, double dropout_p, int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths,
     std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
   const CallContext call(query);
-  return gradients_with_options(
-      call.kernels().relu_attention_backward, ReluScores{with_vector(query, keys, v, bias), negative_slope},
-      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
-      v, {score_bias, dropout_p, seed, normalizer}, log_total, grad_log_total);
+  return gradients_with_options(call.kernels().relu_attention_backward,
+                                ReluScores{with_vector(query, keys, v, bias), negative_slope},
+                                {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                                 need_query, need_memory, need_memory},
+                                v, {score_bias, dropout_p, seed, normalizer}, log_total, grad_log_total);
+}
+
+// With something added to the keys: the gradient of the sum, dkeys, is that of both.
+std::tuple<Tensor, Tensor> with_extra(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
+                                      Tensor extra, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                      bool need_alignments) {
+  const CallContext call(query);
+  return attention_forward(call.kernels().additive_attention, additive(query, keys, v, bias, std::nullopt, extra),
+                           query, values, memory_lengths, mask, need_alignments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_extra_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
+    Tensor v, std::optional<Tensor> bias, Tensor extra, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_keys, bool need_values) {
+  const CallContext call(query);
+  return attention_gradients(call.kernels().additive_attention_backward,
+                             additive(query, keys, v, bias, std::nullopt, extra),
+                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                              need_query, need_keys, need_values},
+                             v);
+}
+
+std::tuple<Tensor, Tensor> relu_with_extra(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                           std::optional<Tensor> bias, Tensor extra, double negative_slope,
+                                           std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                           bool need_alignments) {
+  const CallContext call(query);
+  return attention_forward(call.kernels().relu_attention,
+                           ReluScores{with_vector(query, keys, v, bias, extra), negative_slope}, query, values,
+                           memory_lengths, mask, need_alignments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_with_extra_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
+    Tensor v, std::optional<Tensor> bias, Tensor extra, double negative_slope, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_keys, bool need_values) {
+  const CallContext call(query);
+  return attention_gradients(call.kernels().relu_attention_backward,
+                             ReluScores{with_vector(query, keys, v, bias, extra), negative_slope},
+                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                              need_query, need_keys, need_values},
+                             v);
 }
 
 }  // namespace
@@ -224,6 +273,10 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("relu_attention"), TORCH_BOX(&attn::relu_attention));
   m.impl(ATTN_OVERLOAD("relu_attention_backward"), TORCH_BOX(&attn::relu_backward));
 #if !defined(ATTN_CUDA)
+  m.impl(ATTN_OVERLOAD("additive_attention_with_extra"), TORCH_BOX(&attn::with_extra));
+  m.impl(ATTN_OVERLOAD("additive_attention_with_extra_backward"), TORCH_BOX(&attn::with_extra_backward));
+  m.impl(ATTN_OVERLOAD("relu_attention_with_extra"), TORCH_BOX(&attn::relu_with_extra));
+  m.impl(ATTN_OVERLOAD("relu_attention_with_extra_backward"), TORCH_BOX(&attn::relu_with_extra_backward));
   m.impl(ATTN_OVERLOAD("additive_attention_with_options"), TORCH_BOX(&attn::with_options));
   m.impl(ATTN_OVERLOAD("additive_attention_with_options_backward"), TORCH_BOX(&attn::with_options_backward));
   m.impl(ATTN_OVERLOAD("relu_attention_with_options"), TORCH_BOX(&attn::relu_with_options));

@@ -14,8 +14,9 @@ struct VectorGradients {
 
 struct VectorScores : Scores {
   using Gradients = VectorGradients;
-  StridedView3 v;     // (1, 1, A)
-  StridedView3 bias;  // (1, 1, A) or absent
+  StridedView3 v;      // (1, 1, A)
+  StridedView3 bias;   // (1, 1, A) or absent
+  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent: on the CPU only, without prepared keys
 };
 
 struct AdditiveScores : VectorScores {

@@ -43,8 +43,8 @@ struct AttentionForward : Score {
   int64_t alignments_columns = 0;  // of the rows of alignments where those are longer than Tk: 0 is filled in; CPU only
 };
 
-// Outputs are contiguous. Those of the query and of the score's own arguments may all be null, or those of the memory;
-// one alone is null where it has no elements.
+// Outputs are contiguous. Those of the query and of the score's own arguments may all be null, or that of the keys, or
+// of the values, which are needed together but on the CPU; one alone is null where it has no elements.
 template <class Score>
 struct AttentionBackward : Score, Score::Gradients {
   int64_t D;

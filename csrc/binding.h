@@ -78,7 +78,7 @@ inline Tensor dscore_bias_if(bool needed, const OptionArguments& given, const Sc
 struct AttentionGradients {
   const Tensor &query, &keys, &values, &alignments;
   const std::optional<Tensor>&grad_context, &grad_alignments, &memory_lengths, &mask;
-  bool need_query, need_memory;  // the gradients of the query and the score's own arguments; of keys and values
+  bool need_query, need_keys, need_values;  // need_query: the gradients of the score's own arguments, too
 };
 
 // The same of an attention with options.
@@ -100,13 +100,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
   const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = of.values.size(2);
   const Dtype dtype = score.query.dtype;
   Tensor dquery = output_if(of.need_query, of.query, {B, Tq, score.A});
-  Tensor dkeys = output_if(of.need_memory, of.keys, {B, Tk, score.A});
-  Tensor dvalues = output_if(of.need_memory, of.values, {B, Tk, D});
+  Tensor dkeys = output_if(of.need_keys, of.keys, {B, Tk, score.A});
+  Tensor dvalues = output_if(of.need_values, of.values, {B, Tk, D});
   if (B * Tq * Tk == 0) {
     for (Tensor* t : {&dquery, &dkeys, &dvalues}) torch::stable::zero_(*t);
     for (Tensor* t : own) torch::stable::zero_(*t);
     if (with != nullptr) torch::stable::zero_(*with->dscore_bias);
-  } else if (of.need_query || of.need_memory) {
+  } else if (of.need_query || of.need_keys || of.need_values) {
     AttentionOptions options;
     const void *log_total = nullptr, *grad_log_total = nullptr;
     void* dscore_bias = nullptr;
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
             attended(of.memory_lengths, of.mask, B, Tq, Tk), array(of.alignments, "alignments", dtype, {B, Tq, Tk}),
             array(of.grad_context, "grad_context", dtype, {B, Tq, D}),
             array(of.grad_alignments, "grad_alignments", dtype, {B, Tq, Tk}), data_if(of.need_query, dquery),
-            data_if(of.need_memory, dkeys), data_if(of.need_memory, dvalues), with == nullptr ? nullptr : &options,
+            data_if(of.need_keys, dkeys), data_if(of.need_values, dvalues), with == nullptr ? nullptr : &options,
             log_total, grad_log_total, dscore_bias});
   }
   return {dquery, dkeys, dvalues};

@@ -19,9 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context, 
                                             std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                             Tensor alignments, bool need_query, bool need_memory) {
   const CallContext call(query);
-  return attention_backward(
-      call.kernels().dot_attention_backward, DotScores{scores_of(query, keys), scale},
-      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory});
+  return attention_backward(call.kernels().dot_attention_backward, DotScores{scores_of(query, keys), scale},
+                            {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                             need_query, need_memory, need_memory});
 }
 
 std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values,
@@ -44,10 +44,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> with_options_backward(
   const OptionArguments given{score_bias, dropout_p, seed, normalizer};
   Tensor dscore_bias = dscore_bias_if(need_query, given, score, query);
   const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};
-  auto [dquery, dkeys, dvalues] = attention_backward(
-      call.kernels().dot_attention_backward, score,
-      {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask, need_query, need_memory},
-      {}, {}, &with);
+  auto [dquery, dkeys, dvalues] = attention_backward(call.kernels().dot_attention_backward, score,
+                                                     {query, keys, values, alignments, grad_context, grad_alignments,
+                                                      memory_lengths, mask, need_query, need_memory, need_memory},
+                                                     {}, {}, &with);
   return {dquery, dkeys, dvalues, dscore_bias};
 }
 

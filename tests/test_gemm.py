@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels.seq2seq.fused import gemm
+from attn_kernels import gemm
 
 
 def strided(rows: int, columns: int, layout: str) -> Tensor:

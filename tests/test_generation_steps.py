@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attn_kernels import gemm
 from attn_kernels.seq2seq import Seq2Seq, search
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
-from attn_kernels.seq2seq.fused import gemm, inference
+from attn_kernels.seq2seq.fused import inference
 from attn_kernels.seq2seq.fused.inference import FastDecoder, fast_decoder
 
 SOURCE, TARGET = 11, 13

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attending import attend_with_extra
 from ..checks import as_number
 from ..errors import ArgumentValueError
 from ..functional import additive_attention
 from ..memory import Memory
-from ..types import Attention
+from ..scores import AdditiveScore
+from ..types import Attention, Masks
 from .alignments import average
 from .stateful import StatefulAttention
 
@@ -55,15 +55,10 @@ class StatefulAdditiveAttention(StatefulAttention):
         if query.shape[1] > 1:
             alignments = self._align(query, memory, extra, memory.mask)
             return Attention(average(alignments, memory), alignments)
-        options: dict[str, Any] = {
-            "memory_lengths": memory.memory_lengths,
-            "mask": memory.mask,
-            "backend": self.backend,
-        }
+        score = AdditiveScore(self.v if self.scale == 1.0 else self.scale * self.v, self.bias)
+        masks = Masks(memory.memory_lengths, memory.mask)
         extra = extra.squeeze(1).to(memory.keys.dtype)
-        return additive_attention(
-            query, memory.keys, memory.values, self.v, self.bias, extra=extra, scale=self.scale, **options
-        )
+        return attend_with_extra(score, query, memory.keys, memory.values, extra, masks, True, self.backend, memory)
 
     def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. mask: in place of that of the memory."""
@@ -86,33 +81,3 @@ class StatefulAdditiveAttention(StatefulAttention):
             expected = f"(B, Tk) or (B, K, Tk) = ({batch}, {steps}) or ({batch}, {hypotheses}, {steps})"
             got = tuple(memory.mask.shape)
             raise ArgumentValueError(f"{self._name}: memory.mask must have shape {expected}, got {got}")
-
-
-def make_location_layers(
-    name: str, inputs: int, channels: int, kernel_size: int, units: int, factory: dict[str, Any]
-) -> tuple[nn.Conv1d, nn.Linear]:
-    """The convolution F of ``inputs`` kinds of alignments and the projection U of what it finds."""
-    for argument, size in (("channels", channels), ("kernel_size", kernel_size)):
-        if not isinstance(size, Integral) or size < 1:
-            raise ArgumentValueError(f"{name}: {argument} must be a positive integer, got {size!r}")
-    if kernel_size % 2 == 0:  # the features of a step are to be around it
-        raise ArgumentValueError(f"{name}: kernel_size must be odd, got {kernel_size}")
-    channels, kernel_size = int(channels), int(kernel_size)  # numpy has its own
-    convolution = nn.Conv1d(inputs, channels, kernel_size, padding=kernel_size // 2, bias=False, **factory)
-    return convolution, nn.Linear(channels, units, bias=False, **factory)
-
-
-def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments: Tensor) -> Tensor:
-    """(B, K, Tk, A): U f, with f = F * alignments. alignments: (B, K, Tk) of each input of the convolution.
-
-    Both maps are linear: U F is multiplied out first, (A, inputs taps), so that there is one product with the
-    neighbourhoods of the steps and no tensor of features.
-    """
-    weight = projection.weight @ convolution.weight.flatten(1)
-    taps = convolution.weight.shape[2]
-    inputs = torch.stack(alignments, dim=2) if len(alignments) > 1 else alignments[0].unsqueeze(2)
-    if inputs.shape[3] == 0:  # which unfold refuses
-        return weight.new_zeros(*inputs.shape[:2], 0, weight.shape[0])
-    padded = F.pad(inputs.to(weight.dtype), (taps // 2, taps // 2))
-    neighbourhoods = padded.unfold(3, taps, 1).transpose(2, 3).flatten(3)  # (B, K, Tk, inputs taps)
-    return F.linear(neighbourhoods, weight)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory import Memory
-from .additive import StatefulAdditiveAttention, make_location_layers, project_locations
+from .additive import StatefulAdditiveAttention
 from .alignments import allowed_steps, as_state, average, first_step_alignments, wide
+from .location_features import make_location_layers, project_locations
 from .stateful import StatefulResult
 
 _LEAST = 1e-6  # of the probability that an agent must leave within the memory

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
-from .additive import StatefulAdditiveAttention, make_location_layers, project_locations
+from .additive import StatefulAdditiveAttention
 from .alignments import INITIAL, as_state, check_initial, wide
+from .location_features import make_location_layers, project_locations
 from .stateful import StatefulResult
 
 

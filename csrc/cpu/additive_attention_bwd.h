@@ -237,7 +237,10 @@ struct BackwardParams {
   ATTN_INLINE Vec<T> query(int64_t b, int64_t i, int64_t c) const {
     return read(op.query, b, i, c) + load(units.bias + c);
   }
-  ATTN_INLINE Vec<T> key(int64_t b, int64_t j, int64_t c) const { return read(op.keys, b, j, c); }
+  ATTN_INLINE Vec<T> key(int64_t b, int64_t j, int64_t c) const {
+    const Vec<T> key = read(op.keys, b, j, c);
+    return op.extra ? key + read(op.extra, b, j, c) : key;
+  }
 
   // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
   ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
@@ -269,6 +272,7 @@ struct BackwardParams {
     }
     ahead.add(op.query, b, op.Tq, c, min(columns, op.A - c));
     ahead.add(op.keys, b, steps, c, min(columns, op.A - c));
+    if (op.extra) ahead.add(op.extra, b, steps, c, min(columns, op.A - c));
     return ahead;
   }
   ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
@@ -291,6 +295,7 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
                     __attribute__((always_inline)) { return back.key(b, list[j], first + u * w); };
   UnitColumns<T> q(Tq, vectors, scratch), k(n, vectors, scratch);
   const StridedView3 queries = columns_from(back.op.query, first), keys = columns_from(back.op.keys, first);
+  const StridedView3 extra = columns_from(back.op.extra, first);
   const int64_t columns = min(vectors * w, back.op.A - first);
   T* buffer = alloc<T>(scratch, columns);
   for (int64_t i = 0; i < Tq; ++i) {
@@ -299,7 +304,8 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
   }
   for (int64_t j = 0; j < n; ++j) {
     prefetch_row(keys, b, list[min(j + 1, n - 1)], columns);
-    k.template set<Pair>(j, read_row(keys, b, list[j], columns, buffer), nullptr, columns);
+    if (extra) prefetch_row(extra, b, list[min(j + 1, n - 1)], columns);
+    k.template set<Pair>(j, read_sum(keys, extra, b, list[j], columns, buffer), nullptr, columns);
   }
 
   const bool in_range = !per_query && Pair::fits_kept(largest_of(q.abs_max, Tq) + largest_of(k.abs_max, n));
@@ -393,7 +399,9 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
   const Dtype dtype = op.query.dtype;
   const bool direct = dtype == native<T>;
   const int64_t columns = min(size, op.A - first);
+  const StridedView3 extra = columns_from(op.extra, first);
   T* copies = alloc<T>(scratch, NK * columns);  // of rows that are converted
+  T* addend_copy = extra ? alloc<T>(scratch, columns) : nullptr;
   memset(dq, 0, op.Tq * size * sizeof(T));
   memset(dv, 0, size * sizeof(T));
   T q_abs_max = 0;
@@ -428,9 +436,18 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
         } else {
           const int64_t whole = columns / w * w;
           e[r] = ek + r * size;
-          bound += Pair::keep_row(size, ek + r * size, [&](int64_t c) __attribute__((always_inline)) {
-            return c < whole ? load(row + c) : load_part(row + c, columns - c);
-          });
+          const auto keep = [&](const auto& vector) __attribute__((always_inline)) {
+            bound += Pair::keep_row(size, ek + r * size, vector);
+          };
+          const auto load_of = [&](const T* x, int64_t c) __attribute__((always_inline)) {
+            return c < whole ? load(x + c) : load_part(x + c, columns - c);
+          };
+          if (extra) {
+            const T* addend = read_row(extra, b, list[j + r], columns, addend_copy);
+            keep([&](int64_t c) __attribute__((always_inline)) { return load_of(row, c) + load_of(addend, c); });
+          } else {
+            keep([&](int64_t c) __attribute__((always_inline)) { return load_of(row, c); });
+          }
         }
         kept = kept && Pair::fits_row(bound);
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
@@ -517,8 +534,14 @@ void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) 
   const AttentionParams problem = params_of(op);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
-  const auto scores = scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores,
-                                      [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {});
+  auto no_more = [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {};
+  if (op.dquery == nullptr && op.dkeys == nullptr &&
+      op.dscore_bias == nullptr) {  // the values' alone: alignments, compact, and their product
+    const auto compact = scores_backward(problem, op.alignments, {}, {}, weights, dscores, no_more);
+    return for_each_sentence(op.B, compact, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
+  }
+  const auto scores =
+      scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores, no_more);
   auto gradients = [&](const auto&... before) {
     unit_gradients<T>(op, prepared, pair, op.attended, op.values, op.grad_context, op.D, dscores, scores, before...);
   };

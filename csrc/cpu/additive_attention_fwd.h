@@ -37,7 +37,7 @@ struct AdditiveScore {
   // The score of query i and step j by tanh itself.
   T exact(int64_t b, int64_t i, int64_t j, T* query_buffer, T* key_buffer) const {
     const T* query = read_row(op.query, b, i, op.A, query_buffer);
-    const T* key = read_row(op.keys, b, j, op.A, key_buffer);
+    const T* key = read_sum(op.keys, op.extra, b, j, op.A, key_buffer);
     constexpr int64_t part = kTermsOfSum * width<T>;
     Vec<T> total{};
     for (int64_t first = 0; first < op.A; first += part) {
@@ -58,16 +58,19 @@ struct AdditiveScore {
     T* query_buffer = alloc<T>(scratch, op.A);
     if constexpr (sizeof(T) == 4) {
       const StridedView3& keys = op.prepared ? op.prepared : op.keys;
-      if (q.n == 1 && units.factored && keys.stride[2] == 1)
+      if (q.n == 1 && units.factored && keys.stride[2] == 1 && (!op.extra || op.extra.stride[2] == 1))
         return by_element<T>(keys.dtype, [&](auto* element) {
           using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
           const ListedRows<E> rows(keys, b, list);
           constexpr Reciprocals low = sizeof(E) == 2 && kHasEstimate ? Reciprocals::estimate : Reciprocals::three;
+          constexpr Reciprocals by = Reciprocals::three;
           if (op.prepared)
-            units.estimated ? single_query<E, true, low>(q, b, rows, n, out, query_buffer, key_buffer)
-                            : single_query<E, true, Reciprocals::three>(q, b, rows, n, out, query_buffer, key_buffer);
+            units.estimated ? single_query<E, Keys::prepared, low>(q, b, rows, n, out, query_buffer, key_buffer)
+                            : single_query<E, Keys::prepared, by>(q, b, rows, n, out, query_buffer, key_buffer);
+          else if (op.extra)
+            single_query<E, Keys::sums, by>(q, b, rows, n, out, query_buffer, key_buffer);
           else
-            single_query<E, false, Reciprocals::three>(q, b, rows, n, out, query_buffer, key_buffer);
+            single_query<E, Keys::raw, by>(q, b, rows, n, out, query_buffer, key_buffer);
         });
     }
     // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
@@ -80,6 +83,7 @@ struct AdditiveScore {
       const int64_t count = min(most, n - j);
       for (int64_t r = 0; r < count; ++r) {
         if (!op.prepared) prefetch_row(op.keys, b, list[min(j + r + 1, n - 1)], op.A);
+        if (op.extra) prefetch_row(op.extra, b, list[min(j + r + 1, n - 1)], op.A);
         load_key(k, r, b, list[j + r], copies + r * units.size, key_buffer);
       }
       auto exact = [&](int64_t i, int64_t r) {
@@ -134,22 +138,36 @@ struct AdditiveScore {
         return;
       }
     }
-    k.abs_max[r] = row_exponentials(op.keys, b, j, op.A, copy, buffer);
+    if (!op.extra) {
+      k.abs_max[r] = row_exponentials(op.keys, b, j, op.A, copy, buffer);
+      return;
+    }
+    const StridedView3 sum{read_sum(op.keys, op.extra, b, j, op.A, buffer), native<T>, {0, 0, 1}};
+    k.abs_max[r] = row_exponentials(sum, 0, 0, op.A, copy, buffer);
   }
 
-  // The scores of one query: each row of keys, raw or prepared, is read once and in order, and nothing of it is stored.
-  template <class E, bool kPrepared, Reciprocals kBy>
+  // What is read for a step: its key, what was prepared of it, or its key and what is added to it.
+  enum class Keys { raw, prepared, sums };
+
+  // The scores of one query: each row of keys is read once and in order, and nothing of it is stored.
+  template <class E, Keys kKeys, Reciprocals kBy>
   void single_query(const Queries& q, int64_t b, const ListedRows<E>& rows, int64_t n, T* out, T* query_buffer,
                     T* key_buffer) const {
+    constexpr bool kPrepared = kKeys == Keys::prepared, kSums = kKeys == Keys::sums;
     const int64_t whole = units.n / width<T> * width<T>;
+    const ListedRows<E> extra(op.extra, b, rows.list);  // read where there are sums only
     const float* step_abs_max = kPrepared ? prepared_abs_max(op.prepared, op.Tk, b) : nullptr;
     // The sums of 1 / d of NK rows, where top becomes the largest |k| met in each.
     auto row_sums = [&](auto rows_at_once, int64_t j, Vec<T>* acc, IntVec<T>* abs_max) __attribute__((always_inline)) {
       constexpr int NK = decltype(rows_at_once)::value;
-      const E *row[NK], *next[NK];
+      const E *row[NK], *next[NK], *addend[NK], *next_addend[NK];
       for (int r = 0; r < NK; ++r) {
         row[r] = rows[j + r];
         next[r] = rows[min(j + NK + r, n - 1)];
+        if constexpr (kSums) {
+          addend[r] = extra[j + r];
+          next_addend[r] = extra[min(j + NK + r, n - 1)];
+        }
       }
       factored_sums<T, 1, NK, kBy>(
           units, q.e, q.ld,
@@ -159,7 +177,11 @@ struct AdditiveScore {
               return load_element(row[r] + c);
             } else {
               const bool part = decltype(last)::value && c >= whole;
-              const Vec<T> k = part ? load_element(row[r] + c, units.n - c) : load_element(row[r] + c);
+              Vec<T> k = part ? load_element(row[r] + c, units.n - c) : load_element(row[r] + c);
+              if constexpr (kSums) {
+                prefetch(next_addend[r] + c);
+                k += part ? load_element(addend[r] + c, units.n - c) : load_element(addend[r] + c);
+              }
               abs_max[r] = larger_magnitude<T>(abs_max[r], k);
               return exp_in_range(k + k);
             }

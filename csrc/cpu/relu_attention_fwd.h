@@ -59,10 +59,12 @@ struct ReluScore {
   void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                    Scratch& scratch) const {
     ScratchScope scope(scratch);
-    // A block of keys stays in L2 for many queries, in L1 for few. A single one reads rows once and in order.
+    // A block of keys stays in L2 for many queries, in L1 for few. A single one reads rows once and in order, and only
+    // the sums of keys and what is added to them are copied.
     const int64_t row_bytes = op.A * static_cast<int64_t>(sizeof(T));
-    const int64_t most = min(n, max(2 * kSteps, (q.n > 4 || q.n == 1 ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
-    RowBlock<T> block(op.keys, op.A, most, scratch);
+    const bool large = q.n > 4 || (q.n == 1 && !op.extra);
+    const int64_t most = min(n, max(2 * kSteps, (large ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
+    RowBlock<T> block(op.keys, op.A, most, scratch, op.extra);
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = min(most, n - j);
       const T* const* keys = block.read(b, list + j, count);

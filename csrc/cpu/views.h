@@ -83,8 +83,22 @@ const T* read_row(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* buf
   return buffer;
 }
 
-// The columns of a from c on.
+// The same of the sum of two arrays, of which the second may be absent.
+template <typename T>
+const T* read_sum(const StridedView3& a, const StridedView3& addend, int64_t b, int64_t i, int64_t n, T* buffer) {
+  const T* row = read_row(a, b, i, n, buffer);
+  if (!addend) return row;
+  const int64_t at = b * addend.stride[0] + i * addend.stride[1], stride = addend.stride[2];
+  for (int64_t c = 0; c < n; c += width<T>) {
+    const Vec<T> x = load_as<T>(addend.data, addend.dtype, at + c * stride, stride, n - c);
+    store_upto(buffer + c, load_upto(row + c, n - c) + x, n - c);
+  }
+  return buffer;
+}
+
+// The columns of a, which may be absent, from c on.
 ATTN_INLINE StridedView3 columns_from(StridedView3 a, int64_t c) {
+  if (!a) return a;
   a.data = static_cast<const char*>(a.data) + c * a.stride[2] * item_size(a.dtype);
   return a;
 }
@@ -125,7 +139,7 @@ class Prefetcher {
   }
 
  private:
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 5;
   static constexpr int64_t kLine = 64, kHalfOfL2 = 1 << 19;
   struct Block {
     const char* row;
@@ -162,16 +176,19 @@ ATTN_INLINE int64_t list_steps(const AttentionMask& attended, int64_t b, int64_t
   return n;
 }
 
-// A block of rows of one array, as pointers. Copies live in scratch taken once, for at most `capacity` rows.
+// A block of rows of one array, or of the sum of two, as pointers. Copies live in scratch taken once, for at most
+// `capacity` rows.
 template <typename T>
 struct RowBlock {
   const StridedView3& array;
+  const StridedView3 addend;
   int64_t n;
   T* copies;
   const T** rows;
 
-  RowBlock(const StridedView3& array, int64_t n, int64_t capacity, Scratch& scratch) : array(array), n(n) {
-    const bool direct = array.dtype == native<T> && (array.stride[2] == 1 || n == 1);
+  RowBlock(const StridedView3& array, int64_t n, int64_t capacity, Scratch& scratch, const StridedView3& addend = {})
+      : array(array), addend(addend), n(n) {
+    const bool direct = !addend && array.dtype == native<T> && (array.stride[2] == 1 || n == 1);
     copies = direct ? nullptr : alloc<T>(scratch, capacity * n);
     rows = alloc<const T*>(scratch, capacity);
   }
@@ -193,7 +210,7 @@ struct RowBlock {
       const T* data = static_cast<const T*>(array.data) + b * array.stride[0];
       for (int64_t i = 0; i < count; ++i) rows[i] = data + row(i) * array.stride[1];
     } else {
-      for (int64_t i = 0; i < count; ++i) rows[i] = read_row(array, b, row(i), n, copies + i * n);
+      for (int64_t i = 0; i < count; ++i) rows[i] = read_sum(array, addend, b, row(i), n, copies + i * n);
     }
     return rows;
   }

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ... import derivatives, ops
 from ...functional import prepare_keys
+from ...gemm import PackedLinear, weight_gradient
 from ...memory import Memory
 from ...scores import AdditiveScore, Score
-from .gemm import PackedLinear, weight_gradient
 from .inputs import Inputs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import ops
 from ...backends import choose
-from .gemm import PackedLinear, weight_gradient
+from ...gemm import PackedLinear, weight_gradient
 from .inputs import CellWeights
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...backends import choose
+from ...gemm import Budget, PackedLinear, linear
 from ...memory import Memory, PreparedMemory
 from ...modules import AttentionModule
 from ...scores import Score
@@ -25,7 +26,6 @@ from ..state import DecoderModules, DecoderState
 from .attention import op_arguments, prepare, with_prepared
 from .eligibility import can_fuse_steps
 from .formula import scale_query
-from .gemm import Budget, PackedLinear, linear
 from .inputs import CellWeights
 
 MAX_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...gemm import PackedLinear, linear, weight_gradient
 from .attention import AttentionBackward, AttentionForward, SavedAttention
 from .cells import GRUBackward, GRUForward, LSTMBackward, LSTMForward, SavedGRU, SavedLSTM
-from .gemm import PackedLinear, linear, weight_gradient
 from .inputs import CellWeights, Inputs
 
 

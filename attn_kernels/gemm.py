@@ -48,10 +48,14 @@ def weight_gradient(x: Tensor, y: Tensor) -> Tensor:
     return total.addmm_(x[begin:].t(), y[begin:])
 
 
-def _use_onednn(x: Tensor, weight: Tensor) -> bool:
-    rows = x.shape[0]
+def prefers_onednn(rows: int, x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear`` of so many rows takes oneDNN. x: for its dtype and device."""
     is_large = rows >= _MIN_ROWS and rows * weight.numel() >= _MIN_WORK
     return is_large and _supports(x, weight) and _has_wide_vectors()
+
+
+def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+    return prefers_onednn(x.shape[0], x, weight)
 
 
 class Budget:
