@@ -86,5 +86,7 @@ class _ProductFunction(Function):
             dneighbourhoods = gemm.linear(rows, weight.t()).view(*grad.shape[:3], padded.shape[2], ctx.taps)
             dpadded = torch.ops.aten.unfold_backward(dneighbourhoods.transpose(2, 3), padded.shape, 3, ctx.taps, 1)
         if needs[1]:
-            dweight = gemm.weight_gradient(_neighbourhoods(padded, ctx.taps).flatten(0, 2), rows).t()
+            # The neighbourhoods with the steps last, as the product takes them at twice the speed.
+            columns = padded.unfold(3, grad.shape[2], 1).permute(2, 3, 0, 1, 4).reshape(-1, rows.shape[0])
+            dweight = gemm.linear(columns, rows.t()).t()
         return dpadded, dweight, None
