@@ -58,8 +58,11 @@ def additive_attention(
     normalizer: str = "softmax",
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    extra: Tensor | None = None,
 ) -> Attention:
     """Additive attention with :func:`additive_scores`."""
+    if extra is not None:
+        keys = keys + extra
     scores = additive_scores(query, keys, v, bias, activation=activation, negative_slope=negative_slope)
     scores = _biased(scores, score_bias, normalizer)
     return _attend(scores, values, memory_lengths, mask, need_weights)

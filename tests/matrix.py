@@ -185,10 +185,14 @@ ACTIVATIONS = {
 }
 MAIN = OPS | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
 _OF_ATTENTION, _OF_DOT = OPS["additive_attention"], OPS["dot_attention"]
+_WITH_EXTRA = _OF_ATTENTION._replace(inputs=(*_OF_ATTENTION.inputs, "extra"), by_name=("extra",))
 VARIANTS = MAIN | {
     **{activation: _OF_ATTENTION._replace(options=options) for activation, options in ACTIVATIONS.items()},
     "relu scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["relu"]),
     "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
+    "extra": _WITH_EXTRA,
+    "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
+    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"]),
     "score bias": _OF_ATTENTION._replace(
         inputs=(*_OF_ATTENTION.inputs, "score_bias"),
         by_name=("score_bias",),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kernels import additive_attention, additive_scores, dot_attention, prepare_keys, reference
+from attn_kernels import additive_attention, additive_scores, dot_attention, reference
 from bench import eager
 from matrix import DTYPES, Arguments, Case, Op, assert_close, device_of, interpreted, make, run, slow_if
 
@@ -115,8 +115,6 @@ def test_refusals() -> None:
         additive_attention(q, k, x, v, extra=k.double())
     with pytest.raises(TypeError, match=r"additive_scores: extra must be a tensor, got int"):
         additive_scores(q, k, v, extra=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"prepared must be None with extra"):
-        additive_attention(q, k, x, v, extra=k, prepared=prepare_keys(k))
     with pytest.raises(ValueError, match=r"scale must be a finite number, got inf"):
         additive_attention(q, k, x, v, scale=float("inf"))
     with pytest.raises(TypeError, match=r"scale must be a number, got str"):

@@ -61,6 +61,7 @@ PLACES = {
     "v": (2,),
     "bias": (2,),
     "score_bias": (0, -1, 3),
+    "extra": (0, 3, 2),
 }
 # Small, then what takes whole vectors: a decode step, tiles of queries with a rest, many units.
 SPECIAL = {

@@ -25,6 +25,7 @@ from conftest import SIMD_LEVELS, available
 from matrix import (
     DTYPES,
     OPS,
+    VARIANTS,
     Arguments,
     Case,
     Op,
@@ -42,7 +43,8 @@ COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]  # of all ops togethe
 
 pytestmark = pytest.mark.every_level
 ops = of_variants()
-masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
+MASKED = {name: op for name, op in OPS.items() if op.masked} | {"extra": VARIANTS["extra"]}
+masked_ops = pytest.mark.parametrize("op", MASKED.values(), ids=MASKED)
 
 
 def random_cases(op: Op, count: int, limits: dict[str, int]) -> Iterator[tuple[Case, torch.dtype]]:
@@ -63,7 +65,8 @@ def padded_with(op: Op, case: Case, dtype: torch.dtype, device: str, fill: float
         keys = arguments.tensors["keys"]
         allowed = attention_mask(keys, arguments.masks.get("memory_lengths"), arguments.masks.get("mask"))
         allowed = allowed.expand(-1, case.Tq, -1)
-        unused = {"query": ~allowed.any(2), "keys": ~allowed.any(1), "values": ~allowed.any(1), "alignments": ~allowed}
+        unused = {"query": ~allowed.any(2), "alignments": ~allowed}
+        unused |= dict.fromkeys(("keys", "values", "extra"), ~allowed.any(1))
 
     def pad(name: str, t: Tensor) -> Tensor:
         if name in unused:
@@ -145,8 +148,8 @@ def test_nothing_attended_gives_zeros(op: Op, backend: str, device: str, lengths
     assert (~allowed.any(2)).any(), "the case has no empty row"
     for name in ("context", "dquery"):
         assert (results[name][~allowed.any(2)] == 0).all(), name
-    for name in ("dkeys", "dvalues"):
-        assert (results[name][~allowed.any(1)] == 0).all(), name
+    for name in ("dkeys", "dvalues", "dextra"):
+        assert name not in results or (results[name][~allowed.any(1)] == 0).all(), name
     assert (results["alignments"][~allowed] == 0).all()
     if lengths == "zero":
         assert all((t == 0).all() for t in results.values())
