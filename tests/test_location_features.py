@@ -24,6 +24,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(x.shape[0])
         return linear(x, weight, bias)
 
+    monkeypatch.setattr(location_features, "_MANY_ROWS", 0)
     monkeypatch.setattr(gemm, "_has_wide_vectors", lambda: True)
     monkeypatch.setattr(gemm, "_MIN_WORK", 0)
     monkeypatch.setattr(gemm, "linear", counted)
@@ -40,6 +41,28 @@ def in_two_steps(convolution: nn.Conv1d, projection: nn.Linear, *alignments: Ten
     inputs = torch.stack(alignments, 2)
     found = convolution(inputs.flatten(0, 1)).mT
     return projection(found).unflatten(0, inputs.shape[:2])
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few steps", "many steps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch, many: bool, dtype: torch.dtype) -> None:
+    """As a convolution and as products, on other CPUs and in other dtypes."""
+    monkeypatch.setattr(location_features, "_MANY_ROWS", 0 if many else 1 << 20)
+    monkeypatch.setattr(gemm, "_has_wide_vectors", lambda: False)
+    convolution, projection = (layer.to(dtype) for layer in layers(2))
+    alignments = [torch.rand(2, 3, 11).to(dtype).requires_grad_() for _ in range(2)]
+    every = (*alignments, convolution.weight, projection.weight)
+    got = project_locations(convolution, projection, *alignments)
+    wide = [x.detach().double().requires_grad_() for x in every]
+    for layer, weight in ((convolution, wide[2]), (projection, wide[3])):
+        layer.weight = nn.Parameter(weight)
+    expected = in_two_steps(convolution, projection, *wide[:2])
+    weight = torch.randn(expected.shape).to(dtype)
+    of_ours = torch.autograd.grad((got * weight).sum(), every)
+    of_formula = torch.autograd.grad((expected * weight).sum(), (*wide[:2], convolution.weight, projection.weight))
+    for ours, exact in zip((got, *of_ours), (expected, *of_formula), strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * exact.abs().max().item()  # of the features and of the result
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("inputs", [1, 2])

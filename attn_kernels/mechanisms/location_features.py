@@ -14,6 +14,8 @@ from torch.compiler import is_compiling
 from .. import gemm
 from ..errors import ArgumentValueError
 
+_MANY_ROWS = 1024  # steps of all sentences; with fewer, calls take more of the time than multiplications
+
 
 def make_location_layers(
     name: str, inputs: int, channels: int, kernel_size: int, units: int, factory: dict[str, Any]
@@ -32,25 +34,30 @@ def make_location_layers(
 def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments: Tensor) -> Tensor:
     """(B, K, Tk, A): U f, with f = F * alignments. alignments: (B, K, Tk) of each input of the convolution.
 
-    Both maps are linear: U F is multiplied out first, (A, inputs taps), so that there is one product with the
-    neighbourhoods of the steps and no tensor of features.
+    With many steps both are products with the neighbourhoods of the steps, whose gradients take half the time of those
+    of a convolution. Both are linear, too: where products of oneDNN are taken, U F is multiplied out first, (A, inputs
+    taps), so that there is a single one. It has a third more multiplications, and no tensor of features to write, read,
+    and multiply once more.
     """
-    weight = projection.weight @ convolution.weight.flatten(1)
-    taps = convolution.weight.shape[2]
+    taps, weight = convolution.weight.shape[2], projection.weight
     inputs = torch.stack(alignments, dim=2) if len(alignments) > 1 else alignments[0].unsqueeze(2)
     batch, hypotheses, _, steps = inputs.shape
     if steps == 0:  # which unfold refuses
         return weight.new_zeros(batch, hypotheses, 0, weight.shape[0])
-    padded = F.pad(inputs.to(weight.dtype), (taps // 2, taps // 2))
+    inputs, rows = inputs.to(weight.dtype), batch * hypotheses * steps
+    if rows < _MANY_ROWS and inputs.is_cpu and weight.dtype == torch.float32:
+        features = F.conv1d(inputs.flatten(0, 1), convolution.weight, padding=taps // 2)
+        return F.linear(features.mT, weight).unflatten(0, (batch, hypotheses))
+    padded, filters = F.pad(inputs, (taps // 2, taps // 2)), convolution.weight.flatten(1)
     if (
         not is_compiling()
         and not torch._C._is_tracing()
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
-        and gemm.prefers_onednn(batch * hypotheses * steps, padded, weight)
+        and gemm.prefers_onednn(rows, padded, filters)
     ):
-        return _ProductFunction.apply(padded, weight, taps)
-    return _product(padded, weight, taps)
+        return _ProductFunction.apply(padded, weight @ filters, taps)
+    return F.linear(F.linear(_neighbourhoods(padded, taps), filters), weight)
 
 
 def _neighbourhoods(padded: Tensor, taps: int) -> Tensor:
@@ -58,12 +65,8 @@ def _neighbourhoods(padded: Tensor, taps: int) -> Tensor:
     return padded.unfold(3, taps, 1).transpose(2, 3).flatten(3)
 
 
-def _product(padded: Tensor, weight: Tensor, taps: int) -> Tensor:
-    return F.linear(_neighbourhoods(padded, taps), weight)
-
-
 class _ProductFunction(Function):
-    """``_product`` by the products of gemm.py. The neighbourhoods, ``taps`` times the alignments, are not saved."""
+    """The neighbourhoods times ``weight``, (A, inputs taps), by gemm.py. Saved is ``padded``, not they."""
 
     @staticmethod
     def forward(ctx, padded, weight, taps):
@@ -78,7 +81,8 @@ class _ProductFunction(Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             wanted = [x for x, need in zip((padded, weight), needs, strict=False) if need]
-            found = iter(torch.autograd.grad(_product(padded, weight, ctx.taps), wanted, grad, create_graph=True))
+            product = F.linear(_neighbourhoods(padded, ctx.taps), weight)
+            found = iter(torch.autograd.grad(product, wanted, grad, create_graph=True))
             return *(next(found) if need else None for need in needs[:2]), None
         dpadded = dweight = None
         rows = grad.reshape(-1, grad.shape[3])

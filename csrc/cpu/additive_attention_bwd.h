@@ -535,8 +535,8 @@ void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) 
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   auto no_more = [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {};
-  if (op.dquery == nullptr && op.dkeys == nullptr &&
-      op.dscore_bias == nullptr) {  // the values' alone: alignments, compact, and their product
+  // That of the values alone: a product with the alignments, compact.
+  if (op.dquery == nullptr && op.dkeys == nullptr && op.dscore_bias == nullptr && op.dvalues != nullptr) {
     const auto compact = scores_backward(problem, op.alignments, {}, {}, weights, dscores, no_more);
     return for_each_sentence(op.B, compact, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
   }
