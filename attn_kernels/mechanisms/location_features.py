@@ -69,14 +69,14 @@ class _ProductFunction(Function):
     """The neighbourhoods times ``weight``, (A, inputs taps), by gemm.py. Saved is ``padded``, not they."""
 
     @staticmethod
-    def forward(ctx, padded, weight, taps):
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, taps: int) -> Tensor:
         ctx.save_for_backward(padded, weight)
         ctx.taps = taps
         x = _neighbourhoods(padded, taps)
         return gemm.linear(x.flatten(0, 2), weight).view(*x.shape[:3], -1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         padded, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
