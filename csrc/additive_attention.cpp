@@ -158,6 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_backward(
                              v);
 }
 
+#if !defined(ATTN_CUDA)  // on the CPU only
 template <class Score>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_with_options(
     void (*kernel)(const AttentionBackward<Score>&), const Score& score, const AttentionGradients& of, const Tensor& v,
@@ -258,6 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_with_extra_backward(
                               need_query, need_keys, need_values},
                              v);
 }
+#endif
 
 }  // namespace
 }  // namespace attn
