@@ -138,15 +138,11 @@ def _additive_attention(*arguments):
     return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
 
 
-def _additive_attention_with_extra(*arguments):
-    *inputs, extra, memory_lengths, mask, _ = arguments
-    return reference.additive_attention(*inputs, extra=extra, memory_lengths=memory_lengths, mask=mask)
-
-
-def _relu_attention_with_extra(*arguments):
-    *inputs, extra, negative_slope, memory_lengths, mask, _ = arguments
-    keywords: dict[str, Any] = dict(**_of_slope(negative_slope), memory_lengths=memory_lengths, mask=mask)
-    return reference.additive_attention(*inputs, extra=extra, **keywords)
+def _attention_with_extra(query, keys, values, v, bias, extra, *others):
+    *slope, memory_lengths, mask, _ = others
+    activation = _of_slope(*slope) if slope else {}
+    masks = dict(memory_lengths=memory_lengths, mask=mask)
+    return reference.additive_attention(query, keys, values, v, bias, extra=extra, **activation, **masks)
 
 
 def _dot_attention(*arguments):
@@ -243,40 +239,27 @@ _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
 _RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
-_ADDITIVE_WITH_EXTRA = Formula(
-    _additive_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5
-)
-_RELU_WITH_EXTRA = Formula(
-    _relu_attention_with_extra, tuple(range(6)), shared=(3, 4), numbers=(6, 7), memory=2, results=2, addend=5
-)
+_ADDITIVE_WITH_EXTRA = Formula(_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5)
+_RELU_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 7))
+_WITH_BACKWARD = {
+    "additive_scores": _SCORES,
+    "additive_attention": _ADDITIVE,
+    "relu_scores": _RELU_SCORES,
+    "relu_attention": _RELU,
+    "dot_attention": _DOT,
+    "additive_attention_with_options": _ADDITIVE_WITH_OPTIONS,
+    "relu_attention_with_options": _RELU_WITH_OPTIONS,
+    "dot_attention_with_options": _DOT_WITH_OPTIONS,
+    "additive_attention_with_extra": _ADDITIVE_WITH_EXTRA,
+    "relu_attention_with_extra": _RELU_WITH_EXTRA,
+    "additive_attention_packed": _ADDITIVE_PACKED,
+    "relu_attention_packed": _RELU_PACKED,
+    "dot_attention_packed": _DOT_PACKED,
+}
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
-    "additive_scores": _SCORES,
-    "additive_scores_backward": _backward(_SCORES),
-    "additive_attention": _ADDITIVE,
-    "additive_attention_backward": _backward(_ADDITIVE),
-    "relu_scores": _RELU_SCORES,
-    "relu_scores_backward": _backward(_RELU_SCORES),
-    "relu_attention": _RELU,
-    "relu_attention_backward": _backward(_RELU),
-    "additive_attention_with_options": _ADDITIVE_WITH_OPTIONS,
-    "additive_attention_with_options_backward": _backward(_ADDITIVE_WITH_OPTIONS),
-    "relu_attention_with_options": _RELU_WITH_OPTIONS,
-    "relu_attention_with_options_backward": _backward(_RELU_WITH_OPTIONS),
-    "additive_attention_with_extra": _ADDITIVE_WITH_EXTRA,
-    "additive_attention_with_extra_backward": _backward(_ADDITIVE_WITH_EXTRA),
-    "relu_attention_with_extra": _RELU_WITH_EXTRA,
-    "relu_attention_with_extra_backward": _backward(_RELU_WITH_EXTRA),
-    "dot_attention_with_options": _DOT_WITH_OPTIONS,
-    "dot_attention_with_options_backward": _backward(_DOT_WITH_OPTIONS),
-    "additive_attention_packed": _ADDITIVE_PACKED,
-    "additive_attention_packed_backward": _backward(_ADDITIVE_PACKED),
-    "relu_attention_packed": _RELU_PACKED,
-    "relu_attention_packed_backward": _backward(_RELU_PACKED),
-    "dot_attention_packed": _DOT_PACKED,
-    "dot_attention_packed_backward": _backward(_DOT_PACKED),
-    "dot_attention": _DOT,
-    "dot_attention_backward": _backward(_DOT),
+    **_WITH_BACKWARD,
+    **{f"{name}_backward": _backward(formula) for name, formula in _WITH_BACKWARD.items()},
 }
 
 
