@@ -286,7 +286,8 @@ for _name, _score in SCORES.items():
         _packed_fake,
     )
 
-# With what a step adds to the keys (WithExtra in scores.py). need_keys: the gradient of the sum, which is that of both.
+# With what a step adds to the keys: see AdditiveExtraScore in scores.py. need_keys: the gradient of the sum, which is
+# that of both.
 for _name in ("additive", "relu"):
     _score = SCORES[_name]
     _inputs = ", ".join((*_MEMORY, *_score.tensors, "Tensor extra", *_score.numbers, *_MASKS))
