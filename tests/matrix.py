@@ -131,6 +131,12 @@ def _with_prepared_keys(
     return attn_kernels.additive_attention(query, keys, *others, backend=backend, prepared=prepared, **keywords)
 
 
+def _with_extra_in_the_kernel(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
+    if backend in ("cuda", "triton"):  # where rounding the sum of keys and extra moves arguments across the kink at 0
+        pytest.skip(f"backend {backend} adds extra to the keys beforehand")
+    return attn_kernels.additive_attention(*tensors, backend=backend, **keywords)
+
+
 def _with_options(name: str) -> Callable[..., Any]:
     def attend(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
         if backend in ("cuda", "triton"):
@@ -192,7 +198,7 @@ VARIANTS = MAIN | {
     "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
     "extra": _WITH_EXTRA,
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
-    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"]),
+    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], variant=_with_extra_in_the_kernel),
     "score bias": _OF_ATTENTION._replace(
         inputs=(*_OF_ATTENTION.inputs, "score_bias"),
         by_name=("score_bias",),
