@@ -133,8 +133,8 @@ def _with_prepared_keys(
 
 def _with_options(name: str) -> Callable[..., Any]:
     def attend(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
-        if backend in ("cuda", "triton"):
-            pytest.skip(f"backend {backend} has no kernels for it yet")
+        if backend == "cuda":
+            pytest.skip("backend cuda has no kernels for it yet")
         return getattr(attn_kernels, name)(*tensors, backend=backend, **keywords)
 
     return attend
