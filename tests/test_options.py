@@ -189,7 +189,7 @@ def test_gradient_of_large_scores(dtype: torch.dtype, fused: str, device: str) -
     torch.testing.assert_close(found.cpu().double(), right, rtol=0, atol=bound * size.item())
 
 
-@slow_if(lambda fused, score, normalizer, **_: interpreted(fused) and (score, normalizer) != ("dot", "sigmoid"))
+@slow_if(lambda fused, **_: interpreted(fused))
 @scores
 @normalizers
 def test_derivatives(score: str, normalizer: str, fused: str, device: str) -> None:

@@ -131,7 +131,7 @@ CASES: dict[str, dict[str, Any]] = {
     "options-beams-decode": dict(
         op="dot",
         sizes=(2, 5, 200, 512),
-        dtype="bfloat16",
+        dtype="float32",
         lengths=True,
         mask=3,
         kernels=("decode_kernel", "combine_kernel"),

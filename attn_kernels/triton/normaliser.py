@@ -1,9 +1,9 @@
 """What makes alignments of the scores of a row, in parts, in the kernels that all scores share: ``NORMALISER``.
 
-"softmax", or "sigmoid": sigmoid(score) over their sum, which as the softmax of log sigmoid(score) does not underflow. So
-both are a softmax of ``log_weights``, which for "softmax" are the scores themselves. A row has a running maximum m_i of
-them and a sum l_i of exp(log weight - m_i); any_i is above 0 where something is attended. Not attended steps have log
-weights of -inf and weights of 0.
+"softmax", or "sigmoid": sigmoid(score) over their sum, which as the softmax of log sigmoid(score) does not underflow.
+So both are a softmax of ``log_weights``, which for "softmax" are the scores themselves. A row has a running maximum m_i
+of them and a sum l_i of exp(log weight - m_i); any_i is above 0 where something is attended. Not attended steps have
+log weights of -inf and weights of 0.
 """
 
 from __future__ import annotations

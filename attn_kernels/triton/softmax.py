@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -314,6 +315,8 @@ def softmax_backward(
     dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths)
     block_q = power_of_two(Tq, 1, 16)
     padded_blocks = dscores.stride(2) // block_q
+    # What options read and write beside, and the numbers of dropout in 64 bits, take registers.
+    elements = 1024 if options is NO_OPTIONS else 256 if dscores.dtype == torch.float64 else 512
     launch(
         _softmax_backward_kernel,
         B * padded_blocks if dscores.numel() else 0,
@@ -326,7 +329,7 @@ def softmax_backward(
             *mask_strides(mask),
             *(dscore_bias, kept, grad_log_total, scores, *option_arguments(options, dscores.dtype)),
         ),
-        dict(NORMALISER=NORMALIZERS[options.normalizer], BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
+        dict(NORMALISER=NORMALIZERS[options.normalizer], BLOCK_Q=block_q, BLOCK_K=elements // block_q),
         4,
     )
     return dscores
