@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import derivatives, ops
-from .backends import choose
+from .backends import choose, choose_for_options
 from .checks import (
     as_number,
     check_dtypes,
@@ -132,11 +132,11 @@ def attend_with_options(
     if without_context:
         values = _empty_values(score.name, query, keys, need_weights)
     device = device_type(query)
-    chosen = choose(backend, device)
-    if chosen in ("cuda", "triton"):
+    chosen = choose_for_options(backend, device)
+    if chosen is None:
         if backend is not None:
             what = "score_bias, dropout_p, normalizer and need_log_total"
-            raise ArgumentValueError(f"{score.name}: backend {backend!r} has no kernels for {what} yet")
+            raise ArgumentValueError(f"{score.name}: backend {backend!r} has no kernels for {what}")
         chosen = "reference"
     _check(score, query, keys, values, masks, backend)
     check_score_bias(score.name, query, keys, options.score_bias)

@@ -49,6 +49,26 @@ def choose(backend: str | None, device_type: str) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def choose_for_options(backend: str | None, device_type: str) -> str | None:
+    """As ``choose``, for a call with options (types.py): "cuda" has no kernels for them, and "triton" goes before it.
+
+    None where none of the two can, or "cuda" is named.
+    """
+    chosen = choose(backend, device_type)
+    if chosen != "cuda":
+        return chosen
+    return "triton" if backend is None and _can_run("triton", device_type) else None
+
+
+def _can_run(name: str, device_type: str) -> bool:
+    able = _able.get((name, device_type))
+    if able is None:
+        able = _able[name, device_type] = _refusal(name, device_type) is None
+    return able
+
+
+_can_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_able: dict[tuple[str, str], bool] = {}
 _chosen: dict[tuple[str | None, str], str] = {}
 
 

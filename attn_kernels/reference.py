@@ -184,7 +184,7 @@ def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -
     z = index * as_signed(0x9E3779B97F4A7C15) + as_signed(seed)
     z = (z ^ shifted(z, 30)) * as_signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * as_signed(0x94D049BB133111EB)
-    kept = shifted(z ^ shifted(z, 31), 40) >= p * 2**24
+    kept = shifted(z ^ shifted(z, 31), 40) >= math.ceil(p * 2**24)  # PyTorch would round a number that is no integer
     return kept.view(shape).to(like.dtype) / (1 - p)
 
 

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "checks.h"
@@ -108,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
     if (with != nullptr) torch::stable::zero_(*with->dscore_bias);
   } else if (of.need_query || of.need_keys || of.need_values) {
     AttentionOptions options;
+    std::vector<Tensor> rows;  // as long as the kernel runs
     const void *log_total = nullptr, *grad_log_total = nullptr;
     void* dscore_bias = nullptr;
     if (with != nullptr) {
@@ -115,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
       const ScalarType wide = wide_type(dtype);
       auto data = [&](const Tensor& t, const char* name) {
         check_shape(t, name, {B, Tq});
-        STD_TORCH_CHECK(t.scalar_type() == wide && t.is_contiguous(), name, " must be contiguous, and wide");
-        return t.const_data_ptr();
+        STD_TORCH_CHECK(t.scalar_type() == wide, name, " must be float64 for float64, else float32");
+        rows.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));  // a sum has a gradient of stride 0
+        return rows.back().const_data_ptr();
       };
       log_total = data(with->log_total, "log_total");
       if (with->grad_log_total.has_value()) grad_log_total = data(*with->grad_log_total, "grad_log_total");

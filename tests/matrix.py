@@ -139,8 +139,8 @@ def _with_extra_in_the_kernel(*tensors: Tensor, backend: str | None = None, **ke
 
 def _with_options(name: str) -> Callable[..., Any]:
     def attend(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
-        if backend in ("cuda", "triton"):
-            pytest.skip(f"backend {backend} has no kernels for it yet")
+        if backend == "cuda":
+            pytest.skip("backend cuda has no kernels for it yet")
         return getattr(attn_kernels, name)(*tensors, backend=backend, **keywords)
 
     return attend

@@ -65,12 +65,12 @@ def padded_with(op: Op, case: Case, dtype: torch.dtype, device: str, fill: float
         keys = arguments.tensors["keys"]
         allowed = attention_mask(keys, arguments.masks.get("memory_lengths"), arguments.masks.get("mask"))
         allowed = allowed.expand(-1, case.Tq, -1)
-        unused = {"query": ~allowed.any(2), "alignments": ~allowed}
+        unused = {"query": ~allowed.any(2), "alignments": ~allowed, "score_bias": ~allowed}
         unused |= dict.fromkeys(("keys", "values", "extra"), ~allowed.any(1))
 
     def pad(name: str, t: Tensor) -> Tensor:
         if name in unused:
-            t = t.masked_fill(unused[name] if name == "alignments" else unused[name][..., None], fill)
+            t = t.masked_fill(unused[name] if unused[name].dim() == 3 else unused[name][..., None], fill)
         return lay_out(t, case.layout, fill)
 
     tensors, grads = ({name: pad(name, t) for name, t in part.items()} for part in (arguments.tensors, arguments.grads))

@@ -54,6 +54,39 @@ def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monke
     assert decode.combine_kernel in launched
 
 
+@slow_if(lambda with_values, **_: not with_values)
+@pytest.mark.parametrize("with_values", [True, False], ids=["values", "no values"])
+def test_options_of_split_steps(with_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """log_total, dropout, score_bias and the sigmoid do not depend on how many programs walk the steps."""
+    device = device_of(available("triton"))
+    decode = importlib.import_module("attn_kernels.triton.decode")
+    configurations = importlib.import_module("attn_kernels.triton.configurations")
+    monkeypatch.setattr(decode, "NUM_SMS", 20)
+    launched = []
+    launch = decode.launch
+    monkeypatch.setattr(decode, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((3, 2, 8), (3, 37, 8), (3, 37, 130), (3, 2, 37))
+    query, keys, values, score_bias = (torch.randn(shape, generator=rng).to(device) for shape in shapes)
+    lengths = torch.tensor([37, 0, 5], device=device)
+    options = dict(score_bias=score_bias, normalizer="sigmoid", dropout_p=0.4, need_log_total=True)
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        given = values if with_values else None
+        found = attn_kernels.dot_attention(query, keys, given, memory_lengths=lengths, backend="triton", **options)
+        return [x for x in found if x is not None]
+
+    expected = run()
+    assert decode.combine_kernel not in launched
+    with configurations.overriding("decode", dict(bytes=1)):
+        found = run()
+    assert decode.combine_kernel in launched
+    assert len(found) == 2 + with_values
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @slow_if(lambda Tq, **_: Tq > 1)
 @pytest.mark.parametrize(
     ("shape", "strides"),

@@ -34,9 +34,10 @@ HOT = ("tiled_scores_kernel", "backward_kernel")
 HOT_OF_RELU = (*HOT, "exponentials_kernel")
 SMALL_M = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
+WITH_OPTIONS = ("_attend_kernel", "_softmax_backward_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
-# slope: of relu_attention and relu_scores.
+# slope: of relu_attention and relu_scores; options: which, of an attention.
 # The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
 CASES: dict[str, dict[str, Any]] = {
     "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
@@ -106,6 +107,47 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "dot": dict(op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", lengths=True, kernels=PRODUCTS),
     "dot-masked": dict(op="dot", sizes=(64, 16, 100, 512), dtype="float32", mask=3, kernels=PRODUCTS, targets=(90,)),
+    "options": dict(
+        op="additive",
+        sizes=(256, 74, 75, 1024),
+        dtype="bfloat16",
+        lengths=True,
+        mask=3,
+        kernels=WITH_OPTIONS,
+        options=("score_bias", "dropout", "sigmoid"),
+    ),
+    "options-dropout": dict(
+        op="dot", sizes=(16, 100, 100, 512), dtype="float32", kernels=WITH_OPTIONS, options=("dropout",), targets=(90,)
+    ),
+    "options-decode": dict(
+        op="additive",
+        sizes=(64, 1, 50, 512),
+        dtype="float32",
+        lengths=True,
+        kernels=("decode_kernel", "_softmax_backward_kernel"),
+        options=("score_bias", "dropout", "softmax"),
+        targets=(80, 90),
+    ),
+    "options-beams-decode": dict(
+        op="dot",
+        sizes=(2, 5, 200, 512),
+        dtype="float32",
+        lengths=True,
+        mask=3,
+        kernels=("decode_kernel", "combine_kernel"),
+        options=("score_bias", "dropout", "sigmoid"),
+        targets=(80, 90),
+    ),
+    "options-float64": dict(
+        op="relu",
+        sizes=(4, 9, 33, 128),
+        dtype="float64",
+        mask=2,
+        slope=0.2,
+        kernels=WITH_OPTIONS,
+        options=("score_bias", "dropout", "sigmoid"),
+        targets=(90,),
+    ),
 }
 
 
@@ -132,7 +174,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 
 
 @pytest.mark.parametrize("queries", ["many", "beams", "one"])
-@pytest.mark.parametrize("op", ["additive", "relu", "dot"])
+@pytest.mark.parametrize("op", ["additive", "relu", "dot", "additive with options"])
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
@@ -305,7 +347,7 @@ def _count(loop: dict[str, int], *names: str) -> int:
 
 
 def launches(
-    op, sizes, dtype, lengths=False, mask=0, slope=0.0, kernels=(), targets=TARGETS, nvidia=True
+    op, sizes, dtype, lengths=False, mask=0, slope=0.0, options=(), kernels=(), targets=TARGETS, nvidia=True
 ) -> list[tuple[Any, tuple, dict]]:
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
@@ -330,7 +372,18 @@ def launches(
     memory_lengths = empty(B, dtype="int64") if lengths else None
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
-    if op == "additive":
+    if options:
+        own, numbers = {"additive": ((v, bias), ()), "relu": ((v, bias), (slope,)), "dot": ((), (0.5,))}[op]
+        dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
+        score_bias = alignments if "score_bias" in options else None
+        inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
+        inputs = (*inputs, memory_lengths, allowed)
+        forward, backward = (
+            getattr(attn_kernels.triton.with_options, f"{op}_attention_with_options{end}") for end in ("", "_backward")
+        )
+        log_total = forward(*inputs, True)[2]
+        backward(*gradients, log_total, *inputs, alignments, log_total, True, True)
+    elif op == "additive":
         additive.additive_attention(query, keys, values, v, bias, None, memory_lengths, allowed, True)
         for needed in ((True, True), (True, False), (False, True)):
             additive.additive_attention_backward(
@@ -463,6 +516,9 @@ def _compile(name: str) -> list[dict[str, Any]]:
     return compiled
 
 
+SEED = (1 << 61) + 12345
+
+
 def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
     """For each kind of input and each of the lengths, (Tq, Tk), what Triton would compile, described."""
     kinds = [  # rows that are aligned in memory, of 16 bits, and not aligned
@@ -475,7 +531,9 @@ def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
         options = {key: value for key, value in kind.items() if key != "A"}
         found.append([])
         for Tq, Tk in lengths:
-            launched = launches(op, (64, Tq, Tk, kind["A"]), **options)
+            plain = op.removesuffix(" with options")
+            chosen = () if op == plain else ("score_bias", "dropout", "sigmoid")
+            launched = launches(plain, (64, Tq, Tk, kind["A"]), options=chosen, **options)
             sources = [
                 (kernel.fn.__name__, *source_of(kernel, args, constants)) for kernel, args, constants in launched
             ]

@@ -149,7 +149,8 @@ def compile_case(name: str, target: str, kernels: tuple[str, ...]) -> list[dict[
                 "name": kernel_name,
                 "target": target,
                 "dtype": case["dtype"],
-                "wide": case["sizes"][3] % 16 == 0,
+                # A bias of the scores and a mask are read, too, with options: one number for a pair.
+                "wide": case["sizes"][3] % 16 == 0 and not case.get("options"),
                 "chunk": sys.modules["attn_kernels.triton.additive_attention_exponentials"].CHUNK.value,
                 "constants": {key: value for key, value in constants.items() if key.isupper()},
                 "warps": binary.metadata.num_warps,

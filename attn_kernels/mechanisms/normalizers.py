@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attending import attend_with_options, make_options
-from ..backends import choose
+from ..backends import choose_for_options
 from ..checks import check_dtypes, check_lengths, check_mask, check_range, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
@@ -201,8 +201,8 @@ class NormalizedAttention(nn.Module):
             return self.attention(query, memory, need_weights)
         score, made = self.attention.make_score(memory), self.attention.make_query(query)
         backend = self.attention.backend
-        if self.normalizer == "sigmoid" and choose(backend, device_type(query)) not in ("triton", "cuda"):
-            options = make_options(score.name, None, 0.0, "sigmoid")  # in one pass, for which a GPU has no kernels yet
+        if self.normalizer == "sigmoid" and choose_for_options(backend, device_type(query)) is not None:
+            options = make_options(score.name, None, 0.0, "sigmoid")  # in one pass
             masks = Masks(memory.memory_lengths, memory.mask)
             return attend_with_options(
                 score, made, memory.keys, memory.values, masks, options, need_weights, False, backend

@@ -4,7 +4,7 @@ They run on CUDA (NVIDIA, AMD) and XPU (Intel) devices, and on the CPU in Triton
 """
 
 from .. import ops
-from . import additive_attention, dot_attention, relu_attention
+from . import additive_attention, dot_attention, relu_attention, with_options
 from .device import INTERPRETER
 
 for _function in (
@@ -18,6 +18,12 @@ for _function in (
     relu_attention.relu_scores_backward,
     dot_attention.dot_attention,
     dot_attention.dot_attention_backward,
+    with_options.additive_attention_with_options,
+    with_options.additive_attention_with_options_backward,
+    with_options.relu_attention_with_options,
+    with_options.relu_attention_with_options_backward,
+    with_options.dot_attention_with_options,
+    with_options.dot_attention_with_options_backward,
 ):
     for _key in ("CUDA", "XPU", "CPU") if INTERPRETER.value else ("CUDA", "XPU"):
         ops.library.impl(f"{_function.__name__}.triton", _function, _key)

@@ -48,7 +48,7 @@ def additive_attention(
     need_alignments: bool,
 ) -> tuple[Tensor, Tensor]:
     """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty."""
-    if can_decode(query, values) and not _is_worth_sharing(query, keys):
+    if can_decode(query, values) and not is_worth_sharing(query, keys):
         return decode(AdditiveScore(v, bias), query, keys, values, Masks(memory_lengths, mask), need_alignments)
     masks = Masks(memory_lengths, mask)
     return attend(pair_scores(query, keys, v, bias, masks, accumulator(query.dtype)), values, masks, need_alignments)
@@ -272,7 +272,7 @@ def _key_exponentials(keys: Tensor) -> Tensor:
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
 
 
-def _is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
+def is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
     """Whether exponentials made once per row save time for at most 8 queries (B, Tq, A), in tiles of 8 by 32 pairs."""
     # A tile of tanh takes 17 * 8 instructions a unit, spread over a GPU; one of shared reciprocals 3.7 * 8 on a warp,
     # of which a large GPU runs 512 at once.

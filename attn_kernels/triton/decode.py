@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..scores import Score
-from ..types import Masks
+from ..types import NORMALIZERS, Masks, Options
 from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length
 from .launch import (
@@ -31,7 +31,8 @@ from .launch import (
     rows_aligned,
     two_parts,
 )
-from .normaliser import LOWEST, add_block, alignments_of, factor, merge, part_factor
+from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
+from .options import NO_OPTIONS, add_score_bias, drop, option_arguments, scale_kept
 from .scores import finish_scores, parts_of, score_terms
 
 MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
@@ -43,9 +44,9 @@ MAX_SPLITS = tl.constexpr(128)  # of the steps of a row
 def decode_kernel(
     context,  # (splits, B, Tq, D), contiguous: of each split of the steps apart, and then not yet divided by total
     alignments,  # (B, Tq, Tk), contiguous, or None
-    scores,  # (B, Tq, Tk), contiguous, or None where nobody needs alignments: written here
-    tops,  # (splits, B, Tq), contiguous, or None for a single split: the largest score
-    totals,  # (splits, B, Tq), contiguous, or None: the sum of exp(score - top)
+    scores,  # (B, Tq, Tk), contiguous, or None where nobody needs alignments: log weights, written here
+    tops,  # (splits, B, Tq), contiguous, or None for a single split: the largest log weight
+    totals,  # (splits, B, Tq), contiguous, or None: the sum of exp(log weight - top)
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     values,  # (B, Tk, D)
@@ -67,6 +68,13 @@ def decode_kernel(
     stride_bias,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
+    log_total,  # (B, Tq), contiguous, or None; written for a single split
+    score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
+    stride_sb, stride_sq, stride_sk,
+    seed,
+    least,
+    kept_factor,
+    kept_factor_lo,
     SCORE: tl.constexpr,
     NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -97,6 +105,8 @@ def decode_kernel(
     values += batch_offset(b, stride_vb, ALIGNED)
     if mask is not None:
         mask += b * stride_mb
+    if score_bias is not None:
+        score_bias += b * stride_sb
     if alignments is not None:
         alignments += b * Tq * Tk
     if scores is not None:
@@ -125,18 +135,22 @@ def decode_kernel(
             )
         s = finish_scores(tl.sum(products, axis=2), number, number_lo, SCORE)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+        s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
         s = tl.where(allowed, s, -float("inf"))
-        p, rescale, m_i, l_i = add_block(s, allowed, m_i, l_i, NORMALISER)
+        p, rescale, m_i, l_i = add_block(s, allowed, m_i, l_i)
+        p = drop(p, seed, least, b, i, j, Tq, Tk)
         averaged = add_product(averaged * rescale[:, None, None], p, x, allowed, mask is not None, True)
         any_i = tl.maximum(any_i, tl.max(allowed.to(tl.int32), axis=1))
 
-    average = tl.sum(averaged, axis=1)
+    average = scale_kept(tl.sum(averaged, axis=1), kept_factor, kept_factor_lo)
     in_split = (split.to(tl.int64) * B + b) * Tq + i
     if tops is None:
-        factor_i = factor(l_i, any_i, NORMALISER)
+        factor_i = factor(l_i, any_i)
         average *= factor_i[:, None]
+        if log_total is not None:
+            tl.store(log_total + b * Tq + i, log_total_of(m_i, factor_i), mask=i < Tq)
         if alignments is not None:
             tl.debug_barrier()  # the scores that other threads have written
             for start in range(0, Tk, STEPS):
@@ -144,7 +158,7 @@ def decode_kernel(
                 allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
                 pointers = i[:, None] * Tk + j[None, :]
                 s = tl.load(scores + pointers, mask=allowed, other=0.0)
-                p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None], NORMALISER)
+                p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None])
                 tl.store(alignments + pointers, p, mask=(i < Tq)[:, None] & (j < Tk)[None, :])
     else:
         tl.store(tops + in_split, m_i, mask=i < Tq)
@@ -158,7 +172,7 @@ def combine_kernel(
     context,  # (B, Tq, D), contiguous
     alignments,  # (B, Tq, Tk), contiguous, or None
     parts,  # (splits, B, Tq, D), contiguous
-    scores,  # (B, Tq, Tk), contiguous, or None; anything where not attended
+    scores,  # (B, Tq, Tk), contiguous, or None: log weights; anything where not attended
     tops,  # (splits, B, Tq), contiguous
     totals,  # (splits, B, Tq), contiguous; -1 where a split attends nothing, which is not the same as a sum of 0
     lengths,  # (B,) or None
@@ -170,7 +184,7 @@ def combine_kernel(
     splits,
     tiles,  # of a query: those of its values and then of its steps
     stride_lengths, stride_mb, stride_mq, stride_mk,
-    NORMALISER: tl.constexpr,
+    log_total,  # (B, Tq), contiguous, or None
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
@@ -183,14 +197,17 @@ def combine_kernel(
     totals += row
     m_parts = tl.load(tops + split * rows, mask=split < splits, other=LOWEST)
     l_parts = tl.load(totals + split * rows, mask=split < splits, other=-1.0)
-    m_i, factor_i = merge(m_parts, l_parts, NORMALISER)
+    m_i, factor_i = merge(m_parts, l_parts)
+    if log_total is not None:
+        if tile == 0:
+            tl.store(log_total + row, log_total_of(m_i, factor_i))
     tiles_d = tl.cdiv(D, BLOCK)
     if tile < tiles_d:
         d = tile * BLOCK + tl.arange(0, BLOCK)
         average = tl.zeros([BLOCK], dtype=parts.dtype.element_ty)
         for part in range(0, splits):
             at = tl.cast(part, tl.int64) * rows
-            each = part_factor(tl.load(tops + at), m_i, NORMALISER)
+            each = part_factor(tl.load(tops + at), m_i)
             average += each * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
         tl.store(context + row * D + d, average * factor_i, mask=d < D)
     elif alignments is not None:
@@ -201,7 +218,7 @@ def combine_kernel(
             mask += b * stride_mb
         allowed = attended(mask, i, j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
         s = tl.load(scores + row * Tk + j[None, :], mask=allowed, other=0.0)
-        p = alignments_of(s, allowed, m_i, factor_i, NORMALISER)
+        p = alignments_of(s, allowed, m_i, factor_i)
         tl.store(alignments + row * Tk + j[None, :], p, mask=(j < Tk)[None, :])
 
 
@@ -211,11 +228,19 @@ def can_decode(query: Tensor, values: Tensor) -> bool:
 
 
 def decode(
-    score: Score, query: Tensor, keys: Tensor, values: Tensor, masks: Masks, need_alignments: bool
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    masks: Masks,
+    need_alignments: bool,
+    options: Options = NO_OPTIONS,
+    log_total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention where ``can_decode``.
 
     query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
+    log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
     """
     name, v, bias, number = parts_of(score)
     memory_lengths, mask = masks
@@ -247,10 +272,11 @@ def decode(
             *(*query.stride(), *keys.stride(), *values.stride()),
             *(0 if v is None else v.stride(0), 0 if bias is None else bias.stride(0)),
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
+            *(log_total if splits == 1 else None, *option_arguments(options, wide)),
         ),
         dict(
             SCORE=name,
-            NORMALISER="softmax",
+            NORMALISER=NORMALIZERS[options.normalizer],
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
             ALIGNED=rows_aligned(query, keys, values),
@@ -267,12 +293,14 @@ def decode(
     context = values.new_empty((B, Tq, D))
     block = 128
     tiles = triton.cdiv(D, block) + (triton.cdiv(Tk, block) if need_alignments else 0)
+    if log_total is not None:
+        tiles = max(tiles, 1)
     launch(
         combine_kernel,
         B * Tq * tiles,
         (context, alignments if need_alignments else None, parts, scores, tops, totals, memory_lengths, bytes_of(mask)),
-        (B, Tq, Tk, D, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask)),
-        dict(NORMALISER="softmax", BLOCK=block),
+        (B, Tq, Tk, D, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask), log_total),
+        dict(BLOCK=block),
         4,
     )
     return context, alignments

@@ -1,7 +1,9 @@
 """What makes alignments of the scores of a row, in parts, in the kernels that all scores share: ``NORMALISER``.
 
-There is "softmax" so far. A row has a running maximum m_i and a sum l_i of exp(score - m_i); any_i is above 0 where
-something is attended. Not attended steps have scores of -inf and weights of 0.
+"softmax", or "sigmoid": sigmoid(score) over their sum, which as the softmax of log sigmoid(score) does not underflow.
+So both are a softmax of ``log_weights``, which for "softmax" are the scores themselves. A row has a running maximum m_i
+of them and a sum l_i of exp(log weight - m_i); any_i is above 0 where something is attended. Not attended steps have
+log weights of -inf and weights of 0.
 """
 
 from __future__ import annotations
@@ -16,9 +18,18 @@ LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
-def add_block(s, allowed, m_i, l_i, NORMALISER: tl.constexpr):
-    """Adds a block of scores (Q, K): its weights, what earlier weights are to be multiplied with, new m_i and l_i."""
-    tl.static_assert(NORMALISER == "softmax")
+def log_weights(s, NORMALISER: tl.constexpr):
+    """The logarithms of what alignments are proportional to, of scores; -inf for -inf."""
+    if NORMALISER == "sigmoid":
+        s = tl.minimum(s, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(s)))  # the second term is NaN where s is
+    else:
+        tl.static_assert(NORMALISER == "softmax")
+    return s
+
+
+@triton.jit
+def add_block(s, allowed, m_i, l_i):
+    """Adds a block of log weights (Q, K): its weights, what earlier weights are to be multiplied with, new m_i, l_i."""
     m_new = tl.maximum(m_i, tl.max(s, axis=1))
     rescale = tl.exp(m_i - m_new)
     p = tl.where(allowed, tl.exp(s - m_new[:, None]), 0.0)
@@ -26,9 +37,8 @@ def add_block(s, allowed, m_i, l_i, NORMALISER: tl.constexpr):
 
 
 @triton.jit
-def merge(m_parts, l_parts, NORMALISER: tl.constexpr):
+def merge(m_parts, l_parts):
     """m_i of a row from those of its parts (P,), and the factor of the whole; l is -1 where a part attends nothing."""
-    tl.static_assert(NORMALISER == "softmax")
     m_i = tl.max(m_parts, axis=0)
     l_i = tl.sum(tl.where(l_parts == -1.0, 0.0, l_parts * tl.exp(m_parts - m_i)), axis=0)
     any_i = tl.max(tl.where(l_parts == -1.0, 0, 1), axis=0)
@@ -36,39 +46,41 @@ def merge(m_parts, l_parts, NORMALISER: tl.constexpr):
 
 
 @triton.jit
-def part_factor(m_part, m_i, NORMALISER: tl.constexpr):
+def part_factor(m_part, m_i):
     """What the weights of a part are to be multiplied with in the whole."""
-    tl.static_assert(NORMALISER == "softmax")
     return tl.exp(m_part - m_i)
 
 
 @triton.jit
-def factor(l_i, any_i, NORMALISER: tl.constexpr):
+def factor(l_i, any_i):
     """What turns the weights of a row into alignments; 0 where nothing is attended."""
-    tl.static_assert(NORMALISER == "softmax")
     return tl.where(any_i > 0, divide(1.0, l_i), 0.0)
 
 
 @triton.jit
-def alignments_of(s, allowed, m_i, factor_i, NORMALISER: tl.constexpr):
-    """The alignments of scores, for m_i and the factor of their rows, as far as they broadcast."""
-    tl.static_assert(NORMALISER == "softmax")
+def alignments_of(s, allowed, m_i, factor_i):
+    """The alignments of log weights, for m_i and the factor of their rows, as far as they broadcast."""
     return tl.where(allowed, tl.exp(s - m_i) * factor_i, 0.0)
 
 
 @triton.jit
-def mean_gradient(products, total, NORMALISER: tl.constexpr):
+def log_total_of(m_i, factor_i):
+    """The logarithm of what the weights of a row were divided by; -inf where nothing is attended."""
+    return tl.where(factor_i == 0.0, -float("inf"), m_i - tl.log(factor_i))
+
+
+@triton.jit
+def mean_gradient(products, total):
     """(Q,) from the sums of p * g and of p, (Q, K): what score_gradient() takes off g.
 
     The second sum is 1, but for the rounding of alignments to the dtype of the inputs.
     """
-    tl.static_assert(NORMALISER == "softmax")
     # Not 0 / 0 where nothing is attended.
     return divide(tl.sum(products, axis=1), tl.maximum(tl.sum(total, axis=1), 1e-30))
 
 
 @triton.jit
-def score_gradient(p, g, mean, NORMALISER: tl.constexpr):
-    """The gradient of scores, from alignments p and their gradient g."""
-    tl.static_assert(NORMALISER == "softmax")
-    return p * (g - mean)
+def log_weight_derivative(s, NORMALISER: tl.constexpr):
+    """That of log_weights, of scores: where it is not 1."""
+    tl.static_assert(NORMALISER == "sigmoid")
+    return divide(1.0, 1.0 + tl.exp(s))

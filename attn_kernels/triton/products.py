@@ -226,13 +226,14 @@ def values_gradient(
     alignments: Tensor,
     masks: Masks,
     needed: bool,
+    scale: float = 1.0,
 ) -> Tensor:
-    """alignments^T @ grad_context, (B, Tk, D), over the attended pairs; empty where it is not needed."""
+    """scale * alignments^T @ grad_context, (B, Tk, D), over the attended pairs; empty where it is not needed."""
     if not needed:
         return values.new_empty(0)
     if grad_context is None:
         return values.new_zeros(values.shape)
-    return weighted_sum(alignments, grad_context, 1.0, masks, transposed=True)
+    return weighted_sum(alignments, grad_context, scale, masks, transposed=True)
 
 
 # Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Masks
+from ..types import NORMALIZERS, Masks, Options
 from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
 from .launch import (
     MAX_SMALL_M,
@@ -20,7 +21,17 @@ from .launch import (
     small_m_block,
     sum_splits,
 )
-from .normaliser import LOWEST, add_block, alignments_of, factor, mean_gradient, score_gradient
+from .normaliser import (
+    LOWEST,
+    add_block,
+    alignments_of,
+    factor,
+    log_total_of,
+    log_weight_derivative,
+    log_weights,
+    mean_gradient,
+)
+from .options import NO_OPTIONS, add_score_bias, drop, option_arguments, scale_kept
 from .products import product, split, sum_tile
 
 # Softmax and context --------------------------------------------------------------------------------------------------
@@ -40,6 +51,13 @@ def _attend_kernel(
     D,
     steps_per_split,  # a multiple of BLOCK_K
     stride_vb, stride_vk, stride_vd, stride_lengths, stride_mb, stride_mq, stride_mk,
+    log_total,  # (B, Tq), contiguous, float32 or float64, or None
+    score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
+    stride_sb, stride_sq, stride_sk,
+    seed,
+    least,
+    kept_factor,
+    kept_factor_lo,
     NORMALISER: tl.constexpr,
     ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr,
@@ -66,6 +84,8 @@ def _attend_kernel(
     scores += (b * Tq + i[:, None]) * Tk
     if mask is not None:
         mask += b * stride_mb
+    if score_bias is not None:
+        score_bias += b * stride_sb
 
     m_i = tl.full([BLOCK_Q], LOWEST, dtype=accumulate)
     l_i = tl.zeros([BLOCK_Q], dtype=accumulate)
@@ -74,9 +94,13 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        _, _, m_i, l_i = add_block(s, allowed, m_i, l_i, NORMALISER)
+        s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
+        _, _, m_i, l_i = add_block(s, allowed, m_i, l_i)
         any_i = tl.maximum(any_i, allowed.to(tl.int32))
-    factor_i = factor(l_i, tl.max(any_i, axis=1), NORMALISER)
+    factor_i = factor(l_i, tl.max(any_i, axis=1))
+    if log_total is not None:
+        if (tile_d == 0) & (split == 0):
+            tl.store(log_total + b * Tq + i, log_total_of(m_i, factor_i), mask=i < Tq)
 
     if SMALL_M:
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
@@ -88,15 +112,18 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
-        p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None], NORMALISER)
+        s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
+        p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None])
         if alignments is not None:
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < Tk)
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
         rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, SMALL_M)
+        p = drop(p, seed, least, b, i, j, Tq, Tk)
         averaged = add_product(averaged, p, rows, allowed, mask is not None, SMALL_M)
     if SMALL_M:
         averaged = tl.sum(averaged, axis=1)
+    averaged = scale_kept(averaged, kept_factor, kept_factor_lo)
     split_context = context + ((split.to(tl.int64) * B + b) * Tq + i[:, None]) * D + d[None, :]
     tl.store(split_context, averaged, mask=(i[:, None] < Tq) & (d[None, :] < D))
 
@@ -109,10 +136,18 @@ def _attend_kernel(
                 tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], zeros, mask=stored)
 
 
-def attend(scores: Tensor, values: Tensor, masks: Masks, need_alignments: bool) -> tuple[Tensor, Tensor]:
+def attend(
+    scores: Tensor,
+    values: Tensor,
+    masks: Masks,
+    need_alignments: bool,
+    options: Options = NO_OPTIONS,
+    log_total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Softmax over the attended scores and the average of values.
 
-    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D).
+    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D);
+    log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
     Returns: context (B, Tq, D), and alignments (B, Tq, Tk) or an empty tensor; in the dtype of values.
     """
     memory_lengths, mask = masks
@@ -129,9 +164,12 @@ def attend(scores: Tensor, values: Tensor, masks: Masks, need_alignments: bool) 
         _attend_kernel,
         programs * splits,
         (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
-        (B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
+        (
+            *(B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
+            *(log_total, *option_arguments(options, scores.dtype)),
+        ),
         dict(
-            NORMALISER="softmax",
+            NORMALISER=NORMALIZERS[options.normalizer],
             ALIGNED=rows_aligned(values),
             SMALL_M=small_m,
             BLOCK_Q=block_m,
@@ -161,6 +199,16 @@ def _softmax_backward_kernel(
     stride_ab, stride_aq, stride_ak,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
+    dscore_bias,  # (B, Tq, Tk), contiguous, or None
+    kept,  # (B, Tq, Tk), contiguous, or None: the alignments that dropout has left
+    grad_log_total,  # (B, Tq), contiguous, or None
+    scores,  # (B, Tq, Tk), contiguous, or None: without their bias, where log weights are not the scores
+    score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
+    stride_sb, stride_sq, stride_sk,
+    seed,
+    least,
+    kept_factor,
+    kept_factor_lo,
     NORMALISER: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,6 +216,8 @@ def _softmax_backward_kernel(
     """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
 
     The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
+    With options: dproduct is of the weights that dropout has left; the gradient of log_total is added, all of it is
+    multiplied with the derivative of the log weights, and dscore_bias is dscores.
     """
     accumulate: tl.constexpr = dscores.dtype.element_ty
     padded_q = padded_blocks * BLOCK_Q
@@ -183,18 +233,28 @@ def _softmax_backward_kernel(
         grad_alignments += b * stride_gb + i[:, None] * stride_gq
     if mask is not None:
         mask += b * stride_mb
+    if score_bias is not None:
+        score_bias += b * stride_sb
+    if dscore_bias is not None:
+        dscore_bias += (b * Tq + i[:, None]) * Tk
+    if kept is not None:
+        kept += (b * Tq + i[:, None]) * Tk
+    if scores is not None:
+        scores += (b * Tq + i[:, None]) * Tk
     mean = tl.zeros([BLOCK_Q], dtype=accumulate)
     products = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
     total = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
         if apply == 1:
-            mean = mean_gradient(products, total, NORMALISER)
+            mean = mean_gradient(products, total)
         for start in range(0, length if apply == 0 else Tk, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
             g = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
             if dproduct is not None:
-                g += tl.load(dproduct + j[None, :], mask=allowed, other=0.0)
+                product_gradient = tl.load(dproduct + j[None, :], mask=allowed, other=0.0)
+                product_gradient = drop(product_gradient, seed, least, b, i, j, Tq, Tk)
+                g += scale_kept(product_gradient, kept_factor, kept_factor_lo)
             if grad_alignments is not None:
                 g += tl.load(grad_alignments + j[None, :] * stride_gk, mask=allowed, other=0.0).to(accumulate)
             p = tl.load(alignments + j[None, :] * stride_ak, mask=allowed, other=0.0).to(accumulate)
@@ -202,9 +262,21 @@ def _softmax_backward_kernel(
                 products += p * g
                 total += p
             else:
-                gradient = tl.where(allowed, score_gradient(p, g, mean[:, None], NORMALISER), 0.0)
+                gradient = p * (g - mean[:, None])
+                if grad_log_total is not None:
+                    gradient += p * tl.load(grad_log_total + b * Tq + i, mask=i < Tq, other=0.0)[:, None]
+                if scores is not None:
+                    s = tl.load(scores + j[None, :], mask=allowed, other=0.0)
+                    s = add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk)
+                    gradient *= log_weight_derivative(s, NORMALISER)
+                gradient = tl.where(allowed, gradient, 0.0)
                 stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
                 tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
+                in_rows = (i[:, None] < Tq) & (j[None, :] < Tk)
+                if dscore_bias is not None:
+                    tl.store(dscore_bias + j[None, :], gradient, mask=in_rows)
+                if kept is not None:
+                    tl.store(kept + j[None, :], drop(p, seed, least, b, i, j, Tq, Tk), mask=in_rows)
 
 
 def padded_scores(query: Tensor, keys: Tensor) -> Tensor:
@@ -224,10 +296,18 @@ def softmax_backward(
     values: Tensor,
     masks: Masks,
     alignments: Tensor,
+    options: Options = NO_OPTIONS,
+    grad_log_total: Tensor | None = None,
+    scores: Tensor | None = None,
+    dscore_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the scores: (B, Tq, Tk), float32 or float64, 0 where not attended.
 
     Its memory is that of ``padded_scores``, filled up with zeros.
+
+    With options: scores (B, Tq, Tk) without their bias, for another normaliser than softmax. Written into: dscore_bias,
+    and kept, the alignments that dropout has left; both (B, Tq, Tk), contiguous.
     """
     memory_lengths, mask = masks
     B, Tq, Tk = alignments.shape
@@ -235,6 +315,8 @@ def softmax_backward(
     dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths)
     block_q = power_of_two(Tq, 1, 16)
     padded_blocks = dscores.stride(2) // block_q
+    # What options read and write beside, and the numbers of dropout in 64 bits, take registers.
+    elements = 1024 if options is NO_OPTIONS else 256 if dscores.dtype == torch.float64 else 512
     launch(
         _softmax_backward_kernel,
         B * padded_blocks if dscores.numel() else 0,
@@ -245,8 +327,9 @@ def softmax_backward(
             *alignments.stride(),
             lengths_stride(memory_lengths),
             *mask_strides(mask),
+            *(dscore_bias, kept, grad_log_total, scores, *option_arguments(options, dscores.dtype)),
         ),
-        dict(NORMALISER="softmax", BLOCK_Q=block_q, BLOCK_K=1024 // block_q),
+        dict(NORMALISER=NORMALIZERS[options.normalizer], BLOCK_Q=block_q, BLOCK_K=elements // block_q),
         4,
     )
     return dscores
