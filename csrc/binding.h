@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "checks.h"
@@ -15,6 +16,13 @@ inline Scores scores_of(const Tensor& query, const Tensor& keys) {
   const int64_t B = query.size(0), Tq = query.size(1), Tk = keys.size(1), A = query.size(2);
   const Dtype dtype = dtype_of(query, "query");
   return {B, Tq, Tk, A, array(query, "query", dtype, {B, Tq, A}), array(keys, "keys", dtype, {B, Tk, A})};
+}
+
+inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const std::optional<Tensor>& mask,
+                              const Scores& n) {
+  AttentionMask a = attended(memory_lengths, mask, n.B, n.Tq / n.vectors, n.Tk);
+  a.vectors = n.vectors;
+  return a;
 }
 
 // An output of this shape if it is needed, otherwise an empty one.
@@ -33,7 +41,7 @@ std::tuple<Tensor, Tensor> attention_forward(void (*kernel)(const AttentionForwa
   const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = values.size(2);
   Tensor context = output(query, {B, Tq, D}), alignments = output_if(need_alignments, query, {B, Tq, Tk});
   if (B * Tq > 0)
-    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, B, Tq, Tk),
+    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, score),
             context.mutable_data_ptr(), data_if(need_alignments, alignments)});
   return {context, alignments};
 }
@@ -65,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(void (*kernel)(const Attent
   Tensor context = output(query, {B, Tq, D}), alignments = output_if(need_alignments, query, {B, Tq, Tk});
   Tensor log_total = output(query, {B, Tq}, wide_type(score.query.dtype));
   if (B * Tq > 0)
-    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, B, Tq, Tk),
+    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, score),
             context.mutable_data_ptr(), data_if(need_alignments, alignments), &options, log_total.mutable_data_ptr()});
   return {context, alignments, log_total};
 }
@@ -99,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
   STD_TORCH_CHECK(of.values.dim() == 3, "values must have 3 axes");
   const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = of.values.size(2);
   const Dtype dtype = score.query.dtype;
-  Tensor dquery = output_if(of.need_query, of.query, {B, Tq, score.A});
+  Tensor dquery = output_if(of.need_query, of.query, {B, Tq / score.vectors, score.A});
   Tensor dkeys = output_if(of.need_keys, of.keys, {B, Tk, score.A});
   Tensor dvalues = output_if(of.need_values, of.values, {B, Tk, D});
   if (B * Tq * Tk == 0) {
@@ -110,20 +118,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
     AttentionOptions options;
     const void *log_total = nullptr, *grad_log_total = nullptr;
     void* dscore_bias = nullptr;
+    std::vector<Tensor> kept;  // until the kernel is done
     if (with != nullptr) {
       options = with->given.options(score);
       const ScalarType wide = wide_type(dtype);
       auto data = [&](const Tensor& t, const char* name) {
         check_shape(t, name, {B, Tq});
-        STD_TORCH_CHECK(t.scalar_type() == wide && t.is_contiguous(), name, " must be contiguous, and wide");
-        return t.const_data_ptr();
+        STD_TORCH_CHECK(t.scalar_type() == wide, name, " must be float32, or float64 for float64");
+        kept.push_back(torch::stable::contiguous(t));
+        return kept.back().const_data_ptr();
       };
       log_total = data(with->log_total, "log_total");
       if (with->grad_log_total.has_value()) grad_log_total = data(*with->grad_log_total, "grad_log_total");
       if (with->dscore_bias->numel() > 0) dscore_bias = with->dscore_bias->mutable_data_ptr();
     }
     kernel({score, gradients, D, array(of.values, "values", dtype, {B, Tk, D}),
-            attended(of.memory_lengths, of.mask, B, Tq, Tk), array(of.alignments, "alignments", dtype, {B, Tq, Tk}),
+            attended(of.memory_lengths, of.mask, score), array(of.alignments, "alignments", dtype, {B, Tq, Tk}),
             array(of.grad_context, "grad_context", dtype, {B, Tq, D}),
             array(of.grad_alignments, "grad_alignments", dtype, {B, Tq, Tk}), data_if(of.need_query, dquery),
             data_if(of.need_keys, dkeys), data_if(of.need_values, dvalues), with == nullptr ? nullptr : &options,
