@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import derivatives, ops
-from .backends import choose, choose_for_options
+from .backends import choose, choose_for_gate, choose_for_options
 from .checks import (
     as_number,
     check_dtypes,
@@ -24,7 +24,7 @@ from .checks import (
 )
 from .errors import ArgumentValueError
 from .memory_gradient import is_worth_deferring, should_defer
-from .scores import AdditiveScore, DotScore, ReluScore, Score
+from .scores import AdditiveScore, DotScore, GatedAdditiveScore, ReluScore, Score
 from .types import NORMALIZERS, Attention, AttentionWithLogTotal, Masks, Options, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
@@ -127,37 +127,58 @@ def attend_with_options(
     need_log_total: bool,
     backend: str | None,
 ) -> Attention:
-    """The op of a score with options; an ``AttentionWithLogTotal`` where that is asked for."""
+    """The op of a score with options; an ``AttentionWithLogTotal`` where that is asked for.
+
+    With several score vectors, v (R, A), results have an axis R before the last.
+    """
     without_context = values is None
     if without_context:
         values = _empty_values(score.name, query, keys, need_weights)
-    device = device_type(query)
-    chosen = choose_for_options(backend, device)
-    if chosen is None:
-        if backend is not None:
-            what = "score_bias, dropout_p, normalizer and need_log_total"
-            raise ArgumentValueError(f"{score.name}: backend {backend!r} has no kernels for {what}")
-        chosen = "reference"
+    gated = isinstance(score, GatedAdditiveScore)
+    find, what = (choose_for_gate, GATED) if gated else (choose_for_options, OPTIONS)
+    chosen = or_reference(score.name, find(backend, device_type(query)), backend, what)
     _check(score, query, keys, values, masks, backend)
-    check_score_bias(score.name, query, keys, options.score_bias)
+    vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
+    check_score_bias(score.name, query, keys, options.score_bias, vectors)
     axes = query.dim()
     query, keys, values, score_bias = autocast(query, keys, values, options.score_bias)
     score = score.autocast(query)
     if axes == 2:
         query = query.unsqueeze(1)
         score_bias = None if score_bias is None else score_bias.unsqueeze(1)
+    op = f"{score.op}_with_options"
+    if isinstance(score, GatedAdditiveScore):
+        op, score = score.op, score.rows()
+    if vectors is not None and score_bias is not None:
+        score_bias = score_bias.repeat_interleave(vectors, 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
     own, numbers = score[: score.gradients], score[score.tensors :]
     arguments = (query, keys, values, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
-    op = f"{score.op}_with_options"
     results = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     context, alignments, log_total = results
     context = None if without_context else context
     alignments = alignments if need_weights else None
+    found = [context, alignments, log_total]
+    if vectors is not None:
+        found = [None if x is None else x.unflatten(1, (query.shape[1], vectors)) for x in found]
     if axes == 2:
-        context, alignments, log_total = (None if x is None else x.squeeze(1) for x in (context, alignments, log_total))
+        found = [None if x is None else x.squeeze(1) for x in found]
+    context, alignments, log_total = found
     if need_log_total:
         return cast(Attention, AttentionWithLogTotal(context, alignments, log_total))
     return Attention(context, alignments)
+
+
+OPTIONS = "score_bias, dropout_p, normalizer and need_log_total"
+GATED = "a gate or several score vectors"
+
+
+def or_reference(name: str, found: str | None, backend: str | None, what: str) -> str:
+    """The backend that was found for ``what``; where there is none, the reference, unless one was named."""
+    if found is not None:
+        return found
+    if backend is not None:
+        raise ArgumentValueError(f"{name}: backend {backend!r} has no kernels for {what} yet")
+    return "reference"
 
 
 def make_options(name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str) -> Options:
@@ -181,7 +202,7 @@ def _check(
 ) -> None:
     check_query_keys(score.name, query, keys)
     check_values(score.name, query, keys, values)
-    score.check(query)
+    score.check(query, keys)
     check_masks(score.name, query, keys, *masks)
     score = score.autocast(query)
     query, keys, values = autocast(query, keys, values)

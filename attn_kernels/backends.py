@@ -60,6 +60,12 @@ def choose_for_options(backend: str | None, device_type: str) -> str | None:
     return "triton" if backend is None and _can_run("triton", device_type) else None
 
 
+def choose_for_gate(backend: str | None, device_type: str) -> str | None:
+    """As ``choose``, for a gate or several score vectors: None where the backends of a GPU, which have none, come."""
+    chosen = choose(backend, device_type)
+    return None if chosen in ("cuda", "triton") else chosen
+
+
 def _can_run(name: str, device_type: str) -> bool:
     able = _able.get((name, device_type))
     if able is None:

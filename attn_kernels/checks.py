@@ -87,20 +87,47 @@ def check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -
 def check_extra(name: str, query: Tensor, keys: Tensor, extra: Tensor) -> None:
     check_query_keys(name, query, keys)
     check_tensor(name, "extra", extra)
-    if extra.shape != keys.shape:
-        raise ArgumentValueError(f"{name}: extra must have shape (B, Tk, A) = {shape_of(keys)}, got {shape_of(extra)}")
-    check_device(name, "extra", extra, query=query)
+    check_like_keys(name, query, keys, "extra", extra)
     if extra.dtype != keys.dtype:
         raise ArgumentTypeError(f"{name}: extra must have the dtype of keys, {keys.dtype}, got {extra.dtype}")
 
 
-def check_score_bias(name: str, query: Tensor, keys: Tensor, score_bias: Tensor | None) -> None:
+def check_score_vectors(name: str, query: Tensor, v: Tensor) -> None:
+    """v: (A,) or (R, A)."""
+    check_tensor(name, "v", v)
+    if v.dim() not in (1, 2) or v.shape[-1] != query.shape[-1] or (v.dim() == 2 and v.shape[0] == 0):
+        units = query.shape[-1]
+        raise ArgumentValueError(
+            f"{name}: v must have shape (A,) or (R, A) = ({units},) or (>= 1, {units}), got {shape_of(v)}"
+        )
+    check_device(name, "v", v, query=query)
+
+
+def check_like_keys(name: str, query: Tensor, keys: Tensor, argument: str, tensor: Tensor | None) -> None:
+    if tensor is None:
+        return
+    check_tensor(name, argument, tensor)
+    if tensor.shape != keys.shape:
+        raise ArgumentValueError(
+            f"{name}: {argument} must have shape (B, Tk, A) = {shape_of(keys)}, got {shape_of(tensor)}"
+        )
+    check_device(name, argument, tensor, query=query)
+
+
+def check_score_bias(
+    name: str, query: Tensor, keys: Tensor, score_bias: Tensor | None, vectors: int | None = None
+) -> None:
+    """vectors: R, where there are several score vectors, each of which may have scores of its own."""
     if score_bias is None:
         return
     check_tensor(name, "score_bias", score_bias)
     expected = (*query.shape[:-1], keys.shape[1])
-    if tuple(score_bias.shape) != expected:
+    own = None if vectors is None else (*query.shape[:-1], vectors, keys.shape[1])
+    if tuple(score_bias.shape) not in (expected, own):
         axes = "(B, Tq, Tk)" if query.dim() == 3 else "(B, Tk)"
+        if own is not None:
+            axes = f"{axes} = {expected} or {axes.replace('Tk', 'R, Tk')}"
+            expected = own
         raise ArgumentValueError(f"{name}: score_bias must have shape {axes} = {expected}, got {shape_of(score_bias)}")
     check_device(name, "score_bias", score_bias, query=query)
     if score_bias.dtype != query.dtype:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
-from . import packing, reference
+from . import gated_formulas, packing, reference
 from .types import NORMALIZERS
 
 
@@ -183,7 +183,7 @@ _RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), 
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
 
 
-def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable[[float], dict[str, Any]]) -> Formula:
+def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable[[Any], dict[str, Any]]) -> Formula:
     """The formula of an attention with options.
 
     function: of the reference. tensors: of the score, after query, keys and values. numbers: for each number of the
@@ -238,6 +238,8 @@ _RELU_PACKED = _packed(reference.additive_attention, 2, _of_slope)
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
 _RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
+_GATED_SCORES = Formula(gated_formulas.scores, (0, 1, 2, 3, 4), shared=(2, 3), numbers=(5, 7), memory=1)
+_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)._replace(shared=(3, 4))  # not the gate
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_EXTRA = Formula(_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5)
 _RELU_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 7))
@@ -255,6 +257,8 @@ _WITH_BACKWARD = {
     "additive_attention_packed": _ADDITIVE_PACKED,
     "relu_attention_packed": _RELU_PACKED,
     "dot_attention_packed": _DOT_PACKED,
+    "gated_additive_scores": _GATED_SCORES,
+    "gated_additive_attention": _GATED,
 }
 FORMULAS = {
     "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant

@@ -63,6 +63,15 @@ def _additive_scores(query: Shape, keys: Shape, *_: Any, **__: Any) -> int:
     return 2 * _pairs(query, keys) * query[2]
 
 
+def _gated_scores(query: Shape, keys: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """activation(...) @ v.T; the gate is elementwise."""
+    return v[0] * _additive_scores(query, keys)
+
+
+def _gated_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, v: Shape, *others: Any, **_: Any) -> int:
+    return v[0] * _additive_scores_backward(grad_scores, query, keys, *others)
+
+
 def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *others: Any, **_: Any) -> int:
     """The gradients of the activation and, with those of the query, of v."""
     need_query = others[-2]
@@ -104,6 +113,24 @@ def _extra_backward(
     return 2 * _pairs(query, keys) * (query[2] * (need_query + need_keys) + of_alignments)
 
 
+def _gated_attention(query: Shape, keys: Shape, values: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    return v[0] * _attention(query, keys, values)
+
+
+def _gated_attention_backward(
+    grad_context: Shape | None,
+    grad_alignments: Any,
+    grad_log_total: Any,
+    query: Shape,
+    keys: Shape,
+    values: Shape,
+    v: Shape,
+    *others: Any,
+    **_: Any,
+) -> int:
+    return v[0] * _attention_backward(grad_context, grad_alignments, query, keys, values, *others)
+
+
 _FORMULAS = {
     "additive_attention_packed": _packed_attention,
     "additive_attention_packed_backward": _packed_attention_backward,
@@ -111,6 +138,10 @@ _FORMULAS = {
     "relu_attention_packed_backward": _packed_attention_backward,
     "dot_attention_packed": _packed_attention,
     "dot_attention_packed_backward": _packed_attention_backward,
+    "gated_additive_scores": _gated_scores,
+    "gated_additive_scores_backward": _gated_scores_backward,
+    "gated_additive_attention": _gated_attention,
+    "gated_additive_attention_backward": _gated_attention_backward,
     "additive_scores": _additive_scores,
     "additive_scores_backward": _additive_scores_backward,
     "relu_scores": _additive_scores,

@@ -24,11 +24,13 @@ from .checks import (
     check_dtypes,
     check_extra,
     check_query_keys,
+    check_score_vectors,
     check_tensor,
     check_units,
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
+from .gated import gated_score, gated_scores, is_gated
 from .packed_attention import attend_packed, check_memory, check_query, is_jagged, packed_memory
 from .scores import AdditiveScore, DotScore, ReluScore
 from .types import (
@@ -51,6 +53,7 @@ def additive_attention(
     *,
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    gate: Tensor | None = None,
     extra: Tensor | None = None,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
@@ -73,17 +76,25 @@ def additive_attention(
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2; ``query`` and ``keys`` are the projections W s and U h there. ``extra`` and ``scale`` are the U f
     and the sharpening of Chorowski et al., "Attention-based models for speech recognition",
-    2015, sections 2.2 and 2.3.
+    2015, sections 2.2 and 2.3. With a gate,
+
+    .. math:: scores_{ij} = scale \; v \cdot (\tanh(query_i + keys_j + extra_j + bias) \odot \sigma(gate_j))
+
+    as of Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", 2018, section 2.4, equation 9; and
+    with R rows v_r of ``v``, each query has R rows of scores and a context of each, as of Lin et al., "A structured
+    self-attentive sentence embedding", 2017, section 2: the activations are made once for all of them.
 
     Args:
         query: (B, Tq, A), or (B, A) for one query; projected decoder state. None for pooling, without a query: the
             scores are then those of the keys alone, and the results those of a 2-D query.
         keys: (B, Tk, A), projected memory.
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
-        v: (A,), score vector.
+        v: (A,), score vector, or (R, A), several of them.
         bias: (A,), added before the activation.
         activation: "tanh", "relu", "leaky_relu" or "sigmoid", in the place of tanh.
         negative_slope: of "leaky_relu", a finite number.
+        gate: (B, Tk, A), what the sigmoid is taken of that multiplies the activation. A gate or several score vectors
+            have kernels on the CPU; on a GPU the formula of the reference is computed, which makes (B, Tq, Tk, A).
         extra: (B, Tk, A), added before the activation: what a step adds to the keys, such as projected location
             features. On the CPU the sum is made within the kernels, and its gradient is that of both; elsewhere, and
             with an option below or ``activation="sigmoid"``, it is a tensor.
@@ -92,7 +103,8 @@ def additive_attention(
             kernels clamp lengths to that range: checking them would wait for the device.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
             it.
-        score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty.
+        score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty. With R
+            score vectors it is added to those of each; or (B, Tq, R, Tk), (B, R, Tk).
         dropout_p: how likely each weight is left out of the context, those that stay multiplied by 1 / (1 - p); for
             training. The seed comes from PyTorch's default generator. ``alignments`` are those before dropout.
         normalizer: "softmax", or "sigmoid": alignments are sigmoid(scores) over their sum (Chorowski et al. 2015,
@@ -104,12 +116,13 @@ def additive_attention(
         backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
         prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
             and gradients are the same to within rounding; gradients flow to ``keys``. With ``extra`` it is accepted,
-            so that callers have one way to call, and has no effect. Not with another activation than tanh.
+            so that callers have one way to call, and has no effect. Not with a ``gate``, several score vectors, nor
+            another activation than tanh.
 
     Returns:
         ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
-        dtype of the inputs. A query with nothing to attend gets zeros. Gradients flow through both. The context is None
-        without ``values``.
+        dtype of the inputs; with v (R, A), also R = 1, (B, Tq, R, D) and (B, Tq, R, Tk), or (B, R, D) and (B, R, Tk). A
+        query with nothing to attend gets zeros. Gradients flow through both. The context is None without ``values``.
 
     Packed memories: keys (N, A) and values (N, D) that hold the steps of all sentences one after the other, where
     sentence b has steps ``memory_offsets[b]`` to ``memory_offsets[b + 1] - 1``: the first offset is 0, the last one N.
@@ -118,8 +131,8 @@ def additive_attention(
     (B, Tq, Tk) with zeros behind each sentence, where Tk is the largest length, or the ``max_seqlen`` that jagged
     tensors know. No work is done for padding on the CPU. Other backends than "cpu" run on a padded copy, and on a GPU
     wait for the largest length unless ``max_seqlen`` is known; offsets are not checked there. Not together with
-    ``memory_lengths``, ``mask``, ``extra``, ``prepared``, ``score_bias``, ``dropout_p``, ``normalizer`` and
-    ``need_log_total``.
+    ``memory_lengths``, ``mask``, ``gate``, several score vectors, ``extra``, ``prepared``, ``score_bias``,
+    ``dropout_p``, ``normalizer`` and ``need_log_total``.
 
     Dtypes: float64, float32, bfloat16, float16, the same for all tensors; sums are float32 or wider. Under autocast the
     inputs are cast to its dtype (float64 excepted), like those of ``scaled_dot_product_attention``.
@@ -143,14 +156,26 @@ def additive_attention(
     if query is None:
         check_tensor(name, "keys", keys)
         query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[-1])
+    gated = is_gated(v, gate)
     if type(scale) is not float or scale != 1.0:
         scale = as_number(name, scale)
-        check_units(name, query, "v", v)
+        if gated:
+            check_score_vectors(name, query, v)
+        else:
+            check_units(name, query, "v", v)
         v = scale * v
-    with_options = score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total
+    with_options = gated or score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total
+    if gated and (memory is not None or prepared is not None):
+        given = "prepared" if memory is None else "memory_offsets"
+        raise ArgumentValueError(f"{name}: {given} must be None with a gate or several score vectors")
     if extra is not None and (with_options or activation == "sigmoid"):  # nor are these kept from copies of the keys
         check_extra(name, query, keys, extra)
         keys, extra, prepared = keys + extra, None, None
+    masks = new(Masks, (memory_lengths, mask))
+    if gated:
+        of_gate = gated_score(name, v, bias, gate, activation, negative_slope)
+        options = make_options(name, score_bias, dropout_p, normalizer)
+        return attend_with_options(of_gate, query, keys, values, masks, options, need_weights, need_log_total, backend)
     score: AdditiveScore | ReluScore
     if activation == "tanh":
         score = new(AdditiveScore, (v, bias, prepared))
@@ -167,7 +192,6 @@ def additive_attention(
             score = ReluScore(v, bias, slope)
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
-    masks = new(Masks, (memory_lengths, mask))
     if extra is not None:
         return attend_with_extra(score, query, keys, values, extra, masks, need_weights, backend)
     if with_options:
@@ -271,30 +295,35 @@ def additive_scores(
     *,
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    gate: Tensor | None = None,
     extra: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The scores of additive attention, for other normalisers than softmax.
 
-    .. math:: scores_{ij} = v \cdot \tanh(query_i + keys_j + extra_j + bias)
+    .. math:: scores_{ij} = v \cdot (\tanh(query_i + keys_j + extra_j + bias) \odot \sigma(gate_j))
 
     Args:
         query: (B, Tq, A), or (B, A) for one query.
         keys: (B, Tk, A).
-        v: (A,), score vector.
+        v: (A,), score vector, or (R, A), several of them.
         bias: (A,), added before the activation.
-        activation, negative_slope: as in :func:`additive_attention`.
+        activation, negative_slope, gate: as in :func:`additive_attention`; without a gate there is no sigmoid above.
         extra: (B, Tk, A), added before the activation.
         backend: as in :func:`additive_attention`.
 
     Returns:
-        (B, Tq, Tk), or (B, Tk) for a 2-D query, in the dtype of the inputs.
+        (B, Tq, Tk), or (B, Tk) for a 2-D query; with v (R, A), (B, Tq, R, Tk) or (B, R, Tk); in the dtype of the
+        inputs.
 
     Source, dtypes, errors: as in :func:`additive_attention`.
     """
     if extra is not None:
         check_extra("additive_scores", query, keys, extra)
         keys = keys + extra
+    if is_gated(v, gate):
+        gated = gated_score("additive_scores", v, bias, gate, activation, negative_slope)
+        return gated_scores(gated, query, keys, backend)
     op: tuple[str, tuple[float, ...]] = ("additive_scores", ())
     if activation != "tanh":
         slope = check_activation("additive_scores", activation, negative_slope)

@@ -179,10 +179,10 @@ def _like(tensor: Tensor | None, needed: bool, other: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape) if needed and tensor is not None else other.new_empty(0)
 
 
-def _attention_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    batch, queries, steps = query.shape[0], query.shape[1], keys.shape[1]
-    alignments = query.new_empty((batch, queries, steps) if others[-1] else (0,))
-    return query.new_empty(batch, queries, values.shape[2]), alignments
+def _attention_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any, vectors: int = 1) -> tuple[Tensor, ...]:
+    batch, rows, steps = query.shape[0], query.shape[1] * vectors, keys.shape[1]
+    alignments = query.new_empty((batch, rows, steps) if others[-1] else (0,))
+    return query.new_empty(batch, rows, values.shape[2]), alignments
 
 
 def _packed_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -192,9 +192,14 @@ def _packed_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> t
     return query.new_empty(batch, queries, values.shape[1]), query.new_empty(shape if need_alignments else (0,))
 
 
-def _options_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _options_fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any, vectors: int = 1) -> tuple[Tensor, ...]:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return *_attention_fake(query, keys, values, *others), query.new_empty(query.shape[:2], dtype=wide)
+    log_total = query.new_empty((query.shape[0], query.shape[1] * vectors), dtype=wide)
+    return *_attention_fake(query, keys, values, *others, vectors=vectors), log_total
+
+
+def _gated_fake(query: Tensor, keys: Tensor, values: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _options_fake(query, keys, values, *others, vectors=v.shape[0])
 
 
 def _attention_backward_fake(results: int, gradients: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -221,10 +226,19 @@ def _scores_fake(query: Tensor, keys: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
 
-def _scores_backward_fake(_, query, keys, v, bias, *others):
-    need_query, need_memory = others[-2:]
-    needed = ((query, need_query), (keys, need_memory), (v, need_query), (bias, need_query))
-    return tuple(_like(x, need, query) for x, need in needed)
+def _gated_scores_fake(query: Tensor, keys: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1] * v.shape[0], keys.shape[1])
+
+
+def _scores_backward_fake(own: int) -> Callable[..., tuple[Tensor, ...]]:
+    """own: how many arguments with a gradient follow query and keys."""
+
+    def fake(_, query, keys, *others):
+        need_query, need_memory = others[-2:]
+        gradients = (_like(x, need_query, query) for x in others[:own])
+        return _like(query, need_query, query), _like(keys, need_memory, query), *gradients
+
+    return fake
 
 
 def _prepare_fake(keys: Tensor) -> Tensor:
@@ -241,6 +255,21 @@ def _prepare_fake(keys: Tensor) -> Tensor:
 # gradient that is not needed is empty, (0,), as is that of an argument that is None. See memory_gradient.py.
 _NEEDED = "bool need_query, bool need_memory"
 _MEMORY, _MASKS = ("Tensor query", "Tensor keys", "Tensor values"), ("Tensor? memory_lengths", "Tensor? mask")
+
+
+def _define_with_options(op: str, score: _Score, fake: Callable[..., Any]) -> None:
+    """An attention with what few calls have (Options in types.py), and log_total: what alignments were divided by."""
+    options = ("float dropout_p", "int seed", "int normalizer")
+    inputs = ", ".join((*_MEMORY, *score.tensors, "Tensor? score_bias", *score.numbers, *options, *_MASKS))
+    _define(
+        f"{op}_backward",
+        f"(Tensor? grad_context, Tensor? grad_alignments, Tensor? grad_log_total, {inputs}, Tensor alignments, "
+        f"Tensor log_total, {_NEEDED}) -> ({', '.join(['Tensor'] * (4 + len(score.tensors)))})",
+        _attention_backward_fake(3, len(score.tensors) + 1),
+    )
+    _define(op, f"({inputs}, bool need_alignments) -> (Tensor context, Tensor alignments, Tensor log_total)", fake)
+
+
 for _name, _score in SCORES.items():
     _inputs = ", ".join((*_MEMORY, *_score.tensors, *_score.constants, *_score.numbers, *_MASKS))
     _define(
@@ -254,21 +283,8 @@ for _name, _score in SCORES.items():
         f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
         _attention_fake,
     )
-    # With what few calls have (Options in types.py), and the logarithm of the sum that the alignments were divided by:
-    # ops of their own, so that the others do not take longer.
-    _options = ("float dropout_p", "int seed", "int normalizer")
-    _inputs = ", ".join((*_MEMORY, *_score.tensors, "Tensor? score_bias", *_score.numbers, *_options, *_MASKS))
-    _define(
-        f"{_name}_attention_with_options_backward",
-        f"(Tensor? grad_context, Tensor? grad_alignments, Tensor? grad_log_total, {_inputs}, Tensor alignments, "
-        f"Tensor log_total, {_NEEDED}) -> ({', '.join(['Tensor'] * (4 + len(_score.tensors)))})",
-        _attention_backward_fake(3, len(_score.tensors) + 1),
-    )
-    _define(
-        f"{_name}_attention_with_options",
-        f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments, Tensor log_total)",
-        _options_fake,
-    )
+    # An op of its own, so that the others do not take longer.
+    _define_with_options(f"{_name}_attention_with_options", _score, _options_fake)
 
     # Of keys (N, A) and values (N, D), the steps of all sentences one after the other: see packing.py. Alignments are
     # (B, Tq, max_length), or with max_length 0 those of the steps alone, (Tq N,), sentence by sentence.
@@ -303,16 +319,24 @@ for _name in ("additive", "relu"):
         _attention_fake,
     )
 
-for _name, _inputs in (
-    ("additive_scores", "Tensor query, Tensor keys, Tensor v, Tensor? bias"),
-    ("relu_scores", "Tensor query, Tensor keys, Tensor v, Tensor? bias, float negative_slope"),
+# Of each of R rows of v, (R, A): Tq R rows of scores, those of a query one after the other. gate: (B, Tk, A).
+# activation: its place in checks.ACTIVATIONS. There is but one op of this attention, with options.
+GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=("int activation", "float negative_slope"))
+_define_with_options("gated_additive_attention", GATED, _gated_fake)
+
+for _name, _score, _fake in (
+    ("additive_scores", _Score(SCORES["additive"].tensors), _scores_fake),
+    ("relu_scores", SCORES["relu"], _scores_fake),
+    ("gated_additive_scores", GATED, _gated_scores_fake),
 ):
+    _inputs = ", ".join(("Tensor query", "Tensor keys", *_score.tensors, *_score.numbers))
+    _own = len(_score.tensors)
     _define(
         f"{_name}_backward",
-        f"(Tensor grad_scores, {_inputs}, {_NEEDED}) -> (Tensor, Tensor, Tensor, Tensor)",
-        _scores_backward_fake,
+        f"(Tensor grad_scores, {_inputs}, {_NEEDED}) -> ({', '.join(['Tensor'] * (2 + _own))})",
+        _scores_backward_fake(_own),
     )
-    _define(_name, f"({_inputs}) -> Tensor", _scores_fake)
+    _define(_name, f"({_inputs}) -> Tensor", _fake)
 _define("additive_prepare", "(Tensor keys) -> Tensor", _prepare_fake)
 
 

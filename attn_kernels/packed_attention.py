@@ -123,7 +123,7 @@ def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
 
 def _check(score: Score, query: Tensor, memory: PackedMemory, backend: str | None) -> None:
     check_query(score.name, query, memory)
-    score.check(query)
+    score.check(query, memory.keys)
     _check_offsets(score.name, memory)
     score = score.autocast(query)
     query, keys, values = autocast(query, memory.keys, memory.values)

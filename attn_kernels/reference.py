@@ -39,14 +39,19 @@ def additive_scores(
     *,
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    gate: Tensor | None = None,
     extra: Tensor | None = None,
 ) -> Tensor:
-    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + extra[b, j] + bias)."""
-    queries, keys, v, bias, extra = upcast(_with_query_axis(query), keys, v, bias, extra)
+    """scores[b, i, j] = v . (activation(query[b, i] + keys[b, j] + extra[b, j] + bias) * sigmoid(gate[b, j])).
+
+    With v (R, A): scores[b, i, r, j], of v[r].
+    """
+    queries, keys, vectors, bias, gate, extra = upcast(_with_query_axis(query), keys, v, bias, gate, extra)
     if extra is not None:
         keys = keys + extra
     activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
-    return _as_query(_additive_scores(queries, keys, v, bias, activate, None), query)
+    scores = _additive_scores(queries, keys, vectors, bias, gate, activate, None)
+    return _as_query(_split_rows(scores, v), query)
 
 
 def additive_attention(
@@ -58,6 +63,7 @@ def additive_attention(
     *,
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    gate: Tensor | None = None,
     extra: Tensor | None = None,
     scale: float = 1.0,
     memory_lengths: Tensor | None = None,
@@ -69,16 +75,31 @@ def additive_attention(
     need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
-    """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias)."""
+    """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias).
+
+    With a gate, scale * v . (activation(...) * sigmoid(gate)): Ilse et al. 2018, section 2.4, equation 9. With v
+    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2.
+    """
     activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
-    queries, keys, values, v, bias, extra = upcast(_with_query_axis(query), keys, values, v, bias, extra)
+    queries, keys, values, vectors, bias, gate, extra = upcast(
+        _with_query_axis(query), keys, values, v, bias, gate, extra
+    )
     if extra is not None:
         keys = keys + extra
     allowed = attention_mask(keys, memory_lengths, mask)
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
-    scores = scale * _additive_scores(queries, keys, v, bias, activate, allowed)
+    if gate is not None and allowed is not None:
+        gate = gate.masked_fill(~allowed.any(1)[..., None], 0.0)
+    scores = scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed)
+    if v.dim() == 2:
+        if score_bias is not None:
+            score_bias = score_bias if query.dim() == 3 else score_bias[:, None]
+            score_bias = score_bias.repeat_interleave(len(v), 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
+        if _per_query(allowed):
+            allowed = allowed.repeat_interleave(len(v), 1)
     options = (score_bias, dropout_p, seed, normalizer, need_log_total)
-    return _attend(scores, values, allowed, need_weights, query, *options)
+    results = _attend(scores, values, allowed, need_weights, _with_query_axis(query), *options)
+    return type(results)(*(None if x is None else _without_query_axis(_split_rows(x, v), query) for x in results))
 
 
 def dot_attention(
@@ -105,7 +126,8 @@ def dot_attention(
     else:
         scores = queries @ keys.transpose(1, 2)
     options = (score_bias, dropout_p, seed, normalizer, need_log_total)
-    return _attend(scale * scores, values, allowed, need_weights, query, *options)
+    results = _attend(scale * scores, values, allowed, need_weights, _with_query_axis(query), *options)
+    return type(results)(*(None if x is None else _without_query_axis(x, query) for x in results))
 
 
 def _additive_scores(
@@ -113,15 +135,21 @@ def _additive_scores(
     keys: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    gate: Tensor | None,
     activate: Callable[[Tensor], Tensor],
     allowed: Tensor | None,
 ) -> Tensor:
+    """(B, Tq, Tk), or with v (R, A) (B, Tq R, Tk): the rows of a query one after the other."""
     hidden = query[:, :, None] + keys[:, None]
     if bias is not None:
         hidden = hidden + bias
     if _per_query(allowed):
         hidden = _mask_pairs(hidden, allowed)
-    return activate(hidden) @ v
+    hidden = activate(hidden)
+    if gate is not None:
+        gates = torch.sigmoid(gate)[:, None]
+        hidden = hidden * (_mask_pairs(gates, allowed) if _per_query(allowed) else gates)
+    return hidden @ v if v.dim() == 1 else (hidden @ v.mT).mT.flatten(1, 2)
 
 
 def _attend(
@@ -158,13 +186,13 @@ def _attend(
         context = weights @ values
     if values is not None and not need_weights:
         alignments = None
-    context, alignments = _as_query(context, query), _as_query(alignments, query)
+    context, alignments = (None if x is None else x.to(query.dtype) for x in (context, alignments))
     if not need_log_total:
         return Attention(context, alignments)
     log_total = torch.logsumexp(scores, -1)
     if empty is not None:
         log_total = log_total.masked_fill(empty.squeeze(-1), float("-inf"))
-    return AttentionWithLogTotal(context, alignments, log_total if query.dim() == 3 else log_total[:, 0])
+    return AttentionWithLogTotal(context, alignments, log_total)
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
@@ -192,11 +220,18 @@ def _with_query_axis(query: Tensor) -> Tensor:
     return query if query.dim() == 3 else query[:, None]
 
 
-def _as_query(result: Tensor | None, query: Tensor) -> Tensor | None:
+def _without_query_axis(result: Tensor, query: Tensor) -> Tensor:
+    return result if query.dim() == 3 else result[:, 0]
+
+
+def _as_query(result: Tensor, query: Tensor) -> Tensor:
     """In the dtype of the query, and without the axis of queries if that has none."""
-    if result is None:
-        return None
-    return (result if query.dim() == 3 else result[:, 0]).to(query.dtype)
+    return _without_query_axis(result, query).to(query.dtype)
+
+
+def _split_rows(result: Tensor, v: Tensor) -> Tensor:
+    """(B, Tq, R, *) of rows of queries and score vectors, (B, Tq R, *); as it is with one vector, v (A,)."""
+    return result if v.dim() == 1 else result.unflatten(1, (result.shape[1] // len(v), len(v)))
 
 
 def _zero_padding(

@@ -44,6 +44,14 @@ class _ReluExtraArguments(NamedTuple):
     negative_slope: float
 
 
+class _GatedAdditiveArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+    activation: int = 0
+    negative_slope: float = 0.0
+
+
 class _DotArguments(NamedTuple):
     scale: float = 1.0
 
@@ -65,8 +73,8 @@ class AdditiveScore(_AdditiveArguments):
         _, v, bias = types.autocast(query, self.v, self.bias)
         return AdditiveScore(v, bias, self.prepared)
 
-    def check(self, query: Tensor) -> None:
-        """Whether types and shapes fit the query, (B, Tq, A) or (B, A)."""
+    def check(self, query: Tensor, keys: Tensor) -> None:
+        """Whether types and shapes fit the query, (B, Tq, A) or (B, A), and the keys."""
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
@@ -94,7 +102,7 @@ class ReluScore(_ReluArguments):
         _, v, bias = types.autocast(query, self.v, self.bias)
         return ReluScore(v, bias, self.negative_slope)
 
-    def check(self, query: Tensor) -> None:
+    def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
@@ -121,7 +129,7 @@ class AdditiveExtraScore(_AdditiveExtraArguments):
         _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
         return AdditiveExtraScore(v, bias, extra)
 
-    def check(self, query: Tensor) -> None:
+    def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
@@ -140,12 +148,45 @@ class ReluExtraScore(_ReluExtraArguments):
         _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
         return ReluExtraScore(v, bias, extra, self.negative_slope)
 
-    def check(self, query: Tensor) -> None:
+    def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
+
+
+class GatedAdditiveScore(_GatedAdditiveArguments):
+    """For each row v_r of v, v_r . (activation(query + keys + bias) * sigmoid(gate)). With options only.
+
+    v: (R, A), score vectors, or (A,) for one, without an axis R in the results. bias: (A,). gate: (B, Tk, A).
+    activation: its place in checks.ACTIVATIONS. negative_slope: of leaky_relu.
+    """
+
+    __slots__ = ()
+    op, name = "gated_additive_attention", "additive_attention"
+    tensors, gradients, has_extra = 3, 3, False
+
+    @property
+    def vectors(self) -> int | None:
+        """R; None for one vector without that axis."""
+        return self.v.shape[0] if self.v.dim() == 2 else None
+
+    def autocast(self, query: Tensor) -> GatedAdditiveScore:
+        _, v, bias, gate = types.autocast(query, self.v, self.bias, self.gate)
+        return GatedAdditiveScore(v, bias, gate, self.activation, self.negative_slope)
+
+    def check(self, query: Tensor, keys: Tensor) -> None:
+        checks.check_score_vectors(self.name, query, self.v)
+        checks.check_units(self.name, query, "bias", self.bias)
+        checks.check_like_keys(self.name, query, keys, "gate", self.gate)
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, gate=self.gate)
+
+    def rows(self) -> GatedAdditiveScore:
+        """With v (R, A), as the op takes it."""
+        return self if self.v.dim() == 2 else GatedAdditiveScore(self.v[None], *self[1:])
 
 
 class DotScore(_DotArguments):
@@ -158,7 +199,7 @@ class DotScore(_DotArguments):
     def autocast(self, query: Tensor) -> DotScore:
         return self
 
-    def check(self, query: Tensor) -> None:
+    def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_scale(self.name, self.scale)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
@@ -190,4 +231,4 @@ class DotScore(_DotArguments):
         return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
 
 
-Score = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore | DotScore
+Score = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore | GatedAdditiveScore | DotScore

@@ -25,15 +25,21 @@ def additive_scores(
     *,
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), the sum as a product with v."""
+    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), the sum as a product with v.
+
+    With a gate, activation(...) * sigmoid(gate[b, j]); with v (R, A), scores[b, i, r, j].
+    """
     queries = query[:, None] if query.dim() == 2 else query
     hidden = _sum(queries, keys, bias)
     if activation == "leaky_relu":
         hidden = torch.nn.functional.leaky_relu(hidden, negative_slope)
     else:
         hidden = ACTIVATIONS[activation](hidden)
-    scores = hidden @ v
+    if gate is not None:
+        hidden = hidden * torch.sigmoid(gate)[:, None]
+    scores = hidden @ v if v.dim() == 1 else (hidden @ v.mT).mT
     return scores[:, 0] if query.dim() == 2 else scores
 
 
@@ -58,12 +64,19 @@ def additive_attention(
     normalizer: str = "softmax",
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    gate: Tensor | None = None,
     extra: Tensor | None = None,
 ) -> Attention:
     """Additive attention with :func:`additive_scores`."""
     if extra is not None:
         keys = keys + extra
-    scores = additive_scores(query, keys, v, bias, activation=activation, negative_slope=negative_slope)
+    scores = additive_scores(query, keys, v, bias, activation=activation, negative_slope=negative_slope, gate=gate)
+    if v.dim() == 2:  # rows of queries and score vectors, then softmax and context of each
+        rows = scores.shape[1:-1]
+        if mask is not None and mask.dim() == 3 and query.dim() == 3:
+            mask = mask.repeat_interleave(len(v), 1)
+        context, alignments = _attend(scores.flatten(1, -2), values, memory_lengths, mask, need_weights)
+        return Attention(*(None if x is None else x.unflatten(1, rows) for x in (context, alignments)))
     scores = _biased(scores, score_bias, normalizer)
     return _attend(scores, values, memory_lengths, mask, need_weights)
 

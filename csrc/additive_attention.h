@@ -27,6 +27,21 @@ struct ReluScores : VectorScores {
   double negative_slope;  // what multiplies negative sums: 0 for relu, and leaky relu otherwise
 };
 
+struct GatedAdditiveGradients : VectorGradients {
+  void* dgate;  // (B, Tk, A), or null
+};
+
+// For each row v_r of v, a row of scores of a query: v_r . (activation(query + keys + bias) * sigmoid(gate)).
+struct GatedAdditiveScores : VectorScores {                       // v: (1, vectors, A)
+  using Gradients = GatedAdditiveGradients;                       // dv: (vectors, A)
+  enum Activation : int64_t { tanh, relu, leaky_relu, sigmoid };  // in the order of attn_kernels/checks.py
+  StridedView3 gate;                                              // (B, Tk, A) or absent
+  Activation activation;
+  double negative_slope;  // of leaky_relu
+};
+
+using GatedAdditiveAttentionForward = AttentionForward<GatedAdditiveScores>;
+using GatedAdditiveAttentionBackward = AttentionBackward<GatedAdditiveScores>;
 using AdditiveAttentionForward = AttentionForward<AdditiveScores>;
 using AdditiveAttentionBackward = AttentionBackward<AdditiveScores>;
 using ReluAttentionForward = AttentionForward<ReluScores>;
@@ -49,6 +64,8 @@ using AdditiveScoresForward = ScoresForward<AdditiveScores>;
 using AdditiveScoresBackward = ScoresBackward<AdditiveScores>;
 using ReluScoresForward = ScoresForward<ReluScores>;
 using ReluScoresBackward = ScoresBackward<ReluScores>;
+using GatedAdditiveScoresForward = ScoresForward<GatedAdditiveScores>;
+using GatedAdditiveScoresBackward = ScoresBackward<GatedAdditiveScores>;
 
 // Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
 // every level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step

@@ -8,8 +8,9 @@ namespace attn {
 // What every score has. The struct of a score adds its own arguments, and a type Gradients of where theirs go.
 struct Scores {
   int64_t B, Tq, Tk, A;
-  StridedView3 query;  // (B, Tq, A)
-  StridedView3 keys;   // (B, Tk, A), dtype of query, like all that follows
+  StridedView3 query;   // (B, Tq / vectors, A)
+  StridedView3 keys;    // (B, Tk, A), dtype of query, like all that follows
+  int64_t vectors = 1;  // rows of scores of each query: Tq counts all of them, those of a query one after the other
 };
 
 // What an attention may have beyond its score, softmax and values.

@@ -18,6 +18,13 @@ inline Scores scores_of(const Tensor& query, const Tensor& keys) {
   return {B, Tq, Tk, A, array(query, "query", dtype, {B, Tq, A}), array(keys, "keys", dtype, {B, Tk, A})};
 }
 
+inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const std::optional<Tensor>& mask,
+                              const Scores& n) {
+  AttentionMask a = attended(memory_lengths, mask, n.B, n.Tq / n.vectors, n.Tk);
+  a.vectors = n.vectors;
+  return a;
+}
+
 // An output of this shape if it is needed, otherwise an empty one.
 inline Tensor output_if(bool needed, const Tensor& like, std::initializer_list<int64_t> shape) {
   return needed ? output(like, shape) : output(like, {0});
@@ -34,7 +41,7 @@ std::tuple<Tensor, Tensor> attention_forward(void (*kernel)(const AttentionForwa
   const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = values.size(2);
   Tensor context = output(query, {B, Tq, D}), alignments = output_if(need_alignments, query, {B, Tq, Tk});
   if (B * Tq > 0)
-    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, B, Tq, Tk),
+    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, score),
             context.mutable_data_ptr(), data_if(need_alignments, alignments)});
   return {context, alignments};
 }
@@ -66,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(void (*kernel)(const Attent
   Tensor context = output(query, {B, Tq, D}), alignments = output_if(need_alignments, query, {B, Tq, Tk});
   Tensor log_total = output(query, {B, Tq}, wide_type(score.query.dtype));
   if (B * Tq > 0)
-    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, B, Tq, Tk),
+    kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, score),
             context.mutable_data_ptr(), data_if(need_alignments, alignments), &options, log_total.mutable_data_ptr()});
   return {context, alignments, log_total};
 }
@@ -100,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
   STD_TORCH_CHECK(of.values.dim() == 3, "values must have 3 axes");
   const int64_t B = score.B, Tq = score.Tq, Tk = score.Tk, D = of.values.size(2);
   const Dtype dtype = score.query.dtype;
-  Tensor dquery = output_if(of.need_query, of.query, {B, Tq, score.A});
+  Tensor dquery = output_if(of.need_query, of.query, {B, Tq / score.vectors, score.A});
   Tensor dkeys = output_if(of.need_keys, of.keys, {B, Tk, score.A});
   Tensor dvalues = output_if(of.need_values, of.values, {B, Tk, D});
   if (B * Tq * Tk == 0) {
@@ -126,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
       if (with->dscore_bias->numel() > 0) dscore_bias = with->dscore_bias->mutable_data_ptr();
     }
     kernel({score, gradients, D, array(of.values, "values", dtype, {B, Tk, D}),
-            attended(of.memory_lengths, of.mask, B, Tq, Tk), array(of.alignments, "alignments", dtype, {B, Tq, Tk}),
+            attended(of.memory_lengths, of.mask, score), array(of.alignments, "alignments", dtype, {B, Tq, Tk}),
             array(of.grad_context, "grad_context", dtype, {B, Tq, D}),
             array(of.grad_alignments, "grad_alignments", dtype, {B, Tq, Tk}), data_if(of.need_query, dquery),
             data_if(of.need_keys, dkeys), data_if(of.need_values, dvalues), with == nullptr ? nullptr : &options,

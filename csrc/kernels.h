@@ -22,9 +22,13 @@ struct Kernels {
   void (*relu_attention_backward)(const ReluAttentionBackward&);
   void (*dot_attention)(const DotAttentionForward&);
   void (*dot_attention_backward)(const DotAttentionBackward&);
-  void (*lstm_step)(const LstmStep&);  // on the CPU only, like the next
+  void (*lstm_step)(const LstmStep&);  // on the CPU only, like all that follow
   void (*lstm_step_backward)(const LstmStepBackward&);
   uint64_t (*checksum)(const void* data, size_t bytes);
+  void (*gated_additive_scores)(const GatedAdditiveScoresForward&);
+  void (*gated_additive_scores_backward)(const GatedAdditiveScoresBackward&);
+  void (*gated_additive_attention)(const GatedAdditiveAttentionForward&);
+  void (*gated_additive_attention_backward)(const GatedAdditiveAttentionBackward&);
 };
 
 }  // namespace attn

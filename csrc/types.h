@@ -26,6 +26,7 @@ struct AttentionMask {
   const bool* mask = nullptr;
   int64_t mask_stride[3] = {0, 0, 0};
   bool per_query = false;  // the mask has a row for each query
+  int64_t vectors = 1;     // how many rows of scores a query has: see Scores
 
   int64_t length(int64_t b, int64_t steps) const {
     if (lengths == nullptr) return steps;

@@ -30,6 +30,7 @@ SHAPES = {
     "v": ("A",),
     "bias": ("A",),
     "extra": ("B", "Tk", "A"),
+    "gate": ("B", "Tk", "A"),
     "context": ("B", "Tq", "D"),
     "alignments": ("B", "Tq", "Tk"),
     "score_bias": ("B", "Tq", "Tk"),
@@ -48,6 +49,14 @@ class Op(NamedTuple):
     optional: tuple[str, ...] = ()
     variant: Callable[..., Any] | None = None  # the public function, called in a way of its own
     by_name: tuple[str, ...] = ()  # tensors that go in by keyword
+    vectors: int | None = None  # how many score vectors there are, where v has an axis of them
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The names of the axes of a tensor; those of the score vectors are R."""
+        axes = SHAPES[name]
+        if self.vectors is None or name not in ("v", *self.outputs):
+            return axes
+        return ("R", *axes) if name == "v" else (*axes[:-1], "R", axes[-1])
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -137,10 +146,12 @@ def _with_extra_in_the_kernel(*tensors: Tensor, backend: str | None = None, **ke
     return attn_kernels.additive_attention(*tensors, backend=backend, **keywords)
 
 
-def _with_options(name: str) -> Callable[..., Any]:
+def _with_options(name: str, without: tuple[str, ...] = ("cuda",)) -> Callable[..., Any]:
+    """A public function. without: the backends that have no kernels for such calls."""
+
     def attend(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
-        if backend == "cuda":
-            pytest.skip("backend cuda has no kernels for it yet")
+        if backend in without:
+            pytest.skip(f"backend {backend} has no kernels for it yet")
         return getattr(attn_kernels, name)(*tensors, backend=backend, **keywords)
 
     return attend
@@ -183,6 +194,18 @@ def _packed(name: str) -> Callable[..., Any]:
     return attend
 
 
+def _gated(name: str, gate: bool = True, vectors: int | None = None, **options: Any) -> Op:
+    op = OPS[name]
+    tensors = ("gate",) if gate else ()
+    return op._replace(
+        inputs=op.inputs + tensors,
+        by_name=tensors,
+        vectors=vectors,
+        options=options,
+        variant=_with_options(name, without=("cuda", "triton")),
+    )
+
+
 # For tests of results: the ops, and further ways to call them, which must give the same.
 ACTIVATIONS = {
     "relu": {"activation": "relu"},
@@ -199,6 +222,13 @@ VARIANTS = MAIN | {
     "extra": _WITH_EXTRA,
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
     "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], variant=_with_extra_in_the_kernel),
+    "gate": _gated("additive_attention"),
+    "gate, 3 vectors": _gated("additive_attention", vectors=3),
+    "gate, relu, 1 vector": _gated("additive_attention", vectors=1, **ACTIVATIONS["relu"]),
+    "gate, sigmoid, 10 vectors": _gated("additive_attention", vectors=10, **ACTIVATIONS["sigmoid"]),
+    "leaky_relu, 10 vectors": _gated("additive_attention", False, 10, **ACTIVATIONS["leaky_relu"]),
+    "gate, scores": _gated("additive_scores"),
+    "scores, 3 vectors": _gated("additive_scores", False, 3),
     "score bias": _OF_ATTENTION._replace(
         inputs=(*_OF_ATTENTION.inputs, "score_bias"),
         by_name=("score_bias",),
@@ -341,10 +371,11 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int 
     rng = torch.Generator().manual_seed(seed)
 
     def normal(name: str) -> Tensor:
-        axes = SHAPES[name]
+        axes = op.axes(name)
         if case.query_2d:
             axes = tuple(axis for axis in axes if axis != "Tq")
-        x = torch.randn([getattr(case, axis) for axis in axes], generator=rng, dtype=torch.float64)
+        sizes = [op.vectors if axis == "R" else getattr(case, axis) for axis in axes]
+        x = torch.randn(sizes, generator=rng, dtype=torch.float64)
         spread = {"v": case.A, "context": case.D}.get(name, 1)
         return (x / math.sqrt(max(spread, 1))).to(device, dtype)
 
@@ -454,6 +485,8 @@ def baseline(op: Op, arguments: Arguments) -> dict[str, Tensor]:
     allowed = allowed.expand(-1, query.shape[1] if query.dim() == 3 else 1, -1)
     empty = ~allowed.any(-1, keepdim=True)
     blank = empty[:, 0] if query.dim() == 2 else empty
+    if op.vectors is not None:
+        blank = blank[..., None]
     grads = {name: g.masked_fill(blank, 0.0) for name, g in arguments.grads.items()}
     results = run(op.eager, op, Arguments(arguments.tensors, {"mask": allowed | empty}, grads))
     return {name: t.masked_fill(blank, 0.0) if name in op.outputs else t for name, t in results.items()}

@@ -53,6 +53,22 @@ def test_products_of_the_formula(op: str) -> None:
         assert count(op, "reference", backward=True) == 3 * FORWARD[op]
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_score_vectors(vectors: int) -> None:
+    if not attn_kernels.backends()["cpu"].available:
+        pytest.skip("the ops have kernels on the CPU only")
+    query, keys, values = tensors("dot_attention")
+    v, gate = torch.randn(vectors, A, requires_grad=True), torch.randn(B, TK, A)
+    for function, own in ((attn_kernels.additive_attention, (values,)), (attn_kernels.additive_scores, ())):
+        for backward in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                result = function(query, keys, *own, v, gate=gate)
+                if backward:
+                    (result if isinstance(result, Tensor) else result.context).sum().backward()
+            forward = vectors * FORWARD[function.__name__]
+            assert counter.get_total_flops() == (3 if backward else 1) * forward
+
+
 def test_steps_on_a_memory() -> None:
     """Each step counts the gradients of its query; the pass over all steps those of the memory."""
     attention = BahdanauAttention(A, D, A)

@@ -48,7 +48,7 @@ def largest_score(op: Op, arguments: Arguments) -> float:
     """What the terms of a score amount to: the error of a sum is relative to them."""
     t = {name: x.double().cpu().nan_to_num(0, 0, 0).abs() for name, x in arguments.tensors.items()}
     if "v" in t:
-        return t["v"].sum().item()
+        return t["v"].sum(-1).max().item()
     return op.options.get("scale", 1.0) * t["query"].amax().item() * t["keys"].amax().item() * t["query"].shape[-1]
 
 
@@ -58,8 +58,9 @@ PLACES = {
     "query": (0, -1, 2),
     "keys": (0, 3, 2),
     "values": (0, 3, 2),
-    "v": (2,),
+    "v": (..., 2),
     "bias": (2,),
+    "gate": (0, 3, 2),
     "score_bias": (0, -1, 3),
     "extra": (0, 3, 2),
 }
@@ -199,7 +200,7 @@ def test_large_score_vector_of_many_units(backend: str, device: str, largest: fl
         arguments = make(op, case, torch.float32, device)
         arguments.tensors["query"].mul_(6.0)
         arguments.tensors["keys"].mul_(3.0)
-        arguments.tensors["v"].mul_(64.0)[4] = largest
+        arguments.tensors["v"].mul_(64.0)[..., 4] = largest
         try:
             check(op, case, torch.float32, backend, arguments=arguments)
         except AssertionError as error:

@@ -222,6 +222,17 @@ def test_gradient_of_stride_0(fused: str, device: str) -> None:
     torch.testing.assert_close(found, right)
 
 
+@pytest.mark.parametrize("attention", ["dot", "tanh"])
+def test_gradient_of_the_sum_of_log_totals(attention: str) -> None:
+    """Which is one number, expanded."""
+    tensors = make(attention)
+    gradients = []
+    for backend in ("cpu", "reference"):
+        log_total = attend(attention, tensors, need_log_total=True, backend=backend).log_total
+        gradients.append(torch.autograd.grad(log_total.sum(), tensors[:2]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_log_probabilities() -> None:
     """The score of a step minus the logarithm of the sum is its log-probability, however small."""
     query, keys, v = torch.randn(2, 3, 8), torch.randn(2, 6, 8), 40 * torch.randn(8)

@@ -65,8 +65,9 @@ def padded_with(op: Op, case: Case, dtype: torch.dtype, device: str, fill: float
         keys = arguments.tensors["keys"]
         allowed = attention_mask(keys, arguments.masks.get("memory_lengths"), arguments.masks.get("mask"))
         allowed = allowed.expand(-1, case.Tq, -1)
-        unused = {"query": ~allowed.any(2), "alignments": ~allowed, "score_bias": ~allowed}
-        unused |= dict.fromkeys(("keys", "values", "extra"), ~allowed.any(1))
+        alone = ~allowed if op.vectors is None else ~allowed[:, :, None]
+        unused = {"query": ~allowed.any(2), "alignments": alone, "score_bias": ~allowed}
+        unused |= dict.fromkeys(("keys", "values", "extra", "gate"), ~allowed.any(1))
 
     def pad(name: str, t: Tensor) -> Tensor:
         if name in unused:

@@ -28,8 +28,9 @@ class AttentionPooling(nn.Module):
     head; Lin et al., "A structured self-attentive sentence embedding", 2017, equations 5-7, for several (their r);
     gated: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", 2018, equation 9.
 
-    A bag of N rows costs, besides the result, what the activations need: one tensor (N, units); gated, those of the
-    two gates and their product. With lengths or a mask there is a copy of the memory, with zeros in padding.
+    A bag of N rows costs, besides the result, its projections: one tensor (N, units), or two with a gate. On a GPU
+    several heads or a gate need their product, too. With lengths or a mask there is a copy of the memory, with zeros in
+    padding.
 
     Args:
         memory_size: D, size of the rows.
@@ -127,38 +128,49 @@ class AttentionPooling(nn.Module):
         """memory: (B, Tk, D), finite in padding; allowed: (B, Tk)."""
         return self._attend(self._keys(memory), memory, allowed, need_weights)
 
-    def _keys(self, memory: Tensor) -> Tensor:
-        """(B, Tk, A): what ``_attend`` makes scores of; with one head and no gate, that is before the activation."""
+    def _keys(self, memory: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What ``_attend`` makes scores of, (B, Tk, A): keys and a gate for the op, or activated keys with the gate."""
         rows = memory.flatten(0, 1)  # of a view, such as a 3-D product is, autograd would copy what is written in place
-        if self._is_additive():
+        gate = None
+        if self._is_additive(memory):
             keys = nn.functional.linear(rows, self.memory_projection.weight)
+            if self.gate_projection is not None:
+                gate = self.gate_projection(rows).unflatten(0, memory.shape[:2])
         else:
             keys = self._activate(self.memory_projection(rows))
             if self.gate_projection is not None:
                 keys = keys * self.gate_projection(rows).sigmoid_()
-        return keys.unflatten(0, memory.shape[:2])
+        return keys.unflatten(0, memory.shape[:2]), gate
 
-    def _is_additive(self) -> bool:
-        """Whether the op of additive attention makes the activation and never stores it: once for each score vector."""
-        return self.heads == 1 and not self.gated
+    def _is_additive(self, memory: Tensor) -> bool:
+        """Whether the op of additive attention makes the activations and never stores them."""
+        simple = self.heads == 1 and not self.gated  # the rest has kernels on the CPU only
+        return simple or (device_type(memory) == "cpu" and self.backend in (None, "cpu", "reference"))
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.activation == "leaky_relu":
             return nn.functional.leaky_relu_(hidden, self.negative_slope)
         return {"tanh": torch.tanh_, "relu": torch.relu_, "sigmoid": torch.sigmoid_}[self.activation](hidden)
 
-    def _attend(self, keys: Tensor, values: Tensor | None, allowed: Tensor | None, need_weights: bool) -> Attention:
+    def _attend(
+        self,
+        keys_and_gate: tuple[Tensor, Tensor | None],
+        values: Tensor | None,
+        allowed: Tensor | None,
+        need_weights: bool,
+    ) -> Attention:
         """The means of values, (B, Tk, *), finite in padding; None for the alignments alone."""
+        keys, gate = keys_and_gate
         if values is not None and torch.is_grad_enabled() and keys.requires_grad and not values.requires_grad:
             # The features of a bag, mostly: the op would make a gradient of their size for nothing.
-            alignments = self._attend(keys, None, allowed, True).alignments
+            alignments = self._attend(keys_and_gate, None, allowed, True).alignments
             return Attention(weighted_sum(alignments, values), alignments if need_weights else None)
         options: dict[str, Any] = {"mask": allowed, "need_weights": need_weights, "backend": self.backend}
         v = self.v.to(keys.dtype)
-        if self._is_additive():
+        if self._is_additive(keys):
             bias = self.memory_projection.bias.to(keys.dtype)
-            options |= {"activation": self.activation, "negative_slope": self.negative_slope}
-            result = additive_attention(None, keys, values, v[0], bias, **options)
+            options |= {"activation": self.activation, "negative_slope": self.negative_slope, "gate": gate}
+            result = additive_attention(None, keys, values, v[0] if self.heads == 1 else v, bias, **options)
             return Attention(result.context, result.alignments)
         # The scores are products with activated keys, and the op adds softmax and sum.
         result = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)

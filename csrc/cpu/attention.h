@@ -139,6 +139,7 @@ struct AttentionParams {
   const void* grad_log_total = nullptr;
   void* dscore_bias = nullptr;
   int64_t alignments_columns = 0;  // forward
+  bool has_products = false;       // backward: dscores hold those of grad_context and values already
 };
 
 template <class Score>
@@ -199,7 +200,7 @@ void drop(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n,
 // is split, so that results do not depend on the number of threads.
 template <typename T, class Normaliser = Softmax, class Score>
 void attention_forward(const AttentionParams& p, void* context, void* alignments, const Score& score) {
-  const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
+  const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query, p.attended.vectors);
   const int64_t cost = tiles.size * p.Tk * (score.cost() + p.D), parts = tiles.parts(cost);
   const int64_t ld = padded<T>(p.Tk), weights_size = tiles.size * ld;
   auto write_scores = [&](int64_t task, const int32_t* list, const Range& steps, T* weights, Scratch& scratch) {
@@ -283,7 +284,7 @@ void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t*
 template <typename T, class Normaliser = Softmax, class WithTile>
 auto scores_backward(const AttentionParams& p, const StridedView3& alignments, const StridedView3& grad_context,
                      const StridedView3& grad_alignments, T* weights, T* dscores, WithTile with_tile) {
-  const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query);
+  const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query, p.attended.vectors);
   auto run = [=, &p](int64_t b, int64_t chunk, Scratch& scratch) {
     const int64_t first = chunk * tiles.size;
     const int64_t nq = min(tiles.size, p.Tq - first), at = (b * p.Tq + first) * p.Tk;
@@ -291,9 +292,9 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
     T* row = alloc<T>(scratch, p.Tk);
     const int64_t n = list_steps(p.attended, b, first, p.Tk, list);
     T *w = weights + at, *ds = dscores + at;
-    if (grad_context) {
+    if (grad_context && !p.has_products) {
       dot_listed(grad_context, first, nq, p.values, b, list, n, p.D, T(1), ds, p.Tk, scratch);
-    } else {
+    } else if (!grad_context) {
       for (int64_t i = 0; i < nq; ++i) memset(ds + i * p.Tk, 0, n * sizeof(T));
     }
     for (int64_t i = 0; i < nq; ++i) {
@@ -321,7 +322,7 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
 // The scores of all pairs, as an op of their own. op: as ScoresForward.
 template <typename T, class Op, class Score>
 void all_scores(const Op& op, const Score& score) {
-  const QueryTiles tiles(op.B, op.Tq, op.Tk, false);
+  const QueryTiles tiles(op.B, op.Tq, op.Tk, false, op.vectors);
   for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
     const int64_t nq = min(tiles.size, op.Tq - first), ld = padded<T>(op.Tk);

@@ -7,6 +7,7 @@
 #include "additive_attention_bwd.h"
 #include "checksum_kernel.h"
 #include "dot_attention_kernels.h"
+#include "gated_additive_bwd.h"
 #include "lstm_cell_kernels.h"
 
 namespace attn {
@@ -56,6 +57,10 @@ const Kernels kernels = {
     ATTN_BY_DTYPE(LstmStep, lstm_step),
     ATTN_BY_DTYPE(LstmStepBackward, lstm_step_backward),
     checksum,
+    ATTN_BY_DTYPE(GatedAdditiveScoresForward, gated_additive_scores),
+    ATTN_BY_DTYPE(GatedAdditiveScoresBackward, gated_additive_scores_backward),
+    ATTN_BY_DTYPE(GatedAdditiveAttentionForward, gated_additive_attention),
+    ATTN_BY_DTYPE(GatedAdditiveAttentionBackward, gated_additive_attention_backward),
 };
 
 }  // namespace ATTN_LEVEL

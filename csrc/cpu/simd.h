@@ -427,12 +427,8 @@ ATTN_INLINE Vec<double> exp_in_range(Vec<double> x) {
 
 ATTN_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp_in_range(x); }
 
-// tanh to about 2 ulp, for every input: (1 - e) / (1 + e) with e = exp(-2|x|), a polynomial (Cephes' tanhf) where that
-// cancels.
-ATTN_INLINE Vec<float> tanh_any(Vec<float> x) {
-  Vec<float> a = absolute<float>(x);
-  Vec<float> e = exp_nonpositive(a * -2.0f);
-  Vec<float> large = (1.0f - e) / (1.0f + e);
+// tanh(x), where `large` is that of |x|, from 0.625 on; below, a polynomial (Cephes' tanhf).
+ATTN_INLINE Vec<float> tanh_from(Vec<float> x, Vec<float> large) {
   Vec<float> s = x * x;
   Vec<float> p = broadcast(-5.70498872745e-3f);
   p = p * s + 2.06390887954e-2f;
@@ -442,12 +438,41 @@ ATTN_INLINE Vec<float> tanh_any(Vec<float> x) {
   Vec<float> small = (p * s) * x + x;
   IntVec<float> sign = bits<float>(x) & static_cast<int32_t>(0x80000000);
   Vec<float> signed_large = (Vec<float>)(bits<float>(large) | sign);
-  return a < 0.625f ? small : signed_large;
+  return absolute<float>(x) < 0.625f ? small : signed_large;
+}
+
+// tanh to about 2 ulp, for every input: (1 - e) / (1 + e) with e = exp(-2|x|), unless that cancels.
+ATTN_INLINE Vec<float> tanh_any(Vec<float> x) {
+  Vec<float> e = exp_nonpositive(absolute<float>(x) * -2.0f);
+  return tanh_from(x, (1.0f - e) / (1.0f + e));
 }
 
 ATTN_INLINE Vec<double> tanh_any(Vec<double> x) {
   for (int i = 0; i < width<double>; ++i) x[i] = ::tanh(x[i]);
   return x;
+}
+
+// tanh(x) and, in *slope, its derivative, by one division: 4 e / (1 + e)^2, which does not cancel where tanh is close
+// to 1.
+ATTN_INLINE Vec<float> tanh_and_slope(Vec<float> x, Vec<float>* slope) {
+  Vec<float> e = exp_nonpositive(absolute<float>(x) * -2.0f);
+  Vec<float> r = 1.0f / (1.0f + e);
+  *slope = (4.0f * e) * (r * r);
+  return tanh_from(x, (1.0f - e) * r);
+}
+
+ATTN_INLINE Vec<double> tanh_and_slope(Vec<double> x, Vec<double>* slope) {
+  const Vec<double> y = tanh_any(x);
+  *slope = (1 - y) * (1 + y);
+  return y;
+}
+
+// sigmoid(x) and, in *slope, its derivative, for every input; nothing cancels.
+template <typename T>
+ATTN_INLINE Vec<T> sigmoid_and_slope(Vec<T> x, Vec<T>* slope) {
+  const Vec<T> e = exp_nonpositive(-absolute<T>(x)), high = T(1) / (T(1) + e), low = e * high, zero{};
+  *slope = high * low;
+  return x < zero ? low : high;
 }
 
 // Low precision: bits in, float out, and back with rounding to nearest even -------------------------------------------

@@ -56,11 +56,14 @@ void for_each_sentence(int64_t batch, const Stages&... stages) {
 struct QueryTiles {
   int64_t queries, size, per_sentence, tasks;
 
-  QueryTiles(int64_t batch, int64_t queries, int64_t steps, bool per_query) : queries(queries) {
+  // queries: or rows of scores, where each query has `vectors` of them, of which a tile has all if it can.
+  QueryTiles(int64_t batch, int64_t queries, int64_t steps, bool per_query, int64_t vectors) : queries(queries) {
     constexpr int64_t kLeast = 4, kWeights = 1 << 17;
     size = min(kMaxQueries, max(kLeast, kWeights / max(steps, 1)));
     size = min(size, max(1, divide_up(batch * queries, thread_count())));
-    if (per_query) size = 1;  // each query has steps of its own
+    if (1 < vectors && vectors <= kMaxQueries) size = max(1, size / vectors) * vectors;
+    if (per_query)  // each query has steps of its own
+      for (size = min(vectors, kMaxQueries); vectors % size != 0;) --size;
     per_sentence = divide_up(queries, size);
     tasks = batch * per_sentence;
   }

@@ -161,7 +161,7 @@ void write_row(void* data, Dtype dtype, int64_t at, const T* row, int64_t n) {
   if (c < n) store_as<T>(data, dtype, at + c, load_part(row + c, n - c), n - c);
 }
 
-// The steps that may be attended by query i of sentence b (by any query, where the mask is shared), in order.
+// The steps that may be attended in row i of the scores of sentence b (in any row, where the mask is shared), in order.
 ATTN_INLINE int64_t list_steps(const AttentionMask& attended, int64_t b, int64_t i, int64_t steps, int32_t* list) {
   const int64_t length = min(max(attended.length(b, steps), 0), steps);
   const bool* mask = attended.mask;
@@ -170,7 +170,7 @@ ATTN_INLINE int64_t list_steps(const AttentionMask& attended, int64_t b, int64_t
     for (; n < length; ++n) list[n] = static_cast<int32_t>(n);
     return n;
   }
-  mask += b * attended.mask_stride[0] + (attended.per_query ? i * attended.mask_stride[1] : 0);
+  mask += b * attended.mask_stride[0] + (attended.per_query ? i / attended.vectors * attended.mask_stride[1] : 0);
   for (int64_t j = 0; j < length; ++j)
     if (mask[j * attended.mask_stride[2]]) list[n++] = static_cast<int32_t>(j);
   return n;

@@ -1,0 +1,50 @@
+"""Additive attention with a gate or several score vectors: from the arguments of the public functions to the op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import derivatives, ops
+from .attending import GATED, or_reference
+from .backends import choose_for_gate
+from .checks import (
+    ACTIVATIONS,
+    check_activation,
+    check_dtypes,
+    check_like_keys,
+    check_query_keys,
+    check_score_vectors,
+    check_units,
+)
+from .scores import GatedAdditiveScore
+from .types import autocast, device_type
+
+
+def is_gated(v: Tensor, gate: Tensor | None) -> bool:
+    """Whether these take the op with a gate and several score vectors. v may be anything: it is checked later."""
+    return gate is not None or (isinstance(v, Tensor) and v.dim() > 1)
+
+
+def gated_score(
+    name: str, v: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, negative_slope: float
+) -> GatedAdditiveScore:
+    slope = check_activation(name, activation, negative_slope)
+    return GatedAdditiveScore(v, bias, gate, ACTIVATIONS.index(activation), slope or 0.0)
+
+
+def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:
+    name = "additive_scores"
+    check_query_keys(name, query, keys)
+    check_score_vectors(name, query, score.v)
+    check_units(name, query, "bias", score.bias)
+    check_like_keys(name, query, keys, "gate", score.gate)
+    chosen = or_reference(name, choose_for_gate(backend, device_type(query)), backend, GATED)
+    score = score.autocast(query)
+    q, k = autocast(query, keys)
+    check_dtypes(name, q, keys=k, v=score.v, bias=score.bias, gate=score.gate)
+    arguments = (q if q.dim() == 3 else q.unsqueeze(1), k, *score.rows())
+    op = "gated_additive_scores"
+    scores = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    if score.vectors is not None:
+        scores = scores.unflatten(1, (arguments[0].shape[1], score.vectors))
+    return scores if q.dim() == 3 else scores.squeeze(1)

@@ -1,0 +1,47 @@
+"""The ops with a gate and several score vectors in plain PyTorch: results of the reference, as rows of the op.
+
+v is (R, A); each query has R rows, one after the other: (B, Tq R, Tk).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import reference
+from .checks import ACTIVATIONS
+
+# For each number of the op, what makes keywords of the reference of it.
+NUMBERS = (lambda i: dict(activation=ACTIVATIONS[i]), lambda slope: dict(negative_slope=slope))
+
+
+def scores(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: int,
+    negative_slope: float,
+) -> tuple[Tensor]:
+    keywords: dict[str, Any] = dict(activation=ACTIVATIONS[activation], negative_slope=negative_slope)
+    return (reference.additive_scores(query, keys, v, bias, gate=gate, **keywords).flatten(1, 2),)
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    *,
+    score_bias: Tensor | None,
+    **keywords: Any,
+) -> tuple[Tensor, ...]:
+    """keywords: of the reference."""
+    if score_bias is not None:
+        score_bias = score_bias.unflatten(1, (query.shape[1], len(v)))
+    found = reference.additive_attention(query, keys, values, v, bias, gate=gate, score_bias=score_bias, **keywords)
+    return tuple(result.flatten(1, 2) for result in found if result is not None)

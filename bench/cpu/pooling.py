@@ -1,0 +1,155 @@
+"""Times pooling with a gate, and several score vectors, on the CPU: ``python -m bench.cpu.pooling --help``.
+
+The formulas in eager PyTorch against one call, and for several score vectors also against a call for each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+
+from attn_kernels import additive_attention
+
+from .. import eager, machine, report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from ..machine import Allocator
+
+app = application()
+
+EAGER, CALLS, ONE = "eager", "a call for each vector", "one call"
+TOLERANCE = 1e-4  # of results and gradients, relative to their largest element
+
+
+class Shape(NamedTuple):
+    """vectors: R; None for one score vector without that axis."""
+
+    B: int
+    Tq: int
+    Tk: int
+    A: int
+    D: int
+    vectors: int | None
+    gate: bool
+
+
+SHAPES = (
+    Shape(1, 1, 20_000, 256, 256, None, True),
+    Shape(1, 1, 50_000, 256, 512, None, True),
+    Shape(32, 20, 80, 128, 128, 10, False),
+    Shape(512, 1, 200, 100, 100, 10, False),
+    Shape(64, 1, 50, 64, 64, 4, True),
+)
+
+
+class Problem:
+    """The arguments of a shape, and the ways to compute contexts of them: (B, Tq, R, D), or (B, Tq, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        rng = torch.Generator().manual_seed(0)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=rng)
+
+        B, Tq, Tk, A, D, vectors, gate = shape
+        self.vectors = vectors
+        self.tensors = {"query": normal(B, Tq, A), "keys": normal(B, Tk, A), "values": normal(B, Tk, D)}
+        self.tensors |= {"v": normal(*(() if vectors is None else (vectors,)), A) / A**0.5, "bias": normal(A)}
+        if gate:
+            self.tensors["gate"] = normal(B, Tk, A)
+        self.gradient = torch.randn_like(self.compute(EAGER))
+
+    def ways(self) -> tuple[str, ...]:
+        return (EAGER, ONE) if self.vectors is None else (EAGER, CALLS, ONE)
+
+    def compute(self, way: str) -> Tensor:
+        if way == CALLS:
+            others = {name: t for name, t in self.tensors.items() if name != "v"}
+            parts = [additive_attention(**others, v=v, need_weights=False).context for v in self.tensors["v"]]
+            return torch.stack(parts, 2)
+        function = eager.additive_attention if way == EAGER else additive_attention
+        return function(**self.tensors, need_weights=False).context  # type: ignore[operator]
+
+    def forward(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
+        def call() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (self.compute(way),)
+
+        return call
+
+    def both(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
+        def call() -> tuple[Tensor, ...]:
+            leaves = [t.requires_grad_() for t in self.tensors.values()]
+            return torch.autograd.grad(self.compute(way), leaves, self.gradient)
+
+        return call
+
+
+def measure(shape: Shape, seconds: float) -> list[dict[str, Any]]:
+    """Forward alone and with the backward, if all ways give the same."""
+    problem = Problem(shape)
+    rows = []
+    for kind, make in (("forward", problem.forward), ("forward + backward", problem.both)):
+        expected = make(EAGER)()
+        for way in problem.ways()[1:]:
+            for got, wanted in zip(make(way)(), expected, strict=True):
+                error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)).item()
+                if not error <= TOLERANCE:
+                    raise RuntimeError(f"pooling: {kind} of {way!r} at {tuple(shape)} is off by {error}")
+        calls = {way: make(way) for way in problem.ways()}
+        samples = timing.interleave(calls, timing.WallTimer(), seconds=seconds, least_rounds=5, most_rounds=200)
+        rows.append({"kind": kind, "shape": shape._asdict(), **results.comparison(samples, ONE)})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = report.table(
+        "Gate and score vectors: ms, and how many times one call's",
+        "",
+        "B,Tq,Tk,A,D",
+        "vectors",
+        "gate",
+        "ms",
+        wrap=True,
+    )
+    for row in rows:
+        *sizes, vectors, gate = row["shape"].values()
+        ratios = row[f"times {ONE}"]
+        cells = [
+            f"{way} {report.figure(spread['median'])}" + (f" ({ratios[way]['median']:.2f}x)" if way in ratios else "")
+            for way, spread in row["ms"].items()
+        ]
+        shown.add_row(
+            row["kind"], ",".join(map(str, sizes)), str(vectors or 1), "yes" if gate else "no", "; ".join(cells)
+        )
+    return shown
+
+
+@app.command()
+def main(
+    quick: Annotated[bool, typer.Option(help="The last shape and few rounds.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
+    threads: ThreadsOption = 1,
+    allocator: AllocatorOption = Allocator.reuse,
+    output: OutputOption = results.LOCAL,
+) -> None:
+    """Times gated pooling and several score vectors against eager PyTorch, forward and backward, on the CPU."""
+    start = time.perf_counter()
+    in_effect = prepare(threads, allocator)
+    rows: list[dict[str, Any]] = []
+    with console.status("measuring"):
+        for shape in SHAPES[-1:] if quick else SHAPES:
+            rows += measure(shape, 0.2 if quick else seconds)
+    described = machine.describe(torch.device("cpu"), in_effect)
+    path = output / "pooling-cpu.json"
+    results.write_json(path, {"part": "pooling", "machine": described, "settings": {"threads": threads}, "rows": rows})
+    finish([table(rows)], described, start, path)
+
+
+if __name__ == "__main__":
+    app()

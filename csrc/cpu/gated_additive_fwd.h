@@ -1,0 +1,258 @@
+// Gated additive attention, forward: v_r . (activation(query + keys + bias) * sigmoid(gate)), for several score vectors
+// v_r. Part of a SIMD level: see simd.h.
+//
+// The activations of a query and a block of steps are made once, in L1, with the gate in them, and multiplied with all
+// score vectors (gemm.h). The sigmoid of the gate is made once for each step and tile of queries.
+#pragma once
+
+#include "../additive_attention.h"
+#include "attention.h"
+#include "relu_attention_fwd.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+// An activation f is a class like this one: f(x), and in *g also t f'(x).
+template <typename T>
+struct TanhUnit {
+  ATTN_INLINE Vec<T> operator()(Vec<T> x) const { return tanh_any(x); }
+  ATTN_INLINE Vec<T> operator()(Vec<T> x, Vec<T> t, Vec<T>* g) const {
+    Vec<T> slope;
+    const Vec<T> y = tanh_and_slope(x, &slope);
+    *g = t * slope;
+    return y;
+  }
+};
+
+template <typename T>
+struct SigmoidUnit {
+  ATTN_INLINE Vec<T> operator()(Vec<T> x) const {
+    Vec<T> slope;
+    return sigmoid_and_slope<T>(x, &slope);
+  }
+  ATTN_INLINE Vec<T> operator()(Vec<T> x, Vec<T> t, Vec<T>* g) const {
+    Vec<T> slope;
+    const Vec<T> y = sigmoid_and_slope<T>(x, &slope);
+    *g = t * slope;
+    return y;
+  }
+};
+
+template <typename T, bool kLeaky>
+struct ReluUnit {
+  T negative_slope;
+
+  ATTN_INLINE Vec<T> operator()(Vec<T> x) const { return rectified<T, kLeaky>(x, negative_slope); }
+  ATTN_INLINE Vec<T> operator()(Vec<T> x, Vec<T> t, Vec<T>* g) const {
+    const Vec<T> zero{};
+    // As of PyTorch, which lets the gradient of relu pass where x is NaN.
+    *g = kLeaky ? (x > zero ? t : negative_slope * t) : (x <= zero ? zero : t);
+    return (*this)(x);
+  }
+};
+
+template <typename T, class Body>
+ATTN_INLINE void by_activation(const GatedAdditiveScores& op, const Body& body) {
+  const T slope = static_cast<T>(op.negative_slope);
+  if (op.activation == GatedAdditiveScores::tanh)
+    body(TanhUnit<T>{});
+  else if (op.activation == GatedAdditiveScores::sigmoid)
+    body(SigmoidUnit<T>{});
+  else if (op.activation == GatedAdditiveScores::relu)
+    body(ReluUnit<T, false>{slope});
+  else
+    body(ReluUnit<T, true>{slope});
+}
+
+// Score vectors and bias in whole vectors, which end in zeros, and how many steps make a block.
+template <typename T>
+struct GatedUnits {
+  int64_t size;         // A in whole vectors
+  const T **v, *bias;   // v: a pointer to each
+  const T* ones;        // in the place of a gate
+  int64_t block_steps;  // for the same sums whatever the number of threads, it depends on A alone
+
+  GatedUnits(const GatedAdditiveScores& op, Scratch& scratch) : size(padded<T>(op.A)) {
+    T* rows = alloc<T>(scratch, (op.vectors + 2) * size);
+    v = alloc<const T*>(scratch, op.vectors);
+    bias = rows + op.vectors * size;
+    ones = bias + size;
+    for (int64_t c = 0; c < size; c += width<T>) {
+      const Vec<T> zero{};
+      auto read = [&](const StridedView3& a, int64_t row) {
+        return load_as<T>(a.data, a.dtype, row * a.stride[1] + c * a.stride[2], a.stride[2], op.A - c);
+      };
+      for (int64_t r = 0; r < op.vectors; ++r) store(rows + r * size + c, read(op.v, r));
+      store(rows + op.vectors * size + c, op.bias ? read(op.bias, 0) : zero);
+      store(rows + (op.vectors + 1) * size + c, broadcast(T(1)));
+    }
+    for (int64_t r = 0; r < op.vectors; ++r) v[r] = rows + r * size;
+    const int64_t in_cache = (1 << 14) / max(1, size * static_cast<int64_t>(sizeof(T)));
+    block_steps = min(kPanelRows, max(1, in_cache / kRowsAtOnce) * kRowsAtOnce);
+  }
+};
+
+// Row r of the block: sigmoid(gate), and its derivative unless slopes is null.
+template <typename T>
+void gates_of_block(const T* const* gate, int64_t steps, int64_t columns, int64_t size, T* gates, T* slopes) {
+  for (int64_t r = 0; r < steps; ++r)
+    for (int64_t c = 0; c < columns; c += width<T>) {
+      Vec<T> slope;
+      store(gates + r * size + c, sigmoid_and_slope<T>(load_upto(gate[r] + c, columns - c), &slope));
+      if (slopes != nullptr) store(slopes + r * size + c, slope);
+    }
+}
+
+// hidden = activation(query + key) * gate for a block of steps, rows of `size` elements; those of gates are `gates_ld`
+// apart.
+template <typename T, class Unit>
+__attribute__((noinline)) void hidden_rows(Unit unit, const T* query, const T* const* keys, const T* gates,
+                                           int64_t gates_ld, int64_t steps, int64_t columns, int64_t size, T* hidden) {
+  for (int64_t r = 0; r < steps; ++r) {
+    const T *key = keys[r], *gate = gates + r * gates_ld;
+    T* to = hidden + r * size;
+    int64_t c = 0;
+    for (; c + width<T> <= columns; c += width<T>)
+      store(to + c, unit(load(query + c) + load(key + c)) * load(gate + c));
+    if (c < columns) store(to + c, unit(load(query + c) + load_part(key + c, columns - c)) * load(gate + c));
+  }
+}
+
+// The same with a row for each of n units, of kPanel steps; gates: null where there are none.
+template <typename T, class Unit>
+__attribute__((noinline)) void hidden_columns(Unit unit, const T* query, const T* keys, const T* gates, int64_t n,
+                                              int64_t steps, T* hidden) {
+  for (int64_t a = 0; a < n; ++a)
+    for (int64_t at = a * kPanel<T>, end = at + steps; at < end; at += width<T>) {
+      const Vec<T> y = unit(query[a] + load(keys + at));
+      store(hidden + at, gates == nullptr ? y : y * load(gates + at));
+    }
+}
+
+// panel[a * kPanel + j] = rows[j][c + a] for n <= kPanelRows units and `count` <= kPanel steps; to whole vectors of
+// steps, the last step again.
+template <typename T>
+void columns_of(const T* const* rows, int64_t count, int64_t c, int64_t n, T* panel) {
+  constexpr int64_t w = width<T>;
+  for (int64_t j = 0; j < count; j += w)
+    for (int64_t a = 0; a < n; a += w) {
+      Vec<T> square[w];
+      for (int64_t i = 0; i < w; ++i) square[i] = load_upto(rows[min(j + i, count - 1)] + c + a, n - a);
+      transpose<T>(square);
+      for (int64_t i = 0; i < w; ++i) store(panel + (a + i) * kPanel<T> + j, square[i]);
+    }
+}
+
+template <typename T>
+struct GatedAdditiveScore {
+  const GatedAdditiveScores& op;
+  const GatedUnits<T>& units;
+
+  struct Queries {
+    int64_t first, n;  // rows of scores
+    const T* rows;     // of their queries, bias added
+  };
+
+  int64_t cost() const { return op.A; }
+
+  Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
+    const int64_t begin = first / op.vectors, count = (first + n - 1) / op.vectors + 1 - begin;
+    T* rows = alloc<T>(scratch, count * units.size);
+    ScratchScope scope(scratch);
+    T* buffer = alloc<T>(scratch, op.A);
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = read_row(op.query, b, begin + i, op.A, buffer);
+      for (int64_t c = 0; c < units.size; c += width<T>)
+        store(rows + i * units.size + c, load_upto(row + c, op.A - c) + load(units.bias + c));
+    }
+    return {first, n, rows};
+  }
+
+  void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
+                   Scratch& scratch) const {
+    ScratchScope scope(scratch);
+    op.vectors == 1 ? by_rows(q, b, list, n, out, ld, scratch) : by_columns(q, b, list, n, out, ld, scratch);
+  }
+
+ private:
+  // For one score vector: keys are read in order and used as they lie in memory.
+  void by_rows(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
+               Scratch& scratch) const {
+    const int64_t size = units.size, most = units.block_steps;
+    RowBlock<T> keys(op.keys, op.A, most, scratch), gates(op.gate ? op.gate : op.keys, op.A, most, scratch);
+    T* gate = op.gate ? alloc<T>(scratch, most * size) : nullptr;
+    T* hidden = alloc<T>(scratch, most * size);
+    const T** rows = alloc<const T*>(scratch, most);
+    for (int64_t r = 0; r < most; ++r) rows[r] = hidden + r * size;
+    for (int64_t j = 0; j < n; j += most) {
+      const int64_t count = min(most, n - j);
+      const T* const* k = keys.read(b, list + j, count);
+      if (op.gate) gates_of_block<T>(gates.read(b, list + j, count), count, op.A, size, gate, nullptr);
+      for (int64_t i = 0; i < q.n; ++i) {
+        by_activation<T>(op, [&](auto unit) {
+          hidden_rows<T>(unit, q.rows + i * size, k, op.gate ? gate : units.ones, op.gate ? size : 0, count, op.A, size,
+                         hidden);
+        });
+        dot_streamed(units.v, 1, PointedRows<T>{rows}, count, op.A, T(1), out + i * ld + j, ld);
+      }
+    }
+  }
+
+  // For several score vectors: steps lie side by side, so that the activations are what a product with v takes, and its
+  // sums are those of lanes.
+  void by_columns(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
+                  Scratch& scratch) const {
+    const int64_t R = op.vectors, begin = q.first / R, end = (q.first + q.n - 1) / R + 1, most = kPanel<T>;
+    RowBlock<T> keys(op.keys, op.A, most, scratch), gates(op.gate ? op.gate : op.keys, op.A, most, scratch);
+    T* key = alloc<T>(scratch, kPanelRows * most);
+    T* gate = op.gate ? alloc<T>(scratch, kPanelRows * most) : nullptr;
+    T* hidden = alloc<T>(scratch, kPanelRows * most);
+    const T** v = alloc<const T*>(scratch, R);
+    T** to = alloc<T*>(scratch, min(R, q.n));
+    for (int64_t j = 0; j < n; j += most) {
+      const int64_t count = min(most, n - j), steps = padded<T>(count);
+      const T* const* k = keys.read(b, list + j, count);
+      const T* const* g = op.gate ? gates.read(b, list + j, count) : nullptr;
+      for (int64_t c = 0; c == 0 || c < op.A; c += kPanelRows) {
+        const int64_t columns = min(kPanelRows, op.A - c);
+        columns_of(k, count, c, columns, key);
+        if (op.gate) {
+          columns_of(g, count, c, columns, gate);
+          for (int64_t a = 0; a < columns; ++a)
+            for (int64_t u = 0; u < steps; u += width<T>) {
+              Vec<T> slope;
+              T* at = gate + a * most + u;
+              store(at, sigmoid_and_slope<T>(load(at), &slope));
+            }
+        }
+        for (int64_t r = 0; r < R; ++r) v[r] = units.v[r] + c;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = max(i * R, q.first), last = min((i + 1) * R, q.first + q.n);
+          by_activation<T>(op, [&](auto unit) {
+            hidden_columns<T>(unit, q.rows + (i - begin) * units.size + c, key, gate, columns, steps, hidden);
+          });
+          for (int64_t row = first; row < last; ++row) to[row - first] = out + (row - q.first) * ld + j;
+          gemm_panel(to, last - first, 0, count, v + (first - i * R), 1, hidden, columns, c > 0);
+        }
+      }
+    }
+  }
+};
+
+template <typename T>
+void gated_additive_attention(const GatedAdditiveAttentionForward& op) {
+  ScratchScope scope(thread_scratch());
+  const GatedUnits<T> units(op, thread_scratch());
+  const AttentionParams problem = params_of(op);
+  attention_forward<T>(problem, op.context, op.alignments, GatedAdditiveScore<T>{op, units});
+}
+
+template <typename T>
+void gated_additive_scores(const GatedAdditiveScoresForward& op) {
+  ScratchScope scope(thread_scratch());
+  const GatedUnits<T> units(op, thread_scratch());
+  all_scores<T>(op, GatedAdditiveScore<T>{op, units});
+}
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

@@ -1,0 +1,44 @@
+"""bench/cpu/pooling.py: that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("typer", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the benchmarks need the dependency group bench")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from bench.cpu import pooling  # noqa: E402
+
+SMALL = (pooling.Shape(1, 1, 9, 8, 4, None, True), pooling.Shape(2, 3, 5, 8, 4, 3, False))
+
+
+@pytest.mark.parametrize("shape", SMALL)
+def test_ways_agree(shape: pooling.Shape) -> None:
+    problem = pooling.Problem(shape)
+    contexts = [problem.compute(way) for way in problem.ways()]
+    assert contexts[0].shape == ((1, 1, 4) if shape.vectors is None else (2, 3, 3, 4))
+    for other in contexts[1:]:
+        torch.testing.assert_close(other, contexts[0])
+
+
+def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = pooling.additive_attention
+    monkeypatch.setattr(pooling, "additive_attention", lambda **given: right(**given | {"v": 1.1 * given["v"]}))
+    with pytest.raises(RuntimeError, match=r"forward of 'a call for each vector' at .* is off by"):
+        pooling.measure(SMALL[1], 0.0)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "SHAPES", SMALL)
+    done = CliRunner().invoke(pooling.app, ["--seconds", "0", "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "pooling-cpu.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["forward", "forward + backward"] * 2
+    assert set(rows[0]["times one call"]) == {pooling.EAGER}
+    assert set(rows[2]["ms"]) == {pooling.EAGER, pooling.CALLS, pooling.ONE}
