@@ -1,0 +1,194 @@
+"""A recurrent layer over sentences of different lengths as one node of autograd: see ``ragged_cells``.
+
+B sentences, of which R are not empty, N steps of all of them, T of the longest, D directions, H units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...gemm import linear_of_rows, weight_gradient
+from .formula import is_batch
+from .inputs import CellWeights
+from .ragged_cells import Direction, SavedDirection, Visit, backward, forward
+
+
+class Rows(NamedTuple):
+    """The steps of sentences in the order of the data of a ``PackedSequence``: step by step, the longest first."""
+
+    order: Tensor  # (R,), sentences, the longest first, in the order that pack_padded_sequence gives them
+    source: Tensor  # (N,), where each row is in (B * S, *) or (S * B, *)
+    sizes: Tensor  # (T,), rows of each step
+    directions: tuple[Direction, Direction]  # forward and reverse
+
+
+def find_rows(lengths: Tensor, strides: tuple[int, int]) -> Rows:
+    """lengths: (B,) int64 on the CPU, 0..S, one at least above 0. strides: in ``source``, of sentences and steps."""
+    lengths, order = lengths.sort(descending=True)
+    count = int((lengths > 0).sum())
+    lengths, order = lengths[:count], order[:count]
+    longest = int(lengths[0])
+    step = torch.arange(longest)[:, None]
+    exists = step < lengths
+    sizes = exists.sum(1)
+    offsets = sizes.cumsum(0) - sizes
+    sentence = torch.arange(count)
+    rows = offsets[:, None] + sentence  # (T, R), where they exist
+    begin, total = rows[0], int(lengths.sum())
+    end = offsets[lengths - 1] + sentence
+    no_row = total + sentence[None]
+    before = torch.cat([no_row, rows[:-1]])
+    after = torch.where(step + 1 < lengths, torch.cat([rows[1:], no_row]), no_row)
+    return Rows(
+        order,
+        (order * strides[0] + step * strides[1])[exists],
+        sizes,
+        (
+            Direction(_visits(sizes.tolist(), False), before[exists], begin, end),
+            Direction(_visits(sizes.tolist(), True), after[exists], end, begin),
+        ),
+    )
+
+
+def _visits(sizes: list[int], reverse: bool) -> list[Visit]:
+    visits, begin = [], 0
+    for t, rows in enumerate(sizes):
+        if reverse:
+            visits.append(Visit(begin, rows, sizes[t + 1] if t + 1 < len(sizes) else 0, begin + rows))
+        else:
+            visits.append(Visit(begin, rows, rows if t > 0 else 0, begin - sizes[t - 1] if t > 0 else 0))
+        begin += rows
+    return visits[::-1] if reverse else visits
+
+
+def run_layer(
+    rows: Rows, x: Tensor, hidden: Tensor | None, cell: Tensor | None, weights: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x: (N, n). hidden, cell: (D, R, H), the first states; None: zeros. weights: as ``nn.LSTM.all_weights`` has them.
+
+    Returns the states of all rows, (N, D * H), and the last ones, hidden and cell, (D, R, H) each; a GRU has no cell.
+    """
+    flat = [weight for direction in weights for weight in direction]
+    return _Layer.apply(rows, len(weights), x, hidden, cell, *flat)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Rows, count: int, x: Tensor, hidden: Tensor | None, cell: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """count: D."""
+        ctx.set_materialize_grads(False)
+        ctx.rows = rows
+        by_direction = _split(weights, count)
+        units = by_direction[0].h.shape[1]
+        outputs = x.new_empty(x.shape[0], count * units)
+        saved: list[SavedDirection] = []
+        for d, (way, of_direction) in enumerate(zip(rows.directions, by_direction, strict=False)):
+            first_hidden, first_cell = (None if states is None else states[d] for states in (hidden, cell))
+            out = outputs[:, d * units : (d + 1) * units]
+            saved.append(forward(way, x, of_direction, first_hidden, first_cell, out))
+        ctx.save_for_backward(x, hidden, cell, *weights, *(tensor for of_one in saved for tensor in of_one))
+        return outputs, _last(rows, [of_one.hidden for of_one in saved]), _last(rows, [x.cell for x in saved])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        all_saved = ctx.saved_tensors  # raises an error if an input has been changed in place since
+        _, _, *needed = ctx.needs_input_grad
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        tensors, saved = all_saved[: len(needed)], all_saved[len(needed) :]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or any(map(is_batch, gradients)):
+            # Gradients that are to be differentiated again, and batches of them, are not made in place.
+            found = _differentiable_gradients(ctx.rows, tensors, gradients, needed)
+        else:
+            found = _gradients(ctx.rows, tensors, saved, gradients, needed)
+        return None, None, *found
+
+
+def _split(weights: tuple[Tensor, ...], count: int) -> list[CellWeights]:
+    """Those of each direction; a layer without biases has two."""
+    size = len(weights) // count
+    return [CellWeights(*(*weights[d * size : (d + 1) * size], None, None)[:4]) for d in range(count)]
+
+
+def _last(rows: Rows, states: list[Tensor | None]) -> Tensor | None:
+    if states[0] is None:
+        return None
+    ways = zip(rows.directions, states, strict=False)
+    return torch.stack([x.index_select(0, way.last) for way, x in ways if x is not None])
+
+
+def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: list[bool]) -> list[Tensor | None]:
+    """Of the tensors, from those of the results."""
+    x, _, _, *weights = tensors
+    of_outputs, of_hidden, of_cell = gradients
+    count = len(saved) // len(SavedDirection._fields)
+    by_direction = _split(tuple(weights), count)
+    total, units = x.shape[0], by_direction[0].h.shape[1]
+    need_x, need_hidden, need_cell, *need_weights = needed
+    dx: Tensor | None = None
+    dfirst: list[Tensor] = []
+    dcells: list[Tensor] = []
+    dweights: list[Tensor | None] = []
+    for d, (way, of_direction) in enumerate(zip(rows.directions, by_direction, strict=False)):
+        of_one = SavedDirection(*saved[d * 4 : d * 4 + 4])
+        dhidden = torch.zeros_like(of_one.hidden)
+        if of_outputs is not None:
+            dhidden[:total] = of_outputs[:, d * units : (d + 1) * units]
+        if of_hidden is not None:
+            dhidden.index_add_(0, way.last, of_hidden[d])
+        dcell = None
+        if of_one.cell is not None:
+            dcell = x.new_zeros(way.first.shape[0], units)
+            if of_cell is not None:
+                dcell += of_cell[d]
+            dcells.append(dcell)
+        dgates, dproducts = backward(way, of_direction, of_one, dhidden, dcell)
+        if need_x:
+            part = linear_of_rows(dgates, of_direction.x.t())
+            dx = part if dx is None else dx.add_(part)
+        if need_hidden:
+            dfirst.append(dhidden[total:] + dproducts.index_select(0, way.first) @ of_direction.h)
+        if any(need_weights):
+            before = of_one.hidden.index_select(0, way.state_before)
+            of_weights = weight_gradient(dgates, x), weight_gradient(dproducts, before)
+            of_biases = dgates.sum(0), dproducts.sum(0)
+            dweights += [*of_weights, *of_biases][: len(weights) // count]
+    first = torch.stack(dfirst) if need_hidden else None
+    dweights = dweights or [None] * len(weights)
+    return [dx, first, torch.stack(dcells) if need_cell else None, *dweights]
+
+
+def _formula(rows: Rows, tensors: Any) -> tuple[Tensor, ...]:
+    """The results of ``run_layer``, by PyTorch's own packed layer. tensors: x, hidden, cell and weights."""
+    x, hidden, cell, *weights = tensors
+    has_biases = any(weight.dim() == 1 for weight in weights)
+    is_lstm = weights[1].shape[0] == 4 * weights[1].shape[1]
+    count = len(weights) // (4 if has_biases else 2)
+    zeros = x.new_zeros(count, rows.order.shape[0], weights[1].shape[1])
+    first = [zeros if states is None else states for states in ((hidden, cell) if is_lstm else (hidden,))]
+    options = (weights, has_biases, 1, 0.0, False, count == 2)
+    if is_lstm:
+        return tuple(torch.lstm(x, rows.sizes, first, *options))
+    return tuple(torch.gru(x, rows.sizes, first[0], *options))
+
+
+def _differentiable_gradients(
+    rows: Rows, tensors: Any, gradients: tuple[Tensor | None, ...], needed: list[bool]
+) -> list[Tensor | None]:
+    """As ``_gradients``, as functions of tensors and gradients."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Other names: some of the tensors are made of others, and each is to get its own part of the gradient.
+        names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
+        pairs = [pair for pair in zip(_formula(rows, names), gradients, strict=False) if pair[1] is not None]
+    wanted = [x for x, is_needed in zip(names, needed, strict=True) if is_needed]
+    outputs, of_outputs = zip(*pairs, strict=True)
+    options: dict[str, Any] = {"create_graph": differentiable, "allow_unused": True}
+    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, **options) if wanted else ())
+    return [next(found) if is_needed else None for is_needed in needed]
