@@ -6,6 +6,7 @@
 
 #include "additive_attention.h"
 #include "dot_attention.h"
+#include "gru_cell.h"
 #include "lstm_cell.h"
 
 namespace attn {
@@ -22,8 +23,10 @@ struct Kernels {
   void (*relu_attention_backward)(const ReluAttentionBackward&);
   void (*dot_attention)(const DotAttentionForward&);
   void (*dot_attention_backward)(const DotAttentionBackward&);
-  void (*lstm_step)(const LstmStep&);  // on the CPU only, like the next
+  void (*lstm_step)(const LstmStep&);  // on the CPU only, like the next three
   void (*lstm_step_backward)(const LstmStepBackward&);
+  void (*gru_step)(const GruStep&);
+  void (*gru_step_backward)(const GruStepBackward&);
   uint64_t (*checksum)(const void* data, size_t bytes);
 };
 

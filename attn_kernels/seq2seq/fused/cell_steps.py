@@ -18,7 +18,7 @@ from ...backends import choose
 def find_step(name: str, gates: Tensor) -> Callable[..., Any]:
     """The function of this name below, or the op that stands for it."""
     has_op = gates.is_cpu and gates.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
-    return ops.kernel(name, "cpu") if has_op and name in _OPS else _FORMULAS[name]
+    return ops.kernel(name, "cpu") if has_op else _FORMULAS[name]
 
 
 def lstm_step(
@@ -110,7 +110,6 @@ def gru_step_backward(
 
 
 _FORMULAS = {f.__name__: f for f in (lstm_step, lstm_step_backward, gru_step, gru_step_backward)}
-_OPS = ("lstm_step", "lstm_step_backward")
 
 
 def _sigmoid_backward(gradient: Tensor, output: Tensor, out: Tensor) -> Tensor:
