@@ -83,9 +83,11 @@ class Encoder(nn.Module):
         Raises ValueError or TypeError where an argument does not fit.
         """
         check_tensor("Encoder", "inputs", inputs)
-        if inputs.dim() != 3:
-            raise ArgumentValueError(f"Encoder: inputs must have shape (B, S, input_size), got {shape_of(inputs)}")
-        batch, steps = inputs.shape[:2] if self.rnn.batch_first else (inputs.shape[1], inputs.shape[0])
+        batch_first, size = getattr(self.rnn, "batch_first", True), getattr(self.rnn, "input_size", None)
+        if inputs.dim() != 3 or (size is not None and inputs.shape[2] != size):
+            axes = "(B, S, input_size)" if batch_first else "(S, B, input_size)"
+            raise ArgumentValueError(f"Encoder: inputs must have shape {axes} = (*, *, {size}), got {shape_of(inputs)}")
+        batch, steps = inputs.shape[:2] if batch_first else (inputs.shape[1], inputs.shape[0])
         lengths = checked_lengths("Encoder", "lengths", lengths, batch, steps)
         return run_recurrent(self.rnn, inputs, lengths, states)
 

@@ -56,7 +56,11 @@ def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States 
     if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
         return False
     longest = x.shape[1 if rnn.batch_first else 0]
-    if bool((lengths == longest).all()) or not bool((lengths > 0).any()):  # no padding, or nothing but padding
+    if not bool((lengths > 0).any()):  # nothing but padding
+        return False
+    if isinstance(rnn, nn.LSTM) and bool(
+        (lengths == longest).all()
+    ):  # no padding, and PyTorch's LSTM is the faster one
         return False
     of_states = (states,) if isinstance(states, Tensor) else (states or ())
     directions = 2 if rnn.bidirectional else 1

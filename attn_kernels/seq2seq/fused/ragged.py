@@ -14,7 +14,7 @@ from torch import Tensor
 from ...gemm import linear_of_rows, weight_gradient
 from .formula import is_batch
 from .inputs import CellWeights
-from .ragged_cells import Direction, SavedDirection, Visit, backward, forward
+from .ragged_cells import Direction, Part, SavedDirection, backward, forward
 
 
 class Rows(NamedTuple):
@@ -43,26 +43,39 @@ def find_rows(lengths: Tensor, strides: tuple[int, int]) -> Rows:
     no_row = total + sentence[None]
     before = torch.cat([no_row, rows[:-1]])
     after = torch.where(step + 1 < lengths, torch.cat([rows[1:], no_row]), no_row)
+    by_step = sizes.tolist()
     return Rows(
         order,
         (order * strides[0] + step * strides[1])[exists],
         sizes,
         (
-            Direction(_visits(sizes.tolist(), False), before[exists], begin, end),
-            Direction(_visits(sizes.tolist(), True), after[exists], end, begin),
+            Direction(_parts(by_step), by_step, before[exists], begin, end),
+            Direction(*_reverse_parts(by_step), after[exists], end, begin),
         ),
     )
 
 
-def _visits(sizes: list[int], reverse: bool) -> list[Visit]:
-    visits, begin = [], 0
+def _parts(sizes: list[int]) -> list[Part]:
+    """Those of the forward direction, where all sentences begin with the first step. sizes: rows of each step."""
+    parts, begin, before = [], 0, sum(sizes)
     for t, rows in enumerate(sizes):
-        if reverse:
-            visits.append(Visit(begin, rows, sizes[t + 1] if t + 1 < len(sizes) else 0, begin + rows))
-        else:
-            visits.append(Visit(begin, rows, rows if t > 0 else 0, begin - sizes[t - 1] if t > 0 else 0))
+        parts.append(Part(t, rows, begin, before, 0, t > 0))
+        begin, before = begin + rows, begin
+    return parts
+
+
+def _reverse_parts(sizes: list[int]) -> tuple[list[Part], list[int]]:
+    """Those of the reverse direction, and their rows: in a step some sentences go on, and those begin that it ends."""
+    parts: list[Part] = []
+    begin, total = 0, sum(sizes)
+    for rows, going_on in zip(sizes, [*sizes[1:], 0], strict=True):
+        if going_on > 0:
+            parts.append(Part(len(parts), going_on, begin, begin + rows, 0, True))
+        if going_on < rows:
+            new = rows - going_on
+            parts.append(Part(len(parts), new, begin + going_on, total + going_on, going_on, False))
         begin += rows
-    return visits[::-1] if reverse else visits
+    return parts[::-1], [part.rows for part in parts]
 
 
 def run_layer(
@@ -155,7 +168,7 @@ def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: lis
         if need_hidden:
             dfirst.append(dhidden[total:] + dproducts.index_select(0, way.first) @ of_direction.h)
         if any(need_weights):
-            before = of_one.hidden.index_select(0, way.state_before)
+            before = of_one.hidden.index_select(0, way.before)
             of_weights = weight_gradient(dgates, x), weight_gradient(dproducts, before)
             of_biases = dgates.sum(0), dproducts.sum(0)
             dweights += [*of_weights, *of_biases][: len(weights) // count]

@@ -21,22 +21,23 @@ from .inputs import CellWeights
 _EXACT, _SMALL = 64, 256  # rows
 
 
-class Visit(NamedTuple):
-    """A step, in the order in which a direction visits them."""
+class Part(NamedTuple):
+    """The rows of a step whose sentences had a step before, or those whose sentences begin with it."""
 
-    begin: int  # its first row
+    number: int  # in the order of rows
     rows: int
-    going_on: int  # its first rows, whose sentences have had a step before; the others begin here
-    before: int  # the first row of the step visited before
+    begin: int  # its first row
+    before: int  # where the states before it begin: in arrays of N + R rows, the last of which are the first states
+    sentence: int  # which of the R its first row belongs to; the others follow
+    goes_on: bool
 
 
 class Direction(NamedTuple):
     """The order of the steps, and where states come from."""
 
-    visits: list[Visit]
-    state_before: (
-        Tensor  # (N,), the row of the state before each row in arrays of N + R rows: the last are first states
-    )
+    parts: list[Part]  # as they are visited
+    sizes: list[int]  # rows of the parts, in the order of rows
+    before: Tensor  # (N,), for each row that of the state before
     first: Tensor  # (R,), the row of each sentence that is visited first
     last: Tensor  # (R,), and last
 
@@ -86,16 +87,16 @@ class _Product:
     them: rows that follow are multiplied, too, and dropped.
     """
 
-    def __init__(self, rows: Tensor, weight: Tensor, way: Direction) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, way: Direction) -> None:
         most = way.first.shape[0]
-        self.rows, self.product = rows, PackedLinear(weight, most, len(way.visits))
+        self.x, self.product = x, PackedLinear(weight, most, len(way.parts))
         self.rounds = self.product.packed is not None and most > _EXACT
 
-    def __call__(self, begin: int, count: int) -> Tensor:
-        if not self.rounds or count <= _EXACT:
-            return self.product(self.rows[begin : begin + count])
-        multiple = 8 if count <= _SMALL else 32
-        return self.product(self.rows[begin : begin + -(-count // multiple) * multiple])[:count]
+    def __call__(self, begin: int, rows: int) -> Tensor:
+        if not self.rounds or rows <= _EXACT:
+            return self.product(self.x[begin : begin + rows])
+        multiple = 8 if rows <= _SMALL else 32
+        return self.product(self.x[begin : begin + -(-rows // multiple) * multiple])[:rows]
 
 
 # LSTM -----------------------------------------------------------------------------------------------------------------
@@ -111,14 +112,12 @@ def _run_lstm(
         gates.index_add_(0, way.first, hidden[count:] @ weights.h.t())
     tanh = torch.empty_like(cell[:count])
     product, step = _Product(hidden, weights.h, way), find_step("lstm_step", gates)
-    for begin, rows, going_on, before in way.visits:
-        if going_on:
-            own, previous = slice(begin, begin + going_on), slice(before, before + going_on)
-            own_gates = gates[own].add_(product(before, going_on))
-            step(own_gates, cell[previous], cell[own], tanh[own], hidden[own], None)
-        if going_on < rows:
-            own, previous = slice(begin + going_on, begin + rows), slice(count + going_on, count + rows)
-            step(gates[own], cell[previous], cell[own], tanh[own], hidden[own], None)
+    gates_of, cell_of, tanh_of, hidden_of = (y[:count].split(way.sizes) for y in (gates, cell, tanh, hidden))
+    for n, rows, _, before, _, goes_on in way.parts:
+        of_part = gates_of[n]
+        if goes_on:
+            of_part.add_(product(before, rows))
+        step(of_part, cell[before : before + rows], cell_of[n], tanh_of[n], hidden_of[n], None)
     return SavedDirection(gates, hidden, tanh, cell)
 
 
@@ -131,14 +130,12 @@ def _go_back_lstm(
     count = gates.shape[0]
     dgates = torch.empty_like(gates)
     product, step = _Product(dgates, weights.h.t(), way), find_step("lstm_step_backward", gates)
-    for begin, rows, going_on, before in reversed(way.visits):
-        if going_on < rows:
-            own, previous = slice(begin + going_on, begin + rows), slice(count + going_on, count + rows)
-            step(dhidden[own], gates[own], cell[previous], tanh[own], dcell[going_on:rows], dgates[own])
-        if going_on:
-            own, previous = slice(begin, begin + going_on), slice(before, before + going_on)
-            step(dhidden[own], gates[own], cell[previous], tanh[own], dcell[:going_on], dgates[own])
-            dhidden[previous].add_(product(begin, going_on))
+    dhidden_of, gates_of, tanh_of, dgates_of = (y[:count].split(way.sizes) for y in (dhidden, gates, tanh, dgates))
+    for n, rows, begin, before, sentence, goes_on in reversed(way.parts):
+        of_cell = cell[before : before + rows], tanh_of[n], dcell[sentence : sentence + rows]
+        step(dhidden_of[n], gates_of[n], *of_cell, dgates_of[n])
+        if goes_on:
+            dhidden[before : before + rows].add_(product(begin, rows))
     return dgates, dgates
 
 
@@ -146,38 +143,34 @@ def _go_back_lstm(
 
 
 def _run_gru(
-    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor, _: Tensor | None, has_first: bool
+    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor, no_cell: Tensor | None, has_first: bool
 ) -> SavedDirection:
     count = x.shape[0]
     gates = linear_of_rows(x, weights.x, weights.bias_x)
     recurrent = torch.empty_like(hidden[:count])
     of_first = hidden[count:] @ weights.h.t() if has_first else gates.new_zeros(way.first.shape[0], gates.shape[1])
     product, step = _Product(hidden, weights.h, way), find_step("gru_step", gates)
-    bias = weights.bias_h
-    for begin, rows, going_on, before in way.visits:
-        if going_on:
-            own, previous = slice(begin, begin + going_on), slice(before, before + going_on)
-            products = product(before, going_on)
-            step(gates[own], products, bias, hidden[previous], recurrent[own], hidden[own], None)
-        if going_on < rows:
-            own, previous = slice(begin + going_on, begin + rows), slice(count + going_on, count + rows)
-            step(gates[own], of_first[going_on:rows], bias, hidden[previous], recurrent[own], hidden[own], None)
+    gates_of, recurrent_of, hidden_of = (y[:count].split(way.sizes) for y in (gates, recurrent, hidden))
+    for n, rows, _, before, sentence, goes_on in way.parts:
+        products = product(before, rows) if goes_on else of_first[sentence : sentence + rows]
+        states = hidden[before : before + rows], recurrent_of[n], hidden_of[n]
+        step(gates_of[n], products, weights.bias_h, *states, None)
     return SavedDirection(gates, hidden, recurrent, None)
 
 
 def _go_back_gru(
-    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, _: Tensor | None
+    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, no_cell: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     gates, hidden, recurrent = saved[:3]
     count = gates.shape[0]
     dgates, dproducts = torch.empty_like(gates), torch.empty_like(gates)
     product, step = _Product(dproducts, weights.h.t(), way), find_step("gru_step_backward", gates)
-    for begin, rows, going_on, before in reversed(way.visits):
-        for first, end, start in ((going_on, rows, count), (0, going_on, before)):
-            if first < end:
-                own, previous = slice(begin + first, begin + end), slice(start + first, start + end)
-                of_own = (dhidden[own], gates[own], hidden[previous], recurrent[own])
-                step(*of_own, dhidden[previous], dgates[own], dproducts[own])
-        if going_on:
-            dhidden[before : before + going_on].add_(product(begin, going_on))
+    of_rows = (dhidden, gates, recurrent, dgates, dproducts)
+    dhidden_of, gates_of, recurrent_of, dgates_of, dproducts_of = (y[:count].split(way.sizes) for y in of_rows)
+    for n, rows, begin, before, _, goes_on in reversed(way.parts):
+        there = slice(before, before + rows)
+        dbefore = dhidden[there]
+        step(dhidden_of[n], gates_of[n], hidden[there], recurrent_of[n], dbefore, dgates_of[n], dproducts_of[n])
+        if goes_on:
+            dbefore.add_(product(begin, rows))
     return dgates, dproducts
