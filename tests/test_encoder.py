@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from attn_kernels.seq2seq import Encoder, Seq2Seq, recurrent
-from attn_kernels.seq2seq.fused import cell_steps
+from attn_kernels.seq2seq.fused import cell_steps, ragged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,6 +144,43 @@ def test_float32(cell: str, fused: list[int]) -> None:
     for name, right in results(packed, exact, x64, lengths).items():
         bound = 2 * (eager[name] - right).abs().max() + 1e-6 * right.abs().max().clamp(min=1)
         assert (got[name] - right).abs().max() <= bound, name
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["both directions", "one direction"])
+def test_little_padding(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 by oneDNN's padded LSTM, with its gates shut in the padding."""
+    calls: list[int] = []
+    run = ragged._run_padded
+    monkeypatch.setattr(ragged, "_run_padded", lambda *given: calls.append(1) or run(*given))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    lengths = torch.tensor([8, 6, 0, 7, 8, 3, 8])
+    options = {"num_layers": 2, "bidirectional": bidirectional}
+    encoder, x, _ = make("lstm", lengths, dtype=torch.float32, **options)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(3)
+    exact, x64 = copy.deepcopy(encoder).double(), x.detach().double().requires_grad_()
+    right = results(one_by_one, exact, x64, lengths)
+    eager, got = results(one_by_one, encoder, x, lengths), results(encode, encoder, x, lengths)
+    assert len(calls) == 2
+    for name, y in right.items():
+        bound = 2 * (eager[name] - y).abs().max() + 1e-6 * y.abs().max().clamp(min=1)
+        assert (got[name] - y).abs().max() <= bound, name
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x, lengths)[0], got["outputs"])
+    # Twice, changed in place, and differentiated again.
+    outputs, (hidden, cell) = encoder(x, lengths)
+    loss = outputs.square().sum() + hidden.sum() + cell.sum()
+    once = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    with torch.no_grad():
+        hidden.zero_(), cell.zero_()
+    assert torch.equal(torch.autograd.grad(loss, x, retain_graph=True)[0], once)
+    found = []
+    for net, inputs in ((encoder, x), (exact, x64)):
+        gradient = torch.autograd.grad(net(inputs, lengths)[0].sin().sum(), inputs, create_graph=True)[0]
+        found.append(torch.autograd.grad(gradient.square().sum(), net.rnn.weight_hh_l0)[0])
+    torch.testing.assert_close(found[0].double(), found[1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

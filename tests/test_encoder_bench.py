@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = encoder.encodings
     monkeypatch.setattr(encoder, "encodings", lambda *given: {**made(*given), encoder.OURS: made(*given)["padded"]})
     with pytest.raises(RuntimeError, match=r"lstm \(4, 5, 3\): outputs is off by .*nothing is timed"):
-        encoder.measure_alone("lstm", SHAPE, 8, CPU, 0.0)
+        encoder.measure_alone("lstm", SHAPE, 0.0, 8, CPU, 0.0)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -33,12 +34,12 @@ def test_ways_are_what_their_names_say(cell: str, monkeypatch: pytest.MonkeyPatc
     run = recurrent.run_layer
     monkeypatch.setattr(recurrent, "run_layer", lambda *given: called.append(1) or run(*given))
     monkeypatch.setattr(encoder, "timed", lambda calls, *_: calls)
-    monkeypatch.setattr(encoder, "row", lambda kind, cell, shape, calls: calls)
+    monkeypatch.setattr(encoder, "row", lambda kind, cell, shape, least, calls: calls)
     for measure, names in (
         (encoder.measure_alone, [encoder.PACKED, encoder.PADDED, encoder.OURS]),
         (encoder.measure_training, [encoder.PACKED, encoder.OURS]),
     ):
-        calls = measure(cell, SHAPE, 8, CPU, 0.0)
+        calls = measure(cell, SHAPE, 0.0, 8, CPU, 0.0)
         assert list(calls) == names
         for name, call in calls.items():
             called.clear()
@@ -51,8 +52,7 @@ def test_command(tmp_path: Path, same_threads: None) -> None:
     run = CliRunner().invoke(encoder.app, arguments)
     assert run.exit_code == 0, run.output
     result = json.loads((tmp_path / "encoder-cpu.json").read_text())
-    assert [(row["kind"], row["cell"]) for row in result["rows"]] == [
-        ("encoder", "lstm"), ("encoder", "gru"), ("training step", "lstm"), ("training step", "gru")
-    ]  # fmt: skip
+    found = [(row["kind"], row["cell"], row["lengths"]) for row in result["rows"]]
+    assert found == list(itertools.product(("encoder", "training step"), ("lstm", "gru"), ("1..S", "S/2..S")))
     assert all(spread["median"] > 0 for row in result["rows"] for spread in row["ms"].values())
     assert "Ragged sentences" in run.output

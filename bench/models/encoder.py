@@ -1,11 +1,12 @@
 """Times encoders on sentences of different lengths, alone and in training: ``python -m bench.models.encoder --help``.
 
-The layers are bidirectional, forward and backward, with lengths uniform in 1..S. Packed: ``pack_padded_sequence`` and
+The layers are bidirectional, forward and backward, with lengths uniform in 1..S and in S/2..S. Packed: ``pack_padded_sequence`` and
 the layer. Padded: the layer alone, which computes the padding, too, and other results where a sentence ends: a bound.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -39,9 +40,11 @@ TOLERANCE = 1e-4  # of results and gradients in float32, relative to their large
 Gradients = dict[str, Tensor]
 
 
-def ragged_lengths(shape: Shape) -> Tensor:
-    """Uniform in 1..S; one sentence has all S steps."""
-    lengths = torch.randint(1, shape.S + 1, (shape.B,), generator=torch.Generator().manual_seed(2))
+def ragged_lengths(shape: Shape, least: float) -> Tensor:
+    """Uniform in least * S..S, in 1..S if that is 0; one sentence has all S steps."""
+    lengths = torch.randint(
+        max(1, round(least * shape.S)), shape.S + 1, (shape.B,), generator=torch.Generator().manual_seed(2)
+    )
     lengths[0] = shape.S
     return lengths
 
@@ -76,17 +79,21 @@ def check(cell: str, shape: Shape, expected: Gradients, got: Gradients) -> None:
             raise RuntimeError(f"encoder: {cell} {tuple(shape)}: {name} is off by {error}: nothing is timed")
 
 
-def measure_alone(cell: str, shape: Shape, size: int, device: torch.device, seconds: float) -> dict[str, Any]:
+def measure_alone(
+    cell: str, shape: Shape, least: float, size: int, device: torch.device, seconds: float
+) -> dict[str, Any]:
     torch.manual_seed(0)
     encoder = Encoder(size, size, cell=cell, bidirectional=True).to(device)
     x = torch.randn(shape.B, shape.S, size, device=device).requires_grad_()
-    ways = encodings(encoder, ragged_lengths(shape))
+    ways = encodings(encoder, ragged_lengths(shape, least))
     calls: dict[str, Any] = {name: forward_and_backward(encoder, way, x) for name, way in ways.items()}
     check(cell, shape, calls[PACKED](), calls[OURS]())
-    return row("encoder", cell, shape, timed(calls, device, seconds))
+    return row("encoder", cell, shape, least, timed(calls, device, seconds))
 
 
-def measure_training(cell: str, shape: Shape, size: int, device: torch.device, seconds: float) -> dict[str, Any]:
+def measure_training(
+    cell: str, shape: Shape, least: float, size: int, device: torch.device, seconds: float
+) -> dict[str, Any]:
     """The decoder is the loop in both."""
     source, _, target = make_data(shape, device)
     calls: dict[str, Any] = {}
@@ -95,8 +102,8 @@ def measure_training(cell: str, shape: Shape, size: int, device: torch.device, s
         model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, cell=cell).to(device)
         if name == PACKED:
             model.encoder.rnn.register_forward_hook(_look)  # a layer with a hook is called, with packed inputs
-        calls[name] = training_step(model, (source, ragged_lengths(shape), target))
-    return row("training step", cell, shape, timed(calls, device, seconds))
+        calls[name] = training_step(model, (source, ragged_lengths(shape, least), target))
+    return row("training step", cell, shape, least, timed(calls, device, seconds))
 
 
 def _look(module: nn.Module, arguments: Any, result: Any) -> None:
@@ -107,12 +114,13 @@ def timed(calls: dict[str, Any], device: torch.device, seconds: float) -> timing
     return timing.interleave(calls, timing.timer_for(device), seconds=seconds, least_rounds=5, most_rounds=60)
 
 
-def row(kind: str, cell: str, shape: Shape, samples: timing.Samples) -> dict[str, Any]:
+def row(kind: str, cell: str, shape: Shape, least: float, samples: timing.Samples) -> dict[str, Any]:
     others = [name for name in samples if name != OURS]
     return {
         "kind": kind,
         "cell": cell,
         "B,S,T": list(shape),
+        "lengths": "S/2..S" if least else "1..S",
         "rounds": len(samples[OURS]),
         "ms": {name: results.rounded(timing.spread(times).scaled(1e3)) for name, times in samples.items()},
         "others / ours": {name: results.rounded(timing.ratios(samples, name, OURS)) for name in others},
@@ -121,7 +129,7 @@ def row(kind: str, cell: str, shape: Shape, samples: timing.Samples) -> dict[str
 
 def table(rows: list[dict[str, Any]]) -> Table:
     title = "Ragged sentences, forward and backward: ms, and times as long as ours"
-    shown = report.table(title, "", "cell", "B,S,T", OURS, PACKED, PADDED)
+    shown = report.table(title, "", "cell", "B,S,T", "lengths", OURS, PACKED, PADDED)
     for one in rows:
         cells = [report.figure(one["ms"][OURS]["median"])]
         for name in (PACKED, PADDED):
@@ -130,7 +138,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
                 cells.append(f"{text}  {report.times(one['others / ours'][name]['median'])}")
             else:
                 cells.append("")
-        shown.add_row(one["kind"], one["cell"], ",".join(map(str, one["B,S,T"])), *cells)
+        shown.add_row(one["kind"], one["cell"], ",".join(map(str, one["B,S,T"])), one["lengths"], *cells)
     return shown
 
 
@@ -151,12 +159,12 @@ def main(
     shapes = QUICK if quick else SHAPES[:4]
     rows: list[dict[str, Any]] = []
     with progress_bars() as progress:
-        task = progress.add_task("shapes", total=4 * len(shapes))
+        task = progress.add_task("shapes", total=8 * len(shapes))
         for measure in (measure_alone, measure_training):
             for cell in ("lstm", "gru"):
-                for one in shapes:
+                for one, least in itertools.product(shapes, (0.0, 0.5)):
                     progress.update(task, description=f"{cell} {','.join(map(str, one))}")
-                    rows.append(measure(cell, one, size, target, 0.5 if quick else seconds))
+                    rows.append(measure(cell, one, least, size, target, 0.5 if quick else seconds))
                     progress.advance(task)
     result = {
         "part": "encoder",
