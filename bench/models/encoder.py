@@ -1,8 +1,8 @@
 """Times encoders on sentences of different lengths, alone and in training: ``python -m bench.models.encoder --help``.
 
 The layers are bidirectional, forward and backward, with lengths uniform in 1..S and in S/2..S. Packed:
-``pack_padded_sequence`` and the layer. Padded: the layer alone, which computes the padding, too, and other results where
-a sentence ends: a bound.
+``pack_padded_sequence`` and the layer. Padded: the layer alone, which computes the padding, too, and other results: a
+bound.
 """
 
 from __future__ import annotations
