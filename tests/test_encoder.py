@@ -3,97 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch import Tensor
 
-from attn_kernels.seq2seq import Encoder, Seq2Seq, recurrent
+from attn_kernels.seq2seq import Encoder, recurrent
 from attn_kernels.seq2seq.fused import cell_steps, ragged
+from ragged import HIDDEN, INPUT, LENGTHS, assert_same, encode, make, one_by_one, packed, results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-INPUT, HIDDEN, STEPS = 5, 6, 8
-LENGTHS = torch.tensor([3, 0, 7, 1, 7, 4])
 cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
 
 
-def make(cell: str, lengths: Tensor = LENGTHS, *, states: bool = False, **options: Any) -> tuple[Encoder, Tensor, Any]:
-    """An encoder, inputs whose padding is NaN, and first states or None."""
-    torch.manual_seed(0)
-    encoder = Encoder(INPUT, HIDDEN, cell=cell, **{"dtype": torch.float64, **options})
-    dtype, rnn = next(encoder.parameters()).dtype, encoder.rnn
-    x = torch.randn(len(lengths), STEPS, INPUT, dtype=dtype)
-    x = x.masked_fill(torch.arange(STEPS)[:, None] >= lengths[:, None, None], torch.nan)
-    if not rnn.batch_first:
-        x = x.transpose(0, 1)
-    shape = (rnn.num_layers * (1 + rnn.bidirectional), len(lengths), HIDDEN)
-    first = tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2 if cell == "lstm" else 1))
-    return encoder, x.requires_grad_(), None if not states else (first if cell == "lstm" else first[0])
-
-
-def one_by_one(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-    """Each sentence by itself, as long as it is."""
-    rnn = encoder.rnn
-    x = x if rnn.batch_first else x.transpose(0, 1)
-    directions = 1 + rnn.bidirectional
-    kinds = 2 if isinstance(rnn, nn.LSTM) else 1
-    zeros = x.new_zeros(rnn.num_layers * directions, len(lengths), rnn.hidden_size)
-    first = (zeros,) * kinds if states is None else (states if kinds == 2 else (states,))
-    outputs, last = [], []
-    for i, length in enumerate(lengths.tolist()):
-        own = tuple(state[:, i : i + 1].contiguous() for state in first)
-        out = x.new_zeros(0, directions * rnn.hidden_size)
-        if length > 0:
-            sentence = x[i : i + 1, :length] if rnn.batch_first else x[i : i + 1, :length].transpose(0, 1)
-            out, own = rnn(sentence, own if kinds == 2 else own[0])
-            out, own = out.squeeze(0 if rnn.batch_first else 1), own if kinds == 2 else (own,)
-        outputs.append(torch.cat([out, out.new_zeros(x.shape[1] - length, out.shape[1])]))
-        last.append(own)
-    found = tuple(torch.cat(of_kind, dim=1) for of_kind in zip(*last, strict=True))
-    return torch.stack(outputs, dim=0 if rnn.batch_first else 1), found if kinds == 2 else found[0]
-
-
-def packed(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-    """As it is written without this package."""
-    axis = encoder.rnn.batch_first
-    rows = pack_padded_sequence(x, lengths, batch_first=axis, enforce_sorted=False)
-    outputs, last = encoder.rnn(rows, states)
-    return pad_packed_sequence(outputs, batch_first=axis, total_length=x.shape[int(axis)])[0], last
-
-
-def results(
-    run: Callable[..., Any], encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None
-) -> dict[str, Tensor]:
-    """Outputs, last states, and the gradients of all by name."""
-    outputs, last = run(encoder, x, lengths, states)
-    found = {"outputs": outputs, **dict(zip(("hidden", "cell"), (last,) if isinstance(last, Tensor) else last))}  # noqa: B905
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in found.values())
-    inputs = {"x": x, **{name: p for name, p in encoder.named_parameters() if p.requires_grad}}
-    if states is not None:
-        inputs |= dict(zip(("first hidden", "first cell"), (states,) if isinstance(states, Tensor) else states))  # noqa: B905
-    inputs = {name: y for name, y in inputs.items() if y.requires_grad}
-    of_inputs = torch.autograd.grad(loss, list(inputs.values()))
-    return found | {f"gradient of {name}": y for name, y in zip(inputs, of_inputs, strict=True)}
-
-
-def encode(encoder: Encoder, *arguments: Any) -> tuple[Tensor, Any]:
-    return encoder(*arguments)
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert got.keys() == expected.keys()
-    for name, y in expected.items():
-        torch.testing.assert_close(got[name], y, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers were run as one node."""
     layers: list[int] = []
     run = recurrent.run_layer
@@ -113,10 +38,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @cells
-def test_each_sentence_alone(cell: str, options: dict[str, Any], fused: list[int]) -> None:
+def test_each_sentence_alone(cell: str, options: dict[str, Any], nodes: list[int]) -> None:
     encoder, x, states = make(cell, **options)
     got = results(encode, encoder, x, LENGTHS, states)
-    assert len(fused) == encoder.rnn.num_layers
+    assert len(nodes) == encoder.rnn.num_layers
     assert_same(got, results(one_by_one, encoder, x, LENGTHS, states))
 
 
@@ -131,7 +56,7 @@ def test_packed(cell: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 @cells
-def test_float32(cell: str, fused: list[int]) -> None:
+def test_float32(cell: str, nodes: list[int]) -> None:
     """As near to float64 as PyTorch's packed layer. Rows of many sentences, with weights in oneDNN's layout."""
     torch.manual_seed(0)
     lengths = torch.randint(1, 15, (70,))
@@ -140,7 +65,7 @@ def test_float32(cell: str, fused: list[int]) -> None:
     x = torch.randn(70, 14, 9, requires_grad=True)
     exact, x64 = copy.deepcopy(encoder).double(), x.detach().double().requires_grad_()
     got, eager = (results(run, encoder, x, lengths) for run in (encode, packed))
-    assert fused == [1]
+    assert nodes == [1]
     for name, right in results(packed, exact, x64, lengths).items():
         bound = 2 * (eager[name] - right).abs().max() + 1e-6 * right.abs().max().clamp(min=1)
         assert (got[name] - right).abs().max() <= bound, name
@@ -210,7 +135,7 @@ def test_no_steps_and_no_sentences(cell: str) -> None:
 
 
 @cells
-def test_dropout_is_that_of_packed_layers(cell: str, fused: list[int]) -> None:
+def test_dropout_is_that_of_packed_layers(cell: str, nodes: list[int]) -> None:
     lengths = torch.tensor([3, 2, 7, 1, 7, 4])
     encoder, x, _ = make(cell, lengths, num_layers=3, dropout=0.4, bidirectional=True)
     found = []
@@ -220,19 +145,19 @@ def test_dropout_is_that_of_packed_layers(cell: str, fused: list[int]) -> None:
     assert_same(*found)
     encoder.eval()
     assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    assert len(fused) == 6
+    assert len(nodes) == 6
 
 
 @cells
-def test_without_the_op(cell: str, monkeypatch: pytest.MonkeyPatch, fused: list[int]) -> None:
+def test_without_the_op(cell: str, monkeypatch: pytest.MonkeyPatch, nodes: list[int]) -> None:
     monkeypatch.setattr(cell_steps, "choose", lambda *_: "reference")
     encoder, x, states = make(cell, states=True, bidirectional=True)
     assert_same(results(encode, encoder, x, LENGTHS, states), results(one_by_one, encoder, x, LENGTHS, states))
-    assert fused == [1]
+    assert nodes == [1]
 
 
 @cells
-def test_derivatives_of_gradients(cell: str, fused: list[int]) -> None:
+def test_derivatives_of_gradients(cell: str, nodes: list[int]) -> None:
     lengths = torch.tensor([2, 0, 3, 1])
     encoder, x, states = make(cell, lengths, states=True, bidirectional=True)
     x = x.detach()[:, :4].nan_to_num().requires_grad_()
@@ -250,7 +175,7 @@ def test_derivatives_of_gradients(cell: str, fused: list[int]) -> None:
     inputs = (x, *first, *weights)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
-    assert fused
+    assert nodes
     # Several gradients at once are computed as a batch.
     outputs = run(*inputs)[0]
     several = torch.randn(3, *outputs.shape, dtype=torch.float64)
@@ -263,7 +188,7 @@ def test_derivatives_of_gradients(cell: str, fused: list[int]) -> None:
 
 @pytest.mark.parametrize("frozen", ["x", "weight_hh", "rnn"])
 @cells
-def test_some_need_no_gradient(cell: str, frozen: str, fused: list[int]) -> None:
+def test_some_need_no_gradient(cell: str, frozen: str, nodes: list[int]) -> None:
     encoder, x, states = make(cell, states=True, num_layers=2, bidirectional=True)
     x.requires_grad_(frozen != "x")
     for name, parameter in encoder.named_parameters():
@@ -273,7 +198,7 @@ def test_some_need_no_gradient(cell: str, frozen: str, fused: list[int]) -> None
     with torch.no_grad():
         outputs, _ = encoder(x, LENGTHS, states)
     torch.testing.assert_close(outputs, expected["outputs"])
-    assert len(fused) == 4
+    assert len(nodes) == 4
 
 
 @cells
@@ -303,130 +228,3 @@ def test_results_and_inputs_changed_in_place(cell: str) -> None:
         encoder.rnn.weight_hh_l0.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, x)
-
-
-# What is done to the layer --------------------------------------------------------------------------------------------
-
-
-def hook(rnn: nn.Module) -> None:
-    rnn.register_forward_hook(
-        lambda module, arguments, result: (result[0]._replace(data=2 * result[0].data), result[1])
-    )
-
-
-def other_forward(rnn: nn.Module) -> None:
-    original = rnn.forward
-    rnn.forward = lambda rows, states=None: original(rows._replace(data=2 * rows.data), states)
-
-
-def subclass(rnn: nn.Module) -> None:
-    cls = type(rnn)
-    rnn.__class__ = type("Mine", (cls,), {"forward": lambda self, rows, states=None: cls.forward(self, rows, states)})
-
-
-def pruned(rnn: nn.Module) -> None:
-    prune.random_unstructured(rnn, "weight_hh_l0", amount=0.5)
-
-
-class _Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-
-def parametrized(rnn: nn.Module) -> None:
-    parametrize.register_parametrization(rnn, "weight_ih_l0", _Doubled())
-
-
-def other_dtype(rnn: nn.Module) -> None:
-    rnn.to(torch.bfloat16)
-
-
-WAYS = [hook, other_forward, subclass, pruned, parametrized]
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@cells
-def test_changed_layers_are_called(cell: str, way: Callable[[nn.Module], None], fused: list[int]) -> None:
-    lengths = torch.tensor([3, 2, 7, 1, 7, 4])
-    encoder, x, _ = make(cell, lengths, bidirectional=True)
-    way(encoder.rnn)
-    assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    assert fused == []
-
-
-@cells
-def test_projections_bfloat16_and_autocast(cell: str, fused: list[int]) -> None:
-    lengths = torch.tensor([3, 2, 7, 1, 7, 4])
-    encoder, x, _ = make(cell, lengths, dtype=torch.bfloat16)
-    assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    encoder, x, _ = make(cell, lengths, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    if cell == "lstm":
-        encoder = Encoder.from_module(nn.LSTM(INPUT, HIDDEN, proj_size=3, batch_first=True))
-        assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    assert fused == []
-
-
-@cells
-def test_state_dicts(cell: str) -> None:
-    encoder, x, _ = make(cell, num_layers=2, bidirectional=True)
-    other = type(encoder.rnn)(INPUT, HIDDEN, 2, bidirectional=True, batch_first=True, dtype=torch.float64)
-    outer, outer_other = nn.ModuleDict({"encoder": encoder}), nn.ModuleDict({"encoder": other})
-    outer.load_state_dict(outer_other.state_dict())
-    lengths = torch.tensor([3, 2, 7, 1, 7, 4])
-    x = x.detach().nan_to_num()
-    expected = packed(Encoder.from_module(other), x, lengths)
-    torch.testing.assert_close(encoder(x, lengths), expected)
-    fresh, _, _ = make(cell, num_layers=2, bidirectional=True)
-    fresh.load_state_dict(encoder.state_dict())
-    torch.testing.assert_close(copy.deepcopy(fresh)(x, lengths), expected)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        fresh.load_state_dict({"weight_ih_l0": encoder.rnn.weight_ih_l0})
-
-
-def test_from_module_shares_the_layer() -> None:
-    rnn = nn.GRU(INPUT, HIDDEN).eval()
-    encoder = Encoder.from_module(rnn)
-    assert encoder.rnn is rnn
-    assert not encoder.training
-    assert set(encoder.parameters()) == set(rnn.parameters())
-
-
-def test_compiled(fused: list[int]) -> None:
-    encoder, x, _ = make("lstm")
-    compiled = torch.compile(encoder, backend="eager")
-    assert_same(results(lambda _, *given: compiled(*given), encoder, x, LENGTHS), results(encode, encoder, x, LENGTHS))
-    assert fused == [1]  # of the one that is not compiled
-
-
-def test_refusals() -> None:
-    encoder, x, _ = make("lstm")
-    for arguments, error, words in (
-        ((x.tolist(), LENGTHS), TypeError, "Encoder: inputs must be a tensor, got list"),
-        (
-            (x[0], LENGTHS),
-            ValueError,
-            r"Encoder: inputs must have shape \(B, S, input_size\) = \(\*, \*, 5\), got \(8, 5\)",
-        ),
-        ((x, LENGTHS.tolist()), TypeError, "Encoder: lengths must be an int32 or int64 tensor, got list"),
-        ((x, LENGTHS.double()), TypeError, "int32 or int64 tensor, got torch.float64"),
-        ((x, LENGTHS[:2]), ValueError, r"Encoder: lengths must have shape \(B,\) = \(6,\), got \(2,\)"),
-        ((x, LENGTHS + 2), ValueError, r"Encoder: lengths must be in 0..S = 0..8, got 2..9"),
-        ((x, LENGTHS - 1), ValueError, r"got -1..6"),
-        ((x[..., :4], LENGTHS), ValueError, r"Encoder: inputs must have shape \(B, S, input_size\) = \(\*, \*, 5\)"),
-        ((x.float(), LENGTHS), (ValueError, RuntimeError), "dtype|type"),
-    ):
-        with pytest.raises(error, match=words):
-            encoder(*arguments)
-    with pytest.raises(ValueError, match="Encoder: cell must be one of 'lstm', 'gru', got 'rnn'"):
-        Encoder(2, 3, cell="rnn")
-    with pytest.raises(TypeError, match=r"must be an nn.LSTM or nn.GRU, got Linear"):
-        Encoder.from_module(nn.Linear(2, 3))
-
-
-@cells
-def test_seq2seq_uses_it(cell: str, fused: list[int]) -> None:
-    model = Seq2Seq(9, 9, 5, 6, 7, cell=cell, num_layers=2)
-    model(torch.randint(3, 9, (3, 5)), torch.tensor([5, 2, 3]), torch.randint(3, 9, (3, 4)))
-    assert len(fused) == 2

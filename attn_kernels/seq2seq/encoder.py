@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
-from .recurrent import States, checked_lengths, run_recurrent
+from .recurrent import checked_lengths, run_recurrent
 
 CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -72,7 +72,9 @@ class Encoder(nn.Module):
         self.rnn = rnn
         self.register_load_state_dict_pre_hook(_add_prefix)
 
-    def forward(self, inputs: Tensor, lengths: Tensor, states: States | None = None) -> tuple[Tensor, States]:
+    def forward(
+        self, inputs: Tensor, lengths: Tensor, states: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
         r"""inputs: (B, S, input_size), or (S, B, \*) with batch_first=False. What their padding holds does not matter.
         lengths: (B,) int32 or int64, 0..S; on the CPU, or it is waited for. states: the first ones, as of ``nn.LSTM``:
             (hidden, cell), of a GRU hidden, (num_layers * D, B, hidden_size) each, with D directions. None: zeros.
