@@ -107,6 +107,7 @@ def test_from_module_shares_the_layer() -> None:
     assert set(encoder.parameters()) == set(rnn.parameters())
 
 
+@pytest.mark.slow
 def test_compiled(nodes: list[int]) -> None:
     encoder, x, _ = make("lstm")
     compiled = torch.compile(encoder, backend="eager")

@@ -55,23 +55,21 @@ def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States 
     """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU."""
     if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
         return False
-    longest = x.shape[1 if rnn.batch_first else 0]
+    is_lstm, longest = isinstance(rnn, nn.LSTM), x.shape[1 if rnn.batch_first else 0]
     if not bool((lengths > 0).any()):  # nothing but padding
         return False
-    if isinstance(rnn, nn.LSTM) and bool(
-        (lengths == longest).all()
-    ):  # no padding, and PyTorch's LSTM is the faster one
+    if is_lstm and bool((lengths == longest).all()):  # no padding, and PyTorch's LSTM is the faster one
         return False
     of_states = (states,) if isinstance(states, Tensor) else (states or ())
     directions = 2 if rnn.bidirectional else 1
-    gates = (4 if isinstance(rnn, nn.LSTM) else 3) * rnn.hidden_size
+    gates = (4 if is_lstm else 3) * rnn.hidden_size
     shapes = [(gates, rnn.input_size), (gates, rnn.hidden_size), *([(gates,), (gates,)] if rnn.bias else [])]
     upper = [(gates, directions * rnn.hidden_size), *shapes[1:]]
     weights = rnn.all_weights
     first = (rnn.num_layers * directions, lengths.shape[0], rnn.hidden_size)
     return (
         rnn.proj_size == 0
-        and (not of_states or isinstance(states, Tensor) == isinstance(rnn, nn.GRU))
+        and (states is None or (isinstance(states, Tensor) != is_lstm and len(of_states) == 1 + is_lstm))
         and all(is_plain(state) and tuple(state.shape) == first for state in of_states)
         and is_plain(x)
         and x.is_cpu
