@@ -116,16 +116,8 @@ def timed(calls: dict[str, Any], device: torch.device, seconds: float) -> timing
 
 
 def row(kind: str, cell: str, shape: Shape, least: float, samples: timing.Samples) -> dict[str, Any]:
-    others = [name for name in samples if name != OURS]
-    return {
-        "kind": kind,
-        "cell": cell,
-        "B,S,T": list(shape),
-        "lengths": "S/2..S" if least else "1..S",
-        "rounds": len(samples[OURS]),
-        "ms": {name: results.rounded(timing.spread(times).scaled(1e3)) for name, times in samples.items()},
-        "others / ours": {name: results.rounded(timing.ratios(samples, name, OURS)) for name in others},
-    }
+    settings = {"kind": kind, "cell": cell, "B,S,T": list(shape), "lengths": "S/2..S" if least else "1..S"}
+    return {**settings, **results.comparison(samples, OURS)}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -136,7 +128,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         for name in (PACKED, PADDED):
             if name in one["ms"]:
                 text = report.figure(one["ms"][name]["median"])
-                cells.append(f"{text}  {report.times(one['others / ours'][name]['median'])}")
+                cells.append(f"{text}  {report.times(one[f'times {OURS}'][name]['median'])}")
             else:
                 cells.append("")
         shown.add_row(one["kind"], one["cell"], ",".join(map(str, one["B,S,T"])), one["lengths"], *cells)
