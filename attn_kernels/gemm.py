@@ -20,6 +20,7 @@ _MIN_ROWS = 4
 _MIN_STEPS = 12  # so many products make up for packing a weight
 _LARGE_WEIGHT = 1 << 22  # elements: packing takes longer than the rest of a decoding step
 _BLOCK_ROWS = (512, 128, 32)
+_ROUNDED_ROWS = 64
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,6 +28,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _use_onednn(x, weight):
         return _onednn(x, weight, bias)
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear`` for many rows whose number differs from call to call, such as all steps of ragged sentences.
+
+    Where oneDNN multiplies, the number is rounded up, so that few codes are compiled: see ``weight_gradient``.
+    """
+    rows = x.shape[0]
+    excess = -rows % _ROUNDED_ROWS
+    if excess == 0 or not _use_onednn(x, weight):
+        return linear(x, weight, bias)
+    return linear(torch.nn.functional.pad(x, (0, 0, 0, excess)), weight, bias)[:rows]
 
 
 def weight_gradient(x: Tensor, y: Tensor) -> Tensor:

@@ -340,10 +340,10 @@ for _name, _score, _fake in (
 _define("additive_prepare", "(Tensor keys) -> Tensor", _prepare_fake)
 
 
-# lstm_step ------------------------------------------------------------------------------------------------------------
+# lstm_step, gru_step --------------------------------------------------------------------------------------------------
 
-# For the decoder's loop (seq2seq/fused/cells.py), which is its own rule of autograd: they write into their arguments. B
-# rows, H units; rows are contiguous; float32 or float64.
+# For layers of cells (seq2seq/fused/cell_steps.py says what they compute), which are their own rules of autograd: they
+# write into their arguments. B rows, H units; rows are contiguous; float32 or float64.
 for _name, _schema in (
     (
         "lstm_step",
@@ -352,6 +352,16 @@ for _name, _schema in (
     (
         "lstm_step_backward",
         "(Tensor dhidden, Tensor gates, Tensor cell, Tensor tanh, Tensor(a!) dcell, Tensor(b!) dgates)",
+    ),
+    (
+        "gru_step",
+        "(Tensor(a!) gates, Tensor products, Tensor? bias, Tensor before, Tensor(b!) recurrent, Tensor(c!) hidden, "
+        "Tensor(d!)? again)",
+    ),
+    (
+        "gru_step_backward",
+        "(Tensor dhidden, Tensor gates, Tensor before, Tensor recurrent, Tensor(a!) dbefore, Tensor(b!) dgates, "
+        "Tensor(c!) dproducts)",
     ),
 ):
     library.define(f"{_name}.cpu{_schema} -> ()", tags=(torch.Tag.pt2_compliant_tag,))

@@ -6,6 +6,7 @@
 
 #include "additive_attention.h"
 #include "dot_attention.h"
+#include "gru_cell.h"
 #include "lstm_cell.h"
 
 namespace attn {
@@ -24,6 +25,8 @@ struct Kernels {
   void (*dot_attention_backward)(const DotAttentionBackward&);
   void (*lstm_step)(const LstmStep&);  // on the CPU only, like all that follow
   void (*lstm_step_backward)(const LstmStepBackward&);
+  void (*gru_step)(const GruStep&);
+  void (*gru_step_backward)(const GruStepBackward&);
   uint64_t (*checksum)(const void* data, size_t bytes);
   void (*gated_additive_scores)(const GatedAdditiveScoresForward&);
   void (*gated_additive_scores_backward)(const GatedAdditiveScoresBackward&);

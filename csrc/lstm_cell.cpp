@@ -1,18 +1,10 @@
 // lstm_step: the ops of attn_kernels/ops.py that the decoder's loop calls on the CPU. They write into their arguments.
 #include "lstm_cell.h"
 
-#include "checks.h"
+#include "rows.h"
 
 namespace attn {
 namespace {
-
-// One axis of B rows of `columns` elements each, all of the dtype of the gates.
-RowsView rows(const Tensor& t, const char* name, Dtype dtype, int64_t B, int64_t columns) {
-  check_shape(t, name, {B, columns});
-  STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype of gates");
-  STD_TORCH_CHECK(t.stride(1) == 1 || columns <= 1, name, " must have contiguous rows");
-  return {t.mutable_data_ptr(), t.stride(0)};
-}
 
 Dtype float_of(const Tensor& gates) {
   const Dtype dtype = dtype_of(gates, "gates");

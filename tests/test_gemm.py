@@ -61,6 +61,21 @@ def test_linear(monkeypatch: pytest.MonkeyPatch, of_x: str, of_weight: str, with
 
 
 @pytest.mark.usefixtures("_wide_vectors")
+@pytest.mark.parametrize(("rows", "multiplied"), [(1, None), (33, 64), (64, 64), (130, 192)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_of_rows(monkeypatch: pytest.MonkeyPatch, rows: int, multiplied: int | None, with_bias: bool) -> None:
+    """oneDNN gets a number of rows of which there are few."""
+    sizes: list[int] = []
+    call = gemm._call
+    monkeypatch.setattr(gemm, "_call", lambda x, *others: sizes.append(x.shape[0]) or call(x, *others))
+    x, weight = torch.randn(rows, 257), torch.randn(301, 257)
+    bias = torch.randn(301) if with_bias else None
+    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    torch.testing.assert_close(gemm.linear_of_rows(x, weight, bias).double(), expected, atol=1e-4, rtol=0)
+    assert sizes == ([] if multiplied is None else [multiplied])
+
+
+@pytest.mark.usefixtures("_wide_vectors")
 @pytest.mark.parametrize("of_y", LAYOUTS)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @pytest.mark.parametrize("rows", [1183, 512, 31, 0])

@@ -16,7 +16,7 @@ from attn_kernels import LuongAttention, Memory
 from attn_kernels.scores import AdditiveScore, DotScore
 from attn_kernels.seq2seq import Seq2Seq, decoder
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
-from attn_kernels.seq2seq.fused import cells as fused_cells
+from attn_kernels.seq2seq.fused import cell_steps
 from attn_kernels.seq2seq.fused.inputs import flatten, unflatten
 from matrix import device_of, slow_interpreted
 from sentences import SOURCE, TARGET, Batch, random_batch, run, weighted
@@ -105,7 +105,7 @@ def test_bfloat16(cell: str) -> None:
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_lstm_without_its_op(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, or with no compiled module."""
-    monkeypatch.setattr(fused_cells, "choose", lambda *_: "reference")
+    monkeypatch.setattr(cell_steps, "choose", lambda *_: "reference")
     assert_same(models(attention="bahdanau", cell="lstm", num_layers=num_layers), batch())
 
 

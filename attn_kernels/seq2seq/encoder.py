@@ -1,4 +1,4 @@
-"""The encoder: embedding and a bidirectional LSTM or GRU over sentences of different lengths."""
+"""Encoders: an LSTM or GRU over sentences of different lengths, and one with an embedding before it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,104 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ..checks import check_tensor, shape_of
+from ..errors import ArgumentTypeError, ArgumentValueError
+from .recurrent import checked_lengths, run_recurrent
 
 CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class Encoder(nn.Module):
-    """Bidirectional, ``hidden_size`` units per direction.
+    r"""LSTM or GRU over a padded batch of sentences of different lengths: ``nn.LSTM`` and ``nn.GRU``, and lengths.
+
+    The results are those of ``pack_padded_sequence``, the layer and ``pad_packed_sequence``, for sentences of length 0,
+    too. On the CPU, where each step of PyTorch's packed layers has a backward that writes the whole batch, a layer is
+    one node of autograd; other devices run packed.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, dropout, bidirectional: as of ``nn.LSTM``. dropout: between layers.
+        cell: "lstm" or "gru".
+        batch_first: inputs and outputs are (B, S, \*); False: (S, B, \*).
+        device, dtype: of the parameters.
+
+    ``rnn`` is the ``nn.LSTM`` or ``nn.GRU`` that has the parameters. ``load_state_dict`` takes the state_dict of such a
+    layer as well as that of an encoder. What is done to it is kept: with hooks, parametrizations, pruning or a class of
+    its own it is called, with packed inputs, and so it is under torch.compile, autocast and transforms of torch.func,
+    and in dtypes other than float32 and float64.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        cell: str = "lstm",
+        bias: bool = True,
+        batch_first: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise ArgumentValueError(f"Encoder: cell must be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
+        options: dict[str, Any] = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional}
+        self._set(
+            CELLS[cell](input_size, hidden_size, num_layers, dropout=dropout, device=device, dtype=dtype, **options)
+        )
+
+    @classmethod
+    def from_module(cls, rnn: nn.LSTM | nn.GRU) -> Encoder:
+        """An encoder that runs this very layer, whose parameters are not copied.
+
+        Raises TypeError if it is none of ``nn.LSTM`` and ``nn.GRU``.
+        """
+        if not isinstance(rnn, nn.LSTM | nn.GRU):
+            raise ArgumentTypeError(f"Encoder.from_module: rnn must be an nn.LSTM or nn.GRU, got {type(rnn).__name__}")
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder._set(rnn)
+        return encoder.train(rnn.training)
+
+    def _set(self, rnn: nn.LSTM | nn.GRU) -> None:
+        self.rnn = rnn
+        self.register_load_state_dict_pre_hook(_add_prefix)
+
+    def forward(
+        self, inputs: Tensor, lengths: Tensor, states: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        r"""inputs: (B, S, input_size), or (S, B, \*) with batch_first=False. What their padding holds does not matter.
+        lengths: (B,) int32 or int64, 0..S; on the CPU, or it is waited for. states: the first ones, as of ``nn.LSTM``:
+            (hidden, cell), of a GRU hidden, (num_layers * D, B, hidden_size) each, with D directions. None: zeros.
+
+        Returns outputs, (B, S, D * hidden_size), with zeros in the padding, and the states after the last step of each
+        sentence, shaped as the first ones; of an empty sentence, its first states.
+
+        Raises ValueError or TypeError where an argument does not fit.
+        """
+        check_tensor("Encoder", "inputs", inputs)
+        batch_first, size = getattr(self.rnn, "batch_first", True), getattr(self.rnn, "input_size", None)
+        if inputs.dim() != 3 or (size is not None and inputs.shape[2] != size):
+            axes = "(B, S, input_size)" if batch_first else "(S, B, input_size)"
+            raise ArgumentValueError(f"Encoder: inputs must have shape {axes} = (*, *, {size}), got {shape_of(inputs)}")
+        batch, steps = inputs.shape[:2] if batch_first else (inputs.shape[1], inputs.shape[0])
+        lengths = checked_lengths("Encoder", "lengths", lengths, batch, steps)
+        return run_recurrent(self.rnn, inputs, lengths, states)
+
+
+def _add_prefix(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Names of a state_dict of an ``nn.LSTM`` become those of an encoder."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        rest = name[len(prefix) :]
+        if rest.startswith(("weight_", "bias_")):
+            state_dict[f"{prefix}rnn.{rest}"] = state_dict.pop(name)
+
+
+class TokenEncoder(nn.Module):
+    """That of Seq2Seq: embedding, dropout, and bidirectional layers with ``hidden_size`` units per direction.
 
     With ``sum_directions`` the outputs of both directions are added, not concatenated: memory_size is then hidden_size,
     which attention without a projection of the memory needs, and not 2 * hidden_size.
@@ -58,26 +149,12 @@ class Encoder(nn.Module):
         Returns the memory, (B, S, memory_size), with zeros in its padding, and the final states: one tensor
         (num_layers, B, 2 * hidden_size) for a GRU, two (hidden, cell) for an LSTM; zeros for a sentence of length 0.
         """
-        batch, steps = source.shape
-        lengths = source_lengths.cpu()
-        if steps == 0:  # RNNs refuse a sequence of length 0: compute on one step, and drop it below
-            source = source.new_full((batch, 1), self.padding_idx)
         embedded = self.dropout(self.embedding(source))
-        if bool((lengths == source.shape[1]).all()):  # nothing to pack, and PyTorch is faster without
-            outputs, final = self.rnn(embedded)
-        else:
-            packed = pack_padded_sequence(embedded, lengths.clamp(min=1), batch_first=True, enforce_sorted=False)
-            outputs, final = self.rnn(packed)
-            outputs, _ = pad_packed_sequence(outputs, batch_first=True, total_length=source.shape[1])
+        outputs, final = run_recurrent(self.rnn, embedded, source_lengths.to("cpu", torch.int64))
         if self.sum_directions:
             outputs = outputs[..., : self.hidden_size] + outputs[..., self.hidden_size :]
         states = tuple(self._join_directions(state) for state in (final if isinstance(final, tuple) else (final,)))
-        empty = lengths == 0
-        if bool(empty.any()):
-            empty = empty.to(source.device)
-            outputs = outputs.masked_fill(empty[:, None, None], 0.0)
-            states = tuple(state.masked_fill(empty[:, None], 0.0) for state in states)
-        return outputs[:, :steps], states
+        return outputs, states
 
     def _join_directions(self, state: Tensor) -> Tensor:
         """(num_layers * 2, B, hidden_size) -> (num_layers, B, 2 * hidden_size)"""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..memory import Memory
 from .attentions import ATTENTIONS
 from .decoder import Decoder
-from .encoder import CELLS, Encoder
+from .encoder import CELLS, TokenEncoder
 from .evaluation import in_evaluation
+from .recurrent import checked_lengths
 from .search import Hypothesis, SearchOptions, search
 from .sharded import as_forward, gathered
 from .state import DecoderState
@@ -87,7 +88,7 @@ class Seq2Seq(nn.Module):
         padding_idx, self.bos, self.eos = (operator.index(token) for token in (padding_idx, bos, eos))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rnn: dict[str, Any] = {"cell": cell, "num_layers": num_layers, "dropout": dropout, "padding_idx": padding_idx}
-        self.encoder = Encoder(
+        self.encoder = TokenEncoder(
             source_vocab,
             embedding_size,
             hidden_size,
@@ -136,16 +137,7 @@ class Seq2Seq(nn.Module):
         batch, steps = source.shape
         if batch == 0:
             raise ValueError(f"Seq2Seq: source must have shape (B, S) with B >= 1, got {tuple(source.shape)}")
-        if not isinstance(source_lengths, Tensor) or source_lengths.dtype not in (torch.int32, torch.int64):
-            got = source_lengths.dtype if isinstance(source_lengths, Tensor) else type(source_lengths).__name__
-            raise TypeError(f"Seq2Seq: source_lengths must be an int32 or int64 tensor, got {got}")
-        if source_lengths.shape != (batch,):
-            expected = f"(B,) = ({batch},)"
-            raise ValueError(f"Seq2Seq: source_lengths must have shape {expected}, got {tuple(source_lengths.shape)}")
-        lengths = source_lengths.cpu()  # packing needs them there; a caller who has them there saves a wait
-        shortest, longest = (int(limit) for limit in lengths.aminmax())
-        if shortest < 0 or longest > steps:
-            raise ValueError(f"Seq2Seq: source_lengths must be in 0..S = 0..{steps}, got {shortest}..{longest}")
+        lengths = checked_lengths("Seq2Seq", "source_lengths", source_lengths, batch, steps)
         outputs, states = self.encoder(source, lengths)
         return as_forward(self.decoder, "begin")(outputs, states, source_lengths.to(outputs.device))
 

@@ -8,6 +8,7 @@
 #include "checksum_kernel.h"
 #include "dot_attention_kernels.h"
 #include "gated_additive_bwd.h"
+#include "gru_cell_kernels.h"
 #include "lstm_cell_kernels.h"
 
 namespace attn {
@@ -27,6 +28,8 @@ Dtype computed_in(const Op& op) {
 }
 inline Dtype computed_in(const LstmStep& op) { return op.dtype; }
 inline Dtype computed_in(const LstmStepBackward& op) { return op.dtype; }
+inline Dtype computed_in(const GruStep& op) { return op.dtype; }
+inline Dtype computed_in(const GruStepBackward& op) { return op.dtype; }
 
 #if defined(ATTN_FLOAT64_LEVEL)
 template <class Op, void (*kFloat)(const Op&), void (*Kernels::*kDouble)(const Op&)>
@@ -56,6 +59,8 @@ const Kernels kernels = {
     ATTN_BY_DTYPE(DotAttentionBackward, dot_attention_backward),
     ATTN_BY_DTYPE(LstmStep, lstm_step),
     ATTN_BY_DTYPE(LstmStepBackward, lstm_step_backward),
+    ATTN_BY_DTYPE(GruStep, gru_step),
+    ATTN_BY_DTYPE(GruStepBackward, gru_step_backward),
     checksum,
     ATTN_BY_DTYPE(GatedAdditiveScoresForward, gated_additive_scores),
     ATTN_BY_DTYPE(GatedAdditiveScoresBackward, gated_additive_scores_backward),

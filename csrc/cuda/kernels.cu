@@ -162,6 +162,8 @@ const Kernels kernels = {additive_prepare,
                          dot_forward,
                          dot_backward,
                          nullptr,
+                         nullptr,
+                         nullptr,
                          nullptr};
 
 }  // namespace cuda

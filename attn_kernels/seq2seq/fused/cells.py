@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import ops
-from ...backends import choose
 from ...gemm import PackedLinear, weight_gradient
+from .cell_steps import find_step
 from .inputs import CellWeights
 
 
@@ -71,22 +70,15 @@ class LSTMForward(_Forward):
         weight = torch.cat([weights.x, weights.h], dim=1)
         self.saved = SavedLSTM(self.inputs, base, cells, cell.new_empty(steps, batch, self.size), weight)
         self.product = PackedLinear(weight, batch, steps)
-        self.has_op = _has_lstm_op(base)
+        self.compute = find_step("lstm_step", base)
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
         _, gates, cells, tanh_cells, _ = self.saved
         step_gates = gates[t].add_(self.product(self.inputs[t]))
         hidden = self.h(t + 1)
-        if self.has_op:
-            ops.kernel("lstm_step", "cpu")(step_gates, cells[t], cells[t + 1], tanh_cells[t], hidden, hidden_copy)
-            return hidden
-        i, f, g, o = step_gates.chunk(4, dim=1)
-        step_gates[:, : 2 * self.size].sigmoid_()
-        g.tanh_()
-        o.sigmoid_()
-        cell = torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
-        return _copied(torch.mul(o, torch.tanh(cell, out=tanh_cells[t]), out=hidden), hidden_copy)
+        self.compute(step_gates, cells[t], cells[t + 1], tanh_cells[t], hidden, hidden_copy)
+        return hidden
 
 
 class LSTMBackward:
@@ -99,23 +91,13 @@ class LSTMBackward:
         self.dcell = torch.zeros_like(saved.cells[0])  # of the cell after the step that comes next
         steps, batch, _ = saved.gates.shape
         self.product = PackedLinear(saved.weight.t(), batch, steps)
-        self.has_op = _has_lstm_op(saved.gates)
+        self.compute = find_step("lstm_step_backward", saved.gates)
 
     def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
         _, gates, cells, tanh_cells, _ = self.saved
-        tanh, dcell, dgates = tanh_cells[t], self.dcell, self.dgates[t]
-        if self.has_op:
-            ops.kernel("lstm_step_backward", "cpu")(dh, gates[t], cells[t], tanh, dcell, dgates)
-        else:
-            i, f, g, o = gates[t].chunk(4, dim=1)
-            di, df, dg, do = dgates.chunk(4, dim=1)
-            _sigmoid_backward(dh * tanh, o, do)
-            dcell += _tanh_backward(dh * o, tanh)
-            _sigmoid_backward(dcell * g, i, di)
-            _sigmoid_backward(dcell * cells[t], f, df)
-            _tanh_backward(dcell * i, g, dg)
-            dcell *= f
+        dgates = self.dgates[t]
+        self.compute(dh, gates[t], cells[t], tanh_cells[t], self.dcell, dgates)
         return self.product(dgates).split(self.sizes, dim=1)
 
     def weight_gradients(self) -> CellWeights:
@@ -137,17 +119,15 @@ class GRUForward(_Forward):
         self.saved = SavedGRU(self.inputs, base, hidden.new_empty(steps, batch, self.size))
         self.product_x = PackedLinear(weights.x, batch, steps)
         self.product_h = PackedLinear(weights.h, batch, steps)
+        self.compute = find_step("gru_step", base)
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
-        gates, size, before = self.saved.gates[t], self.size, self.h(t)
+        gates, before, hidden = self.saved.gates[t], self.h(t), self.h(t + 1)
         gates.add_(self.product_x(self.x(t)))
-        products = self.product_h(before).add_(self.bias_h)
-        recurrent = self.saved.recurrent[t].copy_(products[:, 2 * size :])
-        gates[:, : 2 * size].add_(products[:, : 2 * size]).sigmoid_()
-        r, z, n = gates.chunk(3, dim=1)
-        n.addcmul_(r, recurrent).tanh_()
-        return _copied(torch.lerp(n, before, z, out=self.h(t + 1)), hidden_copy)
+        products = self.product_h(before)
+        self.compute(gates, products, self.bias_h, before, self.saved.recurrent[t], hidden, hidden_copy)
+        return hidden
 
 
 class GRUBackward:
@@ -161,41 +141,17 @@ class GRUBackward:
         steps, batch, _ = saved.gates.shape
         self.product_x = PackedLinear(weights.x.t(), batch, steps)
         self.product_h = PackedLinear(weights.h.t(), batch, steps)
+        self.compute = find_step("gru_step_backward", saved.gates)
 
     def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
         inputs, gates, recurrent = self.saved
-        dgates, drecurrent, size = self.dgates[t], self.drecurrent[t], self.size
-        r, z, n = gates[t].chunk(3, dim=1)
-        dr, dz, dn = dgates.chunk(3, dim=1)
-        _sigmoid_backward(dh * (inputs[t, :, self.n :] - n), z, dz)
-        dh_z = dh * z
-        _tanh_backward(dh - dh_z, n, dn)
-        _sigmoid_backward(dn * recurrent[t], r, dr)
-        drecurrent[:, : 2 * size] = dgates[:, : 2 * size]
-        torch.mul(dn, r, out=drecurrent[:, 2 * size :])
-        return self.product_x(dgates), dh_z.add_(self.product_h(drecurrent))
+        dgates, drecurrent = self.dgates[t], self.drecurrent[t]
+        dbefore = torch.zeros_like(dh)
+        self.compute(dh, gates[t], inputs[t, :, self.n :], recurrent[t], dbefore, dgates, drecurrent)
+        return self.product_x(dgates), dbefore.add_(self.product_h(drecurrent))
 
     def weight_gradients(self) -> CellWeights:
         dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.saved.inputs[:-1]))
         dx, dh = weight_gradient(dgates, inputs[:, : self.n]), weight_gradient(drecurrent, inputs[:, self.n :])
         return CellWeights(dx, dh, dgates.sum(0), drecurrent.sum(0))
-
-
-def _has_lstm_op(gates: Tensor) -> bool:
-    return gates.is_cpu and gates.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
-
-
-def _copied(x: Tensor, to: Tensor | None) -> Tensor:
-    if to is not None:
-        to.copy_(x)
-    return x
-
-
-def _sigmoid_backward(gradient: Tensor, output: Tensor, out: Tensor) -> Tensor:
-    return torch.ops.aten.sigmoid_backward.grad_input(gradient, output, grad_input=out)
-
-
-def _tanh_backward(gradient: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
-    out = gradient if out is None else out
-    return torch.ops.aten.tanh_backward.grad_input(gradient, output, grad_input=out)

@@ -32,6 +32,10 @@ class CellWeights(NamedTuple):
     bias_x: Tensor  # (G,)
     bias_h: Tensor  # (G,)
 
+    @property
+    def is_lstm(self) -> bool:
+        return self.h.shape[0] == 4 * self.h.shape[1]
+
 
 class Inputs(NamedTuple):
     """All that a sequence is computed from, or the gradients of all that."""

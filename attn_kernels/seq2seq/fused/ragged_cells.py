@@ -1,0 +1,176 @@
+"""One direction of a recurrent layer over sentences of different lengths, without autograd: forward, then backward.
+
+Steps are stored one after the other, each with the rows of the sentences that have it, longest first, as in a
+``PackedSequence``: no padding is computed. In PyTorch every step is a slice whose backward writes the whole batch;
+here all steps share a few arrays, and what waits for no state is one product for all steps.
+
+N rows of all steps, R sentences, T steps, n inputs, H units; G = 4 H in an LSTM, 3 H in a GRU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...gemm import PackedLinear, linear_of_rows
+from .cell_steps import find_step
+from .inputs import CellWeights
+
+_EXACT, _SMALL = 64, 256  # rows
+
+
+class Part(NamedTuple):
+    """The rows of a step whose sentences had a step before, or those whose sentences begin with it."""
+
+    number: int  # in the order of rows
+    rows: int
+    begin: int  # its first row
+    before: int  # where the states before it begin: in arrays of N + R rows, the last of which are the first states
+    sentence: int  # which of the R its first row belongs to; the others follow
+    goes_on: bool
+
+
+class Direction(NamedTuple):
+    """The order of the steps, and where states come from."""
+
+    parts: list[Part]  # as they are visited
+    sizes: list[int]  # rows of the parts, in the order of rows
+    before: Tensor  # (N,), for each row that of the state before
+    first: Tensor  # (R,), the row of each sentence that is visited first
+    last: Tensor  # (R,), and last
+
+
+class SavedDirection(NamedTuple):
+    """What a backward reads."""
+
+    gates: Tensor  # (N, G), i, f, g, o or r, z, n
+    hidden: Tensor  # (N + R, H): the last R are the first states
+    third: Tensor  # (N, H), tanh of the cells; GRU: h W_hn + b_hn
+    cell: Tensor | None  # (N + R, H); None of a GRU
+
+
+def forward(
+    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor | None, cell: Tensor | None, out: Tensor
+) -> SavedDirection:
+    """x: (N, n). hidden, cell: (R, H), the first states; None: zeros. Written: out, (N, H), the states of all rows."""
+    run = _run_lstm if weights.is_lstm else _run_gru
+    saved = run(way, x, weights, _states(way, x, weights, hidden), cell, hidden is not None)
+    out.copy_(saved.hidden[: x.shape[0]])
+    return saved
+
+
+def backward(
+    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the gates before their functions: of their parts with x, and of those with h, (N, G) each.
+
+    dhidden: (N + R, H), of the states of all rows, and R zeros. After the call these are the gradients of the first
+        states, but for their parts through ``weights.h``.
+    dcell: (R, H), of the last cells; after the call, of the first.
+    """
+    return (_go_back_lstm if weights.is_lstm else _go_back_gru)(way, weights, saved, dhidden, dcell)
+
+
+def _states(way: Direction, x: Tensor, weights: CellWeights, first: Tensor | None) -> Tensor:
+    count = x.shape[0]
+    states = x.new_empty(count + way.first.shape[0], weights.h.shape[1])
+    states[count:] = 0 if first is None else first
+    return states
+
+
+class _Product:
+    """Products of rows in the middle of a matrix with a weight.
+
+    oneDNN compiles code for each number of rows, and keeps so many codes. Large numbers are rounded up, to have few of
+    them: rows that follow are multiplied, too, and dropped.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, way: Direction) -> None:
+        most = way.first.shape[0]
+        self.x, self.product = x, PackedLinear(weight, most, len(way.parts))
+        self.rounds = self.product.packed is not None and most > _EXACT
+
+    def __call__(self, begin: int, rows: int) -> Tensor:
+        if not self.rounds or rows <= _EXACT:
+            return self.product(self.x[begin : begin + rows])
+        multiple = 8 if rows <= _SMALL else 32
+        return self.product(self.x[begin : begin + -(-rows // multiple) * multiple])[:rows]
+
+
+# LSTM -----------------------------------------------------------------------------------------------------------------
+
+
+def _run_lstm(
+    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor, first_cell: Tensor | None, has_first: bool
+) -> SavedDirection:
+    count = x.shape[0]
+    cell = _states(way, x, weights, first_cell)
+    gates = linear_of_rows(x, weights.x, None if weights.bias_x is None else weights.bias_x + weights.bias_h)
+    if has_first:
+        gates.index_add_(0, way.first, hidden[count:] @ weights.h.t())
+    tanh = torch.empty_like(cell[:count])
+    product, step = _Product(hidden, weights.h, way), find_step("lstm_step", gates)
+    gates_of, cell_of, tanh_of, hidden_of = (y[:count].split(way.sizes) for y in (gates, cell, tanh, hidden))
+    for n, rows, _, before, _, goes_on in way.parts:
+        of_part = gates_of[n]
+        if goes_on:
+            of_part.add_(product(before, rows))
+        step(of_part, cell[before : before + rows], cell_of[n], tanh_of[n], hidden_of[n], None)
+    return SavedDirection(gates, hidden, tanh, cell)
+
+
+def _go_back_lstm(
+    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    gates, _, tanh, cell = saved
+    assert cell is not None
+    assert dcell is not None
+    count = gates.shape[0]
+    dgates = torch.empty_like(gates)
+    product, step = _Product(dgates, weights.h.t(), way), find_step("lstm_step_backward", gates)
+    dhidden_of, gates_of, tanh_of, dgates_of = (y[:count].split(way.sizes) for y in (dhidden, gates, tanh, dgates))
+    for n, rows, begin, before, sentence, goes_on in reversed(way.parts):
+        of_cell = cell[before : before + rows], tanh_of[n], dcell[sentence : sentence + rows]
+        step(dhidden_of[n], gates_of[n], *of_cell, dgates_of[n])
+        if goes_on:
+            dhidden[before : before + rows].add_(product(begin, rows))
+    return dgates, dgates
+
+
+# GRU ------------------------------------------------------------------------------------------------------------------
+
+
+def _run_gru(
+    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor, no_cell: Tensor | None, has_first: bool
+) -> SavedDirection:
+    count = x.shape[0]
+    gates = linear_of_rows(x, weights.x, weights.bias_x)
+    recurrent = torch.empty_like(hidden[:count])
+    of_first = hidden[count:] @ weights.h.t() if has_first else gates.new_zeros(way.first.shape[0], gates.shape[1])
+    product, step = _Product(hidden, weights.h, way), find_step("gru_step", gates)
+    gates_of, recurrent_of, hidden_of = (y[:count].split(way.sizes) for y in (gates, recurrent, hidden))
+    for n, rows, _, before, sentence, goes_on in way.parts:
+        products = product(before, rows) if goes_on else of_first[sentence : sentence + rows]
+        states = hidden[before : before + rows], recurrent_of[n], hidden_of[n]
+        step(gates_of[n], products, weights.bias_h, *states, None)
+    return SavedDirection(gates, hidden, recurrent, None)
+
+
+def _go_back_gru(
+    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, no_cell: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    gates, hidden, recurrent = saved[:3]
+    count = gates.shape[0]
+    dgates, dproducts = torch.empty_like(gates), torch.empty_like(gates)
+    product, step = _Product(dproducts, weights.h.t(), way), find_step("gru_step_backward", gates)
+    of_rows = (dhidden, gates, recurrent, dgates, dproducts)
+    dhidden_of, gates_of, recurrent_of, dgates_of, dproducts_of = (y[:count].split(way.sizes) for y in of_rows)
+    for n, rows, begin, before, _, goes_on in reversed(way.parts):
+        there = slice(before, before + rows)
+        dbefore = dhidden[there]
+        step(dhidden_of[n], gates_of[n], hidden[there], recurrent_of[n], dbefore, dgates_of[n], dproducts_of[n])
+        if goes_on:
+            dbefore.add_(product(begin, rows))
+    return dgates, dproducts

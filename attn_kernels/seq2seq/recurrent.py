@@ -1,0 +1,137 @@
+"""Running an LSTM or GRU over sentences of different lengths, by the faster one of two ways with the same results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..stock import is_plain, is_stock, runs_eagerly
+from .fused.ragged import find_rows, run_layer
+
+States = Tensor | tuple[Tensor, Tensor]
+
+
+def checked_lengths(name: str, argument: str, lengths: object, batch: int, steps: int) -> Tensor:
+    """(B,) int64 on the CPU: packing needs them there; a caller who has them there saves a wait.
+
+    Raises ValueError or TypeError where they are not (B,) int32 or int64 numbers in 0..S.
+    """
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ArgumentTypeError(f"{name}: {argument} must be an int32 or int64 tensor, got {got}")
+    if lengths.shape != (batch,):
+        expected = f"(B,) = ({batch},)"
+        raise ArgumentValueError(f"{name}: {argument} must have shape {expected}, got {tuple(lengths.shape)}")
+    on_host = lengths.to("cpu", torch.int64)
+    if batch > 0:
+        shortest, longest = (int(limit) for limit in on_host.aminmax())
+        if shortest < 0 or longest > steps:
+            raise ArgumentValueError(f"{name}: {argument} must be in 0..S = 0..{steps}, got {shortest}..{longest}")
+    return on_host
+
+
+def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | None = None) -> tuple[Tensor, States]:
+    r"""What ``rnn`` makes of packed sentences, padded with zeros; an empty sentence keeps its first states.
+
+    rnn: an ``nn.LSTM``, ``nn.GRU``, or what is called alike. x: (B, S, n), or (S, B, n) with batch_first=False.
+    lengths: (B,) int64 on the CPU, 0..S. states: the first ones, as ``rnn`` takes them; None: zeros.
+
+    Returns outputs, (B, S, \*) or (S, B, \*), and the last states.
+    """
+    axis = 1 if getattr(rnn, "batch_first", True) else 0
+    if x.shape[axis] == 0:  # RNNs refuse a sequence of length 0: compute on one step, and drop it
+        padded = functional.pad(x, (0, 0, 0, 1) if axis == 1 else (0, 0, 0, 0, 0, 1))
+        outputs, last = run_recurrent(rnn, padded, lengths, states)
+        return outputs.narrow(axis, 0, 0), last
+    if isinstance(rnn, nn.LSTM | nn.GRU) and _can_fuse(rnn, x, lengths, states):
+        return _run_fused(rnn, x, lengths, states)
+    return _run_packed(rnn, x, lengths, states)
+
+
+def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> bool:
+    """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU."""
+    if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
+        return False
+    is_lstm, longest = isinstance(rnn, nn.LSTM), x.shape[1 if rnn.batch_first else 0]
+    if not bool((lengths > 0).any()):  # nothing but padding
+        return False
+    if is_lstm and bool((lengths == longest).all()):  # no padding, and PyTorch's LSTM is the faster one
+        return False
+    of_states = (states,) if isinstance(states, Tensor) else (states or ())
+    directions = 2 if rnn.bidirectional else 1
+    gates = (4 if is_lstm else 3) * rnn.hidden_size
+    shapes = [(gates, rnn.input_size), (gates, rnn.hidden_size), *([(gates,), (gates,)] if rnn.bias else [])]
+    upper = [(gates, directions * rnn.hidden_size), *shapes[1:]]
+    weights = rnn.all_weights
+    first = (rnn.num_layers * directions, lengths.shape[0], rnn.hidden_size)
+    return (
+        rnn.proj_size == 0
+        and (states is None or (isinstance(states, Tensor) != is_lstm and len(of_states) == 1 + is_lstm))
+        and all(is_plain(state) and tuple(state.shape) == first for state in of_states)
+        and is_plain(x)
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and x.shape[2] == rnn.input_size
+        and len(weights) == rnn.num_layers * directions
+        and all(
+            [tuple(weight.shape) for weight in of_one] == (shapes if n < directions else upper)
+            for n, of_one in enumerate(weights)
+        )
+        and all(
+            (y.dtype, y.device) == (x.dtype, x.device)
+            for y in (*of_states, *(weight for of_one in weights for weight in of_one))
+        )
+    )
+
+
+def _run_fused(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
+    batch, steps = lengths.shape[0], x.shape[1 if rnn.batch_first else 0]
+    rows = find_rows(lengths, (steps, 1) if rnn.batch_first else (1, batch))
+    directions, axes = 2 if rnn.bidirectional else 1, x.shape[:2]
+    first = (states,) if isinstance(states, Tensor) else states
+    of_rows = x.flatten(0, 1).index_select(0, rows.source)
+    last: list[tuple[Tensor, ...]] = []
+    for layer in range(rnn.num_layers):
+        if layer > 0 and rnn.dropout > 0:
+            of_rows = functional.dropout(of_rows, rnn.dropout, rnn.training)
+        own = slice(layer * directions, (layer + 1) * directions)
+        of_layer = [state[own].index_select(1, rows.order) for state in first or ()]
+        hidden, cell = (*of_layer, None, None)[:2]
+        of_rows, *after = run_layer(rows, of_rows, hidden, cell, rnn.all_weights[own])
+        last.append(tuple(state for state in after if state is not None))
+    outputs = x.new_zeros(batch * steps, of_rows.shape[1]).index_copy(0, rows.source, of_rows)
+    zeros = x.new_zeros(rnn.num_layers * directions, batch, rnn.hidden_size)
+    kinds = [torch.cat(of_kind) for of_kind in zip(*last, strict=True)]
+    found = [(zeros if first is None else first[n]).index_copy(1, rows.order, state) for n, state in enumerate(kinds)]
+    return outputs.unflatten(0, axes), found[0] if isinstance(rnn, nn.GRU) else (found[0], found[1])
+
+
+def _run_packed(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
+    batch_first = bool(getattr(rnn, "batch_first", True))
+    steps = x.shape[1 if batch_first else 0]
+    empty: Tensor | None = lengths == 0
+    if bool(empty.any()):
+        # A sentence has one step at least: of an empty one that step is computed from zeros, and dropped below.
+        empty = empty.to(x.device)
+        padding = empty[:, None, None] if batch_first else empty[:, None]
+        x = x.masked_fill(padding, 0.0)
+    else:
+        empty = None
+    first = () if states is None else (states,)
+    if empty is None and bool((lengths == steps).all()):  # nothing to pack, and PyTorch is faster without
+        outputs, last = rnn(x, *first)
+    else:
+        options = {"batch_first": batch_first}
+        packed = pack_padded_sequence(x, lengths.clamp(min=1), enforce_sorted=False, **options)
+        outputs, last = rnn(packed, *first)
+        outputs, _ = pad_packed_sequence(outputs, total_length=steps, **options)
+    if empty is not None:
+        outputs = outputs.masked_fill(padding, 0.0)
+        kinds = (last,) if isinstance(last, Tensor) else last
+        before = (states,) if isinstance(states, Tensor) else (states or [kind.new_zeros(()) for kind in kinds])
+        kept = tuple(torch.where(empty[:, None], old, new) for old, new in zip(before, kinds, strict=True))
+        last = kept[0] if isinstance(last, Tensor) else kept
+    return outputs, last
