@@ -149,7 +149,9 @@ def _additive_scores(
     if gate is not None:
         gates = torch.sigmoid(gate)[:, None]
         hidden = hidden * (_mask_pairs(gates, allowed) if _per_query(allowed) else gates)
-    return hidden @ v if v.dim() == 1 else (hidden @ v.mT).mT.flatten(1, 2)
+    if v.dim() == 1:
+        return hidden @ v
+    return (hidden @ v.resolve_neg().mT).mT.flatten(1, 2)  # of a lazy negative, the product is rounded in another way
 
 
 def _attend(
