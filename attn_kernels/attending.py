@@ -134,12 +134,12 @@ def attend_with_options(
     without_context = values is None
     if without_context:
         values = _empty_values(score.name, query, keys, need_weights)
-    gated = isinstance(score, GatedAdditiveScore)
-    find, what = (choose_for_gate, GATED) if gated else (choose_for_options, OPTIONS)
-    chosen = or_reference(score.name, find(backend, device_type(query)), backend, what)
     _check(score, query, keys, values, masks, backend)
     vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
     check_score_bias(score.name, query, keys, options.score_bias, vectors)
+    gated = isinstance(score, GatedAdditiveScore)
+    find, what = (choose_for_gate, GATED) if gated else (choose_for_options, OPTIONS)
+    chosen = or_reference(score.name, find(backend, device_type(query)), backend, what)
     axes = query.dim()
     query, keys, values, score_bias = autocast(query, keys, values, options.score_bias)
     score = score.autocast(query)
