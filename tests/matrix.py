@@ -50,6 +50,7 @@ class Op(NamedTuple):
     variant: Callable[..., Any] | None = None  # the public function, called in a way of its own
     by_name: tuple[str, ...] = ()  # tensors that go in by keyword
     vectors: int | None = None  # how many score vectors there are, where v has an axis of them
+    lacks: tuple[str, ...] = ()  # backends that have no kernels for it: conftest.py leaves these out
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The names of the axes of a tensor; those of the score vectors are R."""
@@ -140,23 +141,6 @@ def _with_prepared_keys(
     return attn_kernels.additive_attention(query, keys, *others, backend=backend, prepared=prepared, **keywords)
 
 
-def _with_extra_in_the_kernel(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
-    if backend in ("cuda", "triton"):  # where rounding the sum of keys and extra moves arguments across the kink at 0
-        pytest.skip(f"backend {backend} adds extra to the keys beforehand")
-    return attn_kernels.additive_attention(*tensors, backend=backend, **keywords)
-
-
-def _with_options(name: str, without: tuple[str, ...] = ("cuda",)) -> Callable[..., Any]:
-    """A public function. without: the backends that have no kernels for such calls."""
-
-    def attend(*tensors: Tensor, backend: str | None = None, **keywords: Any) -> Any:
-        if backend in without:
-            pytest.skip(f"backend {backend} has no kernels for it yet")
-        return getattr(attn_kernels, name)(*tensors, backend=backend, **keywords)
-
-    return attend
-
-
 def _packed(name: str) -> Callable[..., Any]:
     """A public function, called with the keys and values of the steps that may be attended, and no others."""
 
@@ -175,8 +159,6 @@ def _packed(name: str) -> Callable[..., Any]:
             allowed = torch.ones(keys.shape[0], 1, keys.shape[1], dtype=torch.bool, device=keys.device)
         if allowed.shape[1] != 1:
             pytest.skip("packed memories are the same for all queries")
-        if backend in ("cuda", "triton"):
-            pytest.skip(f"backend {backend} runs on a padded copy")
         there = allowed[:, 0]
         lengths = there.sum(1)
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -194,6 +176,9 @@ def _packed(name: str) -> Callable[..., Any]:
     return attend
 
 
+ON_GPUS = ("cuda", "triton")
+
+
 def _gated(name: str, gate: bool = True, vectors: int | None = None, **options: Any) -> Op:
     op = OPS[name]
     tensors = ("gate",) if gate else ()
@@ -202,7 +187,7 @@ def _gated(name: str, gate: bool = True, vectors: int | None = None, **options: 
         by_name=tensors,
         vectors=vectors,
         options=options,
-        variant=_with_options(name, without=("cuda", "triton")),
+        lacks=ON_GPUS,
     )
 
 
@@ -221,7 +206,8 @@ VARIANTS = MAIN | {
     "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
     "extra": _WITH_EXTRA,
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
-    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], variant=_with_extra_in_the_kernel),
+    # On GPUs extra is added to the keys beforehand, and rounding the sum moves arguments across the kink at 0.
+    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], lacks=ON_GPUS),
     "gate": _gated("additive_attention"),
     "gate, 3 vectors": _gated("additive_attention", vectors=3),
     "gate, relu, 1 vector": _gated("additive_attention", vectors=1, **ACTIVATIONS["relu"]),
@@ -232,16 +218,17 @@ VARIANTS = MAIN | {
     "score bias": _OF_ATTENTION._replace(
         inputs=(*_OF_ATTENTION.inputs, "score_bias"),
         by_name=("score_bias",),
-        variant=_with_options("additive_attention"),
+        lacks=("cuda",),
     ),
     "score bias, sigmoid": _OF_DOT._replace(
         inputs=(*_OF_DOT.inputs, "score_bias"),
         by_name=("score_bias",),
         options={**_OF_DOT.options, "normalizer": "sigmoid"},
-        variant=_with_options("dot_attention"),
+        lacks=("cuda",),
     ),
-    "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention")),
-    "packed dot": _OF_DOT._replace(variant=_packed("dot_attention")),
+    # Other backends run on a padded copy.
+    "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention"), lacks=ON_GPUS),
+    "packed dot": _OF_DOT._replace(variant=_packed("dot_attention"), lacks=ON_GPUS),
 }
 
 
