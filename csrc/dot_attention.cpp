@@ -24,6 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context, 
                              need_query, need_memory, need_memory});
 }
 
+#if !defined(ATTN_CUDA)  // on the CPU only
 std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values,
                                                 std::optional<Tensor> score_bias, double scale, double dropout_p,
                                                 int64_t seed, int64_t normalizer, std::optional<Tensor> memory_lengths,
@@ -50,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> with_options_backward(
                                                      {}, {}, &with);
   return {dquery, dkeys, dvalues, dscore_bias};
 }
+#endif
 
 }  // namespace
 }  // namespace attn

@@ -1,6 +1,5 @@
-// Softmax with context, and the gradient of scores: a kernel for the rows of scores each, and a product (gemm.cu).
-#include <limits>
-
+// Alignments and context, and the gradient of scores: a kernel for the rows of scores each, and a product (gemm.cu).
+#include "softmax.cuh"
 #include "views.cuh"
 
 namespace attn {
@@ -8,9 +7,6 @@ namespace cuda {
 namespace {
 
 constexpr int kRowWarps = 4;  // a row each
-
-template <typename W>
-constexpr W kLowest = std::numeric_limits<W>::lowest();
 
 // Turns of a loop at once, as registers allow.
 template <typename W>
@@ -26,8 +22,9 @@ struct Row {
         i(index % Tq) {}
 };
 
-// The softmax of the attended scores, 0 elsewhere: as alignments, unrounded as weights, or both.
-template <typename T>
+// What the normaliser (a policy: softmax.cuh) makes of the attended scores, 0 elsewhere: as alignments, unrounded as
+// weights, or both.
+template <typename T, class Normaliser>
 __global__ void __launch_bounds__(kRowWarps* kWarp)
     attend_kernel(std::int64_t rows, std::int64_t Tq, std::int64_t Tk,
                   const Wide<T>* scores,  // (B, Tq, Tk) contiguous
@@ -41,30 +38,28 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   const std::int64_t length = attended_steps(attended, row.b, Tk);
   const W* score = scores + row.index * Tk;
 
-  // Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 0 / 0 is NaN, as in eager.
-  W top = kLowest<W>;
+  typename Normaliser::Part whole = Normaliser::nothing();
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
-    if (mask_allows(attended, row.b, row.i, j)) top = larger(top, score[j]);
-  top = warp_largest(top);
-  W total = 0;
+    if (mask_allows(attended, row.b, row.i, j)) whole.largest = larger(whole.largest, score[j]);
+  whole.largest = warp_largest(whole.largest);
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < length; j += kWarp)
-    if (mask_allows(attended, row.b, row.i, j)) total += exp_of(score[j] - top);
-  total = warp_sum(total);
-  const W inverse = reciprocal(total);  // of 0 where nothing is attended, and then nothing is multiplied by it
+    if (mask_allows(attended, row.b, row.i, j)) whole.sum += Normaliser::weight(score[j], whole.largest);
+  whole.sum = warp_sum(whole.sum);
+  const W finished = Normaliser::finish(whole);
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W p = 0;
-    if (j < length && mask_allows(attended, row.b, row.i, j)) p = exp_of(score[j] - top) * inverse;
+    if (j < length && mask_allows(attended, row.b, row.i, j))
+      p = Normaliser::alignment(score[j], whole.largest, finished);
     if (alignments != nullptr) alignments[row.index * Tk + j] = narrow<T>(p);
     if (weights != nullptr) weights[row.index * Tk + j] = p;
   }
 }
 
-// dscores = alignments * (g - mean of g), 0 where not attended; g = product + grad_alignments. The mean is the sum of
-// alignments * g over that of alignments: 1, but for their rounding.
-template <typename T>
+// dscores, 0 where not attended, from the gradient of the alignments, product + grad_alignments.
+template <typename T, class Normaliser>
 __global__ void __launch_bounds__(kRowWarps* kWarp)
     softmax_backward_kernel(std::int64_t rows, std::int64_t Tq, std::int64_t Tk,
                             Strided<T> alignments,       // (B, Tq, Tk)
@@ -95,12 +90,12 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
     }
   products = warp_sum(products);
   total = warp_sum(total);
-  const W mean = products / (total > W(1e-30) ? total : W(1e-30));  // 0 / 0 where nothing is attended
+  const W mean = Normaliser::mean(products, total);
 #pragma unroll(kAtOnce<W>)
   for (std::int64_t j = lane; j < Tk; j += kWarp) {
     W d = 0;
     if (j < length && mask_allows(attended, row.b, row.i, j))
-      d = widen(p_row[j * alignments.stride[2]]) * (gradient(j) - mean);
+      d = Normaliser::gradient(widen(p_row[j * alignments.stride[2]]), gradient(j), mean);
     d_row[j] = d;
   }
 }
@@ -129,8 +124,8 @@ void attend(const Attend& op) {
     else if (alignments == nullptr && op.D > 0)
       alignments = scratch<T>(size);
     if (size > 0 && (alignments != nullptr || weights != nullptr))
-      launch(attend_kernel<T>, rows_grid(rows), rows, op.Tq, op.Tk, static_cast<const W*>(op.scores), attended,
-             alignments, weights);
+      launch(attend_kernel<T, Softmax<W>>, rows_grid(rows), rows, op.Tq, op.Tk, static_cast<const W*>(op.scores),
+             attended, alignments, weights);
     const Dtype dtype = op.values.dtype;
     const StridedView3 averages =
         unrounded ? contiguous(weights, Dtype::float32, op.Tq, op.Tk) : contiguous(alignments, dtype, op.Tq, op.Tk);
@@ -144,7 +139,7 @@ void softmax_backward(const SoftmaxBackward& op) {
   if (op.grad_context) product({op.B, op.Tq, op.Tk, op.D, op.grad_context, op.values, 1.0, attended, op.dscores});
   with_type(op.alignments.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(softmax_backward_kernel<T>, rows_grid(rows), rows, op.Tq, op.Tk, strided<T>(op.alignments),
+    launch(softmax_backward_kernel<T, Softmax<Wide<T>>>, rows_grid(rows), rows, op.Tq, op.Tk, strided<T>(op.alignments),
            strided<T>(op.grad_alignments), attended, static_cast<bool>(op.grad_context),
            static_cast<Wide<T>*>(op.dscores));
   });

@@ -1,5 +1,5 @@
-// Softmax as a policy of decoding (decode.cu): of a part of a row of scores, merged over parts, and finished. No access
-// to global memory: unit-tested as plain C++.
+// Softmax as a policy: of a part of a row of scores, merged over parts, and finished, for decoding (decode.cu) as for many
+// queries (softmax.cu), and its gradient. No access to global memory: unit-tested as plain C++.
 #pragma once
 
 #include "platform.cuh"
@@ -63,6 +63,13 @@ struct Softmax {
 
   // The alignment of an attended score, from what finish() has returned for the whole.
   ATTN_HOST_DEVICE static W alignment(W score, W largest, W finished) { return exp_of(score - largest) * finished; }
+
+  // The gradient of a score is alignment * (g - mean), g that of the alignment. The mean of g is the sum of alignment * g
+  // over that of alignments: 1, but for their rounding.
+  ATTN_HOST_DEVICE static W mean(W products, W alignments) {
+    return products / (alignments > W(1e-30) ? alignments : W(1e-30));  // 0 / 0 where nothing is attended
+  }
+  ATTN_HOST_DEVICE static W gradient(W alignment, W g, W mean) { return alignment * (g - mean); }
 };
 
 }  // namespace cuda
