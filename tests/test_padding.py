@@ -71,7 +71,8 @@ def padded_with(op: Op, case: Case, dtype: torch.dtype, device: str, fill: float
 
     def pad(name: str, t: Tensor) -> Tensor:
         if name in unused:
-            t = t.masked_fill(unused[name] if unused[name].dim() == 3 else unused[name][..., None], fill)
+            pairs = name in ("alignments", "score_bias")
+            t = t.masked_fill(unused[name] if pairs else unused[name][..., None], fill)
         return lay_out(t, case.layout, fill)
 
     tensors, grads = ({name: pad(name, t) for name, t in part.items()} for part in (arguments.tensors, arguments.grads))
