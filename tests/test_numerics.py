@@ -36,8 +36,8 @@ ops = of_variants([name for name, op in VARIANTS.items() if op.options.get("norm
 # The guards are of the bounded activations: relu has none, and scores as large as its inputs.
 additive = [name for name, op in VARIANTS.items() if "v" in op.inputs and "relu" not in name]
 additive_ops = of_variants(additive)
-# Nor have the kernels of a gate and several score vectors; packed memories have the same kernels, and with extra prepared keys
-# have no effect.
+# Nor have the kernels of a gate and several score vectors; packed memories have the same kernels, and with extra, keys
+# that are prepared have no effect.
 guarded = [
     name for name in additive if not any(word in name for word in ("gate", "vectors", "packed", "extra, prepared"))
 ]
