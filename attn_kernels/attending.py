@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import derivatives, ops
-from .backends import choose, choose_for_gate, choose_for_options
+from .backends import choose, choose_among
 from .checks import (
     as_number,
     check_dtypes,
@@ -137,9 +137,8 @@ def attend_with_options(
     _check(score, query, keys, values, masks, backend)
     vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
     check_score_bias(score.name, query, keys, options.score_bias, vectors)
-    gated = isinstance(score, GatedAdditiveScore)
-    find, what = (choose_for_gate, GATED) if gated else (choose_for_options, OPTIONS)
-    chosen = or_reference(score.name, find(backend, device_type(query)), backend, what)
+    what = GATED if isinstance(score, GatedAdditiveScore) else OPTIONS
+    chosen = choose_or_reference(score.name, backend, device_type(query), what)
     axes = query.dim()
     query, keys, values, score_bias = autocast(query, keys, values, options.score_bias)
     score = score.autocast(query)
@@ -168,17 +167,23 @@ def attend_with_options(
     return Attention(context, alignments)
 
 
-OPTIONS = "score_bias, dropout_p, normalizer and need_log_total"
-GATED = "a gate or several score vectors"
+class Kernels(NamedTuple):
+    """What only some backends have kernels for. what: in the words of the error for another one that was named."""
+
+    what: str
+    backends: tuple[str, ...]  # the first that can run is taken
 
 
-def or_reference(name: str, found: str | None, backend: str | None, what: str) -> str:
-    """The backend that was found for ``what``; where there is none, the reference, unless one was named."""
-    if found is not None:
-        return found
-    if backend is not None:
-        raise ArgumentValueError(f"{name}: backend {backend!r} has no kernels for {what} yet")
-    return "reference"
+OPTIONS = Kernels("score_bias, dropout_p, normalizer and need_log_total", ("triton", "cpu"))
+GATED = Kernels("a gate or several score vectors", ("cpu",))
+
+
+def choose_or_reference(name: str, backend: str | None, device_type: str, kernels: Kernels) -> str:
+    """A backend that has the kernels; where there is none, the reference, unless one was named."""
+    found = choose_among(kernels.backends, backend, device_type)
+    if found is None and backend is not None:
+        raise ArgumentValueError(f"{name}: backend {backend!r} has no kernels for {kernels.what} yet")
+    return found or "reference"
 
 
 def make_options(name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str) -> Options:

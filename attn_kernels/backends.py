@@ -49,21 +49,16 @@ def choose(backend: str | None, device_type: str) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_for_options(backend: str | None, device_type: str) -> str | None:
-    """As ``choose``, for a call with options (types.py): "cuda" has no kernels for them, and "triton" goes before it.
-
-    None where none of the two can, or "cuda" is named.
-    """
+def choose_among(able: tuple[str, ...], backend: str | None, device_type: str) -> str | None:
+    """As ``choose``, for a call that has kernels in the backends ``able`` alone; None where none of them is chosen."""
     chosen = choose(backend, device_type)
-    if chosen != "cuda":
+    if chosen in able or chosen == "reference":
         return chosen
-    return "triton" if backend is None and _can_run("triton", device_type) else None
-
-
-def choose_for_gate(backend: str | None, device_type: str) -> str | None:
-    """As ``choose``, for a gate or several score vectors: None where the backends of a GPU, which have none, come."""
-    chosen = choose(backend, device_type)
-    return None if chosen in ("cuda", "triton") else chosen
+    if backend is None:
+        for name in able:
+            if _can_run(name, device_type):
+                return name
+    return None
 
 
 def _can_run(name: str, device_type: str) -> bool:

@@ -33,10 +33,11 @@ def check_scale(name: str, scale: object, argument: str = "scale") -> None:
         raise ArgumentValueError(f"{name}: {argument} must be a finite number, got {scale}")
 
 
-def check_size(name: str, argument: str, size: object, least: int = 1) -> int:
-    """A size, a count or a number of steps as an int of Python; numpy has its own."""
-    if not isinstance(size, Integral) or size < least:
-        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool = False) -> int:
+    """A size, a count or a number of steps as an int of Python; numpy has its own. odd: it has to have a middle."""
+    if not isinstance(size, Integral) or size < least or (odd and size % 2 == 0):
+        integer = "an odd positive integer" if odd else "a positive integer"
+        expected = integer if least == 1 else f"an integer of at least {least}"
         raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {size!r}")
     return int(size)
 

@@ -30,7 +30,7 @@ from .checks import (
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
-from .gated import gated_score, gated_scores, is_gated
+from .gated import gated_score, gated_scores
 from .packed_attention import attend_packed, check_memory, check_query, is_jagged, packed_memory
 from .scores import AdditiveScore, DotScore, ReluScore
 from .types import (
@@ -156,7 +156,7 @@ def additive_attention(
     if query is None:
         check_tensor(name, "keys", keys)
         query = keys.new_zeros(()).expand(keys.shape[0], keys.shape[-1])
-    gated = is_gated(v, gate)
+    gated = gate is not None or (isinstance(v, Tensor) and v.dim() > 1)  # v may be anything: it is checked later
     if type(scale) is not float or scale != 1.0:
         scale = as_number(name, scale)
         if gated:
@@ -321,7 +321,7 @@ def additive_scores(
     if extra is not None:
         check_extra("additive_scores", query, keys, extra)
         keys = keys + extra
-    if is_gated(v, gate):
+    if gate is not None or (isinstance(v, Tensor) and v.dim() > 1):
         gated = gated_score("additive_scores", v, bias, gate, activation, negative_slope)
         return gated_scores(gated, query, keys, backend)
     op: tuple[str, tuple[float, ...]] = ("additive_scores", ())

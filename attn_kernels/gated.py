@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import derivatives, ops
-from .attending import GATED, or_reference
-from .backends import choose_for_gate
+from .attending import GATED, choose_or_reference
 from .checks import (
     ACTIVATIONS,
     check_activation,
@@ -18,11 +17,6 @@ from .checks import (
 )
 from .scores import GatedAdditiveScore
 from .types import autocast, device_type
-
-
-def is_gated(v: Tensor, gate: Tensor | None) -> bool:
-    """Whether these take the op with a gate and several score vectors. v may be anything: it is checked later."""
-    return gate is not None or (isinstance(v, Tensor) and v.dim() > 1)
 
 
 def gated_score(
@@ -38,7 +32,7 @@ def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend
     check_score_vectors(name, query, score.v)
     check_units(name, query, "bias", score.bias)
     check_like_keys(name, query, keys, "gate", score.gate)
-    chosen = or_reference(name, choose_for_gate(backend, device_type(query)), backend, GATED)
+    chosen = choose_or_reference(name, backend, device_type(query), GATED)
     score = score.autocast(query)
     q, k = autocast(query, keys)
     check_dtypes(name, q, keys=k, v=score.v, bias=score.bias, gate=score.gate)

@@ -462,9 +462,13 @@ ERRORS = [
     (
         lambda: LocationSensitiveAttention(6, 7, 8, 4, 2.5),
         ValueError,
-        "kernel_size must be a positive integer, got 2.5",
+        "kernel_size must be an odd positive integer, got 2.5",
     ),
-    (lambda: LocationSensitiveAttention(6, 7, 8, 4, 30), ValueError, "kernel_size must be odd, got 30"),
+    (
+        lambda: LocationSensitiveAttention(6, 7, 8, 4, 30),
+        ValueError,
+        "kernel_size must be an odd positive integer, got 30",
+    ),
     (
         lambda: ForwardAttention(6, 7, 8, channels=4, kernel_size=30),
         ValueError,

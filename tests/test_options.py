@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import attn_kernels
-from attn_kernels import additive_attention, dot_attention, reference
+from attn_kernels import additive_attention, attending, dot_attention, reference
 from attn_kernels.ops import kernel
 from attn_kernels.types import attention_mask
 from bench import eager
@@ -213,22 +213,13 @@ def test_derivatives(score: str, normalizer: str, fused: str, device: str) -> No
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-def test_gradient_of_stride_0(fused: str, device: str) -> None:
-    """That of a sum of log_total."""
-    query, keys, *_ = make(torch.float32, device)
-    total = dot_attention(query, keys, None, need_log_total=True, backend=with_kernels(fused)).log_total.sum()
-    (found,) = torch.autograd.grad(total, query)
-    (right,) = torch.autograd.grad(torch.logsumexp(query @ keys.mT, -1).sum(), query)
-    torch.testing.assert_close(found, right)
-
-
-@pytest.mark.parametrize("attention", ["dot", "tanh"])
-def test_gradient_of_the_sum_of_log_totals(attention: str) -> None:
-    """Which is one number, expanded."""
-    tensors = make()
+@pytest.mark.parametrize("score", ["dot", "tanh"])
+def test_gradient_of_the_sum_of_log_totals(score: str, fused: str, device: str) -> None:
+    """Which is one number, with strides of 0."""
+    tensors = make(device=device)
     gradients = []
-    for backend in ("cpu", "reference"):
-        log_total = attend(attention, tensors, need_log_total=True, backend=backend).log_total
+    for backend in (with_kernels(fused), "reference"):
+        log_total = attend(score, tensors, need_log_total=True, backend=backend).log_total
         gradients.append(torch.autograd.grad(log_total.sum(), tensors[:2]))
     torch.testing.assert_close(*gradients)
 
@@ -271,11 +262,12 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (None, "cuda"):
         monkeypatch.setitem(backends._chosen, (name, "cuda"), "cuda")
     monkeypatch.setitem(backends._able, ("triton", "cuda"), True)
-    assert backends.choose_for_options(None, "cuda") == "triton"
-    assert backends.choose_for_options("cuda", "cuda") is None
+    able = attending.OPTIONS.backends
+    assert backends.choose_among(able, None, "cuda") == "triton"
+    assert backends.choose_among(able, "cuda", "cuda") is None
     monkeypatch.setitem(backends._able, ("triton", "cuda"), False)
-    assert backends.choose_for_options(None, "cuda") is None
-    assert backends.choose_for_options(None, "cpu") == backends.choose(None, "cpu")
+    assert backends.choose_among(able, None, "cuda") is None
+    assert backends.choose_among(able, None, "cpu") == backends.choose(None, "cpu")
 
 
 def test_cuda_is_refused() -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_size
 from ..functional import additive_scores
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from .energy import check_number, check_size
+from .energy import check_number
 from .steps import AlignmentsState, PositionalAttention, masked_softmax, without_autocast
 
 _LEAST_PRIOR = 1e-6  # of the paper: the logarithm of what the prior cannot reach is -13.8, and not -Inf

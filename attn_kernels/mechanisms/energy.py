@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentTypeError, ArgumentValueError
+from ..checks import as_number
+from ..errors import ArgumentValueError
 from ..modules import _reset_score_vector
 from .steps import AlignmentsAttention, additive_energies, dot_energies
 
@@ -126,22 +127,9 @@ def check_choice(name: str, argument: str, value: Any, choices: tuple[str, ...])
         raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {value!r}")
 
 
-def check_number(name: str, argument: str, value: Any, least: float = -math.inf) -> float:
+def check_number(name: str, argument: str, value: object, least: float = -math.inf) -> float:
     """A finite number, at least ``least``."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        got = type(value).__name__
-        raise ArgumentTypeError(f"{name}: {argument} must be a number, got {got}") from None
-    if not math.isfinite(number) or number < least:
-        expected = "a finite number" if least == -math.inf else f"a finite number >= {least}"
-        raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {value}")
+    number = as_number(name, value, argument)
+    if number < least:
+        raise ArgumentValueError(f"{name}: {argument} must be a finite number >= {least}, got {value}")
     return number
-
-
-def check_size(name: str, argument: str, value: Any, odd: bool = False) -> int:
-    """A positive integer, odd where it has to have a middle."""
-    if not isinstance(value, Integral) or value < 1 or (odd and value % 2 == 0):
-        expected = "an odd positive integer" if odd else "a positive integer"
-        raise ArgumentValueError(f"{name}: {argument} must be {expected}, got {value!r}")
-    return int(value)

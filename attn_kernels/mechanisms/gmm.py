@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_size
 from ..errors import ArgumentValueError
 from ..memory import Memory
-from .energy import check_number, check_size
+from .energy import check_number
 from .steps import PositionalAttention, wide_dtype
 
 _MOST = 30.0  # e^30 is far beyond any position; e^89 is Inf in float32, and of Inf * 0 a gradient would be NaN

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_lengths, check_masks, check_tensor, shape_of
+from ..checks import check_lengths, check_masks, check_size, check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_attention, dot_attention
 from ..memory import Memory
 from ..modules import _reset_score_vector
 from ..types import Attention, attention_mask
-from .energy import EnergyAttention, check_choice, check_number, check_size
+from .energy import EnergyAttention, check_choice, check_number
 from .stateful import StatefulResult
 from .steps import clean, result_dtype, weighted_sum, wide_dtype, without_autocast
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
 from .. import gemm
-from ..errors import ArgumentValueError
+from ..checks import check_size
 
 _MANY_ROWS = 1024  # steps of all sentences; with fewer, calls take more of the time than multiplications
 
@@ -21,12 +20,8 @@ def make_location_layers(
     name: str, inputs: int, channels: int, kernel_size: int, units: int, factory: dict[str, Any]
 ) -> tuple[nn.Conv1d, nn.Linear]:
     """The convolution F of ``inputs`` kinds of alignments and the projection U of what it finds."""
-    for argument, size in (("channels", channels), ("kernel_size", kernel_size)):
-        if not isinstance(size, Integral) or size < 1:
-            raise ArgumentValueError(f"{name}: {argument} must be a positive integer, got {size!r}")
-    if kernel_size % 2 == 0:  # the features of a step are to be around it
-        raise ArgumentValueError(f"{name}: kernel_size must be odd, got {kernel_size}")
-    channels, kernel_size = int(channels), int(kernel_size)  # numpy has its own
+    channels = check_size(name, "channels", channels)
+    kernel_size = check_size(name, "kernel_size", kernel_size, odd=True)  # the features of a step are to be around it
     convolution = nn.Conv1d(inputs, channels, kernel_size, padding=kernel_size // 2, bias=False, **factory)
     return convolution, nn.Linear(channels, units, bias=False, **factory)
 

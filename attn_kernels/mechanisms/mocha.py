@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_size
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from .energy import ChoosingAttention, check_size
+from .energy import ChoosingAttention
 from .monotonic import MODES, monotonic_alignments
 from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attending import attend_with_options, make_options
-from ..backends import choose_for_options
+from ..attending import OPTIONS, attend_with_options, make_options
+from ..backends import choose_among
 from ..checks import check_dtypes, check_lengths, check_mask, check_range, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
@@ -201,7 +201,7 @@ class NormalizedAttention(nn.Module):
             return self.attention(query, memory, need_weights)
         score, made = self.attention.make_score(memory), self.attention.make_query(query)
         backend = self.attention.backend
-        if self.normalizer == "sigmoid" and choose_for_options(backend, device_type(query)) is not None:
+        if self.normalizer == "sigmoid" and choose_among(OPTIONS.backends, backend, device_type(query)) is not None:
             options = make_options(score.name, None, 0.0, "sigmoid")  # in one pass
             masks = Masks(memory.memory_lengths, memory.mask)
             return attend_with_options(
