@@ -7,7 +7,7 @@ spliced into a call. A new mechanism is a class here, its row in ops.py and deri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.compiler import is_compiling
 
 from . import checks, types
 from .types import Attention
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11 on
 
 _SMALL = 1 << 19  # products
 
@@ -56,14 +59,43 @@ class _DotArguments(NamedTuple):
     scale: float = 1.0
 
 
-class AdditiveScore(_AdditiveArguments):
+class _OfUnits:
+    """What scores of v (A,) and bias have in common."""
+
+    __slots__ = ()
+    name = "additive_attention"  # of the public function, for messages
+    v: Tensor
+    bias: Tensor | None
+
+    def check(self, query: Tensor, keys: Tensor) -> None:
+        """Whether types and shapes fit the query, (B, Tq, A) or (B, A), and the keys."""
+        checks.check_units(self.name, query, "v", self.v)
+        checks.check_units(self.name, query, "bias", self.bias)
+
+
+class _WithExtra(_OfUnits):
+    """What is added to the keys, (B, Tk, A), beside v and bias. Its shape is checked where it comes in."""
+
+    __slots__ = ()
+    tensors, gradients, has_extra = 3, 2, True
+    extra: Tensor
+
+    def autocast(self, query: Tensor) -> Self:
+        _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
+        return self._replace(v=v, bias=bias, extra=extra)  # type: ignore[attr-defined]
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
+
+
+class AdditiveScore(_AdditiveArguments, _OfUnits):
     """v . tanh(query + keys + bias).
 
     v: (A,), score vector. bias: (A,). prepared: what ``prepare_keys`` made of the keys; it is never cast.
     """
 
     __slots__ = ()
-    op = name = "additive_attention"  # name: of the public function, for messages
+    op = "additive_attention"
     # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
     # one is added to the keys.
     tensors, gradients, has_extra = 3, 2, False
@@ -72,11 +104,6 @@ class AdditiveScore(_AdditiveArguments):
         """In the dtype that autocast gives the other arguments."""
         _, v, bias = types.autocast(query, self.v, self.bias)
         return AdditiveScore(v, bias, self.prepared)
-
-    def check(self, query: Tensor, keys: Tensor) -> None:
-        """Whether types and shapes fit the query, (B, Tq, A) or (B, A), and the keys."""
-        checks.check_units(self.name, query, "v", self.v)
-        checks.check_units(self.name, query, "bias", self.bias)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         """Whether dtypes fit those of query and keys, all as autocast leaves them. backend: that is chosen."""
@@ -88,23 +115,19 @@ class AdditiveScore(_AdditiveArguments):
         return AdditiveExtraScore(self.v, self.bias, extra)
 
 
-class ReluScore(_ReluArguments):
+class ReluScore(_ReluArguments, _OfUnits):
     """v . relu(query + keys + bias), or with a negative_slope, v . leaky_relu(...).
 
     v: (A,), score vector. bias: (A,). negative_slope: a finite number, what multiplies negative sums.
     """
 
     __slots__ = ()
-    op, name = "relu_attention", "additive_attention"
+    op = "relu_attention"
     tensors, gradients, has_extra = 2, 2, False
 
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
         return ReluScore(v, bias, self.negative_slope)
-
-    def check(self, query: Tensor, keys: Tensor) -> None:
-        checks.check_units(self.name, query, "v", self.v)
-        checks.check_units(self.name, query, "bias", self.bias)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
@@ -113,7 +136,7 @@ class ReluScore(_ReluArguments):
         return ReluExtraScore(self.v, self.bias, extra, self.negative_slope)
 
 
-class AdditiveExtraScore(_AdditiveExtraArguments):
+class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
     """v . tanh(query + keys + extra + bias).
 
     extra: (B, Tk, A), of a step. Its gradient is that of the keys, and no result of the backward by itself. Prepared
@@ -122,38 +145,14 @@ class AdditiveExtraScore(_AdditiveExtraArguments):
     """
 
     __slots__ = ()
-    op, name = "additive_attention_with_extra", "additive_attention"
-    tensors, gradients, has_extra = 3, 2, True
-
-    def autocast(self, query: Tensor) -> AdditiveExtraScore:
-        _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
-        return AdditiveExtraScore(v, bias, extra)
-
-    def check(self, query: Tensor, keys: Tensor) -> None:
-        checks.check_units(self.name, query, "v", self.v)
-        checks.check_units(self.name, query, "bias", self.bias)
-
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
+    op = "additive_attention_with_extra"
 
 
-class ReluExtraScore(_ReluExtraArguments):
+class ReluExtraScore(_ReluExtraArguments, _WithExtra):
     """v . relu(query + keys + extra + bias), or its leaky form."""
 
     __slots__ = ()
-    op, name = "relu_attention_with_extra", "additive_attention"
-    tensors, gradients, has_extra = 3, 2, True
-
-    def autocast(self, query: Tensor) -> ReluExtraScore:
-        _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
-        return ReluExtraScore(v, bias, extra, self.negative_slope)
-
-    def check(self, query: Tensor, keys: Tensor) -> None:
-        checks.check_units(self.name, query, "v", self.v)
-        checks.check_units(self.name, query, "bias", self.bias)
-
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
+    op = "relu_attention_with_extra"
 
 
 class GatedAdditiveScore(_GatedAdditiveArguments):

@@ -7,23 +7,21 @@ from .. import ops
 from . import additive_attention, dot_attention, relu_attention, with_options
 from .device import INTERPRETER
 
-for _function in (
-    additive_attention.additive_attention,
-    additive_attention.additive_attention_backward,
-    additive_attention.additive_scores,
-    additive_attention.additive_scores_backward,
-    relu_attention.relu_attention,
-    relu_attention.relu_attention_backward,
-    relu_attention.relu_scores,
-    relu_attention.relu_scores_backward,
-    dot_attention.dot_attention,
-    dot_attention.dot_attention_backward,
-    with_options.additive_attention_with_options,
-    with_options.additive_attention_with_options_backward,
-    with_options.relu_attention_with_options,
-    with_options.relu_attention_with_options_backward,
-    with_options.dot_attention_with_options,
-    with_options.dot_attention_with_options_backward,
-):
+_KERNELS = {
+    function.__name__: function
+    for function in (
+        additive_attention.additive_attention,
+        additive_attention.additive_attention_backward,
+        additive_attention.additive_scores,
+        additive_attention.additive_scores_backward,
+        relu_attention.relu_attention,
+        relu_attention.relu_attention_backward,
+        relu_attention.relu_scores,
+        relu_attention.relu_scores_backward,
+        dot_attention.dot_attention,
+        dot_attention.dot_attention_backward,
+    )
+}
+for _op, _kernel in {**_KERNELS, **with_options.KERNELS}.items():
     for _key in ("CUDA", "XPU", "CPU") if INTERPRETER.value else ("CUDA", "XPU"):
-        ops.library.impl(f"{_function.__name__}.triton", _function, _key)
+        ops.library.impl(f"{_op}.triton", _kernel, _key)

@@ -7,10 +7,12 @@ than softmax computes the scores again: its derivative cannot be made of alignme
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import ops
 from ..scores import AdditiveScore, DotScore, ReluScore, Score
 from ..types import NORMALIZERS, Masks, Options
 from .activations import TANH, Activation, activation_of
@@ -97,139 +99,30 @@ class _Call(NamedTuple):
         return dquery, dkeys, dvalues, *own, dscore_bias
 
 
-def additive_attention_with_options(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    score_bias: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    normalizer: int,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    need_alignments: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D), score_bias (B, Tq, Tk) -> as _Call.forward."""
-    options, masks = Options(score_bias, dropout_p, seed, normalizer), Masks(memory_lengths, mask)
-    return _Call(AdditiveScore(v, bias), query, keys, values, options, masks).forward(need_alignments)
+def _kernels(name: str, score: Callable[..., Score]) -> tuple[Callable[..., Gradients], Callable[..., Gradients]]:
+    """The op of a score, and its backward. Arguments: those of their schemas (ops.py)."""
+    tensors, numbers = len(ops.SCORES[name].tensors), len(ops.SCORES[name].numbers)
+
+    def call(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> _Call:
+        own, (score_bias, *rest) = others[:tensors], others[tensors:]
+        of_score, (*options, memory_lengths, mask) = rest[:numbers], rest[numbers:]
+        masks = Masks(memory_lengths, mask)
+        return _Call(score(*own, *of_score), query, keys, values, Options(score_bias, *options), masks)
+
+    def forward(*arguments: Any) -> Gradients:
+        *inputs, need_alignments = arguments
+        return call(*inputs).forward(need_alignments)
+
+    def backward(grad_context: Any, grad_alignments: Any, grad_log_total: Any, *arguments: Any) -> Gradients:
+        *inputs, alignments, _, need_query, need_memory = arguments
+        grads = (grad_context, grad_alignments, grad_log_total)
+        return call(*inputs).backward(*grads, alignments, need_query, need_memory)
+
+    return forward, backward
 
 
-def additive_attention_with_options_backward(
-    grad_context: Tensor | None,
-    grad_alignments: Tensor | None,
-    grad_log_total: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    score_bias: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    normalizer: int,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    alignments: Tensor,
-    log_total: Tensor,
-    need_query: bool,
-    need_memory: bool,
-) -> Gradients:
-    """The gradients of context, alignments and log_total -> as _Call.backward."""
-    options, masks = Options(score_bias, dropout_p, seed, normalizer), Masks(memory_lengths, mask)
-    grads = (grad_context, grad_alignments, grad_log_total)
-    call = _Call(AdditiveScore(v, bias), query, keys, values, options, masks)
-    return call.backward(*grads, alignments, need_query, need_memory)
-
-
-def relu_attention_with_options(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    score_bias: Tensor | None,
-    negative_slope: float,
-    dropout_p: float,
-    seed: int,
-    normalizer: int,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    need_alignments: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D), score_bias (B, Tq, Tk) -> as _Call.forward."""
-    options, masks = Options(score_bias, dropout_p, seed, normalizer), Masks(memory_lengths, mask)
-    return _Call(ReluScore(v, bias, negative_slope), query, keys, values, options, masks).forward(need_alignments)
-
-
-def relu_attention_with_options_backward(
-    grad_context: Tensor | None,
-    grad_alignments: Tensor | None,
-    grad_log_total: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    score_bias: Tensor | None,
-    negative_slope: float,
-    dropout_p: float,
-    seed: int,
-    normalizer: int,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    alignments: Tensor,
-    log_total: Tensor,
-    need_query: bool,
-    need_memory: bool,
-) -> Gradients:
-    """The gradients of context, alignments and log_total -> as _Call.backward."""
-    options, masks = Options(score_bias, dropout_p, seed, normalizer), Masks(memory_lengths, mask)
-    grads = (grad_context, grad_alignments, grad_log_total)
-    call = _Call(ReluScore(v, bias, negative_slope), query, keys, values, options, masks)
-    return call.backward(*grads, alignments, need_query, need_memory)
-
-
-def dot_attention_with_options(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    score_bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    normalizer: int,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    need_alignments: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D), score_bias (B, Tq, Tk) -> as _Call.forward."""
-    options, masks = Options(score_bias, dropout_p, seed, normalizer), Masks(memory_lengths, mask)
-    return _Call(DotScore(scale), query, keys, values, options, masks).forward(need_alignments)
-
-
-def dot_attention_with_options_backward(
-    grad_context: Tensor | None,
-    grad_alignments: Tensor | None,
-    grad_log_total: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    score_bias: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    normalizer: int,
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    alignments: Tensor,
-    log_total: Tensor,
-    need_query: bool,
-    need_memory: bool,
-) -> Gradients:
-    """The gradients of context, alignments and log_total -> as _Call.backward."""
-    options, masks = Options(score_bias, dropout_p, seed, normalizer), Masks(memory_lengths, mask)
-    grads = (grad_context, grad_alignments, grad_log_total)
-    call = _Call(DotScore(scale), query, keys, values, options, masks)
-    return call.backward(*grads, alignments, need_query, need_memory)
+KERNELS: dict[str, Callable[..., Gradients]] = {}
+_OF_SCORES: dict[str, Callable[..., Score]] = {"additive": AdditiveScore, "relu": ReluScore, "dot": DotScore}
+for _name, _score in _OF_SCORES.items():
+    _op = f"{_name}_attention_with_options"
+    KERNELS[_op], KERNELS[f"{_op}_backward"] = _kernels(_name, _score)
