@@ -108,3 +108,24 @@ def finish(tables: Iterable[Any], description: dict[str, str | int], start: floa
     console.print(machine.as_text(description))
     seconds = time.perf_counter() - start
     console.print(f"{seconds:.0f} s. Written: {', '.join(map(results.shown, written))}")
+
+
+def finish_rows(
+    part: str,
+    rows: list[dict[str, Any]],
+    table: Any,
+    output: Path,
+    start: float,
+    allocator: str,
+    device: torch.device | None = None,
+    **settings: Any,
+) -> None:
+    """The end of a command that has a table: its rows as a result file, ``<part>-<device>.json``, and the last lines.
+
+    allocator: what ``prepare`` returned.
+    """
+    device = torch.device("cpu") if device is None else device
+    described = machine.describe(device, allocator)
+    path = output / f"{part}-{device.type}.json"
+    results.write_json(path, {"part": part, "machine": described, "settings": settings, "rows": rows})
+    finish([table], described, start, path)

@@ -54,3 +54,12 @@ def quartiles(values: Spread, rounds: int) -> str:
     if rounds >= FEW_ROUNDS:
         return ""
     return " (1 round)" if rounds == 1 else f" ({values.low:.2f}-{values.high:.2f})"
+
+
+def compared(row: dict[str, Any]) -> str:
+    """A row of ``results.comparison`` in a cell: the ms of each, and how many times as long as ours the others took."""
+    ratios = next(value for key, value in row.items() if key.startswith("times "))
+    return "; ".join(
+        f"{name} {figure(spread['median'])}" + (f" ({ratios[name]['median']:.2f}x)" if name in ratios else "")
+        for name, spread in row["ms"].items()
+    )

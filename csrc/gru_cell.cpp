@@ -6,13 +6,6 @@
 namespace attn {
 namespace {
 
-Dtype float_of(const Tensor& gates) {
-  const Dtype dtype = dtype_of(gates, "gates");
-  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "gates must be float32 or float64");
-  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) % 3 == 0, "gates must have shape (B, 3 H)");
-  return dtype;
-}
-
 RowsView bias_of(const std::optional<Tensor>& bias, Dtype dtype, int64_t columns) {
   if (!bias.has_value()) return {};
   check_shape(*bias, "bias", {columns});
@@ -23,7 +16,7 @@ RowsView bias_of(const std::optional<Tensor>& bias, Dtype dtype, int64_t columns
 
 void step(Tensor gates, Tensor products, std::optional<Tensor> bias, Tensor before, Tensor recurrent, Tensor hidden,
           std::optional<Tensor> again) {
-  const Dtype dtype = float_of(gates);
+  const Dtype dtype = dtype_of_gates(gates, 3);
   const int64_t B = gates.size(0), H = gates.size(1) / 3;
   const GruStep op{B,
                    H,
@@ -40,7 +33,7 @@ void step(Tensor gates, Tensor products, std::optional<Tensor> bias, Tensor befo
 
 void step_backward(Tensor dhidden, Tensor gates, Tensor before, Tensor recurrent, Tensor dbefore, Tensor dgates,
                    Tensor dproducts) {
-  const Dtype dtype = float_of(gates);
+  const Dtype dtype = dtype_of_gates(gates, 3);
   const int64_t B = gates.size(0), H = gates.size(1) / 3;
   const GruStepBackward op{B,
                            H,

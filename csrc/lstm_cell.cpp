@@ -6,15 +6,8 @@
 namespace attn {
 namespace {
 
-Dtype float_of(const Tensor& gates) {
-  const Dtype dtype = dtype_of(gates, "gates");
-  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "gates must be float32 or float64");
-  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) % 4 == 0, "gates must have shape (B, 4 H)");
-  return dtype;
-}
-
 void step(Tensor gates, Tensor cell, Tensor new_cell, Tensor tanh, Tensor hidden, std::optional<Tensor> again) {
-  const Dtype dtype = float_of(gates);
+  const Dtype dtype = dtype_of_gates(gates, 4);
   const int64_t B = gates.size(0), H = gates.size(1) / 4;
   const LstmStep op{B,
                     H,
@@ -29,7 +22,7 @@ void step(Tensor gates, Tensor cell, Tensor new_cell, Tensor tanh, Tensor hidden
 }
 
 void step_backward(Tensor dhidden, Tensor gates, Tensor cell, Tensor tanh, Tensor dcell, Tensor dgates) {
-  const Dtype dtype = float_of(gates);
+  const Dtype dtype = dtype_of_gates(gates, 4);
   const int64_t B = gates.size(0), H = gates.size(1) / 4;
   const LstmStepBackward op{B,
                             H,

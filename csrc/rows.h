@@ -6,6 +6,14 @@
 
 namespace attn {
 
+// Of (B, count * H): each unit has so many gates.
+inline Dtype dtype_of_gates(const Tensor& gates, int64_t count) {
+  const Dtype dtype = dtype_of(gates, "gates");
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "gates must be float32 or float64");
+  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) % count == 0, "gates must have shape (B, ", count, " H)");
+  return dtype;
+}
+
 // B rows of `columns` elements each, all of the dtype of the gates.
 inline RowsView rows(const Tensor& t, const char* name, Dtype dtype, int64_t B, int64_t columns) {
   check_shape(t, name, {B, columns});

@@ -59,17 +59,24 @@ def packed(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> 
     return pad_packed_sequence(outputs, batch_first=axis, total_length=x.shape[int(axis)])[0], last
 
 
+def by_state(prefix: str, states: Any) -> dict[str, Tensor]:
+    """Of an LSTM (hidden, cell), of a GRU hidden alone."""
+    if isinstance(states, Tensor):
+        return {f"{prefix}hidden": states}
+    return {f"{prefix}hidden": states[0], f"{prefix}cell": states[1]}
+
+
 def results(
     run: Callable[..., Any], encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None
 ) -> dict[str, Tensor]:
     """Outputs, last states, and the gradients of all by name."""
     outputs, last = run(encoder, x, lengths, states)
-    found = {"outputs": outputs, **dict(zip(("hidden", "cell"), (last,) if isinstance(last, Tensor) else last))}  # noqa: B905
+    found = {"outputs": outputs, **by_state("", last)}
     generator = torch.Generator().manual_seed(1)
     loss = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in found.values())
     inputs = {"x": x, **{name: p for name, p in encoder.named_parameters() if p.requires_grad}}
     if states is not None:
-        inputs |= dict(zip(("first hidden", "first cell"), (states,) if isinstance(states, Tensor) else states))  # noqa: B905
+        inputs |= by_state("first ", states)
     inputs = {name: y for name, y in inputs.items() if y.requires_grad}
     of_inputs = torch.autograd.grad(loss, list(inputs.values()))
     return found | {f"gradient of {name}": y for name, y in zip(inputs, of_inputs, strict=True)}

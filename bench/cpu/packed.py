@@ -19,7 +19,7 @@ from torch import Tensor
 from attn_kernels import additive_attention, dot_attention
 
 from .. import eager, machine, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
 from ..machine import Allocator
 
 app = application()
@@ -140,10 +140,7 @@ def main(
         machine.set_allocator_for_memory(allocator)
         for row in rows:
             add_memory(row)
-    described = machine.describe(torch.device("cpu"), in_effect)
-    path = output / "packed-cpu.json"
-    results.write_json(path, {"part": "packed", "machine": described, "settings": {"threads": threads}, "rows": rows})
-    finish([table(rows)], described, start, path)
+    finish_rows("packed", rows, table(rows), output, start, in_effect, threads=threads)
 
 
 if __name__ == "__main__":

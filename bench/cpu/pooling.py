@@ -16,8 +16,8 @@ from torch import Tensor
 
 from attn_kernels import additive_attention
 
-from .. import eager, machine, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from .. import eager, report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
 from ..machine import Allocator
 
 app = application()
@@ -73,7 +73,7 @@ class Problem:
             parts = [additive_attention(**others, v=v, need_weights=False).context for v in self.tensors["v"]]
             return torch.stack(parts, 2)
         function = eager.additive_attention if way == EAGER else additive_attention
-        return function(**self.tensors, need_weights=False).context  # type: ignore[operator]
+        return function(**self.tensors, need_weights=False).context
 
     def forward(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
         def call() -> tuple[Tensor, ...]:
@@ -119,14 +119,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     )
     for row in rows:
         *sizes, vectors, gate = row["shape"].values()
-        ratios = row[f"times {ONE}"]
-        cells = [
-            f"{way} {report.figure(spread['median'])}" + (f" ({ratios[way]['median']:.2f}x)" if way in ratios else "")
-            for way, spread in row["ms"].items()
-        ]
-        shown.add_row(
-            row["kind"], ",".join(map(str, sizes)), str(vectors or 1), "yes" if gate else "no", "; ".join(cells)
-        )
+        shape = ",".join(map(str, sizes))
+        shown.add_row(row["kind"], shape, str(vectors or 1), "yes" if gate else "no", report.compared(row))
     return shown
 
 
@@ -145,10 +139,7 @@ def main(
     with console.status("measuring"):
         for shape in SHAPES[-1:] if quick else SHAPES:
             rows += measure(shape, 0.2 if quick else seconds)
-    described = machine.describe(torch.device("cpu"), in_effect)
-    path = output / "pooling-cpu.json"
-    results.write_json(path, {"part": "pooling", "machine": described, "settings": {"threads": threads}, "rows": rows})
-    finish([table(rows)], described, start, path)
+    finish_rows("pooling", rows, table(rows), output, start, in_effect, threads=threads)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from attn_kernels.seq2seq import Encoder, Seq2Seq
 
-from .. import machine, report, results, timing
+from .. import report, results, timing
 from ..cli import (
     AllocatorOption,
     OutputOption,
     ThreadsOption,
     application,
-    finish,
+    finish_rows,
     parse_device,
     prepare,
     progress_bars,
@@ -159,15 +159,8 @@ def main(
                     progress.update(task, description=f"{cell} {','.join(map(str, one))}")
                     rows.append(measure(cell, one, least, size, target, 0.5 if quick else seconds))
                     progress.advance(task)
-    result = {
-        "part": "encoder",
-        "machine": machine.describe(target, in_effect),
-        "settings": {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY},
-        "rows": rows,
-    }
-    path = output / f"encoder-{target.type}.json"
-    results.write_json(path, result)
-    finish([table(rows)], result["machine"], start, path)
+    settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
+    finish_rows("encoder", rows, table(rows), output, start, in_effect, target, **settings)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from attn_kernels import Memory
 from attn_kernels.mechanisms import LocationSensitiveAttention
 
-from .. import machine, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from .. import report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
 from ..machine import Allocator
 
 app = application()
@@ -181,11 +181,8 @@ def main(
     with console.status("measuring"):
         for sizes in SIZES[: 1 if quick else None]:
             rows.append(measure(sizes, min(steps, 5) if quick else steps, 0.2 if quick else seconds))
-    described = machine.describe(torch.device("cpu"), in_effect)
-    path = output / "location-cpu.json"
-    settings = {"threads": threads, "steps": steps, "clock": "CPU time"}
-    results.write_json(path, {"part": "location", "machine": described, "settings": settings, "rows": rows})
-    finish([table(rows)], described, start, path)
+    settings: dict[str, Any] = {"threads": threads, "steps": steps, "clock": "CPU time"}
+    finish_rows("location", rows, table(rows), output, start, in_effect, **settings)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ..cli import (
     OutputOption,
     ThreadsOption,
     application,
-    finish,
+    finish_rows,
     parse_device,
     parse_sizes,
     prepare,
@@ -247,15 +247,8 @@ def main(
             memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP])
             next(row for row in rows if row["B,S,T"] == list(one))["MB"] = memory
             progress.advance(task)
-    result = {
-        "part": "loop",
-        "machine": machine.describe(target, in_effect),
-        "settings": {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY},
-        "rows": rows,
-    }
-    path = output / f"loop-{target.type}.json"
-    results.write_json(path, result)
-    finish([table(rows, names)], result["machine"], start, path)
+    settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
+    finish_rows("loop", rows, table(rows, names), output, start, in_effect, target, **settings)
 
 
 def _parse_shape(text: str) -> Shape:

@@ -19,8 +19,8 @@ from attn_kernels import Memory, additive_attention, prepare_keys
 from attn_kernels.attending import attend
 from attn_kernels.scores import AdditiveScore
 
-from .. import eager, machine, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish, prepare
+from .. import eager, report, results, timing
+from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
 from ..machine import Allocator
 
 app = application()
@@ -122,13 +122,7 @@ def _row(
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = report.table("Steps on one memory: ms, and how many times the last one's", "", "B,Tk,A=D", "ms", wrap=True)
     for row in rows:
-        ratios = next(value for key, value in row.items() if key.startswith("times "))
-        cells = [
-            f"{name} {report.figure(spread['median'])}"
-            + (f" ({ratios[name]['median']:.2f}x)" if name in ratios else "")
-            for name, spread in row["ms"].items()
-        ]
-        shown.add_row(row["kind"], ",".join(map(str, row["B,Tk,A=D"])), "; ".join(cells))
+        shown.add_row(row["kind"], ",".join(map(str, row["B,Tk,A=D"])), report.compared(row))
     return shown
 
 
@@ -149,10 +143,7 @@ def main(
         for shape in BACKWARD_SHAPES[: 1 if quick else None]:
             rows += measure_backward(shape, budget)
         rows += [measure_beams(shape, budget) for shape in BEAM_SHAPES[: 1 if quick else None]]
-    described = machine.describe(torch.device("cpu"), in_effect)
-    path = output / "steps-cpu.json"
-    results.write_json(path, {"part": "steps", "machine": described, "settings": {"threads": threads}, "rows": rows})
-    finish([table(rows)], described, start, path)
+    finish_rows("steps", rows, table(rows), output, start, in_effect, threads=threads)
 
 
 if __name__ == "__main__":
