@@ -22,6 +22,9 @@ values is left to the end.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import wraps
 from itertools import zip_longest
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -39,6 +42,24 @@ _MAX_QUERIES = 8  # of a step, exclusive: with more, its own backward is the man
 # one query on one thread of a CPU, additive / dot: 0.9 / 0.9 at 80 KB, 1.0 / 1.0 at 200 KB, 1.2 / 1.5 at 400 KB, 3 / 4
 # at 13 MB. Four steps gain; a single one takes longer.
 _MIN_BYTES = 1 << 18
+
+
+def _untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """backward as ``torch.compiler.disable`` makes it: steps are kept for the pass, which is no part of a graph.
+
+    Dynamo takes longer to import than torch: it is left alone until someone else has imported it.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(backward)
+    def untraced(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return backward(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(backward))
+        return disabled[0](*args)
+
+    return untraced
 
 
 class _StepRecord(NamedTuple):
@@ -186,6 +207,7 @@ class _MemoryGradientNode(Function):
         return keys.new_empty(0)
 
     @staticmethod
+    @_untraced
     def backward(ctx, _):
         steps = ctx.passes.get(torch._C._current_graph_task_id())
         if not steps:
@@ -265,6 +287,7 @@ class _StepFunction(Function):
         return (context, alignments) if need_alignments else context
 
     @staticmethod
+    @_untraced
     def backward(ctx, grad_context, grad_alignments=None):
         if grad_context is None and grad_alignments is None:
             return (None,) * len(ctx.needs_input_grad)

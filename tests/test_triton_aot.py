@@ -379,7 +379,7 @@ def launches(
         inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
         inputs = (*inputs, memory_lengths, allowed)
         forward, backward = (
-            getattr(attn_kernels.triton.with_options, f"{op}_attention_with_options{end}") for end in ("", "_backward")
+            attn_kernels.triton.with_options.KERNELS[f"{op}_attention_with_options{end}"] for end in ("", "_backward")
         )
         log_total = forward(*inputs, True)[2]
         backward(*gradients, log_total, *inputs, alignments, log_total, True, True)
