@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,3 +129,33 @@ def finish_rows(
     path = output / f"{part}-{device.type}.json"
     results.write_json(path, {"part": part, "machine": described, "settings": settings, "rows": rows})
     finish([table], described, start, path)
+
+
+def rows_application(
+    part: str,
+    purpose: str,
+    measure: Callable[[bool, float, Allocator], list[dict[str, Any]]],
+    table: Callable[[list[dict[str, Any]]], Any],
+    quick_help: str = "One shape and few rounds.",
+) -> typer.Typer:
+    """The command of a benchmark on the CPU that has one table: its options, and its rows as a result file.
+
+    measure: whether it should be quick, the seconds for each row, and the allocator, to the rows.
+    """
+    app = application()
+
+    @app.command(help=purpose)
+    def main(
+        quick: bool = typer.Option(False, help=quick_help),
+        seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
+        threads: ThreadsOption = 1,
+        allocator: AllocatorOption = Allocator.reuse,
+        output: OutputOption = results.LOCAL,
+    ) -> None:
+        start = time.perf_counter()
+        in_effect = prepare(threads, allocator)
+        with console.status("measuring"):
+            rows = measure(quick, 0.2 if quick else seconds, allocator)
+        finish_rows(part, rows, table(rows), output, start, in_effect, threads=threads)
+
+    return app

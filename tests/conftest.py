@@ -46,6 +46,7 @@ import attn_kernels
 import triton_arithmetic
 from attn_kernels.backends import NAMES
 from attn_kernels.patching import adapter
+from attn_kernels.seq2seq import recurrent
 from matrix import device_of, interpreted
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
@@ -181,6 +182,15 @@ def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
     monkeypatch.setattr(adapter, "min_products", lambda module: 0)
+
+
+@pytest.fixture
+def encoder_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An element for each layer of an encoder that was run as one node."""
+    layers: list[int] = []
+    run = recurrent.run_layer
+    monkeypatch.setattr(recurrent, "run_layer", lambda *arguments: layers.append(1) or run(*arguments))
+    return layers
 
 
 @pytest.fixture

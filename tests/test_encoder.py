@@ -17,15 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
 
 
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers were run as one node."""
-    layers: list[int] = []
-    run = recurrent.run_layer
-    monkeypatch.setattr(recurrent, "run_layer", lambda *arguments: layers.append(1) or run(*arguments))
-    return layers
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "both directions": {"bidirectional": True},
@@ -38,10 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @cells
-def test_each_sentence_alone(cell: str, options: dict[str, Any], nodes: list[int]) -> None:
+def test_each_sentence_alone(cell: str, options: dict[str, Any], encoder_nodes: list[int]) -> None:
     encoder, x, states = make(cell, **options)
     got = results(encode, encoder, x, LENGTHS, states)
-    assert len(nodes) == encoder.rnn.num_layers
+    assert len(encoder_nodes) == encoder.rnn.num_layers
     assert_same(got, results(one_by_one, encoder, x, LENGTHS, states))
 
 
@@ -56,7 +47,7 @@ def test_packed(cell: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 @cells
-def test_float32(cell: str, nodes: list[int]) -> None:
+def test_float32(cell: str, encoder_nodes: list[int]) -> None:
     """As near to float64 as PyTorch's packed layer. Rows of many sentences, with weights in oneDNN's layout."""
     torch.manual_seed(0)
     lengths = torch.randint(1, 15, (70,))
@@ -65,7 +56,7 @@ def test_float32(cell: str, nodes: list[int]) -> None:
     x = torch.randn(70, 14, 9, requires_grad=True)
     exact, x64 = copy.deepcopy(encoder).double(), x.detach().double().requires_grad_()
     got, eager = (results(run, encoder, x, lengths) for run in (encode, packed))
-    assert nodes == [1]
+    assert encoder_nodes == [1]
     for name, right in results(packed, exact, x64, lengths).items():
         bound = 2 * (eager[name] - right).abs().max() + 1e-6 * right.abs().max().clamp(min=1)
         assert (got[name] - right).abs().max() <= bound, name
@@ -135,7 +126,7 @@ def test_no_steps_and_no_sentences(cell: str) -> None:
 
 
 @cells
-def test_dropout_is_that_of_packed_layers(cell: str, nodes: list[int]) -> None:
+def test_dropout_is_that_of_packed_layers(cell: str, encoder_nodes: list[int]) -> None:
     lengths = torch.tensor([3, 2, 7, 1, 7, 4])
     encoder, x, _ = make(cell, lengths, num_layers=3, dropout=0.4, bidirectional=True)
     found = []
@@ -145,19 +136,19 @@ def test_dropout_is_that_of_packed_layers(cell: str, nodes: list[int]) -> None:
     assert_same(*found)
     encoder.eval()
     assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    assert len(nodes) == 6
+    assert len(encoder_nodes) == 6
 
 
 @cells
-def test_without_the_op(cell: str, monkeypatch: pytest.MonkeyPatch, nodes: list[int]) -> None:
+def test_without_the_op(cell: str, monkeypatch: pytest.MonkeyPatch, encoder_nodes: list[int]) -> None:
     monkeypatch.setattr(cell_steps, "choose", lambda *_: "reference")
     encoder, x, states = make(cell, states=True, bidirectional=True)
     assert_same(results(encode, encoder, x, LENGTHS, states), results(one_by_one, encoder, x, LENGTHS, states))
-    assert nodes == [1]
+    assert encoder_nodes == [1]
 
 
 @cells
-def test_derivatives_of_gradients(cell: str, nodes: list[int]) -> None:
+def test_derivatives_of_gradients(cell: str, encoder_nodes: list[int]) -> None:
     lengths = torch.tensor([2, 0, 3, 1])
     encoder, x, states = make(cell, lengths, states=True, bidirectional=True)
     x = x.detach()[:, :4].nan_to_num().requires_grad_()
@@ -175,7 +166,7 @@ def test_derivatives_of_gradients(cell: str, nodes: list[int]) -> None:
     inputs = (x, *first, *weights)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
-    assert nodes
+    assert encoder_nodes
     # Several gradients at once are computed as a batch.
     outputs = run(*inputs)[0]
     several = torch.randn(3, *outputs.shape, dtype=torch.float64)
@@ -188,7 +179,7 @@ def test_derivatives_of_gradients(cell: str, nodes: list[int]) -> None:
 
 @pytest.mark.parametrize("frozen", ["x", "weight_hh", "rnn"])
 @cells
-def test_some_need_no_gradient(cell: str, frozen: str, nodes: list[int]) -> None:
+def test_some_need_no_gradient(cell: str, frozen: str, encoder_nodes: list[int]) -> None:
     encoder, x, states = make(cell, states=True, num_layers=2, bidirectional=True)
     x.requires_grad_(frozen != "x")
     for name, parameter in encoder.named_parameters():
@@ -198,7 +189,7 @@ def test_some_need_no_gradient(cell: str, frozen: str, nodes: list[int]) -> None
     with torch.no_grad():
         outputs, _ = encoder(x, LENGTHS, states)
     torch.testing.assert_close(outputs, expected["outputs"])
-    assert len(nodes) == 4
+    assert len(encoder_nodes) == 4
 
 
 @cells

@@ -10,20 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from attn_kernels.seq2seq import Encoder, Seq2Seq, recurrent
+from attn_kernels.seq2seq import Encoder, Seq2Seq
 from ragged import HIDDEN, INPUT, LENGTHS, assert_same, encode, make, packed, results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers were run as one node."""
-    layers: list[int] = []
-    run = recurrent.run_layer
-    monkeypatch.setattr(recurrent, "run_layer", lambda *arguments: layers.append(1) or run(*arguments))
-    return layers
 
 
 def hook(rnn: nn.Module) -> None:
@@ -60,16 +51,16 @@ WAYS = [hook, other_forward, subclass, pruned, parametrized]
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @cells
-def test_changed_layers_are_called(cell: str, way: Callable[[nn.Module], None], nodes: list[int]) -> None:
+def test_changed_layers_are_called(cell: str, way: Callable[[nn.Module], None], encoder_nodes: list[int]) -> None:
     lengths = torch.tensor([3, 2, 7, 1, 7, 4])
     encoder, x, _ = make(cell, lengths, bidirectional=True)
     way(encoder.rnn)
     assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    assert nodes == []
+    assert encoder_nodes == []
 
 
 @cells
-def test_projections_bfloat16_and_autocast(cell: str, nodes: list[int]) -> None:
+def test_projections_bfloat16_and_autocast(cell: str, encoder_nodes: list[int]) -> None:
     lengths = torch.tensor([3, 2, 7, 1, 7, 4])
     encoder, x, _ = make(cell, lengths, dtype=torch.bfloat16)
     assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
@@ -79,7 +70,7 @@ def test_projections_bfloat16_and_autocast(cell: str, nodes: list[int]) -> None:
     if cell == "lstm":
         encoder = Encoder.from_module(nn.LSTM(INPUT, HIDDEN, proj_size=3, batch_first=True))
         assert_same(results(encode, encoder, x, lengths), results(packed, encoder, x, lengths))
-    assert nodes == []
+    assert encoder_nodes == []
 
 
 @cells
@@ -108,11 +99,11 @@ def test_from_module_shares_the_layer() -> None:
 
 
 @pytest.mark.slow
-def test_compiled(nodes: list[int]) -> None:
+def test_compiled(encoder_nodes: list[int]) -> None:
     encoder, x, _ = make("lstm")
     compiled = torch.compile(encoder, backend="eager")
     assert_same(results(lambda _, *given: compiled(*given), encoder, x, LENGTHS), results(encode, encoder, x, LENGTHS))
-    assert nodes == [1]  # of the one that is not compiled
+    assert encoder_nodes == [1]  # of the one that is not compiled
 
 
 def test_refusals() -> None:
@@ -141,7 +132,7 @@ def test_refusals() -> None:
 
 
 @cells
-def test_seq2seq_uses_it(cell: str, nodes: list[int]) -> None:
+def test_seq2seq_uses_it(cell: str, encoder_nodes: list[int]) -> None:
     model = Seq2Seq(9, 9, 5, 6, 7, cell=cell, num_layers=2)
     model(torch.randint(3, 9, (3, 5)), torch.tensor([5, 2, 3]), torch.randint(3, 9, (3, 4)))
-    assert len(nodes) == 2
+    assert len(encoder_nodes) == 2

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,22 @@ attending = pytest.mark.parametrize(
 )
 
 
+def launches_of_decode(monkeypatch: pytest.MonkeyPatch, programs: int) -> list[str]:
+    """The names of the kernels that decoding launches from now on, on a device of so many multiprocessors."""
+    decode = importlib.import_module("attn_kernels.triton.decode")
+    launched, launch = [], decode.launch
+    monkeypatch.setattr(decode, "NUM_SMS", programs)
+    monkeypatch.setattr(
+        decode, "launch", lambda kernel, *args: launched.append(kernel.__name__) or launch(kernel, *args)
+    )
+    return launched
+
+
+def splitting() -> AbstractContextManager[None]:
+    """The steps of a row are divided among programs however few they are."""
+    return importlib.import_module("attn_kernels.triton.configurations").overriding("decode", dict(bytes=1))
+
+
 @slow_if(lambda dtype, **_: dtype != torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -43,15 +60,10 @@ attending = pytest.mark.parametrize(
 def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same results whether one program walks the steps of a row or several do, some of which find nothing."""
     available("triton")
-    decode = importlib.import_module("attn_kernels.triton.decode")
-    configurations = importlib.import_module("attn_kernels.triton.configurations")
-    monkeypatch.setattr(decode, "NUM_SMS", 10)
-    launched = []
-    launch = decode.launch
-    monkeypatch.setattr(decode, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
-    with configurations.overriding("decode", dict(bytes=1)):
+    launched = launches_of_decode(monkeypatch, programs=10)
+    with splitting():
         check(op, case, dtype, "triton")
-    assert decode.combine_kernel in launched
+    assert "combine_kernel" in launched
 
 
 @slow_if(lambda with_values, **_: not with_values)
@@ -59,12 +71,7 @@ def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monke
 def test_options_of_split_steps(with_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """log_total, dropout, score_bias and the sigmoid do not depend on how many programs walk the steps."""
     device = device_of(available("triton"))
-    decode = importlib.import_module("attn_kernels.triton.decode")
-    configurations = importlib.import_module("attn_kernels.triton.configurations")
-    monkeypatch.setattr(decode, "NUM_SMS", 20)
-    launched = []
-    launch = decode.launch
-    monkeypatch.setattr(decode, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
+    launched = launches_of_decode(monkeypatch, programs=20)
     rng = torch.Generator().manual_seed(0)
     shapes = ((3, 2, 8), (3, 37, 8), (3, 37, 130), (3, 2, 37))
     query, keys, values, score_bias = (torch.randn(shape, generator=rng).to(device) for shape in shapes)
@@ -78,10 +85,10 @@ def test_options_of_split_steps(with_values: bool, monkeypatch: pytest.MonkeyPat
         return [x for x in found if x is not None]
 
     expected = run()
-    assert decode.combine_kernel not in launched
-    with configurations.overriding("decode", dict(bytes=1)):
+    assert "combine_kernel" not in launched
+    with splitting():
         found = run()
-    assert decode.combine_kernel in launched
+    assert "combine_kernel" in launched
     assert len(found) == 2 + with_values
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

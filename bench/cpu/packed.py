@@ -7,22 +7,18 @@ against padded ones with ``memory_lengths``, and against eager on the padded one
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.table import Table
 from torch import Tensor
 
 from attn_kernels import additive_attention, dot_attention
 
 from .. import eager, machine, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
+from ..cli import rows_application
 from ..machine import Allocator
-
-app = application()
 
 PACKED, PADDED, EAGER = "packed", "padded", "eager, padded"
 WAYS = (PACKED, PADDED, EAGER)
@@ -123,24 +119,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-@app.command()
-def main(
-    quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
-    threads: ThreadsOption = 1,
-    allocator: AllocatorOption = Allocator.reuse,
-    output: OutputOption = results.LOCAL,
-) -> None:
-    """Times attention over sentences of 5 to 200 steps, packed and padded, forward and backward, on the CPU."""
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
-    shapes = SHAPES[: 1 if quick else None]
-    with console.status("measuring"):
-        rows = [measure(op, shape, 0.2 if quick else seconds) for shape in shapes for op in OPS]
-        machine.set_allocator_for_memory(allocator)
-        for row in rows:
-            add_memory(row)
-    finish_rows("packed", rows, table(rows), output, start, in_effect, threads=threads)
+def measure_all(quick: bool, seconds: float, allocator: Allocator) -> list[dict[str, Any]]:
+    rows = [measure(op, shape, seconds) for shape in SHAPES[: 1 if quick else None] for op in OPS]
+    machine.set_allocator_for_memory(allocator)
+    for row in rows:
+        add_memory(row)
+    return rows
+
+
+PURPOSE = "Times attention over sentences of 5 to 200 steps, packed and padded, forward and backward, on the CPU."
+app = rows_application("packed", PURPOSE, measure_all, table)
 
 
 if __name__ == "__main__":

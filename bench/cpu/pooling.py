@@ -5,22 +5,18 @@ The formulas in eager PyTorch against one call, and for several score vectors al
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from rich.table import Table
 from torch import Tensor
 
 from attn_kernels import additive_attention
 
 from .. import eager, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
+from ..cli import rows_application
 from ..machine import Allocator
-
-app = application()
 
 EAGER, CALLS, ONE = "eager", "a call for each vector", "one call"
 TOLERANCE = 1e-4  # of results and gradients, relative to their largest element
@@ -124,22 +120,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-@app.command()
-def main(
-    quick: Annotated[bool, typer.Option(help="The last shape and few rounds.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
-    threads: ThreadsOption = 1,
-    allocator: AllocatorOption = Allocator.reuse,
-    output: OutputOption = results.LOCAL,
-) -> None:
-    """Times gated pooling and several score vectors against eager PyTorch, forward and backward, on the CPU."""
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
-    rows: list[dict[str, Any]] = []
-    with console.status("measuring"):
-        for shape in SHAPES[-1:] if quick else SHAPES:
-            rows += measure(shape, 0.2 if quick else seconds)
-    finish_rows("pooling", rows, table(rows), output, start, in_effect, threads=threads)
+def measure_all(quick: bool, seconds: float, allocator: Allocator) -> list[dict[str, Any]]:
+    return [row for shape in (SHAPES[-1:] if quick else SHAPES) for row in measure(shape, seconds)]
+
+
+PURPOSE = "Times gated pooling and several score vectors against eager PyTorch, forward and backward, on the CPU."
+app = rows_application("pooling", PURPOSE, measure_all, table, quick_help="The last shape and few rounds.")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ against eager; and a step of five beams, which read the memory once, against a s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.table import Table
 from torch import Tensor
 
@@ -20,10 +18,8 @@ from attn_kernels.attending import attend
 from attn_kernels.scores import AdditiveScore
 
 from .. import eager, report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
+from ..cli import rows_application
 from ..machine import Allocator
-
-app = application()
 
 EAGER, DENSE, DEFERRED = "eager", "gradient per step", "gathered"
 STEPS = 50
@@ -126,24 +122,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-@app.command()
-def main(
-    quick: Annotated[bool, typer.Option(help="One shape of each and few rounds.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
-    threads: ThreadsOption = 1,
-    allocator: AllocatorOption = Allocator.reuse,
-    output: OutputOption = results.LOCAL,
-) -> None:
-    """Times the backward of 50 steps on one memory, and a step of five beams against one of one, on the CPU."""
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
-    budget = 0.2 if quick else seconds
-    rows: list[dict[str, Any]] = []
-    with console.status("measuring"):
-        for shape in BACKWARD_SHAPES[: 1 if quick else None]:
-            rows += measure_backward(shape, budget)
-        rows += [measure_beams(shape, budget) for shape in BEAM_SHAPES[: 1 if quick else None]]
-    finish_rows("steps", rows, table(rows), output, start, in_effect, threads=threads)
+def measure_all(quick: bool, seconds: float, allocator: Allocator) -> list[dict[str, Any]]:
+    most = 1 if quick else None
+    rows = [row for shape in BACKWARD_SHAPES[:most] for row in measure_backward(shape, seconds)]
+    return rows + [measure_beams(shape, seconds) for shape in BEAM_SHAPES[:most]]
+
+
+PURPOSE = "Times the backward of 50 steps on one memory, and a step of five beams against one of one, on the CPU."
+app = rows_application("steps", PURPOSE, measure_all, table, quick_help="One shape of each and few rounds.")
 
 
 if __name__ == "__main__":
