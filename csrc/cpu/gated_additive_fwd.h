@@ -2,7 +2,8 @@
 // v_r. Part of a SIMD level: see simd.h.
 //
 // The activations of a query and a block of steps are made once, in L1, with the gate in them, and multiplied with all
-// score vectors (gemm.h). The sigmoid of the gate is made once for each step and tile of queries.
+// score vectors (gemm.h). The sigmoid of the gate is made once for each step and tile of queries, and together with the
+// activation where there is one query and one score vector.
 #pragma once
 
 #include "../additive_attention.h"
@@ -50,6 +51,17 @@ struct ReluUnit {
     return (*this)(x);
   }
 };
+
+// f(x) sigmoid(gate) of an activation f.
+template <typename T, class Unit>
+ATTN_INLINE Vec<T> gated(const Unit& unit, Vec<T> x, Vec<T> gate) {
+  if constexpr (std::is_same<Unit, TanhUnit<float>>::value) {
+    return tanh_times_sigmoid(x, gate);
+  } else {
+    Vec<T> slope;
+    return unit(x) * sigmoid_and_slope<T>(gate, &slope);
+  }
+}
 
 template <typename T, class Body>
 ATTN_INLINE void by_activation(const GatedAdditiveScores& op, const Body& body) {
@@ -129,6 +141,18 @@ __attribute__((noinline)) void hidden_columns(Unit unit, const T* query, const T
     }
 }
 
+// The score of one step.
+template <typename T, class Unit>
+__attribute__((noinline)) T gated_score(Unit unit, const T* query, const T* v, const T* key, const T* gate, int64_t n) {
+  Vec<T> score{};
+  int64_t c = 0;
+  for (; c + width<T> <= n; c += width<T>)
+    score += load(v + c) * gated<T>(unit, load(query + c) + load(key + c), load(gate + c));
+  if (c < n)
+    score += load(v + c) * gated<T>(unit, load(query + c) + load_part(key + c, n - c), load_part(gate + c, n - c));
+  return sum<T>(score);
+}
+
 // panel[a * kPanel + j] = rows[j][c + a] for n <= kPanelRows units and `count` <= kPanel steps; to whole vectors of
 // steps, the last step again.
 template <typename T>
@@ -171,10 +195,27 @@ struct GatedAdditiveScore {
   void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                    Scratch& scratch) const {
     ScratchScope scope(scratch);
-    op.vectors == 1 ? by_rows(q, b, list, n, out, ld, scratch) : by_columns(q, b, list, n, out, ld, scratch);
+    if (op.vectors > 1)
+      by_columns(q, b, list, n, out, ld, scratch);
+    else if (op.gate && op.Tq == 1)
+      one_query(q, b, list, n, out, scratch);
+    else
+      by_rows(q, b, list, n, out, ld, scratch);
   }
 
  private:
+  // Pooling: no activation is used twice, so that none is stored.
+  void one_query(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, Scratch& scratch) const {
+    RowBlock<T> keys(op.keys, op.A, kRowsAtOnce, scratch), gates(op.gate, op.A, kRowsAtOnce, scratch);
+    by_activation<T>(op, [&](auto unit) {
+      for (int64_t j = 0; j < n; j += kRowsAtOnce) {
+        const int64_t count = min(kRowsAtOnce, n - j);
+        const T *const *k = keys.read(b, list + j, count), *const *g = gates.read(b, list + j, count);
+        for (int64_t r = 0; r < count; ++r) out[j + r] = gated_score<T>(unit, q.rows, units.v[0], k[r], g[r], op.A);
+      }
+    });
+  }
+
   // For one score vector: keys are read in order and used as they lie in memory.
   void by_rows(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                Scratch& scratch) const {

@@ -367,30 +367,30 @@ ATTN_INLINE Reduced reduce_range(Vec<float> x) {
   return {r, bits<float>(shifted) << 23};  // the low bits of magic are 0
 }
 
-// e^x = p 2^n for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so that e^0 = 1;
-// its other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before rounding).
+// e^x = p 2^n and p = 1 + r q for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so
+// that e^0 = 1; its other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before
+// rounding).
 struct Power {
-  Vec<float> p;
+  Vec<float> p, r, q;
   IntVec<float> n;  // 2^n in the exponent bits of p, to be added to them
 };
 
 template <int degree>
 ATTN_INLINE Power power(Vec<float> x) {
   const auto [r, n] = reduce_range(x);
-  Vec<float> p;
+  Vec<float> q;
   if constexpr (degree == 5) {
-    p = broadcast(0.008312501013278961f) * r + 0.041890330612659454f;
-    p = p * r + 0.16667115688323975f;
-    p = p * r + 0.499992311000824f;
+    q = broadcast(0.008312501013278961f) * r + 0.041890330612659454f;
+    q = q * r + 0.16667115688323975f;
+    q = q * r + 0.499992311000824f;
   } else {
-    p = broadcast(0.0013814540579915047f) * r + 0.00836874544620514f;
-    p = p * r + 0.04166838899254799f;
-    p = p * r + 0.1666652113199234f;
-    p = p * r + 0.4999999403953552f;
+    q = broadcast(0.0013814540579915047f) * r + 0.00836874544620514f;
+    q = q * r + 0.04166838899254799f;
+    q = q * r + 0.1666652113199234f;
+    q = q * r + 0.4999999403953552f;
   }
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return {p, n};
+  q = q * r + 1.0f;
+  return {q * r + 1.0f, r, q, n};
 }
 
 // e^x for x in [-87.3, 88.7], to 2 ulp at most. Outside of that range, and for NaN, the result is not meaningful.
@@ -427,24 +427,24 @@ ATTN_INLINE Vec<double> exp_in_range(Vec<double> x) {
 
 ATTN_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp_in_range(x); }
 
-// tanh(x), where `large` is that of |x|, from 0.625 on; below, a polynomial (Cephes' tanhf).
-ATTN_INLINE Vec<float> tanh_from(Vec<float> x, Vec<float> large) {
-  Vec<float> s = x * x;
-  Vec<float> p = broadcast(-5.70498872745e-3f);
-  p = p * s + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
-  Vec<float> small = (p * s) * x + x;
-  IntVec<float> sign = bits<float>(x) & static_cast<int32_t>(0x80000000);
-  Vec<float> signed_large = (Vec<float>)(bits<float>(large) | sign);
-  return absolute<float>(x) < 0.625f ? small : signed_large;
+// e^x - 1 for x <= 0 or NaN, to about 2 ulp, for it does not cancel near 0; and in *power_of_x, e^x where that is normal.
+ATTN_INLINE Vec<float> expm1_nonpositive(Vec<float> x, Vec<float>* power_of_x = nullptr) {
+  const Vec<float> low = broadcast(-87.3365447f);
+  const Power e = power<6>(x < low ? low : x);
+  const Vec<float> scale = (Vec<float>)(e.n + 0x3f800000);
+  if (power_of_x != nullptr) *power_of_x = e.p * scale;
+  return scale * (e.r * e.q) + (scale - 1.0f);
 }
 
-// tanh to about 2 ulp, for every input: (1 - e) / (1 + e) with e = exp(-2|x|), unless that cancels.
+template <typename T>
+ATTN_INLINE Vec<T> copy_sign(Vec<T> magnitude, Vec<T> x) {
+  return (Vec<T>)(bits<T>(absolute<T>(magnitude)) | (bits<T>(x) ^ bits<T>(absolute<T>(x))));
+}
+
+// tanh to about 2 ulp, for every input: -e / (2 + e) with e = exp(-2|x|) - 1.
 ATTN_INLINE Vec<float> tanh_any(Vec<float> x) {
-  Vec<float> e = exp_nonpositive(absolute<float>(x) * -2.0f);
-  return tanh_from(x, (1.0f - e) / (1.0f + e));
+  const Vec<float> e = expm1_nonpositive(absolute<float>(x) * -2.0f);
+  return copy_sign<float>(e / (2.0f + e), x);
 }
 
 ATTN_INLINE Vec<double> tanh_any(Vec<double> x) {
@@ -455,10 +455,10 @@ ATTN_INLINE Vec<double> tanh_any(Vec<double> x) {
 // tanh(x) and, in *slope, its derivative, by one division: 4 e / (1 + e)^2, which does not cancel where tanh is close
 // to 1.
 ATTN_INLINE Vec<float> tanh_and_slope(Vec<float> x, Vec<float>* slope) {
-  Vec<float> e = exp_nonpositive(absolute<float>(x) * -2.0f);
-  Vec<float> r = 1.0f / (1.0f + e);
+  Vec<float> e;
+  const Vec<float> e_minus_1 = expm1_nonpositive(absolute<float>(x) * -2.0f, &e), r = 1.0f / (2.0f + e_minus_1);
   *slope = (4.0f * e) * (r * r);
-  return tanh_from(x, (1.0f - e) * r);
+  return copy_sign<float>(e_minus_1 * r, x);
 }
 
 ATTN_INLINE Vec<double> tanh_and_slope(Vec<double> x, Vec<double>* slope) {
@@ -473,6 +473,12 @@ ATTN_INLINE Vec<T> sigmoid_and_slope(Vec<T> x, Vec<T>* slope) {
   const Vec<T> e = exp_nonpositive(-absolute<T>(x)), high = T(1) / (T(1) + e), low = e * high, zero{};
   *slope = high * low;
   return x < zero ? low : high;
+}
+
+// tanh(x) sigmoid(g): one division.
+ATTN_INLINE Vec<float> tanh_times_sigmoid(Vec<float> x, Vec<float> g) {
+  const Vec<float> e = expm1_nonpositive(absolute<float>(x) * -2.0f), f = exp_nonpositive(-absolute<float>(g)), zero{};
+  return copy_sign<float>(e * (g < zero ? f : zero + 1.0f) / ((2.0f + e) * (1.0f + f)), x);
 }
 
 // Low precision: bits in, float out, and back with rounding to nearest even -------------------------------------------
