@@ -32,7 +32,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint format wheel clean
+.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint types format wheel test-wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -106,8 +106,12 @@ format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
 	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
-	rm -rf build dist
+	rm -rf build/lib* build/temp* build/bdist* dist
 	$(RUN) build --no-isolation
+
+# As with test-versions, what is tested has environments of its own: minutes and gigabytes for each torch.
+test-wheel: $(STAMPS)/wheel  ## The wheel in dist/: what it holds, and tests beside other versions without a compiler
+	$(RUN) tools.wheel $(ARGS)
 
 clean:  ## Remove what was built; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(STAMPS)/package
@@ -135,7 +139,7 @@ $(STAMPS)/torch: | $(STAMPS)/pip
 	@touch $@
 
 # The dependency groups of pyproject.toml.
-$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/wheel $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
 	$(INSTALL) --quiet --group $(@F)
 	@touch $@
 

@@ -17,33 +17,36 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-import pybind11
 import torch
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
-from setuptools.command.build_ext import build_ext
+from setuptools import Extension, setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # pip does not
+from tools.parallel_build import JOBS, LIMITED, LIMITED_API, ParallelBuild
 
 TORCH = Path(torch.__file__).parent
-JOBS = int(os.environ.get("ATTN_KERNELS_BUILD_JOBS") or os.cpu_count() or 1)
 
 
-def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]]) -> Pybind11Extension:
-    return Pybind11Extension(
+def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]]) -> Extension:
+    return Extension(
         name,
         sources,
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True)),
-        # pybind11's own headers first: torch carries a copy, which up to 2.11 cannot be used with the stable ABI.
-        include_dirs=["csrc", pybind11.get_include(), str(TORCH / "include")],
+        include_dirs=["csrc", str(TORCH / "include")],
         # By name and without an rpath: "import torch" has loaded the library by the time the module is imported.
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu"],
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020A000000000000"),
             ("TORCH_BUILD_VERSION", f'"{torch.__version__}"'),
+            *LIMITED_API,
             *macros,
         ],
+        py_limited_api=LIMITED,
         extra_compile_args=[
+            "-std=c++17",
             "-O3",
+            "-g0",
+            "-fvisibility=hidden",
             "-ffp-contract=fast",
             "-fno-math-errno",
             "-fno-trapping-math",
@@ -51,15 +54,14 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]
             "-Wall",
             "-Wno-psabi",
         ],
-        cxx_std=17,
     )
 
 
-def cpu_module() -> Pybind11Extension:
+def cpu_module() -> Extension:
     return extension("attn_kernels._C", sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")), [])
 
 
-def cuda_module(nvcc: Path) -> Pybind11Extension:
+def cuda_module(nvcc: Path) -> Extension:
     """Bindings by the C++ compiler, kernels by nvcc alone; with the static CUDA runtime it loads on any machine."""
     module = extension(
         "attn_kernels._C_cuda",
@@ -120,7 +122,7 @@ def compile_kernels(nvcc: Path, source: Path, folder: Path) -> str:
     return str(to)
 
 
-class BuildExtension(build_ext):
+class BuildExtension(ParallelBuild):
     """nvcc compiles the .cu files while the C++ compiler builds the CPU's module."""
 
     def finalize_options(self) -> None:
@@ -147,7 +149,7 @@ class BuildExtension(build_ext):
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def build_extension(self, ext: Pybind11Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:
         if ext.name != "attn_kernels._C_cuda":
             return super().build_extension(ext)
         ext.extra_objects = list(self.kernels)
@@ -173,5 +175,8 @@ if nvcc is not None:
 elif cuda == "1":
     sys.exit("ATTN_KERNELS_CUDA=1: nvcc was not found; name it with NVCC=... or CUDA_HOME=...")
 
-ParallelCompile("ATTN_KERNELS_BUILD_JOBS", default=JOBS).install()
-setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})
+setup(
+    ext_modules=modules,
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
+)

@@ -118,8 +118,9 @@ class MemoryGradient:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._state = *_state(keys), *_state(values)
         self._passes: WeakValueDictionary[int, _PendingSteps] = WeakValueDictionary()
-        self.keys, self.values = keys.detach(), values.detach()
-        self.memory = (keys, values)  # for gradients that are differentiated themselves
+        self.keys: Tensor = keys.detach()
+        self.values: Tensor = values.detach()
+        self.memory: tuple[Tensor, Tensor] = (keys, values)  # for gradients that are differentiated themselves
         self.anchor: Tensor = _MemoryGradientNode.apply(keys, values, self._passes)
         self.empty_grad: Tensor = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
 

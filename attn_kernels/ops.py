@@ -26,7 +26,7 @@ from . import derivatives
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
-library = torch.library.Library("attn_kernels", "DEF")
+library: torch.library.Library = torch.library.Library("attn_kernels", "DEF")
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:

@@ -77,7 +77,9 @@ class _WithExtra(_OfUnits):
     """What is added to the keys, (B, Tk, A), beside v and bias. Its shape is checked where it comes in."""
 
     __slots__ = ()
-    tensors, gradients, has_extra = 3, 2, True
+    tensors = 3
+    gradients = 2
+    has_extra = True
     extra: Tensor
 
     def autocast(self, query: Tensor) -> Self:
@@ -98,7 +100,9 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
     op = "additive_attention"
     # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
     # one is added to the keys.
-    tensors, gradients, has_extra = 3, 2, False
+    tensors = 3
+    gradients = 2
+    has_extra = False
 
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
@@ -123,7 +127,9 @@ class ReluScore(_ReluArguments, _OfUnits):
 
     __slots__ = ()
     op = "relu_attention"
-    tensors, gradients, has_extra = 2, 2, False
+    tensors = 2
+    gradients = 2
+    has_extra = False
 
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
@@ -163,8 +169,11 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
     """
 
     __slots__ = ()
-    op, name = "gated_additive_attention", "additive_attention"
-    tensors, gradients, has_extra = 3, 3, False
+    op = "gated_additive_attention"
+    name = "additive_attention"
+    tensors = 3
+    gradients = 3
+    has_extra = False
 
     @property
     def vectors(self) -> int | None:
@@ -193,7 +202,9 @@ class DotScore(_DotArguments):
 
     __slots__ = ()
     op = name = "dot_attention"
-    tensors, gradients, has_extra = 0, 0, False
+    tensors = 0
+    gradients = 0
+    has_extra = False
 
     def autocast(self, query: Tensor) -> DotScore:
         return self

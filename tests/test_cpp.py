@@ -24,8 +24,7 @@ def flags_of_setup() -> list[str]:
     """What setup.py compiles with, but for what it computes."""
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword)]
     (flags,) = (node.value.elts for node in calls if node.arg == "extra_compile_args")
-    (standard,) = (node.value.value for node in calls if node.arg == "cxx_std")
-    return [f"-std=c++{standard}", *(flag.value for flag in flags if isinstance(flag, ast.Constant))]
+    return [flag.value for flag in flags if isinstance(flag, ast.Constant)]
 
 
 def tool(*names: str) -> str:

@@ -78,7 +78,9 @@ class Held:
     """A value that is kept, and what was derived from it."""
 
     def __init__(self, sources: Sources, state: tuple[Any, ...], value: Tensor) -> None:
-        self.sources, self.state, self.value = sources, state, value
+        self.sources = sources
+        self.state = state
+        self.value = value
         self.hits = 0
         self.memory: Memory | None = None
         self.prepared: Tensor | None = None
@@ -146,11 +148,11 @@ class Keeper:
         return slot
 
 
-class _Current(threading.local):
+class Current(threading.local):
     keeper: Keeper | None = None
 
 
-current = _Current()  # the keeper of the module whose graph runs in this thread, or None where nothing is kept
+current: Current = Current()  # the keeper of the module whose graph runs in this thread, or None where nothing is kept
 
 
 def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str) -> Callable[..., Tensor]:

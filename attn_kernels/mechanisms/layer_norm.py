@@ -62,15 +62,15 @@ class LayerNormBahdanauAttention(AttentionModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(query_size, memory_size, units, backend=None, factory={"device": device, "dtype": dtype})
-        self.eps = as_number(self._name, eps, "eps")
+        self.eps: float = as_number(self._name, eps, "eps")
         if self.eps <= 0:
             raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
         check_normalizer(self._name, normalizer)
         self.units = units
         self.normalizer = normalizer
-        self.v = self._parameter(units)
-        self.gain = self._parameter(units)
-        self.shift = self._parameter(units)
+        self.v: nn.Parameter = self._parameter(units)
+        self.gain: nn.Parameter = self._parameter(units)
+        self.shift: nn.Parameter = self._parameter(units)
         self._reset_scores()
 
     def _reset_scores(self) -> None:

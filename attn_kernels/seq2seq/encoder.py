@@ -127,9 +127,9 @@ class TokenEncoder(nn.Module):
         self.num_layers = num_layers
         self.padding_idx = padding_idx
         self.sum_directions = sum_directions
-        self.embedding = nn.Embedding(vocab, embedding_size, padding_idx=padding_idx, **factory)
-        self.dropout = nn.Dropout(dropout)
-        self.rnn = CELLS[cell](
+        self.embedding: nn.Embedding = nn.Embedding(vocab, embedding_size, padding_idx=padding_idx, **factory)
+        self.dropout: nn.Dropout = nn.Dropout(dropout)
+        self.rnn: nn.GRU | nn.LSTM = CELLS[cell](
             embedding_size,
             hidden_size,
             num_layers,

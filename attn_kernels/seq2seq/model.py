@@ -85,10 +85,12 @@ class Seq2Seq(nn.Module):
         _check_token("padding_idx", padding_idx, source_vocab)
         for name, token in (("padding_idx", padding_idx), ("bos", bos), ("eos", eos)):
             _check_token(name, token, target_vocab)
+        self.bos: int
+        self.eos: int
         padding_idx, self.bos, self.eos = (operator.index(token) for token in (padding_idx, bos, eos))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rnn: dict[str, Any] = {"cell": cell, "num_layers": num_layers, "dropout": dropout, "padding_idx": padding_idx}
-        self.encoder = TokenEncoder(
+        self.encoder: TokenEncoder = TokenEncoder(
             source_vocab,
             embedding_size,
             hidden_size,
@@ -97,7 +99,7 @@ class Seq2Seq(nn.Module):
             **rnn,
         )
         memory_size = self.encoder.memory_size
-        self.decoder = Decoder(
+        self.decoder: Decoder = Decoder(
             target_vocab,
             embedding_size,
             hidden_size,

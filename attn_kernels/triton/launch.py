@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,14 @@ NUM_SMS = 128  # about what a large GPU has; asking for the number would make re
 MAX_SMALL_M = 4  # rows of a product, up to which reading the other factor takes longer than computing with it
 
 
-def launch(kernel, programs: int, arguments: tuple, strides: tuple, constants: dict, warps: int) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    strides: tuple[int, ...],
+    constants: dict[str, Any],
+    warps: int,
+) -> None:
     """Runs that many programs of a kernel on the device of its first tensor."""
     if programs > 0:
         with _device_of(next(argument for argument in arguments if argument is not None)):

@@ -2,7 +2,7 @@
 
 Device time may be scarce, so what tells most comes first, and nothing that fails stops the rest. Each stage runs in
 processes of its own with a limit, and writes its result at once: a run that is cut off leaves what it found, and
---resume goes on with it. No network is needed; torch, triton, nvcc, pybind11, pytest and numpy are, as images of
+--resume goes on with it. No network is needed; torch, triton, nvcc, setuptools, pytest and numpy are, as images of
 PyTorch for CUDA have them. --rehearse goes through all stages on the CPU, on small problems.
 """
 
@@ -35,7 +35,6 @@ PACKAGES = {
     "numpy": "pip install numpy",
     "pytest": "pip install pytest",
     "setuptools": "pip install setuptools",
-    "pybind11": "pip install pybind11",
 }
 
 

@@ -10,13 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-import pybind11
 import torch
-from pybind11.setup_helpers import ParallelCompile
 from setuptools import Distribution, Extension
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from tools.parallel_build import LIMITED, LIMITED_API, ParallelBuild
+
 TORCH = Path(torch.__file__).parent
 # No fortified longjmp: the fibers of the emulator jump between stacks.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
         "_C_cuda",
         [os.path.relpath(source) for source in sources],
         include_dirs=[
-            *("csrc", "csrc/cuda", "tests/cpp", pybind11.get_include()),
+            *("csrc", "csrc/cuda", "tests/cpp"),
             *(str(TORCH / "include"), str(TORCH / "include/torch/csrc/api/include")),
         ],
         library_dirs=[str(TORCH / "lib")],
@@ -50,13 +50,14 @@ def main(folder: Path) -> None:
         define_macros=[
             ("ATTN_CUDA", None),
             ("ATTN_EMULATED", None),
+            *LIMITED_API,
             ("TORCH_TARGET_VERSION", "0x020A000000000000"),
             ("TORCH_BUILD_VERSION", f'"{torch.__version__}"'),
         ],
+        py_limited_api=LIMITED,
         extra_compile_args=[*FLAGS, "-fvisibility=hidden"],
     )
-    ParallelCompile(default=os.cpu_count() or 1).install()
-    command = build_ext(Distribution({"name": "emulated", "ext_modules": [extension]}))
+    command = ParallelBuild(Distribution({"name": "emulated", "ext_modules": [extension]}))
     command.build_lib, command.build_temp, command.force = str(folder), str(objects), True
     command.ensure_finalized()
     command.run()

@@ -53,7 +53,7 @@ class _FusedAdditive(_Fused):
 
     def _begin(self, enc_states: Tensor, enc_len: Tensor) -> None:
         self.precomputed_enc_h = self.mlp_enc(enc_states)
-        self.mask = self._mask_of(enc_states, enc_len)
+        self.mask: Tensor = self._mask_of(enc_states, enc_len)
 
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, T)."""
@@ -123,7 +123,7 @@ class FusedKeyValueAttention(_Fused):
             return NotSupported("torch.compile")
         if self.keys is None:
             self.keys, self.values = self.key_linear(enc_states), self.value_linear(enc_states)
-            self.mask = self._mask_of(enc_states, enc_len).unsqueeze(2)
+            self.mask: Tensor = self._mask_of(enc_states, enc_len).unsqueeze(2)
         allowed = self._allowed()
         if isinstance(allowed, NotSupported):
             return allowed

@@ -50,7 +50,7 @@ class FusedAttDot(FusedSingle):
     def _project(self, memory: Tensor) -> None:
         if self.pre_compute_enc_h is None or self.han_mode:
             self._remember(memory)
-            self.pre_compute_enc_h = torch.tanh(self.mlp_enc(self.enc_h))
+            self.pre_compute_enc_h: Any = torch.tanh(self.mlp_enc(self.enc_h))
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0) -> Any:
         step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
@@ -75,7 +75,7 @@ class FusedAttAdd(FusedSingle):
 class FusedAttLoc(FusedLocation):
     """With location features: Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1."""
 
-    default_scaling = 2.0
+    default_scaling: float = 2.0
 
     def attend(
         self,
