@@ -32,7 +32,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint types format wheel test-wheel clean
+.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint format wheel test-wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -95,6 +95,9 @@ lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workfl
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(RUN) mypy
 	$(RUN) mypy --strict --strict-optional --follow-imports=silent tests/typed_program.py
+	@mkdir -p build
+	PYTHONPATH=. PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) basedpyright --verifytypes attn_kernels --ignoreexternal \
+	  >build/types.txt || { cat build/types.txt; exit 1; }
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff

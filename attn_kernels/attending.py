@@ -234,4 +234,5 @@ def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weig
             alignments = None
     if query_axes == 2:
         return Attention(context.squeeze(1), None if alignments is None else alignments.squeeze(1))
-    return new(Attention, (context, alignments))
+    attention: Attention = new(Attention, (context, alignments))
+    return attention

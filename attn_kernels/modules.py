@@ -11,7 +11,6 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -52,7 +51,7 @@ class AttentionModule(nn.Module):
         self.memory_size: int = check_size(self._name, "memory_size", memory_size)
         self.key_size: int = check_size(self._name, "units", key_size)
         self.backend = backend
-        linear: Callable[..., nn.Linear] = partial(nn.Linear, bias=False, **factory)
+        linear: Any = partial(nn.Linear, bias=False, **factory)
         self.query_projection: nn.Linear | None = linear(self.query_size, self.key_size) if project_query else None
         self.memory_projection: nn.Linear | None = linear(self.memory_size, self.key_size) if project_memory else None
         self._factory = factory
@@ -284,9 +283,10 @@ class LuongAttention(AttentionModule):
         return _DOT if self.v is None else AdditiveScore(self.score_vector(), None, memory.prepared)
 
     def make_query(self, state: Tensor) -> Tensor:
-        if self.v is not None:
-            return self.query_projection(state)
-        return state if self.g is None else self.g * state
+        if self.v is None:
+            return state if self.g is None else self.g * state
+        query: Tensor = self.query_projection(state)
+        return query
 
     def query_factor(self) -> Tensor | None:
         return self.g if self.v is None else None  # "concat" has it in its score vector

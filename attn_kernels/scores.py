@@ -84,7 +84,8 @@ class _WithExtra(_OfUnits):
 
     def autocast(self, query: Tensor) -> Self:
         _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
-        return self._replace(v=v, bias=bias, extra=extra)  # type: ignore[attr-defined]
+        cast: Self = self._replace(v=v, bias=bias, extra=extra)  # type: ignore[attr-defined]
+        return cast
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)

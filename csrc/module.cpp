@@ -1,12 +1,11 @@
 // The Python module attn_kernels._C. Importing it registers the CPU kernels of the ops (STABLE_TORCH_LIBRARY_IMPL in
 // the other files); its functions tell how it was built, and let tests choose the SIMD level.
-#include "python_module.h"
-
 #include <string>
 #include <vector>
 
 #include "cpu/checksum.h"
 #include "cpu/kernels.h"
+#include "python_module.h"
 
 namespace {
 
@@ -85,7 +84,8 @@ PyMethodDef functions[] = {
      "For tests: makes all later calls in this process use that SIMD level (None: the first choice again). Returns the "
      "name of the one that was in use."},
     {"checksums", checksums, METH_VARARGS,
-     "checksums(data, bytes, pieces): of that many pieces, of so many bytes each, that begin at an address: 64 bits that "
+     "checksums(data, bytes, pieces): of that many pieces, of so many bytes each, that begin at an address: 64 bits "
+     "that "
      "change with their bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

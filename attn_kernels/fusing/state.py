@@ -231,7 +231,7 @@ _WAITING = "modules within it are captured first"
 
 
 def state_of(module: Any) -> State:
-    state = module.__dict__.get(STATE)
+    state: State | None = module.__dict__.get(STATE)
     if state is None:
         state = module.__dict__[STATE] = State(module._attn_kernels_original)
     return state

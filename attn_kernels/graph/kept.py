@@ -55,7 +55,8 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
         return False
     if a.requires_grad or b.requires_grad:
         return a.requires_grad and b.requires_grad and a._base is not None and a._base is b._base
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    is_same: bool = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return is_same
 
 
 def _value(x: Tensor) -> Any:
@@ -132,7 +133,8 @@ _HELD = "_attn_kernels_held"
 
 def held_of(tensor: Tensor) -> Held | None:
     """The entry of a tensor, if it is a kept value."""
-    return tensor.__dict__.get(_HELD)
+    held: Held | None = tensor.__dict__.get(_HELD)
+    return held
 
 
 class Keeper:
@@ -189,7 +191,8 @@ def memory_of(held: Held, values: Tensor | None, mask: Tensor | None, prepared: 
 
 def _make(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return _Kept.apply(function, numbers, *tensors)
+        result: Tensor = _Kept.apply(function, numbers, *tensors)  # type: ignore[no-untyped-call]  # torch has no types for it
+        return result
     return function(*tensors, *numbers)
 
 

@@ -144,7 +144,8 @@ class DenseGATv2(nn.Module):
         return features, alignments if batched else alignments[0]
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (self.heads, self.out_size)).unbind(-2)
+        heads: tuple[Tensor, ...] = x.unflatten(-1, (self.heads, self.out_size)).unbind(-2)
+        return heads
 
     def _check(self, x: Tensor, adjacency: Tensor) -> None:
         check_tensor(self._name, "x", x)

@@ -192,4 +192,5 @@ class MultiHeadAttention(AttentionModule):
 
 def _heads_first(x: Tensor, heads: int) -> tuple[Tensor, ...]:
     """(B, T, H * n) -> H tensors (B, T, n), each in one piece."""
-    return x.unflatten(-1, (heads, -1)).movedim(-2, 0).contiguous().unbind(0)
+    parts: tuple[Tensor, ...] = x.unflatten(-1, (heads, -1)).movedim(-2, 0).contiguous().unbind(0)
+    return parts

@@ -95,7 +95,8 @@ class LayerNormBahdanauAttention(AttentionModule):
         query, keys, v, gain, shift = autocast(query, keys, self.v, self.gain, self.shift)
         wide = upcast(query, keys, v, gain, shift)
         row = max(1, keys.numel() * wide[1].element_size())
-        chunks = wide[0].split(max(1, _CHUNK_BYTES // row), dim=1)
+        wide_query: Tensor = wide[0]
+        chunks = wide_query.split(max(1, _CHUNK_BYTES // row), dim=1)
         if len(chunks) == 1:
             return _scores(self.eps, *wide).to(query.dtype)
         parts = [recompute(partial(_scores, self.eps), chunk, *wide[1:]) for chunk in chunks]

@@ -170,7 +170,8 @@ class Decoder(nn.Module):
         first = tuple(torch.cat(layers, dim=1).transpose(0, 1) for layers in (state.hidden, state.cell) if layers)
         given = first if len(first) > 1 else first[0]
         if getattr(self.rnn, "batch_first", True):
-            return self.rnn(inputs, given)
+            result: tuple[Tensor, Any] = self.rnn(inputs, given)
+            return result
         outputs, after = self.rnn(inputs.transpose(0, 1), given)
         return outputs.transpose(0, 1), after
 

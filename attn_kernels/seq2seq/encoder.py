@@ -70,7 +70,7 @@ class Encoder(nn.Module):
 
     def _set(self, rnn: nn.LSTM | nn.GRU) -> None:
         self.rnn = rnn
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def forward(
         self, inputs: Tensor, lengths: Tensor, states: Tensor | tuple[Tensor, Tensor] | None = None

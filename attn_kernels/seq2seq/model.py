@@ -131,7 +131,8 @@ class Seq2Seq(nn.Module):
             expected = f"(B, T) = ({batch}, 1 or more)"
             raise ValueError(f"Seq2Seq: target must have shape {expected}, got {tuple(target.shape)}")
         tokens = torch.cat([target.new_full((batch, 1), self.bos), target[:, :-1]], dim=1)
-        return self.decoder(tokens, state, memory)
+        result: tuple[Tensor, Tensor] = self.decoder(tokens, state, memory)
+        return result
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, DecoderState]:
         """What decoding starts from: the memory, projected once, and the first state. Arguments as of ``forward``."""
@@ -141,7 +142,9 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"Seq2Seq: source must have shape (B, S) with B >= 1, got {tuple(source.shape)}")
         lengths = checked_lengths("Seq2Seq", "source_lengths", source_lengths, batch, steps)
         outputs, states = self.encoder(source, lengths)
-        return as_forward(self.decoder, "begin")(outputs, states, source_lengths.to(outputs.device))
+        begin = as_forward(self.decoder, "begin")
+        begun: tuple[Memory, DecoderState] = begin(outputs, states, source_lengths.to(outputs.device))
+        return begun
 
     def generate(
         self,

@@ -17,7 +17,7 @@ def launch(
     kernel: Any,
     programs: int,
     arguments: tuple[Any, ...],
-    strides: tuple[int, ...],
+    strides: tuple[Any, ...],
     constants: dict[str, Any],
     warps: int,
 ) -> None:
@@ -27,7 +27,7 @@ def launch(
             kernel[(programs,)](*arguments, *strides, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda:
         return torch.cuda.device_of(tensor)
     if tensor.device.type == "xpu":
@@ -69,7 +69,8 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
         return 0, 0, 0
     if mask.dim() == 2:
         return mask.stride(0), 0, mask.stride(1)
-    return mask.stride()
+    batch, query, step = mask.stride()
+    return batch, query, step
 
 
 def lengths_stride(memory_lengths: Tensor | None) -> int:
@@ -78,7 +79,8 @@ def lengths_stride(memory_lengths: Tensor | None) -> int:
 
 def power_of_two(size: int, least: int, most: int) -> int:
     """The smallest power of two that holds size, within [least, most]."""
-    return min(most, max(least, triton.next_power_of_2(size)))
+    power: int = triton.next_power_of_2(size)
+    return min(most, max(least, power))
 
 
 def is_small_m(query: Tensor) -> bool:

@@ -33,7 +33,8 @@ class _Fused(Fused):
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
         """The library's own mask: (B, T), not 0 within each length, in the dtype of the lengths."""
         library: Any = importlib.import_module(self._original.__module__)
-        return library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
+        mask: Tensor = library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
+        return mask
 
     def _allowed(self) -> Tensor | NotSupported | None:
         """(B, T), True = attend."""

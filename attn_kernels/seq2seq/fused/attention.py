@@ -76,7 +76,8 @@ class AttentionForward:
         query = self._query(t, state).unsqueeze(1)
         context, alignments = call(self.op, self.backend, query, *self.arguments, True)
         self.saved.alignments[:, t] = alignments.squeeze(1)
-        return context.squeeze(1)
+        result: Tensor = context.squeeze(1)
+        return result
 
     def _query(self, t: int, state: Tensor) -> Tensor:
         saved, factor, eps = self.saved, self.query.factor, self.query.eps

@@ -100,7 +100,8 @@ class LSTMBackward:
         _, gates, cells, tanh_cells, _ = self.saved
         dgates = self.dgates[t]
         self.compute(dh, gates[t], cells[t], tanh_cells[t], self.dcell, dgates)
-        return self.product(dgates).split(self.sizes, dim=1)
+        gradients: tuple[Tensor, Tensor] = self.product(dgates).split(self.sizes, dim=1)
+        return gradients
 
     def weight_gradients(self) -> CellWeights:
         gradient = weight_gradient(self.dgates.flatten(0, 1), self.saved.inputs[:-1].flatten(0, 1))

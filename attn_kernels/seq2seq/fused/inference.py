@@ -260,7 +260,8 @@ class _Attention(NamedTuple):
         query = states if self.projection is None else self.projection(states, None)
         query = scale_query(query, self.factor, self.eps).view(-1, count, query.shape[1])
         score = with_prepared(self.score, memory.prepared)
-        return ops.call(score.op, self.backend, query, *op_arguments(score, memory), True)
+        result: tuple[Tensor, Tensor] = ops.call(score.op, self.backend, query, *op_arguments(score, memory), True)
+        return result
 
 
 def _make_attention(module: AttentionModule, memory: Memory, packing: Packing) -> _Attention | None:

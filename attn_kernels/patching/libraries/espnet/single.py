@@ -40,7 +40,8 @@ class FusedLocation(FusedSingle):
     def _features(self, alignments: Tensor) -> Tensor:
         """alignments: (B, T). Returns (B, T, A)."""
         features = self.loc_conv(alignments.view(len(alignments), 1, 1, self.h_length))
-        return self.mlp_att(features.squeeze(2).transpose(1, 2))
+        projected: Tensor = self.mlp_att(features.squeeze(2).transpose(1, 2))
+        return projected
 
 
 @adapts(f"{MODULE}:AttDot", **LIBRARY, sources=("a0ae0b1b088d",))
@@ -122,7 +123,8 @@ class FusedAttCov(FusedSingle):
         return context, att_prev_list
 
     def _covered(self, coverage: Tensor) -> Tensor:
-        return self.wvec(coverage.unsqueeze(-1))
+        projected: Tensor = self.wvec(coverage.unsqueeze(-1))
+        return projected
 
 
 @adapts(f"{MODULE}:AttCovLoc", **LIBRARY, sources=("4997ba0d9c15",))
