@@ -32,7 +32,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint format wheel clean
+.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint format wheel test-wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -95,6 +95,9 @@ lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workfl
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(RUN) mypy
 	$(RUN) mypy --strict --strict-optional --follow-imports=silent tests/typed_program.py
+	@mkdir -p build
+	PYTHONPATH=. PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) basedpyright --verifytypes attn_kernels --ignoreexternal \
+	  >build/types.txt || { cat build/types.txt; exit 1; }
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
@@ -106,8 +109,12 @@ format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
 	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
-	rm -rf build dist
+	rm -rf build/lib* build/temp* build/bdist* dist
 	$(RUN) build --no-isolation
+
+# As with test-versions, what is tested has environments of its own: minutes and gigabytes for each torch.
+test-wheel: $(STAMPS)/wheel  ## The wheel in dist/: what it holds, and tests beside other versions without a compiler
+	$(RUN) tools.wheel $(ARGS)
 
 clean:  ## Remove what was built; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(STAMPS)/package
@@ -135,7 +142,7 @@ $(STAMPS)/torch: | $(STAMPS)/pip
 	@touch $@
 
 # The dependency groups of pyproject.toml.
-$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/wheel $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
 	$(INSTALL) --quiet --group $(@F)
 	@touch $@
 

@@ -85,7 +85,8 @@ def render(report: dict[str, Any]) -> str:
 
 def _triton_version() -> str | None:
     try:
-        return importlib.import_module("triton").__version__
+        version: str | None = importlib.import_module("triton").__version__
+        return version
     except ImportError:
         return None
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from .types import NORMALIZERS, Attention, AttentionWithLogTotal, Masks, Options
 if TYPE_CHECKING:
     from .memory import Memory
 
-new = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
+new: Callable[..., Any] = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
 SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
 # What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
 ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -233,4 +234,5 @@ def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weig
             alignments = None
     if query_axes == 2:
         return Attention(context.squeeze(1), None if alignments is None else alignments.squeeze(1))
-    return new(Attention, (context, alignments))
+    attention: Attention = new(Attention, (context, alignments))
+    return attention

@@ -122,7 +122,8 @@ _compiled, _compiled_reason = _load_compiled("_C", "pip install . needs a C++17 
 
 def build_info() -> dict[str, str] | None:
     """How the compiled module was built and what it found at run time; None without one."""
-    return None if _compiled is None else _compiled.build_info()
+    info: dict[str, str] | None = None if _compiled is None else _compiled.build_info()
+    return info
 
 
 def checksums() -> Any:
@@ -189,7 +190,8 @@ _cuda, _cuda_reason = _load_compiled(
 
 def cuda_build_info() -> dict[str, Any] | None:
     """How the module of CUDA kernels was built; None without one."""
-    return None if _cuda is None else _cuda.build_info()
+    info: dict[str, Any] | None = None if _cuda is None else _cuda.build_info()
+    return info
 
 
 def emulated() -> bool:

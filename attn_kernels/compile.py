@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ def attn_kernels_backend(
     from torch._inductor.compile_fx import compile_fx
 
     graph = Graph(graph_module, branches=False)
-    compiled: Any = compile_fx(graph.graph_module if graph.is_fused else graph_module, example_inputs, **options)
+    chosen = graph.graph_module if graph.is_fused else graph_module
+    compiled = cast("Callable[..., Any]", compile_fx(chosen, example_inputs, **options))
     if not graph.is_fused:
         return compiled
     return _Checked(graph, compiled)

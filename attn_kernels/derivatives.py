@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -115,15 +115,15 @@ def _of_tensors(
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def _additive_scores(query, keys, v, bias):
+def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Any:
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _relu_scores(query, keys, v, bias, negative_slope):
+def _relu_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, negative_slope: float) -> Any:
     return (reference.additive_scores(query, keys, v, bias, **_of_slope(negative_slope)),)
 
 
-def _relu_attention(*arguments):
+def _relu_attention(*arguments: Any) -> Any:
     *inputs, negative_slope, memory_lengths, mask, _ = arguments
     keywords: dict[str, Any] = dict(**_of_slope(negative_slope), memory_lengths=memory_lengths, mask=mask)
     return reference.additive_attention(*inputs, **keywords)
@@ -133,19 +133,19 @@ def _of_slope(negative_slope: float) -> dict[str, Any]:
     return dict(activation="leaky_relu" if negative_slope else "relu", negative_slope=negative_slope)
 
 
-def _additive_attention(*arguments):
+def _additive_attention(*arguments: Any) -> Any:
     *inputs, _, memory_lengths, mask, _ = arguments  # of query, keys, values, v, bias, prepared
     return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
 
 
-def _attention_with_extra(query, keys, values, v, bias, extra, *others):
+def _attention_with_extra(query: Any, keys: Any, values: Any, v: Any, bias: Any, extra: Any, *others: Any) -> Any:
     *slope, memory_lengths, mask, _ = others
     activation = _of_slope(*slope) if slope else {}
     masks = dict(memory_lengths=memory_lengths, mask=mask)
     return reference.additive_attention(query, keys, values, v, bias, extra=extra, **activation, **masks)
 
 
-def _dot_attention(*arguments):
+def _dot_attention(*arguments: Any) -> Any:
     *inputs, scale, memory_lengths, mask, _ = arguments
     return reference.dot_attention(*inputs, scale=scale, memory_lengths=memory_lengths, mask=mask)
 
@@ -190,7 +190,7 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
     score, what makes keywords of the function of it.
     """
 
-    def formula(query, keys, values, *others):
+    def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, score_bias, others = others[:tensors], others[tensors], others[tensors + 1 :]
         keywords = {name: x for number, make in zip(others, numbers, strict=False) for name, x in make(number).items()}
         dropout_p, seed, normalizer, memory_lengths, mask = others[len(numbers) : len(numbers) + 5]
@@ -212,7 +212,7 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
 def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[float], dict[str, Any]]) -> Formula:
     """The formula of an attention over packed keys and values. Arguments as of ``_with_options``."""
 
-    def formula(query, keys, values, *others):
+    def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, (*given, max_length, offsets, _) = others[:tensors], others[tensors:]
         keywords = {name: x for number, make in zip(given, numbers, strict=True) for name, x in make(number).items()}
         columns = max_length or packing.enough_columns(offsets, len(keys))
@@ -308,7 +308,8 @@ def rules(
         if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * len(needs)
         if gradients is None:
-            return pulled(saved(ctx), grads, needs)
+            pulled_back: tuple[Tensor | None, ...] = pulled(saved(ctx), grads, needs)
+            return pulled_back
         flags, unneeded, rest = plan(needs)
         if len(grads) < results_count:  # the context alone was returned
             made = gradients(grads[0], *(None,) * (results_count - 1), *saved(ctx), *flags)
@@ -326,11 +327,11 @@ def rules(
         backward = staticmethod(reverse)
 
         @staticmethod
-        def forward(*arguments):
+        def forward(*arguments: Any) -> Any:
             return compute(*arguments[:-1], True) if attends else compute(*arguments)
 
         @staticmethod
-        def setup_context(ctx, inputs, output):
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.set_materialize_grads(False)
             ctx.single = isinstance(output, Tensor)
             save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
@@ -340,21 +341,21 @@ def rules(
                 ctx.mark_non_differentiable(output)
 
         @staticmethod
-        def jvp(ctx, *tangents):
+        def jvp(ctx: Any, *tangents: Any) -> Any:
             if formula.function is None:
                 return None
             results = push_forward(formula, saved(ctx), tangents)
             return results[0] if ctx.single else results
 
         @staticmethod
-        def vmap(info, in_dims, *arguments):
-            n = info.batch_size
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+            n, apply = info.batch_size, cast(Any, Rule.apply)
             if n == 0:
                 return torch.vmap(lambda *arguments: apply_formula(op, arguments), in_dims)(*arguments), 0
             first = [x if axis is None else x.movedim(axis, 0) for x, axis in zip(arguments, in_dims, strict=True)]
             mapped = [axis is not None for axis in in_dims]
             if formula.shared is None or any(mapped[i] for i in formula.shared):
-                parts = [Rule.apply(*(x[i] if m else x for x, m in zip(first, mapped, strict=True))) for i in range(n)]
+                parts = [apply(*(x[i] if m else x for x, m in zip(first, mapped, strict=True))) for i in range(n)]
                 if isinstance(parts[0], Tensor):
                     return torch.stack(parts), 0
                 return tuple(map(torch.stack, zip(*parts, strict=True))), 0
@@ -362,7 +363,7 @@ def rules(
             for i, x in enumerate(first):
                 if isinstance(x, Tensor) and i not in formula.shared:
                     folded[i] = (x if mapped[i] else x.expand(n, *x.shape)).flatten(0, 1)
-            results = Rule.apply(*folded)
+            results = apply(*folded)
             if isinstance(results, Tensor):
                 return results.unflatten(0, (n, -1)), 0
             return tuple(result.unflatten(0, (n, -1)) for result in results), 0

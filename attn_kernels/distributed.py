@@ -146,7 +146,8 @@ class _Additive(NamedTuple):
     def scores(self, query: Tensor, keys: Tensor, *units: Tensor | None) -> Tensor:
         if self.backend == "reference":
             return reference.additive_scores(query, keys, *units)
-        return ops.call("additive_scores", self.backend, query, keys, *units)
+        scores: Tensor = ops.call("additive_scores", self.backend, query, keys, *units)
+        return scores
 
     def gradients(self, grad_scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.backend != "reference":
@@ -191,7 +192,7 @@ def _attend(
     q, k, x, *u = autocast(query, keys, values, *units)
     if q.dim() == 2:
         q = q.unsqueeze(1)
-    result = _Sharded.apply(plan, padding, q, k, x, *u)
+    result = _Sharded.apply(plan, padding, q, k, x, *u)  # type: ignore[no-untyped-call]  # torch has no types for it
     return to_result(result, query.dim(), plan.need_weights)
 
 
@@ -220,7 +221,8 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor | None, grad_alignments: Tensor | None = None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[2:]
-        gradients = _ShardedBackward.apply(ctx.plan, needed, grad_context, grad_alignments, *ctx.saved_tensors)
+        given = ctx.plan, needed, grad_context, grad_alignments, *ctx.saved_tensors
+        gradients = _ShardedBackward.apply(*given)  # type: ignore[no-untyped-call]  # torch has no types for it
         return None, None, *gradients
 
 

@@ -75,7 +75,8 @@ def _gated_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, v: Sha
 def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *others: Any, **_: Any) -> int:
     """The gradients of the activation and, with those of the query, of v."""
     need_query = others[-2]
-    return 2 * _pairs(query, keys) * query[2] * (1 + need_query)
+    count: int = 2 * _pairs(query, keys) * query[2] * (1 + need_query)
+    return count
 
 
 def _attention(query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> int:
@@ -89,7 +90,8 @@ def _attention_backward(
     """The gradients of query and alignments, and of keys and values, as far as they are needed."""
     need_query, need_memory = others[-2:]
     products = query[2] + (0 if grad_context is None else values[2])
-    return 2 * _pairs(query, keys) * products * (need_query + need_memory)
+    count: int = 2 * _pairs(query, keys) * products * (need_query + need_memory)
+    return count
 
 
 def _packed_attention(query: Shape, keys: Shape, values: Shape, *others: Any, **named: Any) -> int:
@@ -110,7 +112,8 @@ def _extra_backward(
     """The same, where keys and values have a flag each."""
     need_query, need_keys, need_values = others[-3:]
     of_alignments = 0 if grad_context is None else values[2] * (max(need_query, need_keys) + need_values)
-    return 2 * _pairs(query, keys) * (query[2] * (need_query + need_keys) + of_alignments)
+    count: int = 2 * _pairs(query, keys) * (query[2] * (need_query + need_keys) + of_alignments)
+    return count
 
 
 def _gated_attention(query: Shape, keys: Shape, values: Shape, v: Shape, *_: Any, **__: Any) -> int:

@@ -234,7 +234,8 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
         return None  # float32 would be twice the bytes, and reading them is what takes the time there
     if derivatives.transforms_are_active() if is_compiling() else torch._C._is_tracing():
         return None  # there ops are formulas: see ops.call
-    return ops.call("additive_prepare", chosen, keys.detach())
+    prepared: Tensor | None = ops.call("additive_prepare", chosen, keys.detach())
+    return prepared
 
 
 def dot_attention(
@@ -341,10 +342,12 @@ def additive_scores(
             raise ArgumentValueError  # raised again below, with a full message
         q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
-            return derivatives.apply_formula(op[0], (q, k, w, b, *op[1]))
-        if q.dim() == 2:
-            return ops.call(op[0], chosen, q.unsqueeze(1), k, w, b, *op[1]).squeeze(1)
-        return ops.call(op[0], chosen, q, k, w, b, *op[1])
+            result: Tensor = derivatives.apply_formula(op[0], (q, k, w, b, *op[1]))
+        elif q.dim() == 2:
+            result = ops.call(op[0], chosen, q.unsqueeze(1), k, w, b, *op[1]).squeeze(1)
+        else:
+            result = ops.call(op[0], chosen, q, k, w, b, *op[1])
+        return result
     except ARGUMENT_ERRORS:
         _check_additive_scores(query, keys, v, bias)
         raise

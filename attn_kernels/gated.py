@@ -41,4 +41,5 @@ def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend
     scores = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     if score.vectors is not None:
         scores = scores.unflatten(1, (arguments[0].shape[1], score.vectors))
-    return scores if q.dim() == 3 else scores.squeeze(1)
+    result: Tensor = scores if q.dim() == 3 else scores.squeeze(1)
+    return result

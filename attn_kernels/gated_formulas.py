@@ -5,6 +5,7 @@ v is (R, A); each query has R rows, one after the other: (B, Tq R, Tk).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,10 @@ from . import reference
 from .checks import ACTIVATIONS
 
 # For each number of the op, what makes keywords of the reference of it.
-NUMBERS = (lambda i: dict(activation=ACTIVATIONS[i]), lambda slope: dict(negative_slope=slope))
+NUMBERS: tuple[Callable[[Any], dict[str, Any]], ...] = (
+    lambda i: dict(activation=ACTIVATIONS[i]),
+    lambda slope: dict(negative_slope=slope),
+)
 
 
 def scores(

@@ -75,7 +75,7 @@ class Budget:
     """The memory that copies of weights may still take, in bytes."""
 
     def __init__(self, size: int) -> None:
-        self.left = size
+        self.left: int = size
 
     def take(self, size: int) -> bool:
         """Takes ``size`` bytes if so many are left. Returns whether they were."""
@@ -103,7 +103,7 @@ class PackedLinear:
         self.weight = weight
         self.packed: Tensor | None = None
         self.budget = budget
-        self.steps_to_packing = -1  # never
+        self.steps_to_packing: int = -1  # never
         if rows > 1 and steps >= _MIN_STEPS and weight.numel() >= 1 << 16 and _supports(weight):
             if budget is None:
                 self._pack(rows)
@@ -131,7 +131,8 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def _supports(*tensors: Tensor) -> bool:

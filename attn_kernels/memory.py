@@ -64,7 +64,7 @@ class Memory:
 
     def gradient(self) -> MemoryGradient:
         """Accumulates the gradients of all steps on this memory; created on first use."""
-        gradient = self.__dict__.get("_gradient")
+        gradient: MemoryGradient | None = self.__dict__.get("_gradient")
         if gradient is None or not gradient.is_current_for(self.keys, self.values):
             gradient = MemoryGradient(self.keys, self.values)
             object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own

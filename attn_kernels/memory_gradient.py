@@ -85,7 +85,10 @@ class _StepRecord(NamedTuple):
         needed: the flags of the op, of the query and of the memory or, with an extra, of the keys and of the values.
         """
         score, backend, *inputs, memory_lengths, mask, alignments = self
-        return ops.call(f"{score.op}_backward", backend, *inputs, *score, memory_lengths, mask, alignments, *needed)
+        gradients: tuple[Tensor, ...] = ops.call(
+            f"{score.op}_backward", backend, *inputs, *score, memory_lengths, mask, alignments, *needed
+        )
+        return gradients
 
 
 class _PendingSteps(list[_StepRecord]):
@@ -118,9 +121,11 @@ class MemoryGradient:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._state = *_state(keys), *_state(values)
         self._passes: WeakValueDictionary[int, _PendingSteps] = WeakValueDictionary()
-        self.keys, self.values = keys.detach(), values.detach()
-        self.memory = (keys, values)  # for gradients that are differentiated themselves
-        self.anchor: Tensor = _MemoryGradientNode.apply(keys, values, self._passes)
+        self.keys: Tensor = keys.detach()
+        self.values: Tensor = values.detach()
+        self.memory: tuple[Tensor, Tensor] = (keys, values)  # for gradients that are differentiated themselves
+        # torch has no types for apply.
+        self.anchor: Tensor = _MemoryGradientNode.apply(keys, values, self._passes)  # type: ignore[no-untyped-call]
         self.empty_grad: Tensor = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
 
     def is_current_for(self, keys: Tensor, values: Tensor) -> bool:
@@ -163,8 +168,8 @@ class MemoryGradient:
         need_alignments: bool,
     ) -> Any:
         """The op of a score on the memory, by ``ops.call``."""
-        masks = (memory_lengths, mask)
-        return _StepFunction.apply(self, self.anchor, type(score), backend, query, *masks, need_alignments, *score)
+        given = self, self.anchor, type(score), backend, query, memory_lengths, mask, need_alignments
+        return _StepFunction.apply(*given, *score)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -201,14 +206,14 @@ def _state(x: Tensor) -> tuple[Any, ...]:
 
 class _MemoryGradientNode(Function):
     @staticmethod
-    def forward(ctx, keys, values, passes):
+    def forward(ctx: Any, keys: Tensor, values: Tensor, passes: Any) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.passes = passes
         return keys.new_empty(0)
 
     @staticmethod
     @_untraced
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Any) -> Any:
         steps = ctx.passes.get(torch._C._current_graph_task_id())
         if not steps:
             return None, None, None
@@ -277,7 +282,18 @@ def _join_gradients(gradients: list[Tensor | None], queries: list[Tensor], size:
 
 class _StepFunction(Function):
     @staticmethod
-    def forward(ctx, gradient, anchor, kind, backend, query, memory_lengths, mask, need_alignments, *score):
+    def forward(
+        ctx: Any,
+        gradient: MemoryGradient,
+        anchor: Tensor,
+        kind: Any,
+        backend: str,
+        query: Tensor,
+        memory_lengths: Tensor | None,
+        mask: Tensor | None,
+        need_alignments: bool,
+        *score: Any,
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.memory_gradient, ctx.backend, ctx.kind = gradient, backend, kind
         tensors, ctx.numbers = score[: kind.tensors], score[kind.tensors :]
@@ -288,7 +304,7 @@ class _StepFunction(Function):
 
     @staticmethod
     @_untraced
-    def backward(ctx, grad_context, grad_alignments=None):
+    def backward(ctx: Any, grad_context: Tensor | None, grad_alignments: Tensor | None = None) -> tuple[Any, ...]:
         if grad_context is None and grad_alignments is None:
             return (None,) * len(ctx.needs_input_grad)
         query, keys, values, *tensors, memory_lengths, mask, alignments = ctx.saved_tensors

@@ -11,6 +11,7 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -46,12 +47,13 @@ class AttentionModule(nn.Module):
     ) -> None:
         super().__init__()
         self._name = type(self).__name__
-        self.query_size = query_size = check_size(self._name, "query_size", query_size)
-        self.memory_size = memory_size = check_size(self._name, "memory_size", memory_size)
-        self.key_size = key_size = check_size(self._name, "units", key_size)
+        self.query_size: int = check_size(self._name, "query_size", query_size)
+        self.memory_size: int = check_size(self._name, "memory_size", memory_size)
+        self.key_size: int = check_size(self._name, "units", key_size)
         self.backend = backend
-        self.query_projection = nn.Linear(query_size, key_size, bias=False, **factory) if project_query else None
-        self.memory_projection = nn.Linear(memory_size, key_size, bias=False, **factory) if project_memory else None
+        linear: Any = partial(nn.Linear, bias=False, **factory)
+        self.query_projection: nn.Linear | None = linear(self.query_size, self.key_size) if project_query else None
+        self.memory_projection: nn.Linear | None = linear(self.memory_size, self.key_size) if project_memory else None
         self._factory = factory
 
     def _parameter(self, *shape: int) -> nn.Parameter:
@@ -186,9 +188,9 @@ class BahdanauAttention(AttentionModule):
         super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units = units
         self.normalize = normalize
-        self.v = self._parameter(units)
-        self.g = self._parameter() if normalize else None
-        self.bias = self._parameter(units) if normalize else None
+        self.v: nn.Parameter = self._parameter(units)
+        self.g: nn.Parameter | None = self._parameter() if normalize else None
+        self.bias: nn.Parameter | None = self._parameter(units) if normalize else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:
@@ -267,8 +269,8 @@ class LuongAttention(AttentionModule):
         self.units = units
         self.score = score
         self.scale = scale
-        self.v = None if units is None else self._parameter(units)
-        self.g = self._parameter() if scale else None
+        self.v: nn.Parameter | None = None if units is None else self._parameter(units)
+        self.g: nn.Parameter | None = self._parameter() if scale else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:
@@ -281,9 +283,10 @@ class LuongAttention(AttentionModule):
         return _DOT if self.v is None else AdditiveScore(self.score_vector(), None, memory.prepared)
 
     def make_query(self, state: Tensor) -> Tensor:
-        if self.v is not None:
-            return self.query_projection(state)
-        return state if self.g is None else self.g * state
+        if self.v is None:
+            return state if self.g is None else self.g * state
+        query: Tensor = self.query_projection(state)
+        return query
 
     def query_factor(self) -> Tensor | None:
         return self.g if self.v is None else None  # "concat" has it in its score vector
@@ -353,7 +356,7 @@ class CosineAttention(AttentionModule):
         self.units = units
         self.learn_sharpness = learn_sharpness
         self.eps = eps
-        self.initial_sharpness = float(sharpness)
+        self.initial_sharpness: float = float(sharpness)
         self.sharpness = self._parameter() if learn_sharpness else self.initial_sharpness
         self._reset_scores()
 

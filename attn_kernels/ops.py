@@ -26,12 +26,13 @@ from . import derivatives
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
-library = torch.library.Library("attn_kernels", "DEF")
+library: torch.library.Library = torch.library.Library("attn_kernels", "DEF")
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
     """The overload of ``op`` that runs on ``backend``: what ``call`` calls."""
-    return getattr(getattr(torch.ops.attn_kernels, op), backend)
+    overload: Callable[..., Any] = getattr(getattr(torch.ops.attn_kernels, op), backend)
+    return overload
 
 
 def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
@@ -205,7 +206,7 @@ def _gated_fake(query: Tensor, keys: Tensor, values: Tensor, v: Tensor, *others:
 def _attention_backward_fake(results: int, gradients: int) -> Callable[..., tuple[Tensor, ...]]:
     """results: of the forward. gradients: of the arguments that follow query, keys and values."""
 
-    def fake(*arguments):
+    def fake(*arguments: Any) -> Any:
         query, keys, values, *others = arguments[results:]
         need_query, need_memory = others[-2:]
         memory = (_like(x, need_memory, query) for x in (keys, values))
@@ -233,7 +234,7 @@ def _gated_scores_fake(query: Tensor, keys: Tensor, v: Tensor, *_: Any) -> Tenso
 def _scores_backward_fake(own: int) -> Callable[..., tuple[Tensor, ...]]:
     """own: how many arguments with a gradient follow query and keys."""
 
-    def fake(_, query, keys, *others):
+    def fake(_: Any, query: Tensor, keys: Tensor, *others: Any) -> Any:
         need_query, need_memory = others[-2:]
         gradients = (_like(x, need_query, query) for x in others[:own])
         return _like(query, need_query, query), _like(keys, need_memory, query), *gradients

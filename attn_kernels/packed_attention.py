@@ -73,7 +73,8 @@ def _offsets(name: str, argument: str, jagged: Any) -> Tensor:
         raise ArgumentValueError(
             f"{name}: {argument} must have no holes between sentences: call {argument}.contiguous()"
         )
-    return jagged.offsets()
+    offsets: Tensor = jagged.offsets()
+    return offsets
 
 
 def _kind(value: object) -> str:
@@ -180,4 +181,5 @@ def attend_packed(
         raise
     if columns == 1 and keys.shape[0] == 0:  # nothing to attend
         alignments = alignments[..., :0]
-    return new(Attention, (None if values is None else context, alignments))
+    attention: Attention = new(Attention, (None if values is None else context, alignments))
+    return attention

@@ -208,7 +208,8 @@ def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -
         return (number + 2**63) % 2**64 - 2**63
 
     def shifted(z: Tensor, bits: int) -> Tensor:  # without sign
-        return (z >> bits) & (2 ** (64 - bits) - 1)
+        shifted: Tensor = (z >> bits) & (2 ** (64 - bits) - 1)
+        return shifted
 
     index = torch.arange(1, math.prod(shape) + 1, device=like.device)
     z = index * as_signed(0x9E3779B97F4A7C15) + as_signed(seed)

@@ -77,12 +77,15 @@ class _WithExtra(_OfUnits):
     """What is added to the keys, (B, Tk, A), beside v and bias. Its shape is checked where it comes in."""
 
     __slots__ = ()
-    tensors, gradients, has_extra = 3, 2, True
+    tensors = 3
+    gradients = 2
+    has_extra = True
     extra: Tensor
 
     def autocast(self, query: Tensor) -> Self:
         _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
-        return self._replace(v=v, bias=bias, extra=extra)  # type: ignore[attr-defined]
+        cast: Self = self._replace(v=v, bias=bias, extra=extra)  # type: ignore[attr-defined]
+        return cast
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, extra=self.extra)
@@ -98,7 +101,9 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
     op = "additive_attention"
     # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
     # one is added to the keys.
-    tensors, gradients, has_extra = 3, 2, False
+    tensors = 3
+    gradients = 2
+    has_extra = False
 
     def autocast(self, query: Tensor) -> AdditiveScore:
         """In the dtype that autocast gives the other arguments."""
@@ -123,7 +128,9 @@ class ReluScore(_ReluArguments, _OfUnits):
 
     __slots__ = ()
     op = "relu_attention"
-    tensors, gradients, has_extra = 2, 2, False
+    tensors = 2
+    gradients = 2
+    has_extra = False
 
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
@@ -163,8 +170,11 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
     """
 
     __slots__ = ()
-    op, name = "gated_additive_attention", "additive_attention"
-    tensors, gradients, has_extra = 3, 3, False
+    op = "gated_additive_attention"
+    name = "additive_attention"
+    tensors = 3
+    gradients = 3
+    has_extra = False
 
     @property
     def vectors(self) -> int | None:
@@ -193,7 +203,9 @@ class DotScore(_DotArguments):
 
     __slots__ = ()
     op = name = "dot_attention"
-    tensors, gradients, has_extra = 0, 0, False
+    tensors = 0
+    gradients = 0
+    has_extra = False
 
     def autocast(self, query: Tensor) -> DotScore:
         return self

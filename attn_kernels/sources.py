@@ -68,7 +68,8 @@ def _is_of_library(function: object, cls: type) -> bool:
     top = getattr(sys.modules.get(cls.__module__.partition(".")[0]), "__file__", None)
     if code is None or top is None or os.path.basename(top) != "__init__.py":
         return False
-    return code.co_filename.startswith(os.path.dirname(top) + os.sep)
+    is_below: bool = code.co_filename.startswith(os.path.dirname(top) + os.sep)
+    return is_below
 
 
 def own_methods(cls: type, base: type) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from ..graph.capture import AnyEntry, Captured
 
 # Looked up once: they are called in every call of a module.
-is_tracing, _is_grad_enabled = torch._C._is_tracing, torch.is_grad_enabled
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+_is_grad_enabled = torch.is_grad_enabled
 
 _MAX_KINDS = 16  # kinds of calls of one module
 SKIPPED_CALLS = 64  # at most so many calls in a row run the original without a look at their arguments
@@ -69,7 +71,8 @@ class State:
         self.inner: list[Any] = []  # watched modules within this one
         self.is_parent = False  # watched only because of the alignments that those return
         self.choices: dict[Any, Any] = {}
-        self.rest = self._streak = 0  # calls left that run the original without a look at their arguments
+        self._streak = 0
+        self.rest: int = 0  # calls left that run the original without a look at their arguments
         self.reasons: Counter[str] = Counter()
         self.entries: list[AnyEntry] = []
         self.keeper: Any = None
@@ -86,7 +89,8 @@ class State:
         if self.choices.get(kind_of(attributes, args)) is not False:
             self._streak = 0
             return False
-        self.rest = self._streak = min(self._streak + 1, SKIPPED_CALLS)
+        self._streak = min(self._streak + 1, SKIPPED_CALLS)
+        self.rest = self._streak
         return True
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -227,7 +231,7 @@ _WAITING = "modules within it are captured first"
 
 
 def state_of(module: Any) -> State:
-    state = module.__dict__.get(STATE)
+    state: State | None = module.__dict__.get(STATE)
     if state is None:
         state = module.__dict__[STATE] = State(module._attn_kernels_original)
     return state

@@ -26,7 +26,7 @@ class Axis:
     def __init__(self, size: Any) -> None:
         if isinstance(size, torch.SymInt) and size.node.expr.is_Integer:
             size = int(size.node.expr)
-        self.size = size
+        self.size: Any = size
         self.parts: tuple[Axis, ...] | None = None
 
     def split(self, *sizes: Any) -> tuple[Axis, ...]:

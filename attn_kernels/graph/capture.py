@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sources import forwards_of
+from ..sources import Forwards, forwards_of
 from . import check
-from .kept import current
+from .kept import Current, current
 from .nodes import value_of
 from .rewrite import Found, Outcome, rewrite
 
@@ -48,8 +48,10 @@ class Graph:
     def __init__(self, graph_module: torch.fx.GraphModule, branches: bool = True) -> None:
         self.found: list[Found] = []
         self.reasons: list[str] = []
-        self._captured = self.graph_module = graph_module
-        self.original = self.rewritten = graph_module.forward
+        self._captured: torch.fx.GraphModule = graph_module
+        self.graph_module: torch.fx.GraphModule = graph_module
+        self.original: Callable[..., Any] = graph_module.forward
+        self.rewritten: Callable[..., Any] = graph_module.forward
         self._install: Callable[[Any], None] = lambda function: None
         nodes = graph_module.graph.nodes
         self._placeholders = [value_of(node) for node in nodes if node.op == "placeholder"]
@@ -114,9 +116,11 @@ class Entry:
     __slots__ = ("check", "forwards", "graph", "kept", "run")
 
     def __init__(self, entry: Any, graph: Graph, namespace: dict[str, Any], module: nn.Module) -> None:
-        self.check, self.graph, self.forwards = entry.guard_manager.check, graph, forwards_of(module)
-        self.run = types.FunctionType(entry.code, namespace)
-        self.kept = current  # where a module puts its keeper for the time of a run
+        self.check: Callable[[dict[str, Any]], bool] = entry.guard_manager.check
+        self.graph: Graph = graph
+        self.forwards: Forwards = forwards_of(module)
+        self.run: Callable[..., Any] = types.FunctionType(entry.code, namespace)
+        self.kept: Current = current  # where a module puts its keeper for the time of a run
 
 
 class Parts:
@@ -166,7 +170,10 @@ class PartsEntry:
     """A kind of call that is made of parts; TorchDynamo itself says which graphs are right for a call."""
 
     def __init__(self, parts: Parts, module: nn.Module) -> None:
-        self.graph, self.run, self.kept, self.forwards = parts, parts.run, current, forwards_of(module)
+        self.graph: Parts = parts
+        self.run: Callable[..., Any] = parts.run
+        self.kept: Current = current
+        self.forwards: Forwards = forwards_of(module)
 
     def check(self, given: dict[str, Any]) -> bool:
         return True
@@ -183,7 +190,7 @@ class Captured:
         self.entries: list[AnyEntry] = []
         self.failures: list[str] = []
         self._namespace = {"ORIGINAL": forward, "__builtins__": __builtins__, "__name__": f"{__name__}.of_{what}"}
-        self.call = self._call_of(what)
+        self.call: types.FunctionType = self._call_of(what)
         self._compiled: Callable[..., Any] | None = None
         self._graph: Graph | None = None
         self._is_broken = False  # whether the last capture failed because the forward is not one graph

@@ -152,7 +152,8 @@ def _tensors(result: Any) -> list[Tensor]:
 def _largest(x: Any) -> float:
     if x is None or x.numel() == 0 or not x.is_floating_point():
         return 0.0
-    return x.detach().abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+    largest: float = x.detach().abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+    return largest
 
 
 def _differ(own: Any, their: Any, exact: Any, scale: float) -> str | None:

@@ -18,8 +18,8 @@ class Dataflow:
 
     def __init__(self, graph: Graph, parameters: set[Node]) -> None:
         """``parameters``: the placeholders that are parameters or buffers of modules."""
-        self.writes = Writes(graph)
-        self.constants = _constants(graph, parameters)
+        self.writes: Writes = Writes(graph)
+        self.constants: set[Node] = _constants(graph, parameters)
         self._arguments = _arguments_of(graph, parameters)
 
     def leaf(self, leaf: Leaf) -> Leaf:

@@ -19,7 +19,8 @@ class Emitter:
     """Writes nodes into a graph; calls that are written already, before the place where they are wanted, are reused."""
 
     def __init__(self, graph: Graph, writes: Writes) -> None:
-        self.graph, self.writes = graph, writes
+        self.graph = graph
+        self.writes = writes
         self._written: dict[Any, Node] = {}  # by function and arguments
         self._replaced: dict[Node, Node] = {}
         self._sizes: dict[Axis, tuple[Node, int]] = {}

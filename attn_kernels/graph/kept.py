@@ -55,7 +55,8 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
         return False
     if a.requires_grad or b.requires_grad:
         return a.requires_grad and b.requires_grad and a._base is not None and a._base is b._base
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    is_same: bool = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return is_same
 
 
 def _value(x: Tensor) -> Any:
@@ -78,7 +79,9 @@ class Held:
     """A value that is kept, and what was derived from it."""
 
     def __init__(self, sources: Sources, state: tuple[Any, ...], value: Tensor) -> None:
-        self.sources, self.state, self.value = sources, state, value
+        self.sources = sources
+        self.state = state
+        self.value = value
         self.hits = 0
         self.memory: Memory | None = None
         self.prepared: Tensor | None = None
@@ -130,7 +133,8 @@ _HELD = "_attn_kernels_held"
 
 def held_of(tensor: Tensor) -> Held | None:
     """The entry of a tensor, if it is a kept value."""
-    return tensor.__dict__.get(_HELD)
+    held: Held | None = tensor.__dict__.get(_HELD)
+    return held
 
 
 class Keeper:
@@ -146,11 +150,11 @@ class Keeper:
         return slot
 
 
-class _Current(threading.local):
+class Current(threading.local):
     keeper: Keeper | None = None
 
 
-current = _Current()  # the keeper of the module whose graph runs in this thread, or None where nothing is kept
+current: Current = Current()  # the keeper of the module whose graph runs in this thread, or None where nothing is kept
 
 
 def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str) -> Callable[..., Tensor]:
@@ -187,7 +191,8 @@ def memory_of(held: Held, values: Tensor | None, mask: Tensor | None, prepared: 
 
 def _make(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...]) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return _Kept.apply(function, numbers, *tensors)
+        result: Tensor = _Kept.apply(function, numbers, *tensors)  # type: ignore[no-untyped-call]  # torch has no types for it
+        return result
     return function(*tensors, *numbers)
 
 

@@ -17,7 +17,8 @@ from .parts import Products, Projection, Roles, Scores, Term
 
 
 def dtype_of(scores: Scores | Products) -> torch.dtype:
-    return value_of(scores.node if isinstance(scores, Products) else scores.tanh).dtype
+    dtype: torch.dtype = value_of(scores.node if isinstance(scores, Products) else scores.tanh).dtype
+    return dtype
 
 
 def dot_operands(emit: Emitter, scores: Products, part: Roles, at: Node) -> tuple[Node, Node]:

@@ -208,7 +208,7 @@ class _Writer:
         return self.emit.call(at, runtime.attention, query, keys, x, v, bias, masks), steady
 
     def _scale(self, softmax: Softmax, at: Node) -> float | Node:
-        scale: Any = softmax.scale
+        scale: float | Node = softmax.scale
         for factor in softmax.factors:
             operation = operator.truediv if factor.is_divisor else operator.mul
             scale = self.emit.call(at, operation, scale, self.emit.current(factor.node))

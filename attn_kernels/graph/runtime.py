@@ -119,7 +119,8 @@ def _mask(masks: Masks, keys: Tensor, held: Held | None, lowest: Callable[[], fl
             held.masks = tuple(mask.clone() for mask in given), allowed
     if not allowed.is_full or (allowed.highest > -math.inf and not allowed.highest <= lowest()):
         return None
-    return allowed.mask
+    combined: Tensor | None = allowed.mask
+    return combined
 
 
 def _allowed(masks: Masks) -> Allowed:

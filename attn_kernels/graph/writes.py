@@ -78,7 +78,8 @@ class Writes:
 
 
 def storage(node: Node) -> int:
-    return value_of(node).untyped_storage()._cdata
+    storage: int = value_of(node).untyped_storage()._cdata
+    return storage
 
 
 def written(node: Node) -> list[Node]:

@@ -39,10 +39,10 @@ class StatefulAdditiveAttention(StatefulAttention):
         super().__init__(
             query_size, memory_size, units, project_query=True, project_memory=True, backend=backend, factory=factory
         )
-        self.units = self.key_size
-        self.scale = as_number(self._name, scale)
-        self.v = nn.Parameter(torch.empty(self.units, **factory))
-        self.bias = nn.Parameter(torch.empty(self.units, **factory)) if bias else None
+        self.units: int = self.key_size
+        self.scale: float = as_number(self._name, scale)
+        self.v: nn.Parameter = nn.Parameter(torch.empty(self.units, **factory))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if bias else None
 
     def _reset_scores(self) -> None:
         bound = 1 / math.sqrt(self.units)  # as the weight of nn.Linear(units, 1)

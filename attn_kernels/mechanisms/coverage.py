@@ -65,7 +65,7 @@ class CoverageAttention(StatefulAdditiveAttention):
         super().__init__(query_size, memory_size, units, bias=bias, scale=scale, backend=backend, factory=factory)
         check_initial(self._name, initial)
         self.initial = initial
-        self.coverage_weight = nn.Parameter(torch.empty(self.units, **factory))
+        self.coverage_weight: nn.Parameter = nn.Parameter(torch.empty(self.units, **factory))
         self._reset_scores()
 
     def _reset_scores(self) -> None:

@@ -75,23 +75,23 @@ class DynamicConvolutionAttention(PositionalAttention):
     ) -> None:
         super().__init__(query_size, memory_size, backend=backend, factory={"device": device, "dtype": dtype})
         name = self._name
-        self.units = check_size(name, "units", units)
+        self.units: int = check_size(name, "units", units)
         static_filters = check_size(name, "static_filters", static_filters)
         static_length = check_size(name, "static_length", static_length, odd=True)
-        self.dynamic_filters = check_size(name, "dynamic_filters", dynamic_filters)
-        self.dynamic_length = check_size(name, "dynamic_length", dynamic_length, odd=True)
-        self.prior_length = check_size(name, "prior_length", prior_length)
-        self.prior_alpha = check_number(name, "prior_alpha", prior_alpha, 1e-6)
-        self.prior_beta = check_number(name, "prior_beta", prior_beta, 1e-6)
-        self.filter_hidden = nn.Linear(self.query_size, self.units, **self._factory)
-        self.filter_output = nn.Linear(
+        self.dynamic_filters: int = check_size(name, "dynamic_filters", dynamic_filters)
+        self.dynamic_length: int = check_size(name, "dynamic_length", dynamic_length, odd=True)
+        self.prior_length: int = check_size(name, "prior_length", prior_length)
+        self.prior_alpha: float = check_number(name, "prior_alpha", prior_alpha, 1e-6)
+        self.prior_beta: float = check_number(name, "prior_beta", prior_beta, 1e-6)
+        self.filter_hidden: nn.Linear = nn.Linear(self.query_size, self.units, **self._factory)
+        self.filter_output: nn.Linear = nn.Linear(
             self.units, self.dynamic_filters * self.dynamic_length, bias=False, **self._factory
         )
-        self.static_filters = self._parameter(static_filters, static_length)
-        self.static_projection = self._parameter(self.units, static_filters)
-        self.dynamic_projection = self._parameter(self.units, self.dynamic_filters)
-        self.bias = self._parameter(self.units)
-        self.v = self._parameter(self.units)
+        self.static_filters: nn.Parameter = self._parameter(static_filters, static_length)
+        self.static_projection: nn.Parameter = self._parameter(self.units, static_filters)
+        self.dynamic_projection: nn.Parameter = self._parameter(self.units, self.dynamic_filters)
+        self.bias: nn.Parameter = self._parameter(self.units)
+        self.v: nn.Parameter = self._parameter(self.units)
         self.register_buffer("prior", torch.empty(self.prior_length, **self._factory), persistent=False)
         self._reset_scores()
 

@@ -54,12 +54,14 @@ class EnergyAttention(AlignmentsAttention):
             backend=backend,
             factory=factory,
         )
-        self.units = self.key_size // energies
+        self.units: int = self.key_size // energies
         self.score = score
         self.normalize = normalize
-        self.v = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
-        self.g = nn.Parameter(torch.empty((), **factory)) if normalize else None
-        self.bias = nn.Parameter(torch.empty(self.units, **factory)) if normalize and additive else None
+        self.v: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
+        self.g: nn.Parameter | None = nn.Parameter(torch.empty((), **factory)) if normalize else None
+        self.bias: nn.Parameter | None = (
+            nn.Parameter(torch.empty(self.units, **factory)) if normalize and additive else None
+        )
 
     def _reset_scores(self) -> None:
         if self.v is not None:
@@ -97,10 +99,10 @@ class ChoosingAttention(EnergyAttention):
     ) -> None:
         super().__init__(*args, factory=factory, **options)
         check_choice(self._name, "mode", mode, self.modes)
-        self.noise = check_number(self._name, "noise", noise, 0.0)
-        self.score_bias_init = check_number(self._name, "score_bias_init", score_bias_init)
+        self.noise: float = check_number(self._name, "noise", noise, 0.0)
+        self.score_bias_init: float = check_number(self._name, "score_bias_init", score_bias_init)
         self.mode = mode
-        self.score_bias = nn.Parameter(torch.empty((), **factory))
+        self.score_bias: nn.Parameter = nn.Parameter(torch.empty((), **factory))
 
     def _reset_scores(self) -> None:
         super()._reset_scores()

@@ -66,20 +66,24 @@ class DenseGATv2(nn.Module):
     ) -> None:
         super().__init__()
         self._name = type(self).__name__
-        self.in_size = check_size(self._name, "in_size", in_size)
-        self.out_size = check_size(self._name, "out_size", out_size)
-        self.heads = check_size(self._name, "heads", heads)
-        self.negative_slope = check_activation(self._name, "leaky_relu", negative_slope)
+        self.in_size: int = check_size(self._name, "in_size", in_size)
+        self.out_size: int = check_size(self._name, "out_size", out_size)
+        self.heads: int = check_size(self._name, "heads", heads)
+        self.negative_slope: float | None = check_activation(self._name, "leaky_relu", negative_slope)
         self.concat = concat
         self.self_loops = self_loops
         self.share_weights = share_weights
         self.backend = backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = self.heads * self.out_size
-        self.query_projection = nn.Linear(self.in_size, width, bias=False, **factory)
-        self.memory_projection = None if share_weights else nn.Linear(self.in_size, width, bias=False, **factory)
-        self.a = nn.Parameter(torch.empty(self.heads, self.out_size, **factory))
-        self.bias = nn.Parameter(torch.empty(width if concat else self.out_size, **factory)) if bias else None
+        self.query_projection: nn.Linear = nn.Linear(self.in_size, width, bias=False, **factory)
+        self.memory_projection: nn.Linear | None = (
+            None if share_weights else nn.Linear(self.in_size, width, bias=False, **factory)
+        )
+        self.a: nn.Parameter = nn.Parameter(torch.empty(self.heads, self.out_size, **factory))
+        self.bias: nn.Parameter | None = (
+            nn.Parameter(torch.empty(width if concat else self.out_size, **factory)) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,7 +144,8 @@ class DenseGATv2(nn.Module):
         return features, alignments if batched else alignments[0]
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.unflatten(-1, (self.heads, self.out_size)).unbind(-2)
+        heads: tuple[Tensor, ...] = x.unflatten(-1, (self.heads, self.out_size)).unbind(-2)
+        return heads
 
     def _check(self, x: Tensor, adjacency: Tensor) -> None:
         check_tensor(self._name, "x", x)

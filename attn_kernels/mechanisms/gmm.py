@@ -80,13 +80,15 @@ class GMMAttention(PositionalAttention):
         super().__init__(query_size, memory_size, backend=None, factory={"device": device, "dtype": dtype})
         if version not in (0, 1, 2):
             raise ArgumentValueError(f"{self._name}: version must be 0, 1 or 2, got {version!r}")
-        self.units = None if units is None else check_size(self._name, "units", units)
-        self.mixtures = check_size(self._name, "mixtures", mixtures)
-        self.version = int(version)
-        self.initial_delta = _check_initial(self._name, "initial_delta", initial_delta)
-        self.initial_sigma = _check_initial(self._name, "initial_sigma", initial_sigma)
-        self.hidden = None if units is None else nn.Linear(self.query_size, self.units, **self._factory)
-        self.mixture = nn.Linear(self.units or self.query_size, 3 * self.mixtures, **self._factory)
+        self.units: int | None = None if units is None else check_size(self._name, "units", units)
+        self.mixtures: int = check_size(self._name, "mixtures", mixtures)
+        self.version: int = int(version)
+        self.initial_delta: float | None = _check_initial(self._name, "initial_delta", initial_delta)
+        self.initial_sigma: float | None = _check_initial(self._name, "initial_sigma", initial_sigma)
+        self.hidden: nn.Linear | None = (
+            None if units is None else nn.Linear(self.query_size, self.units, **self._factory)
+        )
+        self.mixture: nn.Linear = nn.Linear(self.units or self.query_size, 3 * self.mixtures, **self._factory)
         self._reset_scores()
 
     def _reset_scores(self) -> None:

@@ -101,19 +101,27 @@ class MultiHeadAttention(AttentionModule):
             raise ArgumentValueError(f"{self._name}: score must be 'additive' or 'dot', got {score!r}")
         if tanh and score != "dot":
             raise ArgumentValueError(f"{self._name}: tanh must be False with score={score!r}, which has its own")
-        self.units = self.key_size
-        self.heads = check_size(self._name, "heads", heads)
-        self.value_size = check_size(self._name, "value_size", units if value_size is None else value_size)
-        self.output_size = check_size(self._name, "output_size", memory_size if output_size is None else output_size)
+        self.units: int = self.key_size
+        self.heads: int = check_size(self._name, "heads", heads)
+        self.value_size: int = check_size(self._name, "value_size", units if value_size is None else value_size)
+        self.output_size: int = check_size(
+            self._name, "output_size", memory_size if output_size is None else output_size
+        )
         self.score = score
-        self.scale = self.units**-0.5 if scale is None else as_number(self._name, scale)
+        self.scale: float = self.units**-0.5 if scale is None else as_number(self._name, scale)
         self.tanh = tanh
         width = self.heads * self.units
-        self.query_projection = nn.Linear(self.query_size, width, **factory)
-        self.memory_projection = nn.Linear(self.memory_size, width, bias=False, **factory)
-        self.value_projection = nn.Linear(self.memory_size, self.heads * self.value_size, bias=False, **factory)
-        self.output_projection = nn.Linear(self.heads * self.value_size, self.output_size, bias=False, **factory)
-        self.v = nn.Parameter(torch.empty(self.heads, self.units, **factory)) if score == "additive" else None
+        self.query_projection: nn.Linear = nn.Linear(self.query_size, width, **factory)
+        self.memory_projection: nn.Linear = nn.Linear(self.memory_size, width, bias=False, **factory)
+        self.value_projection: nn.Linear = nn.Linear(
+            self.memory_size, self.heads * self.value_size, bias=False, **factory
+        )
+        self.output_projection: nn.Linear = nn.Linear(
+            self.heads * self.value_size, self.output_size, bias=False, **factory
+        )
+        self.v: nn.Parameter | None = (
+            nn.Parameter(torch.empty(self.heads, self.units, **factory)) if score == "additive" else None
+        )
         self._reset_scores()
 
     def reset_parameters(self) -> None:
@@ -184,4 +192,5 @@ class MultiHeadAttention(AttentionModule):
 
 def _heads_first(x: Tensor, heads: int) -> tuple[Tensor, ...]:
     """(B, T, H * n) -> H tensors (B, T, n), each in one piece."""
-    return x.unflatten(-1, (heads, -1)).movedim(-2, 0).contiguous().unbind(0)
+    parts: tuple[Tensor, ...] = x.unflatten(-1, (heads, -1)).movedim(-2, 0).contiguous().unbind(0)
+    return parts

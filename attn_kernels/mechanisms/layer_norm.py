@@ -62,15 +62,15 @@ class LayerNormBahdanauAttention(AttentionModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(query_size, memory_size, units, backend=None, factory={"device": device, "dtype": dtype})
-        self.eps = as_number(self._name, eps, "eps")
+        self.eps: float = as_number(self._name, eps, "eps")
         if self.eps <= 0:
             raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
         check_normalizer(self._name, normalizer)
         self.units = units
         self.normalizer = normalizer
-        self.v = self._parameter(units)
-        self.gain = self._parameter(units)
-        self.shift = self._parameter(units)
+        self.v: nn.Parameter = self._parameter(units)
+        self.gain: nn.Parameter = self._parameter(units)
+        self.shift: nn.Parameter = self._parameter(units)
         self._reset_scores()
 
     def _reset_scores(self) -> None:
@@ -95,7 +95,8 @@ class LayerNormBahdanauAttention(AttentionModule):
         query, keys, v, gain, shift = autocast(query, keys, self.v, self.gain, self.shift)
         wide = upcast(query, keys, v, gain, shift)
         row = max(1, keys.numel() * wide[1].element_size())
-        chunks = wide[0].split(max(1, _CHUNK_BYTES // row), dim=1)
+        wide_query: Tensor = wide[0]
+        chunks = wide_query.split(max(1, _CHUNK_BYTES // row), dim=1)
         if len(chunks) == 1:
             return _scores(self.eps, *wide).to(query.dtype)
         parts = [recompute(partial(_scores, self.eps), chunk, *wide[1:]) for chunk in chunks]

@@ -111,11 +111,13 @@ class LocalAttention(EnergyAttention):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(query_size, memory_size, units, score, normalize, backend=backend, factory=factory)
         check_choice(self._name, "mode", mode, MODES)
-        self.window = check_size(self._name, "window", window)
+        self.window: int = check_size(self._name, "window", window)
         self.mode = mode
         predicts = mode == "local-p"
-        self.position_projection = nn.Linear(query_size, self.units, bias=False, **factory) if predicts else None
-        self.position_v = nn.Parameter(torch.empty(self.units, **factory)) if predicts else None
+        self.position_projection: nn.Linear | None = (
+            nn.Linear(query_size, self.units, bias=False, **factory) if predicts else None
+        )
+        self.position_v: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if predicts else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:

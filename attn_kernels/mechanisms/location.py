@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory import Memory
 from .additive import StatefulAdditiveAttention
@@ -84,6 +84,8 @@ class LocationSensitiveAttention(StatefulAdditiveAttention):
         check_initial(self._name, initial)
         self.cumulative = cumulative
         self.initial = initial
+        self.location_convolution: nn.Conv1d
+        self.location_projection: nn.Linear
         self.location_convolution, self.location_projection = make_location_layers(
             self._name, 2 if cumulative else 1, channels, kernel_size, self.units, factory
         )

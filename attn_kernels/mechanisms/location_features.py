@@ -42,7 +42,8 @@ def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments
     inputs, rows = inputs.to(weight.dtype), batch * hypotheses * steps
     if rows < _MANY_ROWS and inputs.is_cpu and weight.dtype == torch.float32:
         features = F.conv1d(inputs.flatten(0, 1), convolution.weight, padding=taps // 2)
-        return F.linear(features.mT, weight).unflatten(0, (batch, hypotheses))
+        projected: Tensor = F.linear(features.mT, weight).unflatten(0, (batch, hypotheses))
+        return projected
     padded, filters = F.pad(inputs, (taps // 2, taps // 2)), convolution.weight.flatten(1)
     if (
         not is_compiling()
@@ -51,7 +52,9 @@ def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments
         and not torch._C._are_functorch_transforms_active()
         and gemm.prefers_onednn(rows, padded, filters)
     ):
-        return _ProductFunction.apply(padded, weight @ filters, taps)
+        weights = weight @ filters
+        product: Tensor = _ProductFunction.apply(padded, weights, taps)  # type: ignore[no-untyped-call]  # torch has no types for it
+        return product
     return F.linear(F.linear(_neighbourhoods(padded, taps), filters), weight)
 
 

@@ -47,7 +47,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
     State: :class:`AlignmentsState`, the monotonic alignments of the step before, which are not those that are returned.
     """
 
-    modes = MODES
+    modes: tuple[str, ...] = MODES
 
     def __init__(
         self,
@@ -78,10 +78,10 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
             backend=backend,
             factory={"device": device, "dtype": dtype},
         )
-        self.chunk_size = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
+        self.chunk_size: int | None = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
         additive = score == "additive"
-        self.chunk_v = self._parameter(self.units) if additive else None
-        self.chunk_bias = self._parameter(self.units) if additive else None
+        self.chunk_v: nn.Parameter | None = self._parameter(self.units) if additive else None
+        self.chunk_bias: nn.Parameter | None = self._parameter(self.units) if additive else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:

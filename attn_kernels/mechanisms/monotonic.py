@@ -108,7 +108,7 @@ class MonotonicAttention(ChoosingAttention):
     State: :class:`AlignmentsState`, the alignments of the step before; at first all weight is on the first step.
     """
 
-    modes = MODES
+    modes: tuple[str, ...] = MODES
 
     def __init__(
         self,

@@ -198,7 +198,8 @@ class NormalizedAttention(nn.Module):
         self.attention._check(query, memory)
         query = mask_queries(query, memory)
         if self.normalizer == "softmax":
-            return self.attention(query, memory, need_weights)
+            result: Attention = self.attention(query, memory, need_weights)
+            return result
         score, made = self.attention.make_score(memory), self.attention.make_query(query)
         backend = self.attention.backend
         if self.normalizer == "sigmoid" and choose_among(OPTIONS.backends, backend, device_type(query)) is not None:

@@ -63,24 +63,28 @@ class PointerAttention(AttentionModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
-        self.glimpses = check_size(self._name, "glimpses", glimpses, least=0)
+        self.glimpses: int = check_size(self._name, "glimpses", glimpses, least=0)
         if self.glimpses and query_size != memory_size:
             raise ArgumentValueError(
                 f"{self._name}: query_size must be memory_size with glimpses, whose result is the next query, "
                 f"got {query_size} and {memory_size}"
             )
-        self.clip = None if clip is None else as_number(self._name, clip, "clip")
-        self.temperature = as_number(self._name, temperature, "temperature")
+        self.clip: float | None = None if clip is None else as_number(self._name, clip, "clip")
+        self.temperature: float = as_number(self._name, temperature, "temperature")
         for argument, number in (("clip", self.clip), ("temperature", self.temperature)):
             if number is not None and number <= 0:
                 raise ArgumentValueError(f"{self._name}: {argument} must be positive, got {number}")
-        self.units = self.key_size
-        self.v = self._parameter(units)
+        self.units: int = self.key_size
+        self.v: nn.Parameter = self._parameter(units)
         if self.glimpses:
-            self.glimpse_query_projection = nn.Linear(self.query_size, self.units, bias=False, **self._factory)
-            self.glimpse_memory_projection = nn.Linear(self.memory_size, self.units, bias=False, **self._factory)
-            self.glimpse_v = self._parameter(units)
-            self.key_size = 2 * self.units  # a memory has the keys to point to, then those of glimpses
+            self.glimpse_query_projection: nn.Linear = nn.Linear(
+                self.query_size, self.units, bias=False, **self._factory
+            )
+            self.glimpse_memory_projection: nn.Linear = nn.Linear(
+                self.memory_size, self.units, bias=False, **self._factory
+            )
+            self.glimpse_v: nn.Parameter = self._parameter(units)
+            self.key_size: int = 2 * self.units  # a memory has the keys to point to, then those of glimpses
         self._reset_scores()
 
     def reset_parameters(self) -> None:

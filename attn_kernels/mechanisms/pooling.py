@@ -61,9 +61,9 @@ class AttentionPooling(nn.Module):
     ) -> None:
         super().__init__()
         self._name = type(self).__name__
-        self.memory_size = check_size(self._name, "memory_size", memory_size)
-        self.units = check_size(self._name, "units", units)
-        self.heads = check_size(self._name, "heads", heads)
+        self.memory_size: int = check_size(self._name, "memory_size", memory_size)
+        self.units: int = check_size(self._name, "units", units)
+        self.heads: int = check_size(self._name, "heads", heads)
         check_activation(self._name, activation, negative_slope)
         if gated and activation != "tanh":
             raise ArgumentValueError(f"{self._name}: activation must be 'tanh' with gated=True, got {activation!r}")
@@ -72,9 +72,9 @@ class AttentionPooling(nn.Module):
         self.negative_slope = negative_slope
         self.backend = backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.memory_projection = nn.Linear(self.memory_size, self.units, **factory)
-        self.gate_projection = nn.Linear(self.memory_size, self.units, **factory) if gated else None
-        self.v = nn.Parameter(torch.empty(self.heads, self.units, **factory))
+        self.memory_projection: nn.Linear = nn.Linear(self.memory_size, self.units, **factory)
+        self.gate_projection: nn.Linear | None = nn.Linear(self.memory_size, self.units, **factory) if gated else None
+        self.v: nn.Parameter = nn.Parameter(torch.empty(self.heads, self.units, **factory))
         self._reset_scores()
 
     def reset_parameters(self) -> None:
@@ -240,7 +240,7 @@ class AttentiveStatisticsPooling(AttentionPooling):
     ) -> None:
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         super().__init__(memory_size, units, heads, gated, activation, negative_slope=negative_slope, **options)
-        self.eps = as_number(self._name, eps, "eps")
+        self.eps: float = as_number(self._name, eps, "eps")
         if self.eps <= 0:
             raise ArgumentValueError(f"{self._name}: eps must be positive, got {eps}")
 

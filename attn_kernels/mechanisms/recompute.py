@@ -20,7 +20,8 @@ def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if is_compiling() or not torch.is_grad_enabled() or transforms_are_active() or torch._C._is_tracing():
         return function(*tensors)
-    return _Recomputed.apply(function, *tensors)
+    result: Tensor = _Recomputed.apply(function, *tensors)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return result
 
 
 class _Recomputed(torch.autograd.Function):

@@ -38,7 +38,7 @@ class StepwiseMonotonicAttention(ChoosingAttention):
     may be attended.
     """
 
-    modes = ("soft", "hard")
+    modes: tuple[str, ...] = ("soft", "hard")
 
     def __init__(
         self,

@@ -23,7 +23,8 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -184,4 +185,4 @@ def unpatch_modules(function: str, model: nn.Module, keep: set[int]) -> list[Rep
     return replaced
 
 
-__getattr__ = renamed(__name__, {"Uncovered": NotSupported, "Adapter": AdapterSpec})
+__getattr__: Callable[[str], Any] = renamed(__name__, {"Uncovered": NotSupported, "Adapter": AdapterSpec})

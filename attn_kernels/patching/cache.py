@@ -64,7 +64,8 @@ def cached(module: Any, what: str, make: Callable[[], T], *, read: Sources = (),
         or not _are_same(entry.held, held)
     ):
         entry = of_module[what] = _Entry(make(), values, held, places, modes)
-    return entry.result
+    kept: T = entry.result
+    return kept
 
 
 def clear(module: Any) -> None:
@@ -104,7 +105,8 @@ def cached_projection(module: Any, layer: Any, rows: Tensor, *, is_shared: bool 
         Keys, (B, Tk, A).
     """
     if torch.is_grad_enabled() or not is_stock_linear(layer) or not are_readable(rows):
-        return layer(rows)
+        projected: Tensor = layer(rows)
+        return projected
     return cached(module, "projection", _Projection, read=(layer.weight, layer.bias))(layer, rows, is_shared)
 
 

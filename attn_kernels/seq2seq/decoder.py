@@ -54,11 +54,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.input_feeding = input_feeding
-        self.embedding = nn.Embedding(vocab, embedding_size, padding_idx=padding_idx, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.embedding: nn.Embedding = nn.Embedding(vocab, embedding_size, padding_idx=padding_idx, **factory)
+        self.dropout: nn.Dropout = nn.Dropout(dropout)
         states = num_layers * (2 if cell == "lstm" else 1)
-        self.bridges = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size, **factory) for _ in range(states))
-        self.rnn = CELLS[cell](
+        self.bridges: nn.ModuleList = nn.ModuleList(
+            nn.Linear(2 * hidden_size, hidden_size, **factory) for _ in range(states)
+        )
+        self.rnn: nn.GRU | nn.LSTM = CELLS[cell](
             embedding_size + (hidden_size if input_feeding else 0),
             hidden_size,
             num_layers,
@@ -69,8 +71,8 @@ class Decoder(nn.Module):
         self.attention = attention
         self.loop = loop
         self.cuda_graph = cuda_graph
-        self.attentional = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
-        self.output = nn.Linear(hidden_size, vocab, **factory)
+        self.attentional: nn.Linear = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
+        self.output: nn.Linear = nn.Linear(hidden_size, vocab, **factory)
 
     def begin(
         self, outputs: Tensor, encoder_states: tuple[Tensor, ...], source_lengths: Tensor
@@ -168,7 +170,8 @@ class Decoder(nn.Module):
         first = tuple(torch.cat(layers, dim=1).transpose(0, 1) for layers in (state.hidden, state.cell) if layers)
         given = first if len(first) > 1 else first[0]
         if getattr(self.rnn, "batch_first", True):
-            return self.rnn(inputs, given)
+            result: tuple[Tensor, Any] = self.rnn(inputs, given)
+            return result
         outputs, after = self.rnn(inputs.transpose(0, 1), given)
         return outputs.transpose(0, 1), after
 

@@ -70,7 +70,7 @@ class Encoder(nn.Module):
 
     def _set(self, rnn: nn.LSTM | nn.GRU) -> None:
         self.rnn = rnn
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def forward(
         self, inputs: Tensor, lengths: Tensor, states: Tensor | tuple[Tensor, Tensor] | None = None
@@ -127,9 +127,9 @@ class TokenEncoder(nn.Module):
         self.num_layers = num_layers
         self.padding_idx = padding_idx
         self.sum_directions = sum_directions
-        self.embedding = nn.Embedding(vocab, embedding_size, padding_idx=padding_idx, **factory)
-        self.dropout = nn.Dropout(dropout)
-        self.rnn = CELLS[cell](
+        self.embedding: nn.Embedding = nn.Embedding(vocab, embedding_size, padding_idx=padding_idx, **factory)
+        self.dropout: nn.Dropout = nn.Dropout(dropout)
+        self.rnn: nn.GRU | nn.LSTM = CELLS[cell](
             embedding_size,
             hidden_size,
             num_layers,

@@ -26,7 +26,8 @@ def in_evaluation(model: Module) -> Module:
     """
     if not any(module.training or is_sharded(module) for module in model.modules()):
         return model
-    return _copy(model, {})
+    copy: Module = _copy(model, {})
+    return copy
 
 
 def _copy(module: Any, made: dict[int, Any]) -> Any:

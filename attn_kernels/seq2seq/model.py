@@ -85,10 +85,12 @@ class Seq2Seq(nn.Module):
         _check_token("padding_idx", padding_idx, source_vocab)
         for name, token in (("padding_idx", padding_idx), ("bos", bos), ("eos", eos)):
             _check_token(name, token, target_vocab)
+        self.bos: int
+        self.eos: int
         padding_idx, self.bos, self.eos = (operator.index(token) for token in (padding_idx, bos, eos))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rnn: dict[str, Any] = {"cell": cell, "num_layers": num_layers, "dropout": dropout, "padding_idx": padding_idx}
-        self.encoder = TokenEncoder(
+        self.encoder: TokenEncoder = TokenEncoder(
             source_vocab,
             embedding_size,
             hidden_size,
@@ -97,7 +99,7 @@ class Seq2Seq(nn.Module):
             **rnn,
         )
         memory_size = self.encoder.memory_size
-        self.decoder = Decoder(
+        self.decoder: Decoder = Decoder(
             target_vocab,
             embedding_size,
             hidden_size,
@@ -129,7 +131,8 @@ class Seq2Seq(nn.Module):
             expected = f"(B, T) = ({batch}, 1 or more)"
             raise ValueError(f"Seq2Seq: target must have shape {expected}, got {tuple(target.shape)}")
         tokens = torch.cat([target.new_full((batch, 1), self.bos), target[:, :-1]], dim=1)
-        return self.decoder(tokens, state, memory)
+        result: tuple[Tensor, Tensor] = self.decoder(tokens, state, memory)
+        return result
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, DecoderState]:
         """What decoding starts from: the memory, projected once, and the first state. Arguments as of ``forward``."""
@@ -139,7 +142,9 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"Seq2Seq: source must have shape (B, S) with B >= 1, got {tuple(source.shape)}")
         lengths = checked_lengths("Seq2Seq", "source_lengths", source_lengths, batch, steps)
         outputs, states = self.encoder(source, lengths)
-        return as_forward(self.decoder, "begin")(outputs, states, source_lengths.to(outputs.device))
+        begin = as_forward(self.decoder, "begin")
+        begun: tuple[Memory, DecoderState] = begin(outputs, states, source_lengths.to(outputs.device))
+        return begun
 
     def generate(
         self,

@@ -249,7 +249,8 @@ def _extend(scores: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Tensor,
 
 def _length_factor(length: int, penalty: float) -> float:
     """What a log-probability of ``length`` tokens, eos included, is divided by (Wu et al. 2016, equation 14)."""
-    return ((5 + length) / 6) ** penalty
+    penalty_of_length: float = ((5 + length) / 6) ** penalty
+    return penalty_of_length
 
 
 def _nothing_covered(memory: Memory) -> Tensor:

@@ -23,11 +23,12 @@ def is_sharded(module: nn.Module) -> bool:
 def as_forward(module: nn.Module, method: str) -> Callable[..., Any]:
     """A method of the module; of a sharded one, such that it gathers and shards parameters as ``forward`` does."""
     if not is_sharded(module):
-        return getattr(module, method)
+        own_method: Callable[..., Any] = getattr(module, method)
+        return own_method
     attributes = vars(module)
     own = {method: attributes[method]} if method in attributes else {}
     sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(module, method)
-    registered = attributes.pop(method)
+    registered: Callable[..., Any] = attributes.pop(method)
     attributes.update(own)
     return registered
 

@@ -92,7 +92,8 @@ _overriding: dict[str, Configuration] = {}
 def device_name(device: torch.device) -> str:
     """The name under which a device is tuned."""
     if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).get_device_name(device)
+        name: str = getattr(torch, device.type).get_device_name(device)
+        return name
     return device.type  # Triton's interpreter
 
 

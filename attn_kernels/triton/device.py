@@ -14,6 +14,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ _LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrs"] + ["stride_mq", "str
 _LENGTHS += ["seed", "least"]
 # It has to know which of these is 1, to read along it; the others are lengths, or lie along no row that is read.
 _UNITS = [f"stride_{name}" for name in ("qa", "ka", "vd", "rn", "mk", "gk", "ak", "sk", "mm", "mx", "wm", "wx")]
-kernel = triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_UNITS)
+kernel: Callable[..., Any] = triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_UNITS)
 
 
 # Rows, masks and products ---------------------------------------------------------------------------------------------

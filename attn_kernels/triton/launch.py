@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -12,14 +13,21 @@ NUM_SMS = 128  # about what a large GPU has; asking for the number would make re
 MAX_SMALL_M = 4  # rows of a product, up to which reading the other factor takes longer than computing with it
 
 
-def launch(kernel, programs: int, arguments: tuple, strides: tuple, constants: dict, warps: int) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    strides: tuple[Any, ...],
+    constants: dict[str, Any],
+    warps: int,
+) -> None:
     """Runs that many programs of a kernel on the device of its first tensor."""
     if programs > 0:
         with _device_of(next(argument for argument in arguments if argument is not None)):
             kernel[(programs,)](*arguments, *strides, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda:
         return torch.cuda.device_of(tensor)
     if tensor.device.type == "xpu":
@@ -61,7 +69,8 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
         return 0, 0, 0
     if mask.dim() == 2:
         return mask.stride(0), 0, mask.stride(1)
-    return mask.stride()
+    batch, query, step = mask.stride()
+    return batch, query, step
 
 
 def lengths_stride(memory_lengths: Tensor | None) -> int:
@@ -70,7 +79,8 @@ def lengths_stride(memory_lengths: Tensor | None) -> int:
 
 def power_of_two(size: int, least: int, most: int) -> int:
     """The smallest power of two that holds size, within [least, most]."""
-    return min(most, max(least, triton.next_power_of_2(size)))
+    power: int = triton.next_power_of_2(size)
+    return min(most, max(least, power))
 
 
 def is_small_m(query: Tensor) -> bool:

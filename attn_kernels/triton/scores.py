@@ -17,7 +17,8 @@ def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
     """SCORE, v, bias and number of a score: scale of "dot", negative slope of "leaky_relu"."""
     if isinstance(score, DotScore):
         return "dot", None, None, score.scale
-    name, slope = TANH if isinstance(score, AdditiveScore) else activation_of(score.negative_slope)
+    # No score with an extra comes here: on a GPU it is added to the keys beforehand.
+    name, slope = TANH if isinstance(score, AdditiveScore) else activation_of(score.negative_slope)  # type: ignore[union-attr]
     return name, score.v, score.bias, slope
 
 

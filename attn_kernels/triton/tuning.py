@@ -86,7 +86,8 @@ def workloads() -> list[Workload]:
 
 def milliseconds(function: Callable[[], Any]) -> float:
     """The median time of a call on the GPU, with cold caches."""
-    return triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+    median: float = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+    return median
 
 
 def tune(

@@ -83,17 +83,16 @@ class _Call(NamedTuple):
             dscore_bias if biased and need_query else None,
             kept,
         )
-        of_scores: Gradients
         if isinstance(score, DotScore):
             empty = query.new_empty(0)
             dquery = weighted_sum(dscores, keys, score.scale, masks, transposed=False) if need_query else empty
             dkeys = weighted_sum(dscores, query, score.scale, masks, transposed=True) if need_memory else empty
             own: Gradients = ()
         else:
-            dquery, dkeys, *of_scores = pair_scores_backward(
+            dquery, dkeys, *own_gradients = pair_scores_backward(
                 dscores, query, keys, score.v, score.bias, masks, need_query, need_memory, self.activation()
             )
-            own = tuple(of_scores)
+            own = tuple(own_gradients)
         weights = alignments if kept is None else kept
         dvalues = values_gradient(grad_context, values, weights, masks, need_memory, 1 / (1 - options.dropout_p))
         return dquery, dkeys, dvalues, *own, dscore_bias

@@ -33,7 +33,8 @@ class _Fused(Fused):
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
         """The library's own mask: (B, T), not 0 within each length, in the dtype of the lengths."""
         library: Any = importlib.import_module(self._original.__module__)
-        return library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
+        mask: Tensor = library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
+        return mask
 
     def _allowed(self) -> Tensor | NotSupported | None:
         """(B, T), True = attend."""
@@ -53,7 +54,7 @@ class _FusedAdditive(_Fused):
 
     def _begin(self, enc_states: Tensor, enc_len: Tensor) -> None:
         self.precomputed_enc_h = self.mlp_enc(enc_states)
-        self.mask = self._mask_of(enc_states, enc_len)
+        self.mask: Tensor = self._mask_of(enc_states, enc_len)
 
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, T)."""
@@ -123,7 +124,7 @@ class FusedKeyValueAttention(_Fused):
             return NotSupported("torch.compile")
         if self.keys is None:
             self.keys, self.values = self.key_linear(enc_states), self.value_linear(enc_states)
-            self.mask = self._mask_of(enc_states, enc_len).unsqueeze(2)
+            self.mask: Tensor = self._mask_of(enc_states, enc_len).unsqueeze(2)
         allowed = self._allowed()
         if isinstance(allowed, NotSupported):
             return allowed

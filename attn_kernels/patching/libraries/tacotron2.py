@@ -73,4 +73,5 @@ def linear_within(layer: Any) -> nn.Linear | None:
     if type(layer).__name__ not in ("LinearNorm", "Linear") or inner is None:
         return None
     hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
-    return inner if is_stock_linear(inner) and not hooks else None
+    linear: nn.Linear | None = inner if is_stock_linear(inner) and not hooks else None
+    return linear

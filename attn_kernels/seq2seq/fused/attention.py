@@ -16,7 +16,7 @@ from ...functional import prepare_keys
 from ...gemm import PackedLinear, weight_gradient
 from ...memory import Memory
 from ...scores import AdditiveScore, Score
-from .inputs import Inputs
+from .inputs import Inputs, Query
 
 
 class SavedAttention(NamedTuple):
@@ -55,7 +55,8 @@ class AttentionForward:
     """The attention of each step in turn."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.backend, self.query = inputs.backend, inputs.query
+        self.backend: str = inputs.backend
+        self.query: Query = inputs.query
         keys, steps = inputs.memory.keys, inputs.embedded.shape[1]
         batch, source, units = keys.shape
         lengths = is_zero = None
@@ -64,18 +65,19 @@ class AttentionForward:
             is_zero = torch.empty_like(lengths, dtype=torch.bool)
         # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
         prepared = None if keys.element_size() == 2 else prepare(inputs.score, keys, self.backend)
-        self.op = inputs.score.op
-        self.arguments = op_arguments(with_prepared(inputs.score, prepared), inputs.memory)
+        self.op: str = inputs.score.op
+        self.arguments: tuple[Any, ...] = op_arguments(with_prepared(inputs.score, prepared), inputs.memory)
         queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
-        self.saved = SavedAttention(queries, alignments, lengths, is_zero, prepared)
-        self.projection = _projection(self.query.weight, batch, steps)
+        self.saved: SavedAttention = SavedAttention(queries, alignments, lengths, is_zero, prepared)
+        self.projection: PackedLinear | None = _projection(self.query.weight, batch, steps)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, M)."""
         query = self._query(t, state).unsqueeze(1)
         context, alignments = call(self.op, self.backend, query, *self.arguments, True)
         self.saved.alignments[:, t] = alignments.squeeze(1)
-        return context.squeeze(1)
+        result: Tensor = context.squeeze(1)
+        return result
 
     def _query(self, t: int, state: Tensor) -> Tensor:
         saved, factor, eps = self.saved, self.query.factor, self.query.eps
@@ -95,17 +97,20 @@ class AttentionBackward:
     """The gradients of each step, from the last to the first, and then those of all steps together."""
 
     def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
-        self.backend, self.score, self.query, self.saved = inputs.backend, inputs.score, inputs.query, saved
-        self.arguments = op_arguments(with_prepared(inputs.score, saved.prepared), inputs.memory)
+        self.backend: str = inputs.backend
+        self.score: Score = inputs.score
+        self.query: Query = inputs.query
+        self.saved = saved
+        self.arguments: tuple[Any, ...] = op_arguments(with_prepared(inputs.score, saved.prepared), inputs.memory)
         batch, steps, _ = saved.alignments.shape
         weight, factor = self.query.weight, self.query.factor
-        self.projection = _projection(None if weight is None else weight.t(), batch, steps)
-        self.op = f"{self.score.op}_backward"
-        # (B, T, A), as they were scored
-        self.queries = (saved.queries if factor is None else saved.queries * factor).transpose(0, 1)
-        self.dqueries = torch.empty_like(saved.queries)  # becomes that of the projected states
-        self.dcontexts = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
-        self.dfactor = None if factor is None else factor.new_zeros((), dtype=_wide(factor))
+        self.projection: PackedLinear | None = _projection(None if weight is None else weight.t(), batch, steps)
+        self.op: str = f"{self.score.op}_backward"
+        as_scored = saved.queries if factor is None else saved.queries * factor
+        self.queries: Tensor = as_scored.transpose(0, 1)  # (B, T, A)
+        self.dqueries: Tensor = torch.empty_like(saved.queries)  # becomes that of the projected states
+        self.dcontexts: Tensor = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
+        self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=_wide(factor))
 
     def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
         """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""

@@ -51,7 +51,9 @@ def decode_sequence(
         backend=choose(attention.backend, embedded.device.type),
     )
     tensors, structure = flatten(inputs)
-    return _Sequence.apply(inputs, structure, decoder.cuda_graph, *tensors)
+    given = inputs, structure, decoder.cuda_graph, *tensors
+    result: tuple[Tensor, Tensor] = _Sequence.apply(*given)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return result
 
 
 def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor | None, ...]:

@@ -113,9 +113,11 @@ _FORMULAS = {f.__name__: f for f in (lstm_step, lstm_step_backward, gru_step, gr
 
 
 def _sigmoid_backward(gradient: Tensor, output: Tensor, out: Tensor) -> Tensor:
-    return torch.ops.aten.sigmoid_backward.grad_input(gradient, output, grad_input=out)
+    result: Tensor = torch.ops.aten.sigmoid_backward.grad_input(gradient, output, grad_input=out)
+    return result
 
 
 def _tanh_backward(gradient: Tensor, output: Tensor, out: Tensor | None = None) -> Tensor:
     out = gradient if out is None else out
-    return torch.ops.aten.tanh_backward.grad_input(gradient, output, grad_input=out)
+    result: Tensor = torch.ops.aten.tanh_backward.grad_input(gradient, output, grad_input=out)
+    return result

@@ -6,7 +6,8 @@ a step of an LSTM is one, too. T steps, B rows, n inputs, H units; (T, B, *) is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ class _Forward:
     """The inputs of a layer, which both cells have alike."""
 
     def __init__(self, weights: CellWeights, hidden: Tensor, steps: int) -> None:
-        self.n, self.size = weights.x.shape[1], hidden.shape[1]
-        self.inputs = hidden.new_empty(steps + 1, hidden.shape[0], self.n + self.size)
+        self.n: int = weights.x.shape[1]
+        self.size: int = hidden.shape[1]
+        self.inputs: Tensor = hidden.new_empty(steps + 1, hidden.shape[0], self.n + self.size)
         self.inputs[0, :, self.n :] = hidden
 
     def x(self, t: int) -> Tensor:
@@ -69,8 +71,8 @@ class LSTMForward(_Forward):
         cells[0] = cell
         weight = torch.cat([weights.x, weights.h], dim=1)
         self.saved = SavedLSTM(self.inputs, base, cells, cell.new_empty(steps, batch, self.size), weight)
-        self.product = PackedLinear(weight, batch, steps)
-        self.compute = find_step("lstm_step", base)
+        self.product: PackedLinear = PackedLinear(weight, batch, steps)
+        self.compute: Callable[..., Any] = find_step("lstm_step", base)
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
@@ -86,19 +88,20 @@ class LSTMBackward:
 
     def __init__(self, saved: SavedLSTM, weights: CellWeights) -> None:
         self.saved = saved
-        self.sizes = [weights.x.shape[1], weights.h.shape[1]]
-        self.dgates = torch.empty_like(saved.gates)
-        self.dcell = torch.zeros_like(saved.cells[0])  # of the cell after the step that comes next
+        self.sizes: list[int] = [weights.x.shape[1], weights.h.shape[1]]
+        self.dgates: Tensor = torch.empty_like(saved.gates)
+        self.dcell: Tensor = torch.zeros_like(saved.cells[0])  # of the cell after the step that comes next
         steps, batch, _ = saved.gates.shape
-        self.product = PackedLinear(saved.weight.t(), batch, steps)
-        self.compute = find_step("lstm_step_backward", saved.gates)
+        self.product: PackedLinear = PackedLinear(saved.weight.t(), batch, steps)
+        self.compute: Callable[..., Any] = find_step("lstm_step_backward", saved.gates)
 
     def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""
         _, gates, cells, tanh_cells, _ = self.saved
         dgates = self.dgates[t]
         self.compute(dh, gates[t], cells[t], tanh_cells[t], self.dcell, dgates)
-        return self.product(dgates).split(self.sizes, dim=1)
+        gradients: tuple[Tensor, Tensor] = self.product(dgates).split(self.sizes, dim=1)
+        return gradients
 
     def weight_gradients(self) -> CellWeights:
         gradient = weight_gradient(self.dgates.flatten(0, 1), self.saved.inputs[:-1].flatten(0, 1))
@@ -115,11 +118,11 @@ class GRUForward(_Forward):
     def __init__(self, base: Tensor, weights: CellWeights, hidden: Tensor) -> None:
         steps, batch, _ = base.shape
         super().__init__(weights, hidden, steps)
-        self.bias_h = weights.bias_h
+        self.bias_h: Tensor = weights.bias_h
         self.saved = SavedGRU(self.inputs, base, hidden.new_empty(steps, batch, self.size))
-        self.product_x = PackedLinear(weights.x, batch, steps)
-        self.product_h = PackedLinear(weights.h, batch, steps)
-        self.compute = find_step("gru_step", base)
+        self.product_x: PackedLinear = PackedLinear(weights.x, batch, steps)
+        self.product_h: PackedLinear = PackedLinear(weights.h, batch, steps)
+        self.compute: Callable[..., Any] = find_step("gru_step", base)
 
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
@@ -135,13 +138,15 @@ class GRUBackward:
 
     def __init__(self, saved: SavedGRU, weights: CellWeights) -> None:
         self.saved = saved
-        self.n, self.size = weights.x.shape[1], weights.h.shape[1]
-        self.dgates = torch.empty_like(saved.gates)  # of the products with x
-        self.drecurrent = torch.empty_like(saved.gates)  # of the products with h; the part of n has the factor r
+        self.n: int = weights.x.shape[1]
+        self.size: int = weights.h.shape[1]
+        self.dgates: Tensor = torch.empty_like(saved.gates)  # of the products with x
+        # Of the products with h; the part of n has the factor r.
+        self.drecurrent: Tensor = torch.empty_like(saved.gates)
         steps, batch, _ = saved.gates.shape
-        self.product_x = PackedLinear(weights.x.t(), batch, steps)
-        self.product_h = PackedLinear(weights.h.t(), batch, steps)
-        self.compute = find_step("gru_step_backward", saved.gates)
+        self.product_x: PackedLinear = PackedLinear(weights.x.t(), batch, steps)
+        self.product_h: PackedLinear = PackedLinear(weights.h.t(), batch, steps)
+        self.compute: Callable[..., Any] = find_step("gru_step_backward", saved.gates)
 
     def step(self, t: int, dh: Tensor) -> tuple[Tensor, Tensor]:
         """dh: (B, H), of h' of step t. Returns the gradients of x_t and of the state before."""

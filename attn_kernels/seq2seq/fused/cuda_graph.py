@@ -78,20 +78,24 @@ class SequenceGraph:
         self.axes = axes
         self.sizes = sizes
         # A replay and the copies around it belong together, whatever other threads do with the same graph.
-        self.lock = threading.Lock()
-        self.tensors = [None if x is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)]
+        self.lock: threading.Lock = threading.Lock()
+        self.tensors: list[Tensor | None] = [
+            None if x is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)
+        ]
         self.inputs: Inputs = unflatten(structure, iter(self.tensors))
         self.backwards: dict[tuple[bool, ...], tuple[Callable[[], object], list[Any], list[Any]]] = {}
         _copy_padded(self.tensors, tensors)  # numbers as they come, for the run before the capture
 
         def run() -> list[Tensor | None]:
-            *results, self.saved = forward(self.inputs)
-            self.saved_tensors, self.saved_structure = flatten(self.saved)
-            return [*results, *self.saved_tensors]
+            *results, saved = forward(self.inputs)
+            saved_tensors, self.saved_structure = flatten(saved)
+            return [*results, *saved_tensors]
 
+        self.replay: Callable[[], object]
         self.replay, results = capture(run)
-        self.results, self.saved_tensors = results[:2], results[2:]
-        self.saved = unflatten(self.saved_structure, iter(self.saved_tensors))
+        self.results: list[Any] = results[:2]
+        self.saved_tensors: list[Any] = results[2:]
+        self.saved: Any = unflatten(self.saved_structure, iter(self.saved_tensors))
 
     def forward(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor | None]]:
         """Attentional vectors and alignments; and the tensors that ``backward`` is to be given."""
@@ -169,7 +173,7 @@ class Graphs:
     def __init__(self) -> None:
         self.made: OrderedDict[Hashable, SequenceGraph] = OrderedDict()
         self.calls: dict[Hashable, int] = {}
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
 
     def find(self, key: Hashable, make: Callable[[], SequenceGraph]) -> SequenceGraph | None:
         with self.lock:
@@ -189,7 +193,7 @@ class Graphs:
             return self.made[key]
 
 
-graphs = Graphs()
+graphs: Graphs = Graphs()
 
 
 def _capturer(x: Tensor) -> Capture | None:

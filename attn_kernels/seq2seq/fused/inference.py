@@ -8,6 +8,7 @@ That needs a form of the step of its own: with autograd, or saved for a backward
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -92,38 +93,40 @@ class FastDecoder:
     """``Decoder.step`` by operators. B sentences, K hypotheses of each, R = B K rows, H hidden_size, S source steps."""
 
     def __init__(self, decoder: DecoderModules, memory: Memory, hypotheses: int, steps: int) -> None:
-        self.input_feeding = decoder.input_feeding
+        self.input_feeding: bool = decoder.input_feeding
         rows = memory.batch_size * hypotheses
-        self.packing = packing = Packing(rows, steps, Budget(MAX_BYTES))
+        packing = Packing(rows, steps, Budget(MAX_BYTES))
+        self.packing: Packing = packing
         self.embedding: Tensor = decoder.embedding.weight
         self.make_layer: type[_LSTMLayer] | type[_GRULayer] = (
             _LSTMLayer if isinstance(decoder.rnn, nn.LSTM) else _GRULayer
         )
+        self.first_weights: CellWeights
         self.first_weights, *weights = (CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights)
         # The product of the first layer's weight with every embedding of the vocabulary. It is made once the steps have
         # computed as many rows as it has; a product of one row takes as long as one of four: both read the weight.
         self.table: Tensor | None = None
-        self.rows_left = max(rows, 4) * steps
-        self.rows_read = max(rows, 4) * min(steps, _SURE_STEPS)
+        self.rows_left: int = max(rows, 4) * steps
+        self.rows_read: int = max(rows, 4) * min(steps, _SURE_STEPS)
         self.layers: list[_LSTMLayer | _GRULayer] = []
         if not self._make_table():
             self.layers.append(self.make_layer(self.first_weights, packing))
         self.layers += [self.make_layer(of_layer, packing) for of_layer in weights]
-        self.module = decoder.attention
-        self.attention = _make_attention(decoder.attention, memory, packing)
+        self.module: AttentionModule = decoder.attention
+        self.attention: _Attention | None = _make_attention(decoder.attention, memory, packing)
         # W context is linear in the values: values that are projected once save that product in every step.
         weight, source, values = decoder.attentional.weight, memory.keys.shape[1], memory.values.shape[2]
         self.of_context: _Affine | None = None
-        self.memory = memory
+        self.memory: Memory = memory
         if self.attention is None or 2 * source > hypotheses * steps or source == 0 or values < decoder.hidden_size:
             self.of_context = _Affine(weight[:, :values], *packing)
         else:
             projected = linear(memory.values.flatten(0, 1), weight[:, :values]).unflatten(0, (-1, source))
             self.memory = PreparedMemory.of(replace(memory, values=projected), memory.prepared)
-        self.of_state = _Affine(weight[:, values:], *packing)
-        self.output = _Affine(decoder.output.weight, *packing)
+        self.of_state: _Affine = _Affine(weight[:, values:], *packing)
+        self.output: _Affine = _Affine(decoder.output.weight, *packing)
         bias = decoder.output.bias
-        self.output_bias = weight.new_zeros(self.output.size) if bias is None else bias
+        self.output_bias: Tensor = weight.new_zeros(self.output.size) if bias is None else bias
 
     def _make_table(self) -> bool:
         """Makes the table if it is worth it by now, and a first layer without that product. Returns whether it did."""
@@ -178,9 +181,9 @@ class _Affine:
     """x @ weight.t() + added. x: (R, k). weight: (n, k). added: (R, n), (n,) or None."""
 
     def __init__(self, weight: Tensor, rows: int, steps: int, budget: Budget) -> None:
-        self.size = weight.shape[0]
-        self.transposed = weight.t()
-        self.product = PackedLinear(weight, rows, steps, budget)
+        self.size: int = weight.shape[0]
+        self.transposed: Tensor = weight.t()
+        self.product: PackedLinear = PackedLinear(weight, rows, steps, budget)
 
     def __call__(self, x: Tensor, added: Tensor | None) -> Tensor:
         if added is None:
@@ -194,9 +197,10 @@ class _Layer:
     """A layer of cells. weights.x: (G, n), for the inputs that are not in the table; n may be 0."""
 
     def __init__(self, weights: CellWeights, packing: Packing) -> None:
-        self.bias, self.bias_h = self.known_bias(weights), weights.bias_h
-        self.of_inputs = _Affine(weights.x, *packing) if weights.x.shape[1] > 0 else None
-        self.of_state = _Affine(weights.h, *packing)
+        self.bias: Tensor = self.known_bias(weights)
+        self.bias_h: Tensor = weights.bias_h
+        self.of_inputs: _Affine | None = _Affine(weights.x, *packing) if weights.x.shape[1] > 0 else None
+        self.of_state: _Affine = _Affine(weights.h, *packing)
 
     @staticmethod
     def known_bias(weights: CellWeights) -> Tensor:
@@ -207,7 +211,7 @@ class _Layer:
 class _LSTMLayer(_Layer):
     def __init__(self, weights: CellWeights, packing: Packing) -> None:
         super().__init__(weights, packing)
-        self.cell_step = ops.kernel("lstm_step", "cpu")
+        self.cell_step: Callable[..., Any] = ops.kernel("lstm_step", "cpu")
 
     @staticmethod
     def known_bias(weights: CellWeights) -> Tensor:
@@ -256,7 +260,8 @@ class _Attention(NamedTuple):
         query = states if self.projection is None else self.projection(states, None)
         query = scale_query(query, self.factor, self.eps).view(-1, count, query.shape[1])
         score = with_prepared(self.score, memory.prepared)
-        return ops.call(score.op, self.backend, query, *op_arguments(score, memory), True)
+        result: tuple[Tensor, Tensor] = ops.call(score.op, self.backend, query, *op_arguments(score, memory), True)
+        return result
 
 
 def _make_attention(module: AttentionModule, memory: Memory, packing: Packing) -> _Attention | None:

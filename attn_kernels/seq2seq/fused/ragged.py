@@ -93,7 +93,8 @@ def run_layer(
     """
     flat = [weight for direction in weights for weight in direction]
     layer: Any = _PaddedLSTM if hidden is None and _is_for_onednn(rows, x, flat) else _Layer
-    return layer.apply(rows, len(weights), x, hidden, cell, *flat)
+    result: tuple[Tensor, Tensor, Tensor | None] = layer.apply(rows, len(weights), x, hidden, cell, *flat)
+    return result
 
 
 class _Layer(torch.autograd.Function):

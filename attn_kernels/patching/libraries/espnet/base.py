@@ -124,7 +124,8 @@ def uniform(lengths: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 def _padding(lengths: Any) -> Tensor:
     """(B, longest), True beyond each length."""
     lengths = torch.as_tensor(lengths).long()  # floats are truncated, as in the original
-    return torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
+    padding: Tensor = torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]
+    return padding
 
 
 def _are_stock_linear(layers: Any) -> bool:

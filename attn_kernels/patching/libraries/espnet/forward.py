@@ -18,7 +18,7 @@ class _FusedForward(FusedAttLoc):
     modelling for speech synthesis", 2018.
     """
 
-    default_scaling = 1.0
+    default_scaling: float = 1.0
 
     def _forward_step(self, step: Step, previous: Tensor, scaling: Any, stay: Any, move: Any) -> tuple[Tensor, Tensor]:
         """stay, move: probabilities, or 1, of the frame that was attended before and of the one after it."""

@@ -36,7 +36,8 @@ class _FusedHeads(FusedStep):
             self.pre_compute_v = [project(self.enc_h) for project in self.mlp_v]
 
     def _keys(self, project: Any) -> Tensor:
-        return project(self.enc_h)
+        projected: Tensor = project(self.enc_h)
+        return projected
 
     def _join(self, heads: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
         contexts, alignments = zip(*heads, strict=True)

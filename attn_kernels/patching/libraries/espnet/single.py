@@ -40,7 +40,8 @@ class FusedLocation(FusedSingle):
     def _features(self, alignments: Tensor) -> Tensor:
         """alignments: (B, T). Returns (B, T, A)."""
         features = self.loc_conv(alignments.view(len(alignments), 1, 1, self.h_length))
-        return self.mlp_att(features.squeeze(2).transpose(1, 2))
+        projected: Tensor = self.mlp_att(features.squeeze(2).transpose(1, 2))
+        return projected
 
 
 @adapts(f"{MODULE}:AttDot", **LIBRARY, sources=("a0ae0b1b088d",))
@@ -50,7 +51,7 @@ class FusedAttDot(FusedSingle):
     def _project(self, memory: Tensor) -> None:
         if self.pre_compute_enc_h is None or self.han_mode:
             self._remember(memory)
-            self.pre_compute_enc_h = torch.tanh(self.mlp_enc(self.enc_h))
+            self.pre_compute_enc_h: Any = torch.tanh(self.mlp_enc(self.enc_h))
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, scaling: float = 2.0) -> Any:
         step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
@@ -75,7 +76,7 @@ class FusedAttAdd(FusedSingle):
 class FusedAttLoc(FusedLocation):
     """With location features: Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1."""
 
-    default_scaling = 2.0
+    default_scaling: float = 2.0
 
     def attend(
         self,
@@ -122,7 +123,8 @@ class FusedAttCov(FusedSingle):
         return context, att_prev_list
 
     def _covered(self, coverage: Tensor) -> Tensor:
-        return self.wvec(coverage.unsqueeze(-1))
+        projected: Tensor = self.wvec(coverage.unsqueeze(-1))
+        return projected
 
 
 @adapts(f"{MODULE}:AttCovLoc", **LIBRARY, sources=("4997ba0d9c15",))

@@ -1,0 +1,78 @@
+"""The functions of the compiled module; tools/wheel.py: what a wheel may hold, and its table."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attn_kernels.backends import build_info
+
+
+@pytest.mark.skipif(build_info() is None, reason="there is no compiled module")
+def test_functions_of_the_module() -> None:
+    """Bad arguments are Python's errors; what they return has its types."""
+    from attn_kernels import _C
+
+    assert {type(value) for value in _C.build_info().values()} == {str}
+    assert _C.simd_levels()[-1] == "portable"
+    assert _C.checksums(0, 0, 0) == []
+    words = (ctypes.c_uint64 * 2)(1, 1)
+    first, second = _C.checksums(ctypes.addressof(words), 8, 2)
+    assert first == second and type(first) is int and 0 <= first < 1 << 64
+    for arguments, error in (((), TypeError), ((1, 2), TypeError), ((0, -1, 0), TypeError), ((0, 0, -1), TypeError)):
+        with pytest.raises(error):
+            _C.checksums(*arguments)
+    with pytest.raises(TypeError):
+        _C.use_simd(3)
+
+
+MODULE, TYPED = "attn_kernels/_C.cpython-311-x86_64-linux-gnu.so", "attn_kernels/py.typed"
+LICENSE = "attn_kernels-1.dist-info/licenses/LICENSE"
+
+
+@pytest.mark.parametrize(
+    ("names", "cuda", "wrong"),
+    [
+        ([MODULE, TYPED, LICENSE], False, ()),
+        ([MODULE, "attn_kernels/_C_cuda.cpython-311-x86_64-linux-gnu.so", TYPED, LICENSE], True, ()),
+        ([MODULE, "attn_kernels/_C_cuda.cpython-311-x86_64-linux-gnu.so", TYPED, LICENSE], False, ("_C_cuda",)),
+        ([TYPED], False, ("got []", "LICENSE is missing")),
+        ([MODULE, TYPED, LICENSE, "csrc/module.cpp", "tests/conftest.py"], False, ("csrc/module.cpp", "conftest")),
+    ],
+)
+def test_files(names: list[str], cuda: bool, wrong: tuple[str, ...]) -> None:
+    wheel = pytest.importorskip("tools.wheel", reason="tools is not here")
+    found = wheel.unexpected(names, cuda)
+    assert len(found) == len(wrong) and all(part in text for part, text in zip(wrong, found, strict=True))
+
+
+def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes the place of one of the same Python and torch; what stands around the table stays."""
+    wheel = pytest.importorskip("tools.wheel", reason="tools is not here")
+    table = tmp_path / "versions.md"
+    table.write_text(f"before\n<!-- begin: another -->\n| 1 |\n{wheel.END}\n{wheel.BEGIN}\n{wheel.END}\nafter\n")
+    monkeypatch.setattr(wheel, "TABLE", table)
+
+    def write(torch: str, passed: int, commit: str) -> None:
+        result: dict[str, Any] = {
+            "python": "CPython 3.12.1",
+            "torch": torch,
+            "numpy": "2.3.5",
+            "build": {"simd": "avx2"},
+        }
+        result["tests"] = {"passed": passed, "failed": [], "skipped": 2}
+        file = Path("attn_kernels-1.0-cp312-cp312-linux_x86_64.whl")
+        wheel.write(wheel.row(result, file, commit))
+
+    write("2.11.0", 1, "aaa")
+    write("2.10.0", 3, "bbb")
+    write("2.11.0", 5, "ccc")
+    lines = table.read_text().splitlines()
+    assert lines[:4] == ["before", "<!-- begin: another -->", "| 1 |", wheel.END] and lines[-2:] == [wheel.END, "after"]
+    assert lines[7:-2] == [
+        "| 3.12.1 | 2.10.0 | 2.3.5 | avx2 | 3 / 0 / 2 | `cp312-cp312-linux_x86_64` | bbb |",
+        "| 3.12.1 | 2.11.0 | 2.3.5 | avx2 | 5 / 0 / 2 | `cp312-cp312-linux_x86_64` | ccc |",
+    ]

@@ -1,0 +1,149 @@
+"""Checks a built wheel as users get it, for ``make test-wheel``; ``make wheel`` has put it into dist/.
+
+First the file: what it holds, and which Linux it is for (auditwheel). Then an environment for each row of COMBINATIONS
+of tools/versions.py with its Python: the wheel is installed by itself and tests run, both without a compiler on PATH and
+from a folder that has the tests alone. Rows are written to docs/versions.md as they come; those of other runs stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from .versions import COMBINATIONS, END, ROOT, TABLE, Combination, StepFailed, outcomes, run, state_of_sources
+
+FOLDER = ROOT / "build" / "wheel"
+BEGIN = "<!-- begin: written by tools/wheel.py -->"
+HEAD = (
+    "| Python | torch | numpy | SIMD level | passed / failed / skipped | wheel | commit |",
+    "|---|---|---|---|---|---|---|",
+)
+TESTS = ("-m", "not slow", "-k", "cpu", "tests/test_ops.py", "tests/test_modules.py")
+
+
+def unexpected(names: list[str], cuda: bool) -> list[str]:
+    """What is wrong with the files of a wheel. cuda: whether it was built where nvcc is."""
+    modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
+    expected = {"_C", "_C_cuda"} if cuda else {"_C"}
+    wrong = [] if modules == expected else [f"compiled modules must be {sorted(expected)}, got {sorted(modules)}"]
+    for needed in ("attn_kernels/py.typed", "licenses/LICENSE"):
+        if not any(name.endswith(needed) for name in names):
+            wrong.append(f"{needed} is missing")
+    for name in names:
+        if not name.startswith("attn_kernels"):
+            wrong.append(f"{name} is no part of the package")
+    return wrong
+
+
+def check_file(wheel: Path, cuda: bool) -> None:
+    size = f"{wheel.stat().st_size / 1e6:.2f} MB"
+    names = zipfile.ZipFile(wheel).namelist()
+    if wrong := unexpected(names, cuda):
+        sys.exit(f"{wheel.name}: " + "; ".join(wrong))
+    print(f"{wheel.name}: {size}, {len(names)} files", flush=True)
+    if sys.platform == "linux":
+        subprocess.run([sys.executable, "-m", "auditwheel", "show", wheel], check=True)
+
+
+def path_without_compilers(to: Path) -> str:
+    """A PATH for what a test may call; no compiler is there, whatever the system has."""
+    to.mkdir(parents=True)
+    for tool in ("env", "sh", "uname"):
+        if found := shutil.which(tool):
+            (to / tool).symlink_to(found)
+    return str(to)
+
+
+def examine(wheel: Path, combination: Combination, folder: Path, tests: list[str]) -> dict[str, Any]:
+    """Installs and tests the wheel beside one torch. Returns what the table shows; StepFailed where that fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    for name in ("tests", "bench", "pyproject.toml"):  # bench: the formulas in eager PyTorch
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, elsewhere / name)
+    bare = {"PATH": path_without_compilers(folder / "bin"), "CC": "false", "CXX": "false", "OMP_NUM_THREADS": "1"}
+    uv, python = [sys.executable, "-m", "uv"], folder / "env" / "bin" / "python"
+
+    def step(name: str, *command: Any, **environment: str) -> None:
+        run(name, folder / f"{name}.log", list(command), elsewhere, environment)
+
+    step("python", *uv, "venv", "--python", combination.python, folder / "env")
+    install = [*uv, "pip", "install", "--python", python]
+    step("packages", *install, f"torch=={combination.torch}", f"numpy{combination.numpy}", "--group", "test")
+    step("wheel", *install, "--no-deps", "--no-index", wheel, **bare)
+    step("report", python, "-m", "attn_kernels", "--json", **bare)
+    found = json.loads("{" + (folder / "report.log").read_text().partition("{")[2])
+    where = "import attn_kernels, numpy; print(attn_kernels.__file__, numpy.__version__)"
+    file, numpy = subprocess.run([python, "-c", where], cwd=elsewhere, capture_output=True, text=True).stdout.split()
+    if not found["build"] or not Path(file).is_relative_to(folder / "env"):
+        raise StepFailed(f"not the wheel, or no compiled module: {file}, {found}")
+    try:
+        step("tests", python, "-m", "pytest", "-q", f"--junitxml={folder / 'tests.xml'}", *tests, **bare)
+    except StepFailed as failure:
+        if not (folder / "tests.xml").exists():
+            raise
+        print(failure)
+    return {**found, "numpy": numpy, "tests": outcomes(folder / "tests.xml")}
+
+
+def row(result: dict[str, Any], wheel: Path, commit: str) -> str:
+    python, tests, tag = result["python"].split()[-1], result["tests"], wheel.stem.split("-", 2)[2]
+    counts = f"{tests['passed']} / {len(tests['failed'])} / {tests['skipped']}"
+    cells = (python, result["torch"], result["numpy"], result["build"]["simd"], counts, f"`{tag}`", commit)
+    return f"| {' | '.join(cells)} |"
+
+
+def write(line: str) -> None:
+    """Puts a row into the table, in the place of one of the same Python and torch."""
+    before, _, rest = TABLE.read_text().partition(BEGIN)
+    table, _, after = rest.partition(END)
+    rows = {tuple(known.split("|")[1:3]): known for known in (*table.strip().splitlines()[len(HEAD) :], line)}
+    TABLE.write_text("\n".join((before + BEGIN, *HEAD, *sorted(rows.values()), END)) + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help='combinations whose name has this: "torch2.11", "python3.12"')
+    parser.add_argument("--file-only", action="store_true", help="no environments: what the wheel holds and links")
+    parser.add_argument("--cuda", action="store_true", help="the wheel was built where nvcc is")
+    parser.add_argument("--keep", action="store_true", help="leave environments and logs in build/wheel")
+    parser.add_argument("--wheel", type=Path, help="default: those in dist/, one for a Python")
+    parser.add_argument("pytest", nargs="*", help=f'arguments for pytest after "--"; default: {shlex.join(TESTS)}')
+    given = parser.parse_args()
+    wheels = [given.wheel.resolve()] if given.wheel else sorted((ROOT / "dist").glob("*.whl"))
+    if not wheels:
+        sys.exit("there is no wheel in dist/: make wheel")
+    for wheel in wheels:
+        check_file(wheel, given.cuda)
+    failed, commit = [], state_of_sources()
+    for combination in () if given.file_only else COMBINATIONS:
+        if given.only not in combination.name:
+            continue
+        tag = f"-cp{combination.python.replace('.', '')}-"
+        wheel = next((wheel for wheel in wheels if tag in wheel.name), None)
+        if wheel is None:
+            print(f"{combination.name}: left out, there is no wheel for its Python", flush=True)
+            continue
+        print(combination.name, flush=True)
+        try:
+            result = examine(wheel, combination, FOLDER / combination.name, given.pytest or list(TESTS))
+            write(row(result, wheel, commit))
+            failed += [combination.name] if result["tests"]["failed"] else []
+        except StepFailed as failure:
+            print(failure)
+            failed.append(combination.name)
+        if not given.keep:
+            shutil.rmtree(FOLDER / combination.name, ignore_errors=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
