@@ -1,7 +1,7 @@
 """Checks a built wheel as users get it, for ``make test-wheel``; ``make wheel`` has put it into dist/.
 
 First the file: what it holds, and which Linux it is for (auditwheel). Then an environment for each row of COMBINATIONS
-of tools/versions.py with its Python: the wheel is installed by itself and tests run, both without a compiler on PATH and
+of tools/versions.py with its Python: the wheel is installed by itself, and tests run, both without a compiler and
 from a folder that has the tests alone. Rows are written to docs/versions.md as they come; those of other runs stay.
 """
 
