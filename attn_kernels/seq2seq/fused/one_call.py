@@ -1,15 +1,14 @@
 """A greedy or beam search on the CPU as one op: the loop over steps, and all that a step computes, in C++.
 
-At one sentence most of a step's time is not spent on products: between them are operators, each with a result of its own,
-and Python. The op has neither. It reads the parameters where they lie, row by row, so that nothing is made of them in
-advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays.
+At one sentence most of a step's time is not spent on products: between them are operators, each with a result of its
+own, and Python. The op has neither. It reads the parameters where they lie, row by row, so that nothing is made of them
+in advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ... import ops
@@ -42,15 +41,16 @@ def search_in_one_call(
 ) -> Found | None:
     """The results of ``greedy_search`` and ``beam_search``; of likeliest tokens that are equal the first is taken.
 
-    None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends of the attention,
-    many rows, for which it is faster, and logits that are no numbers.
+    None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends of the
+    attention, many rows, for which it is faster, and logits that are no numbers.
     """
     rows = memory.batch_size * options.beam_size
     if not 0 < rows <= MAX_ROWS or not can_fuse_steps(decoder, state, memory):
         return None
-    if choose(decoder.attention.backend, "cpu") != "cpu" or any(x.shape[1] != 1 for x in state.hidden):
+    if choose(decoder.attention.backend, "cpu") != "cpu" or (memory.mask is not None and memory.mask.dim() != 2):
         return None
-    if decoder.embedding.weight.shape[0] != decoder.output.weight.shape[0]:
+    states = (*state.hidden, *state.cell, *(() if state.feed is None else (state.feed,)))
+    if any(x.shape[1] != 1 for x in states) or decoder.embedding.weight.shape[0] != decoder.output.weight.shape[0]:
         return None
     found = Found(*ops.kernel("decoder_search", "cpu")(*_arguments(decoder, memory, state, options)))
     if found.scores.shape[1] == 0:  # met NaN
@@ -62,15 +62,16 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
     """Of the op, in the order of its schema."""
     attention = decoder.attention
     score = attention.make_score(memory)
-    is_additive = isinstance(score, AdditiveScore)
-    vectors = (score.v, score.bias, prepare(score, memory.keys, "cpu"), 1.0) if is_additive else (None,) * 3 + score
+    vectors: tuple[Any, ...] = (None, None, None, *score)
+    if isinstance(score, AdditiveScore):
+        vectors = (score.v, score.bias, prepare(score, memory.keys, "cpu"), 1.0)
     projection, factor, eps = attention.query_projection, attention.query_factor(), attention.query_eps()
     weight, values = decoder.attentional.weight, memory.values
     of_context: Tensor | None = weight[:, : values.shape[2]]
     if projects_values(memory, decoder.hidden_size, options.beam_size * options.max_length):
         values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
         of_context = None
-    cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.embedding_dim
+    cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
     layers = []
     for n, cell in enumerate(cells):
         bias = cell.bias_x + cell.bias_h if isinstance(decoder.rnn, nn.LSTM) else cell.bias_x
@@ -90,7 +91,7 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         values,
         *vectors,
         memory.memory_lengths,
-        memory.mask if memory.mask is None or memory.mask.dim() == 2 else memory.mask.squeeze(1),
+        memory.mask,
         *([x.squeeze(1) for x in of] for of in (state.hidden, state.cell)),
         None if state.feed is None else state.feed.squeeze(1),
         options.bos,
@@ -105,6 +106,6 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
 
 
 def projects_values(memory: Memory, size: int, rows: int) -> bool:
-    """Whether to project all values once rather than the context in each step. rows: contexts of a sentence, at most."""
+    """Whether to project all values once rather than the context in each step. rows: contexts of a sentence."""
     source, values = memory.keys.shape[1], memory.values.shape[2]
     return 0 < 2 * source <= rows and values >= size
