@@ -375,7 +375,7 @@ library.define(
     "decoder_search.cpu(Tensor[] layers, Tensor embedding, Tensor of_token, Tensor? query, float query_factor, "
     "float query_eps, Tensor? of_context, Tensor of_state, Tensor output, Tensor? output_bias, Tensor keys, "
     "Tensor values, Tensor? v, Tensor? bias, Tensor? prepared, float scale, Tensor? memory_lengths, Tensor? mask, "
-    "Tensor[] hidden, Tensor[] cell, Tensor? feed, int bos, int eos, int max_length, int beam_size, int num_hypotheses, "
-    "float length_penalty, float coverage_penalty, bool early_stopping) -> "
+    "Tensor[] hidden, Tensor[] cell, Tensor? feed, int bos, int eos, int max_length, int beam_size, "
+    "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping) -> "
     "(Tensor tokens, Tensor lengths, Tensor scores, Tensor alignments)"
 )

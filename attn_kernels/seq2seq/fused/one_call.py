@@ -24,7 +24,7 @@ from .inputs import CellWeights
 if TYPE_CHECKING:
     from ..search import SearchOptions
 
-MAX_ROWS = 16  # hypotheses of all sentences: with more, products of packed weights gain more than the loop does
+MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
 
 
 class Found(NamedTuple):
