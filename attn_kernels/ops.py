@@ -376,6 +376,6 @@ library.define(
     "float query_eps, Tensor? of_context, Tensor of_state, Tensor output, Tensor? output_bias, Tensor keys, "
     "Tensor values, Tensor? v, Tensor? bias, Tensor? prepared, float scale, Tensor? memory_lengths, Tensor? mask, "
     "Tensor[] hidden, Tensor[] cell, Tensor? feed, int bos, int eos, int max_length, int beam_size, "
-    "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping) -> "
+    "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping, int table_bytes) -> "
     "(Tensor tokens, Tensor lengths, Tensor scores, Tensor alignments)"
 )

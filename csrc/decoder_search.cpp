@@ -1,4 +1,5 @@
-// decoder_search: the op of attn_kernels/ops.py that searches with a decoder of seq2seq, all steps in one call. CPU only.
+// decoder_search: the op of attn_kernels/ops.py that searches with a decoder of seq2seq, all steps in one call. CPU
+// only.
 #include "decoder_search.h"
 
 #include "binding.h"
@@ -18,11 +19,7 @@ struct Source {
   const std::optional<Tensor>&memory_lengths, &mask;
 };
 
-RowsView view(const Tensor& t, const char* name, Dtype dtype, int64_t n, int64_t k) {
-  return rows(t, name, dtype, n, k);
-}
-
-RowsView view(const std::optional<Tensor>& t, const char* name, Dtype dtype, int64_t n, int64_t k) {
+RowsView rows_if(const std::optional<Tensor>& t, const char* name, Dtype dtype, int64_t n, int64_t k) {
   return t.has_value() ? rows(*t, name, dtype, n, k) : RowsView{};
 }
 
@@ -85,8 +82,7 @@ std::vector<char> allowed_steps(const AttentionMask& mask, int64_t B, int64_t S)
 }
 
 template <typename T>
-void copy_rows(const Tensor& from, const char* name, Matrix<T>& to) {
-  const int64_t B = from.size(0);
+void copy_rows(const Tensor& from, const char* name, int64_t B, Matrix<T>& to) {
   const RowsView source = rows(from, name, sizeof(T) == 8 ? Dtype::float64 : Dtype::float32, B, to.columns);
   for (int64_t b = 0; b < B; ++b)
     std::copy_n(static_cast<const T*>(source.data) + b * source.stride, to.columns, to.row(b));
@@ -102,8 +98,8 @@ struct Parameters {
   const std::optional<Tensor>& output_bias;
 };
 
-// Of each layer four: x (G, inputs), h (G, H), bias (G,) and that of the product with the state, (G,), which an LSTM has in
-// the other.
+// Of each layer four: x (G, inputs), h (G, H), bias (G,) and that of the product with the state, (G,), which an LSTM
+// has in the other.
 template <typename T>
 DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_lstm, bool input_feeding, Dtype dtype) {
   const int64_t H = p.of_state.size(0), G = (is_lstm ? 4 : 3) * H, D = source.values.size(2), A = source.keys.size(2);
@@ -130,10 +126,10 @@ DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_
           std::move(layers),
           rows(p.embedding, "embedding", dtype, p.embedding.size(0), E),
           rows(p.of_token, "of_token", dtype, G, E),
-          view(p.query, "query", dtype, A, H),
+          rows_if(p.query, "query", dtype, A, H),
           p.query_factor,
           p.query_eps,
-          view(p.of_context, "of_context", dtype, H, D),
+          rows_if(p.of_context, "of_context", dtype, H, D),
           rows(p.of_state, "of_state", dtype, H, H),
           rows(p.output, "output", dtype, V, H),
           output_bias};
@@ -149,7 +145,7 @@ Tensor output_of_integers(const Tensor& like, std::initializer_list<int64_t> sha
 template <typename T>
 Results search(const Parameters& parameters, const Source& source, const Score& score,
                const std::vector<Tensor>& hidden, const std::vector<Tensor>& cell, const std::optional<Tensor>& feed,
-               const SearchOptions& options) {
+               const SearchOptions& options, int64_t table_bytes) {
   const CallContext call(source.keys);
   const int64_t B = source.keys.size(0), S = source.keys.size(1);
   const Dtype dtype = dtype_of(source.keys, "keys");
@@ -157,14 +153,15 @@ Results search(const Parameters& parameters, const Source& source, const Score& 
   const DecoderWeights<T> weights = weights_of<T>(parameters, source, !cell.empty(), feed.has_value(), dtype);
   STD_TORCH_CHECK(hidden.size() == weights.layers.size() && (cell.empty() || cell.size() == hidden.size()),
                   "every layer must have a state");
+  STD_TORCH_CHECK(B > 0, "there must be a sentence");
   STD_TORCH_CHECK(0 <= options.bos && options.bos < weights.vocabulary, "bos must be a token");
   DecoderStep<T> step(call.kernels(), weights, make_attend(call.kernels(), source, score, mask), S,
-                      B * options.beam_size);
+                      B * options.beam_size, table_bytes);
   for (size_t l = 0; l < hidden.size(); ++l) {
-    copy_rows(hidden[l], "hidden", step.hidden()[l]);
-    if (!cell.empty()) copy_rows(cell[l], "cell", step.cell()[l]);
+    copy_rows(hidden[l], "hidden", B, step.hidden()[l]);
+    if (!cell.empty()) copy_rows(cell[l], "cell", B, step.cell()[l]);
   }
-  if (feed.has_value()) copy_rows(*feed, "feed", step.feed());
+  if (feed.has_value()) copy_rows(*feed, "feed", B, step.feed());
   const std::vector<char> allowed = allowed_steps(mask, B, S);
   DecoderSearch<T> search(step, options, B, S, weights.vocabulary, allowed);
   const bool are_numbers = search.run();
@@ -192,7 +189,7 @@ Results decoder_search(std::vector<Tensor> layers, Tensor embedding, Tensor of_t
                        double scale, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                        std::vector<Tensor> hidden, std::vector<Tensor> cell, std::optional<Tensor> feed, int64_t bos,
                        int64_t eos, int64_t max_length, int64_t beam_size, int64_t num_hypotheses,
-                       double length_penalty, double coverage_penalty, bool early_stopping) {
+                       double length_penalty, double coverage_penalty, bool early_stopping, int64_t table_bytes) {
   STD_TORCH_CHECK(keys.dim() == 3 && values.dim() == 3, "keys and values must have 3 axes");
   const Parameters parameters{layers,    embedding,  of_token, query,  query_factor,
                               query_eps, of_context, of_state, output, output_bias};
@@ -203,8 +200,8 @@ Results decoder_search(std::vector<Tensor> layers, Tensor embedding, Tensor of_t
   const Dtype dtype = dtype_of(keys, "keys");
   STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "keys must be float32 or float64");
   STD_TORCH_CHECK(max_length > 0 && 0 < num_hypotheses && num_hypotheses <= beam_size, "options must be checked");
-  return dtype == Dtype::float64 ? search<double>(parameters, source, score, hidden, cell, feed, options)
-                                 : search<float>(parameters, source, score, hidden, cell, feed, options);
+  return dtype == Dtype::float64 ? search<double>(parameters, source, score, hidden, cell, feed, options, table_bytes)
+                                 : search<float>(parameters, source, score, hidden, cell, feed, options, table_bytes);
 }
 
 }  // namespace

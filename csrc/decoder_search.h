@@ -194,8 +194,8 @@ class DecoderSearch {
     candidates_.resize(count);
   }
 
-  // Adds the alignments of the last step to what was looked at. Returns the terms of the hypotheses, (n, w), if there is a
-  // penalty.
+  // Adds the alignments of the last step to what was looked at. Returns the terms of the hypotheses, (n, w), if there
+  // is a penalty.
   std::vector<double> look(int64_t n, int64_t w) {
     if (!(options_.coverage_penalty > 0)) return {};
     const T* alignments = history_.back().alignments.get();

@@ -58,15 +58,17 @@ struct DecoderWeights {
   const T* output_bias;            // or null
 };
 
-// The attention of `queries` queries each of `count` sentences from the first on; context and alignments are contiguous.
+// The attention of `queries` queries each of `count` sentences from the first on. All arrays are contiguous.
 using Attend =
     std::function<void(int64_t first, int64_t count, int64_t queries, void* query, void* context, void* alignments)>;
 
-// The state of R rows, K hypotheses of each of n sentences, and their steps. R is at most `most`.
+// The state of R rows, K hypotheses of each of n sentences, and their steps. R is at most `most`. table_bytes: what may
+// be kept of products with embeddings.
 template <typename T>
 class DecoderStep {
  public:
-  DecoderStep(const Kernels& kernels, const DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most)
+  DecoderStep(const Kernels& kernels, const DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most,
+              int64_t table_bytes)
       : kernels_(kernels),
         weights_(weights),
         attend_(std::move(attend)),
@@ -78,7 +80,7 @@ class DecoderStep {
         context_(most, weights.memory_size),
         feed_(most, weights.hidden_size),
         place_(weights.vocabulary, -1),
-        table_rows_(kBytesOfTable / (gates() * static_cast<int64_t>(sizeof(T)))) {
+        table_rows_(table_bytes / (gates() * static_cast<int64_t>(sizeof(T)))) {
     for (size_t l = 0; l < weights.layers.size(); ++l) {
       hidden_.emplace_back(most, weights.hidden_size);
       cell_.emplace_back(most, weights.is_lstm ? weights.hidden_size : 0);
@@ -120,7 +122,6 @@ class DecoderStep {
   }
 
  private:
-  static constexpr int64_t kBytesOfTable = int64_t{1} << 26;
   static constexpr Dtype dtype() { return sizeof(T) == 8 ? Dtype::float64 : Dtype::float32; }
   int64_t gates() const { return (weights_.is_lstm ? 4 : 3) * weights_.hidden_size; }
 
@@ -130,8 +131,8 @@ class DecoderStep {
         {R, n, k, dtype(), x.data(), weight, added == nullptr ? nullptr : added->data(), out.data(), tanh});
   }
 
-  // What each token adds to the gates of the first layer, with the bias. Tokens come again: their products are kept as far
-  // as there is room, and made anew otherwise.
+  // What each token adds to the gates of the first layer, with the bias. Tokens come again: their products are kept as
+  // far as there is room, and made anew otherwise.
   std::vector<void*> gates_of(const std::vector<int32_t>& tokens) {
     std::vector<void*> rows(tokens.size()), x, out;
     std::vector<void*> bias;

@@ -185,6 +185,16 @@ def test_threads_change_nothing(same_threads: None) -> None:
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_table_has_a_bound(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not kept of a token is computed anew."""
+    monkeypatch.setattr(one_call, "MAX_TABLE_BYTES", rows * 4 * 6 * 8)
+    one = model()
+    with torch.no_grad():
+        memory, state = one.encode(*source())
+    assert_same(*both(one, memory, state, options(beam_size=3)))
+
+
 def _many_rows(one: Seq2Seq, given: dict[str, Any]) -> None:
     given["beam_size"] = one_call.MAX_ROWS // 4 + 1
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..search import SearchOptions
 
 MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
+MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are kept as tokens come
 
 
 class Found(NamedTuple):
@@ -68,7 +69,9 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
     projection, factor, eps = attention.query_projection, attention.query_factor(), attention.query_eps()
     weight, values = decoder.attentional.weight, memory.values
     of_context: Tensor | None = weight[:, : values.shape[2]]
-    if projects_values(memory, decoder.hidden_size, options.beam_size * options.max_length):
+    # Where one sentence is searched, a product of one row takes as long as one of several: all read the weight.
+    each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
+    if projects_values(memory, decoder.hidden_size, each_step * options.max_length):
         values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
         of_context = None
     cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
@@ -102,6 +105,7 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         options.length_penalty,
         options.coverage_penalty,
         bool(options.early_stopping),
+        MAX_TABLE_BYTES,
     )
 
 
