@@ -51,7 +51,7 @@ def test_ways_are_what_their_names_say() -> None:
 
 @pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
-    arguments = ["--quick", "--no-compiled", "--size", "8", "--shape", "2,3,4", "--output", str(tmp_path)]
+    arguments = ["--quick", "--no-compiled", "--size", "8", "--shape", "2,3,4", "--cpu-time", "--output", str(tmp_path)]
     done = CliRunner().invoke(loop.app, arguments)
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "loop-cpu.json").read_text())

@@ -2,6 +2,8 @@
 
 A step costs the same however long the hypotheses are: it stores what it chose and from where, and the hypotheses are
 read off backwards at the end. A sentence that is finished leaves the batch and costs nothing more.
+
+This is the specification, and what computes where fused/one_call.py, which does the same in C++, may not.
 """
 
 from __future__ import annotations

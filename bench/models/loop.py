@@ -187,8 +187,16 @@ def shares(call: Callable[[], object]) -> dict[str, float]:
     return {part: round(value / total, 3) for part, value in parts.items() if value > 0}
 
 
-def measure(shape: Shape, size: int, device: torch.device, names: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Training step, and searches with and without the encoder, at one shape: a row each."""
+def measure(
+    shape: Shape,
+    size: int,
+    device: torch.device,
+    names: list[str],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """Training step, and searches with and without the encoder, at one shape: a row each. clock: for the CPU."""
+    timer = timing.WallTimer(clock) if device.type == "cpu" else timing.timer_for(device)
     variants = make_variants(size, device, names)
     data = make_data(shape, device)
     errors = largest_error(variants, data)
@@ -196,13 +204,13 @@ def measure(shape: Shape, size: int, device: torch.device, names: list[str], sec
     if wrong:
         raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
     calls = {name: training_step(model, data) for name, model in variants}
-    rows = [measure_row("training step", shape, device, calls, seconds)]
+    rows = [measure_row("training step", shape, timer, calls, seconds)]
     for kind, beam_size in (("greedy decoding", 1), (f"beam search of {BEAM}", BEAM)):
         timed = [variant for variant in variants if is_search(variant.name, shape.B * beam_size, device)]
         for encoded in (False, True):
             calls = {name: decoding(model, data, beam_size, encoded, name == LOOP) for name, model in timed}
             name = f"{kind}, encoder left out" if encoded else kind
-            rows.append(measure_row(name, shape, device, calls, seconds))
+            rows.append(measure_row(name, shape, timer, calls, seconds))
     return rows
 
 
@@ -212,9 +220,9 @@ def is_search(name: str, rows: int, device: torch.device) -> bool:
 
 
 def measure_row(
-    kind: str, shape: Shape, device: torch.device, calls: dict[str, Callable[[], object]], seconds: float
+    kind: str, shape: Shape, timer: Any, calls: dict[str, Callable[[], object]], seconds: float
 ) -> dict[str, Any]:
-    samples = timing.interleave(calls, timing.timer_for(device), seconds=seconds, least_rounds=5, most_rounds=60)
+    samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=60)
     row = {
         "kind": kind,
         "B,S,T": list(shape),
@@ -267,6 +275,9 @@ def main(
     threads: ThreadsOption = 1,
     compiled: Annotated[bool, typer.Option(help="Also torch.compile, whose first calls take minutes.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Of one thread, the CPU's time: for a machine that others load.")
+    ] = False,
     allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
@@ -285,7 +296,8 @@ def main(
         task = progress.add_task("shapes", total=len(shapes) * 2)
         for one in shapes:
             progress.update(task, description=f"B,S,T = {','.join(map(str, one))}")
-            rows += measure(one, size, target, names, 1.0 if quick else seconds)
+            clock = time.process_time if cpu_time else time.perf_counter
+            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
         for one in shapes:
@@ -294,6 +306,7 @@ def main(
             next(row for row in rows if row["B,S,T"] == list(one))["MB"] = memory
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
+    settings["clock"] = "CPU" if cpu_time else "wall"
     finish_rows("loop", rows, table(rows, names), output, start, in_effect, target, **settings)
 
 
