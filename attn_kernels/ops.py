@@ -367,3 +367,16 @@ for _name, _schema in (
 ):
     library.define(f"{_name}.cpu{_schema} -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"attn_kernels::{_name}.cpu", lambda *_: None, lib=library)
+
+# decoder_search -------------------------------------------------------------------------------------------------------
+
+# All steps of a greedy or beam search with a decoder of seq2seq: seq2seq/fused/one_call.py calls it, on plain tensors
+# and without gradients. How many steps there are depends on values, and nothing traces it: it has no fake kernel.
+library.define(
+    "decoder_search.cpu(Tensor[] layers, Tensor embedding, Tensor of_token, Tensor? query, float query_factor, "
+    "float query_eps, Tensor? of_context, Tensor of_state, Tensor output, Tensor? output_bias, Tensor keys, "
+    "Tensor values, Tensor? v, Tensor? bias, Tensor? prepared, float scale, Tensor? memory_lengths, Tensor? mask, "
+    "Tensor[] hidden, Tensor[] cell, Tensor? feed, int bos, int eos, int max_length, int beam_size, "
+    "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping, int table_bytes) -> "
+    "(Tensor tokens, Tensor lengths, Tensor scores, Tensor alignments)"
+)

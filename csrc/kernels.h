@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "additive_attention.h"
+#include "decode.h"
 #include "dot_attention.h"
 #include "gru_cell.h"
 #include "lstm_cell.h"
@@ -32,6 +33,8 @@ struct Kernels {
   void (*gated_additive_scores_backward)(const GatedAdditiveScoresBackward&);
   void (*gated_additive_attention)(const GatedAdditiveAttentionForward&);
   void (*gated_additive_attention_backward)(const GatedAdditiveAttentionBackward&);
+  void (*row_products)(const RowProducts&);
+  void (*likeliest_tokens)(const LikeliestTokens&);
 };
 
 }  // namespace attn

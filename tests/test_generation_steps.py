@@ -97,6 +97,7 @@ def test_searches(choice: dict[str, Any], training: bool, monkeypatch: pytest.Mo
             parameter.mul_(6)  # far from uniform, so that sentences end at different times
         one.decoder.output.bias[one.eos] += 2
     made = []
+    monkeypatch.setattr(search, "search_in_one_call", lambda *_: None)
 
     def spy(*arguments: Any) -> Any:
         steps, memory = fast_decoder(*arguments)
@@ -167,18 +168,23 @@ CHANGES += [_limit_embeddings, _remove_biases_of_cells, Seq2Seq.train, Seq2Seq.b
 def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
     one = model()
     memory, state = one.encode(*source())
+    options = search.SearchOptions(bos=1, eos=2, max_length=10).checked()
     assert isinstance(fast_decoder(one.decoder, state, memory, 1, 10)[0], FastDecoder)
+    assert search.search_in_one_call(one.decoder, memory, state, options) is not None
     change(one)
     steps, same = fast_decoder(one.decoder, state, memory, 1, 10)
     assert steps is one.decoder and same.keys is memory.keys and same.values is memory.values
+    assert search.search_in_one_call(one.decoder, memory, state, options) is None
 
 
 def test_the_decoder_itself_elsewhere() -> None:
     one = model()
     memory, state = one.encode(*source())
-    assert fast_decoder(one.decoder, state, memory, 1, 10)[0] is one.decoder  # with gradients
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert fast_decoder(one.decoder, state, memory, 1, 10)[0] is one.decoder
+    options = search.SearchOptions(bos=1, eos=2, max_length=10).checked()
+    for grad, autocast in ((True, False), (False, True)):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert fast_decoder(one.decoder, state, memory, 1, 10)[0] is one.decoder
+            assert search.search_in_one_call(one.decoder, memory, state, options) is None
 
 
 @torch.no_grad()

@@ -51,16 +51,25 @@ def test_ways_are_what_their_names_say() -> None:
 
 @pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
-    arguments = ["--quick", "--no-compiled", "--size", "8", "--shape", "2,3,4", "--output", str(tmp_path)]
+    arguments = ["--quick", "--no-compiled", "--size", "8", "--shape", "2,3,4", "--cpu-time", "--output", str(tmp_path)]
     done = CliRunner().invoke(loop.app, arguments)
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "loop-cpu.json").read_text())
-    training, decoding = result["rows"]
+    training, *searches = result["rows"]
     assert training["B,S,T"] == [2, 3, 4] and set(training["ms"]) == set(NAMES)
-    assert set(decoding["ms"]) == {loop.EAGER, loop.STEPS}
+    assert [row["kind"] for row in searches] == [
+        "greedy decoding",
+        "greedy decoding, encoder left out",
+        "beam search of 5",
+        "beam search of 5, encoder left out",
+    ]
     for row in result["rows"]:
         for parts in row["shares"].values():
             assert sum(parts.values()) == pytest.approx(1, abs=0.01) and min(parts.values()) >= 0
+    for row in searches:
+        assert set(row["ms"]) == set(NAMES)
+        assert "search" in row["shares"][loop.LOOP] and "search" not in row["shares"][loop.STEPS]
+        assert ("encoder" in row["shares"][loop.LOOP]) == ("left out" not in row["kind"])
 
 
 @pytest.mark.parametrize("shape", ["2,3", "2,3,x", "0,3,4"])

@@ -184,12 +184,16 @@ def check_against_slow_search(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch, *
     with monkeypatch.context() as patch:
         patch.setattr(model.decoder, "step", spy)
         generated = model.generate(*batch(), **options)
+    in_one_call = model.generate(*batch(), **options)
     leaving = []
-    for hypotheses, (source, length) in zip(generated, sentences(), strict=True):
+    for hypotheses, same, (source, length) in zip(generated, in_one_call, sentences(), strict=True):
         expected, leaves = slow_search(model, source, length, **options)
         leaving.append(leaves)
         assert len(hypotheses) == len(expected)
         for got, want in zip(hypotheses, expected, strict=True):
+            assert_same(got, want)
+        assert len(hypotheses) == len(same)
+        for got, want in zip(same, hypotheses, strict=True):
             assert_same(got, want)
     assert rows == [sum(leaves >= t for leaves in leaving) for t in range(1, max(leaving) + 1)]
     return leaving

@@ -495,19 +495,22 @@ def test_a_forward_that_searches_do_not_call_is_said() -> None:
 
 
 def test_stock_models_take_the_fast_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    loops, made = [], []
-    decode = decoder.decode_sequence
+    loops, made, found = [], [], []
+    decode, one_call = decoder.decode_sequence, search.search_in_one_call
     monkeypatch.setattr(decoder, "decode_sequence", lambda *args: loops.append(1) or decode(*args))
     monkeypatch.setattr(search, "fast_decoder", lambda *args: made.append(fast_decoder(*args)) or made[-1])
+    monkeypatch.setattr(search, "search_in_one_call", lambda *args: found.append(one_call(*args)) or found[-1])
     for attention in ("bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine"):
         for cell in ("lstm", "gru"):
             model = make(attention=attention, cell=cell, num_layers=2, dropout=0.1)
             model(*batch())
             model.generate(*batch()[:2], max_length=2)
+            assert found[-1] is not None
+            model.generate(*batch()[:2], max_length=2, sample=True)
             assert type(made[-1][0]) is FastDecoder
             parameters = {name: x.detach() for name, x in model.named_parameters()}
             torch.func.functional_call(model, parameters, batch())
-    assert len(loops) == 24
+    assert len(loops) == 24 and len(found) == len(made) == 12
 
 
 def test_is_stock() -> None:

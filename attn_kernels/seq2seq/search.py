@@ -2,6 +2,8 @@
 
 A step costs the same however long the hypotheses are: it stores what it chose and from where, and the hypotheses are
 read off backwards at the end. A sentence that is finished leaves the batch and costs nothing more.
+
+This is the specification, and what computes where fused/one_call.py, which does the same in C++, may not.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ..memory import Memory
 from ..types import attention_mask
 from .decoder import Decoder
 from .fused.inference import fast_decoder
+from .fused.one_call import search_in_one_call
 from .state import DecoderState
 
 
@@ -104,6 +107,9 @@ def search(decoder: Decoder, memory: Memory, state: DecoderState, options: Searc
     """The hypotheses of each sentence. memory, state: what decoding starts from. options: as ``checked``."""
     if options.sample:
         return draw_samples(decoder, memory, state, options)
+    found = search_in_one_call(decoder, memory, state, options)
+    if found is not None:
+        return _hypotheses(memory, found.tokens, found.alignments, found.scores, found.lengths)
     if options.beam_size == 1 and options.length_penalty == 0 and options.coverage_penalty == 0:
         return greedy_search(decoder, memory, state, options)
     return beam_search(decoder, memory, state, options)
@@ -344,6 +350,14 @@ def _trace(
         tokens[rows, :, t] = chosen.gather(1, slot)
         alignments[rows, :, t] = torch.take_along_dim(looked, parent[..., None], dim=1)
         slots = slots.index_copy(0, rows, torch.where(lengths[rows] > t, parent, slot))
+    return _hypotheses(memory, tokens, alignments, scores, lengths)
+
+
+def _hypotheses(
+    memory: Memory, tokens: Tensor, alignments: Tensor, scores: Tensor, lengths: Tensor
+) -> list[list[Hypothesis]]:
+    """tokens: (B, N, T). alignments: (B, N, T, S). scores, lengths: (B, N). Those with score -inf are left out."""
+    batch = memory.batch_size
     steps = [memory.keys.shape[1]] * batch if memory.memory_lengths is None else memory.memory_lengths.tolist()
     scored, ends, outputs = scores.tolist(), lengths.tolist(), tokens.tolist()
     return [

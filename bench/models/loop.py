@@ -1,7 +1,8 @@
 """Times the decoder's whole loop, training and decoding: ``python -m bench.models.loop --help``.
 
 Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user
-would write it; the same with its step compiled; our fused attention step by step; and the loop as one op.
+would write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding
+the last is a search as one op, at as many rows as it takes, and the steps are those that Python calls for more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import torch
 import typer
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 
 from attn_kernels import Attention, Memory
 from attn_kernels.seq2seq import Seq2Seq
+from attn_kernels.seq2seq.fused import one_call
+from attn_kernels.seq2seq.search import SearchOptions, search
 
 from .. import eager, machine, report, results, timing
 from ..cli import (
@@ -46,8 +50,16 @@ class Shape(NamedTuple):
     T: int  # target steps
 
 
-SHAPES = (Shape(64, 8, 8), Shape(64, 32, 32), Shape(32, 80, 96), Shape(16, 200, 200), Shape(1, 8, 8))
+SHAPES = (
+    Shape(64, 8, 8),
+    Shape(64, 32, 32),
+    Shape(32, 80, 96),
+    Shape(16, 200, 200),
+    Shape(1, 8, 8),
+    Shape(1, 50, 50),
+)
 QUICK = SHAPES[:1]
+BEAM = 5
 
 
 class EagerAttention(nn.Module):
@@ -100,10 +112,25 @@ def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callab
     return step
 
 
-def decoding(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
-    """Greedy search of as many steps as the target has."""
+def decoding(
+    model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor], beam_size: int, encoded: bool, in_one_call: bool
+) -> Callable[[], object]:
+    """A search of as many steps as the target has. encoded: of a source that the encoder has read before."""
     model.eos = VOCABULARY  # a token that does not come: all ways go all the way
-    return lambda: model.generate(data[0], data[1], max_length=data[2].shape[1])
+    choice = {"beam_size": beam_size, "max_length": data[2].shape[1]}
+    options = SearchOptions(bos=model.bos, eos=model.eos, **choice).checked()
+    model.eval()
+    with torch.no_grad():
+        start = model.encode(*data[:2])
+
+    @torch.no_grad()
+    def call() -> object:
+        with mock.patch.object(one_call, "MAX_ROWS", one_call.MAX_ROWS if in_one_call else 0):
+            if encoded:
+                return search(model.decoder, *start, options)
+            return model.generate(*data[:2], **choice)
+
+    return call
 
 
 def make_data(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,54 +159,81 @@ def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) 
 
 # The time of a call by what it is spent on: names of PyTorch's operators.
 _ENCODER = ("aten::mkldnn_rnn", "aten::_cudnn_rnn", "aten::_thnn")
+_SEARCH = "attn_kernels::decoder_search"
 _ATTENTION = ("attn_kernels::", "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::mv", "aten::masked_fill")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::")
 
 
 def shares(call: Callable[[], object]) -> dict[str, float]:
-    """Parts of the time: encoder, products of cells and projections, attention, and the rest, mostly overhead."""
+    """Parts of the time: encoder, products of cells and projections, attention, and the rest, mostly overhead.
+
+    And the search where it is one op: products, attention and all.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         call()
-    parts = {"encoder": 0.0, "products": 0.0, "attention": 0.0, "rest": 0.0}
+    parts = {"encoder": 0.0, "products": 0.0, "attention": 0.0, "search": 0.0, "rest": 0.0}
     for event in profile.key_averages(group_by_input_shape=True):
         in_four_axes = any(len(shape) == 4 for shape in event.input_shapes if isinstance(shape, list))
         if event.key.startswith(_ENCODER):
             part = "encoder"
+        elif event.key == _SEARCH:
+            part = "search"
         elif event.key.startswith(_ATTENTION) or in_four_axes:  # (B, Tq, Tk, A) of the eager formula
             part = "attention"
         else:
             part = "products" if event.key.startswith(_PRODUCTS) else "rest"
         parts[part] += event.self_cpu_time_total
     total = sum(parts.values())
-    return {part: round(value / total, 3) for part, value in parts.items()}
+    return {part: round(value / total, 3) for part, value in parts.items() if value > 0}
 
 
-def measure(shape: Shape, size: int, device: torch.device, names: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Training step and greedy decoding at one shape: a row each."""
+def measure(
+    shape: Shape,
+    size: int,
+    device: torch.device,
+    names: list[str],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """Training step, and searches with and without the encoder, at one shape: a row each. clock: for the CPU."""
+    timer = timing.WallTimer(clock) if device.type == "cpu" else timing.timer_for(device)
     variants = make_variants(size, device, names)
     data = make_data(shape, device)
     errors = largest_error(variants, data)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
         raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
-    rows = []
-    for kind, make in (("training step", training_step), ("greedy decoding", decoding)):
-        timed = [variant for variant in variants if kind == "training step" or variant.name in (EAGER, COMPILED, STEPS)]
-        calls = {name: make(model, data) for name, model in timed}
-        samples = timing.interleave(calls, timing.timer_for(device), seconds=seconds, least_rounds=5, most_rounds=60)
-        rows.append(
-            {
-                "kind": kind,
-                "B,S,T": list(shape),
-                "rounds": len(samples[EAGER]),
-                "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
-                "eager / ours": {
-                    name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER
-                },
-                "shares": {name: shares(call) for name, call in calls.items() if name != COMPILED},
-            }
-        )
+    calls = {name: training_step(model, data) for name, model in variants}
+    rows = [measure_row("training step", shape, timer, calls, seconds)]
+    for kind, beam_size in (("greedy decoding", 1), (f"beam search of {BEAM}", BEAM)):
+        timed = [variant for variant in variants if is_search(variant.name, shape.B * beam_size, device)]
+        for encoded in (False, True):
+            calls = {name: decoding(model, data, beam_size, encoded, name == LOOP) for name, model in timed}
+            name = f"{kind}, encoder left out" if encoded else kind
+            rows.append(measure_row(name, shape, timer, calls, seconds))
     return rows
+
+
+def is_search(name: str, rows: int, device: torch.device) -> bool:
+    """Whether a variant has a way of its own to search with so many hypotheses of all sentences."""
+    return name in (EAGER, COMPILED, STEPS) or (name == LOOP and device.type == "cpu" and rows <= one_call.MAX_ROWS)
+
+
+def measure_row(
+    kind: str, shape: Shape, timer: Any, calls: dict[str, Callable[[], object]], seconds: float
+) -> dict[str, Any]:
+    samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=60)
+    row = {
+        "kind": kind,
+        "B,S,T": list(shape),
+        "rounds": len(samples[EAGER]),
+        "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
+        "eager / ours": {name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER},
+        "shares": {name: shares(call) for name, call in calls.items() if name != COMPILED},
+    }
+    if LOOP in calls:
+        row["steps / one op"] = timing.ratios(samples, STEPS, LOOP)._asdict()
+    return row
 
 
 def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str]) -> dict[str, float | None]:
@@ -194,7 +248,7 @@ def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
-    title = "Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager"
+    title = "Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager; loop: a search as one op"
     shown = report.table(title, "", "B,S,T", *names, "MB (eager, loop)", "of the loop's time", wrap=True)
     for row in rows:
         cells = []
@@ -221,11 +275,14 @@ def main(
     threads: ThreadsOption = 1,
     compiled: Annotated[bool, typer.Option(help="Also torch.compile, whose first calls take minutes.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Of one thread, the CPU's time: for a machine that others load.")
+    ] = False,
     allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Times training steps and greedy decoding of Seq2Seq: eager, torch.compile, fused steps, the loop as one op."""
+    """Times training steps and searches of Seq2Seq: eager, torch.compile, fused steps, all steps as one op."""
     start = time.perf_counter()
     in_effect = prepare(threads, allocator)
     target = parse_device(device)
@@ -239,7 +296,8 @@ def main(
         task = progress.add_task("shapes", total=len(shapes) * 2)
         for one in shapes:
             progress.update(task, description=f"B,S,T = {','.join(map(str, one))}")
-            rows += measure(one, size, target, names, 1.0 if quick else seconds)
+            clock = time.process_time if cpu_time else time.perf_counter
+            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
         for one in shapes:
@@ -248,6 +306,7 @@ def main(
             next(row for row in rows if row["B,S,T"] == list(one))["MB"] = memory
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
+    settings["clock"] = "CPU" if cpu_time else "wall"
     finish_rows("loop", rows, table(rows, names), output, start, in_effect, target, **settings)
 
 

@@ -6,6 +6,7 @@
 #endif
 #include "additive_attention_bwd.h"
 #include "checksum_kernel.h"
+#include "decode_kernels.h"
 #include "dot_attention_kernels.h"
 #include "gated_additive_bwd.h"
 #include "gru_cell_kernels.h"
@@ -30,6 +31,8 @@ inline Dtype computed_in(const LstmStep& op) { return op.dtype; }
 inline Dtype computed_in(const LstmStepBackward& op) { return op.dtype; }
 inline Dtype computed_in(const GruStep& op) { return op.dtype; }
 inline Dtype computed_in(const GruStepBackward& op) { return op.dtype; }
+inline Dtype computed_in(const RowProducts& op) { return op.dtype; }
+inline Dtype computed_in(const LikeliestTokens& op) { return op.dtype; }
 
 #if defined(ATTN_FLOAT64_LEVEL)
 template <class Op, void (*kFloat)(const Op&), void (*Kernels::*kDouble)(const Op&)>
@@ -66,6 +69,8 @@ const Kernels kernels = {
     ATTN_BY_DTYPE(GatedAdditiveScoresBackward, gated_additive_scores_backward),
     ATTN_BY_DTYPE(GatedAdditiveAttentionForward, gated_additive_attention),
     ATTN_BY_DTYPE(GatedAdditiveAttentionBackward, gated_additive_attention_backward),
+    ATTN_BY_DTYPE(RowProducts, row_products),
+    ATTN_BY_DTYPE(LikeliestTokens, likeliest_tokens),
 };
 
 }  // namespace ATTN_LEVEL

@@ -28,6 +28,7 @@ from .attention import op_arguments, prepare, with_prepared
 from .eligibility import can_fuse_steps
 from .formula import scale_query
 from .inputs import CellWeights
+from .one_call import projects_values
 
 MAX_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
 _SURE_STEPS = 4  # what is worth it within so many is made before the first
@@ -118,7 +119,7 @@ class FastDecoder:
         weight, source, values = decoder.attentional.weight, memory.keys.shape[1], memory.values.shape[2]
         self.of_context: _Affine | None = None
         self.memory: Memory = memory
-        if self.attention is None or 2 * source > hypotheses * steps or source == 0 or values < decoder.hidden_size:
+        if self.attention is None or not projects_values(memory, decoder.hidden_size, hypotheses * steps):
             self.of_context = _Affine(weight[:, :values], *packing)
         else:
             projected = linear(memory.values.flatten(0, 1), weight[:, :values]).unflatten(0, (-1, source))

@@ -1,0 +1,115 @@
+"""A greedy or beam search on the CPU as one op: the loop over steps, and all that a step computes, in C++.
+
+At one sentence most of a step's time is not spent on products: between them are operators, each with a result of its
+own, and Python. The op has neither. It reads the parameters where they lie, row by row, so that nothing is made of them
+in advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ... import ops
+from ...backends import choose
+from ...gemm import linear
+from ...memory import Memory
+from ...scores import AdditiveScore
+from ..state import DecoderModules, DecoderState
+from .attention import prepare
+from .eligibility import can_fuse_steps
+from .inputs import CellWeights
+
+if TYPE_CHECKING:
+    from ..search import SearchOptions
+
+MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
+MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are kept as tokens come
+
+
+class Found(NamedTuple):
+    """What a search found, N hypotheses of each of B sentences, best first; T steps."""
+
+    tokens: Tensor  # (B, N, T), of which the first of `lengths` count
+    lengths: Tensor  # (B, N), without eos
+    scores: Tensor  # (B, N) float64, -inf where there is none
+    alignments: Tensor  # (B, N, T, S)
+
+
+def search_in_one_call(
+    decoder: DecoderModules, memory: Memory, state: DecoderState, options: SearchOptions
+) -> Found | None:
+    """The results of ``greedy_search`` and ``beam_search``; of likeliest tokens that are equal the first is taken.
+
+    None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends of the
+    attention, many rows, for which it is faster, and logits that are no numbers.
+    """
+    rows = memory.batch_size * options.beam_size
+    if not 0 < rows <= MAX_ROWS or not can_fuse_steps(decoder, state, memory):
+        return None
+    if choose(decoder.attention.backend, "cpu") != "cpu" or (memory.mask is not None and memory.mask.dim() != 2):
+        return None
+    states = (*state.hidden, *state.cell, *(() if state.feed is None else (state.feed,)))
+    if any(x.shape[1] != 1 for x in states) or decoder.embedding.weight.shape[0] != decoder.output.weight.shape[0]:
+        return None
+    found = Found(*ops.kernel("decoder_search", "cpu")(*_arguments(decoder, memory, state, options)))
+    if found.scores.shape[1] == 0:  # met NaN
+        return None
+    return found._replace(alignments=found.alignments.unflatten(0, found.lengths.shape))
+
+
+def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, options: SearchOptions) -> tuple[Any, ...]:
+    """Of the op, in the order of its schema."""
+    attention = decoder.attention
+    score = attention.make_score(memory)
+    vectors: tuple[Any, ...] = (None, None, None, *score)
+    if isinstance(score, AdditiveScore):
+        vectors = (score.v, score.bias, prepare(score, memory.keys, "cpu"), 1.0)
+    projection, factor, eps = attention.query_projection, attention.query_factor(), attention.query_eps()
+    weight, values = decoder.attentional.weight, memory.values
+    of_context: Tensor | None = weight[:, : values.shape[2]]
+    # Where one sentence is searched, a product of one row takes as long as one of several: all read the weight.
+    each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
+    if projects_values(memory, decoder.hidden_size, each_step * options.max_length):
+        values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
+        of_context = None
+    cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
+    layers = []
+    for n, cell in enumerate(cells):
+        bias = cell.bias_x + cell.bias_h if isinstance(decoder.rnn, nn.LSTM) else cell.bias_x
+        layers += [cell.x[:, read:] if n == 0 else cell.x, cell.h, bias, cell.bias_h]
+    return (
+        layers,
+        decoder.embedding.weight,
+        cells[0].x[:, :read],
+        None if projection is None else projection.weight,
+        1.0 if factor is None else float(factor),
+        -1.0 if eps is None else eps,
+        of_context,
+        weight[:, memory.values.shape[2] :],
+        decoder.output.weight,
+        decoder.output.bias,
+        memory.keys,
+        values,
+        *vectors,
+        memory.memory_lengths,
+        memory.mask,
+        *([x.squeeze(1) for x in of] for of in (state.hidden, state.cell)),
+        None if state.feed is None else state.feed.squeeze(1),
+        options.bos,
+        options.eos,
+        options.max_length,
+        options.beam_size,
+        options.num_hypotheses,
+        options.length_penalty,
+        options.coverage_penalty,
+        bool(options.early_stopping),
+        MAX_TABLE_BYTES,
+    )
+
+
+def projects_values(memory: Memory, size: int, rows: int) -> bool:
+    """Whether to project all values once rather than the context in each step. rows: contexts of a sentence."""
+    source, values = memory.keys.shape[1], memory.values.shape[2]
+    return 0 < 2 * source <= rows and values >= size

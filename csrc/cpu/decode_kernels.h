@@ -1,0 +1,173 @@
+// Products of few rows with a weight, and the likeliest tokens. Rows of a weight are read as they lie in memory, once
+// for all rows of x: at the few rows of a search memory decides. Part of a SIMD level: see simd.h.
+#pragma once
+
+#include "../decode.h"
+#include "lstm_cell_kernels.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+constexpr int64_t kMostRowsAtOnce = 6;         // of x
+constexpr int64_t kMostWeightRows = 256;       // of a block
+constexpr int64_t kTokensOfTask = 1024;        // whose sum is one part, whatever the number of threads
+constexpr int64_t kElementsOfBlock = 1 << 15;  // which stay in L2 for the next rows of x
+
+// How many rows of a weight, of k elements, are multiplied with all rows of x before the next.
+ATTN_INLINE int64_t weight_rows_at_once(int64_t k) {
+  return max(8, min(kMostWeightRows, kElementsOfBlock / max(k, 1) / 8 * 8));
+}
+
+// out[i * ld + j] = x_i . row j of the weight, for `count` rows from the first on, at most kMostWeightRows.
+template <typename T>
+void multiply_rows(const T* const* x, int64_t x_rows, const RowsView& weight, int64_t first, int64_t count, int64_t k,
+                   T* out, int64_t ld) {
+  const T* from = row_of<const T>(weight, first);
+  if (x_rows == 1) {
+    StridedRows<T> rows({from, native<T>, {0, weight.stride, 1}}, 0, 0);
+    return dot_streamed(x, 1, rows, count, k, T(1), out, ld);
+  }
+  const T* rows[kMostWeightRows];
+  for (int64_t j = 0; j < count; ++j) rows[j] = from + j * weight.stride;
+  const int64_t groups = divide_up(x_rows, kMostRowsAtOnce), size = divide_up(x_rows, groups);
+  for (int64_t i = 0; i < x_rows; i += size) {
+    auto multiply = [&](auto at_once) {
+      constexpr int NX = decltype(at_once)::value;
+      dot_microkernels<T, T, NX>(x + i, rows, count, k, T(1), out + i * ld, ld);
+    };
+    switch (min(size, x_rows - i)) {
+      case 1:
+        multiply(std::integral_constant<int, 1>());
+        break;
+      case 2:
+        multiply(std::integral_constant<int, 2>());
+        break;
+      case 3:
+        multiply(std::integral_constant<int, 3>());
+        break;
+      case 4:
+        multiply(std::integral_constant<int, 4>());
+        break;
+      case 5:
+        multiply(std::integral_constant<int, 5>());
+        break;
+      default:
+        multiply(std::integral_constant<int, 6>());
+    }
+  }
+}
+
+template <typename T>
+void row_products(const RowProducts& op) {
+  const int64_t size = weight_rows_at_once(op.k), R = op.R;
+  const T* const* x = reinterpret_cast<const T* const*>(op.x);
+  for_each_task(divide_up(op.n, size), size * op.k * R, [&](int64_t task, Scratch& scratch) {
+    const int64_t first = task * size, count = min(size, op.n - first), ld = padded<T>(size);
+    T* sums = alloc<T>(scratch, R * ld);
+    multiply_rows(x, R, op.weight, first, count, op.k, sums, ld);
+    for (int64_t r = 0; r < R; ++r) {
+      const T* added = op.added == nullptr ? nullptr : static_cast<const T*>(op.added[r]) + first;
+      T* out = static_cast<T*>(op.out[r]) + first;
+      for (int64_t c = 0; c < count; c += width<T>) {
+        const int64_t left = count - c;
+        Vec<T> y = load_upto(sums + r * ld + c, left);
+        if (added != nullptr) y += load_upto(added + c, left);
+        store_upto(out + c, op.tanh ? tanh_any(y) : y, left);
+      }
+    }
+  });
+}
+
+// Of the logits of a row that were seen so far: the sum of e^(x - top), and the largest ones, best first.
+template <typename T>
+struct Likeliest {
+  T top, sum;
+  int64_t count;
+  T* logits;
+  int32_t* tokens;
+
+  // most: as many as are wanted, and fit. The first token of those equal comes first, if they come in order.
+  ATTN_INLINE void add(T logit, int32_t token, int64_t most) {
+    if (count == most && !(logit > logits[most - 1])) return;
+    int64_t at = count < most ? count++ : most - 1;
+    for (; at > 0 && logit > logits[at - 1]; --at) {
+      logits[at] = logits[at - 1];
+      tokens[at] = tokens[at - 1];
+    }
+    logits[at] = logit;
+    tokens[at] = token;
+  }
+
+  ATTN_INLINE void add_sum(T other_top, T other_sum) {
+    if (!(other_top <= top)) {
+      sum *= static_cast<T>(exp(static_cast<double>(top - other_top)));
+      top = other_top;
+    }
+    sum += other_sum == 0 ? 0 : other_sum * static_cast<T>(exp(static_cast<double>(other_top - top)));
+  }
+
+  // n logits of tokens from the first on, in p, which has room for whole vectors.
+  ATTN_INLINE void add_block(T* p, int64_t n, int32_t first, int64_t most) {
+    constexpr int64_t w = width<T>;
+    const T infinity = static_cast<T>(__builtin_inf());
+    const int64_t end = padded<T>(n);
+    for (int64_t c = n; c < end; ++c) p[c] = -infinity;
+    Vec<T> largest_of = load(p);
+    for (int64_t c = w; c < end; c += w) largest_of = maximum<T>(load(p + c), largest_of);
+    const T block_top = largest<T>(largest_of);
+    if (!(block_top > -infinity)) {  // all impossible, or some NaN
+      for (int64_t c = 0; c < n; ++c) sum += p[c] == p[c] ? 0 : p[c];
+    } else {
+      Vec<T> total{};
+      for (int64_t c = 0; c < end; c += w) total += exp_nonpositive(load(p + c) - block_top);  // NaN of NaN, infinity
+      add_sum(block_top, ATTN_LEVEL::sum<T>(total));
+    }
+    if (count == most && !(block_top > logits[most - 1])) return;
+    for (int64_t c = 0; c < n; ++c) add(p[c], first + static_cast<int32_t>(c), most);
+  }
+};
+
+template <typename T>
+void likeliest_tokens(const LikeliestTokens& op) {
+  const int64_t R = op.R, most = op.count, parts = divide_up(op.vocabulary, kTokensOfTask);
+  const T* const* x = reinterpret_cast<const T* const*>(op.x);
+  const T* bias = static_cast<const T*>(op.bias);
+  Scratch& call = thread_scratch();
+  ScratchScope scope(call);
+  auto* found = alloc<Likeliest<T>>(call, parts * R);
+  T* logits = alloc<T>(call, parts * R * most);
+  int32_t* tokens = alloc<int32_t>(call, parts * R * most);
+  const T infinity = static_cast<T>(__builtin_inf());
+  for (int64_t i = 0; i < parts * R; ++i) found[i] = {-infinity, 0, 0, logits + i * most, tokens + i * most};
+  for_each_task(parts, min(kTokensOfTask, op.vocabulary) * op.k * R, [&](int64_t part, Scratch& scratch) {
+    const int64_t size = weight_rows_at_once(op.k), ld = padded<T>(size);
+    const int64_t end = min((part + 1) * kTokensOfTask, op.vocabulary);
+    T* block = alloc<T>(scratch, R * ld);
+    for (int64_t first = part * kTokensOfTask; first < end; first += size) {
+      const int64_t count = min(size, end - first);
+      multiply_rows(x, R, op.weight, first, count, op.k, block, ld);
+      for (int64_t r = 0; r < R; ++r) {
+        T* row = block + r * ld;
+        for (int64_t c = 0; bias != nullptr && c < count; c += width<T>)
+          store_upto(row + c, load_upto(row + c, count - c) + load_upto(bias + first + c, count - c), count - c);
+        found[part * R + r].add_block(row, count, static_cast<int32_t>(first), most);
+      }
+    }
+  });
+  for (int64_t r = 0; r < R; ++r) {
+    Likeliest<T>& all = found[r];
+    for (int64_t part = 1; part < parts; ++part) {
+      const Likeliest<T>& other = found[part * R + r];
+      all.add_sum(other.top, other.sum);
+      for (int64_t i = 0; i < other.count; ++i) all.add(other.logits[i], other.tokens[i], most);
+    }
+    const double log_total = static_cast<double>(all.top) + log(static_cast<double>(all.sum));
+    for (int64_t i = 0; i < most; ++i) {
+      op.log_probabilities[r * most + i] = static_cast<double>(all.logits[i]) - log_total;
+      op.tokens[r * most + i] = all.tokens[i];
+    }
+  }
+}
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

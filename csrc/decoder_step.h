@@ -1,0 +1,246 @@
+// A step of the decoder of seq2seq for a search on the CPU: embedding, cells, attention, attentional vector, and the
+// likeliest tokens, as calls of kernels on buffers that are made once. It is FastDecoder.step of
+// attn_kernels/seq2seq/fused/inference.py without PyTorch in between.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "decode.h"
+#include "kernels.h"
+
+namespace attn {
+
+// Rows of a matrix in memory of this library.
+template <typename T>
+struct Matrix {
+  int64_t columns = 0;
+  std::vector<T> data;
+
+  Matrix() = default;
+  Matrix(int64_t rows, int64_t columns) : columns(columns), data(rows * columns) {}
+  T* row(int64_t r) { return data.data() + r * columns; }
+  RowsView view() { return {data.data(), columns}; }
+};
+
+// The first `count` rows of a matrix as pointers, which are what products take.
+template <typename T>
+std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
+  std::vector<void*> rows(count);
+  for (int64_t r = 0; r < count; ++r) rows[r] = matrix.row(r);
+  return rows;
+}
+
+// H units, G = 4 H gates of an LSTM or 3 H of a GRU.
+template <typename T>
+struct DecoderLayer {
+  RowsView x;          // (G, inputs), for what is read beside a token: nothing in the first layer without input feeding
+  int64_t inputs;      // or 0
+  RowsView h;          // (G, H)
+  const T* bias;       // (G,), of the products with inputs; with an LSTM of both
+  const T* recurrent;  // (G,), of the product with the state: of a GRU, else null
+};
+
+template <typename T>
+struct DecoderWeights {
+  int64_t hidden_size, memory_size, vocabulary, embedding_size, query_size;
+  bool is_lstm, input_feeding;
+  std::vector<DecoderLayer<T>> layers;
+  RowsView embedding;              // (vocabulary, embedding_size)
+  RowsView of_token;               // (G, embedding_size): what the first layer reads of a token
+  RowsView query;                  // (query_size, H); without data where the state is not projected
+  double query_factor, query_eps;  // a query is divided by its length if that is above query_eps >= 0
+  RowsView of_context, of_state;   // (H, memory_size), without data where values are projected; (H, H)
+  RowsView output;                 // (vocabulary, H)
+  const T* output_bias;            // or null
+};
+
+// The attention of `queries` queries each of `count` sentences from the first on. All arrays are contiguous.
+using Attend =
+    std::function<void(int64_t first, int64_t count, int64_t queries, void* query, void* context, void* alignments)>;
+
+// The state of R rows, K hypotheses of each of n sentences, and their steps. R is at most `most`. table_bytes: what may
+// be kept of products with embeddings.
+template <typename T>
+class DecoderStep {
+ public:
+  DecoderStep(const Kernels& kernels, const DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most,
+              int64_t table_bytes)
+      : kernels_(kernels),
+        weights_(weights),
+        attend_(std::move(attend)),
+        source_(source),
+        gates_(most, gates()),
+        products_(most, weights.is_lstm ? 0 : gates()),
+        scratch_(most, weights.hidden_size),
+        query_(most, weights.query_size),
+        context_(most, weights.memory_size),
+        feed_(most, weights.hidden_size),
+        place_(weights.vocabulary, -1),
+        table_rows_(table_bytes / (gates() * static_cast<int64_t>(sizeof(T)))) {
+    for (size_t l = 0; l < weights.layers.size(); ++l) {
+      hidden_.emplace_back(most, weights.hidden_size);
+      cell_.emplace_back(most, weights.is_lstm ? weights.hidden_size : 0);
+    }
+    spare_ = Matrix<T>(most, weights.hidden_size);
+  }
+
+  std::vector<Matrix<T>>& hidden() { return hidden_; }
+  std::vector<Matrix<T>>& cell() { return cell_; }
+  Matrix<T>& feed() { return feed_; }
+
+  // tokens: (R,), read by the step. sentences: (n,), in order. Writes alignments (R, S), and of the next token the
+  // `count` likeliest, best first: log-probabilities and tokens, (R, count).
+  void run(const std::vector<int32_t>& tokens, const std::vector<int64_t>& sentences, int64_t count, T* alignments,
+           double* log_probabilities, int32_t* best) {
+    const int64_t R = static_cast<int64_t>(tokens.size());
+    for (size_t l = 0; l < weights_.layers.size(); ++l) run_layer(l, tokens);
+    Matrix<T>& top = hidden_.back();
+    run_attention(R, sentences, alignments);
+    std::vector<void*> context = pointers(context_, R), feed = pointers(feed_, R), states = pointers(top, R);
+    const int64_t H = weights_.hidden_size;
+    if (weights_.of_context.data != nullptr) {
+      product(R, H, weights_.memory_size, context, weights_.of_context, nullptr, feed);
+      context = feed;
+    }
+    product(R, H, H, states, weights_.of_state, &context, feed, true);
+    kernels_.likeliest_tokens({R, weights_.vocabulary, H, count, dtype(), feed.data(), weights_.output,
+                               weights_.output_bias, log_probabilities, best});
+  }
+
+  // Row r becomes what row from[r] was.
+  void reorder(const std::vector<int64_t>& from) {
+    bool same = true;
+    for (size_t r = 0; r < from.size(); ++r) same = same && from[r] == static_cast<int64_t>(r);
+    if (same) return;
+    for (auto& state : hidden_) reorder(state, from);
+    for (auto& state : cell_) reorder(state, from);
+    if (weights_.input_feeding) reorder(feed_, from);
+  }
+
+ private:
+  static constexpr Dtype dtype() { return sizeof(T) == 8 ? Dtype::float64 : Dtype::float32; }
+  int64_t gates() const { return (weights_.is_lstm ? 4 : 3) * weights_.hidden_size; }
+
+  void product(int64_t R, int64_t n, int64_t k, const std::vector<void*>& x, const RowsView& weight,
+               const std::vector<void*>* added, const std::vector<void*>& out, bool tanh = false) {
+    kernels_.row_products(
+        {R, n, k, dtype(), x.data(), weight, added == nullptr ? nullptr : added->data(), out.data(), tanh});
+  }
+
+  // What each token adds to the gates of the first layer, with the bias. Tokens come again: their products are kept as
+  // far as there is room, and made anew otherwise.
+  std::vector<void*> gates_of(const std::vector<int32_t>& tokens) {
+    std::vector<void*> rows(tokens.size()), x, out;
+    std::vector<void*> bias;
+    size_t beyond = 0;
+    for (const int32_t token : tokens) {
+      if (place_[token] >= 0) continue;
+      if (static_cast<int64_t>(table_.size()) >= table_rows_) {
+        ++beyond;
+        continue;
+      }
+      place_[token] = static_cast<int32_t>(table_.size());
+      table_.emplace_back(gates());
+      x.push_back(embedding(token));
+      out.push_back(table_.back().data());
+    }
+    if (beyond > 0) beyond_ = Matrix<T>(beyond, gates());
+    for (size_t r = 0, b = 0; r < tokens.size(); ++r) {
+      const int64_t place = place_[tokens[r]];
+      if (place >= 0) {
+        rows[r] = table_[place].data();
+        continue;
+      }
+      rows[r] = beyond_.row(b++);
+      x.push_back(embedding(tokens[r]));
+      out.push_back(rows[r]);
+    }
+    if (!x.empty()) {
+      bias.assign(x.size(), const_cast<T*>(weights_.layers[0].bias));
+      product(static_cast<int64_t>(x.size()), gates(), weights_.embedding_size, x, weights_.of_token, &bias, out);
+    }
+    return rows;
+  }
+
+  void* embedding(int32_t token) const {
+    return static_cast<T*>(weights_.embedding.data) + token * weights_.embedding.stride;
+  }
+
+  void run_layer(size_t l, const std::vector<int32_t>& tokens) {
+    const DecoderLayer<T>& layer = weights_.layers[l];
+    const int64_t R = static_cast<int64_t>(tokens.size()), H = weights_.hidden_size;
+    std::vector<void*> added = l == 0 ? gates_of(tokens) : std::vector<void*>(R, const_cast<T*>(layer.bias));
+    const std::vector<void*> gates = pointers(gates_, R), states = pointers(hidden_[l], R);
+    const RowsView hidden = hidden_[l].view();
+    if (layer.inputs > 0) {
+      product(R, this->gates(), layer.inputs, pointers(l == 0 ? feed_ : hidden_[l - 1], R), layer.x, &added, gates);
+      added = gates;
+    }
+    if (weights_.is_lstm) {
+      product(R, this->gates(), H, states, layer.h, &added, gates);
+      const RowsView cell = cell_[l].view();
+      return kernels_.lstm_step({R, H, dtype(), gates_.view(), cell, cell, scratch_.view(), hidden, {}});
+    }
+    if (layer.inputs == 0)
+      for (int64_t r = 0; r < R; ++r) std::memcpy(gates[r], added[r], this->gates() * sizeof(T));
+    product(R, this->gates(), H, states, layer.h, nullptr, pointers(products_, R));
+    kernels_.gru_step({R,
+                       H,
+                       dtype(),
+                       gates_.view(),
+                       products_.view(),
+                       {const_cast<T*>(layer.recurrent), 0},
+                       hidden,
+                       scratch_.view(),
+                       hidden,
+                       {}});
+  }
+
+  void run_attention(int64_t R, const std::vector<int64_t>& sentences, T* alignments) {
+    Matrix<T>& states = hidden_.back();
+    const int64_t A = weights_.query_size, n = static_cast<int64_t>(sentences.size()), K = R / n;
+    if (weights_.query.data != nullptr)
+      product(R, A, weights_.hidden_size, pointers(states, R), weights_.query, nullptr, pointers(query_, R));
+    else
+      std::memcpy(query_.row(0), states.row(0), R * A * sizeof(T));
+    if (weights_.query_eps >= 0 || weights_.query_factor != 1)
+      for (int64_t r = 0; r < R; ++r) scale(query_.row(r), A);
+    for (int64_t first = 0, end; first < n; first = end) {  // sentences that lie side by side are one call
+      for (end = first + 1; end < n && sentences[end] == sentences[end - 1] + 1;) ++end;
+      attend_(sentences[first], end - first, K, query_.row(first * K), context_.row(first * K),
+              alignments + first * K * source_);
+    }
+  }
+
+  void scale(T* query, int64_t A) const {
+    T factor = static_cast<T>(weights_.query_factor);
+    if (weights_.query_eps >= 0) {
+      T squares = 0;
+      for (int64_t a = 0; a < A; ++a) squares += query[a] * query[a];
+      if (squares > static_cast<T>(weights_.query_eps * weights_.query_eps)) factor /= std::sqrt(squares);
+    }
+    for (int64_t a = 0; a < A; ++a) query[a] *= factor;
+  }
+
+  void reorder(Matrix<T>& state, const std::vector<int64_t>& from) {
+    if (state.columns == 0) return;
+    for (size_t r = 0; r < from.size(); ++r) std::memcpy(spare_.row(r), state.row(from[r]), state.columns * sizeof(T));
+    std::swap(spare_.data, state.data);
+  }
+
+  const Kernels& kernels_;
+  const DecoderWeights<T>& weights_;
+  Attend attend_;
+  int64_t source_;
+  std::vector<Matrix<T>> hidden_, cell_;
+  Matrix<T> gates_, products_, scratch_, query_, context_, feed_, spare_, beyond_;
+  std::vector<int32_t> place_;  // of a token in the table, or -1
+  std::vector<std::vector<T>> table_;
+  int64_t table_rows_;
+};
+
+}  // namespace attn
