@@ -99,6 +99,8 @@ def _other_forms() -> tuple[str, ...]:
 
 OTHER_FORMS = _other_forms()
 LOWER_LEVELS = tuple(level for level in _AFTER_BEST if level not in OTHER_FORMS)
+if any(level.startswith("avx512bf16") for level in OTHER_FORMS):  # in these ops avx512 is the same code
+    OTHER_FORMS = tuple(level for level in OTHER_FORMS if level not in ("avx512", "avx512-estimate"))
 
 
 @contextmanager
