@@ -113,7 +113,7 @@ def simd(level: str | None) -> Iterator[None]:
         compiled_module.use_simd(before)
 
 
-def on_levels(names: Sequence[str], levels: Sequence[str]) -> list[str]:
+def every_level(names: Sequence[str], levels: Sequence[str] = LOWER_LEVELS) -> list[str]:
     """After "cpu", its name in tests on each of these levels: "cpu-avx512", "cpu-portable"."""
     others = [f"cpu-{level}" for level in levels]
     return [variant for name in names for variant in ([name, *others] if name == "cpu" else [name])]
@@ -127,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     for fixture, names in BACKENDS.items():
         if fixture in metafunc.fixturenames and fixture not in own:
-            metafunc.parametrize(fixture, on_levels(names, levels), indirect=True)
+            metafunc.parametrize(fixture, every_level(names, levels), indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -154,7 +154,7 @@ def is_left_out(item: pytest.Item) -> bool:
     if any(name in lacks for name in on):
         return True
     # Only the scores of additive attention are made in two forms, and variants share their code.
-    if any(name in on_levels(("cpu",), OTHER_FORMS)[1:] for name in on) and op is not None:
+    if any(name in every_level(("cpu",), OTHER_FORMS)[1:] for name in on) and op is not None:
         if op not in MAIN.values() or op.name not in ("additive_attention", "additive_scores"):
             return True
     marks = () if os.environ.get("ATTN_WHOLE_MATRIX") == "1" else item.iter_markers("left_out_if")
