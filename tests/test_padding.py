@@ -172,7 +172,7 @@ print(digest.hexdigest())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", (BEST_LEVEL or "none", *LOWER_LEVELS))
+@pytest.mark.parametrize("level", [BEST_LEVEL or "none", *LOWER_LEVELS])
 def test_fresh_memory_changes_nothing(level: str) -> None:
     """Scratch memory of the C++ kernels: malloc's own, then full of 0x7f (3.4e38), then NaN each time it is taken."""
     available("cpu")
