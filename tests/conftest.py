@@ -47,7 +47,7 @@ import triton_arithmetic
 from attn_kernels.backends import NAMES
 from attn_kernels.patching import adapter
 from attn_kernels.seq2seq import recurrent
-from matrix import device_of, interpreted
+from matrix import MAIN, device_of, interpreted
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
     triton_arithmetic.install()  # errors of a GPU's instructions, for the tests of accuracy
@@ -88,7 +88,19 @@ def available(name: str) -> str:
 compiled_module = sys.modules.get("attn_kernels._C")
 SIMD_LEVELS = () if compiled_module is None else tuple(compiled_module.simd_levels())
 BEST_LEVEL = None if compiled_module is None else compiled_module.build_info()["simd"]
-LOWER_LEVELS = SIMD_LEVELS[SIMD_LEVELS.index(BEST_LEVEL) + 1 :] if SIMD_LEVELS else ()
+_AFTER_BEST = SIMD_LEVELS[SIMD_LEVELS.index(BEST_LEVEL) + 1 :] if SIMD_LEVELS else ()
+
+
+def _other_forms() -> tuple[str, ...]:
+    """The second of each two that are a level by divisions and by estimates, "avx512" and "avx512-estimate"."""
+    levels = [level.partition("-")[0] for level in (BEST_LEVEL or "", *_AFTER_BEST)]
+    return tuple(form for i, form in enumerate(_AFTER_BEST) if levels[i + 1] in levels[: i + 1])
+
+
+OTHER_FORMS = _other_forms()
+LOWER_LEVELS = tuple(level for level in _AFTER_BEST if level not in OTHER_FORMS)
+if any(level.startswith("avx512bf16") for level in OTHER_FORMS):  # in these ops avx512 is the same code
+    OTHER_FORMS = tuple(level for level in OTHER_FORMS if level not in ("avx512", "avx512-estimate"))
 
 
 @contextmanager
@@ -101,19 +113,21 @@ def simd(level: str | None) -> Iterator[None]:
         compiled_module.use_simd(before)
 
 
-def every_level(names: Sequence[str]) -> list[str]:
-    """After "cpu", its name in tests on each lower level: "cpu-avx512", "cpu-portable"."""
-    lower = [f"cpu-{level}" for level in LOWER_LEVELS]
-    return [variant for name in names for variant in ([name, *lower] if name == "cpu" else [name])]
+def every_level(names: Sequence[str], levels: Sequence[str] = LOWER_LEVELS) -> list[str]:
+    """After "cpu", its name in tests on each of these levels: "cpu-avx512", "cpu-portable"."""
+    others = [f"cpu-{level}" for level in levels]
+    return [variant for name in names for variant in ([name, *others] if name == "cpu" else [name])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parameters of the fixtures in BACKENDS: here and not with them, since they depend on the test."""
-    every = metafunc.definition.get_closest_marker("every_level") is not None
+    levels: tuple[str, ...] = ()
+    for marker, more in (("every_level", LOWER_LEVELS), ("every_form", OTHER_FORMS)):
+        levels += more if metafunc.definition.get_closest_marker(marker) is not None else ()
     own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     for fixture, names in BACKENDS.items():
         if fixture in metafunc.fixturenames and fixture not in own:
-            metafunc.parametrize(fixture, every_level(names) if every else names, indirect=True)
+            metafunc.parametrize(fixture, every_level(names, levels), indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -134,16 +148,22 @@ def is_left_out(item: pytest.Item) -> bool:
     ATTN_WHOLE_MATRIX=1 leaves out the former only.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    lacks = getattr(parameters.get("op"), "lacks", ())
-    if parameters.get("backend") in lacks or parameters.get("fused") in lacks:
+    op = parameters.get("op")
+    lacks = getattr(op, "lacks", ())
+    on = [parameters[fixture] for fixture in BACKENDS if fixture in parameters]
+    if any(name in lacks for name in on):
         return True
+    # Only the scores of additive attention are made in two forms, and variants share their code.
+    if any(name in every_level(("cpu",), OTHER_FORMS)[1:] for name in on) and op is not None:
+        if op not in MAIN.values() or op.name not in ("additive_attention", "additive_scores"):
+            return True
     marks = () if os.environ.get("ATTN_WHOLE_MATRIX") == "1" else item.iter_markers("left_out_if")
     return any(mark.args[0](**parameters) for mark in marks)
 
 
 def use(variant: str) -> Iterator[str]:
     """Yields the name for ``backend=``; until the test is over its kernels run on the level that the variant names."""
-    name, _, level = variant.partition("-")
+    name, _, level = variant.partition("-")  # a level may have "-estimate" behind it
     available(name)
     with simd(level) if level else nullcontext():
         yield name

@@ -7,7 +7,7 @@ import torch
 
 from attn_kernels import additive_attention, dot_attention, prepare_keys, reference
 
-pytestmark = pytest.mark.every_level
+pytestmark = [pytest.mark.every_level, pytest.mark.every_form]
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["raw", "prepared"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from matrix import DTYPES, MAIN, OPS, Case, Op, check, interpreted, is_slow, of_variants
 
-pytestmark = pytest.mark.every_level
+pytestmark = [pytest.mark.every_level, pytest.mark.every_form]
 
 WANTED = os.environ.get("ATTN_KERNELS_FUZZ_CASES")
 USUAL = 60  # and in the emulator of CUDA small

@@ -83,11 +83,12 @@ def test_exponentials(loops: ceilings.Loops) -> None:
     torch.testing.assert_close(e.double(), torch.exp(2 * x.double()), rtol=5e-6, atol=0)
 
 
-def test_forward_pairs(loops: ceilings.Loops) -> None:
+@pytest.mark.parametrize("name", ["forward_divided", "forward_estimated"])
+def test_forward_pairs(loops: ceilings.Loops, name: str) -> None:
     units = 5 * loops.forward_units
     c, q, k = normal(1, units).abs() + 0.1, normal(loops.forward_queries, units).exp(), normal(2, units).exp()
     sums = torch.empty(loops.forward_queries, loops.forward_keys, loops.lanes)
-    loops.forward_pairs(c, q, k, units, 3, sums)
+    getattr(loops, name)(c, q, k, units, 3, sums)
     expected = 1 / (c.double() + q.double()[:, None] * k.double())
     torch.testing.assert_close(sums.double().sum(-1), expected.sum(-1), rtol=1e-5, atol=0)
 
@@ -101,7 +102,7 @@ def test_relu_pairs(loops: ceilings.Loops) -> None:
     torch.testing.assert_close(sums.double().sum(-1), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["backward_shared", "backward_single"])
+@pytest.mark.parametrize("name", ["backward_shared", "backward_single", "backward_estimated"])
 def test_backward_pairs(loops: ceilings.Loops, name: str) -> None:
     queries, keys = loops.backward_queries, 9
     q, k, ds = normal(queries, loops.lanes), normal(keys, loops.lanes), normal(queries, keys)
@@ -130,7 +131,9 @@ def test_figures_of_the_machine_are_positive(loops: ceilings.Loops, threads: int
     if loops.can_stream:
         figures += [found.bandwidth["memory"].streaming_write, found.bandwidth["memory"].streaming_copy]
     assert all(math.isfinite(figure) and figure > 0 for figure in figures)
-    assert found.backward_pairs == max(found.backward_pairs_shared, found.backward_pairs_single)
+    assert found.forward_pairs == max(found.forward_pairs_divided, found.forward_pairs_estimated)
+    backward = (found.backward_pairs_shared, found.backward_pairs_single, found.backward_pairs_estimated)
+    assert found.backward_pairs == max(backward)
 
 
 def test_rate_counts_what_all_threads_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +222,7 @@ def test_work_by_hand() -> None:
 def _limits(threads: int = 1) -> Ceilings:
     levels = {name: Bandwidth(0, 100.0, 50.0, 80.0) for name in ("L1", "L2", "L3")}
     memory = Bandwidth(0, 20.0, 10.0, 16.0, 25.0, 40.0)
-    return Ceilings(threads, 4.0, {**levels, "memory": memory}, 64.0, 8.0, 16.0, 32.0, 4.0, 4.0, 3.0)
+    return Ceilings(threads, 4.0, {**levels, "memory": memory}, 64.0, 8.0, 16.0, 16.0, 12.0, 32.0, 4.0, 4.0, 3.0, 2.0)
 
 
 def test_bytes_go_in_a_copy_as_far_as_they_can() -> None:
@@ -299,7 +302,7 @@ def test_command_line_and_its_file(loops: ceilings.Loops, tmp_path: Path) -> Non
     result = json.loads((tmp_path / "limits-cpu-bfloat16.json").read_text())
     assert {"schema", "part", "machine", "caches", "units", "limits", "settings", "cells"} == set(result)
     assert {"memory", "L1"} <= set(result["limits"]["bandwidth"])
-    assert len(result["cells"]) == 2 * 2 * 2
+    assert len(result["cells"]) == 2 * 2 * len(roofline.Timed)
     for cell in result["cells"]:
         assert cell["bound"]["by"] in ("bytes", "math")
         assert cell["bound"]["milliseconds"] > 0

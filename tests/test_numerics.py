@@ -45,7 +45,7 @@ def is_left_out(op: Op | None = None, backend: str = "", fused: str = "", **para
     return level != LOWER_LEVELS[turn % len(LOWER_LEVELS)]
 
 
-pytestmark = [pytest.mark.every_level, pytest.mark.left_out_if.with_args(is_left_out)]
+pytestmark = [pytest.mark.every_level, pytest.mark.every_form, pytest.mark.left_out_if.with_args(is_left_out)]
 # docs/numerics.md says what normalizer="sigmoid" does not do with infinite and huge scores.
 ops = of_variants([name for name, op in VARIANTS.items() if op.options.get("normalizer") != "sigmoid"])
 # The guards are of the bounded activations: relu has none, and scores as large as its inputs.

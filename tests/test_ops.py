@@ -46,6 +46,7 @@ def is_left_out(op: Op, dtype: torch.dtype, case: Case, **_: object) -> bool:
     return dtype != DTYPES[turn % len(DTYPES)]
 
 
+@pytest.mark.every_form
 @pytest.mark.left_out_if.with_args(is_left_out)
 @slow_if(
     lambda op, backend, case, **_: (

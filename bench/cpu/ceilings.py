@@ -55,10 +55,12 @@ _FUNCTIONS: dict[str, list[type]] = {
     "add_integers": [ctypes.c_uint64, _COUNT],
     "multiply_add": [_FLOAT, _FLOAT, _COUNT, _Data],
     "exponentials": [_Data, _COUNT, _COUNT, _Data],
-    "forward_pairs": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
+    "forward_divided": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
+    "forward_estimated": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
     "relu_pairs": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
     "backward_shared": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
     "backward_single": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
+    "backward_estimated": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
 }
 _RESULTS = {"read_words": ctypes.c_uint32, "add_integers": ctypes.c_uint64}
 
@@ -74,10 +76,12 @@ class Loops:
     copy_streaming: Callable[..., None]
     multiply_add: Callable[..., None]
     exponentials: Callable[..., None]
-    forward_pairs: Callable[..., None]
+    forward_divided: Callable[..., None]
+    forward_estimated: Callable[..., None]
     relu_pairs: Callable[..., None]
     backward_shared: Callable[..., None]
     backward_single: Callable[..., None]
+    backward_estimated: Callable[..., None]
 
     def __init__(self, library: ctypes.CDLL, compiler: str) -> None:
         self.compiler = compiler
@@ -227,11 +231,14 @@ class Ceilings:
     bandwidth: dict[str, Bandwidth]  # by level
     macs: float  # float32 multiply-adds
     exponentials: float
-    forward_pairs: float  # of a query and a key, for one unit
+    forward_pairs: float  # of a query and a key, for one unit: the better one of the next two
+    forward_pairs_divided: float  # three units share a division
+    forward_pairs_estimated: float  # or an estimate of the reciprocal, refined
     relu_pairs: float  # the same with relu in place of tanh
-    backward_pairs: float  # the better one of the next two
+    backward_pairs: float  # the best one of the next three
     backward_pairs_shared: float  # two queries share a division
     backward_pairs_single: float  # each has its own
+    backward_pairs_estimated: float  # each has an estimate of its own
 
     def cycles(self, rate: float, number: int) -> float:
         """Cycles that one thread takes for ``number`` operations, of which all threads together do ``rate`` per ns."""
@@ -279,7 +286,7 @@ def measure(loops: Loops, caches: list[Cache], threads: int, seconds: float, pro
     """Takes ``seconds`` for each of the figures."""
     team = ThreadTeam(threads, seconds)
     sizes = sizes_of_buffers(caches, threads)
-    task = progress.add_task("machine", total=7 + 3 * len(sizes) + 2 * loops.can_stream)
+    task = progress.add_task("machine", total=9 + 3 * len(sizes) + 2 * loops.can_stream)
 
     def rate(what: str, amount: float, call: Callable[[int, int], object]) -> float:
         progress.update(task, description=f"machine: {what}")
@@ -293,12 +300,14 @@ def measure(loops: Loops, caches: list[Cache], threads: int, seconds: float, pro
     clock = rate("clock", 16, lambda i, repeats: loops.add_integers(3, repeats)) / threads
     macs = rate("multiply-adds", loops.chains * loops.lanes, lambda i, r: loops.multiply_add(0.5, 1.0, r, y[i]))
     exponentials = rate("exponentials", n, lambda i, repeats: loops.exponentials(x[i], n, repeats, y[i]))
-    forward = measure_forward(loops, loops.forward_pairs, threads, rate)
+    divided = measure_forward(loops, loops.forward_divided, threads, rate)
+    estimated = measure_forward(loops, loops.forward_estimated, threads, rate)
+    forward = (max(divided, estimated), divided, estimated)
     relu = measure_forward(loops, loops.relu_pairs, threads, rate)
-    shared, single = (measure_backward(loops, loop, threads, rate) for loop in ("shared", "single"))
+    backward = [measure_backward(loops, loop, threads, rate) for loop in ("shared", "single", "estimated")]
     bandwidth = {level: measure_bandwidth(loops, level, size, threads, rate) for level, size in sizes.items()}
     progress.update(task, description="machine")
-    return Ceilings(threads, clock, bandwidth, macs, exponentials, forward, relu, max(shared, single), shared, single)
+    return Ceilings(threads, clock, bandwidth, macs, exponentials, *forward, relu, max(backward), *backward)
 
 
 def measure_forward(loops: Loops, loop: Callable[..., None], threads: int, rate: Rate) -> float:

@@ -49,12 +49,30 @@
 #endif
 #endif
 
+// An estimate of 1 / x, and the error e = 1 - x r of its refinement, as a series: r (1 + e + ...). Elsewhere a division.
+#if VECTOR_BYTES == 64
+#define ESTIMATE(x) (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)(x))
+#define SERIES(e) (e)
+#elif VECTOR_BYTES == 32
+#define ESTIMATE(x) (Floats)_mm256_rcp_ps((__m256)(x))
+#elif defined(__SSE2__)
+#define ESTIMATE(x) (Floats)_mm_rcp_ps((__m128)(x))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define ESTIMATE(x) (Floats)vrecpeq_f32((float32x4_t)(x))
+#else
+#define ESTIMATE(x) (1.0f / (x))
+#endif
+#ifndef SERIES
+#define SERIES(e) ((e) * (e) + (e))
+#endif
+
 #if VECTOR_BYTES == 64
 #define POSITIVE_PART(x) (Floats)_mm512_maskz_max_ps(0xffff, (__m512)(Floats){0}, (__m512)(x))
 #elif VECTOR_BYTES == 32
 #define POSITIVE_PART(x) (Floats)_mm256_max_ps((__m256)(Floats){0}, (__m256)(x))
 #else
-#define POSITIVE_PART(x) ((x) > (Floats){0} ? (x) : (Floats){0})
+#define POSITIVE_PART(x) (Floats)(((x) > (Floats){0}) & (Ints)(x))  // GCC has no choice by vectors in C
 #endif
 
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
@@ -71,6 +89,11 @@ static inline Floats load(const float* p) {
 }
 
 static inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
+
+static inline Floats refined_reciprocal(Floats x) {
+  const Floats r = ESTIMATE(x), e = 1.0f - x * r;
+  return r * SERIES(e) + r;
+}
 
 // For limits.py, which counts with them.
 const int32_t lanes = LANES;
@@ -198,10 +221,11 @@ void exponentials(const float* x, int64_t n, int64_t repeats, float* e) {
   }
 }
 
-// The scores of additive attention in factored form, three units to a division: sums of 1 / (c + q k) over the units of
-// c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units), left in vectors: sums (FORWARD_QUERIES,
-// FORWARD_KEYS, LANES).
-void forward_pairs(const float* c, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
+// The scores of additive attention in factored form, three units to a division or to a refined estimate: sums of 1 / (c +
+// q k) over the units of c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units), left in vectors: sums
+// (FORWARD_QUERIES, FORWARD_KEYS, LANES).
+static inline __attribute__((always_inline)) void forward(const int estimated, const float* c, const float* q,
+                                                          const float* k, int64_t units, int64_t repeats, float* sums) {
   for (int64_t r = 0; r < repeats; ++r) {
     Floats acc[FORWARD_QUERIES][FORWARD_KEYS] = {{{0}}};
     for (int64_t u = 0; u < units; u += 3 * LANES) {
@@ -213,13 +237,22 @@ void forward_pairs(const float* c, const float* q, const float* k, int64_t units
           const Floats d2 = c2 + load(qi + LANES) * load(kj + LANES);
           const Floats d3 = c3 + load(qi + 2 * LANES) * load(kj + 2 * LANES);
           const Floats product = d1 * d2;
-          acc[i][j] += ((d1 + d2) * d3 + product) / (product * d3);
+          const Floats numerator = (d1 + d2) * d3 + product;
+          acc[i][j] += estimated ? numerator * refined_reciprocal(product * d3) : numerator / (product * d3);
         }
     }
     for (int i = 0; i < FORWARD_QUERIES; ++i)
       for (int j = 0; j < FORWARD_KEYS; ++j) store(sums + (i * FORWARD_KEYS + j) * LANES, acc[i][j]);
     BARRIER();
   }
+}
+
+void forward_divided(const float* c, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
+  forward(0, c, q, k, units, repeats, sums);
+}
+
+void forward_estimated(const float* c, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
+  forward(1, c, q, k, units, repeats, sums);
 }
 
 // The scores of v . relu(q + k) of the same tile, with v in place of c.
@@ -241,9 +274,10 @@ void relu_pairs(const float* v, const float* q, const float* k, int64_t units, i
 // The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = q k, 1/e = q' k' and g = ds / (e
 // + 1/e + 2), adds g to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and g (e - 1/e) to dv (LANES), given q (2,
 // BACKWARD_QUERIES, LANES) and k (2, n, LANES), the second half of each the reciprocals of the first, and ds
-// (BACKWARD_QUERIES, n). With `shared` two queries share a division, which trades the divider for multiplications:
-// which is faster depends on the processor.
-static inline __attribute__((always_inline)) void backward(const int shared, const float* q, const float* k,
+// (BACKWARD_QUERIES, n). SHARED: two queries share a division, which trades the divider for multiplications; ESTIMATED: a
+// refined estimate each, which does, too. Which is faster depends on the processor.
+enum Reciprocals { SINGLE, SHARED, ESTIMATED };
+static inline __attribute__((always_inline)) void backward(const enum Reciprocals by, const float* q, const float* k,
                                                            const float* ds, int64_t n, int64_t repeats, float* dq,
                                                            float* dk, float* dv) {
   for (int64_t repeat = 0; repeat < repeats; ++repeat) {
@@ -261,10 +295,13 @@ static inline __attribute__((always_inline)) void backward(const int shared, con
         const Floats d1 = (e1 + 2.0f) + i1, d2 = (e2 + 2.0f) + i2, zero = {0};
         const Floats s1 = ds[a * n + j] - zero, s2 = ds[(a + 1) * n + j] - zero;
         Floats g1, g2;
-        if (shared) {
+        if (by == SHARED) {
           const Floats inverse = 1.0f / (d1 * d2);
           g1 = (s1 * d2) * inverse;
           g2 = (s2 * d1) * inverse;
+        } else if (by == ESTIMATED) {
+          g1 = s1 * refined_reciprocal(d1);
+          g2 = s2 * refined_reciprocal(d2);
         } else {
           g1 = s1 / d1;
           g2 = s2 / d2;
@@ -286,10 +323,15 @@ static inline __attribute__((always_inline)) void backward(const int shared, con
 
 void backward_shared(const float* q, const float* k, const float* ds, int64_t n, int64_t repeats, float* dq, float* dk,
                      float* dv) {
-  backward(1, q, k, ds, n, repeats, dq, dk, dv);
+  backward(SHARED, q, k, ds, n, repeats, dq, dk, dv);
 }
 
 void backward_single(const float* q, const float* k, const float* ds, int64_t n, int64_t repeats, float* dq, float* dk,
                      float* dv) {
-  backward(0, q, k, ds, n, repeats, dq, dk, dv);
+  backward(SINGLE, q, k, ds, n, repeats, dq, dk, dv);
+}
+
+void backward_estimated(const float* q, const float* k, const float* ds, int64_t n, int64_t repeats, float* dq,
+                        float* dk, float* dv) {
+  backward(ESTIMATED, q, k, ds, n, repeats, dq, dk, dv);
 }

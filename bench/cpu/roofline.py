@@ -228,10 +228,12 @@ def rates_table(limits: Ceilings) -> Table:
     for name, rate in (
         ("multiply-adds", limits.macs),
         ("exponentials", limits.exponentials),
-        ("pairs, forward: three units share a division", limits.forward_pairs),
+        ("pairs, forward: three units share a division", limits.forward_pairs_divided),
+        ("pairs, forward: three units share an estimate", limits.forward_pairs_estimated),
         ("pairs, forward: relu", limits.relu_pairs),
         ("pairs, backward: two queries share a division", limits.backward_pairs_shared),
         ("pairs, backward: a division each", limits.backward_pairs_single),
+        ("pairs, backward: an estimate each", limits.backward_pairs_estimated),
     ):
         result.add_row(name, f"{rate:.1f}", f"{limits.cycles(rate, 16):.2f}")
     return result

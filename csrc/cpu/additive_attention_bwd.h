@@ -17,7 +17,11 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int kTileQueries = ATTN_VECTOR_BYTES == 64 ? 7 : 4;  // their exponentials and sums fill the registers
+#if ATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kTileQueries = 7;  // their exponentials and sums fill 32 registers
+#else
+constexpr int kTileQueries = 4;  // and 16
+#endif
 constexpr int64_t kMaxRowwiseQueries = 7;  // with more, exponentials are worth storing for all steps: by columns
 
 // The largest |x| of n elements; NaN if one is.
@@ -43,7 +47,8 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
 
 // What is particular to an activation f is a class like this one, with what a pair of query and step with score
 // gradient ds adds, x = q + k: g, ds f'(x) up to a factor (of_unit), to dq and dk, and ds f(x) to dv.
-template <typename T>
+// kRefined: by refined estimates of reciprocals, where they are faster than divisions (kernels.cpp).
+template <typename T, bool kRefined>
 struct TanhPair {
   static constexpr T kGain = 4;
 
@@ -56,7 +61,8 @@ struct TanhPair {
   ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                             Vec<T>& dv) const {
     const Vec<T> up = rounded(q_up * k_up), down = rounded(q_down * k_down);
-    const Vec<T> g = ds / ((up + T(2)) + down);
+    const Vec<T> ratio = quotient<kRefined, T>(broadcast(ds), (up + T(2)) + down);
+    const Vec<T> g = kRefined ? rounded(ratio) : ratio;
     dq += g;
     dk += g;
     dv += g * (up - down);
@@ -69,7 +75,7 @@ struct TanhPair {
   }
   ATTN_INLINE static bool fits_row(T bound) { return sizeof(T) == 4 && bound <= kMaxBoundOne; }
   ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
-    const Vec<T> e = q * k, x = T(1) / (T(1) + e);
+    const Vec<T> e = q * k, x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
     const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
     dk += g;
     dq += g;
@@ -564,14 +570,22 @@ void scores_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
   unit_gradients<T>(op, prepared, pair, AttentionMask{}, none, none, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
 }
 
+// f(TanhPair by divisions, or by refined estimates).
+template <typename T, class F>
+void by_reciprocals(const F& f) {
+  if constexpr (sizeof(T) == 4 && kCanRefine)
+    if (level().estimates) return f(TanhPair<T, true>{});
+  f(TanhPair<T, false>{});
+}
+
 template <typename T>
 void additive_attention_backward(const AdditiveAttentionBackward& op) {
-  attention_gradients<T>(op, op.prepared, TanhPair<T>{});
+  by_reciprocals<T>([&](auto pair) { attention_gradients<T>(op, op.prepared, pair); });
 }
 
 template <typename T>
 void additive_scores_backward(const AdditiveScoresBackward& op) {
-  scores_gradients<T>(op, op.prepared, TanhPair<T>{});
+  by_reciprocals<T>([&](auto pair) { scores_gradients<T>(op, op.prepared, pair); });
 }
 
 template <typename T>

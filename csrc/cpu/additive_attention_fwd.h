@@ -62,15 +62,21 @@ struct AdditiveScore {
         return by_element<T>(keys.dtype, [&](auto* element) {
           using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
           const ListedRows<E> rows(keys, b, list);
-          constexpr Reciprocals low = sizeof(E) == 2 && kHasEstimate ? Reciprocals::estimate : Reciprocals::three;
-          constexpr Reciprocals by = Reciprocals::three;
-          if (op.prepared)
-            units.estimated ? single_query<E, Keys::prepared, low>(q, b, rows, n, out, query_buffer, key_buffer)
-                            : single_query<E, Keys::prepared, by>(q, b, rows, n, out, query_buffer, key_buffer);
-          else if (op.extra)
-            single_query<E, Keys::sums, by>(q, b, rows, n, out, query_buffer, key_buffer);
-          else
-            single_query<E, Keys::raw, by>(q, b, rows, n, out, query_buffer, key_buffer);
+          auto scores = [&](auto of, auto by) {
+            single_query<E, decltype(of)::value, decltype(by)::value>(q, b, rows, n, out, query_buffer, key_buffer);
+          };
+          constexpr std::integral_constant<Keys, Keys::prepared> prepared{};
+          if constexpr (sizeof(E) == 2 && kHasEstimate)
+            if (op.prepared && units.estimated)
+              return scores(prepared, std::integral_constant<Reciprocals, Reciprocals::estimate>());
+          units.by_three([&](auto by) {
+            if (op.prepared)
+              scores(prepared, by);
+            else if (op.extra)
+              scores(std::integral_constant<Keys, Keys::sums>(), by);
+            else
+              scores(std::integral_constant<Keys, Keys::raw>(), by);
+          });
         });
     }
     // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
@@ -97,13 +103,14 @@ struct AdditiveScore {
         for (; units.estimated && i + 2 <= q.n; i += 2)
           score_strip<T, 2, 4, by>(units, q, i, k, count, out + i * ld + j, ld, exact);
       }
-      constexpr Reciprocals by = Reciprocals::three;
       while (i < q.n) {
         const int64_t left = q.n - i;
         const bool ahead = i == 0 && in_place;  // the first to read the rows
         auto strip = [&](auto queries, auto steps) {
           constexpr int NQ = decltype(queries)::value, NK = decltype(steps)::value;
-          score_strip<T, NQ, NK, by>(units, q, i, k, count, out + i * ld + j, ld, exact, ahead);
+          units.by_three([&](auto by) {
+            score_strip<T, NQ, NK, decltype(by)::value>(units, q, i, k, count, out + i * ld + j, ld, exact, ahead);
+          });
           i += NQ;
         };
         constexpr std::integral_constant<int, 1> one{};

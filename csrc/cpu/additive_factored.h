@@ -11,7 +11,8 @@
 //   beyond, or NaN              tanh itself                      tanh itself
 //
 // In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's
-// divisions.
+// divisions. Elsewhere an estimate that is refined takes the place of a division where that is faster (kernels.cpp has
+// the table), in the same ranges: there denominators and their reciprocals are normal numbers.
 //
 // The forward also uses tanh itself where a large v would show the rounding of the factored form (min_abs_bound).
 #pragma once
@@ -23,8 +24,9 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// How the reciprocals of denominators are made: three by one division, by a division each, or by an estimate each.
-enum class Reciprocals { three, one, estimate };
+// How the reciprocals of denominators are made: three by one division, or one refined estimate, by a division each, or
+// by an estimate each.
+enum class Reciprocals { three, three_refined, one, estimate };
 
 // v and bias as vectors that end in zeros, and what the factored form needs of v.
 template <typename T>
@@ -37,6 +39,7 @@ struct FactoredV {
   T min_bound;           // and from which |q| + |k| on
   bool estimated;        // whether estimates may be used,
   T min_bound_estimate;  // and from which |q| + |k| on
+  bool refined;          // whether three share a refined estimate, not a division
 
   FactoredV(const VectorScores& op, Scratch& scratch) : n(op.A), size(padded<T>(op.A)) {
     v = alloc<T>(scratch, size);
@@ -59,6 +62,7 @@ struct FactoredV {
     min_bound = min_abs_bound(static_cast<float>(sum<T>(squares)), n);
     factored = sizeof(T) == 4 && abs_max > kMinAbsMaxV && abs_max < kMaxAbsMaxV && min_bound <= kMaxBoundThree;
     estimated = false;
+    refined = sizeof(T) == 4 && kCanRefine && level().estimates;
     if (!factored) return;
     int exponent;
     frexp(abs_max, &exponent);
@@ -93,9 +97,17 @@ struct FactoredV {
 
   template <Reciprocals kBy>
   bool in_range(T bound) const {
-    return kBy == Reciprocals::three ? fits_three(bound)
-           : kBy == Reciprocals::one ? fits_one(bound)
-                                     : fits_estimate(bound);
+    return kBy == Reciprocals::one        ? fits_one(bound)
+           : kBy == Reciprocals::estimate ? fits_estimate(bound)
+                                          : fits_three(bound);
+  }
+
+  // f(how three units share, as a constant).
+  template <class F>
+  ATTN_INLINE void by_three(const F& f) const {
+    if constexpr (sizeof(T) == 4 && kCanRefine)
+      if (refined) return f(std::integral_constant<Reciprocals, Reciprocals::three_refined>());
+    f(std::integral_constant<Reciprocals, Reciprocals::three>());
   }
 };
 
@@ -156,6 +168,7 @@ ATTN_INLINE void factored_sums(const FactoredV<T>& units, const T* q, int64_t ld
   constexpr int64_t w = width<T>;
   constexpr std::false_type inner{};
   constexpr std::true_type last{};
+  constexpr bool kRefined = kBy == Reciprocals::three_refined, kThree = kRefined || kBy == Reciprocals::three;
   const int64_t whole = units.n / w * w;
   clear(acc, std::make_index_sequence<NQ * NK>());
   auto denominator = [&](int64_t c, int i, Vec<T> e)
@@ -175,14 +188,14 @@ ATTN_INLINE void factored_sums(const FactoredV<T>& units, const T* q, int64_t ld
     for (; c + step <= whole; c += step) add(inner);
   };
   int64_t c = 0;
-  if constexpr (kBy == Reciprocals::three) {
+  if constexpr (kThree) {
     auto three = [&](auto where) __attribute__((always_inline)) {
       for (int j = 0; j < NK; ++j) {
         const Vec<T> e1 = key(j, c, where), e2 = key(j, c + w, where), e3 = key(j, c + 2 * w, where);
         for (int i = 0; i < NQ; ++i) {
           const Vec<T> d1 = denominator(c, i, e1), d2 = denominator(c + w, i, e2), d3 = denominator(c + 2 * w, i, e3);
           const Vec<T> product = d1 * d2;
-          acc[i * NK + j] += ((d1 + d2) * d3 + product) / (product * d3);
+          acc[i * NK + j] += quotient<kRefined, T>((d1 + d2) * d3 + product, product * d3);
         }
       }
     };
@@ -196,7 +209,7 @@ ATTN_INLINE void factored_sums(const FactoredV<T>& units, const T* q, int64_t ld
         const Vec<T> e1 = key(j, c, last), e2 = key(j, c + w, last);
         for (int i = 0; i < NQ; ++i) {
           const Vec<T> d1 = denominator(c, i, e1), d2 = denominator(c + w, i, e2);
-          acc[i * NK + j] += (d1 + d2) / (d1 * d2);
+          acc[i * NK + j] += quotient<kRefined, T>(d1 + d2, d1 * d2);
         }
       }
       c += 2 * w;
@@ -207,11 +220,14 @@ ATTN_INLINE void factored_sums(const FactoredV<T>& units, const T* q, int64_t ld
       const Vec<T> e = key(j, c, where);
       for (int i = 0; i < NQ; ++i) {
         const Vec<T> d = denominator(c, i, e);
-        acc[i * NK + j] += kBy == Reciprocals::estimate ? reciprocal_estimate(d) : T(1) / d;
+        if constexpr (kBy == Reciprocals::estimate)
+          acc[i * NK + j] += reciprocal_estimate(d);
+        else
+          acc[i * NK + j] += quotient<kRefined, T>(broadcast(T(1)), d);
       }
     }
   };
-  if constexpr (kBy != Reciprocals::three)
+  if constexpr (!kThree)
     if (in_parts || kBy == Reciprocals::estimate) whole_vectors(c, w, one);
   for (; c < units.size; c += w) one(last);
 }
@@ -242,6 +258,8 @@ ATTN_INLINE void factored_tile(const FactoredV<T>& units, const T* q, int64_t ld
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>
 ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Exact& exact, const T* const* next = nullptr) {
+  // A pair has the same score beside pairs out of range.
+  constexpr Reciprocals kThree = kBy == Reciprocals::three_refined ? kBy : Reciprocals::three;
   const int64_t ld = q.ld;
   bool in_range = units.factored;
   for (int a = 0; a < NQ; ++a)
@@ -254,7 +272,7 @@ ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, in
       const T* qe = q.e + (i + a) * ld;
       const T bound = q.abs_max[i + a] + k.abs_max[j + b];
       if (units.fits_three(bound))
-        factored_tile<T, 1, 1, Reciprocals::three>(units, qe, ld, k.e + j + b, to, out_ld);
+        factored_tile<T, 1, 1, kThree>(units, qe, ld, k.e + j + b, to, out_ld);
       else if (units.fits_one(bound))
         factored_tile<T, 1, 1, Reciprocals::one>(units, qe, ld, k.e + j + b, to, out_ld);
       else

@@ -1,8 +1,16 @@
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -21,22 +29,70 @@ extern const Kernels kernels;
 namespace avx512bf16 {
 extern const Kernels kernels;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
 
+// Whether a refined estimate of a reciprocal is faster than a division, where three units share it and where each pair
+// has its own. A table and not a measurement: results, which differ in their last bits, must be the same in every run.
+// docs/benchmarks.md has the cycles, and which of them are measured.
+#if defined(__x86_64__)
+// By 512 bits a division takes Intel 10 or 11 cycles, and AMD 2.5 (Zen 5) or 6 (Zen 4), which other instructions hide.
+// The estimate needs two units for multiply-adds of 512 bits: Intel's processors for clients have one, and there
+// divisions win again. By 256 bits a division takes 5 cycles or fewer on all but Intel's before Skylake: 10 or 14.
+bool estimates_are_faster(bool avx512) {
+  unsigned version = 0, b = 0, c = 0, d = 0;
+  if (!__builtin_cpu_is("intel") || !__get_cpuid(1, &version, &b, &c, &d)) return false;
+  const unsigned family = (version >> 8 & 15) + (version >> 20 & 255);
+  const unsigned model = (version >> 4 & 15) | (version >> 12 & 0xf0);
+  auto is_one_of = [&](std::initializer_list<unsigned> models) {
+    return family == 6 && std::find(models.begin(), models.end(), model) != models.end();
+  };
+  if (avx512) return !is_one_of({0x66, 0x7d, 0x7e, 0x8c, 0x8d, 0xa7});  // Cannon, Ice, Tiger and Rocket Lake, clients
+  return is_one_of({0x3c, 0x3f, 0x45, 0x46, 0x3d, 0x47, 0x4f, 0x56});   // Haswell and Broadwell
+}
+#elif defined(__aarch64__)
+// Arm's own processors divide slowly (Neoverse: 5 to 10 cycles), those of Apple and Ampere do not.
+bool estimates_are_faster() {
+#if defined(__linux__)
+  if ((getauxval(AT_HWCAP) & HWCAP_CPUID) == 0) return false;
+  uint64_t main_id;
+  asm("mrs %0, MIDR_EL1" : "=r"(main_id));  // the kernel answers
+  return (main_id >> 24 & 255) == 'A';
+#else
+  return false;
+#endif
+}
+#endif
+
 SimdLevels available_levels() {
   SimdLevels available{};
-  auto add = [&](const char* name, const Kernels* kernels) { available.list[available.n++] = {name, kernels}; };
+  auto add = [&](const char* name, const Kernels* kernels, bool estimates = false) {
+    available.list[available.n++] = {name, kernels, estimates};
+  };
+#if defined(__x86_64__) || defined(__aarch64__)
+  auto add_both = [&](const char* name, const char* with_estimates, const Kernels* kernels, bool estimates_first) {
+    for (const bool estimates : {estimates_first, !estimates_first})
+      add(estimates ? with_estimates : name, kernels, estimates);
+  };
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) add("avx512bf16", &avx512bf16::kernels);
-  if (has_avx512) add("avx512", &avx512::kernels);
-  if (has_avx2) add("avx2", &avx2::kernels);
+  const bool narrow = estimates_are_faster(false), wide = estimates_are_faster(true);
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16"))
+    add_both("avx512bf16", "avx512bf16-estimate", &avx512bf16::kernels, wide);
+  if (has_avx512) add_both("avx512", "avx512-estimate", &avx512::kernels, wide);
+  if (has_avx2) add_both("avx2", "avx2-estimate", &avx2::kernels, narrow);
+#elif defined(__aarch64__)
+  add_both("neon", "neon-estimate", &neon::kernels, estimates_are_faster());
 #endif
   add("portable", &portable::kernels);
   return available;

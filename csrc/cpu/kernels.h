@@ -5,20 +5,24 @@
 
 namespace attn {
 
+// Where a level has estimates of reciprocals it is there twice, by the same kernels: "avx512" divides, "avx512-estimate"
+// refines an estimate in the place of most divisions (reciprocal() in simd.h).
 struct SimdLevel {
   const char* name;
   const Kernels* kernels;
+  bool estimates;
 };
 
 // The levels that this CPU can run, best first. No std:: container: level_*.cpp include this (see simd.h).
 struct SimdLevels {
-  SimdLevel list[4];
+  SimdLevel list[7];
   int n;
 };
 const SimdLevels& levels();
 
 // The level in use. It is chosen once, the best or the one that the environment variable ATTN_KERNELS_SIMD names, and
-// stays unless use_level() changes it. A call of an op asks once, and so computes on one level from end to end.
+// stays unless use_level() changes it. A call of an op asks once for the kernels, and so computes on one level from end
+// to end; the kernels of additive scores ask once for `estimates`.
 const SimdLevel& level();
 
 // Makes every later call, on any thread, use the level of that name; "" is the first choice again. Returns the level

@@ -1,4 +1,4 @@
-// Portable: SSE2 on x86-64, NEON on aarch64, whatever the compiler makes of 16-byte vectors elsewhere.
+// Portable: SSE2 on x86-64, NEON without its own instructions on aarch64, whatever the compiler makes of 16-byte vectors elsewhere.
 #include "kernels.h"
 
 #define ATTN_LEVEL portable

@@ -5,6 +5,7 @@
 //   ATTN_LEVEL          namespace of this level: nothing compiled for one level may be linked into another
 //   ATTN_VECTOR_BYTES   16, 32 or 64
 //   ATTN_BFLOAT16_DOT   where the target has vdpbf16ps, else not at all
+//   ATTN_NEON           in the level of that name, else not at all
 // and outside of any namespace. No std:: templates in code of a level, for the same reason.
 #pragma once
 
@@ -16,6 +17,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>  // for what vector extensions cannot say: masked loads and stores, stores past the caches
+#elif defined(ATTN_NEON)
+#include <arm_neon.h>  // for estimates of reciprocals
 #endif
 
 #include "../types.h"
@@ -198,6 +201,38 @@ constexpr bool kHasEstimate = false;
 ATTN_INLINE Vec<float> reciprocal_estimate(Vec<float> x) { return 1 / x; }
 #endif
 ATTN_INLINE Vec<double> reciprocal_estimate(Vec<double> x) { return 1 / x; }
+
+// 1 / x to a rounding, for normal numbers with normal reciprocals (elsewhere it may be NaN): an estimate r, of which the
+// error e = 1 - x r is known to all its digits. 1 / x = r (1 + e + e^2 + ...), as far as float32 can tell: a Newton step
+// after an estimate of 14 bits, one more term after one of 11 (AVX2) or 8 (NEON).
+#if ATTN_VECTOR_BYTES == 64
+constexpr bool kCanRefine = true;
+ATTN_INLINE Vec<float> refined_reciprocal(Vec<float> x) {
+  const Vec<float> r = reciprocal_estimate(x), e = 1.0f - x * r;
+  return r * e + r;
+}
+#elif ATTN_VECTOR_BYTES == 32 || defined(ATTN_NEON)
+constexpr bool kCanRefine = true;
+ATTN_INLINE Vec<float> refined_reciprocal(Vec<float> x) {
+#if defined(ATTN_NEON)
+  const Vec<float> r = (Vec<float>)vrecpeq_f32((float32x4_t)x), e = 1.0f - x * r;
+#else
+  const Vec<float> r = (Vec<float>)_mm256_rcp_ps((__m256)x), e = 1.0f - x * r;
+#endif
+  return r * (e * e + e) + r;
+}
+#else
+constexpr bool kCanRefine = false;
+ATTN_INLINE Vec<float> refined_reciprocal(Vec<float> x) { return 1.0f / x; }
+#endif
+ATTN_INLINE Vec<double> refined_reciprocal(Vec<double> x) { return 1.0 / x; }
+
+// n / d, or the product with refined_reciprocal(d).
+template <bool kRefined, typename T>
+ATTN_INLINE Vec<T> quotient(Vec<T> n, Vec<T> d) {
+  if constexpr (kRefined) return n * refined_reciprocal(d);
+  return n / d;
+}
 
 template <typename T>
 ATTN_INLINE IntVec<T> bits(Vec<T> x) {
