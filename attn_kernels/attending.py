@@ -175,7 +175,7 @@ class Kernels(NamedTuple):
 
 
 OPTIONS = Kernels("score_bias, dropout_p, normalizer and need_log_total", ("triton", "cpu"))
-GATED = Kernels("a gate or several score vectors", ("cpu",))
+GATED = Kernels("a gate or several score vectors", ("triton", "cpu"))
 
 
 def choose_or_reference(name: str, backend: str | None, device_type: str, kernels: Kernels) -> str:

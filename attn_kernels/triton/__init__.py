@@ -4,7 +4,7 @@ They run on CUDA (NVIDIA, AMD) and XPU (Intel) devices, and on the CPU in Triton
 """
 
 from .. import ops
-from . import additive_attention, dot_attention, relu_attention, with_options
+from . import additive_attention, dot_attention, gated_additive_attention, relu_attention, with_options
 from .device import INTERPRETER
 
 _KERNELS = {
@@ -18,6 +18,8 @@ _KERNELS = {
         relu_attention.relu_attention_backward,
         relu_attention.relu_scores,
         relu_attention.relu_scores_backward,
+        gated_additive_attention.gated_additive_scores,
+        gated_additive_attention.gated_additive_scores_backward,
         dot_attention.dot_attention,
         dot_attention.dot_attention_backward,
     )
