@@ -141,24 +141,46 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("Tq", [1, 20])
-@pytest.mark.parametrize("vectors", [1, 30])
-def test_no_temporary_is_as_large_as_the_memory(vectors: int, Tq: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as keys are the gradients of keys, values and gate; the rest goes by rows of scores and by splits."""
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers on tensors without memory, for what they allocate."""
     available("triton")
     for name in ("gated_additive_attention", "decode", "softmax", "products"):
         module = importlib.import_module(f"attn_kernels.triton.{name}")
         monkeypatch.setattr(module, "launch", lambda *args: None)
-    kernels = importlib.import_module("attn_kernels.triton.with_options").KERNELS
+
+
+def kernels_of(op: str) -> list[Any]:
+    modules = (importlib.import_module(f"attn_kernels.triton.with_{name}") for name in ("options", "extra"))
+    kernels = {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
+    return [kernels[op], kernels[f"{op}_backward"]]
+
+
+@pytest.mark.parametrize("Tq", [1, 20])
+@pytest.mark.parametrize("vectors", [1, 30])
+def test_no_temporary_is_as_large_as_the_memory(vectors: int, Tq: int, no_launch: None) -> None:
+    """As large as keys are the gradients of keys, values and gate; the rest goes by rows of scores and by splits."""
+    attend, attend_backward = kernels_of("gated_additive_attention")
     B, Tk, A = 2, 10_000, 2048
     shapes = ((B, Tq, A), (B, Tk, A), (B, Tk, A), (vectors, A), (A,), (B, Tk, A))
     inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes]
     inputs += [None, 0, 0.0, 0.0, 0, 0, None, None]
     with Allocations() as forward:
-        context, alignments, log_total = kernels["gated_additive_attention"](*inputs, True)
+        context, alignments, log_total = attend(*inputs, True)
     with Allocations() as backward:
-        kernels["gated_additive_attention_backward"](
-            context, alignments, None, *inputs, alignments, log_total, True, True
-        )
+        attend_backward(context, alignments, None, *inputs, alignments, log_total, True, True)
     assert 0 < max(forward.sizes) <= B * Tk * A // 2
     assert sum(size > B * Tk * A // 2 for size in backward.sizes) == 3
+
+
+def test_extra_is_added_in_the_kernels(no_launch: None) -> None:
+    attend, attend_backward = kernels_of("relu_attention_with_extra")
+    B, Tk, A = 2, 1000, 256
+    shapes = ((B, 1, A), (B, Tk, A), (B, Tk, A), (A,), (A,), (B, Tk, A))
+    inputs = [torch.empty(shape, device="meta") for shape in shapes] + [0.0, None, None]
+    with Allocations() as forward:
+        context, alignments = attend(*inputs, True)
+    with Allocations() as backward:
+        attend_backward(context, alignments, *inputs, alignments, True, True, False)
+    assert 0 < max(forward.sizes) < B * Tk * A // 2
+    assert sum(size > B * Tk * A // 2 for size in backward.sizes) == 1  # of both

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import GatedAdditiveScore, Score
+from ..scores import AdditiveExtraScore, GatedAdditiveScore, ReluExtraScore, Score
 from ..types import NORMALIZERS, Masks, Options
 from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length
@@ -53,6 +53,7 @@ def decode_kernel(
     v,  # (A,), or with VECTORS (R, A); None for dot attention
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
+    extra,  # (B, Tk, A) or None: what is added to the keys
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     number,  # of the score: see parts_of
@@ -69,6 +70,7 @@ def decode_kernel(
     stride_vb, stride_vk, stride_vd, stride_vr, stride_v,
     stride_bias,
     stride_tb, stride_tk, stride_ta,
+    stride_eb, stride_ek, stride_ea,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq), contiguous, or None; written for a single split
@@ -122,6 +124,8 @@ def decode_kernel(
     values += batch_offset(b, stride_vb, ALIGNED)
     if gate is not None:
         gate += batch_offset(b, stride_tb, ALIGNED)
+    if extra is not None:
+        extra += batch_offset(b, stride_eb, ALIGNED)
     if mask is not None:
         mask += b * stride_mb
     if VECTORS is None:
@@ -157,6 +161,11 @@ def decode_kernel(
             in_units = u < A
             offset = u.to(tl.int64)
             k = tl.load(keys + j[None, :, None] * stride_kk + offset * stride_ka, mask=in_steps & in_units, other=0.0)
+            k = k.to(wide)
+            if extra is not None:
+                k += tl.load(
+                    extra + j[None, :, None] * stride_ek + offset * stride_ea, mask=in_steps & in_units, other=0.0
+                ).to(wide)
             in_query = in_units
             if VECTORS is None:
                 in_query = (i < Tq)[:, None, None] & in_units
@@ -167,7 +176,7 @@ def decode_kernel(
                     gate + j[None, :, None] * stride_tk + offset * stride_ta, mask=in_steps & in_units, other=0.0
                 ).to(wide)
             products += score_terms(
-                q.to(wide), k.to(wide), v, bias, g, number, number_lo, u, A, stride_v, stride_bias, SCORE, APPROXIMATE
+                q.to(wide), k, v, bias, g, number, number_lo, u, A, stride_v, stride_bias, SCORE, APPROXIMATE
             )
         s = finish_scores(tl.sum(products, axis=2), number, number_lo, SCORE)
         allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
@@ -283,6 +292,8 @@ def decode(
     """
     name, v, bias, number = parts_of(score)
     gate = score.gate if isinstance(score, GatedAdditiveScore) else None
+    extra = score.extra if isinstance(score, (AdditiveExtraScore, ReluExtraScore)) else None
+    beside = [x for x in (gate, extra) if x is not None]  # that lies as the keys do
     memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
@@ -304,8 +315,8 @@ def decode(
     elements = (512 if double else 1024) * warps // block_q  # of a query: 32 to a thread, 16 in float64
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
-    block_a = power_of_two(A, 32, max(elements if gate is None else elements // 2, at_once) // block_k)
-    read = (A if gate is None else 2 * A) + D
+    block_a = power_of_two(A, 32, max(elements // (1 + len(beside)), at_once) // block_k)
+    read = A * (1 + len(beside)) + D
     steps, splits = _split(
         programs, Tk, block_k, Tk * read * values.element_size(), configuration("decode", values)["bytes"]
     )
@@ -317,10 +328,26 @@ def decode(
         programs * splits,
         (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
         (
-            *(v, bias, gate, memory_lengths, bytes_of(mask), *two_parts(number, wide), B, Tq, Tk, A, D, R, steps),
+            *(
+                v,
+                bias,
+                gate,
+                extra,
+                memory_lengths,
+                bytes_of(mask),
+                *two_parts(number, wide),
+                B,
+                Tq,
+                Tk,
+                A,
+                D,
+                R,
+                steps,
+            ),
             *(*query.stride(), *keys.stride(), *values.stride()),
             *(v.stride(0) if R > 1 else 0, 0 if v is None else v.stride(-1), 0 if bias is None else bias.stride(0)),
             *((0, 0, 0) if gate is None else gate.stride()),
+            *((0, 0, 0) if extra is None else extra.stride()),
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
             *(log_total if splits == 1 else None, *option_arguments(options, wide)),
         ),
@@ -329,7 +356,7 @@ def decode(
             NORMALISER=NORMALIZERS[options.normalizer],
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
-            ALIGNED=rows_aligned(query, keys, values, *(() if gate is None else (gate,))),
+            ALIGNED=rows_aligned(query, keys, values, *beside),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             BLOCK_A=block_a,

@@ -23,10 +23,12 @@ INTERPRETER = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # and the numbers of dropout.
 _LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "splits", "tiles"]
 _LENGTHS += ["steps_per_split", "blocks_per_split", "rows_per_split"]
-_LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrst"] + ["stride_mq", "stride_gq", "stride_aq", "stride_sq"]
+_LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrste"] + ["stride_mq", "stride_gq", "stride_aq", "stride_sq"]
 _LENGTHS += ["seed", "least"]
 # It has to know which of these is 1, to read along it; the others are lengths, or lie along no row that is read.
-_UNITS = [f"stride_{name}" for name in ("qa", "ka", "ta", "vd", "rn", "mk", "gk", "ak", "sk", "mm", "mx", "wm", "wx")]
+_UNITS = [
+    f"stride_{name}" for name in ("qa", "ka", "ta", "ea", "vd", "rn", "mk", "gk", "ak", "sk", "mm", "mx", "wm", "wx")
+]
 kernel = triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_UNITS)
 
 

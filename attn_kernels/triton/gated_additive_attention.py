@@ -129,10 +129,12 @@ def gated_pair_scores_backward(
     masks: Masks,
     need_query: bool,
     need_memory: bool,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dscores (B, Tq R, Tk), made by padded_scores, 0 where not attended -> gradients of query, keys, v, bias and gate.
 
-    Those that are not needed (of keys; of the others) are empty. masks: of queries, not of rows.
+    Those that are not needed (of keys; of the others) are empty. masks: of queries, not of rows. extra: (B, Tk, A),
+    what is added to the keys.
     """
     v, bias, gate = score[:3]
     memory_lengths, mask = masks
@@ -161,17 +163,17 @@ def gated_pair_scores_backward(
     launch(
         gated_backward_kernel,
         B * tiles * splits,
-        (dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate, memory_lengths, bytes_of(mask)),
+        (dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate, extra, memory_lengths, bytes_of(mask)),
         (
             *(B, Tq, Tk, A, R, steps_per_split, dscores.stride(2)),
-            *(*_strides(score, query, keys), lengths_stride(memory_lengths), *mask_strides(mask)),
-            *_slope(score, query),
+            *(*_strides(score, query, keys), *((0, 0, 0) if extra is None else extra.stride())),
+            *(lengths_stride(memory_lengths), *mask_strides(mask), *_slope(score, query)),
         ),
         dict(
             ACTIVATION=ACTIVATIONS[score.activation],
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
-            ALIGNED=_aligned(score, query, keys),
+            ALIGNED=_aligned(score, query, keys) and (extra is None or rows_aligned(extra)),
             ONE_QUERY=Tq == 1,
             ONE_BLOCK=block_r >= R,
             SMALL_M=small_m,

@@ -133,6 +133,7 @@ def gated_backward_kernel(
     v,  # (R, A)
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
+    extra,  # (B, Tk, A) or None: what is added to the keys, with the same gradient
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     B,
@@ -147,6 +148,7 @@ def gated_backward_kernel(
     stride_vr, stride_v,
     stride_bias,
     stride_tb, stride_tk, stride_ta,
+    stride_eb, stride_ek, stride_ea,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     slope,  # of "leaky_relu", in two parts, or None
@@ -181,6 +183,8 @@ def gated_backward_kernel(
     dscores += b * Tk * padded_rows
     if gate is not None:
         gate += batch_offset(b, stride_tb, ALIGNED) + u[None, :] * stride_ta
+    if extra is not None:
+        extra += batch_offset(b, stride_eb, ALIGNED) + u[None, :] * stride_ea
     if mask is not None:
         mask += b * stride_mb
     if dquery is not None:
@@ -206,6 +210,8 @@ def gated_backward_kernel(
         used = steps < tl.minimum(end, length)
         in_keys = used[:, None] & in_units[None, :]
         k = tl.load(keys + j[:, None] * stride_kk, mask=in_keys, other=0.0).to(wide) + shift[None, :]
+        if extra is not None:
+            k += tl.load(extra + j[:, None] * stride_ek, mask=in_keys, other=0.0).to(wide)
         s = tl.full([BLOCK_K, BLOCK_A], 1.0, dtype=wide)
         ds_gate = tl.zeros([BLOCK_K, BLOCK_A], dtype=wide)
         if gate is not None:

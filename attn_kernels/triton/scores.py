@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import ACTIVATIONS
-from ..scores import AdditiveScore, DotScore, GatedAdditiveScore, Score
+from ..scores import AdditiveExtraScore, AdditiveScore, DotScore, GatedAdditiveScore, Score
 from .activations import TANH, activate, activation_of, sigmoid_and_slope
 
 
@@ -20,7 +20,9 @@ def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
         return "dot", None, None, score.scale
     if isinstance(score, GatedAdditiveScore):
         return ACTIVATIONS[score.activation], score.v, score.bias, score.negative_slope
-    name, slope = TANH if isinstance(score, AdditiveScore) else activation_of(score.negative_slope)
+    name, slope = (
+        TANH if isinstance(score, (AdditiveScore, AdditiveExtraScore)) else activation_of(score.negative_slope)
+    )
     return name, score.v, score.bias, slope
 
 
