@@ -14,6 +14,7 @@ from attn_kernels import additive_attention
 from conftest import available
 from matrix import OPS, Case, Op, check, device_of, slow_if
 from test_gated import MASKS, TK, TQ, B, finite, tensors
+from test_triton import launches_of_decode, splitting
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -41,20 +42,13 @@ def op_of(name: str, vectors: int | None, **options: Any) -> Op:
 def test_long_bags(case: Case, splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many score vectors in blocks of at most 8, over whose steps one program walks or several do."""
     available("triton")
-    gated, decode, configurations = (
-        importlib.import_module(f"attn_kernels.triton.{name}")
-        for name in ("gated_additive_attention", "decode", "configurations")
-    )
+    gated = importlib.import_module("attn_kernels.triton.gated_additive_attention")
     monkeypatch.setattr(gated, "MIN_LONG", 1)
-    blocks = 2 * case.B * case.Tq
-    monkeypatch.setattr(decode, "NUM_SMS", blocks * splits)
-    launched = []
-    launch = decode.launch
-    monkeypatch.setattr(decode, "launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
-    with configurations.overriding("decode", dict(bytes=1)):
+    launched = launches_of_decode(monkeypatch, programs=2 * case.B * case.Tq * splits)
+    with splitting():
         check(op_of("additive_attention", 10), case, dtype, "triton")
-    assert decode.decode_kernel in launched
-    assert (decode.combine_kernel in launched) == (splits > 1)
+    assert "decode_kernel" in launched
+    assert ("combine_kernel" in launched) == (splits > 1)
 
 
 def test_more_units_than_a_block() -> None:
