@@ -108,9 +108,9 @@ def attend_with_extra(
     backend: str | None,
     memory: Memory | None = None,
 ) -> Attention:
-    """The same with ``extra``, (B, Tk, A), added to the keys: in the kernel on the CPU, beforehand on a GPU."""
+    """The same with ``extra``, (B, Tk, A), added to the keys: in the kernels, but beforehand for those of CUDA C++."""
     check_extra(score.name, query, keys, extra)
-    if choose(backend, device_type(query)) in ("cuda", "triton"):
+    if choose(backend, device_type(query)) == "cuda":
         if isinstance(score, AdditiveScore):
             score = score._replace(prepared=None)  # of the keys alone
         return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
@@ -176,7 +176,7 @@ class Kernels(NamedTuple):
 
 
 OPTIONS = Kernels("score_bias, dropout_p, normalizer and need_log_total", ("triton", "cpu"))
-GATED = Kernels("a gate or several score vectors", ("cpu",))
+GATED = Kernels("a gate or several score vectors", ("triton", "cpu"))
 
 
 def choose_or_reference(name: str, backend: str | None, device_type: str, kernels: Kernels) -> str:

@@ -47,7 +47,7 @@ import triton_arithmetic
 from attn_kernels.backends import NAMES
 from attn_kernels.patching import adapter
 from attn_kernels.seq2seq import recurrent
-from matrix import MAIN, device_of, interpreted
+from matrix import MAIN, device_of, interpreted, is_left_to_another
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
     triton_arithmetic.install()  # errors of a GPU's instructions, for the tests of accuracy
@@ -143,9 +143,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_left_out(item: pytest.Item) -> bool:
-    """Of an op of matrix.py: where its backend has no kernels for it, and where the test says so.
+    """Of an op of matrix.py: where its backend has no kernels, what is left to other ops, and where the test says so.
 
-    ATTN_WHOLE_MATRIX=1 leaves out the former only.
+    ATTN_WHOLE_MATRIX=1 leaves out the first only.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     op = parameters.get("op")
@@ -157,8 +157,11 @@ def is_left_out(item: pytest.Item) -> bool:
     if any(name in every_level(("cpu",), OTHER_FORMS)[1:] for name in on) and op is not None:
         if op not in MAIN.values() or op.name not in ("additive_attention", "additive_scores"):
             return True
-    marks = () if os.environ.get("ATTN_WHOLE_MATRIX") == "1" else item.iter_markers("left_out_if")
-    return any(mark.args[0](**parameters) for mark in marks)
+    if os.environ.get("ATTN_WHOLE_MATRIX") == "1":
+        return False
+    if is_left_to_another(item.originalname, parameters):
+        return True
+    return any(mark.args[0](**parameters) for mark in item.iter_markers("left_out_if"))
 
 
 def use(variant: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -187,7 +188,7 @@ def _gated(name: str, gate: bool = True, vectors: int | None = None, **options: 
         by_name=tensors,
         vectors=vectors,
         options=options,
-        lacks=ON_GPUS,
+        lacks=("cuda",),
     )
 
 
@@ -230,6 +231,9 @@ VARIANTS = MAIN | {
     "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention"), lacks=ON_GPUS),
     "packed dot": _OF_DOT._replace(variant=_packed("dot_attention"), lacks=ON_GPUS),
 }
+
+
+GATED = tuple(op for name, op in VARIANTS.items() if "gate" in name or "vectors" in name)
 
 
 def of_variants(names: Iterable[str] = VARIANTS) -> pytest.MarkDecorator:
@@ -690,6 +694,18 @@ def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
 def is_slow(backend: str) -> bool:
     """Whether the kernels run in Triton's interpreter: tests make do with few and small cases there."""
     return backend == "triton" and interpreted(backend)
+
+
+def is_left_to_another(test: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether another gated op has its turn in a test of Triton's interpreter, in which each takes a second.
+
+    They have the same kernels there, with other arguments. All of them have the case that ``make test`` runs.
+    """
+    op, backend = parameters.get("op"), parameters.get("backend", parameters.get("fused", ""))
+    if not is_slow(backend) or op not in GATED or parameters.get("case") is CASES["plain"]:
+        return False
+    others = [(name, x) for name, x in parameters.items() if isinstance(x, (str, int, float, tuple)) and x is not op]
+    return zlib.crc32(f"{test} {others}".encode()) % len(GATED) != GATED.index(op)
 
 
 def device_of(backend: str) -> str:

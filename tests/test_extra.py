@@ -17,6 +17,7 @@ from attn_kernels.ops import kernel
 from attn_kernels.scores import AdditiveScore, ReluScore
 from attn_kernels.types import Masks
 from conftest import available
+from matrix import device_of
 
 B, TK, A, D, Q, M, STEPS = 4, 6, 9, 5, 7, 5, 4
 ACTIVATIONS: dict[str, dict[str, Any]] = {
@@ -213,6 +214,15 @@ def test_gathered(mechanism: str, masks: str, passes: list[int]) -> None:
     got = train(mechanism, "cpu", **MASKS[masks])
     assert passes == [STEPS]
     torch.testing.assert_close(got, train(mechanism, "reference", **MASKS[masks]))
+
+
+def test_gathered_in_triton(passes: list[int]) -> None:
+    device = device_of(available("triton"))
+    masks = {name: x.to(device) for name, x in MASKS["lengths"].items()}
+    with torch.device(device):
+        got = train("location", "triton", **masks)
+        assert passes == [STEPS]
+        torch.testing.assert_close(got, train("location", "reference", **masks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -685,10 +685,18 @@ def test_first_contact_notes_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "activation"), [(ADDITIVE, "tanh"), (ADDITIVE, "relu"), (DOT, "tanh"), (SCORES, "tanh")]
+    ("op", "options"),
+    [
+        (ADDITIVE, {}),
+        (ADDITIVE, {"activation": "relu"}),
+        (ADDITIVE, {"gated": True, "vectors": 3}),
+        (DOT, {}),
+        (SCORES, {}),
+        (SCORES, {"gated": True}),
+    ],
 )
-def test_first_contact_compares_with_float64(op: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"activation": activation} | ({} if op == SCORES else {"lengths": True, "mask": "pairs"})
+def test_first_contact_compares_with_float64(op: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options | ({} if op == SCORES else {"lengths": True, "mask": "pairs"})
     assert float(gpu_first.compare(op, (2, 3, 5, 8, 4), "float32", "cpu", "cpu", **options)) < 2e-5
     monkeypatch.setitem(gpu_first.LIMITS, "float32", 1e-12)
     with pytest.raises(gpu_first.Wrong, match="gradient"):

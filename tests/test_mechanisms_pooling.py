@@ -135,7 +135,7 @@ def test_features_without_a_gradient(kind: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("kind", POOLINGS)
-@pytest.mark.parametrize("form", ["one head", "heads"])
+@pytest.mark.parametrize("form", ["one head", "gated heads"])
 def test_backends(kind: str, form: str, backend: str, device: str) -> None:
     module, memory = make(kind, form, backend=backend, dtype=torch.float32), inputs(torch.float32)
     exact = make(kind, form)

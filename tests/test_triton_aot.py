@@ -34,6 +34,7 @@ HOT = ("tiled_scores_kernel", "backward_kernel")
 HOT_OF_RELU = (*HOT, "exponentials_kernel")
 SMALL_M = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
+GATED = ("gated_scores_kernel", "gated_backward_kernel")
 WITH_OPTIONS = ("_attend_kernel", "_softmax_backward_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
@@ -107,6 +108,37 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "dot": dict(op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", lengths=True, kernels=PRODUCTS),
     "dot-masked": dict(op="dot", sizes=(64, 16, 100, 512), dtype="float32", mask=3, kernels=PRODUCTS, targets=(90,)),
+    # Pooling of a long bag, of sentences by several vectors, and several vectors for each of many queries.
+    "gated": dict(op="gated", sizes=(1, 1, 50000, 256), dtype="float32", kernels=("decode_kernel", GATED[1])),
+    "gated-bfloat16": dict(
+        op="gated", sizes=(64, 1, 500, 512), dtype="bfloat16", vectors=30, gate=False, lengths=True, kernels=GATED
+    ),
+    "gated-long": dict(
+        op="gated",
+        sizes=(1, 1, 50000, 512),
+        dtype="bfloat16",
+        vectors=10,
+        mask=2,
+        activation="sigmoid",
+        kernels=("decode_kernel", "combine_kernel", GATED[1]),
+        targets=(90,),
+    ),
+    "gated-many": dict(op="gated", sizes=(64, 74, 75, 1024), dtype="float32", vectors=4, mask=3, kernels=GATED),
+    "gated-float64": dict(
+        op="gated",
+        sizes=(4, 9, 33, 128),
+        dtype="float64",
+        vectors=3,
+        activation="leaky_relu",
+        kernels=GATED,
+        targets=(90,),
+    ),
+    "gated-scores": dict(
+        op="gated scores", sizes=(64, 17, 100, 512), dtype="float16", activation="relu", kernels=GATED, targets=(90,)
+    ),
+    "extra": dict(
+        op="extra", sizes=(64, 1, 200, 512), dtype="float32", lengths=True, kernels=("decode_kernel", GATED[1])
+    ),
     "options": dict(
         op="additive",
         sizes=(256, 74, 75, 1024),
@@ -174,7 +206,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 
 
 @pytest.mark.parametrize("queries", ["many", "beams", "one"])
-@pytest.mark.parametrize("op", ["additive", "relu", "dot", "additive with options"])
+@pytest.mark.parametrize("op", ["additive", "relu", "dot", "additive with options", "gated"])
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
@@ -203,6 +235,7 @@ def _problems(kernel: dict[str, Any]) -> list[str]:
         "small_q_scores_kernel": _problems_of_few_scores,
         "decode_kernel": _problems_of_decode,
         "backward_kernel": _problems_of_backward,
+        **dict.fromkeys(GATED, _problems_of_gated),
     }.get(kernel["name"], _problems_of_products if kernel["name"] in PRODUCTS else None)
     return problems + ([] if check is None else check(kernel))
 
@@ -266,17 +299,40 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
     size = kernel["constants"]
     walk = max(kernel["loops"], key=lambda loop: _count(loop, "LDG.E.128"))
     loads, wide = _count(walk, "LDG"), _count(walk, "LDG.E.128")
-    problems = [] if loads == wide > 0 else [f"{wide} of {loads} loads of the walk over the units are of 16 bytes"]
-    if _count(walk, "STS", "LDS", "BAR"):
-        problems.append("threads exchange what they have loaded")
+    if size["VECTORS"] is not None:  # a tile of activations for 8 of them is small: a thread reads 8 bytes of it
+        problems = [] if wide >= loads / 2 > 0 else [f"{wide} of {loads} loads are of 16 bytes"]
+    else:
+        problems = [] if loads == wide > 0 else [f"{wide} of {loads} loads of the walk over the units are of 16 bytes"]
+        if _count(walk, "STS", "LDS", "BAR"):
+            problems.append("threads exchange what they have loaded")
     bytes_of_element = 2 if kernel["dtype"] == "bfloat16" else 4
     values = size["BLOCK_K"] * size["BLOCK_D"] * bytes_of_element // (16 * 32 * kernel["warps"])
     if _count(kernel["all"], "LDG.E.128") < wide + values:
         problems.append("values are not read 16 bytes at a time")
     elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
-    expected = 2 if size["SCORE"] == "tanh" else 0
+    expected = (2 if size["SCORE"] in ("tanh", "sigmoid") else 0) + (2 if kernel["gate"] else 0)
+    if size["VECTORS"] is not None:
+        elements //= size["BLOCK_Q"]  # one activation for all score vectors
     if _count(walk, "MUFU") != expected * elements:
         problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a unit, expected {expected}")
+    if kernel["registers"] * 32 * kernel["warps"] > 65536 // (8 // kernel["warps"]):
+        problems.append(f"{kernel['registers']} registers leave fewer than 8 warps to a processor")
+    return problems
+
+
+def _problems_of_gated(kernel: dict[str, Any]) -> list[str]:
+    """An activation and a gate for all score vectors: two special functions each for a unit of a pair; enough warps."""
+    size = kernel["constants"]
+    if size["FLOAT64"]:
+        return []
+    elements = size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    expected = ((2 if size["ACTIVATION"] in ("tanh", "sigmoid") else 0) + (2 if kernel["gate"] else 0)) * elements
+    if kernel["name"] == "gated_backward_kernel" and not size["SMALL_M"]:
+        expected *= 2  # Triton makes activations again in the layout of the product that takes them
+    special = _count(kernel["all"], "MUFU.EX2", "MUFU.RCP")
+    problems = []
+    if special > expected + 8:  # a few of them for divisions of indices
+        problems.append(f"{special} special functions, expected {expected}")
     if kernel["registers"] * 32 * kernel["warps"] > 65536 // (8 // kernel["warps"]):
         problems.append(f"{kernel['registers']} registers leave fewer than 8 warps to a processor")
     return problems
@@ -347,20 +403,22 @@ def _count(loop: dict[str, int], *names: str) -> int:
 
 
 def launches(
-    op, sizes, dtype, lengths=False, mask=0, slope=0.0, options=(), kernels=(), targets=TARGETS, nvidia=True
-) -> list[tuple[Any, tuple, dict]]:
+    op, sizes, dtype, lengths=False, mask=0, slope=0.0, options=(), kernels=(), targets=TARGETS, nvidia=True,
+    vectors=1, gate=True, activation="tanh",
+) -> list[tuple[Any, tuple, dict]]:  # fmt: skip
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
     from triton.runtime.jit import JITFunction
 
     import attn_kernels.triton
+    from attn_kernels.checks import ACTIVATIONS
 
     additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
     relu = attn_kernels.triton.relu_attention
     decode = sys.modules["attn_kernels.triton.decode"]
-    decode.has_approximate_reciprocal = additive.has_approximate_reciprocal = lambda tensor: (
-        nvidia and tensor.dtype != torch.float64
-    )
+    gated = attn_kernels.triton.gated_additive_attention
+    for module in (decode, additive, gated):
+        module.has_approximate_reciprocal = lambda tensor: nvidia and tensor.dtype != torch.float64
     found = []
     JITFunction.run = lambda self, *args, grid, warmup, **constants: found.append((self, args, constants))
 
@@ -372,7 +430,29 @@ def launches(
     memory_lengths = empty(B, dtype="int64") if lengths else None
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
-    if options:
+    if op.startswith("gated"):
+        of_score = (empty(vectors, A), bias, empty(B, Tk, A) if gate else None)
+        numbers = (ACTIVATIONS.index(activation), 0.2)
+        gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
+        if op == "gated scores":
+            gated.gated_additive_scores(query, keys, *of_score, *numbers)
+            gated.gated_additive_scores_backward(alignments, query, keys, *of_score, *numbers, True, True)
+            return found
+        inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0, memory_lengths, allowed)
+        forward, backward = (
+            attn_kernels.triton.with_options.KERNELS[f"gated_additive_attention{end}"] for end in ("", "_backward")
+        )
+        log_total = forward(*inputs, True)[2]
+        for needed in ((True, True), (True, False), (False, True)):
+            backward(*gradients, None, *inputs, alignments, log_total, *needed)
+    elif op == "extra":
+        inputs = (query, keys, values, v, bias, empty(B, Tk, A), memory_lengths, allowed)
+        forward, backward = (
+            attn_kernels.triton.with_extra.KERNELS[f"additive_attention_with_extra{end}"] for end in ("", "_backward")
+        )
+        forward(*inputs, True)
+        backward(*gradients, *inputs, alignments, True, True, False)
+    elif options:
         own, numbers = {"additive": ((v, bias), ()), "relu": ((v, bias), (slope,)), "dot": ((), (0.5,))}[op]
         dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
         score_bias = alignments if "score_bias" in options else None
@@ -507,6 +587,7 @@ def _compile(name: str) -> list[dict[str, Any]]:
                     # The assembler of older releases packs two float32 into one operation there, and moves more for it.
                     "old": target == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_PACKING,
                     "chunk": sys.modules["attn_kernels.triton.additive_attention_exponentials"].CHUNK.value,
+                    "gate": case["op"].startswith("gated") and case.get("gate", True),
                     "constants": {key: value for key, value in constants.items() if key.isupper()},
                     "warps": binary.metadata.num_warps,
                     "shared": binary.metadata.shared,
@@ -533,7 +614,8 @@ def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
         for Tq, Tk in lengths:
             plain = op.removesuffix(" with options")
             chosen = () if op == plain else ("score_bias", "dropout", "sigmoid")
-            launched = launches(plain, (64, Tq, Tk, kind["A"]), options=chosen, **options)
+            vectors = 3 if op == "gated" else 1
+            launched = launches(plain, (64, Tq, Tk, kind["A"]), options=chosen, vectors=vectors, **options)
             sources = [
                 (kernel.fn.__name__, *source_of(kernel, args, constants)) for kernel, args, constants in launched
             ]

@@ -115,6 +115,10 @@ def install() -> None:
     builder.create_fdiv = in_float32(divide, builder.create_fdiv)
     builder.create_dot = create_dot
     builder.create_inline_asm = create_inline_asm
-    for name in ("additive_attention", "decode"):  # the assembly of NVIDIA GPUs, on CPU tensors
+    for name in (
+        "additive_attention",
+        "gated_additive_attention",
+        "decode",
+    ):  # the assembly of NVIDIA GPUs, on CPU tensors
         launcher = importlib.import_module(f"attn_kernels.triton.{name}")
         launcher.has_approximate_reciprocal = lambda tensor: tensor.element_size() != 8

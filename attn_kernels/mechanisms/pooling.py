@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attending import GATED
+from ..backends import choose_among
 from ..checks import as_number, check_activation, check_lengths, check_mask, check_range, check_size, check_tensor
 from ..errors import ArgumentValueError
 from ..functional import additive_attention, dot_attention
@@ -144,8 +146,10 @@ class AttentionPooling(nn.Module):
 
     def _is_additive(self, memory: Tensor) -> bool:
         """Whether the op of additive attention makes the activations and never stores them."""
-        simple = self.heads == 1 and not self.gated  # the rest has kernels on the CPU only
-        return simple or (device_type(memory) == "cpu" and self.backend in (None, "cpu", "reference"))
+        if self.heads == 1 and not self.gated:
+            return True
+        able = choose_among(GATED.backends, self.backend, device_type(memory))
+        return able in GATED.backends or (able == "reference" and device_type(memory) == "cpu")
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.activation == "leaky_relu":

@@ -1,6 +1,7 @@
 """What is particular to an activation f in the kernels of scores v . f(query + keys + bias).
 
-``ACTIVATION`` is "tanh", "relu" or "leaky_relu". Only tanh has a form that is made of exponentials once per row (see
+``ACTIVATION`` is "tanh", "relu" or "leaky_relu", and with a gate or several score vectors also "sigmoid" (elsewhere
+that is the tanh of half the argument). Only tanh has a form that is made of exponentials once per row (see
 additive_attention_fwd.py and additive_attention_bwd.py); here is what a pair takes by itself. relu and leaky_relu are
 an instruction or two, exact for all inputs: there is nothing to share, and nothing to guard.
 """
@@ -13,8 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .additive_math import tanh
+from .additive_math import tanh, tanh_from
+from .device import reciprocal
 from .launch import two_parts
+
+SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
 
 class Activation(NamedTuple):
@@ -37,12 +41,32 @@ def activation_of(negative_slope: float) -> Activation:
 
 
 @triton.jit
+def tanh_and_slope(x, APPROXIMATE: tl.constexpr):
+    """tanh(x) and 1 - tanh(x)^2, which does not cancel; the slope of SATURATED beyond that."""
+    magnitude = tl.abs(x)
+    e = tl.exp(2.0 * tl.where(magnitude > SATURATED, SATURATED, magnitude))
+    r = reciprocal(1.0 + e, APPROXIMATE)
+    return tanh_from(x, r), 4.0 * e * r * r
+
+
+@triton.jit
+def sigmoid_and_slope(x, APPROXIMATE: tl.constexpr):
+    """sigmoid(x) and its derivative; neither cancels, and both are finite for every x but NaN."""
+    e = tl.exp(-tl.abs(x))
+    r = reciprocal(1.0 + e, APPROXIMATE)
+    small = e * r
+    return tl.where(x < 0.0, small, r), small * r
+
+
+@triton.jit
 def activate(x, slope, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
     """f(x), NaN where x is; slope: that of "leaky_relu", in the dtype of x."""
     if ACTIVATION == "tanh":
         y = tanh(x, APPROXIMATE)
     elif ACTIVATION == "relu":
         y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "sigmoid":
+        y, _ = sigmoid_and_slope(x, APPROXIMATE)
     else:
         tl.static_assert(ACTIVATION == "leaky_relu")
         y = tl.where(x > 0.0, x, x * slope)
@@ -60,3 +84,18 @@ def pair_gradients(x, ds, slope, ACTIVATION: tl.constexpr):
         gradient = tl.where(x > 0.0, ds, ds * slope)
         weighted = gradient * x
     return gradient, weighted
+
+
+@triton.jit
+def activate_and_gradient(x, t, slope, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """f(x) and t f'(x), of every activation."""
+    if ACTIVATION == "tanh":
+        y, derivative = tanh_and_slope(x, APPROXIMATE)
+        gradient = t * derivative
+    elif ACTIVATION == "sigmoid":
+        y, derivative = sigmoid_and_slope(x, APPROXIMATE)
+        gradient = t * derivative
+    else:
+        y = activate(x, slope, ACTIVATION, APPROXIMATE)
+        gradient, _ = pair_gradients(x, t, slope, ACTIVATION)
+    return y, gradient

@@ -92,14 +92,15 @@ def additive_scores_backward(
     need_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_scores (B, Tq, Tk) -> the gradients of query, keys, v and bias."""
-    dscores = padded_gradient(grad_scores, query, keys)
+    dscores = padded_gradient(grad_scores)
     return pair_scores_backward(dscores, query, keys, v, bias, Masks(), need_query, need_memory)
 
 
-def padded_gradient(grad_scores: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+def padded_gradient(grad_scores: Tensor) -> Tensor:
     """grad_scores (B, Tq, Tk) as pair_scores_backward takes them."""
-    dscores = padded_scores(query, keys)
-    filler = dscores.as_strided((query.shape[0], dscores.stride(2), keys.shape[1]), dscores.stride())
+    B, _, Tk = grad_scores.shape
+    dscores = padded_scores(grad_scores)
+    filler = dscores.as_strided((B, dscores.stride(2), Tk), dscores.stride())
     filler.zero_()
     return dscores.copy_(grad_scores)
 

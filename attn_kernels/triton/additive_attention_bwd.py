@@ -23,13 +23,12 @@ import math
 import triton
 import triton.language as tl
 
-from .activations import pair_gradients
+from .activations import SATURATED, pair_gradients
 from .additive_math import MAX_ABS_BACKWARD, exp2x, exp2x_in_range
 from .device import attended, batch_offset, kernel, reciprocal, row_length
 
 MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
 MAX_FINITE = tl.constexpr(1e38)  # of q + bias, and of k, whose sum is finite
-SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import Score
+from ..scores import AdditiveExtraScore, GatedAdditiveScore, ReluExtraScore, Score
 from ..types import NORMALIZERS, Masks, Options
 from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length
@@ -50,8 +50,10 @@ def decode_kernel(
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     values,  # (B, Tk, D)
-    v,  # (A,), or None for dot attention
+    v,  # (A,), or with VECTORS (R, A); None for dot attention
     bias,  # (A,) or None
+    gate,  # (B, Tk, A) or None
+    extra,  # (B, Tk, A) or None: what is added to the keys
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     number,  # of the score: see parts_of
@@ -61,11 +63,14 @@ def decode_kernel(
     Tk,
     A,
     D,
+    R,  # score vectors; 1 without VECTORS
     steps_per_split,  # a multiple of BLOCK_K
     stride_qb, stride_qq, stride_qa,
     stride_kb, stride_kk, stride_ka,
-    stride_vb, stride_vk, stride_vd, stride_v,
+    stride_vb, stride_vk, stride_vd, stride_vr, stride_v,
     stride_bias,
+    stride_tb, stride_tk, stride_ta,
+    stride_eb, stride_ek, stride_ea,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq), contiguous, or None; written for a single split
@@ -85,14 +90,28 @@ def decode_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # of which alignments are written at once
+    VECTORS: tl.constexpr,  # rows of v that a program takes, for one query; None: v (A,), for all queries
 ):  # fmt: skip
-    """context of a row of the batch, all Tq queries of it, over one split of its steps."""
+    """context of a row of the batch, all Tq queries of it, over one split of its steps.
+
+    With VECTORS, of some score vectors for one query: of its R rows of scores those that they make.
+    """
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     splits = tl.cdiv(Tk, steps_per_split)
     program = tl.program_id(0)
     split = program % splits
-    b = (program // splits).to(tl.int64)
     i = tl.arange(0, BLOCK_Q).to(tl.int64)
+    if VECTORS is None:
+        b = (program // splits).to(tl.int64)
+        rows = Tq  # of the program, in which i < rows
+        first_row = 0  # of them in the sentence
+    else:
+        blocks = tl.cdiv(R, VECTORS)
+        at = (program // (splits * blocks)).to(tl.int64)
+        b = at // Tq
+        first_vector = program // splits % blocks * VECTORS
+        rows = tl.minimum(R - first_vector, VECTORS)
+        first_row = at % Tq * R + first_vector
     d = tl.arange(0, BLOCK_D)[None, None, :]
     # Repeated for each step, though v, bias and query are the same for all: so Triton loads them in the layout of keys,
     # which it would exchange between the threads otherwise.
@@ -100,17 +119,30 @@ def decode_kernel(
     length = row_length(lengths, b, stride_lengths, Tk)
     begin = split * steps_per_split
     end = tl.minimum(begin + steps_per_split, Tk)
-    query += batch_offset(b, stride_qb, ALIGNED) + i[:, None, None] * stride_qq
+    query += batch_offset(b, stride_qb, ALIGNED)
     keys += batch_offset(b, stride_kb, ALIGNED)
     values += batch_offset(b, stride_vb, ALIGNED)
+    if gate is not None:
+        gate += batch_offset(b, stride_tb, ALIGNED)
+    if extra is not None:
+        extra += batch_offset(b, stride_eb, ALIGNED)
     if mask is not None:
         mask += b * stride_mb
+    if VECTORS is None:
+        query += i[:, None, None] * stride_qq
+    else:  # beyond the last, that again: so no load needs a mask
+        query += at % Tq * stride_qq
+        v += (first_vector + tl.minimum(i, rows - 1))[:, None, None] * stride_vr
+        if mask is not None:
+            mask += at % Tq * stride_mq
+        stride_mq = 0
     if score_bias is not None:
-        score_bias += b * stride_sb
+        score_bias += b * stride_sb + first_row * stride_sq
+    in_all = b * Tq * R + first_row  # the place of the program's first row among those of all sentences
     if alignments is not None:
-        alignments += b * Tq * Tk
+        alignments += in_all * Tk
     if scores is not None:
-        scores += b * Tq * Tk
+        scores += in_all * Tk
 
     m_i = tl.full([BLOCK_Q], LOWEST, dtype=wide)
     l_i = tl.zeros([BLOCK_Q], dtype=wide)
@@ -129,69 +161,83 @@ def decode_kernel(
             in_units = u < A
             offset = u.to(tl.int64)
             k = tl.load(keys + j[None, :, None] * stride_kk + offset * stride_ka, mask=in_steps & in_units, other=0.0)
-            q = tl.load(query + offset * stride_qa, mask=(i < Tq)[:, None, None] & in_units, other=0.0)
+            k = k.to(wide)
+            if extra is not None:
+                k += tl.load(
+                    extra + j[None, :, None] * stride_ek + offset * stride_ea, mask=in_steps & in_units, other=0.0
+                ).to(wide)
+            in_query = in_units
+            if VECTORS is None:
+                in_query = (i < Tq)[:, None, None] & in_units
+            q = tl.load(query + offset * stride_qa, mask=in_query, other=0.0)
+            g = None
+            if gate is not None:
+                g = tl.load(
+                    gate + j[None, :, None] * stride_tk + offset * stride_ta, mask=in_steps & in_units, other=0.0
+                ).to(wide)
             products += score_terms(
-                q.to(wide), k.to(wide), v, bias, number, number_lo, u, A, stride_v, stride_bias, SCORE, APPROXIMATE
+                q.to(wide), k, v, bias, g, number, number_lo, u, A, stride_v, stride_bias, SCORE, APPROXIMATE
             )
         s = finish_scores(tl.sum(products, axis=2), number, number_lo, SCORE)
-        allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+        allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
         s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
         s = tl.where(allowed, s, -float("inf"))
         p, rescale, m_i, l_i = add_block(s, allowed, m_i, l_i)
-        p = drop(p, seed, least, b, i, j, Tq, Tk)
+        p = drop(p, seed, least, 0, in_all + i, j, Tq, Tk)
         averaged = add_product(averaged * rescale[:, None, None], p, x, allowed, mask is not None, True)
         any_i = tl.maximum(any_i, tl.max(allowed.to(tl.int32), axis=1))
 
     average = scale_kept(tl.sum(averaged, axis=1), kept_factor, kept_factor_lo)
-    in_split = (split.to(tl.int64) * B + b) * Tq + i
+    in_split = split.to(tl.int64) * B * Tq * R + in_all + i
     if tops is None:
         factor_i = factor(l_i, any_i)
         average *= factor_i[:, None]
         if log_total is not None:
-            tl.store(log_total + b * Tq + i, log_total_of(m_i, factor_i), mask=i < Tq)
+            tl.store(log_total + in_all + i, log_total_of(m_i, factor_i), mask=i < rows)
         if alignments is not None:
             tl.debug_barrier()  # the scores that other threads have written
             for start in range(0, Tk, STEPS):
                 j = (start + tl.arange(0, STEPS)).to(tl.int64)
-                allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+                allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
                 pointers = i[:, None] * Tk + j[None, :]
                 s = tl.load(scores + pointers, mask=allowed, other=0.0)
                 p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None])
-                tl.store(alignments + pointers, p, mask=(i < Tq)[:, None] & (j < Tk)[None, :])
+                tl.store(alignments + pointers, p, mask=(i < rows)[:, None] & (j < Tk)[None, :])
     else:
-        tl.store(tops + in_split, m_i, mask=i < Tq)
-        tl.store(totals + in_split, tl.where(any_i > 0, l_i, -1.0), mask=i < Tq)
+        tl.store(tops + in_split, m_i, mask=i < rows)
+        tl.store(totals + in_split, tl.where(any_i > 0, l_i, -1.0), mask=i < rows)
     d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(context + in_split[:, None] * D + d, average, mask=(i < Tq)[:, None] & (d < D))
+    tl.store(context + in_split[:, None] * D + d, average, mask=(i < rows)[:, None] & (d < D))
 
 
 @kernel
 def combine_kernel(
-    context,  # (B, Tq, D), contiguous
-    alignments,  # (B, Tq, Tk), contiguous, or None
-    parts,  # (splits, B, Tq, D), contiguous
-    scores,  # (B, Tq, Tk), contiguous, or None: log weights; anything where not attended
-    tops,  # (splits, B, Tq), contiguous
-    totals,  # (splits, B, Tq), contiguous; -1 where a split attends nothing, which is not the same as a sum of 0
+    context,  # (B, Tq * R, D), contiguous
+    alignments,  # (B, Tq * R, Tk), contiguous, or None
+    parts,  # (splits, B, Tq * R, D), contiguous
+    scores,  # (B, Tq * R, Tk), contiguous, or None: log weights; anything where not attended
+    tops,  # (splits, B, Tq * R), contiguous
+    totals,  # (splits, B, Tq * R), contiguous; -1 where a split attends nothing, which is not the same as a sum of 0
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     B,
     Tq,
     Tk,
     D,
+    R,  # score vectors, for each of which a query has a row
     splits,
     tiles,  # of a query: those of its values and then of its steps
     stride_lengths, stride_mb, stride_mq, stride_mk,
-    log_total,  # (B, Tq), contiguous, or None
+    log_total,  # (B, Tq * R), contiguous, or None
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
     program = tl.program_id(0)
     tile = program % tiles
-    row = (program // tiles).to(tl.int64)  # b * Tq + i
-    rows = tl.cast(B, tl.int64) * Tq
+    row = (program // tiles).to(tl.int64)  # of all sentences
+    rows = tl.cast(B, tl.int64) * Tq * R
     split = tl.arange(0, MAX_SPLITS).to(tl.int64)
     tops += row
     totals += row
@@ -211,8 +257,8 @@ def combine_kernel(
             average += each * tl.load(parts + (at + row) * D + d, mask=d < D, other=0.0)
         tl.store(context + row * D + d, average * factor_i, mask=d < D)
     elif alignments is not None:
-        b = row // Tq
-        i = row % Tq + tl.arange(0, 1)
+        b = row // R // Tq
+        i = row // R % Tq + tl.arange(0, 1)
         j = ((tile - tiles_d) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         if mask is not None:
             mask += b * stride_mb
@@ -241,36 +287,67 @@ def decode(
 
     query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
     log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
+
+    Of R score vectors all three have Tq * R rows, as many as you like: a program takes 8 of a query.
     """
     name, v, bias, number = parts_of(score)
+    gate = score.gate if isinstance(score, GatedAdditiveScore) else None
+    extra = score.extra if isinstance(score, (AdditiveExtraScore, ReluExtraScore)) else None
+    beside = [x for x in (gate, extra) if x is not None]  # that lies as the keys do
     memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
-    alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
-    if B * Tq * Tk == 0:
-        return values.new_zeros((B, Tq, D)), alignments
+    R = 1 if v is None or v.dim() == 1 else v.shape[0]
+    vectors = None  # of a program
+    if R > 1:
+        vectors = triton.cdiv(R, triton.cdiv(R, MAX_DECODE_QUERIES))
+    elif v is not None:
+        v = v if v.dim() == 1 else v[0]
+    rows = B * Tq * R
+    alignments = values.new_empty((B, Tq * R, Tk) if need_alignments else (0,))
+    if rows * Tk == 0:
+        return values.new_zeros((B, Tq * R, D)), alignments
     wide = accumulator(values.dtype)
     double = wide == torch.float64
-    block_q, block_d = (power_of_two(Tq, 1, MAX_DECODE_QUERIES), power_of_two(D, 32, MAX_VALUE_COLUMNS))
+    block_q, block_d = (power_of_two(vectors or Tq, 1, MAX_DECODE_QUERIES), power_of_two(D, 32, MAX_VALUE_COLUMNS))
+    programs = B if vectors is None else B * Tq * triton.cdiv(R, vectors)
     warps = 4 if block_q * block_d <= 2048 else 8
     elements = (512 if double else 1024) * warps // block_q  # of a query: 32 to a thread, 16 in float64
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
-    block_a = power_of_two(A, 32, max(elements, at_once) // block_k)
+    block_a = power_of_two(A, 32, max(elements // (1 + len(beside)), at_once) // block_k)
+    read = A * (1 + len(beside)) + D
     steps, splits = _split(
-        B, Tk, block_k, Tk * (A + D) * values.element_size(), configuration("decode", values)["bytes"]
+        programs, Tk, block_k, Tk * read * values.element_size(), configuration("decode", values)["bytes"]
     )
-    scores = values.new_empty((B, Tq, Tk), dtype=wide) if need_alignments else None
-    parts = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else wide)
-    tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq), dtype=wide)
+    scores = values.new_empty((B, Tq * R, Tk), dtype=wide) if need_alignments else None
+    parts = values.new_empty((splits, B, Tq * R, D), dtype=values.dtype if splits == 1 else wide)
+    tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq * R), dtype=wide)
     launch(
         decode_kernel,
-        B * splits,
+        programs * splits,
         (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
         (
-            *(v, bias, memory_lengths, bytes_of(mask), *two_parts(number, wide), B, Tq, Tk, A, D, steps),
+            *(
+                v,
+                bias,
+                gate,
+                extra,
+                memory_lengths,
+                bytes_of(mask),
+                *two_parts(number, wide),
+                B,
+                Tq,
+                Tk,
+                A,
+                D,
+                R,
+                steps,
+            ),
             *(*query.stride(), *keys.stride(), *values.stride()),
-            *(0 if v is None else v.stride(0), 0 if bias is None else bias.stride(0)),
+            *(v.stride(0) if R > 1 else 0, 0 if v is None else v.stride(-1), 0 if bias is None else bias.stride(0)),
+            *((0, 0, 0) if gate is None else gate.stride()),
+            *((0, 0, 0) if extra is None else extra.stride()),
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
             *(log_total if splits == 1 else None, *option_arguments(options, wide)),
         ),
@@ -279,35 +356,36 @@ def decode(
             NORMALISER=NORMALIZERS[options.normalizer],
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
-            ALIGNED=rows_aligned(query, keys, values),
+            ALIGNED=rows_aligned(query, keys, values, *beside),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             BLOCK_A=block_a,
             BLOCK_D=block_d,
             STEPS=1024 // block_q,
+            VECTORS=vectors,
         ),
         warps,
     )
     if splits == 1:
         return parts[0], alignments
-    context = values.new_empty((B, Tq, D))
+    context = values.new_empty((B, Tq * R, D))
     block = 128
     tiles = triton.cdiv(D, block) + (triton.cdiv(Tk, block) if need_alignments else 0)
     if log_total is not None:
         tiles = max(tiles, 1)
     launch(
         combine_kernel,
-        B * Tq * tiles,
+        rows * tiles,
         (context, alignments if need_alignments else None, parts, scores, tops, totals, memory_lengths, bytes_of(mask)),
-        (B, Tq, Tk, D, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask), log_total),
+        (B, Tq, Tk, D, R, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask), log_total),
         dict(BLOCK=block),
         4,
     )
     return context, alignments
 
 
-def _split(B: int, Tk: int, block_k: int, row_bytes: int, bytes_of_program: int) -> tuple[int, int]:
+def _split(programs: int, Tk: int, block_k: int, row_bytes: int, bytes_of_program: int) -> tuple[int, int]:
     """How the steps of a row are cut: steps of a split, a multiple of block_k, and the splits."""
-    splits = min(triton.cdiv(NUM_SMS, B), triton.cdiv(row_bytes, bytes_of_program), MAX_SPLITS.value)
+    splits = min(triton.cdiv(NUM_SMS, programs), triton.cdiv(row_bytes, bytes_of_program), MAX_SPLITS.value)
     steps = triton.cdiv(triton.cdiv(Tk, max(splits, 1)), block_k) * block_k
     return steps, triton.cdiv(Tk, steps)

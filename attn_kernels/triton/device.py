@@ -23,12 +23,14 @@ import triton.language as tl
 INTERPRETER = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # A kernel is compiled again for an integer that is 1 or a multiple of 16, except these: all that depends on lengths,
 # and the numbers of dropout.
-_LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "splits", "tiles"]
+_LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "padded_rows", "splits", "tiles"]
 _LENGTHS += ["steps_per_split", "blocks_per_split", "rows_per_split"]
-_LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrs"] + ["stride_mq", "stride_gq", "stride_aq", "stride_sq"]
+_LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrste"] + ["stride_mq", "stride_gq", "stride_aq", "stride_sq"]
 _LENGTHS += ["seed", "least"]
 # It has to know which of these is 1, to read along it; the others are lengths, or lie along no row that is read.
-_UNITS = [f"stride_{name}" for name in ("qa", "ka", "vd", "rn", "mk", "gk", "ak", "sk", "mm", "mx", "wm", "wx")]
+_UNITS = [
+    f"stride_{name}" for name in ("qa", "ka", "ta", "ea", "vd", "rn", "mk", "gk", "ak", "sk", "mm", "mx", "wm", "wx")
+]
 kernel: Callable[..., Any] = triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_UNITS)
 
 

@@ -78,7 +78,7 @@ def relu_scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_scores (B, Tq, Tk) -> the gradients of query, keys, v and bias."""
     return pair_scores_backward(
-        padded_gradient(grad_scores, query, keys),
+        padded_gradient(grad_scores),
         query,
         keys,
         v,

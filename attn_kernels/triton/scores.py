@@ -1,6 +1,6 @@
 """What is particular to a score in the kernels that all scores share.
 
-``SCORE`` is "dot", or that of additive attention by its activation: "tanh", "relu" or "leaky_relu".
+``SCORE`` is "dot", or that of additive attention by its activation: "tanh", "relu", "leaky_relu" or "sigmoid".
 """
 
 from __future__ import annotations
@@ -9,27 +9,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import AdditiveScore, DotScore, Score
-from .activations import TANH, activate, activation_of
+from ..checks import ACTIVATIONS
+from ..scores import AdditiveExtraScore, AdditiveScore, DotScore, GatedAdditiveScore, Score
+from .activations import TANH, activate, activation_of, sigmoid_and_slope
 
 
 def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
     """SCORE, v, bias and number of a score: scale of "dot", negative slope of "leaky_relu"."""
     if isinstance(score, DotScore):
         return "dot", None, None, score.scale
-    # No score with an extra comes here: on a GPU it is added to the keys beforehand.
-    name, slope = TANH if isinstance(score, AdditiveScore) else activation_of(score.negative_slope)  # type: ignore[union-attr]
+    if isinstance(score, GatedAdditiveScore):
+        return ACTIVATIONS[score.activation], score.v, score.bias, score.negative_slope
+    name, slope = (
+        TANH if isinstance(score, (AdditiveScore, AdditiveExtraScore)) else activation_of(score.negative_slope)
+    )
     return name, score.v, score.bias, slope
 
 
 @triton.jit
 def score_terms(
-    q, k, v, bias, number, number_lo, u, A, stride_v, stride_bias, SCORE: tl.constexpr, APPROXIMATE: tl.constexpr
+    q, k, v, bias, gate, number, number_lo, u, A, stride_v, stride_bias, SCORE: tl.constexpr, APPROXIMATE: tl.constexpr
 ):  # fmt: skip
     """The terms of which a score is the sum over the units u < A, from query q and key k, widened; 0 beyond A.
 
-    v (A,) and bias (A,) or None are those of additive attention. number + number_lo: see parts_of; it is in two parts
-    for float64.
+    v (A,) and bias (A,) or None are those of additive attention; v may also point to several vectors, as far as they
+    broadcast with u. gate: the gate of k, widened, or None. number + number_lo: see parts_of; it is in two parts for
+    float64.
     """
     if SCORE == "dot":
         terms = q * k
@@ -41,7 +46,11 @@ def score_terms(
         slope = None
         if SCORE == "leaky_relu":
             slope = tl.cast(number, q.dtype) + tl.cast(number_lo, q.dtype)
-        terms = x * activate(hidden, slope, SCORE, APPROXIMATE)
+        hidden = activate(hidden, slope, SCORE, APPROXIMATE)
+        if gate is not None:
+            s, _ = sigmoid_and_slope(gate, APPROXIMATE)
+            hidden *= s
+        terms = x * hidden
     return terms
 
 

@@ -279,15 +279,14 @@ def _softmax_backward_kernel(
                     tl.store(kept + j[None, :], drop(p, seed, least, b, i, j, Tq, Tk), mask=in_rows)
 
 
-def padded_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """An empty (B, Tq, Tk) in float32 or float64 that lies as (B, Tk, Tq rounded up) in memory.
+def padded_scores(scores: Tensor) -> Tensor:
+    """An empty tensor like scores, (B, Tq, Tk), in float32 or float64, that lies as (B, Tk, Tq rounded up) in memory.
 
     The backward of additive scores walks the steps and loads all queries of one at once, without a mask.
     """
-    B, Tq = query.shape[:2]
-    Tk = keys.shape[1]
+    B, Tq, Tk = scores.shape
     padded_q = small_m_block(Tq) if Tq <= MAX_SMALL_M else triton.cdiv(Tq, 32) * 32
-    return query.new_empty((B, Tk, padded_q), dtype=accumulator(query.dtype)).transpose(1, 2)[:, :Tq]
+    return scores.new_empty((B, Tk, padded_q), dtype=accumulator(scores.dtype)).transpose(1, 2)[:, :Tq]
 
 
 def softmax_backward(
@@ -311,7 +310,7 @@ def softmax_backward(
     """
     memory_lengths, mask = masks
     B, Tq, Tk = alignments.shape
-    dscores = padded_scores(alignments, values)
+    dscores = padded_scores(alignments)
     dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths)
     block_q = power_of_two(Tq, 1, 16)
     padded_blocks = dscores.stride(2) // block_q

@@ -83,8 +83,18 @@ MASKS = tuple(
     for lengths in (False, True)
     if mask or lengths
 )
+# A gate and several score vectors: steps of a row split over programs, blocks of vectors, matrix products with many of
+# them, and units in several blocks.
+GATED = (
+    Case("pooling", (1, 1, 20000, 256, 512), "float32 bfloat16"),
+    Case("10 vectors", (1, 1, 5000, 128, 64), "float32 bfloat16", {"vectors": 10, "activation": "sigmoid"}),
+    Case("30 vectors, lengths", (16, 1, 300, 350, 600), "float32 bfloat16", {"vectors": 30, "lengths": True}),
+    Case("3 vectors, mask", (4, 20, 70, 1100, 64), "float32 bfloat16", {"vectors": 3, "mask": "pairs"}),
+    Case("leaky_relu", (3, 5, 130, 64, 33), "float32 bfloat16", {"mask": "steps", "activation": "leaky_relu"}),
+)
 # Triton compiles each case first, so it gets fewer: by their names.
 OF_TRITON = ("cluster 16", "splits", "odd rows", "8 queries", "tile", "odd", "GNMT", "small tile")
+OF_TRITON += tuple(case.name for case in GATED)
 # Largest error, as a share of the largest value. Coarse: the tests judge by the error of eager.
 LIMITS = {"float64": 1e-9, "float32": 2e-5, "float16": 8e-3, "bfloat16": 6e-2}
 ADDITIVE, DOT_ATTENTION, ADDITIVE_SCORES = "additive_attention", "dot_attention", "additive_scores"
@@ -156,6 +166,8 @@ def compare(
     scale: float = 1.0,
     prepared: bool = False,
     activation: str = "tanh",
+    gated: bool = False,
+    vectors: int | None = None,
 ) -> str:
     """Results and all gradients of one call against the reference in float64 on the same device."""
     import torch
@@ -170,13 +182,15 @@ def compare(
 
     B, Tq, Tk, A, D = sizes
     query, keys, values = leaf(B, Tq, A, scale=scale), leaf(B, Tk, A, scale=scale), leaf(B, Tk, D)
-    v, bias = leaf(A, scale=A**-0.5), leaf(A)
+    v, bias = leaf(*(() if vectors is None else (vectors,)), A, scale=A**-0.5), leaf(A)
     tensors = {
         ADDITIVE: [query, keys, values, v, bias],
         DOT_ATTENTION: [query, keys, values],
         ADDITIVE_SCORES: [query, keys, v, bias],
     }[op]
     keywords: dict[str, Any] = {"scale": A**-0.5} if op == DOT_ATTENTION else {"activation": activation}
+    if gated:
+        tensors.append(leaf(B, Tk, A))
     if lengths:
         keywords["memory_lengths"] = torch.randint(0, Tk + 1, (B,), generator=rng).to(device)
     if mask:
@@ -187,7 +201,8 @@ def compare(
         ours["prepared"] = attn_kernels.prepare_keys(keys.detach(), backend=backend)
 
     def results(function: Callable[..., Any], leaves: list[torch.Tensor], **more: Any) -> dict[str, torch.Tensor]:
-        out = function(*leaves, **keywords, **more)
+        given, gate = (leaves[:-1], {"gate": leaves[-1]}) if gated else (leaves, {})
+        out = function(*given, **gate, **keywords, **more)
         outs = list(out) if isinstance(out, tuple) else [out]
         weights = torch.Generator().manual_seed(1)
         gradients = torch.autograd.grad(
@@ -275,6 +290,12 @@ def relu(contact: Contact) -> None:
         contact.compare(ADDITIVE, activated(DECODE))
         contact.compare(ADDITIVE_SCORES, activated(SCORES))
         contact.compare(ADDITIVE, activated(SCORES + MASKS))
+
+
+def gated(contact: Contact) -> None:
+    cases = [case._replace(options={"gated": True, **case.options}) for case in GATED]
+    contact.compare(ADDITIVE, cases)
+    contact.compare(ADDITIVE_SCORES, [case for case in cases if not {"lengths", "mask"} & set(case.options)])
 
 
 def dot(contact: Contact) -> None:
@@ -383,6 +404,7 @@ GROUPS: dict[str, Callable[[Contact], None]] = {
     **{f"{work.__name__} triton {op}": work for work in (decode, masks) for op in (ADDITIVE, DOT_ATTENTION)},
     "scores triton": scores,
     "dot triton": dot,
+    "gated triton": gated,
     "models triton": models,
 }
 

@@ -1,0 +1,229 @@
+"""Additive attention with a gate and several score vectors in Triton: v_r . (f(query + keys + bias) * sigmoid(gate)).
+
+Launchers and their rules. The kernels: gated_additive_kernels.py, and softmax.py and decode.py, to which the score
+vectors of a query are rows like those of other queries. The attention is made of these by with_options.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..checks import ACTIVATIONS
+from ..scores import GatedAdditiveScore
+from ..types import Masks
+from .activations import Activation
+from .additive_attention import padded_gradient
+from .decode import can_decode
+from .gated_additive_kernels import gated_backward_kernel, gated_scores_kernel
+from .launch import (
+    accumulator,
+    bytes_of,
+    has_approximate_reciprocal,
+    launch,
+    lengths_stride,
+    mask_strides,
+    power_of_two,
+    rows_aligned,
+    sum_splits,
+)
+
+MAX_ROWS = 8  # of scores of a sentence, which are decoded however few the steps
+MIN_LONG = 2048  # steps from which on softmax.attend, whose programs each walk whole rows, takes longer
+MAX_SMALL_R = 8  # score vectors that the backward multiplies with element by element
+MAX_VECTORS = 32  # whose gradients a program keeps in registers
+
+
+def gated_additive_scores(
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: int,
+    negative_slope: float,
+) -> Tensor:
+    """query (B, Tq, A), keys and gate (B, Tk, A), v (R, A) -> scores (B, Tq R, Tk)."""
+    score = GatedAdditiveScore(v, bias, gate, activation, negative_slope)
+    return gated_pair_scores(score, query, keys, None, query.dtype)
+
+
+def gated_additive_scores_backward(
+    grad_scores: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    need_query: bool,
+    need_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """grad_scores (B, Tq R, Tk) -> the gradients of query, keys, v, bias and gate."""
+    score = GatedAdditiveScore(v, bias, gate, activation, negative_slope)
+    dscores = padded_gradient(grad_scores)
+    return gated_pair_scores_backward(dscores, score, query, keys, Masks(), need_query, need_memory)
+
+
+def can_decode_gated(score: GatedAdditiveScore, query: Tensor, values: Tensor) -> bool:
+    """Whether one kernel is to make the scores, their softmax and the context of query (B, Tq, A)."""
+    few = query.shape[1] * score.v.shape[0] <= MAX_ROWS or values.shape[1] >= MIN_LONG
+    return few and can_decode(query, values)
+
+
+def masks_of_rows(masks: Masks, queries: int, vectors: int) -> Masks:
+    """With the mask of the scores, (B, Tq R, Tk), where it is (B, Tq, Tk)."""
+    memory_lengths, mask = masks
+    if mask is None or mask.dim() == 2 or vectors == 1:
+        return masks
+    if queries == 1:
+        return Masks(memory_lengths, mask.expand(-1, vectors, -1))
+    return Masks(memory_lengths, mask.repeat_interleave(vectors, 1))
+
+
+def gated_pair_scores(
+    score: GatedAdditiveScore, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(B, Tq R, Tk) in the given dtype, the rows of a query one after the other; undefined beyond the lengths."""
+    v, bias, gate = score[:3]
+    B, Tq, A = query.shape
+    Tk, R = keys.shape[1], v.shape[0]
+    double = query.dtype == torch.float64
+    # A warp with 32 units of a step to a thread, 16 in float64: more leave no registers for the gates beside.
+    block_a = power_of_two(A, 32, 512 if double else 1024)
+    block_k = max(1, (512 if double else 1024) // block_a)
+    several = block_a < A
+    scores = query.new_empty((B, Tq * R, Tk), dtype=accumulator(query.dtype) if several else dtype)
+    if scores.numel() == 0:
+        return scores.to(dtype)
+    if A == 0:
+        return scores.zero_()
+    queries = power_of_two(Tq, 1, 8)
+    launch(
+        gated_scores_kernel,
+        B * triton.cdiv(Tq, queries) * triton.cdiv(Tk, block_k),
+        (scores, query, keys, v, bias, gate, memory_lengths, Tq, Tk, A, R),
+        (*_strides(score, query, keys), lengths_stride(memory_lengths), *_slope(score, query)),
+        dict(
+            ACTIVATION=ACTIVATIONS[score.activation],
+            APPROXIMATE=has_approximate_reciprocal(query),
+            FLOAT64=double,
+            ALIGNED=_aligned(score, query, keys),
+            SEVERAL=several,
+            QUERIES=queries,
+            BLOCK_K=block_k,
+            BLOCK_A=block_a,
+        ),
+        1,
+    )
+    return scores.to(dtype)
+
+
+def gated_pair_scores_backward(
+    dscores: Tensor,
+    score: GatedAdditiveScore,
+    query: Tensor,
+    keys: Tensor,
+    masks: Masks,
+    need_query: bool,
+    need_memory: bool,
+    extra: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dscores (B, Tq R, Tk), made by padded_scores, 0 where not attended -> gradients of query, keys, v, bias and gate.
+
+    Those that are not needed (of keys; of the others) are empty. masks: of queries, not of rows. extra: (B, Tk, A),
+    what is added to the keys.
+    """
+    v, bias, gate = score[:3]
+    memory_lengths, mask = masks
+    B, Tq, A = query.shape
+    Tk, R = keys.shape[1], v.shape[0]
+    dtype, wide = query.dtype, accumulator(query.dtype)
+    double = wide == torch.float64
+    empty = query.new_empty(0)
+    if B * Tq * Tk * A == 0 or not (need_query or need_memory):
+        own = (torch.zeros_like(x) if need_query and x is not None else empty for x in (query, v, bias, gate))
+        dquery, dv, dbias, dgate = own
+        return dquery, torch.zeros_like(keys) if need_memory else empty, dv, dbias, dgate
+    small_m, block_r, block_k, block_a, warps = _backward_tile(query, R)
+    tiles = triton.cdiv(A, block_a)
+    steps_per_split, splits = _backward_splits(B * tiles * warps, Tq + R, Tk, block_k)
+    dquery = dv = dgate = None
+    if need_query:
+        dquery = query.new_empty((splits, B, Tq, A), dtype=wide)
+        dv = query.new_empty((B * splits, R, A), dtype=wide)
+        if Tq > 1:
+            dquery.zero_()
+        if block_r < R:
+            dv.zero_()
+        dgate = None if gate is None else keys.new_empty((B, Tk, A))
+    dkeys = keys.new_empty((B, Tk, A)) if need_memory else None
+    launch(
+        gated_backward_kernel,
+        B * tiles * splits,
+        (dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate, extra, memory_lengths, bytes_of(mask)),
+        (
+            *(B, Tq, Tk, A, R, steps_per_split, dscores.stride(2)),
+            *(*_strides(score, query, keys), *((0, 0, 0) if extra is None else extra.stride())),
+            *(lengths_stride(memory_lengths), *mask_strides(mask), *_slope(score, query)),
+        ),
+        dict(
+            ACTIVATION=ACTIVATIONS[score.activation],
+            APPROXIMATE=has_approximate_reciprocal(query),
+            FLOAT64=double,
+            ALIGNED=_aligned(score, query, keys) and (extra is None or rows_aligned(extra)),
+            ONE_QUERY=Tq == 1,
+            ONE_BLOCK=block_r >= R,
+            SMALL_M=small_m,
+            BLOCK_R=block_r,
+            BLOCK_K=block_k,
+            BLOCK_A=block_a,
+        ),
+        warps,
+    )
+    return (
+        empty if dquery is None else sum_splits(dquery, dtype),
+        empty if dkeys is None else dkeys,
+        empty if dv is None else sum_splits(dv, dtype),
+        empty if dquery is None or bias is None else dquery.view(-1, A).sum(0).to(dtype),
+        empty if dgate is None else dgate,
+    )
+
+
+def _backward_tile(query: Tensor, vectors: int) -> tuple[bool, int, int, int, int]:
+    """SMALL_M, BLOCK_R, BLOCK_K, BLOCK_A, warps of the backward, for query (B, Tq, A)."""
+    A, double = query.shape[2], query.dtype == torch.float64
+    if vectors > MAX_SMALL_R and not double:
+        return False, power_of_two(vectors, 16, MAX_VECTORS), 16, power_of_two(A, 32, 64), 4
+    block_r = power_of_two(vectors, 1, MAX_SMALL_R)
+    block_a = power_of_two(A, 32, 32 * 16 // query.element_size())  # 16 bytes of a step to a thread
+    elements = (128 if double else 512) if block_r == 1 else (64 if double else 256)
+    return True, block_r, max(1, elements // block_a), block_a, 1
+
+
+def _backward_splits(warps: int, rows: int, Tk: int, block_k: int) -> tuple[int, int]:
+    """How the steps are cut for programs of so many warps: steps of a split, a multiple of block_k, and the splits.
+
+    Each has its own sums for so many rows of query and v: a quarter of the keys in all, or more where a GPU would idle.
+    """
+    few = max(Tk // (4 * rows), triton.cdiv(1024, warps))
+    splits = max(1, min(2048 // warps, triton.cdiv(Tk, 32), few))
+    steps_per_split = triton.cdiv(triton.cdiv(Tk, splits), block_k) * block_k
+    return steps_per_split, triton.cdiv(Tk, steps_per_split)
+
+
+def _aligned(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> bool:
+    return rows_aligned(query, keys, *(() if score.gate is None else (score.gate,)))
+
+
+def _strides(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> tuple[int, ...]:
+    """Of query, keys, v, bias and gate."""
+    v, bias, gate = score[:3]
+    of_bias = 0 if bias is None else bias.stride(0)
+    return *query.stride(), *keys.stride(), *v.stride(), of_bias, *((0, 0, 0) if gate is None else gate.stride())
+
+
+def _slope(score: GatedAdditiveScore, query: Tensor) -> tuple[float | None, float | None]:
+    return Activation(ACTIVATIONS[score.activation], score.negative_slope).slope_arguments(query)
