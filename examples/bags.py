@@ -26,6 +26,7 @@ from .glyphs import SIZE, Glyphs
 app = application()
 
 WITNESS = 9
+NOISE = 0.2
 
 
 class Bags(NamedTuple):
@@ -46,6 +47,7 @@ def make_bags(glyphs: Glyphs, count: int, largest: int, seed: int) -> Bags:
     for row, length in zip(digits[1::2], lengths[1::2], strict=True):
         row[torch.randint(int(length), (2,), generator=chance)] = WITNESS
     images = glyphs.draw(digits.flatten(), chance).view(count, largest, SIZE, SIZE)
+    images += NOISE * torch.randn(images.shape, generator=chance)
     return Bags(images, lengths, labels.float(), digits == WITNESS)
 
 
@@ -101,7 +103,7 @@ def evaluate(model: BagClassifier, bags: Bags) -> dict[str, float]:
 def draw(model: BagClassifier, bags: Bags, across: int = 10) -> Figure:
     """The images of a bag, each in the colour of what it counts."""
     logits, alignments = model(bags.images, bags.lengths)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 2.3), layout="constrained")
     for axes, images, length, weights, logit in zip(
         figure.subplots(1, len(logits)), bags.images, bags.lengths, alignments, logits, strict=True
     ):
@@ -111,7 +113,7 @@ def draw(model: BagClassifier, bags: Bags, across: int = 10) -> Figure:
             top, left = (place * (SIZE + 2) for place in divmod(i, across))
             colour = torch.tensor(colormaps["Reds"](float(weights[i]))[:3]).float()
             canvas[top : top + SIZE + 2, left : left + SIZE + 2] = colour
-            ink = 1 - images[i, :, :, None]
+            ink = 1 - images[i, :, :, None].clamp(0, 1)
             canvas[top + 1 : top + SIZE + 1, left + 1 : left + SIZE + 1] = ink * colour
         axes.imshow(canvas)
         axes.set_axis_off()

@@ -161,7 +161,7 @@ def draw(model: DualStage, windows: Windows) -> Figure:
 def main(quick: QuickOption = False, output: OutputOption = FOLDER) -> None:
     """Trains a forecaster with attention over inputs and over time, and compares it with eager attention."""
     common.prepare()
-    drivers, length, size, batch_size, steps = (6, 10, 32, 64, 250) if quick else (12, 10, 32, 64, 800)
+    drivers, length, size, batch_size, steps = (6, 10, 32, 64, 250) if quick else (6, 10, 32, 64, 600)
     series = make_series(4000, drivers, 0)
     last = len(series.target) - length
     cut = last * 4 // 5

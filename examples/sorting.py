@@ -95,6 +95,7 @@ def draw(model: Sorter, numbers: Tensor) -> Figure:
     for axes, row, places, rows in zip(figure.subplots(1, len(numbers)), numbers, order, probabilities, strict=True):
         labels = [f"{number:.2f}"[1:] for number in row]
         common.heat_map(axes, rows, labels, [labels[int(place)] for place in places])
+        axes.tick_params("x", rotation=90)
         axes.set_xlabel("read", fontsize=8)
         axes.set_ylabel("pointed at", fontsize=8)
     return figure
