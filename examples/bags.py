@@ -115,7 +115,7 @@ def draw(model: BagClassifier, bags: Bags, across: int = 10) -> Figure:
             canvas[top : top + SIZE + 2, left : left + SIZE + 2] = colour
             ink = 1 - images[i, :, :, None].clamp(0, 1)
             canvas[top + 1 : top + SIZE + 1, left + 1 : left + SIZE + 1] = ink * colour
-        axes.imshow(canvas)
+        axes.imshow(canvas.numpy())
         axes.set_axis_off()
         axes.set_title(f"p(a nine) = {torch.sigmoid(logit):.2f}, highest weight {weights.max():.2f}", fontsize=9)
     return figure

@@ -165,7 +165,9 @@ def finish(name: str, figure: Figure, learnt: dict[str, float], rows: list[dict[
 
 def heat_map(axes: Axes, alignments: Tensor, columns: Any = None, rows: Any = None, **options: Any) -> Any:
     """alignments: (T, S). columns, rows: their labels, such as the characters of source and target."""
-    image = axes.imshow(alignments.detach(), **{"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto", **options})
+    image = axes.imshow(
+        alignments.detach().numpy(), **{"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto", **options}
+    )
     if columns is not None:
         axes.set_xticks(range(len(columns)), columns, fontsize=8)
     if rows is not None:

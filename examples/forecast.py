@@ -141,11 +141,11 @@ def draw(model: DualStage, windows: Windows) -> Figure:
     forecast, weights, alignments = model(*windows[:2])
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels = figure.subplot_mosaic([["series", "series"], ["inputs", "time"]])
-    panels["series"].plot(windows[2][:120], "k", linewidth=1, label="series")
-    panels["series"].plot(forecast[:120], "r--", linewidth=1, label="forecast, one step ahead")
+    panels["series"].plot(windows[2][:120].numpy(), "k", linewidth=1, label="series")
+    panels["series"].plot(forecast[:120].numpy(), "r--", linewidth=1, label="forecast, one step ahead")
     panels["series"].legend(fontsize=8)
     length = alignments.shape[1]
-    mean = weights.mean((0, 1))
+    mean = weights.mean((0, 1)).tolist()
     panels["inputs"].bar(
         range(len(mean)), mean, color=["#4878a8" if i in LAGS else "#c8c8c8" for i in range(len(mean))]
     )

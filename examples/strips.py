@@ -115,7 +115,7 @@ def draw(model: Reader, batch: Batch) -> Figure:
     panels = figure.subplots(2, len(found), height_ratios=(1, 2))
     for (above, below), image, width, (best, *_) in zip(panels.T, batch.images, batch.widths, found, strict=True):
         width = int(width)
-        above.imshow(image[:, :width], cmap="gray_r", aspect="auto")
+        above.imshow(image[:, :width].numpy(), cmap="gray_r", aspect="auto")
         above.set_axis_off()
         digits = [str(token - 3) for token in best.tokens]
         rows = best.alignments[: len(digits), : width // 2]
