@@ -32,7 +32,7 @@ STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-.PHONY: help setup test test-all test-versions test-peers in-peers bench swap in-swap g2p fuzz cuda-check gpu docs lint format wheel test-wheel clean
+.PHONY: help setup test test-all test-versions test-peers in-peers test-examples bench swap in-swap examples g2p fuzz cuda-check gpu docs lint format wheel test-wheel clean
 
 help:  ## This list
 	@echo 'make TASK, where TASK is one of'
@@ -58,6 +58,9 @@ test-peers:  ## The tests of patch(model) with the libraries themselves, in an e
 in-peers: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/peers $(ARGS)
 
+test-examples: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples  ## The short examples at test size: that they learn; a minute
+	OMP_NUM_THREADS=1 $(RUN) pytest tests/test_examples.py $(ARGS)
+
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
 
@@ -66,6 +69,9 @@ swap:  ## patch(model) on models of other libraries: the same output, time and m
 
 in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
 	$(RUN) bench.models.patched $(ARGS)
+
+examples: $(STAMPS)/package $(STAMPS)/examples  ## The short examples: each trains a model, compares a step, draws a picture
+	$(RUN) examples $(ARGS)
 
 # Freed pages stay with the process: fresh ones can cost more than the arithmetic.
 g2p: export MALLOC_MMAP_MAX_ := 0
@@ -142,7 +148,7 @@ $(STAMPS)/torch: | $(STAMPS)/pip
 	@touch $@
 
 # The dependency groups of pyproject.toml.
-$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/versions $(STAMPS)/wheel $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
+$(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/examples $(STAMPS)/versions $(STAMPS)/wheel $(STAMPS)/docs $(STAMPS)/lint: pyproject.toml | $(STAMPS)/torch
 	$(INSTALL) --quiet --group $(@F)
 	@touch $@
 

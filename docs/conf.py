@@ -25,7 +25,7 @@ copyright = author = "the authors of attn_kernels"
 
 root_doc = "docs/README"
 include_patterns = ["*.md", "docs/**.md", "examples/g2p/README.md"]
-exclude_patterns = [".*", "build", "dist", "node_modules", "g2p-results"]
+exclude_patterns = [".*", "build", "dist", "node_modules", "examples-results", "g2p-results"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 html_theme = "furo"
 html_title = f"attn_kernels {release}"
