@@ -124,9 +124,12 @@ def _far(x: Tensor) -> float:
 def _chunks(stops: Tensor, energy: Tensor, width: int) -> Tensor:
     """(B, K, Tk): stops and energies to alignments, with windows instead of moving sums."""
     steps = stops.shape[-1]
-    width = min(width, steps)
-    if width == 0:
+    if steps == 0:
         return stops
+    if (
+        not torch.compiler.is_exporting()
+    ):  # in a program the number of steps is free, and the padding wider than it has to be
+        width = min(width, steps)
     far = _far(energy)
     behind = F.pad(energy, (width - 1, 0), value=-far).unfold(-1, width, 1)
     normalisers = torch.logsumexp(behind, -1)  # of the chunk that ends at each step
