@@ -272,7 +272,7 @@ def _tune(output: Path | None) -> None:
     triton = backends()["triton"]
     if not triton.available:
         sys.exit(f"attn_kernels tune: {triton.detail}")
-    importlib.import_module("attn_kernels.triton.tuning").tune(torch.device(kind, 0), output)
+    importlib.import_module(".triton.tuning", __package__).tune(torch.device(kind, 0), output)
 
 
 if __name__ == "__main__":
