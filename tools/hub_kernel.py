@@ -1,9 +1,9 @@
 """Makes a kernel repository of the Hugging Face Hub from this checkout: ``python -m tools.hub_kernel FOLDER``.
 
-It is a kernel without architecture (``torch-noarch``): Python and Triton. What a client loads needs no compiler then, and
-is made here: ``build/torch-BACKEND``, with the package and its metadata. ``build.toml``, ``flake.nix`` and ``torch-ext``
-are what kernel-builder builds the same from, for an upload that it signs; it needs nix. The C++ kernels are not in it:
-kernel-builder asks for Python's limited API, which pybind11 goes beyond.
+It is a kernel without architecture (``torch-noarch``): Python and Triton. What a client loads needs no compiler then,
+and is made here: ``build/torch-BACKEND``, with the package and its metadata. ``build.toml``, ``flake.nix`` and
+``torch-ext`` are what kernel-builder builds the same from, for an upload that it signs; it needs nix. The C++ kernels
+are not in it: kernel-builder asks for Python's limited API, which pybind11 goes beyond.
 """
 
 from __future__ import annotations
