@@ -3,25 +3,31 @@
 ``python -m attn_kernels patch-list``: the classes of other libraries that ``patch`` swaps.
 
 ``python -m attn_kernels tune``: the fastest tiles of the Triton kernels on the GPU at hand.
+
+``python -m attn_kernels fuse-report``: what ``fuse`` does to a model of yours, and why it leaves what it leaves.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import patching
 from .backends import backends, build_info, cuda_build_info
+from .patching.report import class_name
 from .version import __version__
 
 # Environment variables that change speed or results, by their beginnings.
@@ -149,18 +155,53 @@ def _without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.])~?/(?:[^\s/:'\"]+/)*", "", text)
 
 
+_FUSE_REPORT = """
+TARGET is MODULE:CALLABLE, or FILE.py:CALLABLE. It is called without arguments and returns a model and the arguments of
+its call:
+
+  def example():
+      return MyModel(), (torch.randn(8, 20, 64), torch.full((8,), 20))   # or a dict, for arguments by name
+
+The model is fused and called in the mode that it is in, often enough that the original and the fused form of each
+module are timed; then the report is printed: what runs fused, what stays as it was, and why. Exit status: 0, whatever
+was found; 1, if the model cannot be made or called; 2, if the command is not understood.
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m attn_kernels", description="Says what this installation runs on.")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    commands = parser.add_subparsers(dest="command", title="commands")
+    parser = argparse.ArgumentParser(
+        "python -m attn_kernels",
+        description="Says what this installation runs on. Without a command it is the command report.",
+        epilog="python -m attn_kernels COMMAND --help says more of a command.",
+    )
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    help = "what this installation runs on: versions, processor, GPUs, backends, settings; for bug reports"
+    reporting = commands.add_parser("report", help=help, description=help[0].upper() + help[1:] + ".")
+    reporting.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="the same as JSON")
     help = "times the Triton kernels' tiles on this machine's GPU and keeps the fastest for later processes"
     tune = commands.add_parser("tune", help=help, description=help[0].upper() + help[1:] + ".")
     tune.add_argument("--output", type=Path, help="the file to write; default: where the kernels look for it")
     help = "the classes of other libraries that attn_kernels.patch(model) swaps"
     listing = commands.add_parser("patch-list", help=help, description=help[0].upper() + help[1:] + ".")
     listing.add_argument("--json", action="store_true", help="the same as JSON")
+    help = "what attn_kernels.fuse(model) does to a model of yours, and why it leaves what it leaves"
+    fusing = commands.add_parser(
+        "fuse-report",
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=_FUSE_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    fusing.add_argument("target", metavar="TARGET", help="what makes the model: MODULE:CALLABLE or FILE.py:CALLABLE")
+    fusing.add_argument("--calls", type=int, default=8, help="of the model; with 1 nothing is timed (default: 8)")
+    fusing.add_argument("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args()
-    if arguments.command == "tune":
+    if arguments.command == "fuse-report":
+        if arguments.calls < 1:
+            fusing.error(f"argument --calls: must be at least 1, got {arguments.calls}")
+        _report_fusing(arguments.target, arguments.calls, arguments.json)
+    elif arguments.command == "tune":
         _tune(arguments.output)
     elif arguments.command == "patch-list":
         _list_patches(arguments.json)
@@ -177,6 +218,53 @@ def _list_patches(as_json: bool) -> None:
         print(patching.table(head, list(rows)))
 
 
+def _report_fusing(target: str, calls: int, as_json: bool) -> None:
+    from .fusing import fuse
+
+    try:
+        model, args, kwargs = _example(target)
+        report = fuse(model)
+        for _ in range(calls):
+            model(*args, **kwargs)
+    except Exception as error:  # of code that is the user's own: where it was raised is for the user to see
+        traceback.print_exc()
+        sys.exit(f"attn_kernels fuse-report: {target}: {type(error).__name__}: {error}")
+    if as_json:
+        rows = {
+            "fused": [{"module": x.name, "class": class_name(x.cls), "what": x.what} for x in report.fused],
+            "skipped": [{"module": x.name, "class": class_name(x.cls), "reason": x.reason} for x in report.skipped],
+            "fallbacks": [
+                {"module": x.name, "class": class_name(x.cls), "reason": x.reason, "calls": x.calls}
+                for x in report.fallbacks
+            ],
+        }
+        print(json.dumps(rows, indent=2))
+    else:
+        print(report)
+
+
+def _example(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model that ``target`` makes, and the arguments of its call."""
+    place, separator, name = target.rpartition(":")
+    if not (separator and place and name):
+        raise ValueError("TARGET must be MODULE:CALLABLE or FILE.py:CALLABLE")
+    if place.endswith(".py"):
+        specification = importlib.util.spec_from_file_location(Path(place).stem, place)
+        module = importlib.util.module_from_spec(specification)
+        sys.path.insert(0, str(Path(place).resolve().parent))  # as Python does for a script
+        sys.modules[specification.name] = module
+        specification.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    made = getattr(module, name)()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise TypeError(f"{name}() must return a model and the arguments of its call, got {type(made).__name__}")
+    model, given = made
+    if isinstance(given, dict):
+        return model, (), given
+    return model, given if isinstance(given, tuple) else (given,), {}
+
+
 def _tune(output: Path | None) -> None:
     kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
     if kind is None:
@@ -184,7 +272,7 @@ def _tune(output: Path | None) -> None:
     triton = backends()["triton"]
     if not triton.available:
         sys.exit(f"attn_kernels tune: {triton.detail}")
-    importlib.import_module("attn_kernels.triton.tuning").tune(torch.device(kind, 0), output)
+    importlib.import_module(".triton.tuning", __package__).tune(torch.device(kind, 0), output)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def _refusal(name: str, device_type: str) -> str | None:
 def _load_compiled(name: str, missing: str) -> tuple[ModuleType | None, str]:
     """A compiled module of this package, or why there is none; ``missing``: what to say where it was not built."""
     try:
-        return importlib.import_module(f"attn_kernels.{name}"), ""
+        return importlib.import_module(f".{name}", __package__), ""
     except ModuleNotFoundError as error:
-        if error.name != f"attn_kernels.{name}":
+        if error.name != f"{__package__}.{name}":
             return None, f"the compiled module failed to load: {error}"
         return None, f"the compiled module attn_kernels.{name} was not built: {missing}"
     except ImportError as error:
@@ -149,7 +149,7 @@ def _triton_devices() -> tuple[str, ...]:
 def _load_triton() -> str | None:
     """Imports the Triton kernels, which registers them; the reason where that fails."""
     try:
-        importlib.import_module("attn_kernels.triton")
+        importlib.import_module(".triton", __package__)
     except ImportError as error:
         return f"triton cannot be imported ({error}): pip install 'attn_kernels[triton]'"
     if os.environ.get("TRITON_INTERPRET") == "1":

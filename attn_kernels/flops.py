@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .ops import NAMESPACE
+
 _COUNTER = "torch.utils.flop_counter"
 Shape = tuple[int, ...]
 
@@ -26,7 +28,7 @@ def register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in _FORMULAS.items():
-        register_flop_formula(getattr(torch.ops.attn_kernels, name))(formula)  # type: ignore[arg-type]
+        register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(formula)  # type: ignore[arg-type]
 
 
 def register_with_counter() -> None:

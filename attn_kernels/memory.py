@@ -128,7 +128,7 @@ class Memory:
         )
 
 
-torch.export.register_dataclass(Memory, serialized_type_name="attn_kernels.Memory")
+torch.export.register_dataclass(Memory, serialized_type_name=f"{__package__}.Memory")
 
 
 class PreparedMemory(Memory):

@@ -26,12 +26,15 @@ from . import derivatives
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
-library: torch.library.Library = torch.library.Library("attn_kernels", "DEF")
+# Of the package by whatever name it was imported: a kernel of the Hugging Face Hub has one of its own, so that several
+# versions are in a process. That of the C++ modules, which such a kernel does not have, is "attn_kernels".
+NAMESPACE = __name__.partition(".")[0]
+library: torch.library.Library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
     """The overload of ``op`` that runs on ``backend``: what ``call`` calls."""
-    overload: Callable[..., Any] = getattr(getattr(torch.ops.attn_kernels, op), backend)
+    overload: Callable[..., Any] = getattr(getattr(getattr(torch.ops, NAMESPACE), op), backend)
     return overload
 
 
@@ -39,7 +42,7 @@ def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"attn_kernels::{name}", _seen_by_inductor(op, fake), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _seen_by_inductor(op, fake), lib=library)
         _register_autograd(op, backend)
         if not op.endswith("_backward"):
             # For torch.onnx.export, whose table of decompositions has all that are registered. Others choose theirs:
@@ -58,7 +61,7 @@ def _seen_by_inductor(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def traced(*args: Any, **named: Any) -> Any:
         lowering = sys.modules.get("torch._inductor.lowering")
         if (called := getattr(lowering, "FALLBACK_ALLOW_LIST", None)) is not None:
-            called.add(f"attn_kernels::{op}")
+            called.add(f"{NAMESPACE}::{op}")
         return fake(*args, **named)
 
     return traced
@@ -366,7 +369,7 @@ for _name, _schema in (
     ),
 ):
     library.define(f"{_name}.cpu{_schema} -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"attn_kernels::{_name}.cpu", lambda *_: None, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}.cpu", lambda *_: None, lib=library)
 
 # decoder_search -------------------------------------------------------------------------------------------------------
 

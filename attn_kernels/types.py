@@ -57,8 +57,8 @@ NORMALIZERS = ("softmax", "sigmoid")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of all arguments but lengths and masks
 
-_pytree._register_namedtuple(AttentionWithLogTotal, serialized_type_name="attn_kernels.AttentionWithLogTotal")
-_pytree._register_namedtuple(Attention, serialized_type_name="attn_kernels.Attention")  # for torch.export.save
+_pytree._register_namedtuple(AttentionWithLogTotal, serialized_type_name=f"{__package__}.AttentionWithLogTotal")
+_pytree._register_namedtuple(Attention, serialized_type_name=f"{__package__}.Attention")  # for torch.export.save
 
 
 def attention_mask(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:

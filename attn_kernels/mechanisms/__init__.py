@@ -32,7 +32,7 @@ for _of_a_program in (
     StatefulResult,
 ):
     _pytree._register_namedtuple(  # for torch.export.save
-        _of_a_program, serialized_type_name=f"attn_kernels.{_of_a_program.__name__}"
+        _of_a_program, serialized_type_name=f"{__package__.partition('.')[0]}.{_of_a_program.__name__}"
     )
 
 __all__ = [

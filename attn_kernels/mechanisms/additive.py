@@ -66,7 +66,8 @@ class StatefulAdditiveAttention(StatefulAttention):
         if extra is not None:  # each hypothesis has keys of its own, and is a row of the batch
             keys = (keys.unsqueeze(1) + extra).flatten(0, 1)
             query = query.reshape(-1, 1, query.shape[2])
-            lengths = None if lengths is None else lengths.repeat_interleave(hypotheses, 0)
+            if lengths is not None:  # torch.onnx has a wrong repeat_interleave of one axis
+                lengths = lengths[:, None].expand(-1, hypotheses).flatten()
             if mask is not None:
                 mask = mask.flatten(0, 1) if mask.dim() == 3 else mask.repeat_interleave(hypotheses, 0)
         options: dict[str, Any] = {"memory_lengths": lengths, "mask": mask, "backend": self.backend}

@@ -124,15 +124,24 @@ def _far(x: Tensor) -> float:
 def _chunks(stops: Tensor, energy: Tensor, width: int) -> Tensor:
     """(B, K, Tk): stops and energies to alignments, with windows instead of moving sums."""
     steps = stops.shape[-1]
-    width = min(width, steps)
-    if width == 0:
+    if steps == 0:
         return stops
+    if not torch.compiler.is_exporting():  # the number of steps of a program is free
+        width = min(width, steps)
     far = _far(energy)
-    behind = F.pad(energy, (width - 1, 0), value=-far).unfold(-1, width, 1)
-    normalisers = torch.logsumexp(behind, -1)  # of the chunk that ends at each step
-    ends = F.pad(stops, (0, width - 1)).unfold(-1, width, 1)
-    normalisers = F.pad(normalisers, (0, width - 1), value=far).unfold(-1, width, 1)
+    behind = F.pad(energy, (width - 1, 0), value=-far)
+    normalisers = torch.logsumexp(_windows(behind, width), -1)  # of the chunk that ends at each step
+    ends = _windows(F.pad(stops, (0, width - 1)), width)
+    normalisers = _windows(F.pad(normalisers, (0, width - 1), value=far), width)
     return (ends * torch.exp(energy[..., None] - normalisers)).sum(-1)
+
+
+def _windows(x: Tensor, width: int) -> Tensor:
+    """(..., n) to the windows of that width, (..., n - width + 1, width)."""
+    if not torch.compiler.is_exporting():
+        return x.unfold(-1, width, 1)
+    count = x.shape[-1] - width + 1  # torch.export would ask for n >= 2 width - 1
+    return torch.stack([x.narrow(-1, first, count) for first in range(width)], -1)
 
 
 def _look_back(stops: Tensor, energy: Tensor) -> Tensor:

@@ -194,6 +194,8 @@ def recurrence(factors: Tensor, x: Tensor) -> Tensor:
     By doubling, in log2 Tk passes: sums over one step, two, four, with the products of factors between. Nothing is
     divided, so that factors may be 0, and no term is lost.
     """
+    if torch.compiler.is_exporting():  # the number of passes would be that of the steps at hand
+        return _recurrence_by_steps(factors, x)
     factors = torch.cat([torch.zeros_like(factors[..., :1]), factors[..., 1:]], -1)
     shift, steps = 1, x.shape[-1]
     while shift < steps:
@@ -201,6 +203,22 @@ def recurrence(factors: Tensor, x: Tensor) -> Tensor:
         factors = factors * nn.functional.pad(factors[..., :-shift], (shift, 0))
         shift *= 2
     return x
+
+
+def _recurrence_by_steps(factors: Tensor, x: Tensor) -> Tensor:
+    from torch._higher_order_ops.scan import scan  # here: it imports half of torch.compile
+
+    batch, hypotheses = x.shape[:-1]
+
+    def step(before: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        factor, added = given
+        # The sizes by name: Inductor finds those of the results among what a step refers to.
+        after = (added + factor * before).view(batch, hypotheses)
+        return after, after.clone()
+
+    inputs = (factors.movedim(-1, 0), x.movedim(-1, 0))
+    results: Tensor = scan(step, torch.zeros_like(x[..., 0]), inputs, dim=0)[1]
+    return results.movedim(0, -1)
 
 
 def shifted(x: Tensor, fill: float = 0.0) -> Tensor:

@@ -165,7 +165,7 @@ def _skip_reason(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         looks = _LOOKS_LIKE_ATTENTION.search(module.original_name)
         return "it is a script: patch the model before torch.jit.script is called" if looks else None
-    if cls.__module__.startswith("attn_kernels."):
+    if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return None
     if namesake_has_adapter(cls):
         return "an adapter was given for another class of this name, defined at another time or place"

@@ -150,7 +150,8 @@ class TokenEncoder(nn.Module):
         (num_layers, B, 2 * hidden_size) for a GRU, two (hidden, cell) for an LSTM; zeros for a sentence of length 0.
         """
         embedded = self.dropout(self.embedding(source))
-        outputs, final = run_recurrent(self.rnn, embedded, source_lengths.to("cpu", torch.int64))
+        lengths = source_lengths if torch.compiler.is_exporting() else source_lengths.to("cpu", torch.int64)
+        outputs, final = run_recurrent(self.rnn, embedded, lengths)
         if self.sum_directions:
             outputs = outputs[..., : self.hidden_size] + outputs[..., self.hidden_size :]
         states = tuple(self._join_directions(state) for state in (final if isinstance(final, tuple) else (final,)))

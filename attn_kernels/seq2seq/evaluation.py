@@ -15,8 +15,9 @@ from .sharded import is_sharded, without_sharding
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def in_evaluation(model: Module) -> Module:
+def in_evaluation(model: Module, always: bool = False) -> Module:
     """The model itself where none of its modules is in training mode; otherwise a copy of it that is in evaluation.
+    always: a copy in any case, for a caller who sets attributes of it.
 
     Of a model that is sharded by ``fully_shard``, a copy that is not, for as long as the parameters are gathered.
 
@@ -24,7 +25,7 @@ def in_evaluation(model: Module) -> Module:
     So no thread that trains the model meanwhile loses its dropout. What a module notes in attributes of its own during
     a call is noted in the copy. TorchScript modules cannot be copied so, and keep the mode that they are in.
     """
-    if not any(module.training or is_sharded(module) for module in model.modules()):
+    if not (always or any(module.training or is_sharded(module) for module in model.modules())):
         return model
     copy: Module = _copy(model, {})
     return copy

@@ -10,12 +10,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..stock import is_plain, is_stock, runs_eagerly
 from .fused.ragged import find_rows, run_layer
+from .scanned import run_scanned
 
 States = Tensor | tuple[Tensor, Tensor]
 
 
 def checked_lengths(name: str, argument: str, lengths: object, batch: int, steps: int) -> Tensor:
-    """(B,) int64 on the CPU: packing needs them there; a caller who has them there saves a wait.
+    """(B,) int64 on the CPU: packing needs them there; a caller who has them there saves a wait. Under torch.export
+    they stay where they are, and their values are not known.
 
     Raises ValueError or TypeError where they are not (B,) int32 or int64 numbers in 0..S.
     """
@@ -25,6 +27,8 @@ def checked_lengths(name: str, argument: str, lengths: object, batch: int, steps
     if lengths.shape != (batch,):
         expected = f"(B,) = ({batch},)"
         raise ArgumentValueError(f"{name}: {argument} must have shape {expected}, got {tuple(lengths.shape)}")
+    if torch.compiler.is_exporting():  # of what a program is called with, its caller checks the lengths
+        return lengths.to(torch.int64)
     on_host = lengths.to("cpu", torch.int64)
     if batch > 0:
         shortest, longest = (int(limit) for limit in on_host.aminmax())
@@ -41,6 +45,9 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
 
     Returns outputs, (B, S, \*) or (S, B, \*), and the last states.
     """
+    if torch.compiler.is_exporting() and isinstance(rnn, nn.LSTM | nn.GRU) and rnn.proj_size == 0:
+        outputs, found = run_scanned(rnn, x, lengths, (states,) if isinstance(states, Tensor) else (states or ()))
+        return outputs, found[0] if isinstance(rnn, nn.GRU) else (found[0], found[1])
     axis = 1 if getattr(rnn, "batch_first", True) else 0
     if x.shape[axis] == 0:  # RNNs refuse a sequence of length 0: compute on one step, and drop it
         padded = functional.pad(x, (0, 0, 0, 1) if axis == 1 else (0, 0, 0, 0, 0, 1))

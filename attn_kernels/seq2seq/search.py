@@ -103,8 +103,11 @@ def _number(argument: str, number: Any, above_zero: bool = False) -> float:
     return float(number)
 
 
-def search(decoder: Decoder, memory: Memory, state: DecoderState, options: SearchOptions) -> list[list[Hypothesis]]:
-    """The hypotheses of each sentence. memory, state: what decoding starts from. options: as ``checked``."""
+def search(decoder: Any, memory: Memory, state: Any, options: SearchOptions) -> list[list[Hypothesis]]:
+    """The hypotheses of each sentence. memory, state: what decoding starts from. options: as ``checked``.
+
+    decoder: a ``Decoder``, or what has a ``step`` as that; a state has ``select`` and ``reorder``.
+    """
     if options.sample:
         return draw_samples(decoder, memory, state, options)
     found = search_in_one_call(decoder, memory, state, options)

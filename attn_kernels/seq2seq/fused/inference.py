@@ -45,12 +45,12 @@ def fast_decoder(
     On the CPU, in float32 or float64, where all modules are stock and in evaluation mode, it is a ``FastDecoder``;
     parameters must not change while that is used. Otherwise it is the decoder, or calls it.
     """
+    if not isinstance(decoder, Decoder):
+        return decoder, memory
     if can_fuse_steps(decoder, state, memory):
         memory = _prepare(decoder, memory)
         made = FastDecoder(decoder, memory, hypotheses, steps)
         return made, made.memory
-    if not isinstance(decoder, Decoder):
-        return decoder, memory
     if not decoder._is_original("forward"):
         if all(map(decoder._is_original, ("step", "_step", "_attend"))):
             message = "the decoder has a forward of its own, which a search does not call: give it a step of its own"
