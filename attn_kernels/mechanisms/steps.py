@@ -217,8 +217,8 @@ def _recurrence_by_steps(factors: Tensor, x: Tensor) -> Tensor:
         return after, after.clone()
 
     inputs = (factors.movedim(-1, 0), x.movedim(-1, 0))
-    results: Tensor = scan(step, torch.zeros_like(x[..., 0]), inputs, dim=0)[1]
-    return results.movedim(0, -1)
+    found: Tensor = scan(step, torch.zeros_like(x[..., 0]), inputs, dim=0)[1]
+    return found.movedim(0, -1)
 
 
 def shifted(x: Tensor, fill: float = 0.0) -> Tensor:

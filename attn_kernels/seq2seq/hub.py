@@ -9,19 +9,33 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ArgumentValueError
 from .model import Seq2Seq
 
-try:
-    import safetensors.torch  # noqa: F401  # the mixin would miss it only when it saves
-    from huggingface_hub import PyTorchModelHubMixin
-except ImportError as missing:
-    message = f"attn_kernels.seq2seq.hub needs the package {missing.name}: pip install 'attn_kernels[hub]'"
-    raise ImportError(message) from missing
+if TYPE_CHECKING:  # what is used of the mixin, also where the package is missing
+
+    class PyTorchModelHubMixin:
+        _hub_mixin_config: Any
+
+        def __init_subclass__(cls, *, library_name: str = "", tags: list[str] | None = None) -> None: ...
+        def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None: ...
+        def push_to_hub(self, repo_id: str, **options: Any) -> str: ...
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PretrainedSeq2Seq: ...
+        @classmethod
+        def _from_pretrained(cls, **options: Any) -> PretrainedSeq2Seq: ...
+
+else:
+    try:
+        import safetensors.torch  # noqa: F401  # the mixin would miss it only when it saves
+        from huggingface_hub import PyTorchModelHubMixin
+    except ImportError as _missing:
+        _message = f"attn_kernels.seq2seq.hub needs the package {_missing.name}: pip install 'attn_kernels[hub]'"
+        raise ImportError(_message) from _missing
 
 __all__ = ["PretrainedSeq2Seq"]
 
@@ -60,8 +74,7 @@ class PretrainedSeq2Seq(Seq2Seq, PyTorchModelHubMixin, library_name="attn_kernel
         folder.mkdir(parents=True, exist_ok=True)
         given = config
         if config is None:
-            known: Any = self._hub_mixin_config
-            given = {name: value for name, value in known.items() if name not in _OF_A_MACHINE}
+            given = {name: value for name, value in self._hub_mixin_config.items() if name not in _OF_A_MACHINE}
             given["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
             super().save_pretrained(unfinished, config=given, model_card_kwargs=model_card_kwargs)
@@ -71,8 +84,7 @@ class PretrainedSeq2Seq(Seq2Seq, PyTorchModelHubMixin, library_name="attn_kernel
         if not push_to_hub:
             return None
         named = {"config": given, "model_card_kwargs": model_card_kwargs, **push_to_hub_kwargs}
-        url: str = self.push_to_hub(repo_id=repo_id or folder.name, **named)
-        return url
+        return self.push_to_hub(repo_id=repo_id or folder.name, **named)
 
     @classmethod
     def _from_pretrained(
@@ -86,5 +98,4 @@ class PretrainedSeq2Seq(Seq2Seq, PyTorchModelHubMixin, library_name="attn_kernel
                     f"PretrainedSeq2Seq: dtype must be the name of a dtype of torch, got {dtype!r}"
                 )
             dtype = found
-        model: PretrainedSeq2Seq = super()._from_pretrained(strict=strict, dtype=dtype, **options)
-        return model
+        return super()._from_pretrained(strict=strict, dtype=dtype, **options)

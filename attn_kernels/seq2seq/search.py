@@ -110,7 +110,7 @@ def search(decoder: Any, memory: Memory, state: Any, options: SearchOptions) -> 
     """
     if options.sample:
         return draw_samples(decoder, memory, state, options)
-    found = search_in_one_call(decoder, memory, state, options)
+    found = search_in_one_call(decoder, memory, state, options) if isinstance(decoder, Decoder) else None
     if found is not None:
         return _hypotheses(memory, found.tokens, found.alignments, found.scores, found.lengths)
     if options.beam_size == 1 and options.length_penalty == 0 and options.coverage_penalty == 0:
