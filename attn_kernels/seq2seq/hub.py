@@ -19,9 +19,9 @@ from .model import Seq2Seq
 try:
     import safetensors.torch  # noqa: F401  # the mixin would miss it only when it saves
     from huggingface_hub import PyTorchModelHubMixin
-except ImportError as missing:
-    message = f"attn_kernels.seq2seq.hub needs the package {missing.name}: pip install 'attn_kernels[hub]'"
-    raise ImportError(message) from missing
+except ImportError as _missing:
+    _message = f"attn_kernels.seq2seq.hub needs the package {_missing.name}: pip install 'attn_kernels[hub]'"
+    raise ImportError(_message) from _missing
 
 __all__ = ["PretrainedSeq2Seq"]
 
