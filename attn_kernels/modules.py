@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,9 @@ class AttentionModule(nn.Module):
         self._check(query, memory)
         return attend(self.make_score(memory), self.make_query(query), memory, need_weights, self.backend)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def make_score(self, memory: Memory) -> Score:
         """The score of this mechanism on a memory, with its parameters."""
         raise NotImplementedError
@@ -104,10 +107,8 @@ class AttentionModule(nn.Module):
         """
         check_tensor(f"{self._name}.memory", "memory", memory)
         if memory.dim() != 3 or memory.shape[2] != self.memory_size:
-            expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
-            raise ArgumentValueError(
-                f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}"
-            )
+            expected, got = f"(B, Tk, memory_size) = (*, *, {self.memory_size})", tuple(memory.shape)
+            raise ArgumentValueError(f"{self._name}.memory: memory must have shape {expected}, got {got}")
         values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
         allowed = attention_mask(values, memory_lengths, mask)
         if allowed is not None:
@@ -283,10 +284,9 @@ class LuongAttention(AttentionModule):
         return _DOT if self.v is None else AdditiveScore(self.score_vector(), None, memory.prepared)
 
     def make_query(self, state: Tensor) -> Tensor:
-        if self.v is None:
-            return state if self.g is None else self.g * state
-        query: Tensor = self.query_projection(state)
-        return query
+        if self.v is not None:
+            return super().make_query(state)
+        return state if self.g is None else self.g * state
 
     def query_factor(self) -> Tensor | None:
         return self.g if self.v is None else None  # "concat" has it in its score vector

@@ -56,7 +56,7 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.write_text(f"before\n<!-- begin: another -->\n| 1 |\n{wheel.END}\n{wheel.BEGIN}\n{wheel.END}\nafter\n")
     monkeypatch.setattr(wheel, "TABLE", table)
 
-    def write(torch: str, passed: int, commit: str) -> None:
+    def write(torch: str, passed: int, date: str) -> None:
         result: dict[str, Any] = {
             "python": "CPython 3.12.1",
             "torch": torch,
@@ -65,14 +65,14 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         }
         result["tests"] = {"passed": passed, "failed": [], "skipped": 2}
         file = Path("attn_kernels-1.0-cp312-cp312-linux_x86_64.whl")
-        wheel.write(wheel.row(result, file, commit))
+        wheel.write(wheel.row(result, file, date))
 
-    write("2.11.0", 1, "aaa")
-    write("2.10.0", 3, "bbb")
-    write("2.11.0", 5, "ccc")
+    write("2.11.0", 1, "2026-01-01")
+    write("2.10.0", 3, "2026-01-02")
+    write("2.11.0", 5, "2026-01-03")
     lines = table.read_text().splitlines()
     assert lines[:4] == ["before", "<!-- begin: another -->", "| 1 |", wheel.END] and lines[-2:] == [wheel.END, "after"]
     assert lines[7:-2] == [
-        "| 3.12.1 | 2.10.0 | 2.3.5 | avx2 | 3 / 0 / 2 | `cp312-cp312-linux_x86_64` | bbb |",
-        "| 3.12.1 | 2.11.0 | 2.3.5 | avx2 | 5 / 0 / 2 | `cp312-cp312-linux_x86_64` | ccc |",
+        "| 3.12.1 | 2.10.0 | 2.3.5 | avx2 | 3 / 0 / 2 | `cp312-cp312-linux_x86_64` | 2026-01-02 |",
+        "| 3.12.1 | 2.11.0 | 2.3.5 | avx2 | 5 / 0 / 2 | `cp312-cp312-linux_x86_64` | 2026-01-03 |",
     ]

@@ -42,12 +42,14 @@ def modules(outputs: Tensor, states: Tensor) -> Tensor:
     assert_type(memory, Memory)
     assert_type(memory.keys, Tensor)
     assert_type(attention.forward(states, memory), Attention)
+    assert_type(attention(states, memory, need_weights=False), Attention)  # nn.Module alone says Any
     LuongAttention(4, 8, score="general", device="cpu").reset_parameters()
     MonotonicAttention(4, 8, 16).extra_repr()
-    assert_type(AttentionPooling(8, 16).forward(outputs).context, Tensor)
+    assert_type(AttentionPooling(8, 16)(outputs).context, Tensor)
     location = LocationSensitiveAttention(4, 8, 16)
     state = location.initial_state(memory)
-    context, alignments, state = location.forward(states, memory, state)
+    context, alignments, state = location(states, memory, state)
+    assert_type(context, Tensor)
     reorder_state(AlignmentsState(alignments), torch.zeros(1, 1, dtype=torch.int64))
     assert_type(coverage_loss(alignments), Tensor)
     return context
@@ -60,7 +62,7 @@ def models(model: nn.Module, tokens: Tensor, lengths: Tensor) -> list[int]:
     with attn_kernels.patched(model), attn_kernels.fused(model):
         pass
     translator = Seq2Seq(10, 10, attention="luong-dot", input_feeding=False)
-    logits, _ = translator.forward(tokens, lengths, tokens)
+    logits, _ = translator(tokens, lengths, tokens)
     assert_type(logits, Tensor)
     hypotheses = translator.generate(tokens, lengths, beam_size=2)
     assert_type(hypotheses, list[list[Hypothesis]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,9 @@ class DenseGATv2(nn.Module):
             return features
         alignments = torch.stack([result.alignments for result in results], dim=1)
         return features, alignments if batched else alignments[0]
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         heads: tuple[Tensor, ...] = x.unflatten(-1, (self.heads, self.out_size)).unbind(-2)

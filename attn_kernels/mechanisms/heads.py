@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,12 @@ class MultiHeadAttention(AttentionModule):
             return Attention(context, None)
         alignments = torch.stack([result.alignments for result in results], dim=1)
         return Attention(context, alignments.mean(1) if average else alignments)
+
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self, query: Tensor, memory: HeadsMemory, need_weights: bool = True, average: bool = False
+        ) -> Attention: ...
 
     def _score(self, head: int) -> Score:
         return DotScore(self.scale) if self.v is None else AdditiveScore(self.scale * self.v[head])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,9 @@ class NormalizedAttention(nn.Module):
         scores = pair_scores(score, made, memory.keys, backend)
         alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
         return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         name = self.normalizer if isinstance(self.normalizer, str) else getattr(self.normalizer, "__name__", "function")

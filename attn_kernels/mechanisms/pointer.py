@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -123,6 +125,10 @@ class PointerAttention(AttentionModule):
             return torch.log_softmax(wide, dim=-1).to(scores.dtype)
         result = torch.log_softmax(mask_scores(wide, allowed), dim=-1)
         return result.masked_fill(~allowed, float("-inf")).to(scores.dtype)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, query: Tensor, memory: Memory) -> Tensor: ...  # type: ignore[override]
 
     def _glimpse(self, query: Tensor, memory: Memory) -> Tensor:
         return additive_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,9 @@ class AttentionPooling(nn.Module):
             # The function skips padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             memory = memory.masked_fill(~allowed[..., None], 0.0)
         return self._pool(memory, allowed, need_weights)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _pool(self, memory: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
         """memory: (B, Tk, D), finite in padding; allowed: (B, Tk)."""

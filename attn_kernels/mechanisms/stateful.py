@@ -12,7 +12,7 @@ Nothing is kept in the module, so that a batch may be re-ordered, a search may b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,12 @@ class StatefulAttention(AttentionModule):
             return self._step(query, memory, state)
         context, alignments, state = self._step(query.unsqueeze(1), memory, state)
         return StatefulResult(context.squeeze(1), alignments.squeeze(1), state)
+
+    if TYPE_CHECKING:
+
+        def __call__(  # type: ignore[override]
+            self, query: Tensor, memory: Memory, state: Any
+        ) -> StatefulResult: ...
 
     def sequence(self, queries: Tensor, memory: Memory, state: Any = None) -> StatefulResult:
         """The steps of a whole sequence, one after the other.

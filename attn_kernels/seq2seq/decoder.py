@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,9 @@ class Decoder(nn.Module):
             attentional, alignments = self._join(advance, embedded, state, memory)
         return self.output(attentional), alignments
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def step(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
         """One step of K hypotheses per sentence.
 
@@ -194,7 +197,8 @@ class Decoder(nn.Module):
         With an attention that has a state it is called with that and one query for each hypothesis, and also returns
         the next state.
         """
-        context, alignments, *after = self.attention(states, memory, *before)
+        attend: Any = self.attention  # of either kind
+        context, alignments, *after = attend(states, memory, *before)
         attentional = torch.tanh(self.attentional(torch.cat([context, states], dim=-1)))
         return self.dropout(attentional), alignments, *after
 

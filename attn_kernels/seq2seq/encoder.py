@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,9 @@ class Encoder(nn.Module):
         lengths = checked_lengths("Encoder", "lengths", lengths, batch, steps)
         return run_recurrent(self.rnn, inputs, lengths, states)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 def _add_prefix(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Names of a state_dict of an ``nn.LSTM`` become those of an encoder."""
@@ -156,6 +159,9 @@ class TokenEncoder(nn.Module):
             outputs = outputs[..., : self.hidden_size] + outputs[..., self.hidden_size :]
         states = tuple(self._join_directions(state) for state in (final if isinstance(final, tuple) else (final,)))
         return outputs, states
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _join_directions(self, state: Tensor) -> Tensor:
         """(num_layers * 2, B, hidden_size) -> (num_layers, B, 2 * hidden_size)"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,9 @@ class Seq2Seq(nn.Module):
         tokens = torch.cat([target.new_full((batch, 1), self.bos), target[:, :-1]], dim=1)
         result: tuple[Tensor, Tensor] = self.decoder(tokens, state, memory)
         return result
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, DecoderState]:
         """What decoding starts from: the memory, projected once, and the first state. Arguments as of ``forward``."""
