@@ -48,6 +48,7 @@ def decode_sequence(
         score=attention.make_score(memory),
         query=Query(None if projection is None else projection.weight, factor, attention.query_eps()),
         attentional_weight=decoder.attentional.weight,
+        filters=None if state.attention is None else attention.alignment_filters(state.attention),
         backend=choose(attention.backend, embedded.device.type),
     )
     tensors, structure = flatten(inputs)

@@ -57,7 +57,7 @@ def fast_decoder(
             warnings.warn(f"Seq2Seq.generate: {message}", stacklevel=5)
     elif has_global_hooks() or decoder._forward_hooks or decoder._forward_pre_hooks:
         return _CalledSteps(decoder), memory
-    return decoder, _prepare(decoder, memory)
+    return decoder, memory if state.attention is not None else _prepare(decoder, memory)
 
 
 def _prepare(decoder: Decoder, memory: Memory) -> Memory:

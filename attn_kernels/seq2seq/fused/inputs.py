@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
 from ...scores import Score
 
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
     score: Score
     query: Query
     attentional_weight: Tensor  # (H, M + H)
+    filters: AlignmentFilters | None  # of an attention with a state; its state before the first step
     backend: str  # of the attention
 
 
@@ -57,7 +59,8 @@ def step_axes(inputs: Inputs) -> list[Axes]:
     """For each tensor that ``flatten`` finds in the inputs, its axes that are steps."""
     memory: list[Axes] = [{-2: "S"}, {-2: "S"}, {}, {-1: "S"}]
     axes: list[Axes] = [{-2: "T"}, *memory, *({-3: "T"} for _ in inputs.dropout)]
-    return axes + [{}] * (len(flatten(inputs)[0]) - len(axes))
+    state: list[Axes] = [] if inputs.filters is None else [{-1: "S"}, {-1: "S"}]
+    return axes + [{}] * (len(flatten(inputs)[0]) - len(axes) - len(state)) + state
 
 
 def flatten(tree: Any) -> tuple[list[Tensor | None], Any]:

@@ -1,0 +1,131 @@
+"""The attention of all steps of a sequence where a step adds to the keys what filters make of the steps before.
+
+Location-sensitive attention and coverage. A step has keys of its own, so that its backward makes their gradient, which
+that of the filters is made of; the sum of all is the gradient of the memory's keys. What was added is not kept but made
+again, so that a sequence takes memory for alignments and not for keys of each step. The gradients of the values are
+those of one product. Sizes as in ``attention.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attending import ADD_BEFOREHAND
+from ...mechanisms.alignments import wide
+from ...mechanisms.location_features import AlignmentFilters, filter_alignments, filter_gradients
+from ...memory import Memory
+from ...scores import AdditiveExtraScore, AdditiveScore
+from .attention import AttentionBackward, AttentionForward, SavedAttention, call, op_arguments
+from .inputs import Inputs
+
+
+class _Filters:
+    """What the filters add to the keys in each step, and the op of that.
+
+    padded: (T, B, inputs, S + taps - 1), what they read in each step.
+    """
+
+    def __init__(self, inputs: Inputs, filters: AlignmentFilters, padded: Tensor) -> None:
+        assert isinstance(inputs.score, AdditiveScore)
+        self.score, self.memory, self.padded = inputs.score, inputs.memory, padded
+        self.weight, self.taps = filters.weight.flatten(1), filters.weight.shape[2]
+        self.adds_beforehand = inputs.backend in ADD_BEFOREHAND
+        self.op = self.score.op if self.adds_beforehand else AdditiveExtraScore.op
+
+    def arguments(self, t: int) -> tuple[Any, ...]:
+        """Of the op in step t, after the query, but for the last one."""
+        extra = filter_alignments(self.padded[t], self.weight, self.taps)
+        if not self.adds_beforehand:
+            return op_arguments(self.score.with_extra(extra), self.memory)
+        _, *others = op_arguments(self.score, self.memory)
+        return self.memory.keys + extra, *others
+
+    def inside(self, padded: Tensor) -> Tensor:
+        """(*, inputs, S): without what stands before the first and behind the last step. padded: as of any step."""
+        return padded.narrow(-1, self.taps // 2, self.memory.keys.shape[1])
+
+
+class FilteredForward(AttentionForward):
+    """The attention of each step in turn."""
+
+    def __init__(self, inputs: Inputs, filters: AlignmentFilters) -> None:
+        super().__init__(inputs)
+        steps, batch, _ = self.saved.queries.shape
+        source, (_, count, taps) = self.saved.alignments.shape[2], filters.weight.shape
+        padded = filters.weight.new_zeros(steps, batch, count, source + taps - 1)
+        self.saved = self.saved._replace(padded=padded)
+        self.filters = _Filters(inputs, filters, padded)
+        self.inside = self.filters.inside(padded)
+        self.total = None if filters.total is None else filters.total.clone()
+        for n, x in enumerate(x for x in filters[1:] if x is not None):
+            self.inside[0, :, n] = x
+        self.reads_previous = filters.previous is not None
+
+    def _attend(self, t: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        context, alignments = call(self.filters.op, self.backend, query, *self.filters.arguments(t), True)
+        if t + 1 < self.inside.shape[0]:
+            after = alignments.squeeze(1)
+            if self.reads_previous:
+                self.inside[t + 1, :, 0] = after
+            if self.total is not None:
+                self.total += after
+                self.inside[t + 1, :, -1] = self.total
+        return context, alignments
+
+
+class FilteredBackward(AttentionBackward):
+    """The gradients of each step, from the last to the first, and what is made of those of all steps."""
+
+    def __init__(self, inputs: Inputs, filters: AlignmentFilters, saved: SavedAttention) -> None:
+        super().__init__(inputs, saved)
+        assert saved.padded is not None
+        self.given, self.keys = filters, inputs.memory.keys
+        self.filters = _Filters(inputs, filters, saved.padded)
+        self.op = f"{self.filters.op}_backward"
+        # Query and score; keys; and where the op has a flag of their own, values.
+        self.needed = (True, True) if self.filters.adds_beforehand else (True, True, False)
+        # Sums over the steps, and the gradients of the state after the step.
+        self.dkeys, self.dweight, *self.dscore = (
+            x.new_zeros(x.shape, dtype=wide(x.dtype))
+            for x in (self.keys, self.filters.weight, *self.score[: self.score.gradients])
+            if x is not None
+        )
+        self.dprevious, self.dtotal = (None if x is None else torch.zeros_like(x) for x in filters[1:])
+
+    def _query_gradient(
+        self, t: int, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
+    ) -> Tensor:
+        of_state = [x for x in (self.dprevious, self.dtotal) if x is not None]
+        for x in of_state:
+            dalignments = x.unsqueeze(1) if dalignments is None else dalignments + x.unsqueeze(1)
+        gradients = dcontext, dalignments.to(alignments.dtype)
+        given = query, *self.filters.arguments(t), alignments
+        dquery, dkeys, _, *dscore = call(self.op, self.backend, *gradients, *given, *self.needed)
+        self.dkeys += dkeys
+        for total, x in zip(self.dscore, dscore, strict=False):  # the op returns an empty tensor where there is no bias
+            total += x
+        read = self.filters.padded[t], self.filters.weight, self.filters.taps
+        dpadded, dweight = filter_gradients(dkeys, *read, True, True)
+        self.dweight += dweight
+        inside = self.filters.inside(dpadded)
+        if self.dprevious is not None:
+            self.dprevious = inside[:, 0]
+        if self.dtotal is not None:
+            self.dtotal += inside[:, -1]
+        return dquery
+
+    def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
+        dtype, fields = self.keys.dtype, self.score._fields
+        dvalues = self.saved.alignments.mT @ self.dcontexts
+        dscore = [x.to(dtype) for x in self.dscore]
+        by_name = dict(zip(fields, (*dscore, *[None] * (len(fields) - len(dscore))), strict=True))
+        dweight = self.dweight.to(dtype).view_as(self.given.weight)
+        return {
+            "memory": Memory(self.dkeys.to(dtype), dvalues),
+            "score": self.score._replace(**by_name),
+            "query": self._of_query(states),
+            "filters": AlignmentFilters(dweight, self.dprevious, self.dtotal),
+        }
