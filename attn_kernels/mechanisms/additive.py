@@ -56,7 +56,7 @@ class StatefulAdditiveAttention(StatefulAttention):
         return AdditiveScore(self.v if self.scale == 1.0 else self.scale * self.v, self.bias)
 
     def alignment_filters(self, state: Any) -> AlignmentFilters | None:
-        """How the extra of each step from ``state`` on, (B, 1, Tk), is made; None where it is no filter of alignments."""
+        """How the extra of each step from ``state`` on is made, of one hypothesis; None: not by such filters."""
         return None
 
     def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> Attention:

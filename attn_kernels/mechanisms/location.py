@@ -103,8 +103,9 @@ class LocationSensitiveAttention(StatefulAdditiveAttention):
 
     def alignment_filters(self, state: LocationState | CumulativeLocationState) -> AlignmentFilters:
         weight = self.location_projection.weight @ self.location_convolution.weight.flatten(1)
-        previous, *total = (x.squeeze(1) for x in state)
-        return AlignmentFilters(weight.unflatten(1, self.location_convolution.weight.shape[1:]), previous, *total, *[None] * (1 - len(total)))
+        weight = weight.unflatten(1, self.location_convolution.weight.shape[1:])
+        total = state.cumulative.squeeze(1) if isinstance(state, CumulativeLocationState) else None
+        return AlignmentFilters(weight, state.alignments.squeeze(1), total)
 
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
         steps = memory.keys.shape[1]

@@ -89,7 +89,9 @@ def filter_gradients(
     rows = grad.reshape(-1, grad.shape[-1])
     if need_padded:
         dneighbourhoods = gemm.linear(rows, weight.t()).view(*grad.shape[:-1], padded.shape[-2], taps)
-        dpadded = torch.ops.aten.unfold_backward(dneighbourhoods.transpose(-3, -2), padded.shape, padded.dim() - 1, taps, 1)
+        dpadded = torch.ops.aten.unfold_backward(
+            dneighbourhoods.transpose(-3, -2), padded.shape, padded.dim() - 1, taps, 1
+        )
     if need_weight:
         # The neighbourhoods with the steps last, as the product takes them at twice the speed.
         columns = padded.unfold(-1, grad.shape[-2], 1).movedim((-3, -2), (0, 1)).reshape(-1, rows.shape[0])

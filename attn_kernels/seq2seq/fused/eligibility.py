@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends import choose
-from ...mechanisms import CoverageAttention, LocationSensitiveAttention
+from ...mechanisms import CoverageAttention, LocationSensitiveAttention, StatefulAttention
 from ...mechanisms.alignments import wide
 from ...mechanisms.coverage import CoverageState
 from ...mechanisms.location import CumulativeLocationState, LocationState
@@ -63,6 +63,8 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
+    if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
+        return False
     if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first
         return False
     called = [decoder.attention, decoder.rnn, decoder.attentional, decoder.dropout]
@@ -82,7 +84,7 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     )
 
 
-def _has_stock_state(attention: nn.Module, state: object, memory: Memory) -> bool:
+def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
     """Whether this is a stock attention with a state of its own, which filters of alignments make what a step adds of.
 
     Sizes of the state are as ``initial_state`` makes them.

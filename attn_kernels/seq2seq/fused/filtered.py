@@ -22,6 +22,11 @@ from .attention import AttentionBackward, AttentionForward, SavedAttention, call
 from .inputs import Inputs
 
 
+def additive_score(inputs: Inputs) -> AdditiveScore:
+    assert isinstance(inputs.score, AdditiveScore)  # of all that have filters
+    return inputs.score
+
+
 class _Filters:
     """What the filters add to the keys in each step, and the op of that.
 
@@ -29,8 +34,8 @@ class _Filters:
     """
 
     def __init__(self, inputs: Inputs, filters: AlignmentFilters, padded: Tensor) -> None:
-        assert isinstance(inputs.score, AdditiveScore)
-        self.score, self.memory, self.padded = inputs.score, inputs.memory, padded
+        self.score = additive_score(inputs)
+        self.memory, self.padded = inputs.memory, padded
         self.weight, self.taps = filters.weight.flatten(1), filters.weight.shape[2]
         self.adds_beforehand = inputs.backend in ADD_BEFOREHAND
         self.op = self.score.op if self.adds_beforehand else AdditiveExtraScore.op
@@ -88,10 +93,10 @@ class FilteredBackward(AttentionBackward):
         # Query and score; keys; and where the op has a flag of their own, values.
         self.needed = (True, True) if self.filters.adds_beforehand else (True, True, False)
         # Sums over the steps, and the gradients of the state after the step.
-        self.dkeys, self.dweight, *self.dscore = (
-            x.new_zeros(x.shape, dtype=wide(x.dtype))
-            for x in (self.keys, self.filters.weight, *self.score[: self.score.gradients])
-            if x is not None
+        score = self.filters.score
+        self.dkeys, self.dweight, self.dv, self.dbias = (
+            None if x is None else x.new_zeros(x.shape, dtype=wide(x.dtype))
+            for x in (self.keys, self.filters.weight, score.v, score.bias)
         )
         self.dprevious, self.dtotal = (None if x is None else torch.zeros_like(x) for x in filters[1:])
 
@@ -103,10 +108,11 @@ class FilteredBackward(AttentionBackward):
             dalignments = x.unsqueeze(1) if dalignments is None else dalignments + x.unsqueeze(1)
         gradients = dcontext, dalignments.to(alignments.dtype)
         given = query, *self.filters.arguments(t), alignments
-        dquery, dkeys, _, *dscore = call(self.op, self.backend, *gradients, *given, *self.needed)
+        dquery, dkeys, _, dv, dbias = call(self.op, self.backend, *gradients, *given, *self.needed)
         self.dkeys += dkeys
-        for total, x in zip(self.dscore, dscore, strict=False):  # the op returns an empty tensor where there is no bias
-            total += x
+        self.dv += dv
+        if self.dbias is not None:
+            self.dbias += dbias
         read = self.filters.padded[t], self.filters.weight, self.filters.taps
         dpadded, dweight = filter_gradients(dkeys, *read, True, True)
         self.dweight += dweight
@@ -118,14 +124,13 @@ class FilteredBackward(AttentionBackward):
         return dquery
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
-        dtype, fields = self.keys.dtype, self.score._fields
+        dtype = self.keys.dtype
         dvalues = self.saved.alignments.mT @ self.dcontexts
-        dscore = [x.to(dtype) for x in self.dscore]
-        by_name = dict(zip(fields, (*dscore, *[None] * (len(fields) - len(dscore))), strict=True))
+        dbias = None if self.dbias is None else self.dbias.to(dtype)
         dweight = self.dweight.to(dtype).view_as(self.given.weight)
         return {
             "memory": Memory(self.dkeys.to(dtype), dvalues),
-            "score": self.score._replace(**by_name),
+            "score": AdditiveScore(self.dv.to(dtype), dbias),
             "query": self._of_query(states),
             "filters": AlignmentFilters(dweight, self.dprevious, self.dtotal),
         }

@@ -16,6 +16,7 @@ from torch.nn.functional import linear, pad
 from ... import derivatives
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
 from ...modules import unit_length
+from ...scores import AdditiveScore, Score
 from .attention import op_arguments
 from .inputs import Inputs, unflatten
 
@@ -50,6 +51,7 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The first two results of ``sequence.forward``: attentional vectors and alignments."""
     hidden, cell, feed, filters = list(inputs.hidden), list(inputs.cell), inputs.feed, inputs.filters
     steps = []
+    score: Score
     for t, embedded in enumerate(inputs.embedded.unbind(1)):
 
         def drop(x: Tensor, layer: int, t: int = t) -> Tensor:
@@ -59,7 +61,9 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
         hidden, cell = step_cells(torch.cat([embedded, feed], dim=1), hidden, cell, inputs.weights, drop)
         query = hidden[-1] if inputs.query.weight is None else linear(hidden[-1], inputs.query.weight)
         query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
-        score = inputs.score if filters is None else inputs.score.with_extra(_extra(filters))
+        score = inputs.score
+        if filters is not None and isinstance(score, AdditiveScore):
+            score = score.with_extra(_extra(filters))
         arguments = (query, *op_arguments(score, inputs.memory), True)
         context, alignments = derivatives.apply_formula(score.op, arguments)
         if filters is not None:
