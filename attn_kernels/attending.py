@@ -88,7 +88,7 @@ def attend_arrays(
             if q.dim() == 2:
                 q = q.unsqueeze(1)
             if memory is not None and k is keys and x is values and should_defer(chosen, q, k, x, mask):
-                result = memory.gradient().attend(score, chosen, q, memory_lengths, mask, need_weights)
+                result = memory.gradient().attend(score, chosen, q, masks, need_weights)
             else:
                 result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
             attention = to_result(result, query.dim(), need_weights)

@@ -143,7 +143,7 @@ class Seq2Seq(nn.Module):
         lengths = checked_lengths("Seq2Seq", "source_lengths", source_lengths, batch, steps)
         outputs, states = self.encoder(source, lengths)
         begin = as_forward(self.decoder, "begin")
-        begun: tuple[Memory, DecoderState] = begin(outputs, states, source_lengths.to(outputs.device))
+        begun: tuple[Memory, DecoderState] = begin(outputs, states, source_lengths.to(states[0].device))
         return begun
 
     def generate(

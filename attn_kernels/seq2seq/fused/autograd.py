@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attention_module import AttentionModule
 from ...backends import choose
 from ...mechanisms.additive import StatefulAdditiveAttention
 from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
-from ...modules import AttentionModule
 from ..state import DecoderModules, DecoderState
 from .cuda_graph import find_graph
 from .formula import differentiable_gradients, is_batch

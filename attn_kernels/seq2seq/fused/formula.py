@@ -15,8 +15,7 @@ from torch.nn.functional import linear, pad
 
 from ... import derivatives
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
-from ...modules import unit_length
-from ...scores import AdditiveScore, Score
+from ...scores import AdditiveScore, Score, unit_length
 from .attention import op_arguments
 from .inputs import Inputs, unflatten
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...attention_module import AttentionModule
 from ...backends import choose
 from ...gemm import Budget, PackedLinear, linear
 from ...memory import Memory, PreparedMemory
-from ...modules import AttentionModule
 from ...scores import Score
 from ...stock import has_global_hooks, is_stock
 from ..decoder import Decoder
