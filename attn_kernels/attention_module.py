@@ -70,7 +70,7 @@ class AttentionModule(nn.Module):
         self._check(query, memory)
         score, made = self.make_score(memory), self.make_query(query)
         if memory.memory_offsets is not None:
-            return attend_packed(score, made, memory.packed(), need_weights, self.backend, memory)
+            return attend_packed(score, made, memory._packed(), need_weights, self.backend, memory)
         return attend(score, made, memory, need_weights, self.backend)
 
     def make_score(self, memory: Memory) -> Score:

@@ -60,7 +60,7 @@ class Memory:
                 raise ArgumentValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
         if self.memory_offsets is not None:
             refuse("Memory", "keys", "keys and values", dict(memory_lengths=self.memory_lengths, mask=self.mask))
-            check_memory("Memory", self.packed())
+            check_memory("Memory", self._packed())
             return
         if self.max_length is not None:
             raise ArgumentValueError("Memory: max_length must be None without memory_offsets")
@@ -77,7 +77,7 @@ class Memory:
     def batch_size(self) -> int:
         return (self.keys if self.memory_offsets is None else self.memory_offsets[1:]).shape[0]
 
-    def packed(self) -> PackedMemory:
+    def _packed(self) -> PackedMemory:
         """What the functions take of a packed memory."""
         assert self.memory_offsets is not None
         return PackedMemory(self.keys, self.values, self.memory_offsets, self.max_length)
@@ -92,7 +92,7 @@ class Memory:
         if self.memory_offsets is None:
             return self
         offsets, columns = self.memory_offsets, self.max_length
-        check_offsets("Memory.padded", self.packed())
+        check_offsets("Memory.padded", self._packed())
         columns = packing.longest(offsets) if columns is None else columns
         keys = packing.pad(self.keys, offsets, columns)
         values = keys if self.values is self.keys else packing.pad(self.values, offsets, columns)
@@ -149,7 +149,7 @@ class Memory:
         lengths, mask, offsets = self.memory_lengths, self.mask, self.memory_offsets
         rows = indices
         if offsets is not None:
-            check_offsets("Memory.select", self.packed())
+            check_offsets("Memory.select", self._packed())
             rows, offsets = packing.select(offsets, indices)
         selected = Memory(
             self.keys.index_select(0, rows),

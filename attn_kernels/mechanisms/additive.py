@@ -55,7 +55,7 @@ class StatefulAdditiveAttention(StatefulAttention):
         """That of the keys, and of what a step adds to them."""
         return AdditiveScore(self.v if self.scale == 1.0 else self.scale * self.v, self.bias)
 
-    def alignment_filters(self, state: Any) -> AlignmentFilters | None:
+    def _alignment_filters(self, state: Any) -> AlignmentFilters | None:
         """How the extra of each step from ``state`` on is made, of one hypothesis; None: not by such filters."""
         return None
 

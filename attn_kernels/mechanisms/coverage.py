@@ -76,7 +76,7 @@ class CoverageAttention(StatefulAdditiveAttention):
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> CoverageState:
         return CoverageState(INITIAL[self.initial](memory, hypotheses, wide(memory.keys.dtype)))
 
-    def alignment_filters(self, state: CoverageState) -> AlignmentFilters:
+    def _alignment_filters(self, state: CoverageState) -> AlignmentFilters:
         return AlignmentFilters(self.coverage_weight[:, None, None], None, state.coverage.squeeze(1))
 
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:

@@ -101,7 +101,7 @@ class LocationSensitiveAttention(StatefulAdditiveAttention):
         first = INITIAL[self.initial](memory, hypotheses, dtype)
         return CumulativeLocationState(first, first.to(wide(dtype))) if self.cumulative else LocationState(first)
 
-    def alignment_filters(self, state: LocationState | CumulativeLocationState) -> AlignmentFilters:
+    def _alignment_filters(self, state: LocationState | CumulativeLocationState) -> AlignmentFilters:
         weight = self.location_projection.weight @ self.location_convolution.weight.flatten(1)
         weight = weight.unflatten(1, self.location_convolution.weight.shape[1:])
         total = state.cumulative.squeeze(1) if isinstance(state, CumulativeLocationState) else None

@@ -61,7 +61,7 @@ def decode_sequence(
 
 
 def _filters(attention: AttentionModule, state: Any) -> AlignmentFilters | None:
-    return attention.alignment_filters(state) if isinstance(attention, StatefulAdditiveAttention) else None
+    return attention._alignment_filters(state) if isinstance(attention, StatefulAdditiveAttention) else None
 
 
 def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor | None, ...]:
