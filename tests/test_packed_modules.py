@@ -16,8 +16,9 @@ import formulas
 from attn_kernels import BahdanauAttention, LuongAttention, Memory, mechanisms, memory_gradient
 from attn_kernels.attention_module import AttentionModule
 from attn_kernels.seq2seq import Seq2Seq
+from conftest import available
 from formulas import assert_same, gradients
-from matrix import slow_interpreted
+from matrix import interpreted, slow_if
 from sentences import SOURCE, TARGET, random_batch, run
 from test_modules import MECHANISMS, Q
 
@@ -78,10 +79,23 @@ def queries(count: int = STEPS, device: str = "cpu") -> Tensor:
     return torch.randn(B, count, Q, generator=generator, dtype=torch.float64).to(device).requires_grad_()
 
 
-@slow_interpreted("bahdanau")
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    available("cpu")
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "padded"])
 @every_mechanism
-def test_as_padded(mechanism: str, kind: str, backend: str, device: str) -> None:
+def test_as_padded(mechanism: str, kind: str) -> None:
+    check_as_padded(mechanism, kind, "cpu", "cpu")
+
+
+@slow_if(interpreted)
+def test_every_backend(backend: str, device: str) -> None:
+    check_as_padded("bahdanau", "jagged", backend, device)
+
+
+def check_as_padded(mechanism: str, kind: str, backend: str, device: str) -> None:
     module, size = make(mechanism, backend=backend, device=device)
     given, asked = rows(size).to(device).requires_grad_(), queries(device=device)
     memory = KINDS[kind](module, given)
