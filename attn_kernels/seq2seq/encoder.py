@@ -100,7 +100,9 @@ class Encoder(nn.Module):
         lengths = checked_lengths("Encoder", "lengths", lengths, batch, steps)
         return run_recurrent(self.rnn, inputs, lengths, states)
 
-    def _run_sequence(self, inputs: PackedSequence, lengths: Tensor | None, states: States | None) -> Any:
+    def _run_sequence(
+        self, inputs: PackedSequence, lengths: Tensor | None, states: States | None
+    ) -> tuple[PackedSequence, States]:
         if lengths is not None:
             raise ArgumentValueError("Encoder: lengths must be None with a PackedSequence, which has its own")
         size = getattr(self.rnn, "input_size", None)

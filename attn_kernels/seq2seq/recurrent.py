@@ -66,7 +66,8 @@ def run_sequence(
     batch = int(sizes[0])
     lengths = (sizes[:, None] > torch.arange(batch)).sum(0)  # the largest first
     if not isinstance(rnn, nn.LSTM | nn.GRU) or not _can_fuse(rnn, data, len(sizes), lengths, states):
-        return rnn(sequence, states)
+        found: tuple[PackedSequence, States] = rnn(sequence, states)
+        return found
     rows = sorted_rows(lengths, torch.arange(batch) if order is None else order, (len(sizes), 1))
     of_rows, last = _run_layers(rnn, rows, data, batch, states)
     return PackedSequence(of_rows, sizes, order, place), last

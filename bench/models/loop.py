@@ -1,8 +1,8 @@
 """Times the decoder's whole loop, training and decoding: ``python -m bench.models.loop --help``.
 
-Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user
-would write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding
-the last is a search as one op, at as many rows as it takes, and the steps are those that Python calls for more. Training
+Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user would
+write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding the
+last is a search as one op, at as many rows as it takes, and the steps are those that Python calls for more. Training
 steps of a model with location-sensitive attention follow, whose steps read the alignments of the steps before.
 """
 
@@ -262,7 +262,12 @@ def is_search(name: str, rows: int, device: torch.device) -> bool:
 
 
 def measure_row(
-    kind: str, shape: Shape, timer: Any, calls: dict[str, Callable[[], object]], seconds: float, attention: str = ADDITIVE
+    kind: str,
+    shape: Shape,
+    timer: Any,
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    attention: str = ADDITIVE,
 ) -> dict[str, Any]:
     samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=60)
     row = {

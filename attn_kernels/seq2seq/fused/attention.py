@@ -84,7 +84,8 @@ class AttentionForward:
 
     def _attend(self, t: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """query: (B, 1, A). Returns the context, (B, 1, M), and alignments, (B, 1, S)."""
-        return call(self.op, self.backend, query, *self.arguments, True)
+        found: tuple[Tensor, Tensor] = call(self.op, self.backend, query, *self.arguments, True)
+        return found
 
     def _query(self, t: int, state: Tensor) -> Tensor:
         saved, factor, eps = self.saved, self.query.factor, self.query.eps
@@ -131,8 +132,8 @@ class AttentionBackward:
         self, t: int, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
     ) -> Tensor:
         """(B, 1, A), of the query. Arguments: those of the op's backward, of step t alone."""
-        gradients = dcontext, dalignments
-        dquery, *_ = call(self.op, self.backend, *gradients, query, *self.arguments, alignments, True, False)
+        given = dcontext, dalignments, query, *self.arguments, alignments
+        dquery: Tensor = call(self.op, self.backend, *given, True, False)[0]
         return dquery
 
     def _state_gradient(self, t: int) -> Tensor:

@@ -108,6 +108,7 @@ class FilteredBackward(AttentionBackward):
             dalignments = x.unsqueeze(1) if dalignments is None else dalignments + x.unsqueeze(1)
         gradients = dcontext, dalignments.to(alignments.dtype)
         given = query, *self.filters.arguments(t), alignments
+        dquery: Tensor
         dquery, dkeys, _, dv, dbias = call(self.op, self.backend, *gradients, *given, *self.needed)
         self.dkeys += dkeys
         self.dv += dv
