@@ -193,7 +193,9 @@ class AdditivePackedScore(_AdditivePackedArguments):
 
     __slots__ = ()
     op = "additive_attention_packed"
-    tensors, gradients, has_extra = 2, 2, False
+    tensors = 2
+    gradients = 2
+    has_extra = False
 
 
 class ReluPackedScore(_ReluPackedArguments):
@@ -201,7 +203,9 @@ class ReluPackedScore(_ReluPackedArguments):
 
     __slots__ = ()
     op = "relu_attention_packed"
-    tensors, gradients, has_extra = 2, 2, False
+    tensors = 2
+    gradients = 2
+    has_extra = False
 
 
 class GatedAdditiveScore(_GatedAdditiveArguments):
@@ -292,7 +296,9 @@ class DotPackedScore(_DotPackedArguments):
 
     __slots__ = ()
     op = "dot_attention_packed"
-    tensors, gradients, has_extra = 0, 0, False
+    tensors = 0
+    gradients = 0
+    has_extra = False
 
 
 PackedScore = AdditivePackedScore | ReluPackedScore | DotPackedScore

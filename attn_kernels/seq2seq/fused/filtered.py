@@ -34,11 +34,13 @@ class _Filters:
     """
 
     def __init__(self, inputs: Inputs, filters: AlignmentFilters, padded: Tensor) -> None:
-        self.score = additive_score(inputs)
-        self.memory, self.padded = inputs.memory, padded
-        self.weight, self.taps = filters.weight.flatten(1), filters.weight.shape[2]
-        self.adds_beforehand = inputs.backend in ADD_BEFOREHAND
-        self.op = self.score.op if self.adds_beforehand else AdditiveExtraScore.op
+        self.score: AdditiveScore = additive_score(inputs)
+        self.memory: Memory = inputs.memory
+        self.padded = padded
+        self.weight: Tensor = filters.weight.flatten(1)
+        self.taps: int = filters.weight.shape[2]
+        self.adds_beforehand: bool = inputs.backend in ADD_BEFOREHAND
+        self.op: str = self.score.op if self.adds_beforehand else AdditiveExtraScore.op
 
     def arguments(self, t: int) -> tuple[Any, ...]:
         """Of the op in step t, after the query, but for the last one."""
@@ -61,13 +63,13 @@ class FilteredForward(AttentionForward):
         steps, batch, _ = self.saved.queries.shape
         source, (_, count, taps) = self.saved.alignments.shape[2], filters.weight.shape
         padded = filters.weight.new_zeros(steps, batch, count, source + taps - 1)
-        self.saved = self.saved._replace(padded=padded)
-        self.filters = _Filters(inputs, filters, padded)
-        self.inside = self.filters.inside(padded)
-        self.total = None if filters.total is None else filters.total.clone()
+        self.saved: SavedAttention = self.saved._replace(padded=padded)
+        self.filters: _Filters = _Filters(inputs, filters, padded)
+        self.inside: Tensor = self.filters.inside(padded)
+        self.total: Tensor | None = None if filters.total is None else filters.total.clone()
         for n, x in enumerate(x for x in filters[1:] if x is not None):
             self.inside[0, :, n] = x
-        self.reads_previous = filters.previous is not None
+        self.reads_previous: bool = filters.previous is not None
 
     def _attend(self, t: int, query: Tensor) -> tuple[Tensor, Tensor]:
         context, alignments = call(self.filters.op, self.backend, query, *self.filters.arguments(t), True)
@@ -87,18 +89,20 @@ class FilteredBackward(AttentionBackward):
     def __init__(self, inputs: Inputs, filters: AlignmentFilters, saved: SavedAttention) -> None:
         super().__init__(inputs, saved)
         assert saved.padded is not None
-        self.given, self.keys = filters, inputs.memory.keys
-        self.filters = _Filters(inputs, filters, saved.padded)
-        self.op = f"{self.filters.op}_backward"
+        self.given = filters
+        self.keys: Tensor = inputs.memory.keys
+        self.filters: _Filters = _Filters(inputs, filters, saved.padded)
+        self.op: str = f"{self.filters.op}_backward"
         # Query and score; keys; and where the op has a flag of their own, values.
-        self.needed = (True, True) if self.filters.adds_beforehand else (True, True, False)
+        self.needed: tuple[bool, ...] = (True, True) if self.filters.adds_beforehand else (True, True, False)
         # Sums over the steps, and the gradients of the state after the step.
         score = self.filters.score
-        self.dkeys, self.dweight, self.dv, self.dbias = (
-            None if x is None else x.new_zeros(x.shape, dtype=wide(x.dtype))
-            for x in (self.keys, self.filters.weight, score.v, score.bias)
-        )
-        self.dprevious, self.dtotal = (None if x is None else torch.zeros_like(x) for x in filters[1:])
+        self.dkeys: Tensor = _sum_of(self.keys)
+        self.dweight: Tensor = _sum_of(self.filters.weight)
+        self.dv: Tensor = _sum_of(score.v)
+        self.dbias: Tensor | None = None if score.bias is None else _sum_of(score.bias)
+        self.dprevious: Tensor | None = None if filters.previous is None else torch.zeros_like(filters.previous)
+        self.dtotal: Tensor | None = None if filters.total is None else torch.zeros_like(filters.total)
 
     def _query_gradient(
         self, t: int, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
@@ -135,3 +139,8 @@ class FilteredBackward(AttentionBackward):
             "query": self._of_query(states),
             "filters": AlignmentFilters(dweight, self.dprevious, self.dtotal),
         }
+
+
+def _sum_of(x: Tensor) -> Tensor:
+    """Zeros, for the gradients of x in all steps."""
+    return x.new_zeros(x.shape, dtype=wide(x.dtype))
