@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 new: Callable[..., Any] = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
+ADD_BEFOREHAND = ("cuda",)  # backends whose kernels are given the sum of keys and ``extra``
 SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
 # What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
 ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -87,7 +88,7 @@ def attend_arrays(
             if q.dim() == 2:
                 q = q.unsqueeze(1)
             if memory is not None and k is keys and x is values and should_defer(chosen, q, k, x, mask):
-                result = memory.gradient().attend(score, chosen, q, memory_lengths, mask, need_weights)
+                result = memory.gradient().attend(score, chosen, q, masks, need_weights)
             else:
                 result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
             attention = to_result(result, query.dim(), need_weights)
@@ -110,7 +111,7 @@ def attend_with_extra(
 ) -> Attention:
     """The same with ``extra``, (B, Tk, A), added to the keys: in the kernels, but beforehand for those of CUDA C++."""
     check_extra(score.name, query, keys, extra)
-    if choose(backend, device_type(query)) == "cuda":
+    if choose(backend, device_type(query)) in ADD_BEFOREHAND:
         if isinstance(score, AdditiveScore):
             score = score._replace(prepared=None)  # of the keys alone
         return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from . import packing
 from .checks import check_device, check_lengths, check_mask, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import MemoryGradient
+from .packed_attention import PackedMemory, check_memory, check_offsets, refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,29 +28,42 @@ class Memory:
     values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
     memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
     mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
+    memory_offsets: (B + 1,) int32 or int64. With them the memory is packed: keys (N, A) and values (N, D) hold the
+        steps of all sentences one after the other, without padding, and neither lengths nor a mask belong to it.
+        Sentence b has steps ``memory_offsets[b]`` to ``memory_offsets[b + 1] - 1``.
+    max_length: of a packed memory, the number of columns of its alignments, at least the largest length; None: that.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype or type does not. Whether lengths are
-        within 0..Tk is for each step to check, and what holds no tensor at all, as trees may.
+        within 0..Tk, and offsets rise from 0 to N, is for each step to check, and what holds no tensor at all, as trees
+        may.
     """
 
     keys: Tensor
     values: Tensor
     memory_lengths: Tensor | None = None
     mask: Tensor | None = None
+    memory_offsets: Tensor | None = None
+    max_length: int | None = None
 
     prepared: ClassVar[Tensor | None] = None  # of a PreparedMemory only
 
     def __post_init__(self) -> None:
-        if not any(isinstance(field, Tensor) for field in (self.keys, self.values, self.memory_lengths, self.mask)):
+        if not any(isinstance(field, Tensor) for field in self._tensors()):
             return  # a tree of something else, made by tree_map, as torch.utils.checkpoint of torch 2.10 does
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
             check_tensor("Memory", argument, tensor)
             check_device("Memory", argument, tensor, keys=self.keys)
             if not tensor.is_floating_point():
                 raise ArgumentTypeError(f"Memory: {argument} must be floating point, got {tensor.dtype}")
-            if tensor.dim() != 3:
+            if tensor.dim() != 3 and self.memory_offsets is None:
                 raise ArgumentValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
+        if self.memory_offsets is not None:
+            refuse("Memory", "keys", "keys and values", dict(memory_lengths=self.memory_lengths, mask=self.mask))
+            check_memory("Memory", self._packed())
+            return
+        if self.max_length is not None:
+            raise ArgumentValueError("Memory: max_length must be None without memory_offsets")
         batch, steps = self.keys.shape[0], self.keys.shape[1]
         if self.values.shape[0] != batch or self.values.shape[1] != steps:
             expected = f"(B, Tk, D) = ({batch}, {steps}, *)"
@@ -60,7 +75,28 @@ class Memory:
 
     @property
     def batch_size(self) -> int:
-        return self.keys.shape[0]
+        return (self.keys if self.memory_offsets is None else self.memory_offsets[1:]).shape[0]
+
+    def _packed(self) -> PackedMemory:
+        """What the functions take of a packed memory."""
+        assert self.memory_offsets is not None
+        return PackedMemory(self.keys, self.values, self.memory_offsets, self.max_length)
+
+    def padded(self) -> Memory:
+        """This memory; of a packed one, a padded copy with ``memory_lengths``, for what takes no packed memory.
+
+        On a GPU it waits for the largest length, unless there is a ``max_length``.
+
+        Raises ValueError where offsets do not rise from 0 to N.
+        """
+        if self.memory_offsets is None:
+            return self
+        offsets, columns = self.memory_offsets, self.max_length
+        check_offsets("Memory.padded", self._packed())
+        columns = packing.longest(offsets) if columns is None else columns
+        keys = packing.pad(self.keys, offsets, columns)
+        values = keys if self.values is self.keys else packing.pad(self.values, offsets, columns)
+        return Memory(keys, values, packing.lengths(offsets)).with_zero_padding()
 
     def gradient(self) -> MemoryGradient:
         """Accumulates the gradients of all steps on this memory; created on first use."""
@@ -88,8 +124,10 @@ class Memory:
         return known is not None and known == self._versions()
 
     def _versions(self) -> tuple[int | None, ...]:
-        fields = (self.keys, self.values, self.memory_lengths, self.mask)
-        return tuple(None if x is None or x.is_inference() else x._version for x in fields)
+        return tuple(None if x is None or x.is_inference() else x._version for x in self._tensors())
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.keys, self.values, self.memory_lengths, self.mask, self.memory_offsets
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in self.__dict__.items() if name not in ("_gradient", "_zero_padding")}
@@ -108,11 +146,18 @@ class Memory:
             raise ArgumentValueError(f"Memory.select: indices must have shape {expected}, got {tuple(indices.shape)}")
         if is_mask:
             indices = indices.nonzero().squeeze(1)
+        lengths, mask, offsets = self.memory_lengths, self.mask, self.memory_offsets
+        rows = indices
+        if offsets is not None:
+            check_offsets("Memory.select", self._packed())
+            rows, offsets = packing.select(offsets, indices)
         selected = Memory(
-            self.keys.index_select(0, indices),
-            self.values.index_select(0, indices),
-            None if self.memory_lengths is None else self.memory_lengths.index_select(0, indices),
-            None if self.mask is None else self.mask.index_select(0, indices),
+            self.keys.index_select(0, rows),
+            self.values.index_select(0, rows),
+            None if lengths is None else lengths.index_select(0, indices),
+            None if mask is None else mask.index_select(0, indices),
+            offsets,
+            self.max_length,
         )
         return selected.with_zero_padding() if self.has_zero_padding() else selected
 
@@ -120,12 +165,14 @@ class Memory:
         """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
         keys = self.keys.to(*args, **kwargs)
         move = {"device": keys.device, "non_blocking": kwargs.get("non_blocking", False)}
-        return Memory(
-            keys,
-            self.values.to(*args, **kwargs),
-            None if self.memory_lengths is None else self.memory_lengths.to(**move),
-            None if self.mask is None else self.mask.to(**move),
-        )
+        others = (self.memory_lengths, self.mask, self.memory_offsets)
+        lengths, mask, offsets = (None if x is None else x.to(**move) for x in others)
+        return Memory(keys, self.values.to(*args, **kwargs), lengths, mask, offsets, self.max_length)
+
+
+def padded(memory: Any) -> Any:
+    """``Memory.padded``; what is no Memory, as decoders with attentions of their own have it, stays as it is."""
+    return memory.padded() if isinstance(memory, Memory) else memory
 
 
 torch.export.register_dataclass(Memory, serialized_type_name=f"{__package__}.Memory")

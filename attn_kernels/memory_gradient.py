@@ -35,7 +35,7 @@ from torch.autograd import Function, Variable, forward_ad
 from torch.compiler import is_compiling
 
 from . import ops
-from .scores import Score
+from .scores import PackedScore, Score
 
 _MAX_QUERIES = 8  # of a step, exclusive: with more, its own backward is the many-query one
 # Bytes of keys and values. How many times as fast as a gradient from each step, over the backward of 20 to 50 steps of
@@ -66,17 +66,17 @@ class _StepRecord(NamedTuple):
     """What a step leaves for the gradient of the memory: the arguments of its backward.
 
     grad_context: (B, Tq, D) or None. grad_alignments: (B, Tq, Tk) or None. query: (B, Tq, A). alignments: (B, Tq, Tk).
+    masks: memory_lengths and mask; of a packed memory, its offsets.
     """
 
-    score: Score
+    score: Score | PackedScore
     backend: str
     grad_context: Tensor | None
     grad_alignments: Tensor | None
     query: Tensor
     keys: Tensor
     values: Tensor
-    memory_lengths: Tensor | None
-    mask: Tensor | None
+    masks: tuple[Tensor | None, ...]
     alignments: Tensor
 
     def backward(self, *needed: bool) -> tuple[Tensor, ...]:
@@ -84,10 +84,9 @@ class _StepRecord(NamedTuple):
 
         needed: the flags of the op, of the query and of the memory or, with an extra, of the keys and of the values.
         """
-        score, backend, *inputs, memory_lengths, mask, alignments = self
-        gradients: tuple[Tensor, ...] = ops.call(
-            f"{score.op}_backward", backend, *inputs, *score, memory_lengths, mask, alignments, *needed
-        )
+        score, backend, *inputs, masks, alignments = self
+        given = *inputs, *score, *masks, alignments
+        gradients: tuple[Tensor, ...] = ops.call(f"{score.op}_backward", backend, *given, *needed)
         return gradients
 
 
@@ -115,7 +114,9 @@ class _PendingSteps(list[_StepRecord]):
 class MemoryGradient:
     """Accumulates the gradients of all steps on one memory.
 
-    keys: (B, Tk, A), values: (B, Tk, D). The steps get them detached: their gradients flow through the anchor alone.
+    keys: (B, Tk, A), values: (B, Tk, D), or packed (N, A), (N, D).
+
+    The steps get them detached: their gradients flow through the anchor alone.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -160,16 +161,15 @@ class MemoryGradient:
 
     def attend(
         self,
-        score: Score,
+        score: Score | PackedScore,
         backend: str,
         query: Tensor,
-        memory_lengths: Tensor | None,
-        mask: Tensor | None,
+        masks: tuple[Tensor | None, ...],
         need_alignments: bool,
     ) -> Any:
-        """The op of a score on the memory, by ``ops.call``."""
-        given = self, self.anchor, type(score), backend, query, memory_lengths, mask, need_alignments
-        return _StepFunction.apply(*given, *score)  # type: ignore[no-untyped-call]  # torch has no types for it
+        """The op of a score on the memory, by ``ops.call``. masks: as of a step's record."""
+        given = self, self.anchor, type(score), backend, query, need_alignments
+        return _StepFunction.apply(*given, *score, *masks)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -184,8 +184,8 @@ def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 def should_defer(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
     """Whether a step on a memory leaves the gradients of keys and values to be made later.
 
-    query: (B, Tq, A), keys: (B, Tk, A), values: (B, Tk, D), mask: (B, Tk) or (B, Tq, Tk), which a step of several
-    queries may not have.
+    query: (B, Tq, A), keys: (B, Tk, A), values: (B, Tk, D), or packed ones, (N, *); mask: (B, Tk) or (B, Tq, Tk),
+    which a step of several queries may not have.
     """
     return (
         backend in ops.BACKENDS  # not the reference
@@ -243,10 +243,9 @@ def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
     """
     if type(a.score) is not type(b.score) or a.backend != b.backend:
         return False
-    masks = ((a.memory_lengths, b.memory_lengths), (a.mask, b.mask))
     return all(
         x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
-        for x, y in (*zip(a.score, b.score, strict=True), *masks)
+        for x, y in zip((*a.score, *a.masks), (*b.score, *b.masks), strict=True)
     )
 
 
@@ -255,15 +254,14 @@ def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor]:
 
     dkeys is None where the steps have made it.
     """
-    first, mask = steps[0], steps[0].mask
-    if mask is not None and mask.dim() == 3:
-        mask = mask.squeeze(1)  # (B, 1, Tk), and the same for every step
-    queries = [step.query for step in steps]
+    first, queries = steps[0], [step.query for step in steps]
+    # A mask is (B, 1, Tk) where it has three axes, and the same for every step.
+    masks = tuple(x if x is None or x.dim() < 3 else x.squeeze(1) for x in first.masks)
     joined = first._replace(
-        grad_context=_join_gradients([step.grad_context for step in steps], queries, first.values.shape[2]),
-        grad_alignments=_join_gradients([step.grad_alignments for step in steps], queries, first.keys.shape[1]),
+        grad_context=_join_gradients([step.grad_context for step in steps], queries, first.values.shape[-1]),
+        grad_alignments=_join_gradients([step.grad_alignments for step in steps], queries, first.alignments.shape[2]),
         query=torch.cat(queries, 1),
-        mask=mask,
+        masks=masks,
         alignments=torch.cat([step.alignments for step in steps], 1),
     )
     if first.score.has_extra:
@@ -289,16 +287,16 @@ class _StepFunction(Function):
         kind: Any,
         backend: str,
         query: Tensor,
-        memory_lengths: Tensor | None,
-        mask: Tensor | None,
         need_alignments: bool,
-        *score: Any,
+        *others: Any,
     ) -> Any:
+        """others: the fields of the score, and the masks."""
         ctx.set_materialize_grads(False)
         ctx.memory_gradient, ctx.backend, ctx.kind = gradient, backend, kind
-        tensors, ctx.numbers = score[: kind.tensors], score[kind.tensors :]
-        memory, masks = (gradient.keys, gradient.values), (memory_lengths, mask)
-        context, alignments = ops.below_autograd(kind.op, backend, (query, *memory, *score, *masks, True))
+        fields = len(kind._fields)
+        tensors, ctx.numbers, masks = others[: kind.tensors], others[kind.tensors : fields], others[fields:]
+        memory = (gradient.keys, gradient.values)
+        context, alignments = ops.below_autograd(kind.op, backend, (query, *memory, *others, True))
         ctx.save_for_backward(query, *memory, *tensors, *masks, alignments)
         return (context, alignments) if need_alignments else context
 
@@ -307,18 +305,16 @@ class _StepFunction(Function):
     def backward(ctx: Any, grad_context: Tensor | None, grad_alignments: Tensor | None = None) -> tuple[Any, ...]:
         if grad_context is None and grad_alignments is None:
             return (None,) * len(ctx.needs_input_grad)
-        query, keys, values, *tensors, memory_lengths, mask, alignments = ctx.saved_tensors
-        gradient = ctx.memory_gradient
+        kind, gradient = ctx.kind, ctx.memory_gradient
+        query, keys, values, *others, alignments = ctx.saved_tensors
+        score, masks = kind(*others[: kind.tensors], *ctx.numbers), tuple(others[kind.tensors :])
         if torch.is_grad_enabled():  # create_graph=True: keys and values as autograd knows them
             keys, values = gradient.memory
-        kind = ctx.kind
-        score = kind(*tensors, *ctx.numbers)
-        grads, others = (grad_context, grad_alignments), (memory_lengths, mask, alignments)
-        step = _StepRecord(score, ctx.backend, *grads, query, keys, values, *others)
+        step = _StepRecord(score, ctx.backend, grad_context, grad_alignments, query, keys, values, masks, alignments)
         needed = gradient.is_needed()
         if kind.has_extra:
             of_keys = needed and gradient.memory[0].requires_grad
-            need_sum = of_keys or ctx.needs_input_grad[8 + kind.gradients]
+            need_sum = of_keys or ctx.needs_input_grad[6 + kind.gradients]
             dquery, dkeys, _, *dscore = step.backward(True, need_sum, False)
             dscore.append(dkeys)
             if needed:
@@ -329,5 +325,5 @@ class _StepFunction(Function):
             if needed:
                 gradient.record(step)
             dquery, _, _, *dscore = step.backward(True, False)
-        of_score = [d if need else None for d, need in zip_longest(dscore, ctx.needs_input_grad[8:])]
-        return None, gradient.empty_grad, None, None, dquery, None, None, None, *of_score
+        of_score = [d if need else None for d, need in zip_longest(dscore, ctx.needs_input_grad[6:])]
+        return None, gradient.empty_grad, None, None, dquery, None, *of_score

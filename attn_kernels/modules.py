@@ -11,144 +11,16 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .attending import attend
-from .checks import check_size, check_tensor
-from .errors import ArgumentTypeError, ArgumentValueError
+from .attention_module import AttentionModule
+from .errors import ArgumentValueError
 from .memory import Memory
-from .scores import AdditiveScore, DotScore, Score
-from .types import Attention, attention_mask
+from .scores import AdditiveScore, DotScore, Score, unit_length
 
 _DOT = DotScore()
-
-
-class AttentionModule(nn.Module):
-    """The base of all mechanisms: projections, the memory of a sentence, and a decoding step.
-
-    A mechanism says what its score is (``make_score``) and how a decoder state becomes a query (``make_query``).
-    ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute.
-    """
-
-    def __init__(
-        self,
-        query_size: int,
-        memory_size: int,
-        key_size: int,
-        *,
-        project_query: bool = True,
-        project_memory: bool = True,
-        backend: str | None,
-        factory: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self._name = type(self).__name__
-        self.query_size: int = check_size(self._name, "query_size", query_size)
-        self.memory_size: int = check_size(self._name, "memory_size", memory_size)
-        self.key_size: int = check_size(self._name, "units", key_size)
-        self.backend = backend
-        linear: Any = partial(nn.Linear, bias=False, **factory)
-        self.query_projection: nn.Linear | None = linear(self.query_size, self.key_size) if project_query else None
-        self.memory_projection: nn.Linear | None = linear(self.memory_size, self.key_size) if project_memory else None
-        self._factory = factory
-
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        """One more parameter, for a constructor, which initialises it by ``_reset_scores`` at its end."""
-        return nn.Parameter(torch.empty(shape, **self._factory))
-
-    def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor does."""
-        for projection in (self.query_projection, self.memory_projection):
-            if projection is not None:
-                projection.reset_parameters()
-        self._reset_scores()
-
-    def _reset_scores(self) -> None:
-        """Initialises the parameters that are not those of a projection."""
-
-    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
-        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
-
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
-        """
-        self._check(query, memory)
-        return attend(self.make_score(memory), self.make_query(query), memory, need_weights, self.backend)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    def make_score(self, memory: Memory) -> Score:
-        """The score of this mechanism on a memory, with its parameters."""
-        raise NotImplementedError
-
-    def make_query(self, state: Tensor) -> Tensor:
-        """(..., query_size), decoder states -> (..., A), the queries that are compared with the keys."""
-        projection = self.query_projection
-        return state if projection is None else projection(state)
-
-    def query_factor(self) -> Tensor | float | None:
-        """The number that multiplies a query; None for 1."""
-        return None
-
-    def query_eps(self) -> float | None:
-        """None, or a query is divided by its length first; one that is not longer than this counts as zero."""
-        return None
-
-    def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
-        """Makes of the encoder outputs what each step reads, once per sentence.
-
-        memory: (B, Tk, memory_size), encoder outputs.
-        memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
-        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
-        """
-        check_tensor(f"{self._name}.memory", "memory", memory)
-        if memory.dim() != 3 or memory.shape[2] != self.memory_size:
-            expected, got = f"(B, Tk, memory_size) = (*, *, {self.memory_size})", tuple(memory.shape)
-            raise ArgumentValueError(f"{self._name}.memory: memory must have shape {expected}, got {got}")
-        values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
-        allowed = attention_mask(values, memory_lengths, mask)
-        if allowed is not None:
-            # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
-            values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
-        made = Memory(self._keys(values), values, memory_lengths, mask)
-        return made if allowed is None else made.with_zero_padding()
-
-    def __prepare_scriptable__(self) -> None:
-        others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
-        raise RuntimeError(f"{self._name}: torch.jit.script cannot compile a Memory; {others}")
-
-    def _keys(self, values: Tensor) -> Tensor:
-        return values if self.memory_projection is None else self.memory_projection(values)
-
-    def _check(self, query: Tensor, memory: Memory) -> None:
-        if not isinstance(memory, Memory):
-            self._refuse(memory, "a Memory")
-        check_tensor(self._name, "memory.keys", memory.keys)
-        batch, steps, key_size = memory.keys.shape
-        self._check_query(query, batch)
-        if key_size != self.key_size or memory.values.shape[2] != self.memory_size:
-            expected = f"keys ({batch}, {steps}, {self.key_size}) and values ({batch}, {steps}, {self.memory_size})"
-            got = f"{tuple(memory.keys.shape)} and {tuple(memory.values.shape)}, as of another module's memory"
-            raise ArgumentValueError(f"{self._name}: memory must have {expected}, got {got}")
-
-    def _check_query(self, query: Tensor, batch: int) -> None:
-        check_tensor(self._name, "query", query)
-        if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
-            expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
-            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
-
-    def _refuse(self, memory: object, expected: str) -> NoReturn:
-        made, got = f"made by {self._name}.memory(...)", type(memory).__name__
-        raise ArgumentTypeError(f"{self._name}: memory must be {expected}, {made}, got {got}")
-
-    def _repr(self, **settings: Any) -> str:
-        sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
-        backend = {} if self.backend is None else {"backend": self.backend}
-        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **backend}.items())
 
 
 class BahdanauAttention(AttentionModule):
@@ -383,15 +255,6 @@ class CosineAttention(AttentionModule):
         units = {} if self.units is None else {"units": self.units}
         sharpness = {} if self.learn_sharpness else {"sharpness": self.sharpness}
         return self._repr(**units, **sharpness, learn_sharpness=self.learn_sharpness)
-
-
-def unit_length(x: Tensor, eps: float) -> Tensor:
-    """x / |x| along the last axis; vectors that are not longer than eps stay as they are."""
-    wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
-    squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
-    # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
-    # before the root, not after it: its second derivative at 0 is NaN.
-    return (wide / torch.where(squares > eps**2, squares, 1.0).sqrt()).to(x.dtype)
 
 
 def _reset_score_vector(v: Tensor) -> None:

@@ -5,19 +5,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.utils.rnn import PackedSequence
 
 from . import ops, packing
 from .attending import ARGUMENT_ERRORS, attend_arrays, new, to_result
 from .backends import choose
 from .checks import check_device, check_dtypes, check_tensor, shape_of
 from .errors import ArgumentTypeError, ArgumentValueError
-from .scores import Score
+from .memory_gradient import should_defer
+from .scores import AdditiveScore, DotScore, ReluScore, Score
 from .types import Attention, Masks, autocast, device_type, on_one_device
+
+if TYPE_CHECKING:
+    from .memory import Memory
 
 
 class PackedMemory(NamedTuple):
@@ -43,10 +48,7 @@ def packed_memory(
 
     others: what was given that padded keys may have, and these not, by name; None where it was not.
     """
-    for argument, given in others.items():
-        if given is not None:
-            pad = "" if argument == "memory_lengths" else "; pad keys and values, with memory_lengths, to use it"
-            raise ArgumentValueError(f"{name}: {argument} is not for jagged keys, nor with memory_offsets{pad}")
+    refuse(name, "keys", "keys and values", others)
     max_length = None
     if is_jagged(keys):
         if memory_offsets is not None:
@@ -65,9 +67,52 @@ def packed_memory(
     return PackedMemory(keys, values, memory_offsets, max_length)
 
 
+def refuse(name: str, argument: str, padded: str, others: dict[str, Any]) -> None:
+    """An error where one of the others, which are for padded memories, was given. padded: what is to be padded."""
+    for other, given in others.items():
+        if given is not None:
+            pad = "" if other == "memory_lengths" else f"; pad {padded}, with memory_lengths, to use it"
+            raise ArgumentValueError(f"{name}: {other} is not for jagged {argument}, nor with memory_offsets{pad}")
+
+
+def padding_needed(name: str) -> ArgumentValueError:
+    """The error of what takes no packed memory."""
+    return ArgumentValueError(f"{name}: memory must be padded, as memory.padded() makes it, got a packed one")
+
+
+def is_packed(memory: object) -> bool:
+    """Whether this holds sentences without padding and knows where each begins: a jagged tensor or PackedSequence."""
+    return type(memory) is not Tensor and (isinstance(memory, PackedSequence) or is_jagged(memory))
+
+
+def packed_rows(
+    name: str, memory: Any, memory_offsets: Tensor | None, size: int, **others: Any
+) -> tuple[Tensor, Tensor, int | None]:
+    """The encoder outputs of all sentences, (N, size), offsets and max_length, as of ``PackedMemory``.
+
+    memory: jagged (B, j, size), a PackedSequence, or (N, size) with offsets. others: as of ``packed_memory``.
+    """
+    refuse(name, "memory", "memory", others)
+    max_length, kind = None, "a PackedSequence" if isinstance(memory, PackedSequence) else "jagged memory"
+    if is_packed(memory):
+        if memory_offsets is not None:
+            raise ArgumentValueError(f"{name}: memory_offsets must be None with {kind}, which has its own")
+        if isinstance(memory, PackedSequence):
+            memory, memory_offsets = packing.from_sequence(memory)
+        else:
+            memory_offsets, max_length = _offsets(name, "memory", memory), getattr(memory, "_maybe_max_seqlen", None)
+            memory = memory.values()
+    check_tensor(name, "memory", memory)
+    if memory.dim() != 2 or memory.shape[1] != size:
+        got = shape_of(memory)
+        raise ArgumentValueError(f"{name}: memory must have shape (N, memory_size) = (*, {size}), got {got}")
+    check_memory(name, PackedMemory(memory, None, memory_offsets, max_length))
+    return memory, memory_offsets, max_length
+
+
 def _offsets(name: str, argument: str, jagged: Any) -> Tensor:
     if jagged.dim() != 3 or jagged._ragged_idx != 1:
-        axes = "(B, j, A)" if argument == "keys" else "(B, j, D)"
+        axes = f"(B, j, {dict(keys='A', values='D', memory='memory_size')[argument]})"
         raise ArgumentValueError(f"{name}: {argument} must have shape {axes}, got {shape_of(jagged)}")
     if jagged.lengths() is not None:
         raise ArgumentValueError(
@@ -125,14 +170,15 @@ def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
 def _check(score: Score, query: Tensor, memory: PackedMemory, backend: str | None) -> None:
     check_query(score.name, query, memory)
     score.check(query, memory.keys)
-    _check_offsets(score.name, memory)
+    check_offsets(score.name, memory)
     score = score.autocast(query)
     query, keys, values = autocast(query, memory.keys, memory.values)
     check_dtypes(score.name, query, keys=keys, values=values)
     score.check_dtypes(query, keys, lambda: choose(backend, query.device.type))
 
 
-def _check_offsets(name: str, memory: PackedMemory) -> None:
+def check_offsets(name: str, memory: PackedMemory) -> None:
+    """Whether offsets are those of sentences that make up the memory, where that can be seen."""
     if not memory.offsets.is_cpu or not packing.is_readable(memory.offsets):
         return
     try:
@@ -147,9 +193,17 @@ def _check_offsets(name: str, memory: PackedMemory) -> None:
 
 
 def attend_packed(
-    score: Score, query: Tensor, memory: PackedMemory, need_weights: bool, backend: str | None
+    score: Score,
+    query: Tensor,
+    memory: PackedMemory,
+    need_weights: bool,
+    backend: str | None,
+    gathered_by: Memory | None = None,
 ) -> Attention:
-    """The op of a score on a packed memory; on other backends than the CPU's, that of a padded copy."""
+    """The op of a score on a packed memory; on other backends than the CPU's, that of a padded copy.
+
+    gathered_by: what the memory is of, where the gradients of steps may be gathered; see memory_gradient.py.
+    """
     keys, values, offsets, max_length = memory
     if values is None and not need_weights:
         raise ArgumentValueError(f"{score.name}: need_weights must be True without values: nothing else is returned")
@@ -171,15 +225,21 @@ def attend_packed(
         if q.dim() == 2:
             q = q.unsqueeze(1)
         columns = 0  # packed alignments
-        if need_weights:
+        is_same = gathered_by is not None and k is keys and x is values
+        defers = is_same and should_defer("cpu", q, k, x, None)
+        if need_weights or defers:  # those of several steps are joined along their queries
             columns = max(1, packing.longest(offsets) if max_length is None else max_length)
-        own, numbers = score[: score.gradients], score[score.tensors :]
-        result = ops.call(f"{score.op}_packed", "cpu", q, k, x, *own, *numbers, columns, offsets, need_weights)
+        if gathered_by is not None and defers and isinstance(score, AdditiveScore | ReluScore | DotScore):
+            made = gathered_by.gradient()
+            result = made.attend(score.packed(columns), "cpu", q, (offsets,), need_weights)
+        else:
+            own, numbers = score[: score.gradients], score[score.tensors :]
+            result = ops.call(f"{score.op}_packed", "cpu", q, k, x, *own, *numbers, columns, offsets, need_weights)
         context, alignments = to_result(result, query.dim(), need_weights)
     except ARGUMENT_ERRORS:
         _check(score, query, memory, backend)
         raise
-    if columns == 1 and keys.shape[0] == 0:  # nothing to attend
+    if alignments is not None and columns == 1 and keys.shape[0] == 0:  # nothing to attend
         alignments = alignments[..., :0]
     attention: Attention = new(Attention, (None if values is None else context, alignments))
     return attention

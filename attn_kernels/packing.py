@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.utils.rnn import PackedSequence
 
 
 def lengths(offsets: Tensor) -> Tensor:
@@ -47,6 +48,28 @@ def pad(rows: Tensor, offsets: Tensor, columns: int) -> Tensor:
     at = torch.where(used, offsets[:-1, None] + steps, zeros).clamp(0, zeros)
     with_zeros = torch.cat((rows, rows.new_zeros((1, *rows.shape[1:]))))
     return with_zeros.index_select(0, at.flatten()).view(*at.shape, *rows.shape[1:])
+
+
+def select(offsets: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the steps of the sentences at ``sentences``, (n,), are, one sentence after the other, and their offsets."""
+    starts, counts = offsets[:-1].index_select(0, sentences), lengths(offsets).index_select(0, sentences)
+    chosen = torch.cat((offsets.new_zeros(1), counts.cumsum(0).to(offsets.dtype)))
+    steps = torch.arange(int(counts.sum()), device=offsets.device)
+    return steps + (starts - chosen[:-1]).repeat_interleave(counts, output_size=len(steps)), chosen
+
+
+def from_sequence(sequence: PackedSequence) -> tuple[Tensor, Tensor]:
+    """The rows of a PackedSequence, in which the steps of all sentences take turns, sentence by sentence; offsets."""
+    data, sizes, _, order = sequence  # sizes: (T,), on the CPU; order: (B,), of each sentence its place in a step
+    batch = int(sizes[0]) if len(sizes) else 0
+    counts = (sizes[:, None] > torch.arange(batch)).sum(0)
+    place = torch.arange(batch) if order is None else order.cpu()
+    counts = counts.index_select(0, place)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    of_row = torch.arange(batch).repeat_interleave(counts)
+    step = torch.arange(len(of_row)) - offsets[of_row]
+    rows = (sizes.cumsum(0) - sizes)[step] + place[of_row]
+    return data.index_select(0, rows.to(data.device)), offsets.to(data.device)
 
 
 def flatten_alignments(alignments: Tensor, offsets: Tensor, n: int) -> Tensor:

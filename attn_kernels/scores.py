@@ -59,6 +59,24 @@ class _DotArguments(NamedTuple):
     scale: float = 1.0
 
 
+class _AdditivePackedArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None
+    columns: int
+
+
+class _ReluPackedArguments(NamedTuple):
+    v: Tensor
+    bias: Tensor | None
+    negative_slope: float
+    columns: int
+
+
+class _DotPackedArguments(NamedTuple):
+    scale: float
+    columns: int
+
+
 class _OfUnits:
     """What scores of v (A,) and bias have in common."""
 
@@ -119,6 +137,9 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
     def with_extra(self, extra: Tensor) -> AdditiveExtraScore:
         return AdditiveExtraScore(self.v, self.bias, extra)
 
+    def packed(self, columns: int) -> AdditivePackedScore:
+        return AdditivePackedScore(self.v, self.bias, columns)
+
 
 class ReluScore(_ReluArguments, _OfUnits):
     """v . relu(query + keys + bias), or with a negative_slope, v . leaky_relu(...).
@@ -142,6 +163,9 @@ class ReluScore(_ReluArguments, _OfUnits):
     def with_extra(self, extra: Tensor) -> ReluExtraScore:
         return ReluExtraScore(self.v, self.bias, extra, self.negative_slope)
 
+    def packed(self, columns: int) -> ReluPackedScore:
+        return ReluPackedScore(*self, columns)
+
 
 class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
     """v . tanh(query + keys + extra + bias).
@@ -160,6 +184,28 @@ class ReluExtraScore(_ReluExtraArguments, _WithExtra):
 
     __slots__ = ()
     op = "relu_attention_with_extra"
+
+
+class AdditivePackedScore(_AdditivePackedArguments):
+    """AdditiveScore of packed keys, (N, A). columns: of the alignments, (B, Tq, columns), at least the largest length;
+    0 for packed ones.
+    """
+
+    __slots__ = ()
+    op = "additive_attention_packed"
+    tensors = 2
+    gradients = 2
+    has_extra = False
+
+
+class ReluPackedScore(_ReluPackedArguments):
+    """ReluScore of packed keys."""
+
+    __slots__ = ()
+    op = "relu_attention_packed"
+    tensors = 2
+    gradients = 2
+    has_extra = False
 
 
 class GatedAdditiveScore(_GatedAdditiveArguments):
@@ -216,6 +262,9 @@ class DotScore(_DotArguments):
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         """A number fits all."""
 
+    def packed(self, columns: int) -> DotPackedScore:
+        return DotPackedScore(self.scale, columns)
+
     def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether attention that needs gradients is faster as three calls of PyTorch than as one of ours.
 
@@ -242,4 +291,24 @@ class DotScore(_DotArguments):
         return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
 
 
+class DotPackedScore(_DotPackedArguments):
+    """DotScore of packed keys."""
+
+    __slots__ = ()
+    op = "dot_attention_packed"
+    tensors = 0
+    gradients = 0
+    has_extra = False
+
+
+PackedScore = AdditivePackedScore | ReluPackedScore | DotPackedScore
 Score = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore | GatedAdditiveScore | DotScore
+
+
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x / |x| along the last axis; vectors that are not longer than eps stay as they are."""
+    wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
+    squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+    # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
+    # before the root, not after it: its second derivative at 0 is NaN.
+    return (wide / torch.where(squares > eps**2, squares, 1.0).sqrt()).to(x.dtype)

@@ -61,6 +61,7 @@ def register(cls: type[nn.Module], parameters: Iterable[str] = (), children: Ite
 
 
 register(nn.Linear, ["weight", "bias"])
+register(nn.Conv1d, ["weight", "bias"])
 register(nn.Embedding, ["weight"])
 register(nn.Dropout)
 register(nn.LSTM)

@@ -59,6 +59,15 @@ def packed(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> 
     return pad_packed_sequence(outputs, batch_first=axis, total_length=x.shape[int(axis)])[0], last
 
 
+def encode_sequence(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> tuple[Tensor, Any]:
+    """A ``PackedSequence`` in and out."""
+    axis = encoder.rnn.batch_first
+    sequence = pack_padded_sequence(x, lengths, batch_first=axis, enforce_sorted=False)
+    outputs, last = encoder(sequence, states=states)
+    assert outputs.batch_sizes is sequence.batch_sizes
+    return pad_packed_sequence(outputs, batch_first=axis, total_length=x.shape[int(axis)])[0], last
+
+
 def by_state(prefix: str, states: Any) -> dict[str, Tensor]:
     """Of an LSTM (hidden, cell), of a GRU hidden alone."""
     if isinstance(states, Tensor):

@@ -129,7 +129,7 @@ def test_other_ways_take_the_formula(products: list[int]) -> None:
 def test_neighbourhoods() -> None:
     """Of each step, the alignments from taps // 2 before it to as many after it, one input after the other."""
     alignments = torch.arange(1.0, 13.0).view(1, 1, 2, 6)
-    found = location_features._neighbourhoods(F.pad(alignments, (1, 1)), 3)
+    found = location_features.neighbourhoods(F.pad(alignments, (1, 1)), 3)
     assert found.shape == (1, 1, 6, 6)
     assert found[0, 0, 0].tolist() == [0, 1, 2, 0, 7, 8]
     assert found[0, 0, 5].tolist() == [5, 6, 0, 11, 12, 0]

@@ -24,7 +24,8 @@ from sentences import SOURCE, TARGET, Batch, random_batch, run, weighted
 B, S, T = 4, 9, 7
 HIDDEN = 6
 
-attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+WITH_STATE = ("location", "location-cumulative", "coverage")  # those of which the loop computes the steps
+attentions = pytest.mark.parametrize("attention", [*ATTENTIONS, *WITH_STATE])
 cells = pytest.mark.parametrize("cell", ["lstm", "gru"])
 
 
@@ -82,7 +83,7 @@ def test_losses(attention: str, cell: str, loss: str) -> None:
 @cells
 @pytest.mark.parametrize(("steps", "source"), [(1, S), (T, 0), (T, 1), (1, 0)])
 def test_sizes(cell: str, steps: int, source: int) -> None:
-    for attention in ("bahdanau", "luong-general", "cosine"):
+    for attention in ("bahdanau", "luong-general", "cosine", "location-cumulative"):
         assert_same(models(attention=attention, cell=cell), batch(steps, source))
 
 
@@ -237,7 +238,7 @@ def test_factor_of_zero(attention: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("attention", ["bahdanau", "luong-general"])
+@pytest.mark.parametrize("attention", ["bahdanau", "luong-general", "location"])
 def test_mask_of_one_query(attention: str, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """(B, 1, S): the same for each step, as for the queries of all steps, of which the backward makes one call."""
     made, found = models(attention=attention, backend=backend), {}
@@ -273,6 +274,8 @@ def test_trees_of_tensors() -> None:
         ("bahdanau-normalized", {}),
         ("luong-dot", {"cell": "gru", "num_layers": 2, "dropout": 0.3}),
         ("cosine", {"backend": "reference"}),
+        ("location-cumulative", {"cell": "gru"}),
+        ("coverage", {"backend": "reference"}),
     ],
 )
 def test_second_derivatives(attention: str, settings: dict[str, Any]) -> None:
@@ -306,7 +309,11 @@ def test_differentiable_gradients_are_the_gradients(loss: str) -> None:
         torch.testing.assert_close(x, y.expand_as(x), atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("settings", [{}, {"input_feeding": False, "backend": "reference"}, {"cell": "gru"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"input_feeding": False, "backend": "reference"}, {"cell": "gru"}, {"attention": "location"}],
+    ids=str,
+)
 def test_gradient_penalty(settings: dict[str, Any]) -> None:
     """Of the gradients of the whole model; with the formula in plain steps as the oracle."""
     made = models(**settings)
@@ -415,7 +422,7 @@ class Operations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attention", [*ATTENTIONS, "cosine, sharpness not learned"])
+@pytest.mark.parametrize("attention", [*ATTENTIONS, *WITH_STATE, "cosine, sharpness not learned"])
 def test_no_tensor_is_made_on_the_host(attention: str) -> None:
     """Such a tensor is copied to a GPU, which waits, and which a CUDA graph around the step cannot record."""
     model, (source, lengths, target) = models(attention=attention.partition(",")[0])["loop"], batch()

@@ -19,8 +19,9 @@ CPU = torch.device("cpu")
 NAMES = [loop.EAGER, loop.STEPS, loop.LOOP]
 
 
-def test_ways_agree() -> None:
-    variants = loop.make_variants(8, CPU, NAMES)
+@pytest.mark.parametrize("attention", [loop.ADDITIVE, loop.LOCATION])
+def test_ways_agree(attention: str) -> None:
+    variants = loop.make_variants(8, CPU, NAMES, attention)
     errors = loop.largest_error(variants, loop.make_data(loop.Shape(3, 5, 4), CPU))
     assert list(errors) == NAMES and errors[loop.EAGER] == 0
     assert max(errors.values()) < 1e-4
@@ -35,9 +36,10 @@ def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         loop.measure(loop.Shape(2, 3, 3), 8, CPU, NAMES, 0.0)
 
 
-def test_ways_are_what_their_names_say() -> None:
+@pytest.mark.parametrize("attention", [loop.ADDITIVE, loop.LOCATION])
+def test_ways_are_what_their_names_say(attention: str) -> None:
     """The loop makes one node of autograd, the steps one for each step of attention, eager none of ours."""
-    for (name, model), ours in zip(loop.make_variants(8, CPU, NAMES), (0, 4, 1), strict=True):
+    for (name, model), ours in zip(loop.make_variants(8, CPU, NAMES, attention), (0, 4, 1), strict=True):
         logits, _ = model(*loop.make_data(loop.Shape(2, 3, 4), CPU))
         seen, left = set(), [logits.grad_fn]
         while left:
@@ -45,7 +47,8 @@ def test_ways_are_what_their_names_say() -> None:
             if node is not None and node not in seen:
                 seen.add(node)
                 left += [parent for parent, _ in node.next_functions]
-        counted = [type(node).__name__ in ("_SequenceBackward", "AdditiveAttentionBackward") for node in seen]
+        nodes = ("_SequenceBackward", "AdditiveAttentionBackward", "AdditiveAttentionWithExtraBackward")
+        counted = [type(node).__name__ in nodes for node in seen]
         assert sum(counted) == ours, name
 
 
@@ -55,7 +58,7 @@ def test_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(loop.app, arguments)
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "loop-cpu.json").read_text())
-    training, *searches = result["rows"]
+    training, *searches, located = result["rows"]
     assert training["B,S,T"] == [2, 3, 4] and set(training["ms"]) == set(NAMES)
     assert [row["kind"] for row in searches] == [
         "greedy decoding",
@@ -63,6 +66,9 @@ def test_command(tmp_path: Path) -> None:
         "beam search of 5",
         "beam search of 5, encoder left out",
     ]
+    assert (training["attention"], located["attention"]) == (loop.ADDITIVE, loop.LOCATION)
+    assert located["kind"] == "training step" and set(located["ms"]) == set(located["eager / ours"]) | {loop.EAGER}
+    assert set(located["MB"]) == set(NAMES)
     for row in result["rows"]:
         for parts in row["shares"].values():
             assert sum(parts.values()) == pytest.approx(1, abs=0.01) and min(parts.values()) >= 0

@@ -86,7 +86,7 @@ def assert_same(
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"attention": attention} for attention in ATTENTIONS),
+        *({"attention": attention} for attention in (*ATTENTIONS, "location", "location-cumulative", "coverage")),
         {"cell": "gru"},
         {"num_layers": 2, "dropout": 0.5},
         {"cell": "gru", "num_layers": 3, "dropout": 0.2, "attention": "luong-general"},

@@ -115,16 +115,19 @@ def test_padding(attention: str) -> None:
 
 
 @attentions
-def test_is_not_fused(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does a search prepare the keys, to which each step adds."""
+def test_what_is_fused(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, of those that add filters of alignments. No search, nor does that prepare keys to which steps add."""
     model = make(attention=attention).eval()
     monkeypatch.setattr(autograd, "decode_sequence", None)
     source, lengths, target = batch()
     with torch.no_grad():
         memory, state = model.encode(source, lengths)
         embedded = model.decoder.embedding(target)
-        assert not can_fuse_sequence(model.decoder, embedded, state, memory)
+        is_fused = attention in ("location", "location-cumulative", "coverage")
+        assert can_fuse_sequence(model.decoder, embedded, state, memory) == is_fused
+        assert not can_fuse_sequence(model.decoder, embedded, state._replace(attention=None), memory)
         assert not can_fuse_steps(model.decoder, state, memory)
+        assert not can_fuse_steps(model.decoder, state._replace(attention=None), memory)
         assert fast_decoder(model.decoder, state, memory, 1, 10) == (model.decoder, memory)
         stateless = make(attention="bahdanau").eval()
         memory, state = stateless.encode(source, lengths)

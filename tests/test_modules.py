@@ -298,8 +298,8 @@ def test_sizes_may_be_numbers_of_numpy() -> None:
     assert module.v.shape == (8,) and type(module.query_size) is int
 
 
-def test_nested_memory_is_refused() -> None:
-    nested = torch.nested.nested_tensor([torch.randn(4, M), torch.randn(7, M)], layout=torch.jagged)
+def test_nested_memory_that_is_not_jagged_is_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(4, M), torch.randn(7, M)], layout=torch.strided)
     with pytest.raises(TypeError, match=r"memory must be a padded tensor, got a nested one; pass .* memory_lengths"):
         BahdanauAttention(Q, M, 8).memory(nested)
 

@@ -16,6 +16,7 @@ from ..memory import Memory
 from ..scores import AdditiveScore
 from ..types import Attention, Masks
 from .alignments import average
+from .location_features import AlignmentFilters
 from .stateful import StatefulAttention
 
 
@@ -50,12 +51,20 @@ class StatefulAdditiveAttention(StatefulAttention):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def make_score(self, memory: Memory) -> AdditiveScore:
+        """That of the keys, and of what a step adds to them."""
+        return AdditiveScore(self.v if self.scale == 1.0 else self.scale * self.v, self.bias)
+
+    def _alignment_filters(self, state: Any) -> AlignmentFilters | None:
+        """How the extra of each step from ``state`` on is made, of one hypothesis; None: not by such filters."""
+        return None
+
     def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> Attention:
         """Alignments by softmax, and their context. query: (B, K, A), projected. extra: (B, K, Tk, A)."""
         if query.shape[1] > 1:
             alignments = self._align(query, memory, extra, memory.mask)
             return Attention(average(alignments, memory), alignments)
-        score = AdditiveScore(self.v if self.scale == 1.0 else self.scale * self.v, self.bias)
+        score = self.make_score(memory)
         masks = Masks(memory.memory_lengths, memory.mask)
         extra = extra.squeeze(1).to(memory.keys.dtype)
         return attend_with_extra(score, query, memory.keys, memory.values, extra, masks, True, self.backend, memory)

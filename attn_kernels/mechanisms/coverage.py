@@ -12,6 +12,7 @@ from ..errors import ArgumentValueError
 from ..memory import Memory
 from .additive import StatefulAdditiveAttention
 from .alignments import INITIAL, as_state, check_initial, wide
+from .location_features import AlignmentFilters
 from .stateful import StatefulResult
 
 
@@ -74,6 +75,9 @@ class CoverageAttention(StatefulAdditiveAttention):
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> CoverageState:
         return CoverageState(INITIAL[self.initial](memory, hypotheses, wide(memory.keys.dtype)))
+
+    def _alignment_filters(self, state: CoverageState) -> AlignmentFilters:
+        return AlignmentFilters(self.coverage_weight[:, None, None], None, state.coverage.squeeze(1))
 
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
         (coverage,) = as_state(self._name, CoverageState, state, (memory.keys.shape[1],))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..attending import attend
+from ..attention_module import AttentionModule
 from ..checks import as_number, check_size
 from ..errors import ArgumentValueError
 from ..memory import Memory
-from ..modules import AttentionModule
+from ..packed_attention import is_packed
 from ..scores import AdditiveScore, DotScore, Score
 from ..types import Attention
 from .normalizers import mask_queries
@@ -135,9 +137,15 @@ class MultiHeadAttention(AttentionModule):
             nn.init.uniform_(self.v, -bound, bound)
 
     def memory(  # type: ignore[override]
-        self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None
+        self,
+        memory: Tensor | PackedSequence,
+        memory_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        memory_offsets: Tensor | None = None,
     ) -> HeadsMemory:
         """Makes of the encoder outputs what each step reads, once per sentence: as of the other mechanisms."""
+        if memory_offsets is not None or is_packed(memory):  # it is padded, and this is called again
+            return cast(HeadsMemory, super().memory(memory, memory_lengths, mask, memory_offsets))
         made = super().memory(memory, memory_lengths, mask)
         keys = _heads_first(made.keys, self.heads)
         values = _heads_first(self.value_projection(made.values), self.heads)

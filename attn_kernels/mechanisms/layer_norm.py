@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..attention_module import AttentionModule
 from ..checks import as_number
 from ..errors import ArgumentValueError
 from ..memory import Memory
-from ..modules import AttentionModule, _reset_score_vector
+from ..modules import _reset_score_vector
 from ..types import Attention, autocast, upcast
 from .normalizers import Normalizer, check_normalizer, mask_queries, normalize, weighted_sum
 from .recompute import recompute

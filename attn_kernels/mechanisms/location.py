@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..memory import Memory
 from .additive import StatefulAdditiveAttention
 from .alignments import INITIAL, as_state, check_initial, wide
-from .location_features import make_location_layers, project_locations
+from .location_features import AlignmentFilters, make_location_layers, project_locations
 from .stateful import StatefulResult
 
 
@@ -100,6 +100,12 @@ class LocationSensitiveAttention(StatefulAdditiveAttention):
         dtype = memory.keys.dtype
         first = INITIAL[self.initial](memory, hypotheses, dtype)
         return CumulativeLocationState(first, first.to(wide(dtype))) if self.cumulative else LocationState(first)
+
+    def _alignment_filters(self, state: LocationState | CumulativeLocationState) -> AlignmentFilters:
+        weight = self.location_projection.weight @ self.location_convolution.weight.flatten(1)
+        weight = weight.unflatten(1, self.location_convolution.weight.shape[1:])
+        total = state.cumulative.squeeze(1) if isinstance(state, CumulativeLocationState) else None
+        return AlignmentFilters(weight, state.alignments.squeeze(1), total)
 
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
         steps = memory.keys.shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,18 @@ from .. import gemm
 from ..checks import check_size
 
 _MANY_ROWS = 1024  # steps of all sentences; with fewer, calls take more of the time than multiplications
+
+
+class AlignmentFilters(NamedTuple):
+    """What a step adds to the keys, as a linear filter of alignments of the steps before: for the loop of a decoder.
+
+    weight: (A, inputs, taps). Its inputs are those of the following that are not None, in this order.
+    previous: (B, Tk), the alignments before the first step. total: (B, Tk), the sum of all before it.
+    """
+
+    weight: Tensor
+    previous: Tensor | None
+    total: Tensor | None
 
 
 def make_location_layers(
@@ -55,12 +67,36 @@ def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments
         weights = weight @ filters
         product: Tensor = _ProductFunction.apply(padded, weights, taps)  # type: ignore[no-untyped-call]  # torch has no types for it
         return product
-    return F.linear(F.linear(_neighbourhoods(padded, taps), filters), weight)
+    return F.linear(F.linear(neighbourhoods(padded, taps), filters), weight)
 
 
-def _neighbourhoods(padded: Tensor, taps: int) -> Tensor:
-    """(B, K, Tk, inputs taps). padded: (B, K, inputs, Tk + taps - 1)."""
-    return padded.unfold(3, taps, 1).transpose(2, 3).flatten(3)
+def neighbourhoods(padded: Tensor, taps: int) -> Tensor:
+    """(*, Tk, inputs taps). padded: (*, inputs, Tk + taps - 1)."""
+    return padded.unfold(-1, taps, 1).transpose(-3, -2).flatten(-2)
+
+
+def filter_alignments(padded: Tensor, weight: Tensor, taps: int) -> Tensor:
+    """(*, Tk, A): the neighbourhoods times ``weight``, (A, inputs taps), by gemm.py, without autograd."""
+    x = neighbourhoods(padded, taps)
+    return gemm.linear(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+
+
+def filter_gradients(
+    grad: Tensor, padded: Tensor, weight: Tensor, taps: int, need_padded: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of ``padded`` and ``weight``; None where they are not needed. grad: (*, Tk, A)."""
+    dpadded = dweight = None
+    rows = grad.reshape(-1, grad.shape[-1])
+    if need_padded:
+        dneighbourhoods = gemm.linear(rows, weight.t()).view(*grad.shape[:-1], padded.shape[-2], taps)
+        dpadded = torch.ops.aten.unfold_backward(
+            dneighbourhoods.transpose(-3, -2), padded.shape, padded.dim() - 1, taps, 1
+        )
+    if need_weight:
+        # The neighbourhoods with the steps last, as the product takes them at twice the speed.
+        columns = padded.unfold(-1, grad.shape[-2], 1).movedim((-3, -2), (0, 1)).reshape(-1, rows.shape[0])
+        dweight = gemm.linear(columns, rows.t()).t()
+    return dpadded, dweight
 
 
 class _ProductFunction(Function):
@@ -70,8 +106,7 @@ class _ProductFunction(Function):
     def forward(ctx: Any, padded: Tensor, weight: Tensor, taps: int) -> Tensor:
         ctx.save_for_backward(padded, weight)
         ctx.taps = taps
-        x = _neighbourhoods(padded, taps)
-        return gemm.linear(x.flatten(0, 2), weight).view(*x.shape[:3], -1)
+        return filter_alignments(padded, weight, taps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,16 +114,7 @@ class _ProductFunction(Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             wanted = [x for x, need in zip((padded, weight), needs, strict=False) if need]
-            product = F.linear(_neighbourhoods(padded, ctx.taps), weight)
+            product = F.linear(neighbourhoods(padded, ctx.taps), weight)
             found = iter(torch.autograd.grad(product, wanted, grad, create_graph=True))
             return *(next(found) if need else None for need in needs[:2]), None
-        dpadded = dweight = None
-        rows = grad.reshape(-1, grad.shape[3])
-        if needs[0]:
-            dneighbourhoods = gemm.linear(rows, weight.t()).view(*grad.shape[:3], padded.shape[2], ctx.taps)
-            dpadded = torch.ops.aten.unfold_backward(dneighbourhoods.transpose(2, 3), padded.shape, 3, ctx.taps, 1)
-        if needs[1]:
-            # The neighbourhoods with the steps last, as the product takes them at twice the speed.
-            columns = padded.unfold(3, grad.shape[2], 1).permute(2, 3, 0, 1, 4).reshape(-1, rows.shape[0])
-            dweight = gemm.linear(columns, rows.t()).t()
-        return dpadded, dweight, None
+        return *filter_gradients(grad, padded, weight, ctx.taps, needs[0], needs[1]), None

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..attending import OPTIONS, attend_with_options, make_options
+from ..attention_module import AttentionModule
 from ..backends import choose_among
 from ..checks import check_dtypes, check_lengths, check_mask, check_range, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
-from ..modules import AttentionModule
+from ..packed_attention import padding_needed
 from ..scores import DotScore, ReluScore, Score
 from ..types import Attention, Masks, attention_mask, autocast, device_type, upcast
 
@@ -186,9 +188,15 @@ class NormalizedAttention(nn.Module):
         self.attention = attention
         self.normalizer = normalizer
 
-    def memory(self, memory: Tensor, memory_lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
-        """As of the mechanism: what each step reads, once per sentence."""
-        return self.attention.memory(memory, memory_lengths, mask)
+    def memory(
+        self,
+        memory: Tensor | PackedSequence,
+        memory_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        memory_offsets: Tensor | None = None,
+    ) -> Memory:
+        """As of the mechanism: what each step reads, once per sentence. One without padding is padded."""
+        return self.attention.memory(memory, memory_lengths, mask, memory_offsets).padded()
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
@@ -196,6 +204,8 @@ class NormalizedAttention(nn.Module):
         Raises ValueError or TypeError where query or memory do not fit the module or each other.
         """
         self.attention._check(query, memory)
+        if memory.memory_offsets is not None:
+            raise padding_needed("NormalizedAttention")
         query = mask_queries(query, memory)
         if self.normalizer == "softmax":
             result: Attention = self.attention(query, memory, need_weights)

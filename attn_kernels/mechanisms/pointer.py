@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..attention_module import AttentionModule
 from ..checks import as_number, check_size
 from ..errors import ArgumentValueError
 from ..functional import additive_attention, additive_scores
 from ..memory import Memory
-from ..modules import AttentionModule, _reset_score_vector
+from ..modules import _reset_score_vector
 from ..types import upcast
 from .normalizers import allowed_pairs, mask_queries, mask_scores
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention_module import AttentionModule
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..memory import Memory
-from ..modules import AttentionModule
 
 
 class StatefulResult(NamedTuple):

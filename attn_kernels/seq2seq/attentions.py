@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..attention_module import AttentionModule
 from ..mechanisms import (
     CoverageAttention,
     DynamicConvolutionAttention,
@@ -16,7 +17,7 @@ from ..mechanisms import (
     MonotonicChunkwiseAttention,
     StepwiseMonotonicAttention,
 )
-from ..modules import AttentionModule, BahdanauAttention, CosineAttention, LuongAttention
+from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 
 # Called with query_size, memory_size, units, and backend, device and dtype by name.
 Make = Callable[..., AttentionModule]

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from ..memory import Memory
-from ..modules import AttentionModule
+from ..attention_module import AttentionModule
+from ..memory import Memory, padded
+from ..packed_attention import is_packed
 from ..stock import register
 from .encoder import CELLS
 from .fused.autograd import decode_sequence
@@ -75,10 +77,15 @@ class Decoder(nn.Module):
         self.output: nn.Linear = nn.Linear(hidden_size, vocab, **factory)
 
     def begin(
-        self, outputs: Tensor, encoder_states: tuple[Tensor, ...], source_lengths: Tensor
+        self, outputs: Tensor | PackedSequence, encoder_states: tuple[Tensor, ...], source_lengths: Tensor
     ) -> tuple[Memory, DecoderState]:
-        """What decoding starts from. outputs, encoder_states: of the encoder. source_lengths: (B,), on their device."""
-        memory = as_forward(self.attention, "memory")(outputs, source_lengths)
+        """What decoding starts from. outputs, encoder_states: of the encoder. source_lengths: (B,), on their device.
+
+        Outputs may be a jagged tensor or a ``PackedSequence``. What reads the memory of a sentence in many steps, the
+        loop and searches, pads it then, once; the queries of all steps, without input feeding, read it as it is.
+        """
+        lengths = () if is_packed(outputs) else (source_lengths,)
+        memory = as_forward(self.attention, "memory")(outputs, *lengths)
         state = self.start(encoder_states)
         initial_state = getattr(self.attention, "initial_state", None)  # of an attention with a state
         if initial_state is not None and state.attention is None:
@@ -107,6 +114,8 @@ class Decoder(nn.Module):
             logits, alignments, after = self.step(tokens, state, memory)
             next_state.append(after)
             return logits, alignments
+        if self.input_feeding or not (self._is_original("step") and self._is_original("_step")):
+            memory = padded(memory)
         if not self._is_original("step"):
             return self._join(self.step, tokens, state, memory)
         embedded = self.dropout(self.embedding(tokens))

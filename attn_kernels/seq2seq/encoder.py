@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
-from .recurrent import checked_lengths, run_recurrent
+from .recurrent import States, checked_lengths, run_recurrent, run_sequence
 
 CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -73,9 +74,13 @@ class Encoder(nn.Module):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def forward(
-        self, inputs: Tensor, lengths: Tensor, states: Tensor | tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        self,
+        inputs: Tensor | PackedSequence,
+        lengths: Tensor | None = None,
+        states: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         r"""inputs: (B, S, input_size), or (S, B, \*) with batch_first=False. What their padding holds does not matter.
+            Or a ``PackedSequence``, without lengths: the outputs are another one then, and nothing is padded.
         lengths: (B,) int32 or int64, 0..S; on the CPU, or it is waited for. states: the first ones, as of ``nn.LSTM``:
             (hidden, cell), of a GRU hidden, (num_layers * D, B, hidden_size) each, with D directions. None: zeros.
 
@@ -84,6 +89,8 @@ class Encoder(nn.Module):
 
         Raises ValueError or TypeError where an argument does not fit.
         """
+        if isinstance(inputs, PackedSequence):
+            return self._run_sequence(inputs, lengths, states)
         check_tensor("Encoder", "inputs", inputs)
         batch_first, size = getattr(self.rnn, "batch_first", True), getattr(self.rnn, "input_size", None)
         if inputs.dim() != 3 or (size is not None and inputs.shape[2] != size):
@@ -95,6 +102,17 @@ class Encoder(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+    def _run_sequence(
+        self, inputs: PackedSequence, lengths: Tensor | None, states: States | None
+    ) -> tuple[PackedSequence, States]:
+        if lengths is not None:
+            raise ArgumentValueError("Encoder: lengths must be None with a PackedSequence, which has its own")
+        size = getattr(self.rnn, "input_size", None)
+        if inputs.data.dim() != 2 or (size is not None and inputs.data.shape[1] != size):
+            got = shape_of(inputs.data)
+            raise ArgumentValueError(f"Encoder: inputs must have data (N, input_size) = (*, {size}), got {got}")
+        return run_sequence(self.rnn, inputs, states)
 
 
 def _add_prefix(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

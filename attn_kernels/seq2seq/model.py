@@ -37,15 +37,15 @@ class Seq2Seq(nn.Module):
             "luong-dot", which compares memory and state as they are, the outputs of the encoder's directions are added.
             Or one whose steps depend on the steps before (attn_kernels.mechanisms): "location", "location-cumulative",
             "coverage", "forward", "forward-agent", "monotonic", "mocha", "stepwise-monotonic", "local-m", "local-p",
-            "gmm" or "dynamic-convolution". Its state is in ``DecoderState.attention``, and training and search go step
-            by step.
+            "gmm" or "dynamic-convolution". Its state is in ``DecoderState.attention``. Search goes step by step then,
+            and so does training, but for "location", "location-cumulative" and "coverage" with ``decoder="loop"``.
         cell: "lstm" or "gru".
         num_layers: of encoder and decoder.
         dropout: on embeddings, between layers and on the attentional vector.
         input_feeding: each step reads the attentional vector of the step before. Without it, training computes the
             attention of all steps in one call, which is much faster, if that has no state.
         decoder: how a whole target is computed with input feeding. "loop": as one op, which is faster; under
-            torch.compile and autocast, which look into steps, and with an attention that has a state, as "steps".
+            torch.compile and autocast, which look into steps, and with most attentions that have a state, as "steps".
             "steps": one after the other. Parameters and results are the same.
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
@@ -146,7 +146,7 @@ class Seq2Seq(nn.Module):
         lengths = checked_lengths("Seq2Seq", "source_lengths", source_lengths, batch, steps)
         outputs, states = self.encoder(source, lengths)
         begin = as_forward(self.decoder, "begin")
-        begun: tuple[Memory, DecoderState] = begin(outputs, states, source_lengths.to(outputs.device))
+        begun: tuple[Memory, DecoderState] = begin(outputs, states, source_lengths.to(states[0].device))
         return begun
 
     def generate(

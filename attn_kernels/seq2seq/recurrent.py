@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..stock import is_plain, is_stock, runs_eagerly
-from .fused.ragged import find_rows, run_layer
+from .fused.ragged import Rows, find_rows, run_layer, sorted_rows
 from .scanned import run_scanned
 
 States = Tensor | tuple[Tensor, Tensor]
@@ -53,16 +53,31 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
         padded = functional.pad(x, (0, 0, 0, 1) if axis == 1 else (0, 0, 0, 0, 0, 1))
         outputs, last = run_recurrent(rnn, padded, lengths, states)
         return outputs.narrow(axis, 0, 0), last
-    if isinstance(rnn, nn.LSTM | nn.GRU) and _can_fuse(rnn, x, lengths, states):
+    if isinstance(rnn, nn.LSTM | nn.GRU) and _can_fuse(rnn, x, x.shape[axis], lengths, states):
         return _run_fused(rnn, x, lengths, states)
     return _run_packed(rnn, x, lengths, states)
 
 
-def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> bool:
-    """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU."""
+def run_sequence(
+    rnn: nn.Module, sequence: PackedSequence, states: States | None = None
+) -> tuple[PackedSequence, States]:
+    """What ``rnn`` makes of a ``PackedSequence``: another one, and the last states. states: as of ``run_recurrent``."""
+    data, sizes, order, place = sequence
+    batch = int(sizes[0])
+    lengths = (sizes[:, None] > torch.arange(batch)).sum(0)  # the largest first
+    if not isinstance(rnn, nn.LSTM | nn.GRU) or not _can_fuse(rnn, data, len(sizes), lengths, states):
+        found: tuple[PackedSequence, States] = rnn(sequence, states)
+        return found
+    rows = sorted_rows(lengths, torch.arange(batch) if order is None else order, (len(sizes), 1))
+    of_rows, last = _run_layers(rnn, rows, data, batch, states)
+    return PackedSequence(of_rows, sizes, order, place), last
+
+
+def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, longest: int, lengths: Tensor, states: States | None) -> bool:
+    """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU. x: (*, n)."""
     if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
         return False
-    is_lstm, longest = isinstance(rnn, nn.LSTM), x.shape[1 if rnn.batch_first else 0]
+    is_lstm = isinstance(rnn, nn.LSTM)
     if not bool((lengths > 0).any()):  # nothing but padding
         return False
     if is_lstm and bool((lengths == longest).all()):  # no padding, and PyTorch's LSTM is the faster one
@@ -81,7 +96,7 @@ def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States 
         and is_plain(x)
         and x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
-        and x.shape[2] == rnn.input_size
+        and x.shape[-1] == rnn.input_size
         and len(weights) == rnn.num_layers * directions
         and all(
             [tuple(weight.shape) for weight in of_one] == (shapes if n < directions else upper)
@@ -97,9 +112,17 @@ def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States 
 def _run_fused(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
     batch, steps = lengths.shape[0], x.shape[1 if rnn.batch_first else 0]
     rows = find_rows(lengths, (steps, 1) if rnn.batch_first else (1, batch))
-    directions, axes = 2 if rnn.bidirectional else 1, x.shape[:2]
+    of_rows, last = _run_layers(rnn, rows, x.flatten(0, 1).index_select(0, rows.source), batch, states)
+    outputs = x.new_zeros(batch * steps, of_rows.shape[1]).index_copy(0, rows.source, of_rows)
+    return outputs.unflatten(0, x.shape[:2]), last
+
+
+def _run_layers(
+    rnn: nn.LSTM | nn.GRU, rows: Rows, of_rows: Tensor, batch: int, states: States | None
+) -> tuple[Tensor, States]:
+    """of_rows: (N, n). Returns the outputs of all rows, and the last states in the order of the batch."""
+    directions = 2 if rnn.bidirectional else 1
     first = (states,) if isinstance(states, Tensor) else states
-    of_rows = x.flatten(0, 1).index_select(0, rows.source)
     last: list[tuple[Tensor, ...]] = []
     for layer in range(rnn.num_layers):
         if layer > 0 and rnn.dropout > 0:
@@ -109,11 +132,10 @@ def _run_fused(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States
         hidden, cell = (*of_layer, None, None)[:2]
         of_rows, *after = run_layer(rows, of_rows, hidden, cell, rnn.all_weights[own])
         last.append(tuple(state for state in after if state is not None))
-    outputs = x.new_zeros(batch * steps, of_rows.shape[1]).index_copy(0, rows.source, of_rows)
-    zeros = x.new_zeros(rnn.num_layers * directions, batch, rnn.hidden_size)
+    zeros = of_rows.new_zeros(rnn.num_layers * directions, batch, rnn.hidden_size)
     kinds = [torch.cat(of_kind) for of_kind in zip(*last, strict=True)]
     found = [(zeros if first is None else first[n]).index_copy(1, rows.order, state) for n, state in enumerate(kinds)]
-    return outputs.unflatten(0, axes), found[0] if isinstance(rnn, nn.GRU) else (found[0], found[1])
+    return of_rows, found[0] if isinstance(rnn, nn.GRU) else (found[0], found[1])
 
 
 def _run_packed(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:

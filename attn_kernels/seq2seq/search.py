@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_size
-from ..memory import Memory
+from ..memory import Memory, padded
 from ..types import attention_mask
 from .decoder import Decoder
 from .fused.inference import fast_decoder
@@ -108,6 +108,7 @@ def search(decoder: Any, memory: Memory, state: Any, options: SearchOptions) -> 
 
     decoder: a ``Decoder``, or what has a ``step`` as that; a state has ``select`` and ``reorder``.
     """
+    memory = padded(memory)
     if options.sample:
         return draw_samples(decoder, memory, state, options)
     found = search_in_one_call(decoder, memory, state, options) if isinstance(decoder, Decoder) else None

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..attention_module import AttentionModule
 from ..mechanisms.stateful import reorder_state, select_state
-from ..modules import AttentionModule
 
 
 class DecoderState(NamedTuple):

@@ -1,8 +1,9 @@
 """Times the decoder's whole loop, training and decoding: ``python -m bench.models.loop --help``.
 
-Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user
-would write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding
-the last is a search as one op, at as many rows as it takes, and the steps are those that Python calls for more.
+Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user would
+write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding the
+last is a search as one op, at as many rows as it takes, and the steps are those that Python calls for more. Training
+steps of a model with location-sensitive attention follow, whose steps read the alignments of the steps before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from attn_kernels import Attention, Memory
+from attn_kernels.mechanisms import CumulativeLocationState, StatefulResult
 from attn_kernels.seq2seq import Seq2Seq
 from attn_kernels.seq2seq.fused import one_call
 from attn_kernels.seq2seq.search import SearchOptions, search
@@ -58,8 +60,10 @@ SHAPES = (
     Shape(1, 8, 8),
     Shape(1, 50, 50),
 )
+WITH_LOCATION = (Shape(32, 80, 96), Shape(64, 32, 32))  # training steps of these, too
 QUICK = SHAPES[:1]
 BEAM = 5
+ADDITIVE, LOCATION = "bahdanau", "location-cumulative"  # attentions of Seq2Seq
 
 
 class EagerAttention(nn.Module):
@@ -78,21 +82,53 @@ class EagerAttention(nn.Module):
         )
 
 
+class EagerLocation(EagerAttention):
+    """Location-sensitive attention (Shen et al. 2018, section 2.2) in the same way, of LocationSensitiveAttention."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__(fused)
+        self.bias = fused.bias
+        self.location_convolution, self.location_projection = fused.location_convolution, fused.location_projection
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> CumulativeLocationState:
+        zeros = memory.keys.new_zeros(memory.batch_size, hypotheses, memory.keys.shape[1])
+        return CumulativeLocationState(zeros, zeros)
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, memory: Memory, state: CumulativeLocationState
+    ) -> StatefulResult:
+        """query: (B, 1, *), one hypothesis."""
+        located = self.location_projection(self.location_convolution(torch.cat(state, 1)).mT)
+        context, alignments = eager.additive_attention(
+            self.query_projection(query),
+            memory.keys,
+            memory.values,
+            self.v,
+            self.bias,
+            memory_lengths=memory.memory_lengths,
+            extra=located,
+        )
+        after = CumulativeLocationState(alignments, state.cumulative + alignments)
+        return StatefulResult(context, alignments, after)
+
+
 class Variant(NamedTuple):
     name: str
     model: Seq2Seq
 
 
-def make_variants(size: int, device: torch.device, names: list[str]) -> list[Variant]:
+def make_variants(size: int, device: torch.device, names: list[str], attention: str = ADDITIVE) -> list[Variant]:
     """Models with the same parameters. size: of embedding, states and attention."""
     variants = []
     for name in names:
         torch.manual_seed(0)
         decoder = "loop" if name in (LOOP, LAUNCHED) else "steps"
         graph = name == LOOP
-        model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, decoder=decoder, cuda_graph=graph).to(device)
+        sizes = (VOCABULARY, VOCABULARY, size, size, size)
+        model = Seq2Seq(*sizes, attention=attention, decoder=decoder, cuda_graph=graph).to(device)
         if name in (EAGER, COMPILED):
-            model.decoder.attention = EagerAttention(model.decoder.attention)
+            make = EagerAttention if attention == ADDITIVE else EagerLocation
+            model.decoder.attention = make(model.decoder.attention)
         if name == COMPILED:
             model.decoder._step = torch.compile(model.decoder._step, dynamic=False)
         variants.append(Variant(name, model))
@@ -194,17 +230,23 @@ def measure(
     names: list[str],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    attention: str = ADDITIVE,
 ) -> list[dict[str, Any]]:
-    """Training step, and searches with and without the encoder, at one shape: a row each. clock: for the CPU."""
+    """Training step and, of additive attention, searches with and without the encoder, at one shape: a row each.
+
+    clock: for the CPU.
+    """
     timer = timing.WallTimer(clock) if device.type == "cpu" else timing.timer_for(device)
-    variants = make_variants(size, device, names)
+    variants = make_variants(size, device, names, attention)
     data = make_data(shape, device)
     errors = largest_error(variants, data)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
         raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
     calls = {name: training_step(model, data) for name, model in variants}
-    rows = [measure_row("training step", shape, timer, calls, seconds)]
+    rows = [measure_row("training step", shape, timer, calls, seconds, attention)]
+    if attention != ADDITIVE:
+        return rows
     for kind, beam_size in (("greedy decoding", 1), (f"beam search of {BEAM}", BEAM)):
         timed = [variant for variant in variants if is_search(variant.name, shape.B * beam_size, device)]
         for encoded in (False, True):
@@ -220,11 +262,17 @@ def is_search(name: str, rows: int, device: torch.device) -> bool:
 
 
 def measure_row(
-    kind: str, shape: Shape, timer: Any, calls: dict[str, Callable[[], object]], seconds: float
+    kind: str,
+    shape: Shape,
+    timer: Any,
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    attention: str = ADDITIVE,
 ) -> dict[str, Any]:
     samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=60)
     row = {
         "kind": kind,
+        "attention": attention,
         "B,S,T": list(shape),
         "rounds": len(samples[EAGER]),
         "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
@@ -236,11 +284,13 @@ def measure_row(
     return row
 
 
-def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str]) -> dict[str, float | None]:
+def peak_memories(
+    shape: Shape, size: int, device: torch.device, names: list[str], attention: str = ADDITIVE
+) -> dict[str, float | None]:
     """MB beyond what is held before, of a training step."""
     data = make_data(shape, device)
     memory = {}
-    for name, model in make_variants(size, device, names):
+    for name, model in make_variants(size, device, names, attention):
         step = training_step(model, data)
         step()
         memory[name] = machine.peak_memory(step, device)
@@ -248,8 +298,8 @@ def peak_memories(shape: Shape, size: int, device: torch.device, names: list[str
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
-    title = "Seq2Seq, LSTM, additive attention, input feeding: ms, and times as fast as eager; loop: a search as one op"
-    shown = report.table(title, "", "B,S,T", *names, "MB (eager, loop)", "of the loop's time", wrap=True)
+    title = "Seq2Seq, LSTM, input feeding: ms, and times as fast as eager; loop: a search as one op"
+    shown = report.table(title, "", "attention", "B,S,T", *names, "MB (eager, loop)", "of the loop's time", wrap=True)
     for row in rows:
         cells = []
         for name in names:
@@ -263,7 +313,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
         megabytes = ", ".join(report.megabytes(memory[name]) for name in (EAGER, LOOP) if name in memory)
         ours = row["shares"].get(LOOP) or row["shares"].get(STEPS, {})
         parts = ", ".join(f"{part} {share:.0%}" for part, share in ours.items())
-        shown.add_row(row["kind"], ",".join(map(str, row["B,S,T"])), *cells, megabytes, parts)
+        shown.add_row(row["kind"], row["attention"], ",".join(map(str, row["B,S,T"])), *cells, megabytes, parts)
     return shown
 
 
@@ -287,23 +337,25 @@ def main(
     in_effect = prepare(threads, allocator)
     target = parse_device(device)
     shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
+    with_location = shapes if shape else () if quick else WITH_LOCATION
+    cases = [*((ADDITIVE, one) for one in shapes), *((LOCATION, one) for one in with_location)]
     left_out = set() if target.type == "cuda" else {LAUNCHED}
     if not compiled:
         left_out.add(COMPILED)
     names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP) if name not in left_out]
     rows: list[dict[str, Any]] = []
     with progress_bars() as progress:
-        task = progress.add_task("shapes", total=len(shapes) * 2)
-        for one in shapes:
-            progress.update(task, description=f"B,S,T = {','.join(map(str, one))}")
+        task = progress.add_task("shapes", total=len(cases) * 2)
+        for attention, one in cases:
+            progress.update(task, description=f"{attention}, B,S,T = {','.join(map(str, one))}")
             clock = time.process_time if cpu_time else time.perf_counter
-            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock)
+            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock, attention)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
-        for one in shapes:
-            progress.update(task, description=f"memory of {','.join(map(str, one))}")
-            memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP])
-            next(row for row in rows if row["B,S,T"] == list(one))["MB"] = memory
+        for attention, one in cases:
+            progress.update(task, description=f"{attention}, memory of {','.join(map(str, one))}")
+            memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP], attention)
+            next(row for row in rows if (row["attention"], row["B,S,T"]) == (attention, list(one)))["MB"] = memory
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
     settings["clock"] = "CPU" if cpu_time else "wall"

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import derivatives, ops
 from ...functional import prepare_keys
 from ...gemm import PackedLinear, weight_gradient
+from ...mechanisms.alignments import wide
 from ...memory import Memory
 from ...scores import AdditiveScore, Score
 from .inputs import Inputs, Query
@@ -27,6 +28,7 @@ class SavedAttention(NamedTuple):
     lengths: Tensor | None  # (T, B, 1), what a query was divided by: its length, or 1 if that is 0
     is_zero: Tensor | None  # (T, B, 1), whether it is
     prepared: Tensor | None  # of the keys
+    padded: Tensor | None = None  # (T, B, inputs, S + taps - 1), what the filters of each step read
 
 
 def prepare(score: Score, keys: Tensor, backend: str | None) -> Tensor | None:
@@ -61,10 +63,11 @@ class AttentionForward:
         batch, source, units = keys.shape
         lengths = is_zero = None
         if self.query.eps is not None:
-            lengths = keys.new_empty(steps, batch, 1, dtype=_wide(keys))
+            lengths = keys.new_empty(steps, batch, 1, dtype=wide(keys.dtype))
             is_zero = torch.empty_like(lengths, dtype=torch.bool)
         # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
-        prepared = None if keys.element_size() == 2 else prepare(inputs.score, keys, self.backend)
+        rounded = keys.element_size() == 2
+        prepared = None if rounded or inputs.filters is not None else prepare(inputs.score, keys, self.backend)
         self.op: str = inputs.score.op
         self.arguments: tuple[Any, ...] = op_arguments(with_prepared(inputs.score, prepared), inputs.memory)
         queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
@@ -74,10 +77,15 @@ class AttentionForward:
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, M)."""
         query = self._query(t, state).unsqueeze(1)
-        context, alignments = call(self.op, self.backend, query, *self.arguments, True)
+        context, alignments = self._attend(t, query)
         self.saved.alignments[:, t] = alignments.squeeze(1)
         result: Tensor = context.squeeze(1)
         return result
+
+    def _attend(self, t: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """query: (B, 1, A). Returns the context, (B, 1, M), and alignments, (B, 1, S)."""
+        found: tuple[Tensor, Tensor] = call(self.op, self.backend, query, *self.arguments, True)
+        return found
 
     def _query(self, t: int, state: Tensor) -> Tensor:
         saved, factor, eps = self.saved, self.query.factor, self.query.eps
@@ -110,16 +118,23 @@ class AttentionBackward:
         self.queries: Tensor = as_scored.transpose(0, 1)  # (B, T, A)
         self.dqueries: Tensor = torch.empty_like(saved.queries)  # becomes that of the projected states
         self.dcontexts: Tensor = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
-        self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=_wide(factor))
+        self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=wide(factor.dtype))
 
     def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
         """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""
         self.dcontexts[:, t] = dcontext
-        gradients = dcontext.unsqueeze(1), None if dalignments is None else dalignments.narrow(1, t, 1)
+        of_alignments = None if dalignments is None else dalignments.narrow(1, t, 1)
         query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
-        dquery, *_ = call(self.op, self.backend, *gradients, query, *self.arguments, alignments, True, False)
-        self.dqueries[t] = dquery.squeeze(1)
+        self.dqueries[t] = self._query_gradient(t, dcontext.unsqueeze(1), of_alignments, query, alignments).squeeze(1)
         return self._state_gradient(t)
+
+    def _query_gradient(
+        self, t: int, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
+    ) -> Tensor:
+        """(B, 1, A), of the query. Arguments: those of the op's backward, of step t alone."""
+        given = dcontext, dalignments, query, *self.arguments, alignments
+        dquery: Tensor = call(self.op, self.backend, *given, True, False)[0]
+        return dquery
 
     def _state_gradient(self, t: int) -> Tensor:
         """From dqueries[t], which becomes the gradient of the product with the weight."""
@@ -143,20 +158,20 @@ class AttentionBackward:
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
         by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
+        return {
+            "memory": Memory(dkeys, dvalues),
+            "score": self.score._replace(**by_name),
+            "query": self._of_query(states),
+            "filters": None,
+        }
+
+    def _of_query(self, states: Tensor) -> Query:
         dweight = None
         if self.query.weight is not None:
             dweight = weight_gradient(self.dqueries.flatten(0, 1), states.flatten(0, 1))
         dfactor = None if self.dfactor is None else self.dfactor.to(self.query.factor.dtype)
-        return {
-            "memory": Memory(dkeys, dvalues),
-            "score": self.score._replace(**by_name),
-            "query": self.query._replace(weight=dweight, factor=dfactor),
-        }
+        return self.query._replace(weight=dweight, factor=dfactor)
 
 
 def _projection(weight: Tensor | None, batch: int, steps: int) -> PackedLinear | None:
     return None if weight is None else PackedLinear(weight, batch, steps)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

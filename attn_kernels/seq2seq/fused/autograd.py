@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attention_module import AttentionModule
 from ...backends import choose
+from ...mechanisms.additive import StatefulAdditiveAttention
+from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
 from ..state import DecoderModules, DecoderState
 from .cuda_graph import find_graph
@@ -48,12 +51,17 @@ def decode_sequence(
         score=attention.make_score(memory),
         query=Query(None if projection is None else projection.weight, factor, attention.query_eps()),
         attentional_weight=decoder.attentional.weight,
+        filters=_filters(attention, state.attention),
         backend=choose(attention.backend, embedded.device.type),
     )
     tensors, structure = flatten(inputs)
     given = inputs, structure, decoder.cuda_graph, *tensors
     result: tuple[Tensor, Tensor] = _Sequence.apply(*given)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
+
+
+def _filters(attention: AttentionModule, state: Any) -> AlignmentFilters | None:
+    return attention._alignment_filters(state) if isinstance(attention, StatefulAdditiveAttention) else None
 
 
 def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor | None, ...]:

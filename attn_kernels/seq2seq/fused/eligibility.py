@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...backends import choose
+from ...mechanisms import CoverageAttention, LocationSensitiveAttention, StatefulAttention
+from ...mechanisms.alignments import wide
+from ...mechanisms.coverage import CoverageState
+from ...mechanisms.location import CumulativeLocationState, LocationState
 from ...memory import Memory
 from ...modules import BahdanauAttention, CosineAttention, LuongAttention
 from ...stock import is_plain, is_stock, register, runs_eagerly
@@ -19,11 +23,16 @@ from ..state import DecoderModules, DecoderState
 
 for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
     register(_attention, ["v", "g", "bias", "sharpness"], ["query_projection", "memory_projection"])
+_of_locations = ["location_convolution", "location_projection"]
+register(LocationSensitiveAttention, ["v", "bias"], ["query_projection", "memory_projection", *_of_locations])
+register(CoverageAttention, ["v", "bias", "coverage_weight"], ["query_projection", "memory_projection"])
 
 
 def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
     """Whether ``decode_sequence`` may stand for the steps of a target. embedded: (B, T, *). state: the first."""
     if not has_stock_steps(decoder, state, memory) or not is_plain(embedded):
+        return False
+    if state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
         return False
     size = decoder.rnn.input_size - decoder.hidden_size
     first = (*state.hidden, *state.cell, state.feed)
@@ -38,6 +47,7 @@ def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     """Whether ``FastDecoder`` may stand for the steps of a search."""
     return (
         not torch.is_grad_enabled()
+        and state.attention is None  # the steps of a search hand on no state of an attention
         and has_stock_steps(decoder, state, memory)
         and not any(module.training for module in decoder.modules())
         and memory.keys.is_cpu
@@ -53,14 +63,13 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
-    if state.attention is not None:  # the fused forms hand on no state of an attention
+    if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
         return False
     if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first
         return False
     called = [decoder.attention, decoder.rnn, decoder.attentional, decoder.dropout]
-    projection = getattr(decoder.attention, "query_projection", None)
-    if projection is not None:
-        called.append(projection)
+    within = (getattr(decoder.attention, name, None) for name in ("query_projection", *_of_locations))
+    called += [module for module in within if module is not None]
     if not all(map(is_stock, called)):
         return False
     tensors = [*state.hidden, *state.cell, memory.keys, memory.values]
@@ -72,6 +81,44 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     floating = [x for x in (*parameters, *tensors) if x is not None and x.is_floating_point()]
     return all(x.device == like.device for x in (*floating, *tensors)) and all(
         x.dtype == like.dtype for x in floating if x is not memory.prepared
+    )
+
+
+def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
+    """Whether this is a stock attention with a state of its own, which filters of alignments make what a step adds of.
+
+    Sizes of the state are as ``initial_state`` makes them.
+    """
+    if isinstance(attention, CoverageAttention):
+        kind: type[Any] = CoverageState
+        if attention.coverage_weight.shape != (attention.key_size,):
+            return False
+    elif isinstance(attention, LocationSensitiveAttention):
+        kind = CumulativeLocationState if attention.cumulative else LocationState
+        if not _has_filters_as_made(attention):
+            return False
+    else:
+        return False
+    batch, steps, _ = memory.keys.shape
+    dtype = memory.keys.dtype
+    return (
+        type(state) is kind
+        and steps > 0
+        and all(is_plain(x) and x.shape == (batch, 1, steps) and x.device == memory.keys.device for x in state)
+        and all(
+            x.dtype == (dtype if name == "alignments" else wide(dtype))
+            for name, x in zip(kind._fields, state, strict=True)
+        )
+    )
+
+
+def _has_filters_as_made(attention: LocationSensitiveAttention) -> bool:
+    convolution, projection = attention.location_convolution.weight, attention.location_projection.weight
+    return (
+        convolution.dim() == 3
+        and convolution.shape[1] == 1 + attention.cumulative
+        and convolution.shape[2] % 2 == 1
+        and projection.shape == (attention.key_size, convolution.shape[0])
     )
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from ... import derivatives
-from ...modules import unit_length
+from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
+from ...scores import AdditiveScore, Score, unit_length
 from .attention import op_arguments
 from .inputs import Inputs, unflatten
 
@@ -47,8 +48,9 @@ def step_cells(
 
 def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The first two results of ``sequence.forward``: attentional vectors and alignments."""
-    hidden, cell, feed = list(inputs.hidden), list(inputs.cell), inputs.feed
+    hidden, cell, feed, filters = list(inputs.hidden), list(inputs.cell), inputs.feed, inputs.filters
     steps = []
+    score: Score
     for t, embedded in enumerate(inputs.embedded.unbind(1)):
 
         def drop(x: Tensor, layer: int, t: int = t) -> Tensor:
@@ -58,13 +60,34 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
         hidden, cell = step_cells(torch.cat([embedded, feed], dim=1), hidden, cell, inputs.weights, drop)
         query = hidden[-1] if inputs.query.weight is None else linear(hidden[-1], inputs.query.weight)
         query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
-        arguments = (query, *op_arguments(inputs.score, inputs.memory), True)
-        context, alignments = derivatives.apply_formula(inputs.score.op, arguments)
+        score = inputs.score
+        if filters is not None and isinstance(score, AdditiveScore):
+            score = score.with_extra(_extra(filters))
+        arguments = (query, *op_arguments(score, inputs.memory), True)
+        context, alignments = derivatives.apply_formula(score.op, arguments)
+        if filters is not None:
+            filters = _follow(filters, alignments.squeeze(1))
         both = torch.cat([context.squeeze(1), hidden[-1]], dim=1)
         feed = drop(torch.tanh(linear(both, inputs.attentional_weight)), -1)
         steps.append((feed, alignments.squeeze(1)))
     attentional, alignments = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
     return attentional, alignments
+
+
+def _extra(filters: AlignmentFilters) -> Tensor:
+    """(B, S, A): what a step adds to the keys."""
+    weight, *state = filters
+    taps = weight.shape[2]
+    read = torch.stack([x.to(weight.dtype) for x in state if x is not None], dim=1)
+    return linear(neighbourhoods(pad(read, (taps // 2, taps // 2)), taps), weight.flatten(1))
+
+
+def _follow(filters: AlignmentFilters, alignments: Tensor) -> AlignmentFilters:
+    """The state after a step with these alignments, (B, S)."""
+    weight, previous, total = filters
+    return AlignmentFilters(
+        weight, None if previous is None else alignments, None if total is None else total + alignments
+    )
 
 
 def scale_query(query: Tensor, factor: Tensor | float | None, eps: float | None) -> Tensor:

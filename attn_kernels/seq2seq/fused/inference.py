@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...attention_module import AttentionModule
 from ...backends import choose
 from ...gemm import Budget, PackedLinear, linear
 from ...memory import Memory, PreparedMemory
-from ...modules import AttentionModule
 from ...scores import Score
 from ...stock import has_global_hooks, is_stock
 from ..decoder import Decoder
@@ -57,7 +57,7 @@ def fast_decoder(
             warnings.warn(f"Seq2Seq.generate: {message}", stacklevel=5)
     elif has_global_hooks() or decoder._forward_hooks or decoder._forward_pre_hooks:
         return _CalledSteps(decoder), memory
-    return decoder, _prepare(decoder, memory)
+    return decoder, memory if state.attention is not None else _prepare(decoder, memory)
 
 
 def _prepare(decoder: Decoder, memory: Memory) -> Memory:

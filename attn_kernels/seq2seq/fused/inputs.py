@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
 from ...scores import Score
 
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
     score: Score
     query: Query
     attentional_weight: Tensor  # (H, M + H)
+    filters: AlignmentFilters | None  # of an attention with a state; its state before the first step
     backend: str  # of the attention
 
 
@@ -57,7 +59,8 @@ def step_axes(inputs: Inputs) -> list[Axes]:
     """For each tensor that ``flatten`` finds in the inputs, its axes that are steps."""
     memory: list[Axes] = [{-2: "S"}, {-2: "S"}, {}, {-1: "S"}]
     axes: list[Axes] = [{-2: "T"}, *memory, *({-3: "T"} for _ in inputs.dropout)]
-    return axes + [{}] * (len(flatten(inputs)[0]) - len(axes))
+    state: list[Axes] = [] if inputs.filters is None else [{-1: "S"}, {-1: "S"}]
+    return axes + [{}] * (len(flatten(inputs)[0]) - len(axes) - len(state)) + state
 
 
 def flatten(tree: Any) -> tuple[list[Tensor | None], Any]:
@@ -86,7 +89,8 @@ def unflatten(structure: Any, tensors: Iterator[Tensor | None]) -> Any:
     if structure is None:
         return next(tensors)
     if structure is Memory:
-        return Memory(*(next(tensors) for _ in range(4)))
+        keys, values, lengths, mask = (next(tensors) for _ in range(4))
+        return Memory(keys, values, lengths, mask)
     if isinstance(structure, tuple):
         return tuple.__new__(structure[0], [unflatten(child, tensors) for child in structure[1:]])
     return structure

@@ -36,7 +36,12 @@ def find_rows(lengths: Tensor, strides: tuple[int, int]) -> Rows:
     """lengths: (B,) int64 on the CPU, 0..S, one at least above 0. strides: in ``source``, of sentences and steps."""
     lengths, order = lengths.sort(descending=True)
     count = int((lengths > 0).sum())
-    lengths, order = lengths[:count], order[:count]
+    return sorted_rows(lengths[:count], order[:count], strides)
+
+
+def sorted_rows(lengths: Tensor, order: Tensor, strides: tuple[int, int]) -> Rows:
+    """lengths: (R,), above 0, the largest first, of the sentences at ``order``. strides: as of ``find_rows``."""
+    count = lengths.shape[0]
     longest = int(lengths[0])
     step = torch.arange(longest)[:, None]
     exists = step < lengths

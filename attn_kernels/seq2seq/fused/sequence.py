@@ -16,6 +16,7 @@ from torch import Tensor
 from ...gemm import PackedLinear, linear, weight_gradient
 from .attention import AttentionBackward, AttentionForward, SavedAttention
 from .cells import GRUBackward, GRUForward, LSTMBackward, LSTMForward, SavedGRU, SavedLSTM
+from .filtered import FilteredBackward, FilteredForward
 from .inputs import CellWeights, Inputs
 
 
@@ -33,7 +34,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
     """Attentional vectors, (B, T, H); alignments, (B, T, S); and what the backward is to be given."""
     embedded = inputs.embedded.transpose(0, 1).contiguous()
     steps, batch, _ = embedded.shape
-    layers, attention = _make_layers(inputs, embedded), AttentionForward(inputs)
+    layers = _make_layers(inputs, embedded)
+    attention = AttentionForward(inputs) if inputs.filters is None else FilteredForward(inputs, inputs.filters)
     size, memory_size = inputs.feed.shape[1], inputs.memory.values.shape[2]
     context_and_state = inputs.feed.new_empty(steps, batch, memory_size + size)
     attentional = inputs.feed.new_empty(steps, batch, size)
@@ -64,7 +66,11 @@ def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad
     make_layer: Any = LSTMBackward if inputs.cell else GRUBackward
     weights = _weights_in_loop(inputs)
     layers: list[LSTMBackward | GRUBackward] = list(map(make_layer, saved.layers, weights))
-    attention = AttentionBackward(inputs, saved.attention)
+    attention = (
+        AttentionBackward(inputs, saved.attention)
+        if inputs.filters is None
+        else FilteredBackward(inputs, inputs.filters, saved.attention)
+    )
     product = PackedLinear(inputs.attentional_weight.t(), batch, steps)
     dattentional = torch.empty_like(attentional)  # before the tanh
     dfeed = torch.zeros_like(inputs.feed)

@@ -1,0 +1,170 @@
+"""What the mechanisms of the papers have in common as modules: projections, checks, a memory and a step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .attending import attend
+from .backends import choose
+from .checks import check_size, check_tensor
+from .errors import ArgumentTypeError, ArgumentValueError
+from .memory import Memory
+from .packed_attention import attend_packed, is_packed, packed_rows, padding_needed
+from .scores import Score
+from .types import Attention, attention_mask
+
+
+class AttentionModule(nn.Module):
+    """The base of all mechanisms: projections, the memory of a sentence, and a decoding step.
+
+    A mechanism says what its score is (``make_score``) and how a decoder state becomes a query (``make_query``).
+    ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute.
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        key_size: int,
+        *,
+        project_query: bool = True,
+        project_memory: bool = True,
+        backend: str | None,
+        factory: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self._name = type(self).__name__
+        self.query_size: int = check_size(self._name, "query_size", query_size)
+        self.memory_size: int = check_size(self._name, "memory_size", memory_size)
+        self.key_size: int = check_size(self._name, "units", key_size)
+        self.backend = backend
+        linear: Any = partial(nn.Linear, bias=False, **factory)
+        self.query_projection: nn.Linear | None = linear(self.query_size, self.key_size) if project_query else None
+        self.memory_projection: nn.Linear | None = linear(self.memory_size, self.key_size) if project_memory else None
+        self._factory = factory
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        """One more parameter, for a constructor, which initialises it by ``_reset_scores`` at its end."""
+        return nn.Parameter(torch.empty(shape, **self._factory))
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor does."""
+        for projection in (self.query_projection, self.memory_projection):
+            if projection is not None:
+                projection.reset_parameters()
+        self._reset_scores()
+
+    def _reset_scores(self) -> None:
+        """Initialises the parameters that are not those of a projection."""
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
+
+        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        """
+        self._check(query, memory)
+        score, made = self.make_score(memory), self.make_query(query)
+        if memory.memory_offsets is not None:
+            return attend_packed(score, made, memory._packed(), need_weights, self.backend, memory)
+        return attend(score, made, memory, need_weights, self.backend)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def make_score(self, memory: Memory) -> Score:
+        """The score of this mechanism on a memory, with its parameters."""
+        raise NotImplementedError
+
+    def make_query(self, state: Tensor) -> Tensor:
+        """(..., query_size), decoder states -> (..., A), the queries that are compared with the keys."""
+        projection = self.query_projection
+        return state if projection is None else projection(state)
+
+    def query_factor(self) -> Tensor | float | None:
+        """The number that multiplies a query; None for 1."""
+        return None
+
+    def query_eps(self) -> float | None:
+        """None, or a query is divided by its length first; one that is not longer than this counts as zero."""
+        return None
+
+    def memory(
+        self,
+        memory: Tensor | PackedSequence,
+        memory_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        memory_offsets: Tensor | None = None,
+    ) -> Memory:
+        """Makes of the encoder outputs what each step reads, once per sentence.
+
+        memory: (B, Tk, memory_size), encoder outputs. Without padding: a jagged tensor (B, j, memory_size), a
+            ``PackedSequence``, or (N, memory_size) with ``memory_offsets``. The memory is then packed, which backend
+            "cpu" takes; for others, and mechanisms with a step of their own, it is padded, once.
+        memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
+        mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
+        memory_offsets: (B + 1,) int32 or int64, where each sentence begins, as of :class:`attn_kernels.Memory`.
+        """
+        if memory_offsets is not None or is_packed(memory):
+            name, others = f"{self._name}.memory", {"memory_lengths": memory_lengths, "mask": mask}
+            rows, offsets, longest = packed_rows(name, memory, memory_offsets, self.memory_size, **others)
+            if self._takes_packed() and choose(self.backend, rows.device.type) == "cpu":
+                return Memory(self._keys(rows), rows, memory_offsets=offsets, max_length=longest)
+            padded = Memory(rows, rows, memory_offsets=offsets, max_length=longest).padded()
+            return self.memory(padded.values, padded.memory_lengths)
+        memory = cast(Tensor, memory)
+        check_tensor(f"{self._name}.memory", "memory", memory)
+        if memory.dim() != 3 or memory.shape[2] != self.memory_size:
+            expected = f"(B, Tk, memory_size) = (*, *, {self.memory_size})"
+            raise ArgumentValueError(
+                f"{self._name}.memory: memory must have shape {expected}, got {tuple(memory.shape)}"
+            )
+        values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
+        allowed = attention_mask(values, memory_lengths, mask)
+        if allowed is not None:
+            # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
+            values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
+        made = Memory(self._keys(values), values, memory_lengths, mask)
+        return made if allowed is None else made.with_zero_padding()
+
+    def __prepare_scriptable__(self) -> None:
+        others = "torch.jit.trace, torch.export, torch.compile and torch.onnx.export take it"
+        raise RuntimeError(f"{self._name}: torch.jit.script cannot compile a Memory; {others}")
+
+    def _keys(self, values: Tensor) -> Tensor:
+        return values if self.memory_projection is None else self.memory_projection(values)
+
+    def _takes_packed(self) -> bool:
+        return type(self).forward is AttentionModule.forward
+
+    def _check(self, query: Tensor, memory: Memory) -> None:
+        if not isinstance(memory, Memory):
+            self._refuse(memory, "a Memory")
+        check_tensor(self._name, "memory.keys", memory.keys)
+        if memory.memory_offsets is not None and not self._takes_packed():
+            raise padding_needed(self._name)
+        *axes, key_size = memory.keys.shape
+        self._check_query(query, memory.batch_size)
+        if key_size != self.key_size or memory.values.shape[-1] != self.memory_size:
+            expected = f"keys {(*axes, self.key_size)} and values {(*axes, self.memory_size)}"
+            got = f"{tuple(memory.keys.shape)} and {tuple(memory.values.shape)}, as of another module's memory"
+            raise ArgumentValueError(f"{self._name}: memory must have {expected}, got {got}")
+
+    def _check_query(self, query: Tensor, batch: int) -> None:
+        check_tensor(self._name, "query", query)
+        if query.dim() not in (2, 3) or query.shape[0] != batch or query.shape[-1] != self.query_size:
+            expected = f"(B, Tq, query_size) = ({batch}, *, {self.query_size}) or ({batch}, {self.query_size})"
+            raise ArgumentValueError(f"{self._name}: query must have shape {expected}, got {tuple(query.shape)}")
+
+    def _refuse(self, memory: object, expected: str) -> NoReturn:
+        made, got = f"made by {self._name}.memory(...)", type(memory).__name__
+        raise ArgumentTypeError(f"{self._name}: memory must be {expected}, {made}, got {got}")
+
+    def _repr(self, **settings: Any) -> str:
+        sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
+        backend = {} if self.backend is None else {"backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **backend}.items())
