@@ -327,6 +327,8 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
     for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.prefetch_dquery(b, row, first + u * w);
     for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.prefetch_dkeys(b, row, first + u * w);
     if (in_range) {
+      // Gradients of alignments near 0 are denormal, or become it over E.
+      [[maybe_unused]] const DenormalsAreZero fast;
       // In tiles of about the same size: the smaller ones are slower.
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t count = (Tq - i) / (tiles - t);

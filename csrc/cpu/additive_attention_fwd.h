@@ -159,6 +159,7 @@ struct AdditiveScore {
       if constexpr (sizeof(T) == 4)
         if (alone || units.needs_rest(least + k.abs_max[r])) {
           k.plain[r] = copies + units.size;
+          if (alone) k.e[r] = k.plain[r];
           k.abs_max[r] = compensated_row(units, keys, b, j, copies + units.size, k.rest + r, buffer);
         }
     };

@@ -116,32 +116,35 @@ __attribute__((noinline)) void mixed_tile(const FactoredV<T>& units, const Query
   for (int a = 1; a < NQ; ++a) widen(q.abs_max[i + a], &q_least, &q_most);
   for (int b = 1; b < NK; ++b) widen(k.abs_max[j + b], &k_least, &k_most);
   const T least = q_least + k_least, most = q_most + k_most;
-  auto add_compensated = [&](int64_t ld, T* to) {
-    compensated_tile<T, NQ, NK>(units, q.plain + i * q.ld, q.ld, k.plain + j, to, ld);
-    for (int n = 0; least < units.min_bound && n < NQ * NK; ++n)
-      if (q.abs_max[i + n / NK] + k.abs_max[j + n % NK] < units.min_bound)
-        to[n / NK * ld + n % NK] += q.rest[i + n / NK] + k.rest[j + n % NK];
+  auto bound = [&](int n) { return q.abs_max[i + n / NK] + k.abs_max[j + n % NK]; };
+  auto compensated = [&](const T* const* keys, T* to, int64_t ld) {
+    compensated_tile<T, NQ, NK>(units, q.plain + i * q.ld, q.ld, keys, to, ld);
+  };
+  auto with_rests = [&](T* to, int64_t ld) {
+    compensated(k.plain + j, to, ld);
+    for (int n = 0; n < NQ * NK; ++n) to[n / NK * ld + n % NK] += q.rest[i + n / NK] + k.rest[j + n % NK];
   };
   const bool none_by_three = !units.factored || most < units.min_bound || least > kMaxBoundThree;
-  if (none_by_three && units.fits_compensated(q_most, k_most) && units.fits_compensated(q_least, k_least))
-    return add_compensated(out_ld, out);
-  enum class Form { three, compensated, exact } forms[NQ * NK];
-  bool any_by_three = false, any_compensated = false;
-  for (int n = 0; n < NQ * NK; ++n) {
-    const T q_abs_max = q.abs_max[i + n / NK], k_abs_max = k.abs_max[j + n % NK];
-    forms[n] = units.fits_three(q_abs_max + k_abs_max)        ? Form::three
-               : units.fits_compensated(q_abs_max, k_abs_max) ? Form::compensated
-                                                              : Form::exact;
-    any_by_three = any_by_three || forms[n] == Form::three;
-    any_compensated = any_compensated || forms[n] == Form::compensated;
+  if (none_by_three && units.fits_compensated(q_most, k_most) && units.fits_compensated(q_least, k_least)) {
+    if (most < units.min_bound) return with_rests(out, out_ld);
+    if (least >= units.min_bound) return compensated(k.e + j, out, out_ld);
   }
-  T by_three[NQ * NK]{}, compensated[NQ * NK]{};
-  if (any_by_three) factored_tile<T, NQ, NK, kThree>(units, q.e + i * q.ld, q.ld, k.e + j, by_three, NK);
-  if (any_compensated) add_compensated(NK, compensated);
+  enum Form { three, small, large, kForms };  // by three units, compensated with rests and without
+  T scores[kForms][NQ * NK]{};
+  int forms[NQ * NK];
+  bool any[kForms + 1]{};
+  for (int n = 0; n < NQ * NK; ++n) {
+    forms[n] = units.fits_three(bound(n))                                              ? three
+               : !units.fits_compensated(q.abs_max[i + n / NK], k.abs_max[j + n % NK]) ? kForms
+               : bound(n) < units.min_bound                                            ? small
+                                                                                       : large;
+    any[forms[n]] = true;
+  }
+  if (any[three]) factored_tile<T, NQ, NK, kThree>(units, q.e + i * q.ld, q.ld, k.e + j, scores[three], NK);
+  if (any[small]) with_rests(scores[small], NK);
+  if (any[large]) compensated(k.e + j, scores[large], NK);
   for (int n = 0; n < NQ * NK; ++n)
-    out[n / NK * out_ld + n % NK] = forms[n] == Form::three         ? by_three[n]
-                                    : forms[n] == Form::compensated ? compensated[n]
-                                                                    : exact(i + n / NK, j + n % NK);
+    out[n / NK * out_ld + n % NK] = forms[n] == kForms ? exact(i + n / NK, j + n % NK) : scores[forms[n]][n];
 }
 
 }  // namespace ATTN_LEVEL
