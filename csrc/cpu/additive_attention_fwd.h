@@ -191,7 +191,7 @@ struct AdditiveScore {
     const KeyRows<T> k{&e, &plain, &abs_max, &rest};
     load_key(k, 0, b, j, key_buffer + units.size, key_buffer, q.abs_max[0]);
     auto exact = [&](int64_t, int64_t) { return this->exact(b, q.first, j, query_buffer, key_buffer); };
-    mixed_tile<T, 1, 1, Reciprocals::three>(units, q, 0, k, 0, &score, 1, exact);
+    units.by_three([&](auto by) { mixed_tile<T, 1, 1, decltype(by)::value>(units, q, 0, k, 0, &score, 1, exact); });
     return score;
   }
 

@@ -60,7 +60,7 @@ T compensated_row(const FactoredV<T>& units, const StridedView3& a, int64_t b, i
 }
 
 // out[i * out_ld + j] = scores of NQ queries (rows of e^{2q}) and NK steps, without the rests.
-template <typename T, int NQ, int NK>
+template <typename T, int NQ, int NK, bool kRefined>
 __attribute__((noinline)) void compensated_tile(const FactoredV<T>& units, const T* q, int64_t ld, const T* const* k,
                                                 T* out, int64_t out_ld) {
   constexpr int64_t w = width<T>, part = kTermsOfSum * w;
@@ -80,7 +80,7 @@ __attribute__((noinline)) void compensated_tile(const FactoredV<T>& units, const
         const Vec<T> e1 = load(k[j] + c), e2 = load(k[j] + c + w);
         for (int i = 0; i < NQ; ++i) {
           const Vec<T> n1 = numerator(c, i, e1), n2 = numerator(c + w, i, e2), both = n1 + n2, g = n1 * n2 + both;
-          acc[i * NK + j] += (v_sum * g + v_difference * (n1 - n2)) / ((g + T(4)) + both);
+          acc[i * NK + j] += quotient<kRefined, T>(v_sum * g + v_difference * (n1 - n2), (g + T(4)) + both);
         }
       }
     }
@@ -90,7 +90,7 @@ __attribute__((noinline)) void compensated_tile(const FactoredV<T>& units, const
         const Vec<T> e = load(k[j] + c);
         for (int i = 0; i < NQ; ++i) {
           const Vec<T> n = numerator(c, i, e);
-          acc[i * NK + j] += v * n / (n + T(2));
+          acc[i * NK + j] += quotient<kRefined, T>(v * n, n + T(2));
         }
       }
     }
@@ -118,7 +118,10 @@ __attribute__((noinline)) void mixed_tile(const FactoredV<T>& units, const Query
   const T least = q_least + k_least, most = q_most + k_most;
   auto bound = [&](int n) { return q.abs_max[i + n / NK] + k.abs_max[j + n % NK]; };
   auto compensated = [&](const T* const* keys, T* to, int64_t ld) {
-    compensated_tile<T, NQ, NK>(units, q.plain + i * q.ld, q.ld, keys, to, ld);
+    units.by_three([&](auto by) {  // the same for all strips
+      constexpr bool kRefined = decltype(by)::value == Reciprocals::three_refined;
+      compensated_tile<T, NQ, NK, kRefined>(units, q.plain + i * q.ld, q.ld, keys, to, ld);
+    });
   };
   auto with_rests = [&](T* to, int64_t ld) {
     compensated(k.plain + j, to, ld);
