@@ -1,4 +1,4 @@
-// Scores of additive attention where the factored form would show its rounding or leave its range: the compensated form.
+// Scores of additive attention where the factored form would show its rounding or leave its range: compensated ones.
 // Part of a SIMD level: see simd.h; ../additive_math.h has the limits.
 //
 //   tanh(q + k) = n / (n + 2),   n = e^{2q} e^{2k} - 1
@@ -36,8 +36,8 @@ ATTN_INLINE Vec<float> nearest_exponential(Vec<float> x, Vec<float>* rest) {
   return (Vec<float>)(bits<float>(mantissa) + a.n);
 }
 
-// Row (b, i) of a, plus bias where there is one, as e = e^{2x}, in whole vectors, and times the factors of the units where
-// scaled is not null; *rest is the sum of v r. Returns the largest |x|; NaN if it has a NaN. buffer: of a row.
+// Row (b, i) of a, plus bias where there is one, as e = e^{2x}, in whole vectors, and times the units' factors where scaled
+// is not null; *rest is the sum of v r. Returns the largest |x|; NaN if it has a NaN. buffer: of a row.
 template <typename T>
 T compensated_row(const FactoredV<T>& units, const StridedView3& a, int64_t b, int64_t i, T* e, T* rest, T* buffer,
                   const T* bias = nullptr, T* scaled = nullptr) {
@@ -107,8 +107,8 @@ ATTN_INLINE void widen(T x, T* least, T* most) {
   if (!(x <= *most)) *most = x;
 }
 
-// out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each by the form that serves it; a pair has
-// the same score whatever is beside it. exact(a, b): the score of query a and step b by tanh itself.
+// out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each by the form that serves it; a pair
+// has the same score whatever is beside it. exact(a, b): the score of query a and step b by tanh itself.
 template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
 __attribute__((noinline)) void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i,
                                           const KeyRows<T>& k, int64_t j, T* out, int64_t out_ld, const Exact& exact) {

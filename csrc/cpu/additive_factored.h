@@ -124,8 +124,8 @@ struct FactoredV {
   }
 };
 
-// e = e^{2x} (meaningful up to kMaxAbsExponential) for the vectors x = row(c) of a row, times factor where there is one; then
-// plain = e^{2x}. Returns its largest |x|; NaN if it has a NaN.
+// e = e^{2x} (meaningful up to kMaxAbsExponential) for the vectors x = row(c) of a row, times factor where there is one;
+// then plain = e^{2x}. Returns its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
 ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr, T* plain = nullptr) {
   IntVec<T> abs_max{};
@@ -283,8 +283,8 @@ template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
 void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j, T* out,
                 int64_t out_ld, const Exact& exact);
 
-// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. exact(a, b)
-// is the score of query a and step b by tanh itself.
+// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. exact(a,
+// b) is the score of query a and step b by tanh itself.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>
 ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Exact& exact, const T* const* next = nullptr) {
