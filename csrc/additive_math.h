@@ -35,13 +35,13 @@ constexpr float kMaxBoundThree = 19.0f;
 constexpr float kMaxBoundTwo = 20.0f;
 // A division, or an estimate of it, for each unit: e^{2q}, e^{2k} and their product are in range.
 constexpr float kMaxBoundEstimate = 43.0f;
-// For |q| and |k| by themselves: e^{2q}, e^{-2q} and those of k are normal numbers. Their product E need not be, where it is
-// kept at most at the next two (on the CPU).
+// For |q| and |k| by themselves: e^{2q}, e^{-2q} and those of k are normal numbers. Their product E need not be, where
+// it is kept at most at the next two (on the CPU).
 constexpr float kMaxAbsExponential = 43.0f;
-// Forward, additive_compensated.h: of E - 1. From there on (E - 1) / (E + 1) is 1, and the product of two E is in range.
+// Forward, additive_compensated.h: of E - 1. From there on (E - 1) / (E + 1) is 1, and E^2 is in range.
 constexpr float kMaxNumerator = 0x1p30f;
-// Backward, of E and 1/E: g = ds / (E + 1/E + 2), and from there on 1 - tanh^2 is below 2^-76. Beyond, for ds as small as
-// 2^-48, g would be denormal and g (E - 1/E) inexact.
+// Backward, of E and 1/E: g = ds / (E + 1/E + 2), and from there on 1 - tanh^2 is below 2^-76. Beyond, for ds as
+// small as 2^-48, g would be denormal and g (E - 1/E) inexact.
 constexpr float kMaxExponentialBackward = 0x1p78f;
 // Backward on GPUs, for |q| and |k| by themselves: a gradient times e^{2 |q|} is in range up to 10^24, and a gradient
 // over 1 + e^{4 kMaxAbsBackward} down to 10^-10.

@@ -36,8 +36,8 @@ ATTN_INLINE Vec<float> nearest_exponential(Vec<float> x, Vec<float>* rest) {
   return (Vec<float>)(bits<float>(mantissa) + a.n);
 }
 
-// Row (b, i) of a, plus bias where there is one, as e = e^{2x}, in whole vectors, and times the units' factors where scaled
-// is not null; *rest is the sum of v r. Returns the largest |x|; NaN if it has a NaN. buffer: of a row.
+// Row (b, i) of a, plus bias where there is one, as e = e^{2x}, in whole vectors, and times the units' factors where
+// scaled is not null; *rest is the sum of v r. Returns the largest |x|; NaN if it has a NaN. buffer: of a row.
 template <typename T>
 T compensated_row(const FactoredV<T>& units, const StridedView3& a, int64_t b, int64_t i, T* e, T* rest, T* buffer,
                   const T* bias = nullptr, T* scaled = nullptr) {

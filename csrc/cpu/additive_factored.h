@@ -124,8 +124,8 @@ struct FactoredV {
   }
 };
 
-// e = e^{2x} (meaningful up to kMaxAbsExponential) for the vectors x = row(c) of a row, times factor where there is one;
-// then plain = e^{2x}. Returns its largest |x|; NaN if it has a NaN.
+// e = e^{2x} (meaningful up to kMaxAbsExponential) for the vectors x = row(c) of a row, times factor where there is
+// one; then plain = e^{2x}. Returns its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
 ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr, T* plain = nullptr) {
   IntVec<T> abs_max{};
