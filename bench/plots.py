@@ -273,6 +273,43 @@ def fuse(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str
     _save(path, figure)
 
 
+def magnitudes(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str, object]) -> None:
+    """One panel for each pass and shape: the time over the fastest, by the norm of v and the deviation of inputs."""
+    size = 3.9
+    down = -(-len(rows) // 2)
+    figure, axes = plt.subplots(down, 2, figsize=(2.6 * size, down * size), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(rows) :]:
+        axis.set_visible(False)
+    image = None
+    for axis, row in zip(axes.flat, rows, strict=False):
+        norms = sorted({cell["norm"] for cell in row["cells"]})
+        deviations = sorted({cell["deviation"] for cell in row["cells"]})
+        fastest = min(cell["ms"] for cell in row["cells"])
+        heat = [[math.nan] * len(deviations) for _ in norms]
+        for cell in row["cells"]:
+            down_at, across_at = norms.index(cell["norm"]), deviations.index(cell["deviation"])
+            heat[down_at][across_at] = ratio = cell["ms"] / fastest
+            ink = "white" if ratio > 2 else "black"
+            axis.text(across_at, down_at, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
+        image = axis.imshow(heat, cmap="YlOrRd", vmin=1, vmax=2.5, aspect="auto", origin="lower")
+        axis.set_xticks(range(len(deviations)), [f"{x:g}" for x in deviations], fontsize=8)
+        axis.set_yticks(range(len(norms)), [f"{x:g}" for x in norms], fontsize=8)
+        axis.set_xlabel("standard deviation of queries and keys", fontsize=8)
+        axis.set_ylabel("norm of v", fontsize=8)
+        sizes = ", ".join(map(str, row["shape"].values()))
+        axis.set_title(f"{row['pass']}, ({sizes}): {fastest:.3g} ms, at most {row['ratio']:.2f}x", fontsize=9)
+    if image is not None:
+        figure.colorbar(image, ax=axes, extend="max", shrink=0.6, pad=0.01).set_label(
+            "time / that of the fastest cell", fontsize=8
+        )
+    figure.suptitle(
+        f"Additive attention; {description['device']}, threads: {description['threads']}\n"
+        f"torch {description['torch']}, {description['allocator']}, {description['date']}",
+        fontsize=9,
+    )
+    _save(path, figure)
+
+
 def _save(path: Path, figure: plt.Figure) -> None:
     results.write_whole(path, lambda partial: figure.savefig(partial, dpi=150, metadata={"Software": None}))
     plt.close(figure)

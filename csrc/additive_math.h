@@ -10,7 +10,7 @@
 //   bound    largest |q| (and |bias|) of a query + largest |k| of a step: no |q + k| of the pair is larger
 //   norm2    the sum of the squares of v
 //
-// A pair outside the limits, or with NaN, is computed with tanh itself ("exact").
+// A pair outside of the limits takes a form that is right there, and one with NaN tanh itself ("exact").
 #pragma once
 
 #include <cmath>
@@ -33,11 +33,16 @@ namespace attn {
 constexpr float kMaxBoundThree = 19.0f;
 // Two units share a division, each (E - 1) / (E + 1): e^{4 bound} |v| is in range while |v| is at most kMaxAbsVTwo.
 constexpr float kMaxBoundTwo = 20.0f;
-// One division for each unit: e^{2q}, e^{2k} and their product are in range.
-constexpr float kMaxBoundOne = 43.0f;
-// Backward of many queries on the CPU, g = ds / (E + 1/E + 2): beyond E = 2^78, and for ds as small as 2^-48, g would
-// be denormal and g (E - 1/E) inexact.
-constexpr float kMaxBoundBackward = 27.0f;
+// A division, or an estimate of it, for each unit: e^{2q}, e^{2k} and their product are in range.
+constexpr float kMaxBoundEstimate = 43.0f;
+// For |q| and |k| by themselves: e^{2q}, e^{-2q} and those of k are normal numbers. Their product E need not be, where
+// it is kept at most at the next two (on the CPU).
+constexpr float kMaxAbsExponential = 43.0f;
+// Forward, additive_compensated.h: of E - 1. From there on (E - 1) / (E + 1) is 1, and E^2 is in range.
+constexpr float kMaxNumerator = 0x1p30f;
+// Backward, of E and 1/E: g = ds / (E + 1/E + 2), and from there on 1 - tanh^2 is below 2^-76. Beyond, for ds as
+// small as 2^-48, g would be denormal and g (E - 1/E) inexact.
+constexpr float kMaxExponentialBackward = 0x1p78f;
 // Backward on GPUs, for |q| and |k| by themselves: a gradient times e^{2 |q|} is in range up to 10^24, and a gradient
 // over 1 + e^{4 kMaxAbsBackward} down to 10^-10.
 constexpr float kMaxAbsBackward = 16.0f;

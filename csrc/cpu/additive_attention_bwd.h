@@ -55,12 +55,15 @@ struct TanhPair {
   // The gradient of a unit of query or key, from the sum of g.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
 
-  // Of a row, for the sums by columns: two vectors, and whether they serve where |q| + |k| is at most `bound`.
+  // Of a row, for the sums by columns: two vectors, and whether they serve for the largest |q| and |k|.
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
-  ATTN_INLINE static bool fits_kept(T bound) { return sizeof(T) == 4 && bound <= kMaxBoundBackward; }
+  ATTN_INLINE static bool fits_kept(T q, T k) {
+    return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;
+  }
   ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                             Vec<T>& dv) const {
-    const Vec<T> up = rounded(q_up * k_up), down = rounded(q_down * k_down);
+    const Vec<T> up = at_most<T>(q_up * k_up, kMaxExponentialBackward);
+    const Vec<T> down = at_most<T>(q_down * k_down, kMaxExponentialBackward);
     const Vec<T> ratio = quotient<kRefined, T>(broadcast(ds), (up + T(2)) + down);
     const Vec<T> g = kRefined ? rounded(ratio) : ratio;
     dq += g;
@@ -73,9 +76,9 @@ struct TanhPair {
   ATTN_INLINE static T keep_row(int64_t size, T* e, const Row& row) {
     return exponentials(size, e, row);
   }
-  ATTN_INLINE static bool fits_row(T bound) { return sizeof(T) == 4 && bound <= kMaxBoundOne; }
+  ATTN_INLINE static bool fits_row(T q, T k) { return fits_kept(q, k); }
   ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
-    const Vec<T> e = q * k, x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
+    const Vec<T> e = at_most<T>(q * k, kMaxExponentialBackward), x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
     const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
     dk += g;
     dq += g;
@@ -104,7 +107,7 @@ struct ReluPair {
   }
 
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store(e, x); }
-  ATTN_INLINE static bool fits_kept(T) { return true; }
+  ATTN_INLINE static bool fits_kept(T, T) { return true; }
   ATTN_INLINE void add_kept(Vec<T> q, Vec<T>, Vec<T> k, Vec<T>, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
     add(q + k, ds, dq, dk, dv);
   }
@@ -114,7 +117,7 @@ struct ReluPair {
     for (int64_t c = 0; c < size; c += width<T>) store(e + c, row(c));
     return T(0);
   }
-  ATTN_INLINE static bool fits_row(T) { return true; }
+  ATTN_INLINE static bool fits_row(T, T) { return true; }
   ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
     add(q + k, ds, dq, dk, sum);
   }
@@ -210,7 +213,7 @@ ATTN_INLINE Vec<T> gradient_row(Pair pair, const UnitColumns<T>& q, int64_t i, c
     const int64_t row = list == nullptr ? j : list[j];
     T* step = k.cell(row, u);
     Vec<T> dk = load(step + 2 * w);
-    if (Pair::fits_kept(q.abs_max[i] + k.abs_max[row]))
+    if (Pair::fits_kept(q.abs_max[i], k.abs_max[row]))
       pair.add_kept(up, down, load(step), load(step + w), ds[j], dq, dk, dv);
     else
       pair.add(x + read_k(row, u), ds[j], dq, dk, dv);
@@ -314,7 +317,7 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
     k.template set<Pair>(j, read_sum(keys, extra, b, list[j], columns, buffer), nullptr, columns);
   }
 
-  const bool in_range = !per_query && Pair::fits_kept(largest_of(q.abs_max, Tq) + largest_of(k.abs_max, n));
+  const bool in_range = !per_query && Pair::fits_kept(largest_of(q.abs_max, Tq), largest_of(k.abs_max, n));
   const T* ds = back.dscores + b * Tq * Tk;
   const int64_t tiles = divide_up(Tq, kTileQueries);
   Prefetcher ahead = back.next(b, first + vectors * w, vectors * w);
@@ -324,6 +327,8 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
     for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.prefetch_dquery(b, row, first + u * w);
     for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.prefetch_dkeys(b, row, first + u * w);
     if (in_range) {
+      // Gradients of alignments near 0 are denormal, or become it over E.
+      [[maybe_unused]] const DenormalsAreZero fast;
       // In tiles of about the same size: the smaller ones are slower.
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t count = (Tq - i) / (tiles - t);
@@ -435,15 +440,15 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
       const char* next[kSteps];
       for (int r = 0; r < kSteps; ++r) {
         const T* row = read_row(keys, b, list[j + r], columns, copies);
-        T bound = q_abs_max;
+        T k_abs_max = 0;
         if (prepared) {
           e[r] = row;
-          bound += step_abs_max[list[j + r]];
+          k_abs_max = step_abs_max[list[j + r]];
         } else {
           const int64_t whole = columns / w * w;
           e[r] = ek + r * size;
           const auto keep = [&](const auto& vector) __attribute__((always_inline)) {
-            bound += Pair::keep_row(size, ek + r * size, vector);
+            k_abs_max = Pair::keep_row(size, ek + r * size, vector);
           };
           const auto load_of = [&](const T* x, int64_t c) __attribute__((always_inline)) {
             return c < whole ? load(x + c) : load_part(x + c, columns - c);
@@ -455,7 +460,7 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
             keep([&](int64_t c) __attribute__((always_inline)) { return load_of(row, c); });
           }
         }
-        kept = kept && Pair::fits_row(bound);
+        kept = kept && Pair::fits_row(q_abs_max, k_abs_max);
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         if constexpr (kKeys) dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +

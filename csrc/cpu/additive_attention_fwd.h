@@ -1,8 +1,8 @@
 // Additive attention, forward: the scores of blocks of queries and steps, prepared keys, and the ops. Part of a SIMD
-// level: see simd.h, and additive_factored.h for the form without a tanh per pair.
+// level: see simd.h, and additive_factored.h for the forms without a tanh per pair.
 #pragma once
 
-#include "additive_factored.h"
+#include "additive_compensated.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
@@ -23,13 +23,22 @@ struct AdditiveScore {
   int64_t cost() const { return op.A; }
 
   Queries queries(int64_t b, int64_t first, int64_t n, Scratch& scratch) const {
-    Queries q{first, n, units.size, alloc<T>(scratch, n * units.size), alloc<T>(scratch, n)};
+    const int64_t ld = units.size;
+    Queries q{
+        first, n, ld, alloc<T>(scratch, n * ld), alloc<T>(scratch, n * ld), alloc<T>(scratch, n), alloc<T>(scratch, n)};
     ScratchScope scope(scratch);
     T* buffer = alloc<T>(scratch, op.A);
     for (int64_t i = 0; i < n; ++i) {
       prefetch_row(op.query, b, first + min(i + 1, n - 1), op.A);
-      q.abs_max[i] = row_exponentials(op.query, b, first + i, op.A, q.e + i * q.ld, buffer, units.bias,
-                                      units.factored ? units.factor : nullptr);
+      T *e = q.e + i * ld, *plain = q.plain + i * ld;
+      if constexpr (sizeof(T) == 4) {
+        if (units.needs_rest(T(0))) {  // some query does
+          q.abs_max[i] = compensated_row(units, op.query, b, first + i, plain, q.rest + i, buffer, units.bias, e);
+          continue;
+        }
+      }
+      q.abs_max[i] = row_exponentials(op.query, b, first + i, op.A, e, buffer, units.bias,
+                                      units.v_in_range ? units.factor : nullptr, plain);
     }
     return q;
   }
@@ -53,12 +62,16 @@ struct AdditiveScore {
 
   void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                    Scratch& scratch) const {
+    if (n == 0) return;
     ScratchScope scope(scratch);
-    T* key_buffer = alloc<T>(scratch, 2 * units.size);
+    T* key_buffer = alloc<T>(scratch, 3 * units.size);
     T* query_buffer = alloc<T>(scratch, op.A);
     if constexpr (sizeof(T) == 4) {
       const StridedView3& keys = op.prepared ? op.prepared : op.keys;
-      if (q.n == 1 && units.factored && keys.stride[2] == 1 && (!op.extra || op.extra.stride[2] == 1))
+      // Where other forms are likely to be needed, a block of exponentials is made for them.
+      const T typical = q.abs_max[0] + (op.prepared ? prepared_abs_max(op.prepared, op.Tk, b)[list[0]] : T(0));
+      const bool likely = units.needs_rest(typical) || q.abs_max[0] > kMaxBoundThree / 2;
+      if (q.n == 1 && units.factored && !likely && keys.stride[2] == 1 && (!op.extra || op.extra.stride[2] == 1))
         return by_element<T>(keys.dtype, [&](auto* element) {
           using E = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
           const ListedRows<E> rows(keys, b, list);
@@ -83,14 +96,17 @@ struct AdditiveScore {
     const int64_t row_bytes = units.size * static_cast<int64_t>(sizeof(T));
     const bool in_place = op.prepared && op.prepared.dtype == native<T>;
     const int64_t most = min(n, max(4, (q.n > 2 || in_place ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
-    T* copies = alloc<T>(scratch, most * units.size);
-    const KeyRows<T> k{alloc<const T*>(scratch, most), alloc<T>(scratch, most)};
+    T* copies = alloc<T>(scratch, 2 * most * units.size);
+    const KeyRows<T> k{alloc<const T*>(scratch, most), alloc<const T*>(scratch, most), alloc<T>(scratch, most),
+                       alloc<T>(scratch, most)};
+    T least = T(INFINITY);  // of the largest |q|
+    for (int64_t i = 0; i < q.n; ++i) least = q.abs_max[i] < least ? q.abs_max[i] : least;
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = min(most, n - j);
       for (int64_t r = 0; r < count; ++r) {
         if (!op.prepared) prefetch_row(op.keys, b, list[min(j + r + 1, n - 1)], op.A);
         if (op.extra) prefetch_row(op.extra, b, list[min(j + r + 1, n - 1)], op.A);
-        load_key(k, r, b, list[j + r], copies + r * units.size, key_buffer);
+        load_key(k, r, b, list[j + r], copies + 2 * r * units.size, key_buffer, least);
       }
       auto exact = [&](int64_t i, int64_t r) {
         return this->exact(b, q.first + i, list[j + r], query_buffer, key_buffer);
@@ -129,28 +145,54 @@ struct AdditiveScore {
     }
   }
 
-  // Row r of k: step j of sentence b, made in copy unless it is prepared as it is needed.
-  void load_key(const KeyRows<T>& k, int64_t r, int64_t b, int64_t j, T* copy, T* buffer) const {
-    k.e[r] = copy;
-    if constexpr (sizeof(T) == 4) {
-      if (op.prepared) {
-        const int64_t at = b * op.prepared.stride[0] + j * op.prepared.stride[1];
-        k.abs_max[r] = prepared_abs_max(op.prepared, op.Tk, b)[j];
-        if (op.prepared.dtype == Dtype::float32) {
-          k.e[r] = static_cast<const float*>(op.prepared.data) + at;
-        } else {
-          const BFloat16* row = static_cast<const BFloat16*>(op.prepared.data) + at;
-          for (int64_t c = 0; c < units.size; c += width<T>) store(copy + c, load_element(row + c));
+  // Row r of k: step j of sentence b, made in copies unless it is prepared as it is needed. copies: of two rows. least:
+  // of the largest |q| of the queries it meets, the smallest.
+  void load_key(const KeyRows<T>& k, int64_t r, int64_t b, int64_t j, T* copies, T* buffer, T least) const {
+    auto from = [&](const StridedView3& keys, int64_t b, int64_t j) {
+      const bool alone = units.v_in_range && !units.factored;  // the compensated form, without another
+      k.e[r] = copies;
+      if (op.prepared)
+        load_prepared(k, r, b, j, copies);
+      else if (!alone)
+        k.abs_max[r] = row_exponentials(keys, b, j, op.A, copies, buffer);
+      k.plain[r] = k.e[r];
+      if constexpr (sizeof(T) == 4)
+        if (alone || units.needs_rest(least + k.abs_max[r])) {
+          k.plain[r] = copies + units.size;
+          if (alone) k.e[r] = k.plain[r];
+          k.abs_max[r] = compensated_row(units, keys, b, j, copies + units.size, k.rest + r, buffer);
         }
+    };
+    if (op.extra)
+      from({read_sum(op.keys, op.extra, b, j, op.A, buffer), native<T>, {0, 0, 1}}, 0, 0);
+    else
+      from(op.keys, b, j);
+  }
+
+  // What is prepared of it.
+  void load_prepared(const KeyRows<T>& k, int64_t r, int64_t b, int64_t j, T* copy) const {
+    if constexpr (sizeof(T) == 4) {
+      const int64_t at = b * op.prepared.stride[0] + j * op.prepared.stride[1];
+      k.abs_max[r] = prepared_abs_max(op.prepared, op.Tk, b)[j];
+      if (op.prepared.dtype == Dtype::float32) {
+        k.e[r] = static_cast<const float*>(op.prepared.data) + at;
         return;
       }
+      k.e[r] = copy;
+      const BFloat16* row = static_cast<const BFloat16*>(op.prepared.data) + at;
+      for (int64_t c = 0; c < units.size; c += width<T>) store(copy + c, load_element(row + c));
     }
-    if (!op.extra) {
-      k.abs_max[r] = row_exponentials(op.keys, b, j, op.A, copy, buffer);
-      return;
-    }
-    const StridedView3 sum{read_sum(op.keys, op.extra, b, j, op.A, buffer), native<T>, {0, 0, 1}};
-    k.abs_max[r] = row_exponentials(sum, 0, 0, op.A, copy, buffer);
+  }
+
+  // The score of one query and step j that are out of range of its form.
+  T other_form(const Queries& q, int64_t b, int64_t j, T* query_buffer, T* key_buffer) const {
+    T score, abs_max, rest;
+    const T *e, *plain;
+    const KeyRows<T> k{&e, &plain, &abs_max, &rest};
+    load_key(k, 0, b, j, key_buffer + units.size, key_buffer, q.abs_max[0]);
+    auto exact = [&](int64_t, int64_t) { return this->exact(b, q.first, j, query_buffer, key_buffer); };
+    units.by_three([&](auto by) { mixed_tile<T, 1, 1, decltype(by)::value>(units, q, 0, k, 0, &score, 1, exact); });
+    return score;
   }
 
   // What is read for a step: its key, what was prepared of it, or its key and what is added to it.
@@ -195,16 +237,6 @@ struct AdditiveScore {
           },
           acc);
     };
-    // A row out of range: one division each, or tanh itself.
-    auto recompute = [&](int64_t j, T bound) {
-      if (!units.fits_one(bound)) return exact(b, q.first, rows.list[j], query_buffer, key_buffer);
-      T score, abs_max;
-      T* copy = key_buffer + units.size;
-      const T* e;
-      load_key({&e, &abs_max}, 0, b, rows.list[j], copy, key_buffer);
-      factored_tile<T, 1, 1, Reciprocals::one>(units, q.e, q.ld, &e, &score, 1);
-      return score;
-    };
     for (int64_t j = 0; j < n; j += kRowsAtOnce) {
       const int count = static_cast<int>(min(kRowsAtOnce, n - j));
       Vec<T> acc[kRowsAtOnce];
@@ -223,7 +255,9 @@ struct AdditiveScore {
       sums<T, kRowsAtOnce>(
           acc, [&](int r, T s) __attribute__((always_inline)) { score[r] = units.sum_v - units.scale * s; });
       for (r = 0; r < count; ++r)
-        out[j + r] = units.template in_range<kBy>(bound[r]) ? score[r] : recompute(j + r, bound[r]);
+        out[j + r] = units.template in_range<kBy>(bound[r])
+                         ? score[r]
+                         : other_form(q, b, rows.list[j + r], query_buffer, key_buffer);
     }
   }
 };

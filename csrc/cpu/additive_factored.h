@@ -4,17 +4,18 @@
 // a reciprocal for each hidden unit, and in the forward units share reciprocals over a common denominator. Guards
 // choose, for each tile of queries and each step, a form in which nothing overflows (limits: ../additive_math.h):
 //
-//   largest |q| + largest |k|   forward                          backward
-//   <= kMaxBoundThree           three units share a division     a division for each pair
-//   <= kMaxBoundBackward        one division each                a division for each pair
-//   <= kMaxBoundOne             one division each                the same for few queries, tanh itself for many
-//   beyond, or NaN              tanh itself                      tanh itself
+//   largest |q| + largest |k|       forward                        backward
+//   <= kMaxBoundThree               three units share a division   a division for each pair
+//   beyond, |q| and |k| by
+//   themselves <= kMaxAbsExponential  additive_compensated.h       the same
+//   beyond that, or NaN             tanh itself                    tanh itself
 //
 // In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's
 // divisions. Elsewhere an estimate that is refined takes the place of a division where that is faster (kernels.cpp has
 // the table), in the same ranges: there denominators and their reciprocals are normal numbers.
 //
-// The forward also uses tanh itself where a large v would show the rounding of the factored form (min_abs_bound).
+// The forward also leaves the factored form where a large v would show its rounding (min_abs_bound), again for that of
+// additive_compensated.h.
 #pragma once
 
 #include "../additive_attention.h"
@@ -24,9 +25,8 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// How the reciprocals of denominators are made: three by one division, or one refined estimate, by a division each, or
-// by an estimate each.
-enum class Reciprocals { three, three_refined, one, estimate };
+// How the reciprocals of denominators are made: three by one division, or one refined estimate, or by an estimate each.
+enum class Reciprocals { three, three_refined, estimate };
 
 // v and bias as vectors that end in zeros, and what the factored form needs of v.
 template <typename T>
@@ -35,6 +35,8 @@ struct FactoredV {
   T *v, *bias;
   T *constant, *factor;  // d = constant + factor * e^{2q} e^{2k}
   T sum_v, scale;        // score = sum_v - scale * sum of 1 / d
+  T *paired_v, unit;     // of two vectors of v / unit the sum, then the difference; the last itself, if it is alone
+  bool v_in_range;       // whether v may be that of the compensated form
   bool factored;         // whether the factored form may be used,
   T min_bound;           // and from which |q| + |k| on
   bool estimated;        // whether estimates may be used,
@@ -60,13 +62,21 @@ struct FactoredV {
     const T abs_max = largest_magnitude<T>(top_bits);
     // Not for NaN or Inf, nor for float64, which is there to be exact.
     min_bound = min_abs_bound(static_cast<float>(sum<T>(squares)), n);
-    factored = sizeof(T) == 4 && abs_max > kMinAbsMaxV && abs_max < kMaxAbsMaxV && min_bound <= kMaxBoundThree;
+    factored = v_in_range = sizeof(T) == 4 && abs_max > kMinAbsMaxV && abs_max < kMaxAbsMaxV;
     estimated = false;
     refined = sizeof(T) == 4 && kCanRefine && level().estimates;
-    if (!factored) return;
+    if (!v_in_range) return;
     int exponent;
     frexp(abs_max, &exponent);
-    const T unit = static_cast<T>(ldexp(1.0, exponent)), smallest = unit * T(kMinRelativeV);
+    unit = static_cast<T>(ldexp(1.0, exponent));
+    const T smallest = unit * T(kMinRelativeV);
+    paired_v = alloc<T>(scratch, size);
+    for (int64_t c = 0; c < size; c += 2 * width<T>) {
+      const bool alone = c + width<T> == size;
+      const Vec<T> zero{}, x = load(v + c) / unit, y = alone ? zero : load(v + c + width<T>) / unit;
+      store(paired_v + c, x + y);
+      if (!alone) store(paired_v + c + width<T>, x - y);
+    }
     Vec<T> total{}, lost{}, dropped{};  // lost: by rounding the total
     for (int64_t c = 0; c < size; c += width<T>) {
       const Vec<T> x = load(v + c), zero{};
@@ -80,7 +90,7 @@ struct FactoredV {
       dropped += kept ? zero : absolute<T>(x);
     }
     // Each is below the rounding of the largest unit; all of them together have to be, too.
-    factored = sum<T>(dropped) <= smallest;
+    factored = sum<T>(dropped) <= smallest && min_bound <= kMaxBoundThree;
     estimated = factored && kHasEstimate && op.query.dtype != native<T>;
     const T least = op.query.dtype == Dtype::bfloat16 ? kMinBoundEstimateBFloat16 : kMinBoundEstimateFloat16;
     min_bound_estimate = min_bound > least ? min_bound : least;
@@ -88,18 +98,21 @@ struct FactoredV {
     scale = static_cast<T>(2 * unit * kDenominatorScale);
   }
 
-  // Whether three units may share a division, or one each may be used, where |q| + |k| is at most `bound`. NaN:
-  // neither.
+  // Whether three units may share a division where |q| + |k| is at most `bound`. NaN: no.
   bool fits_three(T bound) const { return factored && bound >= min_bound && bound <= kMaxBoundThree; }
-  bool fits_one(T bound) const { return factored && bound >= min_bound && bound <= kMaxBoundOne; }
+  // Whether the compensated form may be used for the largest |q| and |k|. Below min_bound a product would show that is
+  // rounded before 1 is taken from it.
+  bool fits_compensated(T q, T k) const {
+    return v_in_range && q <= kMaxAbsExponential && k <= kMaxAbsExponential && (kHasMultiplyAdd || q + k >= min_bound);
+  }
+  // Whether a query or step may meet one with which it needs the rests of that form.
+  bool needs_rest(T abs_max) const { return v_in_range && abs_max < min_bound; }
   // Whether estimates will do, of one denominator each.
-  bool fits_estimate(T bound) const { return estimated && bound >= min_bound_estimate && bound <= kMaxBoundOne; }
+  bool fits_estimate(T bound) const { return estimated && bound >= min_bound_estimate && bound <= kMaxBoundEstimate; }
 
   template <Reciprocals kBy>
   bool in_range(T bound) const {
-    return kBy == Reciprocals::one        ? fits_one(bound)
-           : kBy == Reciprocals::estimate ? fits_estimate(bound)
-                                          : fits_three(bound);
+    return kBy == Reciprocals::estimate ? fits_estimate(bound) : fits_three(bound);
   }
 
   // f(how three units share, as a constant).
@@ -111,35 +124,37 @@ struct FactoredV {
   }
 };
 
-// e = e^{2x} (meaningful up to kMaxBoundOne) for the vectors x = row(c) of a row, times factor where there is one.
-// Returns its largest |x|; NaN if it has a NaN.
+// e = e^{2x} (meaningful up to kMaxAbsExponential) for the vectors x = row(c) of a row, times factor where there is
+// one; then plain = e^{2x}. Returns its largest |x|; NaN if it has a NaN.
 template <typename T, class Row>
-ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr) {
+ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr, T* plain = nullptr) {
   IntVec<T> abs_max{};
   for (int64_t c = 0; c < size; c += width<T>) {
     const Vec<T> x = row(c);
     if constexpr (sizeof(T) == 4) {
       const Vec<T> power = exp_in_range(x + x);
-      store(e + c, factor == nullptr ? power : power * load(factor + c));
+      if (factor == nullptr) {
+        store(e + c, power);
+      } else {
+        store(e + c, power * load(factor + c));
+        store(plain + c, power);
+      }
     }
     abs_max = larger_magnitude<T>(abs_max, x);
   }
   return largest_magnitude<T>(abs_max);
 }
 
-// The same for row (b, i) of a, of n elements, plus bias where there is one. buffer: of a row.
-template <typename T>
-T row_exponentials(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* e, T* buffer, const T* bias = nullptr,
-                   const T* factor = nullptr) {
+// use(row), where row(c) is a vector of row (b, i) of a, of n elements, plus bias where there is one. buffer: of a row.
+template <typename T, class Use>
+ATTN_INLINE auto use_row(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* buffer, const T* bias,
+                         const Use& use) {
   const int64_t whole = n / width<T> * width<T>;
   auto of = [&](const auto* row) __attribute__((always_inline)) {
-    return exponentials(
-        padded<T>(n), e,
-        [&](int64_t c) __attribute__((always_inline)) {
-          const Vec<T> x = c < whole ? load_element(row + c) : load_element(row + c, n - c);
-          return bias == nullptr ? x : x + load(bias + c);
-        },
-        factor);
+    return use([&](int64_t c) __attribute__((always_inline)) {
+      const Vec<T> x = c < whole ? load_element(row + c) : load_element(row + c, n - c);
+      return bias == nullptr ? x : x + load(bias + c);
+    });
   };
   if (a.stride[2] != 1) return of(read_row(a, b, i, n, buffer));
   return by_element<T>(a.dtype, [&](auto* element) {
@@ -147,18 +162,28 @@ T row_exponentials(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* e,
   });
 }
 
-// Rows of queries (bias added; e^{2q} times the factor of the unit), with the largest |q| of each row.
+// exponentials() of such a row.
+template <typename T>
+T row_exponentials(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* e, T* buffer, const T* bias = nullptr,
+                   const T* factor = nullptr, T* plain = nullptr) {
+  return use_row(a, b, i, n, buffer, bias, [&](const auto& row) __attribute__((always_inline)) {
+    return exponentials(padded<T>(n), e, row, factor, plain);
+  });
+}
+
+// Rows of queries (bias added): e^{2q} times the factor of the unit, and without it; for each row its largest |q| and
+// its rest, where one is needed (additive_compensated.h). `plain` is then rounded as the rest says.
 template <typename T>
 struct QueryRows {
   int64_t first, n, ld;
-  T *e, *abs_max;  // (n, ld), (n)
+  T *e, *plain, *abs_max, *rest;  // (n, ld), (n, ld), (n), (n)
 };
 
-// Steps as rows of e^{2k}, with the largest |k| of each row.
+// The same of steps. Both are e^{2k}, and the same but where there is a rest.
 template <typename T>
 struct KeyRows {
-  const T** e;
-  T* abs_max;
+  const T **e, **plain;
+  T *abs_max, *rest;
 };
 
 // acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on,
@@ -253,8 +278,13 @@ ATTN_INLINE void factored_tile(const FactoredV<T>& units, const T* q, int64_t ld
   });
 }
 
-// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. direct(a,
-// b) is the score of query i + a and step j + b by tanh itself.
+// Scores by several forms: additive_compensated.h.
+template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
+void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j, T* out,
+                int64_t out_ld, const Exact& exact);
+
+// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. exact(a,
+// b) is the score of query a and step b by tanh itself.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>
 ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Exact& exact, const T* const* next = nullptr) {
@@ -266,18 +296,12 @@ ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, in
     for (int b = 0; b < NK; ++b)
       in_range = in_range && units.template in_range<kBy>(q.abs_max[i + a] + k.abs_max[j + b]);
   if (in_range) return factored_tile<T, NQ, NK, kBy>(units, q.e + i * ld, ld, k.e + j, out, out_ld, next);
-  for (int a = 0; a < NQ; ++a)
-    for (int b = 0; b < NK; ++b) {
-      T* to = out + a * out_ld + b;
-      const T* qe = q.e + (i + a) * ld;
-      const T bound = q.abs_max[i + a] + k.abs_max[j + b];
-      if (units.fits_three(bound))
-        factored_tile<T, 1, 1, kThree>(units, qe, ld, k.e + j + b, to, out_ld);
-      else if (units.fits_one(bound))
-        factored_tile<T, 1, 1, Reciprocals::one>(units, qe, ld, k.e + j + b, to, out_ld);
-      else
-        *to = exact(i + a, j + b);
-    }
+  // Of 4 queries at most, whose sums fill the registers.
+  constexpr int kMost = NQ < 4 ? NQ : 4, kRest = NQ % kMost;
+  for (int a = 0; a + kMost <= NQ; a += kMost)
+    mixed_tile<T, kMost, NK, kThree>(units, q, i + a, k, j, out + a * out_ld, out_ld, exact);
+  if constexpr (kRest > 0)
+    mixed_tile<T, kRest, NK, kThree>(units, q, i + NQ - kRest, k, j, out + (NQ - kRest) * out_ld, out_ld, exact);
 }
 
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>

@@ -159,6 +159,18 @@ ATTN_INLINE void prefetch_to_write(const E* p) {
   __builtin_prefetch(p, 1, 2);
 }
 
+// While it lives, this thread takes denormal numbers for 0, which on x86 would cost a hundred cycles each.
+class DenormalsAreZero {
+#if defined(__x86_64__)
+ public:
+  DenormalsAreZero() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
+  ~DenormalsAreZero() { _mm_setcsr(before); }
+
+ private:
+  const unsigned before;
+#endif
+};
+
 ATTN_INLINE void stream_end() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -261,6 +273,14 @@ ATTN_INLINE Vec<T> positive_part(Vec<T> x) {
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)zero, (__m256)x);
 #endif
   return zero > x ? zero : x;  // the second one where neither is larger
+}
+
+// min(x, most) for x that is no NaN. As integers, of which GCC 12 makes one instruction: negative numbers are in another
+// order, and all below `most`, which is positive.
+template <typename T>
+ATTN_INLINE Vec<T> at_most(Vec<T> x, T most) {
+  const IntVec<T> limit = bits<T>(broadcast(most)), a = bits<T>(x);
+  return (Vec<T>)(a < limit ? a : limit);
 }
 
 // Element i changes places with element i ^ n.
@@ -384,6 +404,14 @@ ATTN_INLINE T largest_magnitude(IntVec<T> top) {
   return result;
 }
 
+#if ATTN_VECTOR_BYTES > 16 || defined(__aarch64__)
+constexpr bool kHasMultiplyAdd = true;       // which rounds once
+constexpr float kLn2Excess = 1.9046543e-9f;  // what reduce_range takes for ln 2, less ln 2
+#else
+constexpr bool kHasMultiplyAdd = false;
+constexpr float kLn2Excess = 0.0f;
+#endif
+
 // x = r + n ln 2, |r| at most ln(2) / 2.
 struct Reduced {
   Vec<float> r;
@@ -394,11 +422,7 @@ ATTN_INLINE Reduced reduce_range(Vec<float> x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
   const Vec<float> shifted = x * 1.44269504088896341f + magic;
   const Vec<float> n = shifted - magic;
-#if ATTN_VECTOR_BYTES > 16 || defined(__aarch64__)  // multiply-add rounds once
-  const Vec<float> r = x - n * 0.6931471805599453f;
-#else
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-#endif
+  const Vec<float> r = kHasMultiplyAdd ? x - n * 0.6931471805599453f : (x - n * 0.693359375f) + n * 2.12194440e-4f;
   return {r, bits<float>(shifted) << 23};  // the low bits of magic are 0
 }
 
@@ -411,8 +435,7 @@ struct Power {
 };
 
 template <int degree>
-ATTN_INLINE Power power(Vec<float> x) {
-  const auto [r, n] = reduce_range(x);
+ATTN_INLINE Vec<float> third_term(Vec<float> r) {  // p with e^r = 1 + r + r^2 p
   Vec<float> q;
   if constexpr (degree == 5) {
     q = broadcast(0.008312501013278961f) * r + 0.041890330612659454f;
@@ -424,7 +447,13 @@ ATTN_INLINE Power power(Vec<float> x) {
     q = q * r + 0.1666652113199234f;
     q = q * r + 0.4999999403953552f;
   }
-  q = q * r + 1.0f;
+  return q;
+}
+
+template <int degree>
+ATTN_INLINE Power power(Vec<float> x) {
+  const auto [r, n] = reduce_range(x);
+  const Vec<float> q = third_term<degree>(r) * r + 1.0f;
   return {q * r + 1.0f, r, q, n};
 }
 

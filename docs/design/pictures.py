@@ -14,7 +14,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 HEADER = HERE.parents[1] / "csrc/additive_math.h"
-THREE, ONE, TANH, DIVISION = "#6b9bd1", "#72b7b2", "#e0b872", "#9d8ec7"
+THREE, COMPENSATED, TANH, DIVISION = "#6b9bd1", "#72b7b2", "#e0b872", "#9d8ec7"
 
 
 def limits() -> dict[str, float]:
@@ -31,14 +31,17 @@ def draw_ranges(limit: dict[str, float]) -> plt.Figure:
     unit = np.log2(limit["kDenominatorScale"])
     lines = [
         (THREE, "largest product of three d", 3 * (unit - np.log2(limit["kMinRelativeV"]) + pair), "kMaxBoundThree"),
-        (ONE, "largest $E$", 2 * bound / np.log(2), "kMaxBoundOne"),
-        (DIVISION, "smallest g of the backward", -48 - pair, "kMaxBoundBackward"),
+        (COMPENSATED, "largest $E$ of a unit, 16 bits", 2 * bound / np.log(2), "kMaxBoundEstimate"),
     ]
     for colour, label, values, name in lines:
         used = bound <= limit[name]
         axes.plot(bound, values, color=colour, linestyle=":", linewidth=1)
         axes.plot(bound[used], values[used], color=colour, linewidth=2.5, label=f"{label}, used up to {limit[name]:g}")
         axes.axvline(limit[name], color=colour, linewidth=0.8)
+    product = np.minimum(2 * pair, 2 * np.log2(limit["kMaxNumerator"]))
+    axes.plot(bound, product, color=COMPENSATED, linewidth=2.5, linestyle="--", label="largest product of two, clamped")
+    smallest = -48 - np.minimum(pair, np.log2(limit["kMaxExponentialBackward"]))
+    axes.plot(bound, smallest, color=DIVISION, linewidth=2.5, label="smallest g of the backward, clamped")
     axes.plot(bound, np.full_like(bound, 3 * unit), color=THREE, linewidth=1, linestyle="--")
     axes.text(49.5, 3 * unit + 3, "smallest product of three d", color=THREE, ha="right", va="bottom", fontsize=9)
     for edge, text, va in ((128, "infinity in float32", "bottom"), (-126, "denormal in float32", "top")):
@@ -47,10 +50,10 @@ def draw_ranges(limit: dict[str, float]) -> plt.Figure:
     axes.axhspan(-126, 128, color="black", alpha=0.04)
     axes.set(ylim=(-150, 150), xlim=(0, 50), ylabel="$\\log_2$ of the number")
     axes.legend(loc="center right", fontsize=9)
-    three, one, back = (limit[f"kMaxBound{name}"] for name in ("Three", "One", "Backward"))
+    three = limit["kMaxBoundThree"]
     rows = {
-        "forward": [(three, THREE, "three units share a division"), (one, ONE, "a division each"), (50, TANH, "tanh")],
-        "backward, many queries": [(back, DIVISION, "a division for each pair"), (50, TANH, "tanh")],
+        "forward": [(three, THREE, "three units share a division"), (50, COMPENSATED, "compensated, two share one")],
+        "backward, many queries": [(50, DIVISION, "a division for each pair")],
     }
     for row, parts in enumerate(rows.values()):
         left = 0.0
@@ -100,18 +103,18 @@ def draw_guards(limit: dict[str, float], units: int = 512) -> plt.Figure:
     smallest[norm**2 <= limit["kNorm2OfSmallBound"]] = limit["kSmallBound"]
     smallest[norm**2 <= limit["kNorm2OfAnyBound"]] = 0
     allowed = bound[None, :] >= smallest[:, None]
-    form = np.where(bound <= limit["kMaxBoundThree"], 0, np.where(bound <= limit["kMaxBoundOne"], 1, 2))
-    form = np.where(allowed, form[None, :], 2)
+    form = np.where(bound <= limit["kMaxBoundThree"], 0, np.where(bound <= 2 * limit["kMaxAbsExponential"], 1, 2))
+    form = np.where(allowed, form[None, :], np.maximum(form, 1)[None, :])
     figure, axes = plt.subplots(figsize=(8, 4.2))
-    colours = matplotlib.colors.ListedColormap([THREE, ONE, TANH])
+    colours = matplotlib.colors.ListedColormap([THREE, COMPENSATED, TANH])
     axes.pcolormesh(bound, norm, form, cmap=colours, vmin=0, vmax=2, shading="nearest", rasterized=True)
     axes.axhline(np.sqrt(units), color="black", linewidth=0.8, linestyle=":")
     axes.text(0.11, np.sqrt(units) * 0.92, "of a standard normal v", fontsize=9, va="top")
     for x, y, text in (
         (1.2, 0.5, "three units share a division"),
-        (29, 0.5, "one\neach"),
-        (65, 0.5, "tanh"),
-        (0.7, 200, "tanh: the rounding of 1 would show"),
+        (40, 0.5, "compensated"),
+        (93, 0.5, "tanh"),
+        (0.7, 200, "compensated: the rounding of 1 would show"),
         (14, 200, "three"),
     ):
         axes.text(x, y, text, ha="center", va="center", fontsize=9)
