@@ -34,7 +34,7 @@ constexpr float kMaxBoundThree = 19.0f;
 // Two units share a division, each (E - 1) / (E + 1): e^{4 bound} |v| is in range while |v| is at most kMaxAbsVTwo.
 constexpr float kMaxBoundTwo = 20.0f;
 // A division, or an estimate of it, for each unit: e^{2q}, e^{2k} and their product are in range.
-constexpr float kMaxBoundEstimate = 43.0f;
+constexpr float kMaxBoundOne = 43.0f;
 // For |q| and |k| by themselves: e^{2q}, e^{-2q} and those of k are normal numbers. Their product E need not be, where
 // it is kept at most at the next two (on the CPU).
 constexpr float kMaxAbsExponential = 43.0f;

@@ -116,12 +116,12 @@ def _place(place: Place) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    columns = ("pass", "B,Tq,Tk,A,D", ">fastest, ms", ">slowest, ms", ">slowest / fastest", "slowest at")
+    columns = ("pass", "B,Tq,Tk,A,D", ">least ms", ">most ms", ">ratio", "slowest: |v|, deviation")
     shown = report.table(f"Time over the sizes of v and of queries and keys; at most {MOST:g} is asked for", *columns)
     for row in rows:
         ms = [cell["ms"] for cell in row["cells"]]
         ratio = report.times(row["ratio"], lost=row["ratio"] > MOST)
-        place = f"|v| = {row['slowest']['norm']:g}, deviation {row['slowest']['deviation']:g}"
+        place = ", ".join(f"{x:g}" for x in row["slowest"].values())
         sizes = ",".join(map(str, row["shape"].values()))
         shown.add_row(row["pass"], sizes, report.figure(min(ms)), report.figure(max(ms)), ratio, place)
     return shown

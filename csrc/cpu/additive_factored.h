@@ -108,7 +108,7 @@ struct FactoredV {
   // Whether a query or step may meet one with which it needs the rests of that form.
   bool needs_rest(T abs_max) const { return v_in_range && abs_max < min_bound; }
   // Whether estimates will do, of one denominator each.
-  bool fits_estimate(T bound) const { return estimated && bound >= min_bound_estimate && bound <= kMaxBoundEstimate; }
+  bool fits_estimate(T bound) const { return estimated && bound >= min_bound_estimate && bound <= kMaxBoundOne; }
 
   template <Reciprocals kBy>
   bool in_range(T bound) const {

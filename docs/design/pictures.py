@@ -31,7 +31,7 @@ def draw_ranges(limit: dict[str, float]) -> plt.Figure:
     unit = np.log2(limit["kDenominatorScale"])
     lines = [
         (THREE, "largest product of three d", 3 * (unit - np.log2(limit["kMinRelativeV"]) + pair), "kMaxBoundThree"),
-        (COMPENSATED, "largest $E$ of a unit, 16 bits", 2 * bound / np.log(2), "kMaxBoundEstimate"),
+        (COMPENSATED, "largest $E$ of a unit, 16 bits", 2 * bound / np.log(2), "kMaxBoundOne"),
     ]
     for colour, label, values, name in lines:
         used = bound <= limit[name]
