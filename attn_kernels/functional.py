@@ -97,7 +97,8 @@ def additive_attention(
             have kernels on the CPU and in Triton; elsewhere the formula of the reference makes (B, Tq, Tk, A).
         extra: (B, Tk, A), added before the activation: what a step adds to the keys, such as projected location
             features. On the CPU, and in Triton for at most 8 queries, the sum is made within the kernels, and its
-            gradient is that of both; elsewhere, and with an option below or ``activation="sigmoid"``, it is a tensor.
+            gradient is that of both; elsewhere, and with a gate, several score vectors, an option below or
+            ``activation="sigmoid"``, it is a tensor.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.

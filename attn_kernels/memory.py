@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import packing
-from .checks import check_device, check_lengths, check_mask, check_tensor
+from .checks import check_device, check_lengths, check_mask, check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import MemoryGradient
 from .packed_attention import PackedMemory, check_memory, check_offsets, refuse
@@ -60,6 +60,8 @@ class Memory:
                 raise ArgumentValueError(f"Memory: {argument} must have shape {expected}, got {tuple(tensor.shape)}")
         if self.memory_offsets is not None:
             refuse("Memory", "keys", "keys and values", dict(memory_lengths=self.memory_lengths, mask=self.mask))
+            if self.max_length is not None:
+                check_size("Memory", "max_length", self.max_length, least=0)
             check_memory("Memory", self._packed())
             return
         if self.max_length is not None:

@@ -106,7 +106,11 @@ def packed_rows(
     if memory.dim() != 2 or memory.shape[1] != size:
         got = shape_of(memory)
         raise ArgumentValueError(f"{name}: memory must have shape (N, memory_size) = (*, {size}), got {got}")
-    check_memory(name, PackedMemory(memory, None, memory_offsets, max_length))
+    if not memory.is_floating_point():
+        raise ArgumentTypeError(f"{name}: memory must be floating point, got {memory.dtype}")
+    packed = PackedMemory(memory, None, memory_offsets, max_length)
+    check_memory(name, packed)
+    check_offsets(name, packed)
     return memory, memory_offsets, max_length
 
 
@@ -189,7 +193,9 @@ def check_offsets(name: str, memory: PackedMemory) -> None:
     if offsets[0] != 0 or offsets[-1] != steps or offsets != sorted(offsets):
         raise ArgumentValueError(f"{name}: memory_offsets must start with 0, not decrease and end with N = {steps}")
     if memory.max_length is not None and packing.longest(memory.offsets) > memory.max_length:
-        raise ArgumentValueError(f"{name}: keys have a sentence longer than their max_seqlen, {memory.max_length}")
+        raise ArgumentValueError(
+            f"{name}: a sentence is longer than max_length (max_seqlen of jagged keys), {memory.max_length}"
+        )
 
 
 def attend_packed(

@@ -5,6 +5,8 @@ Without the tolerance for large scores of tests/test_numerics.py, wherever the f
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +74,22 @@ def test_prepared_keys(compiled: str, dtype: torch.dtype, size: float) -> None:
         exact = torch.softmax(torch.tanh(query.double()[:, :, None] + keys.double()[:, None]) @ v.double(), -1)
         allowed = 2 * (plain.alignments.double() - exact).abs().max().item() + 1e-6
         assert (ours.alignments.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("size", [0.3, 12.0, 30.0], ids=["small arguments", "large", "beyond the limit"])
+@pytest.mark.parametrize("of", ["query", "keys"])
+@pytest.mark.parametrize("special", [math.nan, math.inf], ids=str)
+def test_nan_and_inf_in_any_row_of_a_tile(compiled: str, special: float, of: str, size: float) -> None:
+    """Every row of a tile in turn, the last one, whose limits are read last, and others."""
+    rng = torch.Generator().manual_seed(0)
+    v = vector(32, 6.0 if size < 1 else 0.5, "normal")
+    for queries, steps in ((1, 6), (2, 2), (5, 9), (9, 7)):
+        for row in range(queries if of == "query" else steps):
+            query, keys = (size * torch.rand(1, n, 32, generator=rng) for n in (queries, steps))
+            {"query": query, "keys": keys}[of][0, row, 5] = special
+            found = attn_kernels.additive_scores(query, keys, v, backend=compiled)
+            expected = torch.tanh(query.double()[:, :, None] + keys.double()[:, None]) @ v.double()
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4, equal_nan=True)
 
 
 def test_a_score_does_not_depend_on_what_is_beside_it(compiled: str) -> None:

@@ -207,7 +207,17 @@ def _other_embedding(one: Seq2Seq, given: dict[str, Any]) -> None:
     one.decoder.embedding = torch.nn.Embedding(TARGET + 1, 5, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("change", [_many_rows, _reference, _other_embedding])
+def _columns(one: Seq2Seq, given: dict[str, Any]) -> None:
+    weight = one.decoder.output.weight
+    one.decoder.output.weight = torch.nn.Parameter(weight.detach().t().contiguous().t())
+
+
+def _every_second(one: Seq2Seq, given: dict[str, Any]) -> None:
+    bias = one.decoder.output.bias.detach()
+    one.decoder.output.bias = torch.nn.Parameter(bias.repeat_interleave(2)[::2])
+
+
+@pytest.mark.parametrize("change", [_many_rows, _reference, _other_embedding, _columns, _every_second])
 @torch.no_grad()
 def test_where_steps_are_called(change: Callable[[Seq2Seq, dict[str, Any]], None]) -> None:
     """Besides those of test_generation_steps.py."""

@@ -302,7 +302,12 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "too short a max_length": (
         lambda: Memory(rows(3), rows(4), memory_offsets=offsets_of(LENGTHS), max_length=4).padded(),
         ValueError,
-        "Memory.padded: keys have a sentence longer than their max_seqlen, 4",
+        "Memory.padded: a sentence is longer than max_length (max_seqlen of jagged keys), 4",
+    ),
+    "a max_length that is no number": (
+        lambda: Memory(rows(3), rows(4), memory_offsets=offsets_of(LENGTHS), max_length=7.0),
+        ValueError,
+        "Memory: max_length must be an integer of at least 0, got 7.0",
     ),
     "order": (
         lambda: Memory(rows(3), rows(4), memory_offsets=BAD_OFFSETS).select(torch.tensor([0])),
@@ -339,10 +344,30 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "BahdanauAttention: memory must have keys (9, 9) and values (9, 7), got (9, 3) and (9, 4), as of another",
     ),
+    "order of outputs": (
+        lambda: make("bahdanau")[0].memory(rows(7), memory_offsets=BAD_OFFSETS),
+        ValueError,
+        "BahdanauAttention.memory: memory_offsets must start with 0, not decrease and end with N = 9",
+    ),
+    "integers as outputs": (
+        lambda: make("bahdanau")[0].memory(rows(7).long(), memory_offsets=offsets_of(LENGTHS)),
+        TypeError,
+        "BahdanauAttention.memory: memory must be floating point, got torch.int64",
+    ),
     "a step": (
-        lambda: make("bahdanau")[0](queries(), make("bahdanau")[0].memory(rows(7), memory_offsets=BAD_OFFSETS)),
+        lambda: make("bahdanau")[0](queries(), Memory(rows(9), rows(7), memory_offsets=BAD_OFFSETS)),
         ValueError,
         "additive_attention: memory_offsets must start with 0, not decrease and end with N = 9",
+    ),
+    "an initial state": (
+        lambda: mechanisms.LocationSensitiveAttention(Q, 4, 3).initial_state(packed_memory()),
+        ValueError,
+        "initial_state: memory must be padded, as memory.padded() makes it, got a packed one",
+    ),
+    "an initial state of a monotonic form": (
+        lambda: mechanisms.MonotonicAttention(Q, 4, 3).initial_state(packed_memory()),
+        ValueError,
+        "MonotonicAttention.initial_state: memory must be padded, as memory.padded() makes it, got a packed one",
     ),
     "a state": (
         lambda: mechanisms.CoverageAttention(Q, 4, 3, dtype=torch.float64)(

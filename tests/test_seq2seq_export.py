@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attn_kernels.mechanisms import NormalizedAttention, monotonic_alignments
 from attn_kernels.seq2seq import Encoder, Seq2Seq, export
 from attn_kernels.seq2seq.attentions import ATTENTIONS
 from matrix import slow_if
@@ -186,8 +187,14 @@ def test_what_cannot_be_exported_is_said(model: Seq2Seq, programs: export.Progra
         export.export_programs(model, backend="fastest")
     other = model_of()
     other.encoder.rnn = nn.Identity()
-    with pytest.raises(ValueError, match=r"model\.encoder\.rnn must be an nn\.LSTM or nn\.GRU, got Identity"):
+    with pytest.raises(ValueError, match=r"model\.encoder\.rnn must be an nn\.LSTM or nn\.GRU without .*, got Identity"):
         export.export_programs(other)
+    for other, change in ((model_of(), _watch), (model_of(), _double)):
+        change(other.encoder)
+        with pytest.raises(ValueError, match=r"nn\.LSTM or nn\.GRU without hooks, .* got one with other steps"):
+            export.export_programs(other)
+    with pytest.raises(ValueError, match=r"save_exported: format must be one of .*, got \['onnx'\]"):
+        export.save_exported(programs, tmp_path, format=["onnx"])
     other = model_of()
     other.decoder.output = _Branching()
     with pytest.raises(RuntimeError, match=r"torch\.export cannot trace the step: .*data-dependent"):
@@ -201,6 +208,42 @@ def test_what_cannot_be_exported_is_said(model: Seq2Seq, programs: export.Progra
     (tmp_path / "config.json").write_text(json.dumps({"vocab": 3}))
     with pytest.raises(ValueError, match=r"is not a configuration that save_exported wrote"):
         export.load_exported(tmp_path)
+
+
+def _watch(encoder: Any) -> None:
+    encoder.rnn.register_forward_hook(lambda *_: None)
+
+
+def _double(encoder: Any) -> None:
+    class Twice(nn.LSTM):
+        def forward(self, *arguments: Any) -> Any:
+            outputs, states = super().forward(*arguments)
+            return 2 * outputs, states
+
+    encoder.rnn.__class__ = Twice
+
+
+def test_the_backend_of_a_mechanism_in_another() -> None:
+    """A named backend is that of every part; bos, a token of the target, need not be one of the source."""
+    model = Seq2Seq(5, TARGET, 6, 8, 7, bos=TARGET - 1)
+    model.decoder.attention = NormalizedAttention(model.decoder.attention, "sigmoid")
+    programs = export.export_programs(model, backend="reference")
+    operators = {str(node.target).partition(".")[0] for node in programs.step.graph.nodes}
+    assert "attn_kernels" not in operators
+    assert model.decoder.attention.attention.backend is None
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4, 5)])
+def test_monotonic_alignments_of_any_axes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    arguments = torch.rand(shape), torch.rand(shape)
+
+    class Module(nn.Module):
+        def forward(self, p: Tensor, previous: Tensor) -> Tensor:
+            return monotonic_alignments(p, previous)
+
+    program = torch.export.export(Module(), arguments)
+    torch.testing.assert_close(program.module()(*arguments), monotonic_alignments(*arguments))
 
 
 class _Branching(nn.Module):

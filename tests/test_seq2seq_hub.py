@@ -30,6 +30,14 @@ def model_of(attention: str = "bahdanau", **options: Any) -> Any:
     return hub.PretrainedSeq2Seq(SOURCE, TARGET, **SIZES, attention=attention, **options)
 
 
+def test_numbers_of_numpy_are_kept(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    given = {"source_vocab": numpy.int64(9), "target_vocab": 9, "eos": numpy.int64(5), "dropout": numpy.float32(0.125)}
+    hub.PretrainedSeq2Seq(**given, input_feeding=False).save_pretrained(tmp_path)
+    loaded = hub.PretrainedSeq2Seq.from_pretrained(tmp_path)
+    assert (loaded.eos, loaded.decoder.dropout.p, loaded.decoder.input_feeding) == (5, 0.125, False)
+
+
 @pytest.mark.parametrize("attention", ["bahdanau", "location", "luong-dot"])
 def test_saved_and_loaded(attention: str, tmp_path: Path) -> None:
     model = model_of(attention, cell="gru", num_layers=2, dropout=0.2, input_feeding=False, eos=5)

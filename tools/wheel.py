@@ -123,7 +123,7 @@ def main() -> None:
         sys.exit("there is no wheel in dist/: make wheel")
     for wheel in wheels:
         check_file(wheel, given.cuda)
-    failed, today = [], datetime.date.today().isoformat()
+    failed, tried, today = [], 0, datetime.date.today().isoformat()
     for combination in () if given.file_only else COMBINATIONS:
         if given.only not in combination.name:
             continue
@@ -133,6 +133,7 @@ def main() -> None:
             print(f"{combination.name}: left out, there is no wheel for its Python", flush=True)
             continue
         print(combination.name, flush=True)
+        tried += 1
         try:
             result = examine(wheel, combination, FOLDER / combination.name, given.pytest or list(TESTS))
             write(row(result, wheel, today))
@@ -142,6 +143,8 @@ def main() -> None:
             failed.append(combination.name)
         if not given.keep:
             shutil.rmtree(FOLDER / combination.name, ignore_errors=True)
+    if not tried and not given.file_only:
+        sys.exit("nothing was tested: no combination of this name has a wheel")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

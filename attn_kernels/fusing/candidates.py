@@ -76,5 +76,5 @@ def has_loops(module: Any) -> bool:
 
 def is_foreign(module: nn.Module) -> bool:
     """Whether a module's class is neither PyTorch's nor this package's, and no script."""
-    own = type(module).__module__.startswith(("torch.", "attn_kernels."))
+    own = type(module).__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
     return not own and not isinstance(module, torch.jit.ScriptModule)

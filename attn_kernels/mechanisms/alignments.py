@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ArgumentValueError
 from ..memory import Memory
+from ..packed_attention import padding_needed
 from ..types import attention_mask
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
@@ -26,7 +27,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def no_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
     """(B, hypotheses, Tk): 0 everywhere."""
-    batch, steps = memory.keys.shape[:2]
+    batch, steps = _axes(memory)
     return memory.keys.new_zeros(batch, hypotheses, steps, dtype=dtype)
 
 
@@ -53,8 +54,15 @@ def check_initial(name: str, initial: str) -> None:
 
 def _ever_allowed(memory: Memory) -> Tensor:
     """(B, Tk) bool: what at least one hypothesis may attend."""
-    allowed = allowed_steps(memory)
-    return memory.keys.new_ones(memory.keys.shape[:2], dtype=torch.bool) if allowed is None else allowed.any(1)
+    axes, allowed = _axes(memory), allowed_steps(memory)
+    return memory.keys.new_ones(axes, dtype=torch.bool) if allowed is None else allowed.any(1)
+
+
+def _axes(memory: Memory) -> tuple[int, int]:
+    """B and Tk."""
+    if memory.memory_offsets is not None:
+        raise padding_needed("initial_state")
+    return memory.keys.shape[0], memory.keys.shape[1]
 
 
 def average(alignments: Tensor, memory: Memory) -> Tensor:

@@ -17,6 +17,7 @@ from ..checks import check_masks
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
+from ..packed_attention import padding_needed
 from ..types import DTYPES, attention_mask, device_type
 from .stateful import StatefulAttention, StatefulResult
 
@@ -73,6 +74,8 @@ class AlignmentsAttention(StatefulAttention):
             raise ArgumentTypeError(f"{name}: memory must be a Memory, {made}, got {type(memory).__name__}")
         if not isinstance(hypotheses, Integral) or hypotheses < 0:
             raise ArgumentValueError(f"{name}: hypotheses must be an integer >= 0, got {hypotheses!r}")
+        if memory.memory_offsets is not None:
+            raise padding_needed(name)
         return memory.batch_size, int(hypotheses)
 
     def _first_step(self, memory: Memory, hypotheses: int, attended: bool = False) -> AlignmentsState:
@@ -208,6 +211,9 @@ def recurrence(factors: Tensor, x: Tensor) -> Tensor:
 def _recurrence_by_steps(factors: Tensor, x: Tensor) -> Tensor:
     from torch._higher_order_ops.scan import scan  # here: it imports half of torch.compile
 
+    if x.dim() != 3:
+        rows = (x.unsqueeze(0).flatten(1, -2) if x.dim() > 1 else x[None, None] for x in (factors, x))
+        return _recurrence_by_steps(*rows).view_as(x)
     batch, hypotheses = x.shape[:-1]
 
     def step(before: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

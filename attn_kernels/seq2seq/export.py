@@ -22,6 +22,7 @@ from .decoder import Decoder
 from .evaluation import in_evaluation
 from .exported import FORMATS, ExportedSeq2Seq, Programs, load_exported, save_exported
 from .model import Seq2Seq
+from .scanned import can_scan
 from .state import DecoderState
 
 __all__ = ["FORMATS", "ExportedSeq2Seq", "Programs", "export_programs", "load_exported", "save_exported"]
@@ -93,17 +94,22 @@ def export_programs(model: Seq2Seq, *, backend: str | None = None) -> Programs:
     if not isinstance(model, Seq2Seq):
         raise ArgumentTypeError(f"export_programs: model must be a Seq2Seq, got {type(model).__name__}")
     rnn = getattr(model.encoder, "rnn", None)
-    if not isinstance(rnn, nn.LSTM | nn.GRU) or rnn.proj_size:
-        got = "one with proj_size" if isinstance(rnn, nn.LSTM | nn.GRU) else type(rnn).__name__
-        raise ArgumentValueError(f"export_programs: model.encoder.rnn must be an nn.LSTM or nn.GRU, got {got}")
+    if not can_scan(rnn):
+        got = "one with other steps" if isinstance(rnn, nn.LSTM | nn.GRU) else type(rnn).__name__
+        expected = "an nn.LSTM or nn.GRU without hooks, pruning, a forward of its own and proj_size"
+        raise ArgumentValueError(f"export_programs: model.encoder.rnn must be {expected}, got {got}")
     device = next(model.parameters()).device
     if backend is not None:
         choose(backend, device.type)
     model = in_evaluation(model, always=True)
     attention: Any = model.decoder.attention
-    if backend is not None and hasattr(attention, "backend"):
-        attention.backend = backend
-    source, longer = (torch.full((_BATCH, n), model.bos, device=device) for n in (_STEPS, _STEPS + 1))
+    if backend is not None:
+        choosing = [part for part in attention.modules() if "backend" in vars(part)]
+        if not choosing:
+            raise ArgumentValueError(f"export_programs: backend must be None with {type(attention).__name__}")
+        for part in choosing:  # a mechanism may hold another one
+            part.backend = backend
+    source, longer = (torch.zeros(_BATCH, n, dtype=torch.int64, device=device) for n in (_STEPS, _STEPS + 1))
     with torch.no_grad():
         lengths = torch.full((_BATCH,), _STEPS, device=device)
         memory, state = model.encode(source, lengths)

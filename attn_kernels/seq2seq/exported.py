@@ -227,5 +227,5 @@ def _import(package: str, function: str) -> Any:
 
 
 def _check_format(function: str, format: object) -> None:
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ArgumentValueError(f"{function}: format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")

@@ -6,6 +6,7 @@ dtype, and a configuration without what belongs to a machine.
 
 from __future__ import annotations
 
+import numbers
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +22,9 @@ if TYPE_CHECKING:  # what is used of the mixin, also where the package is missin
     class PyTorchModelHubMixin:
         _hub_mixin_config: Any
 
-        def __init_subclass__(cls, *, library_name: str = "", tags: list[str] | None = None) -> None: ...
+        def __init_subclass__(
+            cls, *, library_name: str = "", tags: list[str] | None = None, coders: Any = None
+        ) -> None: ...
         def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None: ...
         def push_to_hub(self, repo_id: str, **options: Any) -> str: ...
         @classmethod
@@ -42,7 +45,18 @@ __all__ = ["PretrainedSeq2Seq"]
 _OF_A_MACHINE = ("backend", "cuda_graph", "decoder", "device")  # how a model is computed, and where
 
 
-class PretrainedSeq2Seq(Seq2Seq, PyTorchModelHubMixin, library_name="attn_kernels", tags=["seq2seq", "attention"]):
+def _as_python(value: Any) -> Any:
+    """A number as one of Python: JSON has no other."""
+    return value if isinstance(value, bool) else int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+class PretrainedSeq2Seq(
+    Seq2Seq,
+    PyTorchModelHubMixin,
+    library_name="attn_kernels",
+    tags=["seq2seq", "attention"],
+    coders={numbers.Real: (_as_python, lambda value: value)},
+):
     """A ``Seq2Seq``, with the same arguments, that the Hugging Face Hub and a local folder keep.
 
     ``save_pretrained(folder)`` writes ``model.safetensors``, ``config.json`` and a model card, ``README.md``;

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..stock import is_plain, is_stock, runs_eagerly
 from .fused.ragged import Rows, find_rows, run_layer, sorted_rows
-from .scanned import run_scanned
+from .scanned import can_scan, run_scanned
 
 States = Tensor | tuple[Tensor, Tensor]
 
@@ -45,7 +45,7 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
 
     Returns outputs, (B, S, \*) or (S, B, \*), and the last states.
     """
-    if torch.compiler.is_exporting() and isinstance(rnn, nn.LSTM | nn.GRU) and rnn.proj_size == 0:
+    if torch.compiler.is_exporting() and can_scan(rnn):
         outputs, found = run_scanned(rnn, x, lengths, (states,) if isinstance(states, Tensor) else (states or ()))
         return outputs, found[0] if isinstance(rnn, nn.GRU) else (found[0], found[1])
     axis = 1 if getattr(rnn, "batch_first", True) else 0

@@ -103,8 +103,8 @@ __attribute__((noinline)) void compensated_tile(const FactoredV<T>& units, const
 // The smallest and the largest of what came before and x; NaN, once met, stays.
 template <typename T>
 ATTN_INLINE void widen(T x, T* least, T* most) {
-  if (!(x >= *least)) *least = x;
-  if (!(x <= *most)) *most = x;
+  if (x < *least || x != x) *least = x;
+  if (x > *most || x != x) *most = x;
 }
 
 // out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each by the form that serves it; a pair

@@ -288,7 +288,7 @@ void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, con
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>
 ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Exact& exact, const T* const* next = nullptr) {
-  // A pair has the same score beside pairs out of range.
+  // A pair of float32 has the same score beside pairs out of range; one by an estimate for each unit takes three there.
   constexpr Reciprocals kThree = kBy == Reciprocals::three_refined ? kBy : Reciprocals::three;
   const int64_t ld = q.ld;
   bool in_range = units.factored;

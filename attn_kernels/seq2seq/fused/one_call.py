@@ -43,7 +43,8 @@ def search_in_one_call(
     """The results of ``greedy_search`` and ``beam_search``; of likeliest tokens that are equal the first is taken.
 
     None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends of the
-    attention, many rows, for which it is faster, and logits that are no numbers.
+    attention, many rows, for which it is faster, parameters whose rows are not contiguous, and logits that are no
+    numbers.
     """
     rows = memory.batch_size * options.beam_size
     if not 0 < rows <= MAX_ROWS or not can_fuse_steps(decoder, state, memory):
@@ -52,6 +53,10 @@ def search_in_one_call(
         return None
     states = (*state.hidden, *state.cell, *(() if state.feed is None else (state.feed,)))
     if any(x.shape[1] != 1 for x in states) or decoder.embedding.weight.shape[0] != decoder.output.weight.shape[0]:
+        return None
+    modules = (decoder.embedding, decoder.rnn, decoder.attention, decoder.attentional, decoder.output)
+    read = (*states, *(parameter for module in modules for parameter in module.parameters()))
+    if any(x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1 for x in read):
         return None
     found = Found(*ops.kernel("decoder_search", "cpu")(*_arguments(decoder, memory, state, options)))
     if found.scores.shape[1] == 0:  # met NaN
