@@ -95,7 +95,11 @@ def evaluate(model: BagClassifier, bags: Bags) -> dict[str, float]:
     return {
         "accuracy": ((logits > 0) == positive).float().mean().item(),
         "area under the ROC curve": float(roc_auc_score(bags.labels, logits)),
-        "positive bags whose first image is a nine": bags.witnesses[positive].gather(1, first).float().mean().item(),
+        "positive bags whose highest weight is on a nine": bags.witnesses[positive]
+        .gather(1, first)
+        .float()
+        .mean()
+        .item(),
     }
 
 
@@ -103,7 +107,7 @@ def evaluate(model: BagClassifier, bags: Bags) -> dict[str, float]:
 def draw(model: BagClassifier, bags: Bags, across: int = 10) -> Figure:
     """The images of a bag, each in the colour of what it counts."""
     logits, alignments = model(bags.images, bags.lengths)
-    figure = Figure(figsize=(9, 2.3), layout="constrained")
+    figure = Figure(figsize=(9, 2.0), layout="constrained")
     for axes, images, length, weights, logit in zip(
         figure.subplots(1, len(logits)), bags.images, bags.lengths, alignments, logits, strict=True
     ):

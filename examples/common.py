@@ -171,7 +171,7 @@ def finish(name: str, figure: Figure, learnt: dict[str, float], rows: list[dict[
 
 
 def heat_map(axes: Axes, alignments: Tensor, columns: Any = None, rows: Any = None, **options: Any) -> Any:
-    """alignments: (T, S). columns, rows: their labels, such as the characters of source and target."""
+    """alignments: (T, S), a row for each step that is written. columns, rows: their labels, such as characters."""
     image = axes.imshow(
         alignments.detach().numpy(), **{"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto", **options}
     )
@@ -179,4 +179,7 @@ def heat_map(axes: Axes, alignments: Tensor, columns: Any = None, rows: Any = No
         axes.set_xticks(range(len(columns)), columns, fontsize=8)
     if rows is not None:
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("read", fontsize=8)
+    axes.set_ylabel("written", fontsize=8)
     return image

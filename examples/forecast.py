@@ -153,7 +153,8 @@ def draw(model: DualStage, windows: Windows) -> Figure:
     panels["inputs"].set_xlabel("driver", fontsize=8)
     common.heat_map(panels["time"], alignments[:40], cmap="magma_r", vmax=None, extent=(-length + 0.5, 0.5, 40, 0))
     panels["time"].set_title("attention over time, a row for each forecast", fontsize=9)
-    panels["time"].set_xlabel("steps before", fontsize=8)
+    panels["time"].set_xlabel("step, relative to the forecast", fontsize=8)
+    panels["time"].set_ylabel("forecast", fontsize=8)
     return figure
 
 

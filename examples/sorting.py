@@ -93,7 +93,7 @@ def draw(model: Sorter, numbers: Tensor) -> Figure:
     order, probabilities = model.sort(numbers)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, row, places, rows in zip(figure.subplots(1, len(numbers)), numbers, order, probabilities, strict=True):
-        labels = [f"{number:.2f}"[1:] for number in row]
+        labels = [f"{number:.3f}"[1:] for number in row]
         common.heat_map(axes, rows, labels, [labels[int(place)] for place in places])
         axes.tick_params("x", rotation=90)
         axes.set_xlabel("read", fontsize=8)

@@ -187,7 +187,9 @@ def test_what_cannot_be_exported_is_said(model: Seq2Seq, programs: export.Progra
         export.export_programs(model, backend="fastest")
     other = model_of()
     other.encoder.rnn = nn.Identity()
-    with pytest.raises(ValueError, match=r"model\.encoder\.rnn must be an nn\.LSTM or nn\.GRU without .*, got Identity"):
+    with pytest.raises(
+        ValueError, match=r"model\.encoder\.rnn must be an nn\.LSTM or nn\.GRU without .*, got Identity"
+    ):
         export.export_programs(other)
     for other, change in ((model_of(), _watch), (model_of(), _double)):
         change(other.encoder)
