@@ -10,9 +10,11 @@ import importlib.util
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 # Threads of numpy and OpenMP are fixed when they are loaded: before torch is.
 IN_XDIST = "PYTEST_XDIST_WORKER" in os.environ
@@ -47,7 +49,7 @@ import triton_arithmetic
 from attn_kernels.backends import NAMES
 from attn_kernels.patching import adapter
 from attn_kernels.seq2seq import recurrent
-from matrix import MAIN, device_of, interpreted, is_left_to_another
+from matrix import MAIN, Op, device_of, interpreted, is_left_to_another
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
     triton_arithmetic.install()  # errors of a GPU's instructions, for the tests of accuracy
@@ -142,6 +144,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("slow")
 
 
+def _has_another_level(test: str, parameters: dict[str, Any], on: list[str]) -> bool:
+    """Variants share most code with MAIN: each case has the highest SIMD level and, in turn, one of the others."""
+    op, lower = parameters.get("op"), every_level(["cpu"])[1:]
+    if not isinstance(op, Op) or op in MAIN.values() or not any(name in lower for name in on):
+        return False
+    others = [str(value) for name, value in parameters.items() if name not in (*BACKENDS, "op")]
+    return lower[zlib.crc32(f"{test} {op.name} {others}".encode()) % len(lower)] not in on
+
+
 def is_left_out(item: pytest.Item) -> bool:
     """Of an op of matrix.py: where its backend has no kernels, what is left to other ops, and where the test says so.
 
@@ -159,7 +170,7 @@ def is_left_out(item: pytest.Item) -> bool:
             return True
     if os.environ.get("ATTN_WHOLE_MATRIX") == "1":
         return False
-    if is_left_to_another(item.originalname, parameters):
+    if is_left_to_another(item.originalname, parameters) or _has_another_level(item.originalname, parameters, on):
         return True
     return any(mark.args[0](**parameters) for mark in item.iter_markers("left_out_if"))
 

@@ -7,16 +7,13 @@ around 14.5, 22, 43 and 88, and of v around the smallest and the largest, are wh
 from __future__ import annotations
 
 import math
-import zlib
 
 import pytest
 import torch
 from torch import Tensor
 
 import attn_kernels
-from conftest import every_level
 from matrix import (
-    MAIN,
     OPS,
     VARIANTS,
     Arguments,
@@ -33,19 +30,7 @@ from matrix import (
     slow_interpreted,
 )
 
-LOWER_LEVELS = every_level(["cpu"])[1:]
-
-
-def is_left_out(op: Op | None = None, backend: str = "", fused: str = "", **parameters: object) -> bool:
-    """Variants share most code with MAIN: each case has the highest SIMD level and one of the others."""
-    level = backend or fused
-    if op is None or op in MAIN.values() or level not in LOWER_LEVELS:
-        return False
-    turn = zlib.crc32(f"{op.name} {[str(value) for value in parameters.values()]}".encode())
-    return level != LOWER_LEVELS[turn % len(LOWER_LEVELS)]
-
-
-pytestmark = [pytest.mark.every_level, pytest.mark.every_form, pytest.mark.left_out_if.with_args(is_left_out)]
+pytestmark = [pytest.mark.every_level, pytest.mark.every_form]
 # docs/numerics.md says what normalizer="sigmoid" does not do with infinite and huge scores.
 ops = of_variants([name for name, op in VARIANTS.items() if op.options.get("normalizer") != "sigmoid"])
 # The guards are of the bounded activations: relu has none, and scores as large as its inputs.
