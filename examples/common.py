@@ -139,7 +139,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 def markdown(examples: list[dict[str, Any]]) -> str:
     """The table of docs/examples.md: a line for each row of ``compare``, of the files that ``finish`` wrote."""
-    lines = ["| | what came of it | the step that is timed | ms before | after | times | MB before | after |"]
+    lines = ["| | what came of it | the step that is timed | ms before | after | times faster | MB before | after |"]
     lines.append("|---" * 8 + "|")
     for example in examples:
         learnt = "; ".join(f"{name}: {value:.3g}" for name, value in example["learnt"].items())
