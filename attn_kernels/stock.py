@@ -105,9 +105,13 @@ def is_stock_linear(layer: Any) -> bool:
         return False
     if not torch.compiler.is_compiling():
         return is_stock(layer)
-    # In terms that torch.compile can trace.
-    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
-    return type(layer.weight) is nn.Parameter and "forward" not in vars(layer) and not hooks
+    return type(layer.weight) is nn.Parameter and not is_watched(layer)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether an instance has hooks or a forward of its own; in terms that torch.compile and torch.export can trace."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def is_plain(x: object) -> bool:

@@ -86,6 +86,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.dtype not in DTYPES[:3] else t.to(dtype) for t in tensors)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and products over many steps: float32; float64 stays."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in float32; float64 stays."""
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]

@@ -118,17 +118,22 @@ def finish_rows(
     start: float,
     allocator: str,
     device: torch.device | None = None,
+    plot: Callable[[Path, list[dict[str, Any]], dict[str, str | int]], None] | None = None,
     **settings: Any,
 ) -> None:
     """The end of a command that has a table: its rows as a result file, ``<part>-<device>.json``, and the last lines.
 
-    allocator: what ``prepare`` returned.
+    allocator: what ``prepare`` returned. plot: draws the rows, beside the file.
     """
     device = torch.device("cpu") if device is None else device
     described = machine.describe(device, allocator)
     path = output / f"{part}-{device.type}.json"
     results.write_json(path, {"part": part, "machine": described, "settings": settings, "rows": rows})
-    finish([table], described, start, path)
+    written = [path]
+    if plot is not None:
+        written.append(path.with_suffix(".png"))
+        plot(written[1], rows, described)
+    finish([table], described, start, *written)
 
 
 def rows_application(

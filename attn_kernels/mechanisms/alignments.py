@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..packed_attention import padding_needed
-from ..types import attention_mask
+from ..types import attention_mask, wide_dtype
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
 
@@ -18,11 +18,6 @@ State = TypeVar("State", bound=tuple[Tensor, ...])
 def allowed_steps(memory: Memory) -> Tensor | None:
     """(B, 1, Tk) or (B, K, Tk) bool, True where a step may be attended; None where every step may."""
     return attention_mask(memory.keys, memory.memory_lengths, memory.mask)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of what is added or multiplied up over many steps: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def no_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
@@ -33,7 +28,7 @@ def no_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor
 
 def uniform_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
     """(B, hypotheses, Tk): the same at each step that may be attended, in all 1 or, where there is none, 0."""
-    may = _ever_allowed(memory).to(wide(dtype))
+    may = _ever_allowed(memory).to(wide_dtype(dtype))
     each = may / may.sum(-1, keepdim=True).clamp(min=1)
     return each.to(dtype).unsqueeze(1).expand(-1, hypotheses, -1)
 

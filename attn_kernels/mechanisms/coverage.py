@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..checks import check_tensor, shape_of
 from ..errors import ArgumentValueError
 from ..memory import Memory
+from ..types import wide_dtype
 from .additive import StatefulAdditiveAttention
-from .alignments import INITIAL, as_state, check_initial, wide
+from .alignments import INITIAL, as_state, check_initial
 from .location_features import AlignmentFilters
 from .stateful import StatefulResult
 
@@ -74,7 +75,7 @@ class CoverageAttention(StatefulAdditiveAttention):
         nn.init.uniform_(self.coverage_weight, -1.0, 1.0)  # as the weight of nn.Linear(1, units)
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> CoverageState:
-        return CoverageState(INITIAL[self.initial](memory, hypotheses, wide(memory.keys.dtype)))
+        return CoverageState(INITIAL[self.initial](memory, hypotheses, wide_dtype(memory.keys.dtype)))
 
     def _alignment_filters(self, state: CoverageState) -> AlignmentFilters:
         return AlignmentFilters(self.coverage_weight[:, None, None], None, state.coverage.squeeze(1))
@@ -111,11 +112,11 @@ def coverage_loss(alignments: Tensor, coverage: Tensor | None = None) -> Tensor:
         if alignments.dim() != 3:
             got = shape_of(alignments)
             raise ArgumentValueError(f"coverage_loss: alignments must be (B, T, Tk) without coverage, got {got}")
-        alignments = alignments.to(wide(alignments.dtype))
+        alignments = alignments.to(wide_dtype(alignments.dtype))
         coverage = alignments.cumsum(1) - alignments
     check_tensor("coverage_loss", "coverage", coverage)
     if coverage.shape != alignments.shape:
         expected = f"the shape of alignments, {shape_of(alignments)}"
         raise ArgumentValueError(f"coverage_loss: coverage must have {expected}, got {shape_of(coverage)}")
-    dtype = wide(alignments.dtype)
+    dtype = wide_dtype(alignments.dtype)
     return torch.minimum(alignments.to(dtype), coverage.to(dtype)).sum(-1)

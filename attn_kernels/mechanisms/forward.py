@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory import Memory
+from ..types import wide_dtype
 from .additive import StatefulAdditiveAttention
-from .alignments import allowed_steps, as_state, average, first_step_alignments, wide
+from .alignments import allowed_steps, as_state, average, first_step_alignments
 from .location_features import make_location_layers, project_locations
 from .stateful import StatefulResult
 
@@ -104,7 +105,7 @@ class ForwardAttention(StatefulAdditiveAttention):
                 layer.reset_parameters()
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> ForwardState:
-        dtype = wide(memory.keys.dtype)
+        dtype = wide_dtype(memory.keys.dtype)
         move = memory.keys.new_full((memory.batch_size, hypotheses, 1), 0.5, dtype=dtype)
         return ForwardState(first_step_alignments(memory, hypotheses, dtype), move)
 

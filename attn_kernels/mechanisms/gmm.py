@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..checks import check_size
 from ..errors import ArgumentValueError
 from ..memory import Memory
+from ..types import wide_dtype
 from .energy import check_number
-from .steps import PositionalAttention, wide_dtype
+from .steps import PositionalAttention
 
 _MOST = 30.0  # e^30 is far beyond any position; e^89 is Inf in float32, and of Inf * 0 a gradient would be NaN
 _LEAST_WIDTH = 1e-5  # the width divides, and softplus and exp of a large negative number are 0

@@ -12,10 +12,10 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_attention, dot_attention
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from ..types import Attention, attention_mask
+from ..types import Attention, attention_mask, wide_dtype
 from .energy import EnergyAttention, check_choice, check_number
 from .stateful import StatefulResult
-from .steps import clean, result_dtype, weighted_sum, wide_dtype, without_autocast
+from .steps import clean, result_dtype, weighted_sum, without_autocast
 
 MODES = ("local-m", "local-p")
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import Memory
+from ..types import wide_dtype
 from .additive import StatefulAdditiveAttention
-from .alignments import INITIAL, as_state, check_initial, wide
+from .alignments import INITIAL, as_state, check_initial
 from .location_features import AlignmentFilters, make_location_layers, project_locations
 from .stateful import StatefulResult
 
@@ -99,7 +100,7 @@ class LocationSensitiveAttention(StatefulAdditiveAttention):
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> LocationState | CumulativeLocationState:
         dtype = memory.keys.dtype
         first = INITIAL[self.initial](memory, hypotheses, dtype)
-        return CumulativeLocationState(first, first.to(wide(dtype))) if self.cumulative else LocationState(first)
+        return CumulativeLocationState(first, first.to(wide_dtype(dtype))) if self.cumulative else LocationState(first)
 
     def _alignment_filters(self, state: LocationState | CumulativeLocationState) -> AlignmentFilters:
         weight = self.location_projection.weight @ self.location_convolution.weight.flatten(1)

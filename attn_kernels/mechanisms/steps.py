@@ -18,7 +18,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
 from ..packed_attention import padding_needed
-from ..types import DTYPES, attention_mask, device_type
+from ..types import DTYPES, attention_mask, device_type, wide_dtype
 from .stateful import StatefulAttention, StatefulResult
 
 
@@ -120,11 +120,6 @@ class PositionalAttention(AlignmentsAttention):
             backend=backend,
             factory=factory,
         )
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: float32; float64 stays."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def result_dtype(query: Tensor) -> torch.dtype:

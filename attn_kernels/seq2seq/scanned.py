@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from ..stock import is_watched
+
 
 def can_scan(rnn: object) -> TypeGuard[nn.LSTM | nn.GRU]:
     """Whether the layers compute what their weights say, which may be parametrized, and nothing watches them."""
     if not isinstance(rnn, nn.LSTM | nn.GRU) or rnn.proj_size:
         return False
-    watched = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
-    kind = parametrize.type_before_parametrizations(rnn)
-    return kind in (nn.LSTM, nn.GRU) and not watched and "forward" not in vars(rnn)
+    return parametrize.type_before_parametrizations(rnn) in (nn.LSTM, nn.GRU) and not is_watched(rnn)
 
 
 def run_scanned(

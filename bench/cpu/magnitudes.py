@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from attn_kernels import additive_attention
 
-from .. import cases, eager, machine, plots, report, results, timing
+from .. import cases, eager, plots, report, results, timing
 from ..cli import (
     AllocatorOption,
     OutputOption,
@@ -28,7 +27,7 @@ from ..cli import (
     ThreadsOption,
     application,
     console,
-    finish,
+    finish_rows,
     parse_shape,
     prepare,
 )
@@ -145,13 +144,8 @@ def main(
     with console.status("measuring"):
         for shape in map(parse_shape, shapes) if shapes else SHAPES:
             rows += measure(shape, places, seconds)
-    described = machine.describe(torch.device("cpu"), in_effect)
-    written: list[Path] = [output / f"magnitudes-cpu.{suffix}" for suffix in ("json", "png")]
-    results.write_json(
-        written[0], {"part": "magnitudes", "machine": described, "settings": {"threads": threads}, "rows": rows}
-    )
-    plots.magnitudes(written[1], rows, described)
-    finish([table(rows)], described, start, *written)
+    plot = plots.magnitudes
+    finish_rows("magnitudes", rows, table(rows), output, start, in_effect, plot=plot, threads=threads)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from torch import Tensor
 from ... import derivatives, ops
 from ...functional import prepare_keys
 from ...gemm import PackedLinear, weight_gradient
-from ...mechanisms.alignments import wide
 from ...memory import Memory
 from ...scores import AdditiveScore, Score
+from ...types import wide_dtype
 from .inputs import Inputs, Query
 
 
@@ -63,7 +63,7 @@ class AttentionForward:
         batch, source, units = keys.shape
         lengths = is_zero = None
         if self.query.eps is not None:
-            lengths = keys.new_empty(steps, batch, 1, dtype=wide(keys.dtype))
+            lengths = keys.new_empty(steps, batch, 1, dtype=wide_dtype(keys.dtype))
             is_zero = torch.empty_like(lengths, dtype=torch.bool)
         # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
         rounded = keys.element_size() == 2
@@ -118,7 +118,7 @@ class AttentionBackward:
         self.queries: Tensor = as_scored.transpose(0, 1)  # (B, T, A)
         self.dqueries: Tensor = torch.empty_like(saved.queries)  # becomes that of the projected states
         self.dcontexts: Tensor = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
-        self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=wide(factor.dtype))
+        self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=wide_dtype(factor.dtype))
 
     def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
         """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""

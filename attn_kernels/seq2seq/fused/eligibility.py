@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ...backends import choose
 from ...mechanisms import CoverageAttention, LocationSensitiveAttention, StatefulAttention
-from ...mechanisms.alignments import wide
 from ...mechanisms.coverage import CoverageState
 from ...mechanisms.location import CumulativeLocationState, LocationState
 from ...memory import Memory
 from ...modules import BahdanauAttention, CosineAttention, LuongAttention
-from ...stock import is_plain, is_stock, register, runs_eagerly
+from ...stock import is_plain, is_stock, is_watched, register, runs_eagerly
+from ...types import wide_dtype
 from ..state import DecoderModules, DecoderState
 
 for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
@@ -106,7 +106,7 @@ def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
         and steps > 0
         and all(is_plain(x) and x.shape == (batch, 1, steps) and x.device == memory.keys.device for x in state)
         and all(
-            x.dtype == (dtype if name == "alignments" else wide(dtype))
+            x.dtype == (dtype if name == "alignments" else wide_dtype(dtype))
             for name, x in zip(kind._fields, state, strict=True)
         )
     )
@@ -125,8 +125,7 @@ def _has_filters_as_made(attention: LocationSensitiveAttention) -> bool:
 def has_stock_cells(rnn: nn.Module) -> bool:
     """Whether ``torch.lstm_cell`` or ``torch.gru_cell`` with its weights are a step of it, but for dropout."""
     if torch.compiler.is_compiling():  # as far as it can be traced
-        watched = rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks
-        return type(rnn) in (nn.LSTM, nn.GRU) and not watched and "forward" not in rnn.__dict__ and _is_as_made(rnn)
+        return type(rnn) in (nn.LSTM, nn.GRU) and not is_watched(rnn) and _is_as_made(rnn)
     return is_stock(rnn) and _is_as_made(rnn)
 
 

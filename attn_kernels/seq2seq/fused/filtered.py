@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...attending import ADD_BEFOREHAND
-from ...mechanisms.alignments import wide
 from ...mechanisms.location_features import AlignmentFilters, filter_alignments, filter_gradients
 from ...memory import Memory
 from ...scores import AdditiveExtraScore, AdditiveScore
+from ...types import wide_dtype
 from .attention import AttentionBackward, AttentionForward, SavedAttention, call, op_arguments
 from .inputs import Inputs
 
@@ -143,4 +143,4 @@ class FilteredBackward(AttentionBackward):
 
 def _sum_of(x: Tensor) -> Tensor:
     """Zeros, for the gradients of x in all steps."""
-    return x.new_zeros(x.shape, dtype=wide(x.dtype))
+    return x.new_zeros(x.shape, dtype=wide_dtype(x.dtype))
