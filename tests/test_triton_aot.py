@@ -410,17 +410,17 @@ def launches(
     import torch
     from triton.runtime.jit import JITFunction
 
-    import attn_kernels.triton
     from attn_kernels.checks import ACTIVATIONS
+    from attn_kernels.triton.attention import KERNELS
 
-    additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
-    relu = attn_kernels.triton.relu_attention
-    decode = sys.modules["attn_kernels.triton.decode"]
-    gated = attn_kernels.triton.gated_additive_attention
-    for module in (decode, additive, gated):
+    for name in ("additive_attention", "gated_additive_attention", "decode"):
+        module = sys.modules[f"attn_kernels.triton.{name}"]
         module.has_approximate_reciprocal = lambda tensor: nvidia and tensor.dtype != torch.float64
     found = []
     JITFunction.run = lambda self, *args, grid, warmup, **constants: found.append((self, args, constants))
+
+    def both_of(op: str) -> tuple[Any, Any]:
+        return KERNELS[op], KERNELS[f"{op}_backward"]
 
     def empty(*shape: int, dtype: str = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -435,21 +435,18 @@ def launches(
         numbers = (ACTIVATIONS.index(activation), 0.2)
         gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
         if op == "gated scores":
-            gated.gated_additive_scores(query, keys, *of_score, *numbers)
-            gated.gated_additive_scores_backward(alignments, query, keys, *of_score, *numbers, True, True)
+            forward, backward = both_of("gated_additive_scores")
+            forward(query, keys, *of_score, *numbers)
+            backward(alignments, query, keys, *of_score, *numbers, True, True)
             return found
         inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0, memory_lengths, allowed)
-        forward, backward = (
-            attn_kernels.triton.with_options.KERNELS[f"gated_additive_attention{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of("gated_additive_attention")
         log_total = forward(*inputs, True)[2]
         for needed in ((True, True), (True, False), (False, True)):
             backward(*gradients, None, *inputs, alignments, log_total, *needed)
     elif op == "extra":
         inputs = (query, keys, values, v, bias, empty(B, Tk, A), memory_lengths, allowed)
-        forward, backward = (
-            attn_kernels.triton.with_extra.KERNELS[f"additive_attention_with_extra{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of("additive_attention_with_extra")
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
     elif options:
@@ -458,34 +455,21 @@ def launches(
         score_bias = alignments if "score_bias" in options else None
         inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
         inputs = (*inputs, memory_lengths, allowed)
-        forward, backward = (
-            attn_kernels.triton.with_options.KERNELS[f"{op}_attention_with_options{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of(f"{op}_attention_with_options")
         log_total = forward(*inputs, True)[2]
         backward(*gradients, log_total, *inputs, alignments, log_total, True, True)
-    elif op == "additive":
-        additive.additive_attention(query, keys, values, v, bias, None, memory_lengths, allowed, True)
-        for needed in ((True, True), (True, False), (False, True)):
-            additive.additive_attention_backward(
-                *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments, *needed
-            )
-    elif op == "relu":
-        relu.relu_attention(query, keys, values, v, bias, slope, memory_lengths, allowed, True)
-        for needed in ((True, True), (True, False), (False, True)):
-            relu.relu_attention_backward(
-                *gradients, query, keys, values, v, bias, slope, memory_lengths, allowed, alignments, *needed
-            )
-    elif op == "relu scores":
-        relu.relu_scores(query, keys, v, bias, slope)
-        relu.relu_scores_backward(alignments, query, keys, v, bias, slope, True, True)
-    elif op == "scores":
-        additive.additive_scores(query, keys, v, bias)
-        additive.additive_scores_backward(alignments, query, keys, v, bias, True, True)
+    elif op in ("scores", "relu scores"):
+        name, numbers = ("additive", ()) if op == "scores" else ("relu", (slope,))
+        forward, backward = both_of(f"{name}_scores")
+        forward(query, keys, v, bias, *numbers)
+        backward(alignments, query, keys, v, bias, *numbers, True, True)
     else:
-        dot.dot_attention(query, keys, values, 0.5, memory_lengths, allowed, True)
-        dot.dot_attention_backward(
-            *gradients, query, keys, values, 0.5, memory_lengths, allowed, alignments, True, True
-        )
+        own = {"additive": (v, bias, None), "relu": (v, bias, slope), "dot": (0.5,)}[op]
+        forward, backward = both_of(f"{op}_attention")
+        inputs = (query, keys, values, *own, memory_lengths, allowed)
+        forward(*inputs, True)
+        for needed in ((True, True),) if op == "dot" else ((True, True), (True, False), (False, True)):
+            backward(*gradients, *inputs, alignments, *needed)
     return found
 
 

@@ -145,8 +145,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernels_of(op: str) -> list[Any]:
-    modules = (importlib.import_module(f"attn_kernels.triton.with_{name}") for name in ("options", "extra"))
-    kernels = {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
+    kernels = importlib.import_module("attn_kernels.triton.attention").KERNELS
     return [kernels[op], kernels[f"{op}_backward"]]
 
 

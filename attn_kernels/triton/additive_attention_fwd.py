@@ -21,7 +21,7 @@ import triton.language as tl
 from .activations import activate
 from .additive_attention_exponentials import CHUNK, ROW
 from .additive_math import MAX_BOUND_THREE, tanh
-from .device import attended, batch_offset, kernel, reciprocal, row_length
+from .device import attended, batch_offset, kernel, reciprocal, row_length, tile_of_pairs
 
 # Many queries ---------------------------------------------------------------------------------------------------------
 
@@ -121,23 +121,15 @@ def tiled_scores_kernel(
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    Tq,
-    Tk,
-    A,
+    Tq, Tk, A,
     units,  # A, rounded up to a multiple of CHUNK
     stride_qb, stride_qq, stride_qa,
     stride_kb, stride_kk, stride_ka,
-    stride_v,
-    stride_bias,
-    stride_lengths,
+    stride_v, stride_bias, stride_lengths,
     stride_mb, stride_mq, stride_mk,
     slope,  # of "leaky_relu", or None
-    ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    THREAD_Q: tl.constexpr,
-    THREAD_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    THREAD_Q: tl.constexpr, THREAD_K: tl.constexpr,
 ):  # fmt: skip
     """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are left as they are.
 
@@ -214,28 +206,16 @@ def small_q_scores_kernel(
     v,  # (A,)
     bias,  # (A,) or None
     lengths,  # (B,) or None
-    Tq,
-    Tk,
-    A,
+    Tq, Tk, A,
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias, stride_lengths,
-    slope,  # of "leaky_relu", in two parts, or None
-    slope_lo,
-    ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    slope, slope_lo,  # of "leaky_relu", in two parts, or None
+    ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are left as they are."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    tiles_k = tl.cdiv(Tk, BLOCK_K)
-    tiles_q = tl.cdiv(Tq, BLOCK_Q)
-    program = tl.program_id(0)
-    b = (program // (tiles_k * tiles_q)).to(tl.int64)
-    i = ((program // tiles_k) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = (program % tiles_k) * BLOCK_K
+    b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K)
+    i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
     if slope is not None:

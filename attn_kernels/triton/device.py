@@ -56,6 +56,16 @@ def row_length(lengths, b, stride_lengths, Tk):
 
 
 @triton.jit
+def tile_of_pairs(Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The row of the batch, the first query and the first step of a program that has one tile of pairs."""
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    program = tl.program_id(0)
+    b = (program // (tiles_k * tiles_q)).to(tl.int64)
+    return b, program // tiles_k % tiles_q * BLOCK_Q, program % tiles_k * BLOCK_K
+
+
+@triton.jit
 def attended(mask, i, j, Tq, length, stride_mq, stride_mk):
     """(Q, K): whether query i may attend step j, for i (Q,) and j (K,); mask points to the row's first element."""
     allowed = (i[:, None] < Tq) & (j[None, :] < length)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..types import Options
-from .launch import two_parts
+from .arguments import two_parts
 
 NO_OPTIONS = Options()
 _NO_ARGUMENTS = (None,) * 8

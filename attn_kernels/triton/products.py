@@ -11,23 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Masks
+from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration, of_width
-from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length
-from .launch import (
-    MAX_SMALL_M,
-    NUM_SMS,
-    accumulator,
-    bytes_of,
-    is_small_m,
-    launch,
-    lengths_stride,
-    mask_strides,
-    power_of_two,
-    rows_aligned,
-    small_m_block,
-    small_m_tile,
-    sum_splits,
-)
+from .device import add_product, attended, batch_offset, dot, kernel, load_rows, row_length, tile_of_pairs
+from .launch import accumulator, launch, sum_splits
+from .tiles import MAX_SMALL_M, NUM_SMS, is_small_m, power_of_two, small_m_block, small_m_tile
 
 # Products of rows: scores of dot attention, and the gradient of alignments --------------------------------------------
 
@@ -40,23 +28,14 @@ def _product_kernel(
     lengths,  # (B,) or None
     scale,
     scale_lo,  # what float32 lost of the scale: for float64
-    Tq,
-    Tk,
-    A,
+    Tq, Tk, A,
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_lengths,
-    ALIGNED: tl.constexpr,
-    SMALL_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """out[b, i, j] = scale * query[b, i] . keys[b, j], except tiles beyond the length, which are left as they are."""
-    tiles_k = tl.cdiv(Tk, BLOCK_K)
-    tiles_q = tl.cdiv(Tq, BLOCK_Q)
-    program = tl.program_id(0)
-    b = (program // (tiles_k * tiles_q)).to(tl.int64)
-    i = ((program // tiles_k) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = (program % tiles_k) * BLOCK_K
+    b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K)
+    i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
     if first < row_length(lengths, b, stride_lengths, Tk):
@@ -100,12 +79,11 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
         block_q, block_k, block_a, warps = (chosen[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_A", "warps"))
         if Tq <= 16:
             block_q = 16
-    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
     launch(
         _product_kernel,
         B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
-        (out, query, keys, memory_lengths, float(scale), scale_lo, Tq, Tk, A),
-        (*query.stride(), *keys.stride(), lengths_stride(memory_lengths)),
+        (out, query, keys, memory_lengths, *two_parts(scale, query.dtype), Tq, Tk, A),
+        (*query.stride(), *keys.stride(), *strides_of(memory_lengths, 1)),
         dict(ALIGNED=rows_aligned(query, keys), SMALL_M=small_m, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_A=block_a),
         warps,
     )
@@ -122,22 +100,14 @@ def _weighted_sum_kernel(
     rows,  # (B, X, N)
     lengths,  # (B,) or None
     mask,  # (B, M, X) or None
-    scale,
-    scale_lo,
-    B,
-    M,
-    X,
-    N,
+    scale, scale_lo, B, M, X, N,
     rows_per_split,  # a multiple of BLOCK_X
     stride_wb, stride_wm, stride_wx,
     stride_rb, stride_rx, stride_rn,
     stride_lengths,
     stride_mb, stride_mm, stride_mx,
     TRANSPOSED: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
-    ALIGNED: tl.constexpr,
-    SMALL_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    ALIGNED: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[b, m] = scale * the sum over x of weights[b, m, x] * rows[b, x], over the pairs (m, x) that are attended."""
@@ -188,25 +158,24 @@ def weighted_sum(weights: Tensor, rows: Tensor, scale: float, masks: Masks, tran
     transposed False: weights (B, Tq, Tk), rows (B, Tk, N), the result (B, Tq, N).
     transposed True: weights are transposed: weights (B, Tq, Tk), rows (B, Tq, N), the result (B, Tk, N).
     """
-    memory_lengths, mask = masks
-    strides = mask_strides(mask)
+    of_lengths, of_batch, of_queries, of_steps = mask_strides(masks)
+    strides = (of_lengths, of_batch, of_queries, of_steps)
     if transposed:
-        weights, strides = weights.transpose(1, 2), (strides[0], strides[2], strides[1])
+        weights, strides = weights.transpose(1, 2), (of_lengths, of_batch, of_steps, of_queries)
     B, M, X = weights.shape
     N = rows.shape[2]
     if X == 0:
         return rows.new_zeros((B, M, N))
-    small_m, block_m, block_x, block_n, warps = sum_tile(rows, M, X, N, mask is not None)
+    small_m, block_m, block_x, block_n, warps = sum_tile(rows, M, X, N, masks.mask is not None)
     programs = B * triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     rows_per_split, splits = split(programs, X, block_x)
     dtype = accumulator(rows.dtype)
     out = rows.new_empty((splits, B, M, N), dtype=rows.dtype if splits == 1 else dtype)
-    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if dtype == torch.float64 else 0.0
     launch(
         _weighted_sum_kernel,
         programs * splits,
-        (out, weights, rows, memory_lengths, bytes_of(mask), float(scale), scale_lo, B, M, X, N, rows_per_split),
-        (*weights.stride(), *rows.stride(), lengths_stride(memory_lengths), *strides),
+        (out, weights, rows, *mask_tensors(masks), *two_parts(scale, dtype), B, M, X, N, rows_per_split),
+        (*weights.stride(), *rows.stride(), *strides),
         dict(
             TRANSPOSED=transposed,
             ALIGNED=rows_aligned(rows),
