@@ -283,16 +283,23 @@ ATTN_INLINE Vec<T> at_most(Vec<T> x, T most) {
   return (Vec<T>)(a < limit ? a : limit);
 }
 
-// Element i changes places with element i ^ n.
-template <int n, class V, size_t... i>
-ATTN_INLINE V exchange(V x, std::index_sequence<i...>) {
+// The elements of a and b, of which b's are counted on, at the places Places::at(i, elements of a) for each i.
+template <class Places, class V, size_t... i>
+ATTN_INLINE V shuffle(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(x, x, (i ^ n)...);
+  return __builtin_shufflevector(a, b, Places::at(i, n)...);
 #else
-  typedef decltype(x < x) Index;
-  return __builtin_shuffle(x, Index{(i ^ n)...});
+  typedef decltype(a < a) Index;
+  return __builtin_shuffle(a, b, Index{Places::at(i, n)...});
 #endif
 }
+
+// Element i changes places with element i ^ distance.
+template <int distance>
+struct Exchanged {
+  static constexpr int at(int i, int) { return i ^ distance; }
+};
 
 // combine over each group of 2n elements, in the same order from run to run: every element of the result holds that of
 // its group.
@@ -302,7 +309,7 @@ ATTN_INLINE V reduce_groups(V x, const Combine& combine) {
     return x;
   } else {
     constexpr int elements = sizeof(V) / sizeof(decltype(V{}[0] + 0));
-    return reduce_groups<n / 2>(combine(x, exchange<n>(x, std::make_index_sequence<elements>())), combine);
+    return reduce_groups<n / 2>(combine(x, shuffle<Exchanged<n>>(x, x, std::make_index_sequence<elements>())), combine);
   }
 }
 
@@ -317,20 +324,14 @@ ATTN_INLINE T sum(Vec<T> x) {
 }
 
 // Halves of groups of `group` elements: in the even groups of the result one half of each group of a, in the odd ones
-// of b.
-template <int group, bool upper, class V, size_t... i>
-ATTN_INLINE V halves(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i), half = group / 2;
-  // Element i of the result: group i / half, which is group (i / half) / 2 of a or of b.
-#define ATTN_HALVES static_cast<int>(i / half / 2 * group + (upper ? half : 0) + i % half + (i / half % 2 ? n : 0))...
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, ATTN_HALVES);
-#else
-  typedef decltype(a < a) Index;
-  return __builtin_shuffle(a, b, Index{ATTN_HALVES});
-#endif
-#undef ATTN_HALVES
-}
+// of b. Group i / half of the result is group (i / half) / 2 of a or of b.
+template <int group, bool upper>
+struct Halves {
+  static constexpr int half = group / 2;
+  static constexpr int at(int i, int n) {
+    return i / half / 2 * group + (upper ? half : 0) + i % half + (i / half % 2 ? n : 0);
+  }
+};
 
 // out(i, s) for the sum s of each x[i], added up in the order of sum(), with fewer shuffles than one by one.
 template <typename T, int n, int group = width<T>, class Out>
@@ -349,24 +350,17 @@ ATTN_INLINE void sums(const Vec<T>* x, const Out& out, int first = 0) {
     const auto index = std::make_index_sequence<width<T>>();
     Vec<T> y[n / 2];
     for (int i = 0; i < n / 2; ++i)
-      y[i] = halves<group, false>(x[i], x[i + n / 2], index) + halves<group, true>(x[i], x[i + n / 2], index);
+      y[i] = shuffle<Halves<group, false>>(x[i], x[i + n / 2], index) +
+             shuffle<Halves<group, true>>(x[i], x[i + n / 2], index);
     sums<T, n / 2, group / 2>(y, out, first);
   }
 }
 
 // The first (upper: second) half of a0 b0 a1 b1 ...
-template <bool upper, class V, size_t... i>
-ATTN_INLINE V interleave(V a, V b, std::index_sequence<i...>) {
-  constexpr int n = sizeof...(i);
-#define ATTN_INTERLEAVE static_cast<int>(i / 2 + (upper ? n / 2 : 0) + (i % 2 ? n : 0))...
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, ATTN_INTERLEAVE);
-#else
-  typedef decltype(a < a) Index;
-  return __builtin_shuffle(a, b, Index{ATTN_INTERLEAVE});
-#endif
-#undef ATTN_INTERLEAVE
-}
+template <bool upper>
+struct Interleaved {
+  static constexpr int at(int i, int n) { return i / 2 + (upper ? n / 2 : 0) + (i % 2 ? n : 0); }
+};
 
 // The rows x of a square become its columns: with each round of interleaving one bit of the index changes sides.
 template <typename T, int round = width<T>>
@@ -376,8 +370,8 @@ ATTN_INLINE void transpose(Vec<T>* x) {
     const auto index = std::make_index_sequence<w>();
     Vec<T> y[w];
     for (int i = 0; i < w / 2; ++i) {
-      y[2 * i] = interleave<false>(x[i], x[i + w / 2], index);
-      y[2 * i + 1] = interleave<true>(x[i], x[i + w / 2], index);
+      y[2 * i] = shuffle<Interleaved<false>>(x[i], x[i + w / 2], index);
+      y[2 * i + 1] = shuffle<Interleaved<true>>(x[i], x[i + w / 2], index);
     }
     for (int i = 0; i < w; ++i) x[i] = y[i];
     transpose<T, round / 2>(x);

@@ -39,10 +39,10 @@ void* Scratch::alloc(int64_t bytes) {
 }
 
 void Scratch::pop() {
-  Block* top = blocks_;
-  blocks_ = top->below;
-  std::free(top->memory);
-  delete top;
+  const Block top = *blocks_;
+  delete blocks_;
+  std::free(top.memory);
+  blocks_ = top.below;
 }
 
 void Scratch::release(int64_t mark) {
