@@ -194,6 +194,18 @@ struct SharedTile {
   }
 };
 
+// Adds each part to its total; the next one starts from `start`.
+template <typename W, int kQ, int kK>
+ATTN_DEVICE void move_part(W (&part)[kQ][kK], W (&total)[kQ][kK], W start) {
+#pragma unroll
+  for (int i = 0; i < kQ; ++i)
+#pragma unroll
+    for (int j = 0; j < kK; ++j) {
+      total[i][j] += part[i][j];
+      part[i][j] = start;
+    }
+}
+
 // x[0 .. 4) from shared memory, aligned to 16 bytes.
 template <typename W>
 ATTN_DEVICE void load_4_staged(const W* from, W* x) {
@@ -315,26 +327,12 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
     if constexpr (kForm == Form::factored) {
       owed += s.halves[works ? split : 0];
       if (chunk % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < kQ; ++i)
-#pragma unroll
-          for (int j = 0; j < kK; ++j) {
-            total[i][j] += part[i][j];
-            part[i][j] = -owed;
-          }
+        move_part(part, total, -owed);
         owed = 0;
       }
       add_factored<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
     } else if constexpr (kForm == Form::relu) {
-      if (chunk % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < kQ; ++i)
-#pragma unroll
-          for (int j = 0; j < kK; ++j) {
-            total[i][j] += part[i][j];
-            part[i][j] = 0;
-          }
-      }
+      if (chunk % 2 == 0) move_part(part, total, W(0));
       by_slope(op.negative_slope, [&](auto leaky) {
         add_relu<decltype(leaky)::value, W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units,
                                                               static_cast<W>(op.negative_slope), part);
@@ -354,12 +352,7 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
 #pragma unroll
       for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kDenominatorScale * (total[i][j] + (part[i][j] - owed));
   }
-  if constexpr (kForm == Form::relu) {
-#pragma unroll
-    for (int i = 0; i < kQ; ++i)
-#pragma unroll
-      for (int j = 0; j < kK; ++j) total[i][j] += part[i][j];
-  }
+  if constexpr (kForm == Form::relu) move_part(part, total, W(0));
   __syncthreads();
 }
 
