@@ -40,33 +40,6 @@ struct GatedAdditiveScores : VectorScores {                       // v: (1, vect
   double negative_slope;  // of leaky_relu
 };
 
-using GatedAdditiveAttentionForward = AttentionForward<GatedAdditiveScores>;
-using GatedAdditiveAttentionBackward = AttentionBackward<GatedAdditiveScores>;
-using AdditiveAttentionForward = AttentionForward<AdditiveScores>;
-using AdditiveAttentionBackward = AttentionBackward<AdditiveScores>;
-using ReluAttentionForward = AttentionForward<ReluScores>;
-using ReluAttentionBackward = AttentionBackward<ReluScores>;
-
-template <class Score>
-struct ScoresForward : Score {
-  void* scores;  // (B, Tq, Tk) contiguous
-};
-
-// Outputs as those of AttentionBackward.
-template <class Score>
-struct ScoresBackward : Score, Score::Gradients {
-  StridedView3 grad_scores;  // (B, Tq, Tk)
-  void* dquery;              // (B, Tq, A)
-  void* dkeys;               // (B, Tk, A)
-};
-
-using AdditiveScoresForward = ScoresForward<AdditiveScores>;
-using AdditiveScoresBackward = ScoresBackward<AdditiveScores>;
-using ReluScoresForward = ScoresForward<ReluScores>;
-using ReluScoresBackward = ScoresBackward<ReluScores>;
-using GatedAdditiveScoresForward = ScoresForward<GatedAdditiveScores>;
-using GatedAdditiveScoresBackward = ScoresBackward<GatedAdditiveScores>;
-
 // Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
 // every level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step
 // (NaN where one is NaN) as float32.

@@ -538,8 +538,8 @@ void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const
   }
 }
 
-template <typename T, class Op, class Pair>
-void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
+template <typename T, class Pair, class Scores>
+void gradients(const AttentionBackward<Scores>& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   const AttentionParams problem = params_of(op);
@@ -553,54 +553,35 @@ void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) 
   }
   const auto scores =
       scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores, no_more);
-  auto gradients = [&](const auto&... before) {
+  auto with = [&](const auto&... before) {
     unit_gradients<T>(op, prepared, pair, op.attended, op.values, op.grad_context, op.D, dscores, scores, before...);
   };
   if (op.dvalues == nullptr)
-    gradients();
+    with();
   else
-    gradients(weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
+    with(weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
 }
 
-template <typename T, class Op, class Pair>
-void scores_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
+template <typename T, class Pair, class Scores>
+void gradients(const ScoresBackward<Scores>& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
-  auto copy_row = [&](int64_t b, int64_t i, Scratch& scratch) {
-    T* buffer = alloc<T>(scratch, op.Tk);
-    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
-  };
   const StridedView3 none;
-  unit_gradients<T>(op, prepared, pair, AttentionMask{}, none, none, 0, dscores, Stage{op.Tq, op.Tk, copy_row});
+  unit_gradients<T>(op, prepared, pair, AttentionMask{}, none, none, 0, dscores, compact_gradient(op, dscores));
 }
 
-// f(TanhPair by divisions, or by refined estimates).
-template <typename T, class F>
-void by_reciprocals(const F& f) {
+// By divisions, or by refined estimates.
+template <typename T, class Op>
+void additive_backward(const Op& op) {
   if constexpr (sizeof(T) == 4 && kCanRefine)
-    if (level().estimates) return f(TanhPair<T, true>{});
-  f(TanhPair<T, false>{});
+    if (level().estimates) return gradients<T>(op, op.prepared, TanhPair<T, true>{});
+  gradients<T>(op, op.prepared, TanhPair<T, false>{});
 }
 
-template <typename T>
-void additive_attention_backward(const AdditiveAttentionBackward& op) {
-  by_reciprocals<T>([&](auto pair) { attention_gradients<T>(op, op.prepared, pair); });
-}
-
-template <typename T>
-void additive_scores_backward(const AdditiveScoresBackward& op) {
-  by_reciprocals<T>([&](auto pair) { scores_gradients<T>(op, op.prepared, pair); });
-}
-
-template <typename T>
-void relu_attention_backward(const ReluAttentionBackward& op) {
-  by_slope<T>(op, [&](auto leaky, T slope) { attention_gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
-}
-
-template <typename T>
-void relu_scores_backward(const ReluScoresBackward& op) {
-  by_slope<T>(op, [&](auto leaky, T slope) { scores_gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
+template <typename T, class Op>
+void relu_backward(const Op& op) {
+  by_slope<T>(op, [&](auto leaky, T slope) { gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
 }
 
 }  // namespace ATTN_LEVEL

@@ -319,9 +319,15 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
   return Stage{tiles.per_sentence, tiles.size * p.Tk * p.D, run};
 }
 
-// The scores of all pairs, as an op of their own. op: as ScoresForward.
-template <typename T, class Op, class Score>
-void all_scores(const Op& op, const Score& score) {
+// An op of a score: attention, or the scores of all pairs.
+template <typename T, class Scores, class Score>
+void forward(const AttentionForward<Scores>& op, const Score& score) {
+  const AttentionParams problem = params_of(op);
+  attention_forward<T>(problem, op.context, op.alignments, score);
+}
+
+template <typename T, class Scores, class Score>
+void forward(const ScoresForward<Scores>& op, const Score& score) {
   const QueryTiles tiles(op.B, op.Tq, op.Tk, false, op.vectors);
   for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
@@ -333,6 +339,16 @@ void all_scores(const Op& op, const Score& score) {
     for (int64_t i = 0; i < nq; ++i)
       write_row(op.scores, op.query.dtype, (b * op.Tq + first + i) * op.Tk, scores + i * ld, op.Tk);
   });
+}
+
+// The gradients of the scores of an op of their own, (B, Tq, Tk) in T, as a stage.
+template <typename T, class Op>
+auto compact_gradient(const Op& op, T* dscores) {
+  auto copy_row = [&op, dscores](int64_t b, int64_t i, Scratch& scratch) {
+    T* buffer = alloc<T>(scratch, op.Tk);
+    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
+  };
+  return Stage{op.Tq, op.Tk, copy_row};
 }
 
 // out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,

@@ -26,13 +26,12 @@ struct DotScore {
 };
 
 template <typename T>
-void dot_attention(const DotAttentionForward& op) {
-  const AttentionParams problem = params_of(op);
-  attention_forward<T>(problem, op.context, op.alignments, DotScore<T>{op});
+void dot_forward(const AttentionForward<DotScores>& op) {
+  forward<T>(op, DotScore<T>{op});
 }
 
 template <typename T>
-void dot_attention_backward(const DotAttentionBackward& op) {
+void dot_backward(const AttentionBackward<DotScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   const AttentionParams problem = params_of(op);

@@ -320,7 +320,7 @@ void gated_unit_gradients(const Op& op, const AttentionMask& attended, const T* 
 }
 
 template <typename T>
-void gated_additive_attention_backward(const GatedAdditiveAttentionBackward& op) {
+void gated_additive_backward(const AttentionBackward<GatedAdditiveScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   AttentionParams problem = params_of(op);
@@ -338,17 +338,13 @@ void gated_additive_attention_backward(const GatedAdditiveAttentionBackward& op)
 }
 
 template <typename T>
-void gated_additive_scores_backward(const GatedAdditiveScoresBackward& op) {
+void gated_additive_backward(const ScoresBackward<GatedAdditiveScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
-  auto copy_row = [&](int64_t b, int64_t i, Scratch& scratch) {
-    T* buffer = alloc<T>(scratch, op.Tk);
-    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
-  };
   AttentionMask all;
   all.vectors = op.vectors;
-  gated_unit_gradients<T>(op, all, dscores, Stage{op.Tq, op.Tk, copy_row});
+  gated_unit_gradients<T>(op, all, dscores, compact_gradient(op, dscores));
 }
 
 }  // namespace ATTN_LEVEL

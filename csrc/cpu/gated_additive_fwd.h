@@ -280,19 +280,11 @@ struct GatedAdditiveScore {
   }
 };
 
-template <typename T>
-void gated_additive_attention(const GatedAdditiveAttentionForward& op) {
+template <typename T, class Op>
+void gated_additive_forward(const Op& op) {
   ScratchScope scope(thread_scratch());
   const GatedUnits<T> units(op, thread_scratch());
-  const AttentionParams problem = params_of(op);
-  attention_forward<T>(problem, op.context, op.alignments, GatedAdditiveScore<T>{op, units});
-}
-
-template <typename T>
-void gated_additive_scores(const GatedAdditiveScoresForward& op) {
-  ScratchScope scope(thread_scratch());
-  const GatedUnits<T> units(op, thread_scratch());
-  all_scores<T>(op, GatedAdditiveScore<T>{op, units});
+  forward<T>(op, GatedAdditiveScore<T>{op, units});
 }
 
 }  // namespace ATTN_LEVEL

@@ -120,9 +120,8 @@ struct ReluScore {
   }
 };
 
-// Calls body with the score of an op.
-template <typename T, class Body>
-void with_relu_score(const ReluScores& op, const Body& body) {
+template <typename T, class Op>
+void relu_forward(const Op& op) {
   ScratchScope scope(thread_scratch());
   const int64_t size = padded<T>(op.A);
   T *v = alloc<T>(thread_scratch(), size), *bias = alloc<T>(thread_scratch(), size);
@@ -132,18 +131,7 @@ void with_relu_score(const ReluScores& op, const Body& body) {
     store(bias + c,
           op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], op.A - c) : zero);
   }
-  by_slope<T>(op, [&](auto leaky, T slope) { body(ReluScore<T, leaky()>{op, slope, v, bias}); });
-}
-
-template <typename T>
-void relu_attention(const ReluAttentionForward& op) {
-  const AttentionParams problem = params_of(op);
-  with_relu_score<T>(op, [&](const auto& score) { attention_forward<T>(problem, op.context, op.alignments, score); });
-}
-
-template <typename T>
-void relu_scores(const ReluScoresForward& op) {
-  with_relu_score<T>(op, [&](const auto& score) { all_scores<T>(op, score); });
+  by_slope<T>(op, [&](auto leaky, T slope) { forward<T>(op, ReluScore<T, leaky()>{op, slope, v, bias}); });
 }
 
 }  // namespace ATTN_LEVEL

@@ -12,9 +12,9 @@ namespace cuda {
 // Up to here an attention is one launch that reads keys and values once for all queries of a sentence.
 constexpr int64_t kMaxDecodeQueries = 8;
 
-void decode_attention(const AdditiveAttentionForward& op);  // op.Tq <= kMaxDecodeQueries, op.Tk > 0
-void decode_attention(const ReluAttentionForward& op);
-void decode_attention(const DotAttentionForward& op);
+void decode_attention(const AttentionForward<AdditiveScores>& op);  // op.Tq <= kMaxDecodeQueries, op.Tk > 0
+void decode_attention(const AttentionForward<ReluScores>& op);
+void decode_attention(const AttentionForward<DotScores>& op);
 
 // additive_attention_fwd.cu, additive_attention_bwd.cu -------------------------------------------------------------------
 
