@@ -23,6 +23,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from . import gated_formulas, packing, reference
+from .activations import ACTIVATIONS
 from .types import NORMALIZERS
 
 
@@ -119,18 +120,18 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _relu_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, negative_slope: float) -> Any:
-    return (reference.additive_scores(query, keys, v, bias, **_of_slope(negative_slope)),)
+def _relu_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, *numbers: Any) -> Any:
+    return (reference.additive_scores(query, keys, v, bias, **_of_activation(*numbers)),)
 
 
 def _relu_attention(*arguments: Any) -> Any:
-    *inputs, negative_slope, memory_lengths, mask, _ = arguments
-    keywords: dict[str, Any] = dict(**_of_slope(negative_slope), memory_lengths=memory_lengths, mask=mask)
-    return reference.additive_attention(*inputs, **keywords)
+    *inputs, activation, negative_slope, memory_lengths, mask, _ = arguments
+    masks = dict(memory_lengths=memory_lengths, mask=mask)
+    return reference.additive_attention(*inputs, **_of_activation(activation, negative_slope), **masks)
 
 
-def _of_slope(negative_slope: float) -> dict[str, Any]:
-    return dict(activation="leaky_relu" if negative_slope else "relu", negative_slope=negative_slope)
+def _of_activation(activation: int, negative_slope: float) -> dict[str, Any]:
+    return dict(activation=ACTIVATIONS[activation], negative_slope=negative_slope)
 
 
 def _additive_attention(*arguments: Any) -> Any:
@@ -139,8 +140,8 @@ def _additive_attention(*arguments: Any) -> Any:
 
 
 def _attention_with_extra(query: Any, keys: Any, values: Any, v: Any, bias: Any, extra: Any, *others: Any) -> Any:
-    *slope, memory_lengths, mask, _ = others
-    activation = _of_slope(*slope) if slope else {}
+    *numbers, memory_lengths, mask, _ = others
+    activation = _of_activation(*numbers) if numbers else {}
     masks = dict(memory_lengths=memory_lengths, mask=mask)
     return reference.additive_attention(query, keys, values, v, bias, extra=extra, **activation, **masks)
 
@@ -178,8 +179,8 @@ def _backward(formula: Formula) -> Formula:
 
 _SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
 _ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, results=2)
-_RELU_SCORES = Formula(_relu_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 5), memory=1)
-_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 6), memory=2, results=2)
+_RELU_SCORES = Formula(_relu_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 6), memory=1)
+_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 7), memory=2, results=2)
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
 
 
@@ -234,15 +235,15 @@ def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[floa
 
 
 _ADDITIVE_PACKED = _packed(reference.additive_attention, 2)
-_RELU_PACKED = _packed(reference.additive_attention, 2, _of_slope)
+_RELU_PACKED = _packed(reference.additive_attention, 2, *gated_formulas.NUMBERS)
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
-_RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
+_RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_formulas.NUMBERS)
 _GATED_SCORES = Formula(gated_formulas.scores, (0, 1, 2, 3, 4), shared=(2, 3), numbers=(5, 7), memory=1)
 _GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)._replace(shared=(3, 4))  # not the gate
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_EXTRA = Formula(_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5)
-_RELU_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 7))
+_RELU_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 8))
 _WITH_BACKWARD = {
     "additive_scores": _SCORES,
     "additive_attention": _ADDITIVE,

@@ -171,9 +171,11 @@ class _Score(NamedTuple):
     numbers: tuple[str, ...] = ()
 
 
+# activation: its place in activations.py. negative_slope: of leaky_relu.
+_ACTIVATION = ("int activation", "float negative_slope")
 SCORES = {
     "additive": _Score(tensors=("Tensor v", "Tensor? bias"), constants=("Tensor? prepared",)),
-    "relu": _Score(tensors=("Tensor v", "Tensor? bias"), numbers=("float negative_slope",)),
+    "relu": _Score(tensors=("Tensor v", "Tensor? bias"), numbers=_ACTIVATION),
     "dot": _Score(numbers=("float scale",)),
 }
 
@@ -324,8 +326,8 @@ for _name in ("additive", "relu"):
     )
 
 # Of each of R rows of v, (R, A): Tq R rows of scores, those of a query one after the other. gate: (B, Tk, A).
-# activation: its place in checks.ACTIVATIONS. There is but one op of this attention, with options.
-GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=("int activation", "float negative_slope"))
+# There is but one op of this attention, with options.
+GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=_ACTIVATION)
 _define_with_options("gated_additive_attention", GATED, _gated_fake)
 
 for _name, _score, _fake in (

@@ -21,14 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import activations
 from .types import Attention, AttentionWithLogTotal, attention_mask, upcast
-
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "tanh": lambda x, negative_slope: torch.tanh(x),
-    "sigmoid": lambda x, negative_slope: torch.sigmoid(x),
-    "relu": lambda x, negative_slope: torch.relu(x),
-    "leaky_relu": torch.nn.functional.leaky_relu,
-}
 
 
 def additive_scores(
@@ -49,7 +43,7 @@ def additive_scores(
     queries, keys, vectors, bias, gate, extra = upcast(_with_query_axis(query), keys, v, bias, gate, extra)
     if extra is not None:
         keys = keys + extra
-    activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
+    activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
     scores = _additive_scores(queries, keys, vectors, bias, gate, activate, None)
     return _as_query(_split_rows(scores, v), query)
 
@@ -80,7 +74,7 @@ def additive_attention(
     With a gate, scale * v . (activation(...) * sigmoid(gate)): Ilse et al. 2018, section 2.4, equation 9. With v
     (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2.
     """
-    activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
+    activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
     queries, keys, values, vectors, bias, gate, extra = upcast(
         _with_query_axis(query), keys, values, v, bias, gate, extra
     )

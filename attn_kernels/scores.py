@@ -30,7 +30,8 @@ class _AdditiveArguments(NamedTuple):
 
 class _ReluArguments(NamedTuple):
     v: Tensor
-    bias: Tensor | None = None
+    bias: Tensor | None
+    activation: int
     negative_slope: float = 0.0
 
 
@@ -44,6 +45,7 @@ class _ReluExtraArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
     extra: Tensor
+    activation: int
     negative_slope: float
 
 
@@ -68,6 +70,7 @@ class _AdditivePackedArguments(NamedTuple):
 class _ReluPackedArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
+    activation: int
     negative_slope: float
     columns: int
 
@@ -142,9 +145,9 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
 
 
 class ReluScore(_ReluArguments, _OfUnits):
-    """v . relu(query + keys + bias), or with a negative_slope, v . leaky_relu(...).
+    """v . f(query + keys + bias), with an activation f that each pair computes: neither tanh nor sigmoid.
 
-    v: (A,), score vector. bias: (A,). negative_slope: a finite number, what multiplies negative sums.
+    v: (A,), score vector. bias: (A,). activation: its place in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
@@ -155,13 +158,13 @@ class ReluScore(_ReluArguments, _OfUnits):
 
     def autocast(self, query: Tensor) -> ReluScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
-        return ReluScore(v, bias, self.negative_slope)
+        return ReluScore(v, bias, *self[2:])
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
     def with_extra(self, extra: Tensor) -> ReluExtraScore:
-        return ReluExtraScore(self.v, self.bias, extra, self.negative_slope)
+        return ReluExtraScore(self.v, self.bias, extra, *self[2:])
 
     def packed(self, columns: int) -> ReluPackedScore:
         return ReluPackedScore(*self, columns)
@@ -180,7 +183,7 @@ class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
 
 
 class ReluExtraScore(_ReluExtraArguments, _WithExtra):
-    """v . relu(query + keys + extra + bias), or its leaky form."""
+    """v . f(query + keys + extra + bias)."""
 
     __slots__ = ()
     op = "relu_attention_with_extra"
@@ -212,7 +215,7 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
     """For each row v_r of v, v_r . (activation(query + keys + bias) * sigmoid(gate)). With options only.
 
     v: (R, A), score vectors, or (A,) for one, without an axis R in the results. bias: (A,). gate: (B, Tk, A).
-    activation: its place in checks.ACTIVATIONS. negative_slope: of leaky_relu.
+    activation: its place in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()

@@ -170,7 +170,7 @@ struct VectorOps {
 
 using AdditiveOps = VectorOps<Additive>;
 using PreparedOps = VectorOps<Additive, std::optional<Tensor>>;  // with prepared keys
-using ReluOps = VectorOps<Relu, double>;
+using ReluOps = VectorOps<Relu, int64_t, double>;
 
 }  // namespace
 }  // namespace attn

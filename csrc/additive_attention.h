@@ -1,6 +1,7 @@
-// Scores with a score vector: v . tanh(query + keys + bias), additive attention, and v . relu(query + keys + bias).
+// Scores with a score vector: v . tanh(query + keys + bias), additive attention, and other activations than tanh.
 #pragma once
 
+#include "activations.h"
 #include "attention.h"
 
 namespace attn {
@@ -24,7 +25,8 @@ struct AdditiveScores : VectorScores {
 };
 
 struct ReluScores : VectorScores {
-  double negative_slope;  // what multiplies negative sums: 0 for relu, and leaky relu otherwise
+  Activation activation;  // one of activations.h
+  double negative_slope;  // of leaky_relu
 };
 
 struct GatedAdditiveGradients : VectorGradients {
@@ -32,10 +34,9 @@ struct GatedAdditiveGradients : VectorGradients {
 };
 
 // For each row v_r of v, a row of scores of a query: v_r . (activation(query + keys + bias) * sigmoid(gate)).
-struct GatedAdditiveScores : VectorScores {                       // v: (1, vectors, A)
-  using Gradients = GatedAdditiveGradients;                       // dv: (vectors, A)
-  enum Activation : int64_t { tanh, relu, leaky_relu, sigmoid };  // in the order of attn_kernels/checks.py
-  StridedView3 gate;                                              // (B, Tk, A) or absent
+struct GatedAdditiveScores : VectorScores {  // v: (1, vectors, A)
+  using Gradients = GatedAdditiveGradients;  // dv: (vectors, A)
+  StridedView3 gate;                         // (B, Tk, A) or absent
   Activation activation;
   double negative_slope;  // of leaky_relu
 };

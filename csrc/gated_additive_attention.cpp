@@ -9,14 +9,13 @@ namespace {
 GatedAdditiveScores gated(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& gate, int64_t activation, double negative_slope) {
   STD_TORCH_CHECK(v.dim() == 2 && v.size(0) > 0, "v must have 2 axes, and a row");
-  STD_TORCH_CHECK(0 <= activation && activation <= GatedAdditiveScores::sigmoid, "there is no such activation");
   Scores n = scores_of(query, keys);
   n.vectors = v.size(0);
   n.Tq *= n.vectors;
   const Dtype dtype = n.query.dtype;
   return {{n, array(v, "v", dtype, {n.vectors, n.A}), array(bias, "bias", dtype, {n.A})},
           array(gate, "gate", dtype, {n.B, n.Tk, n.A}),
-          static_cast<GatedAdditiveScores::Activation>(activation),
+          activation_of(activation),
           negative_slope};
 }
 

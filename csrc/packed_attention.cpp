@@ -279,7 +279,7 @@ struct PackedOps {
 };
 
 using AdditivePackedOps = PackedOps<Additive>;
-using ReluPackedOps = PackedOps<Relu, double>;
+using ReluPackedOps = PackedOps<Relu, int64_t, double>;
 
 std::tuple<Tensor, Tensor> dot(Tensor query, Tensor keys, Tensor values, double scale, int64_t max_length,
                                Tensor offsets, bool need_alignments) {

@@ -35,7 +35,9 @@ struct Additive {
 struct Relu {
   static constexpr auto kKernels = &Kernels::relu;
 
-  static ReluScores of(const VectorScores& n, double negative_slope) { return {n, negative_slope}; }
+  static ReluScores of(const VectorScores& n, int64_t activation, double negative_slope) {
+    return {n, activation_of(activation), negative_slope};
+  }
 };
 
 }  // namespace attn

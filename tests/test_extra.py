@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_kernels import Memory, additive_attention, memory_gradient, prepare_keys
+from attn_kernels.activations import ACTIVATIONS as NUMBERS
 from attn_kernels.attending import attend_with_extra
 from attn_kernels.mechanisms import CoverageAttention, LocationSensitiveAttention
 from attn_kernels.ops import kernel
@@ -129,7 +130,7 @@ def test_forward_mode_and_transforms(compiled: str, activation: str) -> None:
 @pytest.mark.parametrize("name", ["additive", "relu"])
 def test_opcheck(compiled: str, name: str) -> None:
     t = leaves(torch.float32)
-    numbers = () if name == "additive" else (0.2,)
+    numbers = () if name == "additive" else (NUMBERS.index("leaky_relu"), 0.2)
     masks = (MASKS["lengths"]["memory_lengths"], None)
     op = f"{name}_attention_with_extra"
     arguments = (*t.values(), *numbers, *masks)
@@ -259,7 +260,8 @@ def test_gathered_passes(activation: str, passes: list[int]) -> None:
     t, extras = leaves(queries=(1,)), torch.randn(STEPS, B, TK, A, dtype=torch.float64).requires_grad_()
     score = AdditiveScore(t["v"], t["bias"])
     if activation != "tanh":
-        score = ReluScore(t["v"], t["bias"], ACTIVATIONS[activation].get("negative_slope", 0.0))
+        slope = ACTIVATIONS[activation].get("negative_slope", 0.0)
+        score = ReluScore(t["v"], t["bias"], NUMBERS.index(activation), slope)
 
     def expected(x: dict[str, Tensor], extras: Tensor) -> list[Any]:
         others = {name: y for name, y in x.items() if name != "extra"}

@@ -410,7 +410,7 @@ def launches(
     import torch
     from triton.runtime.jit import JITFunction
 
-    from attn_kernels.checks import ACTIVATIONS
+    from attn_kernels.activations import ACTIVATIONS
     from attn_kernels.triton.attention import KERNELS
 
     for name in ("additive_attention", "gated_additive_attention", "decode"):
@@ -427,6 +427,7 @@ def launches(
 
     B, Tq, Tk, A = sizes
     query, keys, values, v, bias = empty(B, Tq, A), empty(B, Tk, A), empty(B, Tk, A), empty(A), empty(A)
+    activated = (ACTIVATIONS.index("leaky_relu" if slope else "relu"), slope)
     memory_lengths = empty(B, dtype="int64") if lengths else None
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
@@ -450,7 +451,7 @@ def launches(
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
     elif options:
-        own, numbers = {"additive": ((v, bias), ()), "relu": ((v, bias), (slope,)), "dot": ((), (0.5,))}[op]
+        own, numbers = {"additive": ((v, bias), ()), "relu": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
         score_bias = alignments if "score_bias" in options else None
         inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
@@ -459,12 +460,12 @@ def launches(
         log_total = forward(*inputs, True)[2]
         backward(*gradients, log_total, *inputs, alignments, log_total, True, True)
     elif op in ("scores", "relu scores"):
-        name, numbers = ("additive", ()) if op == "scores" else ("relu", (slope,))
+        name, numbers = ("additive", ()) if op == "scores" else ("relu", activated)
         forward, backward = both_of(f"{name}_scores")
         forward(query, keys, v, bias, *numbers)
         backward(alignments, query, keys, v, bias, *numbers, True, True)
     else:
-        own = {"additive": (v, bias, None), "relu": (v, bias, slope), "dot": (0.5,)}[op]
+        own = {"additive": (v, bias, None), "relu": (v, bias, *activated), "dot": (0.5,)}[op]
         forward, backward = both_of(f"{op}_attention")
         inputs = (query, keys, values, *own, memory_lengths, allowed)
         forward(*inputs, True)

@@ -170,7 +170,7 @@ def test_extra_is_added_in_the_kernels(no_launch: None) -> None:
     attend, attend_backward = kernels_of("relu_attention_with_extra")
     B, Tk, A = 2, 1000, 256
     shapes = ((B, 1, A), (B, Tk, A), (B, Tk, A), (A,), (A,), (B, Tk, A))
-    inputs = [torch.empty(shape, device="meta") for shape in shapes] + [0.0, None, None]
+    inputs = [torch.empty(shape, device="meta") for shape in shapes] + [1, 0.0, None, None]
     with Allocations() as forward:
         context, alignments = attend(*inputs, True)
     with Allocations() as backward:

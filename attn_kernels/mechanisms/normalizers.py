@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..activations import ACTIVATIONS
 from ..attending import OPTIONS, attend_with_options, make_options
 from ..attention_module import AttentionModule
 from ..backends import choose_among
@@ -142,7 +143,7 @@ def pair_scores(score: Score, query: Tensor, keys: Tensor, backend: str | None =
     if not isinstance(score, DotScore):
         options: dict[str, Any] = {}
         if isinstance(score, ReluScore):
-            options = {"activation": "leaky_relu", "negative_slope": score.negative_slope}
+            options = {"activation": ACTIVATIONS[score.activation], "negative_slope": score.negative_slope}
         return additive_scores(query, keys, score.v, score.bias, backend=backend, **options)
     query, keys = autocast(query, keys)
     check_dtypes(score.name, query, keys=keys)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import ACTIVATIONS
-from ..scores import AdditiveExtraScore, AdditiveScore, GatedAdditiveScore, Score
+from ..activations import ACTIVATIONS
+from ..scores import AdditiveExtraScore, AdditiveScore, Score
 from .additive_math import tanh, tanh_from
 from .arguments import two_parts
 from .device import reciprocal
@@ -42,13 +42,10 @@ TANH = Activation("tanh")
 
 
 def activation_of(score: Score) -> Activation:
-    """That of a score with v. relu has kernels of its own: -Inf times a slope of 0 would be NaN."""
+    """That of a score with v."""
     if isinstance(score, (AdditiveScore, AdditiveExtraScore)):
         return TANH
-    if isinstance(score, GatedAdditiveScore):
-        return Activation(ACTIVATIONS[score.activation], score.negative_slope)
-    slope: float = score.negative_slope
-    return Activation("leaky_relu", slope) if slope != 0 else Activation("relu")
+    return Activation(ACTIVATIONS[score.activation], score.negative_slope)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def _sum_of_products(x):
 @triton.jit
 def _size(x, ACTIVATION: tl.constexpr):
     """What is compared with MAX_FINITE: relu(-Inf) is 0."""
-    if ACTIVATION == "leaky_relu":
+    if ACTIVATION != "relu":
         x = tl.abs(x)
     return x
 

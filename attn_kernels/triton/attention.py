@@ -209,7 +209,7 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
 
 _OPS: dict[str, Kernels] = {
     "additive_scores": _scores(AdditiveScore, 2),
-    "relu_scores": _scores(ReluScore, 3),
+    "relu_scores": _scores(ReluScore, 4),
     "gated_additive_scores": _scores(GatedAdditiveScore, 5),
     "gated_additive_attention": _attention_with_options(GatedAdditiveScore, ops.GATED),  # the only one of this score
 }

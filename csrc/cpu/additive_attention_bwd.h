@@ -11,8 +11,8 @@
 // so that all sums over queries and steps stay within it.
 #pragma once
 
+#include "activated_attention_fwd.h"
 #include "additive_attention_fwd.h"
-#include "relu_attention_fwd.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
@@ -96,9 +96,10 @@ struct TanhPair {
   }
 };
 
-template <typename T, bool kLeaky>
+// Of an activation of ../activations.h.
+template <typename T, class F>
 struct ReluPair {
-  T negative_slope;
+  F f;
 
   // 0 where no pair was in the slope: an infinite v would make NaN of it.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) {
@@ -124,12 +125,10 @@ struct ReluPair {
   ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return sum; }
 
   ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
-    const Vec<T> all = broadcast(ds), zero{};
-    // As of PyTorch, which lets the gradient of relu pass where x is NaN.
-    const Vec<T> g = kLeaky ? (x > zero ? all : negative_slope * all) : (x <= zero ? zero : all);
+    const Vec<T> t = broadcast(ds), g = f.gradient(x, t);
     dq += g;
     dk += g;
-    dv += ds * rectified<T, kLeaky>(x, negative_slope);
+    dv += F::kByGradient ? g * x : t * f.value(x);
   }
 };
 
@@ -581,7 +580,7 @@ void additive_backward(const Op& op) {
 
 template <typename T, class Op>
 void relu_backward(const Op& op) {
-  by_slope<T>(op, [&](auto leaky, T slope) { gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
+  by_activation_of<T>(op, [&](auto f) { gradients<T>(op, {}, ReluPair<T, decltype(f)>{f}); });
 }
 
 }  // namespace ATTN_LEVEL

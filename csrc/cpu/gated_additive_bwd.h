@@ -293,7 +293,7 @@ void gated_unit_gradients(const Op& op, const AttentionMask& attended, const T* 
   auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
     const int64_t strip = task % strips, first = strip * widest;
     const int64_t size = strip + 1 == strips ? units.size - first : widest;
-    by_activation<T>(op, [&](auto unit) { gated_gradients(back, unit, b, task / strips, first, size, scratch); });
+    by_unit<T>(op, [&](auto unit) { gated_gradients(back, unit, b, task / strips, first, size, scratch); });
   };
   for_each_sentence(op.B, before..., Stage{chunks * strips, op.Tq * chunk * min(widest, units.size), run});
   if (op.dquery == nullptr) return;

@@ -539,6 +539,15 @@ ATTN_INLINE Vec<float> tanh_times_sigmoid(Vec<float> x, Vec<float> g) {
   return copy_sign<float>(e * (g < zero ? f : zero + 1.0f) / ((2.0f + e) * (1.0f + f)), x);
 }
 
+// What the activations of ../activations.h are made of.
+template <typename T>
+struct VectorMath {
+  using V = Vec<T>;
+  using N = T;
+  ATTN_INLINE static V positive_part(V x) { return ATTN_LEVEL::positive_part<T>(x); }
+  ATTN_INLINE static V absolute(V x) { return ATTN_LEVEL::absolute<T>(x); }
+};
+
 // Low precision: bits in, float out, and back with rounding to nearest even -------------------------------------------
 
 typedef uint16_t Half16 __attribute__((vector_size(ATTN_VECTOR_BYTES / 2)));

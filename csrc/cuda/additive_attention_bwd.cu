@@ -1,5 +1,5 @@
 // The gradients of scores with a score vector: of query, keys, v and bias. Hidden units are computed again. What differs
-// between tanh of additive attention and relu is in TanhPair and ReluPair.
+// between tanh of additive attention and other activations is in TanhPair and ReluPair.
 //
 // With E = e^{2q} e^{2k}, r = 1 / (1 + E) and ds the gradient of a score: 1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r, so
 //
@@ -12,10 +12,10 @@
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
 // that have the queries. No atomics: what crosses blocks is written apart and added in order.
+#include "activations.cuh"
 #include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "relu_math.cuh"
 #include "rows.cuh"
 #include "sum_parts.cuh"
 
@@ -57,15 +57,15 @@ struct TanhPair {
   ATTN_DEVICE static bool in_range(float x) { return fabsf(x) <= kMaxAbsBackward; }
   ATTN_DEVICE static float kept(float x) { return exp2x(x); }
 
-  // Calls body with which form of add() the op takes, as a type.
-  template <class Body>
+  // Calls body with what add() takes first, one of several types.
+  template <typename W, class Body>
   ATTN_DEVICE static void by_form(const Score&, const Body& body) {
     body(std::false_type());
   }
 
   // Adds to dq and dk what is to be multiplied by what is kept of the other row's and then by that of the own row.
-  template <int kQ, bool, typename W>
-  ATTN_DEVICE static void add(const Score&, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
+  template <int kQ, typename W>
+  ATTN_DEVICE static void add(std::false_type, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
                               F32x2<W>& dv) {
     constexpr F32x2<W> kOne{1, 1}, kMinusOne{-1, -1};
     const F32x2<W> d = multiply_add(e, ek, kOne);
@@ -110,20 +110,21 @@ struct ReluPair {
     return x;
   }
 
-  template <class Body>
+  template <typename W, class Body>
   ATTN_DEVICE static void by_form(const Score& op, const Body& body) {
-    by_slope(op.negative_slope, body);
+    by_activation_of<W>(op, body);
   }
 
-  template <int, bool kLeaky, typename W>
-  ATTN_DEVICE static void add(const Score& op, F32x2<W> q, F32x2<W> k, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
+  template <int, class F, typename W>
+  ATTN_DEVICE static void add(const F& f, F32x2<W> q, F32x2<W> k, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
                               F32x2<W>& dv) {
-    const W slope = static_cast<W>(op.negative_slope);
-    const F32x2<W> x = q + k, gradient = rectified_backward<kLeaky>(x, ds, slope);
-    dq = dq + gradient;
-    dk = dk + gradient;
-    // The first takes an instruction less, and would lose a ds of NaN where relu is 0.
-    dv = kLeaky ? multiply_add(gradient, x, dv) : multiply_add(ds, rectified<false>(x, slope), dv);
+    const F32x2<W> x = q + k, g = cuda::gradient(f, x, ds);
+    dq = dq + g;
+    dk = dk + g;
+    if constexpr (F::kByGradient)
+      dv = multiply_add(g, x, dv);
+    else
+      dv = multiply_add(ds, cuda::value(f, x), dv);
   }
   template <typename W>
   ATTN_DEVICE static W of_row(W, W sum) {
@@ -132,13 +133,13 @@ struct ReluPair {
 
   template <typename W>
   ATTN_DEVICE static W gradient(const Score& op, W x, W ds) {
-    const W slope = static_cast<W>(op.negative_slope);
-    return op.negative_slope == 0 ? rectified_backward<false>(x, ds, slope) : rectified_backward<true>(x, ds, slope);
+    by_activation_of<W>(op, [&](auto f) { ds = f.gradient(x, ds); });
+    return ds;
   }
   template <typename W>
   ATTN_DEVICE static W value(const Score& op, W x) {
-    const W slope = static_cast<W>(op.negative_slope);
-    return op.negative_slope == 0 ? rectified<false>(x, slope) : rectified<true>(x, slope);
+    by_activation_of<W>(op, [&](auto f) { x = f.value(x); });
+    return x;
   }
 };
 
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       fast = !__any_sync(kAllLanes, used);
     }
     if (fast) {
-      Pair::by_form(op, [&](auto form) {
+      Pair::template by_form<W>(op, [&](auto form) {
         F32x2<W> chunk_t[kLaneUnits] = {};
 #pragma unroll(kQ <= 8 ? kAtOnce : 1)
         for (int row = first; row < last; ++row) {
@@ -319,8 +320,8 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 #pragma unroll
             for (int n = 0; n < kLaneUnits; ++n) {
               F32x2<W> sum{dq[i][n], dq[i + 1][n]};
-              Pair::template add<kQ, decltype(form)::value>(op, F32x2<W>{eq[i][n], eq[i + 1][n]}, F32x2<W>{k[n], k[n]},
-                                                            F32x2<W>{ds[i], ds[i + 1]}, sum, dk[n], chunk_t[n]);
+              Pair::template add<kQ>(form, F32x2<W>{eq[i][n], eq[i + 1][n]}, F32x2<W>{k[n], k[n]},
+                                     F32x2<W>{ds[i], ds[i + 1]}, sum, dk[n], chunk_t[n]);
               dq[i][n] = sum.x;
               dq[i + 1][n] = sum.y;
             }

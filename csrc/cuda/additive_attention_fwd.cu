@@ -1,5 +1,5 @@
 // Scores with a score vector and many queries: v . tanh(query + keys + bias) of additive attention without a tanh for each
-// pair, and v . relu(query + keys + bias) (relu_math.cuh), which has nothing to share between pairs.
+// pair, and those with other activations (activations.cuh), which have nothing to share between pairs.
 //
 // tanh(x) = 1 - 2 / (1 + e^{2x}), and e^{2(q + k)} = e^{2q} e^{2k} is a product of exponentials that are made once for
 // a row. With v folded in, v / (1 + E) = 1 / d, d = 1/v + (e^{2q} / v) e^{2k}, and three units share a reciprocal:
@@ -16,10 +16,10 @@
 // meanwhile, and pairs outside the limits (../additive_math.h) make the block start again with tanh itself.
 #include <algorithm>
 
+#include "activations.cuh"
 #include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "relu_math.cuh"
 #include "rows.cuh"
 
 namespace attn {
@@ -52,7 +52,7 @@ struct Scale {
   float min_bound;  // infinity where the factored form may not be used at all
 };
 
-enum class Form { factored, exact, relu };
+enum class Form { factored, exact, activated };
 
 // The block's sum, or largest, of one value for each thread; the same for all. buffer: (threads / 32) floats.
 template <bool kLargest>
@@ -139,9 +139,9 @@ ATTN_DEVICE void add_exact(const W* q, const W* k, const W* v, int units, W (&to
   }
 }
 
-// The same with relu.
-template <bool kLeaky, typename W, int kQ, int kK, int kColumns>
-ATTN_DEVICE void add_relu(const W* q, const W* k, const W* v, int units, W negative_slope, W (&part)[kQ][kK]) {
+// The same with another activation f.
+template <class F, typename W, int kQ, int kK, int kColumns>
+ATTN_DEVICE void add_activated(const F& f, const W* q, const W* k, const W* v, int units, W (&part)[kQ][kK]) {
 #pragma unroll 2
   for (int t = 0; t < units; ++t) {
     W xq[kQ], xk[kK];
@@ -155,8 +155,7 @@ ATTN_DEVICE void add_relu(const W* q, const W* k, const W* v, int units, W negat
 #pragma unroll
       for (int i = 0; i < kQ; i += 2) {
         const F32x2<W> x = F32x2<W>{xq[i], xq[i + 1]} + F32x2<W>{xk[j], xk[j]};
-        const F32x2<W> sum =
-            multiply_add(of_unit, rectified<kLeaky>(x, negative_slope), F32x2<W>{part[i][j], part[i + 1][j]});
+        const F32x2<W> sum = multiply_add(of_unit, value(f, x), F32x2<W>{part[i][j], part[i + 1][j]});
         part[i][j] = sum.x;
         part[i + 1][j] = sum.y;
       }
@@ -304,7 +303,7 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
         }
         to[i * kColumns] = x[i];
       }
-      if constexpr (kForm != Form::relu) s.abs_max[index] = top;
+      if constexpr (kForm != Form::activated) s.abs_max[index] = top;
     });
   };
 
@@ -331,11 +330,10 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
         owed = 0;
       }
       add_factored<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
-    } else if constexpr (kForm == Form::relu) {
+    } else if constexpr (kForm == Form::activated) {
       if (chunk % 2 == 0) move_part(part, total, W(0));
-      by_slope(op.negative_slope, [&](auto leaky) {
-        add_relu<decltype(leaky)::value, W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units,
-                                                              static_cast<W>(op.negative_slope), part);
+      by_activation_of<W>(op, [&](auto f) {
+        add_activated<decltype(f), W, kQ, kK, kColumns>(f, mine + mine_q, mine + mine_k, mine_v, units, part);
       });
     } else {
       add_exact<W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, total, part);
@@ -352,7 +350,7 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
 #pragma unroll
       for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kDenominatorScale * (total[i][j] + (part[i][j] - owed));
   }
-  if constexpr (kForm == Form::relu) move_part(part, total, W(0));
+  if constexpr (kForm == Form::activated) move_part(part, total, W(0));
   __syncthreads();
 }
 
@@ -412,7 +410,7 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   const SharedTile<W, kColumns> s(a.unit_splits, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
   if constexpr (std::is_same_v<Score, ReluScores>) {
-    compute_tile<W, kQ, kK, kColumns, Form::relu, kVectorized>(a, s, b, q0, k0, W(1), total);
+    compute_tile<W, kQ, kK, kColumns, Form::activated, kVectorized>(a, s, b, q0, k0, W(1), total);
   } else {
     if constexpr (sizeof(W) == 4) {
       const Scale scale = scale_of(a.op, s.buffer);

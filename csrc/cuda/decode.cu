@@ -1,10 +1,10 @@
 // Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once: the
 // kernel, what it is launched with, and how the steps of a sentence are split over blocks (decode_block.cuh).
+#include "activated_score.cuh"
 #include "additive_score.cuh"
 #include "decode.h"
 #include "decode_block.cuh"
 #include "dot_score.cuh"
-#include "relu_score.cuh"
 
 namespace attn {
 namespace cuda {
@@ -147,7 +147,7 @@ void decode_attention(const AttentionForward<AdditiveScores>& op, const Splits& 
 
 void decode_attention(const AttentionForward<ReluScores>& op, const Splits& splits) {
   DecodeParams p = {};
-  p.v = op.v, p.bias = op.bias, p.negative_slope = op.negative_slope;
+  p.v = op.v, p.bias = op.bias, p.activation = op.activation, p.negative_slope = op.negative_slope;
   run_dtype<ReluScore>(op, splits, p);
 }
 
