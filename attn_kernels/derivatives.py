@@ -120,11 +120,11 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _relu_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, *numbers: Any) -> Any:
+def _activated_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, *numbers: Any) -> Any:
     return (reference.additive_scores(query, keys, v, bias, **_of_activation(*numbers)),)
 
 
-def _relu_attention(*arguments: Any) -> Any:
+def _activated_attention(*arguments: Any) -> Any:
     *inputs, activation, negative_slope, memory_lengths, mask, _ = arguments
     masks = dict(memory_lengths=memory_lengths, mask=mask)
     return reference.additive_attention(*inputs, **_of_activation(activation, negative_slope), **masks)
@@ -179,8 +179,10 @@ def _backward(formula: Formula) -> Formula:
 
 _SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
 _ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, results=2)
-_RELU_SCORES = Formula(_relu_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 6), memory=1)
-_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 7), memory=2, results=2)
+_ACTIVATED_SCORES = Formula(_activated_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 6), memory=1)
+_ACTIVATED = Formula(
+    _activated_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 7), memory=2, results=2
+)
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
 
 
@@ -235,28 +237,28 @@ def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[floa
 
 
 _ADDITIVE_PACKED = _packed(reference.additive_attention, 2)
-_RELU_PACKED = _packed(reference.additive_attention, 2, *gated_formulas.NUMBERS)
+_ACTIVATED_PACKED = _packed(reference.additive_attention, 2, *gated_formulas.NUMBERS)
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
-_RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_formulas.NUMBERS)
+_ACTIVATED_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_formulas.NUMBERS)
 _GATED_SCORES = Formula(gated_formulas.scores, (0, 1, 2, 3, 4), shared=(2, 3), numbers=(5, 7), memory=1)
 _GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)._replace(shared=(3, 4))  # not the gate
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_EXTRA = Formula(_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5)
-_RELU_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 8))
+_ACTIVATED_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 8))
 _WITH_BACKWARD = {
     "additive_scores": _SCORES,
     "additive_attention": _ADDITIVE,
-    "relu_scores": _RELU_SCORES,
-    "relu_attention": _RELU,
+    "activated_scores": _ACTIVATED_SCORES,
+    "activated_attention": _ACTIVATED,
     "dot_attention": _DOT,
     "additive_attention_with_options": _ADDITIVE_WITH_OPTIONS,
-    "relu_attention_with_options": _RELU_WITH_OPTIONS,
+    "activated_attention_with_options": _ACTIVATED_WITH_OPTIONS,
     "dot_attention_with_options": _DOT_WITH_OPTIONS,
     "additive_attention_with_extra": _ADDITIVE_WITH_EXTRA,
-    "relu_attention_with_extra": _RELU_WITH_EXTRA,
+    "activated_attention_with_extra": _ACTIVATED_WITH_EXTRA,
     "additive_attention_packed": _ADDITIVE_PACKED,
-    "relu_attention_packed": _RELU_PACKED,
+    "activated_attention_packed": _ACTIVATED_PACKED,
     "dot_attention_packed": _DOT_PACKED,
     "gated_additive_scores": _GATED_SCORES,
     "gated_additive_attention": _GATED,

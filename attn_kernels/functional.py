@@ -33,7 +33,7 @@ from .checks import (
 from .errors import ArgumentTypeError, ArgumentValueError
 from .gated import gated_score, gated_scores
 from .packed_attention import attend_packed, check_memory, check_query, is_jagged, packed_memory
-from .scores import AdditiveScore, DotScore, ReluScore
+from .scores import ActivatedScore, AdditiveScore, DotScore
 from .types import (
     DTYPES,
     Attention,
@@ -178,7 +178,7 @@ def additive_attention(
         of_gate = gated_score(name, v, bias, gate, activation, negative_slope)
         options = make_options(name, score_bias, dropout_p, normalizer)
         return attend_with_options(of_gate, query, keys, values, masks, options, need_weights, need_log_total, backend)
-    score: AdditiveScore | ReluScore
+    score: AdditiveScore | ActivatedScore
     if activation == "tanh":
         score = new(AdditiveScore, (v, bias, prepared))
     else:
@@ -191,7 +191,7 @@ def additive_attention(
             query, keys, v, bias = _half_of_sigmoid(name, query, keys, v, bias)
             score = AdditiveScore(v, bias)
         else:
-            score = ReluScore(v, bias, ACTIVATIONS.index(activation), slope)
+            score = ActivatedScore(v, bias, ACTIVATIONS.index(activation), slope)
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
     if extra is not None:
@@ -335,7 +335,7 @@ def additive_scores(
             q, k, w, b = _half_of_sigmoid("additive_scores", query, keys, v, bias)
             scores = additive_scores(q, k, w, b, backend=backend)
             return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
-        op = ("relu_scores", (ACTIVATIONS.index(activation), slope))
+        op = ("activated_scores", (ACTIVATIONS.index(activation), slope))
     try:
         chosen = choose(backend, device_type(query))
         if chosen not in SELF_CHECKING or is_compiling():

@@ -28,7 +28,7 @@ class _AdditiveArguments(NamedTuple):
     prepared: Tensor | None = None
 
 
-class _ReluArguments(NamedTuple):
+class _ActivatedArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
     activation: int
@@ -41,7 +41,7 @@ class _AdditiveExtraArguments(NamedTuple):
     extra: Tensor
 
 
-class _ReluExtraArguments(NamedTuple):
+class _ActivatedExtraArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
     extra: Tensor
@@ -67,7 +67,7 @@ class _AdditivePackedArguments(NamedTuple):
     columns: int
 
 
-class _ReluPackedArguments(NamedTuple):
+class _ActivatedPackedArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
     activation: int
@@ -144,30 +144,30 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
         return AdditivePackedScore(self.v, self.bias, columns)
 
 
-class ReluScore(_ReluArguments, _OfUnits):
+class ActivatedScore(_ActivatedArguments, _OfUnits):
     """v . f(query + keys + bias), with an activation f that each pair computes: neither tanh nor sigmoid.
 
     v: (A,), score vector. bias: (A,). activation: its place in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
-    op = "relu_attention"
+    op = "activated_attention"
     tensors = 2
     gradients = 2
     has_extra = False
 
-    def autocast(self, query: Tensor) -> ReluScore:
+    def autocast(self, query: Tensor) -> ActivatedScore:
         _, v, bias = types.autocast(query, self.v, self.bias)
-        return ReluScore(v, bias, *self[2:])
+        return ActivatedScore(v, bias, *self[2:])
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
-    def with_extra(self, extra: Tensor) -> ReluExtraScore:
-        return ReluExtraScore(self.v, self.bias, extra, *self[2:])
+    def with_extra(self, extra: Tensor) -> ActivatedExtraScore:
+        return ActivatedExtraScore(self.v, self.bias, extra, *self[2:])
 
-    def packed(self, columns: int) -> ReluPackedScore:
-        return ReluPackedScore(*self, columns)
+    def packed(self, columns: int) -> ActivatedPackedScore:
+        return ActivatedPackedScore(*self, columns)
 
 
 class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
@@ -182,11 +182,11 @@ class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
     op = "additive_attention_with_extra"
 
 
-class ReluExtraScore(_ReluExtraArguments, _WithExtra):
+class ActivatedExtraScore(_ActivatedExtraArguments, _WithExtra):
     """v . f(query + keys + extra + bias)."""
 
     __slots__ = ()
-    op = "relu_attention_with_extra"
+    op = "activated_attention_with_extra"
 
 
 class AdditivePackedScore(_AdditivePackedArguments):
@@ -201,11 +201,11 @@ class AdditivePackedScore(_AdditivePackedArguments):
     has_extra = False
 
 
-class ReluPackedScore(_ReluPackedArguments):
-    """ReluScore of packed keys."""
+class ActivatedPackedScore(_ActivatedPackedArguments):
+    """ActivatedScore of packed keys."""
 
     __slots__ = ()
-    op = "relu_attention_packed"
+    op = "activated_attention_packed"
     tensors = 2
     gradients = 2
     has_extra = False
@@ -304,8 +304,8 @@ class DotPackedScore(_DotPackedArguments):
     has_extra = False
 
 
-PackedScore = AdditivePackedScore | ReluPackedScore | DotPackedScore
-Score = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore | GatedAdditiveScore | DotScore
+PackedScore = AdditivePackedScore | ActivatedPackedScore | DotPackedScore
+Score = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore | GatedAdditiveScore | DotScore
 
 
 def unit_length(x: Tensor, eps: float) -> Tensor:

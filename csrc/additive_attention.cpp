@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_with_option
 }
 #endif
 
-// The ops of a score: Additive or Relu, with what an op has of its own after v and bias.
+// The ops of a score: Additive or Activated, with what an op has of its own after v and bias.
 template <class S, class... Own>
 struct VectorOps {
   static Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, Own... own) {
@@ -170,7 +170,7 @@ struct VectorOps {
 
 using AdditiveOps = VectorOps<Additive>;
 using PreparedOps = VectorOps<Additive, std::optional<Tensor>>;  // with prepared keys
-using ReluOps = VectorOps<Relu, int64_t, double>;
+using ActivatedOps = VectorOps<Activated, int64_t, double>;
 
 }  // namespace
 }  // namespace attn
@@ -181,19 +181,20 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("additive_scores_backward"), TORCH_BOX(&attn::AdditiveOps::scores_backward));
   m.impl(ATTN_OVERLOAD("additive_attention"), TORCH_BOX(&attn::PreparedOps::attention));
   m.impl(ATTN_OVERLOAD("additive_attention_backward"), TORCH_BOX(&attn::PreparedOps::backward));
-  m.impl(ATTN_OVERLOAD("relu_scores"), TORCH_BOX(&attn::ReluOps::scores));
-  m.impl(ATTN_OVERLOAD("relu_scores_backward"), TORCH_BOX(&attn::ReluOps::scores_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention"), TORCH_BOX(&attn::ReluOps::attention));
-  m.impl(ATTN_OVERLOAD("relu_attention_backward"), TORCH_BOX(&attn::ReluOps::backward));
+  m.impl(ATTN_OVERLOAD("activated_scores"), TORCH_BOX(&attn::ActivatedOps::scores));
+  m.impl(ATTN_OVERLOAD("activated_scores_backward"), TORCH_BOX(&attn::ActivatedOps::scores_backward));
+  m.impl(ATTN_OVERLOAD("activated_attention"), TORCH_BOX(&attn::ActivatedOps::attention));
+  m.impl(ATTN_OVERLOAD("activated_attention_backward"), TORCH_BOX(&attn::ActivatedOps::backward));
 #if !defined(ATTN_CUDA)
   m.impl(ATTN_OVERLOAD("additive_attention_with_extra"), TORCH_BOX(&attn::AdditiveOps::with_extra));
   m.impl(ATTN_OVERLOAD("additive_attention_with_extra_backward"), TORCH_BOX(&attn::AdditiveOps::with_extra_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_extra"), TORCH_BOX(&attn::ReluOps::with_extra));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_extra_backward"), TORCH_BOX(&attn::ReluOps::with_extra_backward));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_extra"), TORCH_BOX(&attn::ActivatedOps::with_extra));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_extra_backward"), TORCH_BOX(&attn::ActivatedOps::with_extra_backward));
   m.impl(ATTN_OVERLOAD("additive_attention_with_options"), TORCH_BOX(&attn::AdditiveOps::with_options));
   m.impl(ATTN_OVERLOAD("additive_attention_with_options_backward"),
          TORCH_BOX(&attn::AdditiveOps::with_options_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_options"), TORCH_BOX(&attn::ReluOps::with_options));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_options_backward"), TORCH_BOX(&attn::ReluOps::with_options_backward));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_options"), TORCH_BOX(&attn::ActivatedOps::with_options));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_options_backward"),
+         TORCH_BOX(&attn::ActivatedOps::with_options_backward));
 #endif
 }

@@ -24,7 +24,7 @@ struct AdditiveScores : VectorScores {
   StridedView3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
 };
 
-struct ReluScores : VectorScores {
+struct ActivatedScores : VectorScores {
   Activation activation;  // one of activations.h
   double negative_slope;  // of leaky_relu
 };

@@ -24,7 +24,7 @@ struct ScoreKernels {
 struct Kernels {
   void (*additive_prepare)(const AdditivePrepare&);
   ScoreKernels<AdditiveScores> additive;
-  ScoreKernels<ReluScores> relu;
+  ScoreKernels<ActivatedScores> activated;
   ScoreKernels<DotScores> dot;
   ScoreKernels<GatedAdditiveScores> gated_additive;  // on the CPU only, like all that follow
   void (*lstm_step)(const LstmStep&);

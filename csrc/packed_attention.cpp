@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_backward(void (*kernel
 
 // The ops ---------------------------------------------------------------------------------------------------------------
 
-// Of a score with a score vector, Additive or Relu, and what it has of its own.
+// Of a score with a score vector, Additive or Activated, and what it has of its own.
 template <class S, class... Own>
 struct PackedOps {
   static std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v,
@@ -279,7 +279,7 @@ struct PackedOps {
 };
 
 using AdditivePackedOps = PackedOps<Additive>;
-using ReluPackedOps = PackedOps<Relu, int64_t, double>;
+using ActivatedPackedOps = PackedOps<Activated, int64_t, double>;
 
 std::tuple<Tensor, Tensor> dot(Tensor query, Tensor keys, Tensor values, double scale, int64_t max_length,
                                Tensor offsets, bool need_alignments) {
@@ -304,8 +304,8 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(std::optional<Tensor> grad_conte
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("additive_attention_packed"), TORCH_BOX(&attn::AdditivePackedOps::attention));
   m.impl(ATTN_OVERLOAD("additive_attention_packed_backward"), TORCH_BOX(&attn::AdditivePackedOps::backward));
-  m.impl(ATTN_OVERLOAD("relu_attention_packed"), TORCH_BOX(&attn::ReluPackedOps::attention));
-  m.impl(ATTN_OVERLOAD("relu_attention_packed_backward"), TORCH_BOX(&attn::ReluPackedOps::backward));
+  m.impl(ATTN_OVERLOAD("activated_attention_packed"), TORCH_BOX(&attn::ActivatedPackedOps::attention));
+  m.impl(ATTN_OVERLOAD("activated_attention_packed_backward"), TORCH_BOX(&attn::ActivatedPackedOps::backward));
   m.impl(ATTN_OVERLOAD("dot_attention_packed"), TORCH_BOX(&attn::dot));
   m.impl(ATTN_OVERLOAD("dot_attention_packed_backward"), TORCH_BOX(&attn::dot_backward));
 }

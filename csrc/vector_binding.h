@@ -32,10 +32,10 @@ struct Additive {
   }
 };
 
-struct Relu {
-  static constexpr auto kKernels = &Kernels::relu;
+struct Activated {
+  static constexpr auto kKernels = &Kernels::activated;
 
-  static ReluScores of(const VectorScores& n, int64_t activation, double negative_slope) {
+  static ActivatedScores of(const VectorScores& n, int64_t activation, double negative_slope) {
     return {n, activation_of(activation), negative_slope};
   }
 };

@@ -221,14 +221,14 @@ def test_transforms() -> None:
 
 
 @slow_if(lambda op, columns: columns == 0 or op != "additive_attention_packed")
-@pytest.mark.parametrize("op", ["additive_attention_packed", "relu_attention_packed", "dot_attention_packed"])
+@pytest.mark.parametrize("op", ["additive_attention_packed", "activated_attention_packed", "dot_attention_packed"])
 @pytest.mark.parametrize("columns", [0, LONGEST])
 def test_op(op: str, columns: int) -> None:
     """Schema, fake kernel and rule of autograd."""
     tensors = make(torch.float32)
     tensors = tensors[:3] if op.startswith("dot") else tensors
     of_relu = (ACTIVATIONS.index("leaky_relu"), 0.1)
-    numbers = {"additive_attention_packed": (), "relu_attention_packed": of_relu, "dot_attention_packed": (0.5,)}[op]
+    numbers = {"additive": (), "activated": of_relu, "dot": (0.5,)}[op.partition("_")[0]]
     overload = getattr(torch.ops.attn_kernels, op).cpu
     torch.library.opcheck(overload, (*tensors, *numbers, columns, offsets_of(LENGTHS), True))
 

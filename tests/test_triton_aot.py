@@ -38,7 +38,7 @@ GATED = ("gated_scores_kernel", "gated_backward_kernel")
 WITH_OPTIONS = ("_attend_kernel", "_softmax_backward_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
-# slope: of relu_attention and relu_scores; options: which, of an attention.
+# slope: of activated_attention and activated_scores; options: which, of an attention.
 # The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
 CASES: dict[str, dict[str, Any]] = {
     "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
@@ -64,9 +64,9 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(90,),
     ),
     "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
-    "relu": dict(op="relu", sizes=(1024, 128, 128, 512), dtype="float32", kernels=HOT_OF_RELU),
+    "relu": dict(op="activated", sizes=(1024, 128, 128, 512), dtype="float32", kernels=HOT_OF_RELU),
     "relu-masked": dict(
-        op="relu",
+        op="activated",
         sizes=(256, 74, 75, 1024),
         dtype="bfloat16",
         lengths=True,
@@ -74,11 +74,15 @@ CASES: dict[str, dict[str, Any]] = {
         kernels=HOT_OF_RELU,
         targets=(90,),
     ),
-    "relu-small": dict(op="relu", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT, targets=(90,)),
-    "relu-decode": dict(op="relu", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M[:2]),
-    "relu-beams": dict(op="relu", sizes=(2, 5, 200, 512), dtype="float32", mask=2, kernels=SMALL_M[:2], targets=(90,)),
+    "relu-small": dict(
+        op="activated", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT, targets=(90,)
+    ),
+    "relu-decode": dict(op="activated", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M[:2]),
+    "relu-beams": dict(
+        op="activated", sizes=(2, 5, 200, 512), dtype="float32", mask=2, kernels=SMALL_M[:2], targets=(90,)
+    ),
     "relu-float64": dict(
-        op="relu",
+        op="activated",
         sizes=(4, 9, 33, 128),
         dtype="float64",
         mask=2,
@@ -87,7 +91,7 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "relu-scores": dict(op="relu scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
     "leaky_relu": dict(
-        op="relu",
+        op="activated",
         sizes=(256, 74, 75, 1024),
         dtype="bfloat16",
         mask=2,
@@ -96,7 +100,7 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(90,),
     ),
     "leaky_relu-decode": dict(
-        op="relu", sizes=(64, 1, 50, 512), dtype="float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)
+        op="activated", sizes=(64, 1, 50, 512), dtype="float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)
     ),
     "leaky_relu-scores": dict(
         op="relu scores",
@@ -171,7 +175,7 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(80, 90),
     ),
     "options-float64": dict(
-        op="relu",
+        op="activated",
         sizes=(4, 9, 33, 128),
         dtype="float64",
         mask=2,
@@ -206,7 +210,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 
 
 @pytest.mark.parametrize("queries", ["many", "beams", "one"])
-@pytest.mark.parametrize("op", ["additive", "relu", "dot", "additive with options", "gated"])
+@pytest.mark.parametrize("op", ["additive", "activated", "dot", "additive with options", "gated"])
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
@@ -451,7 +455,7 @@ def launches(
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
     elif options:
-        own, numbers = {"additive": ((v, bias), ()), "relu": ((v, bias), activated), "dot": ((), (0.5,))}[op]
+        own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
         score_bias = alignments if "score_bias" in options else None
         inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
@@ -460,12 +464,12 @@ def launches(
         log_total = forward(*inputs, True)[2]
         backward(*gradients, log_total, *inputs, alignments, log_total, True, True)
     elif op in ("scores", "relu scores"):
-        name, numbers = ("additive", ()) if op == "scores" else ("relu", activated)
+        name, numbers = ("additive", ()) if op == "scores" else ("activated", activated)
         forward, backward = both_of(f"{name}_scores")
         forward(query, keys, v, bias, *numbers)
         backward(alignments, query, keys, v, bias, *numbers, True, True)
     else:
-        own = {"additive": (v, bias, None), "relu": (v, bias, *activated), "dot": (0.5,)}[op]
+        own = {"additive": (v, bias, None), "activated": (v, bias, *activated), "dot": (0.5,)}[op]
         forward, backward = both_of(f"{op}_attention")
         inputs = (query, keys, values, *own, memory_lengths, allowed)
         forward(*inputs, True)

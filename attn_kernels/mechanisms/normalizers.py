@@ -18,7 +18,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
 from ..packed_attention import padding_needed
-from ..scores import DotScore, ReluScore, Score
+from ..scores import ActivatedScore, DotScore, Score
 from ..types import Attention, Masks, attention_mask, autocast, device_type, upcast
 
 Normalizer = str | Callable[[Tensor], Tensor]
@@ -142,7 +142,7 @@ def pair_scores(score: Score, query: Tensor, keys: Tensor, backend: str | None =
     """The scores of all pairs. query: (B, Tq, A) or (B, A); keys: (B, Tk, A). Returns (B, Tq, Tk) or (B, Tk)."""
     if not isinstance(score, DotScore):
         options: dict[str, Any] = {}
-        if isinstance(score, ReluScore):
+        if isinstance(score, ActivatedScore):
             options = {"activation": ACTIVATIONS[score.activation], "negative_slope": score.negative_slope}
         return additive_scores(query, keys, score.v, score.bias, backend=backend, **options)
     query, keys = autocast(query, keys)

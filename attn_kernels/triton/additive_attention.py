@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..scores import AdditiveExtraScore, AdditiveScore, ReluExtraScore, ReluScore
+from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore
 from ..types import Masks
 from .activations import TANH, activation_of
 from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
@@ -20,7 +20,7 @@ from .configurations import Configuration, configuration
 from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
 from .tiles import NUM_SMS, is_small_m, power_of_two, small_m_block, small_m_tile
 
-VectorScore = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore
+VectorScore = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore
 
 
 def pair_scores(score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .. import ops
 from ..scores import (
+    ActivatedExtraScore,
+    ActivatedScore,
     AdditiveExtraScore,
     AdditiveScore,
     DotScore,
     GatedAdditiveScore,
-    ReluExtraScore,
-    ReluScore,
     Score,
 )
 from ..types import NORMALIZERS, Masks, Options
@@ -45,7 +45,7 @@ def scores_of(score: Score, query: Tensor, keys: Tensor, masks: Masks, dtype: to
         return product(query, keys, score.scale, masks.memory_lengths)
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores(score, query, keys, masks.memory_lengths, dtype)
-    if isinstance(score, (AdditiveExtraScore, ReluExtraScore)):  # of many queries
+    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):  # of many queries
         keys = keys + score.extra
     return pair_scores(score, query, keys, masks, dtype)
 
@@ -64,7 +64,7 @@ def scores_backward(
         return dquery, weighted_sum(dscores, query, score.scale, masks, transposed=True) if need_keys else empty
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores_backward(dscores, score, query, keys, masks, *needed)
-    if isinstance(score, (AdditiveExtraScore, ReluExtraScore)):
+    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):
         if query.shape[1] > MAX_DECODE_QUERIES:
             return pair_scores_backward(dscores, score, query, keys + score.extra, masks, *needed)
         rows = GatedAdditiveScore(score.v[None], score.bias, None, *activation_of(score).numbers())
@@ -209,14 +209,14 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
 
 _OPS: dict[str, Kernels] = {
     "additive_scores": _scores(AdditiveScore, 2),
-    "relu_scores": _scores(ReluScore, 4),
+    "activated_scores": _scores(ActivatedScore, 4),
     "gated_additive_scores": _scores(GatedAdditiveScore, 5),
     "gated_additive_attention": _attention_with_options(GatedAdditiveScore, ops.GATED),  # the only one of this score
 }
-_plain: tuple[type[Score], ...] = (AdditiveScore, ReluScore, DotScore, AdditiveExtraScore, ReluExtraScore)
+_plain: tuple[type[Score], ...] = (AdditiveScore, ActivatedScore, DotScore, AdditiveExtraScore, ActivatedExtraScore)
 for _score in _plain:
     _OPS[_score.op] = _attention(_score)
-for _name, _score in {"additive": AdditiveScore, "relu": ReluScore, "dot": DotScore}.items():
+for _name, _score in {"additive": AdditiveScore, "activated": ActivatedScore, "dot": DotScore}.items():
     _OPS[f"{_name}_attention_with_options"] = _attention_with_options(_score, ops.SCORES[_name])
 KERNELS: dict[str, Callable[..., Any]] = {
     f"{_op}{_end}": _kernel

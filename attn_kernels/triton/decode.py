@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import AdditiveExtraScore, GatedAdditiveScore, ReluExtraScore, Score
+from ..scores import ActivatedExtraScore, AdditiveExtraScore, GatedAdditiveScore, Score
 from ..types import NORMALIZERS, Masks, Options
 from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration
@@ -266,7 +266,7 @@ def decode(
     """
     name, v, bias, number = parts_of(score)
     gate = score.gate if isinstance(score, GatedAdditiveScore) else None
-    extra = score.extra if isinstance(score, (AdditiveExtraScore, ReluExtraScore)) else None
+    extra = score.extra if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)) else None
     beside = [x for x in (gate, extra) if x is not None]  # that lies as the keys do
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]

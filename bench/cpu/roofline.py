@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 class Timed(str, Enum):
     additive_attention = Op.additive_attention.value
-    relu_attention = RELU
+    activated_attention = RELU
     dot_attention = Op.dot_attention.value
 
 

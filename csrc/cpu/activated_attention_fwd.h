@@ -22,8 +22,8 @@ ATTN_INLINE void by_activation_of(const Op& op, const Body& body) {
 }
 
 template <typename T, class F>
-struct ReluScore {
-  const ReluScores& op;
+struct ActivatedScore {
+  const ActivatedScores& op;
   F f;
   const T *v, *bias;  // in whole vectors
 
@@ -113,7 +113,7 @@ struct ReluScore {
 };
 
 template <typename T, class Op>
-void relu_forward(const Op& op) {
+void activated_forward(const Op& op) {
   ScratchScope scope(thread_scratch());
   const int64_t size = padded<T>(op.A);
   T *v = alloc<T>(thread_scratch(), size), *bias = alloc<T>(thread_scratch(), size);
@@ -123,7 +123,7 @@ void relu_forward(const Op& op) {
     store(bias + c,
           op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], op.A - c) : zero);
   }
-  by_activation_of<T>(op, [&](auto f) { forward<T>(op, ReluScore<T, decltype(f)>{op, f, v, bias}); });
+  by_activation_of<T>(op, [&](auto f) { forward<T>(op, ActivatedScore<T, decltype(f)>{op, f, v, bias}); });
 }
 
 }  // namespace ATTN_LEVEL

@@ -98,7 +98,7 @@ struct TanhPair {
 
 // Of an activation of ../activations.h.
 template <typename T, class F>
-struct ReluPair {
+struct ActivatedPair {
   F f;
 
   // 0 where no pair was in the slope: an infinite v would make NaN of it.
@@ -579,8 +579,8 @@ void additive_backward(const Op& op) {
 }
 
 template <typename T, class Op>
-void relu_backward(const Op& op) {
-  by_activation_of<T>(op, [&](auto f) { gradients<T>(op, {}, ReluPair<T, decltype(f)>{f}); });
+void activated_backward(const Op& op) {
+  by_activation_of<T>(op, [&](auto f) { gradients<T>(op, {}, ActivatedPair<T, decltype(f)>{f}); });
 }
 
 }  // namespace ATTN_LEVEL

@@ -67,7 +67,7 @@ void by_dtype(const Op& op) {
 const Kernels kernels = {
     additive_prepare<float>,
     ATTN_SCORE(AdditiveScores, additive),
-    ATTN_SCORE(ReluScores, relu),
+    ATTN_SCORE(ActivatedScores, activated),
     {nullptr, nullptr, ATTN_ATTENTION(DotScores, dot)},
     ATTN_SCORE(GatedAdditiveScores, gated_additive),
     ATTN_BY_DTYPE(LstmStep, lstm_step),

@@ -8,7 +8,7 @@ namespace attn {
 namespace cuda {
 
 // v . f(query + keys + bias)
-struct ReluScore {
+struct ActivatedScore {
   static constexpr bool kGuarded = false;
 
   // (NQ, padded) q + bias, (padded) v

@@ -1,5 +1,5 @@
 // The gradients of scores with a score vector: of query, keys, v and bias. Hidden units are computed again. What differs
-// between tanh of additive attention and other activations is in TanhPair and ReluPair.
+// between tanh of additive attention and other activations is in TanhPair and ActivatedPair.
 //
 // With E = e^{2q} e^{2k}, r = 1 / (1 + E) and ds the gradient of a score: 1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r, so
 //
@@ -93,8 +93,8 @@ struct TanhPair {
   }
 };
 
-struct ReluPair {
-  using Score = ReluScores;
+struct ActivatedPair {
+  using Score = ActivatedScores;
   static constexpr int kGain = 1;
   static constexpr bool kBounded = false;
   template <typename W>
@@ -486,9 +486,9 @@ void additive_scores_backward(const AdditiveScores& op, const AttentionMask& att
   run<TanhPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
 }
 
-void additive_scores_backward(const ReluScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
-                              void* dkeys, void* dv, void* dbias) {
-  run<ReluPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
+void additive_scores_backward(const ActivatedScores& op, const AttentionMask& attended, const void* dscores,
+                              void* dquery, void* dkeys, void* dv, void* dbias) {
+  run<ActivatedPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
 }
 
 }  // namespace cuda

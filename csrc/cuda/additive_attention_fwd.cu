@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   if (k0 >= length) return;
   const SharedTile<W, kColumns> s(a.unit_splits, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
-  if constexpr (std::is_same_v<Score, ReluScores>) {
+  if constexpr (std::is_same_v<Score, ActivatedScores>) {
     compute_tile<W, kQ, kK, kColumns, Form::activated, kVectorized>(a, s, b, q0, k0, W(1), total);
   } else {
     if constexpr (sizeof(W) == 4) {
@@ -521,7 +521,7 @@ void additive_scores(const AdditiveScores& op, const AttentionMask& attended, vo
   run(op, attended, scores, narrow);
 }
 
-void additive_scores(const ReluScores& op, const AttentionMask& attended, void* scores, bool narrow) {
+void additive_scores(const ActivatedScores& op, const AttentionMask& attended, void* scores, bool narrow) {
   run(op, attended, scores, narrow);
 }
 

@@ -145,10 +145,10 @@ void decode_attention(const AttentionForward<AdditiveScores>& op, const Splits& 
   run_dtype<AdditiveScore>(op, splits, p);
 }
 
-void decode_attention(const AttentionForward<ReluScores>& op, const Splits& splits) {
+void decode_attention(const AttentionForward<ActivatedScores>& op, const Splits& splits) {
   DecodeParams p = {};
   p.v = op.v, p.bias = op.bias, p.activation = op.activation, p.negative_slope = op.negative_slope;
-  run_dtype<ReluScore>(op, splits, p);
+  run_dtype<ActivatedScore>(op, splits, p);
 }
 
 void decode_attention(const AttentionForward<DotScores>& op, const Splits& splits) {
@@ -161,7 +161,7 @@ void decode_attention(const AttentionForward<AdditiveScores>& op) {
   decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
-void decode_attention(const AttentionForward<ReluScores>& op) {
+void decode_attention(const AttentionForward<ActivatedScores>& op) {
   decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 

@@ -17,7 +17,7 @@ struct Splits {
 Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype);
 
 void decode_attention(const AttentionForward<AdditiveScores>& op, const Splits& splits);
-void decode_attention(const AttentionForward<ReluScores>& op, const Splits& splits);
+void decode_attention(const AttentionForward<ActivatedScores>& op, const Splits& splits);
 void decode_attention(const AttentionForward<DotScores>& op, const Splits& splits);
 
 }  // namespace cuda

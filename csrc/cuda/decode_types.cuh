@@ -60,7 +60,7 @@ struct DecodeParams {
   void* partial;          // (B, splits, Tq, D), of W: their contexts
   void* scores;           // (B, Tq, Tk), of W, or null
   unsigned* finished;     // (B,): how many blocks have
-  Activation activation;  // of ReluScore
+  Activation activation;  // of ActivatedScore
   double negative_slope;  // of leaky_relu
 };
 

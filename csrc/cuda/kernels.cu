@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(256) widen_kernel(StridedView3 from, W* to, in
   to[i] = element<W>(from.data, from.dtype, b * from.stride[0] + q * from.stride[1] + k * from.stride[2]);
 }
 
-// With a score vector: Score is AdditiveScores or ReluScores -------------------------------------------------------------
+// With a score vector: Score is AdditiveScores or ActivatedScores -------------------------------------------------------------
 
 template <class Score>
 void scores_forward(const ScoresForward<Score>& op) {
@@ -156,7 +156,7 @@ void dot_backward(const AttentionBackward<DotScores>& op) {
 extern const Kernels kernels;
 const Kernels kernels = {additive_prepare,
                          kernels_of<AdditiveScores>,
-                         kernels_of<ReluScores>,
+                         kernels_of<ActivatedScores>,
                          {nullptr, nullptr, dot_forward, dot_backward}};
 
 }  // namespace cuda

@@ -357,7 +357,7 @@ void check(const Inputs& in, Score of, const Expected& expected, const Splits& s
     op.scale = kScale;
     call(op, in, to[0], to[1], splits);
   } else {
-    auto op = with_vector<AttentionForward<ReluScores>>(in);
+    auto op = with_vector<AttentionForward<ActivatedScores>>(in);
     op.activation = of == Score::leaky ? Activation::leaky_relu : Activation::relu;
     op.negative_slope = slope_of(of);
     call(op, in, to[0], to[1], splits);
