@@ -126,8 +126,8 @@ def _activated_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | Non
 
 def _activated_attention(*arguments: Any) -> Any:
     *inputs, activation, negative_slope, memory_lengths, mask, _ = arguments
-    masks = dict(memory_lengths=memory_lengths, mask=mask)
-    return reference.additive_attention(*inputs, **_of_activation(activation, negative_slope), **masks)
+    keywords: dict[str, Any] = _of_activation(activation, negative_slope)
+    return reference.additive_attention(*inputs, **keywords, memory_lengths=memory_lengths, mask=mask)
 
 
 def _of_activation(activation: int, negative_slope: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..scores import AdditiveExtraScore, AdditiveScore, Score
+from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore, GatedAdditiveScore
 from .additive_math import tanh, tanh_from
 from .arguments import two_parts
 from .device import reciprocal
@@ -39,9 +39,10 @@ class Activation(NamedTuple):
 
 
 TANH = Activation("tanh")
+_WithActivation = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore | GatedAdditiveScore
 
 
-def activation_of(score: Score) -> Activation:
+def activation_of(score: _WithActivation) -> Activation:
     """That of a score with v."""
     if isinstance(score, (AdditiveScore, AdditiveExtraScore)):
         return TANH

@@ -140,9 +140,10 @@ class _Call(NamedTuple):
         empty = query.new_empty(0)
         gradients: Gradients = (empty,) * (2 + score.gradients)
         if need_query or need_keys:
-            needs_scores = NORMALIZERS[options.normalizer] != "softmax"
-            given = (options, grad_log_total, self.scores() if needs_scores else None, dscore_bias, kept)
-            dscores = softmax_backward(*grads, values, row_masks, alignments, *given)
+            scores = None if NORMALIZERS[options.normalizer] == "softmax" else self.scores()
+            dscores = softmax_backward(
+                *grads, values, row_masks, alignments, options, grad_log_total, scores, dscore_bias, kept
+            )
             gradients = scores_backward(dscores, score, query, keys, masks, need_query, need_keys)
         dquery, dkeys, *own = gradients
         weights, factor = alignments if kept is None else kept, 1 / (1 - options.dropout_p)
@@ -216,7 +217,8 @@ _OPS: dict[str, Kernels] = {
 _plain: tuple[type[Score], ...] = (AdditiveScore, ActivatedScore, DotScore, AdditiveExtraScore, ActivatedExtraScore)
 for _score in _plain:
     _OPS[_score.op] = _attention(_score)
-for _name, _score in {"additive": AdditiveScore, "activated": ActivatedScore, "dot": DotScore}.items():
+_named: dict[str, type[Score]] = {"additive": AdditiveScore, "activated": ActivatedScore, "dot": DotScore}
+for _name, _score in _named.items():
     _OPS[f"{_name}_attention_with_options"] = _attention_with_options(_score, ops.SCORES[_name])
 KERNELS: dict[str, Callable[..., Any]] = {
     f"{_op}{_end}": _kernel

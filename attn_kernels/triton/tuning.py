@@ -39,11 +39,15 @@ _STEPS = ((64, 1, 50, 512), (64, 1, 200, 1024), (1, 1, 1000, 512), (1280, 1, 66,
 
 
 def _scores(i: Inputs) -> Tensor:
-    return KERNELS["additive_scores"](i.query, i.keys, i.v, None)
+    scores: Tensor = KERNELS["additive_scores"](i.query, i.keys, i.v, None)
+    return scores
 
 
 def _scores_backward(i: Inputs) -> tuple[Tensor, ...]:
-    return KERNELS["additive_scores_backward"](i.weights, i.query, i.keys, i.v, None, True, True)[:3]
+    gradients: tuple[Tensor, ...] = KERNELS["additive_scores_backward"](
+        i.weights, i.query, i.keys, i.v, None, True, True
+    )[:3]
+    return gradients
 
 
 def _product(i: Inputs) -> Tensor:
