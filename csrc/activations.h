@@ -29,7 +29,7 @@ namespace attn {
 //
 //   value(x)        f(x), NaN where x is
 //   gradient(x, t)  t f'(x), as PyTorch has it
-//   kByGradient     whether gradient(x, t) x is t f(x), NaN where t is: an instruction less
+//   kByGradient     whether gradient(x, t) x is t f(x), NaN where t is: an instruction less on a GPU
 template <class Math>
 struct Relu {
   using V = typename Math::V;

@@ -102,7 +102,7 @@ struct ActivatedPair {
     const Vec<T> t = broadcast(ds), g = f.gradient(x, t);
     dq += g;
     dk += g;
-    dv += F::kByGradient ? g * x : t * f.value(x);
+    dv += t * f.value(x);
   }
 };
 
