@@ -233,6 +233,10 @@ def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[floa
     )
 
 
+def _prepared(*_: Any) -> tuple[Tensor, ...]:
+    raise NotImplementedError("prepared keys have no formula: the others do not read them")
+
+
 _ADDITIVE_PACKED = _packed(reference.additive_attention, 2)
 _RELU_PACKED = _packed(reference.additive_attention, 2, _of_slope)
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
@@ -261,7 +265,7 @@ _WITH_BACKWARD = {
     "gated_additive_attention": _GATED,
 }
 FORMULAS = {
-    "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
+    "additive_prepare": Formula(_prepared, differentiable=(), shared=()),
     **_WITH_BACKWARD,
     **{f"{name}_backward": _backward(formula) for name, formula in _WITH_BACKWARD.items()},
 }
@@ -337,12 +341,12 @@ def rules(
             save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
             # What forward mode reads as ctx.saved_tensors: as above, but for the alignments, which it does not need.
             ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
-            if formula.function is None:
+            if not formula.differentiable:
                 ctx.mark_non_differentiable(output)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            if formula.function is None:
+            if not formula.differentiable:
                 return None
             results = push_forward(formula, saved(ctx), tangents)
             return results[0] if ctx.single else results
