@@ -233,10 +233,6 @@ def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[floa
     )
 
 
-def _prepared(*_: Any) -> tuple[Tensor, ...]:
-    raise NotImplementedError("prepared keys have no formula: the others do not read them")
-
-
 _ADDITIVE_PACKED = _packed(reference.additive_attention, 2)
 _RELU_PACKED = _packed(reference.additive_attention, 2, _of_slope)
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
@@ -265,7 +261,7 @@ _WITH_BACKWARD = {
     "gated_additive_attention": _GATED,
 }
 FORMULAS = {
-    "additive_prepare": Formula(_prepared, differentiable=(), shared=()),
+    "additive_prepare": Formula(lambda keys: (), differentiable=(), shared=()),  # a constant that no formula reads
     **_WITH_BACKWARD,
     **{f"{name}_backward": _backward(formula) for name, formula in _WITH_BACKWARD.items()},
 }
