@@ -58,7 +58,7 @@ def attend_arrays(
     memory_lengths, mask = masks
     op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
-    if without_context:
+    if values is None:
         values = _empty_values(score.name, query, keys, need_weights)
     try:
         if (
@@ -70,7 +70,7 @@ def attend_arrays(
             and not (memory is not None and is_worth_deferring(query, keys, values))
         ):
             attention = score.attend_small(query, keys, values, need_weights)
-            return Attention(None, attention.alignments) if without_context else attention
+            return _alignments_alone(attention) if without_context else attention
         device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
@@ -95,7 +95,7 @@ def attend_arrays(
     except ARGUMENT_ERRORS:
         _check(score, query, keys, values, masks, backend)
         raise
-    return Attention(None, attention.alignments) if without_context else attention
+    return _alignments_alone(attention) if without_context else attention
 
 
 def attend_with_extra(
@@ -134,7 +134,7 @@ def attend_with_options(
     With several score vectors, v (R, A), results have an axis R before the last.
     """
     without_context = values is None
-    if without_context:
+    if values is None:
         values = _empty_values(score.name, query, keys, need_weights)
     _check(score, query, keys, values, masks, backend)
     vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
@@ -223,6 +223,11 @@ def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) ->
         raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
     check_query_keys(name, query, keys)
     return keys.new_empty((*keys.shape[:2], 0))
+
+
+def _alignments_alone(attention: Attention) -> Attention:
+    """The result of a call with ``values=None``, which alone has no context: the field's type is that of all others."""
+    return Attention(cast("Tensor", None), attention.alignments)
 
 
 def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:

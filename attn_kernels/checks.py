@@ -77,7 +77,7 @@ def check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> None
 def check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -> None:
     if units is None and argument == "bias":
         return
-    check_tensor(name, argument, units)
+    units = check_tensor(name, argument, units)
     if units.dim() != 1 or units.shape[0] != query.shape[-1]:
         raise ArgumentValueError(
             f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {shape_of(units)}"
@@ -211,12 +211,13 @@ def check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
             raise ArgumentTypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
 
 
-def check_tensor(name: str, argument: str, tensor: object) -> None:
+def check_tensor(name: str, argument: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {_type_of(tensor)}")
     if tensor.is_nested:
         padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
         raise ArgumentTypeError(f"{name}: {argument} must be a padded tensor, got a nested one; pass {padded}")
+    return tensor
 
 
 def _type_of(value: object) -> str:

@@ -261,7 +261,7 @@ _WITH_BACKWARD = {
     "gated_additive_attention": _GATED,
 }
 FORMULAS = {
-    "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
+    "additive_prepare": Formula(lambda keys: (), differentiable=(), shared=()),  # a constant that no formula reads
     **_WITH_BACKWARD,
     **{f"{name}_backward": _backward(formula) for name, formula in _WITH_BACKWARD.items()},
 }
@@ -337,12 +337,12 @@ def rules(
             save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
             # What forward mode reads as ctx.saved_tensors: as above, but for the alignments, which it does not need.
             ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
-            if formula.function is None:
+            if not formula.differentiable:
                 ctx.mark_non_differentiable(output)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            if formula.function is None:
+            if not formula.differentiable:
                 return None
             results = push_forward(formula, saved(ctx), tangents)
             return results[0] if ctx.single else results

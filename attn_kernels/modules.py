@@ -68,7 +68,7 @@ class BahdanauAttention(AttentionModule):
 
     def _reset_scores(self) -> None:
         _reset_score_vector(self.v)
-        if self.normalize:
+        if self.g is not None and self.bias is not None:
             nn.init.constant_(self.g, math.sqrt(1 / self.units))
             nn.init.zeros_(self.bias)
 
@@ -165,7 +165,9 @@ class LuongAttention(AttentionModule):
 
     def score_vector(self) -> Tensor:
         """(A,), of "concat": ``v``, or with ``scale`` g v."""
-        return self.v if self.g is None else self.g * self.v
+        v = self.v
+        assert v is not None  # of "concat"
+        return v if self.g is None else self.g * v
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

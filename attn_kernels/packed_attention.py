@@ -64,6 +64,7 @@ def packed_memory(
                 raise ArgumentValueError(f"{name}: values must have the lengths of keys")
             values = values.values()
         keys = keys.values()
+    assert memory_offsets is not None  # of keys that are not jagged, given
     return PackedMemory(keys, values, memory_offsets, max_length)
 
 
@@ -102,6 +103,7 @@ def packed_rows(
         else:
             memory_offsets, max_length = _offsets(name, "memory", memory), getattr(memory, "_maybe_max_seqlen", None)
             memory = memory.values()
+    assert memory_offsets is not None  # of rows, given
     check_tensor(name, "memory", memory)
     if memory.dim() != 2 or memory.shape[1] != size:
         got = shape_of(memory)

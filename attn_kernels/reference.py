@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -93,13 +94,13 @@ def additive_attention(
     scores = scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed)
     if v.dim() == 2:
         if score_bias is not None:
-            score_bias = score_bias if query.dim() == 3 else score_bias[:, None]
-            score_bias = score_bias.repeat_interleave(len(v), 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
+            rows = score_bias if query.dim() == 3 else score_bias[:, None]
+            score_bias = rows.repeat_interleave(len(v), 1) if rows.dim() == 3 else rows.flatten(1, 2)
         if _per_query(allowed):
             allowed = allowed.repeat_interleave(len(v), 1)
     options = (score_bias, dropout_p, seed, normalizer, need_log_total)
     results = _attend(scores, values, allowed, need_weights, _with_query_axis(query), *options)
-    return type(results)(*(None if x is None else _without_query_axis(_split_rows(x, v), query) for x in results))
+    return _map(results, lambda x: _without_query_axis(_split_rows(x, v), query))
 
 
 def dot_attention(
@@ -127,7 +128,7 @@ def dot_attention(
         scores = queries @ keys.transpose(1, 2)
     options = (score_bias, dropout_p, seed, normalizer, need_log_total)
     results = _attend(scale * scores, values, allowed, need_weights, _with_query_axis(query), *options)
-    return type(results)(*(None if x is None else _without_query_axis(x, query) for x in results))
+    return _map(results, lambda x: _without_query_axis(x, query))
 
 
 def _additive_scores(
@@ -180,21 +181,28 @@ def _attend(
     alignments = torch.softmax(scores, dim=-1)
     if allowed is not None:
         alignments = alignments.masked_fill(~allowed, 0.0)
-    context = None
+    context: Tensor | None = None
     weights = alignments if dropout_p == 0 else alignments * dropout_factors(alignments.shape, dropout_p, seed, scores)
     if values is not None and _per_query(allowed):
         context = (weights[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
     elif values is not None:
         context = weights @ values
-    if values is not None and not need_weights:
-        alignments = None
-    context, alignments = (None if x is None else x.to(query.dtype) for x in (context, alignments))
+    returned = alignments if need_weights or values is None else None
+    results: list[Any] = [None if x is None else x.to(query.dtype) for x in (context, returned)]
+    attention = Attention(*results)
     if not need_log_total:
-        return Attention(context, alignments)
+        return attention
     log_total = torch.logsumexp(scores, -1)
     if empty is not None:
         log_total = log_total.masked_fill(empty.squeeze(-1), float("-inf"))
-    return AttentionWithLogTotal(context, alignments, log_total)
+    return AttentionWithLogTotal(*attention, log_total)
+
+
+def _map(
+    results: Attention | AttentionWithLogTotal, change: Callable[[Tensor], Tensor]
+) -> Attention | AttentionWithLogTotal:
+    changed: list[Any] = [None if x is None else change(x) for x in results]
+    return type(results)(*changed)
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
@@ -252,7 +260,7 @@ def _zero_padding(
     )
 
 
-def _per_query(allowed: Tensor | None) -> bool:
+def _per_query(allowed: Tensor | None) -> TypeGuard[Tensor]:
     return allowed is not None and allowed.shape[1] != 1
 
 

@@ -113,9 +113,7 @@ class PointerAttention(AttentionModule):
         query = mask_queries(query, memory)
         for _ in range(self.glimpses):
             query = self._glimpse(query, memory)
-        scores = additive_scores(
-            self.query_projection(query), memory.keys[..., : self.units], self.v, backend=self.backend
-        )
+        scores = additive_scores(self.make_query(query), memory.keys[..., : self.units], self.v, backend=self.backend)
         (wide,) = upcast(scores)
         if self.clip is not None:
             wide = self.clip * torch.tanh(wide)
@@ -144,7 +142,7 @@ class PointerAttention(AttentionModule):
         ).context
 
     def _keys(self, values: Tensor) -> Tensor:
-        keys = self.memory_projection(values)
+        keys = super()._keys(values)
         return torch.cat([keys, self.glimpse_memory_projection(values)], dim=-1) if self.glimpses else keys
 
     def extra_repr(self) -> str:

@@ -201,8 +201,8 @@ def pair_scores_backward(
     dtype, wide = query.dtype, accumulator(query.dtype)
     if B * Tq * Tk * A == 0 or not (need_query or need_memory):
         shapes = (query.shape, v.shape, v.shape if bias is not None else (0,)) if need_query else ((0,),) * 3
-        dquery, dv, dbias = (query.new_zeros(shape) for shape in shapes)
-        return dquery, keys.new_zeros(keys.shape if need_memory else (0,)), dv, dbias
+        of_query, of_v, of_bias = (query.new_zeros(shape) for shape in shapes)
+        return of_query, keys.new_zeros(keys.shape if need_memory else (0,)), of_v, of_bias
     block_q, block_k, block_a, warps = _backward_tile(query)
     blocks = triton.cdiv(Tq, block_q)
     blocks_per_split, splits_q, steps_per_split, splits_k = _backward_splits(

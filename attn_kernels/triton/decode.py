@@ -345,7 +345,11 @@ def decode(
                 steps,
             ),
             *(*query.stride(), *keys.stride(), *values.stride()),
-            *(v.stride(0) if R > 1 else 0, 0 if v is None else v.stride(-1), 0 if bias is None else bias.stride(0)),
+            *(
+                0 if v is None or R == 1 else v.stride(0),
+                0 if v is None else v.stride(-1),
+                0 if bias is None else bias.stride(0),
+            ),
             *((0, 0, 0) if gate is None else gate.stride()),
             *((0, 0, 0) if extra is None else extra.stride()),
             *(lengths_stride(memory_lengths), *mask_strides(mask)),
