@@ -394,3 +394,15 @@ def test_sums_over_a_long_memory(queries: int, fused: str, device: str) -> None:
         context, alignments = (t.cpu() for t in attn_kernels.dot_attention(*inputs, backend=fused))
         assert (context - exact).abs().max() < 1.2e-6, "1e-6 of the tolerance policy, and a rounding"
         assert (alignments.double().sum(-1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.every_level
+def test_every_number_of_float16(compiled: str) -> None:
+    """The mean of any two is that of float32, rounded to nearest: subnormal numbers, Inf and NaN included."""
+    every = torch.arange(2**16).sub(2**15).to(torch.int16).view(torch.float16)
+    values = torch.stack([every, every[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]])[None]
+    query, keys = torch.zeros(1, 1, 3, dtype=torch.float16), torch.zeros(1, 2, 3, dtype=torch.float16)
+    context, _ = attn_kernels.dot_attention(query, keys, values, backend=compiled)
+    torch.testing.assert_close(context[0], values.float().mean(1).half(), rtol=0, atol=0, equal_nan=True)
+    context, _ = attn_kernels.dot_attention(query, keys, values.mT.contiguous().mT, backend=compiled)
+    torch.testing.assert_close(context[0], values.float().mean(1).half(), rtol=0, atol=0, equal_nan=True)

@@ -101,11 +101,12 @@ void dot_listed(const StridedView3& x, int64_t first, int64_t x_rows, const Stri
                 const int32_t* list, int64_t n, int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
   ScratchScope scope(scratch);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-    if (x_rows >= kMinPackedRows && is_bfloat16_rows(x) && is_bfloat16_rows(y)) {
+    if (is_bfloat16_rows(x) && is_bfloat16_rows(y)) {
       const StridedRows<BFloat16> queries(x, b, first);
       const ListedRows<BFloat16> steps(y, b, list);
       const BFloat16 *rows[kMaxQueries], *block[kPanelRows];
       for (int64_t i = 0; i < x_rows; ++i) rows[i] = queries[i];
+      if (x_rows < kMinPackedRows) return dot_streamed(rows, x_rows, steps, n, columns, scale, out, ld);
       for (int64_t j = 0; j < n; j += kPanelRows) {
         const int64_t count = min(n - j, kPanelRows);
         for (int64_t r = 0; r < count; ++r) block[r] = steps[j + r];
