@@ -355,21 +355,26 @@ def backward_kernel(
                     padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False,
                     APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
-            elif (ACTIVATION == "tanh") & (largest <= MAX_ABS_EXPONENTIAL):
-                dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end_used, Tq, Tk, A, added,
-                    padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True,
-                    APPROXIMATE, BLOCK_K,
-                )  # fmt: skip
-            else:
+            elif ACTIVATION != "tanh":
                 infinite = tl.maximum(tl.max(abs_max_k, axis=0), tl.max(size_q, axis=0)) == float("inf")
                 dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
                     stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
                     False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
-                if ACTIVATION != "tanh":
-                    dv_part = tl.where(infinite, float("nan"), dv_part)
+                dv_part = tl.where(infinite, float("nan"), dv_part)
+            elif largest <= MAX_ABS_EXPONENTIAL:
+                dq, dv_part = _walk_in_range(
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end_used, Tq, Tk, A, added,
+                    padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True,
+                    APPROXIMATE, BLOCK_K,
+                )  # fmt: skip
+            else:
+                dq, dv_part = _walk_steps(
+                    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                    stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
+                    False, APPROXIMATE, BLOCK_K,
+                )  # fmt: skip
         else:
             dq, dv_part = _walk_steps(
                 dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
