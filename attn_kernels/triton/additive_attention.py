@@ -153,11 +153,16 @@ def pair_scores(
     prepared: tuple[Tensor | None, ...]
     exact: tuple[Tensor | None, ...]  # for tanh itself
     if activation == TANH:
-        abs_max = (query.new_empty((B, T), dtype=torch.float32) for T in (Tq, Tk))
-        prepared = (eq, ek, *abs_max, query.new_empty((units // CHUNK.value + 1, ROW.value), dtype=torch.float32))
+        of_rows = (query.new_empty((B, T), dtype=torch.float32) for T in (Tq, Tk) * 2)
+        prepared = (
+            eq,
+            ek,
+            *of_rows,
+            query.new_empty((units // CHUNK.value + 1) * ROW.value + 2 * units, dtype=torch.float32),
+        )
         exact = (query, keys, v, bias)
     else:
-        prepared = (eq, ek, None, None, query.new_empty(units, dtype=torch.float32))
+        prepared = (eq, ek, None, None, None, None, query.new_empty(units, dtype=torch.float32))
         exact = (None, None, None, None)
     block_t = 16
     launch(
