@@ -41,16 +41,17 @@ def additive_scores(
     negative_slope: float = 0.01,
     gate: Tensor | None = None,
     extra: Tensor | None = None,
+    clip: float | None = None,
 ) -> Tensor:
     """scores[b, i, j] = v . (activation(query[b, i] + keys[b, j] + extra[b, j] + bias) * sigmoid(gate[b, j])).
 
-    With v (R, A): scores[b, i, r, j], of v[r].
+    With v (R, A): scores[b, i, r, j], of v[r]. clip: as of additive_attention.
     """
     queries, keys, vectors, bias, gate, extra = upcast(_with_query_axis(query), keys, v, bias, gate, extra)
     if extra is not None:
         keys = keys + extra
     activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
-    scores = _additive_scores(queries, keys, vectors, bias, gate, activate, None)
+    scores = _clipped(_additive_scores(queries, keys, vectors, bias, gate, activate, None), clip)
     return _as_query(_split_rows(scores, v), query)
 
 
@@ -66,6 +67,7 @@ def additive_attention(
     gate: Tensor | None = None,
     extra: Tensor | None = None,
     scale: float = 1.0,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
@@ -78,7 +80,8 @@ def additive_attention(
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias).
 
     With a gate, scale * v . (activation(...) * sigmoid(gate)): Ilse et al. 2018, section 2.4, equation 9. With v
-    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2.
+    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2. With a clip C, C tanh(scores), to
+    which score_bias is added: Bello et al. 2017, appendix A.2, equation 16.
     """
     activate = partial(ACTIVATIONS[activation], negative_slope=negative_slope)
     queries, keys, values, vectors, bias, gate, extra = upcast(
@@ -90,7 +93,7 @@ def additive_attention(
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
     if gate is not None and allowed is not None:
         gate = gate.masked_fill(~allowed.any(1)[..., None], 0.0)
-    scores = scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed)
+    scores = _clipped(scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed), clip)
     if v.dim() == 2:
         if score_bias is not None:
             score_bias = score_bias if query.dim() == 3 else score_bias[:, None]
@@ -108,6 +111,7 @@ def dot_attention(
     values: Tensor | None,
     *,
     scale: float = 1.0,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
@@ -117,7 +121,7 @@ def dot_attention(
     need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
-    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys."""
+    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys. clip: as of additive_attention."""
     queries, keys, values = upcast(_with_query_axis(query), keys, values)
     allowed = attention_mask(keys, memory_lengths, mask)
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
@@ -126,7 +130,7 @@ def dot_attention(
     else:
         scores = queries @ keys.transpose(1, 2)
     options = (score_bias, dropout_p, seed, normalizer, need_log_total)
-    results = _attend(scale * scores, values, allowed, need_weights, _with_query_axis(query), *options)
+    results = _attend(_clipped(scale * scores, clip), values, allowed, need_weights, _with_query_axis(query), *options)
     return type(results)(*(None if x is None else _without_query_axis(x, query) for x in results))
 
 
@@ -152,6 +156,10 @@ def _additive_scores(
     if v.dim() == 1:
         return hidden @ v
     return (hidden @ v.resolve_neg().mT).mT.flatten(1, 2)  # of a lazy negative, the product is rounded in another way
+
+
+def _clipped(scores: Tensor, clip: float | None) -> Tensor:
+    return scores if clip is None else clip * torch.tanh(scores)
 
 
 def _attend(
