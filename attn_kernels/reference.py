@@ -93,14 +93,14 @@ def additive_attention(
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
     if gate is not None and allowed is not None:
         gate = gate.masked_fill(~allowed.any(1)[..., None], 0.0)
-    scores = _clipped(scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed), clip)
+    scores = scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed)
     if v.dim() == 2:
         if score_bias is not None:
             score_bias = score_bias if query.dim() == 3 else score_bias[:, None]
             score_bias = score_bias.repeat_interleave(len(v), 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
         if _per_query(allowed):
             allowed = allowed.repeat_interleave(len(v), 1)
-    options = (score_bias, dropout_p, seed, normalizer, need_log_total)
+    options = (clip, score_bias, dropout_p, seed, normalizer, need_log_total)
     results = _attend(scores, values, allowed, need_weights, _with_query_axis(query), *options)
     return type(results)(*(None if x is None else _without_query_axis(_split_rows(x, v), query) for x in results))
 
@@ -129,8 +129,8 @@ def dot_attention(
         scores = (_mask_pairs(queries[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
     else:
         scores = queries @ keys.transpose(1, 2)
-    options = (score_bias, dropout_p, seed, normalizer, need_log_total)
-    results = _attend(_clipped(scale * scores, clip), values, allowed, need_weights, _with_query_axis(query), *options)
+    options = (clip, score_bias, dropout_p, seed, normalizer, need_log_total)
+    results = _attend(scale * scores, values, allowed, need_weights, _with_query_axis(query), *options)
     return type(results)(*(None if x is None else _without_query_axis(x, query) for x in results))
 
 
@@ -168,12 +168,15 @@ def _attend(
     allowed: Tensor | None,
     need_weights: bool,
     query: Tensor,
+    clip: float | None,
     score_bias: Tensor | None,
     dropout_p: float,
     seed: int,
     normalizer: str,
     need_log_total: bool,
 ) -> Attention | AttentionWithLogTotal:
+    if clip is not None:  # a gradient of 0 times the derivative at a NaN of padding would be NaN
+        scores = _clipped(scores if allowed is None else scores.masked_fill(~allowed, 0.0), clip)
     if score_bias is not None:
         score_bias = _with_query_axis(score_bias).to(scores.dtype)
         scores = scores + (score_bias if allowed is None else score_bias.masked_fill(~allowed, 0.0))
