@@ -33,6 +33,16 @@ def check_scale(name: str, scale: object, argument: str = "scale") -> None:
         raise ArgumentValueError(f"{name}: {argument} must be a finite number, got {scale}")
 
 
+def check_clip(name: str, clip: object) -> float | None:
+    """C of C tanh(score) as a number of Python; None for scores as they are."""
+    if clip is None:
+        return None
+    number = as_number(name, clip, "clip")
+    if number <= 0:
+        raise ArgumentValueError(f"{name}: clip must be positive, got {number}")
+    return number
+
+
 def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool = False) -> int:
     """A size, a count or a number of steps as an int of Python; numpy has its own. odd: it has to have a middle."""
     if not isinstance(size, Integral) or size < least or (odd and size % 2 == 0):

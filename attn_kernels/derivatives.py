@@ -193,17 +193,17 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
     def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, score_bias, others = others[:tensors], others[tensors], others[tensors + 1 :]
         keywords = {name: x for number, make in zip(others, numbers, strict=False) for name, x in make(number).items()}
-        dropout_p, seed, normalizer, memory_lengths, mask = others[len(numbers) : len(numbers) + 5]
+        dropout_p, seed, normalizer, clip, memory_lengths, mask = others[len(numbers) : len(numbers) + 6]
         options = dict(score_bias=score_bias, dropout_p=dropout_p, seed=seed, normalizer=NORMALIZERS[normalizer])
-        masks = dict(memory_lengths=memory_lengths, mask=mask)
-        return function(query, keys, values, *own, **keywords, **options, **masks, need_log_total=True)
+        rest = dict(clip=clip or None, memory_lengths=memory_lengths, mask=mask)
+        return function(query, keys, values, *own, **keywords, **options, **rest, need_log_total=True)
 
     first = 4 + tensors
     return Formula(
         formula,
         differentiable=tuple(range(first)),
         shared=tuple(range(3, 3 + tensors)),
-        numbers=(first, first + len(numbers) + 3),
+        numbers=(first, first + len(numbers) + 4),
         memory=2,
         results=3,
     )

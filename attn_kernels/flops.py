@@ -98,6 +98,10 @@ def _attention_backward(
     return count
 
 
+def _options_backward(grad_context: Shape | None, grad_alignments: Any, _: Any, *others: Any, **__: Any) -> int:
+    return _attention_backward(grad_context, grad_alignments, *others)
+
+
 def _packed_attention(query: Shape, keys: Shape, values: Shape, *others: Any, **named: Any) -> int:
     """Of the steps that there are: each is one of one sentence."""
     return _attention((1, *query[1:]), (1, *keys), (1, *values), *others, **named)
@@ -163,4 +167,6 @@ _FORMULAS = {
     "relu_attention_with_extra_backward": _extra_backward,
     "dot_attention": _attention,
     "dot_attention_backward": _attention_backward,
+    **{f"{score}_attention_with_options": _attention for score in ("additive", "relu", "dot")},
+    **{f"{score}_attention_with_options_backward": _options_backward for score in ("additive", "relu", "dot")},
 }

@@ -68,6 +68,19 @@ def packed_memory(
     return PackedMemory(keys, values, memory_offsets, max_length)
 
 
+def given_options(
+    score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None, need_log_total: bool
+) -> dict[str, object]:
+    """By name, None where they are as by default."""
+    return dict(
+        score_bias=score_bias,
+        dropout_p=dropout_p if dropout_p != 0.0 else None,
+        normalizer=normalizer if normalizer != "softmax" else None,
+        clip=clip,
+        need_log_total=True if need_log_total else None,
+    )
+
+
 def refuse(name: str, argument: str, padded: str, others: dict[str, Any]) -> None:
     """An error where one of the others, which are for padded memories, was given. padded: what is to be padded."""
     for other, given in others.items():

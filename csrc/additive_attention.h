@@ -47,11 +47,6 @@ using AdditiveAttentionBackward = AttentionBackward<AdditiveScores>;
 using ReluAttentionForward = AttentionForward<ReluScores>;
 using ReluAttentionBackward = AttentionBackward<ReluScores>;
 
-template <class Score>
-struct ScoresForward : Score {
-  void* scores;  // (B, Tq, Tk) contiguous
-};
-
 // Outputs as those of AttentionBackward.
 template <class Score>
 struct ScoresBackward : Score, Score::Gradients {

@@ -146,7 +146,7 @@ CASES: dict[str, dict[str, Any]] = {
         lengths=True,
         mask=3,
         kernels=WITH_OPTIONS,
-        options=("score_bias", "dropout", "sigmoid"),
+        options=("score_bias", "dropout", "sigmoid", "clip"),
     ),
     "options-dropout": dict(
         op="dot", sizes=(16, 100, 100, 512), dtype="float32", kernels=WITH_OPTIONS, options=("dropout",), targets=(90,)
@@ -157,7 +157,7 @@ CASES: dict[str, dict[str, Any]] = {
         dtype="float32",
         lengths=True,
         kernels=("decode_kernel", "_softmax_backward_kernel"),
-        options=("score_bias", "dropout", "softmax"),
+        options=("score_bias", "dropout", "softmax", "clip"),
         targets=(80, 90),
     ),
     "options-beams-decode": dict(
@@ -167,7 +167,7 @@ CASES: dict[str, dict[str, Any]] = {
         lengths=True,
         mask=3,
         kernels=("decode_kernel", "combine_kernel"),
-        options=("score_bias", "dropout", "sigmoid"),
+        options=("score_bias", "dropout", "sigmoid", "clip"),
         targets=(80, 90),
     ),
     "options-float64": dict(
@@ -177,7 +177,7 @@ CASES: dict[str, dict[str, Any]] = {
         mask=2,
         slope=0.2,
         kernels=WITH_OPTIONS,
-        options=("score_bias", "dropout", "sigmoid"),
+        options=("score_bias", "dropout", "sigmoid", "clip"),
         targets=(90,),
     ),
 }
@@ -446,7 +446,7 @@ def launches(
             gated.gated_additive_scores(query, keys, *of_score, *numbers)
             gated.gated_additive_scores_backward(alignments, query, keys, *of_score, *numbers, True, True)
             return found
-        inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0, memory_lengths, allowed)
+        inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0, 0.0, memory_lengths, allowed)
         forward, backward = (
             attn_kernels.triton.with_options.KERNELS[f"gated_additive_attention{end}"] for end in ("", "_backward")
         )
@@ -465,6 +465,7 @@ def launches(
         dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
         score_bias = alignments if "score_bias" in options else None
         inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
+        inputs = (*inputs, 10.0 if "clip" in options else 0.0)
         inputs = (*inputs, memory_lengths, allowed)
         forward, backward = (
             attn_kernels.triton.with_options.KERNELS[f"{op}_attention_with_options{end}"] for end in ("", "_backward")
@@ -621,7 +622,7 @@ def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
         found.append([])
         for Tq, Tk in lengths:
             plain = op.removesuffix(" with options")
-            chosen = () if op == plain else ("score_bias", "dropout", "sigmoid")
+            chosen = () if op == plain else ("score_bias", "dropout", "sigmoid", "clip")
             vectors = 3 if op == "gated" else 1
             launched = launches(plain, (64, Tq, Tk, kind["A"]), options=chosen, vectors=vectors, **options)
             sources = [

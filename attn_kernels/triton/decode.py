@@ -32,7 +32,7 @@ from .launch import (
     two_parts,
 )
 from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
-from .options import NO_OPTIONS, add_score_bias, drop, option_arguments, scale_kept
+from .options import NO_OPTIONS, add_score_bias, clip_scores, drop, option_arguments, scale_kept
 from .scores import finish_scores, parts_of, score_terms
 
 MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
@@ -80,6 +80,8 @@ def decode_kernel(
     least,
     kept_factor,
     kept_factor_lo,
+    clip,
+    clip_lo,
     SCORE: tl.constexpr,
     NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr,
@@ -180,6 +182,7 @@ def decode_kernel(
             )
         s = finish_scores(tl.sum(products, axis=2), number, number_lo, SCORE)
         allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
+        s = clip_scores(s, allowed, clip, clip_lo)
         s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)

@@ -1,8 +1,8 @@
-"""The attention ops with options in Triton: bias of the scores, dropout, another normaliser, logarithm of the sum.
+"""The attention ops with options in Triton: clip and bias of scores, dropout, another normaliser, logarithm of the sum.
 
 The kernels are those of the ops without: scores by additive_attention.py and products.py, the rest by softmax.py, few
-queries by decode.py. What options change in them is in options.py and normaliser.py. The backward of a normaliser other
-than softmax computes the scores again: its derivative cannot be made of alignments that are rounded to 16 bits.
+queries by decode.py. What options change in them is in options.py and normaliser.py. The backward of a clip and of a
+normaliser other than softmax computes the scores again: derivatives cannot be made of alignments rounded to 16 bits.
 
 With several score vectors, v (R, A), what is of a row of scores has Tq R of them in the place of Tq. This attention has
 no op without options.
@@ -62,7 +62,7 @@ class _Call(NamedTuple):
         return can_decode(self.query, self.values) and not shares
 
     def scores(self) -> Tensor:
-        """(B, Tq, Tk) in float32 or float64, without their bias; undefined where a whole tile is padding."""
+        """(B, Tq, Tk) in float32 or float64, without clip and bias; undefined where a whole tile is padding."""
         score, query, keys = self.score, self.query, self.keys
         if isinstance(score, DotScore):
             return product(query, keys, score.scale, self.masks.memory_lengths)
@@ -105,7 +105,7 @@ class _Call(NamedTuple):
             alignments,
             options,
             None if grad_log_total is None else grad_log_total.contiguous(),
-            None if NORMALIZERS[options.normalizer] == "softmax" else self.scores(),
+            None if NORMALIZERS[options.normalizer] == "softmax" and options.clip == 0 else self.scores(),
             dscore_bias if biased and need_query else None,
             kept,
         )

@@ -538,11 +538,12 @@ void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const
   }
 }
 
-template <typename T, class Op, class Pair>
-void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) {
+template <typename T, class Op, class Pair, class Score>
+void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair,
+                         void (*scores_kernel)(const ScoresForward<Score>&)) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem = params_of(op);
+  AttentionParams problem = params_of(op);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   auto no_more = [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {};
@@ -551,6 +552,7 @@ void attention_gradients(const Op& op, const StridedView3& prepared, Pair pair) 
     const auto compact = scores_backward(problem, op.alignments, {}, {}, weights, dscores, no_more);
     return for_each_sentence(op.B, compact, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
   }
+  scores_again<T>(op, scores_kernel, call, problem);
   const auto scores =
       scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores, no_more);
   auto gradients = [&](const auto&... before) {
@@ -585,7 +587,7 @@ void by_reciprocals(const F& f) {
 
 template <typename T>
 void additive_attention_backward(const AdditiveAttentionBackward& op) {
-  by_reciprocals<T>([&](auto pair) { attention_gradients<T>(op, op.prepared, pair); });
+  by_reciprocals<T>([&](auto pair) { attention_gradients<T>(op, op.prepared, pair, additive_scores<T>); });
 }
 
 template <typename T>
@@ -595,7 +597,8 @@ void additive_scores_backward(const AdditiveScoresBackward& op) {
 
 template <typename T>
 void relu_attention_backward(const ReluAttentionBackward& op) {
-  by_slope<T>(op, [&](auto leaky, T slope) { attention_gradients<T>(op, {}, ReluPair<T, leaky()>{slope}); });
+  by_slope<T>(
+      op, [&](auto leaky, T slope) { attention_gradients<T>(op, {}, ReluPair<T, leaky()>{slope}, relu_scores<T>); });
 }
 
 template <typename T>

@@ -32,10 +32,16 @@ void dot_attention(const DotAttentionForward& op) {
 }
 
 template <typename T>
+void dot_scores(const ScoresForward<DotScores>& op) {
+  all_scores<T>(op, DotScore<T>{op});
+}
+
+template <typename T>
 void dot_attention_backward(const DotAttentionBackward& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem = params_of(op);
+  AttentionParams problem = params_of(op);
+  scores_again<T>(op, dot_scores<T>, call, problem);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(

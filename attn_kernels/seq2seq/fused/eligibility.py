@@ -64,6 +64,8 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
+    if getattr(decoder.attention, "clip", None) is not None:
+        return False
     if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
         return False
     if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first
