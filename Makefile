@@ -100,7 +100,6 @@ lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workfl
 	$(RUN) ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(RUN) mypy
-	$(RUN) mypy --strict --strict-optional --follow-imports=silent tests/typed_program.py
 	@mkdir -p build
 	PYTHONPATH=. PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) basedpyright --verifytypes attn_kernels --ignoreexternal \
 	  >build/types.txt || { cat build/types.txt; exit 1; }

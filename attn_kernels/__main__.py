@@ -250,6 +250,7 @@ def _example(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         raise ValueError("TARGET must be MODULE:CALLABLE or FILE.py:CALLABLE")
     if place.endswith(".py"):
         specification = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert specification is not None and specification.loader is not None  # as of every file that ends in .py
         module = importlib.util.module_from_spec(specification)
         sys.path.insert(0, str(Path(place).resolve().parent))  # as Python does for a script
         sys.modules[specification.name] = module

@@ -16,6 +16,7 @@ from . import derivatives, ops
 from .backends import choose, choose_among
 from .checks import (
     as_number,
+    check_clip,
     check_dtypes,
     check_extra,
     check_masks,
@@ -58,7 +59,7 @@ def attend_arrays(
     memory_lengths, mask = masks
     op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
-    if without_context:
+    if values is None:
         values = _empty_values(score.name, query, keys, need_weights)
     try:
         if (
@@ -70,7 +71,7 @@ def attend_arrays(
             and not (memory is not None and is_worth_deferring(query, keys, values))
         ):
             attention = score.attend_small(query, keys, values, need_weights)
-            return Attention(None, attention.alignments) if without_context else attention
+            return _alignments_alone(attention) if without_context else attention
         device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
@@ -95,7 +96,7 @@ def attend_arrays(
     except ARGUMENT_ERRORS:
         _check(score, query, keys, values, masks, backend)
         raise
-    return Attention(None, attention.alignments) if without_context else attention
+    return _alignments_alone(attention) if without_context else attention
 
 
 def attend_with_extra(
@@ -118,6 +119,21 @@ def attend_with_extra(
     return attend_arrays(score.with_extra(extra), query, keys, values, masks, need_weights, backend, memory)
 
 
+def attend_once(
+    score: Score,
+    query: Tensor,
+    memory: Memory,
+    normalizer: str,
+    clip: float | None,
+    need_weights: bool,
+    backend: str | None,
+) -> Attention:
+    """A step with options on a memory that is not packed, which makes the gradients of the memory itself."""
+    masks = Masks(memory.memory_lengths, memory.mask)
+    options = make_options(score.name, None, 0.0, normalizer, clip)
+    return attend_with_options(score, query, memory.keys, memory.values, masks, options, need_weights, False, backend)
+
+
 def attend_with_options(
     score: Score,
     query: Tensor,
@@ -134,7 +150,7 @@ def attend_with_options(
     With several score vectors, v (R, A), results have an axis R before the last.
     """
     without_context = values is None
-    if without_context:
+    if values is None:
         values = _empty_values(score.name, query, keys, need_weights)
     _check(score, query, keys, values, masks, backend)
     vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
@@ -176,7 +192,7 @@ class Kernels(NamedTuple):
     backends: tuple[str, ...]  # the first that can run is taken
 
 
-OPTIONS = Kernels("score_bias, dropout_p, normalizer and need_log_total", ("triton", "cpu"))
+OPTIONS = Kernels("score_bias, dropout_p, normalizer, clip and need_log_total", ("triton", "cpu"))
 GATED = Kernels("a gate or several score vectors", ("triton", "cpu"))
 
 
@@ -188,7 +204,9 @@ def choose_or_reference(name: str, backend: str | None, device_type: str, kernel
     return found or "reference"
 
 
-def make_options(name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str) -> Options:
+def make_options(
+    name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None
+) -> Options:
     """Checked, with a seed where there is dropout."""
     if normalizer not in NORMALIZERS:
         raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}")
@@ -196,7 +214,7 @@ def make_options(name: str, score_bias: Tensor | None, dropout_p: float, normali
     if not 0 <= dropout_p < 1:
         raise ArgumentValueError(f"{name}: dropout_p must be at least 0 and below 1, got {dropout_p}")
     seed = int(torch.randint(1 << 62, ()).item()) if dropout_p > 0 else 0
-    return Options(score_bias, dropout_p, seed, NORMALIZERS.index(normalizer))
+    return Options(score_bias, dropout_p, seed, NORMALIZERS.index(normalizer), check_clip(name, clip) or 0.0)
 
 
 def _check(
@@ -223,6 +241,11 @@ def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) ->
         raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
     check_query_keys(name, query, keys)
     return keys.new_empty((*keys.shape[:2], 0))
+
+
+def _alignments_alone(attention: Attention) -> Attention:
+    """The result of a call with ``values=None``, which alone has no context: the field's type is that of all others."""
+    return Attention(cast("Tensor", None), attention.alignments)
 
 
 def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:

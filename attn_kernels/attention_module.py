@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .attending import attend
+from .attending import attend, attend_once
 from .backends import choose
 from .checks import check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
@@ -23,8 +23,11 @@ class AttentionModule(nn.Module):
     """The base of all mechanisms: projections, the memory of a sentence, and a decoding step.
 
     A mechanism says what its score is (``make_score``) and how a decoder state becomes a query (``make_query``).
-    ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute.
+    ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute, but where
+    scores are clipped.
     """
+
+    clip: float | None = None  # C, of C tanh(score) in the place of the score
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class AttentionModule(nn.Module):
         """
         self._check(query, memory)
         score, made = self.make_score(memory), self.make_query(query)
+        if self.clip is not None:
+            return attend_once(score, made, memory, "softmax", self.clip, need_weights, self.backend)
         if memory.memory_offsets is not None:
             return attend_packed(score, made, memory._packed(), need_weights, self.backend, memory)
         return attend(score, made, memory, need_weights, self.backend)
@@ -139,7 +144,7 @@ class AttentionModule(nn.Module):
         return values if self.memory_projection is None else self.memory_projection(values)
 
     def _takes_packed(self) -> bool:
-        return type(self).forward is AttentionModule.forward
+        return type(self).forward is AttentionModule.forward and self.clip is None
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         if not isinstance(memory, Memory):
@@ -166,5 +171,6 @@ class AttentionModule(nn.Module):
 
     def _repr(self, **settings: Any) -> str:
         sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
+        clip = {} if self.clip is None else {"clip": self.clip}
         backend = {} if self.backend is None else {"backend": self.backend}
-        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **backend}.items())
+        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **clip, **backend}.items())

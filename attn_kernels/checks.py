@@ -34,6 +34,16 @@ def check_scale(name: str, scale: object, argument: str = "scale") -> None:
         raise ArgumentValueError(f"{name}: {argument} must be a finite number, got {scale}")
 
 
+def check_clip(name: str, clip: object) -> float | None:
+    """C of C tanh(score) as a number of Python; None for scores as they are."""
+    if clip is None:
+        return None
+    number = as_number(name, clip, "clip")
+    if number <= 0:
+        raise ArgumentValueError(f"{name}: clip must be positive, got {number}")
+    return number
+
+
 def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool = False) -> int:
     """A size, a count or a number of steps as an int of Python; numpy has its own. odd: it has to have a middle."""
     if not isinstance(size, Integral) or size < least or (odd and size % 2 == 0):
@@ -75,7 +85,7 @@ def check_values(name: str, query: Tensor, keys: Tensor, values: Tensor) -> None
 def check_units(name: str, query: Tensor, argument: str, units: Tensor | None) -> None:
     if units is None and argument == "bias":
         return
-    check_tensor(name, argument, units)
+    units = check_tensor(name, argument, units)
     if units.dim() != 1 or units.shape[0] != query.shape[-1]:
         raise ArgumentValueError(
             f"{name}: {argument} must have shape (A,) = ({query.shape[-1]},), got {shape_of(units)}"
@@ -209,12 +219,13 @@ def check_dtypes(name: str, query: Tensor, **others: Tensor | None) -> None:
             raise ArgumentTypeError(f"{name}: {argument} must have the dtype of query, {dtype}, got {tensor.dtype}")
 
 
-def check_tensor(name: str, argument: str, tensor: object) -> None:
+def check_tensor(name: str, argument: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{name}: {argument} must be a tensor, got {_type_of(tensor)}")
     if tensor.is_nested:
         padded = "torch.nested.to_padded_tensor(..., 0.0), with the lengths as memory_lengths"
         raise ArgumentTypeError(f"{name}: {argument} must be a padded tensor, got a nested one; pass {padded}")
+    return tensor
 
 
 def _type_of(value: object) -> str:

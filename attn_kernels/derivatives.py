@@ -196,17 +196,17 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
     def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, score_bias, others = others[:tensors], others[tensors], others[tensors + 1 :]
         keywords = {name: x for number, make in zip(others, numbers, strict=False) for name, x in make(number).items()}
-        dropout_p, seed, normalizer, memory_lengths, mask = others[len(numbers) : len(numbers) + 5]
+        dropout_p, seed, normalizer, clip, memory_lengths, mask = others[len(numbers) : len(numbers) + 6]
         options = dict(score_bias=score_bias, dropout_p=dropout_p, seed=seed, normalizer=NORMALIZERS[normalizer])
-        masks = dict(memory_lengths=memory_lengths, mask=mask)
-        return function(query, keys, values, *own, **keywords, **options, **masks, need_log_total=True)
+        rest = dict(clip=clip or None, memory_lengths=memory_lengths, mask=mask)
+        return function(query, keys, values, *own, **keywords, **options, **rest, need_log_total=True)
 
     first = 4 + tensors
     return Formula(
         formula,
         differentiable=tuple(range(first)),
         shared=tuple(range(3, 3 + tensors)),
-        numbers=(first, first + len(numbers) + 3),
+        numbers=(first, first + len(numbers) + 4),
         memory=2,
         results=3,
     )
@@ -264,7 +264,7 @@ _WITH_BACKWARD = {
     "gated_additive_attention": _GATED,
 }
 FORMULAS = {
-    "additive_prepare": Formula(None, differentiable=(), shared=()),  # a constant
+    "additive_prepare": Formula(lambda keys: (), differentiable=(), shared=()),  # a constant that no formula reads
     **_WITH_BACKWARD,
     **{f"{name}_backward": _backward(formula) for name, formula in _WITH_BACKWARD.items()},
 }
@@ -340,12 +340,12 @@ def rules(
             save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
             # What forward mode reads as ctx.saved_tensors: as above, but for the alignments, which it does not need.
             ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
-            if formula.function is None:
+            if not formula.differentiable:
                 ctx.mark_non_differentiable(output)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            if formula.function is None:
+            if not formula.differentiable:
                 return None
             results = push_forward(formula, saved(ctx), tangents)
             return results[0] if ctx.single else results

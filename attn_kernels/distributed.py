@@ -143,21 +143,24 @@ class _Additive(NamedTuple):
 
     backend: str
 
-    def scores(self, query: Tensor, keys: Tensor, *units: Tensor | None) -> Tensor:
+    def scores(self, query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if self.backend == "reference":
-            return reference.additive_scores(query, keys, *units)
-        scores: Tensor = ops.call("additive_scores", self.backend, query, keys, *units)
+            return reference.additive_scores(query, keys, v, bias)
+        scores: Tensor = ops.call("additive_scores", self.backend, query, keys, v, bias)
         return scores
 
-    def gradients(self, grad_scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(
+        self, grad_scores: Tensor, query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if self.backend != "reference":
-            *gradients, grad_bias = ops.call("additive_scores_backward", self.backend, grad_scores, *inputs, True, True)
-            return *gradients, grad_bias if inputs[3] is not None else None
-        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        with torch.enable_grad():
-            scores = reference.additive_scores(*leaves)
-        gradients = iter(torch.autograd.grad(scores, [leaf for leaf in leaves if leaf is not None], grad_scores))
-        return tuple(None if leaf is None else next(gradients) for leaf in leaves)
+            inputs = (query, keys, v, bias)
+            found = ops.call("additive_scores_backward", self.backend, grad_scores, *inputs, True, True)
+        else:
+            leaves = [t.detach().requires_grad_() for t in (query, keys, v, bias) if t is not None]
+            with torch.enable_grad():
+                scores = reference.additive_scores(*leaves)
+            found = torch.autograd.grad(scores, leaves, grad_scores)
+        return found[0], found[1], found[2], None if bias is None else found[3]
 
 
 class _Dot(NamedTuple):
@@ -207,7 +210,7 @@ class _Sharded(torch.autograd.Function):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        *units: Tensor | None,
+        *units: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         with torch.autocast(query.device.type, enabled=False):
             q, k, x, *u = upcast(query, keys, values, *units)
@@ -240,20 +243,22 @@ class _ShardedBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         padding, context, alignments, *inputs = saved
         with torch.autocast(context.device.type, enabled=False):
-            grad_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
-            grad_context, grad_alignments, *widened = upcast(grad_context, grad_alignments, *inputs)
-            sums = (grad_context * context).sum(-1, keepdim=True)
+            of_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
+            of_context, of_alignments, *widened = upcast(of_context, grad_alignments, *inputs)
+            sums = (of_context * context).sum(-1, keepdim=True)
             if plan.need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
                 own = torch.zeros_like(sums)
-                if grad_alignments is not None:
-                    own = _fill(alignments * grad_alignments, padding).sum(-1, keepdim=True)
+                if of_alignments is not None:
+                    own = _fill(alignments * of_alignments, padding).sum(-1, keepdim=True)
                 dist.all_reduce(own, group=plan.group)
                 sums = sums + own
-            gradients = _backward(plan.form, grad_context, grad_alignments, sums, padding, alignments, widened)
-            shared = [i for i, need in enumerate(needed) if need and i not in (1, 2)]  # all but keys and values
-            for i, gradient in zip(shared, _all_reduce([gradients[i] for i in shared], plan.group), strict=True):
+            gradients = _backward(plan.form, of_context, of_alignments, sums, padding, alignments, *widened)
+            own_part = (1, 2)  # keys and values
+            shared = {i: g for i, g in enumerate(gradients) if needed[i] and g is not None and i not in own_part}
+            for i, gradient in zip(shared, _all_reduce(list(shared.values()), plan.group), strict=True):
                 gradients[i] = gradient
-        return tuple(g.to(t.dtype) if need else None for g, t, need in zip(gradients, inputs, needed, strict=True))
+        of_inputs = zip(gradients, inputs, needed, strict=True)
+        return tuple(g.to(t.dtype) if need and g is not None else None for g, t, need in of_inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -266,7 +271,7 @@ def _forward(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    units: list[Tensor | None],
+    units: list[Any],
 ) -> tuple[Tensor, Tensor]:
     """The context of all ranks and the alignments of this one."""
     scores = _fill(plan.form.scores(query, keys, *units), padding, -math.inf)
@@ -295,10 +300,12 @@ def _backward(
     sums: Tensor,
     padding: Tensor | None,
     alignments: Tensor,
-    inputs: list[Tensor | None],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *units: Any,
 ) -> list[Tensor | None]:
     """This rank's gradients for query, keys, values and units. sums: (B, Tq, 1), over all ranks, as in the softmax."""
-    query, keys, values, *units = inputs
     grad_weights = grad_context @ values.mT
     if grad_alignments is not None:
         grad_weights = grad_weights + grad_alignments

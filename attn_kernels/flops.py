@@ -45,6 +45,8 @@ class _AfterImport(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -94,6 +96,10 @@ def _attention_backward(
     products = query[2] + (0 if grad_context is None else values[2])
     count: int = 2 * _pairs(query, keys) * products * (need_query + need_memory)
     return count
+
+
+def _options_backward(grad_context: Shape | None, grad_alignments: Any, _: Any, *others: Any, **__: Any) -> int:
+    return _attention_backward(grad_context, grad_alignments, *others)
 
 
 def _packed_attention(query: Shape, keys: Shape, values: Shape, *others: Any, **named: Any) -> int:
@@ -161,4 +167,6 @@ _FORMULAS = {
     "activated_attention_with_extra_backward": _extra_backward,
     "dot_attention": _attention,
     "dot_attention_backward": _attention_backward,
+    **{f"{score}_attention_with_options": _attention for score in ("additive", "relu", "dot")},
+    **{f"{score}_attention_with_options_backward": _options_backward for score in ("additive", "relu", "dot")},
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -22,6 +24,7 @@ from .checks import (
     INFINITY,
     as_number,
     check_activation,
+    check_clip,
     check_dtypes,
     check_extra,
     check_query_keys,
@@ -32,8 +35,8 @@ from .checks import (
 )
 from .errors import ArgumentTypeError, ArgumentValueError
 from .gated import gated_score, gated_scores
-from .packed_attention import attend_packed, check_memory, check_query, is_jagged, packed_memory
-from .scores import ActivatedScore, AdditiveScore, DotScore
+from .packed_attention import attend_packed, check_memory, check_query, given_options, is_jagged, packed_memory
+from .scores import ActivatedScore, AdditiveScore, DotScore, clipped
 from .types import (
     DTYPES,
     Attention,
@@ -57,6 +60,7 @@ def additive_attention(
     gate: Tensor | None = None,
     extra: Tensor | None = None,
     scale: float = 1.0,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
@@ -101,6 +105,10 @@ def additive_attention(
             gradient is that of both; elsewhere, and with a gate, several score vectors, an option below or
             ``activation="sigmoid"``, it is a tensor.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
+        clip: C > 0, for C tanh(score) in the place of each score: pointers to steps that stay unsure (Bello et al.,
+            "Neural combinatorial optimization with reinforcement learning", 2017, appendix A.2, equation 16). It is
+            taken of the score with its scale, before ``score_bias`` is added. Soft-capping, C tanh(score / C), is that
+            with ``scale=1 / C``.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
@@ -134,7 +142,7 @@ def additive_attention(
     tensors know. No work is done for padding on the CPU. Other backends than "cpu" run on a padded copy, and on a GPU
     wait for the largest length unless ``max_seqlen`` is known; offsets are not checked there. Not together with
     ``memory_lengths``, ``mask``, ``gate``, several score vectors, ``extra``, ``prepared``, ``score_bias``,
-    ``dropout_p``, ``normalizer`` and ``need_log_total``.
+    ``dropout_p``, ``normalizer``, ``clip`` and ``need_log_total``.
 
     Dtypes: float64, float32, bfloat16, float16, the same for all tensors; sums are float32 or wider. Under autocast the
     inputs are cast to its dtype (float64 excepted), like those of ``scaled_dot_product_attention``.
@@ -146,7 +154,7 @@ def additive_attention(
     name = "additive_attention"
     memory = None
     if memory_offsets is not None or (type(keys) is not Tensor and is_jagged(keys)):
-        few = _given_options(score_bias, dropout_p, normalizer, need_log_total)
+        few = given_options(score_bias, dropout_p, normalizer, clip, need_log_total)
         of_padded = dict(memory_lengths=memory_lengths, mask=mask, extra=extra, prepared=prepared)
         memory = packed_memory(name, keys, values, memory_offsets, **of_padded, **few)
         keys = memory.keys
@@ -166,7 +174,8 @@ def additive_attention(
         else:
             check_units(name, query, "v", v)
         v = scale * v
-    with_options = gated or score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total
+    more = gated or clip is not None or score_bias is not None
+    with_options = more or dropout_p != 0.0 or normalizer != "softmax" or need_log_total
     if gated and (memory is not None or prepared is not None):
         given = "prepared" if memory is None else "memory_offsets"
         raise ArgumentValueError(f"{name}: {given} must be None with a gate or several score vectors")
@@ -174,9 +183,12 @@ def additive_attention(
         check_extra(name, query, keys, extra)
         keys, extra, prepared = keys + extra, None, None
     masks = new(Masks, (memory_lengths, mask))
+    # The usual form of sigmoid leaves out a constant of all scores, which these would show: see _half_of_sigmoid.
+    if activation == "sigmoid" and (clip is not None or need_log_total or normalizer != "softmax"):
+        gated = gated or prepared is None
     if gated:
         of_gate = gated_score(name, v, bias, gate, activation, negative_slope)
-        options = make_options(name, score_bias, dropout_p, normalizer)
+        options = make_options(name, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(of_gate, query, keys, values, masks, options, need_weights, need_log_total, backend)
     score: AdditiveScore | ActivatedScore
     if activation == "tanh":
@@ -199,9 +211,9 @@ def additive_attention(
     if with_options:
         if prepared is not None:
             raise ArgumentValueError(
-                f"{name}: prepared must be None with score_bias, dropout_p, normalizer or log_total"
+                f"{name}: prepared must be None with score_bias, dropout_p, normalizer, clip or log_total"
             )
-        options = make_options(name, score_bias, dropout_p, normalizer)
+        options = make_options(name, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
     return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
@@ -246,6 +258,7 @@ def dot_attention(
     values: Tensor | None,
     *,
     scale: float = 1.0,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
@@ -270,22 +283,22 @@ def dot_attention(
         keys: (B, Tk, A).
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
-        memory_lengths, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, memory_offsets, backend:
-            as in :func:`additive_attention`.
+        clip, memory_lengths, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, memory_offsets,
+            backend: as in :func:`additive_attention`.
 
     Returns, packed memories, dtypes, errors: as in :func:`additive_attention`.
     """
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
     if memory_offsets is not None or (type(keys) is not Tensor and is_jagged(keys)):
-        few = _given_options(score_bias, dropout_p, normalizer, need_log_total)
+        few = given_options(score_bias, dropout_p, normalizer, clip, need_log_total)
         of_padded = dict(memory_lengths=memory_lengths, mask=mask)
         memory = packed_memory("dot_attention", keys, values, memory_offsets, **of_padded, **few)
         return attend_packed(DotScore(scale), query, memory, need_weights, backend)
     masks = new(Masks, (memory_lengths, mask))
     score = new(DotScore, (scale,))
-    if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total:
-        options = make_options("dot_attention", score_bias, dropout_p, normalizer)
+    if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total or clip is not None:
+        options = make_options("dot_attention", score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
     return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
@@ -300,6 +313,7 @@ def additive_scores(
     negative_slope: float = 0.01,
     gate: Tensor | None = None,
     extra: Tensor | None = None,
+    clip: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The scores of additive attention, for other normalisers than softmax.
@@ -313,6 +327,7 @@ def additive_scores(
         bias: (A,), added before the activation.
         activation, negative_slope, gate: as in :func:`additive_attention`; without a gate there is no sigmoid above.
         extra: (B, Tk, A), added before the activation.
+        clip: C > 0, for C tanh(score) as in :func:`additive_attention`; made of the scores by two operators more.
         backend: as in :func:`additive_attention`.
 
     Returns:
@@ -321,6 +336,10 @@ def additive_scores(
 
     Source, dtypes, errors: as in :func:`additive_attention`.
     """
+    if clip is not None:
+        clip = check_clip("additive_scores", clip)
+        options: dict[str, Any] = dict(activation=activation, negative_slope=negative_slope, gate=gate, extra=extra)
+        return clipped(additive_scores(query, keys, v, bias, **options, backend=backend), clip)
     if extra is not None:
         check_extra("additive_scores", query, keys, extra)
         keys = keys + extra
@@ -374,15 +393,3 @@ def _half_of_sigmoid(
     check_units(name, query, "v", v)
     check_units(name, query, "bias", bias)
     return 0.5 * query, 0.5 * keys, 0.5 * v, None if bias is None else 0.5 * bias
-
-
-def _given_options(
-    score_bias: Tensor | None, dropout_p: float, normalizer: str, need_log_total: bool
-) -> dict[str, object]:
-    """By name, None where they are as by default."""
-    return dict(
-        score_bias=score_bias,
-        dropout_p=dropout_p if dropout_p != 0.0 else None,
-        normalizer=normalizer if normalizer != "softmax" else None,
-        need_log_total=True if need_log_total else None,
-    )

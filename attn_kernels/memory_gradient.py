@@ -143,7 +143,9 @@ class MemoryGradient:
 
     def is_needed(self) -> bool:
         """Whether this pass needs a gradient beyond the memory."""
-        return torch._C._will_engine_execute_node(self.anchor.grad_fn)
+        node = self.anchor.grad_fn
+        assert node is not None  # this pass came from a step, whose memory needs a gradient
+        return torch._C._will_engine_execute_node(node)
 
     def record(self, step: _StepRecord, dkeys: Tensor | None = None) -> None:
         """Called by the backward of a step, where the gradient of the memory is needed.

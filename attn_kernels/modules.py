@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_module import AttentionModule
+from .checks import check_clip
 from .errors import ArgumentValueError
 from .memory import Memory
 from .scores import AdditiveScore, DotScore, Score, unit_length
@@ -40,6 +41,8 @@ class BahdanauAttention(AttentionModule):
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer that scores.
         normalize: learn ``g``, initially sqrt(1 / units), and ``bias``, initially 0.
+        clip: C, for C tanh(score) in the place of each score, as of :func:`attn_kernels.additive_attention`. Its memory
+            is padded, and each step makes the gradients of all of it.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -54,6 +57,7 @@ class BahdanauAttention(AttentionModule):
         units: int,
         normalize: bool = False,
         *,
+        clip: float | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,6 +65,7 @@ class BahdanauAttention(AttentionModule):
         super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units = units
         self.normalize = normalize
+        self.clip = check_clip(self._name, clip)
         self.v: nn.Parameter = self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if normalize else None
         self.bias: nn.Parameter | None = self._parameter(units) if normalize else None
@@ -68,7 +73,7 @@ class BahdanauAttention(AttentionModule):
 
     def _reset_scores(self) -> None:
         _reset_score_vector(self.v)
-        if self.normalize:
+        if self.g is not None and self.bias is not None:
             nn.init.constant_(self.g, math.sqrt(1 / self.units))
             nn.init.zeros_(self.bias)
 
@@ -101,6 +106,7 @@ class LuongAttention(AttentionModule):
         units: size of the hidden layer of "concat", which needs it; the others have none.
         score: "dot", "general" or "concat".
         scale: learn a factor ``g`` of the scores, initially 1 (TensorFlow's ``LuongAttention(scale=True)``).
+        clip: as of :class:`BahdanauAttention`; of scores with that factor.
         backend: as of :func:`attn_kernels.dot_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -116,6 +122,7 @@ class LuongAttention(AttentionModule):
         score: str = "general",
         scale: bool = False,
         *,
+        clip: float | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -142,6 +149,7 @@ class LuongAttention(AttentionModule):
         self.units = units
         self.score = score
         self.scale = scale
+        self.clip = check_clip(self._name, clip)
         self.v: nn.Parameter | None = None if units is None else self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if scale else None
         self._reset_scores()
@@ -165,7 +173,9 @@ class LuongAttention(AttentionModule):
 
     def score_vector(self) -> Tensor:
         """(A,), of "concat": ``v``, or with ``scale`` g v."""
-        return self.v if self.g is None else self.g * self.v
+        v = self.v
+        assert v is not None  # of "concat"
+        return v if self.g is None else self.g * v
 
     def extra_repr(self) -> str:
         units = {} if self.units is None else {"units": self.units}

@@ -64,7 +64,21 @@ def packed_memory(
                 raise ArgumentValueError(f"{name}: values must have the lengths of keys")
             values = values.values()
         keys = keys.values()
+    assert memory_offsets is not None  # of keys that are not jagged, given
     return PackedMemory(keys, values, memory_offsets, max_length)
+
+
+def given_options(
+    score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None, need_log_total: bool
+) -> dict[str, object]:
+    """By name, None where they are as by default."""
+    return dict(
+        score_bias=score_bias,
+        dropout_p=dropout_p if dropout_p != 0.0 else None,
+        normalizer=normalizer if normalizer != "softmax" else None,
+        clip=clip,
+        need_log_total=True if need_log_total else None,
+    )
 
 
 def refuse(name: str, argument: str, padded: str, others: dict[str, Any]) -> None:
@@ -102,6 +116,7 @@ def packed_rows(
         else:
             memory_offsets, max_length = _offsets(name, "memory", memory), getattr(memory, "_maybe_max_seqlen", None)
             memory = memory.values()
+    assert memory_offsets is not None  # of rows, given
     check_tensor(name, "memory", memory)
     if memory.dim() != 2 or memory.shape[1] != size:
         got = shape_of(memory)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,16 +36,17 @@ def additive_scores(
     negative_slope: float = 0.01,
     gate: Tensor | None = None,
     extra: Tensor | None = None,
+    clip: float | None = None,
 ) -> Tensor:
     """scores[b, i, j] = v . (activation(query[b, i] + keys[b, j] + extra[b, j] + bias) * sigmoid(gate[b, j])).
 
-    With v (R, A): scores[b, i, r, j], of v[r].
+    With v (R, A): scores[b, i, r, j], of v[r]. clip: as of additive_attention.
     """
     queries, keys, vectors, bias, gate, extra = upcast(_with_query_axis(query), keys, v, bias, gate, extra)
     if extra is not None:
         keys = keys + extra
     activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
-    scores = _additive_scores(queries, keys, vectors, bias, gate, activate, None)
+    scores = _clipped(_additive_scores(queries, keys, vectors, bias, gate, activate, None), clip)
     return _as_query(_split_rows(scores, v), query)
 
 
@@ -60,6 +62,7 @@ def additive_attention(
     gate: Tensor | None = None,
     extra: Tensor | None = None,
     scale: float = 1.0,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
@@ -72,7 +75,8 @@ def additive_attention(
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias).
 
     With a gate, scale * v . (activation(...) * sigmoid(gate)): Ilse et al. 2018, section 2.4, equation 9. With v
-    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2.
+    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2. With a clip C, C tanh(scores), to
+    which score_bias is added: Bello et al. 2017, appendix A.2, equation 16.
     """
     activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
     queries, keys, values, vectors, bias, gate, extra = upcast(
@@ -87,13 +91,13 @@ def additive_attention(
     scores = scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed)
     if v.dim() == 2:
         if score_bias is not None:
-            score_bias = score_bias if query.dim() == 3 else score_bias[:, None]
-            score_bias = score_bias.repeat_interleave(len(v), 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
+            rows = score_bias if query.dim() == 3 else score_bias[:, None]
+            score_bias = rows.repeat_interleave(len(v), 1) if rows.dim() == 3 else rows.flatten(1, 2)
         if _per_query(allowed):
             allowed = allowed.repeat_interleave(len(v), 1)
-    options = (score_bias, dropout_p, seed, normalizer, need_log_total)
+    options = (clip, score_bias, dropout_p, seed, normalizer, need_log_total)
     results = _attend(scores, values, allowed, need_weights, _with_query_axis(query), *options)
-    return type(results)(*(None if x is None else _without_query_axis(_split_rows(x, v), query) for x in results))
+    return _map(results, lambda x: _without_query_axis(_split_rows(x, v), query))
 
 
 def dot_attention(
@@ -102,6 +106,7 @@ def dot_attention(
     values: Tensor | None,
     *,
     scale: float = 1.0,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
@@ -111,7 +116,7 @@ def dot_attention(
     need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
-    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys."""
+    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys. clip: as of additive_attention."""
     queries, keys, values = upcast(_with_query_axis(query), keys, values)
     allowed = attention_mask(keys, memory_lengths, mask)
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
@@ -119,9 +124,9 @@ def dot_attention(
         scores = (_mask_pairs(queries[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
     else:
         scores = queries @ keys.transpose(1, 2)
-    options = (score_bias, dropout_p, seed, normalizer, need_log_total)
+    options = (clip, score_bias, dropout_p, seed, normalizer, need_log_total)
     results = _attend(scale * scores, values, allowed, need_weights, _with_query_axis(query), *options)
-    return type(results)(*(None if x is None else _without_query_axis(x, query) for x in results))
+    return _map(results, lambda x: _without_query_axis(x, query))
 
 
 def _additive_scores(
@@ -148,18 +153,25 @@ def _additive_scores(
     return (hidden @ v.resolve_neg().mT).mT.flatten(1, 2)  # of a lazy negative, the product is rounded in another way
 
 
+def _clipped(scores: Tensor, clip: float | None) -> Tensor:
+    return scores if clip is None else clip * torch.tanh(scores)
+
+
 def _attend(
     scores: Tensor,
     values: Tensor | None,
     allowed: Tensor | None,
     need_weights: bool,
     query: Tensor,
+    clip: float | None,
     score_bias: Tensor | None,
     dropout_p: float,
     seed: int,
     normalizer: str,
     need_log_total: bool,
 ) -> Attention | AttentionWithLogTotal:
+    if clip is not None:  # a gradient of 0 times the derivative at a NaN of padding would be NaN
+        scores = _clipped(scores if allowed is None else scores.masked_fill(~allowed, 0.0), clip)
     if score_bias is not None:
         score_bias = _with_query_axis(score_bias).to(scores.dtype)
         scores = scores + (score_bias if allowed is None else score_bias.masked_fill(~allowed, 0.0))
@@ -174,21 +186,28 @@ def _attend(
     alignments = torch.softmax(scores, dim=-1)
     if allowed is not None:
         alignments = alignments.masked_fill(~allowed, 0.0)
-    context = None
+    context: Tensor | None = None
     weights = alignments if dropout_p == 0 else alignments * dropout_factors(alignments.shape, dropout_p, seed, scores)
     if values is not None and _per_query(allowed):
         context = (weights[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
     elif values is not None:
         context = weights @ values
-    if values is not None and not need_weights:
-        alignments = None
-    context, alignments = (None if x is None else x.to(query.dtype) for x in (context, alignments))
+    returned = alignments if need_weights or values is None else None
+    results: list[Any] = [None if x is None else x.to(query.dtype) for x in (context, returned)]
+    attention = Attention(*results)
     if not need_log_total:
-        return Attention(context, alignments)
+        return attention
     log_total = torch.logsumexp(scores, -1)
     if empty is not None:
         log_total = log_total.masked_fill(empty.squeeze(-1), float("-inf"))
-    return AttentionWithLogTotal(context, alignments, log_total)
+    return AttentionWithLogTotal(*attention, log_total)
+
+
+def _map(
+    results: Attention | AttentionWithLogTotal, change: Callable[[Tensor], Tensor]
+) -> Attention | AttentionWithLogTotal:
+    changed: list[Any] = [None if x is None else change(x) for x in results]
+    return type(results)(*changed)
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
@@ -246,7 +265,7 @@ def _zero_padding(
     )
 
 
-def _per_query(allowed: Tensor | None) -> bool:
+def _per_query(allowed: Tensor | None) -> TypeGuard[Tensor]:
     return allowed is not None and allowed.shape[1] != 1
 
 

@@ -308,6 +308,14 @@ PackedScore = AdditivePackedScore | ActivatedPackedScore | DotPackedScore
 Score = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore | GatedAdditiveScore | DotScore
 
 
+def clipped(scores: Tensor, clip: float | None) -> Tensor:
+    """C tanh(scores), by PyTorch; None: as they are."""
+    if clip is None:
+        return scores
+    wide: Tensor = types.upcast(scores)[0]
+    return (clip * torch.tanh(wide)).to(scores.dtype)
+
+
 def unit_length(x: Tensor, eps: float) -> Tensor:
     """x / |x| along the last axis; vectors that are not longer than eps stay as they are."""
     wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack  # of typing from Python 3.11 on
+
+    _Tensors = TypeVarTuple("_Tensors")  # each a Tensor, or Tensor | None
 
 
 class Attention(NamedTuple):
@@ -44,13 +49,15 @@ class Options(NamedTuple):
     """What few calls of an attention have.
 
     score_bias: (B, Tq, Tk), added to the scores. dropout_p: how likely a weight is left out of the context. seed: of
-    dropout. normalizer: its place in NORMALIZERS.
+    dropout. normalizer: its place in NORMALIZERS. clip: C, of C tanh(score) in the place of the score, before
+    score_bias is added; 0 for the score itself.
     """
 
     score_bias: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
     normalizer: int = 0
+    clip: float = 0.0
 
 
 NORMALIZERS = ("softmax", "sigmoid")
@@ -74,17 +81,25 @@ def attention_mask(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | N
     return allowed
 
 
+def alignments_of(attention: Attention) -> Tensor:
+    """Those of a call with ``need_weights=True``."""
+    assert attention.alignments is not None
+    return attention.alignments
+
+
 def device_type(tensor: Tensor) -> str:
     return "cpu" if tensor.is_cpu else tensor.device.type  # which makes a device and a string
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
     """The tensors in the dtype of autocast, where that is on for the device of the first; float64 stays."""
-    device = device_type(tensors[0])
+    given: tuple[Any, ...] = tensors
+    device = device_type(given[0])
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype not in DTYPES[:3] else t.to(dtype) for t in tensors)
+    found: tuple[Any, ...] = tuple(t if t is None or t.dtype not in DTYPES[:3] else t.to(dtype) for t in given)
+    return found
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,9 +107,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
+def upcast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
     """The tensors in float32; float64 stays."""
-    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+    given: tuple[Any, ...] = tensors
+    found: tuple[Any, ...] = tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in given)
+    return found
 
 
 def on_one_device(query: Tensor, *others: Any) -> bool:

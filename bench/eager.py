@@ -60,6 +60,7 @@ def additive_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    clip: float | None = None,
     score_bias: Tensor | None = None,
     normalizer: str = "softmax",
     activation: str = "tanh",
@@ -77,7 +78,7 @@ def additive_attention(
             mask = mask.repeat_interleave(len(v), 1)
         context, alignments = _attend(scores.flatten(1, -2), values, memory_lengths, mask, need_weights)
         return Attention(*(None if x is None else x.unflatten(1, rows) for x in (context, alignments)))
-    scores = _biased(scores, score_bias, normalizer)
+    scores = _biased(scores, clip, score_bias, normalizer)
     return _attend(scores, values, memory_lengths, mask, need_weights)
 
 
@@ -97,6 +98,7 @@ def dot_attention(
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    clip: float | None = None,
     score_bias: Tensor | None = None,
     normalizer: str = "softmax",
 ) -> Attention:
@@ -105,7 +107,7 @@ def dot_attention(
     scores = torch.bmm(queries, keys.transpose(1, 2))
     if scale != 1.0:
         scores = scores * scale
-    scores = _biased(scores[:, 0] if query.dim() == 2 else scores, score_bias, normalizer)
+    scores = _biased(scores[:, 0] if query.dim() == 2 else scores, clip, score_bias, normalizer)
     return _attend(scores, values, memory_lengths, mask, need_weights)
 
 
@@ -132,7 +134,8 @@ def sdpa_dot_attention(
     return Attention(context[:, 0] if query.dim() == 2 else context, None)
 
 
-def _biased(scores: Tensor, score_bias: Tensor | None, normalizer: str) -> Tensor:
+def _biased(scores: Tensor, clip: float | None, score_bias: Tensor | None, normalizer: str) -> Tensor:
+    scores = scores if clip is None else clip * torch.tanh(scores)
     scores = scores if score_bias is None else scores + score_bias
     # sigmoid(s) over their sum is the softmax of its logarithm.
     return torch.nn.functional.logsigmoid(scores) if normalizer == "sigmoid" else scores

@@ -38,8 +38,15 @@ constexpr float kMaxBoundOne = 43.0f;
 // For |q| and |k| by themselves: e^{2q}, e^{-2q} and those of k are normal numbers. Their product E need not be, where
 // it is kept at most at the next two (on the CPU).
 constexpr float kMaxAbsExponential = 43.0f;
-// Forward, additive_compensated.h: of E - 1. From there on (E - 1) / (E + 1) is 1, and E^2 is in range.
+// Forward on the CPU, cpu/additive_compensated.h: of E - 1. From there on (E - 1) / (E + 1) is 1, and E^2 is in range.
 constexpr float kMaxNumerator = 0x1p30f;
+// Forward on GPUs, compensated: the numbers are those of the form of three, scaled as they are, so that d is 2^-40 to
+// 2^-16 (1 + E). Two share a reciprocal: d1 d2 is at most 2^-32 (1 + E)^2, which e^{4 bound} = 2^139 lets grow to 2^107.
+constexpr float kMaxBoundUnclamped = 24.0f;
+// Beyond, (E - 1) / v is clamped, which the first of these is far from where tanh is not 1: 2 / v is 2^-15 at most. Of
+// |q| and |k| by themselves: e^{-2 |q|} / v and e^{-2 |k|}, each scaled by 2^-20, are normal numbers.
+constexpr float kMaxScaledNumerator = 0x1p20f;
+constexpr float kMaxAbsClamped = 36.0f;
 // Backward, of E and 1/E: g = ds / (E + 1/E + 2), and from there on 1 - tanh^2 is below 2^-76. Beyond, for ds as
 // small as 2^-48, g would be denormal and g (E - 1/E) inexact.
 constexpr float kMaxExponentialBackward = 0x1p78f;
@@ -58,6 +65,8 @@ constexpr float kMinAbsMaxV = 1e-30f, kMaxAbsMaxV = 1e30f;
 constexpr float kMinRelativeV = 0x1p-24f;
 // The scale of d: with it the least product of three, 2^-120, is in range.
 constexpr float kDenominatorScale = 0x1p-40f;
+// Of which queries and steps have one each, on GPUs.
+constexpr float kDenominatorScaleOfRow = 0x1p-20f;
 // d of a unit that is dropped: 1 / d is 2^-48 of that of the largest unit.
 constexpr float kDroppedDenominator = 256.0f;
 

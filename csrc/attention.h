@@ -19,6 +19,7 @@ struct AttentionOptions {
   double dropout_p;         // how likely a weight is left out of the context; the others are larger by 1 / (1 - p)
   uint64_t seed;            // of dropout: see keeps()
   bool sigmoid;             // alignments are sigmoid(scores) over their sum
+  double clip;              // C, of C tanh(score) in the place of the score, before score_bias; 0 for the score itself
 };
 
 // Whether a weight stays: a uniform number of 24 bits from seed and the number of the weight in (B, Tq, Tk), by
@@ -66,7 +67,8 @@ struct AttentionBackward : Score, Score::Gradients {
 // The scores alone, as an op of their own.
 template <class Score>
 struct ScoresForward : Score {
-  void* scores;  // (B, Tq, Tk) contiguous
+  void* scores;       // (B, Tq, Tk) contiguous
+  bool wide = false;  // float, or double for float64, whatever the dtype of query: CPU only
 };
 
 // Outputs as those of AttentionBackward.

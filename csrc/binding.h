@@ -60,10 +60,11 @@ struct OptionArguments {
   double dropout_p;
   int64_t seed;
   int64_t normalizer;  // 0: softmax, 1: sigmoid
+  double clip;         // 0 for none
 
   AttentionOptions options(const Scores& n) const {
     return {array(score_bias, "score_bias", n.query.dtype, {n.B, n.Tq, n.Tk}), dropout_p, static_cast<uint64_t>(seed),
-            normalizer == 1};
+            normalizer == 1, clip};
   }
 };
 

@@ -227,6 +227,13 @@ VARIANTS = MAIN | {
         options={**_OF_DOT.options, "normalizer": "sigmoid"},
         lacks=("cuda",),
     ),
+    "clip": _OF_DOT._replace(options={**_OF_DOT.options, "clip": 1.5}, lacks=("cuda",)),
+    "clip, score bias": _OF_ATTENTION._replace(
+        inputs=(*_OF_ATTENTION.inputs, "score_bias"),
+        by_name=("score_bias",),
+        options={"clip": 2.0},
+        lacks=("cuda",),
+    ),
     # Other backends run on a padded copy.
     "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention"), lacks=ON_GPUS),
     "packed dot": _OF_DOT._replace(variant=_packed("dot_attention"), lacks=ON_GPUS),

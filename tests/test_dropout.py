@@ -69,14 +69,14 @@ def kept(queries: int, steps: int, p: float, seed: int, backend: str, device: st
     """Which weights stay in a forward, and in its backward."""
     query, keys = torch.zeros(2, queries, 4, device=device), torch.zeros(2, steps, 4, device=device)
     values = torch.eye(steps, device=device).expand(2, steps, steps)
-    arguments = (query, keys, values, None, 1.0, p, seed, 0, None, None)
+    arguments = (query, keys, values, None, 1.0, p, seed, 0, 0.0, None, None)
     if backend == "reference":
         return reference.dropout_factors((2, queries, steps), p, seed, query) > 0
     context, alignments, log_total = kernel("dot_attention_with_options", backend)(*arguments, True)
     backward = kernel("dot_attention_with_options_backward", backend)
     # Each query has a column of its own, so that the gradient of values is a list of weights.
     grad = torch.eye(queries, device=device).expand(2, queries, queries).contiguous()
-    arguments = (query, keys, torch.zeros(2, steps, queries, device=device), None, 1.0, p, seed, 0, None, None)
+    arguments = (query, keys, torch.zeros(2, steps, queries, device=device), None, 1.0, p, seed, 0, 0.0, None, None)
     dvalues = backward(grad, None, None, *arguments, alignments, log_total, True, True)[2]
     assert torch.equal(dvalues.mT > 0, context > 0)
     return context > 0

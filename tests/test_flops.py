@@ -53,6 +53,18 @@ def test_products_of_the_formula(op: str) -> None:
         assert count(op, "reference", backward=True) == 3 * FORWARD[op]
 
 
+def test_options() -> None:
+    """A clip, which is elementwise, counts nothing, nor do the scores that its backward makes again."""
+    if not attn_kernels.backends()["cpu"].available:
+        pytest.skip("the op has kernels on the CPU only")
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            context = attn_kernels.dot_attention(*tensors("dot_attention"), clip=2.0).context
+            if backward:
+                context.sum().backward()
+        assert counter.get_total_flops() == (3 if backward else 1) * FORWARD["dot_attention"]
+
+
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_score_vectors(vectors: int) -> None:
     if not attn_kernels.backends()["cpu"].available:

@@ -78,6 +78,7 @@ def test_all_ways_of_writing(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.left_out_if(lambda name: name not in CORE and list(CASES).index(name) % 3)  # the rewriting is the same
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name: str) -> None:
     check(CASES[name], torch.float32)

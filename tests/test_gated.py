@@ -102,6 +102,7 @@ def test_options(activation: str, masks: dict, own_bias: bool, normalizer: str) 
     shape = (B, TQ, 3, TK) if own_bias else (B, TQ, TK)
     given = tensors(3, score_bias=shape)
     options: dict[str, Any] = dict(dropout_p=0.4, normalizer=normalizer, need_log_total=True, activation=activation)
+    options["clip"] = 1.5 if own_bias else None
     found = []
     for backend in ("cpu", "reference"):
         torch.manual_seed(3)
@@ -208,7 +209,7 @@ def test_opcheck(op: str, with_gate: bool) -> None:
     else:
         lengths = MASKS["lengths"]["memory_lengths"]
         memory = [given["query"], given["keys"], given["values"]]
-        arguments = [*memory, *own, None, 2, 0.3, 0.0, 0, 0, lengths, None, True]
+        arguments = [*memory, *own, None, 2, 0.3, 0.0, 0, 0, 1.5, lengths, None, True]
         grads = [torch.randn(B, TQ * 3, D), torch.randn(B, TQ * 3, TK), None]
     torch.library.opcheck(kernel(op, "cpu"), tuple(arguments))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]

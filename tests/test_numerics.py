@@ -290,18 +290,42 @@ def test_edges_of_guards(op: Op, fused: str, device: str, share: float, cancel: 
             raise AssertionError(f"|q| + |k| from {total} on, {queries} queries, {units} units\n{error}") from None
 
 
+@slow_interpreted(0.1, 30.0)
+@pytest.mark.parametrize("fused", ["triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("cancel", [False, True], ids=["any", "opposite"])
+@pytest.mark.parametrize("size", [0.1, 2.0, 12.0, 30.0])
+def test_large_v_of_small_sums(fused: str, device: str, size: float, cancel: bool) -> None:
+    """On a GPU scores of many queries are right to the rounding of each tanh, however large v and near q to -k.
+
+    What is allowed besides is a part of the rounding of q and k, an eighth of what a rounding of 1 in each unit may add
+    up to, as of 1 - 2 / (1 + e^2x).
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    query, bias, v = size / 4 * normal(1, 9, 30), size / 100 * normal(30), 50 * normal(30)
+    keys = (1e-2 * normal(1, 9, 30) - 1) * query if cancel else size / 4 * normal(1, 9, 30)
+    tanh = (query.double()[:, :, None] + keys.double()[:, None] + bias.double()).tanh()
+    scores = attn_kernels.additive_scores(*(t.to(device) for t in (query, keys, v, bias)), backend=fused).cpu().double()
+    allowed = (2.5e-7 * tanh.abs() + 6e-9 * min(1, size)) @ v.double().abs()
+    assert ((scores - tanh @ v.double()).abs() / allowed).max() < 1
+
+
 @pytest.mark.parametrize("fused", ["triton", "cuda"], indirect=True)
 @pytest.mark.parametrize("queries", [2, 19], ids=["few", "many"])
-def test_gradients_keep_their_digits(fused: str, device: str, queries: int) -> None:
+@pytest.mark.parametrize("keys_at", [0.0, -25.0])
+def test_gradients_keep_their_digits(fused: str, device: str, queries: int, keys_at: float) -> None:
     """On a GPU each term of a gradient is right to a few units in its own last place, wherever tanh is.
 
     1 - tanh^2 and 1 - 2 / (1 + e^2x) would be right to a few units in the last place of 1, and the reciprocal of a GPU
     has a larger error than that of a CPU.
     """
     for scale in (1.0, 1e-3):
-        x = (scale * torch.linspace(-8, 8, queries)).to(device)[None, :, None].requires_grad_()
-        keys, v = torch.zeros(1, 1, 1, device=device), torch.ones(1, device=device)
-        exact = torch.tanh(x.detach().double())
+        x = (scale * torch.linspace(-8, 8, queries) - keys_at).to(device)[None, :, None].requires_grad_()
+        keys, v = torch.full((1, 1, 1), keys_at, device=device), torch.ones(1, device=device)
+        exact = torch.tanh(x.detach().double() + keys_at)
         v.requires_grad_()
         keys.requires_grad_()
         for i in range(0, queries, 3):  # a single term each
@@ -394,3 +418,15 @@ def test_sums_over_a_long_memory(queries: int, fused: str, device: str) -> None:
         context, alignments = (t.cpu() for t in attn_kernels.dot_attention(*inputs, backend=fused))
         assert (context - exact).abs().max() < 1.2e-6, "1e-6 of the tolerance policy, and a rounding"
         assert (alignments.double().sum(-1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.every_level
+def test_every_number_of_float16(compiled: str) -> None:
+    """The mean of any two is that of float32, rounded to nearest: subnormal numbers, Inf and NaN included."""
+    every = torch.arange(2**16).sub(2**15).to(torch.int16).view(torch.float16)
+    values = torch.stack([every, every[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]])[None]
+    query, keys = torch.zeros(1, 1, 3, dtype=torch.float16), torch.zeros(1, 2, 3, dtype=torch.float16)
+    context, _ = attn_kernels.dot_attention(query, keys, values, backend=compiled)
+    torch.testing.assert_close(context[0], values.float().mean(1).half(), rtol=0, atol=0, equal_nan=True)
+    context, _ = attn_kernels.dot_attention(query, keys, values.mT.contiguous().mT, backend=compiled)
+    torch.testing.assert_close(context[0], values.float().mean(1).half(), rtol=0, atol=0, equal_nan=True)

@@ -79,7 +79,13 @@ NAMES = ("context", "alignments", "log_total", "dquery", "dkeys", "dvalues", "dv
 
 
 def by_eager(
-    score: str, tensors: list[Tensor], masks: Mapping[str, Tensor], normalizer: str, p: float, seed: int
+    score: str,
+    tensors: list[Tensor],
+    masks: Mapping[str, Tensor],
+    normalizer: str,
+    p: float,
+    seed: int,
+    clip: float | None = None,
 ) -> Any:
     """As people write it, in the dtype of the tensors; zeros for what attends nothing."""
     query, keys, values, v, bias, score_bias = tensors
@@ -87,7 +93,7 @@ def by_eager(
         made = SCORES[score]["scale"] * torch.bmm(query, keys.mT)
     else:
         made = eager.additive_scores(query, keys, v, bias, **SCORES[score])
-    made = made + score_bias
+    made = (made if clip is None else clip * torch.tanh(made)) + score_bias
     if normalizer == "sigmoid":
         made = torch.nn.functional.logsigmoid(made)
     allowed = attention_mask(keys, masks.get("memory_lengths"), masks.get("mask"))
@@ -164,7 +170,7 @@ def test_padding(score: str, queries: int, fused: str, device: str) -> None:
         score_bias = score_bias.masked_fill(~allowed, fill)
         tensors = [t.requires_grad_() for t in (query, keys, values, v, bias, score_bias)]
         torch.manual_seed(3)
-        options = dict(dropout_p=0.4, normalizer="sigmoid", need_log_total=True)
+        options = dict(clip=2.0, dropout_p=0.4, normalizer="sigmoid", need_log_total=True)
         context, alignments, log_total = attend(score, tensors, backend=backend, **options, **masks)
         grads = (torch.ones_like(context), alignments.detach().masked_fill(~allowed, fill), torch.ones_like(log_total))
         gradients = torch.autograd.grad((context, alignments, log_total), tensors, grads, allow_unused=True)
@@ -286,7 +292,7 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
     numbers = {"additive": (), "activated": (ACTIVATIONS.index("leaky_relu"), 0.2), "dot": (0.5,)}[name]
     own = tensors[5:] if name == "dot" else tensors[3:]
     masks = make_masks("both", TQ, device).values()
-    inputs = (*tensors[:3], *own, *numbers, 0.3, 5, 1, *masks)
+    inputs = (*tensors[:3], *own, *numbers, 0.3, 5, 1, 1.5, *masks)
     forward, backward = (kernel(f"{name}_attention_with_options{end}", backend) for end in ("", "_backward"))
     torch.library.opcheck(forward, (*inputs, True))
     inputs = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
@@ -304,6 +310,10 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
         (dict(dropout_p=1.0), ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
         (dict(dropout_p="much"), TypeError, "dropout_p must be a number, got str"),
         (dict(normalizer="sparsemax"), ValueError, "normalizer must be 'softmax' or 'sigmoid', got 'sparsemax'"),
+        (dict(clip=0.0), ValueError, "clip must be positive, got 0.0"),
+        (dict(clip=-3), ValueError, "clip must be positive, got -3.0"),
+        (dict(clip=float("inf")), ValueError, "clip must be a finite number, got inf"),
+        (dict(clip="much"), TypeError, "clip must be a number, got str"),
     ],
 )
 def test_errors(keywords: dict, error: type[Exception], words: str) -> None:

@@ -56,6 +56,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask": (dict(mask=torch.ones(B, LONGEST).bool()), ValueError, "mask is not for jagged keys, nor with memory_off"),
     "dropout": (dict(dropout_p=0.5), ValueError, "dropout_p is not for jagged keys, nor with memory_offsets; pad keys"),
     "normalizer": (dict(normalizer="sigmoid"), ValueError, "normalizer is not for jagged keys"),
+    "clip": (dict(clip=2.0), ValueError, "clip is not for jagged keys, nor with memory_offsets; pad keys"),
     "log total": (dict(need_log_total=True), ValueError, "need_log_total is not for jagged keys"),
     "bias": (dict(score_bias=torch.zeros(B, TQ, LONGEST)), ValueError, "score_bias is not for jagged keys"),
     "nested query": (

@@ -69,14 +69,14 @@ def test_steps_split_over_programs(op: Op, case: Case, dtype: torch.dtype, monke
 @slow_if(lambda with_values, **_: not with_values)
 @pytest.mark.parametrize("with_values", [True, False], ids=["values", "no values"])
 def test_options_of_split_steps(with_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """log_total, dropout, score_bias and the sigmoid do not depend on how many programs walk the steps."""
+    """log_total, dropout, score_bias, clip and the sigmoid do not depend on how many programs walk the steps."""
     device = device_of(available("triton"))
     launched = launches_of_decode(monkeypatch, programs=20)
     rng = torch.Generator().manual_seed(0)
     shapes = ((3, 2, 8), (3, 37, 8), (3, 37, 130), (3, 2, 37))
     query, keys, values, score_bias = (torch.randn(shape, generator=rng).to(device) for shape in shapes)
     lengths = torch.tensor([37, 0, 5], device=device)
-    options = dict(score_bias=score_bias, normalizer="sigmoid", dropout_p=0.4, need_log_total=True)
+    options = dict(score_bias=score_bias, clip=2.0, normalizer="sigmoid", dropout_p=0.4, need_log_total=True)
 
     def run() -> list[torch.Tensor]:
         torch.manual_seed(1)

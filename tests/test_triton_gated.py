@@ -81,6 +81,7 @@ def test_options(masks: str, own_bias: bool, normalizer: str, vectors: int) -> N
     shape = (B, TQ, vectors, TK) if own_bias else (B, TQ, TK)
     given = {name: t.detach().to(device).requires_grad_() for name, t in tensors(vectors, score_bias=shape).items()}
     options: dict[str, Any] = dict(dropout_p=0.4, normalizer=normalizer, need_log_total=True)
+    options["clip"] = 1.5 if own_bias else None
     options |= {name: t.to(device) for name, t in MASKS[masks].items()}
     found = []
     for backend in ("triton", "reference"):

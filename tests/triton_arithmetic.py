@@ -51,6 +51,11 @@ def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return with_error(a.astype(np.float64) / b, b, DIVISION)
 
 
+def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """With one rounding, which the interpreters of older releases of Triton do not have."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
 def fits_16_bits(x: np.ndarray) -> bool:
     """Whether float32 numbers come from bfloat16 or float16: what the kernels widen for the interpreter."""
     bits = np.ascontiguousarray(x).view(np.uint32)
@@ -113,6 +118,7 @@ def install() -> None:
     builder.create_exp = in_float32(exp, builder.create_exp)
     builder.create_exp2 = in_float32(exp2, builder.create_exp2)
     builder.create_fdiv = in_float32(divide, builder.create_fdiv)
+    builder.create_fma = in_float32(multiply_add, builder.create_fma)
     builder.create_dot = create_dot
     builder.create_inline_asm = create_inline_asm
     for name in (

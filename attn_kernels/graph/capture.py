@@ -216,7 +216,7 @@ class Captured:
         given = {"module": module, "args": args, "kwargs": kwargs}
         for place, entry in enumerate(likely or ()):
             if entry.check(given):
-                if place and entry is not self._parts:
+                if place and likely and entry is not self._parts:
                     likely.insert(0, likely.pop(place))
                 return entry
         return next((entry for entry in self.entries if entry.check(given)), None)

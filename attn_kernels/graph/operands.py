@@ -74,9 +74,9 @@ def _total(
         made_of = flow.arguments_of(term.leaf.node)
         known = parts.get(made_of)
         parts[made_of] = node if known is None else emit.call(at, torch.add, known, node)
-    total = None
-    for node in parts.values():
-        total = node if total is None else emit.call(at, torch.add, total, node)
+    total, *others = parts.values()
+    for node in others:
+        total = emit.call(at, torch.add, total, node)
     present = {axis for term in terms for axis in term.axes}
     index = tuple(g if g[0] in present else () for g in apart)
     total = emit.arrange(total, index, groups, at)

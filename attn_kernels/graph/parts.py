@@ -172,12 +172,14 @@ def factor_of(node: Node) -> tuple[Node, float] | None:
     name = name_of(node)
     if name in ("mul", "mul_", "imul", "multiply") and len(node.args) == 2 and not node.kwargs:
         for tensor, number in (arguments(node), arguments(node)[::-1]):
-            if is_tensor(tensor) and constant(number) is not None:
-                return tensor, constant(number)
+            factor = constant(number)
+            if is_tensor(tensor) and factor is not None:
+                return tensor, factor
     if name in ("div", "div_", "itruediv", "truediv", "divide") and len(node.args) == 2 and not node.kwargs:
         tensor, number = arguments(node)
-        if is_tensor(tensor) and constant(number):
-            return tensor, 1.0 / constant(number)
+        divisor = constant(number)
+        if is_tensor(tensor) and divisor:
+            return tensor, 1.0 / divisor
     if name in ("neg", "neg_") and is_tensor(arguments(node)[0]):
         return arguments(node)[0], -1.0
     return None

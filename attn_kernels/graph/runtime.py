@@ -65,7 +65,7 @@ def scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, shift: T
 
 def attention(
     query: Tensor, keys: Tensor, values: Tensor | None, v: Tensor, bias: Tensor | None, masks: Masks
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Context and alignments. A row with nothing to attend has what the original formula has there."""
     held = held_of(keys)
     allowed = None
@@ -84,7 +84,7 @@ def attention(
 
 def dot(
     query: Tensor, keys: Tensor, values: Tensor | None, scale: float, shifts: tuple[Tensor, ...], masks: Masks
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Context and alignments, as :func:`attention`."""
     held = held_of(keys)
     allowed = None
@@ -110,17 +110,18 @@ def _mask(masks: Masks, keys: Tensor, held: Held | None, lowest: Callable[[], fl
     if any(mask.is_added and mask.tensor.requires_grad for mask in masks) and torch.is_grad_enabled():
         return None
     given = tuple(mask.tensor for mask in masks)
-    known, allowed = (None, None) if held is None else held.masks or (None, None)
-    if known is None or not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(known, given, strict=True)):
+    known: tuple[tuple[Tensor, ...], Allowed] | None = None if held is None else held.masks
+    if known and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(known[0], given, strict=True)):
+        allowed = known[1]
+    else:
         allowed = _allowed(masks)
         if held is not None:
-            if any(allowed.mask is mask for mask in given):
+            if allowed.mask is not None and any(allowed.mask is mask for mask in given):
                 allowed = allowed._replace(mask=allowed.mask.clone())
             held.masks = tuple(mask.clone() for mask in given), allowed
     if not allowed.is_full or (allowed.highest > -math.inf and not allowed.highest <= lowest()):
         return None
-    combined: Tensor | None = allowed.mask
-    return combined
+    return allowed.mask
 
 
 def _allowed(masks: Masks) -> Allowed:
@@ -136,6 +137,7 @@ def _allowed(masks: Masks) -> Allowed:
         else:
             kept = mask.tensor if mask.keep else ~mask.tensor
         allowed = kept if allowed is None else allowed & kept
+    assert allowed is not None  # there is a mask
     return Allowed(allowed, bool(allowed.any(-1).all()), highest)
 
 

@@ -14,7 +14,7 @@ from ..errors import ArgumentValueError
 from ..functional import additive_attention
 from ..memory import Memory
 from ..scores import AdditiveScore
-from ..types import Attention, Masks
+from ..types import Masks, alignments_of
 from .alignments import average
 from .location_features import AlignmentFilters
 from .stateful import StatefulAttention
@@ -59,15 +59,16 @@ class StatefulAdditiveAttention(StatefulAttention):
         """How the extra of each step from ``state`` on is made, of one hypothesis; None: not by such filters."""
         return None
 
-    def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> Attention:
+    def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> tuple[Tensor, Tensor]:
         """Alignments by softmax, and their context. query: (B, K, A), projected. extra: (B, K, Tk, A)."""
         if query.shape[1] > 1:
             alignments = self._align(query, memory, extra, memory.mask)
-            return Attention(average(alignments, memory), alignments)
+            return average(alignments, memory), alignments
         score = self.make_score(memory)
         masks = Masks(memory.memory_lengths, memory.mask)
         extra = extra.squeeze(1).to(memory.keys.dtype)
-        return attend_with_extra(score, query, memory.keys, memory.values, extra, masks, True, self.backend, memory)
+        result = attend_with_extra(score, query, memory.keys, memory.values, extra, masks, True, self.backend, memory)
+        return result.context, alignments_of(result)
 
     def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. mask: in place of that of the memory."""
@@ -80,8 +81,8 @@ class StatefulAdditiveAttention(StatefulAttention):
             if mask is not None:
                 mask = mask.flatten(0, 1) if mask.dim() == 3 else mask.repeat_interleave(hypotheses, 0)
         options: dict[str, Any] = {"memory_lengths": lengths, "mask": mask, "backend": self.backend}
-        alignments = additive_attention(query, keys, None, self.v, self.bias, scale=self.scale, **options).alignments
-        return alignments.reshape(memory.batch_size, hypotheses, keys.shape[1])
+        result = additive_attention(query, keys, None, self.v, self.bias, scale=self.scale, **options)
+        return alignments_of(result).reshape(memory.batch_size, hypotheses, keys.shape[1])
 
     def _check(self, query: Tensor, memory: Memory) -> None:
         super()._check(query, memory)

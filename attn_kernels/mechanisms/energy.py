@@ -73,7 +73,9 @@ class EnergyAttention(AlignmentsAttention):
 
     def score_vector(self) -> Tensor:
         """(units,), of additive energies: ``v``, or with ``normalize`` g v / |v|."""
-        return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
+        v = self.v
+        assert v is not None  # of additive energies
+        return v if self.g is None else v * (self.g / torch.linalg.vector_norm(v))
 
     def _energy(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         """(B, K, Tk), in float32 or wider. query: (B, K, units), projected. keys: (B, Tk, units)."""

@@ -112,7 +112,7 @@ class ForwardAttention(StatefulAdditiveAttention):
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
         before, move = as_state(self._name, ForwardState, state, (memory.keys.shape[1], 1))
         extra = None
-        if self.location_convolution is not None:
+        if self.location_convolution is not None and self.location_projection is not None:
             extra = project_locations(self.location_convolution, self.location_projection, before)
         weights = _moved_on(before, None if self.transition is None else move, allowed_steps(memory))
         likely = self._align(self.make_query(query), memory, extra, weights > _NONE)

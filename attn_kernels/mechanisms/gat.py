@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..checks import check_activation, check_device, check_size, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_attention
-from ..types import Attention
+from ..types import Attention, alignments_of
 from .recompute import recompute
 
 _LARGE = 1 << 20  # pairs of nodes, of which several heads do not keep their alignments
@@ -140,7 +140,7 @@ class DenseGATv2(nn.Module):
         features = features if batched else features[0]
         if not need_weights:
             return features
-        alignments = torch.stack([result.alignments for result in results], dim=1)
+        alignments = torch.stack([alignments_of(result) for result in results], dim=1)
         return features, alignments if batched else alignments[0]
 
     if TYPE_CHECKING:

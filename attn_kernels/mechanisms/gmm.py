@@ -87,7 +87,7 @@ class GMMAttention(PositionalAttention):
         self.initial_delta: float | None = _check_initial(self._name, "initial_delta", initial_delta)
         self.initial_sigma: float | None = _check_initial(self._name, "initial_sigma", initial_sigma)
         self.hidden: nn.Linear | None = (
-            None if units is None else nn.Linear(self.query_size, self.units, **self._factory)
+            None if self.units is None else nn.Linear(self.query_size, self.units, **self._factory)
         )
         self.mixture: nn.Linear = nn.Linear(self.units or self.query_size, 3 * self.mixtures, **self._factory)
         self._reset_scores()

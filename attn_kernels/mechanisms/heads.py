@@ -15,7 +15,7 @@ from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..packed_attention import is_packed
 from ..scores import AdditiveScore, DotScore, Score
-from ..types import Attention
+from ..types import Attention, alignments_of
 from .normalizers import mask_queries
 
 
@@ -176,7 +176,7 @@ class MultiHeadAttention(AttentionModule):
         context = self.output_projection(torch.cat([result.context for result in results], dim=-1))
         if not need_weights:
             return Attention(context, None)
-        alignments = torch.stack([result.alignments for result in results], dim=1)
+        alignments = torch.stack([alignments_of(result) for result in results], dim=1)
         return Attention(context, alignments.mean(1) if average else alignments)
 
     if TYPE_CHECKING:

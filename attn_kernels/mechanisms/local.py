@@ -12,7 +12,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_attention, dot_attention
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from ..types import Attention, attention_mask, wide_dtype
+from ..types import Attention, alignments_of, attention_mask, wide_dtype
 from .energy import EnergyAttention, check_choice, check_number
 from .stateful import StatefulResult
 from .steps import clean, result_dtype, weighted_sum, without_autocast
@@ -136,12 +136,13 @@ class LocalAttention(EnergyAttention):
         step = state[0][..., 0]
         next_state = LocalState(state[0] + 1)
         if self.position_projection is None:
-            return StatefulResult(*self._windowed(query, memory, memory.values, step), next_state)
+            result = self._windowed(query, memory, memory.values, step)
+            return StatefulResult(result.context, alignments_of(result), next_state)
         allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
         if allowed is not None:  # a NaN in a query that attends nothing would be one in the gradient of W_p
             query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
         centres = self._positions(query, memory, allowed)
-        softmax = self._windowed(query, memory, None, centres.detach()).alignments
+        softmax = alignments_of(self._windowed(query, memory, None, centres.detach()))
         with without_autocast(query):
             distances = torch.arange(softmax.shape[2], device=centres.device) - centres[..., None]
             alignments = softmax.to(centres.dtype) * torch.exp(distances.square() * (-2.0 / self.window**2))
@@ -154,11 +155,14 @@ class LocalAttention(EnergyAttention):
 
     def _positions(self, query: Tensor, memory: Memory, allowed: Tensor | None) -> Tensor:
         """(B, K), in float32 or wider."""
-        hidden = self.position_projection(query)
+        projection, v = self.position_projection, self.position_v
+        assert projection is not None and v is not None  # of local-p
+        hidden = projection(query)
         wide = wide_dtype(hidden.dtype)
-        position = torch.sigmoid((torch.tanh(hidden.to(wide)) * self.position_v.to(wide)).sum(-1))
+        position = torch.sigmoid((torch.tanh(hidden.to(wide)) * v.to(wide)).sum(-1))
         steps = memory.keys.shape[1]
-        if memory.mask is not None and steps:  # a sentence ends with its last step that may be attended
+        if memory.mask is not None and allowed is not None and steps:
+            # A sentence ends with its last step that may be attended.
             numbers = torch.arange(1, steps + 1, device=position.device)
             return position * torch.where(allowed, numbers, 0).amax(-1)
         return position * (steps if memory.memory_lengths is None else memory.memory_lengths[:, None])

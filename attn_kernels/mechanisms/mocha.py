@@ -88,6 +88,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         super()._reset_scores()
         if self.chunk_v is not None:
             _reset_score_vector(self.chunk_v)
+        if self.chunk_bias is not None:
             nn.init.zeros_(self.chunk_bias)
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:

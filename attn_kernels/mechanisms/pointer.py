@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention_module import AttentionModule
-from ..checks import as_number, check_size
+from ..checks import as_number, check_clip, check_size
 from ..errors import ArgumentValueError
 from ..functional import additive_attention, additive_scores
 from ..memory import Memory
@@ -72,11 +72,10 @@ class PointerAttention(AttentionModule):
                 f"{self._name}: query_size must be memory_size with glimpses, whose result is the next query, "
                 f"got {query_size} and {memory_size}"
             )
-        self.clip: float | None = None if clip is None else as_number(self._name, clip, "clip")
+        self.clip = check_clip(self._name, clip)
         self.temperature: float = as_number(self._name, temperature, "temperature")
-        for argument, number in (("clip", self.clip), ("temperature", self.temperature)):
-            if number is not None and number <= 0:
-                raise ArgumentValueError(f"{self._name}: {argument} must be positive, got {number}")
+        if self.temperature <= 0:
+            raise ArgumentValueError(f"{self._name}: temperature must be positive, got {self.temperature}")
         self.units: int = self.key_size
         self.v: nn.Parameter = self._parameter(units)
         if self.glimpses:
@@ -113,12 +112,9 @@ class PointerAttention(AttentionModule):
         query = mask_queries(query, memory)
         for _ in range(self.glimpses):
             query = self._glimpse(query, memory)
-        scores = additive_scores(
-            self.query_projection(query), memory.keys[..., : self.units], self.v, backend=self.backend
-        )
+        made, keys = self.make_query(query), memory.keys[..., : self.units]
+        scores = additive_scores(made, keys, self.v, clip=self.clip, backend=self.backend)
         (wide,) = upcast(scores)
-        if self.clip is not None:
-            wide = self.clip * torch.tanh(wide)
         if self.temperature != 1.0:
             wide = wide / self.temperature
         allowed = allowed_pairs(scores, memory.memory_lengths, memory.mask)
@@ -144,7 +140,7 @@ class PointerAttention(AttentionModule):
         ).context
 
     def _keys(self, values: Tensor) -> Tensor:
-        keys = self.memory_projection(values)
+        keys = super()._keys(values)
         return torch.cat([keys, self.glimpse_memory_projection(values)], dim=-1) if self.glimpses else keys
 
     def extra_repr(self) -> str:

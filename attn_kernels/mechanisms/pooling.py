@@ -13,7 +13,7 @@ from ..backends import choose_among
 from ..checks import as_number, check_activation, check_lengths, check_mask, check_range, check_size, check_tensor
 from ..errors import ArgumentValueError
 from ..functional import additive_attention, dot_attention
-from ..types import Attention, attention_mask, device_type, upcast
+from ..types import Attention, alignments_of, attention_mask, device_type, upcast
 from .normalizers import weighted_sum
 
 
@@ -172,8 +172,8 @@ class AttentionPooling(nn.Module):
         keys, gate = keys_and_gate
         if values is not None and torch.is_grad_enabled() and keys.requires_grad and not values.requires_grad:
             # The features of a bag, mostly: the op would make a gradient of their size for nothing.
-            alignments = self._attend(keys_and_gate, None, allowed, True).alignments
-            return Attention(weighted_sum(alignments, values), alignments if need_weights else None)
+            weights = alignments_of(self._attend(keys_and_gate, None, allowed, True))
+            return Attention(weighted_sum(weights, values), weights if need_weights else None)
         options: dict[str, Any] = {"mask": allowed, "need_weights": need_weights, "backend": self.backend}
         v = self.v.to(keys.dtype)
         if self._is_additive(keys):
@@ -255,7 +255,7 @@ class AttentiveStatisticsPooling(AttentionPooling):
 
     def _pool(self, memory: Tensor, allowed: Tensor | None, need_weights: bool) -> Attention:
         (values,) = upcast(memory)
-        alignments = self._attend(self._keys(memory), None, allowed, True).alignments
+        alignments = alignments_of(self._attend(self._keys(memory), None, allowed, True))
         with torch.autocast(device_type(memory), enabled=False):
             wide = alignments.to(values.dtype)
             mean = weighted_sum(wide, values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +83,15 @@ class AlignmentsAttention(StatefulAttention):
         batch, hypotheses = self._check_axes(memory, hypotheses)
         steps = memory.keys.shape[1]
         alignments = memory.keys.new_zeros(batch, hypotheses, steps, dtype=wide_dtype(memory.keys.dtype))
-        if not attended or memory.mask is None:
+        with_mask = attended and memory.mask is not None
+        allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask) if with_mask else None
+        if allowed is None:
             alignments[..., :1] = 1.0
+        elif allowed.shape[1] not in (1, hypotheses):
+            expected = f"(B, Tk) or (B, K, Tk) = ({batch}, {steps}) or ({batch}, {hypotheses}, {steps})"
+            got = tuple(allowed.shape)
+            raise ArgumentValueError(f"{self._name}.initial_state: mask must have shape {expected}, got {got}")
         else:
-            allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
-            if allowed.shape[1] not in (1, hypotheses):
-                expected = f"(B, Tk) or (B, K, Tk) = ({batch}, {steps}) or ({batch}, {hypotheses}, {steps})"
-                got = tuple(allowed.shape)
-                raise ArgumentValueError(f"{self._name}.initial_state: mask must have shape {expected}, got {got}")
             alignments += allowed & (allowed.cumsum(-1) == 1)
         return AlignmentsState(alignments)
 
@@ -172,7 +173,7 @@ def weighted_sum(alignments: Tensor, values: Tensor, allowed: Tensor | None) -> 
     return (alignments[..., None] * torch.where(allowed[..., None], values[:, None], 0.0)).sum(2)
 
 
-def per_hypothesis(allowed: Tensor | None) -> bool:
+def per_hypothesis(allowed: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a step may be padding for one hypothesis and not for another: then pairs are masked, not steps."""
     return allowed is not None and allowed.shape[1] != 1
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checksums import is_cacheable
 from ..memory import Memory
-from ..types import Attention
+from ..types import Attention, alignments_of
 from .adapter import NotSupported
 from .cache import cached
 
@@ -80,8 +80,7 @@ def as_original(result: Attention, steps: Tensor | None) -> Attention:
 
     steps: what :func:`mask_without_empty_rows` or :func:`lengths_without_empty_rows` returned, or None.
     """
-    context, alignments = result
-    alignments = to_softmax_dtype(alignments)
+    context, alignments = result.context, to_softmax_dtype(alignments_of(result))
     if steps is None or is_cacheable(steps):
         return Attention(context, alignments)
     rows = steps.any(-1) if steps.dtype == torch.bool else steps > 0

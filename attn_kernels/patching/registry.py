@@ -101,8 +101,9 @@ def find_adapter(cls: type[nn.Module]) -> AdapterSpec | str | None:
     if file in libraries.FILES:
         _load(file)
     notes = vars(cls).get(_NOTES)
-    adapter = notes.adapter if isinstance(notes, _Notes) else None
-    if adapter is not None:
+    adapter: AdapterSpec | None
+    if isinstance(notes, _Notes) and notes.adapter is not None:
+        adapter = notes.adapter
         if cls.forward is not notes.forward:
             return "the forward of its class was replaced after its adapter was given"
     else:

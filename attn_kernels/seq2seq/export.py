@@ -37,7 +37,9 @@ class _Encoder(nn.Module):
 
     def forward(self, source: Tensor, source_lengths: Tensor) -> tuple[Tensor, ...]:
         memory, state = self.model.encode(source, source_lengths)
-        return memory.keys, memory.values, memory.memory_lengths, *_tensors(state).values()
+        lengths = memory.memory_lengths
+        assert lengths is not None  # source_lengths
+        return memory.keys, memory.values, lengths, *_tensors(state).values()
 
 
 class _Step(nn.Module):

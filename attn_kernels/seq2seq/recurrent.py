@@ -141,14 +141,13 @@ def _run_layers(
 def _run_packed(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
     batch_first = bool(getattr(rnn, "batch_first", True))
     steps = x.shape[1 if batch_first else 0]
-    empty: Tensor | None = lengths == 0
-    if bool(empty.any()):
+    is_empty: Tensor = lengths == 0
+    empty = None
+    if bool(is_empty.any()):
         # A sentence has one step at least: of an empty one that step is computed from zeros, and dropped below.
-        empty = empty.to(x.device)
+        empty = is_empty.to(x.device)
         padding = empty[:, None, None] if batch_first else empty[:, None]
         x = x.masked_fill(padding, 0.0)
-    else:
-        empty = None
     first = () if states is None else (states,)
     if empty is None and bool((lengths == steps).all()):  # nothing to pack, and PyTorch is faster without
         outputs, last = rnn(x, *first)

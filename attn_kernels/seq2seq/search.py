@@ -56,6 +56,11 @@ class SearchOptions(NamedTuple):
     top_k: int | None = None
     generator: torch.Generator | None = None
 
+    @property
+    def hypotheses(self) -> int:
+        """How many a sentence gets."""
+        return self.beam_size if self.num_hypotheses is None else self.num_hypotheses
+
     def checked(self) -> SearchOptions:
         """The options as Python's own numbers, with ``num_hypotheses``. Raises ValueError or TypeError."""
         beam_size, max_length = _count("beam_size", self.beam_size), _count("max_length", self.max_length)
@@ -188,7 +193,7 @@ def beam_search(
             break
         # No token adds to a log-probability, no length divides by more, and the coverage term is at most 0.
         within_reach = scores[:, 0] / _length_factor(options.max_length, options.length_penalty)
-        done = within_reach <= finished.scores[rows, options.num_hypotheses - 1]
+        done = within_reach <= finished.scores[rows, options.hypotheses - 1]
         if options.early_stopping:
             done |= finished.scores[rows, -1] > -torch.inf
         stay = (~done).nonzero().squeeze(1)
@@ -200,7 +205,7 @@ def beam_search(
         state = state.reorder(parents)
         if options.coverage_penalty > 0:
             coverage = torch.take_along_dim(coverage, parents[..., None], dim=1)
-    best = slice(options.num_hypotheses)
+    best = slice(options.hypotheses)
     return _trace(sentences, history, finished.scores[:, best], finished.lengths[:, best], finished.slots[:, best])
 
 
@@ -213,15 +218,15 @@ def draw_samples(
     """
     batch, device = memory.batch_size, memory.keys.device
     rows = torch.arange(batch, device=device)
-    own = torch.arange(options.num_hypotheses, device=device).expand(batch, -1)  # each sample goes on from itself
+    own = torch.arange(options.hypotheses, device=device).expand(batch, -1)  # each sample goes on from itself
     state = state.reorder(torch.zeros_like(own))
     tokens = torch.full_like(own, options.bos)
     running = torch.ones_like(own, dtype=torch.bool)
-    scores = torch.zeros(batch, options.num_hypotheses, dtype=torch.float64, device=device)
+    scores = torch.zeros(batch, options.hypotheses, dtype=torch.float64, device=device)
     lengths = torch.zeros_like(own)
     history = []
     sentences = memory
-    steps, memory = fast_decoder(decoder, state, memory, options.num_hypotheses, options.max_length)
+    steps, memory = fast_decoder(decoder, state, memory, options.hypotheses, options.max_length)
     for _ in range(options.max_length):
         logits, alignments, state = steps.step(tokens, state, memory)
         tokens = _draw(logits, options.temperature, options.top_k, options.generator)

@@ -63,11 +63,16 @@ def pair_scores(score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, d
     prepared: tuple[Tensor | None, ...]
     exact: tuple[Tensor | None, ...]  # for tanh itself
     if activation == TANH:
-        abs_max = (query.new_empty((B, T), dtype=torch.float32) for T in (Tq, Tk))
-        prepared = (eq, ek, *abs_max, query.new_empty((units // CHUNK.value + 1, ROW.value), dtype=torch.float32))
+        of_rows = (query.new_empty((B, T), dtype=torch.float32) for T in (Tq, Tk) * 2)
+        prepared = (
+            eq,
+            ek,
+            *of_rows,
+            query.new_empty((units // CHUNK.value + 1) * ROW.value + 2 * units, dtype=torch.float32),
+        )
         exact = (query, keys, v, bias)
     else:
-        prepared = (eq, ek, None, None, query.new_empty(units, dtype=torch.float32))
+        prepared = (eq, ek, None, None, None, None, query.new_empty(units, dtype=torch.float32))
         exact = (None, None, None, None)
     block_t = 16
     launch(
@@ -109,8 +114,8 @@ def pair_scores_backward(
     dtype, wide = query.dtype, accumulator(query.dtype)
     if B * Tq * Tk * A == 0 or not (need_query or need_memory):
         shapes = (query.shape, v.shape, v.shape if bias is not None else (0,)) if need_query else ((0,),) * 3
-        dquery, dv, dbias = (query.new_zeros(shape) for shape in shapes)
-        return dquery, keys.new_zeros(keys.shape if need_memory else (0,)), dv, dbias
+        of_query, of_v, of_bias = (query.new_zeros(shape) for shape in shapes)
+        return of_query, keys.new_zeros(keys.shape if need_memory else (0,)), of_v, of_bias
     block_q, block_k, block_a, warps = _backward_tile(query)
     blocks = triton.cdiv(Tq, block_q)
     blocks_per_split, splits_q, steps_per_split, splits_k = _backward_splits(

@@ -6,8 +6,9 @@ The hidden units are computed again. With E = exp(2 q) exp(2 k), r = 1 / (1 + E)
     dquery = 4 v exp(2 q) (sum of ds r^2 exp(2 k))    dkeys = 4 v exp(2 k) (sum of ds r^2 exp(2 q))
     dv = sum of ds r (E - 1)
 
-Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is. With many
-queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise each step makes its own.
+Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is, and however
+large v. With many queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise each step
+makes its own. Where exp(2 q) or exp(2 k) is too large for such sums, E is clamped and the sums are those of ds (E r) r.
 
 Other activations than tanh (activations.py) have no factored form: each pair computes its own f and f'. Under a mask,
 many queries are spared a look at it for each pair: where all that is attended is finite, zeros for the rest do.
@@ -24,10 +25,17 @@ import triton
 import triton.language as tl
 
 from .activations import SATURATED, pair_gradients
-from .additive_math import MAX_ABS_BACKWARD, exp2x, exp2x_in_range
+from .additive_math import (
+    MAX_ABS_BACKWARD,
+    MAX_ABS_EXPONENTIAL,
+    MAX_EXPONENTIAL_BACKWARD,
+    exp2x,
+    exp2x_in_range,
+)
 from .device import attended, batch_offset, kernel, reciprocal, row_length
 
 MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
+MAX_FACTOR_CLAMPED = tl.constexpr(math.exp(2 * MAX_ABS_EXPONENTIAL.value))
 MAX_FINITE = tl.constexpr(1e38)  # of q + bias, and of k, whose sum is finite
 
 
@@ -66,14 +74,16 @@ def _of_unit(total, factor, ACTIVATION: tl.constexpr):
 def _walk_steps(
     dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk, stride_ka,
     stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
-    IN_RANGE: tl.constexpr, EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+    IN_RANGE: tl.constexpr, CLAMPED: tl.constexpr, EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All steps for a block of queries q (Q, A) and the bias, shift (A,).
 
     Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
     returns dquery / factor (Q, A) and dv (A,), for the factor of each unit: v, and of tanh 4 v. Pointers are to the
     first element of the row of the batch. GUARDED, IN_RANGE: whether backward_kernel has looked at what is attended,
-    and whether all of it is within the limits. EXPONENTIALS: whether ``keys`` has exp(2 k) for k.
+    and whether all of it is within the limits, or with CLAMPED those of exponentials by themselves. EXPONENTIALS:
+    whether ``keys`` has exp(2 k) for k.
     """
     MASKED: tl.constexpr = mask is not None
     FACTORED: tl.constexpr = IN_RANGE and ACTIVATION == "tanh"
@@ -82,7 +92,7 @@ def _walk_steps(
         if IN_RANGE and MASKED:  # a query that attends no step may be anything
             q = tl.where(_size(q, ACTIVATION) <= MAX_FINITE, q, 0.0)
     if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
-        eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], MAX_FACTOR)
+        eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], MAX_FACTOR_CLAMPED if CLAMPED else MAX_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
     # A sum over queries in each step takes two more additions, but a mask leaves no registers for 32 apart.
@@ -108,19 +118,30 @@ def _walk_steps(
             ek = k
             if not EXPONENTIALS:
                 if MASKED:  # a step that no query attends may be anything
-                    k = tl.where(tl.abs(k) <= MAX_ABS_BACKWARD, k, 0.0)
+                    k = tl.where(tl.abs(k) <= (MAX_ABS_EXPONENTIAL if CLAMPED else MAX_ABS_BACKWARD), k, 0.0)
                 ek = exp2x_in_range(k)
+            elif MASKED and not CLAMPED:
+                ek = tl.minimum(ek, MAX_FACTOR)
             e = eq[:, None, :] * ek[None, :, :]
+            if CLAMPED:
+                e = tl.minimum(e, MAX_EXPONENTIAL_BACKWARD)
             r = reciprocal(1.0 + e, APPROXIMATE)
             once = ds[:, :, None] * r
-            twice = once * r
-            dq += tl.sum(twice * ek[None, :, :], axis=1)
+            if CLAMPED:
+                gradient = once * (e * r)
+                dq += tl.sum(gradient, axis=1)
+            else:
+                twice = once * r
+                dq += tl.sum(twice * ek[None, :, :], axis=1)
             if SUM_APART:
                 dv_of_query += tl.sum(once * (e - 1.0), axis=1)
             else:
                 dv += tl.sum(_sum_of_products(once * (e - 1.0)), axis=0)
             if dkeys is not None:
-                dk = _sum_of_products(twice * eq[:, None, :]) * ek
+                if CLAMPED:
+                    dk = _sum_of_products(gradient)
+                else:
+                    dk = _sum_of_products(twice * eq[:, None, :]) * ek
         else:
             if ACTIVATION != "tanh" and IN_RANGE and MASKED:
                 k = tl.where(_size(k, ACTIVATION) <= MAX_FINITE, k, 0.0)
@@ -167,10 +188,31 @@ def _walk_steps(
             dkeys += tl.cast(A, tl.int64) * BLOCK_K
         keys += tl.cast(stride_kk, tl.int64) * BLOCK_K
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
-    if FACTORED:
+    if FACTORED and not CLAMPED:
         dq *= eq
     if SUM_APART:
         dv += tl.sum(dv_of_query, axis=0)
+    return dq, dv
+
+
+@triton.jit
+def _walk_in_range(
+    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end, Tq, Tk, A, added, padded_q, stride_kk,
+    stride_ka, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
+    CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same where all that is attended is within the limits, from the exponentials of keys where there are such."""
+    if ek is not None:
+        dq, dv = _walk_steps(
+            dkeys, ek + b * Tk * A, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
+            stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, True, APPROXIMATE, BLOCK_K,
+        )  # fmt: skip
+    else:
+        dq, dv = _walk_steps(
+            dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk,
+            stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, False, APPROXIMATE,
+            BLOCK_K,
+        )  # fmt: skip
     return dq, dv
 
 
@@ -182,7 +224,7 @@ def key_exponentials_kernel(
     stride_kb, stride_kk, stride_ka,
     ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """ek = exp(2 keys), and 1 beyond MAX_ABS_BACKWARD and for NaN: finite whatever padding holds."""
+    """ek = exp(2 keys), and 1 beyond MAX_ABS_EXPONENTIAL and for NaN: finite whatever padding holds."""
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     program = tl.program_id(0)
@@ -192,7 +234,7 @@ def key_exponentials_kernel(
     in_keys = (j[:, None] < Tk) & (u[None, :] < A)
     keys += batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
     k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
-    e = exp2x_in_range(tl.where(tl.abs(k) <= MAX_ABS_BACKWARD, k, 0.0))
+    e = exp2x_in_range(tl.where(tl.abs(k) <= MAX_ABS_EXPONENTIAL, k, 0.0))
     tl.store(ek + (b * Tk + j[:, None]) * A + u[None, :], e, mask=in_keys)
 
 
@@ -294,34 +336,38 @@ def backward_kernel(
                 tl.abs(q) + tl.abs(shift)[None, :] if ACTIVATION == "tanh" else _size(q + shift[None, :], ACTIVATION)
             )
             size_q = tl.where(used, tl.where(size_q == size_q, size_q, float("inf")), 0.0)
-            abs_max_q = tl.max(size_q)
-            if (tl.max(abs_max_k) <= limit) & (abs_max_q <= limit):
-                if ek is not None:
-                    dq, dv_part = _walk_steps(
-                        dkeys, ek + b * Tk * A, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
-                        padded_q, A, 1, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, True,
-                        APPROXIMATE, BLOCK_K,
-                    )  # fmt: skip
-                else:
-                    dq, dv_part = _walk_steps(
-                        dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
-                        stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, False,
-                        APPROXIMATE, BLOCK_K,
-                    )  # fmt: skip
-            else:
+            largest = tl.maximum(tl.max(abs_max_k), tl.max(size_q))
+            if largest <= limit:
+                dq, dv_part = _walk_in_range(
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end_used, Tq, Tk, A, added,
+                    padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False,
+                    APPROXIMATE, BLOCK_K,
+                )  # fmt: skip
+            elif ACTIVATION != "tanh":
                 infinite = tl.maximum(tl.max(abs_max_k, axis=0), tl.max(size_q, axis=0)) == float("inf")
                 dq, dv_part = _walk_steps(
                     dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
                     stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
+                    False, APPROXIMATE, BLOCK_K,
+                )  # fmt: skip
+                dv_part = tl.where(infinite, float("nan"), dv_part)
+            elif largest <= MAX_ABS_EXPONENTIAL:
+                dq, dv_part = _walk_in_range(
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end_used, Tq, Tk, A, added,
+                    padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True,
                     APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
-                if ACTIVATION != "tanh":
-                    dv_part = tl.where(infinite, float("nan"), dv_part)
+            else:
+                dq, dv_part = _walk_steps(
+                    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                    stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
+                    False, APPROXIMATE, BLOCK_K,
+                )  # fmt: skip
         else:
             dq, dv_part = _walk_steps(
                 dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
                 stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
-                APPROXIMATE, BLOCK_K,
+                False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         if dquery is not None:
             dq = _of_unit(dq, factor, ACTIVATION)

@@ -2,6 +2,9 @@
 
 v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}: a table has 1 / v for each unit, in parts of the largest v.
 
+What the exponentials lose in rounding is known, too, as a change of q and of k: see _compensated_scores, which adds up
+what it does to a score. That takes some instructions of a row, and no other array than a number for each row.
+
 Other activations than tanh take the rows themselves, laid out in the same way, and v.
 """
 
@@ -12,12 +15,14 @@ import triton.language as tl
 
 from .additive_math import (
     DENOMINATOR_SCALE,
+    DENOMINATOR_SCALE_OF_ROW,
     DROPPED_DENOMINATOR,
     MAX_ABS_MAX_V,
     MIN_ABS_MAX_V,
     MIN_RELATIVE_V,
-    exp2x,
+    exp2x_and_rest,
     min_abs_bound,
+    multiply_add,
 )
 from .device import batch_offset, kernel
 
@@ -38,10 +43,10 @@ def _largest_v(v, A, stride_v, BLOCK_A: tl.constexpr):
 
 
 @triton.jit
-def _folded(x, unit):
-    """1 / x for d = 1 / x + (e^{2q} / x) e^{2k}, x in parts of unit; 0 where the unit is left out."""
+def _folded(x, unit, SCALE: tl.constexpr):
+    """1 / x for d = 1 / x + (e^{2q} / x) e^{2k}, x in parts of unit, scaled; 0 where the unit is left out."""
     kept = tl.abs(x) >= unit * MIN_RELATIVE_V
-    return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * DENOMINATOR_SCALE, 0.0)
+    return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * SCALE, 0.0)
 
 
 @triton.jit
@@ -51,35 +56,52 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
     squares = tl.zeros([ROW], dtype=tl.float32)
     dropped = tl.zeros([ROW], dtype=tl.float32)
     t = tl.arange(0, ROW)
+    summary = table + units // CHUNK * ROW
+    of_units = summary + ROW
     for first in range(0, units, CHUNK):
         u = (first + t).to(tl.int64)
         x = tl.load(v + u * stride_v, mask=(u < A) & (t < CHUNK), other=0.0).to(tl.float32)
-        inverse = _folded(x, unit)
+        inverse = _folded(x, unit, DENOMINATOR_SCALE)
         kept = tl.where(inverse != 0.0, x, 0.0)
         squares += x * x
         dropped += tl.abs(x - kept)
         half = tl.sum(kept, axis=0) / unit * (0.5 / DENOMINATOR_SCALE)
         constant = tl.where(inverse != 0.0, inverse, DROPPED_DENOMINATOR)
         tl.store(table + first // CHUNK * ROW + t, tl.where(t < CHUNK, constant, half))
+        tl.store(of_units + first + t, constant, mask=t < CHUNK)
+        tl.store(of_units + units + first + t, kept / unit, mask=t < CHUNK)  # exact: unit is a power of two
     least = min_abs_bound(tl.sum(squares, axis=0), A)
     # Each unit that is left out is below the rounding of the largest; all of them together have to be, too.
-    exact = (largest > MIN_ABS_MAX_V) & (largest < MAX_ABS_MAX_V) & (tl.sum(dropped, axis=0) <= unit * MIN_RELATIVE_V)
-    summary = table + units // CHUNK * ROW
+    in_range = (largest > MIN_ABS_MAX_V) & (largest < MAX_ABS_MAX_V)
+    all_dropped = tl.sum(dropped, axis=0)
+    exact = in_range & (all_dropped <= unit * MIN_RELATIVE_V)
     tl.store(summary, unit * (-2.0 * DENOMINATOR_SCALE))
     tl.store(summary + 1, tl.where(exact, least, float("inf")))
+    # A score may be small because the tanh of the largest units are: nothing is below its rounding then.
+    tl.store(summary + 2, tl.where(in_range & (all_dropped == 0.0), unit, 0.0))
+
+
+@triton.jit
+def _times(e, lost, x):
+    """(e + lost) x, as a number and what rounding takes from it."""
+    product = e * x
+    return product, multiply_add(e, x, -product) + lost * x
 
 
 @triton.jit
 def _write_exponentials(
-    exponentials, abs_max, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a, stride_v,
-    stride_bias, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
+    exponentials, abs_max, rests, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a,
+    stride_v, stride_bias, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), with v folded in where there is v.
+    """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), scaled; FOLDED: with v folded in.
 
-    abs_max[b, i] = the maximum over u of |rows| + |bias|. The exponentials are finite for i >= T, which fills up the
-    last tile, and 0 for u >= A, which fills up the last chunk. For other activations than tanh, rows + bias instead.
+    abs_max[b, i] = the maximum over u of |rows| + |bias|; rests[b, i] = the sum of v r for exponentials that are those
+    of rows + bias - r. The exponentials are finite for i >= T, which fills up the last tile, and 0 for u >= A, which
+    fills up the last chunk. For other activations than tanh, rows + bias instead, and no more.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
+    all_rests = tl.zeros([i.shape[0]], dtype=tl.float32)
     in_rows = (i < T)[:, None]
     tile = exponentials + (b * padded + i // BLOCK * BLOCK) * units + i % BLOCK
     for start in range(0, units, BLOCK_A):
@@ -88,33 +110,45 @@ def _write_exponentials(
         x = tl.load(pointers, mask=in_rows & (u < A)[None, :], other=0.0).to(tl.float32)
         e = x
         if ACTIVATION == "tanh":
-            e = exp2x(x)
+            e, rest = exp2x_and_rest(x)
+            lost = tl.zeros_like(x)
         size = tl.abs(x)
         if bias is not None:
             x = tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(tl.float32)[None, :]
             if ACTIVATION == "tanh":  # a product, because the sum would round what keys of the other sign cancel
-                e *= exp2x(x)
+                of_bias, rest_of_bias = exp2x_and_rest(x)
+                e, lost = _times(e, lost, of_bias)
+                rest += rest_of_bias
             else:
                 e += x
             size += tl.abs(x)
-        if v is not None:
+        if ACTIVATION == "tanh":
             x = tl.load(v + u * stride_v, mask=u < A, other=0.0).to(tl.float32)
-            e *= _folded(x, unit)[None, :]
+            if FOLDED:
+                e, lost = _times(e, lost, _folded(x, unit, DENOMINATOR_SCALE / DENOMINATOR_SCALE_OF_ROW)[None, :])
+            else:
+                e *= DENOMINATOR_SCALE_OF_ROW
+            if FOLDED or bias is not None:
+                rest += 0.5 * lost / tl.where(e == 0.0, 1.0, e)
+            all_rests += tl.sum(x[None, :] * rest, axis=1)
         largest = tl.maximum(largest, tl.max(tl.where(size == size, size, float("inf")), axis=1))
         e = tl.where((u < A)[None, :], e, 0.0)
         stored = (i < padded)[:, None] & (u < units)[None, :]
         tl.store(tile[:, None] + u[None, :] * BLOCK, e, mask=stored)
     if abs_max is not None:
         tl.store(abs_max + b * T + i, largest, mask=i < T)
+        tl.store(rests + b * T + i, all_rests, mask=i < T)
 
 
 @kernel
 def exponentials_kernel(
-    eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in
-    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys)
+    eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in, scaled
+    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys), scaled
     abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN; or None
     abs_max_k,  # (B, Tk): max over units of |keys|; or None
-    table,  # (units / CHUNK + 1, ROW), or (units,): see tiled_scores_kernel
+    rests_q,  # (B, Tq): what the rounding of eq takes from each score of the query, to first order; or None
+    rests_k,  # (B, Tk): the same of ek; or None
+    table,  # (units / CHUNK + 1) * ROW and 2 * units numbers, or units: see tiled_scores_kernel
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     v,  # (A,)
@@ -137,21 +171,21 @@ def exponentials_kernel(
         if ACTIVATION == "tanh":
             _, unit = _largest_v(v, A, stride_v, BLOCK_A)
             _write_exponentials(
-                eq, abs_max_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
-                stride_v, stride_bias, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
+                eq, abs_max_q, rests_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq,
+                stride_qa, stride_v, stride_bias, True, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
             )  # fmt: skip
         else:
             _write_exponentials(
-                eq, None, query, None, bias, 1.0, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
-                0, stride_bias, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
+                eq, None, None, query, None, bias, 1.0, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
+                0, stride_bias, False, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
             )  # fmt: skip
     elif program < B * (tiles_q + tiles_k):
         program -= B * tiles_q
         b = (program // tiles_k).to(tl.int64)
         j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         _write_exponentials(
-            ek, abs_max_k, keys, None, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka, 0, 0,
-            ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
+            ek, abs_max_k, rests_k, keys, v, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka,
+            stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
         )  # fmt: skip
     elif ACTIVATION != "tanh":
         for start in range(0, units, BLOCK_A):

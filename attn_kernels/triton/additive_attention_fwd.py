@@ -4,8 +4,9 @@ Many queries. tanh(q + k) = 1 - 2 r with r = 1 / (1 + E), and E = exp(2 q) exp(2
 are made once per row. With v folded into them v r is the reciprocal of one multiply-add, and three units share one over
 their common denominator: 9 instructions for three hidden units, one of them a special function, where tanh costs about
 15 and two for each. It holds while no product overflows, and while ||v|| is so small that an error of a rounding of 1
-in each unit does not count. Each tile looks at the largest |q| + |k| among its attended pairs, and takes tanh itself
-beyond the limits and where there is NaN.
+in each unit does not count. Each tile looks at the largest |q| + |k| among its attended pairs. Beyond the limits it
+takes the compensated form, at 5 or 7 instructions, and where that would leave its range, too, or there is NaN, tanh
+itself.
 
 Few queries. Reading keys and values is what takes the time, so tanh is computed directly, units along the threads.
 
@@ -20,7 +21,14 @@ import triton.language as tl
 
 from .activations import activate
 from .additive_attention_exponentials import CHUNK, ROW
-from .additive_math import MAX_BOUND_THREE, tanh
+from .additive_math import (
+    MAX_ABS_CLAMPED,
+    MAX_BOUND_THREE,
+    MAX_BOUND_UNCLAMPED,
+    MAX_SCALED_NUMERATOR,
+    multiply_add,
+    tanh,
+)
 from .device import attended, batch_offset, kernel, reciprocal, row_length, tile_of_pairs
 
 # Many queries ---------------------------------------------------------------------------------------------------------
@@ -46,6 +54,48 @@ def _factored_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: t
             ek += 3 * BLOCK_K
         total += part
         table += ROW
+    return total
+
+
+@triton.jit
+def _numerator(q, k, constant, CLAMPED: tl.constexpr):
+    n = multiply_add(q, k, -constant)
+    if CLAMPED:
+        n = tl.minimum(tl.maximum(n, -MAX_SCALED_NUMERATOR), MAX_SCALED_NUMERATOR)
+    return n
+
+
+@triton.jit
+def _compensated_scores(
+    eq, ek, table, units, CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """v . tanh of a tile in parts of the largest v, from the same exponentials; CLAMPED: whatever their products.
+
+    tanh = n / (n + 2 / v) with n = (E - 1) / v. A multiply-add makes n with one rounding, so that nothing cancels in
+    it, and what the exponentials were rounded by is left to the sums of rests. For two units,
+
+        v1 n1 / d1 + v2 n2 / d2 = (n1 ((v1 + v2) n2 + 2 v1 / v2) + (2 v2 / v1) n2) / (d1 d2),    d = n + 2 / v
+
+    where the sum in the numerator is at most three times as large in its terms as in itself.
+    """
+    total = tl.zeros([ek.shape[0], eq.shape[1], ek.shape[2], ek.shape[3]], dtype=tl.float32)
+    table += units // CHUNK * ROW + ROW
+    for _ in range(0, units, 6):
+        part = tl.zeros(total.shape, dtype=tl.float32)
+        for t in tl.static_range(0, 6, 2):
+            c1 = tl.load(table + t)
+            c2 = tl.load(table + t + 1)
+            v1 = tl.load(table + units + t)
+            v2 = tl.load(table + units + t + 1)
+            n1 = _numerator(tl.load(eq), tl.load(ek), c1, CLAMPED)
+            n2 = _numerator(tl.load(eq + BLOCK_Q), tl.load(ek + BLOCK_K), c2, CLAMPED)
+            numerator = n1 * ((v1 + v2) * n2 + 2.0 * v1 * c2) + (2.0 * v2 * c1) * n2
+            part += numerator * reciprocal((n1 + 2.0 * c1) * (n2 + 2.0 * c2), APPROXIMATE)
+            eq += 2 * BLOCK_Q
+            ek += 2 * BLOCK_K
+        total += part
+        table += 6
     return total
 
 
@@ -113,8 +163,11 @@ def tiled_scores_kernel(
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K)
     abs_max_q,  # (B, Tq); for tanh only, as all that is None here for others
     abs_max_k,  # (B, Tk) or None
-    table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least bound
-    # of others (units,): v
+    rests_q,  # (B, Tq) or None: what the compensated form adds for a query
+    rests_k,  # (B, Tk) or None: and for a step
+    table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least bound,
+    # scale of the compensated form, or 0 where v is none for it. Then for that form: the constants, and v / scale, each
+    # (units,). Of others (units,): v
     query,  # (B, Tq, A) or None
     keys,  # (B, Tk, A) or None
     v,  # (A,) or None
@@ -149,10 +202,9 @@ def tiled_scores_kernel(
     all_j = first_k + tl.arange(0, BLOCK_K)
     allowed = attended(mask, all_i, all_j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
     if ACTIVATION == "tanh":
-        bound = (
-            tl.load(abs_max_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
-            + tl.load(abs_max_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
-        )
+        size_q = tl.load(abs_max_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
+        size_k = tl.load(abs_max_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
+        bound = size_q + size_k
     else:
         bound = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
     bound = tl.max(tl.where(allowed, bound, -1.0))  # padding decides nothing, whatever it holds
@@ -171,26 +223,40 @@ def tiled_scores_kernel(
         if ACTIVATION != "tanh":
             eq_tile, ek_tile = _spread(eq + in_q, ek + in_k)
             total = _activated_scores(eq_tile, ek_tile, table, slope, units, ACTIVATION, BLOCK_Q, BLOCK_K)
-        elif (bound >= tl.load(summary + 1)) & (bound <= MAX_BOUND_THREE):
-            eq_tile, ek_tile = _spread(eq + in_q, ek + in_k)
-            total = _factored_scores(eq_tile, ek_tile, table, units, APPROXIMATE, BLOCK_Q, BLOCK_K) * tl.load(summary)
         else:
-            q_rows = query + b * stride_qb + (first_q + in_q) * stride_qq
-            k_rows = keys + b * stride_kb + (first_k + in_k) * stride_kk
-            total = _exact_scores(
-                q_rows,
-                k_rows,
-                v,
-                bias,
-                in_tile_q,
-                in_tile_k,
-                A,
-                stride_qa,
-                stride_ka,
-                stride_v,
-                stride_bias,
-                APPROXIMATE,
-            )
+            eq_tile, ek_tile = _spread(eq + in_q, ek + in_k)
+            least = tl.load(summary + 1)
+            if (bound >= least) & (bound <= MAX_BOUND_THREE):
+                total = _factored_scores(eq_tile, ek_tile, table, units, APPROXIMATE, BLOCK_Q, BLOCK_K)
+                total *= tl.load(summary)
+            else:
+                unit = tl.load(summary + 2)
+                side = tl.max(tl.where(allowed, tl.maximum(size_q, size_k), -1.0))
+                if (unit > 0.0) & (side <= MAX_ABS_CLAMPED):
+                    if bound <= MAX_BOUND_UNCLAMPED:
+                        total = _compensated_scores(
+                            eq_tile, ek_tile, table, units, False, APPROXIMATE, BLOCK_Q, BLOCK_K
+                        )
+                    else:
+                        total = _compensated_scores(eq_tile, ek_tile, table, units, True, APPROXIMATE, BLOCK_Q, BLOCK_K)
+                    total *= unit
+                    total += tl.load(rests_q + b * Tq + first_q + in_q, mask=in_tile_q, other=0.0)
+                    total += tl.load(rests_k + b * Tk + first_k + in_k, mask=in_tile_k, other=0.0)
+                else:
+                    total = _exact_scores(
+                        query + b * stride_qb + (first_q + in_q) * stride_qq,
+                        keys + b * stride_kb + (first_k + in_k) * stride_kk,
+                        v,
+                        bias,
+                        in_tile_q,
+                        in_tile_k,
+                        A,
+                        stride_qa,
+                        stride_ka,
+                        stride_v,
+                        stride_bias,
+                        APPROXIMATE,
+                    )
         scores += (b * Tq + first_q) * Tk + first_k
         tl.store(scores + in_q.to(tl.int64) * Tk + in_k, total, mask=in_tile_q & in_tile_k)
 

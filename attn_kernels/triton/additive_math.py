@@ -15,12 +15,18 @@ from .device import reciprocal
 
 MAX_BOUND_THREE = tl.constexpr(19.0)  # three units share a reciprocal, v folded in
 MAX_BOUND_ONE = tl.constexpr(43.0)  # e^{2q}, e^{2k} and their product are in range
-MAX_ABS_BACKWARD = tl.constexpr(16.0)  # of |q| + |bias|, and of |k|, in the backward
+MAX_ABS_EXPONENTIAL = tl.constexpr(43.0)  # of |q| + |bias|, and of |k|: e^{2q} and e^{2k} are in range
+MAX_ABS_BACKWARD = tl.constexpr(16.0)  # of |q| + |bias|, and of |k|, in the backward, where nothing is clamped
+MAX_EXPONENTIAL_BACKWARD = tl.constexpr(2.0**78)  # clamped: of E
 MIN_ABS_MAX_V = tl.constexpr(1e-30)  # of the largest |v|
 MAX_ABS_MAX_V = tl.constexpr(1e30)
 MIN_RELATIVE_V = tl.constexpr(2.0**-24)  # smaller |v| are below the rounding of the largest, and dropped
 DENOMINATOR_SCALE = tl.constexpr(2.0**-40)  # of d: the least product of three, 2^-120, is in range
+DENOMINATOR_SCALE_OF_ROW = tl.constexpr(2.0**-20)  # of which queries and steps have one each
 DROPPED_DENOMINATOR = tl.constexpr(256.0)  # d of a unit that is dropped: 1 / d is 2^-48 of that of the largest
+MAX_BOUND_UNCLAMPED = tl.constexpr(24.0)  # compensated: the product of two is in range
+MAX_ABS_CLAMPED = tl.constexpr(36.0)  # of |q| + |bias|, and of |k|: both exponentials are normal numbers, scaled
+MAX_SCALED_NUMERATOR = tl.constexpr(2.0**20)  # of (E - 1) / v, scaled: from there on tanh is 1
 
 # min_abs_bound
 NORM2_OF_ANY_BOUND = tl.constexpr(4.0)
@@ -68,14 +74,20 @@ def tanh_from(x, r):
 
 
 @triton.jit
+def _reduced(x):
+    """2 x = n ln 2 + 2 f: a number that has n in its last bits, and f."""
+    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
+    n = rounded - 12582912.0
+    return rounded, (x - n * 0.3465728759765625) - n * 7.14303385e-07
+
+
+@triton.jit
 def exp2x_in_range(x):
     """exp(2 x) in float32 to one unit in the last place, for |x| <= MAX_BOUND_ONE; anything for others.
 
     2 x = n ln 2 + 2 f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
     """
-    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
-    n = rounded - 12582912.0
-    f = (x - n * 0.3465728759765625) - n * 7.14303385e-07
+    rounded, f = _reduced(x)
     p = 0.08931904 * f + 0.26800416
     p = p * f + 0.66665728
     p = p * f + 1.3333132
@@ -90,3 +102,30 @@ def exp2x_in_range(x):
 def exp2x(x):
     """The same, and finite for others."""
     return exp2x_in_range(tl.where(tl.abs(x) <= MAX_BOUND_ONE, x, 0.0))
+
+
+@triton.jit
+def exp2x_and_rest(x):
+    """e, the number next to exp(2 x), and r, with which e is exp(2 (x - r)) to the rounding of x; as exp2x for others.
+
+    exp(2 f) - 1 is made to its own rounding, so that what the addition of 1 loses of it is known.
+    """
+    rounded, f = _reduced(tl.where(tl.abs(x) <= MAX_BOUND_ONE, x, 0.0))
+    p = 0.08925756 * f + 0.26773155
+    p = p * f + 0.6666605
+    p = p * f + 1.3333235
+    p = p * f + 2.0
+    less_1 = (p * f) * f + (f + f)
+    mantissa = less_1 + 1.0
+    lost = less_1 - (mantissa - 1.0)
+    e = (mantissa.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    return e, lost * (0.5 - f)  # lost / (2 exp(2 f))
+
+
+@triton.jit
+def multiply_add(a, b, c):
+    """a b + c with one rounding, whatever the compiler does with others."""
+    a, b = tl.broadcast(a, b)
+    a, c = tl.broadcast(a, c)
+    a, b = tl.broadcast(a, b)
+    return tl.fma(a, b, c)

@@ -2,8 +2,8 @@
 
 ``KERNELS`` has each op and its backward, with the arguments of their schemas. Scores are made by additive_attention.py,
 gated_additive_attention.py and products.py, alignments and context of them by softmax.py; for few queries, decode.py
-makes all at once. What options change in the kernels is in options.py and normaliser.py. The backward of another
-normaliser than softmax computes the scores again: its derivative cannot be made of alignments rounded to 16 bits.
+makes all at once. What options change in the kernels is in options.py and normaliser.py. The backward of a clip and of
+another normaliser than softmax computes the scores again: derivatives cannot be made of alignments rounded to 16 bits.
 
 With several score vectors, v (R, A), what is of a row of scores has Tq R of them in the place of Tq.
 """
@@ -40,7 +40,7 @@ Gradients = tuple[Tensor, ...]
 
 
 def scores_of(score: Score, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
-    """(B, Tq, Tk) in the given dtype, without a bias; undefined where a whole tile is padding."""
+    """(B, Tq, Tk) in the given dtype, without clip and bias; undefined where a whole tile is padding."""
     if isinstance(score, DotScore):
         return product(query, keys, score.scale, masks.memory_lengths)
     if isinstance(score, GatedAdditiveScore):
@@ -140,7 +140,8 @@ class _Call(NamedTuple):
         empty = query.new_empty(0)
         gradients: Gradients = (empty,) * (2 + score.gradients)
         if need_query or need_keys:
-            scores = None if NORMALIZERS[options.normalizer] == "softmax" else self.scores()
+            again = options.clip != 0 or NORMALIZERS[options.normalizer] != "softmax"
+            scores = self.scores() if again else None
             dscores = softmax_backward(
                 *grads, values, row_masks, alignments, options, grad_log_total, scores, dscore_bias, kept
             )

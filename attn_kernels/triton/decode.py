@@ -22,7 +22,7 @@ from .configurations import configuration
 from .device import add_product, attended, batch_offset, kernel, row_length
 from .launch import accumulator, has_approximate_reciprocal, launch
 from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
-from .options import NO_OPTIONS, add_score_bias, drop, option_arguments, scale_kept
+from .options import NO_OPTIONS, add_score_bias, clip_scores, drop, option_arguments, scale_kept
 from .scores import finish_scores, parts_of, score_terms
 from .tiles import NUM_SMS, power_of_two
 
@@ -63,7 +63,7 @@ def decode_kernel(
     log_total,  # (B, Tq), contiguous, or None; written for a single split
     score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
     stride_sb, stride_sq, stride_sk,
-    seed, least, kept_factor, kept_factor_lo, SCORE: tl.constexpr, NORMALISER: tl.constexpr,
+    seed, least, kept_factor, kept_factor_lo, clip, clip_lo, SCORE: tl.constexpr, NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # of which alignments are written at once
@@ -157,6 +157,7 @@ def decode_kernel(
             )
         s = finish_scores(tl.sum(products, axis=2), number, number_lo, SCORE)
         allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
+        s = clip_scores(s, allowed, clip, clip_lo)
         s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         if scores is not None:
             tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
@@ -304,7 +305,7 @@ def decode(
             *(v, bias, gate, extra, *mask_tensors(masks), *two_parts(number, wide)),
             *(B, Tq, Tk, A, D, R, steps),
             *(*query.stride(), *keys.stride(), *values.stride()),
-            *(v.stride(0) if R > 1 else 0, 0 if v is None else v.stride(-1), *strides_of(bias, 1)),
+            *(0 if v is None or R == 1 else v.stride(0), 0 if v is None else v.stride(-1), *strides_of(bias, 1)),
             *(*strides_of(gate), *strides_of(extra)),
             *mask_strides(masks),
             *(log_total if splits == 1 else None, *option_arguments(options, wide)),

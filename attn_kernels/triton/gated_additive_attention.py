@@ -102,8 +102,8 @@ def gated_pair_scores_backward(
     empty = query.new_empty(0)
     if B * Tq * Tk * A == 0 or not (need_query or need_memory):
         own = (torch.zeros_like(x) if need_query and x is not None else empty for x in (query, v, bias, gate))
-        dquery, dv, dbias, dgate = own
-        return dquery, torch.zeros_like(keys) if need_memory else empty, dv, dbias, dgate
+        of_query, of_v, of_bias, of_gate = own
+        return of_query, torch.zeros_like(keys) if need_memory else empty, of_v, of_bias, of_gate
     small_m, block_r, block_k, block_a, warps = _backward_tile(query, R)
     tiles = triton.cdiv(A, block_a)
     steps_per_split, splits = _backward_splits(B * tiles * warps, Tq + R, Tk, block_k)

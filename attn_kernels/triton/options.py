@@ -18,24 +18,43 @@ import triton
 import triton.language as tl
 
 from ..types import Options
+from .activations import SATURATED, tanh_and_slope
+from .additive_math import tanh
 from .arguments import two_parts
 
 NO_OPTIONS = Options()
-_NO_ARGUMENTS = (None,) * 8
+_NO_ARGUMENTS = (None,) * 10
 
 
 def option_arguments(options: Options, dtype: torch.dtype) -> tuple[Any, ...]:
-    """score_bias, its strides stride_sb, stride_sq, stride_sk, and of dropout seed, least, kept_factor, kept_factor_lo.
+    """score_bias, its strides stride_sb, stride_sq, stride_sk, and of dropout seed, least, kept_factor, kept_factor_lo;
+    clip, clip_lo.
 
-    least: the first of 2^24 numbers with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64.
+    least: the first of 2^24 numbers with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64, as
+    the clip is.
     """
     if options is NO_OPTIONS:
         return _NO_ARGUMENTS
-    score_bias, p, seed, _ = options
+    score_bias, p, seed, _, clip = options
     biased = (None,) * 4 if score_bias is None else (score_bias, *score_bias.stride())
-    if p == 0:
-        return *biased, None, None, None, None
-    return *biased, seed, math.ceil(p * 2**24), *two_parts(1 / (1 - p), dtype)
+    dropped = (None,) * 4 if p == 0 else (seed, math.ceil(p * 2**24), *two_parts(1 / (1 - p), dtype))
+    return *biased, *dropped, *((None, None) if clip == 0 else two_parts(clip, dtype))
+
+
+@triton.jit
+def clip_scores(s, allowed, clip, clip_lo):
+    """C tanh(s) of scores (Q, K), if there is a clip C, where allowed; -inf elsewhere, of which tanh would make -C."""
+    if clip is not None:
+        s = tl.where(allowed, (tl.cast(clip, s.dtype) + tl.cast(clip_lo, s.dtype)) * tanh(s, False), -float("inf"))
+    return s
+
+
+@triton.jit
+def clip_and_slope(s, clip, clip_lo):
+    """C tanh(s) and its derivative, which does not cancel; 0 where that of float64 is: 0 * inf is NaN there."""
+    most = tl.cast(clip, s.dtype) + tl.cast(clip_lo, s.dtype)
+    t, slope = tanh_and_slope(s, False)
+    return most * t, tl.where(tl.abs(s) > SATURATED, 0.0, most * slope)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from .normaliser import (
     log_weights,
     mean_gradient,
 )
-from .options import NO_OPTIONS, add_score_bias, drop, option_arguments, scale_kept
+from .options import NO_OPTIONS, add_score_bias, clip_and_slope, clip_scores, drop, option_arguments, scale_kept
 from .products import product, split, sum_tile
 from .tiles import MAX_SMALL_M, power_of_two, small_m_block
 
@@ -42,8 +42,8 @@ def _attend_kernel(
     log_total,  # (B, Tq), contiguous, float32 or float64, or None
     score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
     stride_sb, stride_sq, stride_sk,
-    seed, least, kept_factor, kept_factor_lo, NORMALISER: tl.constexpr, ALIGNED: tl.constexpr, SMALL_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, ALIGNED: tl.constexpr,
+    SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """alignments = softmax of the attended scores, context = alignments @ values; zeros where nothing is attended.
 
@@ -74,6 +74,7 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
+        s = clip_scores(s, allowed, clip, clip_lo)
         s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         _, _, m_i, l_i = add_block(s, allowed, m_i, l_i)
         any_i = tl.maximum(any_i, allowed.to(tl.int32))
@@ -92,6 +93,7 @@ def _attend_kernel(
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
         s = tl.load(scores + j[None, :], mask=allowed, other=-float("inf"))
+        s = clip_scores(s, allowed, clip, clip_lo)
         s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None])
         if alignments is not None:
@@ -180,16 +182,17 @@ def _softmax_backward_kernel(
     dscore_bias,  # (B, Tq, Tk), contiguous, or None
     kept,  # (B, Tq, Tk), contiguous, or None: the alignments that dropout has left
     grad_log_total,  # (B, Tq), contiguous, or None
-    scores,  # (B, Tq, Tk), contiguous, or None: without their bias, where log weights are not the scores
+    scores,  # (B, Tq, Tk), contiguous, or None: without clip and bias, where log weights are not the scores
     score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
     stride_sb, stride_sq, stride_sk,
-    seed, least, kept_factor, kept_factor_lo, NORMALISER: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
 
     The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
     With options: dproduct is of the weights that dropout has left; the gradient of log_total is added, all of it is
-    multiplied with the derivative of the log weights, and dscore_bias is dscores.
+    multiplied with the derivative of the log weights, and dscore_bias is dscores, before that of the clip.
     """
     accumulate: tl.constexpr = dscores.dtype.element_ty
     padded_q = padded_blocks * BLOCK_Q
@@ -239,14 +242,19 @@ def _softmax_backward_kernel(
                     gradient += p * tl.load(grad_log_total + b * Tq + i, mask=i < Tq, other=0.0)[:, None]
                 if scores is not None:
                     s = tl.load(scores + j[None, :], mask=allowed, other=0.0)
-                    s = add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk)
-                    gradient *= log_weight_derivative(s, NORMALISER)
+                    if clip is not None:
+                        s, slope = clip_and_slope(s, clip, clip_lo)
+                    if NORMALISER != "softmax":
+                        s = add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk)
+                        gradient *= log_weight_derivative(s, NORMALISER)
                 gradient = tl.where(allowed, gradient, 0.0)
-                stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
-                tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
                 in_rows = (i[:, None] < Tq) & (j[None, :] < Tk)
                 if dscore_bias is not None:
                     tl.store(dscore_bias + j[None, :], gradient, mask=in_rows)
+                if clip is not None:
+                    gradient = tl.where(allowed, gradient * slope, 0.0)
+                stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
+                tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
                 if kept is not None:
                     tl.store(kept + j[None, :], drop(p, seed, least, b, i, j, Tq, Tk), mask=in_rows)
 
@@ -286,8 +294,8 @@ def softmax_backward(
 
     Its memory is that of ``padded_scores``, filled up with zeros.
 
-    With options: scores (B, Tq, Tk) without their bias, for another normaliser than softmax. Written into: dscore_bias,
-    and kept, the alignments that dropout has left; both (B, Tq, Tk), contiguous.
+    With options: scores (B, Tq, Tk) without clip and bias, for a clip or another normaliser than softmax. Written
+    into: dscore_bias, and kept, the alignments that dropout has left; both (B, Tq, Tk), contiguous.
     """
     B, Tq, Tk = alignments.shape
     dscores = padded_scores(alignments)

@@ -66,11 +66,21 @@ void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const
   }
 }
 
+// The scores alone, for the backward of clipped ones.
+template <typename T>
+void vector_scores(const ScoresForward<AdditiveScores>& op) {
+  additive_forward<T>(op);
+}
+template <typename T>
+void vector_scores(const ScoresForward<ActivatedScores>& op) {
+  activated_forward<T>(op);
+}
+
 template <typename T, class Pair, class Scores>
 void gradients(const AttentionBackward<Scores>& op, const StridedView3& prepared, Pair pair) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem = params_of(op);
+  AttentionParams problem = params_of(op);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   auto no_more = [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {};
@@ -79,6 +89,7 @@ void gradients(const AttentionBackward<Scores>& op, const StridedView3& prepared
     const auto compact = scores_backward(problem, op.alignments, {}, {}, weights, dscores, no_more);
     return for_each_sentence(op.B, compact, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
   }
+  scores_again<T, Scores>(op, vector_scores<T>, call, problem);
   const auto scores =
       scores_backward(problem, op.alignments, op.grad_context, op.grad_alignments, weights, dscores, no_more);
   auto with = [&](const auto&... before) {

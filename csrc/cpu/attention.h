@@ -101,11 +101,12 @@ void dot_listed(const StridedView3& x, int64_t first, int64_t x_rows, const Stri
                 const int32_t* list, int64_t n, int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
   ScratchScope scope(scratch);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-    if (x_rows >= kMinPackedRows && is_bfloat16_rows(x) && is_bfloat16_rows(y)) {
+    if (is_bfloat16_rows(x) && is_bfloat16_rows(y)) {
       const StridedRows<BFloat16> queries(x, b, first);
       const ListedRows<BFloat16> steps(y, b, list);
       const BFloat16 *rows[kMaxQueries], *block[kPanelRows];
       for (int64_t i = 0; i < x_rows; ++i) rows[i] = queries[i];
+      if (x_rows < kMinPackedRows) return dot_streamed(rows, x_rows, steps, n, columns, scale, out, ld);
       for (int64_t j = 0; j < n; j += kPanelRows) {
         const int64_t count = min(n - j, kPanelRows);
         for (int64_t r = 0; r < count; ++r) block[r] = steps[j + r];
@@ -136,6 +137,7 @@ struct AttentionParams {
   const AttentionOptions* options = nullptr;
   void* log_total = nullptr;              // forward, written
   const void* known_log_total = nullptr;  // backward
+  const void* scores = nullptr;           // backward with a clip: (B, Tq, Tk) in T, of all pairs, before that
   const void* grad_log_total = nullptr;
   void* dscore_bias = nullptr;
   int64_t alignments_columns = 0;  // forward
@@ -151,14 +153,21 @@ AttentionParams params_of(const AttentionForward<Score>& op) {
 
 template <class Score>
 AttentionParams params_of(const AttentionBackward<Score>& op) {
-  return {op.B,        op.Tq,      op.Tk,   op.D,         op.query.dtype,    op.values,
-          op.attended, op.options, nullptr, op.log_total, op.grad_log_total, op.dscore_bias};
+  return {op.B,       op.Tq,   op.Tk,        op.D,    op.query.dtype,    op.values,     op.attended,
+          op.options, nullptr, op.log_total, nullptr, op.grad_log_total, op.dscore_bias};
 }
 
 template <typename T>
 ATTN_INLINE T log_sigmoid(T x) {
   const double y = x;
   return static_cast<T>(y < 0 ? y - log1p(exp(y)) : -log1p(exp(-y)));
+}
+
+// w = C tanh(w).
+template <typename T>
+void clip_scores(const AttentionOptions& options, int64_t n, T* w) {
+  const T most = static_cast<T>(options.clip);
+  for (int64_t j = 0; j < n; j += width<T>) store_upto(w + j, most * tanh_any(load_upto(w + j, n - j)), n - j);
 }
 
 // Alignments of the n listed steps from their scores w, with options, in place. row: b Tq + i. Returns the logarithm
@@ -168,6 +177,7 @@ T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* l
                          Scratch& scratch) {
   const T infinity = static_cast<T>(__builtin_inf());
   if (n == 0) return -infinity;
+  if (p.options->clip != 0) clip_scores(*p.options, n, w);
   if (p.options->score_bias) {
     ScratchScope scope(scratch);
     const T* bias = read_row(p.options->score_bias, row / p.Tq, row % p.Tq, p.Tk, alloc<T>(scratch, p.Tk));
@@ -276,6 +286,17 @@ void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t*
     for (int64_t j = 0; j < n; ++j) di[j] *= 1 - weights[j] * sum;  // the derivative of log sigmoid
   }
   if (p.dscore_bias != nullptr) write_compact(p.dscore_bias, p.dtype, row * p.Tk, p.Tk, list, n, di);
+  if (p.scores != nullptr) {
+    const T *scores = static_cast<const T*>(p.scores) + row * p.Tk, most = static_cast<T>(p.options->clip);
+    for (int64_t j = 0; j < n; j += width<T>) {
+      Vec<T> x{}, slope;
+      for (int64_t r = 0; r < min(width<T>, n - j); ++r) x[r] = scores[list[j + r]];
+      tanh_and_slope(x, &slope);
+      // 0 where the formula's is, in float64: an infinite key would make infinity of the smallest number, and NaN of 0.
+      const Vec<T> derivative = absolute<T>(x) > T(20) ? Vec<T>{} : most * slope;
+      store_upto(di + j, load_upto(di + j, n - j) * derivative, n - j);
+    }
+  }
   drop(p, row, list, n, weights);
 }
 
@@ -329,6 +350,7 @@ void forward(const AttentionForward<Scores>& op, const Score& score) {
 template <typename T, class Scores, class Score>
 void forward(const ScoresForward<Scores>& op, const Score& score) {
   const QueryTiles tiles(op.B, op.Tq, op.Tk, false, op.vectors);
+  const Dtype to = op.wide ? native<T> : op.query.dtype;
   for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
     const int64_t nq = min(tiles.size, op.Tq - first), ld = padded<T>(op.Tk);
@@ -336,9 +358,20 @@ void forward(const ScoresForward<Scores>& op, const Score& score) {
     list_steps(AttentionMask{}, b, first, op.Tk, list);
     T* scores = alloc<T>(scratch, nq * ld);
     score.score_block(score.queries(b, first, nq, scratch), b, list, op.Tk, scores, ld, scratch);
-    for (int64_t i = 0; i < nq; ++i)
-      write_row(op.scores, op.query.dtype, (b * op.Tq + first + i) * op.Tk, scores + i * ld, op.Tk);
+    for (int64_t i = 0; i < nq; ++i) write_row(op.scores, to, (b * op.Tq + first + i) * op.Tk, scores + i * ld, op.Tk);
   });
+}
+
+// Of the backward of an attention whose options clip the scores: these again, with which `p` reads them. A clipped score
+// cannot be had from alignments of 16 bits, nor 1 - tanh^2 from one that is close to the clip. kernel: of the scores
+// alone.
+template <typename T, class Scores>
+void scores_again(const AttentionBackward<Scores>& op, void (*kernel)(const ScoresForward<Scores>&), Scratch& call,
+                  AttentionParams& p) {
+  if (p.options == nullptr || p.options->clip == 0) return;
+  T* scores = alloc<T>(call, p.B * p.Tq * p.Tk);
+  kernel({static_cast<const Scores&>(op), scores, true});
+  p.scores = scores;
 }
 
 // The gradients of the scores of an op of their own, (B, Tq, Tk) in T, as a stage.

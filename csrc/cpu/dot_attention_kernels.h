@@ -25,8 +25,8 @@ struct DotScore {
   }
 };
 
-template <typename T>
-void dot_forward(const AttentionForward<DotScores>& op) {
+template <typename T, class Op>
+void dot_forward(const Op& op) {
   forward<T>(op, DotScore<T>{op});
 }
 
@@ -34,7 +34,8 @@ template <typename T>
 void dot_backward(const AttentionBackward<DotScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
-  const AttentionParams problem = params_of(op);
+  AttentionParams problem = params_of(op);
+  scores_again<T>(op, dot_forward<T, ScoresForward<DotScores>>, call, problem);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(

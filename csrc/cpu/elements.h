@@ -14,6 +14,10 @@ typedef uint16_t Half16 __attribute__((vector_size(ATTN_VECTOR_BYTES / 2)));
 typedef uint16_t Word16 __attribute__((vector_size(ATTN_VECTOR_BYTES)));
 typedef Vec<uint32_t> Word32;
 
+// Of pairs of bfloat16, the first ones and the second ones.
+ATTN_INLINE Vec<float> first_of_pairs(Word32 pairs) { return (Vec<float>)(pairs << 16); }
+ATTN_INLINE Vec<float> second_of_pairs(Word32 pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
+
 ATTN_INLINE Vec<float> from_bfloat16(Half16 h) { return (Vec<float>)(__builtin_convertvector(h, Word32) << 16); }
 
 // The bits of a bfloat16 in the upper half, anything in the lower.
@@ -32,6 +36,16 @@ ATTN_INLINE Half16 to_bfloat16(Vec<float> x) {
 #endif
 }
 
+#if ATTN_VECTOR_BYTES == 64
+ATTN_INLINE Vec<float> from_float16(Half16 h) { return (Vec<float>)_mm512_cvtph_ps((__m256i)h); }
+ATTN_INLINE Half16 to_float16(Vec<float> x) { return (Half16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif ATTN_VECTOR_BYTES == 32
+ATTN_INLINE Vec<float> from_float16(Half16 h) { return (Vec<float>)_mm256_cvtph_ps((__m128i)h); }
+ATTN_INLINE Half16 to_float16(Vec<float> x) { return (Half16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(ATTN_NEON)
+ATTN_INLINE Vec<float> from_float16(Half16 h) { return (Vec<float>)vcvt_f32_f16((float16x4_t)h); }
+ATTN_INLINE Half16 to_float16(Vec<float> x) { return (Half16)vcvt_f16_f32((float32x4_t)x); }
+#else
 ATTN_INLINE Vec<float> from_float16(Half16 h) {
   Word32 w = __builtin_convertvector(h, Word32);
   Word32 magnitude = (w & 0x7fffu) << 13;
@@ -52,6 +66,7 @@ ATTN_INLINE Half16 to_float16(Vec<float> x) {
   result = f >= 0x47800000u ? infinite : result;
   return __builtin_convertvector(result | sign, Half16);
 }
+#endif
 
 // Elements as they lie in memory: float, double, or one of these, which are computed with as float.
 struct BFloat16 {

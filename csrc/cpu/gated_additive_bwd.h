@@ -325,6 +325,7 @@ void gated_additive_backward(const AttentionBackward<GatedAdditiveScores>& op) {
   ScratchScope scope(call);
   AttentionParams problem = params_of(op);
   problem.has_products = static_cast<bool>(op.grad_context);
+  scores_again<T>(op, gated_additive_forward<T, ScoresForward<GatedAdditiveScores>>, call, problem);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto products = products_by_steps(problem, op.grad_context, dscores);

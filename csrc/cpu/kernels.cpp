@@ -82,8 +82,10 @@ SimdLevels available_levels() {
 #endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  uint32_t a, b, c = 0, d;  // not every compiler knows f16c by name
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c;
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool narrow = estimates_are_faster(false), wide = estimates_are_faster(true);

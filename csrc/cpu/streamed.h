@@ -13,13 +13,27 @@ constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the 
 constexpr int64_t kMaxStreamedRows = 8;  // up to this many sums, rows are streamed rather than packed
 constexpr int64_t kMaxShortSumRows = 8;  // up to this many rows are summed in one pass along a long result
 
-// out[i * ld + j * step] = scale * x_i . rows[j] for x_rows rows x and `count` rows of n elements.
-template <typename T, class Rows>
-void dot_streamed(const T* const* x, int64_t x_rows, const Rows& rows, int64_t count, int64_t n, T scale, T* out,
+// How many rows after those that are read next are prefetched: where rows are short, the next ones would come too late.
+template <class E>
+ATTN_INLINE int64_t rows_ahead(const E*, int64_t n) {
+  return n * static_cast<int64_t>(sizeof(E)) <= 512 ? 4 : 0;
+}
+
+// out[i * ld + j * step] = scale * x_i . rows[j] for x_rows rows x and `count` rows of n elements. X is T or, where rows
+// are multiplied in pairs, BFloat16, as the elements of rows are then.
+template <typename T, class X, class Rows>
+void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t count, int64_t n, T scale, T* out,
                   int64_t ld, int64_t step = 1) {
-  constexpr int64_t w = width<T>;
+  constexpr int64_t w = width<T> * factor_size<X>;
+  auto load_vector = [](auto* p, auto... left) __attribute__((always_inline)) {
+    if constexpr (kPairs<X>)
+      return load_factors(p, left...);
+    else
+      return load_element(p, left...);
+  };
+  const int64_t ahead = rows_ahead(decltype(rows[0])(nullptr), n);
   // The products with NR rows from j on, summed up but for the last vector. Prefetches the next rows.
-  auto row_sums = [&](auto rows_at_once, const T* xi, int64_t j, Vec<T>* result) __attribute__((always_inline)) {
+  auto row_sums = [&](auto rows_at_once, const X* xi, int64_t j, Vec<T>* result) __attribute__((always_inline)) {
     constexpr int NR = decltype(rows_at_once)::value;
     Vec<T> acc[2][NR];
     clear(acc[0]);
@@ -27,24 +41,24 @@ void dot_streamed(const T* const* x, int64_t x_rows, const Rows& rows, int64_t c
     decltype(rows[0]) row[NR], next[NR];
     for (int r = 0; r < NR; ++r) {
       row[r] = rows[j + r];
-      next[r] = rows[min(j + NR + r, count - 1)];
+      next[r] = rows[min(j + NR + r + ahead, count - 1)];
     }
     auto add = [&](int set, int64_t c, auto load_row) __attribute__((always_inline)) {
-      const Vec<T> xc = load_row(xi);
+      const auto xc = load_row(xi);
       for (int r = 0; r < NR; ++r) {
-        acc[set][r] += xc * load_row(row[r]);
+        acc[set][r] = add_product(acc[set][r], xc, load_row(row[r]));
         prefetch(next[r] + c);
       }
     };
     int64_t c = 0;
-    auto whole = [&](auto* p) __attribute__((always_inline)) { return load_element(p + c); };
+    auto whole = [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c); };
     for (; c + 2 * w <= n; c += w) {
       add(0, c, whole);
       c += w;
       add(1, c, whole);
     }
     for (; c + w <= n; c += w) add(0, c, whole);
-    if (c < n) add(0, c, [&](auto* p) __attribute__((always_inline)) { return load_element(p + c, n - c); });
+    if (c < n) add(0, c, [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c, n - c); });
     for (int r = 0; r < NR; ++r) result[r] = acc[0][r] + acc[1][r];
   };
   constexpr int kRowsPerLoad = 2;
@@ -113,6 +127,12 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
     }
     return;
   }
+  // Columns whose sums lie apart until all rows are added: those of first elements of pairs of bfloat16, a vector, then
+  // those of second ones, for a pair becomes two numbers faster than a vector of single elements does.
+  using E = std::remove_const_t<std::remove_pointer_t<decltype(rows[0])>>;
+  constexpr bool kInPairs = std::is_same_v<E, BFloat16>;
+  const int64_t ahead = rows_ahead(static_cast<const E*>(nullptr), n);
+  const int64_t in_pairs = kInPairs && !add ? n / (2 * w) * (2 * w) : 0;
   int64_t j = 0;
   auto step = [&](auto rows_at_once) __attribute__((always_inline)) {
     constexpr int NY = decltype(rows_at_once)::value;
@@ -120,7 +140,7 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
       decltype(rows[0]) y[NY], next[NY];
       for (int r = 0; r < NY; ++r) {
         y[r] = rows[j + r];
-        next[r] = rows[min(j + NY + r, count - 1)];
+        next[r] = rows[min(j + NY + r + ahead, count - 1)];
       }
       const bool onto = add || j > 0;
       int64_t i = 0;
@@ -131,6 +151,26 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
         for (int o = 0; o < NO; ++o)
           for (int r = 0; r < NY; ++r) factor[o][r] = broadcast(weight[i + o][(j + r) * wj]);
         int64_t c = 0;
+        if constexpr (kInPairs)
+          for (; c < in_pairs; c += 2 * w) {
+            Vec<T> first[NY], second[NY];
+            for (int r = 0; r < NY; ++r) {
+              const Word32 pairs = load_factors(y[r] + c);
+              first[r] = first_of_pairs(pairs);
+              second[r] = second_of_pairs(pairs);
+              if constexpr (decltype(is_first)::value) prefetch(next[r] + c);
+            }
+            for (int o = 0; o < NO; ++o) {
+              T* to = out[i + o] + c;
+              Vec<T> sum1 = onto ? load(to) : Vec<T>{}, sum2 = onto ? load(to + w) : Vec<T>{};
+              for (int r = 0; r < NY; ++r) {
+                sum1 += factor[o][r] * first[r];
+                sum2 += factor[o][r] * second[r];
+              }
+              store(to, sum1);
+              store(to + w, sum2);
+            }
+          }
         for (; c + w <= n; c += w) {
           Vec<T> x[NY];
           for (int r = 0; r < NY; ++r) {
@@ -168,6 +208,13 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
   };
   step(std::integral_constant<int, 4>());
   step(std::integral_constant<int, 1>());
+  const auto index = std::make_index_sequence<w>();
+  for (int64_t i = 0; count > 0 && i < out_rows; ++i)
+    for (T* to = out[i]; to < out[i] + in_pairs; to += 2 * w) {
+      const Vec<T> first = load(to), second = load(to + w);
+      store(to, shuffle<Interleaved<false>>(first, second, index));
+      store(to + w, shuffle<Interleaved<true>>(first, second, index));
+    }
 }
 
 // out = sum_i weight_i * y_i for NY rows y of n elements; stream: past the caches, where out is aligned to a vector.

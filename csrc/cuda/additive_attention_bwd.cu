@@ -7,7 +7,9 @@
 //
 // and dbias is the sum of dquery: eight instructions for a pair and unit, one of them a special function, and where one
 // instruction does two (f32x2.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
-// last place, however near to 0 or 1 tanh is. 1 - tanh^2 and 1 - 2 r would be off by as much of 1.
+// last place, however near to 0 or 1 tanh is, and however large v: 1 - tanh^2 and 1 - 2 r would be off by as much of 1.
+// Where e^{2q} or e^{2k} is too large for such sums, E is clamped and the sums are those of ds (E r) r, at ten
+// instructions; where it is no number in range, too, each pair takes tanh itself.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
@@ -43,6 +45,9 @@ struct BackwardTile {
   int64_t parts_q, parts_k, queries, steps;  // of a part: queries, and steps, a multiple of a chunk
 };
 
+// Which form an element of a row allows. Of a row, bits: whether it has such elements.
+enum class Range { fast = 0, clamped = 1, beyond = 2 };
+
 // What is particular to an activation f is a class like this one: which numbers the fast form keeps of the rows, what it
 // adds for a pair of query and step with score gradient ds, x = q + k, and f itself. dquery and dkeys are kGain v times
 // their sums.
@@ -52,22 +57,43 @@ struct TanhPair {
   static constexpr bool kBounded = true;  // f(x) is finite for all x but NaN: a ds of 0 adds nothing
   template <typename W>
   static constexpr bool kHasFast = sizeof(W) == 4;
+  static constexpr bool kHasClamped = true;
 
-  // Of an element of a query or key. What is out of range counts as 0 in the fast form.
-  ATTN_DEVICE static bool in_range(float x) { return fabsf(x) <= kMaxAbsBackward; }
+  // Of an element of a query or key. What is beyond all ranges counts as 0 in the fast forms.
+  ATTN_DEVICE static Range range(float x) {
+    return fabsf(x) <= kMaxAbsBackward ? Range::fast : fabsf(x) <= kMaxAbsExponential ? Range::clamped : Range::beyond;
+  }
   ATTN_DEVICE static float kept(float x) { return exp2x(x); }
 
-  // Calls body with what add() takes first, one of several types.
+  // Whether nothing is left to multiply of what add() adds: a form is a type that add() takes first.
+  template <class Form>
+  static constexpr bool kComplete = Form::value;
+
+  // Calls body with one of these types.
   template <typename W, class Body>
-  ATTN_DEVICE static void by_form(const Score&, const Body& body) {
-    body(std::false_type());
+  ATTN_DEVICE static void by_form(const Score&, bool clamped, const Body& body) {
+    if (clamped)
+      body(std::true_type());
+    else
+      body(std::false_type());
   }
 
-  // Adds to dq and dk what is to be multiplied by what is kept of the other row's and then by that of the own row.
-  template <int kQ, typename W>
-  ATTN_DEVICE static void add(std::false_type, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
-                              F32x2<W>& dv) {
+  // Adds to dq and dk what is to be multiplied by what is kept of the own row; with kWithFactors there is nothing left
+  // to multiply.
+  template <int kQ, bool kWithFactors, typename W>
+  ATTN_DEVICE static void add(std::bool_constant<kWithFactors>, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq,
+                              F32x2<W>& dk, F32x2<W>& dv) {
     constexpr F32x2<W> kOne{1, 1}, kMinusOne{-1, -1};
+    if constexpr (kWithFactors) {
+      const F32x2<W> product = e * ek;
+      constexpr W kMost = kMaxExponentialBackward;
+      const F32x2<W> pair{W(fmin(product.x, kMost)), W(fmin(product.y, kMost))};
+      const F32x2<W> r = reciprocal(pair + kOne), once = ds * r, share = pair * r;
+      dq = multiply_add(once, share, dq);
+      dk = multiply_add(once, share, dk);
+      dv = multiply_add(once, pair + kMinusOne, dv);
+      return;
+    }
     const F32x2<W> d = multiply_add(e, ek, kOne);
     F32x2<W> r = reciprocal(d);
     // Few queries: memory decides, and there is time for the last bit, which the instruction does not give.
@@ -99,11 +125,14 @@ struct ActivatedPair {
   static constexpr bool kBounded = false;
   template <typename W>
   static constexpr bool kHasFast = true;
+  static constexpr bool kHasClamped = false;
+  template <class>
+  static constexpr bool kComplete = false;
 
   // The sum of two is finite.
   template <typename W>
-  ATTN_DEVICE static bool in_range(W x) {
-    return fabs(x) <= (sizeof(W) == 4 ? W(0x1p126f) : W(0x1p1022));
+  ATTN_DEVICE static Range range(W x) {
+    return fabs(x) <= (sizeof(W) == 4 ? W(0x1p126f) : W(0x1p1022)) ? Range::fast : Range::beyond;
   }
   template <typename W>
   ATTN_DEVICE static W kept(W x) {
@@ -111,7 +140,7 @@ struct ActivatedPair {
   }
 
   template <typename W, class Body>
-  ATTN_DEVICE static void by_form(const Score& op, const Body& body) {
+  ATTN_DEVICE static void by_form(const Score& op, bool, const Body& body) {
     by_activation_of<W>(op, body);
   }
 
@@ -161,9 +190,9 @@ struct Chunk {
   int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
   W* dscores;         // [step][query]
   W* e;               // [step][unit]: what is kept of k, e^{2k} for tanh
-  W* dkeys;      // [warp_q][step][unit]: dkeys / (kGain v); at the end sums over units of other things, of each warp
-  W* dquery;     // [warp][query][unit]: dquery / (kGain v)
-  int* outside;  // [step]: whether a |k| is out of the range of the fast form
+  W* dkeys;     // [warp_q][step][unit]: dkeys / (kGain v); at the end sums over units of other things, of each warp
+  W* dquery;    // [warp][query][unit]: dquery / (kGain v)
+  int* ranges;  // [step]: each Range that its elements have, as bits
 
   ATTN_DEVICE Chunk(const BackwardTile& tile, int queries)
       : rows(kSteps * tile.warps_k), columns(padded(tile, queries)) {
@@ -171,7 +200,7 @@ struct Chunk {
     e = dscores + rows * columns;
     dkeys = e + rows * kBlockUnits;
     dquery = dkeys + tile.warps_q * rows * kBlockUnits;
-    outside = reinterpret_cast<int*>(dquery + tile.warps_q * tile.warps_k * queries * kBlockUnits);
+    ranges = reinterpret_cast<int*>(dquery + tile.warps_q * tile.warps_k * queries * kBlockUnits);
   }
   ATTN_HOST_DEVICE static int padded(const BackwardTile& tile, int queries) { return tile.warps_q * queries + 4; }
   static int64_t bytes(const BackwardTile& tile, int queries) {
@@ -241,8 +270,9 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 
   W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits];
   W sum_t[kLaneUnits] = {};
-  // What is out of range may, in the fast form, only be something that is not attended.
-  unsigned outside = 0;  // a bit for each query
+  // What is beyond all ranges may, in a fast form, only be something that is not attended.
+  unsigned beyond = 0;  // a bit for each query
+  constexpr unsigned kAnyClamped = 1u << kQ;
 #pragma unroll
   for (int n = 0; n < kLaneUnits; ++n) {
 #pragma unroll
@@ -250,31 +280,44 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       dq[i][n] = eq[i][n] = 0;
       if constexpr (kHasFast) {
         const W x = mine()[(i * kLaneUnits + n) * kWarp];
-        const bool in_range = Pair::in_range(x);
-        outside |= in_range ? 0u : 1u << i;
-        eq[i][n] = in_range ? Pair::kept(x) : W(0);
+        const Range range = Pair::range(x);
+        beyond |= range == Range::beyond ? 1u << i : range == Range::clamped ? kAnyClamped : 0u;
+        eq[i][n] = range != Range::beyond ? Pair::kept(x) : W(0);
       }
       mine()[(i * kLaneUnits + n) * kWarp] = 0;
     }
   }
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) outside |= __shfl_xor_sync(kAllLanes, outside, step);
+  for (int step = kWarp / 2; step > 0; step /= 2) beyond |= __shfl_xor_sync(kAllLanes, beyond, step);
+
+  // From the registers to where all factors are part of the sums.
+  auto flush = [&](bool without_factor) {
+#pragma unroll
+    for (int i = 0; i < kQ; ++i)
+#pragma unroll
+      for (int n = 0; n < kLaneUnits; ++n) {
+        mine()[(i * kLaneUnits + n) * kWarp] += without_factor ? Pair::of_row(eq[i][n], dq[i][n]) : dq[i][n];
+        dq[i][n] = 0;
+      }
+  };
 
   for (int j0 = begin; j0 < end; j0 += s.rows) {
     // A chunk of the steps into shared memory.
     for (int row = warp; row < s.rows; row += warps) {
-      bool row_out_of_bounds = false;
+      int ranges = 0;
 #pragma unroll
       for (int n = 0; n < kLaneUnits; ++n) {
         if constexpr (kHasFast) {
           const W x = of_key(j0 + row, n);
-          const bool in_range = Pair::in_range(x);
-          row_out_of_bounds = row_out_of_bounds || !in_range;
-          s.e[row * kBlockUnits + n * kWarp + lane] = in_range ? Pair::kept(x) : W(0);
+          const Range range = Pair::range(x);
+          ranges |= static_cast<int>(range);
+          s.e[row * kBlockUnits + n * kWarp + lane] = range != Range::beyond ? Pair::kept(x) : W(0);
         }
       }
-      row_out_of_bounds = __any_sync(kAllLanes, row_out_of_bounds);
-      if (lane == 0) s.outside[row] = row_out_of_bounds;
+      int all = __any_sync(kAllLanes, (ranges & int(Range::beyond)) != 0) ? int(Range::beyond) : 0;
+      if constexpr (Pair::kHasClamped)
+        all |= __any_sync(kAllLanes, (ranges & int(Range::clamped)) != 0) ? int(Range::clamped) : 0;
+      if (lane == 0) s.ranges[row] = all;
     }
     const int queries = a.tile.warps_q * kQ;
     for (int n = threadIdx.x; n < s.rows * queries; n += blockDim.x) {
@@ -294,19 +337,24 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       else
         return q0 + i < op.Tq && j0 + row < end && mask_allows(a.attended, b, q0 + i, j0 + row);
     };
-    bool fast = kHasFast;
+    bool fast = kHasFast, clamped = false;
     if (kHasFast) {
       const int row = first + lane % kSteps;
+      const bool row_beyond = (s.ranges[row] & int(Range::beyond)) != 0;
       bool used = false;
-      if (outside != 0 || s.outside[row])
+      if (row_beyond || (beyond & (kAnyClamped - 1)) != 0)
 #pragma unroll(Pair::kBounded ? kQ : 1)  // the addresses of the mask would take registers
         for (int i = 0; i < kQ; ++i)
-          used = used || ((s.outside[row] || (outside >> i & 1)) &&
-                          counts(row, i, s.dscores[row * s.columns + warp_q * kQ + i]));
+          used = used ||
+                 ((row_beyond || (beyond >> i & 1)) && counts(row, i, s.dscores[row * s.columns + warp_q * kQ + i]));
       fast = !__any_sync(kAllLanes, used);
+      // Whether attended or not: the products of the fast form may be infinite then.
+      if constexpr (Pair::kHasClamped)
+        clamped = (beyond & kAnyClamped) != 0 || __any_sync(kAllLanes, (s.ranges[row] & int(Range::clamped)) != 0);
     }
     if (fast) {
-      Pair::template by_form<W>(op, [&](auto form) {
+      if (Pair::kHasClamped && clamped) flush(true);
+      Pair::template by_form<W>(op, clamped, [&](auto form) {
         F32x2<W> chunk_t[kLaneUnits] = {};
 #pragma unroll(kQ <= 8 ? kAtOnce : 1)
         for (int row = first; row < last; ++row) {
@@ -327,11 +375,13 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
             }
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n)
-            s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] = Pair::of_row(k[n], dk[n].x + dk[n].y);
+            s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] =
+                Pair::template kComplete<decltype(form)> ? dk[n].x + dk[n].y : Pair::of_row(k[n], dk[n].x + dk[n].y);
         }
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
       });
+      if (Pair::kHasClamped && clamped) flush(false);
     } else {  // without the factors; what is not attended may be NaN
       for (int row = first; row < last; ++row)
 #pragma unroll
@@ -382,10 +432,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       use(n, sum);
     }
   };
-#pragma unroll
-  for (int i = 0; i < kQ; ++i)
-#pragma unroll
-    for (int n = 0; n < kLaneUnits; ++n) mine()[(i * kLaneUnits + n) * kWarp] += Pair::of_row(eq[i][n], dq[i][n]);
+  flush(true);
   __syncthreads();
   W all_dq[kLaneUnits] = {};
   if (warp_k == 0) {

@@ -13,7 +13,8 @@
 // few tiles, further warps of the block take a part of the units each (unit_splits).
 //
 // The exponentials are computed before it is known whether they are in range: the largest |q| and |k| are found
-// meanwhile, and pairs outside the limits (../additive_math.h) make the block start again with tanh itself.
+// meanwhile, and pairs outside the limits (../additive_math.h) make the block start again with the compensated form, five
+// or seven instructions for a unit, or, where that leaves its range, too, or v does, with tanh itself.
 #include <algorithm>
 
 #include "additive_tile.cuh"
@@ -35,16 +36,27 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   const SharedTile<W, kColumns> s(a.unit_splits, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
   if constexpr (std::is_same_v<Score, ActivatedScores>) {
-    compute_tile<W, kQ, kK, kColumns, Form::activated, kVectorized>(a, s, b, q0, k0, W(1), total);
+    compute_tile<W, kQ, kK, kColumns, Form::activated, kVectorized>(a, s, b, q0, k0, W(1), false, total);
   } else {
+    bool found = false;
     if constexpr (sizeof(W) == 4) {
       const Scale scale = scale_of(a.op, s.buffer);
-      if (scale.min_bound <= kMaxBoundThree) {
-        compute_tile<W, kQ, kK, kColumns, Form::factored, kVectorized>(a, s, b, q0, k0, scale.unit, total);
-        if (!is_out_of_bounds(a, s, b, q0, k0, length, scale.min_bound)) return write_tile(a, s, b, q0, k0, total);
+      const bool factored = scale.min_bound <= kMaxBoundThree;
+      if (factored) {
+        compute_tile<W, kQ, kK, kColumns, Form::factored, kVectorized>(a, s, b, q0, k0, scale.unit, false, total);
+        combine_items(a, s, [](float x, float y) { return fmaxf(x, y); });
+        found = !is_out_of_bounds(a, s, b, q0, k0, length, scale.min_bound);
+      }
+      if (!found && scale.compensated) {
+        if (!factored) find_largest(a, s, b, q0, k0);
+        const Reach reach = reach_of(a, s, b, q0, k0, length);
+        found = reach.side <= kMaxAbsClamped;
+        if (found)
+          compute_tile<W, kQ, kK, kColumns, Form::compensated, kVectorized>(a, s, b, q0, k0, scale.unit,
+                                                                            reach.bound > kMaxBoundUnclamped, total);
       }
     }
-    compute_tile<W, kQ, kK, kColumns, Form::exact, kVectorized>(a, s, b, q0, k0, W(1), total);
+    if (!found) compute_tile<W, kQ, kK, kColumns, Form::exact, kVectorized>(a, s, b, q0, k0, W(1), false, total);
   }
   write_tile(a, s, b, q0, k0, total);
 }

@@ -30,6 +30,21 @@ ATTN_HOST_DEVICE float exp2x(float x) {
   return p * bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
+// e, the number next to e^{2x}, for |x| <= 43, and r, with which e is e^{2 (x - r)} to the rounding of x: e^{2 f} - 1 is
+// made to its own rounding, so that what the addition of 1 loses of it is known.
+ATTN_HOST_DEVICE float exp2x_and_rest(float x, float* rest) {
+  constexpr float kRound = 12582912.0f;
+  const float shifted = fmaf(x, 2.8853900817779268f, kRound), n = shifted - kRound;
+  const float f = fmaf(n, -7.14303385e-07f, fmaf(n, -0.3465728759765625f, x));
+  float p = fmaf(0.08925756f, f, 0.26773155f);
+  p = fmaf(p, f, 0.6666605f);
+  p = fmaf(p, f, 1.3333235f);
+  p = fmaf(p, f, 2.0f);
+  const float less_1 = fmaf(p * f, f, f + f), mantissa = less_1 + 1.0f;
+  *rest = (less_1 - (mantissa - 1.0f)) * (0.5f - f);  // over 2 e^{2 f}
+  return mantissa * bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
+}
+
 // The same by the instruction for 2^y, which has an error of 2^-22, with what rounding takes from y given back: less
 // than half of the instructions. NaN for NaN.
 ATTN_HOST_DEVICE float quick_exp2x(float x) {
@@ -90,6 +105,44 @@ template <typename V>
 ATTN_HOST_DEVICE V add_three(V d1, V d2, V d3, V total) {
   const V product = d1 * d2;
   return multiply_add(multiply_add(d1 + d2, d3, product), reciprocal(product * d3), total);
+}
+
+// Compensated: two units share a reciprocal ----------------------------------------------------------------------------
+//
+// From the same exponentials, v folded in, tanh = n / (n + 2 / v) with n = (E - 1) / v. A multiply-add makes n with one
+// rounding, so that nothing cancels in it; what the exponentials themselves were rounded by is added to a score for a
+// row (exp2x_and_rest). For two units, d = n + 2 / v,
+//
+//   v1 n1 / d1 + v2 n2 / d2 = (n1 ((v1 + v2) n2 + 2 v1 / v2) + (2 v2 / v1) n2) / (d1 d2)
+//
+// where the sum in the numerator is at most three times as large in its terms as in itself.
+struct UnitPair {
+  float c1, c2;              // 1 / v, scaled
+  float sum, first, second;  // v1 + v2, and the two quotients
+
+  ATTN_HOST_DEVICE UnitPair(float c1, float c2, float v1, float v2)
+      : c1(c1), c2(c2), sum(v1 + v2), first(2 * v1 * c2), second(2 * v2 * c1) {}
+};
+
+template <bool kClamped>
+ATTN_HOST_DEVICE F32x2<float> numerator(F32x2<float> e, F32x2<float> k, float c) {
+  F32x2<float> n = fused_multiply_add(e, k, F32x2<float>{-c, -c});
+  if constexpr (kClamped) {
+    n.x = fminf(fmaxf(n.x, -kMaxScaledNumerator), kMaxScaledNumerator);
+    n.y = fminf(fmaxf(n.y, -kMaxScaledNumerator), kMaxScaledNumerator);
+  }
+  return n;
+}
+
+// total + v1 tanh1 + v2 tanh2 in parts of the scale of v. kClamped: whatever the products of the exponentials.
+template <bool kClamped>
+ATTN_HOST_DEVICE F32x2<float> add_compensated(const UnitPair& u, F32x2<float> e1, F32x2<float> k1, F32x2<float> e2,
+                                              F32x2<float> k2, F32x2<float> total) {
+  auto both = [](float x) { return F32x2<float>{x, x}; };
+  const F32x2<float> n1 = numerator<kClamped>(e1, k1, u.c1), n2 = numerator<kClamped>(e2, k2, u.c2);
+  const F32x2<float> d1 = n1 + both(2 * u.c1), d2 = n2 + both(2 * u.c2);
+  const F32x2<float> top = multiply_add(n1, multiply_add(both(u.sum), n2, both(u.first)), both(u.second) * n2);
+  return multiply_add(top, reciprocal(d1 * d2), total);
 }
 
 // total += x; what that rounds off is kept in `lost` for the next time.

@@ -47,6 +47,34 @@ ATTN_DEVICE void add_factored(const float* eq, const float* ek, const float* con
   }
 }
 
+// The same in the compensated form; v: of each unit, in parts of the scale.
+template <int kQ, int kK, int kColumns, bool kClamped>
+ATTN_DEVICE void add_compensated_units(const float* eq, const float* ek, const float* constants, const float* v,
+                                       int units, float (&part)[kQ][kK]) {
+#pragma unroll 1
+  for (int t = 0; t < units; t += 2) {
+    float q[2][kQ], k[2][kK];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < kQ; i += 4) load_16_bytes(eq + (t + n) * kColumns + i, q[n] + i);
+#pragma unroll
+      for (int j = 0; j < kK; j += 4) load_16_bytes(ek + (t + n) * kColumns + j, k[n] + j);
+    }
+    const UnitPair of_units(constants[t], constants[t + 1], v[t], v[t + 1]);
+#pragma unroll
+    for (int j = 0; j < kK; ++j)
+#pragma unroll
+      for (int i = 0; i < kQ; i += 2) {
+        const F32x2<float> sum =
+            add_compensated<kClamped>(of_units, {q[0][i], q[0][i + 1]}, {k[0][j], k[0][j]}, {q[1][i], q[1][i + 1]},
+                                      {k[1][j], k[1][j]}, F32x2<float>{part[i][j], part[i + 1][j]});
+        part[i][j] = sum.x;
+        part[i + 1][j] = sum.y;
+      }
+  }
+}
+
 // The same with tanh itself: q, with the bias, and k lie in place of the exponentials, v in place of the constants.
 // What an addition loses is carried to the next one: with a large v one unit may be much larger than the others.
 template <typename W, int kQ, int kK, int kColumns>

@@ -31,11 +31,12 @@ struct ScoresTile {
 
 // What the factored form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
 struct Scale {
-  float unit;       // v / unit is at most 1
-  float min_bound;  // infinity where the factored form may not be used at all
+  float unit;        // v / unit is at most 1
+  float min_bound;   // infinity where the factored form may not be used at all
+  bool compensated;  // whether the compensated form may be used
 };
 
-enum class Form { factored, exact, activated };
+enum class Form { factored, compensated, exact, activated };
 
 // The block's sum, or largest, of one value for each thread; the same for all. buffer: (threads / 32) floats.
 template <bool kLargest>
@@ -59,7 +60,7 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
   }
   top = of_block<true>(top, buffer);
   squares = of_block<false>(squares, buffer);
-  Scale scale{power_of_two_above(top), min_abs_bound(squares, op.A)};
+  Scale scale{power_of_two_above(top), min_abs_bound(squares, op.A), false};
   float dropped = 0;
   for (int64_t u = threadIdx.x; u < op.A; u += blockDim.x) {
     const float x = fabsf(element<float>(op.v.data, op.v.dtype, u * op.v.stride[2]));
@@ -67,7 +68,10 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
   }
   dropped = of_block<false>(dropped, buffer);
   // Not for NaN or infinity; and what is dropped has to be below the rounding of the largest unit, all of it together.
-  if (!(top > kMinAbsMaxV && top < kMaxAbsMaxV && dropped <= scale.unit * kMinRelativeV)) scale.min_bound = INFINITY;
+  const bool in_range = top > kMinAbsMaxV && top < kMaxAbsMaxV;
+  if (!(in_range && dropped <= scale.unit * kMinRelativeV)) scale.min_bound = INFINITY;
+  // A score may be small because the tanh of the largest units are: nothing is below its rounding then.
+  scale.compensated = in_range && dropped == 0;
   return scale;
 }
 
@@ -76,10 +80,10 @@ template <typename W, int kColumns>
 struct SharedTile {
   int columns_q, columns_k, columns;  // rows of the tile: queries, steps, both
   W* rows;                            // [split][unit][kColumns]: a constant, so that loads need no arithmetic
-  W *constants, *factors, *biases;    // [split][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}
+  W *constants, *factors, *biases;    // [split][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}; compensated: v
   W* halves;                          // [split]
   W* staging;                         // [item][4], item = (split, quad, column): the next four units of a row
-  W* abs_max;                         // [item]: the largest of them so far, in magnitude
+  W* abs_max;                         // [item]: the largest of them so far, in magnitude; compensated: sum of v r
   float* buffer;                      // of of_block
 
   ATTN_DEVICE SharedTile(int unit_splits, int columns_q, int columns_k)
@@ -109,9 +113,43 @@ ATTN_DEVICE void load_4_staged(const W* from, W* x) {
   for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(from + i, x + i);
 }
 
+// abs_max[column] = what all items of the column have there, put together by `combine`.
+template <int kColumns, class Score, class Combine>
+ATTN_DEVICE void combine_items(const ScoresTile<Score>& a, const SharedTile<float, kColumns>& s,
+                               const Combine& combine) {
+  for (int column = threadIdx.x; column < s.columns; column += blockDim.x) {
+    float x = s.abs_max[column];
+    for (int n = 1; n < a.unit_splits * kQuads; ++n) x = combine(x, s.abs_max[n * s.columns + column]);
+    s.abs_max[column] = x;
+  }
+  __syncthreads();
+}
+
+// Four units of a row, from unit `unit` of the chunk on, as exponentials in the place of x. Adds to rest the sum of v r
+// for exponentials that are those of x - r.
+template <int kColumns>
+ATTN_DEVICE void stage_compensated(const SharedTile<float, kColumns>& s, int unit, bool is_query, float* x,
+                                   float& rest) {
+  float bias[4], constant[4], v[4];
+  load_4_staged(s.biases + unit, bias);
+  load_4_staged(s.constants + unit, constant);
+  load_4_staged(s.factors + unit, v);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float added = is_query ? bias[i] : 0.0f, sum = x[i] + added, of_added = sum - x[i];
+    float r;
+    const float e = exp2x_and_rest(sum, &r);
+    r += (x[i] - (sum - of_added)) + (added - of_added);  // what the sum rounds off
+    const float factor = is_query ? constant[i] / kDenominatorScaleOfRow : kDenominatorScaleOfRow;
+    x[i] = e * factor;
+    r += 0.5f * fmaf(e, factor, -x[i]) * reciprocal(x[i]);  // and this product
+    rest = fmaf(v[i], r, rest);
+  }
+}
+
 template <typename W, int kQ, int kK, int kColumns, Form kForm, bool kVectorized, class Score>
 ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0,
-                              float unit, W (&total)[kQ][kK]) {
+                              float unit, bool clamped, W (&total)[kQ][kK]) {
   const Score& op = a.op;
   const int columns = s.columns, split = threadIdx.x / (a.threads_q * a.threads_k);
   const bool works = split < a.unit_splits;
@@ -174,6 +212,10 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
 #pragma unroll
       for (int step = 8; step > 0; step /= 2) half += __shfl_xor_sync(kAllLanes, half, step);
     }
+    if constexpr (kForm == Form::compensated) {
+      factor = next_v / unit;
+      constant = kDenominatorScale * (next_v == 0 ? 1.0f : unit / next_v);
+    }
     if (v_split >= a.unit_splits || v_unit >= kUnits) return;
     s.constants[v_split * kUnits + v_unit] = constant;
     s.factors[v_split * kUnits + v_unit] = factor;
@@ -187,19 +229,24 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
       W* to = s.rows + of.unit * kColumns + of.column;
       W x[4], bias[4], factor[4], top = s.abs_max[index];
       read_slot<W, kVectorized>(s.staging + 4 * index, op.query.dtype, x);
-      if (is_query) {
-        load_4_staged(s.biases + of.unit, bias);
-        load_4_staged(s.factors + of.unit, factor);
+      if constexpr (kForm == Form::compensated) {
+        stage_compensated(s, of.unit, is_query, x, top);
+      } else {
+        if (is_query) {
+          load_4_staged(s.biases + of.unit, bias);
+          load_4_staged(s.factors + of.unit, factor);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (is_query) x[i] += bias[i];
+          if constexpr (kForm == Form::factored) {
+            top = larger_magnitude(top, x[i]);
+            x[i] = is_query ? factor[i] * quick_exp2x(x[i]) : quick_exp2x(x[i]);
+          }
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (is_query) x[i] += bias[i];
-        if constexpr (kForm == Form::factored) {
-          top = larger_magnitude(top, x[i]);
-          x[i] = is_query ? factor[i] * quick_exp2x(x[i]) : quick_exp2x(x[i]);
-        }
-        to[i * kColumns] = x[i];
-      }
+      for (int i = 0; i < 4; ++i) to[i * kColumns] = x[i];
       if constexpr (kForm != Form::activated) s.abs_max[index] = top;
     });
   };
@@ -227,11 +274,19 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
         owed = 0;
       }
       add_factored<kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, part);
-    } else if constexpr (kForm == Form::activated) {
+    } else if constexpr (kForm != Form::exact) {
       if (chunk % 2 == 0) move_part(part, total, W(0));
-      by_activation_of<W>(op, [&](auto f) {
-        add_activated<decltype(f), W, kQ, kK, kColumns>(f, mine + mine_q, mine + mine_k, mine_v, units, part);
-      });
+      if constexpr (kForm == Form::compensated) {
+        const W* v = s.factors + (works ? split : 0) * kUnits;
+        if (clamped)
+          add_compensated_units<kQ, kK, kColumns, true>(mine + mine_q, mine + mine_k, mine_v, v, units, part);
+        else
+          add_compensated_units<kQ, kK, kColumns, false>(mine + mine_q, mine + mine_k, mine_v, v, units, part);
+      } else {
+        by_activation_of<W>(op, [&](auto f) {
+          add_activated<decltype(f), W, kQ, kK, kColumns>(f, mine + mine_q, mine + mine_k, mine_v, units, part);
+        });
+      }
     } else {
       add_exact<W, kQ, kK, kColumns>(mine + mine_q, mine + mine_k, mine_v, units, total, part);
     }
@@ -248,6 +303,16 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
       for (int j = 0; j < kK; ++j) total[i][j] = -2 * unit * kDenominatorScale * (total[i][j] + (part[i][j] - owed));
   }
   if constexpr (kForm == Form::activated) move_part(part, total, W(0));
+  if constexpr (kForm == Form::compensated) {
+    combine_items(a, s, [](float x, float y) { return x + y; });
+#pragma unroll
+    for (int i = 0; i < kQ; ++i)
+#pragma unroll
+      for (int j = 0; j < kK; ++j) {
+        const float rest = split == 0 ? s.abs_max[mine_q + i] + s.abs_max[mine_k + j] : 0.0f;
+        total[i][j] = unit * (total[i][j] + part[i][j] + rest);
+      }
+  }
   __syncthreads();
 }
 
@@ -275,24 +340,69 @@ ATTN_DEVICE void write_tile(const ScoresTile<Score>& a, const SharedTile<W, kCol
   }
 }
 
+// abs_max[column] = the largest |query + bias| or |key| of the row, where no form has found it on its way. NaN does not
+// count: it spreads by itself.
+template <int kColumns>
+ATTN_DEVICE void find_largest(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
+                              int k0) {
+  const AdditiveScores& op = a.op;
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int column = threadIdx.x / kWarp; column < s.columns; column += warps) {
+    const bool is_query = column < s.columns_q;
+    const StridedView3& rows = is_query ? op.query : op.keys;
+    const int row = is_query ? q0 + column : k0 + column - s.columns_q;
+    float top = 0;
+    for (int u = lane; u < op.A && row < (is_query ? op.Tq : op.Tk); u += kWarp) {
+      float x = element<float>(rows.data, rows.dtype, b * rows.stride[0] + row * rows.stride[1] + u * rows.stride[2]);
+      if (is_query && op.bias.data != nullptr) x += element<float>(op.bias.data, op.bias.dtype, u * op.bias.stride[2]);
+      top = larger_magnitude(top, x);
+    }
+    top = warp_largest(top);
+    if (lane == 0) s.abs_max[column] = top;
+  }
+  __syncthreads();
+}
+
+// Calls body(|q|, |k|), the largest of each row of abs_max, for the pairs of this thread that are attended and of which
+// `counts` says that they tell something.
+template <int kColumns, class Counts, class Body>
+ATTN_DEVICE void for_attended(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
+                              int k0, int length, const Counts& counts, const Body& body) {
+  for (int e = threadIdx.x; e < s.columns_q * s.columns_k; e += blockDim.x) {
+    const int row = e / s.columns_k, column = e % s.columns_k;
+    const float q = s.abs_max[row], k = s.abs_max[s.columns_q + column];
+    if (counts(q, k) && q0 + row < a.op.Tq && k0 + column < length && mask_allows(a.attended, b, q0 + row, k0 + column))
+      body(q, k);
+  }
+}
+
 // Whether a pair that is attended lies outside the limits of the factored form; the same for all threads.
 template <int kColumns>
 ATTN_DEVICE bool is_out_of_bounds(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b,
                                   int q0, int k0, int length, float min_bound) {
-  for (int column = threadIdx.x; column < s.columns; column += blockDim.x) {
-    float top = 0;
-    for (int n = 0; n < a.unit_splits * kQuads; ++n) top = fmaxf(top, s.abs_max[n * s.columns + column]);
-    s.abs_max[column] = top;
-  }
-  __syncthreads();
   bool outside = false;
-  for (int e = threadIdx.x; e < s.columns_q * s.columns_k; e += blockDim.x) {
-    const int row = e / s.columns_k, column = e % s.columns_k;
-    const float abs_max = s.abs_max[row] + s.abs_max[s.columns_q + column];
-    if (!(abs_max >= min_bound && abs_max <= kMaxBoundThree) && q0 + row < a.op.Tq && k0 + column < length)
-      outside = outside || mask_allows(a.attended, b, q0 + row, k0 + column);
-  }
+  for_attended(
+      a, s, b, q0, k0, length, [&](float q, float k) { return !(q + k >= min_bound && q + k <= kMaxBoundThree); },
+      [&](float, float) { outside = true; });
   return of_block<true>(outside ? 1.0f : 0.0f, s.buffer) != 0;
+}
+
+// What the pairs of a tile reach that are attended; the same for all threads.
+struct Reach {
+  float bound, side;  // the largest |q| + |k|, and the largest of all |q| and |k|
+};
+
+template <int kColumns>
+ATTN_DEVICE Reach reach_of(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
+                           int k0, int length) {
+  Reach reach{0, 0};
+  for_attended(
+      a, s, b, q0, k0, length, [&](float q, float k) { return q + k > reach.bound || fmaxf(q, k) > reach.side; },
+      [&](float q, float k) {
+        reach.bound = fmaxf(reach.bound, q + k);
+        reach.side = fmaxf(reach.side, fmaxf(q, k));
+      });
+  return {of_block<true>(reach.bound, s.buffer), of_block<true>(reach.side, s.buffer)};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The arithmetic of three units that share a reciprocal (csrc/cuda/additive_math.cuh) against double: the same functions
+// The arithmetic of units that share a reciprocal (csrc/cuda/additive_math.cuh) against double: the same functions
 // that the kernels use on a GPU, as plain C++.
 #include <cmath>
 #include <cstdio>
@@ -51,6 +51,45 @@ void check_three() {
   std::printf("three units: %d cases, worst error %.2g of the sum of |v|\n", n, worst);
 }
 
+// Two units in the compensated form: each is right to a few roundings of its tanh, also where q is near -k, and to a part of
+// that of q and k. Clamped, for any sum.
+template <bool kClamped>
+void check_compensated() {
+  std::mt19937 random(2);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  double worst = 0;
+  const int n = 200000;
+  for (int t = 0; t < n; ++t) {
+    const float size = kClamped ? kMaxAbsClamped : std::ldexp(kMaxBoundUnclamped / 2, -t % 12);
+    const bool opposite = t % 2 == 0;
+    float v[2], c[2], e[2], k[2];
+    double exact = 0, rests = 0, allowed = 0;
+    for (int u = 0; u < 2; ++u) {
+      v[u] = std::ldexp(uniform(random), -static_cast<int>(t % 3 * 11 * std::fabs(uniform(random))));
+      if (std::fabs(v[u]) < kMinRelativeV) v[u] = kMinRelativeV;
+      const float x = size * uniform(random),
+                  y = opposite ? -x * (1 + 0.001f * uniform(random)) : size * uniform(random);
+      const float y_kept = std::fmin(std::fmax(y, -size), size);
+      c[u] = kDenominatorScale / v[u];
+      float of_query, of_key;
+      const float power = exp2x_and_rest(x, &of_query), factor = c[u] / kDenominatorScaleOfRow;
+      e[u] = power * factor;
+      of_query += 0.5f * std::fma(power, factor, -e[u]) / e[u];
+      k[u] = exp2x_and_rest(y_kept, &of_key) * kDenominatorScaleOfRow;
+      const double tanh = std::tanh(double(x) + double(y_kept));
+      exact += v[u] * tanh;
+      rests += v[u] * (double(of_query) + double(of_key));
+      allowed += std::fabs(v[u]) * (15.5 * std::fabs(tanh) * 0x1p-24 + std::fmin(0.75f, 2.3f * size) * 0x1p-24);
+    }
+    const F32x2<float> sum = add_compensated<kClamped>(UnitPair(c[0], c[1], v[0], v[1]), {e[0], e[0]}, {k[0], k[0]},
+                                                       {e[1], e[1]}, {k[1], k[1]}, {0, 0});
+    expect(std::isfinite(sum.x) && sum.x == sum.y, "a compensated sum is finite", sum.x, sum.y, size);
+    worst = std::fmax(worst, std::fabs(sum.x + rests - exact) / allowed);
+  }
+  expect(worst < 1, "a compensated sum, as a share of what is allowed", worst);
+  std::printf("two units%s: %d cases, worst error %.2g of what is allowed\n", kClamped ? ", clamped" : "", n, worst);
+}
+
 // The corners of the range: no overflow, no underflow, the limits of tanh.
 void check_corners() {
   const float ends[] = {-kMaxBoundThree, 0, kMaxBoundThree}, units[] = {1, kMinRelativeV, -1, -kMinRelativeV};
@@ -100,6 +139,8 @@ void check_exact_sum() {
 
 int main() {
   check_three();
+  check_compensated<false>();
+  check_compensated<true>();
   check_corners();
   check_limits();
   check_exact_sum();

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...functional import additive_attention
+from ...types import alignments_of
 from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..masks import mask_without_empty_rows
 from ..registry import adapts
@@ -79,7 +80,8 @@ class FusedOriginalAttention(Fused):
             projected = projected + 0.0 * score.bias
         values = None if self.forward_attn else inputs
         v = score.weight.view(-1)
-        context, alignments = additive_attention(projected, processed_inputs, values, v, extra=extra, mask=allowed)
+        result = additive_attention(projected, processed_inputs, values, v, extra=extra, mask=allowed)
+        context, alignments = result.context, alignments_of(result)
         if self.location_attention:
             self.update_location_attention(alignments)
         if self.forward_attn:

@@ -12,7 +12,7 @@ from ...functional import additive_attention
 from ...memory import Memory
 from ...scores import DotScore
 from ...stock import is_stock_linear
-from ...types import Attention
+from ...types import Attention, alignments_of
 from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..cache import cached_projection
 from ..masks import as_original, mask_without_empty_rows, memory_without_empty_rows
@@ -108,5 +108,5 @@ def _allowed(padding: Tensor) -> Tensor:
 
 def _time_major(result: Attention, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Context (B, C) and alignments (Tk, B), of alignments (B, Tk)."""
-    context, alignments = as_original(result, allowed)
-    return context, alignments.t().contiguous()
+    result = as_original(result, allowed)
+    return result.context, alignments_of(result).t().contiguous()

@@ -94,4 +94,5 @@ def _allowed(module: Any, value_mask: Any, causal: bool, queries: int, keys: Ten
     if causal:
         past = torch.ones(queries, steps, dtype=torch.bool, device=keys.device).tril()
         allowed = past.expand(batch, -1, -1) if allowed is None else past & allowed.unsqueeze(1)
+    assert allowed is not None  # one of them is given
     return mask_without_empty_rows(module, allowed, lambda x: x, wait=True)

@@ -17,6 +17,7 @@ from ...functional import additive_attention
 from ...memory import Memory
 from ...scores import AdditiveScore, DotScore
 from ...stock import is_stock_linear
+from ...types import Attention, alignments_of
 from ..adapter import MIN_PRODUCTS, Fused, NotSupported
 from ..cache import cached
 from ..masks import mask_without_empty_rows
@@ -56,6 +57,10 @@ class _FusedAdditive(_Fused):
         self.precomputed_enc_h = self.mlp_enc(enc_states)
         self.mask: Tensor = self._mask_of(enc_states, enc_len)
 
+    def _keys(self) -> Tensor:
+        assert self.precomputed_enc_h is not None  # made by _begin
+        return self.precomputed_enc_h
+
     def attend(self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor) -> Any:
         """(B, T, E), (B,), (B, D). Returns (B, output_dim) and the alignments, (B, T)."""
         if is_compiling():
@@ -70,7 +75,7 @@ class _FusedAdditive(_Fused):
         context, alignments = self._step(self.mlp_dec(dec_states), enc_states, allowed)
         return self.mlp_out(context), alignments
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> Attention:
         raise NotImplementedError
 
 
@@ -78,8 +83,8 @@ class _FusedAdditive(_Fused):
 class FusedContentBasedAttention(_FusedAdditive):
     """scores_j = scaling * v . tanh(W h_j + V s): Bahdanau et al. 2015, appendix A.1.2."""
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        memory = self._memory(self.precomputed_enc_h, values, allowed)
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> Attention:
+        memory = self._memory(self._keys(), values, allowed)
         v = self.mlp_attn.weight.view(-1)
         score = AdditiveScore(v if self.scaling == 1 else self.scaling * v)
         return attend(score, query, memory, True, None)
@@ -99,11 +104,11 @@ class FusedLocationAwareAttention(_FusedAdditive):
         super()._begin(enc_states, enc_len)
         self.prev_attn = self.mask * (1 / enc_len.float()).unsqueeze(1)
 
-    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(self, query: Tensor, values: Tensor, allowed: Tensor | None) -> Attention:
         extra = self.mlp_loc(self.conv_loc(self.prev_attn.unsqueeze(1)).transpose(1, 2))
-        keys, v = self.precomputed_enc_h, self.mlp_attn.weight.view(-1)
+        keys, v = self._keys(), self.mlp_attn.weight.view(-1)
         attention = additive_attention(query, keys, values, v, extra=extra, scale=self.scaling, mask=allowed)
-        self.prev_attn = attention.alignments.detach()
+        self.prev_attn = alignments_of(attention).detach()
         return attention
 
 

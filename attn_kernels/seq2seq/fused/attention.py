@@ -92,11 +92,13 @@ class AttentionForward:
         query = saved.queries[t]
         x = state if self.projection is None else self.projection(state)
         if eps is not None:
-            x = x.to(saved.lengths.dtype)
+            lengths, is_zero = saved.lengths, saved.is_zero
+            assert lengths is not None and is_zero is not None  # with eps
+            x = x.to(lengths.dtype)
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            torch.le(length, eps, out=saved.is_zero[t])
-            saved.lengths[t] = length.masked_fill(saved.is_zero[t], 1.0)
-            x = x / saved.lengths[t]
+            torch.le(length, eps, out=is_zero[t])
+            lengths[t] = length.masked_fill(is_zero[t], 1.0)
+            x = x / lengths[t]
         query.copy_(x)
         return query if factor is None else query * factor
 
@@ -138,13 +140,13 @@ class AttentionBackward:
 
     def _state_gradient(self, t: int) -> Tensor:
         """From dqueries[t], which becomes the gradient of the product with the weight."""
-        factor, saved = self.query.factor, self.saved
-        if factor is not None:
-            unit = saved.queries[t].to(self.dfactor.dtype)
+        factor, dfactor, saved = self.query.factor, self.dfactor, self.saved
+        if factor is not None and dfactor is not None:
+            unit = saved.queries[t].to(dfactor.dtype)
             dquery = self.dqueries[t].to(unit.dtype)
             along = (dquery * unit).sum(-1, keepdim=True)
-            self.dfactor += along.sum()
-            if self.query.eps is not None:  # the length of a zero vector counts as a constant
+            dfactor += along.sum()
+            if saved.lengths is not None and saved.is_zero is not None:  # that of a zero vector counts as a constant
                 dquery = (dquery - unit * along.masked_fill(saved.is_zero[t], 0.0)) / saved.lengths[t]
             self.dqueries[t] = dquery * factor
         return self.dqueries[t] if self.projection is None else self.projection(self.dqueries[t])
@@ -157,7 +159,7 @@ class AttentionBackward:
         _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments, *needed)
         # The op returns an empty tensor where there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
-        by_name = {name: None if x is None else gradient for name, x, gradient in pairs}
+        by_name: dict[str, Any] = {name: None if x is None else gradient for name, x, gradient in pairs}
         return {
             "memory": Memory(dkeys, dvalues),
             "score": self.score._replace(**by_name),
@@ -169,7 +171,8 @@ class AttentionBackward:
         dweight = None
         if self.query.weight is not None:
             dweight = weight_gradient(self.dqueries.flatten(0, 1), states.flatten(0, 1))
-        dfactor = None if self.dfactor is None else self.dfactor.to(self.query.factor.dtype)
+        factor, dfactor = self.query.factor, self.dfactor
+        dfactor = None if factor is None or dfactor is None else dfactor.to(factor.dtype)
         return self.query._replace(weight=dweight, factor=dfactor)
 
 

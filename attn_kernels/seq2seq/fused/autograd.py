@@ -34,7 +34,8 @@ def decode_sequence(
     embedded: (B, T, E), read by the steps. state: the first one, of one hypothesis per sentence.
     Returns the attentional vectors, (B, T, H), and alignments, (B, T, S).
     """
-    attention = decoder.attention
+    attention, feed = decoder.attention, state.feed
+    assert feed is not None  # as can_fuse_sequence saw
     projection, factor = attention.query_projection, attention.query_factor()
     if factor is not None and not isinstance(factor, Tensor):
         factor = embedded.new_full((), factor)
@@ -44,7 +45,7 @@ def decode_sequence(
         embedded=embedded,
         memory=memory,
         dropout=_dropout_factors(decoder, embedded),
-        feed=state.feed[:, 0],
+        feed=feed[:, 0],
         hidden=tuple(layer[:, 0] for layer in state.hidden),
         cell=tuple(layer[:, 0] for layer in state.cell),
         weights=tuple(CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights),

@@ -51,10 +51,11 @@ def bucket(steps: int) -> int:
 
 def _with_lengths(inputs: Inputs) -> Inputs:
     """With the lengths of a memory that has none: padding is beyond them."""
-    keys, values, lengths, mask = flatten(inputs.memory)[0]
+    memory, lengths = inputs.memory, inputs.memory.memory_lengths
     if lengths is None:
+        keys = memory.keys
         lengths = torch.full((keys.shape[0],), keys.shape[1], dtype=torch.int64, device=keys.device)
-    return inputs._replace(memory=Memory(keys, values, lengths, mask))
+    return inputs._replace(memory=Memory(memory.keys, memory.values, lengths, memory.mask))
 
 
 def _shape(x: Tensor, axes: Axes, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ class SequenceGraph:
         # A replay and the copies around it belong together, whatever other threads do with the same graph.
         self.lock: threading.Lock = threading.Lock()
         self.tensors: list[Tensor | None] = [
-            None if x is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)
+            None if x is None or shape is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)
         ]
         self.inputs: Inputs = unflatten(structure, iter(self.tensors))
         self.backwards: dict[tuple[bool, ...], tuple[Callable[[], object], list[Any], list[Any]]] = {}
@@ -149,10 +150,12 @@ def _unpad(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
 
 def _copy_padded(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> None:
     """Copies into static buffers, and zeroes their padding: a stale NaN there would survive multiplication by 0."""
-    same_into, same = [], []
+    same_into: list[Tensor] = []
+    same: list[Tensor] = []
     for static, x in zip(into, tensors, strict=True):
         if static is None:
             continue
+        assert x is not None  # a graph has the structure of what it is used for
         if static.shape != x.shape:
             static.zero_()
             static[tuple(slice(size) for size in x.shape)].copy_(x)

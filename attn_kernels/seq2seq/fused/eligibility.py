@@ -35,11 +35,12 @@ def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderS
     if state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
         return False
     size = decoder.rnn.input_size - decoder.hidden_size
-    first = (*state.hidden, *state.cell, state.feed)
+    first = (*state.hidden, *state.cell)
     return (
         embedded.shape[::2] == (memory.batch_size, size)
         and (embedded.dtype, embedded.device) == (memory.keys.dtype, memory.keys.device)
-        and all(x.shape[1] == 1 for x in first)
+        and state.feed is not None
+        and all(x.shape[1] == 1 for x in (*first, state.feed))
     )
 
 
@@ -63,6 +64,8 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
     Of the modules that a step calls, embedding and output are for the caller to ask about.
     """
+    if getattr(decoder.attention, "clip", None) is not None:
+        return False
     if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
         return False
     if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first

@@ -110,6 +110,7 @@ class FilteredBackward(AttentionBackward):
         of_state = [x for x in (self.dprevious, self.dtotal) if x is not None]
         for x in of_state:
             dalignments = x.unsqueeze(1) if dalignments is None else dalignments + x.unsqueeze(1)
+        assert dalignments is not None  # a filter reads one of the two
         gradients = dcontext, dalignments.to(alignments.dtype)
         given = query, *self.filters.arguments(t), alignments
         dquery: Tensor
@@ -120,6 +121,7 @@ class FilteredBackward(AttentionBackward):
             self.dbias += dbias
         read = self.filters.padded[t], self.filters.weight, self.filters.taps
         dpadded, dweight = filter_gradients(dkeys, *read, True, True)
+        assert dpadded is not None and dweight is not None  # both are asked for
         self.dweight += dweight
         inside = self.filters.inside(dpadded)
         if self.dprevious is not None:

@@ -22,6 +22,7 @@ from ...gemm import Budget, PackedLinear, linear
 from ...memory import Memory, PreparedMemory
 from ...scores import Score
 from ...stock import has_global_hooks, is_stock
+from ...types import alignments_of
 from ..decoder import Decoder
 from ..state import DecoderModules, DecoderState
 from .attention import op_arguments, prepare, with_prepared
@@ -165,8 +166,10 @@ class FastDecoder:
             hidden.append(inputs.view(batch, count, -1))
             cell += [x.view(batch, count, -1) for x in new_cell]
             base = None
+        assert inputs is not None  # of what follows the last layer
         if self.attention is None:
-            context, alignments = self.module(hidden[-1], memory)
+            result = self.module(hidden[-1], memory)
+            context, alignments = result.context, alignments_of(result)
         else:
             context, alignments = self.attention(inputs, count, memory)
         context = context.reshape(rows, -1)
@@ -222,6 +225,7 @@ class _LSTMLayer(_Layer):
         """base: (R, 4 H), rows of a table, or None. inputs: (R, n) or None. before, cell: (R, H). Returns the next."""
         gates = self.of_state(before, self.bias if base is None else base)
         if self.of_inputs is not None:
+            assert inputs is not None
             gates = self.of_inputs(inputs, gates)
         new_cell, tanh, hidden = gates.new_empty(3, *before.shape).unbind(0)
         self.cell_step(gates, cell, new_cell, tanh, hidden, None)
@@ -239,6 +243,7 @@ class _GRULayer(_Layer):
         """base: (R, 3 H), rows of a table, or None. inputs: (R, n) or None. before: (R, H). Returns the next."""
         gates = self.bias if base is None else base
         if self.of_inputs is not None:
+            assert inputs is not None
             gates = self.of_inputs(inputs, gates)
         size = before.shape[1]
         known, n = gates.split([2 * size, size], dim=1)

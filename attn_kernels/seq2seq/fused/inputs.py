@@ -89,8 +89,8 @@ def unflatten(structure: Any, tensors: Iterator[Tensor | None]) -> Any:
     if structure is None:
         return next(tensors)
     if structure is Memory:
-        keys, values, lengths, mask = (next(tensors) for _ in range(4))
-        return Memory(keys, values, lengths, mask)
+        fields: list[Any] = [next(tensors) for _ in range(4)]  # keys, values, lengths, mask; None in gradients
+        return Memory(*fields)
     if isinstance(structure, tuple):
         return tuple.__new__(structure[0], [unflatten(child, tensors) for child in structure[1:]])
     return structure

@@ -73,12 +73,12 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         vectors = (score.v, score.bias, prepare(score, memory.keys, "cpu"), 1.0)
     projection, factor, eps = attention.query_projection, attention.query_factor(), attention.query_eps()
     weight, values = decoder.attentional.weight, memory.values
-    of_context: Tensor | None = weight[:, : values.shape[2]]
+    of_context: Tensor = weight[:, : values.shape[2]]
     # Where one sentence is searched, a product of one row takes as long as one of several: all read the weight.
     each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
-    if projects_values(memory, decoder.hidden_size, each_step * options.max_length):
+    is_projected = projects_values(memory, decoder.hidden_size, each_step * options.max_length)
+    if is_projected:
         values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
-        of_context = None
     cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
     layers = []
     for n, cell in enumerate(cells):
@@ -91,7 +91,7 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         None if projection is None else projection.weight,
         1.0 if factor is None else float(factor),
         -1.0 if eps is None else eps,
-        of_context,
+        None if is_projected else of_context,
         weight[:, memory.values.shape[2] :],
         decoder.output.weight,
         decoder.output.bias,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ...gemm import linear_of_rows, weight_gradient
 from .formula import is_batch
-from .inputs import CellWeights
-from .ragged_cells import Direction, Part, SavedDirection, backward, forward
+from .ragged_cells import Direction, DirectionWeights, Part, SavedDirection, backward, forward
 
 # oneDNN's padded LSTM takes this part of our time for each row, and a step of ours as long as so many rows. Measured
 # on Zen 5 with 2 to 64 sentences and 256 units, forward and backward: without this, ours takes up to twice as long.
@@ -119,7 +118,8 @@ class _Layer(torch.autograd.Function):
             out = outputs[:, d * units : (d + 1) * units]
             saved.append(forward(way, x, of_direction, first_hidden, first_cell, out))
         ctx.save_for_backward(x, hidden, cell, *weights, *(tensor for of_one in saved for tensor in of_one))
-        return outputs, _last(rows, [of_one.hidden for of_one in saved]), _last(rows, [x.cell for x in saved])
+        cells = [of_one.cell for of_one in saved if of_one.cell is not None]
+        return outputs, _last(rows, [of_one.hidden for of_one in saved]), _last(rows, cells) if cells else None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -213,17 +213,15 @@ def _run_padded(rows: Rows, count: int, x: Tensor, weights: Sequence[Tensor]) ->
     return outputs, torch.stack([first, *last[1:]]), cell
 
 
-def _split(weights: tuple[Tensor, ...], count: int) -> list[CellWeights]:
-    """Those of each direction; a layer without biases has two."""
+def _split(weights: tuple[Tensor, ...], count: int) -> list[DirectionWeights]:
+    """Those of each direction."""
     size = len(weights) // count
-    return [CellWeights(*(*weights[d * size : (d + 1) * size], None, None)[:4]) for d in range(count)]
+    return [DirectionWeights(*weights[d * size : (d + 1) * size]) for d in range(count)]
 
 
-def _last(rows: Rows, states: list[Tensor | None]) -> Tensor | None:
-    if states[0] is None:
-        return None
+def _last(rows: Rows, states: list[Tensor]) -> Tensor:
     ways = zip(rows.directions, states, strict=False)
-    return torch.stack([x.index_select(0, way.last) for way, x in ways if x is not None])
+    return torch.stack([x.index_select(0, way.last) for way, x in ways])
 
 
 def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: list[bool]) -> list[Tensor | None]:

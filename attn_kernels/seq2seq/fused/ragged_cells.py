@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...gemm import PackedLinear, linear_of_rows
 from .cell_steps import find_step
-from .inputs import CellWeights
 
 _EXACT, _SMALL = 64, 256  # rows
 
@@ -42,6 +41,19 @@ class Direction(NamedTuple):
     last: Tensor  # (R,), and last
 
 
+class DirectionWeights(NamedTuple):
+    """The parameters of a direction of an LSTM or GRU layer; G = 4 H or 3 H."""
+
+    x: Tensor  # (G, n)
+    h: Tensor  # (G, H)
+    bias_x: Tensor | None = None  # (G,); a layer may have no biases
+    bias_h: Tensor | None = None  # (G,)
+
+    @property
+    def is_lstm(self) -> bool:
+        return self.h.shape[0] == 4 * self.h.shape[1]
+
+
 class SavedDirection(NamedTuple):
     """What a backward reads."""
 
@@ -52,7 +64,7 @@ class SavedDirection(NamedTuple):
 
 
 def forward(
-    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor | None, cell: Tensor | None, out: Tensor
+    way: Direction, x: Tensor, weights: DirectionWeights, hidden: Tensor | None, cell: Tensor | None, out: Tensor
 ) -> SavedDirection:
     """x: (N, n). hidden, cell: (R, H), the first states; None: zeros. Written: out, (N, H), the states of all rows."""
     run = _run_lstm if weights.is_lstm else _run_gru
@@ -62,7 +74,7 @@ def forward(
 
 
 def backward(
-    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
+    way: Direction, weights: DirectionWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the gates before their functions: of their parts with x, and of those with h, (N, G) each.
 
@@ -73,7 +85,7 @@ def backward(
     return (_go_back_lstm if weights.is_lstm else _go_back_gru)(way, weights, saved, dhidden, dcell)
 
 
-def _states(way: Direction, x: Tensor, weights: CellWeights, first: Tensor | None) -> Tensor:
+def _states(way: Direction, x: Tensor, weights: DirectionWeights, first: Tensor | None) -> Tensor:
     count = x.shape[0]
     states = x.new_empty(count + way.first.shape[0], weights.h.shape[1])
     states[count:] = 0 if first is None else first
@@ -103,11 +115,13 @@ class _Product:
 
 
 def _run_lstm(
-    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor, first_cell: Tensor | None, has_first: bool
+    way: Direction, x: Tensor, weights: DirectionWeights, hidden: Tensor, first_cell: Tensor | None, has_first: bool
 ) -> SavedDirection:
     count = x.shape[0]
     cell = _states(way, x, weights, first_cell)
-    gates = linear_of_rows(x, weights.x, None if weights.bias_x is None else weights.bias_x + weights.bias_h)
+    biases = weights.bias_x, weights.bias_h
+    bias = None if biases[0] is None or biases[1] is None else biases[0] + biases[1]
+    gates = linear_of_rows(x, weights.x, bias)
     if has_first:
         gates.index_add_(0, way.first, hidden[count:] @ weights.h.t())
     tanh = torch.empty_like(cell[:count])
@@ -122,7 +136,7 @@ def _run_lstm(
 
 
 def _go_back_lstm(
-    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
+    way: Direction, weights: DirectionWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     gates, _, tanh, cell = saved
     assert cell is not None
@@ -143,7 +157,7 @@ def _go_back_lstm(
 
 
 def _run_gru(
-    way: Direction, x: Tensor, weights: CellWeights, hidden: Tensor, no_cell: Tensor | None, has_first: bool
+    way: Direction, x: Tensor, weights: DirectionWeights, hidden: Tensor, no_cell: Tensor | None, has_first: bool
 ) -> SavedDirection:
     count = x.shape[0]
     gates = linear_of_rows(x, weights.x, weights.bias_x)
@@ -159,7 +173,7 @@ def _run_gru(
 
 
 def _go_back_gru(
-    way: Direction, weights: CellWeights, saved: SavedDirection, dhidden: Tensor, no_cell: Tensor | None
+    way: Direction, weights: DirectionWeights, saved: SavedDirection, dhidden: Tensor, no_cell: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     gates, hidden, recurrent = saved[:3]
     count = gates.shape[0]

@@ -88,7 +88,8 @@ def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad
         for n in reversed(range(len(layers))):
             dx, dstates[n] = layers[n].step(t, dstates[n])
             if n > 0:
-                dstates[n - 1] = dstates[n - 1] + (dx if below[n - 1] is None else dx * below[n - 1][t])
+                factors = below[n - 1]
+                dstates[n - 1] = dstates[n - 1] + (dx if factors is None else dx * factors[t])
         dfeed = dx
     dgates = layers[0].dgates.flatten(0, 1)
     first, *others = (layer.weight_gradients() for layer in layers)

@@ -14,7 +14,7 @@ from ....functional import additive_attention
 from ....memory import Memory
 from ....scores import AdditiveScore, DotScore
 from ....stock import is_stock_linear
-from ....types import Attention
+from ....types import Attention, alignments_of
 from ...adapter import MIN_PRODUCTS, Fused, NotSupported
 from ...cache import cached, clear
 from ...masks import as_original, mask_without_empty_rows
@@ -34,7 +34,7 @@ class FusedStep(Fused):
     """The state of a batch is kept in the module's attributes, which decoders read and write, as in the original."""
 
     min_products = MIN_PRODUCTS
-    h_length: int | None
+    h_length: int  # like enc_h, None before the first step
     enc_h: Tensor
     mask: Tensor | None
     dunits: int
@@ -78,7 +78,7 @@ class FusedStep(Fused):
         gvec: Any,
         scale: Any,
         extra: Tensor | None = None,
-    ) -> Attention:
+    ) -> tuple[Tensor, Tensor]:
         """query: (B, A). keys, extra: (B, T, A). values: (B, T, D) or, with extra, None. gvec: A -> 1."""
         if not isinstance(scale, int | float):
             raise ArgumentTypeError("a scaling that is no number")
@@ -88,24 +88,26 @@ class FusedStep(Fused):
         if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
             v = torch.add(v, gvec.bias, alpha=0)  # it adds the same to all scores of a softmax: a gradient of 0
         if extra is None:
+            assert values is not None
             result = attend(AdditiveScore(v), query, self._memory(step, head, keys, values), True, None)
         else:
             result = additive_attention(query, keys, values, v, extra=extra, mask=step.allowed)
         return _as_espnet(result, step, values)
 
-    def _dot(self, step: Step, head: int, query: Tensor, keys: Tensor, values: Tensor) -> Attention:
+    def _dot(self, step: Step, head: int, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """query: (B, A). keys: (B, T, A). values: (B, T, D)."""
         result = attend(DotScore(), query.unsqueeze(1), self._memory(step, head, keys, values), True, None)
-        return _as_espnet(Attention(result.context.squeeze(1), result.alignments.squeeze(1)), step, values)
+        return _as_espnet(Attention(result.context.squeeze(1), alignments_of(result).squeeze(1)), step, values)
 
     def _memory(self, step: Step, head: int, keys: Tensor, values: Tensor) -> Memory:
         allowed = step.allowed
         return cached(self, f"memory {head}", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
 
 
-def _as_espnet(result: Attention, step: Step, values: Tensor | None) -> Attention:
-    context, alignments = as_original(result, step.allowed)
-    return Attention(context if context is None else as_product(context, alignments, values), alignments)
+def _as_espnet(result: Attention, step: Step, values: Tensor | None) -> tuple[Tensor, Tensor]:
+    result = as_original(result, step.allowed)
+    context, alignments = result.context, alignments_of(result)
+    return context if values is None else as_product(context, alignments, values), alignments
 
 
 def as_product(context: Tensor, alignments: Tensor, values: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....types import Attention
 from ...adapter import NotSupported
 from ...registry import adapts
 from .base import LIBRARY, MODULE, FusedStep, Step, uniform
@@ -43,9 +42,14 @@ class _FusedHeads(FusedStep):
         contexts, alignments = zip(*heads, strict=True)
         return self.mlp_o(torch.cat(contexts, dim=1)), list(alignments)
 
-    def _head(self, step: Step, h: int, scale: Any, extra: Tensor | None = None) -> Attention:
+    def _projected(self, h: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a head."""
+        assert self.pre_compute_k is not None and self.pre_compute_v is not None  # made by _project
+        return self.pre_compute_k[h], self.pre_compute_v[h]
+
+    def _head(self, step: Step, h: int, scale: Any, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         query = self.mlp_q[h](step.state)
-        return self._additive(step, h, query, self.pre_compute_k[h], self.pre_compute_v[h], self.gvec[h], scale, extra)
+        return self._additive(step, h, query, *self._projected(h), self.gvec[h], scale, extra)
 
 
 @adapts(f"{MODULE}:AttMultiHeadDot", **LIBRARY, sources=("add51694aeb4",))
@@ -62,7 +66,7 @@ class FusedAttMultiHeadDot(_FusedHeads):
         heads = []
         for h in range(self.aheads):
             query = self.scaling * torch.tanh(self.mlp_q[h](step.state))
-            heads.append(self._dot(step, h, query, self.pre_compute_k[h], self.pre_compute_v[h]))
+            heads.append(self._dot(step, h, query, *self._projected(h)))
         return self._join(heads)
 
 

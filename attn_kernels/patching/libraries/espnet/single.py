@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....types import Attention
 from ...adapter import NotSupported
 from ...registry import adapts
 from .base import LIBRARY, MODULE, FusedStep, Step, uniform
@@ -27,8 +26,12 @@ class FusedSingle(FusedStep):
             self._remember(memory)
             self.pre_compute_enc_h = self.mlp_enc(self.enc_h)
 
-    def _single(self, step: Step, query: Tensor, scale: Any, extra: Tensor | None = None) -> Attention:
-        return self._additive(step, 0, query, self.pre_compute_enc_h, self.enc_h, self.gvec, scale, extra)
+    def _projected(self) -> Tensor:
+        assert self.pre_compute_enc_h is not None  # made by _project
+        return self.pre_compute_enc_h
+
+    def _single(self, step: Step, query: Tensor, scale: Any, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._additive(step, 0, query, self._projected(), self.enc_h, self.gvec, scale, extra)
 
 
 class FusedLocation(FusedSingle):
@@ -58,7 +61,7 @@ class FusedAttDot(FusedSingle):
         if isinstance(step, NotSupported):
             return step
         query = scaling * torch.tanh(self.mlp_dec(step.state))
-        return tuple(self._dot(step, 0, query, self.pre_compute_enc_h, self.enc_h))
+        return self._dot(step, 0, query, self._projected(), self.enc_h)
 
 
 @adapts(f"{MODULE}:AttAdd", **LIBRARY, sources=("4f7be4b3459e",))
@@ -69,7 +72,7 @@ class FusedAttAdd(FusedSingle):
         step = self._begin(enc_hs_pad, enc_hs_len, dec_z)
         if isinstance(step, NotSupported):
             return step
-        return tuple(self._single(step, self.mlp_dec(step.state), scaling))
+        return self._single(step, self.mlp_dec(step.state), scaling)
 
 
 @adapts(f"{MODULE}:AttLoc", **LIBRARY, sources=("7db40d2f39dc",))
@@ -100,7 +103,7 @@ class FusedAttLoc(FusedLocation):
     def _attend(self, step: Step, memory: Tensor, lengths: Any, previous: Any, scaling: Any) -> Any:
         if previous is None:
             previous = uniform(lengths, step.state.device, step.state.dtype)
-        return tuple(self._single(step, self.mlp_dec(step.state), scaling, self._features(previous)))
+        return self._single(step, self.mlp_dec(step.state), scaling, self._features(previous))
 
 
 @adapts(f"{MODULE}:AttCov", **LIBRARY, sources=("1df44dd08bc1",))
