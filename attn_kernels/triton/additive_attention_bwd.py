@@ -25,7 +25,7 @@ import triton.language as tl
 
 from .activations import SATURATED, pair_gradients
 from .additive_math import MAX_ABS_BACKWARD, exp2x, exp2x_in_range
-from .device import attended, batch_offset, kernel, reciprocal, row_length
+from .device import attended, batch_offset, kernel, reciprocal, sentence_rows, split_steps
 
 MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
 MAX_FINITE = tl.constexpr(1e38)  # of q + bias, and of k, whose sum is finite
@@ -236,6 +236,7 @@ def backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
+    PACKED: tl.constexpr,  # then dkeys is (splits_q, N, A), dscores (N, padded_q) and ek (N, A)
 ):  # fmt: skip
     """dquery and dkeys, and the sums of which dv and dbias consist, for a block of units; 0 beyond the length."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
@@ -249,9 +250,8 @@ def backward_kernel(
     split_k = (program // tiles_a) % splits_k
     split_q = (program // (tiles_a * splits_k)) % splits_q
     b = (program // (tiles_a * splits_k * splits_q)).to(tl.int64)
-    length = row_length(lengths, b, stride_lengths, Tk)
-    begin = split_k * steps_per_split
-    end = tl.minimum(begin + steps_per_split, Tk)
+    origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
+    begin, end = split_steps(split_k, splits_k, steps_per_split, width, BLOCK_K, PACKED)
     end_used = tl.minimum(end, length)
     factor = tl.load(v + u * stride_v, mask=u < A, other=0.0).to(wide)
     if ACTIVATION == "tanh":
@@ -265,12 +265,13 @@ def backward_kernel(
     if bias is not None:
         shift += tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(wide)
     query += b * stride_qb + u[None, :] * stride_qa
-    keys += b * stride_kb
-    dscores += b * Tk * padded_q
+    keys += place * stride_kb
+    dscores += origin * padded_q
     if dquery is not None:
         dquery += (split_k.to(tl.int64) * B + b) * Tq * A + u[None, :]
     if dkeys is not None:
-        dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
+        all_steps = tl.cast(Tk, tl.int64) if PACKED else tl.cast(Tk, tl.int64) * B
+        dkeys += (split_q * all_steps + origin) * A
     if mask is not None:
         mask += b * stride_mb
     all_dv = tl.zeros([BLOCK_A], dtype=wide)
@@ -310,7 +311,7 @@ def backward_kernel(
             if (tl.max(abs_max_k) <= limit) & (abs_max_q <= limit):
                 if ek is not None:
                     dq, dv_part = _walk_steps(
-                        dkeys, ek + b * Tk * A, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
+                        dkeys, ek + origin * A, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
                         padded_q, A, 1, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, True,
                         APPROXIMATE, BLOCK_K,
                     )  # fmt: skip
