@@ -22,8 +22,8 @@ class Memory:
 
     It is a pytree of its tensors: ``torch.compile`` and ``torch.export`` take it as an argument and as a result. It
     holds nothing derived from them, such as what :func:`attn_kernels.prepare_keys` makes of keys: so steps are right
-    after any write to its tensors, and with a copy that has others in their place. But on a GPU the largest length is
-    waited for once, until offsets are written to; what writes to those that are inference tensors nobody can see.
+    after any write to its tensors, and with a copy that has others in their place. But the largest length is read once,
+    until offsets are written to; on a GPU nobody sees what writes to those that are inference tensors.
 
     keys: (B, Tk, A), projected memory, in the form that the module which made it compares with its query.
     values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
@@ -102,10 +102,10 @@ class Memory:
         return Memory(keys, values, packing.lengths(offsets)).with_zero_padding()
 
     def longest(self) -> int:
-        """The largest length of a packed memory. On a GPU it is waited for once."""
+        """The largest length of a packed memory, read once: on a GPU it is waited for."""
         offsets = self.memory_offsets
         assert offsets is not None
-        if offsets.is_cpu or not packing.is_readable(offsets):
+        if not packing.is_readable(offsets) or (offsets.is_cpu and offsets.is_inference()):
             return packing.longest(offsets)
         version = None if offsets.is_inference() else offsets._version
         known: tuple[int | None, int] | None = self.__dict__.get("_longest")
