@@ -132,7 +132,7 @@ def test_neighbours_do_not_matter(score: str, queries: int) -> None:
 @slow_if(lambda queries: queries == 9)
 @pytest.mark.parametrize("queries", [1, 9])
 def test_offsets_that_are_wrong(queries: int) -> None:
-    """A GPU does not check them: what does not belong to the memory is not read. Nor is there a column for each step."""
+    """A GPU does not check them: what is not of the memory is not read. Nor has each step of alignments a column."""
     device = device_of(available("triton"))
     kernels = importlib.import_module("attn_kernels.triton.packed_attention").KERNELS
     query, keys, values, v, bias = (t.detach() for t in make(torch.float32, [9, 20], (queries, 9, 6), device))

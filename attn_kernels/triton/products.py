@@ -191,7 +191,6 @@ def _weighted_sum_kernel(
     if TRANSPOSED:
         origin, used_m, width_m, place = sentence_rows(lengths, b, stride_lengths, M, PACKED)
         used_x = X
-        width_x = X
         begin, end = split_steps(split, splits, rows_per_split, X, BLOCK_X, False)
         rows += batch_offset(b, stride_rb, ALIGNED)
         in_out = origin
