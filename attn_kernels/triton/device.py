@@ -102,6 +102,8 @@ def split_steps(split, splits, steps_per_split, width, BLOCK: tl.constexpr, PACK
     if PACKED:
         steps_per_split = tl.cdiv(tl.cdiv(width, splits), BLOCK) * BLOCK
     begin = split * steps_per_split
+    if PACKED:  # ptxas spills where LLVM makes use of it that begin is a multiple of BLOCK
+        begin = tl.minimum(begin, width)
     return begin, tl.minimum(begin + steps_per_split, width)
 
 

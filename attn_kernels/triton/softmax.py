@@ -89,7 +89,7 @@ def _attend_kernel(
     scores += origin * Tq + i[:, None] * width
     start_alignments, row_steps, length = alignment_rows(b, Tq, origin, width, length, columns)
     if alignments is not None:
-        alignments += start_alignments + i[:, None] * row_steps
+        alignments += start_alignments
     if mask is not None:
         mask += b * stride_mb
     if score_bias is not None:
@@ -124,7 +124,7 @@ def _attend_kernel(
         if alignments is not None:
             if tile_d == 0:
                 stored = (i[:, None] < Tq) & (j[None, :] < row_steps)
-                tl.store(alignments + j[None, :], p, mask=stored)
+                tl.store(alignments + i[:, None] * row_steps + j[None, :], p, mask=stored)
         rows = load_rows(
             values + batch_offset(place, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, SMALL_M
         )
@@ -145,7 +145,7 @@ def _attend_kernel(
                 j = (start + steps).to(tl.int64)
                 stored = (i[:, None] < Tq) & (j[None, :] < row_steps)
                 zeros = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
-                tl.store(alignments + j[None, :], zeros, mask=stored)
+                tl.store(alignments + i[:, None] * row_steps + j[None, :], zeros, mask=stored)
 
 
 def attend(
