@@ -221,7 +221,7 @@ def attend_packed(
     def longest() -> int:
         if max_length is not None:
             return max_length
-        return packing.longest(offsets) if gathered_by is None else gathered_by.longest()
+        return packing.longest(offsets) if gathered_by is None else gathered_by._longest()
 
     if values is None and not need_weights:
         raise ArgumentValueError(f"{score.name}: need_weights must be True without values: nothing else is returned")
