@@ -146,7 +146,8 @@ class Memory:
         return self.keys, self.values, self.memory_lengths, self.mask, self.memory_offsets
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("_gradient", "_zero_padding", "_known_longest")}
+        derived = ("_gradient", "_zero_padding", "_known_longest")
+        return {name: x for name, x in self.__dict__.items() if name not in derived}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
