@@ -4,7 +4,15 @@ They run on CUDA (NVIDIA, AMD) and XPU (Intel) devices, and on the CPU in Triton
 """
 
 from .. import ops
-from . import additive_attention, dot_attention, gated_additive_attention, relu_attention, with_extra, with_options
+from . import (
+    additive_attention,
+    dot_attention,
+    gated_additive_attention,
+    packed_attention,
+    relu_attention,
+    with_extra,
+    with_options,
+)
 from .device import INTERPRETER
 
 _KERNELS = {
@@ -24,6 +32,11 @@ _KERNELS = {
         dot_attention.dot_attention_backward,
     )
 }
-for _op, _kernel in {**_KERNELS, **with_options.KERNELS, **with_extra.KERNELS}.items():
+for _op, _kernel in {
+    **_KERNELS,
+    **with_options.KERNELS,
+    **with_extra.KERNELS,
+    **packed_attention.KERNELS,
+}.items():
     for _key in ("CUDA", "XPU", "CPU") if INTERPRETER.value else ("CUDA", "XPU"):
         ops.library.impl(f"{_op}.triton", _kernel, _key)

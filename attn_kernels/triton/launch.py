@@ -77,6 +77,29 @@ def lengths_stride(memory_lengths: Tensor | None) -> int:
     return 0 if memory_lengths is None else memory_lengths.stride(0)
 
 
+def steps_of_row(Tk: int, B: int, columns: int | None) -> int:
+    """The steps of a row by which tiles are chosen: Tk, or of a packed memory of N = Tk, what its B have on average."""
+    return Tk if columns is None else triton.cdiv(Tk, B)
+
+
+def packed_split(splits: int, N: int) -> tuple[int, int]:
+    """steps_per_split and splits of a packed memory, of whose sentences each is cut: see split_steps."""
+    per_split = triton.cdiv(N, splits)
+    return per_split, triton.cdiv(N, per_split)
+
+
+def step_tiles(Tk: int, B: int, block: int, packed: bool) -> int:
+    """The tiles of block steps of all sentences; of a packed memory, N = Tk: see packed_tile."""
+    return Tk // block + B if packed else B * triton.cdiv(Tk, block)
+
+
+def alignments_shape(B: int, Tq: int, Tk: int, columns: int | None) -> tuple[int, ...]:
+    """Of alignments as they are returned: see ops.py on packed ones, of N = Tk."""
+    if columns is None:
+        return B, Tq, Tk
+    return (B, Tq, columns) if columns else (Tq * Tk,)
+
+
 def power_of_two(size: int, least: int, most: int) -> int:
     """The smallest power of two that holds size, within [least, most]."""
     power: int = triton.next_power_of_2(size)
