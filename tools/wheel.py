@@ -26,7 +26,9 @@ HEAD = (
     "| Python | torch | numpy | SIMD level | tests | passed / failed / skipped | wheel | built with | date |",
     "|---|---|---|---|---|---|---|---|---|",
 )
-TESTS = ("-m", "not slow", "-k", "cpu", "tests/test_ops.py", "tests/test_modules.py")
+# Ops and numerics in float32 on the best SIMD level, models and patches: less than a minute. tests.yml runs the rest.
+TESTS = ("-m", "not slow", "-k", "(cpu and float32 or seq2seq or patching) and not (avx or portable or triton)")
+TESTS += tuple(f"tests/test_{name}.py" for name in ("ops", "numerics", "modules", "seq2seq", "patching"))
 
 
 def unexpected(names: list[str], cuda: bool) -> list[str]:
