@@ -27,8 +27,10 @@ HEAD = (
     "|---|---|---|---|---|---|---|---|---|",
 )
 # Ops and numerics in float32 on the best SIMD level, models and patches: less than a minute. tests.yml runs the rest.
-TESTS = ("-m", "not slow", "-k", "(cpu and float32 or seq2seq or patching) and not (avx or portable or triton)")
-TESTS += tuple(f"tests/test_{name}.py" for name in ("ops", "numerics", "modules", "seq2seq", "patching"))
+TESTS = (
+    *("-m", "not slow", "-k", "(cpu and float32 or seq2seq or patching) and not (avx or portable or triton)"),
+    *(f"tests/test_{name}.py" for name in ("ops", "numerics", "modules", "seq2seq", "patching")),
+)
 
 
 def unexpected(names: list[str], cuda: bool) -> list[str]:
