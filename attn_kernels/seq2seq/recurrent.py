@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ..backends import choose
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..stock import is_plain, is_stock, runs_eagerly
-from .fused.few_sentences import MAX_SENTENCES, run_few
+from .fused.few_sentences import MAX_SENTENCES, MAX_WITHOUT_PADDING, run_few
 from .fused.ragged import Rows, find_rows, run_layer, sorted_rows
 from .scanned import can_scan, run_scanned
 
@@ -56,7 +56,7 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
         outputs, last = run_recurrent(rnn, padded, lengths, states)
         return outputs.narrow(axis, 0, 0), last
     if isinstance(rnn, nn.LSTM | nn.GRU) and _is_as_made(rnn, x, lengths, states):
-        if _are_few(rnn, lengths):
+        if _are_few(rnn, x.shape[axis], lengths):
             return _run_few(rnn, x, lengths, states)
         if _gains(rnn, x.shape[axis], lengths):
             return _run_fused(rnn, x, lengths, states)
@@ -87,10 +87,12 @@ def _gains(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
     return not isinstance(rnn, nn.LSTM) or not bool((lengths == longest).all())
 
 
-def _are_few(rnn: nn.LSTM | nn.GRU, lengths: Tensor) -> bool:
+def _are_few(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
     """Whether ``run_few`` may compute it, and is the fastest."""
+    count = lengths.shape[0]
     return (
-        0 < lengths.shape[0] <= MAX_SENTENCES
+        0 < count <= MAX_SENTENCES
+        and (count <= MAX_WITHOUT_PADDING or _gains(rnn, longest, lengths))
         and not torch.is_grad_enabled()
         and not (rnn.training and rnn.dropout > 0 and rnn.num_layers > 1)
         and choose(None, "cpu") == "cpu"
