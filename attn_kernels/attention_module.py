@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .attending import attend, attend_once
-from .backends import choose
 from .checks import check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory import Memory
-from .packed_attention import attend_packed, is_packed, packed_rows, padding_needed
+from .packed_attention import attend_packed, is_packed, packed_backend, packed_rows, padding_needed
 from .scores import Score
 from .types import Attention, attention_mask
 
@@ -108,8 +107,8 @@ class AttentionModule(nn.Module):
         """Makes of the encoder outputs what each step reads, once per sentence.
 
         memory: (B, Tk, memory_size), encoder outputs. Without padding: a jagged tensor (B, j, memory_size), a
-            ``PackedSequence``, or (N, memory_size) with ``memory_offsets``. The memory is then packed, which backend
-            "cpu" takes; for others, and mechanisms with a step of their own, it is padded, once.
+            ``PackedSequence``, or (N, memory_size) with ``memory_offsets``. The memory is then packed, which the
+            backends "cpu" and "triton" take; for others, and mechanisms with a step of their own, it is padded, once.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
         memory_offsets: (B + 1,) int32 or int64, where each sentence begins, as of :class:`attn_kernels.Memory`.
@@ -117,7 +116,7 @@ class AttentionModule(nn.Module):
         if memory_offsets is not None or is_packed(memory):
             name, others = f"{self._name}.memory", {"memory_lengths": memory_lengths, "mask": mask}
             rows, offsets, longest = packed_rows(name, memory, memory_offsets, self.memory_size, **others)
-            if self._takes_packed() and choose(self.backend, rows.device.type) == "cpu":
+            if self._takes_packed() and packed_backend(self.backend, rows.device.type) is not None:
                 return Memory(self._keys(rows), rows, memory_offsets=offsets, max_length=longest)
             padded = Memory(rows, rows, memory_offsets=offsets, max_length=longest).padded()
             return self.memory(padded.values, padded.memory_lengths)

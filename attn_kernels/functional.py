@@ -139,8 +139,9 @@ def additive_attention(
     Or keys (B, j, A) and values (B, j, D) that are jagged (``torch.nested``, ``layout=torch.jagged``), of the same
     lengths. The query remains a dense tensor. The context is (B, Tq, D), and zero for an empty sentence; alignments are
     (B, Tq, Tk) with zeros behind each sentence, where Tk is the largest length, or the ``max_seqlen`` that jagged
-    tensors know. No work is done for padding on the CPU. Other backends than "cpu" run on a padded copy, and on a GPU
-    wait for the largest length unless ``max_seqlen`` is known; offsets are not checked there. Not together with
+    tensors know. Backends "cpu" and "triton" do no work for padding, and a GPU takes "triton" if none is named; others
+    run on a padded copy. On a GPU offsets are not checked, and the largest length is waited for where it is the width
+    of alignments or of a copy and no ``max_seqlen`` is known. Not together with
     ``memory_lengths``, ``mask``, ``gate``, several score vectors, ``extra``, ``prepared``, ``score_bias``,
     ``dropout_p``, ``normalizer``, ``clip`` and ``need_log_total``.
 

@@ -22,7 +22,8 @@ class Memory:
 
     It is a pytree of its tensors: ``torch.compile`` and ``torch.export`` take it as an argument and as a result. It
     holds nothing derived from them, such as what :func:`attn_kernels.prepare_keys` makes of keys: so steps are right
-    after any write to its tensors, and with a copy that has others in their place.
+    after any write to its tensors, and with a copy that has others in their place. But the largest length is read once,
+    until offsets are written to; on a GPU nobody sees what writes to those that are inference tensors.
 
     keys: (B, Tk, A), projected memory, in the form that the module which made it compares with its query.
     values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
@@ -95,10 +96,23 @@ class Memory:
             return self
         offsets, columns = self.memory_offsets, self.max_length
         check_offsets("Memory.padded", self._packed())
-        columns = packing.longest(offsets) if columns is None else columns
+        columns = self._longest() if columns is None else columns
         keys = packing.pad(self.keys, offsets, columns)
         values = keys if self.values is self.keys else packing.pad(self.values, offsets, columns)
         return Memory(keys, values, packing.lengths(offsets)).with_zero_padding()
+
+    def _longest(self) -> int:
+        """The largest length of a packed memory, read once: on a GPU it is waited for."""
+        offsets = self.memory_offsets
+        assert offsets is not None
+        if not packing.is_readable(offsets) or (offsets.is_cpu and offsets.is_inference()):
+            return packing.longest(offsets)
+        version = None if offsets.is_inference() else offsets._version
+        known: tuple[int | None, int] | None = self.__dict__.get("_known_longest")
+        if known is None or known[0] != version:
+            known = version, packing.longest(offsets)
+            object.__setattr__(self, "_known_longest", known)  # no field: copies read their own
+        return known[1]
 
     def gradient(self) -> MemoryGradient:
         """Accumulates the gradients of all steps on this memory; created on first use."""
@@ -132,7 +146,8 @@ class Memory:
         return self.keys, self.values, self.memory_lengths, self.mask, self.memory_offsets
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("_gradient", "_zero_padding")}
+        derived = ("_gradient", "_zero_padding", "_known_longest")
+        return {name: x for name, x in self.__dict__.items() if name not in derived}
 
     def select(self, indices: Tensor) -> Memory:
         """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.

@@ -373,6 +373,14 @@ for _name, _schema in (
     library.define(f"{_name}.cpu{_schema} -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{_name}.cpu", lambda *_: None, lib=library)
 
+# One direction of a layer over few sentences, which seq2seq/fused/few_sentences.py calls without gradients. Gates are
+# (B, S, G), but for the products with states; weight: (G, H), and of a GRU the bias of its products. States, (B, H),
+# become those after the last step of each sentence. Without a fake kernel, as what follows.
+library.define(
+    "recurrent_steps.cpu(Tensor gates, Tensor weight, Tensor? bias, Tensor lengths, bool reverse, Tensor(a!) hidden, "
+    "Tensor(b!)? cell, Tensor(c!) out) -> ()"
+)
+
 # decoder_search -------------------------------------------------------------------------------------------------------
 
 # All steps of a greedy or beam search with a decoder of seq2seq: seq2seq/fused/one_call.py calls it, on plain tensors
@@ -382,6 +390,7 @@ library.define(
     "float query_eps, Tensor? of_context, Tensor of_state, Tensor output, Tensor? output_bias, Tensor keys, "
     "Tensor values, Tensor? v, Tensor? bias, Tensor? prepared, float scale, Tensor? memory_lengths, Tensor? mask, "
     "Tensor[] hidden, Tensor[] cell, Tensor? feed, int bos, int eos, int max_length, int beam_size, "
-    "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping, int table_bytes) -> "
+    "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping, int table_bytes, "
+    "bool rounded) -> "
     "(Tensor tokens, Tensor lengths, Tensor scores, Tensor alignments)"
 )

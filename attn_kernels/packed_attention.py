@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops, packing
 from .attending import ARGUMENT_ERRORS, attend_arrays, new, to_result
-from .backends import choose
+from .backends import choose, choose_among
 from .checks import check_device, check_dtypes, check_tensor, shape_of
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import should_defer
@@ -213,6 +213,12 @@ def check_offsets(name: str, memory: PackedMemory) -> None:
         )
 
 
+def packed_backend(backend: str | None, device_type: str) -> str | None:
+    """The backend with kernels for packed memories; None where such a memory is to be padded."""
+    chosen = choose_among(("triton", "cpu"), backend, device_type)
+    return None if chosen == "reference" else chosen
+
+
 def attend_packed(
     score: Score,
     query: Tensor,
@@ -221,22 +227,28 @@ def attend_packed(
     backend: str | None,
     gathered_by: Memory | None = None,
 ) -> Attention:
-    """The op of a score on a packed memory; on other backends than the CPU's, that of a padded copy.
+    """The op of a score on a packed memory; on backends without kernels for it, that of a padded copy.
 
     gathered_by: what the memory is of, where the gradients of steps may be gathered; see memory_gradient.py.
     """
     keys, values, offsets, max_length = memory
+
+    def longest() -> int:
+        if max_length is not None:
+            return max_length
+        return packing.longest(offsets) if gathered_by is None else gathered_by._longest()
+
     if values is None and not need_weights:
         raise ArgumentValueError(f"{score.name}: need_weights must be True without values: nothing else is returned")
     try:
-        chosen = choose(backend, device_type(query))
-        if chosen != "cpu":
+        chosen = packed_backend(backend, device_type(query))
+        if chosen is None:
             _check(score, query, memory, backend)
-            columns = packing.longest(offsets) if max_length is None else max_length
+            columns = longest()
             keys = packing.pad(keys, offsets, columns)
             values = None if values is None else packing.pad(values, offsets, columns)
             return attend_arrays(score, query, keys, values, Masks(packing.lengths(offsets)), need_weights, backend)
-        if is_compiling():
+        if chosen != "cpu" or is_compiling():  # the CPU's kernels check their arguments themselves
             _check(score, query, memory, backend)
         elif not on_one_device(query, keys, values, offsets, *score):
             raise ArgumentValueError  # raised again below, with a full message
@@ -247,15 +259,15 @@ def attend_packed(
             q = q.unsqueeze(1)
         columns = 0  # packed alignments
         is_same = gathered_by is not None and k is keys and x is values
-        defers = is_same and should_defer("cpu", q, k, x, None)
+        defers = is_same and should_defer(chosen, q, k, x, None)
         if need_weights or defers:  # those of several steps are joined along their queries
-            columns = max(1, packing.longest(offsets) if max_length is None else max_length)
+            columns = max(1, longest())
         if gathered_by is not None and defers and isinstance(score, AdditiveScore | ActivatedScore | DotScore):
             made = gathered_by.gradient()
-            result = made.attend(score.packed(columns), "cpu", q, (offsets,), need_weights)
+            result = made.attend(score.packed(columns), chosen, q, (offsets,), need_weights)
         else:
             own, numbers = score[: score.gradients], score[score.tensors :]
-            result = ops.call(f"{score.op}_packed", "cpu", q, k, x, *own, *numbers, columns, offsets, need_weights)
+            result = ops.call(f"{score.op}_packed", chosen, q, k, x, *own, *numbers, columns, offsets, need_weights)
         context, alignments = to_result(result, query.dim(), need_weights)
     except ARGUMENT_ERRORS:
         _check(score, query, memory, backend)

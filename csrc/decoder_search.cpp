@@ -19,10 +19,6 @@ struct Source {
   const std::optional<Tensor>&memory_lengths, &mask;
 };
 
-RowsView rows_if(const std::optional<Tensor>& t, const char* name, Dtype dtype, int64_t n, int64_t k) {
-  return t.has_value() ? rows(*t, name, dtype, n, k) : RowsView{};
-}
-
 template <typename T>
 const T* vector_of(const Tensor& t, const char* name, Dtype dtype, int64_t n) {
   check_shape(t, name, {n});
@@ -96,19 +92,45 @@ struct Parameters {
   const std::optional<Tensor>& of_context;
   const Tensor &of_state, &output;
   const std::optional<Tensor>& output_bias;
+  bool rounded;  // to bfloat16, but for embedding and biases
+};
+
+// Weights, with room for what they are rounded to, as long as this lives.
+class MakeWeight {
+ public:
+  MakeWeight(const Tensor& like, bool rounded) : like_(like), dtype_(dtype_of(like, "keys")), rounded_(rounded) {}
+
+  Weight operator()(const Tensor& t, const char* name, int64_t n, int64_t k) {
+    const RowsView view = rows(t, name, dtype_, n, k);
+    if (!rounded_) return Weight(view);
+    rooms_.push_back(output(like_, {n * pair_words(k)}, ScalarType::Float));
+    return Weight(view, static_cast<uint32_t*>(rooms_.back().mutable_data_ptr()));
+  }
+
+  Weight operator()(const std::optional<Tensor>& t, const char* name, int64_t n, int64_t k) {
+    return t.has_value() ? (*this)(*t, name, n, k) : Weight();
+  }
+
+ private:
+  const Tensor& like_;
+  const Dtype dtype_;
+  const bool rounded_;
+  std::vector<Tensor> rooms_;
 };
 
 // Of each layer four: x (G, inputs), h (G, H), bias (G,) and that of the product with the state, (G,), which an LSTM
 // has in the other.
 template <typename T>
-DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_lstm, bool input_feeding, Dtype dtype) {
+DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_lstm, bool input_feeding, Dtype dtype,
+                             MakeWeight& weight) {
   const int64_t H = p.of_state.size(0), G = (is_lstm ? 4 : 3) * H, D = source.values.size(2), A = source.keys.size(2);
   const int64_t V = p.output.size(0), E = p.embedding.size(1);
+  STD_TORCH_CHECK(!p.rounded || dtype == Dtype::float32, "only float32 is rounded to bfloat16");
   STD_TORCH_CHECK(!p.layers.empty() && p.layers.size() % 4 == 0, "layers must be four tensors for each");
   std::vector<DecoderLayer<T>> layers;
   for (size_t l = 0; l < p.layers.size(); l += 4) {
     const int64_t inputs = l > 0 || input_feeding ? H : 0;
-    layers.push_back({rows(p.layers[l], "x", dtype, G, inputs), inputs, rows(p.layers[l + 1], "h", dtype, G, H),
+    layers.push_back({weight(p.layers[l], "x", G, inputs), inputs, weight(p.layers[l + 1], "h", G, H),
                       vector_of<T>(p.layers[l + 2], "bias", dtype, G),
                       vector_of<T>(p.layers[l + 3], "recurrent bias", dtype, G)});
   }
@@ -125,13 +147,13 @@ DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_
           input_feeding,
           std::move(layers),
           rows(p.embedding, "embedding", dtype, p.embedding.size(0), E),
-          rows(p.of_token, "of_token", dtype, G, E),
-          rows_if(p.query, "query", dtype, A, H),
+          weight(p.of_token, "of_token", G, E),
+          weight(p.query, "query", A, H),
           p.query_factor,
           p.query_eps,
-          rows_if(p.of_context, "of_context", dtype, H, D),
-          rows(p.of_state, "of_state", dtype, H, H),
-          rows(p.output, "output", dtype, V, H),
+          weight(p.of_context, "of_context", H, D),
+          weight(p.of_state, "of_state", H, H),
+          weight(p.output, "output", V, H),
           output_bias};
 }
 
@@ -150,7 +172,8 @@ Results search(const Parameters& parameters, const Source& source, const Score& 
   const int64_t B = source.keys.size(0), S = source.keys.size(1);
   const Dtype dtype = dtype_of(source.keys, "keys");
   const AttentionMask mask = attended(source.memory_lengths, source.mask, B, 1, S);
-  const DecoderWeights<T> weights = weights_of<T>(parameters, source, !cell.empty(), feed.has_value(), dtype);
+  MakeWeight make_weight(source.keys, parameters.rounded);
+  DecoderWeights<T> weights = weights_of<T>(parameters, source, !cell.empty(), feed.has_value(), dtype, make_weight);
   STD_TORCH_CHECK(hidden.size() == weights.layers.size() && (cell.empty() || cell.size() == hidden.size()),
                   "every layer must have a state");
   STD_TORCH_CHECK(B > 0, "there must be a sentence");
@@ -189,10 +212,11 @@ Results decoder_search(std::vector<Tensor> layers, Tensor embedding, Tensor of_t
                        double scale, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                        std::vector<Tensor> hidden, std::vector<Tensor> cell, std::optional<Tensor> feed, int64_t bos,
                        int64_t eos, int64_t max_length, int64_t beam_size, int64_t num_hypotheses,
-                       double length_penalty, double coverage_penalty, bool early_stopping, int64_t table_bytes) {
+                       double length_penalty, double coverage_penalty, bool early_stopping, int64_t table_bytes,
+                       bool rounded) {
   STD_TORCH_CHECK(keys.dim() == 3 && values.dim() == 3, "keys and values must have 3 axes");
-  const Parameters parameters{layers,    embedding,  of_token, query,  query_factor,
-                              query_eps, of_context, of_state, output, output_bias};
+  const Parameters parameters{layers,     embedding, of_token, query,       query_factor, query_eps,
+                              of_context, of_state,  output,   output_bias, rounded};
   const Source source{keys, values, memory_lengths, mask};
   const Score score{v, bias, prepared, scale};
   const SearchOptions options{

@@ -4,42 +4,19 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <utility>
-#include <vector>
 
-#include "decode.h"
-#include "kernels.h"
+#include "cell_step.h"
 
 namespace attn {
-
-// Rows of a matrix in memory of this library.
-template <typename T>
-struct Matrix {
-  int64_t columns = 0;
-  std::vector<T> data;
-
-  Matrix() = default;
-  Matrix(int64_t rows, int64_t columns) : columns(columns), data(rows * columns) {}
-  T* row(int64_t r) { return data.data() + r * columns; }
-  RowsView view() { return {data.data(), columns}; }
-};
-
-// The first `count` rows of a matrix as pointers, which are what products take.
-template <typename T>
-std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
-  std::vector<void*> rows(count);
-  for (int64_t r = 0; r < count; ++r) rows[r] = matrix.row(r);
-  return rows;
-}
 
 // H units, G = 4 H gates of an LSTM or 3 H of a GRU.
 template <typename T>
 struct DecoderLayer {
-  RowsView x;          // (G, inputs), for what is read beside a token: nothing in the first layer without input feeding
+  Weight x;            // (G, inputs), for what is read beside a token: nothing in the first layer without input feeding
   int64_t inputs;      // or 0
-  RowsView h;          // (G, H)
+  Weight h;            // (G, H)
   const T* bias;       // (G,), of the products with inputs; with an LSTM of both
   const T* recurrent;  // (G,), of the product with the state: of a GRU, else null
 };
@@ -50,11 +27,11 @@ struct DecoderWeights {
   bool is_lstm, input_feeding;
   std::vector<DecoderLayer<T>> layers;
   RowsView embedding;              // (vocabulary, embedding_size)
-  RowsView of_token;               // (G, embedding_size): what the first layer reads of a token
-  RowsView query;                  // (query_size, H); without data where the state is not projected
+  Weight of_token;                 // (G, embedding_size): what the first layer reads of a token
+  Weight query;                    // (query_size, H); none where the state is not projected
   double query_factor, query_eps;  // a query is divided by its length if that is above query_eps >= 0
-  RowsView of_context, of_state;   // (H, memory_size), without data where values are projected; (H, H)
-  RowsView output;                 // (vocabulary, H)
+  Weight of_context, of_state;     // (H, memory_size), none where values are projected; (H, H)
+  Weight output;                   // (vocabulary, H)
   const T* output_bias;            // or null
 };
 
@@ -67,20 +44,18 @@ using Attend =
 template <typename T>
 class DecoderStep {
  public:
-  DecoderStep(const Kernels& kernels, const DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most,
+  DecoderStep(const Kernels& kernels, DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most,
               int64_t table_bytes)
       : kernels_(kernels),
         weights_(weights),
         attend_(std::move(attend)),
         source_(source),
-        gates_(most, gates()),
-        products_(most, weights.is_lstm ? 0 : gates()),
-        scratch_(most, weights.hidden_size),
+        cells_(kernels, weights.is_lstm, weights.hidden_size, most),
         query_(most, weights.query_size),
         context_(most, weights.memory_size),
         feed_(most, weights.hidden_size),
         place_(weights.vocabulary, -1),
-        table_rows_(table_bytes / (gates() * static_cast<int64_t>(sizeof(T)))) {
+        table_rows_(table_bytes / (cells_.gates() * static_cast<int64_t>(sizeof(T)))) {
     for (size_t l = 0; l < weights.layers.size(); ++l) {
       hidden_.emplace_back(most, weights.hidden_size);
       cell_.emplace_back(most, weights.is_lstm ? weights.hidden_size : 0);
@@ -102,12 +77,12 @@ class DecoderStep {
     run_attention(R, sentences, alignments);
     std::vector<void*> context = pointers(context_, R), feed = pointers(feed_, R), states = pointers(top, R);
     const int64_t H = weights_.hidden_size;
-    if (weights_.of_context.data != nullptr) {
+    if (weights_.of_context) {
       product(R, H, weights_.memory_size, context, weights_.of_context, nullptr, feed);
       context = feed;
     }
     product(R, H, H, states, weights_.of_state, &context, feed, true);
-    kernels_.likeliest_tokens({R, weights_.vocabulary, H, count, dtype(), feed.data(), weights_.output,
+    kernels_.likeliest_tokens({R, weights_.vocabulary, H, count, dtype_as<T>, feed.data(), weights_.output.read(),
                                weights_.output_bias, log_probabilities, best});
   }
 
@@ -122,13 +97,9 @@ class DecoderStep {
   }
 
  private:
-  static constexpr Dtype dtype() { return sizeof(T) == 8 ? Dtype::float64 : Dtype::float32; }
-  int64_t gates() const { return (weights_.is_lstm ? 4 : 3) * weights_.hidden_size; }
-
-  void product(int64_t R, int64_t n, int64_t k, const std::vector<void*>& x, const RowsView& weight,
+  void product(int64_t R, int64_t n, int64_t k, const std::vector<void*>& x, Weight& weight,
                const std::vector<void*>* added, const std::vector<void*>& out, bool tanh = false) {
-    kernels_.row_products(
-        {R, n, k, dtype(), x.data(), weight, added == nullptr ? nullptr : added->data(), out.data(), tanh});
+    multiply<T>(kernels_, R, n, k, x, weight, added, out, tanh);
   }
 
   // What each token adds to the gates of the first layer, with the bias. Tokens come again: their products are kept as
@@ -144,11 +115,11 @@ class DecoderStep {
         continue;
       }
       place_[token] = static_cast<int32_t>(table_.size());
-      table_.emplace_back(gates());
+      table_.emplace_back(cells_.gates());
       x.push_back(embedding(token));
       out.push_back(table_.back().data());
     }
-    if (beyond > 0) beyond_ = Matrix<T>(beyond, gates());
+    if (beyond > 0) beyond_ = Matrix<T>(beyond, cells_.gates());
     for (size_t r = 0, b = 0; r < tokens.size(); ++r) {
       const int64_t place = place_[tokens[r]];
       if (place >= 0) {
@@ -161,7 +132,8 @@ class DecoderStep {
     }
     if (!x.empty()) {
       bias.assign(x.size(), const_cast<T*>(weights_.layers[0].bias));
-      product(static_cast<int64_t>(x.size()), gates(), weights_.embedding_size, x, weights_.of_token, &bias, out);
+      product(static_cast<int64_t>(x.size()), cells_.gates(), weights_.embedding_size, x, weights_.of_token, &bias,
+              out);
     }
     return rows;
   }
@@ -171,39 +143,22 @@ class DecoderStep {
   }
 
   void run_layer(size_t l, const std::vector<int32_t>& tokens) {
-    const DecoderLayer<T>& layer = weights_.layers[l];
-    const int64_t R = static_cast<int64_t>(tokens.size()), H = weights_.hidden_size;
+    DecoderLayer<T>& layer = weights_.layers[l];
+    const int64_t R = static_cast<int64_t>(tokens.size());
     std::vector<void*> added = l == 0 ? gates_of(tokens) : std::vector<void*>(R, const_cast<T*>(layer.bias));
-    const std::vector<void*> gates = pointers(gates_, R), states = pointers(hidden_[l], R);
-    const RowsView hidden = hidden_[l].view();
     if (layer.inputs > 0) {
-      product(R, this->gates(), layer.inputs, pointers(l == 0 ? feed_ : hidden_[l - 1], R), layer.x, &added, gates);
+      const std::vector<void*> gates = cells_.buffer(R);
+      const std::vector<void*> inputs = pointers(l == 0 ? feed_ : hidden_[l - 1], R);
+      product(R, cells_.gates(), layer.inputs, inputs, layer.x, &added, gates);
       added = gates;
     }
-    if (weights_.is_lstm) {
-      product(R, this->gates(), H, states, layer.h, &added, gates);
-      const RowsView cell = cell_[l].view();
-      return kernels_.lstm_step({R, H, dtype(), gates_.view(), cell, cell, scratch_.view(), hidden, {}});
-    }
-    if (layer.inputs == 0)
-      for (int64_t r = 0; r < R; ++r) std::memcpy(gates[r], added[r], this->gates() * sizeof(T));
-    product(R, this->gates(), H, states, layer.h, nullptr, pointers(products_, R));
-    kernels_.gru_step({R,
-                       H,
-                       dtype(),
-                       gates_.view(),
-                       products_.view(),
-                       {const_cast<T*>(layer.recurrent), 0},
-                       hidden,
-                       scratch_.view(),
-                       hidden,
-                       {}});
+    cells_.run(R, added, layer.h, layer.recurrent, hidden_[l], cell_[l]);
   }
 
   void run_attention(int64_t R, const std::vector<int64_t>& sentences, T* alignments) {
     Matrix<T>& states = hidden_.back();
     const int64_t A = weights_.query_size, n = static_cast<int64_t>(sentences.size()), K = R / n;
-    if (weights_.query.data != nullptr)
+    if (weights_.query)
       product(R, A, weights_.hidden_size, pointers(states, R), weights_.query, nullptr, pointers(query_, R));
     else
       std::memcpy(query_.row(0), states.row(0), R * A * sizeof(T));
@@ -233,11 +188,12 @@ class DecoderStep {
   }
 
   const Kernels& kernels_;
-  const DecoderWeights<T>& weights_;
+  DecoderWeights<T>& weights_;
   Attend attend_;
   int64_t source_;
   std::vector<Matrix<T>> hidden_, cell_;
-  Matrix<T> gates_, products_, scratch_, query_, context_, feed_, spare_, beyond_;
+  CellStep<T> cells_;
+  Matrix<T> query_, context_, feed_, spare_, beyond_;
   std::vector<int32_t> place_;  // of a token in the table, or -1
   std::vector<std::vector<T>> table_;
   int64_t table_rows_;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.seq2seq import Encoder, recurrent
-from attn_kernels.seq2seq.fused import cell_steps, ragged
+from attn_kernels.seq2seq.fused import cell_steps, few_sentences, ragged
 from ragged import HIDDEN, INPUT, LENGTHS, assert_same, encode, make, one_by_one, packed, results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ def test_each_sentence_alone(cell: str, options: dict[str, Any], encoder_nodes: 
 @cells
 def test_packed(cell: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, and for modules that are not stock."""
-    monkeypatch.setattr(recurrent, "_can_fuse", lambda *_: False)
+    monkeypatch.setattr(recurrent, "_is_as_made", lambda *_: False)
     encoder, x, states = make(cell, **options)
     got = results(encode, encoder, x, LENGTHS, states)
     assert_same(got, results(one_by_one, encoder, x, LENGTHS, states))
@@ -60,6 +60,70 @@ def test_float32(cell: str, encoder_nodes: list[int]) -> None:
     for name, right in results(packed, exact, x64, lengths).items():
         bound = 2 * (eager[name] - right).abs().max() + 1e-6 * right.abs().max().clamp(min=1)
         assert (got[name] - right).abs().max() <= bound, name
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, compiled: str) -> list[int]:
+    """An element for each call of few sentences without gradients, by the C++ kernels."""
+    calls: list[int] = []
+    run = recurrent.run_few
+    monkeypatch.setattr(recurrent, "run_few", lambda *given: calls.append(1) or run(*given))
+    return calls
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@cells
+@torch.no_grad()
+def test_few_sentences(cell: str, options: dict[str, Any], few: list[int]) -> None:
+    """Without gradients all steps of a direction are one op."""
+    for lengths in (LENGTHS, torch.tensor([8]), torch.tensor([0, 0])):
+        encoder, x, states = make(cell, lengths, **options)
+        before = copy.deepcopy(states)
+        got, expected = encoder(x, lengths, states), one_by_one(encoder, x, lengths, states)
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(states, before, atol=0, rtol=0)
+    assert len(few) == 3
+
+
+@pytest.mark.every_level
+@cells
+@torch.no_grad()
+def test_few_sentences_in_float32(cell: str, few: list[int]) -> None:
+    """Sizes that are no whole vectors, weights in columns, and a number that is none."""
+    lengths = torch.tensor([9, 14, 3])
+    encoder = Encoder(9, 165, cell=cell, num_layers=2, bidirectional=True)
+    weight = encoder.rnn.weight_hh_l0
+    encoder.rnn.weight_hh_l0 = torch.nn.Parameter(weight.t().contiguous().t())
+    x = torch.randn(3, 14, 9)
+    exact = copy.deepcopy(encoder).double()
+    got, eager = (y[0] for y in (encoder(x, lengths), packed(encoder, x, lengths)))
+    assert len(few) == 1
+    right = packed(exact, x.double(), lengths)[0]
+    assert (got - right).abs().max() <= 2 * (eager - right).abs().max() + 1e-6
+    x[1, 5, 0] = torch.nan
+    outputs, _ = encoder(x, lengths)
+    assert torch.equal(outputs.isnan(), packed(encoder, x, lengths)[0].isnan())
+
+
+@cells
+def test_where_sentences_are_not_run_as_few(cell: str, few: list[int]) -> None:
+    """Gradients, many sentences, dropout between layers, and modules with hooks."""
+    encoder, x, _ = make(cell, num_layers=2, dropout=0.5)
+    encoder(x, LENGTHS)
+    with torch.no_grad():
+        encoder(x, LENGTHS)
+        encoder.eval()
+        most = few_sentences.MAX_SENTENCES
+        count, length = (most + 1, 7) if cell == "gru" else (few_sentences.MAX_WITHOUT_PADDING + 1, 8)
+        encoder(torch.zeros(count, 8, INPUT, dtype=torch.float64), torch.full((count,), length))
+        encoder(torch.zeros(most + 1, 8, INPUT, dtype=torch.float64), torch.full((most + 1,), 7))
+        seen: list[int] = []
+        hook = encoder.rnn.register_forward_hook(lambda *_: seen.append(1))
+        encoder(x, LENGTHS)
+        hook.remove()
+        assert seen == [1] and not few
+        encoder(x, LENGTHS)
+    assert few == [1]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -186,10 +250,10 @@ def test_some_need_no_gradient(cell: str, frozen: str, encoder_nodes: list[int])
         parameter.requires_grad_(frozen not in name)
     expected = results(one_by_one, encoder, x, LENGTHS, states)
     assert_same(results(encode, encoder, x, LENGTHS, states), expected)
+    assert len(encoder_nodes) == 2
     with torch.no_grad():
         outputs, _ = encoder(x, LENGTHS, states)
     torch.testing.assert_close(outputs, expected["outputs"])
-    assert len(encoder_nodes) == 4
 
 
 @cells

@@ -73,7 +73,7 @@ def test_command(tmp_path: Path) -> None:
         for parts in row["shares"].values():
             assert sum(parts.values()) == pytest.approx(1, abs=0.01) and min(parts.values()) >= 0
     for row in searches:
-        assert set(row["ms"]) == set(NAMES)
+        assert set(row["ms"]) == {*NAMES, loop.ROUNDED}
         assert "search" in row["shares"][loop.LOOP] and "search" not in row["shares"][loop.STEPS]
         assert ("encoder" in row["shares"][loop.LOOP]) == ("left out" not in row["kind"])
 

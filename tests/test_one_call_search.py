@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from attn_kernels.seq2seq import Hypothesis, Seq2Seq, search
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import one_call
 from attn_kernels.seq2seq.search import SearchOptions, search_in_one_call
+from attn_kernels.seq2seq.state import DecoderState
 
 SOURCE, TARGET = 11, 13
 CHOICES: dict[str, dict[str, Any]] = {
@@ -116,6 +118,68 @@ def test_float32(cell: str, attention: str, choice: str) -> None:
             torch.testing.assert_close(mine.alignments.double(), theirs.alignments, atol=2e-4, rtol=0)
 
 
+def rounded(one: Seq2Seq) -> Seq2Seq:
+    """A copy in float64 whose weights in the steps are those of ``one`` in bfloat16."""
+    other = copy.deepcopy(one).double()
+    decoder = other.decoder
+    layers = [decoder.attentional, decoder.output, decoder.attention.query_projection]
+    weights = [layer.weight for layer in layers if layer is not None]
+    for weight in weights + [w for name, w in decoder.rnn.named_parameters() if name.startswith("weight")]:
+        weight.copy_(weight.bfloat16())
+    return other
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize(
+    ("cell", "attention", "choice"), [("lstm", "bahdanau", "penalties"), ("gru", "luong-dot", "greedy")]
+)
+@torch.no_grad()
+def test_weights_in_bfloat16(cell: str, attention: str, choice: str) -> None:
+    """As exact as with these weights in float32, for one row and several, of sizes that are no whole vectors."""
+    settings = {"embedding_size": 33, "hidden_size": 37, "units": 50, "cell": cell, "attention": attention}
+    one = model(2100, 2.0, dtype=torch.float32, num_layers=2, **settings)
+    exact = rounded(one)
+    for sentences, max_length in ((1, 9), (4, 3), (4, 20)):
+        given = options(max_length=max_length, weight_dtype=torch.bfloat16, **CHOICES[choice])
+        memory, state = one.encode(*source(sentences))
+        found = search.search(one.decoder, memory, state, given)
+        wide = Memory(memory.keys.double(), memory.values.double(), memory.memory_lengths)
+        first = DecoderState(
+            tuple(x.double() for x in state.hidden),
+            tuple(x.double() for x in state.cell),
+            None if state.feed is None else state.feed.double(),
+        )
+        expected = search.search(exact.decoder, wide, first, given._replace(weight_dtype=None))
+        for mine, theirs in pairs(found, expected):
+            assert mine.tokens == theirs.tokens
+            assert mine.score == pytest.approx(theirs.score, abs=2e-4, rel=1e-5)
+            torch.testing.assert_close(mine.alignments.double(), theirs.alignments, atol=2e-4, rtol=0)
+    plain = one.generate(*source(), max_length=20)
+    assert any(a[0].score != b[0].score for a, b in zip(found, plain, strict=True))
+
+
+@torch.no_grad()
+def test_weights_are_not_rounded_silently() -> None:
+    half = {"weight_dtype": torch.bfloat16}
+    small = model(dtype=torch.float32)
+    small.generate(*source(), **half)
+    needs = "weight_dtype needs a search that is one op"
+    with pytest.raises(ValueError, match=needs):
+        model().generate(*source(), **half)
+    with pytest.raises(ValueError, match=needs):
+        small.generate(*source(), beam_size=one_call.MAX_ROWS, **half)
+    with pytest.raises(ValueError, match=r"weight_dtype must be torch.bfloat16 or None, got torch.float16"):
+        small.generate(*source(), weight_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"sample=True there is no use for weight_dtype"):
+        small.generate(*source(), sample=True, **half)
+    small.decoder.output.bias[3] = math.nan
+    with pytest.raises(ValueError, match=needs):
+        small.generate(*source(), **half)
+    small.decoder.output.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=needs):
+        small.generate(*source(), **half)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_padding_may_hold_anything(masked: bool) -> None:
     one = model()
@@ -168,9 +232,10 @@ def test_impossible_tokens_and_no_numbers() -> None:
     assert search_in_one_call(one.decoder, memory, state, options()) is None
 
 
-def test_threads_change_nothing(same_threads: None) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_threads_change_nothing(dtype: torch.dtype | None, same_threads: None) -> None:
     one = model(3000, 1.0, embedding_size=64, hidden_size=64, units=64, dtype=torch.float32)
-    given = options(beam_size=3)
+    given = options(beam_size=3, weight_dtype=dtype)
     with torch.no_grad():
         memory, state = one.encode(*source())
         results = []

@@ -38,7 +38,8 @@ GATED = ("gated_scores_kernel", "gated_backward_kernel")
 WITH_OPTIONS = ("_attend_kernel", "_softmax_backward_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
-# slope: of activated_attention and activated_scores; options: which, of an attention.
+# slope: of activated_attention and activated_scores; options: which, of an attention; packed: of B sentences with Tk
+# steps.
 # The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
 CASES: dict[str, dict[str, Any]] = {
     "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
@@ -142,6 +143,21 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "extra": dict(
         op="extra", sizes=(64, 1, 200, 512), dtype="float32", lengths=True, kernels=("decode_kernel", GATED[1])
+    ),
+    "packed": dict(op="additive", sizes=(64, 100, 100, 512), dtype="float32", packed=True),
+    "packed-decode": dict(
+        op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", packed=True, kernels=SMALL_M, targets=(80, 90)
+    ),
+    "packed-beams-decode": dict(
+        op="activated",
+        sizes=(2, 5, 200, 512),
+        dtype="float32",
+        packed=True,
+        kernels=("decode_kernel", "combine_kernel", "backward_kernel"),
+        targets=(90,),
+    ),
+    "packed-dot": dict(
+        op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", packed=True, kernels=PRODUCTS, targets=(90,)
     ),
     "options": dict(
         op="additive",
@@ -416,7 +432,7 @@ def _count(loop: dict[str, int], *names: str) -> int:
 
 def launches(
     op, sizes, dtype, lengths=False, mask=0, slope=0.0, options=(), kernels=(), targets=TARGETS, nvidia=True,
-    vectors=1, gate=True, activation="tanh",
+    vectors=1, gate=True, activation="tanh", packed=False,
 ) -> list[tuple[Any, tuple, dict]]:  # fmt: skip
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
@@ -462,6 +478,12 @@ def launches(
         forward, backward = both_of("additive_attention_with_extra")
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
+    elif packed:
+        own = {"additive": (v, bias), "activated": (v, bias, *activated), "dot": (0.5,)}[op]
+        inputs = (query, keys.flatten(0, 1), values.flatten(0, 1), *own, Tk, empty(B + 1, dtype="int64"))
+        forward, backward = both_of(f"{op}_attention_packed")
+        forward(*inputs, True)
+        backward(*gradients, *inputs, alignments, True, True)
     elif options:
         own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)

@@ -56,23 +56,32 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.write_text(f"before\n<!-- begin: another -->\n| 1 |\n{wheel.END}\n{wheel.BEGIN}\n{wheel.END}\nafter\n")
     monkeypatch.setattr(wheel, "TABLE", table)
 
-    def write(torch: str, passed: int, date: str) -> None:
+    def write(torch: str, passed: int, date: str, *arguments: str) -> None:
         result: dict[str, Any] = {
             "python": "CPython 3.12.1",
             "torch": torch,
             "numpy": "2.3.5",
-            "build": {"simd": "avx2"},
+            "build": {"simd": "avx2", "torch": "2.13.0+cpu", "compiler": "GCC 12.2.0"},
         }
         result["tests"] = {"passed": passed, "failed": [], "skipped": 2}
         file = Path("attn_kernels-1.0-cp312-cp312-linux_x86_64.whl")
-        wheel.write(wheel.row(result, file, date))
+        wheel.write(wheel.row(result, file, list(arguments or wheel.TESTS), date))
 
     write("2.11.0", 1, "2026-01-01")
     write("2.10.0", 3, "2026-01-02")
-    write("2.11.0", 5, "2026-01-03")
+    write("2.11.0", 5, "2026-01-03", "-k", "dot")
     lines = table.read_text().splitlines()
     assert lines[:4] == ["before", "<!-- begin: another -->", "| 1 |", wheel.END] and lines[-2:] == [wheel.END, "after"]
+    ends = "`cp312-cp312-linux_x86_64` | torch 2.13.0+cpu, GCC 12.2.0 |"
     assert lines[7:-2] == [
-        "| 3.12.1 | 2.10.0 | 2.3.5 | avx2 | 3 / 0 / 2 | `cp312-cp312-linux_x86_64` | 2026-01-02 |",
-        "| 3.12.1 | 2.11.0 | 2.3.5 | avx2 | 5 / 0 / 2 | `cp312-cp312-linux_x86_64` | 2026-01-03 |",
+        f"| 3.12.1 | 2.10.0 | 2.3.5 | avx2 | default | 3 / 0 / 2 | {ends} 2026-01-02 |",
+        f"| 3.12.1 | 2.11.0 | 2.3.5 | avx2 | `-k dot` | 5 / 0 / 2 | {ends} 2026-01-03 |",
     ]
+
+
+def test_tags() -> None:
+    """The wheel without the GIL is none for the Python with it, whose tag its own begins with."""
+    wheel = pytest.importorskip("tools.wheel", reason="tools is not here")
+    names = [f"attn_kernels-1-{tags}-linux_x86_64.whl" for tags in ("cp310-cp310", "cp314-cp314t", "cp314-cp314")]
+    for python, name in zip(("3.10", "3.14t", "3.14"), names, strict=True):
+        assert [other for other in names if wheel.tags(python) in other] == [name]

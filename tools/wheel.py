@@ -23,10 +23,14 @@ from .versions import COMBINATIONS, END, ROOT, TABLE, Combination, StepFailed, o
 FOLDER = ROOT / "build" / "wheel"
 BEGIN = "<!-- begin: written by tools/wheel.py -->"
 HEAD = (
-    "| Python | torch | numpy | SIMD level | passed / failed / skipped | wheel | date |",
-    "|---|---|---|---|---|---|---|",
+    "| Python | torch | numpy | SIMD level | tests | passed / failed / skipped | wheel | built with | date |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
-TESTS = ("-m", "not slow", "-k", "cpu", "tests/test_ops.py", "tests/test_modules.py")
+# Ops and numerics in float32 on the best SIMD level, models and patches: less than a minute. tests.yml runs the rest.
+TESTS = (
+    *("-m", "not slow", "-k", "(cpu and float32 or seq2seq or patching) and not (avx or portable or triton)"),
+    *(f"tests/test_{name}.py" for name in ("ops", "numerics", "modules", "seq2seq", "patching")),
+)
 
 
 def unexpected(names: list[str], cuda: bool) -> list[str]:
@@ -51,6 +55,12 @@ def check_file(wheel: Path, cuda: bool) -> None:
     print(f"{wheel.name}: {size}, {len(names)} files", flush=True)
     if sys.platform == "linux":
         subprocess.run([sys.executable, "-m", "auditwheel", "show", wheel], check=True)
+
+
+def tags(python: str) -> str:
+    """Of the name of a wheel, for "3.14" or, without the GIL, "3.14t": "-cp314-cp314-" or "-cp314-cp314t-"."""
+    abi = f"cp{python.replace('.', '')}"
+    return f"-{abi.removesuffix('t')}-{abi}-"
 
 
 def path_without_compilers(to: Path) -> str:
@@ -94,10 +104,12 @@ def examine(wheel: Path, combination: Combination, folder: Path, tests: list[str
     return {**found, "numpy": numpy, "tests": outcomes(folder / "tests.xml")}
 
 
-def row(result: dict[str, Any], wheel: Path, date: str) -> str:
+def row(result: dict[str, Any], wheel: Path, arguments: list[str], date: str) -> str:
     python, tests, tag = result["python"].split()[-1], result["tests"], wheel.stem.split("-", 2)[2]
+    chosen = "default" if arguments == list(TESTS) else f"`{shlex.join(arguments)}`"
     counts = f"{tests['passed']} / {len(tests['failed'])} / {tests['skipped']}"
-    cells = (python, result["torch"], result["numpy"], result["build"]["simd"], counts, f"`{tag}`", date)
+    build = f"torch {result['build']['torch']}, {result['build']['compiler']}"
+    cells = (python, result["torch"], result["numpy"], result["build"]["simd"], chosen, counts, f"`{tag}`", build, date)
     return f"| {' | '.join(cells)} |"
 
 
@@ -127,7 +139,7 @@ def main() -> None:
     for combination in () if given.file_only else COMBINATIONS:
         if given.only not in combination.name:
             continue
-        tag = f"-cp{combination.python.replace('.', '')}-"
+        tag = tags(combination.python)
         wheel = next((wheel for wheel in wheels if tag in wheel.name), None)
         if wheel is None:
             print(f"{combination.name}: left out, there is no wheel for its Python", flush=True)
@@ -136,7 +148,7 @@ def main() -> None:
         tried += 1
         try:
             result = examine(wheel, combination, FOLDER / combination.name, given.pytest or list(TESTS))
-            write(row(result, wheel, today))
+            write(row(result, wheel, given.pytest or list(TESTS), today))
             failed += [combination.name] if result["tests"]["failed"] else []
         except StepFailed as failure:
             print(failure)

@@ -160,6 +160,7 @@ class Seq2Seq(nn.Module):
         coverage_penalty: float = 0.0,
         num_hypotheses: int | None = None,
         early_stopping: bool = False,
+        weight_dtype: torch.dtype | None = None,
         sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -202,6 +203,9 @@ class Seq2Seq(nn.Module):
                 no more.
             early_stopping: leave the batch also when ``beam_size`` hypotheses are finished, though others might become
                 better yet. With a length penalty that is much sooner.
+            weight_dtype: ``torch.bfloat16`` rounds the decoder's weights for this search, but for embeddings and
+                biases: half as much memory is read in each step, which is faster where that decides, as with a large
+                vocabulary. Products are of float32 states and summed in float32. For searches that run as one op.
             sample: draw, and do not search.
             temperature: what the logits are divided by before drawing; above 0.
             top_k: draw from that many likeliest tokens only.
@@ -225,6 +229,7 @@ class Seq2Seq(nn.Module):
             length_penalty=length_penalty,
             coverage_penalty=coverage_penalty,
             early_stopping=early_stopping,
+            weight_dtype=weight_dtype,
             sample=sample,
             temperature=temperature,
             top_k=top_k,

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..backends import choose
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..stock import is_plain, is_stock, runs_eagerly
+from .fused.few_sentences import MAX_SENTENCES, MAX_WITHOUT_PADDING, run_few
 from .fused.ragged import Rows, find_rows, run_layer, sorted_rows
 from .scanned import can_scan, run_scanned
 
@@ -53,8 +55,11 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
         padded = functional.pad(x, (0, 0, 0, 1) if axis == 1 else (0, 0, 0, 0, 0, 1))
         outputs, last = run_recurrent(rnn, padded, lengths, states)
         return outputs.narrow(axis, 0, 0), last
-    if isinstance(rnn, nn.LSTM | nn.GRU) and _can_fuse(rnn, x, x.shape[axis], lengths, states):
-        return _run_fused(rnn, x, lengths, states)
+    if isinstance(rnn, nn.LSTM | nn.GRU) and _is_as_made(rnn, x, lengths, states):
+        if _are_few(rnn, x.shape[axis], lengths):
+            return _run_few(rnn, x, lengths, states)
+        if _gains(rnn, x.shape[axis], lengths):
+            return _run_fused(rnn, x, lengths, states)
     return _run_packed(rnn, x, lengths, states)
 
 
@@ -65,23 +70,40 @@ def run_sequence(
     data, sizes, order, place = sequence
     batch = int(sizes[0])
     lengths = (sizes[:, None] > torch.arange(batch)).sum(0)  # the largest first
-    if not isinstance(rnn, nn.LSTM | nn.GRU) or not _can_fuse(rnn, data, len(sizes), lengths, states):
+    stock = rnn if isinstance(rnn, nn.LSTM | nn.GRU) and _is_as_made(rnn, data, lengths, states) else None
+    if stock is None or not _gains(stock, len(sizes), lengths):
         found: tuple[PackedSequence, States] = rnn(sequence, states)
         return found
     rows = sorted_rows(lengths, torch.arange(batch) if order is None else order, (len(sizes), 1))
-    of_rows, last = _run_layers(rnn, rows, data, batch, states)
+    of_rows, last = _run_layers(stock, rows, data, batch, states)
     return PackedSequence(of_rows, sizes, order, place), last
 
 
-def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, longest: int, lengths: Tensor, states: States | None) -> bool:
+def _gains(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
+    """Whether a node of autograd for each layer is faster than PyTorch's own layers."""
+    if not bool((lengths > 0).any()):  # nothing but padding
+        return False
+    # Where there is no padding PyTorch's LSTM is the faster one.
+    return not isinstance(rnn, nn.LSTM) or not bool((lengths == longest).all())
+
+
+def _are_few(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
+    """Whether ``run_few`` may compute it, and is the fastest."""
+    count = lengths.shape[0]
+    return (
+        0 < count <= MAX_SENTENCES
+        and (count <= MAX_WITHOUT_PADDING or _gains(rnn, longest, lengths))
+        and not torch.is_grad_enabled()
+        and not (rnn.training and rnn.dropout > 0 and rnn.num_layers > 1)
+        and choose(None, "cpu") == "cpu"
+    )
+
+
+def _is_as_made(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> bool:
     """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU. x: (*, n)."""
     if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
         return False
     is_lstm = isinstance(rnn, nn.LSTM)
-    if not bool((lengths > 0).any()):  # nothing but padding
-        return False
-    if is_lstm and bool((lengths == longest).all()):  # no padding, and PyTorch's LSTM is the faster one
-        return False
     of_states = (states,) if isinstance(states, Tensor) else (states or ())
     directions = 2 if rnn.bidirectional else 1
     gates = (4 if is_lstm else 3) * rnn.hidden_size
@@ -107,6 +129,13 @@ def _can_fuse(rnn: nn.LSTM | nn.GRU, x: Tensor, longest: int, lengths: Tensor, s
             for y in (*of_states, *(weight for of_one in weights for weight in of_one))
         )
     )
+
+
+def _run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:
+    first = (states,) if isinstance(states, Tensor) else (states or ())
+    outputs, *last = run_few(rnn, x if rnn.batch_first else x.transpose(0, 1), lengths, first)
+    outputs = outputs if rnn.batch_first else outputs.transpose(0, 1)
+    return outputs, last[0] if isinstance(rnn, nn.GRU) else (last[0], last[1])
 
 
 def _run_fused(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> tuple[Tensor, States]:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_size
+from ..errors import ArgumentValueError
 from ..memory import Memory, padded
 from ..types import attention_mask
 from .decoder import Decoder
 from .fused.inference import fast_decoder
-from .fused.one_call import search_in_one_call
+from .fused.one_call import MAX_ROWS, search_in_one_call
 from .state import DecoderState
 
 
@@ -51,6 +52,7 @@ class SearchOptions(NamedTuple):
     length_penalty: float = 0.0
     coverage_penalty: float = 0.0
     early_stopping: bool = False
+    weight_dtype: torch.dtype | None = None
     sample: bool = False
     temperature: float = 1.0
     top_k: int | None = None
@@ -74,9 +76,13 @@ class SearchOptions(NamedTuple):
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             got = type(self.generator).__name__
             raise TypeError(f"Seq2Seq.generate: generator must be a torch.Generator or None, got {got}")
+        if self.weight_dtype is not None and self.weight_dtype is not torch.bfloat16:
+            expected = "torch.bfloat16 or None"
+            raise ValueError(f"Seq2Seq.generate: weight_dtype must be {expected}, got {self.weight_dtype!r}")
         if self.sample:
             changed = {"beam_size": beam_size != 1, "length_penalty": length_penalty != 0}
             changed |= {"coverage_penalty": coverage_penalty != 0, "early_stopping": self.early_stopping}
+            changed |= {"weight_dtype": self.weight_dtype is not None}
         else:
             changed = {"temperature": temperature != 1, "top_k": top_k is not None}
             changed |= {"generator": self.generator is not None}
@@ -119,6 +125,9 @@ def search(decoder: Any, memory: Memory, state: Any, options: SearchOptions) -> 
     found = search_in_one_call(decoder, memory, state, options) if isinstance(decoder, Decoder) else None
     if found is not None:
         return _hypotheses(memory, found.tokens, found.alignments, found.scores, found.lengths)
+    if options.weight_dtype is not None:
+        where = f"on the CPU, in float32, of a decoder as it was made, {MAX_ROWS} hypotheses at most, without NaN"
+        raise ArgumentValueError(f"Seq2Seq.generate: weight_dtype needs a search that is one op: {where}")
     if options.beam_size == 1 and options.length_penalty == 0 and options.coverage_penalty == 0:
         return greedy_search(decoder, memory, state, options)
     return beam_search(decoder, memory, state, options)

@@ -18,17 +18,22 @@ from .additive_attention_fwd import small_q_scores_kernel, tiled_scores_kernel
 from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
 from .configurations import Configuration, configuration
 from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
-from .tiles import NUM_SMS, is_small_m, power_of_two, small_m_block, small_m_tile
+from .tiles import NUM_SMS, is_small_m, packed_split, power_of_two, small_m_block, small_m_tile, step_tiles
 
 VectorScore = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore
 
 
-def pair_scores(score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
-    """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding. keys: with what is added to them."""
+def pair_scores(
+    score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype, packed: bool = False
+) -> Tensor:
+    """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding. keys: with what is added to them.
+
+    packed: as of packed_attention.py. The result is (1, Tq, N) then.
+    """
     v, bias, activation = score.v, score.bias, activation_of(score)
     B, Tq, A = query.shape
     Tk = keys.shape[1]
-    scores = query.new_empty((B, Tq, Tk), dtype=dtype)
+    scores = query.new_empty((keys.shape[0], Tq, Tk), dtype=dtype)
     if scores.numel() == 0:
         return scores
     approximate = has_approximate_reciprocal(query)
@@ -39,7 +44,7 @@ def pair_scores(score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, d
         block_q, block_k, block_a = small_m_tile(query)
         launch(
             small_q_scores_kernel,
-            B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
+            triton.cdiv(Tq, block_q) * step_tiles(Tk, B, block_k, packed),
             (scores, query, keys, v, bias, masks.memory_lengths, Tq, Tk, A),
             (*row_strides, *strides_of(masks.memory_lengths, 1), slope, slope_lo),
             dict(
@@ -50,20 +55,22 @@ def pair_scores(score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, d
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
                 BLOCK_A=block_a,
+                B=B,
+                PACKED=packed,
             ),
             4,
         )
         return scores
     tile = dict(_pair_tile(query, keys))
     warps, block_q, block_k = tile.pop("warps"), tile["BLOCK_Q"], tile["BLOCK_K"]
-    padded_q, padded_k = (triton.cdiv(T, block) * block for T, block in ((Tq, block_q), (Tk, block_k)))
+    padded_q, tiles_k = triton.cdiv(Tq, block_q) * block_q, step_tiles(Tk, B, block_k, packed)
     units = triton.cdiv(A, CHUNK.value) * CHUNK.value
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
-    ek = query.new_empty((B, padded_k, units), dtype=torch.float32)
+    ek = query.new_empty((tiles_k * block_k, units), dtype=torch.float32)
     prepared: tuple[Tensor | None, ...]
     exact: tuple[Tensor | None, ...]  # for tanh itself
     if activation == TANH:
-        of_rows = (query.new_empty((B, T), dtype=torch.float32) for T in (Tq, Tk) * 2)
+        of_rows = (query.new_empty(x.shape[:2], dtype=torch.float32) for x in (query, keys) * 2)
         prepared = (
             eq,
             ek,
@@ -77,18 +84,27 @@ def pair_scores(score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, d
     block_t = 16
     launch(
         exponentials_kernel,
-        B * (triton.cdiv(padded_q, block_t) + triton.cdiv(padded_k, block_t)) + 1,
+        B * triton.cdiv(padded_q, block_t) + tiles_k * (block_k // block_t) + 1,
         (*prepared, query, keys, v, bias, B, Tq, Tk, A, units),
         row_strides,
-        dict(ACTIVATION=name, ALIGNED=aligned, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_A=128),
+        dict(
+            ACTIVATION=name,
+            ALIGNED=aligned,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            BLOCK_T=block_t,
+            BLOCK_A=128,
+            offsets=masks.memory_lengths if packed else None,
+            stride_offsets=strides_of(masks.memory_lengths, 1)[0] if packed else None,
+        ),
         4,
     )
     launch(
         tiled_scores_kernel,
-        B * triton.cdiv(Tq, block_q) * triton.cdiv(Tk, block_k),
+        triton.cdiv(Tq, block_q) * tiles_k,
         (scores, *prepared, *exact, *mask_tensors(masks), Tq, Tk, A, units),
         (*row_strides, *mask_strides(masks), slope),
-        dict(ACTIVATION=name, APPROXIMATE=approximate, **tile),
+        dict(ACTIVATION=name, APPROXIMATE=approximate, **tile, B=B, PACKED=packed),
         warps,
     )
     return scores
@@ -102,11 +118,12 @@ def pair_scores_backward(
     masks: Masks,
     need_query: bool,
     need_memory: bool,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
 
     Those that are not needed (of query, v, bias; of keys) are empty. More than 16 queries take a scratch of (B, Tk, A)
-    in float32.
+    in float32. packed: as of packed_attention.py.
     """
     v, bias, activation = score.v, score.bias, activation_of(score)
     B, Tq, A = query.shape
@@ -118,16 +135,19 @@ def pair_scores_backward(
         return of_query, keys.new_zeros(keys.shape if need_memory else (0,)), of_v, of_bias
     block_q, block_k, block_a, warps = _backward_tile(query)
     blocks = triton.cdiv(Tq, block_q)
+    of_row = triton.cdiv(Tk, B) if packed else Tk
     blocks_per_split, splits_q, steps_per_split, splits_k = _backward_splits(
-        B * triton.cdiv(A, block_a), blocks, Tk, block_k
+        B * triton.cdiv(A, block_a), blocks, of_row, block_k
     )
+    if packed:
+        steps_per_split, splits_k = packed_split(splits_k, Tk)
     dquery = dkeys = dv = dbias = None
     if need_query:
         dquery = query.new_empty((splits_k, B, Tq, A), dtype=dtype if splits_k == 1 else wide)
         dv = query.new_empty((B, splits_q, splits_k, A), dtype=wide)
         dbias = torch.empty_like(dv)
     if need_memory:
-        dkeys = query.new_empty((splits_q, B, Tk, A), dtype=dtype if blocks == 1 else wide)
+        dkeys = query.new_empty((splits_q, *keys.shape), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading exponentials takes more time than they save.
     guarded = not is_small_m(query) and (activation == TANH or masks.mask is not None)
     ek = _key_exponentials(keys) if guarded and activation == TANH and Tq > 16 else None
@@ -155,6 +175,7 @@ def pair_scores_backward(
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             BLOCK_A=block_a,
+            PACKED=packed,
         ),
         warps,
     )
@@ -189,13 +210,13 @@ def is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
     """Whether exponentials made once per row save time for at most 8 queries (B, Tq, A), in tiles of 8 by 32 pairs."""
     # A tile of tanh takes 17 * 8 instructions a unit, spread over a GPU; one of shared reciprocals 3.7 * 8 on a warp,
     # of which a large GPU runs 512 at once.
-    return not is_small_m(query) and query.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
+    return not is_small_m(query) and keys.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
 
 
 def _pair_tile(query: Tensor, keys: Tensor) -> Configuration:
     """The tile of pairs: one of two, whatever the lengths."""
-    B, Tq = query.shape[:2]
-    many = Tq > 8 and B * triton.cdiv(Tq, 16) * triton.cdiv(keys.shape[1], 32) >= 4 * NUM_SMS
+    Tq = query.shape[1]
+    many = Tq > 8 and keys.shape[0] * triton.cdiv(Tq, 16) * triton.cdiv(keys.shape[1], 32) >= 4 * NUM_SMS
     return configuration("scores, many tiles" if many else "scores, few tiles", query)
 
 

@@ -32,7 +32,7 @@ from .additive_math import (
     exp2x,
     exp2x_in_range,
 )
-from .device import attended, batch_offset, kernel, reciprocal, row_length
+from .device import attended, batch_offset, kernel, reciprocal, sentence_rows, split_steps
 
 MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
 MAX_FACTOR_CLAMPED = tl.constexpr(math.exp(2 * MAX_ABS_EXPONENTIAL.value))
@@ -197,14 +197,14 @@ def _walk_steps(
 
 @triton.jit
 def _walk_in_range(
-    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end, Tq, Tk, A, added, padded_q, stride_kk,
+    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, origin, begin, end, Tq, A, added, padded_q, stride_kk,
     stride_ka, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
     CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same where all that is attended is within the limits, from the exponentials of keys where there are such."""
     if ek is not None:
         dq, dv = _walk_steps(
-            dkeys, ek + b * Tk * A, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
+            dkeys, ek + origin * A, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
             stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, True, APPROXIMATE, BLOCK_K,
         )  # fmt: skip
     else:
@@ -266,6 +266,7 @@ def backward_kernel(
     GUARDED: tl.constexpr,  # whether what is attended is compared with the limit first
     APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
+    PACKED: tl.constexpr,  # then dkeys is (splits_q, N, A), dscores (N, padded_q) and ek (N, A)
 ):  # fmt: skip
     """dquery and dkeys, and the sums of which dv and dbias consist, for a block of units; 0 beyond the length."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
@@ -279,9 +280,8 @@ def backward_kernel(
     split_k = (program // tiles_a) % splits_k
     split_q = (program // (tiles_a * splits_k)) % splits_q
     b = (program // (tiles_a * splits_k * splits_q)).to(tl.int64)
-    length = row_length(lengths, b, stride_lengths, Tk)
-    begin = split_k * steps_per_split
-    end = tl.minimum(begin + steps_per_split, Tk)
+    origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
+    begin, end = split_steps(split_k, splits_k, steps_per_split, width, BLOCK_K, PACKED)
     end_used = tl.minimum(end, length)
     factor = tl.load(v + u * stride_v, mask=u < A, other=0.0).to(wide)
     if ACTIVATION == "tanh":
@@ -295,12 +295,13 @@ def backward_kernel(
     if bias is not None:
         shift += tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(wide)
     query += b * stride_qb + u[None, :] * stride_qa
-    keys += b * stride_kb
-    dscores += b * Tk * padded_q
+    keys += place * stride_kb
+    dscores += origin * padded_q
     if dquery is not None:
         dquery += (split_k.to(tl.int64) * B + b) * Tq * A + u[None, :]
     if dkeys is not None:
-        dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
+        all_steps = tl.cast(Tk, tl.int64) if PACKED else tl.cast(Tk, tl.int64) * B
+        dkeys += (split_q * all_steps + origin) * A
     if mask is not None:
         mask += b * stride_mb
     all_dv = tl.zeros([BLOCK_A], dtype=wide)
@@ -339,7 +340,7 @@ def backward_kernel(
             largest = tl.maximum(tl.max(abs_max_k), tl.max(size_q))
             if largest <= limit:
                 dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end_used, Tq, Tk, A, added,
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, origin, begin, end_used, Tq, A, added,
                     padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False,
                     APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
@@ -353,7 +354,7 @@ def backward_kernel(
                 dv_part = tl.where(infinite, float("nan"), dv_part)
             elif largest <= MAX_ABS_EXPONENTIAL:
                 dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, b, begin, end_used, Tq, Tk, A, added,
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, origin, begin, end_used, Tq, A, added,
                     padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True,
                     APPROXIMATE, BLOCK_K,
                 )  # fmt: skip

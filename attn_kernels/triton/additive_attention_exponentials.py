@@ -24,7 +24,7 @@ from .additive_math import (
     min_abs_bound,
     multiply_add,
 )
-from .device import batch_offset, kernel
+from .device import batch_offset, kernel, packed_tile, sentence_rows
 
 CHUNK = tl.constexpr(12)  # units whose partial sum is kept apart: four shared reciprocals
 ROW = tl.constexpr(16)  # of the table of units: the constants of a chunk, half the sum of its v, filled up
@@ -158,12 +158,19 @@ def exponentials_kernel(
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias,
     ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr,
+    offsets, stride_offsets,  # (B + 1,) of packed keys, or None
 ):  # fmt: skip
-    """The exponentials of all rows, each tile transposed: a tile of pairs reads one unit of all its rows at once."""
+    """The exponentials of all rows, each tile transposed: a tile of pairs reads one unit of all its rows at once.
+
+    Of packed keys ek has their tiles, as packed_tile counts them.
+    """
     padded_q = tl.cdiv(Tq, BLOCK_Q) * BLOCK_Q
     padded_k = tl.cdiv(Tk, BLOCK_K) * BLOCK_K
     tiles_q = tl.cdiv(padded_q, BLOCK_T)
     tiles_k = tl.cdiv(padded_k, BLOCK_T)
+    programs_k = B * tiles_k
+    if offsets is not None:
+        programs_k = (Tk // BLOCK_K + B) * (BLOCK_K // BLOCK_T)
     program = tl.program_id(0)
     if program < B * tiles_q:
         b = (program // tiles_q).to(tl.int64)
@@ -179,14 +186,33 @@ def exponentials_kernel(
                 eq, None, None, query, None, bias, 1.0, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
                 0, stride_bias, False, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
             )  # fmt: skip
-    elif program < B * (tiles_q + tiles_k):
+    elif program < B * tiles_q + programs_k:
         program -= B * tiles_q
-        b = (program // tiles_k).to(tl.int64)
-        j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        _write_exponentials(
-            ek, abs_max_k, rests_k, keys, v, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk, stride_ka,
-            stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
-        )  # fmt: skip
+        if offsets is not None:
+            parts: tl.constexpr = BLOCK_K // BLOCK_T  # of a tile
+            b, tile = packed_tile(offsets, stride_offsets, program // parts, B, BLOCK_K)
+            origin, length, _, place = sentence_rows(offsets, b, stride_offsets, Tk, True)
+            if tile * BLOCK_K < length:
+                j = tile.to(tl.int64) * BLOCK_K + program % parts * BLOCK_T + tl.arange(0, BLOCK_T)
+                ek_rows = ek + (program // parts - tile).to(tl.int64) * BLOCK_K * units
+                key_rows = keys + batch_offset(place, stride_kb, ALIGNED)
+                abs_max_rows = None
+                rests_rows = None
+                if abs_max_k is not None:
+                    abs_max_rows = abs_max_k + origin
+                    rests_rows = rests_k + origin
+                _write_exponentials(
+                    ek_rows, abs_max_rows, rests_rows, key_rows, v, None, 1.0, origin * 0, j, length, A, units,
+                    (tile + 1) * BLOCK_K, 0, stride_kk, stride_ka, stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K,
+                    BLOCK_A,
+                )  # fmt: skip
+        else:
+            b = (program // tiles_k).to(tl.int64)
+            j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+            _write_exponentials(
+                ek, abs_max_k, rests_k, keys, v, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk,
+                stride_ka, stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
+            )  # fmt: skip
     elif ACTIVATION != "tanh":
         for start in range(0, units, BLOCK_A):
             u = (start + tl.arange(0, BLOCK_A)).to(tl.int64)

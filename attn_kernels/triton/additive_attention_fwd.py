@@ -29,7 +29,7 @@ from .additive_math import (
     multiply_add,
     tanh,
 )
-from .device import attended, batch_offset, kernel, reciprocal, row_length, tile_of_pairs
+from .device import attended, batch_offset, kernel, packed_tile, reciprocal, sentence_rows, tile_of_pairs
 
 # Many queries ---------------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ def _spread(eq, ek):
 def tiled_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q)
-    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K)
+    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K); with PACKED, (tiles, units, BLOCK_K)
     abs_max_q,  # (B, Tq); for tanh only, as all that is None here for others
     abs_max_k,  # (B, Tk) or None
     rests_q,  # (B, Tq) or None: what the compensated form adds for a query
@@ -182,7 +182,7 @@ def tiled_scores_kernel(
     stride_mb, stride_mq, stride_mk,
     slope,  # of "leaky_relu", or None
     ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    THREAD_Q: tl.constexpr, THREAD_K: tl.constexpr,
+    THREAD_Q: tl.constexpr, THREAD_K: tl.constexpr, B, PACKED: tl.constexpr,
 ):  # fmt: skip
     """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are left as they are.
 
@@ -191,19 +191,28 @@ def tiled_scores_kernel(
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     tiles_q = tl.cdiv(Tq, BLOCK_Q)
     program = tl.program_id(0)
-    tile_q = program // tiles_k
-    tile_k = program % tiles_k
-    b = (tile_q // tiles_q).to(tl.int64)
+    if PACKED:
+        tiles_k = Tk // BLOCK_K + B
+        tile_in_all = program % tiles_k
+        b, tile_k = packed_tile(lengths, stride_lengths, tile_in_all, B, BLOCK_K)
+        tile_q = b * tiles_q + program // tiles_k
+        ek += tile_in_all.to(tl.int64) * units * BLOCK_K
+    else:
+        tile_q = program // tiles_k
+        tile_k = program % tiles_k
+        b = (tile_q // tiles_q).to(tl.int64)
+        ek += (b * tiles_k + tile_k) * units * BLOCK_K
     first_q = (tile_q % tiles_q).to(tl.int64) * BLOCK_Q
     first_k = tile_k.to(tl.int64) * BLOCK_K
+    origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
     if mask is not None:
         mask += b * stride_mb
     all_i = first_q + tl.arange(0, BLOCK_Q)
     all_j = first_k + tl.arange(0, BLOCK_K)
-    allowed = attended(mask, all_i, all_j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
+    allowed = attended(mask, all_i, all_j, Tq, length, stride_mq, stride_mk)
     if ACTIVATION == "tanh":
         size_q = tl.load(abs_max_q + b * Tq + all_i, mask=all_i < Tq, other=0.0)[:, None]
-        size_k = tl.load(abs_max_k + b * Tk + all_j, mask=all_j < Tk, other=0.0)[None, :]
+        size_k = tl.load(abs_max_k + origin + all_j, mask=all_j < width, other=0.0)[None, :]
         bound = size_q + size_k
     else:
         bound = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
@@ -216,9 +225,8 @@ def tiled_scores_kernel(
         in_q = (tl.arange(0, THREAD_Q)[:, None] + THREAD_Q * tl.arange(0, THREADS_Q)[None, :])[None, :, :, None]
         in_k = (tl.arange(0, THREAD_K)[:, None] + THREAD_K * tl.arange(0, THREADS_K)[None, :])[:, None, None, :]
         in_tile_q = in_q < (Tq - first_q).to(tl.int32)
-        in_tile_k = in_k < (Tk - first_k).to(tl.int32)
+        in_tile_k = in_k < (width - first_k).to(tl.int32)
         eq += tile_q.to(tl.int64) * units * BLOCK_Q
-        ek += (b * tiles_k + tile_k) * units * BLOCK_K
         summary = table + units // CHUNK * ROW
         if ACTIVATION != "tanh":
             eq_tile, ek_tile = _spread(eq + in_q, ek + in_k)
@@ -241,11 +249,11 @@ def tiled_scores_kernel(
                         total = _compensated_scores(eq_tile, ek_tile, table, units, True, APPROXIMATE, BLOCK_Q, BLOCK_K)
                     total *= unit
                     total += tl.load(rests_q + b * Tq + first_q + in_q, mask=in_tile_q, other=0.0)
-                    total += tl.load(rests_k + b * Tk + first_k + in_k, mask=in_tile_k, other=0.0)
+                    total += tl.load(rests_k + origin + first_k + in_k, mask=in_tile_k, other=0.0)
                 else:
                     total = _exact_scores(
                         query + b * stride_qb + (first_q + in_q) * stride_qq,
-                        keys + b * stride_kb + (first_k + in_k) * stride_kk,
+                        keys + place * stride_kb + (first_k + in_k) * stride_kk,
                         v,
                         bias,
                         in_tile_q,
@@ -257,8 +265,8 @@ def tiled_scores_kernel(
                         stride_bias,
                         APPROXIMATE,
                     )
-        scores += (b * Tq + first_q) * Tk + first_k
-        tl.store(scores + in_q.to(tl.int64) * Tk + in_k, total, mask=in_tile_q & in_tile_k)
+        scores += origin * Tq + first_q * width + first_k
+        tl.store(scores + in_q.to(tl.int64) * width + in_k, total, mask=in_tile_q & in_tile_k)
 
 
 # Few queries ----------------------------------------------------------------------------------------------------------
@@ -276,26 +284,27 @@ def small_q_scores_kernel(
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias, stride_lengths,
     slope, slope_lo,  # of "leaky_relu", in two parts, or None
     ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, B, PACKED: tl.constexpr,
 ):  # fmt: skip
     """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are left as they are."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K)
+    b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K, lengths, stride_lengths, B, PACKED)
     i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)
+    origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
     if slope is not None:
         slope = tl.cast(slope, wide) + tl.cast(slope_lo, wide)
-    if first < row_length(lengths, b, stride_lengths, Tk):
+    if first < length:
         q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
-        k_rows = keys + batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
+        k_rows = keys + batch_offset(place, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
         v_units = v + u * stride_v
         if bias is not None:
             bias_units = bias + u * stride_bias
         total = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_A], dtype=wide)
         for start in range(0, A, BLOCK_A):
             in_units = u + start < A
-            k = tl.load(k_rows, mask=(j < Tk)[:, None] & in_units[None, :], other=0.0).to(wide)
+            k = tl.load(k_rows, mask=(j < width)[:, None] & in_units[None, :], other=0.0).to(wide)
             q = tl.load(q_rows, mask=(i < Tq)[:, None] & in_units[None, :], other=0.0).to(wide)
             hidden = q[:, None, :] + k[None, :, :]
             if bias is not None:
@@ -306,5 +315,5 @@ def small_q_scores_kernel(
             q_rows += tl.cast(stride_qa, tl.int64) * BLOCK_A
             k_rows += tl.cast(stride_ka, tl.int64) * BLOCK_A
             v_units += tl.cast(stride_v, tl.int64) * BLOCK_A
-        in_tile = (i[:, None] < Tq) & (j[None, :] < Tk)
-        tl.store(scores + (b * Tq + i[:, None]) * Tk + j[None, :], tl.sum(total, axis=2), mask=in_tile)
+        in_tile = (i[:, None] < Tq) & (j[None, :] < width)
+        tl.store(scores + origin * Tq + i[:, None] * width + j[None, :], tl.sum(total, axis=2), mask=in_tile)

@@ -39,19 +39,31 @@ from .softmax import attend, padded_gradient, softmax_backward
 Gradients = tuple[Tensor, ...]
 
 
-def scores_of(score: Score, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype) -> Tensor:
-    """(B, Tq, Tk) in the given dtype, without clip and bias; undefined where a whole tile is padding."""
+def scores_of(
+    score: Score, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype, packed: bool = False
+) -> Tensor:
+    """(B, Tq, Tk) in the given dtype, without clip and bias; undefined where a whole tile is padding.
+
+    packed: as of packed_attention.py. The result is (1, Tq, N) then.
+    """
     if isinstance(score, DotScore):
-        return product(query, keys, score.scale, masks.memory_lengths)
+        return product(query, keys, score.scale, masks.memory_lengths, packed)
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores(score, query, keys, masks.memory_lengths, dtype)
     if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):  # of many queries
         keys = keys + score.extra
-    return pair_scores(score, query, keys, masks, dtype)
+    return pair_scores(score, query, keys, masks, dtype, packed)
 
 
 def scores_backward(
-    dscores: Tensor, score: Score, query: Tensor, keys: Tensor, masks: Masks, need_query: bool, need_keys: bool
+    dscores: Tensor,
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    masks: Masks,
+    need_query: bool,
+    need_keys: bool,
+    packed: bool = False,
 ) -> Gradients:
     """The gradients of query, keys and the score's own arguments, from those of scores.
 
@@ -60,8 +72,8 @@ def scores_backward(
     needed = (need_query, need_keys)
     if isinstance(score, DotScore):
         empty = query.new_empty(0)
-        dquery = weighted_sum(dscores, keys, score.scale, masks, transposed=False) if need_query else empty
-        return dquery, weighted_sum(dscores, query, score.scale, masks, transposed=True) if need_keys else empty
+        dquery = weighted_sum(dscores, keys, score.scale, masks, False, packed) if need_query else empty
+        return dquery, weighted_sum(dscores, query, score.scale, masks, True, packed) if need_keys else empty
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores_backward(dscores, score, query, keys, masks, *needed)
     if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):
@@ -71,7 +83,7 @@ def scores_backward(
         found = gated_pair_scores_backward(dscores, rows, query, keys, masks, *needed, score.extra)
         dquery, dkeys, dv, dbias, _ = found
         return dquery, dkeys, dv.view(score.v.shape) if need_query else dv, dbias
-    return pair_scores_backward(dscores, score, query, keys, masks, *needed)
+    return pair_scores_backward(dscores, score, query, keys, masks, *needed, packed)
 
 
 class _Call(NamedTuple):

@@ -19,12 +19,12 @@ from ..scores import ActivatedExtraScore, AdditiveExtraScore, GatedAdditiveScore
 from ..types import NORMALIZERS, Masks, Options
 from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration
-from .device import add_product, attended, batch_offset, kernel, row_length
-from .launch import accumulator, has_approximate_reciprocal, launch
+from .device import add_product, alignment_rows, attended, batch_offset, kernel, sentence_rows, split_steps
+from .launch import accumulator, alignments_shape, has_approximate_reciprocal, launch
 from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
 from .options import NO_OPTIONS, add_score_bias, clip_scores, drop, option_arguments, scale_kept
 from .scores import finish_scores, parts_of, score_terms
-from .tiles import NUM_SMS, power_of_two
+from .tiles import NUM_SMS, packed_split, power_of_two, steps_of_row
 
 MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
 MAX_VALUE_COLUMNS = 1024  # whose averages do
@@ -68,6 +68,8 @@ def decode_kernel(
     BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # of which alignments are written at once
     VECTORS: tl.constexpr,  # rows of v that a program takes, for one query; None: v (A,), for all queries
+    columns,  # of packed alignments, or None: see alignment_rows, for scores, too
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """context of a row of the batch, all Tq queries of it, over one split of its steps.
 
@@ -93,12 +95,11 @@ def decode_kernel(
     # Repeated for each step, though v, bias and query are the same for all: so Triton loads them in the layout of keys,
     # which it would exchange between the threads otherwise.
     units = tl.broadcast_to(tl.arange(0, BLOCK_A)[None, None, :], [1, BLOCK_K, BLOCK_A])
-    length = row_length(lengths, b, stride_lengths, Tk)
-    begin = split * steps_per_split
-    end = tl.minimum(begin + steps_per_split, Tk)
+    origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
+    begin, end = split_steps(split, splits, steps_per_split, width, BLOCK_K, PACKED)
     query += batch_offset(b, stride_qb, ALIGNED)
-    keys += batch_offset(b, stride_kb, ALIGNED)
-    values += batch_offset(b, stride_vb, ALIGNED)
+    keys += batch_offset(place, stride_kb, ALIGNED)
+    values += batch_offset(place, stride_vb, ALIGNED)
     if gate is not None:
         gate += batch_offset(b, stride_tb, ALIGNED)
     if extra is not None:
@@ -116,10 +117,12 @@ def decode_kernel(
     if score_bias is not None:
         score_bias += b * stride_sb + first_row * stride_sq
     in_all = b * Tq * R + first_row  # the place of the program's first row among those of all sentences
+    start_alignments, row_steps, length = alignment_rows(b, Tq * R, origin, width, length, columns)
+    start_alignments += first_row * row_steps
     if alignments is not None:
-        alignments += in_all * Tk
+        alignments += start_alignments
     if scores is not None:
-        scores += in_all * Tk
+        scores += start_alignments
 
     m_i = tl.full([BLOCK_Q], LOWEST, dtype=wide)
     l_i = tl.zeros([BLOCK_Q], dtype=wide)
@@ -160,7 +163,7 @@ def decode_kernel(
         s = clip_scores(s, allowed, clip, clip_lo)
         s = log_weights(add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk), NORMALISER)
         if scores is not None:
-            tl.store(scores + i[:, None] * Tk + j[None, :], s, mask=allowed)
+            tl.store(scores + i[:, None] * row_steps + j[None, :], s, mask=allowed)
         s = tl.where(allowed, s, -float("inf"))
         p, rescale, m_i, l_i = add_block(s, allowed, m_i, l_i)
         p = drop(p, seed, least, 0, in_all + i, j, Tq, Tk)
@@ -176,13 +179,13 @@ def decode_kernel(
             tl.store(log_total + in_all + i, log_total_of(m_i, factor_i), mask=i < rows)
         if alignments is not None:
             tl.debug_barrier()  # the scores that other threads have written
-            for start in range(0, Tk, STEPS):
+            for start in range(0, row_steps, STEPS):
                 j = (start + tl.arange(0, STEPS)).to(tl.int64)
                 allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
-                pointers = i[:, None] * Tk + j[None, :]
+                pointers = i[:, None] * row_steps + j[None, :]
                 s = tl.load(scores + pointers, mask=allowed, other=0.0)
                 p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None])
-                tl.store(alignments + pointers, p, mask=(i < rows)[:, None] & (j < Tk)[None, :])
+                tl.store(alignments + pointers, p, mask=(i < rows)[:, None] & (j < row_steps)[None, :])
     else:
         tl.store(tops + in_split, m_i, mask=i < rows)
         tl.store(totals + in_split, tl.where(any_i > 0, l_i, -1.0), mask=i < rows)
@@ -207,6 +210,8 @@ def combine_kernel(
     stride_lengths, stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq * R), contiguous, or None
     BLOCK: tl.constexpr,
+    columns,  # as of decode_kernel
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
     program = tl.program_id(0)
@@ -234,13 +239,18 @@ def combine_kernel(
     elif alignments is not None:
         b = row // R // Tq
         i = row // R % Tq + tl.arange(0, 1)
-        j = ((tile - tiles_d) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         if mask is not None:
             mask += b * stride_mb
-        allowed = attended(mask, i, j, Tq, row_length(lengths, b, stride_lengths, Tk), stride_mq, stride_mk)
-        s = tl.load(scores + row * Tk + j[None, :], mask=allowed, other=0.0)
-        p = alignments_of(s, allowed, m_i, factor_i)
-        tl.store(alignments + row * Tk + j[None, :], p, mask=(j < Tk)[None, :])
+        origin, length, width, _ = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
+        start, row_steps, length = alignment_rows(b, Tq * R, origin, width, length, columns)
+        start += row % (Tq * R) * row_steps
+        # One turn, but for sentences that are longer than packed ones are on average.
+        for first in range((tile - tiles_d) * BLOCK, row_steps, (tiles - tiles_d) * BLOCK):
+            j = (first + tl.arange(0, BLOCK)).to(tl.int64)
+            allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
+            s = tl.load(scores + start + j[None, :], mask=allowed, other=0.0)
+            p = alignments_of(s, allowed, m_i, factor_i)
+            tl.store(alignments + start + j[None, :], p, mask=(j < row_steps)[None, :])
 
 
 def can_decode(query: Tensor, values: Tensor) -> bool:
@@ -257,11 +267,13 @@ def decode(
     need_alignments: bool,
     options: Options = NO_OPTIONS,
     log_total: Tensor | None = None,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention where ``can_decode``.
 
     query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
     log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
+    columns: of a packed memory; see packed_attention.py.
 
     Of R score vectors all three have Tq * R rows, as many as you like: a program takes 8 of a query.
     """
@@ -278,7 +290,7 @@ def decode(
     elif v is not None:
         v = v if v.dim() == 1 else v[0]
     rows = B * Tq * R
-    alignments = values.new_empty((B, Tq * R, Tk) if need_alignments else (0,))
+    alignments = values.new_empty(alignments_shape(B, Tq * R, Tk, columns) if need_alignments else (0,))
     if rows * Tk == 0:
         return values.new_zeros((B, Tq * R, D)), alignments
     wide = accumulator(values.dtype)
@@ -290,11 +302,12 @@ def decode(
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
     block_a = power_of_two(A, 32, max(elements // (1 + len(beside)), at_once) // block_k)
-    read = A * (1 + len(beside)) + D
-    steps, splits = _split(
-        programs, Tk, block_k, Tk * read * values.element_size(), configuration("decode", values)["bytes"]
-    )
-    scores = values.new_empty((B, Tq * R, Tk), dtype=wide) if need_alignments else None
+    of_row, packed = steps_of_row(Tk, B, columns), dict(columns=columns, PACKED=columns is not None)
+    row_bytes = of_row * (A * (1 + len(beside)) + D) * values.element_size()
+    steps, splits = _split(programs, of_row, block_k, row_bytes, configuration("decode", values)["bytes"])
+    if columns is not None:
+        steps, splits = packed_split(splits, Tk)
+    scores = values.new_empty(alignments.shape, dtype=wide) if need_alignments else None
     parts = values.new_empty((splits, B, Tq * R, D), dtype=values.dtype if splits == 1 else wide)
     tops, totals = (None, None) if splits == 1 else values.new_empty((2, splits, B, Tq * R), dtype=wide)
     launch(
@@ -322,6 +335,7 @@ def decode(
             BLOCK_D=block_d,
             STEPS=1024 // block_q,
             VECTORS=vectors,
+            **packed,
         ),
         warps,
     )
@@ -329,7 +343,7 @@ def decode(
         return parts[0], alignments
     context = values.new_empty((B, Tq * R, D))
     block = 128
-    tiles = triton.cdiv(D, block) + (triton.cdiv(Tk, block) if need_alignments else 0)
+    tiles = triton.cdiv(D, block) + (triton.cdiv(columns or of_row, block) if need_alignments else 0)
     if log_total is not None:
         tiles = max(tiles, 1)
     launch(
@@ -337,7 +351,7 @@ def decode(
         rows * tiles,
         (context, alignments if need_alignments else None, parts, scores, tops, totals, *mask_tensors(masks)),
         (B, Tq, Tk, D, R, splits, tiles, *mask_strides(masks), log_total),
-        dict(BLOCK=block),
+        dict(BLOCK=block, **packed),
         4,
     )
     return context, alignments

@@ -6,6 +6,8 @@
 - Padding is removed by selecting, never by multiplying with zero: it may hold NaN.
 - No atomics: what several programs add up is written apart and summed in a fixed order.
 - A 2-D mask is a 3-D mask with stride 0 along the queries.
+- PACKED: keys and values are those of packed_attention.py, (1, N, *) with the stride of a row as that of the batch: Tk
+  is N, and ``lengths`` has the offsets, (B + 1,), of which nobody has checked the values.
 - SMALL_M: with few queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by
   element, units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix
   product.
@@ -23,7 +25,7 @@ import triton.language as tl
 INTERPRETER = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # A kernel is compiled again for an integer that is 1 or a multiple of 16, except these: all that depends on lengths,
 # and the numbers of dropout.
-_LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "padded_rows", "splits", "tiles"]
+_LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "padded_rows", "splits", "tiles", "columns"]
 _LENGTHS += ["steps_per_split", "blocks_per_split", "rows_per_split"]
 _LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrste"] + ["stride_mq", "stride_gq", "stride_aq", "stride_sq"]
 _LENGTHS += ["seed", "least"]
@@ -56,13 +58,84 @@ def row_length(lengths, b, stride_lengths, Tk):
 
 
 @triton.jit
-def tile_of_pairs(Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def sentence_rows(lengths, b, stride_lengths, Tk, PACKED: tl.constexpr):
+    """Of sentence b: its first row among those of all, the steps that may be attended, the rows that it has, and what
+    the stride of the batch is multiplied with to get to the first one.
+    """
+    if PACKED:
+        lengths += b * stride_lengths
+        origin = tl.minimum(tl.maximum(tl.load(lengths).to(tl.int64), 0), Tk)
+        end = tl.minimum(tl.maximum(tl.load(lengths + stride_lengths).to(tl.int64), origin), Tk)
+        length = (end - origin).to(tl.int32)
+        width = length
+        place = origin
+    else:
+        origin = b * Tk
+        length = row_length(lengths, b, stride_lengths, Tk)
+        width = Tk
+        place = b
+    return origin, length, width, place
+
+
+@triton.jit
+def packed_tile(offsets, stride_offsets, tile, B, BLOCK: tl.constexpr):
+    """The sentence of a tile of BLOCK steps, and the number of the tile in it, which may begin behind its end.
+
+    Of N // BLOCK + B tiles sentence b has those from offsets[b] // BLOCK + b on. They are at least as many as it needs,
+    and at most one more: so how many there are is known without a look at the offsets.
+    """
+    b = tile * 0
+    after = b + B
+    while after - b > 1:  # the last sentence whose tiles begin no later
+        middle = (b + after) // 2
+        before = tl.load(offsets + middle.to(tl.int64) * stride_offsets) // BLOCK + middle <= tile
+        b = tl.where(before, middle, b)
+        after = tl.where(before, after, middle)
+    b = b.to(tl.int64)
+    first = (tl.load(offsets + b * stride_offsets) // BLOCK + b).to(tl.int32)
+    return b, tl.maximum(tile - first, 0)
+
+
+@triton.jit
+def split_steps(split, splits, steps_per_split, width, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """Where a split of the steps of a row begins and ends. With PACKED, each sentence is cut in as many equal ones."""
+    if PACKED:
+        steps_per_split = tl.cdiv(tl.cdiv(width, splits), BLOCK) * BLOCK
+    begin = split * steps_per_split
+    if PACKED:  # ptxas spills where LLVM makes use of it that begin is a multiple of BLOCK
+        begin = tl.minimum(begin, width)
+    return begin, tl.minimum(begin + steps_per_split, width)
+
+
+@triton.jit
+def alignment_rows(b, Tq, origin, width, length, columns):
+    """Where the alignments of sentence b, Tq rows, begin; how long a row is: columns, or for 0 and None width; and the
+    length: a sentence that is longer than was said attends what alignments have a column for.
+    """
+    start = origin * Tq
+    if columns is not None:
+        start = tl.where(columns > 0, b * Tq * columns, start)
+        width = tl.where(columns > 0, columns, width)
+        length = tl.minimum(length, width)
+    return start, width, length
+
+
+@triton.jit
+def tile_of_pairs(
+    Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, offsets=None, stride_offsets=0, B=0,
+    PACKED: tl.constexpr = False,
+):  # fmt: skip
     """The row of the batch, the first query and the first step of a program that has one tile of pairs."""
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     tiles_q = tl.cdiv(Tq, BLOCK_Q)
     program = tl.program_id(0)
-    b = (program // (tiles_k * tiles_q)).to(tl.int64)
-    return b, program // tiles_k % tiles_q * BLOCK_Q, program % tiles_k * BLOCK_K
+    if PACKED:
+        tiles_k = Tk // BLOCK_K + B
+        b, tile_k = packed_tile(offsets, stride_offsets, program % tiles_k, B, BLOCK_K)
+    else:
+        b = (program // (tiles_k * tiles_q)).to(tl.int64)
+        tile_k = program % tiles_k
+    return b, program // tiles_k % tiles_q * BLOCK_Q, tile_k * BLOCK_K
 
 
 @triton.jit

@@ -44,3 +44,10 @@ def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def alignments_shape(B: int, Tq: int, Tk: int, columns: int | None) -> tuple[int, ...]:
+    """Of alignments as they are returned: see ops.py on packed ones, of N = Tk."""
+    if columns is None:
+        return B, Tq, Tk
+    return (B, Tq, columns) if columns else (Tq * Tk,)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..types import NORMALIZERS, Masks, Options
 from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
-from .device import add_product, attended, batch_offset, kernel, load_rows, row_length
-from .launch import accumulator, launch, sum_splits
+from .device import add_product, alignment_rows, attended, batch_offset, kernel, load_rows, sentence_rows, split_steps
+from .launch import accumulator, alignments_shape, launch, sum_splits
 from .normaliser import (
     LOWEST,
     add_block,
@@ -23,7 +23,7 @@ from .normaliser import (
 )
 from .options import NO_OPTIONS, add_score_bias, clip_and_slope, clip_scores, drop, option_arguments, scale_kept
 from .products import product, split, sum_tile
-from .tiles import MAX_SMALL_M, power_of_two, small_m_block
+from .tiles import MAX_SMALL_M, packed_split, power_of_two, small_m_block, steps_of_row
 
 # Softmax and context --------------------------------------------------------------------------------------------------
 
@@ -44,6 +44,8 @@ def _attend_kernel(
     stride_sb, stride_sq, stride_sk,
     seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    columns,  # of packed alignments, or None: see alignment_rows; packed scores are as for 0
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """alignments = softmax of the attended scores, context = alignments @ values; zeros where nothing is attended.
 
@@ -60,8 +62,11 @@ def _attend_kernel(
     b = (program // (tiles_d * splits * tiles_q)).to(tl.int64)
     steps = tl.arange(0, BLOCK_K)
     d = tile_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    length = row_length(lengths, b, stride_lengths, Tk)
-    scores += (b * Tq + i[:, None]) * Tk
+    origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
+    scores += origin * Tq + i[:, None] * width
+    start_alignments, row_steps, length = alignment_rows(b, Tq, origin, width, length, columns)
+    if alignments is not None:
+        alignments += start_alignments
     if mask is not None:
         mask += b * stride_mb
     if score_bias is not None:
@@ -87,8 +92,7 @@ def _attend_kernel(
         averaged = tl.zeros([BLOCK_Q, BLOCK_K, BLOCK_D], dtype=accumulate)
     else:
         averaged = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    begin = split * steps_per_split
-    end = tl.minimum(begin + steps_per_split, Tk)
+    begin, end = split_steps(split, splits, steps_per_split, width, BLOCK_K, PACKED)
     for start in range(begin, tl.minimum(end, length), BLOCK_K):
         j = (start + steps).to(tl.int64)
         allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -98,9 +102,11 @@ def _attend_kernel(
         p = alignments_of(s, allowed, m_i[:, None], factor_i[:, None])
         if alignments is not None:
             if tile_d == 0:
-                stored = (i[:, None] < Tq) & (j[None, :] < Tk)
-                tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], p, mask=stored)
-        rows = load_rows(values + batch_offset(b, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, SMALL_M)
+                stored = (i[:, None] < Tq) & (j[None, :] < row_steps)
+                tl.store(alignments + i[:, None] * row_steps + j[None, :], p, mask=stored)
+        rows = load_rows(
+            values + batch_offset(place, stride_vb, ALIGNED), j, d, length, D, stride_vk, stride_vd, SMALL_M
+        )
         p = drop(p, seed, least, b, i, j, Tq, Tk)
         averaged = add_product(averaged, p, rows, allowed, mask is not None, SMALL_M)
     if SMALL_M:
@@ -111,11 +117,14 @@ def _attend_kernel(
 
     if alignments is not None:  # zeros in the tiles that are padding altogether
         if tile_d == 0:
+            if PACKED:  # whose splits are of the steps that there are
+                begin = split * row_steps
+                end = row_steps
             for start in range(tl.maximum(begin, tl.cdiv(length, BLOCK_K) * BLOCK_K), end, BLOCK_K):
                 j = (start + steps).to(tl.int64)
-                stored = (i[:, None] < Tq) & (j[None, :] < Tk)
+                stored = (i[:, None] < Tq) & (j[None, :] < row_steps)
                 zeros = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
-                tl.store(alignments + (b * Tq + i[:, None]) * Tk + j[None, :], zeros, mask=stored)
+                tl.store(alignments + i[:, None] * row_steps + j[None, :], zeros, mask=stored)
 
 
 def attend(
@@ -125,21 +134,29 @@ def attend(
     need_alignments: bool,
     options: Options = NO_OPTIONS,
     log_total: Tensor | None = None,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the attended scores and the average of values.
 
     Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D);
     log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
+    columns: of a packed memory, whose scores are (1, Tq, N); see packed_attention.py.
     Returns: context (B, Tq, D), and alignments (B, Tq, Tk) or an empty tensor; in the dtype of values.
     """
     B, Tq, Tk = scores.shape
+    if columns is not None:
+        assert masks.memory_lengths is not None  # the offsets
+        B = masks.memory_lengths.shape[0] - 1
     D = values.shape[2]
-    alignments = values.new_empty((B, Tq, Tk) if need_alignments else (0,))
+    alignments = values.new_empty(alignments_shape(B, Tq, Tk, columns) if need_alignments else (0,))
     if Tk == 0:
         return values.new_zeros((B, Tq, D)), alignments
-    small_m, block_m, block_k, block_d, warps = sum_tile(values, Tq, Tk, D, masks.mask is not None)
+    of_row = steps_of_row(Tk, B, columns)
+    small_m, block_m, block_k, block_d, warps = sum_tile(values, Tq, of_row, D, masks.mask is not None)
     programs = B * triton.cdiv(Tq, block_m) * max(1, triton.cdiv(D, block_d))
-    steps_per_split, splits = split(programs, Tk, block_k)
+    steps_per_split, splits = split(programs, of_row, block_k)
+    if columns is not None:
+        steps_per_split, splits = packed_split(splits, Tk)
     context = values.new_empty((splits, B, Tq, D), dtype=values.dtype if splits == 1 else scores.dtype)
     launch(
         _attend_kernel,
@@ -156,6 +173,8 @@ def attend(
             BLOCK_Q=block_m,
             BLOCK_K=block_k,
             BLOCK_D=block_d,
+            columns=columns,
+            PACKED=columns is not None,
         ),
         warps,
     )
@@ -187,6 +206,8 @@ def _softmax_backward_kernel(
     stride_sb, stride_sq, stride_sk,
     seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    columns,  # of packed alignments and their gradients, contiguous, or None: see alignment_rows
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
 
@@ -199,13 +220,20 @@ def _softmax_backward_kernel(
     program = tl.program_id(0)
     b = (program // padded_blocks).to(tl.int64)
     i = (program % padded_blocks).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    length = row_length(lengths, b, stride_lengths, Tk)
-    dscores += b * Tk * padded_q + i[:, None]
-    alignments += b * stride_ab + i[:, None] * stride_aq
+    origin, length, width, _ = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
+    start_alignments, row_steps, length = alignment_rows(b, Tq, origin, width, length, columns)
+    dscores += origin * padded_q + i[:, None]
+    if PACKED:
+        alignments += start_alignments + i[:, None] * row_steps
+    else:
+        alignments += b * stride_ab + i[:, None] * stride_aq
     if dproduct is not None:
-        dproduct += (b * Tq + i[:, None]) * Tk
+        dproduct += origin * Tq + i[:, None] * width
     if grad_alignments is not None:
-        grad_alignments += b * stride_gb + i[:, None] * stride_gq
+        if PACKED:
+            grad_alignments += start_alignments + i[:, None] * row_steps
+        else:
+            grad_alignments += b * stride_gb + i[:, None] * stride_gq
     if mask is not None:
         mask += b * stride_mb
     if score_bias is not None:
@@ -222,7 +250,7 @@ def _softmax_backward_kernel(
     for apply in tl.static_range(2):  # first the sums of the rows, then the gradient
         if apply == 1:
             mean = mean_gradient(products, total)
-        for start in range(0, length if apply == 0 else Tk, BLOCK_K):
+        for start in range(0, length if apply == 0 else width, BLOCK_K):
             j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
             g = tl.zeros([BLOCK_Q, BLOCK_K], dtype=accumulate)
@@ -253,7 +281,7 @@ def _softmax_backward_kernel(
                     tl.store(dscore_bias + j[None, :], gradient, mask=in_rows)
                 if clip is not None:
                     gradient = tl.where(allowed, gradient * slope, 0.0)
-                stored = (i[:, None] < padded_q) & (j[None, :] < Tk)
+                stored = (i[:, None] < padded_q) & (j[None, :] < width)
                 tl.store(dscores + j[None, :] * padded_q, gradient, mask=stored)
                 if kept is not None:
                     tl.store(kept + j[None, :], drop(p, seed, least, b, i, j, Tq, Tk), mask=in_rows)
@@ -289,6 +317,7 @@ def softmax_backward(
     scores: Tensor | None = None,
     dscore_bias: Tensor | None = None,
     kept: Tensor | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """The gradient of the scores: (B, Tq, Tk), float32 or float64, 0 where not attended.
 
@@ -296,10 +325,23 @@ def softmax_backward(
 
     With options: scores (B, Tq, Tk) without clip and bias, for a clip or another normaliser than softmax. Written
     into: dscore_bias, and kept, the alignments that dropout has left; both (B, Tq, Tk), contiguous.
+
+    columns: of a packed memory; see packed_attention.py. The result is (1, Tq, N) then.
     """
-    B, Tq, Tk = alignments.shape
-    dscores = padded_scores(alignments)
-    dproduct = None if grad_context is None else product(grad_context, values, 1.0, masks.memory_lengths)
+    if columns is not None:
+        assert masks.memory_lengths is not None  # the offsets
+        B, Tk = masks.memory_lengths.shape[0] - 1, values.shape[1]
+        Tq = alignments.shape[1] if columns else alignments.numel() // Tk
+        dscores = padded_scores(values.new_empty(()).expand(1, Tq, Tk))
+        dscores = dscores.as_strided(dscores.shape, (dscores.stride(2), *dscores.stride()[1:]))  # see device.py
+        alignments = alignments.contiguous().view(B if columns else 1, Tq, -1)
+        grad_alignments = None if grad_alignments is None else grad_alignments.contiguous().view(alignments.shape)
+    else:
+        B, Tq, Tk = alignments.shape
+        dscores = padded_scores(alignments)
+    dproduct = None
+    if grad_context is not None:
+        dproduct = product(grad_context, values, 1.0, masks.memory_lengths, columns is not None)
     block_q = power_of_two(Tq, 1, 16)
     padded_blocks = dscores.stride(2) // block_q
     # What options read and write beside, and the numbers of dropout in 64 bits, take registers.
@@ -315,7 +357,13 @@ def softmax_backward(
             *mask_strides(masks),
             *(dscore_bias, kept, grad_log_total, scores, *option_arguments(options, dscores.dtype)),
         ),
-        dict(NORMALISER=NORMALIZERS[options.normalizer], BLOCK_Q=block_q, BLOCK_K=elements // block_q),
+        dict(
+            NORMALISER=NORMALIZERS[options.normalizer],
+            BLOCK_Q=block_q,
+            BLOCK_K=elements // block_q,
+            columns=columns,
+            PACKED=columns is not None,
+        ),
         4,
     )
     return dscores

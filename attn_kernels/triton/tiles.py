@@ -31,3 +31,19 @@ def small_m_tile(query: Tensor) -> tuple[int, int, int]:
     block_q, block_a = small_m_block(query.shape[1]), power_of_two(query.shape[2], 32, 256)
     elements = 2048 if query.dtype == torch.float64 else 4096
     return block_q, max(2, elements // (block_q * block_a)), block_a
+
+
+def steps_of_row(Tk: int, B: int, columns: int | None) -> int:
+    """The steps of a row by which tiles are chosen: Tk, or of a packed memory of N = Tk, what its B have on average."""
+    return Tk if columns is None else triton.cdiv(Tk, B)
+
+
+def packed_split(splits: int, N: int) -> tuple[int, int]:
+    """steps_per_split and splits of a packed memory, of whose sentences each is cut: see split_steps."""
+    per_split = triton.cdiv(N, splits)
+    return per_split, triton.cdiv(N, per_split)
+
+
+def step_tiles(Tk: int, B: int, block: int, packed: bool) -> int:
+    """The tiles of block steps of all sentences; of a packed memory, N = Tk: see packed_tile."""
+    return Tk // block + B if packed else B * triton.cdiv(Tk, block)

@@ -92,9 +92,16 @@ GATED = (
     Case("3 vectors, mask", (4, 20, 70, 1100, 64), "float32 bfloat16", {"vectors": 3, "mask": "pairs"}),
     Case("leaky_relu", (3, 5, 130, 64, 33), "float32 bfloat16", {"mask": "steps", "activation": "leaky_relu"}),
 )
+# Memories without padding: few queries, splits with empty parts, many queries, narrow ones.
+PACKED = (
+    Case("packed step", (16, 1, 200, 512, 512), "float32 bfloat16"),
+    Case("packed splits", (3, 5, 700, 256, 64), "float32 bfloat16"),
+    Case("packed many", (8, 74, 75, 256, 256), "float32 bfloat16"),
+    Case("packed odd", (5, 9, 33, 17, 9), "float32"),
+)
 # Triton compiles each case first, so it gets fewer: by their names.
 OF_TRITON = ("cluster 16", "splits", "odd rows", "8 queries", "tile", "odd", "GNMT", "small tile")
-OF_TRITON += tuple(case.name for case in GATED)
+OF_TRITON += tuple(case.name for case in GATED + PACKED)
 # Largest error, as a share of the largest value. Coarse: the tests judge by the error of eager.
 LIMITS = {"float64": 1e-9, "float32": 2e-5, "float16": 8e-3, "bfloat16": 6e-2}
 ADDITIVE, DOT_ATTENTION, ADDITIVE_SCORES = "additive_attention", "dot_attention", "additive_scores"
@@ -168,6 +175,7 @@ def compare(
     activation: str = "tanh",
     gated: bool = False,
     vectors: int | None = None,
+    packed: bool = False,
 ) -> str:
     """Results and all gradients of one call against the reference in float64 on the same device."""
     import torch
@@ -191,8 +199,10 @@ def compare(
     keywords: dict[str, Any] = {"scale": A**-0.5} if op == DOT_ATTENTION else {"activation": activation}
     if gated:
         tensors.append(leaf(B, Tk, A))
-    if lengths:
+    if lengths or packed:
         keywords["memory_lengths"] = torch.randint(0, Tk + 1, (B,), generator=rng).to(device)
+    if packed:
+        keywords["memory_lengths"][-1] = Tk  # for as many columns of alignments
     if mask:
         shape = (B, Tk) if mask == "steps" else (B, Tq, Tk)
         keywords["mask"] = (torch.rand(shape, generator=rng) > 0.3).to(device)
@@ -211,7 +221,12 @@ def compare(
         named = {f"output {i}": t.detach() for i, t in enumerate(outs)}
         return named | {f"gradient {i}": t for i, t in enumerate(gradients)}
 
-    got = results(getattr(attn_kernels, op), tensors, **ours)
+    def without_padding(query: Any, keys: Any, values: Any, *others: Any, memory_lengths: Any, **more: Any) -> Any:
+        used = torch.arange(Tk, device=device) < memory_lengths[:, None]
+        offsets = torch.cat((memory_lengths.new_zeros(1), memory_lengths.cumsum(0)))
+        return getattr(attn_kernels, op)(query, keys[used], values[used], *others, memory_offsets=offsets, **more)
+
+    got = results(without_padding if packed else getattr(attn_kernels, op), tensors, **ours)
     exact = results(getattr(reference, op), [t.detach().double().requires_grad_() for t in tensors])
     errors = {name: share_of_largest(got[name], t) for name, t in exact.items() if t.numel()}
     bad = [name for name, error in errors.items() if not error <= LIMITS[dtype]]
@@ -296,6 +311,11 @@ def gated(contact: Contact) -> None:
     cases = [case._replace(options={"gated": True, **case.options}) for case in GATED]
     contact.compare(ADDITIVE, cases)
     contact.compare(ADDITIVE_SCORES, [case for case in cases if not {"lengths", "mask"} & set(case.options)])
+
+
+def packed(contact: Contact) -> None:
+    for op in (ADDITIVE, DOT_ATTENTION):
+        contact.compare(op, [case._replace(options={"packed": True}) for case in PACKED])
 
 
 def dot(contact: Contact) -> None:
@@ -405,6 +425,7 @@ GROUPS: dict[str, Callable[[Contact], None]] = {
     "scores triton": scores,
     "dot triton": dot,
     "gated triton": gated,
+    "packed triton": packed,
     "models triton": models,
 }
 

@@ -2,8 +2,9 @@
 
 Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user would
 write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding the
-last is a search as one op, at as many rows as it takes, and the steps are those that Python calls for more. Training
-steps of a model with location-sensitive attention follow, whose steps read the alignments of the steps before.
+last is a search as one op, at as many rows as it takes, with its weights in bfloat16, too; and the steps are those that
+Python calls for more. Training steps of a model with location-sensitive attention follow, whose steps read the
+alignments of the steps before.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ app = application()
 
 EAGER, COMPILED, STEPS, LOOP = "eager steps", "torch.compile", "fused steps", "loop"
 LAUNCHED = "loop, no graph"  # on a GPU, where the loop is otherwise a CUDA graph
+ROUNDED = "loop, bfloat16"  # a search whose weights are rounded, of the model of the loop
 VOCABULARY = 64
 TOLERANCE = 1e-3  # of gradients in float32, relative to their largest element
 
@@ -82,6 +84,10 @@ class EagerAttention(nn.Module):
         )
 
 
+class EagerLSTM(nn.LSTM):
+    """``nn.LSTM``, which the encoder of Seq2Seq calls, as it calls all that is not as it was made."""
+
+
 class EagerLocation(EagerAttention):
     """Location-sensitive attention (Shen et al. 2018, section 2.2) in the same way, of LocationSensitiveAttention."""
 
@@ -117,18 +123,21 @@ class Variant(NamedTuple):
     model: Seq2Seq
 
 
-def make_variants(size: int, device: torch.device, names: list[str], attention: str = ADDITIVE) -> list[Variant]:
+def make_variants(
+    size: int, device: torch.device, names: list[str], attention: str = ADDITIVE, vocabulary: int = VOCABULARY
+) -> list[Variant]:
     """Models with the same parameters. size: of embedding, states and attention."""
     variants = []
     for name in names:
         torch.manual_seed(0)
-        decoder = "loop" if name in (LOOP, LAUNCHED) else "steps"
+        decoder = "loop" if name in (LOOP, LAUNCHED, ROUNDED) else "steps"
         graph = name == LOOP
-        sizes = (VOCABULARY, VOCABULARY, size, size, size)
+        sizes = (VOCABULARY, vocabulary, size, size, size)
         model = Seq2Seq(*sizes, attention=attention, decoder=decoder, cuda_graph=graph).to(device)
         if name in (EAGER, COMPILED):
             make = EagerAttention if attention == ADDITIVE else EagerLocation
             model.decoder.attention = make(model.decoder.attention)
+            model.encoder.rnn.__class__ = EagerLSTM
         if name == COMPILED:
             model.decoder._step = torch.compile(model.decoder._step, dynamic=False)
         variants.append(Variant(name, model))
@@ -149,11 +158,14 @@ def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callab
 
 
 def decoding(
-    model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor], beam_size: int, encoded: bool, in_one_call: bool
+    name: str, model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor], beam_size: int, encoded: bool
 ) -> Callable[[], object]:
     """A search of as many steps as the target has. encoded: of a source that the encoder has read before."""
-    model.eos = VOCABULARY  # a token that does not come: all ways go all the way
-    choice = {"beam_size": beam_size, "max_length": data[2].shape[1]}
+    model.eos = model.decoder.output.out_features  # a token that does not come: all ways go all the way
+    choice: dict[str, Any] = {"beam_size": beam_size, "max_length": data[2].shape[1]}
+    in_one_call = name in (LOOP, ROUNDED)
+    if name == ROUNDED:
+        choice["weight_dtype"] = torch.bfloat16
     options = SearchOptions(bos=model.bos, eos=model.eos, **choice).checked()
     model.eval()
     with torch.no_grad():
@@ -194,7 +206,7 @@ def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) 
 
 
 # The time of a call by what it is spent on: names of PyTorch's operators.
-_ENCODER = ("aten::mkldnn_rnn", "aten::_cudnn_rnn", "aten::_thnn")
+_ENCODER = ("aten::mkldnn_rnn", "aten::_cudnn_rnn", "aten::_thnn", "attn_kernels::recurrent_steps")
 _SEARCH = "attn_kernels::decoder_search"
 _ATTENTION = ("attn_kernels::", "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::mv", "aten::masked_fill")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::")
@@ -231,34 +243,38 @@ def measure(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
     attention: str = ADDITIVE,
+    vocabulary: int = VOCABULARY,
 ) -> list[dict[str, Any]]:
     """Training step and, of additive attention, searches with and without the encoder, at one shape: a row each.
 
-    clock: for the CPU.
+    clock: for the CPU. vocabulary: of the target.
     """
     timer = timing.WallTimer(clock) if device.type == "cpu" else timing.timer_for(device)
-    variants = make_variants(size, device, names, attention)
+    variants = make_variants(size, device, names, attention, vocabulary)
+    trained = [variant for variant in variants if variant.name != ROUNDED]
     data = make_data(shape, device)
-    errors = largest_error(variants, data)
+    errors = largest_error(trained, data)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
         raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
-    calls = {name: training_step(model, data) for name, model in variants}
+    calls = {name: training_step(model, data) for name, model in trained}
     rows = [measure_row("training step", shape, timer, calls, seconds, attention)]
     if attention != ADDITIVE:
         return rows
     for kind, beam_size in (("greedy decoding", 1), (f"beam search of {BEAM}", BEAM)):
         timed = [variant for variant in variants if is_search(variant.name, shape.B * beam_size, device)]
         for encoded in (False, True):
-            calls = {name: decoding(model, data, beam_size, encoded, name == LOOP) for name, model in timed}
-            name = f"{kind}, encoder left out" if encoded else kind
-            rows.append(measure_row(name, shape, timer, calls, seconds))
+            calls = {name: decoding(name, model, data, beam_size, encoded) for name, model in timed}
+            title = f"{kind}, encoder left out" if encoded else kind
+            rows.append(measure_row(title, shape, timer, calls, seconds))
     return rows
 
 
 def is_search(name: str, rows: int, device: torch.device) -> bool:
     """Whether a variant has a way of its own to search with so many hypotheses of all sentences."""
-    return name in (EAGER, COMPILED, STEPS) or (name == LOOP and device.type == "cpu" and rows <= one_call.MAX_ROWS)
+    if name in (LOOP, ROUNDED):
+        return device.type == "cpu" and rows <= one_call.MAX_ROWS
+    return name in (EAGER, COMPILED, STEPS)
 
 
 def measure_row(
@@ -285,12 +301,17 @@ def measure_row(
 
 
 def peak_memories(
-    shape: Shape, size: int, device: torch.device, names: list[str], attention: str = ADDITIVE
+    shape: Shape,
+    size: int,
+    device: torch.device,
+    names: list[str],
+    attention: str = ADDITIVE,
+    vocabulary: int = VOCABULARY,
 ) -> dict[str, float | None]:
     """MB beyond what is held before, of a training step."""
     data = make_data(shape, device)
     memory = {}
-    for name, model in make_variants(size, device, names, attention):
+    for name, model in make_variants(size, device, names, attention, vocabulary):
         step = training_step(model, data)
         step()
         memory[name] = machine.peak_memory(step, device)
@@ -328,6 +349,7 @@ def main(
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="Of one thread, the CPU's time: for a machine that others load.")
     ] = False,
+    vocabulary: Annotated[int, typer.Option(min=VOCABULARY, help="Of the target.")] = VOCABULARY,
     allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
@@ -339,25 +361,25 @@ def main(
     shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
     with_location = shapes if shape else () if quick else WITH_LOCATION
     cases = [*((ADDITIVE, one) for one in shapes), *((LOCATION, one) for one in with_location)]
-    left_out = set() if target.type == "cuda" else {LAUNCHED}
+    left_out = {ROUNDED} if target.type == "cuda" else {LAUNCHED}
     if not compiled:
         left_out.add(COMPILED)
-    names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP) if name not in left_out]
+    names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP, ROUNDED) if name not in left_out]
     rows: list[dict[str, Any]] = []
     with progress_bars() as progress:
         task = progress.add_task("shapes", total=len(cases) * 2)
         for attention, one in cases:
             progress.update(task, description=f"{attention}, B,S,T = {','.join(map(str, one))}")
             clock = time.process_time if cpu_time else time.perf_counter
-            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock, attention)
+            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock, attention, vocabulary)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
         for attention, one in cases:
             progress.update(task, description=f"{attention}, memory of {','.join(map(str, one))}")
-            memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP], attention)
+            memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP], attention, vocabulary)
             next(row for row in rows if (row["attention"], row["B,S,T"]) == (attention, list(one)))["MB"] = memory
             progress.advance(task)
-    settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
+    settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": vocabulary}
     settings["clock"] = "CPU" if cpu_time else "wall"
     finish_rows("loop", rows, table(rows, names), output, start, in_effect, target, **settings)
 

@@ -18,43 +18,122 @@ ATTN_INLINE int64_t weight_rows_at_once(int64_t k) {
   return max(8, min(kMostWeightRows, kElementsOfBlock / max(k, 1) / 8 * 8));
 }
 
+// Rows of k elements as words, 2 w elements in w words: the elements of the lower halves are one vector, those of the
+// upper halves the next. So a half becomes float32 by one instruction, and the factors are read in order. Zeros follow.
+inline void pack_pairs(const StreamedWeight& weight, int64_t first, int64_t count, int64_t k) {
+  constexpr int64_t w = width<float>;
+  for (int64_t j = first; j < first + count; ++j) {
+    const float* from = row_of<const float>(weight.rows, j);
+    uint32_t* to = weight.pairs + j * pair_words(k);
+    for (int64_t c = 0; c < k; c += 2 * w) {
+      auto rounded_from = [&](int64_t c) __attribute__((always_inline)) {
+        return c < k ? round_to_bfloat16(load_upto(from + c, k - c)) : Word32{};
+      };
+      store(to + c / 2, (rounded_from(c) >> 16) | (rounded_from(c + w) & 0xffff0000u));
+    }
+  }
+}
+
+// out[i * ld + j] = x_i . y_j for NX rows x and NY rows y of pairs, `words` apart. next: the rows after those of y.
+template <int NX, int NY>
+ATTN_INLINE void pairs_microkernel(const float* const* x, const uint32_t* y, const uint32_t* next, int64_t words,
+                                   int64_t k, float* out, int64_t ld) {
+  constexpr int64_t w = width<float>;
+  constexpr int kSets = NX == 1 ? 2 : 1;  // of sums: with few of them one would wait for the other
+  Vec<float> acc[2][NX * NY];
+  for (int set = 0; set < kSets; ++set) clear(acc[set]);
+  auto add = [&](int set, int64_t c, auto load_x, auto half_of) __attribute__((always_inline)) {
+    Vec<float> factor[NY];
+    for (int j = 0; j < NY; ++j) factor[j] = (Vec<float>)half_of(load(y + j * words + c / 2));
+    for (int i = 0; i < NX; ++i) {
+      const Vec<float> xi = load_x(x[i]);
+      for (int j = 0; j < NY; ++j) acc[set][i * NY + j] += xi * factor[j];
+    }
+  };
+  auto lower = [](Word32 pair) __attribute__((always_inline)) { return pair << 16; };
+  auto upper = [](Word32 pair) __attribute__((always_inline)) { return pair & 0xffff0000u; };
+  int64_t c = 0;
+  for (; c + 2 * w <= k; c += 2 * w) {
+    for (int j = 0; j < NY; ++j) prefetch(next + j * words + c / 2);
+    add(0, c, [&](const float* p) __attribute__((always_inline)) { return load(p + c); }, lower);
+    add(kSets - 1, c, [&](const float* p) __attribute__((always_inline)) { return load(p + c + w); }, upper);
+  }
+  if (c < k) {
+    add(0, c, [&](const float* p) __attribute__((always_inline)) { return load_upto(p + c, k - c); }, lower);
+    if (c + w < k)
+      add(
+          kSets - 1, c, [&](const float* p) __attribute__((always_inline)) { return load_part(p + c + w, k - c - w); },
+          upper);
+  }
+  if constexpr (kSets == 2)
+    for (int i = 0; i < NX * NY; ++i) acc[0][i] += acc[1][i];
+  sums<float, NX * NY>(acc[0], [&](int i, float s) __attribute__((always_inline)) { out[i / NY * ld + i % NY] = s; });
+}
+
+template <int NX>
+__attribute__((noinline)) void pairs_microkernels(const float* const* x, const uint32_t* y, int64_t count, int64_t k,
+                                                  float* out, int64_t ld) {
+  constexpr int NY = NX == 1 ? 2 * kTileVectors : kTileVectors;
+  const int64_t words = pair_words(k);
+  int64_t j = 0;
+  for (; j + NY <= count; j += NY)
+    pairs_microkernel<NX, NY>(x, y + j * words, y + min(j + NY, count - NY) * words, words, k, out + j, ld);
+  for (; j < count; ++j)
+    pairs_microkernel<NX, 1>(x, y + j * words, y + min(j + 1, count - 1) * words, words, k, out + j, ld);
+}
+
+// multiply(x, NX, out) for groups of NX rows of x, at most kMostRowsAtOnce and as many in each as can be.
+template <typename T, class Multiply>
+ATTN_INLINE void by_rows_at_once(const T* const* x, int64_t x_rows, T* out, int64_t ld, const Multiply& multiply) {
+  const int64_t groups = divide_up(x_rows, kMostRowsAtOnce), size = divide_up(x_rows, groups);
+  for (int64_t i = 0; i < x_rows; i += size) {
+    const T* const* from = x + i;
+    T* to = out + i * ld;
+    switch (min(size, x_rows - i)) {
+      case 1:
+        multiply(from, std::integral_constant<int, 1>(), to);
+        break;
+      case 2:
+        multiply(from, std::integral_constant<int, 2>(), to);
+        break;
+      case 3:
+        multiply(from, std::integral_constant<int, 3>(), to);
+        break;
+      case 4:
+        multiply(from, std::integral_constant<int, 4>(), to);
+        break;
+      case 5:
+        multiply(from, std::integral_constant<int, 5>(), to);
+        break;
+      default:
+        multiply(from, std::integral_constant<int, 6>(), to);
+    }
+  }
+}
+
 // out[i * ld + j] = x_i . row j of the weight, for `count` rows from the first on, at most kMostWeightRows.
 template <typename T>
-void multiply_rows(const T* const* x, int64_t x_rows, const RowsView& weight, int64_t first, int64_t count, int64_t k,
-                   T* out, int64_t ld) {
-  const T* from = row_of<const T>(weight, first);
+void multiply_rows(const T* const* x, int64_t x_rows, const StreamedWeight& weight, int64_t first, int64_t count,
+                   int64_t k, T* out, int64_t ld) {
+  if constexpr (sizeof(T) == 4) {
+    if (weight.pairs != nullptr) {
+      if (weight.pack) pack_pairs(weight, first, count, k);
+      const uint32_t* y = weight.pairs + first * pair_words(k);
+      return by_rows_at_once(x, x_rows, out, ld, [&](auto* from, auto at_once, T* to) {
+        pairs_microkernels<decltype(at_once)::value>(from, y, count, k, to, ld);
+      });
+    }
+  }
+  const T* from = row_of<const T>(weight.rows, first);
   if (x_rows == 1) {
-    StridedRows<T> rows({from, native<T>, {0, weight.stride, 1}}, 0, 0);
+    StridedRows<T> rows({from, native<T>, {0, weight.rows.stride, 1}}, 0, 0);
     return dot_streamed(x, 1, rows, count, k, T(1), out, ld);
   }
   const T* rows[kMostWeightRows];
-  for (int64_t j = 0; j < count; ++j) rows[j] = from + j * weight.stride;
-  const int64_t groups = divide_up(x_rows, kMostRowsAtOnce), size = divide_up(x_rows, groups);
-  for (int64_t i = 0; i < x_rows; i += size) {
-    auto multiply = [&](auto at_once) {
-      constexpr int NX = decltype(at_once)::value;
-      dot_microkernels<T, T, NX>(x + i, rows, count, k, T(1), out + i * ld, ld);
-    };
-    switch (min(size, x_rows - i)) {
-      case 1:
-        multiply(std::integral_constant<int, 1>());
-        break;
-      case 2:
-        multiply(std::integral_constant<int, 2>());
-        break;
-      case 3:
-        multiply(std::integral_constant<int, 3>());
-        break;
-      case 4:
-        multiply(std::integral_constant<int, 4>());
-        break;
-      case 5:
-        multiply(std::integral_constant<int, 5>());
-        break;
-      default:
-        multiply(std::integral_constant<int, 6>());
-    }
-  }
+  for (int64_t j = 0; j < count; ++j) rows[j] = from + j * weight.rows.stride;
+  by_rows_at_once(x, x_rows, out, ld, [&](auto* some, auto at_once, T* to) {
+    dot_microkernels<T, T, decltype(at_once)::value>(some, rows, count, k, T(1), to, ld);
+  });
 }
 
 template <typename T>

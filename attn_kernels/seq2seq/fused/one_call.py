@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ... import ops
@@ -43,11 +44,13 @@ def search_in_one_call(
     """The results of ``greedy_search`` and ``beam_search``; of likeliest tokens that are equal the first is taken.
 
     None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends of the
-    attention, many rows, for which it is faster, parameters whose rows are not contiguous, and logits that are no
-    numbers.
+    attention, many rows, for which it is faster, parameters whose rows are not contiguous, weights of another dtype
+    than float32 that are to be rounded, and logits that are no numbers.
     """
     rows = memory.batch_size * options.beam_size
     if not 0 < rows <= MAX_ROWS or not can_fuse_steps(decoder, state, memory):
+        return None
+    if options.weight_dtype is not None and memory.keys.dtype != torch.float32:
         return None
     if choose(decoder.attention.backend, "cpu") != "cpu" or (memory.mask is not None and memory.mask.dim() != 2):
         return None
@@ -78,6 +81,8 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
     each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
     is_projected = projects_values(memory, decoder.hidden_size, each_step * options.max_length)
     if is_projected:
+        if options.weight_dtype is not None:
+            of_context = of_context.to(options.weight_dtype).to(values.dtype)
         values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
     cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
     layers = []
@@ -111,6 +116,7 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         options.coverage_penalty,
         bool(options.early_stopping),
         MAX_TABLE_BYTES,
+        options.weight_dtype is not None,
     )
 
 
