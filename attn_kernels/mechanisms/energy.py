@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import as_number
 from ..errors import ArgumentValueError
+from ..memory import Memory
 from ..modules import _reset_score_vector
-from .steps import AlignmentsAttention, additive_energies, dot_energies
+from .steps import AlignmentsAttention, AlignmentsState, additive_energies, dot_energies
 
 SCORES = ("additive", "dot")
 
@@ -93,6 +94,7 @@ class ChoosingAttention(EnergyAttention):
     """
 
     modes: tuple[str, ...]
+    starts_attended: ClassVar[bool] = False  # on the first step that may be attended, not on the first of all
 
     def __init__(
         self, *args: Any, mode: str, noise: float, score_bias_init: float, factory: dict[str, Any], **options: Any
@@ -108,6 +110,9 @@ class ChoosingAttention(EnergyAttention):
         super()._reset_scores()
         nn.init.constant_(self.score_bias, self.score_bias_init)
 
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
+        return self._first_step(memory, hypotheses, self.starts_attended)
+
     def _choices(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         """(B, K, Tk), probabilities in float32 or wider, 0 in padding; with mode="hard" each is 0 or 1."""
         check_choice(self._name, "mode", self.mode, self.modes)  # it may be set between steps
@@ -121,6 +126,9 @@ class ChoosingAttention(EnergyAttention):
 
     def _choice_settings(self) -> dict[str, Any]:
         return {**self._score_settings(), "mode": self.mode, "noise": self.noise}
+
+    def extra_repr(self) -> str:
+        return self._repr(**self._choice_settings())
 
 
 def check_choice(name: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:

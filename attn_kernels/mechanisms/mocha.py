@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_size
-from ..memory import Memory
 from ..modules import _reset_score_vector
 from .energy import ChoosingAttention
 from .monotonic import MODES, monotonic_alignments
@@ -89,9 +88,6 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         if self.chunk_v is not None:
             _reset_score_vector(self.chunk_v)
             nn.init.zeros_(self.chunk_bias)
-
-    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
-        return self._first_step(memory, hypotheses)
 
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState

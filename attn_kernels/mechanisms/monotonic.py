@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..memory import Memory
 from ..types import DTYPES, upcast
 from .energy import ChoosingAttention, check_choice
 from .steps import AlignmentsState, recurrence, shifted
@@ -139,16 +136,9 @@ class MonotonicAttention(ChoosingAttention):
         )
         self._reset_scores()
 
-    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
-        return self._first_step(memory, hypotheses)
-
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
     ) -> tuple[Tensor, AlignmentsState]:
         p_choose = self._choices(self.make_query(query), keys, allowed)
         alignments = monotonic_alignments(p_choose, self._previous(state, keys).to(p_choose.dtype), self.mode)
         return alignments, AlignmentsState(alignments)
-
-    def extra_repr(self) -> str:
-        settings: dict[str, Any] = self._choice_settings()
-        return self._repr(**settings)

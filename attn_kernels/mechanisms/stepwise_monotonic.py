@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..memory import Memory
 from .energy import ChoosingAttention
 from .steps import AlignmentsState, shifted
 
@@ -39,6 +38,7 @@ class StepwiseMonotonicAttention(ChoosingAttention):
     """
 
     modes: tuple[str, ...] = ("soft", "hard")
+    starts_attended = True
 
     def __init__(
         self,
@@ -69,9 +69,6 @@ class StepwiseMonotonicAttention(ChoosingAttention):
         )
         self._reset_scores()
 
-    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
-        return self._first_step(memory, hypotheses, attended=True)
-
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
     ) -> tuple[Tensor, AlignmentsState]:
@@ -81,9 +78,6 @@ class StepwiseMonotonicAttention(ChoosingAttention):
         if allowed is not None:
             alignments = alignments.masked_fill(~allowed, 0.0)
         return alignments, AlignmentsState(alignments)
-
-    def extra_repr(self) -> str:
-        return self._repr(**self._choice_settings())
 
 
 def _to_next(x: Tensor, allowed: Tensor | None) -> Tensor:
