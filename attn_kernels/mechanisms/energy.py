@@ -30,10 +30,10 @@ class EnergyAttention(AlignmentsAttention):
         query_size: int,
         memory_size: int,
         units: int | None,
-        score: str,
-        normalize: bool,
         energies: int = 1,
         *,
+        score: str,
+        normalize: bool,
         backend: str | None,
         factory: dict[str, Any],
     ) -> None:
@@ -58,11 +58,9 @@ class EnergyAttention(AlignmentsAttention):
         self.units: int = self.key_size // energies
         self.score = score
         self.normalize = normalize
-        self.v: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
-        self.g: nn.Parameter | None = nn.Parameter(torch.empty((), **factory)) if normalize else None
-        self.bias: nn.Parameter | None = (
-            nn.Parameter(torch.empty(self.units, **factory)) if normalize and additive else None
-        )
+        self.v: nn.Parameter | None = self._parameter(self.units) if additive else None
+        self.g: nn.Parameter | None = self._parameter() if normalize else None
+        self.bias: nn.Parameter | None = self._parameter(self.units) if normalize and additive else None
 
     def _reset_scores(self) -> None:
         if self.v is not None:
@@ -97,14 +95,22 @@ class ChoosingAttention(EnergyAttention):
     starts_attended: ClassVar[bool] = False  # on the first step that may be attended, not on the first of all
 
     def __init__(
-        self, *args: Any, mode: str, noise: float, score_bias_init: float, factory: dict[str, Any], **options: Any
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None,
+        mode: str,
+        noise: float,
+        score_bias_init: float,
+        energies: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(*args, factory=factory, **options)
+        super().__init__(query_size, memory_size, units, energies, **options)
         check_choice(self._name, "mode", mode, self.modes)
         self.noise: float = check_number(self._name, "noise", noise, 0.0)
         self.score_bias_init: float = check_number(self._name, "score_bias_init", score_bias_init)
         self.mode = mode
-        self.score_bias: nn.Parameter = nn.Parameter(torch.empty((), **factory))
+        self.score_bias: nn.Parameter = self._parameter()
 
     def _reset_scores(self) -> None:
         super()._reset_scores()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,19 +66,9 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            query_size,
-            memory_size,
-            units,
-            score,
-            normalize,
-            energies=2,
-            mode=mode,
-            noise=noise,
-            score_bias_init=score_bias_init,
-            backend=backend,
-            factory={"device": device, "dtype": dtype},
-        )
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options["factory"] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, 2, **options)
         self.chunk_size: int | None = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
         additive = score == "additive"
         self.chunk_v: nn.Parameter | None = self._parameter(self.units) if additive else None

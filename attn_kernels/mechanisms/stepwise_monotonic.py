@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,18 +57,9 @@ class StepwiseMonotonicAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            query_size,
-            memory_size,
-            units,
-            score,
-            normalize,
-            mode=mode,
-            noise=noise,
-            score_bias_init=score_bias_init,
-            backend=backend,
-            factory={"device": device, "dtype": dtype},
-        )
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options["factory"] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, **options)
         self._reset_scores()
 
     def _alignments(
