@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ def additive_attention(
     """
     vectors, bias, gate, extra = upcast(v, bias, gate, extra)
     if extra is not None:
-        keys = upcast(keys)[0] + extra
+        (keys,) = upcast(keys)
+        keys = keys + extra
 
     def score(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         gates = gate if gate is None or allowed is None else gate.masked_fill(~allowed.any(1)[..., None], 0.0)
@@ -142,15 +143,13 @@ def _attend(
     allowed = attention_mask(keys, memory_lengths, mask)
     queries, keys, values = _zero_padding(queries, keys, values, allowed)
     scores = score(queries, keys, allowed)
+    vectors = 1 if v is None or v.dim() == 1 else len(v)
+    if vectors > 1 and _per_query(allowed):
+        allowed = allowed.repeat_interleave(vectors, 1)
     if score_bias is not None:
-        score_bias = (score_bias if query.dim() == 3 else score_bias[:, None]).to(scores.dtype)
-    if v is not None and v.dim() == 2:
-        if score_bias is not None:
-            score_bias = score_bias.repeat_interleave(len(v), 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
-        if _per_query(allowed):
-            allowed = allowed.repeat_interleave(len(v), 1)
-    if score_bias is not None:
-        scores = scores + (score_bias if allowed is None else score_bias.masked_fill(~allowed, 0.0))
+        bias = (score_bias if query.dim() == 3 else score_bias[:, None]).to(scores.dtype)
+        bias = bias.repeat_interleave(vectors, 1) if bias.dim() == 3 else bias.flatten(1, 2)
+        scores = scores + (bias if allowed is None else bias.masked_fill(~allowed, 0.0))
     if normalizer == "sigmoid":
         # sigmoid(s) over their sum is the softmax of log sigmoid(s), which does not underflow.
         scores = torch.nn.functional.logsigmoid(scores)
@@ -162,20 +161,24 @@ def _attend(
     alignments = torch.softmax(scores, dim=-1)
     if allowed is not None:
         alignments = alignments.masked_fill(~allowed, 0.0)
-    context = None
+    context: Tensor | None = None
     weights = alignments if dropout_p == 0 else alignments * dropout_factors(alignments.shape, dropout_p, seed, scores)
     if values is not None and _per_query(allowed):
         context = (weights[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
     elif values is not None:
         context = weights @ values
-    if values is not None and not need_weights:
-        alignments = None
-    results = [None if x is None else x.to(query.dtype) for x in (context, alignments)]
-    if need_log_total:
-        log_total = torch.logsumexp(scores, -1)
-        results.append(log_total if empty is None else log_total.masked_fill(empty.squeeze(-1), float("-inf")))
-    shaped = [x if x is None else _without_query_axis(_split_rows(x, v), query) for x in results]
-    return AttentionWithLogTotal(*shaped) if need_log_total else Attention(*shaped)
+
+    def shape(x: Tensor | None) -> Any:
+        return x if x is None else _without_query_axis(_split_rows(x, v), query)
+
+    returned = alignments if need_weights or values is None else None
+    attention = Attention(*(shape(x if x is None else x.to(query.dtype)) for x in (context, returned)))
+    if not need_log_total:
+        return attention
+    log_total = torch.logsumexp(scores, -1)
+    if empty is not None:
+        log_total = log_total.masked_fill(empty.squeeze(-1), float("-inf"))
+    return AttentionWithLogTotal(*attention, shape(log_total))
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
@@ -228,7 +231,7 @@ def _zero_padding(
     )
 
 
-def _per_query(allowed: Tensor | None) -> bool:
+def _per_query(allowed: Tensor | None) -> TypeGuard[Tensor]:
     return allowed is not None and allowed.shape[1] != 1
 
 
