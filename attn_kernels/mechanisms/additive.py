@@ -65,7 +65,8 @@ class StatefulAdditiveAttention(StatefulAttention):
         score = self.make_score(memory)
         masks = Masks(memory.memory_lengths, memory.mask)
         extra = extra.squeeze(1).to(memory.keys.dtype)
-        return attend_with_extra(score, query, memory.keys, memory.values, extra, masks, True, self.backend, memory)
+        inputs = (query, memory.keys, memory.values)
+        return attend_with_extra(score, inputs, extra, masks, True, self.backend, memory)
 
     def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. mask: in place of that of the memory."""

@@ -13,6 +13,7 @@ from ..checks import as_number
 from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..modules import _reset_score_vector
+from ..scores import AdditiveScore
 from .steps import AlignmentsAttention, AlignmentsState, additive_energies, dot_energies
 
 SCORES = ("additive", "dot")
@@ -77,7 +78,8 @@ class EnergyAttention(AlignmentsAttention):
     def _energy(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         """(B, K, Tk), in float32 or wider. query: (B, K, units), projected. keys: (B, Tk, units)."""
         if self.v is not None:
-            return additive_energies(query, keys, self.score_vector(), self.bias, allowed, self.backend)
+            score = AdditiveScore(self.score_vector(), self.bias)
+            return additive_energies(query, keys, score, allowed, self.backend)
         return dot_energies(query if self.g is None else self.g * query, keys, allowed)
 
     def _score_settings(self) -> dict[str, Any]:

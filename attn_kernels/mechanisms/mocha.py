@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..checks import check_size
 from ..modules import _reset_score_vector
+from ..scores import AdditiveScore
 from .energy import ChoosingAttention
 from .monotonic import MODES, monotonic_alignments
 from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
@@ -87,7 +88,8 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         keys, chunk_keys = keys.split(self.units, -1)
         if self.chunk_v is not None:
             query, chunk_query = self.make_query(query).split(self.units, -1)
-            energy = additive_energies(chunk_query, chunk_keys, self.chunk_v, self.chunk_bias, allowed, self.backend)
+            score = AdditiveScore(self.chunk_v, self.chunk_bias)
+            energy = additive_energies(chunk_query, chunk_keys, score, allowed, self.backend)
         else:
             energy = dot_energies(query, chunk_keys, allowed)
         p_choose = self._choices(query, keys, allowed)

@@ -215,9 +215,8 @@ class NormalizedAttention(nn.Module):
         if self.normalizer == "sigmoid" and choose_among(OPTIONS.backends, backend, device_type(query)) is not None:
             options = make_options(score.name, None, 0.0, "sigmoid")  # in one pass
             masks = Masks(memory.memory_lengths, memory.mask)
-            return attend_with_options(
-                score, made, memory.keys, memory.values, masks, options, need_weights, False, backend
-            )
+            inputs = (made, memory.keys, memory.values)
+            return attend_with_options(score, inputs, masks, options, need_weights, False, backend)
         scores = pair_scores(score, made, memory.keys, backend)
         alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
         return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)
