@@ -46,12 +46,7 @@ def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, back
 
 
 def attend_arrays(
-    score: Score,
-    inputs: Inputs,
-    masks: Masks,
-    need_weights: bool,
-    backend: str | None,
-    memory: Memory | None = None,
+    score: Score, inputs: Inputs, masks: Masks, need_weights: bool, backend: str | None, memory: Memory | None = None
 ) -> Attention:
     """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
     query, keys, values = inputs
