@@ -196,18 +196,17 @@ def write(results: dict[str, dict[str, Any]]) -> None:
     TABLE.write_text("\n".join((before + BEGIN, *head, *map(row, known), END)) + after)
 
 
-def command_line(purpose: str, folder: Path, tests: str) -> argparse.ArgumentParser:
+def command_line(purpose: str, folder: str, tests: str) -> argparse.ArgumentParser:
     """The arguments of a command that tests COMBINATIONS. folder: what it fills. tests: those of pytest by default."""
     parser = argparse.ArgumentParser(description=purpose.partition("\n")[0])
     parser.add_argument("--only", default="", help='combinations whose name has this: "torch2.11", "python3.12"')
-    kept = f"leave environments, copies and logs in {folder.relative_to(ROOT)}"
-    parser.add_argument("--keep", action="store_true", help=kept)
+    parser.add_argument("--keep", action="store_true", help=f"leave environments, copies and logs in {folder}")
     parser.add_argument("pytest", nargs="*", help=f'arguments for pytest after "--"; default: {tests}')
     return parser
 
 
 def main() -> None:
-    parser = command_line(__doc__, FOLDER, "all tests")
+    parser = command_line(__doc__, "build/versions", "all tests")
     parser.add_argument("--again", action="store_true", help="also those that passed at this commit")
     parser.add_argument("--no-emulator", action="store_true", help="without the CUDA kernels in the emulator")
     given = parser.parse_args()

@@ -109,7 +109,7 @@ def write(line: str) -> None:
 
 
 def main() -> None:
-    parser = command_line(__doc__, FOLDER, shlex.join(TESTS))
+    parser = command_line(__doc__, "build/wheel", shlex.join(TESTS))
     parser.add_argument("--file-only", action="store_true", help="no environments: what the wheel holds and links")
     parser.add_argument("--cuda", action="store_true", help="the wheel was built where nvcc is")
     parser.add_argument("--wheel", type=Path, help="default: those in dist/, one for a Python")
