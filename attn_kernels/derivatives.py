@@ -119,8 +119,9 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _relu_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, negative_slope: float) -> Any:
-    return (reference.additive_scores(query, keys, v, bias, **_of_slope(negative_slope)),)
+def _relu_scores(*arguments: Any) -> Any:
+    *inputs, negative_slope = arguments
+    return (reference.additive_scores(*inputs, **_of_slope(negative_slope)),)
 
 
 def _relu_attention(*arguments: Any) -> Any:
@@ -138,11 +139,12 @@ def _additive_attention(*arguments: Any) -> Any:
     return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
 
 
-def _attention_with_extra(query: Any, keys: Any, values: Any, v: Any, bias: Any, extra: Any, *others: Any) -> Any:
-    *slope, memory_lengths, mask, _ = others
-    activation = _of_slope(*slope) if slope else {}
-    masks = dict(memory_lengths=memory_lengths, mask=mask)
-    return reference.additive_attention(query, keys, values, v, bias, extra=extra, **activation, **masks)
+def _attention_with_extra(*arguments: Any) -> Any:
+    inputs, (extra, *slope, memory_lengths, mask, _) = arguments[:5], arguments[5:]  # of query, keys, values, v, bias
+    keywords: dict[str, Any] = dict(extra=extra, memory_lengths=memory_lengths, mask=mask)
+    if slope:
+        keywords |= _of_slope(*slope)
+    return reference.additive_attention(*inputs, **keywords)
 
 
 def _dot_attention(*arguments: Any) -> Any:

@@ -260,6 +260,7 @@ def weighted_sum(
         return rows.new_zeros((B, M, N))
     batch, of_m, of_x = B, M, X
     if packed:
+        assert memory_lengths is not None  # the offsets
         B = memory_lengths.shape[0] - 1
         if transposed:
             of_m = triton.cdiv(M, B)

@@ -171,6 +171,7 @@ def attend(
     memory_lengths, mask = masks
     B, Tq, Tk = scores.shape
     if columns is not None:
+        assert memory_lengths is not None  # the offsets
         B = memory_lengths.shape[0] - 1
     D = values.shape[2]
     alignments = values.new_empty(alignments_shape(B, Tq, Tk, columns) if need_alignments else (0,))
@@ -354,6 +355,7 @@ def softmax_backward(
     """
     memory_lengths, mask = masks
     if columns is not None:
+        assert memory_lengths is not None  # the offsets
         B, Tk = memory_lengths.shape[0] - 1, values.shape[1]
         Tq = alignments.shape[1] if columns else alignments.numel() // Tk
         dscores = padded_scores(values.new_empty(()).expand(1, Tq, Tk))
