@@ -32,6 +32,7 @@ from .types import NORMALIZERS, Attention, AttentionWithLogTotal, Masks, Options
 if TYPE_CHECKING:
     from .memory import Memory
 
+Inputs = tuple[Tensor, Tensor, Tensor | None]  # query, keys, values
 new: Callable[..., Any] = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
 ADD_BEFOREHAND = ("cuda",)  # backends whose kernels are given the sum of keys and ``extra``
 SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
@@ -42,20 +43,14 @@ ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
     """A step on a memory. The gradients of the memory may be made with those of other steps: see memory_gradient.py."""
     masks = new(Masks, (memory.memory_lengths, memory.mask))
-    return attend_arrays(score, query, memory.keys, memory.values, masks, need_weights, backend, memory)
+    return attend_arrays(score, (query, memory.keys, memory.values), masks, need_weights, backend, memory)
 
 
 def attend_arrays(
-    score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    masks: Masks,
-    need_weights: bool,
-    backend: str | None,
-    memory: Memory | None = None,
+    score: Score, inputs: Inputs, masks: Masks, need_weights: bool, backend: str | None, memory: Memory | None = None
 ) -> Attention:
     """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
+    query, keys, values = inputs
     memory_lengths, mask = masks
     op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
@@ -75,7 +70,7 @@ def attend_arrays(
         device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
-            _check(score, query, keys, values, masks, chosen)
+            _check(score, (query, keys, values), masks, chosen)
         elif not on_one_device(query, keys, values, *masks, *score):
             raise ArgumentValueError  # raised again below, with a full message
         q, k, x = query, keys, values
@@ -88,22 +83,20 @@ def attend_arrays(
         else:
             if q.dim() == 2:
                 q = q.unsqueeze(1)
-            if memory is not None and k is keys and x is values and should_defer(chosen, q, k, x, mask):
+            if memory is not None and k is keys and x is values and should_defer(chosen, (q, k, x), mask):
                 result = memory.gradient().attend(score, chosen, q, masks, need_weights)
             else:
                 result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
             attention = to_result(result, query.dim(), need_weights)
     except ARGUMENT_ERRORS:
-        _check(score, query, keys, values, masks, backend)
+        _check(score, (query, keys, values), masks, backend)
         raise
     return _alignments_alone(attention) if without_context else attention
 
 
 def attend_with_extra(
     score: AdditiveScore | ActivatedScore,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
+    inputs: Inputs,
     extra: Tensor,
     masks: Masks,
     need_weights: bool,
@@ -111,12 +104,13 @@ def attend_with_extra(
     memory: Memory | None = None,
 ) -> Attention:
     """The same with ``extra``, (B, Tk, A), added to the keys: in the kernels, but beforehand for those of CUDA C++."""
+    query, keys, values = inputs
     check_extra(score.name, query, keys, extra)
     if choose(backend, device_type(query)) in ADD_BEFOREHAND:
         if isinstance(score, AdditiveScore):
             score = score._replace(prepared=None)  # of the keys alone
-        return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
-    return attend_arrays(score.with_extra(extra), query, keys, values, masks, need_weights, backend, memory)
+        return attend_arrays(score, (query, keys + extra, values), masks, need_weights, backend)
+    return attend_arrays(score.with_extra(extra), inputs, masks, need_weights, backend, memory)
 
 
 def attend_once(
@@ -131,14 +125,13 @@ def attend_once(
     """A step with options on a memory that is not packed, which makes the gradients of the memory itself."""
     masks = Masks(memory.memory_lengths, memory.mask)
     options = make_options(score.name, None, 0.0, normalizer, clip)
-    return attend_with_options(score, query, memory.keys, memory.values, masks, options, need_weights, False, backend)
+    inputs = (query, memory.keys, memory.values)
+    return attend_with_options(score, inputs, masks, options, need_weights, False, backend)
 
 
 def attend_with_options(
     score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
+    inputs: Inputs,
     masks: Masks,
     options: Options,
     need_weights: bool,
@@ -149,10 +142,11 @@ def attend_with_options(
 
     With several score vectors, v (R, A), results have an axis R before the last.
     """
+    query, keys, values = inputs
     without_context = values is None
     if values is None:
         values = _empty_values(score.name, query, keys, need_weights)
-    _check(score, query, keys, values, masks, backend)
+    _check(score, (query, keys, values), masks, backend)
     vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
     check_score_bias(score.name, query, keys, options.score_bias, vectors)
     what = GATED if isinstance(score, GatedAdditiveScore) else OPTIONS
@@ -217,14 +211,8 @@ def make_options(
     return Options(score_bias, dropout_p, seed, NORMALIZERS.index(normalizer), check_clip(name, clip) or 0.0)
 
 
-def _check(
-    score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    masks: Masks,
-    backend: str | None,
-) -> None:
+def _check(score: Score, inputs: tuple[Tensor, Tensor, Tensor], masks: Masks, backend: str | None) -> None:
+    query, keys, values = inputs
     check_query_keys(score.name, query, keys)
     check_values(score.name, query, keys, values)
     score.check(query, keys)

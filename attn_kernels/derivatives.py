@@ -120,8 +120,9 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _activated_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, *numbers: Any) -> Any:
-    return (reference.additive_scores(query, keys, v, bias, **_of_activation(*numbers)),)
+def _activated_scores(*arguments: Any) -> Any:
+    *inputs, activation, negative_slope = arguments
+    return (reference.additive_scores(*inputs, **_of_activation(activation, negative_slope)),)
 
 
 def _activated_attention(*arguments: Any) -> Any:
@@ -139,11 +140,12 @@ def _additive_attention(*arguments: Any) -> Any:
     return reference.additive_attention(*inputs, memory_lengths=memory_lengths, mask=mask)
 
 
-def _attention_with_extra(query: Any, keys: Any, values: Any, v: Any, bias: Any, extra: Any, *others: Any) -> Any:
-    *numbers, memory_lengths, mask, _ = others
-    activation = _of_activation(*numbers) if numbers else {}
-    masks = dict(memory_lengths=memory_lengths, mask=mask)
-    return reference.additive_attention(query, keys, values, v, bias, extra=extra, **activation, **masks)
+def _attention_with_extra(*arguments: Any) -> Any:
+    inputs, (extra, *numbers, memory_lengths, mask, _) = arguments[:5], arguments[5:]  # of query, keys, values, v, bias
+    keywords: dict[str, Any] = dict(extra=extra, memory_lengths=memory_lengths, mask=mask)
+    if numbers:
+        keywords |= _of_activation(*numbers)
+    return reference.additive_attention(*inputs, **keywords)
 
 
 def _dot_attention(*arguments: Any) -> Any:

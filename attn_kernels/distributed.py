@@ -90,7 +90,7 @@ def sharded_additive_attention(
     """
     name = "sharded_additive_attention"
     masks = Masks(memory_lengths, mask)
-    _check(name, group, query, keys, values, masks, v=v, bias=bias)
+    _check(name, group, (query, keys, values), masks, v=v, bias=bias)
     plan = _Plan(_Additive(choose(backend, query.device.type)), group, need_weights)
     return _attend(plan, query, keys, values, (v, bias), masks)
 
@@ -113,7 +113,7 @@ def sharded_dot_attention(
     name = "sharded_dot_attention"
     checks.check_scale(name, scale)
     masks = Masks(memory_lengths, mask)
-    _check(name, group, query, keys, values, masks)
+    _check(name, group, (query, keys, values), masks)
     return _attend(_Plan(_Dot(scale), group, need_weights), query, keys, values, (), masks)
 
 
@@ -374,12 +374,11 @@ def _all_reduce(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[
 def _check(
     name: str,
     group: dist.ProcessGroup | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     masks: Masks,
     **units: Tensor | None,
 ) -> None:
+    query, keys, values = inputs
     checks.check_query_keys(name, query, keys)
     checks.check_values(name, query, keys, values)
     for argument, unit in units.items():

@@ -190,7 +190,9 @@ def additive_attention(
     if gated:
         of_gate = gated_score(name, v, bias, gate, activation, negative_slope)
         options = make_options(name, score_bias, dropout_p, normalizer, clip)
-        return attend_with_options(of_gate, query, keys, values, masks, options, need_weights, need_log_total, backend)
+        return attend_with_options(
+            of_gate, (query, keys, values), masks, options, need_weights, need_log_total, backend
+        )
     score: AdditiveScore | ActivatedScore
     if activation == "tanh":
         score = new(AdditiveScore, (v, bias, prepared))
@@ -208,15 +210,15 @@ def additive_attention(
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
     if extra is not None:
-        return attend_with_extra(score, query, keys, values, extra, masks, need_weights, backend)
+        return attend_with_extra(score, (query, keys, values), extra, masks, need_weights, backend)
     if with_options:
         if prepared is not None:
             raise ArgumentValueError(
                 f"{name}: prepared must be None with score_bias, dropout_p, normalizer, clip or log_total"
             )
         options = make_options(name, score_bias, dropout_p, normalizer, clip)
-        return attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
-    return attend_arrays(score, query, keys, values, masks, need_weights, backend)
+        return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
+    return attend_arrays(score, (query, keys, values), masks, need_weights, backend)
 
 
 def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
@@ -300,8 +302,8 @@ def dot_attention(
     score = new(DotScore, (scale,))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total or clip is not None:
         options = make_options("dot_attention", score_bias, dropout_p, normalizer, clip)
-        return attend_with_options(score, query, keys, values, masks, options, need_weights, need_log_total, backend)
-    return attend_arrays(score, query, keys, values, masks, need_weights, backend)
+        return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
+    return attend_arrays(score, (query, keys, values), masks, need_weights, backend)
 
 
 def additive_scores(

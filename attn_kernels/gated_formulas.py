@@ -20,32 +20,19 @@ NUMBERS: tuple[Callable[[Any], dict[str, Any]], ...] = (
 )
 
 
-def scores(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    activation: int,
-    negative_slope: float,
-) -> tuple[Tensor]:
+def scores(*arguments: Any) -> tuple[Tensor]:
+    """arguments: query, keys, v, bias, gate, activation, negative_slope."""
+    *inputs, gate, activation, negative_slope = arguments
     keywords: dict[str, Any] = dict(activation=ACTIVATIONS[activation], negative_slope=negative_slope)
-    return (reference.additive_scores(query, keys, v, bias, gate=gate, **keywords).flatten(1, 2),)
+    return (reference.additive_scores(*inputs, gate=gate, **keywords).flatten(1, 2),)
 
 
-def attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    *,
-    score_bias: Tensor | None,
-    **keywords: Any,
-) -> tuple[Tensor, ...]:
-    """keywords: of the reference."""
+def attention(*arguments: Any, score_bias: Tensor | None, **keywords: Any) -> tuple[Tensor, ...]:
+    """arguments: query, keys, values, v, bias, gate. keywords: of the reference."""
+    *inputs, gate = arguments
+    query, _, _, v, _ = inputs
     if score_bias is not None:
         score_bias = score_bias.unflatten(1, (query.shape[1], len(v)))
-    found = reference.additive_attention(query, keys, values, v, bias, gate=gate, score_bias=score_bias, **keywords)
+    keywords |= dict(gate=gate, score_bias=score_bias)
+    found = reference.additive_attention(*inputs, **keywords)
     return tuple(result.flatten(1, 2) for result in found if result is not None)

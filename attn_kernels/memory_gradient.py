@@ -183,19 +183,19 @@ def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     )
 
 
-def should_defer(backend: str, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+def should_defer(backend: str, inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> bool:
     """Whether a step on a memory leaves the gradients of keys and values to be made later.
 
-    query: (B, Tq, A), keys: (B, Tk, A), values: (B, Tk, D), or packed ones, (N, *); mask: (B, Tk) or (B, Tq, Tk),
-    which a step of several queries may not have.
+    inputs: query, (B, Tq, A), keys, (B, Tk, A), values, (B, Tk, D), or packed ones, (N, *). mask: (B, Tk) or
+    (B, Tq, Tk), which a step of several queries may not have.
     """
     return (
         backend in ops.BACKENDS  # not the reference
         and not is_compiling()
         and not torch._C._is_tracing()
         and torch.is_grad_enabled()
-        and is_worth_deferring(query, keys, values)
-        and (mask is None or mask.dim() == 2 or query.shape[1] == 1)
+        and is_worth_deferring(*inputs)
+        and (mask is None or mask.dim() == 2 or inputs[0].shape[1] == 1)
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -247,7 +247,7 @@ def attend_packed(
             columns = longest()
             keys = packing.pad(keys, offsets, columns)
             values = None if values is None else packing.pad(values, offsets, columns)
-            return attend_arrays(score, query, keys, values, Masks(packing.lengths(offsets)), need_weights, backend)
+            return attend_arrays(score, (query, keys, values), Masks(packing.lengths(offsets)), need_weights, backend)
         if chosen != "cpu" or is_compiling():  # the CPU's kernels check their arguments themselves
             _check(score, query, memory, backend)
         elif not on_one_device(query, keys, values, offsets, *score):
@@ -259,7 +259,7 @@ def attend_packed(
             q = q.unsqueeze(1)
         columns = 0  # packed alignments
         is_same = gathered_by is not None and k is keys and x is values
-        defers = is_same and should_defer(chosen, q, k, x, None)
+        defers = is_same and should_defer(chosen, (q, k, x), None)
         if need_weights or defers:  # those of several steps are joined along their queries
             columns = max(1, longest())
         if gathered_by is not None and defers and isinstance(score, AdditiveScore | ActivatedScore | DotScore):

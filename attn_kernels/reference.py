@@ -1,4 +1,4 @@
-"""The specification: every op in plain PyTorch, with the signature of its public function.
+"""The specification: every op in plain PyTorch, with the arguments of its public function.
 
 This file is what the other backends are tested against (in float64) and what runs where none of them can. It is written
 to be read, not to be fast: additive attention materialises the [B, Tq, Tk, A] tensor that the kernels never make.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -42,12 +41,10 @@ def additive_scores(
 
     With v (R, A): scores[b, i, r, j], of v[r]. clip: as of additive_attention.
     """
-    queries, keys, vectors, bias, gate, extra = upcast(_with_query_axis(query), keys, v, bias, gate, extra)
-    if extra is not None:
-        keys = keys + extra
-    activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
-    scores = _clipped(_additive_scores(queries, keys, vectors, bias, gate, activate, None), clip)
-    return _as_query(_split_rows(scores, v), query)
+    queries, wide, vectors, bias, extra = upcast(_with_query_axis(query), keys, v, bias, extra)
+    wide = wide if extra is None else wide + extra
+    scores = _clipped(_additive_scores(queries, wide, vectors, bias, None, activation, negative_slope, gate), clip)
+    return _without_query_axis(_split_rows(scores, v), query).to(query.dtype)
 
 
 def additive_attention(
@@ -57,76 +54,41 @@ def additive_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: float = 1.0,
     activation: str = "tanh",
     negative_slope: float = 0.01,
     gate: Tensor | None = None,
     extra: Tensor | None = None,
-    scale: float = 1.0,
-    clip: float | None = None,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    score_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    normalizer: str = "softmax",
-    need_weights: bool = True,
-    need_log_total: bool = False,
+    **options: Any,
 ) -> Attention | AttentionWithLogTotal:
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias).
 
     With a gate, scale * v . (activation(...) * sigmoid(gate)): Ilse et al. 2018, section 2.4, equation 9. With v
-    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2. With a clip C, C tanh(scores), to
-    which score_bias is added: Bello et al. 2017, appendix A.2, equation 16.
+    (R, A), each query has a row of scores for each v[r]: Lin et al. 2017, section 2. options: as of :func:`_attend`.
     """
-    activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
-    queries, keys, values, vectors, bias, gate, extra = upcast(
-        _with_query_axis(query), keys, values, v, bias, gate, extra
-    )
+    vectors, bias, gate, extra = upcast(v, bias, gate, extra)
     if extra is not None:
+        (keys,) = upcast(keys)
         keys = keys + extra
-    allowed = attention_mask(keys, memory_lengths, mask)
-    queries, keys, values = _zero_padding(queries, keys, values, allowed)
-    if gate is not None and allowed is not None:
-        gate = gate.masked_fill(~allowed.any(1)[..., None], 0.0)
-    scores = scale * _additive_scores(queries, keys, vectors, bias, gate, activate, allowed)
-    if v.dim() == 2:
-        if score_bias is not None:
-            rows = score_bias if query.dim() == 3 else score_bias[:, None]
-            score_bias = rows.repeat_interleave(len(v), 1) if rows.dim() == 3 else rows.flatten(1, 2)
-        if _per_query(allowed):
-            allowed = allowed.repeat_interleave(len(v), 1)
-    options = (clip, score_bias, dropout_p, seed, normalizer, need_log_total)
-    results = _attend(scores, values, allowed, need_weights, _with_query_axis(query), *options)
-    return _map(results, lambda x: _without_query_axis(_split_rows(x, v), query))
+
+    def score(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+        gates = gate if gate is None or allowed is None else gate.masked_fill(~allowed.any(1)[..., None], 0.0)
+        return scale * _additive_scores(queries, keys, vectors, bias, allowed, activation, negative_slope, gates)
+
+    return _attend(score, query, keys, values, v, **options)
 
 
 def dot_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    *,
-    scale: float = 1.0,
-    clip: float | None = None,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    score_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    normalizer: str = "softmax",
-    need_weights: bool = True,
-    need_log_total: bool = False,
+    query: Tensor, keys: Tensor, values: Tensor | None, *, scale: float = 1.0, **options: Any
 ) -> Attention | AttentionWithLogTotal:
-    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys. clip: as of additive_attention."""
-    queries, keys, values = upcast(_with_query_axis(query), keys, values)
-    allowed = attention_mask(keys, memory_lengths, mask)
-    queries, keys, values = _zero_padding(queries, keys, values, allowed)
-    if _per_query(allowed):  # a step may be padding for one query and not for another: a product per pair
-        scores = (_mask_pairs(queries[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
-    else:
-        scores = queries @ keys.transpose(1, 2)
-    options = (clip, score_bias, dropout_p, seed, normalizer, need_log_total)
-    results = _attend(scale * scores, values, allowed, need_weights, _with_query_axis(query), *options)
-    return _map(results, lambda x: _without_query_axis(x, query))
+    """Luong et al. 2015, section 3.1 ("dot"): scores = scale * query . keys. options: as of :func:`_attend`."""
+
+    def score(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+        if _per_query(allowed):  # a step may be padding for one query and not for another: a product per pair
+            return scale * (_mask_pairs(queries[:, :, None], allowed) * _mask_pairs(keys[:, None], allowed)).sum(-1)
+        return scale * (queries @ keys.transpose(1, 2))
+
+    return _attend(score, query, keys, values, **options)
 
 
 def _additive_scores(
@@ -134,9 +96,10 @@ def _additive_scores(
     keys: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    gate: Tensor | None,
-    activate: Callable[[Tensor], Tensor],
     allowed: Tensor | None,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """(B, Tq, Tk), or with v (R, A) (B, Tq R, Tk): the rows of a query one after the other."""
     hidden = query[:, :, None] + keys[:, None]
@@ -144,9 +107,9 @@ def _additive_scores(
         hidden = hidden + bias
     if _per_query(allowed):
         hidden = _mask_pairs(hidden, allowed)
-    hidden = activate(hidden)
+    hidden = activations.FORMULAS[activation](hidden, negative_slope=negative_slope)
     if gate is not None:
-        gates = torch.sigmoid(gate)[:, None]
+        gates = torch.sigmoid(*upcast(gate))[:, None]
         hidden = hidden * (_mask_pairs(gates, allowed) if _per_query(allowed) else gates)
     if v.dim() == 1:
         return hidden @ v
@@ -158,23 +121,41 @@ def _clipped(scores: Tensor, clip: float | None) -> Tensor:
 
 
 def _attend(
-    scores: Tensor,
-    values: Tensor | None,
-    allowed: Tensor | None,
-    need_weights: bool,
+    score: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     query: Tensor,
-    clip: float | None,
-    score_bias: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    normalizer: str,
-    need_log_total: bool,
+    keys: Tensor,
+    values: Tensor | None,
+    v: Tensor | None = None,
+    *,
+    memory_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip: float | None = None,
+    score_bias: Tensor | None = None,
+    normalizer: str = "softmax",
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    need_weights: bool = True,
+    need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
+    """What all attentions share: padding, scores, alignments and context.
+
+    score: queries (B, Tq, A), keys and which pairs are allowed to the scores, (B, Tq, Tk); with several score vectors,
+    v (R, A), to (B, Tq R, Tk). With a clip C they become C tanh(scores), to which score_bias is added: Bello et al.
+    2017, appendix A.2, equation 16.
+    """
+    queries, keys, values = upcast(_with_query_axis(query), keys, values)
+    allowed = attention_mask(keys, memory_lengths, mask)
+    queries, keys, values = _zero_padding(queries, keys, values, allowed)
+    scores = score(queries, keys, allowed)
+    vectors = 1 if v is None or v.dim() == 1 else len(v)
+    if vectors > 1 and _per_query(allowed):
+        allowed = allowed.repeat_interleave(vectors, 1)
     if clip is not None:  # a gradient of 0 times the derivative at a NaN of padding would be NaN
         scores = _clipped(scores if allowed is None else scores.masked_fill(~allowed, 0.0), clip)
     if score_bias is not None:
-        score_bias = _with_query_axis(score_bias).to(scores.dtype)
-        scores = scores + (score_bias if allowed is None else score_bias.masked_fill(~allowed, 0.0))
+        bias = (score_bias if query.dim() == 3 else score_bias[:, None]).to(scores.dtype)
+        bias = bias.repeat_interleave(vectors, 1) if bias.dim() == 3 else bias.flatten(1, 2)
+        scores = scores + (bias if allowed is None else bias.masked_fill(~allowed, 0.0))
     if normalizer == "sigmoid":
         # sigmoid(s) over their sum is the softmax of log sigmoid(s), which does not underflow.
         scores = torch.nn.functional.logsigmoid(scores)
@@ -192,22 +173,18 @@ def _attend(
         context = (weights[..., None] * _mask_pairs(values[:, None], allowed)).sum(2)
     elif values is not None:
         context = weights @ values
+
+    def shape(x: Tensor | None) -> Any:
+        return x if x is None else _without_query_axis(_split_rows(x, v), query)
+
     returned = alignments if need_weights or values is None else None
-    results: list[Any] = [None if x is None else x.to(query.dtype) for x in (context, returned)]
-    attention = Attention(*results)
+    attention = Attention(*(shape(x if x is None else x.to(query.dtype)) for x in (context, returned)))
     if not need_log_total:
         return attention
     log_total = torch.logsumexp(scores, -1)
     if empty is not None:
         log_total = log_total.masked_fill(empty.squeeze(-1), float("-inf"))
-    return AttentionWithLogTotal(*attention, log_total)
-
-
-def _map(
-    results: Attention | AttentionWithLogTotal, change: Callable[[Tensor], Tensor]
-) -> Attention | AttentionWithLogTotal:
-    changed: list[Any] = [None if x is None else change(x) for x in results]
-    return type(results)(*changed)
+    return AttentionWithLogTotal(*attention, shape(log_total))
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
@@ -240,14 +217,9 @@ def _without_query_axis(result: Tensor, query: Tensor) -> Tensor:
     return result if query.dim() == 3 else result[:, 0]
 
 
-def _as_query(result: Tensor, query: Tensor) -> Tensor:
-    """In the dtype of the query, and without the axis of queries if that has none."""
-    return _without_query_axis(result, query).to(query.dtype)
-
-
-def _split_rows(result: Tensor, v: Tensor) -> Tensor:
-    """(B, Tq, R, *) of rows of queries and score vectors, (B, Tq R, *); as it is with one vector, v (A,)."""
-    return result if v.dim() == 1 else result.unflatten(1, (result.shape[1] // len(v), len(v)))
+def _split_rows(result: Tensor, v: Tensor | None) -> Tensor:
+    """(B, Tq, R, *) of rows of queries and score vectors, (B, Tq R, *); as it is without several, v (R, A)."""
+    return result if v is None or v.dim() == 1 else result.unflatten(1, (result.shape[1] // len(v), len(v)))
 
 
 def _zero_padding(

@@ -85,6 +85,11 @@ class _OfUnits:
 
     __slots__ = ()
     name = "additive_attention"  # of the public function, for messages
+    # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
+    # one is added to the keys.
+    tensors = 2
+    gradients = 2
+    has_extra = False
     v: Tensor
     bias: Tensor | None
 
@@ -93,13 +98,22 @@ class _OfUnits:
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
+    def autocast(self, query: Tensor) -> Self:
+        """In the dtype that autocast gives the other arguments."""
+        _, v, bias = types.autocast(query, self.v, self.bias)
+        cast: Self = self._replace(v=v, bias=bias)  # type: ignore[attr-defined]
+        return cast
+
+    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
+        """Whether dtypes fit those of query and keys, all as autocast leaves them. backend: that is chosen."""
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
+
 
 class _WithExtra(_OfUnits):
     """What is added to the keys, (B, Tk, A), beside v and bias. Its shape is checked where it comes in."""
 
     __slots__ = ()
     tensors = 3
-    gradients = 2
     has_extra = True
     extra: Tensor
 
@@ -120,19 +134,9 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
 
     __slots__ = ()
     op = "additive_attention"
-    # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
-    # one is added to the keys.
     tensors = 3
-    gradients = 2
-    has_extra = False
-
-    def autocast(self, query: Tensor) -> AdditiveScore:
-        """In the dtype that autocast gives the other arguments."""
-        _, v, bias = types.autocast(query, self.v, self.bias)
-        return AdditiveScore(v, bias, self.prepared)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        """Whether dtypes fit those of query and keys, all as autocast leaves them. backend: that is chosen."""
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
         if self.prepared is not None:
             checks.check_prepared(self.name, keys, self.prepared, backend())
@@ -152,16 +156,6 @@ class ActivatedScore(_ActivatedArguments, _OfUnits):
 
     __slots__ = ()
     op = "activated_attention"
-    tensors = 2
-    gradients = 2
-    has_extra = False
-
-    def autocast(self, query: Tensor) -> ActivatedScore:
-        _, v, bias = types.autocast(query, self.v, self.bias)
-        return ActivatedScore(v, bias, *self[2:])
-
-    def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
     def with_extra(self, extra: Tensor) -> ActivatedExtraScore:
         return ActivatedExtraScore(self.v, self.bias, extra, *self[2:])

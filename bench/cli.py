@@ -110,30 +110,32 @@ def finish(tables: Iterable[Any], description: dict[str, str | int], start: floa
     console.print(f"{seconds:.0f} s. Written: {', '.join(map(results.shown, written))}")
 
 
-def finish_rows(
-    part: str,
-    rows: list[dict[str, Any]],
-    table: Any,
-    output: Path,
-    start: float,
-    allocator: str,
-    device: torch.device | None = None,
-    plot: Callable[[Path, list[dict[str, Any]], dict[str, str | int]], None] | None = None,
-    **settings: Any,
-) -> None:
-    """The end of a command that has a table: its rows as a result file, ``<part>-<device>.json``, and the last lines.
+class Run:
+    """A command that has one table, from here on: the clock is started, threads, allocator and device are set."""
 
-    allocator: what ``prepare`` returned. plot: draws the rows, beside the file.
-    """
-    device = torch.device("cpu") if device is None else device
-    described = machine.describe(device, allocator)
-    path = output / f"{part}-{device.type}.json"
-    results.write_json(path, {"part": part, "machine": described, "settings": settings, "rows": rows})
-    written = [path]
-    if plot is not None:
-        written.append(path.with_suffix(".png"))
-        plot(written[1], rows, described)
-    finish([table], described, start, *written)
+    def __init__(self, threads: int, allocator: Allocator, device: str = "cpu") -> None:
+        self.start = time.perf_counter()
+        self.device = parse_device(device)
+        self.allocator = prepare(threads, allocator)
+
+    def finish(
+        self,
+        part: str,
+        rows: list[dict[str, Any]],
+        table: Any,
+        output: Path,
+        plot: Callable[[Path, list[dict[str, Any]], dict[str, str | int]], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """The rows as a result file, ``<part>-<device>.json``, and the last lines. plot: draws them beside it."""
+        described = machine.describe(self.device, self.allocator)
+        path = output / f"{part}-{self.device.type}.json"
+        results.write_json(path, {"part": part, "machine": described, "settings": settings, "rows": rows})
+        written = [path]
+        if plot is not None:
+            written.append(path.with_suffix(".png"))
+            plot(written[1], rows, described)
+        finish([table], described, self.start, *written)
 
 
 def rows_application(
@@ -157,10 +159,9 @@ def rows_application(
         allocator: AllocatorOption = Allocator.reuse,
         output: OutputOption = results.LOCAL,
     ) -> None:
-        start = time.perf_counter()
-        in_effect = prepare(threads, allocator)
+        run = Run(threads, allocator)
         with console.status("measuring"):
             rows = measure(quick, 0.2 if quick else seconds, allocator)
-        finish_rows(part, rows, table(rows), output, start, in_effect, threads=threads)
+        run.finish(part, rows, table(rows), output, threads=threads)
 
     return app

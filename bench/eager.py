@@ -1,6 +1,6 @@
 """What users write today: the formulas in eager PyTorch, in the dtype of the inputs, all intermediates in memory.
 
-Signatures are those of ``attn_kernels.reference``. That file is the specification (sums in float32 or wider, padding
+Arguments are those of ``attn_kernels.reference``. That file is the specification (sums in float32 or wider, padding
 that may hold NaN, rows with nothing to attend); this one is the code it replaces: what the benchmarks time, and the
 error that the tests allow at a given precision. As in such code, a row with nothing to attend is NaN.
 """
@@ -18,25 +18,14 @@ ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 
 
 def additive_scores(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "tanh",
-    negative_slope: float = 0.01,
-    gate: Tensor | None = None,
+    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, gate: Tensor | None = None, **activation: Any
 ) -> Tensor:
     """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), the sum as a product with v.
 
     With a gate, activation(...) * sigmoid(gate[b, j]); with v (R, A), scores[b, i, r, j].
     """
     queries = query[:, None] if query.dim() == 2 else query
-    hidden = _sum(queries, keys, bias)
-    if activation == "leaky_relu":
-        hidden = torch.nn.functional.leaky_relu(hidden, negative_slope)
-    else:
-        hidden = ACTIVATIONS[activation](hidden)
+    hidden = _activate(_sum(queries, keys, bias), **activation)
     if gate is not None:
         hidden = hidden * torch.sigmoid(gate)[:, None]
     scores = hidden @ v if v.dim() == 1 else (hidden @ v.mT).mT
@@ -57,58 +46,44 @@ def additive_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    need_weights: bool = True,
-    clip: float | None = None,
-    score_bias: Tensor | None = None,
-    normalizer: str = "softmax",
     activation: str = "tanh",
-    negative_slope: float = 0.01,
     gate: Tensor | None = None,
     extra: Tensor | None = None,
+    negative_slope: float = 0.01,
+    **options: Any,
 ) -> Attention:
-    """Additive attention with :func:`additive_scores`."""
+    """Additive attention with :func:`additive_scores`. options: as of ``_attend``; so in those below."""
     if extra is not None:
         keys = keys + extra
-    scores = additive_scores(query, keys, v, bias, activation=activation, negative_slope=negative_slope, gate=gate)
-    if v.dim() == 2:  # rows of queries and score vectors, then softmax and context of each
-        rows = scores.shape[1:-1]
-        if mask is not None and mask.dim() == 3 and query.dim() == 3:
-            mask = mask.repeat_interleave(len(v), 1)
-        context, alignments = _attend(scores.flatten(1, -2), values, memory_lengths, mask, need_weights)
-        return Attention(*(None if x is None else x.unflatten(1, rows) for x in (context, alignments)))
-    scores = _biased(scores, clip, score_bias, normalizer)
-    return _attend(scores, values, memory_lengths, mask, need_weights)
+    scores = additive_scores(query, keys, v, bias, gate=gate, activation=activation, negative_slope=negative_slope)
+    if v.dim() == 1:
+        return _attend(scores, values, **options)
+    rows = scores.shape[1:-1]  # of queries and score vectors; then softmax and context of each
+    mask = options.get("mask")
+    if mask is not None and mask.dim() == 3 and query.dim() == 3:
+        options["mask"] = mask.repeat_interleave(len(v), 1)
+    bias = options.get("score_bias")
+    if bias is not None:
+        bias = bias if query.dim() == 3 else bias[:, None]
+        options["score_bias"] = bias.repeat_interleave(len(v), 1) if bias.dim() == 3 else bias.flatten(1, 2)
+    results = _attend(scores.flatten(1, -2), values, **options)
+    return Attention(*(None if x is None else x.unflatten(1, rows) for x in results))
 
 
 def additive_attention_sum(
     query: Tensor, keys: Tensor, values: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any
 ) -> Attention:
-    """Additive attention with :func:`additive_scores_sum`; the options are those of :func:`additive_attention`."""
+    """Additive attention with :func:`additive_scores_sum`."""
     return _attend(additive_scores_sum(query, keys, v, bias), values, **options)
 
 
-def dot_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scale: float = 1.0,
-    memory_lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    need_weights: bool = True,
-    clip: float | None = None,
-    score_bias: Tensor | None = None,
-    normalizer: str = "softmax",
-) -> Attention:
+def dot_attention(query: Tensor, keys: Tensor, values: Tensor, *, scale: float = 1.0, **options: Any) -> Attention:
     """Dot-product attention as two batched matrix products."""
     queries = query[:, None] if query.dim() == 2 else query
     scores = torch.bmm(queries, keys.transpose(1, 2))
     if scale != 1.0:
         scores = scores * scale
-    scores = _biased(scores[:, 0] if query.dim() == 2 else scores, clip, score_bias, normalizer)
-    return _attend(scores, values, memory_lengths, mask, need_weights)
+    return _attend(scores[:, 0] if query.dim() == 2 else scores, values, **options)
 
 
 def sdpa_dot_attention(
@@ -134,27 +109,36 @@ def sdpa_dot_attention(
     return Attention(context[:, 0] if query.dim() == 2 else context, None)
 
 
-def _biased(scores: Tensor, clip: float | None, score_bias: Tensor | None, normalizer: str) -> Tensor:
-    scores = scores if clip is None else clip * torch.tanh(scores)
-    scores = scores if score_bias is None else scores + score_bias
-    # sigmoid(s) over their sum is the softmax of its logarithm.
-    return torch.nn.functional.logsigmoid(scores) if normalizer == "sigmoid" else scores
-
-
 def _sum(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     hidden = query[:, :, None] + keys[:, None]
     return hidden if bias is None else hidden + bias
 
 
+def _activate(hidden: Tensor, activation: str = "tanh", negative_slope: float = 0.01) -> Tensor:
+    if activation == "leaky_relu":
+        return torch.nn.functional.leaky_relu(hidden, negative_slope)
+    return ACTIVATIONS[activation](hidden)
+
+
 def _attend(
     scores: Tensor,
     values: Tensor,
+    *,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
     need_weights: bool = True,
+    clip: float | None = None,
+    score_bias: Tensor | None = None,
+    normalizer: str = "softmax",
 ) -> Attention:
+    if clip is not None:
+        scores = clip * torch.tanh(scores)
+    if score_bias is not None:
+        scores = scores + score_bias
+    if normalizer == "sigmoid":  # sigmoid(s) over their sum is the softmax of its logarithm
+        scores = torch.nn.functional.logsigmoid(scores)
     if scores.dim() == 2:
-        context, alignments = _attend(scores[:, None], values, memory_lengths, mask, True)
+        context, alignments = _attend(scores[:, None], values, memory_lengths=memory_lengths, mask=mask)
         return Attention(context[:, 0], alignments[:, 0] if need_weights else None)
     allowed = _allowed(values.shape[1], values.device, memory_lengths, mask)
     if allowed is not None:

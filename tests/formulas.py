@@ -74,6 +74,22 @@ def assert_same(
         torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+def check_formula(
+    module: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    masks: Masks,
+    by_hand: Callable[..., object],
+    gradients: Callable[..., dict[str, Tensor]] = gradients,
+) -> None:
+    """Results and gradients. inputs: query and memory. by_hand: of the module, both and the steps that are allowed."""
+    query, memory = inputs
+    got = module(query, module.memory(memory, **masks))
+    expected = by_hand(module, query, memory, allowed(masks))
+    torch.testing.assert_close(got if isinstance(got, Tensor) else tuple(got), expected)
+    of = {"query": query, "memory": memory}
+    assert_same(gradients(module, got, **of), gradients(module, expected, **of))
+
+
 def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengths: Tensor) -> None:
     """NaN behind the lengths, and in queries that have nothing to attend, changes no bit of results and gradients."""
     padding = torch.arange(memory.shape[1]) >= memory_lengths[:, None]

@@ -78,27 +78,20 @@ class Op(NamedTuple):
         return "alignments" in self.outputs
 
 
-def _additive_score(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str = "tanh",
-    negative_slope: float = 0.01,
-) -> Tensor:
+def _additive_score(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, **activation: Any) -> Tensor:
     hidden = query + keys if bias is None else query + keys + bias
     total = torch.zeros((), dtype=v.dtype)
     for a in range(len(v)):
-        x = hidden[a]
-        if activation == "tanh":
-            y = torch.tanh(x)
-        elif activation == "sigmoid":
-            y = 1 / (1 + torch.exp(-x))
-        else:
-            y = x if x > 0 else x * (negative_slope if activation == "leaky_relu" else 0.0)
-        total = total + v[a] * y
+        total = total + v[a] * _activate(hidden[a], **activation)
     return total
+
+
+def _activate(x: Tensor, activation: str = "tanh", negative_slope: float = 0.01) -> Tensor:
+    if activation == "tanh":
+        return torch.tanh(x)
+    if activation == "sigmoid":
+        return 1 / (1 + torch.exp(-x))
+    return x if x > 0 else x * (negative_slope if activation == "leaky_relu" else 0.0)
 
 
 def _dot_score(query: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -145,17 +138,8 @@ def _with_prepared_keys(
 def _packed(name: str) -> Callable[..., Any]:
     """A public function, called with the keys and values of the steps that may be attended, and no others."""
 
-    def attend(
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *others: Tensor,
-        backend: str | None = None,
-        memory_lengths: Tensor | None = None,
-        mask: Tensor | None = None,
-        **keywords: Any,
-    ) -> Any:
-        allowed = attention_mask(keys, memory_lengths, mask)
+    def attend(query: Tensor, keys: Tensor, values: Tensor, *others: Tensor, **keywords: Any) -> Any:
+        allowed = attention_mask(keys, keywords.pop("memory_lengths", None), keywords.pop("mask", None))
         if allowed is None:
             allowed = torch.ones(keys.shape[0], 1, keys.shape[1], dtype=torch.bool, device=keys.device)
         if allowed.shape[1] != 1:
@@ -164,7 +148,7 @@ def _packed(name: str) -> Callable[..., Any]:
         lengths = there.sum(1)
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         packed = (query, keys[there], values[there], *others)
-        context, weights = getattr(attn_kernels, name)(*packed, memory_offsets=offsets, backend=backend, **keywords)
+        context, weights = getattr(attn_kernels, name)(*packed, memory_offsets=offsets, **keywords)
         if weights is None:
             return attn_kernels.Attention(context, None)
         used = torch.arange(weights.shape[-1], device=keys.device) < lengths[:, None]

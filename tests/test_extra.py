@@ -250,8 +250,8 @@ def test_gathered_precision(
 def steps_on(
     memory: Memory, t: dict[str, Tensor], extras: Tensor, score: AdditiveScore | ActivatedScore, masks: Masks = NONE
 ) -> list[Any]:
-    arguments = (t["query"], memory.keys, memory.values)
-    return [attend_with_extra(score, *arguments, extra, masks, True, "cpu", memory) for extra in extras]
+    inputs = (t["query"], memory.keys, memory.values)
+    return [attend_with_extra(score, inputs, extra, masks, True, "cpu", memory) for extra in extras]
 
 
 @activations

@@ -22,6 +22,7 @@ from formulas import (
     allowed,
     assert_same,
     check_backend,
+    check_formula,
     check_padding,
     check_precision,
     gradients,
@@ -80,12 +81,7 @@ def by_hand(module: MultiHeadAttention, query: Tensor, memory: Tensor, allow: Te
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masks", MASKS)
 def test_formula(form: str, masks: str) -> None:
-    module, (query, memory) = make(form), inputs()
-    got = module(query, module.memory(memory, **MASKS[masks]))
-    expected = by_hand(module, query, memory, allowed(MASKS[masks]))
-    torch.testing.assert_close(tuple(got), expected)
-    of = {"query": query, "memory": memory}
-    assert_same(gradients(module, got, **of), gradients(module, expected, **of))
+    check_formula(make(form), inputs(), MASKS[masks], by_hand)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -71,12 +71,7 @@ def gradients(module: PointerAttention, result: Tensor, **inputs: Tensor) -> dic
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masks", MASKS)
 def test_formula(form: str, masks: str) -> None:
-    module, (query, memory) = make(form), inputs()
-    got = module(query, module.memory(memory, **MASKS[masks]))
-    expected = by_hand(module, query, memory, allowed(MASKS[masks]))
-    torch.testing.assert_close(got, expected)
-    of = {"query": query, "memory": memory}
-    assert_same(gradients(module, got, **of), gradients(module, expected, **of))
+    formulas.check_formula(make(form), inputs(), MASKS[masks], by_hand, gradients)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -623,8 +623,8 @@ def test_small_memories_and_steps_without_gradients(monkeypatch: pytest.MonkeyPa
     assert "_gradient" not in world.memory.__dict__ and "_gradient" not in frozen.__dict__ and not passes
     keys = torch.zeros(1, 1000, 512, requires_grad=True)
     values = torch.zeros(1, 1000, 512)
-    assert memory_gradient.should_defer("cpu", torch.zeros(1, 1, 512), keys, values, None)
-    assert not memory_gradient.should_defer("cpu", torch.zeros(1, 8, 512), keys, values, None)
+    assert memory_gradient.should_defer("cpu", (torch.zeros(1, 1, 512), keys, values), None)
+    assert not memory_gradient.should_defer("cpu", (torch.zeros(1, 8, 512), keys, values), None)
 
 
 # Memory as a value ----------------------------------------------------------------------------------------------------

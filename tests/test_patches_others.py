@@ -157,12 +157,7 @@ class Layer(nn.Module):
         return self.call(inputs, **options)
 
     def call(
-        self,
-        inputs: Any,
-        mask: Any = None,
-        training: bool = False,
-        return_attention_scores: bool = False,
-        use_causal_mask: bool = False,
+        self, inputs: Any, mask: Any = None, training: bool = False, return_attention_scores: bool = False, *_: Any
     ) -> Any:
         self._validate_inputs(inputs, mask)
         query, values = inputs

@@ -13,16 +13,17 @@ for package in ("typer", "rich", "matplotlib"):
 
 from typer.testing import CliRunner  # noqa: E402
 
+from bench.cases import Shape  # noqa: E402
 from bench.cpu import pooling  # noqa: E402
 
-SMALL = (pooling.Shape(1, 1, 9, 8, 4, None, True), pooling.Shape(2, 3, 5, 8, 4, 3, False))
+SMALL = (pooling.Case(Shape(1, 1, 9, 8, 4), None, True), pooling.Case(Shape(2, 3, 5, 8, 4), 3, False))
 
 
-@pytest.mark.parametrize("shape", SMALL)
-def test_ways_agree(shape: pooling.Shape) -> None:
-    problem = pooling.Problem(shape)
+@pytest.mark.parametrize("case", SMALL)
+def test_ways_agree(case: pooling.Case) -> None:
+    problem = pooling.Problem(case)
     contexts = [problem.compute(way) for way in problem.ways()]
-    assert contexts[0].shape == ((1, 1, 4) if shape.vectors is None else (2, 3, 3, 4))
+    assert contexts[0].shape == ((1, 1, 4) if case.vectors is None else (2, 3, 3, 4))
     for other in contexts[1:]:
         torch.testing.assert_close(other, contexts[0])
 
@@ -35,7 +36,7 @@ def test_a_wrong_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "SHAPES", SMALL)
+    monkeypatch.setattr(pooling, "CASES", SMALL)
     done = CliRunner().invoke(pooling.app, ["--seconds", "0", "--output", str(tmp_path)])
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "pooling-cpu.json").read_text())["rows"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -313,10 +314,9 @@ def _problems_of_many_scores_of_relu(kernel: dict[str, Any], pairs: int) -> list
 
 def _problems_of_few_scores(kernel: dict[str, Any]) -> list[str]:
     """One exponential and one reciprocal for a tanh, none for others."""
-    size = kernel["constants"]
+    size, elements = kernel["constants"], _per_thread(kernel, "BLOCK_Q", "BLOCK_K", "BLOCK_A")
     if size["FLOAT64"]:
         return []
-    elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
     most = max(_count(loop, "MUFU") for loop in kernel["loops"])
     expected = 2 if size["ACTIVATION"] == "tanh" else 0
     return [] if most == expected * elements else [f"{most / elements:.2f} special functions, expected {expected}"]
@@ -334,18 +334,16 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
         if _count(walk, "STS", "LDS", "BAR"):
             problems.append("threads exchange what they have loaded")
     bytes_of_element = 2 if kernel["dtype"] == "bfloat16" else 4
-    values = size["BLOCK_K"] * size["BLOCK_D"] * bytes_of_element // (16 * 32 * kernel["warps"])
+    values = _per_thread(kernel, "BLOCK_K", "BLOCK_D") * bytes_of_element // 16
     if _count(kernel["all"], "LDG.E.128") < wide + values:
         problems.append("values are not read 16 bytes at a time")
-    elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    elements = _per_thread(kernel, "BLOCK_Q", "BLOCK_K", "BLOCK_A")
     expected = (2 if size["SCORE"] in ("tanh", "sigmoid") else 0) + (2 if kernel["gate"] else 0)
     if size["VECTORS"] is not None:
         elements //= size["BLOCK_Q"]  # one activation for all score vectors
     if _count(walk, "MUFU") != expected * elements:
         problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a unit, expected {expected}")
-    if kernel["registers"] * 32 * kernel["warps"] > 65536 // (8 // kernel["warps"]):
-        problems.append(f"{kernel['registers']} registers leave fewer than 8 warps to a processor")
-    return problems
+    return problems + _too_few_fit(kernel, 8 // kernel["warps"])
 
 
 def _problems_of_gated(kernel: dict[str, Any]) -> list[str]:
@@ -353,16 +351,14 @@ def _problems_of_gated(kernel: dict[str, Any]) -> list[str]:
     size = kernel["constants"]
     if size["FLOAT64"]:
         return []
-    elements = size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
+    elements = _per_thread(kernel, "BLOCK_K", "BLOCK_A")
     expected = ((2 if size["ACTIVATION"] in ("tanh", "sigmoid") else 0) + (2 if kernel["gate"] else 0)) * elements
     if kernel["name"] == "gated_backward_kernel" and not size["SMALL_M"]:
         expected *= 2  # Triton makes activations again in the layout of the product that takes them
     special = _count(kernel["all"], "MUFU.EX2", "MUFU.RCP")
-    problems = []
+    problems = _too_few_fit(kernel, 8 // kernel["warps"])
     if special > expected + 8:  # a few of them for divisions of indices
         problems.append(f"{special} special functions, expected {expected}")
-    if kernel["registers"] * 32 * kernel["warps"] > 65536 // (8 // kernel["warps"]):
-        problems.append(f"{kernel['registers']} registers leave fewer than 8 warps to a processor")
     return problems
 
 
@@ -371,10 +367,9 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
 
     For keys in float32 the exponential of these is a polynomial and no special function.
     """
-    size = kernel["constants"]
+    size, elements = kernel["constants"], _per_thread(kernel, "BLOCK_Q", "BLOCK_K", "BLOCK_A")
     if size["FLOAT64"]:
         return []
-    elements = size["BLOCK_Q"] * size["BLOCK_K"] * size["BLOCK_A"] // (32 * kernel["warps"])
     if size["ACTIVATION"] != "tanh":
         return _problems_of_backward_of_relu(kernel, elements)
     counts = {(_count(loop, "MUFU.RCP"), _count(loop, "MUFU")) for loop in kernel["loops"]} - {(0, 0)}
@@ -392,8 +387,7 @@ def _problems_of_backward(kernel: dict[str, Any]) -> list[str]:
         # makes the exponential of its key, too.
         if instructions > (9.0 if elements >= 32 else 10.5):
             problems.append(f"{instructions:.2f} instructions for a unit of a pair")
-        if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
-            problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")
+        problems += _too_few_fit(kernel, 2)
     return problems
 
 
@@ -409,9 +403,7 @@ def _problems_of_backward_of_relu(kernel: dict[str, Any], elements: int) -> list
         problems.append("no loop over the steps")
     elif min(walks) > (8.5 if elements >= 32 else 9.5) and not kernel["old"]:
         problems.append(f"{min(walks):.2f} instructions for a unit of a pair")
-    if kernel["registers"] * 32 * kernel["warps"] > 65536 // 2:
-        problems.append(f"{kernel['registers']} registers leave fewer than two programs to a processor")
-    return problems
+    return problems + _too_few_fit(kernel, 2)
 
 
 def _problems_of_products(kernel: dict[str, Any]) -> list[str]:
@@ -420,6 +412,18 @@ def _problems_of_products(kernel: dict[str, Any]) -> list[str]:
         return []
     found = any(_count(loop, "HMMA", "HGMMA", "UTCHMMA") for loop in [*kernel["loops"], kernel["all"]])
     return [] if found else ["no tensor core instruction"]
+
+
+def _per_thread(kernel: dict[str, Any], *axes: str) -> int:
+    """The elements of a block that one thread has. axes: the constants with its sizes."""
+    return math.prod(kernel["constants"][axis] for axis in axes) // (32 * kernel["warps"])
+
+
+def _too_few_fit(kernel: dict[str, Any], programs: int) -> list[str]:
+    """The registers, if they leave room for fewer programs than these on a processor."""
+    if kernel["registers"] * 32 * kernel["warps"] <= 65536 // programs:
+        return []
+    return [f"{kernel['registers']} registers leave fewer than {programs} programs to a processor"]
 
 
 def _count(loop: dict[str, int], *names: str) -> int:
@@ -439,7 +443,7 @@ def launches(
     from triton.runtime.jit import JITFunction
 
     from attn_kernels.activations import ACTIVATIONS
-    from attn_kernels.triton.attention import KERNELS
+    from attn_kernels.triton import attention, packed_attention
 
     for name in ("additive_attention", "gated_additive_attention", "decode"):
         module = sys.modules[f"attn_kernels.triton.{name}"]
@@ -447,8 +451,10 @@ def launches(
     found = []
     JITFunction.run = lambda self, *args, grid, warmup, **constants: found.append((self, args, constants))
 
+    kernels = {**attention.KERNELS, **packed_attention.KERNELS}
+
     def both_of(op: str) -> tuple[Any, Any]:
-        return KERNELS[op], KERNELS[f"{op}_backward"]
+        return kernels[op], kernels[f"{op}_backward"]
 
     def empty(*shape: int, dtype: str = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")

@@ -196,13 +196,19 @@ def write(results: dict[str, dict[str, Any]]) -> None:
     TABLE.write_text("\n".join((before + BEGIN, *head, *map(row, known), END)) + after)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def command_line(purpose: str, folder: str, tests: str) -> argparse.ArgumentParser:
+    """The arguments of a command that tests COMBINATIONS. folder: what it fills. tests: those of pytest by default."""
+    parser = argparse.ArgumentParser(description=purpose.partition("\n")[0])
     parser.add_argument("--only", default="", help='combinations whose name has this: "torch2.11", "python3.12"')
+    parser.add_argument("--keep", action="store_true", help=f"leave environments, copies and logs in {folder}")
+    parser.add_argument("pytest", nargs="*", help=f'arguments for pytest after "--"; default: {tests}')
+    return parser
+
+
+def main() -> None:
+    parser = command_line(__doc__, "build/versions", "all tests")
     parser.add_argument("--again", action="store_true", help="also those that passed at this commit")
-    parser.add_argument("--keep", action="store_true", help="leave environments, copies and logs in build/versions")
     parser.add_argument("--no-emulator", action="store_true", help="without the CUDA kernels in the emulator")
-    parser.add_argument("pytest", nargs="*", help='arguments for pytest after "--"; default: all tests')
     given = parser.parse_args()
     commit = state_of_sources()
     for combination in COMBINATIONS:

@@ -7,7 +7,6 @@ from a folder that has the tests alone. Rows are written to docs/versions.md as 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import shlex
@@ -18,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .versions import COMBINATIONS, END, ROOT, TABLE, Combination, StepFailed, outcomes, run
+from .versions import COMBINATIONS, END, ROOT, TABLE, Combination, StepFailed, command_line, outcomes, run
 
 FOLDER = ROOT / "build" / "wheel"
 BEGIN = "<!-- begin: written by tools/wheel.py -->"
@@ -122,13 +121,10 @@ def write(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help='combinations whose name has this: "torch2.11", "python3.12"')
+    parser = command_line(__doc__, "build/wheel", shlex.join(TESTS))
     parser.add_argument("--file-only", action="store_true", help="no environments: what the wheel holds and links")
     parser.add_argument("--cuda", action="store_true", help="the wheel was built where nvcc is")
-    parser.add_argument("--keep", action="store_true", help="leave environments and logs in build/wheel")
     parser.add_argument("--wheel", type=Path, help="default: those in dist/, one for a Python")
-    parser.add_argument("pytest", nargs="*", help=f'arguments for pytest after "--"; default: {shlex.join(TESTS)}')
     given = parser.parse_args()
     wheels = [given.wheel.resolve()] if given.wheel else sorted((ROOT / "dist").glob("*.whl"))
     if not wheels:

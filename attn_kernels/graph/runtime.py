@@ -74,11 +74,12 @@ def attention(
         allowed = _mask(masks, keys, held, lambda: _UNDERFLOW - 2.0 * v.detach().abs().sum().item())
         if allowed is None:
             return _by_formula(additive_scores(query, keys, v, bias), values, masks)
-    if held is None or (values is not None and values.dtype != keys.dtype):
-        return additive_attention(query, keys, values, v, bias, mask=allowed)
-    prepared = prepared_of(held)
-    if torch.is_grad_enabled():
-        return attend(AdditiveScore(v, bias, prepared), query, memory_of(held, values, allowed, prepared), True, None)
+    prepared = None
+    if held is not None and (values is None or values.dtype == keys.dtype):
+        prepared = prepared_of(held)
+        if torch.is_grad_enabled():
+            memory = memory_of(held, values, allowed, prepared)
+            return attend(AdditiveScore(v, bias, prepared), query, memory, True, None)
     return additive_attention(query, keys, values, v, bias, mask=allowed, prepared=prepared)
 
 

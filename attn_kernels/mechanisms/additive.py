@@ -31,19 +31,17 @@ class StatefulAdditiveAttention(StatefulAttention):
         query_size: int,
         memory_size: int,
         units: int,
-        *,
-        bias: bool,
         scale: float,
+        bias: bool,
         backend: str | None,
-        factory: dict[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(
-            query_size, memory_size, units, project_query=True, project_memory=True, backend=backend, factory=factory
-        )
+        super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units: int = self.key_size
         self.scale: float = as_number(self._name, scale)
-        self.v: nn.Parameter = nn.Parameter(torch.empty(self.units, **factory))
-        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if bias else None
+        self.v: nn.Parameter = self._parameter(self.units)
+        self.bias: nn.Parameter | None = self._parameter(self.units) if bias else None
 
     def _reset_scores(self) -> None:
         bound = 1 / math.sqrt(self.units)  # as the weight of nn.Linear(units, 1)
@@ -67,7 +65,8 @@ class StatefulAdditiveAttention(StatefulAttention):
         score = self.make_score(memory)
         masks = Masks(memory.memory_lengths, memory.mask)
         extra = extra.squeeze(1).to(memory.keys.dtype)
-        result = attend_with_extra(score, query, memory.keys, memory.values, extra, masks, True, self.backend, memory)
+        inputs = (query, memory.keys, memory.values)
+        result = attend_with_extra(score, inputs, extra, masks, True, self.backend, memory)
         return result.context, alignments_of(result)
 
     def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -63,11 +63,10 @@ class CoverageAttention(StatefulAdditiveAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(query_size, memory_size, units, bias=bias, scale=scale, backend=backend, factory=factory)
+        super().__init__(query_size, memory_size, units, scale, bias, backend, device, dtype)
         check_initial(self._name, initial)
         self.initial = initial
-        self.coverage_weight: nn.Parameter = nn.Parameter(torch.empty(self.units, **factory))
+        self.coverage_weight: nn.Parameter = self._parameter(self.units)
         self._reset_scores()
 
     def _reset_scores(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import as_number
 from ..errors import ArgumentValueError
+from ..memory import Memory
 from ..modules import _reset_score_vector
-from .steps import AlignmentsAttention, additive_energies, dot_energies
+from ..scores import AdditiveScore
+from .steps import AlignmentsAttention, AlignmentsState, additive_energies, dot_energies
 
 SCORES = ("additive", "dot")
 
@@ -29,10 +31,10 @@ class EnergyAttention(AlignmentsAttention):
         query_size: int,
         memory_size: int,
         units: int | None,
-        score: str,
-        normalize: bool,
         energies: int = 1,
         *,
+        score: str,
+        normalize: bool,
         backend: str | None,
         factory: dict[str, Any],
     ) -> None:
@@ -57,11 +59,9 @@ class EnergyAttention(AlignmentsAttention):
         self.units: int = self.key_size // energies
         self.score = score
         self.normalize = normalize
-        self.v: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if additive else None
-        self.g: nn.Parameter | None = nn.Parameter(torch.empty((), **factory)) if normalize else None
-        self.bias: nn.Parameter | None = (
-            nn.Parameter(torch.empty(self.units, **factory)) if normalize and additive else None
-        )
+        self.v: nn.Parameter | None = self._parameter(self.units) if additive else None
+        self.g: nn.Parameter | None = self._parameter() if normalize else None
+        self.bias: nn.Parameter | None = self._parameter(self.units) if normalize and additive else None
 
     def _reset_scores(self) -> None:
         if self.v is not None:
@@ -80,7 +80,8 @@ class EnergyAttention(AlignmentsAttention):
     def _energy(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         """(B, K, Tk), in float32 or wider. query: (B, K, units), projected. keys: (B, Tk, units)."""
         if self.v is not None:
-            return additive_energies(query, keys, self.score_vector(), self.bias, allowed, self.backend)
+            score = AdditiveScore(self.score_vector(), self.bias)
+            return additive_energies(query, keys, score, allowed, self.backend)
         return dot_energies(query if self.g is None else self.g * query, keys, allowed)
 
     def _score_settings(self) -> dict[str, Any]:
@@ -95,20 +96,32 @@ class ChoosingAttention(EnergyAttention):
     """
 
     modes: tuple[str, ...]
+    starts_attended: ClassVar[bool] = False  # on the first step that may be attended, not on the first of all
 
     def __init__(
-        self, *args: Any, mode: str, noise: float, score_bias_init: float, factory: dict[str, Any], **options: Any
+        self,
+        query_size: int,
+        memory_size: int,
+        units: int | None,
+        mode: str,
+        noise: float,
+        score_bias_init: float,
+        energies: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(*args, factory=factory, **options)
+        super().__init__(query_size, memory_size, units, energies, **options)
         check_choice(self._name, "mode", mode, self.modes)
         self.noise: float = check_number(self._name, "noise", noise, 0.0)
         self.score_bias_init: float = check_number(self._name, "score_bias_init", score_bias_init)
         self.mode = mode
-        self.score_bias: nn.Parameter = nn.Parameter(torch.empty((), **factory))
+        self.score_bias: nn.Parameter = self._parameter()
 
     def _reset_scores(self) -> None:
         super()._reset_scores()
         nn.init.constant_(self.score_bias, self.score_bias_init)
+
+    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
+        return self._first_step(memory, hypotheses, self.starts_attended)
 
     def _choices(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         """(B, K, Tk), probabilities in float32 or wider, 0 in padding; with mode="hard" each is 0 or 1."""
@@ -123,6 +136,9 @@ class ChoosingAttention(EnergyAttention):
 
     def _choice_settings(self) -> dict[str, Any]:
         return {**self._score_settings(), "mode": self.mode, "noise": self.noise}
+
+    def extra_repr(self) -> str:
+        return self._repr(**self._choice_settings())
 
 
 def check_choice(name: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -86,15 +86,14 @@ class ForwardAttention(StatefulAdditiveAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(query_size, memory_size, units, bias=bias, scale=scale, backend=backend, factory=factory)
+        super().__init__(query_size, memory_size, units, scale, bias, backend, device, dtype)
         sizes = self.memory_size + self.query_size
-        self.transition: nn.Linear | None = nn.Linear(sizes, 1, **factory) if transition_agent else None
+        self.transition: nn.Linear | None = nn.Linear(sizes, 1, **self._factory) if transition_agent else None
         self.location_convolution: nn.Conv1d | None = None
         self.location_projection: nn.Linear | None = None
         if channels is not None:
             self.location_convolution, self.location_projection = make_location_layers(
-                self._name, 1, channels, kernel_size, self.units, factory
+                self._name, 1, channels, kernel_size, self.units, self._factory
             )
         self._reset_scores()
 

@@ -108,16 +108,17 @@ class LocalAttention(EnergyAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(query_size, memory_size, units, score, normalize, backend=backend, factory=factory)
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options["factory"] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, **options)
         check_choice(self._name, "mode", mode, MODES)
         self.window: int = check_size(self._name, "window", window)
         self.mode = mode
         predicts = mode == "local-p"
         self.position_projection: nn.Linear | None = (
-            nn.Linear(query_size, self.units, bias=False, **factory) if predicts else None
+            nn.Linear(query_size, self.units, bias=False, **self._factory) if predicts else None
         )
-        self.position_v: nn.Parameter | None = nn.Parameter(torch.empty(self.units, **factory)) if predicts else None
+        self.position_v: nn.Parameter | None = self._parameter(self.units) if predicts else None
         self._reset_scores()
 
     def _reset_scores(self) -> None:

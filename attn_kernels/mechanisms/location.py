@@ -80,15 +80,14 @@ class LocationSensitiveAttention(StatefulAdditiveAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(query_size, memory_size, units, bias=bias, scale=scale, backend=backend, factory=factory)
+        super().__init__(query_size, memory_size, units, scale, bias, backend, device, dtype)
         check_initial(self._name, initial)
         self.cumulative = cumulative
         self.initial = initial
         self.location_convolution: nn.Conv1d
         self.location_projection: nn.Linear
         self.location_convolution, self.location_projection = make_location_layers(
-            self._name, 2 if cumulative else 1, channels, kernel_size, self.units, factory
+            self._name, 2 if cumulative else 1, channels, kernel_size, self.units, self._factory
         )
         self._reset_scores()
 

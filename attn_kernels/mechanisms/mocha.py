@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_size
-from ..memory import Memory
 from ..modules import _reset_score_vector
+from ..scores import AdditiveScore
 from .energy import ChoosingAttention
 from .monotonic import MODES, monotonic_alignments
 from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
@@ -65,19 +67,9 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            query_size,
-            memory_size,
-            units,
-            score,
-            normalize,
-            energies=2,
-            mode=mode,
-            noise=noise,
-            score_bias_init=score_bias_init,
-            backend=backend,
-            factory={"device": device, "dtype": dtype},
-        )
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options["factory"] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, 2, **options)
         self.chunk_size: int | None = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
         additive = score == "additive"
         self.chunk_v: nn.Parameter | None = self._parameter(self.units) if additive else None
@@ -91,16 +83,14 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         if self.chunk_bias is not None:
             nn.init.zeros_(self.chunk_bias)
 
-    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
-        return self._first_step(memory, hypotheses)
-
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
     ) -> tuple[Tensor, AlignmentsState]:
         keys, chunk_keys = keys.split(self.units, -1)
         if self.chunk_v is not None:
             query, chunk_query = self.make_query(query).split(self.units, -1)
-            energy = additive_energies(chunk_query, chunk_keys, self.chunk_v, self.chunk_bias, allowed, self.backend)
+            score = AdditiveScore(self.chunk_v, self.chunk_bias)
+            energy = additive_energies(chunk_query, chunk_keys, score, allowed, self.backend)
         else:
             energy = dot_energies(query, chunk_keys, allowed)
         p_choose = self._choices(query, keys, allowed)

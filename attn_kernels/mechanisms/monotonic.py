@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..memory import Memory
 from ..types import DTYPES, upcast
 from .energy import ChoosingAttention, check_choice
 from .steps import AlignmentsState, recurrence, shifted
@@ -125,22 +124,10 @@ class MonotonicAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            query_size,
-            memory_size,
-            units,
-            score,
-            normalize,
-            mode=mode,
-            noise=noise,
-            score_bias_init=score_bias_init,
-            backend=backend,
-            factory={"device": device, "dtype": dtype},
-        )
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options["factory"] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, **options)
         self._reset_scores()
-
-    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
-        return self._first_step(memory, hypotheses)
 
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
@@ -148,7 +135,3 @@ class MonotonicAttention(ChoosingAttention):
         p_choose = self._choices(self.make_query(query), keys, allowed)
         alignments = monotonic_alignments(p_choose, self._previous(state, keys).to(p_choose.dtype), self.mode)
         return alignments, AlignmentsState(alignments)
-
-    def extra_repr(self) -> str:
-        settings: dict[str, Any] = self._choice_settings()
-        return self._repr(**settings)

@@ -18,6 +18,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
 from ..packed_attention import padding_needed
+from ..scores import AdditiveScore
 from ..types import DTYPES, attention_mask, device_type, wide_dtype
 from .stateful import StatefulAttention, StatefulResult
 
@@ -145,14 +146,14 @@ def clean(x: Tensor, memory: Memory, allowed: Tensor) -> Tensor:
 
 
 def additive_energies(
-    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, allowed: Tensor | None, backend: str | None
+    query: Tensor, keys: Tensor, score: AdditiveScore, allowed: Tensor | None, backend: str | None
 ) -> Tensor:
     """(B, K, Tk), additive scores in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
     if not per_hypothesis(allowed):
-        scores = additive_scores(query, keys, v, bias, backend=backend)
+        scores = additive_scores(query, keys, score.v, score.bias, backend=backend)
     else:
         pairs = torch.where(allowed[..., None], keys[:, None], 0.0).flatten(0, 1)
-        scores = additive_scores(query.flatten(0, 1), pairs, v, bias, backend=backend).view(allowed.shape)
+        scores = additive_scores(query.flatten(0, 1), pairs, score.v, score.bias, backend=backend).view(allowed.shape)
     return scores.to(wide_dtype(scores.dtype))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..memory import Memory
 from .energy import ChoosingAttention
 from .steps import AlignmentsState, shifted
 
@@ -39,6 +40,7 @@ class StepwiseMonotonicAttention(ChoosingAttention):
     """
 
     modes: tuple[str, ...] = ("soft", "hard")
+    starts_attended = True
 
     def __init__(
         self,
@@ -55,22 +57,10 @@ class StepwiseMonotonicAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            query_size,
-            memory_size,
-            units,
-            score,
-            normalize,
-            mode=mode,
-            noise=noise,
-            score_bias_init=score_bias_init,
-            backend=backend,
-            factory={"device": device, "dtype": dtype},
-        )
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options["factory"] = {"device": device, "dtype": dtype}
+        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, **options)
         self._reset_scores()
-
-    def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
-        return self._first_step(memory, hypotheses, attended=True)
 
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
@@ -81,9 +71,6 @@ class StepwiseMonotonicAttention(ChoosingAttention):
         if allowed is not None:
             alignments = alignments.masked_fill(~allowed, 0.0)
         return alignments, AlignmentsState(alignments)
-
-    def extra_repr(self) -> str:
-        return self._repr(**self._choice_settings())
 
 
 def _to_next(x: Tensor, allowed: Tensor | None) -> Tensor:

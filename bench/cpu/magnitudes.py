@@ -7,7 +7,6 @@ that ratios survive a noisy machine; the project asks for at most 1.6 between th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -20,17 +19,7 @@ from torch import Tensor
 from attn_kernels import additive_attention
 
 from .. import cases, eager, plots, report, results, timing
-from ..cli import (
-    AllocatorOption,
-    OutputOption,
-    ShapesOption,
-    ThreadsOption,
-    application,
-    console,
-    finish_rows,
-    parse_shape,
-    prepare,
-)
+from ..cli import AllocatorOption, OutputOption, Run, ShapesOption, ThreadsOption, application, console, parse_shape
 from ..machine import Allocator
 
 app = application()
@@ -136,16 +125,14 @@ def main(
     output: OutputOption = results.LOCAL,
 ) -> None:
     """Times additive attention over the norm of v and the standard deviation of queries and keys, on the CPU."""
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
+    run = Run(threads, allocator)
     norms, deviations = (QUICK_NORMS, QUICK_DEVIATIONS) if quick else (NORMS, DEVIATIONS)
     places = [(norm, deviation) for norm in norms for deviation in deviations]
     rows: list[dict[str, Any]] = []
     with console.status("measuring"):
         for shape in map(parse_shape, shapes) if shapes else SHAPES:
             rows += measure(shape, places, seconds)
-    plot = plots.magnitudes
-    finish_rows("magnitudes", rows, table(rows), output, start, in_effect, plot=plot, threads=threads)
+    run.finish("magnitudes", rows, table(rows), output, plots.magnitudes, threads=threads)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 from attn_kernels import additive_attention
 
 from .. import eager, report, results, timing
+from ..cases import Shape
 from ..cli import rows_application
 from ..machine import Allocator
 
@@ -22,37 +23,33 @@ EAGER, CALLS, ONE = "eager", "a call for each vector", "one call"
 TOLERANCE = 1e-4  # of results and gradients, relative to their largest element
 
 
-class Shape(NamedTuple):
+class Case(NamedTuple):
     """vectors: R; None for one score vector without that axis."""
 
-    B: int
-    Tq: int
-    Tk: int
-    A: int
-    D: int
+    shape: Shape
     vectors: int | None
     gate: bool
 
 
-SHAPES = (
-    Shape(1, 1, 20_000, 256, 256, None, True),
-    Shape(1, 1, 50_000, 256, 512, None, True),
-    Shape(32, 20, 80, 128, 128, 10, False),
-    Shape(512, 1, 200, 100, 100, 10, False),
-    Shape(64, 1, 50, 64, 64, 4, True),
+CASES = (
+    Case(Shape(1, 1, 20_000, 256, 256), None, True),
+    Case(Shape(1, 1, 50_000, 256, 512), None, True),
+    Case(Shape(32, 20, 80, 128, 128), 10, False),
+    Case(Shape(512, 1, 200, 100, 100), 10, False),
+    Case(Shape(64, 1, 50, 64, 64), 4, True),
 )
 
 
 class Problem:
-    """The arguments of a shape, and the ways to compute contexts of them: (B, Tq, R, D), or (B, Tq, D)."""
+    """The arguments of a case, and the ways to compute contexts of them: (B, Tq, R, D), or (B, Tq, D)."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, case: Case) -> None:
         rng = torch.Generator().manual_seed(0)
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(sizes, generator=rng)
 
-        B, Tq, Tk, A, D, vectors, gate = shape
+        (B, Tq, Tk, A, D), vectors, gate = case
         self.vectors = vectors
         self.tensors = {"query": normal(B, Tq, A), "keys": normal(B, Tk, A), "values": normal(B, Tk, D)}
         self.tensors |= {"v": normal(*(() if vectors is None else (vectors,)), A) / A**0.5, "bias": normal(A)}
@@ -86,9 +83,9 @@ class Problem:
         return call
 
 
-def measure(shape: Shape, seconds: float) -> list[dict[str, Any]]:
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     """Forward alone and with the backward, if all ways give the same."""
-    problem = Problem(shape)
+    problem = Problem(case)
     rows = []
     for kind, make in (("forward", problem.forward), ("forward + backward", problem.both)):
         expected = make(EAGER)()
@@ -96,10 +93,11 @@ def measure(shape: Shape, seconds: float) -> list[dict[str, Any]]:
             for got, wanted in zip(make(way)(), expected, strict=True):
                 error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)).item()
                 if not error <= TOLERANCE:
-                    raise RuntimeError(f"pooling: {kind} of {way!r} at {tuple(shape)} is off by {error}")
+                    raise RuntimeError(f"pooling: {kind} of {way!r} at {tuple(case)} is off by {error}")
         calls = {way: make(way) for way in problem.ways()}
         samples = timing.interleave(calls, timing.WallTimer(), seconds=seconds, least_rounds=5, most_rounds=200)
-        rows.append({"kind": kind, "shape": shape._asdict(), **results.comparison(samples, ONE)})
+        shape = case.shape._asdict() | {"vectors": case.vectors, "gate": case.gate}
+        rows.append({"kind": kind, "shape": shape, **results.comparison(samples, ONE)})
     return rows
 
 
@@ -121,11 +119,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def measure_all(quick: bool, seconds: float, allocator: Allocator) -> list[dict[str, Any]]:
-    return [row for shape in (SHAPES[-1:] if quick else SHAPES) for row in measure(shape, seconds)]
+    return [row for case in (CASES[-1:] if quick else CASES) for row in measure(case, seconds)]
 
 
 PURPOSE = "Times gated pooling and several score vectors against eager PyTorch, forward and backward, on the CPU."
-app = rows_application("pooling", PURPOSE, measure_all, table, quick_help="The last shape and few rounds.")
+app = rows_application("pooling", PURPOSE, measure_all, table, quick_help="The last case and few rounds.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ bound.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,16 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from attn_kernels.seq2seq import Encoder, Seq2Seq
 
 from .. import report, results, timing
-from ..cli import (
-    AllocatorOption,
-    OutputOption,
-    ThreadsOption,
-    application,
-    finish_rows,
-    parse_device,
-    prepare,
-    progress_bars,
-)
+from ..cli import AllocatorOption, OutputOption, Run, ThreadsOption, application, progress_bars
 from ..machine import Allocator
 from .loop import QUICK, SHAPES, VOCABULARY, Shape, make_data, training_step
 
@@ -146,9 +136,7 @@ def main(
     output: OutputOption = results.LOCAL,
 ) -> None:
     """Times LSTM and GRU encoders on ragged sentences: packed, padded and ours, and a training step with them."""
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
-    target = parse_device(device)
+    run = Run(threads, allocator, device)
     shapes = QUICK if quick else SHAPES[:4]
     rows: list[dict[str, Any]] = []
     with progress_bars() as progress:
@@ -157,10 +145,10 @@ def main(
             for cell in ("lstm", "gru"):
                 for one, least in itertools.product(shapes, (0.0, 0.5)):
                     progress.update(task, description=f"{cell} {','.join(map(str, one))}")
-                    rows.append(measure(cell, one, least, size, target, 0.5 if quick else seconds))
+                    rows.append(measure(cell, one, least, size, run.device, 0.5 if quick else seconds))
                     progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": VOCABULARY}
-    finish_rows("encoder", rows, table(rows), output, start, in_effect, target, **settings)
+    run.finish("encoder", rows, table(rows), output, **settings)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from attn_kernels import Memory
 from attn_kernels.mechanisms import LocationSensitiveAttention
 
 from .. import report, results, timing
-from ..cli import AllocatorOption, OutputOption, ThreadsOption, application, console, finish_rows, prepare
+from ..cli import AllocatorOption, OutputOption, Run, ThreadsOption, application, console
 from ..machine import Allocator
 
 app = application()
@@ -175,14 +175,13 @@ def main(
     """Times steps of Tacotron 2's attention in training: PyTorch's layers against LocationSensitiveAttention, a step of
     a whole sequence. On the CPU, in float32.
     """
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
+    run = Run(threads, allocator)
     rows = []
     with console.status("measuring"):
         for sizes in SIZES[: 1 if quick else None]:
             rows.append(measure(sizes, min(steps, 5) if quick else steps, 0.2 if quick else seconds))
     settings: dict[str, Any] = {"threads": threads, "steps": steps, "clock": "CPU time"}
-    finish_rows("location", rows, table(rows), output, start, in_effect, **settings)
+    run.finish("location", rows, table(rows), output, **settings)
 
 
 if __name__ == "__main__":

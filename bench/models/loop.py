@@ -26,17 +26,7 @@ from attn_kernels.seq2seq.fused import one_call
 from attn_kernels.seq2seq.search import SearchOptions, search
 
 from .. import eager, machine, report, results, timing
-from ..cli import (
-    AllocatorOption,
-    OutputOption,
-    ThreadsOption,
-    application,
-    finish_rows,
-    parse_device,
-    parse_sizes,
-    prepare,
-    progress_bars,
-)
+from ..cli import AllocatorOption, OutputOption, Run, ThreadsOption, application, parse_sizes, progress_bars
 from ..machine import Allocator
 
 app = application()
@@ -355,13 +345,11 @@ def main(
     output: OutputOption = results.LOCAL,
 ) -> None:
     """Times training steps and searches of Seq2Seq: eager, torch.compile, fused steps, all steps as one op."""
-    start = time.perf_counter()
-    in_effect = prepare(threads, allocator)
-    target = parse_device(device)
+    run = Run(threads, allocator, device)
     shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
     with_location = shapes if shape else () if quick else WITH_LOCATION
     cases = [*((ADDITIVE, one) for one in shapes), *((LOCATION, one) for one in with_location)]
-    left_out = {ROUNDED} if target.type == "cuda" else {LAUNCHED}
+    left_out = {ROUNDED} if run.device.type == "cuda" else {LAUNCHED}
     if not compiled:
         left_out.add(COMPILED)
     names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP, ROUNDED) if name not in left_out]
@@ -371,17 +359,17 @@ def main(
         for attention, one in cases:
             progress.update(task, description=f"{attention}, B,S,T = {','.join(map(str, one))}")
             clock = time.process_time if cpu_time else time.perf_counter
-            rows += measure(one, size, target, names, 1.0 if quick else seconds, clock, attention, vocabulary)
+            rows += measure(one, size, run.device, names, 1.0 if quick else seconds, clock, attention, vocabulary)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
         for attention, one in cases:
             progress.update(task, description=f"{attention}, memory of {','.join(map(str, one))}")
-            memory = peak_memories(one, size, target, [EAGER, STEPS, LOOP], attention, vocabulary)
+            memory = peak_memories(one, size, run.device, [EAGER, STEPS, LOOP], attention, vocabulary)
             next(row for row in rows if (row["attention"], row["B,S,T"]) == (attention, list(one)))["MB"] = memory
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": vocabulary}
     settings["clock"] = "CPU" if cpu_time else "wall"
-    finish_rows("loop", rows, table(rows, names), output, start, in_effect, target, **settings)
+    run.finish("loop", rows, table(rows, names), output, **settings)
 
 
 def _parse_shape(text: str) -> Shape:

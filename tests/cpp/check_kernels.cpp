@@ -38,15 +38,13 @@ void* Scratch::alloc(int64_t bytes) {
   return memory;
 }
 
-void Scratch::pop() {
-  const Block top = *blocks_;
-  delete blocks_;
-  std::free(top.memory);
-  blocks_ = top.below;
-}
-
 void Scratch::release(int64_t mark) {
-  for (; used_ > mark; --used_) pop();
+  for (; used_ > mark; --used_) {
+    Block* top = blocks_;
+    blocks_ = top->below;
+    std::free(top->memory);
+    delete top;
+  }
 }
 
 Scratch::~Scratch() { release(0); }

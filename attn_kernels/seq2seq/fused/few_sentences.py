@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...gemm import linear
-from .inputs import CellWeights
+from .ragged_cells import DirectionWeights
 
 # Measured on Sapphire Rapids with 64 to 512 units: with more, and no padding, oneDNN's LSTM catches up.
 MAX_SENTENCES = 8
@@ -37,7 +37,7 @@ def run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, first: tuple[Tens
         outputs = x.new_empty(batch, source, directions * units)
         for direction in range(directions):
             n = layer * directions + direction
-            weights = CellWeights(*(*rnn.all_weights[n], None, None)[:4])
+            weights = DirectionWeights(*rnn.all_weights[n])
             known, own = weights.bias_x, weights.bias_h  # of the products with inputs, and with states
             if known is not None and own is not None and is_lstm:
                 known, own = known + own, None
