@@ -167,6 +167,6 @@ _FORMULAS = {
     "activated_attention_with_extra_backward": _extra_backward,
     "dot_attention": _attention,
     "dot_attention_backward": _attention_backward,
-    **{f"{score}_attention_with_options": _attention for score in ("additive", "relu", "dot")},
-    **{f"{score}_attention_with_options_backward": _options_backward for score in ("additive", "relu", "dot")},
+    **{f"{score}_attention_with_options": _attention for score in ("additive", "activated", "dot")},
+    **{f"{score}_attention_with_options_backward": _options_backward for score in ("additive", "activated", "dot")},
 }
