@@ -26,7 +26,7 @@ from .checks import (
 )
 from .errors import ArgumentValueError
 from .memory_gradient import is_worth_deferring, should_defer
-from .scores import AdditiveScore, DotScore, GatedAdditiveScore, ReluScore, Score
+from .scores import ActivatedScore, AdditiveScore, DotScore, GatedAdditiveScore, Score
 from .types import NORMALIZERS, Attention, AttentionWithLogTotal, Masks, Options, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def attend_arrays(
 
 
 def attend_with_extra(
-    score: AdditiveScore | ReluScore,
+    score: AdditiveScore | ActivatedScore,
     inputs: Inputs,
     extra: Tensor,
     masks: Masks,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .activations import ACTIVATIONS
 from .errors import ArgumentTypeError, ArgumentValueError
 from .types import DTYPES
 
@@ -52,17 +53,14 @@ def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool
     return int(size)
 
 
-ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid")
-
-
-def check_activation(name: str, activation: object, negative_slope: object) -> float | None:
-    """The slope of an activation where its argument is negative; None for those that are curved."""
+def check_activation(name: str, activation: object, negative_slope: object) -> float:
+    """The slope of leaky_relu; 0 for the others."""
     if activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS[:-1]))
         raise ArgumentValueError(f"{name}: activation must be {names} or {ACTIVATIONS[-1]!r}, got {activation!r}")
     if activation == "leaky_relu":
         return as_number(name, negative_slope, "negative_slope")
-    return 0.0 if activation == "relu" else None
+    return 0.0
 
 
 def check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:

@@ -23,6 +23,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from . import gated_formulas, packing, reference
+from .activations import ACTIVATIONS
 from .types import NORMALIZERS
 
 
@@ -119,19 +120,19 @@ def _additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
     return (reference.additive_scores(query, keys, v, bias),)
 
 
-def _relu_scores(*arguments: Any) -> Any:
-    *inputs, negative_slope = arguments
-    return (reference.additive_scores(*inputs, **_of_slope(negative_slope)),)
+def _activated_scores(*arguments: Any) -> Any:
+    *inputs, activation, negative_slope = arguments
+    return (reference.additive_scores(*inputs, **_of_activation(activation, negative_slope)),)
 
 
-def _relu_attention(*arguments: Any) -> Any:
-    *inputs, negative_slope, memory_lengths, mask, _ = arguments
-    keywords: dict[str, Any] = dict(**_of_slope(negative_slope), memory_lengths=memory_lengths, mask=mask)
-    return reference.additive_attention(*inputs, **keywords)
+def _activated_attention(*arguments: Any) -> Any:
+    *inputs, activation, negative_slope, memory_lengths, mask, _ = arguments
+    keywords: dict[str, Any] = _of_activation(activation, negative_slope)
+    return reference.additive_attention(*inputs, **keywords, memory_lengths=memory_lengths, mask=mask)
 
 
-def _of_slope(negative_slope: float) -> dict[str, Any]:
-    return dict(activation="leaky_relu" if negative_slope else "relu", negative_slope=negative_slope)
+def _of_activation(activation: int, negative_slope: float) -> dict[str, Any]:
+    return dict(activation=ACTIVATIONS[activation], negative_slope=negative_slope)
 
 
 def _additive_attention(*arguments: Any) -> Any:
@@ -140,10 +141,10 @@ def _additive_attention(*arguments: Any) -> Any:
 
 
 def _attention_with_extra(*arguments: Any) -> Any:
-    inputs, (extra, *slope, memory_lengths, mask, _) = arguments[:5], arguments[5:]  # of query, keys, values, v, bias
+    inputs, (extra, *numbers, memory_lengths, mask, _) = arguments[:5], arguments[5:]  # of query, keys, values, v, bias
     keywords: dict[str, Any] = dict(extra=extra, memory_lengths=memory_lengths, mask=mask)
-    if slope:
-        keywords |= _of_slope(*slope)
+    if numbers:
+        keywords |= _of_activation(*numbers)
     return reference.additive_attention(*inputs, **keywords)
 
 
@@ -180,8 +181,10 @@ def _backward(formula: Formula) -> Formula:
 
 _SCORES = Formula(_additive_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), memory=1)
 _ADDITIVE = Formula(_additive_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), memory=2, results=2)
-_RELU_SCORES = Formula(_relu_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 5), memory=1)
-_RELU = Formula(_relu_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 6), memory=2, results=2)
+_ACTIVATED_SCORES = Formula(_activated_scores, differentiable=(0, 1, 2, 3), shared=(2, 3), numbers=(4, 6), memory=1)
+_ACTIVATED = Formula(
+    _activated_attention, differentiable=(0, 1, 2, 3, 4), shared=(3, 4), numbers=(5, 7), memory=2, results=2
+)
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
 
 
@@ -236,28 +239,28 @@ def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[floa
 
 
 _ADDITIVE_PACKED = _packed(reference.additive_attention, 2)
-_RELU_PACKED = _packed(reference.additive_attention, 2, _of_slope)
+_ACTIVATED_PACKED = _packed(reference.additive_attention, 2, *gated_formulas.NUMBERS)
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
-_RELU_WITH_OPTIONS = _with_options(reference.additive_attention, 2, _of_slope)
+_ACTIVATED_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_formulas.NUMBERS)
 _GATED_SCORES = Formula(gated_formulas.scores, (0, 1, 2, 3, 4), shared=(2, 3), numbers=(5, 7), memory=1)
 _GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)._replace(shared=(3, 4))  # not the gate
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_EXTRA = Formula(_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5)
-_RELU_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 7))
+_ACTIVATED_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 8))
 _WITH_BACKWARD = {
     "additive_scores": _SCORES,
     "additive_attention": _ADDITIVE,
-    "relu_scores": _RELU_SCORES,
-    "relu_attention": _RELU,
+    "activated_scores": _ACTIVATED_SCORES,
+    "activated_attention": _ACTIVATED,
     "dot_attention": _DOT,
     "additive_attention_with_options": _ADDITIVE_WITH_OPTIONS,
-    "relu_attention_with_options": _RELU_WITH_OPTIONS,
+    "activated_attention_with_options": _ACTIVATED_WITH_OPTIONS,
     "dot_attention_with_options": _DOT_WITH_OPTIONS,
     "additive_attention_with_extra": _ADDITIVE_WITH_EXTRA,
-    "relu_attention_with_extra": _RELU_WITH_EXTRA,
+    "activated_attention_with_extra": _ACTIVATED_WITH_EXTRA,
     "additive_attention_packed": _ADDITIVE_PACKED,
-    "relu_attention_packed": _RELU_PACKED,
+    "activated_attention_packed": _ACTIVATED_PACKED,
     "dot_attention_packed": _DOT_PACKED,
     "gated_additive_scores": _GATED_SCORES,
     "gated_additive_attention": _GATED,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import derivatives, ops
+from .activations import ACTIVATIONS
 from .attending import (
     ARGUMENT_ERRORS,
     SELF_CHECKING,
@@ -35,7 +36,7 @@ from .checks import (
 from .errors import ArgumentTypeError, ArgumentValueError
 from .gated import gated_score, gated_scores
 from .packed_attention import attend_packed, check_memory, check_query, given_options, is_jagged, packed_memory
-from .scores import AdditiveScore, DotScore, ReluScore, clipped
+from .scores import ActivatedScore, AdditiveScore, DotScore, clipped
 from .types import (
     DTYPES,
     Attention,
@@ -192,20 +193,20 @@ def additive_attention(
         return attend_with_options(
             of_gate, (query, keys, values), masks, options, need_weights, need_log_total, backend
         )
-    score: AdditiveScore | ReluScore
+    score: AdditiveScore | ActivatedScore
     if activation == "tanh":
         score = new(AdditiveScore, (v, bias, prepared))
     else:
         slope = check_activation(name, activation, negative_slope)
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: it is for tanh")
-        if slope is None:
+        if activation == "sigmoid":
             if memory is None:
                 check_query_keys(name, query, keys)
             query, keys, v, bias = _half_of_sigmoid(name, query, keys, v, bias)
             score = AdditiveScore(v, bias)
         else:
-            score = ReluScore(v, bias, slope)
+            score = ActivatedScore(v, bias, ACTIVATIONS.index(activation), slope)
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
     if extra is not None:
@@ -351,12 +352,12 @@ def additive_scores(
     op: tuple[str, tuple[float, ...]] = ("additive_scores", ())
     if activation != "tanh":
         slope = check_activation("additive_scores", activation, negative_slope)
-        if slope is None:  # sigmoid(x) = (1 + tanh(x / 2)) / 2
+        if activation == "sigmoid":  # = (1 + tanh(x / 2)) / 2
             check_query_keys("additive_scores", query, keys)
             q, k, w, b = _half_of_sigmoid("additive_scores", query, keys, v, bias)
             scores = additive_scores(q, k, w, b, backend=backend)
             return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
-        op = ("relu_scores", (slope,))
+        op = ("activated_scores", (ACTIVATIONS.index(activation), slope))
     try:
         chosen = choose(backend, device_type(query))
         if chosen not in SELF_CHECKING or is_compiling():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import derivatives, ops
+from .activations import ACTIVATIONS
 from .attending import GATED, choose_or_reference
 from .checks import (
-    ACTIVATIONS,
     check_activation,
     check_dtypes,
     check_like_keys,
@@ -23,7 +23,7 @@ def gated_score(
     name: str, v: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, negative_slope: float
 ) -> GatedAdditiveScore:
     slope = check_activation(name, activation, negative_slope)
-    return GatedAdditiveScore(v, bias, gate, ACTIVATIONS.index(activation), slope or 0.0)
+    return GatedAdditiveScore(v, bias, gate, ACTIVATIONS.index(activation), slope)
 
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:

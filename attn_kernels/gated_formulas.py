@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from . import reference
-from .checks import ACTIVATIONS
+from .activations import ACTIVATIONS
 
 # For each number of the op, what makes keywords of the reference of it.
 NUMBERS: tuple[Callable[[Any], dict[str, Any]], ...] = (

@@ -171,9 +171,11 @@ class _Score(NamedTuple):
     numbers: tuple[str, ...] = ()
 
 
+# activation: its place in activations.py. negative_slope: of leaky_relu.
+_ACTIVATION = ("int activation", "float negative_slope")
 SCORES = {
     "additive": _Score(tensors=("Tensor v", "Tensor? bias"), constants=("Tensor? prepared",)),
-    "relu": _Score(tensors=("Tensor v", "Tensor? bias"), numbers=("float negative_slope",)),
+    "activated": _Score(tensors=("Tensor v", "Tensor? bias"), numbers=_ACTIVATION),
     "dot": _Score(numbers=("float scale",)),
 }
 
@@ -308,7 +310,7 @@ for _name, _score in SCORES.items():
 
 # With what a step adds to the keys: see AdditiveExtraScore in scores.py. need_keys: the gradient of the sum, which is
 # that of both.
-for _name in ("additive", "relu"):
+for _name in ("additive", "activated"):
     _score = SCORES[_name]
     _inputs = ", ".join((*_MEMORY, *_score.tensors, "Tensor extra", *_score.numbers, *_MASKS))
     _define(
@@ -324,13 +326,13 @@ for _name in ("additive", "relu"):
     )
 
 # Of each of R rows of v, (R, A): Tq R rows of scores, those of a query one after the other. gate: (B, Tk, A).
-# activation: its place in checks.ACTIVATIONS. There is but one op of this attention, with options.
-GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=("int activation", "float negative_slope"))
+# There is but one op of this attention, with options.
+GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=_ACTIVATION)
 _define_with_options("gated_additive_attention", GATED, _gated_fake)
 
 for _name, _score, _fake in (
     ("additive_scores", _Score(SCORES["additive"].tensors), _scores_fake),
-    ("relu_scores", SCORES["relu"], _scores_fake),
+    ("activated_scores", SCORES["activated"], _scores_fake),
     ("gated_additive_scores", GATED, _gated_scores_fake),
 ):
     _inputs = ", ".join(("Tensor query", "Tensor keys", *_score.tensors, *_score.numbers))

@@ -18,7 +18,7 @@ from .backends import choose, choose_among
 from .checks import check_device, check_dtypes, check_tensor, shape_of
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import should_defer
-from .scores import AdditiveScore, DotScore, ReluScore, Score
+from .scores import ActivatedScore, AdditiveScore, DotScore, Score
 from .types import Attention, Masks, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def attend_packed(
         defers = is_same and should_defer(chosen, (q, k, x), None)
         if need_weights or defers:  # those of several steps are joined along their queries
             columns = max(1, longest())
-        if gathered_by is not None and defers and isinstance(score, AdditiveScore | ReluScore | DotScore):
+        if gathered_by is not None and defers and isinstance(score, AdditiveScore | ActivatedScore | DotScore):
             made = gathered_by.gradient()
             result = made.attend(score.packed(columns), chosen, q, (offsets,), need_weights)
         else:

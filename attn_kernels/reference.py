@@ -21,14 +21,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from . import activations
 from .types import Attention, AttentionWithLogTotal, attention_mask, upcast
-
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "tanh": lambda x, negative_slope: torch.tanh(x),
-    "sigmoid": lambda x, negative_slope: torch.sigmoid(x),
-    "relu": lambda x, negative_slope: torch.relu(x),
-    "leaky_relu": torch.nn.functional.leaky_relu,
-}
 
 
 def additive_scores(
@@ -113,7 +107,7 @@ def _additive_scores(
         hidden = hidden + bias
     if _per_query(allowed):
         hidden = _mask_pairs(hidden, allowed)
-    hidden = ACTIVATIONS[activation](hidden, negative_slope=negative_slope)
+    hidden = activations.FORMULAS[activation](hidden, negative_slope=negative_slope)
     if gate is not None:
         gates = torch.sigmoid(*upcast(gate))[:, None]
         hidden = hidden * (_mask_pairs(gates, allowed) if _per_query(allowed) else gates)

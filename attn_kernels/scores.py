@@ -28,9 +28,10 @@ class _AdditiveArguments(NamedTuple):
     prepared: Tensor | None = None
 
 
-class _ReluArguments(NamedTuple):
+class _ActivatedArguments(NamedTuple):
     v: Tensor
-    bias: Tensor | None = None
+    bias: Tensor | None
+    activation: int
     negative_slope: float = 0.0
 
 
@@ -40,10 +41,11 @@ class _AdditiveExtraArguments(NamedTuple):
     extra: Tensor
 
 
-class _ReluExtraArguments(NamedTuple):
+class _ActivatedExtraArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
     extra: Tensor
+    activation: int
     negative_slope: float
 
 
@@ -65,9 +67,10 @@ class _AdditivePackedArguments(NamedTuple):
     columns: int
 
 
-class _ReluPackedArguments(NamedTuple):
+class _ActivatedPackedArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None
+    activation: int
     negative_slope: float
     columns: int
 
@@ -145,20 +148,20 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
         return AdditivePackedScore(self.v, self.bias, columns)
 
 
-class ReluScore(_ReluArguments, _OfUnits):
-    """v . relu(query + keys + bias), or with a negative_slope, v . leaky_relu(...).
+class ActivatedScore(_ActivatedArguments, _OfUnits):
+    """v . f(query + keys + bias), with an activation f that each pair computes: neither tanh nor sigmoid.
 
-    v: (A,), score vector. bias: (A,). negative_slope: a finite number, what multiplies negative sums.
+    v: (A,), score vector. bias: (A,). activation: its place in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
-    op = "relu_attention"
+    op = "activated_attention"
 
-    def with_extra(self, extra: Tensor) -> ReluExtraScore:
-        return ReluExtraScore(self.v, self.bias, extra, self.negative_slope)
+    def with_extra(self, extra: Tensor) -> ActivatedExtraScore:
+        return ActivatedExtraScore(self.v, self.bias, extra, *self[2:])
 
-    def packed(self, columns: int) -> ReluPackedScore:
-        return ReluPackedScore(*self, columns)
+    def packed(self, columns: int) -> ActivatedPackedScore:
+        return ActivatedPackedScore(*self, columns)
 
 
 class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
@@ -173,11 +176,11 @@ class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
     op = "additive_attention_with_extra"
 
 
-class ReluExtraScore(_ReluExtraArguments, _WithExtra):
-    """v . relu(query + keys + extra + bias), or its leaky form."""
+class ActivatedExtraScore(_ActivatedExtraArguments, _WithExtra):
+    """v . f(query + keys + extra + bias)."""
 
     __slots__ = ()
-    op = "relu_attention_with_extra"
+    op = "activated_attention_with_extra"
 
 
 class AdditivePackedScore(_AdditivePackedArguments):
@@ -192,11 +195,11 @@ class AdditivePackedScore(_AdditivePackedArguments):
     has_extra = False
 
 
-class ReluPackedScore(_ReluPackedArguments):
-    """ReluScore of packed keys."""
+class ActivatedPackedScore(_ActivatedPackedArguments):
+    """ActivatedScore of packed keys."""
 
     __slots__ = ()
-    op = "relu_attention_packed"
+    op = "activated_attention_packed"
     tensors = 2
     gradients = 2
     has_extra = False
@@ -206,7 +209,7 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
     """For each row v_r of v, v_r . (activation(query + keys + bias) * sigmoid(gate)). With options only.
 
     v: (R, A), score vectors, or (A,) for one, without an axis R in the results. bias: (A,). gate: (B, Tk, A).
-    activation: its place in checks.ACTIVATIONS. negative_slope: of leaky_relu.
+    activation: its place in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
@@ -295,8 +298,8 @@ class DotPackedScore(_DotPackedArguments):
     has_extra = False
 
 
-PackedScore = AdditivePackedScore | ReluPackedScore | DotPackedScore
-Score = AdditiveScore | ReluScore | AdditiveExtraScore | ReluExtraScore | GatedAdditiveScore | DotScore
+PackedScore = AdditivePackedScore | ActivatedPackedScore | DotPackedScore
+Score = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore | GatedAdditiveScore | DotScore
 
 
 def clipped(scores: Tensor, clip: float | None) -> Tensor:

@@ -23,7 +23,7 @@ class Op(str, Enum):
     dot_attention = "dot_attention"
 
 
-RELU = "relu_attention"  # additive attention with relu, as an op
+RELU = "activated_attention"  # additive attention with relu, as an op
 WITH_VECTOR = (Op.additive_attention.value, RELU)  # ops with a score vector
 
 

@@ -1,33 +1,10 @@
 // The ops with a score vector of attn_kernels/ops.py, for each backend (call.h).
 #include "additive_attention.h"
 
-#include "binding.h"
+#include "vector_binding.h"
 
 namespace attn {
 namespace {
-
-// What additive_prepare returns for keys of this dtype.
-Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
-
-VectorScores with_vector(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
-                         const std::optional<Tensor>& extra = std::nullopt) {
-  const Scores n = scores_of(query, keys);
-  const Dtype dtype = n.query.dtype;
-  return {n, array(v, "v", dtype, {n.A}), array(bias, "bias", dtype, {n.A}),
-          array(extra, "extra", dtype, {n.B, n.Tk, n.A})};
-}
-
-AdditiveScores additive(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& prepared = std::nullopt,
-                        const std::optional<Tensor>& extra = std::nullopt) {
-  const VectorScores n = with_vector(query, keys, v, bias, extra);
-  const Dtype dtype = prepared_dtype(n.query.dtype);
-  const PreparedSizes sizes(n.A, n.Tk, dtype);
-  const AdditiveScores op{n, array(prepared, "prepared", dtype, {n.B, sizes.rows, sizes.columns})};
-  STD_TORCH_CHECK(!op.prepared || (op.prepared.stride[1] == sizes.columns && op.prepared.stride[2] == 1),
-                  "prepared must be what additive_prepare returned");
-  return op;
-}
 
 // The gradients of v and bias, where those are needed.
 struct Own {
@@ -88,76 +65,6 @@ Tensor prepare(Tensor keys) {
   return prepared;
 }
 
-// The ops ---------------------------------------------------------------------------------------------------------------
-
-Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias) {
-  const CallContext call(query);
-  return scores_forward(call.kernels().additive_scores, additive(query, keys, v, bias), query);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v,
-                                                           std::optional<Tensor> bias, bool need_query,
-                                                           bool need_memory) {
-  const CallContext call(query);
-  return scores_gradients(call.kernels().additive_scores_backward, additive(query, keys, v, bias), grad_scores, query,
-                          keys, v, need_query, need_memory);
-}
-
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
-                                     std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
-                                     std::optional<Tensor> mask, bool need_alignments) {
-  const CallContext call(query);
-  return attention_forward(call.kernels().additive_attention, additive(query, keys, v, bias, prepared), query, values,
-                           memory_lengths, mask, need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
-    Tensor v, std::optional<Tensor> bias, std::optional<Tensor> prepared, std::optional<Tensor> memory_lengths,
-    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
-  const CallContext call(query);
-  return attention_gradients(call.kernels().additive_attention_backward, additive(query, keys, v, bias, prepared),
-                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                              need_query, need_memory, need_memory},
-                             v);
-}
-
-Tensor relu_scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, double negative_slope) {
-  const CallContext call(query);
-  return scores_forward(call.kernels().relu_scores, ReluScores{with_vector(query, keys, v, bias), negative_slope},
-                        query);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> relu_scores_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor v,
-                                                                std::optional<Tensor> bias, double negative_slope,
-                                                                bool need_query, bool need_memory) {
-  const CallContext call(query);
-  return scores_gradients(call.kernels().relu_scores_backward,
-                          ReluScores{with_vector(query, keys, v, bias), negative_slope}, grad_scores, query, keys, v,
-                          need_query, need_memory);
-}
-
-std::tuple<Tensor, Tensor> relu_attention(Tensor query, Tensor keys, Tensor values, Tensor v,
-                                          std::optional<Tensor> bias, double negative_slope,
-                                          std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                          bool need_alignments) {
-  const CallContext call(query);
-  return attention_forward(call.kernels().relu_attention, ReluScores{with_vector(query, keys, v, bias), negative_slope},
-                           query, values, memory_lengths, mask, need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
-    Tensor v, std::optional<Tensor> bias, double negative_slope, std::optional<Tensor> memory_lengths,
-    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
-  const CallContext call(query);
-  return attention_gradients(call.kernels().relu_attention_backward,
-                             ReluScores{with_vector(query, keys, v, bias), negative_slope},
-                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                              need_query, need_memory, need_memory},
-                             v);
-}
-
 #if !defined(ATTN_CUDA)  // on the CPU only
 template <class Score>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_with_options(
@@ -169,121 +76,125 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_with_option
   auto [dquery, dkeys, dvalues] = attention_backward(kernel, score, of, own.gradients, {&own.dv, &own.dbias}, &with);
   return {dquery, dkeys, dvalues, own.dv, own.dbias, dscore_bias};
 }
-
-std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
-                                                std::optional<Tensor> bias, std::optional<Tensor> score_bias,
-                                                double dropout_p, int64_t seed, int64_t normalizer, double clip,
-                                                std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                                bool need_alignments) {
-  const CallContext call(query);
-  return attention_forward(call.kernels().additive_attention, additive(query, keys, v, bias),
-                           {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask,
-                           need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> with_options_backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
-    Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> score_bias,
-    double dropout_p, int64_t seed, int64_t normalizer, double clip, std::optional<Tensor> memory_lengths,
-    std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
-  const CallContext call(query);
-  return gradients_with_options(call.kernels().additive_attention_backward, additive(query, keys, v, bias),
-                                {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                                 need_query, need_memory, need_memory},
-                                v, {score_bias, dropout_p, seed, normalizer, clip}, log_total, grad_log_total);
-}
-
-std::tuple<Tensor, Tensor, Tensor> relu_with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
-                                                     std::optional<Tensor> bias, std::optional<Tensor> score_bias,
-                                                     double negative_slope, double dropout_p, int64_t seed,
-                                                     int64_t normalizer, double clip,
-                                                     std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                                     bool need_alignments) {
-  const CallContext call(query);
-  return attention_forward(call.kernels().relu_attention, ReluScores{with_vector(query, keys, v, bias), negative_slope},
-                           {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask,
-                           need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relu_with_options_backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
-    Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> score_bias,
-    double negative_slope, double dropout_p, int64_t seed, int64_t normalizer, double clip,
-    std::optional<Tensor> memory_lengths, std::optional<Tensor> mask, Tensor alignments, Tensor log_total,
-    bool need_query, bool need_memory) {
-  const CallContext call(query);
-  return gradients_with_options(call.kernels().relu_attention_backward,
-                                ReluScores{with_vector(query, keys, v, bias), negative_slope},
-                                {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                                 need_query, need_memory, need_memory},
-                                v, {score_bias, dropout_p, seed, normalizer, clip}, log_total, grad_log_total);
-}
-
-// With something added to the keys: the gradient of the sum, dkeys, is that of both.
-std::tuple<Tensor, Tensor> with_extra(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
-                                      Tensor extra, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                      bool need_alignments) {
-  const CallContext call(query);
-  return attention_forward(call.kernels().additive_attention, additive(query, keys, v, bias, std::nullopt, extra),
-                           query, values, memory_lengths, mask, need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_extra_backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
-    Tensor v, std::optional<Tensor> bias, Tensor extra, std::optional<Tensor> memory_lengths,
-    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_keys, bool need_values) {
-  const CallContext call(query);
-  return attention_gradients(call.kernels().additive_attention_backward,
-                             additive(query, keys, v, bias, std::nullopt, extra),
-                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                              need_query, need_keys, need_values},
-                             v);
-}
-
-std::tuple<Tensor, Tensor> relu_with_extra(Tensor query, Tensor keys, Tensor values, Tensor v,
-                                           std::optional<Tensor> bias, Tensor extra, double negative_slope,
-                                           std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                           bool need_alignments) {
-  const CallContext call(query);
-  return attention_forward(call.kernels().relu_attention,
-                           ReluScores{with_vector(query, keys, v, bias, extra), negative_slope}, query, values,
-                           memory_lengths, mask, need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_with_extra_backward(
-    std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys, Tensor values,
-    Tensor v, std::optional<Tensor> bias, Tensor extra, double negative_slope, std::optional<Tensor> memory_lengths,
-    std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_keys, bool need_values) {
-  const CallContext call(query);
-  return attention_gradients(call.kernels().relu_attention_backward,
-                             ReluScores{with_vector(query, keys, v, bias, extra), negative_slope},
-                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                              need_query, need_keys, need_values},
-                             v);
-}
 #endif
+
+// The ops of a score: Additive or Activated, with what an op has of its own after v and bias.
+template <class S, class... Own>
+struct VectorOps {
+  static Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, Own... own) {
+    const CallContext call(query);
+    return scores_forward((call.kernels().*S::kKernels).scores, S::of(with_vector(query, keys, v, bias), own...),
+                          query);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_scores, Tensor query, Tensor keys,
+                                                                    Tensor v, std::optional<Tensor> bias, Own... own,
+                                                                    bool need_query, bool need_memory) {
+    const CallContext call(query);
+    return scores_gradients((call.kernels().*S::kKernels).scores_backward,
+                            S::of(with_vector(query, keys, v, bias), own...), grad_scores, query, keys, v, need_query,
+                            need_memory);
+  }
+
+  static std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                              std::optional<Tensor> bias, Own... own,
+                                              std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                              bool need_alignments) {
+    const CallContext call(query);
+    return attention_forward((call.kernels().*S::kKernels).attention, S::of(with_vector(query, keys, v, bias), own...),
+                             query, values, memory_lengths, mask, need_alignments);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+      std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
+      Tensor values, Tensor v, std::optional<Tensor> bias, Own... own, std::optional<Tensor> memory_lengths,
+      std::optional<Tensor> mask, Tensor alignments, bool need_query, bool need_memory) {
+    const CallContext call(query);
+    return attention_gradients((call.kernels().*S::kKernels).attention_backward,
+                               S::of(with_vector(query, keys, v, bias), own...),
+                               {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                                need_query, need_memory, need_memory},
+                               v);
+  }
+
+#if !defined(ATTN_CUDA)  // on the CPU only
+  static std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                                         std::optional<Tensor> bias, std::optional<Tensor> score_bias,
+                                                         Own... own, double dropout_p, int64_t seed, int64_t normalizer,
+                                                         double clip, std::optional<Tensor> memory_lengths,
+                                                         std::optional<Tensor> mask, bool need_alignments) {
+    const CallContext call(query);
+    return attention_forward((call.kernels().*S::kKernels).attention, S::of(with_vector(query, keys, v, bias), own...),
+                             {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask,
+                             need_alignments);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> with_options_backward(
+      std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
+      Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> score_bias,
+      Own... own, double dropout_p, int64_t seed, int64_t normalizer, double clip, std::optional<Tensor> memory_lengths,
+      std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
+    const CallContext call(query);
+    return gradients_with_options((call.kernels().*S::kKernels).attention_backward,
+                                  S::of(with_vector(query, keys, v, bias), own...),
+                                  {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                                   need_query, need_memory, need_memory},
+                                  v, {score_bias, dropout_p, seed, normalizer, clip}, log_total, grad_log_total);
+  }
+
+  // With something added to the keys: the gradient of the sum, dkeys, is that of both.
+  static std::tuple<Tensor, Tensor> with_extra(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                               std::optional<Tensor> bias, Tensor extra, Own... own,
+                                               std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                               bool need_alignments) {
+    const CallContext call(query);
+    return attention_forward((call.kernels().*S::kKernels).attention,
+                             S::of(with_vector(query, keys, v, bias, extra), own...), query, values, memory_lengths,
+                             mask, need_alignments);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_extra_backward(
+      std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
+      Tensor values, Tensor v, std::optional<Tensor> bias, Tensor extra, Own... own,
+      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask, Tensor alignments, bool need_query,
+      bool need_keys, bool need_values) {
+    const CallContext call(query);
+    return attention_gradients((call.kernels().*S::kKernels).attention_backward,
+                               S::of(with_vector(query, keys, v, bias, extra), own...),
+                               {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                                need_query, need_keys, need_values},
+                               v);
+  }
+#endif
+};
+
+using AdditiveOps = VectorOps<Additive>;
+using PreparedOps = VectorOps<Additive, std::optional<Tensor>>;  // with prepared keys
+using ActivatedOps = VectorOps<Activated, int64_t, double>;
 
 }  // namespace
 }  // namespace attn
 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("additive_prepare"), TORCH_BOX(&attn::prepare));
-  m.impl(ATTN_OVERLOAD("additive_scores"), TORCH_BOX(&attn::scores));
-  m.impl(ATTN_OVERLOAD("additive_scores_backward"), TORCH_BOX(&attn::scores_backward));
-  m.impl(ATTN_OVERLOAD("additive_attention"), TORCH_BOX(&attn::attention));
-  m.impl(ATTN_OVERLOAD("additive_attention_backward"), TORCH_BOX(&attn::backward));
-  m.impl(ATTN_OVERLOAD("relu_scores"), TORCH_BOX(&attn::relu_scores));
-  m.impl(ATTN_OVERLOAD("relu_scores_backward"), TORCH_BOX(&attn::relu_scores_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention"), TORCH_BOX(&attn::relu_attention));
-  m.impl(ATTN_OVERLOAD("relu_attention_backward"), TORCH_BOX(&attn::relu_backward));
+  m.impl(ATTN_OVERLOAD("additive_scores"), TORCH_BOX(&attn::AdditiveOps::scores));
+  m.impl(ATTN_OVERLOAD("additive_scores_backward"), TORCH_BOX(&attn::AdditiveOps::scores_backward));
+  m.impl(ATTN_OVERLOAD("additive_attention"), TORCH_BOX(&attn::PreparedOps::attention));
+  m.impl(ATTN_OVERLOAD("additive_attention_backward"), TORCH_BOX(&attn::PreparedOps::backward));
+  m.impl(ATTN_OVERLOAD("activated_scores"), TORCH_BOX(&attn::ActivatedOps::scores));
+  m.impl(ATTN_OVERLOAD("activated_scores_backward"), TORCH_BOX(&attn::ActivatedOps::scores_backward));
+  m.impl(ATTN_OVERLOAD("activated_attention"), TORCH_BOX(&attn::ActivatedOps::attention));
+  m.impl(ATTN_OVERLOAD("activated_attention_backward"), TORCH_BOX(&attn::ActivatedOps::backward));
 #if !defined(ATTN_CUDA)
-  m.impl(ATTN_OVERLOAD("additive_attention_with_extra"), TORCH_BOX(&attn::with_extra));
-  m.impl(ATTN_OVERLOAD("additive_attention_with_extra_backward"), TORCH_BOX(&attn::with_extra_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_extra"), TORCH_BOX(&attn::relu_with_extra));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_extra_backward"), TORCH_BOX(&attn::relu_with_extra_backward));
-  m.impl(ATTN_OVERLOAD("additive_attention_with_options"), TORCH_BOX(&attn::with_options));
-  m.impl(ATTN_OVERLOAD("additive_attention_with_options_backward"), TORCH_BOX(&attn::with_options_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_options"), TORCH_BOX(&attn::relu_with_options));
-  m.impl(ATTN_OVERLOAD("relu_attention_with_options_backward"), TORCH_BOX(&attn::relu_with_options_backward));
+  m.impl(ATTN_OVERLOAD("additive_attention_with_extra"), TORCH_BOX(&attn::AdditiveOps::with_extra));
+  m.impl(ATTN_OVERLOAD("additive_attention_with_extra_backward"), TORCH_BOX(&attn::AdditiveOps::with_extra_backward));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_extra"), TORCH_BOX(&attn::ActivatedOps::with_extra));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_extra_backward"), TORCH_BOX(&attn::ActivatedOps::with_extra_backward));
+  m.impl(ATTN_OVERLOAD("additive_attention_with_options"), TORCH_BOX(&attn::AdditiveOps::with_options));
+  m.impl(ATTN_OVERLOAD("additive_attention_with_options_backward"),
+         TORCH_BOX(&attn::AdditiveOps::with_options_backward));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_options"), TORCH_BOX(&attn::ActivatedOps::with_options));
+  m.impl(ATTN_OVERLOAD("activated_attention_with_options_backward"),
+         TORCH_BOX(&attn::ActivatedOps::with_options_backward));
 #endif
 }

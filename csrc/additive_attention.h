@@ -1,6 +1,7 @@
-// Scores with a score vector: v . tanh(query + keys + bias), additive attention, and v . relu(query + keys + bias).
+// Scores with a score vector: v . tanh(query + keys + bias), additive attention, and other activations than tanh.
 #pragma once
 
+#include "activations.h"
 #include "attention.h"
 
 namespace attn {
@@ -23,8 +24,9 @@ struct AdditiveScores : VectorScores {
   StridedView3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
 };
 
-struct ReluScores : VectorScores {
-  double negative_slope;  // what multiplies negative sums: 0 for relu, and leaky relu otherwise
+struct ActivatedScores : VectorScores {
+  Activation activation;  // one of activations.h
+  double negative_slope;  // of leaky_relu
 };
 
 struct GatedAdditiveGradients : VectorGradients {
@@ -32,35 +34,12 @@ struct GatedAdditiveGradients : VectorGradients {
 };
 
 // For each row v_r of v, a row of scores of a query: v_r . (activation(query + keys + bias) * sigmoid(gate)).
-struct GatedAdditiveScores : VectorScores {                       // v: (1, vectors, A)
-  using Gradients = GatedAdditiveGradients;                       // dv: (vectors, A)
-  enum Activation : int64_t { tanh, relu, leaky_relu, sigmoid };  // in the order of attn_kernels/checks.py
-  StridedView3 gate;                                              // (B, Tk, A) or absent
+struct GatedAdditiveScores : VectorScores {  // v: (1, vectors, A)
+  using Gradients = GatedAdditiveGradients;  // dv: (vectors, A)
+  StridedView3 gate;                         // (B, Tk, A) or absent
   Activation activation;
   double negative_slope;  // of leaky_relu
 };
-
-using GatedAdditiveAttentionForward = AttentionForward<GatedAdditiveScores>;
-using GatedAdditiveAttentionBackward = AttentionBackward<GatedAdditiveScores>;
-using AdditiveAttentionForward = AttentionForward<AdditiveScores>;
-using AdditiveAttentionBackward = AttentionBackward<AdditiveScores>;
-using ReluAttentionForward = AttentionForward<ReluScores>;
-using ReluAttentionBackward = AttentionBackward<ReluScores>;
-
-// Outputs as those of AttentionBackward.
-template <class Score>
-struct ScoresBackward : Score, Score::Gradients {
-  StridedView3 grad_scores;  // (B, Tq, Tk)
-  void* dquery;              // (B, Tq, A)
-  void* dkeys;               // (B, Tk, A)
-};
-
-using AdditiveScoresForward = ScoresForward<AdditiveScores>;
-using AdditiveScoresBackward = ScoresBackward<AdditiveScores>;
-using ReluScoresForward = ScoresForward<ReluScores>;
-using ReluScoresBackward = ScoresBackward<ReluScores>;
-using GatedAdditiveScoresForward = ScoresForward<GatedAdditiveScores>;
-using GatedAdditiveScoresBackward = ScoresBackward<GatedAdditiveScores>;
 
 // Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
 // every level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step

@@ -64,11 +64,19 @@ struct AttentionBackward : Score, Score::Gradients {
   void* dscore_bias = nullptr;           // (B, Tq, Tk), or null
 };
 
-// The scores alone.
+// The scores alone, as an op of their own.
 template <class Score>
 struct ScoresForward : Score {
   void* scores;       // (B, Tq, Tk) contiguous
   bool wide = false;  // float, or double for float64, whatever the dtype of query: CPU only
+};
+
+// Outputs as those of AttentionBackward.
+template <class Score>
+struct ScoresBackward : Score, Score::Gradients {
+  StridedView3 grad_scores;  // (B, Tq, Tk)
+  void* dquery;              // (B, Tq, A)
+  void* dkeys;               // (B, Tk, A)
 };
 
 }  // namespace attn

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activations.h"
 #include "attention.h"
 #include "checks.h"
 
@@ -44,6 +45,11 @@ std::tuple<Tensor, Tensor> attention_forward(void (*kernel)(const AttentionForwa
     kernel({score, D, array(values, "values", score.query.dtype, {B, Tk, D}), attended(memory_lengths, mask, score),
             context.mutable_data_ptr(), data_if(need_alignments, alignments)});
   return {context, alignments};
+}
+
+inline Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(0 <= number && number < static_cast<int64_t>(Activation::count), "there is no such activation");
+  return static_cast<Activation>(number);
 }
 
 inline ScalarType wide_type(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }

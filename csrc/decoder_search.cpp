@@ -58,13 +58,13 @@ Attend make_attend(const Kernels& kernels, const Source& source, const Score& of
   const Dtype dtype = dtype_of(source.keys, "keys");
   const Scores score{B, 1, S, A, {}, array(source.keys, "keys", dtype, {B, S, A})};
   const StridedView3 values = array(source.values, "values", dtype, {B, S, D});
-  if (!of.v.has_value()) return make_attend(kernels.dot_attention, DotScores{score, of.scale}, D, values, mask);
+  if (!of.v.has_value()) return make_attend(kernels.dot.attention, DotScores{score, of.scale}, D, values, mask);
   const PreparedSizes sizes(A, S, Dtype::float32);
   const StridedView3 prepared = array(of.prepared, "prepared", Dtype::float32, {B, sizes.rows, sizes.columns});
   STD_TORCH_CHECK(!prepared || (prepared.stride[1] == sizes.columns && prepared.stride[2] == 1),
                   "prepared must be what additive_prepare returned");
   const VectorScores with_vector{score, array(of.v, "v", dtype, {A}), array(of.bias, "bias", dtype, {A}), {}};
-  return make_attend(kernels.additive_attention, AdditiveScores{with_vector, prepared}, D, values, mask);
+  return make_attend(kernels.additive.attention, AdditiveScores{with_vector, prepared}, D, values, mask);
 }
 
 std::vector<char> allowed_steps(const AttentionMask& mask, int64_t B, int64_t S) {

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, d
                                      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                      bool need_alignments) {
   const CallContext call(query);
-  return attention_forward(call.kernels().dot_attention, DotScores{scores_of(query, keys), scale}, query, values,
+  return attention_forward(call.kernels().dot.attention, DotScores{scores_of(query, keys), scale}, query, values,
                            memory_lengths, mask, need_alignments);
 }
 
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context, 
                                             std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                             Tensor alignments, bool need_query, bool need_memory) {
   const CallContext call(query);
-  return attention_backward(call.kernels().dot_attention_backward, DotScores{scores_of(query, keys), scale},
+  return attention_backward(call.kernels().dot.attention_backward, DotScores{scores_of(query, keys), scale},
                             {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
                              need_query, need_memory, need_memory});
 }
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tenso
                                                 std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                                 bool need_alignments) {
   const CallContext call(query);
-  return attention_forward(call.kernels().dot_attention, DotScores{scores_of(query, keys), scale},
+  return attention_forward(call.kernels().dot.attention, DotScores{scores_of(query, keys), scale},
                            {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask,
                            need_alignments);
 }
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> with_options_backward(
   const OptionArguments given{score_bias, dropout_p, seed, normalizer, clip};
   Tensor dscore_bias = dscore_bias_if(need_query, given, score, query);
   const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};
-  auto [dquery, dkeys, dvalues] = attention_backward(call.kernels().dot_attention_backward, score,
+  auto [dquery, dkeys, dvalues] = attention_backward(call.kernels().dot.attention_backward, score,
                                                      {query, keys, values, alignments, grad_context, grad_alignments,
                                                       memory_lengths, mask, need_query, need_memory, need_memory},
                                                      {}, {}, &with);

@@ -10,7 +10,4 @@ struct DotScores : Scores {
   double scale;
 };
 
-using DotAttentionForward = AttentionForward<DotScores>;
-using DotAttentionBackward = AttentionBackward<DotScores>;
-
 }  // namespace attn

@@ -9,14 +9,13 @@ namespace {
 GatedAdditiveScores gated(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& gate, int64_t activation, double negative_slope) {
   STD_TORCH_CHECK(v.dim() == 2 && v.size(0) > 0, "v must have 2 axes, and a row");
-  STD_TORCH_CHECK(0 <= activation && activation <= GatedAdditiveScores::sigmoid, "there is no such activation");
   Scores n = scores_of(query, keys);
   n.vectors = v.size(0);
   n.Tq *= n.vectors;
   const Dtype dtype = n.query.dtype;
   return {{n, array(v, "v", dtype, {n.vectors, n.A}), array(bias, "bias", dtype, {n.A})},
           array(gate, "gate", dtype, {n.B, n.Tk, n.A}),
-          static_cast<GatedAdditiveScores::Activation>(activation),
+          activation_of(activation),
           negative_slope};
 }
 
@@ -37,7 +36,7 @@ Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, s
   const CallContext call(query);
   const GatedAdditiveScores n = gated(query, keys, v, bias, gate, activation, negative_slope);
   Tensor out = output(query, {n.B, n.Tq, n.Tk});
-  if (n.B * n.Tq * n.Tk > 0) call.kernels().gated_additive_scores({n, out.mutable_data_ptr()});
+  if (n.B * n.Tq * n.Tk > 0) call.kernels().gated_additive.scores({n, out.mutable_data_ptr()});
   return out;
 }
 
@@ -54,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_s
   if (n.B * n.Tq * n.Tk == 0) {
     for (Tensor* t : {&dquery, &dkeys, &own.dv, &own.dbias, &own.dgate}) torch::stable::zero_(*t);
   } else if (need_query || need_memory) {
-    call.kernels().gated_additive_scores_backward({n, own.gradients,
+    call.kernels().gated_additive.scores_backward({n, own.gradients,
                                                    array(grad_scores, "grad_scores", n.query.dtype, {n.B, n.Tq, n.Tk}),
                                                    data_if(need_query, dquery), data_if(need_memory, dkeys)});
   }
@@ -69,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor v
                                              std::optional<Tensor> mask, bool need_alignments) {
   const CallContext call(query);
   return attention_forward(
-      call.kernels().gated_additive_attention, gated(query, keys, v, bias, gate, activation, negative_slope),
+      call.kernels().gated_additive.attention, gated(query, keys, v, bias, gate, activation, negative_slope),
       {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask, need_alignments);
 }
 
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Own own(n, v, bias.has_value(), gate.has_value(), need_query);
   Tensor dscore_bias = dscore_bias_if(need_query, given, n, query);
   const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};
-  auto [dquery, dkeys, dvalues] = attention_backward(call.kernels().gated_additive_attention_backward, n,
+  auto [dquery, dkeys, dvalues] = attention_backward(call.kernels().gated_additive.attention_backward, n,
                                                      {query, keys, values, alignments, grad_context, grad_alignments,
                                                       memory_lengths, mask, need_query, need_memory, need_memory},
                                                      own.gradients, {&own.dv, &own.dbias, &own.dgate}, &with);

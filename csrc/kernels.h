@@ -12,27 +12,26 @@
 
 namespace attn {
 
+// Of a score; those of its scores alone are null for dot attention.
+template <class Scores>
+struct ScoreKernels {
+  void (*scores)(const ScoresForward<Scores>&);
+  void (*scores_backward)(const ScoresBackward<Scores>&);
+  void (*attention)(const AttentionForward<Scores>&);
+  void (*attention_backward)(const AttentionBackward<Scores>&);
+};
+
 struct Kernels {
   void (*additive_prepare)(const AdditivePrepare&);
-  void (*additive_scores)(const AdditiveScoresForward&);
-  void (*additive_scores_backward)(const AdditiveScoresBackward&);
-  void (*additive_attention)(const AdditiveAttentionForward&);
-  void (*additive_attention_backward)(const AdditiveAttentionBackward&);
-  void (*relu_scores)(const ReluScoresForward&);
-  void (*relu_scores_backward)(const ReluScoresBackward&);
-  void (*relu_attention)(const ReluAttentionForward&);
-  void (*relu_attention_backward)(const ReluAttentionBackward&);
-  void (*dot_attention)(const DotAttentionForward&);
-  void (*dot_attention_backward)(const DotAttentionBackward&);
-  void (*lstm_step)(const LstmStep&);  // on the CPU only, like all that follow
+  ScoreKernels<AdditiveScores> additive;
+  ScoreKernels<ActivatedScores> activated;
+  ScoreKernels<DotScores> dot;
+  ScoreKernels<GatedAdditiveScores> gated_additive;  // on the CPU only, like all that follow
+  void (*lstm_step)(const LstmStep&);
   void (*lstm_step_backward)(const LstmStepBackward&);
   void (*gru_step)(const GruStep&);
   void (*gru_step_backward)(const GruStepBackward&);
   uint64_t (*checksum)(const void* data, size_t bytes);
-  void (*gated_additive_scores)(const GatedAdditiveScoresForward&);
-  void (*gated_additive_scores_backward)(const GatedAdditiveScoresBackward&);
-  void (*gated_additive_attention)(const GatedAdditiveAttentionForward&);
-  void (*gated_additive_attention_backward)(const GatedAdditiveAttentionBackward&);
   void (*row_products)(const RowProducts&);
   void (*likeliest_tokens)(const LikeliestTokens&);
 };

@@ -8,10 +8,9 @@
 #include <cstring>
 #include <vector>
 
-#include "additive_attention.h"
-#include "binding.h"
 #include "cpu/runtime.h"
 #include "dot_attention.h"
+#include "vector_binding.h"
 
 namespace attn {
 namespace {
@@ -255,48 +254,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_backward(void (*kernel
 
 // The ops ---------------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> additive(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
-                                    int64_t max_length, Tensor offsets, bool need_alignments) {
-  const CallContext call(query);
-  return forward(call.kernels().additive_attention, AdditiveScores{packed_scores(query, keys, v, bias), {}}, query,
-                 values, offsets, max_length, need_alignments);
-}
+// Of a score with a score vector, Additive or Activated, and what it has of its own.
+template <class S, class... Own>
+struct PackedOps {
+  static std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                              std::optional<Tensor> bias, Own... own, int64_t max_length,
+                                              Tensor offsets, bool need_alignments) {
+    const CallContext call(query);
+    return forward((call.kernels().*S::kKernels).attention, S::of(packed_scores(query, keys, v, bias), own...), query,
+                   values, offsets, max_length, need_alignments);
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_backward(std::optional<Tensor> grad_context,
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context,
                                                                      std::optional<Tensor> grad_alignments,
                                                                      Tensor query, Tensor keys, Tensor values, Tensor v,
-                                                                     std::optional<Tensor> bias, int64_t,
+                                                                     std::optional<Tensor> bias, Own... own, int64_t,
                                                                      Tensor offsets, Tensor alignments, bool need_query,
                                                                      bool need_memory) {
-  const CallContext call(query);
-  return vector_backward(
-      call.kernels().additive_attention_backward, AdditiveScores{packed_scores(query, keys, v, bias), {}},
-      {grad_context, grad_alignments, query, keys, values, offsets, alignments, need_query, need_memory}, v);
-}
+    const CallContext call(query);
+    return vector_backward(
+        (call.kernels().*S::kKernels).attention_backward, S::of(packed_scores(query, keys, v, bias), own...),
+        {grad_context, grad_alignments, query, keys, values, offsets, alignments, need_query, need_memory}, v);
+  }
+};
 
-std::tuple<Tensor, Tensor> relu(Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias,
-                                double negative_slope, int64_t max_length, Tensor offsets, bool need_alignments) {
-  const CallContext call(query);
-  return forward(call.kernels().relu_attention, ReluScores{packed_scores(query, keys, v, bias), negative_slope}, query,
-                 values, offsets, max_length, need_alignments);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relu_backward(std::optional<Tensor> grad_context,
-                                                                 std::optional<Tensor> grad_alignments, Tensor query,
-                                                                 Tensor keys, Tensor values, Tensor v,
-                                                                 std::optional<Tensor> bias, double negative_slope,
-                                                                 int64_t, Tensor offsets, Tensor alignments,
-                                                                 bool need_query, bool need_memory) {
-  const CallContext call(query);
-  return vector_backward(
-      call.kernels().relu_attention_backward, ReluScores{packed_scores(query, keys, v, bias), negative_slope},
-      {grad_context, grad_alignments, query, keys, values, offsets, alignments, need_query, need_memory}, v);
-}
+using AdditivePackedOps = PackedOps<Additive>;
+using ActivatedPackedOps = PackedOps<Activated, int64_t, double>;
 
 std::tuple<Tensor, Tensor> dot(Tensor query, Tensor keys, Tensor values, double scale, int64_t max_length,
                                Tensor offsets, bool need_alignments) {
   const CallContext call(query);
-  return forward(call.kernels().dot_attention, DotScores{packed_scores(query, keys), scale}, query, values, offsets,
+  return forward(call.kernels().dot.attention, DotScores{packed_scores(query, keys), scale}, query, values, offsets,
                  max_length, need_alignments);
 }
 
@@ -305,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(std::optional<Tensor> grad_conte
                                                 Tensor values, double scale, int64_t, Tensor offsets, Tensor alignments,
                                                 bool need_query, bool need_memory) {
   const CallContext call(query);
-  return backward(call.kernels().dot_attention_backward, DotScores{packed_scores(query, keys), scale},
+  return backward(call.kernels().dot.attention_backward, DotScores{packed_scores(query, keys), scale},
                   {grad_context, grad_alignments, query, keys, values, offsets, alignments, need_query, need_memory},
                   [](int64_t) { return DotScores::Gradients{}; });
 }
@@ -314,10 +302,10 @@ std::tuple<Tensor, Tensor, Tensor> dot_backward(std::optional<Tensor> grad_conte
 }  // namespace attn
 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
-  m.impl(ATTN_OVERLOAD("additive_attention_packed"), TORCH_BOX(&attn::additive));
-  m.impl(ATTN_OVERLOAD("additive_attention_packed_backward"), TORCH_BOX(&attn::additive_backward));
-  m.impl(ATTN_OVERLOAD("relu_attention_packed"), TORCH_BOX(&attn::relu));
-  m.impl(ATTN_OVERLOAD("relu_attention_packed_backward"), TORCH_BOX(&attn::relu_backward));
+  m.impl(ATTN_OVERLOAD("additive_attention_packed"), TORCH_BOX(&attn::AdditivePackedOps::attention));
+  m.impl(ATTN_OVERLOAD("additive_attention_packed_backward"), TORCH_BOX(&attn::AdditivePackedOps::backward));
+  m.impl(ATTN_OVERLOAD("activated_attention_packed"), TORCH_BOX(&attn::ActivatedPackedOps::attention));
+  m.impl(ATTN_OVERLOAD("activated_attention_packed_backward"), TORCH_BOX(&attn::ActivatedPackedOps::backward));
   m.impl(ATTN_OVERLOAD("dot_attention_packed"), TORCH_BOX(&attn::dot));
   m.impl(ATTN_OVERLOAD("dot_attention_packed_backward"), TORCH_BOX(&attn::dot_backward));
 }

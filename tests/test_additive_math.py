@@ -1,4 +1,4 @@
-"""The guards of the factored form are the same on all backends: csrc/additive_math.h and the page of Triton."""
+"""What csrc says in another language, too, is the same: guards of the factored form, numbers of activations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from attn_kernels.activations import ACTIVATIONS  # noqa: E402
 from attn_kernels.triton import additive_math  # noqa: E402
 
 HEADER = Path(__file__).parent.parent / "csrc/additive_math.h"
@@ -69,3 +70,11 @@ def test_min_abs_bound_of_triton(header: dict[str, float]) -> None:
     expected = [header[f"{n},{u}"] for n in NORM2 for u in UNITS]
     assert bounds.tolist() == expected
     assert set(expected) == {0.0, 2.0, 5.0, 10.0, math.inf}
+
+
+def test_numbers_of_activations() -> None:
+    header = HEADER.parent / "activations.h"
+    if not header.exists():
+        pytest.skip("needs the sources")
+    found = re.search(r"enum class Activation : int64_t \{ (.*) \};", header.read_text())
+    assert found and found[1].split(", ") == [*ACTIVATIONS, "count"]

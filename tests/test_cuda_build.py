@@ -72,7 +72,7 @@ def test_module(compiler: Path, tmp_path: Path) -> None:
     assert found["info"]["architectures"] == f"sm_{ARCHITECTURE}"
     assert found["info"]["torch"] == torch.__version__
     names = {op.removeprefix("attn_kernels::").partition(".")[0] for op in found["registered"]}
-    assert {"additive_attention", "additive_attention_backward", "dot_attention", "relu_scores"} <= names
+    assert {"additive_attention", "additive_attention_backward", "dot_attention", "activated_scores"} <= names
     _, available, detail = found["backend"]
     assert available == torch.cuda.is_available()
     if torch.version.cuda is None:

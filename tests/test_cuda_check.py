@@ -137,7 +137,7 @@ def test_a_loop_within_its_bounds() -> None:
 def test_pairs_of_relu_are_counted_by_its_maxima() -> None:
     relu = {"LDS.128": 6, "LDS.64": 1, "FADD": 64, "FMNMX.NAN": 64, "FFMA": 64}
     leaky = {"LDS.128": 6, "LDS.64": 1, "FADD": 64, "FSETP.GT.AND": 64, "FMUL": 64, "FFMA": 64}
-    name = "many_queries_scores_kernel<float, 8, 4, 96, true, attn::ReluScores>"
+    name = "many_queries_scores_kernel<float, 8, 4, 96, true, attn::ActivatedScores>"
     found = examine(facts(relu, name=name, loops=[sass.Loop(leaky), sass.Loop(relu)]))
     assert found.problems == [] and found.regime == cuda_rules.RELU_FORWARD
     assert found.pairs == 64 and found.slots_per_pair == pytest.approx(199 / 64)

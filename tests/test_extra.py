@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_kernels import Memory, additive_attention, memory_gradient, prepare_keys
+from attn_kernels.activations import ACTIVATIONS as NUMBERS
 from attn_kernels.attending import attend_with_extra
 from attn_kernels.mechanisms import CoverageAttention, LocationSensitiveAttention
 from attn_kernels.ops import kernel
-from attn_kernels.scores import AdditiveScore, ReluScore
+from attn_kernels.scores import ActivatedScore, AdditiveScore
 from attn_kernels.types import Masks
 from conftest import available
 from matrix import device_of
@@ -69,7 +70,7 @@ class Made(TorchDispatchMode):
 def test_no_copy_of_the_keys(compiled: str, activation: str, queries: tuple[int, ...]) -> None:
     """The forward makes nothing as large as the keys, the backward one gradient, of whichever it is needed."""
     t = leaves(torch.float32, queries)
-    op = ("additive" if activation == "tanh" else "relu") + "_attention_with_extra_backward"
+    op = ("additive" if activation == "tanh" else "activated") + "_attention_with_extra_backward"
     for needed in (("keys",), ("extra",), ("keys", "extra"), tuple(t)):
         given = {name: x.detach().requires_grad_(name in needed) for name, x in t.items()}
         with Made(t["keys"]) as forward:
@@ -126,10 +127,10 @@ def test_forward_mode_and_transforms(compiled: str, activation: str) -> None:
     torch.testing.assert_close(gradient, torch.func.grad(lambda x: context(x, "reference").square().sum())(extra))
 
 
-@pytest.mark.parametrize("name", ["additive", "relu"])
+@pytest.mark.parametrize("name", ["additive", "activated"])
 def test_opcheck(compiled: str, name: str) -> None:
     t = leaves(torch.float32)
-    numbers = () if name == "additive" else (0.2,)
+    numbers = () if name == "additive" else (NUMBERS.index("leaky_relu"), 0.2)
     masks = (MASKS["lengths"]["memory_lengths"], None)
     op = f"{name}_attention_with_extra"
     arguments = (*t.values(), *numbers, *masks)
@@ -247,7 +248,7 @@ def test_gathered_precision(
 
 
 def steps_on(
-    memory: Memory, t: dict[str, Tensor], extras: Tensor, score: AdditiveScore | ReluScore, masks: Masks = NONE
+    memory: Memory, t: dict[str, Tensor], extras: Tensor, score: AdditiveScore | ActivatedScore, masks: Masks = NONE
 ) -> list[Any]:
     inputs = (t["query"], memory.keys, memory.values)
     return [attend_with_extra(score, inputs, extra, masks, True, "cpu", memory) for extra in extras]
@@ -259,7 +260,8 @@ def test_gathered_passes(activation: str, passes: list[int]) -> None:
     t, extras = leaves(queries=(1,)), torch.randn(STEPS, B, TK, A, dtype=torch.float64).requires_grad_()
     score = AdditiveScore(t["v"], t["bias"])
     if activation != "tanh":
-        score = ReluScore(t["v"], t["bias"], ACTIVATIONS[activation].get("negative_slope", 0.0))
+        slope = ACTIVATIONS[activation].get("negative_slope", 0.0)
+        score = ActivatedScore(t["v"], t["bias"], NUMBERS.index(activation), slope)
 
     def expected(x: dict[str, Tensor], extras: Tensor) -> list[Any]:
         others = {name: y for name, y in x.items() if name != "extra"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import attn_kernels
 from attn_kernels import additive_attention, attending, dot_attention, reference
+from attn_kernels.activations import ACTIVATIONS
 from attn_kernels.ops import kernel
 from attn_kernels.types import attention_mask
 from bench import eager
@@ -283,12 +284,12 @@ def test_cuda_is_refused() -> None:
         dot_attention(query, keys, keys, dropout_p=0.5, backend="cuda")
 
 
-@slow_if(lambda fused, name, **_: fused != "cpu" or name != "relu")
-@pytest.mark.parametrize("name", ["additive", "relu", "dot"])
+@slow_if(lambda fused, name, **_: fused != "cpu" or name != "activated")
+@pytest.mark.parametrize("name", ["additive", "activated", "dot"])
 def test_opcheck(name: str, fused: str, device: str) -> None:
     backend = with_kernels(fused)
     tensors = make(torch.float32, device)
-    numbers = {"additive": (), "relu": (0.2,), "dot": (0.5,)}[name]
+    numbers = {"additive": (), "activated": (ACTIVATIONS.index("leaky_relu"), 0.2), "dot": (0.5,)}[name]
     own = tensors[5:] if name == "dot" else tensors[3:]
     masks = make_masks("both", TQ, device).values()
     inputs = (*tensors[:3], *own, *numbers, 0.3, 5, 1, 1.5, *masks)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import attn_kernels
 from attn_kernels import additive_attention, dot_attention, packing
+from attn_kernels.activations import ACTIVATIONS
 from matrix import interpreted, is_slow, slow_if
 
 LENGTHS = [5, 0, 17, 1, 9, 0]
@@ -220,13 +221,14 @@ def test_transforms() -> None:
 
 
 @slow_if(lambda op, columns: columns == 0 or op != "additive_attention_packed")
-@pytest.mark.parametrize("op", ["additive_attention_packed", "relu_attention_packed", "dot_attention_packed"])
+@pytest.mark.parametrize("op", ["additive_attention_packed", "activated_attention_packed", "dot_attention_packed"])
 @pytest.mark.parametrize("columns", [0, LONGEST])
 def test_op(op: str, columns: int) -> None:
     """Schema, fake kernel and rule of autograd."""
     tensors = make(torch.float32)
     tensors = tensors[:3] if op.startswith("dot") else tensors
-    numbers = {"additive_attention_packed": (), "relu_attention_packed": (0.1,), "dot_attention_packed": (0.5,)}[op]
+    of_relu = (ACTIVATIONS.index("leaky_relu"), 0.1)
+    numbers = {"additive": (), "activated": of_relu, "dot": (0.5,)}[op.partition("_")[0]]
     overload = getattr(torch.ops.attn_kernels, op).cpu
     torch.library.opcheck(overload, (*tensors, *numbers, columns, offsets_of(LENGTHS), True))
 

@@ -39,7 +39,8 @@ GATED = ("gated_scores_kernel", "gated_backward_kernel")
 WITH_OPTIONS = ("_attend_kernel", "_softmax_backward_kernel")
 
 # name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
-# slope: of relu_attention and relu_scores; options: which, of an attention; packed: of B sentences with Tk steps.
+# slope: of activated_attention and activated_scores; options: which, of an attention; packed: of B sentences with Tk
+# steps.
 # The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
 CASES: dict[str, dict[str, Any]] = {
     "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
@@ -65,9 +66,9 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(90,),
     ),
     "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
-    "relu": dict(op="relu", sizes=(1024, 128, 128, 512), dtype="float32", kernels=HOT_OF_RELU),
+    "relu": dict(op="activated", sizes=(1024, 128, 128, 512), dtype="float32", kernels=HOT_OF_RELU),
     "relu-masked": dict(
-        op="relu",
+        op="activated",
         sizes=(256, 74, 75, 1024),
         dtype="bfloat16",
         lengths=True,
@@ -75,11 +76,15 @@ CASES: dict[str, dict[str, Any]] = {
         kernels=HOT_OF_RELU,
         targets=(90,),
     ),
-    "relu-small": dict(op="relu", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT, targets=(90,)),
-    "relu-decode": dict(op="relu", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M[:2]),
-    "relu-beams": dict(op="relu", sizes=(2, 5, 200, 512), dtype="float32", mask=2, kernels=SMALL_M[:2], targets=(90,)),
+    "relu-small": dict(
+        op="activated", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT, targets=(90,)
+    ),
+    "relu-decode": dict(op="activated", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M[:2]),
+    "relu-beams": dict(
+        op="activated", sizes=(2, 5, 200, 512), dtype="float32", mask=2, kernels=SMALL_M[:2], targets=(90,)
+    ),
     "relu-float64": dict(
-        op="relu",
+        op="activated",
         sizes=(4, 9, 33, 128),
         dtype="float64",
         mask=2,
@@ -88,7 +93,7 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "relu-scores": dict(op="relu scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
     "leaky_relu": dict(
-        op="relu",
+        op="activated",
         sizes=(256, 74, 75, 1024),
         dtype="bfloat16",
         mask=2,
@@ -97,7 +102,7 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(90,),
     ),
     "leaky_relu-decode": dict(
-        op="relu", sizes=(64, 1, 50, 512), dtype="float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)
+        op="activated", sizes=(64, 1, 50, 512), dtype="float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)
     ),
     "leaky_relu-scores": dict(
         op="relu scores",
@@ -145,7 +150,7 @@ CASES: dict[str, dict[str, Any]] = {
         op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", packed=True, kernels=SMALL_M, targets=(80, 90)
     ),
     "packed-beams-decode": dict(
-        op="relu",
+        op="activated",
         sizes=(2, 5, 200, 512),
         dtype="float32",
         packed=True,
@@ -187,7 +192,7 @@ CASES: dict[str, dict[str, Any]] = {
         targets=(80, 90),
     ),
     "options-float64": dict(
-        op="relu",
+        op="activated",
         sizes=(4, 9, 33, 128),
         dtype="float64",
         mask=2,
@@ -222,7 +227,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 
 
 @pytest.mark.parametrize("queries", ["many", "beams", "one"])
-@pytest.mark.parametrize("op", ["additive", "relu", "dot", "additive with options", "gated"])
+@pytest.mark.parametrize("op", ["additive", "activated", "dot", "additive with options", "gated"])
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
@@ -437,23 +442,26 @@ def launches(
     import torch
     from triton.runtime.jit import JITFunction
 
-    import attn_kernels.triton
-    from attn_kernels.checks import ACTIVATIONS
+    from attn_kernels.activations import ACTIVATIONS
+    from attn_kernels.triton import attention, packed_attention
 
-    additive, dot = attn_kernels.triton.additive_attention, attn_kernels.triton.dot_attention
-    relu = attn_kernels.triton.relu_attention
-    decode = sys.modules["attn_kernels.triton.decode"]
-    gated = attn_kernels.triton.gated_additive_attention
-    for module in (decode, additive, gated):
+    for name in ("additive_attention", "gated_additive_attention", "decode"):
+        module = sys.modules[f"attn_kernels.triton.{name}"]
         module.has_approximate_reciprocal = lambda tensor: nvidia and tensor.dtype != torch.float64
     found = []
     JITFunction.run = lambda self, *args, grid, warmup, **constants: found.append((self, args, constants))
+
+    kernels = {**attention.KERNELS, **packed_attention.KERNELS}
+
+    def both_of(op: str) -> tuple[Any, Any]:
+        return kernels[op], kernels[f"{op}_backward"]
 
     def empty(*shape: int, dtype: str = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
     B, Tq, Tk, A = sizes
     query, keys, values, v, bias = empty(B, Tq, A), empty(B, Tk, A), empty(B, Tk, A), empty(A), empty(A)
+    activated = (ACTIVATIONS.index("leaky_relu" if slope else "relu"), slope)
     memory_lengths = empty(B, dtype="int64") if lengths else None
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
@@ -462,66 +470,48 @@ def launches(
         numbers = (ACTIVATIONS.index(activation), 0.2)
         gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
         if op == "gated scores":
-            gated.gated_additive_scores(query, keys, *of_score, *numbers)
-            gated.gated_additive_scores_backward(alignments, query, keys, *of_score, *numbers, True, True)
+            forward, backward = both_of("gated_additive_scores")
+            forward(query, keys, *of_score, *numbers)
+            backward(alignments, query, keys, *of_score, *numbers, True, True)
             return found
         inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0, 0.0, memory_lengths, allowed)
-        forward, backward = (
-            attn_kernels.triton.with_options.KERNELS[f"gated_additive_attention{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of("gated_additive_attention")
         log_total = forward(*inputs, True)[2]
         for needed in ((True, True), (True, False), (False, True)):
             backward(*gradients, None, *inputs, alignments, log_total, *needed)
     elif op == "extra":
         inputs = (query, keys, values, v, bias, empty(B, Tk, A), memory_lengths, allowed)
-        forward, backward = (
-            attn_kernels.triton.with_extra.KERNELS[f"additive_attention_with_extra{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of("additive_attention_with_extra")
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
     elif packed:
-        own = {"additive": (v, bias), "relu": (v, bias, slope), "dot": (0.5,)}[op]
+        own = {"additive": (v, bias), "activated": (v, bias, *activated), "dot": (0.5,)}[op]
         inputs = (query, keys.flatten(0, 1), values.flatten(0, 1), *own, Tk, empty(B + 1, dtype="int64"))
-        forward, backward = (
-            attn_kernels.triton.packed_attention.KERNELS[f"{op}_attention_packed{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of(f"{op}_attention_packed")
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True)
     elif options:
-        own, numbers = {"additive": ((v, bias), ()), "relu": ((v, bias), (slope,)), "dot": ((), (0.5,))}[op]
+        own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
         score_bias = alignments if "score_bias" in options else None
         inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
         inputs = (*inputs, 10.0 if "clip" in options else 0.0)
         inputs = (*inputs, memory_lengths, allowed)
-        forward, backward = (
-            attn_kernels.triton.with_options.KERNELS[f"{op}_attention_with_options{end}"] for end in ("", "_backward")
-        )
+        forward, backward = both_of(f"{op}_attention_with_options")
         log_total = forward(*inputs, True)[2]
         backward(*gradients, log_total, *inputs, alignments, log_total, True, True)
-    elif op == "additive":
-        additive.additive_attention(query, keys, values, v, bias, None, memory_lengths, allowed, True)
-        for needed in ((True, True), (True, False), (False, True)):
-            additive.additive_attention_backward(
-                *gradients, query, keys, values, v, bias, None, memory_lengths, allowed, alignments, *needed
-            )
-    elif op == "relu":
-        relu.relu_attention(query, keys, values, v, bias, slope, memory_lengths, allowed, True)
-        for needed in ((True, True), (True, False), (False, True)):
-            relu.relu_attention_backward(
-                *gradients, query, keys, values, v, bias, slope, memory_lengths, allowed, alignments, *needed
-            )
-    elif op == "relu scores":
-        relu.relu_scores(query, keys, v, bias, slope)
-        relu.relu_scores_backward(alignments, query, keys, v, bias, slope, True, True)
-    elif op == "scores":
-        additive.additive_scores(query, keys, v, bias)
-        additive.additive_scores_backward(alignments, query, keys, v, bias, True, True)
+    elif op in ("scores", "relu scores"):
+        name, numbers = ("additive", ()) if op == "scores" else ("activated", activated)
+        forward, backward = both_of(f"{name}_scores")
+        forward(query, keys, v, bias, *numbers)
+        backward(alignments, query, keys, v, bias, *numbers, True, True)
     else:
-        dot.dot_attention(query, keys, values, 0.5, memory_lengths, allowed, True)
-        dot.dot_attention_backward(
-            *gradients, query, keys, values, 0.5, memory_lengths, allowed, alignments, True, True
-        )
+        own = {"additive": (v, bias, None), "activated": (v, bias, *activated), "dot": (0.5,)}[op]
+        forward, backward = both_of(f"{op}_attention")
+        inputs = (query, keys, values, *own, memory_lengths, allowed)
+        forward(*inputs, True)
+        for needed in ((True, True),) if op == "dot" else ((True, True), (True, False), (False, True)):
+            backward(*gradients, *inputs, alignments, *needed)
     return found
 
 

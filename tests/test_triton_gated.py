@@ -146,8 +146,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernels_of(op: str) -> list[Any]:
-    modules = (importlib.import_module(f"attn_kernels.triton.with_{name}") for name in ("options", "extra"))
-    kernels = {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
+    kernels = importlib.import_module("attn_kernels.triton.attention").KERNELS
     return [kernels[op], kernels[f"{op}_backward"]]
 
 
@@ -169,10 +168,10 @@ def test_no_temporary_is_as_large_as_the_memory(vectors: int, Tq: int, no_launch
 
 
 def test_extra_is_added_in_the_kernels(no_launch: None) -> None:
-    attend, attend_backward = kernels_of("relu_attention_with_extra")
+    attend, attend_backward = kernels_of("activated_attention_with_extra")
     B, Tk, A = 2, 1000, 256
     shapes = ((B, 1, A), (B, Tk, A), (B, Tk, A), (A,), (A,), (B, Tk, A))
-    inputs = [torch.empty(shape, device="meta") for shape in shapes] + [0.0, None, None]
+    inputs = [torch.empty(shape, device="meta") for shape in shapes] + [1, 0.0, None, None]
     with Allocations() as forward:
         context, alignments = attend(*inputs, True)
     with Allocations() as backward:

@@ -162,7 +162,7 @@ def test_no_offset_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("attn_kernels.triton.packed_attention").KERNELS
     empty = torch.empty
     with torch.device("meta"):
-        for op, own in (("additive", (empty(9), empty(9))), ("relu", (empty(9), None, 0.1)), ("dot", (0.5,))):
+        for op, own in (("additive", (empty(9), empty(9))), ("activated", (empty(9), None, 1, 0.1)), ("dot", (0.5,))):
             for queries, columns in ((1, 0), (20, 30)):
                 memory = (empty(3, queries, 9), empty(50, 9), empty(50, 6))
                 inputs = (*memory, *own, columns, empty(4, dtype=torch.int64))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..activations import ACTIVATIONS
 from ..attending import OPTIONS, attend_once
 from ..attention_module import AttentionModule
 from ..backends import choose_among
@@ -17,7 +18,7 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
 from ..packed_attention import padding_needed
-from ..scores import DotScore, ReluScore, Score, clipped
+from ..scores import ActivatedScore, DotScore, Score, clipped
 from ..types import Attention, attention_mask, autocast, device_type, upcast
 
 Normalizer = str | Callable[[Tensor], Tensor]
@@ -141,8 +142,8 @@ def pair_scores(score: Score, query: Tensor, keys: Tensor, backend: str | None =
     """The scores of all pairs. query: (B, Tq, A) or (B, A); keys: (B, Tk, A). Returns (B, Tq, Tk) or (B, Tk)."""
     if not isinstance(score, DotScore):
         options: dict[str, Any] = {}
-        if isinstance(score, ReluScore):
-            options = {"activation": "leaky_relu", "negative_slope": score.negative_slope}
+        if isinstance(score, ActivatedScore):
+            options = {"activation": ACTIVATIONS[score.activation], "negative_slope": score.negative_slope}
         return additive_scores(query, keys, score.v, score.bias, backend=backend, **options)
     query, keys = autocast(query, keys)
     check_dtypes(score.name, query, keys=keys)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import FORMULAS
 from ..attending import GATED
 from ..backends import choose_among
 from ..checks import as_number, check_activation, check_lengths, check_mask, check_range, check_size, check_tensor
@@ -157,7 +158,8 @@ class AttentionPooling(nn.Module):
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.activation == "leaky_relu":
             return nn.functional.leaky_relu_(hidden, self.negative_slope)
-        return {"tanh": torch.tanh_, "relu": torch.relu_, "sigmoid": torch.sigmoid_}[self.activation](hidden)
+        in_place = {"tanh": torch.tanh_, "relu": torch.relu_, "sigmoid": torch.sigmoid_}.get(self.activation)
+        return FORMULAS[self.activation](hidden, self.negative_slope) if in_place is None else in_place(hidden)
 
     def _attend(
         self,

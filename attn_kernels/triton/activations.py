@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
+from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore, GatedAdditiveScore
 from .additive_math import tanh, tanh_from
+from .arguments import two_parts
 from .device import reciprocal
-from .launch import two_parts
 
 SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
@@ -31,13 +33,20 @@ class Activation(NamedTuple):
         """``slope`` and ``slope_lo`` of a kernel."""
         return two_parts(self.slope, query.dtype) if self.name == "leaky_relu" else (None, None)
 
+    def numbers(self) -> tuple[int, float]:
+        """Those of a GatedAdditiveScore."""
+        return ACTIVATIONS.index(self.name), self.slope
+
 
 TANH = Activation("tanh")
+_WithActivation = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore | GatedAdditiveScore
 
 
-def activation_of(negative_slope: float) -> Activation:
-    """relu has kernels of its own: -Inf times a slope of 0 would be NaN."""
-    return Activation("leaky_relu", negative_slope) if negative_slope != 0 else Activation("relu")
+def activation_of(score: _WithActivation) -> Activation:
+    """That of a score with v."""
+    if isinstance(score, (AdditiveScore, AdditiveExtraScore)):
+        return TANH
+    return Activation(ACTIVATIONS[score.activation], score.negative_slope)
 
 
 @triton.jit

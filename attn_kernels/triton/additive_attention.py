@@ -1,6 +1,6 @@
-"""additive_attention and additive_scores in Triton: scores = v . tanh(query + keys + bias), softmax, context.
+"""Scores with a score vector in Triton, v . f(query + keys + bias), and their gradients: launchers and their rules.
 
-Launchers and their rules. The kernels: additive_attention_*.py, softmax.py, and decode.py for few queries.
+The kernels: additive_attention_*.py. f is tanh, or an activation of activations.py.
 """
 
 from __future__ import annotations
@@ -9,126 +9,35 @@ import torch
 import triton
 from torch import Tensor
 
-from ..scores import AdditiveScore
+from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore
 from ..types import Masks
-from .activations import TANH, Activation
+from .activations import TANH, activation_of
 from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
 from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
 from .additive_attention_fwd import small_q_scores_kernel, tiled_scores_kernel
+from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
 from .configurations import Configuration, configuration
-from .decode import can_decode, decode
-from .launch import (
-    NUM_SMS,
-    accumulator,
-    bytes_of,
-    has_approximate_reciprocal,
-    is_small_m,
-    launch,
-    lengths_stride,
-    mask_strides,
-    packed_split,
-    power_of_two,
-    rows_aligned,
-    small_m_block,
-    small_m_tile,
-    step_tiles,
-    sum_splits,
-)
-from .products import values_gradient
-from .softmax import attend, padded_scores, softmax_backward
+from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
+from .tiles import NUM_SMS, is_small_m, packed_split, power_of_two, small_m_block, small_m_tile, step_tiles
 
-
-def additive_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    prepared: None,  # nothing is prepared for Triton: see prepare_keys
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    need_alignments: bool,
-) -> tuple[Tensor, Tensor]:
-    """query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty."""
-    if can_decode(query, values) and not is_worth_sharing(query, keys):
-        return decode(AdditiveScore(v, bias), query, keys, values, Masks(memory_lengths, mask), need_alignments)
-    masks = Masks(memory_lengths, mask)
-    return attend(pair_scores(query, keys, v, bias, masks, accumulator(query.dtype)), values, masks, need_alignments)
-
-
-def additive_attention_backward(
-    grad_context: Tensor | None,
-    grad_alignments: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    prepared: None,  # nothing is prepared for Triton: see prepare_keys
-    memory_lengths: Tensor | None,
-    mask: Tensor | None,
-    alignments: Tensor,
-    need_query: bool,
-    need_memory: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """grad_context (B, Tq, D), grad_alignments (B, Tq, Tk) -> the gradients of query, keys, values, v and bias."""
-    masks = Masks(memory_lengths, mask)
-    dscores = softmax_backward(grad_context, grad_alignments, values, masks, alignments)
-    dquery, dkeys, dv, dbias = pair_scores_backward(dscores, query, keys, v, bias, masks, need_query, need_memory)
-    dvalues = values_gradient(grad_context, values, alignments, masks, need_memory)
-    return dquery, dkeys, dvalues, dv, dbias
-
-
-def additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """query (B, Tq, A), keys (B, Tk, A) -> scores (B, Tq, Tk)."""
-    return pair_scores(query, keys, v, bias, Masks(), query.dtype)
-
-
-def additive_scores_backward(
-    grad_scores: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    need_query: bool,
-    need_memory: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_scores (B, Tq, Tk) -> the gradients of query, keys, v and bias."""
-    dscores = padded_gradient(grad_scores)
-    return pair_scores_backward(dscores, query, keys, v, bias, Masks(), need_query, need_memory)
-
-
-def padded_gradient(grad_scores: Tensor) -> Tensor:
-    """grad_scores (B, Tq, Tk) as pair_scores_backward takes them."""
-    B, _, Tk = grad_scores.shape
-    dscores = padded_scores(grad_scores)
-    filler = dscores.as_strided((B, dscores.stride(2), Tk), dscores.stride())
-    filler.zero_()
-    return dscores.copy_(grad_scores)
+VectorScore = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore
 
 
 def pair_scores(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    masks: Masks,
-    dtype: torch.dtype,
-    activation: Activation = TANH,
-    packed: bool = False,
+    score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype, packed: bool = False
 ) -> Tensor:
-    """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding.
+    """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding. keys: with what is added to them.
 
     packed: as of packed_attention.py. The result is (1, Tq, N) then.
     """
-    memory_lengths, mask = masks
+    v, bias, activation = score.v, score.bias, activation_of(score)
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     scores = query.new_empty((keys.shape[0], Tq, Tk), dtype=dtype)
     if scores.numel() == 0:
         return scores
     approximate = has_approximate_reciprocal(query)
-    row_strides = (*query.stride(), *keys.stride(), v.stride(0), 0 if bias is None else bias.stride(0))
+    row_strides = (*query.stride(), *keys.stride(), v.stride(0), *strides_of(bias, 1))
     aligned = rows_aligned(query, keys)
     name, (slope, slope_lo) = activation.name, activation.slope_arguments(query)
     if is_small_m(query):
@@ -136,8 +45,8 @@ def pair_scores(
         launch(
             small_q_scores_kernel,
             triton.cdiv(Tq, block_q) * step_tiles(Tk, B, block_k, packed),
-            (scores, query, keys, v, bias, memory_lengths, Tq, Tk, A),
-            (*row_strides, lengths_stride(memory_lengths), slope, slope_lo),
+            (scores, query, keys, v, bias, masks.memory_lengths, Tq, Tk, A),
+            (*row_strides, *strides_of(masks.memory_lengths, 1), slope, slope_lo),
             dict(
                 ACTIVATION=name,
                 APPROXIMATE=approximate,
@@ -185,16 +94,16 @@ def pair_scores(
             BLOCK_K=block_k,
             BLOCK_T=block_t,
             BLOCK_A=128,
-            offsets=memory_lengths if packed else None,
-            stride_offsets=lengths_stride(memory_lengths) if packed else None,
+            offsets=masks.memory_lengths if packed else None,
+            stride_offsets=strides_of(masks.memory_lengths, 1)[0] if packed else None,
         ),
         4,
     )
     launch(
         tiled_scores_kernel,
         triton.cdiv(Tq, block_q) * tiles_k,
-        (scores, *prepared, *exact, memory_lengths, bytes_of(mask), Tq, Tk, A, units),
-        (*row_strides, lengths_stride(memory_lengths), *mask_strides(mask), slope),
+        (scores, *prepared, *exact, *mask_tensors(masks), Tq, Tk, A, units),
+        (*row_strides, *mask_strides(masks), slope),
         dict(ACTIVATION=name, APPROXIMATE=approximate, **tile, B=B, PACKED=packed),
         warps,
     )
@@ -203,14 +112,12 @@ def pair_scores(
 
 def pair_scores_backward(
     dscores: Tensor,
+    score: VectorScore,
     query: Tensor,
     keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
     masks: Masks,
     need_query: bool,
     need_memory: bool,
-    activation: Activation = TANH,
     packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
@@ -218,7 +125,7 @@ def pair_scores_backward(
     Those that are not needed (of query, v, bias; of keys) are empty. More than 16 queries take a scratch of (B, Tk, A)
     in float32. packed: as of packed_attention.py.
     """
-    memory_lengths, mask = masks
+    v, bias, activation = score.v, score.bias, activation_of(score)
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     dtype, wide = query.dtype, accumulator(query.dtype)
@@ -242,12 +149,12 @@ def pair_scores_backward(
     if need_memory:
         dkeys = query.new_empty((splits_q, *keys.shape), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading exponentials takes more time than they save.
-    guarded = not is_small_m(query) and (activation == TANH or mask is not None)
+    guarded = not is_small_m(query) and (activation == TANH or masks.mask is not None)
     ek = _key_exponentials(keys) if guarded and activation == TANH and Tq > 16 else None
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
-        (dquery, dkeys, dv, dbias, dscores, query, keys, ek, v, bias, memory_lengths, bytes_of(mask), B, Tq, Tk, A),
+        (dquery, dkeys, dv, dbias, dscores, query, keys, ek, v, bias, *mask_tensors(masks), B, Tq, Tk, A),
         (
             blocks_per_split,
             steps_per_split,
@@ -255,9 +162,8 @@ def pair_scores_backward(
             *query.stride(),
             *keys.stride(),
             v.stride(0),
-            0 if bias is None else bias.stride(0),
-            lengths_stride(memory_lengths),
-            *mask_strides(mask),
+            *strides_of(bias, 1),
+            *mask_strides(masks),
             *activation.slope_arguments(query),
         ),
         dict(

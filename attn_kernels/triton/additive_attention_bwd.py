@@ -56,7 +56,7 @@ def _sum_of_products(x):
 @triton.jit
 def _size(x, ACTIVATION: tl.constexpr):
     """What is compared with MAX_FINITE: relu(-Inf) is 0."""
-    if ACTIVATION == "leaky_relu":
+    if ACTIVATION != "relu":
         x = tl.abs(x)
     return x
 
@@ -220,12 +220,9 @@ def _walk_in_range(
 def key_exponentials_kernel(
     ek,  # (B, Tk, A), contiguous, float32
     keys,  # (B, Tk, A)
-    Tk,
-    A,
+    Tk, A,
     stride_kb, stride_kk, stride_ka,
-    ALIGNED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """ek = exp(2 keys), and 1 beyond MAX_ABS_EXPONENTIAL and for NaN: finite whatever padding holds."""
     tiles_a = tl.cdiv(A, BLOCK_A)
@@ -255,28 +252,19 @@ def backward_kernel(
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    B,
-    Tq,
-    Tk,
-    A,
+    B, Tq, Tk, A,
     blocks_per_split,  # of queries
     steps_per_split,  # a multiple of BLOCK_K
     padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
     stride_qb, stride_qq, stride_qa,
     stride_kb, stride_kk, stride_ka,
-    stride_v,
-    stride_bias,
-    stride_lengths,
+    stride_v, stride_bias, stride_lengths,
     stride_mb, stride_mq, stride_mk,
-    slope,  # of "leaky_relu", in two parts, or None
-    slope_lo,
+    slope, slope_lo,  # of "leaky_relu", in two parts, or None
     ACTIVATION: tl.constexpr,
     SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which add to the same dkeys
     GUARDED: tl.constexpr,  # whether what is attended is compared with the limit first
-    APPROXIMATE: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
     PACKED: tl.constexpr,  # then dkeys is (splits_q, N, A), dscores (N, padded_q) and ek (N, A)
 ):  # fmt: skip

@@ -153,20 +153,12 @@ def exponentials_kernel(
     keys,  # (B, Tk, A)
     v,  # (A,)
     bias,  # (A,) or None
-    B,
-    Tq,
-    Tk,
-    A,
+    B, Tq, Tk, A,
     units,  # A, rounded up to a multiple of CHUNK
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias,
-    ACTIVATION: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    offsets,  # (B + 1,) of packed keys, or None
-    stride_offsets,
+    ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_A: tl.constexpr,
+    offsets, stride_offsets,  # (B + 1,) of packed keys, or None
 ):  # fmt: skip
     """The exponentials of all rows, each tile transposed: a tile of pairs reads one unit of all its rows at once.
 

@@ -29,7 +29,7 @@ from .additive_math import (
     multiply_add,
     tanh,
 )
-from .device import attended, batch_offset, kernel, packed_tile, reciprocal, sentence_rows
+from .device import attended, batch_offset, kernel, packed_tile, reciprocal, sentence_rows, tile_of_pairs
 
 # Many queries ---------------------------------------------------------------------------------------------------------
 
@@ -174,25 +174,15 @@ def tiled_scores_kernel(
     bias,  # (A,) or None
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    Tq,
-    Tk,
-    A,
+    Tq, Tk, A,
     units,  # A, rounded up to a multiple of CHUNK
     stride_qb, stride_qq, stride_qa,
     stride_kb, stride_kk, stride_ka,
-    stride_v,
-    stride_bias,
-    stride_lengths,
+    stride_v, stride_bias, stride_lengths,
     stride_mb, stride_mq, stride_mk,
     slope,  # of "leaky_relu", or None
-    ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    THREAD_Q: tl.constexpr,
-    THREAD_K: tl.constexpr,
-    B,
-    PACKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    THREAD_Q: tl.constexpr, THREAD_K: tl.constexpr, B, PACKED: tl.constexpr,
 ):  # fmt: skip
     """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are left as they are.
 
@@ -290,35 +280,16 @@ def small_q_scores_kernel(
     v,  # (A,)
     bias,  # (A,) or None
     lengths,  # (B,) or None
-    Tq,
-    Tk,
-    A,
+    Tq, Tk, A,
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_v, stride_bias, stride_lengths,
-    slope,  # of "leaky_relu", in two parts, or None
-    slope_lo,
-    ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    B,
-    PACKED: tl.constexpr,
+    slope, slope_lo,  # of "leaky_relu", in two parts, or None
+    ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, B, PACKED: tl.constexpr,
 ):  # fmt: skip
     """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are left as they are."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    tiles_k = tl.cdiv(Tk, BLOCK_K)
-    tiles_q = tl.cdiv(Tq, BLOCK_Q)
-    program = tl.program_id(0)
-    if PACKED:
-        tiles_k = Tk // BLOCK_K + B
-        b, tile_k = packed_tile(lengths, stride_lengths, program % tiles_k, B, BLOCK_K)
-    else:
-        b = (program // (tiles_k * tiles_q)).to(tl.int64)
-        tile_k = program % tiles_k
-    i = ((program // tiles_k) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = tile_k * BLOCK_K
+    b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K, lengths, stride_lengths, B, PACKED)
+    i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)
     origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)

@@ -15,28 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import AdditiveExtraScore, GatedAdditiveScore, ReluExtraScore, Score
+from ..scores import ActivatedExtraScore, AdditiveExtraScore, GatedAdditiveScore, Score
 from ..types import NORMALIZERS, Masks, Options
+from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration
 from .device import add_product, alignment_rows, attended, batch_offset, kernel, sentence_rows, split_steps
-from .launch import (
-    NUM_SMS,
-    accumulator,
-    alignments_shape,
-    bytes_of,
-    has_approximate_reciprocal,
-    launch,
-    lengths_stride,
-    mask_strides,
-    packed_split,
-    power_of_two,
-    rows_aligned,
-    steps_of_row,
-    two_parts,
-)
+from .launch import accumulator, alignments_shape, has_approximate_reciprocal, launch
 from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
 from .options import NO_OPTIONS, add_score_bias, clip_scores, drop, option_arguments, scale_kept
 from .scores import finish_scores, parts_of, score_terms
+from .tiles import NUM_SMS, packed_split, power_of_two, steps_of_row
 
 MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
 MAX_VALUE_COLUMNS = 1024  # whose averages do
@@ -61,11 +49,7 @@ def decode_kernel(
     mask,  # (B, Tq, Tk) or None
     number,  # of the score: see parts_of
     number_lo,  # what float32 lost of it: for float64
-    B,
-    Tq,
-    Tk,
-    A,
-    D,
+    B, Tq, Tk, A, D,
     R,  # score vectors; 1 without VECTORS
     steps_per_split,  # a multiple of BLOCK_K
     stride_qb, stride_qq, stride_qa,
@@ -79,21 +63,9 @@ def decode_kernel(
     log_total,  # (B, Tq), contiguous, or None; written for a single split
     score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
     stride_sb, stride_sq, stride_sk,
-    seed,
-    least,
-    kept_factor,
-    kept_factor_lo,
-    clip,
-    clip_lo,
-    SCORE: tl.constexpr,
-    NORMALISER: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    seed, least, kept_factor, kept_factor_lo, clip, clip_lo, SCORE: tl.constexpr, NORMALISER: tl.constexpr,
+    APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,  # of which alignments are written at once
     VECTORS: tl.constexpr,  # rows of v that a program takes, for one query; None: v (A,), for all queries
     columns,  # of packed alignments, or None: see alignment_rows, for scores, too
@@ -231,10 +203,7 @@ def combine_kernel(
     totals,  # (splits, B, Tq * R), contiguous; -1 where a split attends nothing, which is not the same as a sum of 0
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    B,
-    Tq,
-    Tk,
-    D,
+    B, Tq, Tk, D,
     R,  # score vectors, for each of which a query has a row
     splits,
     tiles,  # of a query: those of its values and then of its steps
@@ -310,9 +279,8 @@ def decode(
     """
     name, v, bias, number = parts_of(score)
     gate = score.gate if isinstance(score, GatedAdditiveScore) else None
-    extra = score.extra if isinstance(score, (AdditiveExtraScore, ReluExtraScore)) else None
+    extra = score.extra if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)) else None
     beside = [x for x in (gate, extra) if x is not None]  # that lies as the keys do
-    memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
     R = 1 if v is None or v.dim() == 1 else v.shape[0]
@@ -347,17 +315,12 @@ def decode(
         programs * splits,
         (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
         (
-            *(v, bias, gate, extra, memory_lengths, bytes_of(mask), *two_parts(number, wide)),
+            *(v, bias, gate, extra, *mask_tensors(masks), *two_parts(number, wide)),
             *(B, Tq, Tk, A, D, R, steps),
             *(*query.stride(), *keys.stride(), *values.stride()),
-            *(
-                0 if v is None or R == 1 else v.stride(0),
-                0 if v is None else v.stride(-1),
-                0 if bias is None else bias.stride(0),
-            ),
-            *((0, 0, 0) if gate is None else gate.stride()),
-            *((0, 0, 0) if extra is None else extra.stride()),
-            *(lengths_stride(memory_lengths), *mask_strides(mask)),
+            *(0 if v is None or R == 1 else v.stride(0), 0 if v is None else v.stride(-1), *strides_of(bias, 1)),
+            *(*strides_of(gate), *strides_of(extra)),
+            *mask_strides(masks),
             *(log_total if splits == 1 else None, *option_arguments(options, wide)),
         ),
         dict(
@@ -386,8 +349,8 @@ def decode(
     launch(
         combine_kernel,
         rows * tiles,
-        (context, alignments if need_alignments else None, parts, scores, tops, totals, memory_lengths, bytes_of(mask)),
-        (B, Tq, Tk, D, R, splits, tiles, lengths_stride(memory_lengths), *mask_strides(mask), log_total),
+        (context, alignments if need_alignments else None, parts, scores, tops, totals, *mask_tensors(masks)),
+        (B, Tq, Tk, D, R, splits, tiles, *mask_strides(masks), log_total),
         dict(BLOCK=block, **packed),
         4,
     )

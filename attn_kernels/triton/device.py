@@ -121,6 +121,24 @@ def alignment_rows(b, Tq, origin, width, length, columns):
 
 
 @triton.jit
+def tile_of_pairs(
+    Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, offsets=None, stride_offsets=0, B=0,
+    PACKED: tl.constexpr = False,
+):  # fmt: skip
+    """The row of the batch, the first query and the first step of a program that has one tile of pairs."""
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    tiles_q = tl.cdiv(Tq, BLOCK_Q)
+    program = tl.program_id(0)
+    if PACKED:
+        tiles_k = Tk // BLOCK_K + B
+        b, tile_k = packed_tile(offsets, stride_offsets, program % tiles_k, B, BLOCK_K)
+    else:
+        b = (program // (tiles_k * tiles_q)).to(tl.int64)
+        tile_k = program % tiles_k
+    return b, program // tiles_k % tiles_q * BLOCK_Q, tile_k * BLOCK_K
+
+
+@triton.jit
 def attended(mask, i, j, Tq, length, stride_mq, stride_mk):
     """(Q, K): whether query i may attend step j, for i (Q,) and j (K,); mask points to the row's first element."""
     allowed = (i[:, None] < Tq) & (j[None, :] < length)

@@ -1,7 +1,7 @@
 """Additive attention with a gate and several score vectors in Triton: v_r . (f(query + keys + bias) * sigmoid(gate)).
 
 Launchers and their rules. The kernels: gated_additive_kernels.py, and softmax.py and decode.py, to which the score
-vectors of a query are rows like those of other queries. The attention is made of these by with_options.py.
+vectors of a query are rows like those of other queries.
 """
 
 from __future__ import annotations
@@ -10,61 +10,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ..checks import ACTIVATIONS
 from ..scores import GatedAdditiveScore
 from ..types import Masks
-from .activations import Activation
-from .additive_attention import padded_gradient
+from .activations import activation_of
+from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
 from .decode import can_decode
 from .gated_additive_kernels import gated_backward_kernel, gated_scores_kernel
-from .launch import (
-    accumulator,
-    bytes_of,
-    has_approximate_reciprocal,
-    launch,
-    lengths_stride,
-    mask_strides,
-    power_of_two,
-    rows_aligned,
-    sum_splits,
-)
+from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
+from .tiles import power_of_two
 
 MAX_ROWS = 8  # of scores of a sentence, which are decoded however few the steps
 MIN_LONG = 2048  # steps from which on softmax.attend, whose programs each walk whole rows, takes longer
 MAX_SMALL_R = 8  # score vectors that the backward multiplies with element by element
 MAX_VECTORS = 32  # whose gradients a program keeps in registers
-
-
-def gated_additive_scores(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    activation: int,
-    negative_slope: float,
-) -> Tensor:
-    """query (B, Tq, A), keys and gate (B, Tk, A), v (R, A) -> scores (B, Tq R, Tk)."""
-    score = GatedAdditiveScore(v, bias, gate, activation, negative_slope)
-    return gated_pair_scores(score, query, keys, None, query.dtype)
-
-
-def gated_additive_scores_backward(
-    grad_scores: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    activation: int,
-    negative_slope: float,
-    need_query: bool,
-    need_memory: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """grad_scores (B, Tq R, Tk) -> the gradients of query, keys, v, bias and gate."""
-    score = GatedAdditiveScore(v, bias, gate, activation, negative_slope)
-    dscores = padded_gradient(grad_scores)
-    return gated_pair_scores_backward(dscores, score, query, keys, Masks(), need_query, need_memory)
 
 
 def can_decode_gated(score: GatedAdditiveScore, query: Tensor, values: Tensor) -> bool:
@@ -105,9 +63,9 @@ def gated_pair_scores(
         gated_scores_kernel,
         B * triton.cdiv(Tq, queries) * triton.cdiv(Tk, block_k),
         (scores, query, keys, v, bias, gate, memory_lengths, Tq, Tk, A, R),
-        (*_strides(score, query, keys), lengths_stride(memory_lengths), *_slope(score, query)),
+        (*_strides(score, query, keys), *strides_of(memory_lengths, 1), *activation_of(score).slope_arguments(query)),
         dict(
-            ACTIVATION=ACTIVATIONS[score.activation],
+            ACTIVATION=activation_of(score).name,
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
             ALIGNED=_aligned(score, query, keys),
@@ -137,7 +95,6 @@ def gated_pair_scores_backward(
     what is added to the keys.
     """
     v, bias, gate = score[:3]
-    memory_lengths, mask = masks
     B, Tq, A = query.shape
     Tk, R = keys.shape[1], v.shape[0]
     dtype, wide = query.dtype, accumulator(query.dtype)
@@ -163,14 +120,14 @@ def gated_pair_scores_backward(
     launch(
         gated_backward_kernel,
         B * tiles * splits,
-        (dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate, extra, memory_lengths, bytes_of(mask)),
+        (dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate, extra, *mask_tensors(masks)),
         (
             *(B, Tq, Tk, A, R, steps_per_split, dscores.stride(2)),
-            *(*_strides(score, query, keys), *((0, 0, 0) if extra is None else extra.stride())),
-            *(lengths_stride(memory_lengths), *mask_strides(mask), *_slope(score, query)),
+            *(*_strides(score, query, keys), *strides_of(extra)),
+            *(*mask_strides(masks), *activation_of(score).slope_arguments(query)),
         ),
         dict(
-            ACTIVATION=ACTIVATIONS[score.activation],
+            ACTIVATION=activation_of(score).name,
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
             ALIGNED=_aligned(score, query, keys) and (extra is None or rows_aligned(extra)),
@@ -221,9 +178,4 @@ def _aligned(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> bool:
 def _strides(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> tuple[int, ...]:
     """Of query, keys, v, bias and gate."""
     v, bias, gate = score[:3]
-    of_bias = 0 if bias is None else bias.stride(0)
-    return *query.stride(), *keys.stride(), *v.stride(), of_bias, *((0, 0, 0) if gate is None else gate.stride())
-
-
-def _slope(score: GatedAdditiveScore, query: Tensor) -> tuple[float | None, float | None]:
-    return Activation(ACTIVATIONS[score.activation], score.negative_slope).slope_arguments(query)
+    return *query.stride(), *keys.stride(), *v.stride(), *strides_of(bias, 1), *strides_of(gate)

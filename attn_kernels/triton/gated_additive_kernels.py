@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, activate_and_gradient, sigmoid_and_slope
-from .device import batch_offset, dot, kernel, row_length
+from .device import batch_offset, dot, kernel, row_length, tile_of_pairs
 
 
 @kernel
@@ -34,35 +34,22 @@ def gated_scores_kernel(
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
     lengths,  # (B,) or None
-    Tq,
-    Tk,
-    A,
-    R,
+    Tq, Tk, A, R,
     stride_qb, stride_qq, stride_qa,
     stride_kb, stride_kk, stride_ka,
     stride_vr, stride_v,
     stride_bias,
     stride_tb, stride_tk, stride_ta,
     stride_lengths,
-    slope,  # of "leaky_relu", in two parts, or None
-    slope_lo,
-    ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    slope, slope_lo,  # of "leaky_relu", in two parts, or None
+    ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
     SEVERAL: tl.constexpr,  # whether A takes several blocks of units, which add to the same scores
     QUERIES: tl.constexpr,  # of a program
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """Scores of some queries and a few steps, for all score vectors; tiles beyond the length are left as they are."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    tiles_k = tl.cdiv(Tk, BLOCK_K)
-    tiles_q = tl.cdiv(Tq, QUERIES)
-    program = tl.program_id(0)
-    b = (program // (tiles_k * tiles_q)).to(tl.int64)
-    first_q = (program // tiles_k % tiles_q) * QUERIES
-    first_k = (program % tiles_k) * BLOCK_K
+    b, first_q, first_k = tile_of_pairs(Tq, Tk, QUERIES, BLOCK_K)
     j = first_k.to(tl.int64) + tl.arange(0, BLOCK_K)
     query += batch_offset(b, stride_qb, ALIGNED)
     keys += batch_offset(b, stride_kb, ALIGNED)
@@ -136,11 +123,7 @@ def gated_backward_kernel(
     extra,  # (B, Tk, A) or None: what is added to the keys, with the same gradient
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    B,
-    Tq,
-    Tk,
-    A,
-    R,
+    B, Tq, Tk, A, R,
     steps_per_split,  # a multiple of BLOCK_K
     padded_rows,
     stride_qb, stride_qq, stride_qa,
@@ -151,18 +134,12 @@ def gated_backward_kernel(
     stride_eb, stride_ek, stride_ea,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
-    slope,  # of "leaky_relu", in two parts, or None
-    slope_lo,
-    ACTIVATION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    FLOAT64: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    slope, slope_lo,  # of "leaky_relu", in two parts, or None
+    ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
     ONE_QUERY: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # whether BLOCK_R holds all score vectors
     SMALL_M: tl.constexpr,  # of the products with score vectors
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of units, of a split of the steps and all queries; 0 beyond the length."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32

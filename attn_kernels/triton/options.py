@@ -20,7 +20,7 @@ import triton.language as tl
 from ..types import Options
 from .activations import SATURATED, tanh_and_slope
 from .additive_math import tanh
-from .launch import two_parts
+from .arguments import two_parts
 
 NO_OPTIONS = Options()
 _NO_ARGUMENTS = (None,) * 10

@@ -18,16 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from ..scores import AdditiveScore, DotScore, ReluScore, Score
+from ..scores import ActivatedScore, AdditiveScore, DotScore, Score
 from ..types import Masks
-from .activations import TANH, activation_of
-from .additive_attention import is_worth_sharing, pair_scores, pair_scores_backward
+from .additive_attention import is_worth_sharing
+from .attention import Gradients, scores_backward, scores_of
 from .decode import can_decode, decode
 from .launch import accumulator, alignments_shape
-from .products import product, values_gradient, weighted_sum
+from .products import values_gradient
 from .softmax import attend, softmax_backward
-
-Gradients = tuple[Tensor, ...]
 
 
 def _as_row(rows: Tensor) -> Tensor:
@@ -47,12 +45,7 @@ def _forward(
     shares = isinstance(score, AdditiveScore) and is_worth_sharing(query, keys)
     if can_decode(query, values) and not shares:
         return decode(score, query, keys, values, masks, need_alignments, columns=columns)
-    if isinstance(score, DotScore):
-        scores = product(query, keys, score.scale, offsets, packed=True)
-    else:
-        activation = activation_of(score.negative_slope) if isinstance(score, ReluScore) else TANH
-        dtype = accumulator(query.dtype)
-        scores = pair_scores(query, keys, score.v, score.bias, masks, dtype, activation, packed=True)
+    scores = scores_of(score, query, keys, masks, accumulator(query.dtype), packed=True)
     return attend(scores, values, masks, need_alignments, columns=columns)
 
 
@@ -75,22 +68,13 @@ def _backward(
     columns = 0 if alignments.dim() == 1 else alignments.shape[2]
     keys, values, masks = _as_row(keys), _as_row(values), Masks(offsets)
     dscores = softmax_backward(*grads, values, masks, alignments, columns=columns)
-    dquery, dkeys, own = query.new_empty(0), query.new_empty(0), ()
-    if isinstance(score, DotScore):
-        if need_query:
-            dquery = weighted_sum(dscores, keys, score.scale, masks, transposed=False, packed=True)
-        if need_memory:
-            dkeys = weighted_sum(dscores, query, score.scale, masks, transposed=True, packed=True)
-    else:
-        activation = activation_of(score.negative_slope) if isinstance(score, ReluScore) else TANH
-        dquery, dkeys, *own_gradients = pair_scores_backward(
-            dscores, query, keys, score.v, score.bias, masks, need_query, need_memory, activation, packed=True
-        )
-        own = tuple(own_gradients)
+    dquery, dkeys, *own_gradients = scores_backward(
+        dscores, score, query, keys, masks, need_query, need_memory, packed=True
+    )
     dvalues = values_gradient(grads[0], values, alignments, masks, need_memory, columns=columns)
     if need_memory:
         dkeys, dvalues = dkeys[0], dvalues[0]
-    return dquery, dkeys, dvalues, *own
+    return dquery, dkeys, dvalues, *own_gradients
 
 
 def _kernels(score: Callable[..., Score], own: int) -> tuple[Callable[..., Gradients], Callable[..., Gradients]]:
@@ -111,6 +95,6 @@ def _kernels(score: Callable[..., Score], own: int) -> tuple[Callable[..., Gradi
 
 
 KERNELS: dict[str, Callable[..., Gradients]] = {}
-for _name, _score in (("additive", AdditiveScore), ("relu", ReluScore), ("dot", DotScore)):
+for _name, _score in (("additive", AdditiveScore), ("activated", ActivatedScore), ("dot", DotScore)):
     _op, _of_op = f"{_name}_attention_packed", ops.SCORES[_name]
     KERNELS[_op], KERNELS[f"{_op}_backward"] = _kernels(_score, len(_of_op.tensors) + len(_of_op.numbers))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Masks
+from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration, of_width
 from .device import (
     add_product,
@@ -23,23 +24,18 @@ from .device import (
     packed_tile,
     sentence_rows,
     split_steps,
+    tile_of_pairs,
 )
-from .launch import (
+from .launch import accumulator, launch, sum_splits
+from .tiles import (
     MAX_SMALL_M,
     NUM_SMS,
-    accumulator,
-    bytes_of,
     is_small_m,
-    launch,
-    lengths_stride,
-    mask_strides,
     packed_split,
     power_of_two,
-    rows_aligned,
     small_m_block,
     small_m_tile,
     step_tiles,
-    sum_splits,
 )
 
 # Products of rows: scores of dot attention, and the gradient of alignments --------------------------------------------
@@ -53,30 +49,16 @@ def _product_kernel(
     lengths,  # (B,) or None
     scale,
     scale_lo,  # what float32 lost of the scale: for float64
-    Tq,
-    Tk,
-    A,
+    Tq, Tk, A,
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_lengths,
-    ALIGNED: tl.constexpr,
-    SMALL_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
     B,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """out[b, i, j] = scale * query[b, i] . keys[b, j], except tiles beyond the length, which are left as they are."""
-    tiles_k = tl.cdiv(Tk, BLOCK_K)
-    tiles_q = tl.cdiv(Tq, BLOCK_Q)
-    program = tl.program_id(0)
-    if PACKED:
-        tiles_k = Tk // BLOCK_K + B
-        b, tile_k = packed_tile(lengths, stride_lengths, program % tiles_k, B, BLOCK_K)
-    else:
-        b = (program // (tiles_k * tiles_q)).to(tl.int64)
-        tile_k = program % tiles_k
-    i = ((program // tiles_k) % tiles_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = tile_k * BLOCK_K
+    b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K, lengths, stride_lengths, B, PACKED)
+    i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
     u = tl.arange(0, BLOCK_A).to(tl.int64)
     origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
@@ -124,12 +106,11 @@ def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | 
         block_q, block_k, block_a, warps = (chosen[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_A", "warps"))
         if Tq <= 16:
             block_q = 16
-    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if query.dtype == torch.float64 else 0.0
     launch(
         _product_kernel,
         triton.cdiv(Tq, block_q) * step_tiles(Tk, B, block_k, packed),
-        (out, query, keys, memory_lengths, float(scale), scale_lo, Tq, Tk, A),
-        (*query.stride(), *keys.stride(), lengths_stride(memory_lengths)),
+        (out, query, keys, memory_lengths, *two_parts(scale, query.dtype), Tq, Tk, A),
+        (*query.stride(), *keys.stride(), *strides_of(memory_lengths, 1)),
         dict(
             ALIGNED=rows_aligned(query, keys),
             SMALL_M=small_m,
@@ -154,22 +135,14 @@ def _weighted_sum_kernel(
     rows,  # (B, X, N)
     lengths,  # (B,) or None
     mask,  # (B, M, X) or None
-    scale,
-    scale_lo,
-    B,
-    M,
-    X,
-    N,
+    scale, scale_lo, B, M, X, N,
     rows_per_split,  # a multiple of BLOCK_X
     stride_wb, stride_wm, stride_wx,
     stride_rb, stride_rx, stride_rn,
     stride_lengths,
     stride_mb, stride_mm, stride_mx,
     TRANSPOSED: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
-    ALIGNED: tl.constexpr,
-    SMALL_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    ALIGNED: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
     columns,  # of weights that are packed alignments, or None: see alignment_rows
     PACKED: tl.constexpr,  # then out, too, is that of all sentences one after the other where M is Tk
@@ -250,23 +223,23 @@ def weighted_sum(
     packed: as of packed_attention.py; weights (1, Tq, N) are those of softmax_backward, or with columns begin where
         packed alignments do.
     """
-    memory_lengths, mask = masks
-    strides = mask_strides(mask)
+    of_lengths, of_batch, of_queries, of_steps = mask_strides(masks)
+    strides = (of_lengths, of_batch, of_queries, of_steps)
     if transposed:
-        weights, strides = weights.transpose(1, 2), (strides[0], strides[2], strides[1])
+        weights, strides = weights.transpose(1, 2), (of_lengths, of_batch, of_steps, of_queries)
     B, M, X = weights.shape
     N = rows.shape[2]
     if X == 0:
         return rows.new_zeros((B, M, N))
     batch, of_m, of_x = B, M, X
     if packed:
-        assert memory_lengths is not None  # the offsets
-        B = memory_lengths.shape[0] - 1
+        assert masks.memory_lengths is not None  # the offsets
+        B = masks.memory_lengths.shape[0] - 1
         if transposed:
             of_m = triton.cdiv(M, B)
         else:
             batch, of_x = B, triton.cdiv(X, B)
-    small_m, block_m, block_x, block_n, warps = sum_tile(rows, of_m, of_x, N, mask is not None)
+    small_m, block_m, block_x, block_n, warps = sum_tile(rows, of_m, of_x, N, masks.mask is not None)
     tiles_m = step_tiles(M, B, block_m, packed and transposed)
     programs = tiles_m * triton.cdiv(N, block_n)
     rows_per_split, splits = split(programs, of_x, block_x)
@@ -274,12 +247,11 @@ def weighted_sum(
         rows_per_split, splits = packed_split(splits, X)
     dtype = accumulator(rows.dtype)
     out = rows.new_empty((splits, batch, M, N), dtype=rows.dtype if splits == 1 else dtype)
-    scale_lo = scale - torch.tensor(scale, dtype=torch.float32).item() if dtype == torch.float64 else 0.0
     launch(
         _weighted_sum_kernel,
         programs * splits,
-        (out, weights, rows, memory_lengths, bytes_of(mask), float(scale), scale_lo, B, M, X, N, rows_per_split),
-        (*weights.stride(), *rows.stride(), lengths_stride(memory_lengths), *strides),
+        (out, weights, rows, *mask_tensors(masks), *two_parts(scale, dtype), B, M, X, N, rows_per_split),
+        (*weights.stride(), *rows.stride(), *strides),
         dict(
             TRANSPOSED=transposed,
             ALIGNED=rows_aligned(rows),

@@ -9,20 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import ACTIVATIONS
-from ..scores import AdditiveExtraScore, AdditiveScore, DotScore, GatedAdditiveScore, Score
-from .activations import TANH, activate, activation_of, sigmoid_and_slope
+from ..scores import DotScore, Score
+from .activations import activate, activation_of, sigmoid_and_slope
 
 
 def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
     """SCORE, v, bias and number of a score: scale of "dot", negative slope of "leaky_relu"."""
     if isinstance(score, DotScore):
         return "dot", None, None, score.scale
-    if isinstance(score, GatedAdditiveScore):
-        return ACTIVATIONS[score.activation], score.v, score.bias, score.negative_slope
-    name, slope = (
-        TANH if isinstance(score, (AdditiveScore, AdditiveExtraScore)) else activation_of(score.negative_slope)
-    )
+    name, slope = activation_of(score)
     return name, score.v, score.bias, slope
 
 

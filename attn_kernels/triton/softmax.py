@@ -8,22 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import NORMALIZERS, Masks, Options
+from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
 from .device import add_product, alignment_rows, attended, batch_offset, kernel, load_rows, sentence_rows, split_steps
-from .launch import (
-    MAX_SMALL_M,
-    accumulator,
-    alignments_shape,
-    bytes_of,
-    launch,
-    lengths_stride,
-    mask_strides,
-    packed_split,
-    power_of_two,
-    rows_aligned,
-    small_m_block,
-    steps_of_row,
-    sum_splits,
-)
+from .launch import accumulator, alignments_shape, launch, sum_splits
 from .normaliser import (
     LOWEST,
     add_block,
@@ -36,6 +23,7 @@ from .normaliser import (
 )
 from .options import NO_OPTIONS, add_score_bias, clip_and_slope, clip_scores, drop, option_arguments, scale_kept
 from .products import product, split, sum_tile
+from .tiles import MAX_SMALL_M, packed_split, power_of_two, small_m_block, steps_of_row
 
 # Softmax and context --------------------------------------------------------------------------------------------------
 
@@ -48,27 +36,14 @@ def _attend_kernel(
     values,  # (B, Tk, D)
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    B,
-    Tq,
-    Tk,
-    D,
+    B, Tq, Tk, D,
     steps_per_split,  # a multiple of BLOCK_K
     stride_vb, stride_vk, stride_vd, stride_lengths, stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq), contiguous, float32 or float64, or None
     score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
     stride_sb, stride_sq, stride_sk,
-    seed,
-    least,
-    kept_factor,
-    kept_factor_lo,
-    clip,
-    clip_lo,
-    NORMALISER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SMALL_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, ALIGNED: tl.constexpr,
+    SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     columns,  # of packed alignments, or None: see alignment_rows; packed scores are as for 0
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -168,17 +143,16 @@ def attend(
     columns: of a packed memory, whose scores are (1, Tq, N); see packed_attention.py.
     Returns: context (B, Tq, D), and alignments (B, Tq, Tk) or an empty tensor; in the dtype of values.
     """
-    memory_lengths, mask = masks
     B, Tq, Tk = scores.shape
     if columns is not None:
-        assert memory_lengths is not None  # the offsets
-        B = memory_lengths.shape[0] - 1
+        assert masks.memory_lengths is not None  # the offsets
+        B = masks.memory_lengths.shape[0] - 1
     D = values.shape[2]
     alignments = values.new_empty(alignments_shape(B, Tq, Tk, columns) if need_alignments else (0,))
     if Tk == 0:
         return values.new_zeros((B, Tq, D)), alignments
     of_row = steps_of_row(Tk, B, columns)
-    small_m, block_m, block_k, block_d, warps = sum_tile(values, Tq, of_row, D, mask is not None)
+    small_m, block_m, block_k, block_d, warps = sum_tile(values, Tq, of_row, D, masks.mask is not None)
     programs = B * triton.cdiv(Tq, block_m) * max(1, triton.cdiv(D, block_d))
     steps_per_split, splits = split(programs, of_row, block_k)
     if columns is not None:
@@ -187,9 +161,9 @@ def attend(
     launch(
         _attend_kernel,
         programs * splits,
-        (context, alignments if need_alignments else None, scores, values, memory_lengths, bytes_of(mask)),
+        (context, alignments if need_alignments else None, scores, values, *mask_tensors(masks)),
         (
-            *(B, Tq, Tk, D, steps_per_split, *values.stride(), lengths_stride(memory_lengths), *mask_strides(mask)),
+            *(B, Tq, Tk, D, steps_per_split, *values.stride(), *mask_strides(masks)),
             *(log_total, *option_arguments(options, scores.dtype)),
         ),
         dict(
@@ -218,8 +192,7 @@ def _softmax_backward_kernel(
     alignments,  # (B, Tq, Tk)
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
-    Tq,
-    Tk,
+    Tq, Tk,
     padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
     stride_gb, stride_gq, stride_gk,
     stride_ab, stride_aq, stride_ak,
@@ -231,14 +204,7 @@ def _softmax_backward_kernel(
     scores,  # (B, Tq, Tk), contiguous, or None: without clip and bias, where log weights are not the scores
     score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
     stride_sb, stride_sq, stride_sk,
-    seed,
-    least,
-    kept_factor,
-    kept_factor_lo,
-    clip,
-    clip_lo,
-    NORMALISER: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     columns,  # of packed alignments and their gradients, contiguous, or None: see alignment_rows
     PACKED: tl.constexpr,
@@ -331,6 +297,15 @@ def padded_scores(scores: Tensor) -> Tensor:
     return scores.new_empty((B, Tk, padded_q), dtype=accumulator(scores.dtype)).transpose(1, 2)[:, :Tq]
 
 
+def padded_gradient(grad_scores: Tensor) -> Tensor:
+    """grad_scores (B, Tq, Tk) in a tensor of ``padded_scores``, filled up with zeros."""
+    B, _, Tk = grad_scores.shape
+    dscores = padded_scores(grad_scores)
+    filler = dscores.as_strided((B, dscores.stride(2), Tk), dscores.stride())
+    filler.zero_()
+    return dscores.copy_(grad_scores)
+
+
 def softmax_backward(
     grad_context: Tensor | None,
     grad_alignments: Tensor | None,
@@ -353,10 +328,9 @@ def softmax_backward(
 
     columns: of a packed memory; see packed_attention.py. The result is (1, Tq, N) then.
     """
-    memory_lengths, mask = masks
     if columns is not None:
-        assert memory_lengths is not None  # the offsets
-        B, Tk = memory_lengths.shape[0] - 1, values.shape[1]
+        assert masks.memory_lengths is not None  # the offsets
+        B, Tk = masks.memory_lengths.shape[0] - 1, values.shape[1]
         Tq = alignments.shape[1] if columns else alignments.numel() // Tk
         dscores = padded_scores(values.new_empty(()).expand(1, Tq, Tk))
         dscores = dscores.as_strided(dscores.shape, (dscores.stride(2), *dscores.stride()[1:]))  # see device.py
@@ -365,7 +339,9 @@ def softmax_backward(
     else:
         B, Tq, Tk = alignments.shape
         dscores = padded_scores(alignments)
-    dproduct = None if grad_context is None else product(grad_context, values, 1.0, memory_lengths, columns is not None)
+    dproduct = None
+    if grad_context is not None:
+        dproduct = product(grad_context, values, 1.0, masks.memory_lengths, columns is not None)
     block_q = power_of_two(Tq, 1, 16)
     padded_blocks = dscores.stride(2) // block_q
     # What options read and write beside, and the numbers of dropout in 64 bits, take registers.
@@ -373,13 +349,12 @@ def softmax_backward(
     launch(
         _softmax_backward_kernel,
         B * padded_blocks if dscores.numel() else 0,
-        (dscores, dproduct, grad_alignments, alignments, memory_lengths, bytes_of(mask), Tq, Tk),
+        (dscores, dproduct, grad_alignments, alignments, *mask_tensors(masks), Tq, Tk),
         (
             padded_blocks,
-            *((0, 0, 0) if grad_alignments is None else grad_alignments.stride()),
+            *strides_of(grad_alignments),
             *alignments.stride(),
-            lengths_stride(memory_lengths),
-            *mask_strides(mask),
+            *mask_strides(masks),
             *(dscore_bias, kept, grad_log_total, scores, *option_arguments(options, dscores.dtype)),
         ),
         dict(

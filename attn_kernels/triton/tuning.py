@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..scores import AdditiveScore
 from ..types import Masks
-from .additive_attention import additive_scores, additive_scores_backward
+from .attention import KERNELS
 from .configurations import CANDIDATES, device_name, overriding, path, write
 from .decode import decode
-from .dot_attention import dot_attention
 from .products import product, weighted_sum
 
 WORTH = 0.02  # what a candidate has to win over the shipped configuration, above the noise of a measurement
@@ -40,11 +39,15 @@ _STEPS = ((64, 1, 50, 512), (64, 1, 200, 1024), (1, 1, 1000, 512), (1280, 1, 66,
 
 
 def _scores(i: Inputs) -> Tensor:
-    return additive_scores(i.query, i.keys, i.v, None)
+    scores: Tensor = KERNELS["additive_scores"](i.query, i.keys, i.v, None)
+    return scores
 
 
 def _scores_backward(i: Inputs) -> tuple[Tensor, ...]:
-    return additive_scores_backward(i.weights, i.query, i.keys, i.v, None, True, True)[:3]
+    gradients: tuple[Tensor, ...] = KERNELS["additive_scores_backward"](
+        i.weights, i.query, i.keys, i.v, None, True, True
+    )[:3]
+    return gradients
 
 
 def _product(i: Inputs) -> Tensor:
@@ -52,7 +55,7 @@ def _product(i: Inputs) -> Tensor:
 
 
 def _sums(i: Inputs) -> tuple[Tensor, ...]:
-    context, _ = dot_attention(i.query, i.keys, i.keys, 0.05, None, i.mask, False)
+    context, _ = KERNELS["dot_attention"](i.query, i.keys, i.keys, 0.05, None, i.mask, False)
     return context, weighted_sum(i.weights, i.query, 1.0, Masks(None, i.mask), transposed=True)
 
 

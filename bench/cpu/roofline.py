@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 import attn_kernels
+from attn_kernels.activations import ACTIVATIONS
 from attn_kernels.ops import kernel
 
 from .. import cases, cli, machine, results, timing
@@ -40,7 +41,7 @@ CPU = torch.device("cpu")
 
 class Timed(str, Enum):
     additive_attention = Op.additive_attention.value
-    relu_attention = RELU
+    activated_attention = RELU
     dot_attention = Op.dot_attention.value
 
 
@@ -113,7 +114,10 @@ class Cell:
 def calls_of(op: str, problem: cases.Problem) -> dict[str, Callable[[], object]]:
     """What is timed: the kernels as autograd calls them. The one place here that knows the signatures of the ops."""
     query, keys, values, *v = problem.inputs.values()
-    others: dict[str, tuple[object, ...]] = {Op.additive_attention.value: (*v, None, None), RELU: (*v, None, 0.0)}
+    others: dict[str, tuple[object, ...]] = {
+        Op.additive_attention.value: (*v, None, None),
+        RELU: (*v, None, ACTIVATIONS.index("relu"), 0.0),
+    }
     parameters = others.get(op, (1.0,))
     masks = (problem.memory_lengths, None)
     forward, backward = kernel(op, "cpu"), kernel(f"{op}_backward", "cpu")

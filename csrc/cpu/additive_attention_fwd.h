@@ -281,19 +281,11 @@ void additive_prepare(const AdditivePrepare& op) {
   });
 }
 
-template <typename T>
-void additive_attention(const AdditiveAttentionForward& op) {
+template <typename T, class Op>
+void additive_forward(const Op& op) {
   ScratchScope scope(thread_scratch());
   const FactoredV<T> units(op, thread_scratch());
-  const AttentionParams problem = params_of(op);
-  attention_forward<T>(problem, op.context, op.alignments, AdditiveScore<T>{op, units});
-}
-
-template <typename T>
-void additive_scores(const AdditiveScoresForward& op) {
-  ScratchScope scope(thread_scratch());
-  const FactoredV<T> units(op, thread_scratch());
-  all_scores<T>(op, AdditiveScore<T>{op, units});
+  forward<T>(op, AdditiveScore<T>{op, units});
 }
 
 }  // namespace ATTN_LEVEL

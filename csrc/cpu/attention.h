@@ -340,9 +340,15 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
   return Stage{tiles.per_sentence, tiles.size * p.Tk * p.D, run};
 }
 
-// The scores of all pairs, as an op of their own. op: as ScoresForward.
-template <typename T, class Op, class Score>
-void all_scores(const Op& op, const Score& score) {
+// An op of a score: attention, or the scores of all pairs.
+template <typename T, class Scores, class Score>
+void forward(const AttentionForward<Scores>& op, const Score& score) {
+  const AttentionParams problem = params_of(op);
+  attention_forward<T>(problem, op.context, op.alignments, score);
+}
+
+template <typename T, class Scores, class Score>
+void forward(const ScoresForward<Scores>& op, const Score& score) {
   const QueryTiles tiles(op.B, op.Tq, op.Tk, false, op.vectors);
   const Dtype to = op.wide ? native<T> : op.query.dtype;
   for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
@@ -359,12 +365,23 @@ void all_scores(const Op& op, const Score& score) {
 // Of the backward of an attention whose options clip the scores: these again, with which `p` reads them. A clipped score
 // cannot be had from alignments of 16 bits, nor 1 - tanh^2 from one that is close to the clip. kernel: of the scores
 // alone.
-template <typename T, class Op, class Score>
-void scores_again(const Op& op, void (*kernel)(const ScoresForward<Score>&), Scratch& call, AttentionParams& p) {
+template <typename T, class Scores>
+void scores_again(const AttentionBackward<Scores>& op, void (*kernel)(const ScoresForward<Scores>&), Scratch& call,
+                  AttentionParams& p) {
   if (p.options == nullptr || p.options->clip == 0) return;
   T* scores = alloc<T>(call, p.B * p.Tq * p.Tk);
-  kernel({static_cast<const Score&>(op), scores, true});
+  kernel({static_cast<const Scores&>(op), scores, true});
   p.scores = scores;
+}
+
+// The gradients of the scores of an op of their own, (B, Tq, Tk) in T, as a stage.
+template <typename T, class Op>
+auto compact_gradient(const Op& op, T* dscores) {
+  auto copy_row = [&op, dscores](int64_t b, int64_t i, Scratch& scratch) {
+    T* buffer = alloc<T>(scratch, op.Tk);
+    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
+  };
+  return Stage{op.Tq, op.Tk, copy_row};
 }
 
 // out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,

@@ -25,23 +25,17 @@ struct DotScore {
   }
 };
 
-template <typename T>
-void dot_attention(const DotAttentionForward& op) {
-  const AttentionParams problem = params_of(op);
-  attention_forward<T>(problem, op.context, op.alignments, DotScore<T>{op});
+template <typename T, class Op>
+void dot_forward(const Op& op) {
+  forward<T>(op, DotScore<T>{op});
 }
 
 template <typename T>
-void dot_scores(const ScoresForward<DotScores>& op) {
-  all_scores<T>(op, DotScore<T>{op});
-}
-
-template <typename T>
-void dot_attention_backward(const DotAttentionBackward& op) {
+void dot_backward(const AttentionBackward<DotScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   AttentionParams problem = params_of(op);
-  scores_again<T>(op, dot_scores<T>, call, problem);
+  scores_again<T>(op, dot_forward<T, ScoresForward<DotScores>>, call, problem);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto scores = scores_backward(

@@ -293,7 +293,7 @@ void gated_unit_gradients(const Op& op, const AttentionMask& attended, const T* 
   auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
     const int64_t strip = task % strips, first = strip * widest;
     const int64_t size = strip + 1 == strips ? units.size - first : widest;
-    by_activation<T>(op, [&](auto unit) { gated_gradients(back, unit, b, task / strips, first, size, scratch); });
+    by_unit<T>(op, [&](auto unit) { gated_gradients(back, unit, b, task / strips, first, size, scratch); });
   };
   for_each_sentence(op.B, before..., Stage{chunks * strips, op.Tq * chunk * min(widest, units.size), run});
   if (op.dquery == nullptr) return;
@@ -320,12 +320,12 @@ void gated_unit_gradients(const Op& op, const AttentionMask& attended, const T* 
 }
 
 template <typename T>
-void gated_additive_attention_backward(const GatedAdditiveAttentionBackward& op) {
+void gated_additive_backward(const AttentionBackward<GatedAdditiveScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   AttentionParams problem = params_of(op);
   problem.has_products = static_cast<bool>(op.grad_context);
-  scores_again<T>(op, gated_additive_scores<T>, call, problem);
+  scores_again<T>(op, gated_additive_forward<T, ScoresForward<GatedAdditiveScores>>, call, problem);
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   const auto products = products_by_steps(problem, op.grad_context, dscores);
@@ -339,17 +339,13 @@ void gated_additive_attention_backward(const GatedAdditiveAttentionBackward& op)
 }
 
 template <typename T>
-void gated_additive_scores_backward(const GatedAdditiveScoresBackward& op) {
+void gated_additive_backward(const ScoresBackward<GatedAdditiveScores>& op) {
   Scratch& call = thread_scratch();
   ScratchScope scope(call);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
-  auto copy_row = [&](int64_t b, int64_t i, Scratch& scratch) {
-    T* buffer = alloc<T>(scratch, op.Tk);
-    memcpy(dscores + (b * op.Tq + i) * op.Tk, read_row(op.grad_scores, b, i, op.Tk, buffer), op.Tk * sizeof(T));
-  };
   AttentionMask all;
   all.vectors = op.vectors;
-  gated_unit_gradients<T>(op, all, dscores, Stage{op.Tq, op.Tk, copy_row});
+  gated_unit_gradients<T>(op, all, dscores, compact_gradient(op, dscores));
 }
 
 }  // namespace ATTN_LEVEL

@@ -7,8 +7,8 @@
 #pragma once
 
 #include "../additive_attention.h"
+#include "activated_attention_fwd.h"
 #include "attention.h"
-#include "relu_attention_fwd.h"
 
 namespace attn {
 namespace ATTN_LEVEL {
@@ -39,16 +39,15 @@ struct SigmoidUnit {
   }
 };
 
-template <typename T, bool kLeaky>
-struct ReluUnit {
-  T negative_slope;
+// Of an activation of ../activations.h.
+template <typename T, class F>
+struct PlainUnit {
+  F f;
 
-  ATTN_INLINE Vec<T> operator()(Vec<T> x) const { return rectified<T, kLeaky>(x, negative_slope); }
+  ATTN_INLINE Vec<T> operator()(Vec<T> x) const { return f.value(x); }
   ATTN_INLINE Vec<T> operator()(Vec<T> x, Vec<T> t, Vec<T>* g) const {
-    const Vec<T> zero{};
-    // As of PyTorch, which lets the gradient of relu pass where x is NaN.
-    *g = kLeaky ? (x > zero ? t : negative_slope * t) : (x <= zero ? zero : t);
-    return (*this)(x);
+    *g = f.gradient(x, t);
+    return f.value(x);
   }
 };
 
@@ -64,16 +63,10 @@ ATTN_INLINE Vec<T> gated(const Unit& unit, Vec<T> x, Vec<T> gate) {
 }
 
 template <typename T, class Body>
-ATTN_INLINE void by_activation(const GatedAdditiveScores& op, const Body& body) {
-  const T slope = static_cast<T>(op.negative_slope);
-  if (op.activation == GatedAdditiveScores::tanh)
-    body(TanhUnit<T>{});
-  else if (op.activation == GatedAdditiveScores::sigmoid)
-    body(SigmoidUnit<T>{});
-  else if (op.activation == GatedAdditiveScores::relu)
-    body(ReluUnit<T, false>{slope});
-  else
-    body(ReluUnit<T, true>{slope});
+ATTN_INLINE void by_unit(const GatedAdditiveScores& op, const Body& body) {
+  if (op.activation == Activation::tanh) return body(TanhUnit<T>{});
+  if (op.activation == Activation::sigmoid) return body(SigmoidUnit<T>{});
+  by_activation_of<T>(op, [&](auto f) { body(PlainUnit<T, decltype(f)>{f}); });
 }
 
 // Score vectors and bias in whole vectors, which end in zeros, and how many steps make a block.
@@ -207,7 +200,7 @@ struct GatedAdditiveScore {
   // Pooling: no activation is used twice, so that none is stored.
   void one_query(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, Scratch& scratch) const {
     RowBlock<T> keys(op.keys, op.A, kRowsAtOnce, scratch), gates(op.gate, op.A, kRowsAtOnce, scratch);
-    by_activation<T>(op, [&](auto unit) {
+    by_unit<T>(op, [&](auto unit) {
       for (int64_t j = 0; j < n; j += kRowsAtOnce) {
         const int64_t count = min(kRowsAtOnce, n - j);
         const T *const *k = keys.read(b, list + j, count), *const *g = gates.read(b, list + j, count);
@@ -230,7 +223,7 @@ struct GatedAdditiveScore {
       const T* const* k = keys.read(b, list + j, count);
       if (op.gate) gates_of_block<T>(gates.read(b, list + j, count), count, op.A, size, gate, nullptr);
       for (int64_t i = 0; i < q.n; ++i) {
-        by_activation<T>(op, [&](auto unit) {
+        by_unit<T>(op, [&](auto unit) {
           hidden_rows<T>(unit, q.rows + i * size, k, op.gate ? gate : units.ones, op.gate ? size : 0, count, op.A, size,
                          hidden);
         });
@@ -269,7 +262,7 @@ struct GatedAdditiveScore {
         for (int64_t r = 0; r < R; ++r) v[r] = units.v[r] + c;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t first = max(i * R, q.first), last = min((i + 1) * R, q.first + q.n);
-          by_activation<T>(op, [&](auto unit) {
+          by_unit<T>(op, [&](auto unit) {
             hidden_columns<T>(unit, q.rows + (i - begin) * units.size + c, key, gate, columns, steps, hidden);
           });
           for (int64_t row = first; row < last; ++row) to[row - first] = out + (row - q.first) * ld + j;
@@ -280,19 +273,11 @@ struct GatedAdditiveScore {
   }
 };
 
-template <typename T>
-void gated_additive_attention(const GatedAdditiveAttentionForward& op) {
+template <typename T, class Op>
+void gated_additive_forward(const Op& op) {
   ScratchScope scope(thread_scratch());
   const GatedUnits<T> units(op, thread_scratch());
-  const AttentionParams problem = params_of(op);
-  attention_forward<T>(problem, op.context, op.alignments, GatedAdditiveScore<T>{op, units});
-}
-
-template <typename T>
-void gated_additive_scores(const GatedAdditiveScoresForward& op) {
-  ScratchScope scope(thread_scratch());
-  const GatedUnits<T> units(op, thread_scratch());
-  all_scores<T>(op, GatedAdditiveScore<T>{op, units});
+  forward<T>(op, GatedAdditiveScore<T>{op, units});
 }
 
 }  // namespace ATTN_LEVEL

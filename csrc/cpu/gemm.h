@@ -154,8 +154,8 @@ void gemm_nn(O* const* out, int64_t out_rows, const T* weight, int64_t wi, int64
           const Word16 even = elements(j), odd = j + 1 < y_rows ? elements(j + 1) : Word16{};
           uint32_t* to = panel + j / 2 * kPanel<T> + u;
           const auto index = std::make_index_sequence<2 * w>();
-          store(to, (Word32)interleave<false>(even, odd, index));
-          if (u + w < needed) store(to + w, (Word32)interleave<true>(even, odd, index));
+          store(to, (Word32)shuffle<Interleaved<false>>(even, odd, index));
+          if (u + w < needed) store(to + w, (Word32)shuffle<Interleaved<true>>(even, odd, index));
         }
       gemm_panel(out, out_rows, c, nc, pairs.factor, pairs.step, panel, divide_up(y_rows, 2), add);
     }

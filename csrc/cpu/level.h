@@ -40,35 +40,41 @@ void by_dtype(const Op& op) {
   computed_in(op) == Dtype::float64 ? (ATTN_FLOAT64_LEVEL::kernels.*kDouble)(op) : kFloat(op);
 }
 #define ATTN_BY_DTYPE(Op, kernel) by_dtype<Op, kernel<float>, &Kernels::kernel>
+
+template <class Op, void (*kFloat)(const Op&), auto kScore, auto kKernel>
+void of_score_by_dtype(const Op& op) {
+  computed_in(op) == Dtype::float64 ? (ATTN_FLOAT64_LEVEL::kernels.*kScore.*kKernel)(op) : kFloat(op);
+}
+#define ATTN_OF_SCORE(Op, Scores, score, function, kernel) \
+  of_score_by_dtype<Op<Scores>, function<float>, &Kernels::score, &ScoreKernels<Scores>::kernel>
 #else
 template <class Op, void (*kFloat)(const Op&), void (*kDouble)(const Op&)>
 void by_dtype(const Op& op) {
   computed_in(op) == Dtype::float64 ? kDouble(op) : kFloat(op);
 }
 #define ATTN_BY_DTYPE(Op, kernel) by_dtype<Op, kernel<float>, kernel<double>>
+#define ATTN_OF_SCORE(Op, Scores, score, function, kernel) by_dtype<Op<Scores>, function<float>, function<double>>
 #endif
+
+// The kernels of a score: its forward and backward serve attention and the scores alone.
+#define ATTN_ATTENTION(Scores, score)                                         \
+  ATTN_OF_SCORE(AttentionForward, Scores, score, score##_forward, attention), \
+      ATTN_OF_SCORE(AttentionBackward, Scores, score, score##_backward, attention_backward)
+#define ATTN_SCORE(Scores, score)                                        \
+  {ATTN_OF_SCORE(ScoresForward, Scores, score, score##_forward, scores), \
+   ATTN_OF_SCORE(ScoresBackward, Scores, score, score##_backward, scores_backward), ATTN_ATTENTION(Scores, score)}
 
 const Kernels kernels = {
     additive_prepare<float>,
-    ATTN_BY_DTYPE(AdditiveScoresForward, additive_scores),
-    ATTN_BY_DTYPE(AdditiveScoresBackward, additive_scores_backward),
-    ATTN_BY_DTYPE(AdditiveAttentionForward, additive_attention),
-    ATTN_BY_DTYPE(AdditiveAttentionBackward, additive_attention_backward),
-    ATTN_BY_DTYPE(ReluScoresForward, relu_scores),
-    ATTN_BY_DTYPE(ReluScoresBackward, relu_scores_backward),
-    ATTN_BY_DTYPE(ReluAttentionForward, relu_attention),
-    ATTN_BY_DTYPE(ReluAttentionBackward, relu_attention_backward),
-    ATTN_BY_DTYPE(DotAttentionForward, dot_attention),
-    ATTN_BY_DTYPE(DotAttentionBackward, dot_attention_backward),
+    ATTN_SCORE(AdditiveScores, additive),
+    ATTN_SCORE(ActivatedScores, activated),
+    {nullptr, nullptr, ATTN_ATTENTION(DotScores, dot)},
+    ATTN_SCORE(GatedAdditiveScores, gated_additive),
     ATTN_BY_DTYPE(LstmStep, lstm_step),
     ATTN_BY_DTYPE(LstmStepBackward, lstm_step_backward),
     ATTN_BY_DTYPE(GruStep, gru_step),
     ATTN_BY_DTYPE(GruStepBackward, gru_step_backward),
     checksum,
-    ATTN_BY_DTYPE(GatedAdditiveScoresForward, gated_additive_scores),
-    ATTN_BY_DTYPE(GatedAdditiveScoresBackward, gated_additive_scores_backward),
-    ATTN_BY_DTYPE(GatedAdditiveAttentionForward, gated_additive_attention),
-    ATTN_BY_DTYPE(GatedAdditiveAttentionBackward, gated_additive_attention_backward),
     ATTN_BY_DTYPE(RowProducts, row_products),
     ATTN_BY_DTYPE(LikeliestTokens, likeliest_tokens),
 };

@@ -212,8 +212,8 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
   for (int64_t i = 0; count > 0 && i < out_rows; ++i)
     for (T* to = out[i]; to < out[i] + in_pairs; to += 2 * w) {
       const Vec<T> first = load(to), second = load(to + w);
-      store(to, interleave<false>(first, second, index));
-      store(to + w, interleave<true>(first, second, index));
+      store(to, shuffle<Interleaved<false>>(first, second, index));
+      store(to + w, shuffle<Interleaved<true>>(first, second, index));
     }
 }
 

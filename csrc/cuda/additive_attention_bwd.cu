@@ -1,5 +1,5 @@
 // The gradients of scores with a score vector: of query, keys, v and bias. Hidden units are computed again. What differs
-// between tanh of additive attention and relu is in TanhPair and ReluPair.
+// between tanh of additive attention and other activations is in TanhPair and ActivatedPair.
 //
 // With E = e^{2q} e^{2k}, r = 1 / (1 + E) and ds the gradient of a score: 1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r, so
 //
@@ -14,10 +14,10 @@
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
 // registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
 // that have the queries. No atomics: what crosses blocks is written apart and added in order.
+#include "activations.cuh"
 #include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "relu_math.cuh"
 #include "rows.cuh"
 #include "sum_parts.cuh"
 
@@ -65,8 +65,12 @@ struct TanhPair {
   }
   ATTN_DEVICE static float kept(float x) { return exp2x(x); }
 
-  // Calls body with which form of add() is taken, as a type.
-  template <class Body>
+  // Whether nothing is left to multiply of what add() adds: a form is a type that add() takes first.
+  template <class Form>
+  static constexpr bool kComplete = Form::value;
+
+  // Calls body with one of these types.
+  template <typename W, class Body>
   ATTN_DEVICE static void by_form(const Score&, bool clamped, const Body& body) {
     if (clamped)
       body(std::true_type());
@@ -77,8 +81,8 @@ struct TanhPair {
   // Adds to dq and dk what is to be multiplied by what is kept of the own row; with kWithFactors there is nothing left
   // to multiply.
   template <int kQ, bool kWithFactors, typename W>
-  ATTN_DEVICE static void add(const Score&, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
-                              F32x2<W>& dv) {
+  ATTN_DEVICE static void add(std::bool_constant<kWithFactors>, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq,
+                              F32x2<W>& dk, F32x2<W>& dv) {
     constexpr F32x2<W> kOne{1, 1}, kMinusOne{-1, -1};
     if constexpr (kWithFactors) {
       const F32x2<W> product = e * ek;
@@ -115,13 +119,15 @@ struct TanhPair {
   }
 };
 
-struct ReluPair {
-  using Score = ReluScores;
+struct ActivatedPair {
+  using Score = ActivatedScores;
   static constexpr int kGain = 1;
   static constexpr bool kBounded = false;
   template <typename W>
   static constexpr bool kHasFast = true;
   static constexpr bool kHasClamped = false;
+  template <class>
+  static constexpr bool kComplete = false;
 
   // The sum of two is finite.
   template <typename W>
@@ -133,20 +139,21 @@ struct ReluPair {
     return x;
   }
 
-  template <class Body>
+  template <typename W, class Body>
   ATTN_DEVICE static void by_form(const Score& op, bool, const Body& body) {
-    by_slope(op.negative_slope, body);
+    by_activation_of<W>(op, body);
   }
 
-  template <int, bool kLeaky, typename W>
-  ATTN_DEVICE static void add(const Score& op, F32x2<W> q, F32x2<W> k, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
+  template <int, class F, typename W>
+  ATTN_DEVICE static void add(const F& f, F32x2<W> q, F32x2<W> k, F32x2<W> ds, F32x2<W>& dq, F32x2<W>& dk,
                               F32x2<W>& dv) {
-    const W slope = static_cast<W>(op.negative_slope);
-    const F32x2<W> x = q + k, gradient = rectified_backward<kLeaky>(x, ds, slope);
-    dq = dq + gradient;
-    dk = dk + gradient;
-    // The first takes an instruction less, and would lose a ds of NaN where relu is 0.
-    dv = kLeaky ? multiply_add(gradient, x, dv) : multiply_add(ds, rectified<false>(x, slope), dv);
+    const F32x2<W> x = q + k, g = cuda::gradient(f, x, ds);
+    dq = dq + g;
+    dk = dk + g;
+    if constexpr (F::kByGradient)
+      dv = multiply_add(g, x, dv);
+    else
+      dv = multiply_add(ds, cuda::value(f, x), dv);
   }
   template <typename W>
   ATTN_DEVICE static W of_row(W, W sum) {
@@ -155,13 +162,13 @@ struct ReluPair {
 
   template <typename W>
   ATTN_DEVICE static W gradient(const Score& op, W x, W ds) {
-    const W slope = static_cast<W>(op.negative_slope);
-    return op.negative_slope == 0 ? rectified_backward<false>(x, ds, slope) : rectified_backward<true>(x, ds, slope);
+    by_activation_of<W>(op, [&](auto f) { ds = f.gradient(x, ds); });
+    return ds;
   }
   template <typename W>
   ATTN_DEVICE static W value(const Score& op, W x) {
-    const W slope = static_cast<W>(op.negative_slope);
-    return op.negative_slope == 0 ? rectified<false>(x, slope) : rectified<true>(x, slope);
+    by_activation_of<W>(op, [&](auto f) { x = f.value(x); });
+    return x;
   }
 };
 
@@ -347,7 +354,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
     }
     if (fast) {
       if (Pair::kHasClamped && clamped) flush(true);
-      Pair::by_form(op, clamped, [&](auto form) {
+      Pair::template by_form<W>(op, clamped, [&](auto form) {
         F32x2<W> chunk_t[kLaneUnits] = {};
 #pragma unroll(kQ <= 8 ? kAtOnce : 1)
         for (int row = first; row < last; ++row) {
@@ -361,15 +368,15 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 #pragma unroll
             for (int n = 0; n < kLaneUnits; ++n) {
               F32x2<W> sum{dq[i][n], dq[i + 1][n]};
-              Pair::template add<kQ, decltype(form)::value>(op, F32x2<W>{eq[i][n], eq[i + 1][n]}, F32x2<W>{k[n], k[n]},
-                                                            F32x2<W>{ds[i], ds[i + 1]}, sum, dk[n], chunk_t[n]);
+              Pair::template add<kQ>(form, F32x2<W>{eq[i][n], eq[i + 1][n]}, F32x2<W>{k[n], k[n]},
+                                     F32x2<W>{ds[i], ds[i + 1]}, sum, dk[n], chunk_t[n]);
               dq[i][n] = sum.x;
               dq[i + 1][n] = sum.y;
             }
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n)
             s.dkeys[(warp_q * s.rows + row) * kBlockUnits + n * kWarp + lane] =
-                Pair::kHasClamped && decltype(form)::value ? dk[n].x + dk[n].y : Pair::of_row(k[n], dk[n].x + dk[n].y);
+                Pair::template kComplete<decltype(form)> ? dk[n].x + dk[n].y : Pair::of_row(k[n], dk[n].x + dk[n].y);
         }
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
@@ -526,9 +533,9 @@ void additive_scores_backward(const AdditiveScores& op, const AttentionMask& att
   run<TanhPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
 }
 
-void additive_scores_backward(const ReluScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
-                              void* dkeys, void* dv, void* dbias) {
-  run<ReluPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
+void additive_scores_backward(const ActivatedScores& op, const AttentionMask& attended, const void* dscores,
+                              void* dquery, void* dkeys, void* dv, void* dbias) {
+  run<ActivatedPair>(op, attended, dscores, dquery, dkeys, dv, dbias);
 }
 
 }  // namespace cuda

@@ -5,7 +5,7 @@
 //   limits                  the largest |k| of a step between which the fast sums hold
 //   prepare_key             makes of an element of a key what add_two() takes
 //   Units, Query, add_two   four units of the staged rows, and the sum with two of them
-//   by_form                 calls its argument with which form of add_two() the op takes, as a type
+//   by_form                 calls its argument with what add_two() takes first, one of several types: an activation
 //   ExactUnit               a unit by the formula
 //   finish                  the score, from the sum over units
 #pragma once
@@ -79,8 +79,7 @@ struct AdditiveScore {
     body(std::false_type());
   }
 
-  template <bool>
-  ATTN_DEVICE static float add_two(const DecodeParams&, float sum, const Query& q, const Units& units, const float* k,
+  ATTN_DEVICE static float add_two(std::false_type, float sum, const Query& q, const Units& units, const float* k,
                                    int j) {
     return add_two_units(sum, q.e[j], q.ev[j], units.v[j], k[j], q.e[j + 1], q.ev[j + 1], units.v[j + 1], k[j + 1]);
   }

@@ -1,10 +1,10 @@
 // Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once: the
 // kernel, what it is launched with, and how the steps of a sentence are split over blocks (decode_block.cuh).
+#include "activated_score.cuh"
 #include "additive_score.cuh"
 #include "decode.h"
 #include "decode_block.cuh"
 #include "dot_score.cuh"
-#include "relu_score.cuh"
 
 namespace attn {
 namespace cuda {
@@ -139,33 +139,33 @@ Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
   return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kMinSteps)))), false};
 }
 
-void decode_attention(const AdditiveAttentionForward& op, const Splits& splits) {
+void decode_attention(const AttentionForward<AdditiveScores>& op, const Splits& splits) {
   DecodeParams p = {};
   p.v = op.v, p.bias = op.bias, p.prepared = op.prepared;
   run_dtype<AdditiveScore>(op, splits, p);
 }
 
-void decode_attention(const ReluAttentionForward& op, const Splits& splits) {
+void decode_attention(const AttentionForward<ActivatedScores>& op, const Splits& splits) {
   DecodeParams p = {};
-  p.v = op.v, p.bias = op.bias, p.negative_slope = op.negative_slope;
-  run_dtype<ReluScore>(op, splits, p);
+  p.v = op.v, p.bias = op.bias, p.activation = op.activation, p.negative_slope = op.negative_slope;
+  run_dtype<ActivatedScore>(op, splits, p);
 }
 
-void decode_attention(const DotAttentionForward& op, const Splits& splits) {
+void decode_attention(const AttentionForward<DotScores>& op, const Splits& splits) {
   DecodeParams p = {};
   p.scale = op.scale;
   run_dtype<DotScore>(op, splits, p);
 }
 
-void decode_attention(const AdditiveAttentionForward& op) {
+void decode_attention(const AttentionForward<AdditiveScores>& op) {
   decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
-void decode_attention(const ReluAttentionForward& op) {
+void decode_attention(const AttentionForward<ActivatedScores>& op) {
   decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 
-void decode_attention(const DotAttentionForward& op) {
+void decode_attention(const AttentionForward<DotScores>& op) {
   decode_attention(op, choose_splits(current_device(), op.B, op.Tk, op.query.dtype));
 }
 

@@ -16,9 +16,9 @@ struct Splits {
 
 Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype);
 
-void decode_attention(const AdditiveAttentionForward& op, const Splits& splits);
-void decode_attention(const ReluAttentionForward& op, const Splits& splits);
-void decode_attention(const DotAttentionForward& op, const Splits& splits);
+void decode_attention(const AttentionForward<AdditiveScores>& op, const Splits& splits);
+void decode_attention(const AttentionForward<ActivatedScores>& op, const Splits& splits);
+void decode_attention(const AttentionForward<DotScores>& op, const Splits& splits);
 
 }  // namespace cuda
 }  // namespace attn

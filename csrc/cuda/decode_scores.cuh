@@ -1,5 +1,5 @@
 // Scores of the few queries of a sentence against the steps of a block. Part of decode.cu; what
-// is particular to a score is in additive_score.cuh, relu_score.cuh and dot_score.cuh.
+// is particular to a score is in additive_score.cuh, activated_score.cuh and dot_score.cuh.
 //
 // A warp takes a few steps at a time, its lanes lie along the hidden units, and all queries share each loaded key. What
 // the queries bring (for additive attention exponentials) is staged in shared memory, in blocks of units, in the order
@@ -187,8 +187,7 @@ struct ScoreTile {
           for (int r = 0; r < kRows; ++r) {
             float& sum = sums[r * NQ + q];
 #pragma unroll
-            for (int j = 0; j < 4; j += 2)
-              sum = Score::template add_two<decltype(form)::value>(p, sum, query, unit_constants, k[r], j);
+            for (int j = 0; j < 4; j += 2) sum = Score::add_two(form, sum, query, unit_constants, k[r], j);
           }
         }
       });

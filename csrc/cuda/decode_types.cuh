@@ -60,10 +60,11 @@ struct DecodeParams {
   void* partial;          // (B, splits, Tq, D), of W: their contexts
   void* scores;           // (B, Tq, Tk), of W, or null
   unsigned* finished;     // (B,): how many blocks have
-  double negative_slope;  // of ReluScore
+  Activation activation;  // of ActivatedScore
+  double negative_slope;  // of leaky_relu
 };
 
-// An instance: the score and the normaliser (policies: additive_score.cuh, relu_score.cuh,
+// An instance: the score and the normaliser (policies: additive_score.cuh, activated_score.cuh,
 // dot_score.cuh, softmax.cuh), the elements of
 // the inputs, those of the keys as they are read (T, or those of prepared keys), and whether rows are read by 16 bytes.
 template <class ScorePolicy, typename Element, typename KeyElement, bool prepared, bool vectorized>

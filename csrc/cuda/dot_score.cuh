@@ -41,9 +41,7 @@ struct DotScore {
     body(std::false_type());
   }
 
-  template <bool>
-  ATTN_DEVICE static float add_two(const DecodeParams&, float sum, const Query& q, const Units&, const float* k,
-                                   int j) {
+  ATTN_DEVICE static float add_two(std::false_type, float sum, const Query& q, const Units&, const float* k, int j) {
     return fmaf(q.x[j + 1], k[j + 1], fmaf(q.x[j], k[j], sum));
   }
 

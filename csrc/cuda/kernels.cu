@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(256) widen_kernel(StridedView3 from, W* to, in
   to[i] = element<W>(from.data, from.dtype, b * from.stride[0] + q * from.stride[1] + k * from.stride[2]);
 }
 
-// With a score vector: Score is AdditiveScores or ReluScores -------------------------------------------------------------
+// With a score vector: Score is AdditiveScores or ActivatedScores -------------------------------------------------------------
 
 template <class Score>
 void scores_forward(const ScoresForward<Score>& op) {
@@ -126,16 +126,20 @@ void vector_backward(const AttentionBackward<Score>& op) {
   values_backward(op);
 }
 
+template <class Score>
+constexpr ScoreKernels<Score> kernels_of = {scores_forward<Score>, scores_backward<Score>, vector_forward<Score>,
+                                            vector_backward<Score>};
+
 // Dot-product attention ------------------------------------------------------------------------------------------------
 
-void dot_forward(const DotAttentionForward& op) {
+void dot_forward(const AttentionForward<DotScores>& op) {
   if (op.Tq <= kMaxDecodeQueries && op.Tk > 0) return decode_attention(op);
   void* scores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   product({op.B, op.Tq, op.Tk, op.A, op.query, op.keys, op.scale, op.attended, scores});
   attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
 }
 
-void dot_backward(const DotAttentionBackward& op) {
+void dot_backward(const AttentionBackward<DotScores>& op) {
   void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   softmax_backward(
       {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});
@@ -151,20 +155,9 @@ void dot_backward(const DotAttentionBackward& op) {
 
 extern const Kernels kernels;
 const Kernels kernels = {additive_prepare,
-                         scores_forward<AdditiveScores>,
-                         scores_backward<AdditiveScores>,
-                         vector_forward<AdditiveScores>,
-                         vector_backward<AdditiveScores>,
-                         scores_forward<ReluScores>,
-                         scores_backward<ReluScores>,
-                         vector_forward<ReluScores>,
-                         vector_backward<ReluScores>,
-                         dot_forward,
-                         dot_backward,
-                         nullptr,
-                         nullptr,
-                         nullptr,
-                         nullptr};
+                         kernels_of<AdditiveScores>,
+                         kernels_of<ActivatedScores>,
+                         {nullptr, nullptr, dot_forward, dot_backward}};
 
 }  // namespace cuda
 }  // namespace attn

@@ -12,21 +12,21 @@ namespace cuda {
 // Up to here an attention is one launch that reads keys and values once for all queries of a sentence.
 constexpr int64_t kMaxDecodeQueries = 8;
 
-void decode_attention(const AdditiveAttentionForward& op);  // op.Tq <= kMaxDecodeQueries, op.Tk > 0
-void decode_attention(const ReluAttentionForward& op);
-void decode_attention(const DotAttentionForward& op);
+void decode_attention(const AttentionForward<AdditiveScores>& op);  // op.Tq <= kMaxDecodeQueries, op.Tk > 0
+void decode_attention(const AttentionForward<ActivatedScores>& op);
+void decode_attention(const AttentionForward<DotScores>& op);
 
 // additive_attention_fwd.cu, additive_attention_bwd.cu -------------------------------------------------------------------
 
 // scores: (B, Tq, Tk) contiguous, of W, or of the dtype of query with `narrow`. All pairs are computed.
 void additive_scores(const AdditiveScores& op, const AttentionMask& attended, void* scores, bool narrow);
-void additive_scores(const ReluScores& op, const AttentionMask& attended, void* scores, bool narrow);
+void additive_scores(const ActivatedScores& op, const AttentionMask& attended, void* scores, bool narrow);
 
 // dscores: (B, Tq, Tk) contiguous, of W, 0 where not attended. dquery, dv and dbias may be null, or dkeys.
 void additive_scores_backward(const AdditiveScores& op, const AttentionMask& attended, const void* dscores,
                               void* dquery, void* dkeys, void* dv, void* dbias);
-void additive_scores_backward(const ReluScores& op, const AttentionMask& attended, const void* dscores, void* dquery,
-                              void* dkeys, void* dv, void* dbias);
+void additive_scores_backward(const ActivatedScores& op, const AttentionMask& attended, const void* dscores,
+                              void* dquery, void* dkeys, void* dv, void* dbias);
 
 void additive_prepare(const AdditivePrepare& op);
 

@@ -349,15 +349,16 @@ void check(const Inputs& in, Score of, const Expected& expected, const Splits& s
   const std::vector<std::uint64_t> before[] = {in.query.memory, in.keys.memory, in.values.memory};
   void* to[] = {const_cast<void*>(out.array.data), c.alignments ? const_cast<void*>(weights.array.data) : nullptr};
   if (of == Score::additive) {
-    auto op = with_vector<AdditiveAttentionForward>(in);
+    auto op = with_vector<AttentionForward<AdditiveScores>>(in);
     if (c.prepared && c.A > 0) op.prepared = in.prepared.array;
     call(op, in, to[0], to[1], splits);
   } else if (of == Score::dot) {
-    DotAttentionForward op{};
+    AttentionForward<DotScores> op{};
     op.scale = kScale;
     call(op, in, to[0], to[1], splits);
   } else {
-    auto op = with_vector<ReluAttentionForward>(in);
+    auto op = with_vector<AttentionForward<ActivatedScores>>(in);
+    op.activation = of == Score::leaky ? Activation::leaky_relu : Activation::relu;
     op.negative_slope = slope_of(of);
     call(op, in, to[0], to[1], splits);
   }

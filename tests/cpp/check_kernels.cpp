@@ -261,8 +261,8 @@ struct Check {
     const AdditiveScores sizes = additive_sizes();
     Data scores(dtype, r.scores.size()), dquery(dtype, r.dquery.size()), dkeys(dtype, r.dkeys.size()), dv(dtype, n.A),
         dbias(dtype, n.A);
-    level().kernels->additive_scores({sizes, scores.bytes.data()});
-    level().kernels->additive_scores_backward({sizes,
+    level().kernels->additive.scores({sizes, scores.bytes.data()});
+    level().kernels->additive.scores_backward({sizes,
                                                {dv.bytes.data(), dbias.bytes.data()},
                                                array(grad_scores, n.Tq, n.Tk),
                                                dquery.bytes.data(),
@@ -286,10 +286,10 @@ struct Check {
     const StridedView3 value_rows = array(values, n.Tk, n.D), saved = array(weights, n.Tq, n.Tk);
     const StridedView3 dcontext = array(grad_context, n.Tq, n.D), dalignments = array(grad_alignments, n.Tq, n.Tk);
     if (additive) {
-      level().kernels->additive_attention(
+      level().kernels->additive.attention(
           {additive_sizes(), n.D, value_rows, attended(), context.bytes.data(), weights.bytes.data()});
       auto backward = [&](const VectorGradients& own, void* to_query, void* to_keys, void* to_values) {
-        level().kernels->additive_attention_backward({additive_sizes(), own, n.D, value_rows, attended(), saved,
+        level().kernels->additive.attention_backward({additive_sizes(), own, n.D, value_rows, attended(), saved,
                                                       dcontext, dalignments, to_query, to_keys, to_values});
       };
       const VectorGradients own{dv.bytes.data(), dbias.bytes.data()};
@@ -298,9 +298,9 @@ struct Check {
       backward({nullptr, nullptr}, nullptr, keys_alone.bytes.data(), values_alone.bytes.data());
     } else {
       const DotScores sizes{{n.B, n.Tq, n.Tk, n.A, array(query, n.Tq, n.A), array(keys, n.Tk, n.A)}, scale};
-      level().kernels->dot_attention({sizes, n.D, value_rows, attended(), context.bytes.data(), weights.bytes.data()});
+      level().kernels->dot.attention({sizes, n.D, value_rows, attended(), context.bytes.data(), weights.bytes.data()});
       auto backward = [&](void* to_query, void* to_keys, void* to_values) {
-        level().kernels->dot_attention_backward(
+        level().kernels->dot.attention_backward(
             {sizes, {}, n.D, value_rows, attended(), saved, dcontext, dalignments, to_query, to_keys, to_values});
       };
       backward(dquery.bytes.data(), dkeys.bytes.data(), dvalues.bytes.data());

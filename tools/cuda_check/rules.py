@@ -86,7 +86,7 @@ RULES = (
     # CUDA C++. 12 warps: what hides the latency of the special function unit and of shared memory; 168 registers.
     # Of relu, then of tanh. Leaky relu, in a loop of its own, has no maximum and is not counted.
     Rule(
-        r"many_queries_scores_kernel<.*\bReluScores>",
+        r"many_queries_scores_kernel<.*\bActivatedScores>",
         RELU_FORWARD,
         sharing=1,
         counted="FMNMX",
@@ -97,7 +97,7 @@ RULES = (
         applies=_is_float32,
     ),
     Rule(
-        r"scores_backward_kernel<.*\bReluPair>",
+        r"scores_backward_kernel<.*\bActivatedPair>",
         RELU_BACKWARD,
         sharing=1,
         counted="FMNMX",

@@ -1,14 +1,14 @@
-// The score with relu of a decoding step: a policy like AdditiveScore (additive_score.cuh has the rules).
+// The scores with other activations than tanh of a decoding step: a policy like AdditiveScore, which has the rules.
 #pragma once
 
+#include "activations.cuh"
 #include "decode_types.cuh"
-#include "relu_math.cuh"
 
 namespace attn {
 namespace cuda {
 
-// v . relu(query + keys + bias), or its leaky form
-struct ReluScore {
+// v . f(query + keys + bias)
+struct ActivatedScore {
   static constexpr bool kGuarded = false;
 
   // (NQ, padded) q + bias, (padded) v
@@ -44,29 +44,29 @@ struct ReluScore {
 
   template <class Body>
   ATTN_DEVICE static void by_form(const DecodeParams& p, const Body& body) {
-    by_slope(p.negative_slope, body);
+    by_activation_of<float>(p, body);
   }
 
-  template <bool kLeaky>
-  ATTN_DEVICE static float add_two(const DecodeParams& p, float sum, const Query& q, const Units& units, const float* k,
-                                   int j) {
-    const float slope = static_cast<float>(p.negative_slope);
-    sum = fmaf(units.v[j], rectified<kLeaky>(q.x[j] + k[j], slope), sum);
-    return fmaf(units.v[j + 1], rectified<kLeaky>(q.x[j + 1] + k[j + 1], slope), sum);
+  template <class F>
+  ATTN_DEVICE static float add_two(const F& f, float sum, const Query& q, const Units& units, const float* k, int j) {
+    sum = fmaf(units.v[j], f.value(q.x[j] + k[j]), sum);
+    return fmaf(units.v[j + 1], f.value(q.x[j + 1] + k[j + 1]), sum);
   }
 
   template <typename T>
   struct ExactUnit {
-    Wide<T> v, bias, negative_slope;
+    const DecodeParams& p;
+    Wide<T> v, bias;
 
     ATTN_DEVICE ExactUnit(const DecodeParams& p, int64_t u)
-        : v(widen(static_cast<const T*>(p.v.data)[u * p.v.stride[2]])),
-          bias(p.bias.data != nullptr ? widen(static_cast<const T*>(p.bias.data)[u * p.bias.stride[2]]) : Wide<T>(0)),
-          negative_slope(static_cast<Wide<T>>(p.negative_slope)) {}
+        : p(p),
+          v(widen(static_cast<const T*>(p.v.data)[u * p.v.stride[2]])),
+          bias(p.bias.data != nullptr ? widen(static_cast<const T*>(p.bias.data)[u * p.bias.stride[2]]) : Wide<T>(0)) {}
 
     ATTN_DEVICE Wide<T> operator()(Wide<T> x, Wide<T> k) const {
       x += k + bias;
-      return v * (negative_slope == 0 ? rectified<false>(x, negative_slope) : rectified<true>(x, negative_slope));
+      by_activation_of<Wide<T>>(p, [&](auto f) { x = f.value(x); });
+      return v * x;
     }
   };
 

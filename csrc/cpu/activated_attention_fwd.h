@@ -1,7 +1,7 @@
-// v . relu(query + keys + bias), forward, and its leaky form. Part of a SIMD level: see simd.h.
+// v . f(query + keys + bias), forward, with an activation f of ../activations.h. Part of a SIMD level: see simd.h.
 //
-// There is nothing to share between pairs: an addition, a maximum and a multiply-add for each hidden unit, exact for all
-// inputs. A tile of queries and steps keeps its sums in registers.
+// There is nothing to share between pairs: for relu an addition, a maximum and a multiply-add for each hidden unit, exact
+// for all inputs. A tile of queries and steps keeps its sums in registers.
 #pragma once
 
 #include <type_traits>
@@ -9,29 +9,22 @@
 #include "../additive_attention.h"
 #include "attention.h"
 
+#define ATTN_ACTIVATION ATTN_INLINE
+#include "../activations.h"
+
 namespace attn {
 namespace ATTN_LEVEL {
 
-template <typename T, bool kLeaky>
-ATTN_INLINE Vec<T> rectified(Vec<T> x, T negative_slope) {
-  const Vec<T> zero{};
-  if constexpr (kLeaky) return x > zero ? x : negative_slope * x;
-  return positive_part<T>(x);
+// Calls body with the activation of an op.
+template <typename T, class Op, class Body>
+ATTN_INLINE void by_activation_of(const Op& op, const Body& body) {
+  by_activation<VectorMath<T>>(op.activation, op.negative_slope, body);
 }
 
-// Calls body with whether there is a slope, as a type, and it.
-template <typename T, class Body>
-ATTN_INLINE void by_slope(const ReluScores& op, const Body& body) {
-  if (op.negative_slope == 0)
-    body(std::false_type(), T(0));
-  else
-    body(std::true_type(), static_cast<T>(op.negative_slope));
-}
-
-template <typename T, bool kLeaky>
-struct ReluScore {
-  const ReluScores& op;
-  T negative_slope;
+template <typename T, class F>
+struct ActivatedScore {
+  const ActivatedScores& op;
+  F f;
   const T *v, *bias;  // in whole vectors
 
   static constexpr int kSteps = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // of a tile, with up to four queries
@@ -99,8 +92,7 @@ struct ReluScore {
         const Vec<T> vc = load(v + c);
         for (int b = 0; b < NK; ++b) {
           const Vec<T> k = key(b);
-          for (int a = 0; a < NQ; ++a)
-            acc[a * NK + b] += vc * rectified<T, kLeaky>(load(q + a * size + c) + k, negative_slope);
+          for (int a = 0; a < NQ; ++a) acc[a * NK + b] += vc * f.value(load(q + a * size + c) + k);
         }
       };
       for (const int64_t end = min(whole, c + kTermsOfSum * w); c < end; c += w)
@@ -120,9 +112,8 @@ struct ReluScore {
   }
 };
 
-// Calls body with the score of an op.
-template <typename T, class Body>
-void with_relu_score(const ReluScores& op, const Body& body) {
+template <typename T, class Op>
+void activated_forward(const Op& op) {
   ScratchScope scope(thread_scratch());
   const int64_t size = padded<T>(op.A);
   T *v = alloc<T>(thread_scratch(), size), *bias = alloc<T>(thread_scratch(), size);
@@ -132,18 +123,7 @@ void with_relu_score(const ReluScores& op, const Body& body) {
     store(bias + c,
           op.bias ? load_as<T>(op.bias.data, op.bias.dtype, c * op.bias.stride[2], op.bias.stride[2], op.A - c) : zero);
   }
-  by_slope<T>(op, [&](auto leaky, T slope) { body(ReluScore<T, leaky()>{op, slope, v, bias}); });
-}
-
-template <typename T>
-void relu_attention(const ReluAttentionForward& op) {
-  const AttentionParams problem = params_of(op);
-  with_relu_score<T>(op, [&](const auto& score) { attention_forward<T>(problem, op.context, op.alignments, score); });
-}
-
-template <typename T>
-void relu_scores(const ReluScoresForward& op) {
-  with_relu_score<T>(op, [&](const auto& score) { all_scores<T>(op, score); });
+  by_activation_of<T>(op, [&](auto f) { forward<T>(op, ActivatedScore<T, decltype(f)>{op, f, v, bias}); });
 }
 
 }  // namespace ATTN_LEVEL

@@ -1,0 +1,74 @@
+// What the tasks of the backward of scores with a score vector share. Part of a SIMD level: see simd.h.
+#pragma once
+
+#include "additive_pairs.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+// What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in
+// parts, (B, A in whole vectors), to be added up in order.
+template <typename T, class Pair>
+struct BackwardParams {
+  const VectorScores& op;
+  const StridedView3& prepared;  // e^{2k} of all steps and what follows it, or absent
+  Pair pair;
+  const AttentionMask& attended;
+  const StridedView3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
+  int64_t D;
+  const FactoredV<T>& units;
+  const T* dscores;
+  void *dquery, *dkeys;  // each null where it is not needed
+  T *dv_parts, *dbias_parts;
+
+  // Vectors of units from c on, of one row of the queries (bias added) or keys.
+  ATTN_INLINE Vec<T> read(const StridedView3& a, int64_t b, int64_t row, int64_t c) const {
+    const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
+    return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
+  }
+  ATTN_INLINE Vec<T> query(int64_t b, int64_t i, int64_t c) const {
+    return read(op.query, b, i, c) + load(units.bias + c);
+  }
+  ATTN_INLINE Vec<T> key(int64_t b, int64_t j, int64_t c) const {
+    const Vec<T> key = read(op.keys, b, j, c);
+    return op.extra ? key + read(op.extra, b, j, c) : key;
+  }
+
+  // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
+  ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
+    const Vec<T> g = Pair::of_unit(load(units.v + c), sum), zero{};
+    store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
+    T* dbias = dbias_parts + b * units.size + c;
+    store(dbias, (i == 0 ? zero : load(dbias)) + g);
+  }
+  // Prefetches the cache lines that are written when all tiles are done.
+  ATTN_INLINE void prefetch_dquery(int64_t b, int64_t i, int64_t c) const {
+    prefetch_to_write(static_cast<const char*>(dquery) + ((b * op.Tq + i) * op.A + c) * item_size(op.query.dtype));
+  }
+  ATTN_INLINE void prefetch_dkeys(int64_t b, int64_t j, int64_t c) const {
+    prefetch_to_write(static_cast<const char*>(dkeys) + ((b * op.Tk + j) * op.A + c) * item_size(op.query.dtype));
+  }
+  ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
+    const Vec<T> g = Pair::of_unit(load(units.v + c), sum);
+    store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
+  }
+  // Prefetches what is read after the columns before `first` of sentence b, where a task has so many.
+  Prefetcher next(int64_t b, int64_t first, int64_t columns) const {
+    Prefetcher ahead;
+    const bool same = first < op.A;
+    if (!same && ++b == op.B) return ahead;
+    const int64_t c = same ? first : 0, steps = attended.length(b, op.Tk);
+    if (!same && grad_context) {
+      ahead.add(grad_context, b, op.Tq, 0, D);
+      ahead.add(values, b, steps, 0, D);
+    }
+    ahead.add(op.query, b, op.Tq, c, min(columns, op.A - c));
+    ahead.add(op.keys, b, steps, c, min(columns, op.A - c));
+    if (op.extra) ahead.add(op.extra, b, steps, c, min(columns, op.A - c));
+    return ahead;
+  }
+  ATTN_INLINE void write_dv(int64_t b, int64_t c, Vec<T> sum) const { store(dv_parts + b * units.size + c, sum); }
+};
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

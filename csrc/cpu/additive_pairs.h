@@ -1,0 +1,110 @@
+// What a pair of query and step adds to the gradients of scores with a score vector, for each activation. Part of a SIMD
+// level: see simd.h.
+#pragma once
+
+#include "activated_attention_fwd.h"
+#include "additive_attention_fwd.h"
+
+namespace attn {
+namespace ATTN_LEVEL {
+
+// Stores e^{2x}, e^{-2x}.
+template <typename T>
+ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
+  if constexpr (sizeof(T) == 4) {
+    Vec<T> up, down;
+    exp_both_ways(x + x, &up, &down);
+    store(e, up);
+    store(e + width<T>, down);
+  }
+}
+
+// What is particular to an activation f is a class like this one, with what a pair of query and step with score
+// gradient ds adds, x = q + k: g, ds f'(x) up to a factor (of_unit), to dq and dk, and ds f(x) to dv.
+// kRefined: by refined estimates of reciprocals, where they are faster than divisions (kernels.cpp).
+template <typename T, bool kRefined>
+struct TanhPair {
+  static constexpr T kGain = 4;
+
+  // The gradient of a unit of query or key, from the sum of g.
+  ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
+
+  // Of a row, for the sums by columns: two vectors, and whether they serve for the largest |q| and |k|.
+  ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
+  ATTN_INLINE static bool fits_kept(T q, T k) {
+    return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;
+  }
+  ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
+                            Vec<T>& dv) const {
+    const Vec<T> up = at_most<T>(q_up * k_up, kMaxExponentialBackward);
+    const Vec<T> down = at_most<T>(q_down * k_down, kMaxExponentialBackward);
+    const Vec<T> ratio = quotient<kRefined, T>(broadcast(ds), (up + T(2)) + down);
+    const Vec<T> g = kRefined ? rounded(ratio) : ratio;
+    dq += g;
+    dk += g;
+    dv += g * (up - down);
+  }
+
+  // Of a row, for the sums by rows: one vector; returns the largest |x|, NaN if one is.
+  template <class Row>
+  ATTN_INLINE static T keep_row(int64_t size, T* e, const Row& row) {
+    return exponentials(size, e, row);
+  }
+  ATTN_INLINE static bool fits_row(T q, T k) { return fits_kept(q, k); }
+  ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
+    const Vec<T> e = at_most<T>(q * k, kMaxExponentialBackward), x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
+    const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
+    dk += g;
+    dq += g;
+    sum += pr - T(0.5) * ds;  // each by itself: the two sums would be larger than what is left of them
+  }
+  ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return T(-2) * sum; }
+
+  // By tanh itself.
+  ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
+    const Vec<T> t = tanh_any(x);
+    const Vec<T> g = T(0.25) * ds * ((T(1) - t) * (T(1) + t));
+    dq += g;
+    dk += g;
+    dv += ds * t;
+  }
+};
+
+// Of an activation of ../activations.h.
+template <typename T, class F>
+struct ActivatedPair {
+  F f;
+
+  // 0 where no pair was in the slope: an infinite v would make NaN of it.
+  ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) {
+    const Vec<T> zero{};
+    return sum == zero ? zero : v * sum;
+  }
+
+  ATTN_INLINE static void keep(T* e, Vec<T> x) { store(e, x); }
+  ATTN_INLINE static bool fits_kept(T, T) { return true; }
+  ATTN_INLINE void add_kept(Vec<T> q, Vec<T>, Vec<T> k, Vec<T>, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
+    add(q + k, ds, dq, dk, dv);
+  }
+
+  template <class Row>
+  ATTN_INLINE static T keep_row(int64_t size, T* e, const Row& row) {
+    for (int64_t c = 0; c < size; c += width<T>) store(e + c, row(c));
+    return T(0);
+  }
+  ATTN_INLINE static bool fits_row(T, T) { return true; }
+  ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
+    add(q + k, ds, dq, dk, sum);
+  }
+  ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return sum; }
+
+  ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
+    const Vec<T> t = broadcast(ds), g = f.gradient(x, t);
+    dq += g;
+    dk += g;
+    dv += t * f.value(x);
+  }
+};
+
+}  // namespace ATTN_LEVEL
+}  // namespace attn

@@ -1,0 +1,43 @@
+// From an op on tensors to the kernels of the scores with a score vector: v . f(query + keys + bias).
+#pragma once
+
+#include "additive_attention.h"
+#include "binding.h"
+#include "kernels.h"
+
+namespace attn {
+
+inline VectorScores with_vector(const Tensor& query, const Tensor& keys, const Tensor& v,
+                                const std::optional<Tensor>& bias, const std::optional<Tensor>& extra = std::nullopt) {
+  const Scores n = scores_of(query, keys);
+  const Dtype dtype = n.query.dtype;
+  return {n, array(v, "v", dtype, {n.A}), array(bias, "bias", dtype, {n.A}),
+          array(extra, "extra", dtype, {n.B, n.Tk, n.A})};
+}
+
+// What additive_prepare returns for keys of this dtype.
+inline Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
+
+// A score: its kernels, and how it is made of those arguments that it has of its own.
+struct Additive {
+  static constexpr auto kKernels = &Kernels::additive;
+
+  static AdditiveScores of(const VectorScores& n, const std::optional<Tensor>& prepared = std::nullopt) {
+    const Dtype dtype = prepared_dtype(n.query.dtype);
+    const PreparedSizes sizes(n.A, n.Tk, dtype);
+    const AdditiveScores op{n, array(prepared, "prepared", dtype, {n.B, sizes.rows, sizes.columns})};
+    STD_TORCH_CHECK(!op.prepared || (op.prepared.stride[1] == sizes.columns && op.prepared.stride[2] == 1),
+                    "prepared must be what additive_prepare returned");
+    return op;
+  }
+};
+
+struct Activated {
+  static constexpr auto kKernels = &Kernels::activated;
+
+  static ActivatedScores of(const VectorScores& n, int64_t activation, double negative_slope) {
+    return {n, activation_of(activation), negative_slope};
+  }
+};
+
+}  // namespace attn
