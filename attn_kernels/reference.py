@@ -54,11 +54,11 @@ def additive_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
-    scale: float = 1.0,
     activation: str = "tanh",
     negative_slope: float = 0.01,
     gate: Tensor | None = None,
     extra: Tensor | None = None,
+    scale: float = 1.0,
     **options: Any,
 ) -> Attention | AttentionWithLogTotal:
     """Bahdanau et al. 2015, appendix A.1.2: scores = scale * v . activation(query + keys + extra + bias).
@@ -127,13 +127,13 @@ def _attend(
     values: Tensor | None,
     v: Tensor | None = None,
     *,
+    clip: float | None = None,
     memory_lengths: Tensor | None = None,
     mask: Tensor | None = None,
-    clip: float | None = None,
     score_bias: Tensor | None = None,
-    normalizer: str = "softmax",
     dropout_p: float = 0.0,
     seed: int = 0,
+    normalizer: str = "softmax",
     need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:

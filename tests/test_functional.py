@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 import attn_kernels
-from attn_kernels import Attention
+from attn_kernels import Attention, reference
+from bench import eager
 from matrix import CASES, DTYPES, OPS, Case, Op, assert_close, check, eager_errors, make, oracle, run
 
 ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -186,9 +188,18 @@ def test_signature(op: Op) -> None:
     assert positional == list(op.inputs)
     own = [*(["memory_offsets"] if op.masked else []), "backend"]
     own += ["prepared"] if op.name == "additive_attention" else []
-    of_reference = [name for name in inspect.signature(op.reference).parameters if name != "seed"]  # of dropout
-    assert [*of_reference, *own] == list(parameters)
-    assert inspect.signature(op.eager).parameters.keys() <= inspect.signature(op.reference).parameters.keys()
+    of_reference = parameters_of(op.reference, reference._attend)
+    assert [*(name for name in of_reference if name != "seed"), *own] == list(parameters)  # seed: of dropout
+    assert set(parameters_of(op.eager, eager._attend)) <= set(of_reference)
+
+
+def parameters_of(function: Callable[..., Any], with_options: Callable[..., Any]) -> list[str]:
+    """Names of parameters; of ``**options`` those with which it calls another function."""
+    names = list(inspect.signature(function).parameters)
+    if "options" not in names:
+        return names
+    options = inspect.signature(with_options).parameters.values()
+    return names[:-1] + [p.name for p in options if p.kind is p.KEYWORD_ONLY]
 
 
 # What comes out -------------------------------------------------------------------------------------------------------
