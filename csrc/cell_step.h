@@ -34,8 +34,9 @@ std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
 class Weight {
  public:
   Weight() = default;
-  explicit Weight(const RowsView& rows, uint32_t* pairs = nullptr) : weight_{rows, pairs, pairs != nullptr} {}
-  explicit operator bool() const { return weight_.rows.data != nullptr; }
+  explicit Weight(const RowsView& rows, uint32_t* pairs = nullptr)
+      : weight_{rows, pairs, pairs != nullptr}, exists_(true) {}
+  explicit operator bool() const { return exists_; }  // one without columns has no memory
 
   // For one product, of which the first rounds the weight: it is read for that as for the product.
   StreamedWeight read() {
@@ -46,6 +47,7 @@ class Weight {
 
  private:
   StreamedWeight weight_{};
+  bool exists_ = false;
 };
 
 template <typename T>

@@ -36,7 +36,10 @@ struct Activated {
   static constexpr auto kKernels = &Kernels::activated;
 
   static ActivatedScores of(const VectorScores& n, int64_t activation, double negative_slope) {
-    return {n, activation_of(activation), negative_slope};
+    const Activation kind = activation_of(activation);
+    STD_TORCH_CHECK(kind == Activation::relu || kind == Activation::leaky_relu,
+                    "activation must be the number of relu or leaky_relu, got ", activation);
+    return {n, kind, negative_slope};
   }
 };
 

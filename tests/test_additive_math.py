@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from attn_kernels.activations import ACTIVATIONS  # noqa: E402
+from attn_kernels.ops import kernel  # noqa: E402
 from attn_kernels.triton import additive_math  # noqa: E402
 
 HEADER = Path(__file__).parent.parent / "csrc/additive_math.h"
@@ -78,3 +79,12 @@ def test_numbers_of_activations() -> None:
         pytest.skip("needs the sources")
     found = re.search(r"enum class Activation : int64_t \{ (.*) \};", header.read_text())
     assert found and found[1].split(", ") == [*ACTIVATIONS, "count"]
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+def test_kernels_of_pieces_of_lines_refuse_others(fused: str, device: str, name: str) -> None:
+    if fused == "triton":
+        pytest.skip("its kernels have every activation")
+    query, keys, v = (torch.ones(shape, device=device) for shape in ((1, 2, 3), (1, 4, 3), (3,)))
+    with pytest.raises(RuntimeError, match="relu or leaky_relu"):
+        kernel("activated_scores", fused)(query, keys, v, None, ACTIVATIONS.index(name), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import subprocess
@@ -36,6 +37,15 @@ abc.d EY1
 'em AH0 M
 rain R EY1 N
 """
+
+
+ROOT = Path(__file__).parent.parent
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "bench").rglob("*.py"))]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+def test_every_module_can_be_imported(name: str) -> None:
+    importlib.import_module(name.removesuffix(".__init__"))
 
 
 @pytest.fixture

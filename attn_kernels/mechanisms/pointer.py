@@ -13,6 +13,7 @@ from ..errors import ArgumentValueError
 from ..functional import additive_attention, additive_scores
 from ..memory import Memory
 from ..modules import _reset_score_vector
+from ..scores import clipped
 from ..types import upcast
 from .normalizers import allowed_pairs, mask_queries, mask_scores
 
@@ -113,8 +114,9 @@ class PointerAttention(AttentionModule):
         for _ in range(self.glimpses):
             query = self._glimpse(query, memory)
         made, keys = self.make_query(query), memory.keys[..., : self.units]
-        scores = additive_scores(made, keys, self.v, clip=self.clip, backend=self.backend)
+        scores = additive_scores(made, keys, self.v, backend=self.backend)
         (wide,) = upcast(scores)
+        wide = clipped(wide, self.clip)  # not rounded to 16 bits before the softmax
         if self.temperature != 1.0:
             wide = wide / self.temperature
         allowed = allowed_pairs(scores, memory.memory_lengths, memory.mask)

@@ -83,7 +83,7 @@ def _compensated_scores(
     table += units // CHUNK * ROW + ROW
     for _ in range(0, units, 6):
         part = tl.zeros(total.shape, dtype=tl.float32)
-        for t in tl.static_range(0, 6, 2):
+        for t in range(0, 6, 2):  # not unrolled: that takes so many registers that fewer warps fit
             c1 = tl.load(table + t)
             c2 = tl.load(table + t + 1)
             v1 = tl.load(table + units + t)

@@ -7,7 +7,6 @@ seen, with its weights as they are and rounded.
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Annotated, Any
 
 import torch
@@ -21,7 +20,7 @@ from examples.g2p import data, models, tasks, training
 from examples.pronunciation import errors_of, words_to_learn
 
 from .. import report, results
-from ..cli import OutputOption, application, console, finish_rows, prepare
+from ..cli import OutputOption, Run, application, console
 from ..machine import Allocator
 
 app = application()
@@ -92,8 +91,7 @@ def main(
     output: OutputOption = results.LOCAL,
 ) -> None:
     """Compares the hypotheses of a trained model with those of the same model whose weights are in bfloat16."""
-    start = time.perf_counter()
-    in_effect = prepare(1, Allocator.default)
+    run = Run(1, Allocator.default)
     torch.manual_seed(0)
     task = tasks.load(tasks.CMUDICT)
     unseen = words_to_learn(tasks.words_of(task, "test", None), LONGEST)
@@ -102,7 +100,7 @@ def main(
     with console.status("searching"):
         rows = [compare(model, unseen, task.vocabulary, beam_size) for beam_size in (1, 5)]
     settings: dict[str, Any] = {"size": size, "steps": steps}
-    finish_rows("rounding", rows, table(rows), output, start, in_effect, **settings)
+    run.finish("rounding", rows, table(rows), output, **settings)
 
 
 if __name__ == "__main__":

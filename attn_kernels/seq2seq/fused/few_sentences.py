@@ -27,6 +27,7 @@ def run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, first: tuple[Tens
     Returns outputs, (B, S, D * H), with zeros in the padding, and the last states, shaped as the first ones.
     """
     steps = ops.kernel("recurrent_steps", "cpu")
+    lengths = lengths.contiguous()
     batch, source = x.shape[:2]
     units, directions, is_lstm = rnn.hidden_size, 2 if rnn.bidirectional else 1, isinstance(rnn, nn.LSTM)
     shape = (rnn.num_layers * directions, batch, units)
