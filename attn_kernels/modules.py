@@ -65,7 +65,7 @@ class BahdanauAttention(AttentionModule):
         super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units = units
         self.normalize = normalize
-        self.clip = check_clip(self._name, clip)
+        self.clip: float | None = check_clip(self._name, clip)
         self.v: nn.Parameter = self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if normalize else None
         self.bias: nn.Parameter | None = self._parameter(units) if normalize else None
@@ -149,7 +149,7 @@ class LuongAttention(AttentionModule):
         self.units = units
         self.score = score
         self.scale = scale
-        self.clip = check_clip(self._name, clip)
+        self.clip: float | None = check_clip(self._name, clip)
         self.v: nn.Parameter | None = None if units is None else self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if scale else None
         self._reset_scores()

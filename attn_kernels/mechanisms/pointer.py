@@ -73,7 +73,7 @@ class PointerAttention(AttentionModule):
                 f"{self._name}: query_size must be memory_size with glimpses, whose result is the next query, "
                 f"got {query_size} and {memory_size}"
             )
-        self.clip = check_clip(self._name, clip)
+        self.clip: float | None = check_clip(self._name, clip)
         self.temperature: float = as_number(self._name, temperature, "temperature")
         if self.temperature <= 0:
             raise ArgumentValueError(f"{self._name}: temperature must be positive, got {self.temperature}")
