@@ -71,9 +71,9 @@ def scores_backward(
     """
     needed = (need_query, need_keys)
     if isinstance(score, DotScore):
-        empty = query.new_empty(0)
-        dquery = weighted_sum(dscores, keys, score.scale, masks, False, packed) if need_query else empty
-        return dquery, weighted_sum(dscores, query, score.scale, masks, True, packed) if need_keys else empty
+        dquery = weighted_sum(dscores, keys, score.scale, masks, False, packed) if need_query else query.new_empty(0)
+        dkeys = weighted_sum(dscores, query, score.scale, masks, True, packed) if need_keys else query.new_empty(0)
+        return dquery, dkeys
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores_backward(dscores, score, query, keys, masks, *needed)
     if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):
@@ -149,8 +149,7 @@ class _Call(NamedTuple):
             dscore_bias = query.new_empty(alignments.shape)
         if options.dropout_p > 0 and need_values and grads[0] is not None:
             kept = values.new_empty(alignments.shape)
-        empty = query.new_empty(0)
-        gradients: Gradients = (empty,) * (2 + score.gradients)
+        gradients: Gradients = tuple(query.new_empty(0) for _ in range(2 + score.gradients))  # outputs share no memory
         if need_query or need_keys:
             again = options.clip != 0 or NORMALIZERS[options.normalizer] != "softmax"
             scores = self.scores() if again else None
@@ -161,7 +160,7 @@ class _Call(NamedTuple):
         dquery, dkeys, *own = gradients
         weights, factor = alignments if kept is None else kept, 1 / (1 - options.dropout_p)
         dvalues = values_gradient(grads[0], values, weights, row_masks, need_values, factor)
-        return (dquery, dkeys, dvalues, *own), empty if dscore_bias is None else dscore_bias
+        return (dquery, dkeys, dvalues, *own), query.new_empty(0) if dscore_bias is None else dscore_bias
 
 
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # of an op and of its backward

@@ -187,11 +187,24 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
   const T **own_keys = alloc<const T*>(scratch, most), **own_gates = alloc<const T*>(scratch, most),
           **own_slopes = alloc<const T*>(scratch, most), **hidden_rows = alloc<const T*>(scratch, most);
   const T** v = alloc<const T*>(scratch, R);
+  // Sums of a few queries and steps, added to those of all before they are so long that rounding adds up in them.
   T** dv = alloc<T*>(scratch, R);
+  T* dv_sums = alloc<T>(scratch, R * size);
+  memset(dv_sums, 0, R * size * sizeof(T));
   for (int64_t r = 0; r < R; ++r) {
     v[r] = back.units.v[r] + first;
-    dv[r] = back.dv_part(part, r) + first;
+    dv[r] = dv_sums + r * size;
   }
+  int64_t terms = 0;
+  auto add_up = [&] {
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t c = 0; c < size; c += width<T>) {
+        T* all = back.dv_part(part, r) + first + c;
+        store(all, load(all) + load(dv[r] + c));
+      }
+    memset(dv_sums, 0, R * size * sizeof(T));
+    terms = 0;
+  };
   for (int64_t r = 0; r < most; ++r) {
     gate_rows[r] = has_gate ? gate + r * size : const_cast<T*>(back.units.ones);
     slope_rows[r] = has_gate ? slope + r * size : nullptr;
@@ -247,6 +260,7 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
         pairs.steps = own;
       }
       at[i] += pairs.steps;
+      if (terms++ == kTermsOfSum) add_up();
       if (R == 1) {
         gradient_of_pairs<T, true>(unit, pairs);
         continue;
@@ -261,6 +275,7 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
     dkeys.finish(count, columns, row_at);
     if (has_gate) dgate.finish(count, columns, row_at);
   }
+  add_up();
   for (int64_t step = begin, next = 0; step < end; ++step) {  // steps that no query attends
     if (next < n && list[next] == step) {
       ++next;
