@@ -54,7 +54,10 @@ def largest_score(op: Op, arguments: Arguments) -> float:
     """What the terms of a score amount to: the error of a sum is relative to them."""
     t = {name: x.double().cpu().nan_to_num(0, 0, 0).abs() for name, x in arguments.tensors.items()}
     if "v" in t:
-        return t["v"].sum(-1).max().item()
+        # Rectified units are as large as what they are made of, the others at most 1.
+        rectified = op.options.get("activation") in ("relu", "leaky_relu")
+        unit = sum(t[name].amax().item() for name in ("query", "keys", "bias") if name in t) if rectified else 1.0
+        return t["v"].sum(-1).max().item() * max(unit, 1.0)
     return op.options.get("scale", 1.0) * t["query"].amax().item() * t["keys"].amax().item() * t["query"].shape[-1]
 
 
