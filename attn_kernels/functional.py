@@ -286,8 +286,8 @@ def dot_attention(
         keys: (B, Tk, A).
         values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
-        clip, memory_lengths, mask, score_bias, dropout_p, normalizer, need_weights, need_log_total, memory_offsets,
-            backend: as in :func:`additive_attention`.
+        clip, memory_lengths, mask, score_bias: as in :func:`additive_attention`.
+        dropout_p, normalizer, need_weights, need_log_total, memory_offsets, backend: likewise.
 
     Returns, packed memories, dtypes, errors: as in :func:`additive_attention`.
     """
