@@ -67,8 +67,9 @@ struct AttentionBackward : Score, Score::Gradients {
 // The scores alone, as an op of their own.
 template <class Score>
 struct ScoresForward : Score {
-  void* scores;       // (B, Tq, Tk) contiguous
-  bool wide = false;  // float, or double for float64, whatever the dtype of query: CPU only
+  void* scores;              // (B, Tq, Tk) contiguous
+  bool wide = false;         // float, or double for float64, whatever the dtype of query; this and the next: CPU only
+  AttentionMask attended{};  // of other steps the scores are 0
 };
 
 // Outputs as those of AttentionBackward.

@@ -197,14 +197,14 @@ def _walk_steps(
 
 @triton.jit
 def _walk_in_range(
-    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, origin, begin, end, Tq, A, added, padded_q, stride_kk,
+    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk,
     stride_ka, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
     CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The same where all that is attended is within the limits, from the exponentials of keys where there are such."""
     if ek is not None:
         dq, dv = _walk_steps(
-            dkeys, ek + origin * A, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
+            dkeys, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
             stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, True, APPROXIMATE, BLOCK_K,
         )  # fmt: skip
     else:
@@ -297,11 +297,15 @@ def backward_kernel(
     query += b * stride_qb + u[None, :] * stride_qa
     keys += place * stride_kb
     dscores += origin * padded_q
+    if ek is not None:
+        ek += origin * A
     if dquery is not None:
         dquery += (split_k.to(tl.int64) * B + b) * Tq * A + u[None, :]
     if dkeys is not None:
-        all_steps = tl.cast(Tk, tl.int64) if PACKED else tl.cast(Tk, tl.int64) * B
-        dkeys += (split_q * all_steps + origin) * A
+        if PACKED:
+            dkeys += (split_q.to(tl.int64) * Tk + origin) * A
+        else:
+            dkeys += (split_q.to(tl.int64) * B + b) * Tk * A
     if mask is not None:
         mask += b * stride_mb
     all_dv = tl.zeros([BLOCK_A], dtype=wide)
@@ -340,7 +344,7 @@ def backward_kernel(
             largest = tl.maximum(tl.max(abs_max_k), tl.max(size_q))
             if largest <= limit:
                 dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, origin, begin, end_used, Tq, A, added,
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
                     padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False,
                     APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
@@ -354,7 +358,7 @@ def backward_kernel(
                 dv_part = tl.where(infinite, float("nan"), dv_part)
             elif largest <= MAX_ABS_EXPONENTIAL:
                 dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, origin, begin, end_used, Tq, A, added,
+                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
                     padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True,
                     APPROXIMATE, BLOCK_K,
                 )  # fmt: skip

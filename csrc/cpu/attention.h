@@ -349,28 +349,29 @@ void forward(const AttentionForward<Scores>& op, const Score& score) {
 
 template <typename T, class Scores, class Score>
 void forward(const ScoresForward<Scores>& op, const Score& score) {
-  const QueryTiles tiles(op.B, op.Tq, op.Tk, false, op.vectors);
+  const QueryTiles tiles(op.B, op.Tq, op.Tk, op.attended.per_query, op.vectors);
   const Dtype to = op.wide ? native<T> : op.query.dtype;
   for_each_task(tiles.tasks, tiles.size * op.Tk * op.A, [&](int64_t task, Scratch& scratch) {
     const int64_t b = task / tiles.per_sentence, first = task % tiles.per_sentence * tiles.size;
     const int64_t nq = min(tiles.size, op.Tq - first), ld = padded<T>(op.Tk);
     int32_t* list = alloc<int32_t>(scratch, op.Tk);
-    list_steps(AttentionMask{}, b, first, op.Tk, list);
+    const int64_t n = list_steps(op.attended, b, first, op.Tk, list);
     T* scores = alloc<T>(scratch, nq * ld);
-    score.score_block(score.queries(b, first, nq, scratch), b, list, op.Tk, scores, ld, scratch);
-    for (int64_t i = 0; i < nq; ++i) write_row(op.scores, to, (b * op.Tq + first + i) * op.Tk, scores + i * ld, op.Tk);
+    if (n > 0) score.score_block(score.queries(b, first, nq, scratch), b, list, n, scores, ld, scratch);
+    for (int64_t i = 0; i < nq; ++i)
+      write_compact(op.scores, to, (b * op.Tq + first + i) * op.Tk, op.Tk, list, n, scores + i * ld);
   });
 }
 
 // Of the backward of an attention whose options clip the scores: these again, with which `p` reads them. A clipped score
 // cannot be had from alignments of 16 bits, nor 1 - tanh^2 from one that is close to the clip. kernel: of the scores
-// alone.
+// alone, of the steps and in the tiles of the forward: what padding holds must not choose the form of a tile.
 template <typename T, class Scores>
 void scores_again(const AttentionBackward<Scores>& op, void (*kernel)(const ScoresForward<Scores>&), Scratch& call,
                   AttentionParams& p) {
   if (p.options == nullptr || p.options->clip == 0) return;
   T* scores = alloc<T>(call, p.B * p.Tq * p.Tk);
-  kernel({static_cast<const Scores&>(op), scores, true});
+  kernel({static_cast<const Scores&>(op), scores, true, op.attended});
   p.scores = scores;
 }
 
