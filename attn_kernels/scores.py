@@ -100,6 +100,7 @@ class _OfUnits:
 
     def autocast(self, query: Tensor) -> Self:
         """In the dtype that autocast gives the other arguments."""
+        # _replace is that of the named tuples which these are a part of.
         _, v, bias = types.autocast(query, self.v, self.bias)
         cast: Self = self._replace(v=v, bias=bias)  # type: ignore[attr-defined]
         return cast

@@ -21,6 +21,7 @@ from test_options import (
     TQ,
     B,
     attend,
+    attend_both,
     by_eager,
     finite,
     make,
@@ -108,12 +109,8 @@ def test_all_at_once(score: str, queries: int, dtype: torch.dtype, fused: str, d
     given = make_masks(masks, queries, "cpu")
     for normalizer in ("softmax", "sigmoid"):
         options = dict(clip=3.0, dropout_p=0.4, normalizer=normalizer, need_log_total=True)
-        torch.manual_seed(3)
-        results = attend(score, tensors, backend=backend, **options, **make_masks(masks, queries, device))
-        torch.manual_seed(3)
-        expected = attend(score, wide, backend="reference", **options, **given)
-        torch.manual_seed(3)
-        seed = int(torch.randint(1 << 62, ()).item())
+        on_device = make_masks(masks, queries, device)
+        results, expected, seed = attend_both(score, (tensors, on_device), (wide, given), backend, **options)
         grads = [torch.randn_like(t) for t in finite(expected)]
         ours, exact = results_of(finite(results), tensors, grads), results_of(finite(expected), wide, grads)
         of_eager = results_of(list(by_eager(score, usual, given, normalizer, 0.4, seed, 3.0)), usual, grads)

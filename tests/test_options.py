@@ -61,6 +61,19 @@ def attend(score: str, tensors: list[Tensor], **keywords: Any) -> Any:
     return additive_attention(query, keys, values, v, bias, score_bias=score_bias, **SCORES[score], **keywords)
 
 
+def attend_both(
+    score: str, of_backend: tuple[list[Tensor], dict[str, Any]], of_reference: tuple[list[Tensor], dict[str, Any]],
+    backend: str, **options: Any,
+) -> tuple[Any, Any, int]:  # fmt: skip
+    """Of a backend and of the reference, from tensors and masks, with one seed of dropout, which comes third."""
+    results = []
+    for (tensors, masks), name in ((of_backend, backend), (of_reference, "reference")):
+        torch.manual_seed(3)
+        results.append(attend(score, tensors, backend=name, **options, **masks))
+    torch.manual_seed(3)
+    return results[0], results[1], int(torch.randint(1 << 62, ()).item())
+
+
 def finite(result: Any) -> list[Tensor]:
     context, alignments, log_total = result
     return [context, alignments, log_total.masked_fill(log_total == -torch.inf, 0.0)]
@@ -134,12 +147,8 @@ def test_all_at_once(
     wide, usual = ([t.detach().cpu().to(to).requires_grad_() for t in tensors] for to in (torch.float64, dtype))
     given = make_masks(masks, queries, "cpu")
     options = dict(dropout_p=0.4, normalizer=normalizer, need_log_total=True)
-    torch.manual_seed(3)
-    results = attend(score, tensors, backend=backend, **options, **make_masks(masks, queries, device))
-    torch.manual_seed(3)
-    expected = attend(score, wide, backend="reference", **options, **given)
-    torch.manual_seed(3)
-    seed = int(torch.randint(1 << 62, ()).item())
+    on_device = make_masks(masks, queries, device)
+    results, expected, seed = attend_both(score, (tensors, on_device), (wide, given), backend, **options)
     assert results.log_total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(results.log_total.isfinite().cpu(), expected.log_total.isfinite())
     grads = [torch.randn_like(t) for t in finite(expected)]
