@@ -137,13 +137,15 @@ ATTN_DEVICE void stage_compensated(const SharedTile<float, kColumns>& s, int uni
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float added = is_query ? bias[i] : 0.0f, sum = x[i] + added, of_added = sum - x[i];
+    const float lost_of_sum = (x[i] - (sum - of_added)) + (added - of_added);
     float r;
-    const float e = exp2x_and_rest(sum, &r);
-    // What the sum rounds off. Beyond 4 the tanh hardly changes with it, which rests leave out of account.
-    if (fabsf(sum) <= 4.0f) r += (x[i] - (sum - of_added)) + (added - of_added);
+    const float rounded = exp2x_and_rest(sum, &r);
+    // The exponential itself takes what the sum rounds off: a rest, at most the rounding of x, counts as if every tanh
+    // were steep, which large sums are not.
+    const float e = fmaf(rounded, 2 * lost_of_sum, rounded), lost = fmaf(rounded, 2 * lost_of_sum, rounded - e);
     const float factor = is_query ? constant[i] / kDenominatorScaleOfRow : kDenominatorScaleOfRow;
     x[i] = e * factor;
-    r += 0.5f * fmaf(e, factor, -x[i]) * reciprocal(x[i]);  // and this product
+    r += 0.5f * fmaf(lost, factor, fmaf(e, factor, -x[i])) * reciprocal(x[i]);  // what this and the product lose
     rest = fmaf(v[i], r, rest);
   }
 }
