@@ -56,9 +56,7 @@ def clip_and_slope(s, clip, clip_lo):
     most = tl.cast(clip, s.dtype) + tl.cast(clip_lo, s.dtype)
     magnitude = tl.abs(s)
     e = tl.exp(2.0 * tl.where(magnitude > SATURATED, SATURATED, magnitude))
-    r = divide(
-        tl.full(s.shape, 1.0, s.dtype), 1.0 + e
-    )  # with the plain division the slope is off by 4 units in the last place
+    r = divide(tl.full(s.shape, 1.0, s.dtype), 1.0 + e)  # the plain division puts the slope off by four units
     return most * tanh_from(s, r), tl.where(magnitude > SATURATED, 0.0, most * (4.0 * e * r * r))
 
 
