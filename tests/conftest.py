@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -142,6 +143,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
             item.add_marker("slow")
+    if os.environ.get("ATTN_WHOLE_MATRIX") != "1":
+        rest = thinned_out(items)
+        config.hook.pytest_deselected(items=rest)
+        gone = set(rest)
+        items[:] = [item for item in items if item not in gone]
+
+
+FEW, ONE_OF = 8, 6
+
+
+def thinned_out(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Where a test has more than FEW slow cases on an interpreted backend, all but one of ONE_OF, by their names.
+
+    Without this they take more than half of the time of all tests. A GPU runs all of them.
+    """
+    slow: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        for backend in (parameters[fixture] for fixture in BACKENDS if fixture in parameters):
+            if interpreted(backend) and item.get_closest_marker("slow"):
+                slow.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
+    many = (
+        sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode())) for cases in slow.values() if len(cases) > FEW
+    )
+    return [item for cases in many for item in cases[math.ceil(len(cases) / ONE_OF) :]]
 
 
 def _has_another_level(test: str, parameters: dict[str, Any], on: list[str]) -> bool:

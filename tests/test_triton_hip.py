@@ -45,12 +45,13 @@ def test_hot_kernels(name: str, target: str, tmp_path: Path) -> None:
 # gated-long: 5 loads of 4 bytes beside 2 of 16; relu-beams: some of 8.
 READS_LESS = ("relu-beams", "gated-long")
 NARROW = pytest.mark.xfail(reason="the decoding step reads keys less than 16 bytes at a time", strict=True)
+# What MI300 compiles by itself differs little between the cases: these, and in turn a third of the others.
+DISTINCT = ("additive", "decode", "dot", "relu", "gated", "options", "packed-decode", *READS_LESS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=NARROW if n in ("relu-beams", "gated-long") else ()) for n in aot.CASES]
-)
+@pytest.mark.left_out_if(lambda name: name not in DISTINCT and list(aot.CASES).index(name) % 3)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=NARROW if n in READS_LESS else ()) for n in aot.CASES])
 def test_machine_code(name: str, tmp_path: Path) -> None:
     check(run_here(tmp_path, name, "gfx942"))
 
