@@ -89,7 +89,8 @@ def make_providers(option: Option, problem: Problem) -> dict[str, Provider]:
     def make(function: Callable[..., Any]) -> Callable[..., Tensor]:
         def context(*tensors: Tensor) -> Tensor:
             given = dict(zip(problem.inputs, tensors, strict=True))
-            return function(**given, **option.keywords, need_weights=False).context
+            result: Tensor = function(**given, **option.keywords, need_weights=False).context
+            return result
 
         return context
 
