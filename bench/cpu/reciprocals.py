@@ -5,9 +5,9 @@ of loops.c. Modelled, on processors that are not at hand: the same loops, compil
 how many cycles an iteration takes with all data in L1. A model knows no caches and no branches and is as good as LLVM's
 table of the processor. Those of Golden Cove (Alder Lake, Sapphire Rapids) take a division for far cheaper than it is,
 and are left out; "Xeon" is Skylake's, whose vector units are those of the later ones. It needs GCC, for Arm
-aarch64-linux-gnu-gcc, and llvm-mca, of which old ones do not know Zen 4 and Neoverse. Releases differ: those of Ice
-Lake's client, of Zen 2 and 3 and of Neoverse were made anew between 14 and 19. ``--models-only`` measures nothing, and
-its figures are the same on any machine.
+aarch64-linux-gnu-gcc, and llvm-mca, of which old ones do not know Zen 4 and Neoverse. Releases differ:
+14 and 19 in Ice Lake's client, Zen 2, Zen 3 and Neoverse. ``--models-only`` measures nothing: its figures are the same
+on any machine.
 """
 
 from __future__ import annotations
