@@ -18,7 +18,7 @@ from torch.func import functional_call
 from attn_kernels.mechanisms import DenseGATv2
 
 from .. import cases, machine, report, results, timing
-from ..cases import FORWARD, TRAINING, Problem, Provider
+from ..cases import FORWARD, SHORT, TRAINING, Problem, Provider
 from ..cli import rows_application
 from ..machine import Allocator
 
@@ -137,7 +137,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             report.megabytes(ours),
             report.megabytes(theirs) + (f"  {theirs / ours:.1f}x" if ours and theirs else ""),
         ]
-        shown.add_row(row["passes"], *map(str, row["graph"].values()), *cells)
+        shown.add_row(SHORT[row["passes"]], *map(str, row["graph"].values()), *cells)
     return shown
 
 
