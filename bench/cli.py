@@ -125,11 +125,15 @@ class Run:
         table: Any,
         output: Path,
         plot: Callable[[Path, list[dict[str, Any]], dict[str, str | int]], None] | None = None,
+        variant: str = "",
         **settings: Any,
     ) -> None:
-        """The rows as a result file, ``<part>-<device>.json``, and the last lines. plot: draws them beside it."""
+        """The rows as a result file, ``<part>-<device>[-<variant>].json``, and the last lines.
+
+        plot: draws them beside it.
+        """
         described = machine.describe(self.device, self.allocator)
-        path = output / f"{part}-{self.device.type}.json"
+        path = output / f"{'-'.join(filter(None, (part, self.device.type, variant)))}.json"
         results.write_json(path, {"part": part, "machine": described, "settings": settings, "rows": rows})
         written = [path]
         if plot is not None:

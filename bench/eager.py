@@ -130,6 +130,7 @@ def _attend(
     clip: float | None = None,
     score_bias: Tensor | None = None,
     normalizer: str = "softmax",
+    dropout_p: float = 0.0,
 ) -> Attention:
     if clip is not None:
         scores = clip * torch.tanh(scores)
@@ -138,13 +139,15 @@ def _attend(
     if normalizer == "sigmoid":  # sigmoid(s) over their sum is the softmax of its logarithm
         scores = torch.nn.functional.logsigmoid(scores)
     if scores.dim() == 2:
-        context, alignments = _attend(scores[:, None], values, memory_lengths=memory_lengths, mask=mask)
+        masks: dict[str, Any] = {"memory_lengths": memory_lengths, "mask": mask}
+        context, alignments = _attend(scores[:, None], values, **masks, dropout_p=dropout_p)
         return Attention(context[:, 0], alignments[:, 0] if need_weights else None)
     allowed = _allowed(values.shape[1], values.device, memory_lengths, mask)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     alignments = torch.softmax(scores, dim=-1)
-    return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
+    weights = alignments if dropout_p == 0 else torch.nn.functional.dropout(alignments, dropout_p)
+    return Attention(torch.bmm(weights, values), alignments if need_weights else None)
 
 
 def _allowed(steps: int, device: torch.device, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:

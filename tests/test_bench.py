@@ -298,6 +298,29 @@ def test_ops_benchmark_and_its_file(tmp_path: Path) -> None:
             assert way["error"] < 1e-4
 
 
+def test_another_activation_is_timed_beside_tanh(tmp_path: Path) -> None:
+    (path, _), wrong, shown = ops.benchmark(
+        devices=["cpu"],
+        shapes=[cases.Shape(2, 3, 4, 8, 8)],
+        ops=[cases.Op.additive_attention],
+        compile=False,
+        seconds=0,
+        rounds=2,
+        activation=cases.Activation.relu,
+        output=tmp_path,
+        allocator=machine.Allocator.default,
+    )
+    assert wrong == [] and path.name == "ops-cpu-relu-defaultmalloc.json"
+    result = json.loads(path.read_text())
+    assert result["settings"]["activation"] == "relu"
+    for cell in result["cells"]:
+        assert [way["name"] for way in cell["ways"]] == [cell["ours"], ops.OURS_WITH_TANH, "eager"]
+        assert all(way["failure"] is None and way["times_ours"]["median"] > 0 for way in cell["ways"])
+    printed = io.StringIO()
+    Console(file=printed, width=150).print(shown[0])
+    assert printed.getvalue().count(ops.OURS_WITH_TANH) == len(result["cells"])
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("op", ["additive_attention", "dot_attention"])
 def test_a_way_that_computes_something_else_gets_no_time(op: str, training: bool) -> None:

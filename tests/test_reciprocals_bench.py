@@ -74,3 +74,18 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_threads: 
     assert haswell["forward_divided"] == pytest.approx(14 / 3 * 2, rel=0.02), analyser
     assert haswell["backward_single"] == pytest.approx(14 * 2, rel=0.02), analyser
     assert haswell["forward_estimated"] < haswell["forward_divided"] / 1.5
+
+
+def test_models_alone_need_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("nothing is to be measured")
+
+    for name in ("measure_kernels", "measure_loops", "compile_loops"):
+        monkeypatch.setattr(reciprocals, name, refused)
+    cycles = dict.fromkeys(reciprocals.LOOPS, 2.5)
+    monkeypatch.setattr(reciprocals, "cycles_of", lambda processor, analyser: cycles)
+    monkeypatch.setattr(reciprocals, "find_analyser", lambda: "true")
+    done = CliRunner().invoke(reciprocals.app, ["--models-only", "--only", "znver", "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "reciprocals-models.json").read_text())["loops"]
+    assert [(row["model"], row["cycles"]) for row in rows] == [(f"znver{n}", cycles) for n in (4, 2, 3)]

@@ -1,7 +1,8 @@
 """Times the ops against eager PyTorch, torch.compile and SDPA: ``python -m bench.cpu.ops --help``.
 
 For every shape, the results and gradients of each provider are compared with the eager formula, and its peak memory is
-measured. Providers with wrong results are not timed; the others then take turns (``timing.py``).
+measured. Providers with wrong results are not timed; the others then take turns (``timing.py``). With another
+activation than tanh, ours with tanh takes turns with them, and is compared with the eager formula of tanh.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from ..report import FEW_ROUNDS, figure, megabytes, quartiles, table, times
 QUICK_SHAPES = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
 
 BASELINES = ("eager", "torch.compile", "sdpa")
+OURS_WITH_TANH = "ours with tanh"  # beside another activation
 
 LEAST_CALLS = 8  # of each provider: results, memory, warming up, and three rounds
 
@@ -95,6 +97,8 @@ def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, 
         keywords["prepared"] = attn_kernels.prepare_keys(problem.inputs["keys"], backend=ours)  # once, not in each call
     # Ours as users call it: without a name, which leaves the smallest dot attentions to PyTorch's own calls.
     providers = [make(name, public, backend=None if name == ours else name, **keywords) for name in backends]
+    if not is_tanh:
+        providers.append(make(OURS_WITH_TANH, public))
     providers.append(make("eager", formula_of(op, settings.activation)))
     if settings.compile and op == "additive_attention":
         detail = f"sum as {settings.activation}(...) @ v"
@@ -108,6 +112,10 @@ def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, 
     return ours, providers
 
 
+def activation_of(provider: Provider, settings: Settings) -> str:
+    return "tanh" if provider.name == OURS_WITH_TANH else settings.activation
+
+
 def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
     """Compares the results of all providers; measures peak memory and time of those that are right.
 
@@ -119,11 +127,13 @@ def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing
     problem = make_problem(cell.op, cell.shape, settings)
     machine.set_allocator_for_memory(allocator)
     start = time.perf_counter()
-    expected = expected_results(cell.op, problem, training=training, activation=settings.activation)
     cell.ours, cell.providers = make_providers(cell.op, problem, settings)
-    for provider in cell.providers:
-        check(provider, problem, expected, training=training)
-    del expected
+    for activation in dict.fromkeys((settings.activation, "tanh")):
+        alike = [p for p in cell.providers if activation == activation_of(p, settings)]
+        expected = expected_results(cell.op, problem, training=training, activation=activation) if alike else {}
+        for provider in alike:
+            check(provider, problem, expected, training=training)
+        del expected
     calls = {
         str(i): bind(provider, problem, training=training)
         for i, provider in enumerate(cell.providers)
@@ -227,6 +237,7 @@ def as_result(cells: list[Cell], settings: Settings, description: dict[str, str 
             "alignments returned": settings.need_weights,
             "lengths": settings.lengths.value,
             "keys prepared": settings.prepared,
+            "activation": settings.activation,
             "seed": settings.seed,
             "memory": "peak during one call beyond what is held before it, MB",
             "milliseconds": "median and quartiles over interleaved rounds",
@@ -286,7 +297,7 @@ def op_table(op: str, cells: list[Cell], dtype: str, notes: list[str]) -> Table:
             str(cell.shape), SHORT[cell.passes], milliseconds(cell.provider(cell.ours), notes), *ratios, memory
         )
         for provider in cell.providers:
-            if provider.name != cell.ours and provider.name not in BASELINES:  # another backend of ours
+            if provider.name != cell.ours and provider.name not in BASELINES:  # ours with another backend, or with tanh
                 blanks = [""] * (len(others) - 1)
                 ms, ratio = milliseconds(provider, notes), times_ours(provider, notes)
                 result.add_row(f"  {provider.name}", "", ms, ratio, *blanks, memory_of(provider))

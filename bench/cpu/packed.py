@@ -29,16 +29,25 @@ TOLERANCE = 1e-4  # of gradients, relative to their largest element
 
 
 class Ragged:
-    """A batch of sentences of 5 to 200 steps, packed and padded."""
+    """A batch of sentences of ``shortest`` to ``longest`` steps, packed and padded."""
 
-    def __init__(self, op: str, batch: int, queries: int, units: int) -> None:
+    def __init__(
+        self,
+        op: str,
+        batch: int,
+        queries: int,
+        units: int,
+        shortest: int = SHORTEST,
+        longest: int = LONGEST,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=rng)
+            return torch.randn(shape, generator=rng).to(dtype)
 
         self.op = op
-        self.lengths = torch.randint(SHORTEST, LONGEST + 1, (batch,), generator=rng)
+        self.lengths = torch.randint(shortest, longest + 1, (batch,), generator=rng)
         self.offsets = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
         steps = int(self.lengths.sum())
         self.there = torch.arange(int(self.lengths.max())) < self.lengths[:, None]
@@ -56,28 +65,33 @@ class Ragged:
         """How much of the padded memory is padding."""
         return 1 - self.there.float().mean().item()
 
-    def both(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
-        """Forward and backward: the gradients of query, keys, values and v."""
-        keys, values = self.packed if way == PACKED else self.padded
+    def inputs(self, way: str) -> tuple[Tensor, ...]:
+        """Query, keys, values and, of additive attention, v."""
         own = (self.v,) if self.op == "additive_attention" else ()
+        return (self.query, *(self.packed if way == PACKED else self.padded), *own)
+
+    def forward(self, way: str) -> Callable[[], Tensor]:
+        """The context."""
+        inputs = self.inputs(way)
         masks = dict(memory_offsets=self.offsets) if way == PACKED else dict(memory_lengths=self.lengths)
         ours: dict[str, Any] = dict(additive_attention=additive_attention, dot_attention=dot_attention)
         function = getattr(eager, self.op) if way == EAGER else ours[self.op]
 
-        def run() -> tuple[Tensor, ...]:
-            context = function(self.query, keys, values, *own, **masks, need_weights=False).context
-            return torch.autograd.grad(context, (self.query, keys, values, *own), self.grad)
+        return lambda: function(*inputs, **masks, need_weights=False).context
 
-        return run
+    def both(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
+        """Forward and backward: the gradients of the inputs."""
+        forward, inputs = self.forward(way), self.inputs(way)
+        return lambda: torch.autograd.grad(forward(), inputs, self.grad)
 
-    def check(self) -> None:
+    def check(self, tolerance: float = TOLERANCE) -> None:
         """Whether all ways give the same gradients: otherwise nothing is timed."""
         dquery, dkeys, dvalues, *own = self.both(PACKED)()
         packed = (dquery, self._pad(dkeys), self._pad(dvalues), *own)
         for way in (PADDED, EAGER):
             for one, other in zip(packed, self.both(way)(), strict=True):
                 error = ((one - other).abs().max() / other.abs().max()).item()
-                if not error <= TOLERANCE:
+                if not error <= tolerance:
                     raise RuntimeError(f"packed: gradients of {way!r} are off by {error}: nothing is timed")
 
 

@@ -5,7 +5,9 @@ of loops.c. Modelled, on processors that are not at hand: the same loops, compil
 how many cycles an iteration takes with all data in L1. A model knows no caches and no branches and is as good as LLVM's
 table of the processor. Those of Golden Cove (Alder Lake, Sapphire Rapids) take a division for far cheaper than it is,
 and are left out; "Xeon" is Skylake's, whose vector units are those of the later ones. It needs GCC, for Arm
-aarch64-linux-gnu-gcc, and llvm-mca, of which old ones do not know Zen 4 and Neoverse.
+aarch64-linux-gnu-gcc, and llvm-mca, of which old ones do not know Zen 4 and Neoverse. Releases differ:
+14 and 19 in Ice Lake's client, Zen 2, Zen 3 and Neoverse. ``--models-only`` measures nothing: its figures are the same
+on any machine.
 """
 
 from __future__ import annotations
@@ -195,9 +197,19 @@ def main(
     only: Annotated[str | None, typer.Option(help="Models of llvm-mca whose names have this in them.")] = None,
     allocator: cli.AllocatorOption = Allocator.reuse,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each figure that is measured.")] = 0.5,
+    models_only: Annotated[
+        bool, typer.Option("--models-only", help="Measure nothing; the file is reciprocals-models.json.")
+    ] = False,
     output: cli.OutputOption = results.LOCAL,
 ) -> None:
     """Measures both forms here, and models them on processors that llvm-mca knows."""
+    loops = _cycles_table()
+    if models_only:
+        path = output / "reciprocals-models.json"
+        results.write_json(path, results.rounded({"part": "reciprocals", "loops": list(add_models(loops, only))}))
+        console.print(loops)
+        console.print(f"Written: {results.shown(path)}")
+        return
     start, in_effect = time.perf_counter(), cli.prepare(1, allocator)
     kernels = [
         row
@@ -205,7 +217,6 @@ def main(
         for shape in SHAPES.values()
         for row in measure_kernels(shape, level, seconds)
     ]
-    loops = _cycles_table()
     rows: list[dict[str, Any]] = []
     try:
         compiled = compile_loops()
@@ -240,7 +251,9 @@ def add_models(loops: Table, only: str | None) -> Iterator[dict[str, Any]]:
             loops.add_row(f"{processor.name}: {error}", *("" for _ in LOOPS))
             continue
         loops.add_row(f"modelled: {processor.name}", *_figures(cycles))
-        yield {"processor": processor.name, "model": processor.model, "by": by, "cycles": cycles}
+        compiler = subprocess.run([processor.compiler, "--version"], capture_output=True, text=True).stdout
+        of_code = {"compiler": (compiler.splitlines() or [processor.compiler])[0], "flags": " ".join(processor.flags)}
+        yield {"processor": processor.name, "model": processor.model, "by": by, **of_code, "cycles": cycles}
 
 
 def _figures(cycles: dict[str, float]) -> list[str]:

@@ -22,22 +22,13 @@ from attn_kernels.seq2seq import Encoder, Seq2Seq
 from .. import report, results, timing
 from ..cli import AllocatorOption, OutputOption, Run, ThreadsOption, application, progress_bars
 from ..machine import Allocator
-from .loop import QUICK, SHAPES, VOCABULARY, Shape, make_data, training_step
+from .loop import QUICK, SHAPES, VOCABULARY, Shape, make_data, ragged_lengths, training_step
 
 app = application()
 
 PACKED, PADDED, OURS = "packed", "padded", "ours"
 TOLERANCE = 1e-4  # of results and gradients in float32, relative to their largest element
 Gradients = dict[str, Tensor]
-
-
-def ragged_lengths(shape: Shape, least: float) -> Tensor:
-    """Uniform in least * S..S, in 1..S if that is 0; one sentence has all S steps."""
-    lengths = torch.randint(
-        max(1, round(least * shape.S)), shape.S + 1, (shape.B,), generator=torch.Generator().manual_seed(2)
-    )
-    lengths[0] = shape.S
-    return lengths
 
 
 def encodings(encoder: Encoder, lengths: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:

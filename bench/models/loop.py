@@ -4,7 +4,8 @@ Four variants of the same model with the same parameters take turns: plain PyTor
 write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding the
 last is a search as one op, at as many rows as it takes, with its weights in bfloat16, too; and the steps are those that
 Python calls for more. Training steps of a model with location-sensitive attention follow, whose steps read the
-alignments of the steps before.
+alignments of the steps before. With ``--ragged`` the sentences have different lengths, which a model in plain PyTorch
+packs; these are training steps alone.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ SHAPES = (
     Shape(1, 50, 50),
 )
 WITH_LOCATION = (Shape(32, 80, 96), Shape(64, 32, 32))  # training steps of these, too
+RAGGED_SHAPES = SHAPES[:4]
+FULL, RAGGED = "S", "S/2..S"  # lengths of the sentences
 QUICK = SHAPES[:1]
 BEAM = 5
 ADDITIVE, LOCATION = "bahdanau", "location-cumulative"  # attentions of Seq2Seq
@@ -75,7 +78,7 @@ class EagerAttention(nn.Module):
 
 
 class EagerLSTM(nn.LSTM):
-    """``nn.LSTM``, which the encoder of Seq2Seq calls, as it calls all that is not as it was made."""
+    """``nn.LSTM``, which the encoder of Seq2Seq calls, packed, as it calls all that is not as it was made."""
 
 
 class EagerLocation(EagerAttention):
@@ -171,27 +174,37 @@ def decoding(
     return call
 
 
-def make_data(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def ragged_lengths(shape: Shape, least: float) -> Tensor:
+    """Uniform in least * S..S, in 1..S if that is 0; one sentence has all S steps."""
+    lengths = torch.randint(
+        max(1, round(least * shape.S)), shape.S + 1, (shape.B,), generator=torch.Generator().manual_seed(2)
+    )
+    lengths[0] = shape.S
+    return lengths
+
+
+def make_data(shape: Shape, device: torch.device, lengths: str = FULL) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     source = torch.randint(3, VOCABULARY, (shape.B, shape.S), generator=generator)
     target = torch.randint(3, VOCABULARY, (shape.B, shape.T), generator=generator)
-    return source.to(device), torch.full((shape.B,), shape.S), target.to(device)
+    steps = torch.full((shape.B,), shape.S) if lengths == FULL else ragged_lengths(shape, 0.5)
+    return source.to(device), steps, target.to(device)
 
 
 def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Largest difference of the gradients of each variant from those of the first, relative to the largest element."""
-    gradients = {}
+    """Largest difference of the loss and gradients of each variant from the first's, relative to the largest."""
+    found: dict[str, dict[str, Tensor]] = {}
     for name, model in variants:
-        training_step(model, data)()
-        gradients[name] = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        loss = training_step(model, data)()
+        found[name] = {"loss": loss, **{key: weight.grad.clone() for key, weight in model.named_parameters()}}
         model.zero_grad()
-    expected = gradients[variants[0].name]
+    expected = found[variants[0].name]
     return {
         name: max(
             ((got[key] - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
             for key, wanted in expected.items()
         )
-        for name, got in gradients.items()
+        for name, got in found.items()
     }
 
 
@@ -234,22 +247,23 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     attention: str = ADDITIVE,
     vocabulary: int = VOCABULARY,
+    lengths: str = FULL,
 ) -> list[dict[str, Any]]:
     """Training step and, of additive attention, searches with and without the encoder, at one shape: a row each.
 
-    clock: for the CPU. vocabulary: of the target.
+    clock: for the CPU. vocabulary: of the target. lengths: of the sources; of ragged ones there are no searches.
     """
     timer = timing.WallTimer(clock) if device.type == "cpu" else timing.timer_for(device)
     variants = make_variants(size, device, names, attention, vocabulary)
     trained = [variant for variant in variants if variant.name != ROUNDED]
-    data = make_data(shape, device)
+    data = make_data(shape, device, lengths)
     errors = largest_error(trained, data)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
-        raise RuntimeError(f"loop: gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
+        raise RuntimeError(f"loop: loss or gradients at {tuple(shape)} are off by {wrong}: nothing is timed")
     calls = {name: training_step(model, data) for name, model in trained}
-    rows = [measure_row("training step", shape, timer, calls, seconds, attention)]
-    if attention != ADDITIVE:
+    rows = [measure_row("training step", shape, timer, calls, seconds, attention, lengths)]
+    if attention != ADDITIVE or lengths != FULL:
         return rows
     for kind, beam_size in (("greedy decoding", 1), (f"beam search of {BEAM}", BEAM)):
         timed = [variant for variant in variants if is_search(variant.name, shape.B * beam_size, device)]
@@ -274,12 +288,14 @@ def measure_row(
     calls: dict[str, Callable[[], object]],
     seconds: float,
     attention: str = ADDITIVE,
+    lengths: str = FULL,
 ) -> dict[str, Any]:
     samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=60)
     row = {
         "kind": kind,
         "attention": attention,
         "B,S,T": list(shape),
+        "lengths": lengths,
         "rounds": len(samples[EAGER]),
         "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
         "eager / ours": {name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER},
@@ -297,9 +313,10 @@ def peak_memories(
     names: list[str],
     attention: str = ADDITIVE,
     vocabulary: int = VOCABULARY,
+    lengths: str = FULL,
 ) -> dict[str, float | None]:
     """MB beyond what is held before, of a training step."""
-    data = make_data(shape, device)
+    data = make_data(shape, device, lengths)
     memory = {}
     for name, model in make_variants(size, device, names, attention, vocabulary):
         step = training_step(model, data)
@@ -310,7 +327,9 @@ def peak_memories(
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
     title = "Seq2Seq, LSTM, input feeding: ms, and times as fast as eager; loop: a search as one op"
-    shown = report.table(title, "", "attention", "B,S,T", *names, "MB (eager, loop)", "of the loop's time", wrap=True)
+    shown = report.table(
+        title, "", "attention", "B,S,T", "lengths", *names, "MB (eager, loop)", "of the loop's time", wrap=True
+    )
     for row in rows:
         cells = []
         for name in names:
@@ -324,7 +343,8 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
         megabytes = ", ".join(report.megabytes(memory[name]) for name in (EAGER, LOOP) if name in memory)
         ours = row["shares"].get(LOOP) or row["shares"].get(STEPS, {})
         parts = ", ".join(f"{part} {share:.0%}" for part, share in ours.items())
-        shown.add_row(row["kind"], row["attention"], ",".join(map(str, row["B,S,T"])), *cells, megabytes, parts)
+        shape = ",".join(map(str, row["B,S,T"]))
+        shown.add_row(row["kind"], row["attention"], shape, row["lengths"], *cells, megabytes, parts)
     return shown
 
 
@@ -340,16 +360,23 @@ def main(
         bool, typer.Option("--cpu-time", help="Of one thread, the CPU's time: for a machine that others load.")
     ] = False,
     vocabulary: Annotated[int, typer.Option(min=VOCABULARY, help="Of the target.")] = VOCABULARY,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Training steps with additive attention, of sources of S/2 to S steps.")
+    ] = False,
     allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
 ) -> None:
     """Times training steps and searches of Seq2Seq: eager, torch.compile, fused steps, all steps as one op."""
     run = Run(threads, allocator, device)
-    shapes = [_parse_shape(text) for text in shape] if shape else list(QUICK if quick else SHAPES)
-    with_location = shapes if shape else () if quick else WITH_LOCATION
+    chosen = QUICK if quick else RAGGED_SHAPES if ragged else SHAPES
+    shapes = [_parse_shape(text) for text in shape] if shape else list(chosen)
+    with_location = () if ragged else shapes if shape else () if quick else WITH_LOCATION
+    lengths = RAGGED if ragged else FULL
     cases = [*((ADDITIVE, one) for one in shapes), *((LOCATION, one) for one in with_location)]
-    left_out = {ROUNDED} if run.device.type == "cuda" else {LAUNCHED}
+    left_out = {ROUNDED} if ragged or run.device.type == "cuda" else set()
+    if run.device.type != "cuda":
+        left_out.add(LAUNCHED)
     if not compiled:
         left_out.add(COMPILED)
     names = [name for name in (EAGER, COMPILED, STEPS, LAUNCHED, LOOP, ROUNDED) if name not in left_out]
@@ -359,17 +386,19 @@ def main(
         for attention, one in cases:
             progress.update(task, description=f"{attention}, B,S,T = {','.join(map(str, one))}")
             clock = time.process_time if cpu_time else time.perf_counter
-            rows += measure(one, size, run.device, names, 1.0 if quick else seconds, clock, attention, vocabulary)
+            time_a_row = 1.0 if quick else seconds
+            rows += measure(one, size, run.device, names, time_a_row, clock, attention, vocabulary, lengths)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
         for attention, one in cases:
             progress.update(task, description=f"{attention}, memory of {','.join(map(str, one))}")
-            memory = peak_memories(one, size, run.device, [EAGER, STEPS, LOOP], attention, vocabulary)
+            memory = peak_memories(one, size, run.device, [EAGER, STEPS, LOOP], attention, vocabulary, lengths)
             next(row for row in rows if (row["attention"], row["B,S,T"]) == (attention, list(one)))["MB"] = memory
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": vocabulary}
     settings["clock"] = "CPU" if cpu_time else "wall"
-    run.finish("loop", rows, table(rows, names), output, **settings)
+    variant = "ragged" if ragged else ""
+    run.finish("loop", rows, table(rows, names), output, variant=variant, **settings)
 
 
 def _parse_shape(text: str) -> Shape:
