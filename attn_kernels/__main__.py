@@ -72,7 +72,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [(name, report[name]) for name in ("cuda", "hip") if report[name]]
     lines += [
         ("os", report["os"]),
-        ("cpu", f"{cpu['name']} ({cpu['machine']}), {cpu['cores']} cores, {cpu['threads']} threads in use"),
+        ("cpu", f"{cpu['name']} ({cpu['machine']}), cores: {cpu['cores']}, threads in use: {cpu['threads']}"),
         ("simd", cpu["simd"] or "none: no compiled module"),
         ("allocator", report["allocator"]),
     ]
