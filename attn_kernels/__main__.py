@@ -72,7 +72,7 @@ def render(report: dict[str, Any]) -> str:
     lines += [(name, report[name]) for name in ("cuda", "hip") if report[name]]
     lines += [
         ("os", report["os"]),
-        ("cpu", f"{cpu['name']} ({cpu['machine']}), {cpu['cores']} cores, {cpu['threads']} threads in use"),
+        ("cpu", f"{cpu['name']} ({cpu['machine']}), cores: {cpu['cores']}, threads in use: {cpu['threads']}"),
         ("simd", cpu["simd"] or "none: no compiled module"),
         ("allocator", report["allocator"]),
     ]
@@ -171,8 +171,8 @@ was found; 1, if the model cannot be made or called; 2, if the command is not un
 def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m attn_kernels",
-        description="Says what this installation runs on. Without a command it is the command report.",
-        epilog="python -m attn_kernels COMMAND --help says more of a command.",
+        description="What this installation runs on, and commands. Without a command: report.",
+        epilog="More about a command: python -m attn_kernels COMMAND --help",
     )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
@@ -200,6 +200,11 @@ def main() -> None:
     if arguments.command == "fuse-report":
         if arguments.calls < 1:
             fusing.error(f"argument --calls: must be at least 1, got {arguments.calls}")
+        place, _, name = arguments.target.rpartition(":")
+        if not (place and name):
+            fusing.error(f"argument TARGET: must be MODULE:CALLABLE or FILE.py:CALLABLE, got {arguments.target!r}")
+        if place.endswith(".py") and not Path(place).is_file():
+            fusing.error(f"argument TARGET: there is no file {place}")
         _report_fusing(arguments.target, arguments.calls, arguments.json)
     elif arguments.command == "tune":
         _tune(arguments.output)
@@ -245,9 +250,7 @@ def _report_fusing(target: str, calls: int, as_json: bool) -> None:
 
 def _example(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The model that ``target`` makes, and the arguments of its call."""
-    place, separator, name = target.rpartition(":")
-    if not (separator and place and name):
-        raise ValueError("TARGET must be MODULE:CALLABLE or FILE.py:CALLABLE")
+    place, _, name = target.rpartition(":")
     if place.endswith(".py"):
         specification = importlib.util.spec_from_file_location(Path(place).stem, place)
         assert specification is not None and specification.loader is not None  # as of every file that ends in .py

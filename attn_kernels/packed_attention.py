@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -206,7 +207,11 @@ def check_offsets(name: str, memory: PackedMemory) -> None:
         return
     steps = memory.keys.shape[0]
     if offsets[0] != 0 or offsets[-1] != steps or offsets != sorted(offsets):
-        raise ArgumentValueError(f"{name}: memory_offsets must start with 0, not decrease and end with N = {steps}")
+        decrease = next((pair for pair in pairwise(offsets) if pair[0] > pair[1]), None)
+        got = f"{decrease[0]} before {decrease[1]}" if decrease else f"{offsets[0]} to {offsets[-1]}"
+        raise ArgumentValueError(
+            f"{name}: memory_offsets must start with 0, not decrease and end with N = {steps}, got {got}"
+        )
     if memory.max_length is not None and packing.longest(memory.offsets) > memory.max_length:
         raise ArgumentValueError(
             f"{name}: a sentence is longer than max_length (max_seqlen of jagged keys), {memory.max_length}"

@@ -24,9 +24,9 @@ def jagged(rows: Tensor, lengths: list[int] = LENGTHS) -> Tensor:
 OFFSETS = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
 MUST = f"memory_offsets must start with 0, not decrease and end with N = {N}"
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "first": (dict(memory_offsets=torch.tensor([1, *OFFSETS[1:]])), ValueError, MUST),
-    "last": (dict(memory_offsets=torch.tensor([*OFFSETS[:-1], N - 1])), ValueError, MUST),
-    "decreasing": (dict(memory_offsets=torch.tensor([0, 9, 5, *OFFSETS[3:]])), ValueError, MUST),
+    "first": (dict(memory_offsets=torch.tensor([1, *OFFSETS[1:]])), ValueError, f"{MUST}, got 1 to {N}"),
+    "last": (dict(memory_offsets=torch.tensor([*OFFSETS[:-1], N - 1])), ValueError, f"{MUST}, got {N} before {N - 1}"),
+    "decreasing": (dict(memory_offsets=torch.tensor([0, 9, 5, *OFFSETS[3:]])), ValueError, f"{MUST}, got 9 before 5"),
     "offsets' dtype": (dict(memory_offsets=torch.tensor(OFFSETS).float()), TypeError, "must be int32 or int64, got"),
     "offsets' axes": (dict(memory_offsets=torch.tensor([OFFSETS])), ValueError, "must have shape (B + 1,), got (1, 7)"),
     "no offsets": (dict(memory_offsets=torch.tensor([], dtype=torch.int64)), ValueError, "shape (B + 1,), got (0,)"),
@@ -75,7 +75,7 @@ def test_errors(name: str, backend: str, device: str) -> None:
     tensors = dict(query=torch.zeros(B, TQ, A), keys=torch.zeros(N, A), values=torch.zeros(N, D))
     arguments: dict[str, Any] = tensors | dict(memory_offsets=torch.tensor(OFFSETS), backend=backend) | changes
     arguments = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    if message == MUST and device != "cpu":
+    if message.startswith(MUST) and device != "cpu":
         pytest.skip("offsets on a GPU are not read")
     with pytest.raises(attn_kernels.ArgumentError, match=re.escape(message)) as caught:
         dot_attention(**arguments)

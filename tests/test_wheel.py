@@ -1,13 +1,15 @@
-"""The functions of the compiled module; tools/wheel.py: what a wheel may hold, and its table."""
+"""The functions of the compiled module; tools/wheel.py: what a wheel may hold, and its table; tools/links.py."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import attn_kernels
 from attn_kernels.backends import build_info
 
 
@@ -85,3 +87,28 @@ def test_tags() -> None:
     names = [f"attn_kernels-1-{tags}-linux_x86_64.whl" for tags in ("cp310-cp310", "cp314-cp314t", "cp314-cp314")]
     for python, name in zip(("3.10", "3.14t", "3.14"), names, strict=True):
         assert [other for other in names if wheel.tags(python) in other] == [name]
+
+
+def test_links_of_a_release(tmp_path: Path) -> None:
+    """On PyPI no link of README.md is one to a file beside it; the files are those of the version's tag."""
+    links = pytest.importorskip("tools.links", reason="tools is not here")
+    (tmp_path / "attn_kernels").mkdir()
+    for name in ("README.md", "pyproject.toml", "attn_kernels/version.py"):
+        (tmp_path / name).write_text((links.ROOT / name).read_text("utf-8"), "utf-8")
+    before = (tmp_path / "README.md").read_text("utf-8")
+    links.write(tmp_path, "https://example.org/owner/name")
+    after = (tmp_path / "README.md").read_text("utf-8")
+
+    prose = [re.sub(r"```.*?```", "", text, flags=re.DOTALL) for text in (before, after)]
+    old, new = ([target for _, target in re.findall(r"\[([^]]*)\]\(([^)\s]+)\)", text)] for text in prose)
+    place = f"https://example.org/owner/name/blob/v{attn_kernels.__version__}/"
+    assert new == [target if target.startswith("https://") else place + target for target in old]
+    assert place + "docs/start.md#without-padding" in new
+    assert after.replace(place, "") == before
+    assert links.absolute("![a](b.png) [c](#d)", "https://h/o/n", "1") == "![a](https://h/o/n/raw/v1/b.png) [c](#d)"
+    with pytest.raises(SystemExit, match="already"):
+        links.write(tmp_path, "https://example.org/owner/name")
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["urls"]["Issues"] == "https://example.org/owner/name/issues"
+    assert all(url.startswith("https://example.org/owner/name") for url in project["urls"].values())

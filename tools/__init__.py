@@ -1,1 +1,1 @@
-"""What developers run besides: versions, cuda_check."""
+"""What developers run besides: versions, wheel, links, cuda_check, hub_kernel."""
