@@ -1,4 +1,4 @@
-"""TensorFlow Addons 0.23.0, which torch 2.13 has no place beside: values that it gave (TensorFlow 2.15.1), kept here."""
+"""TensorFlow Addons 0.23.0: what its monotonic attention gave with TensorFlow 2.15.1. Neither has to be installed."""
 
 from __future__ import annotations
 
