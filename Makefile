@@ -165,8 +165,8 @@ $(STAMPS)/peers: tests/peers/requirements.txt | $(STAMPS)/torch
 	@library="$$(grep '^fairseq' $<)" && archive="$$(mktemp -d)" && \
 	  $(RUN) pip --disable-pip-version-check download --quiet --no-deps --no-build-isolation --no-binary :all: \
 	    --dest "$$archive" "$$library" && \
-	  tar -xzf "$$archive"/fairseq-*.tar.gz --strip-components 1 --wildcards '*/fairseq/*' \
-	    -C "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	  tar -xzf "$$archive"/fairseq-*.tar.gz --strip-components 1 --wildcards \
+	    -C "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" '*/fairseq/*' && \
 	  rm -r "$$archive" || echo "left out: $$library"
 	@touch $@
 
