@@ -11,8 +11,13 @@ attentions = pytest.importorskip(
     "espnet.nets.pytorch_backend.rnn.attentions", reason="ESPnet: tests/peers/requirements.txt"
 )
 
-from attn_kernels import patch
-from attn_kernels.mechanisms import CoverageAttention, CoverageState, ForwardAttention, LocationSensitiveAttention
+from attn_kernels import BahdanauAttention, patch
+from attn_kernels.mechanisms import (
+    CoverageAttention,
+    ForwardAttention,
+    LocationSensitiveAttention,
+    MultiHeadAttention,
+)
 from steps import check_copies_are_patched, compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")
@@ -35,6 +40,7 @@ TYPES = {
     "AttMultiHeadLoc": (*HEADS, 3, 2),
     "AttMultiHeadMultiResLoc": (*HEADS, 3, 6),
 }
+FIRST_IN_FLOAT32 = ("AttCov", "AttCovLoc", "AttLoc2D", "AttLocRec", "AttMultiHeadLoc", "AttMultiHeadMultiResLoc")
 KEEPS = ("h_length", "enc_h", "pre_compute_enc_h", "pre_compute_k", "pre_compute_v", "mask", "trans_agent_prob")
 types_ = pytest.mark.parametrize("name", TYPES)
 
@@ -81,7 +87,7 @@ def inputs(seed, batch=3, steps=9, **sizes):
 def test_decoding(name, seed):
     """The alignments of a first step, which some classes make in float32 whatever the model is, are given to them."""
     given = inputs(seed)
-    if name in ("AttCov", "AttCovLoc", "AttLoc2D", "AttLocRec", "AttMultiHeadLoc", "AttMultiHeadMultiResLoc"):
+    if name in FIRST_IN_FLOAT32:
         module = make(name)
         patched = copy.deepcopy(module)
         assert len(patch(patched).replaced) == 1
@@ -107,11 +113,9 @@ def check_float32(module, patched, given):
             torch.testing.assert_close(got, expected, atol=1e-5 * scale, rtol=1e-4)
 
 
-@types_
+@pytest.mark.parametrize("name", [name for name in FIRST_IN_FLOAT32 if name != "AttLocRec"])
 def test_first_alignments_given(name):
-    """In float64, for the classes whose own first alignments are float32."""
-    if name not in ("AttCov", "AttCovLoc", "AttMultiHeadLoc", "AttMultiHeadMultiResLoc", "AttLoc2D"):
-        pytest.skip("it makes them in the model's dtype")
+    """In float64, to the classes that take them alone."""
 
     def call(module, memory, states, lengths):
         module.reset()
@@ -236,7 +240,7 @@ def test_one_batch_after_another(name):
 
 
 def test_every_attention_is_known():
-    """All but NoAtt, which computes none, and the dynamic convolution GDCAttLoc."""
+    """All but NoAtt, which computes none, and GDCAttLoc of singing, which is given how long each note lasts."""
     known = {name for name in vars(attentions) if name.startswith(("Att", "GDC", "NoAtt"))}
     assert known - set(TYPES) == {"NoAtt", "GDCAttLoc"}
 
@@ -254,15 +258,20 @@ def with_weights_of(module, ours):
         "v": named["gvec.weight"][0],
     }
     if "loc_conv.weight" in named:
-        renamed["location_convolution.weight"] = named["loc_conv.weight"].squeeze(2)
+        filters = named["loc_conv.weight"].squeeze(2)
+        if ours.location_convolution.in_channels == 2:  # of the alignments before, which AttCovLoc does not read
+            filters = torch.cat([torch.zeros_like(filters), filters], dim=1)
+        renamed["location_convolution.weight"] = filters
         renamed["location_projection.weight"] = named["mlp_att.weight"]
     if "wvec.weight" in named:
         renamed["coverage_weight"] = named["wvec.weight"][:, 0]
         renamed["bias"] = named["mlp_enc.bias"] + named["wvec.bias"]
     if "mlp_ta.weight" in named:  # of context, output, state; the probability of staying
-        weight = named["mlp_ta.weight"]
-        renamed["transition.weight"] = -torch.cat([weight[:, :EPROJS], weight[:, EPROJS + OUT :]], dim=1)
+        context, output, state = named["mlp_ta.weight"].split([EPROJS, OUT, DUNITS], dim=1)
+        renamed["transition.weight"] = -torch.cat([context, state, output], dim=1)
         renamed["transition.bias"] = -named["mlp_ta.bias"]
+        projection = named["mlp_dec.weight"]  # of scores, which do not read the output
+        renamed["query_projection.weight"] = torch.cat([projection, projection.new_zeros(UNITS, OUT)], dim=1)
     ours.load_state_dict(renamed)
     return ours
 
@@ -270,41 +279,117 @@ def with_weights_of(module, ours):
 OURS = {
     "AttLoc": (lambda **k: LocationSensitiveAttention(DUNITS, EPROJS, UNITS, 3, 5, initial="uniform", **k), 2.0),
     "AttCov": (lambda **k: CoverageAttention(DUNITS, EPROJS, UNITS, initial="uniform", **k), 2.0),
+    "AttCovLoc": (
+        lambda **k: LocationSensitiveAttention(DUNITS, EPROJS, UNITS, 3, 5, True, initial="uniform", **k),
+        2.0,
+    ),
     "AttForward": (lambda **k: ForwardAttention(DUNITS, EPROJS, UNITS, channels=3, kernel_size=5, **k), 1.0),
-    "AttForwardTA": (lambda **k: ForwardAttention(DUNITS, EPROJS, UNITS, True, 3, 5, **k), 1.0),
+    "AttForwardTA": (lambda **k: ForwardAttention(DUNITS + OUT, EPROJS, UNITS, True, 3, 5, **k), 1.0),
 }
 
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("seed", range(3))
 def test_mechanisms(name, seed, monkeypatch):
-    """Contexts, alignments and gradients of four steps. The agent does not read the output of the step before."""
+    """Contexts, alignments and gradients of four steps. What an agent reads of the step before is in our query."""
     given = inputs(10 + seed)
     memory, states, lengths = given["memory"].requires_grad_(), given["states"].requires_grad_(), given["lengths"]
     module = make(name).double()
-    if name == "AttForwardTA":
-        with torch.no_grad():
-            module.mlp_ta.weight[:, EPROJS : EPROJS + OUT] = 0
     make_ours, scale = OURS[name]
     ours = with_weights_of(module, make_ours(scale=scale, dtype=torch.float64))
     projected = ours.memory(memory, torch.tensor(lengths))
     state = ours.initial_state(projected)
-    # AttCov's own first alignments are float32 whatever the model is.
-    previous = [state.coverage[:, 0]] if isinstance(state, CoverageState) else None
+    # The first alignments of coverage, which are summed up, are float32 whatever the model is.
+    previous = [state[-1][:, 0]] if name in ("AttCov", "AttCovLoc") else None
     module.reset()
     results, expected = [], []
     for query in states:
-        context, alignments, state = ours(query, projected, state)
+        extra = (torch.tanh(query[:, :OUT]),) if name == "AttForwardTA" else ()
+        context, alignments, state = ours(torch.cat([query, *extra], dim=1), projected, state)
         results += [context, alignments]
-        extra = (query.new_zeros(len(query), OUT),) if name == "AttForwardTA" else ()
         with monkeypatch.context() as patch_:
             patch_.setattr(torch, "clamp", lambda x, least: x)  # of ESPnet's, at least 1e-6 of every alignment
             context, previous = module(memory, lengths, query, previous, *extra, scaling=scale)
-        expected += [context, previous[-1] if name == "AttCov" else previous]
+        expected += [context, previous[-1] if isinstance(previous, list) else previous]
+    check_same(results, expected, memory, states)
+
+
+def check_same(results, expected, *leaves):
     torch.testing.assert_close(results, expected)
     gradients = []
     for outputs in (results, expected):
         torch.manual_seed(1)
         loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
-        gradients.append(torch.autograd.grad(loss, [memory, states], retain_graph=True))
+        gradients.append(torch.autograd.grad(loss, leaves, retain_graph=True))
     torch.testing.assert_close(*gradients)
+
+
+def additive_of(module, projection):
+    """BahdanauAttention with the scores of the original, times 2. projection: of its query."""
+    named = module.state_dict()
+    ours = BahdanauAttention(projection.shape[1], EPROJS, UNITS, normalize=True, dtype=torch.float64)
+    v = named["gvec.weight"][0]
+    named = {
+        "memory_projection.weight": named["mlp_enc.weight"],
+        "bias": named["mlp_enc.bias"],
+        "v": v,
+        "g": 2 * v.norm(),
+    }
+    ours.load_state_dict(named | {"query_projection.weight": projection})
+    return ours
+
+
+def heads_of(module, score):
+    named = module.state_dict()
+    sizes = {"heads": 3, "value_size": 4, "output_size": EPROJS}
+    ours = MultiHeadAttention(DUNITS, EPROJS, UNITS, score=score, tanh=score == "dot", dtype=torch.float64, **sizes)
+    stacked = {
+        "query_projection.weight": "mlp_q.{}.weight",
+        "query_projection.bias": "mlp_q.{}.bias",
+        "memory_projection.weight": "mlp_k.{}.weight",
+        "value_projection.weight": "mlp_v.{}.weight",
+    }
+    weights = {mine: torch.cat([named[name.format(h)] for h in range(3)]) for mine, name in stacked.items()}
+    if score == "additive":
+        weights["v"] = torch.cat([named[f"gvec.{h}.weight"] for h in range(3)])
+    ours.load_state_dict(weights | {"output_projection.weight": named["mlp_o.weight"]})
+    return ours
+
+
+@pytest.mark.parametrize("name", ["AttAdd", "AttMultiHeadAdd", "AttMultiHeadDot"])
+def test_mechanisms_without_a_state(name):
+    given = inputs(20)
+    memory, states, lengths = given["memory"].requires_grad_(), given["states"].requires_grad_(), given["lengths"]
+    module = make(name).double()
+    if name == "AttAdd":
+        ours = additive_of(module, module.mlp_dec.weight)
+    else:
+        ours = heads_of(module, "additive" if name == "AttMultiHeadAdd" else "dot")
+    projected = ours.memory(memory, torch.tensor(lengths))
+    results, expected = [], []
+    for query in states:
+        results += ours(query, projected)
+        context, alignments = module(memory, lengths, query, None)
+        expected += [context, alignments if name == "AttAdd" else torch.stack(alignments, 1)]
+    check_same(results, expected, memory, states)
+
+
+def test_location_recurrent():
+    """AttLocRec: what its LSTM says is added to all keys alike, and so is a part of the query of BahdanauAttention."""
+    given = inputs(21)
+    memory, states, lengths = given["memory"].requires_grad_(), given["states"].requires_grad_(), given["lengths"]
+    module = make("AttLocRec").double()
+    ours = additive_of(module, torch.cat([module.mlp_dec.weight, torch.eye(UNITS)], dim=1).detach())
+    projected = ours.memory(memory, torch.tensor(lengths))
+    alignments = (torch.arange(9) < torch.tensor(lengths)[:, None]) / torch.tensor(lengths).double()[:, None]
+    hidden = memory.new_zeros(2, 3, UNITS).unbind()
+    previous = (alignments, hidden)
+    results, expected = [], []
+    for query in states:
+        features = torch.relu(torch.conv1d(alignments[:, None], module.loc_conv.weight.squeeze(2), padding=2))
+        hidden = module.att_lstm(features.amax(2), hidden)
+        context, alignments = ours(torch.cat([query, hidden[0]], dim=1), projected)
+        results += [context, alignments]
+        context, previous = module(memory, lengths, query, previous)
+        expected += [context, previous[0]]
+    check_same(results, expected, memory, states)
