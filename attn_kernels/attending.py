@@ -203,7 +203,8 @@ def make_options(
 ) -> Options:
     """Checked, with a seed where there is dropout."""
     if normalizer not in NORMALIZERS:
-        raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}")
+        others = "attn_kernels.mechanisms.normalize and NormalizedAttention take others, and functions"
+        raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}; {others}")
     dropout_p = as_number(name, dropout_p, "dropout_p")
     if not 0 <= dropout_p < 1:
         raise ArgumentValueError(f"{name}: dropout_p must be at least 0 and below 1, got {dropout_p}")
