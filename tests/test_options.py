@@ -301,7 +301,7 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
     numbers = {"additive": (), "activated": (ACTIVATIONS.index("leaky_relu"), 0.2), "dot": (0.5,)}[name]
     own = tensors[5:] if name == "dot" else tensors[3:]
     masks = make_masks("both", TQ, device).values()
-    inputs = (*tensors[:3], *own, *numbers, 0.3, 5, 1, 1.5, *masks)
+    inputs = (*tensors[:3], *own, *numbers, 0.3, 1, 1.5, torch.tensor(5, device=device), *masks)
     forward, backward = (kernel(f"{name}_attention_with_options{end}", backend) for end in ("", "_backward"))
     torch.library.opcheck(forward, (*inputs, True))
     inputs = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
@@ -319,6 +319,7 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
         (dict(dropout_p=1.0), ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
         (dict(dropout_p="much"), TypeError, "dropout_p must be a number, got str"),
         (dict(normalizer="sparsemax"), ValueError, "normalizer must be 'softmax' or 'sigmoid', got 'sparsemax'"),
+        (dict(normalizer=torch.relu), ValueError, "attn_kernels.mechanisms.normalize and NormalizedAttention take"),
         (dict(clip=0.0), ValueError, "clip must be positive, got 0.0"),
         (dict(clip=-3), ValueError, "clip must be positive, got -3.0"),
         (dict(clip=float("inf")), ValueError, "clip must be a finite number, got inf"),
