@@ -42,10 +42,10 @@ help:  ## This list
 setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
 	@$(RUN) attn_kernels
 
-test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/deployment $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/deployment $(STAMPS)/entmax $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) -m "not slow" $(ARGS)
 
-test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/deployment $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
+test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/deployment $(STAMPS)/entmax $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
 
 # The interpreter of .venv runs it; what is tested has environments of its own. Resumable; results in docs/versions.md.
@@ -152,8 +152,8 @@ $(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/examples $(STAMPS)/vers
 	@touch $@
 
 # Not every Python and platform has wheels of these: their tests are skipped there.
-$(STAMPS)/deployment: pyproject.toml | $(STAMPS)/torch
-	$(INSTALL) --quiet --only-binary :all: --group $(@F) || echo 'left out: the group deployment'
+$(STAMPS)/deployment $(STAMPS)/entmax: pyproject.toml | $(STAMPS)/torch
+	$(INSTALL) --quiet --only-binary :all: --group $(@F) || echo 'left out: the group $(@F)'
 	@touch $@
 
 # Other libraries, each without what it asks for beyond torch and what is listed with it: their demands exclude each

@@ -80,7 +80,19 @@ def kept(queries: int, steps: int, p: float, seed: int, backend: str, device: st
     backward = kernel("dot_attention_with_options_backward", backend)
     # Each query has a column of its own, so that the gradient of values is a list of weights.
     grad = torch.eye(queries, device=device).expand(2, queries, queries).contiguous()
-    arguments = (query, keys, torch.zeros(2, steps, queries, device=device), None, 1.0, p, 0, 0.0, of_dropout, None, None)
+    arguments = (
+        query,
+        keys,
+        torch.zeros(2, steps, queries, device=device),
+        None,
+        1.0,
+        p,
+        0,
+        0.0,
+        of_dropout,
+        None,
+        None,
+    )
     dvalues = backward(grad, None, None, *arguments, alignments, log_total, True, True)[2]
     assert torch.equal(dvalues.mT > 0, context > 0)
     return context > 0

@@ -624,8 +624,6 @@ def _compile(name: str) -> list[dict[str, Any]]:
     return compiled
 
 
-
-
 def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
     """For each kind of input and each of the lengths, (Tq, Tk), what Triton would compile, described."""
     kinds = [  # rows that are aligned in memory, of 16 bits, and not aligned

@@ -31,8 +31,8 @@ def option_arguments(options: Options, dtype: torch.dtype) -> tuple[Any, ...]:
     """score_bias, its strides stride_sb, stride_sq, stride_sk, and of dropout seed, least, kept_factor, kept_factor_lo;
     clip, clip_lo.
 
-    seed: where it is, which the kernel reads: a CUDA graph may write another one there. least: the first of 2^24 numbers with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64, as
-    the clip is.
+    seed: where the kernel reads it: a graph writes another one there for each replay. least: the first of 2^24 numbers
+    with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64, as the clip is.
     """
     if options is NO_OPTIONS:
         return _NO_ARGUMENTS
