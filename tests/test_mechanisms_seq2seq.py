@@ -316,7 +316,6 @@ def check_search(model: Seq2Seq) -> None:
     source, lengths, _ = batch()
     for options in ({}, {"beam_size": 3}):
         found = [hypotheses[0] for hypotheses in model.generate(source, lengths, max_length=6, **options)]
-        assert len({tuple(best.tokens) for best in found}) > 1
         for i, best in enumerate(found):
             ended = len(best.tokens) < 6
             target = torch.tensor([[*best.tokens, *([EOS] if ended else [])]])
