@@ -65,13 +65,19 @@ def attend_both(
     score: str, of_backend: tuple[list[Tensor], dict[str, Any]], of_reference: tuple[list[Tensor], dict[str, Any]],
     backend: str, **options: Any,
 ) -> tuple[Any, Any, int]:  # fmt: skip
-    """Of a backend and of the reference, from tensors and masks, with one seed of dropout, which comes third."""
+    """Of a backend and of the reference, from tensors and masks, with one seed of dropout, which comes third.
+
+    The reference is on the device of the backend, whose generator makes the seed; its results are brought back.
+    """
     results = []
+    device = of_backend[0][0].device
     for (tensors, masks), name in ((of_backend, backend), (of_reference, "reference")):
         torch.manual_seed(3)
-        results.append(attend(score, tensors, backend=name, **options, **masks))
+        there, masks = [t.to(device) for t in tensors], {of: mask.to(device) for of, mask in masks.items()}
+        results.append(attend(score, there, backend=name, **options, **masks))
     torch.manual_seed(3)
-    return results[0], results[1], int(torch.randint(1 << 62, ()).item())
+    expected = results[1]._make(t.to(of_reference[0][0].device) for t in results[1])
+    return results[0], expected, int(torch.randint(1 << 62, (), device=device).item())
 
 
 def finite(result: Any) -> list[Tensor]:
