@@ -22,6 +22,7 @@ from .checks import (
     check_masks,
     check_query_keys,
     check_score_bias,
+    check_tensor,
     check_values,
 )
 from .errors import ArgumentValueError
@@ -124,7 +125,7 @@ def attend_once(
 ) -> Attention:
     """A step with options on a memory that is not packed, which makes the gradients of the memory itself."""
     masks = Masks(memory.memory_lengths, memory.mask)
-    options = make_options(score.name, None, 0.0, normalizer, clip)
+    options = make_options(score.name, query, None, 0.0, normalizer, clip)
     inputs = (query, memory.keys, memory.values)
     return attend_with_options(score, inputs, masks, options, need_weights, False, backend)
 
@@ -199,16 +200,20 @@ def choose_or_reference(name: str, backend: str | None, device_type: str, kernel
 
 
 def make_options(
-    name: str, score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None
+    name: str, query: Tensor, score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None
 ) -> Options:
     """Checked, with a seed where there is dropout."""
     if normalizer not in NORMALIZERS:
-        raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}")
+        others = "attn_kernels.mechanisms.normalize and NormalizedAttention take others, and functions"
+        raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}; {others}")
     dropout_p = as_number(name, dropout_p, "dropout_p")
     if not 0 <= dropout_p < 1:
         raise ArgumentValueError(f"{name}: dropout_p must be at least 0 and below 1, got {dropout_p}")
-    seed = int(torch.randint(1 << 62, ()).item()) if dropout_p > 0 else 0
-    return Options(score_bias, dropout_p, seed, NORMALIZERS.index(normalizer), check_clip(name, clip) or 0.0)
+    seed = None
+    if dropout_p > 0:
+        check_tensor(name, "query", query)
+        seed = torch.randint(1 << 62, (), device=query.device)
+    return Options(score_bias, dropout_p, NORMALIZERS.index(normalizer), check_clip(name, clip) or 0.0, seed)
 
 
 def _check(score: Score, inputs: tuple[Tensor, Tensor, Tensor], masks: Masks, backend: str | None) -> None:

@@ -8,7 +8,8 @@ The kernels know an op and its gradients. What lies beyond takes the formulas of
   backend's.
 - ``torch.func.grad``, ``vjp`` and ``jacrev`` take the backend's kernels, forward and backward.
 - ``torch.vmap`` takes them, too: the mapped axis becomes a part of B. Where something is mapped that all rows of a
-  batch share (``v``, ``bias``), and for gradients summed over the rows, the kernels run once for each of its elements.
+  batch share (``v``, ``bias``), with dropout, and for gradients summed over the rows, the kernels run once for each of
+  its elements.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Formula(NamedTuple):
     how many of the last arguments are none, either. memory: how many of the differentiable arguments are keys and
     values, from position 1 on. results: 1, or of an attention, whose last argument says if alignments are returned, 2
     or 3; the backward needs all but the first. addend: the position of what is added to the keys, after all others that
-    are differentiable; the gradient of the sum is that of both.
+    are differentiable; the gradient of the sum is that of both. seed: the position of that of dropout.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -46,6 +47,7 @@ class Formula(NamedTuple):
     memory: int = 0
     results: int = 1
     addend: int | None = None
+    seed: int | None = None
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -176,6 +178,7 @@ def _backward(formula: Formula) -> Formula:
         shared=() if formula.shared == () else None,
         numbers=(results + formula.numbers[0], results + formula.numbers[1]),
         flags=len(groups),
+        seed=None if formula.seed is None else results + formula.seed,
     )
 
 
@@ -198,7 +201,7 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
     def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, score_bias, others = others[:tensors], others[tensors], others[tensors + 1 :]
         keywords = {name: x for number, make in zip(others, numbers, strict=False) for name, x in make(number).items()}
-        dropout_p, seed, normalizer, clip, memory_lengths, mask = others[len(numbers) : len(numbers) + 6]
+        dropout_p, normalizer, clip, seed, memory_lengths, mask = others[len(numbers) : len(numbers) + 6]
         options = dict(score_bias=score_bias, dropout_p=dropout_p, seed=seed, normalizer=NORMALIZERS[normalizer])
         rest = dict(clip=clip or None, memory_lengths=memory_lengths, mask=mask)
         return function(query, keys, values, *own, **keywords, **options, **rest, need_log_total=True)
@@ -208,9 +211,10 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
         formula,
         differentiable=tuple(range(first)),
         shared=tuple(range(3, 3 + tensors)),
-        numbers=(first, first + len(numbers) + 4),
+        numbers=(first, first + len(numbers) + 3),
         memory=2,
         results=3,
+        seed=first + len(numbers) + 3,
     )
 
 
@@ -359,7 +363,9 @@ def rules(
                 return torch.vmap(lambda *arguments: apply_formula(op, arguments), in_dims)(*arguments), 0
             first = [x if axis is None else x.movedim(axis, 0) for x, axis in zip(arguments, in_dims, strict=True)]
             mapped = [axis is not None for axis in in_dims]
-            if formula.shared is None or any(mapped[i] for i in formula.shared):
+            # As a part of B, elements that share a seed would have other weights than with a call for each.
+            drops = formula.seed is not None and arguments[formula.seed] is not None
+            if drops or formula.shared is None or any(mapped[i] for i in formula.shared):
                 parts = [apply(*(x[i] if m else x for x, m in zip(first, mapped, strict=True))) for i in range(n)]
                 if isinstance(parts[0], Tensor):
                     return torch.stack(parts), 0

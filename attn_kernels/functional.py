@@ -116,7 +116,8 @@ def additive_attention(
         score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty. With R
             score vectors it is added to those of each; or (B, Tq, R, Tk), (B, R, Tk).
         dropout_p: how likely each weight is left out of the context, those that stay multiplied by 1 / (1 - p); for
-            training. The seed comes from PyTorch's default generator. ``alignments`` are those before dropout.
+            training. The seed comes from PyTorch's default generator of the device. ``alignments`` are those before
+            dropout.
         normalizer: "softmax", or "sigmoid": alignments are sigmoid(scores) over their sum (Chorowski et al. 2015,
             section 2.3, "smoothing").
         need_weights: False to leave out ``alignments`` (None is returned in their place).
@@ -189,7 +190,7 @@ def additive_attention(
         gated = gated or prepared is None
     if gated:
         of_gate = gated_score(name, v, bias, gate, activation, negative_slope)
-        options = make_options(name, score_bias, dropout_p, normalizer, clip)
+        options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(
             of_gate, (query, keys, values), masks, options, need_weights, need_log_total, backend
         )
@@ -216,7 +217,7 @@ def additive_attention(
             raise ArgumentValueError(
                 f"{name}: prepared must be None with score_bias, dropout_p, normalizer, clip or log_total"
             )
-        options = make_options(name, score_bias, dropout_p, normalizer, clip)
+        options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
     return attend_arrays(score, (query, keys, values), masks, need_weights, backend)
 
@@ -301,7 +302,7 @@ def dot_attention(
     masks = new(Masks, (memory_lengths, mask))
     score = new(DotScore, (scale,))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total or clip is not None:
-        options = make_options("dot_attention", score_bias, dropout_p, normalizer, clip)
+        options = make_options("dot_attention", query, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
     return attend_arrays(score, (query, keys, values), masks, need_weights, backend)
 

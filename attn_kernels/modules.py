@@ -11,17 +11,20 @@ many queries all of them at once::
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
 from .attention_module import AttentionModule
-from .checks import check_clip
+from .checks import check_activation, check_clip
 from .errors import ArgumentValueError
 from .memory import Memory
-from .scores import AdditiveScore, DotScore, Score, unit_length
+from .scores import ActivatedScore, AdditiveScore, DotScore, Score, unit_length
 
 _DOT = DotScore()
+_IN_MODULES = ("tanh", "relu", "leaky_relu")  # activations
 
 
 class BahdanauAttention(AttentionModule):
@@ -35,6 +38,7 @@ class BahdanauAttention(AttentionModule):
 
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2. Normalised: Salimans, Kingma, "Weight normalization", 2016, section 2, in the form of GNMT.
+    ``activation`` is in the place of tanh.
 
     Args:
         query_size: size of the decoder state.
@@ -43,6 +47,9 @@ class BahdanauAttention(AttentionModule):
         normalize: learn ``g``, initially sqrt(1 / units), and ``bias``, initially 0.
         clip: C, for C tanh(score) in the place of each score, as of :func:`attn_kernels.additive_attention`. Its memory
             is padded, and each step makes the gradients of all of it.
+        activation: "tanh", "relu" or "leaky_relu". Sigmoid is no other mechanism: with softmax it is tanh with half the
+            weights.
+        negative_slope: of "leaky_relu", a finite number.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -58,6 +65,8 @@ class BahdanauAttention(AttentionModule):
         normalize: bool = False,
         *,
         clip: float | None = None,
+        activation: str = "tanh",
+        negative_slope: float = 0.01,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,6 +74,11 @@ class BahdanauAttention(AttentionModule):
         super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units = units
         self.normalize = normalize
+        if activation not in _IN_MODULES:
+            expected = ", ".join(map(repr, _IN_MODULES))
+            raise ArgumentValueError(f"{self._name}: activation must be one of {expected}, got {activation!r}")
+        self.activation = activation
+        self.negative_slope: float = check_activation(self._name, activation, negative_slope)
         self.clip: float | None = check_clip(self._name, clip)
         self.v: nn.Parameter = self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if normalize else None
@@ -77,15 +91,21 @@ class BahdanauAttention(AttentionModule):
             nn.init.constant_(self.g, math.sqrt(1 / self.units))
             nn.init.zeros_(self.bias)
 
-    def make_score(self, memory: Memory) -> AdditiveScore:
-        return AdditiveScore(self.score_vector(), self.bias, memory.prepared)
+    def make_score(self, memory: Memory) -> Score:
+        if self.activation == "tanh":
+            return AdditiveScore(self.score_vector(), self.bias, memory.prepared)
+        number = ACTIVATIONS.index(self.activation)
+        return ActivatedScore(self.score_vector(), self.bias, number, self.negative_slope)
 
     def score_vector(self) -> Tensor:
         """(A,): ``v``, or with ``normalize`` ``g v / |v|``."""
         return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
     def extra_repr(self) -> str:
-        return self._repr(units=self.units, normalize=self.normalize)
+        settings: dict[str, Any] = {} if self.activation == "tanh" else {"activation": self.activation}
+        if self.activation == "leaky_relu":
+            settings["negative_slope"] = self.negative_slope
+        return self._repr(units=self.units, normalize=self.normalize, **settings)
 
 
 class LuongAttention(AttentionModule):

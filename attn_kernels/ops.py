@@ -265,7 +265,7 @@ _MEMORY, _MASKS = ("Tensor query", "Tensor keys", "Tensor values"), ("Tensor? me
 
 def _define_with_options(op: str, score: _Score, fake: Callable[..., Any]) -> None:
     """An attention with what few calls have (Options in types.py), and log_total: what alignments were divided by."""
-    options = ("float dropout_p", "int seed", "int normalizer", "float clip")
+    options = ("float dropout_p", "int normalizer", "float clip", "Tensor? seed")
     inputs = ", ".join((*_MEMORY, *score.tensors, "Tensor? score_bias", *score.numbers, *options, *_MASKS))
     _define(
         f"{op}_backward",

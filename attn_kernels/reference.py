@@ -132,7 +132,7 @@ def _attend(
     mask: Tensor | None = None,
     score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     normalizer: str = "softmax",
     need_weights: bool = True,
     need_log_total: bool = False,
@@ -187,11 +187,12 @@ def _attend(
     return AttentionWithLogTotal(*attention, shape(log_total))
 
 
-def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
+def dropout_factors(shape: tuple[int, ...], p: float, seed: int | Tensor, like: Tensor) -> Tensor:
     """What dropout multiplies weights with: 0 with probability p, else 1 / (1 - p).
 
     From 24 bits of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014, figure 17)
-    of the seed and the number of the weight: the same on every backend, and in a backward.
+    of the seed, an integer or a tensor () of int64, and the number of the weight: the same on every backend, and in a
+    backward.
     """
 
     def as_signed(number: int) -> int:  # modulo 2^64
@@ -202,7 +203,7 @@ def dropout_factors(shape: tuple[int, ...], p: float, seed: int, like: Tensor) -
         return shifted
 
     index = torch.arange(1, math.prod(shape) + 1, device=like.device)
-    z = index * as_signed(0x9E3779B97F4A7C15) + as_signed(seed)
+    z = index * as_signed(0x9E3779B97F4A7C15) + (seed if isinstance(seed, Tensor) else as_signed(seed))
     z = (z ^ shifted(z, 30)) * as_signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * as_signed(0x94D049BB133111EB)
     kept = shifted(z ^ shifted(z, 31), 40) >= math.ceil(p * 2**24)  # PyTorch would round a number that is no integer

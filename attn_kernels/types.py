@@ -48,16 +48,17 @@ class AttentionWithLogTotal(NamedTuple):
 class Options(NamedTuple):
     """What few calls of an attention have.
 
-    score_bias: (B, Tq, Tk), added to the scores. dropout_p: how likely a weight is left out of the context. seed: of
-    dropout. normalizer: its place in NORMALIZERS. clip: C, of C tanh(score) in the place of the score, before
-    score_bias is added; 0 for the score itself.
+    score_bias: (B, Tq, Tk), added to the scores. dropout_p: how likely a weight is left out of the context.
+    normalizer: its place in NORMALIZERS. clip: C, of C tanh(score) in the place of the score, before score_bias is
+    added; 0 for the score itself. seed: of dropout, () int64 on the device of the query; None without. It is a tensor,
+    so that a graph draws another one in each call, and nobody waits for a GPU.
     """
 
     score_bias: Tensor | None = None
     dropout_p: float = 0.0
-    seed: int = 0
     normalizer: int = 0
     clip: float = 0.0
+    seed: Tensor | None = None
 
 
 NORMALIZERS = ("softmax", "sigmoid")

@@ -58,13 +58,20 @@ inline ScalarType wide_type(Dtype dtype) { return dtype == Dtype::float64 ? Scal
 struct OptionArguments {
   const std::optional<Tensor>& score_bias;
   double dropout_p;
-  int64_t seed;
   int64_t normalizer;  // 0: softmax, 1: sigmoid
   double clip;         // 0 for none
+  const std::optional<Tensor>& seed;
 
   AttentionOptions options(const Scores& n) const {
-    return {array(score_bias, "score_bias", n.query.dtype, {n.B, n.Tq, n.Tk}), dropout_p, static_cast<uint64_t>(seed),
-            normalizer == 1, clip};
+    return {array(score_bias, "score_bias", n.query.dtype, {n.B, n.Tq, n.Tk}), dropout_p, seed_or_0(), normalizer == 1,
+            clip};
+  }
+
+  uint64_t seed_or_0() const {
+    if (dropout_p == 0) return 0;
+    STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                    "seed must be one int64 with dropout");
+    return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
   }
 };
 

@@ -27,23 +27,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_context, 
 #if !defined(ATTN_CUDA)  // on the CPU only
 std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values,
                                                 std::optional<Tensor> score_bias, double scale, double dropout_p,
-                                                int64_t seed, int64_t normalizer, double clip,
+                                                int64_t normalizer, double clip, std::optional<Tensor> seed,
                                                 std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
                                                 bool need_alignments) {
   const CallContext call(query);
   return attention_forward(call.kernels().dot.attention, DotScores{scores_of(query, keys), scale},
-                           {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask,
+                           {score_bias, dropout_p, normalizer, clip, seed}, query, values, memory_lengths, mask,
                            need_alignments);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> with_options_backward(
     std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
     Tensor query, Tensor keys, Tensor values, std::optional<Tensor> score_bias, double scale, double dropout_p,
-    int64_t seed, int64_t normalizer, double clip, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-    Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
+    int64_t normalizer, double clip, std::optional<Tensor> seed, std::optional<Tensor> memory_lengths,
+    std::optional<Tensor> mask, Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
   const CallContext call(query);
   const DotScores score{scores_of(query, keys), scale};
-  const OptionArguments given{score_bias, dropout_p, seed, normalizer, clip};
+  const OptionArguments given{score_bias, dropout_p, normalizer, clip, seed};
   Tensor dscore_bias = dscore_bias_if(need_query, given, score, query);
   const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};
   auto [dquery, dkeys, dvalues] = attention_backward(call.kernels().dot.attention_backward, score,

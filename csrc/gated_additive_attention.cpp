@@ -63,24 +63,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scores_backward(Tensor grad_s
 std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v,
                                              std::optional<Tensor> bias, std::optional<Tensor> gate,
                                              std::optional<Tensor> score_bias, int64_t activation,
-                                             double negative_slope, double dropout_p, int64_t seed, int64_t normalizer,
-                                             double clip, std::optional<Tensor> memory_lengths,
+                                             double negative_slope, double dropout_p, int64_t normalizer, double clip,
+                                             std::optional<Tensor> seed, std::optional<Tensor> memory_lengths,
                                              std::optional<Tensor> mask, bool need_alignments) {
   const CallContext call(query);
   return attention_forward(
       call.kernels().gated_additive.attention, gated(query, keys, v, bias, gate, activation, negative_slope),
-      {score_bias, dropout_p, seed, normalizer, clip}, query, values, memory_lengths, mask, need_alignments);
+      {score_bias, dropout_p, normalizer, clip, seed}, query, values, memory_lengths, mask, need_alignments);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
     Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> gate,
-    std::optional<Tensor> score_bias, int64_t activation, double negative_slope, double dropout_p, int64_t seed,
-    int64_t normalizer, double clip, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+    std::optional<Tensor> score_bias, int64_t activation, double negative_slope, double dropout_p, int64_t normalizer,
+    double clip, std::optional<Tensor> seed, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
     Tensor alignments, Tensor log_total, bool need_query, bool need_memory) {
   const CallContext call(query);
   const GatedAdditiveScores n = gated(query, keys, v, bias, gate, activation, negative_slope);
-  const OptionArguments given{score_bias, dropout_p, seed, normalizer, clip};
+  const OptionArguments given{score_bias, dropout_p, normalizer, clip, seed};
   Own own(n, v, bias.has_value(), gate.has_value(), need_query);
   Tensor dscore_bias = dscore_bias_if(need_query, given, n, query);
   const OptionGradients with{given, log_total, grad_log_total, &dscore_bias};

@@ -209,7 +209,7 @@ def test_opcheck(op: str, with_gate: bool) -> None:
     else:
         lengths = MASKS["lengths"]["memory_lengths"]
         memory = [given["query"], given["keys"], given["values"]]
-        arguments = [*memory, *own, None, 2, 0.3, 0.0, 0, 0, 1.5, lengths, None, True]
+        arguments = [*memory, *own, None, 2, 0.3, 0.0, 0, 1.5, None, lengths, None, True]
         grads = [torch.randn(B, TQ * 3, D), torch.randn(B, TQ * 3, TK), None]
     torch.library.opcheck(kernel(op, "cpu"), tuple(arguments))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]

@@ -11,7 +11,15 @@ from torch import Tensor
 
 import formulas
 from attn_kernels import ArgumentTypeError, ArgumentValueError, BahdanauAttention, CosineAttention, LuongAttention
-from attn_kernels.mechanisms import NormalizedAttention, normalize
+from attn_kernels.mechanisms import (
+    CoverageAttention,
+    ForwardAttention,
+    LocationSensitiveAttention,
+    MonotonicAttention,
+    NormalizedAttention,
+    PointerAttention,
+    normalize,
+)
 from formulas import every_kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -245,6 +253,12 @@ def test_module_errors() -> None:
         NormalizedAttention(torch.nn.Linear(2, 2), "sigmoid")
     with pytest.raises(ArgumentValueError, match="normalizer must be"):
         NormalizedAttention(BahdanauAttention(Q, M, UNITS), "sum")
+    for stateful in (LocationSensitiveAttention, CoverageAttention, ForwardAttention, MonotonicAttention):
+        for normalizer in ("softmax", "sigmoid"):
+            with pytest.raises(ArgumentTypeError, match=f"must be one without a state, got {stateful.__name__}"):
+                NormalizedAttention(stateful(Q, M, UNITS), normalizer)
+    with pytest.raises(ArgumentTypeError, match="must be one whose step is a score, got PointerAttention"):
+        NormalizedAttention(PointerAttention(Q, M, UNITS), "sigmoid")
     module = NormalizedAttention(BahdanauAttention(Q, M, UNITS), "sigmoid")
     with pytest.raises(ArgumentValueError, match="BahdanauAttention: query must have shape"):
         module(torch.randn(B, TQ, Q + 1), module.memory(torch.randn(B, TK, M)))

@@ -10,13 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_kernels.mechanisms import CoverageAttention, LocationState, StatefulAttention, coverage_loss
+from attn_kernels import BahdanauAttention, LuongAttention
+from attn_kernels.mechanisms import (
+    CoverageAttention,
+    LocationState,
+    MultiHeadAttention,
+    NormalizedAttention,
+    PointerAttention,
+    StatefulAttention,
+    coverage_loss,
+)
 from attn_kernels.seq2seq import Seq2Seq
-from attn_kernels.seq2seq.attentions import ATTENTIONS, STATEFUL, STATELESS
+from attn_kernels.seq2seq.attentions import ATTENTIONS, CALLED, STATEFUL, STATELESS
 from attn_kernels.seq2seq.decoder import Decoder
 from attn_kernels.seq2seq.fused import autograd
 from attn_kernels.seq2seq.fused.eligibility import can_fuse_sequence, can_fuse_steps
 from attn_kernels.seq2seq.fused.inference import fast_decoder
+from attn_kernels.seq2seq.fused.one_call import search_in_one_call
 from attn_kernels.seq2seq.search import SearchOptions, beam_search, greedy_search
 from attn_kernels.seq2seq.state import DecoderState
 from sentences import check_each_alone
@@ -281,11 +291,106 @@ def test_others_have_no_state(attention: str) -> None:
 
 
 def test_names() -> None:
-    assert not STATELESS.keys() & STATEFUL.keys() and ATTENTIONS.keys() == STATELESS.keys() | STATEFUL.keys()
+    tables = (STATELESS, STATEFUL, CALLED)
+    assert len(ATTENTIONS) == sum(map(len, tables)) and ATTENTIONS.keys() == set().union(*tables)
+    assert make(attention="milk").decoder.attention.chunk_size is None
     assert make(attention="location-cumulative").decoder.attention.cumulative
     assert make(attention="forward").decoder.attention.transition is None
     with pytest.raises(ValueError, match=r"attention must be one of 'bahdanau', .*'forward-agent'.*, got 'locations'"):
         make(attention="locations")
+
+
+# Attentions that no fused form has, and modules -----------------------------------------------------------------------
+
+F64 = torch.float64
+MODULES = {
+    "multi-head": lambda: MultiHeadAttention(HIDDEN, 2 * HIDDEN, UNITS, 3, dtype=F64),
+    "relu": lambda: BahdanauAttention(HIDDEN, 2 * HIDDEN, UNITS, activation="relu", dtype=F64),
+    "hardmax": lambda: NormalizedAttention(LuongAttention(HIDDEN, 2 * HIDDEN, dtype=F64), "hardmax"),
+    "sum of directions": lambda: LuongAttention(HIDDEN, HIDDEN, score="dot", dtype=F64),
+}
+
+
+def check_search(model: Seq2Seq) -> None:
+    """Alignments and score of the best hypotheses are those of training, whichever form of search found them."""
+    source, lengths, _ = batch()
+    for options in ({}, {"beam_size": 3}):
+        found = [hypotheses[0] for hypotheses in model.generate(source, lengths, max_length=6, **options)]
+        for i, best in enumerate(found):
+            ended = len(best.tokens) < 6
+            target = torch.tensor([[*best.tokens, *([EOS] if ended else [])]])
+            with torch.no_grad():
+                logits, alignments = model.eval()(source[i : i + 1], lengths[i : i + 1], target)
+            of_tokens = logits.log_softmax(-1).gather(2, target[..., None]).sum()
+            assert best.score == pytest.approx(of_tokens.item(), abs=1e-9)
+            torch.testing.assert_close(best.alignments, alignments[0, : len(best.tokens), : lengths[i]])
+
+
+@pytest.mark.parametrize("input_feeding", [True, False])
+@pytest.mark.parametrize("attention", [*CALLED, *MODULES])
+def test_modules_and_other_names(attention: str, input_feeding: bool) -> None:
+    made = MODULES[attention]() if attention in MODULES else attention
+    model = make(erratic=True, eos=0.0, attention=made, input_feeding=input_feeding)
+    got, expected = model(*batch()), step_by_step(model, *batch())
+    assert got[1].shape == (6, 5, 7)
+    torch.testing.assert_close(got, expected)
+    found, right = (
+        torch.autograd.grad(logits.cos().sum() + alignments.square().sum(), list(model.parameters()), allow_unused=True)
+        for logits, alignments in (got, expected)
+    )
+    torch.testing.assert_close(found, right)
+    assert attention == "hardmax" or all(x is not None for x in found)
+    check_search(model)
+
+
+def test_multi_head_in_the_place_of_another() -> None:
+    """Its alignments are the mean over the heads."""
+    model = make(input_feeding=False)
+    model.decoder.attention = module = MODULES["multi-head"]()
+    of_heads = []
+    module.register_forward_hook(lambda module, args, result: of_heads.append((args, result)))
+    _, alignments = model(*batch())
+    (((queries, memory), (_, averaged)),) = of_heads
+    assert torch.equal(alignments, averaged)
+    torch.testing.assert_close(alignments, MultiHeadAttention.forward(module, queries, memory).alignments.mean(1))
+
+
+def test_what_of_activations_is_fused() -> None:
+    """The op of training and the steps of a search have them; the search that is one op has tanh only."""
+    model = make(attention=MODULES["relu"]()).eval()
+    source, lengths, target = batch()
+    with torch.no_grad():
+        memory, state = model.encode(source, lengths)
+        assert can_fuse_sequence(model.decoder, model.decoder.embedding(target), state, memory)
+        assert can_fuse_steps(model.decoder, state, memory)
+        options = SearchOptions(BOS, EOS, 5, 1).checked()
+        assert search_in_one_call(model.decoder, memory, state, options) is None
+        model.decoder.attention.activation = "tanh"
+        assert search_in_one_call(model.decoder, memory, state, options) is not None
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "error", "words"),
+    [
+        (nn.Linear(2, 2), {}, TypeError, "attention must be a name, a mechanism .*got Linear"),
+        (PointerAttention(HIDDEN, 2 * HIDDEN, 3), {}, TypeError, "got PointerAttention"),
+        (BahdanauAttention(5, 12, 3), {}, ValueError, "query_size = hidden_size = 6, got BahdanauAttention with 5"),
+        (BahdanauAttention(6, 11, 3), {}, ValueError, "memory_size = 2 hidden_size = 12, or 6 .*with 11"),
+        (MultiHeadAttention(6, 12, 3, output_size=4), {}, ValueError, "output_size = memory_size = 12, got .*with 4"),
+        (BahdanauAttention(6, 12, 3), {"backend": "cpu"}, ValueError, "backend must be None with a module.*'cpu'"),
+        (
+            "gmm",
+            {"backend": "triton"},
+            ValueError,
+            "backend must be None or 'reference' with attention='gmm'.*'triton'",
+        ),
+        ("layer-norm", {"backend": "cpu"}, ValueError, "None or 'reference' with attention='layer-norm'.*'cpu'"),
+    ],
+)
+def test_errors(attention: Any, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"^Seq2Seq: .*{words}"):
+        make(attention=attention, **options)
+    assert isinstance(make(attention="gmm", backend="reference"), Seq2Seq)
 
 
 def _cooled(self: Decoder, *args: Any) -> Any:

@@ -304,6 +304,42 @@ def test_nested_memory_that_is_not_jagged_is_refused() -> None:
         BahdanauAttention(Q, M, 8).memory(nested)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_activation(activation: str, normalize: bool) -> None:
+    """As of the function, in several steps on one memory, whose gradients are made together."""
+    module = randomize(
+        BahdanauAttention(Q, M, UNITS, normalize, activation=activation, negative_slope=0.3, dtype=torch.float64)
+    )
+    queries, outputs = torch.randn(2, B, TQ, Q, dtype=torch.float64), torch.randn(B, TK, M, dtype=torch.float64)
+    lengths = torch.tensor([TK, 0, 2, 1])
+    parameters = list(module.parameters())
+
+    def by_function(query: Tensor) -> Any:
+        q, k = module.query_projection(query), module.memory_projection(outputs)
+        options = dict(activation=activation, negative_slope=0.3, memory_lengths=lengths)
+        return additive_attention(q, k, outputs, module.score_vector(), module.bias, **options)
+
+    memory = module.memory(outputs, lengths)
+    found, expected = ([attend(query) for query in queries] for attend in (lambda q: module(q, memory), by_function))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    losses = [
+        sum(context.cos().sum() + alignments.square().sum() for context, alignments in of) for of in (found, expected)
+    ]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters) for loss in losses))
+    assert f"activation='{activation}'" in repr(module)
+
+
+def test_activation_errors() -> None:
+    with pytest.raises(
+        ValueError, match="BahdanauAttention: activation must be one of 'tanh', 'relu', 'leaky_relu', got"
+    ):
+        BahdanauAttention(Q, M, UNITS, activation="sigmoid")
+    with pytest.raises(ValueError, match="BahdanauAttention: negative_slope must be a finite number"):
+        BahdanauAttention(Q, M, UNITS, activation="leaky_relu", negative_slope=float("nan"))
+
+
 def test_normalized_scores_ignore_the_length_of_v() -> None:
     module = BahdanauAttention(Q, M, UNITS, normalize=True, dtype=torch.float64)
     query, outputs = inputs(MECHANISMS["bahdanau-normalized"])

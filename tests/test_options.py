@@ -65,13 +65,19 @@ def attend_both(
     score: str, of_backend: tuple[list[Tensor], dict[str, Any]], of_reference: tuple[list[Tensor], dict[str, Any]],
     backend: str, **options: Any,
 ) -> tuple[Any, Any, int]:  # fmt: skip
-    """Of a backend and of the reference, from tensors and masks, with one seed of dropout, which comes third."""
+    """Of a backend and of the reference, from tensors and masks, with one seed of dropout, which comes third.
+
+    The reference is on the device of the backend, whose generator makes the seed; its results are brought back.
+    """
     results = []
+    device = of_backend[0][0].device
     for (tensors, masks), name in ((of_backend, backend), (of_reference, "reference")):
         torch.manual_seed(3)
-        results.append(attend(score, tensors, backend=name, **options, **masks))
+        there, masks = [t.to(device) for t in tensors], {of: mask.to(device) for of, mask in masks.items()}
+        results.append(attend(score, there, backend=name, **options, **masks))
     torch.manual_seed(3)
-    return results[0], results[1], int(torch.randint(1 << 62, ()).item())
+    expected = results[1]._make(t.to(of_reference[0][0].device) for t in results[1])
+    return results[0], expected, int(torch.randint(1 << 62, (), device=device).item())
 
 
 def finite(result: Any) -> list[Tensor]:
@@ -301,7 +307,7 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
     numbers = {"additive": (), "activated": (ACTIVATIONS.index("leaky_relu"), 0.2), "dot": (0.5,)}[name]
     own = tensors[5:] if name == "dot" else tensors[3:]
     masks = make_masks("both", TQ, device).values()
-    inputs = (*tensors[:3], *own, *numbers, 0.3, 5, 1, 1.5, *masks)
+    inputs = (*tensors[:3], *own, *numbers, 0.3, 1, 1.5, torch.tensor(5, device=device), *masks)
     forward, backward = (kernel(f"{name}_attention_with_options{end}", backend) for end in ("", "_backward"))
     torch.library.opcheck(forward, (*inputs, True))
     inputs = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
@@ -319,6 +325,7 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
         (dict(dropout_p=1.0), ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
         (dict(dropout_p="much"), TypeError, "dropout_p must be a number, got str"),
         (dict(normalizer="sparsemax"), ValueError, "normalizer must be 'softmax' or 'sigmoid', got 'sparsemax'"),
+        (dict(normalizer=torch.relu), ValueError, "attn_kernels.mechanisms.normalize and NormalizedAttention take"),
         (dict(clip=0.0), ValueError, "clip must be positive, got 0.0"),
         (dict(clip=-3), ValueError, "clip must be positive, got -3.0"),
         (dict(clip=float("inf")), ValueError, "clip must be a finite number, got inf"),

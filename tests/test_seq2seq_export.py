@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attn_kernels.mechanisms import NormalizedAttention, monotonic_alignments
 from attn_kernels.seq2seq import Encoder, Seq2Seq, export
-from attn_kernels.seq2seq.attentions import ATTENTIONS
+from attn_kernels.seq2seq.attentions import STATEFUL, STATELESS
 from matrix import slow_if
 from sentences import SOURCE, TARGET
 
@@ -76,7 +76,7 @@ DISTINCT = (
 
 @pytest.mark.slow
 @pytest.mark.left_out_if(lambda attention: attention not in DISTINCT)
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", [*STATELESS, *STATEFUL])
 def test_every_attention_finds_the_same(attention: str) -> None:
     kind: dict[str, Any] = {"gmm": dict(input_feeding=False), "luong-dot": dict(cell="gru", num_layers=2)}
     model = model_of(attention, **kind.get(attention, {}))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import attn_kernels
 from sentences import SOURCE, TARGET
 
 hub: Any = None
@@ -36,6 +37,12 @@ def test_numbers_of_numpy_are_kept(tmp_path: Path) -> None:
     hub.PretrainedSeq2Seq(**given, input_feeding=False).save_pretrained(tmp_path)
     loaded = hub.PretrainedSeq2Seq.from_pretrained(tmp_path)
     assert (loaded.eos, loaded.decoder.dropout.p, loaded.decoder.input_feeding) == (5, 0.125, False)
+
+
+def test_attention_is_a_name() -> None:
+    """A configuration would leave a module out, and what is loaded have another attention."""
+    with pytest.raises(TypeError, match=r"^PretrainedSeq2Seq: attention must be a name.*got BahdanauAttention"):
+        model_of(attn_kernels.BahdanauAttention(6, 12, 7))
 
 
 @pytest.mark.parametrize("attention", ["bahdanau", "location", "luong-dot"])

@@ -475,7 +475,7 @@ def launches(
             forward(query, keys, *of_score, *numbers)
             backward(alignments, query, keys, *of_score, *numbers, True, True)
             return found
-        inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0, 0.0, memory_lengths, allowed)
+        inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
         forward, backward = both_of("gated_additive_attention")
         log_total = forward(*inputs, True)[2]
         for needed in ((True, True), (True, False), (False, True)):
@@ -493,10 +493,10 @@ def launches(
         backward(*gradients, *inputs, alignments, True, True)
     elif options:
         own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
-        dropout = (0.3, SEED) if "dropout" in options else (0.0, 0)
+        dropout, seed = (0.3, empty(dtype="int64")) if "dropout" in options else (0.0, None)
         score_bias = alignments if "score_bias" in options else None
-        inputs = (query, keys, values, *own, score_bias, *numbers, *dropout, int("sigmoid" in options))
-        inputs = (*inputs, 10.0 if "clip" in options else 0.0)
+        inputs = (query, keys, values, *own, score_bias, *numbers, dropout, int("sigmoid" in options))
+        inputs = (*inputs, 10.0 if "clip" in options else 0.0, seed)
         inputs = (*inputs, memory_lengths, allowed)
         forward, backward = both_of(f"{op}_attention_with_options")
         log_total = forward(*inputs, True)[2]
@@ -622,9 +622,6 @@ def _compile(name: str) -> list[dict[str, Any]]:
                 }
             )
     return compiled
-
-
-SEED = (1 << 61) + 12345
 
 
 def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:

@@ -22,7 +22,8 @@ from .normalizers import mask_queries
 class HeadsMemory(NamedTuple):
     """What :class:`MultiHeadAttention` makes of a sentence once: a memory for each head, with the same masks.
 
-    Like a Memory it is an explicit value and a pytree of its tensors.
+    Like a Memory it is an explicit value and a pytree of its tensors. What it says of itself as a Memory does, such as
+    the number of its steps, it takes from the first head: ``keys`` and ``values`` are those of that head alone.
     """
 
     heads: tuple[Memory, ...]
@@ -30,6 +31,22 @@ class HeadsMemory(NamedTuple):
     @property
     def batch_size(self) -> int:
         return self.heads[0].batch_size
+
+    @property
+    def keys(self) -> Tensor:
+        return self.heads[0].keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.heads[0].values
+
+    @property
+    def memory_lengths(self) -> Tensor | None:
+        return self.heads[0].memory_lengths
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.heads[0].mask
 
     def select(self, indices: Tensor) -> HeadsMemory:
         """The rows (sentences) at ``indices``: as of :meth:`Memory.select`."""
@@ -60,6 +77,9 @@ class MultiHeadAttention(AttentionModule):
 
     The projections of all heads are one product, and the score, softmax and sum of each head one call of the op. Of
     heads in the batch there would be one score vector for all of them, and a copy of the keys in each step.
+
+    As the attention of a ``Seq2Seq`` decoder its alignments, also those of hypotheses, are the mean over the heads, as
+    ``torch.nn.MultiheadAttention`` returns it.
 
     Args:
         query_size: size of the decoder state.

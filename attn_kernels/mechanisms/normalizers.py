@@ -20,6 +20,7 @@ from ..memory import Memory
 from ..packed_attention import padding_needed
 from ..scores import ActivatedScore, DotScore, Score, clipped
 from ..types import Attention, attention_mask, autocast, device_type, upcast
+from .stateful import StatefulAttention
 
 Normalizer = str | Callable[[Tensor], Tensor]
 
@@ -172,7 +173,8 @@ class NormalizedAttention(nn.Module):
     whatever it holds; with a mask (B, Tq, Tk), one that only some may attend must be finite.
 
     Args:
-        attention: the mechanism, such as BahdanauAttention or LuongAttention; a module with the parameters.
+        attention: the mechanism, such as BahdanauAttention or LuongAttention; a module with the parameters. One with
+            a state is refused.
         normalizer: as of :func:`normalize`. With "softmax" a step is the mechanism's own, in one pass; with "sigmoid",
             too, where the op has it.
     """
@@ -182,6 +184,9 @@ class NormalizedAttention(nn.Module):
         if not isinstance(attention, AttentionModule):
             got = type(attention).__name__
             raise ArgumentTypeError(f"NormalizedAttention: attention must be an AttentionModule, got {got}")
+        if isinstance(attention, StatefulAttention):  # what its state adds to a score would be left out
+            got = type(attention).__name__
+            raise ArgumentTypeError(f"NormalizedAttention: attention must be one without a state, got {got}")
         if type(attention).make_score is AttentionModule.make_score:
             got = type(attention).__name__
             raise ArgumentTypeError(f"NormalizedAttention: attention must be one whose step is a score, got {got}")

@@ -1,4 +1,4 @@
-"""The attentions of ``Seq2Seq`` by name: how each is made."""
+"""The attentions of ``Seq2Seq`` by name: how each is made; and which modules may be in their place."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from ..attention_module import AttentionModule
+from ..errors import ArgumentTypeError, ArgumentValueError
 from ..mechanisms import (
     CoverageAttention,
     DynamicConvolutionAttention,
     ForwardAttention,
     GMMAttention,
+    LayerNormBahdanauAttention,
     LocalAttention,
     LocationSensitiveAttention,
     MonotonicAttention,
     MonotonicChunkwiseAttention,
+    MultiHeadAttention,
+    NormalizedAttention,
+    PointerAttention,
     StepwiseMonotonicAttention,
 )
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
@@ -34,9 +39,16 @@ def _with(made: Make, **settings: Any) -> Make:
     return lambda *sizes, **options: made(*sizes, **settings, **options)
 
 
-def _without_backend(made: Make) -> Make:
-    """Of a mechanism that calls no op."""
-    return lambda *sizes, backend=None, **options: made(*sizes, **options)
+def _without_ops(name: str, made: Make) -> Make:
+    """Of a mechanism that calls no op, which is as good as the reference."""
+
+    def make(*sizes: int, backend: str | None = None, **options: Any) -> AttentionModule:
+        if backend not in (None, "reference"):
+            expected = f"None or 'reference' with attention={name!r}, which is plain PyTorch"
+            raise ArgumentValueError(f"Seq2Seq: backend must be {expected}, got {backend!r}")
+        return made(*sizes, **options)
+
+    return make
 
 
 STATELESS: dict[str, Make] = {
@@ -58,7 +70,33 @@ STATEFUL: dict[str, Make] = {
     "stepwise-monotonic": StepwiseMonotonicAttention,
     "local-m": _with(LocalAttention, mode="local-m"),
     "local-p": _with(LocalAttention, mode="local-p"),
-    "gmm": _without_backend(GMMAttention),
+    "gmm": _without_ops("gmm", GMMAttention),
     "dynamic-convolution": DynamicConvolutionAttention,
 }
-ATTENTIONS = STATELESS | STATEFUL
+CALLED: dict[str, Make] = {  # by the steps of training and of a search, whatever their form
+    "multi-head": MultiHeadAttention,
+    "layer-norm": _without_ops("layer-norm", LayerNormBahdanauAttention),
+    "milk": _with(MonotonicChunkwiseAttention, chunk_size=None),
+}
+ATTENTIONS = STATELESS | STATEFUL | CALLED
+
+
+def check_attention(attention: object, hidden_size: int, backend: str | None) -> int:
+    """The memory_size of a module, after a look at whether a decoder can call it: for an encoder of that size."""
+    module = attention.attention if isinstance(attention, NormalizedAttention) else attention
+    if not isinstance(module, AttentionModule) or isinstance(module, PointerAttention):
+        expected = "a name, a mechanism that returns context and alignments, or NormalizedAttention"
+        raise ArgumentTypeError(f"Seq2Seq: attention must be {expected}, got {type(attention).__name__}")
+    name, size = type(module).__name__, module.memory_size
+    if backend is not None:
+        raise ArgumentValueError(f"Seq2Seq: backend must be None with a module, which has its own, got {backend!r}")
+    if module.query_size != hidden_size:
+        expected = f"query_size = hidden_size = {hidden_size}"
+        raise ArgumentValueError(f"Seq2Seq: attention must have {expected}, got {name} with {module.query_size}")
+    if size not in (2 * hidden_size, hidden_size):
+        expected = f"memory_size = 2 hidden_size = {2 * hidden_size}, or {hidden_size} for the sum of both directions"
+        raise ArgumentValueError(f"Seq2Seq: attention must have {expected}, got {name} with {size}")
+    if getattr(module, "output_size", size) != size:
+        expected = f"output_size = memory_size = {size}"
+        raise ArgumentValueError(f"Seq2Seq: attention must have {expected}, got {name} with {module.output_size}")
+    return size

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..attention_module import AttentionModule
+from ..mechanisms import HeadsMemory, NormalizedAttention
 from ..memory import Memory, padded
 from ..packed_attention import is_packed
 from ..stock import register
@@ -41,7 +42,7 @@ class Decoder(nn.Module):
         vocab: int,
         embedding_size: int,
         hidden_size: int,
-        attention: AttentionModule,
+        attention: AttentionModule | NormalizedAttention,
         memory_size: int,
         *,
         cell: str,
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
             dropout=dropout if num_layers > 1 else 0.0,
             **factory,
         )
-        self.attention = attention
+        self.attention: Any = attention  # that, or what was put in its place
         self.loop = loop
         self.cuda_graph = cuda_graph
         self.attentional: nn.Linear = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
@@ -206,8 +207,9 @@ class Decoder(nn.Module):
         With an attention that has a state it is called with that and one query for each hypothesis, and also returns
         the next state.
         """
-        attend: Any = self.attention  # of either kind
-        context, alignments, *after = attend(states, memory, *before)
+        # Of several heads a query gets one row of alignments, too.
+        averaged: dict[str, bool] = {"average": True} if isinstance(memory, HeadsMemory) else {}
+        context, alignments, *after = self.attention(states, memory, *before, **averaged)
         attentional = torch.tanh(self.attentional(torch.cat([context, states], dim=-1)))
         return self.dropout(attentional), alignments, *after
 

@@ -66,8 +66,12 @@ class PretrainedSeq2Seq(
     given to ``from_pretrained``. ``push_to_hub`` and the other arguments are those of
     ``huggingface_hub.PyTorchModelHubMixin``.
 
+    An attention is given by its name, not as a module.
+
     The weights of a ``Seq2Seq`` that is trained already go into one with the same arguments by ``load_state_dict``.
     """
+
+    _attention_by_name = True
 
     def save_pretrained(
         self,

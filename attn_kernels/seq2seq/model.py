@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numbers
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..attention_module import AttentionModule
+from ..errors import ArgumentTypeError
+from ..mechanisms import NormalizedAttention
 from ..memory import Memory
-from .attentions import ATTENTIONS
+from .attentions import ATTENTIONS, check_attention
 from .decoder import Decoder
 from .encoder import CELLS, TokenEncoder
 from .evaluation import in_evaluation
@@ -37,8 +40,12 @@ class Seq2Seq(nn.Module):
             "luong-dot", which compares memory and state as they are, the outputs of the encoder's directions are added.
             Or one whose steps depend on the steps before (attn_kernels.mechanisms): "location", "location-cumulative",
             "coverage", "forward", "forward-agent", "monotonic", "mocha", "stepwise-monotonic", "local-m", "local-p",
-            "gmm" or "dynamic-convolution". Its state is in ``DecoderState.attention``. Search goes step by step then,
-            and so does training, but for "location", "location-cumulative" and "coverage" with ``decoder="loop"``.
+            "milk", "gmm" or "dynamic-convolution". Its state is in ``DecoderState.attention``. Or "multi-head", with 4
+            heads, each of ``units``, or "layer-norm". Or a module: a mechanism, or NormalizedAttention of one, whose
+            query_size is ``hidden_size`` and memory_size 2 ``hidden_size``; one with a memory_size of ``hidden_size``
+            gets the sum of the encoder's directions. Those with a state, "multi-head" and "layer-norm" go step by step
+            in a search, and in training with input feeding, but for "location", "location-cumulative" and "coverage"
+            with ``decoder="loop"``.
         cell: "lstm" or "gru".
         num_layers: of encoder and decoder.
         dropout: on embeddings, between layers and on the attentional vector.
@@ -49,12 +56,14 @@ class Seq2Seq(nn.Module):
             "steps": one after the other. Parameters and results are the same.
         padding_idx: the token that fills up source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
-        backend: of the attention, as of :func:`attn_kernels.additive_attention`.
+        backend: of the attention, as of :func:`attn_kernels.additive_attention`; None for a module, which has its own.
         cuda_graph: replay the loop on a GPU as a CUDA graph, captured when its shapes come for the second time; the
             lengths of source and target are padded to four sizes per doubling for that, and the 16 graphs used last
             are kept with their memory. False: launch its kernels one by one. It makes no difference to the results.
         device, dtype: of the parameters.
     """
+
+    _attention_by_name: ClassVar[bool] = False  # of a subclass whose arguments are written to a file
 
     def __init__(
         self,
@@ -63,7 +72,7 @@ class Seq2Seq(nn.Module):
         embedding_size: int = 256,
         hidden_size: int = 256,
         units: int = 256,
-        attention: str = "bahdanau",
+        attention: str | AttentionModule | NormalizedAttention = "bahdanau",
         cell: str = "lstm",
         num_layers: int = 1,
         dropout: float = 0.0,
@@ -79,7 +88,14 @@ class Seq2Seq(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("attention", attention, tuple(ATTENTIONS))
+        if isinstance(attention, str):
+            _check_choice("attention", attention, tuple(ATTENTIONS))
+            sum_directions = attention == "luong-dot"
+        elif self._attention_by_name:
+            expected, got = "a name, which a configuration can hold", type(attention).__name__
+            raise ArgumentTypeError(f"{type(self).__name__}: attention must be {expected}, got {got}")
+        else:
+            sum_directions = check_attention(attention, hidden_size, backend) == hidden_size
         _check_choice("cell", cell, tuple(CELLS))
         _check_choice("decoder", decoder, DECODERS)
         _check_token("padding_idx", padding_idx, source_vocab)
@@ -94,16 +110,18 @@ class Seq2Seq(nn.Module):
             source_vocab,
             embedding_size,
             hidden_size,
-            sum_directions=attention == "luong-dot",
+            sum_directions=sum_directions,
             factory=factory,
             **rnn,
         )
         memory_size = self.encoder.memory_size
+        if isinstance(attention, str):
+            attention = ATTENTIONS[attention](hidden_size, memory_size, units, backend=backend, **factory)
         self.decoder: Decoder = Decoder(
             target_vocab,
             embedding_size,
             hidden_size,
-            ATTENTIONS[attention](hidden_size, memory_size, units, backend=backend, **factory),
+            attention,
             memory_size,
             input_feeding=input_feeding,
             loop=decoder == "loop",

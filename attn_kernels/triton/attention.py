@@ -203,7 +203,7 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
         own, (score_bias, *rest) = others[:tensors], others[tensors:]
         of_score, (*options, memory_lengths, mask) = rest[:numbers], rest[numbers:]
         masks = Masks(memory_lengths, mask)
-        has_options = score_bias is not None or tuple(options) != NO_OPTIONS[1:]
+        has_options = score_bias is not None or tuple(options[:3]) != NO_OPTIONS[1:4]  # but for the seed
         given = Options(score_bias, *options) if has_options else NO_OPTIONS  # whose kernels have larger tiles
         return _Call(score(*own, *of_score), query, keys, values, masks, given)
 

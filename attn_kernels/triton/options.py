@@ -31,12 +31,12 @@ def option_arguments(options: Options, dtype: torch.dtype) -> tuple[Any, ...]:
     """score_bias, its strides stride_sb, stride_sq, stride_sk, and of dropout seed, least, kept_factor, kept_factor_lo;
     clip, clip_lo.
 
-    least: the first of 2^24 numbers with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64, as
-    the clip is.
+    seed: where the kernel reads it: a graph writes another one there for each replay. least: the first of 2^24 numbers
+    with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64, as the clip is.
     """
     if options is NO_OPTIONS:
         return _NO_ARGUMENTS
-    score_bias, p, seed, _, clip = options
+    score_bias, p, _, clip, seed = options
     biased = (None,) * 4 if score_bias is None else (score_bias, *score_bias.stride())
     dropped = (None,) * 4 if p == 0 else (seed, math.ceil(p * 2**24), *two_parts(1 / (1 - p), dtype))
     return *biased, *dropped, *((None, None) if clip == 0 else two_parts(clip, dtype))
@@ -76,7 +76,7 @@ def drop(weights, seed, least, b, i, j, Tq, Tk):
     """
     if seed is not None:
         index = ((b * Tq + i[:, None]) * Tk + j[None, :]).to(tl.uint64)
-        z = (index + 1) * 0x9E3779B97F4A7C15 + tl.cast(tl.cast(seed, tl.int64), tl.uint64)
+        z = (index + 1) * 0x9E3779B97F4A7C15 + tl.cast(tl.load(seed), tl.uint64)
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
         z = (z ^ (z >> 31)) >> 40

@@ -43,14 +43,16 @@ def search_in_one_call(
 ) -> Found | None:
     """The results of ``greedy_search`` and ``beam_search``; of likeliest tokens that are equal the first is taken.
 
-    None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends of the
-    attention, many rows, for which it is faster, parameters whose rows are not contiguous, weights of another dtype
-    than float32 that are to be rounded, and logits that are no numbers.
+    None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends or activations
+    of the attention, many rows, for which it is faster, parameters whose rows are not contiguous, weights of another
+    dtype than float32 that are to be rounded, and logits that are no numbers.
     """
     rows = memory.batch_size * options.beam_size
     if not 0 < rows <= MAX_ROWS or not can_fuse_steps(decoder, state, memory):
         return None
     if options.weight_dtype is not None and memory.keys.dtype != torch.float32:
+        return None
+    if getattr(decoder.attention, "activation", "tanh") != "tanh":  # the loop in C++ has no other
         return None
     if choose(decoder.attention.backend, "cpu") != "cpu" or (memory.mask is not None and memory.mask.dim() != 2):
         return None
