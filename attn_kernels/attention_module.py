@@ -13,7 +13,8 @@ from .attending import attend, attend_once
 from .checks import check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory import Memory
-from .packed_attention import attend_packed, is_packed, packed_backend, packed_rows, padding_needed
+from .packed_attention import attend_packed, packed_backend
+from .packed_memory import is_packed, packed_rows, padding_needed
 from .scores import Score
 from .types import Attention, attention_mask
 

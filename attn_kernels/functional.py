@@ -35,7 +35,8 @@ from .checks import (
 )
 from .errors import ArgumentTypeError, ArgumentValueError
 from .gated import gated_score, gated_scores
-from .packed_attention import attend_packed, check_memory, check_query, given_options, is_jagged, packed_memory
+from .packed_attention import attend_packed, given_options
+from .packed_memory import check_memory, check_query, is_jagged, packed_memory
 from .scores import ActivatedScore, AdditiveScore, DotScore, clipped
 from .types import (
     DTYPES,

@@ -13,7 +13,7 @@ from . import packing
 from .checks import check_device, check_lengths, check_mask, check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import MemoryGradient
-from .packed_attention import PackedMemory, check_memory, check_offsets, refuse
+from .packed_memory import PackedMemory, check_memory, check_offsets, refuse
 
 
 @dataclass(frozen=True, eq=False)

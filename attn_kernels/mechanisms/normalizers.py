@@ -17,7 +17,7 @@ from ..checks import check_dtypes, check_lengths, check_mask, check_range, check
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
-from ..packed_attention import padding_needed
+from ..packed_memory import padding_needed
 from ..scores import ActivatedScore, DotScore, Score, clipped
 from ..types import Attention, attention_mask, autocast, device_type, upcast
 
