@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import derivatives, ops
+from . import derivatives, formulas, ops
 from .activations import ACTIVATIONS
 from .attending import (
     ARGUMENT_ERRORS,
@@ -367,7 +367,7 @@ def additive_scores(
             raise ArgumentValueError  # raised again below, with a full message
         q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
-            result: Tensor = derivatives.apply_formula(op[0], (q, k, w, b, *op[1]))
+            result: Tensor = formulas.apply_formula(op[0], (q, k, w, b, *op[1]))
         elif q.dim() == 2:
             result = ops.call(op[0], chosen, q.unsqueeze(1), k, w, b, *op[1]).squeeze(1)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import derivatives, ops
+from . import formulas, ops
 from .activations import ACTIVATIONS
 from .attending import GATED, choose_or_reference
 from .checks import (
@@ -38,7 +38,7 @@ def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend
     check_dtypes(name, q, keys=k, v=score.v, bias=score.bias, gate=score.gate)
     arguments = (q if q.dim() == 3 else q.unsqueeze(1), k, *score.rows())
     op = "gated_additive_scores"
-    scores = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    scores = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     if score.vectors is not None:
         scores = scores.unflatten(1, (arguments[0].shape[1], score.vectors))
     result: Tensor = scores if q.dim() == 3 else scores.squeeze(1)

@@ -1,7 +1,7 @@
 """Scores: what is particular to an attention op among its arguments.
 
 The fields are the op's arguments after query, keys and values, in the order of its schema, so that ``*score`` is
-spliced into a call. A new mechanism is a class here, its row in ops.py and derivatives.py, and its kernels.
+spliced into a call. A new mechanism is a class here, its row in ops.py and formulas.py, and its kernels.
 """
 
 from __future__ import annotations
