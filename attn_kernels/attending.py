@@ -117,14 +117,12 @@ def attend_once(
     score: Score,
     query: Tensor,
     memory: Memory,
-    normalizer: str,
-    clip: float | None,
+    options: Options,
     need_weights: bool,
     backend: str | None,
 ) -> Attention:
     """A step with options on a memory that is not packed, which makes the gradients of the memory itself."""
     masks = Masks(memory.memory_lengths, memory.mask)
-    options = make_options(score.name, None, 0.0, normalizer, clip)
     inputs = (query, memory.keys, memory.values)
     return attend_with_options(score, inputs, masks, options, need_weights, False, backend)
 

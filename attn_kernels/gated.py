@@ -1,14 +1,12 @@
-"""Additive attention with a gate or several score vectors: from the arguments of the public functions to the op."""
+"""The scores of additive attention with a gate or several score vectors: from their arguments to the op."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from . import formulas, ops
-from .activations import ACTIVATIONS
 from .attending import GATED, choose_or_reference
 from .checks import (
-    check_activation,
     check_dtypes,
     check_like_keys,
     check_query_keys,
@@ -17,13 +15,6 @@ from .checks import (
 )
 from .scores import GatedAdditiveScore
 from .types import autocast, device_type
-
-
-def gated_score(
-    name: str, v: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, negative_slope: float
-) -> GatedAdditiveScore:
-    slope = check_activation(name, activation, negative_slope)
-    return GatedAdditiveScore(v, bias, gate, ACTIVATIONS.index(activation), slope)
 
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:

@@ -19,23 +19,16 @@ from .errors import ArgumentValueError
 from .memory_gradient import should_defer
 from .packed_memory import PackedMemory, check_offsets, check_query
 from .scores import ActivatedScore, AdditiveScore, DotScore, Score
-from .types import Attention, Masks, autocast, device_type, on_one_device
+from .types import Attention, Masks, Options, autocast, device_type, on_one_device
 
 if TYPE_CHECKING:
     from .memory import Memory
 
 
-def given_options(
-    score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None, need_log_total: bool
-) -> dict[str, object]:
-    """By name, None where they are as by default."""
-    return dict(
-        score_bias=score_bias,
-        dropout_p=dropout_p if dropout_p != 0.0 else None,
-        normalizer=normalizer if normalizer != "softmax" else None,
-        clip=clip,
-        need_log_total=True if need_log_total else None,
-    )
+def given_options(options: Options, need_log_total: bool) -> dict[str, object]:
+    """By name, None where they are as by default: for numbers, 0."""
+    numbers = {name: number or None for name, number in zip(Options._fields[1:], options[1:], strict=True)}
+    return dict(score_bias=options.score_bias, **numbers, need_log_total=need_log_total or None)
 
 
 def _check(score: Score, query: Tensor, memory: PackedMemory, backend: str | None) -> None:

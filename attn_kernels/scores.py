@@ -227,7 +227,7 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
 
     def autocast(self, query: Tensor) -> GatedAdditiveScore:
         _, v, bias, gate = types.autocast(query, self.v, self.bias, self.gate)
-        return GatedAdditiveScore(v, bias, gate, self.activation, self.negative_slope)
+        return self._replace(v=v, bias=bias, gate=gate)
 
     def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_score_vectors(self.name, query, self.v)
