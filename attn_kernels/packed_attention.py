@@ -87,10 +87,10 @@ def attend_packed(
             q = q.unsqueeze(1)
         columns = 0  # packed alignments
         is_same = gathered_by is not None and k is keys and x is values
-        defers = is_same and should_defer(chosen, (q, k, x), None)
-        if need_weights or defers:  # those of several steps are joined along their queries
+        is_deferred = is_same and should_defer(chosen, (q, k, x), None)
+        if need_weights or is_deferred:  # those of several steps are joined along their queries
             columns = max(1, longest())
-        if gathered_by is not None and defers and isinstance(score, AdditiveScore | ActivatedScore | DotScore):
+        if gathered_by is not None and is_deferred and isinstance(score, AdditiveScore | ActivatedScore | DotScore):
             made = gathered_by.gradient()
             result = made.attend(score.packed(columns), chosen, q, (offsets,), need_weights)
         else:
