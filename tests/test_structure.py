@@ -1,4 +1,4 @@
-"""The package's own files: which imports which."""
+"""The package's own files: which imports which, and that each may be read in one sitting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import attn_kernels
+
+ROOT = Path(attn_kernels.__file__).parent
+MAX_LINES = 400
 
 
 def imports(root: Path) -> dict[str, set[str]]:
@@ -33,9 +36,15 @@ def imports(root: Path) -> dict[str, set[str]]:
 
 
 def test_imports_have_no_circle() -> None:
-    found = imports(Path(attn_kernels.__file__).parent)
+    found = imports(ROOT)
     assert {"attn_kernels.ops", "attn_kernels.types"} <= found["attn_kernels.attending"]
     TopologicalSorter(found).prepare()  # CycleError names the modules
+
+
+def test_files_are_short() -> None:
+    lines = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in ROOT.rglob("*.py")}
+    assert len(lines) > 100
+    assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_circles_are_found(tmp_path: Path) -> None:
