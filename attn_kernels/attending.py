@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import derivatives, ops
+from . import formulas, ops
 from .backends import choose, choose_among
 from .checks import (
     as_number,
@@ -79,7 +79,7 @@ def attend_arrays(
             q, k, x = autocast(query, keys, values)
             score = score.autocast(query)
         if chosen == "reference":
-            result = derivatives.apply_formula(op, (q, k, x, *score, memory_lengths, mask, need_weights))
+            result = formulas.apply_formula(op, (q, k, x, *score, memory_lengths, mask, need_weights))
             attention = result if need_weights else Attention(result.context, None)
         else:
             if q.dim() == 2:
@@ -118,14 +118,12 @@ def attend_once(
     score: Score,
     query: Tensor,
     memory: Memory,
-    normalizer: str,
-    clip: float | None,
+    options: Options,
     need_weights: bool,
     backend: str | None,
 ) -> Attention:
     """A step with options on a memory that is not packed, which makes the gradients of the memory itself."""
     masks = Masks(memory.memory_lengths, memory.mask)
-    options = make_options(score.name, query, None, 0.0, normalizer, clip)
     inputs = (query, memory.keys, memory.values)
     return attend_with_options(score, inputs, masks, options, need_weights, False, backend)
 
@@ -165,7 +163,7 @@ def attend_with_options(
         score_bias = score_bias.repeat_interleave(vectors, 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
     own, numbers = score[: score.gradients], score[score.tensors :]
     arguments = (query, keys, values, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
-    results = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    results = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     context, alignments, log_total = results
     context = None if without_context else context
     alignments = alignments if need_weights else None

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .attending import attend, attend_once
+from .attending import attend, attend_once, make_options
 from .checks import check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory import Memory
-from .packed_attention import attend_packed, is_packed, packed_backend, packed_rows, padding_needed
+from .packed_attention import attend_packed, packed_backend
+from .packed_memory import is_packed, packed_rows, padding_needed
 from .scores import Score
 from .types import Attention, attention_mask
 
@@ -72,7 +73,8 @@ class AttentionModule(nn.Module):
         self._check(query, memory)
         score, made = self.make_score(memory), self.make_query(query)
         if self.clip is not None:
-            return attend_once(score, made, memory, "softmax", self.clip, need_weights, self.backend)
+            options = make_options(score.name, made, None, 0.0, "softmax", self.clip)
+            return attend_once(score, made, memory, options, need_weights, self.backend)
         if memory.memory_offsets is not None:
             return attend_packed(score, made, memory._packed(), need_weights, self.backend, memory)
         return attend(score, made, memory, need_weights, self.backend)

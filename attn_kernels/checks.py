@@ -53,14 +53,13 @@ def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool
     return int(size)
 
 
-def check_activation(name: str, activation: object, negative_slope: object) -> float:
-    """The slope of leaky_relu; 0 for the others."""
+def check_activation(name: str, activation: str, negative_slope: object) -> tuple[int, float]:
+    """The place of the activation in ACTIVATIONS, and the slope of leaky_relu; 0 for the others."""
     if activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS[:-1]))
         raise ArgumentValueError(f"{name}: activation must be {names} or {ACTIVATIONS[-1]!r}, got {activation!r}")
-    if activation == "leaky_relu":
-        return as_number(name, negative_slope, "negative_slope")
-    return 0.0
+    slope = as_number(name, negative_slope, "negative_slope") if activation == "leaky_relu" else 0.0
+    return ACTIVATIONS.index(activation), slope
 
 
 def check_query_keys(name: str, query: Tensor, keys: Tensor) -> None:

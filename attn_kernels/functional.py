@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import derivatives, ops
-from .activations import ACTIVATIONS
+from . import derivatives, formulas, ops
 from .attending import (
     ARGUMENT_ERRORS,
     SELF_CHECKING,
@@ -34,9 +33,10 @@ from .checks import (
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
-from .gated import gated_score, gated_scores
-from .packed_attention import attend_packed, check_memory, check_query, given_options, is_jagged, packed_memory
-from .scores import ActivatedScore, AdditiveScore, DotScore, clipped
+from .gated import gated_scores
+from .packed_attention import attend_packed, given_options
+from .packed_memory import check_memory, check_query, is_jagged, packed_memory
+from .scores import ActivatedScore, AdditiveScore, DotScore, GatedAdditiveScore, clipped
 from .types import (
     DTYPES,
     Attention,
@@ -116,8 +116,7 @@ def additive_attention(
         score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty. With R
             score vectors it is added to those of each; or (B, Tq, R, Tk), (B, R, Tk).
         dropout_p: how likely each weight is left out of the context, those that stay multiplied by 1 / (1 - p); for
-            training. The seed comes from PyTorch's default generator of the device. ``alignments`` are those before
-            dropout.
+            training. The device's default generator gives the seed. ``alignments`` are those before dropout.
         normalizer: "softmax", or "sigmoid": alignments are sigmoid(scores) over their sum (Chorowski et al. 2015,
             section 2.3, "smoothing").
         need_weights: False to leave out ``alignments`` (None is returned in their place).
@@ -156,7 +155,8 @@ def additive_attention(
     name = "additive_attention"
     memory = None
     if memory_offsets is not None or (type(keys) is not Tensor and is_jagged(keys)):
-        few = given_options(score_bias, dropout_p, normalizer, clip, need_log_total)
+        seeded = keys if query is None else query
+        few = given_options(make_options(name, seeded, score_bias, dropout_p, normalizer, clip), need_log_total)
         of_padded = dict(memory_lengths=memory_lengths, mask=mask, extra=extra, prepared=prepared)
         memory = packed_memory(name, keys, values, memory_offsets, **of_padded, **few)
         keys = memory.keys
@@ -189,16 +189,15 @@ def additive_attention(
     if activation == "sigmoid" and (clip is not None or need_log_total or normalizer != "softmax"):
         gated = gated or prepared is None
     if gated:
-        of_gate = gated_score(name, v, bias, gate, activation, negative_slope)
+        of_gate = GatedAdditiveScore(v, bias, gate, *check_activation(name, activation, negative_slope))
         options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
-        return attend_with_options(
-            of_gate, (query, keys, values), masks, options, need_weights, need_log_total, backend
-        )
+        inputs = (query, keys, values)
+        return attend_with_options(of_gate, inputs, masks, options, need_weights, need_log_total, backend)
     score: AdditiveScore | ActivatedScore
     if activation == "tanh":
         score = new(AdditiveScore, (v, bias, prepared))
     else:
-        slope = check_activation(name, activation, negative_slope)
+        numbers = check_activation(name, activation, negative_slope)
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: it is for tanh")
         if activation == "sigmoid":
@@ -207,7 +206,7 @@ def additive_attention(
             query, keys, v, bias = _half_of_sigmoid(name, query, keys, v, bias)
             score = AdditiveScore(v, bias)
         else:
-            score = ActivatedScore(v, bias, ACTIVATIONS.index(activation), slope)
+            score = ActivatedScore(v, bias, *numbers)
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
     if extra is not None:
@@ -295,7 +294,9 @@ def dot_attention(
     if type(scale) is not float or not -INFINITY < scale < INFINITY:
         scale = as_number("dot_attention", scale)
     if memory_offsets is not None or (type(keys) is not Tensor and is_jagged(keys)):
-        few = given_options(score_bias, dropout_p, normalizer, clip, need_log_total)
+        few = given_options(
+            make_options("dot_attention", query, score_bias, dropout_p, normalizer, clip), need_log_total
+        )
         of_padded = dict(memory_lengths=memory_lengths, mask=mask)
         memory = packed_memory("dot_attention", keys, values, memory_offsets, **of_padded, **few)
         return attend_packed(DotScore(scale), query, memory, need_weights, backend)
@@ -348,17 +349,17 @@ def additive_scores(
         check_extra("additive_scores", query, keys, extra)
         keys = keys + extra
     if gate is not None or (isinstance(v, Tensor) and v.dim() > 1):
-        gated = gated_score("additive_scores", v, bias, gate, activation, negative_slope)
-        return gated_scores(gated, query, keys, backend)
+        numbers = check_activation("additive_scores", activation, negative_slope)
+        return gated_scores(GatedAdditiveScore(v, bias, gate, *numbers), query, keys, backend)
     op: tuple[str, tuple[float, ...]] = ("additive_scores", ())
     if activation != "tanh":
-        slope = check_activation("additive_scores", activation, negative_slope)
+        numbers = check_activation("additive_scores", activation, negative_slope)
         if activation == "sigmoid":  # = (1 + tanh(x / 2)) / 2
             check_query_keys("additive_scores", query, keys)
             q, k, w, b = _half_of_sigmoid("additive_scores", query, keys, v, bias)
             scores = additive_scores(q, k, w, b, backend=backend)
             return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
-        op = ("activated_scores", (ACTIVATIONS.index(activation), slope))
+        op = ("activated_scores", numbers)
     try:
         chosen = choose(backend, device_type(query))
         if chosen not in SELF_CHECKING or is_compiling():
@@ -367,7 +368,7 @@ def additive_scores(
             raise ArgumentValueError  # raised again below, with a full message
         q, k, w, b = autocast(query, keys, v, bias)
         if chosen == "reference":
-            result: Tensor = derivatives.apply_formula(op[0], (q, k, w, b, *op[1]))
+            result: Tensor = formulas.apply_formula(op[0], (q, k, w, b, *op[1]))
         elif q.dim() == 2:
             result = ops.call(op[0], chosen, q.unsqueeze(1), k, w, b, *op[1]).squeeze(1)
         else:

@@ -1,14 +1,12 @@
-"""Additive attention with a gate or several score vectors: from the arguments of the public functions to the op."""
+"""The scores of additive attention with a gate or several score vectors: from their arguments to the op."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import derivatives, ops
-from .activations import ACTIVATIONS
+from . import formulas, ops
 from .attending import GATED, choose_or_reference
 from .checks import (
-    check_activation,
     check_dtypes,
     check_like_keys,
     check_query_keys,
@@ -17,13 +15,6 @@ from .checks import (
 )
 from .scores import GatedAdditiveScore
 from .types import autocast, device_type
-
-
-def gated_score(
-    name: str, v: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, negative_slope: float
-) -> GatedAdditiveScore:
-    slope = check_activation(name, activation, negative_slope)
-    return GatedAdditiveScore(v, bias, gate, ACTIVATIONS.index(activation), slope)
 
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:
@@ -38,7 +29,7 @@ def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend
     check_dtypes(name, q, keys=k, v=score.v, bias=score.bias, gate=score.gate)
     arguments = (q if q.dim() == 3 else q.unsqueeze(1), k, *score.rows())
     op = "gated_additive_scores"
-    scores = derivatives.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    scores = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     if score.vectors is not None:
         scores = scores.unflatten(1, (arguments[0].shape[1], score.vectors))
     result: Tensor = scores if q.dim() == 3 else scores.squeeze(1)

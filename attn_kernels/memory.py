@@ -11,9 +11,10 @@ from torch.compiler import is_compiling
 
 from . import packing
 from .checks import check_device, check_lengths, check_mask, check_size, check_tensor
+from .deprecation import warn
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory_gradient import MemoryGradient
-from .packed_attention import PackedMemory, check_memory, check_offsets, refuse
+from .packed_memory import PackedMemory, check_memory, check_offsets, refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,11 @@ class Memory:
             gradient = MemoryGradient(self.keys, self.values)
             object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
         return gradient
+
+    def meeting(self) -> MemoryGradient:
+        """The earlier name of ``gradient``; it goes with the next version."""
+        warn("Memory.meeting", "Memory.gradient")
+        return self.gradient()
 
     def with_zero_padding(self) -> Memory:
         """This memory, of which the caller knows that values are 0 where no query may attend them, and keys finite."""

@@ -78,7 +78,7 @@ class BahdanauAttention(AttentionModule):
             expected = ", ".join(map(repr, _IN_MODULES))
             raise ArgumentValueError(f"{self._name}: activation must be one of {expected}, got {activation!r}")
         self.activation = activation
-        self.negative_slope: float = check_activation(self._name, activation, negative_slope)
+        self.negative_slope: float = check_activation(self._name, activation, negative_slope)[1]
         self.clip: float | None = check_clip(self._name, clip)
         self.v: nn.Parameter = self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if normalize else None

@@ -22,7 +22,7 @@ from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import derivatives
+from . import derivatives, formulas
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
@@ -73,14 +73,14 @@ def _decomposition(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def decomposition(*args: Any) -> Any:
         if op == "additive_prepare":
             return torch.zeros_like(fake(*args))
-        return derivatives.apply_formula(op, args)
+        return formulas.apply_formula(op, args)
 
     return decomposition
 
 
 def _register_autograd(op: str, backend: str) -> None:
     overload = kernel(op, backend)
-    attends = derivatives.FORMULAS[op].results == 2  # and may return the context alone
+    attends = formulas.FORMULAS[op].results == 2  # and may return the context alone
 
     def compute(*args: Any) -> Any:
         try:
@@ -90,7 +90,7 @@ def _register_autograd(op: str, backend: str) -> None:
             _allocate_again(error, args)
             raise
 
-    has_kernel = f"{op}_backward" in derivatives.FORMULAS
+    has_kernel = f"{op}_backward" in formulas.FORMULAS
     gradients = functools.partial(call, f"{op}_backward", backend) if has_kernel else None
     complete_rule, reverse_rule = derivatives.rules(op, compute, gradients)
     usual_rule = reverse_rule if has_kernel else complete_rule
@@ -135,12 +135,12 @@ def call(op: str, backend: str, *args: Any) -> Any:
     """
     if is_compiling():
         if derivatives.transforms_are_active():
-            return derivatives.apply_formula(op, args)
+            return formulas.apply_formula(op, args)
         return kernel(op, backend)(*args)
     if torch._C._are_functorch_transforms_active():
         return _complete_rules[op, backend].apply(*args)
     if torch._C._is_tracing():
-        return derivatives.apply_formula(op, args)
+        return formulas.apply_formula(op, args)
     return _rules[op, backend](*args)
 
 

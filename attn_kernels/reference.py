@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -43,7 +44,8 @@ def additive_scores(
     """
     queries, wide, vectors, bias, extra = upcast(_with_query_axis(query), keys, v, bias, extra)
     wide = wide if extra is None else wide + extra
-    scores = _clipped(_additive_scores(queries, wide, vectors, bias, None, activation, negative_slope, gate), clip)
+    activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
+    scores = _clipped(_additive_scores(_sums(queries, wide, bias), vectors, gate, None, activate), clip)
     return _without_query_axis(_split_rows(scores, v), query).to(query.dtype)
 
 
@@ -70,10 +72,11 @@ def additive_attention(
     if extra is not None:
         (keys,) = upcast(keys)
         keys = keys + extra
+    activate = partial(activations.FORMULAS[activation], negative_slope=negative_slope)
 
     def score(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
         gates = gate if gate is None or allowed is None else gate.masked_fill(~allowed.any(1)[..., None], 0.0)
-        return scale * _additive_scores(queries, keys, vectors, bias, allowed, activation, negative_slope, gates)
+        return scale * _additive_scores(_sums(queries, keys, bias), vectors, gates, allowed, activate)
 
     return _attend(score, query, keys, values, v, **options)
 
@@ -91,23 +94,17 @@ def dot_attention(
     return _attend(score, query, keys, values, **options)
 
 
+def _sums(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """Of each pair of a query and a step: (B, Tq, Tk, A)."""
+    sums = query[:, :, None] + keys[:, None]
+    return sums if bias is None else sums + bias
+
+
 def _additive_scores(
-    query: Tensor,
-    keys: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    activation: str = "tanh",
-    negative_slope: float = 0.01,
-    gate: Tensor | None = None,
+    sums: Tensor, v: Tensor, gate: Tensor | None, allowed: Tensor | None, activate: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """(B, Tq, Tk), or with v (R, A) (B, Tq R, Tk): the rows of a query one after the other."""
-    hidden = query[:, :, None] + keys[:, None]
-    if bias is not None:
-        hidden = hidden + bias
-    if _per_query(allowed):
-        hidden = _mask_pairs(hidden, allowed)
-    hidden = activations.FORMULAS[activation](hidden, negative_slope=negative_slope)
+    hidden = activate(_mask_pairs(sums, allowed) if _per_query(allowed) else sums)
     if gate is not None:
         gates = torch.sigmoid(*upcast(gate))[:, None]
         hidden = hidden * (_mask_pairs(gates, allowed) if _per_query(allowed) else gates)

@@ -1,7 +1,7 @@
 """Scores: what is particular to an attention op among its arguments.
 
 The fields are the op's arguments after query, keys and values, in the order of its schema, so that ``*score`` is
-spliced into a call. A new mechanism is a class here, its row in ops.py and derivatives.py, and its kernels.
+spliced into a call. A new mechanism is a class here, its row in ops.py and formulas.py, and its kernels.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
 
     def autocast(self, query: Tensor) -> GatedAdditiveScore:
         _, v, bias, gate = types.autocast(query, self.v, self.bias, self.gate)
-        return GatedAdditiveScore(v, bias, gate, self.activation, self.negative_slope)
+        return self._replace(v=v, bias=bias, gate=gate)
 
     def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_score_vectors(self.name, query, self.v)

@@ -40,7 +40,7 @@ def test_each_sentence_alone(cell: str, options: dict[str, Any], encoder_nodes: 
 @cells
 def test_packed(cell: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, and for modules that are not stock."""
-    monkeypatch.setattr(recurrent, "_is_as_made", lambda *_: False)
+    monkeypatch.setattr(recurrent, "_is_stock_call", lambda *_: False)
     encoder, x, states = make(cell, **options)
     got = results(encode, encoder, x, LENGTHS, states)
     assert_same(got, results(one_by_one, encoder, x, LENGTHS, states))

@@ -14,6 +14,7 @@ from attn_kernels.seq2seq import Seq2Seq, search
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import inference
 from attn_kernels.seq2seq.fused.inference import FastDecoder, fast_decoder
+from attn_kernels.seq2seq.options import SearchOptions
 
 SOURCE, TARGET = 11, 13
 
@@ -168,7 +169,7 @@ CHANGES += [_limit_embeddings, _remove_biases_of_cells, Seq2Seq.train, Seq2Seq.b
 def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
     one = model()
     memory, state = one.encode(*source())
-    options = search.SearchOptions(bos=1, eos=2, max_length=10).checked()
+    options = SearchOptions(bos=1, eos=2, max_length=10).checked()
     assert isinstance(fast_decoder(one.decoder, state, memory, 1, 10)[0], FastDecoder)
     assert search.search_in_one_call(one.decoder, memory, state, options) is not None
     change(one)
@@ -180,7 +181,7 @@ def test_the_decoder_itself(change: Callable[[Seq2Seq], object]) -> None:
 def test_the_decoder_itself_elsewhere() -> None:
     one = model()
     memory, state = one.encode(*source())
-    options = search.SearchOptions(bos=1, eos=2, max_length=10).checked()
+    options = SearchOptions(bos=1, eos=2, max_length=10).checked()
     for grad, autocast in ((True, False), (False, True)):
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             assert fast_decoder(one.decoder, state, memory, 1, 10)[0] is one.decoder

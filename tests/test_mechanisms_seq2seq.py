@@ -27,7 +27,8 @@ from attn_kernels.seq2seq.fused import autograd
 from attn_kernels.seq2seq.fused.eligibility import can_fuse_sequence, can_fuse_steps
 from attn_kernels.seq2seq.fused.inference import fast_decoder
 from attn_kernels.seq2seq.fused.one_call import search_in_one_call
-from attn_kernels.seq2seq.search import SearchOptions, beam_search, greedy_search
+from attn_kernels.seq2seq.options import SearchOptions
+from attn_kernels.seq2seq.search import beam_search, greedy_search
 from attn_kernels.seq2seq.state import DecoderState
 from sentences import check_each_alone
 

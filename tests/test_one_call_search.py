@@ -16,7 +16,8 @@ from attn_kernels import Memory
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq, search
 from attn_kernels.seq2seq.attentions import STATELESS as ATTENTIONS
 from attn_kernels.seq2seq.fused import one_call
-from attn_kernels.seq2seq.search import SearchOptions, search_in_one_call
+from attn_kernels.seq2seq.fused.one_call import search_in_one_call
+from attn_kernels.seq2seq.options import SearchOptions
 from attn_kernels.seq2seq.state import DecoderState
 
 SOURCE, TARGET = 11, 13

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from attn_kernels import additive_attention, patch, patched, patching, unpatch
+from attn_kernels import Memory, additive_attention, patch, patched, patching, unpatch
 from attn_kernels.patching import Fused, NotSupported, Report, adapter, adapts, digest, registry
 from attn_kernels.patching.cache import cached_projection
 
@@ -1118,12 +1118,43 @@ def test_earlier_names() -> None:
 
     with pytest.warns(DeprecationWarning, match=r"sentence.project is attn_kernels.patching.cache.cached_projection"):
         assert sentence.project is cached_projection
+    memory = Memory(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+    with pytest.warns(DeprecationWarning, match=r"Memory.meeting is Memory.gradient now") as warned:
+        assert memory.meeting() is memory.gradient()
+    assert warned[0].filename == __file__
+
+
+def test_earlier_names_with_other_arguments() -> None:
+    from attn_kernels import sentence
+
+    module, mask = Additive(), torch.tensor([[True, False], [True, True]])
+    with pytest.warns(DeprecationWarning, match=r"sentence.once is attn_kernels.patching.cache.cached now"):
+        once = sentence.once
+    sums = [once(module, "sum", (mask, None), lambda: mask.sum()) for _ in range(2)]
+    assert sums[0] is sums[1] and sums[0] == 3
+    with pytest.warns(DeprecationWarning, match=r"sentence.keeps is attn_kernels.checksums.is_cacheable now"):
+        assert sentence.keeps(mask)
+    with pytest.warns(DeprecationWarning, match=r"sentence.forget is attn_kernels.patching.cache.clear now"):
+        sentence.forget(module)
+    assert once(module, "sum", (mask, None), lambda: mask.sum()) is not sums[0]
+    with pytest.warns(
+        DeprecationWarning, match=r"attended_steps is attn_kernels.patching.masks.mask_without_empty_rows"
+    ):
+        attended_steps = sentence.attended_steps
+    assert torch.equal(attended_steps(module, mask, True), mask)
+    assert attended_steps(module, mask, False) is None
 
 
 def test_earlier_modules_of_libraries() -> None:
     with pytest.warns(DeprecationWarning, match=r"attn_kernels.patches is attn_kernels.patching.libraries now"):
         old = importlib.import_module("attn_kernels.patches.joeynmt")
     assert old is importlib.import_module("attn_kernels.patching.libraries.joeynmt")
+    from attn_kernels.patches import espnet, tacotron2
+
+    with pytest.warns(DeprecationWarning, match=r"FusedAttForwardTA is attn_kernels.patching.libraries.espnet.forward"):
+        assert espnet.FusedAttForwardTA is espnet.forward.FusedAttForwardTA
+    with pytest.warns(DeprecationWarning, match=r"wrapped is .*tacotron2.linear_within now"):
+        assert tacotron2.wrapped is tacotron2.linear_within
     for name in [name for name in sys.modules if name.startswith("attn_kernels.patches")]:
         del sys.modules[name]
 

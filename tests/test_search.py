@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_kernels.seq2seq import Hypothesis, Seq2Seq, search
+from attn_kernels.seq2seq.options import SearchOptions
 from matrix import slow_if
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,7 +272,7 @@ def test_greedy_is_a_beam_of_one() -> None:
             tokens.append(token)
         assert len(got) == 1 and got[0].tokens == tokens
     memory, state = model.encode(*batch())
-    options = search.SearchOptions(bos=model.bos, eos=EOS, max_length=9).checked()
+    options = SearchOptions(bos=model.bos, eos=EOS, max_length=9).checked()
     with torch.no_grad():
         beams = search.beam_search(model.decoder, memory, state, options)
         for got, expected in zip(search.greedy_search(model.decoder, memory, state, options), beams, strict=True):

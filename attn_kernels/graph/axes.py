@@ -39,7 +39,7 @@ Index = tuple[Group, ...]  # of an element: a group for each dimension
 
 
 class NoMatch(Exception):
-    """What is looked for is not there, with the reason."""
+    """The graph does not have the form that is looked for. The message is the reason."""
 
 
 def fresh(shape: Sequence[Any]) -> Index:

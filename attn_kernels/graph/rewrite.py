@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..scores import AdditiveScore
 from . import runtime
 from .additive import match_additive, roles
 from .axes import Group, NoMatch, axes_of, fresh, resolve, settle
@@ -197,7 +198,8 @@ class _Writer:
             steady: tuple[Node, ...] = (keys,)
         else:
             query, keys, bias, steady = additive_operands(self.emit, self.flow, scores, part, at)
-            v = score_vector(self.emit, scores, scale, at, shifts)
+            of_score: Any = score_vector(self.emit, scores, scale, at, shifts), bias
+            score = AdditiveScore(*of_score)
         x = None
         if values is not None:
             x = self.emit.arrange_leaf(values[0], (part.batch, part.steps, values[1]), at)
@@ -205,7 +207,7 @@ class _Writer:
         masks = tuple(self._mask(mask, softmax.masks, part, at) for mask in softmax.masks)
         if isinstance(scores, Products):
             return self.emit.call(at, runtime.dot, query, keys, x, scale, shifts, masks), steady
-        return self.emit.call(at, runtime.attention, query, keys, x, v, bias, masks), steady
+        return self.emit.call(at, runtime.attention, query, keys, x, score, masks), steady
 
     def _scale(self, softmax: Softmax, at: Node) -> float | Node:
         scale: float | Node = softmax.scale

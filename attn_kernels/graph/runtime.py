@@ -64,17 +64,20 @@ def scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, shift: T
 
 
 def attention(
-    query: Tensor, keys: Tensor, values: Tensor | None, v: Tensor, bias: Tensor | None, masks: Masks
+    query: Tensor, keys: Tensor, values: Tensor | None, score: AdditiveScore, masks: Masks
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Context and alignments. A row with nothing to attend has what the original formula has there."""
+    """Context and alignments. A row with nothing to attend has what the original formula has there.
+
+    score: without prepared keys.
+    """
     held = held_of(keys)
+    v, bias, prepared = score
     allowed = None
     if masks:
         # A score is at most the sum of the elements of v.
         allowed = _mask(masks, keys, held, lambda: _UNDERFLOW - 2.0 * v.detach().abs().sum().item())
         if allowed is None:
             return _by_formula(additive_scores(query, keys, v, bias), values, masks)
-    prepared = None
     if held is not None and (values is None or values.dtype == keys.dtype):
         prepared = prepared_of(held)
         if torch.is_grad_enabled():

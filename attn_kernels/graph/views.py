@@ -192,13 +192,13 @@ def _repeat_interleave(node: Node, source: Node, index: Index) -> Index:
 
 
 def _stack(node: Node, source: Node, index: Index) -> Index:
-    """Of one tensor, several times."""
+    """``torch.stack`` of copies of one tensor."""
     dim = _dim(node, 1, "dim", len(index), 0)
     return index[:dim] + index[dim + 1 :]
 
 
 def _cat(node: Node, source: Node, index: Index) -> Index:
-    """Of one tensor, several times."""
+    """``torch.cat`` of copies of one tensor."""
     dim = _dim(node, 1, "dim", len(index), 0)
     inner = _within(index[dim], (len(arguments(node)[0]), shape_of(source)[dim]))[1]
     return (*index[:dim], inner, *index[dim + 1 :])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ArgumentValueError
 from ..memory import Memory
-from ..packed_attention import padding_needed
+from ..packed_memory import padding_needed
 from ..types import attention_mask, wide_dtype
 
 State = TypeVar("State", bound=tuple[Tensor, ...])

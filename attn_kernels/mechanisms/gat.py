@@ -69,7 +69,7 @@ class DenseGATv2(nn.Module):
         self.in_size: int = check_size(self._name, "in_size", in_size)
         self.out_size: int = check_size(self._name, "out_size", out_size)
         self.heads: int = check_size(self._name, "heads", heads)
-        self.negative_slope: float = check_activation(self._name, "leaky_relu", negative_slope)
+        self.negative_slope: float = check_activation(self._name, "leaky_relu", negative_slope)[1]
         self.concat = concat
         self.self_loops = self_loops
         self.share_weights = share_weights

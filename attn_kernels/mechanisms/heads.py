@@ -13,7 +13,7 @@ from ..attention_module import AttentionModule
 from ..checks import as_number, check_size
 from ..errors import ArgumentValueError
 from ..memory import Memory
-from ..packed_attention import is_packed
+from ..packed_memory import is_packed
 from ..scores import AdditiveScore, DotScore, Score
 from ..types import Attention, alignments_of
 from .normalizers import mask_queries

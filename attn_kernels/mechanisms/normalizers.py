@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..activations import ACTIVATIONS
-from ..attending import OPTIONS, attend_once
+from ..attending import OPTIONS, attend_once, make_options
 from ..attention_module import AttentionModule
 from ..backends import choose_among
 from ..checks import check_dtypes, check_lengths, check_mask, check_range, check_tensor
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
-from ..packed_attention import padding_needed
+from ..packed_memory import padding_needed
 from ..scores import ActivatedScore, DotScore, Score, clipped
 from ..types import Attention, attention_mask, autocast, device_type, upcast
 from .stateful import StatefulAttention
@@ -219,9 +219,8 @@ class NormalizedAttention(nn.Module):
         score, made = self.attention.make_score(memory), self.attention.make_query(query)
         backend = self.attention.backend
         if self.normalizer == "sigmoid" and choose_among(OPTIONS.backends, backend, device_type(query)) is not None:
-            return attend_once(
-                score, made, memory, "sigmoid", self.attention.clip, need_weights, backend
-            )  # in one pass
+            options = make_options(score.name, made, None, 0.0, "sigmoid", self.attention.clip)
+            return attend_once(score, made, memory, options, need_weights, backend)  # in one pass
         scores = clipped(pair_scores(score, made, memory.keys, backend), self.attention.clip)
         alignments = normalize(scores, memory.memory_lengths, memory.mask, self.normalizer)
         return Attention(weighted_sum(alignments, memory.values), alignments if need_weights else None)

@@ -17,7 +17,7 @@ from ..checks import check_masks
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..functional import additive_scores
 from ..memory import Memory
-from ..packed_attention import padding_needed
+from ..packed_memory import padding_needed
 from ..scores import AdditiveScore
 from ..types import DTYPES, attention_mask, device_type, wide_dtype
 from .stateful import StatefulAttention, StatefulResult

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..attention_module import AttentionModule
 from ..mechanisms import HeadsMemory, NormalizedAttention
 from ..memory import Memory, padded
-from ..packed_attention import is_packed
+from ..packed_memory import is_packed
 from ..stock import register
 from .encoder import CELLS
 from .fused.autograd import decode_sequence

@@ -19,8 +19,9 @@ from ..errors import ArgumentTypeError, ArgumentValueError
 from ..mechanisms.stateful import reorder_state, select_state
 from ..memory import Memory
 from ..version import __version__
+from .options import SearchOptions
 from .recurrent import checked_lengths
-from .search import Hypothesis, SearchOptions, search
+from .search import Hypothesis, search
 
 MEMORY = ("keys", "values", "memory_lengths")
 FORMATS = {"torch.export": ".pt2", "onnx": ".onnx", "aot-inductor": ".pt2"}  # and the endings of their files

@@ -17,8 +17,9 @@ from .attentions import ATTENTIONS, check_attention
 from .decoder import Decoder
 from .encoder import CELLS, TokenEncoder
 from .evaluation import in_evaluation
+from .options import SearchOptions
 from .recurrent import checked_lengths
-from .search import Hypothesis, SearchOptions, search
+from .search import Hypothesis, search
 from .sharded import as_forward, gathered
 from .state import DecoderState
 

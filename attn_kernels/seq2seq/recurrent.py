@@ -55,7 +55,7 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
         padded = functional.pad(x, (0, 0, 0, 1) if axis == 1 else (0, 0, 0, 0, 0, 1))
         outputs, last = run_recurrent(rnn, padded, lengths, states)
         return outputs.narrow(axis, 0, 0), last
-    if isinstance(rnn, nn.LSTM | nn.GRU) and _is_as_made(rnn, x, lengths, states):
+    if isinstance(rnn, nn.LSTM | nn.GRU) and _is_stock_call(rnn, x, lengths, states):
         if _are_few(rnn, x.shape[axis], lengths):
             return _run_few(rnn, x, lengths, states)
         if _gains(rnn, x.shape[axis], lengths):
@@ -70,7 +70,7 @@ def run_sequence(
     data, sizes, order, place = sequence
     batch = int(sizes[0])
     lengths = (sizes[:, None] > torch.arange(batch)).sum(0)  # the largest first
-    stock = rnn if isinstance(rnn, nn.LSTM | nn.GRU) and _is_as_made(rnn, data, lengths, states) else None
+    stock = rnn if isinstance(rnn, nn.LSTM | nn.GRU) and _is_stock_call(rnn, data, lengths, states) else None
     if stock is None or not _gains(stock, len(sizes), lengths):
         found: tuple[PackedSequence, States] = rnn(sequence, states)
         return found
@@ -99,7 +99,7 @@ def _are_few(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
     )
 
 
-def _is_as_made(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> bool:
+def _is_stock_call(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> bool:
     """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU. x: (*, n)."""
     if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
         return False

@@ -11,7 +11,7 @@ With several score vectors, v (R, A), what is of a row of scores has Tq R of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from .activations import activation_of
 from .additive_attention import is_worth_sharing, pair_scores, pair_scores_backward
 from .decode import MAX_DECODE_QUERIES, can_decode, decode
 from .gated_additive_attention import can_decode_gated, gated_pair_scores, gated_pair_scores_backward, masks_of_rows
+from .inputs import Inputs
 from .launch import accumulator
 from .options import NO_OPTIONS
 from .products import product, values_gradient, weighted_sum
@@ -86,15 +87,10 @@ def scores_backward(
     return pair_scores_backward(dscores, score, query, keys, masks, *needed, packed)
 
 
-class _Call(NamedTuple):
-    """A score, and the arguments of an attention that all scores have."""
+class _Call(Inputs):
+    """An attention that is computed by one kernel or several."""
 
-    score: Score
-    query: Tensor  # (B, Tq, A)
-    keys: Tensor  # (B, Tk, A)
-    values: Tensor  # (B, Tk, D)
-    masks: Masks
-    options: Options = NO_OPTIONS
+    __slots__ = ()
 
     def row_masks(self) -> Masks:
         """The masks of the rows of scores."""
@@ -115,10 +111,9 @@ class _Call(NamedTuple):
 
     def forward(self, need_alignments: bool, log_total: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """context (B, Tq, D), alignments (B, Tq, Tk) or empty. log_total (B, Tq): what is written into."""
-        score, query, keys, values, masks, options = self
         if self.decodes():
-            return decode(score, query, keys, values, masks, need_alignments, options, log_total)
-        return attend(self.scores(), values, self.row_masks(), need_alignments, options, log_total)
+            return decode(self, need_alignments, log_total)
+        return attend(self.scores(), self.values, self.row_masks(), need_alignments, self.options, log_total)
 
     def forward_with_log_total(self, need_alignments: bool) -> tuple[Tensor, Tensor, Tensor]:
         query, rows = self.query, self.query.shape[1]

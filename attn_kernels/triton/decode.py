@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import ActivatedExtraScore, AdditiveExtraScore, GatedAdditiveScore, Score
-from ..types import NORMALIZERS, Masks, Options
+from ..scores import ActivatedExtraScore, AdditiveExtraScore, GatedAdditiveScore
+from ..types import NORMALIZERS
 from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration
 from .device import add_product, alignment_rows, attended, batch_offset, kernel, sentence_rows, split_steps
+from .inputs import Inputs
 from .launch import accumulator, alignments_shape, has_approximate_reciprocal, launch
 from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
-from .options import NO_OPTIONS, add_score_bias, clip_scores, drop, option_arguments, scale_kept
+from .options import add_score_bias, clip_scores, drop, option_arguments, scale_kept
 from .scores import finish_scores, parts_of, score_terms
 from .tiles import NUM_SMS, packed_split, power_of_two, steps_of_row
 
@@ -259,24 +260,16 @@ def can_decode(query: Tensor, values: Tensor) -> bool:
 
 
 def decode(
-    score: Score,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    masks: Masks,
-    need_alignments: bool,
-    options: Options = NO_OPTIONS,
-    log_total: Tensor | None = None,
-    columns: int | None = None,
+    inputs: Inputs, need_alignments: bool, log_total: Tensor | None = None, columns: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention where ``can_decode``.
+    """Attention where ``can_decode``: context (B, Tq, D), alignments (B, Tq, Tk) or empty.
 
-    query (B, Tq, A), keys (B, Tk, A), values (B, Tk, D) -> context (B, Tq, D), alignments (B, Tq, Tk) or empty.
     log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
     columns: of a packed memory; see packed_attention.py.
 
     Of R score vectors all three have Tq * R rows, as many as you like: a program takes 8 of a query.
     """
+    score, query, keys, values, masks, options = inputs
     name, v, bias, number = parts_of(score)
     gate = score.gate if isinstance(score, GatedAdditiveScore) else None
     extra = score.extra if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)) else None

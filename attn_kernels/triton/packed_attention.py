@@ -23,6 +23,7 @@ from ..types import Masks
 from .additive_attention import is_worth_sharing
 from .attention import Gradients, scores_backward, scores_of
 from .decode import can_decode, decode
+from .inputs import Inputs
 from .launch import accumulator, alignments_shape
 from .products import values_gradient
 from .softmax import attend, softmax_backward
@@ -44,7 +45,7 @@ def _forward(
     keys, values, masks = _as_row(keys), _as_row(values), Masks(offsets)
     shares = isinstance(score, AdditiveScore) and is_worth_sharing(query, keys)
     if can_decode(query, values) and not shares:
-        return decode(score, query, keys, values, masks, need_alignments, columns=columns)
+        return decode(Inputs(score, query, keys, values, masks), need_alignments, columns=columns)
     scores = scores_of(score, query, keys, masks, accumulator(query.dtype), packed=True)
     return attend(scores, values, masks, need_alignments, columns=columns)
 

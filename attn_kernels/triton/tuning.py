@@ -17,6 +17,7 @@ from ..types import Masks
 from .attention import KERNELS
 from .configurations import CANDIDATES, device_name, overriding, path, write
 from .decode import decode
+from .inputs import Inputs as AttentionInputs
 from .products import product, weighted_sum
 
 WORTH = 0.02  # what a candidate has to win over the shipped configuration, above the noise of a measurement
@@ -60,7 +61,7 @@ def _sums(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def _decode(i: Inputs) -> tuple[Tensor, ...]:
-    return decode(AdditiveScore(i.v), i.query, i.keys, i.keys, Masks(), True)
+    return decode(AttentionInputs(AdditiveScore(i.v), i.query, i.keys, i.keys, Masks()), True)
 
 
 class Inputs(NamedTuple):

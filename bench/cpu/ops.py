@@ -145,7 +145,7 @@ def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing
     in_effect = machine.set_allocator(allocator)
     time_providers(cell, calls, settings, budget)
     for provider in cell.providers:
-        provider.function = None  # lets go of the inputs
+        provider.function = None  # frees the inputs
     cell.providers = one_compiled(cell.providers)
     return in_effect
 

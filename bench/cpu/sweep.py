@@ -78,7 +78,7 @@ class Inputs:
     def problem(self, op: str, shape: Shape) -> cases.Problem:
         batch, queries, steps, units, width = shape
         if self.sizes != (batch, steps, units):
-            self.memory = []  # lets go of the old before the new is made
+            self.memory = []  # frees the old tensors before new ones are made
             generator = torch.Generator().manual_seed(SEED)
             self.memory = [self._normal(generator, batch, steps, size) for size in (units, width)]
             self.sizes = batch, steps, units

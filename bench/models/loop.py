@@ -24,7 +24,8 @@ from attn_kernels import Attention, Memory
 from attn_kernels.mechanisms import CumulativeLocationState, StatefulResult
 from attn_kernels.seq2seq import Seq2Seq
 from attn_kernels.seq2seq.fused import one_call
-from attn_kernels.seq2seq.search import SearchOptions, search
+from attn_kernels.seq2seq.options import SearchOptions
+from attn_kernels.seq2seq.search import search
 
 from .. import eager, machine, report, results, timing
 from ..cli import AllocatorOption, OutputOption, Run, ThreadsOption, application, parse_sizes, progress_bars

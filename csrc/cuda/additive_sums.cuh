@@ -10,6 +10,19 @@ namespace {  // of one .cu file
 
 constexpr int kStep = 6;  // units that a thread takes in one turn of its loop: twice three
 
+// q[n], k[n]: of unit first + n, kColumns elements after the one before.
+template <int kColumns, int kUnits, int kQ, int kK>
+ATTN_DEVICE void load_units(const float* eq, const float* ek, int first, float (&q)[kUnits][kQ],
+                            float (&k)[kUnits][kK]) {
+#pragma unroll
+  for (int n = 0; n < kUnits; ++n) {
+#pragma unroll
+    for (int i = 0; i < kQ; i += 4) load_16_bytes(eq + (first + n) * kColumns + i, q[n] + i);
+#pragma unroll
+    for (int j = 0; j < kK; j += 4) load_16_bytes(ek + (first + n) * kColumns + j, k[n] + j);
+  }
+}
+
 // part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and
 // step on; constants: [unit].
 template <int kQ, int kK, int kColumns>
@@ -20,13 +33,7 @@ ATTN_DEVICE void add_factored(const float* eq, const float* ek, const float* con
 #pragma unroll
     for (int half = 0; half < kStep; half += 3) {
       float q[3][kQ], k[3][kK];
-#pragma unroll
-      for (int n = 0; n < 3; ++n) {
-#pragma unroll
-        for (int i = 0; i < kQ; i += 4) load_16_bytes(eq + (half + n) * kColumns + i, q[n] + i);
-#pragma unroll
-        for (int j = 0; j < kK; j += 4) load_16_bytes(ek + (half + n) * kColumns + j, k[n] + j);
-      }
+      load_units<kColumns>(eq, ek, half, q, k);
       const float* c = constants + half;
 #pragma unroll
       for (int j = 0; j < kK; ++j)
@@ -54,13 +61,7 @@ ATTN_DEVICE void add_compensated_units(const float* eq, const float* ek, const f
 #pragma unroll 1
   for (int t = 0; t < units; t += 2) {
     float q[2][kQ], k[2][kK];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < kQ; i += 4) load_16_bytes(eq + (t + n) * kColumns + i, q[n] + i);
-#pragma unroll
-      for (int j = 0; j < kK; j += 4) load_16_bytes(ek + (t + n) * kColumns + j, k[n] + j);
-    }
+    load_units<kColumns>(eq, ek, t, q, k);
     const UnitPair of_units(constants[t], constants[t + 1], v[t], v[t + 1]);
 #pragma unroll
     for (int j = 0; j < kK; ++j)

@@ -204,11 +204,16 @@ void sum_of(const WeightedSum& op) {
     sum_of<S, T, false>(op);
 }
 
+template <class Op>
+Op with_simplified_mask(Op op) {
+  op.attended = simplified(op.attended, op.Tq);
+  return op;
+}
+
 }  // namespace
 
 void product(const Product& call) {
-  Product op = call;
-  op.attended = simplified(op.attended, op.Tq);
+  const Product op = with_simplified_mask(call);
   if (op.Tq <= kMaxDecodeQueries) return gemm_small_m_nt(op);
   with_type(op.query.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -217,8 +222,7 @@ void product(const Product& call) {
 }
 
 void weighted_sum(const WeightedSum& call) {
-  WeightedSum op = call;
-  op.attended = simplified(op.attended, op.Tq);
+  const WeightedSum op = with_simplified_mask(call);
   if (op.Tq <= kMaxDecodeQueries) return gemm_small_m_nn(op);
   with_type(op.rows.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -4,12 +4,14 @@ repository, whose file is a top-level module ``model`` (see model.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ...deprecation import renamed
 from ...functional import additive_attention
 from ...stock import is_stock_linear
 from ..adapter import MIN_PRODUCTS, Fused, NotSupported
@@ -75,3 +77,6 @@ def linear_within(layer: Any) -> nn.Linear | None:
     hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     linear: nn.Linear | None = inner if is_stock_linear(inner) and not hooks else None
     return linear
+
+
+__getattr__: Callable[[str], Any] = renamed(__name__, {"wrapped": linear_within})

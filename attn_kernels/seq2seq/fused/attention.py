@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import derivatives, ops
+from ... import formulas, ops
 from ...functional import prepare_keys
 from ...gemm import PackedLinear, weight_gradient
 from ...memory import Memory
@@ -49,7 +49,7 @@ def op_arguments(score: Score, memory: Memory) -> tuple[Any, ...]:
 def call(op: str, backend: str, *arguments: Any) -> Any:
     """An op on a backend, or its formula with the backend "reference", which has no ops."""
     if backend == "reference":
-        return derivatives.apply_formula(op, arguments)
+        return formulas.apply_formula(op, arguments)
     return ops.call(op, backend, *arguments)
 
 

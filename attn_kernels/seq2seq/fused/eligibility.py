@@ -77,7 +77,7 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
         return False
     tensors = [*state.hidden, *state.cell, memory.keys, memory.values]
     tensors += [x for x in (state.feed, memory.memory_lengths, memory.mask, memory.prepared) if x is not None]
-    if type(memory) is not Memory or not all(map(is_plain, tensors)) or not _has_sizes_as_made(decoder, state, memory):
+    if type(memory) is not Memory or not all(map(is_plain, tensors)) or not _has_stock_sizes(decoder, state, memory):
         return False
     like = memory.keys
     parameters = [x for module in called for x in module._parameters.values()]
@@ -98,7 +98,7 @@ def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
             return False
     elif isinstance(attention, LocationSensitiveAttention):
         kind = CumulativeLocationState if attention.cumulative else LocationState
-        if not _has_filters_as_made(attention):
+        if not _has_stock_filters(attention):
             return False
     else:
         return False
@@ -115,7 +115,7 @@ def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
     )
 
 
-def _has_filters_as_made(attention: LocationSensitiveAttention) -> bool:
+def _has_stock_filters(attention: LocationSensitiveAttention) -> bool:
     convolution, projection = attention.location_convolution.weight, attention.location_projection.weight
     return (
         convolution.dim() == 3
@@ -128,11 +128,12 @@ def _has_filters_as_made(attention: LocationSensitiveAttention) -> bool:
 def has_stock_cells(rnn: nn.Module) -> bool:
     """Whether ``torch.lstm_cell`` or ``torch.gru_cell`` with its weights are a step of it, but for dropout."""
     if torch.compiler.is_compiling():  # as far as it can be traced
-        return type(rnn) in (nn.LSTM, nn.GRU) and not is_watched(rnn) and _is_as_made(rnn)
-    return is_stock(rnn) and _is_as_made(rnn)
+        return type(rnn) in (nn.LSTM, nn.GRU) and not is_watched(rnn) and _has_stock_settings(rnn)
+    return is_stock(rnn) and _has_stock_settings(rnn)
 
 
-def _is_as_made(rnn: object) -> bool:
+def _has_stock_settings(rnn: object) -> bool:
+    """Whether the settings are those of a ``Decoder``: biases, B first, one direction, no projection."""
     return (
         isinstance(rnn, nn.LSTM | nn.GRU)
         and bool(rnn.bias)
@@ -142,7 +143,7 @@ def _is_as_made(rnn: object) -> bool:
     )
 
 
-def _has_sizes_as_made(decoder: DecoderModules, state: DecoderState, memory: Memory) -> bool:
+def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memory) -> bool:
     """Whether all shapes are those that ``Decoder`` makes, without the biases that it leaves out."""
     attention, rnn, size = decoder.attention, decoder.rnn, decoder.hidden_size
     projection, attentional = attention.query_projection, decoder.attentional
@@ -152,7 +153,7 @@ def _has_sizes_as_made(decoder: DecoderModules, state: DecoderState, memory: Mem
     layers = rnn.num_layers
     states = (*state.hidden, *state.cell, *([] if state.feed is None else [state.feed]))
     return (
-        _is_as_made(rnn)
+        _has_stock_settings(rnn)
         and rnn.hidden_size == size
         and rnn.all_weights[0][0].shape[1] == rnn.input_size > fed
         and len(rnn.all_weights) == layers == len(state.hidden)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ... import derivatives
+from ... import formulas
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
 from ...scores import AdditiveScore, Score, unit_length
 from .attention import op_arguments
@@ -64,7 +64,7 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
         if filters is not None and isinstance(score, AdditiveScore):
             score = score.with_extra(_extra(filters))
         arguments = (query, *op_arguments(score, inputs.memory), True)
-        context, alignments = derivatives.apply_formula(score.op, arguments)
+        context, alignments = formulas.apply_formula(score.op, arguments)
         if filters is not None:
             filters = _follow(filters, alignments.squeeze(1))
         both = torch.cat([context.squeeze(1), hidden[-1]], dim=1)

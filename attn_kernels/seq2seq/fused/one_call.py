@@ -7,7 +7,7 @@ in advance but what FastDecoder makes, too: prepared keys, and values that are p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from ...backends import choose
 from ...gemm import linear
 from ...memory import Memory
 from ...scores import AdditiveScore
+from ..options import SearchOptions
 from ..state import DecoderModules, DecoderState
 from .attention import prepare
 from .eligibility import can_fuse_steps
 from .inputs import CellWeights
-
-if TYPE_CHECKING:
-    from ..search import SearchOptions
 
 MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
 MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are kept as tokens come

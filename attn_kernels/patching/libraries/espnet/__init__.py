@@ -8,6 +8,15 @@ attended frame and outside of torch.compile; everything else runs the original. 
 the original's context would be NaN. The bias of ``gvec`` adds the same to all scores of a softmax: its gradient is 0.
 """
 
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+from ....deprecation import renamed
 from . import forward as forward
 from . import heads as heads
 from . import single as single
+
+# Earlier, this was one file that had the adapters themselves.
+_adapters = chain.from_iterable(vars(part).items() for part in (single, heads, forward))
+__getattr__: Callable[[str], Any] = renamed(__name__, {k: x for k, x in _adapters if k.startswith("FusedAtt")})

@@ -75,23 +75,15 @@ class FusedStep(Fused):
         query: Tensor,
         keys: Tensor,
         values: Tensor | None,
-        gvec: Any,
-        scale: Any,
+        score: AdditiveScore,
         extra: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """query: (B, A). keys, extra: (B, T, A). values: (B, T, D) or, with extra, None. gvec: A -> 1."""
-        if not isinstance(scale, int | float):
-            raise ArgumentTypeError("a scaling that is no number")
-        v = gvec.weight.view(-1)
-        if scale != 1:
-            v = scale * v
-        if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
-            v = torch.add(v, gvec.bias, alpha=0)  # it adds the same to all scores of a softmax: a gradient of 0
+        """query: (B, A). keys, extra: (B, T, A). values: (B, T, D) or, with extra, None."""
         if extra is None:
             assert values is not None
-            result = attend(AdditiveScore(v), query, self._memory(step, head, keys, values), True, None)
+            result = attend(score, query, self._memory(step, head, keys, values), True, None)
         else:
-            result = additive_attention(query, keys, values, v, extra=extra, mask=step.allowed)
+            result = additive_attention(query, keys, values, score.v, extra=extra, mask=step.allowed)
         return _as_espnet(result, step, values)
 
     def _dot(self, step: Step, head: int, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +94,18 @@ class FusedStep(Fused):
     def _memory(self, step: Step, head: int, keys: Tensor, values: Tensor) -> Memory:
         allowed = step.allowed
         return cached(self, f"memory {head}", lambda: Memory(keys, values, mask=allowed), held=(keys, values, allowed))
+
+
+def additive_score(gvec: Any, scale: Any) -> AdditiveScore:
+    """gvec: a linear layer, A -> 1, whose result is multiplied by scale."""
+    if not isinstance(scale, int | float):
+        raise ArgumentTypeError("a scaling that is no number")
+    v = gvec.weight.view(-1)
+    if scale != 1:
+        v = scale * v
+    if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
+        v = torch.add(v, gvec.bias, alpha=0)  # it adds the same to all scores of a softmax: a gradient of 0
+    return AdditiveScore(v)
 
 
 def _as_espnet(result: Attention, step: Step, values: Tensor | None) -> tuple[Tensor, Tensor]:

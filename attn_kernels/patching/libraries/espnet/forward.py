@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...registry import adapts
-from .base import LIBRARY, MODULE, Step, as_product
+from .base import LIBRARY, MODULE, Step, additive_score, as_product
 from .single import FusedAttLoc
 
 
@@ -23,7 +23,8 @@ class _FusedForward(FusedAttLoc):
     def _forward_step(self, step: Step, previous: Tensor, scaling: Any, stay: Any, move: Any) -> tuple[Tensor, Tensor]:
         """stay, move: probabilities, or 1, of the frame that was attended before and of the one after it."""
         keys, extra = self._projected(), self._features(previous)
-        _, alignments = self._additive(step, 0, self.mlp_dec(step.state), keys, None, self.gvec, scaling, extra)
+        score = additive_score(self.gvec, scaling)
+        _, alignments = self._additive(step, 0, self.mlp_dec(step.state), keys, None, score, extra)
         alignments = (stay * previous + move * F.pad(previous, (1, 0))[:, :-1]) * alignments
         alignments = F.normalize(torch.clamp(alignments, 1e-6), p=1, dim=1)  # which also gives padding a little
         context = torch.bmm(alignments.unsqueeze(1), self.enc_h).squeeze(1)

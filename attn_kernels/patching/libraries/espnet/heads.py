@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...adapter import NotSupported
 from ...registry import adapts
-from .base import LIBRARY, MODULE, FusedStep, Step, uniform
+from .base import LIBRARY, MODULE, FusedStep, Step, additive_score, uniform
 
 
 class _FusedHeads(FusedStep):
@@ -49,7 +49,8 @@ class _FusedHeads(FusedStep):
 
     def _head(self, step: Step, h: int, scale: Any, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         query = self.mlp_q[h](step.state)
-        return self._additive(step, h, query, *self._projected(h), self.gvec[h], scale, extra)
+        score = additive_score(self.gvec[h], scale)
+        return self._additive(step, h, query, *self._projected(h), score, extra)
 
 
 @adapts(f"{MODULE}:AttMultiHeadDot", **LIBRARY, sources=("add51694aeb4",))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...adapter import NotSupported
 from ...registry import adapts
-from .base import LIBRARY, MODULE, FusedStep, Step, uniform
+from .base import LIBRARY, MODULE, FusedStep, Step, additive_score, uniform
 
 
 class FusedSingle(FusedStep):
@@ -31,7 +31,8 @@ class FusedSingle(FusedStep):
         return self.pre_compute_enc_h
 
     def _single(self, step: Step, query: Tensor, scale: Any, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._additive(step, 0, query, self._projected(), self.enc_h, self.gvec, scale, extra)
+        score = additive_score(self.gvec, scale)
+        return self._additive(step, 0, query, self._projected(), self.enc_h, score, extra)
 
 
 class FusedLocation(FusedSingle):
