@@ -72,7 +72,7 @@ def attend_arrays(
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
             _check(score, (query, keys, values), masks, chosen)
-        elif not on_one_device(query, keys, values, *masks, *score):
+        elif not on_one_device(query, keys, values, memory_lengths, mask, *score[: score.tensors]):
             raise ArgumentValueError  # raised again below, with a full message
         q, k, x = query, keys, values
         if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):

@@ -78,7 +78,7 @@ def attend_packed(
             return attend_arrays(score, (query, keys, values), Masks(packing.lengths(offsets)), need_weights, backend)
         if chosen != "cpu" or is_compiling():  # the CPU's kernels check their arguments themselves
             _check(score, query, memory, backend)
-        elif not on_one_device(query, keys, values, offsets, *score):
+        elif not on_one_device(query, keys, values, offsets, *score[: score.tensors]):
             raise ArgumentValueError  # raised again below, with a full message
         q, k, x = query, keys, keys.new_empty((keys.shape[0], 0)) if values is None else values
         if torch._C._is_any_autocast_enabled():

@@ -63,7 +63,6 @@ class Options(NamedTuple):
 
 NORMALIZERS = ("softmax", "sigmoid")
 
-_NUMBERS = (float, int)  # among the arguments of an op
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of all arguments but lengths and masks
 
 _pytree._register_namedtuple(AttentionWithLogTotal, serialized_type_name=f"{__package__}.AttentionWithLogTotal")
@@ -116,11 +115,11 @@ def upcast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
 
 
 def on_one_device(query: Tensor, *others: Any) -> bool:
-    """Whether all that are no numbers are where query is: one on "meta" would make the dispatcher only trace."""
+    """Whether all are where query is: one on "meta" would make the dispatcher only trace."""
     if query.is_cpu:
         for other in others:  # noqa: SIM110 - all() of a generator takes four times as long
-            if other is not None and type(other) not in _NUMBERS and not other.is_cpu:
+            if other is not None and not other.is_cpu:
                 return False
         return True
     device = query.device
-    return all(other is None or type(other) in _NUMBERS or other.device == device for other in others)
+    return all(other is None or other.device == device for other in others)
