@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import ops
 from .graph.capture import Graph
 
 
@@ -26,6 +27,7 @@ def attn_kernels_backend(
     """
     from torch._inductor.compile_fx import compile_fx
 
+    ops.call_from_inductor()
     graph = Graph(graph_module, branches=False)
     chosen = graph.graph_module if graph.is_fused else graph_module
     compiled = cast("Callable[..., Any]", compile_fx(chosen, example_inputs, **options))

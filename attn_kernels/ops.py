@@ -42,7 +42,7 @@ def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _seen_by_inductor(op, fake), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _seen_by_inductor(fake), lib=library)
         _register_autograd(op, backend)
         if not op.endswith("_backward"):
             # For torch.onnx.export, whose table of decompositions has all that are registered. Others choose theirs:
@@ -50,18 +50,22 @@ def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
             register_decomposition(kernel(op, backend))(_decomposition(op, fake))
 
 
-def _seen_by_inductor(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake kernel, which tells Inductor to call the op as it is.
+def call_from_inductor() -> None:
+    """Tells Inductor, where it is loaded, to call the ops as they are.
 
     Where the variable CI is set, as on most services that run tests, Inductor refuses an op that has a decomposition
-    and is not in its list of those to call. It traces an op by its fake kernel before it looks there.
+    and is not in its list of those to call.
     """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    getattr(lowering, "FALLBACK_ALLOW_LIST", set[str]()).update(f"{NAMESPACE}::{op}" for op in formulas.FORMULAS)
+
+
+def _seen_by_inductor(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel. Inductor traces an op by it, unless it has seen the same call, before it looks in its list."""
 
     @functools.wraps(fake)
     def traced(*args: Any, **named: Any) -> Any:
-        lowering = sys.modules.get("torch._inductor.lowering")
-        if (called := getattr(lowering, "FALLBACK_ALLOW_LIST", None)) is not None:
-            called.add(f"{NAMESPACE}::{op}")
+        call_from_inductor()
         return fake(*args, **named)
 
     return traced

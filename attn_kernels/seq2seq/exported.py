@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from .. import ops
 from ..backends import backends
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..mechanisms.stateful import reorder_state, select_state
@@ -180,6 +181,8 @@ def _write(program: ExportedProgram, path: str, format: str, inputs: list[str], 
             external_data=False,
         )
     else:
+        importlib.import_module("torch._inductor.lowering")  # which has the list
+        ops.call_from_inductor()
         torch._inductor.aoti_compile_and_package(program, package_path=path)
 
 
