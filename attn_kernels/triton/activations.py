@@ -18,7 +18,7 @@ from ..activations import ACTIVATIONS
 from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore, GatedAdditiveScore
 from .additive_math import tanh, tanh_from
 from .arguments import two_parts
-from .device import reciprocal
+from .device import divide, reciprocal
 
 SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
 
@@ -50,11 +50,17 @@ def activation_of(score: _WithActivation) -> Activation:
 
 
 @triton.jit
-def tanh_and_slope(x, APPROXIMATE: tl.constexpr):
-    """tanh(x) and 1 - tanh(x)^2, which does not cancel; the slope of SATURATED beyond that."""
+def tanh_and_slope(x, APPROXIMATE: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """tanh(x) and 1 - tanh(x)^2, which does not cancel; the slope of SATURATED beyond that.
+
+    ROUNDED: by a division that is rounded; the plain one puts the slope off by four units in the last place.
+    """
     magnitude = tl.abs(x)
     e = tl.exp(2.0 * tl.where(magnitude > SATURATED, SATURATED, magnitude))
-    r = reciprocal(1.0 + e, APPROXIMATE)
+    if ROUNDED:
+        r = divide(tl.full(x.shape, 1.0, x.dtype), 1.0 + e)
+    else:
+        r = reciprocal(1.0 + e, APPROXIMATE)
     return tanh_from(x, r), 4.0 * e * r * r
 
 

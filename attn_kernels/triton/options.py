@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 
 from ..types import Options
-from .activations import SATURATED
-from .additive_math import tanh, tanh_from
+from .activations import SATURATED, tanh_and_slope
+from .additive_math import tanh
 from .arguments import two_parts
-from .device import divide
 
 NO_OPTIONS = Options()
 _NO_ARGUMENTS = (None,) * 10
@@ -54,10 +53,8 @@ def clip_scores(s, allowed, clip, clip_lo):
 def clip_and_slope(s, clip, clip_lo):
     """C tanh(s) and its derivative, which does not cancel; 0 where that of float64 is: 0 * inf is NaN there."""
     most = tl.cast(clip, s.dtype) + tl.cast(clip_lo, s.dtype)
-    magnitude = tl.abs(s)
-    e = tl.exp(2.0 * tl.where(magnitude > SATURATED, SATURATED, magnitude))
-    r = divide(tl.full(s.shape, 1.0, s.dtype), 1.0 + e)  # the plain division puts the slope off by four units
-    return most * tanh_from(s, r), tl.where(magnitude > SATURATED, 0.0, most * (4.0 * e * r * r))
+    t, slope = tanh_and_slope(s, False, ROUNDED=True)
+    return most * t, tl.where(tl.abs(s) > SATURATED, 0.0, most * slope)
 
 
 @triton.jit
