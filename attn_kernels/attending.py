@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # query, keys, values
+MaskPair = tuple[Tensor | None, Tensor | None]  # memory_lengths, mask: Masks, or a plain tuple, which is made faster
 new: Callable[..., Any] = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
 ADD_BEFOREHAND = ("cuda",)  # backends whose kernels are given the sum of keys and ``extra``
 SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
@@ -43,54 +44,61 @@ ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
     """A step on a memory. The gradients of the memory may be made with those of other steps: see memory_gradient.py."""
-    masks = new(Masks, (memory.memory_lengths, memory.mask))
-    return attend_arrays(score, (query, memory.keys, memory.values), masks, need_weights, backend, memory)
+    masks = (memory.memory_lengths, memory.mask)
+    return attend_arrays(score, query, memory.keys, memory.values, masks, need_weights, backend, memory)
 
 
 def attend_arrays(
-    score: Score, inputs: Inputs, masks: Masks, need_weights: bool, backend: str | None, memory: Memory | None = None
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    masks: MaskPair,
+    need_weights: bool,
+    backend: str | None,
+    memory: Memory | None = None,
 ) -> Attention:
     """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
-    query, keys, values = inputs
     memory_lengths, mask = masks
-    op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
     without_context = values is None
     if values is None:
         values = _empty_values(score.name, query, keys, need_weights)
     try:
         if (
-            backend is None
+            isinstance(score, DotScore)
+            and backend is None
             and memory_lengths is None
             and mask is None
-            and isinstance(score, DotScore)
             and score.is_small(query, keys, values)
             and not (memory is not None and is_worth_deferring(query, keys, values))
         ):
             attention = score.attend_small(query, keys, values, need_weights)
             return _alignments_alone(attention) if without_context else attention
-        device = device_type(query)
+        device = "cpu" if query.is_cpu else query.device.type
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
-            _check(score, (query, keys, values), masks, chosen)
-        elif not on_one_device(query, keys, values, memory_lengths, mask, *score[: score.tensors]):
+            _check(score, query, keys, values, masks, chosen)
+        elif device != "cpu" and not on_one_device(query, keys, values, memory_lengths, mask, *score[: score.tensors]):
             raise ArgumentValueError  # raised again below, with a full message
         q, k, x = query, keys, values
         if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
             q, k, x = autocast(query, keys, values)
             score = score.autocast(query)
+        op = type(score).op  # Dynamo of torch 2.10 does not see a class's attribute through a named tuple
         if chosen == "reference":
             result = formulas.apply_formula(op, (q, k, x, *score, memory_lengths, mask, need_weights))
             attention = result if need_weights else Attention(result.context, None)
         else:
-            if q.dim() == 2:
+            axes = q.dim()
+            if axes == 2:
                 q = q.unsqueeze(1)
             if memory is not None and k is keys and x is values and should_defer(chosen, (q, k, x), mask):
                 result = memory.gradient().attend(score, chosen, q, masks, need_weights)
             else:
                 result = ops.call(op, chosen, q, k, x, *score, memory_lengths, mask, need_weights)
-            attention = to_result(result, query.dim(), need_weights)
+            attention = new(Attention, result) if need_weights and axes == 3 else to_result(result, axes, need_weights)
     except ARGUMENT_ERRORS:
-        _check(score, (query, keys, values), masks, backend)
+        _check(score, query, keys, values, masks, backend)
         raise
     return _alignments_alone(attention) if without_context else attention
 
@@ -99,7 +107,7 @@ def attend_with_extra(
     score: AdditiveScore | ActivatedScore,
     inputs: Inputs,
     extra: Tensor,
-    masks: Masks,
+    masks: MaskPair,
     need_weights: bool,
     backend: str | None,
     memory: Memory | None = None,
@@ -110,8 +118,8 @@ def attend_with_extra(
     if choose(backend, device_type(query)) in ADD_BEFOREHAND:
         if isinstance(score, AdditiveScore):
             score = score._replace(prepared=None)  # of the keys alone
-        return attend_arrays(score, (query, keys + extra, values), masks, need_weights, backend)
-    return attend_arrays(score.with_extra(extra), inputs, masks, need_weights, backend, memory)
+        return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
+    return attend_arrays(score.with_extra(extra), *inputs, masks, need_weights, backend, memory)
 
 
 def attend_once(
@@ -131,7 +139,7 @@ def attend_once(
 def attend_with_options(
     score: Score,
     inputs: Inputs,
-    masks: Masks,
+    masks: MaskPair,
     options: Options,
     need_weights: bool,
     need_log_total: bool,
@@ -142,40 +150,52 @@ def attend_with_options(
     With several score vectors, v (R, A), results have an axis R before the last.
     """
     query, keys, values = inputs
-    without_context = values is None
-    if values is None:
-        values = _empty_values(score.name, query, keys, need_weights)
-    _check(score, (query, keys, values), masks, backend)
-    vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
-    check_score_bias(score.name, query, keys, options.score_bias, vectors)
-    what = GATED if isinstance(score, GatedAdditiveScore) else OPTIONS
-    chosen = choose_or_reference(score.name, backend, device_type(query), what)
-    axes = query.dim()
-    query, keys, values, score_bias = autocast(query, keys, values, options.score_bias)
-    score = score.autocast(query)
-    if axes == 2:
-        query = query.unsqueeze(1)
-        score_bias = None if score_bias is None else score_bias.unsqueeze(1)
-    op = f"{score.op}_with_options"
-    if isinstance(score, GatedAdditiveScore):
-        op, score = score.op, score.rows()
-    if vectors is not None and score_bias is not None:
-        score_bias = score_bias.repeat_interleave(vectors, 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
-    own, numbers = score[: score.gradients], score[score.tensors :]
-    arguments = (query, keys, values, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
-    results = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    attended = _empty_values(score.name, query, keys, need_weights) if values is None else values
+    try:
+        device = "cpu" if query.is_cpu else query.device.type
+        gated = isinstance(score, GatedAdditiveScore)
+        vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
+        score_bias = options.score_bias
+        chosen = choose_or_reference(score.name, backend, device, GATED if gated else OPTIONS)
+        if chosen not in SELF_CHECKING or is_compiling() or torch._C._is_any_autocast_enabled():
+            _check_with_options(score, query, keys, attended, masks, score_bias, backend)
+            query, keys, attended, score_bias = autocast(query, keys, attended, score_bias)
+            score = score.autocast(query)
+        elif vectors is not None and score_bias is not None:  # whose shape does not tell R from Tq
+            check_score_bias(score.name, query, keys, score_bias, vectors)
+        axes = query.dim()
+        if axes == 2:
+            query = query.unsqueeze(1)
+            score_bias = None if score_bias is None else score_bias.unsqueeze(1)
+        if isinstance(score, GatedAdditiveScore):
+            made: Score = score.rows()
+            op = made.op
+        else:
+            op, made = f"{type(score).op}_with_options", score
+        if vectors is not None and score_bias is not None:
+            score_bias = score_bias.repeat_interleave(vectors, 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
+        own, numbers = made[: made.gradients], made[made.tensors :]
+        arguments = (query, keys, attended, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
+        results = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    except ARGUMENT_ERRORS:
+        _check_with_options(score, *inputs[:2], attended, masks, options.score_bias, backend)
+        raise
     context, alignments, log_total = results
-    context = None if without_context else context
-    alignments = alignments if need_weights else None
-    found = [context, alignments, log_total]
-    if vectors is not None:
-        found = [None if x is None else x.unflatten(1, (query.shape[1], vectors)) for x in found]
-    if axes == 2:
-        found = [None if x is None else x.squeeze(1) for x in found]
-    context, alignments, log_total = found
+    if values is None:
+        context = None
+    if not need_weights:
+        alignments = None
+    if vectors is not None or axes == 2:
+        found = [context, alignments, log_total]
+        if vectors is not None:
+            found = [None if x is None else x.unflatten(1, (query.shape[1], vectors)) for x in found]
+        if axes == 2:
+            found = [None if x is None else x.squeeze(1) for x in found]
+        context, alignments, log_total = found
     if need_log_total:
         return cast(Attention, AttentionWithLogTotal(context, alignments, log_total))
-    return Attention(context, alignments)
+    attention: Attention = new(Attention, (context, alignments))
+    return attention
 
 
 class Kernels(NamedTuple):
@@ -214,8 +234,14 @@ def make_options(
     return Options(score_bias, dropout_p, NORMALIZERS.index(normalizer), check_clip(name, clip) or 0.0, seed)
 
 
-def _check(score: Score, inputs: tuple[Tensor, Tensor, Tensor], masks: Masks, backend: str | None) -> None:
-    query, keys, values = inputs
+def _check(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    masks: MaskPair,
+    backend: str | None,
+) -> None:
     check_query_keys(score.name, query, keys)
     check_values(score.name, query, keys, values)
     score.check(query, keys)
@@ -224,6 +250,20 @@ def _check(score: Score, inputs: tuple[Tensor, Tensor, Tensor], masks: Masks, ba
     query, keys, values = autocast(query, keys, values)
     check_dtypes(score.name, query, keys=keys, values=values)
     score.check_dtypes(query, keys, lambda: choose(backend, query.device.type))
+
+
+def _check_with_options(
+    score: Score,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    masks: MaskPair,
+    score_bias: Tensor | None,
+    backend: str | None,
+) -> None:
+    _check(score, query, keys, values, masks, backend)
+    vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
+    check_score_bias(score.name, query, keys, score_bias, vectors)
 
 
 def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:

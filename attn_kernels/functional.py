@@ -40,9 +40,7 @@ from .scores import ActivatedScore, AdditiveScore, DotScore, GatedAdditiveScore,
 from .types import (
     DTYPES,
     Attention,
-    Masks,
     autocast,
-    device_type,
     on_one_device,
     upcast,
 )
@@ -184,20 +182,20 @@ def additive_attention(
     if extra is not None and (with_options or activation == "sigmoid"):  # nor are these kept from copies of the keys
         check_extra(name, query, keys, extra)
         keys, extra, prepared = keys + extra, None, None
-    masks = new(Masks, (memory_lengths, mask))
-    # The usual form of sigmoid leaves out a constant of all scores, which these would show: see _half_of_sigmoid.
-    if activation == "sigmoid" and (clip is not None or need_log_total or normalizer != "softmax"):
-        gated = gated or prepared is None
-    if gated:
-        of_gate = GatedAdditiveScore(v, bias, gate, *check_activation(name, activation, negative_slope))
-        options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
-        inputs = (query, keys, values)
-        return attend_with_options(of_gate, inputs, masks, options, need_weights, need_log_total, backend)
+    masks = (memory_lengths, mask)
     score: AdditiveScore | ActivatedScore
-    if activation == "tanh":
+    if activation == "tanh" and not gated:
         score = new(AdditiveScore, (v, bias, prepared))
     else:
         numbers = check_activation(name, activation, negative_slope)
+        # The usual form of sigmoid leaves out a constant of all scores, which these would show: see _half_of_sigmoid.
+        if activation == "sigmoid" and (clip is not None or need_log_total or normalizer != "softmax"):
+            gated = gated or prepared is None
+        if gated:
+            of_gate = GatedAdditiveScore(v, bias, gate, *numbers)
+            options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
+            inputs = (query, keys, values)
+            return attend_with_options(of_gate, inputs, masks, options, need_weights, need_log_total, backend)
         if prepared is not None:
             raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: it is for tanh")
         if activation == "sigmoid":
@@ -218,7 +216,7 @@ def additive_attention(
             )
         options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
-    return attend_arrays(score, (query, keys, values), masks, need_weights, backend)
+    return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
 
 def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
@@ -300,12 +298,12 @@ def dot_attention(
         of_padded = dict(memory_lengths=memory_lengths, mask=mask)
         memory = packed_memory("dot_attention", keys, values, memory_offsets, **of_padded, **few)
         return attend_packed(DotScore(scale), query, memory, need_weights, backend)
-    masks = new(Masks, (memory_lengths, mask))
+    masks = (memory_lengths, mask)
     score = new(DotScore, (scale,))
     if score_bias is not None or dropout_p != 0.0 or normalizer != "softmax" or need_log_total or clip is not None:
         options = make_options("dot_attention", query, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
-    return attend_arrays(score, (query, keys, values), masks, need_weights, backend)
+    return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
 
 def additive_scores(
@@ -361,12 +359,14 @@ def additive_scores(
             return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
         op = ("activated_scores", numbers)
     try:
-        chosen = choose(backend, device_type(query))
+        device = "cpu" if query.is_cpu else query.device.type
+        chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
             _check_additive_scores(query, keys, v, bias)
-        elif not on_one_device(query, keys, v, bias):
+        elif device != "cpu" and not on_one_device(query, keys, v, bias):
             raise ArgumentValueError  # raised again below, with a full message
-        q, k, w, b = autocast(query, keys, v, bias)
+        given = (query, keys, v, bias)
+        q, k, w, b = autocast(*given) if torch._C._is_any_autocast_enabled() else given
         if chosen == "reference":
             result: Tensor = formulas.apply_formula(op[0], (q, k, w, b, *op[1]))
         elif q.dim() == 2:

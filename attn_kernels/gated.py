@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import formulas, ops
-from .attending import GATED, choose_or_reference
+from .attending import ARGUMENT_ERRORS, GATED, SELF_CHECKING, choose_or_reference
 from .checks import (
     check_dtypes,
     check_like_keys,
@@ -16,21 +18,34 @@ from .checks import (
 from .scores import GatedAdditiveScore
 from .types import autocast, device_type
 
+NAME = "additive_scores"  # of the public function, for messages
+
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:
-    name = "additive_scores"
-    check_query_keys(name, query, keys)
-    check_score_vectors(name, query, score.v)
-    check_units(name, query, "bias", score.bias)
-    check_like_keys(name, query, keys, "gate", score.gate)
-    chosen = choose_or_reference(name, backend, device_type(query), GATED)
-    score = score.autocast(query)
-    q, k = autocast(query, keys)
-    check_dtypes(name, q, keys=k, v=score.v, bias=score.bias, gate=score.gate)
-    arguments = (q if q.dim() == 3 else q.unsqueeze(1), k, *score.rows())
-    op = "gated_additive_scores"
-    scores = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    try:
+        chosen = choose_or_reference(NAME, backend, device_type(query), GATED)
+        q, k, made = query, keys, score
+        if chosen not in SELF_CHECKING or is_compiling() or torch._C._is_any_autocast_enabled():
+            _check(score, query, keys)
+            q, k = autocast(query, keys)
+            made = score.autocast(query)
+        arguments = (q if q.dim() == 3 else q.unsqueeze(1), k, *made.rows())
+        op = "gated_additive_scores"
+        scores = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
+    except ARGUMENT_ERRORS:
+        _check(score, query, keys)
+        raise
     if score.vectors is not None:
         scores = scores.unflatten(1, (arguments[0].shape[1], score.vectors))
     result: Tensor = scores if q.dim() == 3 else scores.squeeze(1)
     return result
+
+
+def _check(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> None:
+    check_query_keys(NAME, query, keys)
+    check_score_vectors(NAME, query, score.v)
+    check_units(NAME, query, "bias", score.bias)
+    check_like_keys(NAME, query, keys, "gate", score.gate)
+    score = score.autocast(query)
+    query, keys = autocast(query, keys)
+    check_dtypes(NAME, query, keys=keys, v=score.v, bias=score.bias, gate=score.gate)

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import derivatives, formulas
+from .errors import ArgumentValueError
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
@@ -42,7 +43,7 @@ def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
     for backend in BACKENDS:
         name = f"{op}.{backend}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _seen_by_inductor(fake), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_kernel(fake), lib=library)
         _register_autograd(op, backend)
         if not op.endswith("_backward"):
             # For torch.onnx.export, whose table of decompositions has all that are registered. Others choose theirs:
@@ -60,11 +61,19 @@ def call_from_inductor() -> None:
     getattr(lowering, "FALLBACK_ALLOW_LIST", set[str]()).update(f"{NAMESPACE}::{op}" for op in formulas.FORMULAS)
 
 
-def _seen_by_inductor(fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake kernel. Inductor traces an op by it, unless it has seen the same call, before it looks in its list."""
+def _fake_kernel(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel, for arguments on one device.
+
+    A single argument on "meta" makes the dispatcher take it in place of the kernel: it refuses the others, so that a
+    call need not look at each. Inductor traces an op by it, unless it has seen the same call, before it looks in its
+    list of those to call.
+    """
 
     @functools.wraps(fake)
     def traced(*args: Any, **named: Any) -> Any:
+        devices = {str(arg.device) for arg in (*args, *named.values()) if isinstance(arg, Tensor)}
+        if len(devices) > 1:
+            raise ArgumentValueError(f"attn_kernels: tensors must be on one device, got {', '.join(sorted(devices))}")
         call_from_inductor()
         return fake(*args, **named)
 
@@ -84,7 +93,9 @@ def _decomposition(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register_autograd(op: str, backend: str) -> None:
     overload = kernel(op, backend)
-    attends = formulas.FORMULAS[op].results == 2  # and may return the context alone
+    formula = formulas.FORMULAS[op]
+    attends = formula.results == 2  # and may return the context alone
+    differentiable = len(formula.differentiable)  # the first arguments
 
     def compute(*args: Any) -> Any:
         try:
@@ -103,8 +114,8 @@ def _register_autograd(op: str, backend: str) -> None:
         if forward_ad._current_level >= 0:
             return complete_rule.apply(*args)
         if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, Tensor) and arg.requires_grad:
+            for arg in args[:differentiable]:
+                if arg is not None and arg.requires_grad:
                     return usual_rule.apply(*args)
         try:  # compute by hand: this is every call without gradients, and a frame of Python costs it one percent
             with torch._C._AutoDispatchBelowAutograd():

@@ -19,7 +19,7 @@ from .errors import ArgumentValueError
 from .memory_gradient import should_defer
 from .packed_memory import PackedMemory, check_offsets, check_query
 from .scores import ActivatedScore, AdditiveScore, DotScore, Score
-from .types import Attention, Masks, Options, autocast, device_type, on_one_device
+from .types import Attention, Options, autocast, device_type
 
 if TYPE_CHECKING:
     from .memory import Memory
@@ -75,11 +75,10 @@ def attend_packed(
             columns = longest()
             keys = packing.pad(keys, offsets, columns)
             values = None if values is None else packing.pad(values, offsets, columns)
-            return attend_arrays(score, (query, keys, values), Masks(packing.lengths(offsets)), need_weights, backend)
+            masks = (packing.lengths(offsets), None)
+            return attend_arrays(score, query, keys, values, masks, need_weights, backend)
         if chosen != "cpu" or is_compiling():  # the CPU's kernels check their arguments themselves
             _check(score, query, memory, backend)
-        elif not on_one_device(query, keys, values, offsets, *score[: score.tensors]):
-            raise ArgumentValueError  # raised again below, with a full message
         q, k, x = query, keys, keys.new_empty((keys.shape[0], 0)) if values is None else values
         if torch._C._is_any_autocast_enabled():
             score, (q, k, x) = score.autocast(query), autocast(q, k, x)
