@@ -47,14 +47,15 @@ class Steps:
     def forward(self, variant: str) -> Tensor:
         """The contexts of all steps, (T, B, D)."""
         memory = Memory(self.keys, self.values)
+        prepared = None if variant == EAGER else prepare_keys(self.keys)
         contexts = []
         for query in self.queries.unbind(0):
             if variant == EAGER:
                 attention = eager.additive_attention(query, self.keys, self.values, self.v)
             elif variant == DENSE:
-                attention = additive_attention(query, self.keys, self.values, self.v)
+                attention = additive_attention(query, self.keys, self.values, self.v, prepared=prepared)
             else:
-                attention = attend(AdditiveScore(self.v), query, memory, True, None)
+                attention = attend(AdditiveScore(self.v, None, prepared), query, memory, True, None)
             contexts.append(attention.context)
         return torch.stack(contexts)
 
