@@ -82,49 +82,17 @@ def _is_many_queries_of_triton(facts: Facts) -> bool:
     return _is_float32(facts) and bool(facts.constants.get("FACTORED")) and facts.constants.get("BLOCK_Q", 0) >= 16
 
 
+# CUDA C++. 12 warps hide the latency of the special function unit and of shared memory; they leave 168 registers. The
+# relu kernels have rows of their own. The loop of leaky relu has no maximum: its pairs are not counted.
+_FORWARD: dict[str, Any] = dict(slots=3.5, warps=12, thread_tile=_tile_of_template(1), applies=_is_float32)
+_BACKWARD: dict[str, Any] = dict(sharing=1, warps=12, applies=_is_many_queries)
+_RELU: dict[str, Any] = dict(counted="FMNMX", special=0.0)
+
 RULES = (
-    # CUDA C++. 12 warps: what hides the latency of the special function unit and of shared memory; 168 registers.
-    # Of relu, then of tanh. Leaky relu, in a loop of its own, has no maximum and is not counted.
-    Rule(
-        r"many_queries_scores_kernel<.*\bActivatedScores>",
-        RELU_FORWARD,
-        sharing=1,
-        counted="FMNMX",
-        special=0.0,
-        slots=3.5,
-        warps=12,
-        thread_tile=_tile_of_template(1),
-        applies=_is_float32,
-    ),
-    Rule(
-        r"scores_backward_kernel<.*\bActivatedPair>",
-        RELU_BACKWARD,
-        sharing=1,
-        counted="FMNMX",
-        special=0.0,
-        slots=8.5,
-        warps=12,
-        applies=_is_many_queries,
-    ),
-    Rule(
-        r"many_queries_scores_kernel",
-        MANY_FORWARD,
-        sharing=3,
-        special=0.34,
-        slots=3.5,
-        warps=12,
-        thread_tile=_tile_of_template(1),
-        applies=_is_float32,
-    ),
-    Rule(
-        r"scores_backward_kernel",
-        MANY_BACKWARD,
-        sharing=1,
-        special=1.02,
-        slots=9.0,
-        warps=12,
-        applies=_is_many_queries,
-    ),
+    Rule(r"many_queries_scores_kernel<.*\bActivatedScores>", RELU_FORWARD, sharing=1, **_RELU, **_FORWARD),
+    Rule(r"scores_backward_kernel<.*\bActivatedPair>", RELU_BACKWARD, slots=8.5, **_RELU, **_BACKWARD),
+    Rule(r"many_queries_scores_kernel", MANY_FORWARD, sharing=3, special=0.34, **_FORWARD),
+    Rule(r"scores_backward_kernel", MANY_BACKWARD, special=1.02, slots=9.0, **_BACKWARD),
     # Two units share a reciprocal, which is counted and has no bound: memory is what decides. Form<..., false> is for
     # rows that do not lie at multiples of 16 bytes.
     Rule(r"few_queries_kernel<Form<[^>]*, false>", DECODE, sharing=2, warps=16, applies=_is_float32),
