@@ -1,7 +1,7 @@
-"""What the machine code of the GPU kernels must hold, in one table: RULES.
+"""The requirements on the machine code of the GPU kernels, in one table: RULES.
 
-A kernel has the first rule whose pattern is found in its name, and the last one takes what is left. To add a kernel is
-to add a row above it; to add a kind of bound is a field of ``Rule`` and some lines in ``examine``.
+The first rule whose pattern is found in a kernel's name applies; the last rule matches all remaining kernels. A new
+kernel is a row above it; a new kind of bound is a field of ``Rule`` and some lines in ``examine``.
 
 A pair is one hidden unit of one query and one step: B * Tq * Tk * A of them in a call. How many of them a thread
 computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each, or, for relu,
@@ -26,7 +26,7 @@ TARGETS = ("sm_80", "sm_90a", "sm_100")
 
 @dataclass
 class Facts:
-    """What is known of one kernel, compiled for one target."""
+    """The facts about one kernel, compiled for one target."""
 
     name: str  # as people write it, with template arguments
     origin: str  # the source file, or the case of the Triton kernels
