@@ -43,7 +43,7 @@ register_with_counter()
 
 
 def __getattr__(name: str) -> Any:
-    """What few programs use is imported when it is asked for."""
+    """Imports rarely used parts on first access."""
     if name in ("fuse", "fused", "unfuse"):
         from . import fusing
 

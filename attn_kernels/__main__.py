@@ -123,7 +123,7 @@ def _cores() -> int:
 
 
 def _allocator() -> str:
-    """What serves malloc, on which the time of fresh output pages depends."""
+    """The malloc implementation, which determines the cost of fresh output pages."""
     preloaded = re.search(r"/lib(jemalloc|tcmalloc|mimalloc)", _read("/proc/self/maps"))
     return preloaded[1] if preloaded else " ".join(platform.libc_ver()).strip() or "system"
 

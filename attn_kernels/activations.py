@@ -1,7 +1,7 @@
-"""The activations of additive attention, by name: what checks, ops and the reference know of them.
+"""The activations of additive attention, by name, for checks, ops and the reference.
 
-The number of an activation in the ops is its place here, and in the enumeration of csrc/activations.h, which has the
-arithmetic of the CPU and CUDA; that of Triton is in triton/activations.py.
+The ops identify an activation by its index here, which equals that in the enumeration of csrc/activations.h.
+csrc/activations.h has the arithmetic for the CPU and CUDA, triton/activations.py that for Triton.
 """
 
 from __future__ import annotations

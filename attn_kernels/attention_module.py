@@ -1,4 +1,4 @@
-"""What the mechanisms of the papers have in common as modules: projections, checks, a memory and a step."""
+"""The base module of all attention mechanisms: projections, the memory, a decoding step, and checks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from .types import Attention, attention_mask
 class AttentionModule(nn.Module):
     """The base of all mechanisms: projections, the memory of a sentence, and a decoding step.
 
-    A mechanism says what its score is (``make_score``) and how a decoder state becomes a query (``make_query``).
-    ``forward`` calls both; a search and the fused decoder of ``Seq2Seq`` read from them what they compute, but where
-    scores are clipped.
+    A mechanism defines its score (``make_score``) and how a decoder state becomes a query (``make_query``). ``forward``
+    calls both. A search and the fused decoder of ``Seq2Seq`` call them, too, unless scores are clipped.
     """
 
-    clip: float | None = None  # C, of C tanh(score) in the place of the score
+    clip: float | None = None  # C: the score is replaced by C tanh(score)
 
     def __init__(
         self,
@@ -52,23 +51,23 @@ class AttentionModule(nn.Module):
         self._factory = factory
 
     def _parameter(self, *shape: int) -> nn.Parameter:
-        """One more parameter, for a constructor, which initialises it by ``_reset_scores`` at its end."""
+        """A new parameter, for use in a constructor, which calls ``_reset_scores`` at its end to initialise it."""
         return nn.Parameter(torch.empty(shape, **self._factory))
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor does."""
+        """Initialises all parameters as the constructor does."""
         for projection in (self.query_projection, self.memory_projection):
             if projection is not None:
                 projection.reset_parameters()
         self._reset_scores()
 
     def _reset_scores(self) -> None:
-        """Initialises the parameters that are not those of a projection."""
+        """Initialises the parameters that do not belong to a projection."""
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        Raises ValueError or TypeError if query or memory do not fit the module or each other.
         """
         self._check(query, memory)
         score, made = self.make_score(memory), self.make_query(query)
@@ -83,20 +82,20 @@ class AttentionModule(nn.Module):
         __call__ = forward
 
     def make_score(self, memory: Memory) -> Score:
-        """The score of this mechanism on a memory, with its parameters."""
+        """The score of this mechanism for a memory, with its parameters."""
         raise NotImplementedError
 
     def make_query(self, state: Tensor) -> Tensor:
-        """(..., query_size), decoder states -> (..., A), the queries that are compared with the keys."""
+        """The projected queries, (..., A), of decoder states, (..., query_size)."""
         projection = self.query_projection
         return state if projection is None else projection(state)
 
     def query_factor(self) -> Tensor | float | None:
-        """The number that multiplies a query; None for 1."""
+        """A factor of the query; None for 1."""
         return None
 
     def query_eps(self) -> float | None:
-        """None, or a query is divided by its length first; one that is not longer than this counts as zero."""
+        """If not None, queries are normalised to length 1; those with a norm of at most this count as zero."""
         return None
 
     def memory(
@@ -106,14 +105,14 @@ class AttentionModule(nn.Module):
         mask: Tensor | None = None,
         memory_offsets: Tensor | None = None,
     ) -> Memory:
-        """Makes of the encoder outputs what each step reads, once per sentence.
+        """Projects the encoder outputs once per sentence; each decoding step reads the result.
 
-        memory: (B, Tk, memory_size), encoder outputs. Without padding: a jagged tensor (B, j, memory_size), a
-            ``PackedSequence``, or (N, memory_size) with ``memory_offsets``. The memory is then packed, which the
-            backends "cpu" and "triton" take; for others, and mechanisms with a step of their own, it is padded, once.
+        memory: (B, Tk, memory_size), encoder outputs. Or without padding: a jagged tensor (B, j, memory_size), a
+            ``PackedSequence``, or (N, memory_size) with ``memory_offsets``. The result is then a packed memory if the
+            backend ("cpu" or "triton") and the mechanism support it; else it is padded here, once.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
-        memory_offsets: (B + 1,) int32 or int64, where each sentence begins, as of :class:`attn_kernels.Memory`.
+        memory_offsets: (B + 1,) int32 or int64, where each sentence begins, as in :class:`attn_kernels.Memory`.
         """
         if memory_offsets is not None or is_packed(memory):
             name, others = f"{self._name}.memory", {"memory_lengths": memory_lengths, "mask": mask}
@@ -132,7 +131,7 @@ class AttentionModule(nn.Module):
         values = Memory(memory, memory, memory_lengths, mask).values  # checks lengths and mask, used below
         allowed = attention_mask(values, memory_lengths, mask)
         if allowed is not None:
-            # The functions skip padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
+            # The ops ignore padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             values = values.masked_fill(~allowed.any(1)[..., None], 0.0)
         made = Memory(self._keys(values), values, memory_lengths, mask)
         return made if allowed is None else made.with_zero_padding()

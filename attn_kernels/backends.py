@@ -1,4 +1,4 @@
-"""What can compute the ops here, why the rest cannot, and how one is chosen."""
+"""Backends: which of them can run here, why the others cannot, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NAMES = ("cuda", "triton", "cpu", "reference")  # fastest first
 
 
 class Backend(NamedTuple):
-    """One line of ``backends()``.
+    """A backend and its availability.
 
-    name: what ``backend=`` takes. available: whether it can run here. detail: what it runs on, or why it cannot run.
+    name: the value for ``backend=``. available: whether it can run here. detail: what it runs on, or why it cannot run.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Backend(NamedTuple):
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name, fastest first, with what it runs on or the reason why it cannot run here."""
+    """All backends by name, fastest first, with what each runs on or why it cannot run here."""
     return {name: Backend(name, *_PROBES[name]()) for name in NAMES}
 
 
 def choose(backend: str | None, device_type: str) -> str:
-    """The backend that computes on tensors of ``device_type``: the named one, or the fastest that can.
+    """The backend for tensors of ``device_type``: the named one, or the fastest that can run.
 
-    Raises ValueError, with the reason, where a named backend cannot: it is never replaced by another.
+    Raises ValueError with the reason if a named backend cannot run: it is never replaced by another.
     """
     if backend is not None and not isinstance(backend, str):
         raise ArgumentTypeError(_unknown(backend))
@@ -44,13 +44,13 @@ def choose(backend: str | None, device_type: str) -> str:
     return chosen
 
 
-# torch.compile is to call it and take the result for a constant. This is all that torch.compiler.assume_constant_result
-# does, and that function imports the whole compiler: 2.5 seconds, for everyone who imports this package.
+# torch.compile calls it while tracing and treats the result as a constant. torch.compiler.assume_constant_result does
+# just this, but imports the whole compiler: 2.5 seconds for everyone who imports this package.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_among(able: tuple[str, ...], backend: str | None, device_type: str) -> str | None:
-    """As ``choose``, for a call that has kernels in the backends ``able`` alone; None where none of them is chosen."""
+    """As ``choose``, for a call that only the backends ``able`` (and "reference") have; None if none of them fits."""
     chosen = choose(backend, device_type)
     if chosen in able or chosen == "reference":
         return chosen
@@ -91,7 +91,7 @@ def _unknown(backend: object) -> str:
 
 
 def _refusal(name: str, device_type: str) -> str | None:
-    """Why a backend cannot compute on tensors of this device type; None if it can."""
+    """Why a backend cannot run on tensors of this device type; None if it can."""
     devices = {"cuda": ("cpu",) if emulated() else ("cuda",), "triton": _triton_devices(), "cpu": ("cpu",)}
     if name != "reference" and device_type not in devices[name]:
         available, detail = _PROBES[name]()
@@ -106,7 +106,7 @@ def _refusal(name: str, device_type: str) -> str | None:
 
 
 def _load_compiled(name: str, missing: str) -> tuple[ModuleType | None, str]:
-    """A compiled module of this package, or why there is none; ``missing``: what to say where it was not built."""
+    """A compiled module of this package, or why it cannot be loaded. missing: the advice if it was not built."""
     try:
         return importlib.import_module(f".{name}", __package__), ""
     except ModuleNotFoundError as error:
@@ -142,12 +142,12 @@ def _probe_cpu() -> tuple[bool, str]:
 
 
 def _triton_devices() -> tuple[str, ...]:
-    """Where Triton kernels run: in the interpreter also on the CPU, slowly, for tests."""
+    """The devices that Triton kernels run on; with the interpreter, which is slow and for tests, also the CPU."""
     return ("cuda", "xpu", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
 
 
 def _load_triton() -> str | None:
-    """Imports the Triton kernels, which registers them; the reason where that fails."""
+    """Imports the Triton kernels, which registers them. Returns the reason if that fails, else None."""
     try:
         importlib.import_module(".triton", __package__)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""The checks of arguments and their words: what is expected and what was got.
+"""Checks of arguments, with readable messages: what was expected, and what was got.
 
-Each reads sizes and dtypes only, so that none of them waits for a device or breaks a graph. The compiled backends check
-shapes and dtypes (and lengths, on the CPU) themselves, in a tenth of the time: for them, these run only after something
-was refused, to say what.
+They read only sizes and dtypes, so that they never wait for a device or break a graph. The compiled backends check
+shapes and dtypes (and lengths, on the CPU) themselves, ten times as fast. For them, these checks run only after an
+error, to produce its message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INFINITY = float("inf")
 
 
 def as_number(name: str, given: object, argument: str = "scale") -> float:
-    """What is given as a number of Python, of those of numpy, too."""
+    """Checks that a number, which may be NumPy's, is finite, and returns it as a Python number."""
     number = float(given) if isinstance(given, Real) else given
     check_scale(name, number, argument)
     return number  # type: ignore[return-value]
@@ -35,7 +35,7 @@ def check_scale(name: str, scale: object, argument: str = "scale") -> None:
 
 
 def check_clip(name: str, clip: object) -> float | None:
-    """C of C tanh(score) as a number of Python; None for scores as they are."""
+    """C of C tanh(score) as a Python number; None for no clipping."""
     if clip is None:
         return None
     number = as_number(name, clip, "clip")
@@ -45,7 +45,7 @@ def check_clip(name: str, clip: object) -> float | None:
 
 
 def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool = False) -> int:
-    """A size, a count or a number of steps as an int of Python; numpy has its own. odd: it has to have a middle."""
+    """A size or a count as a Python int; NumPy integers are accepted. odd: it must be odd."""
     if not isinstance(size, Integral) or size < least or (odd and size % 2 == 0):
         integer = "an odd positive integer" if odd else "a positive integer"
         expected = integer if least == 1 else f"an integer of at least {least}"
@@ -54,7 +54,7 @@ def check_size(name: str, argument: str, size: object, least: int = 1, odd: bool
 
 
 def check_activation(name: str, activation: str, negative_slope: object) -> tuple[int, float]:
-    """The place of the activation in ACTIVATIONS, and the slope of leaky_relu; 0 for the others."""
+    """The index of the activation in ACTIVATIONS, and the slope of leaky_relu; 0 for the others."""
     if activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS[:-1]))
         raise ArgumentValueError(f"{name}: activation must be {names} or {ACTIVATIONS[-1]!r}, got {activation!r}")

@@ -1,7 +1,7 @@
-"""``torch.compile(model, backend="attn_kernels")``: attention by this package's ops, all else by inductor.
+"""``torch.compile(model, backend="attn_kernels")``: attention runs on this package's ops, the rest on Inductor.
 
-For those who compile their models themselves; without torch.compile see :func:`attn_kernels.fuse`. A graph is compared
-with the original in its first call, as there. Where they differ, the original runs uncompiled, with a warning.
+It is for users who compile their models; without torch.compile see :func:`attn_kernels.fuse`. As there, the first call
+of a graph is compared with the original. If the results differ, the original runs uncompiled, with a warning.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .graph.capture import Graph
 def attn_kernels_backend(
     graph_module: torch.fx.GraphModule, example_inputs: list[Tensor], **options: Any
 ) -> Callable[..., Any]:
-    """A backend of torch.compile: ``options`` are those of inductor.
+    """A backend of torch.compile: ``options`` are those of Inductor.
 
-    Scores with a mask are computed by the op, and their softmax by inductor: whether a row has nothing to attend, which
-    the original answers in its own way, is not known while a graph is compiled.
+    With a mask, the op computes only the scores, and Inductor their softmax: models differ in their result for a row
+    with nothing to attend, and a graph is compiled before it is known whether there is one.
     """
     from torch._inductor.compile_fx import compile_fx
 
@@ -37,7 +37,7 @@ def attn_kernels_backend(
 
 
 class _Checked:
-    """A compiled graph that is compared with the original in its first call."""
+    """A compiled graph whose first call is compared with the original."""
 
     def __init__(self, graph: Graph, compiled: Callable[..., Any]) -> None:
         self._graph, self._compiled, self._is_checked = graph, compiled, False

@@ -90,7 +90,7 @@ def rules(
             ctx.set_materialize_grads(False)
             ctx.single = isinstance(output, Tensor)
             save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
-            # What forward mode reads as ctx.saved_tensors: as above, but for the alignments, which it does not need.
+            # jvp reads these as ctx.saved_tensors: as above, without the alignments, which it does not need.
             ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
             if not formula.differentiable:
                 ctx.mark_non_differentiable(output)
@@ -109,7 +109,7 @@ def rules(
                 return torch.vmap(lambda *arguments: apply_formula(op, arguments), in_dims)(*arguments), 0
             first = [x if axis is None else x.movedim(axis, 0) for x, axis in zip(arguments, in_dims, strict=True)]
             mapped = [axis is not None for axis in in_dims]
-            # As a part of B, elements that share a seed would have other weights than with a call for each.
+            # If the mapped axis were folded into B, dropout would differ from that of a call per element.
             drops = formula.seed is not None and arguments[formula.seed] is not None
             if drops or formula.shared is None or any(mapped[i] for i in formula.shared):
                 parts = [apply(*(x[i] if m else x for x, m in zip(first, mapped, strict=True))) for i in range(n)]

@@ -180,7 +180,7 @@ class _Dot(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What every rank has the same of, besides tensors."""
+    """The options of a call that are the same on every rank."""
 
     form: _Additive | _Dot
     group: dist.ProcessGroup | None
@@ -282,7 +282,7 @@ def _forward(
 
     tops, sums = parts[..., :1], parts[..., 1:]
     factors = torch.exp(tops - tops.amax(0))  # NaN where no rank has a score above -Inf
-    # Left out, whatever their sums are: ranks with nothing to attend, and with -Inf where others have more.
+    # Ranks with nothing to attend, or with a maximum of -Inf where others have more, are left out.
     counted = (factors != 0) & (sums[..., :1] != 0)
     joined = torch.where(counted, factors * sums, 0.0).sum(0)
     total, context = joined[..., :1], joined[..., 1:]

@@ -1,6 +1,6 @@
-"""Every op as a formula in plain PyTorch, with the arguments and results of its schema, and the derivatives of these.
+"""Every op as a formula in plain PyTorch, with the arguments and results of its schema, and its derivatives.
 
-The formulas are those of the reference. ``FORMULAS``, at the end, has a row for each op, and one for its gradients.
+The formulas call the reference. ``FORMULAS``, at the end, has a row for each op and one for its backward.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from .types import NORMALIZERS
 class Formula(NamedTuple):
     """An op in plain PyTorch, with the arguments and results of its schema.
 
-    differentiable: the positions of the arguments that have a derivative. shared: of those without an axis B; None
-    where results are sums over the rows of the batch. numbers: where those that are no tensors start and end. flags:
-    how many of the last arguments are none, either. memory: how many of the differentiable arguments are keys and
-    values, from position 1 on. results: 1, or of an attention, whose last argument says if alignments are returned, 2
-    or 3; the backward needs all but the first. addend: the position of what is added to the keys, after all others that
-    are differentiable; the gradient of the sum is that of both. seed: the position of that of dropout.
+    differentiable: positions of the arguments that have a derivative.
+    shared: positions of the arguments without a batch axis; None if results are sums over the batch.
+    numbers: start and end of the arguments that are not tensors.
+    flags: how many of the last arguments are not tensors.
+    memory: how many differentiable arguments are keys and values; they start at position 1.
+    results: number of results: 1, or 2 or 3 for an attention, whose last argument is need_alignments. The backward
+        needs all but the first.
+    addend: position of the tensor that is added to the keys, the last differentiable one. The gradient of the sum is
+        that of both.
+    seed: position of the seed of dropout.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -40,7 +44,7 @@ class Formula(NamedTuple):
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Which gradients the backward is asked for together, by a flag each; see ops.py."""
+        """Positions of the arguments whose gradients share a ``need_...`` flag of the backward; see ops.py."""
         others = tuple(i for i in self.differentiable if not 1 <= i <= self.memory and i != self.addend)
         if self.addend is None:
             return others, tuple(range(1, 1 + self.memory))
@@ -51,14 +55,14 @@ class Formula(NamedTuple):
         return (*arguments[:start], *arguments[stop : len(arguments) - self.flags]) if stop else arguments
 
     def save(self, ctx: Any, arguments: tuple[Any, ...]) -> None:
-        """Of an op's node in the graph: what its derivatives need."""
+        """Saves the arguments for the derivatives in a node of autograd's graph."""
         start, stop = self.numbers
         if stop:
             ctx.numbers, ctx.flags = arguments[start:stop], arguments[len(arguments) - self.flags :]
         ctx.save_for_backward(*self.tensors(arguments))
 
     def saved(self, ctx: Any) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors  # read once: checkpointing computes what is saved anew for each read
+        tensors = ctx.saved_tensors  # read once: with checkpointing, each read recomputes them
         start, stop = self.numbers
         return (*tensors[:start], *ctx.numbers, *tensors[start:], *ctx.flags) if stop else tensors
 
@@ -66,7 +70,7 @@ class Formula(NamedTuple):
 def pull_back(
     formula: Formula, arguments: Sequence[Any], grads: Sequence[Tensor | None], wanted: Sequence[int]
 ) -> list[Tensor | None]:
-    """Gradients of the arguments at ``wanted``, from those of the results (None: 0); None for an argument of None."""
+    """VJP: gradients of the arguments at ``wanted`` from those of the results (None: 0); None where absent."""
     function, positions, primals = _of_tensors(formula, arguments, wanted)
     results, pull = torch.func.vjp(function, *primals)[:2]
     pairs = zip(results, grads, strict=True)
@@ -76,25 +80,24 @@ def pull_back(
 
 
 def push_forward(formula: Formula, arguments: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Tangents of the results, from those of the arguments (None: 0).
+    """JVP: tangents of the results from those of the arguments (None: 0).
 
-    ``pull`` below is linear, and its transpose is the derivative in forward mode: ``torch.func.jvp`` would refuse to
-    run in a ``dual_level`` of the caller.
+    It is the transpose of ``pull``, which is linear: ``torch.func.jvp`` cannot run inside the caller's ``dual_level``.
     """
     given = [i for i in formula.differentiable if tangents[i] is not None]
     function, positions, primals = _of_tensors(formula, arguments, given)
     results, pull = torch.func.vjp(function, *primals)[:2]
     push = torch.func.vjp(pull, tuple(map(torch.zeros_like, results)))[1]
-    # In the layout that kernels write: where a result is a view of a larger tensor, autograd takes no other.
+    # Contiguous, as kernels write their results: autograd requires that layout if a result is a view.
     return tuple(tangent.contiguous() for tangent in push(tuple(tangents[i] for i in positions))[0])
 
 
 def _of_tensors(
     formula: Formula, arguments: Sequence[Any], wanted: Sequence[int]
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[int], list[Tensor]]:
-    """The formula as a function of the arguments at ``wanted`` that are not None; their positions; and they."""
+    """The formula as a function of the arguments at ``wanted`` that are not None, their positions and their values."""
     positions = [i for i in wanted if arguments[i] is not None]
-    # What a transform saved that has ended since, dispatched ops unwrap themselves, and torch.func.vjp does not.
+    # Tensors saved under a transform that has ended are dead wrappers. Dispatched ops unwrap them, torch.func.vjp not.
     arguments = unwrap_dead_wrappers(tuple(arguments))
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -145,10 +148,10 @@ def _dot_attention(*arguments: Any) -> Any:
 
 
 def _backward(formula: Formula) -> Formula:
-    """The gradients of a formula's differentiable arguments, in order; (0,) for those that are not needed.
+    """The backward of a formula: gradients of its differentiable arguments, in order; (0,) if not needed.
 
-    Arguments: the gradients of the results, the arguments of the formula (of an attention with its results but the
-    context in place of the last one), and which groups of gradients are needed. There is none of an addend of the keys.
+    Arguments: the gradients of the results; the arguments of the formula (for an attention, its results except the
+    context replace the last one); a flag for each group of gradients. An addend of the keys has no gradient here.
     """
     results, groups = formula.results, formula.groups
     returned = [i for i in formula.differentiable if i != formula.addend]
@@ -183,8 +186,8 @@ _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 
 def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable[[Any], dict[str, Any]]) -> Formula:
     """The formula of an attention with options.
 
-    function: of the reference. tensors: of the score, after query, keys and values. numbers: for each number of the
-    score, what makes keywords of the function of it.
+    function: of the reference. tensors: number of the score's tensors, after query, keys and values. numbers: for each
+    number of the score, a function that turns it into keyword arguments.
     """
 
     def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
@@ -208,7 +211,7 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
 
 
 def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[float], dict[str, Any]]) -> Formula:
-    """The formula of an attention over packed keys and values. Arguments as of ``_with_options``."""
+    """The formula of an attention over packed keys and values. Arguments as for ``_with_options``."""
 
     def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, (*given, max_length, offsets, _) = others[:tensors], others[tensors:]
@@ -223,7 +226,7 @@ def _packed(function: Callable[..., Any], tensors: int, *numbers: Callable[[floa
     return Formula(
         formula,
         differentiable=tuple(range(first)),
-        shared=None,  # where sentences lie differs from one element of a mapped axis to the next
+        shared=None,  # offsets may differ between the elements of a mapped axis
         numbers=(first, first + len(numbers) + 1),
         flags=0,
         memory=2,
@@ -266,6 +269,6 @@ FORMULAS = {
 
 
 def apply_formula(op: str, arguments: Sequence[Any]) -> Any:
-    """The results of an op by its formula."""
+    """Runs the formula of an op."""
     results = FORMULAS[op].function(*arguments)
     return results if len(results) > 1 else results[0]

@@ -1,9 +1,9 @@
-"""Products with a weight, x @ weight.t(), by the faster one of the two libraries that PyTorch has on a CPU.
+"""Matrix products with a weight, x @ weight.t(), by MKL or oneDNN, whichever is faster on this CPU.
 
-``torch.mm`` multiplies float32 matrices with MKL, which uses no AVX-512 on processors of AMD. oneDNN does: on Zen 5 it
-reaches 250 GFLOP/s a core, MKL 110. On Zen 4, where AVX-512 is no faster than AVX2, only weights in oneDNN's own layout
-gain. The operators are private to PyTorch; they are the ones that torch.compile calls, and where one is missing
-``torch.mm`` is used. This file has no purpose any more once ``torch.mm`` itself takes oneDNN on these processors.
+``torch.mm`` multiplies float32 matrices with MKL, which does not use AVX-512 on AMD processors. oneDNN does: on Zen 5
+it reaches 250 GFLOP/s per core, MKL 110. On Zen 4, where AVX-512 is no faster than AVX2, oneDNN is faster only with
+weights in its packed layout. The operators used here are private to PyTorch (torch.compile calls them); if one is
+missing, ``torch.mm`` is used. This file becomes obsolete when ``torch.mm`` itself uses oneDNN on these processors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_MIN_WORK = 1 << 21  # multiply-adds: from here oneDNN is 1.4 times as fast on Zen 5; at half of it, equally fast
+_MIN_WORK = 1 << 21  # multiply-adds from which oneDNN is 1.4 times as fast on Zen 5; with half as many it is equal
 _MIN_ROWS = 4
-_MIN_STEPS = 12  # so many products make up for packing a weight
+_MIN_STEPS = 12  # number of products that make up for packing a weight
 _LARGE_WEIGHT = 1 << 22  # elements: packing takes longer than the rest of a decoding step
 _BLOCK_ROWS = (512, 128, 32)
 _ROUNDED_ROWS = 64
@@ -31,9 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` for many rows whose number differs from call to call, such as all steps of ragged sentences.
+    """``linear`` for many rows whose number differs between calls, such as all steps of ragged sentences.
 
-    Where oneDNN multiplies, the number is rounded up, so that few codes are compiled: see ``weight_gradient``.
+    For oneDNN the number of rows is rounded up, so that it JIT-compiles few kernels: see ``weight_gradient``.
     """
     rows = x.shape[0]
     excess = -rows % _ROUNDED_ROWS
@@ -45,8 +45,8 @@ def linear_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def weight_gradient(x: Tensor, y: Tensor) -> Tensor:
     """x.t() @ y, without autograd: the gradient of a weight. x: (m, k). y: (m, n), any strides.
 
-    oneDNN compiles code for each number of rows m, in milliseconds, and m varies with the lengths of sentences. A few
-    fixed sizes of blocks avoid that, and are as fast: their copies stay in cache.
+    oneDNN JIT-compiles a kernel for each number of rows m, in milliseconds, and m varies with the lengths of sentences.
+    Blocks of a few fixed sizes avoid that and are as fast: their copies stay in cache.
     """
     total = None
     begin, rows = 0, x.shape[0]
@@ -62,7 +62,7 @@ def weight_gradient(x: Tensor, y: Tensor) -> Tensor:
 
 
 def prefers_onednn(rows: int, x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` of so many rows takes oneDNN. x: for its dtype and device."""
+    """Whether ``linear`` with this number of rows uses oneDNN. x: for its dtype and device."""
     is_large = rows >= _MIN_ROWS and rows * weight.numel() >= _MIN_WORK
     return is_large and _supports(x, weight) and _has_wide_vectors()
 
@@ -72,13 +72,13 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 class Budget:
-    """The memory that copies of weights may still take, in bytes."""
+    """A budget of memory for copies of weights, in bytes."""
 
     def __init__(self, size: int) -> None:
         self.left: int = size
 
     def take(self, size: int) -> bool:
-        """Takes ``size`` bytes if so many are left. Returns whether they were."""
+        """Takes ``size`` bytes from the budget and returns True, or returns False if fewer are left."""
         if size > self.left:
             return False
         self.left -= size
@@ -86,17 +86,17 @@ class Budget:
 
 
 class PackedLinear:
-    """x @ weight.t() for the x of many steps, with the weight in oneDNN's packed layout where that is faster.
+    """x @ weight.t() in many steps, with the weight in oneDNN's packed layout if that is faster.
 
-    At 4 to 64 rows on Zen 4 it is faster than ``linear`` by a sixth, and than MKL by a fifth to a third; at 2 and 3
-    rows MKL reads the weight once for each. Packing costs as much as a few steps gain.
+    With 4 to 64 rows on Zen 4 it is faster than ``linear`` by a sixth, and than MKL by a fifth to a third; with 2 and 3
+    rows MKL reads the weight once per row. Packing costs as much time as a few steps save.
 
     Args:
         weight: (n, k).
-        rows: of x, about.
-        steps: the number of products, or the most.
-        budget: of a search, which may end early: a large weight is packed after as many steps as make up for that, and
-            every weight only if the budget has the bytes.
+        rows: approximate number of rows of x.
+        steps: the number of products, or an upper bound.
+        budget: of a search. Weights are packed only if the budget suffices, and a large weight only after as many steps
+            as make up for packing it, because a search may end early.
     """
 
     def __init__(self, weight: Tensor, rows: int, steps: int, budget: Budget | None = None) -> None:
@@ -126,7 +126,7 @@ class PackedLinear:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # with other strides oneDNN is a thousand times as slow
+        weight = weight.contiguous()  # with other strides oneDNN is a thousand times slower
     return _call(x, weight, bias)
 
 
@@ -136,7 +136,7 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _supports(*tensors: Tensor) -> bool:
-    """Whether oneDNN computes with these tensors here, and the user has not turned it off."""
+    """Whether oneDNN supports these tensors and is not disabled by the user."""
     if not all(x.is_cpu and x.dtype == torch.float32 for x in tensors):
         return False
     return bool(torch.backends.mkldnn.enabled) and _has_operators()
@@ -150,7 +150,7 @@ def _has_operators() -> bool:
 
 @functools.cache
 def _has_wide_vectors() -> bool:
-    """Whether this is a CPU of AMD whose AVX-512 is twice as fast as its AVX2: Zen 5, family 26, or later."""
+    """Whether this is an AMD CPU whose AVX-512 is twice as fast as its AVX2: Zen 5 (family 26) or later."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux

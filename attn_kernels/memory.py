@@ -1,4 +1,4 @@
-"""Memory: what the attention modules make of a sentence once, and every decoding step then reads."""
+"""Memory: the projected encoder outputs, made once per batch of sentences and read by every decoding step."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from .packed_memory import PackedMemory, check_memory, check_offsets, refuse
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Projected memory of a batch: an explicit value that each decoding step is given, not state of a module.
+    """Projected memory of a batch. It is passed to each decoding step explicitly; modules do not store it.
 
     It is a pytree of its tensors: ``torch.compile`` and ``torch.export`` take it as an argument and as a result. It
-    holds nothing derived from them, such as what :func:`attn_kernels.prepare_keys` makes of keys: so steps are right
-    after any write to its tensors, and with a copy that has others in their place. But the largest length is read once,
-    until offsets are written to; on a GPU nobody sees what writes to those that are inference tensors.
+    caches nothing derived from its tensors, such as the result of :func:`attn_kernels.prepare_keys`, so that steps stay
+    correct if a tensor is modified in place or replaced in a copy. There is one exception: the largest length of a
+    packed memory is read once, until its offsets are modified. On a GPU, writes to inference tensors are not noticed.
 
-    keys: (B, Tk, A), projected memory, in the form that the module which made it compares with its query.
-    values: (B, Tk, D), what is averaged; on the device of ``keys``. Under autocast its dtype may be another.
+    keys: (B, Tk, A), projected memory, as the module that made it compares it with its query.
+    values: (B, Tk, D), averaged to the context; on the device of ``keys``. Under autocast the dtypes may differ.
     memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
     mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow it.
     memory_offsets: (B + 1,) int32 or int64. With them the memory is packed: keys (N, A) and values (N, D) hold the
         steps of all sentences one after the other, without padding, and neither lengths nor a mask belong to it.
         Sentence b has steps ``memory_offsets[b]`` to ``memory_offsets[b + 1] - 1``.
-    max_length: of a packed memory, the number of columns of its alignments, at least the largest length; None: that.
+    max_length: of a packed memory, the number of columns of its alignments, at least the largest length; None for the
+        largest length.
 
     Raises:
-        ValueError: a shape or device does not fit. TypeError: a dtype or type does not. Whether lengths are
-        within 0..Tk, and offsets rise from 0 to N, is for each step to check, and what holds no tensor at all, as trees
-        may.
+        ValueError: a shape or device does not fit. TypeError: a dtype or type does not. Each step checks that lengths
+        are within 0..Tk and that offsets rise from 0 to N. A memory without any tensor, which pytree functions may
+        make, is not checked.
     """
 
     keys: Tensor
@@ -52,7 +53,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         if not any(isinstance(field, Tensor) for field in self._tensors()):
-            return  # a tree of something else, made by tree_map, as torch.utils.checkpoint of torch 2.10 does
+            return  # a pytree of other objects, as torch.utils.checkpoint of torch 2.10 makes with tree_map
         for argument, expected, tensor in (("keys", "(B, Tk, A)", self.keys), ("values", "(B, Tk, D)", self.values)):
             check_tensor("Memory", argument, tensor)
             check_device("Memory", argument, tensor, keys=self.keys)
@@ -82,16 +83,16 @@ class Memory:
         return (self.keys if self.memory_offsets is None else self.memory_offsets[1:]).shape[0]
 
     def _packed(self) -> PackedMemory:
-        """What the functions take of a packed memory."""
+        """The fields of a packed memory, as the functions take them."""
         assert self.memory_offsets is not None
         return PackedMemory(self.keys, self.values, self.memory_offsets, self.max_length)
 
     def padded(self) -> Memory:
-        """This memory; of a packed one, a padded copy with ``memory_lengths``, for what takes no packed memory.
+        """This memory; if it is packed, a padded copy with ``memory_lengths``.
 
-        On a GPU it waits for the largest length, unless there is a ``max_length``.
+        On a GPU this waits for the largest length, unless there is a ``max_length``.
 
-        Raises ValueError where offsets do not rise from 0 to N.
+        Raises ValueError if offsets do not rise from 0 to N.
         """
         if self.memory_offsets is None:
             return self
@@ -103,7 +104,7 @@ class Memory:
         return Memory(keys, values, packing.lengths(offsets)).with_zero_padding()
 
     def _longest(self) -> int:
-        """The largest length of a packed memory, read once: on a GPU it is waited for."""
+        """The largest length of a packed memory. It is cached, because reading it from a GPU waits for the device."""
         offsets = self.memory_offsets
         assert offsets is not None
         if not packing.is_readable(offsets) or (offsets.is_cpu and offsets.is_inference()):
@@ -112,7 +113,7 @@ class Memory:
         known: tuple[int | None, int] | None = self.__dict__.get("_known_longest")
         if known is None or known[0] != version:
             known = version, packing.longest(offsets)
-            object.__setattr__(self, "_known_longest", known)  # no field: copies read their own
+            object.__setattr__(self, "_known_longest", known)  # not a field, so that copies do not inherit it
         return known[1]
 
     def gradient(self) -> MemoryGradient:
@@ -120,27 +121,27 @@ class Memory:
         gradient: MemoryGradient | None = self.__dict__.get("_gradient")
         if gradient is None or not gradient.is_current_for(self.keys, self.values):
             gradient = MemoryGradient(self.keys, self.values)
-            object.__setattr__(self, "_gradient", gradient)  # no field: copies make their own
+            object.__setattr__(self, "_gradient", gradient)  # not a field, so that copies do not inherit it
         return gradient
 
     def meeting(self) -> MemoryGradient:
-        """The earlier name of ``gradient``; it goes with the next version."""
+        """The earlier name of ``gradient``; the next version removes it."""
         warn("Memory.meeting", "Memory.gradient")
         return self.gradient()
 
     def with_zero_padding(self) -> Memory:
-        """This memory, of which the caller knows that values are 0 where no query may attend them, and keys finite."""
+        """Marks padding as clean and returns this memory: the caller guarantees zero values and finite keys there."""
         if not is_compiling() and not self.keys.is_inference() and not self.values.is_inference():
-            object.__setattr__(self, "_zero_padding", self._versions())  # no field: copies do not know it
+            object.__setattr__(self, "_zero_padding", self._versions())  # not a field, so that copies do not inherit it
         return self
 
     def has_zero_padding(self) -> bool:
-        """Whether that is known, and no tensor was written to since: products need not leave out padding then.
+        """Whether ``with_zero_padding`` was called and no tensor was modified since.
 
-        Leaving it out is a copy of keys and values in each step. In graphs, which may be run with other tensors, it is
-        never known, nor of inference tensors, whose writes nobody counts.
+        Products can then skip masking, which copies keys and values in each step. Always False in traced graphs, which
+        may run with other tensors, and for inference tensors, which have no version counter.
         """
-        if is_compiling() or torch._C._is_tracing():  # a compiled program would count the writes in each call
+        if is_compiling() or torch._C._is_tracing():  # a compiled program would compare the versions in each call
             return False
         known = self.__dict__.get("_zero_padding")
         return known is not None and known == self._versions()
@@ -156,9 +157,9 @@ class Memory:
         return {name: x for name, x in self.__dict__.items() if name not in derived}
 
     def select(self, indices: Tensor) -> Memory:
-        """The rows (sentences) at ``indices``, in that order: to leave out finished ones, or to re-order the batch.
+        """The rows (sentences) at ``indices``, in that order, to drop finished sentences or to re-order the batch.
 
-        indices: (n,) int32 or int64, each in 0..B-1, a row as often as wanted; or (B,) bool, True for the rows to keep.
+        indices: (n,) int32 or int64, each in 0..B-1, repeats allowed; or (B,) bool, True for the rows to keep.
         """
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64, torch.bool):
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -185,7 +186,7 @@ class Memory:
         return selected.with_zero_padding() if self.has_zero_padding() else selected
 
     def to(self, *args: Any, **kwargs: Any) -> Memory:
-        """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
+        """A copy on another device or with another floating-point dtype; arguments as for ``Tensor.to``."""
         keys = self.keys.to(*args, **kwargs)
         move = {"device": keys.device, "non_blocking": kwargs.get("non_blocking", False)}
         others = (self.memory_lengths, self.mask, self.memory_offsets)
@@ -194,7 +195,7 @@ class Memory:
 
 
 def padded(memory: Any) -> Any:
-    """``Memory.padded``; what is no Memory, as decoders with attentions of their own have it, stays as it is."""
+    """``Memory.padded``; an object of another type, from a custom attention, is returned unchanged."""
     return memory.padded() if isinstance(memory, Memory) else memory
 
 
@@ -202,10 +203,10 @@ torch.export.register_dataclass(Memory, serialized_type_name=f"{__package__}.Mem
 
 
 class PreparedMemory(Memory):
-    """A memory with ``prepared``, which :func:`attn_kernels.prepare_keys` made of its keys, for additive attention.
+    """A memory with ``prepared``, the result of :func:`attn_kernels.prepare_keys` for its keys, for additive attention.
 
-    It is for many steps within one call of this package, such as a search: no code of others has it, which could write
-    to the keys. Whatever is made of it but by ``select`` is without ``prepared``.
+    It is used only inside one call of this package, such as a search, where no other code can modify the keys. Copies
+    lose ``prepared``, except those made by ``select``.
     """
 
     @classmethod

@@ -1,23 +1,21 @@
-"""The gradient of a memory, deferred: made once for all steps that read it, and not by each of them.
+"""The deferred gradient of a memory: computed once for all steps that read it, not in each of them.
 
-The backward of a decoding step that makes gradients of keys and values writes, and autograd then adds up, two arrays as
-large as the memory; over the steps of a sentence that takes most of the time of training. Here the backward of a step
-makes the gradients of its query and of v and bias only, and leaves its query, alignments and their gradients with the
-memory; after the last step, the many-query backward makes the gradients of keys and values from all of them at once.
+If every decoding step computes gradients of keys and values, it writes two arrays as large as the memory, which
+autograd then adds up. Over the steps of a sentence that dominates training time. Here the backward of a step computes
+only the gradients of its query, v and bias, and records its query, alignments and their gradients. After the last step,
+one many-query backward computes the gradients of keys and values from all records.
 
-To autograd the memory is a node, ``_MemoryGradientNode``: keys and values enter it, an empty tensor, the anchor, leaves
-it. Every step takes the anchor as an input, so autograd runs the node after all steps that are part of a backward pass,
-and only where the pass needs a gradient beyond it. The node saves no tensors: what a pass needs it gets from the steps,
-which save and release theirs as each would by itself. So retained graphs, several losses and steps that are never
-differentiated behave as without it.
+In autograd's graph the memory is a node, ``_MemoryGradientNode``. Its inputs are keys and values, its output is an
+empty tensor, the anchor. Every step takes the anchor as an input. So autograd runs the node after all steps of a
+backward pass, and only if the pass needs a gradient beyond it. The node saves no tensors: the steps do, and release
+them as they would without it. So retained graphs, several losses and steps that are never differentiated behave as
+usual.
 
-The records of the steps belong to the backward pass (autograd's "graph task") that they ran in, by its number, and only
-the engine holds them: they are freed with the pass, whether that ends or is aborted, and passes that are nested or run
-in other threads do not see each other.
+Records are stored per backward pass, by the number of its graph task, and only the engine holds a reference: they are
+freed when the pass ends or is aborted. Nested passes and passes in other threads do not see each other's records.
 
-A step that adds something of its own to the keys (``extra``: location features) makes the gradient of the sum in its
-backward, since that of the extra is the same: it is added to those of the steps before, and only the gradient of the
-values is left to the end.
+A step with its own addend of the keys (``extra``: location features) computes the gradient of the sum in its backward,
+since it needs it for the extra. It is added to that of the earlier steps; only the gradient of the values is deferred.
 """
 
 from __future__ import annotations
@@ -37,17 +35,17 @@ from torch.compiler import is_compiling
 from . import ops
 from .scores import PackedScore, Score
 
-_MAX_QUERIES = 8  # of a step, exclusive: with more, its own backward is the many-query one
-# Bytes of keys and values. How many times as fast as a gradient from each step, over the backward of 20 to 50 steps of
-# one query on one thread of a CPU, additive / dot: 0.9 / 0.9 at 80 KB, 1.0 / 1.0 at 200 KB, 1.2 / 1.5 at 400 KB, 3 / 4
-# at 13 MB. Four steps gain; a single one takes longer.
+_MAX_QUERIES = 8  # exclusive: from here on, the backward of a single step is the many-query one
+# Bytes of keys and values. Speed-up over a gradient in each step, for the backward of 20 to 50 steps of one query on
+# one CPU thread, additive / dot: 0.9 / 0.9 at 80 KB, 1.0 / 1.0 at 200 KB, 1.2 / 1.5 at 400 KB, 3 / 4 at 13 MB. Four
+# steps gain; a single one takes longer.
 _MIN_BYTES = 1 << 18
 
 
 def _untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """backward as ``torch.compiler.disable`` makes it: steps are kept for the pass, which is no part of a graph.
+    """backward wrapped by ``torch.compiler.disable``: the records of a pass cannot be part of a compiled graph.
 
-    Dynamo takes longer to import than torch: it is left alone until someone else has imported it.
+    Importing Dynamo takes longer than importing torch, so it is not wrapped before someone else has imported Dynamo.
     """
     disabled: list[Callable[..., Any]] = []
 
@@ -63,7 +61,7 @@ def _untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _StepRecord(NamedTuple):
-    """What a step leaves for the gradient of the memory: the arguments of its backward.
+    """The record of a step for the gradient of the memory: the arguments of its backward.
 
     grad_context: (B, Tq, D) or None. grad_alignments: (B, Tq, Tk) or None. query: (B, Tq, A). alignments: (B, Tq, Tk).
     masks: memory_lengths and mask; of a packed memory, its offsets.
@@ -80,9 +78,9 @@ class _StepRecord(NamedTuple):
     alignments: Tensor
 
     def backward(self, *needed: bool) -> tuple[Tensor, ...]:
-        """The gradients of query, keys, values and the score's own arguments; empty where they are not needed.
+        """The gradients of query, keys, values and the score's arguments; empty if not needed.
 
-        needed: the flags of the op, of the query and of the memory or, with an extra, of the keys and of the values.
+        needed: the flags of the op: need_query and need_memory or, with an extra, need_keys and need_values.
         """
         score, backend, *inputs, masks, alignments = self
         given = *inputs, *score, *masks, alignments
@@ -91,16 +89,16 @@ class _StepRecord(NamedTuple):
 
 
 class _PendingSteps(list[_StepRecord]):
-    """The steps of one backward pass so far. The engine holds it as a callback for the end of the pass.
+    """The recorded steps of one backward pass. The engine holds it as a callback for the end of the pass.
 
-    dkeys: the sum of the gradients of keys that steps made themselves, in float32 or wider.
+    dkeys: the sum of the gradients of keys that steps computed themselves, in float32 or wider.
     """
 
     dkeys: Tensor | None = None
 
     def add(self, dkeys: Tensor) -> None:
         if self.dkeys is None:
-            # A copy in any case: the step returns dkeys to autograd, too.
+            # Always a copy: the step also returns dkeys to autograd.
             self.dkeys = dkeys.to(torch.promote_types(dkeys.dtype, torch.float32), copy=True)
         elif torch.is_grad_enabled():
             self.dkeys = self.dkeys + dkeys
@@ -114,9 +112,8 @@ class _PendingSteps(list[_StepRecord]):
 class MemoryGradient:
     """Accumulates the gradients of all steps on one memory.
 
-    keys: (B, Tk, A), values: (B, Tk, D), or packed (N, A), (N, D).
-
-    The steps get them detached: their gradients flow through the anchor alone.
+    keys: (B, Tk, A), values: (B, Tk, D), or packed (N, A), (N, D). The steps read them detached: gradients flow only
+    through the anchor.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -130,10 +127,7 @@ class MemoryGradient:
         self.empty_grad: Tensor = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
 
     def is_current_for(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether keys and values still have the storage and the place in autograd's graph that they had.
-
-        What they hold may have been written to: both that and ``self.keys`` show it.
-        """
+        """Whether keys and values are still the same tensors, unmodified and at the same place in autograd's graph."""
         is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
         return (
             self._state == (*_state(keys), *_state(values))
@@ -148,9 +142,9 @@ class MemoryGradient:
         return torch._C._will_engine_execute_node(node)
 
     def record(self, step: _StepRecord, dkeys: Tensor | None = None) -> None:
-        """Called by the backward of a step, where the gradient of the memory is needed.
+        """Records a step. Its backward calls this if the gradient of the memory is needed.
 
-        dkeys: the gradient of the keys, where the step has made it.
+        dkeys: the gradient of the keys, if the step has computed it.
         """
         task = torch._C._current_graph_task_id()
         steps = self._passes.get(task)
@@ -169,13 +163,13 @@ class MemoryGradient:
         masks: tuple[Tensor | None, ...],
         need_alignments: bool,
     ) -> Any:
-        """The op of a score on the memory, by ``ops.call``. masks: as of a step's record."""
+        """Runs the op of a score on the memory. masks: as in a step's record."""
         given = self, self.anchor, type(score), backend, query, need_alignments
         return _StepFunction.apply(*given, *score, *masks)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether keys and values, which need a gradient, are large enough and the queries, (B, Tq, A), few enough."""
+    """Whether keys or values need a gradient and are large enough, and the queries, (B, Tq, A), few enough."""
     return (
         (keys.requires_grad or values.requires_grad)
         and query.shape[1] < _MAX_QUERIES
@@ -184,7 +178,7 @@ def is_worth_deferring(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 def should_defer(backend: str, inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> bool:
-    """Whether a step on a memory leaves the gradients of keys and values to be made later.
+    """Whether a step on a memory defers the gradients of keys and values.
 
     inputs: query, (B, Tq, A), keys, (B, Tk, A), values, (B, Tk, D), or packed ones, (N, *). mask: (B, Tk) or
     (B, Tq, Tk), which a step of several queries may not have.
@@ -202,7 +196,7 @@ def should_defer(backend: str, inputs: tuple[Tensor, Tensor, Tensor], mask: Tens
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    """Differs where a tensor was written to, got other storage, or began or ceased to need a gradient."""
+    """Changes if a tensor is modified, gets another storage or layout, or its requires_grad or grad_fn changes."""
     return x._version, x.requires_grad, x.grad_fn, x.storage_offset(), x.shape, x.stride()
 
 
@@ -239,7 +233,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
-    """Whether two steps can be queries of one call.
+    """Whether two steps can be combined as queries of one call.
 
     v may be recomputed in every step (weight normalisation): equal values in different tensors.
     """
@@ -252,12 +246,12 @@ def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
 
 
 def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor]:
-    """dkeys, dvalues of steps that score alike: those of one call with the queries of all.
+    """dkeys and dvalues of steps with equal scores: those of one call with the queries of all steps.
 
-    dkeys is None where the steps have made it.
+    dkeys is None if the steps have computed it themselves.
     """
     first, queries = steps[0], [step.query for step in steps]
-    # A mask is (B, 1, Tk) where it has three axes, and the same for every step.
+    # A mask with three axes is (B, 1, Tk) here, and the same for every step.
     masks = tuple(x if x is None or x.dim() < 3 else x.squeeze(1) for x in first.masks)
     joined = first._replace(
         grad_context=_join_gradients([step.grad_context for step in steps], queries, first.values.shape[-1]),
@@ -273,7 +267,7 @@ def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor]:
 
 
 def _join_gradients(gradients: list[Tensor | None], queries: list[Tensor], size: int) -> Tensor | None:
-    """(B, all Tq, size), with zeros for the queries whose output has no gradient; None where none has one."""
+    """(B, all Tq, size), with zeros for queries whose output has no gradient; None if none has one."""
     if all(gradient is None for gradient in gradients):
         return None
     pairs = zip(gradients, queries, strict=True)
@@ -310,7 +304,7 @@ class _StepFunction(Function):
         kind, gradient = ctx.kind, ctx.memory_gradient
         query, keys, values, *others, alignments = ctx.saved_tensors
         score, masks = kind(*others[: kind.tensors], *ctx.numbers), tuple(others[kind.tensors :])
-        if torch.is_grad_enabled():  # create_graph=True: keys and values as autograd knows them
+        if torch.is_grad_enabled():  # create_graph=True: keys and values that are not detached
             keys, values = gradient.memory
         step = _StepRecord(score, ctx.backend, grad_context, grad_alignments, query, keys, values, masks, alignments)
         needed = gradient.is_needed()
@@ -320,7 +314,7 @@ class _StepFunction(Function):
             dquery, dkeys, _, *dscore = step.backward(True, need_sum, False)
             dscore.append(dkeys)
             if needed:
-                if not torch.is_grad_enabled():  # the extra is large, and has no part in what is left to make
+                if not torch.is_grad_enabled():  # the extra is large, and the deferred dvalues do not depend on it
                     step = step._replace(score=score._replace(extra=keys))
                 gradient.record(step, dkeys if of_keys else None)
         else:

@@ -1,7 +1,7 @@
-"""The attention mechanisms of the papers as modules: parameters, projections and checks around the functions.
+"""Attention mechanisms as modules, with parameters: Bahdanau's, Luong's and cosine attention.
 
-All are used alike. ``memory()`` projects the encoder outputs once per sentence; ``forward`` is a decoding step, or with
-many queries all of them at once::
+All have the same interface. ``memory()`` projects the encoder outputs once per sentence; ``forward`` is a decoding
+step or, with many queries, all steps at once::
 
     attention = BahdanauAttention(query_size, memory_size, units)
     memory = attention.memory(encoder_outputs, memory_lengths)
@@ -38,19 +38,19 @@ class BahdanauAttention(AttentionModule):
 
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2. Normalised: Salimans, Kingma, "Weight normalization", 2016, section 2, in the form of GNMT.
-    ``activation`` is in the place of tanh.
+    ``activation`` replaces tanh.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer that scores.
         normalize: learn ``g``, initially sqrt(1 / units), and ``bias``, initially 0.
-        clip: C, for C tanh(score) in the place of each score, as of :func:`attn_kernels.additive_attention`. Its memory
-            is padded, and each step makes the gradients of all of it.
-        activation: "tanh", "relu" or "leaky_relu". Sigmoid is no other mechanism: with softmax it is tanh with half the
-            weights.
+        clip: C, to replace each score by C tanh(score), as in :func:`attn_kernels.additive_attention`. A clipped
+            mechanism pads a packed memory, and each step computes the gradients of the whole memory.
+        activation: "tanh", "relu" or "leaky_relu". Sigmoid would be no other mechanism: under softmax it is tanh with
+            halved weights.
         negative_slope: of "leaky_relu", a finite number.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as in :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
@@ -109,7 +109,7 @@ class BahdanauAttention(AttentionModule):
 
 
 class LuongAttention(AttentionModule):
-    r"""Multiplicative attention, and the "concat" form beside it.
+    r"""Multiplicative attention ("dot" and "general"), and the additive "concat" form of the same paper.
 
     .. math::
         \text{dot:} \; scores_{ij} = query_i \cdot memory_j \qquad
@@ -117,16 +117,16 @@ class LuongAttention(AttentionModule):
         \text{concat:} \; scores_{ij} = v \cdot \tanh(W [query_i; memory_j])
 
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015,
-    section 3.1. The W of "concat" is kept as its two blocks, ``query_projection`` and ``memory_projection``, so that
-    the memory is projected once per sentence.
+    section 3.1. The W of "concat" is stored as two blocks, ``query_projection`` and ``memory_projection``, so that the
+    memory is projected once per sentence.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs; for "dot" it must be ``query_size``.
-        units: size of the hidden layer of "concat", which needs it; the others have none.
+        units: size of the hidden layer of "concat"; must be None for the other scores.
         score: "dot", "general" or "concat".
         scale: learn a factor ``g`` of the scores, initially 1 (TensorFlow's ``LuongAttention(scale=True)``).
-        clip: as of :class:`BahdanauAttention`; of scores with that factor.
+        clip: as in :class:`BahdanauAttention`, applied after the factor ``g``.
         backend: as of :func:`attn_kernels.dot_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -189,10 +189,10 @@ class LuongAttention(AttentionModule):
         return state if self.g is None else self.g * state
 
     def query_factor(self) -> Tensor | None:
-        return self.g if self.v is None else None  # "concat" has it in its score vector
+        return self.g if self.v is None else None  # for "concat", g is part of the score vector
 
     def score_vector(self) -> Tensor:
-        """(A,), of "concat": ``v``, or with ``scale`` g v."""
+        """(A,), for "concat": ``v``, or with ``scale`` g v."""
         v = self.v
         assert v is not None  # of "concat"
         return v if self.g is None else self.g * v
@@ -203,12 +203,12 @@ class LuongAttention(AttentionModule):
 
 
 class CosineAttention(AttentionModule):
-    r"""Cosine similarity times a sharpness: a softmax of bare cosines, all within -1..1, would be nearly uniform.
+    r"""Cosine similarity times a sharpness (inverse temperature): the softmax of plain cosines, in -1..1, is too flat.
 
     .. math:: scores_{ij} = sharpness \; \frac{q_i \cdot m_j}{\|q_i\| \|m_j\|}
 
-    where q and m are query and memory themselves, or with ``units`` their projections :math:`W_q query`,
-    :math:`W_m memory`. A vector of length 0 (below ``eps``) has cosine 0 with every other, and bounded gradients.
+    where q and m are query and memory, or with ``units`` their projections :math:`W_q query` and :math:`W_m memory`. A
+    vector with a norm of at most ``eps`` has cosine 0 with every other, and bounded gradients.
 
     Source: Graves, Wayne, Danihelka, "Neural Turing machines", 2014, section 3.3.1 (equations 5 and 6).
 
@@ -216,9 +216,9 @@ class CosineAttention(AttentionModule):
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs; without ``units`` it must be ``query_size``.
         units: size to which both are projected; None to compare them as they are.
-        sharpness: factor of the cosine, the initial one if it is learned.
-        learn_sharpness: whether ``sharpness`` is a parameter or stays as it is.
-        eps: the length below which a vector counts as zero.
+        sharpness: factor of the cosine; its initial value if it is learned.
+        learn_sharpness: whether ``sharpness`` is a parameter or fixed.
+        eps: the norm up to which a vector counts as zero.
         backend: as of :func:`attn_kernels.dot_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -288,6 +288,6 @@ class CosineAttention(AttentionModule):
 
 
 def _reset_score_vector(v: Tensor) -> None:
-    """v: (A,), initialised as the weight of ``nn.Linear(A, 1)``."""
+    """Initialises v, (A,), as the weight of ``nn.Linear(A, 1)``."""
     bound = 1 / math.sqrt(v.shape[0])
     nn.init.uniform_(v, -bound, bound)

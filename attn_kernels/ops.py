@@ -1,11 +1,11 @@
 """The operators as PyTorch sees them: one schema, one fake kernel and one autograd rule per op.
 
 Each backend is an overload of the same name, ``torch.ops.attn_kernels.additive_attention.cpu`` (or ``.triton``,
-``.cuda``), so all of them share what stands here, and a kernel is a plain function of tensors that knows nothing of
+``.cuda``). All of them share the definitions in this file, and a kernel is a plain function of tensors without
 autograd. Backends register their kernels when they are loaded; this file imports none of them.
 
-The rules of autograd are ``torch.autograd.Function`` registered at the Autograd key. That keeps the op itself
-differentiable (``opcheck``, ``torch.compile``), and costs a third of ``torch.library.register_autograd`` a call.
+The autograd rules are ``torch.autograd.Function`` registered at the Autograd key. So the op itself is differentiable
+(``opcheck``, ``torch.compile``), at a third of the overhead of ``torch.library.register_autograd``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .errors import ArgumentValueError
 
 BACKENDS = ("cuda", "triton", "cpu")  # overload names; "reference" is plain PyTorch and needs no op
 
-# Of the package by whatever name it was imported: a kernel of the Hugging Face Hub has one of its own, so that several
-# versions are in a process. That of the C++ modules, which such a kernel does not have, is "attn_kernels".
+# The name that the package was imported by: a kernel of the Hugging Face Hub is imported under a unique name, so that
+# several versions can be in one process. The C++ modules, which such a kernel lacks, always use "attn_kernels".
 NAMESPACE = __name__.partition(".")[0]
 library: torch.library.Library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -143,10 +143,10 @@ _complete_rules: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
 def call(op: str, backend: str, *args: Any) -> Any:
-    """``kernel(op, backend)(*args)``, at two thirds of its cost: past the dispatcher where only autograd would act.
+    """``kernel(op, backend)(*args)`` at two thirds of its overhead: it bypasses the dispatcher if only autograd is on.
 
-    Of an attention that is to return no alignments, it may return the context alone, or alignments all the same. What
-    ``torch.jit.trace`` records is the formula of the reference: it would not record the rule of autograd.
+    An attention called with need_alignments=False may return the context only, or alignments as well.
+    ``torch.jit.trace`` cannot record the autograd rule: it records the formula of the reference.
     """
     if is_compiling():
         if derivatives.transforms_are_active():
@@ -160,12 +160,12 @@ def call(op: str, backend: str, *args: Any) -> Any:
 
 
 def below_autograd(op: str, backend: str, args: Sequence[Any]) -> Any:
-    """``kernel(op, backend)(*args)``, for a rule of autograd to call."""
+    """``kernel(op, backend)(*args)`` without autograd, for autograd rules."""
     return _kernels[op, backend](*args)
 
 
 def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
-    """Raises PyTorch's own error, of the type that trainers look for, where a kernel got no memory."""
+    """Repeats a kernel's failed allocation in PyTorch, which raises the out-of-memory error that trainers look for."""
     failed = re.search(r"attn_kernels: not enough memory: you tried to allocate (\d+) bytes", str(error))
     if failed:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
@@ -176,9 +176,9 @@ def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
 
 
 class _Score(NamedTuple):
-    """What a score brings into the schemas of its attention, after query, keys and values: see scores.py.
+    """The arguments of a score in the schemas of its ops, after query, keys and values: see scores.py.
 
-    tensors: with a gradient. constants: tensors without. numbers: the rest.
+    tensors: those with a gradient. constants: tensors without one. numbers: the others.
     """
 
     tensors: tuple[str, ...] = ()
@@ -186,7 +186,7 @@ class _Score(NamedTuple):
     numbers: tuple[str, ...] = ()
 
 
-# activation: its place in activations.py. negative_slope: of leaky_relu.
+# activation: its index in activations.py. negative_slope: of leaky_relu.
 _ACTIVATION = ("int activation", "float negative_slope")
 SCORES = {
     "additive": _Score(tensors=("Tensor v", "Tensor? bias"), constants=("Tensor? prepared",)),
@@ -196,7 +196,7 @@ SCORES = {
 
 
 def _like(tensor: Tensor | None, needed: bool, other: Tensor) -> Tensor:
-    """A gradient of a tensor, or what stands in its place: empty, with the dtype and device of another one."""
+    """The gradient of a tensor if it is needed, else an empty tensor with the dtype and device of ``other``."""
     return tensor.new_empty(tensor.shape) if needed and tensor is not None else other.new_empty(0)
 
 
@@ -263,7 +263,7 @@ def _scores_backward_fake(own: int) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _prepare_fake(keys: Tensor) -> Tensor:
-    # PreparedSizes in csrc/additive_attention.h: lines of 64 bytes; after the steps, rows for a float32 of each step.
+    # As PreparedSizes in csrc/additive_attention.h: rows padded to 64 bytes, then rows for one float32 per step.
     dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
     batch, steps, units = keys.shape
     line = 64 // dtype.itemsize
@@ -272,14 +272,14 @@ def _prepare_fake(keys: Tensor) -> Tensor:
     return keys.new_empty((batch, rows, columns), dtype=dtype)
 
 
-# need_query: the gradients of the query and of the score's own arguments; need_memory: those of keys and values. A
-# gradient that is not needed is empty, (0,), as is that of an argument that is None. See memory_gradient.py.
+# need_query: whether the gradients of the query and of the score's arguments are needed. need_memory: those of keys and
+# values. A gradient that is not needed, or whose argument is None, is empty, (0,). See memory_gradient.py.
 _NEEDED = "bool need_query, bool need_memory"
 _MEMORY, _MASKS = ("Tensor query", "Tensor keys", "Tensor values"), ("Tensor? memory_lengths", "Tensor? mask")
 
 
 def _define_with_options(op: str, score: _Score, fake: Callable[..., Any]) -> None:
-    """An attention with what few calls have (Options in types.py), and log_total: what alignments were divided by."""
+    """An attention with rarely used options (Options in types.py), which also returns log_total (log-sum-exp)."""
     options = ("float dropout_p", "int normalizer", "float clip", "Tensor? seed")
     inputs = ", ".join((*_MEMORY, *score.tensors, "Tensor? score_bias", *score.numbers, *options, *_MASKS))
     _define(
@@ -304,11 +304,11 @@ for _name, _score in SCORES.items():
         f"({_inputs}, bool need_alignments) -> (Tensor context, Tensor alignments)",
         _attention_fake,
     )
-    # An op of its own, so that the others do not take longer.
+    # A separate op, so that calls without options have no overhead.
     _define_with_options(f"{_name}_attention_with_options", _score, _options_fake)
 
-    # Of keys (N, A) and values (N, D), the steps of all sentences one after the other: see packing.py. Alignments are
-    # (B, Tq, max_length), or with max_length 0 those of the steps alone, (Tq N,), sentence by sentence.
+    # Packed keys (N, A) and values (N, D), the concatenated steps of all sentences: see packing.py. Alignments are
+    # (B, Tq, max_length), or with max_length = 0 packed as well, (Tq N,), sentence by sentence.
     _packed = ("int max_length", "Tensor offsets")
     _inputs = ", ".join((*_MEMORY, *_score.tensors, *_score.numbers, *_packed))
     _define(
@@ -323,8 +323,8 @@ for _name, _score in SCORES.items():
         _packed_fake,
     )
 
-# With what a step adds to the keys: see AdditiveExtraScore in scores.py. need_keys: the gradient of the sum, which is
-# that of both.
+# With a term that a step adds to the keys: see AdditiveExtraScore in scores.py. need_keys: whether the gradient of
+# keys + extra is needed, which is that of both.
 for _name in ("additive", "activated"):
     _score = SCORES[_name]
     _inputs = ", ".join((*_MEMORY, *_score.tensors, "Tensor extra", *_score.numbers, *_MASKS))
@@ -340,8 +340,8 @@ for _name in ("additive", "activated"):
         _attention_fake,
     )
 
-# Of each of R rows of v, (R, A): Tq R rows of scores, those of a query one after the other. gate: (B, Tk, A).
-# There is but one op of this attention, with options.
+# v is (R, A): there are Tq R rows of scores, the R rows of a query being adjacent. gate: (B, Tk, A). This attention has
+# only the op with options.
 GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=_ACTIVATION)
 _define_with_options("gated_additive_attention", GATED, _gated_fake)
 
@@ -363,8 +363,8 @@ _define("additive_prepare", "(Tensor keys) -> Tensor", _prepare_fake)
 
 # lstm_step, gru_step --------------------------------------------------------------------------------------------------
 
-# For layers of cells (seq2seq/fused/cell_steps.py says what they compute), which are their own rules of autograd: they
-# write into their arguments. B rows, H units; rows are contiguous; float32 or float64.
+# Steps of recurrent cells, which write into their arguments. The layers that call them have their own autograd rules
+# (formulas: seq2seq/fused/cell_steps.py). B rows, H units; rows are contiguous; float32 or float64.
 for _name, _schema in (
     (
         "lstm_step",

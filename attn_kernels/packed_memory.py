@@ -1,4 +1,4 @@
-"""What a packed memory is made of, and its checks: jagged tensors, a PackedSequence, or rows with offsets."""
+"""Packed memories: made from jagged tensors, a PackedSequence, or rows with offsets; and their checks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .errors import ArgumentTypeError, ArgumentValueError
 
 
 class PackedMemory(NamedTuple):
-    """Keys (N, A), values (N, D) or None, and the first step of each sentence, (B + 1,).
+    """Keys (N, A), values (N, D) or None, and the offsets of the sentences, (B + 1,).
 
-    max_length: that jagged tensors were made with, at least the largest length; None where it is not known.
+    max_length: the maximal length of a jagged tensor, at least the largest length; None if it is not known.
     """
 
     keys: Tensor
@@ -33,9 +33,9 @@ def is_jagged(tensor: object) -> bool:
 def packed_memory(
     name: str, keys: Tensor, values: Tensor | None, memory_offsets: Tensor | None, **others: Any
 ) -> PackedMemory:
-    """Of jagged keys and values, or of packed ones with offsets.
+    """The packed memory of jagged keys and values, or of packed ones with offsets.
 
-    others: what was given that padded keys may have, and these not, by name; None where it was not.
+    others: arguments that are for padded keys only, by name; an error is raised if one is not None.
     """
     refuse(name, "keys", "keys and values", others)
     max_length = None
@@ -58,7 +58,7 @@ def packed_memory(
 
 
 def refuse(name: str, argument: str, padded: str, others: dict[str, Any]) -> None:
-    """An error where one of the others, which are for padded memories, was given. padded: what is to be padded."""
+    """Raises an error if one of the others, which are for padded memories, was given. padded: what the user may pad."""
     for other, given in others.items():
         if given is not None:
             pad = "" if other == "memory_lengths" else f"; pad {padded}, with memory_lengths, to use it"
@@ -66,21 +66,21 @@ def refuse(name: str, argument: str, padded: str, others: dict[str, Any]) -> Non
 
 
 def padding_needed(name: str) -> ArgumentValueError:
-    """The error of what takes no packed memory."""
+    """The error of a function that does not support packed memories."""
     return ArgumentValueError(f"{name}: memory must be padded, as memory.padded() makes it, got a packed one")
 
 
 def is_packed(memory: object) -> bool:
-    """Whether this holds sentences without padding and knows where each begins: a jagged tensor or PackedSequence."""
+    """Whether this is a packed form that knows where each sentence begins: a jagged tensor or a PackedSequence."""
     return type(memory) is not Tensor and (isinstance(memory, PackedSequence) or is_jagged(memory))
 
 
 def packed_rows(
     name: str, memory: Any, memory_offsets: Tensor | None, size: int, **others: Any
 ) -> tuple[Tensor, Tensor, int | None]:
-    """The encoder outputs of all sentences, (N, size), offsets and max_length, as of ``PackedMemory``.
+    """The encoder outputs of all sentences, (N, size), with offsets and max_length, as in ``PackedMemory``.
 
-    memory: jagged (B, j, size), a PackedSequence, or (N, size) with offsets. others: as of ``packed_memory``.
+    memory: jagged (B, j, size), a PackedSequence, or (N, size) with offsets. others: as for ``packed_memory``.
     """
     refuse(name, "memory", "memory", others)
     max_length, kind = None, "a PackedSequence" if isinstance(memory, PackedSequence) else "jagged memory"
@@ -122,14 +122,14 @@ def _kind(value: object) -> str:
 
 
 def _are_equal(offsets: Tensor, others: Tensor) -> bool:
-    """As far as it can be read without waiting for a device."""
+    """Whether offsets are equal; True if that cannot be read without waiting for a device."""
     if offsets.shape != others.shape:
         return False
     return not offsets.is_cpu or not packing.is_readable(offsets) or torch.equal(offsets, others)
 
 
 def check_memory(name: str, memory: PackedMemory) -> None:
-    """Whether types and shapes are those of a packed memory."""
+    """Checks types and shapes of a packed memory."""
     keys, values, offsets, _ = memory
     check_tensor(name, "keys", keys)
     if keys.dim() != 2:
@@ -149,7 +149,7 @@ def check_memory(name: str, memory: PackedMemory) -> None:
 
 
 def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
-    """Whether the query, (B, Tq, A) or (B, A), fits the memory, and that is one."""
+    """Checks a packed memory, and that the query, (B, Tq, A) or (B, A), fits it."""
     check_memory(name, memory)
     check_tensor(name, "query", query)
     batch, units = memory.offsets.shape[0] - 1, memory.keys.shape[1]
@@ -163,12 +163,12 @@ def check_query(name: str, query: Tensor, memory: PackedMemory) -> None:
 
 
 def check_offsets(name: str, memory: PackedMemory) -> None:
-    """Whether offsets are those of sentences that make up the memory, where that can be seen."""
+    """Checks that offsets rise from 0 to N, if their values can be read without waiting for a device."""
     if not memory.offsets.is_cpu or not packing.is_readable(memory.offsets):
         return
     try:
         offsets = memory.offsets.tolist()
-    except RuntimeError:  # there are none to be seen in tensors of a transform
+    except RuntimeError:  # tensors of a functorch transform have no readable values
         return
     steps = memory.keys.shape[0]
     if offsets[0] != 0 or offsets[-1] != steps or offsets != sorted(offsets):

@@ -1,15 +1,15 @@
 """The specification: every op in plain PyTorch, with the arguments of its public function.
 
-This file is what the other backends are tested against (in float64) and what runs where none of them can. It is written
-to be read, not to be fast: additive attention materialises the [B, Tq, Tk, A] tensor that the kernels never make.
+The other backends are tested against this file (in float64), and it runs where none of them can. It is written to be
+read, not to be fast: additive attention materialises the (B, Tq, Tk, A) tensor, which the kernels never store.
 
 Rules that hold for every op here and in every backend:
 
 - Scores, softmax and sums are computed in float32 or wider; results have the dtype of the inputs.
 - A step that may not be attended (beyond ``memory_lengths``, or False in ``mask``) is padding. Padding contributes
-  nothing to results or gradients, whatever it holds: NaN and Inf included.
+  nothing to results or gradients, even if it holds NaN or Inf.
 - A row of a query with nothing to attend has zero alignments, zero context and zero gradients.
-- NaN and Inf in steps that are attended spread as the formulas say.
+- NaN and Inf in attended steps propagate as in the formulas.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def dot_attention(
 
 
 def _sums(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """Of each pair of a query and a step: (B, Tq, Tk, A)."""
+    """query + keys + bias for each pair of a query and a step: (B, Tq, Tk, A)."""
     sums = query[:, :, None] + keys[:, None]
     return sums if bias is None else sums + bias
 
@@ -103,14 +103,14 @@ def _sums(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
 def _additive_scores(
     sums: Tensor, v: Tensor, gate: Tensor | None, allowed: Tensor | None, activate: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """(B, Tq, Tk), or with v (R, A) (B, Tq R, Tk): the rows of a query one after the other."""
+    """(B, Tq, Tk), or with v (R, A) (B, Tq R, Tk), where the R rows of a query are adjacent."""
     hidden = activate(_mask_pairs(sums, allowed) if _per_query(allowed) else sums)
     if gate is not None:
         gates = torch.sigmoid(*upcast(gate))[:, None]
         hidden = hidden * (_mask_pairs(gates, allowed) if _per_query(allowed) else gates)
     if v.dim() == 1:
         return hidden @ v
-    return (hidden @ v.resolve_neg().mT).mT.flatten(1, 2)  # of a lazy negative, the product is rounded in another way
+    return (hidden @ v.resolve_neg().mT).mT.flatten(1, 2)  # a lazily negated v would give another rounding
 
 
 def _clipped(scores: Tensor, clip: float | None) -> Tensor:
@@ -134,7 +134,7 @@ def _attend(
     need_weights: bool = True,
     need_log_total: bool = False,
 ) -> Attention | AttentionWithLogTotal:
-    """What all attentions share: padding, scores, alignments and context.
+    """The part that all attentions share: padding, scores, alignments and context.
 
     score: queries (B, Tq, A), keys and which pairs are allowed to the scores, (B, Tq, Tk); with several score vectors,
     v (R, A), to (B, Tq R, Tk). With a clip C they become C tanh(scores), to which score_bias is added: Bello et al.
@@ -147,14 +147,14 @@ def _attend(
     vectors = 1 if v is None or v.dim() == 1 else len(v)
     if vectors > 1 and _per_query(allowed):
         allowed = allowed.repeat_interleave(vectors, 1)
-    if clip is not None:  # a gradient of 0 times the derivative at a NaN of padding would be NaN
+    if clip is not None:  # at a NaN in padding, the gradient 0 times the derivative would be NaN
         scores = _clipped(scores if allowed is None else scores.masked_fill(~allowed, 0.0), clip)
     if score_bias is not None:
         bias = (score_bias if query.dim() == 3 else score_bias[:, None]).to(scores.dtype)
         bias = bias.repeat_interleave(vectors, 1) if bias.dim() == 3 else bias.flatten(1, 2)
         scores = scores + (bias if allowed is None else bias.masked_fill(~allowed, 0.0))
     if normalizer == "sigmoid":
-        # sigmoid(s) over their sum is the softmax of log sigmoid(s), which does not underflow.
+        # Normalised sigmoid(s) is the softmax of log sigmoid(s), which does not underflow.
         scores = torch.nn.functional.logsigmoid(scores)
     empty = None
     if allowed is not None:
@@ -185,11 +185,11 @@ def _attend(
 
 
 def dropout_factors(shape: tuple[int, ...], p: float, seed: int | Tensor, like: Tensor) -> Tensor:
-    """What dropout multiplies weights with: 0 with probability p, else 1 / (1 - p).
+    """The factors of dropout: 0 with probability p, else 1 / (1 - p).
 
-    From 24 bits of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014, figure 17)
-    of the seed, an integer or a tensor () of int64, and the number of the weight: the same on every backend, and in a
-    backward.
+    They depend on 24 bits of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014,
+    figure 17), of the seed, an integer or an int64 tensor (), and the index of the weight. So they are the same on
+    every backend and in the backward.
     """
 
     def as_signed(number: int) -> int:  # modulo 2^64
@@ -203,7 +203,7 @@ def dropout_factors(shape: tuple[int, ...], p: float, seed: int | Tensor, like: 
     z = index * as_signed(0x9E3779B97F4A7C15) + (seed if isinstance(seed, Tensor) else as_signed(seed))
     z = (z ^ shifted(z, 30)) * as_signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * as_signed(0x94D049BB133111EB)
-    kept = shifted(z ^ shifted(z, 31), 40) >= math.ceil(p * 2**24)  # PyTorch would round a number that is no integer
+    kept = shifted(z ^ shifted(z, 31), 40) >= math.ceil(p * 2**24)  # ceil, because PyTorch would round a float
     return kept.view(shape).to(like.dtype) / (1 - p)
 
 
@@ -216,7 +216,7 @@ def _without_query_axis(result: Tensor, query: Tensor) -> Tensor:
 
 
 def _split_rows(result: Tensor, v: Tensor | None) -> Tensor:
-    """(B, Tq, R, *) of rows of queries and score vectors, (B, Tq R, *); as it is without several, v (R, A)."""
+    """Splits (B, Tq R, *) into (B, Tq, R, *) if there are several score vectors, v (R, A)."""
     return result if v is None or v.dim() == 1 else result.unflatten(1, (result.shape[1] // len(v), len(v)))
 
 

@@ -1,7 +1,7 @@
-"""Scores: what is particular to an attention op among its arguments.
+"""Scores: the arguments in which attention ops differ, as named tuples.
 
-The fields are the op's arguments after query, keys and values, in the order of its schema, so that ``*score`` is
-spliced into a call. A new mechanism is a class here, its row in ops.py and formulas.py, and its kernels.
+The fields are the op's arguments after query, keys and values, in the order of its schema, so that a call can unpack
+``*score``. A new mechanism is a class here, its rows in ops.py and formulas.py, and its kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .types import Attention
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11 on
 
-_SMALL = 1 << 19  # products
+_SMALL = 1 << 19  # multiply-adds
 
 
 class _AdditiveArguments(NamedTuple):
@@ -81,37 +81,35 @@ class _DotPackedArguments(NamedTuple):
 
 
 class _OfUnits:
-    """What scores of v (A,) and bias have in common."""
+    """Base of the scores with a score vector v (A,) and a bias."""
 
     __slots__ = ()
-    name = "additive_attention"  # of the public function, for messages
-    # Fields that are tensors, before the numbers; those whose gradients the backward returns, before those; whether
-    # one is added to the keys.
-    tensors = 2
-    gradients = 2
-    has_extra = False
+    name = "additive_attention"  # the public function, for error messages
+    tensors = 2  # number of leading fields that are tensors
+    gradients = 2  # number of leading fields whose gradients the backward returns
+    has_extra = False  # whether a field is added to the keys
     v: Tensor
     bias: Tensor | None
 
     def check(self, query: Tensor, keys: Tensor) -> None:
-        """Whether types and shapes fit the query, (B, Tq, A) or (B, A), and the keys."""
+        """Checks types and shapes against the query, (B, Tq, A) or (B, A), and the keys."""
         checks.check_units(self.name, query, "v", self.v)
         checks.check_units(self.name, query, "bias", self.bias)
 
     def autocast(self, query: Tensor) -> Self:
-        """In the dtype that autocast gives the other arguments."""
-        # _replace is that of the named tuples which these are a part of.
+        """A copy with tensors in autocast's dtype, as query, keys and values are cast."""
+        # _replace comes from the named tuple of the subclass.
         _, v, bias = types.autocast(query, self.v, self.bias)
         cast: Self = self._replace(v=v, bias=bias)  # type: ignore[attr-defined]
         return cast
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        """Whether dtypes fit those of query and keys, all as autocast leaves them. backend: that is chosen."""
+        """Checks dtypes against query and keys, after autocast. backend: returns the chosen backend."""
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias)
 
 
 class _WithExtra(_OfUnits):
-    """What is added to the keys, (B, Tk, A), beside v and bias. Its shape is checked where it comes in."""
+    """Base of the scores that also add a tensor ``extra``, (B, Tk, A), to the keys. The caller checks its shape."""
 
     __slots__ = ()
     tensors = 3
@@ -130,7 +128,7 @@ class _WithExtra(_OfUnits):
 class AdditiveScore(_AdditiveArguments, _OfUnits):
     """v . tanh(query + keys + bias).
 
-    v: (A,), score vector. bias: (A,). prepared: what ``prepare_keys`` made of the keys; it is never cast.
+    v: (A,), score vector. bias: (A,). prepared: result of ``prepare_keys`` for these keys; it is never cast.
     """
 
     __slots__ = ()
@@ -150,9 +148,10 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
 
 
 class ActivatedScore(_ActivatedArguments, _OfUnits):
-    """v . f(query + keys + bias), with an activation f that each pair computes: neither tanh nor sigmoid.
+    """v . f(query + keys + bias), with an activation f other than tanh and sigmoid: it does not factor, so each pair
+    computes it.
 
-    v: (A,), score vector. bias: (A,). activation: its place in activations.py. negative_slope: of leaky_relu.
+    v: (A,), score vector. bias: (A,). activation: its index in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
@@ -168,9 +167,8 @@ class ActivatedScore(_ActivatedArguments, _OfUnits):
 class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
     """v . tanh(query + keys + extra + bias).
 
-    extra: (B, Tk, A), of a step. Its gradient is that of the keys, and no result of the backward by itself. Prepared
-    keys have no part in it: e^{2 (keys + extra)} takes an exponential of each element, whether e^{2 keys} is known or
-    not.
+    extra: (B, Tk, A), of one decoding step. Its gradient equals that of the keys, so the backward does not return it
+    separately. Prepared keys are of no use here: e^{2 (keys + extra)} needs an exponential per element in any case.
     """
 
     __slots__ = ()
@@ -185,8 +183,9 @@ class ActivatedExtraScore(_ActivatedExtraArguments, _WithExtra):
 
 
 class AdditivePackedScore(_AdditivePackedArguments):
-    """AdditiveScore of packed keys, (N, A). columns: of the alignments, (B, Tq, columns), at least the largest length;
-    0 for packed ones.
+    """AdditiveScore for packed keys, (N, A).
+
+    columns: width of the alignments, (B, Tq, columns), at least the largest length; 0 for packed alignments.
     """
 
     __slots__ = ()
@@ -197,7 +196,7 @@ class AdditivePackedScore(_AdditivePackedArguments):
 
 
 class ActivatedPackedScore(_ActivatedPackedArguments):
-    """ActivatedScore of packed keys."""
+    """ActivatedScore for packed keys."""
 
     __slots__ = ()
     op = "activated_attention_packed"
@@ -207,10 +206,10 @@ class ActivatedPackedScore(_ActivatedPackedArguments):
 
 
 class GatedAdditiveScore(_GatedAdditiveArguments):
-    """For each row v_r of v, v_r . (activation(query + keys + bias) * sigmoid(gate)). With options only.
+    """v_r . (activation(query + keys + bias) * sigmoid(gate)) for each row v_r of v. It has only the op with options.
 
     v: (R, A), score vectors, or (A,) for one, without an axis R in the results. bias: (A,). gate: (B, Tk, A).
-    activation: its place in activations.py. negative_slope: of leaky_relu.
+    activation: its index in activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
@@ -222,7 +221,7 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
 
     @property
     def vectors(self) -> int | None:
-        """R; None for one vector without that axis."""
+        """R; None for a single vector, (A,)."""
         return self.v.shape[0] if self.v.dim() == 2 else None
 
     def autocast(self, query: Tensor) -> GatedAdditiveScore:
@@ -238,7 +237,7 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
         checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, gate=self.gate)
 
     def rows(self) -> GatedAdditiveScore:
-        """With v (R, A), as the op takes it."""
+        """This score with v as (R, A), as the op takes it."""
         return self if self.v.dim() == 2 else GatedAdditiveScore(self.v[None], *self[1:])
 
 
@@ -258,17 +257,16 @@ class DotScore(_DotArguments):
         checks.check_scale(self.name, self.scale)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        """A number fits all."""
+        """No tensors, nothing to check."""
 
     def packed(self, columns: int) -> DotPackedScore:
         return DotPackedScore(self.scale, columns)
 
     def is_small(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Whether attention that needs gradients is faster as three calls of PyTorch than as one of ours.
+        """Whether attention with gradients is faster as three PyTorch ops than as our single op.
 
-        Below about half a million products the time is that of the calls, and autograd's nodes in C++, which an
-        extension on the stable ABI cannot have, cost less than a node in Python. What does not fit together, PyTorch
-        refuses, too.
+        Below about half a million multiply-adds, call overhead dominates. PyTorch's autograd nodes are in C++ and cost
+        less than our node in Python (the stable ABI offers no C++ nodes). PyTorch checks the shapes itself.
         """
         return (
             torch.is_grad_enabled()
@@ -283,14 +281,14 @@ class DotScore(_DotArguments):
         )
 
     def attend_small(self, query: Tensor, keys: Tensor, values: Tensor, need_weights: bool) -> Attention:
-        """By PyTorch, what is small."""
+        """The attention as three PyTorch ops, for calls that ``is_small``."""
         scores = torch.bmm(query, keys.mT)
         alignments = torch.softmax(scores if self.scale == 1.0 else self.scale * scores, -1)
         return Attention(torch.bmm(alignments, values), alignments if need_weights else None)
 
 
 class DotPackedScore(_DotPackedArguments):
-    """DotScore of packed keys."""
+    """DotScore for packed keys."""
 
     __slots__ = ()
     op = "dot_attention_packed"
@@ -304,7 +302,7 @@ Score = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScor
 
 
 def clipped(scores: Tensor, clip: float | None) -> Tensor:
-    """C tanh(scores), by PyTorch; None: as they are."""
+    """C tanh(scores) in PyTorch; clip None: the scores unchanged."""
     if clip is None:
         return scores
     wide: Tensor = types.upcast(scores)[0]
@@ -312,9 +310,9 @@ def clipped(scores: Tensor, clip: float | None) -> Tensor:
 
 
 def unit_length(x: Tensor, eps: float) -> Tensor:
-    """x / |x| along the last axis; vectors that are not longer than eps stay as they are."""
+    """x / |x| along the last axis; vectors with a norm of at most eps are returned unchanged."""
     wide = x if x.dtype == torch.float64 else x.float()  # in float16, eps would be 0
     squares = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
-    # Dividing zero vectors by 1 and not by eps keeps their gradients from growing to 1 / eps. They are left out
-    # before the root, not after it: its second derivative at 0 is NaN.
+    # Short vectors are divided by 1, not by eps, which would scale their gradients by 1 / eps. They are replaced before
+    # the square root, whose second derivative at 0 would be NaN.
     return (wide / torch.where(squares > eps**2, squares, 1.0).sqrt()).to(x.dtype)

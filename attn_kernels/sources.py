@@ -25,7 +25,7 @@ def digest(cls: type) -> str | None:
 
 
 def class_at(module: str, qualname: str) -> object:
-    """What is found at ``module.qualname`` now; None where there is nothing, or the module is not imported."""
+    """The object at ``module.qualname`` now; None if there is none, or the module is not imported."""
     try:
         return operator.attrgetter(qualname)(sys.modules[module])
     except (KeyError, AttributeError):

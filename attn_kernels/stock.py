@@ -1,10 +1,10 @@
-"""Stock modules: those whose call computes what their class and parameters say, watched by nobody.
+"""Stock modules: unmodified modules without hooks, whose call computes just what their class and parameters define.
 
-A fast path that reads the parameters of a module and does not call it is right for stock modules only. Everything that
-users and libraries do to a module shows in one of these places: its class (subclasses, LoRA layers, parametrizations,
-quantized and sharded modules), the functions of that class, attributes of the instance that stand before them (a
-replaced ``forward``, offloading), hooks of the module or of all modules, and the names and classes of its parameters
-(weight norm, pruning, quantized and distributed tensors). What is not known to be stock is not: it is called.
+A fast path that reads the parameters of a module without calling it is correct for stock modules only. Modifications by
+users and libraries show in one of these places: the class of the module (subclasses, LoRA layers, parametrizations,
+quantized and sharded modules), the functions of that class, instance attributes that override them (a replaced
+``forward``, offloading), hooks of the module or of all modules, and the names and classes of its parameters (weight
+norm, pruning, quantized and distributed tensors). A module that is not known to be stock is called.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ class _Class(NamedTuple):
 
 
 _classes: dict[type[nn.Module], _Class] = {}
-# What the layers' forwards call; libraries replace them, too.
+# Functions that the layers' forwards call; libraries replace these, too.
 _functionals = attrgetter("linear", "embedding", "dropout")
 _original_functionals = _functionals(nn.functional)
-# What attention is written with.
+# Functions that attention is usually written with.
 _of_torch = attrgetter("tanh", "softmax", "bmm", "matmul", "einsum", "cat", "sum")
 _of_functional = attrgetter("linear", "softmax", "tanh", "conv1d", "conv2d", "dropout")
 _original_of_torch, _original_of_functional = _of_torch(torch), _of_functional(nn.functional)
 
 
 def register(cls: type[nn.Module], parameters: Iterable[str] = (), children: Iterable[str] = ()) -> None:
-    """Makes instances of exactly this class stock, as long as they and it are as they were made.
+    """Registers a class: its direct instances are stock as long as they and the class are unmodified.
 
     parameters, children: the names of all parameters and submodules that instances may have.
     """
     bases = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
     own = {name for base in bases for name, x in vars(base).items() if isinstance(x, FunctionType)}
     functions = attrgetter(*sorted(own | set(_CALL)))
-    # Another module's function in place of the call had been put there before this one was imported.
+    # Do not register a class whose call another module had replaced before this one was imported.
     modules = {base.__module__ for base in cls.__mro__}
     for name in ("forward", "__call__", "_call_impl"):
         if getattr(getattr(cls, name), "__globals__", {}).get("__name__") not in modules:
@@ -69,9 +69,9 @@ register(nn.GRU)
 
 
 def is_stock(module: object) -> bool:
-    """Whether a call of the module computes what its class, attributes and parameters say, and nothing else sees it.
+    """Whether the module is unmodified, has no hooks, and is of a registered class.
 
-    Attributes such as sizes, ``bias=False`` or ``max_norm`` are for the caller to look at, and so are submodules.
+    The caller has to check attributes such as sizes, ``bias=False`` or ``max_norm``, and submodules.
     """
     as_registered = _classes.get(type(module))  # type: ignore[arg-type]
     if as_registered is None or not isinstance(module, nn.Module):
@@ -100,7 +100,7 @@ def is_stock(module: object) -> bool:
 
 
 def is_stock_linear(layer: Any) -> bool:
-    """Whether a module is a ``nn.Linear`` whose call computes what its weight and bias say, and nothing else."""
+    """Whether a module is an unmodified ``nn.Linear`` without hooks."""
     if type(layer) is not nn.Linear:
         return False
     if not torch.compiler.is_compiling():
@@ -109,22 +109,21 @@ def is_stock_linear(layer: Any) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether an instance has hooks or a forward of its own; in terms that torch.compile and torch.export can trace."""
+    """Whether an instance has hooks or its own ``forward``. torch.compile and torch.export can trace this check."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
 def is_plain(x: object) -> bool:
-    """Whether this is a tensor of PyTorch's own class, whose elements are numbers in memory.
+    """Whether this is a plain strided tensor or parameter: not quantized, distributed, fake or uninitialised.
 
-    Others may be quantized, distributed, fake or not initialised yet. ``torch.func.functional_call`` puts tensors in
-    the place of parameters.
+    A tensor counts, too, because ``torch.func.functional_call`` replaces parameters by tensors.
     """
     return type(x) in (nn.Parameter, Tensor) and x.layout is torch.strided and not x.is_meta  # type: ignore[attr-defined]
 
 
 def functions_are_replaced() -> bool:
-    """Whether one of the functions that attention is written with is not PyTorch's own any more."""
+    """Whether one of the functions that attention is written with has been monkey-patched."""
     return _of_torch(torch) != _original_of_torch or _of_functional(nn.functional) != _original_of_functional
 
 
@@ -139,10 +138,10 @@ def has_global_hooks() -> bool:
 
 
 def runs_eagerly(device_type: str) -> bool:
-    """Whether operators run one by one on plain tensors as they are called, and nothing looks at or changes each.
+    """Whether operators run eagerly on plain tensors, and nothing observes or changes single calls.
 
-    Not under torch.compile, torch.export, torch.jit.trace, autocast, transforms of torch.func, forward-mode
-    differentiation, nor in modes that see the calls of functions or operators. ``torch.device`` as a context is none.
+    False under torch.compile, torch.export, torch.jit.trace, autocast, transforms of torch.func, forward-mode AD, and
+    torch function or dispatch modes (``torch.device`` as a context does not count).
     """
     return not (
         torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""What all parts of the package speak of: the result of attention, and which steps may be attended."""
+"""Types and helpers that all parts of the package share: results of attention, masks, options and dtypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Attention(NamedTuple):
-    """What an attention op returns.
+    """The result of attention.
 
     context: (B, Tq, D), or (B, D) for a 2-D query: alignments @ values; None with ``values=None``.
     alignments: (B, Tq, Tk), or (B, Tk): softmax of the scores; None with ``need_weights=False``.
@@ -26,18 +26,18 @@ class Attention(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Which steps may be attended: memory_lengths (B,), mask (B, Tk) or (B, Tq, Tk); a step must be in both."""
+    """Which steps may be attended: memory_lengths (B,), mask (B, Tk) or (B, Tq, Tk). Both must allow a step."""
 
     memory_lengths: Tensor | None = None
     mask: Tensor | None = None
 
 
 class AttentionWithLogTotal(NamedTuple):
-    """What an attention function returns with ``need_log_total=True``.
+    """The result of attention with ``need_log_total=True``.
 
-    context, alignments: as of :class:`Attention`. log_total: (B, Tq), or (B,): the logarithm of what the alignments
-    were divided by, the sum of e^scores (log-sum-exp), or with ``normalizer="sigmoid"`` that of sigmoid(scores); -inf
-    where nothing may be attended. In float32, or float64 for float64.
+    context, alignments: as in :class:`Attention`. log_total: (B, Tq), or (B,): the logarithm of the normaliser, which
+    is the sum of e^scores (log-sum-exp), or with ``normalizer="sigmoid"`` the sum of sigmoid(scores); -inf if nothing
+    may be attended. In float32, or float64 for float64.
     """
 
     context: Tensor
@@ -46,12 +46,14 @@ class AttentionWithLogTotal(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What few calls of an attention have.
+    """Rarely used options of an attention.
 
-    score_bias: (B, Tq, Tk), added to the scores. dropout_p: how likely a weight is left out of the context.
-    normalizer: its place in NORMALIZERS. clip: C, of C tanh(score) in the place of the score, before score_bias is
-    added; 0 for the score itself. seed: of dropout, () int64 on the device of the query; None without. It is a tensor,
-    so that a graph draws another one in each call, and nobody waits for a GPU.
+    score_bias: (B, Tq, Tk), added to the scores.
+    dropout_p: probability with which dropout zeroes a weight.
+    normalizer: its index in NORMALIZERS.
+    clip: C, which replaces the score by C tanh(score) before score_bias is added; 0 for no clipping.
+    seed: of dropout, () int64 on the device of the query; None without dropout. It is a tensor, so that a graph draws a
+        new one in each call without waiting for the GPU.
     """
 
     score_bias: Tensor | None = None
@@ -70,7 +72,7 @@ _pytree._register_namedtuple(Attention, serialized_type_name=f"{__package__}.Att
 
 
 def attention_mask(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Which steps may be attended: bool, (B, 1, Tk) or (B, Tq, Tk); None where every step may."""
+    """Which steps may be attended: bool, (B, 1, Tk) or (B, Tq, Tk); None if all may."""
     allowed = None
     if memory_lengths is not None:
         steps = torch.arange(keys.shape[1], device=keys.device)
@@ -82,17 +84,17 @@ def attention_mask(keys: Tensor, memory_lengths: Tensor | None, mask: Tensor | N
 
 
 def alignments_of(attention: Attention) -> Tensor:
-    """Those of a call with ``need_weights=True``."""
+    """The alignments of a result with ``need_weights=True``."""
     assert attention.alignments is not None
     return attention.alignments
 
 
 def device_type(tensor: Tensor) -> str:
-    return "cpu" if tensor.is_cpu else tensor.device.type  # which makes a device and a string
+    return "cpu" if tensor.is_cpu else tensor.device.type  # the latter creates two objects
 
 
 def autocast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
-    """The tensors in the dtype of autocast, where that is on for the device of the first; float64 stays."""
+    """The tensors in autocast's dtype, if it is enabled for the device of the first; float64 is left as it is."""
     given: tuple[Any, ...] = tensors
     device = device_type(given[0])
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -103,12 +105,12 @@ def autocast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and products over many steps: float32; float64 stays."""
+    """The accumulation dtype: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def upcast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
-    """The tensors in float32; float64 stays."""
+    """The tensors in float32; float64 is left as it is."""
     given: tuple[Any, ...] = tensors
     found: tuple[Any, ...] = tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in given)
     return found

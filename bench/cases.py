@@ -203,7 +203,7 @@ def formula_of(op: str, activation: str = "tanh") -> Callable[..., Any]:
 
 
 def expected_results(op: str, problem: Problem, *, training: bool, activation: str = "tanh") -> dict[str, Tensor]:
-    """What the eager formula makes of a problem, in float32 or wider."""
+    """The result of the eager formula for a problem, in float32 or wider."""
     formula = functools.partial(formula_of(op, activation), memory_lengths=problem.memory_lengths, need_weights=False)
     wide = {name: x if x.dtype == torch.float64 else x.float() for name, x in problem.inputs.items()}
     return compute(lambda *tensors: formula(*tensors).context, wide, problem.grad_context, training=training)

@@ -1,4 +1,4 @@
-"""What the benchmarks print on, and the options that their commands share."""
+"""The console of the benchmarks, and the options that their commands share."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def finish(tables: Iterable[Any], description: dict[str, str | int], start: floa
 
 
 class Run:
-    """A command that has one table, from here on: the clock is started, threads, allocator and device are set."""
+    """A run of a command with one table: starts the clock, and sets threads, allocator and device."""
 
     def __init__(self, threads: int, allocator: Allocator, device: str = "cpu") -> None:
         self.start = time.perf_counter()
@@ -149,9 +149,9 @@ def rows_application(
     table: Callable[[list[dict[str, Any]]], Any],
     quick_help: str = "One shape and few rounds.",
 ) -> typer.Typer:
-    """The command of a benchmark on the CPU that has one table: its options, and its rows as a result file.
+    """A command for a CPU benchmark with one table: it parses the options and writes the rows as a result file.
 
-    measure: whether it should be quick, the seconds for each row, and the allocator, to the rows.
+    measure: makes the rows; its arguments are quick, seconds for each row, and the allocator.
     """
     app = application()
 

@@ -1,4 +1,5 @@
-"""What users write today: the formulas in eager PyTorch, in the dtype of the inputs, all intermediates in memory.
+"""The baseline that users write today: the formulas in eager PyTorch, in the dtype of the inputs, with all
+intermediates in memory.
 
 Arguments are those of ``attn_kernels.reference``. That file is the specification (sums in float32 or wider, padding
 that may hold NaN, rows with nothing to attend); this one is the code it replaces: what the benchmarks time, and the

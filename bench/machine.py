@@ -27,7 +27,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 
 
 class Allocator(str, Enum):
-    """What malloc does with freed memory during the measurement.
+    """The treatment of freed memory by malloc during the measurement.
 
     reuse: freed pages stay with the process and serve the next call. Fresh pages can cost more than the arithmetic, and
     eager PyTorch asks for the most of them, so this setting favours eager most. default: glibc's own, which gives large

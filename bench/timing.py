@@ -107,7 +107,7 @@ def interleave(
         warm_up(call)
         expected = max(timer(call, 1), 1e-9)
         repeats[name] = max(1, round(timer.shortest_sample / expected))
-        # What another way left in the caches is not charged to this one; beyond this length it hardly matters.
+        # Short calls are primed, so that their time does not depend on what another call left in the caches.
         prime[name] = expected < 20e-3
     order = random.Random(seed)
     names = list(calls)

@@ -1,11 +1,11 @@
-// The activations f of scores v . f(query + keys + bias) that a pair of query and step computes by itself: for vectors of
-// the CPU and numbers of a GPU. An activation is a class here, and a line in Activation and in by_activation.
+// The activations f of scores v . f(query + keys + bias) that each pair of query and step evaluates: for vectors of the
+// CPU and numbers of a GPU. An activation is a class here, and a line in Activation and in by_activation.
 //
-// tanh has forms of its own, of exponentials that are made once for each row, and sigmoid is the tanh of half the
-// argument but for scores with a gate, which are on the CPU only: gated_additive_fwd.h has these two.
+// tanh is not here: it factors into exponentials that are computed once per row. Sigmoid is the tanh of half the
+// argument. Scores with a gate evaluate both per pair, on the CPU only: see gated_additive_fwd.h.
 //
-// The numbers of activations are for all. The classes are for code of a SIMD level, to be compiled for its target, and of
-// CUDA, which include this after defining ATTN_ACTIVATION: what stands before a function.
+// The enumeration is for all files. The classes are for code of a SIMD level and of CUDA, which defines ATTN_ACTIVATION,
+// the specifiers of a function, before it includes this file.
 #if !defined(ATTN_ACTIVATION_NUMBERS)
 #define ATTN_ACTIVATION_NUMBERS
 
@@ -24,12 +24,12 @@ enum class Activation : int64_t { tanh, relu, leaky_relu, sigmoid, count };
 
 namespace attn {
 
-// Math: of a SIMD level, so that nothing compiled for one is linked into another, or of CUDA. V is a vector or a number,
-// N the type of its elements.
+// Math: the functions of a SIMD level (a type per level, so that code of one level is not linked into another) or of
+// CUDA. V is a vector or a number, N the type of its elements.
 //
-//   value(x)        f(x), NaN where x is
-//   gradient(x, t)  t f'(x), as PyTorch has it
-//   kByGradient     whether gradient(x, t) x is t f(x), NaN where t is: an instruction less on a GPU
+//   value(x)        f(x), NaN if x is NaN
+//   gradient(x, t)  t f'(x), as in PyTorch
+//   kByGradient     whether gradient(x, t) x = t f(x), and NaN if t is: it saves an instruction on a GPU
 template <class Math>
 struct Relu {
   using V = typename Math::V;
@@ -52,8 +52,8 @@ struct LeakyRelu {
   ATTN_ACTIVATION V gradient(V x, V t) const { return x > V{} ? t : slope * t; }
 };
 
-// Calls body with an activation. Which one is the same for all pairs of a call: kernels ask once, and have a loop for
-// each.
+// Calls body with the activation's class. Kernels call it once, outside their loops, so that each activation gets its
+// own loop.
 template <class Math, class Body>
 ATTN_ACTIVATION void by_activation(Activation activation, double negative_slope, const Body& body) {
   if (activation == Activation::relu) return body(Relu<Math>{});

@@ -1,4 +1,4 @@
-// Scores with a score vector: v . tanh(query + keys + bias), additive attention, and other activations than tanh.
+// Scores with a score vector: v . f(query + keys + bias), with f = tanh (additive attention) or another activation.
 #pragma once
 
 #include "activations.h"
@@ -6,22 +6,22 @@
 
 namespace attn {
 
-// Where the gradients of the score's own arguments go.
+// Outputs for the gradients of the score's own arguments.
 struct VectorGradients {
   void* dv;           // (A,)
   void* dbias;        // (A,), or null
-  bool wide = false;  // float, or double for float64, whatever the dtype of query: for sums of several calls; CPU only
+  bool wide = false;  // outputs are float (double for float64), not of the dtype of query; CPU only
 };
 
 struct VectorScores : Scores {
   using Gradients = VectorGradients;
   StridedView3 v;      // (1, 1, A)
   StridedView3 bias;   // (1, 1, A) or absent
-  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent: on the CPU only, without prepared keys
+  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent; CPU only, and not with prepared keys
 };
 
 struct AdditiveScores : VectorScores {
-  StridedView3 prepared;  // what additive_prepare made of keys, float32 or bfloat16, or absent
+  StridedView3 prepared;  // result of additive_prepare for the keys, float32 or bfloat16, or absent
 };
 
 struct ActivatedScores : VectorScores {
@@ -33,7 +33,7 @@ struct GatedAdditiveGradients : VectorGradients {
   void* dgate;  // (B, Tk, A), or null
 };
 
-// For each row v_r of v, a row of scores of a query: v_r . (activation(query + keys + bias) * sigmoid(gate)).
+// For each row v_r of v a query has a row of scores: v_r . (activation(query + keys + bias) * sigmoid(gate)).
 struct GatedAdditiveScores : VectorScores {  // v: (1, vectors, A)
   using Gradients = GatedAdditiveGradients;  // dv: (vectors, A)
   StridedView3 gate;                         // (B, Tk, A) or absent
@@ -41,9 +41,9 @@ struct GatedAdditiveScores : VectorScores {  // v: (1, vectors, A)
   double negative_slope;  // of leaky_relu
 };
 
-// Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, filled up with zeros so that
-// every level may read whole vectors and that rows are aligned, then further rows with the largest |k| of each step
-// (NaN where one is NaN) as float32.
+// Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, padded with zeros so that every
+// SIMD level can read whole vectors and rows are aligned; then rows that hold the largest |k| of each step as float32
+// (NaN if one is NaN).
 struct PreparedSizes {
   int64_t columns, rows;
 

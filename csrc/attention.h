@@ -5,25 +5,26 @@
 
 namespace attn {
 
-// What every score has. The struct of a score adds its own arguments, and a type Gradients of where theirs go.
+// The arguments of every score. The struct of a score adds its own, and a type Gradients with outputs for their
+// gradients.
 struct Scores {
   int64_t B, Tq, Tk, A;
   StridedView3 query;   // (B, Tq / vectors, A)
   StridedView3 keys;    // (B, Tk, A), dtype of query, like all that follows
-  int64_t vectors = 1;  // rows of scores of each query: Tq counts all of them, those of a query one after the other
+  int64_t vectors = 1;  // rows of scores per query, adjacent; Tq counts all rows
 };
 
-// What an attention may have beyond its score, softmax and values.
+// Rarely used options of an attention.
 struct AttentionOptions {
   StridedView3 score_bias;  // (B, Tq, Tk), added to the scores, or absent
-  double dropout_p;         // how likely a weight is left out of the context; the others are larger by 1 / (1 - p)
+  double dropout_p;         // probability that a weight is dropped; the others are scaled by 1 / (1 - p)
   uint64_t seed;            // of dropout: see keeps()
-  bool sigmoid;             // alignments are sigmoid(scores) over their sum
-  double clip;              // C, of C tanh(score) in the place of the score, before score_bias; 0 for the score itself
+  bool sigmoid;             // alignments are sigmoid(scores), divided by their sum
+  double clip;              // C: the score is replaced by C tanh(score), before score_bias; 0 for no clipping
 };
 
-// Whether a weight stays: a uniform number of 24 bits from seed and the number of the weight in (B, Tq, Tk), by
-// SplitMix64 (Steele, Lea, Flood 2014). The same on every backend and in the backward.
+// Whether dropout keeps a weight: by a uniform 24-bit number from SplitMix64 (Steele, Lea, Flood 2014) of the seed and
+// the index of the weight in (B, Tq, Tk). The same on every backend and in the backward.
 inline bool keeps(const AttentionOptions& options, uint64_t index) {
   uint64_t z = options.seed + (index + 1) * 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -42,11 +43,11 @@ struct AttentionForward : Score {
   const AttentionOptions* options = nullptr;
   void* log_total = nullptr;       // with options: (B, Tq) contiguous, float, or double for float64: log of the sum of
                                    // e^scores or of sigmoid(scores)
-  int64_t alignments_columns = 0;  // of the rows of alignments where those are longer than Tk: 0 is filled in; CPU only
+  int64_t alignments_columns = 0;  // row length of alignments if larger than Tk; the rest is zeroed; CPU only
 };
 
-// Outputs are contiguous. Those of the query and of the score's own arguments may all be null, or that of the keys, or
-// of the values, which are needed together but on the CPU; one alone is null where it has no elements.
+// Outputs are contiguous. Null if not needed: dquery and the gradients of the score's arguments (all of them), dkeys,
+// dvalues (on the CPU; elsewhere dkeys and dvalues only together). An output without elements is null, too.
 template <class Score>
 struct AttentionBackward : Score, Score::Gradients {
   int64_t D;
@@ -64,15 +65,15 @@ struct AttentionBackward : Score, Score::Gradients {
   void* dscore_bias = nullptr;           // (B, Tq, Tk), or null
 };
 
-// The scores alone, as an op of their own.
+// The op that computes only the scores.
 template <class Score>
 struct ScoresForward : Score {
   void* scores;              // (B, Tq, Tk) contiguous
-  bool wide = false;         // float, or double for float64, whatever the dtype of query; this and the next: CPU only
-  AttentionMask attended{};  // of other steps the scores are 0
+  bool wide = false;         // scores are float (double for float64), not of the dtype of query; CPU only
+  AttentionMask attended{};  // scores of other steps are 0; CPU only
 };
 
-// Outputs as those of AttentionBackward.
+// Outputs as in AttentionBackward.
 template <class Score>
 struct ScoresBackward : Score, Score::Gradients {
   StridedView3 grad_scores;  // (B, Tq, Tk)

@@ -1,4 +1,4 @@
-// From an op on tensors to the kernel of a score: what every attention does around it.
+// From an op on tensors to the kernel of a score: checks and outputs that all attentions share.
 #pragma once
 
 #include <initializer_list>
@@ -26,7 +26,7 @@ inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const
   return a;
 }
 
-// An output of this shape if it is needed, otherwise an empty one.
+// An output of this shape if it is needed, else an empty tensor.
 inline Tensor output_if(bool needed, const Tensor& like, std::initializer_list<int64_t> shape) {
   return needed ? output(like, shape) : output(like, {0});
 }
@@ -54,7 +54,7 @@ inline Activation activation_of(int64_t number) {
 
 inline ScalarType wide_type(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
 
-// The arguments of an attention with options that make up those.
+// The option arguments of an attention op.
 struct OptionArguments {
   const std::optional<Tensor>& score_bias;
   double dropout_p;
@@ -75,7 +75,7 @@ struct OptionArguments {
   }
 };
 
-// Returns context, alignments and the logarithm of what the alignments were divided by.
+// Returns context, alignments and the logarithm of the normaliser (log-sum-exp).
 template <class Score>
 std::tuple<Tensor, Tensor, Tensor> attention_forward(void (*kernel)(const AttentionForward<Score>&), const Score& score,
                                                      const OptionArguments& given, const Tensor& query,
@@ -96,22 +96,23 @@ inline Tensor dscore_bias_if(bool needed, const OptionArguments& given, const Sc
   return output_if(needed && given.score_bias.has_value(), query, {n.B, n.Tq, n.Tk});
 }
 
-// What follows the score among the arguments of the backward of an attention.
+// The arguments of the backward of an attention, except those of the score.
 struct AttentionGradients {
   const Tensor &query, &keys, &values, &alignments;
   const std::optional<Tensor>&grad_context, &grad_alignments, &memory_lengths, &mask;
   bool need_query, need_keys, need_values;  // need_query: the gradients of the score's own arguments, too
 };
 
-// The same of an attention with options.
+// The further arguments of the backward of an attention with options.
 struct OptionGradients {
   const OptionArguments& given;
   const Tensor& log_total;
   const std::optional<Tensor>& grad_log_total;
-  Tensor* dscore_bias;  // allocated where it is needed
+  Tensor* dscore_bias;  // empty if not needed
 };
 
-// Of query, keys and values. `own`: those of the score's own arguments, allocated, with `gradients` pointing to them.
+// Returns the gradients of query, keys and values. `own`: the allocated gradients of the score's arguments, to which
+// `gradients` points.
 template <class Score>
 std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const AttentionBackward<Score>&),
                                                       const Score& score, const AttentionGradients& of,
@@ -130,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const Atten
     if (with != nullptr) torch::stable::zero_(*with->dscore_bias);
   } else if (of.need_query || of.need_keys || of.need_values) {
     AttentionOptions options;
-    std::vector<Tensor> rows;  // as long as the kernel runs
+    std::vector<Tensor> rows;  // keeps copies alive while the kernel runs
     const void *log_total = nullptr, *grad_log_total = nullptr;
     void* dscore_bias = nullptr;
     if (with != nullptr) {

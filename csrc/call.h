@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 class CallContext {
  public:
-  static constexpr bool kOnHost = true;  // whether bindings can read what is in tensors
+  static constexpr bool kOnHost = true;  // whether bindings can read the values of tensors
   static int32_t device_type() { return aoti_torch_device_type_cpu(); }
   static int32_t device_index(const Tensor&) { return 0; }
 

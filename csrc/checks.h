@@ -1,5 +1,5 @@
-// From tensors to what the kernels take: shape and dtype checks, strides, outputs. After a failure
-// attn_kernels/functional.py checks again in Python, to raise a readable error.
+// From tensors to the arguments of kernels: checks of shapes and dtypes, strides, outputs. After a failure,
+// attn_kernels/functional.py checks again in Python to raise a readable error.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -66,7 +66,7 @@ inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const
     a.lengths = memory_lengths->const_data_ptr();
     a.lengths_are_64 = type == ScalarType::Long;
     a.lengths_stride = memory_lengths->stride(0);
-    // Lengths on another device are not read here, which would wait for it: its kernels clamp them.
+    // Reading lengths on a GPU would wait for it: the kernels there clamp them instead.
     for (int64_t b = 0; b < (CallContext::kOnHost ? B : 0); ++b) {
       const int64_t i = b * a.lengths_stride;
       const int64_t length =
@@ -90,8 +90,8 @@ inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const
   return a;
 }
 
-// A new contiguous tensor on the device of like. The shim is called as it is: through the dispatcher, as
-// torch::stable::new_empty goes, a small call would spend more time on its outputs than on its results.
+// A new contiguous tensor on the device of like. It calls the shim directly: torch::stable::new_empty goes through the
+// dispatcher, which for small calls would take longer than the computation.
 inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   int32_t dtype = 0;
   int64_t item = 2;

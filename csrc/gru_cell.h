@@ -1,4 +1,5 @@
-// What a GRU step computes besides its products, on the CPU: gates and state, and back. Raw pointers, no torch.
+// The elementwise part of a GRU step on the CPU, forward and backward: gates and state, without the matrix products. Raw
+// pointers, no torch.
 #pragma once
 
 #include "lstm_cell.h"
@@ -9,13 +10,13 @@ namespace attn {
 struct GruStep {
   int64_t B, H;
   Dtype dtype;         // float32 or float64, of all
-  RowsView gates;      // (B, 3 H), in: r, z, n, the parts with x, before their functions; out: after
+  RowsView gates;      // (B, 3 H), in: the products of r, z, n with x; out: the gates after the activation
   RowsView products;   // (B, 3 H), of h with the weights
-  RowsView bias;       // (3 H,) in one row, is added to the products, or absent
+  RowsView bias;       // (3 H,) in one row, added to the products, or absent
   RowsView before;     // h
   RowsView recurrent;  // out: h W_hn + b_hn
   RowsView hidden;     // out
-  RowsView again;      // out: hidden once more, or absent
+  RowsView again;      // out: a second copy of hidden, or absent
 };
 
 struct GruStepBackward {
@@ -23,8 +24,8 @@ struct GruStepBackward {
   Dtype dtype;
   RowsView dhidden;
   RowsView gates, before, recurrent;  // of the forward
-  RowsView dbefore;                   // in and out: that of h is added, but for the part through the products
-  RowsView dgates, dproducts;         // out: (B, 3 H), of the gates before their functions
+  RowsView dbefore;            // in and out: the direct part of the gradient of h, not through products, is added
+  RowsView dgates, dproducts;  // out: (B, 3 H), of the gates before the activation
 };
 
 }  // namespace attn

@@ -1,4 +1,4 @@
-// What a backend computes, as a table: the CPU has one for each SIMD level, CUDA devices have one.
+// The table of a backend's kernels: the CPU has one table per SIMD level, CUDA has one.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace attn {
 
-// Of a score; those of its scores alone are null for dot attention.
+// The kernels of a score. scores and scores_backward are null for dot attention.
 template <class Scores>
 struct ScoreKernels {
   void (*scores)(const ScoresForward<Scores>&);
@@ -26,7 +26,7 @@ struct Kernels {
   ScoreKernels<AdditiveScores> additive;
   ScoreKernels<ActivatedScores> activated;
   ScoreKernels<DotScores> dot;
-  ScoreKernels<GatedAdditiveScores> gated_additive;  // on the CPU only, like all that follow
+  ScoreKernels<GatedAdditiveScores> gated_additive;  // CPU only, like all that follow
   void (*lstm_step)(const LstmStep&);
   void (*lstm_step_backward)(const LstmStepBackward&);
   void (*gru_step)(const GruStep&);

@@ -1,4 +1,5 @@
-// What an LSTM step computes besides its products, on the CPU: gates, cell and state, and back. Raw pointers, no torch.
+// The elementwise part of an LSTM step on the CPU, forward and backward: gates, cell and state, without the matrix
+// products. Raw pointers, no torch.
 #pragma once
 
 #include "types.h"
@@ -14,12 +15,12 @@ struct RowsView {
 struct LstmStep {
   int64_t B, H;
   Dtype dtype;        // float32 or float64, of all
-  RowsView gates;     // in: i, f, g, o before their functions; out: after
+  RowsView gates;     // in: i, f, g, o before the activation; out: after it
   RowsView cell;      // before the step
   RowsView new_cell;  // out
   RowsView tanh;      // out: of new_cell
   RowsView hidden;    // out
-  RowsView again;     // out: hidden once more, or absent
+  RowsView again;     // out: a second copy of hidden, or absent
 };
 
 struct LstmStepBackward {
@@ -28,7 +29,7 @@ struct LstmStepBackward {
   RowsView dhidden;
   RowsView gates, cell, tanh;  // of the forward; cell: before the step
   RowsView dcell;              // in: of the cell after the step; out: before it
-  RowsView dgates;             // out: of the gates before their functions
+  RowsView dgates;             // out: of the gates before the activation
 };
 
 }  // namespace attn

@@ -1,5 +1,5 @@
-// What is thrown where memory runs out. The shim of PyTorch's stable ABI tells that an allocation failed, but not how:
-// attn_kernels/ops.py repeats one of that size, so that users see PyTorch's own error, of its own type.
+// The exception for a failed allocation. The shim of PyTorch's stable ABI does not pass on PyTorch's error, so
+// attn_kernels/ops.py repeats the allocation: users see PyTorch's own error and type.
 #pragma once
 
 #include <cstdint>

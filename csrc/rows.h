@@ -6,7 +6,7 @@
 
 namespace attn {
 
-// Of (B, count * H): each unit has so many gates.
+// The dtype of gates, (B, count * H), after a check. count: gates per unit.
 inline Dtype dtype_of_gates(const Tensor& gates, int64_t count) {
   const Dtype dtype = dtype_of(gates, "gates");
   STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "gates must be float32 or float64");

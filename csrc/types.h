@@ -1,4 +1,4 @@
-// What the kernels take in place of tensors: raw pointers with sizes and strides. No torch here.
+// The types that kernels take instead of tensors: raw pointers with sizes and strides. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// A read-only (n0, n1, n2) array, strides in elements; data is null where an optional array is absent.
+// A read-only (n0, n1, n2) array with strides in elements; data is null if an optional array is absent.
 struct StridedView3 {
   const void* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -26,7 +26,7 @@ struct AttentionMask {
   const bool* mask = nullptr;
   int64_t mask_stride[3] = {0, 0, 0};
   bool per_query = false;  // the mask has a row for each query
-  int64_t vectors = 1;     // how many rows of scores a query has: see Scores
+  int64_t vectors = 1;     // rows of scores per query: see Scores
 
   int64_t length(int64_t b, int64_t steps) const {
     if (lengths == nullptr) return steps;

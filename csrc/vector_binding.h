@@ -1,4 +1,4 @@
-// From an op on tensors to the kernels of the scores with a score vector: v . f(query + keys + bias).
+// From an op on tensors to the kernels of scores with a score vector: v . f(query + keys + bias).
 #pragma once
 
 #include "additive_attention.h"
@@ -15,10 +15,10 @@ inline VectorScores with_vector(const Tensor& query, const Tensor& keys, const T
           array(extra, "extra", dtype, {n.B, n.Tk, n.A})};
 }
 
-// What additive_prepare returns for keys of this dtype.
+// The dtype of the result of additive_prepare for keys of this dtype.
 inline Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
 
-// A score: its kernels, and how it is made of those arguments that it has of its own.
+// A score: its kernels, and the struct of its arguments.
 struct Additive {
   static constexpr auto kKernels = &Kernels::additive;
 

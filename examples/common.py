@@ -1,4 +1,4 @@
-"""What the examples share: their options, a training with a bar, a step timed before and after, the files they write.
+"""Code that the examples share: options, training with a progress bar, timing of a step, and the files they write.
 
 Each example is a module with a command ``main`` and trains one model. The same training step is then timed twice, with
 the attention as PyTorch users write it ("before") and with this package's ("after"), in turns; see bench/timing.py.

@@ -308,7 +308,9 @@ def test_initial_values() -> None:
     module = MonotonicAttention(Q, M, 16, score_bias_init=-2.0, normalize=True)
     assert module.score_bias.item() == -2 and module.g.item() == 0.25 and (module.bias == 0).all()
     assert MonotonicAttention(Q, M, score="dot", normalize=True).g.item() == 1
+    assert MonotonicAttention(Q, M, 16).score_bias.item() == 0
     assert StepwiseMonotonicAttention(Q, M, 16).score_bias.item() == 3.5
+    assert (MonotonicAttention(Q, M, 16).mode, StepwiseMonotonicAttention(Q, M, 16).mode) == ("recursive", "soft")
     state = module.initial_state(module.memory(torch.randn(2, 3, M)), 2)
     assert state.alignments.tolist() == [[[1, 0, 0]] * 2] * 2
 
@@ -333,8 +335,8 @@ def test_refusals() -> None:
             cls(Q, M, 9, mode="easy")
         with pytest.raises(ValueError, match=rf"{name}: noise must be a finite number >= 0.0, got -1.0"):
             cls(Q, M, 9, noise=-1.0)
-        with pytest.raises(TypeError, match=rf"{name}: score_bias_init must be a number, got NoneType"):
-            cls(Q, M, 9, score_bias_init=None)
+        with pytest.raises(TypeError, match=rf"{name}: score_bias_init must be a number, got str"):
+            cls(Q, M, 9, score_bias_init="3")
         with pytest.raises(ValueError, match=rf"{name}: units must be a positive integer, got 0"):
             cls(Q, M, 0)
         module = cls(Q, M, 9)

@@ -916,6 +916,12 @@ WRAPPERS = [
 ]
 
 
+def additive_call() -> tuple[Additive, tuple[Tensor, ...], Tensor]:
+    """A module, its arguments, and the context of the original."""
+    module, given = Additive(), inputs()
+    return module, given, module(*given)[0]
+
+
 def check_call(module: nn.Module, given: tuple[Tensor, ...], expected: Tensor, fused: bool) -> None:
     CALLS.clear()
     torch.testing.assert_close(module(*given)[0], expected)
@@ -924,8 +930,7 @@ def check_call(module: nn.Module, given: tuple[Tensor, ...], expected: Tensor, f
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrapped_while_patched(wrap: Any) -> None:
-    module, given = Additive(), inputs()
-    expected = module(*given)[0]
+    module, given, expected = additive_call()
     patch(module)
     wrap(module)
     check_call(module, given, expected, fused=True)
@@ -942,8 +947,7 @@ def test_wrapped_while_patched(wrap: Any) -> None:
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrapped_before_patch_and_unwrapped(wrap: Any) -> None:
-    module, given = Additive(), inputs()
-    expected = module(*given)[0]
+    module, given, expected = additive_call()
     wrap(module)
     patch(module)
     torch.testing.assert_close(module(*given)[0], expected)

@@ -34,172 +34,111 @@ OLDEST_PACKING = (3, 8)  # the release of Triton from which on the bounds hold f
 HOT = ("tiled_scores_kernel", "backward_kernel")
 HOT_OF_RELU = (*HOT, "exponentials_kernel")
 SMALL_M = ("decode_kernel", "backward_kernel", "_product_kernel", "_weighted_sum_kernel")
+SMALL_Q = ("small_q_scores_kernel", "backward_kernel")
+SPLIT_DECODE = ("decode_kernel", "combine_kernel")
 PRODUCTS = ("_product_kernel", "_attend_kernel", "_weighted_sum_kernel")
 GATED = ("gated_scores_kernel", "gated_backward_kernel")
+OPTIONS = ("score_bias", "dropout", "sigmoid", "clip")
+SOFTMAX_OPTIONS = ("score_bias", "dropout", "softmax", "clip")
 WITH_OPTIONS = ("_attend_kernel", "_softmax_backward_kernel")
 
-# name: op, (B, Tq, Tk, A), dtype, lengths, dimensions of the mask, the kernels to compile (default: all), the targets;
-# slope: of activated_attention and activated_scores; options: which, of an attention; packed: of B sentences with Tk
-# steps.
+
+def _case(op: str, sizes: tuple[int, ...], dtype: str, **settings: Any) -> dict[str, Any]:
+    """sizes: (B, Tq, Tk, A).
+
+    Settings: lengths, whether there are some; mask, its number of dimensions; slope, of activated_attention and
+    activated_scores; options, which of an attention; packed, whether the B sentences with Tk steps are; kernels to
+    compile, all by default; targets, all by default.
+    """
+    return {"op": op, "sizes": sizes, "dtype": dtype, **settings}
+
+
 # The first two compile every kernel once; the others those in which their tiles, dtypes or masks make a difference.
 CASES: dict[str, dict[str, Any]] = {
-    "additive": dict(op="additive", sizes=(1024, 128, 128, 512), dtype="float32"),
-    "masked": dict(op="additive", sizes=(256, 74, 75, 1024), dtype="bfloat16", lengths=True, mask=3),
-    "small": dict(op="additive", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT),
-    "beams": dict(op="additive", sizes=(32, 5, 200, 512), dtype="float32", lengths=True, kernels=HOT),
-    "odd": dict(op="additive", sizes=(7, 9, 33, 17), dtype="float16", mask=2, kernels=HOT, targets=(90,)),
-    "decode": dict(op="additive", sizes=(64, 1, 50, 512), dtype="float32", lengths=True, kernels=SMALL_M),
-    "decode-bfloat16": dict(
-        op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M, targets=(90,)
+    "additive": _case("additive", (1024, 128, 128, 512), "float32"),
+    "masked": _case("additive", (256, 74, 75, 1024), "bfloat16", lengths=True, mask=3),
+    "small": _case("additive", (16, 100, 100, 512), "float32", lengths=True, kernels=HOT),
+    "beams": _case("additive", (32, 5, 200, 512), "float32", lengths=True, kernels=HOT),
+    "odd": _case("additive", (7, 9, 33, 17), "float16", mask=2, kernels=HOT, targets=(90,)),
+    "decode": _case("additive", (64, 1, 50, 512), "float32", lengths=True, kernels=SMALL_M),
+    "decode-bfloat16": _case("additive", (64, 1, 200, 1024), "bfloat16", lengths=True, kernels=SMALL_M, targets=(90,)),
+    "four": _case("additive", (64, 4, 200, 1024), "float32", mask=3, kernels=SMALL_M, targets=(90,)),
+    "beams-decode": _case("additive", (2, 5, 200, 512), "float32", lengths=True, kernels=("decode_kernel",)),
+    "dot-decode": _case("dot", (64, 1, 200, 1024), "bfloat16", lengths=True, kernels=("decode_kernel",)),
+    "float64": _case("additive", (4, 9, 33, 128), "float64", mask=2, kernels=(*SMALL_Q, *PRODUCTS), targets=(90,)),
+    "scores": _case("scores", (64, 17, 100, 512), "float16", kernels=HOT, targets=(90,)),
+    "relu": _case("activated", (1024, 128, 128, 512), "float32", kernels=HOT_OF_RELU),
+    "relu-masked": _case(
+        "activated", (256, 74, 75, 1024), "bfloat16", lengths=True, mask=3, kernels=HOT_OF_RELU, targets=(90,)
     ),
-    "four": dict(op="additive", sizes=(64, 4, 200, 1024), dtype="float32", mask=3, kernels=SMALL_M, targets=(90,)),
-    "beams-decode": dict(
-        op="additive", sizes=(2, 5, 200, 512), dtype="float32", lengths=True, kernels=("decode_kernel",)
+    "relu-small": _case("activated", (16, 100, 100, 512), "float32", lengths=True, kernels=HOT, targets=(90,)),
+    "relu-decode": _case("activated", (64, 1, 200, 1024), "bfloat16", lengths=True, kernels=SMALL_M[:2]),
+    "relu-beams": _case("activated", (2, 5, 200, 512), "float32", mask=2, kernels=SMALL_M[:2], targets=(90,)),
+    "relu-float64": _case("activated", (4, 9, 33, 128), "float64", mask=2, kernels=SMALL_Q, targets=(90,)),
+    "relu-scores": _case("relu scores", (64, 17, 100, 512), "float16", kernels=HOT, targets=(90,)),
+    "leaky_relu": _case(
+        "activated", (256, 74, 75, 1024), "bfloat16", mask=2, slope=0.2, kernels=HOT_OF_RELU, targets=(90,)
     ),
-    "dot-decode": dict(op="dot", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=("decode_kernel",)),
-    "float64": dict(
-        op="additive",
-        sizes=(4, 9, 33, 128),
-        dtype="float64",
-        mask=2,
-        kernels=("small_q_scores_kernel", "backward_kernel", *PRODUCTS),
-        targets=(90,),
-    ),
-    "scores": dict(op="scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
-    "relu": dict(op="activated", sizes=(1024, 128, 128, 512), dtype="float32", kernels=HOT_OF_RELU),
-    "relu-masked": dict(
-        op="activated",
-        sizes=(256, 74, 75, 1024),
-        dtype="bfloat16",
-        lengths=True,
-        mask=3,
-        kernels=HOT_OF_RELU,
-        targets=(90,),
-    ),
-    "relu-small": dict(
-        op="activated", sizes=(16, 100, 100, 512), dtype="float32", lengths=True, kernels=HOT, targets=(90,)
-    ),
-    "relu-decode": dict(op="activated", sizes=(64, 1, 200, 1024), dtype="bfloat16", lengths=True, kernels=SMALL_M[:2]),
-    "relu-beams": dict(
-        op="activated", sizes=(2, 5, 200, 512), dtype="float32", mask=2, kernels=SMALL_M[:2], targets=(90,)
-    ),
-    "relu-float64": dict(
-        op="activated",
-        sizes=(4, 9, 33, 128),
-        dtype="float64",
-        mask=2,
-        kernels=("small_q_scores_kernel", "backward_kernel"),
-        targets=(90,),
-    ),
-    "relu-scores": dict(op="relu scores", sizes=(64, 17, 100, 512), dtype="float16", kernels=HOT, targets=(90,)),
-    "leaky_relu": dict(
-        op="activated",
-        sizes=(256, 74, 75, 1024),
-        dtype="bfloat16",
-        mask=2,
-        slope=0.2,
-        kernels=HOT_OF_RELU,
-        targets=(90,),
-    ),
-    "leaky_relu-decode": dict(
-        op="activated", sizes=(64, 1, 50, 512), dtype="float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)
-    ),
-    "leaky_relu-scores": dict(
-        op="relu scores",
-        sizes=(64, 3, 100, 512),
-        dtype="float32",
-        slope=0.2,
-        kernels=("small_q_scores_kernel", "backward_kernel"),
-        targets=(90,),
-    ),
-    "dot": dict(op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", lengths=True, kernels=PRODUCTS),
-    "dot-masked": dict(op="dot", sizes=(64, 16, 100, 512), dtype="float32", mask=3, kernels=PRODUCTS, targets=(90,)),
+    "leaky_relu-decode": _case("activated", (64, 1, 50, 512), "float32", slope=0.2, kernels=SMALL_M[:2], targets=(90,)),
+    "leaky_relu-scores": _case("relu scores", (64, 3, 100, 512), "float32", slope=0.2, kernels=SMALL_Q, targets=(90,)),
+    "dot": _case("dot", (64, 100, 100, 512), "bfloat16", lengths=True, kernels=PRODUCTS),
+    "dot-masked": _case("dot", (64, 16, 100, 512), "float32", mask=3, kernels=PRODUCTS, targets=(90,)),
     # Pooling of a long bag, of sentences by several vectors, and several vectors for each of many queries.
-    "gated": dict(op="gated", sizes=(1, 1, 50000, 256), dtype="float32", kernels=("decode_kernel", GATED[1])),
-    "gated-bfloat16": dict(
-        op="gated", sizes=(64, 1, 500, 512), dtype="bfloat16", vectors=30, gate=False, lengths=True, kernels=GATED
+    "gated": _case("gated", (1, 1, 50000, 256), "float32", kernels=("decode_kernel", GATED[1])),
+    "gated-bfloat16": _case(
+        "gated", (64, 1, 500, 512), "bfloat16", vectors=30, gate=False, lengths=True, kernels=GATED
     ),
-    "gated-long": dict(
-        op="gated",
-        sizes=(1, 1, 50000, 512),
-        dtype="bfloat16",
+    "gated-long": _case(
+        "gated",
+        (1, 1, 50000, 512),
+        "bfloat16",
         vectors=10,
         mask=2,
         activation="sigmoid",
-        kernels=("decode_kernel", "combine_kernel", GATED[1]),
+        kernels=(*SPLIT_DECODE, GATED[1]),
         targets=(90,),
     ),
-    "gated-many": dict(op="gated", sizes=(64, 74, 75, 1024), dtype="float32", vectors=4, mask=3, kernels=GATED),
-    "gated-float64": dict(
-        op="gated",
-        sizes=(4, 9, 33, 128),
-        dtype="float64",
-        vectors=3,
-        activation="leaky_relu",
-        kernels=GATED,
-        targets=(90,),
+    "gated-many": _case("gated", (64, 74, 75, 1024), "float32", vectors=4, mask=3, kernels=GATED),
+    "gated-float64": _case(
+        "gated", (4, 9, 33, 128), "float64", vectors=3, activation="leaky_relu", kernels=GATED, targets=(90,)
     ),
-    "gated-scores": dict(
-        op="gated scores", sizes=(64, 17, 100, 512), dtype="float16", activation="relu", kernels=GATED, targets=(90,)
+    "gated-scores": _case(
+        "gated scores", (64, 17, 100, 512), "float16", activation="relu", kernels=GATED, targets=(90,)
     ),
-    "extra": dict(
-        op="extra", sizes=(64, 1, 200, 512), dtype="float32", lengths=True, kernels=("decode_kernel", GATED[1])
+    "extra": _case("extra", (64, 1, 200, 512), "float32", lengths=True, kernels=("decode_kernel", GATED[1])),
+    "packed": _case("additive", (64, 100, 100, 512), "float32", packed=True),
+    "packed-decode": _case("additive", (64, 1, 200, 1024), "bfloat16", packed=True, kernels=SMALL_M, targets=(80, 90)),
+    "packed-beams-decode": _case(
+        "activated", (2, 5, 200, 512), "float32", packed=True, kernels=(*SPLIT_DECODE, "backward_kernel"), targets=(90,)
     ),
-    "packed": dict(op="additive", sizes=(64, 100, 100, 512), dtype="float32", packed=True),
-    "packed-decode": dict(
-        op="additive", sizes=(64, 1, 200, 1024), dtype="bfloat16", packed=True, kernels=SMALL_M, targets=(80, 90)
+    "packed-dot": _case("dot", (64, 100, 100, 512), "bfloat16", packed=True, kernels=PRODUCTS, targets=(90,)),
+    "options": _case(
+        "additive", (256, 74, 75, 1024), "bfloat16", lengths=True, mask=3, kernels=WITH_OPTIONS, options=OPTIONS
     ),
-    "packed-beams-decode": dict(
-        op="activated",
-        sizes=(2, 5, 200, 512),
-        dtype="float32",
-        packed=True,
-        kernels=("decode_kernel", "combine_kernel", "backward_kernel"),
-        targets=(90,),
+    "options-dropout": _case(
+        "dot", (16, 100, 100, 512), "float32", kernels=WITH_OPTIONS, options=("dropout",), targets=(90,)
     ),
-    "packed-dot": dict(
-        op="dot", sizes=(64, 100, 100, 512), dtype="bfloat16", packed=True, kernels=PRODUCTS, targets=(90,)
-    ),
-    "options": dict(
-        op="additive",
-        sizes=(256, 74, 75, 1024),
-        dtype="bfloat16",
-        lengths=True,
-        mask=3,
-        kernels=WITH_OPTIONS,
-        options=("score_bias", "dropout", "sigmoid", "clip"),
-    ),
-    "options-dropout": dict(
-        op="dot", sizes=(16, 100, 100, 512), dtype="float32", kernels=WITH_OPTIONS, options=("dropout",), targets=(90,)
-    ),
-    "options-decode": dict(
-        op="additive",
-        sizes=(64, 1, 50, 512),
-        dtype="float32",
+    "options-decode": _case(
+        "additive",
+        (64, 1, 50, 512),
+        "float32",
         lengths=True,
         kernels=("decode_kernel", "_softmax_backward_kernel"),
-        options=("score_bias", "dropout", "softmax", "clip"),
+        options=SOFTMAX_OPTIONS,
         targets=(80, 90),
     ),
-    "options-beams-decode": dict(
-        op="dot",
-        sizes=(2, 5, 200, 512),
-        dtype="float32",
+    "options-beams-decode": _case(
+        "dot",
+        (2, 5, 200, 512),
+        "float32",
         lengths=True,
         mask=3,
-        kernels=("decode_kernel", "combine_kernel"),
-        options=("score_bias", "dropout", "sigmoid", "clip"),
+        kernels=SPLIT_DECODE,
+        options=OPTIONS,
         targets=(80, 90),
     ),
-    "options-float64": dict(
-        op="activated",
-        sizes=(4, 9, 33, 128),
-        dtype="float64",
-        mask=2,
-        slope=0.2,
-        kernels=WITH_OPTIONS,
-        options=("score_bias", "dropout", "sigmoid", "clip"),
-        targets=(90,),
+    "options-float64": _case(
+        "activated", (4, 9, 33, 128), "float64", mask=2, slope=0.2, kernels=WITH_OPTIONS, options=OPTIONS, targets=(90,)
     ),
 }
 

@@ -1,1 +1,1 @@
-"""What developers run besides: versions, wheel, links, cuda_check, hub_kernel."""
+"""Tools for developers: versions, wheel, links, cuda_check, hub_kernel."""

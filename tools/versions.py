@@ -85,7 +85,7 @@ def state_of_sources() -> str:
 
 
 def copy_sources(to: Path) -> None:
-    """What git tracks and what it does not ignore, as it is now."""
+    """The tracked files, and untracked ones that git does not ignore, as they are in the working tree."""
     names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in filter(None, names):
         if (ROOT / name).is_file():

@@ -33,7 +33,7 @@ TESTS = (
 
 
 def unexpected(names: list[str], cuda: bool) -> list[str]:
-    """What is wrong with the files of a wheel. cuda: whether it was built where nvcc is."""
+    """The problems of the files of a wheel. cuda: whether it was built with nvcc."""
     modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
     expected = {"_C", "_C_cuda"} if cuda else {"_C"}
     wrong = [] if modules == expected else [f"compiled modules must be {sorted(expected)}, got {sorted(modules)}"]

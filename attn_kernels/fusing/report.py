@@ -1,4 +1,4 @@
-"""What ``fuse`` did to a model, as a table."""
+"""The report of ``fuse``, and its table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FusedModule(NamedTuple):
 
 
 class FuseReport:
-    """What :func:`fuse` did and what came of it; complete once the model was called, in training and in evaluation.
+    """The report of :func:`fuse`; complete once the model was called, in training and in evaluation mode.
 
     fused: modules whose attention was found, with what: "context" (scores, softmax and weighted sum in one op),
     "alignments" (scores and softmax), "scores", or the library's adapter. skipped: modules that may compute attention

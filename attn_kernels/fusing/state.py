@@ -1,4 +1,4 @@
-"""What is known of a module's calls: captured graphs, the choice between the original and the rewritten one."""
+"""The state of a fused module: its captured graphs, and the choice between the original and the rewritten graph."""
 
 from __future__ import annotations
 

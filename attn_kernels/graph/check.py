@@ -26,7 +26,7 @@ Function = Callable[..., Any]
 def difference(
     original: Function, rewritten: Function, args: Sequence[Any], smaller: Sequence[Any] | None = None
 ) -> str | None:
-    """None, or what differs between the results or gradients of two functions of tensors.
+    """A description of the first difference between results or gradients of two functions; None if they agree.
 
     Arguments are copied: the functions may write to them. Random numbers are the same for both. ``smaller``: arguments
     to use instead, unless the original refuses them.

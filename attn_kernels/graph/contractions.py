@@ -32,7 +32,7 @@ class Contraction(NamedTuple):
 
 
 def contraction(node: Node, index: Index, read: Callable[[Node, Node], Node]) -> Contraction | None:
-    """What a product sums over, or None. ``read(source, at)``: the node whose result ``source`` holds at ``at``."""
+    """A node as a contraction, or None. ``read(source, at)``: the node whose result ``source`` holds at ``at``."""
     make = _CONTRACTIONS.get(name_of(node))
     if make is None or not is_tensor(node):
         return None

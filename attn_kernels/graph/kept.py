@@ -76,7 +76,7 @@ def _dense(x: Tensor) -> Tensor | None:
 
 
 class Held:
-    """A value that is kept, and what was derived from it."""
+    """A cached value, and the values derived from it."""
 
     def __init__(self, sources: Sources, state: tuple[Any, ...], value: Tensor) -> None:
         self.sources = sources
@@ -89,7 +89,7 @@ class Held:
 
 
 class Slot:
-    """What one module keeps for one place of one graph.
+    """The cached value of one module for one place of one graph.
 
     A value is kept from the second call with the same tensors on, or from the first if the value before was reused.
     After a value that was kept and never reused, twice as many calls with the same tensors are needed.
@@ -138,7 +138,7 @@ def held_of(tensor: Tensor) -> Held | None:
 
 
 class Keeper:
-    """All values that one module keeps."""
+    """All cached values of a module."""
 
     def __init__(self) -> None:
         self._slots: dict[Any, Slot] = {}

@@ -1,4 +1,4 @@
-"""What attention consists of in a captured graph: scores, masks, softmax, context; as they are found."""
+"""The parts of attention that are matched in a captured graph: scores, masks, softmax and context."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Factor(NamedTuple):
 
 
 class Peeled(NamedTuple):
-    """What lies between a softmax and its scores, from the softmax on."""
+    """The operations between a softmax and its scores, starting at the softmax."""
 
     masks: tuple[Mask, ...] = ()
     shifts: tuple[Leaf, ...] = ()

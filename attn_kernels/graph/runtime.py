@@ -1,4 +1,4 @@
-"""What rewritten graphs call."""
+"""The functions that rewritten graphs call."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def match_softmax(flow: Dataflow, node: Node, index: Index) -> Softmax:
 def _peel(
     flow: Dataflow, current: Leaf, peeled: Peeled, steps: Group, find: Callable[[Node, Index], Any]
 ) -> tuple[Peeled, Any]:
-    """Back from a softmax to what ``find`` takes for scores, through masks, factors, and what is added."""
+    """Walks from a softmax back to the scores that ``find`` recognises, through masks, factors and addends."""
     while True:
         inner, index = flow.writes.read(current.node, current.reader), current.index
         step = pull(inner, index)
@@ -107,7 +107,7 @@ def _peel(
 
 
 def _sums(flow: Dataflow, node: Node, index: Index, peeled: Peeled, steps: Group) -> list[tuple[Leaf, Peeled]]:
-    """What may be scores in a sum of two tensors, with the other noted as a shift or a mask of numbers."""
+    """The operand of a sum that may be scores; the other operand is recorded as a shift or an additive mask."""
     name = name_of(node)
     if name not in ("add", "iadd", "add_", "sub", "isub", "sub_") or node.kwargs or len(node.args) != 2:
         return []

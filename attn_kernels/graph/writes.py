@@ -1,4 +1,4 @@
-"""What is written in place in a captured graph, and so which value a tensor has when it is read.
+"""In-place writes in a captured graph, and which value a tensor has at each read.
 
 Tensors that share memory (views, ``.data``, ``detach``) are known by the storages of the fake tensors. A write through
 a tensor of the same geometry is a step of the computation like any other; one through another view of the memory is not

@@ -1,4 +1,4 @@
-"""Attention mechanisms beside those of ``modules.py``: with a state of their own (stateful.py), and without one."""
+"""Attention mechanisms besides those of ``modules.py``: stateful ones (stateful.py), and others."""
 
 from torch.utils import _pytree
 
@@ -20,7 +20,7 @@ from .stateful import StatefulAttention, StatefulResult, reorder_state, select_s
 from .steps import AlignmentsState
 from .stepwise_monotonic import StepwiseMonotonicAttention
 
-for _of_a_program in (
+for _exported in (
     AlignmentsState,
     CoverageState,
     CumulativeLocationState,
@@ -32,7 +32,7 @@ for _of_a_program in (
     StatefulResult,
 ):
     _pytree._register_namedtuple(  # for torch.export.save
-        _of_a_program, serialized_type_name=f"{__package__.partition('.')[0]}.{_of_a_program.__name__}"
+        _exported, serialized_type_name=f"{__package__.partition('.')[0]}.{_exported.__name__}"
     )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Additive scores with an addend of their own for each step and hypothesis: the base of mechanisms that use them."""
+"""The base of stateful mechanisms whose additive scores have an extra term in the tanh, one per step and hypothesis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .stateful import StatefulAttention
 
 
 class StatefulAdditiveAttention(StatefulAttention):
-    """scores_j = scale v . tanh(W_q query + W_m memory_j + extra_j + bias), where ``extra`` is made of the state.
+    """scores_j = scale v . tanh(W_q query + W_m memory_j + extra_j + bias), where ``extra`` is computed from the state.
 
     bias: whether there is a ``bias``, initially 0. scale: a factor of the scores. The rest is as of AttentionModule.
     """
@@ -50,15 +50,15 @@ class StatefulAdditiveAttention(StatefulAttention):
             nn.init.zeros_(self.bias)
 
     def make_score(self, memory: Memory) -> AdditiveScore:
-        """That of the keys, and of what a step adds to them."""
+        """The score on the keys; a step adds its ``extra`` to them first."""
         return AdditiveScore(self.v if self.scale == 1.0 else self.scale * self.v, self.bias)
 
     def _alignment_filters(self, state: Any) -> AlignmentFilters | None:
-        """How the extra of each step from ``state`` on is made, of one hypothesis; None: not by such filters."""
+        """The filters that compute ``extra`` from the state, for one hypothesis; None if it is no linear filter."""
         return None
 
     def _attend(self, query: Tensor, memory: Memory, extra: Tensor) -> tuple[Tensor, Tensor]:
-        """Alignments by softmax, and their context. query: (B, K, A), projected. extra: (B, K, Tk, A)."""
+        """Context and alignments (softmax). query: (B, K, A), projected. extra: (B, K, Tk, A)."""
         if query.shape[1] > 1:
             alignments = self._align(query, memory, extra, memory.mask)
             return average(alignments, memory), alignments
@@ -70,12 +70,12 @@ class StatefulAdditiveAttention(StatefulAttention):
         return result.context, alignments_of(result)
 
     def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(B, K, Tk), alignments by softmax. query, extra: as of ``_attend``. mask: in place of that of the memory."""
+        """(B, K, Tk): alignments (softmax). query, extra: as for ``_attend``. mask: replaces that of the memory."""
         keys, lengths, hypotheses = memory.keys, memory.memory_lengths, query.shape[1]
-        if extra is not None:  # each hypothesis has keys of its own, and is a row of the batch
+        if extra is not None:  # the keys differ between hypotheses: each hypothesis becomes a row of the batch
             keys = (keys.unsqueeze(1) + extra).flatten(0, 1)
             query = query.reshape(-1, 1, query.shape[2])
-            if lengths is not None:  # torch.onnx has a wrong repeat_interleave of one axis
+            if lengths is not None:  # not repeat_interleave: torch.onnx exports it wrongly for one axis
                 lengths = lengths[:, None].expand(-1, hypotheses).flatten()
             if mask is not None:
                 mask = mask.flatten(0, 1) if mask.dim() == 3 else mask.repeat_interleave(hypotheses, 0)

@@ -1,4 +1,4 @@
-"""What mechanisms with a state make of alignments and of a memory: first alignments, averages, checks."""
+"""Helpers of stateful mechanisms: initial alignments, the context of alignments, and checks of a state."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def allowed_steps(memory: Memory) -> Tensor | None:
 
 
 def no_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
-    """(B, hypotheses, Tk): 0 everywhere."""
+    """(B, hypotheses, Tk): all zeros."""
     batch, steps = _axes(memory)
     return memory.keys.new_zeros(batch, hypotheses, steps, dtype=dtype)
 
 
 def uniform_alignments(memory: Memory, hypotheses: int, dtype: torch.dtype) -> Tensor:
-    """(B, hypotheses, Tk): the same at each step that may be attended, in all 1 or, where there is none, 0."""
+    """(B, hypotheses, Tk): uniform over the steps that may be attended; zeros where there is none."""
     may = _ever_allowed(memory).to(wide_dtype(dtype))
     each = may / may.sum(-1, keepdim=True).clamp(min=1)
     return each.to(dtype).unsqueeze(1).expand(-1, hypotheses, -1)
@@ -48,7 +48,7 @@ def check_initial(name: str, initial: str) -> None:
 
 
 def _ever_allowed(memory: Memory) -> Tensor:
-    """(B, Tk) bool: what at least one hypothesis may attend."""
+    """(B, Tk) bool: True where at least one hypothesis may attend."""
     axes, allowed = _axes(memory), allowed_steps(memory)
     return memory.keys.new_ones(axes, dtype=torch.bool) if allowed is None else allowed.any(1)
 
@@ -61,18 +61,18 @@ def _axes(memory: Memory) -> tuple[int, int]:
 
 
 def average(alignments: Tensor, memory: Memory) -> Tensor:
-    """(B, K, D), the context: alignments @ values. alignments: (B, K, Tk), 0 in padding, which may hold anything."""
+    """(B, K, D), the context: alignments @ values. alignments: (B, K, Tk), 0 in padding. Padded values may be NaN."""
     values, allowed = memory.values, allowed_steps(memory)
     if allowed is None or (allowed.shape[1] == 1 and memory.has_zero_padding()):
         return alignments @ values
     if allowed.shape[1] == 1:
         return alignments @ values.masked_fill(~allowed.mT, 0.0)
-    # A step may be padding for one hypothesis and hold NaN for another: a product for each pair.
+    # A step that is padding for one hypothesis only may hold NaN: mask per pair of hypothesis and step.
     return (alignments.unsqueeze(2) @ torch.where(allowed.unsqueeze(3), values.unsqueeze(1), 0.0)).squeeze(2)
 
 
 def as_state(name: str, kind: type[State], state: tuple[Tensor, ...], sizes: tuple[int, ...]) -> State:
-    """A state, which may have become a plain tuple, as ``kind``. sizes: the last axis of each tensor, (B, K, size)."""
+    """Checks a state, which may be a plain tuple, and returns it as ``kind``. sizes: the last axis of each tensor."""
     fields = kind._fields  # type: ignore[attr-defined]
     if len(state) != len(fields):
         expected = f"{kind.__name__}({', '.join(fields)})"

@@ -1,4 +1,4 @@
-"""Coverage: the score of a step reads how much all steps before looked at it."""
+"""Coverage attention: scores depend on the sum of all previous alignments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CoverageState(NamedTuple):
 
 
 class CoverageAttention(StatefulAdditiveAttention):
-    r"""Additive attention that reads the sum of all alignments so far.
+    r"""Additive attention whose scores depend on coverage, the sum of all alignments so far.
 
     .. math::
         scores_j = scale \; v \cdot \tanh(W_q \, query + W_m \, memory_j + w_c \, coverage_j + bias), \quad
@@ -32,15 +32,15 @@ class CoverageAttention(StatefulAdditiveAttention):
 
     Source: See, Liu, Manning, "Get to the point: summarization with pointer-generator networks", 2017, section 2.2
     (equations 10 and 11); :func:`coverage_loss` is equation 12. ESPnet's AttCov is the same formula, with
-    ``initial="uniform"`` and ``scale=2.0``; its three biases are added up in ``bias``.
+    ``initial="uniform"`` and ``scale=2.0``; ``bias`` is the sum of its three biases.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer that scores.
         scale: a finite number that multiplies the scores.
-        bias: whether there is one, initially 0.
-        initial: the coverage before the first step, "zeros" or "uniform" (over what may be attended, as in ESPnet).
+        bias: whether to learn a bias, initially 0.
+        initial: coverage before the first step: "zeros", or "uniform" over the steps that may be attended (ESPnet).
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -90,7 +90,7 @@ class CoverageAttention(StatefulAdditiveAttention):
 
 
 def coverage_loss(alignments: Tensor, coverage: Tensor | None = None) -> Tensor:
-    r"""The penalty for looking again at what was looked at before.
+    r"""The penalty for attending again to steps that were attended before.
 
     .. math:: loss_t = \sum_j \min(alignments_{tj}, coverage_{tj})
 
@@ -98,13 +98,14 @@ def coverage_loss(alignments: Tensor, coverage: Tensor | None = None) -> Tensor:
 
     Args:
         alignments: (..., Tk), of a step; without ``coverage`` (B, T, Tk), of all steps of a sequence.
-        coverage: (..., Tk), what the step was given: the sum of the alignments before it. None: summed up here, from 0.
+        coverage: (..., Tk), the sum of the alignments of all steps before. None: it is computed here, starting at 0.
 
     Returns:
-        (...,), without the last axis, in float32 or wider: one loss for each step. Those of the padding of a target are
-        for the caller to leave out.
+        (...,), without the last axis, in float32 or wider: one loss per step. The caller leaves out the steps that are
+        padding of the target.
 
-    Raises ValueError or TypeError where the arguments do not fit each other.
+    Raises:
+        ArgumentValueError: a shape does not fit. ArgumentTypeError: a type does not.
     """
     check_tensor("coverage_loss", "alignments", alignments)
     if coverage is None:

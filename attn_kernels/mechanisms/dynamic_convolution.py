@@ -1,4 +1,4 @@
-"""Dynamic convolution attention: scores are made of the alignments before, by filters, some of them of the query."""
+"""Dynamic convolution attention: scores are static and query-dependent convolutions of the previous alignments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..modules import _reset_score_vector
 from .energy import check_number
 from .steps import AlignmentsState, PositionalAttention, masked_softmax, without_autocast
 
-_LEAST_PRIOR = 1e-6  # of the paper: the logarithm of what the prior cannot reach is -13.8, and not -Inf
+_LEAST_PRIOR = 1e-6  # of the paper: the log prior of a step out of reach is -13.8, not -Inf
 
 
 class DynamicConvolutionAttention(PositionalAttention):
-    r"""Location-relative attention by filters of the previous alignments: no content of the memory is read.
+    r"""Location-relative attention: filters of the previous alignments, without the content of the memory.
 
     .. math::
         scores_i = v \cdot \tanh(U f_i + T g_i + b) + p_i, \quad alignments_i = softmax(scores_i)
@@ -28,9 +28,9 @@ class DynamicConvolutionAttention(PositionalAttention):
         f_i = F * alignments_{i-1}, \quad g_i = G(query_i) * alignments_{i-1}, \quad
         p_i = \log \max(P * alignments_{i-1}, 10^{-6}), \quad G(query) = V_G \tanh(W_G query + b_G)
 
-    F are learned filters, the same for all queries, and G(query) filters of this query; both have their middle at the
-    step they are for. P is fixed: it moves forward by 0 to n = ``prior_length`` - 1 steps, with the probabilities of
-    BetaBinomial(n, alpha, beta), n alpha / (alpha + beta) on average.
+    F are static filters, the same for all queries, and G(query) are dynamic filters, computed from the query; both are
+    centred on the step. P is a fixed causal filter: it moves forward by 0 to n = ``prior_length`` - 1 steps, with the
+    probabilities of BetaBinomial(n, alpha, beta), by n alpha / (alpha + beta) on average.
 
     Source: Battenberg et al., "Location-relative attention mechanisms for robust long-form speech synthesis", 2020,
     section 3.2.
@@ -39,9 +39,9 @@ class DynamicConvolutionAttention(PositionalAttention):
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layers of the scores and of G.
-        static_filters, static_length, dynamic_filters, dynamic_length: numbers and lengths of the filters F and of
-            those of G; lengths are odd.
-        prior_length, prior_alpha, prior_beta: of the prior.
+        static_filters, static_length, dynamic_filters, dynamic_length: numbers and lengths of the filters F and G;
+            lengths are odd.
+        prior_length, prior_alpha, prior_beta: length, alpha and beta of the prior filter P.
         backend: as of :func:`attn_kernels.additive_scores`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -150,5 +150,5 @@ def beta_binomial(n: int, alpha: float, beta: float) -> list[float]:
 
 
 def _windows(x: Tensor, length: int) -> Tensor:
-    """(B, K, Tk) to (B, K, Tk, length): what is around each step, with zeros outside."""
+    """(B, K, Tk) to (B, K, Tk, length): the window centred on each step, with zeros outside."""
     return F.pad(x, (length // 2, length // 2)).unfold(-1, length, 1)

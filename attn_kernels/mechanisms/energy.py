@@ -1,4 +1,4 @@
-"""Energies: the score of a query and a step, additive or dot, of the mechanisms that make probabilities of it."""
+"""Energies: additive or dot scores that a mechanism turns into probabilities, with the parameters they need."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SCORES = ("additive", "dot")
 
 
 class EnergyAttention(AlignmentsAttention):
-    """A mechanism with one or more energies: their parameters, and what they are of queries and keys.
+    """The base of mechanisms with one or more energies: their parameters and their formula.
 
-    Projections of all energies are made at once: key ``i`` of a step is the i-th block of ``units`` of the memory's
-    keys.
+    One projection computes the keys of all energies: those of energy ``i`` are the i-th block of ``units`` columns of
+    the memory's keys.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class EnergyAttention(AlignmentsAttention):
 
 
 class ChoosingAttention(EnergyAttention):
-    """A mechanism of choices: each step is chosen, or kept, with a probability sigmoid(energy + r + noise).
+    """The base of mechanisms that choose or keep each step with a probability sigmoid(energy + r + noise).
 
-    Raffel et al. 2017, section 2: ``r`` is learned, since a sigmoid has no shift of its own as a softmax
-    has, and noise in training makes the probabilities be near 0 or 1, as they are when decoding is hard.
+    Raffel et al. 2017, section 2: ``r`` is learned, since a sigmoid is not invariant to a shift as softmax is. Noise in
+    training drives the probabilities towards 0 or 1, the values of hard decoding.
     """
 
     modes: tuple[str, ...]
-    starts_attended: ClassVar[bool] = False  # on the first step that may be attended, not on the first of all
+    starts_attended: ClassVar[bool] = False  # True: begins at the first step that may be attended, not at step 0
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class ChoosingAttention(EnergyAttention):
         return self._first_step(memory, hypotheses, self.starts_attended)
 
     def _choices(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
-        """(B, K, Tk), probabilities in float32 or wider, 0 in padding; with mode="hard" each is 0 or 1."""
+        """(B, K, Tk): probabilities in float32 or wider, 0 in padding. With mode="hard" each is 0 or 1."""
         check_choice(self._name, "mode", self.mode, self.modes)  # it may be set between steps
         energy = self._energy(query, keys, allowed)
         energy = energy + self.score_bias.to(energy.dtype)

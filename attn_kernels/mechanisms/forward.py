@@ -1,4 +1,4 @@
-"""Forward attention: alignments that stay where they were or move on by one step."""
+"""Forward attention: alignments that stay where they were or move forward by one step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .alignments import allowed_steps, as_state, average, first_step_alignments
 from .location_features import make_location_layers, project_locations
 from .stateful import StatefulResult
 
-_LEAST = 1e-6  # of the probability that an agent must leave within the memory
-_NONE = 1e-30  # a step with less of it counts as out of reach: products with that would underflow
+_LEAST = 1e-6  # total probability within the memory below which the transition agent is ignored
+_NONE = 1e-30  # a step with a smaller prior counts as unreachable: products with it would underflow
 
 
 class ForwardState(NamedTuple):
@@ -27,7 +27,7 @@ class ForwardState(NamedTuple):
 
 
 class ForwardAttention(StatefulAdditiveAttention):
-    r"""Forward attention: additive scores, re-weighted by the alignments of the step before and those moved on by one.
+    r"""Additive attention whose softmax is multiplied by the previous alignments, kept and moved forward by one step.
 
     .. math::
         alignments_j \propto ((1 - u) \, alignments^{before}_j + u \, alignments^{before}_{j-1}) \, \exp(scores_j),
@@ -37,29 +37,29 @@ class ForwardAttention(StatefulAdditiveAttention):
 
     .. math:: u^{next} = sigmoid(w \cdot [context; query] + c)
 
-    which is 1/2 in the first step. Before it, alignments are 1 at the first step of the memory that may be attended.
-    Rows are normalised; so the denominator of the softmax, which the paper has in its y, makes no difference.
+    which is 1/2 in the first step. The initial alignments are 1 at the first step of the memory that may be attended.
+    Rows are normalised, so the denominator of the softmax, which is part of the paper's y, cancels.
 
     Source: Zhang, Ling, Dai, "Forward attention in sequence-to-sequence acoustic modeling for speech synthesis", 2018,
-    algorithms 1 and 2. The agent there also reads the output of the step before, which a decoder with input feeding has
-    in its query; the layer is that of ESPnet and coqui-tts. With ``channels``, scores have the location features of
-    :class:`LocationSensitiveAttention`, as in ESPnet's AttForward and AttForwardTA. ESPnet's probability is that of
-    staying, 1 - u, and it adds at least 1e-6 to each alignment, padding included, which is left out here.
+    algorithms 1 and 2. The agent of the paper also reads the output of the step before, which a decoder with input
+    feeding has in its query; the layer is that of ESPnet and coqui-tts. With ``channels``, scores have the location
+    features of :class:`LocationSensitiveAttention`, as in ESPnet's AttForward and AttForwardTA. ESPnet's probability is
+    that of staying, 1 - u. ESPnet also clamps each alignment, padding included, to at least 1e-6; this module does not.
 
-    Numerics: the softmax is over the steps that can be reached, where alignments before are above 0 (1e-30), so that
-    rows do not underflow however far the scores of others are above; the state is float32 or wider. Where an agent
-    leaves less than 1e-6 of the probability within the memory, as when it moves on from the last step, that step is one
-    without an agent. Where nothing that can be reached may be attended, alignments and context are 0.
+    Numerics: the softmax is over the reachable steps, those with a prior above 1e-30, so that a row does not underflow
+    if unreachable steps have much larger scores. The state is float32 or wider. If the agent leaves less than 1e-6 of
+    the probability within the memory, as when it moves on from the last step, this decoding step uses u = 1/2. If no
+    reachable step may be attended, alignments and context are 0.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer that scores.
-        transition_agent: learn when to move on.
-        channels: of the convolution of location features; None to have none.
-        kernel_size: its width, odd.
+        transition_agent: learn u, the probability of moving on.
+        channels: output channels of the convolution of location features; None for no such features.
+        kernel_size: width of that convolution, odd.
         scale: a finite number that multiplies the scores.
-        bias: whether there is one, initially 0.
+        bias: whether to learn a bias, initially 0.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -129,7 +129,7 @@ class ForwardAttention(StatefulAdditiveAttention):
 
 
 def _moved_on(before: Tensor, move: Tensor | None, allowed: Tensor | None) -> Tensor:
-    """What the alignments before, (B, K, Tk), say of those of this step; 0 in padding. move: None for 1/2."""
+    """The prior of this step's alignments, (1 - u) before_j + u before_{j-1}; 0 in padding. move: u; None for 1/2."""
     one_later = F.pad(before, (1, 0))[..., :-1]
 
     def within(weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Graph attention over dense adjacency, GATv2: additive attention of each node to its neighbours."""
+"""GATv2 on a dense adjacency matrix: additive attention of each node to its neighbours."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ..functional import additive_attention
 from ..types import Attention, alignments_of
 from .recompute import recompute
 
-_LARGE = 1 << 20  # pairs of nodes, of which several heads do not keep their alignments
+_LARGE = 1 << 20  # pairs of nodes from which the alignments of several heads are recomputed, not saved
 
 
 class DenseGATv2(nn.Module):
-    r"""A layer of GATv2 for a graph that is given as a matrix.
+    r"""A GATv2 layer for a graph given as a dense adjacency matrix.
 
     .. math::
         scores_{hij} = a_h \cdot leakyrelu(W^l_h x_i + W^r_h x_j), \quad
         alignments_{hi} = softmax_{j \in N(i)}(scores_{hij}), \quad
         y_{hi} = \sum_{j \in N(i)} alignments_{hij} \, W^r_h x_j
 
-    The result has the heads side by side (``concat``) or their mean, and a bias.
+    The heads are concatenated (``concat``) or averaged, and a bias is added.
 
     Source: Brody, Alon, Yahav, "How attentive are graph attention networks?", 2022, equation 7, with the sum and heads
     of Velickovic et al., "Graph attention networks", 2018, equations 4-6.
 
     Each head is a call of :func:`attn_kernels.additive_attention`: the (N, N, heads, out_size) tensor of the broadcast
-    form is never made. Nor are, of large graphs and without ``need_weights``, the alignments of all heads: each head is
-    computed again in the backward, so that there are those of one head at a time.
+    form is never stored. For large graphs without ``need_weights``, each head is recomputed in the backward, so that
+    only the alignments of one head are stored at a time.
 
     Args:
         in_size: size of the nodes' features.
-        out_size: A, of each head.
-        heads: H.
+        out_size: A, size of each head.
+        heads: H, the number of heads.
         concat: True for a result of H * out_size; False for the mean of the heads.
         negative_slope: of the leaky relu.
-        self_loops: every node is a neighbour of itself, whatever the adjacency says.
+        self_loops: make every node a neighbour of itself.
         share_weights: :math:`W^r = W^l`.
-        bias: add a bias to the result. The projections have none: one bias, before the leaky relu, is not in the paper.
+        bias: add a bias to the result. The projections have none: equation 7 has no bias before the leaky relu.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; the features must have the same.
 
@@ -87,7 +87,7 @@ class DenseGATv2(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor does: Glorot's uniform, and 0 for the bias."""
+        """Initialises all parameters as the constructor does: Glorot uniform, and 0 for the bias."""
         nn.init.xavier_uniform_(self.query_projection.weight)
         if self.memory_projection is not None:
             nn.init.xavier_uniform_(self.memory_projection.weight)
@@ -103,9 +103,9 @@ class DenseGATv2(nn.Module):
         need_weights: return (features, alignments), the latter (H, N, N) or (B, H, N, N).
 
         Returns (N, H * out_size) or (N, out_size), or (B, N, *). A node with nothing to attend gets the bias alone.
-        One that no other attends to, and itself neither, contributes nothing, whatever it holds.
+        A node that no node attends, itself included, contributes nothing: it may hold NaN.
 
-        Raises ValueError or TypeError where x or adjacency do not fit the module or each other.
+        Raises ValueError or TypeError if x or adjacency do not fit the module or each other.
         """
         self._check(x, adjacency)
         batched = x.dim() == 3
@@ -113,7 +113,7 @@ class DenseGATv2(nn.Module):
         allowed = adjacency if adjacency.dim() == 3 else adjacency[None]
         if self.self_loops:
             allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
-        # The op skips padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
+        # The op ignores padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
         queries = self.query_projection(nodes.masked_fill(~allowed.any(2, keepdim=True), 0.0))
         project = self.query_projection if self.memory_projection is None else self.memory_projection
         keys = project(nodes.masked_fill(~allowed.any(1)[..., None], 0.0))
@@ -131,7 +131,7 @@ class DenseGATv2(nn.Module):
         heads = zip(self._heads(queries), self._heads(keys), self.a, strict=True)
         if need_weights or self.heads == 1 or mask.numel() < _LARGE:
             results = [attend(*head) for head in heads]
-        else:  # for its backward the op would keep the alignments of all heads
+        else:  # the op would save the alignments of every head for its backward
             results = [Attention(recompute(sum_alone, *head), None) for head in heads]
         contexts = [result.context for result in results]
         features = torch.cat(contexts, dim=-1) if self.concat else torch.stack(contexts).mean(0)

@@ -15,8 +15,8 @@ from ..types import wide_dtype
 from .energy import check_number
 from .steps import PositionalAttention
 
-_MOST = 30.0  # e^30 is far beyond any position; e^89 is Inf in float32, and of Inf * 0 a gradient would be NaN
-_LEAST_WIDTH = 1e-5  # the width divides, and softplus and exp of a large negative number are 0
+_MOST = 30.0  # e^30 is far beyond any position; e^89 overflows float32, and a gradient Inf * 0 would be NaN
+_LEAST_WIDTH = 1e-5  # sigma is a divisor, and softplus or exp of a large negative number is 0
 
 
 class GMMState(NamedTuple):
@@ -40,23 +40,24 @@ class GMMAttention(PositionalAttention):
     2       sqrt(2 pi sigma^2)      softmax w^   softplus D^     softplus s^
     ======= ======================= ============ =============== =================================
 
-    with w^, D^ and s^ for the three parts of the projection. Alignments do not sum to 1. The first step of the memory
-    is at position 1, as in the sums of both papers, and means begin at 0.
+    where w^, D^ and s^ are the three parts of the projection. Alignments do not sum to 1. The first step of the memory
+    is at position 1, as in the sums of both papers, and the means start at 0.
 
     Source: version 0: Graves, "Generating sequences with recurrent neural networks", 2013, section 5.1, equations 46
     to 51, where :math:`\beta = 1 / (2 \sigma^2) = \exp \hat \sigma`. All: Battenberg et al., "Location-relative
     attention mechanisms for robust long-form speech synthesis", 2020, section 2.1 and table 1.
 
-    So that gradients stay finite, exponents are 30 at most, and :math:`\sigma` of versions 1 and 2 is at least 1e-5.
+    To keep gradients finite, exponents are clamped to at most 30, and :math:`\sigma` of versions 1 and 2 to at least
+    1e-5.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
-        units: size of the tanh layer; None for no such layer: the parameters are linear in the query, as Graves has it.
+        units: size of the tanh layer; None for no such layer: the parameters are linear in the query, as in Graves.
         mixtures: the number of Gaussians.
         version: 0, 1 or 2.
-        initial_delta, initial_sigma: what the bias b alone gives for :math:`\Delta` and :math:`\sigma`, at first; None
-            for a bias of 0. The biases "v1b" and "v2b" of Battenberg et al. are the default, 1 and 10.
+        initial_delta, initial_sigma: :math:`\Delta` and :math:`\sigma` for a zero hidden layer, which set the initial
+            bias b; None for a bias of 0. The defaults, 1 and 10, are "v1b" and "v2b" of Battenberg et al.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``hidden`` (units, query_size) with a bias, of ``units``; ``mixture`` (3 * mixtures, units or

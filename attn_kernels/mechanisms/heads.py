@@ -1,4 +1,4 @@
-"""Additive and dot-product attention with several heads, each of which has projections of its own."""
+"""Multi-head additive and dot-product attention, with projections for each head."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .normalizers import mask_queries
 
 
 class HeadsMemory(NamedTuple):
-    """What :class:`MultiHeadAttention` makes of a sentence once: a memory for each head, with the same masks.
+    """The memory of :class:`MultiHeadAttention`: a Memory for each head, all with the same masks.
 
-    Like a Memory it is an explicit value and a pytree of its tensors. What it says of itself as a Memory does, such as
-    the number of its steps, it takes from the first head: ``keys`` and ``values`` are those of that head alone.
+    Like a Memory it is immutable and a pytree of its tensors. The properties it shares with Memory are those of the
+    first head: ``keys`` and ``values`` hold that head only.
     """
 
     heads: tuple[Memory, ...]
@@ -49,11 +49,11 @@ class HeadsMemory(NamedTuple):
         return self.heads[0].mask
 
     def select(self, indices: Tensor) -> HeadsMemory:
-        """The rows (sentences) at ``indices``: as of :meth:`Memory.select`."""
+        """The rows (sentences) at ``indices``, as :meth:`Memory.select`."""
         return HeadsMemory(tuple(head.select(indices) for head in self.heads))
 
     def to(self, *args: Any, **kwargs: Any) -> HeadsMemory:
-        """A copy on another device or with another floating-point dtype; arguments as of ``Tensor.to``."""
+        """A copy on another device or with another floating-point dtype; arguments as for ``Tensor.to``."""
         return HeadsMemory(tuple(head.to(*args, **kwargs) for head in self.heads))
 
 
@@ -72,25 +72,25 @@ class MultiHeadAttention(AttentionModule):
     With ``tanh=True``, "dot" compares :math:`\tanh(q)` with :math:`\tanh(k)`.
 
     Source: the decoder attentions of ESPnet (its ``AttMultiHeadAdd`` and, with tanh, ``AttMultiHeadDot``), after
-    Vaswani et al., "Attention is all you need", 2017, section 3.2.2. The weights of their heads, stacked, are those
-    here.
+    Vaswani et al., "Attention is all you need", 2017, section 3.2.2. The parameters here are the weights of ESPnet's
+    heads, stacked.
 
-    The projections of all heads are one product, and the score, softmax and sum of each head one call of the op. Of
-    heads in the batch there would be one score vector for all of them, and a copy of the keys in each step.
+    One matrix product computes the projections of all heads; each head is then one call of the op. (Heads as rows of
+    the batch would have to share one score vector, and would copy the keys in each step.)
 
-    As the attention of a ``Seq2Seq`` decoder its alignments, also those of hypotheses, are the mean over the heads, as
-    ``torch.nn.MultiheadAttention`` returns it.
+    As the attention of a ``Seq2Seq`` decoder, its alignments, also those of hypotheses, are averaged over the heads, as
+    ``torch.nn.MultiheadAttention`` does.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the queries and keys of a head.
-        heads: H.
+        heads: H, the number of heads.
         score: "additive" or "dot".
         value_size: size of the values of a head; None for ``units``.
-        output_size: of the context; None for ``memory_size``.
-        scale: of the scores; None for 1 / sqrt(units), as ESPnet has it for both.
-        tanh: of queries and keys, for "dot".
+        output_size: size of the context; None for ``memory_size``.
+        scale: factor of the scores; None for 1 / sqrt(units), ESPnet's for both scores.
+        tanh: apply tanh to queries and keys; with "dot" only.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -153,7 +153,7 @@ class MultiHeadAttention(AttentionModule):
 
     def _reset_scores(self) -> None:
         if self.v is not None:
-            bound = self.units**-0.5  # as of nn.Linear(units, 1)
+            bound = self.units**-0.5  # as nn.Linear(units, 1)
             nn.init.uniform_(self.v, -bound, bound)
 
     def memory(  # type: ignore[override]
@@ -163,8 +163,8 @@ class MultiHeadAttention(AttentionModule):
         mask: Tensor | None = None,
         memory_offsets: Tensor | None = None,
     ) -> HeadsMemory:
-        """Makes of the encoder outputs what each step reads, once per sentence: as of the other mechanisms."""
-        if memory_offsets is not None or is_packed(memory):  # it is padded, and this is called again
+        """Projects the encoder outputs once per sentence; arguments as for :meth:`AttentionModule.memory`."""
+        if memory_offsets is not None or is_packed(memory):  # the base class pads it and calls this method again
             return cast(HeadsMemory, super().memory(memory, memory_lengths, mask, memory_offsets))
         made = super().memory(memory, memory_lengths, mask)
         keys = _heads_first(made.keys, self.heads)
@@ -225,6 +225,6 @@ class MultiHeadAttention(AttentionModule):
 
 
 def _heads_first(x: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """(B, T, H * n) -> H tensors (B, T, n), each in one piece."""
+    """(B, T, H * n) -> H contiguous tensors (B, T, n)."""
     parts: tuple[Tensor, ...] = x.unflatten(-1, (heads, -1)).movedim(-2, 0).contiguous().unbind(0)
     return parts

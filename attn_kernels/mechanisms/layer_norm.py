@@ -16,35 +16,34 @@ from ..types import Attention, autocast, upcast
 from .normalizers import Normalizer, check_normalizer, mask_queries, normalize, weighted_sum
 from .recompute import recompute
 
-_CHUNK_BYTES = 1 << 24  # of a tensor (B, queries, Tk, A): what a chunk makes is of a few of these
+_CHUNK_BYTES = 1 << 24  # of a tensor (B, queries, Tk, A); a chunk needs a few of these
 
 
 class LayerNormBahdanauAttention(AttentionModule):
-    r"""Additive attention whose hidden layer is normalised: for each pair of a query and a step, over the units.
+    r"""Additive attention with layer normalisation of the hidden layer, over the units of each pair (i, j).
 
     .. math::
         x_{ij} = W_q \, query_i + W_m \, memory_j, \quad
         scores_{ij} = v \cdot \tanh\left(gain \, \frac{x_{ij} - mean(x_{ij})}{\sqrt{var(x_{ij}) + eps}} + shift\right)
 
-    Source: Ba, Kiros, Hinton, "Layer normalization", 2016, section 3, in additive attention as Sockeye and Marian have
-    it.
+    Source: Ba, Kiros, Hinton, "Layer normalization", 2016, section 3, in additive attention as in Sockeye and Marian.
 
     **This is not a fused kernel.** Mean and variance of a pair are cheap, since mean(q + k) = mean q + mean k and
-    var(q + k) = var q + var k + 2 cov(q, k), of which the last is a product of matrices. But 1 / sqrt(var) is another
-    number for each pair and is inside the tanh, so that the tanh of a pair is no function of numbers of its query and
-    its step, as it is without the norm: e^(2 r_ij (q + k)) is no product of powers made once for each row. It is
-    computed in PyTorch for some queries at a time, and made again in the backward: as much arithmetic as the formula in
-    eager PyTorch and that once more, but no tensor of (B, Tq, Tk, A), only a few of 16 MiB, or of the size of the keys.
+    var(q + k) = var q + var k + 2 cov(q, k), where the covariances are a matrix product. But r_ij = 1 / sqrt(var)
+    differs for each pair and is inside the tanh: e^(2 r_ij (q + k)) does not factor into a term of the query and a term
+    of the step, as e^(2 (q + k)) does. So the scores are computed in PyTorch, for a chunk of queries at a time, and
+    recomputed in the backward. That is the arithmetic of the eager formula with one more forward, but without a tensor
+    of (B, Tq, Tk, A): intermediate tensors have 16 MiB, or the size of the keys.
 
-    A step that no query may attend is padding, whatever it holds; with a mask (B, Tq, Tk), one that only some may
-    attend must be finite.
+    A step that no query may attend is padding and may hold NaN; with a mask (B, Tq, Tk), a step that only some queries
+    may attend must be finite.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer that scores.
         eps: added to the variance.
-        normalizer: as of :func:`normalize`.
+        normalizer: as for :func:`normalize`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),

@@ -1,4 +1,4 @@
-"""Local attention: a window of the memory, around the decoding step's own number or around a position it predicts."""
+"""Local attention: a window of the memory, around the number of the decoding step or around a predicted position."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ MODES = ("local-m", "local-p")
 
 
 class LocalState(NamedTuple):
-    """step: (B, K, 1) int64, the number of the next decoding step, from 0 on."""
+    """step: (B, K, 1) int64, the number of the next decoding step, counted from 0."""
 
     step: Tensor
 
 
 def window_mask(centres: Tensor, radius: float, memory_steps: int, memory_lengths: Tensor | None = None) -> Tensor:
-    """The steps that are at most ``radius`` from a centre, of each row and hypothesis its own.
+    """The steps that are at most ``radius`` from a centre; each row and hypothesis has its own centre.
 
     Args:
-        centres: (B, K), positions: step j is at j, from 0 on. Whole numbers or not.
+        centres: (B, K), positions, integer or not; step j is at position j, counted from 0.
         radius: a number >= 0.
         memory_steps: Tk.
-        memory_lengths: (B,) int32 or int64: nothing beyond is in a window.
+        memory_lengths: (B,) int32 or int64; steps beyond the length are in no window.
 
     Returns:
-        (B, K, Tk) bool, a ``mask`` of the attention functions.
+        (B, K, Tk) bool, a ``mask`` for the attention functions.
 
     Raises:
         ArgumentValueError: a shape or number does not fit. ArgumentTypeError: a dtype or type does not.
@@ -65,16 +65,16 @@ class LocalAttention(EnergyAttention):
         \text{local-m:} \; p_i = i \qquad
         \text{local-p:} \; p_i = S \, \sigma(v_p \cdot \tanh(W_p \, query_i))
 
-    where S is the number of steps of the sentence. The softmax of the scores is over the window [p - D, p + D]; local-p
-    then multiplies by a Gaussian, through which p is learned, and does not normalise again:
+    where S is the number of steps of the sentence. The softmax is over the window [p - D, p + D]. local-p then
+    multiplies by a Gaussian, through which p is learned, without normalising again:
 
     .. math::
         alignments_{ij} = softmax_{j \in window}(scores_{ij}) \exp(-\frac{(j - p_i)^2}{2 \sigma^2}), \quad
         \sigma = D / 2
 
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
-    3.2, equations 9 and 10. Steps are counted from 0. A window of local-m behind the end of a sentence holds nothing:
-    zeros.
+    3.2, equations 9 and 10. Steps are counted from 0. A window of local-m beyond the end of a sentence is empty: its
+    alignments and context are zeros.
 
     Args:
         query_size: size of the decoder state.
@@ -91,7 +91,7 @@ class LocalAttention(EnergyAttention):
     ``v`` (A,); with ``normalize`` ``g`` (), additive also ``bias`` (A,); local-p: ``position_projection.weight``
     (A, query_size), W_p, and ``position_v`` (A,).
 
-    State: :class:`LocalState`, the number of the step, of which local-p makes no use.
+    State: :class:`LocalState`, the number of the step; local-p ignores it.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class LocalAttention(EnergyAttention):
             result = self._windowed(query, memory, memory.values, step)
             return StatefulResult(result.context, alignments_of(result), next_state)
         allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
-        if allowed is not None:  # a NaN in a query that attends nothing would be one in the gradient of W_p
+        if allowed is not None:  # a NaN in a query that may attend nothing would get into the gradient of W_p
             query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
         centres = self._positions(query, memory, allowed)
         softmax = alignments_of(self._windowed(query, memory, None, centres.detach()))
@@ -163,13 +163,13 @@ class LocalAttention(EnergyAttention):
         position = torch.sigmoid((torch.tanh(hidden.to(wide)) * v.to(wide)).sum(-1))
         steps = memory.keys.shape[1]
         if memory.mask is not None and allowed is not None and steps:
-            # A sentence ends with its last step that may be attended.
+            # A sentence ends with the last step that may be attended.
             numbers = torch.arange(1, steps + 1, device=position.device)
             return position * torch.where(allowed, numbers, 0).amax(-1)
         return position * (steps if memory.memory_lengths is None else memory.memory_lengths[:, None])
 
     def _windowed(self, query: Tensor, memory: Memory, values: Tensor | None, centres: Tensor) -> Attention:
-        """Softmax over the windows, of which what is not allowed is left out."""
+        """Softmax over the allowed steps of the windows."""
         mask = window_mask(centres, self.window, memory.keys.shape[1])
         if memory.mask is not None:
             mask = mask & (memory.mask if memory.mask.dim() == 3 else memory.mask[:, None])

@@ -1,4 +1,4 @@
-"""Location-sensitive attention: the score of a step reads where the step before looked around it."""
+"""Location-sensitive attention: scores depend on a convolution of the previous alignments."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ class CumulativeLocationState(NamedTuple):
 
 
 class LocationSensitiveAttention(StatefulAdditiveAttention):
-    r"""Additive attention with features of the alignments of the step before.
+    r"""Additive attention with convolutional features of the previous alignments.
 
     .. math::
         scores_j = scale \; v \cdot \tanh(W_q \, query + W_m \, memory_j + U f_j + bias), \quad
         f = F * alignments^{before}, \quad alignments = softmax(scores)
 
-    where F is a convolution along the memory. With ``cumulative=True`` it has two inputs: the alignments of the step
-    before, and the sum of those of all steps so far.
+    where F is a convolution along the memory. With ``cumulative=True`` it has two input channels: the alignments of the
+    step before, and the sum of the alignments of all steps so far.
 
     Source: Chorowski, Bahdanau, Serdyuk, Cho, Bengio, "Attention-based models for speech recognition", 2015, sections
     2.1 and 2.2 (equations 8 and 9); ``scale`` is the sharpening of section 2.3. Cumulative: Shen et al., "Natural TTS
     synthesis by conditioning WaveNet on mel spectrogram predictions", 2018, section 2.2, in the form of NVIDIA's
-    Tacotron 2, which has no bias. Gradients flow through the alignments of the steps before; a state that is detached
-    stops them.
+    Tacotron 2, which has no bias. Gradients flow through the alignments of the steps before; detach the state to stop
+    them.
 
     Args:
         query_size: size of the decoder state.
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer that scores.
-        channels: of the convolution F.
-        kernel_size: its width, odd: the features of a step are of as many steps on either side.
-        cumulative: let the convolution read the sum of all alignments so far, too.
+        channels: number of output channels of the convolution F.
+        kernel_size: width of F, odd, so that it is centred on the step.
+        cumulative: the convolution also reads the sum of all alignments so far.
         scale: a finite number that multiplies the scores.
-        bias: whether there is one, initially 0.
-        initial: the alignments before the first step, "zeros" or "uniform" (over what may be attended, as in ESPnet).
+        bias: whether to learn a bias, initially 0.
+        initial: alignments before the first step: "zeros", or "uniform" over the steps that may be attended (ESPnet).
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 

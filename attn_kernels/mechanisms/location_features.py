@@ -1,4 +1,4 @@
-"""Features of alignments along the memory: what location-sensitive mechanisms add to the keys in each step."""
+"""Location features: convolutions of alignments, which location-sensitive mechanisms add to the keys in each step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.compiler import is_compiling
 from .. import gemm
 from ..checks import check_size
 
-_MANY_ROWS = 1024  # steps of all sentences; with fewer, calls take more of the time than multiplications
+_MANY_ROWS = 1024  # rows, B K Tk; with fewer, the overhead of calls outweighs the arithmetic
 
 
 class AlignmentFilters(NamedTuple):
-    """What a step adds to the keys, as a linear filter of alignments of the steps before: for the loop of a decoder.
+    """The term a step adds to the keys, as a linear filter of earlier alignments. The fused decoder reads it.
 
-    weight: (A, inputs, taps). Its inputs are those of the following that are not None, in this order.
+    weight: (A, inputs, taps). The inputs are ``previous`` and ``total``, in this order, without one that is None.
     previous: (B, Tk), the alignments before the first step. total: (B, Tk), the sum of all before it.
     """
 
@@ -31,25 +31,24 @@ class AlignmentFilters(NamedTuple):
 def make_location_layers(
     name: str, inputs: int, channels: int, kernel_size: int, units: int, factory: dict[str, Any]
 ) -> tuple[nn.Conv1d, nn.Linear]:
-    """The convolution F of ``inputs`` kinds of alignments and the projection U of what it finds."""
+    """The convolution F, with ``inputs`` input channels, and the projection U of its output."""
     channels = check_size(name, "channels", channels)
-    kernel_size = check_size(name, "kernel_size", kernel_size, odd=True)  # the features of a step are to be around it
+    kernel_size = check_size(name, "kernel_size", kernel_size, odd=True)  # centred on the step
     convolution = nn.Conv1d(inputs, channels, kernel_size, padding=kernel_size // 2, bias=False, **factory)
     return convolution, nn.Linear(channels, units, bias=False, **factory)
 
 
 def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments: Tensor) -> Tensor:
-    """(B, K, Tk, A): U f, with f = F * alignments. alignments: (B, K, Tk) of each input of the convolution.
+    """(B, K, Tk, A): U f, with f = F * alignments. alignments: (B, K, Tk) for each input channel of the convolution.
 
-    With many steps both are products with the neighbourhoods of the steps, whose gradients take half the time of those
-    of a convolution. Both are linear, too: where products of oneDNN are taken, U F is multiplied out first, (A, inputs
-    taps), so that there is a single one. It has a third more multiplications, and no tensor of features to write, read,
-    and multiply once more.
+    With many steps the convolution is a matrix product with the unfolded input: its gradients take half the time of
+    those of ``conv1d``. If oneDNN computes the products, U F, (A, inputs taps), is multiplied out first, so that one
+    product replaces two. That costs a third more multiplications, but no tensor of features is written and read.
     """
     taps, weight = convolution.weight.shape[2], projection.weight
     inputs = torch.stack(alignments, dim=2) if len(alignments) > 1 else alignments[0].unsqueeze(2)
     batch, hypotheses, _, steps = inputs.shape
-    if steps == 0:  # which unfold refuses
+    if steps == 0:  # unfold refuses an empty axis
         return weight.new_zeros(batch, hypotheses, 0, weight.shape[0])
     inputs, rows = inputs.to(weight.dtype), batch * hypotheses * steps
     if rows < _MANY_ROWS and inputs.is_cpu and weight.dtype == torch.float32:
@@ -71,12 +70,12 @@ def project_locations(convolution: nn.Conv1d, projection: nn.Linear, *alignments
 
 
 def neighbourhoods(padded: Tensor, taps: int) -> Tensor:
-    """(*, Tk, inputs taps). padded: (*, inputs, Tk + taps - 1)."""
+    """The unfolded input (im2col), (*, Tk, inputs taps). padded: (*, inputs, Tk + taps - 1)."""
     return padded.unfold(-1, taps, 1).transpose(-3, -2).flatten(-2)
 
 
 def filter_alignments(padded: Tensor, weight: Tensor, taps: int) -> Tensor:
-    """(*, Tk, A): the neighbourhoods times ``weight``, (A, inputs taps), by gemm.py, without autograd."""
+    """(*, Tk, A): the unfolded input times ``weight``, (A, inputs taps), by gemm.py, without autograd."""
     x = neighbourhoods(padded, taps)
     return gemm.linear(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
 
@@ -84,7 +83,7 @@ def filter_alignments(padded: Tensor, weight: Tensor, taps: int) -> Tensor:
 def filter_gradients(
     grad: Tensor, padded: Tensor, weight: Tensor, taps: int, need_padded: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of ``padded`` and ``weight``; None where they are not needed. grad: (*, Tk, A)."""
+    """The gradients of ``padded`` and ``weight``; None for one that is not needed. grad: (*, Tk, A)."""
     dpadded = dweight = None
     rows = grad.reshape(-1, grad.shape[-1])
     if need_padded:
@@ -93,14 +92,14 @@ def filter_gradients(
             dneighbourhoods.transpose(-3, -2), padded.shape, padded.dim() - 1, taps, 1
         )
     if need_weight:
-        # The neighbourhoods with the steps last, as the product takes them at twice the speed.
+        # Unfolded with the steps as the last axis: the product is twice as fast in this layout.
         columns = padded.unfold(-1, grad.shape[-2], 1).movedim((-3, -2), (0, 1)).reshape(-1, rows.shape[0])
         dweight = gemm.linear(columns, rows.t()).t()
     return dpadded, dweight
 
 
 class _ProductFunction(Function):
-    """The neighbourhoods times ``weight``, (A, inputs taps), by gemm.py. Saved is ``padded``, not they."""
+    """``filter_alignments`` with gradients. It saves ``padded``, not the unfolded input, which is larger."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor, taps: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Monotonic chunkwise attention: a softmax over the few steps before the one at which monotonic attention stops."""
+"""Monotonic chunkwise attention: a softmax over a chunk of steps that ends where monotonic attention stops."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
 class MonotonicChunkwiseAttention(ChoosingAttention):
     r"""Monotonic chunkwise attention (MoChA), and with ``chunk_size=None`` monotonic infinite look-back (MILk).
 
-    Where monotonic attention stops at step k, a softmax attends the chunk of the last ``chunk_size`` steps up to k, by
-    an energy u of its own. The alignments are what is expected of it, with :math:`\alpha` of
-    :class:`MonotonicAttention`, by whose rules the chunk's end moves:
+    If monotonic attention stops at step k, a softmax over a second energy u attends the chunk of the last
+    ``chunk_size`` steps up to k. The alignments are its expectation over k, which has the distribution :math:`\alpha`
+    of :class:`MonotonicAttention`:
 
     .. math::
         \beta_{ij} = \sum_{k=j}^{j+w-1} \alpha_{ik} \frac{\exp u_{ij}}{\sum_{l=k-w+1}^{k} \exp u_{il}}, \quad
@@ -33,20 +33,21 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
 
     Source: Chiu, Raffel, "Monotonic chunkwise attention", 2018, section 2, equations 7 to 20.
     MILk: Arivazhagan et al., "Monotonic infinite lookback attention for simultaneous machine translation", 2019,
-    section 3.2; there the chunk is all that was read. The quotients are taken of the exponentials of differences, each
-    1 at most, and not of moving sums of exponentials, which may be 0 far from the largest.
+    section 3.2; there the chunk is everything read so far. Numerics: quotients are computed as exponentials of
+    differences, each at most 1. A moving sum of exponentials could underflow to 0 far from the largest energy.
 
     Args:
         query_size, memory_size, units, mode, noise, score_bias_init, score, normalize, backend: as of
-            :class:`MonotonicAttention`; ``units`` is the size of either energy. ``noise``, r and ``normalize`` are of
-            the monotonic one alone.
-        chunk_size: w, the number of steps in a chunk; None for all up to the one that is stopped at.
+            :class:`MonotonicAttention`; ``units`` is the size of each energy. ``noise``, r and ``normalize`` apply to
+            the monotonic energy only.
+        chunk_size: w, the number of steps in a chunk; None for all steps up to the one at which it stops.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: those of :class:`MonotonicAttention`, with projections of both energies in one weight, (2 A, *), the
     monotonic one first; additive: ``chunk_v`` (A,), ``chunk_bias`` (A,), initially 0.
 
-    State: :class:`AlignmentsState`, the monotonic alignments of the step before, which are not those that are returned.
+    State: :class:`AlignmentsState`, the monotonic alignments :math:`\alpha` of the step before, not the returned
+    :math:`\beta`.
     """
 
     modes: tuple[str, ...] = MODES
@@ -95,7 +96,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
             energy = dot_energies(query, chunk_keys, allowed)
         p_choose = self._choices(query, keys, allowed)
         stops = monotonic_alignments(p_choose, self._previous(state, keys).to(p_choose.dtype), self.mode)
-        # Not -inf: a chunk of nothing but padding, at which nothing stops, has gradients of 0, too.
+        # Finite, not -inf: the gradients of a chunk of nothing but padding, where alpha is 0, must be 0, not NaN.
         if allowed is not None:
             energy = energy.masked_fill(~allowed, -_far(energy))
         alignments = _look_back(stops, energy) if self.chunk_size is None else _chunks(stops, energy, self.chunk_size)
@@ -108,16 +109,16 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
 
 
 def _far(x: Tensor) -> float:
-    """A number that no energy comes near, and of which differences are still finite."""
+    """A number far above any energy whose differences are still finite."""
     return torch.finfo(x.dtype).max / 4
 
 
 def _chunks(stops: Tensor, energy: Tensor, width: int) -> Tensor:
-    """(B, K, Tk): stops and energies to alignments, with windows instead of moving sums."""
+    """(B, K, Tk): alignments from alpha (``stops``) and energies, by windows rather than moving sums."""
     steps = stops.shape[-1]
     if steps == 0:
         return stops
-    if not torch.compiler.is_exporting():  # the number of steps of a program is free
+    if not torch.compiler.is_exporting():  # an exported program has a dynamic number of steps
         width = min(width, steps)
     far = _far(energy)
     behind = F.pad(energy, (width - 1, 0), value=-far)
@@ -128,7 +129,7 @@ def _chunks(stops: Tensor, energy: Tensor, width: int) -> Tensor:
 
 
 def _windows(x: Tensor, width: int) -> Tensor:
-    """(..., n) to the windows of that width, (..., n - width + 1, width)."""
+    """(..., n) to its sliding windows, (..., n - width + 1, width)."""
     if not torch.compiler.is_exporting():
         return x.unfold(-1, width, 1)
     count = x.shape[-1] - width + 1  # torch.export would ask for n >= 2 width - 1
@@ -136,11 +137,11 @@ def _windows(x: Tensor, width: int) -> Tensor:
 
 
 def _look_back(stops: Tensor, energy: Tensor) -> Tensor:
-    """As _chunks, with chunks from the first step on.
+    """As _chunks, with chunks that begin at the first step.
 
-    With Z_j the sum of the exponentials up to step j, alignments_j = exp(u_j) / Z_j S_j and
-    S_j = stops_j + Z_j / Z_{j+1} S_{j+1}, a recurrence from the end on. Z_j is relative to the largest of them, and
-    another recurrence. (The gradient of torch.logcumsumexp, which would do for it, has no right derivative.)
+    With Z_j the sum of the exponentials up to step j, alignments_j = exp(u_j) / Z_j S_j, where
+    S_j = stops_j + Z_j / Z_{j+1} S_{j+1} is a recurrence from the end. Z_j, relative to the largest exponential so far,
+    is another recurrence. (torch.logcumsumexp would give it, but its double backward is wrong.)
     """
     if stops.shape[-1] == 0:
         return stops

@@ -1,8 +1,8 @@
-"""Monotonic attention: each decoding step goes on from where the one before stopped, and stops at a step it chooses."""
+"""Monotonic attention: each decoding step scans the memory from where the previous one stopped."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ _LEAST_PRODUCT = 1e-10  # of TensorFlow Addons
 
 
 def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "recursive") -> Tensor:
-    r"""The distribution of the step that is stopped at, of the probabilities to stop.
+    r"""The distribution over the step at which the scan stops, from the probabilities of stopping.
 
     .. math::
         q_j = (1 - p_{j-1}) q_{j-1} + previous_j, \quad alignments_j = p_j q_j
 
-    where q is the probability to come to step j, and q before the first step is 0. What is stopped nowhere is lost: the
-    alignments sum to the sum of ``previous`` at most, and not to 1.
+    where q_j is the probability of reaching step j, and q before the first step is 0. The probability of stopping
+    nowhere is lost: the alignments sum to at most the sum of ``previous``, not to 1.
 
     Source: Raffel, Luong, Liu, Weiss, Eck, "Online and linear-time attention by enforcing monotonic alignments", 2017,
     section 2; the modes are those of ``monotonic_attention`` of TensorFlow Addons.
@@ -34,10 +34,10 @@ def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "recurs
         previous: (..., Tk), the alignments of the step before; all weight on the first step, 1 0 0 ..., at first.
         mode: "recursive" computes the recursion above: exact. "parallel" is TensorFlow's closed form,
             :math:`p \, c \, cumsum(previous / \max(c, 10^{-10}))` where c is the exclusive cumulative product of
-            1 - p: less than the exact result where c gets below 1e-10, behind steps with p near 1 or many of them. Over
-            many decoding steps on a memory of 1000 steps that loses nearly all.
-            "hard" requires 0 or 1 in both: the first step with p = 1, from the previous one on. Their times differ
-            little: the recursion takes log2 Tk passes.
+            1 - p. It is too small where c falls below 1e-10, after steps with p near 1 or after many steps. Over many
+            decoding steps on a memory of 1000 steps nearly all the probability is lost.
+            "hard" requires 0 or 1 in both: it stops at the first step with p = 1 from the previous one on. The modes
+            take similar times: the recursion takes log2 Tk passes.
 
     Returns:
         (..., Tk) in the dtype of the arguments; computed in float32, of float64 in float64. Gradients flow to both.
@@ -59,7 +59,7 @@ def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "recurs
     if mode == "recursive":
         return (p * recurrence(shifted(1.0 - p), before)).to(p_choose.dtype)
     if mode == "parallel":
-        # A product of many factors, or one of them, may be 0, of which neither a quotient nor a logarithm is finite.
+        # Factors are clamped to the smallest normal number: the logarithm of 0, and a quotient by it, are not finite.
         logarithms = torch.log(torch.clamp(1.0 - p, torch.finfo(p.dtype).tiny, 1.0))
         products = torch.exp(torch.cumsum(shifted(logarithms), -1))
         arrivals = products * torch.cumsum(before / torch.clamp(products, _LEAST_PRODUCT, 1.0), -1)
@@ -69,14 +69,14 @@ def monotonic_alignments(p_choose: Tensor, previous: Tensor, mode: str = "recurs
 
 
 class MonotonicAttention(ChoosingAttention):
-    r"""Monotonic attention: the memory is read from left to right, and no step comes back to what is behind it.
+    r"""Monotonic attention: the memory is scanned from left to right, and no decoding step goes back.
 
-    A step of the decoder begins where the one before stopped, and stops at a step j with probability
+    A decoding step starts where the previous one stopped, and stops at step j with probability
 
     .. math::
         p_{ij} = \sigma(energy(query_i, memory_j) + r + noise \; \epsilon_{ij}), \quad \epsilon \sim N(0, 1)
 
-    Its alignments are the distribution of where it stops, :func:`monotonic_alignments`; they sum to 1 at most.
+    Its alignments are the distribution of where it stops, :func:`monotonic_alignments`; they sum to at most 1.
 
     .. math::
         \text{additive:} \; energy = v \cdot \tanh(W_q query + W_m memory) \qquad
@@ -92,10 +92,12 @@ class MonotonicAttention(ChoosingAttention):
         memory_size: size of the encoder outputs.
         units: A, size of the hidden layer of additive energies; None, or query_size, with score="dot".
         mode: "recursive", exact, or "parallel", TensorFlow's, for training; "hard" for decoding: see
-            :func:`monotonic_alignments`. ``module.mode`` may be set at any time. Hard choices stop where the energy
-            plus r is above 0, and have no gradient.
-        noise: standard deviation of what is added to energies, in training mode only, of PyTorch's default generator.
-        score_bias_init: initial value of r; negative for long memories, so that not all is stopped at its beginning.
+            :func:`monotonic_alignments`. None for "recursive". ``module.mode`` may be set at any time. Hard choices
+            stop where the energy plus r is above 0, and have no gradient.
+        noise: standard deviation of Gaussian noise added to the energies, in training mode only. It is drawn from
+            PyTorch's default generator.
+        score_bias_init: initial value of r; None for 0. Negative for long memories, so that not all the probability
+            is used up at the beginning.
         score: "additive" or "dot".
         normalize: learn ``g``; additive: initially sqrt(1 / units), with a ``bias``, initially 0; dot: initially 1.
         backend: as of :func:`attn_kernels.additive_scores`.
@@ -107,16 +109,17 @@ class MonotonicAttention(ChoosingAttention):
     State: :class:`AlignmentsState`, the alignments of the step before; at first all weight is on the first step.
     """
 
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = MODES  # the first is the default
+    default_score_bias: ClassVar[float] = 0.0
 
     def __init__(
         self,
         query_size: int,
         memory_size: int,
         units: int | None = None,
-        mode: str = "recursive",
+        mode: str | None = None,
         noise: float = 0.0,
-        score_bias_init: float = 0.0,
+        score_bias_init: float | None = None,
         *,
         score: str = "additive",
         normalize: bool = False,
@@ -124,9 +127,11 @@ class MonotonicAttention(ChoosingAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        mode = self.modes[0] if mode is None else mode
+        bias = self.default_score_bias if score_bias_init is None else score_bias_init
         options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
         options["factory"] = {"device": device, "dtype": dtype}
-        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, **options)
+        super().__init__(query_size, memory_size, units, mode, noise, bias, **options)
         self._reset_scores()
 
     def _alignments(

@@ -1,4 +1,4 @@
-"""What makes alignments of scores: softmax, smoothing, hardmax, or a function of your own, such as sparsemax."""
+"""Normalizers, from scores to alignments: softmax, smoothing, hardmax, or a function such as sparsemax."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def normalize(
     mask: Tensor | None = None,
     normalizer: Normalizer = "softmax",
 ) -> Tensor:
-    r"""Alignments of scores, over the steps that may be attended.
+    r"""Normalizes scores to alignments, over the steps that may be attended.
 
     .. math::
         \text{softmax:} \; \frac{e^{s_{ij}}}{\sum_k e^{s_{ik}}} \qquad
@@ -63,19 +63,19 @@ def normalize(
     section 2.3; "hardmax" is that of TensorFlow's seq2seq, and has no gradient.
 
     Args:
-        scores: (B, Tq, Tk) or (B, Tk), such as :func:`attn_kernels.additive_scores` returns. What is in padding, NaN
-            included, has no effect, and its gradient is 0.
+        scores: (B, Tq, Tk) or (B, Tk), such as :func:`attn_kernels.additive_scores` returns. Padding, which may be
+            NaN, has no effect, and its gradient is 0.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With lengths, both must allow it.
-        normalizer: "softmax", "sigmoid", "hardmax", or a function of a tensor (..., Tk) to one of that shape, along
-            its last axis. It is given float32 or float64 scores with -inf where a step may not be attended; a row with
-            nothing to attend, it is given as zeros. ``entmax.sparsemax`` and ``entmax.entmax15`` (PyPI: entmax) fit.
+        normalizer: "softmax", "sigmoid", "hardmax", or a function that maps a tensor (..., Tk) to one of that shape,
+            along its last axis. It gets float32 or float64 scores, -inf where a step may not be attended, and zeros
+            for a row with nothing to attend. ``entmax.sparsemax`` and ``entmax.entmax15`` (PyPI: entmax) fit.
 
     Returns:
         Alignments, with the shape and dtype of ``scores``. 0 in padding; a row with nothing to attend is zeros.
 
     Raises:
-        ArgumentValueError: a shape, device or length does not fit, or no normalizer has that name.
+        ArgumentValueError: a shape, device or length does not fit, or the normalizer is unknown.
         ArgumentTypeError: a dtype or type does not fit.
     """
     name = "normalize"
@@ -92,7 +92,7 @@ def normalize(
     if mask is not None:
         check_mask(name, batch, scores.shape[1] if scores.dim() == 3 else 1, steps, mask, scores=scores)
     allowed = allowed_pairs(scores, memory_lengths, mask)
-    if scores.numel() == 0:  # functions of others may want a largest element
+    if scores.numel() == 0:  # a user's function may take the maximum of a row
         return scores.clone()
     (wide,) = upcast(scores)
     if allowed is not None:
@@ -109,7 +109,7 @@ def normalize(
 
 
 def check_normalizer(name: str, normalizer: Normalizer) -> Callable[[Tensor], Tensor]:
-    """The function that a normalizer is or names."""
+    """The function of a normalizer that is given as a function or by name."""
     if callable(normalizer):
         return normalizer
     if not isinstance(normalizer, str) or normalizer not in NORMALIZERS:
@@ -119,13 +119,13 @@ def check_normalizer(name: str, normalizer: Normalizer) -> Callable[[Tensor], Te
 
 
 def allowed_pairs(scores: Tensor, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Which scores are of steps that may be attended: bool, broadcast to scores; None where all are."""
+    """Bool, broadcasts to scores: True where a step may be attended. None if all may."""
     allowed = attention_mask(scores.mT if scores.dim() == 3 else scores, memory_lengths, mask)
     return allowed if allowed is None or scores.dim() == 3 else allowed[:, 0]
 
 
 def mask_scores(scores: Tensor, allowed: Tensor) -> Tensor:
-    """-inf in padding; zeros in a row with nothing else, of which a softmax would be NaN."""
+    """-inf in padding, but zeros in a row of nothing but padding, whose softmax would be NaN."""
     scores = scores.masked_fill(~allowed, float("-inf"))
     return scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
@@ -159,24 +159,24 @@ def weighted_sum(alignments: Tensor, values: Tensor) -> Tensor:
 
 
 class NormalizedAttention(nn.Module):
-    r"""An attention mechanism with another normaliser in the place of softmax.
+    r"""An attention mechanism with another normalizer in place of softmax.
 
     .. math:: alignments_i = normalizer_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
 
-    It is called as the mechanism is::
+    It is called like the mechanism::
 
         attention = NormalizedAttention(BahdanauAttention(query_size, memory_size, units), entmax.entmax15)
         memory = attention.memory(encoder_outputs, memory_lengths)
         context, alignments = attention(decoder_state, memory)
 
-    The scores are those of the fused op; (B, Tq, Tk, A) is never made. A step that no query may attend is padding,
-    whatever it holds; with a mask (B, Tq, Tk), one that only some may attend must be finite.
+    The fused op computes the scores; no tensor (B, Tq, Tk, A) is stored. A step that no query may attend is padding and
+    may hold NaN; with a mask (B, Tq, Tk), a step that only some queries may attend must be finite.
 
     Args:
-        attention: the mechanism, such as BahdanauAttention or LuongAttention; a module with the parameters. One with
-            a state is refused.
-        normalizer: as of :func:`normalize`. With "softmax" a step is the mechanism's own, in one pass; with "sigmoid",
-            too, where the op has it.
+        attention: the mechanism, such as BahdanauAttention or LuongAttention, which has the parameters. A stateful
+            mechanism is refused.
+        normalizer: as for :func:`normalize`. "softmax" runs in one pass of the op, and so does "sigmoid" on the
+            backends that have it.
     """
 
     def __init__(self, attention: AttentionModule, normalizer: Normalizer) -> None:
@@ -184,7 +184,7 @@ class NormalizedAttention(nn.Module):
         if not isinstance(attention, AttentionModule):
             got = type(attention).__name__
             raise ArgumentTypeError(f"NormalizedAttention: attention must be an AttentionModule, got {got}")
-        if isinstance(attention, StatefulAttention):  # what its state adds to a score would be left out
+        if isinstance(attention, StatefulAttention):  # its scores depend on the state, which is not passed on here
             got = type(attention).__name__
             raise ArgumentTypeError(f"NormalizedAttention: attention must be one without a state, got {got}")
         if type(attention).make_score is AttentionModule.make_score:
@@ -201,7 +201,7 @@ class NormalizedAttention(nn.Module):
         mask: Tensor | None = None,
         memory_offsets: Tensor | None = None,
     ) -> Memory:
-        """As of the mechanism: what each step reads, once per sentence. One without padding is padded."""
+        """As ``memory`` of the mechanism, but a packed memory is padded."""
         return self.attention.memory(memory, memory_lengths, mask, memory_offsets).padded()
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:

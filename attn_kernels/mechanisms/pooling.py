@@ -1,4 +1,4 @@
-"""Attention without a query: a sentence, a bag or an utterance becomes one vector, or one for each head."""
+"""Attention pooling, without a query: a sentence, a bag or an utterance becomes one vector per head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .normalizers import weighted_sum
 
 
 class AttentionPooling(nn.Module):
-    r"""Weighted means of a memory, the weights of which are made of the memory alone.
+    r"""Weighted means of a memory, with weights computed from the memory alone.
 
     .. math:: scores_{rj} = v_r \cdot activation(W \, memory_j + b), \quad
         alignments_r = softmax_j(scores_{rj}), \quad context_r = \sum_j alignments_{rj} \, memory_j
@@ -31,22 +31,22 @@ class AttentionPooling(nn.Module):
     head; Lin et al., "A structured self-attentive sentence embedding", 2017, equations 5-7, for several (their r);
     gated: Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", 2018, equation 9.
 
-    A bag of N rows costs, besides the result, its projections: one tensor (N, units), or two with a gate. On a GPU
-    several heads or a gate need their product, too. With lengths or a mask there is a copy of the memory, with zeros in
+    Memory: besides the result, a bag of N rows needs its projection, (N, units), and with a gate a second one. On a GPU
+    several heads or a gate need the activated product, too. With lengths or a mask, the memory is copied with zeros in
     padding.
 
     Args:
         memory_size: D, size of the rows.
         units: A, size of the hidden layer that scores.
-        heads: R, how many score vectors there are.
-        gated: multiply by a gate; then ``activation`` is "tanh".
+        heads: R, the number of score vectors.
+        gated: multiply by a gate; ``activation`` must then be "tanh".
         activation: "tanh", "relu", "leaky_relu" or "sigmoid".
         negative_slope: of "leaky_relu".
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; the memory must have the same.
 
     Parameters: ``memory_projection.weight`` (units, memory_size) and ``.bias`` (units,), ``v`` (heads, units); with
-    ``gated`` also ``gate_projection.weight`` and ``.bias``. A bias of the scores would have no effect: there is none.
+    ``gated`` also ``gate_projection.weight`` and ``.bias``. The scores have no bias: softmax is invariant to it.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class AttentionPooling(nn.Module):
         self._reset_scores()
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor does."""
+        """Initialises all parameters as the constructor does."""
         self.memory_projection.reset_parameters()
         if self.gate_projection is not None:
             self.gate_projection.reset_parameters()
         self._reset_scores()
 
     def _reset_scores(self) -> None:
-        bound = self.units**-0.5  # as of nn.Linear(units, heads)
+        bound = self.units**-0.5  # as nn.Linear(units, heads)
         nn.init.uniform_(self.v, -bound, bound)
 
     def forward(
@@ -98,18 +98,18 @@ class AttentionPooling(nn.Module):
         mask: Tensor | None = None,
         need_weights: bool = True,
     ) -> Attention:
-        """The means of each sentence or bag.
+        """The weighted means of each sentence or bag.
 
-        memory: (B, Tk, memory_size), or (Tk, memory_size) for one bag without an axis of batches.
+        memory: (B, Tk, memory_size), or (Tk, memory_size) for one bag without a batch axis.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk.
         mask: (B, Tk) bool, or (Tk,), True where a step may be attended. With lengths, both must allow it.
-        need_weights: False to leave out the alignments.
+        need_weights: False to return no alignments.
 
-        Returns ``Attention(context, alignments)``: (B, heads, memory_size) and (B, heads, Tk), without the axis of
-        heads for one head, and without that of the batch if the memory has none. A row with nothing to attend, such as
-        a bag of 0 steps, gets zeros.
+        Returns ``Attention(context, alignments)``: (B, heads, memory_size) and (B, heads, Tk), without the head axis
+        for one head, and without the batch axis if the memory has none. A row with nothing to attend, such as a bag of
+        0 steps, gets zeros.
 
-        Raises ValueError or TypeError where an argument does not fit the module or the others.
+        Raises ValueError or TypeError if an argument does not fit the module or the others.
         """
         check_tensor(self._name, "memory", memory)
         if memory.dim() == 2:
@@ -123,7 +123,7 @@ class AttentionPooling(nn.Module):
             raise ArgumentValueError(f"{self._name}: memory must have shape {expected}, got {tuple(memory.shape)}")
         allowed = self._allowed(memory, memory_lengths, mask)
         if allowed is not None:
-            # The function skips padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
+            # The op ignores padding, but the gradient of a projection sums over it: 0 * NaN would be NaN.
             memory = memory.masked_fill(~allowed[..., None], 0.0)
         return self._pool(memory, allowed, need_weights)
 
@@ -135,8 +135,8 @@ class AttentionPooling(nn.Module):
         return self._attend(self._keys(memory), memory, allowed, need_weights)
 
     def _keys(self, memory: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What ``_attend`` makes scores of, (B, Tk, A): keys and a gate for the op, or activated keys with the gate."""
-        rows = memory.flatten(0, 1)  # of a view, such as a 3-D product is, autograd would copy what is written in place
+        """(B, Tk, A): keys and gate for the additive op, or gated, activated keys (and no gate) for the dot op."""
+        rows = memory.flatten(0, 1)  # a 3-D product is a view, which autograd would copy before an in-place write
         gate = None
         if self._is_additive(memory):
             keys = nn.functional.linear(rows, self.memory_projection.weight)
@@ -149,7 +149,7 @@ class AttentionPooling(nn.Module):
         return keys.unflatten(0, memory.shape[:2]), gate
 
     def _is_additive(self, memory: Tensor) -> bool:
-        """Whether the op of additive attention makes the activations and never stores them."""
+        """Whether the additive op applies the activation itself, so that it is never stored."""
         if self.heads == 1 and not self.gated:
             return True
         able = choose_among(GATED.backends, self.backend, device_type(memory))
@@ -168,10 +168,10 @@ class AttentionPooling(nn.Module):
         allowed: Tensor | None,
         need_weights: bool,
     ) -> Attention:
-        """The means of values, (B, Tk, *), finite in padding; None for the alignments alone."""
+        """The weighted means of values, (B, Tk, *), finite in padding. values None: the alignments only."""
         keys, gate = keys_and_gate
         if values is not None and torch.is_grad_enabled() and keys.requires_grad and not values.requires_grad:
-            # The features of a bag, mostly: the op would make a gradient of their size for nothing.
+            # Usually features of a frozen encoder: the op would compute a gradient of their size that nobody needs.
             weights = alignments_of(self._attend(keys_and_gate, None, allowed, True))
             return Attention(weighted_sum(weights, values), weights if need_weights else None)
         options: dict[str, Any] = {"mask": allowed, "need_weights": need_weights, "backend": self.backend}
@@ -181,7 +181,7 @@ class AttentionPooling(nn.Module):
             options |= {"activation": self.activation, "negative_slope": self.negative_slope, "gate": gate}
             result = additive_attention(None, keys, values, v[0] if self.heads == 1 else v, bias, **options)
             return Attention(result.context, result.alignments)
-        # The scores are products with activated keys, and the op adds softmax and sum.
+        # The scores are dot products of v and the activated keys.
         result = dot_attention(v.expand(keys.shape[0], -1, -1), keys, values, **options)
         context, alignments = result.context, result.alignments
         if self.heads == 1:
@@ -219,15 +219,15 @@ class AttentiveStatisticsPooling(AttentionPooling):
     .. math:: mean_r = \sum_j alignments_{rj} \, memory_j, \quad
         std_r = \sqrt{\max(\sum_j alignments_{rj} \, memory_j^2 - mean_r^2, \, eps)}
 
-    with alignments as of :class:`AttentionPooling`. The squares are those of differences to the mean, and the sums of
-    16-bit numbers are made in float32: the difference above would cancel else.
+    with the alignments of :class:`AttentionPooling`. To avoid cancellation, the variance is computed from squared
+    differences to the mean, and 16-bit inputs are summed in float32.
 
     Source: Okabe, Koshinaka, Shinoda, "Attentive statistics pooling for deep speaker embedding", 2018,
-    from equation 3 on.
+    equations 3 onwards.
 
     Args:
-        eps: the least variance, where the standard deviation has a gradient of 0.
-        others: as of :class:`AttentionPooling`.
+        eps: lower bound of the variance; where it applies, the gradient of the standard deviation is 0.
+        others: as for :class:`AttentionPooling`.
 
     ``forward`` is that of :class:`AttentionPooling`, with a context of 2 memory_size: means, then standard deviations.
     A row with nothing to attend gets zeros for both.
@@ -259,7 +259,7 @@ class AttentiveStatisticsPooling(AttentionPooling):
         with torch.autocast(device_type(memory), enabled=False):
             wide = alignments.to(values.dtype)
             mean = weighted_sum(wide, values)
-            # Any constant may be subtracted first, but with this one nothing cancels; the heads share one.
+            # Subtracting any constant leaves the variance as it is; with the mean, nothing cancels. Heads share one.
             center = mean.detach() if self.heads == 1 else mean.detach().mean(1)
             difference = values - center[:, None]
             squares = difference.square() if difference.requires_grad else difference.square_()

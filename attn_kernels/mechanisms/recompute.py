@@ -1,4 +1,4 @@
-"""Parts of a computation that are made again in the backward rather than kept for it."""
+"""Gradient checkpointing: intermediate results are recomputed in the backward, not saved for it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..derivatives import transforms_are_active
 
 
 def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)``, of whose intermediate results autograd keeps none.
+    """``function(*tensors)``, without saving intermediate results for the backward.
 
-    function must not be random, and gradients flow to its arguments only. The transforms of ``torch.func``, for which
-    nothing can be made again, keep what they need; ``torch.compile`` decides itself what to keep.
+    function must be deterministic, and gradients flow to its arguments only. Under the transforms of ``torch.func``,
+    which cannot recompute, the results are saved; ``torch.compile`` decides itself what to save.
     """
     if is_compiling() or not torch.is_grad_enabled() or transforms_are_active() or torch._C._is_tracing():
         return function(*tensors)
@@ -25,7 +25,7 @@ def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """As ``torch.utils.checkpoint``, of which the first use imports the compiler of PyTorch: seconds, and memory."""
+    """As ``torch.utils.checkpoint``, whose first use imports PyTorch's compiler, which costs seconds and memory."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()  # with create_graph: the gradient is to have a gradient, too
+        again = torch.is_grad_enabled()  # create_graph=True: the gradient must be differentiable, too
         needed = ctx.needs_input_grad[1:]
         tensors = ctx.saved_tensors
         if not again:
@@ -48,7 +48,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             result = ctx.function(*tensors)
         with torch.enable_grad():
-            # The gradient of this product is grad. Given as grad_outputs, it would be what imports the compiler.
+            # The gradient of this product is grad. (Passed as grad_outputs, it would import the compiler.)
             product = (result * grad).sum()
         wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
         grads = iter(torch.autograd.grad(product, wanted, create_graph=again, allow_unused=True))

@@ -1,7 +1,7 @@
-"""Mechanisms whose step depends on the steps before: what they have in common.
+"""The base of stateful mechanisms, whose step depends on the steps before.
 
-The state is explicit: a decoder is given one before its first step, hands it to each step and gets the next one back.
-Nothing is kept in the module, so that a batch may be re-ordered, a search may branch, and a step may be taken twice::
+The state is explicit: ``initial_state`` makes the first one, and each step takes a state and returns the next one.
+Nothing is stored in the module, so that a batch may be re-ordered, a search may branch, and a step may be repeated::
 
     attention = LocationSensitiveAttention(query_size, memory_size, units)
     memory = attention.memory(encoder_outputs, memory_lengths)
@@ -23,11 +23,11 @@ from ..memory import Memory
 
 
 class StatefulResult(NamedTuple):
-    """What a step of a stateful mechanism returns.
+    """The result of a step of a stateful mechanism.
 
     context: (B, K, D), or (B, D) for a 2-D query: alignments @ values.
     alignments: (B, K, Tk), or (B, Tk).
-    state: what the next step is to be given: a NamedTuple of tensors, each (B, K, *).
+    state: the input of the next step: a NamedTuple of tensors, each (B, K, *).
     """
 
     context: Tensor
@@ -36,12 +36,12 @@ class StatefulResult(NamedTuple):
 
 
 def select_state(state: Any, indices: Tensor) -> Any:
-    """The sentences at ``indices``, (n,), in that order: as ``Memory.select``."""
+    """The sentences at ``indices``, (n,), in that order, as ``Memory.select``."""
     return _like(state, [x.index_select(0, indices) for x in state])
 
 
 def reorder_state(state: Any, hypotheses: Tensor) -> Any:
-    """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+    """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1; repeats are allowed."""
     indices = [hypotheses.view(*hypotheses.shape, *[1] * (x.dim() - 2)) for x in state]
     return _like(state, [torch.take_along_dim(x, index, dim=1) for x, index in zip(state, indices, strict=True)])
 
@@ -53,9 +53,9 @@ def _like(state: Any, tensors: list[Tensor]) -> Any:
 class StatefulAttention(AttentionModule):
     """The base of mechanisms with a state.
 
-    A subclass says what the state is before the first step (``initial_state``) and how a step is made (``_step``). The
-    axis K has the hypotheses of one sentence: they read one memory, and each has its own state. It is not an axis of
-    time: a step needs the state that the step before returned (see ``sequence``).
+    A subclass defines the state before the first step (``initial_state``) and the step (``_step``). The axis K holds
+    the hypotheses of one sentence: they share one memory, and each has its own state. It is not a time axis: a step
+    needs the state that the step before returned (see ``sequence``).
     """
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> Any:
@@ -65,9 +65,9 @@ class StatefulAttention(AttentionModule):
     def forward(  # type: ignore[override]
         self, query: Tensor, memory: Memory, state: Any
     ) -> StatefulResult:
-        """A step. query: (B, K, query_size) or (B, query_size), decoder states; state: of the step before.
+        """A decoding step. query: (B, K, query_size) or (B, query_size), decoder states; state: of the step before.
 
-        Raises ValueError or TypeError where query, memory or state do not fit the module or each other.
+        Raises ValueError or TypeError if query, memory or state do not fit the module or each other.
         """
         self._check(query, memory)
         self._check_state(query, state)
@@ -83,9 +83,9 @@ class StatefulAttention(AttentionModule):
         ) -> StatefulResult: ...
 
     def sequence(self, queries: Tensor, memory: Memory, state: Any = None) -> StatefulResult:
-        """The steps of a whole sequence, one after the other.
+        """Runs the steps of a whole sequence one after the other.
 
-        queries: (B, T, query_size). state: before the first of them; None for ``initial_state``. Returns context
+        queries: (B, T, query_size). state: the state before the first step; None for ``initial_state``. Returns context
         (B, T, D), alignments (B, T, Tk) and the state after the last step.
         """
         state = self.initial_state(memory) if state is None else state
@@ -97,7 +97,7 @@ class StatefulAttention(AttentionModule):
         return StatefulResult(contexts, alignments, state)
 
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
-        """A step of checked arguments. query: (B, K, query_size)."""
+        """A step, whose arguments have been checked. query: (B, K, query_size)."""
         raise NotImplementedError
 
     def _check_state(self, query: Tensor, state: Any) -> None:

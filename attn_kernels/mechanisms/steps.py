@@ -1,7 +1,7 @@
-"""The base of mechanisms that make their alignments by rules of their own: masks, dtypes and the context, once for all.
+"""The base of mechanisms whose alignments are no softmax of scores: it handles masks, dtypes and the context.
 
-Monotonic attention, mixtures of Gaussians, filters of the alignments before: none of them is a softmax of scores alone,
-so that no op gives alignments and context in one pass. Scores are made by the ops; what follows is in float32 or wider.
+Monotonic attention, mixtures of Gaussians and filters of previous alignments are such mechanisms. No op computes their
+alignments and context in one pass. The ops compute the scores; the rest runs in PyTorch, in float32 or wider.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class AlignmentsState(NamedTuple):
 
 
 class AlignmentsAttention(StatefulAttention):
-    """A stateful mechanism that says its alignments, of which this base makes the context.
+    """The base of stateful mechanisms that compute alignments; this class computes the context from them.
 
-    A subclass has ``initial_state`` and ``_alignments``. Padding is finite there, and a query that may attend no step
-    is 0, so that NaN times 0 gets into no gradient.
+    A subclass defines ``initial_state`` and ``_alignments``. The latter gets finite padding, and zeros for a query that
+    may attend no step, so that no gradient becomes NaN times 0.
     """
 
     reads_keys: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class AlignmentsAttention(StatefulAttention):
         raise NotImplementedError
 
     def _check_axes(self, memory: Memory, hypotheses: int) -> tuple[int, int]:
-        """B and K of an initial state."""
+        """Checks the arguments of ``initial_state`` and returns B and K."""
         name = f"{self._name}.initial_state"
         if not isinstance(memory, Memory):
             made = f"made by {self._name}.memory(...)"
@@ -80,7 +80,7 @@ class AlignmentsAttention(StatefulAttention):
         return memory.batch_size, int(hypotheses)
 
     def _first_step(self, memory: Memory, hypotheses: int, attended: bool = False) -> AlignmentsState:
-        """All weight on the first step; attended: on the first that may be attended."""
+        """The state with all weight on the first step; attended: on the first step that may be attended."""
         batch, hypotheses = self._check_axes(memory, hypotheses)
         steps = memory.keys.shape[1]
         alignments = memory.keys.new_zeros(batch, hypotheses, steps, dtype=wide_dtype(memory.keys.dtype))
@@ -108,7 +108,7 @@ class AlignmentsAttention(StatefulAttention):
 
 
 class PositionalAttention(AlignmentsAttention):
-    """A mechanism that reads the query and the alignments before, and of a memory only how many steps it has."""
+    """The base of mechanisms that read the query and the previous alignments, but not the content of the memory."""
 
     reads_keys = False
 
@@ -125,7 +125,7 @@ class PositionalAttention(AlignmentsAttention):
 
 
 def result_dtype(query: Tensor) -> torch.dtype:
-    """The dtype of results: that of the query, or of autocast."""
+    """The dtype of results: that of the query, or that of autocast if it is enabled."""
     device = device_type(query)
     if device == "meta" or query.dtype not in DTYPES[:3] or not torch.is_autocast_enabled(device):
         return query.dtype
@@ -133,7 +133,7 @@ def result_dtype(query: Tensor) -> torch.dtype:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """For products of what is float32 already."""
+    """A context without autocast, for products that must stay in float32."""
     device = device_type(tensor)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -141,14 +141,14 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def clean(x: Tensor, memory: Memory, allowed: Tensor) -> Tensor:
-    """x, keys or values of a memory, with finite numbers in the steps that no query may attend."""
+    """x, the keys or values of a memory, with zeros in the steps that no query may attend."""
     return x if memory.has_zero_padding() else x.masked_fill(~allowed.any(1)[..., None], 0.0)
 
 
 def additive_energies(
     query: Tensor, keys: Tensor, score: AdditiveScore, allowed: Tensor | None, backend: str | None
 ) -> Tensor:
-    """(B, K, Tk), additive scores in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
+    """(B, K, Tk): additive scores in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
     if not per_hypothesis(allowed):
         scores = additive_scores(query, keys, score.v, score.bias, backend=backend)
     else:
@@ -158,7 +158,7 @@ def additive_energies(
 
 
 def dot_energies(query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
-    """(B, K, Tk), dot products in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
+    """(B, K, Tk): dot products in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
     if not per_hypothesis(allowed):
         scores = torch.bmm(query, keys.mT)
     else:
@@ -167,7 +167,7 @@ def dot_energies(query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def weighted_sum(alignments: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """(B, K, D), alignments @ values. alignments: (B, K, Tk). values: (B, Tk, D), finite in padding."""
+    """(B, K, D): alignments @ values. alignments: (B, K, Tk). values: (B, Tk, D), finite in padding."""
     values = values.to(alignments.dtype)
     if not per_hypothesis(allowed):
         return torch.bmm(alignments, values)
@@ -175,12 +175,12 @@ def weighted_sum(alignments: Tensor, values: Tensor, allowed: Tensor | None) -> 
 
 
 def per_hypothesis(allowed: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a step may be padding for one hypothesis and not for another: then pairs are masked, not steps."""
+    """Whether the mask differs between hypotheses, so that pairs have to be masked, not steps."""
     return allowed is not None and allowed.shape[1] != 1
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the last axis, of what is allowed; zeros where nothing is."""
+    """Softmax over the allowed elements of the last axis; zeros elsewhere, and in a row without any."""
     if allowed is None:
         return torch.softmax(scores, -1)
     scores = scores.masked_fill(~allowed, float("-inf"))
@@ -191,10 +191,10 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
 def recurrence(factors: Tensor, x: Tensor) -> Tensor:
     """y with y[0] = x[0], y[j] = x[j] + factors[j] y[j-1] along the last axis. factors, x: (..., Tk); factors in 0..1.
 
-    By doubling, in log2 Tk passes: sums over one step, two, four, with the products of factors between. Nothing is
-    divided, so that factors may be 0, and no term is lost.
+    A parallel prefix scan (Hillis-Steele) in log2 Tk passes. It does not divide, so that factors may be 0, and no term
+    underflows.
     """
-    if torch.compiler.is_exporting():  # the number of passes would be that of the steps at hand
+    if torch.compiler.is_exporting():  # the number of passes would be fixed to that of the example input
         return _recurrence_by_steps(factors, x)
     factors = torch.cat([torch.zeros_like(factors[..., :1]), factors[..., 1:]], -1)
     shift, steps = 1, x.shape[-1]
@@ -215,7 +215,7 @@ def _recurrence_by_steps(factors: Tensor, x: Tensor) -> Tensor:
 
     def step(before: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         factor, added = given
-        # The sizes by name: Inductor finds those of the results among what a step refers to.
+        # Inductor needs the sizes of the results among the variables that a step refers to.
         after = (added + factor * before).view(batch, hypotheses)
         return after, after.clone()
 
@@ -225,5 +225,5 @@ def _recurrence_by_steps(factors: Tensor, x: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, fill: float = 0.0) -> Tensor:
-    """x moved by one along the last axis: fill, x[0], x[1], ..."""
+    """x shifted by one along the last axis: fill, x[0], x[1], ..."""
     return nn.functional.pad(x, (1, 0), value=fill)[..., :-1]

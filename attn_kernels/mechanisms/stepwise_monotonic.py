@@ -1,35 +1,34 @@
-"""Stepwise monotonic attention: each decoding step stays where it is or moves on by one."""
+"""Stepwise monotonic attention: each decoding step stays where it is or moves forward by one."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .energy import ChoosingAttention
+from .monotonic import MonotonicAttention
 from .steps import AlignmentsState, shifted
 
 
-class StepwiseMonotonicAttention(ChoosingAttention):
-    r"""Monotonic attention that leaves out no step of the memory: a decoding step stays, or moves on by one.
+class StepwiseMonotonicAttention(MonotonicAttention):
+    r"""Monotonic attention that skips no step of the memory: a decoding step stays, or moves forward by one.
 
     .. math::
         p_{ij} = \sigma(energy(query_i, memory_j) + r + noise \; \epsilon_{ij}), \quad
         alignments_{ij} = alignments_{i-1,j} \, p_{ij} + alignments_{i-1,j-1} (1 - p_{i,j-1})
 
-    where p is the probability to stay. Energies are those of :class:`MonotonicAttention`. Steps that may not be
-    attended count as not there: what moves on goes to the next that may. Behind the last there is nothing: what moves
-    on from there is lost, and alignments sum to 1 at most.
+    where p is the probability of staying. Energies are those of :class:`MonotonicAttention`. Steps that may not be
+    attended are skipped: an alignment moves on to the next step that may be attended. Probability that moves on from
+    the last step is lost, so that alignments sum to at most 1.
 
     Source: He, Deng, He, "Robust sequence-to-sequence acoustic modeling with stepwise monotonic attention for neural
     TTS", 2019, section 3, equations 8 to 10.
 
     Args:
         mode: "soft", the formula; "hard" for decoding: stays where the energy plus r is above 0, and moves on
-            elsewhere. ``module.mode`` may be set at any time; "hard" needs a hard state, such as the initial one.
-        score_bias_init: initial value of r. A sentence moves on every 1 + e^r steps where energies are near 0: training
-            is sensitive to it. 3.5, of the authors' own code, is for speech synthesis.
+            elsewhere. None for "soft". ``module.mode`` may be set at any time; "hard" needs a hard state, such as the
+            initial one.
+        score_bias_init: initial value of r; None for 3.5, the value of the authors' code for speech synthesis. Where
+            energies are near 0, an alignment moves on every 1 + e^r steps: training is sensitive to r.
         query_size, memory_size, units, noise, score, normalize, backend, device, dtype: as of
             :class:`MonotonicAttention`.
 
@@ -39,28 +38,9 @@ class StepwiseMonotonicAttention(ChoosingAttention):
     may be attended.
     """
 
-    modes: tuple[str, ...] = ("soft", "hard")
+    modes = ("soft", "hard")
+    default_score_bias = 3.5
     starts_attended = True
-
-    def __init__(
-        self,
-        query_size: int,
-        memory_size: int,
-        units: int | None = None,
-        mode: str = "soft",
-        noise: float = 0.0,
-        score_bias_init: float = 3.5,
-        *,
-        score: str = "additive",
-        normalize: bool = False,
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
-        options["factory"] = {"device": device, "dtype": dtype}
-        super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, **options)
-        self._reset_scores()
 
     def _alignments(
         self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
@@ -74,7 +54,7 @@ class StepwiseMonotonicAttention(ChoosingAttention):
 
 
 def _to_next(x: Tensor, allowed: Tensor | None) -> Tensor:
-    """x, (B, K, Tk), moved on: at each step the x of the last step before it that is allowed; 0 where there is none."""
+    """x, (B, K, Tk), moved forward: for each step, x of the last allowed step before it; 0 if there is none."""
     if allowed is None:
         return shifted(x)
     steps = torch.arange(1, x.shape[-1] + 1, device=x.device)

@@ -1,9 +1,9 @@
-"""The ops in models of others: ``patch(model)``.
+"""``patch(model)``: runs the attention modules of other libraries on this package's ops.
 
-A patched module keeps its parameters, buffers, hooks and state; only its class changes, to a subclass of its own with
-another ``forward``, made here from the original class and an adapter. An adapter is a mixin that says how the module's
-result is computed by this package. Those of known libraries are in ``libraries/``, one file each; for a class of your
-own it is about ten lines::
+A patched module keeps its parameters, buffers, hooks and state. Only its class changes, to a generated subclass of the
+original class and an adapter. An adapter is a mixin with a ``forward`` that computes the module's result by this
+package. ``libraries/`` has the adapters of known libraries, one file each. One for your own class takes about ten
+lines::
 
     from attn_kernels import additive_attention, patch
     from attn_kernels.patching import Fused, NotSupported, adapts
@@ -63,21 +63,22 @@ _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn|^Att[A-Z]|GATv2", re.IGNOREC
 
 
 def patch(model: nn.Module) -> Report:
-    """Swaps the ops into every attention module of a model that this package knows: same parameters, same results.
+    """Makes every known attention module of a model run on this package's ops: same parameters, same results.
 
-    Modules are changed in place, by their class: parameters, ``state_dict``, hooks and attributes stay as they are, and
-    ``isinstance`` still holds. What a call needs beyond the ops falls through to the module's own forward and is
+    Modules are changed in place, by replacing their class: parameters, ``state_dict``, hooks and attributes stay as
+    they are, and ``isinstance`` still holds. A call that the ops do not support runs the original forward and is
     counted in ``report.fallbacks``. Patching again changes nothing. Copies and pickles of a patched model are patched.
-    ``torch.jit.trace`` and ``torch.jit.script`` take the modules' own forward, so that what they make needs no ops.
+    ``torch.jit.trace`` and ``torch.jit.script`` use the original forward, so that their programs do not need the ops.
 
     Args:
-        model: any module; known classes: ``python -m attn_kernels patch-list``, your own: :mod:`attn_kernels.patching`.
+        model: any module. ``python -m attn_kernels patch-list`` lists the known classes; for your own see
+            :mod:`attn_kernels.patching`.
 
     Returns:
         :class:`Report`: ``replaced``, ``skipped`` and ``fallbacks``; it prints as a table.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     check_model("patch", model)
     report = Report()
@@ -92,9 +93,9 @@ def patch(model: nn.Module) -> Report:
 
 
 def unpatch(model: nn.Module) -> list[Replaced]:
-    """Gives every patched module of a model its own class again, and returns which they were.
+    """Restores the original class of every patched module of a model, and returns these modules.
 
-    Raises ValueError, and changes nothing, if the class of a patched module was changed again by other code
+    Raises ValueError, and changes nothing, if other code changed the class of a patched module again
     (``torch.nn.utils.parametrize`` does): undo that change first.
     """
     check_model("unpatch", model)
@@ -103,9 +104,9 @@ def unpatch(model: nn.Module) -> list[Replaced]:
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[Report]:
-    """``with patched(model) as report:`` the model is patched within; modules patched before stay patched after.
+    """``with patched(model) as report:`` patches the model for a block. Modules that were patched before stay patched.
 
-    At the end it raises ValueError where :func:`unpatch` would.
+    Raises ValueError at the end if :func:`unpatch` would.
     """
     check_model("patched", model)
     before = {id(module) for _, module in named_modules(model) if isinstance(module, Fused)}
@@ -122,7 +123,7 @@ def check_model(function: str, model: object) -> None:
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As ``model.named_modules()``, with the layers that a Keras model keeps in lists of its own."""
+    """As ``model.named_modules()``, and the layers that a Keras model holds in lists, unregistered."""
     modules = {id(module): (name, module) for name, module in model.named_modules()}
     for name, module in list(modules.values()):
         for layer in module._flatten_layers() if hasattr(module, "_flatten_layers") else ():
@@ -131,7 +132,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _patch_module(module: nn.Module) -> str | None:
-    """Patches a module if its class has an adapter that supports it. Returns why not, where that is worth mention."""
+    """Patches a module if an adapter supports it. Otherwise returns the reason, if it is worth reporting."""
     cls = type(module)
     if isinstance(module, Fused):
         return None
@@ -155,7 +156,7 @@ def _patch_module(module: nn.Module) -> str | None:
 
 
 def _skip_reason(module: nn.Module) -> str | None:
-    """Why a module without an adapter is left alone, if it looks like attention."""
+    """The reason why a module without an adapter is skipped, if it looks like attention."""
     cls = type(module)
     for base in cls.__mro__[1:]:
         if issubclass(base, nn.Module) and find_adapter(base) is not None:
@@ -173,7 +174,7 @@ def _skip_reason(module: nn.Module) -> str | None:
 
 
 def unpatch_modules(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
-    """Unpatches all modules but those whose ids are in ``keep``. function: the name that an error begins with."""
+    """Unpatches all modules except those whose ids are in ``keep``. function: name for error messages."""
     modules = [(name, m) for name, m in named_modules(model) if isinstance(m, Fused) and id(m) not in keep]
     for name, module in modules:
         if type(module) is not fused_class(module._original, adapter_of(type(module))):

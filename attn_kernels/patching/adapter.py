@@ -1,4 +1,4 @@
-"""Adapters: how the result of a class of modules is computed by this package, and when the original runs instead."""
+"""Adapters: they compute a module's result by this package, and decide when the original forward runs instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..stock import functions_are_replaced
 
 
 class NotSupported(NamedTuple):
-    """What ``attend`` returns for a call that the ops cannot compute; the original forward runs and is counted."""
+    """The result of ``attend`` for a call that the ops do not support: the original forward runs and is counted."""
 
     reason: str
 
@@ -43,32 +43,32 @@ class Fused:
 
     @classmethod
     def unsupported_reason(cls, module: Any) -> str | None:
-        """Why a module is left alone: an option that no call of it could serve; None for a module to patch."""
+        """Why a module is not patched, such as an option that no call supports; None to patch it."""
         return None
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes what the original ``forward`` would return for these arguments, or returns ``NotSupported(reason)``.
+        """Returns the result of the original ``forward`` for these arguments, or ``NotSupported(reason)``.
 
-        It writes the state of the module that the original would write, and nothing before it returns NotSupported.
+        It updates the module's state as the original does, but must not change it if it returns NotSupported.
         """
         raise NotImplementedError(f"{type(self).__name__}: its adapter has no attend")
 
     def count_products(self, elements: int) -> float:
-        """The products of a call whose largest tensor, the memory, has so many elements.
+        """The number of products in a call, from the number of elements of its largest tensor, the memory.
 
-        One query multiplies each element of the memory once for its score, and once for the context.
+        One query uses each element of the memory once for its score, and once for the context.
         """
         return elements
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Fused):  # a wrapper of this method was put into the module, which was unpatched since
+        if not isinstance(self, Fused):  # the module was unpatched, but a wrapper of this method remains in it
             return type(self).forward(self, *args, **kwargs)
         if is_small(self, args, kwargs):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return run(self, super().forward, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled and copied as its original class, to be patched again: the class of a patched module has no name."""
+        """Pickles and copies as the original class, to be patched again: the generated class cannot be imported."""
         if not isinstance(self, Fused):  # unpatched since this method was looked up
             return type(self).__reduce_ex__(self, protocol)
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
@@ -78,18 +78,18 @@ class Fused:
         return (type(self)._rebuild, (self._original, function, *arguments[1:]), *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles the original: a script cannot call the ops.
+        """The original module for torch.jit.script, which cannot call the ops.
 
-        It also puts it into the model in this module's place, as it does with all that this method returns.
+        torch.jit.script also replaces this module in the model by it, as it does with any result of this method.
         """
         original = copy.copy(self)
         original.__class__ = self._original  # type: ignore[assignment]
         return original  # type: ignore[return-value]
 
 
-# The rule for small calls: what an adapter adds to a call, 20 to 60 us of Python, has to be saved by the faster op.
+# The rule for small calls: the faster op has to save more than the overhead of an adapter, 20 to 60 us of Python.
 # Measured in November 2026 with the libraries themselves on one loaded core of an x86-64 server (AVX-512): CPU time of
-# original / patched, of a step without gradients and of a step in training, by products (B T D).
+# original / patched, for a step without gradients and a step in training, by the number of products (B T D).
 #
 #                               2^14         2^15         2^16         2^17         2^18
 #   ESPnet AttAdd            0.66 0.86    0.77 0.92                 1.09 1.22
@@ -100,13 +100,13 @@ class Fused:
 #   fairseq, general         0.75 0.84    0.75 0.85    0.86 0.97    1.13 1.35    1.50 1.79
 #   Tacotron 2                            0.81 0.93    0.80 0.72    0.82 0.99    1.03 1.02
 #
-# Below 2^16 nothing is gained; from there on it depends on the class and on gradients, up to 2^18. Other adapters have
-# no such sizes: they save a projection of the memory in each step, or have many queries to a call.
+# Below 2^16 there is no gain; from 2^16 to 2^18 it depends on the class and on gradients. Other adapters have no such
+# limit: they save a projection of the memory in each step, or have many queries per call.
 MIN_PRODUCTS = 1 << 16
 
 
 def is_small(module: Fused, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is left to the original because of its size. It is no fallback: nothing is missing in it."""
+    """Whether a call is so small that the original is faster. It does not count as a fallback."""
     least = min_products(module)
     if least == 0:
         return False
@@ -122,7 +122,7 @@ def min_products(module: Fused) -> int:
 
 
 def hidden_attribute(module: nn.Module) -> str | None:
-    """The name of an attribute that the adapter's own attribute of that name would hide."""
+    """The name of a module attribute that an attribute of the adapter would hide, if there is one."""
     return next((name for name in vars(Fused) if name[0] != "_" and name != "forward" and hasattr(module, name)), None)
 
 

@@ -23,7 +23,7 @@ Sources = tuple[Tensor | None, ...]
 
 
 class _Entry(NamedTuple):
-    """What ``make`` returned, and what must be unchanged for it to be used again."""
+    """A cached result of ``make``, and the tensors that must be unchanged for it to be valid."""
 
     result: Any
     values: tuple[Any, ...]  # of the tensors that were read: their layout and checksum

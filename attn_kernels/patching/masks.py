@@ -1,9 +1,9 @@
-"""Results as the originals give them: rows that may attend nothing, and the dtype of alignments.
+"""Differences to the results of the originals: rows that may attend nothing, and the dtype of alignments.
 
-A row, of a sentence or a query, that may attend nothing gives NaN in most libraries, also in the gradients of all
-parameters, and zeros in the ops of this package. The policy of all adapters: where the mask can be read, a call with
-such a row runs the original. A mask on a GPU is not read, which would wait for it, and one within torch.compile has no
-values: there the results of the row become NaN, and the gradients stay without NaN.
+A row (of a sentence or a query) that may attend nothing gives NaN in most libraries, also in the gradients of all
+parameters. The ops of this package give zeros. The policy of all adapters: if the mask can be read, a call with such a
+row runs the original. A mask on a GPU is not read, to avoid waiting for the device, and a mask within torch.compile has
+no values. Then the results of the row are set to NaN, and the gradients have no NaN.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def mask_without_empty_rows(
     """Which steps may be attended: bool, (..., Tk), True = attend; None if all may.
 
     Args:
-        module: what the result is kept for.
-        mask: as the library has it.
+        module: the module whose cache holds the result.
+        mask: the library's mask.
         make: computes the result from the mask.
-        wait: whether a mask on a GPU is read, too: for an original whose result for an empty row is not just NaN.
+        wait: also read a mask on a GPU: for an original whose result for an empty row is not just NaN.
     """
     if not (wait or is_cacheable(mask)):
         return make(mask)
@@ -44,7 +44,7 @@ def _without_empty_rows(mask: Tensor, allowed: Tensor) -> Tensor | NotSupported 
         return EMPTY_ROW
     if bool(allowed.all()):
         return None
-    return allowed.clone() if allowed is mask else allowed  # what is kept must not change with the mask
+    return allowed.clone() if allowed is mask else allowed  # the cached result must not change with the mask
 
 
 def memory_without_empty_rows(
@@ -54,9 +54,9 @@ def memory_without_empty_rows(
     build: Callable[[Tensor | None], Memory],
     held: tuple[Tensor, ...],
 ) -> Memory | NotSupported:
-    """``build(allowed)``, with what :func:`mask_without_empty_rows` makes of the mask; both are kept as one.
+    """``build(allowed)``, where allowed is the result of :func:`mask_without_empty_rows`; cached as one entry.
 
-    held: the tensors of the memory, by which it is recognised in the next step.
+    held: the tensors of the memory, by which the next step recognises it.
     """
     if mask is not None and not is_cacheable(mask):
         return build(make(mask))

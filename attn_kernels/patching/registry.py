@@ -1,4 +1,4 @@
-"""Which adapter a class has: those of known libraries (``libraries/``), by name, and those that users give."""
+"""The registry of adapters: those of known libraries (``libraries/``), by class name, and those of users."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .report import class_name
 class AdapterSpec(NamedTuple):
     """A class that can be patched.
 
-    original: "module:Class". fused: its adapter. library, versions: for people. sources: digests of the source of the
-    classes known to compute what the adapter does, see :func:`digest`; empty if any will do.
+    original: "module:Class". fused: its adapter. library, versions: for display. sources: digests of the source of the
+    supported versions of the class, see :func:`digest`; empty to accept any.
     """
 
     original: str
@@ -38,16 +38,16 @@ F = TypeVar("F", bound=type[Fused])
 def adapts(
     original: type[nn.Module] | str, *, library: str = "", versions: str = "", sources: tuple[str, ...] = ()
 ) -> Callable[[F], F]:
-    """Class decorator: the adapter with which modules of class ``original`` are patched.
+    """Class decorator that registers an adapter for modules of class ``original``.
 
     Args:
-        original: the class, or "module:Class", which imports nothing: the class that is there when a module is patched.
-            A later adapter of a class replaces an earlier. Modules of other classes are left alone, since they may
-            compute something else: of its subclasses, and of classes of the same name, such as one that is defined
-            again in a notebook or made by another call of the same function.
-        library, versions: what ``python -m attn_kernels patch-list`` prints.
-        sources: digests (:func:`digest`) of the class's source in those versions. Where they are given, a class with
-            another source is left alone: another version of a library may compute something else.
+        original: the class, or "module:Class", which is looked up when a module is patched and imports nothing. A later
+            adapter of a class replaces an earlier one. Subclasses, and other classes of the same name, such as one that
+            is defined again in a notebook or by another call of a function, are not patched: they may compute something
+            else.
+        library, versions: shown by ``python -m attn_kernels patch-list``.
+        sources: digests (:func:`digest`) of the class's source in those versions. If given, a class with another source
+            is not patched: another version of a library may compute something else.
     """
     if isinstance(original, str):
         name = original
@@ -76,7 +76,7 @@ def adapts(
 
 
 def _rename_members(fused: type[Fused]) -> None:
-    """Adapters written for the names of earlier versions keep working."""
+    """Supports adapters that use the names of earlier versions."""
     for old, new in (("covers", "unsupported_reason"), ("least_elements", "min_products")):
         if hasattr(fused, old) and getattr_static(fused, new) is vars(Fused)[new]:
             message = f"{fused.__name__}.{old}: the name is {new} now; the old one goes with the next version"
@@ -85,7 +85,7 @@ def _rename_members(fused: type[Fused]) -> None:
 
 
 def adapters() -> list[AdapterSpec]:
-    """Every class that can be patched, by library; for those in ``libraries/`` no library is imported."""
+    """All registered adapters, sorted by library. It does not import the libraries themselves."""
     for file in libraries.FILES:
         _load(file)
     of_classes = [notes.adapter for cls in _classes if (notes := notes_of(cls)).adapter is not None]
@@ -93,9 +93,9 @@ def adapters() -> list[AdapterSpec]:
 
 
 def find_adapter(cls: type[nn.Module]) -> AdapterSpec | str | None:
-    """The adapter of a class; why the one that there is does not fit; None where there is none.
+    """The adapter of a class, the reason why its adapter does not fit, or None if it has none.
 
-    The file of its library is imported, if there is one: the library itself is loaded.
+    Imports the file in ``libraries/`` for the class's library, which is itself loaded already.
     """
     file = cls.__module__.partition(".")[0]
     if file in libraries.FILES:
@@ -137,7 +137,7 @@ def _load(file: str) -> None:
     importlib.import_module(f"{libraries.__name__}.{file}")
 
 
-# What is known of a class ---------------------------------------------------------------------------------------------
+# Notes on a class -----------------------------------------------------------------------------------------------------
 
 _NOTES = "_attn_kernels_notes"  # an attribute of classes
 _adapters: dict[str, AdapterSpec] = {}  # those that are given by name
@@ -145,7 +145,7 @@ _classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()  # those that wer
 
 
 class _Notes:
-    """What is known of a class, kept in the class itself: so it ends with the class, although it refers to it."""
+    """Notes on a class, stored as its attribute, so that they are freed with it although they refer to it."""
 
     def __init__(self) -> None:
         self.adapter: AdapterSpec | None = None  # given to ``adapts`` for this very class

@@ -1,4 +1,4 @@
-"""What ``patch`` did to a model, as a table."""
+"""The report of ``patch``, and its table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Skipped(NamedTuple):
 
 
 class Fallback(NamedTuple):
-    """Calls of a patched module that its own forward served, and why."""
+    """Calls of a patched module that ran its original forward, and why."""
 
     name: str
     cls: type[nn.Module]
@@ -37,9 +37,9 @@ class Fallback(NamedTuple):
 
 @dataclass
 class Report:
-    """What :func:`patch` did; ``print(report)`` shows it as a table.
+    """The report of :func:`patch`; ``print(report)`` shows a table.
 
-    replaced: the modules that are patched now. skipped: those that look like attention and were left alone.
+    replaced: the modules that are patched now. skipped: modules that look like attention but were not patched.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def fallbacks(self) -> list[Fallback]:
-        """Calls so far that the original forward served; calls within torch.compile are not counted."""
+        """Calls so far that ran the original forward; calls within torch.compile are not counted."""
         return [
             Fallback(name, module._original, reason, calls)
             for name, reference in self._modules

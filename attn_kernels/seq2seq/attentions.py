@@ -1,4 +1,4 @@
-"""The attentions of ``Seq2Seq`` by name: how each is made; and which modules may be in their place."""
+"""The attentions of ``Seq2Seq``: constructors by name, and the check of modules that users pass instead."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..mechanisms import (
 )
 from ..modules import BahdanauAttention, CosineAttention, LuongAttention
 
-# Called with query_size, memory_size, units, and backend, device and dtype by name.
+# A constructor: (query_size, memory_size, units, *, backend, device, dtype).
 Make = Callable[..., AttentionModule]
 
 
@@ -40,7 +40,7 @@ def _with(made: Make, **settings: Any) -> Make:
 
 
 def _without_ops(name: str, made: Make) -> Make:
-    """Of a mechanism that calls no op, which is as good as the reference."""
+    """The constructor of a mechanism in plain PyTorch, which has no backends other than the reference."""
 
     def make(*sizes: int, backend: str | None = None, **options: Any) -> AttentionModule:
         if backend not in (None, "reference"):
@@ -73,7 +73,7 @@ STATEFUL: dict[str, Make] = {
     "gmm": _without_ops("gmm", GMMAttention),
     "dynamic-convolution": DynamicConvolutionAttention,
 }
-CALLED: dict[str, Make] = {  # by the steps of training and of a search, whatever their form
+CALLED: dict[str, Make] = {  # training and search always call these modules: there is no fused form of their steps
     "multi-head": MultiHeadAttention,
     "layer-norm": _without_ops("layer-norm", LayerNormBahdanauAttention),
     "milk": _with(MonotonicChunkwiseAttention, chunk_size=None),
@@ -82,7 +82,7 @@ ATTENTIONS = STATELESS | STATEFUL | CALLED
 
 
 def check_attention(attention: object, hidden_size: int, backend: str | None) -> int:
-    """The memory_size of a module, after a look at whether a decoder can call it: for an encoder of that size."""
+    """Checks that a decoder can call an attention module, and returns its memory_size, for the encoder."""
     module = attention.attention if isinstance(attention, NormalizedAttention) else attention
     if not isinstance(module, AttentionModule) or isinstance(module, PointerAttention):
         expected = "a name, a mechanism that returns context and alignments, or NormalizedAttention"

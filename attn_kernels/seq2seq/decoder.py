@@ -27,14 +27,14 @@ __all__ = ["AttentionModule", "Decoder", "DecoderState"]
 class Decoder(nn.Module):
     """Luong et al. 2015, section 3.
 
-    The attentional vector ``tanh(W [context; state])`` (equation 5) is what the output layer reads, and with input
-    feeding (section 3.3) also what the next step reads beside its token.
+    The output layer reads the attentional vector ``tanh(W [context; state])`` (equation 5). With input feeding (section
+    3.3) the next step reads it, too, besides its token.
 
-    Submodules may be replaced by others that are called alike, and may have hooks and parametrizations; a subclass, or
-    an instance, may have its own ``start``, ``step``, ``_step`` or ``_attend``. Training and search call what there is:
-    they compute past a module only where it is stock (see stock.py). A search does not call ``forward``: what is to
-    hold for both belongs into ``step``. Between layers a step applies ``dropout``; an ``rnn`` that is not stock is
-    called, and applies its own.
+    Customising: submodules may be replaced by others with the same call signature, and may have hooks and
+    parametrizations. A subclass or an instance may have its own ``start``, ``step``, ``_step`` or ``_attend``. Training
+    and search respect all of this: fast paths bypass a module only if it is stock (see stock.py). A search does not
+    call ``forward``; put what is to affect both into ``step``. Between layers a step applies ``dropout``; an ``rnn``
+    that is not stock applies its own.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
             dropout=dropout if num_layers > 1 else 0.0,
             **factory,
         )
-        self.attention: Any = attention  # that, or what was put in its place
+        self.attention: Any = attention  # Any: users may replace it
         self.loop = loop
         self.cuda_graph = cuda_graph
         self.attentional: nn.Linear = nn.Linear(memory_size + hidden_size, hidden_size, bias=False, **factory)
@@ -80,15 +80,16 @@ class Decoder(nn.Module):
     def begin(
         self, outputs: Tensor | PackedSequence, encoder_states: tuple[Tensor, ...], source_lengths: Tensor
     ) -> tuple[Memory, DecoderState]:
-        """What decoding starts from. outputs, encoder_states: of the encoder. source_lengths: (B,), on their device.
+        """The memory and the first decoder state. source_lengths: (B,), on the device of the outputs.
 
-        Outputs may be a jagged tensor or a ``PackedSequence``. What reads the memory of a sentence in many steps, the
-        loop and searches, pads it then, once; the queries of all steps, without input feeding, read it as it is.
+        outputs, encoder_states: of the encoder. Outputs may be a jagged tensor or a ``PackedSequence``. Searches and
+        the loop, which read the memory in many steps, then pad it once. Training without input feeding does not pad: it
+        attends with all queries in one call.
         """
         lengths = () if is_packed(outputs) else (source_lengths,)
         memory = as_forward(self.attention, "memory")(outputs, *lengths)
         state = self.start(encoder_states)
-        initial_state = getattr(self.attention, "initial_state", None)  # of an attention with a state
+        initial_state = getattr(self.attention, "initial_state", None)  # only stateful attentions have it
         if initial_state is not None and state.attention is None:
             state = state._replace(attention=initial_state(memory))
         return memory, state
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
     def start(self, encoder_states: tuple[Tensor, ...]) -> DecoderState:
         """The first state, for one hypothesis per sentence, from the final states of the encoder.
 
-        That of an attention which has one depends on the memory: ``begin`` adds it.
+        ``begin`` adds the state of a stateful attention, which depends on the memory.
         """
         layers = [layer for state in encoder_states for layer in state.unbind(0)]  # hidden of all layers, then cell
         states = [torch.tanh(bridge(layer)).unsqueeze(1) for bridge, layer in zip(self.bridges, layers, strict=True)]
@@ -107,9 +108,10 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, state: DecoderState, memory: Memory, next_state: list[DecoderState] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Teacher forcing. tokens: (B, T), read by the steps. Returns logits (B, T, vocab) and alignments (B, T, S).
+        """Teacher forcing. tokens: (B, T), inputs of the steps. Returns logits (B, T, vocab), alignments (B, T, S).
 
-        With a list as ``next_state`` it is ``step``, whose state is appended: searches call a decoder with hooks so.
+        With a list as ``next_state`` it runs one ``step`` and appends the next state: so a search calls a decoder that
+        has hooks, which only a call of the module runs.
         """
         if next_state is not None:
             logits, alignments, after = self.step(tokens, state, memory)
@@ -122,7 +124,7 @@ class Decoder(nn.Module):
         embedded = self.dropout(self.embedding(tokens))
         if not self._is_original("_step"):
             attentional, alignments = self._join(self._step, embedded, state, memory)
-        elif not self.input_feeding:  # no step waits for the attention of another: all are queries of one call
+        elif not self.input_feeding:  # steps do not depend on each other's attention: attend with all of them at once
             states, _ = self._call_rnn(embedded, state)
             attentional, alignments = self._attend_all(states, memory, state.attention)
         elif self.loop and can_fuse_sequence(self, embedded, state, memory):
@@ -138,7 +140,7 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, state: DecoderState, memory: Memory) -> tuple[Tensor, Tensor, DecoderState]:
         """One step of K hypotheses per sentence.
 
-        tokens: (B, K), read by the step. Returns logits (B, K, vocab), alignments (B, K, S) and the next state.
+        tokens: (B, K), inputs of the step. Returns logits (B, K, vocab), alignments (B, K, S) and the next state.
         """
         attentional, alignments, state = self._step(self.dropout(self.embedding(tokens)), state, memory)
         return self.output(attentional), alignments, state
@@ -151,7 +153,7 @@ class Decoder(nn.Module):
     def _step_of_cells(
         self, embedded: Tensor, state: DecoderState, memory: Memory
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """``_step`` with the weights of ``rnn``, which is faster than a call of it."""
+        """``_step`` with the weights of ``rnn``, which is faster than calling the module."""
         batch, hypotheses = embedded.shape[:2]
         inputs = self._inputs(embedded, state).flatten(0, 1)
         before = [x.flatten(0, 1) for x in state.hidden], [x.flatten(0, 1) for x in state.cell]
@@ -163,7 +165,7 @@ class Decoder(nn.Module):
     def _step_of_rnn(
         self, embedded: Tensor, state: DecoderState, memory: Memory
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """``_step`` by a call of ``rnn``."""
+        """``_step`` that calls ``rnn``."""
         batch, hypotheses = embedded.shape[:2]
         inputs = self._inputs(embedded, state).flatten(0, 1).unsqueeze(1)
         first, second = (tuple(x.flatten(0, 1).unsqueeze(1) for x in of) for of in (state.hidden, state.cell))
@@ -179,7 +181,7 @@ class Decoder(nn.Module):
         return embedded if state.feed is None else torch.cat([embedded, state.feed], dim=-1)
 
     def _call_rnn(self, inputs: Tensor, state: DecoderState) -> tuple[Tensor, Any]:
-        """inputs: (R, T, *). state: (R, 1, *) of each layer. Returns what ``rnn`` does, outputs as (R, T, *)."""
+        """Calls ``rnn``. inputs: (R, T, *). state: (R, 1, *) for each layer. Returns outputs (R, T, *) and states."""
         first = tuple(torch.cat(layers, dim=1).transpose(0, 1) for layers in (state.hidden, state.cell) if layers)
         given = first if len(first) > 1 else first[0]
         if getattr(self.rnn, "batch_first", True):
@@ -196,7 +198,7 @@ class Decoder(nn.Module):
         state: DecoderState,
         memory: Memory,
     ) -> tuple[Tensor, Tensor, DecoderState]:
-        """states: (B, K, hidden_size), the outputs of the cells. state: before them."""
+        """Attention and the next state. states: (B, K, hidden_size), outputs of the cells. state: the previous one."""
         before = () if state.attention is None else (state.attention,)
         attentional, alignments, *after = self._attend(states, memory, *before)
         return attentional, alignments, DecoderState(hidden, cell, attentional if self.input_feeding else None, *after)
@@ -204,17 +206,16 @@ class Decoder(nn.Module):
     def _attend(self, states: Tensor, memory: Memory, *before: Any) -> tuple[Any, ...]:
         """states: (B, K or T, hidden_size), the queries. Returns attentional, of that shape, and alignments.
 
-        With an attention that has a state it is called with that and one query for each hypothesis, and also returns
-        the next state.
+        A stateful attention also takes its state, with one query per hypothesis, and returns the next one.
         """
-        # Of several heads a query gets one row of alignments, too.
+        # Multi-head alignments are averaged to one row per query.
         averaged: dict[str, bool] = {"average": True} if isinstance(memory, HeadsMemory) else {}
         context, alignments, *after = self.attention(states, memory, *before, **averaged)
         attentional = torch.tanh(self.attentional(torch.cat([context, states], dim=-1)))
         return self.dropout(attentional), alignments, *after
 
     def _attend_all(self, states: Tensor, memory: Memory, attention: Any) -> tuple[Tensor, Tensor]:
-        """states: (B, T, hidden_size), of all steps. attention: the state before them, or None."""
+        """states: (B, T, hidden_size), of all steps. attention: the first state of a stateful attention, or None."""
         if attention is None:
             attentional, alignments = self._attend(states, memory)
             return attentional, alignments
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
         return attentional, alignments
 
     def _is_original(self, method: str) -> bool:
-        """Whether a method is that of this class: neither a subclass nor the instance has another."""
+        """Whether a method is that of this class: neither a subclass nor the instance overrides it."""
         return getattr(type(self), method) is _METHODS[method] and method not in vars(self)
 
     @staticmethod

@@ -16,7 +16,7 @@ CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU
 
 
 class Encoder(nn.Module):
-    r"""LSTM or GRU over a padded batch of sentences of different lengths: ``nn.LSTM`` and ``nn.GRU``, and lengths.
+    r"""LSTM or GRU for a padded batch of sentences of different lengths: ``nn.LSTM`` or ``nn.GRU`` that takes lengths.
 
     The results are those of ``pack_padded_sequence``, the layer and ``pad_packed_sequence``, for sentences of length 0,
     too. On the CPU, where each step of PyTorch's packed layers has a backward that writes the whole batch, a layer is
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_module(cls, rnn: nn.LSTM | nn.GRU) -> Encoder:
-        """An encoder that runs this very layer, whose parameters are not copied.
+        """An encoder that runs the given layer itself; parameters are shared, not copied.
 
         Raises TypeError if it is none of ``nn.LSTM`` and ``nn.GRU``.
         """
@@ -124,7 +124,7 @@ def _add_prefix(encoder: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 class TokenEncoder(nn.Module):
-    """That of Seq2Seq: embedding, dropout, and bidirectional layers with ``hidden_size`` units per direction.
+    """The encoder of Seq2Seq: embedding, dropout, and bidirectional layers with ``hidden_size`` units per direction.
 
     With ``sum_directions`` the outputs of both directions are added, not concatenated: memory_size is then hidden_size,
     which attention without a projection of the memory needs, and not 2 * hidden_size.

@@ -1,4 +1,4 @@
-"""A model in evaluation mode beside itself in training mode: modules that share everything but their mode."""
+"""Evaluation of a model without changing its mode: a shallow copy in evaluation mode that shares everything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def in_evaluation(model: Module, always: bool = False) -> Module:
-    """The model itself where none of its modules is in training mode; otherwise a copy of it that is in evaluation.
+    """The model itself if no module is in training mode; otherwise a shallow copy in evaluation mode.
     always: a copy in any case, for a caller who sets attributes of it.
 
     Of a model that is sharded by ``fully_shard``, a copy that is not, for as long as the parameters are gathered.

@@ -1,4 +1,4 @@
-"""A trained ``Seq2Seq`` as two programs without its Python: the encoder, and a step of the decoder.
+"""Export of a trained ``Seq2Seq`` as two programs: the encoder, and a step of the decoder.
 
 Both are programs of tensors alone, in an order that their names tell: the encoder makes of source and lengths what
 decoding starts from, (keys, values, memory_lengths, *state), and the step of tokens and all of these (logits,

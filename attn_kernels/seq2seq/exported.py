@@ -30,7 +30,7 @@ _CONFIG = "config.json"
 
 
 class Programs(NamedTuple):
-    r"""What :func:`export_programs` returns.
+    r"""The result of :func:`export_programs`.
 
     encoder: a ``torch.export.ExportedProgram`` of source (B, S) and source_lengths (B,), int64. It returns keys
         (B, S, A), values (B, S, D), memory_lengths (B,) and the tensors of the first state, (B, 1, \*) each.
@@ -58,12 +58,12 @@ class ExportedState(NamedTuple):
         return ExportedState(select_state(self.tensors, indices))
 
     def reorder(self, hypotheses: Tensor) -> ExportedState:
-        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1; repeats are allowed."""
         return ExportedState(reorder_state(self.tensors, hypotheses))
 
 
 class ExportedSeq2Seq:
-    """Searches with an encoder and a step that were exported, as ``Seq2Seq`` does; of the model it needs nothing else.
+    """Runs the searches of ``Seq2Seq`` with an exported encoder and step, without the model.
 
     Args:
         encoder: called with source (B, S) and source_lengths (B,), int64; returns keys, values, memory_lengths and the
@@ -87,7 +87,7 @@ class ExportedSeq2Seq:
         return cls(programs.encoder.module(), programs.step.module(), bos=programs.bos, eos=programs.eos)
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, ExportedState]:
-        """What decoding starts from. source: (B, S) int tokens, B and S at least 1. source_lengths: (B,) int, 0..S.
+        """The memory and first state. source: (B, S) int tokens, B and S at least 1. source_lengths: (B,) int, 0..S.
 
         Raises ValueError or TypeError where an argument does not fit.
         """

@@ -35,32 +35,33 @@ class Seq2Seq(nn.Module):
     Args:
         source_vocab, target_vocab: numbers of tokens.
         embedding_size: of source and target tokens.
-        hidden_size: units per direction of the encoder and of the decoder.
-        units: size at which additive, "luong-concat" and "cosine" attention compare; the others do not use it.
-        attention: "bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat" or "cosine". For
-            "luong-dot", which compares memory and state as they are, the outputs of the encoder's directions are added.
-            Or one whose steps depend on the steps before (attn_kernels.mechanisms): "location", "location-cumulative",
-            "coverage", "forward", "forward-agent", "monotonic", "mocha", "stepwise-monotonic", "local-m", "local-p",
-            "milk", "gmm" or "dynamic-convolution". Its state is in ``DecoderState.attention``. Or "multi-head", with 4
-            heads, each of ``units``, or "layer-norm". Or a module: a mechanism, or NormalizedAttention of one, whose
-            query_size is ``hidden_size`` and memory_size 2 ``hidden_size``; one with a memory_size of ``hidden_size``
-            gets the sum of the encoder's directions. Those with a state, "multi-head" and "layer-norm" go step by step
-            in a search, and in training with input feeding, but for "location", "location-cumulative" and "coverage"
-            with ``decoder="loop"``.
+        hidden_size: units per direction of the encoder, and of the decoder.
+        units: size of the hidden layer of additive attentions, and of the projections of "cosine"; others ignore it.
+        attention: a name or a module.
+            Without a state: "bahdanau", "bahdanau-normalized", "luong-dot", "luong-general", "luong-concat", "cosine",
+            "multi-head" (4 heads, each of ``units``) or "layer-norm". "luong-dot" compares memory and state without a
+            projection, so the outputs of the encoder's directions are added.
+            Stateful, with the state in ``DecoderState.attention`` (attn_kernels.mechanisms): "location",
+            "location-cumulative", "coverage", "forward", "forward-agent", "monotonic", "mocha", "stepwise-monotonic",
+            "local-m", "local-p", "milk", "gmm" or "dynamic-convolution".
+            A module: a mechanism, or NormalizedAttention of one, whose query_size is ``hidden_size`` and memory_size
+            2 ``hidden_size``. With a memory_size of ``hidden_size`` it gets the sum of the encoder's directions.
+            Stateful attentions, "multi-head" and "layer-norm" run step by step in a search, and in training with input
+            feeding; with ``decoder="loop"``, "location", "location-cumulative" and "coverage" train as one op.
         cell: "lstm" or "gru".
         num_layers: of encoder and decoder.
         dropout: on embeddings, between layers and on the attentional vector.
-        input_feeding: each step reads the attentional vector of the step before. Without it, training computes the
-            attention of all steps in one call, which is much faster, if that has no state.
-        decoder: how a whole target is computed with input feeding. "loop": as one op, which is faster; under
-            torch.compile and autocast, which look into steps, and with most attentions that have a state, as "steps".
-            "steps": one after the other. Parameters and results are the same.
-        padding_idx: the token that fills up source and target; its embedding is 0.
+        input_feeding: each step reads the attentional vector of the step before. Without it, training computes a
+            stateless attention for all steps in one call, which is much faster.
+        decoder: how training with input feeding runs the steps of a target. "loop": as one op, which is faster; it
+            falls back to "steps" under torch.compile and autocast, which need the single steps, and with most stateful
+            attentions. "steps": one after the other. Parameters and results are the same.
+        padding_idx: the padding token of source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
-        backend: of the attention, as of :func:`attn_kernels.additive_attention`; None for a module, which has its own.
-        cuda_graph: replay the loop on a GPU as a CUDA graph, captured when its shapes come for the second time; the
-            lengths of source and target are padded to four sizes per doubling for that, and the 16 graphs used last
-            are kept with their memory. False: launch its kernels one by one. It makes no difference to the results.
+        backend: of the attention, as in :func:`attn_kernels.additive_attention`; None for a module, which has its own.
+        cuda_graph: on a GPU, replay the loop as a CUDA graph, captured when a shape occurs for the second time. Source
+            and target lengths are padded for that, to four sizes per doubling; the 16 graphs used last are kept, with
+            their memory. False: launch the kernels one by one. The results are the same.
         device, dtype: of the parameters.
     """
 
@@ -138,10 +139,10 @@ class Seq2Seq(nn.Module):
         target: (B, T) int tokens to be predicted: without bos, which the model puts before them, and with eos. So the
             loss is ``cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=padding_idx)``.
 
-        Returns logits (B, T, target_vocab) and alignments (B, T, S), which are 0 in the padding of the source. What the
-        padding holds changes neither.
+        Returns logits (B, T, target_vocab) and alignments (B, T, S), which are 0 in the padding of the source. Tokens
+        in the padding do not affect the results.
 
-        Raises ValueError or TypeError where an argument does not fit; IndexError for a token outside the vocabulary.
+        Raises ValueError or TypeError if an argument does not fit; IndexError for a token outside the vocabulary.
         """
         memory, state = self.encode(source, source_lengths)
         batch = source.shape[0]
@@ -157,7 +158,7 @@ class Seq2Seq(nn.Module):
         __call__ = forward
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, DecoderState]:
-        """What decoding starts from: the memory, projected once, and the first state. Arguments as of ``forward``."""
+        """The projected memory and the first decoder state. Arguments as for ``forward``."""
         _check_tokens("source", source, "(B, S)")
         batch, steps = source.shape
         if batch == 0:
@@ -185,7 +186,7 @@ class Seq2Seq(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> list[list[Hypothesis]]:
-        r"""Translates: for each sentence a list of hypotheses, each with tokens, score and alignments.
+        r"""Translates. Returns a list of hypotheses for each sentence, each with tokens, score and alignments.
 
         **Beam search** returns the best hypotheses first; with ``beam_size=1`` and no penalty it is greedy search.
         Their score is
@@ -194,50 +195,49 @@ class Seq2Seq(nn.Module):
             \frac{\log P(Y \mid X)}{lp(Y)} + cp(X; Y) \qquad lp(Y) = \left(\frac{5 + |Y|}{6}\right)^\alpha \qquad
             cp(X; Y) = \beta \sum_j \log \min\Bigl(\sum_i a_{ij}, 1\Bigr)
 
-        where Y counts eos as a token and a_ij is how much token i looked at step j of the source; a step at which none
-        looked counts as 1.2e-38, so that scores stay finite. Source: Wu et al., "Google's neural machine translation
-        system", 2016, section 7, equation 14.
+        where |Y| includes eos and a_ij is the alignment of token i with step j of the source. The sum of a step that no
+        token attends counts as 1.2e-38, so that scores stay finite. Source: Wu et al., "Google's neural machine
+        translation system", 2016, section 7, equation 14.
 
-        In each step every token continues every hypothesis of a sentence, and the log-probabilities decide: those among
-        the best ``beam_size`` that end in eos are finished, the best ``beam_size`` that do not go on. Finished ones
-        compete by score, and with them, after ``max_length`` steps, those that have not reached eos. A sentence leaves
-        the batch as soon as the best log-probability that goes on, divided by lp at ``max_length``, is not above the
-        score of finished hypothesis number ``num_hypotheses``: log-probabilities only fall and cp is at most 0, so that
-        going on could not change the result. What a sentence gets does not depend on the others of its batch.
+        In each step all tokens extend all hypotheses of a sentence, ranked by log-probability. Those among the best
+        ``beam_size`` that end in eos are finished; the best ``beam_size`` of the others are continued. Finished
+        hypotheses are ranked by score, and so are, after ``max_length`` steps, those that have not reached eos. A
+        sentence is done as soon as the best continued log-probability, divided by lp at ``max_length``, is not above
+        the score of finished hypothesis number ``num_hypotheses``: log-probabilities only fall and cp is at most 0, so
+        further steps cannot change the result. The result of a sentence does not depend on the rest of its batch.
 
         **Sampling**, with ``sample=True``, draws each token from the probabilities of the model, and returns the
-        hypotheses in the order drawn. Their score is the log-probability that the model gives them, whatever
-        ``temperature`` and ``top_k`` were. The draws of a sentence depend on its batch.
+        hypotheses in the order drawn. Their score is the model's log-probability, independent of ``temperature`` and
+        ``top_k``. The draws of a sentence depend on its batch.
 
-        No token but eos is special: padding_idx and bos are generated where the model finds them probable.
+        Only eos is special: padding_idx and bos are generated like any other token.
 
         Args:
-            source, source_lengths: as of ``forward``.
-            beam_size: K, hypotheses of a sentence that are continued side by side.
+            source, source_lengths: as for ``forward``.
+            beam_size: K, the number of hypotheses of a sentence that are continued.
             max_length: of the output, eos included; one that has not reached eos by then is returned as it is.
-            length_penalty: alpha, at least 0; larger values favour longer outputs, 0 the likeliest.
-            coverage_penalty: beta, at least 0; larger values favour outputs that look at all of the source.
-            num_hypotheses: how many are returned for each sentence; None: ``beam_size``, and one sample. A sentence has
-                fewer if there are no more outputs of a probability above 0, as in a tiny vocabulary, or the beam found
-                no more.
-            early_stopping: leave the batch also when ``beam_size`` hypotheses are finished, though others might become
-                better yet. With a length penalty that is much sooner.
-            weight_dtype: ``torch.bfloat16`` rounds the decoder's weights for this search, but for embeddings and
-                biases: half as much memory is read in each step, which is faster where that decides, as with a large
-                vocabulary. Products are of float32 states and summed in float32. For searches that run as one op.
-            sample: draw, and do not search.
-            temperature: what the logits are divided by before drawing; above 0.
-            top_k: draw from that many likeliest tokens only.
-            generator: where the random numbers come from, on the device of the model; None: PyTorch's default.
+            length_penalty: alpha, at least 0; larger values favour longer outputs, 0 the most probable one.
+            coverage_penalty: beta, at least 0; larger values favour outputs that attend the whole source.
+            num_hypotheses: the number of hypotheses per sentence; None: ``beam_size``, or one sample. There are fewer
+                if no more outputs have a probability above 0, as in a tiny vocabulary, or if the beam found no more.
+            early_stopping: a sentence is also done when ``beam_size`` hypotheses are finished, even if others could
+                still become better. With a length penalty this stops much sooner.
+            weight_dtype: ``torch.bfloat16`` rounds the decoder's weights, except embeddings and biases, for this
+                search. Each step then reads half as much memory, which is faster if memory is the bottleneck, as with a
+                large vocabulary. Products are of float32 states, summed in float32. For searches that run as one op.
+            sample: draw samples rather than search.
+            temperature: divides the logits before drawing; above 0.
+            top_k: draw only from this many most probable tokens.
+            generator: source of random numbers, on the device of the model; None: PyTorch's default.
 
-        Without gradients, and as in evaluation mode, without dropout, whatever mode the model is in. No mode is
-        switched: of a model that has modules in training mode, a shallow copy computes, so that another thread may
-        train the model meanwhile. It shares parameters, buffers and hooks; attributes that a module of your own sets in
-        its ``forward`` are set in the copy only. TorchScript modules keep the mode that they are in.
+        No gradients are recorded, and there is no dropout, whatever mode the model is in. The mode is not switched: if
+        modules are in training mode, a shallow copy of the model runs in evaluation mode, so that another thread may
+        train the model meanwhile. The copy shares parameters, buffers and hooks; attributes that a custom module sets
+        in its ``forward`` are set in the copy only. TorchScript modules stay in their mode.
 
-        Numbers may be those of NumPy.
+        Numbers may be NumPy scalars.
 
-        Raises ValueError or TypeError where an argument does not fit, or where searching or sampling has no use for it.
+        Raises ValueError or TypeError if an argument does not fit, or is not used by the chosen search or sampling.
         """
         options = SearchOptions(
             bos=self.bos,

@@ -13,7 +13,7 @@ from ..checks import check_size
 
 
 class SearchOptions(NamedTuple):
-    """The arguments of ``Seq2Seq.generate`` but for the sentences, and the tokens that begin and end an output."""
+    """The options of ``Seq2Seq.generate``, and the bos and eos tokens."""
 
     bos: int
     eos: int
@@ -31,7 +31,7 @@ class SearchOptions(NamedTuple):
 
     @property
     def hypotheses(self) -> int:
-        """How many a sentence gets."""
+        """The number of hypotheses per sentence."""
         return self.beam_size if self.num_hypotheses is None else self.num_hypotheses
 
     def checked(self) -> SearchOptions:

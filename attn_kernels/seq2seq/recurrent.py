@@ -1,4 +1,4 @@
-"""Running an LSTM or GRU over sentences of different lengths, by the faster one of two ways with the same results."""
+"""Runs an LSTM or GRU over sentences of different lengths, by our fused layers or PyTorch's packed ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def checked_lengths(name: str, argument: str, lengths: object, batch: int, steps
 
 
 def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | None = None) -> tuple[Tensor, States]:
-    r"""What ``rnn`` makes of packed sentences, padded with zeros; an empty sentence keeps its first states.
+    r"""The results of ``rnn`` on packed sentences, padded with zeros; an empty sentence keeps its initial states.
 
     rnn: an ``nn.LSTM``, ``nn.GRU``, or what is called alike. x: (B, S, n), or (S, B, n) with batch_first=False.
     lengths: (B,) int64 on the CPU, 0..S. states: the first ones, as ``rnn`` takes them; None: zeros.
@@ -66,7 +66,7 @@ def run_recurrent(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | N
 def run_sequence(
     rnn: nn.Module, sequence: PackedSequence, states: States | None = None
 ) -> tuple[PackedSequence, States]:
-    """What ``rnn`` makes of a ``PackedSequence``: another one, and the last states. states: as of ``run_recurrent``."""
+    """The results of ``rnn`` for a ``PackedSequence``: another one and the states. states: see ``run_recurrent``."""
     data, sizes, order, place = sequence
     batch = int(sizes[0])
     lengths = (sizes[:, None] > torch.arange(batch)).sum(0)  # the largest first
@@ -80,15 +80,15 @@ def run_sequence(
 
 
 def _gains(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
-    """Whether a node of autograd for each layer is faster than PyTorch's own layers."""
+    """Whether our fused layers are faster than PyTorch's own."""
     if not bool((lengths > 0).any()):  # nothing but padding
         return False
-    # Where there is no padding PyTorch's LSTM is the faster one.
+    # Without padding PyTorch's LSTM is faster.
     return not isinstance(rnn, nn.LSTM) or not bool((lengths == longest).all())
 
 
 def _are_few(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
-    """Whether ``run_few`` may compute it, and is the fastest."""
+    """Whether ``run_few`` supports this call and is the fastest."""
     count = lengths.shape[0]
     return (
         0 < count <= MAX_SENTENCES
@@ -100,7 +100,7 @@ def _are_few(rnn: nn.LSTM | nn.GRU, longest: int, lengths: Tensor) -> bool:
 
 
 def _is_stock_call(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: States | None) -> bool:
-    """Whether ``rnn`` is called for what its parameters say alone, by operators on the CPU. x: (*, n)."""
+    """Whether ``rnn`` is a stock layer on the CPU, in eager mode, and all arguments fit it. x: (*, n)."""
     if not runs_eagerly(x.device.type) or not is_stock(rnn):  # in this order: dynamo traces the first
         return False
     is_lstm = isinstance(rnn, nn.LSTM)
@@ -173,7 +173,7 @@ def _run_packed(rnn: nn.Module, x: Tensor, lengths: Tensor, states: States | Non
     is_empty: Tensor = lengths == 0
     empty = None
     if bool(is_empty.any()):
-        # A sentence has one step at least: of an empty one that step is computed from zeros, and dropped below.
+        # Packed sentences need at least one step: an empty one gets a step of zeros, which is dropped below.
         empty = is_empty.to(x.device)
         padding = empty[:, None, None] if batch_first else empty[:, None]
         x = x.masked_fill(padding, 0.0)

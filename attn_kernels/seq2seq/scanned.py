@@ -1,7 +1,7 @@
-"""LSTM and GRU layers as a scan over the steps: the form that exporters take, with a number of steps that is free.
+"""LSTM and GRU layers as a scan over the steps, for export with a dynamic number of steps.
 
-Packed sentences are nothing that a graph can hold, and PyTorch's own layers are unrolled by an exporter for the number
-of steps that it sees. Both directions of a layer are one scan, and the products with its inputs one for all steps.
+An exported graph cannot hold packed sentences, and exporters unroll PyTorch's own layers for the number of steps in the
+example. Both directions of a layer are one scan, and one product computes the input projections of all steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..stock import is_watched
 
 
 def can_scan(rnn: object) -> TypeGuard[nn.LSTM | nn.GRU]:
-    """Whether the layers compute what their weights say, which may be parametrized, and nothing watches them."""
+    """Whether this is a plain LSTM or GRU without hooks. Its weights may be parametrized."""
     if not isinstance(rnn, nn.LSTM | nn.GRU) or rnn.proj_size:
         return False
     return parametrize.type_before_parametrizations(rnn) in (nn.LSTM, nn.GRU) and not is_watched(rnn)
@@ -27,9 +27,9 @@ def can_scan(rnn: object) -> TypeGuard[nn.LSTM | nn.GRU]:
 def run_scanned(
     rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, states: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """As ``run_recurrent``, with S >= 1. lengths: (B,) int. states: the first ones, one or two tensors, or none.
+    """As ``run_recurrent``, with S >= 1. lengths: (B,) int. states: the initial states, one or two tensors, or none.
 
-    Returns outputs and the last states, a tensor for each kind: (hidden, cell), of a GRU (hidden).
+    Returns outputs and the last states: [hidden, cell], or [hidden] for a GRU.
     """
     if not rnn.batch_first:
         x = x.transpose(0, 1)
@@ -64,7 +64,7 @@ def _run_layer(
 
     def step(before: tuple[Tensor, ...], given: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
         of_inputs, is_valid = given
-        # The size by name: Inductor finds those of the outputs among what a step refers to.
+        # Inductor needs the size of the outputs among the variables that a step refers to.
         of_state = torch.baddbmm(bias, before[0], by_state).view(directions, batch, -1)
         after = (_lstm_cell if is_lstm else _gru_cell)(of_inputs, of_state, *before)
         kept = tuple(torch.where(is_valid, new, old) for new, old in zip(after, before, strict=True))
@@ -77,7 +77,7 @@ def _run_layer(
 
 
 def _lstm_cell(of_inputs: Tensor, of_state: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """The equations of ``nn.LSTM``, of the products with its weights."""
+    """The equations of ``nn.LSTM``, given the products with its weights."""
     i, f, g, o = (of_inputs + of_state).chunk(4, dim=-1)
     cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(cell), cell

@@ -39,7 +39,7 @@ class Hypothesis(NamedTuple):
 
 
 def search(decoder: Any, memory: Memory, state: Any, options: SearchOptions) -> list[list[Hypothesis]]:
-    """The hypotheses of each sentence. memory, state: what decoding starts from. options: as ``checked``.
+    """The hypotheses of each sentence. memory, state: as returned by ``encode``. options: as ``checked`` returns them.
 
     decoder: a ``Decoder``, or what has a ``step`` as that; a state has ``select`` and ``reorder``.
     """
@@ -60,7 +60,7 @@ def search(decoder: Any, memory: Memory, state: Any, options: SearchOptions) -> 
 def greedy_search(
     decoder: Decoder, memory: Memory, state: DecoderState, options: SearchOptions
 ) -> list[list[Hypothesis]]:
-    """The likeliest token at every step, until eos: what beam search with one hypothesis finds, with less to do."""
+    """Greedy search: the most probable token in every step, until eos. Equals a beam search with one hypothesis."""
     batch, device = memory.batch_size, memory.keys.device
     rows = torch.arange(batch, device=device)
     tokens = torch.full((batch, 1), options.bos, device=device)
@@ -182,12 +182,12 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 
 def _extend(scores: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` likeliest continuations of each sentence, or all if there are fewer, best first.
+    """The ``count`` most probable continuations of each sentence, or all if there are fewer, best first.
 
     scores: (n, w). logits: (n, w, vocab). Returns their scores, the hypotheses that they continue and their tokens, all
     (n, min(count, w * vocab)).
     """
-    # The likeliest of all are among the likeliest of each hypothesis: only these few are added up and compared.
+    # The best of all are among the best of each hypothesis: only these few are added up and compared.
     log_probabilities, tokens = _log_probabilities(logits).topk(min(count, logits.shape[2]), dim=2)
     each = tokens.shape[2]
     totals = (scores[..., None] + log_probabilities).flatten(1)
@@ -196,13 +196,13 @@ def _extend(scores: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Tensor,
 
 
 def _length_factor(length: int, penalty: float) -> float:
-    """What a log-probability of ``length`` tokens, eos included, is divided by (Wu et al. 2016, equation 14)."""
+    """The length penalty, which divides the log-probability of ``length`` tokens, with eos (Wu et al. 2016, eq. 14)."""
     penalty_of_length: float = ((5 + length) / 6) ** penalty
     return penalty_of_length
 
 
 def _nothing_covered(memory: Memory) -> Tensor:
-    """(B, 1, S) float64: 0 for the steps of a sentence, and 1 for its padding, which no token needs to look at."""
+    """(B, 1, S) float64: the initial coverage, 0 for the steps of a sentence and 1 for padding, which needs none."""
     allowed = attention_mask(memory.values, memory.memory_lengths, memory.mask)
     if allowed is None:
         return torch.zeros(memory.batch_size, 1, memory.keys.shape[1], dtype=torch.float64, device=memory.keys.device)
@@ -210,7 +210,7 @@ def _nothing_covered(memory: Memory) -> Tensor:
 
 
 def _log_coverage(coverage: Tensor) -> Tensor:
-    """sum_j log(min(coverage_j, 1)), (n, w), of coverage (n, w, S); a step without any counts as 1.2e-38, not as 0."""
+    """sum_j log(min(coverage_j, 1)), (n, w). coverage: (n, w, S); 0 counts as 1.2e-38, to keep the sum finite."""
     return coverage.clamp(torch.finfo(torch.float32).tiny, 1.0).log().sum(-1)
 
 
@@ -220,10 +220,10 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     tokens = None
     if top_k is not None:
         logits, tokens = logits.topk(min(top_k, logits.shape[2]), dim=2)
-    # The largest becomes 0 first, so that no temperature makes it infinite.
+    # The largest logit is subtracted first, so that no temperature makes it infinite.
     logits = logits - logits.amax(dim=2, keepdim=True)
     probabilities = (logits / max(temperature, torch.finfo(logits.dtype).tiny)).softmax(dim=2)
-    # By the inverse of the distribution function: torch.multinomial draws a number for each token of the vocabulary.
+    # Inverse transform sampling: torch.multinomial would draw a random number for each token of the vocabulary.
     cumulative = probabilities.cumsum(dim=2, dtype=torch.float64)
     drawn = torch.rand(*logits.shape[:2], 1, dtype=torch.float64, device=logits.device, generator=generator)
     chosen = torch.searchsorted(cumulative, drawn * cumulative[..., -1:], right=True)
@@ -252,7 +252,7 @@ class _Finished:
 
 
 class _Step(NamedTuple):
-    """What a step of n sentences did: from the w hypotheses that it was given it made w'.
+    """The record of a search step of n sentences, from w hypotheses to w'.
 
     rows: (n,), the sentences. tokens: (n, w'), the last of each new hypothesis. parents: (n, w'), the hypothesis that
     it continues; None where each goes on from itself. alignments: (n, w, S), of those given.
@@ -267,7 +267,7 @@ class _Step(NamedTuple):
 def _trace(
     memory: Memory, history: list[_Step], scores: Tensor, lengths: Tensor, slots: Tensor
 ) -> list[list[Hypothesis]]:
-    """Reads the hypotheses off the history, from their ends to their beginnings.
+    """Backtracks the hypotheses through the history, from their ends to their beginnings.
 
     scores, lengths, slots: (B, N), as of ``_Finished``. Those with score -inf are left out.
     """
@@ -286,7 +286,7 @@ def _trace(
         rows, chosen, parents, looked = history[t]
         if parents is None:
             continue
-        # A hypothesis that ended earlier copies what does not matter: it is cut off below. Its slot is not moved.
+        # For a hypothesis that ended earlier this copies arbitrary tokens, which are cut off below; its slot stays.
         slot = slots[rows]
         parent = parents.gather(1, slot)
         tokens[rows, :, t] = chosen.gather(1, slot)

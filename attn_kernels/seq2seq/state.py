@@ -1,4 +1,4 @@
-"""What a decoder step is made from: the state between two steps, and the modules that it calls."""
+"""The state of a decoder between two steps, and the modules that a step uses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..mechanisms.stateful import reorder_state, select_state
 
 
 class DecoderState(NamedTuple):
-    """What a decoding step hands to the next, for K hypotheses of each of B sentences.
+    """The state between two decoding steps, for K hypotheses of each of B sentences.
 
     hidden: (B, K, hidden_size) of each layer. cell: the same; empty for a GRU.
     feed: (B, K, hidden_size), the attentional vector of the step before; None without input feeding.
-    attention: the state of an attention that has one, a NamedTuple of tensors, each (B, K, *); None for the others.
+    attention: the state of a stateful attention, a NamedTuple of tensors, each (B, K, *); None for other attentions.
     """
 
     hidden: tuple[Tensor, ...]
@@ -34,7 +34,7 @@ class DecoderState(NamedTuple):
         )
 
     def reorder(self, hypotheses: Tensor) -> DecoderState:
-        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1 and as often as wanted."""
+        """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1; repeats are allowed."""
         index = hypotheses[..., None]
         return DecoderState(
             tuple(torch.take_along_dim(state, index, dim=1) for state in self.hidden),
@@ -45,7 +45,7 @@ class DecoderState(NamedTuple):
 
 
 class DecoderModules(Protocol):
-    """What the fused decoder reads of a ``Decoder``."""
+    """The part of ``Decoder`` that the fused decoder uses."""
 
     hidden_size: int
     input_feeding: bool

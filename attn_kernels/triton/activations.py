@@ -1,4 +1,4 @@
-"""What is particular to an activation f in the kernels of scores v . f(query + keys + bias).
+"""The parts that differ between activations f, for the kernels of scores v . f(query + keys + bias).
 
 ``ACTIVATION`` is "tanh", "relu" or "leaky_relu", and with a gate or several score vectors also "sigmoid" (elsewhere
 that is the tanh of half the argument). Only tanh has a form that is made of exponentials once per row (see

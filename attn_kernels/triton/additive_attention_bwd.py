@@ -55,7 +55,7 @@ def _sum_of_products(x):
 
 @triton.jit
 def _size(x, ACTIVATION: tl.constexpr):
-    """What is compared with MAX_FINITE: relu(-Inf) is 0."""
+    """The size that is compared with MAX_FINITE: only the positive part for relu, since relu(-Inf) is 0."""
     if ACTIVATION != "relu":
         x = tl.abs(x)
     return x
@@ -201,7 +201,7 @@ def _walk_in_range(
     stride_ka, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
     CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same where all that is attended is within the limits, from the exponentials of keys where there are such."""
+    """_walk_steps for inputs within the limits. It reads the exponentials of keys, ``ek``, if they are precomputed."""
     if ek is not None:
         dq, dv = _walk_steps(
             dkeys, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,

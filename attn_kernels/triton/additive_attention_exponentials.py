@@ -1,4 +1,4 @@
-"""The exponentials of which the scores of many queries are made, with v folded into those of the queries.
+"""The exponentials for the scores of many queries, with v folded into those of the queries.
 
 v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}: a table has 1 / v for each unit, in parts of the largest v.
 
@@ -51,7 +51,7 @@ def _folded(x, unit, SCALE: tl.constexpr):
 
 @triton.jit
 def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
-    """What tiled_scores_kernel needs of v: see its argument ``table``."""
+    """The table of v for tiled_scores_kernel: see its argument ``table``."""
     largest, unit = _largest_v(v, A, stride_v, BLOCK_A)
     squares = tl.zeros([ROW], dtype=tl.float32)
     dropped = tl.zeros([ROW], dtype=tl.float32)

@@ -1,4 +1,4 @@
-"""What kernels are given of the arguments of an op: strides, masks, and numbers in two parts."""
+"""From the arguments of an op to those of a kernel: strides, masks, and numbers in two parts."""
 
 from __future__ import annotations
 

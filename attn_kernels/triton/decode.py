@@ -214,7 +214,7 @@ def combine_kernel(
     columns,  # as of decode_kernel
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the splits of the steps have found, put together in their order: a tile of context or of alignments."""
+    """Combines the results of the splits of the steps, in order: a tile of context or of alignments."""
     program = tl.program_id(0)
     tile = program % tiles
     row = (program // tiles).to(tl.int64)  # of all sentences

@@ -1,4 +1,4 @@
-"""What the launchers share: launching on the right device, dtypes, and the sum of what programs made apart."""
+"""Helpers of the launchers: launching on the right device, dtypes, and sums over the partial results of programs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sum_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in."""
+    """The dtype of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""What makes alignments of the scores of a row, in parts, in the kernels that all scores share: ``NORMALISER``.
+"""Normalisers (``NORMALISER``): from parts of a row of scores to alignments, for the kernels that all scores share.
 
 "softmax", or "sigmoid": sigmoid(score) over their sum, which as the softmax of log sigmoid(score) does not underflow.
 So both are a softmax of ``log_weights``, which for "softmax" are the scores themselves. A row has a running maximum m_i
@@ -47,13 +47,13 @@ def merge(m_parts, l_parts):
 
 @triton.jit
 def part_factor(m_part, m_i):
-    """What the weights of a part are to be multiplied with in the whole."""
+    """The factor of the weights of a part in the whole row."""
     return tl.exp(m_part - m_i)
 
 
 @triton.jit
 def factor(l_i, any_i):
-    """What turns the weights of a row into alignments; 0 where nothing is attended."""
+    """The factor that turns the weights of a row into alignments; 0 if nothing is attended."""
     return tl.where(any_i > 0, divide(1.0, l_i), 0.0)
 
 
@@ -65,7 +65,7 @@ def alignments_of(s, allowed, m_i, factor_i):
 
 @triton.jit
 def log_total_of(m_i, factor_i):
-    """The logarithm of what the weights of a row were divided by; -inf where nothing is attended."""
+    """The logarithm of the divisor of the weights of a row; -inf if nothing is attended."""
     return tl.where(factor_i == 0.0, -float("inf"), m_i - tl.log(factor_i))
 
 

@@ -1,4 +1,4 @@
-"""What few calls of an attention have (``Options`` in types.py) in the kernels that all scores share.
+"""Rarely used options of an attention (``Options`` in types.py), for the kernels that all scores share.
 
 A kernel takes ``option_arguments`` last before its constants. What a call does not have is None there, a constant for
 Triton: the kernels of calls without options are what they were. ``NORMALISER`` is in normaliser.py.

@@ -1,4 +1,4 @@
-"""What is particular to a score in the kernels that all scores share.
+"""The parts that differ between scores, for the kernels that all scores share.
 
 ``SCORE`` is "dot", or that of additive attention by its activation: "tanh", "relu", "leaky_relu" or "sigmoid".
 """

@@ -344,7 +344,7 @@ def softmax_backward(
         dproduct = product(grad_context, values, 1.0, masks.memory_lengths, columns is not None)
     block_q = power_of_two(Tq, 1, 16)
     padded_blocks = dscores.stride(2) // block_q
-    # What options read and write beside, and the numbers of dropout in 64 bits, take registers.
+    # Options read and write more arrays, and dropout computes with 64-bit integers: both take registers.
     elements = 1024 if options is NO_OPTIONS else 256 if dscores.dtype == torch.float64 else 512
     launch(
         _softmax_backward_kernel,

@@ -26,7 +26,7 @@ Sizes = tuple[int, int, int, int]
 
 
 class Workload(NamedTuple):
-    """What an entry is timed on: a function of inputs of these sizes, (B, Tq, Tk, A)."""
+    """The benchmark of an entry: a function of inputs of these sizes, (B, Tq, Tk, A)."""
 
     entry: str
     run: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""What this CPU can do: how fast it reads, writes and copies in each cache and in memory, and how fast bare loops run.
+"""The limits of this CPU: bandwidth of reads, writes and copies in caches and memory, and the speed of bare loops.
 
 The loops are those of the kernels' arithmetic, out of the first cache: loops.c, compiled for this machine.
 """

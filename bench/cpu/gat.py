@@ -116,7 +116,7 @@ def measure(graph: Graph, passes: str, seconds: float) -> dict[str, Any]:
 
 
 def add_memory(row: dict[str, Any]) -> None:
-    """What each way holds at its peak: what is saved, scratch and gradients. Inputs were made before."""
+    """Peak memory of each implementation: saved tensors, scratch and gradients, without the inputs."""
     row["MB"] = {}
     for name, call in calls_of(Graph(**row["graph"]), row["passes"]).items():
         call()

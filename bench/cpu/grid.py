@@ -24,7 +24,7 @@ class Grid(NamedTuple):
 QUICK = Grid(batch=(1, 64), queries=(1, 8, 32), steps=(10, 200, 1000), units=(64, 1024))
 
 LONG_CALL = 0.3  # seconds; such calls get few rounds, and their times vary little
-# What eager takes on one core, for leaving cells out and for the expected total only; from measurements, rounded.
+# Approximate times of eager on one core, from measurements: only for leaving out cells and for the expected total.
 NANOSECONDS_A_PAIR = {FORWARD: 1.0, TRAINING: 3.0}  # additive: B*Tq*Tk*A
 NANOSECONDS_A_PRODUCT = {FORWARD: 0.03, TRAINING: 0.08}  # dot: B*Tq*Tk*(A+D)
 NANOSECONDS_A_BYTE = {FORWARD: 0.07, TRAINING: 0.25}  # keys and values
@@ -41,7 +41,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a time depends on: an interrupted sweep goes on only under the same."""
+    """The conditions of a sweep: an interrupted one continues only under the same conditions."""
 
     dtype: str = "float32"
     threads: int = 1

@@ -115,7 +115,7 @@ def check(option: Option, problem: Problem, providers: dict[str, Provider], *, t
 
 
 def calls_of(name: str, shape: Shape, dtype: torch.dtype, *, training: bool) -> dict[str, Callable[[], object]]:
-    """What is timed, after a check."""
+    """The timed functions, after a check of their results."""
     if name == PACKED:
         return calls_of_packed(shape, dtype, training=training)
     problem = make_problem(OPTIONS[name], shape, dtype)

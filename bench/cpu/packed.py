@@ -109,7 +109,7 @@ def measure(op: str, shape: tuple[int, int, int], seconds: float) -> dict[str, A
 
 
 def add_memory(row: dict[str, Any]) -> None:
-    """What a forward and backward hold at their peak: what is saved, scratch and gradients. Inputs were made before."""
+    """Peak memory of a forward and backward: saved tensors, scratch and gradients, without the inputs."""
     ragged = Ragged(row["op"], *row["B,Tq,A=D"])
     row["MB"] = {}
     for way in WAYS:

@@ -54,21 +54,28 @@ class Processor(NamedTuple):
 AVX2 = (GCC, ("-mavx2", "-mfma", "-mbmi2"), 8, r"vdivps|vrcpps")
 AVX512 = (GCC, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2"), 16, r"vdivps|vrcp14ps")
 NEON = (ARM_GCC, (), 4, r"fdiv|frecpe")
-PROCESSORS = (
-    Processor("Xeon, AVX-512", "skylake-avx512", *AVX512),
-    Processor("Ice Lake client, AVX-512", "icelake-client", *AVX512),
-    Processor("Zen 4, AVX-512", "znver4", *AVX512),
-    Processor("Haswell, AVX2", "haswell", *AVX2),
-    Processor("Broadwell, AVX2", "broadwell", *AVX2),
-    Processor("Skylake client, AVX2", "skylake", *AVX2),
-    Processor("Zen 2, AVX2", "znver2", *AVX2),
-    Processor("Zen 3, AVX2", "znver3", *AVX2),
-    Processor("Neoverse N1", "neoverse-n1", *NEON),
-    Processor("Neoverse V1", "neoverse-v1", *NEON),
-    Processor("Neoverse V2", "neoverse-v2", *NEON),
-    Processor("Ampere One", "ampere1", *NEON),
-    Processor("Apple M1", "apple-m1", *NEON),
-)
+MODELS = {  # the names of processors, and those that llvm-mca has for them
+    AVX512: {
+        "Xeon, AVX-512": "skylake-avx512",
+        "Ice Lake client, AVX-512": "icelake-client",
+        "Zen 4, AVX-512": "znver4",
+    },
+    AVX2: {
+        "Haswell, AVX2": "haswell",
+        "Broadwell, AVX2": "broadwell",
+        "Skylake client, AVX2": "skylake",
+        "Zen 2, AVX2": "znver2",
+        "Zen 3, AVX2": "znver3",
+    },
+    NEON: {
+        "Neoverse N1": "neoverse-n1",
+        "Neoverse V1": "neoverse-v1",
+        "Neoverse V2": "neoverse-v2",
+        "Ampere One": "ampere1",
+        "Apple M1": "apple-m1",
+    },
+}
+PROCESSORS = tuple(Processor(name, model, *isa) for isa, models in MODELS.items() for name, model in models.items())
 
 
 class CannotModel(Exception):

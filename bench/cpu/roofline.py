@@ -112,7 +112,7 @@ class Cell:
 
 
 def calls_of(op: str, problem: cases.Problem) -> dict[str, Callable[[], object]]:
-    """What is timed: the kernels as autograd calls them. The one place here that knows the signatures of the ops."""
+    """The timed functions: the kernels as autograd calls them. Only this function knows the signatures of the ops."""
     query, keys, values, *v = problem.inputs.values()
     others: dict[str, tuple[object, ...]] = {
         Op.additive_attention.value: (*v, None, None),

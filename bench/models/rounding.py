@@ -1,4 +1,4 @@
-"""What searches with weights in bfloat16 change: ``python -m bench.models.rounding --help``.
+"""The effect of bfloat16 weights on the results of searches: ``python -m bench.models.rounding --help``.
 
 A small model is trained on letters and phonemes, as in examples/pronunciation.py, and searches words that it has not
 seen, with its weights as they are and rounded.

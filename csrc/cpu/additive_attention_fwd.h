@@ -1,5 +1,5 @@
-// Additive attention, forward: the scores of blocks of queries and steps, prepared keys, and the ops. Part of a SIMD
-// level: see simd.h, and additive_factored.h for the forms without a tanh per pair.
+// Additive attention, forward: scores of blocks of queries and steps, prepared keys, and the ops. Part of a SIMD level:
+// see simd.h. additive_factored.h has the forms without a tanh per pair.
 #pragma once
 
 #include "additive_compensated.h"
@@ -7,7 +7,7 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// The largest |k| of each step, which follows the prepared keys of a sentence.
+// The largest |k| of each step, stored after the prepared keys of a sentence.
 inline const float* prepared_abs_max(const StridedView3& prepared, int64_t steps, int64_t b) {
   const int64_t at = b * prepared.stride[0] + steps * prepared.stride[1];
   return reinterpret_cast<const float*>(static_cast<const char*>(prepared.data) + at * item_size(prepared.dtype));
@@ -43,7 +43,7 @@ struct AdditiveScore {
     return q;
   }
 
-  // The score of query i and step j by tanh itself.
+  // The score of query i and step j in the exact form, with a tanh per unit.
   T exact(int64_t b, int64_t i, int64_t j, T* query_buffer, T* key_buffer) const {
     const T* query = read_row(op.query, b, i, op.A, query_buffer);
     const T* key = read_sum(op.keys, op.extra, b, j, op.A, key_buffer);
@@ -68,7 +68,7 @@ struct AdditiveScore {
     T* query_buffer = alloc<T>(scratch, op.A);
     if constexpr (sizeof(T) == 4) {
       const StridedView3& keys = op.prepared ? op.prepared : op.keys;
-      // Where other forms are likely to be needed, a block of exponentials is made for them.
+      // If other forms are likely to be needed, a block of exponentials is computed for them.
       const T typical = q.abs_max[0] + (op.prepared ? prepared_abs_max(op.prepared, op.Tk, b)[list[0]] : T(0));
       const bool likely = units.needs_rest(typical) || q.abs_max[0] > kMaxBoundThree / 2;
       if (q.n == 1 && units.factored && !likely && keys.stride[2] == 1 && (!op.extra || op.extra.stride[2] == 1))
@@ -169,7 +169,7 @@ struct AdditiveScore {
       from(op.keys, b, j);
   }
 
-  // What is prepared of it.
+  // Loads the prepared key of step j of sentence b into row r of k.
   void load_prepared(const KeyRows<T>& k, int64_t r, int64_t b, int64_t j, T* copy) const {
     if constexpr (sizeof(T) == 4) {
       const int64_t at = b * op.prepared.stride[0] + j * op.prepared.stride[1];
@@ -184,7 +184,7 @@ struct AdditiveScore {
     }
   }
 
-  // The score of one query and step j that are out of range of its form.
+  // The score of one query and step j that exceed the limits of the factored form.
   T other_form(const Queries& q, int64_t b, int64_t j, T* query_buffer, T* key_buffer) const {
     T score, abs_max, rest;
     const T *e, *plain;
@@ -195,10 +195,10 @@ struct AdditiveScore {
     return score;
   }
 
-  // What is read for a step: its key, what was prepared of it, or its key and what is added to it.
+  // The inputs of a step: its key, its prepared key, or its key and extra.
   enum class Keys { raw, prepared, sums };
 
-  // The scores of one query: each row of keys is read once and in order, and nothing of it is stored.
+  // The scores of one query: each row of keys is read once and in order, and no exponentials are stored.
   template <class E, Keys kKeys, Reciprocals kBy>
   void single_query(const Queries& q, int64_t b, const ListedRows<E>& rows, int64_t n, T* out, T* query_buffer,
                     T* key_buffer) const {
@@ -262,7 +262,7 @@ struct AdditiveScore {
   }
 };
 
-// op.prepared from op.keys.
+// Computes op.prepared from op.keys.
 template <typename T>
 void additive_prepare(const AdditivePrepare& op) {
   const PreparedSizes sizes(op.A, op.Tk, op.dtype);

@@ -1,4 +1,4 @@
-// What the tasks of the backward of scores with a score vector share. Part of a SIMD level: see simd.h.
+// Parameters that the tasks of the backward of scores with a score vector share. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "additive_pairs.h"
@@ -6,8 +6,8 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// What the tasks of a backward share. Gradients of the scores are compact, (B, Tq, Tk); sums over sentences are left in
-// parts, (B, A in whole vectors), to be added up in order.
+// Shared by the tasks of a backward. Gradients of the scores are compact, (B, Tq, Tk). Sums over sentences are stored
+// as parts, (B, A in whole vectors), and added up later in a fixed order.
 template <typename T, class Pair>
 struct BackwardParams {
   const VectorScores& op;
@@ -41,7 +41,7 @@ struct BackwardParams {
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
   }
-  // Prefetches the cache lines that are written when all tiles are done.
+  // Prefetches the cache lines that are written after the last tile.
   ATTN_INLINE void prefetch_dquery(int64_t b, int64_t i, int64_t c) const {
     prefetch_to_write(static_cast<const char*>(dquery) + ((b * op.Tq + i) * op.A + c) * item_size(op.query.dtype));
   }

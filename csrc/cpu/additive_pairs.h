@@ -1,5 +1,5 @@
-// What a pair of query and step adds to the gradients of scores with a score vector, for each activation. Part of a SIMD
-// level: see simd.h.
+// The contribution of a pair of query and step to the gradients of scores with a score vector, for each activation. Part
+// of a SIMD level: see simd.h.
 #pragma once
 
 #include "activated_attention_fwd.h"
@@ -19,9 +19,9 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   }
 }
 
-// What is particular to an activation f is a class like this one, with what a pair of query and step with score
-// gradient ds adds, x = q + k: g, ds f'(x) up to a factor (of_unit), to dq and dk, and ds f(x) to dv.
-// kRefined: by refined estimates of reciprocals, where they are faster than divisions (kernels.cpp).
+// Each activation f has a class like this one. A pair with score gradient ds, x = q + k, adds g = ds f'(x), up to a
+// factor (of_unit), to dq and dk, and ds f(x) to dv.
+// kRefined: uses refined estimates of reciprocals, if they are faster than divisions (kernels.cpp).
 template <typename T, bool kRefined>
 struct TanhPair {
   static constexpr T kGain = 4;
@@ -60,7 +60,7 @@ struct TanhPair {
   }
   ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return T(-2) * sum; }
 
-  // By tanh itself.
+  // The exact form: tanh per pair.
   ATTN_INLINE void add(Vec<T> x, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
     const Vec<T> t = tanh_any(x);
     const Vec<T> g = T(0.25) * ds * ((T(1) - t) * (T(1) + t));
@@ -70,12 +70,12 @@ struct TanhPair {
   }
 };
 
-// Of an activation of ../activations.h.
+// For an activation of ../activations.h.
 template <typename T, class F>
 struct ActivatedPair {
   F f;
 
-  // 0 where no pair was in the slope: an infinite v would make NaN of it.
+  // 0 if no pair had a slope: times an infinite v, it would be NaN.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) {
     const Vec<T> zero{};
     return sum == zero ? zero : v * sum;

@@ -1,8 +1,9 @@
-// What every attention op shares, whatever its score: normalisation over the attended steps, context, and in the
-// backward the gradients of scores and values from those of context and alignments. Part of a SIMD level: see simd.h.
+// The part that all attention ops share, independent of the score: normalisation over the attended steps, context, and
+// in the backward the gradients of scores and values from those of context and alignments. Part of a SIMD level: see
+// simd.h.
 //
-// Padding is left out by listing the attended steps of a sentence: scores, weights and gradients are computed for the
-// listed steps only ("compact" rows), so that nothing a padded step holds can reach a result.
+// Padding is skipped: the attended steps of a sentence are listed, and scores, weights and gradients are computed for
+// the listed steps only ("compact" rows), so that values in padding cannot reach a result.
 #pragma once
 
 #include "softmax.h"
@@ -11,7 +12,7 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Vectors of terms that are added to one sum: a large term would take away the last bits of more small ones.
+// Vectors of terms per partial sum: in a longer sum, a large term would cancel the last bits of more small ones.
 constexpr int64_t kTermsOfSum = 48;
 
 template <typename T>
@@ -19,7 +20,7 @@ void fill_zero(void* data, int64_t at, int64_t n, Dtype dtype) {
   memset(static_cast<char*>(data) + at * item_size(dtype), 0, n * item_size(dtype));
 }
 
-// Row (.., Tk) of out from its compact form: the listed steps hold p, the others 0.
+// Expands a compact row p to a row (Tk,) of out: p at the listed steps, 0 elsewhere.
 template <typename T>
 void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int32_t* list, int64_t n, const T* p) {
   if (n == 0 || list[n - 1] == n - 1) {  // the first n steps
@@ -31,8 +32,8 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
   for (int64_t j = 0; j < n; ++j) store_as<T>(out, dtype, at + list[j], broadcast(p[j]), 1);
 }
 
-// Columns of out[0..no) = weights (row i at weight + i * ld) times the listed rows of array, (.., out_columns), written
-// as dtype from row `row` of data on.
+// out = weights (row i at weight + i * ld) times the listed rows of array, for a range of columns. It is written as
+// dtype, from row `row` of data, (.., out_columns), on.
 template <typename T>
 void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
                      int64_t out_rows, const Range& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
@@ -94,8 +95,8 @@ void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, 
     for (int64_t i = 0; i < out_rows; ++i) write_row(data, dtype, at + i * out_columns, sums + i * sums_ld, nc);
 }
 
-// out[i * ld + j] = scale * row first + i of x . row list[j] of y, for at most kMaxQueries rows of x; both rows of
-// sentence b, of `columns` elements.
+// out[i * ld + j] = scale * x[b, first + i] . y[b, list[j]], for at most kMaxQueries rows of x. Rows have `columns`
+// elements.
 template <typename T>
 void dot_listed(const StridedView3& x, int64_t first, int64_t x_rows, const StridedView3& y, int64_t b,
                 const int32_t* list, int64_t n, int64_t columns, T scale, T* out, int64_t ld, Scratch& scratch) {
@@ -137,11 +138,11 @@ struct AttentionParams {
   const AttentionOptions* options = nullptr;
   void* log_total = nullptr;              // forward, written
   const void* known_log_total = nullptr;  // backward
-  const void* scores = nullptr;           // backward with a clip: (B, Tq, Tk) in T, of all pairs, before that
+  const void* scores = nullptr;           // backward with a clip: (B, Tq, Tk) in T, scores of all pairs before the clip
   const void* grad_log_total = nullptr;
   void* dscore_bias = nullptr;
   int64_t alignments_columns = 0;  // forward
-  bool has_products = false;       // backward: dscores hold those of grad_context and values already
+  bool has_products = false;       // backward: dscores already hold the products of grad_context and values
 };
 
 template <class Score>
@@ -170,8 +171,8 @@ void clip_scores(const AttentionOptions& options, int64_t n, T* w) {
   for (int64_t j = 0; j < n; j += width<T>) store_upto(w + j, most * tanh_any(load_upto(w + j, n - j)), n - j);
 }
 
-// Alignments of the n listed steps from their scores w, with options, in place. row: b Tq + i. Returns the logarithm
-// of what they were divided by.
+// Turns the scores w of the n listed steps into alignments, with options, in place. row: b Tq + i. Returns the logarithm
+// of the normaliser.
 template <typename T, class Normaliser>
 T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* w,
                          Scratch& scratch) {
@@ -183,7 +184,7 @@ T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* l
     const T* bias = read_row(p.options->score_bias, row / p.Tq, row % p.Tq, p.Tk, alloc<T>(scratch, p.Tk));
     for (int64_t j = 0; j < n; ++j) w[j] += bias[list[j]];
   }
-  // sigmoid(s) over their sum is the softmax of log sigmoid(s), which does not underflow.
+  // Normalised sigmoid(s) is the softmax of log sigmoid(s), which does not underflow.
   if (p.options->sigmoid)
     for (int64_t j = 0; j < n; ++j) w[j] = log_sigmoid(w[j]);
   T top = -infinity;
@@ -194,7 +195,7 @@ T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* l
   return static_cast<T>(static_cast<double>(top) - log(static_cast<double>(w[at])));
 }
 
-// Dropout of the alignments of the n listed steps, or of the gradients that come through them.
+// Applies dropout to the alignments of the n listed steps, or to their gradients.
 template <typename T>
 void drop(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* w) {
   if (p.options->dropout_p == 0) return;
@@ -203,11 +204,11 @@ void drop(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n,
     w[j] = keeps(*p.options, static_cast<uint64_t>(row * p.Tk + list[j])) ? w[j] * factor : T(0);
 }
 
-// Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld, scratch) writes
-// the scores of those queries and of the n listed steps; cost() is the work of a pair.
+// Interface of Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld,
+// scratch) writes the scores of these queries and the n listed steps; cost() is the work per pair.
 //
-// Where there are fewer tasks than threads, the scores of a task are cut by steps and its contexts by columns: no sum
-// is split, so that results do not depend on the number of threads.
+// With fewer tasks than threads, a task is divided: its scores by steps, its contexts by columns. No sum is split, so
+// that results do not depend on the number of threads.
 template <typename T, class Normaliser = Softmax, class Score>
 void attention_forward(const AttentionParams& p, void* context, void* alignments, const Score& score) {
   const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query, p.attended.vectors);
@@ -273,7 +274,7 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
   });
 }
 
-// Of the gradients di of the scores of a row, what options change; weights become those of the context.
+// Applies the options to the gradients di of the scores of a row; turns its alignments into the weights of the context.
 template <typename T>
 void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* weights, T* di) {
   const T total = static_cast<const T*>(p.known_log_total)[row];

@@ -1,5 +1,4 @@
-// Elements as they lie in memory, and the vectors of float or double that they are computed with. Part of a SIMD level:
-// see simd.h.
+// Element types in memory, and the float or double vectors of computations with them. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "../types.h"
@@ -131,7 +130,7 @@ ATTN_INLINE void store_element(E* p, Vec<Computed<E>> x, int64_t n) {
   }
 }
 
-// What products of rows of E are made of: E itself, or pairs of bfloat16, the first in the lower half.
+// The operand type of products of rows of E: E itself, or pairs of bfloat16, the first in the lower half.
 template <class E>
 using Factor = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;
 template <class E>

@@ -101,7 +101,7 @@ __attribute__((noinline)) void gradient_of_pairs(Unit unit, const PairBlock<T>& 
   if (c < p.columns) column(c, std::false_type());
 }
 
-// What the tasks of a backward share. dscores: compact, (B, Tq, Tk). Parts: for each sentence and chunk, the sums of
+// Shared by the tasks of a backward. dscores: compact, (B, Tq, Tk). Parts: for each sentence and chunk, the sums of
 // dquery, (queries, A in whole vectors), and of dv, (vectors, A in whole vectors).
 template <typename T>
 struct GatedBackward {

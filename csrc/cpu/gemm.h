@@ -1,6 +1,6 @@
-// Products with rows that serve many queries: arithmetic decides. A panel of kPanel columns of up to kPanelRows rows is
-// packed, so that it lies in L1 whatever the strides, and products with it are summed in registers. With few rows the
-// products of streamed.h are faster, and taken here. Part of a SIMD level: see simd.h.
+// Matrix products (GEMM), for rows that are used by many queries and are thus compute-bound. A panel of kPanel columns of
+// up to kPanelRows rows is packed, so that it fits L1 for any strides; sums stay in registers. With few rows these
+// functions call the faster products of streamed.h. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "streamed.h"
@@ -47,7 +47,7 @@ ATTN_INLINE void gemm_microkernel(O* const* out, int64_t c, int64_t n, const F* 
     }
 }
 
-// Not inlined: the sums take all registers there are.
+// Not inlined: the sums use all registers.
 template <class O, class F, int NV, bool kWhole>
 __attribute__((noinline)) void gemm_microkernels(O* const* out, int64_t out_rows, int64_t c, int64_t n,
                                                  const F* const* weight, int64_t wj, const F* panel, int64_t rows,

@@ -5,8 +5,8 @@
 
 namespace attn {
 
-// Where a level has estimates of reciprocals it is there twice, by the same kernels: "avx512" divides, "avx512-estimate"
-// refines an estimate in the place of most divisions (reciprocal() in simd.h).
+// A level whose instruction set has reciprocal estimates is listed twice, with the same kernels: "avx512" divides,
+// "avx512-estimate" mostly refines an estimate instead (reciprocal() in simd.h).
 struct SimdLevel {
   const char* name;
   const Kernels* kernels;
@@ -20,14 +20,13 @@ struct SimdLevels {
 };
 const SimdLevels& levels();
 
-// The level in use. It is chosen once, the best or the one that the environment variable ATTN_KERNELS_SIMD names, and
-// stays unless use_level() changes it. A call of an op asks once for the kernels, and so computes on one level from end
-// to end; the kernels of additive scores ask once for `estimates`.
+// The level in use. It is chosen once: the best one, or the one named by the environment variable ATTN_KERNELS_SIMD. Only
+// use_level() changes it. A call of an op reads it once, and so runs on one level from beginning to end; the kernels of
+// additive scores read `estimates` once.
 const SimdLevel& level();
 
-// Makes every later call, on any thread, use the level of that name; "" is the first choice again. Returns the level
-// that was in use. Throws std::invalid_argument for a name that is none of levels(). For tests: all levels in one
-// process.
+// Switches all later calls, on any thread, to the level of that name; "" restores the initial choice. Returns the
+// previous level. Throws std::invalid_argument for an unknown name. It lets tests run all levels in one process.
 const SimdLevel& use_level(const char* name);
 
 }  // namespace attn

@@ -1,4 +1,4 @@
-// What the kernels need of their surroundings: threads and scratch memory. Compiled once, for no SIMD level.
+// Threads and scratch memory for the kernels. Compiled once, not per SIMD level.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@ namespace attn {
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
-// Runs body(i, context) for i in [0, n), each on one thread, which takes the next one when it is done: n tasks of unlike
-// cost, the largest first. Within body there is one thread: a parallel_for there runs on it.
+// Runs body(i, context) for i in [0, n) with dynamic scheduling, for tasks of unequal cost, the largest first. A nested
+// parallel_for runs on the thread of the task.
 void for_each_in_turn(int64_t n, void (*body)(int64_t, void*), void* context);
 
-// Bytes of the last level of cache; 32 MiB where the system does not tell.
+// Bytes of the last-level cache; 32 MiB if unknown.
 int64_t last_cache_bytes();
 
-// Memory of one thread that is kept from call to call: fresh pages can cost more than the arithmetic in them.
-// Everything taken is valid until release() of the mark that was current when it was taken.
+// Scratch memory of one thread, reused between calls: page faults on fresh memory can cost more than the arithmetic.
+// An allocation is valid until release() of the mark that was current when it was made.
 class Scratch {
  public:
   void* alloc(int64_t bytes);  // aligned to 64 bytes

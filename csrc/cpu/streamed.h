@@ -1,6 +1,6 @@
-// Products with rows that are read once (the GEMV family): with one query or few, memory decides the speed. Rows are
-// read in their own dtype and in order, a few of them for all queries before the next. Part of a SIMD level: see
-// simd.h.
+// Products with rows that are read once (the GEMV family): with one or few queries they are memory-bound. Rows are read
+// in order and in their own dtype, and each group of rows is used for all queries before the next is read. Part of a
+// SIMD level: see simd.h.
 #pragma once
 
 #include "views.h"
@@ -13,7 +13,7 @@ constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the 
 constexpr int64_t kMaxStreamedRows = 8;  // up to this many sums, rows are streamed rather than packed
 constexpr int64_t kMaxShortSumRows = 8;  // up to this many rows are summed in one pass along a long result
 
-// How many rows after those that are read next are prefetched: where rows are short, the next ones would come too late.
+// Distance of prefetches, in rows: with short rows, prefetching the next ones would be too late.
 template <class E>
 ATTN_INLINE int64_t rows_ahead(const E*, int64_t n) {
   return n * static_cast<int64_t>(sizeof(E)) <= 512 ? 4 : 0;
@@ -217,7 +217,7 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
     }
 }
 
-// out = sum_i weight_i * y_i for NY rows y of n elements; stream: past the caches, where out is aligned to a vector.
+// out = sum_i weight_i * y_i for NY rows y of n elements. stream: uses non-temporal stores; out must be aligned then.
 template <typename T, int NY>
 ATTN_INLINE void weighted_sum_fixed(T* out, const T* weight, int64_t wi, const T* const* y, int64_t n, bool stream) {
   constexpr int64_t w = width<T>;

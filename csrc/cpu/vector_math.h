@@ -8,8 +8,7 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Keeps a product out of multiply-adds: where multiplications are what fills the pipes, an addition of its own costs
-// less.
+// Prevents fusing a product into a multiply-add: if multiplications are the bottleneck, a separate addition is cheaper.
 template <class V>
 ATTN_INLINE V rounded(V x) {
 #if defined(__x86_64__)
@@ -204,7 +203,7 @@ ATTN_INLINE Vec<float> tanh_times_sigmoid(Vec<float> x, Vec<float> g) {
   return copy_sign<float>(e * (g < zero ? f : zero + 1.0f) / ((2.0f + e) * (1.0f + f)), x);
 }
 
-// What the activations of ../activations.h are made of.
+// The functions that the activations of ../activations.h use.
 template <typename T>
 struct VectorMath {
   using V = Vec<T>;

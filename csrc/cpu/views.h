@@ -1,4 +1,4 @@
-// Rows of arrays, whatever their dtype and strides, as contiguous rows of the compute type (float; double for float64).
+// Rows of arrays of any dtype and strides, read as contiguous rows of the compute type (float; double for float64).
 // Part of a SIMD level: see simd.h.
 #pragma once
 
@@ -33,7 +33,7 @@ ATTN_INLINE Vec<float> load_low(const uint16_t* p, int64_t n, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? from_bfloat16(h) : from_float16(h);
 }
 
-// Up to a vector of consecutive elements of data, from element `at` on, where they lie `stride` apart.
+// Loads up to a vector of elements of data with a stride, from element `at` on.
 template <typename T>
 ATTN_INLINE Vec<T> load_as(const void* data, Dtype dtype, int64_t at, int64_t stride, int64_t n) {
   n = min(n, width<T>);
@@ -83,7 +83,7 @@ const T* read_row(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* buf
   return buffer;
 }
 
-// The same of the sum of two arrays, of which the second may be absent.
+// The same for the sum of two arrays; the second may be absent.
 template <typename T>
 const T* read_sum(const StridedView3& a, const StridedView3& addend, int64_t b, int64_t i, int64_t n, T* buffer) {
   const T* row = read_row(a, b, i, n, buffer);
@@ -111,8 +111,8 @@ ATTN_INLINE void prefetch_row(const StridedView3& a, int64_t b, int64_t i, int64
   for (int64_t at = 0; at < n * item; at += 64) prefetch(row + at);
 }
 
-// Spreads prefetches of the next task's inputs over compute-bound work; at most half of L2, which would evict them
-// otherwise.
+// Spreads prefetches of the next task's inputs over compute-bound work; at most half of L2, since more would evict
+// itself.
 class Prefetcher {
  public:
   // Columns [c, c + columns) of rows [0, n) of sentence b of a.
@@ -216,10 +216,10 @@ struct RowBlock {
   }
 };
 
-// Whether rows of a may be multiplied in pairs, where kPairs<BFloat16>.
+// Whether rows of a can be multiplied in pairs, if kPairs<BFloat16>.
 ATTN_INLINE bool is_bfloat16_rows(const StridedView3& a) { return a.dtype == Dtype::bfloat16 && a.stride[2] == 1; }
 
-// Listed rows of a sentence as they lie in memory, where the elements of a row lie side by side.
+// Listed rows of a sentence, read in place; the elements of a row must be contiguous.
 template <class E>
 struct ListedRows {
   const E* data;

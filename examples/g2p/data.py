@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """What evaluation found on ``words`` words: PER = edits / phonemes, WER = wrong_words / words."""
+    """The result of an evaluation on ``words`` words: PER = edits / phonemes, WER = wrong_words / words."""
 
     edits: int
     phonemes: int

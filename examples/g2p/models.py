@@ -19,7 +19,7 @@ FORMAT = "attn_kernels bench.g2p model, 1"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model is made of, as of Seq2Seq, and the seed of its first weights."""
+    """The arguments of Seq2Seq, and the seed of the initial weights."""
 
     attention: str = "bahdanau"
     cell: str = "lstm"
@@ -34,7 +34,7 @@ class ModelConfig:
 
 
 class Model(NamedTuple):
-    """What a file of ``save_model`` holds. ``facts``: how it was trained and validated; JSON types only."""
+    """The content of a file of ``save_model``. ``facts``: how it was trained and validated; JSON types only."""
 
     network: Seq2Seq
     config: ModelConfig
@@ -60,7 +60,7 @@ def _fields_of(cls: type, config: Any) -> dict[str, Any]:
 def contents(
     config: ModelConfig, vocabulary: Vocabulary, task: str, facts: dict[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """What a file of a model holds: tensors, numbers, strings, lists and dictionaries of them, nothing to execute."""
+    """The content of a model file: tensors, numbers, strings, and lists and dictionaries of them; no code."""
     return {
         "format": FORMAT,
         "config": _fields_of(ModelConfig, config),

@@ -1,4 +1,4 @@
-"""What can be learnt: CMUdict, and a generated task of long sequences. Both are mappings from a string to symbols."""
+"""The tasks: CMUdict, and a generated task of long sequences. Both map a string to symbols."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Task:
         return digest.hexdigest()[:16]
 
 
-# What differs between the tasks among the defaults of training.
+# The defaults of training that differ between the tasks.
 DEFAULTS: dict[str, dict[str, Any]] = {
     CMUDICT: {"batch_size": 128, "epochs": 10},
     REVERSE: {"batch_size": 16, "epochs": 2},

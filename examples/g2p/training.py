@@ -1,7 +1,7 @@
 """Training with validation, averaged weights and exact resumption.
 
-After each validation one file has everything: what continues the run, and the best weights so far. It is written as a
-whole or not at all, so an interrupt costs the steps since the last one and nothing else.
+After each validation one file is written with the state of the run and the best weights so far. It is written
+atomically, so that an interrupt loses only the steps since the last validation.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FORMAT = "attn_kernels bench.g2p checkpoint, 1"
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """What a run is made of; a checkpoint continues only a run of the same, ``epochs`` excepted.
+    """The configuration of a run. A checkpoint continues only a run with the same one, except for ``epochs``.
 
-    average: share that the averaged weights keep in each step, 0: none are kept. They are what is validated and stored.
-    patience: training ends after so many validations in a row none of which is the best; 0: it never ends early.
+    average: decay of the averaged weights in each step; 0 for no averaging. They are validated and stored.
+    patience: training ends after this many validations in a row without a new best one; 0: it never ends early.
     """
 
     embedding_size: int = 128
@@ -80,9 +80,9 @@ def train_step(
 
 
 class Training:
-    """A run and its state. Each step is a function of the configuration, the data and the state alone.
+    """A run and its state. Each step depends only on the configuration, the data and the state.
 
-    ``changes``: other values for arguments of Seq2Seq; they change how the model computes, not what.
+    ``changes``: other values for arguments of Seq2Seq that do not affect the results, such as the backend.
     """
 
     may_differ: tuple[str, ...] = ("epochs",)  # fields of the configuration that another run may have changed

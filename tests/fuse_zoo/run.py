@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -14,15 +15,7 @@ from fuse_zoo import Case, Draw, Sizes
 
 SIZES = (Sizes(2, 3, 4), Sizes(4, 2, 6), Sizes(3, 5, 3))
 # One row, one step, and sizes at which the kernels take other paths.
-MORE_SIZES = (
-    *SIZES,
-    Sizes(2, 4, 12),
-    Sizes(4, 3, 7),
-    Sizes(1, 2, 5),
-    Sizes(3, 2, 1),
-    Sizes(70, 2, 40),
-    Sizes(64, 3, 50),
-)
+MORE_SIZES = SIZES + tuple(starmap(Sizes, ((2, 4, 12), (4, 3, 7), (1, 2, 5), (3, 2, 1), (70, 2, 40), (64, 3, 50))))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 

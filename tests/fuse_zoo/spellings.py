@@ -111,12 +111,7 @@ class ClippedChannelsFirst(nn.Module):
 
 
 @case(SCORES, _kept)
-class LogOfTheMaskAdded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w1, self.w2 = nn.Linear(M, A, bias=False), nn.Linear(H, A, bias=False)
-        self.vt = nn.Linear(A, 1, bias=False)
-
+class LogOfTheMaskAdded(linears(w1=(M, A, False), w2=(H, A, False), vt=(A, 1, False))):
     def forward(self, s, m, keep):
         u = self.vt(torch.tanh(self.w1(m) + self.w2(s).unsqueeze(1))).squeeze(-1)
         return F.log_softmax(u + (keep.to(m.dtype) + 1e-45).log(), dim=-1)

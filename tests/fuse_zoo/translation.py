@@ -64,14 +64,8 @@ class TwoLayersSummed(linears(Wa=(H, A), Ua=(M, A), Va=(A, 1))):
 
 
 @case(CONTEXT, step_padded)
-class HiddenFill(nn.Module):
+class HiddenFill(linears(key=(M, A, False), query=(H, A, False), energy=(A, 1, False))):
     """Keys without a bias, a mask through .data."""
-
-    def __init__(self):
-        super().__init__()
-        self.key, self.query = nn.Linear(M, A, bias=False), nn.Linear(H, A, bias=False)
-        self.energy = nn.Linear(A, 1, bias=False)
-        self.alphas = None
 
     def forward(self, state, memory, padding):
         scores = self.energy(torch.tanh(self.query(state.unsqueeze(1)) + self.key(memory))).squeeze(2).unsqueeze(1)

@@ -12,12 +12,7 @@ attentions = pytest.importorskip(
 )
 
 from attn_kernels import BahdanauAttention, patch
-from attn_kernels.mechanisms import (
-    CoverageAttention,
-    ForwardAttention,
-    LocationSensitiveAttention,
-    MultiHeadAttention,
-)
+from attn_kernels.mechanisms import CoverageAttention, ForwardAttention, LocationSensitiveAttention, MultiHeadAttention
 from steps import check_copies_are_patched, compare
 
 pytestmark = pytest.mark.usefixtures("at_any_size")

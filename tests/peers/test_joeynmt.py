@@ -83,12 +83,8 @@ def test_gradients_that_are_gathered(mechanism):
         return [x for q, m in zip(queries.unbind(1), masks, strict=True) for x in module(q[:, None], m, memory)]
 
     torch.manual_seed(0)
-    inputs = {
-        "memory": torch.randn(8, 40, 200).double(),
-        "queries": torch.randn(8, 4, 150).double(),
-        "mask": some_mask(8, 40),
-        "other": some_mask(8, 40),
-    }
+    inputs = {"memory": torch.randn(8, 40, 200).double(), "queries": torch.randn(8, 4, 150).double()}
+    inputs |= {name: some_mask(8, 40) for name in ("mask", "other")}
     assert compare(make(mechanism, 150, 200), two_masks, inputs) == []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,59 +20,43 @@ def numbers(first: int, *shape: int) -> Tensor:
     return torch.sin(torch.arange(first, first + count, dtype=torch.float64)).view(shape).float()
 
 
-# score, normalize (the scale=True of Luong's), score_bias, first of the queries; alignments of the fourth step with
-# mode="recursive", and where the four steps of the two sentences stop with mode="hard".
-CASES: dict[str, tuple[str, bool, float, int, list[list[float]], list[list[int | None]]]] = {
-    "BahdanauMonotonicAttention": (
-        "additive",
-        False,
-        -0.5,
-        110,
-        [
-            [0.027175, 0.053215, 0.163169, 0.100740, 0.081848, 0.201065, 0.084727],
-            [0.020134, 0.066433, 0.035533, 0.086915, 0.133614, 0.0, 0.0],
-        ],
-        [[2, 4], [2, 4], [2, None], [5, None]],
-    ),
-    "BahdanauMonotonicAttention(normalize=True)": (
-        "additive",
-        True,
-        -0.5,
-        110,
-        [
-            [0.111720, 0.215570, 0.278377, 0.140231, 0.087818, 0.099660, 0.031528],
-            [0.116899, 0.224554, 0.120736, 0.120884, 0.145136, 0.0, 0.0],
-        ],
-        [[1, 0], [1, 0], [1, 0], [1, 0]],
-    ),
-    "LuongMonotonicAttention": (
-        "dot",
-        False,
-        -1.0,
-        130,
-        [
-            [0.007991, 0.236133, 0.015747, 0.043107, 0.253101, 0.008162, 0.088111],
-            [0.003277, 0.249350, 0.005873, 0.032971, 0.256272, 0.0, 0.0],
-        ],
-        [[0, 0], [0, 3], [None, None], [None, None]],
-    ),
-    "LuongMonotonicAttention(scale=True)": (
-        "dot",
-        True,
-        -1.0,
-        130,
-        [
-            [0.003657, 0.535184, 0.004246, 0.021326, 0.270956, 0.000614, 0.048497],
-            [0.000978, 0.548526, 0.000656, 0.015760, 0.268420, 0.0, 0.0],
-        ],
-        [[0, 0], [0, 0], [1, 1], [1, 1]],
-    ),
+class Peer(NamedTuple):
+    """score, normalize (the scale=True of Luong's), score_bias, first of the queries.
+
+    stops: where the four steps of the two sentences stop with mode="hard".
+    """
+
+    score: str
+    normalize: bool
+    score_bias: float
+    first: int
+    stops: list[list[int | None]]
+
+
+CASES = {
+    "BahdanauMonotonicAttention": Peer("additive", False, -0.5, 110, [[2, 4], [2, 4], [2, None], [5, None]]),
+    "BahdanauMonotonicAttention(normalize=True)": Peer("additive", True, -0.5, 110, [[1, 0], [1, 0], [1, 0], [1, 0]]),
+    "LuongMonotonicAttention": Peer("dot", False, -1.0, 130, [[0, 0], [0, 3], [None, None], [None, None]]),
+    "LuongMonotonicAttention(scale=True)": Peer("dot", True, -1.0, 130, [[0, 0], [0, 0], [1, 1], [1, 1]]),
 }
+# Alignments of the fourth step with mode="recursive": of each case in turn, of two sentences.
+ALIGNMENTS = torch.tensor(
+    [
+        [0.027175, 0.053215, 0.163169, 0.100740, 0.081848, 0.201065, 0.084727],
+        [0.020134, 0.066433, 0.035533, 0.086915, 0.133614, 0.0, 0.0],
+        [0.111720, 0.215570, 0.278377, 0.140231, 0.087818, 0.099660, 0.031528],
+        [0.116899, 0.224554, 0.120736, 0.120884, 0.145136, 0.0, 0.0],
+        [0.007991, 0.236133, 0.015747, 0.043107, 0.253101, 0.008162, 0.088111],
+        [0.003277, 0.249350, 0.005873, 0.032971, 0.256272, 0.0, 0.0],
+        [0.003657, 0.535184, 0.004246, 0.021326, 0.270956, 0.000614, 0.048497],
+        [0.000978, 0.548526, 0.000656, 0.015760, 0.268420, 0.0, 0.0],
+    ]
+).view(len(CASES), 2, -1)
 
 
 def alignments_of_steps(name: str, mode: str) -> Tensor:
     """(T, B, Tk)"""
-    score, normalize, score_bias, first, _, _ = CASES[name]
+    score, normalize, score_bias, first, _ = CASES[name]
     units = UNITS if score == "additive" else None
     module = MonotonicAttention(Q, M, units, mode, score_bias_init=score_bias, score=score, normalize=normalize)
     weights: dict[str, Any] = {"memory_projection.weight": numbers(300, units or Q, M)}
@@ -97,7 +81,8 @@ def alignments_of_steps(name: str, mode: str) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_soft(name: str, mode: str) -> None:
     """Here its mode="parallel" gave the same within 1.2e-7."""
-    torch.testing.assert_close(alignments_of_steps(name, mode)[-1], torch.tensor(CASES[name][4]), rtol=0, atol=1e-6)
+    expected = ALIGNMENTS[list(CASES).index(name)]
+    torch.testing.assert_close(alignments_of_steps(name, mode)[-1], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,7 +90,7 @@ def test_hard(name: str) -> None:
     stops = [
         [row.tolist().index(1.0) if row.any() else None for row in step] for step in alignments_of_steps(name, "hard")
     ]
-    assert stops == CASES[name][5]
+    assert stops == CASES[name].stops
 
 
 def test_parallel_where_products_vanish() -> None:

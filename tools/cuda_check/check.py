@@ -108,7 +108,7 @@ def _triton_fingerprint() -> str:
 
 
 def _compile_triton(case: str, cache: Path) -> str:
-    """What the tests print of a case: JSON."""
+    """The JSON that the tests print for a case."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache / "triton")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))

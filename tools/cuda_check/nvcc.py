@@ -20,7 +20,7 @@ PLACES = (Path("/usr/local/cuda/bin/nvcc"), Path("/opt/cuda/bin/nvcc"))
 
 
 class Plan(NamedTuple):
-    """What ``__launch_bounds__`` of a kernel promises the compiler; 0 where it says nothing."""
+    """The ``__launch_bounds__`` of a kernel; 0 for a value that it does not have."""
 
     threads: int = 0
     blocks: int = 0  # of a multiprocessor, at least

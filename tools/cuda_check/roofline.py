@@ -1,4 +1,4 @@
-"""What a GPU allows and what our kernels should reach on it: computed from sizes and machine code, never measured.
+"""The limits of a GPU, and the times that our kernels should reach: computed from sizes and machine code, not measured.
 
 The floor of a call is the longest of: its bytes at the bandwidth of memory, the operations of the special function
 units, the issue slots of pairs and float32 products, the products of 16-bit numbers on tensor cores. The prediction
@@ -57,7 +57,7 @@ WARP_ISSUE = 0.5
 
 
 class CallWork(NamedTuple):
-    """What a whole call has to do, whatever computes it."""
+    """The work of a whole call, independent of the implementation."""
 
     bytes: int
     forward_pairs: int

@@ -1,7 +1,7 @@
-"""What the machine code of the GPU kernels must hold, in one table: RULES.
+"""The requirements on the machine code of the GPU kernels, in one table: RULES.
 
-A kernel has the first rule whose pattern is found in its name, and the last one takes what is left. To add a kernel is
-to add a row above it; to add a kind of bound is a field of ``Rule`` and some lines in ``examine``.
+The first rule whose pattern is found in a kernel's name applies; the last rule matches all remaining kernels. A new
+kernel is a row above it; a new kind of bound is a field of ``Rule`` and some lines in ``examine``.
 
 A pair is one hidden unit of one query and one step: B * Tq * Tk * A of them in a call. How many of them a thread
 computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each, or, for relu,
@@ -26,7 +26,7 @@ TARGETS = ("sm_80", "sm_90a", "sm_100")
 
 @dataclass
 class Facts:
-    """What is known of one kernel, compiled for one target."""
+    """The facts about one kernel, compiled for one target."""
 
     name: str  # as people write it, with template arguments
     origin: str  # the source file, or the case of the Triton kernels
@@ -82,49 +82,17 @@ def _is_many_queries_of_triton(facts: Facts) -> bool:
     return _is_float32(facts) and bool(facts.constants.get("FACTORED")) and facts.constants.get("BLOCK_Q", 0) >= 16
 
 
+# CUDA C++. 12 warps hide the latency of the special function unit and of shared memory; they leave 168 registers. The
+# relu kernels have rows of their own. The loop of leaky relu has no maximum: its pairs are not counted.
+_FORWARD: dict[str, Any] = dict(slots=3.5, warps=12, thread_tile=_tile_of_template(1), applies=_is_float32)
+_BACKWARD: dict[str, Any] = dict(sharing=1, warps=12, applies=_is_many_queries)
+_RELU: dict[str, Any] = dict(counted="FMNMX", special=0.0)
+
 RULES = (
-    # CUDA C++. 12 warps: what hides the latency of the special function unit and of shared memory; 168 registers.
-    # Of relu, then of tanh. Leaky relu, in a loop of its own, has no maximum and is not counted.
-    Rule(
-        r"many_queries_scores_kernel<.*\bActivatedScores>",
-        RELU_FORWARD,
-        sharing=1,
-        counted="FMNMX",
-        special=0.0,
-        slots=3.5,
-        warps=12,
-        thread_tile=_tile_of_template(1),
-        applies=_is_float32,
-    ),
-    Rule(
-        r"scores_backward_kernel<.*\bActivatedPair>",
-        RELU_BACKWARD,
-        sharing=1,
-        counted="FMNMX",
-        special=0.0,
-        slots=8.5,
-        warps=12,
-        applies=_is_many_queries,
-    ),
-    Rule(
-        r"many_queries_scores_kernel",
-        MANY_FORWARD,
-        sharing=3,
-        special=0.34,
-        slots=3.5,
-        warps=12,
-        thread_tile=_tile_of_template(1),
-        applies=_is_float32,
-    ),
-    Rule(
-        r"scores_backward_kernel",
-        MANY_BACKWARD,
-        sharing=1,
-        special=1.02,
-        slots=9.0,
-        warps=12,
-        applies=_is_many_queries,
-    ),
+    Rule(r"many_queries_scores_kernel<.*\bActivatedScores>", RELU_FORWARD, sharing=1, **_RELU, **_FORWARD),
+    Rule(r"scores_backward_kernel<.*\bActivatedPair>", RELU_BACKWARD, slots=8.5, **_RELU, **_BACKWARD),
+    Rule(r"many_queries_scores_kernel", MANY_FORWARD, sharing=3, special=0.34, **_FORWARD),
+    Rule(r"scores_backward_kernel", MANY_BACKWARD, special=1.02, slots=9.0, **_BACKWARD),
     # Two units share a reciprocal, which is counted and has no bound: memory is what decides. Form<..., false> is for
     # rows that do not lie at multiples of 16 bytes.
     Rule(r"few_queries_kernel<Form<[^>]*, false>", DECODE, sharing=2, warps=16, applies=_is_float32),

@@ -1,4 +1,4 @@
-"""What the machine code of NVIDIA kernels holds: registers, stack, and the instructions of each loop, by name.
+"""Reads the machine code of NVIDIA kernels: registers, stack, and the instructions of each loop, by name.
 
 Needs cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel, and no GPU. ``read`` takes a cubin with any
 number of kernels; ``parse`` takes the text that the two tools print. Loops are natural loops of the control flow, not

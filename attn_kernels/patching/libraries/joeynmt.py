@@ -25,7 +25,7 @@ from ..registry import adapts
 
 
 class _FusedMechanism(Fused):
-    """What the two mechanisms share."""
+    """The base of the two mechanisms."""
 
     key_layer: Any
     proj_keys: Tensor | None

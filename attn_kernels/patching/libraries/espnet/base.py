@@ -1,4 +1,4 @@
-"""What the adapters of ESPnet share: the state of a batch, and a step of one head."""
+"""The base of the adapters of ESPnet: the state of a batch, and a step of one head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIBRARY = {"library": "ESPnet", "versions": "202511"}
 
 
 class Step(NamedTuple):
-    """What a step begins with: state (B, dunits) of the decoder; allowed (B, T) bool, True = attend, None: all."""
+    """The inputs of a step: state (B, dunits) of the decoder; allowed (B, T) bool, True = attend, None: all."""
 
     state: Tensor
     allowed: Tensor | None
