@@ -110,4 +110,4 @@ def test_sanitizers(tmp_path: Path) -> None:
     others = {source.stem: ("-O0", "-fno-sanitize=all") for source in SOURCES if source.stem != f"level_{watched}"}
     program = build(tool("g++"), tmp_path, *sanitize, only=others)
     # Leaks: the check needs ptrace, which containers may refuse.
-    assert f"{watched}: " in run(program, ASAN_OPTIONS="detect_leaks=0")
+    assert f"{watched}: " in run(program, watched, ASAN_OPTIONS="detect_leaks=0")
