@@ -43,10 +43,10 @@ setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
 	@$(RUN) attn_kernels
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # The interpreter of .venv runs it; what is tested has environments of its own. Resumable; results in docs/versions.md.
 test-versions: $(STAMPS)/versions  ## Builds and tests with other versions of Python, torch and triton: hours, many GB

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -133,8 +134,52 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, every_level(names, levels), indirect=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+# By the seconds that they take, from a hundred to about fifteen: a worker that begins one of them last is waited for.
+LONGEST = (
+    "test_sanitizers",
+    "test_rehearsal",
+    "test_cuda_build.py::test_module",
+    "test_of_all_tests_lie",
+    "test_triton_aot.py::test_machine_code",
+    "test_compiled_autograd",
+    "test_sharded",
+    "test_aot_inductor",
+    "test_derivatives[triton",
+    "test_triton_hip.py::test_machine_code",
+    "test_fresh_memory",
+    "test_program[check_",
+    "test_compile_generates_code",
+    "test_an_installed_package",
+    "test_example_of_the_documents",
+    "test_onnx",
+)
+
+
+def longest_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """For ``--dist worksteal``, which cuts the list into a piece for each worker: every piece begins with long ones."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    long = sorted((item for item in items if place(item) < len(LONGEST)), key=place)
+    rest = iter([item for item in items if place(item) == len(LONGEST)])
+    pieces = []
+    for worker in range(workers):
+        own = long[worker::workers]
+        size = len(items) * (worker + 1) // workers - sum(map(len, pieces))
+        pieces.append(own + list(itertools.islice(rest, max(0, size - len(own)))))
+    return [item for piece in pieces for item in piece] + list(rest)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    choose(config, items)  # before -m does
+    yield
+    if IN_XDIST:
+        items[:] = longest_first(items, int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = [item for item in items if is_left_out(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -144,13 +189,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
             item.add_marker("slow")
     if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # those all run
-        rest = thinned_out(items)
+        rest = thinned_out(items) + without_new_pairs(items)
         config.hook.pytest_deselected(items=rest)
         gone = set(rest)
         items[:] = [item for item in items if item not in gone]
 
 
 FEW, ONE_OF = 8, 6
+
+
+def without_new_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Slow cases of variants on the CPU, in tests with more than FEW: those in which no two parameters meet anew.
+
+    Each value of a parameter (the variant and the SIMD level are two of them) still meets each value of every other.
+    The ops themselves have all cases.
+    """
+    seen: dict[str, set[Any]] = {}
+    of_variants: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        op = parameters.get("op")
+        on_cpu = not any(interpreted(parameters[fixture]) for fixture in BACKENDS if fixture in parameters)
+        if isinstance(op, Op) and op not in MAIN.values() and on_cpu and item.get_closest_marker("slow"):
+            of_variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    rest = []
+    for test, cases in of_variants.items():
+        for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode())) if len(cases) > FEW else ():
+            pairs = set(itertools.combinations(sorted((k, repr(v)) for k, v in item.callspec.params.items()), 2))
+            if pairs <= seen.setdefault(test, set()):
+                rest.append(item)
+            seen[test] |= pairs
+    return rest
 
 
 def thinned_out(items: list[pytest.Item]) -> list[pytest.Item]:

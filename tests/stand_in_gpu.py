@@ -4,6 +4,8 @@ own, "standin", whose tensors hold a tensor of the CPU that every operation runs
 The kernels run in the emulator, as in other runs. What differs is that an operation on tensors of two devices is an
 error, as it is with a GPU: a test that makes some of its tensors on the CPU, whatever the backend, fails here. What
 torch.compile and opcheck look at inside a tensor, the stand-in does not have, nor the cells of PyTorch's own RNNs.
+
+``--of-each-value FILE`` runs of every test function what ``of_each_value`` chooses, and writes the names there.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +95,37 @@ def in_place_of_a_gpu() -> Iterator[None]:
         patch.setattr(backends, "_refusal", refusal)
         patch.setattr(backends, "_chosen", {})
         yield
+
+
+def of_each_value(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of every test function, of its cases that are not slow, or all where all are: each value of each parameter once.
+
+    On which device a tensor is made depends on what the case has, not on its size, and never on two of its parameters.
+    """
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = []
+    for cases in functions.values():
+        seen: set[tuple[str, str]] = set()
+        quick = [item for item in cases if item.get_closest_marker("slow") is None]
+        for item in quick or cases:
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            if not values <= seen:
+                seen |= values
+                chosen.append(item)
+    return chosen
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--of-each-value", metavar="FILE")
+
+
+@pytest.hookimpl(trylast=True)  # after -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if path := config.getoption("--of-each-value"):
+        items[:] = of_each_value(items)
+        Path(path).write_text("\n".join(item.nodeid for item in items))
 
 
 def pytest_configure() -> None:

@@ -62,33 +62,17 @@ def test_the_stand_in_tells_two_devices_apart(tmp_path: Path) -> None:
         assert_on_one_device(found)
 
 
-def test_inputs_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
-    """Of two tests that once did not; the next test looks at all of them."""
-    chosen = "cuda and not triton and (vmap or every_backend)"
-    files = ["tests/test_autograd.py", "tests/test_memory_gradient.py"]
-    found = outcomes(tmp_path / "outcomes.jsonl", "-k", chosen, *files)
-    assert_on_one_device(found)
-    assert sum(one["outcome"] == "passed" for one in found) >= 5
-
-
-def names_of_tests(*arguments: str) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if "::" in line]
-
-
 def test_inputs_of_all_tests_lie_on_the_device_of_their_backend(tmp_path: Path) -> None:
-    """Of every test function: those of its cases that are not slow, or all where all are."""
     # test_backends.py is about tensors on the wrong device.
     # Left out: tests named after CUDA that have no tensors, the many repeats of a call, and the transforms, where
     # PyTorch itself ends the process (jacfwd of a subclass of Tensor).
     left_out = ("triton", "test_cuda", "repeats_are_bit_equal", "transforms_are_those_of_the_reference")
     arguments = ("-k", " and not ".join(("cuda", *left_out)), "--ignore=tests/test_backends.py", "tests")
-    chosen = names_of_tests("-m", "not slow", *arguments)
-    functions = {name.partition("[")[0] for name in chosen}
-    chosen += [name for name in names_of_tests(*arguments) if name.partition("[")[0] not in functions]
-    (tmp_path / "chosen").write_text("\n".join(chosen))
-    found = outcomes(tmp_path / "outcomes.jsonl", f"@{tmp_path / 'chosen'}")
+    found = outcomes(tmp_path / "outcomes.jsonl", "--of-each-value", str(tmp_path / "chosen"), *arguments)
+    chosen = (tmp_path / "chosen").read_text().splitlines()
     assert_on_one_device(found)
     assert {one["test"] for one in found} == set(chosen)
-    assert sum(one["outcome"] == "passed" for one in found) > 400
+    passed = [one["test"] for one in found if one["outcome"] == "passed"]
+    assert len(passed) > 400
+    for once_wrong in ("vmap", "every_backend"):
+        assert any(once_wrong in name for name in passed)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_kernels import additive_attention, dot_attention, reference
 from attn_kernels.ops import kernel
+from matrix import is_slow
 from test_options import with_kernels
 
 
@@ -98,8 +99,16 @@ def kept(queries: int, steps: int, p: float, seed: int, backend: str, device: st
     return context > 0
 
 
-@pytest.mark.parametrize("queries", [1, 5, 20])
-@pytest.mark.parametrize(("p", "seed"), [(0.1, 0), (0.3, -5), (0.7, 0x0123456789ABCDEF), (0.999, 2**63 - 1)])
+SEEDS = [(0.1, 0), (0.3, -5), (0.7, 0x0123456789ABCDEF), (0.999, 2**63 - 1)]
+QUERIES = (1, 5, 20)
+
+
+# In Triton's interpreter each seed has one of the numbers of queries.
+@pytest.mark.left_out_if(
+    lambda backend, p, seed, queries: is_slow(backend) and SEEDS.index((p, seed)) % 3 != QUERIES.index(queries)
+)
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize(("p", "seed"), SEEDS)
 def test_same_weights_stay_on_every_backend(p: float, seed: int, queries: int, backend: str, device: str) -> None:
     """Bit for bit, in the forward and in the backward."""
     found = kept(queries, 150, p, seed, with_kernels(backend), device).cpu()

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attn_kernels
 from attn_kernels import BahdanauAttention
-from matrix import slow_if
 
 B, TQ, TK, A, D = 2, 3, 5, 7, 4
 
@@ -104,7 +103,7 @@ def test_packed_memories_have_no_padding(op: str) -> None:
     assert counter.get_total_flops() == 3 * FORWARD[op]
 
 
-@slow_if(lambda first: first == "attn_kernels")
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["attn_kernels", "torch.utils.flop_counter"])
 def test_in_any_order_of_imports(first: str) -> None:
     program = f"""

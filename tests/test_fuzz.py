@@ -31,6 +31,7 @@ from matrix import (
     of_variants,
     oracle,
     run,
+    slow_if,
 )
 
 pytestmark = [pytest.mark.every_level, pytest.mark.every_form]
@@ -105,6 +106,7 @@ def test_fuzz(op: Op, backend: str, count: int) -> None:
     fuzz()
 
 
+@slow_if(lambda fused, dtype, **_: interpreted(fused) and dtype == torch.float16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @of_variants([name for name, op in VARIANTS.items() if {"v", "query"} <= set(op.inputs) and op.vectors in (None, 1)])
 def test_gradients_of_one_unit(op: Op, fused: str, dtype: torch.dtype) -> None:

@@ -569,12 +569,17 @@ def test_compiled(mechanism: str, passes: list[int]) -> None:
 def test_compiled_autograd(mechanism: str, passes: list[int]) -> None:
     torch._dynamo.reset()
     world, expected = World(mechanism, "cpu"), World(mechanism, "reference")
+    for one in (world, expected):
+        del (
+            one.queries[2:],
+            one.weights[2:],
+        )  # each step takes the compiler seconds, and the second has all that later ones have
     for _ in range(2):  # compiled, and taken from its cache
         sum(expected.losses(expected.decode(expected.module.memory(expected.outputs)))).backward()
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
             sum(world.losses(world.decode(world.module.memory(world.outputs)))).backward()
     assert_same(world.grads(), expected.grads())
-    assert passes == [STEPS, STEPS]
+    assert passes == [2, 2]
 
 
 @semantics
@@ -709,6 +714,7 @@ def test_only_needed_gradients(op: Op, fused: str, case: Case, dtype: torch.dtyp
 @pytest.mark.parametrize("case", [Case(B=3, Tq=3, Tk=5, A=4, D=3, lengths="random", mask="steps"), CASES["B = 0"]])
 @masked
 def test_opcheck(op: Op, case: Case, fused: str) -> None:
-    for arguments in backward_arguments(op, case, torch.float32, fused == "cpu", fused):
-        for needed in ((True, False), (False, True), (False, False)):
+    every = ((True, False), (False, True), (False, False))
+    for i, arguments in enumerate(backward_arguments(op, case, torch.float32, fused == "cpu", fused)):
+        for needed in every if i == 0 else every[i - 1 : i]:  # half a second each
             torch.library.opcheck(kernel(f"{op.name}_backward", fused), (*arguments, *needed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -34,11 +35,10 @@ from matrix import (
 pytestmark = pytest.mark.every_level
 ops = of_variants()
 masked_ops = pytest.mark.parametrize("op", [op for op in OPS.values() if op.masked], ids=lambda op: op.name)
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def is_left_out(op: Op, dtype: torch.dtype, case: Case, **_: object) -> bool:
+def is_left_out(op: Op, dtype: torch.dtype, case: Case) -> bool:
     """Variants share most code with MAIN: beyond CORE each case has one dtype, another one for the next variant."""
     if op in MAIN.values() or case in CORE:
         return False
@@ -46,16 +46,20 @@ def is_left_out(op: Op, dtype: torch.dtype, case: Case, **_: object) -> bool:
     return dtype != DTYPES[turn % len(DTYPES)]
 
 
+MATRIX = [
+    pytest.param(op, dtype, case, id=f"{name}-{str(dtype).removeprefix('torch.')}-{case_name}")
+    for (name, op), dtype, (case_name, case) in itertools.product(VARIANTS.items(), DTYPES, CASES.items())
+    if os.environ.get("ATTN_WHOLE_MATRIX") == "1" or not is_left_out(op, dtype, case)
+]
+
+
 @pytest.mark.every_form
-@pytest.mark.left_out_if.with_args(is_left_out)
 @slow_if(
     lambda op, backend, case, **_: (
         case not in (CORE[:3] if is_slow(backend) else CORE) and (interpreted(backend) or op not in MAIN.values())
     )
 )
-@cases
-@dtypes
-@pytest.mark.parametrize("op", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(("op", "dtype", "case"), MATRIX)
 def test_results_and_gradients(op: Op, backend: str, dtype: torch.dtype, case: Case) -> None:
     skip_if_slow(backend, case, dtype)
     check(op, case, dtype, backend)

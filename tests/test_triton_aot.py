@@ -2,14 +2,13 @@
 
 The launchers run on meta tensors with the launch replaced, so that each kernel is compiled with exactly the tiles and
 arguments that they choose. Checked are local memory (spills), registers and shared memory, and the count of special
-functions for each pair of a query and a step, which is what the method saves. Each case compiles in its own process,
-because kernels that were imported for Triton's interpreter cannot be compiled.
+functions for each pair of a query and a step, which is what the method saves. Each case compiles in a process without
+Triton's interpreter (ahead.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ahead import run_ahead
 
 pytestmark = [
     pytest.mark.slow,
@@ -145,20 +146,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_machine_code(name: str, tmp_path: Path) -> None:
-    compiled = run_here(name, TRITON_CACHE_DIR=str(tmp_path))
+    compiled = run_ahead("test_triton_aot", "compile_case", name, TRITON_CACHE_DIR=str(tmp_path))
     assert {kernel["name"] for kernel in compiled} >= set(CASES[name].get("kernels", ())), "a kernel was not launched"
     problems = [f"{_title(kernel)}: {problem}" for kernel in compiled for problem in _problems(kernel)]
     assert not problems, "\n".join(problems)
-
-
-def run_here(*arguments: str, **variables: str) -> Any:
-    """What this file prints last when it runs with these arguments, without Triton's interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    process = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 # (Tq, Tk). First a long one and a short one: each rule that looks at lengths has taken both its ways then.
@@ -170,7 +161,7 @@ LENGTHS = [(199, 333), (33, 19), (200, 200), (48, 64), (77, 50), (100, 100), (64
 def test_lengths_do_not_compile_again(op: str, queries: str) -> None:
     """Over ten lengths, whatever is compiled after the first two was compiled for them."""
     lengths = [(Tq if queries == "many" else 5 if queries == "beams" else 1, Tk) for Tq, Tk in LENGTHS]
-    for variants in run_here("--variants", op, json.dumps(lengths)):
+    for variants in run_ahead("test_triton_aot", "variants_of", op, lengths):
         new = set().union(*variants[2:]) - set(variants[0]) - set(variants[1])
         assert not new, "\n".join(sorted(new))
 
@@ -371,7 +362,7 @@ def _count(loop: dict[str, int], *names: str) -> int:
     return sum(number for name, number in loop.items() if name.startswith(names))
 
 
-# In the process that compiles: prints what it found as JSON -----------------------------------------------------------
+# In the process that compiles -----------------------------------------------------------------------------------------
 
 
 def launches(
@@ -531,7 +522,20 @@ def instructions_of(code: str, instruction: str, label: str, branch: str) -> dic
     return {"loops": [Counter(names[start : end + 1]) for start, end in inner], "all": Counter(names)}
 
 
-def _compile(name: str) -> list[dict[str, Any]]:
+def targets_of(name: str, kernel: str, before: list[str]) -> tuple[int, ...]:
+    """Of a kernel of a case, after those that were compiled before it.
+
+    All targets for what the case is about, the first time. Another form of a kernel, for fewer gradients, and what only
+    comes along where every kernel is compiled, have one of the targets in turn.
+    """
+    case = CASES[name]
+    targets = case.get("targets", TARGETS)
+    if (kernel in case.get("kernels", HOT) and kernel not in before) or os.environ.get("ATTN_WHOLE_MATRIX") == "1":
+        return targets
+    return (targets[(list(CASES).index(name) + len(before)) % len(targets)],)
+
+
+def compile_case(name: str) -> list[dict[str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -543,7 +547,7 @@ def _compile(name: str) -> list[dict[str, Any]]:
         if (case.get("kernels") and kernel_name not in case["kernels"]) or source.hash() in seen:
             continue
         seen.add(source.hash())
-        for target in case.get("targets", TARGETS):
+        for target in targets_of(name, kernel_name, [one["name"] for one in compiled]):
             binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             compiled.append(
                 {
@@ -563,7 +567,7 @@ def _compile(name: str) -> list[dict[str, Any]]:
     return compiled
 
 
-def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
+def variants_of(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
     """For each kind of input and each of the lengths, (Tq, Tk), what Triton would compile, described."""
     kinds = [  # rows that are aligned in memory, of 16 bits, and not aligned
         dict(A=512, dtype="float32"),
@@ -589,10 +593,3 @@ def _variants(op: str, lengths: list[tuple[int, int]]) -> list[list[list[str]]]:
                 ]
             )
     return found
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--variants":
-        print(json.dumps(_variants(sys.argv[2], json.loads(sys.argv[3]))))
-    else:
-        print(json.dumps(_compile(sys.argv[1])))

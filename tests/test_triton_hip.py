@@ -1,17 +1,13 @@
 """The Triton kernels, compiled for AMD GPUs (MI200, MI300) without one: registers, scratch memory, LDS, instructions.
 
-As tests/test_triton_aot.py does for NVIDIA GPUs: with the tiles and arguments that the launchers choose, each case in
-a process of its own. What the assembler says of a kernel stands in the metadata of its listing. These kernels have not
-run on an AMD GPU.
+As tests/test_triton_aot.py does for NVIDIA GPUs: with the tiles and arguments that the launchers choose. What the
+assembler says of a kernel stands in the metadata of its listing. These kernels have not run on an AMD GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any
 import pytest
 
 import test_triton_aot as aot
+from ahead import run_ahead
 from matrix import slow_if
 
 pytestmark = pytest.mark.skipif(
@@ -71,13 +68,7 @@ def test_no_instruction_of_nvidia_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_here(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[1]
-    paths = (str(root), str(root / "tests"), environment.get("PYTHONPATH"))
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_CACHE_DIR": str(folder)}
-    process = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return run_ahead("test_triton_hip", "compile_case", *arguments, TRITON_CACHE_DIR=str(folder))
 
 
 def check(compiled: list[dict[str, Any]]) -> None:
@@ -129,10 +120,10 @@ def count(loop: dict[str, int], *names: str) -> int:
     return sum(number for name, number in loop.items() if name.startswith(names))
 
 
-# In the process that compiles: prints what it found as JSON -----------------------------------------------------------
+# In the process that compiles -----------------------------------------------------------------------------------------
 
 
-def compile_case(name: str, target: str, kernels: tuple[str, ...]) -> list[dict[str, Any]]:
+def compile_case(name: str, target: str, *kernels: str) -> list[dict[str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -163,7 +154,3 @@ def compile_case(name: str, target: str, kernels: tuple[str, ...]) -> list[dict[
             }
         )
     return compiled
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_case(sys.argv[1], sys.argv[2], tuple(sys.argv[3:]))))

@@ -337,8 +337,10 @@ const Shape kShapes[] = {
 
 }  // namespace
 
-int main() {
+// check_kernels [level]: every level of this processor, or those whose name begins so.
+int main(int argc, char** argv) {
   for (int i = 0; i < levels().n; ++i) {
+    if (argc > 1 && std::strncmp(levels().list[i].name, argv[1], std::strlen(argv[1])) != 0) continue;
     use_level(levels().list[i].name);
     int checks = 0;
     for (const Shape& shape : kShapes)
