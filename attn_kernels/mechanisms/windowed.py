@@ -93,7 +93,8 @@ class WindowedAttention(StatefulAttention):
         memory_offsets: Tensor | None = None,
     ) -> Memory:
         """As of the mechanism: what each step reads, once per sentence. One without padding is padded."""
-        return self.attention.memory(memory, memory_lengths, mask, memory_offsets).padded()
+        made: Memory = self.attention.memory(memory, memory_lengths, mask, memory_offsets)
+        return made.padded()
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> tuple[Tensor, ...]:
         first = first_step_alignments(memory, hypotheses, torch.float32)
