@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .activations import ACTIVATIONS
 from .attending import attend, attend_once, make_options
-from .checks import check_size, check_tensor
+from .checks import check_activation, check_size, check_tensor
 from .errors import ArgumentTypeError, ArgumentValueError
 from .memory import Memory
 from .packed_attention import attend_packed, packed_backend
 from .packed_memory import is_packed, packed_rows, padding_needed
-from .scores import Score
+from .scores import ActivatedScore, AdditiveScore, Score
 from .types import Attention, attention_mask
+
+_ACTIVATIONS = ("tanh", "relu", "leaky_relu")  # sigmoid is tanh of halves, and a constant that softmax takes out
 
 
 class AttentionModule(nn.Module):
@@ -27,6 +30,8 @@ class AttentionModule(nn.Module):
     """
 
     clip: float | None = None  # C: the score is replaced by C tanh(score)
+    activation: str = "tanh"  # of an additive score
+    negative_slope: float = 0.0  # of leaky_relu
 
     def __init__(
         self,
@@ -89,6 +94,26 @@ class AttentionModule(nn.Module):
         """The projected queries, (..., A), of decoder states, (..., query_size)."""
         projection = self.query_projection
         return state if projection is None else projection(state)
+
+    def _set_activation(self, activation: str, negative_slope: object, additive: bool = True) -> None:
+        """For a constructor. additive: whether the score has one."""
+        if activation not in _ACTIVATIONS:
+            expected = ", ".join(map(repr, _ACTIVATIONS))
+            raise ArgumentValueError(f"{self._name}: activation must be one of {expected}, got {activation!r}")
+        if not additive and activation != "tanh":
+            raise ArgumentValueError(
+                f"{self._name}: activation must be 'tanh', the default, with score='dot', got {activation!r}"
+            )
+        self.activation = activation
+        self.negative_slope = check_activation(self._name, activation, negative_slope)[1]
+
+    def _additive_score(
+        self, v: Tensor, bias: Tensor | None, prepared: Tensor | None = None
+    ) -> AdditiveScore | ActivatedScore:
+        """v . activation(query + keys + bias)."""
+        if self.activation == "tanh":
+            return AdditiveScore(v, bias, prepared)
+        return ActivatedScore(v, bias, ACTIVATIONS.index(self.activation), self.negative_slope)
 
     def query_factor(self) -> Tensor | float | None:
         """A factor of the query; None for 1."""
@@ -171,6 +196,10 @@ class AttentionModule(nn.Module):
 
     def _repr(self, **settings: Any) -> str:
         sizes = {"query_size": self.query_size, "memory_size": self.memory_size}
+        activation: dict[str, Any] = {} if self.activation == "tanh" else {"activation": self.activation}
+        if self.activation == "leaky_relu":
+            activation["negative_slope"] = self.negative_slope
         clip = {} if self.clip is None else {"clip": self.clip}
         backend = {} if self.backend is None else {"backend": self.backend}
-        return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **settings, **clip, **backend}.items())
+        everything = {**sizes, **settings, **activation, **clip, **backend}
+        return ", ".join(f"{name}={value!r}" for name, value in everything.items())

@@ -118,11 +118,38 @@ class Memory:
 
     def gradient(self) -> MemoryGradient:
         """Accumulates the gradients of all steps on this memory; created on first use."""
+        whole: Memory | None = self.__dict__.get("_whole")
+        if whole is not None:
+            return whole.gradient()
         gradient: MemoryGradient | None = self.__dict__.get("_gradient")
         if gradient is None or not gradient.is_current_for(self.keys, self.values):
             gradient = MemoryGradient(self.keys, self.values)
             object.__setattr__(self, "_gradient", gradient)  # not a field, so that copies do not inherit it
         return gradient
+
+    def keys_alone(self) -> Memory:
+        """Keys, and values of size 0, for steps that make alignments only, by masks of their own; made on first use."""
+        whole: Memory | None = self.__dict__.get("_whole")
+        if whole is not None:  # whose lengths and mask are not read of it
+            return whole.keys_alone()
+        made: Memory | None = self.__dict__.get("_keys_alone")
+        if made is None:
+            made = Memory(self.keys, self.keys.new_empty(*self.keys.shape[:2], 0))
+            if not is_compiling():
+                object.__setattr__(self, "_keys_alone", made)  # no field: copies make their own
+        return made
+
+    def with_mask(self, mask: Tensor) -> Memory:
+        """This memory with another mask, of one step, that allows no more than its own.
+
+        The gradients of steps on it are gathered with those of this memory.
+        """
+        made = Memory(self.keys, self.values, self.memory_lengths, mask)
+        if is_compiling():
+            return made
+        object.__setattr__(made, "_whole", self)  # no field: copies are memories of their own
+        # What the mask leaves out besides is values that some steps attend: alignments of 0 times finite numbers.
+        return made.with_zero_padding() if self.has_zero_padding() else made
 
     def meeting(self) -> MemoryGradient:
         """The earlier name of ``gradient``; the next version removes it."""
@@ -153,7 +180,7 @@ class Memory:
         return self.keys, self.values, self.memory_lengths, self.mask, self.memory_offsets
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_gradient", "_zero_padding", "_known_longest")
+        derived = ("_gradient", "_keys_alone", "_whole", "_zero_padding", "_known_longest")
         return {name: x for name, x in self.__dict__.items() if name not in derived}
 
     def select(self, indices: Tensor) -> Memory:

@@ -16,6 +16,8 @@ freed when the pass ends or is aborted. Nested passes and passes in other thread
 
 A step with its own addend of the keys (``extra``: location features) computes the gradient of the sum in its backward,
 since it needs it for the extra. It is added to that of the earlier steps; only the gradient of the values is deferred.
+
+Mechanisms whose steps are not an attention op have records of their own: see mechanisms/reading.py.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -42,7 +44,7 @@ _MAX_QUERIES = 8  # exclusive: from here on, the backward of a single step is th
 _MIN_BYTES = 1 << 18
 
 
-def _untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
     """backward wrapped by ``torch.compiler.disable``: the records of a pass cannot be part of a compiled graph.
 
     Importing Dynamo takes longer than importing torch, so it is not wrapped before someone else has imported Dynamo.
@@ -50,14 +52,24 @@ def _untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
     disabled: list[Callable[..., Any]] = []
 
     @wraps(backward)
-    def untraced(*args: Any) -> Any:
+    def left_out(*args: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
             return backward(*args)
         if not disabled:
             disabled.append(torch.compiler.disable(backward))
         return disabled[0](*args)
 
-    return untraced
+    return left_out
+
+
+class Record(Protocol):
+    """What a step leaves for the gradient of the memory."""
+
+    def is_like(self, other: Any) -> bool:
+        """Whether both can be parts of one call. other: of the same class."""
+
+    def joined_gradients(self, others: list[Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Of keys and values, from this and the others, which are alike; None where it is 0 or was made before."""
 
 
 class _StepRecord(NamedTuple):
@@ -87,8 +99,14 @@ class _StepRecord(NamedTuple):
         gradients: tuple[Tensor, ...] = ops.call(f"{score.op}_backward", backend, *given, *needed)
         return gradients
 
+    def is_like(self, other: _StepRecord) -> bool:
+        return _score_alike(self, other)
 
-class _PendingSteps(list[_StepRecord]):
+    def joined_gradients(self, others: list[_StepRecord]) -> tuple[Tensor | None, Tensor | None]:
+        return _memory_gradients([self, *others])
+
+
+class _PendingSteps(list[Record]):
     """The recorded steps of one backward pass. The engine holds it as a callback for the end of the pass.
 
     dkeys: the sum of the gradients of keys that steps computed themselves, in float32 or wider.
@@ -141,7 +159,7 @@ class MemoryGradient:
         assert node is not None  # this pass came from a step, whose memory needs a gradient
         return torch._C._will_engine_execute_node(node)
 
-    def record(self, step: _StepRecord, dkeys: Tensor | None = None) -> None:
+    def record(self, step: Record, dkeys: Tensor | None = None) -> None:
         """Records a step. Its backward calls this if the gradient of the memory is needed.
 
         dkeys: the gradient of the keys, if the step has computed it.
@@ -208,24 +226,28 @@ class _MemoryGradientNode(Function):
         return keys.new_empty(0)
 
     @staticmethod
-    @_untraced
+    @untraced
     def backward(ctx: Any, _: Any) -> Any:
         steps = ctx.passes.get(torch._C._current_graph_task_id())
         if not steps:
             return None, None, None
-        groups: list[list[_StepRecord]] = []
+        groups: list[list[Record]] = []
         for step in steps:
-            group = next((group for group in groups if _score_alike(group[0], step)), None)
+            alike = (group for group in groups if type(group[0]) is type(step) and group[0].is_like(step))
+            group = next(alike, None)
             if group is None:
                 groups.append([step])
             else:
                 group.append(step)
         steps.clear()
-        dkeys, dvalues = _memory_gradients(groups[0])
-        for group in groups[1:]:
-            more_keys, more_values = _memory_gradients(group)
-            dkeys, dvalues = _sum(dkeys, more_keys), dvalues + more_values
-        return _sum(dkeys, None if steps.dkeys is None else steps.dkeys.to(dvalues.dtype)), dvalues, None
+        dkeys = dvalues = None
+        for first, *others in groups:
+            more_keys, more_values = first.joined_gradients(others)
+            dkeys, dvalues = _sum(dkeys, more_keys), _sum(dvalues, more_values)
+        of_steps = steps.dkeys
+        if of_steps is not None and dvalues is not None:
+            of_steps = of_steps.to(dvalues.dtype)
+        return _sum(dkeys, of_steps), dvalues, None
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -239,20 +261,32 @@ def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
     """
     if type(a.score) is not type(b.score) or a.backend != b.backend:
         return False
+    if _of_queries(a) and _of_queries(b):  # they are joined as the queries are
+        a, b = a._replace(masks=a.masks[:1]), b._replace(masks=b.masks[:1])
     return all(
         x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
         for x, y in zip((*a.score, *a.masks), (*b.score, *b.masks), strict=True)
     )
 
 
-def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor]:
+def _of_queries(step: _StepRecord) -> bool:
+    """Whether the mask, (B, 1, Tk), is that of the query of this step."""
+    mask = step.masks[-1]
+    return mask is not None and mask.dim() == 3
+
+
+def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor | None]:
     """dkeys and dvalues of steps with equal scores: those of one call with the queries of all steps.
 
-    dkeys is None if the steps have computed it themselves.
+    dkeys is None if the steps have computed it themselves, dvalues if there are no values then.
     """
     first, queries = steps[0], [step.query for step in steps]
-    # A mask with three axes is (B, 1, Tk) here, and the same for every step.
-    masks = tuple(x if x is None or x.dim() < 3 else x.squeeze(1) for x in first.masks)
+    masks = first.masks
+    if _of_queries(first):
+        mask: Any = masks[-1]
+        is_same = all(step.masks[-1] is mask for step in steps)
+        mask = mask.squeeze(1) if is_same else torch.cat([cast(Tensor, step.masks[-1]) for step in steps], 1)
+        masks = (*masks[:-1], mask)
     joined = first._replace(
         grad_context=_join_gradients([step.grad_context for step in steps], queries, first.values.shape[-1]),
         grad_alignments=_join_gradients([step.grad_alignments for step in steps], queries, first.alignments.shape[2]),
@@ -261,6 +295,8 @@ def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor]:
         alignments=torch.cat([step.alignments for step in steps], 1),
     )
     if first.score.has_extra:
+        if first.values.shape[-1] == 0:  # of steps that made alignments only
+            return None, None
         return None, joined.backward(False, False, True)[2]
     _, dkeys, dvalues, *_ = joined.backward(False, True)
     return dkeys, dvalues
@@ -297,7 +333,7 @@ class _StepFunction(Function):
         return (context, alignments) if need_alignments else context
 
     @staticmethod
-    @_untraced
+    @untraced
     def backward(ctx: Any, grad_context: Tensor | None, grad_alignments: Tensor | None = None) -> tuple[Any, ...]:
         if grad_context is None and grad_alignments is None:
             return (None,) * len(ctx.needs_input_grad)

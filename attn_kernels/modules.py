@@ -11,20 +11,17 @@ step or, with many queries, all steps at once::
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS
 from .attention_module import AttentionModule
-from .checks import check_activation, check_clip
+from .checks import check_clip
 from .errors import ArgumentValueError
 from .memory import Memory
-from .scores import ActivatedScore, AdditiveScore, DotScore, Score, unit_length
+from .scores import AdditiveScore, DotScore, Score, unit_length
 
 _DOT = DotScore()
-_IN_MODULES = ("tanh", "relu", "leaky_relu")  # activations
 
 
 class BahdanauAttention(AttentionModule):
@@ -74,11 +71,7 @@ class BahdanauAttention(AttentionModule):
         super().__init__(query_size, memory_size, units, backend=backend, factory={"device": device, "dtype": dtype})
         self.units = units
         self.normalize = normalize
-        if activation not in _IN_MODULES:
-            expected = ", ".join(map(repr, _IN_MODULES))
-            raise ArgumentValueError(f"{self._name}: activation must be one of {expected}, got {activation!r}")
-        self.activation = activation
-        self.negative_slope: float = check_activation(self._name, activation, negative_slope)[1]
+        self._set_activation(activation, negative_slope)
         self.clip: float | None = check_clip(self._name, clip)
         self.v: nn.Parameter = self._parameter(units)
         self.g: nn.Parameter | None = self._parameter() if normalize else None
@@ -92,20 +85,14 @@ class BahdanauAttention(AttentionModule):
             nn.init.zeros_(self.bias)
 
     def make_score(self, memory: Memory) -> Score:
-        if self.activation == "tanh":
-            return AdditiveScore(self.score_vector(), self.bias, memory.prepared)
-        number = ACTIVATIONS.index(self.activation)
-        return ActivatedScore(self.score_vector(), self.bias, number, self.negative_slope)
+        return self._additive_score(self.score_vector(), self.bias, memory.prepared)
 
     def score_vector(self) -> Tensor:
         """(A,): ``v``, or with ``normalize`` ``g v / |v|``."""
         return self.v if self.g is None else self.v * (self.g / torch.linalg.vector_norm(self.v))
 
     def extra_repr(self) -> str:
-        settings: dict[str, Any] = {} if self.activation == "tanh" else {"activation": self.activation}
-        if self.activation == "leaky_relu":
-            settings["negative_slope"] = self.negative_slope
-        return self._repr(units=self.units, normalize=self.normalize, **settings)
+        return self._repr(units=self.units, normalize=self.normalize)
 
 
 class LuongAttention(AttentionModule):

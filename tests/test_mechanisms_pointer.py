@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import formulas
-from attn_kernels import ArgumentTypeError, ArgumentValueError
+from attn_kernels import ArgumentTypeError, ArgumentValueError, additive_attention, additive_scores
 from attn_kernels.mechanisms import PointerAttention
 from formulas import LENGTHS, MASK, MASKS, TK, TQ, B, allowed, assert_same, check_backend, check_precision
 
@@ -72,6 +72,23 @@ def gradients(module: PointerAttention, result: Tensor, **inputs: Tensor) -> dic
 @pytest.mark.parametrize("masks", MASKS)
 def test_formula(form: str, masks: str) -> None:
     formulas.check_formula(make(form), inputs(), MASKS[masks], by_hand, gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masks", MASKS)
+def test_log_total_of_the_op(masks: str, dtype: torch.dtype) -> None:
+    """A score less the logarithm of the sum that the op divides by is the log-probability; -inf where there is none."""
+    module, (query, outputs) = make("plain", dtype=dtype), inputs(dtype)
+    memory = module.memory(outputs, **MASKS[masks])
+    given = (module.make_query(query), memory.keys)
+    scores = additive_scores(*given, module.v)
+    found = additive_attention(*given, None, module.v, need_log_total=True, **MASKS[masks])
+    expected = scores.to(found.log_total.dtype) - found.log_total[..., None]
+    expected = torch.where(allowed(MASKS[masks]), expected, -math.inf)
+    assert ((found.log_total == -math.inf) == ~allowed(MASKS[masks]).any(-1)).all()
+    # Scores are rounded to bfloat16, the sum is of those before.
+    options = {"atol": scores.abs().max().item() / 128, "rtol": 0.01} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(module(query, memory), expected.to(dtype), **options)
 
 
 @pytest.mark.parametrize("form", FORMS)

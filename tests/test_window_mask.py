@@ -17,6 +17,7 @@ def test_windows_by_hand() -> None:
     assert window_mask(centres, 1, 5, lengths).int().tolist() == expected
     assert window_mask(torch.tensor([[1.5]]), 1.5, 5).int().tolist() == [[[1, 1, 1, 1, 0]]]
     assert window_mask(torch.tensor([[2.25]], dtype=torch.bfloat16), 1.3, 5).int().tolist() == [[[0, 1, 1, 1, 0]]]
+    assert window_mask(torch.tensor([[1, 3]]), (0, 2), 5).int().tolist() == [[[0, 1, 1, 1, 0], [0, 0, 0, 1, 1]]]
     assert window_mask(torch.zeros(2, 3), 1, 0).shape == (2, 3, 0)
 
 
@@ -45,5 +46,9 @@ def test_refusals_of_windows() -> None:
         window_mask(torch.zeros(3, 1, dtype=torch.bool), 1, 5)
     with pytest.raises(ValueError, match=r"window_mask: radius must be a finite number >= 0.0, got -1"):
         window_mask(torch.zeros(3, 1), -1, 5)
+    with pytest.raises(
+        ValueError, match=r"window_mask: radius must be a number or two, before and after, got \(1, 2, 3\)"
+    ):
+        window_mask(torch.zeros(3, 1), (1, 2, 3), 5)
     with pytest.raises(ValueError, match=r"window_mask: memory_lengths must have shape \(B,\) = \(3,\), got \(2,\)"):
         window_mask(torch.zeros(3, 1), 1, 5, torch.tensor([1, 2]))

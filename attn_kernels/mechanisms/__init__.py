@@ -19,6 +19,7 @@ from .pooling import AttentionPooling, AttentiveStatisticsPooling
 from .stateful import StatefulAttention, StatefulResult, reorder_state, select_state
 from .steps import AlignmentsState
 from .stepwise_monotonic import StepwiseMonotonicAttention
+from .windowed import WindowedAttention
 
 for _exported in (
     AlignmentsState,
@@ -62,6 +63,7 @@ __all__ = [
     "StatefulAttention",
     "StatefulResult",
     "StepwiseMonotonicAttention",
+    "WindowedAttention",
     "coverage_loss",
     "monotonic_alignments",
     "normalize",

@@ -11,6 +11,7 @@ from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..packed_memory import padding_needed
 from ..types import attention_mask, wide_dtype
+from .reading import Source, gathers, weighted_sum
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
 
@@ -60,9 +61,11 @@ def _axes(memory: Memory) -> tuple[int, int]:
     return memory.keys.shape[0], memory.keys.shape[1]
 
 
-def average(alignments: Tensor, memory: Memory) -> Tensor:
+def average(alignments: Tensor, memory: Memory, backend: str | None) -> Tensor:
     """(B, K, D), the context: alignments @ values. alignments: (B, K, Tk), 0 in padding. Padded values may be NaN."""
     values, allowed = memory.values, allowed_steps(memory)
+    if gathers(memory, allowed, alignments, backend):
+        return weighted_sum(alignments, Source(memory.keys, values, allowed, backend, memory.gradient()))
     if allowed is None or (allowed.shape[1] == 1 and memory.has_zero_padding()):
         return alignments @ values
     if allowed.shape[1] == 1:

@@ -40,6 +40,7 @@ class CoverageAttention(StatefulAdditiveAttention):
         units: A, size of the hidden layer that scores.
         scale: a finite number that multiplies the scores.
         bias: whether to learn a bias, initially 0.
+        activation, negative_slope: in the place of tanh, as of :class:`attn_kernels.BahdanauAttention`.
         initial: coverage before the first step: "zeros", or "uniform" over the steps that may be attended (ESPnet).
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
@@ -58,12 +59,15 @@ class CoverageAttention(StatefulAdditiveAttention):
         scale: float = 1.0,
         *,
         bias: bool = True,
+        activation: str = "tanh",
+        negative_slope: float = 0.01,
         initial: str = "zeros",
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(query_size, memory_size, units, scale, bias, backend, device, dtype)
+        options = (activation, negative_slope, backend, device, dtype)
+        super().__init__(query_size, memory_size, units, scale, bias, *options)
         check_initial(self._name, initial)
         self.initial = initial
         self.coverage_weight: nn.Parameter = self._parameter(self.units)

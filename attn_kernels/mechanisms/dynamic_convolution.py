@@ -13,7 +13,8 @@ from ..functional import additive_scores
 from ..memory import Memory
 from ..modules import _reset_score_vector
 from .energy import check_number
-from .steps import AlignmentsState, PositionalAttention, masked_softmax, without_autocast
+from .reading import Source, without_autocast
+from .steps import AlignmentsState, PositionalAttention, masked_softmax
 
 _LEAST_PRIOR = 1e-6  # of the paper: the log prior of a step out of reach is -13.8, not -Inf
 
@@ -107,9 +108,8 @@ class DynamicConvolutionAttention(PositionalAttention):
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
         return self._first_step(memory, hypotheses, attended=True)
 
-    def _alignments(
-        self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
-    ) -> tuple[Tensor, AlignmentsState]:
+    def _alignments(self, query: Tensor, source: Source, state: AlignmentsState) -> tuple[Tensor, AlignmentsState]:
+        keys, allowed = source.keys, source.allowed
         previous = self._previous(state, keys)
         if previous.shape[2] == 0:
             return previous, state

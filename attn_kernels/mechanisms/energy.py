@@ -13,8 +13,8 @@ from ..checks import as_number
 from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from ..scores import AdditiveScore
-from .steps import AlignmentsAttention, AlignmentsState, additive_energies, dot_energies
+from .reading import Source, additive_energies, dot_energies
+from .steps import AlignmentsAttention, AlignmentsState
 
 SCORES = ("additive", "dot")
 
@@ -35,6 +35,8 @@ class EnergyAttention(AlignmentsAttention):
         *,
         score: str,
         normalize: bool,
+        activation: str,
+        negative_slope: float,
         backend: str | None,
         factory: dict[str, Any],
     ) -> None:
@@ -56,6 +58,7 @@ class EnergyAttention(AlignmentsAttention):
             backend=backend,
             factory=factory,
         )
+        self._set_activation(activation, negative_slope, additive)
         self.units: int = self.key_size // energies
         self.score = score
         self.normalize = normalize
@@ -77,12 +80,11 @@ class EnergyAttention(AlignmentsAttention):
         assert v is not None  # of additive energies
         return v if self.g is None else v * (self.g / torch.linalg.vector_norm(v))
 
-    def _energy(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
-        """(B, K, Tk), in float32 or wider. query: (B, K, units), projected. keys: (B, Tk, units)."""
+    def _energy(self, query: Tensor, source: Source) -> Tensor:
+        """(B, K, Tk), in float32 or wider. query: (B, K, units), projected. source: with keys (B, Tk, units)."""
         if self.v is not None:
-            score = AdditiveScore(self.score_vector(), self.bias)
-            return additive_energies(query, keys, score, allowed, self.backend)
-        return dot_energies(query if self.g is None else self.g * query, keys, allowed)
+            return additive_energies(query, source, self._additive_score(self.score_vector(), self.bias))
+        return dot_energies(query if self.g is None else self.g * query, source)
 
     def _score_settings(self) -> dict[str, Any]:
         return {"units": self.units, "score": self.score, "normalize": self.normalize}
@@ -123,15 +125,15 @@ class ChoosingAttention(EnergyAttention):
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> AlignmentsState:
         return self._first_step(memory, hypotheses, self.starts_attended)
 
-    def _choices(self, query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+    def _choices(self, query: Tensor, source: Source) -> Tensor:
         """(B, K, Tk): probabilities in float32 or wider, 0 in padding. With mode="hard" each is 0 or 1."""
         check_choice(self._name, "mode", self.mode, self.modes)  # it may be set between steps
-        energy = self._energy(query, keys, allowed)
+        energy = self._energy(query, source)
         energy = energy + self.score_bias.to(energy.dtype)
         if self.training and self.noise > 0:
             energy = energy + self.noise * torch.randn_like(energy)
-        if allowed is not None:
-            energy = energy.masked_fill(~allowed, float("-inf"))
+        if source.allowed is not None:
+            energy = energy.masked_fill(~source.allowed, float("-inf"))
         return (energy > 0).to(energy.dtype) if self.mode == "hard" else torch.sigmoid(energy)
 
     def _choice_settings(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class ForwardAttention(StatefulAdditiveAttention):
         kernel_size: width of that convolution, odd.
         scale: a finite number that multiplies the scores.
         bias: whether to learn a bias, initially 0.
+        activation, negative_slope: in the place of tanh, as of :class:`attn_kernels.BahdanauAttention`.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -82,11 +83,14 @@ class ForwardAttention(StatefulAdditiveAttention):
         scale: float = 1.0,
         *,
         bias: bool = True,
+        activation: str = "tanh",
+        negative_slope: float = 0.01,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(query_size, memory_size, units, scale, bias, backend, device, dtype)
+        options = (activation, negative_slope, backend, device, dtype)
+        super().__init__(query_size, memory_size, units, scale, bias, *options)
         sizes = self.memory_size + self.query_size
         self.transition: nn.Linear | None = nn.Linear(sizes, 1, **self._factory) if transition_agent else None
         self.location_convolution: nn.Conv1d | None = None
@@ -119,7 +123,7 @@ class ForwardAttention(StatefulAdditiveAttention):
         total = products.sum(-1, keepdim=True)
         alignments = products / torch.where(total > 0, total, 1.0)
         result = alignments.to(likely.dtype)
-        context = average(result, memory)
+        context = average(result, memory, self.backend)
         if self.transition is not None:
             move = torch.sigmoid(self.transition(torch.cat([context, query], dim=2))).to(alignments.dtype)
         return StatefulResult(context, result, ForwardState(alignments, move))

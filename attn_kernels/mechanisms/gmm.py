@@ -13,6 +13,7 @@ from ..errors import ArgumentValueError
 from ..memory import Memory
 from ..types import wide_dtype
 from .energy import check_number
+from .reading import Source
 from .steps import PositionalAttention
 
 _MOST = 30.0  # e^30 is far beyond any position; e^89 overflows float32, and a gradient Inf * 0 would be NaN
@@ -109,9 +110,8 @@ class GMMAttention(PositionalAttention):
         shape = (*self._check_axes(memory, hypotheses), self.mixtures)
         return GMMState(memory.values.new_zeros(shape, dtype=wide_dtype(memory.values.dtype)))
 
-    def _alignments(
-        self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: GMMState
-    ) -> tuple[Tensor, GMMState]:
+    def _alignments(self, query: Tensor, source: Source, state: GMMState) -> tuple[Tensor, GMMState]:
+        keys, allowed = source.keys, source.allowed
         if state[0].dim() != 3 or state[0].shape[2] != self.mixtures:
             expected = f"(B, K, mixtures) = ({query.shape[0]}, *, {self.mixtures})"
             raise ArgumentValueError(f"{self._name}: state must have means {expected}, got {tuple(state[0].shape)}")

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..attending import attend_arrays
 from ..checks import check_lengths, check_masks, check_size, check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..functional import additive_attention, dot_attention
 from ..memory import Memory
 from ..modules import _reset_score_vector
-from ..types import Attention, alignments_of, attention_mask, wide_dtype
+from ..scores import DotScore, Score
+from ..types import Attention, Masks, alignments_of, attention_mask, wide_dtype
 from .energy import EnergyAttention, check_choice, check_number
+from .reading import read, weighted_sum, without_autocast
 from .stateful import StatefulResult
-from .steps import clean, result_dtype, weighted_sum, without_autocast
+from .steps import result_dtype
 
 MODES = ("local-m", "local-p")
 
@@ -26,12 +28,14 @@ class LocalState(NamedTuple):
     step: Tensor
 
 
-def window_mask(centres: Tensor, radius: float, memory_steps: int, memory_lengths: Tensor | None = None) -> Tensor:
+def window_mask(
+    centres: Tensor, radius: float | tuple[float, float], memory_steps: int, memory_lengths: Tensor | None = None
+) -> Tensor:
     """The steps that are at most ``radius`` from a centre; each row and hypothesis has its own centre.
 
     Args:
         centres: (B, K), positions, integer or not; step j is at position j, counted from 0.
-        radius: a number >= 0.
+        radius: a number >= 0, or two: how far before and after the centre.
         memory_steps: Tk.
         memory_lengths: (B,) int32 or int64; steps beyond the length are in no window.
 
@@ -47,11 +51,15 @@ def window_mask(centres: Tensor, radius: float, memory_steps: int, memory_length
         raise ArgumentValueError(f"{name}: centres must have shape (B, K), got {shape_of(centres)}")
     if centres.dtype == torch.bool or centres.is_complex():
         raise ArgumentTypeError(f"{name}: centres must be numbers, got {centres.dtype}")
-    radius = check_number(name, "radius", radius, 0.0)
+    sides = radius if isinstance(radius, tuple) else (radius, radius)
+    if len(sides) != 2:
+        raise ArgumentValueError(f"{name}: radius must be a number or two, before and after, got {radius}")
+    before, after = (check_number(name, "radius", side, 0.0) for side in sides)
     if centres.dtype in (torch.float16, torch.bfloat16):
         centres = centres.float()
     steps = torch.arange(memory_steps, device=centres.device)
-    mask = (steps - centres[..., None]).abs() <= radius
+    distances = steps - centres[..., None]
+    mask = (distances >= -before) & (distances <= after)
     if memory_lengths is None:
         return mask
     check_lengths(name, centres.shape[0], memory_lengths, centres=centres)
@@ -83,7 +91,7 @@ class LocalAttention(EnergyAttention):
         window: D, in steps.
         mode: "local-p", predictive, or "local-m", monotonic.
         score: "additive", or "dot" (the "general" of the paper).
-        normalize: as of :class:`MonotonicAttention`.
+        normalize, activation, negative_slope: as of :class:`MonotonicAttention`.
         backend: as of :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -104,11 +112,14 @@ class LocalAttention(EnergyAttention):
         *,
         score: str = "additive",
         normalize: bool = False,
+        activation: str = "tanh",
+        negative_slope: float = 0.01,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options |= {"activation": activation, "negative_slope": negative_slope}
         options["factory"] = {"device": device, "dtype": dtype}
         super().__init__(query_size, memory_size, units, **options)
         check_choice(self._name, "mode", mode, MODES)
@@ -137,20 +148,17 @@ class LocalAttention(EnergyAttention):
         step = state[0][..., 0]
         next_state = LocalState(state[0] + 1)
         if self.position_projection is None:
-            result = self._windowed(query, memory, memory.values, step)
+            result = self._windowed(query, memory, step)
             return StatefulResult(result.context, alignments_of(result), next_state)
         allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
         if allowed is not None:  # a NaN in a query that may attend nothing would get into the gradient of W_p
             query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
         centres = self._positions(query, memory, allowed)
-        softmax = alignments_of(self._windowed(query, memory, None, centres.detach()))
+        softmax = alignments_of(self._windowed(query, memory, centres.detach(), alone=True))
         with without_autocast(query):
             distances = torch.arange(softmax.shape[2], device=centres.device) - centres[..., None]
             alignments = softmax.to(centres.dtype) * torch.exp(distances.square() * (-2.0 / self.window**2))
-            values = memory.values
-            if allowed is not None:
-                values = clean(values, memory, allowed)
-            context = weighted_sum(alignments, values, allowed)
+            context = weighted_sum(alignments, read(memory, allowed, query, self.backend, reads_keys=False))
         dtype = result_dtype(query)
         return StatefulResult(context.to(dtype), alignments.to(dtype), next_state)
 
@@ -168,16 +176,20 @@ class LocalAttention(EnergyAttention):
             return position * torch.where(allowed, numbers, 0).amax(-1)
         return position * (steps if memory.memory_lengths is None else memory.memory_lengths[:, None])
 
-    def _windowed(self, query: Tensor, memory: Memory, values: Tensor | None, centres: Tensor) -> Attention:
-        """Softmax over the allowed steps of the windows."""
+    def _windowed(self, query: Tensor, memory: Memory, centres: Tensor, alone: bool = False) -> Attention:
+        """Softmax over the allowed steps of the windows. alone: the alignments, without a context."""
         mask = window_mask(centres, self.window, memory.keys.shape[1])
         if memory.mask is not None:
             mask = mask & (memory.mask if memory.mask.dim() == 3 else memory.mask[:, None])
-        masks: dict[str, Any] = {"memory_lengths": memory.memory_lengths, "mask": mask, "backend": self.backend}
+        score: Score
         if self.v is None:
-            query = query if self.g is None else self.g * query
-            return dot_attention(query, memory.keys, values, **masks)
-        return additive_attention(self.make_query(query), memory.keys, values, self.score_vector(), self.bias, **masks)
+            score, query = DotScore(1.0), query if self.g is None else self.g * query
+        else:
+            score, query = self._additive_score(self.score_vector(), self.bias), self.make_query(query)
+        masks = Masks(memory.memory_lengths, mask)
+        memory = memory.keys_alone() if alone else memory
+        inputs = (query, memory.keys, memory.values)
+        return attend_arrays(score, *inputs, masks, True, self.backend, memory)
 
     def extra_repr(self) -> str:
         return self._repr(**self._score_settings(), window=self.window, mode=self.mode)

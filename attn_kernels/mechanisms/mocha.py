@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from ..checks import check_size
 from ..modules import _reset_score_vector
-from ..scores import AdditiveScore
 from .energy import ChoosingAttention
 from .monotonic import MODES, monotonic_alignments
-from .steps import AlignmentsState, additive_energies, dot_energies, recurrence
+from .reading import Source, additive_energies, dot_energies
+from .steps import AlignmentsState, recurrence
 
 
 class MonotonicChunkwiseAttention(ChoosingAttention):
@@ -37,7 +37,8 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
     differences, each at most 1. A moving sum of exponentials could underflow to 0 far from the largest energy.
 
     Args:
-        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize, backend: as of
+        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize, activation, negative_slope,
+            backend: as of
             :class:`MonotonicAttention`; ``units`` is the size of each energy. ``noise``, r and ``normalize`` apply to
             the monotonic energy only.
         chunk_size: w, the number of steps in a chunk; None for all steps up to the one at which it stops.
@@ -64,11 +65,14 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         *,
         score: str = "additive",
         normalize: bool = False,
+        activation: str = "tanh",
+        negative_slope: float = 0.01,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options |= {"activation": activation, "negative_slope": negative_slope}
         options["factory"] = {"device": device, "dtype": dtype}
         super().__init__(query_size, memory_size, units, mode, noise, score_bias_init, 2, **options)
         self.chunk_size: int | None = None if chunk_size is None else check_size(self._name, "chunk_size", chunk_size)
@@ -84,18 +88,17 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         if self.chunk_bias is not None:
             nn.init.zeros_(self.chunk_bias)
 
-    def _alignments(
-        self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
-    ) -> tuple[Tensor, AlignmentsState]:
-        keys, chunk_keys = keys.split(self.units, -1)
+    def _alignments(self, query: Tensor, source: Source, state: AlignmentsState) -> tuple[Tensor, AlignmentsState]:
+        allowed = source.allowed
+        source, of_chunks = source.split_keys(self.units)
         if self.chunk_v is not None:
             query, chunk_query = self.make_query(query).split(self.units, -1)
-            score = AdditiveScore(self.chunk_v, self.chunk_bias)
-            energy = additive_energies(chunk_query, chunk_keys, score, allowed, self.backend)
+            score = self._additive_score(self.chunk_v, self.chunk_bias)
+            energy = additive_energies(chunk_query, of_chunks, score)
         else:
-            energy = dot_energies(query, chunk_keys, allowed)
-        p_choose = self._choices(query, keys, allowed)
-        stops = monotonic_alignments(p_choose, self._previous(state, keys).to(p_choose.dtype), self.mode)
+            energy = dot_energies(query, of_chunks)
+        p_choose = self._choices(query, source)
+        stops = monotonic_alignments(p_choose, self._previous(state, source.keys).to(p_choose.dtype), self.mode)
         # Finite, not -inf: the gradients of a chunk of nothing but padding, where alpha is 0, must be 0, not NaN.
         if allowed is not None:
             energy = energy.masked_fill(~allowed, -_far(energy))

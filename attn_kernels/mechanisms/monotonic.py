@@ -11,6 +11,7 @@ from ..checks import check_tensor, shape_of
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..types import DTYPES, upcast
 from .energy import ChoosingAttention, check_choice
+from .reading import Source
 from .steps import AlignmentsState, recurrence, shifted
 
 MODES = ("recursive", "parallel", "hard")
@@ -100,6 +101,8 @@ class MonotonicAttention(ChoosingAttention):
             is used up at the beginning.
         score: "additive" or "dot".
         normalize: learn ``g``; additive: initially sqrt(1 / units), with a ``bias``, initially 0; dot: initially 1.
+        activation, negative_slope: of additive energies, in the place of tanh: as of
+            :class:`attn_kernels.BahdanauAttention`.
         backend: as of :func:`attn_kernels.additive_scores`.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -123,6 +126,8 @@ class MonotonicAttention(ChoosingAttention):
         *,
         score: str = "additive",
         normalize: bool = False,
+        activation: str = "tanh",
+        negative_slope: float = 0.01,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -130,13 +135,12 @@ class MonotonicAttention(ChoosingAttention):
         mode = self.modes[0] if mode is None else mode
         bias = self.default_score_bias if score_bias_init is None else score_bias_init
         options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        options |= {"activation": activation, "negative_slope": negative_slope}
         options["factory"] = {"device": device, "dtype": dtype}
         super().__init__(query_size, memory_size, units, mode, noise, bias, **options)
         self._reset_scores()
 
-    def _alignments(
-        self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
-    ) -> tuple[Tensor, AlignmentsState]:
-        p_choose = self._choices(self.make_query(query), keys, allowed)
-        alignments = monotonic_alignments(p_choose, self._previous(state, keys).to(p_choose.dtype), self.mode)
+    def _alignments(self, query: Tensor, source: Source, state: AlignmentsState) -> tuple[Tensor, AlignmentsState]:
+        p_choose = self._choices(self.make_query(query), source)
+        alignments = monotonic_alignments(p_choose, self._previous(state, source.keys).to(p_choose.dtype), self.mode)
         return alignments, AlignmentsState(alignments)

@@ -6,20 +6,18 @@ alignments and context in one pass. The ops compute the scores; the rest runs in
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_masks
 from ..errors import ArgumentTypeError, ArgumentValueError
-from ..functional import additive_scores
 from ..memory import Memory
 from ..packed_memory import padding_needed
-from ..scores import AdditiveScore
 from ..types import DTYPES, attention_mask, device_type, wide_dtype
+from .reading import Source, read, weighted_sum, without_autocast
 from .stateful import StatefulAttention, StatefulResult
 
 
@@ -47,23 +45,19 @@ class AlignmentsAttention(StatefulAttention):
     def _step(self, query: Tensor, memory: Memory, state: Any) -> StatefulResult:
         check_masks(self._name, query, memory.keys, memory.memory_lengths, memory.mask)
         allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
-        keys, values = memory.keys, memory.values
         if allowed is not None:  # 0 * NaN is NaN
             query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
-            values = clean(values, memory, allowed)
-            if self.reads_keys:
-                keys = clean(keys, memory, allowed)
-        alignments, state = self._alignments(query, keys, allowed, state)
+        source = read(memory, allowed, query, self.backend, self.reads_keys)
+        alignments, state = self._alignments(query, source, state)
         dtype = result_dtype(query)
         with without_autocast(query):
-            context = weighted_sum(alignments, values, allowed)
+            context = weighted_sum(alignments, source)
         return StatefulResult(context.to(dtype), alignments.to(dtype), state)
 
-    def _alignments(self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+    def _alignments(self, query: Tensor, source: Source, state: Any) -> tuple[Tensor, Any]:
         """Alignments (B, K, Tk) in float32 or wider, zero where not allowed, and the next state.
 
-        query: (B, K, query_size). keys: (B, Tk, key_size). allowed: bool, (B, 1, Tk) or (B, K, Tk); None where every
-        step may be attended.
+        query: (B, K, query_size).
         """
         raise NotImplementedError
 
@@ -130,53 +124,6 @@ def result_dtype(query: Tensor) -> torch.dtype:
     if device == "meta" or query.dtype not in DTYPES[:3] or not torch.is_autocast_enabled(device):
         return query.dtype
     return torch.get_autocast_dtype(device)
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast, for products that must stay in float32."""
-    device = device_type(tensor)
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
-def clean(x: Tensor, memory: Memory, allowed: Tensor) -> Tensor:
-    """x, the keys or values of a memory, with zeros in the steps that no query may attend."""
-    return x if memory.has_zero_padding() else x.masked_fill(~allowed.any(1)[..., None], 0.0)
-
-
-def additive_energies(
-    query: Tensor, keys: Tensor, score: AdditiveScore, allowed: Tensor | None, backend: str | None
-) -> Tensor:
-    """(B, K, Tk): additive scores in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
-    if not per_hypothesis(allowed):
-        scores = additive_scores(query, keys, score.v, score.bias, backend=backend)
-    else:
-        pairs = torch.where(allowed[..., None], keys[:, None], 0.0).flatten(0, 1)
-        scores = additive_scores(query.flatten(0, 1), pairs, score.v, score.bias, backend=backend).view(allowed.shape)
-    return scores.to(wide_dtype(scores.dtype))
-
-
-def dot_energies(query: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
-    """(B, K, Tk): dot products in float32 or wider. query: (B, K, A). keys: (B, Tk, A)."""
-    if not per_hypothesis(allowed):
-        scores = torch.bmm(query, keys.mT)
-    else:
-        scores = (query[:, :, None] * torch.where(allowed[..., None], keys[:, None], 0.0)).sum(-1)
-    return scores.to(wide_dtype(scores.dtype))
-
-
-def weighted_sum(alignments: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """(B, K, D): alignments @ values. alignments: (B, K, Tk). values: (B, Tk, D), finite in padding."""
-    values = values.to(alignments.dtype)
-    if not per_hypothesis(allowed):
-        return torch.bmm(alignments, values)
-    return (alignments[..., None] * torch.where(allowed[..., None], values[:, None], 0.0)).sum(2)
-
-
-def per_hypothesis(allowed: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the mask differs between hypotheses, so that pairs have to be masked, not steps."""
-    return allowed is not None and allowed.shape[1] != 1
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .monotonic import MonotonicAttention
+from .reading import Source
 from .steps import AlignmentsState, shifted
 
 
@@ -29,8 +30,8 @@ class StepwiseMonotonicAttention(MonotonicAttention):
             initial one.
         score_bias_init: initial value of r; None for 3.5, the value of the authors' code for speech synthesis. Where
             energies are near 0, an alignment moves on every 1 + e^r steps: training is sensitive to r.
-        query_size, memory_size, units, noise, score, normalize, backend, device, dtype: as of
-            :class:`MonotonicAttention`.
+        query_size, memory_size, units, noise, score, normalize, activation, negative_slope, backend, device, dtype: as
+            of :class:`MonotonicAttention`.
 
     Parameters: those of :class:`MonotonicAttention`.
 
@@ -42,11 +43,10 @@ class StepwiseMonotonicAttention(MonotonicAttention):
     default_score_bias = 3.5
     starts_attended = True
 
-    def _alignments(
-        self, query: Tensor, keys: Tensor, allowed: Tensor | None, state: AlignmentsState
-    ) -> tuple[Tensor, AlignmentsState]:
-        stay = self._choices(self.make_query(query), keys, allowed)
-        previous = self._previous(state, keys).to(stay.dtype)
+    def _alignments(self, query: Tensor, source: Source, state: AlignmentsState) -> tuple[Tensor, AlignmentsState]:
+        allowed = source.allowed
+        stay = self._choices(self.make_query(query), source)
+        previous = self._previous(state, source.keys).to(stay.dtype)
         alignments = previous * stay + _to_next(previous * (1.0 - stay), allowed)
         if allowed is not None:
             alignments = alignments.masked_fill(~allowed, 0.0)

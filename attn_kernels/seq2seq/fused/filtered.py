@@ -16,14 +16,14 @@ from torch import Tensor
 from ...attending import ADD_BEFOREHAND
 from ...mechanisms.location_features import AlignmentFilters, filter_alignments, filter_gradients
 from ...memory import Memory
-from ...scores import AdditiveExtraScore, AdditiveScore
+from ...scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore
 from ...types import wide_dtype
 from .attention import AttentionBackward, AttentionForward, SavedAttention, call, op_arguments
 from .inputs import Inputs
 
 
-def additive_score(inputs: Inputs) -> AdditiveScore:
-    assert isinstance(inputs.score, AdditiveScore)  # of all that have filters
+def additive_score(inputs: Inputs) -> AdditiveScore | ActivatedScore:
+    assert isinstance(inputs.score, AdditiveScore | ActivatedScore)  # of all that have filters
     return inputs.score
 
 
@@ -34,13 +34,14 @@ class _Filters:
     """
 
     def __init__(self, inputs: Inputs, filters: AlignmentFilters, padded: Tensor) -> None:
-        self.score: AdditiveScore = additive_score(inputs)
+        self.score: AdditiveScore | ActivatedScore = additive_score(inputs)
         self.memory: Memory = inputs.memory
         self.padded = padded
         self.weight: Tensor = filters.weight.flatten(1)
         self.taps: int = filters.weight.shape[2]
         self.adds_beforehand: bool = inputs.backend in ADD_BEFOREHAND
-        self.op: str = self.score.op if self.adds_beforehand else AdditiveExtraScore.op
+        with_extra = ActivatedExtraScore if isinstance(self.score, ActivatedScore) else AdditiveExtraScore
+        self.op: str = self.score.op if self.adds_beforehand else with_extra.op
 
     def arguments(self, t: int) -> tuple[Any, ...]:
         """Of the op in step t, after the query, but for the last one."""
@@ -137,7 +138,7 @@ class FilteredBackward(AttentionBackward):
         dweight = self.dweight.to(dtype).view_as(self.given.weight)
         return {
             "memory": Memory(self.dkeys.to(dtype), dvalues),
-            "score": AdditiveScore(self.dv.to(dtype), dbias),
+            "score": self.filters.score._replace(v=self.dv.to(dtype), bias=dbias),
             "query": self._of_query(states),
             "filters": AlignmentFilters(dweight, self.dprevious, self.dtotal),
         }

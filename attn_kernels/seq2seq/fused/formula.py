@@ -15,7 +15,7 @@ from torch.nn.functional import linear, pad
 
 from ... import formulas
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
-from ...scores import AdditiveScore, Score, unit_length
+from ...scores import ActivatedScore, AdditiveScore, Score, unit_length
 from .attention import op_arguments
 from .inputs import Inputs, unflatten
 
@@ -61,7 +61,7 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
         query = hidden[-1] if inputs.query.weight is None else linear(hidden[-1], inputs.query.weight)
         query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
         score = inputs.score
-        if filters is not None and isinstance(score, AdditiveScore):
+        if filters is not None and isinstance(score, AdditiveScore | ActivatedScore):
             score = score.with_extra(_extra(filters))
         arguments = (query, *op_arguments(score, inputs.memory), True)
         context, alignments = formulas.apply_formula(score.op, arguments)
