@@ -110,7 +110,8 @@ def of_each_value(items: list[pytest.Item]) -> list[pytest.Item]:
         seen: set[tuple[str, str]] = set()
         quick = [item for item in cases if item.get_closest_marker("slow") is None]
         for item in quick or cases:
-            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            parameters = item.callspec.params if hasattr(item, "callspec") else {"of no parameters": True}
+            values = {(name, repr(value)) for name, value in parameters.items()}
             if not values <= seen:
                 seen |= values
                 chosen.append(item)
