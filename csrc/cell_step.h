@@ -1,5 +1,5 @@
-// A step of the cells of an LSTM or GRU for few rows, on buffers that are made once: what a search (decoder_step.h) and
-// an encoder (recurrent_steps.cpp) have in common.
+// A step of LSTM or GRU cells for few rows, on preallocated buffers. Searches (decoder_step.h) and encoders
+// (recurrent_steps.cpp) use it.
 #pragma once
 
 #include <cstring>
@@ -30,7 +30,7 @@ std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
   return rows;
 }
 
-// Where products of few rows read a weight: as it lies, or what it is rounded to.
+// The weight of products of few rows: the original in place, or a rounded copy.
 class Weight {
  public:
   Weight() = default;

@@ -1,9 +1,9 @@
 // Attention over packed memories, of attn_kernels/ops.py: keys (N, A) and values (N, D), the steps of all sentences one
 // after the other. CPU only.
 //
-// Each sentence is a call of the kernel, as a batch of one without padding: the kernels know nothing of packing, and
-// calls with padding pay nothing for it. Alignments are (B, Tq, columns) with zeros behind each sentence, or packed, too:
-// (Tq N,), where sentence b has its (Tq, length) from Tq offsets[b] on.
+// Each sentence is a call of the kernel, as a batch of one without padding. So the kernels need no support for packing,
+// and padded calls have no overhead. Alignments are (B, Tq, columns), with zeros after each sentence, or packed: (Tq N,),
+// where those of sentence b, (Tq, length), begin at Tq offsets[b].
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -76,7 +76,7 @@ class Sentences {
   int64_t longest_ = 0;
 };
 
-// What lies so many elements behind.
+// The view or pointer, advanced by that many elements.
 StridedView3 from(StridedView3 a, int64_t elements) {
   if (a) a.data = static_cast<const char*>(a.data) + elements * item_size(a.dtype);
   return a;

@@ -1,4 +1,4 @@
-// Scores of additive attention where the factored form would show its rounding or leave its range: compensated ones.
+// Compensated scores of additive attention, for inputs beyond the accuracy or the range of the factored form.
 // Part of a SIMD level: see simd.h; ../additive_math.h has the limits.
 //
 //   tanh(q + k) = n / (n + 2),   n = e^{2q} e^{2k} - 1
@@ -107,8 +107,8 @@ ATTN_INLINE void widen(T x, T* least, T* most) {
   if (x > *most || x != x) *most = x;
 }
 
-// out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each by the form that serves it; a pair
-// has the same score whatever is beside it. exact(a, b): the score of query a and step b by tanh itself.
+// out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each in a suitable form. The score of a pair
+// does not depend on its neighbours. exact(a, b): the score of query a and step b in the exact form.
 template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
 __attribute__((noinline)) void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i,
                                           const KeyRows<T>& k, int64_t j, T* out, int64_t out_ld, const Exact& exact) {

@@ -10,12 +10,12 @@
 //   themselves <= kMaxAbsExponential  additive_compensated.h       the same
 //   beyond that, or NaN             tanh itself                    tanh itself
 //
-// In low precision, where the target has them, estimates of the reciprocal, one each, take the place of the forward's
-// divisions. Elsewhere an estimate that is refined takes the place of a division where that is faster (kernels.cpp has
-// the table), in the same ranges: there denominators and their reciprocals are normal numbers.
+// In low precision the forward replaces divisions by reciprocal estimates, one per unit, if the target has them. In other
+// dtypes refined estimates replace divisions where that is faster (kernels.cpp has the table), in the same ranges: there
+// denominators and their reciprocals are normal numbers.
 //
-// The forward also leaves the factored form where a large v would show its rounding (min_abs_bound), again for that of
-// additive_compensated.h.
+// The forward also uses the form of additive_compensated.h if a large v would amplify the rounding of the factored form
+// (min_abs_bound).
 #pragma once
 
 #include "../additive_attention.h"
@@ -25,10 +25,11 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// How the reciprocals of denominators are made: three by one division, or one refined estimate, or by an estimate each.
+// How the reciprocals of denominators are computed: three by one division, three by one refined estimate, or each by an
+// estimate.
 enum class Reciprocals { three, three_refined, estimate };
 
-// v and bias as vectors that end in zeros, and what the factored form needs of v.
+// v and bias, padded with zeros to whole vectors, and the constants of v for the factored form.
 template <typename T>
 struct FactoredV {
   int64_t n, size;  // A, and A in whole vectors
@@ -283,8 +284,8 @@ template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
 void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j, T* out,
                 int64_t out_ld, const Exact& exact);
 
-// Scores of NQ queries and NK steps: by the form kBy if all are in its range, otherwise each by one that is. exact(a,
-// b) is the score of query a and step b by tanh itself.
+// Scores of NQ queries and NK steps: by the form kBy if all are within its limits, otherwise each by a form that is.
+// exact(a, b) is the score of query a and step b in the exact form.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>
 ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Exact& exact, const T* const* next = nullptr) {

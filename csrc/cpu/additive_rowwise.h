@@ -44,8 +44,8 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, in
   }
 }
 
-// Rowwise, for few queries: memory bandwidth decides, so keys are read and dkeys, with kKeys, written in one pass along
-// rows, with the sums in L1. The task has the units [first, first + size) of a sentence, in whole vectors.
+// Rowwise, for few queries, which are memory-bound: keys are read and dkeys, with kKeys, written in one pass along rows,
+// with the sums in L1. The task has the units [first, first + size) of a sentence, in whole vectors.
 template <typename T, bool kKeys, class Pair>
 void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;

@@ -1,4 +1,4 @@
-// The normaliser of attention: what turns a row of scores into alignments. Part of a SIMD level: see simd.h.
+// The normaliser of attention, from a row of scores to alignments. Part of a SIMD level: see simd.h.
 //
 // attention.h takes a normaliser as a template argument, a class with
 //   row(p, n)          the alignments of n > 0 attended scores p, in place
@@ -10,8 +10,7 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Sums over more steps than this are made of parts: one sum of hundreds of thousands of steps would be off by as many
-// roundings of the whole.
+// Longer sums are split into partial sums: the rounding errors of a single sum grow with its number of steps.
 // Without fused multiply-adds, the portable level rounds twice for each step.
 constexpr int64_t kMaxSummedSteps = ATTN_VECTOR_BYTES == 16 ? 256 : 2048;
 
@@ -57,9 +56,9 @@ struct Softmax {
     for (int64_t j = 0; j < end; j += w) store(p + j, load(p + j) * factor);
   }
 
-  // d = w (d - delta), delta = sum w d / sum w, in two steps: the second one makes up for what rounding left of the
-  // first. The sum of w is 1, but for rounding to a low precision; and where all d are about the same, the rounding of
-  // their mean is as large as the differences that count.
+  // d = w (d - delta), delta = sum w d / sum w, computed in two steps: the second corrects the rounding of the first.
+  // The sum of w is 1 only up to rounding to a low precision; and if all d are about equal, the rounding of their mean is
+  // as large as their differences.
   template <typename T>
   ATTN_INLINE static void gradient(const T* w, T* d, int64_t n) {
     if (n <= width<T>) {

@@ -30,8 +30,8 @@ struct Stage {
 template <class Run>
 Stage(int64_t, int64_t, Run) -> Stage<Run>;
 
-// Runs stages that each need what the one before has made of the same sentence: sentence by sentence, while it is in
-// cache, where every thread has a few of them, otherwise stage by stage.
+// Runs dependent stages on all sentences: sentence by sentence, which reuses caches, if every thread has a few sentences;
+// otherwise stage by stage.
 template <class... Stages>
 void for_each_sentence(int64_t batch, const Stages&... stages) {
   if (batch < 4 * thread_count() && thread_count() > 1) {
@@ -51,8 +51,8 @@ void for_each_sentence(int64_t batch, const Stages&... stages) {
   });
 }
 
-// How the queries of a sentence are cut into tasks: small enough that weights and projected queries stay in L2 and that
-// there is a task for every thread, large enough that what is prepared per step serves many queries.
+// The division of a sentence's queries into tasks: small enough that weights and projected queries stay in L2 and that
+// every thread gets a task, large enough that the work per step is shared by many queries.
 struct QueryTiles {
   int64_t queries, size, per_sentence, tasks;
 
