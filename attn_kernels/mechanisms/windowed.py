@@ -35,7 +35,7 @@ class WindowedAttention(StatefulAttention):
         context, alignments, state = attention(decoder_state, memory, state)
 
     Source: the attention constraint of Ping et al., "Deep Voice 3: scaling text-to-speech with convolutional sequence
-    learning", 2018, section 3.5, as speech synthesis uses it at inference. ESPnet's ``backward_window`` is ``behind``,
+    learning", 2018, as speech synthesis uses it at inference. ESPnet's ``backward_window`` is ``behind``,
     its ``forward_window`` ``ahead + 1``; likewise ``win_back`` and ``win_front`` of coqui-tts. Both have it for one
     sentence.
 
