@@ -13,13 +13,17 @@ constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the 
 constexpr int64_t kMaxStreamedRows = 8;  // up to this many sums, rows are streamed rather than packed
 constexpr int64_t kMaxShortSumRows = 8;  // up to this many rows are summed in one pass along a long result
 
-// How far after the rows [j, j + at_once) those lie that are prefetched while they are read, in bytes: the next ones, or
-// where rows are short and the next ones would come too late, some after them. One distance for all rows, as a pointer
-// to each of the next rows takes registers that there are not; where steps are masked it is a guess.
+// How many bytes after the rows [j, j + at_once) that lies which is prefetched while they are read: the next rows, or
+// where rows are short and the next ones would come too late, some after them. Rows that would push each other out of
+// the first cache are prefetched a little ahead in themselves. One distance for all rows, as a pointer to each of the
+// next ones takes registers that there are not; where steps are masked it is a guess.
 template <class Rows>
 ATTN_INLINE int64_t distance_ahead(const Rows& rows, int64_t j, int64_t at_once, int64_t count, int64_t n) {
-  const int64_t ahead = at_once * n * static_cast<int64_t>(sizeof(*rows[0])) < 2048 ? 4 : 0;
-  return reinterpret_cast<intptr_t>(rows[min(j + at_once + ahead, count - 1)]) - reinterpret_cast<intptr_t>(rows[j]);
+  constexpr int64_t kLeast = 1 << 11, kMost = 1 << 14;
+  const int64_t bytes = at_once * n * static_cast<int64_t>(sizeof(*rows[0]));
+  if (bytes > kMost) return kLeast;
+  const int64_t next = min(j + at_once + (bytes < kLeast ? 4 : 0), count - 1);
+  return reinterpret_cast<intptr_t>(rows[next]) - reinterpret_cast<intptr_t>(rows[j]);
 }
 
 // Prefetches what lies so many bytes after elements [c, c + n) of a row, a few vectors at most.
@@ -70,7 +74,7 @@ void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t c
     if (c < n) add(0, [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c, n - c); });
     for (int r = 0; r < NR; ++r) result[r] = acc[0][r] + acc[1][r];
   };
-  constexpr int kRowsPerLoad = 4;
+  constexpr int kRowsPerLoad = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // two sums of each, in 32 registers or 16
   int64_t j = 0;
   for (; j + kRowsAtOnce <= count; j += kRowsAtOnce)
     for (int64_t i = 0; i < x_rows; ++i) {
@@ -119,7 +123,8 @@ ATTN_INLINE void weighted_sum_narrow(T* out, const T* weight, int64_t wj, const 
 
 // to_o += sum_r weight_o[r * wj] * y_r for NO rows `to` and NY rows y of n elements. In the first `in_pairs` columns, of
 // rows of bfloat16, the sums lie apart: those of first elements of pairs, a vector, then those of second ones, for a
-// pair becomes two numbers faster than a vector of single elements does. distance: of what is prefetched, 0 for nothing.
+// pair becomes two numbers faster than a vector of single elements does. distance: of what is prefetched, 0 for
+// what is read anyway.
 // Not inlined: the pointers take all registers there are.
 template <typename T, int NO, int NY, class E>
 __attribute__((noinline)) void add_weighted_rows(T* const* out, const T* const* weight, int64_t j, int64_t wj,
@@ -210,11 +215,14 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
       for (int r = 0; r < NY; ++r) y[r] = rows[j + r];
       int64_t distance = distance_ahead(rows, j, NY, count, n);
       // A vector of each row, once loaded, is added to several sums.
-      for (int64_t i = 0, left; (left = out_rows - i) > 0; distance = 0) {
+      int64_t i = 0;
+      while (i < out_rows) {
+        const int64_t left = out_rows - i;
         auto add_to = [&](auto sums_at_once) __attribute__((always_inline)) {
           constexpr int NO = decltype(sums_at_once)::value;
           add_weighted_rows<T, NO, NY>(out + i, weight + i, j, wj, y, n, in_pairs, distance);
           i += NO;
+          distance = 0;  // they are there by then
         };
         if (left == 1)
           add_to(std::integral_constant<int, 1>());
@@ -227,7 +235,8 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
       }
     }
   };
-  if (out_rows == 1) step(std::integral_constant<int, ATTN_VECTOR_BYTES == 64 ? 8 : 4>());
+  if (out_rows == 1 && n * static_cast<int64_t>(sizeof(E)) <= 2048)
+    step(std::integral_constant<int, ATTN_VECTOR_BYTES == 64 ? 8 : 4>());
   step(std::integral_constant<int, 4>());
   step(std::integral_constant<int, 1>());
   const auto index = std::make_index_sequence<w>();
