@@ -466,7 +466,11 @@ auto weighted_steps(const AttentionParams& p, const T* weights, const StridedVie
     if (p.Tq <= (columns >= kPanel<T> ? kMaxShortSumRows : kMinPackedRows - 1)) {
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
-      for (int64_t j = 0; j < count; ++j) weighted_sum_short(rows[j], factors + j, p.Tk, y, p.Tq, columns, stream);
+      for (int64_t j = 0; j < count; ++j) {
+        T* row = rows[direct ? j : 0];  // in L1, where it is converted from there
+        weighted_sum_short(row, factors + j, p.Tk, y, p.Tq, columns, stream);
+        if (!direct) write_row(out, p.dtype, (b * p.Tk + list[at + j]) * columns, row, columns);
+      }
       if (stream) stream_end();
     } else {
       auto add_queries = [&](int64_t i, int64_t nq, const auto& y) {
@@ -480,10 +484,10 @@ auto weighted_steps(const AttentionParams& p, const T* weights, const StridedVie
         const int64_t nq = min(kPanelRows, p.Tq - i);
         add_queries(i, nq, PointedRows<T>{block.read(b, i, nq)});
       }
+      if (!direct)
+        for (int64_t j = 0; j < count; ++j)
+          write_row(out, p.dtype, (b * p.Tk + list[at + j]) * columns, rows[j], columns);
     }
-    if (!direct)
-      for (int64_t j = 0; j < count; ++j)
-        write_row(out, p.dtype, (b * p.Tk + list[at + j]) * columns, rows[j], columns);
   };
   return Stage{row_tasks * strips, p.Tq * step_rows * strip, run};
 }

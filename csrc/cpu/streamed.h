@@ -13,10 +13,24 @@ constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the 
 constexpr int64_t kMaxStreamedRows = 8;  // up to this many sums, rows are streamed rather than packed
 constexpr int64_t kMaxShortSumRows = 8;  // up to this many rows are summed in one pass along a long result
 
-// Distance of prefetches, in rows: with short rows, prefetching the next ones would be too late.
+// How many bytes after the rows [j, j + at_once) that lies which is prefetched while they are read: the next rows, or
+// where rows are short and the next ones would come too late, some after them. Rows that would push each other out of
+// the first cache are prefetched a little ahead in themselves. One distance for all rows, as a pointer to each of the
+// next ones takes registers that there are not; where steps are masked it is a guess.
+template <class Rows>
+ATTN_INLINE int64_t distance_ahead(const Rows& rows, int64_t j, int64_t at_once, int64_t count, int64_t n) {
+  constexpr int64_t kLeast = 1 << 11, kMost = 1 << 14;
+  const int64_t bytes = at_once * n * static_cast<int64_t>(sizeof(*rows[0]));
+  if (bytes > kMost) return kLeast;
+  const int64_t next = min(j + at_once + (bytes < kLeast ? 4 : 0), count - 1);
+  return reinterpret_cast<intptr_t>(rows[next]) - reinterpret_cast<intptr_t>(rows[j]);
+}
+
+// Prefetches what lies so many bytes after elements [c, c + n) of a row, a few vectors at most.
 template <class E>
-ATTN_INLINE int64_t rows_ahead(const E*, int64_t n) {
-  return n * static_cast<int64_t>(sizeof(E)) <= 512 ? 4 : 0;
+ATTN_INLINE void prefetch_ahead(const E* row, int64_t c, int64_t n, int64_t distance) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
+  for (int64_t u = 0; u < n; u += line) prefetch_into_l1(reinterpret_cast<uintptr_t>(row + c + u) + distance);
 }
 
 // out[i * ld + j * step] = scale * x_i . rows[j] for x_rows rows x and `count` rows of n elements. X is T or, where rows
@@ -31,37 +45,36 @@ void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t c
     else
       return load_element(p, left...);
   };
-  const int64_t ahead = rows_ahead(decltype(rows[0])(nullptr), n);
   // The products with NR rows from j on, summed up but for the last vector. Prefetches the next rows.
   auto row_sums = [&](auto rows_at_once, const X* xi, int64_t j, Vec<T>* result) __attribute__((always_inline)) {
     constexpr int NR = decltype(rows_at_once)::value;
     Vec<T> acc[2][NR];
     clear(acc[0]);
     clear(acc[1]);
-    decltype(rows[0]) row[NR], next[NR];
-    for (int r = 0; r < NR; ++r) {
-      row[r] = rows[j + r];
-      next[r] = rows[min(j + NR + r + ahead, count - 1)];
-    }
-    auto add = [&](int set, int64_t c, auto load_row) __attribute__((always_inline)) {
+    decltype(rows[0]) row[NR];
+    for (int r = 0; r < NR; ++r) row[r] = rows[j + r];
+    const int64_t distance = distance_ahead(rows, j, NR, count, n);
+    auto add = [&](int set, auto load_row) __attribute__((always_inline)) {
       const auto xc = load_row(xi);
-      for (int r = 0; r < NR; ++r) {
-        acc[set][r] = add_product(acc[set][r], xc, load_row(row[r]));
-        prefetch(next[r] + c);
-      }
+      for (int r = 0; r < NR; ++r) acc[set][r] = add_product(acc[set][r], xc, load_row(row[r]));
+    };
+    auto prefetch_next = [&](int64_t c, int64_t columns) __attribute__((always_inline)) {
+      for (int r = 0; r < NR; ++r) prefetch_ahead(row[r], c, columns, distance);
     };
     int64_t c = 0;
     auto whole = [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c); };
     for (; c + 2 * w <= n; c += w) {
-      add(0, c, whole);
+      prefetch_next(c, 2 * w);
+      add(0, whole);
       c += w;
-      add(1, c, whole);
+      add(1, whole);
     }
-    for (; c + w <= n; c += w) add(0, c, whole);
-    if (c < n) add(0, c, [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c, n - c); });
+    if (c < n) prefetch_next(c, w);
+    for (; c + w <= n; c += w) add(0, whole);
+    if (c < n) add(0, [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c, n - c); });
     for (int r = 0; r < NR; ++r) result[r] = acc[0][r] + acc[1][r];
   };
-  constexpr int kRowsPerLoad = 2;
+  constexpr int kRowsPerLoad = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // two sums of each, in 32 registers or 16
   int64_t j = 0;
   for (; j + kRowsAtOnce <= count; j += kRowsAtOnce)
     for (int64_t i = 0; i < x_rows; ++i) {
@@ -108,6 +121,70 @@ ATTN_INLINE void weighted_sum_narrow(T* out, const T* weight, int64_t wj, const 
   }
 }
 
+// to_o += sum_r weight_o[r * wj] * y_r for NO rows `to` and NY rows y of n elements. In the first `in_pairs` columns, of
+// rows of bfloat16, the sums lie apart: those of first elements of pairs, a vector, then those of second ones, for a
+// pair becomes two numbers faster than a vector of single elements does. distance: of what is prefetched, 0 for
+// what is read anyway.
+// Not inlined: the pointers take all registers there are.
+template <typename T, int NO, int NY, class E>
+__attribute__((noinline)) void add_weighted_rows(T* const* out, const T* const* weight, int64_t j, int64_t wj,
+                                                 const E* const* rows, int64_t n, int64_t in_pairs, int64_t distance) {
+  constexpr int64_t w = width<T>;
+  Vec<T> factor[NO][NY];
+  T* to[NO];
+  for (int o = 0; o < NO; ++o) {
+    to[o] = out[o];
+    for (int r = 0; r < NY; ++r) factor[o][r] = broadcast(weight[o][(j + r) * wj]);
+  }
+  const E* y[NY];
+  for (int r = 0; r < NY; ++r) y[r] = rows[r];
+  auto prefetch_next = [&](int64_t c) __attribute__((always_inline)) {
+    for (int r = 0; r < NY; ++r) prefetch_ahead(y[r], c, 2 * w, distance);
+  };
+  int64_t c = 0;
+  if constexpr (std::is_same_v<E, BFloat16>)
+    for (; c < in_pairs; c += 2 * w) {
+      prefetch_next(c);
+      Vec<T> first[NY], second[NY];
+      for (int r = 0; r < NY; ++r) {
+        const Word32 pairs = load_factors(y[r] + c);
+        first[r] = first_of_pairs(pairs);
+        second[r] = second_of_pairs(pairs);
+      }
+      for (int o = 0; o < NO; ++o) {
+        Vec<T> sum1 = load(to[o] + c), sum2 = load(to[o] + c + w);
+        for (int r = 0; r < NY; ++r) {
+          sum1 += factor[o][r] * first[r];
+          sum2 += factor[o][r] * second[r];
+        }
+        store(to[o] + c, sum1);
+        store(to[o] + c + w, sum2);
+      }
+    }
+  auto vector = [&](int64_t c) __attribute__((always_inline)) {
+    Vec<T> x[NY];
+    for (int r = 0; r < NY; ++r) x[r] = load_element(y[r] + c);
+    for (int o = 0; o < NO; ++o) {
+      Vec<T> sum = load(to[o] + c);
+      for (int r = 0; r < NY; ++r) sum += factor[o][r] * x[r];
+      store(to[o] + c, sum);
+    }
+  };
+  for (; c + 2 * w <= n; c += 2 * w) {
+    prefetch_next(c);
+    vector(c);
+    vector(c + w);
+  }
+  if (c < n) prefetch_next(c);
+  for (; c + w <= n; c += w) vector(c);
+  if (c < n)
+    for (int o = 0; o < NO; ++o) {
+      Vec<T> sum = load_part(to[o] + c, n - c);
+      for (int r = 0; r < NY; ++r) sum += factor[o][r] * load_element(y[r] + c, n - c);
+      store_part(to[o] + c, sum, n - c);
+    }
+}
+
 // out_i (+)= sum_j weight_i[j * wj] * rows[j] for out_rows rows out and `count` rows of n elements; the sums stay in
 // L1.
 template <typename T, class Rows>
@@ -127,89 +204,43 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
     }
     return;
   }
-  // Columns whose sums lie apart until all rows are added: those of first elements of pairs of bfloat16, a vector, then
-  // those of second ones, for a pair becomes two numbers faster than a vector of single elements does.
   using E = std::remove_const_t<std::remove_pointer_t<decltype(rows[0])>>;
-  constexpr bool kInPairs = std::is_same_v<E, BFloat16>;
-  const int64_t ahead = rows_ahead(static_cast<const E*>(nullptr), n);
-  const int64_t in_pairs = kInPairs && !add ? n / (2 * w) * (2 * w) : 0;
+  const int64_t in_pairs = std::is_same_v<E, BFloat16> && !add ? n / (2 * w) * (2 * w) : 0;
+  for (int64_t i = 0; !add && i < out_rows; ++i) memset(out[i], 0, n * sizeof(T));
   int64_t j = 0;
   auto step = [&](auto rows_at_once) __attribute__((always_inline)) {
     constexpr int NY = decltype(rows_at_once)::value;
     for (; j + NY <= count; j += NY) {
-      decltype(rows[0]) y[NY], next[NY];
-      for (int r = 0; r < NY; ++r) {
-        y[r] = rows[j + r];
-        next[r] = rows[min(j + NY + r + ahead, count - 1)];
-      }
-      const bool onto = add || j > 0;
+      const E* y[NY];
+      for (int r = 0; r < NY; ++r) y[r] = rows[j + r];
+      int64_t distance = distance_ahead(rows, j, NY, count, n);
+      // A vector of each row, once loaded, is added to several sums.
       int64_t i = 0;
-      // A vector of each row, once loaded, is added to NO sums.
-      auto add_rows = [&](auto sums_at_once, auto is_first) __attribute__((always_inline)) {
-        constexpr int NO = decltype(sums_at_once)::value;
-        Vec<T> factor[NO][NY];
-        for (int o = 0; o < NO; ++o)
-          for (int r = 0; r < NY; ++r) factor[o][r] = broadcast(weight[i + o][(j + r) * wj]);
-        int64_t c = 0;
-        if constexpr (kInPairs)
-          for (; c < in_pairs; c += 2 * w) {
-            Vec<T> first[NY], second[NY];
-            for (int r = 0; r < NY; ++r) {
-              const Word32 pairs = load_factors(y[r] + c);
-              first[r] = first_of_pairs(pairs);
-              second[r] = second_of_pairs(pairs);
-              if constexpr (decltype(is_first)::value) prefetch(next[r] + c);
-            }
-            for (int o = 0; o < NO; ++o) {
-              T* to = out[i + o] + c;
-              Vec<T> sum1 = onto ? load(to) : Vec<T>{}, sum2 = onto ? load(to + w) : Vec<T>{};
-              for (int r = 0; r < NY; ++r) {
-                sum1 += factor[o][r] * first[r];
-                sum2 += factor[o][r] * second[r];
-              }
-              store(to, sum1);
-              store(to + w, sum2);
-            }
-          }
-        for (; c + w <= n; c += w) {
-          Vec<T> x[NY];
-          for (int r = 0; r < NY; ++r) {
-            x[r] = load_element(y[r] + c);
-            if constexpr (decltype(is_first)::value) prefetch(next[r] + c);
-          }
-          for (int o = 0; o < NO; ++o) {
-            Vec<T> acc = onto ? load(out[i + o] + c) : Vec<T>{};
-            for (int r = 0; r < NY; ++r) acc += factor[o][r] * x[r];
-            store(out[i + o] + c, acc);
-          }
-        }
-        if (c < n)
-          for (int o = 0; o < NO; ++o) {
-            Vec<T> acc = onto ? load_part(out[i + o] + c, n - c) : Vec<T>{};
-            for (int r = 0; r < NY; ++r) acc += factor[o][r] * load_element(y[r] + c, n - c);
-            store_part(out[i + o] + c, acc, n - c);
-          }
-        i += NO;
-      };
-      auto some = [&](auto is_first) __attribute__((always_inline)) {
+      while (i < out_rows) {
         const int64_t left = out_rows - i;
+        auto add_to = [&](auto sums_at_once) __attribute__((always_inline)) {
+          constexpr int NO = decltype(sums_at_once)::value;
+          add_weighted_rows<T, NO, NY>(out + i, weight + i, j, wj, y, n, in_pairs, distance);
+          i += NO;
+          distance = 0;  // they are there by then
+        };
         if (left == 1)
-          add_rows(std::integral_constant<int, 1>(), is_first);
+          add_to(std::integral_constant<int, 1>());
         else if (left == 2)
-          add_rows(std::integral_constant<int, 2>(), is_first);
+          add_to(std::integral_constant<int, 2>());
         else if (left == 3 || left == 5 || left == 6)
-          add_rows(std::integral_constant<int, 3>(), is_first);
+          add_to(std::integral_constant<int, 3>());
         else
-          add_rows(std::integral_constant<int, 4>(), is_first);
-      };
-      if (out_rows > 0) some(std::true_type());
-      while (i < out_rows) some(std::false_type());
+          add_to(std::integral_constant<int, 4>());
+      }
     }
   };
+  if (out_rows == 1 && n * static_cast<int64_t>(sizeof(E)) <= 2048)
+    step(std::integral_constant<int, ATTN_VECTOR_BYTES == 64 ? 8 : 4>());
   step(std::integral_constant<int, 4>());
   step(std::integral_constant<int, 1>());
   const auto index = std::make_index_sequence<w>();
-  for (int64_t i = 0; count > 0 && i < out_rows; ++i)
+  for (int64_t i = 0; i < out_rows; ++i)
     for (T* to = out[i]; to < out[i] + in_pairs; to += 2 * w) {
       const Vec<T> first = load(to), second = load(to + w);
       store(to, shuffle<Interleaved<false>>(first, second, index));

@@ -142,6 +142,11 @@ ATTN_INLINE void prefetch(const E* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// Asks for the line at an address, which may lie past the end of an array, to be read at once: into the first cache.
+ATTN_INLINE void prefetch_into_l1(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3);
+}
+
 // Asks for the line of p to be written soon.
 template <class E>
 ATTN_INLINE void prefetch_to_write(const E* p) {
