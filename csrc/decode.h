@@ -6,15 +6,30 @@
 
 namespace attn {
 
-// A weight as products of few rows read it: rows of k elements or, of float32, what these are rounded to in bfloat16.
-// Pairs of those are words, in an order that is the SIMD level's own: see decode_kernels.h.
+constexpr int64_t kOutputsOfBlock = 32;
+
+// A weight as products of few rows read it: rows of k elements or, of float32, the same numbers once more in blocks of
+// kOutputsOfBlock rows, zeros after the last. A block has for each of the k columns the elements of its rows, or those
+// rounded to bfloat16, two to a word: that of row j of a half in the lower bits, that of row j of the other in the upper.
+// So memory is read in one stream, no sum goes across a vector, and a bit pattern becomes float32 by one instruction.
+// The order is that of every SIMD level.
 struct StreamedWeight {
-  RowsView rows;              // (n, k)
-  uint32_t* pairs = nullptr;  // (n, pair_words(k)), aligned to 64 bytes, or null
-  bool pack = false;          // this call writes the pairs first
+  RowsView rows;                     // (n, k)
+  const uint32_t* blocks = nullptr;  // (words_of_blocks(n, k, rounded),) or null
+  bool rounded = false;
 };
 
-inline int64_t pair_words(int64_t k) { return (k + 31) / 32 * 16; }
+inline int64_t words_of_blocks(int64_t n, int64_t k, bool rounded) {
+  return (n + kOutputsOfBlock - 1) / kOutputsOfBlock * kOutputsOfBlock * k / (rounded ? 2 : 1);
+}
+
+// Writes the blocks of a weight in float32.
+struct WeightLayout {
+  int64_t n, k;
+  RowsView rows;  // (n, k)
+  bool rounded;
+  uint32_t* blocks;
+};
 
 // out_r = added_r + weight x_r for R rows, tanh of it if wanted.
 struct RowProducts {
