@@ -34,8 +34,7 @@ std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
 class Weight {
  public:
   Weight() = default;
-  explicit Weight(const RowsView& rows, const uint32_t* blocks = nullptr, bool rounded = false)
-      : weight_{rows, blocks, rounded}, exists_(true) {}
+  explicit Weight(const RowsView& rows, const uint32_t* blocks = nullptr) : weight_{rows, blocks}, exists_(true) {}
   explicit operator bool() const { return exists_; }  // one without columns has no memory
   const StreamedWeight& read() const { return weight_; }
 

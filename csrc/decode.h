@@ -8,27 +8,24 @@ namespace attn {
 
 constexpr int64_t kOutputsOfBlock = 32;
 
-// A weight as products of few rows read it: rows of k elements or, of float32, the same numbers once more in blocks of
-// kOutputsOfBlock rows, zeros after the last. A block has for each of the k columns the elements of its rows, or those
-// rounded to bfloat16, two to a word: that of row j of a half in the lower bits, that of row j of the other in the upper.
-// So memory is read in one stream, no sum goes across a vector, and a bit pattern becomes float32 by one instruction.
-// The order is that of every SIMD level.
+// A weight as products of few rows read it: rows of k elements or, of float32, what these are rounded to in bfloat16, in
+// blocks of kOutputsOfBlock rows, zeros after the last. For each of the k columns a block has a word for each two of its
+// rows: that of row j in the lower half, that of row j + kOutputsOfBlock / 2 in the upper. So memory is read in one
+// stream, a half becomes float32 by one instruction, and no sum goes across a vector. All SIMD levels have this order.
 struct StreamedWeight {
   RowsView rows;                     // (n, k)
-  const uint32_t* blocks = nullptr;  // (words_of_blocks(n, k, rounded),) or null
-  bool rounded = false;
+  const uint32_t* blocks = nullptr;  // (words_of_blocks(n, k),) or null
 };
 
-inline int64_t words_of_blocks(int64_t n, int64_t k, bool rounded) {
-  return (n + kOutputsOfBlock - 1) / kOutputsOfBlock * kOutputsOfBlock * k / (rounded ? 2 : 1);
+inline int64_t words_of_blocks(int64_t n, int64_t k) {
+  return (n + kOutputsOfBlock - 1) / kOutputsOfBlock * (kOutputsOfBlock / 2) * k;
 }
 
-// Writes the blocks of a weight in float32.
-struct WeightLayout {
+// Makes the blocks of a weight in float32.
+struct RoundedBlocks {
   int64_t n, k;
-  RowsView rows;  // (n, k)
-  bool rounded;
-  uint32_t* blocks;
+  RowsView rows;     // (n, k)
+  uint32_t* blocks;  // out
 };
 
 // out_r = added_r + weight x_r for R rows, tanh of it if wanted.

@@ -49,8 +49,8 @@ void write(Matrix<T>& from, const std::vector<int64_t>& order, const RowsView& t
 }
 
 template <typename T>
-void run(const Kernels& kernels, const Steps<T>& gates, const Weight& weight, const T* bias, const int64_t* lengths,
-         int64_t B, int64_t S, bool reverse, const RowsView& hidden, const RowsView& cell, const Steps<T>& out) {
+void run(const Kernels& kernels, const Steps<T>& gates, Weight weight, const T* bias, const int64_t* lengths, int64_t B,
+         int64_t S, bool reverse, const RowsView& hidden, const RowsView& cell, const Steps<T>& out) {
   const int64_t H = out.columns;
   const bool is_lstm = cell.data != nullptr;
   const std::vector<int64_t> order = by_length(lengths, B);
@@ -72,8 +72,8 @@ void run(const Kernels& kernels, const Steps<T>& gates, const Weight& weight, co
   if (is_lstm) write(cell_now, order, cell);
 }
 
-void recurrent_steps(Tensor gates, Tensor weight, Tensor blocks, std::optional<Tensor> bias, Tensor lengths,
-                     bool reverse, Tensor hidden, std::optional<Tensor> cell, Tensor out) {
+void recurrent_steps(Tensor gates, Tensor weight, std::optional<Tensor> bias, Tensor lengths, bool reverse,
+                     Tensor hidden, std::optional<Tensor> cell, Tensor out) {
   STD_TORCH_CHECK(gates.dim() == 3 && hidden.dim() == 2, "gates must have 3 axes, hidden 2");
   const int64_t B = gates.size(0), S = gates.size(1), H = hidden.size(1), G = (cell.has_value() ? 4 : 3) * H;
   const Dtype dtype = dtype_of(gates, "gates");
@@ -88,15 +88,14 @@ void recurrent_steps(Tensor gates, Tensor weight, Tensor blocks, std::optional<T
     STD_TORCH_CHECK(dtype_of(*bias, "bias") == dtype && bias->is_contiguous(), "bias must be contiguous, as gates");
   }
   const void* bias_data = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  const Weight of_states(rows(weight, "weight", dtype, G, H), blocks_of(blocks, "weight", G, H, false));
-  const RowsView first = rows(hidden, "hidden", dtype, B, H);
+  const RowsView of_weight = rows(weight, "weight", dtype, G, H), first = rows(hidden, "hidden", dtype, B, H);
   const RowsView first_cell = cell.has_value() ? rows(*cell, "cell", dtype, B, H) : RowsView{};
   auto run_as = [&](auto zero) {
     using T = decltype(zero);
     const Steps<T> known(gates, "gates", dtype, B, S, G), results(out, "out", dtype, B, S, H);
     if (B * H > 0)
-      run<T>(CallContext(gates).kernels(), known, of_states, static_cast<const T*>(bias_data), steps, B, S, reverse,
-             first, first_cell, results);
+      run<T>(CallContext(gates).kernels(), known, Weight(of_weight), static_cast<const T*>(bias_data), steps, B, S,
+             reverse, first, first_cell, results);
   };
   dtype == Dtype::float64 ? run_as(0.0) : run_as(0.0f);
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks.h"
-#include "decode.h"
+#include "lstm_cell.h"
 
 namespace attn {
 
@@ -20,15 +20,6 @@ inline RowsView rows(const Tensor& t, const char* name, Dtype dtype, int64_t B, 
   STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype of gates");
   STD_TORCH_CHECK(t.stride(1) == 1 || columns <= 1, name, " must have contiguous rows");
   return {t.mutable_data_ptr(), t.stride(0)};
-}
-
-// What lay_out_weight made of a weight (n, k); null of an empty tensor, for a weight that is read as it lies.
-inline const uint32_t* blocks_of(const Tensor& t, const char* name, int64_t n, int64_t k, bool rounded) {
-  if (t.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(
-      dtype_of(t, name) == Dtype::float32 && t.is_contiguous() && t.numel() == words_of_blocks(n, k, rounded), name,
-      " is laid out as another weight");
-  return static_cast<const uint32_t*>(t.const_data_ptr());
 }
 
 }  // namespace attn

@@ -224,7 +224,8 @@ class Seq2Seq(nn.Module):
                 better yet. With a length penalty that is much sooner.
             weight_dtype: ``torch.bfloat16`` rounds the decoder's weights for this search, but for embeddings and
                 biases: half as much memory is read in each step, which is faster where that decides, as with a large
-                vocabulary. Products are of float32 states and summed in float32. For searches that run as one op.
+                vocabulary. Products are of float32 states and summed in float32. For searches that run as one op. What
+                was rounded is kept for the next search, which makes it anew if the weights have changed.
             sample: draw, and do not search.
             temperature: what the logits are divided by before drawing; above 0.
             top_k: draw from that many likeliest tokens only.

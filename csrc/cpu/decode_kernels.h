@@ -19,76 +19,72 @@ ATTN_INLINE int64_t weight_rows_at_once(int64_t k) {
   return max(size, min(kMostWeightRows, kElementsOfBlock / max(k, 1) / size * size));
 }
 
-inline void lay_out_block(const WeightLayout& op, int64_t block) {
+inline void rounded_block(const RoundedBlocks& op, int64_t block) {
   constexpr int64_t w = width<float>, kHalf = kOutputsOfBlock / 2;
-  const int64_t first = block * kOutputsOfBlock, k = op.k;
-  uint32_t* to = op.blocks + words_of_blocks(first, k, op.rounded);
+  const int64_t k = op.k;
+  uint32_t* to = op.blocks + block * kHalf * k;
   for (int64_t c = 0; c < k; c += w) {
     const int64_t columns = min(w, k - c);
-    for (int64_t r = 0; r < (op.rounded ? kHalf : kOutputsOfBlock); r += w) {
-      // The elements of columns c.. of rows r..: a vector for each column.
-      auto square = [&](int64_t r, Vec<float>* x) __attribute__((always_inline)) {
+    // The elements of columns c.. of rows r..: a vector for each column.
+    auto square = [&](int64_t r, Vec<float>* x) __attribute__((always_inline)) {
+      const float* from = row_of<const float>(op.rows, r) + c;
+      if (r + w <= op.n && columns == w)
+        for (int64_t i = 0; i < w; ++i) x[i] = load(from + i * op.rows.stride);
+      else
         for (int64_t i = 0; i < w; ++i)
-          x[i] =
-              first + r + i < op.n ? load_upto(row_of<const float>(op.rows, first + r + i) + c, columns) : Vec<float>{};
-        transpose<float>(x);
-      };
-      Vec<float> x[w], y[w];
-      square(r, x);
-      if (op.rounded) square(r + kHalf, y);
+          x[i] = r + i < op.n ? load_upto(from + i * op.rows.stride, columns) : Vec<float>{};
+      transpose<float>(x);
+    };
+    for (int64_t r = 0; r < kHalf; r += w) {
+      Vec<float> lower[w], upper[w];
+      square(block * kOutputsOfBlock + r, lower);
+      square(block * kOutputsOfBlock + kHalf + r, upper);
       for (int64_t i = 0; i < columns; ++i)
-        if (op.rounded)
-          store(to + (c + i) * kHalf + r, (round_to_bfloat16(x[i]) >> 16) | (round_to_bfloat16(y[i]) & 0xffff0000u));
-        else
-          store(to + (c + i) * kOutputsOfBlock + r, (Word32)x[i]);
+        store(to + (c + i) * kHalf + r,
+              (round_to_bfloat16(lower[i]) >> 16) | (round_to_bfloat16(upper[i]) & 0xffff0000u));
     }
   }
 }
 
-inline void lay_out_weight(const WeightLayout& op) {
+inline void rounded_blocks(const RoundedBlocks& op) {
   for_each_task(divide_up(op.n, kOutputsOfBlock), kOutputsOfBlock * op.k,
-                [&](int64_t block, Scratch&) { lay_out_block(op, block); });
+                [&](int64_t block, Scratch&) { rounded_block(op, block); });
 }
 
-// How many vectors of a block are summed at once with NX rows of x, in the registers that there are.
+// How many vectors of each half of a block are multiplied at once with NX rows of x, by the registers that there are.
 template <int NX>
-constexpr int block_vectors() {
-  constexpr int kMost = kOutputsOfBlock / static_cast<int>(width<float>),
-                kRegisters = ATTN_VECTOR_BYTES == 64 ? 32 : 16;
-  int n = 2;
-  while (2 * n <= kMost && 2 * n * (NX + 1) < kRegisters) n *= 2;
+constexpr int half_vectors() {
+  constexpr int kMost = kOutputsOfBlock / 2 / static_cast<int>(width<float>);
+  constexpr int kRegisters = ATTN_VECTOR_BYTES == 64 ? 32 : 16;
+  int n = 1;
+  while (2 * n <= kMost && 4 * n * (NX + 1) < kRegisters) n *= 2;
   return n;
 }
 
-// out[i * ld + j] = x_i . row j of the block, for NX rows x and NV vectors j: of a rounded block half of them are those
-// from vector `first` of the first half on, the others those of the second; else all from vector `first` on.
-template <int NX, int NV, bool kRounded, bool kPrefetch>
+// out[i * ld + j] = x_i . row j of a block for NX rows x, with NV vectors of rows j from vector `first` of each half on.
+template <int NX, int NV, bool kPrefetch>
 ATTN_INLINE void block_microkernel(const float* const* x, const uint32_t* block, int64_t first, int64_t k, float* out,
                                    int64_t ld) {
-  constexpr int64_t w = width<float>, kWords = kRounded ? kOutputsOfBlock / 2 : kOutputsOfBlock;
-  constexpr int kSets = NX * NV >= 8   ? 1
-                        : NX * NV >= 4 ? 2
-                                       : 4;           // of sums: with few of them one would wait for the other
-  constexpr int64_t kLine = 16, kAhead = 64 * kLine;  // words
-  Vec<float> acc[kSets][NX * NV];
+  constexpr int64_t w = width<float>, kHalf = kOutputsOfBlock / 2;
+  constexpr int kSums = 2 * NX * NV, kSets = kSums >= 8 ? 1 : kSums >= 4 ? 2 : 4;  // so many do not wait for each other
+  constexpr int64_t kAhead = 1024;                                                 // words, a page
+  Vec<float> acc[kSets][kSums];
   for (auto& set : acc) clear(set);
-  const uint32_t* from = block + first * w;
   auto add = [&](int set, int64_t c) __attribute__((always_inline)) {
-    Vec<float> y[NV];
-    if constexpr (kRounded) {
-      for (int u = 0; u < NV / 2; ++u) {
-        const Word32 pairs = load(from + c * kWords + u * w);
-        y[u] = (Vec<float>)(pairs << 16);
-        y[u + NV / 2] = (Vec<float>)(pairs & 0xffff0000u);
-      }
-    } else {
-      for (int u = 0; u < NV; ++u) y[u] = (Vec<float>)load(from + c * kWords + u * w);
+    const uint32_t* from = block + c * kHalf;
+    Vec<float> lower[NV], upper[NV];
+    for (int u = 0; u < NV; ++u) {
+      const Word32 pairs = load(from + (first + u) * w);
+      lower[u] = (Vec<float>)(pairs << 16);
+      upper[u] = (Vec<float>)(pairs & 0xffff0000u);
     }
-    if constexpr (kPrefetch)
-      for (int64_t line = 0; line < kWords; line += kLine) prefetch(block + c * kWords + line + kAhead);
+    if constexpr (kPrefetch) prefetch_near(from + kAhead);
     for (int i = 0; i < NX; ++i) {
       const Vec<float> factor = broadcast(x[i][c]);
-      for (int u = 0; u < NV; ++u) acc[set][i * NV + u] += factor * y[u];
+      for (int u = 0; u < NV; ++u) {
+        acc[set][2 * (i * NV + u)] += factor * lower[u];
+        acc[set][2 * (i * NV + u) + 1] += factor * upper[u];
+      }
     }
   };
   int64_t c = 0;
@@ -96,26 +92,22 @@ ATTN_INLINE void block_microkernel(const float* const* x, const uint32_t* block,
     for (int set = 0; set < kSets; ++set) add(set, c + set);
   for (; c < k; ++c) add(0, c);
   for (int i = 0; i < NX; ++i)
-    for (int u = 0; u < NV; ++u) {
-      Vec<float> sum = acc[0][i * NV + u];
-      for (int set = 1; set < kSets; ++set) sum += acc[set][i * NV + u];
-      const int64_t column =
-          kRounded ? (first + u % (NV / 2)) * w + u / (NV / 2) * (kOutputsOfBlock / 2) : (first + u) * w;
-      store(out + i * ld + column, sum);
+    for (int u = 0; u < 2 * NV; ++u) {
+      Vec<float> sum = acc[0][2 * i * NV + u];
+      for (int set = 1; set < kSets; ++set) sum += acc[set][2 * i * NV + u];
+      store(out + i * ld + (first + u / 2) * w + u % 2 * kHalf, sum);
     }
 }
 
 // Of `count` blocks; each has all its columns in out, those beyond the weight, too.
-template <int NX, bool kRounded>
+template <int NX>
 __attribute__((noinline)) void block_microkernels(const float* const* x, const uint32_t* blocks, int64_t count,
                                                   int64_t k, float* out, int64_t ld) {
-  constexpr int NV = block_vectors<NX>(), kVectors = kOutputsOfBlock / static_cast<int>(width<float>);
-  constexpr int kStep = kRounded ? NV / 2 : NV, kEnd = kRounded ? kVectors / 2 : kVectors;
+  constexpr int NV = half_vectors<NX>(), kVectors = kOutputsOfBlock / 2 / static_cast<int>(width<float>);
   for (int64_t b = 0; b < count; ++b, out += kOutputsOfBlock) {
-    const uint32_t* block = blocks + words_of_blocks(b * kOutputsOfBlock, k, kRounded);
-    block_microkernel<NX, NV, kRounded, true>(x, block, 0, k, out, ld);
-    for (int first = kStep; first < kEnd; first += kStep)
-      block_microkernel<NX, NV, kRounded, false>(x, block, first, k, out, ld);
+    const uint32_t* block = blocks + b * (kOutputsOfBlock / 2) * k;
+    block_microkernel<NX, NV, true>(x, block, 0, k, out, ld);
+    for (int first = NV; first < kVectors; first += NV) block_microkernel<NX, NV, false>(x, block, first, k, out, ld);
   }
 }
 
@@ -155,23 +147,21 @@ void multiply_rows(const T* const* x, int64_t x_rows, const StreamedWeight& weig
                    int64_t k, T* out, int64_t ld) {
   if constexpr (sizeof(T) == 4) {
     if (weight.blocks != nullptr) {
-      const uint32_t* blocks = weight.blocks + words_of_blocks(first, k, weight.rounded);
+      const uint32_t* blocks = weight.blocks + words_of_blocks(first, k);
       return by_rows_at_once(x, x_rows, out, ld, [&](auto* from, auto at_once, T* to) {
-        constexpr int NX = decltype(at_once)::value;
-        (weight.rounded ? block_microkernels<NX, true>
-                        : block_microkernels<NX, false>)(from, blocks, divide_up(count, kOutputsOfBlock), k, to, ld);
+        block_microkernels<decltype(at_once)::value>(from, blocks, divide_up(count, kOutputsOfBlock), k, to, ld);
       });
     }
   }
   const T* from = row_of<const T>(weight.rows, first);
   if (x_rows == 1) {
     StridedRows<T> rows({from, native<T>, {0, weight.rows.stride, 1}}, 0, 0);
-    return dot_streamed(x, 1, rows, count, k, T(1), out, ld);
+    return dot_streamed<true>(x, 1, rows, count, k, T(1), out, ld);
   }
   const T* rows[kMostWeightRows];
   for (int64_t j = 0; j < count; ++j) rows[j] = from + j * weight.rows.stride;
   by_rows_at_once(x, x_rows, out, ld, [&](auto* some, auto at_once, T* to) {
-    dot_microkernels<T, T, decltype(at_once)::value>(some, rows, count, k, T(1), to, ld);
+    dot_microkernels<T, T, decltype(at_once)::value, true>(some, rows, count, k, T(1), to, ld);
   });
 }
 

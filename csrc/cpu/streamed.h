@@ -20,8 +20,9 @@ ATTN_INLINE int64_t rows_ahead(const E*, int64_t n) {
 }
 
 // out[i * ld + j * step] = scale * x_i . rows[j] for x_rows rows x and `count` rows of n elements. X is T or, where rows
-// are multiplied in pairs, BFloat16, as the elements of rows are then.
-template <typename T, class X, class Rows>
+// are multiplied in pairs, BFloat16, as the elements of rows are then. near: see
+// prefetch_near().
+template <bool kNear = false, typename T, class X, class Rows>
 void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t count, int64_t n, T scale, T* out,
                   int64_t ld, int64_t step = 1) {
   constexpr int64_t w = width<T> * factor_size<X>;
@@ -47,7 +48,7 @@ void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t c
       const auto xc = load_row(xi);
       for (int r = 0; r < NR; ++r) {
         acc[set][r] = add_product(acc[set][r], xc, load_row(row[r]));
-        prefetch(next[r] + c);
+        kNear ? prefetch_near(next[r] + c) : prefetch(next[r] + c);
       }
     };
     int64_t c = 0;

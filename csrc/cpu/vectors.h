@@ -142,6 +142,12 @@ ATTN_INLINE void prefetch(const E* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// Asks for the line of p to be in L1 very soon, for a stream that L2 may hold: from there to L1 it would come only now.
+template <class E>
+ATTN_INLINE void prefetch_near(const E* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
 // Asks for the line of p to be written soon.
 template <class E>
 ATTN_INLINE void prefetch_to_write(const E* p) {

@@ -2,8 +2,8 @@
 steps, and all steps of a direction as one op.
 
 PyTorch's LSTM copies its weights into the layout of oneDNN in each call, which takes as long as the steps of one
-sentence do; its GRU calls operators for each step. The op reads the weights of the states once in each step for all
-sentences, in blocks that are kept between calls (blocks.py) or as they lie.
+sentence do; its GRU calls operators for each step. The op reads the weights of the states where they lie, once in each
+step for all sentences.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...gemm import linear
-from .blocks import Part, forms_of
 from .ragged_cells import DirectionWeights
 
 # Measured on Sapphire Rapids with 64 to 512 units: with more, and no padding, oneDNN's LSTM catches up.
@@ -48,7 +47,6 @@ def run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, first: tuple[Tens
             part = outputs[..., direction * units : (direction + 1) * units]
             weight = weights.h if weights.h.stride(1) == 1 else weights.h.contiguous()
             own = None if own is None else own.contiguous()
-            (blocks,) = forms_of(weights.h, Part(0, units, "blocks")) if weight is weights.h else (weight.new_empty(0),)
-            steps(gates, weight, blocks, own, lengths, direction == 1, hidden, cell, part)
+            steps(gates, weight, own, lengths, direction == 1, hidden, cell, part)
         x = outputs
     return x, *states

@@ -1,14 +1,14 @@
 """A greedy or beam search on the CPU as one op: the loop over steps, and all that a step computes, in C++.
 
 At one sentence most of a step's time is not spent on products: between them are operators, each with a result of its
-own, and Python. The op has neither. It reads the parameters as they lie, or in blocks that are kept between searches
-(blocks.py). Made in each search is what FastDecoder makes, too: prepared keys, and values that are projected where that
-pays.
+own, and Python. The op has neither. It reads the parameters where they lie, row by row, so that nothing is made of them
+in advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays. Rounded
+weights are those that rounded.py keeps.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from ...scores import AdditiveScore
 from ..options import SearchOptions
 from ..state import DecoderModules, DecoderState
 from .attention import prepare
-from .blocks import Part, forms_of
 from .eligibility import can_fuse_steps
 from .inputs import CellWeights
-
-Form = Literal["blocks", "rounded blocks"]  # of weights that are read in each step
+from .rounded import Part, rounded
 
 MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
 MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are kept as tokens come
@@ -79,26 +77,29 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
     if isinstance(score, AdditiveScore):
         vectors = (score.v, score.bias, prepare(score, memory.keys, "cpu"), 1.0)
     projection, factor, eps = attention.query_projection, attention.query_factor(), attention.query_eps()
-    form: Form = "blocks" if options.weight_dtype is None else "rounded blocks"
-    layers, of_token, blocks = _layers(decoder, form)
-    blocks += [decoder.output.weight.new_empty(0)] if projection is None else _whole(projection.weight, form)
     weight, values = decoder.attentional.weight, memory.values
     split = values.shape[2]
     of_context: Tensor = weight[:, :split]
     # Where one sentence is searched, a product of one row takes as long as one of several: all read the weight.
     each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
     is_projected = projects_values(memory, decoder.hidden_size, each_step * options.max_length)
-    context_form = form if not is_projected else None if options.weight_dtype is None else "rounded"
-    made, of_state = forms_of(weight, Part(0, split, context_form), Part(split, weight.shape[1], form))
+    blocks: list[Tensor] = []
+    if options.weight_dtype is not None:
+        parts = rounded(weight, Part(0, split, in_blocks=not is_projected), Part(split, weight.shape[1]))
+        if is_projected:
+            of_context, parts[0] = parts[0], weight.new_empty(0)
+        blocks = _blocks(decoder, *parts)
     if is_projected:
-        projection_of_values = of_context if context_form is None else made
-        values = linear(values.flatten(0, 1), projection_of_values).unflatten(0, values.shape[:2])
-        made = weight.new_empty(0)
-    blocks += [made, of_state, *_whole(decoder.output.weight, form)]
+        values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
+    cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
+    layers = []
+    for n, cell in enumerate(cells):
+        bias = cell.bias_x + cell.bias_h if isinstance(decoder.rnn, nn.LSTM) else cell.bias_x
+        layers += [cell.x[:, read:] if n == 0 else cell.x, cell.h, bias, cell.bias_h]
     return (
         layers,
         decoder.embedding.weight,
-        of_token,
+        cells[0].x[:, :read],
         None if projection is None else projection.weight,
         1.0 if factor is None else float(factor),
         -1.0 if eps is None else eps,
@@ -123,26 +124,23 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         bool(options.early_stopping),
         MAX_TABLE_BYTES,
         blocks,
-        options.weight_dtype is not None,
     )
 
 
-def _layers(decoder: DecoderModules, form: Form) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """The weights and biases of all layers, four each; what the first reads of a token; the blocks of all of these."""
-    read = decoder.embedding.weight.shape[1]
-    layers, blocks, of_token = [], [], []
-    for n, cell in enumerate(CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights):
-        begin = 0 if n else read  # of the columns of what is read beside a token
-        bias = cell.bias_x + cell.bias_h if isinstance(decoder.rnn, nn.LSTM) else cell.bias_x
-        layers += [cell.x[:, begin:], cell.h, bias, cell.bias_h]
-        of_x, *token = forms_of(cell.x, Part(begin, cell.x.shape[1], form), *([] if n else [Part(0, read, form)]))
-        blocks += [of_x, *_whole(cell.h, form)]
-        of_token += token
-    return layers, decoder.rnn.all_weights[0][0][:, :read], [*blocks, *of_token]
+def _blocks(decoder: DecoderModules, of_context: Tensor, of_state: Tensor) -> list[Tensor]:
+    """Of all weights that are read in each step, in the order of the op, given those of the attentional layer."""
 
+    def whole(weight: Tensor) -> Tensor:
+        return rounded(weight, Part(0, weight.shape[1]))[0]
 
-def _whole(weight: Tensor, form: Form) -> list[Tensor]:
-    return forms_of(weight, Part(0, weight.shape[1], form))
+    first, *cells = (CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights)
+    read, projection = decoder.embedding.weight.shape[1], decoder.attention.query_projection
+    of_token, of_feed = rounded(first.x, Part(0, read), Part(read, first.x.shape[1]))
+    layers = [of_feed, whole(first.h)]
+    for cell in cells:
+        layers += [whole(cell.x), whole(cell.h)]
+    query = of_token.new_empty(0) if projection is None else whole(projection.weight)
+    return [*layers, of_token, query, of_context, of_state, whole(decoder.output.weight)]
 
 
 def projects_values(memory: Memory, size: int, rows: int) -> bool:
