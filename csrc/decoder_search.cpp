@@ -226,7 +226,7 @@ Results decoder_search(std::vector<Tensor> layers, Tensor embedding, Tensor of_t
                        std::vector<Tensor> blocks) {
   STD_TORCH_CHECK(keys.dim() == 3 && values.dim() == 3, "keys and values must have 3 axes");
   const Parameters parameters{layers,     embedding, of_token, query,       query_factor, query_eps,
-                              of_context, of_state,  output,   output_bias, blocks,       rounded};
+                              of_context, of_state,  output,   output_bias, blocks};
   const Source source{keys, values, memory_lengths, mask};
   const Score score{v, bias, prepared, scale};
   const SearchOptions options{
