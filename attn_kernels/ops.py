@@ -398,14 +398,20 @@ library.define(
 
 # decoder_search -------------------------------------------------------------------------------------------------------
 
+# A weight (n, k) in float32, rounded to bfloat16, in the order in which products of few rows read it: csrc/decode.h has
+# the layout. Without a fake kernel, as what follows.
+library.define("rounded_blocks.cpu(Tensor weight) -> Tensor")
+
 # All steps of a greedy or beam search with a decoder of seq2seq: seq2seq/fused/one_call.py calls it, on plain tensors
-# and without gradients. How many steps there are depends on values, and nothing traces it: it has no fake kernel.
+# and without gradients. blocks: none, or those of each weight in the order layers (two each), of_token, query,
+# of_context, of_state, output; empty ones for None. How many steps there are depends on values, and nothing traces it:
+# it has no fake kernel.
 library.define(
     "decoder_search.cpu(Tensor[] layers, Tensor embedding, Tensor of_token, Tensor? query, float query_factor, "
     "float query_eps, Tensor? of_context, Tensor of_state, Tensor output, Tensor? output_bias, Tensor keys, "
     "Tensor values, Tensor? v, Tensor? bias, Tensor? prepared, float scale, Tensor? memory_lengths, Tensor? mask, "
     "Tensor[] hidden, Tensor[] cell, Tensor? feed, int bos, int eos, int max_length, int beam_size, "
     "int num_hypotheses, float length_penalty, float coverage_penalty, bool early_stopping, int table_bytes, "
-    "bool rounded) -> "
+    "Tensor[] blocks) -> "
     "(Tensor tokens, Tensor lengths, Tensor scores, Tensor alignments)"
 )

@@ -30,20 +30,13 @@ std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
   return rows;
 }
 
-// The weight of products of few rows: the original in place, or a rounded copy.
+// A weight as products of few rows read it: in place, or as rounded blocks.
 class Weight {
  public:
   Weight() = default;
-  explicit Weight(const RowsView& rows, uint32_t* pairs = nullptr)
-      : weight_{rows, pairs, pairs != nullptr}, exists_(true) {}
+  explicit Weight(const RowsView& rows, const uint32_t* blocks = nullptr) : weight_{rows, blocks}, exists_(true) {}
   explicit operator bool() const { return exists_; }  // one without columns has no memory
-
-  // For one product, of which the first rounds the weight: it is read for that as for the product.
-  StreamedWeight read() {
-    const StreamedWeight now = weight_;
-    weight_.pack = false;
-    return now;
-  }
+  const StreamedWeight& read() const { return weight_; }
 
  private:
   StreamedWeight weight_{};
@@ -55,8 +48,8 @@ constexpr Dtype dtype_as = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
 
 // out_r = added_r + weight x_r: see RowProducts.
 template <typename T>
-void multiply(const Kernels& kernels, int64_t R, int64_t n, int64_t k, const std::vector<void*>& x, Weight& weight,
-              const std::vector<void*>* added, const std::vector<void*>& out, bool tanh = false) {
+void multiply(const Kernels& kernels, int64_t R, int64_t n, int64_t k, const std::vector<void*>& x,
+              const Weight& weight, const std::vector<void*>* added, const std::vector<void*>& out, bool tanh = false) {
   kernels.row_products(
       {R, n, k, dtype_as<T>, x.data(), weight.read(), added == nullptr ? nullptr : added->data(), out.data(), tanh});
 }
@@ -81,7 +74,7 @@ class CellStep {
 
   // added: (R, G), of gates all but the product with the states; may be the buffer. weight: (G, H). bias: (G,), of that
   // product: of a GRU, or null. hidden, cell: (R, H), of which a GRU has no cell; they become the next.
-  void run(int64_t R, const std::vector<void*>& added, Weight& weight, const T* bias, Matrix<T>& hidden,
+  void run(int64_t R, const std::vector<void*>& added, const Weight& weight, const T* bias, Matrix<T>& hidden,
            Matrix<T>& cell) {
     const std::vector<void*> gates = buffer(R), states = pointers(hidden, R);
     if (is_lstm_) {

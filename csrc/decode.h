@@ -6,15 +6,27 @@
 
 namespace attn {
 
-// A weight as products of few rows read it: rows of k elements or, of float32, what these are rounded to in bfloat16.
-// Pairs of those are words, in an order that is the SIMD level's own: see decode_kernels.h.
+constexpr int64_t kOutputsOfBlock = 32;
+
+// A weight as products of few rows read it: rows of k elements or, of float32, what these are rounded to in bfloat16, in
+// blocks of kOutputsOfBlock rows, zeros after the last. For each of the k columns a block has a word for each two of its
+// rows: that of row j in the lower half, that of row j + kOutputsOfBlock / 2 in the upper. So memory is read in one
+// stream, a half becomes float32 by one instruction, and no sum goes across a vector. All SIMD levels have this order.
 struct StreamedWeight {
-  RowsView rows;              // (n, k)
-  uint32_t* pairs = nullptr;  // (n, pair_words(k)), aligned to 64 bytes, or null
-  bool pack = false;          // this call writes the pairs first
+  RowsView rows;                     // (n, k)
+  const uint32_t* blocks = nullptr;  // (words_of_blocks(n, k),) or null
 };
 
-inline int64_t pair_words(int64_t k) { return (k + 31) / 32 * 16; }
+inline int64_t words_of_blocks(int64_t n, int64_t k) {
+  return (n + kOutputsOfBlock - 1) / kOutputsOfBlock * (kOutputsOfBlock / 2) * k;
+}
+
+// Makes the blocks of a weight in float32.
+struct RoundedBlocks {
+  int64_t n, k;
+  RowsView rows;     // (n, k)
+  uint32_t* blocks;  // out
+};
 
 // out_r = added_r + weight x_r for R rows, tanh of it if wanted.
 struct RowProducts {

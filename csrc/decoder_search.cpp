@@ -1,5 +1,5 @@
-// decoder_search: the op of attn_kernels/ops.py that searches with a decoder of seq2seq, all steps in one call. CPU
-// only.
+// decoder_search: the op of attn_kernels/ops.py that searches with a decoder of seq2seq, all steps in one call; and
+// rounded_blocks, which rounds weights for it. CPU only.
 #include "decoder_search.h"
 
 #include "binding.h"
@@ -92,40 +92,49 @@ struct Parameters {
   const std::optional<Tensor>& of_context;
   const Tensor &of_state, &output;
   const std::optional<Tensor>& output_bias;
-  bool rounded;  // to bfloat16, but for embedding and biases
+  const std::vector<Tensor>& blocks;  // see Weights
 };
 
-// Weights, with room for what they are rounded to, as long as this lives.
-class MakeWeight {
+// Weights as they lie or, if there are blocks, those of each weight in turn: empty for one that a search does not read.
+class Weights {
  public:
-  MakeWeight(const Tensor& like, bool rounded) : like_(like), dtype_(dtype_of(like, "keys")), rounded_(rounded) {}
+  Weights(const std::vector<Tensor>& blocks, Dtype dtype) : blocks_(blocks), dtype_(dtype) {}
 
   Weight operator()(const Tensor& t, const char* name, int64_t n, int64_t k) {
-    const RowsView view = rows(t, name, dtype_, n, k);
-    if (!rounded_) return Weight(view);
-    rooms_.push_back(output(like_, {n * pair_words(k)}, ScalarType::Float));
-    return Weight(view, static_cast<uint32_t*>(rooms_.back().mutable_data_ptr()));
+    const RowsView lies = rows(t, name, dtype_, n, k);
+    if (blocks_.empty()) return Weight(lies);
+    const Tensor& blocks = next();
+    STD_TORCH_CHECK(
+        dtype_of(blocks, name) == Dtype::float32 && blocks.is_contiguous() && blocks.numel() == words_of_blocks(n, k),
+        name, " has blocks of another weight");
+    return Weight(lies, static_cast<const uint32_t*>(blocks.const_data_ptr()));
   }
 
   Weight operator()(const std::optional<Tensor>& t, const char* name, int64_t n, int64_t k) {
-    return t.has_value() ? (*this)(*t, name, n, k) : Weight();
+    if (t.has_value()) return (*this)(*t, name, n, k);
+    if (!blocks_.empty()) next();
+    return Weight();
   }
 
  private:
-  const Tensor& like_;
+  const Tensor& next() {
+    STD_TORCH_CHECK(at_ < blocks_.size(), "there must be blocks of every weight");
+    return blocks_[at_++];
+  }
+
+  const std::vector<Tensor>& blocks_;
   const Dtype dtype_;
-  const bool rounded_;
-  std::vector<Tensor> rooms_;
+  size_t at_ = 0;
 };
 
 // Of each layer four: x (G, inputs), h (G, H), bias (G,) and that of the product with the state, (G,), which an LSTM
 // has in the other.
 template <typename T>
 DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_lstm, bool input_feeding, Dtype dtype,
-                             MakeWeight& weight) {
+                             Weights& weight) {
   const int64_t H = p.of_state.size(0), G = (is_lstm ? 4 : 3) * H, D = source.values.size(2), A = source.keys.size(2);
   const int64_t V = p.output.size(0), E = p.embedding.size(1);
-  STD_TORCH_CHECK(!p.rounded || dtype == Dtype::float32, "only float32 is rounded to bfloat16");
+  STD_TORCH_CHECK(p.blocks.empty() || dtype == Dtype::float32, "only float32 is rounded to bfloat16");
   STD_TORCH_CHECK(!p.layers.empty() && p.layers.size() % 4 == 0, "layers must be four tensors for each");
   std::vector<DecoderLayer<T>> layers;
   for (size_t l = 0; l < p.layers.size(); l += 4) {
@@ -172,8 +181,9 @@ Results search(const Parameters& parameters, const Source& source, const Score& 
   const int64_t B = source.keys.size(0), S = source.keys.size(1);
   const Dtype dtype = dtype_of(source.keys, "keys");
   const AttentionMask mask = attended(source.memory_lengths, source.mask, B, 1, S);
-  MakeWeight make_weight(source.keys, parameters.rounded);
-  DecoderWeights<T> weights = weights_of<T>(parameters, source, !cell.empty(), feed.has_value(), dtype, make_weight);
+  Weights of_parameters(parameters.blocks, dtype);
+  const DecoderWeights<T> weights =
+      weights_of<T>(parameters, source, !cell.empty(), feed.has_value(), dtype, of_parameters);
   STD_TORCH_CHECK(hidden.size() == weights.layers.size() && (cell.empty() || cell.size() == hidden.size()),
                   "every layer must have a state");
   STD_TORCH_CHECK(B > 0, "there must be a sentence");
@@ -213,10 +223,10 @@ Results decoder_search(std::vector<Tensor> layers, Tensor embedding, Tensor of_t
                        std::vector<Tensor> hidden, std::vector<Tensor> cell, std::optional<Tensor> feed, int64_t bos,
                        int64_t eos, int64_t max_length, int64_t beam_size, int64_t num_hypotheses,
                        double length_penalty, double coverage_penalty, bool early_stopping, int64_t table_bytes,
-                       bool rounded) {
+                       std::vector<Tensor> blocks) {
   STD_TORCH_CHECK(keys.dim() == 3 && values.dim() == 3, "keys and values must have 3 axes");
   const Parameters parameters{layers,     embedding, of_token, query,       query_factor, query_eps,
-                              of_context, of_state,  output,   output_bias, rounded};
+                              of_context, of_state,  output,   output_bias, blocks};
   const Source source{keys, values, memory_lengths, mask};
   const Score score{v, bias, prepared, scale};
   const SearchOptions options{
@@ -228,9 +238,19 @@ Results decoder_search(std::vector<Tensor> layers, Tensor embedding, Tensor of_t
                                  : search<float>(parameters, source, score, hidden, cell, feed, options, table_bytes);
 }
 
+Tensor rounded_blocks(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must have 2 axes");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const RowsView from = rows(weight, "weight", Dtype::float32, n, k);
+  Tensor blocks = output(weight, {words_of_blocks(n, k)}, ScalarType::Float);
+  CallContext(weight).kernels().rounded_blocks({n, k, from, static_cast<uint32_t*>(blocks.mutable_data_ptr())});
+  return blocks;
+}
+
 }  // namespace
 }  // namespace attn
 
 STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
+  m.impl(ATTN_OVERLOAD("rounded_blocks"), TORCH_BOX(&attn::rounded_blocks));
   m.impl(ATTN_OVERLOAD("decoder_search"), TORCH_BOX(&attn::decoder_search));
 }

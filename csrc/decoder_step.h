@@ -44,7 +44,7 @@ using Attend =
 template <typename T>
 class DecoderStep {
  public:
-  DecoderStep(const Kernels& kernels, DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most,
+  DecoderStep(const Kernels& kernels, const DecoderWeights<T>& weights, Attend attend, int64_t source, int64_t most,
               int64_t table_bytes)
       : kernels_(kernels),
         weights_(weights),
@@ -97,7 +97,7 @@ class DecoderStep {
   }
 
  private:
-  void product(int64_t R, int64_t n, int64_t k, const std::vector<void*>& x, Weight& weight,
+  void product(int64_t R, int64_t n, int64_t k, const std::vector<void*>& x, const Weight& weight,
                const std::vector<void*>* added, const std::vector<void*>& out, bool tanh = false) {
     multiply<T>(kernels_, R, n, k, x, weight, added, out, tanh);
   }
@@ -143,7 +143,7 @@ class DecoderStep {
   }
 
   void run_layer(size_t l, const std::vector<int32_t>& tokens) {
-    DecoderLayer<T>& layer = weights_.layers[l];
+    const DecoderLayer<T>& layer = weights_.layers[l];
     const int64_t R = static_cast<int64_t>(tokens.size());
     std::vector<void*> added = l == 0 ? gates_of(tokens) : std::vector<void*>(R, const_cast<T*>(layer.bias));
     if (layer.inputs > 0) {
@@ -188,7 +188,7 @@ class DecoderStep {
   }
 
   const Kernels& kernels_;
-  DecoderWeights<T>& weights_;
+  const DecoderWeights<T>& weights_;
   Attend attend_;
   int64_t source_;
   std::vector<Matrix<T>> hidden_, cell_;

@@ -32,6 +32,7 @@ struct Kernels {
   void (*gru_step)(const GruStep&);
   void (*gru_step_backward)(const GruStepBackward&);
   uint64_t (*checksum)(const void* data, size_t bytes);
+  void (*rounded_blocks)(const RoundedBlocks&);
   void (*row_products)(const RowProducts&);
   void (*likeliest_tokens)(const LikeliestTokens&);
 };

@@ -225,6 +225,7 @@ class Seq2Seq(nn.Module):
             weight_dtype: ``torch.bfloat16`` rounds the decoder's weights, except embeddings and biases, for this
                 search. Each step then reads half as much memory, which is faster if memory is the bottleneck, as with a
                 large vocabulary. Products are of float32 states, summed in float32. For searches that run as one op.
+                The rounded weights are kept for the next search, which rounds again those that have changed.
             sample: draw samples rather than search.
             temperature: divides the logits before drawing; above 0.
             top_k: draw only from this many most probable tokens.

@@ -1,5 +1,5 @@
-// Products of few rows with a weight, and the likeliest tokens. Rows of a weight are read as they lie in memory, once
-// for all rows of x: at the few rows of a search memory decides. Part of a SIMD level: see simd.h.
+// Products of few rows with a weight, and the likeliest tokens. A weight is read in the order of memory, once for a few
+// rows of x: at the few rows of a search memory decides. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "../decode.h"
@@ -13,73 +13,102 @@ constexpr int64_t kMostWeightRows = 256;       // of a block
 constexpr int64_t kTokensOfTask = 1024;        // whose sum is one part, whatever the number of threads
 constexpr int64_t kElementsOfBlock = 1 << 15;  // which stay in L2 for the next rows of x
 
-// How many rows of a weight, of k elements, are multiplied with all rows of x before the next.
+// How many rows of a weight, of k elements, are multiplied with all rows of x before the next: whole blocks.
 ATTN_INLINE int64_t weight_rows_at_once(int64_t k) {
-  return max(8, min(kMostWeightRows, kElementsOfBlock / max(k, 1) / 8 * 8));
+  constexpr int64_t size = kOutputsOfBlock;
+  return max(size, min(kMostWeightRows, kElementsOfBlock / max(k, 1) / size * size));
 }
 
-// Rows of k elements as words, 2 w elements in w words: the elements of the lower halves are one vector, those of the
-// upper halves the next. So a half becomes float32 by one instruction, and the factors are read in order. Zeros follow.
-inline void pack_pairs(const StreamedWeight& weight, int64_t first, int64_t count, int64_t k) {
-  constexpr int64_t w = width<float>;
-  for (int64_t j = first; j < first + count; ++j) {
-    const float* from = row_of<const float>(weight.rows, j);
-    uint32_t* to = weight.pairs + j * pair_words(k);
-    for (int64_t c = 0; c < k; c += 2 * w) {
-      auto rounded_from = [&](int64_t c) __attribute__((always_inline)) {
-        return c < k ? round_to_bfloat16(load_upto(from + c, k - c)) : Word32{};
-      };
-      store(to + c / 2, (rounded_from(c) >> 16) | (rounded_from(c + w) & 0xffff0000u));
+inline void rounded_block(const RoundedBlocks& op, int64_t block) {
+  constexpr int64_t w = width<float>, kHalf = kOutputsOfBlock / 2;
+  const int64_t k = op.k;
+  uint32_t* to = op.blocks + block * kHalf * k;
+  for (int64_t c = 0; c < k; c += w) {
+    const int64_t columns = min(w, k - c);
+    // The elements of columns c.. of rows r..: a vector for each column.
+    auto square = [&](int64_t r, Vec<float>* x) __attribute__((always_inline)) {
+      const float* from = row_of<const float>(op.rows, r) + c;
+      if (r + w <= op.n && columns == w)
+        for (int64_t i = 0; i < w; ++i) x[i] = load(from + i * op.rows.stride);
+      else
+        for (int64_t i = 0; i < w; ++i)
+          x[i] = r + i < op.n ? load_upto(from + i * op.rows.stride, columns) : Vec<float>{};
+      transpose<float>(x);
+    };
+    for (int64_t r = 0; r < kHalf; r += w) {
+      Vec<float> lower[w], upper[w];
+      square(block * kOutputsOfBlock + r, lower);
+      square(block * kOutputsOfBlock + kHalf + r, upper);
+      for (int64_t i = 0; i < columns; ++i)
+        store(to + (c + i) * kHalf + r,
+              (round_to_bfloat16(lower[i]) >> 16) | (round_to_bfloat16(upper[i]) & 0xffff0000u));
     }
   }
 }
 
-// out[i * ld + j] = x_i . y_j for NX rows x and NY rows y of pairs, `words` apart. next: the rows after those of y.
-template <int NX, int NY>
-ATTN_INLINE void pairs_microkernel(const float* const* x, const uint32_t* y, const uint32_t* next, int64_t words,
-                                   int64_t k, float* out, int64_t ld) {
-  constexpr int64_t w = width<float>;
-  constexpr int kSets = NX == 1 ? 2 : 1;  // of sums: with few of them one would wait for the other
-  Vec<float> acc[2][NX * NY];
-  for (int set = 0; set < kSets; ++set) clear(acc[set]);
-  auto add = [&](int set, int64_t c, auto load_x, auto half_of) __attribute__((always_inline)) {
-    Vec<float> factor[NY];
-    for (int j = 0; j < NY; ++j) factor[j] = (Vec<float>)half_of(load(y + j * words + c / 2));
+inline void rounded_blocks(const RoundedBlocks& op) {
+  for_each_task(divide_up(op.n, kOutputsOfBlock), kOutputsOfBlock * op.k,
+                [&](int64_t block, Scratch&) { rounded_block(op, block); });
+}
+
+// How many vectors of each half of a block are multiplied at once with NX rows of x, by the registers that there are.
+template <int NX>
+constexpr int half_vectors() {
+  constexpr int kMost = kOutputsOfBlock / 2 / static_cast<int>(width<float>);
+  constexpr int kRegisters = ATTN_VECTOR_BYTES == 64 ? 32 : 16;
+  int n = 1;
+  while (2 * n <= kMost && 4 * n * (NX + 1) < kRegisters) n *= 2;
+  return n;
+}
+
+// out[i * ld + j] = x_i . row j of a block for NX rows x, with NV vectors of rows j from vector `first` of each half on.
+template <int NX, int NV, bool kPrefetch>
+ATTN_INLINE void block_microkernel(const float* const* x, const uint32_t* block, int64_t first, int64_t k, float* out,
+                                   int64_t ld) {
+  constexpr int64_t w = width<float>, kHalf = kOutputsOfBlock / 2;
+  constexpr int kSums = 2 * NX * NV, kSets = kSums >= 8 ? 1 : kSums >= 4 ? 2 : 4;  // so many do not wait for each other
+  constexpr int64_t kAhead = 1024;                                                 // words, a page
+  Vec<float> acc[kSets][kSums];
+  for (auto& set : acc) clear(set);
+  auto add = [&](int set, int64_t c) __attribute__((always_inline)) {
+    const uint32_t* from = block + c * kHalf;
+    Vec<float> lower[NV], upper[NV];
+    for (int u = 0; u < NV; ++u) {
+      const Word32 pairs = load(from + (first + u) * w);
+      lower[u] = (Vec<float>)(pairs << 16);
+      upper[u] = (Vec<float>)(pairs & 0xffff0000u);
+    }
+    if constexpr (kPrefetch) prefetch_into_l1(from + kAhead);
     for (int i = 0; i < NX; ++i) {
-      const Vec<float> xi = load_x(x[i]);
-      for (int j = 0; j < NY; ++j) acc[set][i * NY + j] += xi * factor[j];
+      const Vec<float> factor = broadcast(x[i][c]);
+      for (int u = 0; u < NV; ++u) {
+        acc[set][2 * (i * NV + u)] += factor * lower[u];
+        acc[set][2 * (i * NV + u) + 1] += factor * upper[u];
+      }
     }
   };
-  auto lower = [](Word32 pair) __attribute__((always_inline)) { return pair << 16; };
-  auto upper = [](Word32 pair) __attribute__((always_inline)) { return pair & 0xffff0000u; };
   int64_t c = 0;
-  for (; c + 2 * w <= k; c += 2 * w) {
-    for (int j = 0; j < NY; ++j) prefetch(next + j * words + c / 2);
-    add(0, c, [&](const float* p) __attribute__((always_inline)) { return load(p + c); }, lower);
-    add(kSets - 1, c, [&](const float* p) __attribute__((always_inline)) { return load(p + c + w); }, upper);
-  }
-  if (c < k) {
-    add(0, c, [&](const float* p) __attribute__((always_inline)) { return load_upto(p + c, k - c); }, lower);
-    if (c + w < k)
-      add(
-          kSets - 1, c, [&](const float* p) __attribute__((always_inline)) { return load_part(p + c + w, k - c - w); },
-          upper);
-  }
-  if constexpr (kSets == 2)
-    for (int i = 0; i < NX * NY; ++i) acc[0][i] += acc[1][i];
-  sums<float, NX * NY>(acc[0], [&](int i, float s) __attribute__((always_inline)) { out[i / NY * ld + i % NY] = s; });
+  for (; c + kSets <= k; c += kSets)
+    for (int set = 0; set < kSets; ++set) add(set, c + set);
+  for (; c < k; ++c) add(0, c);
+  for (int i = 0; i < NX; ++i)
+    for (int u = 0; u < 2 * NV; ++u) {
+      Vec<float> sum = acc[0][2 * i * NV + u];
+      for (int set = 1; set < kSets; ++set) sum += acc[set][2 * i * NV + u];
+      store(out + i * ld + (first + u / 2) * w + u % 2 * kHalf, sum);
+    }
 }
 
+// Of `count` blocks; each has all its columns in out, those beyond the weight, too.
 template <int NX>
-__attribute__((noinline)) void pairs_microkernels(const float* const* x, const uint32_t* y, int64_t count, int64_t k,
-                                                  float* out, int64_t ld) {
-  constexpr int NY = NX == 1 ? 2 * kTileVectors : kTileVectors;
-  const int64_t words = pair_words(k);
-  int64_t j = 0;
-  for (; j + NY <= count; j += NY)
-    pairs_microkernel<NX, NY>(x, y + j * words, y + min(j + NY, count - NY) * words, words, k, out + j, ld);
-  for (; j < count; ++j)
-    pairs_microkernel<NX, 1>(x, y + j * words, y + min(j + 1, count - 1) * words, words, k, out + j, ld);
+__attribute__((noinline)) void block_microkernels(const float* const* x, const uint32_t* blocks, int64_t count,
+                                                  int64_t k, float* out, int64_t ld) {
+  constexpr int NV = half_vectors<NX>(), kVectors = kOutputsOfBlock / 2 / static_cast<int>(width<float>);
+  for (int64_t b = 0; b < count; ++b, out += kOutputsOfBlock) {
+    const uint32_t* block = blocks + b * (kOutputsOfBlock / 2) * k;
+    block_microkernel<NX, NV, true>(x, block, 0, k, out, ld);
+    for (int first = NV; first < kVectors; first += NV) block_microkernel<NX, NV, false>(x, block, first, k, out, ld);
+  }
 }
 
 // multiply(x, NX, out) for groups of NX rows of x, at most kMostRowsAtOnce and as many in each as can be.
@@ -111,16 +140,16 @@ ATTN_INLINE void by_rows_at_once(const T* const* x, int64_t x_rows, T* out, int6
   }
 }
 
-// out[i * ld + j] = x_i . row j of the weight, for `count` rows from the first on, at most kMostWeightRows.
+// out[i * ld + j] = x_i . row j of the weight, for `count` rows from the first on, at most kMostWeightRows. Of blocks
+// the first is the first of one, and out has room for whole ones.
 template <typename T>
 void multiply_rows(const T* const* x, int64_t x_rows, const StreamedWeight& weight, int64_t first, int64_t count,
                    int64_t k, T* out, int64_t ld) {
   if constexpr (sizeof(T) == 4) {
-    if (weight.pairs != nullptr) {
-      if (weight.pack) pack_pairs(weight, first, count, k);
-      const uint32_t* y = weight.pairs + first * pair_words(k);
+    if (weight.blocks != nullptr) {
+      const uint32_t* blocks = weight.blocks + words_of_blocks(first, k);
       return by_rows_at_once(x, x_rows, out, ld, [&](auto* from, auto at_once, T* to) {
-        pairs_microkernels<decltype(at_once)::value>(from, y, count, k, to, ld);
+        block_microkernels<decltype(at_once)::value>(from, blocks, divide_up(count, kOutputsOfBlock), k, to, ld);
       });
     }
   }
@@ -132,7 +161,7 @@ void multiply_rows(const T* const* x, int64_t x_rows, const StreamedWeight& weig
   const T* rows[kMostWeightRows];
   for (int64_t j = 0; j < count; ++j) rows[j] = from + j * weight.rows.stride;
   by_rows_at_once(x, x_rows, out, ld, [&](auto* some, auto at_once, T* to) {
-    dot_microkernels<T, T, decltype(at_once)::value>(some, rows, count, k, T(1), to, ld);
+    dot_microkernels<T, T, decltype(at_once)::value, true>(some, rows, count, k, T(1), to, ld);
   });
 }
 

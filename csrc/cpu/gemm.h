@@ -176,8 +176,9 @@ void gemm_nn(O* const* out, int64_t out_rows, const T* weight, int64_t wi, int64
   }
 }
 
-// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements. next: the rows after those of y.
-template <typename T, class E, int NX, int NY>
+// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements. next: the rows after those of y, which
+// are prefetched, with kNear into L1.
+template <typename T, class E, int NX, int NY, bool kNear>
 ATTN_INLINE void dot_microkernel(const E* const* x, const E* const* y, const E* const* next, int64_t n, T scale, T* out,
                                  int64_t ld) {
   constexpr int64_t w = width<T> * factor_size<E>;
@@ -187,7 +188,7 @@ ATTN_INLINE void dot_microkernel(const E* const* x, const E* const* y, const E* 
     Vec<Factor<E>> yv[NY];
     for (int j = 0; j < NY; ++j) {
       yv[j] = load_vector(y[j] + c);
-      prefetch(next[j] + c);
+      kNear ? prefetch_into_l1(next[j] + c) : prefetch(next[j] + c);
     }
     for (int i = 0; i < NX; ++i) {
       const Vec<Factor<E>> xv = load_vector(x[i] + c);
@@ -200,14 +201,15 @@ ATTN_INLINE void dot_microkernel(const E* const* x, const E* const* y, const E* 
   sums<T, NX * NY>(acc, [&](int i, T s) __attribute__((always_inline)) { out[i / NY * ld + i % NY] = scale * s; });
 }
 
-template <typename T, class E, int NX>
+template <typename T, class E, int NX, bool kNear = false>
 __attribute__((noinline)) void dot_microkernels(const E* const* x, const E* const* y, int64_t y_rows, int64_t n,
                                                 T scale, T* out, int64_t ld) {
   constexpr int NY = kTileVectors;
   int64_t j = 0;
   for (; j + NY <= y_rows; j += NY)
-    dot_microkernel<T, E, NX, NY>(x, y + j, y + min(j + NY, y_rows - NY), n, scale, out + j, ld);
-  for (; j < y_rows; ++j) dot_microkernel<T, E, NX, 1>(x, y + j, y + min(j + 1, y_rows - 1), n, scale, out + j, ld);
+    dot_microkernel<T, E, NX, NY, kNear>(x, y + j, y + min(j + NY, y_rows - NY), n, scale, out + j, ld);
+  for (; j < y_rows; ++j)
+    dot_microkernel<T, E, NX, 1, kNear>(x, y + j, y + min(j + 1, y_rows - 1), n, scale, out + j, ld);
 }
 
 // out[i * ld + j] = scale * x_i . y_j for at most kMaxQueries rows x and kPanelRows rows y of n elements, which are T

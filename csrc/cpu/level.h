@@ -75,6 +75,7 @@ const Kernels kernels = {
     ATTN_BY_DTYPE(GruStep, gru_step),
     ATTN_BY_DTYPE(GruStepBackward, gru_step_backward),
     checksum,
+    rounded_blocks,
     ATTN_BY_DTYPE(RowProducts, row_products),
     ATTN_BY_DTYPE(LikeliestTokens, likeliest_tokens),
 };

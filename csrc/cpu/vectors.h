@@ -142,9 +142,15 @@ ATTN_INLINE void prefetch(const E* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// Asks for the line at an address, which may lie past the end of an array, to be read at once: into the first cache.
+// Requests the line at an address, which may be past the end of an array, into L1. For rows that L2 may hold: from there to
+// L1 they would be fetched only when they are read.
 ATTN_INLINE void prefetch_into_l1(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3);
+}
+
+template <class E>
+ATTN_INLINE void prefetch_into_l1(const E* p) {
+  prefetch_into_l1(reinterpret_cast<uintptr_t>(p));
 }
 
 // Asks for the line of p to be written soon.

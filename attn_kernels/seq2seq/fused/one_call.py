@@ -2,7 +2,8 @@
 
 At one sentence most of a step's time is not spent on products: between them are operators, each with a result of its
 own, and Python. The op has neither. It reads the parameters where they lie, row by row, so that nothing is made of them
-in advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays.
+in advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays. Rounded
+weights are those that rounded.py keeps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..state import DecoderModules, DecoderState
 from .attention import prepare
 from .eligibility import can_fuse_steps
 from .inputs import CellWeights
+from .rounded import Part, rounded
 
 MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
 MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are kept as tokens come
@@ -76,13 +78,18 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         vectors = (score.v, score.bias, prepare(score, memory.keys, "cpu"), 1.0)
     projection, factor, eps = attention.query_projection, attention.query_factor(), attention.query_eps()
     weight, values = decoder.attentional.weight, memory.values
-    of_context: Tensor = weight[:, : values.shape[2]]
+    split = values.shape[2]
+    of_context: Tensor = weight[:, :split]
     # Where one sentence is searched, a product of one row takes as long as one of several: all read the weight.
     each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
     is_projected = projects_values(memory, decoder.hidden_size, each_step * options.max_length)
+    blocks: list[Tensor] = []
+    if options.weight_dtype is not None:
+        parts = rounded(weight, Part(0, split, in_blocks=not is_projected), Part(split, weight.shape[1]))
+        if is_projected:
+            of_context, parts[0] = parts[0], weight.new_empty(0)
+        blocks = _blocks(decoder, *parts)
     if is_projected:
-        if options.weight_dtype is not None:
-            of_context = of_context.to(options.weight_dtype).to(values.dtype)
         values = linear(values.flatten(0, 1), of_context).unflatten(0, values.shape[:2])
     cells, read = [CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights], decoder.embedding.weight.shape[1]
     layers = []
@@ -97,7 +104,7 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         1.0 if factor is None else float(factor),
         -1.0 if eps is None else eps,
         None if is_projected else of_context,
-        weight[:, memory.values.shape[2] :],
+        weight[:, split:],
         decoder.output.weight,
         decoder.output.bias,
         memory.keys,
@@ -116,8 +123,24 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
         options.coverage_penalty,
         bool(options.early_stopping),
         MAX_TABLE_BYTES,
-        options.weight_dtype is not None,
+        blocks,
     )
+
+
+def _blocks(decoder: DecoderModules, of_context: Tensor, of_state: Tensor) -> list[Tensor]:
+    """Of all weights that are read in each step, in the order of the op, given those of the attentional layer."""
+
+    def whole(weight: Tensor) -> Tensor:
+        return rounded(weight, Part(0, weight.shape[1]))[0]
+
+    first, *cells = (CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights)
+    read, projection = decoder.embedding.weight.shape[1], decoder.attention.query_projection
+    of_token, of_feed = rounded(first.x, Part(0, read), Part(read, first.x.shape[1]))
+    layers = [of_feed, whole(first.h)]
+    for cell in cells:
+        layers += [whole(cell.x), whole(cell.h)]
+    query = of_token.new_empty(0) if projection is None else whole(projection.weight)
+    return [*layers, of_token, query, of_context, of_state, whole(decoder.output.weight)]
 
 
 def projects_values(memory: Memory, size: int, rows: int) -> bool:
