@@ -5,9 +5,11 @@
 // + E). Units, or in the backward queries, share reciprocals over a common denominator.
 //
 // A scratch kernel, no kernel to use. It has no guards: products of four denominators overflow from |q + k| of about 10 on,
-// v must not be near 0, and r (1 - r) loses its digits where units are saturated. It takes contiguous float32, no mask and no
+// scores must be below 80, v must not be near 0, and r (1 - r) loses its digits where units are saturated. It takes contiguous float32, no mask and no
 // bias; A and D are multiples of 4 vectors, and of many queries Tq is a multiple of 10 and Tk one of 10. It runs on the
 // calling thread.
+#include <stddef.h>
+
 #include "vectors.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -50,14 +52,18 @@ typedef struct {
 
 // Half of two vectors each: elements side by side, pairs side by side, and quarters of a vector.
 #if LANES == 16
-#define ELEMENTS(a, b) \
-  SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) + SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-#define PAIRS(a, b) \
-  SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) + SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#define QUARTERS(a, b) \
-  SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) + SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-#define LAST(a, b) \
-  SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#define ELEMENTS(a, b)                                                      \
+  SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) + \
+      SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define PAIRS(a, b)                                                         \
+  SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) + \
+      SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define QUARTERS(a, b)                                                    \
+  SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) + \
+      SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define LAST(a, b)                                                          \
+  SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) + \
+      SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
 #elif LANES == 8
 #define ELEMENTS(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 #define PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
@@ -104,7 +110,8 @@ INLINE float* take(float** scratch, int64_t n) {
 
 // Elements that the functions below need at `scratch`; more than that.
 int64_t scratch_size(int64_t Tq, int64_t Tk, int64_t A, int64_t D) {
-  return 2 * (Tq + Tk + 8) * (A + LANES) + 8 * A + 2 * D + 6 * (Tq + LANES) * (Tk + LANES) + (8 + Tk + Tq) * 8 * LANES;
+  return 2 * (Tq + Tk + 8) * (A + LANES) + 8 * A + 2 * D + 4 * (Tq + LANES) * (Tk + LANES) +
+         (8 + Tk + Tq + 2 * LANES) * 8 * LANES;
 }
 
 // acc + a / b.
@@ -137,7 +144,7 @@ INLINE void invert(const int n, const int divided, Floats* d) {
 // Forward -------------------------------------------------------------------------------------------------------------
 
 // Denominators d = c + q k of 1 / d = v / (1 + E): c = 1 / v, and q = e^{2q} / v.
-INLINE float fold(const float* v, int64_t A, float* c) {
+static float fold(const float* v, int64_t A, float* c) {
   Floats total = {0};
   for (int64_t u = 0; u < A; u += LANES) {
     store(c + u, 1.0f / load(v + u));
@@ -146,8 +153,9 @@ INLINE float fold(const float* v, int64_t A, float* c) {
   return sum(total);
 }
 
-INLINE void folded_exponentials(const float* x, const float* c, int64_t A, float* e) {
-  for (int64_t u = 0; u < A; u += LANES) store(e + u, exponential(load(x + u)) * load(c + u));
+// Of a row, times c where there is one.
+static void exponential_row(const float* x, const float* c, int64_t A, float* e) {
+  for (int64_t u = 0; u < A; u += LANES) store(e + u, exponential(load(x + u)) * (c ? load(c + u) : all(1)));
 }
 
 // sums (QUERIES, LANES of keys, LANES): of 1 / d over the units of a query and a key, as vectors.
@@ -167,28 +175,56 @@ INLINE void score_tile(const int share, const enum By by, int64_t A, const float
     }
   }
   for (; share == 3 && u < A; u += 2 * LANES)  // A is a multiple of 4 vectors: 2 or 4 are left, or 1 and 3 as
-    for (int j = 0; j < KEYS; ++j)
-      UNROLL for (int i = 0; i < QUERIES; ++i) {
+    for (int j = 0; j < KEYS; ++j) UNROLL for (int i = 0; i < QUERIES; ++i) {
         const float *qi = q + i * A + u, *kj = k + j * A + u;
         Floats d[2] = {load(c + u) + load(qi) * load(kj)};
         if (u + LANES < A) d[1] = load(c + u + LANES) + load(qi + LANES) * load(kj + LANES);
-        acc[i][j] = u + LANES < A ? add_inverses(2, by == DIVIDED, acc[i][j], d)
-                                  : add_inverses(1, by == DIVIDED, acc[i][j], d);
+        acc[i][j] =
+            u + LANES < A ? add_inverses(2, by == DIVIDED, acc[i][j], d) : add_inverses(1, by == DIVIDED, acc[i][j], d);
       }
-  UNROLL for (int i = 0; i < QUERIES; ++i)
-    UNROLL for (int j = 0; j < KEYS; ++j) store(sums + (i * LANES + j) * LANES, acc[i][j]);
+  UNROLL for (int i = 0; i < QUERIES; ++i) UNROLL for (int j = 0; j < KEYS; ++j)
+      store(sums + (i * LANES + j) * LANES, acc[i][j]);
 }
 
-INLINE void softmax(float* x, int64_t n) {
-  float largest = x[0];
-  for (int64_t j = 1; j < n; ++j) largest = x[j] > largest ? x[j] : largest;
-  for (int64_t j = n; j < padded(n); ++j) x[j] = largest;
-  for (int64_t j = 0; j < n; j += LANES) store(x + j, exponential((load(x + j) - largest) * 0.5f));
-  for (int64_t j = n; j < padded(n); ++j) x[j] = 0;
+// Without taking off the largest: of no score is the exponential too large.
+static void softmax(float* x, int64_t n) {
   Floats total = {0};
+  for (int64_t j = n; j < padded(n); ++j) x[j] = -40;
+  for (int64_t j = 0; j < n; j += LANES) store(x + j, exponential(load(x + j) * 0.5f));
+  for (int64_t j = n; j < padded(n); ++j) x[j] = 0;
   for (int64_t j = 0; j < n; j += LANES) total += load(x + j);
   const float inverse = 1 / sum(total);
   for (int64_t j = 0; j < n; j += LANES) store(x + j, load(x + j) * inverse);
+}
+
+// Elements that are read later, or written: a few lines are fetched at each call, beside the arithmetic.
+typedef struct {
+  struct {
+    const float* at;
+    int64_t n;
+  } parts[6];
+  int count, part;
+  int64_t done, lines;
+} Ahead;
+
+INLINE void later(Ahead* ahead, const float* at, int64_t n) {
+  ahead->parts[ahead->count].at = at;
+  ahead->parts[ahead->count++].n = n;
+}
+
+// All of them in `calls` calls.
+INLINE void begin(Ahead* ahead, int64_t calls) {
+  int64_t n = 0;
+  for (int i = 0; i < ahead->count; ++i) n += ahead->parts[i].n / 16 + 1;
+  ahead->lines = n / calls + 1;
+}
+
+INLINE void fetch(Ahead* ahead) {
+  for (int64_t i = 0; i < ahead->lines && ahead->part < ahead->count; ++i) {
+    __builtin_prefetch(ahead->parts[ahead->part].at + ahead->done, 0, 2);
+    ahead->done += 16;
+    if (ahead->done >= ahead->parts[ahead->part].n) ahead->part += 1, ahead->done = 0;
+  }
 }
 
 // out (m, columns) = a (m, n), whose rows are lda apart, times b (n, columns). packed: COLUMNS vectors of each row of b.
@@ -197,7 +233,7 @@ static void product(const float* a, int64_t lda, const float* b, int64_t m, int6
   for (int64_t c = 0; c < columns; c += COLUMNS * LANES) {
     for (int64_t j = 0; j < n; ++j)
       UNROLL for (int s = 0; s < COLUMNS; ++s)
-        store(packed + (j * COLUMNS + s) * LANES, load(b + j * columns + c + s * LANES));
+          store(packed + (j * COLUMNS + s) * LANES, load(b + j * columns + c + s * LANES));
     for (int64_t i = 0; i < m; i += 5) {
       Floats acc[5][COLUMNS] = {{{0}}};
       for (int64_t j = 0; j < n; ++j) {
@@ -208,8 +244,8 @@ static void product(const float* a, int64_t lda, const float* b, int64_t m, int6
           UNROLL for (int s = 0; s < COLUMNS; ++s) acc[r][s] += factor * row[s];
         }
       }
-      UNROLL for (int r = 0; r < 5; ++r)
-        UNROLL for (int s = 0; s < COLUMNS; ++s) store(out + (i + r) * columns + c + s * LANES, acc[r][s]);
+      UNROLL for (int r = 0; r < 5; ++r) UNROLL for (int s = 0; s < COLUMNS; ++s)
+          store(out + (i + r) * columns + c + s * LANES, acc[r][s]);
     }
   }
 }
@@ -221,11 +257,18 @@ INLINE void forward_many(const int share, const enum By by, Sizes n, const float
   float *scores = take(&scratch, n.Tq * ld), *sums = take(&scratch, QUERIES * LANES * LANES);
   const float sum_v = fold(v, n.A, c);
   for (int64_t b = 0; b < n.B; ++b) {
-    for (int64_t i = 0; i < n.Tq; ++i) folded_exponentials(q + (b * n.Tq + i) * n.A, c, n.A, eq + i * n.A);
-    for (int64_t i = 0; i < n.Tk * n.A; i += LANES) store(ek + i, exponential(load(k + b * n.Tk * n.A + i)));
+    for (int64_t i = 0; i < n.Tq; ++i) exponential_row(q + (b * n.Tq + i) * n.A, c, n.A, eq + i * n.A);
+    for (int64_t j = 0; j < n.Tk; ++j) exponential_row(k + (b * n.Tk + j) * n.A, NULL, n.A, ek + j * n.A);
+    Ahead ahead = {0};
+    later(&ahead, values + b * n.Tk * n.D, n.Tk * n.D);
+    if (b + 1 < n.B) {
+      later(&ahead, q + (b + 1) * n.Tq * n.A, n.Tq * n.A);
+      later(&ahead, k + (b + 1) * n.Tk * n.A, n.Tk * n.A);
+    }
+    begin(&ahead, n.Tq / QUERIES * (n.Tk / KEYS));
     for (int64_t i = 0; i < n.Tq; i += QUERIES)
       for (int64_t j = 0; j < n.Tk; j += LANES) {
-        for (int64_t at = 0; at < LANES && j + at < n.Tk; at += KEYS)
+        for (int64_t at = 0; at < LANES && j + at < n.Tk; at += KEYS, fetch(&ahead))
           score_tile(share, by, n.A, c, eq + i * n.A, ek + (j + at) * n.A, sums + at * LANES);
         for (int r = 0; r < QUERIES; ++r)
           store(scores + (i + r) * ld + j, sum_v - 2.0f * row_sums(sums + r * LANES * LANES));
@@ -238,7 +281,37 @@ INLINE void forward_many(const int share, const enum By by, Sizes n, const float
   }
 }
 
-// One query: keys and values are read once, from end to end.
+// sums (m, LANES): of 1 / d of one query and m keys, as vectors.
+INLINE void score_rows(const int m, const int share, const enum By by, int64_t A, const float* c, const float* eq,
+                       const float* k, float* sums) {
+  Floats total[4] = {{0}};
+  int64_t u = 0;
+  for (; u + share * LANES <= A; u += share * LANES) UNROLL for (int r = 0; r < m; ++r) {
+      Floats d[4];
+      UNROLL for (int s = 0; s < share; ++s) {
+        const int64_t at = u + s * LANES;
+        __builtin_prefetch(k + (m + r) * A + at);
+        d[s] = load(c + at) + load(eq + at) * exponential(load(k + r * A + at));
+      }
+      total[r] = add_inverses(share, by == DIVIDED || (by == MIXED && r % 2 == 0), total[r], d);
+    }
+  for (; share == 3 && u < A; u += LANES) UNROLL for (int r = 0; r < m; ++r) {
+      const Floats d = load(c + u) + load(eq + u) * exponential(load(k + r * A + u));
+      total[r] = add_inverses(1, by == DIVIDED, total[r], &d);
+    }
+  UNROLL for (int r = 0; r < m; ++r) store(sums + r * LANES, total[r]);
+}
+
+// Adds m rows of n elements, times a factor each.
+INLINE void add_rows(const int m, int64_t n, const float* factors, const float* rows_of, float* acc) {
+  for (int64_t u = 0; u < n; u += LANES) {
+    Floats x = load(acc + u);
+    UNROLL for (int r = 0; r < m; ++r) x += factors[r] * load(rows_of + r * n + u);
+    store(acc + u, x);
+  }
+}
+
+// One query: keys and values are read once, from end to end, some rows at a time.
 INLINE void forward_one(const int share, const enum By by, Sizes n, const float* q, const float* k, const float* values,
                         const float* v, float* context, float* alignments, float* scratch) {
   const int64_t ld = padded(n.Tk);
@@ -247,36 +320,18 @@ INLINE void forward_one(const int share, const enum By by, Sizes n, const float*
   const float sum_v = fold(v, n.A, c);
   memset(sums, 0, ld * LANES * sizeof(float));
   for (int64_t b = 0; b < n.B; ++b) {
-    folded_exponentials(q + b * n.A, c, n.A, eq);
-    for (int64_t j = 0; j < n.Tk; ++j) {
-      const float* key = k + (b * n.Tk + j) * n.A;
-      Floats total = {0};
-      int64_t u = 0;
-      for (; u + share * LANES <= n.A; u += share * LANES) {
-        Floats d[4];
-        UNROLL for (int m = 0; m < share; ++m) {
-          const int64_t at = u + m * LANES;
-          d[m] = load(c + at) + load(eq + at) * exponential(load(key + at));
-        }
-        total = add_inverses(share, by == DIVIDED || (by == MIXED && u / (share * LANES) % 2), total, d);
-      }
-      for (; share == 3 && u < n.A; u += LANES) {
-        const Floats d = load(c + u) + load(eq + u) * exponential(load(key + u));
-        total = add_inverses(1, by == DIVIDED, total, &d);
-      }
-      store(sums + j * LANES, total);
-    }
-    for (int64_t j = 0; j < ld; j += LANES) store(scores + j, sum_v - 2.0f * row_sums(sums + j * LANES));
+    const float *keys = k + b * n.Tk * n.A, *rows_of = values + b * n.Tk * n.D;
+    exponential_row(q + b * n.A, c, n.A, eq);
+    int64_t j = 0;
+    for (; j + 4 <= n.Tk; j += 4) score_rows(4, share, by, n.A, c, eq, keys + j * n.A, sums + j * LANES);
+    for (; j < n.Tk; ++j) score_rows(1, share, by, n.A, c, eq, keys + j * n.A, sums + j * LANES);
+    for (j = 0; j < ld; j += LANES) store(scores + j, sum_v - 2.0f * row_sums(sums + j * LANES));
     softmax(scores, n.Tk);
     memcpy(alignments + b * n.Tk, scores, n.Tk * sizeof(float));
     memset(acc, 0, n.D * sizeof(float));
-    const float* row = values + b * n.Tk * n.D;
-    int64_t j = 0;
-    for (; j + 2 <= n.Tk; j += 2, row += 2 * n.D)
-      for (int64_t u = 0; u < n.D; u += LANES)
-        store(acc + u, load(acc + u) + scores[j] * load(row + u) + scores[j + 1] * load(row + n.D + u));
-    for (; j < n.Tk; ++j, row += n.D)
-      for (int64_t u = 0; u < n.D; u += LANES) store(acc + u, load(acc + u) + scores[j] * load(row + u));
+    for (j = 0; j + 8 <= n.Tk; j += 8) add_rows(8, n.D, scores + j, rows_of + j * n.D, acc);
+    for (; j + 2 <= n.Tk; j += 2) add_rows(2, n.D, scores + j, rows_of + j * n.D, acc);
+    for (; j < n.Tk; ++j) add_rows(1, n.D, scores + j, rows_of + j * n.D, acc);
     memcpy(context + b * n.D, acc, n.D * sizeof(float));
   }
 }
@@ -294,20 +349,20 @@ INLINE void dot_tile(int64_t n, const float* a, const float* b, float* sums) {
       UNROLL for (int j = 0; j < KEYS; ++j) acc[i][j] += x * row[j];
     }
   }
-  UNROLL for (int i = 0; i < BACK_QUERIES; ++i)
-    UNROLL for (int j = 0; j < KEYS; ++j) store(sums + (i * LANES + j) * LANES, acc[i][j]);
+  UNROLL for (int i = 0; i < BACK_QUERIES; ++i) UNROLL for (int j = 0; j < KEYS; ++j)
+      store(sums + (i * LANES + j) * LANES, acc[i][j]);
 }
 
 // For one vector of units, BACK_QUERIES queries and n keys, given q = e^{2q}, k = e^{2k} and the gradients of the scores ds
-// (n, BACK_QUERIES): g = ds r (1 - r) is added up in dq and dk (which `first` begins); returns the sum of ds r.
-INLINE Floats gradient_tile(const int share, const enum By by, const int first, int64_t n, const float* q,
-                            const float* k, const float* ds, float* dq, float* dk) {
+// (n, BACK_QUERIES): writes the sums of g = ds r (1 - r) to dq and adds them to dk; returns the sum of ds r.
+INLINE Floats gradient_tile(const int share, const enum By by, int64_t n, const float* q, const float* k,
+                            const float* ds, float* dq, float* dk) {
   // Groups of about `share` queries, of which `more` have one more than the others.
   const int groups = (BACK_QUERIES + share / 2) / share, least = BACK_QUERIES / groups, more = BACK_QUERIES % groups;
   Floats sums[BACK_QUERIES] = {{0}}, total[2] = {{0}};
   for (int64_t j = 0; j < n; ++j) {
     const Floats key = load(k + j * LANES);
-    Floats of_key = first ? (Floats){0} : load(dk + j * LANES), r[BACK_QUERIES];
+    Floats of_key = load(dk + j * LANES), r[BACK_QUERIES];
     UNROLL for (int i = 0; i < BACK_QUERIES; ++i) r[i] = 1.0f + load(q + i * LANES) * key;
     UNROLL for (int i = 0; i < groups; ++i) {
       const int at = i * least + (i < more ? i : more), divided = by == DIVIDED || (by == MIXED && i % 2 == 0);
@@ -328,52 +383,69 @@ INLINE Floats gradient_tile(const int share, const enum By by, const int first, 
   return total[0] + total[1];
 }
 
+// Of one sentence: ds, of BACK_QUERIES queries side by side, and the gradient of the values. w: alignments (Tq, Tk).
+static void score_gradients(Sizes n, const float* values, const float* w, const float* dc, float* ds, float* dvalues,
+                            float* scratch) {
+  const int64_t ld = padded(n.Tk), ld_q = padded(n.Tq);
+  float *transposed = take(&scratch, n.Tk * ld_q), *dw = take(&scratch, BACK_QUERIES * ld);
+  float* sums = take(&scratch, BACK_QUERIES * LANES * LANES);
+  for (int64_t i = 0; i < n.Tq; i += BACK_QUERIES) {
+    for (int64_t j = 0; j < n.Tk; j += LANES) {
+      for (int64_t at = 0; at < LANES && j + at < n.Tk; at += KEYS)
+        dot_tile(n.D, dc + i * n.D, values + (j + at) * n.D, sums + at * LANES);
+      for (int r = 0; r < BACK_QUERIES; ++r) store(dw + r * ld + j, row_sums(sums + r * LANES * LANES));
+    }
+    for (int r = 0; r < BACK_QUERIES; ++r) {
+      const float *of = w + (i + r) * n.Tk, *d = dw + r * ld;
+      float delta = 0;
+      for (int64_t j = 0; j < n.Tk; ++j) delta += of[j] * d[j];
+      for (int64_t j = 0; j < n.Tk; ++j) {
+        transposed[j * ld_q + i + r] = of[j];
+        ds[i * n.Tk + j * BACK_QUERIES + r] = of[j] * (d[j] - delta);
+      }
+    }
+  }
+  product(transposed, ld_q, dc, n.Tk, n.Tq, n.D, scratch, dvalues);
+}
+
+// e^{2x} of x (rows, A), with LANES units of all rows side by side.
+static void exponential_columns(const float* x, int64_t of_rows, int64_t A, float* e) {
+  for (int64_t i = 0; i < of_rows; ++i)
+    for (int64_t u = 0; u < A; u += LANES) store(e + u * of_rows + i * LANES, exponential(load(x + i * A + u)));
+}
+
 INLINE void backward_many(const int share, const enum By by, Sizes n, const float* q, const float* k,
                           const float* values, const float* v, const float* alignments, const float* dcontext,
                           float* dq, float* dk, float* dvalues, float* dv, float* scratch) {
-  const int64_t ld = padded(n.Tk), ld_q = padded(n.Tq);
-  float *eq = take(&scratch, n.Tq * n.A), *ek = take(&scratch, n.Tk * n.A);
-  float *weights = take(&scratch, n.Tk * ld_q), *dweights = take(&scratch, n.Tq * ld), *ds = take(&scratch, n.Tq * n.Tk);
-  float *sums = take(&scratch, BACK_QUERIES * LANES * LANES);
+  float *eq = take(&scratch, n.Tq * n.A), *ek = take(&scratch, n.Tk * n.A), *ds = take(&scratch, n.Tq * n.Tk);
   float *of_queries = take(&scratch, n.Tq * LANES), *of_keys = take(&scratch, n.Tk * LANES);
-  for (int64_t u = 0; u < n.A; ++u) dv[u] = 0;
-  for (int64_t b = 0; b < n.B; ++b) {
-    const float *w = alignments + b * n.Tq * n.Tk, *dc = dcontext + b * n.Tq * n.D, *x = values + b * n.Tk * n.D;
-    // Exponentials of a vector of units side by side.
-    for (int64_t i = 0; i < n.Tq; ++i)
-      for (int64_t u = 0; u < n.A; u += LANES)
-        store(eq + u * n.Tq + i * LANES, exponential(load(q + (b * n.Tq + i) * n.A + u)));
-    for (int64_t j = 0; j < n.Tk; ++j)
-      for (int64_t u = 0; u < n.A; u += LANES)
-        store(ek + u * n.Tk + j * LANES, exponential(load(k + (b * n.Tk + j) * n.A + u)));
-    for (int64_t i = 0; i < n.Tq; ++i)
-      for (int64_t j = 0; j < n.Tk; ++j) weights[j * ld_q + i] = w[i * n.Tk + j];
-    for (int64_t i = 0; i < n.Tq; i += BACK_QUERIES)
-      for (int64_t j = 0; j < n.Tk; j += LANES) {
-        for (int64_t at = 0; at < LANES && j + at < n.Tk; at += KEYS)
-          dot_tile(n.D, dc + i * n.D, x + (j + at) * n.D, sums + at * LANES);
-        for (int r = 0; r < BACK_QUERIES; ++r) store(dweights + (i + r) * ld + j, row_sums(sums + r * LANES * LANES));
-      }
-    for (int64_t i = 0; i < n.Tq; ++i) {
-      const float* dw = dweights + i * ld;
-      float delta = 0;
-      for (int64_t j = 0; j < n.Tk; ++j) delta += w[i * n.Tk + j] * dw[j];
-      float* to = ds + i / BACK_QUERIES * BACK_QUERIES * n.Tk + i % BACK_QUERIES;
-      for (int64_t j = 0; j < n.Tk; ++j) to[j * BACK_QUERIES] = w[i * n.Tk + j] * (dw[j] - delta);
+  const int64_t of_q = n.Tq * n.A, of_k = n.Tk * n.A, of_values = n.Tk * n.D, of_context = n.Tq * n.D;
+  memset(dv, 0, n.A * sizeof(float));
+  for (int64_t b = 0; b < n.B; ++b, q += of_q, dq += of_q, k += of_k, dk += of_k) {
+    exponential_columns(q, n.Tq, n.A, eq);
+    exponential_columns(k, n.Tk, n.A, ek);
+    score_gradients(n, values + b * of_values, alignments + b * n.Tq * n.Tk, dcontext + b * of_context, ds,
+                    dvalues + b * of_values, scratch);
+    Ahead ahead = {0};
+    later(&ahead, dq, of_q);
+    later(&ahead, dk, of_k);
+    if (b + 1 < n.B) {
+      later(&ahead, q + of_q, of_q);
+      later(&ahead, k + of_k, of_k);
+      later(&ahead, values + (b + 1) * of_values, of_values);
+      later(&ahead, dcontext + (b + 1) * of_context, of_context);
     }
-    product(weights, ld_q, dc, n.Tk, n.Tq, n.D, scratch, dvalues + b * n.Tk * n.D);
+    begin(&ahead, n.A / LANES * (n.Tq / BACK_QUERIES));
     for (int64_t u = 0; u < n.A; u += LANES) {
       Floats total = {0};
-      for (int64_t i = 0; i < n.Tq; i += BACK_QUERIES) {
-        const float *qi = eq + u * n.Tq + i * LANES, *ku = ek + u * n.Tk, *dsi = ds + i * n.Tk;
-        float* dqi = of_queries + i * LANES;
-        total += i == 0 ? gradient_tile(share, by, 1, n.Tk, qi, ku, dsi, dqi, of_keys)
-                        : gradient_tile(share, by, 0, n.Tk, qi, ku, dsi, dqi, of_keys);
-      }
+      memset(of_keys, 0, n.Tk * LANES * sizeof(float));
+      for (int64_t i = 0; i < n.Tq; i += BACK_QUERIES, fetch(&ahead))
+        total += gradient_tile(share, by, n.Tk, eq + u * n.Tq + i * LANES, ek + u * n.Tk, ds + i * n.Tk,
+                               of_queries + i * LANES, of_keys);
       store(dv + u, load(dv + u) - 2.0f * total);  // + ds, whose sum over the keys of a query is 0
       const Floats factor = 4.0f * load(v + u);
-      for (int64_t i = 0; i < n.Tq; ++i) store(dq + (b * n.Tq + i) * n.A + u, factor * load(of_queries + i * LANES));
-      for (int64_t j = 0; j < n.Tk; ++j) store(dk + (b * n.Tk + j) * n.A + u, factor * load(of_keys + j * LANES));
+      for (int64_t i = 0; i < n.Tq; ++i) store(dq + i * n.A + u, factor * load(of_queries + i * LANES));
+      for (int64_t j = 0; j < n.Tk; ++j) store(dk + j * n.A + u, factor * load(of_keys + j * LANES));
     }
   }
 }
@@ -388,10 +460,36 @@ INLINE void put(const int streamed, float* p, Floats x) {
   store(p, x);
 }
 
+// The gradients of m keys, given those of their scores; adds that of the query, and ds r.
+INLINE void gradient_rows(const int m, const int share, const enum By by, const int streamed, int64_t A,
+                          const float* eq, const float* factor, const float* k, const float* ds, float* dk,
+                          float* of_query, float* of_v) {
+  for (int64_t u = 0; u < A; u += 4 * LANES) {
+    Floats dq[4], dv[4];
+    UNROLL for (int s = 0; s < 4; ++s) dq[s] = load(of_query + u + s * LANES), dv[s] = load(of_v + u + s * LANES);
+    UNROLL for (int i = 0; i < m; ++i) {
+      Floats r[4];
+      UNROLL for (int s = 0; s < 4; ++s) {
+        const float* key = k + i * A + u + s * LANES;
+        __builtin_prefetch(key + m * A);
+        r[s] = 1.0f + load(eq + u + s * LANES) * exponential(load(key));
+      }
+      UNROLL for (int s = 0; s < 4; s += share) invert(share, by == DIVIDED || (by == MIXED && s / share % 2), r + s);
+      UNROLL for (int s = 0; s < 4; ++s) {
+        const Floats p = r[s] * ds[i], g = (p - p * r[s]) * load(factor + u + s * LANES);
+        put(streamed, dk + i * A + u + s * LANES, g);
+        dq[s] += g;
+        dv[s] += p;
+      }
+    }
+    UNROLL for (int s = 0; s < 4; ++s) store(of_query + u + s * LANES, dq[s]), store(of_v + u + s * LANES, dv[s]);
+  }
+}
+
 // One query: values and keys are read, and their gradients written, once, from end to end.
 INLINE void backward_one(const int share, const enum By by, const int streamed, Sizes n, const float* q, const float* k,
-                         const float* values, const float* v, const float* alignments, const float* dcontext,
-                         float* dq, float* dk, float* dvalues, float* dv, float* scratch) {
+                         const float* values, const float* v, const float* alignments, const float* dcontext, float* dq,
+                         float* dk, float* dvalues, float* dv, float* scratch) {
   const int64_t ld = padded(n.Tk);
   float *eq = take(&scratch, n.A), *sums = take(&scratch, ld * LANES), *dw = take(&scratch, ld);
   float *factor = take(&scratch, n.A), *of_query = take(&scratch, n.A), *of_v = take(&scratch, n.A);
@@ -400,13 +498,13 @@ INLINE void backward_one(const int share, const enum By by, const int streamed, 
   for (int64_t u = 0; u < n.A; u += LANES) store(factor + u, 4.0f * load(v + u));
   for (int64_t b = 0; b < n.B; ++b) {
     const float *w = alignments + b * n.Tk, *dc = dcontext + b * n.D;
-    for (int64_t u = 0; u < n.A; u += LANES) store(eq + u, exponential(load(q + b * n.A + u)));
+    exponential_row(q + b * n.A, NULL, n.A, eq);
     for (int64_t j = 0; j < n.Tk; ++j) {
       const float* x = values + (b * n.Tk + j) * n.D;
       float* dx = dvalues + (b * n.Tk + j) * n.D;
       Floats acc[4] = {{0}};
-      for (int64_t c = 0; c < n.D; c += 4 * LANES)
-        UNROLL for (int m = 0; m < 4; ++m) {
+      for (int64_t c = 0; c < n.D; c += 4 * LANES) UNROLL for (int m = 0; m < 4; ++m) {
+          __builtin_prefetch(x + 2 * n.D + c + m * LANES);
           const Floats d = load(dc + c + m * LANES);
           acc[m] += d * load(x + c + m * LANES);
           put(streamed, dx + c + m * LANES, w[j] * d);
@@ -417,24 +515,14 @@ INLINE void backward_one(const int share, const enum By by, const int streamed, 
     float delta = 0;
     for (int64_t j = 0; j < n.Tk; ++j) delta += w[j] * dw[j];
     memset(of_query, 0, n.A * sizeof(float));
-    for (int64_t j = 0; j < n.Tk; ++j) {
-      const float *key = k + (b * n.Tk + j) * n.A, ds = w[j] * (dw[j] - delta);
-      float* dkey = dk + (b * n.Tk + j) * n.A;
-      for (int64_t u = 0; u < n.A; u += 4 * LANES) {
-        Floats r[4];
-        UNROLL for (int m = 0; m < 4; ++m)
-          r[m] = 1.0f + load(eq + u + m * LANES) * exponential(load(key + u + m * LANES));
-        UNROLL for (int m = 0; m < 4; m += share)
-          invert(share, by == DIVIDED || (by == MIXED && m / share % 2), r + m);
-        UNROLL for (int m = 0; m < 4; ++m) {
-          const int64_t at = u + m * LANES;
-          const Floats p = r[m] * ds, g = (p - p * r[m]) * load(factor + at);
-          put(streamed, dkey + at, g);
-          store(of_query + at, load(of_query + at) + g);
-          store(of_v + at, load(of_v + at) + p);
-        }
-      }
-    }
+    for (int64_t j = 0; j < n.Tk; ++j) dw[j] = w[j] * (dw[j] - delta);
+    const float* keys = k + b * n.Tk * n.A;
+    float* dkeys = dk + b * n.Tk * n.A;
+    int64_t j = 0;
+    for (; j + 4 <= n.Tk; j += 4)
+      gradient_rows(4, share, by, streamed, n.A, eq, factor, keys + j * n.A, dw + j, dkeys + j * n.A, of_query, of_v);
+    for (; j < n.Tk; ++j)
+      gradient_rows(1, share, by, streamed, n.A, eq, factor, keys + j * n.A, dw + j, dkeys + j * n.A, of_query, of_v);
     memcpy(dq + b * n.A, of_query, n.A * sizeof(float));
   }
   for (int64_t u = 0; u < n.A; u += LANES) store(dv + u, -2.0f * load(of_v + u));
@@ -443,35 +531,32 @@ INLINE void backward_one(const int share, const enum By by, const int streamed, 
 
 // What scratch.py calls: the ways to make reciprocals; the fastest counts. ---------------------------------------------
 
-#define FORWARD(name, share, by)                                                                                   \
-  void name(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t D, const float* q, const float* k,               \
-            const float* values, const float* v, float* context, float* alignments, float* scratch) {              \
-    const Sizes n = {B, Tq, Tk, A, D};                                                                             \
-    if (Tq == 1)                                                                                                   \
-      forward_one(share, by, n, q, k, values, v, context, alignments, scratch);                                    \
-    else                                                                                                           \
-      forward_many(share, by, n, q, k, values, v, context, alignments, scratch);                                   \
+#define FORWARD(name, share, by)                                                                      \
+  void name(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t D, const float* q, const float* k,  \
+            const float* values, const float* v, float* context, float* alignments, float* scratch) { \
+    const Sizes n = {B, Tq, Tk, A, D};                                                                \
+    if (Tq == 1)                                                                                      \
+      forward_one(share, by, n, q, k, values, v, context, alignments, scratch);                       \
+    else                                                                                              \
+      forward_many(share, by, n, q, k, values, v, context, alignments, scratch);                      \
   }
 FORWARD(forward_three_divided, 3, DIVIDED)
 FORWARD(forward_three_estimated, 3, ESTIMATED)
-FORWARD(forward_three_mixed, 3, MIXED)
 FORWARD(forward_four_divided, 4, DIVIDED)
 FORWARD(forward_four_estimated, 4, ESTIMATED)
 FORWARD(forward_four_mixed, 4, MIXED)
 
-#define BACKWARD(name, call, ...)                                                                                  \
-  void name(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t D, const float* q, const float* k,               \
-            const float* values, const float* v, const float* alignments, const float* dcontext, float* dq,        \
-            float* dk, float* dvalues, float* dv, float* scratch) {                                                \
-    const Sizes n = {B, Tq, Tk, A, D};                                                                             \
-    call(__VA_ARGS__, n, q, k, values, v, alignments, dcontext, dq, dk, dvalues, dv, scratch);                     \
+#define BACKWARD(name, call, ...)                                                                                      \
+  void name(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t D, const float* q, const float* k,                   \
+            const float* values, const float* v, const float* alignments, const float* dcontext, float* dq, float* dk, \
+            float* dvalues, float* dv, float* scratch) {                                                               \
+    const Sizes n = {B, Tq, Tk, A, D};                                                                                 \
+    call(__VA_ARGS__, n, q, k, values, v, alignments, dcontext, dq, dk, dvalues, dv, scratch);                         \
   }
 BACKWARD(backward_many_one_estimated, backward_many, 1, ESTIMATED)
 BACKWARD(backward_many_two_estimated, backward_many, 2, ESTIMATED)
 BACKWARD(backward_many_two_mixed, backward_many, 2, MIXED)
-BACKWARD(backward_many_two_divided, backward_many, 2, DIVIDED)
 BACKWARD(backward_many_three_divided, backward_many, 3, DIVIDED)
-BACKWARD(backward_many_three_mixed, backward_many, 3, MIXED)
 BACKWARD(backward_one_divided, backward_one, 4, DIVIDED, 0)
 BACKWARD(backward_one_estimated, backward_one, 2, ESTIMATED, 0)
 BACKWARD(backward_one_streamed_divided, backward_one, 4, DIVIDED, 1)

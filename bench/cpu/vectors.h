@@ -37,15 +37,15 @@
 
 // An estimate of 1 / x, and the error e = 1 - x r of its refinement, as a series: r (1 + e + ...). Elsewhere a division.
 #if VECTOR_BYTES == 64
-#define ESTIMATE(x) (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)(x))
+#define ESTIMATE(x) (Floats) _mm512_maskz_rcp14_ps(0xffff, (__m512)(x))
 #define SERIES(e) (e)
 #elif VECTOR_BYTES == 32
-#define ESTIMATE(x) (Floats)_mm256_rcp_ps((__m256)(x))
+#define ESTIMATE(x) (Floats) _mm256_rcp_ps((__m256)(x))
 #elif defined(__SSE2__)
-#define ESTIMATE(x) (Floats)_mm_rcp_ps((__m128)(x))
+#define ESTIMATE(x) (Floats) _mm_rcp_ps((__m128)(x))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
-#define ESTIMATE(x) (Floats)vrecpeq_f32((float32x4_t)(x))
+#define ESTIMATE(x) (Floats) vrecpeq_f32((float32x4_t)(x))
 #else
 #define ESTIMATE(x) (1.0f / (x))
 #endif
