@@ -36,6 +36,11 @@ enum By { DIVIDED, ESTIMATED, MIXED };  // MIXED: both in turns, so that the div
 const int32_t lanes = LANES;
 const int32_t rows = 10;
 const int32_t units = 4 * LANES;
+#ifdef STREAM_STORE
+const int32_t can_stream = 1;
+#else
+const int32_t can_stream = 0;
+#endif
 
 typedef struct {
   int64_t B, Tq, Tk, A, D;
