@@ -2,9 +2,9 @@
 
 ``roofline`` compares the kernels with bare loops. This compares additive attention with whole kernels, those of
 scratch.c: they compute the same, for float32, one thread, contiguous tensors and sizes that are multiples of their
-tiles. They guard nothing, so that they are right for moderate inputs only, and are to be nearly as fast as the processor
-can be. Each comes in several forms, by how reciprocals are made; the fastest one counts.
-Results of all forms are compared with the eager formula before anything is timed.
+tiles. They guard nothing, so that they are right for moderate inputs only, and are to be nearly as fast as this
+processor can be. Each comes in several forms, by how reciprocals are made; the fastest one counts. Results of all forms
+are compared with the eager formula before anything is timed.
 
 With one query there are also forms whose gradients are written past the caches ("streamed"): faster here, where nobody
 reads the gradients.
