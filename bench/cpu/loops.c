@@ -19,9 +19,9 @@
 #define FORWARD_KEYS 2
 
 #if VECTOR_BYTES == 64
-#define POSITIVE_PART(x) (Floats)_mm512_maskz_max_ps(0xffff, (__m512)(Floats){0}, (__m512)(x))
+#define POSITIVE_PART(x) (Floats) _mm512_maskz_max_ps(0xffff, (__m512)(Floats){0}, (__m512)(x))
 #elif VECTOR_BYTES == 32
-#define POSITIVE_PART(x) (Floats)_mm256_max_ps((__m256)(Floats){0}, (__m256)(x))
+#define POSITIVE_PART(x) (Floats) _mm256_max_ps((__m256)(Floats){0}, (__m256)(x))
 #else
 #define POSITIVE_PART(x) (Floats)(((x) > (Floats){0}) & (Ints)(x))  // GCC has no choice by vectors in C
 #endif

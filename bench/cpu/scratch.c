@@ -179,7 +179,7 @@ INLINE void score_tile(const int share, const enum By by, int64_t A, const float
       }
     }
   }
-  for (; share == 3 && u < A; u += 2 * LANES)  // A is a multiple of 4 vectors: 2 or 4 are left, or 1 and 3 as
+  for (; share == 3 && u < A; u += 2 * LANES)  // the one or two vectors that are left
     for (int j = 0; j < KEYS; ++j) UNROLL for (int i = 0; i < QUERIES; ++i) {
         const float *qi = q + i * A + u, *kj = k + j * A + u;
         Floats d[2] = {load(c + u) + load(qi) * load(kj)};
