@@ -34,10 +34,10 @@ LEAST_SAMPLES = 3
 
 
 class CompilerError(Exception):
-    """loops.c cannot be compiled here."""
+    """loops.c or scratch.c cannot be compiled here."""
 
 
-class _Data:
+class Data:
     """Converts a tensor to a pointer to its elements, for ctypes."""
 
     @classmethod
@@ -47,20 +47,20 @@ class _Data:
 
 _COUNT, _FLOAT = ctypes.c_int64, ctypes.c_float
 _FUNCTIONS: dict[str, list[type]] = {
-    "read_words": [_Data, _COUNT, _COUNT],
-    "write_floats": [_Data, _COUNT, _FLOAT, _COUNT],
-    "stream_floats": [_Data, _COUNT, _FLOAT, _COUNT],
-    "copy_floats": [_Data, _Data, _COUNT, _FLOAT, _COUNT],
-    "copy_streaming": [_Data, _Data, _COUNT, _FLOAT, _COUNT],
+    "read_words": [Data, _COUNT, _COUNT],
+    "write_floats": [Data, _COUNT, _FLOAT, _COUNT],
+    "stream_floats": [Data, _COUNT, _FLOAT, _COUNT],
+    "copy_floats": [Data, Data, _COUNT, _FLOAT, _COUNT],
+    "copy_streaming": [Data, Data, _COUNT, _FLOAT, _COUNT],
     "add_integers": [ctypes.c_uint64, _COUNT],
-    "multiply_add": [_FLOAT, _FLOAT, _COUNT, _Data],
-    "exponentials": [_Data, _COUNT, _COUNT, _Data],
-    "forward_divided": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
-    "forward_estimated": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
-    "relu_pairs": [_Data, _Data, _Data, _COUNT, _COUNT, _Data],
-    "backward_shared": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
-    "backward_single": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
-    "backward_estimated": [_Data, _Data, _Data, _COUNT, _COUNT, _Data, _Data, _Data],
+    "multiply_add": [_FLOAT, _FLOAT, _COUNT, Data],
+    "exponentials": [Data, _COUNT, _COUNT, Data],
+    "forward_divided": [Data, Data, Data, _COUNT, _COUNT, Data],
+    "forward_estimated": [Data, Data, Data, _COUNT, _COUNT, Data],
+    "relu_pairs": [Data, Data, Data, _COUNT, _COUNT, Data],
+    "backward_shared": [Data, Data, Data, _COUNT, _COUNT, Data, Data, Data],
+    "backward_single": [Data, Data, Data, _COUNT, _COUNT, Data, Data, Data],
+    "backward_estimated": [Data, Data, Data, _COUNT, _COUNT, Data, Data, Data],
 }
 _RESULTS = {"read_words": ctypes.c_uint32, "add_integers": ctypes.c_uint64}
 
@@ -116,26 +116,31 @@ def find_compiler() -> list[str]:
     raise CompilerError("no C compiler was found (cc, gcc, clang); install one, or name it in $CC")
 
 
-def compile_loops() -> Loops:
-    """Compiles loops.c for this processor and loads it."""
+def compile_for_here(source: Path) -> tuple[ctypes.CDLL, str]:
+    """Compiles C for this processor and loads it; also returns the compiler and its flags."""
     command = find_compiler()
     flags = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:  # once loaded, the library needs its file no more
-        path = Path(folder) / "loops.so"
+        path = Path(folder) / f"{source.stem}.so"
         # Clang for ARM has known -march=native for a few years only.
         for native in ("-march=native", "-mcpu=native"):
             try:
                 done = subprocess.run(
-                    [*command, *flags, native, str(SOURCE), "-o", str(path)],
+                    [*command, *flags, native, str(source), "-o", str(path)],
                     capture_output=True,
                     text=True,
-                    timeout=120,
+                    timeout=240,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise CompilerError(f"{shlex.join(command)}: {error}") from None
             if done.returncode == 0:
-                return Loops(ctypes.CDLL(str(path)), f"{_version(command)}, {' '.join([*flags, native])}")
-    raise CompilerError(f"{shlex.join(command)} cannot compile {SOURCE.name}:\n{done.stderr.strip()}")
+                return ctypes.CDLL(str(path)), f"{_version(command)}, {' '.join([*flags, native])}"
+    raise CompilerError(f"{shlex.join(command)} cannot compile {source.name}:\n{done.stderr.strip()}")
+
+
+def compile_loops() -> Loops:
+    """Compiles loops.c for this processor and loads it."""
+    return Loops(*compile_for_here(SOURCE))
 
 
 def _version(command: list[str]) -> str:
