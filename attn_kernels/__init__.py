@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import recurrent_ops as _recurrent_ops  # noqa: F401 - registers its ops
 from .backends import Backend, backends
 from .errors import ArgumentError, ArgumentTypeError, ArgumentValueError
 from .flops import register_with_counter

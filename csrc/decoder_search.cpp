@@ -1,4 +1,4 @@
-// decoder_search: the op of attn_kernels/ops.py that searches with a decoder of seq2seq, all steps in one call; and
+// decoder_search: the op of attn_kernels/recurrent_ops.py that searches with a decoder of seq2seq, all steps in one call; and
 // rounded_blocks, which rounds weights for it. CPU only.
 #include "decoder_search.h"
 

@@ -1,4 +1,4 @@
-// recurrent_steps: the op of attn_kernels/ops.py that runs one direction of a layer over few sentences, all steps in one
+// recurrent_steps: the op of attn_kernels/recurrent_ops.py that runs one direction of a layer over few sentences, all steps in one
 // call. CPU only.
 #include <algorithm>
 #include <numeric>
