@@ -97,7 +97,7 @@ class ChoosingAttention(EnergyAttention):
     training drives the probabilities towards 0 or 1, the values of hard decoding.
     """
 
-    modes: tuple[str, ...]
+    modes: ClassVar[tuple[str, ...]]
     starts_attended: ClassVar[bool] = False  # True: begins at the first step that may be attended, not at step 0
 
     def __init__(

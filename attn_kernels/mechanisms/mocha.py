@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
     differences, each at most 1. A moving sum of exponentials could underflow to 0 far from the largest energy.
 
     Args:
-        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize, activation, negative_slope,
-            backend: as of
+        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize: as of
             :class:`MonotonicAttention`; ``units`` is the size of each energy. ``noise``, r and ``normalize`` apply to
             the monotonic energy only.
+        activation, negative_slope, backend: likewise.
         chunk_size: w, the number of steps in a chunk; None for all steps up to the one at which it stops.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -51,7 +51,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
     :math:`\beta`.
     """
 
-    modes: tuple[str, ...] = MODES
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     def __init__(
         self,

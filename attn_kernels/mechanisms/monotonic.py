@@ -112,7 +112,7 @@ class MonotonicAttention(ChoosingAttention):
     State: :class:`AlignmentsState`, the alignments of the step before; at first all weight is on the first step.
     """
 
-    modes: tuple[str, ...] = MODES  # the first is the default
+    modes: ClassVar[tuple[str, ...]] = MODES  # the first is the default
     default_score_bias: ClassVar[float] = 0.0
 
     def __init__(

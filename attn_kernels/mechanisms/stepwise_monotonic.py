@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,8 @@ class StepwiseMonotonicAttention(MonotonicAttention):
     may be attended.
     """
 
-    modes = ("soft", "hard")
-    default_score_bias = 3.5
+    modes: ClassVar[tuple[str, ...]] = ("soft", "hard")
+    default_score_bias: ClassVar[float] = 3.5
     starts_attended = True
 
     def _alignments(self, query: Tensor, source: Source, state: AlignmentsState) -> tuple[Tensor, AlignmentsState]:

@@ -79,7 +79,7 @@ class WindowedAttention(StatefulAttention):
         self.query_size: int = module.query_size
         self.memory_size: int = module.memory_size
         self.key_size: int = module.key_size
-        self.backend = module.backend
+        self.backend: str | None = module.backend
 
     def reset_parameters(self) -> None:
         module = self.attention

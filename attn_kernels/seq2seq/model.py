@@ -195,9 +195,9 @@ class Seq2Seq(nn.Module):
             \frac{\log P(Y \mid X)}{lp(Y)} + cp(X; Y) \qquad lp(Y) = \left(\frac{5 + |Y|}{6}\right)^\alpha \qquad
             cp(X; Y) = \beta \sum_j \log \min\Bigl(\sum_i a_{ij}, 1\Bigr)
 
-        where |Y| includes eos and a_ij is the alignment of token i with step j of the source. The sum of a step that no
-        token attends counts as 1.2e-38, so that scores stay finite. Source: Wu et al., "Google's neural machine
-        translation system", 2016, section 7, equation 14.
+        where the length of Y includes eos and a_ij is the alignment of token i with step j of the source. The sum of a
+        step that no token attends counts as 1.2e-38, so that scores stay finite. Source: Wu et al., "Google's neural
+        machine translation system", 2016, section 7, equation 14.
 
         In each step all tokens extend all hypotheses of a sentence, ranked by log-probability. Those among the best
         ``beam_size`` that end in eos are finished; the best ``beam_size`` of the others are continued. Finished

@@ -82,6 +82,11 @@ def _is_many_queries_of_triton(facts: Facts) -> bool:
     return _is_float32(facts) and bool(facts.constants.get("FACTORED")) and facts.constants.get("BLOCK_Q", 0) >= 16
 
 
+def _has_reciprocals_of_triton(facts: Facts) -> bool:
+    """Scores of tanh or sigmoid. Those of relu have none; tests/test_triton_aot.py counts their slots."""
+    return _is_float32(facts) and facts.constants.get("ACTIVATION", "tanh") not in ("relu", "leaky_relu")
+
+
 # CUDA C++. 12 warps hide the latency of the special function unit and of shared memory; they leave 168 registers. The
 # relu kernels have rows of their own. The loop of leaky relu has no maximum: its pairs are not counted.
 _FORWARD: dict[str, Any] = dict(slots=3.5, warps=12, thread_tile=_tile_of_template(1), applies=_is_float32)
@@ -99,7 +104,15 @@ RULES = (
     Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
     # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
     # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
-    Rule(r"^tiled_scores_kernel$", MANY_FORWARD, sharing=3, special=0.34, slots=3.7, warps=12, applies=_is_float32),
+    Rule(
+        r"^tiled_scores_kernel$",
+        MANY_FORWARD,
+        sharing=3,
+        special=0.34,
+        slots=3.7,
+        warps=12,
+        applies=_has_reciprocals_of_triton,
+    ),
     Rule(
         r"^backward_kernel$",
         MANY_BACKWARD,
