@@ -87,6 +87,11 @@ def _has_reciprocals_of_triton(facts: Facts) -> bool:
     return _is_float32(facts) and facts.constants.get("ACTIVATION", "tanh") not in ("relu", "leaky_relu")
 
 
+def _is_decoding_of_triton(facts: Facts) -> bool:
+    """One score vector. The loop reads several again in each turn, from L1, by smaller loads than rows."""
+    return _is_float32(facts) and (facts.constants.get("VECTORS") or 1) == 1
+
+
 # CUDA C++. 12 warps hide the latency of the special function unit and of shared memory; they leave 168 registers. The
 # relu kernels have rows of their own. The loop of leaky relu has no maximum: its pairs are not counted.
 _FORWARD: dict[str, Any] = dict(slots=3.5, warps=12, thread_tile=_tile_of_template(1), applies=_is_float32)
@@ -122,7 +127,7 @@ RULES = (
         stack=32,
         applies=_is_many_queries_of_triton,
     ),
-    Rule(r"^decode_kernel$", DECODE, wide_loads=True, stack=32, applies=_is_float32),
+    Rule(r"^decode_kernel$", DECODE, wide_loads=True, stack=32, applies=_is_decoding_of_triton),
     Rule(r"^_?\w+_kernel$", OTHER, stack=32),
     Rule(r"", OTHER),
 )
