@@ -1,4 +1,4 @@
-"""All short examples one after the other, and a table of what came of them: ``python -m examples --help``."""
+"""Runs all short examples one after the other, and prints a table of their results: ``python -m examples --help``."""
 
 from __future__ import annotations
 

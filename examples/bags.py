@@ -1,7 +1,8 @@
-"""A label for a bag of images, and which of them made it: ``python -m examples.bags --help``.
+"""Classifies a bag of images, and shows which of them decides: ``python -m examples.bags --help``.
 
-Multiple instance learning: a bag of handwritten digits is positive if there is a nine in it. Nobody says where; gated
-attention pooling finds it. Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", 2018.
+Multiple instance learning: a bag of handwritten digits is positive if it contains a nine. The labels do not say which
+image it is; gated attention pooling finds it. Ilse, Tomczak, Welling, "Attention-based deep multiple instance
+learning", 2018.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NOISE = 0.2
 
 
 class Bags(NamedTuple):
-    """images: (B, N, 8, 8). lengths: (B,), how many are in a bag. labels: (B,). witnesses: (B, N), where a nine is."""
+    """images: (B, N, 8, 8). lengths: (B,), images in a bag. labels: (B,). witnesses: (B, N), True for a nine."""
 
     images: Tensor
     lengths: Tensor
@@ -39,7 +40,7 @@ class Bags(NamedTuple):
 
 
 def make_bags(glyphs: Glyphs, count: int, largest: int, seed: int) -> Bags:
-    """Half of them positive, with one nine or two."""
+    """Half of the bags are positive, with one or two nines."""
     chance = torch.Generator().manual_seed(seed)
     lengths = torch.randint(largest // 2, largest + 1, (count,), generator=chance)
     digits = torch.randint(WITNESS, (count, largest), generator=chance)
@@ -61,13 +62,13 @@ class BagClassifier(nn.Module):
         self.output = nn.Linear(size, 1)
 
     def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits, (B,), and alignments, (B, N): what each image counts."""
+        """Returns logits, (B,), and alignments, (B, N): the weight of each image."""
         context, alignments = self.pooling(self.features(images), lengths)
         return self.output(context).squeeze(1), alignments
 
 
 class EagerPooling(nn.Module):
-    """The same formula as it is written without this package, on the parameters of an AttentionPooling."""
+    """The same formula in plain PyTorch, with the parameters of an AttentionPooling."""
 
     def __init__(self, fused: AttentionPooling) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ def evaluate(model: BagClassifier, bags: Bags) -> dict[str, float]:
 
 @torch.no_grad()
 def draw(model: BagClassifier, bags: Bags, across: int = 10) -> Figure:
-    """The images of a bag, each in the colour of what it counts."""
+    """The images of a bag, each in the colour of its weight."""
     logits, alignments = model(bags.images, bags.lengths)
     figure = Figure(figsize=(9, 2.0), layout="constrained")
     for axes, images, length, weights, logit in zip(
@@ -126,7 +127,7 @@ def draw(model: BagClassifier, bags: Bags, across: int = 10) -> Figure:
 
 
 def compare_pooling(rows: int, size: int, units: int, seconds: float) -> dict[str, Any]:
-    """Pooling alone, of the features of one large bag, as of a slide in a microscope: they need no gradient."""
+    """Pooling alone, on the features of one large bag, such as a microscope slide. The features need no gradient."""
     features = torch.randn(1, rows, size)
     pooling = AttentionPooling(size, units, gated=True)
     eager = EagerPooling(copy.deepcopy(pooling))

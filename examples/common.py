@@ -1,7 +1,8 @@
 """Code that the examples share: options, training with a progress bar, timing of a step, and the files they write.
 
-Each example is a module with a command ``main`` and trains one model. The same training step is then timed twice, with
-the attention as PyTorch users write it ("before") and with this package's ("after"), in turns; see bench/timing.py.
+Each example is a module with a command ``main`` and trains one model. Then it times two versions of the same training
+step in turns: with the attention as PyTorch users write it ("before") and with this package's ("after"). See
+bench/timing.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Loss = Callable[[nn.Module], Tensor]  # of a model on one batch, always the same
 
 
 def prepare() -> None:
-    """Before each example: what it draws at random is always the same, and times are of one thread."""
+    """Before each example: fixes the random seed, so that results repeat, and the number of threads, to 1."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -99,7 +100,7 @@ def _step(model: nn.Module, loss: Loss) -> Callable[[], float]:
 
 
 def _peak_memory(step: Callable[[], float]) -> float | None:
-    """The median of three: what malloc has kept from the training changes each of them."""
+    """The median of three measurements: memory that malloc kept from the training changes each of them."""
     peaks = [machine.peak_memory(step, CPU) for _ in range(3)]
     return None if None in peaks else statistics.median(peaks)
 
@@ -116,7 +117,7 @@ def _check_same(what: str, before: nn.Module, after: nn.Module, loss: Loss) -> N
     theirs, ours = found
     largest = max(float(gradient.abs().max()) for name, gradient in theirs.items() if name != "loss")
     for name, expected in theirs.items():
-        # A gradient that is zero but for rounding, such as that of the bias of scores, has no size of its own.
+        # Some gradients are 0 except for rounding, such as that of the bias of scores: they have no scale of their own.
         scale = max(float(expected.abs().max()), 1e-3 * largest)
         error = float((ours.get(name, torch.zeros(())) - expected).abs().max()) / scale
         if not error <= TOLERANCE:
@@ -124,7 +125,7 @@ def _check_same(what: str, before: nn.Module, after: nn.Module, loss: Loss) -> N
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """A row of ``compare`` as a sentence, which says so where nothing is gained."""
+    """A row of ``compare`` as a sentence. It states when there is no gain."""
     ms, memory, ratio = row["ms"], row["peak MB"], row[f"times {AFTER}"][BEFORE]
     sizes = ", ".join(f"{report.figure(ms[way]['median'])} ms {way}" for way in (BEFORE, AFTER))
     text = f"{sizes} ({ratio['median']:.2f}x, quartiles {ratio['low']:.2f}-{ratio['high']:.2f})"
@@ -138,7 +139,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def markdown(examples: list[dict[str, Any]]) -> str:
-    """The table of docs/examples.md: a line for each row of ``compare``, of the files that ``finish`` wrote."""
+    """The table of docs/examples.md: a line for each row of ``compare`` in the files that ``finish`` wrote."""
     lines = ["| | what came of it | the step that is timed | ms before | after | times faster | MB before | after |"]
     lines.append("|---" * 8 + "|")
     for example in examples:

@@ -1,7 +1,7 @@
 """fuse(model) on a translation model in the form of PyTorch's tutorial: ``python -m examples.dates --help``.
 
-The model knows nothing of attn_kernels: a GRU reads a date as people write it, another one writes it as ISO 8601, and
-additive attention is written out between them. It is trained as it is and fused, step by step on the same batches.
+The model does not use attn_kernels. A GRU reads a date as people write it, and another one writes it as ISO 8601, with
+additive attention written out by hand. The original and the fused model are trained on the same batches.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FORMS = ("%A, %d %B %Y", "%B %d, %Y", "%d.%m.%y", "%b %d %Y", "the %d. of %B, %Y
 
 
 class BahdanauAttention(nn.Module):
-    """Nothing here is of this package: fuse looks at what is computed."""
+    """Plain PyTorch: ``fuse`` recognises it by what it computes."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.of_query, self.of_keys, self.score = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, 1)
 
     def forward(self, query: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """query: (B, 1, H). keys: (B, S, H). padding: (B, S), True in it."""
+        """query: (B, 1, H). keys: (B, S, H). padding: (B, S), True at padding."""
         scores = self.score(torch.tanh(self.of_query(query) + self.of_keys(keys))).squeeze(2)
         weights = torch.softmax(scores.masked_fill(padding, float("-inf")), dim=1).unsqueeze(1)
         return torch.bmm(weights, keys), weights
@@ -63,7 +63,7 @@ class AttentionDecoder(nn.Module):
     def forward(
         self, outputs: Tensor, hidden: Tensor, padding: Tensor, target: Tensor | None, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Reads the target, (B, T), in training, and what it wrote otherwise. Returns logits and weights."""
+        """Reads the target, (B, T), in training, and its own output otherwise. Returns logits and weights."""
         token = torch.full((len(outputs), 1), BOS)
         logits, looked = [], []
         for step in range(steps):
@@ -117,7 +117,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def largest_difference(models: tuple[nn.Module, nn.Module], steps: int, batch_size: int) -> float:
-    """Of the losses of two trainings that see the same batches, over their first steps."""
+    """The largest difference of the losses of two models that are trained on the same batches, over the first steps."""
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3) for model in models]
     worst = 0.0
     for step in range(steps):

@@ -1,6 +1,6 @@
 """A forecast with attention over inputs and over time: ``python -m examples.forecast --help``.
 
-DA-RNN on a generated series: a season, and what some of many drivers did a while before. Qin, Song, Chen, Cheng, Jiang,
+DA-RNN on a generated series, the sum of a season and of some drivers with a lag. Qin, Song, Chen, Cheng, Jiang,
 Cottrell, "A dual-stage attention-based recurrent neural network for time series prediction", 2017.
 """
 
@@ -23,7 +23,7 @@ from .common import FOLDER, OutputOption, QuickOption
 
 app = application()
 
-LAGS = {0: 3, 1: 6}  # driver: how many steps later the target feels it; the other drivers are noise
+LAGS = {0: 3, 1: 6}  # driver: by how many steps the target lags behind it; the other drivers are noise
 SEASON = 24
 NOISE = 0.1
 
@@ -49,12 +49,12 @@ def make_series(steps: int, drivers: int, seed: int) -> Series:
     y = 0.5 * torch.sin(2 * math.pi * torch.arange(steps) / SEASON) + NOISE * torch.randn(steps, generator=chance)
     for driver, lag in LAGS.items():
         y += x[:, driver].roll(lag)
-    x, y = x[max(LAGS.values()) :], y[max(LAGS.values()) :]  # what was rolled in is no past
+    x, y = x[max(LAGS.values()) :], y[max(LAGS.values()) :]  # without the steps that roll() filled from the end
     return Series(x / x.std(0), (y - y.mean()) / y.std())
 
 
 class InputAttention(nn.Module):
-    """Weights of the drivers in a step: additive attention, the memory of which are their windows."""
+    """Weights of the drivers in a step: additive attention over the windows of the drivers as memory."""
 
     def __init__(self, hidden: int, length: int, units: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class InputAttention(nn.Module):
 
 
 class EagerInputAttention(nn.Module):
-    """The same formula as it is written without this package, on the parameters of an InputAttention."""
+    """The same formula in plain PyTorch, with the parameters of an InputAttention."""
 
     def __init__(self, fused: InputAttention) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class DualStage(nn.Module):
 
 
 class PlainLSTM(nn.Module):
-    """Reads drivers and target, without attention: what has to be beaten."""
+    """The baseline: an LSTM over drivers and target, without attention."""
 
     def __init__(self, drivers: int, length: int, size: int) -> None:
         super().__init__()
         self.lstm, self.output = nn.LSTM(drivers + 1, size, batch_first=True), nn.Linear(size, 1)
 
     def forward(self, drivers: Tensor, past: Tensor) -> tuple[Tensor, None, None]:
-        before = nn.functional.pad(past, (1, 0))  # the target is a step late
+        before = nn.functional.pad(past, (1, 0))  # the target is delayed by a step
         states, _ = self.lstm(torch.cat((drivers, before[:, :, None]), dim=2))
         return self.output(states[:, -1]).squeeze(1), None, None
 
@@ -137,7 +137,7 @@ def rmse(model: nn.Module, windows: Windows) -> float:
 
 @torch.no_grad()
 def draw(model: DualStage, windows: Windows) -> Figure:
-    """The forecast of the first steps of the test, and what both attentions look at, on average."""
+    """The forecast of the first steps of the test, and the average weights of both attentions."""
     forecast, weights, alignments = model(*windows[:2])
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels = figure.subplot_mosaic([["series", "series"], ["inputs", "time"]])

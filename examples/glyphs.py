@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1797 images of 8 x 8, in a part to learn and a part to test."""
+"""Handwritten digits that come with scikit-learn: 1797 images of 8 x 8, split into training and test images."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ class Glyphs:
         self._places = [(self.digits == digit).nonzero().squeeze(1) for digit in range(10)]
 
     def draw(self, digits: Tensor, chance: torch.Generator) -> Tensor:
-        """An image for each of some digits, (n,): (n, 8, 8)."""
+        """A random image of each of the given digits: (n,) -> (n, 8, 8)."""
         places = [self._places[int(digit)] for digit in digits]
         return self.images[[int(rows[torch.randint(len(rows), (), generator=chance)]) for rows in places]]

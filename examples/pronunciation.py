@@ -1,7 +1,7 @@
 """Letters to phonemes in a minute, down to the alignments: ``python -m examples.pronunciation --help``.
 
-With the parts of examples/g2p, the complete project: dictionary (CMUdict), split, batches, model, loss, search and
-count of errors, here on short words only.
+It uses the parts of the complete project, examples/g2p, on short words only: dictionary (CMUdict), split, batches,
+model, loss, search and count of errors.
 """
 
 from __future__ import annotations

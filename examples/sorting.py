@@ -1,6 +1,6 @@
 """A pointer network that sorts: ``python -m examples.sorting --help``.
 
-A bidirectional GRU reads N numbers, another GRU points at them from the least to the largest, each once. Vinyals,
+A bidirectional GRU reads N numbers; another GRU points at each once, from the smallest to the largest. Vinyals,
 Fortunato, Jaitly, "Pointer networks", 2015; numbers as in Vinyals, Bengio, Kudlur, "Order matters", 2016, section 5.1.
 """
 
@@ -38,7 +38,7 @@ class Sorter(nn.Module):
     def forward(self, numbers: Tensor, order: Tensor) -> Tensor:
         """Log-probabilities of a given order. numbers, order: (B, N). Returns (B, N, N)."""
         outputs, state = self._encode(numbers)
-        # All queries are one call: a step may not point at what those before it have taken.
+        # All queries are one call: the mask excludes the numbers that earlier steps have taken.
         taken = nn.functional.one_hot(order, numbers.shape[1]).cumsum(1).roll(1, dims=1)
         taken[:, 0] = 0
         chosen = outputs.gather(1, order[:, :, None].expand_as(outputs))
@@ -70,7 +70,7 @@ class Sorter(nn.Module):
 
 
 class EagerPointer(nn.Module):
-    """The same formula as it is written without this package, on the parameters of a PointerAttention."""
+    """The same formula in plain PyTorch, with the parameters of a PointerAttention."""
 
     def __init__(self, fused: PointerAttention) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """A reader of digits in an image, with Seq2Seq: ``python -m examples.strips --help``.
 
-Handwritten digits stand in a strip, with unlike gaps and heights, and noise. Convolutions and a bidirectional GRU make
-a memory of its columns; the decoder of Seq2Seq writes the digits and shows which columns it looked at.
+Handwritten digits are placed in a strip, at varying distances and heights, with noise. Convolutions and a
+bidirectional GRU encode its columns as the memory. The decoder of Seq2Seq writes the digits and shows which columns it
+attended to.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(glyphs: Glyphs, size: int, digits: tuple[int, int], seed: int) -> Batch:
-    """digits: the least and the largest number of them in a strip."""
+    """digits: the smallest and the largest number of digits in a strip."""
     chance = torch.Generator().manual_seed(seed)
 
     def random(least: int, most: int) -> int:
@@ -61,7 +62,7 @@ def make_batch(glyphs: Glyphs, size: int, digits: tuple[int, int], seed: int) ->
 
 
 class ColumnEncoder(nn.Module):
-    """(B, 12, W) -> what Seq2Seq's decoder begins with: outputs (B, W / 2, 2 H), the last states of both directions."""
+    """(B, 12, W) -> the inputs of Seq2Seq's decoder: outputs (B, W / 2, 2 H), the last states of both directions."""
 
     def __init__(self, channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class ColumnEncoder(nn.Module):
 
 
 class Reader(Seq2Seq):
-    """Seq2Seq, the source of which is an image: another encoder, all the rest as it is."""
+    """Seq2Seq with an image as source: only the encoder is replaced."""
 
     def __init__(self, size: int, decoder: str = "loop") -> None:
         super().__init__(1, 13, size, size, size, cell="gru", decoder=decoder)
@@ -103,7 +104,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def strips_read(model: Reader, batch: Batch) -> float:
-    """The share that is without an error."""
+    """The fraction of strips that are read without an error."""
     found = model.generate(batch.images, batch.widths, max_length=batch.target.shape[1])
     expected = [[token for token in row if token > EOS] for row in batch.target.tolist()]
     return sum(best[0].tokens == row for best, row in zip(found, expected, strict=True)) / len(expected)

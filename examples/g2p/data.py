@@ -33,7 +33,7 @@ SPLIT = "sha256 of the word, modulo 100: below 90 train, below 95 validation, el
 
 
 class Split(NamedTuple):
-    """90, 5 and 5 of 100 words; a word's part depends on its letters alone."""
+    """90, 5 and 5 of 100 words; a word's part depends only on its letters."""
 
     train: Words
     validation: Words
@@ -98,7 +98,7 @@ def read_dictionary(path: Path) -> Words:
 
 
 def bucket(word: str) -> int:
-    """0..99, from the word alone: the same on every machine and whatever else the dictionary holds."""
+    """0..99, computed from the word only: the same on every machine and for every dictionary."""
     return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % 100
 
 
@@ -120,9 +120,9 @@ def subset(words: Words, count: int) -> list[str]:
 
 
 class Vocabulary:
-    """Tokens of letters and of phonemes: 0 fills up, 1 begins and 2 ends a sequence.
+    """Tokens of letters and of phonemes: 0 is padding, 1 begins and 2 ends a sequence.
 
-    ``separator`` stands between phonemes where people read them.
+    ``separator`` is put between phonemes in text for people.
     """
 
     def __init__(self, phonemes: Sequence[str], letters: str = LETTERS, separator: str = " ") -> None:

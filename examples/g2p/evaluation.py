@@ -23,8 +23,8 @@ class Published(NamedTuple):
     source: str
 
 
-# On the CMUdict of their day, without stress, each on a split of its own: near our figures, and no more than that. On
-# the dictionary of 2007 that papers use (PRONALSYL), the same systems are about ten points better.
+# Measured on the CMUdict of their time, without stress, each on its own split, so the comparison with our figures is
+# only rough. On the dictionary of 2007 that papers use (PRONALSYL), the same systems are about ten points better.
 PUBLISHED = (
     Published("WFST (Phonetisaurus)", None, 33.89, "cmusphinx/g2p-seq2seq, README of 2019-10-09: CMUdict latest"),
     Published("LSTM, 2 layers of 512", None, 31.14, "cmusphinx/g2p-seq2seq, README of 2017-03-07: CMUdict latest"),
@@ -35,7 +35,7 @@ PUBLISHED = (
 
 
 def search(model: Model, words: Sequence[str], beam_size: int, max_length: int, **options: Any) -> list[Hypothesis]:
-    """The best hypothesis for each word. ``options``: as of ``models.generate``."""
+    """The best hypothesis for each word. ``options``: those of ``models.generate``."""
     return models.generate(model.network, model.vocabulary, words, beam_size, max_length, **options)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all: an interrupt leaves the old one, never a half."""
+"""Files that are written as a whole or not at all: an interrupt leaves the old file, never a partial one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path("g2p-results")  # in the working directory: what the commands write where no other place is named
+FOLDER = Path("g2p-results")  # in the working directory: the default folder of the commands' output
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` makes a file beside ``path`` that then takes its place."""
+    """``write`` makes a file beside ``path``, which then replaces ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as beside:
         partial = Path(beside) / path.name

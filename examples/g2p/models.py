@@ -1,4 +1,4 @@
-"""The model, and the file that holds all it takes to use it: weights, sizes, vocabulary, task."""
+"""The model, and its file with everything that is needed to use it: weights, sizes, vocabulary, task."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Model(NamedTuple):
 def make_model(
     config: ModelConfig, vocabulary: Vocabulary, device: torch.device, backend: str | None = None, **changes: Any
 ) -> Seq2Seq:
-    """``changes``: other values for arguments of Seq2Seq. Raises ValueError where Seq2Seq refuses one."""
+    """``changes``: other values for arguments of Seq2Seq. Raises ValueError if Seq2Seq rejects one."""
     settings = {**_fields_of(ModelConfig, config), **changes}
     torch.manual_seed(settings.pop("seed"))
     tokens = {"padding_idx": PADDING, "bos": BOS, "eos": EOS}
@@ -80,7 +80,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The dictionary in a file of torch.save; code in it is not executed. Raises ValueError if it is another file."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything at a file that is none of its own
+    except Exception as error:  # torch.load may raise any exception on a file of another format
         if isinstance(error, OSError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -93,7 +93,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 def load_model(path: Path, device: torch.device) -> Model:
     """From a file of ``export``, or the best of a checkpoint of ``train``.
 
-    Raises FileNotFoundError, or ValueError where the file is another or its training has not been validated yet.
+    Raises FileNotFoundError, or ValueError if it is another file or its training has not been validated yet.
     """
     state = read(path)
     if "best" in state:  # a checkpoint
@@ -121,7 +121,7 @@ def generate(
     batch_size: int = 200,
     advance: Callable[[int], object] = lambda words: None,
 ) -> list[Hypothesis]:
-    """The best hypothesis for each word, in their order. ``advance`` hears how many more words are done."""
+    """The best hypothesis for each word, in order. ``advance`` is called with the number of words just finished."""
     device = next(model.parameters()).device
     found: dict[int, Hypothesis] = {}
     for chunk in _by_length(words, batch_size):

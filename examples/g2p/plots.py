@@ -15,11 +15,11 @@ def alignment(
     path: Path, rows: Sequence[Sequence[float]], letters: Sequence[str], phonemes: Sequence[str], title: str
 ) -> None:
     """One row for each phoneme that was written, one column for each letter that was read."""
-    shrink = min(1.0, 50 / max(1, len(letters), len(phonemes)))  # a long sequence takes a page, no more
+    shrink = min(1.0, 50 / max(1, len(letters), len(phonemes)))  # a long sequence fits on one page
     size = (2.2 + 0.45 * shrink * len(letters), 1.6 + 0.4 * shrink * len(phonemes))
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
-    nothing = [[math.nan] * len(letters)]  # a model may write nothing at all
+    nothing = [[math.nan] * len(letters)]  # the output of a model may be empty
     image = axis.imshow(rows or nothing, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axis.set_xticks(range(len(letters)), letters, fontsize=max(4, 10 * shrink))
     axis.set_yticks(range(len(phonemes)), phonemes, fontsize=max(4, 10 * shrink))

@@ -27,7 +27,7 @@ from .training import Config, Training, Validation
 from .training import train as run_to_the_end
 
 BEAM = 5
-console = Console()  # for tables and bars; lines are printed as they are, so that a path is copied as a whole
+console = Console()  # for tables and bars; other lines use print, without wrapping, so that a path can be copied
 _DEFAULT = Config()
 _MODEL = FOLDER / f"g2p-{tasks.CMUDICT}.pt"
 
@@ -365,7 +365,7 @@ def _progress_bars() -> Progress:
 
 @contextmanager
 def _as_usage_errors() -> Iterator[None]:
-    """Errors of the functions below, in their own words, become errors of the command line."""
+    """Turns errors of the functions below into errors of the command line, with the same message."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -34,7 +34,7 @@ class Task:
         return longest_output(self.name)
 
     def fingerprint(self) -> str:
-        """Of all that training reads: a checkpoint continues on the same data only."""
+        """A hash of all data that training reads: a checkpoint continues only on the same data."""
         digest = hashlib.sha256()
         for part in (self.parts.train, self.parts.validation):
             digest.update(repr(list(part.items())).encode())
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def longest_output(name: str) -> int:
-    """Search ends after so many symbols, the end included."""
+    """The number of symbols, the end included, after which a search stops."""
     return {CMUDICT: 40, REVERSE: _CHARACTERS[1] + 20}[name]
 
 
@@ -68,7 +68,7 @@ def _cmudict(dictionary: Path) -> Task:
 
 
 def _reverse_words(sentences: Split) -> Task:
-    """Sentences of invented words, each to be written backwards in its place: "pa lito" -> "ap otil"."""
+    """Sentences of invented words. Each word is written backwards in its place: "pa lito" -> "ap otil"."""
     generator = random.Random(0)
     parts: Split = Split({}, {}, {})
     seen: set[str] = set()

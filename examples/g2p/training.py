@@ -1,7 +1,7 @@
 """Training with validation, averaged weights and exact resumption.
 
 After each validation one file is written with the state of the run and the best weights so far. It is written
-atomically, so that an interrupt loses only the steps since the last validation.
+atomically, so an interrupt loses only the steps since the last validation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config(ModelConfig):
 
 
 class Validation(NamedTuple):
-    """``loss``: mean of the training loss since the validation before. ``seconds``: of the training so far."""
+    """``loss``: mean of the training loss since the previous validation. ``seconds``: time of the training so far."""
 
     step: int
     epoch: float
@@ -61,7 +61,7 @@ class Validation(NamedTuple):
 
 
 def loss_of(model: Seq2Seq, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy a phoneme, padding left out."""
+    """Cross entropy per phoneme, without padding."""
     logits, _ = model(batch.source, batch.source_lengths, batch.target)
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.target.flatten(), ignore_index=PADDING, label_smoothing=label_smoothing
@@ -116,7 +116,7 @@ class Training:
 
     @property
     def best_validation(self) -> Validation:
-        """The lowest WER, of equal ones the lowest PER, of equal ones the first."""
+        """The one with the lowest WER; among equal ones the lowest PER, then the first."""
         return min(self.history, key=lambda validation: (validation.wer, validation.per))
 
     @property
@@ -140,7 +140,7 @@ class Training:
         batch = batch or self.next_batch()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # of the dropout
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # for dropout
         loss = train_step(self.model, self.optimizer, batch, self.config.label_smoothing, self.config.clip)
         if not math.isfinite(loss):
             raise ArithmeticError(f"the loss is {loss} at step {self.step + 1}: try a smaller --learning-rate")
@@ -152,7 +152,7 @@ class Training:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Exponential moving average; the first steps, far from any good weights, are forgotten sooner."""
+        """Exponential moving average. It decays faster in the first steps, whose weights are still bad."""
         if self.averaged is self.model:
             return
         keep = min(self.config.average, (1 + self.step) / (10 + self.step))
@@ -188,7 +188,7 @@ class Training:
         return models.contents(self.config, self.task.vocabulary, self.task.name, facts, weights)
 
     def state(self) -> dict[str, Any]:
-        """All that :meth:`restore` takes to continue."""
+        """Everything that :meth:`restore` needs to continue."""
         return {
             "format": FORMAT,
             "config": asdict(self.config),
@@ -209,11 +209,11 @@ class Training:
         write_whole(path, lambda partial: torch.save(state, partial))
 
     def load(self, path: Path) -> None:
-        """Continues where ``save`` was called. Raises ValueError if the file is none, or of another run."""
+        """Continues where ``save`` was called. Raises ValueError if it is not a checkpoint, or of another run."""
         self.restore(models.read(path, self.device), str(path))
 
     def restore(self, state: dict[str, Any], name: str) -> None:
-        """Continues from a state. Raises ValueError, about ``name``, if it is none, or of another run."""
+        """Continues from a state. Raises ValueError, which names ``name``, if it is not one, or of another run."""
         if state.get("format") != FORMAT:
             raise ValueError(f"{name}: expected a checkpoint of the format {FORMAT!r}, got {state.get('format')!r}")
         theirs = {"task": state["task"], **state["config"], "data": state["data"]}
@@ -243,7 +243,7 @@ def train(
     on_step: Callable[[float], object] = lambda loss: None,
     on_validation: Callable[[Validation], object] = lambda validation: None,
 ) -> None:
-    """To the end, or to the early stop. ``validate_every``: steps; None: once an epoch. The last step is validated."""
+    """Trains to the end or the early stop. ``validate_every``: steps; None: once an epoch. Validates the last step."""
     every = validate_every or len(training.batches)
     while not training.finished:
         on_step(training.run_step())
@@ -252,6 +252,6 @@ def train(
             on_validation(training.validate())
         if training.step % save_every == 0 or training.step % every == 0 or last:
             training.save(checkpoint)
-    if not training.history:  # it was saved before the first validation, and now has fewer epochs
+    if not training.history:  # it was saved before the first validation, and the new run has fewer epochs
         on_validation(training.validate())
         training.save(checkpoint)
