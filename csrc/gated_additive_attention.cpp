@@ -5,7 +5,7 @@
 namespace attn {
 namespace {
 
-// v: (vectors, A). Each query has that many rows of scores, next to each other.
+// v: (vectors, A). Each query has `vectors` adjacent rows of scores.
 GatedAdditiveScores gated(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& gate, int64_t activation, double negative_slope) {
   STD_TORCH_CHECK(v.dim() == 2 && v.size(0) > 0, "v must have 2 axes, and a row");
@@ -19,7 +19,7 @@ GatedAdditiveScores gated(const Tensor& query, const Tensor& keys, const Tensor&
           negative_slope};
 }
 
-// The gradients of v, bias and gate, where those are needed.
+// The gradients of v, bias and gate, if they are needed.
 struct Own {
   Tensor dv, dbias, dgate;
   GatedAdditiveGradients gradients;
