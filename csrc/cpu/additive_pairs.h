@@ -20,7 +20,7 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
 }
 
 // Each activation f has a class with these members. A pair with score gradient ds and x = q + k adds g = ds f'(x), up
-// to a constant factor (of_unit), to dq and dk, and ds f(x) to dv. kRefined: uses refined estimates of reciprocals, if
+// to a factor per unit (of_unit), to dq and dk, and ds f(x) to dv. kRefined: uses refined estimates of reciprocals, if
 // they are faster than divisions (kernels.cpp).
 template <typename T, bool kRefined>
 struct TanhPair {
