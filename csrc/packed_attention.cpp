@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_backward(void (*kernel
   return {dquery, dkeys, dvalues, dv.result(), dbias.result()};
 }
 
-// The ops --------------------------------------------------------------------------------------------------------------
+// The ops -------------------------------------------------------------------------------------------------------------
 
 // The ops of a score S with a score vector, Additive or Activated. Own: the types of its further arguments.
 template <class S, class... Own>

@@ -38,10 +38,10 @@ struct FactoredV {
   T sum_v, scale;        // score = sum_v - scale * sum of 1 / d
   T *paired_v, unit;     // for each two vectors of v / unit, their sum and difference; a single last one as is
   bool v_in_range;       // whether the compensated form may be used with this v
-  bool factored;         // whether the factored form may be used,
-  T min_bound;           // and from which |q| + |k| on
-  bool estimated;        // whether estimates may be used,
-  T min_bound_estimate;  // and from which |q| + |k| on
+  bool factored;         // whether the factored form may be used
+  T min_bound;           // the smallest |q| + |k| for the factored form
+  bool estimated;        // whether estimates may be used
+  T min_bound_estimate;  // the smallest |q| + |k| for estimates
   bool refined;          // whether three share a refined estimate, not a division
 
   FactoredV(const VectorScores& op, Scratch& scratch) : n(op.A), size(padded<T>(op.A)) {

@@ -8,8 +8,8 @@ namespace ATTN_LEVEL {
 
 // Adds the contributions of NK steps (listed in steps, exponentials in ek) to the sums dq (Tq, size) and dv (size) of a
 // strip of units. With kKeys, writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the
-// score of query i and step r. kKept: all pairs are in the range of the stored values; otherwise they are
-// computed from the original rows. Prefetches the inputs of the next tile, rows with `item` bytes per element.
+// score of query i and step r. kKept: all pairs are in the range of the stored values; otherwise they are computed from
+// the original rows. Prefetches the inputs of the next tile, rows with `item` bytes per element.
 template <typename T, int NK, bool kKept, bool kKeys, class Pair>
 ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, const T* eq,
                               const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,

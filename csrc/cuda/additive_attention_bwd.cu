@@ -6,9 +6,9 @@
 //   dquery = 4 v e^{2q} (sum of ds r^2 e^{2k})    dkeys = 4 v e^{2k} (sum of ds r^2 e^{2q})    dv = sum of ds r (E - 1)
 //
 // and dbias is the sum of dquery. That is eight instructions per pair and unit, one of them a special function. Packed
-// instructions (f32x2.cuh) halve the number of the others. Nothing here cancels: the error of each term is a few ulps of
-// its own value, however near tanh is to 0 or 1, and however large v is. With 1 - tanh^2 and 1 - 2 r the error would be a
-// few ulps of 1. If e^{2q} or e^{2k} is too large for such sums, E is clamped and ds (E r) r is summed, at ten
+// instructions (f32x2.cuh) halve the number of the others. Nothing here cancels: the error of each term is a few ulps
+// of its own value, however near tanh is to 0 or 1, and however large v is. With 1 - tanh^2 and 1 - 2 r the error would
+// be a few ulps of 1. If e^{2q} or e^{2k} is too large for such sums, E is clamped and ds (E r) r is summed, at ten
 // instructions. If the exponential itself is out of range, tanh is computed for each pair.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
