@@ -37,9 +37,9 @@ ATTN_INLINE Vec<float> nearest_exponential(Vec<float> x, Vec<float>* rest) {
   return (Vec<float>)(bits<float>(mantissa) + a.n);
 }
 
-// Computes e = e^{2x} of row x = (b, i) of a, plus bias unless null, in whole vectors, and sets *rest to the sum of v
-// r. If scaled is not null, it receives e times the units' factors. Returns the largest |x|; NaN if the row has a NaN.
-// buffer: room for a row.
+// Computes e = e^{2x} of row x = (b, i) of a, plus bias unless null, in whole vectors, and sets *rest to the sum of
+// v r. If scaled is not null, it receives e times the units' factors. Returns the largest |x|; NaN if the row has a
+// NaN. buffer: room for a row.
 template <typename T>
 T compensated_row(const FactoredV<T>& units, const StridedView3& a, int64_t b, int64_t i, T* e, T* rest, T* buffer,
                   const T* bias = nullptr, T* scaled = nullptr) {

@@ -90,9 +90,9 @@ ATTN_INLINE Vec<Computed<E>> load_elements(const E* p, int64_t n) {
   return n >= width<Computed<E>> ? load_element(p) : load_element(p, n);
 }
 
-// Pairs of weights, for products of pairs: factor[i][j * step] holds the weights [i * wi + j2 * wj] of j2 = 2 j and 2 j
-// + 1, rounded to bfloat16 as in the formula in bfloat16. For at most kMaxQueries rows i and kMaxPairedRows steps; wi
-// or wj is 1.
+// Pairs of weights, for products of pairs: factor[i][j * step] holds the weights [i * wi + j2 * wj] of j2 = 2 j and
+// 2 j + 1, rounded to bfloat16 as in the formula in bfloat16. For at most kMaxQueries rows i and kMaxPairedRows steps;
+// wi or wj is 1.
 struct WeightPairs {
   alignas(64) uint32_t pairs[kMaxQueries * kMaxPairedRows / 2];
   const uint32_t* factor[kMaxQueries];

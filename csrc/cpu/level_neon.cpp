@@ -1,4 +1,4 @@
-// NEON, which every aarch64 CPU has. It differs from the portable level only in the reciprocal estimate.
+// NEON, which every aarch64 CPU has. The vectors are those of the portable level; the reciprocal estimate is not.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 

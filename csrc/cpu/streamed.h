@@ -122,9 +122,10 @@ ATTN_INLINE void weighted_sum_narrow(T* out, const T* weight, int64_t wj, const 
 }
 
 // to_o += sum_r weight_o[r * wj] * y_r for NO rows `to` and NY rows y of n elements. For rows of bfloat16, the sums of
-// the first `in_pairs` columns are stored separated: a vector of sums of the first elements of pairs, then a vector of
-// those of the second elements. Splitting pairs is faster than widening single elements. distance: the prefetch
-// distance, 0 for no prefetch. Not inlined: the pointers use all registers.
+// the first `in_pairs` columns are stored separately: a vector of sums of the first elements of pairs, then a vector of
+// sums of the second elements. Splitting pairs is faster than widening single elements. distance: the prefetch
+// distance; 0 prefetches nothing more than what is read.
+// Not inlined: the pointers use all registers.
 template <typename T, int NO, int NY, class E>
 __attribute__((noinline)) void add_weighted_rows(T* const* out, const T* const* weight, int64_t j, int64_t wj,
                                                  const E* const* rows, int64_t n, int64_t in_pairs, int64_t distance) {
