@@ -1,4 +1,4 @@
-// The ops with a score vector of attn_kernels/ops.py, for each backend (call.h).
+// The ops of attn_kernels/ops.py with a score vector, for each backend (call.h).
 #include "additive_attention.h"
 
 #include "vector_binding.h"

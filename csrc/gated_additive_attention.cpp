@@ -1,4 +1,4 @@
-// The ops of additive attention with a gate or several score vectors of attn_kernels/ops.py, on the CPU (call.h).
+// The ops of attn_kernels/ops.py for additive attention with a gate or several score vectors, on the CPU (call.h).
 #include "additive_attention.h"
 #include "binding.h"
 
