@@ -1,11 +1,12 @@
-// The activations f of scores v . f(query + keys + bias) that each pair of query and step evaluates: for vectors of the
-// CPU and numbers of a GPU. An activation is a class here, and a line in Activation and in by_activation.
+// The activations f of scores v . f(query + keys + bias) that are evaluated for each pair of query and step, on SIMD
+// vectors (CPU) or single numbers (GPU). A new activation needs a class here and a line in Activation and
+// by_activation.
 //
-// tanh is not here: it factors into exponentials that are computed once per row. Sigmoid is the tanh of half the
-// argument. Scores with a gate evaluate both per pair, on the CPU only: see gated_additive_fwd.h.
+// tanh has no class here: it factors into exponentials that are computed once per row. Sigmoid is computed as the tanh
+// of half the argument. Scores with a gate evaluate both per pair, on the CPU only: see gated_additive_fwd.h.
 //
-// The enumeration is for all files. The classes are for code of a SIMD level and of CUDA, which defines ATTN_ACTIVATION,
-// the specifiers of a function, before it includes this file.
+// Every file may use the enumeration. The classes are for code of a SIMD level and for CUDA code. Such code defines
+// ATTN_ACTIVATION, the specifiers of a function, before it includes this file.
 #if !defined(ATTN_ACTIVATION_NUMBERS)
 #define ATTN_ACTIVATION_NUMBERS
 
@@ -13,7 +14,7 @@
 
 namespace attn {
 
-// In the order of attn_kernels/activations.py.
+// The same order as in attn_kernels/activations.py.
 enum class Activation : int64_t { tanh, relu, leaky_relu, sigmoid, count };
 
 }  // namespace attn
@@ -24,21 +25,21 @@ enum class Activation : int64_t { tanh, relu, leaky_relu, sigmoid, count };
 
 namespace attn {
 
-// Math: the functions of a SIMD level (a type per level, so that code of one level is not linked into another) or of
-// CUDA. V is a vector or a number, N the type of its elements.
+// Math: the functions of a SIMD level or of CUDA. Each level has its own type, so that code of one level is not linked
+// into another. V is a vector or a number, N the type of its elements.
 //
 //   value(x)        f(x), NaN if x is NaN
 //   gradient(x, t)  t f'(x), as in PyTorch
-//   kByGradient     whether gradient(x, t) x = t f(x), and NaN if t is: it saves an instruction on a GPU
+//   kByGradient     whether gradient(x, t) x equals t f(x), and is NaN if t is NaN: it saves an instruction on a GPU
 template <class Math>
 struct Relu {
   using V = typename Math::V;
-  static constexpr bool kByGradient = false;  // 0 for a t of NaN where x < 0
+  static constexpr bool kByGradient = false;  // gradient(x, NaN) is 0 for x < 0
 
   ATTN_ACTIVATION V value(V x) const { return Math::positive_part(x); }
   ATTN_ACTIVATION V gradient(V x, V t) const {
     const V zero{};
-    return x <= zero ? zero : t;  // the gradient passes where x is NaN
+    return x <= zero ? zero : t;  // a NaN x passes the gradient
   }
 };
 

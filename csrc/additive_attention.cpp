@@ -1,4 +1,4 @@
-// The ops with a score vector of attn_kernels/ops.py, for each backend (call.h).
+// The ops of attn_kernels/ops.py with a score vector, for each backend (call.h).
 #include "additive_attention.h"
 
 #include "vector_binding.h"
@@ -6,7 +6,7 @@
 namespace attn {
 namespace {
 
-// The gradients of v and bias, where those are needed.
+// The gradients of v and bias, if they are needed.
 struct Own {
   Tensor dv, dbias;
   VectorGradients gradients;
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients_with_option
 }
 #endif
 
-// The ops of a score: Additive or Activated, with what an op has of its own after v and bias.
+// The ops of a score S, Additive or Activated. Own: the types of the op's arguments after v and bias.
 template <class S, class... Own>
 struct VectorOps {
   static Tensor scores(Tensor query, Tensor keys, Tensor v, std::optional<Tensor> bias, Own... own) {
@@ -144,7 +144,7 @@ struct VectorOps {
                                   v, {score_bias, dropout_p, normalizer, clip, seed}, log_total, grad_log_total);
   }
 
-  // With something added to the keys: the gradient of the sum, dkeys, is that of both.
+  // With `extra` added to the keys: dkeys, the gradient of the sum, is also the gradient of extra.
   static std::tuple<Tensor, Tensor> with_extra(Tensor query, Tensor keys, Tensor values, Tensor v,
                                                std::optional<Tensor> bias, Tensor extra, Own... own,
                                                std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,

@@ -10,14 +10,14 @@ namespace attn {
 struct VectorGradients {
   void* dv;           // (A,)
   void* dbias;        // (A,), or null
-  bool wide = false;  // outputs are float (double for float64), not of the dtype of query; CPU only
+  bool wide = false;  // outputs are float (double for float64) instead of the dtype of query; CPU only
 };
 
 struct VectorScores : Scores {
   using Gradients = VectorGradients;
   StridedView3 v;      // (1, 1, A)
   StridedView3 bias;   // (1, 1, A) or absent
-  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent; CPU only, and not with prepared keys
+  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent; CPU only, not allowed with prepared keys
 };
 
 struct AdditiveScores : VectorScores {
@@ -33,7 +33,7 @@ struct GatedAdditiveGradients : VectorGradients {
   void* dgate;  // (B, Tk, A), or null
 };
 
-// For each row v_r of v a query has a row of scores: v_r . (activation(query + keys + bias) * sigmoid(gate)).
+// Each query has one row of scores for each row v_r of v: v_r . (activation(query + keys + bias) * sigmoid(gate)).
 struct GatedAdditiveScores : VectorScores {  // v: (1, vectors, A)
   using Gradients = GatedAdditiveGradients;  // dv: (vectors, A)
   StridedView3 gate;                         // (B, Tk, A) or absent
@@ -41,9 +41,9 @@ struct GatedAdditiveScores : VectorScores {  // v: (1, vectors, A)
   double negative_slope;  // of leaky_relu
 };
 
-// Prepared keys of a sentence, in float32 or bfloat16: a row of e^{2k} for each step, padded with zeros so that every
-// SIMD level can read whole vectors and rows are aligned; then rows that hold the largest |k| of each step as float32
-// (NaN if one is NaN).
+// The layout of the prepared keys of a sentence, in float32 or bfloat16. Each step has a row of e^{2k}, padded with
+// zeros: rows are aligned, and every SIMD level can read whole vectors. The rows after these hold the largest |k| of
+// each step as float32 (NaN if one is NaN).
 struct PreparedSizes {
   int64_t columns, rows;
 

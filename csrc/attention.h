@@ -1,16 +1,16 @@
-// Attention ops as the kernels take them: a score, then softmax and context. Raw pointers and sizes, no torch.
+// The arguments of attention kernels: a score, then softmax and context. Raw pointers and sizes, no torch.
 #pragma once
 
 #include "types.h"
 
 namespace attn {
 
-// The arguments of every score. The struct of a score adds its own, and a type Gradients with outputs for their
-// gradients.
+// The arguments that all scores share. The struct of a score adds its own arguments, and a type Gradients with the
+// outputs for their gradients.
 struct Scores {
   int64_t B, Tq, Tk, A;
   StridedView3 query;   // (B, Tq / vectors, A)
-  StridedView3 keys;    // (B, Tk, A), dtype of query, like all that follows
+  StridedView3 keys;    // (B, Tk, A); the dtype of query, like all arrays below
   int64_t vectors = 1;  // rows of scores per query, adjacent; Tq counts all rows
 };
 
@@ -23,8 +23,8 @@ struct AttentionOptions {
   double clip;              // C: the score is replaced by C tanh(score), before score_bias; 0 for no clipping
 };
 
-// Whether dropout keeps a weight: by a uniform 24-bit number from SplitMix64 (Steele, Lea, Flood 2014) of the seed and
-// the index of the weight in (B, Tq, Tk). The same on every backend and in the backward.
+// Whether dropout keeps a weight. A uniform 24-bit number decides, computed with SplitMix64 (Steele, Lea, Flood 2014)
+// from the seed and the index of the weight in (B, Tq, Tk). It is the same on every backend and in the backward.
 inline bool keeps(const AttentionOptions& options, uint64_t index) {
   uint64_t z = options.seed + (index + 1) * 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -41,26 +41,27 @@ struct AttentionForward : Score {
   void* context;     // (B, Tq, D) contiguous
   void* alignments;  // (B, Tq, Tk) contiguous, or null
   const AttentionOptions* options = nullptr;
-  void* log_total = nullptr;       // with options: (B, Tq) contiguous, float, or double for float64: log of the sum of
-                                   // e^scores or of sigmoid(scores)
-  int64_t alignments_columns = 0;  // row length of alignments if larger than Tk; the rest is zeroed; CPU only
+  void* log_total = nullptr;       // with options: (B, Tq) contiguous, float (double for float64): the logarithm of
+                                   // the sum of e^scores or of sigmoid(scores)
+  int64_t alignments_columns = 0;  // row length of alignments if larger than Tk; columns after Tk are zeroed; CPU only
 };
 
-// Outputs are contiguous. Null if not needed: dquery and the gradients of the score's arguments (all of them), dkeys,
-// dvalues (on the CPU; elsewhere dkeys and dvalues only together). An output without elements is null, too.
+// Outputs are contiguous. Outputs that are not needed are null: dquery together with all gradients of the score's own
+// arguments; dkeys; dvalues. On CUDA, dkeys and dvalues are null only together. An output without elements is null,
+// too.
 template <class Score>
 struct AttentionBackward : Score, Score::Gradients {
   int64_t D;
   StridedView3 values;  // (B, Tk, D)
   AttentionMask attended;
-  StridedView3 alignments;       // (B, Tq, Tk), what the forward returned
+  StridedView3 alignments;       // (B, Tq, Tk), from the forward
   StridedView3 grad_context;     // (B, Tq, D) or absent
   StridedView3 grad_alignments;  // (B, Tq, Tk) or absent
   void* dquery;                  // (B, Tq, A)
   void* dkeys;                   // (B, Tk, A)
   void* dvalues;                 // (B, Tk, D)
   const AttentionOptions* options = nullptr;
-  const void* log_total = nullptr;       // with options: what the forward returned
+  const void* log_total = nullptr;       // with options: from the forward
   const void* grad_log_total = nullptr;  // (B, Tq) contiguous, or null
   void* dscore_bias = nullptr;           // (B, Tq, Tk), or null
 };
@@ -69,8 +70,8 @@ struct AttentionBackward : Score, Score::Gradients {
 template <class Score>
 struct ScoresForward : Score {
   void* scores;              // (B, Tq, Tk) contiguous
-  bool wide = false;         // scores are float (double for float64), not of the dtype of query; CPU only
-  AttentionMask attended{};  // scores of other steps are 0; CPU only
+  bool wide = false;         // scores are float (double for float64) instead of the dtype of query; CPU only
+  AttentionMask attended{};  // the scores of masked steps are 0; CPU only
 };
 
 // Outputs as in AttentionBackward.

@@ -1,4 +1,4 @@
-// From an op on tensors to the kernel of a score: checks and outputs that all attentions share.
+// Calls the kernel of a score from an op on tensors: the checks and outputs that all attention ops share.
 #pragma once
 
 #include <initializer_list>
@@ -26,7 +26,7 @@ inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const
   return a;
 }
 
-// An output of this shape if it is needed, else an empty tensor.
+// A new output of this shape if it is needed, otherwise an empty tensor.
 inline Tensor output_if(bool needed, const Tensor& like, std::initializer_list<int64_t> shape) {
   return needed ? output(like, shape) : output(like, {0});
 }
@@ -100,10 +100,10 @@ inline Tensor dscore_bias_if(bool needed, const OptionArguments& given, const Sc
 struct AttentionGradients {
   const Tensor &query, &keys, &values, &alignments;
   const std::optional<Tensor>&grad_context, &grad_alignments, &memory_lengths, &mask;
-  bool need_query, need_keys, need_values;  // need_query: the gradients of the score's own arguments, too
+  bool need_query, need_keys, need_values;  // need_query includes the gradients of the score's own arguments
 };
 
-// The further arguments of the backward of an attention with options.
+// Additional arguments of the backward of an attention with options.
 struct OptionGradients {
   const OptionArguments& given;
   const Tensor& log_total;
@@ -111,8 +111,8 @@ struct OptionGradients {
   Tensor* dscore_bias;  // empty if not needed
 };
 
-// Returns the gradients of query, keys and values. `own`: the allocated gradients of the score's arguments, to which
-// `gradients` points.
+// Returns the gradients of query, keys and values. `own` holds the allocated gradients of the score's own arguments;
+// `gradients` points to their data.
 template <class Score>
 std::tuple<Tensor, Tensor, Tensor> attention_backward(void (*kernel)(const AttentionBackward<Score>&),
                                                       const Score& score, const AttentionGradients& of,

@@ -1,4 +1,5 @@
-// One call of an op on the backend that a binding is compiled for: the CPU's, or with ATTN_CUDA that of CUDA devices.
+// The context of one call of an op, for the backend that a binding is compiled for: CUDA if ATTN_CUDA is defined,
+// otherwise the CPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

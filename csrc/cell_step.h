@@ -1,4 +1,4 @@
-// A step of LSTM or GRU cells for few rows, on preallocated buffers. Searches (decoder_step.h) and encoders
+// A step of LSTM or GRU cells for a few rows, on preallocated buffers. Searches (decoder_step.h) and encoders
 // (recurrent_steps.cpp) use it.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace attn {
 
-// Rows of a matrix in memory of this library.
+// A matrix that owns its memory.
 template <typename T>
 struct Matrix {
   int64_t columns = 0;
@@ -22,7 +22,7 @@ struct Matrix {
   RowsView view() { return {data.data(), columns}; }
 };
 
-// The first `count` rows of a matrix as pointers, which are what products take.
+// Pointers to the first `count` rows of a matrix: row_products takes such pointers.
 template <typename T>
 std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
   std::vector<void*> rows(count);
@@ -30,12 +30,12 @@ std::vector<void*> pointers(Matrix<T>& matrix, int64_t count) {
   return rows;
 }
 
-// A weight as products of few rows read it: in place, or as rounded blocks.
+// A weight in the layout that row_products reads: its rows in place, or rounded blocks (decode.h).
 class Weight {
  public:
   Weight() = default;
   explicit Weight(const RowsView& rows, const uint32_t* blocks = nullptr) : weight_{rows, blocks}, exists_(true) {}
-  explicit operator bool() const { return exists_; }  // one without columns has no memory
+  explicit operator bool() const { return exists_; }  // not by its pointer: a weight without columns has no memory
   const StreamedWeight& read() const { return weight_; }
 
  private:
@@ -69,11 +69,11 @@ class CellStep {
   bool is_lstm() const { return is_lstm_; }
   int64_t units() const { return units_; }
   int64_t gates() const { return gates_.columns; }
-  // (R, G), for what is known of gates before the step.
+  // A buffer (R, G) for the terms of the gates that are known before the step.
   std::vector<void*> buffer(int64_t R) { return pointers(gates_, R); }
 
-  // added: (R, G), of gates all but the product with the states; may be the buffer. weight: (G, H). bias: (G,), of that
-  // product: of a GRU, or null. hidden, cell: (R, H), of which a GRU has no cell; they become the next.
+  // added: (R, G), all terms of the gates but the product of weight (G, H) with the states; it may be the buffer. bias:
+  // (G,), added to that product, of a GRU only, or null. hidden, cell: (R, H), updated in place; a GRU has no cell.
   void run(int64_t R, const std::vector<void*>& added, const Weight& weight, const T* bias, Matrix<T>& hidden,
            Matrix<T>& cell) {
     const std::vector<void*> gates = buffer(R), states = pointers(hidden, R);

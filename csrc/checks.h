@@ -1,5 +1,5 @@
-// From tensors to the arguments of kernels: checks of shapes and dtypes, strides, outputs. After a failure,
-// attn_kernels/functional.py checks again in Python to raise a readable error.
+// Converts tensors to the arguments of kernels: checks shapes and dtypes, reads strides, allocates outputs. After a
+// failure, attn_kernels/functional.py checks again in Python to raise a readable error.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -39,7 +39,7 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
   STD_TORCH_CHECK(fits, name, " does not have the shape that the other arguments ask for");
 }
 
-// The last axes of t, of a given shape, as an StridedView3; leading axes that t lacks have size 1.
+// t, of the given shape, as the last axes of a StridedView3. Missing leading axes have size 1.
 inline StridedView3 array(const Tensor& t, const char* name, Dtype dtype, std::initializer_list<int64_t> shape) {
   check_shape(t, name, shape);
   STD_TORCH_CHECK(dtype_of(t, name) == dtype, name, " does not have the dtype that query asks for");
@@ -66,7 +66,7 @@ inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const
     a.lengths = memory_lengths->const_data_ptr();
     a.lengths_are_64 = type == ScalarType::Long;
     a.lengths_stride = memory_lengths->stride(0);
-    // Reading lengths on a GPU would wait for it: the kernels there clamp them instead.
+    // Reading the lengths of a GPU tensor would synchronise with the device: CUDA kernels clamp them instead.
     for (int64_t b = 0; b < (CallContext::kOnHost ? B : 0); ++b) {
       const int64_t i = b * a.lengths_stride;
       const int64_t length =
@@ -90,8 +90,8 @@ inline AttentionMask attended(const std::optional<Tensor>& memory_lengths, const
   return a;
 }
 
-// A new contiguous tensor on the device of like. It calls the shim directly: torch::stable::new_empty goes through the
-// dispatcher, which for small calls would take longer than the computation.
+// A new contiguous tensor on the device of `like`. It calls the shim directly: torch::stable::new_empty goes through
+// the dispatcher, which would take longer than the computation of a small call.
 inline Tensor output(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   int32_t dtype = 0;
   int64_t item = 2;

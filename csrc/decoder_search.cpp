@@ -1,5 +1,5 @@
-// decoder_search: the op of attn_kernels/recurrent_ops.py that searches with a decoder of seq2seq, all steps in one call; and
-// rounded_blocks, which rounds weights for it. CPU only.
+// decoder_search: the op of attn_kernels/recurrent_ops.py that searches with a seq2seq decoder, all steps in one call.
+// rounded_blocks: the op that rounds weights for it. CPU only.
 #include "decoder_search.h"
 
 #include "binding.h"
@@ -8,7 +8,7 @@
 namespace attn {
 namespace {
 
-// What a query meets: of additive attention v, or else the scale of dot attention.
+// The score's own arguments: v (and bias, prepared) of additive attention, or the scale of dot attention.
 struct Score {
   const std::optional<Tensor>&v, &bias, &prepared;
   double scale;
@@ -38,7 +38,7 @@ StridedView3 of_sentences(StridedView3 a, int64_t first) {
   return a;
 }
 
-// score: but for sizes and query.
+// score: all its members except the sizes and query are set.
 template <class AttentionScore>
 Attend make_attend(void (*kernel)(const AttentionForward<AttentionScore>&), const AttentionScore& score, int64_t D,
                    const StridedView3& values, const AttentionMask& mask) {
@@ -95,7 +95,8 @@ struct Parameters {
   const std::vector<Tensor>& blocks;  // see Weights
 };
 
-// Weights as they lie or, if there are blocks, those of each weight in turn: empty for one that a search does not read.
+// Reads weights in place or, if blocks are given, as blocks. There is one tensor of blocks per weight, in the order of
+// the calls. It is empty for a weight that the search does not read.
 class Weights {
  public:
   Weights(const std::vector<Tensor>& blocks, Dtype dtype) : blocks_(blocks), dtype_(dtype) {}
@@ -127,8 +128,8 @@ class Weights {
   size_t at_ = 0;
 };
 
-// Of each layer four: x (G, inputs), h (G, H), bias (G,) and that of the product with the state, (G,), which an LSTM
-// has in the other.
+// Four tensors per layer: x (G, inputs), h (G, H), bias (G,), and the bias (G,) of the product with the state. An LSTM
+// includes the last in the bias.
 template <typename T>
 DecoderWeights<T> weights_of(const Parameters& p, const Source& source, bool is_lstm, bool input_feeding, Dtype dtype,
                              Weights& weight) {

@@ -1,5 +1,5 @@
-// Greedy and beam search on DecoderStep: what attn_kernels/seq2seq/search.py says, with the same results. There are the
-// formulas and their sources; here is what a step costs once products are cheap.
+// Greedy and beam search on DecoderStep, with the same results as attn_kernels/seq2seq/search.py. The formulas and
+// their sources are documented there. Here the rest of a step is fast, too, which matters once products are cheap.
 #pragma once
 
 #include <algorithm>
@@ -15,26 +15,27 @@ struct SearchOptions {
   double length_penalty, coverage_penalty;
   bool early_stopping;
 
-  // What a log-probability of `length` tokens, eos included, is divided by.
+  // The divisor of the log-probability of `length` tokens, eos included.
   double length_factor(int64_t length) const { return std::pow(static_cast<double>(5 + length) / 6, length_penalty); }
 };
 
 constexpr double kImpossible = -std::numeric_limits<double>::infinity();
 
-// What a step of n sentences did: from the w hypotheses of each that it was given it made `made` new ones.
+// The record of a step of n sentences: it extended w hypotheses of each sentence to `made` new ones.
 template <typename T>
 struct SearchStep {
   std::vector<int64_t> sentences;  // (n,), in order
   int64_t w, made;
   std::vector<int32_t> tokens;      // (n, made), the last of each new hypothesis
   std::vector<int64_t> parents;     // (n, made), the hypothesis that it continues
-  std::unique_ptr<T[]> alignments;  // (n, w, S), of those given
+  std::unique_ptr<T[]> alignments;  // (n, w, S), of the w extended hypotheses
 
-  // Where sentence b is; it must be there.
+  // The index of sentence b, which must be among `sentences`.
   int64_t place(int64_t b) const { return std::lower_bound(sentences.begin(), sentences.end(), b) - sentences.begin(); }
 };
 
-// A finished hypothesis: its score with penalties, its tokens without eos, and which of its length it is.
+// A finished hypothesis: its score with penalties, its number of tokens without eos, and its index among the hypotheses
+// of that length.
 struct Finished {
   double score = kImpossible;
   int64_t length = 0, slot = 0;
@@ -43,7 +44,7 @@ struct Finished {
 template <typename T>
 class DecoderSearch {
  public:
-  // allowed: (B, S), 0 where a sentence has padding; without elements where it has none.
+  // allowed: (B, S), 0 in padding; empty if there is no padding.
   DecoderSearch(DecoderStep<T>& step, const SearchOptions& options, int64_t batch, int64_t source, int64_t vocabulary,
                 const std::vector<char>& allowed)
       : step_(step),
@@ -54,7 +55,7 @@ class DecoderSearch {
         allowed_(allowed),
         finished_(batch, std::vector<Finished>(options.beam_size)) {}
 
-  // Returns whether all log-probabilities were numbers; if not, the search ended there.
+  // Returns whether no log-probability was NaN. The search stops at the first NaN.
   bool run() {
     for (int64_t b = 0; b < batch_; ++b) sentences_.push_back(b);
     tokens_.assign(batch_, static_cast<int32_t>(options_.bos));
@@ -65,7 +66,7 @@ class DecoderSearch {
   int64_t steps() const { return static_cast<int64_t>(history_.size()); }
   const Finished& found(int64_t b, int64_t k) const { return finished_[b][k]; }
 
-  // Of one finished hypothesis: (length,) and (length, S).
+  // Writes the tokens (length,) and alignments (length, S) of one finished hypothesis.
   void trace(int64_t b, const Finished& hypothesis, int64_t* tokens, T* alignments) const {
     int64_t slot = hypothesis.slot;
     for (int64_t t = hypothesis.length - 1; t >= 0; --t) {
@@ -79,12 +80,12 @@ class DecoderSearch {
 
  private:
   struct Candidate {
-    double score, total;  // without and with penalties
+    double score, total;  // score: without penalties; total: with penalties
     int64_t parent;
     int32_t token;
   };
 
-  // A step of all hypotheses, with the `count` likeliest tokens of each. Returns whether they are numbers.
+  // A step of all hypotheses, with the `count` likeliest tokens of each. Returns whether no log-probability is NaN.
   bool advance(int64_t count) {
     const int64_t n = static_cast<int64_t>(sentences_.size()), R = static_cast<int64_t>(tokens_.size());
     SearchStep<T> step{sentences_, R / n, 0, {}, {}, std::unique_ptr<T[]>(new T[R * source_])};
@@ -92,7 +93,7 @@ class DecoderSearch {
     best_.resize(R * count);
     step_.run(tokens_, sentences_, count, step.alignments.get(), log_probabilities_.data(), best_.data());
     history_.push_back(std::move(step));
-    // What is no number among the logits is in the sum of all.
+    // A NaN among the logits makes the sum NaN, and with it every log-probability of the row.
     return std::none_of(log_probabilities_.begin(), log_probabilities_.end(), [](double x) { return std::isnan(x); });
   }
 
@@ -149,7 +150,7 @@ class DecoderSearch {
           const Candidate& c = candidates_[k];
           if (c.token == options_.eos) add(finished, {c.total, length - 1, c.parent});
         }
-        // Those that go on, best first, and in places that are left others without a score.
+        // The unfinished candidates, best first. Remaining places are filled with finished ones of score kImpossible.
         std::stable_partition(candidates_.begin(), candidates_.end(),
                               [this](const Candidate& c) { return c.token != options_.eos; });
         for (int64_t k = 0; k < made; ++k) {
@@ -160,7 +161,8 @@ class DecoderSearch {
           if (is_last) add(finished, {c.total, length, k});
         }
         const double best = candidates_[0].score;
-        // No token adds to a log-probability, no length divides by more, and the coverage term is at most 0.
+        // An upper bound of every later score: no token increases a log-probability, no length has a larger divisor,
+        // and the coverage term is at most 0.
         const bool done = best / last_factor <= finished[options_.num_hypotheses - 1].score ||
                           (options_.early_stopping && finished.back().score > kImpossible);
         if (is_last || done) continue;
@@ -181,7 +183,7 @@ class DecoderSearch {
     return true;
   }
 
-  // The `count` likeliest continuations of sentence i, best first and among equals the first first. scores: (w,).
+  // The `count` likeliest continuations of sentence i, best first; equal ones keep their order. scores: (w,).
   void extend(const double* scores, int64_t i, int64_t w, int64_t each, int64_t count) {
     candidates_.clear();
     for (int64_t h = 0; h < w; ++h)
@@ -194,8 +196,8 @@ class DecoderSearch {
     candidates_.resize(count);
   }
 
-  // Adds the alignments of the last step to what was looked at. Returns the terms of the hypotheses, (n, w), if there
-  // is a penalty.
+  // Adds the alignments of the last step to the coverage. Returns the coverage terms of the hypotheses, (n, w), or an
+  // empty vector without a coverage penalty.
   std::vector<double> look(int64_t n, int64_t w) {
     if (!(options_.coverage_penalty > 0)) return {};
     const T* alignments = history_.back().alignments.get();
@@ -204,7 +206,7 @@ class DecoderSearch {
       double total = 0;
       for (int64_t j = 0; j < source_; ++j) {
         const double looked = coverage_[r * source_ + j] += static_cast<double>(alignments[r * source_ + j]);
-        constexpr double smallest = std::numeric_limits<float>::min();  // counts where there is nothing
+        constexpr double smallest = std::numeric_limits<float>::min();  // replaces a coverage of 0
         if (looked < 1) total += std::log(std::max(looked, smallest));
       }
       terms[r] = options_.coverage_penalty * total;
@@ -227,7 +229,7 @@ class DecoderSearch {
     sentences_.swap(left);
   }
 
-  // Keeps the best, best first; those that were there come first among equals.
+  // Inserts a hypothesis into the list of the best, best first. Among equals, earlier ones come first.
   static void add(std::vector<Finished>& finished, const Finished& one) {
     if (!(one.score > finished.back().score)) return;
     size_t at = finished.size() - 1;
@@ -239,7 +241,7 @@ class DecoderSearch {
   SearchOptions options_;
   int64_t batch_, source_, vocabulary_;
   const std::vector<char>& allowed_;
-  std::vector<int64_t> sentences_;  // (n,), those still searched
+  std::vector<int64_t> sentences_;  // (n,), the unfinished ones
   std::vector<int32_t> tokens_;     // (n, w)
   std::vector<double> log_probabilities_, coverage_;
   std::vector<int32_t> best_;

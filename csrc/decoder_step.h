@@ -1,6 +1,6 @@
-// A step of the decoder of seq2seq for a search on the CPU: embedding, cells, attention, attentional vector, and the
-// likeliest tokens, as calls of kernels on buffers that are made once. It is FastDecoder.step of
-// attn_kernels/seq2seq/fused/inference.py without PyTorch in between.
+// A step of the seq2seq decoder for a search on the CPU: embedding, cells, attention, attentional vector, and the
+// likeliest tokens. It calls kernels on buffers that are allocated once. It computes the same as FastDecoder.step of
+// attn_kernels/seq2seq/fused/inference.py, without calls of PyTorch.
 #pragma once
 
 #include <cmath>
@@ -14,11 +14,11 @@ namespace attn {
 // H units, G = 4 H gates of an LSTM or 3 H of a GRU.
 template <typename T>
 struct DecoderLayer {
-  Weight x;            // (G, inputs), for what is read beside a token: nothing in the first layer without input feeding
-  int64_t inputs;      // or 0
+  Weight x;            // (G, inputs), for inputs other than the token
+  int64_t inputs;      // 0 in the first layer without input feeding
   Weight h;            // (G, H)
-  const T* bias;       // (G,), of the products with inputs; with an LSTM of both
-  const T* recurrent;  // (G,), of the product with the state: of a GRU, else null
+  const T* bias;       // (G,), of the products with inputs; for an LSTM, the sum of both biases
+  const T* recurrent;  // (G,), of the product with the state; GRU only, otherwise null
 };
 
 template <typename T>
@@ -27,20 +27,20 @@ struct DecoderWeights {
   bool is_lstm, input_feeding;
   std::vector<DecoderLayer<T>> layers;
   RowsView embedding;              // (vocabulary, embedding_size)
-  Weight of_token;                 // (G, embedding_size): what the first layer reads of a token
-  Weight query;                    // (query_size, H); none where the state is not projected
-  double query_factor, query_eps;  // a query is divided by its length if that is above query_eps >= 0
-  Weight of_context, of_state;     // (H, memory_size), none where values are projected; (H, H)
+  Weight of_token;                 // (G, embedding_size): the first layer's weight of the embedding
+  Weight query;                    // (query_size, H); absent if the state is not projected
+  double query_factor, query_eps;  // a query is divided by its norm if that is above query_eps >= 0
+  Weight of_context, of_state;     // (H, memory_size), absent if values are projected; (H, H)
   Weight output;                   // (vocabulary, H)
   const T* output_bias;            // or null
 };
 
-// The attention of `queries` queries each of `count` sentences from the first on. All arrays are contiguous.
+// Attention of `queries` queries for each of the sentences [first, first + count). All arrays are contiguous.
 using Attend =
     std::function<void(int64_t first, int64_t count, int64_t queries, void* query, void* context, void* alignments)>;
 
-// The state of R rows, K hypotheses of each of n sentences, and their steps. R is at most `most`. table_bytes: what may
-// be kept of products with embeddings.
+// The state of R rows, which are K hypotheses of each of n sentences, and the step that updates it. R is at most
+// `most`. table_bytes: the size limit of the cache of products with embeddings.
 template <typename T>
 class DecoderStep {
  public:
@@ -67,8 +67,8 @@ class DecoderStep {
   std::vector<Matrix<T>>& cell() { return cell_; }
   Matrix<T>& feed() { return feed_; }
 
-  // tokens: (R,), read by the step. sentences: (n,), in order. Writes alignments (R, S), and of the next token the
-  // `count` likeliest, best first: log-probabilities and tokens, (R, count).
+  // tokens: (R,), the inputs of the step. sentences: (n,), in order. Writes alignments (R, S), and the
+  // log-probabilities and tokens, each (R, count), of the `count` likeliest next tokens, best first.
   void run(const std::vector<int32_t>& tokens, const std::vector<int64_t>& sentences, int64_t count, T* alignments,
            double* log_probabilities, int32_t* best) {
     const int64_t R = static_cast<int64_t>(tokens.size());
@@ -86,7 +86,7 @@ class DecoderStep {
                                weights_.output_bias, log_probabilities, best});
   }
 
-  // Row r becomes what row from[r] was.
+  // New row r is old row from[r].
   void reorder(const std::vector<int64_t>& from) {
     bool same = true;
     for (size_t r = 0; r < from.size(); ++r) same = same && from[r] == static_cast<int64_t>(r);
@@ -102,8 +102,8 @@ class DecoderStep {
     multiply<T>(kernels_, R, n, k, x, weight, added, out, tanh);
   }
 
-  // What each token adds to the gates of the first layer, with the bias. Tokens come again: their products are kept as
-  // far as there is room, and made anew otherwise.
+  // The contribution of each token to the gates of the first layer, including the bias. Tokens repeat, so their
+  // products are cached up to the limit of the table, and recomputed beyond it.
   std::vector<void*> gates_of(const std::vector<int32_t>& tokens) {
     std::vector<void*> rows(tokens.size()), x, out;
     std::vector<void*> bias;
@@ -164,7 +164,7 @@ class DecoderStep {
       std::memcpy(query_.row(0), states.row(0), R * A * sizeof(T));
     if (weights_.query_eps >= 0 || weights_.query_factor != 1)
       for (int64_t r = 0; r < R; ++r) scale(query_.row(r), A);
-    for (int64_t first = 0, end; first < n; first = end) {  // sentences that lie side by side are one call
+    for (int64_t first = 0, end; first < n; first = end) {  // one call for adjacent sentences
       for (end = first + 1; end < n && sentences[end] == sentences[end - 1] + 1;) ++end;
       attend_(sentences[first], end - first, K, query_.row(first * K), context_.row(first * K),
               alignments + first * K * source_);
@@ -194,7 +194,7 @@ class DecoderStep {
   std::vector<Matrix<T>> hidden_, cell_;
   CellStep<T> cells_;
   Matrix<T> query_, context_, feed_, spare_, beyond_;
-  std::vector<int32_t> place_;  // of a token in the table, or -1
+  std::vector<int32_t> place_;  // the row of a token in the table, or -1
   std::vector<std::vector<T>> table_;
   int64_t table_rows_;
 };

@@ -1,11 +1,11 @@
-// The ops of additive attention with a gate or several score vectors of attn_kernels/ops.py, on the CPU (call.h).
+// The ops of attn_kernels/ops.py for additive attention with a gate or several score vectors, on the CPU (call.h).
 #include "additive_attention.h"
 #include "binding.h"
 
 namespace attn {
 namespace {
 
-// v: (vectors, A). Each query has that many rows of scores, next to each other.
+// v: (vectors, A). Each query has `vectors` adjacent rows of scores.
 GatedAdditiveScores gated(const Tensor& query, const Tensor& keys, const Tensor& v, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& gate, int64_t activation, double negative_slope) {
   STD_TORCH_CHECK(v.dim() == 2 && v.size(0) > 0, "v must have 2 axes, and a row");
@@ -19,7 +19,7 @@ GatedAdditiveScores gated(const Tensor& query, const Tensor& keys, const Tensor&
           negative_slope};
 }
 
-// The gradients of v, bias and gate, where those are needed.
+// The gradients of v, bias and gate, if they are needed.
 struct Own {
   Tensor dv, dbias, dgate;
   GatedAdditiveGradients gradients;

@@ -1,4 +1,4 @@
-// gru_step: the ops of attn_kernels/ops.py that layers of GRUs call on the CPU. They write into their arguments.
+// gru_step: the ops of attn_kernels/recurrent_ops.py that GRU layers call on the CPU. They write into their arguments.
 #include "gru_cell.h"
 
 #include "rows.h"

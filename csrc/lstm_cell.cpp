@@ -1,4 +1,5 @@
-// lstm_step: the ops of attn_kernels/recurrent_ops.py that the decoder's loop calls on the CPU. They write into their arguments.
+// lstm_step: the ops of attn_kernels/recurrent_ops.py that the decoder's loop calls on the CPU. They write into their
+// arguments.
 #include "lstm_cell.h"
 
 #include "rows.h"

@@ -14,11 +14,11 @@ struct RowsView {
 
 struct LstmStep {
   int64_t B, H;
-  Dtype dtype;        // float32 or float64, of all
+  Dtype dtype;        // float32 or float64, of all arrays
   RowsView gates;     // in: i, f, g, o before the activation; out: after it
-  RowsView cell;      // before the step
+  RowsView cell;      // in: the cell before the step
   RowsView new_cell;  // out
-  RowsView tanh;      // out: of new_cell
+  RowsView tanh;      // out: tanh(new_cell)
   RowsView hidden;    // out
   RowsView again;     // out: a second copy of hidden, or absent
 };
@@ -27,9 +27,9 @@ struct LstmStepBackward {
   int64_t B, H;
   Dtype dtype;
   RowsView dhidden;
-  RowsView gates, cell, tanh;  // of the forward; cell: before the step
-  RowsView dcell;              // in: of the cell after the step; out: before it
-  RowsView dgates;             // out: of the gates before the activation
+  RowsView gates, cell, tanh;  // from the forward; cell: before the step
+  RowsView dcell;              // in: gradient of the cell after the step; out: of the cell before it
+  RowsView dgates;             // out: gradient of the gates before the activation
 };
 
 }  // namespace attn

@@ -1,5 +1,5 @@
 // The Python module attn_kernels._C. Importing it registers the CPU kernels of the ops (STABLE_TORCH_LIBRARY_IMPL in
-// the other files); its functions tell how it was built, and let tests choose the SIMD level.
+// the other files). Its functions report how it was built, and let tests choose the SIMD level.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -57,5 +57,5 @@ PYBIND11_MODULE(_C, m) {
         "the name of the one that was in use.");
   m.def("checksums", &checksums, pybind11::arg("data"), pybind11::arg("bytes"), pybind11::arg("pieces"),
         "Of that many pieces, of so many bytes each, that begin at an address: 64 bits that change with their bytes.");
-  attn::level();  // a wrong ATTN_KERNELS_SIMD is an error of the import, not of the first call
+  attn::level();  // a wrong ATTN_KERNELS_SIMD fails at import, not at the first call
 }

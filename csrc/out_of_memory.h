@@ -1,5 +1,5 @@
-// The exception for a failed allocation. The shim of PyTorch's stable ABI does not pass on PyTorch's error, so
-// attn_kernels/ops.py repeats the allocation: users see PyTorch's own error and type.
+// The exception for a failed allocation. The shim of PyTorch's stable ABI does not propagate PyTorch's error. So
+// attn_kernels/ops.py repeats the allocation, and users see PyTorch's own error and type.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
-// Attention over packed memories, of attn_kernels/ops.py: keys (N, A) and values (N, D), the steps of all sentences one
-// after the other. CPU only.
+// The ops of attn_kernels/ops.py for attention over packed memories: keys (N, A) and values (N, D), the steps of all
+// sentences concatenated. CPU only.
 //
-// Each sentence is a call of the kernel, as a batch of one without padding. So the kernels need no support for packing,
-// and padded calls have no overhead. Alignments are (B, Tq, columns), with zeros after each sentence, or packed: (Tq N,),
-// where those of sentence b, (Tq, length), begin at Tq offsets[b].
+// Each sentence is one call of the kernel, as a batch of one without padding. So the kernels need no support for
+// packing, and padded calls have no overhead. Alignments are either (B, Tq, columns), zero after the end of each
+// sentence, or packed: (Tq N,), where the alignments (Tq, length) of sentence b begin at Tq offsets[b].
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -15,12 +15,12 @@
 namespace attn {
 namespace {
 
-constexpr int64_t kMinParallelCost = 1 << 17;  // multiply-adds or the like: less is done by one thread
+constexpr int64_t kMinParallelCost = 1 << 17;  // in multiply-adds; less work runs on one thread
 
-// Where the steps of each sentence begin, and how many there are.
+// The first step and the number of steps of each sentence.
 class Sentences {
  public:
-  // offsets: (B + 1,), of N steps.
+  // offsets: (B + 1,), into N steps.
   Sentences(const Tensor& offsets, int64_t B, int64_t N) : starts_(B + 1) {
     check_shape(offsets, "memory_offsets", {B + 1});
     const ScalarType type = offsets.scalar_type();
@@ -43,8 +43,8 @@ class Sentences {
   int64_t steps(int64_t b) const { return starts_[b + 1] - starts_[b]; }
   int64_t longest() const { return longest_; }
 
-  // Runs body(b) for all sentences. cost: of a step. A sentence with more than a thread's share of all steps is cut by its
-  // kernel; the others take a thread each, the longest first.
+  // Runs body(b) for all sentences. cost: the work per step. The kernel splits a sentence that has more steps than a
+  // thread's share of all. Each other sentence runs on one thread, the longest first.
   template <class Body>
   void for_each(int64_t cost, const Body& body) const {
     const int64_t B = static_cast<int64_t>(starts_.size()) - 1, threads = thread_count(), all = starts_[B];
@@ -76,7 +76,7 @@ class Sentences {
   int64_t longest_ = 0;
 };
 
-// The view or pointer, advanced by that many elements.
+// The view or pointer, advanced by `elements`.
 StridedView3 from(StridedView3 a, int64_t elements) {
   if (a) a.data = static_cast<const char*>(a.data) + elements * item_size(a.dtype);
   return a;
@@ -98,7 +98,7 @@ VectorScores packed_scores(const Tensor& query, const Tensor& keys, const Tensor
   return {n, array(v, "v", n.query.dtype, {n.A}), array(bias, "bias", n.query.dtype, {n.A})};
 }
 
-// The score of sentence b alone. all: of B sentences with N steps.
+// The score of sentence b alone. all: the score of B sentences with N steps in total.
 template <class Score>
 Score of_sentence(const Score& all, const Sentences& sentences, int64_t b) {
   Score one = all;
@@ -109,7 +109,7 @@ Score of_sentence(const Score& all, const Sentences& sentences, int64_t b) {
   return one;
 }
 
-// max_length: 0 for packed alignments, otherwise their columns.
+// max_length: the columns of padded alignments, 0 for packed alignments.
 template <class Score>
 std::tuple<Tensor, Tensor> forward(void (*kernel)(const AttentionForward<Score>&), const Score& score,
                                    const Tensor& query, const Tensor& values, const Tensor& offsets, int64_t max_length,
@@ -146,7 +146,7 @@ struct Backward {
   bool need_query, need_memory;
 };
 
-// Alignments or their gradients, as of either layout.
+// Alignments or their gradients, padded or packed.
 class Alignments {
  public:
   Alignments(const std::optional<Tensor>& t, const char* name, const Scores& n)
@@ -169,7 +169,8 @@ class Alignments {
   int64_t Tq_;
 };
 
-// Of query, keys and values. gradients_of(b): where the gradients of the score's own arguments go.
+// Returns the gradients of query, keys and values. gradients_of(b): the outputs for the gradients of the score's own
+// arguments from sentence b.
 template <class Score, class GradientsOf>
 std::tuple<Tensor, Tensor, Tensor> backward(void (*kernel)(const AttentionBackward<Score>&), const Score& score,
                                             const Backward& of, const GradientsOf& gradients_of) {
@@ -205,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(void (*kernel)(const AttentionBackwa
   return {dquery, dkeys, dvalues};
 }
 
-// The gradient of v or bias: of each sentence one, in T or wider, and their sum, in order.
+// The gradient of v or bias: one part per sentence, in float or double, summed in order.
 class Sum {
  public:
   Sum(const Tensor& v, int64_t B, bool needed)
@@ -252,9 +253,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vector_backward(void (*kernel
   return {dquery, dkeys, dvalues, dv.result(), dbias.result()};
 }
 
-// The ops ---------------------------------------------------------------------------------------------------------------
+// The ops -------------------------------------------------------------------------------------------------------------
 
-// Of a score with a score vector, Additive or Activated, and what it has of its own.
+// The ops of a score S with a score vector, Additive or Activated. Own: the types of its further arguments.
 template <class S, class... Own>
 struct PackedOps {
   static std::tuple<Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor values, Tensor v,

@@ -1,5 +1,5 @@
-// recurrent_steps: the op of attn_kernels/recurrent_ops.py that runs one direction of a layer over few sentences, all steps in one
-// call. CPU only.
+// recurrent_steps: the op of attn_kernels/recurrent_ops.py that runs one direction of a recurrent layer over a few
+// sentences, all steps in one call. CPU only.
 #include <algorithm>
 #include <numeric>
 
@@ -9,7 +9,7 @@
 namespace attn {
 namespace {
 
-// (B, S, columns) with contiguous rows.
+// A tensor (B, S, columns) with contiguous rows.
 template <typename T>
 struct Steps {
   T* data;
@@ -26,7 +26,7 @@ struct Steps {
   T* row(int64_t b, int64_t t) const { return data + b * sentence + t * step; }
 };
 
-// Sentences in order, the longest first: those that have a step are the first ones.
+// The order of sentences, the longest first: the sentences that have a given step are then the first ones.
 std::vector<int64_t> by_length(const int64_t* lengths, int64_t B) {
   std::vector<int64_t> order(B);
   std::iota(order.begin(), order.end(), 0);

@@ -1,4 +1,4 @@
-// The checks of tensors that the steps of recurrent cells read and write.
+// Checks of the tensors that the steps of recurrent cells read and write.
 #pragma once
 
 #include "checks.h"
@@ -6,7 +6,7 @@
 
 namespace attn {
 
-// The dtype of gates, (B, count * H), after a check. count: gates per unit.
+// Checks gates, (B, count * H), and returns their dtype. count: gates per unit.
 inline Dtype dtype_of_gates(const Tensor& gates, int64_t count) {
   const Dtype dtype = dtype_of(gates, "gates");
   STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "gates must be float32 or float64");

@@ -1,4 +1,4 @@
-// The types that kernels take instead of tensors: raw pointers with sizes and strides. No torch here.
+// The types that kernels take instead of tensors: raw pointers with sizes and strides, no torch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// A read-only (n0, n1, n2) array with strides in elements; data is null if an optional array is absent.
+// A read-only (n0, n1, n2) array with strides in elements; data is null for an absent optional array.
 struct StridedView3 {
   const void* data = nullptr;
   Dtype dtype = Dtype::float32;

@@ -1,4 +1,4 @@
-// From an op on tensors to the kernels of scores with a score vector: v . f(query + keys + bias).
+// Calls the kernels of scores with a score vector, v . f(query + keys + bias), from ops on tensors.
 #pragma once
 
 #include "additive_attention.h"
@@ -18,7 +18,7 @@ inline VectorScores with_vector(const Tensor& query, const Tensor& keys, const T
 // The dtype of the result of additive_prepare for keys of this dtype.
 inline Dtype prepared_dtype(Dtype keys) { return keys == Dtype::bfloat16 ? Dtype::bfloat16 : Dtype::float32; }
 
-// A score: its kernels, and the struct of its arguments.
+// One class per score: its kernels, and the struct of its arguments.
 struct Additive {
   static constexpr auto kKernels = &Kernels::additive;
 

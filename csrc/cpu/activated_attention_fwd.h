@@ -1,7 +1,7 @@
 // v . f(query + keys + bias), forward, with an activation f of ../activations.h. Part of a SIMD level: see simd.h.
 //
-// There is nothing to share between pairs: for relu an addition, a maximum and a multiply-add for each hidden unit, exact
-// for all inputs. A tile of queries and steps keeps its sums in registers.
+// Pairs share no computation: with relu, each hidden unit costs an addition, a maximum and a multiply-add, exact for
+// all inputs. A tile of queries and steps keeps its sums in registers.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +27,7 @@ struct ActivatedScore {
   F f;
   const T *v, *bias;  // in whole vectors
 
-  static constexpr int kSteps = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // of a tile, with up to four queries
+  static constexpr int kSteps = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // steps of a tile, which has up to four queries
 
   struct Queries {
     int64_t first, n;
@@ -52,8 +52,8 @@ struct ActivatedScore {
   void score_block(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                    Scratch& scratch) const {
     ScratchScope scope(scratch);
-    // A block of keys stays in L2 for many queries, in L1 for few. A single one reads rows once and in order, and only
-    // the sums of keys and what is added to them are copied.
+    // The block size: a block of keys fits L2 for many queries, L1 for few. A single query reads rows once and in
+    // order; then only the sums of keys and extra are copied.
     const int64_t row_bytes = op.A * static_cast<int64_t>(sizeof(T));
     const bool large = q.n > 4 || (q.n == 1 && !op.extra);
     const int64_t most = min(n, max(2 * kSteps, (large ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
@@ -78,13 +78,13 @@ struct ActivatedScore {
     for (; j < n; ++j) tile<NQ, 1>(rows, keys + j, keys + j, out + j, ld);
   }
 
-  // next: rows that are read after these; a single query asks for them, as nothing else takes its time.
+  // next: the rows to prefetch, for a single query, which is memory-bound.
   template <int NQ, int NK>
   ATTN_INLINE void tile(const T* q, const T* const* keys, const T* const* next, T* out, int64_t ld) const {
     constexpr int64_t w = width<T>;
     const int64_t size = padded<T>(op.A), whole = op.A / w * w;
     int64_t c = 0;
-    // In parts, as many terms as one sum may have (additive_factored.h).
+    // Partial sums of as many terms as one sum may have (kTermsOfSum).
     for (bool first = true; first || c < size; first = false) {
       Vec<T> acc[NQ * NK];
       clear(acc);

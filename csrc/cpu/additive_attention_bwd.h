@@ -2,13 +2,16 @@
 //
 // With E = e^{2q} e^{2k}, dquery and dkeys are sums of 4 v g, g = ds (1 - tanh^2) / 4, and dv is the sum of ds tanh.
 //
-// Many queries, columnwise: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E), where 1/E = e^{-2q} e^{-2k} is a product,
-// too: a division and three multiplications per pair. Few queries, rowwise: a second exponential per key would take too
-// long; with r = 1 / (1 + E) and p = ds r, g = p (E r) and ds tanh = -2 (p - ds / 2). In both forms 1 - tanh^2 does not
-// cancel for saturated units.
+// Many queries, columnwise: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E). 1/E = e^{-2q} e^{-2k} is a product, too,
+// so a pair costs a division and three multiplications.
 //
-// Nothing of size (B, Tq, Tk, A) is stored: the exponentials are recomputed. A task takes some units of one sentence, so
-// that all sums over queries and steps are local to it.
+// Few queries, rowwise: a second exponential per key would take too long. With r = 1 / (1 + E) and p = ds r,
+// g = p (E r) and ds tanh = -2 (p - ds / 2).
+//
+// In both forms 1 - tanh^2 does not cancel for saturated units.
+//
+// Nothing of size (B, Tq, Tk, A) is stored: the exponentials are recomputed. A task computes some units of one
+// sentence, so all sums over queries and steps are local to a task.
 #pragma once
 
 #include "activated_attention_fwd.h"
@@ -18,10 +21,10 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int64_t kMaxRowwiseQueries = 7;  // with more, exponentials are worth storing for all steps: by columns
+constexpr int64_t kMaxRowwiseQueries = 7;  // for more, storing the exponentials of all steps is faster: columnwise
 
-// Computes dquery, dv, dbias and dkeys, if needed, from the compact gradients of the scores, (B, Tq, Tk), of the
-// previous stages.
+// Computes dquery, dv, dbias and dkeys, if needed, from the compact gradients of the scores, (B, Tq, Tk), that the
+// stages `before` compute.
 template <typename T, class Op, class Pair, class... Before>
 void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const AttentionMask& attended,
                     const StridedView3& values, const StridedView3& grad_context, int64_t D, const T* dscores,
@@ -34,13 +37,14 @@ void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const
   const BackwardParams<T, Pair> back{op,    prepared, pair,      attended, values,   grad_context, D,
                                      units, dscores,  op.dquery, op.dkeys, dv_parts, dbias_parts};
   const bool few = op.Tq <= kMaxRowwiseQueries && !attended.per_query;
-  // Few queries: exponentials, sums and a tile of keys about fit L1. Many: exponentials and sums of a sentence fill a
-  // quarter of L2. Strips are narrower if there would be fewer tasks than threads.
+  // The width of a strip of units. Few queries: exponentials, sums and a tile of keys about fit L1. Many queries: the
+  // exponentials and sums of a sentence fill a quarter of L2. Strips are narrower if there would be fewer tasks than
+  // threads.
   const int64_t unit_bytes = static_cast<int64_t>(sizeof(T)) * (few ? 2 * (op.Tq + 3) : 3 * (op.Tq + op.Tk));
   const int64_t in_cache = (few ? 3 << 14 : 1 << 18) / unit_bytes;
   const int64_t per_thread = divide_up(units.size * op.B, thread_count());
   const int64_t widest = max(4 * w, min(in_cache, per_thread));
-  const int64_t even = divide_up(units.size, max(1, divide_up(units.size, widest)));  // all of about the same size
+  const int64_t even = divide_up(units.size, max(1, divide_up(units.size, widest)));  // strips of about equal width
   const int64_t strip = max(w, padded<T>(even));
   const int64_t strips = divide_up(units.size, strip);
   auto run = [&](int64_t b, int64_t task, Scratch& scratch) {
@@ -66,7 +70,7 @@ void unit_gradients(const Op& op, const StridedView3& prepared, Pair pair, const
   }
 }
 
-// Computes only the scores, for the backward of clipped ones.
+// Computes only the scores, for the backward of clipped scores.
 template <typename T>
 void vector_scores(const ScoresForward<AdditiveScores>& op) {
   additive_forward<T>(op);
@@ -84,7 +88,7 @@ void gradients(const AttentionBackward<Scores>& op, const StridedView3& prepared
   T* weights = alloc<T>(call, op.B * op.Tq * op.Tk);
   T* dscores = alloc<T>(call, op.B * op.Tq * op.Tk);
   auto no_more = [](int64_t, int64_t, int64_t, const int32_t*, int64_t, const T*, Scratch&) {};
-  // Only the gradient of the values: a product with the compact alignments.
+  // Only the gradient of values is needed: a product with the compact alignments.
   if (op.dquery == nullptr && op.dkeys == nullptr && op.dscore_bias == nullptr && op.dvalues != nullptr) {
     const auto compact = scores_backward(problem, op.alignments, {}, {}, weights, dscores, no_more);
     return for_each_sentence(op.B, compact, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues));
@@ -110,7 +114,7 @@ void gradients(const ScoresBackward<Scores>& op, const StridedView3& prepared, P
   unit_gradients<T>(op, prepared, pair, AttentionMask{}, none, none, 0, dscores, compact_gradient(op, dscores));
 }
 
-// By divisions, or by refined estimates.
+// Chooses between divisions and refined estimates of reciprocals.
 template <typename T, class Op>
 void additive_backward(const Op& op) {
   if constexpr (sizeof(T) == 4 && kCanRefine)

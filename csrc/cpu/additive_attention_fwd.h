@@ -1,5 +1,5 @@
-// Additive attention, forward: scores of blocks of queries and steps, prepared keys, and the ops. Part of a SIMD level:
-// see simd.h. additive_factored.h has the forms without a tanh per pair.
+// Additive attention, forward: scores of blocks of queries and steps, prepared keys, and the ops. additive_factored.h
+// has the forms without a tanh per pair. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "additive_compensated.h"
@@ -32,7 +32,7 @@ struct AdditiveScore {
       prefetch_row(op.query, b, first + min(i + 1, n - 1), op.A);
       T *e = q.e + i * ld, *plain = q.plain + i * ld;
       if constexpr (sizeof(T) == 4) {
-        if (units.needs_rest(T(0))) {  // some query does
+        if (units.needs_rest(T(0))) {  // a query may need its rest
           q.abs_max[i] = compensated_row(units, op.query, b, first + i, plain, q.rest + i, buffer, units.bias, e);
           continue;
         }
@@ -51,7 +51,7 @@ struct AdditiveScore {
     Vec<T> total{};
     for (int64_t first = 0; first < op.A; first += part) {
       Vec<T> acc{};
-      for (int64_t c = first, end = min(first + part, op.A); c < end; c += width<T>) {  // past A, 0 * tanh(0)
+      for (int64_t c = first, end = min(first + part, op.A); c < end; c += width<T>) {  // adds 0 * tanh(0) past A
         const Vec<T> x = load_upto(query + c, op.A - c) + load(units.bias + c) + load_upto(key + c, op.A - c);
         acc += load(units.v + c) * tanh_any(x);
       }
@@ -68,7 +68,7 @@ struct AdditiveScore {
     T* query_buffer = alloc<T>(scratch, op.A);
     if constexpr (sizeof(T) == 4) {
       const StridedView3& keys = op.prepared ? op.prepared : op.keys;
-      // If other forms are likely to be needed, a block of exponentials is computed for them.
+      // If other forms are likely to be needed, the exponentials of a block of keys are computed first.
       const T typical = q.abs_max[0] + (op.prepared ? prepared_abs_max(op.prepared, op.Tk, b)[list[0]] : T(0));
       const bool likely = units.needs_rest(typical) || q.abs_max[0] > kMaxBoundThree / 2;
       if (q.n == 1 && units.factored && !likely && keys.stride[2] == 1 && (!op.extra || op.extra.stride[2] == 1))
@@ -92,14 +92,14 @@ struct AdditiveScore {
           });
         });
     }
-    // The exponentials of a block of keys stay in L2 for many queries, in L1 for few.
+    // The block size: the exponentials of a block of keys fit L2 for many queries, L1 for few.
     const int64_t row_bytes = units.size * static_cast<int64_t>(sizeof(T));
     const bool in_place = op.prepared && op.prepared.dtype == native<T>;
     const int64_t most = min(n, max(4, (q.n > 2 || in_place ? 1 << 18 : 1 << 14) / max(row_bytes, 1)));
     T* copies = alloc<T>(scratch, 2 * most * units.size);
     const KeyRows<T> k{alloc<const T*>(scratch, most), alloc<const T*>(scratch, most), alloc<T>(scratch, most),
                        alloc<T>(scratch, most)};
-    T least = T(INFINITY);  // of the largest |q|
+    T least = T(INFINITY);  // the smallest of the queries' largest |q|
     for (int64_t i = 0; i < q.n; ++i) least = q.abs_max[i] < least ? q.abs_max[i] : least;
     for (int64_t j = 0; j < n; j += most) {
       const int64_t count = min(most, n - j);
@@ -121,7 +121,7 @@ struct AdditiveScore {
       }
       while (i < q.n) {
         const int64_t left = q.n - i;
-        const bool ahead = i == 0 && in_place;  // the first to read the rows
+        const bool ahead = i == 0 && in_place;  // the first strip that reads the rows prefetches them
         auto strip = [&](auto queries, auto steps) {
           constexpr int NQ = decltype(queries)::value, NK = decltype(steps)::value;
           units.by_three([&](auto by) {
@@ -145,11 +145,11 @@ struct AdditiveScore {
     }
   }
 
-  // Row r of k: step j of sentence b, made in copies unless it is prepared as it is needed. copies: of two rows. least:
-  // of the largest |q| of the queries it meets, the smallest.
+  // Sets row r of k to step j of sentence b. A key that is not prepared in the needed form is computed into copies,
+  // which has room for two rows. least: the smallest of the largest |q| of the queries that use it.
   void load_key(const KeyRows<T>& k, int64_t r, int64_t b, int64_t j, T* copies, T* buffer, T least) const {
     auto from = [&](const StridedView3& keys, int64_t b, int64_t j) {
-      const bool alone = units.v_in_range && !units.factored;  // the compensated form, without another
+      const bool alone = units.v_in_range && !units.factored;  // only the compensated form is used
       k.e[r] = copies;
       if (op.prepared)
         load_prepared(k, r, b, j, copies);
@@ -184,7 +184,7 @@ struct AdditiveScore {
     }
   }
 
-  // The score of one query and step j that exceed the limits of the factored form.
+  // The score of one query and step j that are outside the limits of the factored form.
   T other_form(const Queries& q, int64_t b, int64_t j, T* query_buffer, T* key_buffer) const {
     T score, abs_max, rest;
     const T *e, *plain;
@@ -204,9 +204,9 @@ struct AdditiveScore {
                     T* key_buffer) const {
     constexpr bool kPrepared = kKeys == Keys::prepared, kSums = kKeys == Keys::sums;
     const int64_t whole = units.n / width<T> * width<T>;
-    const ListedRows<E> extra(op.extra, b, rows.list);  // read where there are sums only
+    const ListedRows<E> extra(op.extra, b, rows.list);  // read for Keys::sums only
     const float* step_abs_max = kPrepared ? prepared_abs_max(op.prepared, op.Tk, b) : nullptr;
-    // The sums of 1 / d of NK rows, where top becomes the largest |k| met in each.
+    // The sums of 1 / d of NK rows. abs_max accumulates the largest |k| of each row.
     auto row_sums = [&](auto rows_at_once, int64_t j, Vec<T>* acc, IntVec<T>* abs_max) __attribute__((always_inline)) {
       constexpr int NK = decltype(rows_at_once)::value;
       const E *row[NK], *next[NK], *addend[NK], *next_addend[NK];
@@ -245,7 +245,8 @@ struct AdditiveScore {
       clear(acc);
       clear(abs_max);
       int r = 0;
-      // Exponentials keep the arithmetic busy enough; without them a query's factors are loaded once for several rows.
+      // With prepared keys, the query's factors are loaded once for several rows. Without them the exponentials are the
+      // bottleneck, and one row at a time is fast enough.
       constexpr int kRowsPerLoad = kPrepared ? 4 : 1;
       for (; r + kRowsPerLoad <= count; r += kRowsPerLoad)
         row_sums(std::integral_constant<int, kRowsPerLoad>(), j + r, acc + r, abs_max + r);

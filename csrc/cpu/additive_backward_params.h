@@ -7,21 +7,21 @@ namespace attn {
 namespace ATTN_LEVEL {
 
 // Shared by the tasks of a backward. Gradients of the scores are compact, (B, Tq, Tk). Sums over sentences are stored
-// as parts, (B, A in whole vectors), and added up later in a fixed order.
+// as one part per sentence, (B, A in whole vectors), and summed later in a fixed order.
 template <typename T, class Pair>
 struct BackwardParams {
   const VectorScores& op;
-  const StridedView3& prepared;  // e^{2k} of all steps and what follows it, or absent
+  const StridedView3& prepared;  // prepared keys (see PreparedSizes), or absent
   Pair pair;
   const AttentionMask& attended;
-  const StridedView3 &values, &grad_context;  // what the stages before read of a sentence; absent where there are none
+  const StridedView3 &values, &grad_context;  // inputs of previous stages, for prefetching; absent if there are none
   int64_t D;
   const FactoredV<T>& units;
   const T* dscores;
-  void *dquery, *dkeys;  // each null where it is not needed
+  void *dquery, *dkeys;  // each null if it is not needed
   T *dv_parts, *dbias_parts;
 
-  // Vectors of units from c on, of one row of the queries (bias added) or keys.
+  // The vector of units from c on of one row of the queries or keys.
   ATTN_INLINE Vec<T> read(const StridedView3& a, int64_t b, int64_t row, int64_t c) const {
     const int64_t at = b * a.stride[0] + row * a.stride[1] + c * a.stride[2];
     return load_as<T>(a.data, a.dtype, at, a.stride[2], op.A - c);
@@ -34,14 +34,14 @@ struct BackwardParams {
     return op.extra ? key + read(op.extra, b, j, c) : key;
   }
 
-  // Stores vector c of dquery[b, i], of sum g, and adds it to that of dbias; the sentence's query 0 comes first.
+  // Stores vector c of dquery[b, i], computed from the sum of g, and adds it to dbias. Query 0 must come first.
   ATTN_INLINE void write_dquery(int64_t b, int64_t i, int64_t c, Vec<T> sum) const {
     const Vec<T> g = Pair::of_unit(load(units.v + c), sum), zero{};
     store_as<T>(dquery, op.query.dtype, (b * op.Tq + i) * op.A + c, g, op.A - c);
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
   }
-  // Prefetches the cache lines that are written after the last tile.
+  // Prefetches the cache lines of dquery that are written after the last tile.
   ATTN_INLINE void prefetch_dquery(int64_t b, int64_t i, int64_t c) const {
     prefetch_to_write(static_cast<const char*>(dquery) + ((b * op.Tq + i) * op.A + c) * item_size(op.query.dtype));
   }
@@ -52,7 +52,7 @@ struct BackwardParams {
     const Vec<T> g = Pair::of_unit(load(units.v + c), sum);
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
   }
-  // Prefetches what is read after the columns before `first` of sentence b, where a task has so many.
+  // Prefetches the inputs of the next task: the columns from `first` on of sentence b, for tasks of `columns` columns.
   Prefetcher next(int64_t b, int64_t first, int64_t columns) const {
     Prefetcher ahead;
     const bool same = first < op.A;

@@ -1,5 +1,5 @@
-// The backward of scores with a score vector by columns, for many queries: a task has some units of all queries and steps
-// of a sentence. Part of a SIMD level: see simd.h.
+// The columnwise backward of scores with a score vector, for many queries: a task computes some units of all queries
+// and steps of a sentence. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "additive_backward_params.h"
@@ -10,10 +10,10 @@ namespace ATTN_LEVEL {
 #if ATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kTileQueries = 7;  // their exponentials and sums fill 32 registers
 #else
-constexpr int kTileQueries = 4;  // and 16
+constexpr int kTileQueries = 4;  // their exponentials and sums fill 16 registers
 #endif
 
-// The largest |x| of n elements; NaN if one is.
+// The largest |x| of n elements; NaN if one is NaN.
 template <typename T>
 ATTN_INLINE T largest_of(const T* x, int64_t n) {
   IntVec<T> abs_max{};
@@ -23,8 +23,8 @@ ATTN_INLINE T largest_of(const T* x, int64_t n) {
   return largest_magnitude<T>(abs_max);
 }
 
-// A block of columns of the queries or keys of a sentence: of vector u of row i, two vectors that Pair::keep makes
-// (e^{2x}, e^{-2x} for tanh) and the gradient side by side.
+// A block of columns of the queries or keys of a sentence. A cell, for vector u of row i, holds three adjacent vectors:
+// the two that Pair::keep computes (e^{2x}, e^{-2x} for tanh), and the gradient.
 template <typename T>
 struct UnitColumns {
   int64_t n;
@@ -36,7 +36,7 @@ struct UnitColumns {
   T* cell(int64_t i, int64_t u) const { return cells + (u * n + i) * 3 * width<T>; }
   T* gradient(int64_t i, int64_t u) const { return cell(i, u) + 2 * width<T>; }
 
-  // Row i from that of the queries or keys, `columns` elements, to which bias is added unless it is null.
+  // Sets row i from a row of the queries or keys with `columns` elements. bias, unless null, is added.
   template <class Pair>
   ATTN_INLINE void set(int64_t i, const T* row, const T* bias, int64_t columns) {
     IntVec<T> most{};
@@ -53,15 +53,15 @@ struct UnitColumns {
   }
 };
 
-// Adds the gradients of NQ queries and n steps (cells of Columns, all in range) given ds[a * ld + j]. Returns the sum
-// of ds tanh.
+// Accumulates the gradients of NQ queries and n steps (cells of UnitColumns, all in range) from ds[a * ld + j]. Returns
+// the sum of ds tanh.
 //
-// The divider is busy all the time. Two queries could share a division, but the multiplications, or estimates of the
-// reciprocal, that this takes turned out slower. Not inlined: its sums take all registers there are.
+// Divisions are the bottleneck. Two queries could share a division, but the additional multiplications, or estimates of
+// the reciprocal, turned out slower. Not inlined: its sums use all registers.
 template <typename T, int NQ, class Pair>
 __attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
   constexpr int64_t w = width<T>, cell = 3 * w;
-  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two sums, so that one need not wait for the other
+  Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two independent sums hide the latency of an addition
   clear(dq);
   clear(dv);
   for (int a = 0; a < NQ; ++a) {
@@ -90,8 +90,8 @@ ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, Pair pair, T* q, T* k, int64_
   return gradient_tile<T, NQ>(pair, q, k, n, ds, ld);
 }
 
-// The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), whatever their
-// range. read_q(i, u) and read_k(j, u) are the queries and keys themselves.
+// The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), without limits on
+// their range. read_q(i, u) and read_k(j, u) return the original queries and keys.
 template <typename T, class Pair, class ReadQ, class ReadK>
 ATTN_INLINE Vec<T> gradient_row(Pair pair, const UnitColumns<T>& q, int64_t i, const UnitColumns<T>& k, int64_t u,
                                 const int32_t* list, int64_t n, const T* ds, const ReadQ& read_q, const ReadK& read_k) {
@@ -113,8 +113,8 @@ ATTN_INLINE Vec<T> gradient_row(Pair pair, const UnitColumns<T>& q, int64_t i, c
   return dv;
 }
 
-// Columnwise, for many queries: columns of a sentence, `vectors` vectors of units from `first` on. Prefetches what the
-// next task reads.
+// A columnwise task, for many queries: `vectors` vectors of units of a sentence from `first` on. Prefetches the inputs
+// of the next task.
 template <typename T, class Pair>
 void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t vectors, Scratch& scratch) {
   constexpr int64_t w = width<T>;
@@ -122,7 +122,7 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
   const bool per_query = back.attended.per_query;
   int32_t* list = alloc<int32_t>(scratch, Tk);
   int32_t* own = alloc<int32_t>(scratch, Tk);
-  AttentionMask any = back.attended;  // a column holds every step; a query's own mask chooses among them
+  AttentionMask any = back.attended;  // a column holds every step; the mask of each query is applied later
   if (per_query) any.mask = nullptr;
   const int64_t n = list_steps(any, b, 0, Tk, list);
   auto read_q = [&](int64_t i, int64_t u) __attribute__((always_inline)) { return back.query(b, i, first + u * w); };
@@ -153,9 +153,9 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
     for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.prefetch_dquery(b, row, first + u * w);
     for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.prefetch_dkeys(b, row, first + u * w);
     if (in_range) {
-      // Gradients of alignments near 0 are denormal, or become it over E.
+      // Gradients of alignments near 0 are denormal, or become denormal when divided by E.
       [[maybe_unused]] const DenormalsAreZero fast;
-      // In tiles of about the same size: the smaller ones are slower.
+      // Tiles of about equal size, as small tiles are slower.
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t count = (Tq - i) / (tiles - t);
         ahead.issue(share);

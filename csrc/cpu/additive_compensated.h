@@ -3,22 +3,22 @@
 //
 //   tanh(q + k) = n / (n + 2),   n = e^{2q} e^{2k} - 1
 //
-// A multiply-add makes n with one rounding, so that nothing cancels in it and the quotient is right to a few units in
-// its own last place, where 1 - 2 / (n + 2) is right to one of 1. What remains is that the exponentials are rounded
-// themselves: they are those of q - r_q and k - r_k, with rests r of the order of 2^-24. As
+// A multiply-add computes n with one rounding, so there is no cancellation. The error of the quotient is a few ulps of
+// its own value, while the error of 1 - 2 / (n + 2) is an ulp of 1. The remaining error is the rounding of the
+// exponentials: they are exact for q - r_q and k - r_k, with rests r of the order of 2^-24. Since
 //
 //   tanh(x + r) = tanh(x) + r (1 - tanh(x)^2) + O(r^2)
 //
-// the rests of all units add sum of v r_q + sum of v r_k to a score: a number of each query and one of each step, and
-// none of a pair. That leaves out r tanh(x)^2, which is below the rounding of tanh(x).
+// the rests of all units add sum of v r_q + sum of v r_k to a score. That is one number per query and one per step, and
+// no work per pair. It leaves out r tanh(x)^2, which is below the rounding of tanh(x).
 //
-// Two units share a division, v folded in by its sum and its difference:
+// Two units share a division, with v folded in as its sum and its difference:
 //
 //   v1 n1 / (n1 + 2) + v2 n2 / (n2 + 2) = ((v1 + v2) g + (v1 - v2) (n1 - n2)) / (g + n1 + n2 + 4),
 //   g = e^{2 (x1 + x2)} - 1 = n1 n2 + n1 + n2
 //
-// That is five multiplications for two units, and as many additions, where the factored form has six and two for three.
-// Products of exponentials may overflow: n is at most kMaxNumerator, from which on tanh is 1.
+// That is five multiplications and five additions for two units. The factored form has six and two for three units.
+// Products of exponentials may overflow, so n is clamped to kMaxNumerator, where tanh rounds to 1.
 #pragma once
 
 #include "additive_factored.h"
@@ -26,18 +26,20 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// e, the float32 next to e^{2x}, and r with e^{2 (x - r)} = e to the rounding of x, for |x| <= kMaxAbsExponential.
+// Returns e, the float32 nearest to e^{2x}, and sets *rest to r with e^{2 (x - r)} = e up to the rounding of x. Valid
+// for |x| <= kMaxAbsExponential.
 ATTN_INLINE Vec<float> nearest_exponential(Vec<float> x, Vec<float>* rest) {
   const Reduced a = reduce_range(x + x);
   const Vec<float> r = a.r + __builtin_convertvector(a.n >> 23, Vec<float>) * kLn2Excess;
-  const Vec<float> less_1 = (third_term<6>(r) * r) * r + r;  // e^r - 1, to its own rounding
+  const Vec<float> less_1 = (third_term<6>(r) * r) * r + r;  // e^r - 1, accurate to its own rounding
   const Vec<float> mantissa = less_1 + 1.0f, lost = less_1 - (mantissa - 1.0f);
-  *rest = lost * (0.5f - 0.5f * r);  // over twice the mantissa, which is e^r
+  *rest = lost * (0.5f - 0.5f * r);  // about lost / (2 e^r); e^r is the mantissa
   return (Vec<float>)(bits<float>(mantissa) + a.n);
 }
 
-// Row (b, i) of a, plus bias where there is one, as e = e^{2x}, in whole vectors, and times the units' factors where
-// scaled is not null; *rest is the sum of v r. Returns the largest |x|; NaN if it has a NaN. buffer: of a row.
+// Computes e = e^{2x} of row x = (b, i) of a, plus bias unless null, in whole vectors, and sets *rest to the sum of
+// v r. If scaled is not null, it receives e times the units' factors. Returns the largest |x|; NaN if the row has a
+// NaN. buffer: room for a row.
 template <typename T>
 T compensated_row(const FactoredV<T>& units, const StridedView3& a, int64_t b, int64_t i, T* e, T* rest, T* buffer,
                   const T* bias = nullptr, T* scaled = nullptr) {
@@ -100,15 +102,16 @@ __attribute__((noinline)) void compensated_tile(const FactoredV<T>& units, const
                    [&](int i, T s) __attribute__((always_inline)) { out[i / NK * out_ld + i % NK] = units.unit * s; });
 }
 
-// The smallest and the largest of what came before and x; NaN, once met, stays.
+// Updates a running minimum and maximum with x. A NaN stays.
 template <typename T>
 ATTN_INLINE void widen(T x, T* least, T* most) {
   if (x < *least || x != x) *least = x;
   if (x > *most || x != x) *most = x;
 }
 
-// out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each in a suitable form. The score of a pair
-// does not depend on its neighbours. exact(a, b): the score of query a and step b in the exact form.
+// out[a * out_ld + b]: scores of NQ queries from i on and NK steps from j on, each in a form that is accurate for it.
+// The score of a pair does not depend on its neighbours. exact(a, b): the score of query a and step b in the exact
+// form.
 template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
 __attribute__((noinline)) void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i,
                                           const KeyRows<T>& k, int64_t j, T* out, int64_t out_ld, const Exact& exact) {
@@ -132,7 +135,7 @@ __attribute__((noinline)) void mixed_tile(const FactoredV<T>& units, const Query
     if (most < units.min_bound) return with_rests(out, out_ld);
     if (least >= units.min_bound) return compensated(k.e + j, out, out_ld);
   }
-  enum Form { three, small, large, kForms };  // by three units, compensated with rests and without
+  enum Form { three, small, large, kForms };  // three units share a division; compensated with rests; without rests
   T scores[kForms][NQ * NK]{};
   int forms[NQ * NK];
   bool any[kForms + 1]{};

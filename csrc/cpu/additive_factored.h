@@ -1,8 +1,8 @@
 // Scores of additive attention without a tanh per pair: the factored form. Part of a SIMD level: see simd.h.
 //
 // With E = e^{2q} e^{2k} and the exponentials computed once per row, a pair of query and step costs a multiply-add and
-// a reciprocal for each hidden unit, and in the forward units share reciprocals over a common denominator. Guards
-// choose, for each tile of queries and each step, a form in which nothing overflows (limits: ../additive_math.h):
+// a reciprocal for each hidden unit. In the forward, units share reciprocals over a common denominator. Guards choose,
+// for each tile of queries and steps, a form in which nothing overflows (limits: ../additive_math.h):
 //
 //   largest |q| + largest |k|       forward                        backward
 //   <= kMaxBoundThree               three units share a division   a division for each pair
@@ -10,9 +10,9 @@
 //   themselves <= kMaxAbsExponential  additive_compensated.h       the same
 //   beyond that, or NaN             tanh itself                    tanh itself
 //
-// In low precision the forward replaces divisions by reciprocal estimates, one per unit, if the target has them. In other
-// dtypes refined estimates replace divisions where that is faster (kernels.cpp has the table), in the same ranges: there
-// denominators and their reciprocals are normal numbers.
+// In low precision the forward replaces divisions by reciprocal estimates, one per unit, if the target has them. In
+// other dtypes refined estimates replace divisions if that is faster (kernels.cpp has the table). The limits are the
+// same: within them, denominators and their reciprocals are normal numbers.
 //
 // The forward also uses the form of additive_compensated.h if a large v would amplify the rounding of the factored form
 // (min_abs_bound).
@@ -25,8 +25,8 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// How the reciprocals of denominators are computed: three by one division, three by one refined estimate, or each by an
-// estimate.
+// How the reciprocals of denominators are computed: three units share a division, three share a refined estimate, or
+// each unit has its own estimate.
 enum class Reciprocals { three, three_refined, estimate };
 
 // v and bias, padded with zeros to whole vectors, and the constants of v for the factored form.
@@ -36,12 +36,12 @@ struct FactoredV {
   T *v, *bias;
   T *constant, *factor;  // d = constant + factor * e^{2q} e^{2k}
   T sum_v, scale;        // score = sum_v - scale * sum of 1 / d
-  T *paired_v, unit;     // of two vectors of v / unit the sum, then the difference; the last itself, if it is alone
-  bool v_in_range;       // whether v may be that of the compensated form
-  bool factored;         // whether the factored form may be used,
-  T min_bound;           // and from which |q| + |k| on
-  bool estimated;        // whether estimates may be used,
-  T min_bound_estimate;  // and from which |q| + |k| on
+  T *paired_v, unit;     // for each two vectors of v / unit, their sum and difference; a single last one as is
+  bool v_in_range;       // whether the compensated form may be used with this v
+  bool factored;         // whether the factored form may be used
+  T min_bound;           // the smallest |q| + |k| for the factored form
+  bool estimated;        // whether estimates may be used
+  T min_bound_estimate;  // the smallest |q| + |k| for estimates
   bool refined;          // whether three share a refined estimate, not a division
 
   FactoredV(const VectorScores& op, Scratch& scratch) : n(op.A), size(padded<T>(op.A)) {
@@ -61,7 +61,7 @@ struct FactoredV {
       squares += x * x;
     }
     const T abs_max = largest_magnitude<T>(top_bits);
-    // Not for NaN or Inf, nor for float64, which is there to be exact.
+    // False for NaN or Inf, and for float64, which always uses the exact form.
     min_bound = min_abs_bound(static_cast<float>(sum<T>(squares)), n);
     factored = v_in_range = sizeof(T) == 4 && abs_max > kMinAbsMaxV && abs_max < kMaxAbsMaxV;
     estimated = false;
@@ -78,7 +78,7 @@ struct FactoredV {
       store(paired_v + c, x + y);
       if (!alone) store(paired_v + c + width<T>, x - y);
     }
-    Vec<T> total{}, lost{}, dropped{};  // lost: by rounding the total
+    Vec<T> total{}, lost{}, dropped{};  // lost: the rounding errors of total
     for (int64_t c = 0; c < size; c += width<T>) {
       const Vec<T> x = load(v + c), zero{};
       const IntVec<T> kept = absolute<T>(x) >= smallest;
@@ -90,7 +90,7 @@ struct FactoredV {
       total = next;
       dropped += kept ? zero : absolute<T>(x);
     }
-    // Each is below the rounding of the largest unit; all of them together have to be, too.
+    // Each dropped unit is below the rounding of the largest; their sum must be, too.
     factored = sum<T>(dropped) <= smallest && min_bound <= kMaxBoundThree;
     estimated = factored && kHasEstimate && op.query.dtype != native<T>;
     const T least = op.query.dtype == Dtype::bfloat16 ? kMinBoundEstimateBFloat16 : kMinBoundEstimateFloat16;
@@ -99,16 +99,16 @@ struct FactoredV {
     scale = static_cast<T>(2 * unit * kDenominatorScale);
   }
 
-  // Whether three units may share a division where |q| + |k| is at most `bound`. NaN: no.
+  // Whether three units may share a division for |q| + |k| of at most `bound`. False for NaN.
   bool fits_three(T bound) const { return factored && bound >= min_bound && bound <= kMaxBoundThree; }
-  // Whether the compensated form may be used for the largest |q| and |k|. Below min_bound a product would show that is
-  // rounded before 1 is taken from it.
+  // Whether the compensated form may be used, given the largest |q| and |k|. Below min_bound it needs a multiply-add:
+  // the rounding of a separate product before the subtraction of 1 would be visible.
   bool fits_compensated(T q, T k) const {
     return v_in_range && q <= kMaxAbsExponential && k <= kMaxAbsExponential && (kHasMultiplyAdd || q + k >= min_bound);
   }
-  // Whether a query or step may meet one with which it needs the rests of that form.
+  // Whether a query or step with this largest |x| may be in a pair that needs the rests of the compensated form.
   bool needs_rest(T abs_max) const { return v_in_range && abs_max < min_bound; }
-  // Whether estimates will do, of one denominator each.
+  // Whether estimates, one per denominator, are accurate enough.
   bool fits_estimate(T bound) const { return estimated && bound >= min_bound_estimate && bound <= kMaxBoundOne; }
 
   template <Reciprocals kBy>
@@ -116,7 +116,7 @@ struct FactoredV {
     return kBy == Reciprocals::estimate ? fits_estimate(bound) : fits_three(bound);
   }
 
-  // f(how three units share, as a constant).
+  // Calls f with Reciprocals::three or three_refined as a compile-time constant.
   template <class F>
   ATTN_INLINE void by_three(const F& f) const {
     if constexpr (sizeof(T) == 4 && kCanRefine)
@@ -125,8 +125,8 @@ struct FactoredV {
   }
 };
 
-// e = e^{2x} (meaningful up to kMaxAbsExponential) for the vectors x = row(c) of a row, times factor where there is
-// one; then plain = e^{2x}. Returns its largest |x|; NaN if it has a NaN.
+// e = e^{2x} (valid up to kMaxAbsExponential) for the vectors x = row(c) of a row. With factor, e is multiplied by it,
+// and plain = e^{2x}. Returns the largest |x| of the row; NaN if it has a NaN.
 template <typename T, class Row>
 ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor = nullptr, T* plain = nullptr) {
   IntVec<T> abs_max{};
@@ -146,7 +146,8 @@ ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor =
   return largest_magnitude<T>(abs_max);
 }
 
-// use(row), where row(c) is a vector of row (b, i) of a, of n elements, plus bias where there is one. buffer: of a row.
+// Calls use(row), where row(c) is a vector of row (b, i) of a, of n elements, plus bias unless null. buffer: room for a
+// row.
 template <typename T, class Use>
 ATTN_INLINE auto use_row(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* buffer, const T* bias,
                          const Use& use) {
@@ -172,23 +173,24 @@ T row_exponentials(const StridedView3& a, int64_t b, int64_t i, int64_t n, T* e,
   });
 }
 
-// Rows of queries (bias added): e^{2q} times the factor of the unit, and without it; for each row its largest |q| and
-// its rest, where one is needed (additive_compensated.h). `plain` is then rounded as the rest says.
+// Rows of queries, bias added: e is e^{2q} times the factor of the unit, plain is e^{2q}. Each row has its largest |q|
+// and, if needed, its rest (additive_compensated.h). With a rest, `plain` is the rounded exponential that it belongs
+// to.
 template <typename T>
 struct QueryRows {
   int64_t first, n, ld;
   T *e, *plain, *abs_max, *rest;  // (n, ld), (n, ld), (n), (n)
 };
 
-// The same of steps. Both are e^{2k}, and the same but where there is a rest.
+// The same for steps. Here e and plain are both e^{2k}, and differ only if there is a rest.
 template <typename T>
 struct KeyRows {
   const T **e, **plain;
   T *abs_max, *rest;
 };
 
-// acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps; key(j, c, last) is the vector of e^{2k} from unit c on,
-// which may be the row's last only where `last` says so.
+// acc[i * NK + j] = sums of 1 / d of NQ queries and NK steps. key(j, c, last) returns the vector of e^{2k} from unit c
+// on. Only if `last` is true may it be the last vector of the row.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Key>
 ATTN_INLINE void factored_sums(const FactoredV<T>& units, const T* q, int64_t ld, const Key& key, Vec<T>* acc) {
   constexpr int64_t w = width<T>;
@@ -258,7 +260,7 @@ ATTN_INLINE void factored_sums(const FactoredV<T>& units, const T* q, int64_t ld
   for (; c < units.size; c += w) one(last);
 }
 
-// out[i * out_ld + j]: the scores of NQ queries and NK steps. next: rows that will be read soon, or null.
+// out[i * out_ld + j]: the scores of NQ queries and NK steps. next: rows to prefetch, or null.
 template <typename T, int NQ, int NK, Reciprocals kBy>
 ATTN_INLINE void factored_tile(const FactoredV<T>& units, const T* q, int64_t ld, const T* const* k, T* out,
                                int64_t out_ld, const T* const* next = nullptr) {
@@ -284,12 +286,13 @@ template <typename T, int NQ, int NK, Reciprocals kThree, class Exact>
 void mixed_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j, T* out,
                 int64_t out_ld, const Exact& exact);
 
-// Scores of NQ queries and NK steps: by the form kBy if all are within its limits, otherwise each by a form that is.
-// exact(a, b) is the score of query a and step b in the exact form.
+// Scores of NQ queries and NK steps. If all pairs are within the limits of the form kBy, they are computed by it,
+// otherwise each pair by a form that is valid for it. exact(a, b) is the score of query a and step b in the exact form.
 template <typename T, int NQ, int NK, Reciprocals kBy, class Exact>
 ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, int64_t i, const KeyRows<T>& k, int64_t j,
                             T* out, int64_t out_ld, const Exact& exact, const T* const* next = nullptr) {
-  // A pair of float32 has the same score beside pairs out of range; one by an estimate for each unit takes three there.
+  // In float32, the score of a pair does not depend on whether the tile has pairs out of range. With one estimate per
+  // unit, pairs in such a tile use the form of three instead.
   constexpr Reciprocals kThree = kBy == Reciprocals::three_refined ? kBy : Reciprocals::three;
   const int64_t ld = q.ld;
   bool in_range = units.factored;
@@ -297,7 +300,7 @@ ATTN_INLINE void score_tile(const FactoredV<T>& units, const QueryRows<T>& q, in
     for (int b = 0; b < NK; ++b)
       in_range = in_range && units.template in_range<kBy>(q.abs_max[i + a] + k.abs_max[j + b]);
   if (in_range) return factored_tile<T, NQ, NK, kBy>(units, q.e + i * ld, ld, k.e + j, out, out_ld, next);
-  // Of 4 queries at most, whose sums fill the registers.
+  // At most 4 queries at once, whose sums fill the registers.
   constexpr int kMost = NQ < 4 ? NQ : 4, kRest = NQ % kMost;
   for (int a = 0; a + kMost <= NQ; a += kMost)
     mixed_tile<T, kMost, NK, kThree>(units, q, i + a, k, j, out + a * out_ld, out_ld, exact);

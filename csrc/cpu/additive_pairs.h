@@ -1,5 +1,5 @@
-// The contribution of a pair of query and step to the gradients of scores with a score vector, for each activation. Part
-// of a SIMD level: see simd.h.
+// How a pair of query and step contributes to the gradients of scores with a score vector, for each activation. Part of
+// a SIMD level: see simd.h.
 #pragma once
 
 #include "activated_attention_fwd.h"
@@ -19,17 +19,18 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   }
 }
 
-// Each activation f has a class like this one. A pair with score gradient ds, x = q + k, adds g = ds f'(x), up to a
-// factor (of_unit), to dq and dk, and ds f(x) to dv.
-// kRefined: uses refined estimates of reciprocals, if they are faster than divisions (kernels.cpp).
+// Each activation f has a class with these members. A pair with score gradient ds and x = q + k adds g = ds f'(x), up
+// to a factor per unit (of_unit), to dq and dk, and ds f(x) to dv. kRefined: uses refined estimates of reciprocals, if
+// they are faster than divisions (kernels.cpp).
 template <typename T, bool kRefined>
 struct TanhPair {
   static constexpr T kGain = 4;
 
-  // The gradient of a unit of query or key, from the sum of g.
+  // The gradient of a unit of query or key, computed from the sum of g.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
 
-  // Of a row, for the sums by columns: two vectors, and whether they serve for the largest |q| and |k|.
+  // Columnwise: the two vectors that are stored per vector x, and whether they can be used, given the largest |q| and
+  // |k|.
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
   ATTN_INLINE static bool fits_kept(T q, T k) {
     return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;
@@ -45,7 +46,7 @@ struct TanhPair {
     dv += g * (up - down);
   }
 
-  // Of a row, for the sums by rows: one vector; returns the largest |x|, NaN if one is.
+  // Rowwise: stores one vector per vector of a row. Returns the largest |x| of the row; NaN if one is NaN.
   template <class Row>
   ATTN_INLINE static T keep_row(int64_t size, T* e, const Row& row) {
     return exponentials(size, e, row);
@@ -56,7 +57,7 @@ struct TanhPair {
     const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
     dk += g;
     dq += g;
-    sum += pr - T(0.5) * ds;  // each by itself: the two sums would be larger than what is left of them
+    sum += pr - T(0.5) * ds;  // per term: the difference of two separate sums would cancel
   }
   ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return T(-2) * sum; }
 
@@ -75,7 +76,7 @@ template <typename T, class F>
 struct ActivatedPair {
   F f;
 
-  // 0 if no pair had a slope: times an infinite v, it would be NaN.
+  // If the sum is 0, so is the gradient: 0 times an infinite v would be NaN.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) {
     const Vec<T> zero{};
     return sum == zero ? zero : v * sum;

@@ -1,4 +1,4 @@
-// The backward of scores with a score vector by rows, for few queries. Part of a SIMD level: see simd.h.
+// The rowwise backward of scores with a score vector, for few queries. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "additive_backward_params.h"
@@ -6,10 +6,10 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Rowwise: adds what NK steps (listed in steps, exponentials in ek) give to the sums dq (Tq, size) and dv (size) of a
-// strip of units, and writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient
-// of the score of query i and step r. kKept: all of it in range of what is kept of rows, otherwise from the rows
-// themselves. Without kKeys there are no dkeys. Prefetches what the next tile reads, rows of `item` bytes an element.
+// Adds the contributions of NK steps (listed in steps, exponentials in ek) to the sums dq (Tq, size) and dv (size) of a
+// strip of units. With kKeys, writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the
+// score of query i and step r. kKept: all pairs are in the range of the stored values; otherwise they are computed from
+// the original rows. Prefetches the inputs of the next tile, rows with `item` bytes per element.
 template <typename T, int NK, bool kKept, bool kKeys, class Pair>
 ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, const T* eq,
                               const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
@@ -44,8 +44,8 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, in
   }
 }
 
-// Rowwise, for few queries, which are memory-bound: keys are read and dkeys, with kKeys, written in one pass along rows,
-// with the sums in L1. The task has the units [first, first + size) of a sentence, in whole vectors.
+// A rowwise task: the units [first, first + size) of a sentence, in whole vectors. Few queries are memory-bound, so one
+// pass along rows reads the keys and, with kKeys, writes dkeys. The sums stay in L1.
 template <typename T, bool kKeys, class Pair>
 void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, Scratch& scratch) {
   constexpr int NK = 4;
@@ -61,7 +61,7 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
   const bool direct = dtype == native<T>;
   const int64_t columns = min(size, op.A - first);
   const StridedView3 extra = columns_from(op.extra, first);
-  T* copies = alloc<T>(scratch, NK * columns);  // of rows that are converted
+  T* copies = alloc<T>(scratch, NK * columns);  // converted rows
   T* addend_copy = extra ? alloc<T>(scratch, columns) : nullptr;
   memset(dq, 0, op.Tq * size * sizeof(T));
   memset(dv, 0, size * sizeof(T));
@@ -69,7 +69,7 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
   for (int64_t i = 0; i < op.Tq; ++i) {
     const T abs_max = Pair::keep_row(
         size, eq + i * size, [&](int64_t c) __attribute__((always_inline)) { return back.query(b, i, first + c); });
-    if (q_abs_max == q_abs_max && !(abs_max <= q_abs_max)) q_abs_max = abs_max;  // NaN, once met, stays
+    if (q_abs_max == q_abs_max && !(abs_max <= q_abs_max)) q_abs_max = abs_max;  // a NaN stays
   }
   const bool prepared = back.prepared && back.prepared.dtype == native<T>;
   const float* step_abs_max = prepared ? prepared_abs_max(back.prepared, op.Tk, b) : nullptr;

@@ -1,9 +1,9 @@
-// The part that all attention ops share, independent of the score: normalisation over the attended steps, context, and
-// in the backward the gradients of scores and values from those of context and alignments. Part of a SIMD level: see
-// simd.h.
+// The part that all attention ops share, independent of the score. Forward: normalisation over the attended steps, and
+// context. Backward: the gradients of scores and values from the gradients of context and alignments. Part of a SIMD
+// level: see simd.h.
 //
-// Padding is skipped: the attended steps of a sentence are listed, and scores, weights and gradients are computed for
-// the listed steps only ("compact" rows), so that values in padding cannot reach a result.
+// Padding is skipped: a list holds the attended steps of a sentence. Scores, weights and gradients are computed for the
+// listed steps only ("compact" rows), so values in padding cannot reach a result.
 #pragma once
 
 #include "softmax.h"
@@ -12,7 +12,7 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Vectors of terms per partial sum: in a longer sum, a large term would cancel the last bits of more small ones.
+// Vectors of terms per partial sum. In a longer sum, a large term would absorb the last bits of more small terms.
 constexpr int64_t kTermsOfSum = 48;
 
 template <typename T>
@@ -20,10 +20,10 @@ void fill_zero(void* data, int64_t at, int64_t n, Dtype dtype) {
   memset(static_cast<char*>(data) + at * item_size(dtype), 0, n * item_size(dtype));
 }
 
-// Expands a compact row p to a row (Tk,) of out: p at the listed steps, 0 elsewhere.
+// Expands a compact row p to a row (Tk,) of out: the elements of p at the listed steps, 0 elsewhere.
 template <typename T>
 void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int32_t* list, int64_t n, const T* p) {
-  if (n == 0 || list[n - 1] == n - 1) {  // the first n steps
+  if (n == 0 || list[n - 1] == n - 1) {  // the list is exactly the first n steps
     write_row(out, dtype, at, p, n);
     if (n < steps) fill_zero<T>(out, at + n, steps - n, dtype);
     return;
@@ -32,8 +32,8 @@ void write_compact(void* out, Dtype dtype, int64_t at, int64_t steps, const int3
   for (int64_t j = 0; j < n; ++j) store_as<T>(out, dtype, at + list[j], broadcast(p[j]), 1);
 }
 
-// out = weights (row i at weight + i * ld) times the listed rows of array, for a range of columns. It is written as
-// dtype, from row `row` of data, (.., out_columns), on.
+// out = weights (row i at weight + i * ld) times the listed rows of array, for a range of columns. out is stored as
+// dtype into data (.., out_columns), starting at row `row`.
 template <typename T>
 void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, int64_t n, const T* weight, int64_t ld,
                      int64_t out_rows, const Range& columns, void* data, Dtype dtype, int64_t row, int64_t out_columns,
@@ -46,7 +46,7 @@ void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, 
   ScratchScope scope(scratch);
   const StridedView3 strip = columns_from(array, columns.begin);
   if constexpr (sizeof(T) == 4 && kPairs<BFloat16>) {
-    if (is_bfloat16_rows(array) && kMinPackedRows <= out_rows && n <= kMaxPairedRows) {  // sums need not be kept
+    if (is_bfloat16_rows(array) && kMinPackedRows <= out_rows && n <= kMaxPairedRows) {  // one call: no sums to keep
       BFloat16** out = alloc<BFloat16*>(scratch, out_rows);
       for (int64_t i = 0; i < out_rows; ++i) out[i] = static_cast<BFloat16*>(data) + at + i * out_columns;
       return gemm_nn(out, out_rows, weight, ld, 1, ListedRows<BFloat16>(strip, b, list), n, nc, false);
@@ -61,7 +61,7 @@ void weighted_output(const StridedView3& array, int64_t b, const int32_t* list, 
     out[i] = sums + i * sums_ld;
     weights[i] = weight + i * ld;
   }
-  auto sum_of = [&](int64_t first, int64_t count) {  // of the listed steps from first on, to out
+  auto sum_of = [&](int64_t first, int64_t count) {  // sums the listed steps [first, first + count) into out
     const int32_t* steps = list + first;
     if (strip.stride[2] == 1)
       return by_element<T>(strip.dtype, [&](auto* element) {
@@ -134,9 +134,9 @@ struct AttentionParams {
   Dtype dtype;
   StridedView3 values;  // (B, Tk, D)
   AttentionMask attended;
-  // With options, else null: see ../attention.h.
+  // Null without options: see ../attention.h.
   const AttentionOptions* options = nullptr;
-  void* log_total = nullptr;              // forward, written
+  void* log_total = nullptr;              // output of the forward
   const void* known_log_total = nullptr;  // backward
   const void* scores = nullptr;           // backward with a clip: (B, Tq, Tk) in T, scores of all pairs before the clip
   const void* grad_log_total = nullptr;
@@ -171,8 +171,8 @@ void clip_scores(const AttentionOptions& options, int64_t n, T* w) {
   for (int64_t j = 0; j < n; j += width<T>) store_upto(w + j, most * tanh_any(load_upto(w + j, n - j)), n - j);
 }
 
-// Turns the scores w of the n listed steps into alignments, with options, in place. row: b Tq + i. Returns the logarithm
-// of the normaliser.
+// Converts the scores w of the n listed steps into alignments in place, with options. row: b Tq + i. Returns the
+// logarithm of the normaliser.
 template <typename T, class Normaliser>
 T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* w,
                          Scratch& scratch) {
@@ -184,7 +184,7 @@ T normalise_with_options(const AttentionParams& p, int64_t row, const int32_t* l
     const T* bias = read_row(p.options->score_bias, row / p.Tq, row % p.Tq, p.Tk, alloc<T>(scratch, p.Tk));
     for (int64_t j = 0; j < n; ++j) w[j] += bias[list[j]];
   }
-  // Normalised sigmoid(s) is the softmax of log sigmoid(s), which does not underflow.
+  // sigmoid(s) divided by its sum is the softmax of log sigmoid(s), which does not underflow.
   if (p.options->sigmoid)
     for (int64_t j = 0; j < n; ++j) w[j] = log_sigmoid(w[j]);
   T top = -infinity;
@@ -207,8 +207,8 @@ void drop(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n,
 // Interface of Score: queries(b, first, n, scratch) prepares n queries; score_block(queries, b, list, n, out, ld,
 // scratch) writes the scores of these queries and the n listed steps; cost() is the work per pair.
 //
-// With fewer tasks than threads, a task is divided: its scores by steps, its contexts by columns. No sum is split, so
-// that results do not depend on the number of threads.
+// With fewer tasks than threads, each task is split: its scores by steps, its contexts by columns. No sum is split, so
+// results do not depend on the number of threads.
 template <typename T, class Normaliser = Softmax, class Score>
 void attention_forward(const AttentionParams& p, void* context, void* alignments, const Score& score) {
   const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query, p.attended.vectors);
@@ -274,7 +274,8 @@ void attention_forward(const AttentionParams& p, void* context, void* alignments
   });
 }
 
-// Applies the options to the gradients di of the scores of a row; turns its alignments into the weights of the context.
+// Applies the options to the gradients di of the scores of a row, and dropout to its alignments, which then are the
+// weights of the context.
 template <typename T>
 void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t* list, int64_t n, T* weights, T* di) {
   const T total = static_cast<const T*>(p.known_log_total)[row];
@@ -293,7 +294,8 @@ void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t*
       Vec<T> x{}, slope;
       for (int64_t r = 0; r < min(width<T>, n - j); ++r) x[r] = scores[list[j + r]];
       tanh_and_slope(x, &slope);
-      // 0 where the formula's is, in float64: an infinite key would make infinity of the smallest number, and NaN of 0.
+      // Beyond 20 the derivative is 0, as in the formula in float64. A tiny nonzero derivative times an infinite key
+      // would be infinity, where the formula gives 0 times infinity, NaN.
       const Vec<T> derivative = absolute<T>(x) > T(20) ? Vec<T>{} : most * slope;
       store_upto(di + j, load_upto(di + j, n - j) * derivative, n - j);
     }
@@ -302,7 +304,7 @@ void gradient_with_options(const AttentionParams& p, int64_t row, const int32_t*
 }
 
 // Gradients of the scores, compact: row (b, i) of dscores and weights (B, Tq, Tk) holds the attended steps of query i.
-// with_chunk(b, first, nq, list, n, dscores, scratch) runs on each chunk's rows while they are in cache.
+// with_tile(b, first, nq, list, n, dscores, scratch) runs on each tile's rows while they are in cache.
 template <typename T, class Normaliser = Softmax, class WithTile>
 auto scores_backward(const AttentionParams& p, const StridedView3& alignments, const StridedView3& grad_context,
                      const StridedView3& grad_alignments, T* weights, T* dscores, WithTile with_tile) {
@@ -321,7 +323,7 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
     }
     for (int64_t i = 0; i < nq; ++i) {
       T *wi = w + i * p.Tk, *di = ds + i * p.Tk;
-      const bool from_first = n == 0 || list[n - 1] == n - 1;  // the first n steps, as without a mask
+      const bool from_first = n == 0 || list[n - 1] == n - 1;  // the list is exactly the first n steps
       const T* all = read_row(alignments, b, first + i, p.Tk, row);
       if (from_first)
         memcpy(wi, all, n * sizeof(T));
@@ -341,7 +343,7 @@ auto scores_backward(const AttentionParams& p, const StridedView3& alignments, c
   return Stage{tiles.per_sentence, tiles.size * p.Tk * p.D, run};
 }
 
-// An op of a score: attention, or the scores of all pairs.
+// The forward of an op: attention, or the scores of all pairs.
 template <typename T, class Scores, class Score>
 void forward(const AttentionForward<Scores>& op, const Score& score) {
   const AttentionParams problem = params_of(op);
@@ -364,9 +366,10 @@ void forward(const ScoresForward<Scores>& op, const Score& score) {
   });
 }
 
-// Of the backward of an attention whose options clip the scores: these again, with which `p` reads them. A clipped score
-// cannot be had from alignments of 16 bits, nor 1 - tanh^2 from one that is close to the clip. kernel: of the scores
-// alone, of the steps and in the tiles of the forward: what padding holds must not choose the form of a tile.
+// Recomputes the scores for the backward of an attention that clips them, and sets p.scores. Clipped scores cannot be
+// recovered from alignments of 16 bits, and 1 - tanh^2 cannot be computed accurately from a score close to the clip.
+// kernel computes the scores of the attended steps, in the same tiles as the forward: values in padding must not change
+// the form that a tile is computed in.
 template <typename T, class Scores>
 void scores_again(const AttentionBackward<Scores>& op, void (*kernel)(const ScoresForward<Scores>&), Scratch& call,
                   AttentionParams& p) {
@@ -376,7 +379,7 @@ void scores_again(const AttentionBackward<Scores>& op, void (*kernel)(const Scor
   p.scores = scores;
 }
 
-// The gradients of the scores of an op of their own, (B, Tq, Tk) in T, as a stage.
+// A stage that copies the given gradients of the scores, of an op that returns scores, to dscores (B, Tq, Tk) in T.
 template <typename T, class Op>
 auto compact_gradient(const Op& op, T* dscores) {
   auto copy_row = [&op, dscores](int64_t b, int64_t i, Scratch& scratch) {
@@ -387,8 +390,8 @@ auto compact_gradient(const Op& op, T* dscores) {
 }
 
 // out[b, j] = sum_i weights[b, i, j] * array[b, i] over the queries that attend step j, with compact weights (B, Tq,
-// Tk); zero for steps that none attends, and where there is no array. The gradient of values, and of the keys of a dot
-// product.
+// Tk). It is zero for steps that no query attends, and for all steps if array is absent. It computes the gradient of
+// values, and the gradient of the keys of dot attention.
 template <typename T>
 auto weighted_steps(const AttentionParams& p, const T* weights, const StridedView3& array, int64_t columns, void* out) {
   const bool per_query = p.attended.per_query;
@@ -404,7 +407,7 @@ auto weighted_steps(const AttentionParams& p, const T* weights, const StridedVie
       return;
     }
     int32_t* list = alloc<int32_t>(scratch, p.Tk);
-    if (per_query) {  // a step may be padding for one query and not for another: add up pair by pair
+    if (per_query) {  // a step may be padding for one query only: accumulate pair by pair
       T* sums = alloc<T>(scratch, p.Tk * strip);
       memset(sums, 0, p.Tk * strip * sizeof(T));
       for (int64_t i = 0; i < p.Tq; ++i) {
@@ -422,10 +425,10 @@ auto weighted_steps(const AttentionParams& p, const T* weights, const StridedVie
       for (int64_t j = 0; j < p.Tk; ++j) write_row(out, p.dtype, (b * p.Tk + j) * columns + c, sums + j * strip, nc);
       return;
     }
-    // Steps [part * step_rows, ..) of the sentence: those in the list take the rows of weights they stand at there.
+    // Steps [part * step_rows, ..) of the sentence. A step's row of weights is given by its position in the list.
     const int64_t begin = part * step_rows, end = min(begin + step_rows, p.Tk);
     int64_t at = 0, count = 0;
-    if (p.attended.mask == nullptr) {  // no list of all steps for each part of them
+    if (p.attended.mask == nullptr) {  // lists the steps of this part only
       const int64_t n = min(max(p.attended.length(b, p.Tk), 0), p.Tk);
       at = min(begin, n);
       count = min(end, n) - at;
@@ -467,7 +470,7 @@ auto weighted_steps(const AttentionParams& p, const T* weights, const StridedVie
       const T* const* y = block.read(b, int64_t{0}, p.Tq);
       const bool stream = direct && worth_streaming<T>(out, columns, p.B * p.Tk * columns * item_size(p.dtype));
       for (int64_t j = 0; j < count; ++j) {
-        T* row = rows[direct ? j : 0];  // in L1, where it is converted from there
+        T* row = rows[direct ? j : 0];  // one buffer for all rows that are converted: it stays in L1
         weighted_sum_short(row, factors + j, p.Tk, y, p.Tq, columns, stream);
         if (!direct) write_row(out, p.dtype, (b * p.Tk + list[at + j]) * columns, row, columns);
       }

@@ -9,7 +9,7 @@
 namespace attn {
 namespace {
 
-constexpr size_t kShare = 1 << 18;  // bytes that are worth a thread
+constexpr size_t kShare = 1 << 18;  // bytes of a share: enough work for a thread
 
 void each_checksum(const void* data, size_t bytes, int64_t pieces, uint64_t* sums) {
   struct Job {

@@ -1,4 +1,4 @@
-// The checksum of one piece of memory. It is the same on every level: a level may change between two calls.
+// The checksum of one piece of memory. It is the same on every level, since the level may change between two calls.
 #pragma once
 
 #include "simd.h"
@@ -8,7 +8,7 @@ namespace ATTN_LEVEL {
 
 typedef uint64_t Words __attribute__((vector_size(ATTN_VECTOR_BYTES)));
 
-// Invertible in h for each word and in the word for each h: what differs once differs at the end of a lane, too.
+// Invertible in h for each word, and in the word for each h: a single difference persists to the end of a lane.
 template <typename T>
 ATTN_INLINE T add_word(T h, T word) {
   h = (h ^ word) * uint64_t{0x9E3779B97F4A7C15u};
@@ -16,10 +16,10 @@ ATTN_INLINE T add_word(T h, T word) {
 }
 
 inline uint64_t checksum(const void* data, size_t bytes) {
-  // Chains of a multiplication each: one alone would wait for its result most of the time.
+  // Independent chains of multiplications: a single chain would be bound by the latency of a multiplication.
   constexpr size_t kLanes = 32, kWord = sizeof(uint64_t), kBlock = kLanes * kWord;
   constexpr int kVectors = static_cast<int>(kBlock / ATTN_VECTOR_BYTES);
-  // Prefetchers stop at the end of a page; asked for this far ahead, memory gives as many bytes as to a plain sum.
+  // Hardware prefetchers stop at the end of a page. With this prefetch distance, the throughput is that of a plain sum.
   constexpr size_t kAhead = 4096, kLine = 64;
   const auto* at = static_cast<const unsigned char*>(data);
   uint64_t lanes[kLanes];

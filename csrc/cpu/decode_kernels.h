@@ -1,5 +1,5 @@
-// Products of few rows with a weight, and the likeliest tokens. A weight is read in the order of memory, once for a few
-// rows of x: at the few rows of a search memory decides. Part of a SIMD level: see simd.h.
+// Products of a few rows with a weight, and the likeliest tokens. With the few rows of a search they are memory-bound:
+// a weight is read in the order of memory, once for several rows of x. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "../decode.h"
@@ -8,12 +8,13 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int64_t kMostRowsAtOnce = 6;         // of x
-constexpr int64_t kMostWeightRows = 256;       // of a block
-constexpr int64_t kTokensOfTask = 1024;        // whose sum is one part, whatever the number of threads
-constexpr int64_t kElementsOfBlock = 1 << 15;  // which stay in L2 for the next rows of x
+constexpr int64_t kMostRowsAtOnce = 6;         // rows of x
+constexpr int64_t kMostWeightRows = 256;       // rows of a weight per block
+constexpr int64_t kTokensOfTask = 1024;        // tokens per partial sum, independent of the number of threads
+constexpr int64_t kElementsOfBlock = 1 << 15;  // elements that stay in L2 for the next rows of x
 
-// How many rows of a weight, of k elements, are multiplied with all rows of x before the next: whole blocks.
+// How many rows of a weight, with k elements each, are multiplied with all rows of x before the next rows: whole
+// blocks.
 ATTN_INLINE int64_t weight_rows_at_once(int64_t k) {
   constexpr int64_t size = kOutputsOfBlock;
   return max(size, min(kMostWeightRows, kElementsOfBlock / max(k, 1) / size * size));
@@ -25,7 +26,7 @@ inline void rounded_block(const RoundedBlocks& op, int64_t block) {
   uint32_t* to = op.blocks + block * kHalf * k;
   for (int64_t c = 0; c < k; c += w) {
     const int64_t columns = min(w, k - c);
-    // The elements of columns c.. of rows r..: a vector for each column.
+    // Loads a square of elements, rows from r and columns from c on, as one vector per column.
     auto square = [&](int64_t r, Vec<float>* x) __attribute__((always_inline)) {
       const float* from = row_of<const float>(op.rows, r) + c;
       if (r + w <= op.n && columns == w)
@@ -51,7 +52,7 @@ inline void rounded_blocks(const RoundedBlocks& op) {
                 [&](int64_t block, Scratch&) { rounded_block(op, block); });
 }
 
-// How many vectors of each half of a block are multiplied at once with NX rows of x, by the registers that there are.
+// How many vectors of each half of a block are multiplied at once with NX rows of x: as many as fit the registers.
 template <int NX>
 constexpr int half_vectors() {
   constexpr int kMost = kOutputsOfBlock / 2 / static_cast<int>(width<float>);
@@ -61,12 +62,13 @@ constexpr int half_vectors() {
   return n;
 }
 
-// out[i * ld + j] = x_i . row j of a block for NX rows x, with NV vectors of rows j from vector `first` of each half on.
+// out[i * ld + j] = x_i . row j of a block for NX rows x. Computes NV vectors of rows j, from vector `first` on, in
+// each half of the block.
 template <int NX, int NV, bool kPrefetch>
 ATTN_INLINE void block_microkernel(const float* const* x, const uint32_t* block, int64_t first, int64_t k, float* out,
                                    int64_t ld) {
   constexpr int64_t w = width<float>, kHalf = kOutputsOfBlock / 2;
-  constexpr int kSums = 2 * NX * NV, kSets = kSums >= 8 ? 1 : kSums >= 4 ? 2 : 4;  // so many do not wait for each other
+  constexpr int kSums = 2 * NX * NV, kSets = kSums >= 8 ? 1 : kSums >= 4 ? 2 : 4;  // enough independent sums
   constexpr int64_t kAhead = 1024;                                                 // words, a page
   Vec<float> acc[kSets][kSums];
   for (auto& set : acc) clear(set);
@@ -99,7 +101,7 @@ ATTN_INLINE void block_microkernel(const float* const* x, const uint32_t* block,
     }
 }
 
-// Of `count` blocks; each has all its columns in out, those beyond the weight, too.
+// The same for all rows of `count` blocks. out has room for whole blocks, including the padding after the last row.
 template <int NX>
 __attribute__((noinline)) void block_microkernels(const float* const* x, const uint32_t* blocks, int64_t count,
                                                   int64_t k, float* out, int64_t ld) {
@@ -111,7 +113,7 @@ __attribute__((noinline)) void block_microkernels(const float* const* x, const u
   }
 }
 
-// multiply(x, NX, out) for groups of NX rows of x, at most kMostRowsAtOnce and as many in each as can be.
+// Calls multiply(x, NX, out) for groups of NX <= kMostRowsAtOnce rows of x, with groups of about equal size.
 template <typename T, class Multiply>
 ATTN_INLINE void by_rows_at_once(const T* const* x, int64_t x_rows, T* out, int64_t ld, const Multiply& multiply) {
   const int64_t groups = divide_up(x_rows, kMostRowsAtOnce), size = divide_up(x_rows, groups);
@@ -140,8 +142,8 @@ ATTN_INLINE void by_rows_at_once(const T* const* x, int64_t x_rows, T* out, int6
   }
 }
 
-// out[i * ld + j] = x_i . row j of the weight, for `count` rows from the first on, at most kMostWeightRows. Of blocks
-// the first is the first of one, and out has room for whole ones.
+// out[i * ld + j] = x_i . row (first + j) of the weight, for `count` <= kMostWeightRows rows. For a weight in blocks,
+// row `first` must be the first of a block, and out must have room for whole blocks.
 template <typename T>
 void multiply_rows(const T* const* x, int64_t x_rows, const StreamedWeight& weight, int64_t first, int64_t count,
                    int64_t k, T* out, int64_t ld) {
@@ -186,7 +188,7 @@ void row_products(const RowProducts& op) {
   });
 }
 
-// Of the logits of a row that were seen so far: the sum of e^(x - top), and the largest ones, best first.
+// Running statistics of a row of logits: the sum of e^(x - top), and the largest logits, best first.
 template <typename T>
 struct Likeliest {
   T top, sum;
@@ -194,7 +196,7 @@ struct Likeliest {
   T* logits;
   int32_t* tokens;
 
-  // most: as many as are wanted, and fit. The first token of those equal comes first, if they come in order.
+  // most: how many logits are kept. Equal logits keep the order in which they were added.
   ATTN_INLINE void add(T logit, int32_t token, int64_t most) {
     if (count == most && !(logit > logits[most - 1])) return;
     int64_t at = count < most ? count++ : most - 1;
@@ -214,7 +216,7 @@ struct Likeliest {
     sum += other_sum == 0 ? 0 : other_sum * static_cast<T>(exp(static_cast<double>(other_top - top)));
   }
 
-  // n logits of tokens from the first on, in p, which has room for whole vectors.
+  // Adds n logits p of the tokens from `first` on. p has room for whole vectors.
   ATTN_INLINE void add_block(T* p, int64_t n, int32_t first, int64_t most) {
     constexpr int64_t w = width<T>;
     const T infinity = static_cast<T>(__builtin_inf());
@@ -223,11 +225,11 @@ struct Likeliest {
     Vec<T> largest_of = load(p);
     for (int64_t c = w; c < end; c += w) largest_of = maximum<T>(load(p + c), largest_of);
     const T block_top = largest<T>(largest_of);
-    if (!(block_top > -infinity)) {  // all impossible, or some NaN
+    if (!(block_top > -infinity)) {  // all are -infinity, or one is NaN
       for (int64_t c = 0; c < n; ++c) sum += p[c] == p[c] ? 0 : p[c];
     } else {
       Vec<T> total{};
-      for (int64_t c = 0; c < end; c += w) total += exp_nonpositive(load(p + c) - block_top);  // NaN of NaN, infinity
+      for (int64_t c = 0; c < end; c += w) total += exp_nonpositive(load(p + c) - block_top);  // infinity gives NaN
       add_sum(block_top, ATTN_LEVEL::sum<T>(total));
     }
     if (count == most && !(block_top > logits[most - 1])) return;

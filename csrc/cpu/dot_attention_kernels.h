@@ -47,7 +47,7 @@ void dot_backward(const AttentionBackward<DotScores>& op) {
         weighted_output(op.keys, b, list, n, ds, op.Tk, nq, Range(op.A, 0, 1, 1), op.dquery, problem.dtype,
                         b * op.Tq + first, op.A, scratch);
       });
-  const bool query_only = op.dkeys == nullptr && op.dvalues == nullptr;  // one alone is null where it has no elements
+  const bool query_only = op.dkeys == nullptr && op.dvalues == nullptr;  // one of them is null if it has no elements
   if (query_only) return for_each_sentence(op.B, scores);
   for_each_sentence(op.B, scores, weighted_steps(problem, weights, op.grad_context, op.D, op.dvalues),
                     weighted_steps(problem, dscores, op.query, op.A, op.dkeys));

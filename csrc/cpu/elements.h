@@ -1,4 +1,5 @@
-// Element types in memory, and the float or double vectors of computations with them. Part of a SIMD level: see simd.h.
+// Element types in memory, and their conversion to and from vectors of the compute type, float or double. Part of a
+// SIMD level: see simd.h.
 #pragma once
 
 #include "../types.h"
@@ -13,13 +14,13 @@ typedef uint16_t Half16 __attribute__((vector_size(ATTN_VECTOR_BYTES / 2)));
 typedef uint16_t Word16 __attribute__((vector_size(ATTN_VECTOR_BYTES)));
 typedef Vec<uint32_t> Word32;
 
-// Of pairs of bfloat16, the first ones and the second ones.
+// The first or the second elements of pairs of bfloat16.
 ATTN_INLINE Vec<float> first_of_pairs(Word32 pairs) { return (Vec<float>)(pairs << 16); }
 ATTN_INLINE Vec<float> second_of_pairs(Word32 pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
 
 ATTN_INLINE Vec<float> from_bfloat16(Half16 h) { return (Vec<float>)(__builtin_convertvector(h, Word32) << 16); }
 
-// The bits of a bfloat16 in the upper half, anything in the lower.
+// The bits of the rounded bfloat16 are in the upper half of each word; the lower half is undefined.
 ATTN_INLINE Word32 round_to_bfloat16(Vec<float> x) {
   Word32 w = (Word32)x;
   Word32 rounded = w + (0x7fffu + ((w >> 16) & 1u));
@@ -35,7 +36,7 @@ ATTN_INLINE Half16 to_bfloat16(Vec<float> x) {
 #endif
 }
 
-// With all lanes masked in, the same instructions: GCC 12 warns of the others.
+// The intrinsics with a mask of all lanes compile to the same instructions. GCC 12 warns about those without a mask.
 #if ATTN_VECTOR_BYTES == 64
 ATTN_INLINE Vec<float> from_float16(Half16 h) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
 ATTN_INLINE Half16 to_float16(Vec<float> x) {
@@ -51,7 +52,7 @@ ATTN_INLINE Half16 to_float16(Vec<float> x) { return (Half16)vcvt_f16_f32((float
 ATTN_INLINE Vec<float> from_float16(Half16 h) {
   Word32 w = __builtin_convertvector(h, Word32);
   Word32 magnitude = (w & 0x7fffu) << 13;
-  Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;  // exact, subnormal halves included
+  Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;  // exact, also for subnormal numbers
   Word32 special = (Word32)scaled | 0x7f800000u;
   Word32 result = magnitude >= 0x0f800000u ? special : (Word32)scaled;
   return (Vec<float>)(result | ((w & 0x8000u) << 16));
@@ -61,7 +62,7 @@ ATTN_INLINE Half16 to_float16(Vec<float> x) {
   Word32 w = (Word32)x;
   Word32 sign = (w >> 16) & 0x8000u;
   Word32 f = w & 0x7fffffffu;
-  Word32 normal = (f + 0xc8000fffu + ((f >> 13) & 1u)) >> 13;       // exponent 127 -> 15, rounding included
+  Word32 normal = (f + 0xc8000fffu + ((f >> 13) & 1u)) >> 13;       // exponent 127 -> 15, and rounding
   Word32 subnormal = (Word32)((Vec<float>)f + 0.5f) - 0x3f000000u;  // the addition rounds to multiples of 2^-24
   Word32 infinite = f > 0x7f800000u ? (Word32{} + 0x7e00u) : (Word32{} + 0x7c00u);
   Word32 result = f < 0x38800000u ? subnormal : normal;
@@ -70,7 +71,7 @@ ATTN_INLINE Half16 to_float16(Vec<float> x) {
 }
 #endif
 
-// Elements as they lie in memory: float, double, or one of these, which are computed with as float.
+// Element types in memory: float, double, or one of these, whose compute type is float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -84,7 +85,7 @@ using Computed = std::conditional_t<sizeof(E) == 2, float, E>;
 ATTN_INLINE Vec<float> widen(Half16 h, const BFloat16*) { return from_bfloat16(h); }
 ATTN_INLINE Vec<float> widen(Half16 h, const Float16*) { return from_float16(h); }
 
-// A vector of elements, or the first n < width of one with zeros after them, in the type they are computed with.
+// A vector of elements, or the first n < width elements followed by zeros, in the compute type.
 template <class E>
 ATTN_INLINE Vec<Computed<E>> load_element(const E* p) {
   if constexpr (sizeof(E) == 2) {
@@ -130,7 +131,7 @@ ATTN_INLINE void store_element(E* p, Vec<Computed<E>> x, int64_t n) {
   }
 }
 
-// The operand type of products of rows of E: E itself, or pairs of bfloat16, the first in the lower half.
+// The operand type of products of rows of E: E itself, or a pair of bfloat16 with the first one in the lower half.
 template <class E>
 using Factor = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;
 template <class E>
@@ -143,7 +144,7 @@ ATTN_INLINE Vec<Factor<E>> load_factors(const E* p) {
   return x;
 }
 
-// The first n elements, less than a vector, zeros after them.
+// The first n elements, less than a vector, followed by zeros.
 template <class E>
 ATTN_INLINE Vec<Factor<E>> load_factors(const E* p, int64_t n) {
 #if defined(ATTN_BFLOAT16_DOT)
@@ -157,8 +158,8 @@ ATTN_INLINE Vec<Factor<E>> load_factors(const E* p, int64_t n) {
 ATTN_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
 ATTN_INLINE Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
 
-// Whether rows of E are multiplied in pairs, as they are: the products are exact and summed in float32, but denormal
-// factors and sums count as 0.
+// Whether rows of E are multiplied in pairs, without conversion. The products are exact and summed in float32, but
+// denormal factors and sums are treated as 0.
 #if defined(ATTN_BFLOAT16_DOT)
 template <class E>
 constexpr bool kPairs = std::is_same_v<E, BFloat16>;
@@ -171,7 +172,7 @@ template <class E>
 constexpr bool kPairs = false;
 #endif
 
-// f(pointer of the type of the elements of dtype), where T is what they are computed with.
+// Calls f with a null pointer whose type is the element type of dtype. T is the compute type.
 template <typename T, class F>
 ATTN_INLINE auto by_element(Dtype dtype, const F& f) {
   if constexpr (sizeof(T) == 8) {

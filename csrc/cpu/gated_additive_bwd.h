@@ -2,10 +2,10 @@
 //
 // With x = query + key + bias, s = sigmoid(gate), ds_r the gradients of the scores of a pair and t = sum_r ds_r v_r:
 // dquery, dkeys += t s f'(x), dgate += t f(x) s (1 - s), dv_r += ds_r f(x) s. Nothing of size (B, Tq, Tk, A) is stored:
-// f(x) s is made again, for a block of steps and a query at a time; t and dv_r are products of small matrices.
+// f(x) s is recomputed, for a block of steps and one query at a time. t and dv_r are products of small matrices.
 //
-// A task takes a chunk of the steps of one sentence and some of its units. Chunks do not depend on the number of
-// threads. Their sums of dquery and dv are left in parts, to be added up in order.
+// A task computes a chunk of the steps of one sentence and some of its units. Chunks do not depend on the number of
+// threads. Their partial sums of dquery and dv are stored, and summed in order afterwards.
 #pragma once
 
 #include "gated_additive_fwd.h"
@@ -13,8 +13,8 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// The products of grad_context and values, (B, Tq, Tk) compact, as a stage before scores_backward: by steps, too, where
-// there are fewer tiles of queries than threads.
+// A stage before scores_backward that computes the products of grad_context and values, (B, Tq, Tk) compact. If there
+// are fewer tiles of queries than threads, steps are divided among threads, too.
 template <typename T>
 auto products_by_steps(const AttentionParams& p, const StridedView3& grad_context, T* dscores) {
   const QueryTiles tiles(p.B, p.Tq, p.Tk, p.attended.per_query, p.attended.vectors);
@@ -31,8 +31,8 @@ auto products_by_steps(const AttentionParams& p, const StridedView3& grad_contex
   return Stage{grad_context ? tiles.per_sentence * parts : 0, cost / parts, run};
 }
 
-// Steps begin..end - 1 of sentence b that may be attended in row i of the scores, in order; *before: how many of those
-// before them may.
+// Lists the steps in begin..end - 1 of sentence b that may be attended in row i of the scores, in order. *before: how
+// many steps before `begin` may be attended.
 inline int64_t list_steps_of(const AttentionMask& attended, int64_t b, int64_t i, int64_t steps, int64_t begin,
                              int64_t end, int32_t* list, int64_t* before) {
   const int64_t length = min(max(attended.length(b, steps), 0), steps);
@@ -50,16 +50,17 @@ inline int64_t list_steps_of(const AttentionMask& attended, int64_t b, int64_t i
   return n;
 }
 
-// One query and the steps of a block that it attends; every row has `size` elements, in whole vectors, of which keys and
-// the gradients of the memory have `columns`. For a single score vector v (kSingle) t and dv are made here, from v and
-// ds; with several, t is given, and hidden is written. Gradients of the memory are added to, or written if !add.
+// One query and the steps of a block that it attends. Rows have `size` elements, in whole vectors; rows of keys and of
+// the gradients of the memory have `columns` elements. For a single score vector v (kSingle), t and dv are computed
+// from v and ds. For several, t is an input and hidden an output. Gradients of the memory are accumulated if `add`,
+// otherwise overwritten.
 template <typename T>
 struct PairBlock {
   const T *query, *v, *ds;
   const T *const *keys, *const *gates, *const *slopes;
   const T* t;
   T* hidden;
-  T *const *dkeys, *const *dgate;  // dgate: null where there is none
+  T *const *dkeys, *const *dgate;  // dgate: null without a gate
   T *dquery, *dv;
   int64_t steps, size, columns;
   bool add;
@@ -101,15 +102,15 @@ __attribute__((noinline)) void gradient_of_pairs(Unit unit, const PairBlock<T>& 
   if (c < p.columns) column(c, std::false_type());
 }
 
-// Shared by the tasks of a backward. dscores: compact, (B, Tq, Tk). Parts: for each sentence and chunk, the sums of
-// dquery, (queries, A in whole vectors), and of dv, (vectors, A in whole vectors).
+// Shared by the tasks of a backward. dscores: compact, (B, Tq, Tk). Parts: partial sums for each sentence and chunk, of
+// dquery (queries, A in whole vectors) and of dv (vectors, A in whole vectors).
 template <typename T>
 struct GatedBackward {
   const GatedAdditiveScores& op;
   const AttentionMask& attended;
   const GatedUnits<T>& units;
   const T* dscores;
-  void *dkeys, *dgate;  // each null where it is not needed
+  void *dkeys, *dgate;  // each null if it is not needed
   T *dquery_parts, *dv_parts;
   int64_t queries, chunk, chunks;
 
@@ -117,7 +118,8 @@ struct GatedBackward {
   T* dv_part(int64_t part, int64_t r) const { return dv_parts + (part * op.vectors + r) * units.size; }
 };
 
-// A block of rows of dkeys or dgate: those of the gradient itself if they can be written at once, otherwise sums.
+// A block of rows of dkeys or dgate: rows of the output itself if they can be written directly, otherwise a buffer of
+// sums.
 template <typename T>
 struct GradientRows {
   void* out;
@@ -131,7 +133,7 @@ struct GradientRows {
     rows = alloc<T*>(scratch, steps);
   }
 
-  // at(r): where row r of the block starts in the gradient.
+  // at(r): the offset of row r of the block in the output.
   template <class At>
   void start(int64_t steps, int64_t size, const At& at) {
     for (int64_t r = 0; r < steps; ++r) rows[r] = direct ? static_cast<T*>(out) + at(r) : sums + r * size;
@@ -149,10 +151,10 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
   const int64_t R = op.vectors, Tk = op.Tk, part = b * back.chunks + chunk;
   const int64_t begin = chunk * back.chunk, end = min(begin + back.chunk, Tk), columns = min(size, op.A - first);
   const bool per_query = back.attended.per_query, has_gate = static_cast<bool>(op.gate);
-  AttentionMask any = back.attended;  // a block has steps for all queries; a query's own mask chooses among them
+  AttentionMask any = back.attended;  // a block has the steps of all queries; the mask of each query is applied later
   if (per_query) any.mask = nullptr;
   int32_t* list = alloc<int32_t>(scratch, back.chunk);
-  int64_t* at = alloc<int64_t>(scratch, back.queries);  // how many steps query i attends before those of the block
+  int64_t* at = alloc<int64_t>(scratch, back.queries);  // how many steps query i attends before this block
   const int64_t n = list_steps_of(any, b, 0, Tk, begin, end, list, at);
   for (int64_t i = 0; i < back.queries; ++i) {
     at[i] = at[0];
@@ -181,13 +183,14 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
   GradientRows<T> dkeys(back.dkeys, op.query.dtype, once, most, size, scratch);
   GradientRows<T> dgate(back.dgate, op.query.dtype, once, most, size, scratch);
   auto pointers = [&] { return alloc<T*>(scratch, most); };
-  // Rows of the block, and those of them that a query attends.
+  // Rows of the block, and those rows that one query attends.
   T **gate_rows = pointers(), **slope_rows = pointers(), **t_rows = pointers(), **own_dkeys = pointers(),
     **own_dgate = pointers();
   const T **own_keys = alloc<const T*>(scratch, most), **own_gates = alloc<const T*>(scratch, most),
           **own_slopes = alloc<const T*>(scratch, most), **hidden_rows = alloc<const T*>(scratch, most);
   const T** v = alloc<const T*>(scratch, R);
-  // Sums of a few queries and steps, added to those of all before they are so long that rounding adds up in them.
+  // Partial sums over a few queries and steps. They are added to the totals before they get so long that rounding
+  // errors accumulate.
   T** dv = alloc<T*>(scratch, R);
   T* dv_sums = alloc<T>(scratch, R * size);
   memset(dv_sums, 0, R * size * sizeof(T));
@@ -276,7 +279,7 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
     if (has_gate) dgate.finish(count, columns, row_at);
   }
   add_up();
-  for (int64_t step = begin, next = 0; step < end; ++step) {  // steps that no query attends
+  for (int64_t step = begin, next = 0; step < end; ++step) {  // zeros for steps that no query attends
     if (next < n && list[next] == step) {
       ++next;
       continue;
@@ -286,22 +289,22 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
   }
 }
 
-// dquery, dv, dbias and dgate, and dkeys, where needed, from the compact gradients of the scores, (B, Tq, Tk), that the
-// stages before make.
+// Computes dquery, dv, dbias, dgate and dkeys, if needed, from the compact gradients of the scores, (B, Tq, Tk), that
+// the stages `before` compute.
 template <typename T, class Op, class... Before>
 void gated_unit_gradients(const Op& op, const AttentionMask& attended, const T* dscores, const Before&... before) {
   constexpr int64_t w = width<T>;
   Scratch& call = thread_scratch();
   const GatedUnits<T> units(op, call);
-  // So long that the parts are smaller than the keys.
+  // Chunks are so long that the partial sums need less memory than the keys.
   const int64_t queries = op.Tq / op.vectors, chunk = min(op.Tk, max(1024, 4 * (queries + op.vectors)));
   const int64_t chunks = divide_up(op.Tk, chunk), parts = op.B * chunks;
   T* dquery_parts = alloc<T>(call, parts * queries * units.size);
   T* dv_parts = alloc<T>(call, parts * op.vectors * units.size);
   const GatedBackward<T> back{op,           attended, units,   dscores, op.dkeys, op.dgate,
                               dquery_parts, dv_parts, queries, chunk,   chunks};
-  // All units, unless there are threads to feed or sums that do not fit into L2. With eight vectors at least, sums are
-  // made in the same way however wide (streamed.h).
+  // A task has all units, unless more tasks are needed for the threads or the sums do not fit L2. From eight vectors
+  // on, the order of summation does not depend on the width (streamed.h).
   const int64_t in_cache = (1 << 18) / static_cast<int64_t>(sizeof(T)) / (2 * (queries + op.vectors) + 8 * 8);
   const int64_t widest = max(8 * w, min(in_cache, divide_up(units.size * parts, thread_count())) / w * w);
   const int64_t strips = units.size == 0 ? 0 : max(1, units.size / widest);

@@ -1,9 +1,9 @@
 // Gated additive attention, forward: v_r . (activation(query + keys + bias) * sigmoid(gate)), for several score vectors
 // v_r. Part of a SIMD level: see simd.h.
 //
-// The activations of a query and a block of steps are made once, in L1, with the gate in them, and multiplied with all
-// score vectors (gemm.h). The sigmoid of the gate is made once for each step and tile of queries, and together with the
-// activation where there is one query and one score vector.
+// The gated activations of a query and a block of steps are computed once, into L1, and multiplied with all score
+// vectors (gemm.h). The sigmoid of the gate is computed once per step and tile of queries. With one query and one score
+// vector, it is computed together with the activation.
 #pragma once
 
 #include "../additive_attention.h"
@@ -13,7 +13,7 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// An activation f is a class like this one: f(x), and in *g also t f'(x).
+// Each activation f has a class with these members: f(x), optionally with t f'(x) in *g.
 template <typename T>
 struct TanhUnit {
   ATTN_INLINE Vec<T> operator()(Vec<T> x) const { return tanh_any(x); }
@@ -39,7 +39,7 @@ struct SigmoidUnit {
   }
 };
 
-// Of an activation of ../activations.h.
+// The same for an activation of ../activations.h.
 template <typename T, class F>
 struct PlainUnit {
   F f;
@@ -69,13 +69,13 @@ ATTN_INLINE void by_unit(const GatedAdditiveScores& op, const Body& body) {
   by_activation_of<T>(op, [&](auto f) { body(PlainUnit<T, decltype(f)>{f}); });
 }
 
-// Score vectors and bias in whole vectors, which end in zeros, and how many steps make a block.
+// Score vectors and bias, padded with zeros to whole vectors, and the number of steps of a block.
 template <typename T>
 struct GatedUnits {
   int64_t size;         // A in whole vectors
-  const T **v, *bias;   // v: a pointer to each
-  const T* ones;        // in the place of a gate
-  int64_t block_steps;  // for the same sums whatever the number of threads, it depends on A alone
+  const T **v, *bias;   // v: a pointer to each score vector
+  const T* ones;        // replaces the gate if there is none
+  int64_t block_steps;  // depends on A only, so that sums do not depend on the number of threads
 
   GatedUnits(const GatedAdditiveScores& op, Scratch& scratch) : size(padded<T>(op.A)) {
     T* rows = alloc<T>(scratch, (op.vectors + 2) * size);
@@ -97,7 +97,7 @@ struct GatedUnits {
   }
 };
 
-// Row r of the block: sigmoid(gate), and its derivative unless slopes is null.
+// Row r of gates is sigmoid(gate[r]); row r of slopes, unless null, is its derivative.
 template <typename T>
 void gates_of_block(const T* const* gate, int64_t steps, int64_t columns, int64_t size, T* gates, T* slopes) {
   for (int64_t r = 0; r < steps; ++r)
@@ -108,8 +108,8 @@ void gates_of_block(const T* const* gate, int64_t steps, int64_t columns, int64_
     }
 }
 
-// hidden = activation(query + key) * gate for a block of steps, rows of `size` elements; those of gates are `gates_ld`
-// apart.
+// hidden = activation(query + key) * gate for a block of steps, in rows of `size` elements. Rows of gates have the
+// stride `gates_ld`.
 template <typename T, class Unit>
 __attribute__((noinline)) void hidden_rows(Unit unit, const T* query, const T* const* keys, const T* gates,
                                            int64_t gates_ld, int64_t steps, int64_t columns, int64_t size, T* hidden) {
@@ -123,7 +123,7 @@ __attribute__((noinline)) void hidden_rows(Unit unit, const T* query, const T* c
   }
 }
 
-// The same with a row for each of n units, of kPanel steps; gates: null where there are none.
+// The same, transposed: a row of kPanel steps for each of n units. gates: null without a gate.
 template <typename T, class Unit>
 __attribute__((noinline)) void hidden_columns(Unit unit, const T* query, const T* keys, const T* gates, int64_t n,
                                               int64_t steps, T* hidden) {
@@ -146,8 +146,8 @@ __attribute__((noinline)) T gated_score(Unit unit, const T* query, const T* v, c
   return sum<T>(score);
 }
 
-// panel[a * kPanel + j] = rows[j][c + a] for n <= kPanelRows units and `count` <= kPanel steps; to whole vectors of
-// steps, the last step again.
+// panel[a * kPanel + j] = rows[j][c + a] for n <= kPanelRows units and `count` <= kPanel steps. Steps are padded to
+// whole vectors by repeating the last step.
 template <typename T>
 void columns_of(const T* const* rows, int64_t count, int64_t c, int64_t n, T* panel) {
   constexpr int64_t w = width<T>;
@@ -167,7 +167,7 @@ struct GatedAdditiveScore {
 
   struct Queries {
     int64_t first, n;  // rows of scores
-    const T* rows;     // of their queries, bias added
+    const T* rows;     // their queries, bias added
   };
 
   int64_t cost() const { return op.A; }
@@ -197,7 +197,7 @@ struct GatedAdditiveScore {
   }
 
  private:
-  // Pooling: no activation is used twice, so that none is stored.
+  // A single query, as in pooling: no activation is used twice, so none is stored.
   void one_query(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, Scratch& scratch) const {
     RowBlock<T> keys(op.keys, op.A, kRowsAtOnce, scratch), gates(op.gate, op.A, kRowsAtOnce, scratch);
     by_unit<T>(op, [&](auto unit) {
@@ -209,7 +209,7 @@ struct GatedAdditiveScore {
     });
   }
 
-  // For one score vector: keys are read in order and used as they lie in memory.
+  // For one score vector: keys are read in order and used without a transposition.
   void by_rows(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                Scratch& scratch) const {
     const int64_t size = units.size, most = units.block_steps;
@@ -232,8 +232,8 @@ struct GatedAdditiveScore {
     }
   }
 
-  // For several score vectors: steps lie side by side, so that the activations are what a product with v takes, and its
-  // sums are those of lanes.
+  // For several score vectors: steps are in the lanes of vectors. The activations then are the panel of a matrix
+  // product with v, which needs no horizontal sums.
   void by_columns(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                   Scratch& scratch) const {
     const int64_t R = op.vectors, begin = q.first / R, end = (q.first + q.n - 1) / R + 1, most = kPanel<T>;

@@ -1,6 +1,6 @@
-// Matrix products (GEMM), for rows that are used by many queries and are thus compute-bound. A panel of kPanel columns of
-// up to kPanelRows rows is packed, so that it fits L1 for any strides; sums stay in registers. With few rows these
-// functions call the faster products of streamed.h. Part of a SIMD level: see simd.h.
+// Matrix products (GEMM), for rows that many queries use. Such products are compute-bound. A panel of kPanel columns of
+// up to kPanelRows rows is packed, so it fits L1 for any strides. Sums stay in registers. With few rows these functions
+// call the faster products of streamed.h. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "streamed.h"
@@ -13,12 +13,12 @@ constexpr int kTileVectors = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // 24 sums in 32 
 template <typename T>
 constexpr int64_t kPanel = kTileVectors * width<T>;
 constexpr int64_t kPanelRows = 64;
-constexpr int64_t kMaxPairedRows = 2 * kPanelRows;  // rows in pairs, which take half the place
-constexpr int64_t kMaxQueries = 64;                 // of one call
+constexpr int64_t kMaxPairedRows = 2 * kPanelRows;  // rows in pairs, which need half the memory
+constexpr int64_t kMaxQueries = 64;                 // per call
 
-// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors, less only if !kWhole. F is float or
-// double or, for the products of pairs, uint32_t: pairs of weights and of rows. Results are added up only where O is
-// what is computed with.
+// out_i[c..c + n) (+)= sum_j weight_i[j * wj] * panel_j for NO rows of NV vectors; n is less only if !kWhole. F is
+// float or double or, for products of pairs, uint32_t: pairs of weights and of rows. Only if O is the compute type can
+// results be added to out.
 template <class O, class F, int NO, int NV, bool kWhole>
 ATTN_INLINE void gemm_microkernel(O* const* out, int64_t c, int64_t n, const F* const* weight, int64_t wj,
                                   const F* panel, int64_t rows, bool add) {
@@ -78,21 +78,21 @@ ATTN_INLINE void gemm_panel(O* const* out, int64_t out_rows, int64_t c, int64_t 
     gemm_microkernels<O, F, 1, false>(out, out_rows, c, n, weight, wj, panel, rows, add);
 }
 
-// How many columns of a panel have to be there for products with n of them.
+// How many columns of a panel must be filled for products with n columns.
 template <typename T>
 ATTN_INLINE int64_t panel_columns(int64_t n) {
   return n > kPanel<T> / 2 ? kPanel<T> : n > width<T> ? kPanel<T> / 2 : width<T>;
 }
 
-// Up to a vector of the elements of a row, as they are computed with.
+// Up to a vector of elements of a row, in the compute type.
 template <class E>
 ATTN_INLINE Vec<Computed<E>> load_elements(const E* p, int64_t n) {
   return n >= width<Computed<E>> ? load_element(p) : load_element(p, n);
 }
 
-// Pairs of weights, for the products of pairs: factor[i][j * step] are the weights [i * wi + j2 * wj] of j2 = 2 j and 2
-// j + 1, rounded to bfloat16 as in the formula in bfloat16. For at most kMaxQueries rows i and kMaxPairedRows steps; wi
-// or wj is 1.
+// Pairs of weights, for products of pairs: factor[i][j * step] holds the weights [i * wi + j2 * wj] of j2 = 2 j and
+// 2 j + 1, rounded to bfloat16 as in the formula in bfloat16. For at most kMaxQueries rows i and kMaxPairedRows steps;
+// wi or wj is 1.
 struct WeightPairs {
   alignas(64) uint32_t pairs[kMaxQueries * kMaxPairedRows / 2];
   const uint32_t* factor[kMaxQueries];
@@ -119,13 +119,13 @@ struct WeightPairs {
   }
 };
 
-// How many rows of E may be multiplied with weights at once.
+// How many rows of E one call may multiply with weights.
 template <class E>
 constexpr int64_t kMaxRows = kPairs<E> ? kMaxPairedRows : kPanelRows;
 
 // out_i (+)= sum_j weight[i * wi + j * wj] * rows[j] for at most kMaxQueries rows out and kMaxRows<E> rows of n
-// elements E, where wi or wj is 1; add: onto what out holds. Into rows of BFloat16 only where there are pairs, not too
-// few rows out, and nothing to add to.
+// elements E, where wi or wj is 1. add: accumulate onto out. out may have BFloat16 rows only for products of pairs,
+// with at least kMinPackedRows rows out, and without add.
 template <class O, typename T, class Rows>
 void gemm_nn(O* const* out, int64_t out_rows, const T* weight, int64_t wi, int64_t wj, const Rows& rows, int64_t y_rows,
              int64_t n, bool add) {
@@ -176,8 +176,8 @@ void gemm_nn(O* const* out, int64_t out_rows, const T* weight, int64_t wi, int64
   }
 }
 
-// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements. next: the rows after those of y, which
-// are prefetched, with kNear into L1.
+// out[i * ld + j] = scale * x_i . y_j for NX rows x and NY rows y of n elements. next: the rows after y, which are
+// prefetched; with kNear, into L1.
 template <typename T, class E, int NX, int NY, bool kNear>
 ATTN_INLINE void dot_microkernel(const E* const* x, const E* const* y, const E* const* next, int64_t n, T scale, T* out,
                                  int64_t ld) {
@@ -212,14 +212,14 @@ __attribute__((noinline)) void dot_microkernels(const E* const* x, const E* cons
     dot_microkernel<T, E, NX, 1, kNear>(x, y + j, y + min(j + 1, y_rows - 1), n, scale, out + j, ld);
 }
 
-// out[i * ld + j] = scale * x_i . y_j for at most kMaxQueries rows x and kPanelRows rows y of n elements, which are T
-// or multiplied in pairs.
+// out[i * ld + j] = scale * x_i . y_j for at most kMaxQueries rows x and kPanelRows rows y of n elements. Elements are
+// T, or are multiplied in pairs.
 template <typename T, class E>
 void gemm_nt(const E* const* x, int64_t x_rows, const E* const* y, int64_t y_rows, int64_t n, T scale, T* out,
              int64_t ld) {
   constexpr int64_t w = width<T>;
-  // Long rows: the sums across vectors cost less than packing. Those of pairs are as good as half as long, and faster
-  // still.
+  // Long rows: horizontal sums cost less than packing. Rows of pairs have half as many vectors. For them this is faster
+  // at any length.
   if (kPairs<E> || (n >= 16 * w && x_rows >= kMinPackedRows)) {
     int64_t i = 0;
     for (; i + kTileRows <= x_rows; i += kTileRows)

@@ -1,4 +1,4 @@
-// The elementwise part of a GRU step, in one walk along its rows. Part of a SIMD level: see simd.h.
+// The elementwise part of a GRU step, in one pass along its rows. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "../gru_cell.h"

@@ -37,13 +37,14 @@ extern const Kernels kernels;
 
 namespace {
 
-// Whether a refined estimate of a reciprocal is faster than a division, where three units share it and where each pair
-// has its own. A table and not a measurement: results, which differ in their last bits, must be the same in every run.
-// docs/benchmarks.md has the cycles, and which of them are measured.
+// Whether a refined estimate of a reciprocal is faster than a division, both if three units share it and if each pair
+// has its own. This is a table, not a measurement at run time: the results differ in their last bits, and must be the
+// same in every run. docs/benchmarks.md has the cycles, and says which of them are measured.
 #if defined(__x86_64__)
-// By 512 bits a division takes Intel 10 or 11 cycles, and AMD 2.5 (Zen 5) or 6 (Zen 4), which other instructions hide.
-// The estimate needs two units for multiply-adds of 512 bits: Intel's processors for clients have one, and there
-// divisions win again. By 256 bits a division takes 5 cycles or fewer on all but Intel's before Skylake: 10 or 14.
+// 512 bits: a division takes 10 or 11 cycles on Intel. On AMD it takes 2.5 (Zen 5) or 6 (Zen 4), which other
+// instructions hide. The estimate needs two units for multiply-adds of 512 bits. Intel's client processors have one, so
+// divisions are faster there. 256 bits: a division takes 10 or 14 cycles on Intel processors before Skylake, and at
+// most 5 elsewhere.
 bool estimates_are_faster(bool avx512) {
   unsigned version = 0, b = 0, c = 0, d = 0;
   if (!__builtin_cpu_is("intel") || !__get_cpuid(1, &version, &b, &c, &d)) return false;
@@ -52,16 +53,16 @@ bool estimates_are_faster(bool avx512) {
   auto is_one_of = [&](std::initializer_list<unsigned> models) {
     return family == 6 && std::find(models.begin(), models.end(), model) != models.end();
   };
-  if (avx512) return !is_one_of({0x66, 0x7d, 0x7e, 0x8c, 0x8d, 0xa7});  // Cannon, Ice, Tiger and Rocket Lake, clients
+  if (avx512) return !is_one_of({0x66, 0x7d, 0x7e, 0x8c, 0x8d, 0xa7});  // clients: Cannon, Ice, Tiger, Rocket Lake
   return is_one_of({0x3c, 0x3f, 0x45, 0x46, 0x3d, 0x47, 0x4f, 0x56});   // Haswell and Broadwell
 }
 #elif defined(__aarch64__)
-// Arm's own processors divide slowly (Neoverse: 5 to 10 cycles), those of Apple and Ampere do not.
+// Division is slow on Arm's own processors (Neoverse: 5 to 10 cycles), but not on those of Apple and Ampere.
 bool estimates_are_faster() {
 #if defined(__linux__)
   if ((getauxval(AT_HWCAP) & HWCAP_CPUID) == 0) return false;
   uint64_t main_id;
-  asm("mrs %0, MIDR_EL1" : "=r"(main_id));  // the kernel answers
+  asm("mrs %0, MIDR_EL1" : "=r"(main_id));  // Linux emulates this read in user mode
   return (main_id >> 24 & 255) == 'A';
 #else
   return false;
@@ -82,7 +83,7 @@ SimdLevels available_levels() {
 #endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  uint32_t a, b, c = 0, d;  // not every compiler knows f16c by name
+  uint32_t a, b, c = 0, d;  // not every compiler supports the name f16c
   const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && has_f16c;
@@ -118,7 +119,7 @@ const SimdLevel& first_choice() {
   return chosen;
 }
 
-// Levels are constants, so that their address is all that threads have to agree on.
+// Levels are constants, so threads need to share only the address of one.
 std::atomic<const SimdLevel*>& in_use() {
   static std::atomic<const SimdLevel*> pointer{&first_choice()};
   return pointer;

@@ -1,4 +1,4 @@
-// The CPU kernels by SIMD level, and the choice among them at run time.
+// The CPU kernels of each SIMD level, and the choice of a level at run time.
 #pragma once
 
 #include "../kernels.h"
@@ -13,20 +13,21 @@ struct SimdLevel {
   bool estimates;
 };
 
-// The levels that this CPU can run, best first. No std:: container: level_*.cpp include this (see simd.h).
+// The levels that this CPU can run, best first. Not a std:: container, since level_*.cpp include this file (see
+// simd.h).
 struct SimdLevels {
   SimdLevel list[7];
   int n;
 };
 const SimdLevels& levels();
 
-// The level in use. It is chosen once: the best one, or the one named by the environment variable ATTN_KERNELS_SIMD. Only
-// use_level() changes it. A call of an op reads it once, and so runs on one level from beginning to end; the kernels of
-// additive scores read `estimates` once.
+// The level in use. It is chosen once: the best one, or the one named by the environment variable ATTN_KERNELS_SIMD.
+// Only use_level() changes it. Each call of an op reads it once, so the whole call runs on one level. The kernels of
+// additive scores also read `estimates` once.
 const SimdLevel& level();
 
-// Switches all later calls, on any thread, to the level of that name; "" restores the initial choice. Returns the
-// previous level. Throws std::invalid_argument for an unknown name. It lets tests run all levels in one process.
+// Switches all later calls, on any thread, to the named level; "" restores the initial choice. Returns the previous
+// level. Throws std::invalid_argument for an unknown name. With it, tests run all levels in one process.
 const SimdLevel& use_level(const char* name);
 
 }  // namespace attn

@@ -1,6 +1,6 @@
-// The kernels of one SIMD level as a table, for ATTN_LEVEL and ATTN_VECTOR_BYTES (see simd.h). Each level_*.cpp
-// includes it once, under the compiler target of its level. ATTN_FLOAT64_LEVEL, where defined, is a lower level whose
-// code for float64 is as good.
+// Defines the table of kernels of one SIMD level, from ATTN_LEVEL and ATTN_VECTOR_BYTES (see simd.h). Each level_*.cpp
+// includes it once, under the compiler target of its level. ATTN_FLOAT64_LEVEL, if defined, is a lower level whose
+// float64 kernels are as good and are used instead.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-loop-distribute-patterns")  // keeps loops that clear a few vectors from becoming memset
 #endif
@@ -56,7 +56,7 @@ void by_dtype(const Op& op) {
 #define ATTN_OF_SCORE(Op, Scores, score, function, kernel) by_dtype<Op<Scores>, function<float>, function<double>>
 #endif
 
-// The kernels of a score: its forward and backward serve attention and the scores alone.
+// The kernels of a score. The same forward and backward templates serve attention and the op of the scores alone.
 #define ATTN_ATTENTION(Scores, score)                                         \
   ATTN_OF_SCORE(AttentionForward, Scores, score, score##_forward, attention), \
       ATTN_OF_SCORE(AttentionBackward, Scores, score, score##_backward, attention_backward)

@@ -1,4 +1,4 @@
-// NEON, as every aarch64 has it. The vectors are those of the portable level; the estimate of a reciprocal is not.
+// NEON, which every aarch64 CPU has. The vectors are those of the portable level; the reciprocal estimate is not.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 

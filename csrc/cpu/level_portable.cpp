@@ -1,4 +1,5 @@
-// Portable: SSE2 on x86-64, NEON without its own instructions on aarch64, whatever the compiler makes of 16-byte vectors elsewhere.
+// Portable: SSE2 on x86-64, NEON without intrinsics on aarch64, elsewhere what the compiler generates for 16-byte
+// vectors.
 #include "kernels.h"
 
 #define ATTN_LEVEL portable

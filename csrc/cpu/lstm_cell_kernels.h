@@ -1,4 +1,4 @@
-// The elementwise part of an LSTM step, in one walk along its rows. Part of a SIMD level: see simd.h.
+// The elementwise part of an LSTM step, in one pass along its rows. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "../lstm_cell.h"
@@ -12,7 +12,7 @@ template <typename T>
 ATTN_INLINE Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> e = exp_nonpositive(-absolute<T>(x));
   const Vec<T> r = T(1) / (T(1) + e);
-  return x < Vec<T>{} ? e * r : r;  // NaN is in e, and so in r
+  return x < Vec<T>{} ? e * r : r;  // a NaN is in e, and so in r
 }
 
 template <typename T>

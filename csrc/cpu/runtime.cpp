@@ -41,7 +41,8 @@ void for_each_in_turn(int64_t n, void (*body)(int64_t, void*), void* context) {
 }
 
 namespace {
-// Of the first processor, as Linux tells it; 0 if it does not. Not sysconf(): on AMD it counts all caches of the package.
+// The largest cache of the first processor as reported by Linux; 0 if unknown. sysconf() is not used: on AMD it adds up
+// all caches of the package.
 int64_t largest_cache() {
   int64_t largest = 0;
   for (int i = 0; i < 8; ++i) {
@@ -67,16 +68,17 @@ int64_t last_cache_bytes() {
 namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kSmallestBlock = 1 << 20;
-constexpr int64_t kKept = 32 << 20;  // more than this goes back to the system after the call
+constexpr int64_t kKept = 32 << 20;  // memory above this limit is freed after the call
 
-// Tests set it to find reads of memory that nothing was written to: 0xff bytes are NaN in every dtype.
+// Tests set this variable to find reads of uninitialised memory: 0xff bytes are NaN in every dtype.
 bool poison() {
   static const bool on = std::getenv("ATTN_KERNELS_POISON") != nullptr;
   return on;
 }
 }  // namespace
 
-// A stack of blocks. `start` is what was in use when the block was added: the block serves from there on.
+// A stack of blocks. `start` is the number of bytes that were in use when the block was added: the block holds the
+// allocations after them.
 struct Scratch::Block {
   Block* below;
   char* memory;
@@ -115,7 +117,7 @@ void Scratch::release(int64_t mark) {
   used_ = mark;
   while (blocks_ != nullptr && blocks_->below != nullptr && blocks_->start >= mark) pop();
   if (mark > 0 || blocks_ == nullptr) return;
-  // Between calls one block stays, large enough for all that the last calls took; a very large one goes back.
+  // Between calls one block is kept, large enough for the needs of the last calls. A very large block is freed.
   if (peak_ > kKept) {
     pop();
     peak_ = 0;

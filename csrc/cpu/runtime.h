@@ -5,12 +5,12 @@
 
 namespace attn {
 
-// Runs body(begin, end, context) over parts of [0, n), on PyTorch's own threads; on the calling one if n <= grain.
+// Runs body(begin, end, context) over parts of [0, n) on PyTorch's threads; on the calling thread if n <= grain.
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
-// Runs body(i, context) for i in [0, n) with dynamic scheduling, for tasks of unequal cost, the largest first. A nested
-// parallel_for runs on the thread of the task.
+// Runs body(i, context) for i in [0, n) with dynamic scheduling, for tasks of unequal cost. The largest tasks should
+// come first. A nested parallel_for runs on the thread of its task.
 void for_each_in_turn(int64_t n, void (*body)(int64_t, void*), void* context);
 
 // Bytes of the last-level cache; 32 MiB if unknown.

@@ -2,7 +2,7 @@
 //
 // attention.h takes a normaliser as a template argument, a class with
 //   row(p, n)          the alignments of n > 0 attended scores p, in place
-//   gradient(w, d, n)  the gradient of the scores, in place of that of the alignments w in d
+//   gradient(w, d, n)  d, the gradient of the alignments w, becomes the gradient of the scores, in place
 #pragma once
 
 #include "views.h"
@@ -34,7 +34,7 @@ struct Softmax {
     constexpr int64_t w = width<T>;
     const T infinity = static_cast<T>(__builtin_inf());
     if (n == 1) {
-      *p = 1 + (*p - *p);  // NaN for NaN and infinity
+      *p = 1 + (*p - *p);  // NaN if *p is NaN or infinite
       return;
     }
     const int64_t end = padded<T>(n);
@@ -57,8 +57,8 @@ struct Softmax {
   }
 
   // d = w (d - delta), delta = sum w d / sum w, computed in two steps: the second corrects the rounding of the first.
-  // The sum of w is 1 only up to rounding to a low precision; and if all d are about equal, the rounding of their mean is
-  // as large as their differences.
+  // There are two reasons: the sum of w is 1 only up to rounding to a low precision, and if all d are about equal, the
+  // rounding error of their mean is as large as their differences.
   template <typename T>
   ATTN_INLINE static void gradient(const T* w, T* d, int64_t n) {
     if (n <= width<T>) {

@@ -1,6 +1,6 @@
-// Products with rows that are read once (the GEMV family): with one or few queries they are memory-bound. Rows are read
-// in order and in their own dtype, and each group of rows is used for all queries before the next is read. Part of a
-// SIMD level: see simd.h.
+// Products with rows that are read once (the GEMV family). With one or a few queries they are memory-bound. Rows are
+// read in order and in their own dtype, and each group of rows is used for all queries before the next group is read.
+// Part of a SIMD level: see simd.h.
 #pragma once
 
 #include "views.h"
@@ -8,15 +8,15 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int kRowsAtOnce = 8;           // whose horizontal sums are taken together
-constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the other factor pays (gemm.h)
-constexpr int64_t kMaxStreamedRows = 8;  // up to this many sums, rows are streamed rather than packed
-constexpr int64_t kMaxShortSumRows = 8;  // up to this many rows are summed in one pass along a long result
+constexpr int kRowsAtOnce = 8;           // rows whose horizontal sums are computed together
+constexpr int64_t kMinPackedRows = 4;    // from this many rows on, packing the other factor is faster (gemm.h)
+constexpr int64_t kMaxStreamedRows = 8;  // with at most this many sums, rows are streamed rather than packed
+constexpr int64_t kMaxShortSumRows = 8;  // at most this many rows are summed in one pass along a long result
 
-// How many bytes after the rows [j, j + at_once) that lies which is prefetched while they are read: the next rows, or
-// where rows are short and the next ones would come too late, some after them. Rows that would push each other out of
-// the first cache are prefetched a little ahead in themselves. One distance for all rows, as a pointer to each of the
-// next ones takes registers that there are not; where steps are masked it is a guess.
+// The prefetch distance in bytes, from the rows [j, j + at_once) that are being read. It leads to the next rows or, if
+// rows are short and the next ones would arrive too late, to rows a few further on. Rows that would evict each other
+// from L1 are prefetched a short distance ahead within themselves. All rows share one distance, since there are not
+// enough registers for pointers to the next rows. If steps are masked, the distance is a guess.
 template <class Rows>
 ATTN_INLINE int64_t distance_ahead(const Rows& rows, int64_t j, int64_t at_once, int64_t count, int64_t n) {
   constexpr int64_t kLeast = 1 << 11, kMost = 1 << 14;
@@ -26,15 +26,15 @@ ATTN_INLINE int64_t distance_ahead(const Rows& rows, int64_t j, int64_t at_once,
   return reinterpret_cast<intptr_t>(rows[next]) - reinterpret_cast<intptr_t>(rows[j]);
 }
 
-// Prefetches what lies so many bytes after elements [c, c + n) of a row, a few vectors at most.
+// Prefetches the memory `distance` bytes after elements [c, c + n) of a row, a few vectors at most.
 template <class E>
 ATTN_INLINE void prefetch_ahead(const E* row, int64_t c, int64_t n, int64_t distance) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(E));
   for (int64_t u = 0; u < n; u += line) prefetch_into_l1(reinterpret_cast<uintptr_t>(row + c + u) + distance);
 }
 
-// out[i * ld + j * step] = scale * x_i . rows[j] for x_rows rows x and `count` rows of n elements. X is T or, where rows
-// are multiplied in pairs, BFloat16, as the elements of rows are then.
+// out[i * ld + j * step] = scale * x_i . rows[j] for x_rows rows x and `count` rows of n elements. X is T or, if
+// elements are multiplied in pairs, BFloat16; the elements of rows then are BFloat16, too.
 template <typename T, class X, class Rows>
 void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t count, int64_t n, T scale, T* out,
                   int64_t ld, int64_t step = 1) {
@@ -45,7 +45,7 @@ void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t c
     else
       return load_element(p, left...);
   };
-  // The products with NR rows from j on, summed up but for the last vector. Prefetches the next rows.
+  // The products with NR rows from j on, each as a vector of partial sums. Prefetches the next rows.
   auto row_sums = [&](auto rows_at_once, const X* xi, int64_t j, Vec<T>* result) __attribute__((always_inline)) {
     constexpr int NR = decltype(rows_at_once)::value;
     Vec<T> acc[2][NR];
@@ -74,7 +74,7 @@ void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t c
     if (c < n) add(0, [&](auto* p) __attribute__((always_inline)) { return load_vector(p + c, n - c); });
     for (int r = 0; r < NR; ++r) result[r] = acc[0][r] + acc[1][r];
   };
-  constexpr int kRowsPerLoad = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // two sums of each, in 32 registers or 16
+  constexpr int kRowsPerLoad = ATTN_VECTOR_BYTES == 64 ? 4 : 2;  // two sums per row, in 32 or 16 registers
   int64_t j = 0;
   for (; j + kRowsAtOnce <= count; j += kRowsAtOnce)
     for (int64_t i = 0; i < x_rows; ++i) {
@@ -92,8 +92,8 @@ void dot_streamed(const X* const* x, int64_t x_rows, const Rows& rows, int64_t c
     }
 }
 
-// out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors: the sums stay in registers, two of each
-// so that the next row need not wait for the last.
+// out (+)= sum_j weight[j * wj] * rows[j] for rows of n elements, NV vectors. The sums stay in registers. There are two
+// of each, so that consecutive rows are independent.
 template <typename T, int NV, class Rows>
 ATTN_INLINE void weighted_sum_narrow(T* out, const T* weight, int64_t wj, const Rows& rows, int64_t count, int64_t n,
                                      bool add) {
@@ -121,11 +121,11 @@ ATTN_INLINE void weighted_sum_narrow(T* out, const T* weight, int64_t wj, const 
   }
 }
 
-// to_o += sum_r weight_o[r * wj] * y_r for NO rows `to` and NY rows y of n elements. In the first `in_pairs` columns, of
-// rows of bfloat16, the sums lie apart: those of first elements of pairs, a vector, then those of second ones, for a
-// pair becomes two numbers faster than a vector of single elements does. distance: of what is prefetched, 0 for
-// what is read anyway.
-// Not inlined: the pointers take all registers there are.
+// to_o += sum_r weight_o[r * wj] * y_r for NO rows `to` and NY rows y of n elements. For rows of bfloat16, the sums of
+// the first `in_pairs` columns are stored separately: a vector of sums of the first elements of pairs, then a vector of
+// sums of the second elements. Splitting pairs is faster than widening single elements. distance: the prefetch
+// distance; 0 prefetches nothing more than what is read.
+// Not inlined: the pointers use all registers.
 template <typename T, int NO, int NY, class E>
 __attribute__((noinline)) void add_weighted_rows(T* const* out, const T* const* weight, int64_t j, int64_t wj,
                                                  const E* const* rows, int64_t n, int64_t in_pairs, int64_t distance) {
@@ -185,7 +185,7 @@ __attribute__((noinline)) void add_weighted_rows(T* const* out, const T* const* 
     }
 }
 
-// out_i (+)= sum_j weight_i[j * wj] * rows[j] for out_rows rows out and `count` rows of n elements; the sums stay in
+// out_i (+)= sum_j weight_i[j * wj] * rows[j] for out_rows rows out and `count` rows of n elements. The sums stay in
 // L1.
 template <typename T, class Rows>
 void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weight, int64_t wj, const Rows& rows,
@@ -214,7 +214,7 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
       const E* y[NY];
       for (int r = 0; r < NY; ++r) y[r] = rows[j + r];
       int64_t distance = distance_ahead(rows, j, NY, count, n);
-      // A vector of each row, once loaded, is added to several sums.
+      // Each loaded vector of a row is added to several sums.
       int64_t i = 0;
       while (i < out_rows) {
         const int64_t left = out_rows - i;
@@ -222,7 +222,7 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
           constexpr int NO = decltype(sums_at_once)::value;
           add_weighted_rows<T, NO, NY>(out + i, weight + i, j, wj, y, n, in_pairs, distance);
           i += NO;
-          distance = 0;  // they are there by then
+          distance = 0;  // already prefetched
         };
         if (left == 1)
           add_to(std::integral_constant<int, 1>());
@@ -248,7 +248,7 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
     }
 }
 
-// out = sum_i weight_i * y_i for NY rows y of n elements. stream: uses non-temporal stores; out must be aligned then.
+// out = sum_i weight_i * y_i for NY rows y of n elements. stream: use non-temporal stores; out must be aligned then.
 template <typename T, int NY>
 ATTN_INLINE void weighted_sum_fixed(T* out, const T* weight, int64_t wi, const T* const* y, int64_t n, bool stream) {
   constexpr int64_t w = width<T>;
@@ -280,8 +280,8 @@ ATTN_INLINE void weighted_sum_short(T* out, const T* weight, int64_t wi, const T
   weighted_sum_fixed<T, NY>(out, weight, wi, y, n, stream);
 }
 
-// Whether rows of n elements from data on can be, and are better, stored past the caches: an array of `bytes` is too
-// large to be found there by its reader.
+// Whether rows of n elements at data can use non-temporal stores, and should: an array of `bytes` is too large to be
+// still in a cache when it is read.
 template <typename T>
 ATTN_INLINE bool worth_streaming(const void* data, int64_t n, int64_t bytes) {
   return n % width<T> == 0 && reinterpret_cast<uintptr_t>(data) % ATTN_VECTOR_BYTES == 0 && bytes > last_cache_bytes();

@@ -1,4 +1,4 @@
-// Functions of vectors: reciprocals, powers of e, tanh and sigmoid. Part of a SIMD level: see simd.h.
+// Functions of vectors: reciprocals, exponentials, tanh and sigmoid. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,8 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Prevents fusing a product into a multiply-add: if multiplications are the bottleneck, a separate addition is cheaper.
+// Keeps the compiler from fusing a product into a multiply-add. If multiplications are the bottleneck, a separate
+// addition is cheaper.
 template <class V>
 ATTN_INLINE V rounded(V x) {
 #if defined(__x86_64__)
@@ -17,12 +18,12 @@ ATTN_INLINE V rounded(V x) {
   return x;
 }
 
-// 1 / x to a relative error of 2^-14 at the cost of a multiplication, for normal numbers with normal reciprocals; where
-// the target has no such instruction, a division.
+// 1 / x with a relative error of 2^-14 at the cost of a multiplication, for normal numbers with normal reciprocals. A
+// division if the target has no such instruction.
 #if ATTN_VECTOR_BYTES == 64
 constexpr bool kHasEstimate = true;
 ATTN_INLINE Vec<float> reciprocal_estimate(Vec<float> x) {
-  return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // the form without a mask makes GCC 12 warn
+  return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // GCC 12 warns about the form without a mask
 }
 #else
 constexpr bool kHasEstimate = false;
@@ -30,9 +31,9 @@ ATTN_INLINE Vec<float> reciprocal_estimate(Vec<float> x) { return 1 / x; }
 #endif
 ATTN_INLINE Vec<double> reciprocal_estimate(Vec<double> x) { return 1 / x; }
 
-// 1 / x to a rounding, for normal numbers with normal reciprocals (elsewhere it may be NaN): an estimate r, of which the
-// error e = 1 - x r is known to all its digits. 1 / x = r (1 + e + e^2 + ...), as far as float32 can tell: a Newton step
-// after an estimate of 14 bits, one more term after one of 11 (AVX2) or 8 (NEON).
+// 1 / x to within a rounding error, for normal numbers with normal reciprocals; otherwise it may be NaN. It refines an
+// estimate r, whose error e = 1 - x r can be computed exactly: 1 / x = r (1 + e + e^2 + ...), up to the precision of
+// float32. That is one Newton step after an estimate of 14 bits, and one more term after 11 (AVX2) or 8 bits (NEON).
 #if ATTN_VECTOR_BYTES == 64
 constexpr bool kCanRefine = true;
 ATTN_INLINE Vec<float> refined_reciprocal(Vec<float> x) {
@@ -55,7 +56,7 @@ ATTN_INLINE Vec<float> refined_reciprocal(Vec<float> x) { return 1.0f / x; }
 #endif
 ATTN_INLINE Vec<double> refined_reciprocal(Vec<double> x) { return 1.0 / x; }
 
-// n / d, or the product with refined_reciprocal(d).
+// n / d, by a division or by a product with refined_reciprocal(d).
 template <bool kRefined, typename T>
 ATTN_INLINE Vec<T> quotient(Vec<T> n, Vec<T> d) {
   if constexpr (kRefined) return n * refined_reciprocal(d);
@@ -63,8 +64,8 @@ ATTN_INLINE Vec<T> quotient(Vec<T> n, Vec<T> d) {
 }
 
 #if ATTN_VECTOR_BYTES > 16 || defined(__aarch64__)
-constexpr bool kHasMultiplyAdd = true;       // which rounds once
-constexpr float kLn2Excess = 1.9046543e-9f;  // what reduce_range takes for ln 2, less ln 2
+constexpr bool kHasMultiplyAdd = true;       // with a single rounding
+constexpr float kLn2Excess = 1.9046543e-9f;  // the value of ln 2 in reduce_range, minus ln 2
 #else
 constexpr bool kHasMultiplyAdd = false;
 constexpr float kLn2Excess = 0.0f;
@@ -73,23 +74,22 @@ constexpr float kLn2Excess = 0.0f;
 // x = r + n ln 2, |r| at most ln(2) / 2.
 struct Reduced {
   Vec<float> r;
-  IntVec<float> n;  // in the place of an exponent
+  IntVec<float> n;  // shifted to the exponent bits
 };
 
 ATTN_INLINE Reduced reduce_range(Vec<float> x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum
   const Vec<float> shifted = x * 1.44269504088896341f + magic;
   const Vec<float> n = shifted - magic;
   const Vec<float> r = kHasMultiplyAdd ? x - n * 0.6931471805599453f : (x - n * 0.693359375f) + n * 2.12194440e-4f;
   return {r, bits<float>(shifted) << 23};  // the low bits of magic are 0
 }
 
-// e^x = p 2^n and p = 1 + r q for x in [-87.3, 88.7], p = e^r by a polynomial whose first two coefficients are exact, so
-// that e^0 = 1; its other ones minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before
-// rounding).
+// e^x = p 2^n and p = 1 + r q for x in [-87.3, 88.7]. p = e^r is a polynomial. Its first two coefficients are exact, so
+// e^0 = 1. The others minimise the largest relative error: 1.0e-7 for degree 5, 3e-9 for degree 6 (before rounding).
 struct Power {
   Vec<float> p, r, q;
-  IntVec<float> n;  // 2^n in the exponent bits of p, to be added to them
+  IntVec<float> n;  // n in the exponent bits: added to the bits of p, it multiplies p by 2^n
 };
 
 template <int degree>
@@ -115,15 +115,15 @@ ATTN_INLINE Power power(Vec<float> x) {
   return {q * r + 1.0f, r, q, n};
 }
 
-// e^x for x in [-87.3, 88.7], to 2 ulp at most. Outside of that range, and for NaN, the result is not meaningful.
+// e^x for x in [-87.3, 88.7], with an error of at most 2 ulp. Outside that range, and for NaN, the result is undefined.
 ATTN_INLINE Vec<float> exp_in_range(Vec<float> x) {
   const Power e = power<5>(x);
   return (Vec<float>)(bits<float>(e.p) + e.n);
 }
 
-// e^x and e^-x for x in [-87.3, 87.3], to 2 ulp at most, for little more than one of them: cosh and sinh of the
-// remainder by polynomials in its square with the least relative error (9e-8). Elsewhere, and for NaN, they are not
-// meaningful.
+// e^x and e^-x for x in [-87.3, 87.3], each with an error of at most 2 ulp, at little more than the cost of one. cosh
+// and sinh of the remainder are minimax polynomials in its square, with a relative error of 9e-8. Outside that range,
+// and for NaN, the results are undefined.
 ATTN_INLINE void exp_both_ways(Vec<float> x, Vec<float>* up, Vec<float>* down) {
   const Reduced a = reduce_range(x);
   const Vec<float> s = a.r * a.r;
@@ -133,15 +133,15 @@ ATTN_INLINE void exp_both_ways(Vec<float> x, Vec<float>* up, Vec<float>* down) {
   *down = (Vec<float>)(bits<float>(even - odd) - a.n);
 }
 
-// e^x for x <= 0 or NaN, to 1 ulp; 0 below the smallest normal number.
+// e^x for x <= 0 or NaN, with an error of 1 ulp; 0 where e^x is below the smallest normal number.
 ATTN_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> low = broadcast(-87.3365447f);
   const Power e = power<6>(x < low ? low : x);
-  const Vec<float> result = e.p * (Vec<float>)(e.n + 0x3f800000);  // a product, not a sum of bits, keeps NaN
+  const Vec<float> result = e.p * (Vec<float>)(e.n + 0x3f800000);  // a product keeps NaN, a sum of bits does not
   return x < low ? Vec<float>{} : result;
 }
 
-// float64 is for checking gradients, not for speed: the library's functions, one element after the other.
+// float64 is for checking gradients, not for speed: it calls the functions of the C library for each element.
 ATTN_INLINE Vec<double> exp_in_range(Vec<double> x) {
   for (int i = 0; i < width<double>; ++i) x[i] = ::exp(x[i]);
   return x;
@@ -149,7 +149,8 @@ ATTN_INLINE Vec<double> exp_in_range(Vec<double> x) {
 
 ATTN_INLINE Vec<double> exp_nonpositive(Vec<double> x) { return exp_in_range(x); }
 
-// e^x - 1 for x <= 0 or NaN, to about 2 ulp, for it does not cancel near 0; and in *power_of_x, e^x where that is normal.
+// e^x - 1 for x <= 0 or NaN, with an error of about 2 ulp: there is no cancellation near 0. *power_of_x, unless null,
+// receives e^x, if that is a normal number.
 ATTN_INLINE Vec<float> expm1_nonpositive(Vec<float> x, Vec<float>* power_of_x = nullptr) {
   const Vec<float> low = broadcast(-87.3365447f);
   const Power e = power<6>(x < low ? low : x);
@@ -163,7 +164,7 @@ ATTN_INLINE Vec<T> copy_sign(Vec<T> magnitude, Vec<T> x) {
   return (Vec<T>)(bits<T>(absolute<T>(magnitude)) | (bits<T>(x) ^ bits<T>(absolute<T>(x))));
 }
 
-// tanh to about 2 ulp, for every input: -e / (2 + e) with e = exp(-2|x|) - 1.
+// tanh with an error of about 2 ulp, for every input: -e / (2 + e) with e = exp(-2|x|) - 1.
 ATTN_INLINE Vec<float> tanh_any(Vec<float> x) {
   const Vec<float> e = expm1_nonpositive(absolute<float>(x) * -2.0f);
   return copy_sign<float>(e / (2.0f + e), x);
@@ -174,8 +175,8 @@ ATTN_INLINE Vec<double> tanh_any(Vec<double> x) {
   return x;
 }
 
-// tanh(x) and, in *slope, its derivative, by one division: 4 e / (1 + e)^2, which does not cancel where tanh is close
-// to 1.
+// tanh(x) and, in *slope, its derivative, with one division. The derivative is 4 e / (1 + e)^2, which does not cancel
+// if tanh is close to 1.
 ATTN_INLINE Vec<float> tanh_and_slope(Vec<float> x, Vec<float>* slope) {
   Vec<float> e;
   const Vec<float> e_minus_1 = expm1_nonpositive(absolute<float>(x) * -2.0f, &e), r = 1.0f / (2.0f + e_minus_1);
@@ -189,7 +190,7 @@ ATTN_INLINE Vec<double> tanh_and_slope(Vec<double> x, Vec<double>* slope) {
   return y;
 }
 
-// sigmoid(x) and, in *slope, its derivative, for every input; nothing cancels.
+// sigmoid(x) and, in *slope, its derivative, for every input, without cancellation.
 template <typename T>
 ATTN_INLINE Vec<T> sigmoid_and_slope(Vec<T> x, Vec<T>* slope) {
   const Vec<T> e = exp_nonpositive(-absolute<T>(x)), high = T(1) / (T(1) + e), low = e * high, zero{};
@@ -197,7 +198,7 @@ ATTN_INLINE Vec<T> sigmoid_and_slope(Vec<T> x, Vec<T>* slope) {
   return x < zero ? low : high;
 }
 
-// tanh(x) sigmoid(g): one division.
+// tanh(x) sigmoid(g), with one division.
 ATTN_INLINE Vec<float> tanh_times_sigmoid(Vec<float> x, Vec<float> g) {
   const Vec<float> e = expm1_nonpositive(absolute<float>(x) * -2.0f), f = exp_nonpositive(-absolute<float>(g)), zero{};
   return copy_sign<float>(e * (g < zero ? f : zero + 1.0f) / ((2.0f + e) * (1.0f + f)), x);

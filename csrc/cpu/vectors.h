@@ -1,4 +1,4 @@
-// Vectors: what is loaded, stored, put in another order and summed up. Part of a SIMD level: see simd.h.
+// Loads, stores, shuffles and reductions of vectors. Part of a SIMD level: see simd.h.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include <utility>
 
 #if defined(__x86_64__)
-#include <immintrin.h>  // for what vector extensions cannot say: masked loads and stores, stores past the caches
+#include <immintrin.h>  // for masked loads and stores and non-temporal stores, which vector extensions lack
 #elif defined(ATTN_NEON)
 #include <arm_neon.h>  // for estimates of reciprocals
 #endif
@@ -52,7 +52,7 @@ ATTN_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-// Zeros, one by one: for "= {}" GCC fills memory ("rep stos") even where the vectors then live in registers.
+// Sets vectors to zero one by one. For "= {}" GCC fills memory ("rep stos"), even if the vectors then are in registers.
 template <class V, size_t... i>
 ATTN_INLINE void clear(V* x, std::index_sequence<i...>) {
   ((x[i] = V{}), ...);
@@ -87,7 +87,7 @@ ATTN_INLINE IntVec<T> first_lanes(int64_t n) {
   return first_lanes<T>(n, std::make_index_sequence<width<T>>());
 }
 
-// The first n < width elements of p, zeros after them. Reads nothing beyond p[n - 1].
+// The first n < width elements of p, followed by zeros. Reads nothing beyond p[n - 1].
 template <typename T>
 ATTN_INLINE Vec<T> load_part(const T* p, int64_t n) {
   Vec<T> x{};
@@ -122,7 +122,7 @@ ATTN_INLINE void store_part<float>(float* p, Vec<float> x, int64_t n) {
 }
 #endif
 
-// Stores past the caches, where p is aligned to a vector; call stream_end() before another thread may read it.
+// A non-temporal store; p must be aligned to a vector. Call stream_end() before another thread may read the data.
 template <typename T>
 ATTN_INLINE void store_stream(T* p, Vec<T> x) {
 #if ATTN_VECTOR_BYTES == 64
@@ -136,14 +136,14 @@ ATTN_INLINE void store_stream(T* p, Vec<T> x) {
 #endif
 }
 
-// Asks for the line of p, which is read soon: the caches see streams within a page only, and rows end sooner or later.
+// Prefetches the cache line of p. The hardware prefetches streams only within a page, and not from row to row.
 template <class E>
 ATTN_INLINE void prefetch(const E* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// Requests the line at an address, which may be past the end of an array, into L1. For rows that L2 may hold: from there to
-// L1 they would be fetched only when they are read.
+// Prefetches the cache line at an address, which may be past the end of an array, into L1. For rows that may be in L2:
+// otherwise they would be moved to L1 only when they are read.
 ATTN_INLINE void prefetch_into_l1(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3);
 }
@@ -153,13 +153,13 @@ ATTN_INLINE void prefetch_into_l1(const E* p) {
   prefetch_into_l1(reinterpret_cast<uintptr_t>(p));
 }
 
-// Asks for the line of p to be written soon.
+// Prefetches the cache line of p for a write.
 template <class E>
 ATTN_INLINE void prefetch_to_write(const E* p) {
   __builtin_prefetch(p, 1, 2);
 }
 
-// While it lives, this thread takes denormal numbers for 0, which on x86 would cost a hundred cycles each.
+// During its lifetime, this thread treats denormal numbers as 0. On x86, each would cost a hundred cycles.
 class DenormalsAreZero {
 #if defined(__x86_64__)
  public:
@@ -177,7 +177,7 @@ ATTN_INLINE void stream_end() {
 #endif
 }
 
-// n may be a whole vector or more here.
+// Like load_part, but n may be a whole vector or more.
 template <typename T>
 ATTN_INLINE Vec<T> load_upto(const T* p, int64_t n) {
   return n >= width<T> ? load(p) : load_part(p, n);
@@ -202,13 +202,14 @@ ATTN_INLINE Vec<T> absolute(Vec<T> x) {
   return (Vec<T>)(bits<T>(x) & (IntVec<T>{} + static_cast<decltype(IntVec<T>{}[0] + 0)>(sign)));
 }
 
-// NaN in a is passed over.
+// Ignores a NaN in a.
 template <typename T>
 ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// max(x, 0), NaN where x is NaN. The instruction for it, of which GCC 12 makes two of a comparison and a choice.
+// max(x, 0), NaN if x is NaN. Uses the max instruction: GCC 12 compiles a comparison and a selection to two
+// instructions.
 template <typename T>
 ATTN_INLINE Vec<T> positive_part(Vec<T> x) {
   const Vec<T> zero{};
@@ -217,18 +218,18 @@ ATTN_INLINE Vec<T> positive_part(Vec<T> x) {
 #elif ATTN_VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)zero, (__m256)x);
 #endif
-  return zero > x ? zero : x;  // the second one where neither is larger
+  return zero > x ? zero : x;  // x if neither is larger
 }
 
-// min(x, most) for x that is no NaN. As integers, of which GCC 12 makes one instruction: negative numbers are in another
-// order, and all below `most`, which is positive.
+// min(x, most) for x that is not NaN and most > 0. Compares the bits as integers, which GCC 12 compiles to one
+// instruction. Negative numbers are ordered differently, but all of them compare below `most`.
 template <typename T>
 ATTN_INLINE Vec<T> at_most(Vec<T> x, T most) {
   const IntVec<T> limit = bits<T>(broadcast(most)), a = bits<T>(x);
   return (Vec<T>)(a < limit ? a : limit);
 }
 
-// The elements of a and b, of which b's are counted on, at the places Places::at(i, elements of a) for each i.
+// Element i of the result is element Places::at(i, elements of a) of a followed by b.
 template <class Places, class V, size_t... i>
 ATTN_INLINE V shuffle(V a, V b, std::index_sequence<i...>) {
   constexpr int n = sizeof...(i);
@@ -240,14 +241,14 @@ ATTN_INLINE V shuffle(V a, V b, std::index_sequence<i...>) {
 #endif
 }
 
-// Element i changes places with element i ^ distance.
+// Swaps element i with element i ^ distance.
 template <int distance>
 struct Exchanged {
   static constexpr int at(int i, int) { return i ^ distance; }
 };
 
-// combine over each group of 2n elements, in the same order from run to run: every element of the result holds that of
-// its group.
+// Reduces each group of 2n elements with combine, always in the same order. Every element of the result holds the
+// reduction of its group.
 template <int n, class V, class Combine>
 ATTN_INLINE V reduce_groups(V x, const Combine& combine) {
   if constexpr (n == 0) {
@@ -268,8 +269,9 @@ ATTN_INLINE T sum(Vec<T> x) {
   return reduce(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; });
 }
 
-// Halves of groups of `group` elements: in the even groups of the result one half of each group of a, in the odd ones
-// of b. Group i / half of the result is group (i / half) / 2 of a or of b.
+// Selects the lower or upper half of each group of `group` elements of a and b. The groups of the result have half the
+// size and alternate: even ones are from a, odd ones from b. Group i / half of the result is from group (i / half) / 2
+// of a or b.
 template <int group, bool upper>
 struct Halves {
   static constexpr int half = group / 2;
@@ -278,16 +280,16 @@ struct Halves {
   }
 };
 
-// out(i, s) for the sum s of each x[i], added up in the order of sum(), with fewer shuffles than one by one.
+// Calls out(i, s) with the sum s of each x[i]. Adds in the same order as sum(), but with fewer shuffles.
 template <typename T, int n, int group = width<T>, class Out>
 ATTN_INLINE void sums(const Vec<T>* x, const Out& out, int first = 0) {
-  if constexpr (n == 1) {  // the sums of width / group vectors, side by side
+  if constexpr (n == 1) {  // x[0] holds the partial sums of width / group vectors
     const auto add = [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; };
     const Vec<T> y = reduce_groups<group / 2>(x[0], add);
-    alignas(ATTN_VECTOR_BYTES) T at[width<T>];  // through memory: taking elements out of a register costs more
+    alignas(ATTN_VECTOR_BYTES) T at[width<T>];  // extracting elements from a register is slower
     store(at, y);
     for (int i = 0; i < width<T> / group; ++i) out(first + i, at[i * group]);
-  } else if constexpr (n > width<T> || (n & (n - 1)) != 0) {  // in powers of 2
+  } else if constexpr (n > width<T> || (n & (n - 1)) != 0) {  // split into powers of 2
     constexpr int part = n > width<T> ? width<T> : n > 8 ? 8 : n > 4 ? 4 : 2;
     sums<T, part, group>(x, out, first);
     sums<T, n - part, group>(x + part, out, first + part);
@@ -307,7 +309,7 @@ struct Interleaved {
   static constexpr int at(int i, int n) { return i / 2 + (upper ? n / 2 : 0) + (i % 2 ? n : 0); }
 };
 
-// The rows x of a square become its columns: with each round of interleaving one bit of the index changes sides.
+// Transposes a square of rows x. Each round of interleaving moves one bit from the row index to the column index.
 template <typename T, int round = width<T>>
 ATTN_INLINE void transpose(Vec<T>* x) {
   if constexpr (round > 1) {
@@ -328,7 +330,7 @@ ATTN_INLINE T largest(Vec<T> x) {
   return reduce(x, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// Largest magnitude met, as bits: those of NaN are larger than those of Inf, and those larger than all others.
+// A running maximum of |x|, as bits. The bits of NaN are larger than those of Inf, which are larger than all others.
 template <typename T>
 ATTN_INLINE IntVec<T> larger_magnitude(IntVec<T> top, Vec<T> x) {
   const IntVec<T> magnitude = bits<T>(absolute<T>(x));

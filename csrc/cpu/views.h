@@ -33,7 +33,7 @@ ATTN_INLINE Vec<float> load_low(const uint16_t* p, int64_t n, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? from_bfloat16(h) : from_float16(h);
 }
 
-// Loads up to a vector of elements of data with a stride, from element `at` on.
+// Loads n elements, at most a vector, of data from element `at` on, with a stride.
 template <typename T>
 ATTN_INLINE Vec<T> load_as(const void* data, Dtype dtype, int64_t at, int64_t stride, int64_t n) {
   n = min(n, width<T>);
@@ -51,7 +51,7 @@ ATTN_INLINE Vec<T> load_as(const void* data, Dtype dtype, int64_t at, int64_t st
     for (int64_t i = 0; i < n; ++i) gathered[i] = p[i * stride];
     return load_low(gathered, n, dtype);
   }
-  return Vec<T>{};  // float64 arrays come with float64 arrays only
+  return Vec<T>{};  // float64 arrays are not mixed with other dtypes
 }
 
 // Stores the first n elements (a whole vector if n is larger) as dtype, from element `at` of data on.
@@ -96,7 +96,7 @@ const T* read_sum(const StridedView3& a, const StridedView3& addend, int64_t b, 
   return buffer;
 }
 
-// The columns of a, which may be absent, from c on.
+// The view of the columns of a from c on; a may be absent.
 ATTN_INLINE StridedView3 columns_from(StridedView3 a, int64_t c) {
   if (!a) return a;
   a.data = static_cast<const char*>(a.data) + c * a.stride[2] * item_size(a.dtype);
@@ -124,7 +124,7 @@ class Prefetcher {
     left_ += lines;
   }
 
-  // Cache lines of each of `times` calls of issue() that prefetch all that is left.
+  // How many cache lines each of `times` calls of issue() must prefetch to finish.
   int64_t share(int64_t times) const { return divide_up(left_, max(times, 1)); }
 
   void issue(int64_t lines) {
@@ -161,7 +161,8 @@ void write_row(void* data, Dtype dtype, int64_t at, const T* row, int64_t n) {
   if (c < n) store_as<T>(data, dtype, at + c, load_part(row + c, n - c), n - c);
 }
 
-// The steps that may be attended in row i of the scores of sentence b (in any row, where the mask is shared), in order.
+// Lists the steps that may be attended in row i of the scores of sentence b, in order. A mask that queries share
+// applies to every row.
 ATTN_INLINE int64_t list_steps(const AttentionMask& attended, int64_t b, int64_t i, int64_t steps, int32_t* list) {
   const int64_t length = min(max(attended.length(b, steps), 0), steps);
   const bool* mask = attended.mask;
@@ -176,8 +177,8 @@ ATTN_INLINE int64_t list_steps(const AttentionMask& attended, int64_t b, int64_t
   return n;
 }
 
-// A block of rows of one array, or of the sum of two, as pointers. Copies live in scratch taken once, for at most
-// `capacity` rows.
+// A block of rows of one array, or of the sum of two, as pointers. Scratch memory for copies of at most `capacity` rows
+// is allocated once.
 template <typename T>
 struct RowBlock {
   const StridedView3& array;
@@ -216,7 +217,7 @@ struct RowBlock {
   }
 };
 
-// Whether rows of a can be multiplied in pairs, if kPairs<BFloat16>.
+// Whether rows of a can be multiplied in pairs, provided that kPairs<BFloat16>.
 ATTN_INLINE bool is_bfloat16_rows(const StridedView3& a) { return a.dtype == Dtype::bfloat16 && a.stride[2] == 1; }
 
 // Listed rows of a sentence, read in place; the elements of a row must be contiguous.
@@ -231,7 +232,7 @@ struct ListedRows {
   const E* operator[](int64_t j) const { return data + list[j] * stride; }
 };
 
-// Rows of a sentence from the first on, likewise.
+// Consecutive rows of a sentence, read in place, too.
 template <class E>
 struct StridedRows {
   const E* data;

@@ -1,4 +1,5 @@
-// The scores with other activations than tanh of a decoding step: a policy like AdditiveScore, which has the rules.
+// The scores of a decoding step with activations other than tanh: a policy like AdditiveScore (additive_score.cuh
+// describes the members).
 #pragma once
 
 #include "activations.cuh"
@@ -11,7 +12,7 @@ namespace cuda {
 struct ActivatedScore {
   static constexpr bool kGuarded = false;
 
-  // (NQ, padded) q + bias, (padded) v
+  // Staged: (NQ, padded) q + bias, (padded) v
   ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return queries + 1; }
 
   template <typename T, int NQ>

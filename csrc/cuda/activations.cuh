@@ -1,4 +1,4 @@
-// The activations of ../activations.h for the numbers of a GPU, one or two (f32x2.cuh).
+// The activations of ../activations.h on the GPU, for one number or two (f32x2.cuh).
 #pragma once
 
 #include "f32x2.cuh"
@@ -23,7 +23,7 @@ ATTN_DEVICE void by_activation_of(const Op& op, const Body& body) {
   by_activation<NumberMath<W>>(op.activation, op.negative_slope, body);
 }
 
-// Of two numbers.
+// The same for two numbers.
 template <class F, typename W>
 ATTN_DEVICE F32x2<W> value(const F& f, F32x2<W> x) {
   return {f.value(x.x), f.value(x.y)};

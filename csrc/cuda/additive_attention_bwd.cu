@@ -1,19 +1,19 @@
-// The gradients of scores with a score vector: of query, keys, v and bias. Hidden units are computed again. What differs
-// between tanh of additive attention and other activations is in TanhPair and ActivatedPair.
+// The backward of scores with a score vector: the gradients of query, keys, v and bias. Hidden units are recomputed.
+// TanhPair (additive attention) and ActivatedPair (other activations) are policies.
 //
 // With E = e^{2q} e^{2k}, r = 1 / (1 + E) and ds the gradient of a score: 1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r, so
 //
 //   dquery = 4 v e^{2q} (sum of ds r^2 e^{2k})    dkeys = 4 v e^{2k} (sum of ds r^2 e^{2q})    dv = sum of ds r (E - 1)
 //
-// and dbias is the sum of dquery: eight instructions for a pair and unit, one of them a special function, and where one
-// instruction does two (f32x2.cuh) half of the others. Nothing here cancels: each term is off by a few units in its own
-// last place, however near to 0 or 1 tanh is, and however large v: 1 - tanh^2 and 1 - 2 r would be off by as much of 1.
-// Where e^{2q} or e^{2k} is too large for such sums, E is clamped and the sums are those of ds (E r) r, at ten
-// instructions; where it is no number in range, too, each pair takes tanh itself.
+// and dbias is the sum of dquery. That is eight instructions per pair and unit, one of them a special function. Packed
+// instructions (f32x2.cuh) halve the number of the others. Nothing here cancels: the error of each term is a few ulps
+// of its own value, however near tanh is to 0 or 1, and however large v is. With 1 - tanh^2 and 1 - 2 r the error would
+// be a few ulps of 1. If e^{2q} or e^{2k} is too large for such sums, E is clamped and ds (E r) r is summed, at ten
+// instructions. If the exponential itself is out of range, tanh is computed for each pair.
 //
 // A block has 64 units of the queries and steps of a part of one sentence. A lane keeps two units of kQ queries in
-// registers and walks the steps, so that dquery and dv need no other thread; dkeys of a step is added up by the warps
-// that have the queries. No atomics: what crosses blocks is written apart and added in order.
+// registers and loops over the steps, so dquery and dv need no other thread. dkeys of a step is summed over the warps
+// that have the queries. There are no atomics: blocks write partial sums, which are added in order.
 #include "activations.cuh"
 #include "additive_math.cuh"
 #include "kernels.h"
@@ -25,51 +25,51 @@ namespace attn {
 namespace cuda {
 namespace {
 
-constexpr int kSteps = 16;     // of a warp in a chunk
-constexpr int kLaneUnits = 2;  // of a lane
+constexpr int kSteps = 16;     // steps of a warp in a chunk
+constexpr int kLaneUnits = 2;  // units of a lane
 constexpr int kBlockUnits = kLaneUnits * kWarp;
-// Of a block: so many have their sums in the shared memory of every GPU, 99 KB on the smaller ones.
+// Most warps of a block: their sums fit the shared memory of every GPU, which is 99 KB on the smaller ones.
 template <typename W>
 constexpr int kMaxWarps = sizeof(W) == 4 ? 8 : 4;
 
-// Steps of a turn of the loop with few queries, as registers allow.
+// Loop unrolling over steps with few queries, limited by registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kAtOnce = 2;
 #else
 constexpr int kAtOnce = 4;
 #endif
 
-// How a sentence is cut. A block has warps_q x warps_k warps, each with kQ queries and, of every chunk, kSteps steps.
+// How a sentence is divided. A block has warps_q x warps_k warps, each with kQ queries and kSteps steps of every chunk.
 struct BackwardTile {
   int warps_q, warps_k;
-  int64_t parts_q, parts_k, queries, steps;  // of a part: queries, and steps, a multiple of a chunk
+  int64_t parts_q, parts_k, queries, steps;  // queries and steps: per part; steps is a multiple of a chunk
 };
 
-// Which form an element of a row allows. Of a row, bits: whether it has such elements.
+// Which form an element of a row allows. For a row, the bits say whether it has such elements.
 enum class Range { fast = 0, clamped = 1, beyond = 2 };
 
-// What is particular to an activation f is a class like this one: which numbers the fast form keeps of the rows, what it
-// adds for a pair of query and step with score gradient ds, x = q + k, and f itself. dquery and dkeys are kGain v times
+// Each activation f has a class with these members: the values that the fast form stores per row element, the terms
+// that it accumulates for a pair with score gradient ds and x = q + k, and f itself. dquery and dkeys are kGain v times
 // their sums.
 struct TanhPair {
   using Score = AdditiveScores;
   static constexpr int kGain = 4;
-  static constexpr bool kBounded = true;  // f(x) is finite for all x but NaN: a ds of 0 adds nothing
+  static constexpr bool kBounded = true;  // f(x) is finite unless x is NaN: pairs with a ds of 0 can be skipped
   template <typename W>
   static constexpr bool kHasFast = sizeof(W) == 4;
   static constexpr bool kHasClamped = true;
 
-  // Of an element of a query or key. What is beyond all ranges counts as 0 in the fast forms.
+  // The range of an element of a query or key. The fast forms replace elements beyond all ranges by 0.
   ATTN_DEVICE static Range range(float x) {
     return fabsf(x) <= kMaxAbsBackward ? Range::fast : fabsf(x) <= kMaxAbsExponential ? Range::clamped : Range::beyond;
   }
   ATTN_DEVICE static float kept(float x) { return exp2x(x); }
 
-  // Whether nothing is left to multiply of what add() adds: a form is a type that add() takes first.
+  // Whether the terms of add() already have all factors. Form: the type of the first argument of add().
   template <class Form>
   static constexpr bool kComplete = Form::value;
 
-  // Calls body with one of these types.
+  // Calls body with an object of one of these types.
   template <typename W, class Body>
   ATTN_DEVICE static void by_form(const Score&, bool clamped, const Body& body) {
     if (clamped)
@@ -78,8 +78,8 @@ struct TanhPair {
       body(std::false_type());
   }
 
-  // Adds to dq and dk what is to be multiplied by what is kept of the own row; with kWithFactors there is nothing left
-  // to multiply.
+  // Accumulates dq and dk without a factor, the stored value of the own row (of_row). With kWithFactors, all factors
+  // are included.
   template <int kQ, bool kWithFactors, typename W>
   ATTN_DEVICE static void add(std::bool_constant<kWithFactors>, F32x2<W> e, F32x2<W> ek, F32x2<W> ds, F32x2<W>& dq,
                               F32x2<W>& dk, F32x2<W>& dv) {
@@ -96,7 +96,8 @@ struct TanhPair {
     }
     const F32x2<W> d = multiply_add(e, ek, kOne);
     F32x2<W> r = reciprocal(d);
-    // Few queries: memory decides, and there is time for the last bit, which the instruction does not give.
+    // Few queries are memory-bound, so there is time for a Newton step to get the last bit of the approximate
+    // reciprocal.
     if constexpr (sizeof(W) == 4 && kQ < 8) r = multiply_add(r, multiply_add(F32x2<W>{-d.x, -d.y}, r, kOne), r);
     const F32x2<W> once = ds * r, twice = once * r;
     dq = multiply_add(twice, ek, dq);
@@ -108,7 +109,7 @@ struct TanhPair {
     return kept * sum;
   }
 
-  // ds f'(x) / kGain, and f(x)
+  // gradient: ds f'(x) / kGain; value: f(x)
   template <typename W>
   ATTN_DEVICE static W gradient(const Score&, W x, W ds) {
     return ds * quarter_slope_of_tanh(x);
@@ -129,7 +130,7 @@ struct ActivatedPair {
   template <class>
   static constexpr bool kComplete = false;
 
-  // The sum of two is finite.
+  // In the fast range the sum of two elements is finite.
   template <typename W>
   ATTN_DEVICE static Range range(W x) {
     return fabs(x) <= (sizeof(W) == 4 ? W(0x1p126f) : W(0x1p1022)) ? Range::fast : Range::beyond;
@@ -177,22 +178,22 @@ struct Backward {
   Score op;
   AttentionMask attended;
   BackwardTile tile;
-  const W* dscores;  // (B, Tq, Tk) contiguous, 0 where not attended
+  const W* dscores;  // (B, Tq, Tk) contiguous, 0 if not attended
   void* dquery;      // (parts_k, B, Tq, A) contiguous
   void* dkeys;       // (parts_q, B, Tk, A) contiguous, or null
   Dtype dquery_dtype, dkeys_dtype;
-  W* dunits;  // (B, parts_q, parts_k, 2, A): parts of dv and dbias
+  W* dunits;  // (B, parts_q, parts_k, 2, A): partial sums of dv and dbias
 };
 
 // Shared memory of a block.
 template <typename W>
 struct Chunk {
-  int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and fall on different banks
+  int rows, columns;  // steps of a chunk; queries, padded so that rows are aligned and are in different banks
   W* dscores;         // [step][query]
-  W* e;               // [step][unit]: what is kept of k, e^{2k} for tanh
-  W* dkeys;     // [warp_q][step][unit]: dkeys / (kGain v); at the end sums over units of other things, of each warp
-  W* dquery;    // [warp][query][unit]: dquery / (kGain v)
-  int* ranges;  // [step]: each Range that its elements have, as bits
+  W* e;               // [step][unit]: the stored values of k, e^{2k} for tanh
+  W* dkeys;           // [warp_q][step][unit]: dkeys / (kGain v); at the end the sums of each warp for dbias and dv
+  W* dquery;          // [warp][query][unit]: dquery / (kGain v)
+  int* ranges;        // [step]: the Ranges of its elements, as bits
 
   ATTN_DEVICE Chunk(const BackwardTile& tile, int queries)
       : rows(kSteps * tile.warps_k), columns(padded(tile, queries)) {
@@ -210,13 +211,13 @@ struct Chunk {
   }
 };
 
-// Where nothing was attended, which sums to 0, it stays 0 even for a v of NaN.
+// A sum of 0 gives 0 even for a v of NaN: without attended pairs the gradient is 0.
 template <class Pair, typename W>
 ATTN_DEVICE W times_v(W sum, W v) {
   return sum == 0 ? W(0) : sum * (Pair::kGain * v);
 }
 
-// ds[0 .. kQ) from shared memory, four at a time where they are that many.
+// ds[0 .. kQ) from shared memory, four at a time if possible.
 template <int kQ, typename W>
 ATTN_DEVICE void load_queries(const W* from, W* ds) {
   if constexpr (kQ % 4 == 0) {
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
   const typename Pair::Score& op = a.op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int warp_q = warp % a.tile.warps_q, warp_k = warp / a.tile.warps_q;
-  // Positions in 32 bits: those of 64 would not leave enough registers, and dividing them is a call.
+  // Positions have 32 bits: 64 bits would take too many registers, and a 64-bit division is a function call.
   const int tiles_a = static_cast<int>((op.A + kBlockUnits - 1) / kBlockUnits), part = int(blockIdx.x) / tiles_a;
   const int parts_k = static_cast<int>(a.tile.parts_k), parts_q = static_cast<int>(a.tile.parts_q);
   const int first_unit = int(blockIdx.x) % tiles_a * kBlockUnits;
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
   const int begin = part_k * static_cast<int>(a.tile.steps);
   const int part_end = begin + a.tile.steps < op.Tk ? begin + static_cast<int>(a.tile.steps) : static_cast<int>(op.Tk);
   const int end = part_end < length ? part_end : length;
-  const int q0 = part_q * static_cast<int>(a.tile.queries) + warp_q * kQ;  // of this warp
+  const int q0 = part_q * static_cast<int>(a.tile.queries) + warp_q * kQ;  // this warp's first query
   const Chunk<W> s(a.tile, kQ);
 
   auto of_query = [&](int i, int n) -> W {
@@ -262,15 +263,16 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
                       b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
   };
 
-  // Where this lane adds up what it finds without the factors: [query][one of its units]
+  // This lane's sums in shared memory, which include all factors but kGain v: [query][one of its units]
   auto mine = [&]() { return s.dquery + threadIdx.x / kWarp * (kQ * kBlockUnits) + threadIdx.x % kWarp; };
-  // The queries come by shared memory: all at once they would take more registers than all that follows.
+  // The queries are loaded through shared memory: loading all at once would need more registers than the rest of the
+  // kernel.
 #pragma unroll 1
   for (int m = 0; m < kQ * kLaneUnits; ++m) mine()[m * kWarp] = of_query(q0 + m / kLaneUnits, m % kLaneUnits);
 
   W eq[kQ][kLaneUnits], dq[kQ][kLaneUnits];
   W sum_t[kLaneUnits] = {};
-  // What is beyond all ranges may, in a fast form, only be something that is not attended.
+  // A fast form may be used only if elements beyond all ranges belong to pairs that are not attended.
   unsigned beyond = 0;  // a bit for each query
   constexpr unsigned kAnyClamped = 1u << kQ;
 #pragma unroll
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) beyond |= __shfl_xor_sync(kAllLanes, beyond, step);
 
-  // From the registers to where all factors are part of the sums.
+  // Moves the sums from registers to the sums in shared memory, with the factor if it is missing.
   auto flush = [&](bool without_factor) {
 #pragma unroll
     for (int i = 0; i < kQ; ++i)
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
   };
 
   for (int j0 = begin; j0 < end; j0 += s.rows) {
-    // A chunk of the steps into shared memory.
+    // Loads a chunk of steps into shared memory.
     for (int row = warp; row < s.rows; row += warps) {
       int ranges = 0;
 #pragma unroll
@@ -330,7 +332,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 
     const int last = end - j0 < (warp_k + 1) * kSteps ? end - j0 : (warp_k + 1) * kSteps;
     const int first = warp_k * kSteps;
-    // Whether query i of this warp and the step add something, which may be 0 times infinity.
+    // Whether the pair of query i of this warp and the step must be added; its term may be 0 times infinity.
     auto counts = [&](int row, int i, W ds) {
       if constexpr (Pair::kBounded)
         return ds != 0;
@@ -343,12 +345,12 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       const bool row_beyond = (s.ranges[row] & int(Range::beyond)) != 0;
       bool used = false;
       if (row_beyond || (beyond & (kAnyClamped - 1)) != 0)
-#pragma unroll(Pair::kBounded ? kQ : 1)  // the addresses of the mask would take registers
+#pragma unroll(Pair::kBounded ? kQ : 1)  // unrolled, the addresses of the mask would need registers
         for (int i = 0; i < kQ; ++i)
           used = used ||
                  ((row_beyond || (beyond >> i & 1)) && counts(row, i, s.dscores[row * s.columns + warp_q * kQ + i]));
       fast = !__any_sync(kAllLanes, used);
-      // Whether attended or not: the products of the fast form may be infinite then.
+      // For all pairs, attended or not: the products of the unclamped form could be infinite.
       if constexpr (Pair::kHasClamped)
         clamped = (beyond & kAnyClamped) != 0 || __any_sync(kAllLanes, (s.ranges[row] & int(Range::clamped)) != 0);
     }
@@ -359,7 +361,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
 #pragma unroll(kQ <= 8 ? kAtOnce : 1)
         for (int row = first; row < last; ++row) {
           W ds[kQ], k[kLaneUnits];
-          F32x2<W> dk[kLaneUnits] = {};  // of even and odd queries
+          F32x2<W> dk[kLaneUnits] = {};  // separate sums for even and odd queries
           load_queries<kQ>(s.dscores + row * s.columns + warp_q * kQ, ds);
 #pragma unroll
           for (int n = 0; n < kLaneUnits; ++n) k[n] = s.e[row * kBlockUnits + n * kWarp + lane];
@@ -382,7 +384,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
         for (int n = 0; n < kLaneUnits; ++n) sum_t[n] += chunk_t[n].x + chunk_t[n].y;
       });
       if (Pair::kHasClamped && clamped) flush(false);
-    } else {  // without the factors; what is not attended may be NaN
+    } else {  // the exact form, for attended pairs only: others may have NaN
       for (int row = first; row < last; ++row)
 #pragma unroll
         for (int n = 0; n < kLaneUnits; ++n) {
@@ -419,7 +421,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       if (u < op.A) store_element(a.dkeys, a.dkeys_dtype, ((part_q * op.B + b) * op.Tk + j) * op.A + u, W(0));
     }
 
-  // Sums over the warps: one value for each unit of the block, from the warps for which `counts`.
+  // Sums over the warps w with counts(w): one value per unit of the block.
   auto over_warps = [&](const W* mine, auto counts, auto use) {
     __syncthreads();
 #pragma unroll
@@ -464,7 +466,7 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
       });
 }
 
-// The cut that pads the queries least, and with enough blocks to fill the device.
+// The division that pads the queries least and has enough blocks to fill the device.
 template <typename W>
 BackwardTile choose_tile(const Scores& op, int queries) {
   BackwardTile tile{};
@@ -505,7 +507,7 @@ void launch_backward(const typename Pair::Score& op, const AttentionMask& attend
          {parts * ceil_div(op.A, kBlockUnits), tile.warps_q * tile.warps_k * kWarp, Chunk<W>::bytes(tile, kQ)}, a);
   if (a.dquery != dquery) sum_parts(static_cast<W*>(a.dquery), tile.parts_k, n_query, dquery, n_query, nullptr, dtype);
   if (a.dkeys != dkeys) sum_parts(static_cast<W*>(a.dkeys), tile.parts_q, n_keys, dkeys, n_keys, nullptr, dtype);
-  // Without a bias, the second half of the columns of each part is left out.
+  // Without a bias, the second half of the columns of each part is ignored.
   if (dv != nullptr) sum_parts(a.dunits, parts, 2 * op.A, dv, op.A, dbias, dtype);
 }
 
@@ -519,7 +521,7 @@ void run(const typename Pair::Score& op, const AttentionMask& attended, const vo
     return by(op.Tq <= 2 ? launch_backward<double, 2, Pair> : launch_backward<double, 4, Pair>);
   if (op.Tq <= 2) return by(launch_backward<float, 2, Pair>);
   if (op.Tq <= 4) return by(launch_backward<float, 4, Pair>);
-  // A step costs a warp about as much as 1.5 queries besides the queries themselves.
+  // The overhead of a step for a warp is about the cost of 1.5 queries.
   auto cost = [&](int queries) { return double(ceil_div(op.Tq, queries)) * (queries + 1.5); };
   const double eight = cost(8), twelve = cost(12), sixteen = cost(16);
   if (eight < twelve && eight < sixteen) return by(launch_backward<float, 8, Pair>);

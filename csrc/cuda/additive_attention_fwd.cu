@@ -1,20 +1,21 @@
-// Scores with a score vector and many queries: v . tanh(query + keys + bias) of additive attention without a tanh for each
-// pair, and those with other activations (activations.cuh), which have nothing to share between pairs.
+// Scores with a score vector and many queries. For additive attention, v . tanh(query + keys + bias) without a tanh per
+// pair. For other activations (activations.cuh), pairs share no computation.
 //
-// tanh(x) = 1 - 2 / (1 + e^{2x}), and e^{2(q + k)} = e^{2q} e^{2k} is a product of exponentials that are made once for
-// a row. With v folded in, v / (1 + E) = 1 / d, d = 1/v + (e^{2q} / v) e^{2k}, and three units share a reciprocal:
+// tanh(x) = 1 - 2 / (1 + e^{2x}), and e^{2(q + k)} = e^{2q} e^{2k} is a product of exponentials that are computed once
+// per row. With v folded in, v / (1 + E) = 1 / d, d = 1/v + (e^{2q} / v) e^{2k}, and three units share a reciprocal:
 //
 //   1/d1 + 1/d2 + 1/d3 = ((d1 + d2) d3 + d1 d2) / (d1 d2 d3)
 //
-// nine instructions for three hidden units, one of them a special function, where tanh costs about 17 and two for each.
+// That is nine instructions for three hidden units, one of them a special function. tanh costs about 17 per unit, two
+// of them special functions.
 //
-// A block has the queries and steps of one tile. It goes through chunks of units: the threads load a chunk of the rows
-// as exponentials into shared memory, unit by unit, and each thread sums up kQ x kK pairs in registers. Where there are
-// few tiles, further warps of the block take a part of the units each (unit_splits).
+// A block has the queries and steps of one tile. It loops over chunks of units: the threads load a chunk of the rows
+// into shared memory as exponentials, unit by unit, and each thread accumulates kQ x kK pairs in registers. With few
+// tiles, additional warps of the block each compute a part of the units (unit_splits).
 //
-// The exponentials are computed before it is known whether they are in range: the largest |q| and |k| are found
-// meanwhile, and pairs outside the limits (../additive_math.h) make the block start again with the compensated form, five
-// or seven instructions for a unit, or, where that leaves its range, too, or v does, with tanh itself.
+// The exponentials are computed before it is known whether they are in range; meanwhile the largest |q| and |k| are
+// computed. If pairs are outside the limits (../additive_math.h), the block starts again with the compensated form, at
+// five or seven instructions per unit. If they, or v, are outside the limits of that form, too, it uses tanh itself.
 #include <algorithm>
 
 #include "additive_tile.cuh"
@@ -24,10 +25,10 @@ namespace attn {
 namespace cuda {
 namespace {
 
-// Scores of a tile of queries and steps. Tiles beyond the length are left as they are.
+// Scores of a tile of queries and steps. Tiles beyond the length are not written.
 template <typename W, int kQ, int kK, int kColumns, bool kVectorized, class Score>
 __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(ScoresTile<Score> a) {
-  // Positions in 32 bits: dividing those of 64 is a call, and they would take too many registers.
+  // Positions have 32 bits: 64 bits would take too many registers, and a 64-bit division is a function call.
   const int tiles_q = static_cast<int>(a.tiles_q), tiles_k = static_cast<int>(a.tiles_k), tile = blockIdx.x;
   const int b = tile / (tiles_q * tiles_k);
   const int q0 = tile / tiles_k % tiles_q * a.threads_q * kQ, k0 = tile % tiles_k * a.threads_k * kK;
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   write_tile(a, s, b, q0, k0, total);
 }
 
-// Whether the rows of a tile lie in half of the columns that a tile may have.
+// Whether the rows of a tile need at most half of the columns that a tile may have.
 template <int kQ, int kK>
 bool is_narrow(int64_t threads_q, int64_t threads_k) {
   return threads_q * kQ + threads_k * kK <= kMaxColumns / 2;
@@ -76,20 +77,20 @@ int64_t shared_bytes(int64_t unit_splits, int64_t threads_q, int64_t threads_k) 
                                                  : SharedTile<W, kMaxColumns>::bytes(n, q, k);
 }
 
-// How the pairs of an op are cut into blocks that fit the device: that with the least estimated time. Read from
-// compiled code: a pair and unit takes 3.2 issue slots (relu about as many), an element of the rows about 15; a warp issues in half of the
-// cycles, four at once. One split fits every device; more of them may not.
+// The division of an op's pairs into blocks that fit the device and have the least estimated time. The estimate is
+// based on compiled code: a pair and unit takes 3.2 issue slots (relu about as many), an element of the rows about 15.
+// A warp issues in half of the cycles, and four warps issue at once. One split fits every device; several may not.
 template <typename W, int kQ, int kK, class Score>
 ScoresTile<Score> choose_tile(const Score& op, const Device& device) {
   const int64_t threads_q = ceil_div(op.Tq, kQ), threads_k = ceil_div(op.Tk, kK);
   const double processors = device.multiprocessors;
   ScoresTile<Score> best{};
   double least = INFINITY;
-  // From the fewest blocks that the limits allow to some more: further ones only load_chunk more of the rows.
+  // Tries the fewest blocks that the limits allow, and some more. Even more blocks would only load more rows.
   const int64_t least_q = ceil_div(threads_q * kQ, kMaxColumns - kK);
   for (int64_t tiles_q = least_q; tiles_q <= threads_q && tiles_q < least_q + 8; ++tiles_q) {
     const int64_t tq = ceil_div(threads_q, tiles_q);
-    if (tiles_q != ceil_div(threads_q, tq)) continue;  // another one with the same threads
+    if (tiles_q != ceil_div(threads_q, tq)) continue;  // a smaller tiles_q has the same threads
     const int64_t least_k = ceil_div(threads_k, std::min(kMaxThreads<W> / tq, (kMaxColumns - tq * kQ) / kK));
     for (int64_t tiles_k = least_k; tiles_k <= threads_k && tiles_k < least_k + 12; ++tiles_k) {
       const int64_t tk = ceil_div(threads_k, tiles_k), threads = tq * tk, columns = tq * kQ + tk * kK;
@@ -97,7 +98,7 @@ ScoresTile<Score> choose_tile(const Score& op, const Device& device) {
       for (int64_t unit_splits = 1; unit_splits * threads <= kMaxThreads<W> && unit_splits <= kMaxUnitSplits;
            ++unit_splits) {
         const int64_t units = round_up(ceil_div(op.A, unit_splits), unit_splits > 1 ? kUnits : kStep);
-        if (unit_splits > ceil_div(op.A, units) || (unit_splits > 1 && threads < 16)) break;  // 16 of them load v
+        if (unit_splits > ceil_div(op.A, units) || (unit_splits > 1 && threads < 16)) break;  // 16 threads load v
         if (shared_bytes<W, kQ, kK>(unit_splits, tq, tk) > device.shared_bytes) break;
         const double warps = double(ceil_div(unit_splits * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
         const double slots =

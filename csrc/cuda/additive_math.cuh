@@ -1,26 +1,26 @@
 // The arithmetic of a pair of query and step of additive attention: exponentials, the factored forms in which two or
-// three units share a reciprocal, and tanh's slope. Their limits are those of ../additive_math.h. No memory access:
+// three units share a reciprocal, and the slope of tanh. ../additive_math.h has the limits. There is no memory access:
 // everything here is unit-tested as plain C++.
 //
-// NaN needs no guard: it passes through the factored forms as through the formula.
+// NaN needs no guard: it propagates through the factored forms as through the formula.
 #pragma once
 
 #include "f32x2.cuh"
 
-// after platform.cuh, which says what the device is
+// after platform.cuh, which defines the device
 #include "../additive_math.h"
 
 namespace attn {
 namespace cuda {
 
-// e^{2x} for |x| <= 43, to about one unit in the last place; anything beyond, but NaN for NaN.
+// e^{2x} for |x| <= 43, with an error of about one unit in the last place. NaN for NaN; undefined for other x.
 //
-// 2x = n ln 2 + f with n ln 2 in two parts, so that the error does not grow with x as that of 2^(2x log2 e) would.
+// 2x = n ln 2 + f, with n ln 2 in two parts. So the error does not grow with x, as the error of 2^(2x log2 e) would.
 ATTN_HOST_DEVICE float exp2x(float x) {
-  constexpr float kRound = 12582912.0f;                        // 1.5 * 2^23: the sum has n in its last bits
+  constexpr float kRound = 12582912.0f;                        // 1.5 * 2^23: the sum has n in its low bits
   const float shifted = fmaf(x, 2.8853900817779268f, kRound);  // 2 / ln 2
   const float n = shifted - kRound;
-  const float f = fmaf(n, -7.14303385e-07f, fmaf(n, -0.3465728759765625f, x));  // halves of ln 2: f is half of above
+  const float f = fmaf(n, -7.14303385e-07f, fmaf(n, -0.3465728759765625f, x));  // with ln 2 / 2: half of the f above
   float p = fmaf(64 * 0.00139561f, f, 32 * 0.00837513f);
   p = fmaf(p, f, 16 * 0.04166608f);
   p = fmaf(p, f, 8 * 0.16666415f);
@@ -30,8 +30,8 @@ ATTN_HOST_DEVICE float exp2x(float x) {
   return p * bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
-// e, the number next to e^{2x}, for |x| <= 43, and r, with which e is e^{2 (x - r)} to the rounding of x: e^{2 f} - 1 is
-// made to its own rounding, so that what the addition of 1 loses of it is known.
+// Returns e, the float32 nearest to e^{2x}, for |x| <= 43, and sets *rest to r with e = e^{2 (x - r)} up to the
+// rounding of x. e^{2 f} - 1 is accurate to its own rounding, so the error of adding 1 is known.
 ATTN_HOST_DEVICE float exp2x_and_rest(float x, float* rest) {
   constexpr float kRound = 12582912.0f;
   const float shifted = fmaf(x, 2.8853900817779268f, kRound), n = shifted - kRound;
@@ -41,15 +41,15 @@ ATTN_HOST_DEVICE float exp2x_and_rest(float x, float* rest) {
   p = fmaf(p, f, 1.3333235f);
   p = fmaf(p, f, 2.0f);
   const float less_1 = fmaf(p * f, f, f + f), mantissa = less_1 + 1.0f;
-  *rest = (less_1 - (mantissa - 1.0f)) * (0.5f - f);  // over 2 e^{2 f}
+  *rest = (less_1 - (mantissa - 1.0f)) * (0.5f - f);  // about the same as a division by 2 e^{2 f}
   return mantissa * bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
-// The same by the instruction for 2^y, which has an error of 2^-22, with what rounding takes from y given back: less
-// than half of the instructions. NaN for NaN.
+// e^{2x} by the instruction for 2^y, which has an error of 2^-22, corrected for the rounding of y. It takes less than
+// half of the instructions. NaN for NaN.
 ATTN_HOST_DEVICE float quick_exp2x(float x) {
   const float y = x * 2.8853900817779268f;
-  const float lost = fmaf(x, 2.8853900817779268f, -y) + x * 3.851926e-08f;  // of 2 x / ln 2
+  const float lost = fmaf(x, 2.8853900817779268f, -y) + x * 3.851926e-08f;  // the rounding error of 2 x / ln 2
   const float e = exp2_approximately(y);
   return fmaf(e, lost * 0.6931472f, e);
 }
@@ -57,27 +57,27 @@ ATTN_HOST_DEVICE float quick_exp2x(float x) {
 // e^{2x} for low precision: the relative error is about (1 + |x|) 2^-22. 0 and Inf beyond the range, NaN for NaN.
 ATTN_HOST_DEVICE float rough_exp2x(float x) { return exp2_approximately(x * 2.8853900817779268f); }
 
-// Of an element of type T.
+// e^{2x} for an element of type T.
 template <typename T>
 ATTN_HOST_DEVICE float exp2x_of(float x) {
   return sizeof(T) == 4 ? exp2x(x) : rough_exp2x(x);
 }
 
-// (1 - tanh(x)^2) / 4 to a few units in the last place. That difference itself would have the error of a number near 1
-// where tanh is near 1, and one large v lets it show.
+// (1 - tanh(x)^2) / 4 with an error of a few units in the last place. If tanh is near 1, computing the difference
+// directly would have the error of a number near 1, which a single large v amplifies.
 template <typename W>
 ATTN_HOST_DEVICE W quarter_slope_of_tanh(W x) {
   const W e = exp_of(-2 * fabs(x)), r = reciprocal(1 + e);
   return e * r * r;
 }
 
-// The larger magnitude, where NaN does not count: one instruction.
+// The larger magnitude, ignoring NaN: one instruction.
 ATTN_HOST_DEVICE float larger_magnitude(float top, float x) { return fmaxf(top, fabsf(x)); }
 
-// v1 tanh1 + v2 tanh2 + sum, of E = e k: e is e^{2q} of a query, ev the same times v of the unit, k is e^{2k}.
+// v1 tanh1 + v2 tanh2 + sum, with E = e k: e is e^{2q} of a query, ev is v e^{2q}, k is e^{2k}.
 //
-// E - 1 comes exact out of the multiply-add, and what is small stays small: the error is that of E, about 2^-24.
-// 1 - 2 / (1 + E) would have that of the reciprocal of a number near 1 besides.
+// The multiply-add computes E - 1 with one rounding, and small values stay small. So the only error is that of E, about
+// 2^-24. 1 - 2 / (1 + E) would add the error of the reciprocal of a number near 1.
 ATTN_HOST_DEVICE float add_two_units(float sum, float e1, float ev1, float v1, float k1, float e2, float ev2, float v2,
                                      float k2) {
   const float d1 = fmaf(e1, k1, 1.0f), d2 = fmaf(e2, k2, 1.0f);
@@ -85,8 +85,8 @@ ATTN_HOST_DEVICE float add_two_units(float sum, float e1, float ev1, float v1, f
   return fmaf(fmaf(n1, d2, n2 * d1), reciprocal(d1 * d2), sum);
 }
 
-// The bound from which on the form of two units is as accurate as the formula; infinity where it never is. norm2: of v,
-// over the `units` it has.
+// The smallest bound from which the form of two units is as accurate as the formula; infinity if it never is. norm2:
+// the sum of the squares of v over its `units`.
 template <typename T>
 ATTN_HOST_DEVICE float min_abs_bound_two(float norm2, std::int64_t units) {
   if (!(norm2 <= kMaxAbsVTwo * kMaxAbsVTwo)) return INFINITY;
@@ -100,22 +100,22 @@ ATTN_HOST_DEVICE float power_of_two_above(float x) {
   return bit_cast<float>((bit_cast<std::uint32_t>(x) & 0x7f800000u) + 0x00800000u);
 }
 
-// total + 1 / d1 + 1 / d2 + 1 / d3, of float or F32x2<float>
+// total + 1 / d1 + 1 / d2 + 1 / d3, for float or F32x2<float>
 template <typename V>
 ATTN_HOST_DEVICE V add_three(V d1, V d2, V d3, V total) {
   const V product = d1 * d2;
   return multiply_add(multiply_add(d1 + d2, d3, product), reciprocal(product * d3), total);
 }
 
-// Compensated: two units share a reciprocal ----------------------------------------------------------------------------
+// Compensated: two units share a reciprocal ---------------------------------------------------------------------------
 //
-// From the same exponentials, v folded in, tanh = n / (n + 2 / v) with n = (E - 1) / v. A multiply-add makes n with one
-// rounding, so that nothing cancels in it; what the exponentials themselves were rounded by is added to a score for a
+// From the same exponentials, with v folded in, tanh = n / (n + 2 / v) with n = (E - 1) / v. A multiply-add computes n
+// with one rounding, so there is no cancellation. The rounding errors of the exponentials are added to a score once per
 // row (exp2x_and_rest). For two units, d = n + 2 / v,
 //
 //   v1 n1 / d1 + v2 n2 / d2 = (n1 ((v1 + v2) n2 + 2 v1 / v2) + (2 v2 / v1) n2) / (d1 d2)
 //
-// where the sum in the numerator is at most three times as large in its terms as in itself.
+// where the terms of the sum in the numerator are at most three times as large as the sum.
 struct UnitPair {
   float c1, c2;              // 1 / v, scaled
   float sum, first, second;  // v1 + v2, and the two quotients
@@ -134,7 +134,7 @@ ATTN_HOST_DEVICE F32x2<float> numerator(F32x2<float> e, F32x2<float> k, float c)
   return n;
 }
 
-// total + v1 tanh1 + v2 tanh2 in parts of the scale of v. kClamped: whatever the products of the exponentials.
+// total + v1 tanh1 + v2 tanh2, in units of the scale of v. kClamped: valid for any products of the exponentials.
 template <bool kClamped>
 ATTN_HOST_DEVICE F32x2<float> add_compensated(const UnitPair& u, F32x2<float> e1, F32x2<float> k1, F32x2<float> e2,
                                               F32x2<float> k2, F32x2<float> total) {
@@ -145,13 +145,13 @@ ATTN_HOST_DEVICE F32x2<float> add_compensated(const UnitPair& u, F32x2<float> e1
   return multiply_add(top, reciprocal(d1 * d2), total);
 }
 
-// total += x; what that rounds off is kept in `lost` for the next time.
+// total += x with Kahan compensation: `lost` carries the rounding error to the next addition.
 template <typename W>
 ATTN_HOST_DEVICE void add_exactly(W x, W& total, W& lost) {
 #if defined(__CUDA_ARCH__)
   const W term = x - lost, sum = total + term;
 #else
-  volatile W term = x - lost, sum = total + term;  // nothing here may be simplified
+  volatile W term = x - lost, sum = total + term;  // volatile: the compiler must not simplify this
 #endif
   lost = fabs(static_cast<W>(sum)) < W(INFINITY) ? (sum - total) - term : W(0);
   total = sum;

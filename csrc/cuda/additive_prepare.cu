@@ -1,5 +1,5 @@
-// Keys prepared once for the steps of a decoder: e^{2k}, and the largest |k| of each step. Layout: PreparedSizes in
-// additive_attention.h.
+// Prepares keys once for all steps of a decoder: e^{2k}, and the largest |k| of each step. PreparedSizes in
+// additive_attention.h has the layout.
 #include "additive_math.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// A warp for each step.
+// One warp per step.
 __global__ void __launch_bounds__(kWarps* kWarp, 4)
     prepare_kernel(AdditivePrepare op, PreparedSizes sizes, int64_t item) {
   const int lane = threadIdx.x % kWarp;

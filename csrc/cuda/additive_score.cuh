@@ -1,13 +1,13 @@
 // The score of additive attention in a decoding step, as a policy of ScoreTile (decode_scores.cuh):
 //
-//   kGuarded                whether the fast sums hold only between limits, outside of which ExactUnit is used
-//   staged_rows(NQ), stage  what NQ queries keep in shared memory: that many rows of floats
-//   limits                  the largest |k| of a step between which the fast sums hold
-//   prepare_key             makes of an element of a key what add_two() takes
-//   Units, Query, add_two   four units of the staged rows, and the sum with two of them
-//   by_form                 calls its argument with what add_two() takes first, one of several types: an activation
-//   ExactUnit               a unit by the formula
-//   finish                  the score, from the sum over units
+//   kGuarded                whether the fast sums are valid only within limits; outside them ExactUnit is used
+//   staged_rows(NQ), stage  the number of rows of floats that NQ queries stage in shared memory, and the staging
+//   limits                  the range of a step's largest |k| for which the fast sums are valid
+//   prepare_key             converts an element of a key to the operand of add_two()
+//   Units, Query, add_two   four units of the staged rows, and the accumulation of two of them
+//   by_form                 calls its argument with the first argument of add_two(), whose type is e.g. an activation
+//   ExactUnit               the contribution of a unit by the formula
+//   finish                  the score, computed from the sum over units
 #pragma once
 
 #include "additive_math.cuh"
@@ -16,21 +16,21 @@
 namespace attn {
 namespace cuda {
 
-// v . tanh(query + keys + bias). Two units share a reciprocal; outside the limits tanh itself.
+// v . tanh(query + keys + bias). Two units share a reciprocal; outside the limits, tanh itself is computed.
 struct AdditiveScore {
   static constexpr bool kGuarded = true;
 
-  // (NQ, padded) e^{2 (q + bias)}, (NQ, padded) v times that, (padded) v
+  // Staged: (NQ, padded) e^{2 (q + bias)}, (NQ, padded) v e^{2 (q + bias)}, (padded) v
   ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return 2 * queries + 1; }
 
-  // At place i of the rows of query q: unit u, 0 from `end` on, x of the query. Adds to its largest magnitude and, once
-  // for all queries, to the sum of the squares of v.
+  // Stages unit u, with the query's element x, at index i of the rows of query q. Units from `end` on are 0. Updates
+  // the query's largest magnitude and, for q = 0 only, the sum of the squares of v.
   template <typename T, int NQ>
   ATTN_DEVICE static void stage(const DecodeParams& p, float* staged, int padded, int q, int i, int64_t u, int64_t end,
                                 float x, float& abs_max, float& norm2) {
     const float v = element_or_zero(static_cast<const T*>(p.v.data), u, end, p.v.stride[2]);
     float e = exp2x(x), size = fabsf(x);
-    if (p.bias.data != nullptr) {  // a product: the sum would round what keys of the other sign cancel
+    if (p.bias.data != nullptr) {  // a product: q + bias would round, which shows if k cancels it
       const float bias = element_or_zero(static_cast<const T*>(p.bias.data), u, end, p.bias.stride[2]);
       e *= exp2x(bias);
       size += fabsf(bias);
@@ -44,7 +44,7 @@ struct AdditiveScore {
     }
   }
 
-  // largest, smallest: of the largest |query| + |bias| of the queries.
+  // largest, smallest: the extremes over the queries of each query's largest |query| + |bias|.
   template <typename T>
   ATTN_DEVICE static void limits(float norm2, int units, float largest, float smallest, float* max_k, float* min_k) {
     *max_k = kMaxBoundTwo - largest;

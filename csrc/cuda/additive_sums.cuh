@@ -1,4 +1,4 @@
-// The sums of a thread over the units of its pairs of queries and steps: see additive_attention_fwd.cu.
+// The sums of a thread over units, for its pairs of queries and steps: see additive_attention_fwd.cu.
 #pragma once
 
 #include "activations.cuh"
@@ -6,11 +6,11 @@
 
 namespace attn {
 namespace cuda {
-namespace {  // of one .cu file
+namespace {  // included by one .cu file
 
-constexpr int kStep = 6;  // units that a thread takes in one turn of its loop: twice three
+constexpr int kStep = 6;  // units per iteration of a thread's loop: twice three
 
-// q[n], k[n]: of unit first + n, kColumns elements after the one before.
+// Loads q[n] and k[n] for the units first + n. Consecutive units are kColumns elements apart.
 template <int kColumns, int kUnits, int kQ, int kK>
 ATTN_DEVICE void load_units(const float* eq, const float* ek, int first, float (&q)[kUnits][kQ],
                             float (&k)[kUnits][kK]) {
@@ -23,8 +23,8 @@ ATTN_DEVICE void load_units(const float* eq, const float* ek, int first, float (
   }
 }
 
-// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], from the thread's first query and
-// step on; constants: [unit].
+// part += the (kQ, kK) sums of 1 / d over `units` units. eq, ek: [unit][kColumns], starting at the thread's first query
+// and step; constants: [unit].
 template <int kQ, int kK, int kColumns>
 ATTN_DEVICE void add_factored(const float* eq, const float* ek, const float* constants, int units,
                               float (&part)[kQ][kK]) {
@@ -54,7 +54,7 @@ ATTN_DEVICE void add_factored(const float* eq, const float* ek, const float* con
   }
 }
 
-// The same in the compensated form; v: of each unit, in parts of the scale.
+// The same in the compensated form. v: [unit], in units of the scale.
 template <int kQ, int kK, int kColumns, bool kClamped>
 ATTN_DEVICE void add_compensated_units(const float* eq, const float* ek, const float* constants, const float* v,
                                        int units, float (&part)[kQ][kK]) {
@@ -76,8 +76,8 @@ ATTN_DEVICE void add_compensated_units(const float* eq, const float* ek, const f
   }
 }
 
-// The same with tanh itself: q, with the bias, and k lie in place of the exponentials, v in place of the constants.
-// What an addition loses is carried to the next one: with a large v one unit may be much larger than the others.
+// The same with tanh itself: q (bias added) and k replace the exponentials, and v replaces the constants. The sums use
+// Kahan compensation: with a large v, one unit may be much larger than the others.
 template <typename W, int kQ, int kK, int kColumns>
 ATTN_DEVICE void add_exact(const W* q, const W* k, const W* v, int units, W (&total)[kQ][kK], W (&lost)[kQ][kK]) {
 #pragma unroll 1
@@ -113,7 +113,7 @@ ATTN_DEVICE void add_activated(const F& f, const W* q, const W* k, const W* v, i
   }
 }
 
-// Adds each part to its total; the next one starts from `start`.
+// Adds each part to its total, and resets the parts to `start`.
 template <typename W, int kQ, int kK>
 ATTN_DEVICE void move_part(W (&part)[kQ][kK], W (&total)[kQ][kK], W start) {
 #pragma unroll

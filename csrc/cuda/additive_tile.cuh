@@ -1,4 +1,4 @@
-// A tile of pairs of queries and steps of a block: its shared memory, and the scores that its threads make: see
+// A block's tile of pairs of queries and steps: its shared memory, and the computation of its scores. See
 // additive_attention_fwd.cu.
 #pragma once
 
@@ -8,13 +8,13 @@
 
 namespace attn {
 namespace cuda {
-namespace {  // of one .cu file
+namespace {  // included by one .cu file
 
-constexpr int kUnits = 12;          // of a chunk, in each split of the units
-constexpr int kQuads = kUnits / 4;  // what a thread loads at once
-constexpr int kKnownItems = 3;      // quads of a thread whose place is kept in registers; large tiles have no more
+constexpr int kUnits = 12;          // units of a chunk, in each split of the units
+constexpr int kQuads = kUnits / 4;  // a thread loads four units at once
+constexpr int kKnownItems = 3;      // quads of a thread whose position is kept in registers; large tiles have no more
 template <typename W>
-constexpr int kMaxThreads = sizeof(W) == 4 ? 384 : 256;  // with the registers that they need
+constexpr int kMaxThreads = sizeof(W) == 4 ? 384 : 256;  // limited by their registers
 constexpr int kMaxUnitSplits = 12, kMaxColumns = 192;
 
 template <class Score>
@@ -23,22 +23,23 @@ struct ScoresTile {
   AttentionMask attended;
   void* scores;  // (B, Tq, Tk) contiguous
   Dtype dtype;   // of scores
-  // A block has threads_q x threads_k threads for each of unit_splits parts of the units, and what fills the last warp.
+  // A block has threads_q x threads_k threads for each of unit_splits parts of the units, rounded up to whole warps.
   int threads_q, threads_k, unit_splits;
   int64_t tiles_q, tiles_k;  // blocks along queries and steps
-  int split_units;           // of a split, a multiple of kStep; of kUnits where there are several: rows come by fours
+  int split_units;  // units of a split, a multiple of kStep; of kUnits if there are several: rows are read by fours
 };
 
-// What the factored form needs of v: how it is scaled, and from which |q| + |k| on it may be used.
+// The properties of v for the factored form: its scale, and the smallest |q| + |k| from which the form may be used.
 struct Scale {
   float unit;        // v / unit is at most 1
-  float min_bound;   // infinity where the factored form may not be used at all
+  float min_bound;   // infinity if the factored form may not be used at all
   bool compensated;  // whether the compensated form may be used
 };
 
 enum class Form { factored, compensated, exact, activated };
 
-// The block's sum, or largest, of one value for each thread; the same for all. buffer: (threads / 32) floats.
+// A reduction over the block, sum or maximum, of one value per thread. All threads get the result.
+// buffer: (threads / 32) floats.
 template <bool kLargest>
 ATTN_DEVICE float of_block(float x, float* buffer) {
   x = kLargest ? warp_largest(x) : warp_sum(x);
@@ -47,7 +48,7 @@ ATTN_DEVICE float of_block(float x, float* buffer) {
   float total = 0;
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w)
     total = kLargest ? larger(total, buffer[w]) : total + buffer[w];
-  __syncthreads();  // the buffer is free again, also for something else
+  __syncthreads();  // the buffer can be reused
   return total;
 }
 
@@ -67,24 +68,24 @@ ATTN_DEVICE Scale scale_of(const AdditiveScores& op, float* buffer) {
     dropped += x < scale.unit * kMinRelativeV ? x : 0.0f;
   }
   dropped = of_block<false>(dropped, buffer);
-  // Not for NaN or infinity; and what is dropped has to be below the rounding of the largest unit, all of it together.
+  // Not for NaN or infinity. The sum of all dropped units must be below the rounding of the largest unit.
   const bool in_range = top > kMinAbsMaxV && top < kMaxAbsMaxV;
   if (!(in_range && dropped <= scale.unit * kMinRelativeV)) scale.min_bound = INFINITY;
-  // A score may be small because the tanh of the largest units are: nothing is below its rounding then.
+  // In this form no unit may be dropped: if the tanh of the largest units are small, a small unit may still matter.
   scale.compensated = in_range && dropped == 0;
   return scale;
 }
 
-// Shared memory of a block. The sums of the splits take its place at the end.
+// Shared memory of a block. At the end, the sums of the splits overwrite it.
 template <typename W, int kColumns>
 struct SharedTile {
   int columns_q, columns_k, columns;  // rows of the tile: queries, steps, both
-  W* rows;                            // [split][unit][kColumns]: a constant, so that loads need no arithmetic
+  W* rows;                            // [split][unit][kColumns]: kColumns is a constant, so loads need no arithmetic
   W *constants, *factors, *biases;    // [split][unit]: d = constant + factor e^{2 (q + bias)} e^{2k}; compensated: v
   W* halves;                          // [split]
   W* staging;                         // [item][4], item = (split, quad, column): the next four units of a row
-  W* abs_max;                         // [item]: the largest of them so far, in magnitude; compensated: sum of v r
-  float* buffer;                      // of of_block
+  W* abs_max;                         // [item]: their largest magnitude so far; compensated: sum of v r
+  float* buffer;                      // for of_block
 
   ATTN_DEVICE SharedTile(int unit_splits, int columns_q, int columns_k)
       : columns_q(columns_q), columns_k(columns_k), columns(columns_q + columns_k) {
@@ -113,7 +114,7 @@ ATTN_DEVICE void load_4_staged(const W* from, W* x) {
   for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(from + i, x + i);
 }
 
-// abs_max[column] = what all items of the column have there, put together by `combine`.
+// abs_max[column] = the reduction, by `combine`, of abs_max over all items of the column.
 template <int kColumns, class Score, class Combine>
 ATTN_DEVICE void combine_items(const ScoresTile<Score>& a, const SharedTile<float, kColumns>& s,
                                const Combine& combine) {
@@ -125,8 +126,8 @@ ATTN_DEVICE void combine_items(const ScoresTile<Score>& a, const SharedTile<floa
   __syncthreads();
 }
 
-// Four units of a row, from unit `unit` of the chunk on, as exponentials in the place of x. Adds to rest the sum of v r
-// for exponentials that are those of x - r.
+// Replaces x, four units of a row from unit `unit` of the chunk on, by exponentials. They are exact for x - r; the sum
+// of v r is added to rest.
 template <int kColumns>
 ATTN_DEVICE void stage_compensated(const SharedTile<float, kColumns>& s, int unit, bool is_query, float* x,
                                    float& rest) {
@@ -140,12 +141,12 @@ ATTN_DEVICE void stage_compensated(const SharedTile<float, kColumns>& s, int uni
     const float lost_of_sum = (x[i] - (sum - of_added)) + (added - of_added);
     float r;
     const float rounded = exp2x_and_rest(sum, &r);
-    // The exponential itself takes what the sum rounds off: a rest, at most the rounding of x, counts as if every tanh
-    // were steep, which large sums are not.
+    // The rounding error of the sum goes into the exponential, not into the rest. A rest must not exceed the rounding
+    // of x: it is weighted as if the slope of every tanh were 1, which does not hold for large sums.
     const float e = fmaf(rounded, 2 * lost_of_sum, rounded), lost = fmaf(rounded, 2 * lost_of_sum, rounded - e);
     const float factor = is_query ? constant[i] / kDenominatorScaleOfRow : kDenominatorScaleOfRow;
     x[i] = e * factor;
-    r += 0.5f * fmaf(lost, factor, fmaf(e, factor, -x[i])) * reciprocal(x[i]);  // what this and the product lose
+    r += 0.5f * fmaf(lost, factor, fmaf(e, factor, -x[i])) * reciprocal(x[i]);  // the rounding of both products
     rest = fmaf(v[i], r, rest);
   }
 }
@@ -161,9 +162,10 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
   const W* mine_v = s.constants + (works ? split : 0) * kUnits;
   const int mine_q = within / a.threads_k * kQ, mine_k = s.columns_q + within % a.threads_k * kK;
 
-  // An item is four units of a row. Consecutive threads have consecutive rows. The first items of a thread are known.
+  // An item is four units of a row. Consecutive threads have consecutive rows. The positions of a thread's first items
+  // are kept in registers.
   struct Item {
-    short column, unit;  // unit of the chunk, counted over all splits
+    short column, unit;  // unit: index in the chunk, over all splits
   } known[kKnownItems];
   const int items = a.unit_splits * kQuads * columns;
   auto item = [&](int index) {
@@ -182,11 +184,11 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
   };
   for_items([&](int index, Item) { s.abs_max[index] = 0; });
   auto first_unit = [&](int of_split, int chunk) { return of_split * a.split_units + chunk * kUnits; };
-  // Of v and bias: 16 threads for each split, in whole warps.
+  // v and bias are loaded by 16 threads per split, in whole warps.
   const int v_split = threadIdx.x / 16, v_unit = threadIdx.x % 16;
   W next_v = 0, next_bias = 0;
 
-  // From the rows to the staging area in shared memory, while the threads compute; each thread reads back its own part.
+  // Asynchronous copies from the rows to the staging area in shared memory. Each thread later reads its own part.
   auto load_chunk = [&](int chunk) {
     for_items([&](int index, Item of) {
       const bool is_query = of.column < s.columns_q;
@@ -254,8 +256,8 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
     });
   };
 
-  // part: the sum over two chunks; factored, minus half their sum of v, which keeps it score-sized. Exact form: what Kahan
-  // compensation keeps.
+  // part: the sum over two chunks. In the factored form half their sum of v is subtracted, which keeps it as small as
+  // the scores. In the exact form it holds the Kahan compensation.
   W part[kQ][kK], owed = 0;
 #pragma unroll
   for (int i = 0; i < kQ; ++i)
@@ -319,7 +321,7 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
   __syncthreads();
 }
 
-// Adds up the splits and writes the tile.
+// Sums over the splits and writes the tile.
 template <typename W, int kQ, int kK, int kColumns, class Score>
 ATTN_DEVICE void write_tile(const ScoresTile<Score>& a, const SharedTile<W, kColumns>& s, int b, int q0, int k0,
                             const W (&total)[kQ][kK]) {
@@ -343,8 +345,8 @@ ATTN_DEVICE void write_tile(const ScoresTile<Score>& a, const SharedTile<W, kCol
   }
 }
 
-// abs_max[column] = the largest |query + bias| or |key| of the row, where no form has found it on its way. NaN does not
-// count: it spreads by itself.
+// abs_max[column] = the largest |query + bias| or |key| of the row, for tiles without a form that computes it. NaN is
+// ignored: it propagates through the sums.
 template <int kColumns>
 ATTN_DEVICE void find_largest(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
                               int k0) {
@@ -366,8 +368,8 @@ ATTN_DEVICE void find_largest(const ScoresTile<AdditiveScores>& a, const SharedT
   __syncthreads();
 }
 
-// Calls body(|q|, |k|), the largest of each row of abs_max, for the pairs of this thread that are attended and of which
-// `counts` says that they tell something.
+// Calls body(|q|, |k|), with the largest values of the two rows, for the attended pairs of this thread for which
+// counts(|q|, |k|) is true.
 template <int kColumns, class Counts, class Body>
 ATTN_DEVICE void for_attended(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
                               int k0, int length, const Counts& counts, const Body& body) {
@@ -379,7 +381,7 @@ ATTN_DEVICE void for_attended(const ScoresTile<AdditiveScores>& a, const SharedT
   }
 }
 
-// Whether a pair that is attended lies outside the limits of the factored form; the same for all threads.
+// Whether an attended pair is outside the limits of the factored form. All threads get the same result.
 template <int kColumns>
 ATTN_DEVICE bool is_out_of_bounds(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b,
                                   int q0, int k0, int length, float min_bound) {
@@ -390,9 +392,9 @@ ATTN_DEVICE bool is_out_of_bounds(const ScoresTile<AdditiveScores>& a, const Sha
   return of_block<true>(outside ? 1.0f : 0.0f, s.buffer) != 0;
 }
 
-// What the pairs of a tile reach that are attended; the same for all threads.
+// The largest magnitudes of the attended pairs of a tile. All threads get the same result.
 struct Reach {
-  float bound, side;  // the largest |q| + |k|, and the largest of all |q| and |k|
+  float bound, side;  // bound: the largest |q| + |k|; side: the largest of all |q| and |k|
 };
 
 template <int kColumns>

@@ -1,5 +1,5 @@
-// One call of an op on a CUDA device: makes its device the current one and owns what the kernels need besides their
-// arguments. With ATTN_EMULATED the "device" is the CPU.
+// The context of one call of an op on a CUDA device. It makes that device current, and owns the scratch memory of the
+// kernels. With ATTN_EMULATED the "device" is the CPU.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -27,7 +27,7 @@ class CallContext {
   CallContext(const CallContext&) = delete;
   const Kernels& kernels() const;
 
-  // Memory that is freed with the call; what runs on its stream before may still use it then.
+  // Memory that is freed at the end of the call. Kernels launched on its stream before then may still use it.
   void* scratch(int64_t bytes);
   static CallContext& current();
 

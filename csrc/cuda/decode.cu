@@ -1,5 +1,5 @@
-// Attention of few queries on one memory (a decoder step; beams) in one launch that reads keys and values once: the
-// kernel, what it is launched with, and how the steps of a sentence are split over blocks (decode_block.cuh).
+// Attention of few queries on one memory (a decoder step; beams), in one launch that reads keys and values once. This
+// file has the kernel, its launch parameters, and the split of a sentence's steps over blocks (decode_block.cuh).
 #include "activated_score.cuh"
 #include "additive_score.cuh"
 #include "decode.h"
@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_queries_kernel(DecodeParams p
   Block<F, NQ>(p).run();
 }
 
-constexpr int kCapacity = 1024;  // steps of a block, for shared memory; half of it in float64
-constexpr int kMinSteps = 8;     // of a block, below which a further split is not worth it
+constexpr int kCapacity = 1024;  // most steps of a block, limited by shared memory; half of it in float64
+constexpr int kMinSteps = 8;     // fewest steps of a block for which a further split is faster
 
 bool has_vectorized_rows(const StridedView3& a, int64_t n, int64_t item) {
   const int64_t each = 16 / item;
@@ -80,7 +80,7 @@ void run_queries(const DecodeParams& p, int64_t B) {
   run<F, 8>(p, B);
 }
 
-// Prepared keys are for the fast form only: the raw ones always do.
+// Prepared keys are an input of the vectorized forms only. All forms can use the raw keys.
 template <class Score, typename T>
 void run_form(DecodeParams p, int64_t B) {
   if constexpr (sizeof(T) <= 4) {
@@ -118,22 +118,23 @@ void run_dtype(const Op& op, const Splits& splits, DecodeParams p) {
 
 }  // namespace
 
-// About two blocks for each multiprocessor. A cluster shares its work without memory traffic and without clearing a
-// counter first, and so is preferred while that leaves its blocks few steps.
+// About two blocks per multiprocessor. The blocks of a cluster combine their parts without global memory and without a
+// counter to clear. So a cluster is preferred as long as its blocks have few steps.
 Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
   const int64_t wanted = larger(1, 2 * device.multiprocessors / larger(B, 1)),
                 least = ceil_div(Tk, dtype == Dtype::float64 ? kCapacity / 2 : kCapacity);
   if (device.capability >= 90 && dtype != Dtype::float64) {
-    // Clusters of more than 8 blocks are only for the large chips.
+    // Only the large chips support clusters of more than 8 blocks.
     const int64_t most = device.capability < 110 ? 16 : 8;
     constexpr int64_t kMaxSteps = 96;
     int64_t n = 1;
     while (n < most && (n < least || (2 * n <= wanted && Tk >= 2 * n * kMinSteps))) n *= 2;
     if (n >= least && (2 * n > wanted || ceil_div(Tk, n) <= kMaxSteps)) return {n, n > 1};
   }
-  // The last block reads a context from each of the others: with more of them than about this, that takes longest.
+  // The last block reads a context from each of the others. With more than about sqrt(2 Tk) blocks that would take
+  // longest.
   int64_t most = 1;
   while (most * most < 2 * Tk) ++most;
   return {larger(least, smaller(smaller(wanted, most), larger(1, Tk / (2 * kMinSteps)))), false};

@@ -1,4 +1,4 @@
-// How decode.cu divides its work. Tests choose it themselves.
+// How decode.cu divides its work. Tests set the division themselves.
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +7,8 @@
 namespace attn {
 namespace cuda {
 
-// Over how many blocks the steps of each sentence are split, and who puts the parts together: a cluster of so many
-// blocks (not for float64; at most 16, a power of two), or whichever block of the sentence comes last.
+// The number n of blocks over which the steps of each sentence are split, and what combines their parts: either a
+// cluster of n blocks (not for float64; at most 16, a power of two), or the block of the sentence that finishes last.
 struct Splits {
   int64_t n;
   bool cluster;

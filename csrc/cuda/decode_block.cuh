@@ -1,7 +1,7 @@
-// A block of a decoding step. It has a sentence, or a part of its steps, and all queries: scores of its steps
-// (decode_scores.cuh), softmax within the part (softmax.cuh), context of the part. Parts are combined by their largest
-// scores and sums, in a fixed order: by the blocks of a cluster, which read each other's shared memory, or by whichever
-// block of the sentence comes last. Part of decode.cu.
+// A block of a decoding step. It has all queries and all steps of a sentence, or a part of the steps. It computes the
+// scores of its steps (decode_scores.cuh), the softmax within the part (softmax.cuh), and the context of the part.
+// Parts are combined by their largest scores and sums, in a fixed order. Either the blocks of a cluster do it, which
+// read each other's shared memory, or the block of the sentence that finishes last. Part of decode.cu.
 #pragma once
 
 #include "decode_scores.cuh"
@@ -10,9 +10,9 @@ namespace attn {
 namespace cuda {
 
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kMaxClusterBlocks = 16;  // blocks of a cluster
+constexpr int kMaxClusterBlocks = 16;  // most blocks of a cluster
 
-// threadIdx.x, read anew, so that nothing made of it is kept in registers over the inner loops.
+// Reads threadIdx.x again, so that values derived from it are not kept in registers across the inner loops.
 ATTN_DEVICE int this_thread() {
 #if defined(__CUDA_ARCH__)
   int x;
@@ -52,7 +52,7 @@ struct Block {
     sync(&BlockState::steps);
   }
 
-  // A barrier, after which everything known from the start is read anew.
+  // A barrier. It reloads the block constants afterwards, so they are not kept in registers.
   ATTN_DEVICE void sync() { sync(&BlockState::attended_steps); }
 
   ATTN_DEVICE void sync(int BlockState::* steps_now) {
@@ -100,7 +100,8 @@ struct Block {
 
   ATTN_DEVICE int64_t first_column(int pass) const { return static_cast<int64_t>(pass) * p.columns.n; }
 
-  // Values come from memory while scores are computed, as far as they are not too many to be kept till then.
+  // Prefetches values while scores are computed, up to a number of cache lines that stay in the cache until they are
+  // used.
   ATTN_DEVICE void fetch_values() const {
     if constexpr (F::kVectorized) {
       constexpr int kLine = 128 / sizeof(T);
@@ -113,7 +114,8 @@ struct Block {
     }
   }
 
-  // The steps that some query attends, in order, with a bit for each query. Zeros as the alignments of the others.
+  // Lists the steps that at least one query attends, in order, with a bit per query. Sets the alignments of all steps
+  // of the block to zero.
   ATTN_DEVICE void list_attended() {
     const int lane = threadIdx.x % kWarp;
     if (threadIdx.x < kWarp) {
@@ -149,7 +151,7 @@ struct Block {
     sync();
   }
 
-  // weights: from scores to e^(score - largest), 0 where not attended. A warp for each query.
+  // Replaces the scores in weights() by e^(score - largest), 0 for steps that are not attended. One warp per query.
   ATTN_DEVICE void softmax() const {
     const int q = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     if (q >= NQ) return;
@@ -176,7 +178,7 @@ struct Block {
     }
   }
 
-  // contexts = weights @ values of the part, columns d .. d + columns.n.
+  // contexts = weights @ values over the steps of the part, columns d .. d + columns.n.
   ATTN_DEVICE void sum_values(int64_t d) const {
     const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
     const int groups = kWarps / p.columns.warps, group = warp / p.columns.warps;
@@ -222,10 +224,10 @@ struct Block {
         for (int r = q; r < q + 4 && r < NQ; ++r) weight[r] = weights()[i * NQ + r];
   }
 
-  // weights @ values of the steps of a group of warps, for the columns of this lane.
+  // weights @ values over the steps of a group of warps, for the columns of this lane.
   template <bool kMixed>
   ATTN_DEVICE void sum_rows(W* sums, int64_t d, int first, int n, int group, int groups) const {
-    // Steps on their way at a time, as far as registers go.
+    // kRows: steps in flight, limited by registers.
     constexpr int kMax = NQ * kEach >= 32 ? 4 : 8;
     constexpr int kRows = kMixed || (NQ == 8 && !F::kVectorized) ? 1 : NQ * kEach == 64 || !F::kVectorized ? 2 : kMax;
     const Rows<F, T> rows(p.values, b, steps.first, d);
@@ -254,7 +256,7 @@ struct Block {
     }
   }
 
-  // The Part of query q over all blocks: what the lanes of a warp make of those that part(r) gives.
+  // Merges the Parts of a query of all blocks r, given by part(r). Computed by one warp.
   template <class PartOf>
   ATTN_DEVICE Part whole(const PartOf& part) const {
     Part all = Normaliser::nothing();
@@ -267,14 +269,15 @@ struct Block {
     return all;
   }
 
-  // From the shared memory of the cluster's blocks, or of this one.
+  // Loads from the shared memory of block r of the cluster, or of this block without a cluster.
   ATTN_DEVICE W load_of(const W* address, int r) const {
     if constexpr (sizeof(W) == 4)
       if (p.cluster) return load_of_rank(address, r);
     return *address;
   }
 
-  // Columns d .. d + columns.n of the context, and with the first of them the alignments. Blocks share the p.columns.
+  // Writes columns d .. d + columns.n of the context and, for d = 0, the alignments. The blocks of a cluster divide the
+  // columns.
   ATTN_DEVICE void combine_shared(int64_t d) const {
     const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
     if (p.cluster) cluster_sync();
@@ -296,10 +299,10 @@ struct Block {
       for (int r = 0; r < splits; ++r) sum += factors()[r * NQ + q] * load_of(contexts() + q * p.columns.n + c, r);
       static_cast<T*>(p.context)[(static_cast<int64_t>(b) * p.Tq + q) * p.D + d + c] = narrow<T>(sum);
     }
-    if (p.cluster) cluster_sync();  // until now others read this block's contexts
+    if (p.cluster) cluster_sync();  // other blocks may read this block's contexts until here
   }
 
-  // Of the steps of this block, and of its share of those beyond the length.
+  // Writes the alignments of this block's steps, and zeros for its share of the steps beyond the length.
   ATTN_DEVICE void write_alignments() const {
 #pragma unroll 1
     for (int q = 0; q < p.Tq; ++q) {
@@ -323,7 +326,7 @@ struct Block {
     }
   }
 
-  // If this is the last block of its sentence: context and alignments of all blocks.
+  // In the last block of a sentence to finish: combines all parts, and writes context and alignments.
   ATTN_DEVICE void combine_last() const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     __threadfence();

@@ -1,9 +1,10 @@
-// Scores of the few queries of a sentence against the steps of a block. Part of decode.cu; what
-// is particular to a score is in additive_score.cuh, activated_score.cuh and dot_score.cuh.
+// Scores of the few queries of a sentence and the steps of a block. Part of decode.cu. The policies of the scores are
+// in additive_score.cuh, activated_score.cuh and dot_score.cuh.
 //
-// A warp takes a few steps at a time, its lanes lie along the hidden units, and all queries share each loaded key. What
-// the queries bring (for additive attention exponentials) is staged in shared memory, in blocks of units, in the order
-// in which lanes read it. While a warp computes with 16 bytes of each of its steps, the next 16 are on their way.
+// A warp computes a few steps at a time. Its lanes divide the hidden units, and all queries share each loaded key. The
+// queries' operands (exponentials for additive attention) are staged in shared memory, in blocks of units, in the order
+// in which lanes read them. While a warp computes with 16 bytes of each of its steps, the next 16 bytes are being
+// loaded.
 #pragma once
 
 #include "decode_types.cuh"
@@ -11,36 +12,36 @@
 namespace attn {
 namespace cuda {
 
-// weights[i * NQ + q] for step i of the block: its scores, where not attended anything.
+// Computes weights[i * NQ + q], the scores of step i of the block; undefined for pairs that are not attended.
 template <class F, int NQ>
 struct ScoreTile {
   using T = typename F::T;
   using Key = typename F::Key;
   using W = Wide<T>;
   using Score = typename F::Score;
-  static constexpr bool kStaged = sizeof(T) <= 4;  // float64 takes the exact form
+  static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
   static constexpr int kRows =
-      NQ == 4 && F::kVectorized ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 take too many registers
-  static constexpr int kLoads = F::kVectorized ? 4 / kRows : 1;  // loads of each
-  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;        // of a load of the warp
+      NQ == 4 && F::kVectorized ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 steps need too many registers
+  static constexpr int kLoads = F::kVectorized ? 4 / kRows : 1;  // loads per step
+  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;        // units per load of the warp
 
   const DecodeParams& p;
   int b;
   Steps steps;
 
-  int64_t unit = 0;            // where this block of units begins,
-  int units = 0, padded = 0;   // how many it has, and that in whole loads
-  float max_k = 0, min_k = 0;  // which largest |k| the factored form is right for
+  int64_t unit = 0;            // the first unit of this block of units
+  int units = 0, padded = 0;   // its number of units, and that number rounded up to whole loads
+  float max_k = 0, min_k = 0;  // the range of the largest |k| for which the factored form is valid
   bool all_exact = true;
 
-  // (Score::staged_rows(NQ), padded): see the score.
+  // (Score::staged_rows(NQ), padded): see the policies of the scores.
   ATTN_DEVICE float* staged() const { return reinterpret_cast<float*>(shared_memory()); }
   ATTN_DEVICE float* guards() const { return reinterpret_cast<float*>(shared_memory() + p.shared.guards); }
   ATTN_DEVICE unsigned char* needs_exact() const {
     return reinterpret_cast<unsigned char*>(shared_memory() + p.shared.needs_exact);
   }
 
-  // Most units of a block of them, and the bytes they take.
+  // The most units of a block of units, and the bytes that they need.
   static constexpr int kMaxUnits = 4096 / (NQ < 2 ? 2 : NQ);
   static int64_t bytes(int64_t A) {
     if (!kStaged) return 0;
@@ -51,7 +52,7 @@ struct ScoreTile {
   ATTN_DEVICE void run() {
     const int warp = threadIdx.x / kWarp;
     do {
-      bool any_exact = true;  // whether some of this warp's steps, or all, need the exact form
+      bool any_exact = true;  // whether any of this warp's steps needs the exact form
       units = static_cast<int>(!kStaged || p.A - unit < kMaxUnits ? p.A - unit : kMaxUnits);
       if constexpr (kStaged) {
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
@@ -79,7 +80,8 @@ struct ScoreTile {
     } while (kStaged && unit < p.A);
   }
 
-  // Of step i and the kRows - 1 after it, kLoads loads from unit c of the block on. Nothing beyond the last step.
+  // kLoads loads from unit c of the block on, for each of the kRows steps from i on. Nothing is read beyond the last
+  // step.
   ATTN_DEVICE void fetch(const Rows<F, Key>& rows, uint4* raw, int i, int c) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -89,7 +91,7 @@ struct ScoreTile {
     }
   }
 
-  // Each warp stages for one query: all of the block's units, or with the other warps of the query a part of them.
+  // Each warp stages one query: all units of the block, or a share of them if several warps stage the query.
   ATTN_DEVICE void stage() {
     constexpr int kEach = kWarps / NQ;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, q = warp / kEach;
@@ -109,7 +111,7 @@ struct ScoreTile {
     }
   }
 
-  // Sets the guards. False if no step can pass them.
+  // Computes the limits of |k|. Returns false if no step can be within them.
   ATTN_DEVICE bool choose() {
     if constexpr (!Score::kGuarded) return true;
     constexpr int kEach = kWarps / NQ;
@@ -127,8 +129,8 @@ struct ScoreTile {
     return max_k >= 0 && min_k <= max_k;
   }
 
-  // Scores of step i and those after it, or false where some of them are left. next: the first loads of this warp,
-  // afterwards those of its next steps.
+  // Computes the scores of kRows steps from i on. Returns false if some need the exact form. next: in, the first loads
+  // of these steps; out, the first loads of the warp's next steps.
   ATTN_DEVICE bool score_rows(const Rows<F, Key>& rows, uint4* next, int i) {
     const int lane = threadIdx.x % kWarp;
     float sums[kRows * NQ] = {}, abs_max[kRows] = {};
@@ -144,7 +146,7 @@ struct ScoreTile {
       for (int l = 0; l < kLoads; ++l)
         if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, abs_max);
     }
-    unsigned accepted = 0;  // a bit for each step for which the factored form is
+    unsigned accepted = 0;  // a bit for each step for which the factored form is valid
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (F::kPrepared) abs_max[r] = prepared_abs_max(i + r < steps.n ? i + r : steps.n - 1);
@@ -162,7 +164,7 @@ struct ScoreTile {
     return accepted == (1u << kRows) - 1;
   }
 
-  // Adds to the sums (row, query) what a load of each row has, of the units from c on.
+  // Accumulates one load of each row, the units from c on, into sums (row, query).
   ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* abs_max) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -198,7 +200,7 @@ struct ScoreTile {
     return reinterpret_cast<const float*>(row_of<Key>(p.prepared, b, p.Tk))[steps[i]];
   }
 
-  // Step i by the formula itself, in the precision of W.
+  // The scores of step i by the formula, in the precision of W.
   ATTN_DEVICE void score_exactly(int i) const {
     const int lane = threadIdx.x % kWarp;
     const int64_t query_stride = p.query.stride[2], keys_stride = p.keys.stride[2];

@@ -1,5 +1,5 @@
-// What the parts of a decoding step share: the layout of shared memory, the arguments of the kernel, the form of an
-// instance, and how the lanes of a warp read rows. Part of decode.cu.
+// Types that the parts of a decoding step share: the layout of shared memory, the arguments of the kernel, the template
+// parameters of an instance, and how the lanes of a warp read rows. Part of decode.cu.
 #pragma once
 
 #include "softmax.cuh"
@@ -10,15 +10,15 @@ namespace cuda {
 
 constexpr int kWarps = 8;
 
-// Shared memory of a block: offsets in bytes. It begins with what the scores stage and, later, the contexts of the
-// part.
+// The layout of a block's shared memory: offsets in bytes. It begins with the staged rows of the scores, which are
+// later overwritten by the contexts of the part.
 struct Shared {
-  int weights;      // (capacity, NQ), of W: scores, later e^(score - largest), 0 where not attended
+  int weights;      // (capacity, NQ), of W: scores, later e^(score - largest), 0 if not attended
   int stats;        // (2, NQ), of W: Normaliser::Part
-  int factors;      // (kMaxClusterBlocks, NQ), of W: what turns weights of each block into alignments
+  int factors;      // (kMaxClusterBlocks, NQ), of W: alignments = factor * weights, for each block
   int guards;       // (2, kWarps) float
   int state;        // a BlockState
-  int list;         // (capacity) int, with a mask: offsets of the attended steps from the first
+  int list;         // (capacity) int, with a mask: offsets of the attended steps from the first step
   int attends;      // (capacity) bytes, with a mask: a bit for each query
   int needs_exact;  // (capacity) bytes: steps that need the exact form
   int bytes;
@@ -27,19 +27,20 @@ struct Shared {
 // The constants of a block live in shared memory to save registers.
 struct BlockState {
   int sentence, rank, length;  // rank: which of the sentence's blocks this is
-  int first, steps;            // of the block, before the mask
+  int first, steps;            // the steps of the block, before masking
   int attended_steps;          // steps that some query attends
   int is_last;                 // whether the block is the last of its sentence to finish
-  int combined_blocks;         // blocks that combine in shared memory; 0 where the last block does it in global memory
+  int combined_blocks;         // blocks that combine in shared memory; 0 if the last block combines in global memory
   int attending_queries;       // a bit for each query that attends a step of the block
 };
 
-// How a block divides D: columns of a pass, over `warps` warps, of which kWarps / warps groups share the steps.
+// How a block divides D: `n` columns per pass, over groups of `warps` warps. The kWarps / warps groups divide the
+// steps.
 struct Columns {
   int warps, n;
 };
 
-// What a call is, for the kernel.
+// The arguments of the kernel.
 struct DecodeParams {
   int Tq, Tk;
   int64_t A, D;
@@ -54,19 +55,19 @@ struct DecodeParams {
   void* alignments;  // (B, Tq, Tk) contiguous, or null
   Shared shared;
   Columns columns;
-  int splits;             // blocks of a sentence,
-  bool cluster;           // which are a cluster or, otherwise, use what follows
+  int splits;             // blocks per sentence
+  bool cluster;           // whether they are a cluster; otherwise they use the next four arrays
   void* stats;            // (B, splits, 2, Tq), of W: Normaliser::Part of each block
-  void* partial;          // (B, splits, Tq, D), of W: their contexts
+  void* partial;          // (B, splits, Tq, D), of W: the context of each block
   void* scores;           // (B, Tq, Tk), of W, or null
-  unsigned* finished;     // (B,): how many blocks have
+  unsigned* finished;     // (B,): the number of finished blocks
   Activation activation;  // of ActivatedScore
   double negative_slope;  // of leaky_relu
 };
 
-// An instance: the score and the normaliser (policies: additive_score.cuh, activated_score.cuh,
-// dot_score.cuh, softmax.cuh), the elements of
-// the inputs, those of the keys as they are read (T, or those of prepared keys), and whether rows are read by 16 bytes.
+// The template parameters of an instance: the score and the normaliser (policies: additive_score.cuh,
+// activated_score.cuh, dot_score.cuh, softmax.cuh), the element type of the inputs, the element type of the keys that
+// are read (T, or that of prepared keys), and whether rows are read by 16 bytes.
 template <class ScorePolicy, typename Element, typename KeyElement, bool prepared, bool vectorized>
 struct Form {
   using Score = ScorePolicy;
@@ -76,7 +77,7 @@ struct Form {
   static constexpr bool kPrepared = prepared, kVectorized = vectorized;
 };
 
-// The attended steps of a block: all of first .. first + n, or those in the list.
+// The attended steps of a block: all of first .. first + n or, with a mask, the n steps in the list.
 struct Steps {
   const DecodeParams& p;
   int first, n;
@@ -92,18 +93,18 @@ ATTN_DEVICE const T* row_of(const StridedView3& a, int64_t b, int64_t i) {
   return static_cast<const T*>(a.data) + b * a.stride[0] + i * a.stride[1];
 }
 
-// Elements 0 .. n of a row, of whichever lane: T there, zeros beyond.
+// Element i of a row of n elements; 0 for i >= n.
 template <typename T>
 ATTN_DEVICE Wide<T> element_or_zero(const T* row, int64_t i, int64_t n, int64_t stride) {
   return i < n ? widen(row[i * stride]) : Wide<T>(0);
 }
 
-// Rows of elements from one on, as the lanes of a warp read them: 16 bytes each. By 16 bytes a lane has neighbours,
-// otherwise it has every 32nd.
+// Rows of elements, as the lanes of a warp read them, 16 bytes per lane. If rows are read by 16 bytes, a lane has
+// adjacent elements, otherwise every 32nd element.
 template <class F, typename E>
 struct Rows {
   const char* lane_first;
-  int64_t stride, element_stride;  // in bytes; of rows it fits in 32 bits where they are read by 16 bytes
+  int64_t stride, element_stride;  // in bytes; if rows are read by 16 bytes, the stride of rows fits in 32 bits
 
   ATTN_DEVICE Rows(const StridedView3& a, int64_t b, int64_t row, int64_t element)
       : stride(a.stride[1] * static_cast<int>(sizeof(E))), element_stride(a.stride[2] * static_cast<int>(sizeof(E))) {
@@ -113,7 +114,7 @@ struct Rows {
                  (F::kVectorized ? lane * 16 : lane * element_stride);
   }
 
-  // Of elements first .. first + 32 * kPer16Bytes of a row, those from n on as zeros.
+  // This lane's part of elements first .. first + 32 * kPer16Bytes of a row; elements from n on are zeros.
   ATTN_DEVICE uint4 load(int row, int first, int n) const {
     const int lane = threadIdx.x % kWarp;
     if constexpr (F::kVectorized) {
@@ -135,8 +136,8 @@ struct Rows {
   }
 };
 
-// In which order the units of a block are staged, so that a lane finds what belongs to its elements of Rows, four
-// at a time, and its neighbours' beside them: the unit at place i.
+// The order in which the units of a block are staged: returns the unit at index i. A lane finds the values for its
+// elements of Rows four at a time, next to those of its neighbour lanes.
 template <class F>
 ATTN_DEVICE int unit_at(int i) {
   constexpr int kEach = kPer16Bytes<typename F::Key>, kAll = kWarp * kEach;
@@ -144,7 +145,8 @@ ATTN_DEVICE int unit_at(int i) {
   return i / kAll * kAll + (F::kVectorized ? lane * kEach + j : j * kWarp + lane);
 }
 
-// In the lanes from 32 / N * i on: the sum of x[i] of all lanes. N is a power of two. The lanes share the additions.
+// Sums each x[i] over all lanes. The lanes from 32 / N * i on get the sum of x[i]. N is a power of two. The additions
+// are divided among the lanes.
 template <int N, int kStep = kWarp / 2, typename W>
 ATTN_DEVICE W warp_sums(W* x) {
   if constexpr (N > 1) {

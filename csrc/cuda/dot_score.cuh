@@ -1,5 +1,5 @@
-// The score of dot-product attention in a decoding step: a policy like AdditiveScore (additive_score.cuh has the
-// rules).
+// The score of dot-product attention in a decoding step: a policy like AdditiveScore (additive_score.cuh describes the
+// members).
 #pragma once
 
 #include "decode_types.cuh"
@@ -11,7 +11,7 @@ namespace cuda {
 struct DotScore {
   static constexpr bool kGuarded = false;
 
-  // (NQ, padded) q
+  // Staged: (NQ, padded) q
   ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return queries; }
 
   template <typename T, int NQ>

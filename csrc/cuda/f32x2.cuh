@@ -1,5 +1,5 @@
-// F32x2 numbers that are computed with together: on compute capability 10.0 and later one instruction does it for both,
-// elsewhere these are the plain operations twice.
+// Pairs of numbers that are computed together. On compute capability 10.0 and later one instruction computes both,
+// elsewhere each operation is done twice.
 #pragma once
 
 #include "platform.cuh"
@@ -39,7 +39,7 @@ ATTN_HOST_DEVICE F32x2<W> multiply_add(F32x2<W> a, F32x2<W> b, F32x2<W> c) {
   return {a.x * b.x + c.x, a.y * b.y + c.y};
 }
 
-// The same with one rounding, which the compiler leaves open above.
+// The same, but always with a single rounding. Above, the compiler may or may not fuse.
 ATTN_HOST_DEVICE F32x2<float> fused_multiply_add(F32x2<float> a, F32x2<float> b, F32x2<float> c) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return multiply_add(a, b, c);

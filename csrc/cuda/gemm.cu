@@ -1,5 +1,5 @@
-// Products of rows and weighted sums of rows, for many queries: tiles of batched matrix products. With few queries,
-// most of a tile would be padding: gemm_small_m.cu.
+// Products of rows and weighted sums of rows, for many queries: tiles of batched matrix products. With few queries most
+// of a tile would be padding: gemm_small_m.cu has kernels for them.
 #include "gemm_mma.cuh"
 #include "gemm_simt.cuh"
 #include "gemm_small_m.cuh"
@@ -9,11 +9,11 @@ namespace attn {
 namespace cuda {
 namespace {
 
-// Steps that one thread adds up in float32, where there are more than twice as many: each addition rounds at the size
-// of the sum so far.
+// If there are more than twice as many steps, a float32 sum is split into parts of this many steps: each addition has a
+// rounding error proportional to the sum so far.
 constexpr std::int64_t kMaxStepsPerSum = 4096;
 
-// A batched matrix product (M, X) x (X, N) in tiles: which one a block has, and which part of the steps X.
+// A batched matrix product (M, X) x (X, N) in tiles: maps a block to its tile and its part of the steps X.
 struct Tiling {
   std::int64_t M, N;
   unsigned tiles_m, tiles_n;  // of a sentence
@@ -26,7 +26,7 @@ struct Tiling {
   ATTN_DEVICE std::int64_t tile_n() const { return blockIdx.x % tiles_n; }
 };
 
-// A factor of each sentence's product, `batch` elements apart.
+// A factor of the product of each sentence. Sentences are `batch` elements apart.
 template <typename S>
 struct Factors {
   Factor<S> first;
@@ -37,7 +37,7 @@ struct Factors {
   }
 };
 
-// out[b, i, j] = scale * query[b, i] . keys[b, j]; tiles beyond the length are left as they are.
+// out[b, i, j] = scale * query[b, i] . keys[b, j]. Tiles beyond the length are not written.
 template <class Tile, typename T>
 __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
     product_kernel(Tiling tiling, std::int64_t A,
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks)
 }
 
 // out[b, m, n] = scale * sum over x of weights[b, m, x] * rows[b, x, n] over the attended pairs (m, x). m are queries
-// and x steps, or with kTransposed m are steps and x queries. Masks take registers: without one, !kMasked. The sums of
-// each part of x are written apart.
+// and x steps; with kTransposed, m are steps and x queries. Masks need registers, so there is an instance without
+// (!kMasked). The sums of each part of x are written separately.
 template <class Tile, typename S, typename T, bool kTransposed, bool kMasked>
 __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
     weighted_sum_kernel(Tiling tiling, std::int64_t X,
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
   const std::int64_t first = tiling.part() * kMaxStepsPerSum;
   X -= first;
   if (tiling.parts > 1 && X > kMaxStepsPerSum) X = kMaxStepsPerSum;
-  if (m0 >= M) X = 0;  // zeros
+  if (m0 >= M) X = 0;  // writes zeros
   Tile tile;
   SliceLoader<Tile, S, Tile::kRows, !kTransposed> left(weights.of(b).from(first), m0, M);
   SliceLoader<Tile, T, Tile::kColumns, false> right(rows.of(b).from(first), n0, tiling.N);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks - kMasked)
     if (!kTransposed && !attended.per_query) kept_rows = {mask, 0, stride[2]};
   }
   sum_slices(tile, left, right, X, kept_weights, kept_rows, kMasked && attended.per_query);
-  // A sum over queries has weights of 0 where a step is padding for all of them, but 0 * NaN is NaN.
+  // For a step that is padding for all queries, the weights are 0, but the sum may be NaN since 0 * NaN is NaN.
   store_tile(tile, out + ((tiling.part() * tiling.sentences() + b) * tiling.M + m0) * tiling.N + n0, tiling.M - m0,
              tiling.N - n0, tiling.N, scale, vectorized, [&](int r) {
                return !kTransposed || (m0 + r < M && (attended.per_query || mask_allows(attended, b, 0, m0 + r)));
@@ -103,13 +103,13 @@ Tiling tiling_of(std::int64_t M, std::int64_t N, std::int64_t parts = 1) {
           static_cast<unsigned>(parts)};
 }
 
-// The time of the busiest multiprocessor: rounds of tiles.
+// The estimated time of the busiest multiprocessor, in waves of tiles.
 template <class Tile>
 std::int64_t cost(std::int64_t B, std::int64_t M, std::int64_t N, std::int64_t multiprocessors) {
   return ceil_div(B * ceil_div(M, Tile::kRows) * ceil_div(N, Tile::kColumns), multiprocessors) * Tile::kCost;
 }
 
-// f(Type<Tile>) for the one of the tiles that is the fastest. Every tile adds up in the same order.
+// Calls f(Type<Tile>) with the fastest of the tiles. All tiles sum in the same order.
 template <class... Tiles, class F>
 void with_fastest(std::int64_t B, std::int64_t M, std::int64_t N, const F& f) {
   const std::int64_t multiprocessors = current_device().multiprocessors;
@@ -144,7 +144,7 @@ void with_sum_tile(std::int64_t B, std::int64_t M, std::int64_t N, const F& f) {
                                                                                                                 f);
 }
 
-// The factor whose rows r lie along that axis of the array, and whose steps of the sum lie along the other one.
+// The factor whose rows r are along axis_of_r of the array, and whose summation index is along the other axis.
 template <typename S>
 Factors<S> factors(const StridedView3& a, int axis_of_r) {
   const Strided<S> s = strided<S>(a);
@@ -171,7 +171,7 @@ void launch_product(const Product& op) {
 template <class Tile, typename S, typename T, bool kTransposed, bool kMasked>
 void launch_weighted_sum(const WeightedSum& op) {
   const std::int64_t M = kTransposed ? op.Tk : op.Tq, n = op.B * M * op.N;
-  // Elements of 16 bits hide what is lost.
+  // For elements of 16 bits the rounding errors of the sum are below those of the elements.
   const bool in_parts = !kTransposed && sizeof(T) > 2 && op.Tk > 2 * kMaxStepsPerSum;
   const Tiling tiling = tiling_of<Tile>(M, op.N, in_parts ? ceil_div(op.Tk, kMaxStepsPerSum) : 1);
   T* out = in_parts ? scratch<T>(tiling.parts * n) : static_cast<T*>(op.out);

@@ -1,9 +1,9 @@
 // Batched matrix products in tiles: sum[m, n] += a[m, x] * b[n, x] over x, a slice of x at a time through shared
 // memory.
 //
-// While a slice is multiplied the next one is on its way from memory into registers, and goes from there into the other
-// half of shared memory; so there is one barrier for each slice. How a tile is multiplied is its own business: SimtTile
-// and MmaTile have the same interface.
+// Double buffering: while a slice is multiplied, the next slice is loaded into registers, and then stored to the other
+// half of shared memory. So there is one barrier per slice. The tile types SimtTile and MmaTile multiply; they have the
+// same interface.
 #pragma once
 
 #include <type_traits>
@@ -16,19 +16,19 @@ namespace cuda {
 constexpr int kTileThreads = 128;
 constexpr int kTileWarps = kTileThreads / kWarp;
 
-// A factor of the product of one sentence: element (r, x) is data[r * stride_r + x * stride_x], r a row of the result
-// or a column. vectorized: 16 bytes along the axis that is read first are aligned and lie side by side.
+// A factor of the product of one sentence: element (r, x) is data[r * stride_r + x * stride_x], where r is a row or a
+// column of the result. vectorized: 16 bytes along the axis that is read first are aligned and contiguous.
 template <typename S>
 struct Factor {
   const S* data;
   std::int64_t stride_r, stride_x;
   bool vectorized;
 
-  // Without its first x steps, a multiple of a pack.
+  // The factor from step x on; x is a multiple of a pack.
   ATTN_DEVICE Factor from(std::int64_t x) const { return {data + x * stride_x, stride_r, stride_x, vectorized}; }
 };
 
-// Which elements (r, x) of a factor are no padding; without data all of them.
+// Which elements (r, x) of a factor are not padding; without data, none is padding.
 struct Kept {
   const unsigned char* data = nullptr;
   std::int64_t stride_r = 0, stride_x = 0;
@@ -38,24 +38,24 @@ struct Kept {
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// What a thread holds of a slice (kR, Tile::kSlice) of a factor, between memory and shared memory. Neighbouring threads
-// read along x if kAlongX, else along r: the axis with unit stride, if the caller's array is contiguous.
+// A thread's part of a slice (kR, Tile::kSlice) of a factor, in registers between global and shared memory. Adjacent
+// threads read along x if kAlongX, otherwise along r: the axis with unit stride, if the caller's array is contiguous.
 template <class Tile, typename S, int kR, bool kAlongX>
 struct SliceLoader {
   using Stored = typename Tile::Stored;
   using Layout = typename Tile::template Layout<kR, kAlongX>;
   static constexpr int kPack = kPer16Bytes<Stored>;
-  // Threads that read side by side, the lines that all threads read at once, and how often they do.
+  // Threads per line, lines that all threads read at once, and the number of repetitions.
   static constexpr int kLine = kAlongX ? Tile::kSlice / kPack : power_of_two(kR) / kPack;
   static constexpr int kLines = kTileThreads / kLine;
   static constexpr int kEach = ((kAlongX ? kR : Tile::kSlice) + kLines - 1) / kLines;
 
   const S* from;
-  std::int64_t step, stride_x, next;  // from element to element of a pack, from step to step, from pack to pack
+  std::int64_t step, stride_x, next;  // strides between elements of a pack, between steps, and between packs
   int r_end;                          // rows of the slice that exist
   bool vectorized;
   static constexpr int kParts = kPack * static_cast<int>(sizeof(S)) / 16;
-  uint4 raw[kEach][kParts];  // as it came: looking at it would be waiting for it
+  uint4 raw[kEach][kParts];  // not converted yet: a use would wait for the load
 
   ATTN_DEVICE static int r_of(int k) {
     return kAlongX ? static_cast<int>(threadIdx.x) / kLine + k * kLines : static_cast<int>(threadIdx.x) % kLine * kPack;
@@ -63,13 +63,13 @@ struct SliceLoader {
   ATTN_DEVICE static int x_of(int k) {
     return kAlongX ? static_cast<int>(threadIdx.x) % kLine * kPack : static_cast<int>(threadIdx.x) / kLine + k * kLines;
   }
-  // Whether the slice has the pack: some threads have none where lines do not come out even.
+  // Whether pack k of this thread is within the slice. If lines do not divide evenly, some threads have fewer packs.
   ATTN_DEVICE static bool exists(int k) {
     constexpr bool even = (kAlongX ? kR : Tile::kSlice) % kLines == 0 && (kAlongX || kLine * kPack == kR);
     return even || (r_of(k) < kR && x_of(k) < Tile::kSlice);
   }
 
-  // Rows from r0 on, of R.
+  // Rows from r0 on, out of R rows.
   ATTN_DEVICE SliceLoader(const Factor<S>& factor, std::int64_t r0, std::int64_t R)
       : from(factor.data + (r0 + r_of(0)) * factor.stride_r + x_of(0) * factor.stride_x),
         step(kAlongX ? factor.stride_x : factor.stride_r),
@@ -78,7 +78,7 @@ struct SliceLoader {
         r_end(static_cast<int>(R - r0 < kR ? R - r0 : kR)),
         vectorized(factor.vectorized) {}
 
-  // The next slice, of which x_end steps exist, from step x0 on; zeros for what is not kept.
+  // Loads the next slice, from step x0 on, which has x_end steps. Padding is loaded as zeros.
   ATTN_DEVICE void load(std::int64_t x0, int x_end, const Kept& kept) {
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
@@ -110,7 +110,7 @@ struct SliceLoader {
     from += Tile::kSlice * stride_x;
   }
 
-  // 16 bytes of elements in the type in which they are multiplied.
+  // 16 bytes of elements, in the type of the product.
   ATTN_DEVICE uint4 pack(int k) const {
     if constexpr (std::is_same_v<S, Stored>) {
       return raw[k][0];
@@ -150,9 +150,9 @@ constexpr std::int64_t tile_shared_bytes() {
          2 * kTileWarps * static_cast<std::int64_t>(sizeof(unsigned));
 }
 
-// tile.sum += the sum over x < X of a * b. With by_pair a row of b may be padding for one row of a and not for another:
-// what is NaN or Inf in b is then multiplied pair by pair, because 0 * NaN is NaN. All else is added up as ever, so
-// that padding does not change a bit.
+// tile.sum += the sum over x < X of a * b. With by_pair, a row of b may be padding for one row of a but not for
+// another. NaN or Inf in b are then multiplied pair by pair, because 0 * NaN is NaN. Everything else is summed as
+// without by_pair, so padding does not change a bit of the result.
 template <class Tile, class A, class B>
 ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& kept_a, const Kept& kept_b,
                             bool by_pair) {
@@ -189,7 +189,7 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
     unsigned any = 0;
     if (by_pair)
       for (int warp = 0; warp < kTileWarps; ++warp) any |= strange[half * kTileWarps + warp];
-    if (any != 0) {  // products with NaN or Inf pair by pair, then these as 0
+    if (any != 0) {  // multiplies NaN and Inf pair by pair, then replaces them by 0
 #pragma unroll 1
       for (int x = 0; x < Tile::kSlice && x0 + x < X; ++x)
         tile.each_row([&](auto rows, int i, int r) {
@@ -222,7 +222,7 @@ ATTN_DEVICE void sum_slices(Tile& tile, A& a, B& b, std::int64_t X, const Kept& 
   }
 }
 
-// out[r, c] = scale * sum, for the rows and columns of the tile that exist; 0 in rows that keep(r) does not name.
+// out[r, c] = scale * sum, for the rows and columns of the tile that exist; 0 in rows r for which keep(r) is false.
 // out (rows, N) points to the first element of the tile. vectorized: N is a multiple of 4 and out is aligned to 16
 // bytes.
 template <class Tile, typename O, class Keep>

@@ -11,8 +11,9 @@ constexpr bool kIsBFloat16 = false;
 template <>
 constexpr bool kIsBFloat16<BFloat16> = true;
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix l / 8, and
-// gets of each matrix the elements 2 * (l % 4) and the next one of row l / 4; with kTransposed of column l / 4.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix
+// l / 8. From each matrix it gets two elements of row l / 4: 2 * (l % 4) and the next one. With kTransposed, they are
+// elements of column l / 4.
 template <bool kTransposed>
 ATTN_DEVICE void load_matrices(const void* row, unsigned (&part)[4]) {
 #if defined(ATTN_EMULATED)
@@ -40,10 +41,11 @@ ATTN_DEVICE void load_matrices(const void* row, unsigned (&part)[4]) {
 #endif
 }
 
-// sum (16, 8) += a (16, 16) @ b (16, 8), spread over a warp as mma.m16n8k16 wants it. Of lane l, with g = l / 4 and t =
-// 2 * (l % 4): sum[0], sum[1] are (g, t) and (g, t + 1), sum[2], sum[3] the same of row g + 8; a[0] holds (g, t) and
-// (g, t + 1), a[1] those of row g + 8, a[2], a[3] those eight columns on; b[0] holds (t, g) and (t + 1, g), b[1] those
-// eight rows on.
+// sum (16, 8) += a (16, 16) @ b (16, 8), distributed over a warp in the layout of mma.m16n8k16. For lane l, with
+// g = l / 4 and t = 2 * (l % 4):
+//   sum[0], sum[1]   elements (g, t) and (g, t + 1); sum[2], sum[3] the same of row g + 8
+//   a[0]             (g, t) and (g, t + 1); a[1] the same of row g + 8; a[2], a[3] the same, eight columns further
+//   b[0]             (t, g) and (t + 1, g); b[1] the same, eight rows further
 template <typename T>
 ATTN_DEVICE void multiply_matrices(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if defined(ATTN_EMULATED)
@@ -100,8 +102,8 @@ struct MmaTile {
       for (int j = 0; j < 2 * kN; ++j) sum[i][j] = 0;
   }
 
-  // As in memory: (kR, kSlice) if read along x, else (kSlice, kR). 16 bytes more for each line, so that eight lines
-  // below each other lie in different banks.
+  // The same order as in global memory: (kR, kSlice) if read along x, otherwise (kSlice, kR). Each line is padded by 16
+  // bytes, so that eight consecutive lines are in different banks.
   template <int kR, bool kAlongX>
   struct Layout {
     static constexpr int kStride = (kAlongX ? kSlice : kR) + 8;
@@ -112,7 +114,7 @@ struct MmaTile {
     ATTN_DEVICE static void put(T* shared, int r, int x, const uint4& pack) {
       vector_at<uint4>(shared + at(r, x)) = pack;
     }
-    // Four matrices (8 rows, 8 steps): (r, x) is where the one begins whose lines this lane addresses.
+    // Loads four matrices (8 rows, 8 steps). (r, x): the origin of the matrix whose lines this lane addresses.
     ATTN_DEVICE static void load(const T* shared, int r, int x, unsigned (&part)[4]) {
       const int line = threadIdx.x % 8;
       load_matrices<!kAlongX>(shared + (kAlongX ? at(r + line, x) : at(r, x + line)), part);

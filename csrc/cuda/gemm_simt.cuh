@@ -6,13 +6,13 @@
 namespace attn {
 namespace cuda {
 
-// The elements of thread t among the kThreads * n of a tile's side: first groups of up to kMax side by side, then
-// of 2, then of 1; so that any n is read from shared memory in few instructions.
+// The elements of thread t among the kThreads * n of a tile's side: first groups of up to kMax contiguous elements,
+// then groups of 2, then of 1. So any n is read from shared memory with few instructions.
 template <int n, int kThreads, int kMax, int kFirst = 0>
 struct Fragment {
   static constexpr int kGroup = n >= kMax ? kMax : n >= 2 ? 2 : 1;
 
-  // f(Int<group>, the index of its first element, where that lies).
+  // Calls f(Int<group>, the index of its first element, the position of that element) for each group.
   template <class F>
   ATTN_DEVICE static void each(int t, const F& f) {
     f(Int<kGroup>(), kFirst, kFirst * kThreads + t * kGroup);
@@ -26,8 +26,8 @@ struct SimtTile {
   using Stored = W;
   using Sum = W;
   static constexpr int kRows = 8 * kM, kColumns = 16 * kN, kSlice = 16;
-  static constexpr int kBlocks = kM * kN >= 40 || sizeof(W) == 8 ? 3 : 4;  // of a multiprocessor: what registers allow
-  static constexpr int kCost = kM * kN + 2 * (kM + kN) + 8;                // of a step of the sum, in issue slots
+  static constexpr int kBlocks = kM * kN >= 40 || sizeof(W) == 8 ? 3 : 4;  // per multiprocessor: what registers allow
+  static constexpr int kCost = kM * kN + 2 * (kM + kN) + 8;                // issue slots per step of the sum
   static constexpr int kMax = kPer16Bytes<W>;
 
   W sum[kM][kN];
@@ -39,8 +39,8 @@ struct SimtTile {
       for (int j = 0; j < kN; ++j) sum[i][j] = 0;
   }
 
-  // (kSlice, kR) in shared memory. What is read along x is written across it, several steps at once: rows change place
-  // (only among those of other banks) from one group of steps to the next, so that these writes go to all banks.
+  // (kSlice, kR) in shared memory. Elements that are read along x are written across it, several steps at once. To
+  // spread these writes over all banks, the positions of rows are swizzled from one group of steps to the next.
   template <int kR, bool kAlongX>
   struct Layout {
     static constexpr int kStride = (kR + 31) / 32 * 32;

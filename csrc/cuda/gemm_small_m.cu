@@ -1,6 +1,6 @@
-// Products and weighted sums with few queries, as in the backward of a decoding step: what counts is to read the rows
-// of the memory once, or to write those of its gradient, 16 bytes a thread along a row. All queries (kQ, the next size
-// of which there is a kernel) are served at once.
+// Products and weighted sums with few queries, as in the backward of a decoding step. They are memory-bound: the rows
+// of the memory are read once, or the rows of its gradient written once, 16 bytes per thread along a row. All queries
+// are computed at once; kQ is the next size for which there is a kernel.
 #include <algorithm>
 #include <type_traits>
 
@@ -11,7 +11,7 @@ namespace attn {
 namespace cuda {
 namespace {
 
-// out[b, i, j] = scale * query[b, i] . keys[b, j] for j below the length. A warp has kSteps steps.
+// out[b, i, j] = scale * query[b, i] . keys[b, j] for j below the length. A warp computes kSteps steps.
 constexpr int kProductWarps = 4, kSteps = 4;
 
 template <typename T, int kQ>
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
     }
 }
 
-// Weights (B, Tq, Tk) of W or of T.
+// Weights (B, Tq, Tk), of type W or T.
 template <typename T>
 struct Weights {
   const void* data;
@@ -69,7 +69,8 @@ struct Weights {
   }
 };
 
-// The weights of the steps j0 .. j0 + n for all queries, (n, kQ), and which queries attend each step: a bit each.
+// Loads the weights of the steps j0 .. j0 + n for all queries, (n, kQ), and for each step a bit per query that attends
+// it.
 template <typename T, int kQ>
 ATTN_DEVICE void share_weights(const Weights<T>& weights, const AttentionMask& attended, std::int64_t b, int Tq,
                                std::int64_t length, std::int64_t j0, int n, Wide<T>* shared, unsigned* attending) {
@@ -88,7 +89,7 @@ ATTN_DEVICE void share_weights(const Weights<T>& weights, const AttentionMask& a
 }
 
 // Sums over steps: out[b, i, n] = scale * sum over j of weights[b, i, j] * rows[b, j, n] over the attended pairs. A
-// block has the columns of one warp and some of the steps, in turns of its warps.
+// block has the columns of one warp and some of the steps, which its warps take in turn.
 constexpr int kSumWarps = 8, kSumSteps = 256;
 
 template <typename T, int kQ>
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 2)
                        O* out) {  // (parts, B, Tq, N) contiguous
   using W = Wide<T>;
   constexpr int n = kPer16Bytes<T>;
-  constexpr int kAhead = kQ * n >= 64 ? 2 : 4;                // rows on their way, as registers allow
+  constexpr int kAhead = kQ * n >= 64 ? 2 : 4;                // rows in flight, limited by registers
   W* shared_weights = reinterpret_cast<W*>(shared_memory());  // (kSumSteps, kQ)
   W* partial = shared_weights + kSumSteps * kQ;               // (warps, columns of a warp)
   unsigned* attending = reinterpret_cast<unsigned*>(partial + kSumWarps * kWarp * n);  // (kSumSteps,)
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kTotalThreads) small_m_total_kernel(std::int64
 }
 
 // Sums over queries: out[b, j, n] = scale * sum over i of weights[b, i, j] * rows[b, i, n] over the attended pairs. A
-// thread keeps its columns of all rows, and its warp writes every eighth of the steps of a block.
+// thread keeps its columns of all rows in registers. Its warp writes every eighth step of a block.
 constexpr int kOuterWarps = 8, kOuterSteps = 64;
 
 template <typename T, int kQ>
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp)
 
 // Host ----------------------------------------------------------------------------------------------------------------
 
-// f(Int<kQ>) for the least kQ that holds the queries.
+// Calls f(Int<kQ>) with the smallest kQ that holds the queries.
 template <class F>
 void with_queries(std::int64_t Tq, const F& f) {
   if (Tq <= 1)
@@ -255,7 +256,8 @@ void sum_over_steps(const WeightedSum& op) {
   using W = Wide<T>;
   const std::int64_t blocks_n = ceil_div(op.N, kWarp * kPer16Bytes<T>), size = op.B * op.Tq * op.N;
   const std::int64_t multiprocessors = current_device().multiprocessors;
-  // With blocks for less than half of the device, and steps enough, the sum is worth a second kernel.
+  // If the blocks fill less than half of the device and there are enough steps, splitting the steps and summing the
+  // parts in a second kernel is faster.
   std::int64_t parts = 1;
   if (op.B * blocks_n * 2 <= multiprocessors && op.Tk >= 512 && size > 0)
     parts = std::min(multiprocessors / (op.B * blocks_n), ceil_div(op.Tk, 128));

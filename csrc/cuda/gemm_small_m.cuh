@@ -1,4 +1,4 @@
-// product and weighted_sum for few queries: gemm_small_m.cu.
+// product and weighted_sum for few queries, defined in gemm_small_m.cu.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// The table of kernels: each op as a sequence of launches. And what is known of the device.
+// The table of kernels, with each op as a sequence of launches; and the properties of the device.
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -63,7 +63,7 @@ void* scores_scratch(int64_t B, int64_t Tq, int64_t Tk, Dtype dtype) {
   return scratch_bytes(B * Tq * Tk * wide_size(dtype));
 }
 
-// scores (B, Tq, Tk) as an array of W
+// A view of scores (B, Tq, Tk), of type W.
 StridedView3 wide_array(const void* scores, int64_t Tq, int64_t Tk, Dtype dtype) {
   StridedView3 a;
   a.data = scores;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(256) widen_kernel(StridedView3 from, W* to, in
   to[i] = element<W>(from.data, from.dtype, b * from.stride[0] + q * from.stride[1] + k * from.stride[2]);
 }
 
-// With a score vector: Score is AdditiveScores or ActivatedScores -------------------------------------------------------------
+// Scores with a score vector: Score is AdditiveScores or ActivatedScores ---------------------------------------------
 
 template <class Score>
 void scores_forward(const ScoresForward<Score>& op) {
@@ -109,7 +109,7 @@ void vector_forward(const AttentionForward<Score>& op) {
   attend({op.B, op.Tq, op.Tk, op.D, scores, op.values, op.attended, op.context, op.alignments});
 }
 
-// dvalues = alignments^T @ grad_context, where it is wanted
+// dvalues = alignments^T @ grad_context, if needed
 template <class Op>
 void values_backward(const Op& op) {
   if (op.dvalues == nullptr) return;
@@ -130,7 +130,7 @@ template <class Score>
 constexpr ScoreKernels<Score> kernels_of = {scores_forward<Score>, scores_backward<Score>, vector_forward<Score>,
                                             vector_backward<Score>};
 
-// Dot-product attention ------------------------------------------------------------------------------------------------
+// Dot-product attention -----------------------------------------------------------------------------------------------
 
 void dot_forward(const AttentionForward<DotScores>& op) {
   if (op.Tq <= kMaxDecodeQueries && op.Tk > 0) return decode_attention(op);

@@ -1,4 +1,4 @@
-// Launching kernels: on the current stream, with errors as exceptions. And what a call has of its surroundings.
+// Launches kernels on the current stream, with errors as exceptions. Also the device, stream and memory of a call.
 #pragma once
 
 #include "platform.cuh"
@@ -6,10 +6,10 @@
 namespace attn {
 namespace cuda {
 
-// The current stream of the current device, a cudaStream_t. runtime.cpp asks PyTorch.
+// The current stream of the current device, a cudaStream_t. runtime.cpp gets it from PyTorch.
 void* current_stream();
 
-// Memory of the device for this call: valid for all that it launches, on its stream. Not initialised.
+// Uninitialised device memory for this call. It is valid for all kernels that the call launches on its stream.
 void* scratch_bytes(std::int64_t bytes);
 
 template <typename T>
@@ -20,7 +20,7 @@ T* scratch(std::int64_t n) {
 struct Device {
   int multiprocessors;
   int capability;             // 90 for compute capability 9.0
-  std::int64_t shared_bytes;  // of a block, at most
+  std::int64_t shared_bytes;  // most shared memory of a block
 };
 Device current_device();
 
@@ -51,11 +51,12 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("attn_kernels: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// What a kernel may have without asking: bytes of shared memory, and blocks of a cluster.
+// What a kernel may use without opting in: bytes of shared memory, and blocks of a cluster.
 constexpr std::int64_t kPlainSharedBytes = 48 * 1024;
 constexpr int kPlainCluster = 8;
 
-// Asks for a kernel to have, on the current device, all that the device has of both. Once for each, from any thread.
+// Opts a kernel in to the most shared memory and the largest clusters of the current device. It does so once per kernel
+// and device, from any thread.
 void allow_everything(const void* kernel);
 
 template <class... Parameters, class... Arguments>
@@ -78,7 +79,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const Arguments&...
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
 }
 
-// On the current stream.
+// Zeroes memory on the current stream.
 inline void clear(void* memory, std::int64_t bytes) {
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(current_stream())), "clear");
 }

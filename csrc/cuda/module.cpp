@@ -1,5 +1,5 @@
 // The Python module attn_kernels._C_cuda. Importing it registers the CUDA kernels of the ops (STABLE_TORCH_LIBRARY_IMPL
-// in the bindings); it needs no GPU to be imported.
+// in the bindings). The import needs no GPU.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 

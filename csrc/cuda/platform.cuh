@@ -1,5 +1,5 @@
-// The device as the kernels see it: CUDA, or the emulator of tests/cpp (ATTN_EMULATED), which runs the same kernels on
-// the CPU. No torch here: nvcc alone compiles every .cu file.
+// The interface of kernels to the device: CUDA, or the emulator of tests/cpp (ATTN_EMULATED), which runs the same
+// kernels on the CPU. No torch here: nvcc compiles every .cu file without it.
 //
 // Host-device functions are also unit-tested as plain C++. Grids are one-dimensional, and shared memory is dynamic.
 #pragma once
@@ -33,7 +33,7 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Elements as they lie in memory ---------------------------------------------------------------------------------------
+// Element types in memory ---------------------------------------------------------------------------------------
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -42,7 +42,7 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-// What is computed with.
+// The compute type.
 template <typename T>
 struct WideOf {
   using Type = float;
@@ -58,7 +58,8 @@ template <typename To, typename From>
 ATTN_HOST_DEVICE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
 #if defined(__CUDA_ARCH__)
-  // Not memcpy of single numbers, which forgets that they are aligned, and so makes bytes of the load before it.
+  // Not memcpy for single numbers: it loses their alignment, and the compiler then splits the preceding load into
+  // bytes.
   if constexpr (!std::is_array<From>::value) {
     union Bits {
       From from;
@@ -109,16 +110,17 @@ ATTN_HOST_DEVICE Float16 narrow<Float16>(float x) {
 #endif
 }
 
-// 16 bytes of elements.
+// Elements per 16 bytes.
 template <typename T>
 constexpr int kPer16Bytes = 16 / sizeof(T);
 
-// Elements 4 part .. 4 part + 3 of 16 bytes of them, widened.
+// Elements 4 part .. 4 part + 3 of 16 bytes of elements, widened.
 ATTN_DEVICE void widen_four(const uint4& raw, const float*, int, float* x) {
   x[0] = bit_cast<float>(raw.x), x[1] = bit_cast<float>(raw.y);
   x[2] = bit_cast<float>(raw.z), x[3] = bit_cast<float>(raw.w);
 }
-// The upper of two elements is a float but for its last bits: one instruction, where the compiler would use two.
+// The upper of two elements is a float once the low bits are cleared: one instruction, where the compiler would use
+// two.
 ATTN_DEVICE void widen_four(const uint4& raw, const BFloat16*, int part, float* x) {
   const unsigned low = part == 0 ? raw.x : raw.z, high = part == 0 ? raw.y : raw.w;
   x[0] = bit_cast<float>(low << 16), x[1] = bit_cast<float>(low & 0xffff0000u);
@@ -143,8 +145,7 @@ ATTN_DEVICE void widen_16_bytes(const uint4& raw, Wide<T>* x) {
   }
 }
 
-// What lies at an address, as one V, which its alignment divides. Hardware stops at other addresses; so does the
-// emulator.
+// The V at an address, which must be aligned to V. The hardware faults at other addresses, and so does the emulator.
 template <typename V>
 ATTN_DEVICE const V& vector_at(const void* address) {
 #if defined(ATTN_EMULATED)
@@ -157,16 +158,16 @@ ATTN_DEVICE V& vector_at(void* address) {
   return const_cast<V&>(vector_at<V>(static_cast<const void*>(address)));
 }
 
-// x[0 .. 16 / sizeof(T)) of an address that 16 divides.
+// x[0 .. 16 / sizeof(T)) from an address aligned to 16 bytes.
 template <typename T>
 ATTN_DEVICE void load_16_bytes(const T* from, Wide<T>* x) {
   widen_16_bytes<T>(vector_at<uint4>(from), x);
 }
 
-// Instructions ---------------------------------------------------------------------------------------------------------
+// Instructions --------------------------------------------------------------------------------------------------------
 
-// 1 / x to one unit in the last place, 0 for subnormal results. The division of the language takes several times as
-// long.
+// 1 / x with an error of one unit in the last place, 0 for subnormal results. The division operator takes several times
+// as long.
 ATTN_HOST_DEVICE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float r;
@@ -180,7 +181,7 @@ ATTN_HOST_DEVICE float reciprocal(float x) {
 }
 ATTN_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
 
-// 2^x to a relative error of 2^-22; 0 for subnormal results.
+// 2^x with a relative error of 2^-22; 0 for subnormal results.
 ATTN_HOST_DEVICE float exp2_approximately(float x) {
 #if defined(__CUDA_ARCH__)
   float e;
@@ -193,7 +194,7 @@ ATTN_HOST_DEVICE float exp2_approximately(float x) {
 #endif
 }
 
-// e^x and tanh(x), in float32 to two units in the last place.
+// e^x and tanh(x), in float32 with an error of two units in the last place.
 ATTN_HOST_DEVICE float exp_of(float x) {
 #if defined(ATTN_EMULATED)
   return emulator::expf(x);
@@ -219,7 +220,7 @@ ATTN_DEVICE T warp_sum(T x) {
   return x;
 }
 
-// NaN counts as the largest.
+// The maximum; NaN counts as the largest.
 template <typename T>
 ATTN_HOST_DEVICE T larger(T a, T b) {
   return a > b || a != a ? a : b;
@@ -232,7 +233,7 @@ ATTN_DEVICE T warp_largest(T x) {
   return x;
 }
 
-// The same in one instruction.
+// The same with one instruction.
 ATTN_HOST_DEVICE float larger_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float r;
@@ -253,15 +254,15 @@ ATTN_DEVICE char* shared_memory() {
 #endif
 }
 
-// Asks for the line of an address to be brought near, so that a later load does not wait for it.
+// Prefetches the cache line of an address.
 ATTN_DEVICE void prefetch(const void* address) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
-// Copies 16 or 8 bytes from global to shared memory while the thread goes on. What a thread has copied in this way it
-// may read after wait_for_copies(), others after a barrier besides.
+// Copies 16 or 8 bytes from global to shared memory asynchronously. The thread itself may read them after
+// wait_for_copies(), other threads after an additional barrier.
 ATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
 #if defined(__CUDA_ARCH__)
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -282,9 +283,9 @@ ATTN_DEVICE void wait_for_copies() {
 #endif
 }
 
-// Clusters of blocks: compute capability 9.0 and later -----------------------------------------------------------------
+// Clusters of blocks: compute capability 9.0 and later ----------------------------------------------------------------
 
-// Which block of its cluster this is.
+// The rank of this block in its cluster.
 ATTN_DEVICE int cluster_rank() {
 #if defined(ATTN_EMULATED)
   return emulator::machine().now->rank;
@@ -306,7 +307,7 @@ ATTN_DEVICE void cluster_sync() {
 #endif
 }
 
-// What lies at the address, of this block's shared memory, in that of block `rank` of the cluster.
+// Loads from the shared memory of block `rank` of the cluster. address: the same place in this block's shared memory.
 ATTN_DEVICE float load_of_rank(const float* address, int rank) {
 #if defined(ATTN_EMULATED)
   emulator::Machine& m = emulator::machine();

@@ -1,5 +1,5 @@
-// Reading rows of the caller's arrays, whatever their dtype and strides. The dtype is a run-time value: rows are read
-// once for many pairs, so that one kernel serves float32, bfloat16 and float16.
+// Reads rows of the caller's arrays, of any dtype and strides. The dtype is a run-time value: rows are read once for
+// many pairs, so one kernel serves float32, bfloat16 and float16.
 #pragma once
 
 #include "views.cuh"
@@ -32,23 +32,23 @@ ATTN_DEVICE void store_element(void* data, Dtype dtype, int64_t i, W x) {
   }
 }
 
-// Positions within a row of scores are 32 bits in the kernels; offsets are 64.
+// In the kernels, positions within a row of scores have 32 bits, and offsets 64.
 inline void check_sizes(const Scores& op) {
   constexpr int64_t kMax = 0x7fffffff - 4096;
   if (op.Tq > kMax || op.Tk > kMax || op.A > kMax)
     throw std::runtime_error("attn_kernels: more than 2^31 queries, steps or units");
 }
 
-// Whether four units may be read at once: rows are whole fours that lie side by side and aligned.
+// Whether four units may be read at once: rows are contiguous and aligned, and n is a multiple of four.
 inline bool is_vectorized(const StridedView3& a, int64_t n) {
   const uintptr_t bytes = static_cast<uintptr_t>(4 * item_size(a.dtype));
   return n % 4 == 0 && a.stride[2] == 1 && a.stride[0] % 4 == 0 && a.stride[1] % 4 == 0 &&
          reinterpret_cast<uintptr_t>(a.data) % bytes == 0;
 }
 
-// slot = the units u .. u + 3 of the row that starts at `offset`, as far as they are below n; zeros beyond. The slot,
-// of this thread in shared memory, has room for four of W, aligned to 16 bytes. In fours they arrive later, as they are
-// stored, and are what read_slot widens after wait_for_copies().
+// Loads the units u .. u + 3 of the row that starts at `offset` into slot; zeros for units from n on. The slot is this
+// thread's place in shared memory, for four W, aligned to 16 bytes. If vectorized, the copy is asynchronous and keeps
+// the stored dtype; read_slot widens it after wait_for_copies().
 template <typename W, bool kVectorized>
 ATTN_DEVICE void fill_slot(const StridedView3& a, int64_t offset, int64_t u, int64_t n, W* slot) {
   if constexpr (kVectorized && sizeof(W) == 4) {

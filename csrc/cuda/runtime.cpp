@@ -1,4 +1,4 @@
-// What the kernels have of PyTorch: the current stream, and scratch memory from its allocator.
+// The services of PyTorch that the kernels use: the current stream, and scratch memory from its allocator.
 #include <cstring>
 #include <stdexcept>
 
@@ -25,8 +25,8 @@ void* scratch_bytes(int64_t bytes) { return CallContext::current().scratch(bytes
 #if defined(ATTN_EMULATED)
 void* current_stream() { return nullptr; }
 #else
-// The function lives in a library that a PyTorch without CUDA does not have. It is looked up instead of linked, so that
-// one module loads, and says why it cannot run, everywhere.
+// The function is in a library that a PyTorch without CUDA lacks. It is looked up at run time instead of linked, so the
+// module can be loaded everywhere, and can report why it cannot run.
 void* current_stream() {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
@@ -71,7 +71,7 @@ void* CallContext::scratch(int64_t bytes) {
   scratch_.push_back(Tensor(handle));
   void* memory = scratch_.back().mutable_data_ptr();
 #if defined(ATTN_EMULATED)
-  std::memset(memory, 0xff, static_cast<size_t>(bytes));  // NaN, so that reading what nobody wrote shows
+  std::memset(memory, 0xff, static_cast<size_t>(bytes));  // NaN, to detect reads of uninitialised memory
 #endif
   return memory;
 }

@@ -1,4 +1,4 @@
-// Alignments and context, and the gradient of scores: a kernel for the rows of scores each, and a product (gemm.cu).
+// Alignments and context, and the gradient of scores. Each is a kernel over rows of scores and a product (gemm.cu).
 #include "softmax.cuh"
 #include "views.cuh"
 
@@ -6,13 +6,13 @@ namespace attn {
 namespace cuda {
 namespace {
 
-constexpr int kRowWarps = 4;  // a row each
+constexpr int kRowWarps = 4;  // each has a row
 
-// Turns of a loop at once, as registers allow.
+// Loop unrolling, limited by registers.
 template <typename W>
 constexpr int kAtOnce = sizeof(W) == 8 ? 1 : 2;
 
-// The row (b, i) of a warp; b < 0 beyond the last one.
+// The row (b, i) of a warp; b < 0 beyond the last row.
 struct Row {
   std::int64_t index, b, i;
 
@@ -22,8 +22,8 @@ struct Row {
         i(index % Tq) {}
 };
 
-// What the normaliser (a policy: softmax.cuh) makes of the attended scores, 0 elsewhere: as alignments, unrounded as
-// weights, or both.
+// Applies the normaliser (a policy: softmax.cuh) to the attended scores; the result is 0 for other steps. It is written
+// to alignments, without rounding to weights, or both.
 template <typename T, class Normaliser>
 __global__ void __launch_bounds__(kRowWarps* kWarp)
     attend_kernel(std::int64_t rows, std::int64_t Tq, std::int64_t Tk,
@@ -58,14 +58,14 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   }
 }
 
-// dscores, 0 where not attended, from the gradient of the alignments, product + grad_alignments.
+// dscores, 0 if not attended, from the gradient of the alignments, product + grad_alignments.
 template <typename T, class Normaliser>
 __global__ void __launch_bounds__(kRowWarps* kWarp)
     softmax_backward_kernel(std::int64_t rows, std::int64_t Tq, std::int64_t Tk,
                             Strided<T> alignments,       // (B, Tq, Tk)
                             Strided<T> grad_alignments,  // (B, Tq, Tk), or null
                             AttentionMask attended, bool has_product,
-                            Wide<T>* dscores) {  // (B, Tq, Tk) contiguous, first the product, if there is one
+                            Wide<T>* dscores) {  // (B, Tq, Tk) contiguous; in: the product, if there is one
   using W = Wide<T>;
   const Row row(rows, Tq);
   if (row.b < 0) return;
@@ -114,7 +114,7 @@ void attend(const Attend& op) {
     using T = typename decltype(type)::type;
     using W = Wide<T>;
     const std::int64_t rows = op.B * op.Tq, size = op.Tk > 0 ? rows * op.Tk : 0;
-    // The context is summed with unrounded weights, but tensor cores take them in the dtype of values.
+    // The context is summed with unrounded weights, except on tensor cores, whose operands have the dtype of values.
     constexpr bool kRounds = sizeof(T) != sizeof(W);
     const bool unrounded = kRounds && op.Tq <= kMaxDecodeQueries && op.D > 0;
     T* alignments = static_cast<T*>(op.alignments);

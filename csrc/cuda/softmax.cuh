@@ -1,5 +1,6 @@
-// Softmax as a policy: of a part of a row of scores, merged over parts, and finished, for decoding (decode.cu) as for many
-// queries (softmax.cu), and its gradient. No access to global memory: unit-tested as plain C++.
+// Softmax as a policy, for decoding (decode.cu) and for many queries (softmax.cu): partial softmax over a part of a row
+// of scores, merging of parts, the final alignments, and the gradient. It does not access global memory, so it is
+// unit-tested as plain C++.
 #pragma once
 
 #include "platform.cuh"
@@ -9,8 +10,8 @@ namespace cuda {
 
 template <typename W>
 struct Softmax {
-  // Of the attended scores of a part: the largest (-inf where there is none), and the sum of e^(score - largest), where
-  // -inf - -inf is 0, so that the sum is 0 only where nothing is attended.
+  // The largest attended score of a part (-inf if there is none), and the sum of e^(score - largest). -inf - -inf
+  // counts as 0, so the sum is 0 only if nothing is attended.
   struct Part {
     W largest, sum;
   };
@@ -23,7 +24,8 @@ struct Softmax {
     return score == largest && score < 0 ? W(1) : exp_of(score - largest);
   }
 
-  // By a warp: score(i) becomes its weight, 0 where not attends(i), for i < n. seen(i, x) is called with each score x.
+  // Computed by a warp, for i < n: replaces score(i) by its weight, 0 if not attends(i). Calls seen(i, x) with each
+  // score x.
   template <class Score, class Attends, class Seen>
   ATTN_DEVICE static Part part(int n, const Score& score, const Attends& attends, const Seen& seen) {
     const int lane = threadIdx.x % kWarp;
@@ -42,32 +44,32 @@ struct Softmax {
     return {largest, warp_sum(sum)};
   }
 
-  // What the weights of a part are to be multiplied with in a whole.
+  // The factor of a part's weights within the whole row.
   ATTN_HOST_DEVICE static W share(W part_largest, W largest) {
     return part_largest == -W(INFINITY) ? W(0) : exp_of(part_largest - largest);
   }
 
-  // Both parts in one. The sums of parts with nothing but -inf count only if there is nothing else.
+  // Merges two parts. The sum of a part with only -inf counts only if the other part has only -inf, too.
   ATTN_HOST_DEVICE static Part merge(Part a, Part b) {
     const W largest = fmax(a.largest, b.largest);
     if (largest == -W(INFINITY) && a.largest == a.largest && b.largest == b.largest) return {largest, a.sum + b.sum};
     return {largest, a.sum * share(a.largest, largest) + b.sum * share(b.largest, largest)};
   }
 
-  // What turns weights of the whole into alignments: 0 where nothing is attended, NaN where all attended scores are
+  // The factor from weights of the whole row to alignments: 0 if nothing is attended, NaN if all attended scores are
   // -inf.
   ATTN_HOST_DEVICE static W finish(Part whole) {
     if (whole.sum == 0) return 0;
     return whole.largest == -W(INFINITY) ? W(NAN) : 1 / whole.sum;
   }
 
-  // The alignment of an attended score, from what finish() has returned for the whole.
+  // The alignment of an attended score. finished: the result of finish() for the whole row.
   ATTN_HOST_DEVICE static W alignment(W score, W largest, W finished) { return exp_of(score - largest) * finished; }
 
-  // The gradient of a score is alignment * (g - mean), g that of the alignment. The mean of g is the sum of alignment * g
-  // over that of alignments: 1, but for their rounding.
+  // The gradient of a score is alignment * (g - mean), where g is the gradient of the alignment. The mean of g is the
+  // sum of alignment * g divided by the sum of alignments, which is 1 up to rounding.
   ATTN_HOST_DEVICE static W mean(W products, W alignments) {
-    return products / (alignments > W(1e-30) ? alignments : W(1e-30));  // 0 / 0 where nothing is attended
+    return products / (alignments > W(1e-30) ? alignments : W(1e-30));  // avoids 0 / 0 if nothing is attended
   }
   ATTN_HOST_DEVICE static W gradient(W alignment, W g, W mean) { return alignment * (g - mean); }
 };

@@ -1,4 +1,4 @@
-// Adds up what blocks wrote apart, always in the same order.
+// Sums the partial results of blocks, always in the same order.
 #pragma once
 
 #include "launch.h"
@@ -7,7 +7,7 @@
 namespace attn {
 namespace cuda {
 
-// A column of the parts is summed by `groups` threads, each a share of the rows; theirs are added in shared memory.
+// `groups` threads sum a column of the parts, each over a share of the rows. Their sums are added in shared memory.
 template <typename W>
 __global__ void __launch_bounds__(256)
     sum_parts_kernel(const W* parts,  // (P, n)

@@ -1,4 +1,4 @@
-// The caller's arrays on the device: elements at any strides, several of them at once, and which pairs are attended.
+// The caller's arrays on the device: loads of single and vectorized elements with any strides, and the attended pairs.
 #pragma once
 
 #include "kernels.h"
@@ -7,7 +7,7 @@
 namespace attn {
 namespace cuda {
 
-// n elements side by side, which move in one instruction: at most 16 bytes.
+// n contiguous elements, at most 16 bytes, which one instruction loads or stores.
 template <typename T, int n>
 struct alignas(n * sizeof(T)) Pack {
   T x[n];
@@ -39,14 +39,14 @@ ATTN_DEVICE std::int64_t attended_steps(const AttentionMask& attended, std::int6
   return length < 0 ? 0 : length > Tk ? Tk : length;
 }
 
-// Whether the mask lets query i attend step j; true without a mask.
+// Whether the mask allows query i to attend step j; true without a mask.
 ATTN_DEVICE bool mask_allows(const AttentionMask& attended, std::int64_t b, std::int64_t i, std::int64_t j) {
   const std::int64_t* stride = attended.mask_stride;
   return attended.mask == nullptr ||
          reinterpret_cast<const unsigned char*>(attended.mask)[b * stride[0] + i * stride[1] + j * stride[2]] != 0;
 }
 
-// The same pairs, with `per_query` only where queries really differ: such masks are dearer.
+// The same pairs, with `per_query` set only if queries can differ: such masks are more expensive.
 inline AttentionMask simplified(AttentionMask attended, std::int64_t Tq) {
   attended.per_query = attended.mask != nullptr && attended.per_query && Tq > 1 && attended.mask_stride[1] != 0;
   if (!attended.per_query) attended.mask_stride[1] = 0;
@@ -55,7 +55,7 @@ inline AttentionMask simplified(AttentionMask attended, std::int64_t Tq) {
 
 // Strided arrays ------------------------------------------------------------------------------------------------------
 
-// An (n0, n1, n2) array of T; vectorized: 16 bytes along its last axis are aligned and lie side by side.
+// An (n0, n1, n2) array of T. vectorized: 16 bytes along its last axis are aligned and contiguous.
 template <typename T>
 struct Strided {
   const T* data;
@@ -72,7 +72,7 @@ Strided<T> strided(const StridedView3& a) {
           aligned && a.stride[2] == 1 && a.stride[0] % n == 0 && a.stride[1] % n == 0};
 }
 
-// x[e] = row[(u + e) * stride], for the units u + e below `units`; 0 beyond.
+// x[e] = row[(u + e) * stride] for the units u + e below `units`, otherwise 0.
 template <typename T>
 ATTN_DEVICE void load_units(const T* row, std::int64_t stride, bool vectorized, std::int64_t u, std::int64_t units,
                             Wide<T>* x) {
@@ -84,7 +84,7 @@ ATTN_DEVICE void load_units(const T* row, std::int64_t stride, bool vectorized, 
   }
 }
 
-// f(Type<T>) for the type of that dtype.
+// Calls f(Type<T>) with the type T of the dtype.
 template <class F>
 void with_type(Dtype dtype, const F& f) {
   switch (dtype) {

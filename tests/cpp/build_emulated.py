@@ -1,7 +1,7 @@
 """Builds attn_kernels._C_cuda for the CPU: the CUDA kernels in the emulator of cuda_emulator.h, for tests.
 
-``python tests/cpp/build_emulated.py FOLDER`` writes the module there, where conftest.py looks for it. Bindings and
-kernels are the files that setup.py has nvcc compile for a GPU.
+``python tests/cpp/build_emulated.py FOLDER`` writes the module to FOLDER; conftest.py loads it from there. Bindings and
+kernels are the same files that nvcc compiles for a GPU (setup.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TORCH = Path(torch.__file__).parent
 # No fortified longjmp: the fibers of the emulator jump between stacks.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
-LONGEST = ("decode", "gemm")  # of the kernels, to compile
+LONGEST = ("decode", "gemm")  # the kernels that take longest to compile
 
 
 def main(folder: Path) -> None:
@@ -32,11 +32,11 @@ def main(folder: Path) -> None:
     objects = folder / "objects"
     objects.mkdir(parents=True, exist_ok=True)
     sources = [Path("csrc/additive_attention.cpp"), Path("csrc/dot_attention.cpp"), *Path("csrc/cuda").glob("*.cpp")]
-    for kernels in Path("csrc/cuda").glob("*.cu"):  # a compiler goes by the ending
+    for kernels in Path("csrc/cuda").glob("*.cu"):  # compilers choose the language by the suffix
         source = objects / f"{kernels.stem}.cpp"
         source.write_text(f'#include "{kernels.resolve()}"\n')
         sources.append(source)
-    # The longest first (decode takes half of all): the processors finish together.
+    # The longest first (decode takes half of the total), so all processors finish at about the same time.
     sources.sort(key=lambda source: (source.stem not in LONGEST, source))
     extension = Extension(
         "_C_cuda",

@@ -1,5 +1,5 @@
-// The arithmetic of units that share a reciprocal (csrc/cuda/additive_math.cuh) against double: the same functions
-// that the kernels use on a GPU, as plain C++.
+// Compares the arithmetic of units that share a reciprocal (csrc/cuda/additive_math.cuh) with double. The functions are
+// those that the kernels use on a GPU, compiled as plain C++.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -18,7 +18,7 @@ void expect(bool holds, const char* what, double a, double b = 0, double c = 0) 
 using namespace attn;
 using namespace attn::cuda;
 
-// Three units: v . tanh(q + k) by that form, within its limits, against double.
+// Three units share a reciprocal: compares v . tanh(q + k), within the limits of the form, with double.
 void check_three() {
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform(-1, 1);
@@ -29,7 +29,8 @@ void check_three() {
     float d[3];
     double exact = 0, half = 0, size = 0;
     for (int u = 0; u < 3; ++u) {
-      // Units from the largest to the smallest that is kept, and q and k on opposite sides as often as on the same.
+      // |v| ranges from the largest to the smallest that is not dropped. q and k have opposite signs as often as the
+      // same.
       float v = std::ldexp(uniform(random), -static_cast<int>(24 * std::fabs(uniform(random))));
       if (std::fabs(v) < kMinRelativeV) v = kMinRelativeV;
       const float part = std::fabs(uniform(random));
@@ -51,8 +52,8 @@ void check_three() {
   std::printf("three units: %d cases, worst error %.2g of the sum of |v|\n", n, worst);
 }
 
-// Two units in the compensated form: each is right to a few roundings of its tanh, also where q is near -k, and to a part of
-// that of q and k. Clamped, for any sum.
+// Two units in the compensated form: the error of each is a few roundings of its tanh, also if q is near -k, and a
+// fraction of the rounding of q and k. If clamped, for any sum.
 template <bool kClamped>
 void check_compensated() {
   std::mt19937 random(2);
@@ -124,7 +125,7 @@ void check_limits() {
          "limits of two units", 0);
 }
 
-// What a running sum loses is carried: a million small numbers beside a large one.
+// The compensation of a running sum: a million small numbers are added to a large one.
 void check_exact_sum() {
   float total = 0, lost = 0;
   add_exactly(1e8f, total, lost);

@@ -1,6 +1,6 @@
-// csrc/cuda/decode.cu, additive_math.cuh and softmax.cuh without a GPU: the kernels run in the emulator and are compared
-// with loops over single elements in double. Link it with decode.cu, both compiled by any C++ compiler with
-// ATTN_EMULATED. One line for each group of cases; exits with 1 at the first mismatch.
+// Tests csrc/cuda/decode.cu, additive_math.cuh and softmax.cuh without a GPU: the kernels run in the emulator and are
+// compared with loops over single elements in double. Link it with decode.cu, both compiled by any C++ compiler with
+// ATTN_EMULATED. It prints one line for each group of cases, and exits with 1 at the first mismatch.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -42,8 +42,8 @@ std::uint32_t state = 1;
 std::uint32_t random_bits() { return (state = state * 1664525u + 1013904223u) >> 8; }
 double uniform() { return static_cast<double>(random_bits()) / 0x1p23 - 1; }
 
-// Where elements lie: rows one after the other; aligned but apart; an element off 16 bytes; every second element;
-// columns one after the other.
+// The layout of elements: contiguous rows; aligned rows with gaps; rows one element off a multiple of 16 bytes; every
+// second element; contiguous columns.
 enum class Layout { plain, padded, misaligned, spread, transposed };
 
 template <class F>
@@ -54,7 +54,7 @@ void with_dtype(Dtype dtype, const F& f) {
   if (dtype == Dtype::float16) f(Float16());
 }
 
-// An array as kernels see it, with NaN around its elements, and as numbers.
+// An array as a kernel's view, with NaN around its elements, and as numbers in double.
 struct Data {
   Dtype dtype;
   std::int64_t n0, n1, n2;
@@ -87,7 +87,7 @@ struct Data {
   double& at(std::int64_t i, std::int64_t j, std::int64_t k) { return x[(i * n1 + j) * n2 + k]; }
   double at(std::int64_t i, std::int64_t j, std::int64_t k) const { return x[(i * n1 + j) * n2 + k]; }
 
-  // To memory, and x to what that holds.
+  // Rounds x to the dtype, and writes it to memory.
   void encode() {
     with_dtype(dtype, [&](auto type) {
       using T = decltype(type);
@@ -110,17 +110,17 @@ struct Data {
 
 enum class Score { additive, relu, leaky, dot };
 const char* const kScores[] = {"additive", "relu", "leaky relu", "dot"};
-constexpr double kScale = 0.5;  // of dot attention
+constexpr double kScale = 0.5;  // the scale of dot attention
 double slope_of(Score score) { return score == Score::leaky ? 0.25 : 0; }
 
 struct Case {
   std::int64_t B, Tq, Tk, A, D;
   Dtype dtype = Dtype::float32;
   Layout layout = Layout::plain;
-  int lengths = 0;  // bits of them, or none
-  int mask = 0;     // 1: of steps, 2: of pairs
+  int lengths = 0;  // 32 or 64 bits, or 0 without lengths
+  int mask = 0;     // 1: per step, 2: per pair
   bool prepared = false, bias = true, alignments = true;
-  double size = 1, v_size = 0.25;  // of queries and keys; of v
+  double size = 1, v_size = 0.25;  // size: of queries and keys; v_size: of v
   int special = 0;                 // values of interest in the inputs
 };
 
@@ -156,7 +156,7 @@ struct Inputs {
       lengths32.push_back(static_cast<std::int32_t>(lengths.back()));
     }
     for (std::int64_t i = 0; i < c.B * c.Tq * c.Tk; ++i) mask.push_back(random_bits() % 3 > 0);
-    if (c.mask == 2 && c.Tq > 1)  // a query of its own with nothing to attend
+    if (c.mask == 2 && c.Tq > 1)  // one query attends nothing
       for (std::int64_t j = 0; j < c.Tk; ++j) mask[c.Tk + j] = 0;
     make_special();
     for (std::int64_t b = 0; b < c.B; ++b)  // padding
@@ -212,7 +212,7 @@ struct Inputs {
         float top = 0;
         for (std::int64_t a = 0; a < c.A; ++a) top = larger(top, static_cast<float>(std::fabs(keys.at(b, j, a))));
         std::memcpy(tops + 4 * j, &top, 4);
-        // What the rows hold, within rounding, is what counts.
+        // The expected result uses the rounded values of the prepared rows.
         for (std::int64_t a = 0; a < c.A && dtype == Dtype::bfloat16; ++a)
           if (top < 10) keys.at(b, j, a) = std::log(prepared.at(b, j, a)) / 2;
       }
@@ -290,7 +290,7 @@ void fail(const Case& c, Score of, const Splits& splits, const char* name, std::
   std::exit(1);
 }
 
-// tests/matrix.py: twice the error of the formula in float32, and a rounding.
+// The tolerance of tests/matrix.py: twice the error of the formula in float32, plus a rounding.
 void compare(const Case& c, Score of, const Splits& splits, const char* name, const Data& actual,
              const std::vector<double>& expected, const std::vector<double>& eager) {
   double peak = 0, eager_error = 0;
@@ -300,7 +300,7 @@ void compare(const Case& c, Score of, const Splits& splits, const char* name, co
       eager_error = std::fmax(eager_error, std::fabs(eager[i] - expected[i]));
     }
   const double scale = std::strcmp(name, "alignments") == 0 ? peak : std::fmax(peak, 1);
-  // The error of a score is relative to its terms, and softmax makes it larger.
+  // The error of a score is relative to its terms, and softmax amplifies it.
   const double term = of == Score::additive ? 0 : c.size * (of == Score::dot ? kScale * c.size : c.v_size),
                terms = std::fmin(std::fmax(term * std::sqrt(c.A) / 3, 1), 1e5);
   const double rounding = (c.dtype == Dtype::float64 ? 1e-10 : 1e-6) * scale * terms;
@@ -371,7 +371,8 @@ void check(const Inputs& in, Score of, const Expected& expected, const Splits& s
   ++checks;
 }
 
-// Every score, of relu one form or the other; the steps in one part, in few and in many, put together both ways: all of these, or each time others.
+// Checks every score, with one of the two activations relu and leaky_relu. The steps are in one part, in few parts or
+// in many, combined in both ways. With `every`, all of these are checked, otherwise a different selection each time.
 void check_all(const Case& c, bool every = false) {
   static int turn = 0;
   const Inputs in(c);
@@ -385,7 +386,7 @@ void check_all(const Case& c, bool every = false) {
       if (!every && ++i % 3 != 0) continue;
       if (splits.cluster && c.dtype == Dtype::float64) continue;
       if (splits.n > 4 && (c.Tk < 5 || c.B > 3)) continue;
-      if (splits.n > 7 && !every && c.Tk < 64) continue;  // these take the emulator longest
+      if (splits.n > 7 && !every && c.Tk < 64) continue;  // the slowest in the emulator
       check(in, of, expected, splits);
     }
   }
@@ -415,7 +416,7 @@ void check_pairs() {
     if (rough_error > rough) rough = rough_error, rough_at = f;
   }
   require(worst < 1.1, "exp2x, in ulps", worst_at, worst);
-  require(rough < 1.3, "rough_exp2x", rough_at, rough);  // a quarter is the rounding of what the instruction gives
+  require(rough < 1.3, "rough_exp2x", rough_at, rough);  // a quarter is the rounding of the instruction's result
   require(exp2x(0.0f) == 1, "exp2x", 0, 0);
   require(std::isnan(exp2x(NAN)) && std::isnan(rough_exp2x(NAN)), "exp2x of NaN", kNaN, 0);
   for (double size : {1e-4, 0.03, 0.5, 2.0, 9.9}) {
@@ -429,11 +430,12 @@ void check_pairs() {
                            (v1 * std::tanh(double(q1) + k1) + v2 * std::tanh(double(q2) + k2));
       most = std::fmax(most, std::fabs(error)), squares += error * error;
     }
-    // With an exact reciprocal 5e-7 and 6e-8; that of the emulator is always off by 2^-23, of a sum of up to 2.
+    // With an exact reciprocal the errors are 5e-7 and 6e-8. The emulator's reciprocal always has an error of 2^-23, of
+    // a sum of up to 2.
     require(most < 5e-7 + 2 * 0x1p-23, "add_two_units, at most", size, most);
     require(std::sqrt(squares / n) < 6e-8 + 0x1p-23 / 2, "add_two_units, on average", size, std::sqrt(squares / n));
   }
-  for (float k : {-kMaxBoundTwo, kMaxBoundTwo}) {  // nothing overflows or vanishes at the edge
+  for (float k : {-kMaxBoundTwo, kMaxBoundTwo}) {  // no overflow or underflow at the limits
     const float e = exp2x(k), sum = add_two_units(0, 1, kMaxAbsVTwo, kMaxAbsVTwo, e, 1, kMaxAbsVTwo, kMaxAbsVTwo, e);
     require(std::fabs(sum - std::copysign(2 * kMaxAbsVTwo, k)) < 1e-3, "add_two_units at the edge", k, sum);
   }

@@ -1,4 +1,4 @@
-// The emulator itself: that barriers, shuffles and clusters do what CUDA's do, and that mistakes show.
+// Tests the emulator itself: barriers, shuffles and clusters work as in CUDA, and mistakes are detected.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,7 @@ void expect(bool holds, const char* what) {
   std::printf("FAILED: %s\n", what);
 }
 
-// What the launch throws; "" if nothing.
+// The message of the exception that the launch throws; "" if it throws none.
 template <class Body>
 std::string error_of(unsigned blocks, unsigned threads, const Body& body, int cluster = 1) {
   try {
@@ -107,7 +107,8 @@ void check_poison() {
   expect(nan[0] && nan[31], "shared memory starts as NaN");
 }
 
-// Warps that get ahead, and blocks in another order, find what warps in step do not.
+// Orders in which warps get ahead of each other, or blocks are reordered, detect mistakes that warps in lockstep do
+// not.
 void check_orders() {
   const auto in_order = [](const char* order, auto run) {
     setenv("ATTN_EMULATOR_ORDER", order, 1);
@@ -115,7 +116,8 @@ void check_orders() {
     unsetenv("ATTN_EMULATOR_ORDER");
     return right;
   };
-  // A warp reads what its neighbour wrote, and writes again; without a barrier between, one that is late reads the next.
+  // A warp reads what its neighbour wrote, and writes again. Without a barrier in between, a late warp reads the next
+  // value.
   const auto neighbours = [&](bool with_barrier) {
     std::vector<int> wrong(128);
     const std::string error = error_of(1, 128, [&] {
@@ -131,7 +133,7 @@ void check_orders() {
     for (int n : wrong) all += n;
     return error.empty() && all == 0;
   };
-  // The same across the blocks of a cluster, of which the last one runs on its own after the others have left it behind.
+  // The same across the blocks of a cluster. The last block runs alone, after the others have got ahead of it.
   const auto cluster = [&](bool with_barrier) {
     std::vector<int> wrong(4 * 32);
     const std::string error = error_of(
@@ -154,7 +156,7 @@ void check_orders() {
     for (int n : wrong) all += n;
     return error.empty() && all == 0;
   };
-  // A block reads what the one before it wrote.
+  // A block reads what the previous block wrote.
   const auto blocks = [&] {
     std::vector<int> done(8);
     int wrong = 0;
@@ -194,7 +196,7 @@ void check_shared_memory_limit() {
   unsetenv("ATTN_EMULATOR_SHARED_MEMORY");
 }
 
-// The error of the approximate instructions: within what PTX says, near it, and of both signs.
+// The error of the approximate instructions is within the limit that PTX gives, close to it, and of both signs.
 void check_arithmetic() {
   double most[2] = {}, least[2] = {};
   for (int i = 1; i < 10000; ++i) {

@@ -1,6 +1,6 @@
-// The C++ kernels without PyTorch, against loops over single elements in double: what other compilers, other processors
-// and sanitizers can run. It takes the place of runtime.cpp: one thread, and scratch memory that is allocated afresh and
-// to the byte each time, so that a sanitizer sees what the kernels' own pool would hide. Prints what is wrong.
+// Compares the C++ kernels, without PyTorch, with loops over single elements in double. So other compilers, other
+// processors and sanitizers can run it. It replaces runtime.cpp: one thread, and scratch memory that is allocated anew
+// and to the byte each time, so a sanitizer detects what the kernels' own pool would hide. It prints mismatches.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,14 +14,14 @@
 
 namespace attn {
 
-// In parts that end anywhere, as threads would have them.
+// Splits into parts that end anywhere, as with several threads.
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   for (int64_t i = 0; i < n; i += grain) body(i, i + grain < n ? i + grain : n, context);
 }
 
 int64_t thread_count() { return 2; }
 
-// Small, so that gradients are stored past the caches wherever their rows are aligned for it.
+// Small, so that gradients use non-temporal stores if their rows are aligned.
 int64_t last_cache_bytes() { return 2048; }
 
 struct Scratch::Block {
@@ -74,14 +74,14 @@ double from_float16(uint16_t h) {
 // Only for numbers that float16 holds exactly.
 uint16_t to_float16(double x) {
   uint32_t low = 0, high = 0x7bff;
-  while (low < high) {  // bits of positive numbers are in the order of the numbers
+  while (low < high) {  // the bits of positive numbers are ordered like the numbers
     const uint32_t middle = (low + high) / 2;
     from_float16(middle) < std::fabs(x) ? low = middle + 1 : high = middle;
   }
   return static_cast<uint16_t>(low | (x < 0 ? 0x8000 : 0));
 }
 
-// An array as a kernel sees it (exactly as long as it has to be) and as numbers.
+// An array as a kernel's view (exactly as long as necessary) and as numbers in double.
 struct Data {
   Dtype dtype;
   std::vector<double> x;
@@ -120,12 +120,12 @@ struct Data {
 struct Shape {
   int64_t B, Tq, Tk, A, D;
   bool lengths, mask, per_query;
-  double size;  // of queries and keys
+  double size;  // size of the numbers in queries and keys
 };
 
 int failures = 0;
 
-// One shape and dtype: inputs, what loops make of them, and the kernels' results beside it.
+// One shape and dtype: the inputs, the expected results by loops, and the results of the kernels.
 struct Check {
   Shape n;
   Dtype dtype;
@@ -199,7 +199,7 @@ struct Check {
   }
   double epsilon() const { return kEpsilon[static_cast<int>(dtype)]; }
 
-  // What loops make of the inputs; only_scores: gradients from grad_scores, without a softmax.
+  // The expected results, computed by loops. only_scores: gradients from grad_scores, without a softmax.
   struct Loops {
     std::vector<double> scores, context, alignments, dquery, dkeys, dvalues, dv, dbias;
   };
@@ -326,7 +326,7 @@ struct Check {
   }
 };
 
-// A step of a decoder, few and many queries, sizes around vectors and tiles; inputs in range of each form of tanh.
+// A decoder step, few and many queries, sizes around vectors and tiles, and inputs in the range of each form of tanh.
 const Shape kShapes[] = {
     {1, 1, 1, 1, 1, false, false, false, 1},      {2, 1, 37, 64, 33, false, false, false, 1},
     {3, 1, 70, 21, 7, true, false, false, 8},     {2, 3, 9, 50, 16, true, true, false, 16},
@@ -337,7 +337,7 @@ const Shape kShapes[] = {
 
 }  // namespace
 
-// check_kernels [level]: every level of this processor, or those whose name begins so.
+// check_kernels [level]: checks every level of this processor, or those whose name starts with `level`.
 int main(int argc, char** argv) {
   for (int i = 0; i < levels().n; ++i) {
     if (argc > 1 && std::strncmp(levels().list[i].name, argv[1], std::strlen(argv[1])) != 0) continue;

@@ -1,6 +1,6 @@
-// attend, softmax_backward, product and weighted_sum of csrc/cuda in the emulator, against loops over single elements
-// in double. Padding holds NaN and Inf, and so does scratch memory; outputs lie between guards. Prints a line for each
-// group of checks, or the first mismatch.
+// Compares attend, softmax_backward, product and weighted_sum of csrc/cuda, in the emulator, with loops over single
+// elements in double. Padding and scratch memory hold NaN and Inf; outputs are between guards. It prints a line for
+// each group of checks, or the first mismatch.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,7 @@ void* current_stream() { return nullptr; }
 
 std::vector<void*> scratch_blocks;
 
-// To the byte, so that a sanitizer sees what is read or written beyond.
+// Allocated to the byte, so that a sanitizer detects reads and writes beyond the end.
 void* scratch_bytes(std::int64_t bytes) {
   void* memory = std::malloc(bytes);
   std::memset(memory, 0xff, bytes);
@@ -35,7 +35,7 @@ using namespace attn;
 using namespace attn::cuda;
 
 const double kNaN = std::numeric_limits<double>::quiet_NaN(), kInf = std::numeric_limits<double>::infinity();
-const double kPoison[] = {kNaN, kInf, -kInf, 6e4};  // the last one for sums that multiply by zero
+const double kPoison[] = {kNaN, kInf, -kInf, 6e4};  // the last for sums that multiply by zero
 
 // Random numbers ------------------------------------------------------------------------------------------------------
 
@@ -58,14 +58,14 @@ const char* name_of(Dtype dtype) {
 
 Dtype wide(Dtype dtype) { return dtype == Dtype::float64 ? dtype : Dtype::float32; }
 
-// The largest relative error of a rounding.
+// The largest relative error of a rounding to the dtype.
 double rounding(Dtype dtype) {
   return dtype == Dtype::float64    ? 0x1p-53
          : dtype == Dtype::float32  ? 0x1p-24
          : dtype == Dtype::bfloat16 ? 0x1p-8
                                     : 0x1p-11;
 }
-double least(Dtype dtype) { return dtype == Dtype::float16 ? 0x1p-25 : 1e-37; }  // of an absolute error
+double least(Dtype dtype) { return dtype == Dtype::float16 ? 0x1p-25 : 1e-37; }  // the least absolute tolerance
 
 double get(const void* data, Dtype dtype, std::int64_t i) {
   if (dtype == Dtype::float32) return static_cast<const float*>(data)[i];
@@ -84,7 +84,8 @@ void set(void* data, Dtype dtype, std::int64_t i, double x) {
 
 enum Layout { contiguous, time_major, columns, sliced, misaligned, expanded, repeated, scalar, kLayouts };
 
-// An (n0, n1, n2) input in some layout, with NaN between and around its elements. Those of stride 0 share elements.
+// An (n0, n1, n2) input in some layout, with NaN between and around its elements. Layouts with a stride of 0 share
+// elements.
 struct Input {
   std::vector<double> memory;  // room for any dtype, aligned
   StridedView3 array;
@@ -129,7 +130,7 @@ struct Case {
   int lengths = 0;  // 0 none, 1 random int64, 2 random int32
   int mask = 0;     // 0 none, 1 per step, 2 per query, 3 per query with stride 0 along queries
   Layout layout = contiguous;
-  bool special = false;  // NaN and Inf where they are attended
+  bool special = false;  // NaN and Inf at attended steps
 };
 
 // Which pairs are attended.
@@ -173,7 +174,7 @@ struct Pairs {
 
 // Results -------------------------------------------------------------------------------------------------------------
 
-std::string now;  // what is checked
+std::string now;  // the current check
 long compared = 0;
 
 [[noreturn]] void fail(const std::string& what) {
@@ -220,7 +221,8 @@ void compare(const char* name, double is, double right, double allowed, std::int
   fail(text);
 }
 
-// Calls on a small or a large device, which take different tiles; with both_same on both, for the same bits.
+// Runs the call on a small or a large device, which use different tiles. With both_same, runs it on both and compares
+// the bits.
 template <class CallContext>
 void on_devices(bool both_same, Output& out, const CallContext& call) {
   Output other = out;
@@ -237,7 +239,7 @@ void on_devices(bool both_same, Output& out, const CallContext& call) {
   scratch_blocks.clear();
 }
 
-// A sum and what is allowed of error, in units of one rounding of each term.
+// A sum and its tolerance, in units of one rounding of each term.
 struct Sum {
   double total = 0, sizes = 0;
 
@@ -272,7 +274,7 @@ void check_product(const Case& c, Dtype dtype, Layout query_layout, Layout keys_
       }
 }
 
-// Poison where nothing is attended: weights of such pairs, and rows that no pair uses.
+// Pairs that are not attended hold poison: their weights, and rows that no attended pair uses.
 void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool transposed, Layout weights_layout,
                         Layout rows_layout) {
   const Pairs pairs(c);
@@ -286,7 +288,7 @@ void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool tran
     for (std::int64_t x = 0; x < X; ++x) {
       bool used = false;
       for (std::int64_t m = 0; m < M; ++m) used |= attends(b, m, x);
-      const bool poison = !used || (c.special && (x == X / 2 || x == X - 1));  // for some pairs padding, for some not
+      const bool poison = !used || (c.special && (x == X / 2 || x == X - 1));  // padding for some pairs only
       for (std::int64_t n = 0; n < c.D && poison; ++n)
         if (!used || n % 3 == x % 3) rows.put(b, x, n, kPoison[(x + n) % (used ? 3 : 4)]);
     }
@@ -302,7 +304,7 @@ void check_weighted_sum(const Case& c, Dtype dtype, bool wide_weights, bool tran
   on_devices(tiles && dtype == Dtype::float32, out, [&](Output& to) {
     weighted_sum({c.B, c.Tq, c.Tk, c.D, weights.array, rows.array, scale, pairs.attended, transposed, to.data()});
   });
-  // Tensor cores take weights in the dtype of rows.
+  // Tensor cores read weights in the dtype of rows.
   const bool rounds = tiles && weights_dtype != dtype;
   for (std::int64_t b = 0; b < c.B; ++b)
     for (std::int64_t m = 0; m < M; ++m)
@@ -332,7 +334,7 @@ void check_attend(const Case& c, Dtype dtype, bool with_alignments) {
         if (!pairs(b, i, j)) scores.put(b, i, j, kPoison[(i + j) % 4]);
         if (c.special && pairs(b, i, j)) {
           if (i % 5 == 1 && j % 3 == 1) scores.put(b, i, j, -kInf);
-          if (i % 5 == 2) scores.put(b, i, j, -kInf);  // nothing but -inf: NaN
+          if (i % 5 == 2) scores.put(b, i, j, -kInf);  // only -inf: the softmax is NaN
           if (i % 5 == 3 && j == c.Tk / 2) scores.put(b, i, j, kInf);
         }
       }
@@ -425,7 +427,7 @@ void check_softmax_backward(const Case& c, Dtype dtype, bool has_context, bool h
     }
 }
 
-// Every size at which something begins or ends: one of each, few queries, tiles and slices and one more, zeros.
+// Sizes at the boundaries: one of each, few queries, whole tiles and slices, one more than whole ones, and zeros.
 const Case kSizes[] = {
     {1, 1, 1, 1},    {5, 1, 50, 33},   {3, 3, 17, 64},    {4, 5, 66, 40},    {2, 8, 130, 136}, {4, 9, 9, 9},
     {2, 17, 63, 70}, {1, 33, 65, 16},  {1, 130, 75, 100}, {1, 129, 129, 65}, {2, 64, 64, 64},  {1, 100, 100, 128},
@@ -441,7 +443,7 @@ void group(const char* name, const Check& check) {
     int k = 0;
     for (const Case& size : kSizes)
       for (int variant = 0; variant < (dtype == Dtype::float16 ? 1 : 3); ++variant) {
-        // Each size under some of the masks and layouts, so that each of those comes with many sizes.
+        // Each size has some of the masks and layouts, so each of these is combined with many sizes.
         Case c = size;
         c.lengths = (k + variant) % 3;
         c.mask = (k / 3 + variant * 2 + k) % 4;

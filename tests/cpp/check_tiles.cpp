@@ -1,5 +1,5 @@
-// The tiles of additive_attention_fwd.cu: blocks fit the shared memory of each kind of device, and a limit that does not
-// bind changes nothing.
+// Tests the tiles of additive_attention_fwd.cu: blocks fit the shared memory of each kind of device, and a limit that
+// is not reached changes nothing.
 #include <cstdio>
 
 #include "cuda/additive_attention_fwd.cu"

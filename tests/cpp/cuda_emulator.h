@@ -1,13 +1,15 @@
-// CUDA kernels on the CPU, for tests: what csrc/cuda uses of CUDA, in standard C++ with one fiber for each thread.
+// Runs CUDA kernels on the CPU, for tests: the parts of CUDA that csrc/cuda uses, in standard C++ with one fiber per
+// thread.
 //
-// A fiber runs until it comes to a barrier (of its warp, its block or its cluster), so that a missing barrier shows, and a
-// barrier that not all threads reach is an error instead of a hang. One block, or cluster, runs at a time. Which fiber
-// runs next, and which block, is an order (below); hardware may take any. Dynamic shared memory starts as NaN.
+// A fiber runs until it reaches a barrier (of its warp, its block or its cluster). So a missing barrier is detected,
+// and a barrier that not all threads reach is an error instead of a deadlock. One block, or cluster, runs at a time. An
+// Order (below) decides which fiber and which block runs next; hardware may use any order. Dynamic shared memory is
+// initialised with NaN.
 //
-// Two variables of the environment, read at each launch, choose what is emulated:
+// Two environment variables, read at each launch, control the emulation:
 //
 //   ATTN_EMULATOR_ORDER            "turns", "first", "last", "random" or "random:7", with a seed: see Order
-//   ATTN_EMULATOR_SHARED_MEMORY    bytes of shared memory that a block may have: those of an H100 otherwise
+//   ATTN_EMULATOR_SHARED_MEMORY    bytes of shared memory that a block may have; by default as many as on an H100
 #pragma once
 
 #include <ucontext.h>
@@ -45,11 +47,12 @@ struct alignas(16) float4 {
 
 namespace emulator {
 
-// turns: all fibers go one step each, to their next barrier, in an order that is shuffled for each turn; then the barriers
-//   are released. No warp gets ahead of the others by more than a step. Blocks run in a shuffled order.
-// first: the first warp that can run does, as far as it comes; blocks run in order. So the others come late.
-// last: the last warp that can run does, and the last block first.
-// random: any warp that can run goes one step; warps get ahead of each other by any number. Blocks are shuffled.
+// turns: all fibers run one step each, to their next barrier, in an order that is shuffled for each turn. Then the
+//   barriers are released. No warp gets ahead of the others by more than one step. Blocks run in a shuffled order.
+// first: the first warp that can run does so, as far as possible, so the other warps are late. Blocks run in order.
+// last: the last warp that can run does so, and the last block runs first.
+// random: a random warp that can run takes one step. Warps get ahead of each other by any number of steps. Blocks are
+//   shuffled.
 enum class Order { turns, first, last, random };
 
 enum class Wait { none, warp, block, cluster, done };
@@ -60,27 +63,27 @@ struct Fiber {
   bool started = false;
   Wait wait = Wait::none;
   dim3 thread, block;
-  int rank = 0;  // of its block in the cluster
+  int rank = 0;  // the rank of its block in the cluster
   int parity = 0;
   char* shared = nullptr;
 };
 
-// What runs now, one launch at a time on each thread of the system.
+// The state of the running launch. Each thread of the host runs one launch at a time.
 struct Machine {
   dim3 grid_size, block_size;
   int cluster_size = 1;
   std::int64_t shared_bytes = 0;
-  std::vector<Fiber> fibers;         // of a cluster
-  std::vector<char> stacks, shared;  // kept from launch to launch
-  std::vector<std::uint64_t> slots;  // two for each fiber: what shuffles exchange
+  std::vector<Fiber> fibers;         // the fibers of a cluster
+  std::vector<char> stacks, shared;  // reused by later launches
+  std::vector<std::uint64_t> slots;  // two per fiber, for the values of shuffles
   Fiber* now = nullptr;
   jmp_buf scheduler;
   ucontext_t scheduler_context;
   std::function<void()> body;
   std::uint32_t random = 12345;
   Order order = Order::turns;
-  int multiprocessors = 132;    // what kernels are chosen for
-  const char* fault = nullptr;  // what ended the launch
+  int multiprocessors = 132;    // of the emulated device
+  const char* fault = nullptr;  // the error that ended the launch
 
   std::uint32_t next_random() {
     random ^= random << 13, random ^= random >> 17, random ^= random << 5;
@@ -135,7 +138,7 @@ __attribute__((noinline)) inline void wait_for(Wait what) {
   if (_setjmp(m.now->resume) == 0) _longjmp(m.scheduler, 1);
 }
 
-// Where hardware ends the launch with an error.
+// Ends the launch with an error, as hardware would.
 [[noreturn]] __attribute__((noinline)) inline void fault(const char* what) {
   machine().fault = what;
   machine().now->wait = Wait::done;
@@ -154,7 +157,7 @@ __attribute__((noinline)) inline void step(Machine& m, Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
-// Releases the fibers first .. first + n if all that still run wait for `what`.
+// Releases the fibers first .. first + n if all unfinished ones wait for `what`.
 inline bool release(Machine& m, std::size_t first, std::size_t n, Wait what) {
   std::size_t waiting = 0, done = 0;
   for (std::size_t i = first; i < first + n; ++i) {
@@ -167,7 +170,7 @@ inline bool release(Machine& m, std::size_t first, std::size_t n, Wait what) {
   return true;
 }
 
-// Fibers for all threads of a cluster, each at its beginning.
+// Creates a fiber for each thread of a cluster, at the start of the kernel.
 inline void start_cluster(Machine& m, unsigned first_block) {
   const std::size_t threads = m.block_size.x, n = threads * m.cluster_size;
   m.fibers.assign(n, Fiber());
@@ -191,7 +194,7 @@ inline void start_cluster(Machine& m, unsigned first_block) {
   }
 }
 
-// order = 0 .. n - 1 as the launch wants it.
+// Sets order to a permutation of 0 .. n - 1, by the Order of the launch.
 inline void sort(Machine& m, std::size_t n, std::vector<std::size_t>& order) {
   order.resize(n);
   for (std::size_t i = 0; i < n; ++i) order[i] = m.order == Order::last ? n - 1 - i : i;
@@ -199,7 +202,7 @@ inline void sort(Machine& m, std::size_t n, std::vector<std::size_t>& order) {
     for (std::size_t i = n; i > 1; --i) std::swap(order[i - 1], order[m.next_random() % i]);
 }
 
-// One step of the fibers first .. first + n that can go on. Whether there were any.
+// Runs one step of those fibers first .. first + n that can run. Returns whether there were any.
 inline bool step_all(Machine& m, std::size_t first, std::size_t n) {
   static thread_local std::vector<std::size_t> order;
   bool any = false;
@@ -213,7 +216,8 @@ inline bool step_all(Machine& m, std::size_t first, std::size_t n) {
   return any;
 }
 
-// All fibers go one step, or one warp does, or goes as far as it comes. Whether any did.
+// Depending on the Order, runs all fibers one step, one warp one step, or one warp as far as possible. Returns whether
+// any fiber ran.
 inline bool advance(Machine& m) {
   const std::size_t threads = m.block_size.x, n = m.fibers.size();
   if (m.order == Order::turns) {
@@ -267,7 +271,7 @@ inline void launch(std::function<void()> body, unsigned blocks, unsigned threads
   for (std::size_t first : order) run_cluster(m, static_cast<unsigned>(first) * cluster);
 }
 
-// What every thread of the warp gave, by lane; only after all have.
+// Exchanges a value per thread of the warp, by lane, after all threads have given theirs.
 template <typename T, class Choose>
 T exchange(T value, const Choose& choose) {
   static_assert(sizeof(T) <= 8, "a shuffle moves up to 8 bytes");

@@ -1,5 +1,5 @@
-// Prints the SIMD levels that kernels.cpp finds, the first choice first. With empty tables in the place of the kernels:
-// so it is compiled in a second, and runs on an emulated processor.
+// Prints the SIMD levels that kernels.cpp finds, the first choice first. Empty tables replace the kernels, so it
+// compiles in a second and runs on an emulated processor.
 #include <cstdio>
 
 #include "cpu/kernels.h"
