@@ -15,7 +15,7 @@ FEW_ROUNDS = 5  # a median of fewer rounds is shown with its quartiles
 def table(title: str, *columns: str, wrap: bool = False, **options: Any) -> Table:
     """A plain table. A column whose name begins with ">" is aligned to the right.
 
-    wrap: cells may have several lines, for tables that are wider than a terminal. ``options``: keywords of rich's Table.
+    wrap: cells may have several lines, for tables wider than a terminal. ``options``: keywords of rich's Table.
     """
     result = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, **{"padding": (0, 1, 0, 0), **options}

@@ -83,7 +83,7 @@ def measure_training(
         torch.manual_seed(0)
         model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, cell=cell).to(device)
         if name == PACKED:
-            model.encoder.rnn.register_forward_hook(_look)  # a layer with a hook is called as a module, with packed inputs
+            model.encoder.rnn.register_forward_hook(_look)  # with a hook, the layer gets packed inputs
         calls[name] = training_step(model, (source, ragged_lengths(shape, least), target))
     return row("training step", cell, shape, least, timed(calls, device, seconds))
 

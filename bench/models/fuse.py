@@ -263,7 +263,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the table.")] = 8.0,
     only: Annotated[list[str] | None, typer.Option(help="Names of cases; default: all.")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile, too.")] = True,
-    published: Annotated[bool, typer.Option("--markdown", help="Measure nothing; print the table of docs/fuse.md.")] = False,
+    published: Annotated[bool, typer.Option("--markdown", help="Only print the table of docs/fuse.md.")] = False,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,
 ) -> None:

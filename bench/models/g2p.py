@@ -531,10 +531,10 @@ _DEFAULT = Config()
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps; an epoch is about 1900 steps.")] = STEPS,
     only: Annotated[Only | None, typer.Option(help="Train only one model, without a comparison.")] = None,
-    attention: Annotated[str, typer.Option(help="attention= of Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
+    attention: Annotated[str, typer.Option(help="As in Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
     cell: Annotated[str, typer.Option(help="lstm or gru.")] = _DEFAULT.cell,
     decoder: Annotated[str, typer.Option(help="As of Seq2Seq.")] = _DEFAULT.decoder,
-    input_feeding: Annotated[bool, typer.Option(help="Each step reads the attentional vector of the previous one.")] = True,
+    input_feeding: Annotated[bool, typer.Option(help="Steps read the previous attentional vector.")] = True,
     embedding_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.embedding_size,
     hidden_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.hidden_size,
     units: Annotated[int, typer.Option(min=1)] = _DEFAULT.units,

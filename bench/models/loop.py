@@ -83,7 +83,7 @@ class EagerLSTM(nn.LSTM):
 
 
 class EagerLocation(EagerAttention):
-    """Location-sensitive attention (Shen et al. 2018, section 2.2) with the parameters of LocationSensitiveAttention."""
+    """Location-sensitive attention (Shen et al. 2018, section 2.2), parameters of a LocationSensitiveAttention."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__(fused)
@@ -193,7 +193,7 @@ def make_data(shape: Shape, device: torch.device, lengths: str = FULL) -> tuple[
 
 
 def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """The largest difference of loss and gradients between each variant and the first, relative to the largest value."""
+    """Largest difference in loss and gradients of each variant from the first, relative to the largest value."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, model in variants:
         loss = training_step(model, data)()
