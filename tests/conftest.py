@@ -32,11 +32,11 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # for bench.eager, the formulas in eager PyTorch; appended, so that an installed package takes precedence
+sys.path.append(str(ROOT))  # for bench.eager; appended, so that an installed package takes precedence
 
 
 class _Emulated(importlib.abc.MetaPathFinder):
-    """Finds the module that ``make test`` builds in build/emulated: without a GPU it runs CUDA kernels in an emulator."""
+    """Finds the module with the CUDA kernels in an emulator, which ``make test`` builds in build/emulated."""
 
     def find_spec(self, name, path, target=None):
         built = sorted((ROOT / "build/emulated").glob("_C_cuda.*.so")) if name == "attn_kernels._C_cuda" else []
@@ -96,7 +96,7 @@ _AFTER_BEST = SIMD_LEVELS[SIMD_LEVELS.index(BEST_LEVEL) + 1 :] if SIMD_LEVELS el
 
 
 def _other_forms() -> tuple[str, ...]:
-    """For each level with two forms, divisions and estimates ("avx512", "avx512-estimate"), the non-default form."""
+    """For each level with two forms, divisions and estimates ("avx512", "avx512-estimate"), the second form."""
     levels = [level.partition("-")[0] for level in (BEST_LEVEL or "", *_AFTER_BEST)]
     return tuple(form for i, form in enumerate(_AFTER_BEST) if levels[i + 1] in levels[: i + 1])
 
@@ -188,7 +188,7 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
             item.add_marker("slow")
-    if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # tests named on the command line all run
+    if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # named tests all run
         rest = thinned_out(items) + without_new_pairs(items)
         config.hook.pytest_deselected(items=rest)
         gone = set(rest)

@@ -106,7 +106,7 @@ def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengt
 
 
 def in_float64(make: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
-    """A float64 copy of the module with the same parameters and default options."""
+    """``make()`` with its defaults (float64) and the parameters of ``module``."""
     exact = make()
     exact.load_state_dict(module.state_dict())
     return exact

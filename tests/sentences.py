@@ -46,7 +46,7 @@ def run(model: Seq2Seq, data: Batch, loss: Loss = LOSSES["both"]) -> dict[str, T
 
 
 def check_each_alone(model: Seq2Seq, source: Tensor, lengths: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks that each sentence has the same results alone and in the batch. Returns logits, alignments of the batch."""
+    """Each sentence must have the same results alone and in a batch. Returns logits and alignments of the batch."""
     logits, alignments = model(source, lengths, target)
     for i, length in enumerate(lengths.tolist()):
         alone = model(source[i : i + 1, :length], lengths[i : i + 1], target[i : i + 1])

@@ -1,4 +1,4 @@
-"""A pytest plugin (``-p stand_in_gpu``) for machines without a GPU: tests of the cuda backend run on a device "standin".
+"""A pytest plugin (``-p stand_in_gpu``) for machines without a GPU: the cuda backend is tested on a device "standin".
 
 A tensor on this device wraps a CPU tensor, on which every operation runs. The kernels run in the emulator, as in other
 runs. The difference: an operation on tensors of two devices raises an error, as with a GPU. So a test fails here if it
@@ -77,7 +77,7 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return out
     known = {id(x.inner): x for x in there}  # an in-place operation returns its argument
     on_device = tree_map_only(Tensor, lambda x: known.get(id(x)) if id(x) in known else OnStandIn(x), out)
-    return (on_device[0], *out[1:]) if name == "aten::_pack_padded_sequence" else on_device  # batch sizes stay on the host
+    return (on_device[0], *out[1:]) if name == "aten::_pack_padded_sequence" else on_device  # sizes stay on the host
 
 
 @contextmanager

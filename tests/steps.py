@@ -118,7 +118,7 @@ def check_copies(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
 
 
 def check_copies_are_patched(module: nn.Module) -> None:
-    """Patching keeps the state_dict; copies and pickles are patched; after unpatch the module has its original class."""
+    """Patching keeps the state_dict; copies and pickles are patched; unpatch restores the original class."""
     names, cls = list(module.state_dict()), type(module)
     patch(module)
     assert list(module.state_dict()) == names and isinstance(module, cls)
@@ -147,7 +147,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module
     monkeypatch.setattr(sys.modules[name], attribute, cls, raising=False)
     cls.__module__, cls.__qualname__ = name, attribute
     adapter = next(adapter for adapter in patching.adapters() if adapter.original == original)
-    monkeypatch.setitem(registry._adapters, original, adapter._replace(sources=()))  # its source differs from the library's
+    monkeypatch.setitem(registry._adapters, original, adapter._replace(sources=()))  # it has other source
 
 
 def _error(a: Tensor, b: Tensor) -> float:

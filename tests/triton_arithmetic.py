@@ -1,9 +1,9 @@
 """Triton's interpreter with the arithmetic of NVIDIA GPUs, as tests/cpp/cuda_arithmetic.h for the CUDA kernels.
 
 numpy computes exp and divisions to half a unit in the last place, and sums of products in float32. Code that Triton
-compiles for a GPU uses approximate instructions there and, for 16-bit elements, tensor cores. ``install`` adds errors of
-that size to the interpreter. The same operands always give the same result; half of the results are too large and half
-too small. float64 stays exact.
+compiles for a GPU uses approximate instructions there and, for 16-bit elements, tensor cores. ``install`` adds errors
+of that size to the interpreter. The same operands always give the same result; half of the results are too large and
+half too small. float64 stays exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RECIPROCAL = 2.0**-23  # rcp.approx.ftz.f32
 DIVISION = 2.0**-22  # div.full.f32, to which Triton compiles "/"
 TINY = np.finfo(np.float32).tiny
 LOG2E = np.float32(1.4426950408889634)
-AT_ONCE, BITS = 8, 24  # number of products that a tensor core adds at once; bits that it keeps below the largest product
+AT_ONCE, BITS = 8, 24  # products that a tensor core adds at once; bits that it keeps below the largest product
 
 
 def with_error(exact: np.ndarray, x: np.ndarray, error: float) -> np.ndarray:
@@ -125,6 +125,6 @@ def install() -> None:
         "additive_attention",
         "gated_additive_attention",
         "decode",
-    ):  # NVIDIA assembly must also be accepted for CPU tensors
+    ):  # use NVIDIA assembly for CPU tensors too
         launcher = importlib.import_module(f"attn_kernels.triton.{name}")
         launcher.has_approximate_reciprocal = lambda tensor: tensor.element_size() != 8
