@@ -188,7 +188,7 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
             item.add_marker("slow")
-    if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # named tests all run
+    if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # all run
         rest = thinned_out(items) + without_new_pairs(items)
         config.hook.pytest_deselected(items=rest)
         gone = set(rest)

@@ -560,8 +560,8 @@ def check_by_sentences(
 def tolerance(name: str, dtype: torch.dtype, exact: Tensor, eager_error: float, condition: float = 1.0) -> float:
     """The largest error allowed for any element of the result ``name``.
 
-    The measure is the error of the eager formula in the same dtype and on the same arguments. The allowed error is twice
-    that for results and three times that for gradients (in float32 and float64 twice for both), plus
+    The measure is the error of the eager formula in the same dtype and on the same arguments. The allowed error is
+    twice that for results and three times that for gradients (in float32 and float64 twice for both), plus
 
         float64    1e-10 * scale
         float32    1e-6 * scale
@@ -570,8 +570,9 @@ def tolerance(name: str, dtype: torch.dtype, exact: Tensor, eager_error: float, 
 
     where scale is the largest element of the exact result. The terms of a sum can be larger than the sum, and a
     gradient can cancel to 0. So the scale is at least 1, as make() gives arguments with terms of this order. This does
-    not hold for alignments, whose terms are positive. ``condition`` is for tests with scores far above 1: it is the size
-    of the terms of a score. The error of a score is relative to it, and softmax amplifies the error by it, up to 1e5.
+    not hold for alignments, whose terms are positive. ``condition`` is for tests with scores far above 1: it is the
+    size of the terms of a score. The error of a score is relative to it, and softmax amplifies the error by it, up to
+    1e5.
     """
     peak = _largest(exact)
     scale = peak if name == "alignments" else max(peak, 1.0)

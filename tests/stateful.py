@@ -48,7 +48,7 @@ def add(a: Row, b: Row) -> Row:
 
 
 class Mechanism(NamedTuple):
-    """make: returns the module. extra: a function of parameters, state and a step of the memory. follow: the next state.
+    """make: returns the module. extra: a function of parameters, state and a memory step. follow: the next state.
 
     A state is a list: the rows of the module's state and, for forward attention, u. first: the initial state.
     """

@@ -172,7 +172,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 def failed(result: dict[str, Any]) -> bool:
-    return any(isinstance(outcome, str) for outcome in result["steps"].values())  # the outcome is seconds, or an error message
+    return any(isinstance(outcome, str) for outcome in result["steps"].values())  # seconds, or an error message
 
 
 def is_done(result: dict[str, Any], commit: str, arguments: list[str]) -> bool:
@@ -197,7 +197,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 
 
 def command_line(purpose: str, folder: str, tests: str) -> argparse.ArgumentParser:
-    """The arguments of a command that tests COMBINATIONS. folder: its working folder. tests: default pytest arguments."""
+    """The arguments of a command that tests COMBINATIONS. folder: its files. tests: default pytest arguments."""
     parser = argparse.ArgumentParser(description=purpose.partition("\n")[0])
     parser.add_argument("--only", default="", help='combinations whose name contains this: "torch2.11", "python3.12"')
     parser.add_argument("--keep", action="store_true", help=f"keep environments, copies and logs in {folder}")

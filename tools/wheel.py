@@ -123,7 +123,7 @@ def write(line: str) -> None:
 
 def main() -> None:
     parser = command_line(__doc__, "build/wheel", shlex.join(TESTS))
-    parser.add_argument("--file-only", action="store_true", help="only check the contents and links of the wheel; make no environments")
+    parser.add_argument("--file-only", action="store_true", help="only check what the wheel holds and links")
     parser.add_argument("--cuda", action="store_true", help="the wheel was built with nvcc")
     parser.add_argument("--wheel", type=Path, help="default: all wheels in dist/, one for each Python")
     given = parser.parse_args()

@@ -89,8 +89,7 @@ def triton_cases() -> list[str]:
 
 
 def examine_triton(case: str, targets: Iterable[str], cache: Path) -> list[Finding]:
-    """The findings for the kernels of one case, compiled in a separate process as in the tests, with a persistent cache.
-    """
+    """The findings for the kernels of one case. As in the tests, a separate process compiles it; the cache persists."""
     kept = cache / f"triton-{case}-{_triton_fingerprint()}.json"
     if not kept.exists():
         printed = _compile_triton(case, cache)
@@ -192,12 +191,12 @@ def main(
     source: Annotated[list[Path] | None, typer.Argument(help="CUDA sources; default: csrc/cuda/*.cu.")] = None,
     target: Annotated[list[str] | None, typer.Option(help=f"May be repeated; {', '.join(TARGETS)}.")] = None,
     compiler: Annotated[
-        Path | None, typer.Option("--nvcc", help="The compiler; default: from $NVCC, $CUDA_HOME, PATH or /usr/local/cuda.")
+        Path | None, typer.Option("--nvcc", help="nvcc; default: from $NVCC, $CUDA_HOME, PATH or /usr/local/cuda.")
     ] = None,
     triton: Annotated[bool, typer.Option(help="Check the Triton kernels too.")] = True,
     predict: Annotated[bool, typer.Option("--roofline/--no-roofline", help="Print the static roofline.")] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Parallel compilations.")] = 2,
-    cache: Annotated[Path, typer.Option(help="Folder of earlier compilations.", show_default="build/cuda-check")] = CACHE,
+    cache: Annotated[Path, typer.Option(help="Cache of compilations.", show_default="build/cuda-check")] = CACHE,
     output: Annotated[Path, typer.Option(help="Result file.", show_default=results.shown(RESULT))] = RESULT,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")] = False,
 ) -> None:

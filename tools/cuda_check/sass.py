@@ -106,7 +106,7 @@ class Loop(Code):
 
 @dataclass
 class Kernel:
-    """One kernel, or one device function that others call; its name is no name of a kernel."""
+    """One kernel, or one device function that others call. Host code cannot launch the name of such a function."""
 
     name: str  # mangled
     registers: int
