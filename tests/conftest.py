@@ -313,8 +313,7 @@ def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters handle small calls too. By default these run the original module, which is faster (test_small_calls.py).
-    """
+    """Adapters handle small calls too. By default the original runs them, as it is faster (test_small_calls.py)."""
     monkeypatch.setattr(adapter, "min_products", lambda module: 0)
 
 

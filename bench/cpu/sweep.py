@@ -361,9 +361,7 @@ def main(
     allocator: AllocatorOption = Allocator.reuse,
     least: Annotated[float, typer.Option(min=0, help="Required eager / ours; lower cells are timed again.")] = LEAST,
     seconds: Annotated[float, typer.Option(min=0, help="Seconds for the rounds of one cell.")] = Settings.seconds,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Minimum rounds of a cell; 2 for long calls.")
-    ] = Settings.rounds,
+    rounds: Annotated[int, typer.Option(min=1, help="Minimum rounds of a cell; 2 for long calls.")] = Settings.rounds,
     most_memory: Annotated[
         float, typer.Option(min=0, help="GB; cells with a larger working set are left out.")
     ] = Limits.memory_gb,

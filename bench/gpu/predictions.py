@@ -136,8 +136,7 @@ def product_us(flops: float, dtype: str) -> float:
 
 
 def splits(shape: Shape, processors: int = H100.processors) -> tuple[int, bool]:
-    """choose_splits of csrc/cuda/decode.cu for compute capability 9.0: blocks per sentence; whether they are a cluster.
-    """
+    """choose_splits of csrc/cuda/decode.cu for compute capability 9.0: blocks per sentence; whether in a cluster."""
     wanted, least = max(1, 2 * processors // shape.B), -(-shape.Tk // 1024)
     n = 1
     while n < 16 and (n < least or (2 * n <= wanted and shape.Tk >= 16 * n)):

@@ -160,8 +160,7 @@ class Finding:
 
 
 def rule_for(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Rule:
-    """The first rule whose pattern is in the name. If it does not apply, only the general rules for all kernels remain.
-    """
+    """The first rule whose pattern is in the name. If it does not apply, only the general rules hold."""
     rule = next(rule for rule in rules if re.search(rule.pattern, facts.name))
     return rule if rule.applies(facts) else Rule(rule.pattern, OTHER, stack=rule.stack)
 
