@@ -269,11 +269,11 @@ def tables(cells: list[Cell], description: dict[str, str | int], settings: Setti
         parts.append(op_table(op + how, [cell for cell in cells if cell.op == op], dtype, notes))
     parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
     parts.append(Text("ms: median over interleaved rounds. x: time of the other / time of ours, median over rounds."))
-    parts.append(Text("Below 1x!: ours loses. MB: peak memory of one call: ours / eager / torch.compile."))
+    parts.append(Text("Below 1x!: ours is slower. MB: peak memory of one call: ours / eager / torch.compile."))
     if any(0 < cell.rounds < FEW_ROUNDS for cell in cells):
-        parts.append(Text(f"In parentheses: the quartiles, where there was time for fewer than {FEW_ROUNDS} rounds."))
+        parts.append(Text(f"In parentheses: quartiles, if there was time for fewer than {FEW_ROUNDS} rounds."))
     if any(cell.left_out for cell in cells):
-        parts.append(Text("left out: there was no time for it. python -m bench.cpu.ops measures all."))
+        parts.append(Text("left out: not timed for lack of time. python -m bench.cpu.ops measures all."))
     parts.append(machine.as_text(description))
     return Group(*parts)
 
@@ -457,7 +457,7 @@ def main(
         raise typer.BadParameter("--no-forward and --no-backward leave nothing to time")
     if activation is not Activation.tanh:
         if prepared or (op and op != [Op.additive_attention]):
-            raise typer.BadParameter(f"--activation {activation.value} is of additive_attention, without --prepared")
+            raise typer.BadParameter(f"--activation {activation.value} needs additive_attention without --prepared")
         op = [Op.additive_attention]
     written, wrong, _ = benchmark(
         devices=device,

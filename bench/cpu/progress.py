@@ -38,7 +38,7 @@ class ProgressFile:
             if stored.get(name) != self.conditions.get(name)
         ]
         if differing:
-            raise ValueError(f"{results.shown(self.path)} is of another sweep: {'; '.join(differing)}")
+            raise ValueError(f"{results.shown(self.path)} belongs to another sweep: {'; '.join(differing)}")
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):  # an interrupt left an incomplete line: remove it before appending
             results.write_whole(self.path, lambda partial: partial.write_text("".join(whole)))

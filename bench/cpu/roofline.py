@@ -205,13 +205,13 @@ def tables(cells: list[Cell], limits: Ceilings, dtype: Dtype, description: dict[
         parts += [op_table([cell for cell in cells if (cell.op, cell.passes) == (op, passes)], limits, dtype), Text()]
     parts.append(
         Text(
-            "forward: context alone; backward: the backward op alone. ms: median, and best\n"
-            "sample. GB/s: each input and output once; %: of the time, what these take at\n"
-            "least. /ns: pairs a ns; cyc.: cycles of one thread for 16 pairs. in: where\n"
-            "inputs and outputs fit: L1, L2, half of the last cache, mem: memory, nt: memory,\n"
-            "outputs written past the caches. bound: ms, by b: bytes or m: math, which is\n"
-            "arithmetic. x: median / bound, and best / bound: where they are far apart,\n"
-            "others were using the machine."
+            "forward: only the context; backward: only the backward op. ms: median, and best\n"
+            "sample. GB/s: counts each input and output once; %: the share of the time that\n"
+            "these need at least. /ns: pairs per ns; cyc.: cycles of one thread for 16 pairs.\n"
+            "in: the level that holds inputs and outputs: L1, L2, half of the last cache,\n"
+            "mem: memory, nt: memory with non-temporal stores. bound: ms, by b: bytes or\n"
+            "m: math (arithmetic). x: median / bound, and best / bound: if they differ much,\n"
+            "other programs were using the machine."
         )
     )
     parts.append(machine.as_text(description))

@@ -235,7 +235,7 @@ def main(
 
 
 def _stop(reason: str) -> NoReturn:
-    console.print(f"Nothing to compare with: {reason}", style="bold red")
+    console.print(f"No comparison possible: {reason}", style="bold red")
     sys.exit(2)
 
 

@@ -251,9 +251,7 @@ def report(cells: list[Cell], least: float, description: dict[str, str | int]) -
         if cell.failure is not None:
             parts.append(Text(f"No time for ours: {cell.op} ({cell.shape}) {cell.passes}: {cell.failure}", "bold red"))
     once = sum(cell.again is not None for cell in cells)
-    parts.append(
-        Text(f"x: time of eager / time of ours, median over rounds. Timed again at more length: {once} cells.")
-    )
+    parts.append(Text(f"x: time of eager / time of ours, median over rounds. Timed again for longer: {once} cells."))
     if below:
         parts.append(Text(f"{len(below)} cells remain below {least:g}x eager.", "bold red"))
     elif timed:
@@ -332,7 +330,7 @@ def benchmark(
     left_out, minutes = reasons(cells).total(), expected_total(cells, settings) / 60
     to_do = sum(not cell.done for cell in cells)
     console.print(
-        f"{to_do} cells to time, about {max(1, round(minutes))} min and what is timed again; {left_out} left out",
+        f"{to_do} cells to time, about {max(1, round(minutes))} min plus repeats; {left_out} left out",
     )
     in_effect = machine.set_allocator(Allocator(settings.allocator))
     run(cells, settings, least, progress_file)
@@ -392,9 +390,9 @@ def main(
             quick=quick,
         )
     except ValueError as error:
-        raise typer.BadParameter(f"{error}. Without --resume a new one starts.", param_hint="--resume") from None
+        raise typer.BadParameter(f"{error}. A new sweep starts without --resume.", param_hint="--resume") from None
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command with --resume goes on from here.")
+        console.print("Interrupted. The same command with --resume continues from here.")
         sys.exit(130)
     console.print("Written: " + ", ".join(results.shown(path) for path in written))
     sys.exit(1 if any(is_below(cell, least) or cell.failure is not None for cell in cells) else 0)

@@ -31,7 +31,7 @@ BUDGET = 840  # seconds, all stages together
 
 # Required packages, and what to install if one is missing.
 PACKAGES = {
-    "torch": "a PyTorch that was built for CUDA (2.10 or later)",
+    "torch": "a PyTorch built for CUDA (2.10 or later)",
     "numpy": "pip install numpy",
     "pytest": "pip install pytest",
     "setuptools": "pip install setuptools",
@@ -46,10 +46,10 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("build", 140, "the compiled modules, where those at hand do not serve"),
+    Stage("build", 140, "builds the compiled modules that do not work here yet"),
     Stage("first", 110, "first contact: every kernel once against the reference"),
     Stage("ceilings", 40, "bandwidth, arithmetic and launches of this device"),
-    Stage("targets", 100, "the cells of the benchmark that targets are about"),
+    Stage("targets", 100, "the cells of the benchmark that have targets"),
     Stage("cuda-tests", 170, "the test matrix on the CUDA kernels"),
     Stage("triton-tests", 200, "the test matrix on the Triton kernels"),
     Stage("cells", 200, "the other cells of the benchmark"),
@@ -227,7 +227,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def from_file(options: argparse.Namespace) -> int:
     """Runs the commands that need no GPU, plot and publish."""
     if options.file is None or not options.file.exists():
-        say(f"--only {options.only[0]} takes a result that is stored: --file bench/results/gpu-....json")
+        say(f"--only {options.only[0]} needs a stored result: --file bench/results/gpu-....json")
         return 2
     state = json.loads(options.file.read_text())
     if options.only == ["plot"]:
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     if options.only in (["plot"], ["publish"]):
         return from_file(options)
     if lacking := missing():
-        say("needs packages that are not installed:\n  " + "\n  ".join(lacking))
+        say("required packages are not installed:\n  " + "\n  ".join(lacking))
         return 2
     if options.rehearse and machine is None:
         from . import rehearsal as gpu_rehearsal
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     machine = machine or Machine()
     name = machine.name()
     if name is None:
-        say("needs a CUDA device, and torch finds none here; make cuda-check checks the kernels without one")
+        say("needs a CUDA device, but torch finds none; make cuda-check checks the kernels without a GPU")
         return 2
     from . import device as gpu_device
 
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
             if outcomes.exists() and before.parent.resolve() != path.parent.resolve():
                 shutil.copy(outcomes, path.with_name(outcomes.name))
         else:
-            say(f"nothing to go on with: {results.shown(before)} does not exist")
+            say(f"cannot resume: {results.shown(before)} does not exist")
     else:
         if options.only and path.exists():  # run some stages of the stored result again
             state = json.loads(path.read_text())

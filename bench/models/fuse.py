@@ -294,7 +294,7 @@ def main(
     for row in rows:
         if row["case"] == "small":
             added = row["added us"]["median"] / row["steps"]
-            console.print(f"A small call takes {added:+.1f} us ({row['passes']}) beside the original.")
+            console.print(f"A small call takes {added:+.1f} us ({row['passes']}) compared with the original.")
 
 
 if __name__ == "__main__":

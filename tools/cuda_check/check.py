@@ -222,7 +222,7 @@ def main(
         work[f"triton {case}"] = lambda case=case: examine_triton(case, targets, cache)
     if not as_json:
         console.print(
-            f"nvcc {version}, {', '.join(targets)}: {len(work)} compilations, what is known from {results.shown(cache)}"
+            f"nvcc {version}, {', '.join(targets)}: {len(work)} compilations, cached in {results.shown(cache)}"
         )
     findings, failures = run(work, jobs, quiet=as_json)
     # Several cases may contain the same Triton kernel.
