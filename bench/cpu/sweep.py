@@ -251,7 +251,9 @@ def report(cells: list[Cell], least: float, description: dict[str, str | int]) -
         if cell.failure is not None:
             parts.append(Text(f"No time for ours: {cell.op} ({cell.shape}) {cell.passes}: {cell.failure}", "bold red"))
     once = sum(cell.again is not None for cell in cells)
-    parts.append(Text(f"x: time of eager / time of ours, median over rounds. Timed again for longer: {once} cells."))
+    parts.append(
+        Text(f"x: time of eager / time of ours, median over rounds. Timed again at more length: {once} cells.")
+    )
     if below:
         parts.append(Text(f"{len(below)} cells remain below {least:g}x eager.", "bold red"))
     elif timed:
@@ -392,7 +394,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(f"{error}. A new sweep starts without --resume.", param_hint="--resume") from None
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command with --resume continues from here.")
+        console.print("Interrupted. The same command with --resume goes on from here.")
         sys.exit(130)
     console.print("Written: " + ", ".join(results.shown(path) for path in written))
     sys.exit(1 if any(is_below(cell, least) or cell.failure is not None for cell in cells) else 0)
