@@ -39,13 +39,13 @@ help:  ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Settings (VENV, TORCH, ARGS, ...): see the top of the Makefile.'
 
-setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
+setup: $(STAMPS)/package  ## Install the package in its own environment, .venv
 	@$(RUN) attn_kernels
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
-test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
+test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## All tests, including those marked slow (ARGS="-m slow": only these)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # The interpreter of .venv runs it; each tested combination has its own environment. It can be resumed; results are in
@@ -53,19 +53,19 @@ test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated
 test-versions: $(STAMPS)/versions  ## Builds and tests with other versions of Python, torch and triton: hours, many GB
 	$(RUN) tools.versions $(ARGS)
 
-test-peers:  ## The tests of patch(model) with the libraries themselves, in an environment of its own
+test-peers:  ## Test patch(model) with the original libraries, in a separate environment
 	$(MAKE) VENV=$(PEERS) in-peers
 
 in-peers: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/peers $(ARGS)
 
-test-examples: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples  ## The short examples at test size: that they learn; a minute
+test-examples: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples  ## Test that the short examples learn, at test size; one minute
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/test_examples.py $(ARGS)
 
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
 
-swap:  ## patch(model) on models of other libraries: the same output, time and memory, with a table and a plot
+swap:  ## patch(model) on models of other libraries: equal output, time and memory, with a table and a plot
 	$(MAKE) VENV=$(PEERS) in-swap
 
 in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
@@ -85,7 +85,7 @@ g2p: $(STAMPS)/package $(STAMPS)/bench  ## A model that writes phonemes: trainin
 fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
 	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
-cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
+cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## Compile the GPU kernels without a GPU and check their machine code; needs nvcc
 	$(RUN) tools.cuda_check $(ARGS)
 
 gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
@@ -96,7 +96,7 @@ docs: $(STAMPS)/torch $(STAMPS)/docs  ## The documentation as a site, build/docs
 	rm -rf build/docs
 	$(RUN) sphinx --quiet --fail-on-warning --keep-going -c docs -d build/docs/doctrees . build/docs/html $(ARGS)
 
-lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workflows, changing nothing
+lint: $(STAMPS)/torch $(STAMPS)/lint  ## Check format, lint, types and workflows; changes nothing
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
@@ -109,7 +109,7 @@ lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workfl
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
-format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
+format: $(STAMPS)/lint  ## Format Python and C++, and apply ruff's fixes
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
@@ -119,10 +119,10 @@ wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
 	$(RUN) build --no-isolation
 
 # As for test-versions, each tested combination has its own environment: minutes and gigabytes for each torch.
-test-wheel: $(STAMPS)/wheel  ## The wheel in dist/: what it holds, and tests beside other versions without a compiler
+test-wheel: $(STAMPS)/wheel  ## Check the wheel in dist/: its contents, and tests with other versions, without a compiler
 	$(RUN) tools.wheel $(ARGS)
 
-clean:  ## Remove what was built; the environment stays
+clean:  ## Remove build outputs; the environment is kept
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(STAMPS)/package
 	rm -f attn_kernels/*.so
 	find attn_kernels bench examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
