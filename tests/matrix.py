@@ -218,7 +218,7 @@ VARIANTS = MAIN | {
         options={"clip": 2.0},
         lacks=("cuda",),
     ),
-    # GPU backends run on a padded copy.
+    # CUDA runs on a padded copy. test_triton_packed.py tests Triton's kernels.
     "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention"), lacks=ON_GPUS),
     "packed dot": _OF_DOT._replace(variant=_packed("dot_attention"), lacks=ON_GPUS),
 }

@@ -35,7 +35,7 @@ KERNELS = "attn4cuda"  # in the mangled name of every kernel in namespace attn::
 
 
 class Outcome(NamedTuple):
-    status: int | None  # None: it was stopped at its limit
+    status: int | None  # None: it was stopped
     text: str
 
 
@@ -75,7 +75,7 @@ class Machine:
     device = "cuda"
     tests = ROOT / "tests"
     test_seconds: float = TEST_SECONDS
-    most: Mapping[str, float] = MappingProxyType({})  # lower limits in seconds, by stage
+    most: Mapping[str, float] = MappingProxyType({})  # reduced time limits in seconds, by stage
 
     def name(self) -> str | None:
         import torch
