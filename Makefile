@@ -1,14 +1,14 @@
-# Every task sets up what it needs: a virtual environment, PyTorch, this package built from source. No GPU and no CUDA
-# toolkit are needed. Settings (make test VENV=~/envs/mine TORCH=torch==2.12.0):
+# Every target sets up its requirements: a virtual environment, PyTorch, this package built from source. No GPU and no
+# CUDA toolkit are needed. Settings (make test VENV=~/envs/mine TORCH=torch==2.12.0):
 #
 #   PYTHON   the Python (>= 3.10) that makes the environment
-#   VENV     the environment; it may be one of your own. A torch >= 2.10 found there is kept.
-#   PEERS    the environment of test-peers and swap, which has the other libraries
-#   TORCH    what pip installs where there is none
-#   JOBS     processes for the tests
+#   VENV     the environment; it may be an existing one. A torch >= 2.10 in it is kept.
+#   PEERS    the environment of test-peers and swap, with the other libraries
+#   TORCH    the requirement that pip installs if there is no torch
+#   JOBS     number of test processes
 #   ARGS     further arguments: make test ARGS="-k dot", make bench ARGS=--help
-#   NVCC     the CUDA compiler of cuda-check, where it is not found by itself
-#   GPU_PYTHON  the Python of gpu, which has torch for CUDA: nothing is installed for it
+#   NVCC     the CUDA compiler for cuda-check, if it is not found automatically
+#   GPU_PYTHON  the Python for gpu, with torch for CUDA: nothing is installed into it
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= $(VENV)-peers
@@ -26,7 +26,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 RUN := $(VENV)/bin/python -m
-# Python compiles what is imported; pip would compile all of torch, for 20 seconds on one processor.
+# Python compiles modules when they are imported; pip would compile all of torch, which takes 20 seconds on one core.
 INSTALL := $(RUN) pip --disable-pip-version-check install --no-compile
 STAMPS := $(VENV)/.attn_kernels
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -39,32 +39,33 @@ help:  ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Settings (VENV, TORCH, ARGS, ...): see the top of the Makefile.'
 
-setup: $(STAMPS)/package  ## The package in an environment of its own, .venv
+setup: $(STAMPS)/package  ## Install the package in its own environment, .venv
 	@$(RUN) attn_kernels
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## Tests of every op, backend, dtype and gradient, in minutes
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
-test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## Every test, also those marked slow (ARGS="-m slow": these alone)
+test-all: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/optional $(STAMPS)/emulated  ## All tests, including those marked slow (ARGS="-m slow": only these)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-# The interpreter of .venv runs it; what is tested has environments of its own. Resumable; results in docs/versions.md.
+# The interpreter of .venv runs it; each tested combination has its own environment. It can be resumed; results are in
+# docs/versions.md.
 test-versions: $(STAMPS)/versions  ## Builds and tests with other versions of Python, torch and triton: hours, many GB
 	$(RUN) tools.versions $(ARGS)
 
-test-peers:  ## The tests of patch(model) with the libraries themselves, in an environment of its own
+test-peers:  ## Test patch(model) with the original libraries, in a separate environment
 	$(MAKE) VENV=$(PEERS) in-peers
 
 in-peers: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/peers $(ARGS)
 
-test-examples: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples  ## The short examples at test size: that they learn; a minute
+test-examples: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples  ## Test that the short examples learn, at test size; one minute
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/test_examples.py $(ARGS)
 
 bench: $(STAMPS)/package $(STAMPS)/bench  ## The benchmarks: speed against eager, torch.compile and SDPA, with a table
 	$(RUN) bench $(ARGS)
 
-swap:  ## patch(model) on models of other libraries: the same output, time and memory, with a table and a plot
+swap:  ## patch(model) on models of other libraries: equal output, time and memory, with a table and a plot
 	$(MAKE) VENV=$(PEERS) in-swap
 
 in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
@@ -73,7 +74,7 @@ in-swap: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/peers
 examples: $(STAMPS)/package $(STAMPS)/examples  ## The short examples: each trains a model, compares a step, draws a picture
 	$(RUN) examples $(ARGS)
 
-# Freed pages stay with the process: fresh ones can cost more than the arithmetic.
+# Freed pages stay in the process: fresh pages can cost more than the arithmetic.
 g2p: export MALLOC_MMAP_MAX_ := 0
 g2p: export MALLOC_TRIM_THRESHOLD_ := 100000000000
 g2p: export MALLOC_TOP_PAD_ := 67108864
@@ -84,18 +85,18 @@ g2p: $(STAMPS)/package $(STAMPS)/bench  ## A model that writes phonemes: trainin
 fuzz: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/emulated  ## The long run of the random tests: FUZZ_CASES=10000 new cases for each backend
 	OMP_NUM_THREADS=1 ATTN_KERNELS_FUZZ_CASES=$(FUZZ_CASES) $(RUN) pytest -n $(JOBS) tests/test_fuzz.py $(ARGS)
 
-cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## GPU kernels compiled without a GPU, their machine code checked; needs nvcc
+cuda-check: $(STAMPS)/package $(STAMPS)/bench  ## Compile the GPU kernels without a GPU and check their machine code; needs nvcc
 	$(RUN) tools.cuda_check $(ARGS)
 
 gpu:  ## On a machine with a GPU: first contact, tests and times, in stages and without network (docs/gpu.md)
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
-# From nothing each time: a page that was not read again has no warnings.
+# Always from scratch: Sphinx reports no warnings for a page that it does not read again.
 docs: $(STAMPS)/torch $(STAMPS)/docs  ## The documentation as a site, build/docs/html/index.html; a warning is an error
 	rm -rf build/docs
 	$(RUN) sphinx --quiet --fail-on-warning --keep-going -c docs -d build/docs/doctrees . build/docs/html $(ARGS)
 
-lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workflows, changing nothing
+lint: $(STAMPS)/torch $(STAMPS)/lint  ## Check format, lint, types and workflows; changes nothing
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
@@ -108,7 +109,7 @@ lint: $(STAMPS)/torch $(STAMPS)/lint  ## Format, static checks, types and workfl
 	$(RUN) check_jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 	$(VENV)/bin/zizmor --offline --quiet .github
 
-format: $(STAMPS)/lint  ## Format Python and C++, and mend what ruff can mend
+format: $(STAMPS)/lint  ## Format Python and C++, and apply ruff's fixes
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
@@ -117,16 +118,16 @@ wheel: $(STAMPS)/torch $(STAMPS)/build  ## Source archive and wheel, in dist/
 	rm -rf build/lib* build/temp* build/bdist* dist
 	$(RUN) build --no-isolation
 
-# As with test-versions, what is tested has environments of its own: minutes and gigabytes for each torch.
-test-wheel: $(STAMPS)/wheel  ## The wheel in dist/: what it holds, and tests beside other versions without a compiler
+# As for test-versions, each tested combination has its own environment: minutes and gigabytes for each torch.
+test-wheel: $(STAMPS)/wheel  ## Check the wheel in dist/: its contents, and tests with other versions, without a compiler
 	$(RUN) tools.wheel $(ARGS)
 
-clean:  ## Remove what was built; the environment stays
+clean:  ## Remove build outputs; the environment is kept
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(STAMPS)/package
 	rm -f attn_kernels/*.so
 	find attn_kernels bench examples tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The steps of the set-up: a stamp each, so that a second call takes no time -------------------------------------------
+# The steps of the set-up: each has a stamp file, so that a second call takes no time ----------------------------------
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -141,7 +142,7 @@ $(STAMPS)/pip: | $(VENV)/bin/python
 	$(INSTALL) --quiet --upgrade 'pip>=25.1'
 	@touch $@
 
-# First and by itself: what is installed later finds torch in place and never brings another one.
+# torch is installed first, alone: later installations find it and never replace it.
 $(STAMPS)/torch: | $(STAMPS)/pip
 	$(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.__version__ < (2, 10))' 2>/dev/null || $(INSTALL) '$(TORCH)'
 	@touch $@
@@ -151,15 +152,15 @@ $(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/examples $(STAMPS)/vers
 	$(INSTALL) --quiet --group $(@F)
 	@touch $@
 
-# Not every Python and platform has wheels of these: their tests are skipped there.
+# Not every Python and platform has wheels of these packages: without them their tests are skipped.
 $(STAMPS)/optional: pyproject.toml | $(STAMPS)/torch
 	@for group in deployment kernels entmax; do \
 	  $(INSTALL) --quiet --only-binary :all: --group $$group || echo "left out: the group $$group"; done
 	@touch $@
 
-# Other libraries, each without what it asks for beyond torch and what is listed with it: their demands exclude each
-# other. One that cannot be installed is left out, and its tests are skipped with the reason. fairseq does not build on
-# Python 3.11: of its source archive, the package as it is, of which the tests load two files.
+# Other libraries, without their dependencies except torch and those listed with them, because their requirements
+# conflict. A library that cannot be installed is left out, and its tests are skipped with the reason. fairseq does not
+# build on Python 3.11: its source archive is unpacked, and the tests load two files of it.
 $(STAMPS)/peers: tests/peers/requirements.txt | $(STAMPS)/torch
 	@grep -v '^\s*\(#\|$$\)' $< | grep -v '^fairseq' | while read -r library; do \
 	  $(INSTALL) --quiet --no-deps "$$library" </dev/null || echo "left out: $$library"; done
@@ -171,7 +172,7 @@ $(STAMPS)/peers: tests/peers/requirements.txt | $(STAMPS)/torch
 	  rm -r "$$archive" || echo "left out: $$library"
 	@touch $@
 
-# Editable, so that Python files need no second installation; sources of the compiled module do.
+# Editable: changed Python files need no new installation; changed sources of the compiled module do.
 $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
 	@[ "$${ATTN_KERNELS_CPU:-1}" = 0 ] || command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { \
 	  echo 'no C++ compiler was found (Debian, Ubuntu: install g++; or name one: make CXX=...);' >&2; \
@@ -179,7 +180,7 @@ $(STAMPS)/package: pyproject.toml setup.py $(SOURCES) | $(STAMPS)/torch $(STAMPS
 	$(INSTALL) --quiet --no-build-isolation --editable '.[triton]'
 	@touch $@
 
-# The CUDA kernels for the CPU, for the tests of a machine without a GPU.
+# The CUDA kernels compiled for the CPU (emulator), for tests on a machine without a GPU.
 $(STAMPS)/emulated: tests/cpp/build_emulated.py tests/cpp/cuda_emulator.h tests/cpp/cuda_arithmetic.h $(SOURCES) | $(STAMPS)/torch $(STAMPS)/build
 	$(VENV)/bin/python tests/cpp/build_emulated.py build/emulated
 	@touch $@

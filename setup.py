@@ -1,11 +1,12 @@
-"""Builds the compiled module attn_kernels._C, the CPU kernels; everything else stands in pyproject.toml.
+"""Builds the compiled modules; all other settings of the package are in pyproject.toml.
 
-And attn_kernels._C_cuda, the CUDA kernels, where there are nvcc and a PyTorch with CUDA.
+attn_kernels._C has the CPU kernels. attn_kernels._C_cuda has the CUDA kernels; it is built if there are nvcc and a
+PyTorch with CUDA.
 
-ATTN_KERNELS_CPU=0 leaves the CPU's module out (reference and GPUs remain). ATTN_KERNELS_CUDA=auto|0|1 is for the CUDA
-module: 1 asks only for nvcc, and fails where there is none. It is found by NVCC, CUDA_HOME, PATH, or in
-/usr/local/cuda. ATTN_KERNELS_CUDA_ARCHITECTURES="80 90": the compute capabilities, instead of all that are known.
-ATTN_KERNELS_BUILD_JOBS: how many processes of each compiler run at one time; default: as many as there are cores.
+ATTN_KERNELS_CPU=0 leaves out the CPU module (the reference and the GPU backends remain). ATTN_KERNELS_CUDA=auto|0|1
+controls the CUDA module: 1 requires only nvcc, and fails without it. nvcc is searched in NVCC, CUDA_HOME, PATH and
+/usr/local/cuda. ATTN_KERNELS_CUDA_ARCHITECTURES="80 90" selects compute capabilities; default: all known ones.
+ATTN_KERNELS_BUILD_JOBS is the number of parallel processes of each compiler; default: the number of cores.
 """
 
 import os
@@ -32,9 +33,9 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]
         name,
         sources,
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cu*", recursive=True)),
-        # pybind11's own headers first: torch carries a copy, which up to 2.11 cannot be used with the stable ABI.
+        # pybind11's own headers come first: torch includes a copy that up to 2.11 does not work with the stable ABI.
         include_dirs=["csrc", pybind11.get_include(), str(TORCH / "include")],
-        # By name and without an rpath: "import torch" has loaded the library by the time the module is imported.
+        # No rpath: "import torch" has already loaded the library when the module is imported.
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu"],
         define_macros=[
@@ -47,7 +48,7 @@ def extension(name: str, sources: list[str], macros: list[tuple[str, str | None]
             "-ffp-contract=fast",
             "-fno-math-errno",
             "-fno-trapping-math",
-            f"-ffile-prefix-map={TORCH}=torch",  # in error messages, no path of the machine that built it
+            f"-ffile-prefix-map={TORCH}=torch",  # error messages must not contain paths of the build machine
             "-Wall",
             "-Wno-psabi",
         ],
@@ -60,7 +61,7 @@ def cpu_module() -> Pybind11Extension:
 
 
 def cuda_module(nvcc: Path) -> Pybind11Extension:
-    """Bindings by the C++ compiler, kernels by nvcc alone; with the static CUDA runtime it loads on any machine."""
+    """The C++ compiler compiles the bindings, nvcc the kernels. The static CUDA runtime lets it load on any machine."""
     module = extension(
         "attn_kernels._C_cuda",
         sorted(["csrc/additive_attention.cpp", "csrc/dot_attention.cpp", *glob("csrc/cuda/*.cpp")]),
@@ -87,7 +88,7 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def architectures(nvcc: Path) -> list[str]:
-    """Compute capabilities: 8.0, 9.0, 10.0, as far as this nvcc knows them."""
+    """The compute capabilities to build for: 8.0, 9.0 and 10.0, if this nvcc supports them."""
     wanted = os.environ.get("ATTN_KERNELS_CUDA_ARCHITECTURES", "").replace(";", " ").split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     chosen = [name.removeprefix("sm_") for name in wanted] or [n for n in ("80", "90", "100") if f"sm_{n}" in known]
@@ -100,17 +101,17 @@ def architectures(nvcc: Path) -> list[str]:
 
 
 def cuda_libraries(nvcc: Path) -> list[Path]:
-    """Where libcudart_static.a is: nvcc itself may be a link into the toolkit."""
+    """The folders of libcudart_static.a. nvcc may be a symbolic link into the toolkit, so links are resolved."""
     text = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     named = [Path(path) for path in re.findall(r'-L"?([^"\s]+)', text)]
     return [path for path in [*named, nvcc.resolve().parents[1] / "lib64"] if (path / "libcudart_static.a").exists()]
 
 
 def compile_kernels(nvcc: Path, source: Path, folder: Path) -> str:
-    """The object of one .cu file, for all architectures."""
+    """Compiles one .cu file for all architectures; returns the object file."""
     codes = architectures(nvcc)
     targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
-    targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # for what comes later
+    targets.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")  # PTX for later GPUs
     to = folder / f"{source.stem}.o"
     options = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc", *targets]
     done = subprocess.run([nvcc, *options, "-c", source, "-o", to], capture_output=True, text=True)
@@ -121,18 +122,18 @@ def compile_kernels(nvcc: Path, source: Path, folder: Path) -> str:
 
 
 class BuildExtension(build_ext):
-    """nvcc compiles the .cu files while the C++ compiler builds the CPU's module."""
+    """nvcc compiles the .cu files while the C++ compiler builds the CPU module."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.force = True  # a module of an earlier build may be for other architectures
+        self.force = True  # a module from an earlier build may be for other architectures
 
     def build_extensions(self) -> None:
         compiler = self.compiler.compiler_cxx[0] if getattr(self.compiler, "compiler_cxx", None) else None
         if compiler and not shutil.which(compiler):
             sys.exit(
                 f"attn_kernels needs a C++17 compiler, and {compiler!r} was not found: install one (Debian: g++), "
-                "name one by CXX=..., or leave the C++ kernels out by ATTN_KERNELS_CPU=0 (reference and Triton remain)"
+                "set CXX=..., or build without the C++ kernels: ATTN_KERNELS_CPU=0 (reference and Triton remain)"
             )
         if all(ext.name != "attn_kernels._C_cuda" for ext in self.extensions):
             return super().build_extensions()
@@ -151,7 +152,7 @@ class BuildExtension(build_ext):
         if ext.name != "attn_kernels._C_cuda":
             return super().build_extension(ext)
         ext.extra_objects = list(self.kernels)
-        before, self.build_temp = self.build_temp, str(self.folder)  # both modules have the bindings
+        before, self.build_temp = self.build_temp, str(self.folder)  # both modules compile the same binding sources
         try:
             super().build_extension(ext)
         finally:
@@ -171,7 +172,7 @@ nvcc = find_nvcc() if cuda == "1" or (cuda == "auto" and torch.version.cuda) els
 if nvcc is not None:
     modules.append(cuda_module(nvcc))
 elif cuda == "1":
-    sys.exit("ATTN_KERNELS_CUDA=1: nvcc was not found; name it with NVCC=... or CUDA_HOME=...")
+    sys.exit("ATTN_KERNELS_CUDA=1: nvcc was not found; set NVCC=... or CUDA_HOME=...")
 
 ParallelCompile("ATTN_KERNELS_BUILD_JOBS", default=JOBS).install()
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension})

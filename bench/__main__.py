@@ -23,18 +23,18 @@ SHARE_OF_OPS = 0.65
 
 @app.command()
 def main(
-    budget: Annotated[float, typer.Option(min=30, help="Seconds; how much is measured follows from it.")] = BUDGET,
+    budget: Annotated[float, typer.Option(min=30, help="Seconds in all; less time means fewer measurements.")] = BUDGET,
     full: Annotated[
-        bool, typer.Option("--full", help="As the committed results: no limit of time, about a quarter of an hour.")
+        bool, typer.Option("--full", help="Measure as for the committed results: no time limit, about 15 minutes.")
     ] = False,
     threads: ThreadsOption = 1,
     training_threads: Annotated[int, typer.Option(min=1, help="Threads for the training.")] = g2p.THREADS,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Times the ops, then trains Seq2Seq on CMUdict with fused and with reference attention. It takes five minutes: on
-    a slower machine there are fewer rounds, shapes and steps, and the tables say so. On a machine with a GPU the ops
-    are timed on it too. More options: python -m bench.cpu.ops --help, python -m bench.models.g2p --help.
+    """Times the ops, then trains Seq2Seq on CMUdict with fused and with reference attention. This takes five minutes.
+    A slower machine measures fewer rounds, shapes and steps, and the tables show this. If there is a GPU, the ops are
+    timed on it too. More options: python -m bench.cpu.ops --help, python -m bench.models.g2p --help.
     """
     start = time.perf_counter()
     console.rule("1 of 2: the ops")

@@ -1,6 +1,6 @@
-"""The cases that all benchmarks of the ops share: sizes, inputs, how much work they are, when a result is right.
+"""The cases that all benchmarks of the ops share: sizes, inputs, amount of work, and the check of results.
 
-Needs torch alone, so that it serves where nothing else is installed.
+This module needs only torch, so it also runs where nothing else is installed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Activation(str, Enum):
 
 
 class Lengths(str, Enum):
-    """none: no mask at all. random: memory_lengths between half of Tk and Tk."""
+    """none: no mask. random: memory_lengths between Tk/2 and Tk."""
 
     none = "none"
     random = "random"
@@ -73,26 +73,26 @@ SHAPES = {
 }
 GPU_SHAPES = {Shape(256, 74, 75, 1024, 1024): "MLPerf GNMT"}
 
-# The passes of a call. The backward alone is timed by cpu/roofline.py only.
+# The passes of a call. Only cpu/roofline.py times the backward alone.
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward+backward"
 SHORT = {FORWARD: "fwd", BACKWARD: "bwd", TRAINING: "fwd+bwd"}
 
-# Allowed difference from the eager formula (in float32 or wider), relative to the largest value of that tensor.
+# Largest allowed difference from the eager formula (in float32 or wider), relative to the largest value of the tensor.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass
 class Provider:
-    """One way to compute a cell (a backend of ours, eager, torch.compile, ...), and what came of it."""
+    """One way to compute a cell (one of our backends, eager, torch.compile, ...), and its results."""
 
     name: str
     function: Callable[..., Tensor] | None = None  # tensors -> context
     detail: str = ""
-    failure: str | None = None  # why there is no time
+    failure: str | None = None  # why it was not timed
     memory_mb: float | None = None
-    error: float | None = None  # largest difference from the eager formula, as a share of the largest value
+    error: float | None = None  # largest difference from the eager formula, relative to the largest value
     milliseconds: timing.Spread | None = None
-    times_ours: timing.Spread | None = None  # its time / the time of ours, within rounds: above 1 where ours is faster
+    times_ours: timing.Spread | None = None  # its time / our time, per round: above 1 if ours is faster
 
 
 class Problem(NamedTuple):
@@ -122,15 +122,16 @@ class Work(NamedTuple):
 
     read: int  # bytes
     written: int  # bytes
-    pairs: int  # of a query and a key, for one unit
+    pairs: int  # one pair: one query, one key, one unit
     exponentials: int
     macs: int
 
 
 def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
-    """The work of the forward or of the backward.
+    """The work of the forward pass or of the backward pass.
 
-    Forward: context alone, no alignments. Backward: starts from the alignments and the gradient of the context.
+    Forward: computes only the context, no alignments. Backward: starts from the alignments and the gradient of the
+    context.
     """
     batch, queries, steps, units, width = shape
     pairs = batch * queries * steps
@@ -141,7 +142,7 @@ def work_of(op: str, shape: Shape, passes: str, item_size: int) -> Work:
     if passes == FORWARD:
         read, written, products = inputs, context, pairs * width
     else:
-        # The gradient of the values and that of the alignments.
+        # Two products: the gradient of the values and the gradient of the alignments.
         read, written, products = inputs + pairs + context, inputs, 2 * pairs * width
     if additive:
         exponentials = 0 if op == RELU else query + keys
@@ -158,16 +159,16 @@ class Cell:
     shape: Shape
     passes: str
     label: str
-    ours: str  # the name of the provider that is ours; the backend's name
+    ours: str  # the name of our provider, which is the name of the backend
     providers: list[Provider] = field(default_factory=list)
-    rounds: int = 0  # that the times are of; 0: it was left out, or nothing in it ran
-    left_out: bool = False  # there was no time for it
-    seconds_of_check: float = 0.0  # what was spent before the rounds, most of it on compilation
+    rounds: int = 0  # number of timed rounds; 0: the cell was left out, or nothing in it ran
+    left_out: bool = False  # True if there was no time for it
+    seconds_of_check: float = 0.0  # time before the rounds, mostly compilation
     seconds_a_round: float = 0.0
 
     @property
     def work(self) -> int:
-        """Products of one pass over all pairs of a query and a step."""
+        """Multiplications of one pass over all pairs of a query and a step."""
         return self.shape.B * self.shape.Tq * self.shape.Tk * (self.shape.A + self.shape.D)
 
     def provider(self, name: str) -> Provider | None:
@@ -223,17 +224,17 @@ def compute(
 
 
 def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference over all tensors, relative to the largest value of each, and the tensor that has it."""
+    """The largest difference over all tensors, relative to the largest value of each, and the name of that tensor."""
     worst, where = 0.0, ""
     for name, wanted in expected.items():
         error = ((got[name].to(wanted.dtype) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
-        if not error <= worst:  # also where it is NaN
+        if not error <= worst:  # also true for NaN
             worst, where = error, name
     return worst, where
 
 
 def bind(provider: Provider, problem: Problem, *, training: bool) -> Callable[[], object]:
-    """The call that is timed."""
+    """Returns the call to be timed."""
     assert provider.function is not None
     function, inputs = provider.function, list(problem.inputs.values())
     if not training:
@@ -248,10 +249,10 @@ def bind(provider: Provider, problem: Problem, *, training: bool) -> Callable[[]
 
 
 def check(provider: Provider, problem: Problem, expected: dict[str, Tensor], *, training: bool) -> None:
-    """Runs a provider once. If it fails or its results are wrong, ``failure`` says so, and it is not timed."""
+    """Runs a provider once. If it fails or its results are wrong, sets ``failure``: the provider is not timed."""
     try:
         got = compute(provider.function, problem.inputs, problem.grad_context, training=training)
-    except Exception as error:  # whatever a compiler or a kernel raises belongs into the cell
+    except Exception as error:  # any error of a compiler or a kernel is stored in the cell
         lines = str(error).strip().splitlines()
         provider.failure = f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
         return

@@ -19,10 +19,10 @@ from .machine import Allocator
 
 
 class Terminal(Console):
-    """Lines of text are printed as they are: they often hold a path or a command, to be copied as a whole.
+    """Prints lines of text unchanged: they often contain a path or a command that users copy.
 
-    No line is broken, which the terminal does itself in a way that copying undoes, and nothing in them is read as
-    markup: a path may have brackets. Tables have the width of the terminal.
+    Rich does not wrap lines: the terminal wraps them in a way that copying undoes. Rich does not interpret markup in
+    them: a path may contain brackets. Tables have the width of the terminal.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -36,7 +36,7 @@ errors = Terminal(stderr=True)
 
 
 def application(**options: Any) -> typer.Typer:
-    """A command line whose errors and tracebacks are plain lines, without the frames that would break a path."""
+    """A command line that prints errors and tracebacks as plain lines, without frames, which would split a path."""
     return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
 
 
@@ -54,10 +54,10 @@ def progress_bars(**options: Any) -> Progress:
 
 # Options --------------------------------------------------------------------------------------------------------------
 
-ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads of PyTorch and of the kernels.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Number of threads for PyTorch and the kernels.")]
 AllocatorOption = Annotated[
     Allocator,
-    typer.Option("--allocator", help="reuse: freed pages are kept, which favours eager most. default: malloc's own."),
+    typer.Option("--allocator", help="reuse: keep freed pages, which helps eager most. default: malloc's settings."),
 ]
 OutputOption = Annotated[
     Path, typer.Option("--output", help="Folder for JSON and plots.", show_default=results.shown(results.LOCAL))
@@ -75,7 +75,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Positive numbers with commas; an empty list for anything else."""
+    """Parses positive numbers separated by commas; returns an empty list for anything else."""
     try:
         sizes = [int(size) for size in text.split(",")]
     except ValueError:
@@ -96,13 +96,13 @@ def parse_device(name: str) -> torch.device:
 
 
 def prepare(threads: int, allocator: Allocator) -> str:
-    """Threads and allocator for the times; returns what the allocator is, for the record."""
+    """Sets threads and allocator for the timing; returns a description of the allocator for the results."""
     torch.set_num_threads(threads)
     return machine.set_allocator(allocator)
 
 
 def finish(tables: Iterable[Any], description: dict[str, str | int], start: float, *written: Path) -> None:
-    """The last lines of a command: its tables, where they were measured, how long that took, and the files."""
+    """Prints the last lines of a command: its tables, the machine, the duration, and the files."""
     for table in tables:
         console.print(table)
     console.print(machine.as_text(description))
@@ -111,7 +111,7 @@ def finish(tables: Iterable[Any], description: dict[str, str | int], start: floa
 
 
 class Run:
-    """A run of a command with one table: starts the clock, and sets threads, allocator and device."""
+    """A run of a command with one table: starts the clock and sets threads, allocator and device."""
 
     def __init__(self, threads: int, allocator: Allocator, device: str = "cpu") -> None:
         self.start = time.perf_counter()
@@ -128,9 +128,9 @@ class Run:
         variant: str = "",
         **settings: Any,
     ) -> None:
-        """The rows as a result file, ``<part>-<device>[-<variant>].json``, and the last lines.
+        """Writes the rows to ``<part>-<device>[-<variant>].json`` and prints the last lines.
 
-        plot: draws them beside it.
+        plot: draws the rows into a file beside it.
         """
         described = machine.describe(self.device, self.allocator)
         path = output / f"{'-'.join(filter(None, (part, self.device.type, variant)))}.json"
@@ -149,16 +149,16 @@ def rows_application(
     table: Callable[[list[dict[str, Any]]], Any],
     quick_help: str = "One shape and few rounds.",
 ) -> typer.Typer:
-    """A command for a CPU benchmark with one table: it parses the options and writes the rows as a result file.
+    """A command for a CPU benchmark with one table: it parses the options and writes the rows to a result file.
 
-    measure: makes the rows; its arguments are quick, seconds for each row, and the allocator.
+    measure: returns the rows; its arguments are quick, seconds for each row, and the allocator.
     """
     app = application()
 
     @app.command(help=purpose)
     def main(
         quick: bool = typer.Option(False, help=quick_help),
-        seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
+        seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the table.")] = 8.0,
         threads: ThreadsOption = 1,
         allocator: AllocatorOption = Allocator.reuse,
         output: OutputOption = results.LOCAL,

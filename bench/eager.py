@@ -1,9 +1,10 @@
 """The baseline that users write today: the formulas in eager PyTorch, in the dtype of the inputs, with all
 intermediates in memory.
 
-Arguments are those of ``attn_kernels.reference``. That file is the specification (sums in float32 or wider, padding
-that may hold NaN, rows with nothing to attend); this one is the code it replaces: what the benchmarks time, and the
-error that the tests allow at a given precision. As in such code, a row with nothing to attend is NaN.
+The functions take the arguments of ``attn_kernels.reference``. That file is the specification: sums in float32 or
+wider, padding that may hold NaN, fully masked rows. This file is the code that the package replaces. The benchmarks
+time it, and the tests derive the error allowed at a given precision from it. As in such code, a fully masked row gives
+NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 def additive_scores(
     query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, gate: Tensor | None = None, **activation: Any
 ) -> Tensor:
-    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), the sum as a product with v.
+    """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), where the sum over A is a product with v.
 
     With a gate, activation(...) * sigmoid(gate[b, j]); with v (R, A), scores[b, i, r, j].
     """
@@ -34,7 +35,7 @@ def additive_scores(
 
 
 def additive_scores_sum(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same with the sum written out: slower in eager mode, but torch.compile can fuse all of it."""
+    """The same scores with an explicit sum: slower in eager mode, but torch.compile can fuse all of it."""
     if query.dim() == 2:
         return additive_scores_sum(query[:, None], keys, v, bias)[:, 0]
     return (torch.tanh(_sum(query, keys, bias)) * v).sum(-1)
@@ -53,13 +54,13 @@ def additive_attention(
     negative_slope: float = 0.01,
     **options: Any,
 ) -> Attention:
-    """Additive attention with :func:`additive_scores`. options: as of ``_attend``; so in those below."""
+    """Additive attention with :func:`additive_scores`. Here and below, options are the keywords of ``_attend``."""
     if extra is not None:
         keys = keys + extra
     scores = additive_scores(query, keys, v, bias, gate=gate, activation=activation, negative_slope=negative_slope)
     if v.dim() == 1:
         return _attend(scores, values, **options)
-    rows = scores.shape[1:-1]  # of queries and score vectors; then softmax and context of each
+    rows = scores.shape[1:-1]  # queries and score vectors become one axis for softmax and context
     mask = options.get("mask")
     if mask is not None and mask.dim() == 3 and query.dim() == 3:
         options["mask"] = mask.repeat_interleave(len(v), 1)
@@ -152,7 +153,7 @@ def _attend(
 
 
 def _allowed(steps: int, device: torch.device, memory_lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """(B, 1, Tk) or (B, Tq, Tk) bool; None where every step may be attended."""
+    """(B, 1, Tk) or (B, Tq, Tk) bool; None if nothing is masked."""
     allowed = None
     if memory_lengths is not None:
         allowed = (torch.arange(steps, device=device) < memory_lengths[:, None])[:, None]

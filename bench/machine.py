@@ -1,4 +1,4 @@
-"""Where a benchmark ran (processor, versions, threads, allocator) and how much memory a call takes there."""
+"""The machine of a benchmark (processor, versions, threads, allocator) and the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 
 
 class Allocator(str, Enum):
-    """The treatment of freed memory by malloc during the measurement.
+    """How malloc treats freed memory during the measurement.
 
-    reuse: freed pages stay with the process and serve the next call. Fresh pages can cost more than the arithmetic, and
-    eager PyTorch asks for the most of them, so this setting favours eager most. default: glibc's own, which gives large
-    blocks back to the system and fetches them anew in each call.
+    reuse: freed pages stay in the process and are reused by the next call. Fresh pages can cost more than the
+    arithmetic, and eager PyTorch needs the most of them, so this setting helps eager most. default: glibc's default,
+    which returns large blocks to the system and requests them again in each call.
     """
 
     reuse = "reuse"
@@ -39,7 +39,7 @@ class Allocator(str, Enum):
 
 
 def set_allocator(allocator: Allocator) -> str:
-    """Sets malloc for the timing of calls; returns what is in effect, for the record."""
+    """Sets malloc for the timing of calls; returns a description of the setting for the result file."""
     if allocator is Allocator.default:
         return "system malloc, its default settings"
     if not _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}):
@@ -48,7 +48,7 @@ def set_allocator(allocator: Allocator) -> str:
 
 
 def set_allocator_for_memory(allocator: Allocator) -> None:
-    """Large blocks go back to the system at once, so that peaks of resident memory show what a call holds."""
+    """Makes malloc return large blocks to the system at once, so that peak resident memory shows what a call holds."""
     if allocator is Allocator.reuse:
         _mallopt({_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 128 << 10, _TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 0})
 
@@ -61,11 +61,11 @@ def _mallopt(settings: dict[int, int]) -> bool:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
-    """Peak memory in MB (10^6 bytes) that one call takes beyond what is held before it; None where that is unknown.
+    """Peak memory in MB (10^6 bytes) of one call, minus the memory held before it; None if it cannot be measured.
 
-    It counts everything alive at the peak: intermediates, what is saved for the backward, outputs and gradients. On the
-    CPU it is the peak of resident memory, which sees every allocation, not only PyTorch's, to within half a MB. Things
-    made once (code, thread pools) are not part of it: the call must have run before.
+    It counts everything alive at the peak: intermediates, tensors saved for the backward, outputs and gradients. On the
+    CPU it is the peak resident memory. That includes every allocation, not only PyTorch's, to within half a MB. The
+    call must have run before, so that one-time allocations (code, thread pools) are not counted.
     """
     gc.collect()
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _resident("VmRSS")
         call()
         return max(0.0, (_resident("VmHWM") - before) * 1024 / 1e6)
@@ -123,7 +123,7 @@ def commit() -> str:
 
 
 def as_text(description: dict[str, str | int]) -> Text:
-    """The description as lines to print under a table, none of them broken."""
+    """The description as lines to print under a table, without line breaks."""
     from rich.text import Text
 
     lines = "\n".join(f"{name}: {value}" for name, value in description.items())
@@ -131,7 +131,7 @@ def as_text(description: dict[str, str | int]) -> Text:
 
 
 def processor() -> str:
-    """The name of the CPU, with family and model numbers: the name alone may not identify its generation."""
+    """The name of the CPU with family and model numbers, as the name alone may not identify its generation."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

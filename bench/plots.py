@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 matplotlib.use("Agg")
-# After the choice of a backend that needs no display:
+# Imported after the choice of a backend that needs no display:
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.patches import Patch, Rectangle
@@ -25,7 +25,7 @@ _COLOURS = {"eager": "#4878a8", "torch.compile": "#e08a3c", "sdpa": "#5a9e5a"}
 
 
 def speed(path: Path, cells: Sequence[Cell], description: Mapping[str, object], settings: Settings) -> None:
-    """One panel for each op and pass: how many times as long as ours the others take, with quartiles, log scale."""
+    """One panel for each op and pass: time of the others / time of ours, with quartiles, on a log scale."""
     panels: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         panels.setdefault((cell.op, cell.passes), []).append(cell)
@@ -87,9 +87,9 @@ def sweep(
     dtype: str,
     least: float,
 ) -> None:
-    """One panel for each op and pass: eager / ours in colour and number, (B, Tq) down, (Tk, A) across.
+    """One panel for each op and pass: eager / ours as colour and number; rows are (B, Tq), columns (Tk, A).
 
-    None: ours failed. NaN: it was not run, which is grey.
+    None: ours failed. NaN: the cell was not run; it is grey.
     """
     shapes = [shape for panel in panels.values() for shape in panel]
     rows = sorted({(shape.B, shape.Tq) for shape in shapes})
@@ -101,7 +101,7 @@ def sweep(
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     colours = plt.get_cmap("RdBu").with_extremes(bad="#c8c8c8")
-    most = 2.0  # log2: from a quarter to four times, and beyond in the same colour
+    most = 2.0  # log2: the colours cover a quarter to four times; larger ratios have the same colour
     image = None
     for axis, ((op, passes), panel) in zip(axes.flat, panels.items(), strict=False):
         heat = [[math.nan] * len(columns) for _ in rows]
@@ -147,8 +147,8 @@ def sweep(
 
 
 def gpu(path: Path, cells: Sequence[Mapping], description: Mapping[str, object]) -> bool:
-    """One panel for each pass: how many times as long as ours the others take on a GPU, in CUDA graphs where they can
-    be made and launched by the host where not. Returns whether there was anything to draw.
+    """One panel for each pass: time of the others / time of ours on a GPU, in CUDA graphs if possible, else launched by
+    the host. Returns whether there was anything to draw.
     """
     colours = {**_COLOURS, "scores, eager softmax": "#9a6fb0"}
     panels: dict[str, list[tuple[str, dict[str, Mapping[str, float]]]]] = {}
@@ -197,7 +197,7 @@ def _label_pairs(axis: Axis, pairs: Sequence[tuple[int, int]]) -> None:
 
 
 def losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
-    """Loss by step; the curves lie on each other where the two ways of attention train alike."""
+    """Loss by step; the curves coincide if both attentions train alike."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, curve), style in zip(curves.items(), ("-", "--"), strict=False):
         axis.plot(range(1, len(curve) + 1), curve, style, label=name, linewidth=1.2)
@@ -238,7 +238,7 @@ def swap(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def fuse(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str, object]) -> None:
-    """One panel for each pass: how many times as long as the fused module the others take, with quartiles."""
+    """One panel for each pass: time of the others / time of the fused module, with quartiles."""
     colours = {"original": _COLOURS["eager"], "torch.compile": _COLOURS["torch.compile"]}
     passes = list(dict.fromkeys(row["passes"] for row in rows))
     figure, axes = plt.subplots(1, len(passes), figsize=(6.5 * len(passes), 4), squeeze=False, layout="constrained")
@@ -274,7 +274,7 @@ def fuse(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str
 
 
 def magnitudes(path: Path, rows: Sequence[Mapping[str, Any]], description: Mapping[str, object]) -> None:
-    """One panel for each pass and shape: the time over the fastest, by the norm of v and the deviation of inputs."""
+    """One panel for each pass and shape: time / fastest time, by the norm of v and the deviation of the inputs."""
     size = 3.9
     down = -(-len(rows) // 2)
     figure, axes = plt.subplots(down, 2, figsize=(2.6 * size, down * size), squeeze=False, layout="constrained")

@@ -1,4 +1,4 @@
-"""Tables for the terminal, and the format of the numbers in them."""
+"""Tables for the terminal, and the format of their numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.table import Table
 
 from .timing import Spread
 
-FEW_ROUNDS = 5  # a median of fewer is shown with its quartiles
+FEW_ROUNDS = 5  # a median of fewer rounds is shown with its quartiles
 
 
 def table(title: str, *columns: str, wrap: bool = False, **options: Any) -> Table:
     """A plain table. A column whose name begins with ">" is aligned to the right.
 
-    wrap: cells may have several lines, for tables that are wider than a terminal. ``options``: as of rich's Table.
+    wrap: cells may have several lines, for tables wider than a terminal. ``options``: keywords of rich's Table.
     """
     result = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, **{"padding": (0, 1, 0, 0), **options}
@@ -29,7 +29,7 @@ def table(title: str, *columns: str, wrap: bool = False, **options: Any) -> Tabl
 
 
 def figure(value: float | None) -> str:
-    """Three significant digits, or all digits before the point."""
+    """Three significant digits, or all digits before the decimal point."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
@@ -40,9 +40,9 @@ def megabytes(value: float | None) -> str:
 
 
 def times(ratio: float, digits: int = 2, lost: bool | None = None) -> str:
-    """How many times as long another takes. Where ours is slower it stands out, in colour and in plain text.
+    """Time of another / time of ours. A ratio with ours slower is marked, in colour and in plain text.
 
-    lost: whether it stands out; without it, where the ratio is below 1 when it is rounded.
+    lost: whether it is marked; default: if the rounded ratio is below 1.
     """
     if lost is None:
         lost = round(ratio, 2) < 1
@@ -50,14 +50,14 @@ def times(ratio: float, digits: int = 2, lost: bool | None = None) -> str:
 
 
 def quartiles(values: Spread, rounds: int) -> str:
-    """Printed beside a median of few rounds, which is uncertain."""
+    """The quartiles, printed beside an uncertain median of few rounds."""
     if rounds >= FEW_ROUNDS:
         return ""
     return " (1 round)" if rounds == 1 else f" ({values.low:.2f}-{values.high:.2f})"
 
 
 def compared(row: dict[str, Any]) -> str:
-    """A row of ``results.comparison`` in a cell: the ms of each, and how many times as long as ours the others took."""
+    """A row of ``results.comparison`` as a cell: the ms of each, and the ratio to the time of ours."""
     ratios = next(value for key, value in row.items() if key.startswith("times "))
     return "; ".join(
         f"{name} {figure(spread['median'])}" + (f" ({ratios[name]['median']:.2f}x)" if name in ratios else "")

@@ -1,4 +1,4 @@
-"""Result files. They are written atomically, and have fixed names."""
+"""Result files. They are written atomically and have fixed names."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from .timing import Samples, Spread, ratios, spread
 
-FOLDER = Path(__file__).parent / "results"  # the published ones
+FOLDER = Path(__file__).parent / "results"  # the published results
 LOCAL = FOLDER / "local"  # ignored by git
 
-SCHEMA = 1  # raised when the meaning of a field changes
+SCHEMA = 1  # increased when the meaning of a field changes
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` gets a temporary path, which then replaces ``path``: an interrupt leaves the old file intact."""
+    """``write`` writes a temporary file, which then replaces ``path``: an interrupt leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells savefig the format
     try:
@@ -41,7 +41,7 @@ def shown(path: Path) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Five digits of every float in it: more would be noise. A spread becomes a dictionary."""
+    """Rounds every float in ``value`` to five digits: more would be noise. A spread becomes a dictionary."""
     if isinstance(value, Spread):
         value = value._asdict()
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def rounded(value: Any) -> Any:
 
 
 def comparison(samples: Samples, ours: str) -> dict[str, Any]:
-    """Figures of a row: rounds, ms of each call, and how many times as long as ``ours`` the others took."""
+    """The figures of a row: rounds, ms of each call, and the ratios of the others to ``ours``."""
     return {
         "rounds": len(samples[ours]),
         "ms": {name: rounded(spread(values).scaled(1e3)) for name, values in samples.items()},

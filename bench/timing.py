@@ -1,7 +1,7 @@
-"""Timing several ways to compute the same thing so that their ratios survive a noisy machine.
+"""Times several implementations of the same computation so that their ratios are reliable on a noisy machine.
 
-The ways take turns: each round times all of them, in random order, and a ratio is formed within a round. Reported are
-the median of these ratios and their quartiles; a slow second of the machine falls on a round, not on one of the ways.
+The implementations are timed in turns: each round times all of them in random order, and gives one ratio. The median
+and the quartiles of these ratios are reported. A slow second of the machine affects a round, not one implementation.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ except ImportError:  # Windows
     resource = None
 
 Call = Callable[[], object]
-Timer = Callable[[Call, int], float]  # seconds a call, over that many calls in a row
-Samples = dict[str, list[float]]  # seconds a call, by name, one for each round
+Timer = Callable[[Call, int], float]  # seconds per call, over that many calls in a row
+Samples = dict[str, list[float]]  # seconds per call, by name, one for each round
 
 
 class Spread(NamedTuple):
@@ -37,7 +37,7 @@ class Spread(NamedTuple):
 
 
 class Budget:
-    """Seconds to spend from now on; None: as many as it takes."""
+    """Seconds to spend from now on; None: no limit."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds, self.clock = seconds, clock
@@ -53,7 +53,7 @@ class Budget:
 
 
 class WallTimer:
-    """Time on the wall: for the CPU."""
+    """Wall time, for the CPU."""
 
     shortest_sample = 1e-3  # seconds; shorter calls are repeated within a sample
 
@@ -68,7 +68,7 @@ class WallTimer:
 
 
 class CudaTimer:
-    """Time between two events of the current CUDA stream. Calls follow each other: the L2 cache is not flushed."""
+    """Time between two events of the current CUDA stream. The L2 cache is not flushed between calls."""
 
     shortest_sample = 5e-3
 
@@ -98,16 +98,17 @@ def interleave(
     at_most: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
-    """Rounds of all calls until ``seconds`` are spent, at least ``least_rounds`` and at most ``most_rounds``.
+    """Times rounds of all calls until ``seconds`` are spent; at least ``least_rounds`` and at most ``most_rounds``.
 
-    at_most: seconds after which no further round begins, however few there were: one at least.
+    at_most: seconds after which no further round begins, even if there were fewer than ``least_rounds``; one round
+    always runs.
     """
     repeats, prime = {}, {}
     for name, call in calls.items():
         warm_up(call)
         expected = max(timer(call, 1), 1e-9)
         repeats[name] = max(1, round(timer.shortest_sample / expected))
-        # Short calls are primed, so that their time does not depend on what another call left in the caches.
+        # Short calls are primed: otherwise their time would depend on the caches that another call left.
         prime[name] = expected < 20e-3
     order = random.Random(seed)
     names = list(calls)
@@ -126,7 +127,7 @@ def interleave(
 
 
 def warm_up(call: Call, most: int = 6) -> None:
-    """Calls at least twice, and until the allocator has settled: no more fresh pages."""
+    """Runs the call at least twice, until the allocator requests no more fresh pages."""
     for done in range(most):
         before = _page_faults()
         call()
@@ -147,5 +148,5 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratios(samples: Samples, name: str, ours: str) -> Spread:
-    """How many times as long ``name`` takes as ``ours``, round by round: above 1 where ours is faster."""
+    """Time of ``name`` / time of ``ours``, per round: above 1 if ours is faster."""
     return spread([theirs / own for theirs, own in zip(samples[name], samples[ours], strict=True)])

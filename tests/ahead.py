@@ -1,7 +1,7 @@
-"""Compiles ahead of time what tests ask for, in processes without Triton's interpreter.
+"""Compiles Triton kernels ahead of time for the tests, in processes without Triton's interpreter.
 
-Kernels that were imported for the interpreter cannot be compiled. So one process beside the tests imports everything
-once, which takes seconds, and each request runs in a fork of it: nothing of one case is seen by the next.
+Kernels that were imported for the interpreter cannot be compiled. So a separate process imports everything once, which
+takes seconds. Each request runs in a fork of that process, so that cases cannot affect each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 def run_ahead(module: str, function: str, *arguments: Any, **environment: str) -> Any:
-    """What a function of one of the tests' modules returns there, by way of JSON."""
+    """Calls a function of a test module in such a process; returns its result, passed as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         result, output = Path(folder) / "result.json", Path(folder) / "output"
         request = {"module": module, "function": function, "arguments": arguments, "environment": environment}
@@ -36,7 +36,7 @@ def run_ahead(module: str, function: str, *arguments: Any, **environment: str) -
 
 @functools.cache
 def _process() -> subprocess.Popen[str]:
-    """It ends with this process, by the end of its input."""
+    """Starts the process. It ends with this one, because its input ends."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = (str(TESTS.parent), str(TESTS), environment.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -48,7 +48,7 @@ def _process() -> subprocess.Popen[str]:
 def serve() -> None:
     aot = importlib.import_module("test_triton_aot")
     importlib.import_module("test_triton_hip")
-    aot.launches(**aot.CASES["dot-decode"])  # its first tensors import as much again
+    aot.launches(**aot.CASES["dot-decode"])  # the first tensors import as many modules again
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

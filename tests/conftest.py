@@ -1,6 +1,6 @@
-"""How the tests run: where Triton's kernels run, how many threads a process has, and which backends a test sees.
+"""The configuration of the tests: the device of Triton's kernels, the threads of a process, the backends of a test.
 
-A backend that cannot run here is skipped with the reason that ``attn_kernels.backends()`` gives.
+Tests of a backend that cannot run here are skipped with the reason from ``attn_kernels.backends()``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-# Threads of numpy and OpenMP are fixed when they are loaded: before torch is.
+# numpy and OpenMP fix their number of threads when they are loaded, so it is set before torch is imported.
 IN_XDIST = "PYTEST_XDIST_WORKER" in os.environ
 if IN_XDIST:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,17 +26,17 @@ if IN_XDIST:
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run on CPU tensors in Triton's interpreter, which must be chosen before triton is
-# imported. With one they run on it. TRITON_INTERPRET in the environment, 0 or 1, overrules both.
+# With a GPU the Triton kernels run on it. Without one they run on CPU tensors in Triton's interpreter, which must be
+# selected before triton is imported. TRITON_INTERPRET (0 or 1) in the environment overrides both.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # for bench.eager, the formulas in eager PyTorch; last, so that an installed package wins
+sys.path.append(str(ROOT))  # for bench.eager; appended, so that an installed package takes precedence
 
 
 class _Emulated(importlib.abc.MetaPathFinder):
-    """Without a GPU the CUDA kernels run in an emulator, in a module that ``make test`` has put into build/emulated."""
+    """Finds the module with the CUDA kernels in an emulator, which ``make test`` builds in build/emulated."""
 
     def find_spec(self, name, path, target=None):
         built = sorted((ROOT / "build/emulated").glob("_C_cuda.*.so")) if name == "attn_kernels._C_cuda" else []
@@ -54,14 +54,14 @@ from attn_kernels.seq2seq import recurrent
 from matrix import MAIN, Op, device_of, interpreted, is_left_to_another
 
 if attn_kernels.backends()["triton"].available and interpreted("triton"):
-    triton_arithmetic.install()  # errors of a GPU's instructions, for the tests of accuracy
+    triton_arithmetic.install()  # adds the rounding errors of GPU instructions, for the accuracy tests
 if IN_XDIST:
     torch.set_num_threads(1)
 
 
-# What programs print depends on these. Tests, and programs that they start, see the same everywhere: a wide terminal
-# without colours, English, UTC. It is set when pytest has decided how its own output looks, and before bench is
-# imported, whose console reads it once.
+# The output of programs depends on these variables. Tests and the programs that they start get the same values
+# everywhere: a wide terminal without colours, English, UTC. They are set after pytest has configured its own output,
+# and before bench is imported, because its console reads them once.
 ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 UNSET = ("LINES", "FORCE_COLOR", "CLICOLOR_FORCE", "COLORTERM", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 UNSET += ("TERMINAL_WIDTH", "GITHUB_ACTIONS", "LANGUAGE")
@@ -70,7 +70,7 @@ UNSET += ("TERMINAL_WIDTH", "GITHUB_ACTIONS", "LANGUAGE")
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.pluginmanager.hasplugin("terminalreporter"):
         writer = session.config.get_terminal_writer()
-        writer.fullwidth = writer.fullwidth  # its own terminal is as wide as it is
+        writer.fullwidth = writer.fullwidth  # keeps the width that pytest detected for its own output
     os.environ.update(ENVIRONMENT)
     for name in UNSET:
         os.environ.pop(name, None)
@@ -88,7 +88,7 @@ def available(name: str) -> str:
     return name
 
 
-# The module of the C++ kernels, where it was built and loads, and the SIMD levels below the one it uses by itself.
+# The module of the C++ kernels if it was built and can be loaded, and the SIMD levels below its default level.
 compiled_module = sys.modules.get("attn_kernels._C")
 SIMD_LEVELS = () if compiled_module is None else tuple(compiled_module.simd_levels())
 BEST_LEVEL = None if compiled_module is None else compiled_module.build_info()["simd"]
@@ -96,7 +96,7 @@ _AFTER_BEST = SIMD_LEVELS[SIMD_LEVELS.index(BEST_LEVEL) + 1 :] if SIMD_LEVELS el
 
 
 def _other_forms() -> tuple[str, ...]:
-    """The second of each two that are a level by divisions and by estimates, "avx512" and "avx512-estimate"."""
+    """For each level with two forms, divisions and estimates ("avx512", "avx512-estimate"), the second form."""
     levels = [level.partition("-")[0] for level in (BEST_LEVEL or "", *_AFTER_BEST)]
     return tuple(form for i, form in enumerate(_AFTER_BEST) if levels[i + 1] in levels[: i + 1])
 
@@ -109,7 +109,7 @@ if any(level.startswith("avx512bf16") for level in OTHER_FORMS):  # in these ops
 
 @contextmanager
 def simd(level: str | None) -> Iterator[None]:
-    """The C++ kernels use that SIMD level; None: the one they use by themselves."""
+    """Makes the C++ kernels use this SIMD level; None: the default level."""
     before = compiled_module.use_simd(level)
     try:
         yield
@@ -118,13 +118,13 @@ def simd(level: str | None) -> Iterator[None]:
 
 
 def every_level(names: Sequence[str], levels: Sequence[str] = LOWER_LEVELS) -> list[str]:
-    """After "cpu", its name in tests on each of these levels: "cpu-avx512", "cpu-portable"."""
+    """Inserts variants of "cpu" for these SIMD levels after "cpu": "cpu-avx512", "cpu-portable"."""
     others = [f"cpu-{level}" for level in levels]
     return [variant for name in names for variant in ([name, *others] if name == "cpu" else [name])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parameters of the fixtures in BACKENDS: here and not with them, since they depend on the test."""
+    """Sets the parameters of the fixtures in BACKENDS. They depend on the test, so the fixtures cannot set them."""
     levels: tuple[str, ...] = ()
     for marker, more in (("every_level", LOWER_LEVELS), ("every_form", OTHER_FORMS)):
         levels += more if metafunc.definition.get_closest_marker(marker) is not None else ()
@@ -134,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, every_level(names, levels), indirect=True)
 
 
-# By the seconds that they take, from a hundred to about fifteen: a worker that begins one of them last is waited for.
+# The longest tests, from about 100 to about 15 seconds. A worker that starts one of them last delays the whole run.
 LONGEST = (
     "test_sanitizers",
     "test_rehearsal",
@@ -156,7 +156,7 @@ LONGEST = (
 
 
 def longest_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """For ``--dist worksteal``, which cuts the list into a piece for each worker: every piece begins with long ones."""
+    """``--dist worksteal`` splits the list into one piece per worker: every piece begins with long tests."""
 
     def place(item: pytest.Item) -> int:
         return next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
@@ -173,7 +173,7 @@ def longest_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    choose(config, items)  # before -m does
+    choose(config, items)  # before -m selects
     yield
     if IN_XDIST:
         items[:] = longest_first(items, int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
@@ -188,7 +188,7 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if any(mark.args[0](**item.callspec.params) for mark in item.iter_markers("slow_if")):
             item.add_marker("slow")
-    if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # those all run
+    if os.environ.get("ATTN_WHOLE_MATRIX") != "1" and not any("::" in name for name in config.args):  # all run
         rest = thinned_out(items) + without_new_pairs(items)
         config.hook.pytest_deselected(items=rest)
         gone = set(rest)
@@ -199,10 +199,10 @@ FEW, ONE_OF = 8, 6
 
 
 def without_new_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Slow cases of variants on the CPU, in tests with more than FEW: those in which no two parameters meet anew.
+    """Slow cases of variants on the CPU that add no new pair of parameter values, in tests with more than FEW of them.
 
-    Each value of a parameter (the variant and the SIMD level are two of them) still meets each value of every other.
-    The ops themselves have all cases.
+    These cases are left out (pairwise testing): each value of a parameter is still combined with each value of every
+    other parameter. The variant and the SIMD level are parameters too. The ops themselves run all cases.
     """
     seen: dict[str, set[Any]] = {}
     of_variants: dict[str, list[pytest.Item]] = {}
@@ -223,9 +223,10 @@ def without_new_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def thinned_out(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Where a test has more than FEW slow cases on an interpreted backend, all but one of ONE_OF, by their names.
+    """The slow cases to leave out on interpreted backends, in tests with more than FEW of them.
 
-    Without this they take more than half of the time of all tests. A GPU runs all of them.
+    One case in ONE_OF stays, selected by a hash of its name. All of them would take more than half of the time of all
+    tests. A GPU runs all of them.
     """
     slow: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
@@ -240,7 +241,10 @@ def thinned_out(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _has_another_level(test: str, parameters: dict[str, Any], on: list[str]) -> bool:
-    """Variants share most code with MAIN: each case has the highest SIMD level and, in turn, one of the others."""
+    """Whether a case of a variant is left out on this lower SIMD level, because it runs on another one.
+
+    Variants share most code with MAIN, so each case runs on the highest level and on one lower level, chosen by a hash.
+    """
     op, lower = parameters.get("op"), every_level(["cpu"])[1:]
     if not isinstance(op, Op) or op in MAIN.values() or not any(name in lower for name in on):
         return False
@@ -249,9 +253,9 @@ def _has_another_level(test: str, parameters: dict[str, Any], on: list[str]) -> 
 
 
 def is_left_out(item: pytest.Item) -> bool:
-    """Of an op of matrix.py: where its backend has no kernels, what is left to other ops, and where the test says so.
+    """Whether a test is left out: its backend has no kernels for the op, other ops cover it, or the test requests it.
 
-    ATTN_WHOLE_MATRIX=1 leaves out the first only.
+    ATTN_WHOLE_MATRIX=1 keeps the last two kinds, but not second forms of a SIMD level where variants share the code.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     op = parameters.get("op")
@@ -259,7 +263,7 @@ def is_left_out(item: pytest.Item) -> bool:
     on = [parameters[fixture] for fixture in BACKENDS if fixture in parameters]
     if any(name in lacks for name in on):
         return True
-    # Only the scores of additive attention are made in two forms, and variants share their code.
+    # Only the scores of additive attention have two forms, and variants share their code.
     if any(name in every_level(("cpu",), OTHER_FORMS)[1:] for name in on) and op is not None:
         if op not in MAIN.values() or op.name not in ("additive_attention", "additive_scores"):
             return True
@@ -271,14 +275,14 @@ def is_left_out(item: pytest.Item) -> bool:
 
 
 def use(variant: str) -> Iterator[str]:
-    """Yields the name for ``backend=``; until the test is over its kernels run on the level that the variant names."""
-    name, _, level = variant.partition("-")  # a level may have "-estimate" behind it
+    """Yields the name for ``backend=``; during the test the kernels use the SIMD level in the name of the variant."""
+    name, _, level = variant.partition("-")  # a level may end with "-estimate"
     available(name)
     with simd(level) if level else nullcontext():
         yield name
 
 
-# The fixtures that give a backend, and which ones.
+# The fixtures that give a backend, and their backends.
 BACKENDS = {
     "backend": NAMES[::-1],
     "fused": tuple(name for name in reversed(NAMES) if name != "reference"),
@@ -288,7 +292,7 @@ BACKENDS = {
 
 @pytest.fixture
 def same_threads() -> Iterator[None]:
-    """For commands that set the number of threads of the process."""
+    """Restores the number of threads after commands that change it for the process."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -296,26 +300,26 @@ def same_threads() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(same_threads: None) -> None:
-    """For tiny tensors: more threads would only wait for each other."""
+    """One thread, for tiny tensors: more threads would only wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def outside_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test starts takes itself for no worker of pytest-xdist, as it would by what it inherits."""
+    """Removes the variables of pytest-xdist: processes that a test starts would inherit them and act as workers."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters serve small calls, too, which they leave to the originals because of speed (test_small_calls.py)."""
+    """Adapters handle small calls too. By default the original runs them, as it is faster (test_small_calls.py)."""
     monkeypatch.setattr(adapter, "min_products", lambda module: 0)
 
 
 @pytest.fixture
 def encoder_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An element for each layer of an encoder that was run as one node."""
+    """A list with one element for each encoder layer that ran as one autograd node."""
     layers: list[int] = []
     run = recurrent.run_layer
     monkeypatch.setattr(recurrent, "run_layer", lambda *arguments: layers.append(1) or run(*arguments))
@@ -330,7 +334,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def fused(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend but the reference, which is plain PyTorch and keeps PyTorch's own promises."""
+    """Every backend except the reference, which is plain PyTorch and has PyTorch's own guarantees."""
     yield from use(request.param)
 
 
@@ -342,6 +346,6 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the tensors of the test's backend live."""
+    """The device of the tensors for the backend of the test."""
     name = request.getfixturevalue("fused" if "fused" in request.fixturenames else "backend")
     return device_of(name)

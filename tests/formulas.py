@@ -1,4 +1,4 @@
-"""What the tests of modules against their formulas share: masks, the steps that these allow, gradients by name."""
+"""Helpers for tests of modules against their formulas: masks, the steps that these allow, gradients by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Masks = dict[str, Tensor]  # memory_lengths, mask, both or none of them
 
 
 def every_kind(memory_lengths: Tensor, mask: Tensor) -> dict[str, Masks]:
-    """Each way to say which steps may be attended. memory_lengths: (B,); mask: (B, Tq, Tk)."""
+    """All combinations of the mask arguments. memory_lengths: (B,); mask: (B, Tq, Tk)."""
     return {
         "none": {},
         "lengths": {"memory_lengths": memory_lengths},
@@ -22,7 +22,7 @@ def every_kind(memory_lengths: Tensor, mask: Tensor) -> dict[str, Masks]:
     }
 
 
-# For those who need no sizes of their own; a sentence is empty.
+# Defaults for tests without their own sizes. One sentence is empty.
 B, TQ, TK = 4, 3, 6
 LENGTHS = torch.tensor([6, 0, 3, 1])
 MASK = torch.rand(B, TQ, TK, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -30,7 +30,7 @@ MASKS = every_kind(LENGTHS, MASK)
 
 
 def allowed(masks: Masks, shape: tuple[int, int, int] = (B, TQ, TK)) -> Tensor:
-    """shape, (B, Tq, Tk), of bool: which steps each query may attend."""
+    """A bool tensor of the given shape (B, Tq, Tk): which steps each query may attend."""
     result = torch.ones(shape, dtype=torch.bool)
     if "memory_lengths" in masks:
         result &= torch.arange(shape[2]) < masks["memory_lengths"][:, None, None]
@@ -40,7 +40,7 @@ def allowed(masks: Masks, shape: tuple[int, int, int] = (B, TQ, TK)) -> Tensor:
 
 
 def randomize(module: nn.Module, scale: float = 0.4) -> nn.Module:
-    """No parameter stays where its initial value might hide it."""
+    """Sets all parameters to random values: initial values such as 0 could hide errors."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
@@ -48,13 +48,13 @@ def randomize(module: nn.Module, scale: float = 0.4) -> nn.Module:
 
 
 def random_sum(results: Sequence[Tensor]) -> Tensor:
-    """A loss, always the same, of which no two results have the same gradient."""
+    """A fixed loss whose gradient differs for every result."""
     generator = torch.Generator().manual_seed(4)
     return sum((torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) * x).sum() for x in results)
 
 
 def gradients(module: nn.Module, results: Sequence[Tensor], **inputs: Tensor) -> dict[str, Tensor]:
-    """Of one loss on all results, by name of parameter or input; 0 where the loss does not depend on one."""
+    """The gradients of one loss on all results, by name of parameter or input; 0 if the loss does not depend on it."""
     tensors = {**dict(module.named_parameters()), **inputs}
     loss = random_sum(results)
     if not loss.requires_grad:
@@ -68,7 +68,7 @@ def gradients(module: nn.Module, results: Sequence[Tensor], **inputs: Tensor) ->
 def assert_same(
     got: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], **tolerance: float | None
 ) -> None:
-    """tolerance: as of ``torch.testing.assert_close``. What is None in one has to be None in the other."""
+    """tolerance: keywords of ``torch.testing.assert_close``. A value that is None in one must be None in the other."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
@@ -81,7 +81,7 @@ def check_formula(
     by_hand: Callable[..., object],
     gradients: Callable[..., dict[str, Tensor]] = gradients,
 ) -> None:
-    """Results and gradients. inputs: query and memory. by_hand: of the module, both and the steps that are allowed."""
+    """Compares results and gradients. inputs: query, memory. by_hand(module, query, memory, allowed): the formula."""
     query, memory = inputs
     got = module(query, module.memory(memory, **masks))
     expected = by_hand(module, query, memory, allowed(masks))
@@ -91,7 +91,7 @@ def check_formula(
 
 
 def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengths: Tensor) -> None:
-    """NaN behind the lengths, and in queries that have nothing to attend, changes no bit of results and gradients."""
+    """NaN beyond the lengths and in fully masked queries must not change any bit of results and gradients."""
     padding = torch.arange(memory.shape[1]) >= memory_lengths[:, None]
     empty = memory_lengths == 0
     clean = {"query": query, "memory": memory}
@@ -106,14 +106,14 @@ def check_padding(module: nn.Module, query: Tensor, memory: Tensor, memory_lengt
 
 
 def in_float64(make: Callable[..., nn.Module], module: nn.Module) -> nn.Module:
-    """The same with the same parameters, as it is made by default."""
+    """``make()`` with its defaults (float64) and the parameters of ``module``."""
     exact = make()
     exact.load_state_dict(module.state_dict())
     return exact
 
 
 def check_error(got: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """At most twice the error of the eager formula in the dtype of the result, and its rounding."""
+    """The error must be at most twice that of the eager formula in the dtype of the result, plus one rounding."""
     assert got.dtype == eager.dtype
     limit = 2 * (eager.double() - exact).abs().max() + torch.finfo(got.dtype).eps * exact.abs().max()
     assert (got.double() - exact).abs().max() <= limit
@@ -122,7 +122,7 @@ def check_error(got: Tensor, exact: Tensor, eager: Tensor) -> None:
 def check_backend(
     make: Callable[..., nn.Module], inputs: Callable[..., tuple[Tensor, Tensor]], lengths: Tensor, **place: str
 ) -> None:
-    """A step in float32 on place["device"], with the kernels of place["backend"], against the module in float64."""
+    """Compares a float32 step on place["device"], with kernels of place["backend"], with the module in float64."""
     module, (query, memory) = make(backend=place["backend"], dtype=torch.float32), inputs(torch.float32)
     exact = in_float64(make, module)
     expected = exact(query.double(), exact.memory(memory.double(), lengths))
@@ -138,7 +138,7 @@ def check_precision(
     by_hand: Callable[..., Sequence[Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """The results of a step, by the error of the formula in that dtype: by_hand(module, query, memory)."""
+    """Compares the error of a step with the error of the formula by_hand(module, query, memory) in that dtype."""
     module, (query, memory) = make(dtype=dtype), inputs(dtype)
     exact = in_float64(make, module)
     expected = exact(query.double(), exact.memory(memory.double(), lengths))

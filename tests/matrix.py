@@ -1,7 +1,7 @@
-"""The table of ops, the table of cases, how inputs are made, and how exact a result has to be.
+"""The table of ops, the table of cases, the generation of inputs, and the tolerances of results.
 
-Adding a mechanism is one row in OPS: its public function, its reference and its eager formula are found by its name.
-New names of arguments also need a shape in SHAPES.
+A new mechanism needs one row in OPS: its public function, its reference and its eager formula are found by its name.
+New argument names also need a shape in SHAPES.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 class Op(NamedTuple):
-    """One row: the tensors that go in and come out, in order, and the score of one pair of vectors, written anew."""
+    """One row: input and output tensors in order, and an independent formula for the score of one pair of vectors."""
 
     name: str
     inputs: tuple[str, ...]
@@ -48,13 +48,13 @@ class Op(NamedTuple):
     score: Callable[..., Tensor]
     options: Mapping[str, Any] = {}
     optional: tuple[str, ...] = ()
-    variant: Callable[..., Any] | None = None  # the public function, called in a way of its own
-    by_name: tuple[str, ...] = ()  # tensors that go in by keyword
-    vectors: int | None = None  # how many score vectors there are, where v has an axis of them
-    lacks: tuple[str, ...] = ()  # backends that have no kernels for it: conftest.py leaves these out
+    variant: Callable[..., Any] | None = None  # calls the public function in another way
+    by_name: tuple[str, ...] = ()  # tensors that are passed by keyword
+    vectors: int | None = None  # number of score vectors, if v has an axis for them
+    lacks: tuple[str, ...] = ()  # backends without kernels for it: conftest.py leaves these out
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """The names of the axes of a tensor; those of the score vectors are R."""
+        """The names of the axes of a tensor; R is the axis of the score vectors."""
         axes = SHAPES[name]
         if self.vectors is None or name not in ("v", *self.outputs):
             return axes
@@ -136,7 +136,7 @@ def _with_prepared_keys(
 
 
 def _packed(name: str) -> Callable[..., Any]:
-    """A public function, called with the keys and values of the steps that may be attended, and no others."""
+    """A public function, called with packed keys and values: only the steps that are not masked."""
 
     def attend(query: Tensor, keys: Tensor, values: Tensor, *others: Tensor, **keywords: Any) -> Any:
         allowed = attention_mask(keys, keywords.pop("memory_lengths", None), keywords.pop("mask", None))
@@ -176,7 +176,7 @@ def _gated(name: str, gate: bool = True, vectors: int | None = None, **options: 
     )
 
 
-# For tests of results: the ops, and further ways to call them, which must give the same.
+# For tests of results: the ops, and other ways to call them, which must give the same results.
 ACTIVATIONS = {
     "relu": {"activation": "relu"},
     "leaky_relu": {"activation": "leaky_relu", "negative_slope": 0.2},
@@ -191,7 +191,7 @@ VARIANTS = MAIN | {
     "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
     "extra": _WITH_EXTRA,
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
-    # On GPUs extra is added to the keys beforehand, and rounding the sum moves arguments across the kink at 0.
+    # GPU backends add extra to the keys beforehand. Rounding this sum moves arguments across the kink at 0.
     "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], lacks=ON_GPUS),
     "gate": _gated("additive_attention"),
     "gate, 3 vectors": _gated("additive_attention", vectors=3),
@@ -218,7 +218,7 @@ VARIANTS = MAIN | {
         options={"clip": 2.0},
         lacks=("cuda",),
     ),
-    # Other backends run on a padded copy.
+    # CUDA runs on a padded copy. test_triton_packed.py tests Triton's kernels.
     "packed": _OF_ATTENTION._replace(variant=_packed("additive_attention"), lacks=ON_GPUS),
     "packed dot": _OF_DOT._replace(variant=_packed("dot_attention"), lacks=ON_GPUS),
 }
@@ -228,7 +228,7 @@ GATED = tuple(op for name, op in VARIANTS.items() if "gate" in name or "vectors"
 
 
 def of_variants(names: Iterable[str] = VARIANTS) -> pytest.MarkDecorator:
-    """Parametrizes a test with ops; the others than MAIN are slow: they share most code with it."""
+    """Parametrizes a test with ops. Ops outside MAIN are marked slow: they share most code with MAIN."""
     marks = {name: () if name in MAIN else (pytest.mark.slow,) for name in names}
     return pytest.mark.parametrize("op", [pytest.param(VARIANTS[n], id=n, marks=m) for n, m in marks.items()])
 
@@ -240,7 +240,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Case(NamedTuple):
-    """Sizes, and what is unusual about the arguments.
+    """Sizes and special properties of the arguments.
 
     lengths: "", "random", "random32" (int32), "zero", "full". mask: "", "steps" (B, Tk), "pairs" (B, Tq, Tk), "none"
     (all False), "all". Layouts: see lay_out. receives: the outputs that have a gradient; all by default.
@@ -262,7 +262,7 @@ class Case(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Products to make: what a case costs."""
+        """The number of multiplications, as the cost of a case."""
         return self.B * self.Tq * self.Tk * max(self.A, self.D)
 
 
@@ -334,7 +334,7 @@ CASES = {
 
 
 class Arguments(NamedTuple):
-    """tensors: by name, what is differentiated. masks: memory_lengths, mask. grads: of the outputs, by name."""
+    """tensors: differentiable inputs by name. masks: memory_lengths, mask. grads: gradients of the outputs by name."""
 
     tensors: dict[str, Tensor]
     masks: dict[str, Tensor]
@@ -349,7 +349,7 @@ class Arguments(NamedTuple):
 
 
 def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Arguments:
-    """Random arguments whose results and gradients are of the order of 1, or grow from there."""
+    """Random arguments. Results and gradients are of order 1 or larger."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(name: str) -> Tensor:
@@ -381,7 +381,7 @@ def _make_masks(case: Case, device: str, rng: torch.Generator) -> dict[str, Tens
         shape = (case.B, case.Tk) if case.mask == "steps" else (case.B, case.Tq, case.Tk)
         mask = torch.rand(shape, generator=rng) < {"none": 0.0, "all": 2.0}.get(case.mask, 0.6)
         if case.mask in ("steps", "pairs"):
-            mask[1:2, :1] = False  # one row or one query with little or nothing to attend
+            mask[1:2, :1] = False  # one row or one query with few or no unmasked steps
         masks["mask"] = lay_out(mask.to(device), case.mask_layout)
     return masks
 
@@ -390,14 +390,14 @@ STRIDE_0 = ("expanded", "repeated", "scalar")
 
 
 def lay_out(x: Tensor, layout: str, fill: float = math.nan) -> Tensor:
-    """x in other strides; between and around its elements lies ``fill``. The layouts of stride 0 also change values."""
+    """x with other strides, with ``fill`` between and around its elements. Layouts with stride 0 also change values."""
     if layout == "contiguous" or x.numel() == 0:
         return x
-    if layout == "transposed":  # time-major; a vector has one axis only
+    if layout == "transposed":  # time-major; a vector has only one axis
         return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else lay_out(x, "sliced", fill)
     if layout == "columns":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else lay_out(x, "sliced", fill)
-    if layout == "sliced":  # room on every side, and every second element of the last axis
+    if layout == "sliced":  # margins on all sides, and every second element of the last axis
         room = [size + 3 for size in x.shape[:-1]] + [2 * x.shape[-1] + 3]
         view = _buffer(x, room, fill)[tuple(slice(1, 1 + size) for size in x.shape[:-1])][
             ..., 1 : 1 + 2 * x.shape[-1] : 2
@@ -424,7 +424,7 @@ def _buffer(x: Tensor, shape: list[int], fill: float) -> Tensor:
 
 
 def call(function: Callable[..., Any], op: Op, tensors: Mapping[str, Tensor], **keywords: Any) -> dict[str, Tensor]:
-    """The outputs by name."""
+    """Calls the function; returns the outputs by name."""
     by_name = {name: tensors[name] for name in op.by_name if name in tensors}
     positional = (tensors.get(name) for name in op.inputs if name not in op.by_name)
     outputs = function(*positional, **by_name, **op.options, **keywords)
@@ -432,7 +432,7 @@ def call(function: Callable[..., Any], op: Op, tensors: Mapping[str, Tensor], **
 
 
 def run(function: Callable[..., Any], op: Op, arguments: Arguments, **keywords: Any) -> dict[str, Tensor]:
-    """Outputs and gradients by name; the gradient of query is "dquery". A gradient of None is one of zeros."""
+    """Outputs and gradients by name; the gradient of query is "dquery". A gradient of None becomes zeros."""
     leaves = {name: t.detach().requires_grad_() for name, t in arguments.tensors.items()}
     outputs = call(function, op, leaves, **arguments.masks, **keywords)
     results = {name: t.detach() for name, t in outputs.items() if t is not None}
@@ -456,8 +456,8 @@ def oracle(op: Op, arguments: Arguments) -> dict[str, Tensor]:
 def baseline(op: Op, arguments: Arguments) -> dict[str, Tensor]:
     """The formulas of bench/eager.py in the dtype of the arguments, on their device.
 
-    They give NaN for a row with nothing to attend, in all gradients even. So such a row attends everything here, gets
-    no gradient, and its results are set to 0 afterwards: that is what the specification says of it.
+    For a fully masked row they give NaN, even in all gradients. So here such a row attends all steps and gets no
+    gradient, and its results are set to 0 afterwards, as in the specification.
     """
     masks = arguments.masks
     if not masks:
@@ -494,7 +494,7 @@ def check(
     condition: float = 1.0,
     **keywords: Any,
 ) -> None:
-    """Results and gradients of a backend against the oracle; arguments are made from the case unless given."""
+    """Compares results and gradients of a backend with the oracle; without ``arguments``, the case determines them."""
     device = device_of(backend)
     if arguments is not None:
         exact, errors = _expected(op, case, dtype, device, seed, arguments)
@@ -511,19 +511,19 @@ def check(
 
 
 _TABLE = frozenset(CASES.values())
-_OF_TABLE = {id(op) for op in (*OPS.values(), *VARIANTS.values())}  # not those that a test makes of them
-_known: dict[Any, tuple[dict[str, Tensor], dict[str, float]]] = {}  # of the table: every backend is compared with them
+_OF_TABLE = {id(op) for op in (*OPS.values(), *VARIANTS.values())}  # without ops that a test derives from them
+_known: dict[Any, tuple[dict[str, Tensor], dict[str, float]]] = {}  # cache for ops of the table, used by all backends
 
 
 def _expected(
     op: Op, case: Case, dtype: torch.dtype, device: str, seed: int, arguments: Arguments
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What the oracle gives, and the errors of eager."""
+    """The results of the oracle, and the errors of eager."""
     exact = oracle(op, arguments)
     errors = eager_errors(op, arguments, exact)
     if case.layout in STRIDE_0 or case.grad_layout in STRIDE_0:
-        # Equal elements cancel exactly in one order of sums and not in another: eager may have no error at all in a
-        # gradient where that is luck. Its error on unlike elements is the measure then.
+        # Equal elements cancel exactly in one order of summation and not in another, so eager may have no error in a
+        # gradient by chance. Then its error on different elements is used.
         typical = make(op, case._replace(layout="contiguous", grad_layout="contiguous"), dtype, device, seed)
         others = eager_errors(op, typical, oracle(op, typical))
         errors = {name: max(error, others[name]) for name, error in errors.items()}
@@ -533,10 +533,10 @@ def _expected(
 def check_by_sentences(
     op: Op, arguments: Arguments, backend: str, together: int, *, condition: float = 1.0
 ) -> Iterator[int]:
-    """As check, but a few sentences at a time, each time by the errors of eager in those.
+    """Like check, but compares a few sentences at a time, each time with the errors of eager in these sentences.
 
-    For batches of unlike sentences, which take less time than a call for each. Yields the first of the sentences that
-    are compared next. Sums over all sentences, such as dv, are compared last.
+    It is for batches of different sentences, which take less time than one call per sentence. Yields the first of the
+    sentences that are compared next. Sums over all sentences, such as dv, are compared last.
     """
     query = arguments.tensors["query"]
     exact, eager = oracle(op, arguments), baseline(op, arguments)
@@ -554,24 +554,25 @@ def check_by_sentences(
     compare(lambda every: {name: t for name, t in every.items() if name in shared})
 
 
-# Tolerances: the one place where they are set -------------------------------------------------------------------------
+# Tolerances: they are set only here -----------------------------------------------------------------------------------
 
 
 def tolerance(name: str, dtype: torch.dtype, exact: Tensor, eager_error: float, condition: float = 1.0) -> float:
-    """The largest error allowed for the result ``name`` anywhere in it.
+    """The largest error allowed for any element of the result ``name``.
 
-    The yardstick is the error of the eager formula in the same dtype and on the same arguments. Allowed is twice that
-    for results and three times for gradients (in float32 and float64 twice for both), and besides
+    The measure is the error of the eager formula in the same dtype and on the same arguments. The allowed error is
+    twice that for results and three times that for gradients (in float32 and float64 twice for both), plus
 
         float64    1e-10 * scale
         float32    1e-6 * scale
-        bfloat16   one rounding of the largest element, and 1e-6 * scale
+        bfloat16   one rounding of the largest element, plus 1e-6 * scale
         float16    the same
 
     where scale is the largest element of the exact result. The terms of a sum can be larger than the sum, and a
-    gradient can cancel to nothing, so the scale is at least 1 (make() gives arguments for which such terms are of that
-    order), but not for alignments, whose terms are positive. ``condition`` is for tests with scores far above 1: the
-    size of their terms, to which the error of a score is relative, and by which softmax makes it larger, up to 1e5.
+    gradient can cancel to 0. So the scale is at least 1, as make() gives arguments with terms of this order. This does
+    not hold for alignments, whose terms are positive. ``condition`` is for tests with scores far above 1: it is the
+    size of the terms of a score. The error of a score is relative to it, and softmax amplifies the error by it, up to
+    1e5.
     """
     peak = _largest(exact)
     scale = peak if name == "alignments" else max(peak, 1.0)
@@ -591,9 +592,9 @@ def assert_close(
     dtype: torch.dtype,
     condition: float = 1.0,
 ) -> None:
-    """Every result and gradient by name: its shape, its dtype, where it is NaN or Inf, and its error elsewhere.
+    """Compares every result and gradient by name: shape, dtype, positions of NaN and Inf, and the error elsewhere.
 
-    In a gradient, NaN and Inf count as the same: Inf - Inf or Inf times a sum is a matter of the order of sums.
+    In a gradient, NaN and Inf are equivalent: whether Inf - Inf or Inf times a sum occurs depends on the order of sums.
     """
     problems = []
     assert actual.keys() == exact.keys()
@@ -625,7 +626,7 @@ def assert_close(
 
 
 def assert_bit_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Every result and gradient by name; NaN equals NaN, and 0.0 equals -0.0."""
+    """Compares every result and gradient by name; NaN equals NaN, and 0.0 equals -0.0."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
@@ -634,7 +635,7 @@ def assert_bit_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 
 def _largest(x: Tensor) -> float:
-    """Of the finite elements, in magnitude."""
+    """The largest magnitude of the finite elements."""
     x = x[x.isfinite()].abs()
     return x.max().item() if x.numel() else 0.0
 
@@ -647,14 +648,14 @@ def _first(where: Tensor) -> tuple[int, ...]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether the kernels of a GPU run on the CPU."""
+    """Whether GPU kernels run on the CPU."""
     if backend == "cuda":
         return emulated()
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# The cases that ``make test`` runs where kernels of a GPU are interpreted: the emulator of CUDA all of them, Triton's
-# interpreter, in which a case takes a second, the first three.
+# The cases that ``make test`` runs on interpreted GPU kernels. The CUDA emulator runs all of them. Triton's interpreter
+# runs the first three, as a case takes a second there.
 CORE = tuple(
     CASES[name]
     for name in (
@@ -665,12 +666,12 @@ CORE = tuple(
 
 
 def slow_if(predicate: Callable[..., object]) -> pytest.MarkDecorator:
-    """Marks a test as slow for the parameters of which ``predicate(**parameters)`` is true."""
-    return pytest.mark.slow_if.with_args(predicate)  # called with a function alone, a mark would take it for the test
+    """Marks a test as slow for parameters with ``predicate(**parameters)`` true."""
+    return pytest.mark.slow_if.with_args(predicate)  # a mark called with only a function would decorate it as a test
 
 
 def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
-    """Marks a test as slow with interpreted kernels, except for the parameters in ``core``."""
+    """Marks a test as slow on interpreted kernels, except for the parameters in ``core``."""
 
     def slow(**parameters: Any) -> bool:
         backend = parameters.get("backend", parameters.get("fused"))
@@ -681,14 +682,14 @@ def slow_interpreted(*core: Any) -> pytest.MarkDecorator:
 
 
 def is_slow(backend: str) -> bool:
-    """Whether the kernels run in Triton's interpreter: tests make do with few and small cases there."""
+    """Whether the kernels run in Triton's interpreter: tests run only few and small cases there."""
     return backend == "triton" and interpreted(backend)
 
 
 def is_left_to_another(test: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether another gated op has its turn in a test of Triton's interpreter, in which each takes a second.
+    """Whether another gated op covers this case in Triton's interpreter, where each op takes a second.
 
-    They have the same kernels there, with other arguments. All of them have the case that ``make test`` runs.
+    The gated ops use the same kernels there with other arguments. All of them run the case of ``make test``.
     """
     op, backend = parameters.get("op"), parameters.get("backend", parameters.get("fused", ""))
     if not is_slow(backend) or op not in GATED or parameters.get("case") is CASES["plain"]:
@@ -698,12 +699,12 @@ def is_left_to_another(test: str, parameters: Mapping[str, Any]) -> bool:
 
 
 def device_of(backend: str) -> str:
-    """Where the tensors of a backend live."""
+    """The device of the tensors for a backend."""
     return "cuda" if backend in ("triton", "cuda") and not interpreted(backend) else "cpu"
 
 
 def skip_if_slow(backend: str, case: Case, dtype: torch.dtype) -> None:
-    """What takes the interpreter more than seconds: float32 runs most cases there, other dtypes the small ones."""
+    """Skips cases that take the interpreter too long: float32 runs most cases there, other dtypes the small ones."""
     if (
         interpreted(backend)
         and backend == "triton"

@@ -1,4 +1,4 @@
-"""Encoders on sentences of different lengths, and what they are compared with."""
+"""Encoders on sentences of different lengths, and the computations that they are compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS = torch.tensor([3, 0, 7, 1, 7, 4])
 
 
 def make(cell: str, lengths: Tensor = LENGTHS, *, states: bool = False, **options: Any) -> tuple[Encoder, Tensor, Any]:
-    """An encoder, inputs whose padding is NaN, and first states or None."""
+    """An encoder, inputs with NaN as padding, and initial states or None."""
     torch.manual_seed(0)
     encoder = Encoder(INPUT, HIDDEN, cell=cell, **{"dtype": torch.float64, **options})
     dtype, rnn = next(encoder.parameters()).dtype, encoder.rnn
@@ -30,7 +30,7 @@ def make(cell: str, lengths: Tensor = LENGTHS, *, states: bool = False, **option
 
 
 def one_by_one(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-    """Each sentence by itself, as long as it is."""
+    """Encodes each sentence separately, without padding."""
     rnn = encoder.rnn
     x = x if rnn.batch_first else x.transpose(0, 1)
     directions = 1 + rnn.bidirectional
@@ -52,7 +52,7 @@ def one_by_one(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None)
 
 
 def packed(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-    """As it is written without this package."""
+    """Encodes with PyTorch's packed sequences, as written without this package."""
     axis = encoder.rnn.batch_first
     rows = pack_padded_sequence(x, lengths, batch_first=axis, enforce_sorted=False)
     outputs, last = encoder.rnn(rows, states)
@@ -60,7 +60,7 @@ def packed(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> 
 
 
 def encode_sequence(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None) -> tuple[Tensor, Any]:
-    """A ``PackedSequence`` in and out."""
+    """Encodes a ``PackedSequence``; its output is a ``PackedSequence`` too."""
     axis = encoder.rnn.batch_first
     sequence = pack_padded_sequence(x, lengths, batch_first=axis, enforce_sorted=False)
     outputs, last = encoder(sequence, states=states)
@@ -69,7 +69,7 @@ def encode_sequence(encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = 
 
 
 def by_state(prefix: str, states: Any) -> dict[str, Tensor]:
-    """Of an LSTM (hidden, cell), of a GRU hidden alone."""
+    """States by name: (hidden, cell) of an LSTM, hidden of a GRU."""
     if isinstance(states, Tensor):
         return {f"{prefix}hidden": states}
     return {f"{prefix}hidden": states[0], f"{prefix}cell": states[1]}
@@ -78,7 +78,7 @@ def by_state(prefix: str, states: Any) -> dict[str, Tensor]:
 def results(
     run: Callable[..., Any], encoder: Encoder, x: Tensor, lengths: Tensor, states: Any = None
 ) -> dict[str, Tensor]:
-    """Outputs, last states, and the gradients of all by name."""
+    """Outputs, final states, and all gradients, by name."""
     outputs, last = run(encoder, x, lengths, states)
     found = {"outputs": outputs, **by_state("", last)}
     generator = torch.Generator().manual_seed(1)

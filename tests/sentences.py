@@ -1,4 +1,4 @@
-"""What the tests of Seq2Seq share: sentences, losses, and results and gradients by name."""
+"""Helpers for tests of Seq2Seq: sentences, losses, and results and gradients by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def random_batch(lengths: Tensor, source: int, steps: int, generator: torch.Generator) -> Batch:
-    """lengths: (B,), at most ``source``."""
+    """A random batch. lengths: (B,), at most ``source``."""
     return (
         torch.randint(3, SOURCE, (len(lengths), source), generator=generator),
         lengths,
@@ -25,7 +25,7 @@ def random_batch(lengths: Tensor, source: int, steps: int, generator: torch.Gene
 
 
 def weighted(x: Tensor) -> Tensor:
-    """A sum in which every element has another weight."""
+    """A weighted sum with a different weight for every element."""
     return (x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)).sum()
 
 
@@ -37,7 +37,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def run(model: Seq2Seq, data: Batch, loss: Loss = LOSSES["both"]) -> dict[str, Tensor | None]:
-    """Logits, alignments, and the gradients of a loss by name; None where it does not depend on a parameter."""
+    """Logits, alignments, and the gradients of a loss by name; None if the loss does not depend on a parameter."""
     logits, alignments = model(*data)
     model.zero_grad()
     loss(logits, alignments).backward()
@@ -46,7 +46,7 @@ def run(model: Seq2Seq, data: Batch, loss: Loss = LOSSES["both"]) -> dict[str, T
 
 
 def check_each_alone(model: Seq2Seq, source: Tensor, lengths: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """A sentence has the same results alone and in a batch, which are returned: logits and alignments."""
+    """Each sentence must have the same results alone and in a batch. Returns logits and alignments of the batch."""
     logits, alignments = model(source, lengths, target)
     for i, length in enumerate(lengths.tolist()):
         alone = model(source[i : i + 1, :length], lengths[i : i + 1], target[i : i + 1])

@@ -1,11 +1,12 @@
-"""A pytest plugin (``-p stand_in_gpu``) for machines without a GPU: tests of the cuda backend run on a device of their
-own, "standin", whose tensors hold a tensor of the CPU that every operation runs on.
+"""A pytest plugin (``-p stand_in_gpu``) for machines without a GPU: the cuda backend is tested on a device "standin".
 
-The kernels run in the emulator, as in other runs. What differs is that an operation on tensors of two devices is an
-error, as it is with a GPU: a test that makes some of its tensors on the CPU, whatever the backend, fails here. What
-torch.compile and opcheck look at inside a tensor, the stand-in does not have, nor the cells of PyTorch's own RNNs.
+A tensor on this device wraps a CPU tensor, on which every operation runs. The kernels run in the emulator, as in other
+runs. The difference: an operation on tensors of two devices raises an error, as with a GPU. So a test fails here if it
+creates some tensors on the CPU for every backend. The stand-in does not support torch.compile and opcheck, which look
+inside a tensor, and PyTorch's own RNN cells.
 
-``--of-each-value FILE`` runs of every test function what ``of_each_value`` chooses, and writes the names there.
+``--of-each-value FILE`` runs the cases that ``of_each_value`` selects for every test function, and writes their names
+to FILE.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 NAME = "standin"
 MIXED = f"tensors on {NAME} and on cpu"
-# What may be given tensors of both devices.
+# Operations that may get tensors of both devices.
 MOVES = ("aten::_to_copy", "aten::copy_")
 READS_THE_HOST = ("aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_pack_padded_sequence")
 
 
 class OnStandIn(Tensor):
-    """A tensor whose device is the stand-in, and whose elements are those of ``inner``, on the CPU."""
+    """A tensor on the stand-in device; its elements are in ``inner``, a CPU tensor."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnStandIn:
@@ -50,17 +51,17 @@ class OnStandIn(Tensor):
 
 
 class StandIn(TorchDispatchMode):
-    """Sees what is made on the device or moved to it, too."""
+    """Also intercepts operations that create tensors on the device or move them there."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(operation, args, kwargs or {})
 
 
 def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """On the CPU. Results are on the device of the arguments, or where the operation was told to put them."""
+    """Runs an operation on the CPU. Results are on the device of the arguments or on the requested device."""
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, OnStandIn)]
-    here = [x for x in tensors if not isinstance(x, OnStandIn) and x.dim() > 0]  # a number may be anywhere
+    here = [x for x in tensors if not isinstance(x, OnStandIn) and x.dim() > 0]  # a 0-D tensor may be on either device
     name = operation.name().partition(".")[0]
     if there and here and name not in MOVES and not (name in READS_THE_HOST and isinstance(tensors[0], OnStandIn)):
         raise RuntimeError(f"{operation}: {MIXED}")
@@ -74,14 +75,14 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = operation(*args, **kwargs)
     if not stays:
         return out
-    known = {id(x.inner): x for x in there}  # an operation in place returns its argument
+    known = {id(x.inner): x for x in there}  # an in-place operation returns its argument
     on_device = tree_map_only(Tensor, lambda x: known.get(id(x)) if id(x) in known else OnStandIn(x), out)
-    return (on_device[0], *out[1:]) if name == "aten::_pack_padded_sequence" else on_device  # sizes are for the host
+    return (on_device[0], *out[1:]) if name == "aten::_pack_padded_sequence" else on_device  # sizes stay on the host
 
 
 @contextmanager
 def in_place_of_a_gpu() -> Iterator[None]:
-    """backend="cuda" runs on the stand-in and nowhere else, every other backend on the CPU."""
+    """backend="cuda" runs only on the stand-in, every other backend on the CPU."""
     backends = importlib.import_module("attn_kernels.backends")
 
     def refusal(backend: str, device_type: str) -> str | None:
@@ -98,9 +99,10 @@ def in_place_of_a_gpu() -> Iterator[None]:
 
 
 def of_each_value(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of every test function, of its cases that are not slow, or all where all are: each value of each parameter once.
+    """Selects, for every test function, cases that contain each value of each parameter once.
 
-    On which device a tensor is made depends on what the case has, not on its size, and never on two of its parameters.
+    It selects from the cases that are not slow, or from all if all are slow. The device of a tensor depends on the
+    features of a case, not on its size, and never on a combination of two parameters.
     """
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Mechanisms with a state for their tests: how each is made, and its formula for one step and pair at a time."""
+"""Stateful mechanisms for tests: how each is constructed, and its formula, one step and one pair at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Parameters = dict[str, Tensor]
 
 
 def convolved(p: Parameters, rows: list[Row], j: int) -> Tensor:
-    """(units,): U f_j, f_j the convolution of the rows at j."""
+    """(units,): U f_j, where f_j is the convolution of the rows at j."""
     weight = p["location_convolution.weight"]
     channels, inputs, taps = weight.shape
     features = weight.new_zeros(channels)
@@ -38,7 +38,7 @@ def convolved(p: Parameters, rows: list[Row], j: int) -> Tensor:
 
 
 def probabilities(scores: dict[int, Tensor], zero: Tensor) -> Row:
-    """Of the steps that have a score."""
+    """Softmax over the steps that have a score; 0 elsewhere."""
     total = sum(score.exp() for score in scores.values())
     return [scores[j].exp() / total if j in scores else zero for j in range(TK)]
 
@@ -48,9 +48,9 @@ def add(a: Row, b: Row) -> Row:
 
 
 class Mechanism(NamedTuple):
-    """make: the module. extra: of parameters, what a step knows and a step of the memory. follow: what it knows next.
+    """make: returns the module. extra: a function of parameters, state and a memory step. follow: the next state.
 
-    What a step knows is a list: the rows of the module's state and, of a forward attention, u. first: those before.
+    A state is a list: the rows of the module's state and, for forward attention, u. first: the initial state.
     """
 
     make: Callable[..., StatefulAttention]
@@ -156,7 +156,7 @@ def allowed(masks: dict[str, Tensor], hypotheses: int) -> Tensor:
 def take(
     module: StatefulAttention, queries: Tensor, memory: Memory, state: Any = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Contexts (T, B, K, M) and alignments (T, B, K, Tk) of all steps, and the last state."""
+    """Contexts (T, B, K, M) and alignments (T, B, K, Tk) of all steps, and the final state."""
     state = module.initial_state(memory, queries.shape[2]) if state is None else state
     results = []
     for query in queries:
@@ -169,7 +169,7 @@ def take(
 def by_hand(
     mechanism: Mechanism, module: nn.Module, queries: Tensor, outputs: Tensor, allow: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As ``take``, of each hypothesis of each sentence by itself. allow: (B, K, Tk)."""
+    """Like ``take``, but computes each hypothesis of each sentence separately. allow: (B, K, Tk)."""
     p = dict(module.named_parameters())
     steps, batch, hypotheses = queries.shape[:3]
     results: list[tuple[Tensor, Tensor]] = []
@@ -214,5 +214,5 @@ def by_hand(
 
 
 def gradients(module: nn.Module, results: Sequence[Tensor], **tensors: Tensor) -> dict[str, Tensor]:
-    """As of ``formulas``, with names that begin with a d."""
+    """Like ``formulas.gradients``, with names that begin with "d"."""
     return {f"d{name}": gradient for name, gradient in formulas.gradients(module, results, **tensors).items()}

@@ -1,4 +1,4 @@
-"""Original against patched: outputs and all gradients of a few calls in a row; stand-ins for a library's classes."""
+"""Helpers to compare an original module with the patched one over several calls; stand-ins for library classes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from attn_kernels import patch, patching, unpatch
 from attn_kernels.patching import registry
 
 Inputs = dict[str, Any]
-Steps = Callable[..., Sequence[Tensor]]  # of a module and the inputs: what is to be the same, of all steps
+Steps = Callable[..., Sequence[Tensor]]  # (module, inputs) -> the tensors of all steps that must agree
 
 
 def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float = 1e-10) -> list[str]:
-    """In float64 and float32; the inputs, in float64, are cast. Returns why calls fell through to the original.
+    """Compares in float64 and float32; float64 inputs are cast. Returns the reasons why calls ran the original.
 
-    tolerance: of float64, relative to 1 or to the largest number of a tensor.
+    tolerance: for float64, relative to 1 or to the largest number of a tensor.
     """
     patched = copy.deepcopy(original)
     report = patch(patched)
@@ -49,7 +49,7 @@ def compare(original: nn.Module, steps: Steps, inputs: Inputs, tolerance: float 
 
 
 def check_two_backward_passes(original: nn.Module, steps: Steps, inputs: Inputs) -> None:
-    """Of steps on one memory, which is kept from the first pass to the second."""
+    """Runs the backward of steps on one memory twice; the memory is retained between the passes."""
     patched = copy.deepcopy(original)
     patch(patched)
     memory = inputs["memory"].requires_grad_()
@@ -64,9 +64,9 @@ def check_two_backward_passes(original: nn.Module, steps: Steps, inputs: Inputs)
 def check_nothing_is_stale(
     original: nn.Module, steps: Steps, inputs: Inputs, *writes: Callable[[Inputs], None]
 ) -> None:
-    """What is kept follows writes to the memory, to what masks it (``writes``) and to parameters.
+    """Checks that caches are invalidated by writes to the memory, to its mask (``writes``) and to parameters.
 
-    Results are compared without gradients, with them, and without them again; gradients of the memory at the end.
+    Results are compared without gradients, with gradients, and without them again; gradients of the memory at the end.
     """
     patched = copy.deepcopy(original)
     report = patch(patched)
@@ -101,7 +101,7 @@ def check_nothing_is_stale(
 
 
 def check_copies(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
-    """Copies and pickles of a patched module compute the same; unpatched, it is as it was."""
+    """Copies and pickles of a patched module must compute the same; after unpatch the module is unchanged."""
     module = copy.deepcopy(original)
     patch(module)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def check_copies(original: nn.Module, steps: Steps, *inputs: Tensor) -> None:
 
 
 def check_copies_are_patched(module: nn.Module) -> None:
-    """A patched module has the same state_dict; copies and pickles of it are patched; unpatched, it is of its class."""
+    """Patching keeps the state_dict; copies and pickles are patched; unpatch restores the original class."""
     names, cls = list(module.state_dict()), type(module)
     patch(module)
     assert list(module.state_dict()) == names and isinstance(module, cls)
@@ -130,7 +130,7 @@ def check_copies_are_patched(module: nn.Module) -> None:
 
 
 def decoding(seed: int, least_steps: int = 2) -> tuple[Inputs, Tensor]:
-    """A memory (B, Tk, 7) and states (T, B, 6) in float64, and the steps of the memory that are padding, (B, Tk)."""
+    """A memory (B, Tk, 7) and states (T, B, 6) in float64, and the padding of the memory as a bool mask (B, Tk)."""
     torch.manual_seed(seed)
     batch, steps = 3, int(torch.randint(least_steps, 40, ()))
     given = {"memory": torch.randn(batch, steps, 7).double(), "states": torch.randn(4, batch, 6).double()}
@@ -139,7 +139,7 @@ def decoding(seed: int, least_steps: int = 2) -> tuple[Inputs, Tensor]:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module]) -> None:
-    """Makes ``cls`` the class "module:Class" of a library that is not installed, for as long as monkeypatch lasts."""
+    """Makes ``cls`` stand for "module:Class" of a library that is not installed, until monkeypatch is undone."""
     name, _, attribute = original.partition(":")
     for parent in itertools.accumulate(name.split("."), "{}.{}".format):
         if parent not in sys.modules:
@@ -147,7 +147,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, original: str, cls: type[nn.Module
     monkeypatch.setattr(sys.modules[name], attribute, cls, raising=False)
     cls.__module__, cls.__qualname__ = name, attribute
     adapter = next(adapter for adapter in patching.adapters() if adapter.original == original)
-    monkeypatch.setitem(registry._adapters, original, adapter._replace(sources=()))  # its source is not the library's
+    monkeypatch.setitem(registry._adapters, original, adapter._replace(sources=()))  # it has other source
 
 
 def _error(a: Tensor, b: Tensor) -> float:
@@ -159,7 +159,7 @@ def _size(x: Tensor) -> float:
 
 
 def results(module: nn.Module, steps: Steps, inputs: Inputs) -> dict[str, Tensor | None]:
-    """Outputs and gradients by name, in the dtype of the parameters; the gradients are of a random sum of outputs."""
+    """Outputs, and gradients of a random sum of outputs, by name, in the dtype of the parameters."""
     dtype = next(module.parameters()).dtype
     inputs = {name: x.to(dtype) if _floats(x) else x for name, x in inputs.items()}
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items() if _floats(x)}
@@ -177,7 +177,7 @@ def _floats(x: Any) -> bool:
 
 
 class CountLinear(TorchFunctionMode):
-    """Counts calls of the function, and so leaves the layer as it is."""
+    """Counts calls of the function ``linear`` without changing the layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What csrc says in another language, too, is the same: guards of the factored form, numbers of activations."""
+"""Constants that csrc and other languages duplicate must agree: guards of the factored form, numbers of activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Derivatives as numbers, derivatives of derivatives, and PyTorch's function transforms: right, or a clear error."""
+"""Numerical gradient checks, second derivatives, and PyTorch's function transforms: correct, or a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exists, why the rest does not, and that a named backend is obeyed or refused: also where parts are missing."""
+"""Available backends, reasons for missing ones, and named backends, which run or raise; also with parts missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks, small: data and rules, the harness with a clock of its own, checkpoints, files and command lines."""
+"""The benchmarks on small sizes: data and rules, the harness with a fake clock, checkpoints, files, command lines."""
 
 from __future__ import annotations
 

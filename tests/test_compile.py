@@ -1,4 +1,4 @@
-"""The ops as compilers see them: opcheck, torch.compile without graph breaks or recompilations, torch.export."""
+"""The ops in compilers: opcheck, torch.compile without graph breaks or recompilations, torch.export."""
 
 from __future__ import annotations
 

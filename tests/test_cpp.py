@@ -1,6 +1,6 @@
-"""The C++ kernels by other compilers, for another processor and under sanitizers, as a program without PyTorch.
+"""The C++ kernels with other compilers, for another processor and under sanitizers, in a program without PyTorch.
 
-tests/cpp/check_kernels.cpp compares them with loops. What is not installed here is skipped, visibly.
+tests/cpp/check_kernels.cpp compares them with plain loops. Tests that need a missing tool are skipped and reported.
 """
 
 from __future__ import annotations

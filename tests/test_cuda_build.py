@@ -1,4 +1,4 @@
-"""The CUDA module as users build it: by nvcc, both its passes, linked and imported. It needs nvcc, and no GPU."""
+"""The CUDA module as users build it with nvcc: host and device compilation, linking, import. Needs nvcc but no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of machine code and its rules: on text as the disassembler prints it, and on small kernels of its own."""
+"""The reader of machine code and its rules, on text in the disassembler's format and on small test kernels."""
 
 from __future__ import annotations
 

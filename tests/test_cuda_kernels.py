@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU, below PyTorch: programs that run them in the emulator, and the emulator itself.
+"""The CUDA kernels without a GPU and without PyTorch: programs that run them in the emulator, and the emulator itself.
 
-The ops on top of them run in the matrix, as ``backend="cuda"``; here in other orders of warps and blocks, and with less
-shared memory. The machine code is checked by test_cuda_check.py.
+The matrix tests the ops that use them, as ``backend="cuda"``. Here they run in other orders of warps and blocks, and
+with less shared memory. test_cuda_check.py checks the machine code.
 """
 
 from __future__ import annotations

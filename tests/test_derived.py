@@ -1,4 +1,4 @@
-"""What is kept from one call to the next is used only where it would be made the same again, after any write."""
+"""Caches between calls: a cached value is used only if recomputing it would give the same value, after any write."""
 
 from __future__ import annotations
 

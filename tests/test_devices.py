@@ -1,4 +1,4 @@
-"""Tests of a GPU backend put all their tensors on its device: seen without a GPU, with a stand-in for one."""
+"""Tests of a GPU backend put all their tensors on its device: checked without a GPU, on a stand-in device."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Two processes against one: attention over a memory in two parts, and data-parallel training.
 
-The processes are started once, compute all that the tests of this file look at, and leave it in files.
+The processes are started once, compute all results for the tests of this file, and write them to files.
 """
 
 from __future__ import annotations

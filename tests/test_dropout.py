@@ -1,4 +1,4 @@
-"""Which weights dropout leaves in the context: by chance, by torch's seed, and the same on every backend."""
+"""The dropout mask of the weights: random, determined by torch's seed, and the same on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoder: LSTMs and GRUs over sentences of different lengths, against sentences alone and PyTorch's packed layers."""
+"""Encoder: LSTMs and GRUs on sentences of different lengths, against single sentences and PyTorch's packed layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/models/encoder.py: that it measures what it says."""
+"""bench/models/encoder.py measures what it claims to measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoder: whatever is done to its layer, as PyTorch's packed layer computes it; parameters, and refusals."""
+"""Encoder: after any change of its layer, it computes the same as PyTorch's packed layer; parameters, and errors."""
 
 from __future__ import annotations
 

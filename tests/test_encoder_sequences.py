@@ -1,4 +1,4 @@
-"""Encoder on a PackedSequence: PyTorch's layers on it, computed as a node for each layer."""
+"""Encoder on a PackedSequence: the same results as PyTorch's layers, with one autograd node per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short examples learn what they say, at test size, and time their step only where before and after agree."""
+"""The short examples at test size: they learn their tasks, and time a step only if before and after agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step adds to the keys: within the kernels, with one gradient for both, gathered over the steps of a memory."""
+"""extra, the addend of the keys in a step: in the kernels, one gradient for both, accumulated over a memory's steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few queries on one memory, as beams are: the CPU kernels cut them into tiles of their own for every number."""
+"""Few queries on one memory, such as beams: the CPU kernels have special tiles for each number of queries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of the public functions: which arguments are refused and in which words, dtypes, autocast."""
+"""The contract of the public functions: invalid arguments and their error messages, dtypes, autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fuse(model): what is found, that it is the same, and what it costs nobody."""
+"""fuse(model): the attention that it finds, equal results, and no costs for models that it does not change."""
 
 from __future__ import annotations
 

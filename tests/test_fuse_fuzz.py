@@ -1,4 +1,4 @@
-"""fuse(model) on attention that is spelled at random: never another result, and almost always found."""
+"""fuse(model) on randomly generated attention code: the result never changes, and attention is almost always found."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Random sizes, dtypes, masks and strides against the reference in float64.
 
-``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend (and for each SIMD level of the C++ kernels), all ops
-together; ``make fuzz`` runs 10,000 new ones. By default it is 60 in ``make test`` and 300 in ``make test-all``, the
-same ones each time. The interpreter and the reference get a fifteenth.
+``ATTN_KERNELS_FUZZ_CASES`` is the number of cases for one backend (and for each SIMD level of the C++ kernels), for all
+ops together. ``make fuzz`` runs 10,000 new cases. The default is 60 in ``make test`` and 300 in ``make test-all``, the
+same cases each time. The interpreter and the reference run a fifteenth of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipe of examples/g2p, small: training and its resumption, evaluation, prediction, files, command lines."""
+"""The recipe of examples/g2p at test size: training, resuming, evaluation, prediction, files, command lines."""
 
 from __future__ import annotations
 

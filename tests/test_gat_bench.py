@@ -1,4 +1,4 @@
-"""bench/cpu/gat.py: that it measures what it says."""
+"""bench/cpu/gat.py measures what it claims to measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gate and several score vectors: the same as one vector at a time, options, derivatives, errors, memory."""
+"""A gate and several score vectors: equal to one vector at a time; options, derivatives, errors, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of the decoder's loop: every way to multiply gives the same, and each is taken where it is meant to be."""
+"""Matrix products of the decoder's loop: all implementations agree, and each is selected where it is intended."""
 
 from __future__ import annotations
 

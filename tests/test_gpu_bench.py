@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: budget, steps, what is refused, cells on the CPU in place of the GPU, and the report."""
+"""``make gpu`` without a GPU: budget, stages, unpublishable results, cells measured on the CPU, and the report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is above the ops, on the device of a backend: searches, patched models, autocast, DistributedDataParallel.
+"""Features built on the ops, on the device of a backend: searches, patched models, autocast, DistributedDataParallel.
 
-With a GPU these run on it; without one the same code runs the kernels in the emulator and in Triton's interpreter, and
-gloo in place of NCCL. First contact with a GPU (bench/gpu/first.py) goes through CHECKS, too.
+With a GPU they run on it. Without one the same code runs the kernels in the emulator and in Triton's interpreter, and
+uses gloo in place of NCCL. First contact with a GPU (bench/gpu/first.py) also runs CHECKS.
 """
 
 from __future__ import annotations

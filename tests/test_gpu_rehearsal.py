@@ -1,4 +1,4 @@
-"""``make gpu`` rehearsed on the CPU: every stage meets with a fault, and the others are seen to leave their results."""
+"""``make gpu`` rehearsed on the CPU: with a fault in every stage, the other stages still store their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gru_step and its backward, which layers of GRUs call on the CPU, against PyTorch's own operators."""
+"""gru_step and its backward, which GRU layers call on the CPU, against PyTorch's own operators."""
 
 from __future__ import annotations
 

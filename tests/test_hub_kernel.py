@@ -1,4 +1,4 @@
-"""The kernel repository that tools/hub_kernel.py makes, as a client of the Hugging Face Hub loads it, locally."""
+"""The kernel repository from tools/hub_kernel.py, loaded locally like by a client of the Hugging Face Hub."""
 
 from __future__ import annotations
 

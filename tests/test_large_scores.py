@@ -1,6 +1,6 @@
-"""Scores of a large v, small inputs and large ones, where the kernels of the CPU take the compensated form.
+"""Scores with a large v, on small and large inputs, where the CPU kernels use compensated summation.
 
-Without the tolerance for large scores of tests/test_numerics.py, wherever the formula itself is not exact by chance.
+The tests do not use the tolerance for large scores of tests/test_numerics.py, unless the formula is exact by chance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The limits of a CPU: the loops of loops.c against plain formulas, bounds against counts by hand, command line."""
+"""The limits of a CPU: the loops of loops.c against plain formulas, bounds against hand counts, command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What location-sensitive attention asks of the ops: an addend of the keys, a factor of the scores, weights alone."""
+"""Op features for location-sensitive attention: an addend of the keys, a factor of the scores, weights only."""
 
 from __future__ import annotations
 

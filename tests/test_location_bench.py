@@ -1,4 +1,4 @@
-"""bench/models/location.py: that both ways compute the same, and that it measures what it says."""
+"""bench/models/location.py: both implementations agree, and it measures what it claims to measure."""
 
 from __future__ import annotations
 

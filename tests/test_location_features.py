@@ -1,4 +1,4 @@
-"""Projected location features: the product by oneDNN, and its gradients, are those of the plain formula."""
+"""Projected location features: the oneDNN product and its gradients equal the plain formula."""
 
 from __future__ import annotations
 

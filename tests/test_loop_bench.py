@@ -1,4 +1,4 @@
-"""bench/models/loop.py: that it measures what it says."""
+"""bench/models/loop.py measures what it claims to measure."""
 
 from __future__ import annotations
 

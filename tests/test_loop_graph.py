@@ -1,7 +1,7 @@
-"""CUDA graphs of the decoder's loop, with a stand-in for capturing where there is no GPU.
+"""CUDA graphs of the decoder's loop, with a stand-in for capture if there is no GPU.
 
-The stand-in computes again into the same tensors, as a replay does: buckets, padding, copies in and out, graphs that
-are shared, and several of them in flight are tested; what only a device can show is not.
+The stand-in computes again into the same tensors, like a replay. Buckets, padding, copies in and out, shared graphs and
+several graphs in flight are tested. Behaviour that needs a device is not tested.
 """
 
 from __future__ import annotations

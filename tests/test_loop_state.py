@@ -1,4 +1,4 @@
-"""Attentions with a state in the loop of Seq2Seq: what tests/test_loop.py has not for all, against steps."""
+"""Stateful attentions in the loop of Seq2Seq, against steps: the checks that tests/test_loop.py does not contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/cpu/magnitudes.py: that it measures what it says."""
+"""bench/cpu/magnitudes.py measures what it claims to measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``activation=`` of mechanisms with a state: with the identity in its place they are the limit of small weights.
+"""``activation=`` of stateful mechanisms: with the identity as activation they are the limit of small weights.
 
 leaky_relu with a slope of 1 is the identity, and tanh(e x) / e is x + O(e^2).
 """

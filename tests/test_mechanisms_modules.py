@@ -1,4 +1,4 @@
-"""Backends, dtypes, autocast and compilation of all mechanisms with a state; copies, parameters, refusals."""
+"""Backends, dtypes, autocast and compilation of all stateful mechanisms; copies, parameters, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seq2Seq with attentions that have a state: training is its steps, searches hand on the state of each hypothesis."""
+"""Seq2Seq with stateful attentions: training equals its steps, and searches keep the state of each hypothesis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all mechanisms with a state have in common: padding, hypotheses, dtypes, copies, compilation, refusals."""
+"""The common properties of stateful mechanisms: padding, hypotheses, dtypes, copies, compilation, errors."""
 
 from __future__ import annotations
 

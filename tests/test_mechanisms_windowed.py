@@ -1,4 +1,4 @@
-"""WindowedAttention: a mechanism within windows that follow its alignments, each row and hypothesis its own."""
+"""WindowedAttention: a mechanism in windows that follow its alignments, separately for each row and hypothesis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The deferred gradient of a memory: whatever a program does, its gradients are those of the reference."""
+"""The deferred gradient of a memory: in every program the gradients equal those of the reference."""
 
 from __future__ import annotations
 

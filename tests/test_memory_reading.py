@@ -1,4 +1,4 @@
-"""Mechanisms with a state leave the gradient of a memory to be made once: it is that of steps that make their own."""
+"""Stateful mechanisms defer the gradient of a memory and compute it once: it equals the sum of per-step gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules against the formulas of their papers, one pair of vectors at a time; Memory as the value between them."""
+"""The modules against the formulas of their papers, one pair of vectors at a time; the Memory that they share."""
 
 from __future__ import annotations
 

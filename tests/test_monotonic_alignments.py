@@ -1,4 +1,4 @@
-"""monotonic_alignments: against the expectation that it is, walks, and TensorFlow's closed form."""
+"""monotonic_alignments against the expectation that defines it, random walks, and TensorFlow's closed form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""NaN and Inf that are attended, and magnitudes where shortcuts in the arithmetic would overflow or lose their digits.
+"""NaN and Inf in attended steps, and magnitudes where fast arithmetic would overflow or lose accuracy.
 
-The kernels compute tanh(q + k) from products of e^2q and e^2k, which hold only within guards: the sizes of |q| + |k|
-around 14.5, 22, 43 and 88, and of v around the smallest and the largest, are where a guard that is off shows.
+The kernels compute tanh(q + k) from products of e^2q and e^2k, which is valid only within guards. A wrong guard shows
+at |q| + |k| around 14.5, 22, 43 and 88, and at the smallest and largest v.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Searches as one op on the CPU against those whose steps are called from Python."""
+"""Searches as one op on the CPU against searches with steps called from Python."""
 
 from __future__ import annotations
 

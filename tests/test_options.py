@@ -1,6 +1,6 @@
-"""What few calls of an attention have: dropout, the logarithm of the sum, no query; their errors and derivatives.
+"""Rarely used options of an attention: dropout, the logarithm of the sum, no query; their errors and derivatives.
 
-Which weights dropout leaves is in test_dropout.py.
+test_dropout.py tests the dropout mask.
 """
 
 from __future__ import annotations

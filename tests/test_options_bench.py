@@ -1,4 +1,4 @@
-"""bench/cpu/options.py: that it measures what it says."""
+"""bench/cpu/options.py measures what it claims to measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/cpu/packed.py: that it measures what it says."""
+"""bench/cpu/packed.py measures what it claims to measure."""
 
 from __future__ import annotations
 

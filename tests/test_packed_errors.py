@@ -1,4 +1,4 @@
-"""Packed and jagged memories: what is refused, and in which words."""
+"""Packed and jagged memories: invalid arguments and their error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules on packed memories: the results and gradients of padded ones, whatever these hold behind their sentences."""
+"""Modules on packed memories: same results and gradients as on padded memories, whatever the padding contains."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Padding contributes nothing, whatever it holds, and nor does memory that nobody wrote: bit for bit.
+"""Padding and uninitialized memory must not change any bit of the results, whatever they contain.
 
-Poison stands in steps that no query attends, in queries that attend nothing, in the gradient of alignments that are
-padding, between and beyond the elements of strided views, and in the memory that ``torch.empty`` and ``malloc`` give.
+Poison values are in steps that no query attends, in fully masked queries, in the gradient of padding alignments,
+between and beyond the elements of strided views, and in memory from ``torch.empty`` and ``malloc``.
 """
 
 from __future__ import annotations

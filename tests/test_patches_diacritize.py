@@ -1,4 +1,4 @@
-"""The adapter of arabic-diacritizer on a class with the interface of arabic-diacritizer's."""
+"""The adapter of arabic-diacritizer, on a class with the same interface as its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""patch(model), on classes of its own: what changes, what stays, what falls through, and the way back."""
+"""patch(model) on test classes: what changes, what stays, which calls run the original, and unpatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/cpu/pooling.py: that it measures what it says."""
+"""bench/cpu/pooling.py measures what it claims to measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of README.md and docs/ run and give the shapes beside them; figures, links and commands are right."""
+"""The examples of README.md and docs/ run and give the stated shapes; figures, links and commands are correct."""
 
 from __future__ import annotations
 

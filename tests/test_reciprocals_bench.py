@@ -1,4 +1,4 @@
-"""bench/cpu/reciprocals.py: the loops that it finds in assembly, and the command."""
+"""bench/cpu/reciprocals.py: the detection of loops in assembly, and the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle itself: the reference in float64 against loops over single pairs of vectors, which never see padding."""
+"""The oracle: the reference in float64 against loops over single pairs of vectors, which never read padding."""
 
 from __future__ import annotations
 

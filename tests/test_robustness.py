@@ -1,4 +1,4 @@
-"""What long-running programs do: the same call again, with other numbers of threads, in threads and processes."""
+"""Long-running programs: repeated calls, changing numbers of threads, calls from threads and processes."""
 
 from __future__ import annotations
 

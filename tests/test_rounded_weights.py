@@ -1,4 +1,4 @@
-"""Rounded weights, which searches keep: their layout, and that they are up to date."""
+"""Rounded weights, which searches cache: their layout, and that they are up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/cpu/scratch.py: the kernels from scratch against the eager formula, and the command."""
+"""bench/cpu/scratch.py: the kernels of scratch.c against the eager formula, and the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search of Seq2Seq against enumeration of all outputs, against a slow search of one sentence, and against chance."""
+"""Search of Seq2Seq against enumeration of all outputs, a slow search of one sentence, and sampling distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seq2Seq against the formulas of its papers, sentence by sentence; its promises about batches, search and modes."""
+"""Seq2Seq against the formulas of its papers, sentence by sentence; its guarantees for batches, search and modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seq2Seq as programs: the same hypotheses from torch.export, ONNX and AOTInductor, and errors that say why not."""
+"""Seq2Seq as exported programs: equal hypotheses from torch.export, ONNX and AOTInductor; errors with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seq2Seq under ``fully_shard`` (FSDP2), in processes that talk by Gloo, against the model on one machine."""
+"""Seq2Seq under ``fully_shard`` (FSDP2), in processes with the Gloo backend, against the unsharded model."""
 
 from __future__ import annotations
 

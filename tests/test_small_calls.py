@@ -1,6 +1,6 @@
-"""The rule for small calls, as users meet it: below so many products a call runs the original, above them it is fused.
+"""The rule for small calls with default settings: below a number of products the original runs, above it the fused op.
 
-The tests of each adapter turn these sizes off (``at_any_size``), to reach the fused form with small numbers.
+The tests of each adapter disable this rule (``at_any_size``), so that small sizes run the fused op.
 """
 
 from __future__ import annotations

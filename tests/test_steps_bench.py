@@ -1,4 +1,4 @@
-"""bench/models/memory_gradient.py: that it measures what it says."""
+"""bench/models/memory_gradient.py measures what it claims to measure."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Whatever is done to a module of Seq2Seq, training as a loop, training in steps and searches compute the same model.
+"""After any change to a module of Seq2Seq, the training loop, training in steps and searches compute the same model.
 
-Each part is changed in each way that its kind allows, and compared with a decoder written anew that calls the modules.
+Each part is changed in each way that its type allows, and compared with an independent decoder that calls the modules.
 """
 
 from __future__ import annotations

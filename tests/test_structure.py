@@ -1,4 +1,4 @@
-"""The package's own files: which imports which, and that each may be read in one sitting."""
+"""The files of the package: the allowed imports, and a limit on the length of each file."""
 
 from __future__ import annotations
 

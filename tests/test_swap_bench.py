@@ -1,4 +1,4 @@
-"""bench/models/patched.py, as far as it needs no other library."""
+"""bench/models/patched.py: the parts that need no other library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep over sizes, on tiny ones and with times of its own: what it runs, keeps, repeats, reports and refuses."""
+"""The sweep over tiny sizes with fake times: what it runs, stores, repeats, reports and rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks print can be copied, and what tests read of it is the same in every terminal."""
+"""The output of the benchmarks can be copied, and the output that tests read is the same in every terminal."""
 
 from __future__ import annotations
 

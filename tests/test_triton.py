@@ -1,4 +1,4 @@
-"""What only the Triton backend has: splits of a decoding step, configurations and their tuning."""
+"""Features of the Triton backend only: splits of a decoding step, configurations and their tuning."""
 
 from __future__ import annotations
 

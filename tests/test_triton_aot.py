@@ -1,8 +1,8 @@
-"""The Triton kernels, compiled for NVIDIA GPUs without one: what the machine code must and must not hold.
+"""The Triton kernels, compiled for NVIDIA GPUs without a GPU: what the machine code must and must not contain.
 
 The launchers run on meta tensors with the launch replaced, so that each kernel is compiled with exactly the tiles and
-arguments that they choose. Checked are local memory (spills), registers and shared memory, and the count of special
-functions for each pair of a query and a step, which is what the method saves. Each case compiles in a process without
+arguments that they choose. The tests check local memory (spills), registers, shared memory, and the number of special
+functions per pair of a query and a step, which the factored method reduces. Each case compiles in a process without
 Triton's interpreter (ahead.py).
 """
 

@@ -1,4 +1,4 @@
-"""What only Triton's kernels of a gate and several score vectors have: rules that take small problems other ways."""
+"""Triton's kernels for a gate and several score vectors: the rules that select other kernels for small problems."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Triton kernels, compiled for AMD GPUs (MI200, MI300) without one: registers, scratch memory, LDS, instructions.
 
-As tests/test_triton_aot.py does for NVIDIA GPUs: with the tiles and arguments that the launchers choose. What the
-assembler says of a kernel stands in the metadata of its listing. These kernels have not run on an AMD GPU.
+As in tests/test_triton_aot.py for NVIDIA GPUs, the launchers choose tiles and arguments. The resources of a kernel are
+read from the metadata in its assembly listing. These kernels have not run on an AMD GPU.
 """
 
 from __future__ import annotations

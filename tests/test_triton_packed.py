@@ -1,4 +1,4 @@
-"""What only Triton's kernels of packed memories have: tiles and splits of sentences, and offsets that nobody checks."""
+"""Triton's kernels for packed memories: tiles and splits of sentences, and unchecked offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/versions.py: its table, and that a row that fails neither stops the others nor counts as done."""
+"""tools/versions.py: its table; a failing row neither stops the others nor counts as done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The functions of the compiled module; tools/wheel.py: what a wheel may hold, and its table; tools/links.py."""
+"""The functions of the compiled module; tools/wheel.py: the allowed contents of a wheel, its table; tools/links.py."""
 
 from __future__ import annotations
 

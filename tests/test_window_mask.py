@@ -1,4 +1,4 @@
-"""window_mask: windows of the memory, of each row and hypothesis its own."""
+"""window_mask: windows of the memory, separate for each row and hypothesis."""
 
 from __future__ import annotations
 

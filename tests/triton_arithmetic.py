@@ -1,9 +1,9 @@
-"""Triton's interpreter with the arithmetic of NVIDIA GPUs: what tests/cpp/cuda_arithmetic.h is for the CUDA kernels.
+"""Triton's interpreter with the arithmetic of NVIDIA GPUs, as tests/cpp/cuda_arithmetic.h for the CUDA kernels.
 
-numpy computes exp and divisions to half a unit in the last place, and sums of products in float32. What Triton compiles
-for a GPU has approximate instructions there and, for elements of 16 bits, tensor cores. ``install`` puts errors of that
-size into the interpreter. The same operands always give the same result, half of them too large and half too small.
-float64 stays exact.
+numpy computes exp and divisions to half a unit in the last place, and sums of products in float32. Code that Triton
+compiles for a GPU uses approximate instructions there and, for 16-bit elements, tensor cores. ``install`` adds errors
+of that size to the interpreter. The same operands always give the same result; half of the results are too large and
+half too small. float64 stays exact.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 EXP2 = 2.0**-22  # ex2.approx.ftz.f32
 RECIPROCAL = 2.0**-23  # rcp.approx.ftz.f32
-DIVISION = 2.0**-22  # div.full.f32, which is what Triton makes of "/"
+DIVISION = 2.0**-22  # div.full.f32, to which Triton compiles "/"
 TINY = np.finfo(np.float32).tiny
 LOG2E = np.float32(1.4426950408889634)
-AT_ONCE, BITS = 8, 24  # products that a tensor core adds at once; bits that it keeps below the largest of them
+AT_ONCE, BITS = 8, 24  # products that a tensor core adds at once; bits that it keeps below the largest product
 
 
 def with_error(exact: np.ndarray, x: np.ndarray, error: float) -> np.ndarray:
-    """exact, in float64, with that relative error, rounded to float32; the sign of the error goes by the bits of x."""
+    """``exact`` (float64) with this relative error, rounded to float32. The bits of x decide the sign of the error."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     bits = (bits ^ bits >> 16) * np.uint32(0x7FEB352D)
     bits = (bits ^ bits >> 15) * np.uint32(0x846CA68B)
@@ -30,7 +30,7 @@ def with_error(exact: np.ndarray, x: np.ndarray, error: float) -> np.ndarray:
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
-    """Zeros for subnormal numbers."""
+    """x with subnormal numbers replaced by zeros."""
     return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
 
 
@@ -39,7 +39,7 @@ def exp2(x: np.ndarray) -> np.ndarray:
 
 
 def exp(x: np.ndarray) -> np.ndarray:
-    """As Triton has it: 2^(x log2 e), of which the product is rounded."""
+    """As in Triton: 2^(x log2 e), with a rounded product."""
     return exp2(x * LOG2E)
 
 
@@ -52,18 +52,18 @@ def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """With one rounding, which the interpreters of older releases of Triton do not have."""
+    """a * b + c with one rounding; the interpreters of older Triton releases round twice."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def fits_16_bits(x: np.ndarray) -> bool:
-    """Whether float32 numbers come from bfloat16 or float16: what the kernels widen for the interpreter."""
+    """Whether float32 numbers came from bfloat16 or float16: the kernels widen these for the interpreter."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     return not (bits & 0xFFFF).any() or not (bits & 0x1FFF).any()
 
 
 def tensor_core_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """total (M, N) + a (M, X) @ b (X, N) as a tensor core adds it up: see tensor_core_sum in cuda_arithmetic.h."""
+    """total (M, N) + a (M, X) @ b (X, N), summed as in a tensor core: see tensor_core_sum in cuda_arithmetic.h."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     for x in range(0, a.shape[1], AT_ONCE):
         terms = np.concatenate([total[:, None].astype(np.float64), a[:, x : x + AT_ONCE, None] * b[x : x + AT_ONCE]], 1)
@@ -79,18 +79,18 @@ def tensor_core_product(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.n
 
 
 class _Results:
-    """What the interpreter's builder returns for assembly."""
+    """The result type of inline assembly in the interpreter's builder."""
 
     def __init__(self, *results):
         self.get_result = results.__getitem__
 
 
 def install() -> None:
-    """Into the interpreter of this process, which TRITON_INTERPRET has chosen."""
+    """Installs the arithmetic into the interpreter of this process; TRITON_INTERPRET must have selected it."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def in_float32(function, plain):
-        """The builder's method: ``function`` for float32, and what it was for other types."""
+        """A method of the builder that calls ``function`` for float32 and the original method for other types."""
 
         def method(self, *operands):
             with np.errstate(all="ignore"):
@@ -125,6 +125,6 @@ def install() -> None:
         "additive_attention",
         "gated_additive_attention",
         "decode",
-    ):  # the assembly of NVIDIA GPUs, on CPU tensors
+    ):  # use NVIDIA assembly for CPU tensors too
         launcher = importlib.import_module(f"attn_kernels.triton.{name}")
         launcher.has_approximate_reciprocal = lambda tensor: tensor.element_size() != 8

@@ -1,9 +1,9 @@
-"""Makes a kernel repository of the Hugging Face Hub from this checkout: ``python -m tools.hub_kernel FOLDER``.
+"""Makes a kernel repository for the Hugging Face Hub from this checkout: ``python -m tools.hub_kernel FOLDER``.
 
-It is a kernel without architecture (``torch-noarch``): Python and Triton. What a client loads needs no compiler then,
-and is made here: ``build/torch-BACKEND``, with the package and its metadata. ``build.toml``, ``flake.nix`` and
-``torch-ext`` are what kernel-builder builds the same from, for an upload that it signs; it needs nix. The C++ kernels
-are not in it: kernel-builder asks for Python's limited API, which pybind11 goes beyond.
+The kernel has no architecture (``torch-noarch``): it contains Python and Triton. So the variants that clients load need
+no compiler and are made here: ``build/torch-BACKEND``, with the package and its metadata. kernel-builder can build the
+same from ``build.toml``, ``flake.nix`` and ``torch-ext``, for a signed upload; it needs nix. The C++ kernels are not
+included: kernel-builder requires Python's limited API, and pybind11 uses more than that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attn_kernels"
 NAME = "attn-kernels"
-MAJOR = 1  # of the kernel: clients ask for it
+MAJOR = 1  # major version of the kernel; clients request it
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 
 BUILD_TOML = f"""\
@@ -48,7 +48,7 @@ Fused attention for RNN sequence-to-sequence models, without its C++ kernels: Tr
 
 
 def write(folder: Path) -> None:
-    """folder: made anew; it must not exist."""
+    """Writes the repository to ``folder``, which must not exist."""
     folder.mkdir(parents=True)
     for name, text in (("build.toml", BUILD_TOML), ("flake.nix", FLAKE_NIX), ("CARD.md", CARD_MD)):
         (folder / name).write_text(text, encoding="utf-8")
@@ -57,7 +57,7 @@ def write(folder: Path) -> None:
         variant = folder / "build" / f"torch-{backend}"
         _copy(variant)
         metadata = {
-            "id": f"attn_kernels_{backend}_{_digest()}",  # the name under which it is imported
+            "id": f"attn_kernels_{backend}_{_digest()}",  # the import name
             "name": NAME,
             "version": MAJOR,
             "license": "Apache-2.0",
@@ -73,7 +73,7 @@ def _copy(to: Path) -> None:
 
 
 def _digest() -> str:
-    """Of the sources: another version has another name, and both can be in a process."""
+    """A digest of the sources. Versions have different names, so that a process can load two of them."""
     found = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         found.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
@@ -82,7 +82,7 @@ def _digest() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tools.hub_kernel", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="the repository to make; it must not exist")
+    parser.add_argument("folder", type=Path, help="folder of the new repository; it must not exist")
     folder = parser.parse_args().folder
     if folder.exists():
         parser.error(f"{folder} exists")

@@ -1,8 +1,8 @@
-"""Addresses for the page on PyPI: ``python -m tools.links https://github.com/OWNER/NAME``, before a release is built.
+"""Makes links absolute for PyPI, before a release is built: ``python -m tools.links https://github.com/OWNER/NAME``.
 
-README.md links to files beside it, which PyPI does not have: they become links to the files at the tag of the version.
-pyproject.toml gets ``[project.urls]``. Both are changed in place, in the checkout that is built, and are not committed:
-the repository is what builds the release, and its address is written down nowhere else.
+README.md links to files beside it, which PyPI does not have. These links become links to the files at the tag of the
+version. pyproject.toml gets ``[project.urls]``. Both files are changed in place in the checkout that is built. The
+changes are not committed: the release workflow passes the address, which is stored nowhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def absolute(text: str, address: str, version: str) -> str:
-    """Markdown whose links and pictures of the repository are addresses. Code blocks stay as they are."""
+    """Markdown with absolute addresses in links and images of the repository. Code blocks are unchanged."""
 
     def link(found: re.Match[str]) -> str:
         code, picture, label, target = found.groups()
@@ -27,7 +27,7 @@ def absolute(text: str, address: str, version: str) -> str:
 
 
 def urls(address: str) -> str:
-    """The table, with the names that PyPI has icons for."""
+    """The table [project.urls], with names for which PyPI has icons."""
     pages = {
         "Source": address,
         "Documentation": f"{address}/blob/HEAD/docs/README.md",
@@ -50,7 +50,7 @@ def write(root: Path, address: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tools.links", description=__doc__.partition("\n")[0])
-    parser.add_argument("address", help="of the repository, https://github.com/OWNER/NAME")
+    parser.add_argument("address", help="address of the repository, https://github.com/OWNER/NAME")
     address = parser.parse_args().address.rstrip("/")
     if not re.fullmatch(r"https://[\w.-]+/[\w.-]+/[\w.-]+", address):
         parser.error(f"address must be https://HOST/OWNER/NAME, got {address!r}")

@@ -1,10 +1,10 @@
 """Builds and tests the package with other versions of Python, PyTorch, Triton and NumPy: ``make test-versions``.
 
-Each row of COMBINATIONS gets an environment and a copy of the sources. Both modules are built there, the CUDA module
-where nvcc and a PyTorch with CUDA are (no GPU is needed), then the tests run. What fails is written down, and the next
-row goes on. Results are written as they come, to docs/versions.json and the table in docs/versions.md. A second call
-does what is not done yet at this commit. uv makes the environments: it finds or downloads each Python, and wheels of
-several GB lie on the disk once.
+Each row of COMBINATIONS gets an environment and a copy of the sources. Both modules are built there (the CUDA module if
+there are nvcc and a PyTorch with CUDA; no GPU is needed), then the tests run. After a failure, which is recorded, the
+next row runs. Each result is written at once to docs/versions.json and to the table in docs/versions.md. A second call
+runs the rows that are not done yet at this commit. uv makes the environments: it finds or downloads each Python, and
+stores wheels of several GB only once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BEGIN, END = "<!-- begin: written by tools/versions.py -->", "<!-- end -->"
 class Combination(NamedTuple):
     python: str
     torch: str
-    triton: str = ""  # empty: what torch asks for
+    triton: str = ""  # empty: the version that torch requires
     numpy: str = ""  # a version specifier; empty: the newest
 
     @property
@@ -43,7 +43,7 @@ class Combination(NamedTuple):
         return [f"torch=={self.torch}", f"triton=={self.triton}" if self.triton else "triton", f"numpy{self.numpy}"]
 
 
-# The interpreter of Triton 3.6 fails with NumPy 2.4 and later; on a GPU it makes no difference.
+# Triton 3.6's interpreter fails with NumPy 2.4 and later; GPUs are not affected.
 COMBINATIONS = (
     Combination("3.10", "2.10.0", "3.6.0", "<2.4"),
     Combination("3.12", "2.11.0", "3.6.0", "<2.4"),
@@ -60,7 +60,7 @@ class StepFailed(Exception):
 
 
 def run(name: str, log: Path, command: list[Any], where: Path, environment: dict[str, str] | None = None) -> None:
-    """Runs a step; its output is in the log. StepFailed holds the last lines."""
+    """Runs a step with its output in the log. StepFailed contains the last lines."""
     print(f"  {name}: {' '.join(map(str, command))}", flush=True)
     with log.open("w") as file:
         done = subprocess.run(
@@ -79,13 +79,13 @@ def git(*arguments: str) -> str:
 
 
 def state_of_sources() -> str:
-    """The commit; what this program writes itself is no change."""
+    """The commit, marked if there are changes. Files that this program writes do not count as changes."""
     changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.relative_to(ROOT)}", f":!{TABLE.relative_to(ROOT)}")
     return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed.strip() else "")
 
 
 def copy_sources(to: Path) -> None:
-    """The tracked files, and untracked ones that git does not ignore, as they are in the working tree."""
+    """Copies tracked files, and untracked ones that git does not ignore, from the working tree."""
     names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in filter(None, names):
         if (ROOT / name).is_file():
@@ -94,7 +94,7 @@ def copy_sources(to: Path) -> None:
 
 
 def outcomes(report: Path) -> dict[str, Any]:
-    """Counts and names of failed tests of a report in JUnit's form."""
+    """Counts and names of failed tests, from a report in JUnit format."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     kinds = [{child.tag for child in case} for case in cases]
     failed = [
@@ -102,14 +102,14 @@ def outcomes(report: Path) -> dict[str, Any]:
         for case, kind in zip(cases, kinds, strict=True)
         if kind & {"failure", "error"}
     ]
-    skipped = sum("skipped" in kind for kind in kinds)  # with expected failures
+    skipped = sum("skipped" in kind for kind in kinds)  # includes expected failures
     return {"passed": len(cases) - len(failed) - skipped, "failed": failed, "skipped": skipped}
 
 
 def examine(
     combination: Combination, folder: Path, emulator: bool, arguments: list[str], result: dict[str, Any]
 ) -> None:
-    """All steps of one combination. ``result`` is filled as far as they come."""
+    """Runs all steps of one combination. Each step that finishes adds to ``result``."""
     python, sources = folder / "env" / "bin" / "python", folder / "src"
     shutil.rmtree(folder, ignore_errors=True)
     sources.mkdir(parents=True)
@@ -128,7 +128,7 @@ def examine(
     copy_sources(sources)
     groups = ["--group", "build", "--group", "test"]
     step("packages", [*uv, "pip", "install", "--python", python, *combination.requirements, *groups])
-    # Without dependencies, which are there: a constraint of the machine's pip would put another torch in their place.
+    # Without dependencies, which are installed already: a constraint of the machine's pip could replace torch.
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
     architectures = os.environ.get("ATTN_KERNELS_CUDA_ARCHITECTURES", "90")
     step("build", install, ATTN_KERNELS_CUDA_ARCHITECTURES=architectures)
@@ -151,7 +151,7 @@ def examine(
 
 
 def row(result: dict[str, Any]) -> str:
-    """A line of the table."""
+    """One row of the table."""
     wanted, found, steps = result["combination"], result.get("found"), result["steps"]
     versions = [wanted["python"], wanted["torch"], wanted["triton"] or "-", wanted["numpy"] or "-"]
     if found is None:
@@ -172,7 +172,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 def failed(result: dict[str, Any]) -> bool:
-    return any(isinstance(outcome, str) for outcome in result["steps"].values())  # seconds, or what went wrong
+    return any(isinstance(outcome, str) for outcome in result["steps"].values())  # seconds, or an error message
 
 
 def is_done(result: dict[str, Any], commit: str, arguments: list[str]) -> bool:
@@ -184,7 +184,7 @@ def read() -> dict[str, dict[str, Any]]:
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:
-    """Results in the order of COMBINATIONS, those of rows that are no longer there left out."""
+    """Writes results in the order of COMBINATIONS, without rows that no longer exist."""
     known = [results.get(c.name, {"name": c.name, "combination": c._asdict(), "steps": {}}) for c in COMBINATIONS]
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     head = (
@@ -197,18 +197,18 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 
 
 def command_line(purpose: str, folder: str, tests: str) -> argparse.ArgumentParser:
-    """The arguments of a command that tests COMBINATIONS. folder: what it fills. tests: those of pytest by default."""
+    """The arguments of a command that tests COMBINATIONS. folder: its files. tests: default pytest arguments."""
     parser = argparse.ArgumentParser(description=purpose.partition("\n")[0])
-    parser.add_argument("--only", default="", help='combinations whose name has this: "torch2.11", "python3.12"')
-    parser.add_argument("--keep", action="store_true", help=f"leave environments, copies and logs in {folder}")
+    parser.add_argument("--only", default="", help='combinations whose name contains this: "torch2.11", "python3.12"')
+    parser.add_argument("--keep", action="store_true", help=f"keep environments, copies and logs in {folder}")
     parser.add_argument("pytest", nargs="*", help=f'arguments for pytest after "--"; default: {tests}')
     return parser
 
 
 def main() -> None:
     parser = command_line(__doc__, "build/versions", "all tests")
-    parser.add_argument("--again", action="store_true", help="also those that passed at this commit")
-    parser.add_argument("--no-emulator", action="store_true", help="without the CUDA kernels in the emulator")
+    parser.add_argument("--again", action="store_true", help="run combinations that passed at this commit again")
+    parser.add_argument("--no-emulator", action="store_true", help="do not test the CUDA kernels in the emulator")
     given = parser.parse_args()
     commit = state_of_sources()
     for combination in COMBINATIONS:

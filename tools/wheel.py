@@ -1,8 +1,9 @@
-"""Checks a built wheel as users get it, for ``make test-wheel``; ``make wheel`` has put it into dist/.
+"""Checks a built wheel as users get it, for ``make test-wheel``. ``make wheel`` puts it into dist/.
 
-First the file: what it holds, and which Linux it is for (auditwheel). Then an environment for each row of COMBINATIONS
-of tools/versions.py with its Python: the wheel is installed by itself, and tests run, both without a compiler and
-from a folder that has the tests alone. Rows are written to docs/versions.md as they come; those of other runs stay.
+First it checks the file: its contents, and the Linux versions that it supports (auditwheel). Then it makes an
+environment for each row of COMBINATIONS in tools/versions.py with the Python of the wheel. There it installs only the
+wheel and runs tests, without a compiler, from a folder that contains only the tests. Each row is written at once to
+docs/versions.md; rows of other runs are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ HEAD = (
     "| Python | torch | numpy | SIMD level | tests | passed / failed / skipped | wheel | built with | date |",
     "|---|---|---|---|---|---|---|---|---|",
 )
-# Ops and numerics in float32 on the best SIMD level, models and patches: less than a minute. tests.yml runs the rest.
+# Ops and numerics in float32 on the best SIMD level, models and patches: less than a minute. tests.yml runs all tests.
 TESTS = (
     *("-m", "not slow", "-k", "(cpu and float32 or seq2seq or patching) and not (avx or portable or triton)"),
     *(f"tests/test_{name}.py" for name in ("ops", "numerics", "modules", "seq2seq", "patching")),
@@ -33,7 +34,7 @@ TESTS = (
 
 
 def unexpected(names: list[str], cuda: bool) -> list[str]:
-    """The problems of the files of a wheel. cuda: whether it was built with nvcc."""
+    """Problems in the list of files of a wheel. cuda: whether it was built with nvcc."""
     modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
     expected = {"_C", "_C_cuda"} if cuda else {"_C"}
     wrong = [] if modules == expected else [f"compiled modules must be {sorted(expected)}, got {sorted(modules)}"]
@@ -57,13 +58,13 @@ def check_file(wheel: Path, cuda: bool) -> None:
 
 
 def tags(python: str) -> str:
-    """Of the name of a wheel, for "3.14" or, without the GIL, "3.14t": "-cp314-cp314-" or "-cp314-cp314t-"."""
+    """Tags in the name of a wheel: "-cp314-cp314-" for "3.14", "-cp314-cp314t-" for "3.14t" (without the GIL)."""
     abi = f"cp{python.replace('.', '')}"
     return f"-{abi.removesuffix('t')}-{abi}-"
 
 
 def path_without_compilers(to: Path) -> str:
-    """A PATH for what a test may call; no compiler is there, whatever the system has."""
+    """A PATH with the programs that a test may call, without any compiler."""
     to.mkdir(parents=True)
     for tool in ("env", "sh", "uname"):
         if found := shutil.which(tool):
@@ -72,7 +73,7 @@ def path_without_compilers(to: Path) -> str:
 
 
 def examine(wheel: Path, combination: Combination, folder: Path, tests: list[str]) -> dict[str, Any]:
-    """Installs and tests the wheel beside one torch. Returns what the table shows; StepFailed where that fails."""
+    """Installs and tests the wheel with one torch. Returns the values of the table row; raises StepFailed."""
     shutil.rmtree(folder, ignore_errors=True)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir(parents=True)
@@ -113,7 +114,7 @@ def row(result: dict[str, Any], wheel: Path, arguments: list[str], date: str) ->
 
 
 def write(line: str) -> None:
-    """Puts a row into the table, in the place of one of the same Python and torch."""
+    """Puts a row into the table; it replaces a row with the same Python and torch."""
     before, _, rest = TABLE.read_text().partition(BEGIN)
     table, _, after = rest.partition(END)
     rows = {tuple(known.split("|")[1:3]): known for known in (*table.strip().splitlines()[len(HEAD) :], line)}
@@ -122,9 +123,9 @@ def write(line: str) -> None:
 
 def main() -> None:
     parser = command_line(__doc__, "build/wheel", shlex.join(TESTS))
-    parser.add_argument("--file-only", action="store_true", help="no environments: what the wheel holds and links")
-    parser.add_argument("--cuda", action="store_true", help="the wheel was built where nvcc is")
-    parser.add_argument("--wheel", type=Path, help="default: those in dist/, one for a Python")
+    parser.add_argument("--file-only", action="store_true", help="only check what the wheel holds and links")
+    parser.add_argument("--cuda", action="store_true", help="the wheel was built with nvcc")
+    parser.add_argument("--wheel", type=Path, help="default: all wheels in dist/, one for each Python")
     given = parser.parse_args()
     wheels = [given.wheel.resolve()] if given.wheel else sorted((ROOT / "dist").glob("*.whl"))
     if not wheels:

@@ -1,6 +1,6 @@
 """The limits of this CPU: bandwidth of reads, writes and copies in caches and memory, and the speed of bare loops.
 
-The loops are those of the kernels' arithmetic, out of the first cache: loops.c, compiled for this machine.
+The loops do the arithmetic of the kernels on data in the L1 cache. They are in loops.c, compiled for this machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("loops.c")
 MEMORY = "memory"
-SAMPLE = 5e-3  # seconds; a shorter call of a loop is repeated within a sample
+SAMPLE = 5e-3  # seconds; a shorter call is repeated within a sample
 LEAST_SAMPLES = 3
 
 
@@ -66,7 +66,7 @@ _RESULTS = {"read_words": ctypes.c_uint32, "add_integers": ctypes.c_uint64}
 
 
 class Loops:
-    """The functions of loops.c, which take tensors for pointers, and its constants. They run without the GIL."""
+    """The functions and constants of loops.c. The functions take tensors as pointers and run without the GIL."""
 
     read_words: Callable[..., int]
     add_integers: Callable[..., int]
@@ -117,12 +117,12 @@ def find_compiler() -> list[str]:
 
 
 def compile_for_here(source: Path) -> tuple[ctypes.CDLL, str]:
-    """Compiles C for this processor and loads it; also returns the compiler and its flags."""
+    """Compiles a C file for this processor and loads it; also returns the compiler and its flags."""
     command = find_compiler()
     flags = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC"]
-    with tempfile.TemporaryDirectory() as folder:  # once loaded, the library needs its file no more
+    with tempfile.TemporaryDirectory() as folder:  # a loaded library no longer needs its file
         path = Path(folder) / f"{source.stem}.so"
-        # Clang for ARM has known -march=native for a few years only.
+        # Older Clang for Arm does not know -march=native.
         for native in ("-march=native", "-mcpu=native"):
             try:
                 done = subprocess.run(
@@ -154,15 +154,15 @@ def _version(command: list[str]) -> str:
 class Cache(NamedTuple):
     name: str
     size: int  # bytes
-    cores: int  # that share it
+    cores: int  # number of cores that share it
 
     def capacity(self, threads: int) -> int:
-        """Bytes that ``threads`` threads have together, side by side on neighbouring cores."""
+        """Total bytes of this cache for ``threads`` threads on neighbouring cores."""
         return self.size * -(-threads // self.cores)
 
 
 def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[Cache]:
-    """The data caches of the first core, the fastest first; typical sizes if the system does not report them."""
+    """The data caches of the first core, fastest first; typical sizes if the system does not report them."""
     found = []
     for index in sorted(folder.glob("index*")):
         try:
@@ -188,7 +188,7 @@ def _count(cpus: str) -> int:
 
 
 def level_of(size: int, caches: list[Cache], threads: int) -> str:
-    """The level that keeps ``size`` bytes between calls. Of the last cache only half counts."""
+    """The level that keeps ``size`` bytes between calls. Only half of the last cache counts."""
     for i, cache in enumerate(caches):
         if size * (2 if i + 1 == len(caches) else 1) <= cache.capacity(threads):
             return cache.name
@@ -196,7 +196,7 @@ def level_of(size: int, caches: list[Cache], threads: int) -> str:
 
 
 def sizes_of_buffers(caches: list[Cache], threads: int) -> dict[str, int]:
-    """Bytes for each thread to read and write: half of a cache, a quarter of the last one, far beyond it for memory."""
+    """Bytes that each thread reads and writes: half of a cache, a quarter of the last one, much more for memory."""
     sizes: dict[str, int] = {}
     before = 0
     for i, cache in enumerate(caches):
@@ -209,9 +209,9 @@ def sizes_of_buffers(caches: list[Cache], threads: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes a ns (GB/s) of all threads together; of a copy, bytes read and bytes written."""
+    """Bytes per ns (GB/s) of all threads together; a copy counts bytes read and bytes written."""
 
-    buffer: int  # bytes, of each thread
+    buffer: int  # bytes per thread
     read: float
     write: float
     copy: float
@@ -219,7 +219,7 @@ class Bandwidth:
     streaming_copy: float | None = None
 
     def milliseconds(self, read: int, written: int, *, streaming: bool) -> float:
-        """The time to read and write so many bytes: as one copy as far as both go, the rest separately."""
+        """The time to read and write these bytes: the smaller amount of both as a copy, the rest separately."""
         write, copy = self.write, self.copy
         if streaming:
             write, copy = self.streaming_write or write, self.streaming_copy or copy
@@ -229,41 +229,41 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates per ns, of all threads together; ``clock`` is that of one."""
+    """Rates per ns of all threads together; ``clock`` is the clock of one thread."""
 
     threads: int
-    clock: float  # cycles a ns, of one thread
+    clock: float  # cycles per ns of one thread
     bandwidth: dict[str, Bandwidth]  # by level
     macs: float  # float32 multiply-adds
     exponentials: float
-    forward_pairs: float  # of a query and a key, for one unit: the better one of the next two
+    forward_pairs: float  # one pair: one query, one key, one unit; the faster of the next two
     forward_pairs_divided: float  # three units share a division
-    forward_pairs_estimated: float  # or an estimate of the reciprocal, refined
-    relu_pairs: float  # the same with relu in place of tanh
-    backward_pairs: float  # the best one of the next three
+    forward_pairs_estimated: float  # three units share a refined estimate of the reciprocal
+    relu_pairs: float  # forward, with relu in place of tanh
+    backward_pairs: float  # the fastest of the next three
     backward_pairs_shared: float  # two queries share a division
-    backward_pairs_single: float  # each has its own
-    backward_pairs_estimated: float  # each has an estimate of its own
+    backward_pairs_single: float  # each query has its own division
+    backward_pairs_estimated: float  # each query has its own refined estimate
 
     def cycles(self, rate: float, number: int) -> float:
-        """Cycles that one thread takes for ``number`` operations, of which all threads together do ``rate`` per ns."""
+        """Cycles of one thread for ``number`` operations, if all threads together do ``rate`` operations per ns."""
         return self.clock * number * self.threads / rate
 
 
 class ThreadTeam:
-    """Threads that run a loop at the same time. A rate is the best of all samples, because other programs run too."""
+    """Threads that run a loop at the same time. A rate is the best of all samples, as other programs may interfere."""
 
     def __init__(self, threads: int, seconds: float) -> None:
         self.threads, self.seconds = threads, seconds
 
     def rate(self, amount: float, call: Callable[[int, int], object]) -> float:
-        """Work per ns of all threads together; call(i, repeats) does ``amount`` of it ``repeats`` times on thread i."""
+        """Work per ns of all threads; call(i, repeats) does work of size ``amount`` on thread i ``repeats`` times."""
         with ThreadPoolExecutor(self.threads) as pool:
             repeats, samples, best = 1, 0, math.inf
             start = time.perf_counter()
             while samples < LEAST_SAMPLES or time.perf_counter() - start < self.seconds:
                 taken = self._sample(pool, call, repeats)
-                if taken < SAMPLE / 2:  # at any time: where the first samples were interrupted, they looked long enough
+                if taken < SAMPLE / 2:  # checked every time: interrupted first samples look long enough
                     repeats = math.ceil(repeats * min(10.0, SAMPLE / max(taken, 1e-9)))
                 else:
                     best = min(best, taken / repeats)
@@ -271,7 +271,7 @@ class ThreadTeam:
         return self.threads * amount / best / 1e9
 
     def _sample(self, pool: ThreadPoolExecutor, call: Callable[[int, int], object], repeats: int) -> float:
-        """Seconds from the start of the first thread to the end of the last."""
+        """Seconds from the start of the first thread to the end of the last one."""
         barrier = threading.Barrier(self.threads)
 
         def work(i: int) -> tuple[float, float]:
@@ -284,11 +284,11 @@ class ThreadTeam:
         return max(ends) - min(starts)
 
 
-Rate = Callable[[str, float, Callable[[int, int], object]], float]  # ThreadTeam.rate, with what is measured
+Rate = Callable[[str, float, Callable[[int, int], object]], float]  # ThreadTeam.rate, with a name of the measurement
 
 
 def measure(loops: Loops, caches: list[Cache], threads: int, seconds: float, progress: Progress) -> Ceilings:
-    """Takes ``seconds`` for each of the figures."""
+    """Measures all figures, each for ``seconds``."""
     team = ThreadTeam(threads, seconds)
     sizes = sizes_of_buffers(caches, threads)
     task = progress.add_task("machine", total=9 + 3 * len(sizes) + 2 * loops.can_stream)
@@ -343,7 +343,7 @@ def measure_backward(loops: Loops, loop: str, threads: int, rate: Rate) -> float
 
 
 def measure_bandwidth(loops: Loops, level: str, size: int, threads: int, rate: Rate) -> Bandwidth:
-    half = size // 8 // loops.block * loops.block  # floats; a copy is from one half of a buffer to the other
+    half = size // 8 // loops.block * loops.block  # floats; a copy goes from one half of a buffer to the other
     x = [torch.ones(2 * half) for _ in range(threads)]
     y = [buffer[half:] for buffer in x]
     n, moved = 2 * half, 8 * half

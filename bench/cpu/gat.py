@@ -1,8 +1,9 @@
 """Times a dense layer of GATv2 on a graph of Cora's size: ``python -m bench.cpu.gat --help``.
 
-``DenseGATv2`` against the broadcast form in eager PyTorch, which makes a tensor of (N, N, heads, units): forward alone
-and with backward, and what each allocates. The graph is random, with as many nodes and edges as Cora has; features are
-as wide as a hidden layer's. Heads and units are those of the paper's models for such graphs.
+It compares ``DenseGATv2`` with the broadcast form in eager PyTorch, which allocates a tensor (N, N, heads, units). It
+measures the time of forward, the time of forward and backward, and peak memory. The graph is random, with as many nodes
+and edges as Cora. Features are as wide as in a hidden layer. Heads and units are from the paper's models for such
+graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FEATURES = HEADS * UNITS
 
 class Graph(NamedTuple):
     nodes: int
-    edges: int  # directed, without those of nodes to themselves
+    edges: int  # directed, without self-loops
 
 
 CORA, SMALL = Graph(2708, 10556), Graph(200, 800)
@@ -46,7 +47,7 @@ def random_adjacency(graph: Graph, generator: torch.Generator) -> Tensor:
 
 
 def broadcast_layer(layer: DenseGATv2, x: Tensor, adjacency: Tensor) -> Tensor:
-    """The layer as it is written without this package, on its parameters."""
+    """The layer as written without this package, with the same parameters."""
     assert layer.memory_projection is not None and layer.bias is not None
     allowed = adjacency | torch.eye(len(adjacency), dtype=torch.bool)
     queries = layer.query_projection(x).unflatten(-1, (layer.heads, layer.out_size))
@@ -57,7 +58,7 @@ def broadcast_layer(layer: DenseGATv2, x: Tensor, adjacency: Tensor) -> Tensor:
 
 
 class Broadcast(torch.nn.Module):
-    """``broadcast_layer`` as a module with the same parameters, whose names begin with ``layer``."""
+    """``broadcast_layer`` as a module with the same parameters. Their names begin with ``layer``."""
 
     def __init__(self, layer: DenseGATv2) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Broadcast(torch.nn.Module):
 
 
 def make_problem(graph: Graph) -> tuple[Problem, dict[str, Provider]]:
-    """The inputs are features and parameters; both ways take them, and the same graph."""
+    """The inputs are features and parameters. Both implementations take them and the same graph."""
     generator = torch.Generator().manual_seed(0)
     adjacency = random_adjacency(graph, generator)
     with torch.random.fork_rng(devices=[]):
@@ -96,7 +97,7 @@ def calls_of(graph: Graph, passes: str) -> dict[str, Callable[[], object]]:
 
 
 def measure(graph: Graph, passes: str, seconds: float) -> dict[str, Any]:
-    """If both give the same features and gradients."""
+    """Times both, after a check that they give the same features and gradients."""
     problem, providers = make_problem(graph)
     ours, broadcast = providers[OURS], providers[EAGER].function
     assert broadcast is not None
@@ -116,7 +117,7 @@ def measure(graph: Graph, passes: str, seconds: float) -> dict[str, Any]:
 
 
 def add_memory(row: dict[str, Any]) -> None:
-    """Peak memory of each implementation: saved tensors, scratch and gradients, without the inputs."""
+    """Adds the peak memory of each implementation: saved tensors, scratch and gradients, without the inputs."""
     row["MB"] = {}
     for name, call in calls_of(Graph(**row["graph"]), row["passes"]).items():
         call()

@@ -1,4 +1,4 @@
-"""The sizes of the sweep: which cells there are, and which are too large to run."""
+"""The sizes of the sweep: all cells, and which of them are too large to run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Grid(NamedTuple):
 
 QUICK = Grid(batch=(1, 64), queries=(1, 8, 32), steps=(10, 200, 1000), units=(64, 1024))
 
-LONG_CALL = 0.3  # seconds; such calls get few rounds, and their times vary little
-# Approximate times of eager on one core, from measurements: only for leaving out cells and for the expected total.
+LONG_CALL = 0.3  # seconds; longer calls get few rounds, as their times vary little
+# Approximate times of eager on one core, from measurements. They only decide which cells are left out, and give the
+# expected total time.
 NANOSECONDS_A_PAIR = {FORWARD: 1.0, TRAINING: 3.0}  # additive: B*Tq*Tk*A
 NANOSECONDS_A_PRODUCT = {FORWARD: 0.03, TRAINING: 0.08}  # dot: B*Tq*Tk*(A+D)
 NANOSECONDS_A_BYTE = {FORWARD: 0.07, TRAINING: 0.25}  # keys and values
@@ -32,16 +33,16 @@ NANOSECONDS_A_BYTE = {FORWARD: 0.07, TRAINING: 0.25}  # keys and values
 
 @dataclass(frozen=True)
 class Limits:
-    """Cells that need more are left out."""
+    """Cells that need more than this are left out."""
 
     memory_gb: float = 4.0
     seconds: float = 2.0
-    item_size: int = 4  # also of 16-bit dtypes: their results are compared with eager in float32
+    item_size: int = 4  # also for 16-bit dtypes: their results are compared with eager in float32
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The conditions of a sweep: an interrupted one continues only under the same conditions."""
+    """The conditions of a sweep. An interrupted sweep continues only under the same conditions."""
 
     dtype: str = "float32"
     threads: int = 1
@@ -53,7 +54,7 @@ class Settings:
 
 @dataclass
 class Measured:
-    """Medians in milliseconds, and the time of eager / the time of ours within rounds: above 1 where ours is faster."""
+    """Medians in milliseconds, and the ratio eager time / our time per round: above 1 if ours is faster."""
 
     ours: float
     eager: float
@@ -67,9 +68,9 @@ class Cell:
     shape: Shape
     passes: str
     not_run: str | None = None  # why it was left out
-    failure: str | None = None  # why ours gets no time
+    failure: str | None = None  # why ours was not timed
     first: Measured | None = None
-    again: Measured | None = None  # more rounds, for a cell that was below the bound
+    again: Measured | None = None  # a second, longer measurement of a cell that was below the bound
 
     @property
     def key(self) -> tuple[str, Shape, str]:
@@ -77,7 +78,7 @@ class Cell:
 
     @property
     def ratio(self) -> float | None:
-        """The one that counts: of the longer measurement, where there is one."""
+        """The ratio that counts: from the longer measurement if there is one."""
         measured = self.again or self.first
         return None if measured is None else measured.ratio.median
 
@@ -87,7 +88,9 @@ class Cell:
 
 
 def plan(grid: Grid, op_names: Sequence[str], passes: Sequence[str], limits: Limits) -> list[Cell]:
-    """All cells; those beyond the limits carry the reason. Cells with the same keys and values follow each other."""
+    """All cells. Cells beyond the limits have a reason in ``not_run``. Cells with the same keys and values are
+    adjacent.
+    """
     cells = []
     for batch, steps, units in itertools.product(grid.batch, grid.steps, grid.units):
         for op, p, queries in itertools.product(op_names, passes, grid.queries):
@@ -106,17 +109,17 @@ def beyond(cell: Cell, limits: Limits) -> str | None:
 
 
 def working_set(cell: Cell) -> int:
-    """How many numbers eager (or ours) holds at its peak, with the inputs."""
+    """Peak number of elements that eager (or ours) holds, inputs included."""
     batch, queries, steps, units, width = cell.shape
     training = cell.passes == TRAINING
     scores = batch * queries * steps
-    memory = batch * steps * (units + width)  # keys and values; the same once more for gradients, or a prepared copy
+    memory = batch * steps * (units + width)  # keys and values; gradients or a prepared copy need the same again
     rest = 2 * memory + 4 * batch * queries * (units + width) + (5 if training else 3) * scores
     return rest + ((5 if training else 3) * scores * units if cell.op == "additive_attention" else 0)
 
 
 def expected_seconds(op: str, shape: Shape, passes: str) -> float:
-    """About what a call of eager takes."""
+    """Approximate time of an eager call."""
     batch, queries, steps, units, width = shape
     scores = batch * queries * steps
     own = (
@@ -128,7 +131,7 @@ def expected_seconds(op: str, shape: Shape, passes: str) -> float:
 
 
 def expected_total(cells: Iterable[Cell], settings: Settings) -> float:
-    """About how many seconds the cells will take that are still to be timed."""
+    """Approximate seconds for all cells that are not timed yet."""
     total = 0.0
     for cell in cells:
         if not cell.done:

@@ -1,12 +1,12 @@
-// Bare loops whose speed bounds that of the kernels. limits.py compiles them for the machine it runs on, times them,
-// and calls them through ctypes. None knows the kernels of csrc/: a bound that shared their code would share their
-// faults.
+// Bare loops whose speed is a bound on the speed of the kernels. ceilings.py compiles them for the machine it runs on,
+// calls them through ctypes, and times them. They share no code with the kernels of csrc/: otherwise the bound would
+// have the same faults as the kernels.
 //
-// Every function does its work `repeats` times over. Sizes are multiples of what a loop takes at once, BLOCK floats or
-// the tile in question, and pointers are aligned to whole vectors, as those of PyTorch's tensors are.
+// Every function repeats its work `repeats` times. Sizes are multiples of the amount that a loop processes at once
+// (BLOCK floats or a tile). Pointers are aligned to whole vectors, like the data of PyTorch tensors.
 #include "vectors.h"
 
-// With 32 registers, more independent chains: 4 pipes of latency 4 exist.
+// 32 registers allow more independent chains: there are processors with 4 pipes of latency 4.
 #if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define CHAINS 16
 #define BACKWARD_QUERIES 6
@@ -23,10 +23,10 @@
 #elif VECTOR_BYTES == 32
 #define POSITIVE_PART(x) (Floats) _mm256_max_ps((__m256)(Floats){0}, (__m256)(x))
 #else
-#define POSITIVE_PART(x) (Floats)(((x) > (Floats){0}) & (Ints)(x))  // GCC has no choice by vectors in C
+#define POSITIVE_PART(x) (Floats)(((x) > (Floats){0}) & (Ints)(x))  // GCC has no vector ?: in C
 #endif
 
-// For limits.py, which counts with them.
+// Constants for ceilings.py.
 const int32_t lanes = LANES;
 const int32_t block = STREAMS * LANES;
 const int32_t chains = CHAINS;
@@ -42,7 +42,7 @@ const int32_t can_stream = 0;
 
 // Memory --------------------------------------------------------------------------------------------------------------
 
-// The sum, modulo 2^32, of the n words at x: integers, so that the order of the sum does not show.
+// The sum, modulo 2^32, of the n words at x. An integer sum does not depend on the order.
 uint32_t read_words(const uint32_t* x, int64_t n, int64_t repeats) {
   Words sums[STREAMS] = {{0}};
   for (int64_t r = 0; r < repeats; ++r) {
@@ -60,17 +60,17 @@ uint32_t read_words(const uint32_t* x, int64_t n, int64_t repeats) {
   return total;
 }
 
-// Ordinary stores: a line that is not in the cache is read before it is written.
+// Ordinary stores: a cache line that is not in the cache is read before it is written.
 void write_floats(float* x, int64_t n, float value, int64_t repeats) {
   const Floats v = value - (Floats){0};
   for (int64_t r = 0; r < repeats; ++r)
     for (int64_t i = 0; i < n; i += STREAMS * LANES) {
       for (int s = 0; s < STREAMS; ++s) store(x + i + s * LANES, v);
-      BARRIER();  // keeps the compiler from calling memset, which streams above some size
+      BARRIER();  // prevents a call of memset, which streams above some size
     }
 }
 
-// Non-temporal stores, past the caches; nothing where the processor or the compiler has none (can_stream).
+// Non-temporal stores, which bypass the caches. Does nothing if they are not available (can_stream).
 void stream_floats(float* x, int64_t n, float value, int64_t repeats) {
 #ifdef STREAM_STORE
   const Floats v = value - (Floats){0};
@@ -85,7 +85,7 @@ void stream_floats(float* x, int64_t n, float value, int64_t repeats) {
 #endif
 }
 
-// y = x + value: reading and writing overlap, so that the two take less than the sum of their times, or more.
+// y = x + value. Reads and writes overlap, so the time can be less, or more, than the sum of both times.
 void copy_floats(const float* x, float* y, int64_t n, float value, int64_t repeats) {
   for (int64_t r = 0; r < repeats; ++r)
     for (int64_t i = 0; i < n; i += STREAMS * LANES) {
@@ -109,8 +109,8 @@ void copy_streaming(const float* x, float* y, int64_t n, float value, int64_t re
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
 
-// A chain of additions, each waiting for the one before: one a cycle. Returns step times their number, 16 a repeat. The
-// step stays in a register, as some processors add constants without taking a cycle.
+// A chain of dependent additions, one per cycle. Returns step times their number (16 per repeat). The step is in a
+// register, because some processors add constants without using a cycle.
 uint64_t add_integers(uint64_t step, int64_t repeats) {
   uint64_t x = 0;
   for (int64_t r = 0; r < repeats; ++r)
@@ -121,7 +121,7 @@ uint64_t add_integers(uint64_t step, int64_t repeats) {
   return x;
 }
 
-// x <- x a + b in CHAINS vectors, from x = the number of the chain on; sums (LANES) of them.
+// x <- x a + b in CHAINS vectors; x starts as the index of the chain. sums (LANES): the sum of the vectors.
 void multiply_add(float a, float b, int64_t repeats, float* sums) {
   Floats x[CHAINS];
   for (int s = 0; s < CHAINS; ++s) x[s] = (float)s - (Floats){0};
@@ -141,9 +141,9 @@ void exponentials(const float* x, int64_t n, int64_t repeats, float* e) {
   }
 }
 
-// The scores of additive attention in factored form, three units to a division or to a refined estimate: sums of 1 / (c +
-// q k) over the units of c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units), left in vectors: sums
-// (FORWARD_QUERIES, FORWARD_KEYS, LANES).
+// The scores of additive attention in factored form; three units share a division or a refined estimate. Sums 1 / (c +
+// q k) over the units of c (units), q (FORWARD_QUERIES, units) and k (FORWARD_KEYS, units). The sums are not reduced
+// across lanes: sums (FORWARD_QUERIES, FORWARD_KEYS, LANES).
 static inline __attribute__((always_inline)) void forward(const int estimated, const float* c, const float* q,
                                                           const float* k, int64_t units, int64_t repeats, float* sums) {
   for (int64_t r = 0; r < repeats; ++r) {
@@ -175,7 +175,7 @@ void forward_estimated(const float* c, const float* q, const float* k, int64_t u
   forward(1, c, q, k, units, repeats, sums);
 }
 
-// The scores of v . relu(q + k) of the same tile, with v in place of c.
+// The scores v . relu(q + k) of the same tile, with v in place of c.
 void relu_pairs(const float* v, const float* q, const float* k, int64_t units, int64_t repeats, float* sums) {
   for (int64_t r = 0; r < repeats; ++r) {
     Floats acc[FORWARD_QUERIES][FORWARD_KEYS] = {{{0}}};
@@ -191,11 +191,12 @@ void relu_pairs(const float* v, const float* q, const float* k, int64_t units, i
   }
 }
 
-// The way back for one vector of units, BACKWARD_QUERIES queries and n keys. With e = q k, 1/e = q' k' and g = ds / (e
-// + 1/e + 2), adds g to dq (BACKWARD_QUERIES, LANES) and dk (n, LANES), and g (e - 1/e) to dv (LANES), given q (2,
-// BACKWARD_QUERIES, LANES) and k (2, n, LANES), the second half of each the reciprocals of the first, and ds
-// (BACKWARD_QUERIES, n). SHARED: two queries share a division, which trades the divider for multiplications; ESTIMATED: a
-// refined estimate each, which does, too. Which is faster depends on the processor.
+// The backward pass for one vector of units, BACKWARD_QUERIES queries and n keys. Inputs are q (2, BACKWARD_QUERIES,
+// LANES) and k (2, n, LANES), where the second half of each has the reciprocals of the first half, and ds
+// (BACKWARD_QUERIES, n). With e = q k, 1/e = q' k' and g = ds / (e + 1/e + 2), it adds g to dq (BACKWARD_QUERIES,
+// LANES) and dk (n, LANES), and g (e - 1/e) to dv (LANES). SHARED: two queries share a division, which replaces
+// divisions by multiplications. ESTIMATED: each query has a refined estimate, with the same effect. Which form is
+// fastest depends on the processor.
 enum Reciprocals { SINGLE, SHARED, ESTIMATED };
 static inline __attribute__((always_inline)) void backward(const enum Reciprocals by, const float* q, const float* k,
                                                            const float* ds, int64_t n, int64_t repeats, float* dq,

@@ -1,8 +1,9 @@
-"""Does the time depend on how large the numbers are? ``python -m bench.cpu.magnitudes --help``.
+"""Does the time depend on the magnitude of the inputs? ``python -m bench.cpu.magnitudes --help``.
 
-Additive attention of one shape, over the norm of v and the standard deviation of queries and keys. The kernels choose
-among forms of tanh by both (docs/design.md): where they do, the time must not jump. The cells of a pass take turns, so
-that ratios survive a noisy machine; the project asks for at most 1.6 between the slowest and the fastest.
+It times additive attention of one shape over the norm of v and the standard deviation of queries and keys. The kernels
+select a form of tanh by both (docs/design.md). The time must not jump at these thresholds. The cells of a pass are
+timed in turns, so that ratios are reliable on a noisy machine. The project requires a ratio of at most 1.6 between the
+slowest and the fastest.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ SHAPES = (cases.Shape(16, 50, 50, 128, 128), cases.Shape(16, 50, 50, 512, 512))
 NORMS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # of v
 DEVIATIONS = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of queries and keys
 QUICK_NORMS, QUICK_DEVIATIONS = (0.5, 64.0), (0.1, 8.0)
-MOST = 1.6  # what the project asks for: the slowest over the fastest
-TOLERANCE = 1e-4  # of contexts, relative to their largest element
+MOST = 1.6  # the project's requirement: slowest / fastest
+TOLERANCE = 1e-4  # for contexts, relative to their largest element
 SEED = 0
 
 Place = tuple[float, float]  # norm of v, standard deviation
 
 
 class Problem:
-    """The arguments of a shape: those of every cell are the same but for two factors."""
+    """The arguments of a shape. Cells differ only in two factors of these."""
 
     def __init__(self, shape: cases.Shape) -> None:
         rng = torch.Generator().manual_seed(SEED)
@@ -69,7 +70,7 @@ def check(problem: Problem, place: Place) -> None:
 
 
 def measure(shape: cases.Shape, places: list[Place], seconds: float) -> list[dict[str, Any]]:
-    """A row for each pass, with the ms of each place; what is off is not timed."""
+    """Returns a row for each pass, with the ms of each place. Raises RuntimeError for wrong results."""
     problem = Problem(shape)
     for place in places:
         check(problem, place)
@@ -82,7 +83,7 @@ def measure(shape: cases.Shape, places: list[Place], seconds: float) -> list[dic
         calls = {place: partial(call, problem.arguments(*place)) for place in places}
         timer = timing.timer_for(torch.device("cpu"))
         samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=3)
-        # The fastest round of each: of many cells, an interrupt would always make some the slowest.
+        # The fastest round of each cell: with many cells, an interrupt would always make one of them the slowest.
         times = {place: min(values) for place, values in samples.items()}
         fastest, slowest = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
         rows.append(
@@ -118,8 +119,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @app.command()
 def main(
     shapes: ShapesOption = None,
-    quick: Annotated[bool, typer.Option(help="The corners of the grid alone.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="For each pass of a shape; three rounds at least.")] = 20.0,
+    quick: Annotated[bool, typer.Option(help="Only the corners of the grid.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds per pass of a shape; at least 3 rounds.")] = 20.0,
     threads: ThreadsOption = 1,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,

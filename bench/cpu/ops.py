@@ -1,8 +1,8 @@
 """Times the ops against eager PyTorch, torch.compile and SDPA: ``python -m bench.cpu.ops --help``.
 
 For every shape, the results and gradients of each provider are compared with the eager formula, and its peak memory is
-measured. Providers with wrong results are not timed; the others then take turns (``timing.py``). With another
-activation than tanh, ours with tanh takes turns with them, and is compared with the eager formula of tanh.
+measured. Providers with wrong results are not timed. The others are then timed in turns (``timing.py``). With an
+activation other than tanh, our op with tanh is timed too. It is compared with the eager formula of tanh.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ from ..report import FEW_ROUNDS, figure, megabytes, quartiles, table, times
 QUICK_SHAPES = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
 
 BASELINES = ("eager", "torch.compile", "sdpa")
-OURS_WITH_TANH = "ours with tanh"  # beside another activation
+OURS_WITH_TANH = "ours with tanh"  # timed in addition to another activation
 
-LEAST_CALLS = 8  # of each provider: results, memory, warming up, and three rounds
+LEAST_CALLS = 8  # calls of each provider: results, memory, warm-up, and three rounds
 
 
 def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, list[Provider]]:
-    """The name of ours, and all providers: backends that run here, eager, variants of torch.compile, SDPA."""
+    """The name of our provider, and all providers: available backends, eager, variants of torch.compile, SDPA."""
     masks = {"memory_lengths": problem.memory_lengths, "need_weights": settings.need_weights}
 
     def make(name: str, function: Callable[..., Attention], detail: str = "", **keywords: object) -> Provider:
@@ -95,7 +95,7 @@ def make_providers(op: str, problem: Problem, settings: Settings) -> tuple[str, 
         keywords["activation"] = settings.activation
     if settings.prepared and op == "additive_attention":
         keywords["prepared"] = attn_kernels.prepare_keys(problem.inputs["keys"], backend=ours)  # once, not in each call
-    # Ours as users call it: without a name, which leaves the smallest dot attentions to PyTorch's own calls.
+    # Ours as users call it, without backend=: the smallest dot attentions then run PyTorch's own ops.
     providers = [make(name, public, backend=None if name == ours else name, **keywords) for name in backends]
     if not is_tanh:
         providers.append(make(OURS_WITH_TANH, public))
@@ -117,10 +117,10 @@ def activation_of(provider: Provider, settings: Settings) -> str:
 
 
 def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
-    """Compares the results of all providers; measures peak memory and time of those that are right.
+    """Compares the results of all providers; measures peak memory and time of the correct ones.
 
-    Returns what the allocator was for the times. ``budget`` is for the rounds: what comes before them takes what it
-    takes.
+    Returns a description of the allocator during the timing. ``budget`` limits only the rounds, not the checks before
+    them.
     """
     training = cell.passes == TRAINING
     torch.compiler.reset()
@@ -153,10 +153,10 @@ def measure(cell: Cell, settings: Settings, allocator: Allocator, budget: timing
 def time_providers(
     cell: Cell, calls: dict[str, Callable[[], object]], settings: Settings, budget: timing.Budget
 ) -> None:
-    """calls: by the index of their provider in the cell."""
+    """calls: keys are the indices of the providers in the cell."""
     timer = timing.timer_for(settings.device)
     variants = {i: call for i, call in calls.items() if cell.providers[int(i)].name == "torch.compile"}
-    if len(variants) > 1:  # only the faster one goes on
+    if len(variants) > 1:  # only the faster one is timed further
         tried = timing.interleave(variants, timer, seconds=0, least_rounds=3, at_most=budget.left / 4)
         fastest = min(variants, key=lambda i: timing.spread(tried[i]).median)
         calls = {i: call for i, call in calls.items() if i not in variants or i == fastest}
@@ -174,7 +174,7 @@ def time_providers(
 
 
 def one_compiled(providers: list[Provider]) -> list[Provider]:
-    """Of the variants of torch.compile, the one that was timed; where none was, the first with its reason."""
+    """Keeps one variant of torch.compile: the one that was timed or, if none was, the first with its failure."""
     compiled = [provider for provider in providers if provider.name == "torch.compile"]
     kept = next(
         (provider for provider in compiled if provider.milliseconds is not None), compiled[0] if compiled else None
@@ -187,9 +187,9 @@ def plan(ops: list[Op], shapes: dict[Shape, str], passes: list[str]) -> list[Cel
 
 
 def run(cells: list[Cell], settings: Settings, allocator: Allocator, budget: timing.Budget) -> str:
-    """Fills in the cells, with a progress bar; returns what the allocator was for the times.
+    """Fills in the cells, with a progress bar; returns a description of the allocator during the timing.
 
-    With a budget, a cell that would take longer than what is left is left out, and said to be so.
+    With a budget, a cell that would take longer than the time left is marked as left out.
     """
     in_effect = ""
     with progress_bars() as progress:
@@ -207,7 +207,7 @@ def run(cells: list[Cell], settings: Settings, allocator: Allocator, budget: tim
 
 
 def expected_seconds(cell: Cell, others: list[Cell]) -> float:
-    """Estimated from the last cell of the same op and passes: equal compilation time, calls in proportion to work."""
+    """Estimate from the last cell of the same op and passes: equal compilation time, calls proportional to the work."""
     alike = [other for other in others if (other.op, other.passes) == (cell.op, cell.passes) and other.rounds]
     if not alike:
         return 0.0
@@ -260,7 +260,7 @@ def as_result(cells: list[Cell], settings: Settings, description: dict[str, str 
 
 
 def tables(cells: list[Cell], description: dict[str, str | int], settings: Settings) -> RenderableType:
-    """One table for each op, then what did not run and why, then the machine."""
+    """One table for each op, then the failures with their reasons, then the machine."""
     parts: list[RenderableType] = []
     notes: list[str] = []
     dtype = str(settings.dtype).removeprefix("torch.")
@@ -269,11 +269,11 @@ def tables(cells: list[Cell], description: dict[str, str | int], settings: Setti
         parts.append(op_table(op + how, [cell for cell in cells if cell.op == op], dtype, notes))
     parts += [Text(f"[{number}] {note}") for number, note in enumerate(notes, 1)]
     parts.append(Text("ms: median over interleaved rounds. x: time of the other / time of ours, median over rounds."))
-    parts.append(Text("Below 1x!: ours loses. MB: peak memory of one call: ours / eager / torch.compile."))
+    parts.append(Text("Below 1x!: ours is slower. MB: peak memory of one call: ours / eager / torch.compile."))
     if any(0 < cell.rounds < FEW_ROUNDS for cell in cells):
-        parts.append(Text(f"In parentheses: the quartiles, where there was time for fewer than {FEW_ROUNDS} rounds."))
+        parts.append(Text(f"In parentheses: quartiles, if there was time for fewer than {FEW_ROUNDS} rounds."))
     if any(cell.left_out for cell in cells):
-        parts.append(Text("left out: there was no time for it. python -m bench.cpu.ops measures all."))
+        parts.append(Text("left out: not timed for lack of time. python -m bench.cpu.ops measures all."))
     parts.append(machine.as_text(description))
     return Group(*parts)
 
@@ -311,7 +311,7 @@ def milliseconds(provider: Provider | None, notes: list[str]) -> str:
 
 
 def times_ours(provider: Provider | None, notes: list[str], rounds: int = FEW_ROUNDS) -> str:
-    """A ratio; of few rounds, with its quartiles."""
+    """A ratio; with its quartiles if there were few rounds."""
     if provider is None or provider.times_ours is None:
         return failed(provider, notes)
     ratio, beside = provider.times_ours.median, quartiles(provider.times_ours, rounds)
@@ -332,7 +332,7 @@ def memory_of(provider: Provider | None) -> str:
 
 
 def wrong_cells(cells: list[Cell]) -> list[str]:
-    """Cells in which ours was not timed, because it failed or its results are wrong."""
+    """Cells in which ours was not timed, because it failed or its results were wrong."""
     found = []
     for cell in cells:
         provider = cell.provider(cell.ours)
@@ -371,7 +371,7 @@ def benchmark(
 ) -> tuple[list[Path], list[str], list[RenderableType]]:
     """Runs, prints and stores the benchmark; returns the files, the cells where ours is wrong, and what it printed.
 
-    budget: seconds for all of it; None: as many as it takes.
+    budget: seconds in all; None: no limit.
     """
     torch.set_num_threads(threads)
     written, wrong, printed = [], [], []
@@ -429,18 +429,18 @@ app = application()
 @app.command()
 def main(
     shape: ShapesOption = None,
-    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
-    forward: Annotated[bool, typer.Option(help="Time the forward alone.")] = True,
+    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; default: both.")] = None,
+    forward: Annotated[bool, typer.Option(help="Time the forward pass alone.")] = True,
     backward: Annotated[bool, typer.Option(help="Time forward and backward together.")] = True,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
-    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda; all that are here if left out.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu or cuda; default: all devices of this machine.")] = None,
     threads: ThreadsOption = 1,
     allocator: AllocatorOption = Allocator.reuse,
     compile: Annotated[bool, typer.Option(help="Time torch.compile as well; needs a C++ compiler.")] = True,
-    need_weights: Annotated[bool, typer.Option(help="Ask for the alignments too (not of SDPA).")] = False,
+    need_weights: Annotated[bool, typer.Option(help="Return the alignments too (without SDPA).")] = False,
     lengths: Annotated[Lengths, typer.Option(help="random: memory_lengths between Tk/2 and Tk.")] = Lengths.none,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = 1.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Least number of rounds of a cell.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for the rounds of one cell.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Minimum number of rounds of a cell.")] = 5,
     seed: Annotated[int, typer.Option()] = 0,
     prepared: Annotated[bool, typer.Option(help="Prepare the keys once (prepare_keys), as decoders do.")] = False,
     activation: Annotated[Activation, typer.Option(help="Of additive_attention.")] = Activation.tanh,
@@ -448,7 +448,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Two shapes, few rounds.")] = False,
     budget: Annotated[
         float | None,
-        typer.Option(min=1, help="Seconds for all of it: what does not fit is left out.", show_default="none"),
+        typer.Option(min=1, help="Seconds in all; cells that do not fit are left out.", show_default="none"),
     ] = None,
 ) -> None:
     """Times additive_attention and dot_attention against eager PyTorch, torch.compile and SDPA."""
@@ -457,7 +457,7 @@ def main(
         raise typer.BadParameter("--no-forward and --no-backward leave nothing to time")
     if activation is not Activation.tanh:
         if prepared or (op and op != [Op.additive_attention]):
-            raise typer.BadParameter(f"--activation {activation.value} is of additive_attention, without --prepared")
+            raise typer.BadParameter(f"--activation {activation.value} needs additive_attention without --prepared")
         op = [Op.additive_attention]
     written, wrong, _ = benchmark(
         devices=device,

@@ -1,9 +1,10 @@
 """Is additive attention with an option ever slower than eager PyTorch? ``python -m bench.cpu.options --help``.
 
-Activations, a gate, several score vectors and the other options, one at a time, against the formula in eager PyTorch,
-forward alone and with backward; ragged sentences packed, against eager on padded ones. Results and gradients are
-compared with the formula in float32 first; where there is dropout, with the reference, whose mask is that of the
-kernels. A cell below what the project asks for is timed again at more length, so that noise is not reported as a loss.
+It times one option at a time (activations, a gate, several score vectors and others) against the formula in eager
+PyTorch, forward alone and with backward. Packed ragged sentences are compared with eager on padded ones. Results and
+gradients are first compared with the formula in float32. With dropout they are compared with the reference, which has
+the same dropout mask as the kernels. A cell below the required ratio is timed again for longer, so that noise is not
+reported as a loss.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ app = application()
 OURS, EAGER = "ours", "eager"
 SHAPES = (Shape(64, 1, 50, 512, 512), Shape(16, 100, 100, 512, 512), Shape(4, 5, 20, 64, 64))
 SEED = 0
-AGAIN = 4  # how many times as long a cell below the least is timed again
+AGAIN = 4  # a cell below LEAST is timed again, this many times as long
 
 
 class Option(NamedTuple):
-    """Keywords of both, arguments that are tensors of their own, and R score vectors."""
+    """Keyword arguments of both functions, names of extra tensor arguments, and the number R of score vectors."""
 
     keywords: Mapping[str, Any] = MappingProxyType({})
     tensors: tuple[str, ...] = ()
@@ -98,7 +99,7 @@ def make_providers(option: Option, problem: Problem) -> dict[str, Provider]:
 
 
 def check(option: Option, problem: Problem, providers: dict[str, Provider], *, training: bool) -> None:
-    """Raises RuntimeError where ours is wrong."""
+    """Raises RuntimeError if ours is wrong."""
     wide = {name: x.float() for name, x in problem.inputs.items()}
     right = providers[EAGER].function
     if option.keywords.get("dropout_p"):
@@ -115,7 +116,7 @@ def check(option: Option, problem: Problem, providers: dict[str, Provider], *, t
 
 
 def calls_of(name: str, shape: Shape, dtype: torch.dtype, *, training: bool) -> dict[str, Callable[[], object]]:
-    """The timed functions, after a check of their results."""
+    """Returns the functions to time, after a check of their results."""
     if name == PACKED:
         return calls_of_packed(shape, dtype, training=training)
     problem = make_problem(OPTIONS[name], shape, dtype)
@@ -128,7 +129,7 @@ def calls_of(name: str, shape: Shape, dtype: torch.dtype, *, training: bool) -> 
 
 
 def calls_of_packed(shape: Shape, dtype: torch.dtype, *, training: bool) -> dict[str, Callable[[], object]]:
-    """Sentences of Tk/2 to Tk steps. A and D are the same there."""
+    """Sentences have Tk/2 to Tk steps; A and D are equal."""
     sizes = ("additive_attention", shape.B, shape.Tq, shape.A, max(1, shape.Tk // 2), shape.Tk)
     ragged = packed.Ragged(*sizes, dtype=dtype)
     ragged.check(cases.TOLERANCES[dtype])
@@ -154,13 +155,13 @@ def measure(name: str, shape: Shape, dtype: torch.dtype, passes: str, seconds: f
 
 
 def ratio_of(row: dict[str, Any]) -> float:
-    """How many times as long eager takes."""
+    """Time of eager / time of ours."""
     ratio: float = row[f"times {OURS}"][EAGER]["median"]
     return ratio
 
 
 def table(rows: list[dict[str, Any]], dtype: str) -> Table:
-    """Options down, shapes and passes across."""
+    """One row for each option, one column for each shape and pass."""
     columns = dict.fromkeys((str(Shape(**row["shape"])), row["passes"]) for row in rows)
     least = min(rows, key=ratio_of)
     where = f"{least['option']} ({Shape(**least['shape'])}) {SHORT[least['passes']]}"
@@ -182,8 +183,8 @@ def main(
     option: Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(NAMES)}.")] = None,
     shapes: ShapesOption = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
-    quick: Annotated[bool, typer.Option(help="The last shape and few rounds.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="For each cell of the table; five rounds at least.")] = 2.0,
+    quick: Annotated[bool, typer.Option(help="Only the last shape and few rounds.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds per cell of the table; at least 5 rounds.")] = 2.0,
     threads: ThreadsOption = 1,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,

@@ -1,7 +1,8 @@
 """Times attention over a ragged batch: ``python -m bench.cpu.packed --help``.
 
-Sentences of unlike lengths, forward and backward of additive or dot attention: packed keys and values, without padding,
-against padded ones with ``memory_lengths``, and against eager on the padded ones. Besides, what each allocates.
+It times forward and backward of additive or dot attention over sentences of different lengths. Packed keys and values,
+without padding, are compared with padded ones with ``memory_lengths``, and with eager on the padded ones. Peak memory
+is measured too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WAYS = (PACKED, PADDED, EAGER)
 SHORTEST, LONGEST = 5, 200
 SHAPES = ((32, 40, 256), (32, 1, 256))  # B, Tq, A = D
 OPS = ("additive_attention", "dot_attention")
-TOLERANCE = 1e-4  # of gradients, relative to their largest element
+TOLERANCE = 1e-4  # for gradients, relative to their largest element
 
 
 class Ragged:
@@ -62,16 +63,16 @@ class Ragged:
 
     @property
     def padding(self) -> float:
-        """How much of the padded memory is padding."""
+        """The fraction of the padded memory that is padding."""
         return 1 - self.there.float().mean().item()
 
     def inputs(self, way: str) -> tuple[Tensor, ...]:
-        """Query, keys, values and, of additive attention, v."""
+        """Query, keys, values and, for additive attention, v."""
         own = (self.v,) if self.op == "additive_attention" else ()
         return (self.query, *(self.packed if way == PACKED else self.padded), *own)
 
     def forward(self, way: str) -> Callable[[], Tensor]:
-        """The context."""
+        """Returns a call that computes the context."""
         inputs = self.inputs(way)
         masks = dict(memory_offsets=self.offsets) if way == PACKED else dict(memory_lengths=self.lengths)
         ours: dict[str, Any] = dict(additive_attention=additive_attention, dot_attention=dot_attention)
@@ -80,12 +81,12 @@ class Ragged:
         return lambda: function(*inputs, **masks, need_weights=False).context
 
     def both(self, way: str) -> Callable[[], tuple[Tensor, ...]]:
-        """Forward and backward: the gradients of the inputs."""
+        """Returns a call that runs forward and backward and gives the gradients of the inputs."""
         forward, inputs = self.forward(way), self.inputs(way)
         return lambda: torch.autograd.grad(forward(), inputs, self.grad)
 
     def check(self, tolerance: float = TOLERANCE) -> None:
-        """Whether all ways give the same gradients: otherwise nothing is timed."""
+        """Raises RuntimeError, so that nothing is timed, unless all ways give the same gradients."""
         dquery, dkeys, dvalues, *own = self.both(PACKED)()
         packed = (dquery, self._pad(dkeys), self._pad(dvalues), *own)
         for way in (PADDED, EAGER):
@@ -109,7 +110,7 @@ def measure(op: str, shape: tuple[int, int, int], seconds: float) -> dict[str, A
 
 
 def add_memory(row: dict[str, Any]) -> None:
-    """Peak memory of a forward and backward: saved tensors, scratch and gradients, without the inputs."""
+    """Adds the peak memory of forward and backward: saved tensors, scratch and gradients, without the inputs."""
     ragged = Ragged(row["op"], *row["B,Tq,A=D"])
     row["MB"] = {}
     for way in WAYS:

@@ -1,6 +1,6 @@
 """Times pooling with a gate, and several score vectors, on the CPU: ``python -m bench.cpu.pooling --help``.
 
-The formulas in eager PyTorch against one call, and for several score vectors also against a call for each.
+It compares the formulas in eager PyTorch with one fused call and, for several score vectors, with one call per vector.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..cli import rows_application
 from ..machine import Allocator
 
 EAGER, CALLS, ONE = "eager", "a call for each vector", "one call"
-TOLERANCE = 1e-4  # of results and gradients, relative to their largest element
+TOLERANCE = 1e-4  # for results and gradients, relative to their largest element
 
 
 class Case(NamedTuple):
-    """vectors: R; None for one score vector without that axis."""
+    """vectors: R; None for one score vector without the axis R."""
 
     shape: Shape
     vectors: int | None
@@ -41,7 +41,7 @@ CASES = (
 
 
 class Problem:
-    """The arguments of a case, and the ways to compute contexts of them: (B, Tq, R, D), or (B, Tq, D)."""
+    """The arguments of a case, and the ways to compute contexts from them: (B, Tq, R, D) or (B, Tq, D)."""
 
     def __init__(self, case: Case) -> None:
         rng = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ class Problem:
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
-    """Forward alone and with the backward, if all ways give the same."""
+    """Times forward alone and with backward, after a check that all ways give the same results."""
     problem = Problem(case)
     rows = []
     for kind, make in (("forward", problem.forward), ("forward + backward", problem.both)):
@@ -123,7 +123,7 @@ def measure_all(quick: bool, seconds: float, allocator: Allocator) -> list[dict[
 
 
 PURPOSE = "Times gated pooling and several score vectors against eager PyTorch, forward and backward, on the CPU."
-app = rows_application("pooling", PURPOSE, measure_all, table, quick_help="The last case and few rounds.")
+app = rows_application("pooling", PURPOSE, measure_all, table, quick_help="Only the last case and few rounds.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cells of a sweep as JSON, and the file of finished cells from which an interrupted sweep goes on."""
+"""The cells of a sweep as JSON, and the file of finished cells from which an interrupted sweep resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .grid import Cell, Measured
 
 
 class ProgressFile:
-    """JSON lines beside the result: first what the times depend on, then the cells as they are finished."""
+    """A file of JSON lines beside the result: first the conditions of the sweep, then each cell when it is finished."""
 
     def __init__(self, path: Path, conditions: dict[str, object]) -> None:
         self.path = path
@@ -25,9 +25,9 @@ class ProgressFile:
         self.path.write_text(json.dumps(self.conditions) + "\n")
 
     def resume(self, cells: list[Cell]) -> int:
-        """Takes over the cells that are finished, and returns their number; ValueError under other conditions."""
+        """Loads the finished cells and returns their number; raises ValueError if the conditions differ."""
         lines = self.path.read_text().splitlines(keepends=True)
-        if not lines or not lines[0].endswith("\n"):  # stopped within the first line
+        if not lines or not lines[0].endswith("\n"):  # interrupted while the first line was written
             self.start()
             return 0
         stored = json.loads(lines[0])
@@ -38,9 +38,9 @@ class ProgressFile:
             if stored.get(name) != self.conditions.get(name)
         ]
         if differing:
-            raise ValueError(f"{results.shown(self.path)} is of another sweep: {'; '.join(differing)}")
+            raise ValueError(f"{results.shown(self.path)} belongs to another sweep: {'; '.join(differing)}")
         whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):  # an interrupt left half a line, to which nothing may be appended
+        if len(whole) < len(lines):  # an interrupt left an incomplete line: remove it before appending
             results.write_whole(self.path, lambda partial: partial.write_text("".join(whole)))
         found = {cell.key: cell for cell in map(read_cell, map(json.loads, whole[1:]))}
         taken = 0
@@ -96,7 +96,7 @@ def read_cell(entry: dict) -> Cell:
 
 
 def code_digest() -> str:
-    """Tells one state of the package, compiled part included, from another, without git."""
+    """A digest that identifies the state of the package, compiled part included, without git."""
     folder = Path(attn_kernels.__file__).parent
     digest = hashlib.sha256()
     for path in sorted([*folder.rglob("*.py"), *folder.glob("_C*.so"), *folder.glob("_C*.pyd")]):

@@ -1,13 +1,16 @@
 """Reciprocals by divisions and by refined estimates: ``python -m bench.cpu.reciprocals --help``.
 
-Measured, on this processor: the kernels in both forms, in turns, on each SIMD level that has both, and the bare loops
-of loops.c. Modelled, on processors that are not at hand: the same loops, compiled for each, in llvm-mca, which says
-how many cycles an iteration takes with all data in L1. A model knows no caches and no branches and is as good as LLVM's
-table of the processor. Those of Golden Cove (Alder Lake, Sapphire Rapids) take a division for far cheaper than it is,
-and are left out; "Xeon" is Skylake's, whose vector units are those of the later ones. It needs GCC, for Arm
-aarch64-linux-gnu-gcc, and llvm-mca, of which old ones do not know Zen 4 and Neoverse. Releases differ:
-14 and 19 in Ice Lake's client, Zen 2, Zen 3 and Neoverse. ``--models-only`` measures nothing: its figures are the same
-on any machine.
+Measured on this processor: the kernels in both forms, in turns, on each SIMD level that has both, and the bare loops
+of loops.c. Modelled for other processors: the same loops, compiled for each of them. llvm-mca predicts the cycles of an
+iteration with all data in L1.
+
+The model ignores caches and branches, and is only as good as LLVM's scheduling table of the processor. The tables of
+Golden Cove (Alder Lake, Sapphire Rapids) make a division much cheaper than it is; these processors are left out. "Xeon"
+is the Skylake table: later Xeons have the same vector units.
+
+The models need GCC, for Arm aarch64-linux-gnu-gcc, and llvm-mca. Old versions of llvm-mca do not know Zen 4 and
+Neoverse. Releases differ: 14 and 19 disagree on Ice Lake client, Zen 2, Zen 3 and Neoverse. ``--models-only`` measures
+nothing: its figures are the same on any machine.
 """
 
 from __future__ import annotations
@@ -34,27 +37,27 @@ from .ceilings import SOURCE, CompilerError, Loops, ThreadTeam, compile_loops, m
 from .roofline import CPU, calls_of
 
 ROUNDS = 8
-ESTIMATE = "-estimate"  # what the name of a SIMD level has behind it where it refines estimates
+ESTIMATE = "-estimate"  # suffix of the name of a SIMD level that refines estimates
 SHAPES = {name: cli.parse_shape(name) for name in ("64,1,50,512", "8,5,200,512", "32,50,50,512", "16,100,100,512")}
 
 GCC, ARM_GCC = "gcc", "aarch64-linux-gnu-gcc"
-# Functions of loops.c, and how many vectors of units share a reciprocal there.
+# Functions of loops.c, and how many vectors of units share a reciprocal in each.
 LOOPS = {"forward_divided": 3, "forward_estimated": 3, "backward_single": 1, "backward_estimated": 1}
 
 
 class Processor(NamedTuple):
     name: str
-    model: str  # of llvm-mca
+    model: str  # the name that llvm-mca uses (-mcpu)
     compiler: str
     flags: tuple[str, ...]
     lanes: int
-    reciprocal: str  # the instructions that begin one, as a pattern
+    reciprocal: str  # pattern of the instructions that start one
 
 
 AVX2 = (GCC, ("-mavx2", "-mfma", "-mbmi2"), 8, r"vdivps|vrcpps")
 AVX512 = (GCC, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2"), 16, r"vdivps|vrcp14ps")
 NEON = (ARM_GCC, (), 4, r"fdiv|frecpe")
-MODELS = {  # the names of processors, and those that llvm-mca has for them
+MODELS = {  # processor names, and the names that llvm-mca uses
     AVX512: {
         "Xeon, AVX-512": "skylake-avx512",
         "Ice Lake client, AVX-512": "icelake-client",
@@ -83,7 +86,7 @@ class CannotModel(Exception):
 
 
 def inner_loops(assembly: str) -> dict[str, str]:
-    """The code of each function's inner loop: of its loops without another label, the one of most instructions."""
+    """The code of each function's inner loop: among loops without another label, the one with most instructions."""
     found = {}
     for function in re.finditer(r"^(\w+):\n(.*?)^\s+\.size\s+\1,", assembly, re.MULTILINE | re.DOTALL):
         lines = [line.strip() for line in function[2].splitlines()]
@@ -102,7 +105,7 @@ def inner_loops(assembly: str) -> dict[str, str]:
 
 
 def cycles_of(processor: Processor, analyser: str) -> dict[str, float]:
-    """Cycles for 16 pairs, by loop."""
+    """Cycles per 16 pairs, by loop."""
     compiler = shutil.which(processor.compiler)
     if compiler is None:
         raise CannotModel(f"no {processor.compiler}")
@@ -123,7 +126,7 @@ def cycles_of(processor: Processor, analyser: str) -> dict[str, float]:
 
 
 def find_analyser() -> str:
-    """The newest llvm-mca: newer ones know more processors."""
+    """Finds the newest llvm-mca: newer versions know more processors."""
     names = ["llvm-mca", *(f"llvm-mca-{version}" for version in range(14, 40))]
     for name in reversed(names):
         if path := shutil.which(name):
@@ -135,7 +138,7 @@ def find_analyser() -> str:
 
 
 def levels_with_both() -> list[str]:
-    """The SIMD levels that this CPU has in both forms; none without the compiled module."""
+    """The SIMD levels that have both forms on this CPU; empty without the compiled module."""
     compiled = sys.modules.get("attn_kernels._C")
     levels = [] if compiled is None else compiled.simd_levels()
     return [level for level in levels if level + ESTIMATE in levels]
@@ -158,7 +161,7 @@ def measure_kernels(shape: cases.Shape, level: str, seconds: float) -> Iterator[
             return run
 
         ways = {name: on(name) for name in (level, level + ESTIMATE)}
-        # Processor time: on one thread it does not count what other programs take.
+        # Process CPU time: on one thread it excludes the time of other programs.
         timer = timing.WallTimer(time.process_time)
         samples = timing.interleave(ways, timer, seconds=seconds, most_rounds=1000)
         ratios = [estimate / division for division, estimate in zip(*samples.values(), strict=True)]
@@ -174,7 +177,7 @@ def measure_kernels(shape: cases.Shape, level: str, seconds: float) -> Iterator[
 
 
 def measure_loops(loops: Loops, seconds: float) -> dict[str, float]:
-    """Cycles for 16 pairs of one thread, by loop: the best of some rounds, in which the loops take turns."""
+    """Cycles per 16 pairs on one thread, by loop: the best of several rounds; the loops take turns in a round."""
     team = ThreadTeam(1, seconds / ROUNDS)
 
     def rate(_: str, amount: float, call: Any) -> float:
@@ -201,15 +204,15 @@ app = application()
 
 @app.command()
 def main(
-    only: Annotated[str | None, typer.Option(help="Models of llvm-mca whose names have this in them.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only llvm-mca models whose names contain this.")] = None,
     allocator: cli.AllocatorOption = Allocator.reuse,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for each figure that is measured.")] = 0.5,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each measured figure.")] = 0.5,
     models_only: Annotated[
-        bool, typer.Option("--models-only", help="Measure nothing; the file is reciprocals-models.json.")
+        bool, typer.Option("--models-only", help="Measure nothing; write reciprocals-models.json.")
     ] = False,
     output: cli.OutputOption = results.LOCAL,
 ) -> None:
-    """Measures both forms here, and models them on processors that llvm-mca knows."""
+    """Measures both forms on this processor, and models them for processors that llvm-mca knows."""
     loops = _cycles_table()
     if models_only:
         path = output / "reciprocals-models.json"

@@ -1,12 +1,14 @@
-"""How far the kernels are from what this CPU allows: ``python -m bench.cpu.roofline --help``.
+"""How far the kernels are from the limits of this CPU: ``python -m bench.cpu.roofline --help``.
 
-First the machine (``ceilings``). Then the ops: each pass beside its bound, which is the larger of two times,
+It first measures the machine (``ceilings``), then the ops. Each pass is compared with its bound, the larger of two
+times:
 
-- bytes: every input read once and every output written once, at the speed of the level where all of them together fit;
-- arithmetic: pairs, exponentials and multiply-adds, each at the speed of its bare loop, one after the other.
+- bytes: every input read once and every output written once, at the bandwidth of the cache level that holds all of
+  them together;
+- arithmetic: the sum of the times of pairs, exponentials and multiply-adds, each at the speed of its bare loop.
 
-Arithmetic is that of float32 whatever the dtype: conversions are the kernels' own affair. Small terms are left out: the
-softmax, and sums over a vector. Bounds are of this form of the arithmetic; another form has others.
+The arithmetic is float32 for every dtype: the bound does not include conversions. It also omits small terms: the
+softmax, and sums over a vector. The bound holds for this form of the arithmetic; another form has another bound.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class Timed(str, Enum):
 
 @dataclass(frozen=True)
 class Bound:
-    level: str  # where inputs and outputs fit
-    streaming: bool  # whether outputs are written past the caches
+    level: str  # the cache level that holds inputs and outputs
+    streaming: bool  # whether outputs are written with non-temporal stores
     bytes_ms: float
     arithmetic_ms: float
 
@@ -66,11 +68,11 @@ class Bound:
 
 def bound_of(op: str, work: Work, passes: str, limits: Ceilings, caches: list[Cache]) -> Bound:
     level = level_of(work.read + work.written, caches, limits.threads)
-    # Outputs larger than the last cache leave it in any case; smaller ones may stay for whoever reads them next.
+    # Outputs larger than the last cache leave it in any case. Smaller ones may stay there for the next reader.
     streaming = level == MEMORY and work.written > caches[-1].capacity(limits.threads)
     streaming = streaming and limits.bandwidth[level].streaming_copy is not None
     pairs = limits.forward_pairs if passes == FORWARD else limits.backward_pairs
-    if op == RELU and passes == FORWARD:  # no loop for its backward: that of tanh is no bound of it, and stands in
+    if op == RELU and passes == FORWARD:  # the backward of relu has no loop: tanh's is used, which is not a bound
         pairs = limits.relu_pairs
     arithmetic = work.pairs / pairs + work.exponentials / limits.exponentials + work.macs / limits.macs
     return Bound(
@@ -95,7 +97,7 @@ class Cell:
     work: Work
     bound: Bound
     milliseconds: timing.Spread
-    best: float  # ms
+    best: float  # ms, fastest sample
 
     @property
     def times_bound(self) -> float:
@@ -103,7 +105,7 @@ class Cell:
 
     @property
     def gigabytes_a_second(self) -> float:
-        """Of the bytes that have to move; the kernels may move more."""
+        """Counts only the bytes that must move; the kernels may move more."""
         return (self.work.read + self.work.written) / self.milliseconds.median / 1e6
 
     @property
@@ -112,7 +114,7 @@ class Cell:
 
 
 def calls_of(op: str, problem: cases.Problem) -> dict[str, Callable[[], object]]:
-    """The timed functions: the kernels as autograd calls them. Only this function knows the signatures of the ops."""
+    """The functions to time: the kernels as autograd calls them. Only this function knows the signatures of the ops."""
     query, keys, values, *v = problem.inputs.values()
     others: dict[str, tuple[object, ...]] = {
         Op.additive_attention.value: (*v, None, None),
@@ -145,7 +147,7 @@ def time_ops(
             progress.update(task, description=f"ops: {op} ({shape})")
             calls = calls_of(op, cases.make_problem(op, shape, settings))
             for passes, call in calls.items():
-                # One after the other, not in turns: each is to find in the caches what its own last call left there.
+                # One after the other, not in turns: each call must find in the caches what its previous call left.
                 samples = timing.interleave({passes: call}, timing.timer_for(CPU), seconds=seconds, most_rounds=1000)
                 taken = [1e3 * sample for sample in samples[passes]]
                 work = work_of(op, shape, passes, dtype.itemsize)
@@ -203,13 +205,13 @@ def tables(cells: list[Cell], limits: Ceilings, dtype: Dtype, description: dict[
         parts += [op_table([cell for cell in cells if (cell.op, cell.passes) == (op, passes)], limits, dtype), Text()]
     parts.append(
         Text(
-            "forward: context alone; backward: the backward op alone. ms: median, and best\n"
-            "sample. GB/s: each input and output once; %: of the time, what these take at\n"
-            "least. /ns: pairs a ns; cyc.: cycles of one thread for 16 pairs. in: where\n"
-            "inputs and outputs fit: L1, L2, half of the last cache, mem: memory, nt: memory,\n"
-            "outputs written past the caches. bound: ms, by b: bytes or m: math, which is\n"
-            "arithmetic. x: median / bound, and best / bound: where they are far apart,\n"
-            "others were using the machine."
+            "forward: only the context; backward: only the backward op. ms: median, and best\n"
+            "sample. GB/s: counts each input and output once; %: the share of the time that\n"
+            "these need at least. /ns: pairs per ns; cyc.: cycles of one thread for 16 pairs.\n"
+            "in: the level that holds inputs and outputs: L1, L2, half of the last cache,\n"
+            "mem: memory, nt: memory with non-temporal stores. bound: ms, by b: bytes or\n"
+            "m: math (arithmetic). x: median / bound, and best / bound: if they differ much,\n"
+            "other programs were using the machine."
         )
     )
     parts.append(machine.as_text(description))
@@ -280,18 +282,18 @@ app = application()
 @app.command()
 def main(
     shape: cli.ShapesOption = None,
-    op: Annotated[list[Timed] | None, typer.Option(help="May be repeated; all if left out.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the ops; the loops compute in float32.")] = Dtype.float32,
+    op: Annotated[list[Timed] | None, typer.Option(help="May be repeated; default: all.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the ops; the loops compute in float32.")] = Dtype.float32,
     threads: cli.ThreadsOption = 1,
     allocator: cli.AllocatorOption = Allocator.reuse,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time for each figure of the machine, and for each line of the tables.")
+        float, typer.Option(min=0, help="Seconds for each figure of the machine, and for each line of the tables.")
     ] = 0.5,
     output: cli.OutputOption = results.LOCAL,
 ) -> None:
-    """Measures the limits of this CPU, and how far from them the kernels are. Needs a C compiler."""
+    """Measures the limits of this CPU, and compares the kernels with them. Needs a C compiler."""
     if dtype is Dtype.float64:
-        raise typer.BadParameter("--dtype float64: bounds are of the arithmetic of float32")
+        raise typer.BadParameter("--dtype float64: the bounds are for float32 arithmetic")
     shapes = dict.fromkeys(map(cli.parse_shape, shape), "") if shape else cases.SHAPES
     backend = attn_kernels.backends()["cpu"]
     if not backend.available:

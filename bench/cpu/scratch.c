@@ -1,13 +1,13 @@
-// Additive attention from scratch, as fast as this processor allows: what the kernels of csrc/ are measured against. None
-// of their code is here. scratch.py compiles this for the machine it runs on and calls it through ctypes.
+// Additive attention from scratch, as fast as this processor allows. The kernels of csrc/ are compared with it; it
+// shares no code with them. scratch.py compiles this file for the machine it runs on and calls it through ctypes.
 //
-// With E = e^{2q} e^{2k}, whose factors are made once a row: tanh(q + k) = 1 - 2 r and 1 - tanh^2 = 4 r (1 - r), r = 1 / (1
-// + E). Units, or in the backward queries, share reciprocals over a common denominator.
+// With E = e^{2q} e^{2k}, whose factors are computed once per row, and r = 1 / (1 + E): tanh(q + k) = 1 - 2 r and
+// 1 - tanh^2 = 4 r (1 - r). Units (in the backward, queries) share a reciprocal through a common denominator.
 //
-// A scratch kernel, no kernel to use. It has no guards: products of four denominators overflow from |q + k| of about 10 on,
-// scores must be below 80, v must not be near 0, and r (1 - r) loses its digits where units are saturated. It takes contiguous float32, no mask and no
-// bias; A and D are multiples of 4 vectors, and of many queries Tq is a multiple of 10 and Tk one of 10. It runs on the
-// calling thread.
+// This is for benchmarks only. It has no guards: products of four denominators overflow from |q + k| of about 10 on,
+// scores must be below 80, v must not be near 0, and r (1 - r) loses accuracy where units are saturated. It takes
+// contiguous float32, no mask and no bias. A and D are multiples of 4 vectors. For more than one query, Tq and Tk are
+// multiples of 10. It runs on the calling thread.
 #include <stddef.h>
 
 #include "vectors.h"
@@ -30,9 +30,9 @@
 #endif
 #define KEYS 2
 
-enum By { DIVIDED, ESTIMATED, MIXED };  // MIXED: both in turns, so that the divider works beside the multipliers
+enum By { DIVIDED, ESTIMATED, MIXED };  // MIXED: alternates, so that divider and multipliers work in parallel
 
-// What scratch.py counts with.
+// Constants for scratch.py.
 const int32_t lanes = LANES;
 const int32_t rows = 10;
 const int32_t units = 4 * LANES;
@@ -55,7 +55,7 @@ typedef struct {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
 #endif
 
-// Half of two vectors each: elements side by side, pairs side by side, and quarters of a vector.
+// Pairwise sums of two vectors, interleaved by elements, by pairs, and by quarters of a vector.
 #if LANES == 16
 #define ELEMENTS(a, b)                                                      \
   SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) + \
@@ -78,13 +78,13 @@ typedef struct {
 #define PAIRS(a, b) SHUFFLE(a, b, 0, 1, 4, 5) + SHUFFLE(a, b, 2, 3, 6, 7)
 #endif
 
-// The sums of four vectors, in each quarter of a vector.
+// The sums of four vectors within each quarter of a vector.
 INLINE Floats four_sums(const float* x) {
   const Floats a = ELEMENTS(load(x), load(x + LANES)), b = ELEMENTS(load(x + 2 * LANES), load(x + 3 * LANES));
   return PAIRS(a, b);
 }
 
-// The sums of LANES vectors.
+// The horizontal sums of LANES vectors, as one vector.
 INLINE Floats row_sums(const float* x) {
 #if LANES == 16
   const Floats a = QUARTERS(four_sums(x), four_sums(x + 4 * LANES));
@@ -113,7 +113,7 @@ INLINE float* take(float** scratch, int64_t n) {
   return taken;
 }
 
-// Elements that the functions below need at `scratch`; more than that.
+// An upper bound on the number of elements that the functions below need at `scratch`.
 int64_t scratch_size(int64_t Tq, int64_t Tk, int64_t A, int64_t D) {
   return 2 * (Tq + Tk + 8) * (A + LANES) + 8 * A + 2 * D + 4 * (Tq + LANES) * (Tk + LANES) +
          (8 + Tk + Tq + 2 * LANES) * 8 * LANES;
@@ -124,7 +124,7 @@ INLINE Floats add_quotient(const int divided, Floats acc, Floats a, Floats b) {
   return divided ? acc + a / b : acc + a * refined_reciprocal(b);
 }
 
-// acc + 1 / d[0] + ... of n denominators, with one reciprocal.
+// acc + 1 / d[0] + ... for n denominators, with one reciprocal.
 INLINE Floats add_inverses(const int n, const int divided, Floats acc, const Floats* d) {
   if (n == 1) return add_quotient(divided, acc, all(1), d[0]);
   const Floats p = d[0] * d[1], s = d[0] + d[1];
@@ -134,7 +134,7 @@ INLINE Floats add_inverses(const int n, const int divided, Floats acc, const Flo
   return add_quotient(divided, acc, s * t + (d[2] + d[3]) * p, p * t);
 }
 
-// Each d becomes 1 / d, with one reciprocal for n of them.
+// Replaces each of n values d by 1 / d, with one reciprocal in all.
 INLINE void invert(const int n, const int divided, Floats* d) {
   const Floats p = n > 1 ? d[0] * d[1] : d[0], s = n == 4 ? d[2] * d[3] : d[2 % n];
   const Floats all_of_them = n > 2 ? p * s : p;
@@ -158,12 +158,12 @@ static float fold(const float* v, int64_t A, float* c) {
   return sum(total);
 }
 
-// Of a row, times c where there is one.
+// e^{2x} of a row, times c unless c is NULL.
 static void exponential_row(const float* x, const float* c, int64_t A, float* e) {
   for (int64_t u = 0; u < A; u += LANES) store(e + u, exponential(load(x + u)) * (c ? load(c + u) : all(1)));
 }
 
-// sums (QUERIES, LANES of keys, LANES): of 1 / d over the units of a query and a key, as vectors.
+// sums (QUERIES, LANES of keys, LANES): sums of 1 / d over the units of a query and a key, not reduced across lanes.
 INLINE void score_tile(const int share, const enum By by, int64_t A, const float* c, const float* q, const float* k,
                        float* sums) {
   Floats acc[QUERIES][KEYS] = {{{0}}};
@@ -179,7 +179,7 @@ INLINE void score_tile(const int share, const enum By by, int64_t A, const float
       }
     }
   }
-  for (; share == 3 && u < A; u += 2 * LANES)  // the one or two vectors that are left
+  for (; share == 3 && u < A; u += 2 * LANES)  // the one or two remaining vectors
     for (int j = 0; j < KEYS; ++j) UNROLL for (int i = 0; i < QUERIES; ++i) {
         const float *qi = q + i * A + u, *kj = k + j * A + u;
         Floats d[2] = {load(c + u) + load(qi) * load(kj)};
@@ -191,7 +191,7 @@ INLINE void score_tile(const int share, const enum By by, int64_t A, const float
       store(sums + (i * LANES + j) * LANES, acc[i][j]);
 }
 
-// Without taking off the largest: of no score is the exponential too large.
+// Does not subtract the maximum: no score is so large that its exponential overflows.
 static void softmax(float* x, int64_t n) {
   Floats total = {0};
   for (int64_t j = n; j < padded(n); ++j) x[j] = -40;
@@ -202,7 +202,7 @@ static void softmax(float* x, int64_t n) {
   for (int64_t j = 0; j < n; j += LANES) store(x + j, load(x + j) * inverse);
 }
 
-// Elements that are read later, or written: a few lines are fetched at each call, beside the arithmetic.
+// Prefetches elements that are read or written later: a few cache lines in each call, during the arithmetic.
 typedef struct {
   struct {
     const float* at;
@@ -217,7 +217,7 @@ INLINE void later(Ahead* ahead, const float* at, int64_t n) {
   ahead->parts[ahead->count++].n = n;
 }
 
-// All of them in `calls` calls.
+// Distributes all cache lines over `calls` calls.
 INLINE void begin(Ahead* ahead, int64_t calls) {
   int64_t n = 0;
   for (int i = 0; i < ahead->count; ++i) n += ahead->parts[i].n / 16 + 1;
@@ -232,7 +232,7 @@ INLINE void fetch(Ahead* ahead) {
   }
 }
 
-// out (m, columns) = a (m, n), whose rows are lda apart, times b (n, columns). packed: COLUMNS vectors of each row of b.
+// out (m, columns) = a (m, n) times b (n, columns); a has leading dimension lda. packed: COLUMNS vectors per row of b.
 static void product(const float* a, int64_t lda, const float* b, int64_t m, int64_t n, int64_t columns, float* packed,
                     float* out) {
   for (int64_t c = 0; c < columns; c += COLUMNS * LANES) {
@@ -286,7 +286,7 @@ INLINE void forward_many(const int share, const enum By by, Sizes n, const float
   }
 }
 
-// sums (m, LANES): of 1 / d of one query and m keys, as vectors.
+// sums (m, LANES): sums of 1 / d over the units of one query and m keys, not reduced across lanes.
 INLINE void score_rows(const int m, const int share, const enum By by, int64_t A, const float* c, const float* eq,
                        const float* k, float* sums) {
   Floats total[4] = {{0}};
@@ -307,7 +307,7 @@ INLINE void score_rows(const int m, const int share, const enum By by, int64_t A
   UNROLL for (int r = 0; r < m; ++r) store(sums + r * LANES, total[r]);
 }
 
-// Adds m rows of n elements, times a factor each.
+// acc += the sum of m rows of n elements, each times its factor.
 INLINE void add_rows(const int m, int64_t n, const float* factors, const float* rows_of, float* acc) {
   for (int64_t u = 0; u < n; u += LANES) {
     Floats x = load(acc + u);
@@ -316,7 +316,7 @@ INLINE void add_rows(const int m, int64_t n, const float* factors, const float* 
   }
 }
 
-// One query: keys and values are read once, from end to end, some rows at a time.
+// One query: keys and values are read once, sequentially, several rows at a time.
 INLINE void forward_one(const int share, const enum By by, Sizes n, const float* q, const float* k, const float* values,
                         const float* v, float* context, float* alignments, float* scratch) {
   const int64_t ld = padded(n.Tk);
@@ -343,7 +343,7 @@ INLINE void forward_one(const int share, const enum By by, Sizes n, const float*
 
 // Backward ------------------------------------------------------------------------------------------------------------
 
-// sums (BACK_QUERIES, LANES of keys, LANES): products of rows of a and b, of n elements, as vectors.
+// sums (BACK_QUERIES, LANES of keys, LANES): dot products of rows of a and b (n elements), not reduced across lanes.
 INLINE void dot_tile(int64_t n, const float* a, const float* b, float* sums) {
   Floats acc[BACK_QUERIES][KEYS] = {{{0}}};
   for (int64_t c = 0; c < n; c += LANES) {
@@ -358,11 +358,11 @@ INLINE void dot_tile(int64_t n, const float* a, const float* b, float* sums) {
       store(sums + (i * LANES + j) * LANES, acc[i][j]);
 }
 
-// For one vector of units, BACK_QUERIES queries and n keys, given q = e^{2q}, k = e^{2k} and the gradients of the scores ds
-// (n, BACK_QUERIES): writes the sums of g = ds r (1 - r) to dq and adds them to dk; returns the sum of ds r.
+// For one vector of units, BACK_QUERIES queries and n keys. Inputs: q = e^{2q}, k = e^{2k} and the gradients of the
+// scores ds (n, BACK_QUERIES). Writes the sums of g = ds r (1 - r) to dq and adds them to dk; returns the sum of ds r.
 INLINE Floats gradient_tile(const int share, const enum By by, int64_t n, const float* q, const float* k,
                             const float* ds, float* dq, float* dk) {
-  // Groups of about `share` queries, of which `more` have one more than the others.
+  // Groups of about `share` queries; the first `more` groups have one query more than the others.
   const int groups = (BACK_QUERIES + share / 2) / share, least = BACK_QUERIES / groups, more = BACK_QUERIES % groups;
   Floats sums[BACK_QUERIES] = {{0}}, total[2] = {{0}};
   for (int64_t j = 0; j < n; ++j) {
@@ -388,7 +388,7 @@ INLINE Floats gradient_tile(const int share, const enum By by, int64_t n, const 
   return total[0] + total[1];
 }
 
-// Of one sentence: ds, of BACK_QUERIES queries side by side, and the gradient of the values. w: alignments (Tq, Tk).
+// For one sentence: ds, with BACK_QUERIES queries interleaved, and the gradient of the values. w: alignments (Tq, Tk).
 static void score_gradients(Sizes n, const float* values, const float* w, const float* dc, float* ds, float* dvalues,
                             float* scratch) {
   const int64_t ld = padded(n.Tk), ld_q = padded(n.Tq);
@@ -413,7 +413,7 @@ static void score_gradients(Sizes n, const float* values, const float* w, const 
   product(transposed, ld_q, dc, n.Tk, n.Tq, n.D, scratch, dvalues);
 }
 
-// e^{2x} of x (rows, A), with LANES units of all rows side by side.
+// e^{2x} of x (rows, A), in the layout (A / LANES, rows, LANES).
 static void exponential_columns(const float* x, int64_t of_rows, int64_t A, float* e) {
   for (int64_t i = 0; i < of_rows; ++i)
     for (int64_t u = 0; u < A; u += LANES) store(e + u * of_rows + i * LANES, exponential(load(x + i * A + u)));
@@ -465,7 +465,8 @@ INLINE void put(const int streamed, float* p, Floats x) {
   store(p, x);
 }
 
-// The gradients of m keys, given those of their scores; adds that of the query, and ds r.
+// The gradients of m keys, given the gradients ds of their scores. Adds the gradient of the query to of_query, and ds r
+// to of_v.
 INLINE void gradient_rows(const int m, const int share, const enum By by, const int streamed, int64_t A,
                           const float* eq, const float* factor, const float* k, const float* ds, float* dk,
                           float* of_query, float* of_v) {
@@ -491,7 +492,7 @@ INLINE void gradient_rows(const int m, const int share, const enum By by, const 
   }
 }
 
-// One query: values and keys are read, and their gradients written, once, from end to end.
+// One query: values and keys are read once, and their gradients are written once, sequentially.
 INLINE void backward_one(const int share, const enum By by, const int streamed, Sizes n, const float* q, const float* k,
                          const float* values, const float* v, const float* alignments, const float* dcontext, float* dq,
                          float* dk, float* dvalues, float* dv, float* scratch) {
@@ -534,7 +535,7 @@ INLINE void backward_one(const int share, const enum By by, const int streamed, 
   if (streamed) STREAM_END();
 }
 
-// What scratch.py calls: the ways to make reciprocals; the fastest counts. ---------------------------------------------
+// The functions that scratch.py calls, by form of the reciprocals; the fastest counts ---------------------------------
 
 #define FORWARD(name, share, by)                                                                      \
   void name(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t D, const float* q, const float* k,  \

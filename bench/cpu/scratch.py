@@ -1,13 +1,13 @@
-"""How near the kernels come to the same mathematics from scratch: ``python -m bench.cpu.scratch --help``.
+"""Compares the kernels with specialized kernels written from scratch: ``python -m bench.cpu.scratch --help``.
 
-``roofline`` compares the kernels with bare loops. This compares additive attention with whole kernels, those of
-scratch.c: they compute the same, for float32, one thread, contiguous tensors and sizes that are multiples of their
-tiles. They guard nothing, so that they are right for moderate inputs only, and are to be nearly as fast as this
-processor can be. Each comes in several forms, by how reciprocals are made; the fastest one counts. Results of all forms
-are compared with the eager formula before anything is timed.
+``roofline`` compares the kernels with bare loops. This module compares additive attention with complete kernels, those
+of scratch.c. They compute the same results for float32, one thread, contiguous tensors and sizes that are multiples of
+their tiles. They have no overflow guards and are correct only for moderate inputs. They should be nearly as fast as
+this processor allows. Each kernel has several forms, which differ in how they compute reciprocals; the fastest form
+counts. The results of all forms are compared with the eager formula before anything is timed.
 
-With one query there are also forms whose gradients are written past the caches ("streamed"): faster here, where nobody
-reads the gradients.
+For one query there are also forms that write gradients with non-temporal stores ("streamed"). These are faster here
+because nothing reads the gradients afterwards.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .roofline import CPU, calls_of
 SOURCE = Path(__file__).with_name("scratch.c")
 OP = Op.additive_attention.value
 SHAPES = [cli.parse_shape(name) for name in ("64,1,50,512", "64,1,200,1024", "32,50,50,512", "16,100,100,512")]
-LEAST = 0.95  # what the project asks for: the time from scratch over that of ours
+LEAST = 0.95  # the project's requirement: time of the scratch kernel / time of ours
 OURS, SCRATCH, STREAMED = "ours", "scratch", "scratch, streamed"
 
 _FORWARDS = ("three_divided", "three_estimated", "four_divided", "four_estimated", "four_mixed")
@@ -66,7 +66,7 @@ class Kernels:
         return rows and shape.A % self.units == shape.D % self.units == 0
 
     def forwards(self, problem: Problem) -> dict[str, Call]:
-        """By form: calls that return context and alignments."""
+        """For each form, a call that returns context and alignments."""
         query, _, values, _ = problem.inputs.values()
         context, alignments = (*query.shape[:2], values.shape[2]), (*query.shape[:2], values.shape[1])
         inputs = tuple(problem.inputs.values())
@@ -78,7 +78,7 @@ class Kernels:
         }
 
     def backwards(self, problem: Problem, alignments: Tensor) -> dict[str, Call]:
-        """By form: calls that return the gradients of the inputs."""
+        """For each form, a call that returns the gradients of the inputs."""
         kind = "one" if alignments.shape[1] == 1 else "many"
         inputs = (*problem.inputs.values(), alignments, problem.grad_context)
         return {
@@ -93,7 +93,7 @@ class Kernels:
         }
 
     def _call(self, name: str, problem: Problem, inputs: tuple[Tensor, ...], outputs: Callable[[], Any]) -> Call:
-        """Outputs are allocated in each call, as those of ours are; what is needed beside them is there already."""
+        """Each call allocates its outputs, as ours does; other buffers are allocated once, before the calls."""
         query, keys, values, _ = problem.inputs.values()
         sizes = [ctypes.c_int64(size) for size in (*query.shape[:2], *keys.shape[1:], values.shape[2])]
         scratch = torch.empty(self._library.scratch_size(*sizes[1:]))
@@ -115,14 +115,14 @@ def check(name: str, got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 
 def fastest(calls: dict[str, Call], seconds: float) -> tuple[str, dict[str, float]]:
-    """The form of the least median, and the ms of all."""
+    """The form with the smallest median time, and the ms of all forms."""
     samples = timing.interleave(calls, timing.WallTimer(time.process_time), seconds=seconds, least_rounds=3)
     ms = {form: 1e3 * statistics.median(taken) for form, taken in samples.items()}
     return min(ms, key=ms.__getitem__), ms
 
 
 class Ways:
-    """Ours and the forms from scratch at one shape, after their results were compared with the eager formula's."""
+    """Ours and the scratch forms at one shape; their results are compared with the eager formula first."""
 
     def __init__(self, kernels: Kernels, shape: Shape) -> None:
         settings = cases.Settings(torch.float32, CPU, 0, 1, False, False, cases.Lengths.none, 0)
@@ -140,7 +140,7 @@ class Ways:
 
 
 def measure(kernels: Kernels, shape: Shape, seconds: float, progress: Progress) -> list[dict[str, Any]]:
-    """A row for each pass."""
+    """Returns a row for each pass."""
     ways = Ways(kernels, shape)
     task = progress.add_task(str(shape), total=4)
 
@@ -172,7 +172,7 @@ def measure(kernels: Kernels, shape: Shape, seconds: float, progress: Progress) 
     rows = []
     for name, calls in passes.items():
         step(name)
-        # Processor time: on one thread it does not count what other programs take.
+        # Process CPU time: on one thread it excludes the time of other programs.
         samples = timing.interleave(calls, timing.WallTimer(time.process_time), seconds=seconds, most_rounds=1000)
         training = name == TRAINING
         rows.append(
@@ -209,11 +209,11 @@ app = application()
 @app.command()
 def main(
     shape: cli.ShapesOption = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For each pass of a shape, and as much for its forms.")] = 4.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each pass, and again for choosing a form.")] = 4.0,
     allocator: cli.AllocatorOption = Allocator.reuse,
     output: cli.OutputOption = results.LOCAL,
 ) -> None:
-    """Times additive attention against kernels from scratch, on one thread of this CPU. Needs a C compiler."""
+    """Times additive attention against the kernels of scratch.c, on one thread of this CPU. Needs a C compiler."""
     backend = attn_kernels.backends()["cpu"]
     if not backend.available:
         _stop(f"the C++ kernels do not run here: {backend.detail}")
@@ -235,7 +235,7 @@ def main(
 
 
 def _stop(reason: str) -> NoReturn:
-    console.print(f"Nothing to compare with: {reason}", style="bold red")
+    console.print(f"No comparison possible: {reason}", style="bold red")
     sys.exit(2)
 
 

@@ -1,8 +1,9 @@
 """Is ours ever slower than eager PyTorch? ``python -m bench.cpu.sweep --help``.
 
-Both ops, forward alone and with backward, over a grid of sizes; the project asks for 0.97x eager or more in every cell.
-A cell gets little time, for there are thousands; those below the bound are timed again at the end, at more length, so
-that noise is not reported as a loss. Each finished cell is stored at once and survives an interrupt.
+It times both ops, forward alone and with backward, over a grid of sizes. The project requires 0.97x eager or more in
+every cell. A cell gets little time, because there are thousands of cells. Cells below the bound are timed again at the
+end, for longer, so that noise is not reported as a loss. Each finished cell is stored at once and survives an
+interrupt.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from .progress import ProgressFile, as_json, code_digest
 
 CPU = torch.device("cpu")
 OPS = tuple(op.value for op in Op)
-LEAST = 0.97  # what the project asks for
+LEAST = 0.97  # the project's requirement
 SEED = 0
 
 AGAIN_SECONDS = 1.0
@@ -68,7 +69,7 @@ PASSES = {Pass.forward: FORWARD, Pass.training: TRAINING}
 
 
 class Inputs:
-    """The problems of the cells. Keys and values, the large ones, are kept while (B, Tk, A) stays the same."""
+    """The inputs of the cells. The large ones, keys and values, are reused while (B, Tk, A) stays the same."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -95,7 +96,7 @@ class Inputs:
 
 
 def time_cell(cell: Cell, inputs: Inputs, settings: Settings, *, again: bool = False) -> None:
-    """Compares the contexts, then lets ours and eager take turns; a failure of ours is noted in its place."""
+    """Compares the contexts, then times ours and eager in turns. A failure of ours is stored in ``cell.failure``."""
     problem = inputs.problem(cell.op, cell.shape)
     training = cell.passes == TRAINING
     plain = cases.Settings(inputs.dtype, CPU, 0, 1, False, False, cases.Lengths.none, SEED)
@@ -144,7 +145,7 @@ def first_line(error: BaseException) -> str:
 
 
 def run(cells: list[Cell], settings: Settings, least: float, progress_file: ProgressFile) -> None:
-    """Times the cells that have no time yet, then those below the bound once more."""
+    """Times the cells that are not timed yet, then times those below the bound once more."""
     inputs = Inputs(getattr(torch, settings.dtype))
     with progress_bars() as progress:
         for cell in tracked(progress, "sweep", [cell for cell in cells if not cell.done]):
@@ -206,7 +207,7 @@ def as_result(
 
 
 def ratios_by_panel(cells: list[Cell]) -> dict[tuple[str, str], dict[Shape, float | None]]:
-    """For the heat map; None where ours failed, NaN where a cell was not run."""
+    """The ratios for the heat map: None if ours failed, NaN if the cell was not run."""
     panels: dict[tuple[str, str], dict[Shape, float | None]] = {}
     for cell in cells:
         panel = panels.setdefault((cell.op, cell.passes), {})
@@ -233,7 +234,7 @@ def reasons(cells: list[Cell]) -> Counter[str]:
 
 
 def report(cells: list[Cell], least: float, description: dict[str, str | int]) -> RenderableType:
-    """All cells below the bound, at least the ten lowest, the summary, and where all this was measured."""
+    """Tables: all cells below the bound (at least the ten lowest), the summary, and the machine."""
     timed = sorted((cell for cell in cells if cell.ratio is not None), key=lambda cell: cell.ratio or 0.0)
     below = [cell for cell in timed if is_below(cell, least)]
     parts: list[RenderableType] = []
@@ -307,7 +308,7 @@ def benchmark(
     resume: bool = False,
     quick: bool = False,
 ) -> tuple[list[Path], list[Cell]]:
-    """Runs, prints and stores the sweep; returns the files and all cells. ValueError: what is there cannot go on."""
+    """Runs, prints and stores the sweep; returns the files and all cells. ValueError: it cannot resume."""
     grid = grid or (QUICK if quick else Grid())
     settings, limits = settings or Settings(), limits or Limits()
     torch.set_num_threads(settings.threads)
@@ -331,7 +332,7 @@ def benchmark(
     left_out, minutes = reasons(cells).total(), expected_total(cells, settings) / 60
     to_do = sum(not cell.done for cell in cells)
     console.print(
-        f"{to_do} cells to time, about {max(1, round(minutes))} min and what is timed again; {left_out} left out",
+        f"{to_do} cells to time, about {max(1, round(minutes))} min plus repeats; {left_out} left out",
     )
     in_effect = machine.set_allocator(Allocator(settings.allocator))
     run(cells, settings, least, progress_file)
@@ -349,8 +350,8 @@ app = application()
 
 @app.command()
 def main(
-    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; both if left out.")] = None,
-    pass_: Annotated[list[Pass] | None, typer.Option("--pass", help="May be repeated; both if left out.")] = None,
+    op: Annotated[list[Op] | None, typer.Option(help="May be repeated; default: both.")] = None,
+    pass_: Annotated[list[Pass] | None, typer.Option("--pass", help="May be repeated; default: both.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="B; may be repeated.")] = None,
     queries: Annotated[list[int] | None, typer.Option(min=1, help="Tq; may be repeated.")] = None,
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Tk; may be repeated.")] = None,
@@ -358,23 +359,21 @@ def main(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     threads: ThreadsOption = 1,
     allocator: AllocatorOption = Allocator.reuse,
-    least: Annotated[float, typer.Option(min=0, help="Least eager / ours; what is below is timed again.")] = LEAST,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds of one cell.")] = Settings.seconds,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Least rounds of a cell; 2 where calls are long.")
-    ] = Settings.rounds,
+    least: Annotated[float, typer.Option(min=0, help="Required eager / ours; lower cells are timed again.")] = LEAST,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for the rounds of one cell.")] = Settings.seconds,
+    rounds: Annotated[int, typer.Option(min=1, help="Minimum rounds of a cell; 2 for long calls.")] = Settings.rounds,
     most_memory: Annotated[
-        float, typer.Option(min=0, help="GB; cells whose working set is larger are left out.")
+        float, typer.Option(min=0, help="GB; cells with a larger working set are left out.")
     ] = Limits.memory_gb,
     most_seconds: Annotated[
-        float, typer.Option(min=0, help="Cells where a call of eager is expected to take longer are left out.")
+        float, typer.Option(min=0, help="Leave out cells where an eager call is expected to take more seconds.")
     ] = Limits.seconds,
     output: OutputOption = results.LOCAL,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that was interrupted there.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A thin grid, under two minutes.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted sweep in that folder.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A coarse grid, under two minutes.")] = False,
 ) -> None:
-    """Times additive_attention and dot_attention against eager PyTorch over a grid of sizes, 20 to 30 minutes on one
-    core. Exit code 1 where a cell is slower than eager (below --least) or has no time because ours failed.
+    """Times additive_attention and dot_attention against eager PyTorch over a grid of sizes. This takes 20 to 30
+    minutes on one core. The exit code is 1 if a cell is slower than eager (below --least) or if ours failed in a cell.
     """
     axes = {"batch": batch, "queries": queries, "steps": steps, "units": units}
     chosen = {name: tuple(sorted(set(sizes))) for name, sizes in axes.items() if sizes}
@@ -393,7 +392,7 @@ def main(
             quick=quick,
         )
     except ValueError as error:
-        raise typer.BadParameter(f"{error}. Without --resume a new one starts.", param_hint="--resume") from None
+        raise typer.BadParameter(f"{error}. A new sweep starts without --resume.", param_hint="--resume") from None
     except KeyboardInterrupt:
         console.print("Interrupted. The same command with --resume goes on from here.")
         sys.exit(130)

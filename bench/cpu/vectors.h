@@ -1,5 +1,5 @@
-// Vectors of float32 for loops.c and scratch.c, as wide as the processor has them: vector extensions of GCC and Clang, and
-// what these have no words for.
+// Vectors of float32 for loops.c and scratch.c, as wide as the processor supports: vector extensions of GCC and Clang,
+// and intrinsics where the extensions have no equivalent.
 #pragma once
 
 #include <stdint.h>
@@ -23,7 +23,7 @@
 #include <immintrin.h>
 #define STREAM_END() _mm_sfence()
 #else
-#define STREAM_END()  // what is timed is long enough for the last lines not to count
+#define STREAM_END()  // timed calls are long enough that the last lines do not matter
 #endif
 #if !defined(STREAM_STORE) && defined(__SSE2__)
 #if VECTOR_BYTES == 64
@@ -35,7 +35,8 @@
 #endif
 #endif
 
-// An estimate of 1 / x, and the error e = 1 - x r of its refinement, as a series: r (1 + e + ...). Elsewhere a division.
+// An estimate r of 1 / x, and its refinement r (1 + e + ...) as a series in the error e = 1 - x r. Processors without
+// an estimate use a division.
 #if VECTOR_BYTES == 64
 #define ESTIMATE(x) (Floats) _mm512_maskz_rcp14_ps(0xffff, (__m512)(x))
 #define SERIES(e) (e)
@@ -57,7 +58,7 @@ typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 
-// Memory may have changed: what was loaded is loaded again, and what was stored is not stored later, or never.
+// A compiler barrier: the compiler must reload values after it, and must not delay or remove stores before it.
 #define BARRIER() __asm__ volatile("" ::: "memory")
 
 static inline Floats load(const float* p) {
@@ -73,8 +74,8 @@ static inline Floats refined_reciprocal(Floats x) {
   return r * SERIES(e) + r;
 }
 
-// e^{2x}, |2x| < 87: 2^n by its bits, 2^r by a polynomial for r in [-1/2, 1/2], to 1e-7 of the argument's rounding. What
-// keeps the kernels' own to an ulp is left out.
+// e^{2x}, |2x| < 87: 2^n by its bits, 2^r by a polynomial for r in [-1/2, 1/2], to 1e-7 in addition to the rounding of
+// the argument. The extra steps that give the kernels' version an error of an ulp are left out.
 static inline Floats exponential(Floats x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
   const Floats shifted = x * 2.885390082f + magic;

@@ -1,1 +1,1 @@
-"""``make gpu``: builds, tries, tests and measures the GPU backends on a machine with a GPU."""
+"""``make gpu``: builds, checks, tests and measures the GPU backends on a machine with a GPU."""

@@ -1,8 +1,8 @@
-"""The cells of the GPU benchmark: which there are, in the order of their weight, and how one is measured.
+"""The cells of the GPU benchmark, the most important first, and how one is measured.
 
-Every provider is timed launched by the host, call after call, and replayed in a CUDA graph. "graph" repeats one call on
-the same inputs, which the L2 cache keeps as far as it holds them; "graph, cold" goes through copies of the inputs that
-are together three times as large as the cache, so that every call reads memory. Bandwidth is judged by the latter.
+Every provider is timed twice: launched by the host, call after call, and replayed in a CUDA graph. "graph" repeats one
+call on the same inputs, which stay in the L2 cache if they fit. "graph, cold" cycles through copies of the inputs that
+are together three times as large as the cache, so that every call reads memory. Bandwidth is judged by "graph, cold".
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..cases import FORWARD, GPU_SHAPES, SHAPES, TRAINING, Lengths, Problem, Pro
 
 SCORES = "additive_scores"
 LAUNCHED, GRAPH, COLD = "launched", "graph", "graph, cold"
-OURS = "attn_kernels"  # without a name of a backend, as users call it
+OURS = "attn_kernels"  # without backend=, as users call it
 SCORES_THEN_EAGER = "scores, eager softmax"
-CALLS_OF_A_GRAPH = 20  # at most, of short calls on the same inputs
+CALLS_OF_A_GRAPH = 20  # maximum, for short calls on the same inputs
 MOST_COPIES = 64
 
-RATES = Shape(64, 100, 100, 512, 512)  # the shape for which the kernels' rates are stated
+RATES = Shape(64, 100, 100, 512, 512)  # the shape for which the target rates are stated
 GNMT = next(iter(GPU_SHAPES))
-# Decode with 16 MB of keys and values or more, for few and many sentences, and with less than 8 MB.
+# Decode: at least 16 MB of keys and values, for few and many sentences; and less than 8 MB.
 DECODE = (
     Shape(1, 1, 8192, 512, 512),
     Shape(8, 1, 1024, 512, 512),
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 def targets() -> list[Row]:
-    """What the targets are about: a stage of its own, before the tests."""
+    """The rows that the targets need. They are a stage of their own, before the tests."""
     found = [Row(ADDITIVE, shape, FORWARD, "float32", prepared=True) for shape in DECODE]
     found += [Row(SCORES, RATES, passes, "float32") for passes in (FORWARD, TRAINING)]
     found += [Row(ADDITIVE, RATES, passes, "float32") for passes in (FORWARD, TRAINING)]
@@ -73,7 +73,7 @@ def targets() -> list[Row]:
 
 
 def rows() -> list[Row]:
-    """All: the targets first, so that a run that is cut off has them; torch.compile for few rows."""
+    """All rows. The targets come first, so that an interrupted run has them. torch.compile is timed for few rows."""
     found = targets()
     compiled = (Shape(64, 1, 50, 512, 512), Shape(32, 50, 50, 512, 512))
     for op in (ADDITIVE, DOT):
@@ -151,7 +151,7 @@ def _compiled(formula: Callable[..., attn_kernels.Attention], detail: str) -> Pr
 
 
 def _scores_then_eager(query: Tensor, keys: Tensor, values: Tensor, v: Tensor) -> Tensor:
-    """A fused kernel for the scores alone, as the MLPerf submissions of GNMT had it."""
+    """A fused kernel for the scores only, as in the MLPerf submissions of GNMT."""
     return torch.bmm(torch.softmax(attn_kernels.additive_scores(query, keys, v), dim=-1), values)
 
 
@@ -161,7 +161,7 @@ def _scores_then_eager(query: Tensor, keys: Tensor, values: Tensor, v: Tensor) -
 @dataclass
 class Timed:
     call: Callable[[], object]
-    calls: int  # of the op, in one call
+    calls: int  # calls of the op in one timed call
 
 
 class TooLong(Exception):
@@ -170,7 +170,7 @@ class TooLong(Exception):
 
 @contextmanager
 def time_limit(seconds: float):
-    """Raises TooLong after that many seconds, if the system has signals and this is the main thread."""
+    """Raises TooLong after so many seconds, if the system has signals and this is the main thread."""
     import signal
     import threading
 
@@ -183,7 +183,7 @@ def time_limit(seconds: float):
 
     start = time.monotonic()
     before = signal.signal(signal.SIGALRM, stop)
-    around, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # what a limit around this one has left; 0: there is none
+    around, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # seconds left of an outer limit; 0: no outer limit
     try:
         yield
     finally:
@@ -192,12 +192,12 @@ def time_limit(seconds: float):
 
 
 def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float = 40.0) -> dict:
-    """Results are compared with the eager formula, peak memory is taken, then all ways take turns.
+    """Compares results with the eager formula, measures peak memory, then times all providers in turns.
 
-    A way with a wrong result is timed as well, and marked: its time is worth knowing, and is not published.
+    A provider with a wrong result is timed and marked as wrong: its time is useful, but is not published.
     """
     if row.compile:
-        torch.compiler.reset()  # which imports the compiler: seconds
+        torch.compiler.reset()  # imports the compiler, which takes seconds
     training = row.passes == TRAINING
     problem = make_problem(row, gpu.device)
     providers = make_providers(row, problem)
@@ -236,7 +236,7 @@ def measure(row: Row, gpu: Any, *, seconds: float = 1.0, compile_seconds: float 
 
 
 def _graphs(row: Row, provider: Provider, problem: Problem, gpu: Any) -> dict[str, Timed]:
-    """The call in CUDA graphs: repeated on the same inputs, and for decode also through copies of them."""
+    """The call in CUDA graphs: repeated on the same inputs and, for decode, also on copies of them."""
     training = row.passes == TRAINING
     call = cases.bind(provider, problem, training=training)
     found = {}
@@ -252,7 +252,7 @@ def _graphs(row: Row, provider: Provider, problem: Problem, gpu: Any) -> dict[st
                 anew = next(w for w in make_providers(row, copy) if w.name == provider.name)
                 cold.append(cases.bind(anew, copy, training=False))
             found[f"{provider.name}|{COLD}"] = Timed(gpu.capture(cold), len(cold))
-    except Exception as error:  # what cannot be captured has its launched time still
+    except Exception as error:  # a call that cannot be captured still has its launched time
         text = str(error).splitlines()[0] if str(error) else ""
         provider.detail = "; ".join(filter(None, (provider.detail, f"no graph: {type(error).__name__}: {text}"[:160])))
         torch.cuda.synchronize() if gpu.device.type == "cuda" else None
@@ -260,7 +260,7 @@ def _graphs(row: Row, provider: Provider, problem: Problem, gpu: Any) -> dict[st
 
 
 def _copies(row: Row, problem: Problem, gpu: Any) -> list[Problem]:
-    """Together three times the L2 cache, if 64 copies and a fifth of the memory are enough for that."""
+    """Copies of the inputs, together three times the L2 cache; at most 64 copies and a fifth of the memory."""
     size = sum(x.nbytes for x in problem.inputs.values())
     count = min(-(-3 * gpu.l2_bytes // size), MOST_COPIES, max(1, int(gpu.memory_bytes / 5 / size)))
     return [
@@ -295,7 +295,7 @@ def _as_json(
 
 
 def measure_beams(row: Row, gpu: Any, *, seconds: float = 1.0) -> dict[str, Any]:
-    """1 to 10 queries on one memory, in CUDA graphs: the time of each and its ratio to that of one query."""
+    """1 to 10 queries on one memory, in CUDA graphs: each time and its ratio to the time of one query."""
     cell: dict[str, Any] = {
         "key": row.key, "op": row.op, "shape": list(row.shape), "passes": row.passes, "dtype": row.dtype,
         "prepared": row.prepared, "beams": True, "few_queries": FEW_QUERIES, "ways": [],
@@ -331,9 +331,9 @@ def run(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
-    """Measures row after row while there is time; returns the keys of those that there was none for.
+    """Measures row after row while there is time; returns the keys of the rows that were left out.
 
-    store(row, None) is called before a row and store(row, cell) after it: a row that kills the process is known so.
+    Calls store(row, None) before a row and store(row, cell) after it, so that a row that kills the process is known.
     """
     for i, row in enumerate(todo):
         left = until - clock()
@@ -351,7 +351,7 @@ def run(
             cell = {"key": row.key, "failure": f"{type(error).__name__}: {text}"[:300], "ways": []}
             gpu_is_lost = gpu.device.type == "cuda" and "CUDA error" in str(error)
             store(row, cell)
-            if gpu_is_lost:  # nothing more can be measured in this process; the next one goes on
+            if gpu_is_lost:  # this process can measure nothing more; the next process continues
                 raise SystemExit(3) from None
             gpu.release()
             continue

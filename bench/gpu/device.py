@@ -1,4 +1,4 @@
-"""A GPU to measure on: CUDA graphs of calls, and the device's own ceilings, which the kernels are compared with."""
+"""A GPU to measure on: CUDA graphs of calls, and the measured limits of the device (ceilings)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Call = Callable[[], object]
 
 
 class Gpu:
-    """What measuring needs of a device. Tests put another one in its place, on the CPU."""
+    """The interface to the device. Tests replace it by one that runs on the CPU."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
@@ -26,10 +26,10 @@ class Gpu:
         self.memory_bytes = properties.total_memory
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """A call that replays all of these as one CUDA graph."""
+        """Returns a call that replays all calls as one CUDA graph."""
         beside = torch.cuda.Stream(self.device)
         beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(beside):  # first calls compile and allocate, which a capture forbids
+        with torch.cuda.stream(beside):  # the first calls compile and allocate, which a capture forbids
             for call in calls:
                 call()
                 call()
@@ -46,7 +46,7 @@ class Gpu:
 
 
 def describe(gpu: Gpu) -> dict[str, str | int | float]:
-    """The device beyond what ``machine.describe`` says, for the record."""
+    """Facts about the device that ``machine.describe`` does not include, for the result file."""
     properties = torch.cuda.get_device_properties(gpu.device)
     query = [
         "nvidia-smi",
@@ -74,7 +74,7 @@ def slug(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
 
 
-# Ceilings: each the best of several rounds, where the times of the benchmark are medians ------------------------------
+# Ceilings: each is the best of several rounds, whereas benchmark times are medians ------------------------------------
 
 
 def best(gpu: Gpu, call: Call, rounds: int = 10, repeats: int = 10) -> float:
@@ -84,25 +84,25 @@ def best(gpu: Gpu, call: Call, rounds: int = 10, repeats: int = 10) -> float:
 
 
 def _large(gpu: Gpu) -> torch.Tensor:
-    """Much more than the cache holds."""
+    """A tensor much larger than the cache."""
     return torch.ones(min(1 << 30, gpu.memory_bytes // 8) // 4, device=gpu.device)
 
 
 def copy_bandwidth(gpu: Gpu) -> float:
-    """Bytes read and written in a second by a copy."""
+    """Bytes per second read and written by a copy."""
     source = _large(gpu)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best(gpu, lambda: target.copy_(source))
 
 
 def read_bandwidth(gpu: Gpu) -> float:
-    """Bytes read in a second by a sum, which writes next to nothing."""
+    """Bytes per second read by a sum, which writes almost nothing."""
     source = _large(gpu)
     return source.nbytes / best(gpu, source.sum)
 
 
 def launch_time(gpu: Gpu) -> float:
-    """Microseconds of the host for one call of the smallest PyTorch op, as in a loop of eager ops."""
+    """Host microseconds for one call of the smallest PyTorch op, as in a loop of eager ops."""
     x = torch.zeros(1, device=gpu.device)
     times = []
     for _ in range(5):
@@ -116,13 +116,13 @@ def launch_time(gpu: Gpu) -> float:
 
 
 def graph_node_time(gpu: Gpu, nodes: int = 200) -> float:
-    """Microseconds of one node in a CUDA graph of many such, each waiting for the one before."""
+    """Microseconds per node of a CUDA graph with many small nodes, each of which waits for the previous one."""
     x = torch.zeros(1, device=gpu.device)
     return 1e6 * best(gpu, gpu.capture([lambda: x.add_(1)] * nodes)) / nodes
 
 
 def arithmetic_rate(gpu: Gpu, *, special: bool) -> float:
-    """float32 multiply-adds or special functions in a second: a Triton kernel with independent chains in registers."""
+    """float32 multiply-adds or special functions per second, in a Triton kernel of independent chains in registers."""
     from . import kernels as gpu_kernels
 
     blocks = 32 * torch.cuda.get_device_properties(gpu.device).multi_processor_count
@@ -135,8 +135,8 @@ def arithmetic_rate(gpu: Gpu, *, special: bool) -> float:
     return blocks * gpu_kernels.BLOCK * turns * gpu_kernels.UNROLLED / best(gpu, call, repeats=3)
 
 
-# By name, what is measured: bandwidth of a copy and of a read, what launches cost, float32 multiply-adds, special
-# functions.
+# By name: bandwidth of a copy and of a read, costs of a launch and of a graph node, rates of float32 multiply-adds and
+# of special functions.
 CEILINGS: dict[str, Callable[[Gpu], float]] = {
     "copy_bytes_per_s": copy_bandwidth,
     "read_bytes_per_s": read_bandwidth,

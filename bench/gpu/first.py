@@ -1,11 +1,11 @@
-"""First contact with a GPU: every kernel once against the reference in float64, a verdict a line, past all failures.
+"""First contact with a GPU: compares every kernel once with the reference in float64, and continues after failures.
 
     python -m bench.gpu.first FOLDER                 # in the root of a checkout with its modules in place
     python -m bench.gpu.first FOLDER --device cpu    # the same on the CPU, on smaller sizes: a rehearsal
 
-The cases stand in groups, and each group has a process, all at once. Verdicts go to FOLDER/first.jsonl as they come.
-A case that takes its process along (an illegal access), or that hangs, gets a verdict as well, and its group goes on
-behind it in a new process. Exits with 1 if any verdict is not "ok" or "skipped".
+The cases are in groups. Each group has its own process, and the processes run in parallel. Each verdict is written to
+FOLDER/first.jsonl at once, one per line. A case that kills its process (an illegal access) or hangs gets a verdict too,
+and a new process continues its group after that case. The exit status is 1 if any verdict is not "ok" or "skipped".
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = "first.jsonl"
 GROUP_VARIABLE = "ATTN_KERNELS_FIRST_GROUP"  # tells a process which group it is
 PLANNED, BEGUN, OK, WRONG, ERROR, SKIPPED, END = "planned", "begun", "ok", "wrong", "error", "skipped", "end"
-START_SECONDS = 60.0  # of a process, until it is at a case: all of them load PyTorch together
-MOST_PROCESSES = 6  # of one group: each death costs the start of another
+START_SECONDS = 60.0  # limit from the start of a process to its first case: all processes load PyTorch together
+MOST_PROCESSES = 6  # for one group: after each crash a new process has to start
 CONTEXT_LOST = 3  # exit status
 
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
-# Clusters of 1 to 16 blocks, splits joined by the last block, rows that are not of 16 bytes, 2 to 8 queries.
+# Clusters of 1 to 16 blocks, splits that the last block combines, rows not a multiple of 16 bytes, 2 to 8 queries.
 DECODE = (
     Case("cluster 1", (300, 1, 20, 64, 64), "float32 bfloat16 float16"),
     Case("cluster 2", (100, 1, 40, 64, 64), "float32 bfloat16"),
@@ -83,8 +83,8 @@ MASKS = tuple(
     for lengths in (False, True)
     if mask or lengths
 )
-# A gate and several score vectors: steps of a row split over programs, blocks of vectors, matrix products with many of
-# them, and units in several blocks.
+# A gate and several score vectors: the steps of a row split over programs, blocks of score vectors, matrix products for
+# many score vectors, and units in several blocks.
 GATED = (
     Case("pooling", (1, 1, 20000, 256, 512), "float32 bfloat16"),
     Case("10 vectors", (1, 1, 5000, 128, 64), "float32 bfloat16", {"vectors": 10, "activation": "sigmoid"}),
@@ -92,27 +92,27 @@ GATED = (
     Case("3 vectors, mask", (4, 20, 70, 1100, 64), "float32 bfloat16", {"vectors": 3, "mask": "pairs"}),
     Case("leaky_relu", (3, 5, 130, 64, 33), "float32 bfloat16", {"mask": "steps", "activation": "leaky_relu"}),
 )
-# Memories without padding: few queries, splits with empty parts, many queries, narrow ones.
+# Packed memories: few queries, splits with empty parts, many queries, narrow rows.
 PACKED = (
     Case("packed step", (16, 1, 200, 512, 512), "float32 bfloat16"),
     Case("packed splits", (3, 5, 700, 256, 64), "float32 bfloat16"),
     Case("packed many", (8, 74, 75, 256, 256), "float32 bfloat16"),
     Case("packed odd", (5, 9, 33, 17, 9), "float32"),
 )
-# Triton compiles each case first, so it gets fewer: by their names.
+# Triton compiles each case first, so it runs only the cases with these names.
 OF_TRITON = ("cluster 16", "splits", "odd rows", "8 queries", "tile", "odd", "GNMT", "small tile")
 OF_TRITON += tuple(case.name for case in GATED + PACKED)
-# Largest error, as a share of the largest value. Coarse: the tests judge by the error of eager.
+# Largest allowed error, relative to the largest value. These are coarse; the tests compare with the error of eager.
 LIMITS = {"float64": 1e-9, "float32": 2e-5, "float16": 8e-3, "bfloat16": 6e-2}
 ADDITIVE, DOT_ATTENTION, ADDITIVE_SCORES = "additive_attention", "dot_attention", "additive_scores"
 
 
 class Wrong(Exception):
-    """A result that is not right."""
+    """A wrong result."""
 
 
 class Contact:
-    """One group, in its process: what runs there and what has been said already."""
+    """One group in its process: runs cases and writes verdicts. ``done`` has the cases with a verdict."""
 
     def __init__(self, folder: Path, group: str, device: str) -> None:
         self.file, self.group, self.device = folder / FILE, group, device
@@ -127,7 +127,7 @@ class Contact:
         append(self.file, line | {"seconds": round(seconds, 2)})
 
     def attempt(self, case: str, work: Callable[[], object]) -> None:
-        """Runs a case unless a process before this one did; an exception is a verdict."""
+        """Runs a case unless an earlier process ran it; an exception becomes a verdict."""
         if case in self.done:
             return
         self.say(case, BEGUN)
@@ -202,7 +202,7 @@ def compare(
     if lengths or packed:
         keywords["memory_lengths"] = torch.randint(0, Tk + 1, (B,), generator=rng).to(device)
     if packed:
-        keywords["memory_lengths"][-1] = Tk  # for as many columns of alignments
+        keywords["memory_lengths"][-1] = Tk  # so that the alignments have Tk columns
     if mask:
         shape = (B, Tk) if mask == "steps" else (B, Tq, Tk)
         keywords["mask"] = (torch.rand(shape, generator=rng) > 0.3).to(device)
@@ -243,7 +243,7 @@ def share_of_largest(got: Any, exact: Any) -> float:
 
 
 def facts(contact: Contact) -> None:
-    """What this machine is, with the tools that it has."""
+    """Reports the machine and its tools."""
 
     def report() -> str:
         from attn_kernels.__main__ import render, report
@@ -263,7 +263,7 @@ def facts(contact: Contact) -> None:
 
 
 def prepare(contact: Contact) -> None:
-    """That it runs. Its numbers are in a form of the kernels: "prepared" cases of decode compare what comes of them."""
+    """Checks only that it runs: its output is backend-specific. The "prepared" cases of decode check the results."""
     import torch
 
     import attn_kernels
@@ -278,7 +278,8 @@ def prepare(contact: Contact) -> None:
 
 def decode(contact: Contact) -> None:
     for op in ops_of(contact, ADDITIVE, DOT_ATTENTION):
-        # Scores of dot attention would be in the thousands, whose roundings softmax makes large: right, and far off.
+        # With "scale", scores of dot attention would be in the thousands. Softmax amplifies their rounding errors, so
+        # that correct results would exceed the limits.
         contact.compare(op, [case for case in DECODE if op == ADDITIVE or "scale" not in case.options])
     if contact.backend == "cuda":
         with_prepared = [
@@ -297,7 +298,7 @@ def relu(contact: Contact) -> None:
     for activation in ("relu", "leaky_relu"):
 
         def activated(cases: Iterable[Case], activation: str = activation) -> list[Case]:
-            # Large inputs are for the guards of tanh: what relu makes of them, softmax would make a 0 or a 1.
+            # Large inputs test the guards of tanh. With relu they give large scores, and softmax only 0 and 1.
             kept = [case for case in cases if "scale" not in case.options]
             options = {"activation": activation}
             return [one._replace(name=f"{one.name}, {activation}", options={**one.options, **options}) for one in kept]
@@ -328,7 +329,7 @@ def masks(contact: Contact) -> None:
 
 
 def graph(contact: Contact) -> None:
-    """Forward and backward in a CUDA graph: 20 replays give the bits of a launched call."""
+    """Forward and backward in a CUDA graph: 20 replays must equal a launched call bit for bit."""
     for op in (ADDITIVE, DOT_ATTENTION):
         for queries in (1, 5, 20):
             case = f"{op}, {queries} queries"
@@ -356,7 +357,7 @@ def replayed(op: str, queries: int, backend: str) -> None:
     expected = [t.clone() for t in call()]
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # first calls compile and allocate, which a capture forbids
+    with torch.cuda.stream(beside):  # the first calls compile and allocate, which a capture forbids
         call(), call()
     torch.cuda.current_stream().wait_stream(beside)
     captured = torch.cuda.CUDAGraph()
@@ -373,7 +374,7 @@ def replayed(op: str, queries: int, backend: str) -> None:
 
 
 def loop(contact: Contact) -> None:
-    """The decoder's loop as CUDA graphs of several lengths, against the same model without."""
+    """The decoder's loop as CUDA graphs of several lengths, against the same model without graphs."""
     import torch
 
     sys.path.append(str(ROOT / "tests"))
@@ -394,7 +395,7 @@ def loop(contact: Contact) -> None:
 
 
 def models(contact: Contact) -> None:
-    """What is above the ops: searches, patched models, autocast, DistributedDataParallel."""
+    """Features built on the ops: searches, patched models, autocast, DistributedDataParallel."""
     sys.path.append(str(ROOT / "tests"))
     import test_gpu_models as tests
 
@@ -403,12 +404,12 @@ def models(contact: Contact) -> None:
 
 
 def ops_of(contact: Contact, *every: str) -> list[str]:
-    """Those that the name of the group asks for; all where it names none."""
+    """The ops that the name of the group contains; all ops if it contains none."""
     named = [op for op in every if op in contact.group]
     return named or list(every)
 
 
-# What says most about a kernel comes first; Triton's groups, which compile, are divided.
+# The most informative groups come first. The groups for Triton are smaller because they compile.
 GROUPS: dict[str, Callable[[Contact], None]] = {
     "facts": facts,
     "prepare cuda": prepare,
@@ -434,7 +435,7 @@ GROUPS: dict[str, Callable[[Contact], None]] = {
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    with open(file, "a") as stream:  # a short line of several processes: written in one piece
+    with open(file, "a") as stream:  # several processes append; a short line is written in one piece
         stream.write(json.dumps(line) + "\n")
 
 
@@ -452,7 +453,7 @@ def go(
     folder: Path, device: str, groups: Sequence[str], command: Sequence[str], *,
     limit: float, case_limit: float, jobs: int,
 ) -> None:  # fmt: skip
-    """All groups, at most ``jobs`` at a time, within ``limit`` seconds; a case has ``case_limit``."""
+    """Runs all groups, at most ``jobs`` at a time, within ``limit`` seconds; the limit of a case is ``case_limit``."""
     end = time.monotonic() + limit
     waiting, running, started = list(groups), dict[str, Running](), Counter[str]()
     for group in groups:
@@ -464,7 +465,7 @@ def go(
             running[group] = start(folder, group, command)
         time.sleep(0.1)
         for group, (process, began) in list(running.items()):
-            lives = process.poll() is None  # before its lines are read, so that they are all there if it has ended
+            lives = process.poll() is None  # polled before reading, so that all lines of an ended process are read
             open_case, since = begun(read(folder), group, began)
             over = time.monotonic() > end
             most = START_SECONDS if open_case is None else case_limit
@@ -493,7 +494,7 @@ def go(
 
 
 def start(folder: Path, group: str, command: Sequence[str]) -> Running:
-    """CUDA reports an error at the launch that caused it, but where launches are what is looked at."""
+    """Starts a process. CUDA launches block, so that errors appear at their launch, except in graph and loop groups."""
     blocking = "0" if group.startswith(("graph", "loop")) else "1"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, GROUP_VARIABLE: group, "PYTHONPATH": path, "CUDA_LAUNCH_BLOCKING": blocking}
@@ -502,11 +503,11 @@ def start(folder: Path, group: str, command: Sequence[str]) -> Running:
     return Running(process, time.monotonic())
 
 
-_seen: dict[tuple[str, str], float] = {}  # when this process first saw that a case had begun
+_seen: dict[tuple[str, str], float] = {}  # the time when this process first saw that a case had begun
 
 
 def begun(lines: Sequence[dict[str, Any]], group: str, began: float) -> tuple[str | None, float]:
-    """The case that a group is at, if any, and since when: of the start of the process if none."""
+    """The current case of a group and its start time. If there is none: None and the start time of the process."""
     own = [line for line in lines if line["group"] == group and line["verdict"] != PLANNED]
     if not own:
         return None, began
@@ -546,12 +547,12 @@ def run_group(folder: Path, group: str, device: str) -> None:
 
 def main(arguments: Sequence[str] | None = None, command: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.first", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="for first.jsonl and what the groups print")
+    parser.add_argument("folder", type=Path, help="folder for first.jsonl and the output of the groups")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal on small sizes")
-    parser.add_argument("--group", action="append", choices=tuple(GROUPS), help="this group; may be repeated")
+    parser.add_argument("--group", action="append", choices=tuple(GROUPS), help="run this group; may be repeated")
     parser.add_argument("--limit", type=float, default=110, help="seconds for everything (%(default)s)")
     parser.add_argument("--case-limit", type=float, default=30, help="seconds for one case (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=max(2, (os.cpu_count() or 2) - 2), help="groups at a time")
+    parser.add_argument("--jobs", type=int, default=max(2, (os.cpu_count() or 2) - 2), help="parallel groups")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(arguments)
     if group := os.environ.get(GROUP_VARIABLE):

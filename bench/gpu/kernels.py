@@ -1,4 +1,4 @@
-"""Kernels that measure a GPU: nothing but one kind of instruction, in chains that do not wait for each other."""
+"""Kernels that measure a GPU: only one kind of instruction, in independent chains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 WARPS = 8
 BLOCK = 32 * WARPS * 8  # eight chains for each thread
-UNROLLED = 8  # operations of each chain in one turn of the loop
+UNROLLED = 8  # operations of each chain in one iteration of the loop
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def chains(out, turns, SPECIAL: tl.constexpr, BLOCK: tl.constexpr):
     x = at.to(tl.float32) * 1e-9
     for _ in range(turns):
         if SPECIAL:
-            # One instruction of the special function unit and nothing beside it, which tl.exp2 is not.
+            # Each operation is a single instruction of the special function unit. tl.exp2 compiles to more.
             x = tl.inline_asm_elementwise(
                 "{ .reg .f32 a, b, c, d, e, f, g; ex2.approx.ftz.f32 a, $1; ex2.approx.ftz.f32 b, a; "
                 "ex2.approx.ftz.f32 c, b; ex2.approx.ftz.f32 d, c; ex2.approx.ftz.f32 e, d; "

@@ -1,4 +1,4 @@
-"""The process that measures: ceilings and cells, stored one by one in the file of the run. Started by ``bench.gpu``."""
+"""The process that measures ceilings and cells and stores each in the file of the run. ``bench.gpu`` starts it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .cells import Row
 
 
 def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.Device:
-    """The device as it was measured; what was not is that of an H100."""
+    """The device with its measured ceilings; H100 values replace those that were not measured."""
     clock = roofline.H100.clock
     processors = int(description.get("multiprocessors", roofline.H100.processors))
     if ceilings.get("ffma_per_s"):
@@ -30,7 +30,7 @@ def model_of(ceilings: dict[str, Any], description: dict[str, Any]) -> roofline.
 
 
 def with_rates(cell: dict[str, Any], row: Row, device: roofline.Device) -> dict[str, Any]:
-    """Adds bytes and pairs a second, and the floor by this device's ceilings."""
+    """Adds bytes and pairs per second, and the lower bound of the time (floor) from this device's ceilings."""
     if row.op == gpu_cells.SCORES or not cell.get("ways"):
         work = roofline.call_work(roofline.ADDITIVE, row.shape, row.passes, row.dtype)
         of_bytes = None
@@ -53,19 +53,19 @@ def with_rates(cell: dict[str, Any], row: Row, device: roofline.Device) -> dict[
     return cell
 
 
-ROW_SECONDS = 30.0  # a row that stands as begun for longer hangs; torch.compile and its warm-up take more
+ROW_SECONDS = 30.0  # a row that runs for longer hangs; torch.compile and its warm-up need more
 COMPILED_ROW_SECONDS = 100.0
 ENDED = "the process that measured it ended"
 
 
 def begin(path: Path, state: dict[str, Any], what: str | None, limit: float | None = None) -> None:
-    """Says in the file of the run what is measured next, since when, and how long that may take."""
+    """Stores in the file of the run what is measured next, when it starts, and how long it may take."""
     state["begun"] = what and {"what": what, "at": time.time(), "limit": limit or ROW_SECONDS}
     results.write_json(path, state)
 
 
 def stuck(path: Path, start: float) -> str | None:
-    """What the process that began at ``start`` has worked on for too long; None if nothing."""
+    """What the process that began at ``start`` has measured for too long; None if nothing."""
     try:
         begun = json.loads(path.read_text()).get("begun")
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def stuck(path: Path, start: float) -> str | None:
 
 
 def measure_ceilings(path: Path, gpu: Any, ceilings: Mapping[str, Callable[[Any], float]]) -> None:
-    """Writes each to the file of the run. A failure does not stop the others; one that hung is not tried again."""
+    """Writes each ceiling to the file of the run. A failure does not stop the others. One that hung is not retried."""
     state = json.loads(path.read_text())
     found = state.setdefault("ceilings", {"what": "best of several rounds, measured on this device"})
     hung = (state.get("begun") or {}).get("what")
@@ -92,14 +92,14 @@ def measure_ceilings(path: Path, gpu: Any, ceilings: Mapping[str, Callable[[Any]
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else ""
             found[name], found[f"{name} failed"] = None, f"{type(error).__name__}: {text}"[:200]
-            if "CUDA error" in text:  # nothing more can be measured in this process; the next one goes on
+            if "CUDA error" in text:  # this process can measure nothing more; the next process continues
                 begin(path, state, None)
                 raise SystemExit(3) from None
     begin(path, state, None)
 
 
 def measure(path: Path, gpu: Any, todo: list[Row], *, seconds: float, left: float) -> None:
-    """Adds rows to the file of the run. A row that is marked there as begun ended an earlier process."""
+    """Adds rows to the file of the run. A row that is marked as begun there killed an earlier process."""
     until = time.monotonic() + left
     state = json.loads(path.read_text())
     cells = {cell["key"]: cell for cell in state.get("cells", [])}

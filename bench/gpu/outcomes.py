@@ -1,8 +1,8 @@
-"""A pytest plugin (``-p bench.gpu.outcomes``) for tests on a GPU, and what their outcomes say of each backend.
+"""A pytest plugin (``-p bench.gpu.outcomes``) for tests on a GPU, and a summary of the outcomes for each backend.
 
-Each outcome is written to a file as it comes, one JSON object a line: tests that are cut off leave what they found.
-What says most runs first. A test that hangs takes its process along after a while, and what ran before it is known;
-tests that a broken CUDA context would fail are skipped, for another process to run.
+Each outcome is written to a file at once, one JSON object per line, so that an interrupted run keeps its outcomes. The
+most informative tests run first. A test that hangs ends its process after a time limit; the earlier outcomes are kept.
+After the CUDA context is lost, the remaining tests are skipped; another process runs them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 VARIABLE = "ATTN_KERNELS_OUTCOMES"  # names the file
-STAGE = "ATTN_KERNELS_OUTCOMES_OF"  # the backend that the run is about: a failure is one of it
-DONE = "ATTN_KERNELS_OUTCOMES_DONE"  # a file with tests that are not to run again, one a line
-SECONDS = "ATTN_KERNELS_OUTCOMES_SECONDS"  # of a test
+STAGE = "ATTN_KERNELS_OUTCOMES_OF"  # the backend that the run tests; every failure counts for it
+DONE = "ATTN_KERNELS_OUTCOMES_DONE"  # a file of tests that must not run again, one per line
+SECONDS = "ATTN_KERNELS_OUTCOMES_SECONDS"  # time limit of a test
 BACKENDS = ("cuda", "triton")
 BEGUN, LOST = "begun", "the CUDA context was lost by "
 
-# By what is in their names: graphs, which only a GPU can show, then numbers; what compiles for long comes last.
+# Order by parts of the names: CUDA graphs first, as only a GPU can test them, then numerics; long compilations last.
 FIRST = ("captured_on_cuda", "test_gpu_models", "test_ops", "test_numerics", "test_few_queries", "test_padding")
 FIRST += ("test_functional", "test_autograd", "test_location", "test_loop", "test_memory_gradient", "test_robustness")
 LAST = ("test_fuzz", "test_compile", "compile")
@@ -33,15 +33,15 @@ _lost_by: list[str] = []
 
 
 def lost(outcome: dict[str, str]) -> bool:
-    """Whether a test was skipped because the CUDA context was lost: another process is to run it."""
+    """Whether a test was skipped because the CUDA context was lost. Another process must run it."""
     return outcome["outcome"] == "skipped" and LOST in outcome["reason"]
 
 
-# In the process that runs tests ---------------------------------------------------------------------------------------
+# In the process that runs the tests -----------------------------------------------------------------------------------
 
 
 def rank(test: str) -> int:
-    """Lower ones run earlier."""
+    """The position of a test: lower ranks run earlier."""
     if any(name in test for name in LAST) and FIRST[0] not in test:
         return len(FIRST) + 1 + max(i for i, name in enumerate(LAST) if name in test)
     return next((i for i, name in enumerate(FIRST) if name in test), len(FIRST))
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
-    """The watchdog does not need the GIL, which a test that waits for a hanging kernel may hold."""
+    """Runs a test under a watchdog that needs no GIL: a test that waits for a hanging kernel may hold the GIL."""
     seconds = float(os.environ.get(SECONDS) or 0)
     if not seconds:
         return (yield)
@@ -81,11 +81,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     return report
 
 
-# In the process that hears of all outcomes ----------------------------------------------------------------------------
+# In the process that receives all outcomes ----------------------------------------------------------------------------
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """With pytest-xdist it is the first process that gets all reports; the others must not write."""
+    """With pytest-xdist only the main process gets all reports; the workers must not write."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     if report.when == "call" or report.outcome != "passed":
@@ -98,8 +98,8 @@ def pytest_collectreport(report: Any) -> None:
 
 
 def _reason(report: Any) -> str:
-    """A line on why a test failed or was skipped."""
-    if isinstance(report.longrepr, tuple):  # of one that was skipped: file, line, reason
+    """The reason in one line why a test failed or was skipped."""
+    if isinstance(report.longrepr, tuple):  # for a skipped test: file, line, reason
         return report.longrepr[2]
     crash = getattr(report.longrepr, "reprcrash", None)
     return crash.message.splitlines()[0] if crash else "".join(report.longreprtext.strip().splitlines()[-1:])
@@ -117,7 +117,7 @@ def _write(test: str, outcome: str, reason: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The last outcome of each test. A test that began and has no outcome ended its process."""
+    """The last outcome of each test. A test that began and has no outcome killed its process."""
     if not path.exists():
         return []
     last: dict[str, dict[str, str]] = {}
@@ -130,10 +130,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def summary(outcomes: Iterable[dict[str, str]]) -> dict[str, Any]:
-    """Counts, failures by name, and for each backend why it is red: it passed nothing, or failed something.
+    """Counts, failures by name, and for each red backend the reason: no test passed, or a test failed.
 
-    A failure is of the backend that the run was about; in a run about all of them, of those in its parameters, and of
-    all if there is none.
+    A failure counts for the backend that the run tests. In a run of all backends it counts for the backends in the
+    parameters of the test, and for all backends if the parameters name none.
     """
     outcomes = [
         {**one, "outcome": "failed", "reason": "it began, and its process ended"} if one["outcome"] == BEGUN else one

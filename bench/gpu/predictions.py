@@ -1,11 +1,12 @@
-"""A time for every row of the GPU benchmark, written down before the first run on a GPU.
+"""A predicted time for every row of the GPU benchmark, made before the first run on a GPU.
 
-    python -m bench.gpu.predictions            # prints the table; --write stores it for ``make gpu`` to print beside
-                                               # what it measures, and puts it into docs/gpu.md
+    python -m bench.gpu.predictions            # prints the table; --write stores it and puts it into docs/gpu.md;
+                                               # ``make gpu`` prints predictions beside measurements
 
-An op is a sequence of launches (csrc/cuda/kernels.cu). Each takes the longest of its bytes, its issue slots as counted
-in the machine code (``roofline``), its products, and what a launch takes at least; in a CUDA graph they follow each
-other. Of the others, eager is its passes over (B, Tq, Tk, A), SDPA its products. All of it is for an H100 SXM.
+An op is a sequence of launches (csrc/cuda/kernels.cu). The time of a launch is the longest of four times: its bytes,
+its issue slots as counted in the machine code (``roofline``), its matrix products, and the minimum of a launch. In a
+CUDA graph the launches run one after the other. The time of eager comes from its passes over (B, Tq, Tk, A), the time
+of SDPA from its matrix products. All predictions are for an H100 SXM.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ COUNTED = FILE.with_name("cuda-check.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 BEGIN, END = "<!-- predictions: python -m bench.gpu.predictions --write -->", "<!-- end of predictions -->"
 
-# Assumptions, each of which may be wrong; "wrong" below says what follows if it is.
-LEAST_US = 2.0  # of a kernel, however small: it starts, reads, waits for a barrier or two, and ends
-NODE_US = 1.0  # between a node of a graph and the next, which waits for it
-HOST_US = {"op": 9.0, "launch": 2.5, "training": 35.0, "eager op": 5.0}  # of the host
-OF_BANDWIDTH = 0.85  # what streaming kernels reach of the bandwidth of the data sheet
-L2_BYTES, L2_BANDWIDTH = 40e6, 5.5e12  # what the cache keeps of repeated inputs, and how fast it gives them
-OF_FLOAT32 = 0.5  # what products on float32 lanes reach of the peak, and
-OF_TENSOR = 0.25  # what those by mma.sync reach of the tensor cores' peak, which is that of wgmma
+# Assumptions, each of which may be wrong. ``Kind.wrong`` below states the likely error for each kind of row.
+LEAST_US = 2.0  # minimum time of a kernel: it starts, reads, waits for one or two barriers, and ends
+NODE_US = 1.0  # gap between a node of a graph and the next node, which depends on it
+HOST_US = {"op": 9.0, "launch": 2.5, "training": 35.0, "eager op": 5.0}  # host time
+OF_BANDWIDTH = 0.85  # fraction of the data sheet bandwidth that streaming kernels reach
+L2_BYTES, L2_BANDWIDTH = 40e6, 5.5e12  # bytes of repeated inputs that the L2 cache keeps, and its bandwidth
+OF_FLOAT32 = 0.5  # fraction of the peak that matrix products on float32 lanes reach
+OF_TENSOR = 0.25  # fraction of the tensor cores' peak (with wgmma) that products with mma.sync reach
 CLUSTER_US, COUNTER_US = 1.0, 2.5  # two cluster barriers; the node that clears a counter, and the last block
 
 
 class Kind(NamedTuple):
-    """What limits a kind of row, how its prediction may be wrong, and what to look at first in that case."""
+    """A kind of row: what limits it, how its prediction may be wrong, and what to examine first in that case."""
 
     name: str
     limited_by: str
     wrong: str
     first: str
-    factor: float  # within which the measured time is expected
+    factor: float  # the measured time is expected within this factor of the prediction
 
 
 KINDS = {
@@ -125,7 +126,7 @@ def kind_of(row: Row) -> Kind:
 
 
 def memory_us(size: float, *, cached: bool) -> float:
-    """Of a stream of bytes, from memory, or from the cache where repeated calls leave all of it there."""
+    """The time to stream so many bytes from memory; cached: from L2, where repeated calls keep all of them."""
     return 1e6 * size / (L2_BANDWIDTH if cached else OF_BANDWIDTH * H100.bandwidth)
 
 
@@ -135,7 +136,7 @@ def product_us(flops: float, dtype: str) -> float:
 
 
 def splits(shape: Shape, processors: int = H100.processors) -> tuple[int, bool]:
-    """choose_splits of csrc/cuda/decode.cu for compute capability 9.0: the blocks of a sentence; whether a cluster."""
+    """choose_splits of csrc/cuda/decode.cu for compute capability 9.0: blocks per sentence; whether in a cluster."""
     wanted, least = max(1, 2 * processors // shape.B), -(-shape.Tk // 1024)
     n = 1
     while n < 16 and (n < least or (2 * n <= wanted and shape.Tk >= 16 * n)):
@@ -157,20 +158,20 @@ def decode_launches(row: Row, kernels: Mapping[str, Finding], cached: bool) -> l
 
 
 def slots_of_queries(queries: int) -> float:
-    """Issue slots for all queries of one unit of a step in few_queries_kernel, counted: its tiles are 1, 2, 4, 8."""
+    """Counted issue slots of few_queries_kernel for all queries of one unit of a step. Its tiles are 1, 2, 4, 8."""
     tile = next(tile for tile in (1, 2, 4, 8) if queries <= tile)
     return tile * {1: 9.9, 2: 7.4, 4: 6.3, 8: 5.9}[tile]
 
 
 def pairs_us(shape: Shape, part: str, kernels: Mapping[str, Finding]) -> float:
-    """Of the kernel of a regime; the floor by its formula where nothing was counted."""
+    """The time of the kernel of a regime; the lower bound from the formula if no kernel was counted."""
     if part in kernels:
         return 1e6 * roofline._pairs_time(shape, kernels[part], H100)[0]
     return 1e6 * shape.B * shape.Tq * shape.Tk * shape.A * roofline.LEAST_SLOTS[part] / H100.slots / 0.8
 
 
 def launches(row: Row, kernels: Mapping[str, Finding], *, cached: bool) -> list[float]:
-    """Microseconds of each launch of a call of ours, in order."""
+    """Microseconds of each launch in a call of our op, in order."""
     B, Tq, Tk, A, D = shape = row.shape
     item, training, few = ITEM[row.dtype], row.passes == TRAINING, row.shape.Tq <= FEW_QUERIES
     weights = B * Tq * Tk
@@ -180,7 +181,7 @@ def launches(row: Row, kernels: Mapping[str, Finding], *, cached: bool) -> list[
         return memory_us(size, cached=cached and size < L2_BYTES)
 
     def product(units: int, *, steps_out: bool = False) -> float:
-        """weights (B, Tq, Tk) to or from rows of so many units."""
+        """The product of weights (B, Tq, Tk) with rows of ``units`` elements, or the product that gives weights."""
         size = item * (B * Tk * units + B * Tq * units) + 4 * weights
         return max(bytes_us(size), 0.0 if few else product_us(2 * weights * units, row.dtype))
 
@@ -195,7 +196,7 @@ def launches(row: Row, kernels: Mapping[str, Finding], *, cached: bool) -> list[
     if not training:
         return [max(LEAST_US, us) for us in found]
     if row.op == SCORES:
-        found.append(bytes_us((item + 4) * weights))  # widened
+        found.append(bytes_us((item + 4) * weights))  # conversion to float32
     else:
         found += [product(D), bytes_us((2 * item + 8) * weights)]  # grad_context @ values^T; softmax
     if row.op == DOT:
@@ -203,7 +204,7 @@ def launches(row: Row, kernels: Mapping[str, Finding], *, cached: bool) -> list[
     else:
         backward = pairs_us(shape, MANY_BACKWARD, kernels)
         found.append(max(backward, bytes_us(item * 2 * B * (Tq + Tk) * A)))
-        found += [bytes_us(8 * B * Tq * A), LEAST_US]  # sums of parts: dquery or dkeys; dv
+        found += [bytes_us(8 * B * Tq * A), LEAST_US]  # reduction of partial sums: dquery or dkeys; dv
     if row.op != SCORES:
         found.append(product(D))  # dvalues
     return [max(LEAST_US, us) for us in found]
@@ -214,7 +215,7 @@ def in_graph(each: Sequence[float]) -> float:
 
 
 def beams_us(row: Row, kernels: Mapping[str, Finding]) -> list[float]:
-    """1 to 10 queries."""
+    """Times for 1 to 10 queries."""
     each = [row._replace(shape=row.shape._replace(Tq=n), beams=False) for n in range(1, 11)]
     return [in_graph(launches(one, kernels, cached=True)) for one in each]
 
@@ -223,7 +224,7 @@ def beams_us(row: Row, kernels: Mapping[str, Finding]) -> list[float]:
 
 
 def eager_us(row: Row) -> dict[str, float]:
-    """Of the eager formula: passes over (B, Tq, Tk, A) for additive, products for dot."""
+    """The time of the eager formula: passes over (B, Tq, Tk, A) for additive attention, products for dot attention."""
     B, Tq, Tk, A, D = row.shape
     weights, item, training = B * Tq * Tk, ITEM[row.dtype], row.passes == TRAINING
     operations = (6 if row.op != DOT else 3) * (3 if training else 1)
@@ -231,7 +232,7 @@ def eager_us(row: Row) -> dict[str, float]:
     passes = (11 if training else 4) if row.op != DOT else 0
     hidden = passes * weights * A * item
     inputs = item * B * (Tk + Tq) * (A + D) * (3 if training else 1)
-    # float32 products of cuBLAS on the lanes at three quarters of the peak, 16 bits on tensor cores at a third.
+    # cuBLAS reaches three quarters of the peak for float32 on the lanes, a third for 16 bits on tensor cores.
     products = 1e6 * flops / (1.5 * H100.slots if row.dtype == "float32" else H100.tensor / 3)
     device = memory_us(hidden + inputs, cached=hidden + inputs < L2_BYTES) + products
     graph = device + (LEAST_US + NODE_US) * operations
@@ -239,17 +240,17 @@ def eager_us(row: Row) -> dict[str, float]:
 
 
 def others(row: Row) -> dict[str, dict[str, float]]:
-    """What ours is compared with, launched and in a graph."""
+    """The times of the other providers, launched and in a graph."""
     if row.beams:
         return {}
     found = {"eager": eager_us(row)}
     if row.op == DOT:
-        # Heads of more than 256 elements: its memory-efficient kernel, not the flash one; a guess.
+        # A guess. For heads of more than 256 elements SDPA uses its memory-efficient kernel, not the flash kernel.
         share = 0.8 if row.shape.Tq > 1 else 1.0
         found["sdpa"] = {mode: share * us for mode, us in found["eager"].items()}
     if row.compile and row.op == ADDITIVE:
-        # Inductor keeps no hidden layer in the forward, and computes it again for each sum of the backward: a tanh of
-        # about 25 slots for a pair, four times in training.
+        # Inductor does not store the hidden layer in the forward, and recomputes it for each sum of the backward: a
+        # tanh of about 25 slots per pair, four times in training.
         pairs = row.shape.B * row.shape.Tq * row.shape.Tk * row.shape.A
         turns = 4 if row.passes == TRAINING else 1
         device = 1e6 * pairs * turns * 25 / (0.7 * H100.slots)
@@ -282,7 +283,7 @@ def rounded(us: float) -> float:
 
 
 def counted_kernels(path: Path = COUNTED) -> dict[str, Finding]:
-    """What ``make cuda-check`` counted in the kernels."""
+    """The instruction counts of the kernels from ``make cuda-check``."""
     findings = json.loads(path.read_text())["kernels"] if path.exists() else []
     return roofline.counted(Finding(**kernel) for kernel in findings)
 
@@ -305,7 +306,7 @@ def make() -> dict[str, Any]:
 
 
 def as_measured(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell as ``make gpu`` would have it, had it measured what is predicted: for targets.py."""
+    """A cell as ``make gpu`` would store it if it measured the predicted times; for targets.py."""
 
     def spread(us: float) -> dict[str, float]:
         return {"median": us}
@@ -334,7 +335,7 @@ def as_measured(row: Row, predicted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def predicted_targets(predictions: Mapping[str, Any]) -> list[gpu_targets.Target]:
-    """The targets as they would be judged if everything came as predicted."""
+    """The targets, evaluated with the predicted times."""
     if not predictions:
         return []
     cells = [as_measured(row, predictions["rows"][row.key]) for row in rows() if row.key in predictions["rows"]]

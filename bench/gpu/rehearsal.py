@@ -1,10 +1,10 @@
-"""``make gpu`` without a GPU: its stages on the CPU, on small problems, with faults put into them.
+"""``make gpu`` without a GPU: its stages run on the CPU, on small problems, with injected faults.
 
     python -m bench.gpu --rehearse              # all stages, nothing fails
-    python -m bench.gpu --rehearse faults       # all stages, and in each of them something does
+    python -m bench.gpu --rehearse faults       # all stages, with failures in each of them
 
-The stages are those of a GPU, with the same processes around them. In those processes the CUDA kernels run in the
-emulator, a graph of calls is the calls, and the tests are a few that do nothing but pass, fail, hang or die.
+The stages and their processes are the same as on a GPU. In these processes the CUDA kernels run in the emulator, a
+graph of calls runs the calls one after the other, and the tests are a few dummies that pass, fail, hang or die.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from .stages import ROOT, Machine
 
 FOLDER = ROOT / "build" / "gpu" / "rehearsal"
-# A fault is "stage kind". "wrong" is a result that is not right, "dies" the end of a process, "hangs" a call into C++
-# that no signal of Python's reaches.
+# A fault is "stage kind". "wrong" is a wrong result. "dies" ends the process. "hangs" is a call into C++ that Python
+# signals cannot interrupt.
 FAULTS = (
     "build fails",
     "build hangs",
@@ -66,7 +66,7 @@ else:
 
 
 class Rehearsal(Machine):
-    """The CPU, with these faults."""
+    """The CPU in place of a GPU, with these faults."""
 
     device = "cpu"
     test_seconds = 5.0
@@ -75,7 +75,7 @@ class Rehearsal(Machine):
         if unknown := set(faults) - set(FAULTS):
             raise ValueError(f"no faults {sorted(unknown)}; there are {', '.join(FAULTS)}")
         self.faults, self.folder = tuple(faults), folder
-        # What hangs takes all of it, and nothing else is waited for then.
+        # A stage that hangs uses all of its limit, and the rehearsal waits for nothing else then.
         self.most = {"build": 8.0, "sanitizer": 12.0 if "sanitizer hangs" in faults else 40.0}
         self.tests = folder / "stand-in" / "tests"
         self.tests.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The processes of a rehearsal of ``make gpu``: the modules that a stage runs, on the CPU, with faults in them.
+"""The processes of a rehearsal of ``make gpu``: the modules that a stage runs, on the CPU, with injected faults.
 
-python -m bench.gpu.rehearsed MODULE FAULTS ARGUMENTS       # FAULTS: with semicolons
+python -m bench.gpu.rehearsed MODULE FAULTS ARGUMENTS       # FAULTS: separated by semicolons
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Nothing here imports the package before load_emulated has told it where its CUDA kernels are.
+# Nothing here may import the package before load_emulated: that function sets where the package finds CUDA kernels.
 ROOT = Path(__file__).resolve().parents[2]
-CASE_SECONDS = 12.0  # what hangs is stopped after so long
+CASE_SECONDS = 12.0  # a case that hangs is stopped after this time
 
 
 class StandIn:
@@ -41,11 +41,11 @@ class StandIn:
 
 
 def load_emulated() -> None:
-    """The CUDA kernels in the emulator, as the tests have them."""
+    """Loads the CUDA kernels in the emulator, as the tests do."""
     if not list((ROOT / "build" / "emulated").glob("_C_cuda.*.so")):
         raise FileNotFoundError("build/emulated has no module: make test builds it, or tests/cpp/build_emulated.py")
     sys.path.append(str(ROOT / "tests"))
-    importlib.import_module("conftest")  # which lets the package find it
+    importlib.import_module("conftest")  # installs the finder for the emulated module
 
 
 def happen(kind: str) -> None:
@@ -54,7 +54,7 @@ def happen(kind: str) -> None:
     if kind == "hangs":
         import signal
 
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # as C++ does that waits for a device
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # like C++ code that waits for a device
         time.sleep(600)
     if kind == "raises":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -65,7 +65,7 @@ def kinds_of(stage: str, faults: Sequence[str]) -> list[str]:
 
 
 def first(faults: Sequence[str], arguments: Sequence[str]) -> int:
-    """A few groups of first contact. In "dot cuda" each case meets with another fault."""
+    """Runs a few groups of first contact. In "dot cuda" each case has another fault."""
     from . import first as gpu_first
 
     if gpu_first.GROUP_VARIABLE in os.environ:

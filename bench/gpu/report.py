@@ -1,4 +1,4 @@
-"""A run of ``make gpu`` as plain text, what was measured beside what was predicted; and what of it may be published."""
+"""A run of ``make gpu`` as plain text, with measured and predicted times; and the part of it that may be published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = Mapping[str, Any]
 
 
 def report(state: State, predictions: Mapping[str, Any] | None = None) -> str:
-    """The run as a page of text: no package is needed to print it."""
+    """The run as plain text. Printing it needs no other package."""
     predictions = gpu_predictions.load() if predictions is None else predictions
     lines = [f"{name}: {value}" for name, value in state["machine"].items()]
     lines += _stages(state) + _first(state) + _tests(state)
@@ -96,7 +96,7 @@ def _cell(cell: Mapping[str, Any], predicted: Mapping[str, Any]) -> list[str]:
 
 
 def _expected(name: str, cell: Mapping[str, Any], predicted: Mapping[str, Any]) -> Mapping[str, float]:
-    """Predicted microseconds of one way, by mode."""
+    """Predicted microseconds of one provider, by mode."""
     if cell.get("beams") and "beams_us" in predicted:
         return {GRAPH: predicted["beams_us"][int(name) - 1]}
     if name == OURS:
@@ -148,7 +148,7 @@ def _target(target: gpu_targets.Target, predicted: float | None) -> str:
 
 
 def refusal(state: State, backend: str) -> str | None:
-    """Why no figure of a backend may be published: something of it is red, or was not run to its end."""
+    """The reason why no figure of a backend may be published: a check failed or did not run to its end."""
     tests = state.get("tests") or {}
     if not (tests.get("complete") or {}).get(backend):
         return "its tests were not run to their end"
@@ -159,7 +159,7 @@ def refusal(state: State, backend: str) -> str | None:
 
 
 def backend_of(one: Mapping[str, Any]) -> str | None:
-    """The backend whose kernels a way of a cell has run; None for those of others."""
+    """The backend whose kernels a provider of a cell ran; None for other providers."""
     if one["name"] in BACKENDS:
         return one["name"]
     detail = one.get("detail") or ""
@@ -167,7 +167,7 @@ def backend_of(one: Mapping[str, Any]) -> str | None:
 
 
 def publishable(state: State) -> list[dict[str, Any]]:
-    """Cells without the ways that may not be published; without a way of ours a cell tells nothing."""
+    """Cells without the providers that may not be published. Cells without a provider of ours are dropped."""
     found = []
     for cell in state.get("cells", []):
         if cell.get("wrong") or (cell.get("beams") and refusal(state, BACKENDS[0])):
@@ -184,7 +184,7 @@ def publishable(state: State) -> list[dict[str, Any]]:
 
 
 def markdown(state: State) -> str:
-    """A table for the README, of what may be published, and why the rest may not."""
+    """A table for the README of the figures that may be published, and the reasons for the rest."""
     lines = [f"{backend}: {why}" for backend in BACKENDS if (why := refusal(state, backend))]
     lines = [f"<!-- not published: {'; '.join(lines)} -->"] if lines else []
     cells = [cell for cell in publishable(state) if not cell.get("beams")]

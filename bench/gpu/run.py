@@ -1,9 +1,9 @@
-"""On a machine with a GPU: builds, tries, tests and measures the GPU backends: ``make gpu``.
+"""On a machine with a GPU: builds, checks, tests and measures the GPU backends: ``make gpu``.
 
-Device time may be scarce, so what tells most comes first, and nothing that fails stops the rest. Each stage runs in
-processes of its own with a limit, and writes its result at once: a run that is cut off leaves what it found, and
---resume goes on with it. No network is needed; torch, triton, nvcc, pybind11, pytest and numpy are, as images of
-PyTorch for CUDA have them. --rehearse goes through all stages on the CPU, on small problems.
+Device time may be scarce, so the most informative stages come first, and a failure does not stop the others. Each stage
+runs in its own processes with a time limit, and writes its result at once. An interrupted run keeps its results, and
+--resume continues it. It needs no network. It needs torch, triton, nvcc, pybind11, pytest and numpy, which PyTorch
+images for CUDA contain. --rehearse runs all stages on the CPU, on small problems.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 BUDGET = 840  # seconds, all stages together
 
-# Needed, and what to do where one is missing.
+# Required packages, and what to install if one is missing.
 PACKAGES = {
-    "torch": "a PyTorch that was built for CUDA (2.10 or later)",
+    "torch": "a PyTorch built for CUDA (2.10 or later)",
     "numpy": "pip install numpy",
     "pytest": "pip install pytest",
     "setuptools": "pip install setuptools",
@@ -46,10 +46,10 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("build", 140, "the compiled modules, where those at hand do not serve"),
+    Stage("build", 140, "builds the compiled modules that do not work here yet"),
     Stage("first", 110, "first contact: every kernel once against the reference"),
     Stage("ceilings", 40, "bandwidth, arithmetic and launches of this device"),
-    Stage("targets", 100, "the cells of the benchmark that targets are about"),
+    Stage("targets", 100, "the cells of the benchmark that have targets"),
     Stage("cuda-tests", 170, "the test matrix on the CUDA kernels"),
     Stage("triton-tests", 200, "the test matrix on the Triton kernels"),
     Stage("cells", 200, "the other cells of the benchmark"),
@@ -59,7 +59,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 class Budget:
-    """What is left of the time, and how much of it a stage may take."""
+    """The remaining time, and the share that a stage may take."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock, self.start = seconds, clock, clock()
@@ -80,13 +80,13 @@ def missing() -> list[str]:
 
 
 def run_stage(stage: Stage, path: Path, state: dict[str, Any], machine: Machine, limit: float, seconds: float) -> None:
-    """Adds the result of a stage to the state. Whatever the stage raises is its result."""
+    """Adds the result of a stage to the state. If the stage raises an error, the error is the result."""
     folder = path.parent
     if stage.name in ("ceilings", "targets", "cells"):
         results.write_json(path, state)
         try:
             gpu_stages.measure(machine, path, limit, stage.name, seconds)
-        finally:  # the processes have written to the file
+        finally:  # the processes of the stage have changed the file
             state.clear()
             state.update(json.loads(path.read_text()))
         return
@@ -98,7 +98,7 @@ def run_stage(stage: Stage, path: Path, state: dict[str, Any], machine: Machine,
         "sanitizer": lambda: gpu_stages.sanitizer(machine, folder, limit),
     }
     found = work[stage.name]()
-    if stage.name.endswith("-tests"):  # each reads the outcomes of both
+    if stage.name.endswith("-tests"):  # each test stage reads the outcomes of both
         complete = (state.get("tests") or {}).get("complete") or {}
         complete = complete | {stage.name.removesuffix("-tests"): found["complete"]}
         state["tests"] = found | {"complete": complete}
@@ -109,7 +109,7 @@ def run_stage(stage: Stage, path: Path, state: dict[str, Any], machine: Machine,
 def go(
     path: Path, state: dict[str, Any], stages: Sequence[Stage], machine: Machine, options: argparse.Namespace
 ) -> int:
-    """Runs the stages one after the other, also after failures. Returns the exit status."""
+    """Runs the stages one after the other and continues after failures. Returns the exit status."""
     budget = Budget(options.budget)
     state["stages"] = state.get("stages") or {}
     for number, stage in enumerate(stages, 1):
@@ -126,7 +126,7 @@ def go(
             try:
                 run_stage(stage, path, state, machine, limit, options.seconds)
                 note["done"] = True
-            except Exception as error:  # the next stages have their turn
+            except Exception as error:  # the next stages still run
                 note["why"] = f"{type(error).__name__}: {error}"[:500]
         note["seconds"] = round(time.monotonic() - begin, 1)
         note["processor seconds"] = round(processor_seconds() - used, 1)
@@ -137,13 +137,13 @@ def go(
 
 
 def processor_seconds() -> float:
-    """Of all processes that were started here and have ended: what the host does for the device."""
+    """CPU time of all child processes that have ended: the host's work for the device."""
     used = os.times()
     return used.children_user + used.children_system
 
 
 def brief(stage: Stage, state: dict[str, Any]) -> str:
-    """The result of a stage in a few lines, if it has a short form."""
+    """The result of a stage in a few lines, if there is a short form."""
     if stage.name == "build" and (state.get("build") or {}).get("status"):
         outputs = [text for name, text in state["build"].items() if name.startswith("output")]
         return ": FAILED; the backends that it leaves are measured\n" + "\n".join(outputs)
@@ -201,21 +201,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "was cut off, with 2 if there is no GPU."
     ))  # fmt: skip
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default)s)")
-    parser.add_argument("--only", type=names, help="these stages, with commas: build,first,ceilings,targets")
-    parser.add_argument("--skip", type=names, default=[], help="all but these stages")
+    parser.add_argument("--only", type=names, help="run only these stages: build,first,ceilings,targets")
+    parser.add_argument("--skip", type=names, default=[], help="skip these stages")
     parser.add_argument(
         "--resume", nargs="?", type=Path, const=Path(), metavar="FILE",
-        help="go on with FILE, by default with that of today: stages that are done stay",
+        help="continue FILE (default: the file of today); finished stages are kept",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of one cell (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds for the rounds of one cell (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (bench/results)")
-    parser.add_argument("--file", type=Path, help="the result; else gpu-<device>-<date>.json in that folder")
+    parser.add_argument("--file", type=Path, help="result file; default: gpu-<device>-<date>.json in the output folder")
     parser.add_argument(
         "--rehearse",
         nargs="?",
         const="clean",
         choices=("clean", "faults"),
-        help="on the CPU, with kernels in the emulator; to build/gpu. faults: in each stage something fails",
+        help="run on the CPU with emulated kernels, output in build/gpu. faults: inject a failure into each stage",
     )
     options = parser.parse_args(arguments)
     for name in [*(options.only or []), *options.skip]:
@@ -225,9 +225,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def from_file(options: argparse.Namespace) -> int:
-    """What needs no GPU."""
+    """Runs the commands that need no GPU, plot and publish."""
     if options.file is None or not options.file.exists():
-        say(f"--only {options.only[0]} takes a result that is stored: --file bench/results/gpu-....json")
+        say(f"--only {options.only[0]} needs a stored result: --file bench/results/gpu-....json")
         return 2
     state = json.loads(options.file.read_text())
     if options.only == ["plot"]:
@@ -244,19 +244,19 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     if options.only in (["plot"], ["publish"]):
         return from_file(options)
     if lacking := missing():
-        say("needs packages that are not installed:\n  " + "\n  ".join(lacking))
+        say("required packages are not installed:\n  " + "\n  ".join(lacking))
         return 2
     if options.rehearse and machine is None:
         from . import rehearsal as gpu_rehearsal
 
-        # A build that hangs takes all its time, and leaves nothing for the other faults.
+        # A build that hangs uses up its time limit, so that the other faults could not run.
         faults = [fault for fault in gpu_rehearsal.FAULTS if options.rehearse == "faults" and fault != "build hangs"]
         machine = gpu_rehearsal.Rehearsal(faults)
         options.output = gpu_rehearsal.FOLDER if options.output == RESULTS else options.output
     machine = machine or Machine()
     name = machine.name()
     if name is None:
-        say("needs a CUDA device, and torch finds none here; make cuda-check checks the kernels without one")
+        say("needs a CUDA device, but torch finds none; make cuda-check checks the kernels without a GPU")
         return 2
     from . import device as gpu_device
 
@@ -272,9 +272,9 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
             if outcomes.exists() and before.parent.resolve() != path.parent.resolve():
                 shutil.copy(outcomes, path.with_name(outcomes.name))
         else:
-            say(f"nothing to go on with: {results.shown(before)} does not exist")
+            say(f"cannot resume: {results.shown(before)} does not exist")
     else:
-        if options.only and path.exists():  # some stages of what is stored, anew
+        if options.only and path.exists():  # run some stages of the stored result again
             state = json.loads(path.read_text())
         forget(path, state, options.only or NAMES)
     stages = [s for s in STAGES if (not options.only or s.name in options.only) and s.name not in options.skip]
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
 
 
 def forget(path: Path, state: dict[str, Any], stages: Sequence[str]) -> None:
-    """Takes what these stages have found out of the state, and the outcomes of their tests out of the file of those."""
+    """Removes the results of these stages from the state, and the outcomes of their tests from the outcomes file."""
     keys = {"targets": "cells", "cuda-tests": "", "triton-tests": ""}
     for name in stages:
         (state.get("stages") or {}).pop(name, None)

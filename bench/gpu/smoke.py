@@ -1,6 +1,6 @@
-"""Every op on GPU backends, forward and backward, once, on small shapes: what compute-sanitizer watches.
+"""Runs every op once on GPU backends, forward and backward, on small shapes. compute-sanitizer runs this program.
 
-``python -m bench.gpu.smoke cuda triton`` names the backends.
+The arguments are the backends: ``python -m bench.gpu.smoke cuda triton``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 
 import attn_kernels
 
-# Tiles that are full, that are not, a decode step, beams, and fewer steps than any tile has.
+# A decode step, beams, partial tiles, full tiles, and fewer steps than in any tile.
 SHAPES = ((2, 1, 130, 64, 64), (2, 5, 33, 36, 20), (3, 33, 40, 48, 48), (1, 20, 7, 17, 9))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def run(device: str, backends: list[str]) -> int:
-    """The number of calls."""
+    """Returns the number of calls."""
     calls = 0
     generator = torch.Generator().manual_seed(0)
     for backend in backends:

@@ -1,4 +1,4 @@
-"""The stages of ``make gpu``: each runs processes of its own under a limit, and whatever they do, leaves a result."""
+"""The stages of ``make gpu``. Each runs its own processes under a time limit and stores a result in every case."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from . import measure as gpu_measure
 from . import outcomes as gpu_outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
-# What compiles for other devices, or is about the tools themselves, tells nothing of this GPU.
+# Tests that compile for other devices, or that test the tools themselves, say nothing about this GPU.
 NOT_ON_GPU = ("triton_aot", "triton_hip", "cuda_check", "cuda_kernels", "gpu_bench", "gpu_rehearsal", "devices", "cpp")
 NOT_ON_GPU += ("bench", "sweep", "limits", "g2p", "backends", "readme", "environment_report")
-TEST_SECONDS = 60  # of one test
-TEST_WORKERS = 14  # they share the device, and compile and compare on the host
-TEST_ROUNDS = 5  # starts of pytest: a test that takes its process along leaves others that had no turn
+TEST_SECONDS = 60  # time limit of one test
+TEST_WORKERS = 14  # they share the device; compilation and comparison run on the host
+TEST_ROUNDS = 5  # maximum starts of pytest: a test that kills its process leaves other tests that did not run
 MEASURING_ROUNDS = 8
 KERNELS = "attn4cuda"  # in the mangled name of every kernel in namespace attn::cuda
 
@@ -45,12 +45,12 @@ def run_limited(
     environment: dict[str, str] | None = None,
     stuck: Callable[[], str | None] = lambda: None,
 ) -> Outcome:
-    """Runs a command with all that it starts. All of that is stopped when the time is over, or when it is stuck."""
+    """Runs a command. It and its child processes are stopped when the time is over or when it is stuck."""
     if seconds <= 0:
         return Outcome(None, "no time was left")
     end = time.monotonic() + seconds
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe would be full before it is read
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe could fill up before it is read
         process = subprocess.Popen(
             list(command), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, **(environment or {})}, start_new_session=True,
@@ -70,12 +70,12 @@ def run_limited(
 
 
 class Machine:
-    """What the stages run, and on which device. A rehearsal has another one (bench/gpu/rehearsal.py)."""
+    """The programs that the stages run, and their device. A rehearsal replaces it (bench/gpu/rehearsal.py)."""
 
     device = "cuda"
     tests = ROOT / "tests"
     test_seconds: float = TEST_SECONDS
-    most: Mapping[str, float] = MappingProxyType({})  # seconds of a stage, where they are less than usual
+    most: Mapping[str, float] = MappingProxyType({})  # reduced time limits in seconds, by stage
 
     def name(self) -> str | None:
         import torch
@@ -86,7 +86,7 @@ class Machine:
         return [sys.executable, "-m", name]
 
     def lacking(self) -> dict[str, str]:
-        """The compiled modules that do not serve here, with the reason; asked in a process of its own."""
+        """The compiled modules that do not work here, with the reason; found in a separate process."""
         outcome = run_limited([sys.executable, "-c", LACKING], 60)
         try:
             return json.loads(outcome.text.splitlines()[-1])
@@ -94,7 +94,7 @@ class Machine:
             return dict.fromkeys(("_C", "_C_cuda"), outcome.text.strip()[-300:])
 
     def build(self, module: str) -> tuple[list[str], dict[str, str]]:
-        """The command that builds a module in place, and its environment: for this device alone, by all processors."""
+        """The command that builds a module in place, and its environment: only for this device, on all processors."""
         import torch
 
         major, minor = torch.cuda.get_device_capability()
@@ -102,7 +102,7 @@ class Machine:
             "ATTN_KERNELS_CPU": "0" if module == "_C_cuda" else "1",
             "ATTN_KERNELS_CUDA": "1" if module == "_C_cuda" else "0",
             "ATTN_KERNELS_CUDA_ARCHITECTURES": f"{major}{minor}",
-            # One source with many kernels takes minutes; nvcc can divide it among the processors.
+            # A source with many kernels takes minutes; nvcc can split its compilation over the processors.
             "NVCC_APPEND_FLAGS": f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --split-compile=0".strip(),
         }
         folder = ROOT / "build" / "gpu" / module
@@ -131,7 +131,7 @@ print(json.dumps(reasons))
 
 
 def build(machine: Machine, folder: Path, seconds: float) -> dict[str, Any]:
-    """The compiled modules that serve stay; those that do not are built, both at once."""
+    """Keeps the compiled modules that work and builds the others, in parallel."""
     start = time.monotonic()
     lacking = machine.lacking()
     if not lacking:
@@ -159,13 +159,13 @@ def first_contact(machine: Machine, folder: Path, seconds: float) -> dict[str, A
 
 
 def run_tests(machine: Machine, folder: Path, seconds: float, backend: str) -> dict[str, Any]:
-    """Runs the tests of one backend, and reads the outcomes of all that have run so far."""
+    """Runs the tests of one backend, and reads the outcomes of all tests so far."""
     end = time.monotonic() + seconds
     path = folder / "tests.jsonl"
     chosen = {"cuda": "cuda and not triton", "triton": "triton"}[backend]
     names = sorted(machine.tests.glob("test_*.py"))
     if importlib.util.find_spec("hypothesis") is None:
-        names = [name for name in names if name.name != "test_fuzz.py"]  # it cannot even be read without
+        names = [name for name in names if name.name != "test_fuzz.py"]  # its import fails without hypothesis
     tests = [str(name) for name in names if name.stem.removeprefix("test_") not in NOT_ON_GPU]
     command = [*machine.module("pytest"), "-q", "-p", "bench.gpu.outcomes", "-k", chosen, "-m", "not slow"]
     command += ["--tb=short", "-p", "no:cacheprovider", f"--rootdir={machine.tests.parent}"]
@@ -174,7 +174,7 @@ def run_tests(machine: Machine, folder: Path, seconds: float, backend: str) -> d
     complete, text = False, ""
     for _ in range(TEST_ROUNDS):
         done = folder / "tests-done.txt"
-        # A test that began and did not end took its process along: it is not tried again.
+        # A test that began and did not end killed its process: it is not run again.
         done.write_text("".join(f"{one['test']}\n" for one in gpu_outcomes.read(path) if not gpu_outcomes.lost(one)))
         environment = {
             gpu_outcomes.VARIABLE: str(path),
@@ -200,7 +200,7 @@ def run_tests(machine: Machine, folder: Path, seconds: float, backend: str) -> d
 
 
 def measure(machine: Machine, path: Path, seconds: float, what: str, cell_seconds: float) -> None:
-    """In processes of their own: one that dies, or that a kernel holds, is followed by the next one."""
+    """Measures in child processes: after one that dies or hangs in a kernel, the next one continues."""
     until = time.monotonic() + seconds
     for _ in range(MEASURING_ROUNDS):
         left = until - time.monotonic()
@@ -221,16 +221,16 @@ def measure(machine: Machine, path: Path, seconds: float, what: str, cell_second
 
 
 def sanitizer(machine: Machine, folder: Path, seconds: float) -> dict[str, str]:
-    """The last lines of memcheck and racecheck on our CUDA kernels; why not, where the tool is missing."""
+    """The last lines of memcheck and racecheck on our CUDA kernels, or the reason if the tool is missing."""
     tool = machine.find("compute-sanitizer")
     if tool is None:
         return {"memcheck": "not run: compute-sanitizer was not found", "racecheck": "not run"}
-    # PyTorch's own kernels, which make the inputs, are not watched where the tool can leave them out.
+    # PyTorch's own kernels, which make the inputs, are excluded if the tool supports this.
     known = run_limited([tool, "--help"], 20).text
     only = ["--kernel-name", f"kernel_substring={KERNELS}"] if "--kernel-name" in known else []
     found, end = {}, time.monotonic() + seconds
     for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
-        # Without PyTorch's cache every tensor is an allocation of its own, whose ends are watched.
+        # Without PyTorch's cache every tensor is a separate allocation, whose bounds the tool checks.
         outcome = run_limited(
             [tool, "--tool", check, *only, "--error-exitcode", "9", *machine.module("bench.gpu.smoke"), "cuda"],
             share * (end - time.monotonic()),

@@ -1,4 +1,4 @@
-"""What the kernels aim at, each beside what was measured."""
+"""The performance targets of the kernels, with the measured values."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ON_AN_H100 = "aimed at on an H100"
 class Target(NamedTuple):
     what: str
     cell: str
-    measured: float | None  # None where nothing was
+    measured: float | None  # None if nothing was measured
     aim: float
-    at_least: bool  # or at most
+    at_least: bool  # True: measured must be at least the aim; False: at most
     unit: str
 
     @property
@@ -29,7 +29,7 @@ class Target(NamedTuple):
 
 
 def evaluate(state: Mapping[str, Any]) -> list[Target]:
-    """All targets that the cells of a run can judge; rates of pairs are those stated for an H100."""
+    """All targets that the cells of a run can evaluate; the target rates of pairs are for an H100."""
     cells = [cell for cell in state.get("cells", []) if cell.get("ways") and "op" in cell]
     copy = (state.get("ceilings") or {}).get("copy_bytes_per_s")
     found: list[Target] = []
@@ -71,13 +71,13 @@ def _training(cell: Mapping[str, Any], label: str) -> Iterable[Target]:
         "training: time of torch.compile / ours", label, _ratio(cell, "torch.compile", LAUNCHED), 3.0, True, "x"
     )
     memory = way(cell, OURS).get("memory_mb")
-    # Results and gradients are about as large as the inputs, and float32 scores and sums come on top.
+    # Results and gradients are about as large as the inputs; float32 scores and sums are additional.
     share = memory / cell["inputs_mb"] if memory else None
     yield Target("training: peak memory / inputs", label, share, 4.0, False, "x")
 
 
 def _rates(cells: list[Mapping[str, Any]]) -> Iterable[Target]:
-    """Pairs a second of the scores and of their gradients; the latter take what training has beyond the forward."""
+    """Pairs per second of the scores and of their gradients. Time of gradients: training time minus forward time."""
     us = {
         passes: _us(cell, OURS, GRAPH)
         for cell in cells
@@ -104,6 +104,6 @@ def _us(cell: Mapping[str, Any], name: str, mode: str) -> float | None:
 
 
 def _ratio(cell: Mapping[str, Any], name: str, mode: str) -> float | None:
-    """Within rounds where both have that mode; launched by the host where a graph could not be made."""
+    """The ratio per round if both have that mode; else the ratio of calls launched by the host."""
     ratios = way(cell, name).get("times_ours", {})
     return (ratios.get(mode) or ratios.get(LAUNCHED) or {}).get("median")

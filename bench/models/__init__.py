@@ -1,1 +1,1 @@
-"""Benchmarks of what is above the ops: Seq2Seq, memories, patched and fused models."""
+"""Benchmarks of features built on the ops: Seq2Seq, memories, patched and fused models."""

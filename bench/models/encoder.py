@@ -1,8 +1,8 @@
 """Times encoders on sentences of different lengths, alone and in training: ``python -m bench.models.encoder --help``.
 
-The layers are bidirectional, forward and backward, with lengths uniform in 1..S and in S/2..S. Packed:
-``pack_padded_sequence`` and the layer. Padded: the layer alone, which computes the padding, too, and other results: a
-bound.
+It times forward and backward of bidirectional layers, with lengths uniform in 1..S and in S/2..S. Packed:
+``pack_padded_sequence`` and the layer. Padded: only the layer. It also computes the padding and gives other results, so
+it is only a bound.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .loop import QUICK, SHAPES, VOCABULARY, Shape, make_data, ragged_lengths, t
 app = application()
 
 PACKED, PADDED, OURS = "packed", "padded", "ours"
-TOLERANCE = 1e-4  # of results and gradients in float32, relative to their largest element
+TOLERANCE = 1e-4  # for results and gradients in float32, relative to their largest element
 Gradients = dict[str, Tensor]
 
 
 def encodings(encoder: Encoder, lengths: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Inputs to outputs, in each way."""
+    """For each implementation, a function from inputs to outputs."""
 
     def packed(x: Tensor) -> Tensor:
         rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
@@ -76,20 +76,20 @@ def measure_alone(
 def measure_training(
     cell: str, shape: Shape, least: float, size: int, device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """The decoder is the loop in both."""
+    """Times a training step with each encoder. All models have the decoder loop."""
     source, _, target = make_data(shape, device)
     calls: dict[str, Any] = {}
     for name in (PACKED, OURS):
         torch.manual_seed(0)
         model = Seq2Seq(VOCABULARY, VOCABULARY, size, size, size, cell=cell).to(device)
         if name == PACKED:
-            model.encoder.rnn.register_forward_hook(_look)  # a layer with a hook is called, with packed inputs
+            model.encoder.rnn.register_forward_hook(_look)  # with a hook, the layer gets packed inputs
         calls[name] = training_step(model, (source, ragged_lengths(shape, least), target))
     return row("training step", cell, shape, least, timed(calls, device, seconds))
 
 
 def _look(module: nn.Module, arguments: Any, result: Any) -> None:
-    """A hook that changes nothing."""
+    """A forward hook that changes nothing."""
 
 
 def timed(calls: dict[str, Any], device: torch.device, seconds: float) -> timing.Samples:
@@ -118,8 +118,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 @app.command()
 def main(
-    size: Annotated[int, typer.Option(min=1, help="Of embedding, states and attention.")] = 256,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 10.0,
+    size: Annotated[int, typer.Option(min=1, help="Size of embedding, states and attention.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the table.")] = 10.0,
     threads: ThreadsOption = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     allocator: AllocatorOption = Allocator.reuse,

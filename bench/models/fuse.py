@@ -1,7 +1,7 @@
-"""fuse(model) on attention as people write it: ``python -m bench.models.fuse --help``.
+"""fuse(model) on attention in typical user code: ``python -m bench.models.fuse --help``.
 
-Steps of decoders and whole modules, in plain PyTorch, by ``fuse`` and by torch.compile, in turn. Times are CPU times of
-one thread, so that other work on the machine counts less.
+It times decoder steps and whole modules in three variants, in turns: plain PyTorch, ``fuse`` and torch.compile. Times
+are CPU times of one thread, so that other load on the machine has less effect.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ app = application()
 
 ORIGINAL, FUSED, COMPILED = "original", "fused", "torch.compile"
 STEPS = 30
-SHORTEST_SAMPLE = 0.05  # seconds: the steps of a decoder follow each other, one way's at a time
-TOLERANCE = 1e-4  # of results, relative to their largest element
+SHORTEST_SAMPLE = 0.05  # seconds: a sample has consecutive decoder steps of one variant
+TOLERANCE = 1e-4  # for results, relative to their largest element
 
 
 class JoinedAttention(nn.Module):
-    """State and memory joined, one layer for both, weights returned: the best-known translation tutorial's form."""
+    """State and memory concatenated, one layer for both, returns weights: as in the best-known translation tutorial."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class JoinedAttention(nn.Module):
 
 
 class TranslationStep(nn.Module):
-    """Alignments of a module, summed by its caller; the memory is time-major."""
+    """A module returns alignments, and its caller computes the context; the memory is time-major."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class TranslationStep(nn.Module):
 
 
 class RecognitionCell(nn.Module):
-    """Attention and LSTM cell of a reader of text in images; the keys are projected in each step."""
+    """Attention and LSTM cell of a text recognition model; each step projects the keys."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class RecognitionCell(nn.Module):
 
 
 class CaptionStep(nn.Module):
-    """Regions of an image, products and sums."""
+    """Image captioning: attention over image regions, written with products and sums."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class CaptionStep(nn.Module):
 
 
 class Pointer(nn.Module):
-    """All queries against all places, the pairs written out."""
+    """A pointer network: all queries against all positions, with an explicit tensor of pairs."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Pointer(nn.Module):
 
 
 class GeneralStep(nn.Module):
-    """The state times the projected memory: no tanh."""
+    """Dot product of the state and the projected memory, without tanh."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class GeneralStep(nn.Module):
 
 
 class Bag(nn.Module):
-    """Pooling of a bag of instances. It has no query: nothing is gained, and it must not become slower."""
+    """Attention pooling of a bag of instances, without a query: fusing gains nothing and must not make it slower."""
 
     def __init__(self, state: int, memory: int, units: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Bag(nn.Module):
         return (F.softmax(self.attention(memory), 1) * memory).sum(1)
 
 
-# name, class, B, Tq (0: one query in two axes), Tk, A, memory, time-major
+# name, class, B, Tq (0: one query, as a 2-D tensor), Tk, A, memory, time-major
 CASES: tuple[tuple[str, type[nn.Module], int, int, int, int, int, bool], ...] = (
     ("translation", TranslationStep, 128, 0, 40, 512, 1024, True),
     ("text in images", RecognitionCell, 192, 0, 26, 256, 256, False),
@@ -132,7 +132,7 @@ CASES: tuple[tuple[str, type[nn.Module], int, int, int, int, int, bool], ...] = 
 
 
 class Problem:
-    """A module: original, fused and compiled; and arguments for some steps on one memory."""
+    """A module (original, fused and compiled) and arguments for several steps on one memory."""
 
     def __init__(self, case: tuple[str, type[nn.Module], int, int, int, int, int, bool]) -> None:
         self.name, cls, batch, queries, steps, units, memory, time_major = case
@@ -149,7 +149,7 @@ class Problem:
         self.is_step = queries == 0
 
     def forward(self, variant: str) -> Callable[[], Tensor]:
-        """A step on the memory that the step before had, too."""
+        """One step, on the same memory as the previous step."""
         model, turn = self.models[variant], iter(range(1 << 60))
 
         def call() -> Tensor:
@@ -159,7 +159,7 @@ class Problem:
         return call
 
     def training(self, variant: str) -> Callable[[], Tensor]:
-        """Forward and backward over the steps of a sentence, whose memory is a new one each time."""
+        """Forward and backward over the steps of a sentence; each call has a new memory."""
         model, steps = self.models[variant], STEPS if self.is_step else 1
 
         def call() -> Tensor:
@@ -179,7 +179,7 @@ def measure(problem: Problem, passes: str, seconds: float, compiled: bool) -> di
     calls = {variant: make(variant) for variant in variants}
     expected = calls[ORIGINAL]()
     for variant in variants[1:]:
-        for _ in range(8 if variant == FUSED else 1):  # captured, compared, timed
+        for _ in range(8 if variant == FUSED else 1):  # the fused module captures, compares and times the call
             make(variant)()
         error = ((make(variant)() - expected).abs().max() / expected.abs().max()).item()
         if not error <= TOLERANCE:
@@ -235,7 +235,7 @@ TITLES = {
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/fuse.md: a line for each case."""
+    """The table of docs/fuse.md: one row for each case."""
     lines = [
         f"| | (B,Tq,Tk,A,M) | forward, ms | {ORIGINAL} | {COMPILED} | training, ms | {ORIGINAL} | {COMPILED} | MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -260,15 +260,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 @app.command()
 def main(
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 8.0,
-    only: Annotated[list[str] | None, typer.Option(help="Cases, by name; all without.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the table.")] = 8.0,
+    only: Annotated[list[str] | None, typer.Option(help="Names of cases; default: all.")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile, too.")] = True,
-    published: Annotated[bool, typer.Option("--markdown", help="Measure nothing: the table of docs/fuse.md.")] = False,
+    published: Annotated[bool, typer.Option("--markdown", help="Only print the table of docs/fuse.md.")] = False,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Times modules as they are, fused and by torch.compile, on one thread of the CPU, in about ten minutes; most of
-    that is torch.compile. A JSON file and, of all cases, a plot.
+    """Times modules in plain PyTorch, fused and with torch.compile, on one thread of the CPU. This takes about ten
+    minutes, most of it for torch.compile. It writes a JSON file and, if all cases run, a plot.
     """
     path = output / "fuse-cpu.json"
     if published:
@@ -294,7 +294,7 @@ def main(
     for row in rows:
         if row["case"] == "small":
             added = row["added us"]["median"] / row["steps"]
-            console.print(f"A small call takes {added:+.1f} us ({row['passes']}) beside the original.")
+            console.print(f"A small call takes {added:+.1f} us ({row['passes']}) compared with the original.")
 
 
 if __name__ == "__main__":

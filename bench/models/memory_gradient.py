@@ -1,7 +1,7 @@
-"""Times what decoding steps share with each other: ``python -m bench.models.memory_gradient --help``.
+"""Times the work that decoding steps share: ``python -m bench.models.memory_gradient --help``.
 
-The backward of many steps on one memory, whose gradients are made once for all of them, against a gradient per step and
-against eager; and a step of five beams, which read the memory once, against a step of one.
+First, the backward of many steps on one memory: the gradient of the memory is computed once for all steps, or once per
+step, or by eager. Second, a step of five beams, which reads the memory once, against a step of one beam.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..machine import Allocator
 EAGER, DENSE, DEFERRED = "eager", "gradient per step", "gathered"
 STEPS = 50
 BACKWARD_SHAPES = ((64, 50, 512), (64, 200, 512), (16, 200, 256), (1, 200, 512))  # B, Tk, A = D
-BEAM_SHAPES = ((8, 200, 512), (64, 50, 512), (1, 200, 512), (64, 200, 1024))  # the last is beyond the caches
+BEAM_SHAPES = ((8, 200, 512), (64, 50, 512), (1, 200, 512), (64, 200, 1024))  # the last one exceeds the caches
 BEAMS = 5
-TOLERANCE = 1e-4  # of gradients, relative to their largest element
+TOLERANCE = 1e-4  # for gradients, relative to their largest element
 
 
 class Steps:
-    """A decode loop's attention: T queries, one after the other, on one memory. A = D."""
+    """The attention of a decode loop: T queries, one after the other, on one memory. A = D."""
 
     def __init__(self, batch: int, source: int, units: int, steps: int = STEPS) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ class Steps:
         return torch.stack(contexts)
 
     def backward(self, variant: str) -> Callable[[], tuple[Tensor, ...]]:
-        """The backward alone: the graph is made once and kept."""
+        """Returns a call of the backward alone: the graph is built once and retained."""
         contexts = self.forward(variant)
         leaves = (self.queries, self.keys, self.values, self.v)
         return lambda: torch.autograd.grad(contexts, leaves, self.gradient, retain_graph=True)
@@ -71,7 +71,7 @@ class Steps:
 
 
 def measure_backward(shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
-    """Backward alone and with the forward, each of all steps."""
+    """Times the backward alone and with the forward, each over all steps."""
     steps = Steps(*shape)
     expected = steps.backward(EAGER)()
     for variant in (DENSE, DEFERRED):
@@ -90,7 +90,7 @@ def measure_backward(shape: tuple[int, int, int], seconds: float) -> list[dict[s
 
 
 def measure_beams(shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
-    """A step of one query a sentence and one of several, on prepared keys, without gradients."""
+    """Times a step with one query per sentence and a step with several, on prepared keys, without gradients."""
     batch, source, units = shape
     steps = Steps(batch, source, units, BEAMS)
     queries = steps.queries.detach().transpose(0, 1).contiguous()  # (B, K, A)

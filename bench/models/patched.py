@@ -1,7 +1,7 @@
 """patch(model) on models of other libraries: ``make swap``, ``python -m bench.models.patched --help``.
 
-The demonstration is arabic-diacritizer with its own weights: real sentences, each character attending to all others.
-Then JoeyNMT's and ESPnet's recurrent decoders, of which only the shape of a step matters: with random weights.
+The first model is arabic-diacritizer with its own weights on real sentences: each character attends to all others. Then
+follow the recurrent decoders of JoeyNMT and ESPnet with random weights, as only the shape of a step matters there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Variant(str, Enum):
 
 
 class Missing(Exception):
-    """Why a case cannot run: a library is not installed, or ``patch`` does not replace its class."""
+    """A case cannot run: a library is not installed, or ``patch`` does not replace its class."""
 
 
 # arabic-diacritizer ---------------------------------------------------------------------------------------------------
@@ -58,21 +58,21 @@ def diacritizer(variant: str) -> Any:
 
 
 def sentences() -> list[str]:
-    """Sentences, without diacritics, from the dictionary that the package ships."""
+    """Sentences without diacritics, from the dictionary in the package."""
     folder = _library("diacritize.config", "arabic-diacritizer").DATA_DIR
     with gzip.open(folder / "word_cache.json.gz", "rt", encoding="utf-8") as file:
         return list(json.load(file)["sentences"])
 
 
 def choose_sentences(every: list[str], count: int, longest: int = 200) -> list[str]:
-    """``count`` of them, evenly spread, of 20 to ``longest`` characters."""
+    """Selects ``count`` evenly spaced sentences of 20 to ``longest`` characters."""
     fit = [sentence for sentence in every if 20 <= len(sentence) <= longest]
     step = max(1, len(fit) // count)
     return fit[::step][:count]
 
 
 def text_of(every: list[str], length: int) -> str:
-    """As many characters of running text, sentence after sentence."""
+    """Joins sentences to a text of ``length`` characters."""
     text = ""
     for sentence in every[len(every) // 2 :]:
         text += sentence + " "
@@ -82,7 +82,7 @@ def text_of(every: list[str], length: int) -> str:
 
 
 def compare_diacritics(count: int) -> dict[str, int]:
-    """How many sentences get the same diacritics from both."""
+    """Counts the sentences that get the same diacritics from the original and the patched model."""
     original, patched = diacritizer(ORIGINAL), diacritizer(PATCHED)
     chosen = choose_sentences(sentences(), count)
     same = sum(
@@ -94,7 +94,7 @@ def compare_diacritics(count: int) -> dict[str, int]:
 
 @app.command(hidden=True)
 def child(variant: Variant, length: int, seconds: float, allocator: Allocator) -> None:
-    """One variant at one length, in a process of its own: prints a line of JSON."""
+    """Measures one variant at one length in a separate process: prints a line of JSON."""
     torch.set_num_threads(1)
     machine.set_allocator(allocator)
     model, text = diacritizer(variant.value), text_of(sentences(), length)
@@ -111,7 +111,7 @@ def child(variant: Variant, length: int, seconds: float, allocator: Allocator) -
 
 
 def measure_diacritizer(length: int, seconds: float, allocator: Allocator) -> dict[str, Any]:
-    """Original and patched take turns, twice; the best time of each counts."""
+    """Times original and patched in turns, twice each; the best time of each counts."""
     best: dict[str, dict[str, Any]] = {}
     for variant in (ORIGINAL, PATCHED, PATCHED, ORIGINAL):
         command = [
@@ -143,12 +143,12 @@ def measure_diacritizer(length: int, seconds: float, allocator: Allocator) -> di
 
 
 def joeynmt_calls(kind: str) -> dict[str, Callable[[], Tensor]]:
-    """A recurrent decoder of 512 units on 16 sentences of 50 steps, of which a vocabulary of 2000 is searched."""
+    """Search with a recurrent decoder: 512 units, 16 sentences of 50 steps, a vocabulary of 2000."""
     for name, attribute in (
         ("torch.utils.tensorboard", "SummaryWriter"),
         ("joeynmt.vocabulary", "Vocabulary"),
         ("joeynmt.batch", "Batch"),
-    ):  # which its search module names in annotations, and which need packages of their own
+    ):  # its search module needs these for annotations only, and they need further packages
         if importlib.util.find_spec("joeynmt") is not None and name not in sys.modules:
             stub = types.ModuleType(name)
             setattr(stub, attribute, object)
@@ -196,10 +196,10 @@ def joeynmt_calls(kind: str) -> dict[str, Callable[[], Tensor]]:
 
 
 def espnet_calls(attention: str) -> dict[str, Callable[[], Tensor]]:
-    """A training step of its decoder of 320 units: 16 utterances of 200 frames, 50 characters."""
+    """A training step of ESPnet's decoder: 320 units, 16 utterances of 200 frames, 50 characters."""
     attentions = _library("espnet.nets.pytorch_backend.rnn.attentions", "ESPnet")
     decoder = _library("espnet.nets.pytorch_backend.rnn.decoders", "ESPnet").Decoder
-    logging.disable(logging.WARNING)  # it warns in every step that it cannot be traced
+    logging.disable(logging.WARNING)  # ESPnet warns in every step that the module cannot be traced
     batch, frames, size, steps, vocabulary = 16, 200, 320, 50, 50
     sizes = (size, size, size, 10, 100) if attention == "AttLoc" else (size, size, size)
     torch.manual_seed(0)
@@ -232,7 +232,7 @@ DECODERS: dict[str, Callable[[], dict[str, Callable[[], Tensor]]]] = {
 
 
 def measure_decoder(name: str, seconds: float) -> dict[str, Any]:
-    """Original and patched in turns; the results must be alike before they are timed."""
+    """Times original and patched in turns, after a check that their results agree."""
     try:
         calls = DECODERS[name]()
     except Missing as error:
@@ -251,7 +251,7 @@ def measure_decoder(name: str, seconds: float) -> dict[str, Any]:
 
 
 def alike(got: Tensor, expected: Tensor) -> bool:
-    """Tokens must be equal, gradients to within the rounding of many steps."""
+    """Whether tokens are equal, or gradients agree within the rounding errors of many steps."""
     if not expected.is_floating_point():
         return torch.equal(got, expected)
     return torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
@@ -300,13 +300,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    seconds: Annotated[float, typer.Option(min=0, help="For each row of the tables.")] = 12.0,
-    count: Annotated[int, typer.Option(min=1, help="Sentences whose diacritics are compared.")] = SENTENCES,
-    length: Annotated[list[int] | None, typer.Option(min=1, help="Characters; several times for several.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds for each row of the tables.")] = 12.0,
+    count: Annotated[int, typer.Option(min=1, help="Number of sentences whose diacritics are compared.")] = SENTENCES,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Number of characters; may be repeated.")] = None,
     allocator: AllocatorOption = Allocator.default,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Original against patched, one thread: arabic-diacritizer end to end, then JoeyNMT's and ESPnet's decoders."""
+    """Times original against patched on one thread: all of arabic-diacritizer, then JoeyNMT's and ESPnet's decoders."""
     if context.invoked_subcommand is not None:
         return
     start = time.perf_counter()

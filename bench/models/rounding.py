@@ -1,7 +1,7 @@
 """The effect of bfloat16 weights on the results of searches: ``python -m bench.models.rounding --help``.
 
-A small model is trained on letters and phonemes, as in examples/pronunciation.py, and searches words that it has not
-seen, with its weights as they are and rounded.
+A small model is trained on letters and phonemes, as in examples/pronunciation.py. It then searches unseen words with
+float32 weights and with rounded weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..machine import Allocator
 
 app = application()
 
-LONGEST = 9  # letters of a word
+LONGEST = 9  # maximum number of letters in a word
 
 
 def train(task: tasks.Task, size: int, steps: int) -> Seq2Seq:
@@ -39,7 +39,7 @@ def train(task: tasks.Task, size: int, steps: int) -> Seq2Seq:
 def search(
     model: Seq2Seq, words: list[str], vocabulary: data.Vocabulary, beam_size: int, dtype: torch.dtype | None
 ) -> list[Hypothesis]:
-    """The best hypothesis of each word."""
+    """Returns the best hypothesis of each word."""
     found = []
     count = MAX_ROWS // beam_size
     for begin in range(0, len(words), count):
@@ -85,12 +85,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 @app.command()
 def main(
-    size: Annotated[int, typer.Option(min=2, help="Of states and attention.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Of training, 64 words each.")] = 1000,
+    size: Annotated[int, typer.Option(min=2, help="Size of states and attention.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 words each.")] = 1000,
     words: Annotated[int, typer.Option(min=1, help="That are searched.")] = 2000,
     output: OutputOption = results.LOCAL,
 ) -> None:
-    """Compares the hypotheses of a trained model with those of the same model whose weights are in bfloat16."""
+    """Compares the hypotheses of a trained model with float32 weights and with bfloat16 weights."""
     run = Run(1, Allocator.default)
     torch.manual_seed(0)
     task = tasks.load(tasks.CMUDICT)

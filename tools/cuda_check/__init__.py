@@ -1,1 +1,1 @@
-"""GPU kernels compiled without a GPU, their machine code checked: ``python -m tools.cuda_check``."""
+"""Compiles the GPU kernels without a GPU and checks their machine code: ``python -m tools.cuda_check``."""

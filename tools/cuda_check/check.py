@@ -1,7 +1,8 @@
 """Compiles every GPU kernel without a GPU and checks the machine code: ``make cuda-check``.
 
-CUDA C++ is compiled by nvcc alone, Triton ahead of time by the cases of tests/test_triton_aot.py. What must hold is in
-``cuda_rules.py``; from the counts of the loops ``roofline.py`` predicts the time of each standard shape on an H100.
+nvcc compiles CUDA C++. The cases of tests/test_triton_aot.py compile Triton kernels ahead of time. The requirements are
+in ``rules.py``. ``roofline.py`` predicts the time of each standard shape on an H100 from the instruction counts of the
+loops.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def sources(folder: Path = ROOT / "csrc" / "cuda") -> list[Path]:
 
 
 def examine_cuda(source: Path, target: str, compiler: Path, cache: Path, version: str) -> list[Finding]:
-    """The kernels of a source; raises RuntimeError where it does not compile."""
+    """The findings for the kernels of a source file; raises RuntimeError if it does not compile."""
     compiled = nvcc.compile(source, target, compiler, cache, version)
     if compiled.cubin is None:
         raise RuntimeError(f"{source.name} for {target}: nvcc failed\n{compiled.failure}")
@@ -78,7 +79,7 @@ def examine_cuda(source: Path, target: str, compiler: Path, cache: Path, version
 
 
 def triton_cases() -> list[str]:
-    """The names of the cases that the ahead-of-time tests have; none where there is no Triton."""
+    """The names of the cases of the ahead-of-time tests; empty without Triton."""
     if importlib.util.find_spec("triton") is None or not AOT.exists():
         return []
     specification = importlib.util.spec_from_file_location("attn_kernels_triton_aot", AOT)
@@ -88,7 +89,7 @@ def triton_cases() -> list[str]:
 
 
 def examine_triton(case: str, targets: Iterable[str], cache: Path) -> list[Finding]:
-    """The kernels of one case: each in a process of its own, as the tests do it, and with a cache that stays."""
+    """The findings for the kernels of one case. As in the tests, a separate process compiles it; the cache persists."""
     kept = cache / f"triton-{case}-{_triton_fingerprint()}.json"
     if not kept.exists():
         printed = _compile_triton(case, cache)
@@ -100,7 +101,7 @@ def examine_triton(case: str, targets: Iterable[str], cache: Path) -> list[Findi
 
 
 def _triton_fingerprint() -> str:
-    """Changes with anything the machine code of the Triton kernels depends on."""
+    """A digest of everything that the machine code of the Triton kernels depends on."""
     digest = hashlib.sha256(importlib.metadata.version("triton").encode())
     for path in [AOT, *sorted((ROOT / "attn_kernels" / "triton").glob("*.py"))]:
         digest.update(path.read_bytes())
@@ -108,7 +109,7 @@ def _triton_fingerprint() -> str:
 
 
 def _compile_triton(case: str, cache: Path) -> str:
-    """The JSON that the tests print for a case."""
+    """Returns the JSON that the tests print for a case."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache / "triton")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
@@ -140,7 +141,7 @@ def triton_facts(case: str, kernel: dict[str, Any]) -> Facts:
 def run(
     work: dict[str, Callable[[], list[Finding]]], jobs: int, quiet: bool = False
 ) -> tuple[list[Finding], list[str]]:
-    """Findings of all pieces of work, in their order, and what failed to compile."""
+    """The findings of all pieces of work, in order, and the compilations that failed."""
     findings, failures = [], []
     with progress_bars(transient=True, disable=quiet) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("compiling", total=len(work))
@@ -187,21 +188,21 @@ def problems_of(findings: list[Finding]) -> list[str]:
 
 @app.command()
 def main(
-    source: Annotated[list[Path] | None, typer.Argument(help="CUDA sources; csrc/cuda/*.cu if left out.")] = None,
+    source: Annotated[list[Path] | None, typer.Argument(help="CUDA sources; default: csrc/cuda/*.cu.")] = None,
     target: Annotated[list[str] | None, typer.Option(help=f"May be repeated; {', '.join(TARGETS)}.")] = None,
     compiler: Annotated[
-        Path | None, typer.Option("--nvcc", help="The compiler; else $NVCC, $CUDA_HOME, the PATH, /usr/local/cuda.")
+        Path | None, typer.Option("--nvcc", help="nvcc; default: from $NVCC, $CUDA_HOME, PATH or /usr/local/cuda.")
     ] = None,
     triton: Annotated[bool, typer.Option(help="Check the Triton kernels too.")] = True,
     predict: Annotated[bool, typer.Option("--roofline/--no-roofline", help="Print the static roofline.")] = True,
-    jobs: Annotated[int, typer.Option(min=1, help="Compilations at a time.")] = 2,
-    cache: Annotated[Path, typer.Option(help="What was compiled before.", show_default="build/cuda-check")] = CACHE,
-    output: Annotated[Path, typer.Option(help="The result as a file.", show_default=results.shown(RESULT))] = RESULT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel compilations.")] = 2,
+    cache: Annotated[Path, typer.Option(help="Cache of compilations.", show_default="build/cuda-check")] = CACHE,
+    output: Annotated[Path, typer.Option(help="Result file.", show_default=results.shown(RESULT))] = RESULT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")] = False,
 ) -> None:
-    """Compiles every GPU kernel for sm_80, sm_90a and sm_100 and checks registers, local memory and the instructions
-    of the hot loops; then predicts times on an H100. Needs nvcc and no GPU. Exits with 1 if a rule is broken, with 2
-    if there is no nvcc.
+    """Compiles every GPU kernel for sm_80, sm_90a and sm_100, and checks registers, local memory and the instructions
+    of the hot loops. Then predicts times on an H100. Needs nvcc but no GPU. The exit code is 1 if a rule is broken, and
+    2 if there is no nvcc.
     """
     try:
         found_nvcc = nvcc.find({**os.environ, "NVCC": str(compiler)} if compiler else os.environ)
@@ -221,10 +222,10 @@ def main(
         work[f"triton {case}"] = lambda case=case: examine_triton(case, targets, cache)
     if not as_json:
         console.print(
-            f"nvcc {version}, {', '.join(targets)}: {len(work)} compilations, what is known from {results.shown(cache)}"
+            f"nvcc {version}, {', '.join(targets)}: {len(work)} compilations, cached in {results.shown(cache)}"
         )
     findings, failures = run(work, jobs, quiet=as_json)
-    # The same Triton kernel is part of several cases.
+    # Several cases may contain the same Triton kernel.
     unique = list({json.dumps({**f.as_json(), "origin": ""}): f for f in reversed(findings)}.values())[::-1]
     problems = problems_of(unique) + failures
     predictions = roofline.predict_all(unique) if predict else []

@@ -1,4 +1,4 @@
-"""Compiles CUDA sources with nvcc alone: no torch, no GPU. What was compiled before is taken from a folder."""
+"""Compiles CUDA sources with only nvcc: no torch, no GPU. Earlier results are cached in a folder."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# The options that decide what the machine code is: those of the build. IEEE division and square root stay what they
-# are: where a kernel wants less it says so by its instructions.
+# The options that affect the machine code, the same as in the build. Division and square root stay IEEE: a kernel that
+# needs less accuracy uses approximate instructions explicitly.
 OPTIONS = ("-O3", "-std=c++17")
 PLACES = (Path("/usr/local/cuda/bin/nvcc"), Path("/opt/cuda/bin/nvcc"))
 
 
 class Plan(NamedTuple):
-    """The ``__launch_bounds__`` of a kernel; 0 for a value that it does not have."""
+    """The ``__launch_bounds__`` of a kernel; 0 for a missing value."""
 
     threads: int = 0
-    blocks: int = 0  # of a multiprocessor, at least
+    blocks: int = 0  # minimum blocks per multiprocessor
 
 
 @dataclass
 class Compiled:
     source: Path
     target: str
-    cubin: Path | None  # None where it failed, or where the source has no kernel
-    plans: dict[str, Plan]  # by the linker's name of the kernel
+    cubin: Path | None  # None if it failed, or if the source has no kernel
+    plans: dict[str, Plan]  # by mangled name of the kernel
     failure: str = ""
     cached: bool = False
 
@@ -41,7 +41,7 @@ class NoCompiler(RuntimeError):
 
 
 def find(environment: Mapping[str, str] = os.environ, places: Sequence[Path] = PLACES) -> Path:
-    """nvcc: what NVCC names, or CUDA_HOME, or the PATH, or the usual places."""
+    """Finds nvcc: from NVCC, CUDA_HOME, PATH, or the usual places, in this order."""
     if named := environment.get("NVCC"):
         found = shutil.which(named, path=environment.get("PATH"))
         if found is None:
@@ -65,7 +65,7 @@ def version(nvcc: Path) -> str:
 
 
 def fingerprint(source: Path, target: str, nvcc_version: str) -> str:
-    """Changes with anything the machine code depends on: the source, all headers near it, options and compiler."""
+    """A digest of everything that the machine code depends on: the source, headers near it, options and compiler."""
     root = next((folder for folder in source.resolve().parents if folder.name == "csrc"), source.resolve().parent)
     headers = sorted(path for path in root.rglob("*") if path.suffix in (".h", ".cuh"))
     digest = hashlib.sha256(repr((OPTIONS, target, nvcc_version, source.name)).encode())
@@ -75,7 +75,7 @@ def fingerprint(source: Path, target: str, nvcc_version: str) -> str:
 
 
 def compile(source: Path, target: str, nvcc: Path, cache: Path, nvcc_version: str) -> Compiled:
-    """One source for one target, "sm_90a"."""
+    """Compiles one source for one target such as "sm_90a"."""
     folder = cache / f"{source.stem}-{target}-{fingerprint(source, target, nvcc_version)}"
     cubin, ptx = folder / f"{source.stem}.cubin", folder / f"{source.stem}.ptx"
     if cubin.exists():
@@ -98,7 +98,7 @@ def compile(source: Path, target: str, nvcc: Path, cache: Path, nvcc_version: st
 
 
 def plans(ptx: str) -> dict[str, Plan]:
-    """The launch bounds of each kernel: they are in the PTX, and of the cubin only half of them."""
+    """The launch bounds of each kernel, from the PTX: the cubin contains only half of them."""
     found = {}
     for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", ptx, re.DOTALL):
         threads = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", entry[3])

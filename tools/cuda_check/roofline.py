@@ -1,9 +1,9 @@
 """The limits of a GPU, and the times that our kernels should reach: computed from sizes and machine code, not measured.
 
-The floor of a call is the longest of: its bytes at the bandwidth of memory, the operations of the special function
-units, the issue slots of pairs and float32 products, the products of 16-bit numbers on tensor cores. The prediction
-takes the slots of a pair as counted in the machine code, and tiles: whole ones, spread over whole multiprocessors.
-Neither has the time to launch a kernel, staging of tiles, or the latency of memory.
+The floor of a call is the longest of four times: its bytes at the memory bandwidth, its operations of the special
+function units, its issue slots for pairs and float32 products, and its 16-bit products on tensor cores. The prediction
+uses the issue slots per pair that were counted in the machine code. It also counts whole tiles, spread over whole
+multiprocessors. Neither includes launch overhead, staging of tiles, or memory latency.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 ADDITIVE, DOT = "additive_attention", "dot_attention"
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-FEW_QUERIES = 8  # kMaxDecodeQueries of csrc/cuda/kernels.h: up to here one launch reads keys and values once
+FEW_QUERIES = 8  # kMaxDecodeQueries of csrc/cuda/kernels.h: up to this number one launch reads keys and values once
 
-# The least that the formulas take for a pair: three units share a reciprocal in nine instructions; the backward has
-# the multiply-add of 1 + E, its reciprocal, p, g, and the sums of dq, dk and dv.
+# The minimum issue slots per pair. Forward: three units share a reciprocal in nine instructions. Backward: the
+# multiply-add of 1 + E, its reciprocal, p, g, and the sums of dq, dk and dv.
 LEAST_SLOTS = {MANY_FORWARD: 3.0, MANY_BACKWARD: 7.0}
 LEAST_SPECIAL = {MANY_FORWARD: 1 / 3, MANY_BACKWARD: 1.0}
 
@@ -34,14 +34,14 @@ class Device(NamedTuple):
     name: str
     processors: int
     clock: float  # Hz
-    bandwidth: float  # bytes a second
-    tensor: float  # 16-bit operations a second
-    lanes: int = 128  # float32 lanes of a multiprocessor, and so its issue slots for threads in a clock
-    special: int = 16  # special-function operations of a multiprocessor in a clock
+    bandwidth: float  # bytes per second
+    tensor: float  # 16-bit operations per second
+    lanes: int = 128  # float32 lanes of a multiprocessor, equal to its issue slots (of threads) per clock
+    special: int = 16  # special-function operations of a multiprocessor per clock
 
     @property
     def slots(self) -> float:
-        """Issue slots of threads in a second; a float32 multiply-add takes one."""
+        """Issue slots (of threads) per second; a float32 multiply-add takes one."""
         return self.processors * self.clock * self.lanes
 
     @property
@@ -49,10 +49,11 @@ class Device(NamedTuple):
         return self.processors * self.clock * self.special
 
 
-# Data sheet; the clock that is kept under load. At it float32 has 59e12 operations a second, of 67e12 at the highest.
+# From the data sheet, but with the clock under sustained load. At this clock float32 reaches 59e12 operations per
+# second; the maximum is 67e12.
 H100 = Device("H100 SXM", 132, 1.755e9, 3.35e12, 989e12)
-LAUNCH_US = 2.0  # about what a node of a CUDA graph adds; not in any figure here
-# A warp waits for its own results: it issues in half of the cycles at best.
+LAUNCH_US = 2.0  # approximate cost of a CUDA graph node; not included in any figure here
+# A warp waits for its own results: it issues in at most half of the cycles.
 WARP_ISSUE = 0.5
 
 
@@ -62,11 +63,11 @@ class CallWork(NamedTuple):
     bytes: int
     forward_pairs: int
     backward_pairs: int
-    flops: int  # of products of matrices
+    flops: int  # of matrix products
 
 
 def call_work(op: str, shape: Shape, passes: str, dtype: str) -> CallWork:
-    """Every input read once, every output written once; the forward of training also writes alignments."""
+    """Every input is read once and every output written once; the forward pass of training also writes alignments."""
     item = ITEM[dtype]
     forward = work_of(op, shape, FORWARD, item)
     size = forward.read + forward.written
@@ -87,7 +88,7 @@ class Prediction:
     pairs_us: float
     floor_us: float
     floor_by: str
-    predicted_us: float | None = None  # None where no kernel was counted
+    predicted_us: float | None = None  # None if no kernel was counted
     padding: float | None = None  # pairs computed / pairs wanted
     blocks: int | None = None
     basis: str = "computed, not measured"
@@ -112,7 +113,7 @@ def floor(op: str, shape: Shape, passes: str, dtype: str, device: Device = H100)
 
 
 def counted(findings: Iterable[Finding], target: str = "sm_90a") -> dict[str, Finding]:
-    """For each regime the kernel whose loop was counted: of CUDA C++ before Triton's, and of those the fastest."""
+    """For each regime the kernel with a counted loop: CUDA C++ is preferred to Triton, then the fastest kernel."""
     best: dict[str, Finding] = {}
     for found in findings:
         same_target = found.target.rstrip("a") == target.rstrip("a")
@@ -131,7 +132,7 @@ def _order(found: Finding) -> tuple[bool, float]:
 def predict(
     op: str, shape: Shape, passes: str, dtype: str, kernels: Mapping[str, Finding], device: Device = H100
 ) -> Prediction:
-    """The floor, and beside it what the kernels should take."""
+    """The floor and the predicted time of the kernels."""
     result = floor(op, shape, passes, dtype, device)
     work = call_work(op, shape, passes, dtype)
     few = shape.Tq <= FEW_QUERIES
@@ -152,12 +153,12 @@ def predict(
 
 
 def _pairs_time(shape: Shape, kernel: Finding, device: Device) -> tuple[float, float, int | None]:
-    """Seconds for all pairs; pairs computed for each that is wanted; blocks. Of a kernel whose tiles are not known all
+    """Seconds for all pairs; pairs computed / pairs wanted; number of blocks. If the tiles of a kernel are unknown, the
     multiprocessors share the pairs evenly.
     """
     wanted = shape.B * shape.Tq * shape.Tk * shape.A
     of_slots, of_special = kernel.slots_per_pair / device.lanes, kernel.special_per_pair / device.special
-    clocks = max(of_slots, of_special)  # of a multiprocessor for a pair
+    clocks = max(of_slots, of_special)  # per pair, of a multiprocessor
     if kernel.thread_tile is None:
         return wanted * clocks / device.processors / device.clock, 1.0, None
     best = (math.inf, 1.0, 0)
@@ -176,7 +177,9 @@ def _pairs_time(shape: Shape, kernel: Finding, device: Device) -> tuple[float, f
 
 
 def _blocks(shape: Shape, kernel: Finding) -> Iterable[tuple[int, int, int]]:
-    """(threads along queries, along steps, shares of the units) that a block may have: tiles of equal size."""
+    """Possible shapes of a block: (threads along queries, along steps, shares of the units), all with tiles of equal
+    size.
+    """
     all_q, all_k = -(-shape.Tq // kernel.thread_tile[0]), -(-shape.Tk // kernel.thread_tile[1])
     for tiles_q in range(1, all_q + 1):
         for tiles_k in range(1, all_k + 1):
@@ -187,7 +190,7 @@ def _blocks(shape: Shape, kernel: Finding) -> Iterable[tuple[int, int, int]]:
 
 
 def predict_all(findings: Iterable[Finding], device: Device = H100) -> list[Prediction]:
-    """Every standard shape, forward and with backward; float32, and bfloat16 for the largest."""
+    """Predictions for every standard shape, forward and with backward; float32, and bfloat16 for the largest shape."""
     kernels = counted(findings)
     cells = [(ADDITIVE, shape, "float32") for shape in [*SHAPES, *GPU_SHAPES, TARGET_SHAPE]]
     cells += [(ADDITIVE, shape, "bfloat16") for shape in GPU_SHAPES]
@@ -198,7 +201,7 @@ def predict_all(findings: Iterable[Finding], device: Device = H100) -> list[Pred
     ]
 
 
-TARGET_SHAPE = Shape(64, 100, 100, 512, 512)  # the rates of many queries that the kernels aim at are for this one
+TARGET_SHAPE = Shape(64, 100, 100, 512, 512)  # the target rates for many queries refer to this shape
 
 
 def prediction_table(predictions: list[Prediction], device: Device = H100) -> Table:

@@ -1,12 +1,12 @@
 """The requirements on the machine code of the GPU kernels, in one table: RULES.
 
 The first rule whose pattern is found in a kernel's name applies; the last rule matches all remaining kernels. A new
-kernel is a row above it; a new kind of bound is a field of ``Rule`` and some lines in ``examine``.
+kernel needs a row above the last one. A new kind of bound needs a field of ``Rule`` and some lines in ``examine``.
 
-A pair is one hidden unit of one query and one step: B * Tq * Tk * A of them in a call. How many of them a thread
-computes in one turn of its hot loop is read from the loop: reciprocals times the units that share each, or, for relu,
-maxima. Where a row says what a thread reads of shared memory for a unit, that count is checked against the bytes that
-the loop reads.
+A pair is one hidden unit of one query and one step: B * Tq * Tk * A pairs in a call. The number of pairs that a thread
+computes in one iteration of its hot loop is found from the loop: the number of reciprocals times the units that share
+each or, for relu, the number of maxima. If a row states what a thread reads from shared memory per unit, this is
+checked against the bytes that the loop reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from .sass import Code, Loop, blocks_for_registers
 
-# The regimes: what a kernel computes decides what is asked of it.
+# The regimes: the requirements depend on what a kernel computes.
 MANY_FORWARD, MANY_BACKWARD, DECODE, OTHER = "many-query forward", "many-query backward", "decode", "other"
 RELU_FORWARD, RELU_BACKWARD = f"{MANY_FORWARD}, relu", f"{MANY_BACKWARD}, relu"
 TARGETS = ("sm_80", "sm_90a", "sm_100")
@@ -26,20 +26,20 @@ TARGETS = ("sm_80", "sm_90a", "sm_100")
 
 @dataclass
 class Facts:
-    """The facts about one kernel, compiled for one target."""
+    """Facts about one kernel, compiled for one target."""
 
-    name: str  # as people write it, with template arguments
+    name: str  # demangled, with template arguments
     origin: str  # the source file, or the case of the Triton kernels
     target: str
     registers: int
     stack: int
     shared: int
-    threads: int  # of a block, at most
-    blocks: int  # of a multiprocessor, that the kernel was planned for; 0 where nothing was said
-    loops: list[Loop]  # innermost ones
+    threads: int  # maximum threads per block
+    blocks: int  # planned blocks per multiprocessor; 0 if not specified
+    loops: list[Loop]  # innermost loops
     code: Code
-    arguments: list[str] = field(default_factory=list)  # of the template
-    constants: Mapping[str, Any] = field(default_factory=dict)  # of a Triton kernel
+    arguments: list[str] = field(default_factory=list)  # template arguments
+    constants: Mapping[str, Any] = field(default_factory=dict)  # constexpr arguments of a Triton kernel
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,26 @@ class Rule:
     pattern: str
     regime: str
     sharing: int = 0  # units that share a reciprocal in the hot loop
-    counted: str = "MUFU.RCP"  # the instruction that pairs are counted by
-    special: float | None = None  # most special-function operations for a pair
-    slots: float | None = None  # most issue slots for a pair
-    warps: int = 0  # least number of warps of a multiprocessor that the registers leave room for
-    wide_loads: bool = False  # rows come by loads of 16 bytes
-    stack: int = 0  # most bytes of local memory of a thread
-    # (queries, steps) of a thread. A thread that reads its rows from shared memory reads one number for each of them
-    # and for each unit, and `constants` more.
+    counted: str = "MUFU.RCP"  # the instruction that is used to count pairs
+    special: float | None = None  # maximum special-function operations per pair
+    slots: float | None = None  # maximum issue slots per pair
+    warps: int = 0  # minimum warps per multiprocessor that the registers must allow
+    wide_loads: bool = False  # whether rows must be loaded 16 bytes at a time
+    stack: int = 0  # maximum bytes of local memory per thread
+    # (queries, steps) per thread. A thread that reads its rows from shared memory reads one number per row and unit,
+    # and `constants` more.
     thread_tile: Callable[[Facts], tuple[int, int]] | None = None
     constants: int = 1
     applies: Callable[[Facts], bool] = lambda _: True
 
 
 def _is_float32(facts: Facts) -> bool:
-    """The dtype of the arithmetic. Float64 is for checks of gradients, and has no bounds."""
+    """Whether the arithmetic is float32. Float64 is for gradient checks and has no bounds."""
     return not any(re.search(r"\bdouble\b", text) for text in facts.arguments) and not facts.constants.get("FLOAT64")
 
 
 def _is_many_queries(facts: Facts) -> bool:
-    """The second argument of the template is the queries of a thread: with fewer the loads of a row serve too few."""
+    """Whether the second template argument, the queries per thread, is large enough to reuse the loads of a row."""
     return _is_float32(facts) and int(facts.arguments[1]) >= 8
 
 
@@ -78,22 +78,22 @@ def _tile_of_template(first: int) -> Callable[[Facts], tuple[int, int]]:
 
 
 def _is_many_queries_of_triton(facts: Facts) -> bool:
-    """The factored backward over a tile of queries."""
+    """Whether this is the factored backward over a tile of queries."""
     return _is_float32(facts) and bool(facts.constants.get("FACTORED")) and facts.constants.get("BLOCK_Q", 0) >= 16
 
 
 def _has_reciprocals_of_triton(facts: Facts) -> bool:
-    """Scores of tanh or sigmoid. Those of relu have none; tests/test_triton_aot.py counts their slots."""
+    """Whether the scores use tanh or sigmoid. relu has no reciprocals; tests/test_triton_aot.py counts its slots."""
     return _is_float32(facts) and facts.constants.get("ACTIVATION", "tanh") not in ("relu", "leaky_relu")
 
 
 def _is_decoding_of_triton(facts: Facts) -> bool:
-    """One score vector. The loop reads several again in each turn, from L1, by smaller loads than rows."""
+    """Whether there is one score vector. Several are read again in each iteration, from L1, with narrower loads."""
     return _is_float32(facts) and (facts.constants.get("VECTORS") or 1) == 1
 
 
-# CUDA C++. 12 warps hide the latency of the special function unit and of shared memory; they leave 168 registers. The
-# relu kernels have rows of their own. The loop of leaky relu has no maximum: its pairs are not counted.
+# CUDA C++. 12 warps hide the latency of the special function unit and of shared memory, and leave 168 registers. The
+# relu kernels have their own rows. The loop of leaky relu has no maximum, so its pairs are not counted.
 _FORWARD: dict[str, Any] = dict(slots=3.5, warps=12, thread_tile=_tile_of_template(1), applies=_is_float32)
 _BACKWARD: dict[str, Any] = dict(sharing=1, warps=12, applies=_is_many_queries)
 _RELU: dict[str, Any] = dict(counted="FMNMX", special=0.0)
@@ -103,12 +103,12 @@ RULES = (
     Rule(r"scores_backward_kernel<.*\bActivatedPair>", RELU_BACKWARD, slots=8.5, **_RELU, **_BACKWARD),
     Rule(r"many_queries_scores_kernel", MANY_FORWARD, sharing=3, special=0.34, **_FORWARD),
     Rule(r"scores_backward_kernel", MANY_BACKWARD, special=1.02, slots=9.0, **_BACKWARD),
-    # Two units share a reciprocal, which is counted and has no bound: memory is what decides. Form<..., false> is for
-    # rows that do not lie at multiples of 16 bytes.
+    # Two units share a reciprocal, which is counted without a bound, because memory is the bottleneck. Form<..., false>
+    # is for rows that are not aligned to 16 bytes.
     Rule(r"few_queries_kernel<Form<[^>]*, false>", DECODE, sharing=2, warps=16, applies=_is_float32),
     Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
-    # Triton. The compiler leaves the layout of tiles in the loop, and masks: the bounds are those that it can keep, of
-    # tests/test_triton_aot.py, and a few bytes kept across a whole loop are for ptxas to choose.
+    # Triton. The compiler keeps layout conversions and masks in the loop. So the bounds are those of
+    # tests/test_triton_aot.py, which it can reach. ptxas may spill a few bytes across a whole loop.
     Rule(
         r"^tiled_scores_kernel$",
         MANY_FORWARD,
@@ -135,7 +135,7 @@ RULES = (
 
 @dataclass
 class Finding:
-    """A kernel with what was counted and what is wrong with it."""
+    """A kernel with its counts and its problems."""
 
     name: str
     origin: str
@@ -146,12 +146,12 @@ class Finding:
     local: int  # loads and stores of local memory
     shared: int
     threads: int
-    warps: int  # of a multiprocessor, as many as the registers leave room for
-    hot: dict[str, int] | None = None  # the counts of the hot loop, for one turn of one thread
-    pairs: float | None = None  # of one turn of one thread
+    warps: int  # warps per multiprocessor that the registers allow
+    hot: dict[str, int] | None = None  # counts of one iteration of the hot loop in one thread
+    pairs: float | None = None  # per iteration and thread
     slots_per_pair: float | None = None
     special_per_pair: float | None = None
-    wide_share: float | None = None  # of the bytes that the hot loop loads from global memory
+    wide_share: float | None = None  # fraction of the global bytes of the hot loop that wide loads read
     thread_tile: tuple[int, int] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -160,7 +160,7 @@ class Finding:
 
 
 def rule_for(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Rule:
-    """The first rule whose pattern is in the name. One that does not apply leaves what holds for every kernel."""
+    """The first rule whose pattern is in the name. If it does not apply, only the general rules hold."""
     rule = next(rule for rule in rules if re.search(rule.pattern, facts.name))
     return rule if rule.applies(facts) else Rule(rule.pattern, OTHER, stack=rule.stack)
 
@@ -198,10 +198,10 @@ def examine(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Finding:
 
 
 def _examine_pairs(facts: Facts, rule: Rule, finding: Finding) -> None:
-    """The hot loop is that with the most reciprocals (or what else is counted) and no exponential: tanh itself, for
-    large inputs, has both.
+    """The hot loop has the most reciprocals (or other counted instructions) and no exponential: the exact form of tanh,
+    for large inputs, has both.
 
-    Where the exponentials of tanh are polynomials, the shorter loop of the two is the hot one.
+    If the exponentials of tanh are polynomials, the shorter of the two loops is the hot one.
     """
     one = "reciprocal" if rule.counted == Rule.counted else rule.counted
     candidates = [loop for loop in facts.loops if loop.count(rule.counted) and not loop.count("MUFU.EX2", "MUFU.TANH")]
@@ -231,7 +231,7 @@ def _examine_pairs(facts: Facts, rule: Rule, finding: Finding) -> None:
 
 
 def _shared_numbers(loop: Loop) -> float:
-    """Numbers of 4 bytes that a thread reads from shared memory in one turn."""
+    """The 4-byte numbers that a thread reads from shared memory in one iteration."""
     sizes = {"U8": 0.25, "S8": 0.25, "U16": 0.5, "S16": 0.5, "64": 2, "128": 4}
     total = 0.0
     for name, count in loop.counts.items():
@@ -242,7 +242,7 @@ def _shared_numbers(loop: Loop) -> float:
 
 
 def _examine_loads(facts: Facts, finding: Finding) -> None:
-    """Rows of keys and values come by 16 bytes; what else the loop reads (a mask) is little beside them."""
+    """Rows of keys and values must be loaded 16 bytes at a time; other loads of the loop (a mask) are small."""
     loads = [loop for loop in facts.loops if loop.global_bytes[0]]
     if not loads:
         finding.problems.append("no loop with global loads of 16 bytes")

@@ -1,9 +1,9 @@
 """Reads the machine code of NVIDIA kernels: registers, stack, and the instructions of each loop, by name.
 
-Needs cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel, and no GPU. ``read`` takes a cubin with any
+It needs cuobjdump and nvdisasm, from the CUDA toolkit or the triton wheel, and no GPU. ``read`` takes a cubin with any
 number of kernels; ``parse`` takes the text that the two tools print. Loops are natural loops of the control flow, not
-branches to lower addresses: compilers move rare paths behind the end of a function, and a branch back from there is
-none.
+branches to lower addresses: compilers move rare paths behind the end of a function, and a branch back from such a path
+is not a loop.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from typing import NamedTuple
 
 from bench import results
 
-# Values that a lane computes with one instruction: Blackwell has instructions for pairs.
+# Values that a lane computes with one instruction. Blackwell has instructions for two values.
 _ARITHMETIC = {"FFMA": 1, "FADD": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMUL2": 2}
 _LOCAL = ("LDL", "STL")
-_BULK = ("UBLKCP", "UTMALDG")  # copies to shared memory by an engine of its own: wide whatever the count of bytes
+_BULK = ("UBLKCP", "UTMALDG")  # copies to shared memory by a copy engine: always wide
 _TENSOR = ("HMMA", "HGMMA", "QGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "OMMA")
 
 
 @dataclass
 class Code:
-    """How often each instruction stands in a piece of code, by its full name: "LDG.E.128.CONSTANT"."""
+    """How often each instruction occurs in a piece of code, by full name, such as "LDG.E.128.CONSTANT"."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
     def count(self, *names: str) -> int:
-        """Instructions of that name, or of a form of it: "MUFU" counts MUFU.RCP, "LDG" does not count LDGSTS."""
+        """Instructions with this name or a modifier of it: "MUFU" counts MUFU.RCP, "LDG" does not count LDGSTS."""
         return sum(n for name, n in self.counts.items() if any(_is(name, wanted) for wanted in names))
 
     @property
@@ -49,27 +49,27 @@ class Code:
 
     @property
     def special(self) -> int:
-        """Operations of the special function unit. Half precision is no cheaper: a pair of values takes two of them."""
+        """Operations of the special function unit. Half precision is not cheaper: two values take two operations."""
         return self.count("MUFU")
 
     @property
     def arithmetic(self) -> int:
-        """Additions, products and multiply-adds of float32."""
+        """float32 additions, multiplications and multiply-adds."""
         return sum(n * lanes for name, lanes in _ARITHMETIC.items() for n in [self.count(name)])
 
     @property
     def local(self) -> int:
-        """Loads and stores of local memory: spilled registers, or arrays whose index is not known."""
+        """Loads and stores of local memory: spilled registers, or arrays with a dynamic index."""
         return self.count(*_LOCAL)
 
     @property
     def tensor(self) -> int:
-        """Instructions of the tensor cores."""
+        """Tensor core instructions."""
         return self.count(*_TENSOR)
 
     @property
     def global_bytes(self) -> tuple[int, int]:
-        """Bytes that a thread loads from global memory: by loads of 16 bytes or more, and by all."""
+        """Bytes that a thread loads from global memory: with loads of 16 bytes or more, and with all loads."""
         wide = every = 0
         for name, n in self.counts.items():
             if any(_is(name, bulk) for bulk in _BULK):
@@ -81,7 +81,7 @@ class Code:
         return wide, every
 
     def classes(self) -> dict[str, int]:
-        """The count of each kind of instruction, for tables and files."""
+        """The count of each class of instructions, for tables and files."""
         wide, every = self.global_bytes
         return {
             "slots": self.slots,
@@ -98,20 +98,20 @@ class Code:
 
 @dataclass
 class Loop(Code):
-    """A natural loop with all it contains."""
+    """A natural loop with all its instructions."""
 
-    inner: bool = True  # no other loop lies within it
+    inner: bool = True  # True if it contains no other loop
     start: int = 0  # the address of its first instruction
 
 
 @dataclass
 class Kernel:
-    """One kernel, or, with a name that no host code can launch, one function that others call."""
+    """One kernel, or one device function that others call. Host code cannot launch the name of such a function."""
 
-    name: str  # as the linker knows it
+    name: str  # mangled
     registers: int
-    stack: int  # bytes of local memory of a thread
-    shared: int  # bytes, without what the launch adds; on sm_90 and later with the 1024 that the system keeps
+    stack: int  # bytes of local memory per thread
+    shared: int  # bytes of static shared memory; on sm_90 and later with the 1024 bytes reserved by the system
     code: Code
     loops: list[Loop]
 
@@ -133,9 +133,9 @@ def _bytes(name: str) -> int:
 
 
 def blocks_for_registers(registers: int, threads: int) -> int:
-    """Blocks that the 65536 registers of a multiprocessor have room for: a warp takes them in units of 256.
+    """Blocks that fit in the 65536 registers of a multiprocessor. Warps allocate registers in units of 256.
 
-    Each of the four parts of a multiprocessor has a quarter of them, so warps are counted by quarters.
+    Each of the four partitions of a multiprocessor has a quarter of the registers, so warps are counted per partition.
     """
     warps_of_a_part = 16384 // (-(-registers * 32 // 256) * 256)
     return 4 * warps_of_a_part // -(-threads // 32)
@@ -145,7 +145,7 @@ def blocks_for_registers(registers: int, threads: int) -> int:
 
 
 def find_tool(name: str, nvcc: Path | None = None) -> Path:
-    """cuobjdump or nvdisasm: beside nvcc, on the PATH, or in the triton wheel."""
+    """Finds cuobjdump or nvdisasm: beside nvcc, on the PATH, or in the triton wheel."""
     places = [] if nvcc is None else [Path(nvcc).parent / name]
     if found := shutil.which(name):
         places.append(Path(found))
@@ -158,7 +158,7 @@ def find_tool(name: str, nvcc: Path | None = None) -> Path:
 
 
 def read(cubin: Path, nvcc: Path | None = None, *, allow_none: bool = False) -> list[Kernel]:
-    """The kernels of a cubin, in the order of its sections. A source of host code alone has none: ``allow_none``."""
+    """The kernels of a cubin, in the order of its sections. allow_none: a source with only host code has no kernels."""
 
     def output(tool: str, option: str) -> str:
         command = [str(find_tool(tool, nvcc)), option, str(cubin)]
@@ -171,7 +171,7 @@ def read(cubin: Path, nvcc: Path | None = None, *, allow_none: bool = False) -> 
 
 
 def read_cached(cubin: Path, nvcc: Path | None = None) -> list[Kernel]:
-    """The same, kept in a file beside the cubin: large files take the disassembler half a minute."""
+    """Like ``read``, cached in a file beside the cubin: the disassembler takes half a minute for large files."""
     key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     file = cubin.with_suffix(".json")
     try:
@@ -182,7 +182,7 @@ def read_cached(cubin: Path, nvcc: Path | None = None) -> list[Kernel]:
                 for k in kept["kernels"]
             ]
     except (OSError, ValueError, KeyError):
-        pass  # not there, or of another version
+        pass  # missing, or from another version
     kernels = read(cubin, nvcc, allow_none=True)
     text = json.dumps({"read by": key, "kernels": kernels}, default=vars)
     results.write_whole(file, lambda partial: partial.write_text(text))
@@ -194,7 +194,7 @@ def _loop(kept: dict) -> Loop:
 
 
 def parse(code: str, usage: str) -> list[Kernel]:
-    """From what ``nvdisasm -c`` and ``cuobjdump -res-usage`` print."""
+    """Parses the output of ``nvdisasm -c`` and ``cuobjdump -res-usage``."""
     resources = {
         match[1]: {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", match[2])}
         for match in re.finditer(r"Function (\S+):\s*\n\s*(.*)", usage)
@@ -229,7 +229,7 @@ class _Instruction(NamedTuple):
 
 
 def _instructions(section: str) -> tuple[list[_Instruction], dict[str, int]]:
-    """The instructions, and which of them each label stands before."""
+    """The instructions, and for each label the index of the next instruction."""
     instructions: list[_Instruction] = []
     labels: dict[str, int] = {}
     for line in section.splitlines():
@@ -245,8 +245,8 @@ def _instructions(section: str) -> tuple[list[_Instruction], dict[str, int]]:
 
 
 def _successors(instructions: list[_Instruction], labels: Mapping[str, int]) -> tuple[list[list[int]], list[int]]:
-    """Which instructions may follow each, and where functions begin that are called."""
-    barriers: dict[str, int] = {}  # where threads meet again, by the name of the barrier
+    """The successors of each instruction, and the entry points of called functions."""
+    barriers: dict[str, int] = {}  # where threads reconverge, by the name of the barrier
     following: list[list[int]] = []
     entries = [0]
     for i, (_, name, operands, conditional) in enumerate(instructions):
@@ -272,7 +272,7 @@ def _successors(instructions: list[_Instruction], labels: Mapping[str, int]) -> 
 
 
 def _loops(instructions: list[_Instruction], labels: Mapping[str, int]) -> list[Loop]:
-    """Natural loops: a back edge goes to an instruction that dominates where it comes from."""
+    """The natural loops. A back edge goes to an instruction that dominates its source."""
     if not instructions:
         return []
     following, entries = _successors(instructions, labels)
@@ -286,7 +286,7 @@ def _loops(instructions: list[_Instruction], labels: Mapping[str, int]) -> list[
     for block, targets in enumerate(edges):
         for target in targets:
             before[target].append(block)
-    bodies: dict[int, set[int]] = {}  # by the first block, so that loops with two ways back are one
+    bodies: dict[int, set[int]] = {}  # by the first block, so that a loop with two back edges is one loop
     for block, targets in enumerate(edges):
         for head in targets:
             if block not in above or not _dominates(above, head, block):
@@ -300,7 +300,7 @@ def _loops(instructions: list[_Instruction], labels: Mapping[str, int]) -> list[
     loops = []
     for head, body in sorted(bodies.items()):
         if len(body) == 1 and ends[head] - starts[head] == 1:
-            continue  # a branch to itself, which ends every function
+            continue  # a branch to itself, which every function ends with
         counts: Counter[str] = Counter()
         for block in body:
             counts.update(instruction.name for instruction in instructions[starts[block] : ends[block]])
@@ -310,11 +310,11 @@ def _loops(instructions: list[_Instruction], labels: Mapping[str, int]) -> list[
 
 
 def _immediate_dominators(edges: list[list[int]], entries: list[int]) -> dict[int, int]:
-    """For each block that can be reached, the nearest one that every path to it goes through; -1: where all begin.
+    """For each reachable block its immediate dominator; -1 is the common root.
 
     The iterative algorithm of Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm" (2001).
     """
-    order: list[int] = []  # after all that they lead to
+    order: list[int] = []  # postorder
     seen = set(entries)
     for entry in entries:
         stack = [(entry, iter(edges[entry]))]
@@ -344,7 +344,7 @@ def _immediate_dominators(edges: list[list[int]], entries: list[int]) -> dict[in
                 if one not in above:
                     continue
                 other = one if found is None else found
-                while one != other:  # up to where both ways meet
+                while one != other:  # up to the common dominator
                     if place[one] < place[other]:
                         one = above[one]
                     else:
@@ -365,7 +365,7 @@ def _dominates(above: Mapping[int, int], head: int, block: int) -> bool:
 
 
 def demangle(name: str) -> str:
-    """The name as it stands in C++, with template arguments and without parameters; unchanged where it is no such."""
+    """The C++ name with template arguments and without parameters; a name that is not mangled is unchanged."""
     library = ctypes.util.find_library("stdc++")
     try:
         convert = ctypes.CDLL(library or "libstdc++.so.6").__cxa_demangle
@@ -384,7 +384,7 @@ def demangle(name: str) -> str:
 
 
 def _without_parameters(name: str) -> str:
-    """Of "void f<(Kind)1>(int, g(*)(int))" what is "f<(Kind)1>"."""
+    """Reduces "void f<(Kind)1>(int, g(*)(int))" to "f<(Kind)1>"."""
     depth = 0
     for i in range(len(name) - 1, -1, -1):
         depth += {")": 1, "(": -1}.get(name[i], 0)
@@ -395,7 +395,7 @@ def _without_parameters(name: str) -> str:
 
 
 def template_arguments(name: str) -> list[str]:
-    """Those of a demangled name, the last ones in it: "3" and "float" of "attn::cuda::many<3, float>"."""
+    """The last template arguments in a demangled name: "3" and "float" for "attn::cuda::many<3, float>"."""
     if not name.endswith(">"):
         return []
     depth, parts, part = 0, [], ""
