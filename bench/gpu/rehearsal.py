@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from .rehearsed import CASE_SECONDS
 from .stages import ROOT, Machine
 
 FOLDER = ROOT / "build" / "gpu" / "rehearsal"
@@ -69,14 +71,13 @@ class Rehearsal(Machine):
     """The CPU in place of a GPU, with these faults."""
 
     device = "cpu"
-    test_seconds = 5.0
+    test_seconds = CASE_SECONDS
+    most = MappingProxyType({"build": 20.0, "sanitizer": 40.0})  # a stage that hangs uses all of it
 
     def __init__(self, faults: Sequence[str] = (), folder: Path = FOLDER) -> None:
         if unknown := set(faults) - set(FAULTS):
             raise ValueError(f"no faults {sorted(unknown)}; there are {', '.join(FAULTS)}")
         self.faults, self.folder = tuple(faults), folder
-        # A stage that hangs uses all of its limit, and the rehearsal waits for nothing else then.
-        self.most = {"build": 8.0, "sanitizer": 12.0 if "sanitizer hangs" in faults else 40.0}
         self.tests = folder / "stand-in" / "tests"
         self.tests.mkdir(parents=True, exist_ok=True)
         (self.tests / "test_ops.py").write_text(TEST_FILE.format(faults=self.faults))
