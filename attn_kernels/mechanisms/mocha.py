@@ -40,7 +40,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
         query_size, memory_size, units, mode, noise, score_bias_init, score, normalize: as of
             :class:`MonotonicAttention`; ``units`` is the size of each energy. ``noise``, r and ``normalize`` apply to
             the monotonic energy only.
-        activation, negative_slope, backend: likewise.
+        activation, negative_slope, backend: also as there.
         chunk_size: w, the number of steps in a chunk; None for all steps up to the one at which it stops.
         device, dtype: of the parameters; query and memory must have the same.
 
