@@ -117,7 +117,7 @@ def attend_with_extra(
     check_extra(score.name, query, keys, extra)
     if choose(backend, device_type(query)) in ADD_BEFOREHAND:
         if isinstance(score, AdditiveScore):
-            score = score._replace(prepared=None)  # it is that of the keys without extra
+            score = score._replace(prepared=None)  # it was computed from the keys without extra
         return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
     return attend_arrays(score.with_extra(extra), *inputs, masks, need_weights, backend, memory)
 

@@ -108,7 +108,7 @@ def rules(
                 return torch.vmap(lambda *arguments: apply_formula(op, arguments), in_dims)(*arguments), 0
             first = [x if axis is None else x.movedim(axis, 0) for x, axis in zip(arguments, in_dims, strict=True)]
             mapped = [axis is not None for axis in in_dims]
-            # If the mapped axis were folded into B, dropout would differ from that of a call per element.
+            # If the mapped axis were folded into B, dropout would differ from a separate call for each element.
             drops = formula.seed is not None and arguments[formula.seed] is not None
             if drops or formula.shared is None or any(mapped[i] for i in formula.shared):
                 parts = [apply(*(x[i] if m else x for x, m in zip(first, mapped, strict=True))) for i in range(n)]

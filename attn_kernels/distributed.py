@@ -280,17 +280,17 @@ def _forward(
     """The context of all ranks and the alignments of this one."""
     scores = _fill(plan.form.scores(query, keys, *units), padding, -math.inf)
     top = scores.amax(-1, keepdim=True) if keys.shape[1] else scores.new_full((*query.shape[:2], 1), -math.inf)
-    weights = _fill(torch.exp(scores - top), padding)  # NaN where steps are attended and all their scores are -Inf
+    weights = _fill(torch.exp(scores - top), padding)  # NaN if steps are attended and all their scores are -Inf
     part = torch.cat([top, weights.sum(-1, keepdim=True), weights @ _blank_steps(values, padding)], -1)
     parts = _all_gather(part, plan.group)
 
     tops, sums = parts[..., :1], parts[..., 1:]
-    factors = torch.exp(tops - tops.amax(0))  # NaN where no rank has a score above -Inf
-    # Ranks with nothing to attend, or with a maximum of -Inf where others have more, are left out.
+    factors = torch.exp(tops - tops.amax(0))  # NaN if no rank has a score above -Inf
+    # Ranks with nothing to attend are left out, and ranks with a maximum of -Inf if other ranks have a larger one.
     counted = (factors != 0) & (sums[..., :1] != 0)
     joined = torch.where(counted, factors * sums, 0.0).sum(0)
     total, context = joined[..., :1], joined[..., 1:]
-    context = torch.where(total == 0, 0.0, context / total)  # a total is 1 or more where anything is attended
+    context = torch.where(total == 0, 0.0, context / total)  # total is at least 1 if anything is attended
 
     rank = dist.get_rank(plan.group)
     alignments = torch.where(counted[rank] | total.isnan(), weights * (factors[rank] / total), 0.0)

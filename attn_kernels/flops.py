@@ -77,7 +77,7 @@ def _gated_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, v: Sha
 
 
 def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *others: Any, **_: Any) -> int:
-    """The gradients of the activation and, with those of the query, of v."""
+    """The gradient of the activation, and that of v, which is computed together with the query's."""
     need_query = others[-2]
     count: int = 2 * _pairs(query, keys) * query[2] * (1 + need_query)
     return count

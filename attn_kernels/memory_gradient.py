@@ -15,7 +15,8 @@ Records are stored per backward pass, by the number of its graph task, and only 
 freed when the pass ends or is aborted. Nested passes and passes in other threads do not see each other's records.
 
 A step with its own addend of the keys (``extra``: location features) computes the gradient of the sum in its backward,
-since it needs it for the extra. It is added to that of the earlier steps; only the gradient of the values is deferred.
+because it is the gradient of the extra. It is added to the accumulated gradient of the keys; only the gradient of the
+values is deferred.
 
 Mechanisms whose steps are not an attention op have records of their own: see mechanisms/reading.py.
 """

@@ -306,7 +306,7 @@ def _options(**others: Any) -> Iterator[None]:
         **others,
     }
     known = {name: value for name, value in options.items() if hasattr(dynamo.config, name)}
-    shapes: Any = _config  # its ``patch`` is made when it is imported
+    shapes: Any = _config  # its ``patch`` is created at import
     with dynamo.config.patch(known), shapes.patch(use_duck_shape=False):
         yield
 

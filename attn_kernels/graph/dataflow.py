@@ -1,4 +1,4 @@
-"""How values flow through a captured graph: what a tensor is a view of, and which values are constants."""
+"""The data flow of a captured graph: which tensor is a view of which, and which values are constants."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def _value(x: Tensor) -> Any:
-    """A key that differs if an element differs. Dense elements are not copied, whatever the order of their axes."""
+    """A key that differs if an element differs. A dense tensor is not copied, even if its axes are permuted."""
     dense = None if x.is_contiguous() else _dense(x.detach())
     return value_of(x if dense is None else dense)
 

@@ -64,7 +64,7 @@ def regroup(factors: Sequence[Axis], shape: Sequence[Any]) -> Index:
 
 
 def broadcast(index: Index, node: Node) -> Index:
-    """The index of an operand, given that of the broadcast result."""
+    """The index of an operand from the index of the broadcast result."""
     shape = shape_of(node)
     tail = index[len(index) - len(shape) :] if shape else ()
     return tuple(() if one(size) else group for size, group in zip(shape, tail, strict=True))

@@ -23,7 +23,7 @@ from .stateful import StatefulAttention
 class StatefulAdditiveAttention(StatefulAttention):
     """scores_j = scale v . tanh(W_q query + W_m memory_j + extra_j + bias), where ``extra`` is computed from the state.
 
-    bias: whether there is a ``bias``, initially 0. scale: a factor of the scores. The rest is as of AttentionModule.
+    bias: whether there is a ``bias``, initially 0. scale: a factor of the scores. The rest is as in AttentionModule.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ class MultiHeadAttention(AttentionModule):
         output_size: size of the context; None for ``memory_size``.
         scale: factor of the scores; None for 1 / sqrt(units), ESPnet's for both scores.
         tanh: apply tanh to queries and keys; with "dot" only.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (H units, query_size) and ``.bias``, ``memory_projection.weight``

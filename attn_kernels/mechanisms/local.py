@@ -91,8 +91,8 @@ class LocalAttention(EnergyAttention):
         window: D, in steps.
         mode: "local-p", predictive, or "local-m", monotonic.
         score: "additive", or "dot" (the "general" of the paper).
-        normalize, activation, negative_slope: as of :class:`MonotonicAttention`.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        normalize, activation, negative_slope: as for :class:`MonotonicAttention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``memory_projection.weight`` (A, memory_size); additive: ``query_projection.weight`` (A, query_size),

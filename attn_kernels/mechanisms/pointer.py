@@ -46,7 +46,7 @@ class PointerAttention(AttentionModule):
         glimpses: how many times a query attends to the memory before it points.
         clip: C, which bounds the scores to -C..C; None for no bound.
         temperature: above 1 for a flatter distribution.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),

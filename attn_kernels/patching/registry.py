@@ -1,4 +1,4 @@
-"""The registry of adapters: those of known libraries (``libraries/``), by class name, and those of users."""
+"""The registry of adapters: for known libraries (``libraries/``), by class name, and adapters of users."""
 
 from __future__ import annotations
 

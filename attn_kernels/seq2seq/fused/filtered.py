@@ -52,7 +52,7 @@ class _Filters:
         return self.memory.keys + extra, *others
 
     def inside(self, padded: Tensor) -> Tensor:
-        """(*, inputs, S): the elements without the padding on both sides. padded: like that of one step."""
+        """(*, inputs, S): the elements without the padding on both sides. padded: with the padding of one step."""
         return padded.narrow(-1, self.taps // 2, self.memory.keys.shape[1])
 
 

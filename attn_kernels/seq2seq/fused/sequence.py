@@ -1,4 +1,4 @@
-"""All steps of a decoder over a target, without autograd: the forward, and the backward from what the forward saved.
+"""All steps of a decoder over a target, without autograd: the forward, and the backward from the saved tensors.
 
 The forward writes the steps into arrays of the whole sequence. So this is a third implementation of a decoder step,
 besides ``formula.py``, which uses differentiable operators, and ``inference.py``, which saves nothing.

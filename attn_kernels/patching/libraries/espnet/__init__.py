@@ -5,8 +5,7 @@ output and stores it in the module's attributes, which decoders read and write. 
 
 Supported: steps whose mask allows each utterance to attend something (masks.py), without a window around the last
 attended frame and outside of torch.compile; everything else runs the original. Padding that holds NaN is ignored; the
-original's context would be NaN. The bias of ``gvec`` adds the same number to all scores of a softmax: its gradient is
-0.
+original's context would be NaN. The bias of ``gvec`` adds the same to all scores of a softmax: its gradient is 0.
 """
 
 from collections.abc import Callable
