@@ -19,7 +19,7 @@ _watched_classes: weakref.WeakKeyDictionary[type[nn.Module], type[Any]] = weakre
 
 
 class Watched:
-    """Mixed in before the class of a module. No module may have attributes with these names: they would be hidden."""
+    """Mixed in before the class of a module. It has names that no module uses: they would hide attributes."""
 
     _attn_kernels_original: ClassVar[type[nn.Module]]
 
