@@ -1,6 +1,6 @@
-"""From the arguments of an attention to its op: checks, the choice of backend, autocast, and the form of the results.
+"""From the arguments of an attention to its op: checks, the choice of backend, autocast, and the shape of the results.
 
-``functional.py`` has the public functions, which make a score of their arguments and call this.
+The public functions in ``functional.py`` build a score from their arguments and call the functions here.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # query, keys, values
-MaskPair = tuple[Tensor | None, Tensor | None]  # memory_lengths, mask: Masks, or a plain tuple, which is made faster
-new: Callable[..., Any] = tuple.__new__  # of a named tuple, at a third of the cost of its constructor
-ADD_BEFOREHAND = ("cuda",)  # backends whose kernels are given the sum of keys and ``extra``
+MaskPair = tuple[Tensor | None, Tensor | None]  # memory_lengths, mask: Masks, or a plain tuple, which is cheaper
+new: Callable[..., Any] = tuple.__new__  # makes a named tuple, at a third of the cost of its constructor
+ADD_BEFOREHAND = ("cuda",)  # backends whose kernels do not add ``extra``: they get keys + extra
 SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
-# What a bad argument raises in the dispatcher, in a kernel, or in Python where it is no tensor at all.
+# Errors that a bad argument may raise in the dispatcher or a kernel, or in Python if it is not a tensor.
 ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 
 
 def attend(score: Score, query: Tensor, memory: Memory, need_weights: bool, backend: str | None) -> Attention:
-    """A step on a memory. The gradients of the memory may be made with those of other steps: see memory_gradient.py."""
+    """A step on a memory. Its gradient of the memory may be deferred and joined with others: see memory_gradient.py."""
     masks = (memory.memory_lengths, memory.mask)
     return attend_arrays(score, query, memory.keys, memory.values, masks, need_weights, backend, memory)
 
@@ -58,7 +58,7 @@ def attend_arrays(
     backend: str | None,
     memory: Memory | None = None,
 ) -> Attention:
-    """The op of a score. memory: what keys and values are of, where the gradients of steps may be gathered."""
+    """Runs the op of a score. memory: the Memory that holds keys and values, if their gradients may be deferred."""
     memory_lengths, mask = masks
     without_context = values is None
     if values is None:
@@ -112,12 +112,12 @@ def attend_with_extra(
     backend: str | None,
     memory: Memory | None = None,
 ) -> Attention:
-    """The same with ``extra``, (B, Tk, A), added to the keys: in the kernels, but beforehand for those of CUDA C++."""
+    """Like attend_arrays, with ``extra``, (B, Tk, A), added to the keys: in the kernel, or before it in CUDA C++."""
     query, keys, values = inputs
     check_extra(score.name, query, keys, extra)
     if choose(backend, device_type(query)) in ADD_BEFOREHAND:
         if isinstance(score, AdditiveScore):
-            score = score._replace(prepared=None)  # of the keys alone
+            score = score._replace(prepared=None)  # it was computed from the keys without extra
         return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
     return attend_arrays(score.with_extra(extra), *inputs, masks, need_weights, backend, memory)
 
@@ -130,7 +130,7 @@ def attend_once(
     need_weights: bool,
     backend: str | None,
 ) -> Attention:
-    """A step with options on a memory that is not packed, which makes the gradients of the memory itself."""
+    """A step with options on a memory that is not packed. It computes the gradients of the memory in its backward."""
     masks = Masks(memory.memory_lengths, memory.mask)
     inputs = (query, memory.keys, memory.values)
     return attend_with_options(score, inputs, masks, options, need_weights, False, backend)
@@ -145,7 +145,7 @@ def attend_with_options(
     need_log_total: bool,
     backend: str | None,
 ) -> Attention:
-    """The op of a score with options; an ``AttentionWithLogTotal`` where that is asked for.
+    """Runs the op of a score with options. Returns an ``AttentionWithLogTotal`` if ``need_log_total`` is set.
 
     With several score vectors, v (R, A), results have an axis R before the last.
     """
@@ -161,7 +161,7 @@ def attend_with_options(
             _check_with_options(score, query, keys, attended, masks, score_bias, backend)
             query, keys, attended, score_bias = autocast(query, keys, attended, score_bias)
             score = score.autocast(query)
-        elif vectors is not None and score_bias is not None:  # whose shape does not tell R from Tq
+        elif vectors is not None and score_bias is not None:  # the kernels see Tq R rows and cannot check its shape
             check_score_bias(score.name, query, keys, score_bias, vectors)
         axes = query.dim()
         if axes == 2:
@@ -199,10 +199,10 @@ def attend_with_options(
 
 
 class Kernels(NamedTuple):
-    """What only some backends have kernels for. what: in the words of the error for another one that was named."""
+    """A feature that only some backends have kernels for. what: its name in the error for a backend without them."""
 
     what: str
-    backends: tuple[str, ...]  # the first that can run is taken
+    backends: tuple[str, ...]  # the first one that can run is used
 
 
 OPTIONS = Kernels("score_bias, dropout_p, normalizer, clip and need_log_total", ("triton", "cpu"))
@@ -210,7 +210,7 @@ GATED = Kernels("a gate or several score vectors", ("triton", "cpu"))
 
 
 def choose_or_reference(name: str, backend: str | None, device_type: str, kernels: Kernels) -> str:
-    """A backend that has the kernels; where there is none, the reference, unless one was named."""
+    """A backend that has the kernels, or else the reference. A named backend without the kernels raises an error."""
     found = choose_among(kernels.backends, backend, device_type)
     if found is None and backend is not None:
         raise ArgumentValueError(f"{name}: backend {backend!r} has no kernels for {kernels.what} yet")
@@ -220,7 +220,7 @@ def choose_or_reference(name: str, backend: str | None, device_type: str, kernel
 def make_options(
     name: str, query: Tensor, score_bias: Tensor | None, dropout_p: float, normalizer: str, clip: float | None
 ) -> Options:
-    """Checked, with a seed where there is dropout."""
+    """Checks the options and returns them, with a seed if there is dropout."""
     if normalizer not in NORMALIZERS:
         others = "attn_kernels.mechanisms.normalize and NormalizedAttention take others, and functions"
         raise ArgumentValueError(f"{name}: normalizer must be 'softmax' or 'sigmoid', got {normalizer!r}; {others}")
@@ -267,7 +267,7 @@ def _check_with_options(
 
 
 def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) -> Tensor:
-    """Values of size 0, for a call that wants the alignments only."""
+    """Values of size 0, for a call that returns only the alignments."""
     if not need_weights:
         raise ArgumentValueError(f"{name}: need_weights must be True without values: nothing else would be returned")
     check_query_keys(name, query, keys)
@@ -275,12 +275,12 @@ def _empty_values(name: str, query: Tensor, keys: Tensor, need_weights: bool) ->
 
 
 def _alignments_alone(attention: Attention) -> Attention:
-    """The result of a call with ``values=None``, which alone has no context: the field's type is that of all others."""
+    """The result of a call with ``values=None``: the context is None, against the type of the field."""
     return Attention(cast("Tensor", None), attention.alignments)
 
 
 def to_result(result: Tensor | tuple[Tensor, Tensor], query_axes: int, need_weights: bool) -> Attention:
-    """What an op returned, without the axis that a query in two axes was given."""
+    """The result of an op, without the query axis that was added to a 2-D query."""
     if isinstance(result, Tensor):
         context, alignments = result, None
     else:

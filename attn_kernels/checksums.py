@@ -1,9 +1,9 @@
-"""Whether tensors have the values that they had in an earlier call, by checksums.
+"""Checksums, to find out whether tensors still have the values of an earlier call.
 
-Nothing tells of every write to a tensor: autograd's version counter misses ``x.data.copy_(y)``, arrays of NumPy that
-share the storage, and ``x.data = y``; the address misses writes in place. So values that a result depends on are
-compared with what they are now, by checksums of 64 bits, which takes about a fifteenth of the time of a linear layer
-over them.
+Nothing detects every write to a tensor. Autograd's version counter misses ``x.data.copy_(y)``, writes through a NumPy
+array that shares the storage, and ``x.data = y``; the address misses in-place writes. So the current values are
+compared with the earlier ones by 64-bit checksums. That takes about a fifteenth of the time of a linear layer over the
+same values.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _checksums = _find_checksums()  # None without the compiled module: then no tens
 def is_cacheable(source: Any) -> bool:
     """Whether a tensor's values may be read in each call.
 
-    On the CPU only: reading those of a GPU would wait for it. And not in ``torch.compile``, where what is kept would be
-    a constant of the graph.
+    Only on the CPU: reading values on a GPU would wait for the device. Not within ``torch.compile``, where a cached
+    value would become a constant of the graph.
     """
     return source.is_cpu and not is_compiling()
 
 
 def are_readable(*tensors: Tensor | None) -> bool:
-    """Whether there are values to compare: of tensors in main memory, of no subclass, outside of transforms."""
+    """Whether the values can be compared: plain tensors in main memory, not of a subclass, outside of transforms."""
     if _checksums is None or torch._C._are_functorch_transforms_active():
         return False
     for tensor in tensors:
@@ -41,20 +41,20 @@ def are_readable(*tensors: Tensor | None) -> bool:
 
 
 def value_of(tensor: Tensor | None) -> Any:
-    """Differs if a tensor has other values, another shape, dtype or ``requires_grad``."""
+    """A key that differs if a tensor has other values, another shape, dtype or ``requires_grad``."""
     if tensor is None:
         return None
     return tensor.shape, tensor.dtype, tensor.requires_grad, checksums(tensor, 1)
 
 
 def checksums(tensor: Tensor, pieces: int) -> Any:
-    """64 bits for each of so many equal pieces along the first axis; for tensors that are readable."""
+    """A 64-bit checksum of each of ``pieces`` equal parts along the first axis. The tensor must be readable."""
     if not tensor.is_contiguous():
         tensor = tensor.detach().contiguous()
     return _checksums(tensor.data_ptr(), tensor.nbytes // pieces if pieces else 0, pieces)
 
 
 def current_modes() -> tuple[Any, ...]:
-    """The modes under which the same values give another result."""
+    """The modes that may change a result for the same values."""
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast

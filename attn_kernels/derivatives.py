@@ -1,15 +1,14 @@
 """The derivatives that no kernel computes: of gradients, in forward mode, and under the transforms of ``torch.func``.
 
-The kernels know an op and its gradients. What lies beyond takes the formulas of the reference, whatever the backend:
+The kernels compute an op and its gradients. All other derivatives use the formulas of the reference on every backend:
 
 - The derivative of a gradient (``create_graph=True``, ``torch.func.hessian``) is that of the reference's gradient. It
   materialises the (B, Tq, Tk, A) tensor of additive attention, as the reference does.
-- A tangent (``torch.func.jvp``, ``torch.autograd.forward_ad``) is that of the reference. The result itself is the
-  backend's.
-- ``torch.func.grad``, ``vjp`` and ``jacrev`` take the backend's kernels, forward and backward.
-- ``torch.vmap`` takes them, too: the mapped axis becomes a part of B. Where something is mapped that all rows of a
-  batch share (``v``, ``bias``), with dropout, and for gradients summed over the rows, the kernels run once for each of
-  its elements.
+- A tangent (``torch.func.jvp``, ``torch.autograd.forward_ad``) is computed by the reference, the result by the backend.
+- ``torch.func.grad``, ``vjp`` and ``jacrev`` use the backend's kernels, forward and backward.
+- ``torch.vmap`` also uses the kernels: the mapped axis is folded into B. The kernels run once for each element of the
+  mapped axis in three cases: an argument without a batch axis is mapped (``v``, ``bias``), there is dropout, or
+  gradients are summed over the rows.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from .formulas import FORMULAS, apply_formula, pull_back, push_forward
 def rules(
     op: str, compute: Callable[..., Any], gradients: Callable[..., Any] | None
 ) -> tuple[type[Function], type[Function]]:
-    """Two rules of autograd for an op on a backend.
+    """Two autograd functions for an op on a backend.
 
-    The first one has all that forward mode and ``torch.func`` ask for. It costs several times as much a call as the
-    second one, which is for reverse mode alone, and of an attention returns the context alone where no alignments are
-    asked for: each output costs some microseconds.
+    The first one supports forward mode and ``torch.func``. A call of it costs several times as much as a call of the
+    second one, which supports reverse mode only. The second one of an attention returns only the context if alignments
+    are not needed: each output costs some microseconds.
 
     Args:
-        op: of ``FORMULAS``.
+        op: a key of ``FORMULAS``.
         compute: the kernel, for tensors without derivatives.
-        gradients: of the differentiable arguments, called with those of the results, the arguments, and which are
-            needed (see ``_backward``); of an attention it gets the alignments in place of the last argument. None: as
-            the formula has it.
+        gradients: computes the gradients of the differentiable arguments from the gradients of the results, the
+            arguments and flags for the gradients that are needed (see ``_backward``). For an attention, the alignments
+            replace the last argument. None: the formula is differentiated.
     """
     formula = FORMULAS[op]
     results_count, attends = formula.results, formula.results > 1
@@ -47,9 +46,9 @@ def rules(
     save, saved = formula.save, formula.saved
     count, groups, addend = len(formula.differentiable), formula.groups, formula.addend
 
-    @functools.cache  # a call of it in every backward would take microseconds
+    @functools.cache  # computing it in every backward would take microseconds
     def plan(needs: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[int, ...], tuple[None, ...]]:
-        """Of the inputs that need a gradient: which groups do, which results do not, and what follows the results."""
+        """The groups that need a gradient, the gradients that are not needed, and the Nones for the other inputs."""
         unneeded = tuple(i for i in range(count) if not needs[i])
         return tuple(any(needs[i] for i in group) for group in groups), unneeded, (None,) * (len(needs) - count)
 
@@ -66,7 +65,7 @@ def rules(
             pulled_back: tuple[Tensor | None, ...] = pulled(saved(ctx), grads, needs)
             return pulled_back
         flags, unneeded, rest = plan(needs)
-        if len(grads) < results_count:  # the context alone was returned
+        if len(grads) < results_count:  # only the context was returned
             made = gradients(grads[0], *(None,) * (results_count - 1), *saved(ctx), *flags)
         else:
             made = gradients(*grads, *saved(ctx), *flags)
@@ -90,7 +89,7 @@ def rules(
             ctx.set_materialize_grads(False)
             ctx.single = isinstance(output, Tensor)
             save(ctx, (*inputs[:-1], *output[1:]) if attends else inputs)
-            # jvp reads these as ctx.saved_tensors: as above, without the alignments, which it does not need.
+            # jvp reads these as ctx.saved_tensors: the same tensors, without the alignments, which it does not need.
             ctx.save_for_forward(*(x if isinstance(x, Tensor) else None for x in formula.tensors(inputs)))
             if not formula.differentiable:
                 ctx.mark_non_differentiable(output)
@@ -109,7 +108,7 @@ def rules(
                 return torch.vmap(lambda *arguments: apply_formula(op, arguments), in_dims)(*arguments), 0
             first = [x if axis is None else x.movedim(axis, 0) for x, axis in zip(arguments, in_dims, strict=True)]
             mapped = [axis is not None for axis in in_dims]
-            # If the mapped axis were folded into B, dropout would differ from that of a call per element.
+            # If the mapped axis were folded into B, dropout would differ from a separate call for each element.
             drops = formula.seed is not None and arguments[formula.seed] is not None
             if drops or formula.shared is None or any(mapped[i] for i in formula.shared):
                 parts = [apply(*(x[i] if m else x for x, m in zip(first, mapped, strict=True))) for i in range(n)]
@@ -135,7 +134,7 @@ def rules(
         save(ctx, (*inputs, *results[1:]))
         return results if arguments[-1] or results_count > 2 else results[0]
 
-    # Named after the op, as autograd's graph shows it: AdditiveAttentionBackward.
+    # The name in autograd's graph comes from the op: AdditiveAttentionBackward.
     name = op.title().replace("_", "")
     members = {"forward": staticmethod(forward), "backward": staticmethod(reverse)}
     reverse_rule: type[Function] = type(Function)(name, (Function,), members)  # type: ignore[misc]
@@ -143,7 +142,7 @@ def rules(
 
 
 def transforms_are_active() -> bool:
-    """Whether a transform of ``torch.func`` is; ``torch.compile``, which enters them as it traces, takes a constant."""
+    """Whether a transform of ``torch.func`` is active; a constant for ``torch.compile``, which enters some to trace."""
     return torch._C._are_functorch_transforms_active()
 
 

@@ -1,23 +1,23 @@
-"""Attention over several processes: a memory that is spread over them, and a loss that is the mean over all of them.
+"""Attention over several processes: a memory that is sharded over them, and a loss that is the mean over all of them.
 
 A memory too long for one device is cut along Tk. Each rank of a ``torch.distributed`` group holds its part of the keys
-and values, and every rank has the same queries; what the parts give is joined by log-sum-exp, as blocks of keys are in
-Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.1.
+and values, and every rank has the same queries. The results of the parts are combined by log-sum-exp, like the blocks
+of keys in Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.1.
 
 For part r let top_r be the largest score of a query, total_r = sum_j exp(scores_j - top_r) and context_r the sum of the
-values with those weights. One ``all_gather`` brings (top_r, total_r, context_r) to every rank, in float32 or wider, and
+values with those weights. One ``all_gather`` sends (top_r, total_r, context_r) to every rank, in float32 or wider, and
 
     top = max_r top_r,  total = sum_r exp(top_r - top) total_r,  context = sum_r exp(top_r - top) context_r / total.
 
-The part is computed as scores (the fused ``additive_scores``, or a product), exponentials and a product with values.
-``additive_attention`` would do it in one pass, but what it returns is normalised within the part: top_r and total_r
-would have to be found again from an alignment, which is rounded to the dtype and is NaN where all scores of the part
-are -Inf; and its backward takes no gradient of total_r. The gradient of scores is all that is needed besides:
+A part is computed as scores (the fused ``additive_scores``, or a product), exponentials and a product with values.
+``additive_attention`` would compute it in one pass, but its results are normalised within the part. Then top_r and
+total_r would have to be recovered from an alignment, which is rounded to the dtype and is NaN where all scores of the
+part are -Inf. Its backward also accepts no gradient of total_r. The backward here needs only the gradient of scores:
 
     dalignments_j += dcontext . values_j,  dscores_j = alignments_j (dalignments_j - sum_k alignments_k dalignments_k)
 
-where the sum runs over all ranks: it is dcontext . context, which each rank knows, plus one ``all_reduce`` for what
-comes to ``alignments`` themselves. A second ``all_reduce`` adds up the gradients of query, v and bias.
+where the sum runs over all ranks. It is dcontext . context, which each rank knows, plus one ``all_reduce`` for the
+gradients of ``alignments`` themselves. A second ``all_reduce`` sums the gradients of query, v and bias.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def sharded_additive_attention(
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Attention:
-    """:func:`attn_kernels.additive_attention` over a memory whose steps are spread over the ranks of a group.
+    """:func:`attn_kernels.additive_attention` over a memory whose steps are sharded over the ranks of a group.
 
-    Every rank of the group has to call it, with the same sizes but Tk, the same options, and the same tensors that
-    require gradients: as with any collective, a rank that does not come, or raises an error, leaves the others waiting.
+    Every rank of the group must call it with the same sizes except Tk, the same options, and the same set of tensors
+    that require gradients. As with any collective, the other ranks hang if one rank does not call it or raises an
+    error.
 
     Args:
-        query: (B, Tq, A), or (B, A) for one query; the same on every rank, as ``v`` and ``bias`` are.
+        query: (B, Tq, A), or (B, A) for one query; the same on every rank, like ``v`` and ``bias``.
         keys: (B, Tk, A), this rank's part of the projected memory; Tk may differ between ranks and be 0.
         values: (B, Tk, D), this rank's part.
         v: (A,), score vector.
@@ -63,30 +64,31 @@ def sharded_additive_attention(
         memory_lengths: (B,) int32 or int64, valid steps of this rank's part.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step of this rank's part may be attended.
         need_weights: False to leave out ``alignments``; the same on every rank. It saves an ``all_reduce``.
-        group: of the ranks that hold the memory; None for all processes.
-        backend: of the scores, as of ``additive_attention``.
+        group: the process group of the ranks that hold the memory; None for all processes.
+        backend: of the scores, as for ``additive_attention``.
 
     Returns:
-        ``Attention(context, alignments)``. context: (B, Tq, D), that of the whole memory, with the same bits on every
-        rank. alignments: (B, Tq, Tk), those of this rank's part; their sum over the steps of all ranks is 1. A query
+        ``Attention(context, alignments)``. context: (B, Tq, D), computed from the whole memory and bitwise equal on
+        all ranks. alignments: (B, Tq, Tk), of this rank's part; their sum over the steps of all ranks is 1. A query
         with nothing to attend on any rank gets zeros.
 
-    Gradients: every rank back-propagates the same loss, as in tensor parallelism; terms of ``alignments`` are each
-    rank's own. Then the gradients of ``query``, ``v`` and ``bias`` are those of the whole loss on every rank, already
-    summed over the ranks: what lies before them needs no further sum (the mean that DDP takes leaves equal gradients as
-    they are). Gradients of ``keys`` and ``values`` are those of this rank's part: a parameter that they were made with,
-    such as the projection of the memory, has to have its gradient summed over the ranks (the mean of DDP is too small
-    by the number of ranks). First derivatives only.
+    Gradients: every rank back-propagates the same loss, as in tensor parallelism, except that each rank has its own
+    terms of ``alignments``. The gradients of ``query``, ``v`` and ``bias`` are then those of the whole loss on every
+    rank, already summed over the ranks. The parameters that they depend on need no further sum. (The mean of DDP does
+    not change equal gradients.) The gradients of ``keys`` and ``values`` are those of this rank's part. If a parameter
+    was used to compute keys or values, such as the projection of the memory, its gradient must be summed over the
+    ranks. (The mean of DDP is too small by a factor of the number of ranks.) First derivatives only.
 
-    Collectives: one ``all_gather`` of B Tq (D + 2) numbers forward; backward an ``all_reduce`` of B Tq numbers (none
-    with ``need_weights=False``) and one of B Tq A + 2 A (none where nothing but keys and values requires gradients).
+    Collectives: one ``all_gather`` of B Tq (D + 2) numbers in the forward. In the backward, one ``all_reduce`` of B Tq
+    numbers (none with ``need_weights=False``) and one of B Tq A + 2 A (none if only keys and values require gradients).
 
-    Padding may hold NaN, as in ``additive_attention``, with one exception: where ``mask`` has an axis for queries, NaN
-    and Inf in a step that one query may attend reach the others of its sentence. Dtypes as there; of float16 and
-    bfloat16 the part is computed in a float32 copy that lives as long as the call.
+    Padding may hold NaN, as in ``additive_attention``, with one exception: if ``mask`` has an axis for queries, NaN
+    and Inf in a step that one query may attend reach the other queries of the sentence. Dtypes are those of
+    ``additive_attention``. For float16 and bfloat16 the part is computed on a float32 copy, which is freed after the
+    call.
 
     Raises:
-        ValueError, TypeError: as of ``additive_attention``. RuntimeError: there is no process group.
+        ValueError, TypeError: as for ``additive_attention``. RuntimeError: there is no process group.
     """
     name = "sharded_additive_attention"
     masks = Masks(memory_lengths, mask)
@@ -106,9 +108,10 @@ def sharded_dot_attention(
     need_weights: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> Attention:
-    """:func:`attn_kernels.dot_attention` over a memory whose steps are spread over the ranks of a group.
+    """:func:`attn_kernels.dot_attention` over a memory whose steps are sharded over the ranks of a group.
 
-    All as in :func:`sharded_additive_attention`. No ``backend`` is named, since scores are PyTorch's own product.
+    Everything else is as in :func:`sharded_additive_attention`. There is no argument ``backend``: the scores are a
+    matrix product of PyTorch.
     """
     name = "sharded_dot_attention"
     checks.check_scale(name, scale)
@@ -120,14 +123,15 @@ def sharded_dot_attention(
 def joint_mean(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
     """A mean over the batches of all ranks, as a loss for data-parallel training with DistributedDataParallel.
 
-    DDP takes the mean of gradients over ranks. That of each rank's mean loss would give a token in a short batch more
-    weight than one in a long batch. So ``total``, this rank's sum of losses, is divided by the mean of ``count`` over
-    the ranks: then gradients, and the mean of the returned value over the ranks, are those of one joined batch.
+    DDP averages gradients over the ranks. If each rank used its own mean loss, a token in a short batch would have more
+    weight than a token in a long batch. So this function divides ``total``, this rank's sum of losses, by the mean of
+    ``count`` over the ranks. Then the gradients, and the mean of the returned value over the ranks, are those of one
+    joined batch.
 
     Args:
-        total: a scalar with gradients, such as ``cross_entropy(..., reduction="sum")``. It may be of no tokens.
-        count: a scalar or a number, how many terms ``total`` is the sum of. One ``all_reduce`` adds it up.
-        group: that of DDP; None for all processes.
+        total: a scalar with gradients, such as ``cross_entropy(..., reduction="sum")``. The batch may have no tokens.
+        count: a scalar or a number: the number of terms in ``total``. One ``all_reduce`` sums it over the ranks.
+        group: the process group of DDP; None for all processes.
     """
     _check_group("joint_mean", group)
     counts = torch.as_tensor(count).detach().to(total.device, torch.float64, copy=True)
@@ -200,7 +204,7 @@ def _attend(
 
 
 class _Sharded(torch.autograd.Function):
-    """Saves what it was given, its results, and nothing else of the size of the memory: a decoder has many steps."""
+    """Saves its inputs and results, and nothing else of the size of the memory: a decoder has many steps."""
 
     @staticmethod
     def forward(
@@ -230,7 +234,7 @@ class _Sharded(torch.autograd.Function):
 
 
 class _ShardedBackward(torch.autograd.Function):
-    """A function of its own so that its results, differentiated again, raise an error."""
+    """A separate function, so that differentiating its results again raises an error."""
 
     @staticmethod
     def forward(
@@ -246,7 +250,7 @@ class _ShardedBackward(torch.autograd.Function):
             of_context = context.new_zeros(()).expand_as(context) if grad_context is None else grad_context
             of_context, of_alignments, *widened = upcast(of_context, grad_alignments, *inputs)
             sums = (of_context * context).sum(-1, keepdim=True)
-            if plan.need_weights:  # and not: if alignments have a gradient; every rank must come here, or none
+            if plan.need_weights:  # not "if alignments have a gradient": all ranks must take the same branch
                 own = torch.zeros_like(sums)
                 if of_alignments is not None:
                     own = _fill(alignments * of_alignments, padding).sum(-1, keepdim=True)
@@ -276,17 +280,17 @@ def _forward(
     """The context of all ranks and the alignments of this one."""
     scores = _fill(plan.form.scores(query, keys, *units), padding, -math.inf)
     top = scores.amax(-1, keepdim=True) if keys.shape[1] else scores.new_full((*query.shape[:2], 1), -math.inf)
-    weights = _fill(torch.exp(scores - top), padding)  # NaN where steps are attended and all their scores are -Inf
+    weights = _fill(torch.exp(scores - top), padding)  # NaN if steps are attended and all their scores are -Inf
     part = torch.cat([top, weights.sum(-1, keepdim=True), weights @ _blank_steps(values, padding)], -1)
     parts = _all_gather(part, plan.group)
 
     tops, sums = parts[..., :1], parts[..., 1:]
-    factors = torch.exp(tops - tops.amax(0))  # NaN where no rank has a score above -Inf
-    # Ranks with nothing to attend, or with a maximum of -Inf where others have more, are left out.
+    factors = torch.exp(tops - tops.amax(0))  # NaN if no rank has a score above -Inf
+    # Ranks with nothing to attend are left out, and ranks with a maximum of -Inf if other ranks have a larger one.
     counted = (factors != 0) & (sums[..., :1] != 0)
     joined = torch.where(counted, factors * sums, 0.0).sum(0)
     total, context = joined[..., :1], joined[..., 1:]
-    context = torch.where(total == 0, 0.0, context / total)  # a total is 1 or more where anything is attended
+    context = torch.where(total == 0, 0.0, context / total)  # total is at least 1 if anything is attended
 
     rank = dist.get_rank(plan.group)
     alignments = torch.where(counted[rank] | total.isnan(), weights * (factors[rank] / total), 0.0)
@@ -311,7 +315,7 @@ def _backward(
         grad_weights = grad_weights + grad_alignments
     grad_scores = _fill(alignments * (grad_weights - sums), padding)
     grad_values = alignments.mT @ _blank_queries(grad_context, padding)
-    # Padding goes in as 0, and its gradients come out as 0: they are sums with queries that may be NaN.
+    # Padding is set to 0, and so are its gradients: they are sums over queries that may be NaN.
     blanked = (_blank_queries(query, padding), _blank_steps(keys, padding))
     grad_query, grad_keys, *grad_units = form.gradients(grad_scores, *blanked, *units)
     if padding is not None:
@@ -339,8 +343,8 @@ def _blank_queries(x: Tensor, padding: Tensor | None) -> Tensor:
 def _blank_steps(x: Tensor, padding: Tensor | None) -> Tensor:
     """x, (B, Tk, *), with 0 in steps that no query attends: 0 * NaN would be NaN.
 
-    That is a copy of the memory. On the CPU it is made where there is something to blank: to look costs far less. On a
-    GPU that would wait for the device.
+    This copies the memory. On the CPU the copy is made only if x has NaN or Inf: that check costs far less. On a GPU
+    the check would wait for the device.
     """
     if padding is None or (x.is_cpu and not is_compiling() and math.isfinite(x.sum())):
         return x

@@ -1,12 +1,12 @@
-"""The errors that this package raises where an argument does not fit.
+"""The errors that this package raises if an argument does not fit.
 
-They are a ``ValueError`` or a ``TypeError`` with a common base, so that a caller can tell a refused argument from a
-mistake elsewhere: ``patch`` falls back to the original module for these errors only.
+They are a ``ValueError`` or a ``TypeError`` with a common base, so that a caller can distinguish a refused argument
+from other errors: ``patch`` falls back to the original module for these errors only.
 """
 
 
 class ArgumentError(Exception):
-    """An argument does not fit. What is raised is one of the two subclasses."""
+    """An argument does not fit. The base class of the two errors below, which are the ones that are raised."""
 
 
 class ArgumentValueError(ArgumentError, ValueError):

@@ -1,9 +1,9 @@
 """Formulas of the ops for ``torch.utils.flop_counter``: the FLOPs of the matrix products in the reference.
 
-An op counts the products of its formula in eager PyTorch, not what its kernel executes: so a model has one number on
-all backends with kernels. Elementwise functions count nothing, as in PyTorch; the product with v, which PyTorch's own
-table leaves out as one of a matrix with a vector, is counted. A backward counts the products that make its gradients,
-not those that it computes again.
+An op counts the products of its formula in eager PyTorch, not what its kernel executes. So a model has the same number
+on all backends with kernels. Elementwise functions count nothing, as in PyTorch. The product with v is counted: it is a
+matrix-vector product, which PyTorch's own table omits. A backward counts the products for its gradients, without those
+that it recomputes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def register() -> None:
 
 
 def register_with_counter() -> None:
-    """Registers the formulas as soon as the counter is imported, and imports nothing itself."""
+    """Registers the formulas when the counter is imported, without importing it."""
     if _COUNTER in sys.modules:
         register()
     else:
@@ -77,7 +77,7 @@ def _gated_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, v: Sha
 
 
 def _additive_scores_backward(grad_scores: Shape, query: Shape, keys: Shape, *others: Any, **_: Any) -> int:
-    """The gradients of the activation and, with those of the query, of v."""
+    """The gradient of the activation, and that of v, which is computed together with the query's."""
     need_query = others[-2]
     count: int = 2 * _pairs(query, keys) * query[2] * (1 + need_query)
     return count
@@ -91,7 +91,7 @@ def _attention(query: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> 
 def _attention_backward(
     grad_context: Shape | None, _: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **__: Any
 ) -> int:
-    """The gradients of query and alignments, and of keys and values, as far as they are needed."""
+    """The gradients of query and alignments, and of keys and values, if they are needed."""
     need_query, need_memory = others[-2:]
     products = query[2] + (0 if grad_context is None else values[2])
     count: int = 2 * _pairs(query, keys) * products * (need_query + need_memory)
@@ -103,7 +103,7 @@ def _options_backward(grad_context: Shape | None, grad_alignments: Any, _: Any, 
 
 
 def _packed_attention(query: Shape, keys: Shape, values: Shape, *others: Any, **named: Any) -> int:
-    """Of the steps that there are: each is one of one sentence."""
+    """The FLOPs of the N packed steps, each of which belongs to one sentence."""
     return _attention((1, *query[1:]), (1, *keys), (1, *values), *others, **named)
 
 
@@ -117,7 +117,7 @@ def _packed_attention_backward(
 def _extra_backward(
     grad_context: Shape | None, _: Any, query: Shape, keys: Shape, values: Shape, *others: Any, **__: Any
 ) -> int:
-    """The same, where keys and values have a flag each."""
+    """Like _attention_backward, but keys and values have a flag each."""
     need_query, need_keys, need_values = others[-3:]
     of_alignments = 0 if grad_context is None else values[2] * (max(need_query, need_keys) + need_values)
     count: int = 2 * _pairs(query, keys) * (query[2] * (need_query + need_keys) + of_alignments)

@@ -27,8 +27,8 @@ class Formula(NamedTuple):
     memory: how many differentiable arguments are keys and values; they start at position 1.
     results: number of results: 1, or 2 or 3 for an attention, whose last argument is need_alignments. The backward
         needs all but the first.
-    addend: position of the tensor that is added to the keys, the last differentiable one. The gradient of the sum is
-        that of both.
+    addend: position of the tensor that is added to the keys, the last differentiable one. Both get the gradient of
+        their sum.
     seed: position of the seed of dropout.
     """
 

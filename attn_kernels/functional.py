@@ -79,67 +79,67 @@ def additive_attention(
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2; ``query`` and ``keys`` are the projections W s and U h there. ``extra`` and ``scale`` are the U f
     and the sharpening of Chorowski et al., "Attention-based models for speech recognition",
-    2015, sections 2.2 and 2.3. With a gate,
+    2015, sections 2.2 and 2.3. With a gate, the formula is that of Ilse, Tomczak, Welling, "Attention-based deep
+    multiple instance learning", 2018, section 2.4, equation 9:
 
     .. math:: scores_{ij} = scale \; v \cdot (\tanh(query_i + keys_j + extra_j + bias) \odot \sigma(gate_j))
 
-    as of Ilse, Tomczak, Welling, "Attention-based deep multiple instance learning", 2018, section 2.4, equation 9; and
-    with R rows v_r of ``v``, each query has R rows of scores and a context of each, as of Lin et al., "A structured
-    self-attentive sentence embedding", 2017, section 2: the activations are made once for all of them.
+    With R rows v_r of ``v``, each query has R rows of scores and a context for each: Lin et al., "A structured
+    self-attentive sentence embedding", 2017, section 2. The activations are computed once for all R.
 
     Args:
-        query: (B, Tq, A), or (B, A) for one query; projected decoder state. None for pooling, without a query: the
-            scores are then those of the keys alone, and the results those of a 2-D query.
+        query: (B, Tq, A), or (B, A) for one query; projected decoder state. None for pooling: the scores then depend
+            on the keys only, and the results have the shapes of a 2-D query.
         keys: (B, Tk, A), projected memory.
-        values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
+        values: (B, Tk, D), averaged to the context; None to compute the alignments only.
         v: (A,), score vector, or (R, A), several of them.
         bias: (A,), added before the activation.
-        activation: "tanh", "relu", "leaky_relu" or "sigmoid", in the place of tanh.
+        activation: "tanh", "relu", "leaky_relu" or "sigmoid"; it replaces tanh in the formula.
         negative_slope: of "leaky_relu", a finite number.
-        gate: (B, Tk, A), what the sigmoid is taken of that multiplies the activation. A gate or several score vectors
-            have kernels on the CPU and in Triton; elsewhere the formula of the reference makes (B, Tq, Tk, A).
-        extra: (B, Tk, A), added before the activation: what a step adds to the keys, such as projected location
-            features. On the CPU, and in Triton for at most 8 queries, the sum is made within the kernels, and its
-            gradient is that of both; elsewhere, and with a gate, several score vectors, an option below or
-            ``activation="sigmoid"``, it is a tensor.
+        gate: (B, Tk, A), before the sigmoid; the activation is multiplied by sigmoid(gate). A gate or several score
+            vectors have kernels on the CPU and in Triton; elsewhere the reference runs, which stores (B, Tq, Tk, A).
+        extra: (B, Tk, A), added to the keys before the activation, such as projected location features of a step. On
+            the CPU, and in Triton for at most 8 queries, the kernels compute the sum, and one gradient serves both.
+            Otherwise the sum is a tensor. It is also a tensor with a gate, several score vectors, an option below or
+            ``activation="sigmoid"``.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
-        clip: C > 0, for C tanh(score) in the place of each score: pointers to steps that stay unsure (Bello et al.,
-            "Neural combinatorial optimization with reinforcement learning", 2017, appendix A.2, equation 16). It is
-            taken of the score with its scale, before ``score_bias`` is added. Soft-capping, C tanh(score / C), is that
-            with ``scale=1 / C``.
+        clip: C > 0, replaces each score by C tanh(score), which limits how sure a pointer network is (Bello et al.,
+            "Neural combinatorial optimization with reinforcement learning", 2017, appendix A.2, equation 16). It
+            applies to the scaled score, before ``score_bias`` is added. For soft-capping, C tanh(score / C), also pass
+            ``scale=1 / C``.
         memory_lengths: (B,) int32 or int64, valid steps of each row, 0..Tk; on the device of ``query``. On a GPU the
             kernels clamp lengths to that range: checking them would wait for the device.
         mask: (B, Tk) or (B, Tq, Tk) bool, True where a step may be attended. With ``memory_lengths``, both must allow
             it.
         score_bias: (B, Tq, Tk), or (B, Tk) for a 2-D query, added to the scores: a prior, a coverage penalty. With R
-            score vectors it is added to those of each; or (B, Tq, R, Tk), (B, R, Tk).
-        dropout_p: how likely each weight is left out of the context, those that stay multiplied by 1 / (1 - p); for
-            training. The device's default generator gives the seed. ``alignments`` are those before dropout.
+            score vectors it is added to the scores of each one; or one bias for each, (B, Tq, R, Tk) or (B, R, Tk).
+        dropout_p: the probability of dropping each weight from the context; the others are multiplied by 1 / (1 - p).
+            For training. The seed comes from the device's default generator. ``alignments`` are those before dropout.
         normalizer: "softmax", or "sigmoid": alignments are sigmoid(scores) over their sum (Chorowski et al. 2015,
             section 2.3, "smoothing").
         need_weights: False to leave out ``alignments`` (None is returned in their place).
-        need_log_total: True to return :class:`AttentionWithLogTotal`, with the logarithm of the sum that the
-            alignments were divided by: the log-probability of a step is its score minus that.
+        need_log_total: True to return :class:`AttentionWithLogTotal`, with the logarithm of the sum that normalises the
+            alignments: the log-probability of a step is its score minus this logarithm.
         memory_offsets: (B + 1,) int32 or int64, for keys and values without padding; see below.
-        backend: "cpu", "triton", "cuda" or "reference"; None for the fastest that can. See ``attn_kernels.backends()``.
-        prepared: what :func:`prepare_keys` made of these ``keys``, to make each of many calls on them faster. Results
-            and gradients are the same to within rounding; gradients flow to ``keys``. With ``extra`` it is accepted,
-            so that callers have one way to call, and has no effect. Not with a ``gate``, several score vectors, nor
-            another activation than tanh.
+        backend: "cpu", "triton", "cuda" or "reference"; None: the fastest available. See ``attn_kernels.backends()``.
+        prepared: the result of :func:`prepare_keys` for these ``keys``, which makes each of many calls faster. Results
+            and gradients are the same to within rounding; gradients flow to ``keys``. With ``extra`` it is accepted
+            but has no effect, so that callers need no special case. It must be None with a ``gate``, several score
+            vectors or another activation than tanh.
 
     Returns:
         ``Attention(context, alignments)``: (B, Tq, D) and (B, Tq, Tk), or (B, D) and (B, Tk) for a 2-D query, in the
         dtype of the inputs; with v (R, A), also R = 1, (B, Tq, R, D) and (B, Tq, R, Tk), or (B, R, D) and (B, R, Tk). A
         query with nothing to attend gets zeros. Gradients flow through both. The context is None without ``values``.
 
-    Packed memories: keys (N, A) and values (N, D) that hold the steps of all sentences one after the other, where
-    sentence b has steps ``memory_offsets[b]`` to ``memory_offsets[b + 1] - 1``: the first offset is 0, the last one N.
-    Or keys (B, j, A) and values (B, j, D) that are jagged (``torch.nested``, ``layout=torch.jagged``), of the same
-    lengths. The query remains a dense tensor. The context is (B, Tq, D), and zero for an empty sentence; alignments are
-    (B, Tq, Tk) with zeros behind each sentence, where Tk is the largest length, or the ``max_seqlen`` that jagged
-    tensors know. Backends "cpu" and "triton" do no work for padding, and a GPU takes "triton" if none is named; others
-    run on a padded copy. On a GPU offsets are not checked, and the largest length is waited for where it is the width
-    of alignments or of a copy and no ``max_seqlen`` is known. Not together with
+    Packed memories: keys (N, A) and values (N, D) hold the steps of all sentences one after the other. Sentence b has
+    steps ``memory_offsets[b]`` to ``memory_offsets[b + 1] - 1``; the first offset is 0, the last one N.
+    Jagged keys (B, j, A) and values (B, j, D) of equal lengths are also accepted (``torch.nested``,
+    ``layout=torch.jagged``). The query remains a dense tensor. The context is (B, Tq, D), and zero for an empty
+    sentence. Alignments are (B, Tq, Tk) with zeros after the end of each sentence. Tk is the largest length, or the
+    ``max_seqlen`` of jagged tensors. Backends "cpu" and "triton" do no work for padding; on a GPU "triton" is the
+    default. Other backends run on a padded copy. On a GPU offsets are not checked. The call waits for the device if it
+    needs the largest length, for alignments or a copy, and no ``max_seqlen`` is known. Packed memories exclude
     ``memory_lengths``, ``mask``, ``gate``, several score vectors, ``extra``, ``prepared``, ``score_bias``,
     ``dropout_p``, ``normalizer``, ``clip`` and ``need_log_total``.
 
@@ -161,7 +161,7 @@ def additive_attention(
         if query is None:
             check_memory(name, memory)
             query = keys.new_zeros(()).expand(memory.offsets.shape[0] - 1, keys.shape[1])
-        if activation == "sigmoid" or scale != 1.0:  # what is made of the arguments here
+        if activation == "sigmoid" or scale != 1.0:  # arithmetic below needs checked arguments
             check_query(name, query, memory)
     if query is None:
         check_tensor(name, "keys", keys)
@@ -179,7 +179,7 @@ def additive_attention(
     if gated and (memory is not None or prepared is not None):
         given = "prepared" if memory is None else "memory_offsets"
         raise ArgumentValueError(f"{name}: {given} must be None with a gate or several score vectors")
-    if extra is not None and (with_options or activation == "sigmoid"):  # nor are these kept from copies of the keys
+    if extra is not None and (with_options or activation == "sigmoid"):  # these have no kernel that adds extra
         check_extra(name, query, keys, extra)
         keys, extra, prepared = keys + extra, None, None
     masks = (memory_lengths, mask)
@@ -188,7 +188,7 @@ def additive_attention(
         score = new(AdditiveScore, (v, bias, prepared))
     else:
         numbers = check_activation(name, activation, negative_slope)
-        # The usual form of sigmoid leaves out a constant of all scores, which these would show: see _half_of_sigmoid.
+        # The usual form of sigmoid omits a constant in all scores. These options depend on it: see _half_of_sigmoid.
         if activation == "sigmoid" and (clip is not None or need_log_total or normalizer != "softmax"):
             gated = gated or prepared is None
         if gated:
@@ -220,21 +220,21 @@ def additive_attention(
 
 
 def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
-    """What :func:`additive_attention` makes of ``keys`` in each call, made once: for the steps of a decoder.
+    """Computes once what :func:`additive_attention` would compute from ``keys`` in each call, for decoding steps.
 
     Args:
-        keys: (B, Tk, A), projected memory, in the dtype that they will be called with.
+        keys: (B, Tk, A), projected memory, in the dtype of the later calls.
         backend: as in :func:`additive_attention`.
 
     Returns:
-        A tensor for ``additive_attention(..., prepared=...)`` on the same keys, about as large as they are: e^(2 keys)
-        in float32, for bfloat16 keys in bfloat16. Its layout is the backend's own but for the first axis, B: rows may
-        be selected along it. None where the backend has nothing to prepare: "triton" and "reference", float64 keys,
-        float16 keys with "cuda".
-        It is a constant for autograd, and stale once ``keys`` are written to.
+        A tensor for ``additive_attention(..., prepared=...)`` on the same keys: e^(2 keys) in float32, or in bfloat16
+        for bfloat16 keys. It is about as large as the keys. The first axis is B, so that rows may be selected; the
+        layout of the other axes depends on the backend. None if the backend has nothing to prepare: "triton" and
+        "reference", float64 keys, float16 keys with "cuda".
+        It is a constant for autograd, and it is invalid after a write to ``keys``.
 
     Raises:
-        ValueError: keys do not have three axes, or the backend cannot. TypeError: a dtype or type does not fit.
+        ValueError: keys do not have three axes, or the backend cannot run. TypeError: a dtype or type does not fit.
     """
     name = "prepare_keys"
     check_tensor(name, "keys", keys)
@@ -246,9 +246,9 @@ def prepare_keys(keys: Tensor, *, backend: str | None = None) -> Tensor | None:
     if keys.dtype == torch.float64 or chosen not in ("cpu", "cuda"):
         return None
     if chosen == "cuda" and keys.dtype == torch.float16:
-        return None  # float32 would be twice the bytes, and reading them is what takes the time there
+        return None  # float32 would double the bytes read, and memory bandwidth limits that kernel
     if derivatives.transforms_are_active() if is_compiling() else torch._C._is_tracing():
-        return None  # there ops are formulas: see ops.call
+        return None  # under these, ops run as formulas: see ops.call
     prepared: Tensor | None = ops.call("additive_prepare", chosen, keys.detach())
     return prepared
 
@@ -277,15 +277,15 @@ def dot_attention(
         alignments_i = softmax_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
 
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
-    3.1 ("dot"; "general" is ``keys`` = memory W). A scale that is learned multiplies ``query`` instead.
+    3.1 ("dot"; "general" is ``keys`` = memory W). For a learned scale, multiply ``query`` by it instead.
 
     Args:
         query: (B, Tq, A), or (B, A) for one query.
         keys: (B, Tk, A).
-        values: (B, Tk, D), what is averaged; None where the alignments are all that is wanted.
+        values: (B, Tk, D), averaged to the context; None to compute the alignments only.
         scale: a finite number that multiplies the scores; 1.0 as in the paper, not 1/sqrt(A).
         clip, memory_lengths, mask, score_bias: as in :func:`additive_attention`.
-        dropout_p, normalizer, need_weights, need_log_total, memory_offsets, backend: likewise.
+        dropout_p, normalizer, need_weights, need_log_total, memory_offsets, backend: also as there.
 
     Returns, packed memories, dtypes, errors: as in :func:`additive_attention`.
     """
@@ -319,7 +319,7 @@ def additive_scores(
     clip: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The scores of additive attention, for other normalisers than softmax.
+    r"""The scores of additive attention, for normalisers other than softmax.
 
     .. math:: scores_{ij} = v \cdot (\tanh(query_i + keys_j + extra_j + bias) \odot \sigma(gate_j))
 
@@ -328,9 +328,9 @@ def additive_scores(
         keys: (B, Tk, A).
         v: (A,), score vector, or (R, A), several of them.
         bias: (A,), added before the activation.
-        activation, negative_slope, gate: as in :func:`additive_attention`; without a gate there is no sigmoid above.
+        activation, negative_slope, gate: as in :func:`additive_attention`; without a gate, the formula has no sigmoid.
         extra: (B, Tk, A), added before the activation.
-        clip: C > 0, for C tanh(score) as in :func:`additive_attention`; made of the scores by two operators more.
+        clip: C > 0, for C tanh(score) as in :func:`additive_attention`; two more operators compute it from the scores.
         backend: as in :func:`additive_attention`.
 
     Returns:
@@ -391,9 +391,9 @@ def _check_additive_scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor 
 def _half_of_sigmoid(
     name: str, query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What gives with tanh what the arguments give with sigmoid, less a constant: (1 + tanh(x / 2)) / 2.
+    """Arguments whose scores with tanh are those with sigmoid minus a constant: sigmoid(x) = (1 + tanh(x / 2)) / 2.
 
-    Halving is exact but for what becomes denormal.
+    Halving is exact except where the result is denormal.
     """
     check_units(name, query, "v", v)
     check_units(name, query, "bias", bias)

@@ -1,4 +1,4 @@
-"""The scores of additive attention with a gate or several score vectors: from their arguments to the op."""
+"""The scores of additive attention with a gate or several score vectors: from the arguments to the op."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .checks import (
 from .scores import GatedAdditiveScore
 from .types import autocast, device_type
 
-NAME = "additive_scores"  # of the public function, for messages
+NAME = "additive_scores"  # the public function, for error messages
 
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""The ops with a gate and several score vectors in plain PyTorch: results of the reference, as rows of the op.
+"""The ops with a gate and several score vectors in plain PyTorch: the reference, with its results in the op's layout.
 
-v is (R, A); each query has R rows, one after the other: (B, Tq R, Tk).
+v is (R, A). The R rows of a query are consecutive: (B, Tq R, Tk).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import reference
 from .activations import ACTIVATIONS
 
-# For each number of the op, what makes keywords of the reference of it.
+# For each number of the op, a function that turns it into keyword arguments of the reference.
 NUMBERS: tuple[Callable[[Any], dict[str, Any]], ...] = (
     lambda i: dict(activation=ACTIVATIONS[i]),
     lambda slope: dict(negative_slope=slope),
@@ -28,7 +28,7 @@ def scores(*arguments: Any) -> tuple[Tensor]:
 
 
 def attention(*arguments: Any, score_bias: Tensor | None, **keywords: Any) -> tuple[Tensor, ...]:
-    """arguments: query, keys, values, v, bias, gate. keywords: of the reference."""
+    """arguments: query, keys, values, v, bias, gate. keywords: keyword arguments of the reference."""
     *inputs, gate = arguments
     query, _, _, v, _ = inputs
     if score_bias is not None:

@@ -15,7 +15,8 @@ Records are stored per backward pass, by the number of its graph task, and only 
 freed when the pass ends or is aborted. Nested passes and passes in other threads do not see each other's records.
 
 A step with its own addend of the keys (``extra``: location features) computes the gradient of the sum in its backward,
-since it needs it for the extra. It is added to that of the earlier steps; only the gradient of the values is deferred.
+because it is the gradient of the extra. It is added to the accumulated gradient of the keys; only the gradient of the
+values is deferred.
 
 Mechanisms whose steps are not an attention op have records of their own: see mechanisms/reading.py.
 """
@@ -63,13 +64,13 @@ def untraced(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Record(Protocol):
-    """What a step leaves for the gradient of the memory."""
+    """What a step records for the gradient of the memory."""
 
     def is_like(self, other: Any) -> bool:
         """Whether both can be parts of one call. other: of the same class."""
 
     def joined_gradients(self, others: list[Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Of keys and values, from this and the others, which are alike; None where it is 0 or was made before."""
+        """dkeys and dvalues, from this record and the others, which are alike; None if 0 or computed earlier."""
 
 
 class _StepRecord(NamedTuple):
@@ -261,7 +262,7 @@ def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
     """
     if type(a.score) is not type(b.score) or a.backend != b.backend:
         return False
-    if _of_queries(a) and _of_queries(b):  # they are joined as the queries are
+    if _of_queries(a) and _of_queries(b):  # masks are joined like the queries
         a, b = a._replace(masks=a.masks[:1]), b._replace(masks=b.masks[:1])
     return all(
         x is y or (torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y)
@@ -270,7 +271,7 @@ def _score_alike(a: _StepRecord, b: _StepRecord) -> bool:
 
 
 def _of_queries(step: _StepRecord) -> bool:
-    """Whether the mask, (B, 1, Tk), is that of the query of this step."""
+    """Whether the mask, (B, 1, Tk), belongs to the query of this step."""
     mask = step.masks[-1]
     return mask is not None and mask.dim() == 3
 
@@ -295,7 +296,7 @@ def _memory_gradients(steps: list[_StepRecord]) -> tuple[Tensor | None, Tensor |
         alignments=torch.cat([step.alignments for step in steps], 1),
     )
     if first.score.has_extra:
-        if first.values.shape[-1] == 0:  # of steps that made alignments only
+        if first.values.shape[-1] == 0:  # the steps computed only alignments
             return None, None
         return None, joined.backward(False, False, True)[2]
     _, dkeys, dvalues, *_ = joined.backward(False, True)

@@ -1,6 +1,6 @@
 """Attention over packed keys and values: the steps of all sentences one after the other, and no padding.
 
-``functional.py`` has the public functions, which come here with jagged keys or ``memory_offsets``.
+The public functions in ``functional.py`` call these functions for jagged keys or ``memory_offsets``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def given_options(options: Options, need_log_total: bool) -> dict[str, object]:
-    """By name, None where they are as by default: for numbers, 0."""
+    """The options by name. An option with its default value (for numbers, 0) is None."""
     numbers = {name: number or None for name, number in zip(Options._fields[1:], options[1:], strict=True)}
     return dict(score_bias=options.score_bias, **numbers, need_log_total=need_log_total or None)
 
@@ -42,7 +42,7 @@ def _check(score: Score, query: Tensor, memory: PackedMemory, backend: str | Non
 
 
 def packed_backend(backend: str | None, device_type: str) -> str | None:
-    """The backend with kernels for packed memories; None where such a memory is to be padded."""
+    """The backend with kernels for packed memories; None if there is none and the memory has to be padded."""
     chosen = choose_among(("triton", "cpu"), backend, device_type)
     return None if chosen == "reference" else chosen
 
@@ -55,9 +55,9 @@ def attend_packed(
     backend: str | None,
     gathered_by: Memory | None = None,
 ) -> Attention:
-    """The op of a score on a packed memory; on backends without kernels for it, that of a padded copy.
+    """Runs the op of a score on a packed memory, or on a padded copy if the backend has no kernels for packed ones.
 
-    gathered_by: what the memory is of, where the gradients of steps may be gathered; see memory_gradient.py.
+    gathered_by: the Memory that holds the arrays, if their gradients may be deferred; see memory_gradient.py.
     """
     keys, values, offsets, max_length = memory
 
@@ -77,7 +77,7 @@ def attend_packed(
             values = None if values is None else packing.pad(values, offsets, columns)
             masks = (packing.lengths(offsets), None)
             return attend_arrays(score, query, keys, values, masks, need_weights, backend)
-        if chosen != "cpu" or is_compiling():  # the CPU's kernels check their arguments themselves
+        if chosen != "cpu" or is_compiling():  # the CPU kernels check their arguments themselves
             _check(score, query, memory, backend)
         q, k, x = query, keys, keys.new_empty((keys.shape[0], 0)) if values is None else values
         if torch._C._is_any_autocast_enabled():
@@ -87,7 +87,7 @@ def attend_packed(
         columns = 0  # packed alignments
         is_same = gathered_by is not None and k is keys and x is values
         is_deferred = is_same and should_defer(chosen, (q, k, x), None)
-        if need_weights or is_deferred:  # those of several steps are joined along their queries
+        if need_weights or is_deferred:  # a deferred gradient joins the alignments of steps along the query axis
             columns = max(1, longest())
         if gathered_by is not None and is_deferred and isinstance(score, AdditiveScore | ActivatedScore | DotScore):
             made = gathered_by.gradient()

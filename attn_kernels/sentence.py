@@ -1,4 +1,4 @@
-"""Earlier names of what adapters share; they go with the next version."""
+"""Earlier names of functions that adapters share. They will be removed in the next version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _once(module: Any, what: str, sources: tuple[Tensor | None, ...], make: Call
 
 
 def _attended_steps(module: Any, mask: Tensor, keep: bool) -> Tensor | None:
-    """None where a row may attend nothing."""
+    """None if a row may attend nothing."""
 
     def allowed() -> Tensor | None:
         steps = mask.clone() if keep else ~mask

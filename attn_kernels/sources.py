@@ -1,4 +1,4 @@
-"""Whether classes and their methods are those that an adapter was written for, or that were there at a capture."""
+"""Checks that classes and their methods are still those that an adapter was written for, or that were captured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Forwards = tuple[tuple[type[nn.Module], Any], ...]
 
 
 def digest(cls: type) -> str | None:
-    """Twelve digits that change with the source of a class, whatever its white space; None where there is no source."""
+    """Twelve hex digits that change with the source of a class, except its white space; None if there is no source."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
@@ -33,10 +33,10 @@ def class_at(module: str, qualname: str) -> object:
 
 
 def replaced_method(cls: type, bypassed: frozenset[str]) -> str | None:
-    """The name of a method of a class that is not the one in its source: replaced from outside, or wrapped.
+    """The name of a method of a class that is not the one in its source, because it was replaced or wrapped.
 
-    bypassed: names of methods that an adapter does not call. Others are called, with what wraps them: of these only
-    the innermost function is looked at, so that decorators within the source do no harm.
+    bypassed: names of methods that an adapter does not call. Other methods are called with their wrappers: for these
+    only the innermost function is checked, so that decorators in the source are allowed.
     """
     lines, first = inspect.getsourcelines(cls)
     file = inspect.getsourcefile(cls)
@@ -54,16 +54,16 @@ def replaced_method(cls: type, bypassed: frozenset[str]) -> str | None:
 
 
 def replaced_on(instance: object, cls: type, methods: frozenset[str]) -> list[str]:
-    """Names of the methods of a class that an instance has others for, but for those that its library puts there.
+    """Names of the methods of a class that an instance replaces, except by functions of the class's own library.
 
-    Keras, for one, wraps some in its constructor. ``forward`` is left out.
+    Keras, for example, wraps some methods in its constructor. ``forward`` is left out.
     """
     names = methods & vars(instance).keys() - {"forward"}
     return sorted(name for name in names if not _is_of_library(vars(instance)[name], cls))
 
 
 def _is_of_library(function: object, cls: type) -> bool:
-    """Whether the code of a function lies in the top-level package of a class: in its file, not in what it wraps."""
+    """Whether the code of a function is in the top-level package of a class. Functions that it wraps do not count."""
     code = getattr(function, "__code__", None)
     top = getattr(sys.modules.get(cls.__module__.partition(".")[0]), "__file__", None)
     if code is None or top is None or os.path.basename(top) != "__init__.py":
@@ -73,19 +73,19 @@ def _is_of_library(function: object, cls: type) -> bool:
 
 
 def own_methods(cls: type, base: type) -> frozenset[str]:
-    """Names of the methods of a class that its base does not have, and of its ``forward``."""
+    """Names of the methods of a class that its base does not have, and ``forward``."""
     names = set(dir(cls)) - (set(dir(base)) - {"forward"})
     return frozenset(n for n in names if isinstance(inspect.getattr_static(cls, n), types.FunctionType))
 
 
 def forwards_of(module: nn.Module) -> Forwards:
-    """The classes of a module and of those within it, with the ``forward`` that each has now."""
+    """The classes of a module and of its submodules, each with its current ``forward``."""
     classes = {getattr(type(part), "_attn_kernels_original", type(part)) for part in module.modules()}
     return tuple((cls, cls.forward) for cls in classes)
 
 
 def are_current(forwards: Forwards) -> bool:
-    """Whether the classes still have them: TorchDynamo's guards look at the modules, not at their classes."""
+    """Whether the classes still have these functions: TorchDynamo's guards check modules, not their classes."""
     for cls, forward in forwards:  # noqa: SIM110 - all() of a generator takes four times as long
         if cls.forward is not forward:
             return False

@@ -1,9 +1,9 @@
-"""``fuse(model)``: the ops in any model, whatever class computes its attention.
+"""``fuse(model)``: runs the attention of any model on this package's ops, whatever class computes it.
 
-Modules of known libraries are patched (patching/). Of all others, those whose code can compute attention are
-watched: the first call of each kind is captured as a graph (graph/capture.py), attention in it is replaced by the ops
-(graph/rewrite.py), the new graph is compared with the old one (graph/check.py), and both are timed. From then on the
-faster one runs. A module keeps its parameters, buffers, hooks and state; only its class changes, as ``patch`` does it.
+Modules of known libraries are patched (patching/). Other modules are watched if their code may compute attention. The
+first call of each kind is captured as a graph (graph/capture.py), and attention in it is replaced by the ops
+(graph/rewrite.py). The new graph is compared with the old one (graph/check.py), and both are timed; from then on the
+faster one runs. A module keeps its parameters, buffers, hooks and state; only its class changes, as in ``patch``.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ __all__ = ["FuseReport", "FusedModule", "Watched", "_rebuild", "fuse", "fused", 
 def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
     """Computes the attention of any model with this package's ops: same parameters, same results, no adapter.
 
-    Attention is recognised by what is computed, not by names: additive, dot or general, batch- or time-major, one query
-    or many, any mask, conv or linear projections, joined or added. Modules are changed in place, by their class:
-    parameters, ``state_dict``, hooks and attributes stay as they are, and ``isinstance`` still holds. What depends on
-    the memory and on weights alone is made once for all steps on that memory. :func:`patch` is called first, for the
-    libraries that it knows.
+    Attention is recognised by its operations, not by names: additive, dot or general, batch- or time-major, one query
+    or many, any mask, conv or linear projections, of concatenated or summed inputs. Modules are changed in place, by
+    replacing their class: parameters, ``state_dict``, hooks and attributes stay as they are, and ``isinstance`` still
+    holds. Values that depend only on the memory and on weights are computed once for all steps on that memory. First
+    :func:`patch` is called, for the libraries that it knows.
 
-    The first call of each kind (train or eval, mask or none, dtype) takes about a second: it is captured, and compared
-    with the original on its arguments and on random ones, in values and gradients. A module whose rewritten graph is
-    not the same to within rounding runs as it is, and the report says so. The next calls are timed; where the original
-    is faster, it runs.
+    The first call of each kind (train or eval, mask or none, dtype) takes about a second. It is captured, and compared
+    with the original on its arguments and on random ones, in values and gradients. If the rewritten graph of a module
+    differs by more than rounding, the module runs unchanged, and the report gives the reason. The next calls are timed;
+    if the original is faster, it runs.
 
     Args:
         model: any module.
-        always: True to run what was rewritten even where the original is faster, so that a result does not depend on
-            times that were measured.
+        always: True to run the rewritten graph even if the original is faster, so that results do not depend on
+            measured times.
 
     Returns:
         :class:`FuseReport`: ``fused``, ``skipped`` and ``fallbacks``, complete after the first calls.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     check_model("fuse", model)
     patched = patch(model)
@@ -72,7 +72,7 @@ def fuse(model: nn.Module, *, always: bool = False) -> FuseReport:
 
 
 def _parents(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules that hold others, and may make a context of the alignments that those return."""
+    """The parents of modules, which may compute a context from the alignments that those modules return."""
     found = []
     for name, parent in named_modules(model):
         if isinstance(parent, (Watched, Fused)) or "forward" in parent.__dict__ or not is_foreign(parent):
@@ -89,9 +89,9 @@ def _watch_parent(parent: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> list[Replaced]:
-    """Gives every module that :func:`fuse` or :func:`patch` changed its own class again, and returns which they were.
+    """Restores the original class of all modules that :func:`fuse` or :func:`patch` changed, and returns the modules.
 
-    Raises ValueError where :func:`unpatch` would.
+    Raises ValueError in the same cases as :func:`unpatch`.
     """
     check_model("unfuse", model)
     return _unfuse("unfuse", model, set())
@@ -99,7 +99,7 @@ def unfuse(model: nn.Module) -> list[Replaced]:
 
 @contextlib.contextmanager
 def fused(model: nn.Module, *, always: bool = False) -> Iterator[FuseReport]:
-    """``with fused(model) as report:`` the model is fused within; modules fused or patched before stay so after."""
+    """``with fused(model) as report:`` fuses the model for a block. Modules fused or patched before stay so."""
     check_model("fused", model)
     swapped = (Watched, Fused)
     before = {id(module) for _, module in named_modules(model) if isinstance(module, swapped)}
@@ -111,7 +111,7 @@ def fused(model: nn.Module, *, always: bool = False) -> Iterator[FuseReport]:
 
 
 def _unfuse(function: str, model: nn.Module, keep: set[int]) -> list[Replaced]:
-    """Of all changed modules but those whose ids are in ``keep``."""
+    """Restores all changed modules except those whose ids are in ``keep``."""
     modules = [(n, m) for n, m in named_modules(model) if isinstance(m, Watched) and id(m) not in keep]
     for name, module in modules:
         if type(module) is not watched_class(module._attn_kernels_original):

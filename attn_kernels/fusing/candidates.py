@@ -1,4 +1,4 @@
-"""Which modules may compute attention, by their code."""
+"""Decides from the code of modules which of them may compute attention."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def contains(module: nn.Module, other: nn.Module) -> bool:
     return any(part is other for part in module.modules())
 
 
-_NAMES = frozenset(("tanh", "tanh_", "Tanh", "softmax", "Softmax"))  # one of them is in the code of attention
+_NAMES = frozenset(("tanh", "tanh_", "Tanh", "softmax", "Softmax"))  # the code of attention has one of these names
 
 
 def may_attend(module: nn.Module) -> bool:
-    """Whether a module computes a tanh or a softmax, by its code or with a layer that is one."""
+    """Whether a module computes a tanh or a softmax, in its code or with a layer."""
     cls = type(module)
     if not is_foreign(module):
         return False
@@ -39,7 +39,7 @@ def may_attend(module: nn.Module) -> bool:
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Children, and those of PyTorch's containers among them."""
+    """The children of a module, including those inside PyTorch's containers."""
     for child in module.children():
         if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             yield from layers_of(child)
@@ -69,12 +69,12 @@ def _mentions(function: Any, seen: set[Any], depth: int = 3) -> bool:
 
 
 def has_loops(module: Any) -> bool:
-    """Whether a module's forward has loops: over steps, its graph would be another for every number of them."""
+    """Whether a module's forward has loops: a loop over steps gives another graph for every number of steps."""
     code = getattr(getattr(module, "_attn_kernels_original", type(module)).forward, "__code__", None)
     return code is not None and any(instruction.opname == "FOR_ITER" for instruction in dis.get_instructions(code))
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether a module's class is neither PyTorch's nor this package's, and no script."""
+    """Whether a module's class is neither PyTorch's nor this package's, and the module is not a script."""
     own = type(module).__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
     return not own and not isinstance(module, torch.jit.ScriptModule)

@@ -13,7 +13,7 @@ from .state import State, is_watched, state_of
 
 
 class FusedModule(NamedTuple):
-    """A module whose attention runs as an op of this package: its qualified name, its class, and what was found."""
+    """A module whose attention runs on an op of this package: its qualified name, its class, and what was found."""
 
     name: str
     cls: type[nn.Module]
@@ -23,10 +23,10 @@ class FusedModule(NamedTuple):
 class FuseReport:
     """The report of :func:`fuse`; complete once the model was called, in training and in evaluation mode.
 
-    fused: modules whose attention was found, with what: "context" (scores, softmax and weighted sum in one op),
-    "alignments" (scores and softmax), "scores", or the library's adapter. skipped: modules that may compute attention
-    and run as they are, with the reason. fallbacks: calls of fused modules that their own forward served.
-    ``print(report)`` shows all as a table.
+    fused: modules whose attention was found, with the part that an op computes: "context" (scores, softmax and weighted
+    sum in one op), "alignments" (scores and softmax), "scores", or the library's adapter. skipped: modules that may
+    compute attention and run unchanged, with the reason. fallbacks: calls of fused modules that ran the original
+    forward. ``print(report)`` shows a table.
     """
 
     def __init__(self, patched: Report, watched: list[tuple[str, Any]]) -> None:

@@ -21,21 +21,21 @@ from .candidates import has_loops
 if TYPE_CHECKING:
     from ..graph.capture import AnyEntry, Captured
 
-# Looked up once: they are called in every call of a module.
+# Looked up once, because it is called in every call of a module.
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 _is_grad_enabled = torch.is_grad_enabled
 
 _MAX_KINDS = 16  # kinds of calls of one module
-SKIPPED_CALLS = 64  # at most so many calls in a row run the original without a look at their arguments
-_MAX_TIME = 0.97  # of the original's, for the rewritten graph to be chosen: a smaller gain may be noise
-_TRIALS = 3  # timed calls of the original and of the rewritten graph each
+SKIPPED_CALLS = 64  # at most this many calls in a row run the original without a check of their arguments
+_MAX_TIME = 0.97  # of the original's time, for the rewritten graph to be chosen: a smaller gain may be noise
+_TRIALS = 3  # number of timed calls, for the original and for the rewritten graph
 
 STATE = "_attn_kernels_fused"  # in a module's __dict__
 _captured: weakref.WeakKeyDictionary[type[nn.Module], Captured] = weakref.WeakKeyDictionary()
 
 
 def kind_of(attributes: dict[str, Any], args: tuple[Any, ...]) -> tuple[int, bool, bool]:
-    """The key of a choice: the size of the arguments to a power of two, the modes of module and autograd."""
+    """The key of a choice: the size of the arguments rounded to a power of two, the modes of module and autograd."""
     size = 0
     for x in args:
         if isinstance(x, Tensor):
@@ -44,7 +44,7 @@ def kind_of(attributes: dict[str, Any], args: tuple[Any, ...]) -> tuple[int, boo
 
 
 class Trial:
-    """Times of the first calls of a kind, which alternate between the original and the rewritten graph."""
+    """The times of the first calls of a kind, which alternate between the original and the rewritten graph."""
 
     def __init__(self) -> None:
         self.original: list[float] = []
@@ -69,14 +69,14 @@ class State:
         self.original = original
         self.always = False
         self.inner: list[Any] = []  # watched modules within this one
-        self.is_parent = False  # watched only because of the alignments that those return
+        self.is_parent = False  # watched only because its inner modules may return alignments
         self.choices: dict[Any, Any] = {}
         self._streak = 0
-        self.rest: int = 0  # calls left that run the original without a look at their arguments
+        self.rest: int = 0  # number of next calls that run the original without a check of their arguments
         self.reasons: Counter[str] = Counter()
         self.entries: list[AnyEntry] = []
         self.keeper: Any = None
-        self._source: Captured | None = None  # which the entries belong to
+        self._source: Captured | None = None  # the owner of the entries
 
     def __deepcopy__(self, memo: Any) -> State:
         return State(self.original)
@@ -85,7 +85,7 @@ class State:
         return State, (self.original,)
 
     def is_left_alone(self, attributes: dict[str, Any], args: tuple[Any, ...]) -> bool:
-        """Whether the original was chosen for a kind of call. After some such calls only every 64th is looked at."""
+        """Whether the original was chosen for a kind of call. After some such calls only every 64th is checked."""
         if self.choices.get(kind_of(attributes, args)) is not False:
             self._streak = 0
             return False
@@ -134,12 +134,12 @@ class State:
         return self._try(entry, module, args, kwargs, kind, choice)
 
     def _fall_back(self, reason: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the original, and counts why."""
+        """Runs the original, and counts the reason."""
         self.reasons[reason] += 1
         return self.forward(module, *args, **kwargs)
 
     def _may_use_alignments(self, module: Any) -> bool:
-        """Whether modules within a parent return alignments; once it is clear that none does, its class is restored."""
+        """Whether modules within a parent return alignments. Once none of them can, the parent's class is restored."""
         inner = [state_of(other) for other in self.inner if is_watched(other)]
         if any(not state.is_known for state in inner):
             return False
@@ -149,7 +149,7 @@ class State:
         return False
 
     def _run(self, entry: AnyEntry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the rewritten graph with the results that this module keeps."""
+        """Runs the rewritten graph with the cached results of this module."""
         kept = entry.kept
         outer, kept.keeper = kept.keeper, self.keeper
         try:
@@ -166,7 +166,7 @@ class State:
         kind: Any,
         trial: Any,
     ) -> Any:
-        if any(isinstance(x, Tensor) and not x.is_cpu for x in args):  # calls on a GPU return before they are done
+        if any(isinstance(x, Tensor) and not x.is_cpu for x in args):  # GPU calls return before they are complete
             self.choices[kind] = True
             return self._run(entry, module, args, kwargs)
         if trial is None:
@@ -186,7 +186,7 @@ class State:
 
     def _captured(self) -> Captured:
         captured = _captured.get(self.original)
-        if captured is None or captured.forward is not self.original.forward:  # which may have been replaced since
+        if captured is None or captured.forward is not self.original.forward:  # the forward may have been replaced
             from ..graph.capture import Captured
 
             captured = _captured[self.original] = Captured(self.original.forward, self.original.__name__)
@@ -199,7 +199,7 @@ class State:
     ) -> AnyEntry | str:
         inner = [state_of(other) for other in self.inner if is_watched(other)]
         if any(not state.is_known for state in inner):
-            return _WAITING  # they are called within this call
+            return _WAITING  # the inner modules are called within this call
         if any(state.what() for state in inner) and has_loops(module):
             return "its attention is computed by modules within it"
         if captured.entries and has_loops(module) and not any(e.graph.is_fused for e in captured.entries):
@@ -211,7 +211,7 @@ class State:
         return bool(self.entries or self.reasons)
 
     def what(self) -> str:
-        """What was found, or "" for nothing."""
+        """The kinds of attention that were found; "" for none."""
         kinds = [
             found.kind + (f" in {found.where}" if found.where else "")
             for entry in self.entries
@@ -244,14 +244,14 @@ def _new_keeper() -> Any:
 
 
 def unsupported_mode() -> str | None:
-    """Why a call cannot be one of a captured graph, whatever the module."""
+    """The reason why no captured graph may run in the current mode, for any module."""
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func"
     if forward_ad._current_level >= 0:
         return "derivatives in forward mode"
     if _has_any_global_hook():
         return "hooks on the calls of all modules"
-    if functions_are_replaced():  # a graph calls functions by name
+    if functions_are_replaced():  # a graph would not call the replaced functions
         return "a function of PyTorch was replaced"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks on saved tensors, as activation checkpointing has"

@@ -1,4 +1,4 @@
-"""The class of modules whose calls are captured."""
+"""The class of watched modules: their calls are captured."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .state import STATE, is_tracing, kind_of, restore_class, state_of
 
-_module_call = nn.Module._wrapped_call_impl  # what nn.Module.__call__ is, unless a tracer has replaced it
+_module_call = nn.Module._wrapped_call_impl  # nn.Module.__call__, unless a tracer has replaced it
 _watched_classes: weakref.WeakKeyDictionary[type[nn.Module], type[Any]] = weakref.WeakKeyDictionary()
 
 
 class Watched:
-    """Mixed in before the class of a module. No module has attributes of these names, which would be hidden."""
+    """Mixed in before the class of a module. It has names that no module uses: they would hide attributes."""
 
     _attn_kernels_original: ClassVar[type[nn.Module]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As PyTorch's, with a shortcut to the original where that was chosen and nothing hooks into the call: of
-        thousands of small calls none should be slower than before.
+        """Like PyTorch's, with a shortcut to the original if it was chosen and no hooks have to run. It keeps small
+        calls, of which there may be thousands, from being slower than before.
         """
         if not (is_compiling() or is_tracing()) and _module_call is nn.Module.__call__:
             attributes = self.__dict__
@@ -48,7 +48,7 @@ class Watched:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # An outer torch.compile sees the original's operations, and may rewrite them itself; so does a trace.
+        # An outer torch.compile gets the original's operations, and may rewrite them itself; a trace gets them, too.
         if is_compiling() or is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(STATE)
@@ -61,7 +61,7 @@ class Watched:
         return state.run(self, args, kwargs, kind, choice)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled as its original class and fused again: the class of a fused module has no name."""
+        """Copies and pickles as the original class, to be fused again: the generated class cannot be imported."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         function, arguments, *rest = reduced
         if not arguments or arguments[0] is not type(self):
@@ -71,7 +71,7 @@ class Watched:
         return (rebuild, (self._attn_kernels_original, function, *arguments[1:]), *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles the original, and puts it into the model in this module's place."""
+        """The original module, which torch.jit.script compiles and puts into the model in place of this module."""
         original = copy.copy(self)
         restore_class(original)
         return original  # type: ignore[return-value]
@@ -89,5 +89,5 @@ def watched_class(original: type[nn.Module]) -> type[Any]:
 
 
 def rebuild(original: type[nn.Module], function: Callable[..., Any], *arguments: Any) -> Any:
-    """An empty module of a fused class, for pickle and copy."""
+    """An empty module of a watched class, for pickle and copy."""
     return function(watched_class(original), *arguments)

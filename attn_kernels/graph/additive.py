@@ -1,6 +1,7 @@
-"""Additive scores, v . tanh(sum of terms): found backwards from the product with v, through the tanh, to the terms.
+"""Additive scores, v . tanh(sum of terms). The search goes backwards from the product with v, through the tanh, to the
+terms.
 
-Which term is a query and which a key follows from the axes that they have: see axes.py.
+The axes of a term decide whether it belongs to the query or to the keys: see axes.py.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _terms(flow: Dataflow, leaf: Leaf, coefficient: float, units: set[Axis]) -> 
 
 
 def _projected(flow: Dataflow, node: Node, index: Index, coefficient: float) -> list[Term]:
-    """Summands of a projection of rows that are joined of several parts, or that are repeated; else none."""
+    """The summands of a projection whose rows are concatenated or repeated; otherwise an empty list."""
     found = contraction(node, index, flow.writes.read)
     if found is None or not found.axes or name_of(node) == "sum":
         return []
@@ -109,7 +110,7 @@ def _projected(flow: Dataflow, node: Node, index: Index, coefficient: float) -> 
 
 
 def _pieces(flow: Dataflow, leaf: Leaf, summed: Group, before: Group) -> list[tuple[Leaf, Group, Group]]:
-    """The parts that rows are joined of along the summed axis: tensor, axis, and what is before it."""
+    """The parts that are concatenated along the summed axis: tensor, axis, and the axes of the parts before it."""
     node, index = flow.writes.read(leaf.node, leaf.reader), leaf.index
     step = pull(node, index)
     if step is not None:
@@ -138,7 +139,7 @@ class _NoTanh(NoMatch):
 
 
 def roles(scores: Scores, steps: Group | None, flow: Dataflow) -> Roles:
-    """Divides axes and terms; ``steps`` are those of a softmax, or None where there is none."""
+    """Assigns axes and terms to query and keys. steps: the axes of a softmax, or None if there is none."""
     units = set(resolve(scores.units))
     index = axes_of(settle(scores.index))
     if steps is None:
@@ -146,7 +147,7 @@ def roles(scores: Scores, steps: Group | None, flow: Dataflow) -> Roles:
         largest = max(varied, key=lambda axes: (len(axes), _elements(axes)))
         others = [axes for axes in varied if axes]
         steps = tuple(a for a in index if a in largest and any(a not in axes for axes in others))
-        if not steps and index:  # all have the same axes, and a vector for all may be the query
+        if not steps and index:  # all terms have the same axes; a vector shared by all may be the query
             steps = tuple(index[-1:])
     steps = resolve(steps)
     if len(scores.terms) == 1 and _is_elementwise(scores.terms[0].leaf.node):
@@ -174,7 +175,7 @@ def roles(scores: Scores, steps: Group | None, flow: Dataflow) -> Roles:
 
 
 def _is_elementwise(node: Node) -> bool:
-    """Whether a term is neither an argument nor a product, such as what a normalisation makes of a sum."""
+    """Whether a term is neither an argument nor a product, such as a normalised sum."""
     return node.op in ("call_function", "call_method") and name_of(node) not in PRODUCTS
 
 

@@ -1,11 +1,11 @@
 """Index variables: where the elements of a tensor come from.
 
-An element of a node's result is named by an index: for each dimension a group of axes (index variables), the major one
+An index names an element of a node's result. For each dimension it has a group of axes (index variables), the major one
 first. The dimension ``B*T`` of a folded tensor has the group ``(b, t)``; a dimension of size 1 has the empty group. A
-step back through a view (views.py) maps the index of its result to the index of its input. Axes that are lacking there
-are those along which the input is repeated. Nothing here knows about attention.
+step back through a view (views.py) maps the index of its result to the index of its input. If the input is repeated
+along an axis, its index does not have that axis. This module knows nothing about attention.
 
-Sizes are ints or SymInts. They are compared by what is known for all sizes the graph is valid for.
+Sizes are ints or SymInts. Two sizes are equal only if they are equal for all sizes for which the graph is valid.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class Axis:
 
 
 Group = tuple[Axis, ...]
-Index = tuple[Group, ...]  # of an element: a group for each dimension
+Index = tuple[Group, ...]  # a group for each dimension
 
 
 class NoMatch(Exception):
-    """The graph does not have the form that is looked for. The message is the reason."""
+    """The graph does not have the form that the matcher looks for. The message is the reason."""
 
 
 def fresh(shape: Sequence[Any]) -> Index:
-    """A new axis for each dimension but those of size 1."""
+    """A new axis for each dimension, except those of size 1."""
     return tuple(() if one(size) else (Axis(size),) for size in shape)
 
 
 def resolve(group: Group) -> Group:
-    """The group with axes that were split replaced by their parts."""
+    """The group, with each split axis replaced by its parts."""
     if all(axis.parts is None for axis in group):
         return group
     result: list[Axis] = []

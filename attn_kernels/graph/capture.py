@@ -1,9 +1,9 @@
-"""Capturing the forward of a class of modules with TorchDynamo, and calling what it captured.
+"""Captures the forward of a class of modules with TorchDynamo, and calls the captured code.
 
 Dynamo produces a graph of tensor operations, guards that check whether the graph is valid for a call, and code that
 calls the graph with the tensors of a module and returns its results in the original's structure. A call through
-``torch.compile`` costs 26 us; checking the guards and calling the code directly, as is done here, costs 5.
-A graph is captured once for all modules of a class, with sizes that may vary.
+``torch.compile`` costs 26 us. Here the guards are checked and the code is called directly, which costs 5 us.
+A graph is captured once for all modules of a class, with dynamic sizes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .kept import Current, current
 from .nodes import value_of
 from .rewrite import Found, Outcome, rewrite
 
-_MAX_GRAPHS = 64  # of one class, for sizes of layers, modes, dtypes, options; beyond them the original runs
+_MAX_GRAPHS = 64  # of one class, for sizes of layers, modes, dtypes, options; after that the original runs
 _MAX_FAILURES = 4
-_STABLE_CALLS = 8  # in a row without a new graph, after which none is expected
-_MAX_PART_GRAPHS = 8  # of one part of a forward that is not one graph
-_LARGE = 1 << 18  # elements of all arguments; of larger ones some rows and steps are compared
+_STABLE_CALLS = 8  # calls in a row without a new graph, after which no new graph is expected
+_MAX_PART_GRAPHS = 8  # of one part of a forward with graph breaks
+_LARGE = 1 << 18  # elements of all arguments; if there are more, only some rows and steps are compared
 _capturing = threading.RLock()
 
 
@@ -36,13 +36,13 @@ def _call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _Stop(Exception):
-    """Raised in place of running a graph that was captured."""
+    """Raised instead of running a captured graph."""
 
 
 class Graph:
-    """A captured graph, rewritten. ``found``: what was rewritten. ``reasons``: why nothing was, or why not more.
+    """A captured graph, rewritten. found: the attention that was rewritten. reasons: why nothing or no more was.
 
-    branches: whether the rewritten graph may do what depends on elements, and keep things from call to call.
+    branches: whether the rewritten graph may branch on elements of tensors, and cache results between calls.
     """
 
     def __init__(self, graph_module: torch.fx.GraphModule, branches: bool = True) -> None:
@@ -60,7 +60,7 @@ class Graph:
         try:
             copy = _copy(graph_module)
             outcome: Outcome = rewrite(copy, parameters_of(copy), branches)
-        except Exception as error:  # an op that the matcher does not expect must not stop the model
+        except Exception as error:  # an unexpected op in the matcher must not break the model
             self.reasons.append(f"{type(error).__name__} in the search for attention: {error}")
             return
         self.found, self.reasons = outcome
@@ -94,14 +94,14 @@ class Graph:
                     self.rewritten = self.original
             self._is_settled = True
             self._install(self.rewritten)
-            # Fake tensors have weak references to parameters, which would then refuse to be swapped.
+            # Fake tensors hold weak references to parameters, with which torch.utils.swap_tensors raises an error.
             self._placeholders = []
             for graph_module in (self._captured, self.graph_module):
                 for node in graph_module.graph.nodes:
                     node.meta.clear()
 
     def _is_large(self, args: tuple[Any, ...]) -> bool:
-        """Whether to compare the graphs for arguments of these sizes would take long."""
+        """Whether comparing the graphs on arguments of these sizes would take long."""
         return sum(x.numel() for x in args if isinstance(x, Tensor)) > _LARGE
 
     def first(self, *args: Any) -> Any:
@@ -111,7 +111,7 @@ class Graph:
 
 
 class Entry:
-    """A captured kind of call: ``check`` says whether it is right for a call, ``run`` makes it."""
+    """A captured kind of call. ``check``: whether it is valid for a call. ``run``: makes the call."""
 
     __slots__ = ("check", "forwards", "graph", "kept", "run")
 
@@ -120,13 +120,13 @@ class Entry:
         self.graph: Graph = graph
         self.forwards: Forwards = forwards_of(module)
         self.run: Callable[..., Any] = types.FunctionType(entry.code, namespace)
-        self.kept: Current = current  # where a module puts its keeper for the time of a run
+        self.kept: Current = current  # where a module stores its keeper during a run
 
 
 class Parts:
-    """The graphs of a forward that is not one graph: what lies between them runs as Python, under torch.compile.
+    """The graphs of a forward with graph breaks; the code between the graphs runs in Python, under torch.compile.
 
-    reason: why it is not one. The rest is as of :class:`Graph`, over all graphs of the calls so far.
+    reason: why it is not one graph. The other members are as in :class:`Graph`, over all graphs of the calls so far.
     """
 
     def __init__(self, call: Callable[..., Any], reason: str) -> None:
@@ -147,7 +147,7 @@ class Parts:
         return "; ".join(dict.fromkeys([f"it is not one graph ({self._reason})", *reasons]))
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._calls_without_new >= _STABLE_CALLS:  # to set all options takes longer than a small call
+        if self._calls_without_new >= _STABLE_CALLS:  # setting all options takes longer than a small call
             import torch._dynamo as dynamo
 
             with dynamo.config.patch(suppress_errors=True):
@@ -167,7 +167,7 @@ class Parts:
 
 
 class PartsEntry:
-    """A kind of call that is made of parts; TorchDynamo itself says which graphs are right for a call."""
+    """A kind of call with graph breaks. TorchDynamo itself selects the graphs that are valid for a call."""
 
     def __init__(self, parts: Parts, module: nn.Module) -> None:
         self.graph: Parts = parts
@@ -194,10 +194,10 @@ class Captured:
         self._compiled: Callable[..., Any] | None = None
         self._graph: Graph | None = None
         self._is_broken = False  # whether the last capture failed because the forward is not one graph
-        self._parts: PartsEntry | None = None  # comes after all others
+        self._parts: PartsEntry | None = None  # tried after all other entries
 
     def _call_of(self, what: str) -> types.FunctionType:
-        """The forward as a function of its own, so that what is compiled of it is not mixed with anything else."""
+        """The forward as a separate function, so that Dynamo's cache for it contains nothing else."""
         return types.FunctionType(_call.__code__.replace(co_name=f"forward_of_{what}"), self._namespace)
 
     @property
@@ -212,7 +212,7 @@ class Captured:
         kwargs: dict[str, Any],
         likely: list[AnyEntry] | None = None,
     ) -> AnyEntry | None:
-        """``likely``: entries to look at first, the one found is moved to its front."""
+        """The entry for a call. likely: entries to check first; the entry found is moved to the front of it."""
         given = {"module": module, "args": args, "kwargs": kwargs}
         for place, entry in enumerate(likely or ()):
             if entry.check(given):
@@ -224,7 +224,7 @@ class Captured:
     def capture(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in_parts: bool
     ) -> AnyEntry | str:
-        """A new entry for a call, or the reason why there is none. in_parts: whether it may be several graphs."""
+        """A new entry for a call, or the reason why there is none. in_parts: whether graph breaks are allowed."""
         with _capturing:
             entry = self.find(module, args, kwargs)
             if entry is not None:
@@ -295,7 +295,7 @@ class Captured:
 
 @contextlib.contextmanager
 def _options(**others: Any) -> Iterator[None]:
-    """How TorchDynamo captures here, as far as this version of it has these options."""
+    """The options for a capture with TorchDynamo; options that this version does not have are left out."""
     import torch._dynamo as dynamo
     from torch.fx.experimental import _config
 
@@ -306,7 +306,7 @@ def _options(**others: Any) -> Iterator[None]:
         **others,
     }
     known = {name: value for name, value in options.items() if hasattr(dynamo.config, name)}
-    shapes: Any = _config  # its ``patch`` is made when it is imported
+    shapes: Any = _config  # its ``patch`` is created at import
     with dynamo.config.patch(known), shapes.patch(use_duck_shape=False):
         yield
 
@@ -331,6 +331,6 @@ def _copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def _summary(error: BaseException) -> str:
-    """The first lines of an error of TorchDynamo, which are what it is about."""
+    """The first lines of an error of TorchDynamo, which say what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:200]

@@ -1,8 +1,8 @@
-"""Comparing a rewritten graph with the original, on the arguments of its first call and on random ones.
+"""Compares a rewritten graph with the original, on the arguments of its first call and on random ones.
 
-A captured graph is a function of its arguments alone, so that it can be run twice. The original is also run in
-float64, where that is possible; the rewritten graph may then err four times as much as the original does, plus 1e-6 of
-the largest element. Places that are not finite have to be the same. Gradients are those of a random loss.
+A captured graph depends only on its arguments, so it can be run twice. If possible, the original also runs in float64.
+Then the error of the rewritten graph may be four times that of the original, plus 1e-6 of the largest element. Elements
+that are not finite must be at the same places. Gradients are those of a random loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 _EXACT = torch.float64
 _ERROR_FACTOR = 4.0  # of the original's error
 _ATOL = {torch.float64: 1e-11}  # relative to the largest element; 1e-6 for other dtypes
-# Without a result in float64.
+# If there is no result in float64.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Function = Callable[..., Any]
@@ -37,7 +37,7 @@ def difference(
         except _Refused:
             continue
         if result is None:
-            with contextlib.suppress(_Refused):  # random arguments that the original refuses say nothing
+            with contextlib.suppress(_Refused):  # random arguments that the original refuses prove nothing
                 result = _compare(original, rewritten, _randomised(given))
         return result
     return "the original graph could not be run for a comparison"
@@ -48,9 +48,9 @@ class _Refused(Exception):
 
 
 def smaller(placeholders: Sequence[Any], args: Sequence[Any]) -> list[Any] | None:
-    """Arguments of a graph with the sizes that may vary cut to a few; None where that cannot be told.
+    """Arguments of a graph, with dynamic sizes cut to a few elements; None if a size cannot be computed.
 
-    placeholders: the fake tensors and SymInts that stand for the arguments.
+    placeholders: the fake tensors and SymInts of the arguments.
     """
     sizes: dict[Any, int] = {}
     for fake, arg in zip(placeholders, args, strict=True):
@@ -95,7 +95,7 @@ def _compare(original: Function, rewritten: Function, args: Sequence[Any]) -> st
         exact = None
     if len(ours) != len(theirs):
         return "another number of results"
-    # A gradient that is 0 in theory is what rounding leaves of the others: they give the scale.
+    # A gradient that is 0 in theory contains only rounding errors, so the scale is taken from the other gradients.
     scale = max((_largest(x) for name, x in theirs if name.startswith("gradient")), default=0.0)
     for i, (name, own, their) in enumerate((n, o, t) for (n, o), (_, t) in zip(ours, theirs, strict=True)):
         wide = None if exact is None or len(exact) != len(theirs) else exact[i][1]
@@ -109,7 +109,7 @@ def _run(function: Function, args: Sequence[Any], dtype: torch.dtype | None) -> 
     """Results and gradients, by name."""
     leaves = [_copy(x, dtype) for x in args]
     inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    # What needs gradients and is no leaf may be written to.
+    # The graph may write in place to a tensor that requires gradients only if it is not a leaf.
     given = [
         x.clone() if isinstance(x, Tensor) and x.requires_grad and not old.is_leaf else x
         for x, old in zip(leaves, args, strict=True)
@@ -179,8 +179,8 @@ def _differ(own: Any, their: Any, exact: Any, scale: float) -> str | None:
         error, theirs = (own - exact).abs().max().item(), (their - exact).abs().max().item()
         allowed = _ERROR_FACTOR * theirs + _ATOL.get(dtype, 1e-6) * largest + 1e-12
         if scale == 0 and exact.abs().max().item() < 1e-12:
-            # All gradients are 0 in theory: sums of numbers of the order of 1 that cancel. On some processors those of
-            # the original cancel to the last bit.
+            # All gradients are 0 in theory: sums of numbers of order 1 that cancel. On some processors the sums of the
+            # original cancel exactly.
             allowed += torch.finfo(dtype).eps
     else:
         error, allowed = (own - their).abs().max().item(), _TOLERANCE.get(dtype, 1e-4) * (largest + 1e-3)
@@ -188,7 +188,7 @@ def _differ(own: Any, their: Any, exact: Any, scale: float) -> str | None:
 
 
 def _randomised(args: Sequence[Any]) -> list[Any]:
-    """Arguments of the same kind: numbers spread as they are, masks at random, some of their rows with one value."""
+    """Arguments of the same kind: numbers with the same spread; random masks, in which some rows have one value."""
     generator = torch.Generator().manual_seed(2)
     result: list[Any] = []
     for x in args:

@@ -26,13 +26,13 @@ class Contraction(NamedTuple):
 
     @property
     def sides(self) -> tuple[tuple[Node, Index, Node, Index], tuple[Node, Index, Node, Index]]:
-        """The two operands, each of them first once."""
+        """The two operands, in both orders."""
         a, b = (self.a, self.a_index), (self.b, self.b_index)
         return (*a, *b), (*b, *a)
 
 
 def contraction(node: Node, index: Index, read: Callable[[Node, Node], Node]) -> Contraction | None:
-    """A node as a contraction, or None. ``read(source, at)``: the node whose result ``source`` holds at ``at``."""
+    """A node as a contraction, or None. read(source, at): the node whose result ``source`` holds when ``at`` runs."""
     make = _CONTRACTIONS.get(name_of(node))
     if make is None or not is_tensor(node):
         return None
@@ -105,7 +105,7 @@ def _add_product(node: Node, index: Index, read: Any) -> Contraction:
 
 
 def _sum(node: Node, index: Index, read: Any) -> Contraction:
-    """A sum over a product of two tensors, through views between."""
+    """A sum over a product of two tensors, with views between sum and product."""
     source = argument(node, 0, "input")
     if not is_tensor(source) or argument(node, 3, "dtype") is not None:
         raise NoMatch("a sum")

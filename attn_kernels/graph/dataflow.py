@@ -1,4 +1,4 @@
-"""How values flow through a captured graph: what a tensor is a view of, and which values are constants."""
+"""The data flow of a captured graph: which tensor is a view of which, and which values are constants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .writes import Writes
 
 
 class Dataflow:
-    """writes: which value a tensor has where it is read. constants: nodes that depend on parameters alone."""
+    """writes: which value a tensor has at each read. constants: nodes that depend only on parameters."""
 
     def __init__(self, graph: Graph, parameters: set[Node]) -> None:
         """``parameters``: the placeholders that are parameters or buffers of modules."""
@@ -44,16 +44,16 @@ class Dataflow:
             raise NoMatch("grad mode or autocast is switched between")
 
     def arguments_of(self, node: Node) -> frozenset[Node]:
-        """The placeholders, parameters aside, that a value depends on."""
+        """The placeholders that a value depends on, without parameters."""
         return self._arguments[node]
 
     def is_constant(self, node: Node) -> bool:
-        """Whether a value depends on parameters alone."""
+        """Whether a value depends only on parameters."""
         return node in self.constants
 
 
 def _constants(graph: Graph, parameters: set[Node]) -> set[Node]:
-    """Nodes that depend on parameters alone; numbers are no inputs."""
+    """Nodes that depend only on parameters; numbers do not count as inputs."""
     found: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":

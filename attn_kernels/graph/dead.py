@@ -1,4 +1,4 @@
-"""Removing from a graph what nothing needs any more."""
+"""Removes dead code from a graph."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .writes import MODES, is_random, storage, written
 
 
 def remove_dead(graph: Graph) -> None:
-    """Removes calls whose results are not used, and writes to what nothing reads any more."""
+    """Removes calls whose results are not used, and in-place writes that nothing reads afterwards."""
     nodes = list(graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     alive = {node for node in nodes if node.op in ("placeholder", "output") or has_effects(node)}
     outside = {storage(node) for node in nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)}
-    last_read: dict[int, int] = {}  # storage -> where something that is alive reads or returns it last
+    last_read: dict[int, int] = {}  # storage -> position of the last live node that reads or returns it
     while True:
         for node in reversed(nodes):
             if node in alive:
@@ -40,7 +40,7 @@ def remove_dead(graph: Graph) -> None:
 
 
 def has_effects(node: Node) -> bool:
-    """Whether a call does more than to compute its result and to write to tensors."""
+    """Whether a call has side effects besides in-place writes to tensors."""
     if node.op == "get_attr" or node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
     name = name_of(node)

@@ -1,4 +1,4 @@
-"""Scores that are products of query and keys: dot, general (either side projected before) and linear pooling."""
+"""Scores that are products of query and keys: dot, general (one side is projected before) and linear pooling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .parts import Leaf, Products, Roles
 
 
 def match_products(flow: Dataflow, node: Node, index: Index, steps: Group) -> Products:
-    """The side of a product that has the steps is the keys, the other one is the query."""
+    """The operand with the axis of steps is the keys, the other one is the query."""
     found = contraction(node, index, flow.writes.read)
     if found is None or not found.axes:
         raise NoMatch("no product")
@@ -33,11 +33,11 @@ def match_products(flow: Dataflow, node: Node, index: Index, steps: Group) -> Pr
 
 
 def check_query(scores: Products, values: Leaf | None) -> None:
-    """Pooling by a vector of weights: of the keys themselves, or of projected keys; not of features (tanh, gates)."""
+    """Pooling by a weight vector is matched for plain or projected keys, not for features of them (tanh, gates)."""
     if scores.is_pooling and (values is None or (scores.keys.node is not values.node and not _is_product(scores.keys))):
         made_by = name_of(scores.keys.node)
         if "tanh" in made_by:
-            raise NoMatch("no product")  # additive: why it is none of an op's, the search for those says
+            raise NoMatch("no product")  # probably additive: match_additive reports why it did not match
         raise NoMatch(
             f"no query: scores are weights times features of {made_by}, an op computes those of tanh of a sum"
         )
@@ -48,7 +48,7 @@ def _is_product(leaf: Leaf) -> bool:
 
 
 def roles_of(scores: Products, steps: Group) -> Roles:
-    """Divides the axes as :func:`attn_kernels.graph.additive.roles` does."""
+    """Assigns the axes like :func:`attn_kernels.graph.additive.roles`."""
     units, keys = set(resolve(scores.units)), set(scores.keys.axes)
     index = axes_of(settle(scores.index))
     if {*scores.query.axes, *keys} - {*index, *units}:

@@ -1,4 +1,4 @@
-"""Writing nodes into a captured graph: calls, tensors with their axes in another order, sizes."""
+"""Writes nodes into a captured graph: calls, tensors with re-ordered axes, sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .writes import Writes
 
 
 class Emitter:
-    """Writes nodes into a graph; calls that are written already, before the place where they are wanted, are reused."""
+    """Writes nodes into a graph. An equal call that was already written, before the place of use, is reused."""
 
     def __init__(self, graph: Graph, writes: Writes) -> None:
         self.graph = graph
@@ -30,7 +30,7 @@ class Emitter:
         return self.arrange(self.current(leaf.node), settle(leaf.index), groups, at)
 
     def arrange(self, node: Node, index: Index, groups: Index, at: Node) -> Node:
-        """``node`` with dimensions as ``groups`` say; along axes that it lacks it is repeated."""
+        """``node`` with the dimensions of ``groups``; it is expanded along axes that it does not have."""
         index, groups = settle(index), settle(groups)
         if index == groups:
             return node
@@ -65,7 +65,7 @@ class Emitter:
         return self.call(at, torch.reshape, node, tuple(shape))
 
     def _insert_axes(self, node: Node, have: list[Axis], groups: Index, at: Node) -> Node:
-        """Groups of one axis or none: those that are lacking are inserted."""
+        """Inserts the missing axes. Each group has one axis or none."""
         sizes: list[Any] = []
         for dim, group in enumerate(groups):
             if group and group[0] in have:
@@ -89,7 +89,7 @@ class Emitter:
         return self.call(at, torch.Tensor.size, self.current(node), dim)
 
     def _sized_alike(self, size: Any) -> tuple[Node, int]:
-        """An argument of the graph that has a dimension of that size in all calls."""
+        """A graph argument that has a dimension of this size in all calls."""
         for node in self.graph.nodes:
             if node.op == "placeholder" and is_tensor(node):
                 for dim, other in enumerate(value_of(node).shape):
@@ -103,7 +103,7 @@ class Emitter:
         return node
 
     def call(self, at: Node, function: Any, *args: Any) -> Node:
-        """A call before ``at``; one that is written there already is used again."""
+        """Writes a call before ``at``, or reuses an equal call that is already there."""
         key = (function, args)
         known = self._written.get(key)
         if known is not None and self.writes.position[known] <= self.writes.position[at]:
@@ -130,7 +130,7 @@ class Emitter:
 
 
 def _example(function: Any, args: tuple[Any, ...]) -> Any:
-    """The fake result of a call that was written."""
+    """The fake result of a written call."""
     if function in (runtime.attention, runtime.dot, runtime.scores):
         query, keys = value_of(args[0]), value_of(args[1])
         device = query.device.type

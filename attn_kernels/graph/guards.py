@@ -1,4 +1,4 @@
-"""Whether an op may be written in place of what was found: nothing else uses it, and nothing writes in between."""
+"""Whether an op may replace matched nodes: nothing else uses them, and nothing writes to their inputs in between."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_leaf(writes: Writes, leaf: Leaf, at: Node) -> None:
 
 
 def is_exclusive(node: Node, roots: set[Node]) -> bool:
-    """Whether a value is used for the roots only."""
+    """Whether a value is used only to compute the roots."""
     reached, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()
@@ -57,7 +57,7 @@ def is_exclusive(node: Node, roots: set[Node]) -> bool:
 
 
 def _is_dead_storage(target: Node, reached: set[Node]) -> bool:
-    """Whether what is written to was made of the value itself: a view of it, which is as unused."""
+    """Whether the target of a write is a view of one of the reached values, which are unused themselves."""
     while target not in reached:
         sources = [source for source in target.all_input_nodes if is_tensor(source)]
         if len(sources) != 1 or target.op == "placeholder":

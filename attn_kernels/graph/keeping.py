@@ -1,4 +1,4 @@
-"""Which results of a rewritten graph are kept from call to call: see kept.py."""
+"""Decides which results of a rewritten graph are cached between calls: see kept.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .writes import storage, written
 
 
 def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
-    """Writes a call that keeps the result of ``node`` in its place, where that can save something.
+    """Replaces ``node`` by a call that caches its result, if that may save time.
 
-    It can where the node is made of arguments, not of parameters alone, and neither random numbers nor anything that is
-    written to in place come in. What the graph returns is not kept: the caller may write to it.
+    The node must depend on arguments, not only on parameters. It must not depend on random numbers or on tensors that
+    are written to in place. Results that the graph returns are not cached, because the caller may write to them.
     """
     if node.op == "placeholder" or not is_tensor(node) or node.graph is not graph or not node.users:
         return
@@ -33,7 +33,7 @@ def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
     if storage(node) in returned and storage(node) not in outside:
         return
     shared = [x for x in inside if x is not node and _is_expensive(x) and not set(x.users) <= set(inside)]
-    for other in shared:  # used for something else, too: values that are projected keys
+    for other in shared:  # also used by other nodes, such as projected keys that are the values, too
         keep_node(graph, other, parameters)
     if shared:
         return
@@ -44,14 +44,14 @@ def keep_node(graph: Graph, node: Node, parameters: set[Node]) -> None:
 
 
 def _cone(node: Node) -> list[Node] | None:
-    """All nodes that a result is made of, in order; None where it is not a function of tensors alone."""
+    """All nodes that a result is computed from, in order; None if it is not a function of tensors only."""
     found: set[Node] = set()
     waiting = [node]
     while waiting:
         current = waiting.pop()
         if current in found:
             continue
-        if _is_number(current):  # a size, whatever tensor it was read from
+        if _is_number(current):  # a size: it does not depend on the elements of the tensor it was read from
             found.add(current)
             continue
         if current.op not in ("placeholder", "call_function", "call_method") or has_effects(current):

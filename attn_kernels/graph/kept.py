@@ -1,12 +1,12 @@
-"""Values that a captured graph derives from the memory and from weights alone, reused by later steps of a decoder.
+"""Values that a captured graph computes only from the memory and from weights, reused by later steps of a decoder.
 
-A decoder projects the same memory in every step, because its module has nowhere to put the result. A value is reused
-if the tensors that it was computed from are those of the last call: the same objects (or views of one), and nothing
-was written to them, neither a write that autograd counts, nor one that it does not (``.data``, ``set_``,
-``swap_tensors``), for which their elements are compared; see :class:`Sources`.
+A decoder projects the same memory in every step, because its module has no place to store the result. A value is reused
+if the tensors that it was computed from are those of the last call: the same objects, or equal views of one object.
+They must also be unchanged. Autograd's version counter detects some writes; to detect the others (``.data``, ``set_``,
+``swap_tensors``), the elements are compared; see :class:`Sources`.
 
-A kept value has a node of its own in autograd's graph, which holds what its backward needs and releases nothing, so
-that steps can be differentiated together or one by one.
+A cached value has its own node in autograd's graph. The node keeps the tensors that its backward needs and never
+releases them, so that steps can be differentiated together or one by one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sources:
     """The tensors that a value was computed from, and their state then."""
 
     def __init__(self, tensors: tuple[Tensor, ...], elements: bool = True) -> None:
-        """``elements``: whether they matter; a view of a tensor shows what is written to it."""
+        """elements: whether to compare them; not necessary for views of a tensor, which always show its elements."""
         self.tensors = tensors
         self._versions = tuple(_version(x) for x in tensors)
         self._values = tuple(map(_value, tensors)) if elements else None
@@ -41,7 +41,7 @@ class Sources:
 
 
 def _fingerprint(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Identifies tensors without holding them; rarely equal for others, whose memory was reused."""
+    """Identifies tensors without holding references; rarely equal for other tensors that reuse the memory."""
     return tuple((x.data_ptr(), x.shape, x.stride(), x.requires_grad) for x in tensors)
 
 
@@ -50,7 +50,7 @@ def _version(x: Tensor) -> tuple[Any, ...]:
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same view of one tensor, made twice."""
+    """Whether two tensors are equal views of the same tensor."""
     if a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype or a.data_ptr() != b.data_ptr():
         return False
     if a.requires_grad or b.requires_grad:
@@ -60,13 +60,13 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def _value(x: Tensor) -> Any:
-    """Differs where an element does. Elements that fill their memory in another order are not copied."""
+    """A key that differs if an element differs. A dense tensor is not copied, even if its axes are permuted."""
     dense = None if x.is_contiguous() else _dense(x.detach())
     return value_of(x if dense is None else dense)
 
 
 def _dense(x: Tensor) -> Tensor | None:
-    """The elements in the order of memory, if they fill it; else None."""
+    """The elements in memory order, if they are dense; otherwise None."""
     order = sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d]), reverse=True)
     moved = x.permute(order)
     return moved.flatten() if moved.is_contiguous() else None
@@ -76,7 +76,7 @@ def _dense(x: Tensor) -> Tensor | None:
 
 
 class Held:
-    """A cached value, and the values derived from it."""
+    """A cached value, and values that are derived from it."""
 
     def __init__(self, sources: Sources, state: tuple[Any, ...], value: Tensor) -> None:
         self.sources = sources
@@ -85,14 +85,14 @@ class Held:
         self.hits = 0
         self.memory: Memory | None = None
         self.prepared: Tensor | None = None
-        self.masks: Any = None  # those of the last step, and what was made of them: runtime.py
+        self.masks: Any = None  # the masks of the last step, and the Allowed computed from them: runtime.py
 
 
 class Slot:
-    """The cached value of one module for one place of one graph.
+    """The cached value of one module for one place in one graph.
 
-    A value is kept from the second call with the same tensors on, or from the first if the value before was reused.
-    After a value that was kept and never reused, twice as many calls with the same tensors are needed.
+    A value is cached from the second call with the same tensors on, or from the first if the previous value was reused.
+    After a value that was cached and never reused, twice as many calls with the same tensors are needed.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ _HELD = "_attn_kernels_held"
 
 
 def held_of(tensor: Tensor) -> Held | None:
-    """The entry of a tensor, if it is a kept value."""
+    """The cache entry of a tensor, if it is a cached value."""
     held: Held | None = tensor.__dict__.get(_HELD)
     return held
 
@@ -154,11 +154,11 @@ class Current(threading.local):
     keeper: Keeper | None = None
 
 
-current: Current = Current()  # the keeper of the module whose graph runs in this thread, or None where nothing is kept
+current: Current = Current()  # the keeper of the module whose graph runs in this thread; None if nothing is cached
 
 
 def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str) -> Callable[..., Tensor]:
-    """``function``, whose first arguments are tensors and the others numbers, with its result kept."""
+    """``function`` with a cached result. Its first arguments are tensors, the others numbers."""
 
     def kept(*args: Any) -> Tensor:
         keeper = current.keeper
@@ -171,7 +171,7 @@ def keep(function: Callable[..., Tensor], tensors: int, is_view: bool, name: str
 
 
 def prepared_of(held: Held) -> Tensor | None:
-    """prepare_keys of keys that were reused."""
+    """The result of prepare_keys for keys that were reused."""
     if held.prepared is None and held.hits > 0:
         held.prepared = prepare_keys(held.value)
     return held.prepared
@@ -210,7 +210,7 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled():  # the gradient will be differentiated again
             tensors, inner = ctx.tensors, ctx.function(*ctx.tensors, *ctx.numbers)
         else:
             tensors, inner = ctx.leaves, ctx.inner

@@ -1,4 +1,4 @@
-"""Reading the nodes of a captured graph: names, arguments and the fake tensors that stand for results."""
+"""Reads the nodes of a captured graph: names, arguments, and the fake tensors of their results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def name_of(node: Node) -> str:
 
 
 def value_of(node: Any) -> Any:
-    """The fake tensor or number that stands for a node's result; other arguments stand for themselves."""
+    """The fake tensor or number of a node's result; any other argument is returned unchanged."""
     return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else node
 
 
@@ -43,7 +43,7 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def constant(value: Any) -> float | None:
-    """A number that is the same in every call; None for all else."""
+    """A number that is the same in every call; None for everything else."""
     value = value_of(value)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 

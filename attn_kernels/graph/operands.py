@@ -1,4 +1,4 @@
-"""The operands of an op, written into a captured graph: query, keys, bias and score vector."""
+"""Writes the operands of an op into a captured graph: query, keys, bias and score vector."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dot_operands(emit: Emitter, scores: Products, part: Roles, at: Node) -> tupl
 def additive_operands(
     emit: Emitter, flow: Dataflow, scores: Scores, part: Roles, at: Node
 ) -> tuple[Node, Node, Node | None, tuple[Node, ...]]:
-    """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the summands of the keys."""
+    """query (B, Tq, A) or (B, A), keys (B, Tk, A), bias (A,) or None; and the terms of the keys."""
     leaves = [term.leaf for term in scores.terms] + [scores.v]
     leaves += [term.projection.weight for term in scores.terms if term.projection is not None]
     for leaf in leaves:
@@ -58,7 +58,7 @@ def score_vector(emit: Emitter, scores: Scores, scale: Any, at: Node, shifts: tu
 def _total(
     emit: Emitter, flow: Dataflow, terms: list[Term], groups: tuple[Group, ...], scores: Scores, at: Node
 ) -> tuple[Node, tuple[Node, ...]]:
-    """The sum of terms, arranged as ``groups``; and its parts, each of the terms that have the same arguments."""
+    """The sum of terms, arranged as ``groups``; and its parts: one for all terms that depend on the same arguments."""
     dtype = dtype_of(scores)
     if len(terms) == 1:
         node, index = _term(emit, terms[0], at)
@@ -102,7 +102,7 @@ def _term(emit: Emitter, term: Term, at: Node) -> tuple[Node, Index]:
 
 
 def _columns(emit: Emitter, weight: Node, projection: Projection, at: Node) -> Node:
-    """The columns of a weight that a part of joined rows is multiplied with."""
+    """The columns of a weight that are multiplied with one part of concatenated rows."""
     start: Any = 0
     for axis in resolve(projection.before):
         size = emit.size(axis, at)

@@ -11,14 +11,14 @@ from torch.fx import Node
 from .axes import Axis, Group, Index, axes_of, resolve
 from .nodes import arguments, constant, is_tensor, name_of, value_of
 
-# A finite number that masked scores are given must be so far below all others that its exponential is 0.
+# A finite fill of masked scores must be so far below all other scores that its exponential is 0.
 LOWEST_FILL = -1e6
-LOWEST_FILL_OF_PRODUCTS = -1e9  # products have no bound that follows from the weights
+LOWEST_FILL_OF_PRODUCTS = -1e9  # weights do not bound products
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of the graph, ``node[index]``, as ``reader`` reads it."""
+    """A tensor of the graph, ``node[index]``, with the value that ``reader`` reads."""
 
     node: Node
     index: Index
@@ -30,9 +30,9 @@ class Leaf:
 
 
 class Projection(NamedTuple):
-    """A sum over ``axis``, which a leaf has, with as many columns of a weight.
+    """A product of a leaf with columns of a weight, summed over the leaf's ``axis``.
 
-    rows, whole: the axes of the weight. before: the axes whose sizes add up to the first column.
+    rows, whole: the axes of the weight. before: the axes whose sizes add up to the index of the first column.
     """
 
     weight: Leaf
@@ -43,7 +43,7 @@ class Projection(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A summand of what the tanh is taken of: ``coefficient * leaf``, or a projection of that leaf."""
+    """A summand in the tanh: ``coefficient * leaf``, or a projection of that leaf."""
 
     leaf: Leaf
     coefficient: float = 1.0
@@ -60,7 +60,7 @@ class Term(NamedTuple):
 
 @dataclass
 class Scores:
-    """``v . tanh(sum of terms) * scale + shift``, for all elements of ``node[index]``."""
+    """``node[index] = v . tanh(sum of terms) * scale + shift``, for all elements."""
 
     node: Node
     index: Index
@@ -74,7 +74,7 @@ class Scores:
 
 @dataclass
 class Products:
-    """``query . keys + shift``, a sum over ``units``, for all elements of ``node[index]``."""
+    """``node[index] = query . keys + shift``, a sum over ``units``, for all elements."""
 
     node: Node
     index: Index
@@ -87,20 +87,20 @@ class Products:
 
 
 class Mask(NamedTuple):
-    """Scores are set to ``fill`` where ``leaf`` is True, or where it is False if ``keep``.
+    """Scores are set to ``fill`` where ``leaf`` is True; with ``keep``, where it is False.
 
-    Or, if ``is_added``, ``fill * leaf`` is added to them.
+    With ``is_added``, ``fill * leaf`` is added to the scores instead.
     """
 
     leaf: Leaf
     keep: bool
     fill: float
-    is_hidden: bool = False  # from autograd, as a write through ``.data`` is
+    is_hidden: bool = False  # autograd does not see it, such as a write through ``.data``
     is_added: bool = False
 
 
 class Factor(NamedTuple):
-    """A number that is computed in the graph, such as the root of a size; ``is_divisor``: scores are divided by it."""
+    """A number that is computed in the graph, such as the root of a size. is_divisor: scores are divided by it."""
 
     node: Node
     is_divisor: bool
@@ -141,7 +141,7 @@ class Context:
 
 @dataclass
 class Roles:
-    """Which axes and terms play which part. batch, queries, steps: axes; together those of the scores."""
+    """The roles of axes and terms. batch, queries, steps: axes; together they are the axes of the scores."""
 
     batch: Group
     queries: Group
@@ -151,7 +151,7 @@ class Roles:
     bias_terms: list[Term] = field(default_factory=list)
 
     def by_query(self, last: Group) -> Index:
-        """The dimensions of what each query has: (B, Tq, last), or (B, last) without an axis of queries."""
+        """The dimensions of a tensor with one row per query: (B, Tq, last), or (B, last) without an axis of queries."""
         return (self.batch, self.queries, last) if self.queries else (self.batch, last)
 
 

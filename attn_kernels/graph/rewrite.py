@@ -1,4 +1,4 @@
-"""Writing this package's ops into a captured graph, in place of the attention that is found there."""
+"""Replaces the attention in a captured graph by this package's ops."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .operands import additive_operands, dot_operands, dtype_of, score_vector
 from .parts import Context, Leaf, Mask, Products, Roles, Scores, Softmax
 from .softmax import match_context, match_softmax, softmax_dim
 
-CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # what is computed by one op, all up to there
+CONTEXT, ALIGNMENTS, SCORES = "context", "alignments", "scores"  # the last result that the op computes
 
 
 class Found(NamedTuple):
     """Attention that was rewritten.
 
-    kind: CONTEXT, ALIGNMENTS or SCORES. where: the qualified name of the module that computes it, "" for the one that
-    was captured. reason: why no more of it. steady: nodes that may be the same in many calls.
+    kind: CONTEXT, ALIGNMENTS or SCORES. where: the qualified name of the module that computes it, "" for the captured
+    module. reason: why no more of it was rewritten. steady: nodes that may have the same value in many calls.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """found: what was rewritten. reasons: why the rest that looks like attention was not."""
+    """found: the attention that was rewritten. reasons: why other code that looks like attention was not."""
 
     found: list[Found]
     reasons: list[str]
@@ -51,8 +51,8 @@ class Outcome(NamedTuple):
 def rewrite(graph_module: GraphModule, parameters: set[Node], branches: bool = True) -> Outcome:
     """Rewrites a graph in place.
 
-    parameters: its placeholders that are parameters or buffers of modules. branches: whether what is written may depend
-    on elements of tensors (whether every row of a mask attends something), and may be kept from call to call.
+    parameters: its placeholders that are parameters or buffers of modules. branches: whether the new code may branch on
+    elements of tensors (whether every row of a mask attends something), and may cache results between calls.
     """
     graph = graph_module.graph
     found, reasons = _Writer(graph, Dataflow(graph, parameters), branches).run()
@@ -70,7 +70,7 @@ class _Writer:
     def __init__(self, graph: Graph, flow: Dataflow, branches: bool) -> None:
         self.graph, self.flow, self.writes, self._branches = graph, flow, flow.writes, branches
         self.emit = Emitter(graph, flow.writes)
-        self._done: set[Node] = set()  # tanhs that are computed by an op now
+        self._done: set[Node] = set()  # tanh nodes that an op has replaced
 
     def run(self) -> tuple[list[Found], list[str]]:
         nodes = [node for node in self.graph.nodes if node.op in ("call_function", "call_method")]
@@ -101,7 +101,7 @@ class _Writer:
         return found, [reason for reason in reasons if reason not in _ORDINARY]
 
     def _contexts(self, products: list[Node]) -> dict[Node, list[Context]]:
-        """By the softmax that they take their alignments from."""
+        """The contexts, grouped by the softmax of their alignments."""
         contexts: dict[Node, list[Context]] = {}
         for node in products:
             try:
@@ -111,7 +111,7 @@ class _Writer:
             contexts.setdefault(context.softmax.node, []).append(context)
         return contexts
 
-    # The three things that are written ------------------------------------------------------------------------------
+    # The three kinds of replacements --------------------------------------------------------------------------------
 
     def _context(self, context: Context) -> Found:
         softmax, values = context.softmax, context.values
@@ -223,12 +223,12 @@ class _Writer:
         return runtime.Mask(tensor, mask.keep, mask.fill, mask.is_hidden, mask.is_added)
 
 
-# Reasons that all products have which are no attention.
+# Reasons of products that have nothing to do with attention; they are not reported.
 _ORDINARY = ("no tanh", "no product", "no softmax", "no alignments", "no query and keys", "the keys are weights")
 
 
 def _where(stack: list[Any]) -> str:
-    """The name of a module within the one that was captured, from what Dynamo notes with a call."""
+    """The name of a module within the captured one, from the module stack that Dynamo records with a call."""
     if not stack:
         return ""
     path = stack[-1][0] if isinstance(stack[-1], tuple) else ""

@@ -16,9 +16,10 @@ from .kept import Held, held_of, memory_of, prepared_of
 
 
 class Mask(NamedTuple):
-    """(B, Tk) or (B, Tq, Tk). Scores are set to ``fill`` where it is True, or where it is False if ``keep``.
+    """(B, Tk) or (B, Tq, Tk). Scores are set to ``fill`` where it is True; with ``keep``, where it is False.
 
-    is_hidden: autograd does not see that. is_added: these are numbers, and ``fill`` times them is added to the scores.
+    is_hidden: autograd does not see this write. is_added: ``tensor`` has numbers, and ``fill * tensor`` is added to the
+    scores.
     """
 
     tensor: Tensor
@@ -29,9 +30,9 @@ class Mask(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """What masks say together. mask: True where all let attend; None where an added one is more than a mask.
+    """Several masks combined. mask: True where all masks allow it; None if an added one is not a pure mask.
 
-    is_full: whether every row may attend something. highest: of all numbers that are added and not 0.
+    is_full: whether every row may attend something. highest: the maximum of all added numbers that are not 0.
     """
 
     mask: Tensor | None
@@ -42,12 +43,12 @@ class Allowed(NamedTuple):
 Masks = tuple[Mask, ...]
 
 _UNDERFLOW = -750.0  # the exponential is 0 in float64, too
-_FAR_BELOW = -1e9  # what has no bound
+_FAR_BELOW = -1e9  # for scores without a bound
 
 
 def score_vector(v: Tensor, scale: float, shifts: tuple[Tensor, ...]) -> Tensor:
-    """``scale * v``, or of a query. What is added to all scores alike vanishes in a softmax, but is to have a gradient
-    of 0.
+    """``scale * v``; v may also be a query. shifts: constants added to all scores. They cancel in a softmax, and get a
+    gradient of 0 here.
     """
     if scale != 1.0:
         v = v * scale
@@ -66,7 +67,7 @@ def scores(query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, shift: T
 def attention(
     query: Tensor, keys: Tensor, values: Tensor | None, score: AdditiveScore, masks: Masks
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Context and alignments. A row with nothing to attend has what the original formula has there.
+    """Context and alignments. A row with nothing to attend has the result of the original formula.
 
     score: without prepared keys.
     """
@@ -89,7 +90,7 @@ def attention(
 def dot(
     query: Tensor, keys: Tensor, values: Tensor | None, scale: float, shifts: tuple[Tensor, ...], masks: Masks
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Context and alignments, as :func:`attention`."""
+    """Context and alignments, like :func:`attention`."""
     held = held_of(keys)
     allowed = None
     if shifts:
@@ -105,11 +106,11 @@ def dot(
 
 
 def _mask(masks: Masks, keys: Tensor, held: Held | None, lowest: Callable[[], float]) -> Tensor | None:
-    """Where steps may be attended; None where the original formula has to be computed instead.
+    """Where steps may be attended; None if the original formula has to be computed instead.
 
-    lowest: numbers that are added to scores mask a step where they are below it.
+    lowest: an added number masks a step if it is below this bound.
     """
-    if not keys.is_cpu:  # whether a row may attend nothing would have to be waited for
+    if not keys.is_cpu:  # checking for rows that may attend nothing would wait for the device
         return None
     if any(mask.is_added and mask.tensor.requires_grad for mask in masks) and torch.is_grad_enabled():
         return None
@@ -135,8 +136,8 @@ def _allowed(masks: Masks) -> Allowed:
             added = mask.tensor.detach() * mask.fill
             kept = added == 0
             masked = added.masked_fill(kept, -math.inf)
-            highest = max(masked.amax().item() if added.numel() else -math.inf, highest)  # NaN stays
-            if not highest < 0:  # NaN, too
+            highest = max(masked.amax().item() if added.numel() else -math.inf, highest)  # a NaN is kept
+            if not highest < 0:  # also true for NaN
                 return Allowed(None, False, highest)
         else:
             kept = mask.tensor if mask.keep else ~mask.tensor
@@ -146,7 +147,7 @@ def _allowed(masks: Masks) -> Allowed:
 
 
 def _by_formula(e: Tensor, values: Tensor | None, masks: Masks) -> tuple[Tensor | None, Tensor]:
-    """As it was written: e (B, Tq, Tk) or (B, Tk) are the scores without masks."""
+    """The original formula. e: (B, Tq, Tk) or (B, Tk), the scores without masks."""
     for tensor, keep, fill, is_hidden, is_added in masks:
         tensor = tensor if tensor.dim() == e.dim() else tensor[:, None]
         if is_added:

@@ -1,7 +1,7 @@
-"""A softmax over masked scores, and the sum of values that is weighted with it.
+"""A softmax over masked scores, and the sum of values weighted by it.
 
-Found backwards, by meaning: from the sum to the alignments, through masks, factors and what is added, to the scores.
-Where these have no tanh, the two sides of their product are query and keys themselves: dot.py.
+The search goes backwards: from the sum to the alignments, and through masks, factors and addends to the scores. If the
+scores have no tanh, the two operands of their product are query and keys: see dot.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .parts import (
 from .views import broadcast, pull, trace
 from .writes import written
 
-_NOT_ADDITIVE = ("no tanh", "no product")  # reasons of those scores that may be of another kind
+_NOT_ADDITIVE = ("no tanh", "no product")  # with these reasons, the scores may still be of another kind
 
 
 def match_softmax(flow: Dataflow, node: Node, index: Index) -> Softmax:
@@ -128,7 +128,7 @@ def _sums(flow: Dataflow, node: Node, index: Index, peeled: Peeled, steps: Group
 
 
 def _mask(flow: Dataflow, node: Node, index: Index, read: Node) -> tuple[Mask, Leaf] | None:
-    """A mask and the scores that it was applied to; ``node`` is ``read``, or what wrote to it."""
+    """A mask and the scores that it was applied to. node: ``read``, or the node that wrote to it."""
     name = name_of(node)
     if name in ("masked_fill", "masked_fill_"):
         source, mask, fill = _arguments(node, "input", "mask", "value")
@@ -148,7 +148,7 @@ def _mask(flow: Dataflow, node: Node, index: Index, read: Node) -> tuple[Mask, L
     else:
         return None
     hidden = False
-    if node is not read:  # written to in place: what was there before is the scores
+    if node is not read:  # written to in place: the previous value is the scores
         hidden = value_of(read).requires_grad and not value_of(source).requires_grad
         source = read
     return _masked(flow, node, index, source, mask, fill, keep, hidden)
@@ -221,7 +221,7 @@ def _arguments(node: Node, *names: str) -> tuple[Any, ...]:
 
 
 def _is_filled(node: Any) -> Any:
-    """The number that all elements of a tensor have, False where that is not known."""
+    """The number that all elements of a tensor have; False if that is not known."""
     if not is_tensor(node):
         return False
     name = name_of(node)

@@ -1,4 +1,4 @@
-"""Steps back through views: from an index of a result to the index of the input that has the same elements."""
+"""Maps an index of the result of a view to the index of its input, which has the same elements."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .nodes import argument, arguments, is_tensor, name_of, shape_of, sizes_of, 
 
 
 def pull(node: Node, index: Index) -> tuple[Node, Index] | None:
-    """The input of a view and the index there; None where the node is no view that is understood.
+    """The input of a view and the index there; None if the node is not a supported view.
 
-    Views here are all calls whose result has the elements of one input, unchanged: expands, repeats, casts that cast
-    nothing and inactive dropout, too.
+    Views here are all calls whose result consists of unchanged elements of one input. These include expand, repeat, a
+    cast to the same dtype and inactive dropout.
     """
     step = _VIEWS.get(name_of(node))
     source = argument(node, 0, "input")
@@ -35,7 +35,7 @@ def pull(node: Node, index: Index) -> tuple[Node, Index] | None:
 
 
 def regroup(factors: Sequence[Axis], shape: Sequence[Any]) -> Index:
-    """An index of ``shape`` from the axes of all its elements, major first: splits axes where sizes ask for it."""
+    """An index of ``shape`` from the axes of all its elements, major first. Axes are split if the sizes require it."""
     rest = list(resolve(tuple(factors)))[::-1]
     groups = []
     for size in shape:
@@ -64,7 +64,7 @@ def regroup(factors: Sequence[Axis], shape: Sequence[Any]) -> Index:
 
 
 def broadcast(index: Index, node: Node) -> Index:
-    """The index of an operand, given that of the broadcast result."""
+    """The index of an operand from the index of the broadcast result."""
     shape = shape_of(node)
     tail = index[len(index) - len(shape) :] if shape else ()
     return tuple(() if one(size) else group for size, group in zip(shape, tail, strict=True))
@@ -117,7 +117,7 @@ def _movedim(node: Node, source: Node, index: Index) -> Index:
     rank = len(index)
     starts, ends = argument(node, 1, "source"), argument(node, 2, "destination")
     starts, ends = [[d] if isinstance(d, int) else list(d) for d in (starts, ends)]
-    order: list[int | None] = [None] * rank  # of the source's dimensions in the result
+    order: list[int | None] = [None] * rank  # the source's dimensions in the order of the result
     for start, end in zip(starts, ends, strict=True):
         order[end % rank] = start % rank
     rest = iter(d for d in range(rank) if d not in order)
@@ -173,7 +173,7 @@ def _repeat(node: Node, source: Node, index: Index) -> Index:
 
 
 def _within(group: Group, sizes: tuple[Any, Any]) -> tuple[Group, Group]:
-    """The groups of two digits, major first, that an index of ``sizes[0] * sizes[1]`` has."""
+    """Splits the group of a dimension of size ``sizes[0] * sizes[1]`` into two groups, major first."""
     if one(sizes[0]):
         return (), group
     if one(sizes[1]):
@@ -293,7 +293,7 @@ _VIEWS: dict[str, Callable[[Node, Node, Index], Index]] = {
 
 
 def trace(node: Node, index: Index, read: Callable[[Node, Node], Node]) -> tuple[Node, Index]:
-    """Back through all views."""
+    """Follows an index back through all views."""
     while True:
         step = pull(node, index)
         if step is None:

@@ -1,8 +1,8 @@
 """In-place writes in a captured graph, and which value a tensor has at each read.
 
-Tensors that share memory (views, ``.data``, ``detach``) are known by the storages of the fake tensors. A write through
-a tensor of the same geometry is a step of the computation like any other; one through another view of the memory is not
-followed: what reads it is not matched.
+Tensors that share memory (views, ``.data``, ``detach``) are recognised by the storage of the fake tensors. A write
+through a tensor with the same shape and strides is followed like any other operation. A write through another view of
+the memory is not followed, and a node that reads the result is not matched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from .axes import NoMatch
 from .nodes import argument, is_tensor, name_of, value_of
 
-# Calls that change grad mode, autocast and the like for the calls after them.
+# Calls that change grad mode, autocast or inference mode for the calls after them.
 MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mode", "_enter_inference_mode")
 _AUGMENTED = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
@@ -27,7 +27,7 @@ _RANDOM |= {"geometric"}
 
 
 class Writes:
-    """The writes of a graph, and the order of its nodes, as it was captured."""
+    """The in-place writes of a captured graph, and the original order of its nodes."""
 
     def __init__(self, graph: Graph) -> None:
         self.position: dict[Node, int] = {}
@@ -42,7 +42,7 @@ class Writes:
                 self._writers.setdefault(storage(target), []).append((place, node, target))
 
     def read(self, source: Node, at: Node) -> Node:
-        """The node whose result ``source`` holds when ``at`` reads it: itself, or the last write to it before."""
+        """The node whose result ``source`` holds when ``at`` reads it: ``source``, or the last write to it before."""
         found = self._last(source, self.position[source], self.position[at])
         if found is None:
             return source
@@ -52,7 +52,7 @@ class Writes:
         return writer
 
     def unchanged(self, source: Node, since: Node, until: Node) -> bool:
-        """Whether ``source``, as ``since`` reads it, is the same where ``until`` stands."""
+        """Whether ``source`` still has at ``until`` the value that ``since`` reads."""
         start = max(self.position[source], self.position[since] - 1)
         return self._last(source, start, self.position[until]) is None
 
@@ -61,7 +61,7 @@ class Writes:
         return len({self._region[node] for node in nodes if node.op != "placeholder"}) <= 1
 
     def adopt(self, node: Node, at: Node) -> None:
-        """A node was written before ``at``."""
+        """Registers a node that was inserted before ``at``."""
         self.position[node], self._region[node] = self.position[at], self._region[at]
 
     def writers_of(self, source: Node) -> list[Node]:
@@ -88,7 +88,7 @@ def written(node: Node) -> list[Node]:
         return []
     name = name_of(node)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return [arg for arg in node.all_input_nodes if is_tensor(arg)]  # its body is not looked into
+        return [arg for arg in node.all_input_nodes if is_tensor(arg)]  # its body is not inspected
     targets: list[Any] = [node.kwargs.get("out")]
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments
@@ -115,7 +115,7 @@ def written(node: Node) -> list[Node]:
 
 
 def is_random(node: Node) -> bool:
-    """Whether a call takes random numbers, so that it must be made even if its result is not used."""
+    """Whether a call draws random numbers, so that it must run even if its result is not used."""
     name = name_of(node)
     if "dropout" in name:
         return argument(node, 1, "p", 0.5) != 0 and argument(node, 2, "training", True) is not False

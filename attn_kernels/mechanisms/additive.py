@@ -23,7 +23,7 @@ from .stateful import StatefulAttention
 class StatefulAdditiveAttention(StatefulAttention):
     """scores_j = scale v . tanh(W_q query + W_m memory_j + extra_j + bias), where ``extra`` is computed from the state.
 
-    bias: whether there is a ``bias``, initially 0. scale: a factor of the scores. The rest is as of AttentionModule.
+    bias: whether there is a ``bias``, initially 0. scale: a factor of the scores. The rest is as in AttentionModule.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class StatefulAdditiveAttention(StatefulAttention):
     def _align(self, query: Tensor, memory: Memory, extra: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B, K, Tk): alignments (softmax). query, extra: as for ``_attend``. mask: replaces that of the memory."""
         keys, lengths, hypotheses = memory.keys, memory.memory_lengths, query.shape[1]
-        if extra is None or hypotheses == 1:  # in one call of the op, and the gradient of the keys is gathered
+        if extra is None or hypotheses == 1:  # one call of the op, and the gradient of the keys may be deferred
             score, memory, masks = self.make_score(memory), memory.keys_alone(), Masks(lengths, mask)
             inputs = (query, keys, memory.values)
             if extra is None:

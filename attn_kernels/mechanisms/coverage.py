@@ -40,9 +40,9 @@ class CoverageAttention(StatefulAdditiveAttention):
         units: A, size of the hidden layer that scores.
         scale: a finite number that multiplies the scores.
         bias: whether to learn a bias, initially 0.
-        activation, negative_slope: in the place of tanh, as of :class:`attn_kernels.BahdanauAttention`.
+        activation, negative_slope: in place of tanh, as for :class:`attn_kernels.BahdanauAttention`.
         initial: coverage before the first step: "zeros", or "uniform" over the steps that may be attended (ESPnet).
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),

@@ -43,7 +43,7 @@ class DynamicConvolutionAttention(PositionalAttention):
         static_filters, static_length, dynamic_filters, dynamic_length: numbers and lengths of the filters F and G;
             lengths are odd.
         prior_length, prior_alpha, prior_beta: length, alpha and beta of the prior filter P.
-        backend: as of :func:`attn_kernels.additive_scores`.
+        backend: as for :func:`attn_kernels.additive_scores`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``filter_hidden`` (A, query_size) with a bias, W_G and b_G; ``filter_output.weight``
@@ -98,7 +98,7 @@ class DynamicConvolutionAttention(PositionalAttention):
 
     def _reset_scores(self) -> None:
         for weight in (self.static_filters, self.static_projection, self.dynamic_projection):
-            bound = 1 / math.sqrt(weight.shape[1])  # as of nn.Conv1d and nn.Linear
+            bound = 1 / math.sqrt(weight.shape[1])  # like nn.Conv1d and nn.Linear
             nn.init.uniform_(weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
         _reset_score_vector(self.v)

@@ -60,8 +60,8 @@ class ForwardAttention(StatefulAdditiveAttention):
         kernel_size: width of that convolution, odd.
         scale: a finite number that multiplies the scores.
         bias: whether to learn a bias, initially 0.
-        activation, negative_slope: in the place of tanh, as of :class:`attn_kernels.BahdanauAttention`.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        activation, negative_slope: in place of tanh, as for :class:`attn_kernels.BahdanauAttention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),

@@ -42,7 +42,7 @@ class DenseGATv2(nn.Module):
         self_loops: make every node a neighbour of itself.
         share_weights: :math:`W^r = W^l`.
         bias: add a bias to the result. The projections have none: equation 7 has no bias before the leaky relu.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; the features must have the same.
 
     Parameters: ``query_projection.weight`` (:math:`W^l`) and, unless shared, ``memory_projection.weight``

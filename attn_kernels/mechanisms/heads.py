@@ -91,7 +91,7 @@ class MultiHeadAttention(AttentionModule):
         output_size: size of the context; None for ``memory_size``.
         scale: factor of the scores; None for 1 / sqrt(units), ESPnet's for both scores.
         tanh: apply tanh to queries and keys; with "dot" only.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (H units, query_size) and ``.bias``, ``memory_projection.weight``
@@ -184,7 +184,7 @@ class MultiHeadAttention(AttentionModule):
         output_size) and (B, H, Tq, Tk), without Tq for a 2-D query. average: return the mean of the alignments over
         the heads, without the axis H. A query with nothing to attend gets zeros.
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        Raises ValueError or TypeError if query or memory do not fit the module or each other.
         """
         self._check_heads(query, memory)
         queries = self.query_projection(mask_queries(query, memory.heads[0]))

@@ -81,7 +81,7 @@ class LayerNormBahdanauAttention(AttentionModule):
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        Raises ValueError or TypeError if query or memory do not fit the module or each other.
         """
         self._check(query, memory)
         made = self.make_query(mask_queries(query, memory))

@@ -91,8 +91,8 @@ class LocalAttention(EnergyAttention):
         window: D, in steps.
         mode: "local-p", predictive, or "local-m", monotonic.
         score: "additive", or "dot" (the "general" of the paper).
-        normalize, activation, negative_slope: as of :class:`MonotonicAttention`.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        normalize, activation, negative_slope: as for :class:`MonotonicAttention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``memory_projection.weight`` (A, memory_size); additive: ``query_projection.weight`` (A, query_size),
@@ -151,7 +151,7 @@ class LocalAttention(EnergyAttention):
             result = self._windowed(query, memory, step)
             return StatefulResult(result.context, alignments_of(result), next_state)
         allowed = attention_mask(memory.keys, memory.memory_lengths, memory.mask)
-        if allowed is not None:  # a NaN in a query that may attend nothing would get into the gradient of W_p
+        if allowed is not None:  # a NaN in a query that may attend nothing would reach the gradient of W_p
             query = query.masked_fill(~allowed.any(2)[..., None], 0.0)
         centres = self._positions(query, memory, allowed)
         softmax = alignments_of(self._windowed(query, memory, centres.detach(), alone=True))
@@ -177,7 +177,7 @@ class LocalAttention(EnergyAttention):
         return position * (steps if memory.memory_lengths is None else memory.memory_lengths[:, None])
 
     def _windowed(self, query: Tensor, memory: Memory, centres: Tensor, alone: bool = False) -> Attention:
-        """Softmax over the allowed steps of the windows. alone: the alignments, without a context."""
+        """Softmax over the allowed steps of the windows. alone: return only the alignments, without a context."""
         mask = window_mask(centres, self.window, memory.keys.shape[1])
         if memory.mask is not None:
             mask = mask & (memory.mask if memory.mask.dim() == 3 else memory.mask[:, None])

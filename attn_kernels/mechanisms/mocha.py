@@ -37,10 +37,10 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
     differences, each at most 1. A moving sum of exponentials could underflow to 0 far from the largest energy.
 
     Args:
-        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize: as of
+        query_size, memory_size, units, mode, noise, score_bias_init, score, normalize: as for
             :class:`MonotonicAttention`; ``units`` is the size of each energy. ``noise``, r and ``normalize`` apply to
             the monotonic energy only.
-        activation, negative_slope, backend: likewise.
+        activation, negative_slope, backend: also as there.
         chunk_size: w, the number of steps in a chunk; None for all steps up to the one at which it stops.
         device, dtype: of the parameters; query and memory must have the same.
 
@@ -99,7 +99,7 @@ class MonotonicChunkwiseAttention(ChoosingAttention):
             energy = dot_energies(query, of_chunks)
         p_choose = self._choices(query, source)
         stops = monotonic_alignments(p_choose, self._previous(state, source.keys).to(p_choose.dtype), self.mode)
-        # Finite, not -inf: the gradients of a chunk of nothing but padding, where alpha is 0, must be 0, not NaN.
+        # Finite, not -inf: the gradients of a chunk with only padding, where alpha is 0, must be 0, not NaN.
         if allowed is not None:
             energy = energy.masked_fill(~allowed, -_far(energy))
         alignments = _look_back(stops, energy) if self.chunk_size is None else _chunks(stops, energy, self.chunk_size)

@@ -101,9 +101,9 @@ class MonotonicAttention(ChoosingAttention):
             is used up at the beginning.
         score: "additive" or "dot".
         normalize: learn ``g``; additive: initially sqrt(1 / units), with a ``bias``, initially 0; dot: initially 1.
-        activation, negative_slope: of additive energies, in the place of tanh: as of
+        activation, negative_slope: of additive energies, in place of tanh: as for
             :class:`attn_kernels.BahdanauAttention`.
-        backend: as of :func:`attn_kernels.additive_scores`.
+        backend: as for :func:`attn_kernels.additive_scores`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``memory_projection.weight`` (A, memory_size), ``score_bias`` (), r; additive:

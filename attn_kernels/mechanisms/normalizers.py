@@ -1,4 +1,4 @@
-"""Normalizers, from scores to alignments: softmax, smoothing, hardmax, or a function such as sparsemax."""
+"""Normalizers, which turn scores into alignments: softmax, smoothing, hardmax, or a function such as sparsemax."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def allowed_pairs(scores: Tensor, memory_lengths: Tensor | None, mask: Tensor | 
 
 
 def mask_scores(scores: Tensor, allowed: Tensor) -> Tensor:
-    """-inf in padding, but zeros in a row of nothing but padding, whose softmax would be NaN."""
+    """Sets padding to -inf. A row with only padding gets zeros, because its softmax would be NaN."""
     scores = scores.masked_fill(~allowed, float("-inf"))
     return scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
@@ -163,7 +163,7 @@ class NormalizedAttention(nn.Module):
 
     .. math:: alignments_i = normalizer_j(scores_{ij}), \quad context_i = \sum_j alignments_{ij} values_j
 
-    It is called like the mechanism::
+    It is called like the wrapped mechanism::
 
         attention = NormalizedAttention(BahdanauAttention(query_size, memory_size, units), entmax.entmax15)
         memory = attention.memory(encoder_outputs, memory_lengths)
@@ -201,13 +201,13 @@ class NormalizedAttention(nn.Module):
         mask: Tensor | None = None,
         memory_offsets: Tensor | None = None,
     ) -> Memory:
-        """As ``memory`` of the mechanism, but a packed memory is padded."""
+        """Like ``memory`` of the mechanism, but a packed memory is padded."""
         return self.attention.memory(memory, memory_lengths, mask, memory_offsets).padded()
 
     def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (context, alignments).
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        Raises ValueError or TypeError if query or memory do not fit the module or each other.
         """
         self.attention._check(query, memory)
         if memory.memory_offsets is not None:

@@ -25,9 +25,9 @@ class PointerAttention(AttentionModule):
         u_{ij} = v \cdot \tanh(W_1 \, memory_j + W_2 \, query_i), \quad
         result_{ij} = \log softmax_j(u_{ij} / temperature)
 
-    With ``clip`` C, :math:`C \tanh(u_{ij})` in the place of :math:`u_{ij}`. With ``glimpses``, the query first attends
-    to the memory itself so many times, with a score of the same form and parameters of its own, and each time what it
-    got is the new query:
+    With ``clip`` C, :math:`C \tanh(u_{ij})` replaces :math:`u_{ij}`. With ``glimpses``, the query first attends to the
+    memory that number of times. The score of a glimpse has the same form and its own parameters, and its context
+    becomes the new query:
 
     .. math:: query_i \leftarrow \sum_j softmax_j(v' \cdot \tanh(W_1' \, memory_j + W_2' \, query_i)) \, memory_j
 
@@ -36,8 +36,8 @@ class PointerAttention(AttentionModule):
     combinatorial optimization with reinforcement learning", 2017, appendix A.1; there, too, temperature and clip
     (appendix A.2, equations 15 and 16).
 
-    A step that no query may point to is padding, whatever it holds; with a mask (B, Tq, Tk), one that only some may
-    point to must be finite.
+    A step that no query may point to is padding and may hold NaN; with a mask (B, Tq, Tk), a step that only some
+    queries may point to must be finite.
 
     Args:
         query_size: size of the decoder state; with glimpses it must be ``memory_size``.
@@ -46,7 +46,7 @@ class PointerAttention(AttentionModule):
         glimpses: how many times a query attends to the memory before it points.
         clip: C, which bounds the scores to -C..C; None for no bound.
         temperature: above 1 for a flatter distribution.
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; query and memory must have the same.
 
     Parameters: ``query_projection.weight`` (units, query_size), ``memory_projection.weight`` (units, memory_size),
@@ -87,7 +87,7 @@ class PointerAttention(AttentionModule):
                 self.memory_size, self.units, bias=False, **self._factory
             )
             self.glimpse_v: nn.Parameter = self._parameter(units)
-            self.key_size: int = 2 * self.units  # a memory has the keys to point to, then those of glimpses
+            self.key_size: int = 2 * self.units  # the keys of the pointer, then those of the glimpses
         self._reset_scores()
 
     def reset_parameters(self) -> None:
@@ -104,10 +104,10 @@ class PointerAttention(AttentionModule):
     def forward(self, query: Tensor, memory: Memory) -> Tensor:  # type: ignore[override]
         """query: (B, Tq, query_size) or (B, query_size), decoder states. Returns (B, Tq, Tk) or (B, Tk).
 
-        The result has the dtype of the query. -inf where a step may not be attended, so that a query with nothing to
+        The result has the dtype of the query. It is -inf for steps that may not be attended. A query with nothing to
         point to has -inf everywhere, and contributes nothing to gradients.
 
-        Raises ValueError or TypeError where query or memory do not fit the module or each other.
+        Raises ValueError or TypeError if query or memory do not fit the module or each other.
         """
         self._check(query, memory)
         query = mask_queries(query, memory)

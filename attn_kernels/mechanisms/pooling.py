@@ -42,7 +42,7 @@ class AttentionPooling(nn.Module):
         gated: multiply by a gate; ``activation`` must then be "tanh".
         activation: "tanh", "relu", "leaky_relu" or "sigmoid".
         negative_slope: of "leaky_relu".
-        backend: as of :func:`attn_kernels.additive_attention`.
+        backend: as for :func:`attn_kernels.additive_attention`.
         device, dtype: of the parameters; the memory must have the same.
 
     Parameters: ``memory_projection.weight`` (units, memory_size) and ``.bias`` (units,), ``v`` (heads, units); with

@@ -1,7 +1,8 @@
-"""What mechanisms with rules of their own read of a memory: scores of its keys, and sums of its values.
+"""Reads of a memory by mechanisms that compute their own alignments: scores of its keys, and sums of its values.
 
-Autograd would make a gradient as large as keys or values in the backward of every step, and add them up. Where a memory
-is large, a step leaves what it would be made of with the memory, whose gradient is made once: see memory_gradient.py.
+In the backward of every step, autograd would compute a gradient as large as keys or values, and accumulate it. If a
+memory is large, a step records the factors of that gradient instead, and it is computed once for all steps: see
+memory_gradient.py.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from .normalizers import pair_scores
 
 
 class Source(NamedTuple):
-    """What a step reads of a memory.
+    """The part of a memory that a step reads.
 
-    keys: (B, Tk, A), values: (B, Tk, D), finite in padding. allowed: bool, (B, 1, Tk) or (B, K, Tk); None where every
-    step may be attended. gradient: gathers those of keys and values; None: each step makes its own. first: which unit
-    of the memory's keys is the first of these.
+    keys: (B, Tk, A), values: (B, Tk, D), finite in padding. allowed: bool, (B, 1, Tk) or (B, K, Tk); None if every step
+    may be attended. gradient: accumulates the gradients of keys and values; None: each step computes its own. first:
+    the index of the first of these units among the units of the memory's keys.
     """
 
     keys: Tensor
@@ -39,13 +40,13 @@ class Source(NamedTuple):
     first: int = 0
 
     def split_keys(self, units: int) -> list[Source]:
-        """One for each ``units`` of the keys."""
+        """One Source for each block of ``units`` columns of the keys."""
         parts = enumerate(self.keys.split(units, -1))
         return [self._replace(keys=part, first=self.first + i * units) for i, part in parts]
 
 
 def read(memory: Memory, allowed: Tensor | None, query: Tensor, backend: str | None, reads_keys: bool = True) -> Source:
-    """query: (B, K, *), what autograd knows of the step."""
+    """The keys and values of a memory as a Source. query: (B, K, *), as autograd sees it."""
     keys, values = memory.keys, memory.values
     if gathers(memory, allowed, query, backend):
         return Source(keys, values, allowed, backend, memory.gradient())
@@ -57,7 +58,7 @@ def read(memory: Memory, allowed: Tensor | None, query: Tensor, backend: str | N
 
 
 def gathers(memory: Memory, allowed: Tensor | None, query: Tensor, backend: str | None) -> bool:
-    """Whether a step on this memory leaves the gradients of keys and values to be made later. query: (B, K, *)."""
+    """Whether a step on this memory defers the gradients of keys and values. query: (B, K, *)."""
     keys, values = memory.keys, memory.values
     return (
         (allowed is None or (allowed.shape[1] == 1 and memory.has_zero_padding()))
@@ -84,12 +85,12 @@ def additive_energies(query: Tensor, source: Source, score: AdditiveScore | Acti
 
 
 def op_of(kind: type[AdditiveScore] | type[ActivatedScore]) -> str:
-    """That of scores alone."""
+    """The name of the op that computes only scores."""
     return "activated_scores" if kind is ActivatedScore else "additive_scores"
 
 
 def numbers_of(score: AdditiveScore | ActivatedScore) -> tuple[float, ...]:
-    """What the op is given after the tensors."""
+    """The arguments of the op after the tensors."""
     return score[2:] if isinstance(score, ActivatedScore) else ()
 
 
@@ -133,9 +134,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Product(NamedTuple):
-    """A step whose gradient of keys or values is rows^T @ columns.
+    """The record of a step whose gradient of keys or values is rows^T @ columns.
 
-    rows: (B, K, Tk). columns: (B, K, n). size: of the memory's keys, of which units first..first + n; None: of values.
+    rows: (B, K, Tk). columns: (B, K, n). size: the units of the memory's keys; the gradient is that of units
+    first..first + n. None: the gradient is that of values.
     """
 
     rows: Tensor
@@ -154,7 +156,7 @@ class _Product(NamedTuple):
 
 
 class _Scores(NamedTuple):
-    """A step that left additive scores. grad: (B, K, Tk). query: (B, K, A). keys: (B, Tk, size), with ``units``."""
+    """The record of additive scores. grad: (B, K, Tk). query: (B, K, A). keys: (B, Tk, size), with ``units``."""
 
     score: AdditiveScore | ActivatedScore
     backend: str
@@ -164,7 +166,7 @@ class _Scores(NamedTuple):
     keys: Tensor
 
     def backward(self, of_step: bool, of_keys: bool) -> tuple[Tensor, ...]:
-        """Those of query, keys, v and bias."""
+        """The gradients of query, keys, v and bias."""
         score, keys = self.score, self.keys.narrow(2, *self.units)
         given = self.grad, self.query, keys, score.v, score.bias, *numbers_of(score), of_step, of_keys
         gradients: tuple[Tensor, ...] = ops.call(f"{op_of(type(score))}_backward", self.backend, *given)
@@ -173,7 +175,7 @@ class _Scores(NamedTuple):
     def is_like(self, other: _Scores) -> bool:
         if (self.backend, self.units) != (other.backend, other.units):
             return False
-        # v may be made anew in every step (weight normalisation): equal values in different tensors.
+        # v may be recomputed in every step (weight normalisation): equal values in different tensors.
         if type(self.score) is not type(other.score) or numbers_of(self.score) != numbers_of(other.score):
             return False
         pairs = zip(self.score[:2], other.score[:2], strict=True)
@@ -187,7 +189,7 @@ class _Scores(NamedTuple):
 
 
 def _within(gradient: Tensor, first: int, size: int) -> Tensor:
-    """(B, Tk, size), with zeros around what is the gradient of some units."""
+    """The gradient of units from ``first`` on, padded with zeros to all units: (B, Tk, size)."""
     behind = size - first - gradient.shape[2]
     return gradient if first == behind == 0 else F.pad(gradient, (first, behind))
 
@@ -203,7 +205,7 @@ class _SumFunction(Function):
     @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradient, (alignments, values) = ctx.memory_gradient, ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: as autograd knows them
+        if torch.is_grad_enabled():  # create_graph=True: values that are not detached
             values = gradient.memory[1]
         if gradient.is_needed():
             gradient.record(_Product(alignments, grad))

@@ -1,4 +1,4 @@
-"""The base of mechanisms whose alignments are no softmax of scores: it handles masks, dtypes and the context.
+"""The base of mechanisms whose alignments are not a softmax of scores: it handles masks, dtypes and the context.
 
 Monotonic attention, mixtures of Gaussians and filters of previous alignments are such mechanisms. No op computes their
 alignments and context in one pass. The ops compute the scores; the rest runs in PyTorch, in float32 or wider.

@@ -33,7 +33,7 @@ class StepwiseMonotonicAttention(MonotonicAttention):
         score_bias_init: initial value of r; None for 3.5, the value of the authors' code for speech synthesis. Where
             energies are near 0, an alignment moves on every 1 + e^r steps: training is sensitive to r.
         query_size, memory_size, units, noise, score, normalize, activation, negative_slope, backend, device, dtype: as
-            of :class:`MonotonicAttention`.
+            for :class:`MonotonicAttention`.
 
     Parameters: those of :class:`MonotonicAttention`.
 

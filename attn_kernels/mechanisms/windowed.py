@@ -1,4 +1,4 @@
-"""Attention within a window that moves with the alignments: what keeps a decoder from skipping and going back."""
+"""Attention within a window that moves with the alignments: it prevents a decoder from skipping and going back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .stateful import StatefulAttention, StatefulResult
 
 
 class WindowedAttention(StatefulAttention):
-    r"""An attention mechanism that may attend a window around the step that it looked at most before.
+    r"""An attention mechanism restricted to a window around the step with the largest previous alignment.
 
     .. math::
         p_i = \operatorname{argmax}_j \; alignments_{i-1,j}, \quad
         \text{allowed: } p_i - behind \le j \le p_i + ahead
 
-    Each row, and each hypothesis of a search, has a window of its own. It is called as a mechanism with a state::
+    Each row, and each hypothesis of a search, has its own window. It is called like a mechanism with a state::
 
         attention = WindowedAttention(LocationSensitiveAttention(query_size, memory_size, units))
         memory = attention.memory(encoder_outputs, memory_lengths)
@@ -35,25 +35,25 @@ class WindowedAttention(StatefulAttention):
         context, alignments, state = attention(decoder_state, memory, state)
 
     Source: the attention constraint of Ping et al., "Deep Voice 3: scaling text-to-speech with convolutional sequence
-    learning", 2018, as speech synthesis uses it at inference. ESPnet's ``backward_window`` is ``behind``,
-    its ``forward_window`` ``ahead + 1``; likewise ``win_back`` and ``win_front`` of coqui-tts. Both have it for one
-    sentence.
+    learning", 2018, as speech synthesis uses it at inference. ``behind`` is ESPnet's ``backward_window`` and the
+    ``win_back`` of coqui-tts; ``ahead + 1`` is ``forward_window`` and ``win_front``. Both libraries support one
+    sentence only.
 
-    Where the alignments of a step are all 0, the window stays where it is. To put it somewhere else, give a state with
-    other positions: ``(positions, *state[1:])``.
+    If the alignments of a step are all 0, the window does not move. To move it, pass a state with other positions:
+    ``(positions, *state[1:])``.
 
     Args:
         attention: the mechanism, with a state or without: a module of ``attn_kernels`` or ``attn_kernels.mechanisms``,
-            or ``NormalizedAttention``. Not PointerAttention, MultiHeadAttention and LocalAttention, whose windows are
-            its own.
-        behind, ahead: how many steps before p and after it may be attended.
-        in_training: whether there is a window in training mode, too. Without it, steps attend all of the memory there,
-            and the positions follow.
+            or ``NormalizedAttention``. PointerAttention, MultiHeadAttention and LocalAttention are not supported;
+            LocalAttention has its own window.
+        behind, ahead: how many steps before and after p may be attended.
+        in_training: whether the window also applies in training mode. If not, steps attend the whole memory in
+            training, and the positions are still updated.
 
     Parameters: those of ``attention``, with that prefix.
 
-    State: a tuple: the positions, (B, K, 1) int64, at first the first step that may be attended; then the tensors of
-    the state of ``attention``.
+    State: a tuple of the positions and the tensors of the state of ``attention``. positions: (B, K, 1) int64; initially
+    the first step that may be attended.
     """
 
     attention: Any
@@ -65,7 +65,7 @@ class WindowedAttention(StatefulAttention):
         ahead: int = 2,
         in_training: bool = False,
     ) -> None:
-        super(AttentionModule, self).__init__()  # the parameters are those of the mechanism
+        super(AttentionModule, self).__init__()  # the only parameters are those of the mechanism
         self._name = type(self).__name__
         module = attention.attention if isinstance(attention, NormalizedAttention) else attention
         refused = (PointerAttention, MultiHeadAttention, LocalAttention, WindowedAttention)
@@ -92,7 +92,7 @@ class WindowedAttention(StatefulAttention):
         mask: Tensor | None = None,
         memory_offsets: Tensor | None = None,
     ) -> Memory:
-        """As of the mechanism: what each step reads, once per sentence. One without padding is padded."""
+        """The memory of the mechanism, computed once per sentence. A packed memory is padded."""
         made: Memory = self.attention.memory(memory, memory_lengths, mask, memory_offsets)
         return made.padded()
 
@@ -134,7 +134,7 @@ class WindowedAttention(StatefulAttention):
 
 
 def _most(alignments: Tensor, position: Tensor) -> Tensor:
-    """(B, K, 1): the step with most weight of each row; where no step has any, the position before."""
+    """(B, K, 1): the step with the largest weight of each row; the previous position if all weights are 0."""
     if alignments.shape[2] == 0:
         return position
     largest, step = alignments.max(2, keepdim=True)

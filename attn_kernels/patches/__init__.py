@@ -1,4 +1,4 @@
-"""The earlier name of :mod:`attn_kernels.patching.libraries`; it goes with the next version."""
+"""The earlier name of :mod:`attn_kernels.patching.libraries`. It will be removed in the next version."""
 
 import importlib
 import sys

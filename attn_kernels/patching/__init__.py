@@ -123,7 +123,7 @@ def check_model(function: str, model: object) -> None:
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """As ``model.named_modules()``, and the layers that a Keras model holds in lists, unregistered."""
+    """Like ``model.named_modules()``, and also the unregistered layers that a Keras model holds in lists."""
     modules = {id(module): (name, module) for name, module in model.named_modules()}
     for name, module in list(modules.values()):
         for layer in module._flatten_layers() if hasattr(module, "_flatten_layers") else ():

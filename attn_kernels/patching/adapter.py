@@ -61,7 +61,7 @@ class Fused:
         return elements
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Fused):  # the module was unpatched, but a wrapper of this method remains in it
+        if not isinstance(self, Fused):  # the module was unpatched, but it still holds a wrapper of this method
             return type(self).forward(self, *args, **kwargs)
         if is_small(self, args, kwargs):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -147,40 +147,40 @@ def run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs
             result = module.attend(*args, **kwargs)
         except ArgumentError as error:
             if not is_compiling() and _is_from_a_module(error):
-                raise  # hooks and submodules have run, and one of them has failed: they are not run once more
+                raise  # hooks and submodules have run, and one of them failed: they must not run twice
             reason = f"{type(error).__name__}: {error}"
         except TypeError as error:
             if is_compiling() or not _is_of_call(error) or _takes(original, args, kwargs):
                 raise
-            return original(*args, **kwargs)  # which raises an error in terms of its own signature
+            return original(*args, **kwargs)  # it raises an error that names its own parameters
         else:
             if not isinstance(result, NotSupported):
                 return result
             reason = result.reason
-    if not is_compiling():  # a graph would be compiled again for every count
+    if not is_compiling():  # a compiled graph would be recompiled for every count
         fallbacks.setdefault(module, Counter())[reason] += 1
     return original(*args, **kwargs)
 
 
 def _reason_against_call(module: Any) -> str | None:
-    """Why the original runs, whatever the arguments of the call."""
+    """The reason why the original runs in the current mode, for any arguments."""
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func"
     if torch._C._is_tracing():
-        return "torch.jit.trace"  # it would record a call of Python, where the ops have gradients
+        return "torch.jit.trace"  # if the ops have gradients, it would record a call into Python
     if module._original.forward is not type(module)._own_forward:
         return "the forward of its class was replaced"
     if functions_are_replaced():
         return "a function of PyTorch was replaced"
     if not module._own_methods.isdisjoint(module.__dict__):
-        replaced = replaced_on(module, module._original, module._own_methods)  # without the forward that was called
+        replaced = replaced_on(module, module._original, module._own_methods)  # except the forward that was called
         if replaced:
             return f"its method {replaced[0]!r} was replaced"
     return None
 
 
 def _is_from_a_module(error: BaseException) -> bool:
-    """Whether an error was raised within the call of a module, and not by the adapter that called it."""
+    """Whether an error was raised inside the call of a module, not by the adapter itself."""
     traceback = error.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_code is nn.Module._call_impl.__code__:
@@ -190,7 +190,7 @@ def _is_from_a_module(error: BaseException) -> bool:
 
 
 def _is_of_call(error: TypeError) -> bool:
-    """Whether arguments do not fit the signature of the function that was called: nothing of it has run."""
+    """Whether the arguments did not fit the signature of the called function, so that none of its code has run."""
     return error.__traceback__ is None or error.__traceback__.tb_next is None
 
 
@@ -203,7 +203,7 @@ def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether the module has a ``forward`` of its own; wrappers that are taken off may leave the patched one there."""
+    """Whether the module has its own ``forward`` attribute. A removed wrapper may leave the patched forward there."""
     forward = vars(module).get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is Fused.forward:
         return False

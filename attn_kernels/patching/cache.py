@@ -1,9 +1,10 @@
 """Per-module cache: values that adapters derive from the encoder outputs, reused by later decoding steps.
 
-The modules of other libraries are called a step at a time with the same memory and have nowhere to put what could be
-computed from it once. Here it is kept beside a module (not in it: copies and pickles of the module are unaffected), for
-as long as computing it again would give the same. Tensors that are read are compared by value: see checksums.py.
-Tensors that a result only holds, or has views of, need no such check: they are read when the result is used.
+The modules of other libraries are called for one step at a time with the same memory, and have no place to store values
+that could be computed from it once. This cache is outside the modules, so that copies and pickles are unaffected. An
+entry is valid as long as computing it again would give the same result. Tensors that are read are compared by value:
+see checksums.py. Tensors that a result only holds, or has views of, need no such check: they are read when the result
+is used.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ _entries: WeakKeyDictionary[Any, dict[str, _Entry]] = WeakKeyDictionary()
 def cached(module: Any, what: str, make: Callable[[], T], *, read: Sources = (), held: Sources = ()) -> T:
     """``make()``, or its result of the last call, if it would return the same again.
 
-    Of each ``what`` the last result is kept, until another is made and not longer than the module. It must not be
+    For each ``what`` the last result is cached, until another one is computed or the module is freed. It must not be
     written to, and must not hold a single-use autograd graph: it outlives a backward pass.
 
     Args:
-        module: what the result is kept for.
-        what: which of several results of the module it is.
+        module: the module that the result belongs to.
+        what: the name of the result, if a module has several.
         make: computes the result.
-        read: all tensors whose values ``make`` reads. Compared by value: other tensors that are equal will do.
+        read: all tensors whose values ``make`` reads. Compared by value: other tensors with equal values match.
         held: tensors that the result holds, or has views of. Compared by identity, storage and place in autograd's
             graph; their values may change.
     """
@@ -69,12 +70,12 @@ def cached(module: Any, what: str, make: Callable[[], T], *, read: Sources = (),
 
 
 def clear(module: Any) -> None:
-    """Drops all that is kept for a module."""
+    """Drops all cached results of a module."""
     _entries.pop(module, None)
 
 
 def _place(tensor: Tensor | None) -> Any:
-    """Differs if a tensor has other storage, is another view of it, or comes from elsewhere in autograd's graph."""
+    """A key that differs if a tensor has other storage, is another view, or has another node in autograd's graph."""
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.grad_fn
@@ -93,13 +94,13 @@ def _are_same(some: Sources, others: Sources) -> bool:
 def cached_projection(module: Any, layer: Any, rows: Tensor, *, is_shared: bool = False) -> Tensor:
     """``layer(rows)``; without gradients, the rows of the last call are not projected again.
 
-    A beam search may pass the rows re-ordered, a copy for each hypothesis: then the keys are re-ordered.
+    A beam search may pass a re-ordered copy of the rows, one for each hypothesis: then the keys are re-ordered.
 
     Args:
-        module: what the projection is kept for.
+        module: the module that the projection belongs to.
         layer: a ``nn.Linear``; another module is just called.
         rows: (B, Tk, M), encoder outputs.
-        is_shared: whether other code gets the result, and so may write to it.
+        is_shared: whether other code gets the result and may write to it.
 
     Returns:
         Keys, (B, Tk, A).
@@ -116,7 +117,7 @@ class _Projected(NamedTuple):
     layout: tuple[Any, ...]
     sums: list[int]
     keys: Tensor
-    value: Any  # of the keys, if they are shared
+    value: Any  # checksum of the keys, if they are shared
 
 
 class _Projection:
@@ -135,7 +136,7 @@ class _Projection:
         return keys
 
     def _gather_matching(self, layout: tuple[Any, ...], sums: list[int]) -> Tensor | None:
-        """The keys of rows that are all among those of the last call."""
+        """The keys for rows that all occurred in the last call; otherwise None."""
         last = self._last
         if last is None or last.layout != layout or (last.value is not None and last.value != value_of(last.keys)):
             return None
@@ -146,6 +147,6 @@ class _Projection:
 
 
 def _match_rows(known: list[int], sums: list[int]) -> list[int | None]:
-    """Where each row stands among the known ones, by their checksums; None where it is another."""
+    """The index of each row among the known ones, by checksum; None for a new row."""
     places = {x: i for i, x in enumerate(known)}
     return [places.get(x) for x in sums]

@@ -1,4 +1,4 @@
-"""The classes of patched modules: made of the original class and an adapter, and changed in place."""
+"""The classes of patched modules, generated from the original class and an adapter; they replace the class in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .registry import AdapterSpec, find_adapter, notes_of
 
 
 def fused_class(original: type[nn.Module], fused: type[Fused]) -> type[Any]:
-    """The class of patched modules; made once, so that torch.compile does not compile again for another."""
+    """The class of patched modules. It is created once, so that torch.compile does not recompile for a second class."""
     made = notes_of(original).fused
     if fused not in made:
         made[fused] = _make_fused_class(original, fused)
@@ -41,7 +41,7 @@ def _make_fused_class(original: type[nn.Module], fused: type[Fused]) -> type[Any
 
 
 def _while_patched(fused: type[Fused], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of an adapter that may be stored elsewhere, or wrapped: once its module is unpatched, the original."""
+    """A method of an adapter that calls the original method once its module is unpatched: it may still be stored."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,12 +53,12 @@ def _while_patched(fused: type[Fused], name: str, method: Callable[..., Any]) ->
 
 
 def adapter_of(cls: type) -> type[Fused]:
-    """The adapter within a class that fused_class made, or one derived from it."""
+    """The adapter in the bases of a class that fused_class made."""
     return next(base for base in cls.__mro__ if issubclass(base, Fused) and not issubclass(base, nn.Module))
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Touches ``__dict__``, too: the guards of torch.compile in torch 2.10 and 2.11 look at nothing else."""
+    """Changes the class. Also modifies ``__dict__``: torch.compile's guards in torch 2.10 and 2.11 check only that."""
     module.__class__ = cls
     module.__dict__["_attn_kernels"] = None
     del module.__dict__["_attn_kernels"]
@@ -71,7 +71,7 @@ def restore_class(module: Any) -> None:
 
 
 def rebuild(original: type[nn.Module], function: Callable[..., Any], *arguments: Any) -> Any:
-    """An empty module of a patched class, for pickle and copy; of the original class where it has no adapter."""
+    """An empty module of a patched class, for pickle and copy; of the original class if it has no adapter."""
     adapter = find_adapter(original)
     if not isinstance(adapter, AdapterSpec):
         return function(original, *arguments)

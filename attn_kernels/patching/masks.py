@@ -32,7 +32,7 @@ def mask_without_empty_rows(
         module: the module whose cache holds the result.
         mask: the library's mask.
         make: computes the result from the mask.
-        wait: also read a mask on a GPU: for an original whose result for an empty row is not just NaN.
+        wait: also read a mask on a GPU, for an original whose result for an empty row is not simply NaN.
     """
     if not (wait or is_cacheable(mask)):
         return make(mask)
@@ -56,7 +56,7 @@ def memory_without_empty_rows(
 ) -> Memory | NotSupported:
     """``build(allowed)``, where allowed is the result of :func:`mask_without_empty_rows`; cached as one entry.
 
-    held: the tensors of the memory, by which the next step recognises it.
+    held: the tensors of the memory; the next step compares them to find the entry.
     """
     if mask is not None and not is_cacheable(mask):
         return build(make(mask))
@@ -76,7 +76,7 @@ def lengths_without_empty_rows(module: Any, lengths: Tensor) -> Tensor | NotSupp
 
 
 def as_original(result: Attention, steps: Tensor | None) -> Attention:
-    """Alignments in the dtype of a softmax, and NaN in rows that may attend nothing if ``steps`` was not read.
+    """Alignments in the dtype of a softmax. If ``steps`` was not read, rows that may attend nothing get NaN.
 
     steps: what :func:`mask_without_empty_rows` or :func:`lengths_without_empty_rows` returned, or None.
     """

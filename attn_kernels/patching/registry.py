@@ -1,4 +1,4 @@
-"""The registry of adapters: those of known libraries (``libraries/``), by class name, and those of users."""
+"""The registry of adapters: for known libraries (``libraries/``), by class name, and adapters of users."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def adapts(
     """Class decorator that registers an adapter for modules of class ``original``.
 
     Args:
-        original: the class, or "module:Class", which is looked up when a module is patched and imports nothing. A later
-            adapter of a class replaces an earlier one. Subclasses, and other classes of the same name, such as one that
-            is defined again in a notebook or by another call of a function, are not patched: they may compute something
-            else.
+        original: the class, or "module:Class", which is looked up when a module is patched, without an import. A later
+            adapter of a class replaces an earlier one. Subclasses are not patched, nor are other classes with the same
+            name, such as a class that is defined again in a notebook or by another call of a function: they may compute
+            something else.
         library, versions: shown by ``python -m attn_kernels patch-list``.
         sources: digests (:func:`digest`) of the class's source in those versions. If given, a class with another source
             is not patched: another version of a library may compute something else.
@@ -112,7 +112,7 @@ def find_adapter(cls: type[nn.Module]) -> AdapterSpec | str | None:
             return None
         if "<locals>" in cls.__qualname__:
             return "its class was made by a function, which may make others of this name"
-        if class_at(cls.__module__, cls.__qualname__) not in (cls, None):  # None: its module was not imported as such
+        if class_at(cls.__module__, cls.__qualname__) not in (cls, None):  # None: its module is not in sys.modules
             return f"it is not the class that {class_name(cls)} is now, but another of this name"
     if adapter.sources:
         if not _source_matches(cls, adapter):
@@ -128,7 +128,7 @@ def _source_matches(cls: type[nn.Module], adapter: AdapterSpec) -> bool:
 
 
 def namesake_has_adapter(cls: type) -> bool:
-    """Whether another class of this name was given to :func:`adapts`."""
+    """Whether :func:`adapts` was called with another class of this name."""
     return any(key_of(other) == key_of(cls) and notes_of(other).adapter is not None for other in _classes)
 
 
@@ -140,20 +140,20 @@ def _load(file: str) -> None:
 # Notes on a class -----------------------------------------------------------------------------------------------------
 
 _NOTES = "_attn_kernels_notes"  # an attribute of classes
-_adapters: dict[str, AdapterSpec] = {}  # those that are given by name
-_classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()  # those that were given to ``adapts``
+_adapters: dict[str, AdapterSpec] = {}  # adapters that were registered by name
+_classes: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()  # classes that were passed to ``adapts``
 
 
 class _Notes:
-    """Notes on a class, stored as its attribute, so that they are freed with it although they refer to it."""
+    """Notes on a class. As an attribute of the class they are freed with it, although they refer to it."""
 
     def __init__(self) -> None:
-        self.adapter: AdapterSpec | None = None  # given to ``adapts`` for this very class
-        self.forward: Any = None  # that of the class then
+        self.adapter: AdapterSpec | None = None  # registered by ``adapts`` for this class itself
+        self.forward: Any = None  # the forward of the class at that time
         self.fused: dict[type[Fused], type[Any]] = {}  # by adapter: the classes of patched modules
 
     def __reduce__(self) -> Any:
-        return dict, ()  # a class that is pickled by value goes without
+        return dict, ()  # a class that is pickled by value is pickled without its notes
 
 
 def notes_of(cls: type) -> _Notes:

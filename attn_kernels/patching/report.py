@@ -19,7 +19,7 @@ class Replaced(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A module that looks like attention and was left alone, and why."""
+    """A module that looks like attention but was not patched, and why."""
 
     name: str
     cls: type[nn.Module]
@@ -77,7 +77,7 @@ def fallback_text(fallback: Fallback) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Columns as wide as they need, for a terminal."""
+    """A table for a terminal, with columns as wide as their contents."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [head, tuple("-" * width for width in widths), *rows]
     return "\n".join(

@@ -1,9 +1,10 @@
 """The parts that differ between activations f, for the kernels of scores v . f(query + keys + bias).
 
-``ACTIVATION`` is "tanh", "relu" or "leaky_relu", and with a gate or several score vectors also "sigmoid" (elsewhere
-that is the tanh of half the argument). Only tanh has a form that is made of exponentials once per row (see
-additive_attention_fwd.py and additive_attention_bwd.py); here is what a pair takes by itself. relu and leaky_relu are
-an instruction or two, exact for all inputs: there is nothing to share, and nothing to guard.
+``ACTIVATION`` is "tanh", "relu" or "leaky_relu", and with a gate or several score vectors also "sigmoid" (other kernels
+compute sigmoid as the tanh of half the argument). Only tanh has a factored form, with exponentials that are computed
+once per row (see additive_attention_fwd.py and additive_attention_bwd.py); this file has the direct form, for one pair.
+relu and leaky_relu take one or two instructions and are exact for all inputs, so they need no factored form and no
+guards.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from .additive_math import tanh, tanh_from
 from .arguments import two_parts
 from .device import divide, reciprocal
 
-SATURATED = tl.constexpr(20.0)  # from here on tanh is 1, in float64 too
+SATURATED = tl.constexpr(20.0)  # from here on tanh rounds to 1, also in float64
 
 
 class Activation(NamedTuple):
-    """name: what kernels call ACTIVATION. slope: that of "leaky_relu" below 0."""
+    """name: the value of ACTIVATION in kernels. slope: that of "leaky_relu" below 0."""
 
     name: str
     slope: float = 0.0
@@ -34,7 +35,7 @@ class Activation(NamedTuple):
         return two_parts(self.slope, query.dtype) if self.name == "leaky_relu" else (None, None)
 
     def numbers(self) -> tuple[int, float]:
-        """Those of a GatedAdditiveScore."""
+        """The numbers of a GatedAdditiveScore: the index of the activation, and the slope."""
         return ACTIVATIONS.index(self.name), self.slope
 
 
@@ -43,7 +44,7 @@ _WithActivation = AdditiveScore | ActivatedScore | AdditiveExtraScore | Activate
 
 
 def activation_of(score: _WithActivation) -> Activation:
-    """That of a score with v."""
+    """The activation of a score with v."""
     if isinstance(score, (AdditiveScore, AdditiveExtraScore)):
         return TANH
     return Activation(ACTIVATIONS[score.activation], score.negative_slope)
@@ -51,9 +52,9 @@ def activation_of(score: _WithActivation) -> Activation:
 
 @triton.jit
 def tanh_and_slope(x, APPROXIMATE: tl.constexpr, ROUNDED: tl.constexpr = False):
-    """tanh(x) and 1 - tanh(x)^2, which does not cancel; the slope of SATURATED beyond that.
+    """tanh(x) and its slope, 1 - tanh(x)^2, computed without cancellation; beyond SATURATED, the slope there.
 
-    ROUNDED: by a division that is rounded; the plain one puts the slope off by four units in the last place.
+    ROUNDED: use a correctly rounded division; with the plain one the slope is off by four units in the last place.
     """
     magnitude = tl.abs(x)
     e = tl.exp(2.0 * tl.where(magnitude > SATURATED, SATURATED, magnitude))
@@ -66,7 +67,7 @@ def tanh_and_slope(x, APPROXIMATE: tl.constexpr, ROUNDED: tl.constexpr = False):
 
 @triton.jit
 def sigmoid_and_slope(x, APPROXIMATE: tl.constexpr):
-    """sigmoid(x) and its derivative; neither cancels, and both are finite for every x but NaN."""
+    """sigmoid(x) and its derivative, computed without cancellation; both are finite for every x except NaN."""
     e = tl.exp(-tl.abs(x))
     r = reciprocal(1.0 + e, APPROXIMATE)
     small = e * r
@@ -75,7 +76,7 @@ def sigmoid_and_slope(x, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def activate(x, slope, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """f(x), NaN where x is; slope: that of "leaky_relu", in the dtype of x."""
+    """f(x); NaN for NaN. slope: that of "leaky_relu", in the dtype of x."""
     if ACTIVATION == "tanh":
         y = tanh(x, APPROXIMATE)
     elif ACTIVATION == "relu":
@@ -91,9 +92,9 @@ def activate(x, slope, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
 @triton.jit
 def pair_gradients(x, ds, slope, ACTIVATION: tl.constexpr):
     """ds f'(x) and ds f(x), for the gradients ds of scores; not of tanh."""
-    if ACTIVATION == "relu":  # as of PyTorch, which lets the gradient pass where x is NaN
+    if ACTIVATION == "relu":  # like PyTorch's relu, which passes the gradient where x is NaN
         gradient = tl.where(x <= 0.0, 0.0, ds)
-        weighted = ds * activate(x, slope, ACTIVATION, False)  # not the gradient times x: NaN where ds is
+        weighted = ds * activate(x, slope, ACTIVATION, False)  # not gradient * x: a NaN in ds must be kept
     else:
         tl.static_assert(ACTIVATION == "leaky_relu")
         gradient = tl.where(x > 0.0, ds, ds * slope)
@@ -103,7 +104,7 @@ def pair_gradients(x, ds, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_and_gradient(x, t, slope, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """f(x) and t f'(x), of every activation."""
+    """f(x) and t f'(x), for every activation."""
     if ACTIVATION == "tanh":
         y, derivative = tanh_and_slope(x, APPROXIMATE)
         gradient = t * derivative

@@ -26,9 +26,9 @@ VectorScore = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExt
 def pair_scores(
     score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype, packed: bool = False
 ) -> Tensor:
-    """(B, Tq, Tk) in the given dtype; undefined where a whole tile is padding. keys: with what is added to them.
+    """(B, Tq, Tk) in the given dtype; undefined if a whole tile is padding. keys: including anything added to them.
 
-    packed: as of packed_attention.py. The result is (1, Tq, N) then.
+    packed: as in packed_attention.py; then the result is (1, Tq, N).
     """
     v, bias, activation = score.v, score.bias, activation_of(score)
     B, Tq, A = query.shape
@@ -68,7 +68,7 @@ def pair_scores(
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
     ek = query.new_empty((tiles_k * block_k, units), dtype=torch.float32)
     prepared: tuple[Tensor | None, ...]
-    exact: tuple[Tensor | None, ...]  # for tanh itself
+    exact: tuple[Tensor | None, ...]  # the inputs of the exact form
     if activation == TANH:
         of_rows = (query.new_empty(x.shape[:2], dtype=torch.float32) for x in (query, keys) * 2)
         prepared = (
@@ -120,10 +120,10 @@ def pair_scores_backward(
     need_memory: bool,
     packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dscores (B, Tq, Tk), made by padded_scores, 0 where not attended -> the gradients of query, keys, v, bias.
+    """The gradients of query, keys, v and bias from dscores (B, Tq, Tk), made by padded_scores, 0 where not attended.
 
-    Those that are not needed (of query, v, bias; of keys) are empty. More than 16 queries take a scratch of (B, Tk, A)
-    in float32. packed: as of packed_attention.py.
+    Gradients that are not needed (of query, v and bias; of keys) are empty. More than 16 queries need a scratch buffer
+    of (B, Tk, A) in float32. packed: as in packed_attention.py.
     """
     v, bias, activation = score.v, score.bias, activation_of(score)
     B, Tq, A = query.shape
@@ -148,7 +148,7 @@ def pair_scores_backward(
         dbias = torch.empty_like(dv)
     if need_memory:
         dkeys = query.new_empty((splits_q, *keys.shape), dtype=dtype if blocks == 1 else wide)
-    # With fewer queries, writing and reading exponentials takes more time than they save.
+    # With fewer queries, writing and reading the exponentials takes more time than they save.
     guarded = not is_small_m(query) and (activation == TANH or masks.mask is not None)
     ek = _key_exponentials(keys) if guarded and activation == TANH and Tq > 16 else None
     launch(
@@ -188,7 +188,7 @@ def pair_scores_backward(
 
 
 def _key_exponentials(keys: Tensor) -> Tensor:
-    """exp(2 keys) in float32, (B, Tk, A), contiguous; 1 where a key is too large, or NaN."""
+    """exp(2 keys) in float32, (B, Tk, A), contiguous; 1 where a key is too large or NaN."""
     B, Tk, A = keys.shape
     ek = keys.new_empty((B, Tk, A), dtype=torch.float32)
     block_k, block_a = 16, power_of_two(A, 32, 128)
@@ -203,25 +203,28 @@ def _key_exponentials(keys: Tensor) -> Tensor:
     return ek
 
 
-# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
+# Tile sizes: simple rules, so that a first call is fast and the order of summation is the same in every call ----------
 
 
 def is_worth_sharing(query: Tensor, keys: Tensor) -> bool:
-    """Whether exponentials made once per row save time for at most 8 queries (B, Tq, A), in tiles of 8 by 32 pairs."""
-    # A tile of tanh takes 17 * 8 instructions a unit, spread over a GPU; one of shared reciprocals 3.7 * 8 on a warp,
-    # of which a large GPU runs 512 at once.
+    """Whether exponentials shared by the pairs of a row save time for at most 8 queries, in tiles of 8 by 32 pairs.
+
+    query: (B, Tq, A).
+    """
+    # A tile of tanh takes 17 * 8 instructions per unit, distributed over the GPU. A tile of shared reciprocals takes
+    # 3.7 * 8 on one warp, of which a large GPU runs 512 at once.
     return not is_small_m(query) and keys.shape[0] * triton.cdiv(keys.shape[1], 32) > 112
 
 
 def _pair_tile(query: Tensor, keys: Tensor) -> Configuration:
-    """The tile of pairs: one of two, whatever the lengths."""
+    """The tile of pairs: one of two configurations, independent of the lengths."""
     Tq = query.shape[1]
     many = Tq > 8 and keys.shape[0] * triton.cdiv(Tq, 16) * triton.cdiv(keys.shape[1], 32) >= 4 * NUM_SMS
     return configuration("scores, many tiles" if many else "scores, few tiles", query)
 
 
 def _backward_tile(query: Tensor) -> tuple[int, int, int, int]:
-    """BLOCK_Q, BLOCK_K, BLOCK_A, warps of the backward: as many queries as registers hold, one unit to a thread."""
+    """BLOCK_Q, BLOCK_K, BLOCK_A, warps of the backward: as many queries as fit into registers, one unit per thread."""
     Tq, A = query.shape[1:]
     if is_small_m(query):
         block_q, block_a = small_m_block(Tq), power_of_two(A, 32, 128)
@@ -232,9 +235,10 @@ def _backward_tile(query: Tensor) -> tuple[int, int, int, int]:
 
 
 def _backward_splits(programs: int, blocks: int, Tk: int, block_k: int) -> tuple[int, int, int, int]:
-    """How the backward is cut: blocks of queries per split and splits, steps per split (of block_k) and splits.
+    """How the backward is split: query blocks per split and splits, steps per split (of block_k) and splits.
 
-    Each split of the queries costs a copy of dkeys, each split of the steps one of dquery: only as many as fill a GPU.
+    Each split of the queries costs a copy of dkeys, each split of the steps a copy of dquery. So there are only as many
+    splits as it takes to fill a GPU.
     """
     splits_q = min(blocks, triton.cdiv(512, programs))
     blocks_per_split = triton.cdiv(blocks, splits_q)

@@ -1,20 +1,20 @@
 """The gradients of the scores of additive attention.
 
-The hidden units are computed again. With E = exp(2 q) exp(2 k), r = 1 / (1 + E) and ds the gradient of a score,
-1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r. So, with exponentials made once per row,
+The hidden units are recomputed. With E = exp(2 q) exp(2 k), r = 1 / (1 + E) and ds the gradient of a score,
+1 - tanh^2 = 4 E r^2 and tanh = (E - 1) r. So, with exponentials computed once per row,
 
     dquery = 4 v exp(2 q) (sum of ds r^2 exp(2 k))    dkeys = 4 v exp(2 k) (sum of ds r^2 exp(2 q))
     dv = sum of ds r (E - 1)
 
-Nothing here cancels: each term is off by a few units in its own last place, however near to 0 or 1 tanh is, and however
-large v. With many queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise each step
-makes its own. Where exp(2 q) or exp(2 k) is too large for such sums, E is clamped and the sums are those of ds (E r) r.
+There is no cancellation: the error of each term is a few units in its own last place, for any tanh and any v. With many
+queries exp(2 k) is written once, in float32, and read by every block of queries; otherwise it is recomputed for each
+step. If exp(2 q) or exp(2 k) is too large for such sums, E is clamped and the sums are those of ds (E r) r.
 
-Other activations than tanh (activations.py) have no factored form: each pair computes its own f and f'. Under a mask,
-many queries are spared a look at it for each pair: where all that is attended is finite, zeros for the rest do.
+Activations other than tanh (activations.py) have no factored form: each pair computes its own f and f'. With many
+queries the mask is not read for each pair: if all attended values are finite, the others are replaced by zeros.
 
-One thread keeps one unit for all queries of its block, so the sums need no other thread. Only what crosses blocks is
-written apart and added in order afterwards.
+One thread computes one unit for all queries of its block, so the sums need no communication between threads. Only sums
+over several blocks are written as partial results and added in order afterwards.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ MAX_FINITE = tl.constexpr(1e38)  # of q + bias, and of k, whose sum is finite
 def _sum_of_products(x):
     """The sum of x (Q, 1, A), a product, over the queries: (1, A).
 
-    tl.sum adds up pairs, where half of the products take an addition of their own. Here they are added one after the
-    other, each in one multiply-add: two sums of every other one, because some GPUs add two at once.
+    tl.sum adds pairs, so that half of the products need a separate addition. Here they are added one after the other,
+    each by one multiply-add. There are two sums, of alternate products, because some GPUs add two numbers at once.
     """
     half: tl.constexpr = x.shape[0] // 2
     sums = tl.cumsum(tl.reshape(x, (half, 2, x.shape[2])), axis=0)
     last = (tl.arange(0, half) == half - 1)[:, None, None]
-    nothing = tl.zeros(sums.shape, dtype=x.dtype) * -1.0  # x + -0.0 is x: no addition is left. Triton 3.6 has no -0.0
+    nothing = tl.zeros(sums.shape, dtype=x.dtype) * -1.0  # x + -0.0 is x: no addition remains. Triton 3.6 has no -0.0
     return tl.sum(tl.sum(tl.where(last, sums, nothing), axis=0), axis=0)[None, :]
 
 
 @triton.jit
 def _size(x, ACTIVATION: tl.constexpr):
-    """The size that is compared with MAX_FINITE: only the positive part for relu, since relu(-Inf) is 0."""
+    """The size that is compared with MAX_FINITE: for relu only the positive part, since relu(-Inf) is 0."""
     if ACTIVATION != "relu":
         x = tl.abs(x)
     return x
@@ -65,7 +65,7 @@ def _size(x, ACTIVATION: tl.constexpr):
 def _of_unit(total, factor, ACTIVATION: tl.constexpr):
     """factor (A,) * total (N, A): the gradients of units, from the sums over their pairs."""
     gradient = total * factor[None, :]
-    if ACTIVATION == "relu":  # 0 where no pair is above 0: an infinite v would make NaN of it
+    if ACTIVATION == "relu":  # 0 if no pair is above 0: 0 times an infinite v would be NaN
         gradient = tl.where(total == 0.0, 0.0, gradient)
     return gradient
 
@@ -77,35 +77,34 @@ def _walk_steps(
     IN_RANGE: tl.constexpr, CLAMPED: tl.constexpr, EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All steps for a block of queries q (Q, A) and the bias, shift (A,).
+    """Processes all steps for a block of queries q (Q, A) and the bias, shift (A,).
 
-    Writes dkeys, if it is wanted, and with SEVERAL blocks adds it to what is there for the first ``added`` units;
-    returns dquery / factor (Q, A) and dv (A,), for the factor of each unit: v, and of tanh 4 v. Pointers are to the
-    first element of the row of the batch. GUARDED, IN_RANGE: whether backward_kernel has looked at what is attended,
-    and whether all of it is within the limits, or with CLAMPED those of exponentials by themselves. EXPONENTIALS:
-    whether ``keys`` has exp(2 k) for k.
+    Writes dkeys if it is needed; with SEVERAL blocks, the first ``added`` units are accumulated. Returns dquery /
+    factor (Q, A) and dv (A,). factor: of each unit, v, or 4 v for tanh. Pointers are to the first element of the row of
+    the batch. GUARDED: whether backward_kernel has checked the attended values. IN_RANGE: whether they are all within
+    the limits; with CLAMPED, within the limits of single exponentials. EXPONENTIALS: whether ``keys`` holds exp(2 k).
     """
     MASKED: tl.constexpr = mask is not None
     FACTORED: tl.constexpr = IN_RANGE and ACTIVATION == "tanh"
     if ACTIVATION != "tanh":
         q += shift[None, :]
-        if IN_RANGE and MASKED:  # a query that attends no step may be anything
+        if IN_RANGE and MASKED:  # a query that attends no step may have any value
             q = tl.where(_size(q, ACTIVATION) <= MAX_FINITE, q, 0.0)
-    if FACTORED:  # finite whatever padding holds, and so is each product with a key's: where ds is 0, nothing is added
+    if FACTORED:  # eq and each product with a key's exponential are finite even in padding, where ds is 0
         eq = tl.minimum(exp2x(q) * exp2x(shift)[None, :], MAX_FACTOR_CLAMPED if CLAMPED else MAX_FACTOR)
     dq = tl.zeros(q.shape, dtype=q.dtype)
     dv = tl.zeros([q.shape[1]], dtype=q.dtype)
-    # A sum over queries in each step takes two more additions, but a mask leaves no registers for 32 apart.
+    # A sum over the queries in each step takes two more additions, but with a mask, registers cannot hold 32 sums.
     SUM_APART: tl.constexpr = FACTORED and not (MASKED and q.shape[0] > 16)
     dv_of_query = tl.zeros(q.shape, dtype=q.dtype)
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
-    # Beyond A the last unit again, which nobody keeps: so no load needs a mask.
+    # Beyond A the last unit is loaded again and its results are dropped, so that no load needs a mask.
     keys += first[:, None] * stride_kk + tl.minimum(u, A - 1)[None, :] * stride_ka
     if dkeys is not None:
         dkeys += first[:, None] * A + u[None, :]
     dscores += i[:, None] + first[None, :] * padded_q
     for start in range(begin, end, BLOCK_K):
-        if BLOCK_K == 1:  # then every step of the loop exists
+        if BLOCK_K == 1:  # then no step of the loop is out of range
             in_keys = (u < A)[None, :]
             ds = tl.load(dscores)
             k = tl.load(keys).to(q.dtype)
@@ -117,7 +116,7 @@ def _walk_steps(
         if FACTORED:
             ek = k
             if not EXPONENTIALS:
-                if MASKED:  # a step that no query attends may be anything
+                if MASKED:  # a step that no query attends may have any value
                     k = tl.where(tl.abs(k) <= (MAX_ABS_EXPONENTIAL if CLAMPED else MAX_ABS_BACKWARD), k, 0.0)
                 ek = exp2x_in_range(k)
             elif MASKED and not CLAMPED:
@@ -148,7 +147,7 @@ def _walk_steps(
             hidden = q[:, None, :] + k[None, :, :]
             if ACTIVATION == "tanh":
                 hidden += shift[None, None, :]
-                if MASKED:  # may be NaN in padding, where ds is 0; with a NaN that is attended, ds is NaN too
+                if MASKED:  # it may be NaN in padding, where ds is 0; if a NaN is attended, ds is NaN too
                     hidden = tl.where(ds[:, :, None] == 0.0, 0.0, hidden)
                 hidden = tl.where(tl.abs(hidden) > SATURATED, tl.where(hidden > 0.0, SATURATED, -SATURATED), hidden)
                 if keys.dtype.element_ty == tl.float32:  # the error of tl.exp would show in dv where tanh is small
@@ -163,7 +162,7 @@ def _walk_steps(
                 weighted = more - less
             else:
                 if MASKED and not IN_RANGE:
-                    if GUARDED:  # backward_kernel knows where a score is -Inf: ds is 0, too, and its product is NaN
+                    if GUARDED:  # at a score of -Inf, ds is also 0; backward_kernel sets dv to NaN there
                         allowed = ds != 0.0
                     else:
                         j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -201,7 +200,7 @@ def _walk_in_range(
     stride_ka, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
     CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """_walk_steps for inputs within the limits. It reads the exponentials of keys, ``ek``, if they are precomputed."""
+    """_walk_steps for inputs within the limits. Reads the exponentials of keys, ``ek``, if they are precomputed."""
     if ek is not None:
         dq, dv = _walk_steps(
             dkeys, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
@@ -224,7 +223,7 @@ def key_exponentials_kernel(
     stride_kb, stride_kk, stride_ka,
     ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """ek = exp(2 keys), and 1 beyond MAX_ABS_EXPONENTIAL and for NaN: finite whatever padding holds."""
+    """ek = exp(2 keys), and 1 beyond MAX_ABS_EXPONENTIAL and for NaN: finite for any values in padding."""
     tiles_a = tl.cdiv(A, BLOCK_A)
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     program = tl.program_id(0)
@@ -240,14 +239,14 @@ def key_exponentials_kernel(
 
 @kernel
 def backward_kernel(
-    dquery,  # (splits_k, B, Tq, A), contiguous: each split of the steps apart; it, dv and dbias are None together
-    dkeys,  # (splits_q, B, Tk, A), contiguous: each split of the queries apart; or None
+    dquery,  # (splits_k, B, Tq, A), contiguous: one for each split of the steps; None if dv and dbias are None
+    dkeys,  # (splits_q, B, Tk, A), contiguous: one for each split of the queries; or None
     dv,  # (B, splits_q, splits_k, A), contiguous
     dbias,  # (B, splits_q, splits_k, A), contiguous
     dscores,  # (B, Tk, padded_q), contiguous, 0 where not attended
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
-    ek,  # (B, Tk, A), contiguous: that of key_exponentials_kernel; or None
+    ek,  # (B, Tk, A), contiguous: from key_exponentials_kernel; or None
     v,  # (A,)
     bias,  # (A,) or None
     lengths,  # (B,) or None
@@ -255,20 +254,20 @@ def backward_kernel(
     B, Tq, Tk, A,
     blocks_per_split,  # of queries
     steps_per_split,  # a multiple of BLOCK_K
-    padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
+    padded_blocks,  # the padded Tq of dscores, in blocks of BLOCK_Q
     stride_qb, stride_qq, stride_qa,
     stride_kb, stride_kk, stride_ka,
     stride_v, stride_bias, stride_lengths,
     stride_mb, stride_mq, stride_mk,
     slope, slope_lo,  # of "leaky_relu", in two parts, or None
     ACTIVATION: tl.constexpr,
-    SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which add to the same dkeys
-    GUARDED: tl.constexpr,  # whether what is attended is compared with the limit first
+    SEVERAL: tl.constexpr,  # whether a split has several blocks of queries, which accumulate into the same dkeys
+    GUARDED: tl.constexpr,  # whether attended values are compared with the limits first
     APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
     PACKED: tl.constexpr,  # then dkeys is (splits_q, N, A), dscores (N, padded_q) and ek (N, A)
 ):  # fmt: skip
-    """dquery and dkeys, and the sums of which dv and dbias consist, for a block of units; 0 beyond the length."""
+    """dquery and dkeys, and partial sums of dv and dbias, for a block of units; 0 beyond the length."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     tiles_a = tl.cdiv(A, BLOCK_A)
     splits_k = tl.cdiv(Tk, steps_per_split)
@@ -289,7 +288,7 @@ def backward_kernel(
     if slope is not None:
         slope = tl.cast(slope, wide) + tl.cast(slope_lo, wide)
     if (mask is not None) or (lengths is not None):
-        # Where nothing is attended the gradient is 0, and it is NaN anyway where a pair with NaN or Inf is: in ds.
+        # If nothing is attended, the gradient must be 0, not 0 * Inf. If a NaN or Inf is attended, ds is NaN anyway.
         factor = tl.where(tl.abs(factor) < float("inf"), factor, 0.0)
     shift = tl.zeros([BLOCK_A], dtype=wide)
     if bias is not None:
@@ -315,12 +314,12 @@ def backward_kernel(
         i = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         in_query = (i[:, None] < Tq) & (u[None, :] < A)
         q = tl.load(query + i[:, None] * stride_qq, mask=in_query, other=0.0).to(wide)
-        added = 0  # units whose dkeys an earlier block of queries has written: none, or all
+        added = 0  # number of units whose dkeys an earlier block of queries has written: 0 or A
         if block > first_block:
             added = A
         if GUARDED:
             limit: tl.constexpr = MAX_ABS_BACKWARD if ACTIVATION == "tanh" else MAX_FINITE
-            # The largest of what is attended: beyond the limit, or with NaN, exp(2 (q + k)) of each pair.
+            # The largest attended value selects the form: beyond the limits, or with NaN, exp(2 (q + k)) for each pair.
             used_q = tl.zeros([BLOCK_Q], dtype=tl.int32)
             abs_max_k = tl.zeros([16, BLOCK_A], dtype=tl.float32)
             for start in range(begin, end_used, 16):
@@ -379,7 +378,7 @@ def backward_kernel(
             tl.store(dquery + i[:, None] * A, dq, mask=in_query)
             all_dquery += tl.sum(dq, axis=0)
             all_dv += dv_part
-        tl.debug_barrier()  # the next block adds to the dkeys of this one
+        tl.debug_barrier()  # the next block accumulates into the dkeys of this one
     if dquery is not None:
         parts = ((b * splits_q + split_q) * splits_k + split_k) * A + u
         tl.store(dv + parts, all_dv, mask=u < A)

@@ -1,11 +1,11 @@
 """The exponentials for the scores of many queries, with v folded into those of the queries.
 
-v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}: a table has 1 / v for each unit, in parts of the largest v.
+v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}. A table holds 1 / v for each unit, in units of the largest v.
 
-What the exponentials lose in rounding is known, too, as a change of q and of k: see _compensated_scores, which adds up
-what it does to a score. That takes some instructions of a row, and no other array than a number for each row.
+The rounding errors of the exponentials are also known, as changes of q and k. _compensated_scores corrects a score by
+their effect. This takes a few instructions per row, and only one more number per row is stored.
 
-Other activations than tanh take the rows themselves, laid out in the same way, and v.
+Activations other than tanh read the rows themselves, in the same layout, and v.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .additive_math import (
 )
 from .device import batch_offset, kernel, packed_tile, sentence_rows
 
-CHUNK = tl.constexpr(12)  # units whose partial sum is kept apart: four shared reciprocals
-ROW = tl.constexpr(16)  # of the table of units: the constants of a chunk, half the sum of its v, filled up
+CHUNK = tl.constexpr(12)  # units with a partial sum of their own: four shared reciprocals
+ROW = tl.constexpr(16)  # a row of the table of units: the constants of a chunk, half the sum of its v, padding
 
 
 @triton.jit
 def _largest_v(v, A, stride_v, BLOCK_A: tl.constexpr):
-    """The largest |v|, and the power of two above it; both are anything where v holds NaN or Inf."""
+    """The largest |v|, and the power of two above it; both are arbitrary if v holds NaN or Inf."""
     top = tl.zeros([BLOCK_A], dtype=tl.float32)
     for start in range(0, A, BLOCK_A):
         u = (start + tl.arange(0, BLOCK_A)).to(tl.int64)
@@ -44,7 +44,7 @@ def _largest_v(v, A, stride_v, BLOCK_A: tl.constexpr):
 
 @triton.jit
 def _folded(x, unit, SCALE: tl.constexpr):
-    """1 / x for d = 1 / x + (e^{2q} / x) e^{2k}, x in parts of unit, scaled; 0 where the unit is left out."""
+    """1 / x for d = 1 / x + (e^{2q} / x) e^{2k}, relative to unit, scaled; 0 if the hidden unit is dropped."""
     kept = tl.abs(x) >= unit * MIN_RELATIVE_V
     return tl.where(kept, tl.div_rn(unit + tl.zeros_like(x), tl.where(kept, x, 1.0)) * SCALE, 0.0)
 
@@ -71,19 +71,19 @@ def _write_units(table, v, A, units, stride_v, BLOCK_A: tl.constexpr):
         tl.store(of_units + first + t, constant, mask=t < CHUNK)
         tl.store(of_units + units + first + t, kept / unit, mask=t < CHUNK)  # exact: unit is a power of two
     least = min_abs_bound(tl.sum(squares, axis=0), A)
-    # Each unit that is left out is below the rounding of the largest; all of them together have to be, too.
+    # Each dropped hidden unit is below the rounding error of the largest; their sum must be, too.
     in_range = (largest > MIN_ABS_MAX_V) & (largest < MAX_ABS_MAX_V)
     all_dropped = tl.sum(dropped, axis=0)
     exact = in_range & (all_dropped <= unit * MIN_RELATIVE_V)
     tl.store(summary, unit * (-2.0 * DENOMINATOR_SCALE))
     tl.store(summary + 1, tl.where(exact, least, float("inf")))
-    # A score may be small because the tanh of the largest units are: nothing is below its rounding then.
+    # If the tanh of the largest units is small, so is the score: then no unit is below its rounding error.
     tl.store(summary + 2, tl.where(in_range & (all_dropped == 0.0), unit, 0.0))
 
 
 @triton.jit
 def _times(e, lost, x):
-    """(e + lost) x, as a number and what rounding takes from it."""
+    """(e + lost) x, as the rounded product and its rounding error."""
     product = e * x
     return product, multiply_add(e, x, -product) + lost * x
 
@@ -96,9 +96,9 @@ def _write_exponentials(
 ):  # fmt: skip
     """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), scaled; FOLDED: with v folded in.
 
-    abs_max[b, i] = the maximum over u of |rows| + |bias|; rests[b, i] = the sum of v r for exponentials that are those
-    of rows + bias - r. The exponentials are finite for i >= T, which fills up the last tile, and 0 for u >= A, which
-    fills up the last chunk. For other activations than tanh, rows + bias instead, and no more.
+    abs_max[b, i] = the maximum over u of |rows| + |bias|. rests[b, i] = the sum of v r, where the rounded exponentials
+    are those of rows + bias - r. The exponentials are finite for i >= T, the padding of the last tile, and 0 for
+    u >= A, the padding of the last chunk. For activations other than tanh, only rows + bias is written.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
     all_rests = tl.zeros([i.shape[0]], dtype=tl.float32)
@@ -115,7 +115,7 @@ def _write_exponentials(
         size = tl.abs(x)
         if bias is not None:
             x = tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(tl.float32)[None, :]
-            if ACTIVATION == "tanh":  # a product, because the sum would round what keys of the other sign cancel
+            if ACTIVATION == "tanh":  # a product: keys of opposite sign would expose the rounding error of a sum
                 of_bias, rest_of_bias = exp2x_and_rest(x)
                 e, lost = _times(e, lost, of_bias)
                 rest += rest_of_bias
@@ -146,8 +146,8 @@ def exponentials_kernel(
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys), scaled
     abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN; or None
     abs_max_k,  # (B, Tk): max over units of |keys|; or None
-    rests_q,  # (B, Tq): what the rounding of eq takes from each score of the query, to first order; or None
-    rests_k,  # (B, Tk): the same of ek; or None
+    rests_q,  # (B, Tq): the effect of the rounding of eq on each score of the query, to first order; or None
+    rests_k,  # (B, Tk): the same for ek; or None
     table,  # (units / CHUNK + 1) * ROW and 2 * units numbers, or units: see tiled_scores_kernel
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
@@ -162,7 +162,7 @@ def exponentials_kernel(
 ):  # fmt: skip
     """The exponentials of all rows, each tile transposed: a tile of pairs reads one unit of all its rows at once.
 
-    Of packed keys ek has their tiles, as packed_tile counts them.
+    For packed keys, ek has one tile for each tile that packed_tile counts.
     """
     padded_q = tl.cdiv(Tq, BLOCK_Q) * BLOCK_Q
     padded_k = tl.cdiv(Tk, BLOCK_K) * BLOCK_K
@@ -189,7 +189,7 @@ def exponentials_kernel(
     elif program < B * tiles_q + programs_k:
         program -= B * tiles_q
         if offsets is not None:
-            parts: tl.constexpr = BLOCK_K // BLOCK_T  # of a tile
+            parts: tl.constexpr = BLOCK_K // BLOCK_T  # parts of a tile
             b, tile = packed_tile(offsets, stride_offsets, program // parts, B, BLOCK_K)
             origin, length, _, place = sentence_rows(offsets, b, stride_offsets, Tk, True)
             if tile * BLOCK_K < length:

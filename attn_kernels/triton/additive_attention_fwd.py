@@ -1,17 +1,18 @@
 """The scores of additive attention: v . tanh(query + keys + bias).
 
 Many queries. tanh(q + k) = 1 - 2 r with r = 1 / (1 + E), and E = exp(2 q) exp(2 k) is a product of exponentials that
-are made once per row. With v folded into them v r is the reciprocal of one multiply-add, and three units share one over
-their common denominator: 9 instructions for three hidden units, one of them a special function, where tanh costs about
-15 and two for each. It holds while no product overflows, and while ||v|| is so small that an error of a rounding of 1
-in each unit does not count. Each tile looks at the largest |q| + |k| among its attended pairs. Beyond the limits it
-takes the compensated form, at 5 or 7 instructions, and where that would leave its range, too, or there is NaN, tanh
-itself.
+are computed once per row. With v folded into them, v r is the reciprocal of one multiply-add, and three units share one
+reciprocal over their common denominator. That is 9 instructions for three hidden units, one of them a special function;
+tanh costs about 15, two of them special functions, for each unit. This form is valid if no product overflows, and if
+||v|| is so small that an error of one rounding of 1 in each unit is negligible. Each tile checks the largest |q| + |k|
+of its attended pairs. Beyond the limits it uses the compensated form, with 5 or 7 instructions per unit. If that form
+is out of range, too, or if there is NaN, it uses tanh itself (the exact form).
 
-Few queries. Reading keys and values is what takes the time, so tanh is computed directly, units along the threads.
+Few queries. The kernel is limited by reading keys and values, so tanh is computed directly, with units along the
+threads.
 
-With relu in the place of tanh (activations.py) there are no exponentials and no limits: the rows of queries and keys
-themselves stand where the exponentials do, and a unit of a pair is an addition, a maximum and a multiply-add.
+relu and other activations (activations.py) have no exponentials and no limits. The rows of queries and keys themselves
+replace the exponentials. For relu, one unit of a pair takes an addition, a maximum and a multiply-add.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from .device import attended, batch_offset, kernel, packed_tile, reciprocal, sen
 
 @triton.jit
 def _factored_scores(eq, ek, table, units, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """v . tanh of a tile in parts of the scale, from eq and ek, pointers to the first unit; three to a reciprocal.
+    """v . tanh of a tile in units of the scale; three units share a reciprocal. eq, ek: pointers to the first unit.
 
     With v folded in, v / (1 + E) is 1 / d, and the sum of three is ((d1 + d2) d3 + d1 d2) / (d1 d2 d3). Half the sum of
-    v is taken off each chunk: so partial sums stay as small as the score.
+    v is subtracted from each chunk, so that partial sums are not larger than the score.
     """
     total = tl.zeros([ek.shape[0], eq.shape[1], ek.shape[2], ek.shape[3]], dtype=tl.float32)
     for _ in range(0, units, CHUNK):
@@ -70,20 +71,20 @@ def _compensated_scores(
     eq, ek, table, units, CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """v . tanh of a tile in parts of the largest v, from the same exponentials; CLAMPED: whatever their products.
+    """v . tanh of a tile in units of the largest v, from the same exponentials; CLAMPED: for products of any size.
 
-    tanh = n / (n + 2 / v) with n = (E - 1) / v. A multiply-add makes n with one rounding, so that nothing cancels in
-    it, and what the exponentials were rounded by is left to the sums of rests. For two units,
+    tanh = n / (n + 2 / v) with n = (E - 1) / v. A multiply-add computes n with one rounding, so nothing cancels in it.
+    The rounding errors of the exponentials are corrected by the sums of rests. For two units,
 
         v1 n1 / d1 + v2 n2 / d2 = (n1 ((v1 + v2) n2 + 2 v1 / v2) + (2 v2 / v1) n2) / (d1 d2),    d = n + 2 / v
 
-    where the sum in the numerator is at most three times as large in its terms as in itself.
+    where the terms of the sum in the numerator are together at most three times as large as the sum.
     """
     total = tl.zeros([ek.shape[0], eq.shape[1], ek.shape[2], ek.shape[3]], dtype=tl.float32)
     table += units // CHUNK * ROW + ROW
     for _ in range(0, units, 6):
         part = tl.zeros(total.shape, dtype=tl.float32)
-        for t in range(0, 6, 2):  # not unrolled: that takes so many registers that fewer warps fit
+        for t in range(0, 6, 2):  # not unrolled: unrolling takes so many registers that fewer warps fit
             c1 = tl.load(table + t)
             c2 = tl.load(table + t + 1)
             v1 = tl.load(table + units + t)
@@ -103,7 +104,7 @@ def _compensated_scores(
 def _activated_scores(
     q, k, v, slope, units, ACTIVATION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """v . activation of a tile, from the rows q and k, pointers to the first unit; v (units,) is 0 beyond A."""
+    """v . activation of a tile. q, k: pointers to the first unit of the rows. v (units,) is 0 beyond A."""
     total = tl.zeros([k.shape[0], q.shape[1], k.shape[2], k.shape[3]], dtype=tl.float32)
     for _ in range(0, units, CHUNK):
         part = tl.zeros(total.shape, dtype=tl.float32)
@@ -120,9 +121,9 @@ def _activated_scores(
 def _exact_scores(
     query, keys, v, bias, in_query, in_keys, A, stride_qa, stride_ka, stride_v, stride_bias, APPROXIMATE: tl.constexpr
 ):  # fmt: skip
-    """v . tanh of a tile, from query and keys, pointers to the first unit; one tanh for each unit.
+    """v . tanh of a tile, with one tanh for each unit. query, keys: pointers to the first unit.
 
-    What each addition loses is carried to the next: with a large v one unit may be much larger than the others.
+    The sum is compensated (Kahan): with a large v, one unit may be much larger than the others.
     """
     total = tl.zeros([in_keys.shape[0], in_query.shape[1], in_query.shape[2], in_keys.shape[3]], dtype=tl.float32)
     lost = tl.zeros(total.shape, dtype=tl.float32)
@@ -145,10 +146,10 @@ def _exact_scores(
 
 @triton.jit
 def _spread(eq, ek):
-    """The pointers to a tile's exponentials, (1, THREAD_Q, THREADS_Q, 1) and (THREAD_K, 1, 1, THREADS_K), to be loaded.
+    """The pointers for loading a tile's exponentials: (1, THREAD_Q, THREADS_Q, 1) and (THREAD_K, 1, 1, THREADS_K).
 
-    ek is repeated for each thread, because Triton spreads a smaller one over the threads to load it, and then has to
-    exchange it between them.
+    ek is repeated for each thread. Triton would distribute the load of a smaller tensor over the threads, and would
+    then have to exchange the elements between them.
     """
     ek = tl.broadcast_to(ek, [ek.shape[0], 1, eq.shape[2], ek.shape[3]])
     if eq.shape[1] <= 4:
@@ -161,13 +162,13 @@ def tiled_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q)
     ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K); with PACKED, (tiles, units, BLOCK_K)
-    abs_max_q,  # (B, Tq); for tanh only, as all that is None here for others
+    abs_max_q,  # (B, Tq) or None; like all arguments with None here, for tanh only
     abs_max_k,  # (B, Tk) or None
-    rests_q,  # (B, Tq) or None: what the compensated form adds for a query
+    rests_q,  # (B, Tq) or None: correction of the compensated form for a query
     rests_k,  # (B, Tk) or None: and for a step
-    table,  # (units / CHUNK + 1, ROW): d = constant + eq ek of each unit, half the sum of v; last: scale, least bound,
-    # scale of the compensated form, or 0 where v is none for it. Then for that form: the constants, and v / scale, each
-    # (units,). Of others (units,): v
+    table,  # (units / CHUNK + 1, ROW): the constants of d = constant + eq ek of each unit, half the sum of v. Last row:
+    # scale, least bound, scale of the compensated form, or 0 if v does not permit it. Then, for that form, the
+    # constants and v / scale, each (units,). For activations other than tanh: v, (units,)
     query,  # (B, Tq, A) or None
     keys,  # (B, Tk, A) or None
     v,  # (A,) or None
@@ -184,9 +185,9 @@ def tiled_scores_kernel(
     ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     THREAD_Q: tl.constexpr, THREAD_K: tl.constexpr, B, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are left as they are.
+    """scores[b, i, j] of a tile of queries and steps; tiles with nothing to attend are not written.
 
-    A thread has THREAD_Q queries by THREAD_K steps of it.
+    A thread computes THREAD_Q queries by THREAD_K steps of the tile.
     """
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     tiles_q = tl.cdiv(Tq, BLOCK_Q)
@@ -216,10 +217,10 @@ def tiled_scores_kernel(
         bound = size_q + size_k
     else:
         bound = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
-    bound = tl.max(tl.where(allowed, bound, -1.0))  # padding decides nothing, whatever it holds
+    bound = tl.max(tl.where(allowed, bound, -1.0))  # padding must not influence the choice
     if bound >= 0.0:
-        # The tile is (THREAD_K, THREAD_Q, *, *). Triton deals the last dimensions out to the threads and leaves each
-        # all of the first two, so that it loads several rows at once.
+        # The tile is (THREAD_K, THREAD_Q, *, *). Triton distributes the last dimensions over the threads. Each thread
+        # has all of the first two, so that it loads several rows at once.
         THREADS_Q: tl.constexpr = BLOCK_Q // THREAD_Q
         THREADS_K: tl.constexpr = BLOCK_K // THREAD_K
         in_q = (tl.arange(0, THREAD_Q)[:, None] + THREAD_Q * tl.arange(0, THREADS_Q)[None, :])[None, :, :, None]
@@ -286,7 +287,7 @@ def small_q_scores_kernel(
     ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, B, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are left as they are."""
+    """scores[b, i, j] of a few queries and a few steps; tiles beyond the length are not written."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K, lengths, stride_lengths, B, PACKED)
     i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)

@@ -1,9 +1,9 @@
-"""The factored form of additive scores, and where it may be used: the numbers of csrc/additive_math.h, which says why.
+"""The factored form of additive scores, and its limits: the numbers of csrc/additive_math.h, which explains them.
 
     tanh(q + k) = 1 - 2 / (1 + E) = (E - 1) / (E + 1),   E = e^{2q} e^{2k}
 
 ``bound`` is the largest |q| (and |bias|) of a query plus the largest |k| of a step. A test compares each number with
-that of the header.
+the header's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MAX_ABS_BACKWARD = tl.constexpr(16.0)  # of |q| + |bias|, and of |k|, in the bac
 MAX_EXPONENTIAL_BACKWARD = tl.constexpr(2.0**78)  # clamped: of E
 MIN_ABS_MAX_V = tl.constexpr(1e-30)  # of the largest |v|
 MAX_ABS_MAX_V = tl.constexpr(1e30)
-MIN_RELATIVE_V = tl.constexpr(2.0**-24)  # smaller |v| are below the rounding of the largest, and dropped
+MIN_RELATIVE_V = tl.constexpr(2.0**-24)  # smaller |v| are below the rounding error of the largest, and are dropped
 DENOMINATOR_SCALE = tl.constexpr(2.0**-40)  # of d: the least product of three, 2^-120, is in range
-DENOMINATOR_SCALE_OF_ROW = tl.constexpr(2.0**-20)  # of which queries and steps have one each
-DROPPED_DENOMINATOR = tl.constexpr(256.0)  # d of a unit that is dropped: 1 / d is 2^-48 of that of the largest
+DENOMINATOR_SCALE_OF_ROW = tl.constexpr(2.0**-20)  # its square root: the scale of a query's and of a step's factor
+DROPPED_DENOMINATOR = tl.constexpr(256.0)  # d of a dropped unit: 1 / d is 2^-48 of that of the largest
 MAX_BOUND_UNCLAMPED = tl.constexpr(24.0)  # compensated: the product of two is in range
 MAX_ABS_CLAMPED = tl.constexpr(36.0)  # of |q| + |bias|, and of |k|: both exponentials are normal numbers, scaled
 MAX_SCALED_NUMERATOR = tl.constexpr(2.0**20)  # of (E - 1) / v, scaled: from there on tanh is 1
@@ -40,12 +40,12 @@ MIN_UNITS_OF_LARGE_BOUND = tl.constexpr(256)
 
 @triton.jit
 def min_abs_bound(norm2, units):
-    """The bound from which on the factored form is as accurate as the formula, inf where it never is.
+    """The bound from which on the factored form is as accurate as the formula; inf if it never is.
 
-    norm2: the sum of the squares of v, which has that many units.
+    norm2: the sum of the squares of v. units: the size of v.
     """
     bound = tl.where(units >= MIN_UNITS_OF_LARGE_BOUND, LARGE_BOUND, float("inf"))
-    # The tensor first: the interpreter of Triton 3.7 makes no tensor of a constant times one.
+    # The tensor must come first: in the interpreter of Triton 3.7, a constant times a tensor is not a tensor.
     bound = tl.where(norm2 <= units * NORM2_PER_UNIT_OF_MEDIUM_BOUND, MEDIUM_BOUND, bound)
     bound = tl.where(norm2 <= NORM2_OF_SMALL_BOUND, SMALL_BOUND, bound)
     return tl.where(norm2 <= NORM2_OF_ANY_BOUND, 0.0, bound)
@@ -53,16 +53,16 @@ def min_abs_bound(norm2, units):
 
 @triton.jit
 def tanh(x, APPROXIMATE: tl.constexpr):
-    """tanh(x); to two units in the last place in float32, and to a rounding of 1 in float64."""
+    """tanh(x), to two units in the last place in float32; in float64 with an absolute error of one rounding of 1."""
     return tanh_from(x, reciprocal(1.0 + tl.exp(2.0 * tl.abs(x)), APPROXIMATE))
 
 
 @triton.jit
 def tanh_from(x, r):
-    """The same, from r = 1 / (1 + exp(2 |x|))."""
+    """tanh(x) from r = 1 / (1 + exp(2 |x|))."""
     result = 1.0 - 2.0 * r
     result = tl.where(x < 0.0, -result, result)
-    if x.dtype == tl.float32:  # 1 - 2 r loses the small ones: a polynomial, fitted to relative error 1.4e-8 on [0, 0.9]
+    if x.dtype == tl.float32:  # 1 - 2 r cancels for small x: a polynomial, with relative error 1.4e-8 on [0, 0.9]
         s = x * x
         p = 0.00131424297 * s - 0.00688467104
         p = p * s + 0.0209260591
@@ -75,17 +75,17 @@ def tanh_from(x, r):
 
 @triton.jit
 def _reduced(x):
-    """2 x = n ln 2 + 2 f: a number that has n in its last bits, and f."""
-    rounded = x * 2.8853900817779268 + 12582912.0  # 1.5 * 2^23: to an integer, which the last bits of it then hold
+    """2 x = n ln 2 + 2 f: a number with n in its last bits, and f."""
+    rounded = x * 2.8853900817779268 + 12582912.0  # adding 1.5 * 2^23 rounds to an integer, which is in the last bits
     n = rounded - 12582912.0
     return rounded, (x - n * 0.3465728759765625) - n * 7.14303385e-07
 
 
 @triton.jit
 def exp2x_in_range(x):
-    """exp(2 x) in float32 to one unit in the last place, for |x| <= MAX_BOUND_ONE; anything for others.
+    """exp(2 x) in float32 to one unit in the last place, for |x| <= MAX_BOUND_ONE; undefined for others.
 
-    2 x = n ln 2 + 2 f with n ln 2 exact, so that the error does not grow with x as that of exp2(2 x log2 e) would.
+    2 x = n ln 2 + 2 f with n ln 2 exact, so that the error does not grow with x; that of exp2(2 x log2 e) would.
     """
     rounded, f = _reduced(x)
     p = 0.08931904 * f + 0.26800416
@@ -100,15 +100,15 @@ def exp2x_in_range(x):
 
 @triton.jit
 def exp2x(x):
-    """The same, and finite for others."""
+    """exp2x_in_range(x) for |x| <= MAX_BOUND_ONE; a finite number for others."""
     return exp2x_in_range(tl.where(tl.abs(x) <= MAX_BOUND_ONE, x, 0.0))
 
 
 @triton.jit
 def exp2x_and_rest(x):
-    """e, the number next to exp(2 x), and r, with which e is exp(2 (x - r)) to the rounding of x; as exp2x for others.
+    """e, the rounded exp(2 x), and r, such that e = exp(2 (x - r)) to the rounding of x; like exp2x for others.
 
-    exp(2 f) - 1 is made to its own rounding, so that what the addition of 1 loses of it is known.
+    exp(2 f) - 1 is computed to its own rounding error, so that the rounding error of adding 1 is known.
     """
     rounded, f = _reduced(tl.where(tl.abs(x) <= MAX_BOUND_ONE, x, 0.0))
     p = 0.08925756 * f + 0.26773155
@@ -124,7 +124,7 @@ def exp2x_and_rest(x):
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a b + c with one rounding, whatever the compiler does with others."""
+    """a b + c with one rounding, independent of the compiler's choices."""
     a, b = tl.broadcast(a, b)
     a, c = tl.broadcast(a, c)
     a, b = tl.broadcast(a, b)

@@ -9,26 +9,26 @@ from ..types import Masks
 
 
 def rows_aligned(*tensors: Tensor) -> bool:
-    """Whether every row of tensors (B, T, N) may be read 16 bytes at a time, if the first may.
+    """Whether every row of tensors (B, T, N) may be read 16 bytes at a time, if the first row may.
 
-    What Triton finds out by itself about a stride of the batch would change with the length T, and the code with it.
+    Triton itself would specialise on the batch stride, which depends on the length T, and would recompile.
     """
     return all(stride % 16 == 0 for tensor in tensors for stride in tensor.stride()[:2])
 
 
 def strides_of(tensor: Tensor | None, axes: int = 3) -> tuple[int, ...]:
-    """Those of a tensor with so many axes; 0 for one that is absent."""
+    """The strides of a tensor with that number of axes; zeros for an absent tensor."""
     return (0,) * axes if tensor is None else tensor.stride()
 
 
 def mask_tensors(masks: Masks) -> tuple[Tensor | None, Tensor | None]:
-    """``lengths`` and ``mask`` of a kernel. A bool mask as bytes, not copied."""
+    """``lengths`` and ``mask`` of a kernel. A bool mask is viewed as bytes, not copied."""
     memory_lengths, mask = masks
     return memory_lengths, None if mask is None else mask.view(torch.uint8)
 
 
 def mask_strides(masks: Masks) -> tuple[int, int, int, int]:
-    """``stride_lengths``, ``stride_mb``, ``stride_mq``, ``stride_mk``; a 2-D mask does not change along the queries."""
+    """``stride_lengths``, ``stride_mb``, ``stride_mq``, ``stride_mk``; a 2-D mask has stride 0 along the queries."""
     memory_lengths, mask = masks
     of_lengths = 0 if memory_lengths is None else memory_lengths.stride(0)
     if mask is None:
@@ -37,7 +37,7 @@ def mask_strides(masks: Masks) -> tuple[int, int, int, int]:
 
 
 def two_parts(number: float, dtype: torch.dtype) -> tuple[float, float]:
-    """A number as a kernel gets it, in float32, and what float32 lost of it, for kernels of float64."""
+    """A number rounded to float32, as kernels get it, and its rounding error, for kernels in float64."""
     if dtype != torch.float64:
         return float(number), 0.0
     return float(number), number - torch.tensor(number, dtype=torch.float32).item()

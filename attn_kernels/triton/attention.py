@@ -1,11 +1,12 @@
-"""The ops of ops.py in Triton, of all scores: attention, with options or with what a step adds to the keys, and scores.
+"""The ops of ops.py in Triton, for all scores: attention, with options or with a term added to the keys, and scores.
 
-``KERNELS`` has each op and its backward, with the arguments of their schemas. Scores are made by additive_attention.py,
-gated_additive_attention.py and products.py, alignments and context of them by softmax.py; for few queries, decode.py
-makes all at once. What options change in the kernels is in options.py and normaliser.py. The backward of a clip and of
-another normaliser than softmax computes the scores again: derivatives cannot be made of alignments rounded to 16 bits.
+``KERNELS`` has each op and its backward, with the arguments of their schemas. additive_attention.py,
+gated_additive_attention.py and products.py compute scores, and softmax.py computes alignments and context from them.
+For few queries, decode.py computes everything in one kernel. options.py and normaliser.py have the code for options in
+the kernels. The backward of a clip, and of a normaliser other than softmax, recomputes the scores: alignments rounded
+to 16 bits are not accurate enough for the derivatives.
 
-With several score vectors, v (R, A), what is of a row of scores has Tq R of them in the place of Tq.
+With several score vectors, v (R, A), tensors with a row for each row of scores have Tq R rows, not Tq.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ Gradients = tuple[Tensor, ...]
 def scores_of(
     score: Score, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype, packed: bool = False
 ) -> Tensor:
-    """(B, Tq, Tk) in the given dtype, without clip and bias; undefined where a whole tile is padding.
+    """(B, Tq, Tk) in the given dtype, without clip and bias; undefined if a whole tile is padding.
 
-    packed: as of packed_attention.py. The result is (1, Tq, N) then.
+    packed: as in packed_attention.py; then the result is (1, Tq, N).
     """
     if isinstance(score, DotScore):
         return product(query, keys, score.scale, masks.memory_lengths, packed)
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores(score, query, keys, masks.memory_lengths, dtype)
-    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):  # of many queries
+    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):  # with many queries
         keys = keys + score.extra
     return pair_scores(score, query, keys, masks, dtype, packed)
 
@@ -66,9 +67,9 @@ def scores_backward(
     need_keys: bool,
     packed: bool = False,
 ) -> Gradients:
-    """The gradients of query, keys and the score's own arguments, from those of scores.
+    """The gradients of query, keys and the score's own arguments, from those of the scores.
 
-    dscores (B, Tq, Tk), made by padded_scores, 0 where not attended. What is added to the keys has their gradient.
+    dscores: (B, Tq, Tk), made by padded_scores, 0 where not attended. A term added to the keys has their gradient.
     """
     needed = (need_query, need_keys)
     if isinstance(score, DotScore):
@@ -88,7 +89,7 @@ def scores_backward(
 
 
 class _Call(Inputs):
-    """An attention that is computed by one kernel or several."""
+    """An attention, computed by one or several kernels."""
 
     __slots__ = ()
 
@@ -99,7 +100,7 @@ class _Call(Inputs):
         return self.masks
 
     def decodes(self) -> bool:
-        """Whether one kernel makes the scores, their softmax and the context."""
+        """Whether one kernel computes the scores, their softmax and the context."""
         if isinstance(self.score, GatedAdditiveScore):
             return can_decode_gated(self.score, self.query, self.values)
         shares = isinstance(self.score, AdditiveScore) and is_worth_sharing(self.query, self.keys)
@@ -110,7 +111,7 @@ class _Call(Inputs):
         return scores_of(self.score, self.query, self.keys, self.masks, accumulator(self.query.dtype))
 
     def forward(self, need_alignments: bool, log_total: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """context (B, Tq, D), alignments (B, Tq, Tk) or empty. log_total (B, Tq): what is written into."""
+        """context (B, Tq, D), alignments (B, Tq, Tk) or empty. log_total (B, Tq): an output buffer."""
         if self.decodes():
             return decode(self, need_alignments, log_total)
         return attend(self.scores(), self.values, self.row_masks(), need_alignments, self.options, log_total)
@@ -133,9 +134,9 @@ class _Call(Inputs):
         need_values: bool,
         grad_log_total: Tensor | None = None,
     ) -> tuple[Gradients, Tensor]:
-        """From the gradients of context and alignments, those of query, keys, values and of the score's own arguments.
+        """The gradients of query, keys, values and the score's own arguments, from those of context and alignments.
 
-        Beside them that of score_bias, (0,) where it is not needed.
+        Also returns the gradient of score_bias, (0,) if it is not needed.
         """
         score, query, keys, values, masks, options = self
         row_masks = self.row_masks()
@@ -158,11 +159,11 @@ class _Call(Inputs):
         return (dquery, dkeys, dvalues, *own), query.new_empty(0) if dscore_bias is None else dscore_bias
 
 
-Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # of an op and of its backward
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # for an op and its backward
 
 
 def _scores(score: Callable[..., Score], own: int) -> Kernels:
-    """own: how many arguments the score has."""
+    """own: the number of the score's own arguments."""
 
     def forward(query: Tensor, keys: Tensor, *of_score: Any) -> Tensor:
         return scores_of(score(*of_score), query, keys, Masks(), query.dtype)
@@ -184,7 +185,7 @@ def _attention(score: type[Score]) -> Kernels:
         return call(*arguments[:-1]).forward(arguments[-1])
 
     def backward(grad_context: Any, grad_alignments: Any, *arguments: Any) -> Gradients:
-        inputs, (alignments, *needed) = arguments[: own + 5], arguments[own + 5 :]  # keys and values alone, or together
+        inputs, (alignments, *needed) = arguments[: own + 5], arguments[own + 5 :]  # keys and values: one flag, or two
         grads = (grad_context, grad_alignments)
         return call(*inputs).backward(grads, alignments, needed[0], needed[1], needed[-1])[0]
 
@@ -198,8 +199,8 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
         own, (score_bias, *rest) = others[:tensors], others[tensors:]
         of_score, (*options, memory_lengths, mask) = rest[:numbers], rest[numbers:]
         masks = Masks(memory_lengths, mask)
-        has_options = score_bias is not None or tuple(options[:3]) != NO_OPTIONS[1:4]  # but for the seed
-        given = Options(score_bias, *options) if has_options else NO_OPTIONS  # whose kernels have larger tiles
+        has_options = score_bias is not None or tuple(options[:3]) != NO_OPTIONS[1:4]  # the seed does not count
+        given = Options(score_bias, *options) if has_options else NO_OPTIONS  # kernels without options use larger tiles
         return _Call(score(*own, *of_score), query, keys, values, masks, given)
 
     def forward(*arguments: Any) -> Gradients:
@@ -219,7 +220,7 @@ _OPS: dict[str, Kernels] = {
     "additive_scores": _scores(AdditiveScore, 2),
     "activated_scores": _scores(ActivatedScore, 4),
     "gated_additive_scores": _scores(GatedAdditiveScore, 5),
-    "gated_additive_attention": _attention_with_options(GatedAdditiveScore, ops.GATED),  # the only one of this score
+    "gated_additive_attention": _attention_with_options(GatedAdditiveScore, ops.GATED),  # the only op of this score
 }
 _plain: tuple[type[Score], ...] = (AdditiveScore, ActivatedScore, DotScore, AdditiveExtraScore, ActivatedExtraScore)
 for _score in _plain:

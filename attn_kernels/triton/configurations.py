@@ -1,8 +1,8 @@
-"""Tiles and warps of the kernels: a shipped table, so that a first call does not tune, and the user's own.
+"""Tiles and warps of the kernels: a shipped table, so that a first call does not tune, and the user's own table.
 
-``python -m attn_kernels tune`` times the candidates of each entry on the GPU at hand and writes those that win to the
-user's cache directory, by the name of the device. What stands there for a device goes before the shipped table. No key
-has a length: an entry is chosen by kernel, dtype and kind of problem, and holds for all sizes.
+``python -m attn_kernels tune`` times the candidates of each entry on the current GPU and writes the fastest ones to the
+user's cache directory, by the name of the device. Entries there take precedence over the shipped table. Keys have no
+lengths: an entry is selected by kernel, dtype and kind of problem, and is used for all sizes.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _sum(BLOCK_M: int, BLOCK_X: int, BLOCK_N: int, warps: int) -> Configuration:
     return dict(BLOCK_M=BLOCK_M, BLOCK_X=BLOCK_X, BLOCK_N=BLOCK_N, warps=warps)
 
 
-# For each entry its candidates: the first is the shipped one. "16" in a name: bfloat16 and float16.
+# The candidates of each entry; the first is the shipped one. "16" in a name: bfloat16 and float16.
 CANDIDATES: Mapping[str, tuple[Configuration, ...]] = {
-    # Additive scores of many queries. 16 pairs to a thread take 3.4 instructions a unit, 32 take 3.3; 8 take 3.7, and
-    # occupy more warps where there are few tiles.
+    # Additive scores of many queries. 16 pairs per thread take 3.4 instructions per unit, 32 take 3.3; 8 take 3.7, but
+    # occupy more warps if there are few tiles.
     "scores, many tiles": (
         _pairs(16, 32, 4, 4, 1),
         _pairs(32, 32, 4, 4, 2),
@@ -49,17 +49,17 @@ CANDIDATES: Mapping[str, tuple[Configuration, ...]] = {
         _pairs(8, 32, 4, 2, 1),
     ),
     "scores, few tiles": (_pairs(8, 32, 4, 2, 1), _pairs(16, 32, 4, 2, 2), _pairs(16, 32, 4, 4, 1)),
-    # Their backward: beside 8 instructions for each query a step takes about 30, which are 10% with 32 queries. With 16
-    # they are 38 and 23%, because the exponential of the key is among them. A thread has one unit.
+    # Their backward. A step takes 8 instructions for each query and about 30 others, which are 10% with 32 queries.
+    # With 16 queries the others are 38, or 23%, because they include the exponential of the key. A thread has one unit.
     "backward": (_walk(32, 128), _walk(32, 64), _walk(16, 128), _walk(16, 64)),
-    # Products of rows with rows, and weighted sums of rows. "masked": the check and the pairs take registers.
+    # Products of rows with rows, and weighted sums of rows. "masked": the mask and its check take registers.
     "product": (_product(32, 64, 32, 4), _product(64, 32, 32, 4), _product(32, 32, 32, 4)),
     "product 16": (_product(64, 64, 32, 4), _product(64, 64, 64, 4), _product(64, 128, 64, 8), _product(32, 64, 64, 4)),
     "sum": (_sum(32, 32, 64, 4), _sum(32, 32, 32, 4)),
     "sum 16": (_sum(32, 32, 64, 4), _sum(32, 32, 32, 4), _sum(64, 64, 64, 8)),
     "sum, masked": (_sum(16, 32, 32, 4), _sum(32, 32, 32, 4)),
     "sum 16, masked": (_sum(16, 32, 32, 4), _sum(32, 32, 32, 4), _sum(32, 32, 64, 8)),
-    # A decoding step: what a program may read while others idle, so that no second launch has to combine several.
+    # A decoding step: the bytes that one program may read although others idle, to save a second launch that combines.
     "decode": tuple(dict(bytes=1 << bits) for bits in (18, 16, 17, 19, 20)),
 }
 
@@ -72,13 +72,13 @@ def configuration(entry: str, tensor: Tensor) -> Configuration:
 
 
 def of_width(kernel: str, tensor: Tensor, regime: str = "") -> str:
-    """The entry of a kernel for the dtype of tensor."""
+    """The name of the entry of a kernel for the dtype of tensor."""
     return kernel + (" 16" if tensor.element_size() == 2 else "") + (f", {regime}" if regime else "")
 
 
 @contextmanager
 def overriding(entry: str, chosen: Configuration) -> Iterator[None]:
-    """That configuration for an entry, on all devices: for tuning and tests."""
+    """Uses the chosen configuration for an entry on all devices: for tuning and tests."""
     _overriding[entry] = chosen
     try:
         yield
@@ -90,7 +90,7 @@ _overriding: dict[str, Configuration] = {}
 
 
 def device_name(device: torch.device) -> str:
-    """The name under which a device is tuned."""
+    """The name of a device in the tables."""
     if device.type in ("cuda", "xpu"):
         name: str = getattr(torch, device.type).get_device_name(device)
         return name
@@ -101,12 +101,12 @@ def path() -> Path:
     """The user's own table."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(
         "~/.cache"
-    )  # a user may have no home: "~" stays then
+    )  # without a home directory, "~" is not expanded
     return Path(cache) / "attn_kernels" / "configurations.json"
 
 
 def write(name: str, chosen: Mapping[str, Configuration], file: Path) -> None:
-    """Writes the entries of a device into a table, beside what it has of others. A reader sees all of it or nothing."""
+    """Writes the entries of a device to a table and keeps those of other devices. The file is replaced atomically."""
     table = _read(file) | {name: {entry: dict(values) for entry, values in chosen.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
@@ -118,7 +118,7 @@ def write(name: str, chosen: Mapping[str, Configuration], file: Path) -> None:
 
 
 def table_of(name: str, file: Path) -> dict[str, Configuration]:
-    """The whole table of a device. What a file says is taken only where it is a candidate: nothing else is tested."""
+    """The complete table of a device. An entry of a file is used only if it is a candidate: no others are tested."""
     table = {entry: candidates[0] for entry, candidates in CANDIDATES.items()}
     try:
         own = _read(file).get(name, {})
@@ -139,7 +139,7 @@ def _of_device(device: torch.device) -> dict[str, Configuration]:
 def _read(file: Path) -> dict[str, dict[str, Configuration]]:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:  # there is none, or no home directory
+    except OSError:  # there is no file or no home directory
         return {}
     if not isinstance(table, dict):
         raise ValueError("it holds no object")

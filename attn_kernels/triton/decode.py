@@ -1,11 +1,11 @@
 """Attention of few queries, a step of a decoder or the beams of a sentence: scores, softmax and context in one kernel.
 
-Reading keys and values once is what takes the time, so a program walks the steps of a row with all queries of it, and
-rescales its sums whenever it meets a larger score. Where there are fewer rows than processors, several programs share
-the steps of a row, and a second, small kernel combines their sums in order.
+The kernel is limited by reading keys and values, so it reads them once: a program loops over the steps of a row with
+all its queries, and rescales its sums when it finds a larger score. If there are fewer rows than processors, the steps
+of a row are split over several programs, and a second, small kernel combines their sums in order.
 
-One launch instead of two (scores, then softmax with context) is worth more than what happens inside: a launch takes
-the host about 15 microseconds, and a step of 64 sentences of 50 words takes a large GPU about 5.
+One launch instead of two (scores, then softmax with context) saves more time than any change inside the kernel. A
+launch takes the host about 15 microseconds, and a step of 64 sentences of 50 words takes a large GPU about 5.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .options import add_score_bias, clip_scores, drop, option_arguments, scale_
 from .scores import finish_scores, parts_of, score_terms
 from .tiles import NUM_SMS, packed_split, power_of_two, steps_of_row
 
-MAX_DECODE_QUERIES = 8  # a tile of more does not fit into registers beside the averages of its values
-MAX_VALUE_COLUMNS = 1024  # whose averages do
+MAX_DECODE_QUERIES = 8  # with more queries, the tile and the averages of values do not fit into registers
+MAX_VALUE_COLUMNS = 1024  # with more columns, the averages do not fit into registers
 MAX_SPLITS = tl.constexpr(128)  # of the steps of a row
 
 
 @kernel
 def decode_kernel(
-    context,  # (splits, B, Tq, D), contiguous: of each split of the steps apart, and then not yet divided by total
+    context,  # (splits, B, Tq, D), contiguous: one for each split of the steps; with several, not yet divided by total
     alignments,  # (B, Tq, Tk), contiguous, or None
-    scores,  # (B, Tq, Tk), contiguous, or None where nobody needs alignments: log weights, written here
+    scores,  # (B, Tq, Tk), contiguous, or None if alignments are not needed: log weights, an output
     tops,  # (splits, B, Tq), contiguous, or None for a single split: the largest log weight
     totals,  # (splits, B, Tq), contiguous, or None: the sum of exp(log weight - top)
     query,  # (B, Tq, A)
@@ -45,11 +45,11 @@ def decode_kernel(
     v,  # (A,), or with VECTORS (R, A); None for dot attention
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
-    extra,  # (B, Tk, A) or None: what is added to the keys
+    extra,  # (B, Tk, A) or None: added to the keys
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     number,  # of the score: see parts_of
-    number_lo,  # what float32 lost of it: for float64
+    number_lo,  # its rounding error in float32: for float64
     B, Tq, Tk, A, D,
     R,  # score vectors; 1 without VECTORS
     steps_per_split,  # a multiple of BLOCK_K
@@ -62,19 +62,19 @@ def decode_kernel(
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq), contiguous, or None; written for a single split
-    score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
+    score_bias,  # (B, Tq, Tk) or None; for this and the next arguments, see option_arguments
     stride_sb, stride_sq, stride_sk,
     seed, least, kept_factor, kept_factor_lo, clip, clip_lo, SCORE: tl.constexpr, NORMALISER: tl.constexpr,
     APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEPS: tl.constexpr,  # of which alignments are written at once
-    VECTORS: tl.constexpr,  # rows of v that a program takes, for one query; None: v (A,), for all queries
-    columns,  # of packed alignments, or None: see alignment_rows, for scores, too
+    STEPS: tl.constexpr,  # the number of steps of which alignments are written at once
+    VECTORS: tl.constexpr,  # rows of v of a program, for one query; None: v (A,), for all queries
+    columns,  # of packed alignments and scores, or None: see alignment_rows
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """context of a row of the batch, all Tq queries of it, over one split of its steps.
+    """The context of all Tq queries of a row of the batch, over one split of its steps.
 
-    With VECTORS, of some score vectors for one query: of its R rows of scores those that they make.
+    With VECTORS, a program computes VECTORS of the R rows of one query.
     """
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     splits = tl.cdiv(Tk, steps_per_split)
@@ -83,8 +83,8 @@ def decode_kernel(
     i = tl.arange(0, BLOCK_Q).to(tl.int64)
     if VECTORS is None:
         b = (program // splits).to(tl.int64)
-        rows = Tq  # of the program, in which i < rows
-        first_row = 0  # of them in the sentence
+        rows = Tq  # the number of rows of the program: i < rows
+        first_row = 0  # the index of the first of them in the sentence
     else:
         blocks = tl.cdiv(R, VECTORS)
         at = (program // (splits * blocks)).to(tl.int64)
@@ -93,8 +93,8 @@ def decode_kernel(
         rows = tl.minimum(R - first_vector, VECTORS)
         first_row = at % Tq * R + first_vector
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    # Repeated for each step, though v, bias and query are the same for all: so Triton loads them in the layout of keys,
-    # which it would exchange between the threads otherwise.
+    # Repeated for each step, although v, bias and query are the same for all steps. So Triton loads them in the layout
+    # of keys; otherwise it would exchange elements between the threads.
     units = tl.broadcast_to(tl.arange(0, BLOCK_A)[None, None, :], [1, BLOCK_K, BLOCK_A])
     origin, length, width, place = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
     begin, end = split_steps(split, splits, steps_per_split, width, BLOCK_K, PACKED)
@@ -109,7 +109,7 @@ def decode_kernel(
         mask += b * stride_mb
     if VECTORS is None:
         query += i[:, None, None] * stride_qq
-    else:  # beyond the last, that again: so no load needs a mask
+    else:  # beyond the last one, the last one is loaded again, so that no load needs a mask
         query += at % Tq * stride_qq
         v += (first_vector + tl.minimum(i, rows - 1))[:, None, None] * stride_vr
         if mask is not None:
@@ -117,7 +117,7 @@ def decode_kernel(
         stride_mq = 0
     if score_bias is not None:
         score_bias += b * stride_sb + first_row * stride_sq
-    in_all = b * Tq * R + first_row  # the place of the program's first row among those of all sentences
+    in_all = b * Tq * R + first_row  # the index of the program's first row among the rows of all sentences
     start_alignments, row_steps, length = alignment_rows(b, Tq * R, origin, width, length, columns)
     start_alignments += first_row * row_steps
     if alignments is not None:
@@ -132,7 +132,7 @@ def decode_kernel(
     for start in range(begin, tl.minimum(end, length), BLOCK_K):
         j = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         in_steps = (j < length)[None, :, None]
-        # Loaded before the scores are computed, so that both are under way together.
+        # Loaded before the scores are computed, so that the load overlaps with the computation.
         x = tl.load(
             values + j[None, :, None] * stride_vk + d.to(tl.int64) * stride_vd, mask=in_steps & (d < D), other=0.0
         )
@@ -179,7 +179,7 @@ def decode_kernel(
         if log_total is not None:
             tl.store(log_total + in_all + i, log_total_of(m_i, factor_i), mask=i < rows)
         if alignments is not None:
-            tl.debug_barrier()  # the scores that other threads have written
+            tl.debug_barrier()  # the loop below reads scores that other threads have written
             for start in range(0, row_steps, STEPS):
                 j = (start + tl.arange(0, STEPS)).to(tl.int64)
                 allowed = attended(mask, i, j, rows, length, stride_mq, stride_mk)
@@ -201,23 +201,23 @@ def combine_kernel(
     parts,  # (splits, B, Tq * R, D), contiguous
     scores,  # (B, Tq * R, Tk), contiguous, or None: log weights; anything where not attended
     tops,  # (splits, B, Tq * R), contiguous
-    totals,  # (splits, B, Tq * R), contiguous; -1 where a split attends nothing, which is not the same as a sum of 0
+    totals,  # (splits, B, Tq * R), contiguous; -1 if a split attends nothing, which is different from a sum of 0
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     B, Tq, Tk, D,
-    R,  # score vectors, for each of which a query has a row
+    R,  # score vectors: a query has one row for each
     splits,
-    tiles,  # of a query: those of its values and then of its steps
+    tiles,  # the number of tiles of a query: those of its values, then those of its steps
     stride_lengths, stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq * R), contiguous, or None
     BLOCK: tl.constexpr,
-    columns,  # as of decode_kernel
+    columns,  # as in decode_kernel
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """Combines the results of the splits of the steps, in order: a tile of context or of alignments."""
     program = tl.program_id(0)
     tile = program % tiles
-    row = (program // tiles).to(tl.int64)  # of all sentences
+    row = (program // tiles).to(tl.int64)  # among the rows of all sentences
     rows = tl.cast(B, tl.int64) * Tq * R
     split = tl.arange(0, MAX_SPLITS).to(tl.int64)
     tops += row
@@ -245,7 +245,7 @@ def combine_kernel(
         origin, length, width, _ = sentence_rows(lengths, b, stride_lengths, Tk, PACKED)
         start, row_steps, length = alignment_rows(b, Tq * R, origin, width, length, columns)
         start += row % (Tq * R) * row_steps
-        # One turn, but for sentences that are longer than packed ones are on average.
+        # One iteration, except for packed sentences that are longer than the average.
         for first in range((tile - tiles_d) * BLOCK, row_steps, (tiles - tiles_d) * BLOCK):
             j = (first + tl.arange(0, BLOCK)).to(tl.int64)
             allowed = attended(mask, i, j, Tq, length, stride_mq, stride_mk)
@@ -255,29 +255,29 @@ def combine_kernel(
 
 
 def can_decode(query: Tensor, values: Tensor) -> bool:
-    """Whether query (B, Tq, A) is few queries, and values (B, Tk, D) narrow enough to average all columns at once."""
+    """Whether query (B, Tq, A) has few queries, and values (B, Tk, D) few enough columns to average all at once."""
     return query.shape[1] <= MAX_DECODE_QUERIES and values.shape[2] <= MAX_VALUE_COLUMNS
 
 
 def decode(
     inputs: Inputs, need_alignments: bool, log_total: Tensor | None = None, columns: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention where ``can_decode``: context (B, Tq, D), alignments (B, Tq, Tk) or empty.
+    """Attention if ``can_decode``: context (B, Tq, D), alignments (B, Tq, Tk) or empty.
 
-    log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
+    log_total: (B, Tq) in float32 or float64, contiguous, an output; not written if Tk is 0.
     columns: of a packed memory; see packed_attention.py.
 
-    Of R score vectors all three have Tq * R rows, as many as you like: a program takes 8 of a query.
+    With R score vectors, all three have Tq * R rows. R is not limited: a program computes 8 rows of a query.
     """
     score, query, keys, values, masks, options = inputs
     name, v, bias, number = parts_of(score)
     gate = score.gate if isinstance(score, GatedAdditiveScore) else None
     extra = score.extra if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)) else None
-    beside = [x for x in (gate, extra) if x is not None]  # that lies as the keys do
+    beside = [x for x in (gate, extra) if x is not None]  # tensors with the shape of the keys
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
     R = 1 if v is None or v.dim() == 1 else v.shape[0]
-    vectors = None  # of a program
+    vectors = None  # score vectors of a program
     if R > 1:
         vectors = triton.cdiv(R, triton.cdiv(R, MAX_DECODE_QUERIES))
     elif v is not None:
@@ -291,7 +291,7 @@ def decode(
     block_q, block_d = (power_of_two(vectors or Tq, 1, MAX_DECODE_QUERIES), power_of_two(D, 32, MAX_VALUE_COLUMNS))
     programs = B if vectors is None else B * Tq * triton.cdiv(R, vectors)
     warps = 4 if block_q * block_d <= 2048 else 8
-    elements = (512 if double else 1024) * warps // block_q  # of a query: 32 to a thread, 16 in float64
+    elements = (512 if double else 1024) * warps // block_q  # per query: 32 for each thread, 16 in float64
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
     block_a = power_of_two(A, 32, max(elements // (1 + len(beside)), at_once) // block_k)
@@ -351,7 +351,7 @@ def decode(
 
 
 def _split(programs: int, Tk: int, block_k: int, row_bytes: int, bytes_of_program: int) -> tuple[int, int]:
-    """How the steps of a row are cut: steps of a split, a multiple of block_k, and the splits."""
+    """How the steps of a row are split: steps of a split, a multiple of block_k, and the number of splits."""
     splits = min(triton.cdiv(NUM_SMS, programs), triton.cdiv(row_bytes, bytes_of_program), MAX_SPLITS.value)
     steps = triton.cdiv(triton.cdiv(Tk, max(splits, 1)), block_k) * block_k
     return steps, triton.cdiv(Tk, steps)

@@ -1,16 +1,16 @@
 """Device code that several kernels share. The conventions of all kernels:
 
-- Programs are counted along axis 0 of the grid only, the one that is not limited to 65535.
+- The grid has one axis, axis 0: the only one that is not limited to 65535.
 - i, j, u are the indices of queries, steps and units (or value columns) of a tile, in 64 bits, because they are
-  multiplied by strides. Strides are passed for every tensor of the caller, so none has to be copied.
-- Padding is removed by selecting, never by multiplying with zero: it may hold NaN.
-- No atomics: what several programs add up is written apart and summed in a fixed order.
+  multiplied by strides. Strides are passed for every tensor of the caller, so no tensor has to be copied.
+- Padding is removed by selection (tl.where), never by multiplication with zero: it may hold NaN.
+- No atomics: partial sums of several programs are written separately and added in a fixed order.
 - A 2-D mask is a 3-D mask with stride 0 along the queries.
-- PACKED: keys and values are those of packed_attention.py, (1, N, *) with the stride of a row as that of the batch: Tk
-  is N, and ``lengths`` has the offsets, (B + 1,), of which nobody has checked the values.
-- SMALL_M: with few queries (and for float64, which tensor cores do not help) a tile is multiplied and summed element by
-  element, units along the threads, so that keys and values are read at the speed of memory. Otherwise it is a matrix
-  product.
+- PACKED: keys and values are those of packed_attention.py, (1, N, *), and the batch stride equals the stride of a row.
+  Tk is N, and ``lengths`` holds the offsets, (B + 1,), whose values have not been checked.
+- SMALL_M: with few queries (and for float64, for which tensor cores do not help) a tile is multiplied and summed
+  element by element, with units along the threads, so that keys and values are read at memory bandwidth. Otherwise it
+  is a matrix product.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 
 INTERPRETER = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# A kernel is compiled again for an integer that is 1 or a multiple of 16, except these: all that depends on lengths,
-# and the numbers of dropout.
+# Triton compiles a kernel again for an integer argument that is 1 or a multiple of 16, except for these: all numbers
+# that depend on lengths, and the numbers of dropout.
 _LENGTHS = ["B", "Tq", "Tk", "M", "X", "padded_blocks", "padded_rows", "splits", "tiles", "columns"]
 _LENGTHS += ["steps_per_split", "blocks_per_split", "rows_per_split"]
 _LENGTHS += [f"stride_{tensor}b" for tensor in "qkvmgawrste"] + ["stride_mq", "stride_gq", "stride_aq", "stride_sq"]
 _LENGTHS += ["seed", "least"]
-# It has to know which of these is 1, to read along it; the others are lengths, or lie along no row that is read.
+# For these, Triton specialises on the value 1 only: it needs this to read along the axis. All other strides depend on
+# lengths, or belong to no axis along which rows are read.
 _UNITS = [
     f"stride_{name}" for name in ("qa", "ka", "ta", "ea", "vd", "rn", "mk", "gk", "ak", "sk", "mm", "mx", "wm", "wx")
 ]
@@ -59,8 +60,8 @@ def row_length(lengths, b, stride_lengths, Tk):
 
 @triton.jit
 def sentence_rows(lengths, b, stride_lengths, Tk, PACKED: tl.constexpr):
-    """Of sentence b: its first row among those of all, the steps that may be attended, the rows that it has, and what
-    the stride of the batch is multiplied with to get to the first one.
+    """For sentence b: its first row among the rows of all sentences, the number of steps that may be attended, its
+    number of rows, and the factor of the batch stride that gives the offset of its first row.
     """
     if PACKED:
         lengths += b * stride_lengths
@@ -79,14 +80,14 @@ def sentence_rows(lengths, b, stride_lengths, Tk, PACKED: tl.constexpr):
 
 @triton.jit
 def packed_tile(offsets, stride_offsets, tile, B, BLOCK: tl.constexpr):
-    """The sentence of a tile of BLOCK steps, and the number of the tile in it, which may begin behind its end.
+    """The sentence of a tile of BLOCK steps, and the index of the tile in it, which may begin after its end.
 
-    Of N // BLOCK + B tiles sentence b has those from offsets[b] // BLOCK + b on. They are at least as many as it needs,
-    and at most one more: so how many there are is known without a look at the offsets.
+    There are N // BLOCK + B tiles. Those of sentence b start at offsets[b] // BLOCK + b: as many as it needs, or one
+    more. So the number of tiles is known without reading the offsets.
     """
     b = tile * 0
     after = b + B
-    while after - b > 1:  # the last sentence whose tiles begin no later
+    while after - b > 1:  # a binary search for the last sentence whose first tile is not after this one
         middle = (b + after) // 2
         before = tl.load(offsets + middle.to(tl.int64) * stride_offsets) // BLOCK + middle <= tile
         b = tl.where(before, middle, b)
@@ -98,19 +99,19 @@ def packed_tile(offsets, stride_offsets, tile, B, BLOCK: tl.constexpr):
 
 @triton.jit
 def split_steps(split, splits, steps_per_split, width, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """Where a split of the steps of a row begins and ends. With PACKED, each sentence is cut in as many equal ones."""
+    """The begin and end of a split of the steps of a row. With PACKED, every sentence has that many equal splits."""
     if PACKED:
         steps_per_split = tl.cdiv(tl.cdiv(width, splits), BLOCK) * BLOCK
     begin = split * steps_per_split
-    if PACKED:  # ptxas spills where LLVM makes use of it that begin is a multiple of BLOCK
+    if PACKED:  # hides from LLVM that begin is a multiple of BLOCK: with this knowledge, ptxas spills registers
         begin = tl.minimum(begin, width)
     return begin, tl.minimum(begin + steps_per_split, width)
 
 
 @triton.jit
 def alignment_rows(b, Tq, origin, width, length, columns):
-    """Where the alignments of sentence b, Tq rows, begin; how long a row is: columns, or for 0 and None width; and the
-    length: a sentence that is longer than was said attends what alignments have a column for.
+    """The offset of the alignments of sentence b, Tq rows; the size of a row: columns, or width if columns is 0 or
+    None; and the length, which is clamped to the size of a row.
     """
     start = origin * Tq
     if columns is not None:
@@ -125,7 +126,7 @@ def tile_of_pairs(
     Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, offsets=None, stride_offsets=0, B=0,
     PACKED: tl.constexpr = False,
 ):  # fmt: skip
-    """The row of the batch, the first query and the first step of a program that has one tile of pairs."""
+    """The row of the batch, the first query and the first step of a program with one tile of pairs."""
     tiles_k = tl.cdiv(Tk, BLOCK_K)
     tiles_q = tl.cdiv(Tq, BLOCK_Q)
     program = tl.program_id(0)
@@ -150,7 +151,7 @@ def attended(mask, i, j, Tq, length, stride_mq, stride_mk):
 @triton.jit
 def dot(a, b, total):
     """total (M, N) + a (M, X) @ b (X, N), in float32 whatever the dtype of a and b."""
-    if INTERPRETER:  # which takes bfloat16 for integers here
+    if INTERPRETER:  # it interprets bfloat16 as integers here
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -158,7 +159,7 @@ def dot(a, b, total):
 
 @triton.jit
 def load_rows(rows, x, n, X, N, stride_x, stride_n, SMALL_M: tl.constexpr):
-    """rows[x, n], (X, N), 0 beyond X and N; with SMALL_M, (1, X, N): so the threads lie along n in the product too."""
+    """rows[x, n], (X, N), 0 beyond X and N; with SMALL_M, (1, X, N): then threads run along n in the product, too."""
     if SMALL_M:
         x = x[None, :, None]
         n = n[None, None, :]
@@ -203,7 +204,7 @@ def add_product(total, weights, rows, allowed, MASKED: tl.constexpr, SMALL_M: tl
 
 @triton.jit
 def reciprocal(x, APPROXIMATE: tl.constexpr):
-    """1 / x to one unit in the last place. The plain division of NVIDIA GPUs is several times as long."""
+    """1 / x to one unit in the last place. The plain division of NVIDIA GPUs takes several times as long."""
     if APPROXIMATE:
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -215,7 +216,7 @@ def reciprocal(x, APPROXIMATE: tl.constexpr):
 def divide(a, b):
     """a / b, correctly rounded, for a tensor b. The plain division of NVIDIA GPUs is off by up to two units.
 
-    Softmax needs it: an alignment that is alone in its row has to be 1 exactly, so that the gradient of its score is 0.
+    Softmax needs it: the only alignment of a row must be exactly 1, so that the gradient of its score is 0.
     """
     if b.dtype == tl.float32:
         quotient = tl.div_rn(a, b)

@@ -1,7 +1,7 @@
 """Additive attention with a gate and several score vectors in Triton: v_r . (f(query + keys + bias) * sigmoid(gate)).
 
-Launchers and their rules. The kernels: gated_additive_kernels.py, and softmax.py and decode.py, to which the score
-vectors of a query are rows like those of other queries.
+Launchers and their rules. The kernels are in gated_additive_kernels.py, softmax.py and decode.py. For the last two, the
+rows of a query with several score vectors are like rows of different queries.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .gated_additive_kernels import gated_backward_kernel, gated_scores_kernel
 from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
 from .tiles import power_of_two
 
-MAX_ROWS = 8  # of scores of a sentence, which are decoded however few the steps
-MIN_LONG = 2048  # steps from which on softmax.attend, whose programs each walk whole rows, takes longer
-MAX_SMALL_R = 8  # score vectors that the backward multiplies with element by element
-MAX_VECTORS = 32  # whose gradients a program keeps in registers
+MAX_ROWS = 8  # rows of scores of a sentence: up to this number, decode.py is used for any number of steps
+MIN_LONG = 2048  # with at least this many steps softmax.attend is slower: each of its programs processes whole rows
+MAX_SMALL_R = 8  # up to this many score vectors, the backward multiplies element by element
+MAX_VECTORS = 32  # the maximum number of score vectors whose gradients a program keeps in registers
 
 
 def can_decode_gated(score: GatedAdditiveScore, query: Tensor, values: Tensor) -> bool:
-    """Whether one kernel is to make the scores, their softmax and the context of query (B, Tq, A)."""
+    """Whether one kernel should compute the scores, their softmax and the context of query (B, Tq, A)."""
     few = query.shape[1] * score.v.shape[0] <= MAX_ROWS or values.shape[1] >= MIN_LONG
     return few and can_decode(query, values)
 
 
 def masks_of_rows(masks: Masks, queries: int, vectors: int) -> Masks:
-    """With the mask of the scores, (B, Tq R, Tk), where it is (B, Tq, Tk)."""
+    """The masks with a mask (B, Tq, Tk) repeated for the rows of scores: (B, Tq R, Tk)."""
     memory_lengths, mask = masks
     if mask is None or mask.dim() == 2 or vectors == 1:
         return masks
@@ -49,7 +49,7 @@ def gated_pair_scores(
     B, Tq, A = query.shape
     Tk, R = keys.shape[1], v.shape[0]
     double = query.dtype == torch.float64
-    # A warp with 32 units of a step to a thread, 16 in float64: more leave no registers for the gates beside.
+    # One warp with 32 units of a step per thread, 16 in float64: with more, no registers are left for the gates.
     block_a = power_of_two(A, 32, 512 if double else 1024)
     block_k = max(1, (512 if double else 1024) // block_a)
     several = block_a < A
@@ -89,10 +89,10 @@ def gated_pair_scores_backward(
     need_memory: bool,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dscores (B, Tq R, Tk), made by padded_scores, 0 where not attended -> gradients of query, keys, v, bias and gate.
+    """The gradients of query, keys, v, bias and gate.
 
-    Those that are not needed (of keys; of the others) are empty. masks: of queries, not of rows. extra: (B, Tk, A),
-    what is added to the keys.
+    dscores: (B, Tq R, Tk), made by padded_scores, 0 where not attended. Gradients that are not needed (of keys; of the
+    others) are empty. masks: of queries, not of rows. extra: (B, Tk, A), added to the keys.
     """
     v, bias, gate = score[:3]
     B, Tq, A = query.shape
@@ -155,15 +155,16 @@ def _backward_tile(query: Tensor, vectors: int) -> tuple[bool, int, int, int, in
     if vectors > MAX_SMALL_R and not double:
         return False, power_of_two(vectors, 16, MAX_VECTORS), 16, power_of_two(A, 32, 64), 4
     block_r = power_of_two(vectors, 1, MAX_SMALL_R)
-    block_a = power_of_two(A, 32, 32 * 16 // query.element_size())  # 16 bytes of a step to a thread
+    block_a = power_of_two(A, 32, 32 * 16 // query.element_size())  # 16 bytes of a step per thread
     elements = (128 if double else 512) if block_r == 1 else (64 if double else 256)
     return True, block_r, max(1, elements // block_a), block_a, 1
 
 
 def _backward_splits(warps: int, rows: int, Tk: int, block_k: int) -> tuple[int, int]:
-    """How the steps are cut for programs of so many warps: steps of a split, a multiple of block_k, and the splits.
+    """How the steps are split: steps of a split, a multiple of block_k, and the number of splits.
 
-    Each has its own sums for so many rows of query and v: a quarter of the keys in all, or more where a GPU would idle.
+    warps: of a program. rows: a split has its own partial sums for this many rows of query and v. All partial sums have
+    at most a quarter of the size of the keys, or more if a GPU would idle otherwise.
     """
     few = max(Tk // (4 * rows), triton.cdiv(1024, warps))
     splits = max(1, min(2048 // warps, triton.cdiv(Tk, 32), few))
@@ -176,6 +177,6 @@ def _aligned(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> bool:
 
 
 def _strides(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> tuple[int, ...]:
-    """Of query, keys, v, bias and gate."""
+    """The strides of query, keys, v, bias and gate."""
     v, bias, gate = score[:3]
     return *query.stride(), *keys.stride(), *v.stride(), *strides_of(bias, 1), *strides_of(gate)

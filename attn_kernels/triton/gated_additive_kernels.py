@@ -2,18 +2,19 @@
 
     scores_r = v_r . (f(x) * s),   x = query + key + bias,   s = sigmoid(gate)
 
-The activations of a pair, f(x) s, are made once for all score vectors: a program of the scores keeps those of a query
-and a few steps in registers and multiplies them with one vector after the other. It is a warp, so that no sum over the
-units crosses warps. Keys and gates are read once for several queries.
+The activations of a pair, f(x) s, are computed once for all score vectors. A program of the scores keeps those of a
+query and a few steps in registers and multiplies them by one vector after the other. A program is one warp, so that no
+sum over the units crosses warps. Keys and gates are read once for several queries.
 
-With t = sum_r ds_r v_r, ds_r being the gradients of the scores of a pair,
+With t = sum_r ds_r v_r, where ds_r are the gradients of the scores of a pair,
 
     dquery, dkeys += t s f'(x)    dgate += t f(x) s (1 - s)    dv_r += ds_r f(x) s
 
-A program of the backward walks its steps once, all queries for a few steps at a time: dkeys and dgate are complete in
-registers and written once. With few score vectors it is a warp, too, and a thread has the same units of all steps, so
-that sums over these are its own; with many, t and dv are matrix products. dquery of several queries is added up in
-memory, where each program has a part of its own; so is dv of more score vectors than registers hold.
+A program of the backward processes its steps once, with all queries for a few steps at a time: dkeys and dgate are
+complete in registers and written once. With few score vectors it is also one warp. A thread has the same units in all
+steps, so that it can sum over the steps alone. With many score vectors, t and dv are matrix products. For several
+queries, dquery is accumulated in memory, separately for each program; so is dv, if there are more score vectors than
+fit into registers.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def gated_scores_kernel(
     stride_lengths,
     slope, slope_lo,  # of "leaky_relu", in two parts, or None
     ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, FLOAT64: tl.constexpr, ALIGNED: tl.constexpr,
-    SEVERAL: tl.constexpr,  # whether A takes several blocks of units, which add to the same scores
-    QUERIES: tl.constexpr,  # of a program
+    SEVERAL: tl.constexpr,  # whether A takes several blocks of units, which accumulate into the same scores
+    QUERIES: tl.constexpr,  # number of queries of a program
     BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some queries and a few steps, for all score vectors; tiles beyond the length are left as they are."""
+    """Scores of some queries and a few steps, for all score vectors; tiles beyond the length are not written."""
     wide: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     b, first_q, first_k = tile_of_pairs(Tq, Tk, QUERIES, BLOCK_K)
     j = first_k.to(tl.int64) + tl.arange(0, BLOCK_K)
@@ -85,12 +86,12 @@ def gated_scores_kernel(
                     v_units += stride_vr
                     out += Tk
             if SEVERAL:
-                tl.debug_barrier()  # the next block adds to the scores of this one
+                tl.debug_barrier()  # the next block accumulates into the scores of this one
 
 
 @triton.jit
 def _sum_of_vectors(ds, vectors, SMALL_M: tl.constexpr):
-    """t (K, A) of ds (R, K) and score vectors (R, A)."""
+    """t (K, A), from ds (R, K) and score vectors (R, A)."""
     if SMALL_M:
         t = tl.sum(ds[:, :, None] * vectors[:, None, :], axis=0)
     else:
@@ -100,7 +101,7 @@ def _sum_of_vectors(ds, vectors, SMALL_M: tl.constexpr):
 
 @triton.jit
 def _add_steps(dv, ds, hidden, SMALL_M: tl.constexpr):
-    """dv (R, A) and what it is of ds (R, K) and hidden (K, A)."""
+    """dv (R, A) + ds (R, K) @ hidden (K, A)."""
     if SMALL_M:
         dv += tl.sum(ds[:, :, None] * hidden[None, :, :], axis=1)
     else:
@@ -110,17 +111,17 @@ def _add_steps(dv, ds, hidden, SMALL_M: tl.constexpr):
 
 @kernel
 def gated_backward_kernel(
-    dquery,  # (splits, B, Tq, A), contiguous: each split of the steps apart; zeros of several queries. Or None
+    dquery,  # (splits, B, Tq, A), contiguous: one for each split of the steps; zeros if Tq > 1. Or None
     dkeys,  # (B, Tk, A), contiguous, or None
     dgate,  # (B, Tk, A), contiguous, or None
-    dv,  # (B, splits, R, A), contiguous, or None with dquery; zeros of more vectors than BLOCK_R
+    dv,  # (B, splits, R, A), contiguous; zeros if R > BLOCK_R. None if dquery is None
     dscores,  # (B, Tk, padded_rows), contiguous, the rows of a query one after the other; 0 where not attended
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
     v,  # (R, A)
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
-    extra,  # (B, Tk, A) or None: what is added to the keys, with the same gradient
+    extra,  # (B, Tk, A) or None: added to the keys, with the same gradient
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     B, Tq, Tk, A, R,
@@ -202,7 +203,7 @@ def gated_backward_kernel(
             allowed = used
             if mask is not None:
                 allowed = tl.load(mask + row * stride_mq + j * stride_mk, mask=used, other=0) != 0
-            # Of pairs that are not attended nothing is added: a product with their gradient of 0 may be NaN.
+            # Pairs that are not attended are left out: a product with their gradient of 0 may be NaN.
             allowed = tl.broadcast_to(allowed[:, None], [BLOCK_K, BLOCK_A])
             ds_rows = dscores + row * R + j[None, :] * padded_rows
             if ONE_BLOCK:
@@ -238,13 +239,13 @@ def gated_backward_kernel(
                         dx = tl.load(dv + vector * A, mask=in_block, other=0.0)
                         dx = _add_steps(dx, ds, hidden, SMALL_M)
                         tl.store(dv + vector * A, dx, mask=in_block)
-                    tl.debug_barrier()  # the next query adds to dv
+                    tl.debug_barrier()  # the next query accumulates into dv
         if dkeys is not None:
             tl.store(dkeys + j[:, None] * A, dk, mask=in_keys)
         if dgate is not None:
             tl.store(dgate + j[:, None] * A, dg, mask=in_keys)
         if not ONE_QUERY:
-            tl.debug_barrier()  # the next steps add to dquery
+            tl.debug_barrier()  # the next steps accumulate into dquery
     if dquery is not None:
         if ONE_QUERY:
             tl.store(dquery, all_dquery, mask=in_units)

@@ -1,4 +1,4 @@
-"""A score, and the arguments of an attention that all scores have, as launchers take them together."""
+"""A score and the other arguments of an attention, as one argument of launchers."""
 
 from __future__ import annotations
 

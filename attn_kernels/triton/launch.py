@@ -17,7 +17,7 @@ def launch(
     constants: dict[str, Any],
     warps: int,
 ) -> None:
-    """Runs that many programs of a kernel on the device of its first tensor."""
+    """Launches a kernel with the given number of programs on the device of its first tensor."""
     if programs > 0:
         with _device_of(next(argument for argument in arguments if argument is not None)):
             kernel[(programs,)](*arguments, *strides, **constants, num_warps=warps, enable_fp_fusion=True)
@@ -47,7 +47,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def alignments_shape(B: int, Tq: int, Tk: int, columns: int | None) -> tuple[int, ...]:
-    """Of alignments as they are returned: see ops.py on packed ones, of N = Tk."""
+    """The shape of the returned alignments. For packed ones, N = Tk: see ops.py."""
     if columns is None:
         return B, Tq, Tk
     return (B, Tq, columns) if columns else (Tq * Tk,)

@@ -1,9 +1,9 @@
 """Normalisers (``NORMALISER``): from parts of a row of scores to alignments, for the kernels that all scores share.
 
-"softmax", or "sigmoid": sigmoid(score) over their sum, which as the softmax of log sigmoid(score) does not underflow.
-So both are a softmax of ``log_weights``, which for "softmax" are the scores themselves. A row has a running maximum m_i
-of them and a sum l_i of exp(log weight - m_i); any_i is above 0 where something is attended. Not attended steps have
-log weights of -inf and weights of 0.
+"softmax", or "sigmoid": sigmoid(score) over their sum. The latter is computed as the softmax of log sigmoid(score),
+which does not underflow. So both are a softmax of ``log_weights``; for "softmax" these are the scores themselves. A row
+has a running maximum m_i of its log weights and a sum l_i of exp(log weight - m_i). any_i is above 0 if something is
+attended. Steps that are not attended have log weights of -inf and weights of 0.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import triton.language as tl
 
 from .device import divide
 
-# Not -inf: exp(-inf - -inf) is NaN. Scores that are all -inf sum to 0 then, and 1 / 0 makes them NaN, as in eager.
+# Not -inf: exp(-inf - -inf) is NaN. With this maximum, the sum for scores that are all -inf is 0, and 1 / 0 gives NaN,
+# as in eager PyTorch.
 LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
 def log_weights(s, NORMALISER: tl.constexpr):
-    """The logarithms of what alignments are proportional to, of scores; -inf for -inf."""
+    """The logarithms of unnormalised alignments, from scores; -inf for -inf."""
     if NORMALISER == "sigmoid":
-        s = tl.minimum(s, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(s)))  # the second term is NaN where s is
+        s = tl.minimum(s, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(s)))  # the second term passes a NaN in s on
     else:
         tl.static_assert(NORMALISER == "softmax")
     return s
@@ -29,7 +30,7 @@ def log_weights(s, NORMALISER: tl.constexpr):
 
 @triton.jit
 def add_block(s, allowed, m_i, l_i):
-    """Adds a block of log weights (Q, K): its weights, what earlier weights are to be multiplied with, new m_i, l_i."""
+    """Adds a block of log weights (Q, K). Returns its weights, a factor for earlier weights, and the new m_i, l_i."""
     m_new = tl.maximum(m_i, tl.max(s, axis=1))
     rescale = tl.exp(m_i - m_new)
     p = tl.where(allowed, tl.exp(s - m_new[:, None]), 0.0)
@@ -38,7 +39,7 @@ def add_block(s, allowed, m_i, l_i):
 
 @triton.jit
 def merge(m_parts, l_parts):
-    """m_i of a row from those of its parts (P,), and the factor of the whole; l is -1 where a part attends nothing."""
+    """m_i of a row from those of its parts (P,), and the factor of the row; l is -1 if a part attends nothing."""
     m_i = tl.max(m_parts, axis=0)
     l_i = tl.sum(tl.where(l_parts == -1.0, 0.0, l_parts * tl.exp(m_parts - m_i)), axis=0)
     any_i = tl.max(tl.where(l_parts == -1.0, 0, 1), axis=0)
@@ -47,7 +48,7 @@ def merge(m_parts, l_parts):
 
 @triton.jit
 def part_factor(m_part, m_i):
-    """The factor of the weights of a part in the whole row."""
+    """The factor that rescales the weights of a part to the maximum of the whole row."""
     return tl.exp(m_part - m_i)
 
 
@@ -59,7 +60,7 @@ def factor(l_i, any_i):
 
 @triton.jit
 def alignments_of(s, allowed, m_i, factor_i):
-    """The alignments of log weights, for m_i and the factor of their rows, as far as they broadcast."""
+    """The alignments from log weights, and m_i and the factor of their rows, which must broadcast."""
     return tl.where(allowed, tl.exp(s - m_i) * factor_i, 0.0)
 
 
@@ -71,16 +72,16 @@ def log_total_of(m_i, factor_i):
 
 @triton.jit
 def mean_gradient(products, total):
-    """(Q,) from the sums of p * g and of p, (Q, K): what score_gradient() takes off g.
+    """(Q,): the mean that the gradient of scores subtracts from g; from the sums of p * g and of p, (Q, K).
 
-    The second sum is 1, but for the rounding of alignments to the dtype of the inputs.
+    The second sum would be 1 if alignments were not rounded to the dtype of the inputs.
     """
-    # Not 0 / 0 where nothing is attended.
+    # The maximum avoids 0 / 0 if nothing is attended.
     return divide(tl.sum(products, axis=1), tl.maximum(tl.sum(total, axis=1), 1e-30))
 
 
 @triton.jit
 def log_weight_derivative(s, NORMALISER: tl.constexpr):
-    """That of log_weights, of scores: where it is not 1."""
+    """The derivative of log_weights with respect to the scores, for normalisers for which it is not 1."""
     tl.static_assert(NORMALISER == "sigmoid")
     return divide(1.0, 1.0 + tl.exp(s))

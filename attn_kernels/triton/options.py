@@ -1,11 +1,11 @@
 """Rarely used options of an attention (``Options`` in types.py), for the kernels that all scores share.
 
-A kernel takes ``option_arguments`` last before its constants. What a call does not have is None there, a constant for
-Triton: the kernels of calls without options are what they were. ``NORMALISER`` is in normaliser.py.
+The ``option_arguments`` of a kernel come directly before its constants. An option that a call does not have is None,
+a constant for Triton, so kernels of calls without options have no code for them. ``NORMALISER`` is in normaliser.py.
 
-Dropout takes the weights of the context, not the alignments that are returned: a weight is multiplied with 0 or 1 here,
-and what it is summed up to with 1 / (1 - p), so that nothing overflows in 16 bits. Which weights stay is a function of
-the seed and their number in (B, Tq, Tk): see ``dropout_factors`` in reference.py.
+Dropout applies to the weights of the context, not to the returned alignments. A weight is multiplied by 0 or 1 here,
+and the sum of weighted values by 1 / (1 - p), so that nothing overflows in 16 bits. The seed and the index of a weight
+in (B, Tq, Tk) decide whether it is kept: see ``dropout_factors`` in reference.py.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _NO_ARGUMENTS = (None,) * 10
 
 
 def option_arguments(options: Options, dtype: torch.dtype) -> tuple[Any, ...]:
-    """score_bias, its strides stride_sb, stride_sq, stride_sk, and of dropout seed, least, kept_factor, kept_factor_lo;
+    """score_bias, its strides stride_sb, stride_sq, stride_sk; for dropout seed, least, kept_factor, kept_factor_lo;
     clip, clip_lo.
 
-    seed: where the kernel reads it: a graph writes another one there for each replay. least: the first of 2^24 numbers
-    with which a weight stays. kept_factor: 1 / (1 - p), in two parts for float64, as the clip is.
+    seed: a tensor from which the kernel reads it, because a CUDA graph writes a new seed for each replay. least: the
+    smallest of 2^24 numbers for which a weight is kept. kept_factor: 1 / (1 - p), in two parts for float64, like clip.
     """
     if options is NO_OPTIONS:
         return _NO_ARGUMENTS
@@ -43,7 +43,7 @@ def option_arguments(options: Options, dtype: torch.dtype) -> tuple[Any, ...]:
 
 @triton.jit
 def clip_scores(s, allowed, clip, clip_lo):
-    """C tanh(s) of scores (Q, K), if there is a clip C, where allowed; -inf elsewhere, of which tanh would make -C."""
+    """C tanh(s) of scores (Q, K), if there is a clip C. Scores that are not allowed stay -inf: C tanh(-inf) is -C."""
     if clip is not None:
         s = tl.where(allowed, (tl.cast(clip, s.dtype) + tl.cast(clip_lo, s.dtype)) * tanh(s, False), -float("inf"))
     return s
@@ -51,7 +51,7 @@ def clip_scores(s, allowed, clip, clip_lo):
 
 @triton.jit
 def clip_and_slope(s, clip, clip_lo):
-    """C tanh(s) and its derivative, which does not cancel; 0 where that of float64 is: 0 * inf is NaN there."""
+    """C tanh(s) and its derivative, computed without cancellation; 0 where it is 0 in float64: 0 * inf would be NaN."""
     most = tl.cast(clip, s.dtype) + tl.cast(clip_lo, s.dtype)
     t, slope = tanh_and_slope(s, False, ROUNDED=True)
     return most * t, tl.where(tl.abs(s) > SATURATED, 0.0, most * slope)
@@ -59,7 +59,7 @@ def clip_and_slope(s, clip, clip_lo):
 
 @triton.jit
 def add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk):
-    """Scores (Q, K) with their bias, if there is one, where allowed; score_bias points to the row's first element."""
+    """Scores (Q, K) plus their bias, if there is one, where allowed; score_bias points to the row's first element."""
     if score_bias is not None:
         s += tl.load(score_bias + i[:, None] * stride_sq + j[None, :] * stride_sk, mask=allowed, other=0.0).to(s.dtype)
     return s
@@ -69,7 +69,7 @@ def add_score_bias(s, score_bias, i, j, allowed, stride_sq, stride_sk):
 def drop(weights, seed, least, b, i, j, Tq, Tk):
     """weights (Q, K) of the queries i and steps j of sentence b, times 0 or 1: a product, because 0 * NaN is NaN.
 
-    SplitMix64 (Steele, Lea, Flood 2014, figure 17), of which 24 bits are compared.
+    SplitMix64 (Steele, Lea, Flood 2014, figure 17); 24 bits of it are compared.
     """
     if seed is not None:
         index = ((b * Tq + i[:, None]) * Tk + j[None, :]).to(tl.uint64)
@@ -83,7 +83,7 @@ def drop(weights, seed, least, b, i, j, Tq, Tk):
 
 @triton.jit
 def scale_kept(sums, kept_factor, kept_factor_lo):
-    """Sums of weights that dropout has left, times 1 / (1 - p)."""
+    """Sums over the weights that dropout has kept, times 1 / (1 - p)."""
     if kept_factor is not None:
         sums *= tl.cast(kept_factor, sums.dtype) + tl.cast(kept_factor_lo, sums.dtype)
     return sums

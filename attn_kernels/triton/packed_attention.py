@@ -1,13 +1,13 @@
 """The attention ops over packed memories in Triton: keys (N, A) and values (N, D), the steps of all sentences one after
 the other, and offsets (B + 1,).
 
-The kernels are those of padded memories, and read offsets where these have lengths. There is no work for padding, and
-no memory for it, but in alignments (B, Tq, columns). The host never waits for the offsets: how many programs a kernel
-has depends on N and B (``packed_tile`` in device.py), and each sentence is split into as many parts as any other.
+The kernels are those of padded memories; they read offsets in place of lengths. There is no work and no memory for
+padding, except in alignments (B, Tq, columns). The host never waits for the offsets: the number of programs of a kernel
+depends on N and B only (``packed_tile`` in device.py), and all sentences are split into the same number of parts.
 
-To the launchers such a memory is one of a single row, (1, N, *), but its batch stride is that of a step: so the stride
-times the first step of a sentence is where that is. ``columns``, in launchers and kernels: of the alignments, as the op
-got it; None where a memory is padded.
+Launchers see such a memory as a single row, (1, N, *), but its batch stride is the stride of a step. So the batch
+stride times the index of the first step of a sentence is the offset of the sentence. ``columns``, in launchers and
+kernels: the columns of the alignments, an argument of the op; None for a padded memory.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .softmax import attend, softmax_backward
 
 
 def _as_row(rows: Tensor) -> Tensor:
-    """(N, *) -> (1, N, *), as launchers take it."""
+    """(N, *) -> (1, N, *), the form for launchers."""
     return rows.as_strided((1, *rows.shape), (rows.stride(0), *rows.stride()))
 
 
 def _forward(
     score: Score, query: Tensor, keys: Tensor, values: Tensor, columns: int, offsets: Tensor, need_alignments: bool
 ) -> tuple[Tensor, Tensor]:
-    """query (B, Tq, A) -> context (B, Tq, D), alignments (B, Tq, columns), for columns 0 (Tq N,), or empty."""
+    """query (B, Tq, A) -> context (B, Tq, D), alignments (B, Tq, columns), or (Tq N,) if columns is 0, or empty."""
     (B, Tq, _), (N, D) = query.shape, values.shape
     if B * Tq * N == 0:
         shape = alignments_shape(B, Tq, N, columns) if need_alignments else (0,)
@@ -61,7 +61,10 @@ def _backward(
     need_query: bool,
     need_memory: bool,
 ) -> Gradients:
-    """grads: of context and alignments -> of query, keys, values and the score's own arguments; empty if not needed."""
+    """The gradients of query, keys, values and the score's own arguments; empty if not needed.
+
+    grads: the gradients of context and alignments.
+    """
     own: tuple[Any, ...] = score[: score.gradients]
     if query.shape[0] * query.shape[1] * keys.shape[0] == 0 or not (need_query or need_memory):
         given = [(query, need_query), (keys, need_memory), (values, need_memory), *((x, need_query) for x in own)]
@@ -79,7 +82,7 @@ def _backward(
 
 
 def _kernels(score: Callable[..., Score], own: int) -> tuple[Callable[..., Gradients], Callable[..., Gradients]]:
-    """The op of a score with that many arguments of its own, and its backward. Arguments: those of their schemas."""
+    """The op of a score with ``own`` arguments, and its backward. Arguments: those of their schemas."""
 
     def forward(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Gradients:
         columns, offsets, need_alignments = others[own:]

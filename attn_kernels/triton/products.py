@@ -1,6 +1,6 @@
-"""Products of rows, q . k for every pair, and weighted sums of rows: what dot attention and all gradients consist of.
+"""Products of rows, q . k for every pair, and weighted sums of rows: the parts of dot attention and of all gradients.
 
-Scores are kept in float32, (B, Tq, Tk), small beside the (B, Tq, Tk, A) that no kernel ever stores.
+Scores are stored in float32, (B, Tq, Tk). That is small compared with (B, Tq, Tk, A), which no kernel ever stores.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _product_kernel(
     keys,  # (B, Tk, A)
     lengths,  # (B,) or None
     scale,
-    scale_lo,  # what float32 lost of the scale: for float64
+    scale_lo,  # the rounding error of scale in float32: for float64
     Tq, Tk, A,
     stride_qb, stride_qq, stride_qa, stride_kb, stride_kk, stride_ka, stride_lengths,
     ALIGNED: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -56,7 +56,7 @@ def _product_kernel(
     B,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """out[b, i, j] = scale * query[b, i] . keys[b, j], except tiles beyond the length, which are left as they are."""
+    """out[b, i, j] = scale * query[b, i] . keys[b, j]; tiles beyond the length are not written."""
     b, first_q, first = tile_of_pairs(Tq, Tk, BLOCK_Q, BLOCK_K, lengths, stride_lengths, B, PACKED)
     i = first_q.to(tl.int64) + tl.arange(0, BLOCK_Q)
     j = first.to(tl.int64) + tl.arange(0, BLOCK_K)
@@ -92,7 +92,7 @@ def _product_kernel(
 def product(query: Tensor, keys: Tensor, scale: float, memory_lengths: Tensor | None, packed: bool = False) -> Tensor:
     """scale * query (B, Tq, A) @ keys (B, Tk, A)^T: (B, Tq, Tk), float32 or float64; undefined beyond the lengths.
 
-    packed: as of packed_attention.py. The result is (1, Tq, N) then.
+    packed: as in packed_attention.py; then the result is (1, Tq, N).
     """
     B, Tq, A = query.shape
     Tk = keys.shape[1]
@@ -141,11 +141,11 @@ def _weighted_sum_kernel(
     stride_rb, stride_rx, stride_rn,
     stride_lengths,
     stride_mb, stride_mm, stride_mx,
-    TRANSPOSED: tl.constexpr,  # whether M is Tk and X is Tq, or the other way round
+    TRANSPOSED: tl.constexpr,  # True: M is Tk and X is Tq. False: M is Tq and X is Tk
     ALIGNED: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_N: tl.constexpr,
     columns,  # of weights that are packed alignments, or None: see alignment_rows
-    PACKED: tl.constexpr,  # then out, too, is that of all sentences one after the other where M is Tk
+    PACKED: tl.constexpr,  # if M is Tk, out is then also packed: all sentences one after the other
 ):  # fmt: skip
     """out[b, m] = scale * the sum over x of weights[b, m, x] * rows[b, x], over the pairs (m, x) that are attended."""
     accumulate: tl.constexpr = tl.float64 if weights.dtype.element_ty == tl.float64 else tl.float32
@@ -202,7 +202,7 @@ def _weighted_sum_kernel(
         total *= tl.cast(scale, tl.float64) + tl.cast(scale_lo, tl.float64)
     else:
         total *= scale
-    total = tl.where(m[:, None] < used_m, total, 0.0)  # padding of 0 * a NaN that is real elsewhere
+    total = tl.where(m[:, None] < used_m, total, 0.0)  # in padding, 0 * NaN with an attended NaN gives NaN
     pointers = out + (split * all_m + in_out + m[:, None]) * N + n[None, :]
     tl.store(pointers, total, mask=(m[:, None] < width_m) & (n[None, :] < N))
 
@@ -220,8 +220,8 @@ def weighted_sum(
 
     transposed False: weights (B, Tq, Tk), rows (B, Tk, N), the result (B, Tq, N).
     transposed True: weights are transposed: weights (B, Tq, Tk), rows (B, Tq, N), the result (B, Tk, N).
-    packed: as of packed_attention.py; weights (1, Tq, N) are those of softmax_backward, or with columns begin where
-        packed alignments do.
+    packed: as in packed_attention.py; weights (1, Tq, N) are from softmax_backward, or with ``columns`` have the
+        offsets of packed alignments.
     """
     of_lengths, of_batch, of_queries, of_steps = mask_strides(masks)
     strides = (of_lengths, of_batch, of_queries, of_steps)
@@ -276,9 +276,9 @@ def values_gradient(
     scale: float = 1.0,
     columns: int | None = None,
 ) -> Tensor:
-    """scale * alignments^T @ grad_context, (B, Tk, D), over the attended pairs; empty where it is not needed.
+    """scale * alignments^T @ grad_context, (B, Tk, D), over the attended pairs; empty if it is not needed.
 
-    columns: of a packed memory; see packed_attention.py. The result is (1, N, D) then.
+    columns: of a packed memory; see packed_attention.py. Then the result is (1, N, D).
     """
     if not needed:
         return values.new_empty(0)
@@ -290,11 +290,11 @@ def values_gradient(
     return weighted_sum(alignments, grad_context, scale, masks, transposed=True)
 
 
-# Sizes of tiles: simple rules, so that a first call is fast and every call adds up in the same order ------------------
+# Tile sizes: simple rules, so that a first call is fast and the order of summation is the same in every call ----------
 
 
 def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, int, int, int, int]:
-    """Tile of a weighted sum (M, X) @ (X, N): whether it is SMALL_M, BLOCK_M, BLOCK_X, BLOCK_N, warps."""
+    """The tile of a weighted sum (M, X) @ (X, N): SMALL_M, BLOCK_M, BLOCK_X, BLOCK_N, warps."""
     elements = 2048 if rows.dtype == torch.float64 else 4096
     if rows.dtype == torch.float64 or M <= MAX_SMALL_M or X <= MAX_SMALL_M:
         block_n = power_of_two(N, 32, 128)
@@ -308,9 +308,9 @@ def sum_tile(rows: Tensor, M: int, X: int, N: int, masked: bool) -> tuple[bool, 
 
 
 def split(programs: int, steps: int, block: int) -> tuple[int, int]:
-    """How a sum over steps is cut where there are few programs: steps of a part, a multiple of block, and the parts."""
+    """How a sum over steps is split if there are few programs: steps of a part, a multiple of block, and the parts."""
     parts = 1
-    if programs * 4 <= NUM_SMS and steps >= 2048:  # else one more kernel costs more than it saves
+    if programs * 4 <= NUM_SMS and steps >= 2048:  # otherwise one more kernel costs more than it saves
         parts = min(NUM_SMS // max(programs, 1), triton.cdiv(steps, 512))
     per_part = triton.cdiv(triton.cdiv(steps, parts), block) * block
     return per_part, triton.cdiv(steps, per_part)

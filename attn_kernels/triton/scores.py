@@ -1,6 +1,6 @@
 """The parts that differ between scores, for the kernels that all scores share.
 
-``SCORE`` is "dot", or that of additive attention by its activation: "tanh", "relu", "leaky_relu" or "sigmoid".
+``SCORE`` is "dot", or for additive attention its activation: "tanh", "relu", "leaky_relu" or "sigmoid".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .activations import activate, activation_of, sigmoid_and_slope
 
 
 def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
-    """SCORE, v, bias and number of a score: scale of "dot", negative slope of "leaky_relu"."""
+    """SCORE, v, bias and number of a score. number: the scale of "dot", the negative slope of "leaky_relu"."""
     if isinstance(score, DotScore):
         return "dot", None, None, score.scale
     name, slope = activation_of(score)
@@ -25,11 +25,10 @@ def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
 def score_terms(
     q, k, v, bias, gate, number, number_lo, u, A, stride_v, stride_bias, SCORE: tl.constexpr, APPROXIMATE: tl.constexpr
 ):  # fmt: skip
-    """The terms of which a score is the sum over the units u < A, from query q and key k, widened; 0 beyond A.
+    """The terms whose sum over the units u < A is the score of query q and key k, both upcast; 0 beyond A.
 
-    v (A,) and bias (A,) or None are those of additive attention; v may also point to several vectors, as far as they
-    broadcast with u. gate: the gate of k, widened, or None. number + number_lo: see parts_of; it is in two parts for
-    float64.
+    v (A,) and bias (A,) or None are those of additive attention; v may also point to several vectors that broadcast
+    with u. gate: the gate of k, upcast, or None. number + number_lo: see parts_of; it has two parts for float64.
     """
     if SCORE == "dot":
         terms = q * k

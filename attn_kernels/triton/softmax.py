@@ -1,4 +1,4 @@
-"""Softmax of the scores with the average of values, and the gradient of the scores."""
+"""Softmax of the scores and the weighted average of values, and the gradient of the scores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .tiles import MAX_SMALL_M, packed_split, power_of_two, small_m_block, steps
 
 @kernel
 def _attend_kernel(
-    context,  # (splits, B, Tq, D), contiguous: each split of the steps apart
+    context,  # (splits, B, Tq, D), contiguous: one for each split of the steps
     alignments,  # (B, Tq, Tk), contiguous, or None
     scores,  # (B, Tq, Tk), contiguous
     values,  # (B, Tk, D)
@@ -40,16 +40,17 @@ def _attend_kernel(
     steps_per_split,  # a multiple of BLOCK_K
     stride_vb, stride_vk, stride_vd, stride_lengths, stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq), contiguous, float32 or float64, or None
-    score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
+    score_bias,  # (B, Tq, Tk) or None; for this and the next arguments, see option_arguments
     stride_sb, stride_sq, stride_sk,
     seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, ALIGNED: tl.constexpr,
     SMALL_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    columns,  # of packed alignments, or None: see alignment_rows; packed scores are as for 0
+    columns,  # of packed alignments, or None: see alignment_rows; packed scores always have the layout for 0
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """alignments = softmax of the attended scores, context = alignments @ values; zeros where nothing is attended.
 
-    Every program takes the maximum and the sum of its whole rows, which are short, so that no two have to be combined.
+    Every program computes the maximum and the sum of its whole rows, which are short, so no results have to be
+    combined.
     """
     accumulate: tl.constexpr = scores.dtype.element_ty
     tiles_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
@@ -115,9 +116,9 @@ def _attend_kernel(
     split_context = context + ((split.to(tl.int64) * B + b) * Tq + i[:, None]) * D + d[None, :]
     tl.store(split_context, averaged, mask=(i[:, None] < Tq) & (d[None, :] < D))
 
-    if alignments is not None:  # zeros in the tiles that are padding altogether
+    if alignments is not None:  # zeros in the tiles with only padding
         if tile_d == 0:
-            if PACKED:  # whose splits are of the steps that there are
+            if PACKED:  # the splits cover only existing steps, not padding
                 begin = split * row_steps
                 end = row_steps
             for start in range(tl.maximum(begin, tl.cdiv(length, BLOCK_K) * BLOCK_K), end, BLOCK_K):
@@ -136,10 +137,10 @@ def attend(
     log_total: Tensor | None = None,
     columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the attended scores and the average of values.
+    """Softmax over the attended scores and the weighted average of values.
 
-    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, anything where not attended; values (B, Tk, D);
-    log_total (B, Tq) in float32 or float64, contiguous: what is written into unless Tk is 0.
+    Args: scores (B, Tq, Tk) in float32 or float64, contiguous, arbitrary where not attended; values (B, Tk, D);
+    log_total (B, Tq) in float32 or float64, contiguous, an output, not written if Tk is 0.
     columns: of a packed memory, whose scores are (1, Tq, N); see packed_attention.py.
     Returns: context (B, Tq, D), and alignments (B, Tq, Tk) or an empty tensor; in the dtype of values.
     """
@@ -193,16 +194,16 @@ def _softmax_backward_kernel(
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     Tq, Tk,
-    padded_blocks,  # Tq as padded in dscores, in blocks of BLOCK_Q
+    padded_blocks,  # the padded Tq of dscores, in blocks of BLOCK_Q
     stride_gb, stride_gq, stride_gk,
     stride_ab, stride_aq, stride_ak,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     dscore_bias,  # (B, Tq, Tk), contiguous, or None
-    kept,  # (B, Tq, Tk), contiguous, or None: the alignments that dropout has left
+    kept,  # (B, Tq, Tk), contiguous, or None: the alignments that dropout keeps
     grad_log_total,  # (B, Tq), contiguous, or None
-    scores,  # (B, Tq, Tk), contiguous, or None: without clip and bias, where log weights are not the scores
-    score_bias,  # (B, Tq, Tk) or None; it and what follows: see option_arguments
+    scores,  # (B, Tq, Tk), contiguous, without clip and bias; None if log weights are equal to the scores
+    score_bias,  # (B, Tq, Tk) or None; for this and the next arguments, see option_arguments
     stride_sb, stride_sq, stride_sk,
     seed, least, kept_factor, kept_factor_lo, clip, clip_lo, NORMALISER: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -211,9 +212,11 @@ def _softmax_backward_kernel(
 ):  # fmt: skip
     """dscores = alignments * (g - mean of g), g = dproduct + grad_alignments; 0 where not attended.
 
-    The mean is sum_j alignments * g over the sum of alignments: 1, but for their rounding to the dtype of the inputs.
-    With options: dproduct is of the weights that dropout has left; the gradient of log_total is added, all of it is
-    multiplied with the derivative of the log weights, and dscore_bias is dscores, before that of the clip.
+    The mean is sum_j alignments * g over the sum of alignments, which is 1 except for their rounding to the input
+    dtype.
+
+    With options: dproduct is of the weights that dropout keeps; the gradient of log_total is added; and the result is
+    multiplied by the derivative of the log weights. dscore_bias is dscores before the factor of the clip.
     """
     accumulate: tl.constexpr = dscores.dtype.element_ty
     padded_q = padded_blocks * BLOCK_Q
@@ -288,9 +291,9 @@ def _softmax_backward_kernel(
 
 
 def padded_scores(scores: Tensor) -> Tensor:
-    """An empty tensor like scores, (B, Tq, Tk), in float32 or float64, that lies as (B, Tk, Tq rounded up) in memory.
+    """An empty tensor like scores, (B, Tq, Tk), in float32 or float64, with the memory layout (B, Tk, Tq rounded up).
 
-    The backward of additive scores walks the steps and loads all queries of one at once, without a mask.
+    The backward of additive scores loops over the steps and loads all queries of a step at once, without a mask.
     """
     B, Tq, Tk = scores.shape
     padded_q = small_m_block(Tq) if Tq <= MAX_SMALL_M else triton.cdiv(Tq, 32) * 32
@@ -298,7 +301,7 @@ def padded_scores(scores: Tensor) -> Tensor:
 
 
 def padded_gradient(grad_scores: Tensor) -> Tensor:
-    """grad_scores (B, Tq, Tk) in a tensor of ``padded_scores``, filled up with zeros."""
+    """grad_scores (B, Tq, Tk) in a tensor of ``padded_scores``, padded with zeros."""
     B, _, Tk = grad_scores.shape
     dscores = padded_scores(grad_scores)
     filler = dscores.as_strided((B, dscores.stride(2), Tk), dscores.stride())
@@ -321,12 +324,12 @@ def softmax_backward(
 ) -> Tensor:
     """The gradient of the scores: (B, Tq, Tk), float32 or float64, 0 where not attended.
 
-    Its memory is that of ``padded_scores``, filled up with zeros.
+    Its memory layout is that of ``padded_scores``, padded with zeros.
 
-    With options: scores (B, Tq, Tk) without clip and bias, for a clip or another normaliser than softmax. Written
-    into: dscore_bias, and kept, the alignments that dropout has left; both (B, Tq, Tk), contiguous.
+    With options: scores (B, Tq, Tk) without clip and bias, for a clip or a normaliser other than softmax. Outputs:
+    dscore_bias, and kept, the alignments that dropout keeps; both (B, Tq, Tk), contiguous.
 
-    columns: of a packed memory; see packed_attention.py. The result is (1, Tq, N) then.
+    columns: of a packed memory; see packed_attention.py. Then the result is (1, Tq, N).
     """
     if columns is not None:
         assert masks.memory_lengths is not None  # the offsets

@@ -1,4 +1,4 @@
-"""``python -m attn_kernels tune``: which candidates of configurations.py are fastest on the GPU at hand."""
+"""``python -m attn_kernels tune``: finds the fastest candidates of configurations.py on the current GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .decode import decode
 from .inputs import Inputs as AttentionInputs
 from .products import product, weighted_sum
 
-WORTH = 0.02  # what a candidate has to win over the shipped configuration, above the noise of a measurement
+WORTH = 0.02  # a candidate must be faster than the shipped configuration by this share, which is above noise
 
 Sizes = tuple[int, int, int, int]
 
@@ -101,7 +101,7 @@ def tune(
     loads: Sequence[Workload] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Times all candidates, takes those that win, and writes them to output (by default where they are looked for)."""
+    """Times all candidates, selects the fastest, and writes them to output (by default the user's table)."""
     name, file = device_name(device), output or path()
     say(f"tuning for {name}")
     chosen = {}
@@ -115,13 +115,13 @@ def tune(
             with overriding(load.entry, candidate):
                 try:
                     wrong = _difference([load.run(i) for i in inputs], expected)
-                except (RuntimeError, triton.runtime.errors.OutOfResources) as error:  # too large for this device
+                except (RuntimeError, triton.runtime.errors.OutOfResources) as error:  # the tile is too large
                     say(f"[{number}/{len(loads)}] {load.entry}: {_text(candidate)} does not run: {error}")
                     continue
                 if wrong > _rounding(load):
                     raise RuntimeError(f"{load.entry}: {_text(candidate)} differs by {wrong:.1e}: please report this")
                 seconds[index] = [time(functools.partial(load.run, i)) for i in inputs]
-        # The mean over the sizes of the time relative to that of the shipped one.
+        # The mean over the sizes of the time relative to that of the shipped configuration.
         relative = {
             index: math.exp(sum(math.log(a / b) for a, b in zip(times, seconds[0], strict=True)) / len(times))
             for index, times in seconds.items()
@@ -151,13 +151,13 @@ def _inputs(load: Workload, sizes: Sizes, device: torch.device) -> Inputs:
 
 
 def _rounding(load: Workload) -> float:
-    """How far two orders of summation may be apart: float32 sums differ, 16-bit results by roundings of themselves."""
+    """The tolerance between two orders of summation: float32 sums differ, 16-bit results by their own rounding."""
     longest = max(max(sizes[1:]) for sizes in load.sizes)
     return 4 * torch.finfo(load.dtype).eps * (longest**0.5 if load.dtype == torch.float32 else 1)
 
 
 def _difference(results: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest difference of tensors, relative to the largest element of each."""
+    """The largest difference between tensors, relative to the largest element of each."""
     largest = 0.0
     for a, b in zip(results, expected, strict=True):
         for x, y in zip((a,) if isinstance(a, Tensor) else a, (b,) if isinstance(b, Tensor) else b, strict=True):

@@ -27,11 +27,12 @@ class FusedOriginalAttention(Fused):
 
     Then forward attention, if ``forward_attn``, by the original's own methods.
 
-    Source: as of Tacotron 2; Zhang et al., "Forward attention in sequence-to-sequence acoustic modelling for speech
+    Source: as for Tacotron 2; Zhang et al., "Forward attention in sequence-to-sequence acoustic modelling for speech
     synthesis", 2018.
 
-    Left to the original: the sigmoid norm, windows (in evaluation), a sentence that is all padding, torch.compile. The
-    bias of ``v`` adds the same to all scores of a softmax: its gradient is 0. Padding that holds NaN is ignored.
+    Not supported, so that the original runs: the sigmoid norm, windows (in evaluation), a sentence with only padding,
+    torch.compile. The bias of ``v`` adds the same number to all scores of a softmax: its gradient is 0. Padding that
+    holds NaN is ignored.
     """
 
     min_products = MIN_PRODUCTS

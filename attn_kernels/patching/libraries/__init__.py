@@ -1,6 +1,6 @@
-"""Adapters of other libraries' classes: one file each, named as the library's top-level package.
+"""Adapters for classes of other libraries: one file for each library, named like its top-level package.
 
-A file imports nothing of its library: it names classes, and its adapters are mixed into them when a model has one.
+A file imports nothing from its library. It names classes; its adapters are mixed into a class when a model contains it.
 """
 
 import pkgutil

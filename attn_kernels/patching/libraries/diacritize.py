@@ -1,4 +1,4 @@
-"""arabic-diacritizer: the attention of its BiLSTM, every step over all steps of a sentence."""
+"""arabic-diacritizer: the attention of its BiLSTM, from every step to all steps of a sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..registry import adapts
     sources=("d33ad0e25da1",),
 )
 class FusedBahdanauAttention(Fused):
-    r"""scores_ij = v . tanh(W h_i + U h_j); the contexts, without the alignments, are what it returns.
+    r"""scores_ij = v . tanh(W h_i + U h_j). Returns the contexts, without the alignments.
 
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2, with the states as queries and as memory.
@@ -32,7 +32,7 @@ class FusedBahdanauAttention(Fused):
     v: Any
 
     def attend(self, hidden_states: Tensor) -> Any:
-        """hidden_states: (B, T, H). Returns the contexts, of that shape."""
+        """hidden_states: (B, T, H). Returns the contexts, (B, T, H)."""
         if not is_stock_linear(self.v):
             return NotSupported("a score layer that is no plain nn.Linear")
         query, keys = self.W(hidden_states), self.U(hidden_states)

@@ -26,9 +26,10 @@ class FusedAttentionLayer(Fused):
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general", and equation 5.
 
-    Supported: everything but small problems, which the original computes faster, and a row that is all padding
-    (masks.py). Padding is ignored, even if it is NaN or infinite; the original returns NaN then. Scores are never
-    rounded to float32, as float64 ones are there with a padding mask. ``torch.jit.script`` compiles the original.
+    Supported: everything except small problems, which the original computes faster, and a row with only padding
+    (masks.py). Padding is ignored, even if it is NaN or infinite; the original returns NaN then. The original rounds
+    float64 scores to float32 if there is a padding mask; here they are not rounded. ``torch.jit.script`` compiles the
+    original.
     """
 
     min_products = MIN_PRODUCTS
@@ -58,7 +59,7 @@ class FusedMLPAttention(Fused):
     appendix A.1.2; the model: Berard, Besacier, Kocabiyikoglu, Pietquin, "End-to-end automatic speech translation of
     audiobooks", 2018.
 
-    Supported: as :class:`FusedAttentionLayer`. Without gradients, a memory is projected once and not in each step.
+    Supported: as for :class:`FusedAttentionLayer`. Without gradients, a memory is projected once, not in each step.
     """
 
     min_products = MIN_PRODUCTS
@@ -67,8 +68,8 @@ class FusedMLPAttention(Fused):
     to_scores: Any
 
     def count_products(self, elements: int) -> float:
-        """Without gradients also those of the projection of the memory, which is kept: 32 of them take the time of one
-        that comes with a tanh.
+        """Without gradients, the products of the cached projection count, too: 32 of them take as long as one product
+        with a tanh.
         """
         columns = 0 if torch.is_grad_enabled() else getattr(self.encoder_proj, "in_features", 0)
         return elements * (1 + columns / 32)
@@ -89,7 +90,7 @@ class FusedMLPAttention(Fused):
 
 
 def _memory(values: Tensor, allowed: Tensor | None) -> Memory:
-    """Of values (Tk, B, C), which are the keys, too."""
+    """The memory of values (Tk, B, C), which are also the keys."""
     values = values.transpose(0, 1)
     return Memory(values, values, mask=allowed)
 
@@ -107,6 +108,6 @@ def _allowed(padding: Tensor) -> Tensor:
 
 
 def _time_major(result: Attention, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Context (B, C) and alignments (Tk, B), of alignments (B, Tk)."""
+    """Context (B, C) and alignments (Tk, B), from alignments (B, Tk)."""
     result = as_original(result, allowed)
     return result.context, alignments_of(result).t().contiguous()

@@ -1,9 +1,9 @@
 """JoeyNMT: the attention of its recurrent decoder.
 
-The decoder calls ``compute_proj_keys`` once in a training step, but in every step of a greedy or beam search, although
-the sentences are the same: under ``torch.no_grad()`` their projection is reused. A greedy search passes the same
-tensor. A beam search passes another one each time, with the rows of a sentence's hypotheses, which are all equal,
-re-ordered, and without those of sentences that are done: see ``cached_projection``.
+The decoder calls ``compute_proj_keys`` once in a training step. In a greedy or beam search it calls it in every step,
+although the sentences are the same. Under ``torch.no_grad()`` their projection is reused. A greedy search passes the
+same tensor. A beam search passes a new tensor each time: all hypotheses of a sentence have equal rows, the rows are
+re-ordered, and the rows of finished sentences are left out. See ``cached_projection``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _FusedMechanism(Fused):
     _check_input_shapes_forward: Any
 
     def compute_proj_keys(self, keys: Tensor) -> None:
-        """keys: (B, Tk, M), the encoder's output. Leaves its projection, (B, Tk, A), in ``proj_keys``."""
+        """keys: (B, Tk, M), the encoder's output. Stores its projection, (B, Tk, A), in ``proj_keys``."""
         self.proj_keys = cached_projection(self, self.key_layer, keys, is_shared=True)
 
     def attend(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
@@ -59,8 +59,8 @@ class FusedBahdanauAttention(_FusedMechanism):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2.
 
-    Supported: everything but a row that may attend nothing (masks.py). Keys and values where the mask is 0 are ignored,
-    even if they are NaN or infinite; the original returns NaN then.
+    Supported: everything except a row that may attend nothing (masks.py). Keys and values are ignored where the mask is
+    0, even if they are NaN or infinite; the original returns NaN then.
     """
 
     energy_layer: Any
@@ -85,7 +85,7 @@ class FusedLuongAttention(_FusedMechanism):
     Source: Luong, Pham, Manning, "Effective approaches to attention-based neural machine translation", 2015, section
     3.1, "general".
 
-    Supported: as :class:`FusedBahdanauAttention`.
+    Supported: as for :class:`FusedBahdanauAttention`.
     """
 
     def _step(self, query: Tensor, memory: Memory) -> Attention:

@@ -26,10 +26,10 @@ class FusedAdditiveAttention(Fused):
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and translate", 2015,
     appendix A.1.2, as ``keras.layers.AdditiveAttention`` documents it.
 
-    Left to the original: float64, dropout in training, more than three axes, masks within torch.compile, and a mask
-    under which a query may attend nothing (Keras subtracts 1e9 where it is False: from all scores, without effect).
-    Values where the mask is False are ignored, even if they are NaN. Pickle and Keras's own saving write the original
-    layer.
+    Not supported, so that the original runs: float64, dropout in training, more than three axes, masks within
+    torch.compile, and a mask under which a query may attend nothing. (Keras then subtracts 1e9 from all scores of the
+    query, without effect.) Values are ignored where the mask is False, even if they are NaN. Pickle and Keras's own
+    saving write the original layer.
     """
 
     scale: Any

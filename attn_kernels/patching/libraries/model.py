@@ -1,6 +1,6 @@
-"""NVIDIA's Tacotron 2 in its repository, where the file is a top-level module of this name.
+"""NVIDIA's Tacotron 2 in its own repository, where the file is a top-level module of this name.
 
-Other projects have a module ``model``, too: a class of theirs has another source, which the adapter is not for.
+Other projects may also have a module ``model``. Their classes have another source, so the adapter does not apply.
 """
 
 from . import tacotron2 as tacotron2

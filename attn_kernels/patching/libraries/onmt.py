@@ -31,9 +31,9 @@ class FusedGlobalAttention(Fused):
     3.1 and equation 5; "mlp": Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
     translate", 2015, appendix A.1.2.
 
-    Supported: the softmax, one query or many. Left to the original: sparsemax; coverage, which writes to the memory; a
-    sentence of length 0 (masks.py). Memory beyond ``src_len`` is ignored, even if it is NaN or infinite; the original
-    returns NaN then.
+    Supported: the softmax, one query or many. The original runs for sparsemax, for coverage, which writes to the
+    memory, and for a sentence of length 0 (masks.py). Memory beyond ``src_len`` is ignored, even if it is NaN or
+    infinite; the original returns NaN then.
     """
 
     attn_type: str

@@ -1,7 +1,7 @@
 """SpeechBrain: the attention of its recurrent decoder. ``reset()`` is called for each batch, the module for each step.
 
-The first step keeps its projection in the module's attributes, as the original does. Left to the original: a sentence
-of length 0 (masks.py), and torch.compile. Padding that holds NaN is ignored.
+The first step stores its projection in the module's attributes, as the original does. The original runs for a sentence
+of length 0 (masks.py), and within torch.compile. Padding that holds NaN is ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Fused(Fused):
     mask: Tensor
 
     def _mask_of(self, enc_states: Tensor, enc_len: Tensor) -> Tensor:
-        """The library's own mask: (B, T), not 0 within each length, in the dtype of the lengths."""
+        """The library's own mask: (B, T), nonzero within each length, in the dtype of the lengths."""
         library: Any = importlib.import_module(self._original.__module__)
         mask: Tensor = library.length_to_mask(enc_len, max_len=enc_states.size(1), device=enc_states.device)
         return mask
@@ -92,8 +92,8 @@ class FusedContentBasedAttention(_FusedAdditive):
 
 @adapts(f"{_MODULE}:LocationAwareAttention", **_LIBRARY, sources=("321bdd3c9ff3",))
 class FusedLocationAwareAttention(_FusedAdditive):
-    """With features of the alignments of the step before, which are constants, as in the original: Chorowski et al.,
-    "Attention-based models for speech recognition", 2015, section 2.1.
+    """With location features of the previous alignments: Chorowski et al., "Attention-based models for speech
+    recognition", 2015, section 2.1. The alignments are constants for autograd, as in the original.
     """
 
     prev_attn: Tensor

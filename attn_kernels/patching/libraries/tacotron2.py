@@ -1,5 +1,5 @@
-"""NVIDIA's Tacotron 2: location-sensitive attention. In PyPI's ``tacotron2`` it has the same source as in NVIDIA's own
-repository, whose file is a top-level module ``model`` (see model.py).
+"""NVIDIA's Tacotron 2: location-sensitive attention. PyPI's ``tacotron2`` has the same source as NVIDIA's own
+repository, where the file is a top-level module ``model`` (see model.py).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class FusedAttention(Fused):
     Source: Shen et al., "Natural TTS synthesis by conditioning WaveNet on mel spectrogram predictions", 2018, section
     2.2, after Chorowski et al., "Attention-based models for speech recognition", 2015, section 2.1.
 
-    Supported: all but a sentence that is all padding (masks.py), and masks within torch.compile. Padding that holds NaN
-    is ignored.
+    Supported: everything except a sentence with only padding (masks.py), and masks within torch.compile. Padding that
+    holds NaN is ignored.
     """
 
     min_products = MIN_PRODUCTS
@@ -70,7 +70,7 @@ class FusedAttention(Fused):
 
 
 def linear_within(layer: Any) -> nn.Linear | None:
-    """The linear layer of a LinearNorm (NVIDIA) or Linear (coqui-tts), if the call does nothing else."""
+    """The linear layer of a LinearNorm (NVIDIA) or Linear (coqui-tts), if its call does nothing else."""
     inner = getattr(layer, "linear_layer", None)
     if type(layer).__name__ not in ("LinearNorm", "Linear") or inner is None:
         return None

@@ -1,9 +1,9 @@
-"""The fused decoder and encoder: a whole target as one autograd node, the steps of a search past the modules, and
-layers over sentences of different lengths as a node each.
+"""The fused decoder and encoder: a whole target as one autograd node, search steps that bypass the modules, and one
+node for each layer over sentences of different lengths.
 
-``eligibility`` says which decoders these may stand for. ``autograd`` is the node of a target: ``sequence`` computes its
-steps out of ``cells`` and ``attention``, or ``filtered`` where these read the alignments of the steps before,
-``formula`` is their specification, ``cuda_graph`` replays them on a GPU.
-``inference`` is the step of a search. ``ragged`` is the node of an encoder's layer, out of ``ragged_cells``.
-``cell_steps`` has what a step of a cell computes besides products, and ``gemm`` multiplies for all of them.
+``eligibility`` decides which decoders these may replace. ``autograd`` is the node of a target. ``sequence`` computes
+its steps with ``cells`` and ``attention``, or with ``filtered`` if the attention reads the alignments of earlier steps.
+``formula`` is their specification; ``cuda_graph`` replays them on a GPU. ``inference`` is a search step. ``ragged`` is
+the node of an encoder layer, with ``ragged_cells``. ``cell_steps`` has the elementwise part of a cell step, and
+``gemm`` the matrix products of all of them.
 """

@@ -1,7 +1,7 @@
 """The attention of all steps of a sequence, without autograd: forward step by step, then backward.
 
-The backward of a step makes the gradient of its query alone. Memory and score get theirs from one pass with all steps
-as queries, when all are done. B sentences, T steps, S source steps, A units, M memory_size, H hidden_size.
+The backward of a step computes only the gradient of its query. After the last step, one pass with all steps as queries
+computes the gradients of memory and score. B sentences, T steps, S source steps, A units, M memory_size, H hidden_size.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .inputs import Inputs, Query
 
 
 class SavedAttention(NamedTuple):
-    """What the backward reads of the forward."""
+    """The results of the forward that the backward reads."""
 
     queries: Tensor  # (T, B, A), before the factor
     alignments: Tensor  # (B, T, S)
-    lengths: Tensor | None  # (T, B, 1), what a query was divided by: its length, or 1 if that is 0
-    is_zero: Tensor | None  # (T, B, 1), whether it is
+    lengths: Tensor | None  # (T, B, 1), the divisor of a query: its length, or 1 if that is 0
+    is_zero: Tensor | None  # (T, B, 1), whether the length is 0
     prepared: Tensor | None  # of the keys
-    padded: Tensor | None = None  # (T, B, inputs, S + taps - 1), what the filters of each step read
+    padded: Tensor | None = None  # (T, B, inputs, S + taps - 1), the padded inputs of the filters in each step
 
 
 def prepare(score: Score, keys: Tensor, backend: str | None) -> Tensor | None:
-    """What the op of the score would compute of the keys in each call; None if it computes nothing of them alone."""
+    """The value that the op would compute from the keys alone in each call; None if there is none."""
     return prepare_keys(keys, backend=backend) if isinstance(score, AdditiveScore) else None
 
 
@@ -42,19 +42,19 @@ def with_prepared(score: Score, prepared: Tensor | None) -> Score:
 
 
 def op_arguments(score: Score, memory: Memory) -> tuple[Any, ...]:
-    """The arguments of the score's op after the query, but for the last one; of its backward, too."""
+    """The arguments of the score's op, and of its backward, after the query and without the last one."""
     return memory.keys, memory.values, *score, memory.memory_lengths, memory.mask
 
 
 def call(op: str, backend: str, *arguments: Any) -> Any:
-    """An op on a backend, or its formula with the backend "reference", which has no ops."""
+    """Runs an op on a backend, or its formula if the backend is "reference", which has no ops."""
     if backend == "reference":
         return formulas.apply_formula(op, arguments)
     return ops.call(op, backend, *arguments)
 
 
 class AttentionForward:
-    """The attention of each step in turn."""
+    """Computes the attention step by step."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.backend: str = inputs.backend
@@ -65,7 +65,7 @@ class AttentionForward:
         if self.query.eps is not None:
             lengths = keys.new_empty(steps, batch, 1, dtype=wide_dtype(keys.dtype))
             is_zero = torch.empty_like(lengths, dtype=torch.bool)
-        # In 16 bits e^{2k} would be rounded once more than in single steps, which have no prepared keys.
+        # In 16 bits, prepared keys would round e^{2k} once more than single steps, which have no prepared keys.
         rounded = keys.element_size() == 2
         prepared = None if rounded or inputs.filters is not None else prepare(inputs.score, keys, self.backend)
         self.op: str = inputs.score.op
@@ -104,7 +104,7 @@ class AttentionForward:
 
 
 class AttentionBackward:
-    """The gradients of each step, from the last to the first, and then those of all steps together."""
+    """Computes the gradients of each step, from the last to the first, and then the gradients over all steps."""
 
     def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
         self.backend: str = inputs.backend
@@ -118,12 +118,12 @@ class AttentionBackward:
         self.op: str = f"{self.score.op}_backward"
         as_scored = saved.queries if factor is None else saved.queries * factor
         self.queries: Tensor = as_scored.transpose(0, 1)  # (B, T, A)
-        self.dqueries: Tensor = torch.empty_like(saved.queries)  # becomes that of the projected states
+        self.dqueries: Tensor = torch.empty_like(saved.queries)  # overwritten by the gradients of the projected states
         self.dcontexts: Tensor = saved.queries.new_empty(batch, steps, inputs.memory.values.shape[2])
         self.dfactor: Tensor | None = None if factor is None else factor.new_zeros((), dtype=wide_dtype(factor.dtype))
 
     def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
-        """dcontext: (B, M). dalignments: (B, T, S), those of all steps. Returns the gradient of the state, (B, H)."""
+        """dcontext: (B, M). dalignments: (B, T, S), of all steps. Returns the gradient of the state, (B, H)."""
         self.dcontexts[:, t] = dcontext
         of_alignments = None if dalignments is None else dalignments.narrow(1, t, 1)
         query, alignments = self.queries.narrow(1, t, 1), self.saved.alignments.narrow(1, t, 1)
@@ -133,31 +133,34 @@ class AttentionBackward:
     def _query_gradient(
         self, t: int, dcontext: Tensor, dalignments: Tensor | None, query: Tensor, alignments: Tensor
     ) -> Tensor:
-        """(B, 1, A), of the query. Arguments: those of the op's backward, of step t alone."""
+        """The gradient of the query, (B, 1, A). The arguments are those of the op's backward, for step t only."""
         given = dcontext, dalignments, query, *self.arguments, alignments
         dquery: Tensor = call(self.op, self.backend, *given, True, False)[0]
         return dquery
 
     def _state_gradient(self, t: int) -> Tensor:
-        """From dqueries[t], which becomes the gradient of the product with the weight."""
+        """The gradient of the state. Overwrites dqueries[t] by the gradient of the product with the weight."""
         factor, dfactor, saved = self.query.factor, self.dfactor, self.saved
         if factor is not None and dfactor is not None:
             unit = saved.queries[t].to(dfactor.dtype)
             dquery = self.dqueries[t].to(unit.dtype)
             along = (dquery * unit).sum(-1, keepdim=True)
             dfactor += along.sum()
-            if saved.lengths is not None and saved.is_zero is not None:  # that of a zero vector counts as a constant
+            if saved.lengths is not None and saved.is_zero is not None:  # the length of a zero vector is a constant
                 dquery = (dquery - unit * along.masked_fill(saved.is_zero[t], 0.0)) / saved.lengths[t]
             self.dqueries[t] = dquery * factor
         return self.dqueries[t] if self.projection is None else self.projection(self.dqueries[t])
 
     def gradients(self, states: Tensor, dalignments: Tensor | None) -> dict[str, Any]:
-        """Those of ``Inputs`` by field: memory, score and query. states: (T, B, H). dalignments: (B, T, S)."""
+        """The gradients of the fields memory, score and query of ``Inputs``, by name.
+
+        states: (T, B, H). dalignments: (B, T, S).
+        """
         arguments = (self.dcontexts, dalignments, self.queries, *self.arguments, self.saved.alignments)
-        # With the gradients of a score come those of the queries, which the steps have made before.
+        # One flag covers the score and the queries. The steps have computed the gradients of the queries already.
         needed = (self.score.tensors > 0, True)
         _, dkeys, dvalues, *dscore = call(self.op, self.backend, *arguments, *needed)
-        # The op returns an empty tensor where there is no bias.
+        # The op returns an empty tensor if there is no bias.
         pairs = zip(self.score._fields, self.score, dscore, strict=False)
         by_name: dict[str, Any] = {name: None if x is None else gradient for name, x, gradient in pairs}
         return {

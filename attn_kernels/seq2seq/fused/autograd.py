@@ -1,8 +1,8 @@
 """A decoder over a whole target as one node of autograd: cells, attention, attentional vector and input feeding.
 
-The forward saves what the backward reads and nothing else. The backward computes step by step only what the step before
-needs. What is a sum over steps is computed once, after the last: each weight gradient is one product over all steps,
-and keys, values and score vector get theirs from one pass with all steps as queries.
+The forward saves only what the backward reads. In the loop over steps, the backward computes only what the previous
+step needs. Sums over steps are computed once, after the loop: each weight gradient is one product over all steps, and
+one pass with all steps as queries computes the gradients of keys, values and score vector.
 
 B sentences, T steps, S source steps, H hidden_size.
 """
@@ -29,13 +29,13 @@ from .sequence import backward, forward
 def decode_sequence(
     decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory
 ) -> tuple[Tensor, Tensor]:
-    """Teacher forcing with input feeding: what ``Decoder._step`` does, of all steps. See ``can_fuse_sequence``.
+    """Teacher forcing with input feeding: ``Decoder._step`` for all steps. See ``can_fuse_sequence``.
 
-    embedded: (B, T, E), read by the steps. state: the first one, of one hypothesis per sentence.
+    embedded: (B, T, E), the inputs of the steps. state: the first one, of one hypothesis per sentence.
     Returns the attentional vectors, (B, T, H), and alignments, (B, T, S).
     """
     attention, feed = decoder.attention, state.feed
-    assert feed is not None  # as can_fuse_sequence saw
+    assert feed is not None  # checked by can_fuse_sequence
     projection, factor = attention.query_projection, attention.query_factor()
     if factor is not None and not isinstance(factor, Tensor):
         factor = embedded.new_full((), factor)
@@ -66,7 +66,7 @@ def _filters(attention: AttentionModule, state: Any) -> AlignmentFilters | None:
 
 
 def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of the outputs of the layers below the top one and of the attentional vectors, (T, B, H) each.
+    """Dropout factors of the outputs of all layers but the top one, and of the attentional vectors: (T, B, H) each.
 
     None without dropout.
     """
@@ -82,7 +82,7 @@ class _Sequence(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Inputs, structure: Any, cuda_graph: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """structure, tensors: those of the inputs, flat: autograd looks into no tuples."""
+        """structure, tensors: the flattened inputs, because autograd does not find tensors inside tuples."""
         ctx.set_materialize_grads(False)
         ctx.structure = structure
         ctx.graph = find_graph(inputs) if cuda_graph else None
@@ -103,7 +103,7 @@ class _Sequence(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tensors, saved = all_saved[: len(needed)], all_saved[len(needed) :]
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or any(map(is_batch, gradients)):
-            # Gradients that are to be differentiated again, and batches of them, are not made in place.
+            # Gradients that are differentiated again, and batched gradients, cannot be computed in place.
             found = differentiable_gradients(ctx.structure, tensors, gradients, needed)
         else:
             inputs = unflatten(ctx.structure, iter(tensors))

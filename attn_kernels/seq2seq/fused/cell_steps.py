@@ -1,6 +1,6 @@
-"""What a step of a recurrent cell computes besides its products, and its backward: the op where there is one.
+"""A step of a recurrent cell without its matrix products, and its backward: by the CPU op, if it supports the tensors.
 
-They write into their arguments. B rows, H units; all rows are contiguous.
+The functions write to their arguments. B rows, H units; all rows are contiguous.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...backends import choose
 
 
 def find_step(name: str, gates: Tensor) -> Callable[..., Any]:
-    """The function of this name below, or the op that stands for it."""
+    """The op of this name, or else the function of this name below."""
     has_op = gates.is_cpu and gates.dtype in (torch.float32, torch.float64) and choose(None, "cpu") == "cpu"
     return ops.kernel(name, "cpu") if has_op else _FORMULAS[name]
 
@@ -26,8 +26,8 @@ def lstm_step(
 ) -> None:
     """c' = f c + i g, h' = o tanh(c').
 
-    gates: (B, 4 H), i, f, g, o before their functions; after the call, behind them. cell: (B, H), before the step.
-    Written: new_cell, tanh of it, and hidden, twice unless ``again`` is None; (B, H).
+    gates: (B, 4 H), i, f, g, o before the activation functions; overwritten by their results. cell: (B, H), before the
+    step. Written, all (B, H): new_cell, its tanh, and hidden; ``again`` gets a copy of hidden unless it is None.
     """
     i, f, g, o = gates.chunk(4, dim=1)
     gates[:, : 2 * cell.shape[1]].sigmoid_()
@@ -42,9 +42,10 @@ def lstm_step(
 def lstm_step_backward(
     dhidden: Tensor, gates: Tensor, cell: Tensor, tanh: Tensor, dcell: Tensor, dgates: Tensor
 ) -> None:
-    """gates, cell, tanh: of ``lstm_step``, after the call. dcell: of the new cell; after the call, of the one before.
+    """gates, cell, tanh: those of ``lstm_step``, after the call.
 
-    Written: dgates, of the gates before their functions.
+    dcell: the gradient of the new cell; overwritten by that of the cell before the step.
+    Written: dgates, the gradient of the gates before the activation functions.
     """
     i, f, g, o = gates.chunk(4, dim=1)
     di, df, dg, do = dgates.chunk(4, dim=1)
@@ -67,9 +68,9 @@ def gru_step(
 ) -> None:
     """h' = n + z (h - n), n = tanh(x W_n + b_n + r (h W_hn + b_hn)).
 
-    gates: (B, 3 H), the parts of r, z, n with x, before their functions; after the call, r, z and n.
-    products: (B, 3 H), h with the weights. bias: (3 H,), is added to them. before: (B, H), h.
-    Written: recurrent, h W_hn + b_hn, and hidden, twice unless ``again`` is None; (B, H).
+    gates: (B, 3 H), the terms of r, z, n from x, before the activation functions; overwritten by r, z and n.
+    products: (B, 3 H), h times the weights. bias: (3 H,), added to the products. before: (B, H), h.
+    Written, all (B, H): recurrent, h W_hn + b_hn, and hidden; ``again`` gets a copy of hidden unless it is None.
     """
     size = before.shape[1]
     if bias is not None:
@@ -92,10 +93,11 @@ def gru_step_backward(
     dgates: Tensor,
     dproducts: Tensor,
 ) -> None:
-    """gates, before, recurrent: of ``gru_step``, after the call.
+    """gates, before, recurrent: those of ``gru_step``, after the call.
 
-    dbefore: (B, H), to which that of ``before`` is added, but for its part through the products.
-    Written: dgates and dproducts, (B, 3 H), of the parts with x and with h of the gates before their functions.
+    dbefore: (B, H); the gradient of ``before`` is added to it, without the part through the products.
+    Written: dgates and dproducts, (B, 3 H), the gradients of the terms from x and from h, before the activation
+    functions.
     """
     size = before.shape[1]
     r, z, n = gates.chunk(3, dim=1)

@@ -1,7 +1,7 @@
 """Layers of recurrent cells over a whole sequence, without autograd: forward step by step, then backward.
 
-A layer keeps [x_t | h_{t-1}] of all steps side by side: the gradient of its weights is one product for all steps, and
-a step of an LSTM is one, too. T steps, B rows, n inputs, H units; (T, B, *) is contiguous for each step.
+A layer stores [x_t | h_{t-1}] of all steps in one array. So the weight gradient is one product over all steps, and a
+step of an LSTM is also one product. T steps, B rows, n inputs, H units; (T, B, *) is contiguous for each step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .inputs import CellWeights
 
 
 class SavedLSTM(NamedTuple):
-    """What the backward of an LSTM layer reads."""
+    """The results of the forward that the backward of an LSTM layer reads."""
 
     inputs: Tensor  # (T + 1, B, n + H), [x | h] before each step
     gates: Tensor  # (T, B, 4 H): i, f, g, o
@@ -28,7 +28,7 @@ class SavedLSTM(NamedTuple):
 
 
 class SavedGRU(NamedTuple):
-    """What the backward of a GRU layer reads."""
+    """The results of the forward that the backward of a GRU layer reads."""
 
     inputs: Tensor  # (T + 1, B, n + H), [x | h] before each step
     gates: Tensor  # (T, B, 3 H): r, z, n
@@ -36,7 +36,7 @@ class SavedGRU(NamedTuple):
 
 
 class _Forward:
-    """The inputs of a layer, which both cells have alike."""
+    """The inputs of a layer, which are the same for both kinds of cells."""
 
     def __init__(self, weights: CellWeights, hidden: Tensor, steps: int) -> None:
         self.n: int = weights.x.shape[1]
@@ -45,7 +45,7 @@ class _Forward:
         self.inputs[0, :, self.n :] = hidden
 
     def x(self, t: int) -> Tensor:
-        """(B, n): where the input of step t is to be written."""
+        """(B, n): the view into which the input of step t is written."""
         return self.inputs[t, :, : self.n]
 
     def h(self, t: int) -> Tensor:
@@ -56,9 +56,9 @@ class _Forward:
 class LSTMForward(_Forward):
     """Gates i, f, g, o: c' = f c + i g, h' = o tanh(c').
 
-    base: (T, B, 4 H), what is added to the products with x and h of each step but for ``weights.bias_h``: the other
-        bias, and inputs that are known before the loop. The layer computes in it.
-    weights: of the inputs that become known in the loop. hidden, cell: (B, H), the first state.
+    base: (T, B, 4 H), added to the products with x and h of each step: the bias other than ``weights.bias_h``, and the
+        products of inputs that are known before the loop. The layer overwrites it.
+    weights: for the inputs that become known in the loop. hidden, cell: (B, H), the first state.
     """
 
     saved: SavedLSTM
@@ -84,13 +84,13 @@ class LSTMForward(_Forward):
 
 
 class LSTMBackward:
-    """weights: as of the forward."""
+    """weights: those of the forward."""
 
     def __init__(self, saved: SavedLSTM, weights: CellWeights) -> None:
         self.saved = saved
         self.sizes: list[int] = [weights.x.shape[1], weights.h.shape[1]]
         self.dgates: Tensor = torch.empty_like(saved.gates)
-        self.dcell: Tensor = torch.zeros_like(saved.cells[0])  # of the cell after the step that comes next
+        self.dcell: Tensor = torch.zeros_like(saved.cells[0])  # of the cell after the step that is processed next
         steps, batch, _ = saved.gates.shape
         self.product: PackedLinear = PackedLinear(saved.weight.t(), batch, steps)
         self.compute: Callable[..., Any] = find_step("lstm_step_backward", saved.gates)
@@ -111,7 +111,7 @@ class LSTMBackward:
 
 
 class GRUForward(_Forward):
-    """Gates r, z, n with n = tanh(x W_n + b + r (h W_hn + b_hn)): h' = n + z (h - n). Arguments as of LSTMForward."""
+    """Gates r, z, n with n = tanh(x W_n + b + r (h W_hn + b_hn)): h' = n + z (h - n). Arguments as for LSTMForward."""
 
     saved: SavedGRU
 
@@ -134,14 +134,14 @@ class GRUForward(_Forward):
 
 
 class GRUBackward:
-    """weights: as of the forward."""
+    """weights: those of the forward."""
 
     def __init__(self, saved: SavedGRU, weights: CellWeights) -> None:
         self.saved = saved
         self.n: int = weights.x.shape[1]
         self.size: int = weights.h.shape[1]
         self.dgates: Tensor = torch.empty_like(saved.gates)  # of the products with x
-        # Of the products with h; the part of n has the factor r.
+        # Gradients of the products with h. The part of n has the factor r.
         self.drecurrent: Tensor = torch.empty_like(saved.gates)
         steps, batch, _ = saved.gates.shape
         self.product_x: PackedLinear = PackedLinear(weights.x.t(), batch, steps)

@@ -1,9 +1,9 @@
-"""A sequence of decoder steps on a GPU as CUDA graphs: all of its launches as one.
+"""A sequence of decoder steps on a GPU as CUDA graphs: one graph launch replaces all kernel launches.
 
-A graph is made for fixed shapes and computes in memory of its own. Shapes come in buckets: S and T are padded with
-steps that are not attended to and steps whose results are not used, so that few graphs serve all batches. Inputs are
-copied in and results copied out, so that a replay is a function without state: several forwards may come before their
-backwards, and a graph may be used again while results of it are alive.
+A graph is captured for fixed shapes and uses static buffers. Shapes are bucketed, so that few graphs serve all batches:
+S is padded with steps that are not attended, T with steps whose results are not used. Inputs are copied into the
+buffers and results out of them, so that a replay has no state. Several forwards may run before their backwards, and a
+graph may be replayed while results of an earlier replay are still in use.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .sequence import backward, forward
 
 _RESULTS: tuple[Axes, ...] = ({-2: "T"}, {-2: "T", -1: "S"})  # attentional vectors and alignments
 
-# Runs a function once and captures it: returns what computes it again, in the same memory, and its results there.
+# Runs a function once and captures it. Returns a function that replays it in the same buffers, and the result buffers.
 Capture = Callable[[Callable[[], list[Any]]], tuple[Callable[[], object], list[Any]]]
 
 
 def find_graph(inputs: Inputs) -> SequenceGraph | None:
-    """The graph for these shapes; None where there is none and the steps are to be launched one by one."""
+    """The graph for these shapes; None if there is none and the steps have to be launched one by one."""
     keys = inputs.memory.keys
     capture = _capturer(keys)
     if capture is None:
@@ -44,13 +44,13 @@ def find_graph(inputs: Inputs) -> SequenceGraph | None:
 
 
 def bucket(steps: int) -> int:
-    """The size that ``steps`` are padded to: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
+    """The padded size for ``steps``: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
     unit = 1 << max(0, (steps - 1).bit_length() - 3)
     return -(-steps // unit) * unit
 
 
 def _with_lengths(inputs: Inputs) -> Inputs:
-    """With the lengths of a memory that has none: padding is beyond them."""
+    """Adds lengths to a memory that has none, because bucketing adds padding after them."""
     memory, lengths = inputs.memory, inputs.memory.memory_lengths
     if lengths is None:
         keys = memory.keys
@@ -59,12 +59,12 @@ def _with_lengths(inputs: Inputs) -> Inputs:
 
 
 def _shape(x: Tensor, axes: Axes, sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape of x with the axes that ``axes`` names as long as ``sizes`` tells."""
+    """The shape of x, with the axes named in ``axes`` set to their ``sizes``."""
     return tuple(sizes[axes[i]] if (i := n - x.dim()) in axes else x.shape[n] for n in range(x.dim()))
 
 
 class SequenceGraph:
-    """``forward`` and ``backward`` of a sequence, replayed for inputs of one structure and of shapes that fit."""
+    """``forward`` and ``backward`` of a sequence, replayed for inputs with the same structure and shapes that fit."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class SequenceGraph:
         self.capture = capture
         self.axes = axes
         self.sizes = sizes
-        # A replay and the copies around it belong together, whatever other threads do with the same graph.
+        # A replay and the copies around it must not be interleaved with those of other threads.
         self.lock: threading.Lock = threading.Lock()
         self.tensors: list[Tensor | None] = [
             None if x is None or shape is None else x.new_zeros(shape) for x, shape in zip(tensors, shapes, strict=True)
         ]
         self.inputs: Inputs = unflatten(structure, iter(self.tensors))
         self.backwards: dict[tuple[bool, ...], tuple[Callable[[], object], list[Any], list[Any]]] = {}
-        _copy_padded(self.tensors, tensors)  # numbers as they come, for the run before the capture
+        _copy_padded(self.tensors, tensors)  # real data for the run before the capture
 
         def run() -> list[Tensor | None]:
             *results, saved = forward(self.inputs)
@@ -99,7 +99,7 @@ class SequenceGraph:
         self.saved: Any = unflatten(self.saved_structure, iter(self.saved_tensors))
 
     def forward(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Attentional vectors and alignments; and the tensors that ``backward`` is to be given."""
+        """Attentional vectors and alignments; and the saved tensors, which are an argument of ``backward``."""
         with self.lock:
             _copy_padded(self.tensors, flatten(_with_lengths(inputs))[0])
             self.replay()
@@ -110,7 +110,7 @@ class SequenceGraph:
     def backward(
         self, inputs: Inputs, saved: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The gradients of the inputs, flat."""
+        """The gradients of the inputs, flattened."""
         sizes = _sizes(inputs)
         with self.lock:
             _copy_padded(self.tensors, flatten(_with_lengths(inputs))[0])
@@ -122,7 +122,7 @@ class SequenceGraph:
             return [None if x is None else _copy(_unpad(x, axes, sizes)) for x, axes in pairs]
 
     def _backward_of(self, gradients: Sequence[Tensor | None]) -> tuple[Callable[[], object], list[Any], list[Any]]:
-        """What replays the backward, the gradients that it reads and those that it makes."""
+        """A function that replays the backward, the gradients that it reads and the gradients that it computes."""
         which = tuple(x is not None for x in gradients)
         if which not in self.backwards:
             given = [
@@ -144,7 +144,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _unpad(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
-    """The part of x that is no padding."""
+    """The part of x that is not padding."""
     return x[tuple(slice(size) for size in _shape(x, axes, sizes))]
 
 
@@ -155,7 +155,7 @@ def _copy_padded(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
     for static, x in zip(into, tensors, strict=True):
         if static is None:
             continue
-        assert x is not None  # a graph has the structure of what it is used for
+        assert x is not None  # the inputs have the structure of the graph's buffers
         if static.shape != x.shape:
             static.zero_()
             static[tuple(slice(size) for size in x.shape)].copy_(x)
@@ -167,7 +167,7 @@ def _copy_padded(into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
 
 
 class Graphs:
-    """The graphs used last. To make one takes as long as several runs: only shapes that come again get theirs."""
+    """An LRU cache of graphs. A capture takes as long as several runs, so only repeated shapes get a graph."""
 
     capacity = 16
     min_calls = 2
@@ -200,14 +200,14 @@ graphs: Graphs = Graphs()
 
 
 def _capturer(x: Tensor) -> Capture | None:
-    """None where nothing can be captured: on a CPU, or while the caller captures a graph."""
+    """None if nothing can be captured: on a CPU, or while the caller captures a graph."""
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return None
     return functools.partial(_capture, x.device)
 
 
 def _stream(x: Tensor) -> int:
-    """A graph's memory is used in the order of one stream."""
+    """The current stream, which is part of the key: the buffers of a graph are ordered by one stream."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
@@ -216,11 +216,11 @@ def _capture(device: torch.device, function: Callable[[], list[Any]]) -> tuple[C
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()  # kernels are compiled and libraries take their memory: neither may happen in a capture
+            function()  # compiles kernels and allocates workspaces of libraries, which a capture does not allow
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Errors for what this thread does: others, as those of a data loader, may go on allocating.
+            # Only this thread's calls are checked: other threads, such as a data loader's, may allocate meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 results = function()
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Which decoders the fused forms may stand for: those whose steps are what ``Decoder`` and its modules say.
+"""Which decoders the fused implementations may replace: those with the unmodified steps of ``Decoder`` and its modules.
 
-The node of a whole target and the steps of a search read the parameters of the modules that a step calls. Both ask
-here; where the answer is no, steps call the modules, in training and in a search.
+The node of a whole target and the steps of a search read the parameters of the modules, and do not call the modules.
+Both check here first. If a check fails, each step calls the modules, in training and in a search.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ register(CoverageAttention, ["v", "bias", "coverage_weight"], ["query_projection
 
 
 def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
-    """Whether ``decode_sequence`` may stand for the steps of a target. embedded: (B, T, *). state: the first."""
+    """Whether ``decode_sequence`` may replace the steps of a target. embedded: (B, T, *). state: the first one."""
     if not has_stock_steps(decoder, state, memory) or not is_plain(embedded):
         return False
     if state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
@@ -45,10 +45,10 @@ def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderS
 
 
 def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
-    """Whether ``FastDecoder`` may stand for the steps of a search."""
+    """Whether ``FastDecoder`` may replace the steps of a search."""
     return (
         not torch.is_grad_enabled()
-        and state.attention is None  # the steps of a search hand on no state of an attention
+        and state.attention is None  # FastDecoder does not pass the state of an attention on
         and has_stock_steps(decoder, state, memory)
         and not any(module.training for module in decoder.modules())
         and memory.keys.is_cpu
@@ -60,15 +60,15 @@ def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
 
 def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
-    """Whether a step from ``state`` on ``memory`` is what the parameters say, and may be computed from them.
+    """Whether a step from ``state`` on ``memory`` may be computed from the parameters of the modules.
 
-    Of the modules that a step calls, embedding and output are for the caller to ask about.
+    It checks all modules that a step calls except embedding and output, which the caller checks.
     """
     if getattr(decoder.attention, "clip", None) is not None:
         return False
     if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
         return False
-    if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: dynamo traces the first
+    if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: Dynamo can trace the first
         return False
     called = [decoder.attention, decoder.rnn, decoder.attentional, decoder.dropout]
     within = (getattr(decoder.attention, name, None) for name in ("query_projection", *_of_locations))
@@ -88,9 +88,9 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
 
 def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
-    """Whether this is a stock attention with a state of its own, which filters of alignments make what a step adds of.
+    """Whether this is a stock stateful attention whose extra term is a linear filter of alignments.
 
-    Sizes of the state are as ``initial_state`` makes them.
+    The state must have the shapes and dtypes of ``initial_state``.
     """
     if isinstance(attention, CoverageAttention):
         kind: type[Any] = CoverageState
@@ -126,14 +126,14 @@ def _has_stock_filters(attention: LocationSensitiveAttention) -> bool:
 
 
 def has_stock_cells(rnn: nn.Module) -> bool:
-    """Whether ``torch.lstm_cell`` or ``torch.gru_cell`` with its weights are a step of it, but for dropout."""
-    if torch.compiler.is_compiling():  # as far as it can be traced
+    """Whether a step equals ``torch.lstm_cell`` or ``torch.gru_cell`` with its weights, apart from dropout."""
+    if torch.compiler.is_compiling():  # only the checks that can be traced
         return type(rnn) in (nn.LSTM, nn.GRU) and not is_watched(rnn) and _has_stock_settings(rnn)
     return is_stock(rnn) and _has_stock_settings(rnn)
 
 
 def _has_stock_settings(rnn: object) -> bool:
-    """Whether the settings are those of a ``Decoder``: biases, B first, one direction, no projection."""
+    """Whether the settings are those of a ``Decoder``: biases, batch first, one direction, no projection."""
     return (
         isinstance(rnn, nn.LSTM | nn.GRU)
         and bool(rnn.bias)
@@ -144,7 +144,7 @@ def _has_stock_settings(rnn: object) -> bool:
 
 
 def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memory) -> bool:
-    """Whether all shapes are those that ``Decoder`` makes, without the biases that it leaves out."""
+    """Whether all shapes are those of a ``Decoder``, and layers that have no bias there have none here."""
     attention, rnn, size = decoder.attention, decoder.rnn, decoder.hidden_size
     projection, attentional = attention.query_projection, decoder.attentional
     batch, _, key_size = memory.keys.shape
@@ -171,7 +171,7 @@ def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memor
 
 
 def _has_stock_ends(decoder: DecoderModules) -> bool:
-    """Whether embeddings are rows of a weight, and logits a linear layer, of the sizes that ``Decoder`` makes."""
+    """Whether embeddings are rows of a weight, and logits a linear layer, with the sizes of a ``Decoder``."""
     embedding, output = decoder.embedding, decoder.output
     embedded = decoder.rnn.input_size - (decoder.hidden_size if decoder.input_feeding else 0)
     return (

@@ -1,9 +1,9 @@
-"""An LSTM or GRU over few sentences on the CPU, without gradients: what waits for no state as one product over all
-steps, and all steps of a direction as one op.
+"""An LSTM or GRU over few sentences on the CPU, without gradients. The products with the inputs are one product over
+all steps, and one op runs all steps of a direction.
 
 PyTorch's LSTM copies its weights into the layout of oneDNN in each call, which takes as long as the steps of one
-sentence do; its GRU calls operators for each step. The op reads the weights of the states where they lie, once in each
-step for all sentences.
+sentence. Its GRU calls operators for each step. The op here reads the weights of the states in place, once in each step
+for all sentences.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ... import ops
 from ...gemm import linear
 from .ragged_cells import DirectionWeights
 
-# Measured on Sapphire Rapids with 64 to 512 units: with more, and no padding, oneDNN's LSTM catches up.
+# Measured on Sapphire Rapids with 64 to 512 units: with more sentences and no padding, oneDNN's LSTM catches up.
 MAX_SENTENCES = 8
 MAX_WITHOUT_PADDING = 4  # of an LSTM
 
 
 def run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """x: (B, S, n), float32 or float64. lengths: (B,) int64, 0..S. first: the first states, one or two tensors
-    (layers * D, B, H), or none: zeros. No dropout between the layers.
+    (layers * D, B, H), or an empty tuple for zeros. No dropout between the layers.
 
-    Returns outputs, (B, S, D * H), with zeros in the padding, and the last states, shaped as the first ones.
+    Returns outputs, (B, S, D * H), with zeros in the padding, and the last states, with the shapes of the first ones.
     """
     steps = ops.kernel("recurrent_steps", "cpu")
     lengths = lengths.contiguous()
@@ -39,7 +39,7 @@ def run_few(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor, first: tuple[Tens
         for direction in range(directions):
             n = layer * directions + direction
             weights = DirectionWeights(*rnn.all_weights[n])
-            known, own = weights.bias_x, weights.bias_h  # of the products with inputs, and with states
+            known, own = weights.bias_x, weights.bias_h  # biases of the products with inputs, and with states
             if known is not None and own is not None and is_lstm:
                 known, own = known + own, None
             gates = linear(rows, weights.x, known).view(batch, source, -1)

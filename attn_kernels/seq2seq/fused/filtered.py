@@ -1,9 +1,9 @@
-"""The attention of all steps of a sequence where a step adds to the keys what filters make of the steps before.
+"""The attention of all steps of a sequence, if each step adds filtered earlier alignments to the keys.
 
-Location-sensitive attention and coverage. A step has keys of its own, so that its backward makes their gradient, which
-that of the filters is made of; the sum of all is the gradient of the memory's keys. What was added is not kept but made
-again, so that a sequence takes memory for alignments and not for keys of each step. The gradients of the values are
-those of one product. Sizes as in ``attention.py``.
+That is location-sensitive attention and coverage. Each step has its own keys, so its backward computes their gradient.
+The gradient of the filters is computed from it, and the sum over the steps is the gradient of the memory's keys. The
+added terms are recomputed in the backward, not saved, so that a sequence stores alignments but no keys of each step.
+One product computes the gradients of the values. Sizes as in ``attention.py``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .inputs import Inputs
 
 
 def additive_score(inputs: Inputs) -> AdditiveScore | ActivatedScore:
-    assert isinstance(inputs.score, AdditiveScore | ActivatedScore)  # of all that have filters
+    assert isinstance(inputs.score, AdditiveScore | ActivatedScore)  # all attentions with filters have such a score
     return inputs.score
 
 
 class _Filters:
-    """What the filters add to the keys in each step, and the op of that.
+    """The terms that the filters add to the keys in each step, and the op that reads them.
 
-    padded: (T, B, inputs, S + taps - 1), what they read in each step.
+    padded: (T, B, inputs, S + taps - 1), the padded inputs of the filters in each step.
     """
 
     def __init__(self, inputs: Inputs, filters: AlignmentFilters, padded: Tensor) -> None:
@@ -44,7 +44,7 @@ class _Filters:
         self.op: str = self.score.op if self.adds_beforehand else with_extra.op
 
     def arguments(self, t: int) -> tuple[Any, ...]:
-        """Of the op in step t, after the query, but for the last one."""
+        """The arguments of the op in step t, after the query and without the last one."""
         extra = filter_alignments(self.padded[t], self.weight, self.taps)
         if not self.adds_beforehand:
             return op_arguments(self.score.with_extra(extra), self.memory)
@@ -52,12 +52,12 @@ class _Filters:
         return self.memory.keys + extra, *others
 
     def inside(self, padded: Tensor) -> Tensor:
-        """(*, inputs, S): without what stands before the first and behind the last step. padded: as of any step."""
+        """(*, inputs, S): the elements without the padding on both sides. padded: with the padding of one step."""
         return padded.narrow(-1, self.taps // 2, self.memory.keys.shape[1])
 
 
 class FilteredForward(AttentionForward):
-    """The attention of each step in turn."""
+    """Computes the attention step by step."""
 
     def __init__(self, inputs: Inputs, filters: AlignmentFilters) -> None:
         super().__init__(inputs)
@@ -85,7 +85,7 @@ class FilteredForward(AttentionForward):
 
 
 class FilteredBackward(AttentionBackward):
-    """The gradients of each step, from the last to the first, and what is made of those of all steps."""
+    """Computes the gradients of each step, from the last to the first, and then the gradients over all steps."""
 
     def __init__(self, inputs: Inputs, filters: AlignmentFilters, saved: SavedAttention) -> None:
         super().__init__(inputs, saved)
@@ -94,9 +94,9 @@ class FilteredBackward(AttentionBackward):
         self.keys: Tensor = inputs.memory.keys
         self.filters: _Filters = _Filters(inputs, filters, saved.padded)
         self.op: str = f"{self.filters.op}_backward"
-        # Query and score; keys; and where the op has a flag of their own, values.
+        # Flags: query and score; keys (and values); values, if the op has a separate flag for them.
         self.needed: tuple[bool, ...] = (True, True) if self.filters.adds_beforehand else (True, True, False)
-        # Sums over the steps, and the gradients of the state after the step.
+        # Gradients summed over the steps, and the gradients of the state after the current step.
         score = self.filters.score
         self.dkeys: Tensor = _sum_of(self.keys)
         self.dweight: Tensor = _sum_of(self.filters.weight)
@@ -111,7 +111,7 @@ class FilteredBackward(AttentionBackward):
         of_state = [x for x in (self.dprevious, self.dtotal) if x is not None]
         for x in of_state:
             dalignments = x.unsqueeze(1) if dalignments is None else dalignments + x.unsqueeze(1)
-        assert dalignments is not None  # a filter reads one of the two
+        assert dalignments is not None  # filters read the previous alignments or their sum
         gradients = dcontext, dalignments.to(alignments.dtype)
         given = query, *self.filters.arguments(t), alignments
         dquery: Tensor
@@ -122,7 +122,7 @@ class FilteredBackward(AttentionBackward):
             self.dbias += dbias
         read = self.filters.padded[t], self.filters.weight, self.filters.taps
         dpadded, dweight = filter_gradients(dkeys, *read, True, True)
-        assert dpadded is not None and dweight is not None  # both are asked for
+        assert dpadded is not None and dweight is not None  # both were requested
         self.dweight += dweight
         inside = self.filters.inside(dpadded)
         if self.dprevious is not None:
@@ -145,5 +145,5 @@ class FilteredBackward(AttentionBackward):
 
 
 def _sum_of(x: Tensor) -> Tensor:
-    """Zeros, for the gradients of x in all steps."""
+    """Zeros, to accumulate the gradients of x over all steps."""
     return x.new_zeros(x.shape, dtype=wide_dtype(x.dtype))

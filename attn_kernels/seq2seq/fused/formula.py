@@ -1,7 +1,7 @@
-"""The steps of a decoder in operators that autograd knows: the specification of sequence.py, and its derivatives.
+"""The steps of a decoder in differentiable operators: the specification of sequence.py, and its derivatives.
 
-The backward of a sequence writes into arrays, so that autograd cannot differentiate it. Where gradients are to be
-differentiated again, they are those of this formula, computed anew: they are right, and cost what plain steps cost.
+The backward of a sequence writes in place, so autograd cannot differentiate it. Gradients that will be differentiated
+again are therefore computed by this formula. They are exact, and cost as much as plain steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def step_cells(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A step of stacked LSTM layers, or GRU layers if ``cell`` is empty. Returns the states after it.
 
-    x: (R, n). hidden, cell: (R, H) of each layer. weights: of each layer, as ``nn.LSTM.all_weights`` has them.
-    dropout: of the output of a layer below the top, and the number of that layer.
+    x: (R, n). hidden, cell: (R, H) for each layer. weights: for each layer, in the order of ``nn.LSTM.all_weights``.
+    dropout: a function of the output of a layer below the top, and the number of that layer.
     """
     new_hidden: list[Tensor] = []
     new_cell: list[Tensor] = []
@@ -75,7 +75,7 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _extra(filters: AlignmentFilters) -> Tensor:
-    """(B, S, A): what a step adds to the keys."""
+    """(B, S, A): the term that a step adds to the keys."""
     weight, *state = filters
     taps = weight.shape[2]
     read = torch.stack([x.to(weight.dtype) for x in state if x is not None], dim=1)
@@ -91,7 +91,7 @@ def _follow(filters: AlignmentFilters, alignments: Tensor) -> AlignmentFilters:
 
 
 def scale_query(query: Tensor, factor: Tensor | float | None, eps: float | None) -> Tensor:
-    """What ``AttentionModule.make_query`` does after the projection."""
+    """The part of ``AttentionModule.make_query`` after the projection."""
     if eps is not None:
         query = unit_length(query, eps)
     return query if factor is None else factor * query
@@ -100,13 +100,13 @@ def scale_query(query: Tensor, factor: Tensor | float | None, eps: float | None)
 def differentiable_gradients(
     structure: Any, tensors: Sequence[Any], gradients: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of those ``tensors`` that are needed, from those of the results; as functions of both.
+    """The needed gradients of ``tensors`` from the gradients of the results, as differentiable functions of both.
 
-    structure, tensors: the inputs, flat.
+    structure, tensors: the flattened inputs.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Other names: some of the tensors are made of others, and each is to get its own part of the gradient.
+        # Aliases: some tensors are computed from others, and each must get only its own part of the gradient.
         names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
         results = formula(unflatten(structure, iter(names)))
         pairs = [(x, gradient) for x, gradient in zip(results, gradients, strict=True) if gradient is not None]
@@ -121,5 +121,5 @@ def differentiable_gradients(
 
 
 def is_batch(gradient: Tensor | None) -> bool:
-    """Whether this stands for a batch of gradients: those of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    """Whether this is a batch of gradients, as in ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)

@@ -1,8 +1,9 @@
-"""Decoding steps for a search on the CPU: what ``Decoder.step`` computes, with less around it.
+"""Decoding steps for a search on the CPU: the results of ``Decoder.step`` with less overhead.
 
-Of a step of one hypothesis half the time is spent between operators: modules, checks that the first step has passed
-already, autograd. Here a step calls the operators only, and what depends on weights and memory alone is computed once.
-That needs a form of the step of its own: with autograd, or saved for a backward, it would be as slow as the modules.
+For one hypothesis, half the time of a step is spent between the operators: in modules, in checks that already passed in
+the first step, and in autograd. Here a step calls only the operators, and values that depend only on weights and memory
+are computed once. This requires a separate implementation of the step: with autograd, or with saved results for a
+backward, it would be as slow as the modules.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from .formula import scale_query
 from .inputs import CellWeights
 from .one_call import projects_values
 
-MAX_BYTES = 1 << 26  # of all that a search makes of weights, besides the memory
-_SURE_STEPS = 4  # what is worth it within so many is made before the first
+MAX_BYTES = 1 << 26  # of all values that a search derives from weights, without the memory
+_SURE_STEPS = 4  # the table is made before the first step if it is worth it within this many steps
 
 
 def fast_decoder(
     decoder: Decoder, state: DecoderState, memory: Memory, hypotheses: int, steps: int
 ) -> tuple[Any, Memory]:
-    """The fastest object whose ``step`` computes that of ``decoder``, and the memory to call it with.
+    """The fastest object whose ``step`` returns the results of ``decoder.step``, and the memory for its calls.
 
-    state: the first. hypotheses: the number for each sentence. steps: the most that a search will take. The memory has
-    the sentences of the one given.
+    state: the first one. hypotheses: their number per sentence. steps: the maximum number of steps of the search. The
+    returned memory has the same sentences as the given one.
 
-    On the CPU, in float32 or float64, where all modules are stock and in evaluation mode, it is a ``FastDecoder``;
-    parameters must not change while that is used. Otherwise it is the decoder, or calls it.
+    It is a ``FastDecoder`` on the CPU, in float32 or float64, if all modules are stock and in evaluation mode. The
+    parameters must not change while it is in use. Otherwise it is the decoder, or an object that calls the decoder.
     """
     if not isinstance(decoder, Decoder):
         return decoder, memory
@@ -62,7 +63,7 @@ def fast_decoder(
 
 
 def _prepare(decoder: Decoder, memory: Memory) -> Memory:
-    """The memory with its keys prepared, if no code but that of this package will read it."""
+    """The memory with prepared keys, if only code of this package will read it."""
     attention = decoder.attention
     if not (is_stock(decoder) and is_stock(attention)) or type(memory) is not Memory or torch.compiler.is_compiling():
         return memory
@@ -71,7 +72,7 @@ def _prepare(decoder: Decoder, memory: Memory) -> Memory:
 
 
 class _CalledSteps:
-    """Steps by calls of the decoder, which run its hooks."""
+    """Steps that call the decoder as a module, so that its hooks run."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -84,7 +85,7 @@ class _CalledSteps:
 
 
 class Packing(NamedTuple):
-    """How the weights of a search are packed: for products of so many rows, in so many steps at most."""
+    """The sizes for which the weights of a search are packed: rows of a product, and the maximum number of steps."""
 
     rows: int
     steps: int
@@ -105,8 +106,9 @@ class FastDecoder:
         )
         self.first_weights: CellWeights
         self.first_weights, *weights = (CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights)
-        # The product of the first layer's weight with every embedding of the vocabulary. It is made once the steps have
-        # computed as many rows as it has; a product of one row takes as long as one of four: both read the weight.
+        # The products of the first layer's weight with all embeddings of the vocabulary. The table is made once the
+        # steps have computed as many rows as it has. A step counts as at least four rows: a product of one row takes as
+        # long as one of four, because both read the whole weight.
         self.table: Tensor | None = None
         self.rows_left: int = max(rows, 4) * steps
         self.rows_read: int = max(rows, 4) * min(steps, _SURE_STEPS)
@@ -116,7 +118,7 @@ class FastDecoder:
         self.layers += [self.make_layer(of_layer, packing) for of_layer in weights]
         self.module: AttentionModule = decoder.attention
         self.attention: _Attention | None = _make_attention(decoder.attention, memory, packing)
-        # W context is linear in the values: values that are projected once save that product in every step.
+        # W context is linear in the values: projecting the values once saves that product in every step.
         weight, source, values = decoder.attentional.weight, memory.keys.shape[1], memory.values.shape[2]
         self.of_context: _Affine | None = None
         self.memory: Memory = memory
@@ -131,12 +133,12 @@ class FastDecoder:
         self.output_bias: Tensor = weight.new_zeros(self.output.size) if bias is None else bias
 
     def _make_table(self) -> bool:
-        """Makes the table if it is worth it by now, and a first layer without that product. Returns whether it did."""
+        """Makes the table if it is worth it by now, and a first layer without its product. Returns whether it did."""
         vocabulary, read = self.embedding.shape
         if vocabulary > min(self.rows_read, self.rows_left):
             return False
         weights = self.first_weights
-        self.rows_left = 0  # not to be tried again, whether it fits or not
+        self.rows_left = 0  # do not try again, whether the table fits or not
         if not self.packing.budget.take(vocabulary * weights.x.shape[0] * weights.x.element_size()):
             return False
         self.table = linear(self.embedding, weights.x[:, :read], self.make_layer.known_bias(weights))
@@ -166,7 +168,7 @@ class FastDecoder:
             hidden.append(inputs.view(batch, count, -1))
             cell += [x.view(batch, count, -1) for x in new_cell]
             base = None
-        assert inputs is not None  # of what follows the last layer
+        assert inputs is not None  # the output of the last layer
         if self.attention is None:
             result = self.module(hidden[-1], memory)
             context, alignments = result.context, alignments_of(result)
@@ -192,7 +194,7 @@ class _Affine:
     def __call__(self, x: Tensor, added: Tensor | None) -> Tensor:
         if added is None:
             return self.product(x)
-        if x.shape[0] == 1:  # one operator, and no library is faster
+        if x.shape[0] == 1:  # a single operator, and packed products are not faster
             return torch.addmm(added, x, self.transposed)
         return self.product(x).add_(added)
 
@@ -208,7 +210,7 @@ class _Layer:
 
     @staticmethod
     def known_bias(weights: CellWeights) -> Tensor:
-        """(G,), what is added to the gates besides products with inputs and state; a table has it in its rows."""
+        """(G,), the bias of the gates besides the products with inputs and state; the rows of a table include it."""
         raise NotImplementedError
 
 
@@ -222,7 +224,7 @@ class _LSTMLayer(_Layer):
         return weights.bias_x + weights.bias_h
 
     def __call__(self, base: Tensor | None, inputs: Tensor | None, before: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-        """base: (R, 4 H), rows of a table, or None. inputs: (R, n) or None. before, cell: (R, H). Returns the next."""
+        """base: (R, 4 H), rows of a table, or None. inputs: (R, n) or None. before, cell: (R, H). Returns both new."""
         gates = self.of_state(before, self.bias if base is None else base)
         if self.of_inputs is not None:
             assert inputs is not None
@@ -233,14 +235,14 @@ class _LSTMLayer(_Layer):
 
 
 class _GRULayer(_Layer):
-    """The bias of the product with the state is not in ``known_bias``: r multiplies it."""
+    """A GRU layer. ``known_bias`` does not include the bias of the product with the state, because r multiplies it."""
 
     @staticmethod
     def known_bias(weights: CellWeights) -> Tensor:
         return weights.bias_x
 
     def __call__(self, base: Tensor | None, inputs: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
-        """base: (R, 3 H), rows of a table, or None. inputs: (R, n) or None. before: (R, H). Returns the next."""
+        """base: (R, 3 H), rows of a table, or None. inputs: (R, n) or None. before: (R, H). Returns the new state."""
         gates = self.bias if base is None else base
         if self.of_inputs is not None:
             assert inputs is not None
@@ -253,16 +255,16 @@ class _GRULayer(_Layer):
 
 
 class _Attention(NamedTuple):
-    """A step of an attention module by its op alone."""
+    """A step of an attention module that calls only its op."""
 
     backend: str
     projection: _Affine | None  # of the state to the query
     factor: Tensor | float | None  # of the query
     eps: float | None
-    score: Score  # but for what is prepared of the keys
+    score: Score  # without prepared keys
 
     def __call__(self, states: Tensor, count: int, memory: Memory) -> tuple[Tensor, Tensor]:
-        """states: (R, H), ``count`` of each sentence. Returns contexts (B, K, D) and alignments (B, K, S)."""
+        """states: (R, H), ``count`` per sentence. Returns contexts (B, K, D) and alignments (B, K, S)."""
         query = states if self.projection is None else self.projection(states, None)
         query = scale_query(query, self.factor, self.eps).view(-1, count, query.shape[1])
         score = with_prepared(self.score, memory.prepared)
@@ -271,7 +273,7 @@ class _Attention(NamedTuple):
 
 
 def _make_attention(module: AttentionModule, memory: Memory, packing: Packing) -> _Attention | None:
-    """None with the backend "reference", which has no op: the module is called."""
+    """The fast step of an attention; None with the backend "reference", which has no op: then the module is called."""
     backend, projection = choose(module.backend, "cpu"), module.query_projection
     if backend == "reference":
         return None

@@ -1,4 +1,4 @@
-"""What a sequence of decoder steps is computed from, and how autograd is given it: trees of tensors.
+"""The inputs of a sequence of decoder steps, as a tree of tensors, and how it is flattened for autograd.
 
 B sentences, T steps, S source steps, E embedding_size, H hidden_size, M memory_size, A units, L layers.
 """
@@ -14,13 +14,13 @@ from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
 from ...scores import Score
 
-Axes = dict[int, str]  # the axes of a tensor that are T or S steps, counted from the last
+Axes = dict[int, str]  # the axes of a tensor that run over T or S, counted from the last axis
 
 
 class Query(NamedTuple):
     """How a state becomes a query: ``AttentionModule.make_query`` as tensors and numbers."""
 
-    weight: Tensor | None  # (A, H); None where the state is not projected
+    weight: Tensor | None  # (A, H); None if the state is not projected
     factor: Tensor | None  # (), multiplies the query
     eps: float | None  # the query is divided by its length if that is above eps; only with a factor
 
@@ -39,7 +39,7 @@ class CellWeights(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All that a sequence is computed from, or the gradients of all that."""
+    """All inputs of a sequence, or the gradients of all inputs."""
 
     embedded: Tensor  # (B, T, E)
     memory: Memory  # its mask has the shape (B, S)
@@ -51,12 +51,12 @@ class Inputs(NamedTuple):
     score: Score
     query: Query
     attentional_weight: Tensor  # (H, M + H)
-    filters: AlignmentFilters | None  # of an attention with a state; its state before the first step
+    filters: AlignmentFilters | None  # of a stateful attention, with its state before the first step
     backend: str  # of the attention
 
 
 def step_axes(inputs: Inputs) -> list[Axes]:
-    """For each tensor that ``flatten`` finds in the inputs, its axes that are steps."""
+    """For each tensor that ``flatten`` finds in the inputs, its axes that run over steps."""
     memory: list[Axes] = [{-2: "S"}, {-2: "S"}, {}, {-1: "S"}]
     axes: list[Axes] = [{-2: "T"}, *memory, *({-3: "T"} for _ in inputs.dropout)]
     state: list[Axes] = [] if inputs.filters is None else [{-1: "S"}, {-1: "S"}]
@@ -64,9 +64,9 @@ def step_axes(inputs: Inputs) -> list[Axes]:
 
 
 def flatten(tree: Any) -> tuple[list[Tensor | None], Any]:
-    """The tensors in a tree of tuples and memories, in order, and its structure without them, which is hashable.
+    """The tensors in a tree of tuples and memories, in order, and the structure of the tree, which is hashable.
 
-    None counts as a tensor: a tree of gradients has the structure of what they belong to.
+    None counts as a tensor, so that a tree of gradients has the structure of the tree of inputs.
     """
     tensors: list[Tensor | None] = []
     return tensors, _flatten(tree, tensors)
@@ -85,7 +85,7 @@ def _flatten(tree: Any, tensors: list[Tensor | None]) -> Any:
 
 
 def unflatten(structure: Any, tensors: Iterator[Tensor | None]) -> Any:
-    """The tree of which ``flatten`` made the structure, with these tensors."""
+    """The inverse of ``flatten``: the tree with this structure and these tensors."""
     if structure is None:
         return next(tensors)
     if structure is Memory:

@@ -1,9 +1,9 @@
-"""A greedy or beam search on the CPU as one op: the loop over steps, and all that a step computes, in C++.
+"""A greedy or beam search on the CPU as one op: the loop over steps, and all arithmetic of a step, in C++.
 
-At one sentence most of a step's time is not spent on products: between them are operators, each with a result of its
-own, and Python. The op has neither. It reads the parameters where they lie, row by row, so that nothing is made of them
-in advance but what FastDecoder makes, too: prepared keys, and values that are projected where that pays. Rounded
-weights are those that rounded.py keeps.
+For one sentence, most of a step's time is not spent on products, but on small operators with a result tensor each, and
+on Python. The op has neither. It reads the parameters in place, row by row, and needs only those derived values that
+FastDecoder also computes: prepared keys, and projected values if projecting them is worth it. Rounded weights are those
+in the cache of rounded.py.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from .eligibility import can_fuse_steps
 from .inputs import CellWeights
 from .rounded import Part, rounded
 
-MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights gain what the loop does
-MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are kept as tokens come
+MAX_ROWS = 64  # hypotheses of all sentences: with more, products of packed weights save as much as the loop does
+MAX_TABLE_BYTES = 1 << 26  # of the products with embeddings, which are cached as tokens occur
 
 
 class Found(NamedTuple):
-    """What a search found, N hypotheses of each of B sentences, best first; T steps."""
+    """The results of a search: N hypotheses of each of B sentences, best first; T steps."""
 
-    tokens: Tensor  # (B, N, T), of which the first of `lengths` count
+    tokens: Tensor  # (B, N, T); the first `lengths` tokens are valid
     lengths: Tensor  # (B, N), without eos
-    scores: Tensor  # (B, N) float64, -inf where there is none
+    scores: Tensor  # (B, N) float64, -inf if there is no such hypothesis
     alignments: Tensor  # (B, N, T, S)
 
 
 def search_in_one_call(
     decoder: DecoderModules, memory: Memory, state: DecoderState, options: SearchOptions
 ) -> Found | None:
-    """The results of ``greedy_search`` and ``beam_search``; of likeliest tokens that are equal the first is taken.
+    """The results of ``greedy_search`` and ``beam_search``. Of equally likely tokens the first one is taken.
 
-    None where steps are to be called from Python: what ``FastDecoder`` may not stand for, other backends or activations
-    of the attention, many rows, for which it is faster, parameters whose rows are not contiguous, weights of another
-    dtype than float32 that are to be rounded, and logits that are no numbers.
+    None if the steps have to be called from Python: decoders that ``FastDecoder`` may not replace, other backends or
+    activations of the attention, many rows (``FastDecoder`` is faster), parameters without contiguous rows, rounded
+    weights of a dtype other than float32, and NaN logits.
     """
     rows = memory.batch_size * options.beam_size
     if not 0 < rows <= MAX_ROWS or not can_fuse_steps(decoder, state, memory):
         return None
     if options.weight_dtype is not None and memory.keys.dtype != torch.float32:
         return None
-    if getattr(decoder.attention, "activation", "tanh") != "tanh":  # the loop in C++ has no other
+    if getattr(decoder.attention, "activation", "tanh") != "tanh":  # the C++ loop supports no other activation
         return None
     if choose(decoder.attention.backend, "cpu") != "cpu" or (memory.mask is not None and memory.mask.dim() != 2):
         return None
@@ -64,13 +64,13 @@ def search_in_one_call(
     if any(x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1 for x in read):
         return None
     found = Found(*ops.kernel("decoder_search", "cpu")(*_arguments(decoder, memory, state, options)))
-    if found.scores.shape[1] == 0:  # met NaN
+    if found.scores.shape[1] == 0:  # a logit was NaN
         return None
     return found._replace(alignments=found.alignments.unflatten(0, found.lengths.shape))
 
 
 def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, options: SearchOptions) -> tuple[Any, ...]:
-    """Of the op, in the order of its schema."""
+    """The arguments of the op, in the order of its schema."""
     attention = decoder.attention
     score = attention.make_score(memory)
     vectors: tuple[Any, ...] = (None, None, None, *score)
@@ -80,7 +80,7 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
     weight, values = decoder.attentional.weight, memory.values
     split = values.shape[2]
     of_context: Tensor = weight[:, :split]
-    # Where one sentence is searched, a product of one row takes as long as one of several: all read the weight.
+    # For one sentence, a product of one row takes as long as one of several: both read the whole weight.
     each_step = max(options.beam_size, 2 if memory.batch_size == 1 else 1)
     is_projected = projects_values(memory, decoder.hidden_size, each_step * options.max_length)
     blocks: list[Tensor] = []
@@ -128,7 +128,10 @@ def _arguments(decoder: DecoderModules, memory: Memory, state: DecoderState, opt
 
 
 def _blocks(decoder: DecoderModules, of_context: Tensor, of_state: Tensor) -> list[Tensor]:
-    """Of all weights that are read in each step, in the order of the op, given those of the attentional layer."""
+    """The blocks of all weights that are read in each step, in the order of the op.
+
+    of_context, of_state: the blocks of the attentional layer.
+    """
 
     def whole(weight: Tensor) -> Tensor:
         return rounded(weight, Part(0, weight.shape[1]))[0]
@@ -144,6 +147,6 @@ def _blocks(decoder: DecoderModules, of_context: Tensor, of_state: Tensor) -> li
 
 
 def projects_values(memory: Memory, size: int, rows: int) -> bool:
-    """Whether to project all values once rather than the context in each step. rows: contexts of a sentence."""
+    """Whether to project all values once, not the context in each step. rows: the number of contexts of a sentence."""
     source, values = memory.keys.shape[1], memory.values.shape[2]
     return 0 < 2 * source <= rows and values >= size

@@ -1,6 +1,6 @@
 """A recurrent layer over sentences of different lengths as one node of autograd: see ``ragged_cells``.
 
-B sentences, of which R are not empty, N steps of all of them, T of the longest, D directions, H units.
+B sentences, R of them not empty, N steps in total, T steps of the longest sentence, D directions, H units.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from ...gemm import linear_of_rows, weight_gradient
 from .formula import is_batch
 from .ragged_cells import Direction, DirectionWeights, Part, SavedDirection, backward, forward
 
-# oneDNN's padded LSTM takes this part of our time for each row, and a step of ours as long as so many rows. Measured
-# on Zen 5 with 2 to 64 sentences and 256 units, forward and backward: without this, ours takes up to twice as long.
+# A cost model to choose between the node here and oneDNN's padded LSTM: oneDNN's time for a row, and the overhead of a
+# step here, both in units of the time for a row here. Measured on Zen 5 with 2 to 64 sentences and 256 units, forward
+# and backward: without this choice, the node here takes up to twice as long.
 _PADDED, _STEP = 0.75, 3.5
-_SHUT = 1e6  # closes or opens a gate, whatever the states
-_EXTRA = 16  # inputs, of which one says where padding is: a size at which oneDNN is as fast as without them
+_SHUT = 1e6  # closes or opens a gate for any states
+_EXTRA = 16  # added inputs, one of which marks padding: with this number oneDNN is as fast as without them
 
 
 class Rows(NamedTuple):
     """The steps of sentences in the order of the data of a ``PackedSequence``: step by step, the longest first."""
 
-    order: Tensor  # (R,), sentences, the longest first, in the order that pack_padded_sequence gives them
-    source: Tensor  # (N,), where each row is in (B * S, *) or (S * B, *)
-    sizes: Tensor  # (T,), rows of each step
+    order: Tensor  # (R,), indices of sentences, longest first, as sorted by pack_padded_sequence
+    source: Tensor  # (N,), the index of each row in (B * S, *) or (S * B, *)
+    sizes: Tensor  # (T,), number of rows of each step
     directions: tuple[Direction, Direction]  # forward and reverse
 
 
 def find_rows(lengths: Tensor, strides: tuple[int, int]) -> Rows:
-    """lengths: (B,) int64 on the CPU, 0..S, one at least above 0. strides: in ``source``, of sentences and steps."""
+    """lengths: (B,) int64 on the CPU, 0..S, at least one above 0. strides: of sentences and steps in ``source``."""
     lengths, order = lengths.sort(descending=True)
     count = int((lengths > 0).sum())
     return sorted_rows(lengths[:count], order[:count], strides)
 
 
 def sorted_rows(lengths: Tensor, order: Tensor, strides: tuple[int, int]) -> Rows:
-    """lengths: (R,), above 0, the largest first, of the sentences at ``order``. strides: as of ``find_rows``."""
+    """lengths: (R,), above 0, largest first, of the sentences at ``order``. strides: as for ``find_rows``."""
     count = lengths.shape[0]
     longest = int(lengths[0])
     step = torch.arange(longest)[:, None]
@@ -66,7 +67,7 @@ def sorted_rows(lengths: Tensor, order: Tensor, strides: tuple[int, int]) -> Row
 
 
 def _parts(sizes: list[int]) -> list[Part]:
-    """Those of the forward direction, where all sentences begin with the first step. sizes: rows of each step."""
+    """The parts of the forward direction, in which all sentences begin in the first step. sizes: rows of each step."""
     parts, begin, before = [], 0, sum(sizes)
     for t, rows in enumerate(sizes):
         parts.append(Part(t, rows, begin, before, 0, t > 0))
@@ -75,7 +76,10 @@ def _parts(sizes: list[int]) -> list[Part]:
 
 
 def _reverse_parts(sizes: list[int]) -> tuple[list[Part], list[int]]:
-    """Those of the reverse direction, and their rows: in a step some sentences go on, and those begin that it ends."""
+    """The parts of the reverse direction, and their numbers of rows.
+
+    In a step, some sentences continue, and those whose last step it is begin.
+    """
     parts: list[Part] = []
     begin, total = 0, sum(sizes)
     for rows, going_on in zip(sizes, [*sizes[1:], 0], strict=True):
@@ -91,9 +95,10 @@ def _reverse_parts(sizes: list[int]) -> tuple[list[Part], list[int]]:
 def run_layer(
     rows: Rows, x: Tensor, hidden: Tensor | None, cell: Tensor | None, weights: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x: (N, n). hidden, cell: (D, R, H), the first states; None: zeros. weights: as ``nn.LSTM.all_weights`` has them.
+    """x: (N, n). hidden, cell: (D, R, H), the first states; None: zeros. weights: in the order of
+    ``nn.LSTM.all_weights``.
 
-    Returns the states of all rows, (N, D * H), and the last ones, hidden and cell, (D, R, H) each; a GRU has no cell.
+    Returns the states of all rows, (N, D * H), and the last states, hidden and cell, (D, R, H) each; a GRU has no cell.
     """
     flat = [weight for direction in weights for weight in direction]
     layer: Any = _PaddedLSTM if hidden is None and _is_for_onednn(rows, x, flat) else _Layer
@@ -136,13 +141,13 @@ class _Layer(torch.autograd.Function):
 
 
 def _are_differentiated(gradients: tuple[Tensor | None, ...]) -> bool:
-    """Whether gradients are to be differentiated again, or are batches of gradients: these are not made in place."""
+    """Whether gradients are differentiated again, or are batched: these cannot be computed in place."""
     transformed = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
     return transformed or any(map(is_batch, gradients))
 
 
 class _PaddedLSTM(torch.autograd.Function):
-    """The same by oneDNN's LSTM on padded sentences, which is faster where there is little padding."""
+    """Like _Layer, with oneDNN's LSTM on padded sentences, which is faster if there is little padding."""
 
     @staticmethod
     def forward(
@@ -190,10 +195,10 @@ def _is_for_onednn(rows: Rows, x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def _run_padded(rows: Rows, count: int, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of ``run_layer``, from zeros. In padding the gates i and o are shut and f is open.
+    """The results of ``run_layer`` with zero first states. In padding the gates i and o are closed and f is open.
 
-    So cells stay as they are, to the end of the batch and, in the reverse direction, from zeros at its beginning; and
-    outputs are zero there.
+    So cells keep their values in padding: after the end of a sentence, and in the reverse direction the initial zeros
+    before it. Outputs are zero there.
     """
     sentences, steps, units = rows.order.shape[0], rows.sizes.shape[0], weights[1].shape[1]
     exists = torch.arange(sentences) < rows.sizes[:, None]  # (T, R)
@@ -214,7 +219,7 @@ def _run_padded(rows: Rows, count: int, x: Tensor, weights: Sequence[Tensor]) ->
 
 
 def _split(weights: tuple[Tensor, ...], count: int) -> list[DirectionWeights]:
-    """Those of each direction."""
+    """The weights of each direction."""
     size = len(weights) // count
     return [DirectionWeights(*weights[d * size : (d + 1) * size]) for d in range(count)]
 
@@ -225,7 +230,7 @@ def _last(rows: Rows, states: list[Tensor]) -> Tensor:
 
 
 def _gradients(rows: Rows, tensors: Any, saved: Any, gradients: Any, needed: list[bool]) -> list[Tensor | None]:
-    """Of the tensors, from those of the results."""
+    """The gradients of the tensors, from those of the results."""
     x, _, _, *weights = tensors
     of_outputs, of_hidden, of_cell = gradients
     count = len(saved) // len(SavedDirection._fields)
@@ -282,10 +287,10 @@ def _formula(rows: Rows, tensors: Any) -> tuple[Tensor, ...]:
 def _differentiable_gradients(
     rows: Rows, tensors: Any, gradients: tuple[Tensor | None, ...], needed: list[bool]
 ) -> list[Tensor | None]:
-    """As ``_gradients``, as functions of tensors and gradients."""
+    """Like ``_gradients``, but as differentiable functions of tensors and gradients."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Other names: some of the tensors are made of others, and each is to get its own part of the gradient.
+        # Aliases: some tensors are computed from others, and each must get only its own part of the gradient.
         names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
         pairs = [pair for pair in zip(_formula(rows, names), gradients, strict=False) if pair[1] is not None]
     wanted = [x for x, is_needed in zip(names, needed, strict=True) if is_needed]

@@ -1,10 +1,10 @@
 """One direction of a recurrent layer over sentences of different lengths, without autograd: forward, then backward.
 
-Steps are stored one after the other, each with the rows of the sentences that have it, longest first, as in a
-``PackedSequence``: no padding is computed. In PyTorch every step is a slice whose backward writes the whole batch;
-here all steps share a few arrays, and what waits for no state is one product for all steps.
+Steps are stored one after the other, as in a ``PackedSequence``. Each has the rows of the sentences that are long
+enough, longest first, so that no padding is computed. In PyTorch every step is a slice, whose backward writes the whole
+batch. Here all steps share a few arrays, and all products that need no state are one product over all steps.
 
-N rows of all steps, R sentences, T steps, n inputs, H units; G = 4 H in an LSTM, 3 H in a GRU.
+N rows of all steps, R sentences, T steps, n inputs, H units; G = 4 H for an LSTM, 3 H for a GRU.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _EXACT, _SMALL = 64, 256  # rows
 
 
 class Part(NamedTuple):
-    """The rows of a step whose sentences had a step before, or those whose sentences begin with it."""
+    """Rows of one step: those whose sentences continue, or those whose sentences begin with this step."""
 
     number: int  # in the order of rows
     rows: int
     begin: int  # its first row
-    before: int  # where the states before it begin: in arrays of N + R rows, the last of which are the first states
-    sentence: int  # which of the R its first row belongs to; the others follow
+    before: int  # the first row of the states before it, in arrays of N + R rows; the last R rows are the first states
+    sentence: int  # the index, 0..R-1, of the sentence of its first row; the others follow
     goes_on: bool
 
 
 class Direction(NamedTuple):
-    """The order of the steps, and where states come from."""
+    """The order of the steps, and the rows of the previous states."""
 
-    parts: list[Part]  # as they are visited
+    parts: list[Part]  # in the order in which they are processed
     sizes: list[int]  # rows of the parts, in the order of rows
-    before: Tensor  # (N,), for each row that of the state before
-    first: Tensor  # (R,), the row of each sentence that is visited first
-    last: Tensor  # (R,), and last
+    before: Tensor  # (N,), for each row the row of the previous state
+    first: Tensor  # (R,), the row of each sentence that is processed first
+    last: Tensor  # (R,), the row of each sentence that is processed last
 
 
 class DirectionWeights(NamedTuple):
@@ -55,12 +55,12 @@ class DirectionWeights(NamedTuple):
 
 
 class SavedDirection(NamedTuple):
-    """What a backward reads."""
+    """The results of a forward that its backward reads."""
 
     gates: Tensor  # (N, G), i, f, g, o or r, z, n
     hidden: Tensor  # (N + R, H): the last R are the first states
     third: Tensor  # (N, H), tanh of the cells; GRU: h W_hn + b_hn
-    cell: Tensor | None  # (N + R, H); None of a GRU
+    cell: Tensor | None  # (N + R, H); None for a GRU
 
 
 def forward(
@@ -76,11 +76,11 @@ def forward(
 def backward(
     way: Direction, weights: DirectionWeights, saved: SavedDirection, dhidden: Tensor, dcell: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the gates before their functions: of their parts with x, and of those with h, (N, G) each.
+    """The gradients of the gates before the activation functions: of the terms from x and from h, (N, G) each.
 
-    dhidden: (N + R, H), of the states of all rows, and R zeros. After the call these are the gradients of the first
-        states, but for their parts through ``weights.h``.
-    dcell: (R, H), of the last cells; after the call, of the first.
+    dhidden: (N + R, H), the gradients of the states of all rows, and R zeros. The call overwrites the last R rows with
+        the gradients of the first states, without their parts through ``weights.h``.
+    dcell: (R, H), the gradient of the last cells; overwritten by that of the first cells.
     """
     return (_go_back_lstm if weights.is_lstm else _go_back_gru)(way, weights, saved, dhidden, dcell)
 
@@ -93,10 +93,10 @@ def _states(way: Direction, x: Tensor, weights: DirectionWeights, first: Tensor 
 
 
 class _Product:
-    """Products of rows in the middle of a matrix with a weight.
+    """Products of consecutive rows of a matrix with a weight.
 
-    oneDNN compiles code for each number of rows, and keeps so many codes. Large numbers are rounded up, to have few of
-    them: rows that follow are multiplied, too, and dropped.
+    oneDNN compiles code for each number of rows, and its code cache is limited. So large numbers of rows are rounded up
+    to get few different ones: the rows after them are multiplied, too, and their results are dropped.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, way: Direction) -> None:

@@ -1,19 +1,21 @@
-"""Weights rounded to bfloat16 for searches on the CPU, kept between searches.
+"""Weights rounded to bfloat16 for searches on the CPU, cached between searches.
 
-They are in blocks (csrc/decode.h), which products of few rows read faster than rows. Measured on Sapphire Rapids, one
-thread, as times of a plain read of the numbers, of weights of 1, 2, 4 and 10 MB in float32, of which L2 holds 2 MB:
+They are stored in blocks (csrc/decode.h), which products of few rows read faster than plain rows. Measured on Sapphire
+Rapids, one thread, L2 of 2 MB, for weights of 1, 2, 4 and 10 MB in float32. Times are relative to a plain read of the
+numbers:
 
 | | products of one row | of five rows |
 |---|---|---|
 | rounded, in blocks | 1.7, 1.7, 1.1, 1.05 | 4.5, 4.5, 1.8, 1.1 |
 | rounded, row by row | 2.3, 2.1, 1.25, 1.0 | 6.5, 5.6, 2.3, 1.4 |
-| float32, as they lie | 1.6, 1.15, 1.0, 1.0 | 3.5, 1.65, 1.1, 1.05 |
+| float32, in place | 1.6, 1.15, 1.0, 1.0 | 3.5, 1.65, 1.1, 1.05 |
 
-In float32 blocks gain half of what is above 1 in L2, little beyond, and less than a search loses by reading its weights
-once more, to see whether the blocks are up to date. So float32 is read as it lies.
+Float32 blocks would save half of the part above 1 if the weight fits into L2, and little if it does not. That is less
+than the cost of reading the weights once more to check that the blocks are up to date. So float32 weights are read in
+place.
 
-What is made of a weight is kept as long as the weight, and used again while that has the same values, by checksums: see
-checksums.py. It is kept beside the model: copies, pickles and state dicts know nothing of it.
+The blocks of a weight are cached as long as the weight exists, and reused while its values are the same, according to
+checksums: see checksums.py. The cache is outside the model: copies, pickles and state dicts do not contain it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from ...checksums import are_readable, value_of
 
 
 class Part(NamedTuple):
-    """Columns begin..end of a weight: in blocks, for the op decoder_search, or in float32, in their own order."""
+    """Columns begin..end of a weight: in blocks, for the op decoder_search, or in float32 in the original layout."""
 
     begin: int
     end: int
@@ -37,11 +39,12 @@ class Part(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    value: Any  # of the weight that the parts were made of
+    value: Any  # of the weight from which the parts were computed
     parts: dict[Part, Tensor]
 
 
-# Entries are replaced as a whole, and dictionaries are safe without a lock: at worst two threads make the same.
+# Entries are replaced as a whole and dictionaries are thread-safe, so no lock is needed: at worst, two threads compute
+# the same entry.
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -54,7 +57,7 @@ def rounded(weight: Tensor, *parts: Part) -> list[Tensor]:
     missing = [part for part in parts if part not in known]
     if missing:
         known = {**known, **{part: _make(weight, part) for part in missing}}
-        if value_of(weight) == value:  # no other thread has written to it meanwhile
+        if value_of(weight) == value:  # no other thread has written to the weight meanwhile
             _kept[weight] = _Kept(value, known)
     return [known[part] for part in parts]
 

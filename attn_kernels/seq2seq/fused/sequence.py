@@ -1,7 +1,7 @@
-"""All steps of a decoder over a target, without autograd: the forward, and the backward from what the forward saved.
+"""All steps of a decoder over a target, without autograd: the forward, and the backward from the saved tensors.
 
-The forward writes the steps into arrays of the whole sequence. So this is a third form of a decoder step, beside
-``formula.py``, which says the same in operators that autograd knows, and ``inference.py``, which keeps nothing.
+The forward writes the steps into arrays of the whole sequence. So this is a third implementation of a decoder step,
+besides ``formula.py``, which uses differentiable operators, and ``inference.py``, which saves nothing.
 
 B sentences, T steps, E embedding_size, H hidden_size, M memory_size.
 """
@@ -21,7 +21,7 @@ from .inputs import CellWeights, Inputs
 
 
 class Saved(NamedTuple):
-    """What the backward reads besides the inputs."""
+    """The tensors that the backward reads besides the inputs."""
 
     embedded: Tensor  # (T, B, E), contiguous
     context_and_state: Tensor  # (T, B, M + H)
@@ -31,7 +31,7 @@ class Saved(NamedTuple):
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
-    """Attentional vectors, (B, T, H); alignments, (B, T, S); and what the backward is to be given."""
+    """Attentional vectors, (B, T, H); alignments, (B, T, S); and the saved tensors for the backward."""
     embedded = inputs.embedded.transpose(0, 1).contiguous()
     steps, batch, _ = embedded.shape
     layers = _make_layers(inputs, embedded)
@@ -54,13 +54,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
         _drop(attentional[t], top, t, layers[0].x(t + 1))
     saved_layers = tuple(layer.saved for layer in layers)
     fed = saved_layers[0].inputs[1:, :, :size]  # the attentional vectors after dropout
-    # Copies: what is saved is not to change where a caller changes results in place.
+    # Copies: a caller may change the results in place, and the saved tensors must not change.
     results = fed.transpose(0, 1).clone(memory_format=torch.contiguous_format), attention.saved.alignments.clone()
     return *results, Saved(embedded, context_and_state, attentional, saved_layers, attention.saved)
 
 
 def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad_alignments: Tensor | None) -> Inputs:
-    """The gradients of the inputs, from those of the results of ``forward``; None for those that are constants."""
+    """The gradients of the inputs, from those of the results of ``forward``; None for constants."""
     embedded, context_and_state, attentional, *_ = saved
     steps, batch, size = attentional.shape
     make_layer: Any = LSTMBackward if inputs.cell else GRUBackward
@@ -109,7 +109,7 @@ def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad
 
 
 def _make_layers(inputs: Inputs, embedded: Tensor) -> list[LSTMForward | GRUForward]:
-    """embedded: (T, B, E). Its product with the weight of the first layer is made here, for all steps."""
+    """embedded: (T, B, E). Its product with the weight of the first layer is computed here, for all steps at once."""
     steps, batch, read = embedded.shape
     make_layer: Any = LSTMForward if inputs.cell else GRUForward
     layers = []
@@ -124,7 +124,7 @@ def _make_layers(inputs: Inputs, embedded: Tensor) -> list[LSTMForward | GRUForw
 
 
 def _weights_in_loop(inputs: Inputs) -> list[CellWeights]:
-    """Those that multiply what becomes known in the loop: of the first layer the attentional vector, not the token."""
+    """The weights for inputs that become known in the loop: in the first layer, only the attentional vector."""
     first, *others = inputs.weights
     return [first._replace(x=first.x[:, inputs.embedded.shape[2] :]), *others]
 

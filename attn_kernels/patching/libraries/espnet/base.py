@@ -31,14 +31,14 @@ class Step(NamedTuple):
 
 
 class FusedStep(Fused):
-    """The state of a batch is kept in the module's attributes, which decoders read and write, as in the original."""
+    """The state of a batch is stored in the module's attributes, which decoders read and write, as in the original."""
 
     min_products = MIN_PRODUCTS
     h_length: int  # like enc_h, None before the first step
     enc_h: Tensor
     mask: Tensor | None
     dunits: int
-    han_mode = False  # of the classes that lack it
+    han_mode = False  # for classes that do not have it
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -104,7 +104,7 @@ def additive_score(gvec: Any, scale: Any) -> AdditiveScore:
     if scale != 1:
         v = scale * v
     if gvec.bias is not None and gvec.bias.requires_grad and torch.is_grad_enabled():
-        v = torch.add(v, gvec.bias, alpha=0)  # it adds the same to all scores of a softmax: a gradient of 0
+        v = torch.add(v, gvec.bias, alpha=0)  # the bias adds the same to all scores of a softmax: its gradient is 0
     return AdditiveScore(v)
 
 

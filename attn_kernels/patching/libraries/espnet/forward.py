@@ -21,12 +21,12 @@ class _FusedForward(FusedAttLoc):
     default_scaling: float = 1.0
 
     def _forward_step(self, step: Step, previous: Tensor, scaling: Any, stay: Any, move: Any) -> tuple[Tensor, Tensor]:
-        """stay, move: probabilities, or 1, of the frame that was attended before and of the one after it."""
+        """stay, move: probabilities, or 1, of the previously attended frame and of the frame after it."""
         keys, extra = self._projected(), self._features(previous)
         score = additive_score(self.gvec, scaling)
         _, alignments = self._additive(step, 0, self.mlp_dec(step.state), keys, None, score, extra)
         alignments = (stay * previous + move * F.pad(previous, (1, 0))[:, :-1]) * alignments
-        alignments = F.normalize(torch.clamp(alignments, 1e-6), p=1, dim=1)  # which also gives padding a little
+        alignments = F.normalize(torch.clamp(alignments, 1e-6), p=1, dim=1)  # padding gets a small weight, too
         context = torch.bmm(alignments.unsqueeze(1), self.enc_h).squeeze(1)
         return as_product(context, alignments, self.enc_h), alignments
 
@@ -38,7 +38,7 @@ class _FusedForward(FusedAttLoc):
 
 @adapts(f"{MODULE}:AttForward", **LIBRARY, sources=("fa9f43f7449a",))
 class FusedAttForward(_FusedForward):
-    """Forward attention, section 3.1 of that paper."""
+    """Forward attention, section 3.1 of the paper."""
 
     def _attend(self, step: Step, memory: Tensor, lengths: Any, previous: Any, scaling: Any) -> Any:
         previous = self._first(memory) if previous is None else previous
@@ -47,7 +47,7 @@ class FusedAttForward(_FusedForward):
 
 @adapts(f"{MODULE}:AttForwardTA", **LIBRARY, sources=("e4737a7768ef",))
 class FusedAttForwardTA(_FusedForward):
-    """Forward attention with a transition agent, section 3.2 of that paper."""
+    """Forward attention with a transition agent, section 3.2 of the paper."""
 
     mlp_ta: Any
     trans_agent_prob: Any

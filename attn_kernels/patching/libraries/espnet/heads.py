@@ -1,4 +1,4 @@
-"""Attention of several heads."""
+"""Attention with several heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import LIBRARY, MODULE, FusedStep, Step, additive_score, uniform
 
 
 class _FusedHeads(FusedStep):
-    """Several heads, each with projections of its own; lists of them in ``pre_compute_k`` and ``pre_compute_v``."""
+    """Several heads, each with its own projections; lists of these are in ``pre_compute_k`` and ``pre_compute_v``."""
 
     aheads: int
     scaling: float
@@ -112,7 +112,7 @@ class FusedAttMultiHeadLoc(_FusedHeadsLocation):
 
 @adapts(f"{MODULE}:AttMultiHeadMultiResLoc", **LIBRARY, sources=("ae6c47b54f5b",))
 class FusedAttMultiHeadMultiResLoc(_FusedHeadsLocation):
-    """Heads of AttLoc, each with a width of its own, and a scale of 1 / sqrt(att_dim_k)."""
+    """Heads of AttLoc, each with its own width, and a scale of 1 / sqrt(att_dim_k)."""
 
     def attend(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Any, att_prev: Any, **kwargs: Any) -> Any:
         return self._located(enc_hs_pad, enc_hs_len, dec_z, att_prev, self.scaling)

@@ -1,4 +1,4 @@
-"""Attention of one head: dot, additive, with coverage and with location features."""
+"""Attention with one head: dot, additive, with coverage and with location features."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class FusedAttCov(FusedSingle):
             att_prev_list = [uniform(enc_hs_len, enc_hs_pad.device, torch.float32)]
         extra = self._covered(sum(att_prev_list))  # type: ignore[arg-type]
         context, alignments = self._single(step, self.mlp_dec(step.state), scaling, extra)
-        att_prev_list += [alignments]  # in place, as the original
+        att_prev_list += [alignments]  # in place, as in the original
         return context, att_prev_list
 
     def _covered(self, coverage: Tensor) -> Tensor:
