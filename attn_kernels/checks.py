@@ -195,7 +195,9 @@ def check_range(name: str, memory_lengths: Tensor, steps: int) -> None:
 def check_prepared(name: str, keys: Tensor, prepared: Tensor, backend: str) -> None:
     check_tensor(name, "prepared", prepared)
     if backend not in ("cpu", "cuda", "reference"):  # the reference needs no preparation and is right without
-        raise ArgumentValueError(f"{name}: prepared must be None with backend={backend!r}, which prepares nothing")
+        raise ArgumentValueError(
+            f"{name}: prepared must be None with backend={backend!r}, which does not use prepared keys"
+        )
     dtype = torch.bfloat16 if keys.dtype == torch.bfloat16 else torch.float32
     if keys.dtype == torch.float64 or prepared.dtype != dtype:
         raise ArgumentTypeError(

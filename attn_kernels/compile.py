@@ -47,6 +47,8 @@ class _Checked:
             self._graph.settle(args)
             self._is_checked = True
             if not self._graph.is_fused:
-                warnings.warn(f"attn_kernels: a graph runs uncompiled: {self._graph.reasons[0]}", stacklevel=2)
+                warnings.warn(
+                    f"attn_kernels: a graph is not fused and runs in eager mode: {self._graph.reasons[0]}", stacklevel=2
+                )
                 self._compiled = self._graph.original
         return self._compiled(*args)

@@ -88,7 +88,7 @@ def sharded_additive_attention(
     call.
 
     Raises:
-        ValueError, TypeError: as for ``additive_attention``. RuntimeError: there is no process group.
+        ValueError, TypeError: as for ``additive_attention``. RuntimeError: no process group is initialized.
     """
     name = "sharded_additive_attention"
     masks = Masks(memory_lengths, mask)
@@ -395,6 +395,6 @@ def _check(
 
 def _check_group(name: str, group: dist.ProcessGroup | None) -> None:
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(f"{name}: there is no process group: torch.distributed.init_process_group makes one")
+        raise RuntimeError(f"{name}: no process group is initialized: call torch.distributed.init_process_group first")
     if dist.get_rank(group) < 0:
-        raise ValueError(f"{name}: group must be one that this process is in")
+        raise ValueError(f"{name}: group must contain this process")

@@ -197,7 +197,7 @@ def additive_attention(
             inputs = (query, keys, values)
             return attend_with_options(of_gate, inputs, masks, options, need_weights, need_log_total, backend)
         if prepared is not None:
-            raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: it is for tanh")
+            raise ArgumentValueError(f"{name}: prepared must be None with activation={activation!r}: only tanh uses it")
         if activation == "sigmoid":
             if memory is None:
                 check_query_keys(name, query, keys)
@@ -212,7 +212,7 @@ def additive_attention(
     if with_options:
         if prepared is not None:
             raise ArgumentValueError(
-                f"{name}: prepared must be None with score_bias, dropout_p, normalizer, clip or log_total"
+                f"{name}: prepared must be None with score_bias, dropout_p, normalizer, clip or need_log_total"
             )
         options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
         return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)

@@ -41,7 +41,9 @@ def packed_memory(
     max_length = None
     if is_jagged(keys):
         if memory_offsets is not None:
-            raise ArgumentValueError(f"{name}: memory_offsets must be None with jagged keys, which have their own")
+            raise ArgumentValueError(
+                f"{name}: memory_offsets must be None with jagged keys, which contain their offsets"
+            )
         memory_offsets = _offsets(name, "keys", keys)
         max_length = getattr(keys, "_maybe_max_seqlen", None)
         if values is not None:

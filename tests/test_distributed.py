@@ -515,7 +515,7 @@ def test_errors(ranks: list[dict[str, Any]]) -> None:
         for name, message in MESSAGES.items():
             error = results["errors"][name].removeprefix("Argument")  # ArgumentValueError is a ValueError
             assert error.startswith(message), error
-    outside = "group must be one that this process is in"
+    outside = "group must contain this process"
     assert ranks[1]["errors"]["group"] == f"ValueError: sharded_dot_attention: {outside}"
     assert ranks[1]["errors"]["joint_mean group"] == f"ValueError: joint_mean: {outside}"
 
@@ -529,7 +529,9 @@ def test_errors(ranks: list[dict[str, Any]]) -> None:
     ],
 )
 def test_without_a_group(call: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(RuntimeError, match=r"^\w+: there is no process group: torch.distributed.init_process_group"):
+    with pytest.raises(
+        RuntimeError, match=r"^\w+: no process group is initialized: call torch.distributed.init_process_group"
+    ):
         call(torch.ones(1, 1, 1))
 
 

@@ -164,7 +164,7 @@ def test_errors() -> None:
         WindowedAttention(MAKE["luong"](), ahead=-1)
     module, (queries, outputs) = make("luong"), inputs()
     memory = module.memory(outputs)
-    with pytest.raises(TypeError, match=r"state must begin with positions, \(B, K, 1\) int64, got .*float"):
+    with pytest.raises(TypeError, match=r"the first tensor of state must be positions, \(B, K, 1\) int64, got .*float"):
         module(queries[:, 0], memory, (torch.zeros(B, 1, 1),))
     with pytest.raises(TypeError, match=r"memory must be a Memory, made by WindowedAttention\.memory"):
         module(queries[:, 0], outputs, module.initial_state(memory))

@@ -208,7 +208,7 @@ def test_what_cannot_be_exported_is_said(model: Seq2Seq, programs: export.Progra
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         export.load_exported(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"vocab": 3}))
-    with pytest.raises(ValueError, match=r"is not a configuration that save_exported wrote"):
+    with pytest.raises(ValueError, match=r"is not a configuration file written by save_exported"):
         export.load_exported(tmp_path)
 
 

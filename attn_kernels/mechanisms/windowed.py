@@ -127,7 +127,9 @@ class WindowedAttention(StatefulAttention):
         position = state[0] if state else None
         if position is None or position.dim() != 3 or position.shape[2] != 1 or position.is_floating_point():
             got = "()" if position is None else f"{tuple(position.shape)} of {position.dtype}"
-            raise ArgumentTypeError(f"{self._name}: state must begin with positions, (B, K, 1) int64, got {got}")
+            raise ArgumentTypeError(
+                f"{self._name}: the first tensor of state must be positions, (B, K, 1) int64, got {got}"
+            )
 
     def extra_repr(self) -> str:
         return f"behind={self.behind}, ahead={self.ahead}, in_training={self.in_training}"

@@ -198,7 +198,9 @@ def load_exported(folder: str | os.PathLike[str]) -> ExportedSeq2Seq:
     folder = Path(folder)
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not {"format", "bos", "eos"} <= config.keys():
-        raise ArgumentValueError(f"load_exported: {folder / _CONFIG} is not a configuration that save_exported wrote")
+        raise ArgumentValueError(
+            f"load_exported: {folder / _CONFIG} is not a configuration file written by save_exported"
+        )
     format = config["format"]
     _check_format("load_exported", format)
     backends()  # makes the kernels known that programs may call
