@@ -74,7 +74,7 @@ def attend_arrays(
         ):
             attention = score.attend_small(query, keys, values, need_weights)
             return _alignments_alone(attention) if without_context else attention
-        device = "cpu" if query.is_cpu else query.device.type
+        device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
             _check(score, query, keys, values, masks, chosen)
@@ -152,7 +152,7 @@ def attend_with_options(
     query, keys, values = inputs
     attended = _empty_values(score.name, query, keys, need_weights) if values is None else values
     try:
-        device = "cpu" if query.is_cpu else query.device.type
+        device = device_type(query)
         gated = isinstance(score, GatedAdditiveScore)
         vectors = score.vectors if isinstance(score, GatedAdditiveScore) else None
         score_bias = options.score_bias

@@ -37,13 +37,7 @@ from .gated import gated_scores
 from .packed_attention import attend_packed, given_options
 from .packed_memory import check_memory, check_query, is_jagged, packed_memory
 from .scores import ActivatedScore, AdditiveScore, DotScore, GatedAdditiveScore, clipped
-from .types import (
-    DTYPES,
-    Attention,
-    autocast,
-    on_one_device,
-    upcast,
-)
+from .types import DTYPES, Attention, autocast, device_type, on_one_device, upcast
 
 
 def additive_attention(
@@ -359,7 +353,7 @@ def additive_scores(
             return (upcast(scores)[0] + upcast(w)[0].sum()).to(scores.dtype)
         op = ("activated_scores", numbers)
     try:
-        device = "cpu" if query.is_cpu else query.device.type
+        device = device_type(query)
         chosen = choose(backend, device)
         if chosen not in SELF_CHECKING or is_compiling():
             _check_additive_scores(query, keys, v, bias)

@@ -117,11 +117,6 @@ def upcast(*tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
 
 
 def on_one_device(query: Tensor, *others: Any) -> bool:
-    """Whether all are where query is: one on "meta" would make the dispatcher only trace."""
-    if query.is_cpu:
-        for other in others:  # noqa: SIM110 - all() of a generator takes four times as long
-            if other is not None and not other.is_cpu:
-                return False
-        return True
+    """Whether all are on the device of query, a GPU. With a query on the CPU the ops check it: see ops.py."""
     device = query.device
     return all(other is None or other.device == device for other in others)

@@ -143,8 +143,6 @@ def test_gradient_of_large_scores(dtype: torch.dtype, fused: str, device: str) -
 # Derivatives, transforms, compilation ---------------------------------------------------------------------------------
 
 
-# In the interpreter, where one takes 20 seconds, each kernel once: leaky_relu has that of sigmoid.
-@pytest.mark.left_out_if(lambda backend, score: interpreted(backend) and score == "sigmoid")
 @slow_if(lambda backend, score, **_: interpreted(backend) or score != "tanh")
 @pytest.mark.parametrize("score", SCORES)
 def test_derivatives(score: str, backend: str, device: str) -> None:

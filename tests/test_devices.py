@@ -82,4 +82,4 @@ def test_inputs_of_all_tests_lie_on_the_device_of_their_backend(tmp_path: Path) 
     assert_on_one_device(found)
     assert {one["test"] for one in found} == set(chosen)
     passed = [one["test"] for one in found if one["outcome"] == "passed"]
-    assert len(chosen) > 400 and len(passed) > len(chosen) / 2  # the rest: what the stand-in does not have
+    assert len(chosen) > 410 and len(passed) > 240  # 420 and 251; the others need what the stand-in does not have
