@@ -29,6 +29,7 @@ class Formula(NamedTuple):
         needs all but the first.
     addend: position of the tensor that is added to the keys, the last differentiable one. Both get the gradient of
         their sum.
+    joint: whether the gradients of keys and values share a flag.
     seed: position of the seed of dropout.
     """
 
@@ -40,15 +41,16 @@ class Formula(NamedTuple):
     memory: int = 0
     results: int = 1
     addend: int | None = None
+    joint: bool = True
     seed: int | None = None
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Positions of the arguments whose gradients share a ``need_...`` flag of the backward; see ops.py."""
         others = tuple(i for i in self.differentiable if not 1 <= i <= self.memory and i != self.addend)
-        if self.addend is None:
-            return others, tuple(range(1, 1 + self.memory))
-        return others, (1, self.addend), (2,)
+        keys = (1,) if self.addend is None else (1, self.addend)
+        values = tuple(range(2, 1 + self.memory))
+        return (others, keys + values) if self.joint else (others, keys, values)
 
     def tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         start, stop = self.numbers
@@ -183,22 +185,27 @@ _ACTIVATED = Formula(
 _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 4), memory=2, results=2)
 
 
-def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable[[Any], dict[str, Any]]) -> Formula:
+def _with_options(
+    function: Callable[..., Any], tensors: int, *numbers: Callable[[Any], dict[str, Any]], adds: bool = False
+) -> Formula:
     """The formula of an attention with options.
 
     function: of the reference. tensors: number of the score's tensors, after query, keys and values. numbers: for each
-    number of the score, a function that turns it into keyword arguments.
+    number of the score, a function that turns it into keyword arguments. adds: whether an argument is added to the
+    keys, ``extra`` after score_bias.
     """
 
     def formula(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Any:
         own, score_bias, others = others[:tensors], others[tensors], others[tensors + 1 :]
+        added = dict(extra=others[0]) if adds else {}
+        others = others[1:] if adds else others
         keywords = {name: x for number, make in zip(others, numbers, strict=False) for name, x in make(number).items()}
         dropout_p, normalizer, clip, seed, memory_lengths, mask = others[len(numbers) : len(numbers) + 6]
         options = dict(score_bias=score_bias, dropout_p=dropout_p, seed=seed, normalizer=NORMALIZERS[normalizer])
         rest = dict(clip=clip or None, memory_lengths=memory_lengths, mask=mask)
-        return function(query, keys, values, *own, **keywords, **options, **rest, need_log_total=True)
+        return function(query, keys, values, *own, **added, **keywords, **options, **rest, need_log_total=True)
 
-    first = 4 + tensors
+    first = 4 + tensors + adds
     return Formula(
         formula,
         differentiable=tuple(range(first)),
@@ -206,6 +213,7 @@ def _with_options(function: Callable[..., Any], tensors: int, *numbers: Callable
         numbers=(first, first + len(numbers) + 3),
         memory=2,
         results=3,
+        addend=first - 1 if adds else None,
         seed=first + len(numbers) + 3,
     )
 
@@ -239,10 +247,15 @@ _ACTIVATED_PACKED = _packed(reference.additive_attention, 2, *gated_formulas.NUM
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
 _ACTIVATED_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_formulas.NUMBERS)
-_GATED_SCORES = Formula(gated_formulas.scores, (0, 1, 2, 3, 4), shared=(2, 3), numbers=(5, 7), memory=1)
-_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)._replace(shared=(3, 4))  # not the gate
+_GATED_SCORES = Formula(
+    gated_formulas.scores, tuple(range(6)), shared=(2, 3), numbers=(6, 8), memory=1, results=1, addend=5
+)
+_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS, adds=True)
+_GATED = _GATED._replace(shared=(3, 4))  # not the gate
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
-_ADDITIVE_WITH_EXTRA = Formula(_attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5)
+_ADDITIVE_WITH_EXTRA = Formula(
+    _attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5, joint=False
+)
 _ACTIVATED_WITH_EXTRA = _ADDITIVE_WITH_EXTRA._replace(numbers=(6, 8))
 _WITH_BACKWARD = {
     "additive_scores": _SCORES,

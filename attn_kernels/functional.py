@@ -33,7 +33,7 @@ from .checks import (
     shape_of,
 )
 from .errors import ArgumentTypeError, ArgumentValueError
-from .gated import gated_scores
+from .gated import adds_extra, gated_scores
 from .packed_attention import attend_packed, given_options
 from .packed_memory import check_memory, check_query, is_jagged, packed_memory
 from .scores import ActivatedScore, AdditiveScore, DotScore, GatedAdditiveScore, clipped
@@ -93,9 +93,8 @@ def additive_attention(
         gate: (B, Tk, A), before the sigmoid; the activation is multiplied by sigmoid(gate). A gate or several score
             vectors have kernels on the CPU and in Triton; elsewhere the reference runs, which stores (B, Tq, Tk, A).
         extra: (B, Tk, A), added to the keys before the activation, such as projected location features of a step. On
-            the CPU, and in Triton for at most 8 queries, the kernels compute the sum, and one gradient serves both.
-            Otherwise the sum is a tensor. It is also a tensor with a gate, several score vectors, an option below or
-            ``activation="sigmoid"``.
+            the CPU and in Triton the kernels compute the sum, and one gradient serves both. With an option below or
+            ``activation="sigmoid"``, the sum of more than 8 queries is a tensor.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         clip: C > 0, replaces each score by C tanh(score), which limits how sure a pointer network is (Bello et al.,
             "Neural combinatorial optimization with reinforcement learning", 2017, appendix A.2, equation 16). It
@@ -173,9 +172,12 @@ def additive_attention(
     if gated and (memory is not None or prepared is not None):
         given = "prepared" if memory is None else "memory_offsets"
         raise ArgumentValueError(f"{name}: {given} must be None with a gate or several score vectors")
-    if extra is not None and (with_options or activation == "sigmoid"):  # these have no kernel that adds extra
+    if extra is not None and (gated or with_options or activation == "sigmoid"):
         check_extra(name, query, keys, extra)
-        keys, extra, prepared = keys + extra, None, None
+        gated = gated or adds_extra(query, backend)
+        if not gated:
+            keys, extra = keys + extra, None
+        prepared = None
     masks = (memory_lengths, mask)
     score: AdditiveScore | ActivatedScore
     if activation == "tanh" and not gated:
@@ -186,7 +188,7 @@ def additive_attention(
         if activation == "sigmoid" and (clip is not None or need_log_total or normalizer != "softmax"):
             gated = gated or prepared is None
         if gated:
-            of_gate = GatedAdditiveScore(v, bias, gate, *numbers)
+            of_gate = GatedAdditiveScore(v, bias, gate, extra, *numbers)
             options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
             inputs = (query, keys, values)
             return attend_with_options(of_gate, inputs, masks, options, need_weights, need_log_total, backend)
@@ -337,12 +339,15 @@ def additive_scores(
         clip = check_clip("additive_scores", clip)
         options: dict[str, Any] = dict(activation=activation, negative_slope=negative_slope, gate=gate, extra=extra)
         return clipped(additive_scores(query, keys, v, bias, **options, backend=backend), clip)
+    gated = gate is not None or (isinstance(v, Tensor) and v.dim() > 1)
     if extra is not None:
         check_extra("additive_scores", query, keys, extra)
-        keys = keys + extra
-    if gate is not None or (isinstance(v, Tensor) and v.dim() > 1):
+        gated = gated or adds_extra(query, backend)
+        if not gated:
+            keys = keys + extra
+    if gated:
         numbers = check_activation("additive_scores", activation, negative_slope)
-        return gated_scores(GatedAdditiveScore(v, bias, gate, *numbers), query, keys, backend)
+        return gated_scores(GatedAdditiveScore(v, bias, gate, extra, *numbers), query, keys, backend)
     op: tuple[str, tuple[float, ...]] = ("additive_scores", ())
     if activation != "tanh":
         numbers = check_activation("additive_scores", activation, negative_slope)

@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 
 from . import formulas, ops
 from .attending import ARGUMENT_ERRORS, GATED, SELF_CHECKING, choose_or_reference
+from .backends import choose_among
 from .checks import (
     check_dtypes,
     check_like_keys,
@@ -19,6 +20,16 @@ from .scores import GatedAdditiveScore
 from .types import autocast, device_type
 
 NAME = "additive_scores"  # the public function, for error messages
+
+
+MOST_QUERIES = 8  # more queries share exponentials of keys + extra, which these ops do not make
+
+
+def adds_extra(query: Tensor, backend: str | None) -> bool:
+    """Whether these ops, without a gate, are the fastest way to add ``extra`` to the keys with options."""
+    if query.dim() == 3 and query.shape[1] > MOST_QUERIES:
+        return False
+    return choose_among(GATED.backends, backend, device_type(query)) in GATED.backends
 
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:
@@ -46,6 +57,7 @@ def _check(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> None:
     check_score_vectors(NAME, query, score.v)
     check_units(NAME, query, "bias", score.bias)
     check_like_keys(NAME, query, keys, "gate", score.gate)
+    check_like_keys(NAME, query, keys, "extra", score.extra)
     score = score.autocast(query)
     query, keys = autocast(query, keys)
-    check_dtypes(NAME, query, keys=keys, v=score.v, bias=score.bias, gate=score.gate)
+    check_dtypes(NAME, query, keys=keys, v=score.v, bias=score.bias, gate=score.gate, extra=score.extra)

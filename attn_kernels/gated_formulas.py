@@ -21,10 +21,10 @@ NUMBERS: tuple[Callable[[Any], dict[str, Any]], ...] = (
 
 
 def scores(*arguments: Any) -> tuple[Tensor]:
-    """arguments: query, keys, v, bias, gate, activation, negative_slope."""
-    *inputs, gate, activation, negative_slope = arguments
+    """arguments: query, keys, v, bias, gate, extra, activation, negative_slope."""
+    *inputs, gate, extra, activation, negative_slope = arguments
     keywords: dict[str, Any] = dict(activation=ACTIVATIONS[activation], negative_slope=negative_slope)
-    return (reference.additive_scores(*inputs, gate=gate, **keywords).flatten(1, 2),)
+    return (reference.additive_scores(*inputs, gate=gate, extra=extra, **keywords).flatten(1, 2),)
 
 
 def attention(*arguments: Any, score_bias: Tensor | None, **keywords: Any) -> tuple[Tensor, ...]:

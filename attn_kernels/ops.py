@@ -178,11 +178,13 @@ def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
 class _Score(NamedTuple):
     """The arguments of a score in the schemas of its ops, after query, keys and values: see scores.py.
 
-    tensors: those with a gradient. constants: tensors without one. numbers: the others.
+    tensors: those with a gradient. constants: tensors without one. addends: added to the keys, with their gradient.
+    numbers: the others.
     """
 
     tensors: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    addends: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
 
 
@@ -281,7 +283,8 @@ _MEMORY, _MASKS = ("Tensor query", "Tensor keys", "Tensor values"), ("Tensor? me
 def _define_with_options(op: str, score: _Score, fake: Callable[..., Any]) -> None:
     """An attention with rarely used options (Options in types.py), which also returns log_total (log-sum-exp)."""
     options = ("float dropout_p", "int normalizer", "float clip", "Tensor? seed")
-    inputs = ", ".join((*_MEMORY, *score.tensors, "Tensor? score_bias", *score.numbers, *options, *_MASKS))
+    own = (*score.tensors, "Tensor? score_bias", *score.addends, *score.numbers)
+    inputs = ", ".join((*_MEMORY, *own, *options, *_MASKS))
     _define(
         f"{op}_backward",
         f"(Tensor? grad_context, Tensor? grad_alignments, Tensor? grad_log_total, {inputs}, Tensor alignments, "
@@ -340,9 +343,9 @@ for _name in ("additive", "activated"):
         _attention_fake,
     )
 
-# v is (R, A): there are Tq R rows of scores, the R rows of a query being adjacent. gate: (B, Tk, A). This attention has
-# only the op with options.
-GATED = _Score(tensors=("Tensor v", "Tensor? bias", "Tensor? gate"), numbers=_ACTIVATION)
+# v is (R, A): there are Tq R rows of scores, the R rows of a query being adjacent. gate, extra: (B, Tk, A). This
+# attention has only the op with options.
+GATED = _Score(("Tensor v", "Tensor? bias", "Tensor? gate"), addends=("Tensor? extra",), numbers=_ACTIVATION)
 _define_with_options("gated_additive_attention", GATED, _gated_fake)
 
 for _name, _score, _fake in (
@@ -350,7 +353,7 @@ for _name, _score, _fake in (
     ("activated_scores", SCORES["activated"], _scores_fake),
     ("gated_additive_scores", GATED, _gated_scores_fake),
 ):
-    _inputs = ", ".join(("Tensor query", "Tensor keys", *_score.tensors, *_score.numbers))
+    _inputs = ", ".join(("Tensor query", "Tensor keys", *_score.tensors, *_score.addends, *_score.numbers))
     _own = len(_score.tensors)
     _define(
         f"{_name}_backward",

@@ -53,6 +53,7 @@ class _GatedAdditiveArguments(NamedTuple):
     v: Tensor
     bias: Tensor | None = None
     gate: Tensor | None = None
+    extra: Tensor | None = None
     activation: int = 0
     negative_slope: float = 0.0
 
@@ -206,16 +207,17 @@ class ActivatedPackedScore(_ActivatedPackedArguments):
 
 
 class GatedAdditiveScore(_GatedAdditiveArguments):
-    """v_r . (activation(query + keys + bias) * sigmoid(gate)) for each row v_r of v. It has only the op with options.
+    """v_r . (activation(query + keys + extra + bias) * sigmoid(gate)) for each row v_r of v.
 
-    v: (R, A), score vectors, or (A,) for one, without an axis R in the results. bias: (A,). gate: (B, Tk, A).
-    activation: its index in activations.py. negative_slope: of leaky_relu.
+    It has only the op with options. v: (R, A), score vectors, or (A,) for one, without an axis R in the results. bias:
+    (A,). gate, extra: (B, Tk, A); the gradient of extra equals that of the keys. activation: its index in
+    activations.py. negative_slope: of leaky_relu.
     """
 
     __slots__ = ()
     op = "gated_additive_attention"
     name = "additive_attention"
-    tensors = 3
+    tensors = 4
     gradients = 3
     has_extra = False
 
@@ -225,16 +227,17 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
         return self.v.shape[0] if self.v.dim() == 2 else None
 
     def autocast(self, query: Tensor) -> GatedAdditiveScore:
-        _, v, bias, gate = types.autocast(query, self.v, self.bias, self.gate)
-        return self._replace(v=v, bias=bias, gate=gate)
+        _, v, bias, gate, extra = types.autocast(query, self.v, self.bias, self.gate, self.extra)
+        return self._replace(v=v, bias=bias, gate=gate, extra=extra)
 
     def check(self, query: Tensor, keys: Tensor) -> None:
         checks.check_score_vectors(self.name, query, self.v)
         checks.check_units(self.name, query, "bias", self.bias)
         checks.check_like_keys(self.name, query, keys, "gate", self.gate)
+        checks.check_like_keys(self.name, query, keys, "extra", self.extra)
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
-        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, gate=self.gate)
+        checks.check_dtypes(self.name, query, v=self.v, bias=self.bias, gate=self.gate, extra=self.extra)
 
     def rows(self) -> GatedAdditiveScore:
         """This score with v as (R, A), as the op takes it."""

@@ -81,7 +81,7 @@ def scores_backward(
     if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):
         if query.shape[1] > MAX_DECODE_QUERIES:
             return pair_scores_backward(dscores, score, query, keys + score.extra, masks, *needed)
-        rows = GatedAdditiveScore(score.v[None], score.bias, None, *activation_of(score).numbers())
+        rows = GatedAdditiveScore(score.v[None], score.bias, None, None, *activation_of(score).numbers())
         found = gated_pair_scores_backward(dscores, rows, query, keys, masks, *needed, score.extra)
         dquery, dkeys, dv, dbias, _ = found
         return dquery, dkeys, dv.view(score.v.shape) if need_query else dv, dbias
@@ -166,11 +166,11 @@ def _scores(score: Callable[..., Score], own: int) -> Kernels:
     """own: the number of the score's own arguments."""
 
     def forward(query: Tensor, keys: Tensor, *of_score: Any) -> Tensor:
-        return scores_of(score(*of_score), query, keys, Masks(), query.dtype)
+        return scores_of(*_added(score(*of_score), query, keys), Masks(), query.dtype)
 
     def backward(grad_scores: Tensor, query: Tensor, keys: Tensor, *others: Any) -> Gradients:
         dscores = padded_gradient(grad_scores)
-        return scores_backward(dscores, score(*others[:own]), query, keys, Masks(), *others[own:])
+        return scores_backward(dscores, *_added(score(*others[:own]), query, keys), Masks(), *others[own:])
 
     return forward, backward
 
@@ -192,8 +192,15 @@ def _attention(score: type[Score]) -> Kernels:
     return forward, backward
 
 
+def _added(score: Score, query: Tensor, keys: Tensor) -> tuple[Score, Tensor, Tensor]:
+    """Score, query and keys, with an extra of gated attention, which has no kernel yet, added to the keys."""
+    if isinstance(score, GatedAdditiveScore) and score.extra is not None:
+        return score._replace(extra=None), query, keys + score.extra
+    return score, query, keys
+
+
 def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> Kernels:
-    tensors, numbers = len(of_op.tensors), len(of_op.numbers)
+    tensors, numbers = len(of_op.tensors), len(of_op.addends) + len(of_op.numbers)
 
     def call(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> _Call:
         own, (score_bias, *rest) = others[:tensors], others[tensors:]
@@ -201,7 +208,7 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
         masks = Masks(memory_lengths, mask)
         has_options = score_bias is not None or tuple(options[:3]) != NO_OPTIONS[1:4]  # the seed does not count
         given = Options(score_bias, *options) if has_options else NO_OPTIONS  # kernels without options use larger tiles
-        return _Call(score(*own, *of_score), query, keys, values, masks, given)
+        return _Call(*_added(score(*own, *of_score), query, keys), values, masks, given)
 
     def forward(*arguments: Any) -> Gradients:
         return call(*arguments[:-1]).forward_with_log_total(arguments[-1])
@@ -219,7 +226,7 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
 _OPS: dict[str, Kernels] = {
     "additive_scores": _scores(AdditiveScore, 2),
     "activated_scores": _scores(ActivatedScore, 4),
-    "gated_additive_scores": _scores(GatedAdditiveScore, 5),
+    "gated_additive_scores": _scores(GatedAdditiveScore, 6),
     "gated_additive_attention": _attention_with_options(GatedAdditiveScore, ops.GATED),  # the only op of this score
 }
 _plain: tuple[type[Score], ...] = (AdditiveScore, ActivatedScore, DotScore, AdditiveExtraScore, ActivatedExtraScore)

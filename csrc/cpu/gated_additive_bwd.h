@@ -174,7 +174,8 @@ void gated_gradients(const GatedBackward<T>& back, Unit unit, int64_t b, int64_t
   const int64_t most = R == 1 ? kRowsAtOnce : back.units.block_steps;
   const StridedView3 all_keys = columns_from(op.keys, first),
                      all_gates = columns_from(has_gate ? op.gate : op.keys, first);
-  RowBlock<T> keys(all_keys, columns, most, scratch), gates(all_gates, columns, most, scratch);
+  RowBlock<T> keys(all_keys, columns, most, scratch, columns_from(op.extra, first)),
+      gates(all_gates, columns, most, scratch);
   T* gate = alloc<T>(scratch, has_gate ? 2 * most * size : 0);
   T* slope = gate + most * size;
   T* t = alloc<T>(scratch, R > 1 ? 2 * most * size : 0);

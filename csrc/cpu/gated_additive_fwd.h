@@ -199,7 +199,7 @@ struct GatedAdditiveScore {
  private:
   // A single query, as in pooling: no activation is used twice, so none is stored.
   void one_query(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, Scratch& scratch) const {
-    RowBlock<T> keys(op.keys, op.A, kRowsAtOnce, scratch), gates(op.gate, op.A, kRowsAtOnce, scratch);
+    RowBlock<T> keys(op.keys, op.A, kRowsAtOnce, scratch, op.extra), gates(op.gate, op.A, kRowsAtOnce, scratch);
     by_unit<T>(op, [&](auto unit) {
       for (int64_t j = 0; j < n; j += kRowsAtOnce) {
         const int64_t count = min(kRowsAtOnce, n - j);
@@ -213,7 +213,7 @@ struct GatedAdditiveScore {
   void by_rows(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                Scratch& scratch) const {
     const int64_t size = units.size, most = units.block_steps;
-    RowBlock<T> keys(op.keys, op.A, most, scratch), gates(op.gate ? op.gate : op.keys, op.A, most, scratch);
+    RowBlock<T> keys(op.keys, op.A, most, scratch, op.extra), gates(op.gate ? op.gate : op.keys, op.A, most, scratch);
     T* gate = op.gate ? alloc<T>(scratch, most * size) : nullptr;
     T* hidden = alloc<T>(scratch, most * size);
     const T** rows = alloc<const T*>(scratch, most);
@@ -237,7 +237,7 @@ struct GatedAdditiveScore {
   void by_columns(const Queries& q, int64_t b, const int32_t* list, int64_t n, T* out, int64_t ld,
                   Scratch& scratch) const {
     const int64_t R = op.vectors, begin = q.first / R, end = (q.first + q.n - 1) / R + 1, most = kPanel<T>;
-    RowBlock<T> keys(op.keys, op.A, most, scratch), gates(op.gate ? op.gate : op.keys, op.A, most, scratch);
+    RowBlock<T> keys(op.keys, op.A, most, scratch, op.extra), gates(op.gate ? op.gate : op.keys, op.A, most, scratch);
     T* key = alloc<T>(scratch, kPanelRows * most);
     T* gate = op.gate ? alloc<T>(scratch, kPanelRows * most) : nullptr;
     T* hidden = alloc<T>(scratch, kPanelRows * most);
