@@ -167,15 +167,12 @@ def attend_with_options(
         if axes == 2:
             query = query.unsqueeze(1)
             score_bias = None if score_bias is None else score_bias.unsqueeze(1)
-        if isinstance(score, GatedAdditiveScore):
-            made: Score = score.rows()
-            op = made.op
-        else:
-            op, made = f"{type(score).op}_with_options", score
+        made: Score = score.rows() if isinstance(score, GatedAdditiveScore) else score
         if vectors is not None and score_bias is not None:
             score_bias = score_bias.repeat_interleave(vectors, 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
-        own, numbers = made[: made.gradients], made[made.gradients if gated else made.tensors :]  # extra, after score_bias
-        arguments = (query, keys, attended, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
+        op, numbers = type(made).with_options, made[made.tensors :]
+        own = (*made[: made.gradients], score_bias, *made.addends)
+        arguments = (query, keys, attended, *own, *numbers, *options[1:], *masks, need_weights)
         results = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     except ARGUMENT_ERRORS:
         _check_with_options(score, *inputs[:2], attended, masks, options.score_bias, backend)

@@ -186,7 +186,7 @@ _DOT = Formula(_dot_attention, differentiable=(0, 1, 2), shared=(), numbers=(3, 
 
 
 def _with_options(
-    function: Callable[..., Any], tensors: int, *numbers: Callable[[Any], dict[str, Any]], adds: bool = False
+    function: Callable[..., Any], tensors: int, *numbers: Callable[[Any], dict[str, Any]], adds: bool = True
 ) -> Formula:
     """The formula of an attention with options.
 
@@ -250,9 +250,9 @@ _ACTIVATED_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_
 _GATED_SCORES = Formula(
     gated_formulas.scores, tuple(range(6)), shared=(2, 3), numbers=(6, 8), memory=1, results=1, addend=5
 )
-_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS, adds=True)
+_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)
 _GATED = _GATED._replace(shared=(3, 4))  # not the gate
-_DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale))
+_DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale), adds=False)
 _ADDITIVE_WITH_EXTRA = Formula(
     _attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5, joint=False
 )

@@ -93,8 +93,8 @@ def additive_attention(
         gate: (B, Tk, A), before the sigmoid; the activation is multiplied by sigmoid(gate). A gate or several score
             vectors have kernels on the CPU and in Triton; elsewhere the reference runs, which stores (B, Tq, Tk, A).
         extra: (B, Tk, A), added to the keys before the activation, such as projected location features of a step. On
-            the CPU and in Triton the kernels compute the sum, and one gradient serves both. With an option below or
-            ``activation="sigmoid"``, the sum of more than 8 queries is a tensor.
+            the CPU and in Triton the kernels compute the sum, and one gradient serves both. It is a tensor with
+            ``activation="sigmoid"`` and more than one query, and in ``backend="cuda"``.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         clip: C > 0, replaces each score by C tanh(score), which limits how sure a pointer network is (Bello et al.,
             "Neural combinatorial optimization with reinforcement learning", 2017, appendix A.2, equation 16). It
@@ -172,12 +172,12 @@ def additive_attention(
     if gated and (memory is not None or prepared is not None):
         given = "prepared" if memory is None else "memory_offsets"
         raise ArgumentValueError(f"{name}: {given} must be None with a gate or several score vectors")
-    if extra is not None and (gated or with_options or activation == "sigmoid"):
+    if extra is not None and (with_options or activation == "sigmoid"):
         check_extra(name, query, keys, extra)
-        gated = gated or adds_extra(query, backend)
-        if not gated:
-            keys, extra = keys + extra, None
         prepared = None
+        if activation == "sigmoid" and not gated:
+            gated = adds_extra(query, backend)
+            keys, extra = (keys, extra) if gated else (keys + extra, None)
     masks = (memory_lengths, mask)
     score: AdditiveScore | ActivatedScore
     if activation == "tanh" and not gated:
@@ -203,7 +203,7 @@ def additive_attention(
             score = ActivatedScore(v, bias, *numbers)
     if memory is not None:
         return attend_packed(score, query, memory._replace(keys=keys), need_weights, backend)
-    if extra is not None:
+    if extra is not None and not with_options:
         return attend_with_extra(score, (query, keys, values), extra, masks, need_weights, backend)
     if with_options:
         if prepared is not None:
@@ -211,7 +211,8 @@ def additive_attention(
                 f"{name}: prepared must be None with score_bias, dropout_p, normalizer, clip or need_log_total"
             )
         options = make_options(name, query, score_bias, dropout_p, normalizer, clip)
-        return attend_with_options(score, (query, keys, values), masks, options, need_weights, need_log_total, backend)
+        of_sum = score if extra is None else score.with_extra(extra)
+        return attend_with_options(of_sum, (query, keys, values), masks, options, need_weights, need_log_total, backend)
     return attend_arrays(score, query, keys, values, masks, need_weights, backend)
 
 

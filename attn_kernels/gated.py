@@ -22,14 +22,13 @@ from .types import autocast, device_type
 NAME = "additive_scores"  # the public function, for error messages
 
 
-MOST_QUERIES = 8  # more queries share exponentials of keys + extra, which these ops do not make
-
-
 def adds_extra(query: Tensor, backend: str | None) -> bool:
-    """Whether these ops, without a gate, are the fastest way to add ``extra`` to the keys with options."""
-    if query.dim() == 3 and query.shape[1] > MOST_QUERIES:
-        return False
-    return choose_among(GATED.backends, backend, device_type(query)) in GATED.backends
+    """Whether these ops, with one score vector and no gate, are the fastest way to add ``extra`` to the keys.
+
+    More queries share factors of keys + extra, which these ops do not make.
+    """
+    one = query.dim() == 2 or query.shape[1] == 1
+    return one and choose_among(GATED.backends, backend, device_type(query)) in GATED.backends
 
 
 def gated_scores(score: GatedAdditiveScore, query: Tensor, keys: Tensor, backend: str | None) -> Tensor:

@@ -178,8 +178,8 @@ def _allocate_again(error: RuntimeError, args: Sequence[Any]) -> None:
 class _Score(NamedTuple):
     """The arguments of a score in the schemas of its ops, after query, keys and values: see scores.py.
 
-    tensors: those with a gradient. constants: tensors without one. addends: added to the keys, with their gradient.
-    numbers: the others.
+    tensors: those with a gradient. constants: tensors without one. addends: added to the keys, with their gradient;
+    only in ops with options. numbers: the others.
     """
 
     tensors: tuple[str, ...] = ()
@@ -190,9 +190,10 @@ class _Score(NamedTuple):
 
 # activation: its index in activations.py. negative_slope: of leaky_relu.
 _ACTIVATION = ("int activation", "float negative_slope")
+_EXTRA = ("Tensor? extra",)
 SCORES = {
-    "additive": _Score(tensors=("Tensor v", "Tensor? bias"), constants=("Tensor? prepared",)),
-    "activated": _Score(tensors=("Tensor v", "Tensor? bias"), numbers=_ACTIVATION),
+    "additive": _Score(("Tensor v", "Tensor? bias"), constants=("Tensor? prepared",), addends=_EXTRA),
+    "activated": _Score(("Tensor v", "Tensor? bias"), addends=_EXTRA, numbers=_ACTIVATION),
     "dot": _Score(numbers=("float scale",)),
 }
 
@@ -345,12 +346,12 @@ for _name in ("additive", "activated"):
 
 # v is (R, A): there are Tq R rows of scores, the R rows of a query being adjacent. gate, extra: (B, Tk, A). This
 # attention has only the op with options.
-GATED = _Score(("Tensor v", "Tensor? bias", "Tensor? gate"), addends=("Tensor? extra",), numbers=_ACTIVATION)
+GATED = _Score(("Tensor v", "Tensor? bias", "Tensor? gate"), addends=_EXTRA, numbers=_ACTIVATION)
 _define_with_options("gated_additive_attention", GATED, _gated_fake)
 
 for _name, _score, _fake in (
     ("additive_scores", _Score(SCORES["additive"].tensors), _scores_fake),
-    ("activated_scores", SCORES["activated"], _scores_fake),
+    ("activated_scores", SCORES["activated"]._replace(addends=()), _scores_fake),
     ("gated_additive_scores", GATED, _gated_scores_fake),
 ):
     _inputs = ", ".join(("Tensor query", "Tensor keys", *_score.tensors, *_score.addends, *_score.numbers))

@@ -92,6 +92,11 @@ class _OfUnits:
     v: Tensor
     bias: Tensor | None
 
+    @property
+    def addends(self) -> tuple[Tensor | None, ...]:
+        """The arguments of the op with options between score_bias and the numbers: what is added to the keys."""
+        return (None,)
+
     def check(self, query: Tensor, keys: Tensor) -> None:
         """Checks types and shapes against the query, (B, Tq, A) or (B, A), and the keys."""
         checks.check_units(self.name, query, "v", self.v)
@@ -117,6 +122,10 @@ class _WithExtra(_OfUnits):
     has_extra = True
     extra: Tensor
 
+    @property
+    def addends(self) -> tuple[Tensor | None, ...]:
+        return (self.extra,)
+
     def autocast(self, query: Tensor) -> Self:
         _, v, bias, extra = types.autocast(query, self.v, self.bias, self.extra)
         cast: Self = self._replace(v=v, bias=bias, extra=extra)  # type: ignore[attr-defined]
@@ -134,6 +143,7 @@ class AdditiveScore(_AdditiveArguments, _OfUnits):
 
     __slots__ = ()
     op = "additive_attention"
+    with_options = "additive_attention_with_options"
     tensors = 3
 
     def check_dtypes(self, query: Tensor, keys: Tensor, backend: Callable[[], str]) -> None:
@@ -157,6 +167,7 @@ class ActivatedScore(_ActivatedArguments, _OfUnits):
 
     __slots__ = ()
     op = "activated_attention"
+    with_options = "activated_attention_with_options"
 
     def with_extra(self, extra: Tensor) -> ActivatedExtraScore:
         return ActivatedExtraScore(self.v, self.bias, extra, *self[2:])
@@ -174,6 +185,7 @@ class AdditiveExtraScore(_AdditiveExtraArguments, _WithExtra):
 
     __slots__ = ()
     op = "additive_attention_with_extra"
+    with_options = "additive_attention_with_options"
 
 
 class ActivatedExtraScore(_ActivatedExtraArguments, _WithExtra):
@@ -181,6 +193,7 @@ class ActivatedExtraScore(_ActivatedExtraArguments, _WithExtra):
 
     __slots__ = ()
     op = "activated_attention_with_extra"
+    with_options = "activated_attention_with_options"
 
 
 class AdditivePackedScore(_AdditivePackedArguments):
@@ -215,11 +228,15 @@ class GatedAdditiveScore(_GatedAdditiveArguments):
     """
 
     __slots__ = ()
-    op = "gated_additive_attention"
+    op = with_options = "gated_additive_attention"
     name = "additive_attention"
     tensors = 4
     gradients = 3
     has_extra = False
+
+    @property
+    def addends(self) -> tuple[Tensor | None, ...]:
+        return (self.extra,)
 
     @property
     def vectors(self) -> int | None:
@@ -249,9 +266,11 @@ class DotScore(_DotArguments):
 
     __slots__ = ()
     op = name = "dot_attention"
+    with_options = "dot_attention_with_options"
     tensors = 0
     gradients = 0
     has_extra = False
+    addends: tuple[Tensor | None, ...] = ()
 
     def autocast(self, query: Tensor) -> DotScore:
         return self

@@ -120,25 +120,25 @@ struct VectorOps {
 #if !defined(ATTN_CUDA)  // on the CPU only
   static std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
                                                          std::optional<Tensor> bias, std::optional<Tensor> score_bias,
-                                                         Own... own, double dropout_p, int64_t normalizer, double clip,
-                                                         std::optional<Tensor> seed,
+                                                         std::optional<Tensor> extra, Own... own, double dropout_p,
+                                                         int64_t normalizer, double clip, std::optional<Tensor> seed,
                                                          std::optional<Tensor> memory_lengths,
                                                          std::optional<Tensor> mask, bool need_alignments) {
     const CallContext call(query);
-    return attention_forward((call.kernels().*S::kKernels).attention, S::of(with_vector(query, keys, v, bias), own...),
-                             {score_bias, dropout_p, normalizer, clip, seed}, query, values, memory_lengths, mask,
-                             need_alignments);
+    return attention_forward(
+        (call.kernels().*S::kKernels).attention, S::of(with_vector(query, keys, v, bias, extra), own...),
+        {score_bias, dropout_p, normalizer, clip, seed}, query, values, memory_lengths, mask, need_alignments);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> with_options_backward(
       std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, std::optional<Tensor> grad_log_total,
       Tensor query, Tensor keys, Tensor values, Tensor v, std::optional<Tensor> bias, std::optional<Tensor> score_bias,
-      Own... own, double dropout_p, int64_t normalizer, double clip, std::optional<Tensor> seed,
-      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask, Tensor alignments, Tensor log_total,
-      bool need_query, bool need_memory) {
+      std::optional<Tensor> extra, Own... own, double dropout_p, int64_t normalizer, double clip,
+      std::optional<Tensor> seed, std::optional<Tensor> memory_lengths, std::optional<Tensor> mask, Tensor alignments,
+      Tensor log_total, bool need_query, bool need_memory) {
     const CallContext call(query);
     return gradients_with_options((call.kernels().*S::kKernels).attention_backward,
-                                  S::of(with_vector(query, keys, v, bias), own...),
+                                  S::of(with_vector(query, keys, v, bias, extra), own...),
                                   {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
                                    need_query, need_memory, need_memory},
                                   v, {score_bias, dropout_p, normalizer, clip, seed}, log_total, grad_log_total);

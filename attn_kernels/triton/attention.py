@@ -200,15 +200,20 @@ def _added(score: Score, query: Tensor, keys: Tensor) -> tuple[Score, Tensor, Te
 
 
 def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> Kernels:
-    tensors, numbers = len(of_op.tensors), len(of_op.addends) + len(of_op.numbers)
+    tensors, addends, numbers = len(of_op.tensors), len(of_op.addends), len(of_op.numbers)
 
     def call(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> _Call:
         own, (score_bias, *rest) = others[:tensors], others[tensors:]
+        added, rest = rest[:addends], rest[addends:]
         of_score, (*options, memory_lengths, mask) = rest[:numbers], rest[numbers:]
         masks = Masks(memory_lengths, mask)
         has_options = score_bias is not None or tuple(options[:3]) != NO_OPTIONS[1:4]  # the seed does not count
         given = Options(score_bias, *options) if has_options else NO_OPTIONS  # kernels without options use larger tiles
-        return _Call(*_added(score(*own, *of_score), query, keys), values, masks, given)
+        of_gate = score is GatedAdditiveScore  # has a field for extra; others have a class for scores with extra
+        made = score(*own, *added, *of_score) if of_gate else score(*own, *of_score)
+        if isinstance(made, AdditiveScore | ActivatedScore) and added[0] is not None:
+            made = made.with_extra(added[0])
+        return _Call(*_added(made, query, keys), values, masks, given)
 
     def forward(*arguments: Any) -> Gradients:
         return call(*arguments[:-1]).forward_with_log_total(arguments[-1])
