@@ -184,6 +184,7 @@ ACTIVATIONS = {
 }
 MAIN = OPS | {"prepared keys": OPS["additive_attention"]._replace(variant=_with_prepared_keys)}
 _OF_ATTENTION, _OF_DOT = OPS["additive_attention"], OPS["dot_attention"]
+_WITH_GATE = _gated("additive_attention")
 _WITH_EXTRA = _OF_ATTENTION._replace(inputs=(*_OF_ATTENTION.inputs, "extra"), by_name=("extra",))
 VARIANTS = MAIN | {
     **{activation: _OF_ATTENTION._replace(options=options) for activation, options in ACTIVATIONS.items()},
@@ -193,7 +194,16 @@ VARIANTS = MAIN | {
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
     # GPU backends add extra to the keys beforehand. Rounding this sum moves arguments across the kink at 0.
     "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], lacks=ON_GPUS),
-    "gate": _gated("additive_attention"),
+    "extra, clip, score bias": _WITH_EXTRA._replace(
+        inputs=(*_WITH_EXTRA.inputs, "score_bias"),
+        by_name=("extra", "score_bias"),
+        options={"clip": 2.0},
+        lacks=("cuda",),
+    ),
+    "extra, gate, 3 vectors": _WITH_GATE._replace(
+        inputs=(*_WITH_GATE.inputs, "extra"), by_name=("gate", "extra"), vectors=3
+    ),
+    "gate": _WITH_GATE,
     "gate, 3 vectors": _gated("additive_attention", vectors=3),
     "gate, relu, 1 vector": _gated("additive_attention", vectors=1, **ACTIVATIONS["relu"]),
     "gate, sigmoid, 10 vectors": _gated("additive_attention", vectors=10, **ACTIVATIONS["sigmoid"]),

@@ -202,14 +202,14 @@ def test_opcheck(op: str, with_gate: bool) -> None:
     available("cpu")
     given = tensors(3, torch.float32)
     gate = given["gate"] if with_gate else None
-    own = [given["v"], given["bias"], gate]
+    own, extra = [given["v"], given["bias"], gate], given["keys"].detach().flip(0) if with_gate else None
     if op == "gated_additive_scores":
-        arguments: list[Any] = [given["query"], given["keys"], *own, 3, 0.0]
+        arguments: list[Any] = [given["query"], given["keys"], *own, extra, 3, 0.0]
         grads = [torch.randn(B, TQ * 3, TK)]
     else:
         lengths = MASKS["lengths"]["memory_lengths"]
         memory = [given["query"], given["keys"], given["values"]]
-        arguments = [*memory, *own, None, 2, 0.3, 0.0, 0, 1.5, None, lengths, None, True]
+        arguments = [*memory, *own, None, extra, 2, 0.3, 0.0, 0, 1.5, None, lengths, None, True]
         grads = [torch.randn(B, TQ * 3, D), torch.randn(B, TQ * 3, TK), None]
     torch.library.opcheck(kernel(op, "cpu"), tuple(arguments))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]

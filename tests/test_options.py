@@ -305,7 +305,7 @@ def test_opcheck(name: str, fused: str, device: str) -> None:
     backend = with_kernels(fused)
     tensors = make(torch.float32, device)
     numbers = {"additive": (), "activated": (ACTIVATIONS.index("leaky_relu"), 0.2), "dot": (0.5,)}[name]
-    own = tensors[5:] if name == "dot" else tensors[3:]
+    own = tensors[5:] if name == "dot" else (*tensors[3:], tensors[1].detach().flip(0))  # the last one is extra
     masks = make_masks("both", TQ, device).values()
     inputs = (*tensors[:3], *own, *numbers, 0.3, 1, 1.5, torch.tensor(5, device=device), *masks)
     forward, backward = (kernel(f"{name}_attention_with_options{end}", backend) for end in ("", "_backward"))

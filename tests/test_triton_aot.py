@@ -402,10 +402,10 @@ def launches(
         gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
         if op == "gated scores":
             forward, backward = both_of("gated_additive_scores")
-            forward(query, keys, *of_score, *numbers)
-            backward(alignments, query, keys, *of_score, *numbers, True, True)
+            forward(query, keys, *of_score, None, *numbers)
+            backward(alignments, query, keys, *of_score, None, *numbers, True, True)
             return found
-        inputs = (query, keys, values, *of_score, None, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
+        inputs = (query, keys, values, *of_score, None, None, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
         forward, backward = both_of("gated_additive_attention")
         log_total = forward(*inputs, True)[2]
         for needed in ((True, True), (True, False), (False, True)):
@@ -425,7 +425,8 @@ def launches(
         own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout, seed = (0.3, empty(dtype="int64")) if "dropout" in options else (0.0, None)
         score_bias = alignments if "score_bias" in options else None
-        inputs = (query, keys, values, *own, score_bias, *numbers, dropout, int("sigmoid" in options))
+        added = () if op == "dot" else (None,)
+        inputs = (query, keys, values, *own, score_bias, *added, *numbers, dropout, int("sigmoid" in options))
         inputs = (*inputs, 10.0 if "clip" in options else 0.0, seed)
         inputs = (*inputs, memory_lengths, allowed)
         forward, backward = both_of(f"{op}_attention_with_options")
