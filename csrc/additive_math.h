@@ -54,6 +54,8 @@ constexpr float kMaxAbsClamped = 36.0f;
 // Backward: E and 1/E are clamped to this in g = ds / (E + 1/E + 2). 1 - tanh^2 is below 2^-76 there. With a larger
 // limit, g would be denormal for ds as small as 2^-48, and g (E - 1/E) inexact.
 constexpr float kMaxExponentialBackward = 0x1p78f;
+// The largest bound below which no E or 1/E exceeds that limit, so that none has to be clamped.
+constexpr float kMaxBoundUnclampedBackward = 27.0f;
 // Backward on GPUs, a limit on |q| and on |k|, each by itself: a gradient times e^{2 |q|} is in range for gradients up
 // to 10^24, and a gradient over 1 + e^{4 kMaxAbsBackward} for gradients down to 10^-10.
 constexpr float kMaxAbsBackward = 16.0f;

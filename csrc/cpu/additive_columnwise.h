@@ -143,7 +143,8 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
     k.template set<Pair>(j, read_sum(keys, extra, b, list[j], columns, buffer), nullptr, columns);
   }
 
-  const bool in_range = !per_query && Pair::fits_kept(largest_of(q.abs_max, Tq), largest_of(k.abs_max, n));
+  const T q_most = largest_of(q.abs_max, Tq), k_most = largest_of(k.abs_max, n);
+  const bool in_range = !per_query && Pair::fits_kept(q_most, k_most);
   const T* ds = back.dscores + b * Tq * Tk;
   const int64_t tiles = divide_up(Tq, kTileQueries);
   Prefetcher ahead = back.next(b, first + vectors * w, vectors * w);
@@ -155,13 +156,19 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
     if (in_range) {
       // Gradients of alignments near 0 are denormal, or become denormal when divided by E.
       [[maybe_unused]] const DenormalsAreZero fast;
-      // Tiles of about equal size, as small tiles are slower.
-      for (int64_t t = 0, i = 0; t < tiles; ++t) {
-        const int64_t count = (Tq - i) / (tiles - t);
-        ahead.issue(share);
-        dv += gradient_tile_of<T>(count, back.pair, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
-        i += count;
-      }
+      auto add_tiles = [&](auto pair) {
+        // Tiles of about equal size, as small tiles are slower.
+        for (int64_t t = 0, i = 0; t < tiles; ++t) {
+          const int64_t count = (Tq - i) / (tiles - t);
+          ahead.issue(share);
+          dv += gradient_tile_of<T>(count, pair, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
+          i += count;
+        }
+      };
+      if (Pair::fits_unclamped(q_most, k_most))
+        add_tiles(back.pair.unclamped());
+      else
+        add_tiles(back.pair);
     } else {
       for (int64_t i = 0; i < Tq; ++i) {
         const int64_t count = per_query ? list_steps(back.attended, b, i, Tk, own) : n;

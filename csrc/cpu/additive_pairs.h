@@ -22,9 +22,18 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
 // Each activation f has a class with these members. A pair with score gradient ds and x = q + k adds g = ds f'(x), up
 // to a factor per unit (of_unit), to dq and dk, and ds f(x) to dv. kRefined: uses refined estimates of reciprocals, if
 // they are faster than divisions (kernels.cpp).
-template <typename T, bool kRefined>
+//
+// kClamped: limits the range of products of exponentials; unclamped(), for pairs that fits_unclamped accepts, does not.
+template <typename T, bool kRefined, bool kClamped = true>
 struct TanhPair {
   static constexpr T kGain = 4;
+
+  static TanhPair<T, kRefined, false> unclamped() { return {}; }
+
+  ATTN_INLINE static Vec<T> clamped(Vec<T> e) {
+    if constexpr (kClamped) return at_most<T>(e, kMaxExponentialBackward);
+    return e;
+  }
 
   // The gradient of a unit of query or key, computed from the sum of g.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
@@ -35,10 +44,10 @@ struct TanhPair {
   ATTN_INLINE static bool fits_kept(T q, T k) {
     return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;
   }
+  ATTN_INLINE static bool fits_unclamped(T q, T k) { return kClamped && q + k <= kMaxBoundUnclampedBackward; }
   ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                             Vec<T>& dv) const {
-    const Vec<T> up = at_most<T>(q_up * k_up, kMaxExponentialBackward);
-    const Vec<T> down = at_most<T>(q_down * k_down, kMaxExponentialBackward);
+    const Vec<T> up = clamped(q_up * k_up), down = clamped(q_down * k_down);
     const Vec<T> ratio = quotient<kRefined, T>(broadcast(ds), (up + T(2)) + down);
     const Vec<T> g = kRefined ? rounded(ratio) : ratio;
     dq += g;
@@ -53,7 +62,7 @@ struct TanhPair {
   }
   ATTN_INLINE static bool fits_row(T q, T k) { return fits_kept(q, k); }
   ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
-    const Vec<T> e = at_most<T>(q * k, kMaxExponentialBackward), x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
+    const Vec<T> e = clamped(q * k), x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
     const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
     dk += g;
     dq += g;
@@ -76,6 +85,8 @@ template <typename T, class F>
 struct ActivatedPair {
   F f;
 
+  ActivatedPair unclamped() const { return *this; }
+
   // If the sum is 0, so is the gradient: 0 times an infinite v would be NaN.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) {
     const Vec<T> zero{};
@@ -84,6 +95,7 @@ struct ActivatedPair {
 
   ATTN_INLINE static void keep(T* e, Vec<T> x) { store(e, x); }
   ATTN_INLINE static bool fits_kept(T, T) { return true; }
+  ATTN_INLINE static bool fits_unclamped(T, T) { return false; }
   ATTN_INLINE void add_kept(Vec<T> q, Vec<T>, Vec<T> k, Vec<T>, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& dv) const {
     add(q + k, ds, dq, dk, dv);
   }
