@@ -367,7 +367,7 @@ def _count(loop: dict[str, int], *names: str) -> int:
 
 def launches(
     op, sizes, dtype, lengths=False, mask=0, slope=0.0, options=(), kernels=(), targets=TARGETS, nvidia=True,
-    vectors=1, gate=True, activation="tanh", packed=False,
+    vectors=1, gate=True, extra=False, activation="tanh", packed=False,
 ) -> list[tuple[Any, tuple, dict]]:  # fmt: skip
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
@@ -398,14 +398,14 @@ def launches(
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
     if op.startswith("gated"):
         of_score = (empty(vectors, A), bias, empty(B, Tk, A) if gate else None)
-        numbers = (ACTIVATIONS.index(activation), 0.2)
+        added, numbers = empty(B, Tk, A) if extra else None, (ACTIVATIONS.index(activation), 0.2)
         gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
         if op == "gated scores":
             forward, backward = both_of("gated_additive_scores")
-            forward(query, keys, *of_score, None, *numbers)
-            backward(alignments, query, keys, *of_score, None, *numbers, True, True)
+            forward(query, keys, *of_score, added, *numbers)
+            backward(alignments, query, keys, *of_score, added, *numbers, True, True)
             return found
-        inputs = (query, keys, values, *of_score, None, None, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
+        inputs = (query, keys, values, *of_score, None, added, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
         forward, backward = both_of("gated_additive_attention")
         log_total = forward(*inputs, True)[2]
         for needed in ((True, True), (True, False), (False, True)):
