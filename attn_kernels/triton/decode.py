@@ -294,7 +294,8 @@ def decode(
     elements = (512 if double else 1024) * warps // block_q  # per query: 32 for each thread, 16 in float64
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
-    block_a = power_of_two(A, 32, max(elements // (1 + len(beside)), at_once) // block_k)
+    loaded = triton.next_power_of_2(1 + len(beside))  # tensors of which a thread holds elements
+    block_a = power_of_two(A, 32, max(elements // loaded, at_once) // block_k)
     of_row, packed = steps_of_row(Tk, B, columns), dict(columns=columns, PACKED=columns is not None)
     row_bytes = of_row * (A * (1 + len(beside)) + D) * values.element_size()
     steps, splits = _split(programs, of_row, block_k, row_bytes, configuration("decode", values)["bytes"])
