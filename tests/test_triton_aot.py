@@ -107,6 +107,23 @@ CASES: dict[str, dict[str, Any]] = {
         "gated scores", (64, 17, 100, 512), "float16", activation="relu", kernels=GATED, targets=(90,)
     ),
     "extra": _case("extra", (64, 1, 200, 512), "float32", lengths=True, kernels=("decode_kernel", GATED[1])),
+    "extra-many": _case(
+        "extra",
+        (64, 100, 100, 512),
+        "bfloat16",
+        lengths=True,
+        kernels=("exponentials_kernel", "key_exponentials_kernel", *HOT),
+        targets=(90,),
+    ),
+    "extra-gated": _case(
+        "gated",
+        (64, 1, 200, 512),
+        "float32",
+        extra=True,
+        lengths=True,
+        kernels=("decode_kernel", GATED[1]),
+        targets=(90,),
+    ),
     "packed": _case("additive", (64, 100, 100, 512), "float32", packed=True),
     "packed-decode": _case("additive", (64, 1, 200, 1024), "bfloat16", packed=True, kernels=SMALL_M, targets=(80, 90)),
     "packed-beams-decode": _case(
@@ -396,9 +413,10 @@ def launches(
     memory_lengths = empty(B, dtype="int64") if lengths else None
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
+    added = empty(B, Tk, A) if extra else None
     if op.startswith("gated"):
         of_score = (empty(vectors, A), bias, empty(B, Tk, A) if gate else None)
-        added, numbers = empty(B, Tk, A) if extra else None, (ACTIVATIONS.index(activation), 0.2)
+        numbers = (ACTIVATIONS.index(activation), 0.2)
         gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
         if op == "gated scores":
             forward, backward = both_of("gated_additive_scores")
@@ -411,8 +429,9 @@ def launches(
         for needed in ((True, True), (True, False), (False, True)):
             backward(*gradients, None, *inputs, alignments, log_total, *needed)
     elif op == "extra":
-        inputs = (query, keys, values, v, bias, empty(B, Tk, A), memory_lengths, allowed)
-        forward, backward = both_of("additive_attention_with_extra")
+        name, numbers = ("activated", activated) if slope else ("additive", ())
+        inputs = (query, keys, values, v, bias, empty(B, Tk, A), *numbers, memory_lengths, allowed)
+        forward, backward = both_of(f"{name}_attention_with_extra")
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
     elif packed:
@@ -425,8 +444,8 @@ def launches(
         own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout, seed = (0.3, empty(dtype="int64")) if "dropout" in options else (0.0, None)
         score_bias = alignments if "score_bias" in options else None
-        added = () if op == "dot" else (None,)
-        inputs = (query, keys, values, *own, score_bias, *added, *numbers, dropout, int("sigmoid" in options))
+        own = (*own, score_bias) if op == "dot" else (*own, score_bias, added)
+        inputs = (query, keys, values, *own, *numbers, dropout, int("sigmoid" in options))
         inputs = (*inputs, 10.0 if "clip" in options else 0.0, seed)
         inputs = (*inputs, memory_lengths, allowed)
         forward, backward = both_of(f"{op}_attention_with_options")
