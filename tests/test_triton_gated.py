@@ -25,10 +25,9 @@ pytestmark = [
 ]
 
 
-def op_of(name: str, vectors: int | None, beside: tuple[str, ...] = ("gate",), **options: Any) -> Op:
-    """beside: the inputs with the shape of the keys."""
+def op_of(name: str, vectors: int | None, by_name: tuple[str, ...] = ("gate",), **options: Any) -> Op:
     op = OPS[name]
-    return op._replace(inputs=(*op.inputs, *beside), by_name=beside, vectors=vectors, options=options)
+    return op._replace(inputs=(*op.inputs, *by_name), by_name=by_name, vectors=vectors, options=options)
 
 
 @slow_if(lambda splits, **_: splits != 3)
@@ -152,6 +151,16 @@ WITH_EXTRA: dict[str, tuple[Op, Case, torch.dtype]] = {
         op_of("additive_attention", None, ("extra",)),
         Case(2, 20, 11, mask="pairs", layout="columns"),
         torch.float64,
+    ),
+    "20 queries, options": (
+        op_of("additive_attention", None, ("extra", "score_bias"), clip=2.0),
+        Case(2, 20, 11, lengths="random", layout="columns"),
+        torch.float32,
+    ),
+    "1 query, options": (
+        op_of("additive_attention", None, ("extra", "score_bias"), clip=2.0, **LEAKY),
+        Case(Tq=1, lengths="random", layout="sliced"),
+        torch.bfloat16,
     ),
     "20 queries, leaky_relu": (
         op_of("additive_attention", None, ("extra",), **LEAKY),
