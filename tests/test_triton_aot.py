@@ -291,6 +291,8 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
         elements //= size["BLOCK_Q"]  # one activation for all score vectors
     if _count(walk, "MUFU") != expected * elements:
         problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a unit, expected {expected}")
+    elif size["SCORE"] == "tanh" and not kernel["gate"] and _count(walk, "FSETP") > elements:  # 1 is for small arguments
+        problems.append(f"{_count(walk, 'FSETP') / elements:.2f} comparisons for a unit: exponentials are guarded")
     return problems + _too_few_fit(kernel, 8 // kernel["warps"])
 
 
