@@ -256,7 +256,7 @@ def test_no_temporary_is_as_large_as_the_memory(vectors: int, Tq: int, no_launch
     B, Tk, A = 2, 10_000, 2048
     shapes = ((B, Tq, A), (B, Tk, A), (B, Tk, A), (vectors, A), (A,), (B, Tk, A))
     inputs = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes]
-    inputs += [None, torch.empty_like(inputs[1]), 0, 0.0, 0.0, 0, 0, None, None, None]
+    inputs += [None, torch.empty_like(inputs[1]), 0, 0.0, 0.0, 0, 0.0, None, None, None]
     with Allocations() as forward:
         context, alignments, log_total = attend(*inputs, True)
     with Allocations() as backward:
