@@ -291,7 +291,9 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
         elements //= size["BLOCK_Q"]  # one activation for all score vectors
     if _count(walk, "MUFU") != expected * elements:
         problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a unit, expected {expected}")
-    elif size["SCORE"] == "tanh" and not kernel["gate"] and _count(walk, "FSETP") > elements:  # 1 is for small arguments
+    elif (
+        size["SCORE"] == "tanh" and not kernel["gate"] and _count(walk, "FSETP") > elements
+    ):  # 1 is for small arguments
         problems.append(f"{_count(walk, 'FSETP') / elements:.2f} comparisons for a unit: exponentials are guarded")
     return problems + _too_few_fit(kernel, 8 // kernel["warps"])
 
@@ -520,7 +522,7 @@ def _resources(cubin: bytes) -> dict[str, Any]:
 
 
 def instructions_of(code: str, instruction: str, label: str, branch: str) -> dict[str, Any]:
-    """How often each instruction is in each innermost loop, and in all of the code.
+    """How often each instruction is in each innermost loop and in all of the code, and the sizes of the loops around.
 
     instruction, label: patterns of a line, with groups for name and operands, and of a place that branches name.
     """
@@ -541,7 +543,12 @@ def instructions_of(code: str, instruction: str, label: str, branch: str) -> dic
         for start, end in set(loops)
         if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
     ]
-    return {"loops": [Counter(names[start : end + 1]) for start, end in inner], "all": Counter(names)}
+    around = [[d - c + 1 for c, d in set(loops) if (c, d) != (a, b) and c <= a and b <= d] for a, b in inner]
+    return {
+        "loops": [Counter(names[start : end + 1]) for start, end in inner],
+        "around": [min(sizes, default=0) for sizes in around],
+        "all": Counter(names),
+    }
 
 
 def targets_of(name: str, kernel: str, before: list[str]) -> tuple[int, ...]:
