@@ -20,12 +20,21 @@ ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
 
 
 def additive_scores(
-    query: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None = None, *, gate: Tensor | None = None, **activation: Any
+    query: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    extra: Tensor | None = None,
+    **activation: Any,
 ) -> Tensor:
     """scores[b, i, j] = v . activation(query[b, i] + keys[b, j] + bias), where the sum over A is a product with v.
 
-    With a gate, activation(...) * sigmoid(gate[b, j]); with v (R, A), scores[b, i, r, j].
+    With a gate, activation(...) * sigmoid(gate[b, j]); with extra, keys + extra; with v (R, A), scores[b, i, r, j].
     """
+    if extra is not None:
+        keys = keys + extra
     queries = query[:, None] if query.dim() == 2 else query
     hidden = _activate(_sum(queries, keys, bias), **activation)
     if gate is not None:
@@ -55,9 +64,8 @@ def additive_attention(
     **options: Any,
 ) -> Attention:
     """Additive attention with :func:`additive_scores`. Here and below, options are the keywords of ``_attend``."""
-    if extra is not None:
-        keys = keys + extra
-    scores = additive_scores(query, keys, v, bias, gate=gate, activation=activation, negative_slope=negative_slope)
+    of_score: dict[str, Any] = dict(gate=gate, extra=extra, activation=activation, negative_slope=negative_slope)
+    scores = additive_scores(query, keys, v, bias, **of_score)
     if v.dim() == 1:
         return _attend(scores, values, **options)
     rows = scores.shape[1:-1]  # queries and score vectors become one axis for softmax and context

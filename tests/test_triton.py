@@ -142,9 +142,10 @@ def test_exponentials_of_keys(dtype: torch.dtype, layout: str) -> None:
     beyond = torch.tensor([float("nan"), float("inf"), -float("inf"), torch.finfo(dtype).max, 44, -44])
     keys[1, 3:9, 7] = beyond.to(device, dtype)
     exact[1, 3:9, 7] = 1.0
-    found = additive._key_exponentials(lay_out(keys, layout))
-    assert found.dtype == torch.float32 and found.is_contiguous()
-    torch.testing.assert_close(found.double(), exact, rtol=2**-23, atol=0)
+    for extra in (None, torch.zeros_like(keys)):
+        found = additive._key_exponentials(lay_out(keys, layout), extra)
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        torch.testing.assert_close(found.double(), exact, rtol=2**-23, atol=0)
 
 
 # The number of queries from which on they are made before, and several blocks of queries that read them.

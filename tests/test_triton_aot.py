@@ -107,6 +107,23 @@ CASES: dict[str, dict[str, Any]] = {
         "gated scores", (64, 17, 100, 512), "float16", activation="relu", kernels=GATED, targets=(90,)
     ),
     "extra": _case("extra", (64, 1, 200, 512), "float32", lengths=True, kernels=("decode_kernel", GATED[1])),
+    "extra-many": _case(
+        "extra",
+        (64, 100, 100, 512),
+        "bfloat16",
+        lengths=True,
+        kernels=("exponentials_kernel", "key_exponentials_kernel", *HOT),
+        targets=(90,),
+    ),
+    "extra-gated": _case(
+        "gated",
+        (64, 1, 200, 512),
+        "float32",
+        extra=True,
+        lengths=True,
+        kernels=("decode_kernel", GATED[1]),
+        targets=(90,),
+    ),
     "packed": _case("additive", (64, 100, 100, 512), "float32", packed=True),
     "packed-decode": _case("additive", (64, 1, 200, 1024), "bfloat16", packed=True, kernels=SMALL_M, targets=(80, 90)),
     "packed-beams-decode": _case(
@@ -274,6 +291,10 @@ def _problems_of_decode(kernel: dict[str, Any]) -> list[str]:
         elements //= size["BLOCK_Q"]  # one activation for all score vectors
     if _count(walk, "MUFU") != expected * elements:
         problems.append(f"{_count(walk, 'MUFU') / elements:.2f} special functions for a unit, expected {expected}")
+    elif (
+        size["SCORE"] == "tanh" and not kernel["gate"] and _count(walk, "FSETP") > elements
+    ):  # 1 is for small arguments
+        problems.append(f"{_count(walk, 'FSETP') / elements:.2f} comparisons for a unit: exponentials are guarded")
     return problems + _too_few_fit(kernel, 8 // kernel["warps"])
 
 
@@ -367,7 +388,7 @@ def _count(loop: dict[str, int], *names: str) -> int:
 
 def launches(
     op, sizes, dtype, lengths=False, mask=0, slope=0.0, options=(), kernels=(), targets=TARGETS, nvidia=True,
-    vectors=1, gate=True, activation="tanh", packed=False,
+    vectors=1, gate=True, extra=False, activation="tanh", packed=False,
 ) -> list[tuple[Any, tuple, dict]]:  # fmt: skip
     """The launches of forward and backward: (kernel, arguments, constants and options)."""
     import torch
@@ -396,23 +417,25 @@ def launches(
     memory_lengths = empty(B, dtype="int64") if lengths else None
     allowed = {0: None, 2: empty(B, Tk, dtype="bool"), 3: empty(B, Tq, Tk, dtype="bool")}[mask]
     gradients, alignments = (empty(B, Tq, A), empty(B, Tq, Tk)), empty(B, Tq, Tk)
+    added = empty(B, Tk, A) if extra else None
     if op.startswith("gated"):
         of_score = (empty(vectors, A), bias, empty(B, Tk, A) if gate else None)
         numbers = (ACTIVATIONS.index(activation), 0.2)
         gradients, alignments = (empty(B, Tq * vectors, A), empty(B, Tq * vectors, Tk)), empty(B, Tq * vectors, Tk)
         if op == "gated scores":
             forward, backward = both_of("gated_additive_scores")
-            forward(query, keys, *of_score, None, *numbers)
-            backward(alignments, query, keys, *of_score, None, *numbers, True, True)
+            forward(query, keys, *of_score, added, *numbers)
+            backward(alignments, query, keys, *of_score, added, *numbers, True, True)
             return found
-        inputs = (query, keys, values, *of_score, None, None, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
+        inputs = (query, keys, values, *of_score, None, added, *numbers, 0.0, 0, 0.0, None, memory_lengths, allowed)
         forward, backward = both_of("gated_additive_attention")
         log_total = forward(*inputs, True)[2]
         for needed in ((True, True), (True, False), (False, True)):
             backward(*gradients, None, *inputs, alignments, log_total, *needed)
     elif op == "extra":
-        inputs = (query, keys, values, v, bias, empty(B, Tk, A), memory_lengths, allowed)
-        forward, backward = both_of("additive_attention_with_extra")
+        name, numbers = ("activated", activated) if slope else ("additive", ())
+        inputs = (query, keys, values, v, bias, empty(B, Tk, A), *numbers, memory_lengths, allowed)
+        forward, backward = both_of(f"{name}_attention_with_extra")
         forward(*inputs, True)
         backward(*gradients, *inputs, alignments, True, True, False)
     elif packed:
@@ -425,8 +448,8 @@ def launches(
         own, numbers = {"additive": ((v, bias), ()), "activated": ((v, bias), activated), "dot": ((), (0.5,))}[op]
         dropout, seed = (0.3, empty(dtype="int64")) if "dropout" in options else (0.0, None)
         score_bias = alignments if "score_bias" in options else None
-        added = () if op == "dot" else (None,)
-        inputs = (query, keys, values, *own, score_bias, *added, *numbers, dropout, int("sigmoid" in options))
+        own = (*own, score_bias) if op == "dot" else (*own, score_bias, added)
+        inputs = (query, keys, values, *own, *numbers, dropout, int("sigmoid" in options))
         inputs = (*inputs, 10.0 if "clip" in options else 0.0, seed)
         inputs = (*inputs, memory_lengths, allowed)
         forward, backward = both_of(f"{op}_attention_with_options")
@@ -499,7 +522,7 @@ def _resources(cubin: bytes) -> dict[str, Any]:
 
 
 def instructions_of(code: str, instruction: str, label: str, branch: str) -> dict[str, Any]:
-    """How often each instruction is in each innermost loop, and in all of the code.
+    """How often each instruction is in each innermost loop and in all of the code, and the sizes of the loops around.
 
     instruction, label: patterns of a line, with groups for name and operands, and of a place that branches name.
     """
@@ -520,7 +543,12 @@ def instructions_of(code: str, instruction: str, label: str, branch: str) -> dic
         for start, end in set(loops)
         if not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
     ]
-    return {"loops": [Counter(names[start : end + 1]) for start, end in inner], "all": Counter(names)}
+    around = [[d - c + 1 for c, d in set(loops) if (c, d) != (a, b) and c <= a and b <= d] for a, b in inner]
+    return {
+        "loops": [Counter(names[start : end + 1]) for start, end in inner],
+        "around": [min(sizes, default=0) for sizes in around],
+        "all": Counter(names),
+    }
 
 
 def targets_of(name: str, kernel: str, before: list[str]) -> tuple[int, ...]:

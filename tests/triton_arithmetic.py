@@ -109,10 +109,9 @@ def install() -> None:
         return plain_dot(self, a, b, d, *options)
 
     def create_inline_asm(self, asm, constraints, operands, *others):
-        if asm != "rcp.approx.ftz.f32 $0, $1;":
-            raise NotImplementedError(asm)
+        function = {"rcp.approx.ftz.f32 $0, $1;": reciprocal, "ex2.approx.ftz.f32 $0, $1;": exp2}[asm]
         with np.errstate(all="ignore"):
-            return _Results(TensorHandle(reciprocal(operands[0].data), operands[0].dtype.scalar))
+            return _Results(TensorHandle(function(operands[0].data), operands[0].dtype.scalar))
 
     builder = InterpreterBuilder
     builder.create_exp = in_float32(exp, builder.create_exp)

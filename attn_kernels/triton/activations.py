@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore, GatedAdditiveScore
-from .additive_math import tanh, tanh_from
+from .additive_math import exp2x_of_size, tanh, tanh_from
 from .arguments import two_parts
 from .device import divide, reciprocal
 
@@ -57,7 +57,7 @@ def tanh_and_slope(x, APPROXIMATE: tl.constexpr, ROUNDED: tl.constexpr = False):
     ROUNDED: use a correctly rounded division; with the plain one the slope is off by four units in the last place.
     """
     magnitude = tl.abs(x)
-    e = tl.exp(2.0 * tl.where(magnitude > SATURATED, SATURATED, magnitude))
+    e = exp2x_of_size(tl.where(magnitude > SATURATED, SATURATED, magnitude), APPROXIMATE)
     if ROUNDED:
         r = divide(tl.full(x.shape, 1.0, x.dtype), 1.0 + e)
     else:

@@ -1,9 +1,11 @@
-"""Scores with a score vector in Triton, v . f(query + keys + bias), and their gradients: launchers and their rules.
+"""Scores with a score vector in Triton, v . f(query + keys + extra + bias), and their gradients.
 
-The kernels: additive_attention_*.py. f is tanh, or an activation of activations.py.
+Launchers and their rules. The kernels: additive_attention_*.py. f is tanh, or an activation of activations.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -12,12 +14,13 @@ from torch import Tensor
 from ..scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore
 from ..types import Masks
 from .activations import TANH, activation_of
-from .additive_attention_bwd import backward_kernel, key_exponentials_kernel
-from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel
+from .additive_attention_bwd import backward_kernel
+from .additive_attention_exponentials import CHUNK, ROW, exponentials_kernel, key_exponentials_kernel
 from .additive_attention_fwd import small_q_scores_kernel, tiled_scores_kernel
-from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
+from .arguments import extra_arguments, mask_strides, mask_tensors, rows_aligned, strides_of
 from .configurations import Configuration, configuration
 from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
+from .scores import extra_of
 from .tiles import NUM_SMS, is_small_m, packed_split, power_of_two, small_m_block, small_m_tile, step_tiles
 
 VectorScore = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExtraScore
@@ -26,11 +29,11 @@ VectorScore = AdditiveScore | ActivatedScore | AdditiveExtraScore | ActivatedExt
 def pair_scores(
     score: VectorScore, query: Tensor, keys: Tensor, masks: Masks, dtype: torch.dtype, packed: bool = False
 ) -> Tensor:
-    """(B, Tq, Tk) in the given dtype; undefined if a whole tile is padding. keys: including anything added to them.
+    """(B, Tq, Tk) in the given dtype; undefined if a whole tile is padding.
 
     packed: as in packed_attention.py; then the result is (1, Tq, N).
     """
-    v, bias, activation = score.v, score.bias, activation_of(score)
+    v, bias, extra, activation = score.v, score.bias, extra_of(score), activation_of(score)
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     scores = query.new_empty((keys.shape[0], Tq, Tk), dtype=dtype)
@@ -38,14 +41,14 @@ def pair_scores(
         return scores
     approximate = has_approximate_reciprocal(query)
     row_strides = (*query.stride(), *keys.stride(), v.stride(0), *strides_of(bias, 1))
-    aligned = rows_aligned(query, keys)
+    aligned = rows_aligned(query, keys, *(() if extra is None else (extra,)))
     name, (slope, slope_lo) = activation.name, activation.slope_arguments(query)
     if is_small_m(query):
         block_q, block_k, block_a = small_m_tile(query)
         launch(
             small_q_scores_kernel,
             triton.cdiv(Tq, block_q) * step_tiles(Tk, B, block_k, packed),
-            (scores, query, keys, v, bias, masks.memory_lengths, Tq, Tk, A),
+            (scores, query, keys, *extra_arguments(extra), v, bias, masks.memory_lengths, Tq, Tk, A),
             (*row_strides, *strides_of(masks.memory_lengths, 1), slope, slope_lo),
             dict(
                 ACTIVATION=name,
@@ -68,7 +71,7 @@ def pair_scores(
     eq = query.new_empty((B, padded_q, units), dtype=torch.float32)
     ek = query.new_empty((tiles_k * block_k, units), dtype=torch.float32)
     prepared: tuple[Tensor | None, ...]
-    exact: tuple[Tensor | None, ...]  # the inputs of the exact form
+    exact: tuple[Any, ...]  # the inputs of the exact form
     if activation == TANH:
         of_rows = (query.new_empty(x.shape[:2], dtype=torch.float32) for x in (query, keys) * 2)
         prepared = (
@@ -77,15 +80,15 @@ def pair_scores(
             *of_rows,
             query.new_empty((units // CHUNK.value + 1) * ROW.value + 2 * units, dtype=torch.float32),
         )
-        exact = (query, keys, v, bias)
+        exact = (query, keys, *extra_arguments(extra), v, bias)
     else:
         prepared = (eq, ek, None, None, None, None, query.new_empty(units, dtype=torch.float32))
-        exact = (None, None, None, None)
+        exact = (None,) * 8
     block_t = 16
     launch(
         exponentials_kernel,
         B * triton.cdiv(padded_q, block_t) + tiles_k * (block_k // block_t) + 1,
-        (*prepared, query, keys, v, bias, B, Tq, Tk, A, units),
+        (*prepared, query, keys, *extra_arguments(extra), v, bias, B, Tq, Tk, A, units),
         row_strides,
         dict(
             ACTIVATION=name,
@@ -123,9 +126,9 @@ def pair_scores_backward(
     """The gradients of query, keys, v and bias from dscores (B, Tq, Tk), made by padded_scores, 0 where not attended.
 
     Gradients that are not needed (of query, v and bias; of keys) are empty. More than 16 queries need a scratch buffer
-    of (B, Tk, A) in float32. packed: as in packed_attention.py.
+    of (B, Tk, A) in float32. The gradient of extra equals that of the keys. packed: as in packed_attention.py.
     """
-    v, bias, activation = score.v, score.bias, activation_of(score)
+    v, bias, extra, activation = score.v, score.bias, extra_of(score), activation_of(score)
     B, Tq, A = query.shape
     Tk = keys.shape[1]
     dtype, wide = query.dtype, accumulator(query.dtype)
@@ -150,11 +153,14 @@ def pair_scores_backward(
         dkeys = query.new_empty((splits_q, *keys.shape), dtype=dtype if blocks == 1 else wide)
     # With fewer queries, writing and reading the exponentials takes more time than they save.
     guarded = not is_small_m(query) and (activation == TANH or masks.mask is not None)
-    ek = _key_exponentials(keys) if guarded and activation == TANH and Tq > 16 else None
+    ek = _key_exponentials(keys, extra) if guarded and activation == TANH and Tq > 16 else None
     launch(
         backward_kernel,
         B * splits_q * splits_k * triton.cdiv(A, block_a),
-        (dquery, dkeys, dv, dbias, dscores, query, keys, ek, v, bias, *mask_tensors(masks), B, Tq, Tk, A),
+        (
+            *(dquery, dkeys, dv, dbias, dscores, query, keys, *extra_arguments(extra), ek, v, bias),
+            *(*mask_tensors(masks), B, Tq, Tk, A),
+        ),
         (
             blocks_per_split,
             steps_per_split,
@@ -187,17 +193,17 @@ def pair_scores_backward(
     )
 
 
-def _key_exponentials(keys: Tensor) -> Tensor:
-    """exp(2 keys) in float32, (B, Tk, A), contiguous; 1 where a key is too large or NaN."""
+def _key_exponentials(keys: Tensor, extra: Tensor | None) -> Tensor:
+    """exp(2 (keys + extra)) in float32, (B, Tk, A), contiguous; 1 where the sum is too large or NaN."""
     B, Tk, A = keys.shape
     ek = keys.new_empty((B, Tk, A), dtype=torch.float32)
     block_k, block_a = 16, power_of_two(A, 32, 128)
     launch(
         key_exponentials_kernel,
         B * triton.cdiv(Tk, block_k) * triton.cdiv(A, block_a),
-        (ek, keys, Tk, A),
+        (ek, keys, *extra_arguments(extra), Tk, A),
         keys.stride(),
-        dict(ALIGNED=rows_aligned(keys), BLOCK_K=block_k, BLOCK_A=block_a),
+        dict(ALIGNED=rows_aligned(keys, *(() if extra is None else (extra,))), BLOCK_K=block_k, BLOCK_A=block_a),
         4,
     )
     return ek

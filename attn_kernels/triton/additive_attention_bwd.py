@@ -32,7 +32,7 @@ from .additive_math import (
     exp2x,
     exp2x_in_range,
 )
-from .device import attended, batch_offset, kernel, reciprocal, sentence_rows, split_steps
+from .device import attended, kernel, reciprocal, sentence_rows, split_steps
 
 MAX_FACTOR = tl.constexpr(math.exp(2 * MAX_ABS_BACKWARD.value))  # the largest exponential
 MAX_FACTOR_CLAMPED = tl.constexpr(math.exp(2 * MAX_ABS_EXPONENTIAL.value))
@@ -72,17 +72,18 @@ def _of_unit(total, factor, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _walk_steps(
-    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk, stride_ka,
-    stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
-    IN_RANGE: tl.constexpr, CLAMPED: tl.constexpr, EXPONENTIALS: tl.constexpr, APPROXIMATE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    dkeys, keys, extra, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk, stride_ka,
+    stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GUARDED: tl.constexpr, IN_RANGE: tl.constexpr, CLAMPED: tl.constexpr, EXPONENTIALS: tl.constexpr,
+    APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Processes all steps for a block of queries q (Q, A) and the bias, shift (A,).
 
     Writes dkeys if it is needed; with SEVERAL blocks, the first ``added`` units are accumulated. Returns dquery /
     factor (Q, A) and dv (A,). factor: of each unit, v, or 4 v for tanh. Pointers are to the first element of the row of
     the batch. GUARDED: whether backward_kernel has checked the attended values. IN_RANGE: whether they are all within
-    the limits; with CLAMPED, within the limits of single exponentials. EXPONENTIALS: whether ``keys`` holds exp(2 k).
+    the limits; with CLAMPED, within the limits of single exponentials. EXPONENTIALS: whether ``keys`` holds exp(2 k),
+    then extra is None.
     """
     MASKED: tl.constexpr = mask is not None
     FACTORED: tl.constexpr = IN_RANGE and ACTIVATION == "tanh"
@@ -100,6 +101,8 @@ def _walk_steps(
     first = begin + tl.arange(0, BLOCK_K).to(tl.int64)
     # Beyond A the last unit is loaded again and its results are dropped, so that no load needs a mask.
     keys += first[:, None] * stride_kk + tl.minimum(u, A - 1)[None, :] * stride_ka
+    if extra is not None:
+        extra += first[:, None] * stride_ek + tl.minimum(u, A - 1)[None, :] * stride_ea
     if dkeys is not None:
         dkeys += first[:, None] * A + u[None, :]
     dscores += i[:, None] + first[None, :] * padded_q
@@ -108,11 +111,15 @@ def _walk_steps(
             in_keys = (u < A)[None, :]
             ds = tl.load(dscores)
             k = tl.load(keys).to(q.dtype)
+            if extra is not None:
+                k += tl.load(extra).to(q.dtype)
         else:
             in_steps = start + tl.arange(0, BLOCK_K) < end
             in_keys = in_steps[:, None] & (u < A)[None, :]
             ds = tl.load(dscores, mask=in_steps[None, :], other=0.0)
             k = tl.load(keys, mask=in_keys, other=0.0).to(q.dtype)
+            if extra is not None:
+                k += tl.load(extra, mask=in_keys, other=0.0).to(q.dtype)
         if FACTORED:
             ek = k
             if not EXPONENTIALS:
@@ -186,6 +193,8 @@ def _walk_steps(
             tl.store(dkeys, dk, mask=in_keys)
             dkeys += tl.cast(A, tl.int64) * BLOCK_K
         keys += tl.cast(stride_kk, tl.int64) * BLOCK_K
+        if extra is not None:
+            extra += tl.cast(stride_ek, tl.int64) * BLOCK_K
         dscores += tl.cast(padded_q, tl.int64) * BLOCK_K
     if FACTORED and not CLAMPED:
         dq *= eq
@@ -196,45 +205,23 @@ def _walk_steps(
 
 @triton.jit
 def _walk_in_range(
-    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk,
-    stride_ka, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr, GUARDED: tl.constexpr,
-    CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
+    dkeys, keys, extra, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk,
+    stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GUARDED: tl.constexpr, CLAMPED: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """_walk_steps for inputs within the limits. Reads the exponentials of keys, ``ek``, if they are precomputed."""
     if ek is not None:
         dq, dv = _walk_steps(
-            dkeys, ek, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1,
-            stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, True, APPROXIMATE, BLOCK_K,
+            dkeys, ek, None, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, A, 1, None,
+            None, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, True, APPROXIMATE, BLOCK_K,
         )  # fmt: skip
     else:
         dq, dv = _walk_steps(
-            dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk,
-            stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED, False, APPROXIMATE,
-            BLOCK_K,
+            dkeys, keys, extra, dscores, mask, q, shift, i, u, factor, begin, end, Tq, A, added, padded_q, stride_kk,
+            stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True, CLAMPED,
+            False, APPROXIMATE, BLOCK_K,
         )  # fmt: skip
     return dq, dv
-
-
-@kernel
-def key_exponentials_kernel(
-    ek,  # (B, Tk, A), contiguous, float32
-    keys,  # (B, Tk, A)
-    Tk, A,
-    stride_kb, stride_kk, stride_ka,
-    ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """ek = exp(2 keys), and 1 beyond MAX_ABS_EXPONENTIAL and for NaN: finite for any values in padding."""
-    tiles_a = tl.cdiv(A, BLOCK_A)
-    tiles_k = tl.cdiv(Tk, BLOCK_K)
-    program = tl.program_id(0)
-    u = (program % tiles_a).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
-    j = (program // tiles_a % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    b = (program // (tiles_a * tiles_k)).to(tl.int64)
-    in_keys = (j[:, None] < Tk) & (u[None, :] < A)
-    keys += batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
-    k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
-    e = exp2x_in_range(tl.where(tl.abs(k) <= MAX_ABS_EXPONENTIAL, k, 0.0))
-    tl.store(ek + (b * Tk + j[:, None]) * A + u[None, :], e, mask=in_keys)
 
 
 @kernel
@@ -246,6 +233,8 @@ def backward_kernel(
     dscores,  # (B, Tk, padded_q), contiguous, 0 where not attended
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
+    extra,  # (B, Tk, A) or None: added to the keys; for this and its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     ek,  # (B, Tk, A), contiguous: from key_exponentials_kernel; or None
     v,  # (A,)
     bias,  # (A,) or None
@@ -295,6 +284,8 @@ def backward_kernel(
         shift += tl.load(bias + u * stride_bias, mask=u < A, other=0.0).to(wide)
     query += b * stride_qb + u[None, :] * stride_qa
     keys += place * stride_kb
+    if extra is not None:
+        extra += b * stride_eb
     dscores += origin * padded_q
     if ek is not None:
         ek += origin * A
@@ -333,6 +324,9 @@ def backward_kernel(
                     used_q += 1
                 k = tl.load(keys + j[:, None] * stride_kk + u[None, :] * stride_ka, mask=in_keys, other=0.0)
                 k = k.to(tl.float32)
+                if extra is not None:
+                    extra_rows = extra + j[:, None] * stride_ek + u[None, :] * stride_ea
+                    k += tl.load(extra_rows, mask=in_keys, other=0.0).to(tl.float32)
                 size_k = tl.abs(k) if ACTIVATION == "tanh" else _size(k, ACTIVATION)
                 abs_max_k = tl.maximum(abs_max_k, tl.where(k == k, size_k, float("inf")))
             used = (used_q > 0)[:, None] & (u[None, :] < A)
@@ -343,35 +337,35 @@ def backward_kernel(
             largest = tl.maximum(tl.max(abs_max_k), tl.max(size_q))
             if largest <= limit:
                 dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
-                    padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False,
-                    APPROXIMATE, BLOCK_K,
+                    dkeys, keys, extra, ek, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
+                    padded_q, stride_kk, stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL,
+                    ACTIVATION, GUARDED, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
             elif ACTIVATION != "tanh":
                 infinite = tl.maximum(tl.max(abs_max_k, axis=0), tl.max(size_q, axis=0)) == float("inf")
                 dq, dv_part = _walk_steps(
-                    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
-                    stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
-                    False, APPROXIMATE, BLOCK_K,
+                    dkeys, keys, extra, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                    stride_kk, stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION,
+                    GUARDED, False, False, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
                 dv_part = tl.where(infinite, float("nan"), dv_part)
             elif largest <= MAX_ABS_EXPONENTIAL:
                 dq, dv_part = _walk_in_range(
-                    dkeys, keys, ek, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
-                    padded_q, stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, True,
-                    APPROXIMATE, BLOCK_K,
+                    dkeys, keys, extra, ek, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added,
+                    padded_q, stride_kk, stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL,
+                    ACTIVATION, GUARDED, True, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
             else:
                 dq, dv_part = _walk_steps(
-                    dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
-                    stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
-                    False, APPROXIMATE, BLOCK_K,
+                    dkeys, keys, extra, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                    stride_kk, stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION,
+                    GUARDED, False, False, False, APPROXIMATE, BLOCK_K,
                 )  # fmt: skip
         else:
             dq, dv_part = _walk_steps(
-                dkeys, keys, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
-                stride_kk, stride_ka, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED, False, False,
-                False, APPROXIMATE, BLOCK_K,
+                dkeys, keys, extra, dscores, mask, q, shift, i, u, factor, begin, end_used, Tq, A, added, padded_q,
+                stride_kk, stride_ka, stride_ek, stride_ea, stride_mq, stride_mk, slope, SEVERAL, ACTIVATION, GUARDED,
+                False, False, False, APPROXIMATE, BLOCK_K,
             )  # fmt: skip
         if dquery is not None:
             dq = _of_unit(dq, factor, ACTIVATION)

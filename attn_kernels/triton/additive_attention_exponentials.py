@@ -1,4 +1,4 @@
-"""The exponentials for the scores of many queries, with v folded into those of the queries.
+"""The exponentials for the scores of many queries, with v folded into those of the queries; and for their backward.
 
 v / (1 + E) = 1 / d with d = 1 / v + (e^{2q} / v) e^{2k}. A table holds 1 / v for each unit, in units of the largest v.
 
@@ -17,10 +17,12 @@ from .additive_math import (
     DENOMINATOR_SCALE,
     DENOMINATOR_SCALE_OF_ROW,
     DROPPED_DENOMINATOR,
+    MAX_ABS_EXPONENTIAL,
     MAX_ABS_MAX_V,
     MIN_ABS_MAX_V,
     MIN_RELATIVE_V,
     exp2x_and_rest,
+    exp2x_in_range,
     min_abs_bound,
     multiply_add,
 )
@@ -90,15 +92,16 @@ def _times(e, lost, x):
 
 @triton.jit
 def _write_exponentials(
-    exponentials, abs_max, rests, rows, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a,
-    stride_v, stride_bias, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_A: tl.constexpr,
+    exponentials, abs_max, rests, rows, extra, v, bias, unit, b, i, T, A, units, padded, stride_b, stride_t, stride_a,
+    stride_eb, stride_ek, stride_ea, stride_v, stride_bias, FOLDED: tl.constexpr, ACTIVATION: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """exponentials[b, i // BLOCK, u, i % BLOCK] = exp(2 (rows[b, i, u] + bias[u])), scaled; FOLDED: with v folded in.
 
-    abs_max[b, i] = the maximum over u of |rows| + |bias|. rests[b, i] = the sum of v r, where the rounded exponentials
-    are those of rows + bias - r. The exponentials are finite for i >= T, the padding of the last tile, and 0 for
-    u >= A, the padding of the last chunk. For activations other than tanh, only rows + bias is written.
+    extra is added to the rows, if there is one. abs_max[b, i] = the maximum over u of |rows| + |bias|. rests[b, i] =
+    the sum of v r, where the rounded exponentials are those of rows + bias - r. The exponentials are finite for i >= T,
+    the padding of the last tile, and 0 for u >= A, the padding of the last chunk. For activations other than tanh, only
+    rows + bias is written.
     """
     largest = tl.zeros([i.shape[0]], dtype=tl.float32)
     all_rests = tl.zeros([i.shape[0]], dtype=tl.float32)
@@ -108,6 +111,9 @@ def _write_exponentials(
         u = (start + tl.arange(0, BLOCK_A)).to(tl.int64)
         pointers = rows + batch_offset(b, stride_b, ALIGNED) + i[:, None] * stride_t + u[None, :] * stride_a
         x = tl.load(pointers, mask=in_rows & (u < A)[None, :], other=0.0).to(tl.float32)
+        if extra is not None:
+            pointers = extra + batch_offset(b, stride_eb, ALIGNED) + i[:, None] * stride_ek + u[None, :] * stride_ea
+            x += tl.load(pointers, mask=in_rows & (u < A)[None, :], other=0.0).to(tl.float32)
         e = x
         if ACTIVATION == "tanh":
             e, rest = exp2x_and_rest(x)
@@ -143,14 +149,16 @@ def _write_exponentials(
 @kernel
 def exponentials_kernel(
     eq,  # (B, padded_q / BLOCK_Q, units, BLOCK_Q): exp(2 (query + bias)), v folded in, scaled
-    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 keys), scaled
+    ek,  # (B, padded_k / BLOCK_K, units, BLOCK_K): exp(2 (keys + extra)), scaled
     abs_max_q,  # (B, Tq): max over units of |query| + |bias|, inf for NaN; or None
-    abs_max_k,  # (B, Tk): max over units of |keys|; or None
+    abs_max_k,  # (B, Tk): max over units of |keys + extra|; or None
     rests_q,  # (B, Tq): the effect of the rounding of eq on each score of the query, to first order; or None
     rests_k,  # (B, Tk): the same for ek; or None
     table,  # (units / CHUNK + 1) * ROW and 2 * units numbers, or units: see tiled_scores_kernel
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
+    extra,  # (B, Tk, A) or None: added to the keys; for this and its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     v,  # (A,)
     bias,  # (A,) or None
     B, Tq, Tk, A,
@@ -178,13 +186,13 @@ def exponentials_kernel(
         if ACTIVATION == "tanh":
             _, unit = _largest_v(v, A, stride_v, BLOCK_A)
             _write_exponentials(
-                eq, abs_max_q, rests_q, query, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq,
-                stride_qa, stride_v, stride_bias, True, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
+                eq, abs_max_q, rests_q, query, None, v, bias, unit, b, i, Tq, A, units, padded_q, stride_qb, stride_qq,
+                stride_qa, None, None, None, stride_v, stride_bias, True, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
             )  # fmt: skip
         else:
             _write_exponentials(
-                eq, None, None, query, None, bias, 1.0, b, i, Tq, A, units, padded_q, stride_qb, stride_qq, stride_qa,
-                0, stride_bias, False, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
+                eq, None, None, query, None, None, bias, 1.0, b, i, Tq, A, units, padded_q, stride_qb, stride_qq,
+                stride_qa, None, None, None, 0, stride_bias, False, ACTIVATION, ALIGNED, BLOCK_Q, BLOCK_A,
             )  # fmt: skip
     elif program < B * tiles_q + programs_k:
         program -= B * tiles_q
@@ -202,16 +210,16 @@ def exponentials_kernel(
                     abs_max_rows = abs_max_k + origin
                     rests_rows = rests_k + origin
                 _write_exponentials(
-                    ek_rows, abs_max_rows, rests_rows, key_rows, v, None, 1.0, origin * 0, j, length, A, units,
-                    (tile + 1) * BLOCK_K, 0, stride_kk, stride_ka, stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K,
-                    BLOCK_A,
+                    ek_rows, abs_max_rows, rests_rows, key_rows, None, v, None, 1.0, origin * 0, j, length, A, units,
+                    (tile + 1) * BLOCK_K, 0, stride_kk, stride_ka, None, None, None, stride_v, 0, False, ACTIVATION,
+                    ALIGNED, BLOCK_K, BLOCK_A,
                 )  # fmt: skip
         else:
             b = (program // tiles_k).to(tl.int64)
             j = (program % tiles_k).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
             _write_exponentials(
-                ek, abs_max_k, rests_k, keys, v, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk,
-                stride_ka, stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
+                ek, abs_max_k, rests_k, keys, extra, v, None, 1.0, b, j, Tk, A, units, padded_k, stride_kb, stride_kk,
+                stride_ka, stride_eb, stride_ek, stride_ea, stride_v, 0, False, ACTIVATION, ALIGNED, BLOCK_K, BLOCK_A,
             )  # fmt: skip
     elif ACTIVATION != "tanh":
         for start in range(0, units, BLOCK_A):
@@ -220,3 +228,30 @@ def exponentials_kernel(
             tl.store(table + u, x, mask=u < units)
     else:
         _write_units(table, v, A, units, stride_v, BLOCK_A)
+
+
+@kernel
+def key_exponentials_kernel(
+    ek,  # (B, Tk, A), contiguous, float32
+    keys,  # (B, Tk, A)
+    extra,  # (B, Tk, A) or None: added to the keys; for this and its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
+    Tk, A,
+    stride_kb, stride_kk, stride_ka,
+    ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """ek = exp(2 (keys + extra)), and 1 beyond MAX_ABS_EXPONENTIAL and for NaN: finite for any values in padding."""
+    tiles_a = tl.cdiv(A, BLOCK_A)
+    tiles_k = tl.cdiv(Tk, BLOCK_K)
+    program = tl.program_id(0)
+    u = (program % tiles_a).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
+    j = (program // tiles_a % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b = (program // (tiles_a * tiles_k)).to(tl.int64)
+    in_keys = (j[:, None] < Tk) & (u[None, :] < A)
+    keys += batch_offset(b, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
+    k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
+    if extra is not None:
+        extra += batch_offset(b, stride_eb, ALIGNED) + j[:, None] * stride_ek + u[None, :] * stride_ea
+        k += tl.load(extra, mask=in_keys, other=0.0).to(tl.float32)
+    e = exp2x_in_range(tl.where(tl.abs(k) <= MAX_ABS_EXPONENTIAL, k, 0.0))
+    tl.store(ek + (b * Tk + j[:, None]) * A + u[None, :], e, mask=in_keys)

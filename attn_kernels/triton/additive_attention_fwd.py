@@ -1,4 +1,4 @@
-"""The scores of additive attention: v . tanh(query + keys + bias).
+"""The scores of additive attention: v . tanh(query + keys + extra + bias).
 
 Many queries. tanh(q + k) = 1 - 2 r with r = 1 / (1 + E), and E = exp(2 q) exp(2 k) is a product of exponentials that
 are computed once per row. With v folded into them, v r is the reciprocal of one multiply-add, and three units share one
@@ -119,9 +119,10 @@ def _activated_scores(
 
 @triton.jit
 def _exact_scores(
-    query, keys, v, bias, in_query, in_keys, A, stride_qa, stride_ka, stride_v, stride_bias, APPROXIMATE: tl.constexpr
+    query, keys, extra, v, bias, in_query, in_keys, A, stride_qa, stride_ka, stride_ea, stride_v, stride_bias,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """v . tanh of a tile, with one tanh for each unit. query, keys: pointers to the first unit.
+    """v . tanh of a tile, with one tanh for each unit. query, keys, extra: pointers to the first unit.
 
     The sum is compensated (Kahan): with a large v, one unit may be much larger than the others.
     """
@@ -130,6 +131,9 @@ def _exact_scores(
     for _ in range(0, A):
         q = tl.load(query, mask=in_query, other=0.0).to(tl.float32)
         k = tl.load(keys, mask=in_keys, other=0.0).to(tl.float32)
+        if extra is not None:
+            k += tl.load(extra, mask=in_keys, other=0.0).to(tl.float32)
+            extra += stride_ea
         hidden = q + k
         if bias is not None:
             hidden += tl.load(bias).to(tl.float32)
@@ -171,6 +175,8 @@ def tiled_scores_kernel(
     # constants and v / scale, each (units,). For activations other than tanh: v, (units,)
     query,  # (B, Tq, A) or None
     keys,  # (B, Tk, A) or None
+    extra,  # (B, Tk, A) or None: added to the keys; None if keys is None. Its strides: see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     v,  # (A,) or None
     bias,  # (A,) or None
     lengths,  # (B,) or None
@@ -252,9 +258,13 @@ def tiled_scores_kernel(
                     total += tl.load(rests_q + b * Tq + first_q + in_q, mask=in_tile_q, other=0.0)
                     total += tl.load(rests_k + origin + first_k + in_k, mask=in_tile_k, other=0.0)
                 else:
+                    extra_rows = extra
+                    if extra is not None:
+                        extra_rows += b * stride_eb + (first_k + in_k) * stride_ek
                     total = _exact_scores(
                         query + b * stride_qb + (first_q + in_q) * stride_qq,
                         keys + place * stride_kb + (first_k + in_k) * stride_kk,
+                        extra_rows,
                         v,
                         bias,
                         in_tile_q,
@@ -262,6 +272,7 @@ def tiled_scores_kernel(
                         A,
                         stride_qa,
                         stride_ka,
+                        stride_ea,
                         stride_v,
                         stride_bias,
                         APPROXIMATE,
@@ -278,6 +289,8 @@ def small_q_scores_kernel(
     scores,  # (B, Tq, Tk), contiguous
     query,  # (B, Tq, A)
     keys,  # (B, Tk, A)
+    extra,  # (B, Tk, A) or None: added to the keys; for this and its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     v,  # (A,)
     bias,  # (A,) or None
     lengths,  # (B,) or None
@@ -299,6 +312,8 @@ def small_q_scores_kernel(
     if first < length:
         q_rows = query + batch_offset(b, stride_qb, ALIGNED) + i[:, None] * stride_qq + u[None, :] * stride_qa
         k_rows = keys + batch_offset(place, stride_kb, ALIGNED) + j[:, None] * stride_kk + u[None, :] * stride_ka
+        if extra is not None:
+            e_rows = extra + batch_offset(b, stride_eb, ALIGNED) + j[:, None] * stride_ek + u[None, :] * stride_ea
         v_units = v + u * stride_v
         if bias is not None:
             bias_units = bias + u * stride_bias
@@ -306,6 +321,9 @@ def small_q_scores_kernel(
         for start in range(0, A, BLOCK_A):
             in_units = u + start < A
             k = tl.load(k_rows, mask=(j < width)[:, None] & in_units[None, :], other=0.0).to(wide)
+            if extra is not None:
+                k += tl.load(e_rows, mask=(j < width)[:, None] & in_units[None, :], other=0.0).to(wide)
+                e_rows += tl.cast(stride_ea, tl.int64) * BLOCK_A
             q = tl.load(q_rows, mask=(i < Tq)[:, None] & in_units[None, :], other=0.0).to(wide)
             hidden = q[:, None, :] + k[None, :, :]
             if bias is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,14 @@ def rows_aligned(*tensors: Tensor) -> bool:
 def strides_of(tensor: Tensor | None, axes: int = 3) -> tuple[int, ...]:
     """The strides of a tensor with that number of axes; zeros for an absent tensor."""
     return (0,) * axes if tensor is None else tensor.stride()
+
+
+def extra_arguments(extra: Tensor | None) -> tuple[Any, ...]:
+    """``extra``, ``stride_eb``, ``stride_ek``, ``stride_ea`` of a kernel: (B, Tk, A), added to the keys.
+
+    Without it all are None, constants for Triton, so kernels of calls without extra do not change.
+    """
+    return (None,) * 4 if extra is None else (extra, *extra.stride())
 
 
 def mask_tensors(masks: Masks) -> tuple[Tensor | None, Tensor | None]:

@@ -52,8 +52,6 @@ def scores_of(
         return product(query, keys, score.scale, masks.memory_lengths, packed)
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores(score, query, keys, masks.memory_lengths, dtype)
-    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):  # with many queries
-        keys = keys + score.extra
     return pair_scores(score, query, keys, masks, dtype, packed)
 
 
@@ -78,12 +76,9 @@ def scores_backward(
         return dquery, dkeys
     if isinstance(score, GatedAdditiveScore):
         return gated_pair_scores_backward(dscores, score, query, keys, masks, *needed)
-    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)):
-        if query.shape[1] > MAX_DECODE_QUERIES:
-            return pair_scores_backward(dscores, score, query, keys + score.extra, masks, *needed)
-        rows = GatedAdditiveScore(score.v[None], score.bias, None, None, *activation_of(score).numbers())
-        found = gated_pair_scores_backward(dscores, rows, query, keys, masks, *needed, score.extra)
-        dquery, dkeys, dv, dbias, _ = found
+    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)) and query.shape[1] <= MAX_DECODE_QUERIES:
+        rows = GatedAdditiveScore(score.v[None], score.bias, None, score.extra, *activation_of(score).numbers())
+        dquery, dkeys, dv, dbias, _ = gated_pair_scores_backward(dscores, rows, query, keys, masks, *needed)
         return dquery, dkeys, dv.view(score.v.shape) if need_query else dv, dbias
     return pair_scores_backward(dscores, score, query, keys, masks, *needed, packed)
 
@@ -166,11 +161,11 @@ def _scores(score: Callable[..., Score], own: int) -> Kernels:
     """own: the number of the score's own arguments."""
 
     def forward(query: Tensor, keys: Tensor, *of_score: Any) -> Tensor:
-        return scores_of(*_added(score(*of_score), query, keys), Masks(), query.dtype)
+        return scores_of(score(*of_score), query, keys, Masks(), query.dtype)
 
     def backward(grad_scores: Tensor, query: Tensor, keys: Tensor, *others: Any) -> Gradients:
         dscores = padded_gradient(grad_scores)
-        return scores_backward(dscores, *_added(score(*others[:own]), query, keys), Masks(), *others[own:])
+        return scores_backward(dscores, score(*others[:own]), query, keys, Masks(), *others[own:])
 
     return forward, backward
 
@@ -192,13 +187,6 @@ def _attention(score: type[Score]) -> Kernels:
     return forward, backward
 
 
-def _added(score: Score, query: Tensor, keys: Tensor) -> tuple[Score, Tensor, Tensor]:
-    """Score, query and keys, with an extra of gated attention, which has no kernel yet, added to the keys."""
-    if isinstance(score, GatedAdditiveScore) and score.extra is not None:
-        return score._replace(extra=None), query, keys + score.extra
-    return score, query, keys
-
-
 def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> Kernels:
     tensors, addends, numbers = len(of_op.tensors), len(of_op.addends), len(of_op.numbers)
 
@@ -213,7 +201,7 @@ def _attention_with_options(score: Callable[..., Score], of_op: ops._Score) -> K
         made = score(*own, *added, *of_score) if of_gate else score(*own, *of_score)
         if isinstance(made, AdditiveScore | ActivatedScore) and added[0] is not None:
             made = made.with_extra(added[0])
-        return _Call(*_added(made, query, keys), values, masks, given)
+        return _Call(made, query, keys, values, masks, given)
 
     def forward(*arguments: Any) -> Gradients:
         return call(*arguments[:-1]).forward_with_log_total(arguments[-1])

@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import ActivatedExtraScore, AdditiveExtraScore, GatedAdditiveScore
+from ..scores import GatedAdditiveScore
 from ..types import NORMALIZERS
-from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
+from .arguments import extra_arguments, mask_strides, mask_tensors, rows_aligned, strides_of, two_parts
 from .configurations import configuration
 from .device import add_product, alignment_rows, attended, batch_offset, kernel, sentence_rows, split_steps
 from .inputs import Inputs
 from .launch import accumulator, alignments_shape, has_approximate_reciprocal, launch
 from .normaliser import LOWEST, add_block, alignments_of, factor, log_total_of, log_weights, merge, part_factor
 from .options import add_score_bias, clip_scores, drop, option_arguments, scale_kept
-from .scores import finish_scores, parts_of, score_terms
+from .scores import extra_of, finish_scores, parts_of, score_terms
 from .tiles import NUM_SMS, packed_split, power_of_two, steps_of_row
 
 MAX_DECODE_QUERIES = 8  # with more queries, the tile and the averages of values do not fit into registers
@@ -45,7 +45,8 @@ def decode_kernel(
     v,  # (A,), or with VECTORS (R, A); None for dot attention
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
-    extra,  # (B, Tk, A) or None: added to the keys
+    extra,  # (B, Tk, A) or None: added to the keys; for this and its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     number,  # of the score: see parts_of
@@ -58,7 +59,6 @@ def decode_kernel(
     stride_vb, stride_vk, stride_vd, stride_vr, stride_v,
     stride_bias,
     stride_tb, stride_tk, stride_ta,
-    stride_eb, stride_ek, stride_ea,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     log_total,  # (B, Tq), contiguous, or None; written for a single split
@@ -272,7 +272,7 @@ def decode(
     score, query, keys, values, masks, options = inputs
     name, v, bias, number = parts_of(score)
     gate = score.gate if isinstance(score, GatedAdditiveScore) else None
-    extra = score.extra if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore)) else None
+    extra = extra_of(score)
     beside = [x for x in (gate, extra) if x is not None]  # tensors with the shape of the keys
     B, Tq, A = query.shape
     Tk, D = values.shape[1:]
@@ -294,7 +294,8 @@ def decode(
     elements = (512 if double else 1024) * warps // block_q  # per query: 32 for each thread, 16 in float64
     block_k = max(2, min(16, elements // block_d))
     at_once = 32 * warps * 16 // values.element_size()  # elements that all threads load together, 16 bytes each
-    block_a = power_of_two(A, 32, max(elements // (1 + len(beside)), at_once) // block_k)
+    loaded = triton.next_power_of_2(1 + len(beside))  # tensors of which a thread holds elements
+    block_a = power_of_two(A, 32, max(elements // loaded, at_once) // block_k)
     of_row, packed = steps_of_row(Tk, B, columns), dict(columns=columns, PACKED=columns is not None)
     row_bytes = of_row * (A * (1 + len(beside)) + D) * values.element_size()
     steps, splits = _split(programs, of_row, block_k, row_bytes, configuration("decode", values)["bytes"])
@@ -308,12 +309,11 @@ def decode(
         programs * splits,
         (parts, alignments if need_alignments and splits == 1 else None, scores, tops, totals, query, keys, values),
         (
-            *(v, bias, gate, extra, *mask_tensors(masks), *two_parts(number, wide)),
+            *(v, bias, gate, *extra_arguments(extra), *mask_tensors(masks), *two_parts(number, wide)),
             *(B, Tq, Tk, A, D, R, steps),
             *(*query.stride(), *keys.stride(), *values.stride()),
             *(0 if v is None or R == 1 else v.stride(0), 0 if v is None else v.stride(-1), *strides_of(bias, 1)),
-            *(*strides_of(gate), *strides_of(extra)),
-            *mask_strides(masks),
+            *(*strides_of(gate), *mask_strides(masks)),
             *(log_total if splits == 1 else None, *option_arguments(options, wide)),
         ),
         dict(

@@ -1,4 +1,6 @@
-"""Additive attention with a gate and several score vectors in Triton: v_r . (f(query + keys + bias) * sigmoid(gate)).
+"""Additive attention with a gate and several score vectors in Triton.
+
+    v_r . (f(query + keys + extra + bias) * sigmoid(gate))
 
 Launchers and their rules. The kernels are in gated_additive_kernels.py, softmax.py and decode.py. For the last two, the
 rows of a query with several score vectors are like rows of different queries.
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..scores import GatedAdditiveScore
 from ..types import Masks
 from .activations import activation_of
-from .arguments import mask_strides, mask_tensors, rows_aligned, strides_of
+from .arguments import extra_arguments, mask_strides, mask_tensors, rows_aligned, strides_of
 from .decode import can_decode
 from .gated_additive_kernels import gated_backward_kernel, gated_scores_kernel
 from .launch import accumulator, has_approximate_reciprocal, launch, sum_splits
@@ -45,7 +47,7 @@ def gated_pair_scores(
     score: GatedAdditiveScore, query: Tensor, keys: Tensor, memory_lengths: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """(B, Tq R, Tk) in the given dtype, the rows of a query one after the other; undefined beyond the lengths."""
-    v, bias, gate = score[:3]
+    v, bias, gate, extra = score[:4]
     B, Tq, A = query.shape
     Tk, R = keys.shape[1], v.shape[0]
     double = query.dtype == torch.float64
@@ -62,7 +64,7 @@ def gated_pair_scores(
     launch(
         gated_scores_kernel,
         B * triton.cdiv(Tq, queries) * triton.cdiv(Tk, block_k),
-        (scores, query, keys, v, bias, gate, memory_lengths, Tq, Tk, A, R),
+        (scores, query, keys, v, bias, gate, *extra_arguments(extra), memory_lengths, Tq, Tk, A, R),
         (*_strides(score, query, keys), *strides_of(memory_lengths, 1), *activation_of(score).slope_arguments(query)),
         dict(
             ACTIVATION=activation_of(score).name,
@@ -87,14 +89,13 @@ def gated_pair_scores_backward(
     masks: Masks,
     need_query: bool,
     need_memory: bool,
-    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, keys, v, bias and gate.
 
     dscores: (B, Tq R, Tk), made by padded_scores, 0 where not attended. Gradients that are not needed (of keys; of the
-    others) are empty. masks: of queries, not of rows. extra: (B, Tk, A), added to the keys.
+    others) are empty. masks: of queries, not of rows. The gradient of extra equals that of the keys.
     """
-    v, bias, gate = score[:3]
+    v, bias, gate, extra = score[:4]
     B, Tq, A = query.shape
     Tk, R = keys.shape[1], v.shape[0]
     dtype, wide = query.dtype, accumulator(query.dtype)
@@ -120,17 +121,20 @@ def gated_pair_scores_backward(
     launch(
         gated_backward_kernel,
         B * tiles * splits,
-        (dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate, extra, *mask_tensors(masks)),
+        (
+            *(dquery, dkeys, dgate, dv, dscores, query, keys, v, bias, gate),
+            *(*extra_arguments(extra), *mask_tensors(masks)),
+        ),
         (
             *(B, Tq, Tk, A, R, steps_per_split, dscores.stride(2)),
-            *(*_strides(score, query, keys), *strides_of(extra)),
+            *_strides(score, query, keys),
             *(*mask_strides(masks), *activation_of(score).slope_arguments(query)),
         ),
         dict(
             ACTIVATION=activation_of(score).name,
             APPROXIMATE=has_approximate_reciprocal(query),
             FLOAT64=double,
-            ALIGNED=_aligned(score, query, keys) and (extra is None or rows_aligned(extra)),
+            ALIGNED=_aligned(score, query, keys),
             ONE_QUERY=Tq == 1,
             ONE_BLOCK=block_r >= R,
             SMALL_M=small_m,
@@ -173,7 +177,7 @@ def _backward_splits(warps: int, rows: int, Tk: int, block_k: int) -> tuple[int,
 
 
 def _aligned(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> bool:
-    return rows_aligned(query, keys, *(() if score.gate is None else (score.gate,)))
+    return rows_aligned(query, keys, *(x for x in (score.gate, score.extra) if x is not None))
 
 
 def _strides(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The scores of additive attention with a gate and several score vectors, and their gradients.
 
-    scores_r = v_r . (f(x) * s),   x = query + key + bias,   s = sigmoid(gate)
+    scores_r = v_r . (f(x) * s),   x = query + key + extra + bias,   s = sigmoid(gate)
 
 The activations of a pair, f(x) s, are computed once for all score vectors. A program of the scores keeps those of a
 query and a few steps in registers and multiplies them by one vector after the other. A program is one warp, so that no
@@ -34,6 +34,8 @@ def gated_scores_kernel(
     v,  # (R, A)
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
+    extra,  # (B, Tk, A) or None: added to the keys; for this and its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     lengths,  # (B,) or None
     Tq, Tk, A, R,
     stride_qb, stride_qq, stride_qa,
@@ -56,6 +58,8 @@ def gated_scores_kernel(
     keys += batch_offset(b, stride_kb, ALIGNED)
     if gate is not None:
         gate += batch_offset(b, stride_tb, ALIGNED)
+    if extra is not None:
+        extra += batch_offset(b, stride_eb, ALIGNED)
     if slope is not None:
         slope = tl.cast(slope, wide) + tl.cast(slope_lo, wide)
     if first_k < row_length(lengths, b, stride_lengths, Tk):
@@ -64,6 +68,8 @@ def gated_scores_kernel(
             in_units = (u < A)[None, :]
             in_steps = (j < Tk)[:, None] & in_units
             k = tl.load(keys + j[:, None] * stride_kk + u[None, :] * stride_ka, mask=in_steps, other=0.0).to(wide)
+            if extra is not None:
+                k += tl.load(extra + j[:, None] * stride_ek + u[None, :] * stride_ea, mask=in_steps, other=0.0).to(wide)
             if bias is not None:
                 k += tl.load(bias + u[None, :] * stride_bias, mask=in_units, other=0.0).to(wide)
             if gate is not None:
@@ -121,7 +127,8 @@ def gated_backward_kernel(
     v,  # (R, A)
     bias,  # (A,) or None
     gate,  # (B, Tk, A) or None
-    extra,  # (B, Tk, A) or None: added to the keys, with the same gradient
+    extra,  # (B, Tk, A) or None: added to the keys, with the same gradient; with its strides, see extra_arguments
+    stride_eb, stride_ek, stride_ea,
     lengths,  # (B,) or None
     mask,  # (B, Tq, Tk) or None
     B, Tq, Tk, A, R,
@@ -132,7 +139,6 @@ def gated_backward_kernel(
     stride_vr, stride_v,
     stride_bias,
     stride_tb, stride_tk, stride_ta,
-    stride_eb, stride_ek, stride_ea,
     stride_lengths,
     stride_mb, stride_mq, stride_mk,
     slope, slope_lo,  # of "leaky_relu", in two parts, or None

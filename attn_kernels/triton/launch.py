@@ -32,7 +32,10 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def has_approximate_reciprocal(tensor: Tensor) -> bool:
-    """Whether a kernel on the device of tensor may use the PTX instruction rcp.approx: NVIDIA GPUs, not float64."""
+    """Whether a kernel on the device of tensor may use the PTX instructions rcp.approx and ex2.approx.
+
+    They are for NVIDIA GPUs, and not for float64.
+    """
     return tensor.is_cuda and torch.version.hip is None and tensor.dtype != torch.float64
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..scores import DotScore, Score
+from ..scores import ActivatedExtraScore, AdditiveExtraScore, DotScore, GatedAdditiveScore, Score
 from .activations import activate, activation_of, sigmoid_and_slope
 
 
@@ -19,6 +19,13 @@ def parts_of(score: Score) -> tuple[str, Tensor | None, Tensor | None, float]:
         return "dot", None, None, score.scale
     name, slope = activation_of(score)
     return name, score.v, score.bias, slope
+
+
+def extra_of(score: Score) -> Tensor | None:
+    """The tensor (B, Tk, A) that a score adds to the keys, if it has one."""
+    if isinstance(score, (AdditiveExtraScore, ActivatedExtraScore, GatedAdditiveScore)):
+        return score.extra
+    return None
 
 
 @triton.jit
