@@ -191,8 +191,8 @@ VARIANTS = MAIN | {
     "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
     "extra": _WITH_EXTRA,
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
-    # GPU backends add extra to the keys beforehand. Rounding this sum moves arguments across the kink at 0.
-    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], lacks=ON_GPUS),
+    # Triton adds extra to the keys of many queries beforehand. Rounding this sum moves arguments across the kink at 0.
+    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], lacks=("triton",)),
     "gate": _gated("additive_attention"),
     "gate, 3 vectors": _gated("additive_attention", vectors=3),
     "gate, relu, 1 vector": _gated("additive_attention", vectors=1, **ACTIVATIONS["relu"]),
