@@ -164,23 +164,23 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
 
   // An item is four units of a row. Consecutive threads have consecutive rows. The positions of a thread's first items
   // are kept in registers.
+  constexpr int kKnown = kAddsExtra<Score> ? 1 : kKnownItems;
   struct Item {
     short column, unit;  // unit: index in the chunk, over all splits
-  } known[kKnownItems];
+  } known[kKnown];
   const int items = a.unit_splits * kQuads * columns;
   auto item = [&](int index) {
     return Item{static_cast<short>(index % columns), static_cast<short>(index / columns * 4)};
   };
 #pragma unroll
-  for (int n = 0; n < kKnownItems; ++n) known[n] = item(threadIdx.x + n * blockDim.x);
+  for (int n = 0; n < kKnown; ++n) known[n] = item(threadIdx.x + n * blockDim.x);
   auto for_items = [&](auto body) {
 #pragma unroll
-    for (int n = 0; n < kKnownItems; ++n) {
+    for (int n = 0; n < kKnown; ++n) {
       const int index = threadIdx.x + n * blockDim.x;
       if (index < items) body(index, known[n]);
     }
-    for (int index = threadIdx.x + kKnownItems * blockDim.x; index < items; index += blockDim.x)
-      body(index, item(index));
+    for (int index = threadIdx.x + kKnown * blockDim.x; index < items; index += blockDim.x) body(index, item(index));
   };
   for_items([&](int index, Item) { s.abs_max[index] = 0; });
   auto first_unit = [&](int of_split, int chunk) { return of_split * a.split_units + chunk * kUnits; };
@@ -198,10 +198,6 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
       const StridedView3& from = is_query ? op.query : op.keys;
       fill_slot<W, kVectorized>(from, b * from.stride[0] + row * from.stride[1], u, exists ? op.A : 0,
                                 s.staging + 4 * index);
-      if constexpr (kAddsExtra<Score> && kVectorized)
-        if (exists && !is_query && u < op.A)
-          prefetch(static_cast<const char*>(op.extra.data) + (b * op.extra.stride[0] + row * op.extra.stride[1] + u) *
-                                                                 (op.extra.dtype == Dtype::float32 ? 4 : 2));
     });
     const int u = first_unit(v_split, chunk) + v_unit;
     const bool exists =
@@ -231,18 +227,36 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
     s.biases[v_split * kUnits + v_unit] = next_bias;
     if (v_unit == 0) s.halves[v_split] = half;
   };
+  // Widens the slots of this thread, and adds extra to those of keys. One at a time, as unrolled it would need too many
+  // registers.
+  auto add_extra = [&](int chunk) {
+    if constexpr (kAddsExtra<Score>) {
+#pragma unroll 1
+      for (int index = threadIdx.x; index < items; index += blockDim.x) {
+        const Item of = item(index);
+        const int u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits, row = k0 + of.column - s.columns_q;
+        W *slot = s.staging + 4 * index, x[4];
+        read_slot<W, kVectorized>(slot, op.query.dtype, x);
+        if (of.column >= s.columns_q && row < op.Tk) {
+          const int64_t offset = b * op.extra.stride[0] + row * op.extra.stride[1];
+          add_four<W, kVectorized>(op.extra, offset, u, op.A, x);
+          if (kVectorized && u + kUnits < op.A)  // of the next chunk
+            prefetch(static_cast<const char*>(op.extra.data) +
+                     (offset + u + kUnits) * (op.extra.dtype == Dtype::float32 ? 4 : 2));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) slot[i] = x[i];
+      }
+    }
+  };
   auto stage = [&](int chunk) {
     wait_for_copies();
+    add_extra(chunk);
     for_items([&](int index, Item of) {
       const bool is_query = of.column < s.columns_q;
       W* to = s.rows + of.unit * kColumns + of.column;
       W x[4], bias[4], factor[4], top = s.abs_max[index];
-      read_slot<W, kVectorized>(s.staging + 4 * index, op.query.dtype, x);
-      if constexpr (kAddsExtra<Score>) {
-        const int u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits, row = k0 + of.column - s.columns_q;
-        if (!is_query && row < op.Tk)
-          add_four<W, kVectorized>(op.extra, b * op.extra.stride[0] + row * op.extra.stride[1], u, op.A, x);
-      }
+      read_slot<W, kVectorized && !kAddsExtra<Score>>(s.staging + 4 * index, op.query.dtype, x);
       if constexpr (kForm == Form::compensated) {
         stage_compensated(s, of.unit, is_query, x, top);
       } else {

@@ -20,9 +20,9 @@ struct ScoreTile {
   using W = Wide<T>;
   using Score = typename F::Score;
   static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
-  static constexpr int kRows =
-      NQ == 4 && F::kVectorized ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 steps need too many registers
   static constexpr bool kExtra = kAddsExtra<Score>;
+  // Steps of a warp at a time, limited by registers with 8 queries.
+  static constexpr int kRows = NQ == 4 && F::kVectorized ? 4 : NQ == 8 && kExtra && sizeof(T) == 2 ? 1 : 2;
   static constexpr int kArrays = kExtra ? 2 : 1;  // keys, extra
   static constexpr int kInFlight = kRows * kArrays;
   static constexpr int kLoads = F::kVectorized && kInFlight < 4 ? 4 / kInFlight : 1;  // loads per step of each array
