@@ -28,6 +28,8 @@ struct ScoreTile {
   static constexpr int kLoads = F::kVectorized && kInFlight < 4 ? 4 / kInFlight : 1;  // loads per step of each array
   static constexpr int kRaw = kInFlight * kLoads;                                     // [array][row][load]
   static constexpr int kUnits = kWarp * kPer16Bytes<Key>;                             // units per load of the warp
+  // Units of a lane at a time in the exact form, whose loads otherwise wait for each other.
+  static constexpr int kExactUnits = F::kVectorized && NQ == 1 ? 4 : 1;
 
   const DecodeParams& p;
   int b;
@@ -225,7 +227,7 @@ struct ScoreTile {
     const T* query = row_of<T>(p.query, b, 0) + unit * query_stride;
     const T* key = row_of<T>(p.keys, b, steps[i]) + unit * keys_stride;
     W sums[NQ] = {};
-#pragma unroll 1
+#pragma unroll(kExactUnits)
     for (int u = lane; u < units; u += kWarp) {
       W k = widen(key[u * keys_stride]);
       if constexpr (kExtra) k += widen(row_of<T>(p.extra, b, steps[i])[(unit + u) * p.extra.stride[2]]);
