@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Inputs = tuple[Tensor, Tensor, Tensor | None]  # query, keys, values
 MaskPair = tuple[Tensor | None, Tensor | None]  # memory_lengths, mask: Masks, or a plain tuple, which is cheaper
 new: Callable[..., Any] = tuple.__new__  # makes a named tuple, at a third of the cost of its constructor
-ADD_BEFOREHAND = ("cuda",)  # backends whose kernels do not add ``extra``: they get keys + extra
 SELF_CHECKING = ("cpu", "cuda")  # backends that check the arguments themselves: see checks.py
 # Errors that a bad argument may raise in the dispatcher or a kernel, or in Python if it is not a tensor.
 ARGUMENT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
@@ -112,13 +111,8 @@ def attend_with_extra(
     backend: str | None,
     memory: Memory | None = None,
 ) -> Attention:
-    """Like attend_arrays, with ``extra``, (B, Tk, A), added to the keys: in the kernel, or before it in CUDA C++."""
-    query, keys, values = inputs
-    check_extra(score.name, query, keys, extra)
-    if choose(backend, device_type(query)) in ADD_BEFOREHAND:
-        if isinstance(score, AdditiveScore):
-            score = score._replace(prepared=None)  # it was computed from the keys without extra
-        return attend_arrays(score, query, keys + extra, values, masks, need_weights, backend)
+    """Like attend_arrays, with ``extra``, (B, Tk, A), added to the keys in the kernels."""
+    check_extra(score.name, inputs[0], inputs[1], extra)
     return attend_arrays(score.with_extra(extra), *inputs, masks, need_weights, backend, memory)
 
 

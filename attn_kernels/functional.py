@@ -92,9 +92,9 @@ def additive_attention(
         negative_slope: of "leaky_relu", a finite number.
         gate: (B, Tk, A), before the sigmoid; the activation is multiplied by sigmoid(gate). A gate or several score
             vectors have kernels on the CPU and in Triton; elsewhere the reference runs, which stores (B, Tq, Tk, A).
-        extra: (B, Tk, A), added to the keys before the activation, such as projected location features of a step. On
-            the CPU and in Triton the kernels compute the sum, and one gradient serves both. It is a tensor with
-            ``activation="sigmoid"`` and more than one query, and in ``backend="cuda"``.
+        extra: (B, Tk, A), added to the keys before the activation, such as projected location features of a step. The
+            kernels compute the sum, and one gradient serves both. With ``activation="sigmoid"`` the sum is a tensor for
+            more than one query, and in ``backend="cuda"``.
         scale: a finite number that multiplies the scores: sharper alignments, or 1 / temperature.
         clip: C > 0, replaces each score by C tanh(score), which limits how sure a pointer network is (Bello et al.,
             "Neural combinatorial optimization with reinforcement learning", 2017, appendix A.2, equation 16). It

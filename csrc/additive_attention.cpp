@@ -117,6 +117,30 @@ struct VectorOps {
                                v);
   }
 
+  // With `extra` added to the keys: dkeys, the gradient of the sum, is also the gradient of extra.
+  static std::tuple<Tensor, Tensor> with_extra(Tensor query, Tensor keys, Tensor values, Tensor v,
+                                               std::optional<Tensor> bias, Tensor extra, Own... own,
+                                               std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
+                                               bool need_alignments) {
+    const CallContext call(query);
+    return attention_forward((call.kernels().*S::kKernels).attention,
+                             S::of(with_vector(query, keys, v, bias, extra), own...), query, values, memory_lengths,
+                             mask, need_alignments);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_extra_backward(
+      std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
+      Tensor values, Tensor v, std::optional<Tensor> bias, Tensor extra, Own... own,
+      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask, Tensor alignments, bool need_query,
+      bool need_keys, bool need_values) {
+    const CallContext call(query);
+    return attention_gradients((call.kernels().*S::kKernels).attention_backward,
+                               S::of(with_vector(query, keys, v, bias, extra), own...),
+                               {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
+                                need_query, need_keys, need_values},
+                               v);
+  }
+
 #if !defined(ATTN_CUDA)  // on the CPU only
   static std::tuple<Tensor, Tensor, Tensor> with_options(Tensor query, Tensor keys, Tensor values, Tensor v,
                                                          std::optional<Tensor> bias, std::optional<Tensor> score_bias,
@@ -143,30 +167,6 @@ struct VectorOps {
                                    need_query, need_memory, need_memory},
                                   v, {score_bias, dropout_p, normalizer, clip, seed}, log_total, grad_log_total);
   }
-
-  // With `extra` added to the keys: dkeys, the gradient of the sum, is also the gradient of extra.
-  static std::tuple<Tensor, Tensor> with_extra(Tensor query, Tensor keys, Tensor values, Tensor v,
-                                               std::optional<Tensor> bias, Tensor extra, Own... own,
-                                               std::optional<Tensor> memory_lengths, std::optional<Tensor> mask,
-                                               bool need_alignments) {
-    const CallContext call(query);
-    return attention_forward((call.kernels().*S::kKernels).attention,
-                             S::of(with_vector(query, keys, v, bias, extra), own...), query, values, memory_lengths,
-                             mask, need_alignments);
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_extra_backward(
-      std::optional<Tensor> grad_context, std::optional<Tensor> grad_alignments, Tensor query, Tensor keys,
-      Tensor values, Tensor v, std::optional<Tensor> bias, Tensor extra, Own... own,
-      std::optional<Tensor> memory_lengths, std::optional<Tensor> mask, Tensor alignments, bool need_query,
-      bool need_keys, bool need_values) {
-    const CallContext call(query);
-    return attention_gradients((call.kernels().*S::kKernels).attention_backward,
-                               S::of(with_vector(query, keys, v, bias, extra), own...),
-                               {query, keys, values, alignments, grad_context, grad_alignments, memory_lengths, mask,
-                                need_query, need_keys, need_values},
-                               v);
-  }
 #endif
 };
 
@@ -187,11 +187,11 @@ STABLE_TORCH_LIBRARY_IMPL(attn_kernels, ATTN_DISPATCH_KEY, m) {
   m.impl(ATTN_OVERLOAD("activated_scores_backward"), TORCH_BOX(&attn::ActivatedOps::scores_backward));
   m.impl(ATTN_OVERLOAD("activated_attention"), TORCH_BOX(&attn::ActivatedOps::attention));
   m.impl(ATTN_OVERLOAD("activated_attention_backward"), TORCH_BOX(&attn::ActivatedOps::backward));
-#if !defined(ATTN_CUDA)
   m.impl(ATTN_OVERLOAD("additive_attention_with_extra"), TORCH_BOX(&attn::AdditiveOps::with_extra));
   m.impl(ATTN_OVERLOAD("additive_attention_with_extra_backward"), TORCH_BOX(&attn::AdditiveOps::with_extra_backward));
   m.impl(ATTN_OVERLOAD("activated_attention_with_extra"), TORCH_BOX(&attn::ActivatedOps::with_extra));
   m.impl(ATTN_OVERLOAD("activated_attention_with_extra_backward"), TORCH_BOX(&attn::ActivatedOps::with_extra_backward));
+#if !defined(ATTN_CUDA)
   m.impl(ATTN_OVERLOAD("additive_attention_with_options"), TORCH_BOX(&attn::AdditiveOps::with_options));
   m.impl(ATTN_OVERLOAD("additive_attention_with_options_backward"),
          TORCH_BOX(&attn::AdditiveOps::with_options_backward));

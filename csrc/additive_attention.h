@@ -17,7 +17,7 @@ struct VectorScores : Scores {
   using Gradients = VectorGradients;
   StridedView3 v;      // (1, 1, A)
   StridedView3 bias;   // (1, 1, A) or absent
-  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent; CPU only, not allowed with prepared keys
+  StridedView3 extra;  // (B, Tk, A), added to the keys, or absent; not allowed with prepared keys
 };
 
 struct AdditiveScores : VectorScores {

@@ -47,8 +47,7 @@ struct AttentionForward : Score {
 };
 
 // Outputs are contiguous. Outputs that are not needed are null: dquery together with all gradients of the score's own
-// arguments; dkeys; dvalues. On CUDA, dkeys and dvalues are null only together. An output without elements is null,
-// too.
+// arguments; dkeys; dvalues. An output without elements is null, too.
 template <class Score>
 struct AttentionBackward : Score, Score::Gradients {
   int64_t D;

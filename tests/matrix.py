@@ -192,8 +192,7 @@ VARIANTS = MAIN | {
     "sigmoid scores": OPS["additive_scores"]._replace(options=ACTIVATIONS["sigmoid"]),
     "extra": _WITH_EXTRA,
     "extra, prepared keys": _WITH_EXTRA._replace(variant=_with_prepared_keys),
-    # CUDA C++ adds extra to the keys beforehand. Rounding this sum moves arguments across the kink at 0.
-    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"], lacks=("cuda",)),
+    "extra, leaky_relu": _WITH_EXTRA._replace(options=ACTIVATIONS["leaky_relu"]),
     "extra, clip, score bias": _WITH_EXTRA._replace(
         inputs=(*_WITH_EXTRA.inputs, "score_bias"),
         by_name=("extra", "score_bias"),

@@ -33,6 +33,7 @@ MASKS: dict[str, dict[str, Tensor]] = {
     "mask of one query": {"mask": torch.rand((B, 1, TK), generator=torch.Generator().manual_seed(1)) < 0.6},
 }
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+compiled_code = pytest.mark.parametrize("backend", ["cpu", "cuda"])
 NONE = Masks()
 
 
@@ -67,14 +68,16 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("queries", [(), (1,), (3,), (8,)], ids=str)
 @activations
-def test_no_copy_of_the_keys(compiled: str, activation: str, queries: tuple[int, ...]) -> None:
+@compiled_code
+def test_no_copy_of_the_keys(backend: str, activation: str, queries: tuple[int, ...]) -> None:
     """The forward makes nothing as large as the keys, the backward one gradient, of whichever it is needed."""
-    t = leaves(torch.float32, queries)
+    device = device_of(available(backend))
+    t = {name: x.detach().to(device) for name, x in leaves(torch.float32, queries).items()}
     op = ("additive" if activation == "tanh" else "activated") + "_attention_with_extra_backward"
     for needed in (("keys",), ("extra",), ("keys", "extra"), tuple(t)):
         given = {name: x.detach().requires_grad_(name in needed) for name, x in t.items()}
         with Made(t["keys"]) as forward:
-            result = additive_attention(**given, **ACTIVATIONS[activation], backend=compiled)
+            result = additive_attention(**given, **ACTIVATIONS[activation], backend=backend)
         assert forward.found == []
         loss = result.context.square().sum()
         with Made(t["keys"]) as backward:
@@ -86,7 +89,7 @@ def test_no_copy_of_the_keys(compiled: str, activation: str, queries: tuple[int,
     with Made(t["keys"]) as backward:
         query = t["query"].detach().requires_grad_()
         fixed = {name: x.detach() for name, x in t.items() if name != "query"}
-        result = additive_attention(query, **fixed, **ACTIVATIONS[activation], backend=compiled)
+        result = additive_attention(query, **fixed, **ACTIVATIONS[activation], backend=backend)
         torch.autograd.grad(result.context.sum(), query)
     assert backward.found == []
 
@@ -128,16 +131,18 @@ def test_forward_mode_and_transforms(compiled: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["additive", "activated"])
-def test_opcheck(compiled: str, name: str) -> None:
-    t = leaves(torch.float32)
+@compiled_code
+def test_opcheck(backend: str, name: str) -> None:
+    device = device_of(available(backend))
+    t = {x: y.detach().to(device).requires_grad_() for x, y in leaves(torch.float32).items()}
     numbers = () if name == "additive" else (NUMBERS.index("leaky_relu"), 0.2)
-    masks = (MASKS["lengths"]["memory_lengths"], None)
+    masks = (MASKS["lengths"]["memory_lengths"].to(device), None)
     op = f"{name}_attention_with_extra"
     arguments = (*t.values(), *numbers, *masks)
-    torch.library.opcheck(kernel(op, compiled), (*arguments, True))
+    torch.library.opcheck(kernel(op, backend), (*arguments, True))
     fixed = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    context, alignments = kernel(op, compiled)(*fixed, True)
-    backward = kernel(f"{op}_backward", compiled)
+    context, alignments = kernel(op, backend)(*fixed, True)
+    backward = kernel(f"{op}_backward", backend)
     for flags in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         torch.library.opcheck(backward, (torch.ones_like(context), None, *fixed, alignments, *flags))
 
@@ -217,11 +222,12 @@ def test_gathered(mechanism: str, masks: str, passes: list[int]) -> None:
     torch.testing.assert_close(got, train(mechanism, "reference", **MASKS[masks]))
 
 
-def test_gathered_in_triton(passes: list[int]) -> None:
-    device = device_of(available("triton"))
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gathered_on_a_gpu(backend: str, passes: list[int]) -> None:
+    device = device_of(available(backend))
     masks = {name: x.to(device) for name, x in MASKS["lengths"].items()}
     with torch.device(device):
-        got = train("location", "triton", **masks)
+        got = train("location", backend, **masks)
         assert passes == [STEPS]
         torch.testing.assert_close(got, train("location", "reference", **masks))
 

@@ -25,6 +25,10 @@ CASES = {
     "one query": Case(Tq=1, lengths="random", query_2d=True),
     "transposed": Case(layout="transposed", lengths="random"),
     "sliced": Case(layout="sliced", mask="steps"),
+    "3 queries": Case(Tq=3, A=40, D=16, lengths="random"),
+    "8 queries": Case(Tq=8, layout="misaligned", lengths="zero", mask="pairs"),
+    "20 queries": Case(Tq=20, Tk=33, A=40, D=16, lengths="random"),
+    "20 queries, strided": Case(2, 20, 17, 13, layout="columns", lengths="random"),
     "Tk = 0": Case(Tk=0),
     "A = 0": Case(A=0),
 }

@@ -259,8 +259,12 @@ __global__ void __launch_bounds__(kMaxWarps<W>* kWarp, sizeof(W) == 4 ? 2 : 1)
   auto of_key = [&](int j, int n) -> W {
     const int u = first_unit + n * kWarp + lane;
     if (j >= end || u >= op.A) return 0;
-    return element<W>(op.keys.data, op.keys.dtype,
-                      b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
+    W x =
+        element<W>(op.keys.data, op.keys.dtype, b * op.keys.stride[0] + j * op.keys.stride[1] + u * op.keys.stride[2]);
+    if constexpr (kAddsExtra<Pair>)
+      x += element<W>(op.extra.data, op.extra.dtype,
+                      b * op.extra.stride[0] + j * op.extra.stride[1] + u * op.extra.stride[2]);
+    return x;
   };
 
   // This lane's sums in shared memory, which include all factors but kGain v: [query][one of its units]
@@ -517,6 +521,11 @@ void run(const typename Pair::Score& op, const AttentionMask& attended, const vo
   if (op.A == 0) return;
   check_sizes(op);
   auto by = [&](auto launch) { launch(op, attended, dscores, dquery, dkeys, dv, dbias); };
+  if (op.extra) {  // usually of one query: fewer kernels
+    using Sum = WithExtra<Pair>;
+    if (op.query.dtype == Dtype::float64) return by(launch_backward<double, 4, Sum>);
+    return by(op.Tq <= 2 ? launch_backward<float, 2, Sum> : launch_backward<float, 8, Sum>);
+  }
   if (op.query.dtype == Dtype::float64)
     return by(op.Tq <= 2 ? launch_backward<double, 2, Pair> : launch_backward<double, 4, Pair>);
   if (op.Tq <= 2) return by(launch_backward<float, 2, Pair>);

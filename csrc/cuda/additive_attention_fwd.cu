@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   if (k0 >= length) return;
   const SharedTile<W, kColumns> s(a.unit_splits, a.threads_q * kQ, a.threads_k * kK);
   W total[kQ][kK];
-  if constexpr (std::is_same_v<Score, ActivatedScores>) {
+  if constexpr (std::is_base_of_v<ActivatedScores, Score>) {
     compute_tile<W, kQ, kK, kColumns, Form::activated, kVectorized>(a, s, b, q0, k0, W(1), false, total);
   } else {
     bool found = false;
@@ -62,19 +62,20 @@ __global__ void __launch_bounds__(kMaxThreads<W>, 1) many_queries_scores_kernel(
   write_tile(a, s, b, q0, k0, total);
 }
 
-// Whether the rows of a tile need at most half of the columns that a tile may have.
-template <int kQ, int kK>
+// Whether the tile has the kernel for rows that need at most half of the columns that a tile may have. With extra, there
+// are fewer kernels.
+template <int kQ, int kK, class Score>
 bool is_narrow(int64_t threads_q, int64_t threads_k) {
-  return threads_q * kQ + threads_k * kK <= kMaxColumns / 2;
+  return !kAddsExtra<Score> && threads_q * kQ + threads_k * kK <= kMaxColumns / 2;
 }
 
 // Shared memory of a block.
-template <typename W, int kQ, int kK>
+template <typename W, int kQ, int kK, class Score>
 int64_t shared_bytes(int64_t unit_splits, int64_t threads_q, int64_t threads_k) {
   const int n = static_cast<int>(unit_splits), q = static_cast<int>(threads_q) * kQ,
             k = static_cast<int>(threads_k) * kK;
-  return is_narrow<kQ, kK>(threads_q, threads_k) ? SharedTile<W, kMaxColumns / 2>::bytes(n, q, k)
-                                                 : SharedTile<W, kMaxColumns>::bytes(n, q, k);
+  return is_narrow<kQ, kK, Score>(threads_q, threads_k) ? SharedTile<W, kMaxColumns / 2>::bytes(n, q, k)
+                                                        : SharedTile<W, kMaxColumns>::bytes(n, q, k);
 }
 
 // The division of an op's pairs into blocks that fit the device and have the least estimated time. The estimate is
@@ -99,7 +100,7 @@ ScoresTile<Score> choose_tile(const Score& op, const Device& device) {
            ++unit_splits) {
         const int64_t units = round_up(ceil_div(op.A, unit_splits), unit_splits > 1 ? kUnits : kStep);
         if (unit_splits > ceil_div(op.A, units) || (unit_splits > 1 && threads < 16)) break;  // 16 threads load v
-        if (shared_bytes<W, kQ, kK>(unit_splits, tq, tk) > device.shared_bytes) break;
+        if (shared_bytes<W, kQ, kK, Score>(unit_splits, tq, tk) > device.shared_bytes) break;
         const double warps = double(ceil_div(unit_splits * threads, kWarp)), blocks = double(op.B * tiles_q * tiles_k);
         const double slots =
             double(units) * (3.2 * kQ * kK * warps + 15.0 * double(unit_splits * columns) / kWarp) + 4e3;
@@ -124,11 +125,12 @@ template <typename W, int kQ, int kK, int kColumns, class Score>
 void launch_tile(const ScoresTile<Score>& tile) {
   const Grid grid{tile.op.B * tile.tiles_q * tile.tiles_k,
                   static_cast<int>(round_up(tile.unit_splits * tile.threads_q * tile.threads_k, kWarp)),
-                  shared_bytes<W, kQ, kK>(tile.unit_splits, tile.threads_q, tile.threads_k)};
-  const bool vectorized = is_vectorized(tile.op.query, tile.op.A) && is_vectorized(tile.op.keys, tile.op.A);
-  launch(vectorized ? many_queries_scores_kernel<W, kQ, kK, kColumns, true, Score>
-                    : many_queries_scores_kernel<W, kQ, kK, kColumns, false, Score>,
-         grid, tile);
+                  shared_bytes<W, kQ, kK, Score>(tile.unit_splits, tile.threads_q, tile.threads_k)};
+  bool vectorized = is_vectorized(tile.op.query, tile.op.A) && is_vectorized(tile.op.keys, tile.op.A);
+  if (kAddsExtra<Score>) vectorized = vectorized && is_vectorized(tile.op.extra, tile.op.A);
+  if constexpr (!kAddsExtra<Score> || sizeof(W) == 4)
+    if (vectorized) return launch(many_queries_scores_kernel<W, kQ, kK, kColumns, true, Score>, grid, tile);
+  launch(many_queries_scores_kernel<W, kQ, kK, kColumns, false, Score>, grid, tile);
 }
 
 template <typename W, int kQ, int kK, class Score>
@@ -138,14 +140,15 @@ void launch_scores(const Score& op, const AttentionMask& attended, void* scores,
   tile.attended = attended;
   tile.scores = scores;
   tile.dtype = dtype;
-  if (is_narrow<kQ, kK>(tile.threads_q, tile.threads_k))
-    launch_tile<W, kQ, kK, kMaxColumns / 2>(tile);
-  else
-    launch_tile<W, kQ, kK, kMaxColumns>(tile);
+  if constexpr (!kAddsExtra<Score>)
+    if (is_narrow<kQ, kK, Score>(tile.threads_q, tile.threads_k)) return launch_tile<W, kQ, kK, kMaxColumns / 2>(tile);
+  launch_tile<W, kQ, kK, kMaxColumns>(tile);
 }
 
 template <class Score>
 void run(const Score& op, const AttentionMask& attended, void* scores, bool narrow) {
+  if constexpr (!kAddsExtra<Score>)
+    if (op.extra) return run(WithExtra<Score>{op}, attended, scores, narrow);
   const Dtype dtype = narrow || op.query.dtype == Dtype::float64 ? op.query.dtype : Dtype::float32;
   check_sizes(op);
   if (op.A == 0) return clear(scores, op.B * op.Tq * op.Tk * item_size(dtype));

@@ -164,23 +164,23 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
 
   // An item is four units of a row. Consecutive threads have consecutive rows. The positions of a thread's first items
   // are kept in registers.
+  constexpr int kKnown = kAddsExtra<Score> ? 1 : kKnownItems;
   struct Item {
     short column, unit;  // unit: index in the chunk, over all splits
-  } known[kKnownItems];
+  } known[kKnown];
   const int items = a.unit_splits * kQuads * columns;
   auto item = [&](int index) {
     return Item{static_cast<short>(index % columns), static_cast<short>(index / columns * 4)};
   };
 #pragma unroll
-  for (int n = 0; n < kKnownItems; ++n) known[n] = item(threadIdx.x + n * blockDim.x);
+  for (int n = 0; n < kKnown; ++n) known[n] = item(threadIdx.x + n * blockDim.x);
   auto for_items = [&](auto body) {
 #pragma unroll
-    for (int n = 0; n < kKnownItems; ++n) {
+    for (int n = 0; n < kKnown; ++n) {
       const int index = threadIdx.x + n * blockDim.x;
       if (index < items) body(index, known[n]);
     }
-    for (int index = threadIdx.x + kKnownItems * blockDim.x; index < items; index += blockDim.x)
-      body(index, item(index));
+    for (int index = threadIdx.x + kKnown * blockDim.x; index < items; index += blockDim.x) body(index, item(index));
   };
   for_items([&](int index, Item) { s.abs_max[index] = 0; });
   auto first_unit = [&](int of_split, int chunk) { return of_split * a.split_units + chunk * kUnits; };
@@ -227,13 +227,36 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
     s.biases[v_split * kUnits + v_unit] = next_bias;
     if (v_unit == 0) s.halves[v_split] = half;
   };
-  auto stage = [&]() {
+  // Widens the slots of this thread, and adds extra to those of keys. One at a time, as unrolled it would need too many
+  // registers.
+  auto add_extra = [&](int chunk) {
+    if constexpr (kAddsExtra<Score>) {
+#pragma unroll 1
+      for (int index = threadIdx.x; index < items; index += blockDim.x) {
+        const Item of = item(index);
+        const int u = first_unit(of.unit / kUnits, chunk) + of.unit % kUnits, row = k0 + of.column - s.columns_q;
+        W *slot = s.staging + 4 * index, x[4];
+        read_slot<W, kVectorized>(slot, op.query.dtype, x);
+        if (of.column >= s.columns_q && row < op.Tk) {
+          const int64_t offset = b * op.extra.stride[0] + row * op.extra.stride[1];
+          add_four<W, kVectorized>(op.extra, offset, u, op.A, x);
+          if (kVectorized && u + kUnits < op.A)  // of the next chunk
+            prefetch(static_cast<const char*>(op.extra.data) +
+                     (offset + u + kUnits) * (op.extra.dtype == Dtype::float32 ? 4 : 2));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) slot[i] = x[i];
+      }
+    }
+  };
+  auto stage = [&](int chunk) {
     wait_for_copies();
+    add_extra(chunk);
     for_items([&](int index, Item of) {
       const bool is_query = of.column < s.columns_q;
       W* to = s.rows + of.unit * kColumns + of.column;
       W x[4], bias[4], factor[4], top = s.abs_max[index];
-      read_slot<W, kVectorized>(s.staging + 4 * index, op.query.dtype, x);
+      read_slot<W, kVectorized && !kAddsExtra<Score>>(s.staging + 4 * index, op.query.dtype, x);
       if constexpr (kForm == Form::compensated) {
         stage_compensated(s, of.unit, is_query, x, top);
       } else {
@@ -268,7 +291,7 @@ ATTN_DEVICE void compute_tile(const ScoresTile<Score>& a, const SharedTile<W, kC
   __syncthreads();
   const int chunks = (a.split_units + kUnits - 1) / kUnits;
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    stage();
+    stage(chunk);
     __syncthreads();
     if (chunk + 1 < chunks) load_chunk(chunk + 1);
     const int left = a.split_units - chunk * kUnits, units = left < kUnits ? left : kUnits;
@@ -347,10 +370,9 @@ ATTN_DEVICE void write_tile(const ScoresTile<Score>& a, const SharedTile<W, kCol
 
 // abs_max[column] = the largest |query + bias| or |key| of the row, for tiles without a form that computes it. NaN is
 // ignored: it propagates through the sums.
-template <int kColumns>
-ATTN_DEVICE void find_largest(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
-                              int k0) {
-  const AdditiveScores& op = a.op;
+template <int kColumns, class Score>
+ATTN_DEVICE void find_largest(const ScoresTile<Score>& a, const SharedTile<float, kColumns>& s, int b, int q0, int k0) {
+  const Score& op = a.op;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int column = threadIdx.x / kWarp; column < s.columns; column += warps) {
     const bool is_query = column < s.columns_q;
@@ -360,6 +382,10 @@ ATTN_DEVICE void find_largest(const ScoresTile<AdditiveScores>& a, const SharedT
     for (int u = lane; u < op.A && row < (is_query ? op.Tq : op.Tk); u += kWarp) {
       float x = element<float>(rows.data, rows.dtype, b * rows.stride[0] + row * rows.stride[1] + u * rows.stride[2]);
       if (is_query && op.bias.data != nullptr) x += element<float>(op.bias.data, op.bias.dtype, u * op.bias.stride[2]);
+      if constexpr (kAddsExtra<Score>)
+        if (!is_query)
+          x += element<float>(op.extra.data, op.extra.dtype,
+                              b * op.extra.stride[0] + row * op.extra.stride[1] + u * op.extra.stride[2]);
       top = larger_magnitude(top, x);
     }
     top = warp_largest(top);
@@ -370,9 +396,9 @@ ATTN_DEVICE void find_largest(const ScoresTile<AdditiveScores>& a, const SharedT
 
 // Calls body(|q|, |k|), with the largest values of the two rows, for the attended pairs of this thread for which
 // counts(|q|, |k|) is true.
-template <int kColumns, class Counts, class Body>
-ATTN_DEVICE void for_attended(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
-                              int k0, int length, const Counts& counts, const Body& body) {
+template <int kColumns, class Score, class Counts, class Body>
+ATTN_DEVICE void for_attended(const ScoresTile<Score>& a, const SharedTile<float, kColumns>& s, int b, int q0, int k0,
+                              int length, const Counts& counts, const Body& body) {
   for (int e = threadIdx.x; e < s.columns_q * s.columns_k; e += blockDim.x) {
     const int row = e / s.columns_k, column = e % s.columns_k;
     const float q = s.abs_max[row], k = s.abs_max[s.columns_q + column];
@@ -382,9 +408,9 @@ ATTN_DEVICE void for_attended(const ScoresTile<AdditiveScores>& a, const SharedT
 }
 
 // Whether an attended pair is outside the limits of the factored form. All threads get the same result.
-template <int kColumns>
-ATTN_DEVICE bool is_out_of_bounds(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b,
-                                  int q0, int k0, int length, float min_bound) {
+template <int kColumns, class Score>
+ATTN_DEVICE bool is_out_of_bounds(const ScoresTile<Score>& a, const SharedTile<float, kColumns>& s, int b, int q0,
+                                  int k0, int length, float min_bound) {
   bool outside = false;
   for_attended(
       a, s, b, q0, k0, length, [&](float q, float k) { return !(q + k >= min_bound && q + k <= kMaxBoundThree); },
@@ -397,9 +423,9 @@ struct Reach {
   float bound, side;  // bound: the largest |q| + |k|; side: the largest of all |q| and |k|
 };
 
-template <int kColumns>
-ATTN_DEVICE Reach reach_of(const ScoresTile<AdditiveScores>& a, const SharedTile<float, kColumns>& s, int b, int q0,
-                           int k0, int length) {
+template <int kColumns, class Score>
+ATTN_DEVICE Reach reach_of(const ScoresTile<Score>& a, const SharedTile<float, kColumns>& s, int b, int q0, int k0,
+                           int length) {
   Reach reach{0, 0};
   for_attended(
       a, s, b, q0, k0, length, [&](float q, float k) { return q + k > reach.bound || fmaxf(q, k) > reach.side; },

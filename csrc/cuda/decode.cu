@@ -73,23 +73,25 @@ void run(DecodeParams p, int64_t B) {
 template <class F>
 void run_queries(const DecodeParams& p, int64_t B) {
   if (p.Tq == 1) return run<F, 1>(p, B);
-  if constexpr (F::kVectorized) {
+  if constexpr (F::kVectorized && !kAddsExtra<typename F::Score>) {  // an extra is usually of one query
     if (p.Tq <= 2) return run<F, 2>(p, B);
     if (p.Tq <= 4) return run<F, 4>(p, B);
   }
   run<F, 8>(p, B);
 }
 
-// Prepared keys are an input of the vectorized forms only. All forms can use the raw keys.
+// Prepared keys are an input of the vectorized forms without extra only. All forms can use the raw keys.
 template <class Score, typename T>
 void run_form(DecodeParams p, int64_t B) {
   if constexpr (sizeof(T) <= 4) {
     if (has_vectorized_rows(p.values, p.D, sizeof(T))) {
       using Prepared = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
-      if constexpr (Score::kGuarded)
+      if constexpr (Score::kGuarded && !kAddsExtra<Score>)
         if (p.prepared.data != nullptr && has_vectorized_rows(p.prepared, 0, sizeof(Prepared)))
           return run_queries<Form<Score, T, Prepared, true, true>>(p, B);
-      if (has_vectorized_rows(p.keys, p.A, sizeof(T))) return run_queries<Form<Score, T, T, false, true>>(p, B);
+      if (has_vectorized_rows(p.keys, p.A, sizeof(T)) &&
+          (!kAddsExtra<Score> || has_vectorized_rows(p.extra, p.A, sizeof(T))))
+        return run_queries<Form<Score, T, T, false, true>>(p, B);
     }
   }
   run_queries<Form<Score, T, T, false, false>>(p, B);
@@ -142,13 +144,15 @@ Splits choose_splits(const Device& device, int64_t B, int64_t Tk, Dtype dtype) {
 
 void decode_attention(const AttentionForward<AdditiveScores>& op, const Splits& splits) {
   DecodeParams p = {};
-  p.v = op.v, p.bias = op.bias, p.prepared = op.prepared;
+  p.v = op.v, p.bias = op.bias, p.prepared = op.prepared, p.extra = op.extra;
+  if (op.extra) return run_dtype<WithExtra<AdditiveScore>>(op, splits, p);
   run_dtype<AdditiveScore>(op, splits, p);
 }
 
 void decode_attention(const AttentionForward<ActivatedScores>& op, const Splits& splits) {
   DecodeParams p = {};
-  p.v = op.v, p.bias = op.bias, p.activation = op.activation, p.negative_slope = op.negative_slope;
+  p.v = op.v, p.bias = op.bias, p.activation = op.activation, p.negative_slope = op.negative_slope, p.extra = op.extra;
+  if (op.extra) return run_dtype<WithExtra<ActivatedScore>>(op, splits, p);
   run_dtype<ActivatedScore>(op, splits, p);
 }
 

@@ -20,10 +20,16 @@ struct ScoreTile {
   using W = Wide<T>;
   using Score = typename F::Score;
   static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
-  static constexpr int kRows =
-      NQ == 4 && F::kVectorized ? 4 : 2;  // steps of a warp at a time: with 8 queries, 4 steps need too many registers
-  static constexpr int kLoads = F::kVectorized ? 4 / kRows : 1;  // loads per step
-  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;        // units per load of the warp
+  static constexpr bool kExtra = kAddsExtra<Score>;
+  // Steps of a warp at a time, limited by registers with 8 queries.
+  static constexpr int kRows = NQ == 4 && F::kVectorized ? 4 : NQ == 8 && kExtra && sizeof(T) == 2 ? 1 : 2;
+  static constexpr int kArrays = kExtra ? 2 : 1;  // keys, extra
+  static constexpr int kInFlight = kRows * kArrays;
+  static constexpr int kLoads = F::kVectorized && kInFlight < 4 ? 4 / kInFlight : 1;  // loads per step of each array
+  static constexpr int kRaw = kInFlight * kLoads;                                     // [array][row][load]
+  static constexpr int kUnits = kWarp * kPer16Bytes<Key>;                             // units per load of the warp
+  // Units of a lane at a time in the exact form, whose loads otherwise wait for each other.
+  static constexpr int kExactUnits = F::kVectorized && NQ == 1 ? 4 : 1;
 
   const DecodeParams& p;
   int b;
@@ -56,8 +62,9 @@ struct ScoreTile {
       units = static_cast<int>(!kStaged || p.A - unit < kMaxUnits ? p.A - unit : kMaxUnits);
       if constexpr (kStaged) {
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
-        uint4 next[kRows * kLoads];
-        const Rows<F, Key> rows(F::kPrepared ? p.prepared : p.keys, b, steps.first, unit);
+        uint4 next[kRaw];
+        const StridedView3& keys = F::kPrepared ? p.prepared : p.keys;
+        const KeyRows rows{{keys, b, steps.first, unit}, {kExtra ? p.extra : keys, b, steps.first, unit}};
         if (steps.n > 0) fetch(rows, next, warp * kRows, 0);
         if (unit > 0) __syncthreads();
         stage();
@@ -80,14 +87,21 @@ struct ScoreTile {
     } while (kStaged && unit < p.A);
   }
 
-  // kLoads loads from unit c of the block on, for each of the kRows steps from i on. Nothing is read beyond the last
-  // step.
-  ATTN_DEVICE void fetch(const Rows<F, Key>& rows, uint4* raw, int i, int c) const {
+  struct KeyRows {
+    Rows<F, Key> keys, extra;
+  };
+
+  // kLoads loads of each array from unit c of the block on, for each of the kRows steps from i on. Nothing is read
+  // beyond the last step.
+  ATTN_DEVICE void fetch(const KeyRows& rows, uint4* raw, int i, int c) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int row = steps.offset(i + r < steps.n ? i + r : steps.n - 1);
+      const int row = steps.offset(i + r < steps.n ? i + r : steps.n - 1), n = i < steps.n ? units : 0;
 #pragma unroll
-      for (int l = 0; l < kLoads; ++l) raw[r * kLoads + l] = rows.load(row, c + l * kUnits, i < steps.n ? units : 0);
+      for (int l = 0; l < kLoads; ++l) {
+        raw[r * kLoads + l] = rows.keys.load(row, c + l * kUnits, n);
+        if constexpr (kExtra) raw[(kRows + r) * kLoads + l] = rows.extra.load(row, c + l * kUnits, n);
+      }
     }
   }
 
@@ -131,14 +145,14 @@ struct ScoreTile {
 
   // Computes the scores of kRows steps from i on. Returns false if some need the exact form. next: in, the first loads
   // of these steps; out, the first loads of the warp's next steps.
-  ATTN_DEVICE bool score_rows(const Rows<F, Key>& rows, uint4* next, int i) {
+  ATTN_DEVICE bool score_rows(const KeyRows& rows, uint4* next, int i) {
     const int lane = threadIdx.x % kWarp;
     float sums[kRows * NQ] = {}, abs_max[kRows] = {};
 #pragma unroll 1
     for (int c = 0; c < padded; c += kLoads * kUnits) {
-      uint4 now[kRows * kLoads];
+      uint4 now[kRaw];
 #pragma unroll
-      for (int l = 0; l < kRows * kLoads; ++l) now[l] = next[l];
+      for (int l = 0; l < kRaw; ++l) now[l] = next[l];
       const bool more = c + kLoads * kUnits < padded;
       const int j = more ? i : i + kWarps * kRows;
       fetch(rows, next, j, more ? c + kLoads * kUnits : 0);
@@ -164,7 +178,7 @@ struct ScoreTile {
     return accepted == (1u << kRows) - 1;
   }
 
-  // Accumulates one load of each row, the units from c on, into sums (row, query).
+  // Accumulates one load of each row, the units from c on, into sums (row, query). raw: that of the first row.
   ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* abs_max) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -174,6 +188,12 @@ struct ScoreTile {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         widen_four(raw[r * kLoads], static_cast<const Key*>(nullptr), part, k[r]);
+        if constexpr (kExtra) {
+          float added[4];
+          widen_four(raw[(kRows + r) * kLoads], static_cast<const Key*>(nullptr), part, added);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) k[r][j] += added[j];
+        }
         if constexpr (!F::kPrepared) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) Score::template prepare_key<T>(k[r][j], abs_max[r]);
@@ -207,9 +227,10 @@ struct ScoreTile {
     const T* query = row_of<T>(p.query, b, 0) + unit * query_stride;
     const T* key = row_of<T>(p.keys, b, steps[i]) + unit * keys_stride;
     W sums[NQ] = {};
-#pragma unroll 1
+#pragma unroll(kExactUnits)
     for (int u = lane; u < units; u += kWarp) {
-      const W k = widen(key[u * keys_stride]);
+      W k = widen(key[u * keys_stride]);
+      if constexpr (kExtra) k += widen(row_of<T>(p.extra, b, steps[i])[(unit + u) * p.extra.stride[2]]);
       const typename Score::template ExactUnit<T> exact(p, unit + u);
 #pragma unroll
       for (int q = 0; q < NQ; ++q) {

@@ -63,6 +63,7 @@ struct DecodeParams {
   unsigned* finished;     // (B,): the number of finished blocks
   Activation activation;  // of ActivatedScore
   double negative_slope;  // of leaky_relu
+  StridedView3 extra;     // (B, Tk, A), added to the keys, or absent
 };
 
 // The template parameters of an instance: the score and the normaliser (policies: additive_score.cuh,

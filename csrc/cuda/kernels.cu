@@ -119,6 +119,7 @@ void values_backward(const Op& op) {
 
 template <class Score>
 void vector_backward(const AttentionBackward<Score>& op) {
+  if (op.dquery == nullptr && op.dkeys == nullptr) return values_backward(op);  // dv and dbias go with dquery
   void* dscores = scores_scratch(op.B, op.Tq, op.Tk, op.query.dtype);
   softmax_backward(
       {op.B, op.Tq, op.Tk, op.D, op.alignments, op.grad_context, op.grad_alignments, op.values, op.attended, dscores});

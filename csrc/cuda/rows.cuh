@@ -64,20 +64,48 @@ ATTN_DEVICE void fill_slot(const StridedView3& a, int64_t offset, int64_t u, int
   }
 }
 
+// Widens four elements of a 16-bit dtype, two in each word.
+template <typename W>
+ATTN_DEVICE void widen_words(unsigned first, unsigned second, Dtype dtype, W* x) {
+  const unsigned words[2] = {first, second};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    x[i] = dtype == Dtype::bfloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
+  }
+}
+
 template <typename W, bool kVectorized>
 ATTN_DEVICE void read_slot(const W* slot, Dtype dtype, W* x) {
   if (kVectorized && sizeof(W) == 4 && dtype != Dtype::float32) {
-    uint4 raw = vector_at<uint4>(slot);
-    const unsigned words[2] = {raw.x, raw.y};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
-      x[i] = dtype == Dtype::bfloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
-    }
+    const uint4 raw = vector_at<uint4>(slot);
+    widen_words(raw.x, raw.y, dtype, x);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; i += kPer16Bytes<W>) load_16_bytes(slot + i, x + i);
   }
+}
+
+// Adds the units u .. u + 3 of the row that starts at `offset` to x; nothing for units from n on.
+template <typename W, bool kVectorized>
+ATTN_DEVICE void add_four(const StridedView3& a, int64_t offset, int64_t u, int64_t n, W* x) {
+  W added[4] = {};
+  if constexpr (kVectorized) {
+    if (u < n) {
+      if (a.dtype == Dtype::float32) {
+        load_16_bytes(static_cast<const float*>(a.data) + offset + u, added);
+      } else {
+        const uint2 raw = vector_at<uint2>(static_cast<const uint16_t*>(a.data) + offset + u);
+        widen_words(raw.x, raw.y, a.dtype, added);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (u + i < n) added[i] = element<W>(a.data, a.dtype, offset + (u + i) * a.stride[2]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] += added[i];
 }
 
 }  // namespace cuda

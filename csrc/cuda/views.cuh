@@ -23,6 +23,16 @@ struct Type {
   using type = T;
 };
 
+// A score, or the policy of one, with extra added to its keys (VectorScores). It is a template parameter of kernels,
+// so that those without extra spend nothing on it.
+template <class Base>
+struct WithExtra : Base {};
+
+template <class>
+constexpr bool kAddsExtra = false;
+template <class Base>
+constexpr bool kAddsExtra<WithExtra<Base>> = true;
+
 ATTN_HOST_DEVICE bool finite(float x) { return x - x == 0; }
 ATTN_HOST_DEVICE bool finite(double x) { return x - x == 0; }
 ATTN_HOST_DEVICE bool finite(BFloat16 x) { return (x.bits & 0x7f80) != 0x7f80; }

@@ -122,6 +122,8 @@ struct Case {
   bool prepared = false, bias = true, alignments = true;
   double size = 1, v_size = 0.25;  // size: of queries and keys; v_size: of v
   int special = 0;                 // values of interest in the inputs
+  bool extra = false;              // added to the keys, for scores with v
+  Layout extra_layout = Layout::plain;
 };
 
 std::string describe(const Case& c) {
@@ -129,15 +131,15 @@ std::string describe(const Case& c) {
   std::snprintf(
       text, sizeof text,
       "(B, Tq, Tk, A, D) = (%d, %d, %d, %d, %d), %s, layout %d, lengths %d, mask %d, prepared %d, inputs up to "
-      "%g, v to %g, special %d",
+      "%g, v to %g, special %d, extra %d, in layout %d",
       int(c.B), int(c.Tq), int(c.Tk), int(c.A), int(c.D), kDtypes[int(c.dtype)], int(c.layout), c.lengths, c.mask,
-      c.prepared, c.size, c.v_size, c.special);
+      c.prepared, c.size, c.v_size, c.special, c.extra, int(c.extra_layout));
   return text;
 }
 
 struct Inputs {
   Case c;
-  Data query, keys, values, v, bias, prepared;
+  Data query, keys, values, v, bias, prepared, extra;
   std::vector<std::int64_t> lengths;
   std::vector<std::int32_t> lengths32;
   std::vector<char> mask;
@@ -149,7 +151,8 @@ struct Inputs {
         values(c.dtype, c.B, c.Tk, c.D, 1, c.layout),
         v(c.dtype, 1, 1, c.A, c.v_size, c.layout == Layout::spread ? Layout::spread : Layout::plain),
         bias(c.dtype, 1, 1, c.A, 0.5),
-        prepared(Dtype::float32, 0, 0, 0, 0) {
+        prepared(Dtype::float32, 0, 0, 0, 0),
+        extra(c.dtype, c.extra ? c.B : 0, c.Tk, c.A, c.size, c.extra_layout) {
     for (std::int64_t b = 0; b < c.B; ++b) {
       const std::int64_t some[] = {c.Tk, 0, c.Tk - 1, c.Tk + 5, -3, random_bits() % (c.Tk + 1), 1};
       lengths.push_back(some[(b + c.lengths / 64) % 7]);
@@ -165,9 +168,10 @@ struct Inputs {
         for (std::int64_t i = 0; i < c.Tq; ++i) used |= allowed(b, i, j);
         if (used) continue;
         for (std::int64_t a = 0; a < c.A; ++a) keys.at(b, j, a) = random_bits() % 2 ? kNaN : kInf;
+        for (std::int64_t a = 0; c.extra && a < c.A; ++a) extra.at(b, j, a) = random_bits() % 2 ? kNaN : -kInf;
         for (std::int64_t d = 0; d < c.D; ++d) values.at(b, j, d) = random_bits() % 2 ? kNaN : -kInf;
       }
-    for (Data* data : {&query, &keys, &values, &v, &bias}) data->encode();
+    for (Data* data : {&query, &keys, &values, &v, &bias, &extra}) data->encode();
     if (c.prepared) prepare();
   }
 
@@ -195,6 +199,9 @@ struct Inputs {
       for (double& e : keys.x) e *= 1e-3;
     if (c.special == 14)
       for (double& e : query.x) e *= 1e-3;
+    if (c.special == 15) random_of(extra) = kNaN, random_of(extra) = kInf;
+    if (c.special == 16)  // cancels the keys
+      for (std::size_t i = 0; i < extra.x.size(); ++i) extra.x[i] = -keys.x[i];
   }
 
   void prepare() {
@@ -251,7 +258,7 @@ struct Inputs {
           R score = 0;
           for (std::int64_t a = 0; a < c.A; ++a) {
             const R q = R(query.at(b, i, a)), k = R(keys.at(b, j, a)), shift = c.bias ? R(bias.x[a]) : R(0);
-            const R x = q + k + shift;
+            const R x = q + (c.extra ? k + R(extra.at(b, j, a)) : k) + shift;
             if (of == Score::dot)
               score += q * k;
             else if (of == Score::additive)
@@ -339,6 +346,7 @@ Op with_vector(const Inputs& in) {
   Op op{};
   op.v = in.v.array;
   if (in.c.bias) op.bias = in.bias.array;
+  if (in.c.extra) op.extra = in.extra.array;
   return op;
 }
 
@@ -346,7 +354,7 @@ void check(const Inputs& in, Score of, const Expected& expected, const Splits& s
   const Case& c = in.c;
   Data out(c.dtype, c.B, c.Tq, c.D, 0), weights(c.dtype, c.B, c.Tq, c.Tk, 0);
   for (Data* data : {&out, &weights}) data->memory.assign(data->memory.size(), ~std::uint64_t(0));
-  const std::vector<std::uint64_t> before[] = {in.query.memory, in.keys.memory, in.values.memory};
+  const std::vector<std::uint64_t> before[] = {in.query.memory, in.keys.memory, in.values.memory, in.extra.memory};
   void* to[] = {const_cast<void*>(out.array.data), c.alignments ? const_cast<void*>(weights.array.data) : nullptr};
   if (of == Score::additive) {
     auto op = with_vector<AttentionForward<AdditiveScores>>(in);
@@ -363,7 +371,8 @@ void check(const Inputs& in, Score of, const Expected& expected, const Splits& s
     call(op, in, to[0], to[1], splits);
   }
   attn::cuda::blocks.clear();
-  if (before[0] != in.query.memory || before[1] != in.keys.memory || before[2] != in.values.memory)
+  if (before[0] != in.query.memory || before[1] != in.keys.memory || before[2] != in.values.memory ||
+      before[3] != in.extra.memory)
     fail(c, of, splits, "an input was written to", 0, 0, 0, 0);
   out.decode(), weights.decode();
   compare(c, of, splits, "context", out, expected.context, expected.eager_context);
@@ -378,7 +387,7 @@ void check_all(const Case& c, bool every = false) {
   const Inputs in(c);
   for (const Score of : {Score::additive, turn % 2 ? Score::leaky : Score::relu, Score::dot}) {
     if (of != Score::additive && c.prepared) continue;
-    if (of == Score::dot && c.special >= 7) continue;
+    if (of == Score::dot && (c.special >= 7 || c.extra)) continue;
     const Expected expected(in, of);
     int i = ++turn;
     for (const Splits& splits : {Splits{0, false}, Splits{1, false}, Splits{2, true}, Splits{3, false}, Splits{4, true},
@@ -514,6 +523,23 @@ int main() {
           check_all(c);
         }
   report("sizes of inputs");
+  for (Dtype dtype : dtypes)
+    for (int Tq : {1, 3, 8}) {
+      Case c{2, Tq, 19, 40, 24, dtype, Layout::plain, 32, Tq > 1 ? 2 : 1};
+      c.extra = true;
+      for (Layout layout : {Layout::plain, Layout::padded, Layout::misaligned, Layout::spread, Layout::transposed}) {
+        c.extra_layout = layout, c.layout = layout == Layout::spread ? Layout::padded : Layout::plain;
+        check_all(c, dtype == Dtype::float32 && Tq < 8);
+      }
+      c.extra_layout = c.layout = Layout::plain;
+      for (int special : {1, 15, 16}) {
+        c.special = special;
+        check_all(c);
+      }
+      c.special = 0, c.size = 30, c.A = 600, c.mask = 0;
+      check_all(c);
+    }
+  report("extra");
   for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
     for (int A : {33, 100, 600})
       for (int Tq : {1, 3}) {

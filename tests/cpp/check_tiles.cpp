@@ -16,11 +16,12 @@ void check_shape(int64_t B, int64_t Tq, int64_t Tk, int64_t A, int64_t kib) {
   op.B = B, op.Tq = Tq, op.Tk = Tk, op.A = A;
   const ScoresTile<AdditiveScores> tile = choose_tile<W, kQ, kK>(op, {132, 90, kib * 1024}),
                                    free = choose_tile<W, kQ, kK>(op, {132, 90, int64_t(1) << 40});
-  const int64_t bytes = shared_bytes<W, kQ, kK>(tile.unit_splits, tile.threads_q, tile.threads_k);
+  const int64_t bytes = shared_bytes<W, kQ, kK, AdditiveScores>(tile.unit_splits, tile.threads_q, tile.threads_k);
   const bool same = tile.threads_q == free.threads_q && tile.threads_k == free.threads_k &&
                     tile.unit_splits == free.unit_splits && tile.split_units == free.split_units &&
                     tile.tiles_q == free.tiles_q && tile.tiles_k == free.tiles_k;
-  const bool fits = shared_bytes<W, kQ, kK>(free.unit_splits, free.threads_q, free.threads_k) <= kib * 1024;
+  const bool fits =
+      shared_bytes<W, kQ, kK, AdditiveScores>(free.unit_splits, free.threads_q, free.threads_k) <= kib * 1024;
   const bool never_binds = sizeof(W) == 4 && kib == 227;  // float32 on an H100
   bound += !fits;
   ++shapes;

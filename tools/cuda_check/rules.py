@@ -105,7 +105,7 @@ RULES = (
     Rule(r"scores_backward_kernel", MANY_BACKWARD, special=1.02, slots=9.0, **_BACKWARD),
     # Two units share a reciprocal, which is counted without a bound, because memory is the bottleneck. Form<..., false>
     # is for rows that are not aligned to 16 bytes.
-    Rule(r"few_queries_kernel<Form<[^>]*, false>", DECODE, sharing=2, warps=16, applies=_is_float32),
+    Rule(r"few_queries_kernel<Form<.*, false>,", DECODE, sharing=2, warps=16, applies=_is_float32),
     Rule(r"few_queries_kernel", DECODE, sharing=2, wide_loads=True, warps=16, applies=_is_float32),
     # Triton. The compiler keeps layout conversions and masks in the loop. So the bounds are those of
     # tests/test_triton_aot.py, which it can reach. ptxas may spill a few bytes across a whole loop.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attending import ADD_BEFOREHAND
 from ...mechanisms.location_features import AlignmentFilters, filter_alignments, filter_gradients
 from ...memory import Memory
 from ...scores import ActivatedExtraScore, ActivatedScore, AdditiveExtraScore, AdditiveScore
@@ -39,17 +38,13 @@ class _Filters:
         self.padded = padded
         self.weight: Tensor = filters.weight.flatten(1)
         self.taps: int = filters.weight.shape[2]
-        self.adds_beforehand: bool = inputs.backend in ADD_BEFOREHAND
         with_extra = ActivatedExtraScore if isinstance(self.score, ActivatedScore) else AdditiveExtraScore
-        self.op: str = self.score.op if self.adds_beforehand else with_extra.op
+        self.op: str = with_extra.op
 
     def arguments(self, t: int) -> tuple[Any, ...]:
         """The arguments of the op in step t, after the query and without the last one."""
         extra = filter_alignments(self.padded[t], self.weight, self.taps)
-        if not self.adds_beforehand:
-            return op_arguments(self.score.with_extra(extra), self.memory)
-        _, *others = op_arguments(self.score, self.memory)
-        return self.memory.keys + extra, *others
+        return op_arguments(self.score.with_extra(extra), self.memory)
 
     def inside(self, padded: Tensor) -> Tensor:
         """(*, inputs, S): the elements without the padding on both sides. padded: with the padding of one step."""
@@ -94,8 +89,6 @@ class FilteredBackward(AttentionBackward):
         self.keys: Tensor = inputs.memory.keys
         self.filters: _Filters = _Filters(inputs, filters, saved.padded)
         self.op: str = f"{self.filters.op}_backward"
-        # Flags: query and score; keys (and values); values, if the op has a separate flag for them.
-        self.needed: tuple[bool, ...] = (True, True) if self.filters.adds_beforehand else (True, True, False)
         # Gradients summed over the steps, and the gradients of the state after the current step.
         score = self.filters.score
         self.dkeys: Tensor = _sum_of(self.keys)
@@ -115,7 +108,7 @@ class FilteredBackward(AttentionBackward):
         gradients = dcontext, dalignments.to(alignments.dtype)
         given = query, *self.filters.arguments(t), alignments
         dquery: Tensor
-        dquery, dkeys, _, dv, dbias = call(self.op, self.backend, *gradients, *given, *self.needed)
+        dquery, dkeys, _, dv, dbias = call(self.op, self.backend, *gradients, *given, True, True, False)
         self.dkeys += dkeys
         self.dv += dv
         if self.dbias is not None:
