@@ -174,7 +174,10 @@ def attend_with_options(
             op, made = f"{type(score).op}_with_options", score
         if vectors is not None and score_bias is not None:
             score_bias = score_bias.repeat_interleave(vectors, 1) if score_bias.dim() == 3 else score_bias.flatten(1, 2)
-        own, numbers = made[: made.gradients], made[made.gradients if gated else made.tensors :]  # extra, after score_bias
+        own, numbers = (
+            made[: made.gradients],
+            made[made.gradients if gated else made.tensors :],
+        )  # extra, after score_bias
         arguments = (query, keys, attended, *own, score_bias, *numbers, *options[1:], *masks, need_weights)
         results = formulas.apply_formula(op, arguments) if chosen == "reference" else ops.call(op, chosen, *arguments)
     except ARGUMENT_ERRORS:
