@@ -59,10 +59,10 @@ class StatefulAttention(AttentionModule):
     needs the state that the step before returned (see ``sequence``).
 
     self_contained: set to True in the body of a class whose steps may be separate graphs of autograd, so that
-    ``Seq2Seq(decoder="loop")`` trains with it as one op. This has three conditions. Gradients flow only to query, memory,
-    state and the parameters of the module. No tensor of a step is used outside of it, for example in a loss, except
-    through its results. A step does not modify its arguments. Subclasses do not inherit it. The classes of this package
-    need no declaration.
+    ``Seq2Seq(decoder="loop")`` trains with it as one op. This has three conditions. Gradients flow only to query,
+    memory, state and the parameters of the module. No tensor of a step is used outside of it, for example in a loss,
+    except through its results. A step does not modify its arguments. Subclasses do not inherit it. The classes of this
+    package need no declaration.
     """
 
     self_contained: ClassVar[bool] = False

@@ -7,8 +7,6 @@ step. So its steps record to the loop, which computes these gradients once after
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from weakref import ReferenceType, ref
 
 from torch import Tensor
@@ -30,15 +28,11 @@ class CollectedGradient(MemoryGradient):
     def is_needed(self) -> bool:
         return True
 
-    @contextmanager
-    def collect(self, steps: PendingSteps) -> Iterator[None]:
-        """Adds the records of all passes that this thread runs inside the context to ``steps``."""
-        before = getattr(self._of_thread, "steps", None)
+    def collect(self, steps: PendingSteps | None) -> PendingSteps | None:
+        """Adds the records of this thread to ``steps`` from now on. Returns the ``steps`` of the call before."""
+        before: PendingSteps | None = getattr(self._of_thread, "steps", None)
         self._of_thread.steps = steps
-        try:
-            yield
-        finally:
-            self._of_thread.steps = before
+        return before
 
     def record(self, step: Record, dkeys: Tensor | None = None) -> None:
         steps: PendingSteps = self._of_thread.steps
@@ -51,7 +45,7 @@ class CollectedGradient(MemoryGradient):
 Gradients = tuple["ReferenceType[CollectedGradient]", ...]
 
 
-def with_collected_gradients(memory: Memory) -> tuple[list[Tensor], Gradients]:
+def with_collected_gradients(memory: Memory) -> tuple[tuple[Tensor, ...], Gradients]:
     """Makes the steps on a memory of leaves record to the loop.
 
     Returns the anchors, and the gradients: that of the memory, and that of ``keys_alone`` if the keys require one.
@@ -60,28 +54,30 @@ def with_collected_gradients(memory: Memory) -> tuple[list[Tensor], Gradients]:
     gradients = [CollectedGradient(x.keys, x.values) for x in memories]
     for x, gradient in zip(memories, gradients, strict=True):
         object.__setattr__(x, "_gradient", gradient)
-    return [x.anchor for x in gradients], tuple(map(ref, gradients))
+    return tuple(x.anchor for x in gradients), tuple(map(ref, gradients))
 
 
 class Collector:
-    """Collects the records of passes, and computes the gradients from them."""
+    """A context, for one pass or more at a time, that collects their records, and the gradients from all of them."""
 
     def __init__(self, gradients: Gradients) -> None:
-        self.pairs = [(x(), PendingSteps()) for x in gradients]
+        self.pending = [PendingSteps() for _ in gradients]
+        self.used = [(x(), steps) for x, steps in zip(gradients, self.pending, strict=True)]
+        self.before: list[PendingSteps | None] = []
 
-    def collect(self) -> ExitStack:
-        """A context for one or more passes."""
-        stack = ExitStack()
-        for gradient, steps in self.pairs:
-            if gradient is not None:  # no step has used it
-                stack.enter_context(gradient.collect(steps))
-        return stack
+    def __enter__(self) -> None:
+        self.before = [None if gradient is None else gradient.collect(steps) for gradient, steps in self.used]
+
+    def __exit__(self, *_: object) -> None:
+        for (gradient, _), before in zip(self.used, self.before, strict=True):
+            if gradient is not None:
+                gradient.collect(before)
 
     def gradients(self) -> list[Tensor | None]:
         """dkeys and dvalues from all records."""
         found: list[Tensor | None] = [None, None]
-        for n, (_, steps) in enumerate(self.pairs):
-            dkeys, dvalues = steps.joined_gradients() if steps else (None, None)
+        for n, records in enumerate(self.pending):
+            dkeys, dvalues = records.joined_gradients() if records else (None, None)
             found[0] = plus(found[0], dkeys)
             if n == 0:
                 found[1] = dvalues  # those of ``keys_alone`` have no columns

@@ -126,7 +126,7 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call:
     )
 
 
-def _can_call(attention: StatefulAttention, state: Any, embedded: Tensor) -> bool:
+def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
     """Whether the steps of the attention may be separate graphs of autograd, with this first state.
 
     So no hook may see the tensors of a step: it might use them in a loss, whose gradient would end in that graph. A
@@ -150,7 +150,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return is_watched(module) or module._compiled_call_impl is not None
 
 
-def _declares_self_contained(attention: StatefulAttention) -> bool:
+def _declares_self_contained(attention: nn.Module) -> bool:
     """Whether the class itself, not a base class, declares this, and no method of the instance overrides one of it."""
     methods = vars(attention).keys() & {
         name for name in dir(type(attention)) if callable(getattr(type(attention), name))

@@ -11,16 +11,16 @@ B sentences, S source steps, M memory_size, H hidden_size. Each sentence is one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, Variable
 
 from ...errors import ArgumentTypeError, ArgumentValueError
-from ...memory import Memory
 from ...mechanisms.stateful import with_tensors
+from ...memory import Memory
 from ...types import wide_dtype
 from .collected import Collector, Gradients, plus, with_collected_gradients
 from .inputs import CalledAttention, Inputs, Query
@@ -56,15 +56,15 @@ class CalledForward:
         self.state: tuple[Tensor, ...] = called.state
         self.alignments: list[Tensor] = []
         self.steps: list[Step] = []
-        self.memory, anchors, gradients = inputs.memory, [], ()
+        self.memory: Memory = inputs.memory
+        self.of_memory: tuple[tuple[Tensor, ...], Gradients] = (), ()
         if called.records:
             whole = self.memory
             keys, values = _leaf(whole.keys), _leaf(whole.values)
             self.memory = Memory(keys, values, whole.memory_lengths, whole.mask)
             if whole.has_zero_padding():
                 self.memory.with_zero_padding()
-            anchors, gradients = with_collected_gradients(self.memory)
-        self.of_memory: tuple[tuple[Tensor, ...], Gradients] = tuple(anchors), gradients
+            self.of_memory = with_collected_gradients(self.memory)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, M)."""
@@ -104,7 +104,7 @@ class CalledBackward:
         self.called = called
         self.saved = saved
         self.inputs: list[Tensor] = saved.inputs(called.parameters)
-        self.sums: list[Tensor | None] = [None] * len(self.inputs)
+        self.sums: list[Tensor | None] = [None] * (len(called.parameters) + 2)  # of parameters, keys and values
         self.dstate: list[Tensor | None] = []  # of the state after the step that is processed next
         self.collector = Collector(saved.gradients)
 
@@ -113,10 +113,11 @@ class CalledBackward:
         query, state, results = self.saved.steps[t]
         of_alignments = None if dalignments is None else dalignments.narrow(1, t, 1)
         given = [dcontext.unsqueeze(1), of_alignments, *self.dstate]
-        with self.collector.collect():
+        with self.collector:
             found = _gradients(results, given, [query, *state, *self.inputs])
-        dquery, self.dstate = found[0], found[1 : 1 + len(state)]
-        for n, gradient in enumerate(found[1 + len(state) :]):
+        first = 1 + len(state)
+        dquery, self.dstate, others = found[0], found[1:first], found[first : first + len(self.sums)]
+        for n, gradient in enumerate(others):
             if gradient is None:
                 continue
             total = self.sums[n]
@@ -135,11 +136,13 @@ class CalledBackward:
         sums = self.sums
         dkeys, dvalues = self.collector.gradients()
         sums[count], sums[count + 1] = plus(sums[count], dkeys), plus(sums[count + 1], dvalues)
-        found = [None if d is None else d.to(x.dtype) for x, d in zip(self.inputs, sums, strict=True)]
-        of_memory = (x.new_zeros(()).expand_as(x) if d is None else d for x, d in zip((keys, values), found[count:]))
-        called = self.called._replace(parameters=tuple(found[:count]), state=tuple(self.dstate))
+        found: list[Any] = [None if d is None else d.to(x.dtype) for x, d in zip(self.inputs, sums, strict=False)]
+        zeros = (x.new_zeros(()).expand_as(x) for x in (keys, values))
+        dkeys, dvalues = (x if d is None else d for x, d in zip(zeros, found[count : count + 2], strict=True))
+        of_state: Any = self.dstate
+        called = self.called._replace(parameters=tuple(found[:count]), state=tuple(of_state))
         return {
-            "memory": Memory(*of_memory),
+            "memory": Memory(dkeys, dvalues),
             "score": None,
             "query": Query(None, None, None),
             "called": called,
@@ -201,7 +204,7 @@ class _Replayed(Function):
         differentiable = torch.is_grad_enabled()
         given = [g.detach().requires_grad_() if g is not None and differentiable else g for g in grads]
         collector = Collector(ctx.gradients)
-        with collector.collect():
+        with collector:
             found = _gradients(results, given, leaves, differentiable)
         first = of_leaves - len(ctx.gradients) - 2  # the index of the keys
         for n, of_steps in enumerate(collector.gradients(), first):
@@ -232,17 +235,30 @@ def _gradients(
     if not pairs or not wanted:
         return [None] * len(leaves)
     outputs, of_outputs = zip(*pairs, strict=True)
-    # The graphs stay for another backward: autograd releases them with the saved tensors of the sequence.
-    options: dict[str, Any] = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
-    with _without_hooks(wanted):
-        found = iter(torch.autograd.grad(outputs, wanted, of_outputs, **options))
+    hooked = [x for x in wanted if x._backward_hooks]
+    with _without_hooks(hooked) if hooked else nullcontext():
+        found = iter(_run_backward(outputs, of_outputs, create_graph, wanted))
     return [next(found) if x.requires_grad else None for x in leaves]
 
 
+def _run_backward(
+    outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], create_graph: bool, inputs: list[Tensor]
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` without its checks of arguments, whose first call imports half of torch.compile.
+
+    The graphs stay for another backward: autograd releases them with the saved tensors of the sequence.
+    """
+    keep_graph = allow_unused = True
+    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(
+        outputs, gradients, keep_graph, create_graph, tuple(inputs), allow_unused, accumulate_grad=False
+    )
+    return found
+
+
 @contextmanager
-def _without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+def _without_hooks(tensors: Sequence[Any]) -> Iterator[None]:
     """A context without the hooks of these tensors, which must see whole gradients, not those of single steps."""
-    hooks = [x._backward_hooks for x in tensors if x._backward_hooks]
+    hooks: list[dict[int, Any]] = [x._backward_hooks for x in tensors]
     kept = [dict(of_tensor) for of_tensor in hooks]
     for of_tensor in hooks:
         of_tensor.clear()
