@@ -112,6 +112,9 @@ class _Sequence(torch.autograd.Function):
         if ctx.graph is None:
             *results, saved = forward(inputs)
             saved_tensors, ctx.saved_structure = flatten(saved)
+            steps = saved.attention
+            if isinstance(steps, SavedSteps) and not steps.has_alignment_gradients():
+                ctx.mark_non_differentiable(results[1])
         else:
             results, saved_tensors = ctx.graph.forward(inputs)
         ctx.save_for_backward(*tensors, *saved_tensors)

@@ -68,7 +68,7 @@ class Collector:
     def __enter__(self) -> None:
         self.before = [None if gradient is None else gradient.collect(steps) for gradient, steps in self.used]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         for (gradient, _), before in zip(self.used, self.before, strict=True):
             if gradient is not None:
                 gradient.collect(before)

@@ -7,10 +7,12 @@ again are therefore computed by this formula. They are exact, and cost as much a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.functional import linear, pad
 
 from ... import formulas
@@ -124,7 +126,9 @@ def differentiable_gradients(
     """
     differentiable = torch.is_grad_enabled()
     replay = None if steps is None else Replay(steps, unflatten(structure, iter(tensors)).called.parameters)
-    with torch.enable_grad():
+    # In ``torch.func.vmap`` only the gradients are batches. A custom autograd function refuses to run inside of it.
+    transforms = replay is not None and torch._C._are_functorch_transforms_active()
+    with torch.enable_grad(), temporarily_clear_interpreter_stack() if transforms else nullcontext():
         # Aliases: some tensors are computed from others, and each must get only its own part of the gradient.
         names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
         results = formula(unflatten(structure, iter(names)), replay)

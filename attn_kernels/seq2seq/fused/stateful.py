@@ -42,6 +42,10 @@ class SavedSteps(NamedTuple):
     anchors: tuple[Tensor, ...]  # of ``gradients``: leaves
     gradients: Gradients
 
+    def has_alignment_gradients(self) -> bool:
+        """Whether the alignments depend on anything that requires a gradient; hard choices do not."""
+        return any(step.results[1].requires_grad for step in self.steps)
+
     def inputs(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The inputs of all steps."""
         return [*parameters, *self.memory, *self.anchors]
@@ -137,12 +141,13 @@ class CalledBackward:
         dkeys, dvalues = self.collector.gradients()
         sums[count], sums[count + 1] = plus(sums[count], dkeys), plus(sums[count + 1], dvalues)
         found: list[Any] = [None if d is None else d.to(x.dtype) for x, d in zip(self.inputs, sums, strict=False)]
-        zeros = (x.new_zeros(()).expand_as(x) for x in (keys, values))
-        dkeys, dvalues = (x if d is None else d for x, d in zip(zeros, found[count : count + 2], strict=True))
+        memory = Memory(keys, values)
+        for name, gradient in zip(("keys", "values"), found[count : count + 2], strict=True):
+            object.__setattr__(memory, name, gradient)  # which may be None
         of_state: Any = self.dstate
         called = self.called._replace(parameters=tuple(found[:count]), state=tuple(of_state))
         return {
-            "memory": Memory(dkeys, dvalues),
+            "memory": memory,
             "score": None,
             "query": Query(None, None, None),
             "called": called,
