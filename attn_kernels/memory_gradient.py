@@ -107,7 +107,7 @@ class _StepRecord(NamedTuple):
         return _memory_gradients([self, *others])
 
 
-class _PendingSteps(list[Record]):
+class PendingSteps(list[Record]):
     """The recorded steps of one backward pass. The engine holds it as a callback for the end of the pass.
 
     dkeys: the sum of the gradients of keys that steps computed themselves, in float32 or wider.
@@ -124,6 +124,26 @@ class _PendingSteps(list[Record]):
         else:
             self.dkeys.add_(dkeys)
 
+    def joined_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """dkeys and dvalues of all recorded steps, whose records are removed; None if there is none."""
+        groups: list[list[Record]] = []
+        for step in self:
+            alike = (group for group in groups if type(group[0]) is type(step) and group[0].is_like(step))
+            group = next(alike, None)
+            if group is None:
+                groups.append([step])
+            else:
+                group.append(step)
+        self.clear()
+        dkeys = dvalues = None
+        for first, *others in groups:
+            more_keys, more_values = first.joined_gradients(others)
+            dkeys, dvalues = _sum(dkeys, more_keys), _sum(dvalues, more_values)
+        of_steps = self.dkeys
+        if of_steps is not None and dvalues is not None:
+            of_steps = of_steps.to(dvalues.dtype)
+        return _sum(dkeys, of_steps), dvalues
+
     def __call__(self) -> None:
         """No-op: it is queued only so that the engine keeps the records alive for exactly one backward pass."""
 
@@ -137,13 +157,17 @@ class MemoryGradient:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._state = *_state(keys), *_state(values)
-        self._passes: WeakValueDictionary[int, _PendingSteps] = WeakValueDictionary()
+        self._passes: WeakValueDictionary[int, PendingSteps] = WeakValueDictionary()
         self.keys: Tensor = keys.detach()
         self.values: Tensor = values.detach()
         self.memory: tuple[Tensor, Tensor] = (keys, values)  # for gradients that are differentiated themselves
-        # torch has no types for apply.
-        self.anchor: Tensor = _MemoryGradientNode.apply(keys, values, self._passes)  # type: ignore[no-untyped-call]
+        self.anchor: Tensor = self._make_anchor()
         self.empty_grad: Tensor = self.anchor.detach()  # of the anchor: compiled autograd does not accept None
+
+    def _make_anchor(self) -> Tensor:
+        # torch has no types for apply.
+        anchor: Tensor = _MemoryGradientNode.apply(*self.memory, self._passes)  # type: ignore[no-untyped-call]
+        return anchor
 
     def is_current_for(self, keys: Tensor, values: Tensor) -> bool:
         """Whether keys and values are still the same tensors, unmodified and at the same place in autograd's graph."""
@@ -168,7 +192,7 @@ class MemoryGradient:
         task = torch._C._current_graph_task_id()
         steps = self._passes.get(task)
         if steps is None:
-            steps = self._passes[task] = _PendingSteps()
+            steps = self._passes[task] = PendingSteps()
             Variable._execution_engine.queue_callback(steps)
         steps.append(step)
         if dkeys is not None:
@@ -230,25 +254,7 @@ class _MemoryGradientNode(Function):
     @untraced
     def backward(ctx: Any, _: Any) -> Any:
         steps = ctx.passes.get(torch._C._current_graph_task_id())
-        if not steps:
-            return None, None, None
-        groups: list[list[Record]] = []
-        for step in steps:
-            alike = (group for group in groups if type(group[0]) is type(step) and group[0].is_like(step))
-            group = next(alike, None)
-            if group is None:
-                groups.append([step])
-            else:
-                group.append(step)
-        steps.clear()
-        dkeys = dvalues = None
-        for first, *others in groups:
-            more_keys, more_values = first.joined_gradients(others)
-            dkeys, dvalues = _sum(dkeys, more_keys), _sum(dvalues, more_values)
-        of_steps = steps.dkeys
-        if of_steps is not None and dvalues is not None:
-            of_steps = of_steps.to(dvalues.dtype)
-        return _sum(dkeys, of_steps), dvalues, None
+        return (*steps.joined_gradients(), None) if steps else (None, None, None)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -31,6 +31,7 @@ class _Class(NamedTuple):
     methods: frozenset[str]  # which an instance must not have as attributes
     parameters: frozenset[str]  # those that a call reads
     children: frozenset[str]
+    buffers: frozenset[str]
 
 
 _classes: dict[type[nn.Module], _Class] = {}
@@ -43,10 +44,15 @@ _of_functional = attrgetter("linear", "softmax", "tanh", "conv1d", "conv2d", "dr
 _original_of_torch, _original_of_functional = _of_torch(torch), _of_functional(nn.functional)
 
 
-def register(cls: type[nn.Module], parameters: Iterable[str] = (), children: Iterable[str] = ()) -> None:
+def register(
+    cls: type[nn.Module],
+    parameters: Iterable[str] = (),
+    children: Iterable[str] = (),
+    buffers: Iterable[str] = (),
+) -> None:
     """Registers a class: its direct instances are stock as long as they and the class are unmodified.
 
-    parameters, children: the names of all parameters and submodules that instances may have.
+    parameters, children, buffers: the names of all parameters, submodules and buffers that instances may have.
     """
     bases = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
     own = {name for base in bases for name, x in vars(base).items() if isinstance(x, FunctionType)}
@@ -57,7 +63,8 @@ def register(cls: type[nn.Module], parameters: Iterable[str] = (), children: Ite
         if getattr(getattr(cls, name), "__globals__", {}).get("__name__") not in modules:
             return
     methods = frozenset(name for name in dir(cls) if callable(getattr(cls, name)) and name != "__class__")
-    _classes[cls] = _Class(functions, functions(cls), methods, frozenset(parameters), frozenset(children))
+    names = map(frozenset, (parameters, children, buffers))
+    _classes[cls] = _Class(functions, functions(cls), methods, *names)
 
 
 register(nn.Linear, ["weight", "bias"])
@@ -93,7 +100,8 @@ def is_stock(module: object) -> bool:
         and _functionals(nn.functional) == _original_functionals
         and parameters.keys() <= names
         and module._modules.keys() <= as_registered.children
-        and not module._buffers
+        and module._buffers.keys() <= as_registered.buffers
+        and all(x is None or is_plain(x) for x in module._buffers.values())
         and all(x is None or is_plain(x) for x in map(attributes.get, names))
         and all(x is None or is_plain(x) for x in parameters.values())
     )

@@ -123,6 +123,15 @@ def test_command_of_ragged_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(row["ms"]) == set(row["MB"]) == set(NAMES)
 
 
+def test_command_of_an_attention(tmp_path: Path) -> None:
+    arguments = ["--attention", "gmm", "--shape", "2,3,3", "--size", "8", "--quick", "--output", str(tmp_path)]
+    done = CliRunner().invoke(loop.app, arguments)
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert (row["attention"], row["kind"]) == ("gmm", "training step")
+    assert row["ms"].keys() == row["MB"].keys() == {loop.STEPS, loop.LOOP} and row["steps / one op"]["median"] > 0
+
+
 @pytest.mark.parametrize("shape", ["2,3", "2,3,x", "0,3,4"])
 def test_shapes_are_checked(shape: str) -> None:
     done = CliRunner().invoke(loop.app, ["--shape", shape])

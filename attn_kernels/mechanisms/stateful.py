@@ -12,7 +12,7 @@ Nothing is stored in the module, so that a batch may be re-ordered, a search may
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,16 +37,17 @@ class StatefulResult(NamedTuple):
 
 def select_state(state: Any, indices: Tensor) -> Any:
     """The sentences at ``indices``, (n,), in that order, as ``Memory.select``."""
-    return _like(state, [x.index_select(0, indices) for x in state])
+    return with_tensors(state, [x.index_select(0, indices) for x in state])
 
 
 def reorder_state(state: Any, hypotheses: Tensor) -> Any:
     """For each sentence its hypotheses at ``hypotheses``, (B, n), each in 0..K-1; repeats are allowed."""
     indices = [hypotheses.view(*hypotheses.shape, *[1] * (x.dim() - 2)) for x in state]
-    return _like(state, [torch.take_along_dim(x, index, dim=1) for x, index in zip(state, indices, strict=True)])
+    return with_tensors(state, [torch.take_along_dim(x, index, dim=1) for x, index in zip(state, indices, strict=True)])
 
 
-def _like(state: Any, tensors: list[Tensor]) -> Any:
+def with_tensors(state: Any, tensors: list[Tensor]) -> Any:
+    """A state of the same type with other tensors."""
     return type(state)._make(tensors) if hasattr(state, "_make") else tuple(tensors)
 
 
@@ -56,7 +57,15 @@ class StatefulAttention(AttentionModule):
     A subclass defines the state before the first step (``initial_state``) and the step (``_step``). The axis K holds
     the hypotheses of one sentence: they share one memory, and each has its own state. It is not a time axis: a step
     needs the state that the step before returned (see ``sequence``).
+
+    self_contained: set to True in the body of a class whose steps may be separate graphs of autograd, so that
+    ``Seq2Seq(decoder="loop")`` trains with it as one op. This has three conditions. Gradients flow only to query,
+    memory, state and the parameters of the module. No tensor of a step is used outside of it, for example in a loss,
+    except through its results. A step does not modify its arguments. Subclasses do not inherit it. The classes of this
+    package need no declaration.
     """
+
+    self_contained: ClassVar[bool] = False
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> Any:
         """The state before the first step: a NamedTuple of tensors, each (B, hypotheses, *)."""

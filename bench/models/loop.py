@@ -5,7 +5,8 @@ experienced user would write it; the same with a compiled step; our fused attent
 op. In decoding, the last variant is a search as one op, also with weights in bfloat16. It supports a limited number of
 rows; for more rows Python calls the steps. Then follow training steps of a model with location-sensitive attention,
 whose steps read the alignments of the previous steps. With ``--ragged`` the sentences have different lengths, and the
-model in plain PyTorch packs them; only training steps are timed then.
+model in plain PyTorch packs them; only training steps are timed then. With ``--attention`` the two fused variants with
+that attention of Seq2Seq are timed, without plain PyTorch.
 """
 
 from __future__ import annotations
@@ -292,14 +293,16 @@ def measure_row(
     lengths: str = FULL,
 ) -> dict[str, Any]:
     samples = timing.interleave(calls, timer, seconds=seconds, least_rounds=5, most_rounds=60)
-    row = {
+    row: dict[str, Any] = {
         "kind": kind,
         "attention": attention,
         "B,S,T": list(shape),
         "lengths": lengths,
-        "rounds": len(samples[EAGER]),
+        "rounds": len(next(iter(samples.values()))),
         "ms": {name: results.rounded(timing.spread(samples[name]).scaled(1e3)) for name in calls},
-        "eager / ours": {name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER},
+        "eager / ours": {
+            name: timing.ratios(samples, EAGER, name)._asdict() for name in calls if name != EAGER and EAGER in calls
+        },
         "shares": {name: shares(call) for name, call in calls.items() if name != COMPILED},
     }
     if LOOP in calls:
@@ -364,6 +367,12 @@ def main(
     ragged: Annotated[
         bool, typer.Option("--ragged", help="Training steps with additive attention on sources of S/2 to S steps.")
     ] = False,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training steps with this attention of Seq2Seq, single steps against the loop; may be repeated."
+        ),
+    ] = None,
     allocator: AllocatorOption = Allocator.reuse,
     quick: Annotated[bool, typer.Option(help="One shape and few rounds.")] = False,
     output: OutputOption = results.LOCAL,
@@ -375,7 +384,11 @@ def main(
     with_location = () if ragged else shapes if shape else () if quick else WITH_LOCATION
     lengths = RAGGED if ragged else FULL
     cases = [*((ADDITIVE, one) for one in shapes), *((LOCATION, one) for one in with_location)]
+    if attention:
+        cases = [(name, one) for name in attention for one in shapes]
     left_out = {ROUNDED} if ragged or run.device.type == "cuda" else set()
+    if attention:
+        left_out |= {EAGER, COMPILED, ROUNDED}
     if run.device.type != "cuda":
         left_out.add(LAUNCHED)
     if not compiled:
@@ -384,17 +397,18 @@ def main(
     rows: list[dict[str, Any]] = []
     with progress_bars() as progress:
         task = progress.add_task("shapes", total=len(cases) * 2)
-        for attention, one in cases:
-            progress.update(task, description=f"{attention}, B,S,T = {','.join(map(str, one))}")
+        for name, one in cases:
+            progress.update(task, description=f"{name}, B,S,T = {','.join(map(str, one))}")
             clock = time.process_time if cpu_time else time.perf_counter
             time_a_row = 1.0 if quick else seconds
-            rows += measure(one, size, run.device, names, time_a_row, clock, attention, vocabulary, lengths)
+            rows += measure(one, size, run.device, names, time_a_row, clock, name, vocabulary, lengths)
             progress.advance(task)
         machine.set_allocator_for_memory(allocator)
-        for attention, one in cases:
-            progress.update(task, description=f"{attention}, memory of {','.join(map(str, one))}")
-            memory = peak_memories(one, size, run.device, [EAGER, STEPS, LOOP], attention, vocabulary, lengths)
-            next(row for row in rows if (row["attention"], row["B,S,T"]) == (attention, list(one)))["MB"] = memory
+        for name, one in cases:
+            progress.update(task, description=f"{name}, memory of {','.join(map(str, one))}")
+            measured = [variant for variant in (EAGER, STEPS, LOOP) if variant in names]
+            memory = peak_memories(one, size, run.device, measured, name, vocabulary, lengths)
+            next(row for row in rows if (row["attention"], row["B,S,T"]) == (name, list(one)))["MB"] = memory
             progress.advance(task)
     settings: dict[str, Any] = {"size": size, "threads": threads, "dtype": "float32", "vocabulary": vocabulary}
     settings["clock"] = "CPU" if cpu_time else "wall"

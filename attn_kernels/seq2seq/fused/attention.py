@@ -59,6 +59,7 @@ class AttentionForward:
     def __init__(self, inputs: Inputs) -> None:
         self.backend: str = inputs.backend
         self.query: Query = inputs.query
+        assert inputs.score is not None  # the attention is not called
         keys, steps = inputs.memory.keys, inputs.embedded.shape[1]
         batch, source, units = keys.shape
         lengths = is_zero = None
@@ -68,8 +69,9 @@ class AttentionForward:
         # In 16 bits, prepared keys would round e^{2k} once more than single steps, which have no prepared keys.
         rounded = keys.element_size() == 2
         prepared = None if rounded or inputs.filters is not None else prepare(inputs.score, keys, self.backend)
-        self.op: str = inputs.score.op
-        self.arguments: tuple[Any, ...] = op_arguments(with_prepared(inputs.score, prepared), inputs.memory)
+        score = with_prepared(inputs.score, prepared)
+        self.op: str = score.op
+        self.arguments: tuple[Any, ...] = op_arguments(score, inputs.memory)
         queries, alignments = keys.new_empty(steps, batch, units), keys.new_empty(batch, steps, source)
         self.saved: SavedAttention = SavedAttention(queries, alignments, lengths, is_zero, prepared)
         self.projection: PackedLinear | None = _projection(self.query.weight, batch, steps)
@@ -81,6 +83,10 @@ class AttentionForward:
         self.saved.alignments[:, t] = alignments.squeeze(1)
         result: Tensor = context.squeeze(1)
         return result
+
+    def all_alignments(self) -> Tensor:
+        """(B, T, S), a copy."""
+        return self.saved.alignments.clone()
 
     def _attend(self, t: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """query: (B, 1, A). Returns the context, (B, 1, M), and alignments, (B, 1, S)."""
@@ -107,6 +113,7 @@ class AttentionBackward:
     """Computes the gradients of each step, from the last to the first, and then the gradients over all steps."""
 
     def __init__(self, inputs: Inputs, saved: SavedAttention) -> None:
+        assert inputs.score is not None  # the attention is not called
         self.backend: str = inputs.backend
         self.score: Score = inputs.score
         self.query: Query = inputs.query
@@ -167,6 +174,7 @@ class AttentionBackward:
             "memory": Memory(dkeys, dvalues),
             "score": self.score._replace(**by_name),
             "query": self._of_query(states),
+            "called": None,
             "filters": None,
         }
 

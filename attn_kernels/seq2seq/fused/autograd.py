@@ -21,9 +21,11 @@ from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
 from ..state import DecoderModules, DecoderState
 from .cuda_graph import find_graph
+from .eligibility import is_called
 from .formula import differentiable_gradients, is_batch
-from .inputs import CellWeights, Inputs, Query, flatten, unflatten
+from .inputs import CalledAttention, CellWeights, Inputs, Query, flatten, unflatten
 from .sequence import backward, forward
+from .stateful import SavedSteps
 
 
 def decode_sequence(
@@ -36,29 +38,50 @@ def decode_sequence(
     """
     attention, feed = decoder.attention, state.feed
     assert feed is not None  # checked by can_fuse_sequence
-    projection, factor = attention.query_projection, attention.query_factor()
-    if factor is not None and not isinstance(factor, Tensor):
-        factor = embedded.new_full((), factor)
-    if memory.mask is not None and memory.mask.dim() == 3:  # (B, 1, S), the same for all queries
-        memory = Memory(memory.keys, memory.values, memory.memory_lengths, memory.mask.squeeze(1))
     inputs = Inputs(
         embedded=embedded,
-        memory=memory,
         dropout=_dropout_factors(decoder, embedded),
         feed=feed[:, 0],
         hidden=tuple(layer[:, 0] for layer in state.hidden),
         cell=tuple(layer[:, 0] for layer in state.cell),
         weights=tuple(CellWeights(*of_layer) for of_layer in decoder.rnn.all_weights),
-        score=attention.make_score(memory),
-        query=Query(None if projection is None else projection.weight, factor, attention.query_eps()),
         attentional_weight=decoder.attentional.weight,
-        filters=_filters(attention, state.attention),
-        backend=choose(attention.backend, embedded.device.type),
+        **(_called if is_called(attention) else _read)(attention, state.attention, memory, embedded),
     )
     tensors, structure = flatten(inputs)
     given = inputs, structure, decoder.cuda_graph, *tensors
     result: tuple[Tensor, Tensor] = _Sequence.apply(*given)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
+
+
+def _read(attention: AttentionModule, state: Any, memory: Memory, embedded: Tensor) -> dict[str, Any]:
+    """The inputs of an attention whose parameters the loop reads."""
+    projection, factor = attention.query_projection, attention.query_factor()
+    if factor is not None and not isinstance(factor, Tensor):
+        factor = embedded.new_full((), factor)
+    if memory.mask is not None and memory.mask.dim() == 3:  # (B, 1, S), the same for all queries
+        memory = Memory(memory.keys, memory.values, memory.memory_lengths, memory.mask.squeeze(1))
+    return {
+        "memory": memory,
+        "score": attention.make_score(memory),
+        "query": Query(None if projection is None else projection.weight, factor, attention.query_eps()),
+        "called": None,
+        "filters": _filters(attention, state),
+        "backend": choose(attention.backend, embedded.device.type),
+    }
+
+
+def _called(attention: Any, state: Any, memory: Memory, embedded: Tensor) -> dict[str, Any]:
+    """The inputs of an attention that the steps call."""
+    parameters = tuple(x for x in attention.parameters() if x.requires_grad)
+    return {
+        "memory": memory,
+        "score": None,
+        "query": Query(None, None, None),
+        "called": CalledAttention(attention, torch.is_grad_enabled(), parameters, state),
+        "filters": None,
+        "backend": "",
+    }
 
 
 def _filters(attention: AttentionModule, state: Any) -> AlignmentFilters | None:
@@ -85,10 +108,13 @@ class _Sequence(torch.autograd.Function):
         """structure, tensors: the flattened inputs, because autograd does not find tensors inside tuples."""
         ctx.set_materialize_grads(False)
         ctx.structure = structure
-        ctx.graph = find_graph(inputs) if cuda_graph else None
+        ctx.graph = find_graph(inputs) if cuda_graph and inputs.called is None else None
         if ctx.graph is None:
             *results, saved = forward(inputs)
             saved_tensors, ctx.saved_structure = flatten(saved)
+            steps = saved.attention
+            if isinstance(steps, SavedSteps) and not steps.has_alignment_gradients():
+                ctx.mark_non_differentiable(results[1])
         else:
             results, saved_tensors = ctx.graph.forward(inputs)
         ctx.save_for_backward(*tensors, *saved_tensors)
@@ -104,7 +130,9 @@ class _Sequence(torch.autograd.Function):
         tensors, saved = all_saved[: len(needed)], all_saved[len(needed) :]
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or any(map(is_batch, gradients)):
             # Gradients that are differentiated again, and batched gradients, cannot be computed in place.
-            found = differentiable_gradients(ctx.structure, tensors, gradients, needed)
+            attention = None if ctx.graph is not None else unflatten(ctx.saved_structure, iter(saved)).attention
+            steps = attention if isinstance(attention, SavedSteps) else None
+            found = differentiable_gradients(ctx.structure, tensors, gradients, needed, steps)
         else:
             inputs = unflatten(ctx.structure, iter(tensors))
             if ctx.graph is None:

@@ -1,7 +1,8 @@
 """Which decoders the fused implementations may replace: those with the unmodified steps of ``Decoder`` and its modules.
 
 The node of a whole target and the steps of a search read the parameters of the modules, and do not call the modules.
-Both check here first. If a check fails, each step calls the modules, in training and in a search.
+There is one exception: the node calls most attentions with a state (``is_called``). Both check here first. If a check
+fails, each step calls the modules, in training and in a search.
 """
 
 from __future__ import annotations
@@ -12,12 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ...backends import choose
-from ...mechanisms import CoverageAttention, LocationSensitiveAttention, StatefulAttention
+from ...mechanisms import (
+    CoverageAttention,
+    DynamicConvolutionAttention,
+    ForwardAttention,
+    GMMAttention,
+    LocalAttention,
+    LocationSensitiveAttention,
+    MonotonicAttention,
+    MonotonicChunkwiseAttention,
+    StatefulAttention,
+    StepwiseMonotonicAttention,
+    WindowedAttention,
+)
 from ...mechanisms.coverage import CoverageState
 from ...mechanisms.location import CumulativeLocationState, LocationState
 from ...memory import Memory
 from ...modules import BahdanauAttention, CosineAttention, LuongAttention
-from ...stock import is_plain, is_stock, is_watched, register, runs_eagerly
+from ...stock import has_global_hooks, is_plain, is_stock, is_watched, register, runs_eagerly
 from ...types import wide_dtype
 from ..state import DecoderModules, DecoderState
 
@@ -26,13 +39,29 @@ for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
 _of_locations = ["location_convolution", "location_projection"]
 register(LocationSensitiveAttention, ["v", "bias"], ["query_projection", "memory_projection", *_of_locations])
 register(CoverageAttention, ["v", "bias", "coverage_weight"], ["query_projection", "memory_projection"])
+_read = LocationSensitiveAttention, CoverageAttention  # with a state, and linear filters of alignments as extra terms
+
+# Attentions that the loop calls.
+_projections = ["query_projection", "memory_projection"]
+register(ForwardAttention, ["v", "bias"], [*_projections, *_of_locations, "transition"])
+for _energies in (MonotonicAttention, MonotonicChunkwiseAttention, StepwiseMonotonicAttention):
+    _of_energies = ["v", "g", "bias", "score_bias", "chunk_v", "chunk_g", "chunk_bias"]
+    register(_energies, _of_energies, _projections)
+register(LocalAttention, ["v", "g", "bias", "position_v"], [*_projections, "position_projection"])
+register(GMMAttention, (), [*_projections, "hidden", "mixture"])
+_of_filters = ["static_filters", "static_projection", "dynamic_projection", "bias", "v"]
+register(DynamicConvolutionAttention, _of_filters, [*_projections, "filter_hidden", "filter_output"], ["prior"])
+register(WindowedAttention, (), ["attention"])
 
 
 def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
     """Whether ``decode_sequence`` may replace the steps of a target. embedded: (B, T, *). state: the first one."""
-    if not has_stock_steps(decoder, state, memory) or not is_plain(embedded):
+    if not has_stock_steps(decoder, state, memory, True) or not is_plain(embedded):
         return False
-    if state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
+    if is_called(decoder.attention):
+        if not _can_call(decoder.attention, state.attention, embedded):
+            return False
+    elif state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
         return False
     size = decoder.rnn.input_size - decoder.hidden_size
     first = (*state.hidden, *state.cell)
@@ -59,32 +88,74 @@ def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
     )
 
 
-def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
+def is_called(attention: Any) -> bool:
+    """Whether the node of a target calls the attention in each step."""
+    return isinstance(attention, StatefulAttention) and type(attention) not in _read
+
+
+def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call: bool = False) -> bool:
     """Whether a step from ``state`` on ``memory`` may be computed from the parameters of the modules.
 
-    It checks all modules that a step calls except embedding and output, which the caller checks.
+    It checks all modules that a step calls except embedding and output, which the caller checks. may_call: leave out
+    an attention that ``is_called``.
     """
-    if getattr(decoder.attention, "clip", None) is not None:
+    calls = may_call and is_called(decoder.attention)
+    if not calls and getattr(decoder.attention, "clip", None) is not None:
         return False
     if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
         return False
     if not runs_eagerly(memory.keys.device.type) or not is_stock(decoder):  # in this order: Dynamo can trace the first
         return False
-    called = [decoder.attention, decoder.rnn, decoder.attentional, decoder.dropout]
-    within = (getattr(decoder.attention, name, None) for name in ("query_projection", *_of_locations))
-    called += [module for module in within if module is not None]
-    if not all(map(is_stock, called)):
+    modules = [decoder.rnn, decoder.attentional, decoder.dropout]
+    if not calls:
+        within = (getattr(decoder.attention, name, None) for name in ("query_projection", *_of_locations))
+        modules += [decoder.attention, *(module for module in within if module is not None)]
+    if not all(map(is_stock, modules)):
         return False
     tensors = [*state.hidden, *state.cell, memory.keys, memory.values]
     tensors += [x for x in (state.feed, memory.memory_lengths, memory.mask, memory.prepared) if x is not None]
     if type(memory) is not Memory or not all(map(is_plain, tensors)) or not _has_stock_sizes(decoder, state, memory):
         return False
+    if not calls and not _has_stock_projection(decoder, memory):
+        return False
     like = memory.keys
-    parameters = [x for module in called for x in module._parameters.values()]
+    parameters = [x for module in modules for x in module._parameters.values()]
     floating = [x for x in (*parameters, *tensors) if x is not None and x.is_floating_point()]
     return all(x.device == like.device for x in (*floating, *tensors)) and all(
         x.dtype == like.dtype for x in floating if x is not memory.prepared
     )
+
+
+def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
+    """Whether the steps of the attention may be separate graphs of autograd, with this first state.
+
+    So no hook may see the tensors of a step: it might use them in a loss, whose gradient would end in that graph. A
+    parameter of a functional call may be computed from others, which only one graph may differentiate.
+    """
+    if type(state) is not tuple and not hasattr(state, "_make"):
+        return False
+    tensors, modules = [*state, *attention.parameters(), *attention.buffers()], list(attention.modules())
+    return (
+        embedded.shape[1] > 0
+        and (all(map(is_stock, modules)) or (_declares_self_contained(attention) and not any(map(_is_hooked, modules))))
+        and not has_global_hooks()
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # each pass would call them again
+        and all(is_plain(x) and x.device == embedded.device for x in tensors)
+        and all(x.is_leaf and not x._backward_hooks for x in attention.parameters())
+        and not any(x.requires_grad for x in attention.buffers())
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return is_watched(module) or module._compiled_call_impl is not None
+
+
+def _declares_self_contained(attention: nn.Module) -> bool:
+    """Whether the class itself, not a base class, declares this, and no method of the instance overrides one of it."""
+    methods = vars(attention).keys() & {
+        name for name in dir(type(attention)) if callable(getattr(type(attention), name))
+    }
+    return bool(vars(type(attention)).get("self_contained", False)) and not methods
 
 
 def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
@@ -145,10 +216,8 @@ def _has_stock_settings(rnn: object) -> bool:
 
 def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memory) -> bool:
     """Whether all shapes are those of a ``Decoder``, and layers that have no bias there have none here."""
-    attention, rnn, size = decoder.attention, decoder.rnn, decoder.hidden_size
-    projection, attentional = attention.query_projection, decoder.attentional
-    batch, _, key_size = memory.keys.shape
-    memory_size = memory.values.shape[2]
+    rnn, attentional, size = decoder.rnn, decoder.attentional, decoder.hidden_size
+    batch, _, memory_size = memory.values.shape
     fed = size if decoder.input_feeding else 0
     layers = rnn.num_layers
     states = (*state.hidden, *state.cell, *([] if state.feed is None else [state.feed]))
@@ -160,13 +229,21 @@ def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memor
         and len(state.cell) == (layers if isinstance(rnn, nn.LSTM) else 0)
         and (state.feed is not None) == decoder.input_feeding
         and all(x.dim() == 3 and x.shape[0] == batch and x.shape[2] == size for x in states)
-        and key_size == attention.key_size
-        and memory_size == attention.memory_size
-        and (projection is None or (projection.bias is None and projection.weight.shape == (key_size, size)))
-        and (projection is not None or key_size == size)
         and attentional.bias is None
         and attentional.weight.shape == (size, memory_size + size)
         and (memory.mask is None or memory.mask.dim() == 2 or memory.mask.shape[1] == 1)
+    )
+
+
+def _has_stock_projection(decoder: DecoderModules, memory: Memory) -> bool:
+    """Whether the memory has the sizes of the attention, and the projection of the query, if any, has no bias."""
+    attention, size, key_size = decoder.attention, decoder.hidden_size, memory.keys.shape[2]
+    projection = attention.query_projection
+    return (
+        key_size == attention.key_size
+        and memory.values.shape[2] == attention.memory_size
+        and (projection is None or (projection.bias is None and projection.weight.shape == (key_size, size)))
+        and (projection is not None or key_size == size)
     )
 
 

@@ -133,6 +133,7 @@ class FilteredBackward(AttentionBackward):
             "memory": Memory(self.dkeys.to(dtype), dvalues),
             "score": self.filters.score._replace(v=self.dv.to(dtype), bias=dbias),
             "query": self._of_query(states),
+            "called": None,
             "filters": AlignmentFilters(dweight, self.dprevious, self.dtotal),
         }
 

@@ -7,17 +7,20 @@ again are therefore computed by this formula. They are exact, and cost as much a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.functional import linear, pad
 
 from ... import formulas
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
-from ...scores import ActivatedScore, AdditiveScore, Score, unit_length
+from ...scores import ActivatedScore, AdditiveScore, unit_length
 from .attention import op_arguments
 from .inputs import Inputs, unflatten
+from .stateful import Replay, SavedSteps
 
 
 def step_cells(
@@ -46,11 +49,14 @@ def step_cells(
     return new_hidden, new_cell
 
 
-def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The first two results of ``sequence.forward``: attentional vectors and alignments."""
+def formula(inputs: Inputs, replay: Replay | None = None) -> tuple[Tensor, Tensor]:
+    """The first two results of ``sequence.forward``: attentional vectors and alignments.
+
+    replay: the steps of the attention, if the forward has called it.
+    """
     hidden, cell, feed, filters = list(inputs.hidden), list(inputs.cell), inputs.feed, inputs.filters
+    state: Sequence[Tensor] = () if inputs.called is None else inputs.called.state
     steps = []
-    score: Score
     for t, embedded in enumerate(inputs.embedded.unbind(1)):
 
         def drop(x: Tensor, layer: int, t: int = t) -> Tensor:
@@ -58,20 +64,30 @@ def formula(inputs: Inputs) -> tuple[Tensor, Tensor]:
             return x if factors is None else x * factors[t]
 
         hidden, cell = step_cells(torch.cat([embedded, feed], dim=1), hidden, cell, inputs.weights, drop)
-        query = hidden[-1] if inputs.query.weight is None else linear(hidden[-1], inputs.query.weight)
-        query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
-        score = inputs.score
-        if filters is not None and isinstance(score, AdditiveScore | ActivatedScore):
-            score = score.with_extra(_extra(filters))
-        arguments = (query, *op_arguments(score, inputs.memory), True)
-        context, alignments = formulas.apply_formula(score.op, arguments)
-        if filters is not None:
-            filters = _follow(filters, alignments.squeeze(1))
+        if replay is None:
+            context, alignments, filters = _attend(hidden[-1], filters, inputs)
+        else:
+            context, alignments, *state = replay.step(t, hidden[-1].unsqueeze(1), state, inputs)
         both = torch.cat([context.squeeze(1), hidden[-1]], dim=1)
         feed = drop(torch.tanh(linear(both, inputs.attentional_weight)), -1)
         steps.append((feed, alignments.squeeze(1)))
     attentional, alignments = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
     return attentional, alignments
+
+
+def _attend(
+    state: Tensor, filters: AlignmentFilters | None, inputs: Inputs
+) -> tuple[Tensor, Tensor, AlignmentFilters | None]:
+    """state: (B, H). Returns context, (B, 1, M), alignments, (B, 1, S), and the filters of the next step."""
+    query = state if inputs.query.weight is None else linear(state, inputs.query.weight)
+    query = scale_query(query, inputs.query.factor, inputs.query.eps).unsqueeze(1)
+    score = inputs.score
+    assert score is not None  # the attention is not called
+    if filters is not None and isinstance(score, AdditiveScore | ActivatedScore):
+        score = score.with_extra(_extra(filters))
+    arguments = (query, *op_arguments(score, inputs.memory), True)
+    context, alignments = formulas.apply_formula(score.op, arguments)
+    return context, alignments, None if filters is None else _follow(filters, alignments.squeeze(1))
 
 
 def _extra(filters: AlignmentFilters) -> Tensor:
@@ -98,17 +114,24 @@ def scale_query(query: Tensor, factor: Tensor | float | None, eps: float | None)
 
 
 def differentiable_gradients(
-    structure: Any, tensors: Sequence[Any], gradients: Sequence[Tensor | None], needed: Sequence[bool]
+    structure: Any,
+    tensors: Sequence[Any],
+    gradients: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    steps: SavedSteps | None = None,
 ) -> list[Tensor | None]:
     """The needed gradients of ``tensors`` from the gradients of the results, as differentiable functions of both.
 
-    structure, tensors: the flattened inputs.
+    structure, tensors: the flattened inputs. steps: those of the attention, if the forward has called it.
     """
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    replay = None if steps is None else Replay(steps, unflatten(structure, iter(tensors)).called.parameters)
+    # In ``torch.func.vmap`` only the gradients are batches. A custom autograd function refuses to run inside of it.
+    transforms = replay is not None and torch._C._are_functorch_transforms_active()
+    with torch.enable_grad(), temporarily_clear_interpreter_stack() if transforms else nullcontext():
         # Aliases: some tensors are computed from others, and each must get only its own part of the gradient.
         names = [x.view_as(x) if is_needed else x for x, is_needed in zip(tensors, needed, strict=True)]
-        results = formula(unflatten(structure, iter(names)))
+        results = formula(unflatten(structure, iter(names)), replay)
         pairs = [(x, gradient) for x, gradient in zip(results, gradients, strict=True) if gradient is not None]
     wanted = [x for x, is_needed in zip(names, needed, strict=True) if is_needed]
     outputs, of_outputs = zip(*pairs, strict=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...mechanisms.location_features import AlignmentFilters
+from ...mechanisms.stateful import StatefulAttention
 from ...memory import Memory
 from ...scores import Score
 
@@ -38,19 +39,29 @@ class CellWeights(NamedTuple):
         return self.h.shape[0] == 4 * self.h.shape[1]
 
 
+class CalledAttention(NamedTuple):
+    """A stateful attention that each step calls."""
+
+    module: StatefulAttention
+    records: bool  # whether gradients are enabled
+    parameters: tuple[Tensor, ...]  # those that require a gradient
+    state: tuple[Tensor, ...]  # before the first step
+
+
 class Inputs(NamedTuple):
     """All inputs of a sequence, or the gradients of all inputs."""
 
     embedded: Tensor  # (B, T, E)
-    memory: Memory  # its mask has the shape (B, S)
+    memory: Memory  # its mask has the shape (B, S), or (B, 1, S) if the attention is called
     dropout: tuple[Tensor | None, ...]  # (T, B, H), factors: of the layers below the top, then of attentional vectors
     feed: Tensor  # (B, H), the attentional vector before the first step
     hidden: tuple[Tensor, ...]  # (B, H), the first states, L of them
     cell: tuple[Tensor, ...]  # the same; empty for a GRU
     weights: tuple[CellWeights, ...]
-    score: Score
+    score: Score | None  # None if the attention is called
     query: Query
     attentional_weight: Tensor  # (H, M + H)
+    called: CalledAttention | None
     filters: AlignmentFilters | None  # of a stateful attention, with its state before the first step
     backend: str  # of the attention
 

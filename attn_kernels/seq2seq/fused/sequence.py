@@ -18,6 +18,7 @@ from .attention import AttentionBackward, AttentionForward, SavedAttention
 from .cells import GRUBackward, GRUForward, LSTMBackward, LSTMForward, SavedGRU, SavedLSTM
 from .filtered import FilteredBackward, FilteredForward
 from .inputs import CellWeights, Inputs
+from .stateful import CalledBackward, CalledForward, SavedSteps
 
 
 class Saved(NamedTuple):
@@ -27,7 +28,7 @@ class Saved(NamedTuple):
     context_and_state: Tensor  # (T, B, M + H)
     attentional: Tensor  # (T, B, H), before dropout
     layers: tuple[SavedLSTM | SavedGRU, ...]
-    attention: SavedAttention
+    attention: SavedAttention | SavedSteps
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
@@ -35,7 +36,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
     embedded = inputs.embedded.transpose(0, 1).contiguous()
     steps, batch, _ = embedded.shape
     layers = _make_layers(inputs, embedded)
-    attention = AttentionForward(inputs) if inputs.filters is None else FilteredForward(inputs, inputs.filters)
+    attention = _attention_forward(inputs)
     size, memory_size = inputs.feed.shape[1], inputs.memory.values.shape[2]
     context_and_state = inputs.feed.new_empty(steps, batch, memory_size + size)
     attentional = inputs.feed.new_empty(steps, batch, size)
@@ -55,7 +56,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
     saved_layers = tuple(layer.saved for layer in layers)
     fed = saved_layers[0].inputs[1:, :, :size]  # the attentional vectors after dropout
     # Copies: a caller may change the results in place, and the saved tensors must not change.
-    results = fed.transpose(0, 1).clone(memory_format=torch.contiguous_format), attention.saved.alignments.clone()
+    results = fed.transpose(0, 1).clone(memory_format=torch.contiguous_format), attention.all_alignments()
     return *results, Saved(embedded, context_and_state, attentional, saved_layers, attention.saved)
 
 
@@ -66,11 +67,7 @@ def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad
     make_layer: Any = LSTMBackward if inputs.cell else GRUBackward
     weights = _weights_in_loop(inputs)
     layers: list[LSTMBackward | GRUBackward] = list(map(make_layer, saved.layers, weights))
-    attention = (
-        AttentionBackward(inputs, saved.attention)
-        if inputs.filters is None
-        else FilteredBackward(inputs, inputs.filters, saved.attention)
-    )
+    attention = _attention_backward(inputs, saved)
     product = PackedLinear(inputs.attentional_weight.t(), batch, steps)
     dattentional = torch.empty_like(attentional)  # before the tanh
     dfeed = torch.zeros_like(inputs.feed)
@@ -106,6 +103,21 @@ def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad
         backend=inputs.backend,
         **attention.gradients(context_and_state[:, :, -size:], grad_alignments),
     )
+
+
+def _attention_forward(inputs: Inputs) -> AttentionForward | CalledForward:
+    if inputs.called is not None:
+        return CalledForward(inputs, inputs.called)
+    return AttentionForward(inputs) if inputs.filters is None else FilteredForward(inputs, inputs.filters)
+
+
+def _attention_backward(inputs: Inputs, saved: Saved) -> AttentionBackward | CalledBackward:
+    if isinstance(saved.attention, SavedSteps):
+        assert inputs.called is not None
+        return CalledBackward(inputs.called, saved.attention)
+    if inputs.filters is None:
+        return AttentionBackward(inputs, saved.attention)
+    return FilteredBackward(inputs, inputs.filters, saved.attention)
 
 
 def _make_layers(inputs: Inputs, embedded: Tensor) -> list[LSTMForward | GRUForward]:
