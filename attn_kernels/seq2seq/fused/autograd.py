@@ -9,6 +9,7 @@ B sentences, T steps, S source steps, H hidden_size.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ def _dropout_factors(decoder: DecoderModules, embedded: Tensor) -> tuple[Tensor 
     return tuple(decoder.dropout(ones) for _ in range(layers))
 
 
+def _is_compiled_autograd() -> bool:
+    """Whether the backward is compiled (``torch._dynamo.config.compiled_autograd``): saved tensors lose their graph."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region)
+
+
 class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,7 +114,7 @@ class _Sequence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """structure, tensors: the flattened inputs, because autograd does not find tensors inside tuples."""
         ctx.set_materialize_grads(False)
-        ctx.structure = structure
+        ctx.structure, ctx.called = structure, inputs.called is not None
         ctx.graph = find_graph(inputs) if cuda_graph and inputs.called is None else None
         if ctx.graph is None:
             *results, saved = forward(inputs)
@@ -123,6 +130,11 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.called and _is_compiled_autograd():
+            raise RuntimeError(
+                "Seq2Seq: compiled autograd cannot differentiate the graphs of steps that decoder='loop' has saved for "
+                "this attention: use decoder='steps'"
+            )
         all_saved = ctx.saved_tensors  # raises an error if an input has been changed in place since
         needed = ctx.needs_input_grad[3:]
         if gradients == (None, None):
