@@ -366,3 +366,15 @@ def test_errors(made: Any, error: type[Exception], words: str) -> None:
     model.decoder.attention._name = made.__name__
     with pytest.raises(error, match=f"^{made.__name__}: {words}"):
         model(*batch())
+
+
+@pytest.mark.slow
+def test_compiled_autograd_is_refused() -> None:
+    """It would lose the graphs of the steps, and with them gradients."""
+    model = Seq2Seq(9, 9, attention="gmm", decoder="loop")
+    loss = model(torch.randint(3, 9, (2, 5)), torch.tensor([5, 4]), torch.randint(3, 9, (2, 3)))[0].square().sum()
+    with (
+        pytest.raises(RuntimeError, match="use decoder='steps'"),
+        torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
+    ):
+        loss.backward()
