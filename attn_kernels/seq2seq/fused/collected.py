@@ -61,8 +61,10 @@ class Collector:
     """A context, for one pass or more at a time, that collects their records, and the gradients from all of them."""
 
     def __init__(self, gradients: Gradients) -> None:
-        self.pending = [PendingSteps() for _ in gradients]
-        self.used = [(x(), steps) for x, steps in zip(gradients, self.pending, strict=True)]
+        self.pending: list[PendingSteps] = [PendingSteps() for _ in gradients]
+        self.used: list[tuple[CollectedGradient | None, PendingSteps]] = [
+            (x(), steps) for x, steps in zip(gradients, self.pending, strict=True)
+        ]
         self.before: list[PendingSteps | None] = []
 
     def __enter__(self) -> None:

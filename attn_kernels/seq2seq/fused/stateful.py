@@ -110,7 +110,7 @@ class CalledBackward:
         self.inputs: list[Tensor] = saved.inputs(called.parameters)
         self.sums: list[Tensor | None] = [None] * (len(called.parameters) + 2)  # of parameters, keys and values
         self.dstate: list[Tensor | None] = []  # of the state after the step that is processed next
-        self.collector = Collector(saved.gradients)
+        self.collector: Collector = Collector(saved.gradients)
 
     def step(self, t: int, dcontext: Tensor, dalignments: Tensor | None) -> Tensor:
         """dcontext: (B, M). dalignments: (B, T, S), of all steps. Returns the gradient of the decoder state, (B, H)."""
