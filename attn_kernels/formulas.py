@@ -247,11 +247,8 @@ _ACTIVATED_PACKED = _packed(reference.additive_attention, 2, *gated_formulas.NUM
 _DOT_PACKED = _packed(reference.dot_attention, 0, lambda scale: dict(scale=scale))
 _ADDITIVE_WITH_OPTIONS = _with_options(reference.additive_attention, 2)
 _ACTIVATED_WITH_OPTIONS = _with_options(reference.additive_attention, 2, *gated_formulas.NUMBERS)
-_GATED_SCORES = Formula(
-    gated_formulas.scores, tuple(range(6)), shared=(2, 3), numbers=(6, 8), memory=1, results=1, addend=5
-)
-_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)
-_GATED = _GATED._replace(shared=(3, 4))  # not the gate
+_GATED_SCORES = Formula(gated_formulas.scores, tuple(range(6)), shared=(2, 3), numbers=(6, 8), memory=1, addend=5)
+_GATED = _with_options(gated_formulas.attention, 3, *gated_formulas.NUMBERS)._replace(shared=(3, 4))  # not the gate
 _DOT_WITH_OPTIONS = _with_options(reference.dot_attention, 0, lambda scale: dict(scale=scale), adds=False)
 _ADDITIVE_WITH_EXTRA = Formula(
     _attention_with_extra, tuple(range(6)), shared=(3, 4), memory=2, results=2, addend=5, joint=False

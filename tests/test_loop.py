@@ -285,14 +285,19 @@ def test_second_derivatives(attention: str, settings: dict[str, Any]) -> None:
     lengths = torch.tensor([3, 2, 3, 1]) if attention != "cosine" else torch.full((B,), 3)
     wanted = ("rnn.weight_hh_l0", "rnn.bias_ih_l0", "attentional", "attention.", "bridges.0.bias")
     names = [name for name, _ in model.named_parameters() if name.removeprefix("decoder.").startswith(wanted)]
+    check_second_derivatives(model, names, (source, lengths, target))
+
+
+def check_second_derivatives(model: Seq2Seq, names: list[str], inputs: tuple[Tensor, ...]) -> None:
+    """gradgradcheck with regard to the parameters of these names, with the same random numbers in each call."""
 
     def results(*values: Tensor) -> tuple[Tensor, Tensor]:
         torch.manual_seed(3)
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (source, lengths, target))
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), inputs)
 
     parameters = dict(model.named_parameters())
-    inputs = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
-    assert torch.autograd.gradgradcheck(results, inputs, fast_mode=True)
+    leaves = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
+    assert torch.autograd.gradgradcheck(results, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

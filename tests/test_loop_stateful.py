@@ -23,7 +23,7 @@ from attn_kernels.mechanisms import (
 from attn_kernels.seq2seq import Seq2Seq
 from attn_kernels.seq2seq.attentions import STATEFUL
 from attn_kernels.seq2seq.fused.eligibility import is_called
-from test_loop import HIDDEN, LOSSES, B, S, T, assert_same, batch, looped, models, run
+from test_loop import HIDDEN, LOSSES, B, S, T, assert_same, batch, check_second_derivatives, looped, models, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,13 +181,7 @@ def test_second_derivatives(attention: str) -> None:
     lengths = torch.tensor([3, 2, 3, 1])
     names = [name for name, x in model.named_parameters() if name.startswith(PARAMETERS) and x.requires_grad]
 
-    def results(*values: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(3)
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (source, lengths, target))
-
-    parameters = dict(model.named_parameters())
-    inputs = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
-    assert torch.autograd.gradgradcheck(results, inputs, fast_mode=True)
+    check_second_derivatives(model, names, (source, lengths, target))
 
 
 @pytest.mark.parametrize("data", [batch(steps=3), large_batch()], ids=["small", "large"])
@@ -256,7 +250,10 @@ def test_checkpoint(use_reentrant: bool) -> None:
     target = batch()[2]
     torch.manual_seed(5)
     tokens = torch.cat([torch.full_like(target[:, :1], model.bos), target[:, :-1]], dim=1)
-    function = lambda keys, values: model.decoder(tokens, state, Memory(keys, values, memory.memory_lengths))  # noqa: E731
+
+    def function(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        return model.decoder(tokens, state, Memory(keys, values, memory.memory_lengths))
+
     checkpoint = torch.utils.checkpoint.checkpoint
     results = checkpoint(function, keys, memory.values, use_reentrant=use_reentrant)
     LOSSES["both"](*results).backward()
