@@ -41,7 +41,7 @@ def pair_scores(
         return scores
     approximate = has_approximate_reciprocal(query)
     row_strides = (*query.stride(), *keys.stride(), v.stride(0), *strides_of(bias, 1))
-    aligned = rows_aligned(query, keys, *(() if extra is None else (extra,)))
+    aligned = rows_aligned(query, keys, extra)
     name, (slope, slope_lo) = activation.name, activation.slope_arguments(query)
     if is_small_m(query):
         block_q, block_k, block_a = small_m_tile(query)
@@ -203,7 +203,7 @@ def _key_exponentials(keys: Tensor, extra: Tensor | None) -> Tensor:
         B * triton.cdiv(Tk, block_k) * triton.cdiv(A, block_a),
         (ek, keys, *extra_arguments(extra), Tk, A),
         keys.stride(),
-        dict(ALIGNED=rows_aligned(keys, *(() if extra is None else (extra,))), BLOCK_K=block_k, BLOCK_A=block_a),
+        dict(ALIGNED=rows_aligned(keys, extra), BLOCK_K=block_k, BLOCK_A=block_a),
         4,
     )
     return ek

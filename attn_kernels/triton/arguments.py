@@ -10,12 +10,12 @@ from torch import Tensor
 from ..types import Masks
 
 
-def rows_aligned(*tensors: Tensor) -> bool:
-    """Whether every row of tensors (B, T, N) may be read 16 bytes at a time, if the first row may.
+def rows_aligned(*tensors: Tensor | None) -> bool:
+    """Whether each row of tensors (B, T, N) may be read 16 bytes at a time, if the first row may. None: no tensor.
 
     Triton itself would specialise on the batch stride, which depends on the length T, and would recompile.
     """
-    return all(stride % 16 == 0 for tensor in tensors for stride in tensor.stride()[:2])
+    return all(stride % 16 == 0 for tensor in tensors if tensor is not None for stride in tensor.stride()[:2])
 
 
 def strides_of(tensor: Tensor | None, axes: int = 3) -> tuple[int, ...]:

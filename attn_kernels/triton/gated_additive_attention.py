@@ -177,7 +177,7 @@ def _backward_splits(warps: int, rows: int, Tk: int, block_k: int) -> tuple[int,
 
 
 def _aligned(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> bool:
-    return rows_aligned(query, keys, *(x for x in (score.gate, score.extra) if x is not None))
+    return rows_aligned(query, keys, score.gate, score.extra)
 
 
 def _strides(score: GatedAdditiveScore, query: Tensor, keys: Tensor) -> tuple[int, ...]:
