@@ -343,9 +343,8 @@ def additive_scores(
     gated = gate is not None or (isinstance(v, Tensor) and v.dim() > 1)
     if extra is not None:
         check_extra("additive_scores", query, keys, extra)
-        gated = gated or adds_extra(query, backend)
         if not gated:
-            keys = keys + extra
+            keys, extra = keys + extra, None
     if gated:
         numbers = check_activation("additive_scores", activation, negative_slope)
         return gated_scores(GatedAdditiveScore(v, bias, gate, extra, *numbers), query, keys, backend)
