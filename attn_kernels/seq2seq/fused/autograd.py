@@ -21,12 +21,12 @@ from ...mechanisms.additive import StatefulAdditiveAttention
 from ...mechanisms.location_features import AlignmentFilters
 from ...memory import Memory
 from ..state import DecoderModules, DecoderState
+from .called import SavedSteps
 from .cuda_graph import find_graph
 from .eligibility import is_called
 from .formula import differentiable_gradients, is_batch
 from .inputs import CalledAttention, CellWeights, Inputs, Query, flatten, unflatten
 from .sequence import backward, forward
-from .stateful import SavedSteps
 
 
 def decode_sequence(

@@ -19,8 +19,8 @@ from ... import formulas
 from ...mechanisms.location_features import AlignmentFilters, neighbourhoods
 from ...scores import ActivatedScore, AdditiveScore, unit_length
 from .attention import op_arguments
+from .called import Replay, SavedSteps
 from .inputs import Inputs, unflatten
-from .stateful import Replay, SavedSteps
 
 
 def step_cells(

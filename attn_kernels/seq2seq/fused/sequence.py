@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ...gemm import PackedLinear, linear, weight_gradient
 from .attention import AttentionBackward, AttentionForward, SavedAttention
+from .called import CalledBackward, CalledForward, SavedSteps
 from .cells import GRUBackward, GRUForward, LSTMBackward, LSTMForward, SavedGRU, SavedLSTM
 from .filtered import FilteredBackward, FilteredForward
 from .inputs import CellWeights, Inputs
-from .stateful import CalledBackward, CalledForward, SavedSteps
 
 
 class Saved(NamedTuple):
