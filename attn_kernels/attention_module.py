@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,15 @@ class AttentionModule(nn.Module):
 
     A mechanism defines its score (``make_score``) and how a decoder state becomes a query (``make_query``). ``forward``
     calls both. A search and the fused decoder of ``Seq2Seq`` call them, too, unless scores are clipped.
+
+    self_contained: set to True in the body of a class whose steps may be separate graphs of autograd, so that
+    ``Seq2Seq(decoder="loop")`` trains with it as one op. This has three conditions. Gradients flow only to query,
+    memory, state and the parameters of the module. No tensor of a step is used outside of it, for example in a loss,
+    except through its results. A step does not modify its arguments. Subclasses do not inherit it. The classes of this
+    package need no declaration.
     """
 
+    self_contained: ClassVar[bool] = False
     clip: float | None = None  # C: the score is replaced by C tanh(score)
     activation: str = "tanh"  # of an additive score
     negative_slope: float = 0.0  # of leaky_relu

@@ -11,24 +11,39 @@ import torch
 from torch import Tensor, nn
 
 import formulas
-from attn_kernels import Memory
+from attn_kernels import Attention, BahdanauAttention, LuongAttention, Memory
 from attn_kernels.mechanisms import (
     CoverageAttention,
     GMMAttention,
     MonotonicAttention,
+    MultiHeadAttention,
+    NormalizedAttention,
     StatefulAttention,
     StatefulResult,
     WindowedAttention,
 )
 from attn_kernels.seq2seq import Seq2Seq
-from attn_kernels.seq2seq.attentions import STATEFUL
+from attn_kernels.seq2seq.attentions import ATTENTIONS, STATELESS
 from attn_kernels.seq2seq.fused.eligibility import is_called
-from test_loop import HIDDEN, LOSSES, B, S, T, assert_same, batch, check_second_derivatives, looped, models, run
+from test_loop import (
+    HIDDEN,
+    LOSSES,
+    WITH_STATE,
+    B,
+    S,
+    T,
+    assert_same,
+    batch,
+    check_second_derivatives,
+    looped,
+    models,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 F64 = torch.float64
-CALLED = [name for name in STATEFUL if name not in ("location", "location-cumulative", "coverage")]
+CALLED = [name for name in ATTENTIONS if name not in (*STATELESS, *WITH_STATE)]
 PARAMETERS = ("decoder.rnn.weight_hh_l0", "decoder.attentional.weight", "decoder.attention.", "decoder.bridges.0.bias")
 
 
@@ -62,12 +77,29 @@ class DecayAttention(StatefulAttention):
         return StatefulResult(weights @ memory.values, weights, after)
 
 
+class HalvedAttention(BahdanauAttention):
+    """A user's own mechanism without a state."""
+
+    self_contained = True
+
+    def forward(self, query: Tensor, memory: Memory, need_weights: bool = True) -> Attention:
+        context, alignments = super().forward(query, memory)
+        return Attention(context / 2, alignments)
+
+
 MODULES = {
     "own": lambda: DecayAttention(dtype=F64),
     "coverage": lambda: type("Mine", (CoverageAttention,), {"self_contained": True})(HIDDEN, 12, 5, dtype=F64),
     "window": lambda: WindowedAttention(GMMAttention(HIDDEN, 12, 5, dtype=F64), 1, 2, in_training=True),
     "noise": lambda: MonotonicAttention(HIDDEN, 12, 5, noise=1.0, normalize=True, dtype=F64),
     "hard": lambda: MonotonicAttention(HIDDEN, 12, mode="hard", score="dot", dtype=F64),
+    "halved": lambda: HalvedAttention(HIDDEN, 12, 5, dtype=F64),
+    "clipped": lambda: BahdanauAttention(HIDDEN, 12, 5, clip=2.0, dtype=F64),
+    "dot heads": lambda: MultiHeadAttention(HIDDEN, 12, 5, 3, "dot", value_size=4, tanh=True, dtype=F64),
+    "smoothing": lambda: NormalizedAttention(BahdanauAttention(HIDDEN, 12, 5, dtype=F64), "sigmoid"),
+    "sparsemax": lambda: NormalizedAttention(
+        LuongAttention(HIDDEN, 12, dtype=F64), pytest.importorskip("entmax").sparsemax
+    ),
 }
 CASES = [*CALLED, *MODULES]
 
@@ -132,7 +164,7 @@ def test_losses(attention: str, loss: str) -> None:
         torch.testing.assert_close(got, expected.expand_as(got), atol=1e-12, rtol=1e-9, check_dtype=False)
 
 
-@pytest.mark.parametrize("attention", ["mocha", "own"])
+@pytest.mark.parametrize("attention", ["mocha", "own", "multi-head"])
 def test_frozen_parts(attention: str) -> None:
     for frozen in ("encoder", "decoder.attention", "decoder.rnn"):
         made = pair(attention)
@@ -160,7 +192,7 @@ def test_mask_and_no_gradients() -> None:
 
 
 @pytest.mark.parametrize("data", [batch(), large_batch()], ids=["small", "large"])
-@pytest.mark.parametrize("attention", ["forward-agent", "stepwise-monotonic"])
+@pytest.mark.parametrize("attention", ["forward-agent", "stepwise-monotonic", "multi-head"])
 def test_backward_twice(attention: str, data: tuple[Tensor, ...]) -> None:
     model = pair(attention)["loop"]
     logits, alignments = model(*data)
@@ -174,7 +206,9 @@ def test_backward_twice(attention: str, data: tuple[Tensor, ...]) -> None:
         torch.autograd.grad(both, parameters)
 
 
-@pytest.mark.parametrize("attention", ["forward-agent", "monotonic", "gmm", "local-p", "own", "noise"])
+@pytest.mark.parametrize(
+    "attention", ["forward-agent", "monotonic", "gmm", "local-p", "own", "noise", "multi-head", "layer-norm"]
+)
 def test_second_derivatives(attention: str) -> None:
     model = pair(attention, num_layers=2, dropout=0.3)["loop"]
     source, _, target = batch(steps=2, source=3)
@@ -185,7 +219,7 @@ def test_second_derivatives(attention: str) -> None:
 
 
 @pytest.mark.parametrize("data", [batch(steps=3), large_batch()], ids=["small", "large"])
-@pytest.mark.parametrize("attention", ["forward-agent", "monotonic", "own"])
+@pytest.mark.parametrize("attention", ["forward-agent", "monotonic", "own", "multi-head"])
 def test_gradient_penalty(attention: str, data: tuple[Tensor, ...]) -> None:
     made, found = pair(attention), {}
     for name, model in made.items():
@@ -199,7 +233,7 @@ def test_gradient_penalty(attention: str, data: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(got, expected.expand_as(got), atol=1e-9, rtol=1e-7, msg=name, check_dtype=False)
 
 
-@pytest.mark.parametrize("attention", ["gmm", "own"])
+@pytest.mark.parametrize("attention", ["gmm", "own", "multi-head"])
 def test_batches_of_gradients(attention: str) -> None:
     model = pair(attention)["loop"]
     each = model(*batch())[0].sum((1, 2))
@@ -329,6 +363,15 @@ def test_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
             for model in made.values():
                 model.decoder.attention.__class__ = type("Sub", (module,), {})
             assert not is_looped(), "a subclass does not inherit the declaration"
+    made.update(pair("smoothing"))
+    decoder = made["loop"].decoder
+    assert is_looped()
+    temperature = torch.ones((), dtype=F64, requires_grad=True)
+    for model in made.values():
+        model.decoder.attention.normalizer = lambda scores: torch.softmax(temperature * scores, -1)
+    assert not is_looped(), "a function may read a tensor that requires a gradient"
+    assert temperature.grad is not None
+    made.update(pair("own"))
     for model in made.values():  # a projection that is computed from its parameters, in each step
         nn.utils.parametrizations.weight_norm(model.decoder.attention.query_projection)
     assert is_looped()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +177,13 @@ class NormalizedAttention(nn.Module):
             mechanism is refused.
         normalizer: as for :func:`normalize`. "softmax" runs in one pass of the op, and so does "sigmoid" on the
             backends that have it.
+
+    A function of your own may read a tensor that requires a gradient. With it ``Seq2Seq`` trains step by step, unless a
+    subclass declares ``self_contained = True`` as :class:`AttentionModule` describes. Names and functions of torch and
+    entmax need no declaration.
     """
+
+    self_contained: ClassVar[bool] = False
 
     def __init__(self, attention: AttentionModule, normalizer: Normalizer) -> None:
         super().__init__()

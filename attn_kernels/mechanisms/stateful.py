@@ -12,7 +12,7 @@ Nothing is stored in the module, so that a batch may be re-ordered, a search may
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,14 +58,8 @@ class StatefulAttention(AttentionModule):
     the hypotheses of one sentence: they share one memory, and each has its own state. It is not a time axis: a step
     needs the state that the step before returned (see ``sequence``).
 
-    self_contained: set to True in the body of a class whose steps may be separate graphs of autograd, so that
-    ``Seq2Seq(decoder="loop")`` trains with it as one op. This has three conditions. Gradients flow only to query,
-    memory, state and the parameters of the module. No tensor of a step is used outside of it, for example in a loss,
-    except through its results. A step does not modify its arguments. Subclasses do not inherit it. The classes of this
-    package need no declaration.
+    A class may declare that its steps are ``self_contained``: see ``AttentionModule``.
     """
-
-    self_contained: ClassVar[bool] = False
 
     def initial_state(self, memory: Memory, hypotheses: int = 1) -> Any:
         """The state before the first step: a NamedTuple of tensors, each (B, hypotheses, *)."""

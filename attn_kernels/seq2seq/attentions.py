@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ..attention_module import AttentionModule
 from ..errors import ArgumentTypeError, ArgumentValueError
 from ..mechanisms import (
@@ -12,6 +14,7 @@ from ..mechanisms import (
     DynamicConvolutionAttention,
     ForwardAttention,
     GMMAttention,
+    HeadsMemory,
     LayerNormBahdanauAttention,
     LocalAttention,
     LocationSensitiveAttention,
@@ -73,12 +76,24 @@ STATEFUL: dict[str, Make] = {
     "gmm": _without_ops("gmm", GMMAttention),
     "dynamic-convolution": DynamicConvolutionAttention,
 }
-CALLED: dict[str, Make] = {  # training and search always call these modules: there is no fused form of their steps
+CALLED: dict[str, Make] = {  # there is no fused form of their steps
     "multi-head": MultiHeadAttention,
     "layer-norm": _without_ops("layer-norm", LayerNormBahdanauAttention),
     "milk": _with(MonotonicChunkwiseAttention, chunk_size=None),
 }
 ATTENTIONS = STATELESS | STATEFUL | CALLED
+
+
+def attend_step(attention: Any, states: Tensor, memory: Any, before: Any = None) -> tuple[Tensor, Tensor, Any]:
+    """Calls an attention with the states of a decoder as queries, (B, K or T, hidden_size).
+
+    before: the state of a stateful attention, whose queries belong to one step of the hypotheses; None for others.
+    Returns context, alignments, averaged over heads, and the next state of the attention, or None.
+    """
+    averaged: dict[str, bool] = {"average": True} if isinstance(memory, HeadsMemory) else {}
+    given = () if before is None else (before,)
+    context, alignments, *after = attention(states, memory, *given, **averaged)
+    return context, alignments, after[0] if after else None
 
 
 def check_attention(attention: object, hidden_size: int, backend: str | None) -> int:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..attention_module import AttentionModule
-from ..mechanisms import HeadsMemory, NormalizedAttention
+from ..mechanisms import NormalizedAttention
 from ..memory import Memory, padded
 from ..packed_memory import is_packed
 from ..stock import register
+from .attentions import attend_step
 from .encoder import CELLS
 from .fused.autograd import decode_sequence
 from .fused.eligibility import can_fuse_sequence, has_stock_cells
@@ -208,11 +209,9 @@ class Decoder(nn.Module):
 
         A stateful attention also takes its state, with one query per hypothesis, and returns the next one.
         """
-        # Multi-head alignments are averaged to one row per query.
-        averaged: dict[str, bool] = {"average": True} if isinstance(memory, HeadsMemory) else {}
-        context, alignments, *after = self.attention(states, memory, *before, **averaged)
+        context, alignments, after = attend_step(self.attention, states, memory, *before)
         attentional = torch.tanh(self.attentional(torch.cat([context, states], dim=-1)))
-        return self.dropout(attentional), alignments, *after
+        return self.dropout(attentional), alignments, *(() if after is None else (after,))
 
     def _attend_all(self, states: Tensor, memory: Memory, attention: Any) -> tuple[Tensor, Tensor]:
         """states: (B, T, hidden_size), of all steps. attention: the first state of a stateful attention, or None."""

@@ -46,16 +46,15 @@ class Seq2Seq(nn.Module):
             "local-m", "local-p", "milk", "gmm" or "dynamic-convolution".
             A module: a mechanism, or NormalizedAttention of one, whose query_size is ``hidden_size`` and memory_size
             2 ``hidden_size``. With a memory_size of ``hidden_size`` it gets the sum of the encoder's directions.
-            Stateful attentions, "multi-head" and "layer-norm" run step by step in a search, and in training with input
-            feeding; with ``decoder="loop"``, "location", "location-cumulative" and "coverage" train as one op.
+            Stateful attentions, "multi-head", "layer-norm" and NormalizedAttention run step by step in a search.
         cell: "lstm" or "gru".
         num_layers: of encoder and decoder.
         dropout: on embeddings, between layers and on the attentional vector.
         input_feeding: each step reads the attentional vector of the step before. Without it, training computes a
             stateless attention for all steps in one call, which is much faster.
         decoder: how training with input feeding runs the steps of a target. "loop": as one op, which is faster; it
-            falls back to "steps" under torch.compile and autocast, which need the single steps, and with most stateful
-            attentions. "steps": one after the other. Parameters and results are the same.
+            falls back to "steps" under torch.compile and autocast, and with modified modules, which need the single
+            steps. "steps": one after the other. Parameters and results are the same.
         padding_idx: the padding token of source and target; its embedding is 0.
         bos, eos: the target tokens before the first and after the last.
         backend: of the attention, as in :func:`attn_kernels.additive_attention`; None for a module, which has its own.

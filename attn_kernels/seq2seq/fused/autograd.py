@@ -73,7 +73,7 @@ def _read(attention: AttentionModule, state: Any, memory: Memory, embedded: Tens
 
 
 def _called(attention: Any, state: Any, memory: Memory, embedded: Tensor) -> dict[str, Any]:
-    """The inputs of an attention that the steps call."""
+    """The inputs of an attention that the steps call. state: the first one; None for an attention without a state."""
     parameters = tuple(x for x in attention.parameters() if x.requires_grad)
     return {
         "memory": memory,

@@ -1,11 +1,11 @@
-"""The attention of all steps of a sequence, if each step calls a module with a state.
+"""The attention of all steps of a sequence, if each step calls a module, with a state or without one.
 
 The forward calls the module on detached copies of its inputs, and saves the graph that autograd records for the step.
 The backward of a step differentiates that graph: from the gradients of context, alignments and next state to those of
 the query, of the state, and of parameters, keys and values, which are summed over the steps. The saved tensors of the
 sequence hold the graphs, so that autograd releases the graphs together with other saved tensors.
 
-B sentences, S source steps, M memory_size, H hidden_size. Each sentence is one hypothesis.
+B sentences, S source steps, M size of the context, H hidden_size. Each sentence is one hypothesis.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 
 from ...errors import ArgumentTypeError, ArgumentValueError
+from ...mechanisms import HeadsMemory
 from ...mechanisms.stateful import with_tensors
 from ...memory import Memory
 from ...types import wide_dtype
+from ..attentions import attend_step
 from .collected import Collector, Gradients, plus, with_collected_gradients
-from .inputs import CalledAttention, Inputs, Query
+from .inputs import CalledAttention, Inputs, Query, keys_and_values, memories, with_memories
 
 
 class Step(NamedTuple):
     """The graph of a step: from its own inputs, and the inputs of all steps, to its results."""
 
     query: Tensor  # (B, 1, H), a leaf
-    state: tuple[Tensor, ...]  # leaves, or constants
+    state: tuple[Tensor, ...]  # leaves, or constants; empty without a state
     results: tuple[Tensor, ...]  # context, (B, 1, M), alignments, (B, 1, S), and the next state
 
 
@@ -38,7 +40,7 @@ class SavedSteps(NamedTuple):
     """The results of the forward that the backward reads."""
 
     steps: tuple[Step, ...]  # empty if no gradients are needed
-    memory: tuple[Tensor, Tensor]  # keys and values: leaves, or constants
+    memory: tuple[Tensor, ...]  # keys and values, of each head: leaves, or constants
     anchors: tuple[Tensor, ...]  # of ``gradients``: leaves
     gradients: Gradients
 
@@ -57,18 +59,16 @@ class CalledForward:
     def __init__(self, inputs: Inputs, called: CalledAttention) -> None:
         self.called = called
         self.name: str = type(called.module).__name__
-        self.state: tuple[Tensor, ...] = called.state
+        self.context_size: int = inputs.context_size
+        self.state: Any = called.state
         self.alignments: list[Tensor] = []
         self.steps: list[Step] = []
-        self.memory: Memory = inputs.memory
+        self.memory: Memory | HeadsMemory = inputs.memory
         self.of_memory: tuple[tuple[Tensor, ...], Gradients] = (), ()
         if called.records:
-            whole = self.memory
-            keys, values = _leaf(whole.keys), _leaf(whole.values)
-            self.memory = Memory(keys, values, whole.memory_lengths, whole.mask)
-            if whole.has_zero_padding():
-                self.memory.with_zero_padding()
-            self.of_memory = with_collected_gradients(self.memory)
+            leaves = [_of_leaves(x) for x in memories(self.memory)]
+            self.memory = with_memories(self.memory, leaves)
+            self.of_memory = with_collected_gradients(leaves)
 
     def step(self, t: int, state: Tensor) -> Tensor:
         """state: (B, H). Returns the context, (B, M)."""
@@ -76,14 +76,15 @@ class CalledForward:
             with torch.enable_grad():
                 # ``data`` has its own version counter. Later steps write to other parts of the array of all states.
                 query = state.data.unsqueeze(1).requires_grad_()
-                before = with_tensors(self.state, [_leaf(x) for x in self.state])
-                context, alignments, after = self.called.module(query, self.memory, before)
-            self.steps.append(Step(query, tuple(before), (context, alignments, *after)))
+                before = None if self.state is None else with_tensors(self.state, [_leaf(x) for x in self.state])
+                context, alignments, after = attend_step(self.called.module, query, self.memory, before)
+            self.steps.append(Step(query, tuple(before or ()), (context, alignments, *(after or ()))))
         else:
-            context, alignments, after = self.called.module(state.unsqueeze(1), self.memory, self.state)
-        batch, _, memory_size = self.memory.values.shape
-        if context.shape != (batch, 1, memory_size):
-            expected = f"(B, 1, memory_size) = ({batch}, 1, {memory_size})"
+            query = state.unsqueeze(1)
+            context, alignments, after = attend_step(self.called.module, query, self.memory, self.state)
+        batch = state.shape[0]
+        if context.shape != (batch, 1, self.context_size):
+            expected = f"(B, 1, memory_size) = ({batch}, 1, {self.context_size})"
             raise ArgumentValueError(f"{self.name}: context must have shape {expected}, got {tuple(context.shape)}")
         if context.dtype != state.dtype:
             raise ArgumentTypeError(f"{self.name}: context must have dtype {state.dtype}, got {context.dtype}")
@@ -98,17 +99,18 @@ class CalledForward:
 
     @property
     def saved(self) -> SavedSteps:
-        return SavedSteps(tuple(self.steps), (self.memory.keys, self.memory.values), *self.of_memory)
+        return SavedSteps(tuple(self.steps), keys_and_values(self.memory), *self.of_memory)
 
 
 class CalledBackward:
     """Computes the gradients of each step, from the last to the first, and sums those of the inputs of all steps."""
 
-    def __init__(self, called: CalledAttention, saved: SavedSteps) -> None:
+    def __init__(self, inputs: Inputs, called: CalledAttention, saved: SavedSteps) -> None:
         self.called = called
         self.saved = saved
+        self.memory: Memory | HeadsMemory = inputs.memory
         self.inputs: list[Tensor] = saved.inputs(called.parameters)
-        self.sums: list[Tensor | None] = [None] * (len(called.parameters) + 2)  # of parameters, keys and values
+        self.sums: list[Tensor | None] = [None] * (len(called.parameters) + len(saved.memory))  # in the order of inputs
         self.dstate: list[Tensor | None] = []  # of the state after the step that is processed next
         self.collector: Collector = Collector(saved.gradients)
 
@@ -136,18 +138,16 @@ class CalledBackward:
 
         The arguments are those of ``AttentionBackward.gradients``. The graphs of the steps have read them already.
         """
-        count, (keys, values) = len(self.called.parameters), self.saved.memory
-        sums = self.sums
-        dkeys, dvalues = self.collector.gradients()
-        sums[count], sums[count + 1] = plus(sums[count], dkeys), plus(sums[count + 1], dvalues)
+        count, sums = len(self.called.parameters), self.sums
+        for n, of_steps in enumerate(self.collector.gradients(), count):
+            sums[n] = plus(sums[n], of_steps)
         found: list[Any] = [None if d is None else d.to(x.dtype) for x, d in zip(self.inputs, sums, strict=False)]
-        memory = Memory(keys, values)
-        for name, gradient in zip(("keys", "values"), found[count : count + 2], strict=True):
-            object.__setattr__(memory, name, gradient)  # which may be None
-        of_state: Any = self.dstate
-        called = self.called._replace(parameters=tuple(found[:count]), state=tuple(of_state))
+        of_memory = iter(found[count:])
+        parts = [_of_gradients(x, next(of_memory), next(of_memory)) for x in memories(self.memory)]
+        of_state: Any = None if self.called.state is None else tuple(self.dstate)
+        called = self.called._replace(parameters=tuple(found[:count]), state=of_state)
         return {
-            "memory": memory,
+            "memory": with_memories(self.memory, parts),
             "score": None,
             "query": Query(None, None, None),
             "called": called,
@@ -168,10 +168,10 @@ class Replay:
     def step(self, t: int, query: Tensor, state: Iterable[Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
         """query: (B, 1, H). Returns context, alignments and the tensors of the next state."""
         assert inputs.called is not None
-        step, memory = self.saved.steps[t], inputs.memory
+        step = self.saved.steps[t]
         leaves = [step.query, *step.state, *self.inputs]
         unused = [None] * len(self.saved.anchors)
-        names = [query, *state, *inputs.called.parameters, memory.keys, memory.values, *unused]
+        names = [query, *state, *inputs.called.parameters, *keys_and_values(inputs.memory), *unused]
         return _replay(step.results, leaves, names, self.saved.gradients)
 
 
@@ -187,7 +187,7 @@ def _replay(
 class _Replayed(Function):
     """Results of a graph, as functions of tensors with the values of its leaves, differentiable any number of times.
 
-    The graph may itself be that of gradients. The last leaves are keys, values and an anchor for each of ``gradients``.
+    The graph may itself be that of gradients. The last leaves are keys and values of each memory, and the anchors.
     """
 
     @staticmethod
@@ -211,11 +211,12 @@ class _Replayed(Function):
         collector = Collector(ctx.gradients)
         with collector:
             found = _gradients(results, given, leaves, differentiable)
-        first = of_leaves - len(ctx.gradients) - 2  # the index of the keys
-        for n, of_steps in enumerate(collector.gradients(), first):
+        of_memory, anchors = collector.gradients(), len(collector.used)
+        first = of_leaves - anchors - len(of_memory)  # the index of the first keys
+        for n, of_steps in enumerate(of_memory, first):
             total = plus(found[n], of_steps)
             found[n] = None if total is None else total.to(leaves[n].dtype)
-        found[first + 2 :] = [None] * len(ctx.gradients)
+        found[of_leaves - anchors :] = [None] * anchors
         if differentiable:
             at = [n for n, x in enumerate(found) if x is not None]
             new_leaves, new_names = ([x for x in of if x is not None] for of in (given, grads))
@@ -229,6 +230,20 @@ class _Replayed(Function):
 def _leaf(x: Tensor) -> Tensor:
     """A copy that shares the values: a leaf if x requires a gradient, else a constant."""
     return x.detach().requires_grad_(x.requires_grad)
+
+
+def _of_leaves(memory: Memory) -> Memory:
+    """A memory of leaves that share the values."""
+    made = Memory(_leaf(memory.keys), _leaf(memory.values), memory.memory_lengths, memory.mask)
+    return made.with_zero_padding() if memory.has_zero_padding() else made
+
+
+def _of_gradients(memory: Memory, *gradients: Tensor | None) -> Memory:
+    """A memory with the gradients of keys and values, which may be None, in their place."""
+    made = Memory(memory.keys, memory.values)
+    for name, gradient in zip(("keys", "values"), gradients, strict=True):
+        object.__setattr__(made, name, gradient)
+    return made
 
 
 def _gradients(

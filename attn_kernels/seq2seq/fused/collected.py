@@ -1,4 +1,4 @@
-"""The gradient of a large memory in the loop, if each step of its attention is a separate graph of autograd.
+"""The gradients of large memories in the loop, if each step of its attention is a separate graph of autograd.
 
 ``MemoryGradient`` computes the gradients of keys and values once in each backward pass. The loop runs one pass per
 step. So its steps record to the loop, which computes these gradients once after the last pass.
@@ -7,6 +7,8 @@ step. So its steps record to the loop, which computes these gradients once after
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from itertools import chain
 from weakref import ReferenceType, ref
 
 from torch import Tensor
@@ -41,29 +43,32 @@ class CollectedGradient(MemoryGradient):
             steps.add(dkeys)
 
 
-# Weak references: the graphs of the steps hold the gradients, and release them with their other saved tensors.
-Gradients = tuple["ReferenceType[CollectedGradient]", ...]
+# For each memory its gradient, and that of ``keys_alone`` if the keys require one. The references are weak:
+# the graphs of the steps hold the gradients, and release them with their other saved tensors.
+Gradients = tuple[tuple["ReferenceType[CollectedGradient]", ...], ...]
 
 
-def with_collected_gradients(memory: Memory) -> tuple[tuple[Tensor, ...], Gradients]:
-    """Makes the steps on a memory of leaves record to the loop.
-
-    Returns the anchors, and the gradients: that of the memory, and that of ``keys_alone`` if the keys require one.
-    """
-    memories = [x for x in (memory, memory.keys_alone()) if x.keys.requires_grad or x.values.requires_grad]
-    gradients = [CollectedGradient(x.keys, x.values) for x in memories]
-    for x, gradient in zip(memories, gradients, strict=True):
-        object.__setattr__(x, "_gradient", gradient)
-    return tuple(x.anchor for x in gradients), tuple(map(ref, gradients))
+def with_collected_gradients(memories: Iterable[Memory]) -> tuple[tuple[Tensor, ...], Gradients]:
+    """Makes the steps on memories of leaves record to the loop. Returns the anchors and the gradients."""
+    anchors: list[Tensor] = []
+    of_memories = []
+    for memory in memories:
+        read = [x for x in (memory, memory.keys_alone()) if x.keys.requires_grad or x.values.requires_grad]
+        gradients = [CollectedGradient(x.keys, x.values) for x in read]
+        for x, gradient in zip(read, gradients, strict=True):
+            object.__setattr__(x, "_gradient", gradient)
+        anchors += (x.anchor for x in gradients)
+        of_memories.append(tuple(map(ref, gradients)))
+    return tuple(anchors), tuple(of_memories)
 
 
 class Collector:
     """A context, for one pass or more at a time, that collects their records, and the gradients from all of them."""
 
     def __init__(self, gradients: Gradients) -> None:
-        self.pending: list[PendingSteps] = [PendingSteps() for _ in gradients]
+        self.pending: list[list[PendingSteps]] = [[PendingSteps() for _ in of_memory] for of_memory in gradients]
         self.used: list[tuple[CollectedGradient | None, PendingSteps]] = [
-            (x(), steps) for x, steps in zip(gradients, self.pending, strict=True)
+            (x(), steps) for x, steps in zip(chain(*gradients), chain(*self.pending), strict=True)
         ]
         self.before: list[PendingSteps | None] = []
 
@@ -76,13 +81,16 @@ class Collector:
                 gradient.collect(before)
 
     def gradients(self) -> list[Tensor | None]:
-        """dkeys and dvalues from all records."""
-        found: list[Tensor | None] = [None, None]
-        for n, records in enumerate(self.pending):
-            dkeys, dvalues = records.joined_gradients() if records else (None, None)
-            found[0] = plus(found[0], dkeys)
-            if n == 0:
-                found[1] = dvalues  # those of ``keys_alone`` have no columns
+        """dkeys and dvalues of each memory, from all records."""
+        found: list[Tensor | None] = []
+        for of_memory in self.pending:
+            dkeys = dvalues = None
+            for n, records in enumerate(of_memory):
+                more_keys, more_values = records.joined_gradients() if records else (None, None)
+                dkeys = plus(dkeys, more_keys)
+                if n == 0:
+                    dvalues = more_values  # those of ``keys_alone`` have no columns
+            found += [dkeys, dvalues]
         return found
 
 

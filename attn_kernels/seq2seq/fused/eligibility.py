@@ -1,12 +1,14 @@
 """Which decoders the fused implementations may replace: those with the unmodified steps of ``Decoder`` and its modules.
 
 The node of a whole target and the steps of a search read the parameters of the modules, and do not call the modules.
-There is one exception: the node calls most attentions with a state (``is_called``). Both check here first. If a check
-fails, each step calls the modules, in training and in a search.
+There is one exception: the node calls attentions whose parameters it cannot read (``is_called``). Both check here
+first. If a check fails, each step calls the modules, in training and in a search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -18,10 +20,14 @@ from ...mechanisms import (
     DynamicConvolutionAttention,
     ForwardAttention,
     GMMAttention,
+    HeadsMemory,
+    LayerNormBahdanauAttention,
     LocalAttention,
     LocationSensitiveAttention,
     MonotonicAttention,
     MonotonicChunkwiseAttention,
+    MultiHeadAttention,
+    NormalizedAttention,
     StatefulAttention,
     StepwiseMonotonicAttention,
     WindowedAttention,
@@ -33,13 +39,16 @@ from ...modules import BahdanauAttention, CosineAttention, LuongAttention
 from ...stock import has_global_hooks, is_plain, is_stock, is_watched, register, runs_eagerly
 from ...types import wide_dtype
 from ..state import DecoderModules, DecoderState
+from .inputs import keys_and_values, memories
 
-for _attention in (BahdanauAttention, CosineAttention, LuongAttention):
+_FUNCTIONS = FunctionType, BuiltinFunctionType
+
+_READ = BahdanauAttention, CosineAttention, LuongAttention, LocationSensitiveAttention, CoverageAttention
+for _attention in _READ[:3]:
     register(_attention, ["v", "g", "bias", "sharpness"], ["query_projection", "memory_projection"])
 _of_locations = ["location_convolution", "location_projection"]
 register(LocationSensitiveAttention, ["v", "bias"], ["query_projection", "memory_projection", *_of_locations])
 register(CoverageAttention, ["v", "bias", "coverage_weight"], ["query_projection", "memory_projection"])
-_read = LocationSensitiveAttention, CoverageAttention  # with a state, and linear filters of alignments as extra terms
 
 # Attentions that the loop calls.
 _projections = ["query_projection", "memory_projection"]
@@ -51,7 +60,10 @@ register(LocalAttention, ["v", "g", "bias", "position_v"], [*_projections, "posi
 register(GMMAttention, (), [*_projections, "hidden", "mixture"])
 _of_filters = ["static_filters", "static_projection", "dynamic_projection", "bias", "v"]
 register(DynamicConvolutionAttention, _of_filters, [*_projections, "filter_hidden", "filter_output"], ["prior"])
-register(WindowedAttention, (), ["attention"])
+for _wrapper in (WindowedAttention, NormalizedAttention):
+    register(_wrapper, (), ["attention"])
+register(MultiHeadAttention, ["v"], [*_projections, "value_projection", "output_projection"])
+register(LayerNormBahdanauAttention, ["v", "gain", "shift"], _projections)
 
 
 def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
@@ -89,8 +101,10 @@ def can_fuse_steps(decoder: Any, state: DecoderState, memory: Memory) -> bool:
 
 
 def is_called(attention: Any) -> bool:
-    """Whether the node of a target calls the attention in each step."""
-    return isinstance(attention, StatefulAttention) and type(attention) not in _read
+    """Whether the node of a target calls the attention in each step, rather than read its parameters."""
+    if type(attention) in _READ:
+        return attention.clip is not None
+    return isinstance(attention, nn.Module)
 
 
 def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call: bool = False) -> bool:
@@ -100,6 +114,8 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call:
     an attention that ``is_called``.
     """
     calls = may_call and is_called(decoder.attention)
+    if type(memory) not in ((Memory, HeadsMemory) if calls else (Memory,)):
+        return False
     if not calls and getattr(decoder.attention, "clip", None) is not None:
         return False
     if isinstance(decoder.attention, StatefulAttention) != (state.attention is not None):
@@ -112,9 +128,10 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call:
         modules += [decoder.attention, *(module for module in within if module is not None)]
     if not all(map(is_stock, modules)):
         return False
-    tensors = [*state.hidden, *state.cell, memory.keys, memory.values]
-    tensors += [x for x in (state.feed, memory.memory_lengths, memory.mask, memory.prepared) if x is not None]
-    if type(memory) is not Memory or not all(map(is_plain, tensors)) or not _has_stock_sizes(decoder, state, memory):
+    tensors = [*state.hidden, *state.cell, *keys_and_values(memory)]
+    prepared = [x.prepared for x in memories(memory) if x.prepared is not None]
+    tensors += [x for x in (state.feed, memory.memory_lengths, memory.mask, *prepared) if x is not None]
+    if not all(map(is_plain, tensors)) or not _has_stock_sizes(decoder, state, memory):
         return False
     if not calls and not _has_stock_projection(decoder, memory):
         return False
@@ -122,22 +139,22 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call:
     parameters = [x for module in modules for x in module._parameters.values()]
     floating = [x for x in (*parameters, *tensors) if x is not None and x.is_floating_point()]
     return all(x.device == like.device for x in (*floating, *tensors)) and all(
-        x.dtype == like.dtype for x in floating if x is not memory.prepared
+        x.dtype == like.dtype for x in floating if all(x is not y for y in prepared)
     )
 
 
 def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
-    """Whether the steps of the attention may be separate graphs of autograd, with this first state.
+    """Whether the steps of the attention may be separate graphs of autograd, with this first state, if it has one.
 
     So no hook may see the tensors of a step: it might use them in a loss, whose gradient would end in that graph. A
     parameter of a functional call may be computed from others, which only one graph may differentiate.
     """
-    if type(state) is not tuple and not hasattr(state, "_make"):
+    if state is not None and type(state) is not tuple and not hasattr(state, "_make"):
         return False
-    tensors, modules = [*state, *attention.parameters(), *attention.buffers()], list(attention.modules())
+    tensors, modules = [*(state or ()), *attention.parameters(), *attention.buffers()], list(attention.modules())
     return (
         embedded.shape[1] > 0
-        and (all(map(is_stock, modules)) or (_declares_self_contained(attention) and not any(map(_is_hooked, modules))))
+        and (all(map(_is_known, modules)) or _is_declared(attention, modules))
         and not has_global_hooks()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # each pass would call them again
         and all(is_plain(x) and x.device == embedded.device for x in tensors)
@@ -146,16 +163,30 @@ def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
     )
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether the module is stock, with a normalizer, if any, that computes with its argument alone.
+
+    A function of the user may read a tensor that requires a gradient.
+    """
+    normalizer = getattr(module, "normalizer", "softmax")
+    library = str(getattr(normalizer, "__module__", "")).partition(".")[0]
+    is_known = isinstance(normalizer, str) or (isinstance(normalizer, _FUNCTIONS) and library in ("torch", "entmax"))
+    return is_known and is_stock(module)
+
+
 def _is_hooked(module: nn.Module) -> bool:
     return is_watched(module) or module._compiled_call_impl is not None
 
 
-def _declares_self_contained(attention: nn.Module) -> bool:
-    """Whether the class itself, not a base class, declares this, and no method of the instance overrides one of it."""
-    methods = vars(attention).keys() & {
-        name for name in dir(type(attention)) if callable(getattr(type(attention), name))
-    }
-    return bool(vars(type(attention)).get("self_contained", False)) and not methods
+def _is_declared(attention: nn.Module, modules: Iterable[nn.Module]) -> bool:
+    """Whether the class itself, not a base class, has ``self_contained``, and neither hooks nor the instance change it.
+
+    modules: the attention and those within.
+    """
+    kind = type(attention)
+    if not vars(kind).get("self_contained", False) or any(map(_is_hooked, modules)):
+        return False
+    return not vars(attention).keys() & {name for name in dir(kind) if callable(getattr(kind, name))}
 
 
 def _has_stock_state(attention: nn.Module, state: Any, memory: Memory) -> bool:
@@ -215,9 +246,11 @@ def _has_stock_settings(rnn: object) -> bool:
 
 
 def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memory) -> bool:
-    """Whether all shapes are those of a ``Decoder``, and layers that have no bias there have none here."""
-    rnn, attentional, size = decoder.rnn, decoder.attentional, decoder.hidden_size
-    batch, _, memory_size = memory.values.shape
+    """Whether all shapes are those of a ``Decoder``, and layers that have no bias there have none here.
+
+    The size of the context is not checked.
+    """
+    rnn, attentional, size, batch = decoder.rnn, decoder.attentional, decoder.hidden_size, memory.batch_size
     fed = size if decoder.input_feeding else 0
     layers = rnn.num_layers
     states = (*state.hidden, *state.cell, *([] if state.feed is None else [state.feed]))
@@ -230,18 +263,18 @@ def _has_stock_sizes(decoder: DecoderModules, state: DecoderState, memory: Memor
         and (state.feed is not None) == decoder.input_feeding
         and all(x.dim() == 3 and x.shape[0] == batch and x.shape[2] == size for x in states)
         and attentional.bias is None
-        and attentional.weight.shape == (size, memory_size + size)
+        and attentional.weight.shape[0] == size < attentional.weight.shape[1]
         and (memory.mask is None or memory.mask.dim() == 2 or memory.mask.shape[1] == 1)
     )
 
 
 def _has_stock_projection(decoder: DecoderModules, memory: Memory) -> bool:
-    """Whether the memory has the sizes of the attention, and the projection of the query, if any, has no bias."""
+    """Whether the memory has the sizes of attention and context, and the projection of the query, if any, no bias."""
     attention, size, key_size = decoder.attention, decoder.hidden_size, memory.keys.shape[2]
     projection = attention.query_projection
     return (
         key_size == attention.key_size
-        and memory.values.shape[2] == attention.memory_size
+        and memory.values.shape[2] == attention.memory_size == decoder.attentional.weight.shape[1] - size
         and (projection is None or (projection.bias is None and projection.weight.shape == (key_size, size)))
         and (projection is not None or key_size == size)
     )

@@ -55,7 +55,8 @@ def formula(inputs: Inputs, replay: Replay | None = None) -> tuple[Tensor, Tenso
     replay: the steps of the attention, if the forward has called it.
     """
     hidden, cell, feed, filters = list(inputs.hidden), list(inputs.cell), inputs.feed, inputs.filters
-    state: Sequence[Tensor] = () if inputs.called is None else inputs.called.state
+    called = inputs.called
+    state: Sequence[Tensor] = () if called is None or called.state is None else called.state
     steps = []
     for t, embedded in enumerate(inputs.embedded.unbind(1)):
 

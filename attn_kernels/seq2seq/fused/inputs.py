@@ -5,13 +5,13 @@ B sentences, T steps, S source steps, E embedding_size, H hidden_size, M memory_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...mechanisms import HeadsMemory
 from ...mechanisms.location_features import AlignmentFilters
-from ...mechanisms.stateful import StatefulAttention
 from ...memory import Memory
 from ...scores import Score
 
@@ -40,19 +40,20 @@ class CellWeights(NamedTuple):
 
 
 class CalledAttention(NamedTuple):
-    """A stateful attention that each step calls."""
+    """An attention that each step calls."""
 
-    module: StatefulAttention
+    module: nn.Module
     records: bool  # whether gradients are enabled
     parameters: tuple[Tensor, ...]  # those that require a gradient
-    state: tuple[Tensor, ...]  # before the first step
+    state: tuple[Tensor, ...] | None  # before the first step; None for an attention without a state
 
 
 class Inputs(NamedTuple):
     """All inputs of a sequence, or the gradients of all inputs."""
 
     embedded: Tensor  # (B, T, E)
-    memory: Memory  # its mask has the shape (B, S), or (B, 1, S) if the attention is called
+    # A Memory; a HeadsMemory, too, if the attention is called. Its mask has the shape (B, S), or if called, (B, 1, S).
+    memory: Any
     dropout: tuple[Tensor | None, ...]  # (T, B, H), factors: of the layers below the top, then of attentional vectors
     feed: Tensor  # (B, H), the attentional vector before the first step
     hidden: tuple[Tensor, ...]  # (B, H), the first states, L of them
@@ -64,6 +65,28 @@ class Inputs(NamedTuple):
     called: CalledAttention | None
     filters: AlignmentFilters | None  # of a stateful attention, with its state before the first step
     backend: str  # of the attention
+
+    @property
+    def context_size(self) -> int:
+        """M"""
+        rows, columns = self.attentional_weight.shape
+        return columns - rows
+
+
+def memories(memory: Memory | HeadsMemory) -> tuple[Memory, ...]:
+    """The memories of all heads; the memory itself if it has no heads."""
+    return memory.heads if isinstance(memory, HeadsMemory) else (memory,)
+
+
+def with_memories(memory: Memory | HeadsMemory, parts: Iterable[Memory]) -> Memory | HeadsMemory:
+    """A memory of the same type with other ``memories``."""
+    made = tuple(parts)
+    return HeadsMemory(made) if isinstance(memory, HeadsMemory) else made[0]
+
+
+def keys_and_values(memory: Memory | HeadsMemory) -> tuple[Tensor, ...]:
+    """Keys and values of the first head, then of the second, and so on."""
+    return tuple(x for part in memories(memory) for x in (part.keys, part.values))
 
 
 def step_axes(inputs: Inputs) -> list[Axes]:

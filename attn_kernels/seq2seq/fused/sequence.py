@@ -37,7 +37,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
     steps, batch, _ = embedded.shape
     layers = _make_layers(inputs, embedded)
     attention = _attention_forward(inputs)
-    size, memory_size = inputs.feed.shape[1], inputs.memory.values.shape[2]
+    size, memory_size = inputs.feed.shape[1], inputs.context_size
     context_and_state = inputs.feed.new_empty(steps, batch, memory_size + size)
     attentional = inputs.feed.new_empty(steps, batch, size)
     product = PackedLinear(inputs.attentional_weight, batch, steps)
@@ -114,7 +114,7 @@ def _attention_forward(inputs: Inputs) -> AttentionForward | CalledForward:
 def _attention_backward(inputs: Inputs, saved: Saved) -> AttentionBackward | CalledBackward:
     if isinstance(saved.attention, SavedSteps):
         assert inputs.called is not None
-        return CalledBackward(inputs.called, saved.attention)
+        return CalledBackward(inputs, inputs.called, saved.attention)
     if inputs.filters is None:
         return AttentionBackward(inputs, saved.attention)
     return FilteredBackward(inputs, inputs.filters, saved.attention)
