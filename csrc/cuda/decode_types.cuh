@@ -16,7 +16,7 @@ struct Shared {
   int weights;      // (capacity, NQ), of W: scores, later e^(score - largest), 0 if not attended
   int stats;        // (2, NQ), of W: Normaliser::Part
   int factors;      // (kMaxClusterBlocks, NQ), of W: alignments = factor * weights, for each block
-  int guards;       // (2, kWarps) float
+  int guards;       // (3, kWarps) float
   int state;        // a BlockState
   int list;         // (capacity) int, with a mask: offsets of the attended steps from the first step
   int attends;      // (capacity) bytes, with a mask: a bit for each query
@@ -47,8 +47,9 @@ struct DecodeParams {
   StridedView3 query;     // (B, Tq, A)
   StridedView3 keys;      // (B, Tk, A)
   StridedView3 prepared;  // (B, rows, columns) or absent: see PreparedSizes
-  StridedView3 v, bias;   // (1, 1, A) or absent
-  StridedView3 values;    // (B, Tk, D)
+  bool has_vectorized_keys;
+  StridedView3 v, bias;  // (1, 1, A) or absent
+  StridedView3 values;   // (B, Tk, D)
   double scale;
   AttentionMask attended;
   void* context;     // (B, Tq, D) contiguous
