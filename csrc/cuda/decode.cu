@@ -84,13 +84,13 @@ void run_queries(const DecodeParams& p, int64_t B) {
 template <class Score, typename T>
 void run_form(DecodeParams p, int64_t B) {
   if constexpr (sizeof(T) <= 4) {
-    p.has_vectorized_keys = has_vectorized_rows(p.keys, p.A, sizeof(T));
+    p.vectorized_keys = has_vectorized_rows(p.keys, p.A, sizeof(T));
     if (has_vectorized_rows(p.values, p.D, sizeof(T))) {
       using Prepared = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
       if constexpr (Score::kGuarded && !kAddsExtra<Score>)
         if (p.prepared.data != nullptr && has_vectorized_rows(p.prepared, 0, sizeof(Prepared)))
           return run_queries<Form<Score, T, Prepared, true, true>>(p, B);
-      if (p.has_vectorized_keys && (!kAddsExtra<Score> || has_vectorized_rows(p.extra, p.A, sizeof(T))))
+      if (p.vectorized_keys && (!kAddsExtra<Score> || has_vectorized_rows(p.extra, p.A, sizeof(T))))
         return run_queries<Form<Score, T, T, false, true>>(p, B);
     }
   }

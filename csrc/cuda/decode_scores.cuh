@@ -29,7 +29,7 @@ struct ScoreTile {
   static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
   static constexpr bool kExtra = kAddsExtra<Score>;
   // With one query, tanh itself takes no longer than the reads of a large memory (docs/design.md). In low precision the
-  // fast sums are accurate for small inputs.
+  // fast sums are accurate enough for small inputs.
   static constexpr bool kCompensated = Score::kCompensated && std::is_same_v<T, float> && NQ > 1;
   // Steps of a warp at a time, limited by registers with 8 queries.
   static constexpr int kRows = NQ == 4 && F::kVectorized ? 4 : NQ == 8 && kExtra && sizeof(T) == 2 ? 1 : 2;
@@ -103,17 +103,14 @@ struct ScoreTile {
     } while (kStaged && unit < p.A);
   }
 
+  // extra: unused without one.
   template <bool prepared>
   struct KeyRows {
     static constexpr bool kPrepared = prepared;
     Rows<F, Key> keys, extra;
 
     ATTN_DEVICE KeyRows(const DecodeParams& p, int b, int first, int64_t unit)
-        : keys(prepared ? p.prepared : p.keys, b, first, unit),
-          extra(kExtra     ? p.extra
-                : prepared ? p.prepared
-                           : p.keys,
-                b, first, unit) {}
+        : keys(prepared ? p.prepared : p.keys, b, first, unit), extra(kExtra ? p.extra : p.keys, b, first, unit) {}
   };
 
   // kLoads loads of each array from unit c of the block on, for each of the kRows steps from i on. Nothing is read
@@ -177,7 +174,7 @@ struct ScoreTile {
     if (max_k >= 0 && min_k <= 0) return Sums::fast;
     if constexpr (kCompensated) {
       const float most = Score::max_compensated(norm2, largest);
-      const bool readable = !F::kPrepared || p.has_vectorized_keys;
+      const bool readable = !F::kPrepared || p.vectorized_keys;  // it reads the keys themselves
       if (most >= 0 && readable && !(F::kPrepared && max_k >= 0 && all_from(min_k))) {
         max_k = most, min_k = 0;
         return Sums::compensated;

@@ -47,9 +47,8 @@ struct DecodeParams {
   StridedView3 query;     // (B, Tq, A)
   StridedView3 keys;      // (B, Tk, A)
   StridedView3 prepared;  // (B, rows, columns) or absent: see PreparedSizes
-  bool has_vectorized_keys;
-  StridedView3 v, bias;  // (1, 1, A) or absent
-  StridedView3 values;   // (B, Tk, D)
+  StridedView3 v, bias;   // (1, 1, A) or absent
+  StridedView3 values;    // (B, Tk, D)
   double scale;
   AttentionMask attended;
   void* context;     // (B, Tq, D) contiguous
@@ -65,6 +64,7 @@ struct DecodeParams {
   Activation activation;  // of ActivatedScore
   double negative_slope;  // of leaky_relu
   StridedView3 extra;     // (B, Tk, A), added to the keys, or absent
+  bool vectorized_keys;   // whether the keys, not the prepared ones, can be read by 16 bytes
 };
 
 // The template parameters of an instance: the score and the normaliser (policies: additive_score.cuh,
