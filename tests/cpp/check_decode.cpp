@@ -564,6 +564,7 @@ int main() {
           Case c{1, Tq, 29, A, 16, Dtype::float32, Layout::plain, 0, special == 0 ? 2 : 0};
           c.prepared = prepared, c.special = special;
           c.size = special == 14 ? 1 : 0.02, c.v_size = A == 33 ? 1e4 : 30;
+          c.bias = A != 33;  // with such a v, scores would be so large that their own rounding decides
           check_all(c);
         }
   report("large v");
