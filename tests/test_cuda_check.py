@@ -256,6 +256,23 @@ def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
 
 
+@pytest.mark.slow
+def test_triton_kernels_are_compiled_outside_of_the_tests(tmp_path: Path) -> None:
+    """In a process whose path has no tests, as ``make cuda-check`` is one."""
+    pytest.importorskip("triton")
+    program = (
+        "import sys; from pathlib import Path; from tools.cuda_check import check; assert 'decode' in"
+        " check.triton_cases(); print(*{f.name for f in check.examine_triton('dot-decode', ['sm_90a'],"
+        " Path(sys.argv[1]))})"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert process.returncode == 0, process.stderr
+    assert "decode_kernel" in process.stdout.split()
+
+
 @needs_nvcc
 def test_command_lists_all_problems_and_fails(tmp_path: Path) -> None:
     (tmp_path / "bad.cu").write_text(SOURCE)

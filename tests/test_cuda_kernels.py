@@ -114,3 +114,51 @@ def test_shared_memory_of_each_device(
     B, Tq, Tk, A = shape
     case = Case(B, Tq, Tk, A, without=("bias",), receives=())
     check(VARIANTS[name], case, dtype, emulator)
+
+
+# Small inputs and a large v. A: units; of more than 512, 8 queries take two blocks.
+LARGE_V = {
+    "keys": dict(A=600),
+    "keys, not aligned": dict(A=37),
+    "prepared": dict(A=600, prepared=True),
+    "extra": dict(A=40, extra=True),
+    "keys that cancel the queries": dict(A=200, size=5.0, bias=True),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_V)
+def test_steps_of_several_queries_need_no_tanh_for_a_large_v(
+    name: str, emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take the compensated form. A single query takes tanh itself."""
+    monkeypatch.setenv("ATTN_EMULATOR_TANH", "nan")
+    case = {"size": 1e-3, "prepared": False, "extra": False, "bias": False} | LARGE_V[name]
+    size, units, lengths = case["size"], case["A"], torch.tensor([19, 6])
+    random = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return 2 * torch.rand(shape, generator=random) - 1
+
+    for queries in (1, 2, 3, 8):
+        query, keys, v = size * uniform(1, queries, units), size * uniform(2, 19, units), 50 * uniform(units)
+        query, options = query.repeat(2, 1, 1), {}
+        if case["bias"]:
+            options["bias"] = uniform(units)
+            keys = 1e-3 * uniform(2, 19, units) - query[:, :1] - options["bias"]
+        if case["extra"]:
+            options["extra"] = size * uniform(2, 19, units)
+        if case["prepared"]:
+            options["prepared"] = attn_kernels.prepare_keys(keys, backend=emulator)
+        weights = attn_kernels.additive_attention(
+            query, keys, uniform(2, 19, 8), v, memory_lengths=lengths, backend=emulator, **options
+        ).alignments.double()
+        if queries == 1:
+            assert weights[1, 0, :6].isnan().all()
+            continue
+        shifts = [options[name].double() for name in ("extra", "bias") if name in options]
+        tanh = torch.tanh(query.double()[:, :, None] + sum(shifts, keys.double())[:, None])
+        exact = (tanh @ v.double()).masked_fill(torch.arange(19) >= lengths[:, None, None], -torch.inf).log_softmax(-1)
+        # As in test_large_v_of_small_sums, and the rounding of softmax. Weights near 0 are not normal numbers.
+        allowed = ((2.5e-7 * tanh.abs() + 6e-9 * min(1, size)) @ v.double().abs()).amax(-1, keepdim=True) + 1e-6
+        error = torch.where(exact > -80, (weights.log() - exact).abs(), 0.0)
+        assert (error / allowed).max() < 1, f"{queries} queries"

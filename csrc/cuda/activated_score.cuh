@@ -10,7 +10,7 @@ namespace cuda {
 
 // v . f(query + keys + bias)
 struct ActivatedScore {
-  static constexpr bool kGuarded = false;
+  static constexpr bool kGuarded = false, kCompensated = false;
 
   // Staged: (NQ, padded) q + bias, (padded) v
   ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return queries + 1; }

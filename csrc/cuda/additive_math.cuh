@@ -74,10 +74,16 @@ ATTN_HOST_DEVICE W quarter_slope_of_tanh(W x) {
 // The larger magnitude, ignoring NaN: one instruction.
 ATTN_HOST_DEVICE float larger_magnitude(float top, float x) { return fmaxf(top, fabsf(x)); }
 
+// What rounding to `product` lost of (e + lost) factor.
+ATTN_HOST_DEVICE float lost_of_product(float e, float lost, float factor, float product) {
+  return fmaf(lost, factor, fmaf(e, factor, -product));
+}
+
 // v1 tanh1 + v2 tanh2 + sum, with E = e k: e is e^{2q} of a query, ev is v e^{2q}, k is e^{2k}.
 //
 // The multiply-add computes E - 1 with one rounding, and small values stay small. So the only error is that of E, about
-// 2^-24. 1 - 2 / (1 + E) would add the error of the reciprocal of a number near 1.
+// 2^-24. 1 - 2 / (1 + E) would add the error of the reciprocal of a number near 1. If the rests of ev and k are added
+// to the score (exp2x_and_rest), this is a compensated form: the error of a unit is a few roundings of its tanh.
 ATTN_HOST_DEVICE float add_two_units(float sum, float e1, float ev1, float v1, float k1, float e2, float ev2, float v2,
                                      float k2) {
   const float d1 = fmaf(e1, k1, 1.0f), d2 = fmaf(e2, k2, 1.0f);
@@ -91,6 +97,12 @@ template <typename T>
 ATTN_HOST_DEVICE float min_abs_bound_two(float norm2, std::int64_t units) {
   if (!(norm2 <= kMaxAbsVTwo * kMaxAbsVTwo)) return INFINITY;
   return sizeof(T) == 2 ? 0.0f : min_abs_bound(norm2, units);
+}
+
+// The largest bound for which e^{4 bound} |v| is in range, also with larger v. NaN or -infinity if v has such elements.
+ATTN_HOST_DEVICE float max_bound_two(float norm2) {
+  constexpr float kLargest = kMaxAbsVTwo * kMaxAbsVTwo;
+  return norm2 <= kLargest ? kMaxBoundTwo : kMaxBoundTwo - 0.125f * logf(norm2 / kLargest);
 }
 
 // Three units share a reciprocal, v folded in (many queries) ----------------------------------------------------------

@@ -1,6 +1,8 @@
 // The score of additive attention in a decoding step, as a policy of ScoreTile (decode_scores.cuh):
 //
 //   kGuarded                whether the fast sums are valid only within limits; outside them ExactUnit is used
+//   kCompensated            whether float32 has a compensated form, the fast sums with the rests of the exponentials;
+//                           its members: stage_compensated, max_compensated, prepare_key_and_rest
 //   staged_rows(NQ), stage  the number of rows of floats that NQ queries stage in shared memory, and the staging
 //   limits                  the range of a step's largest |k| for which the fast sums are valid
 //   prepare_key             converts an element of a key to the operand of add_two()
@@ -16,9 +18,10 @@
 namespace attn {
 namespace cuda {
 
-// v . tanh(query + keys + bias). Two units share a reciprocal; outside the limits, tanh itself is computed.
+// v . tanh(query + keys + bias). Two units share a reciprocal. Outside the limits of this form, the compensated form or
+// tanh itself is computed.
 struct AdditiveScore {
-  static constexpr bool kGuarded = true;
+  static constexpr bool kGuarded = true, kCompensated = true;
 
   // Staged: (NQ, padded) e^{2 (q + bias)}, (NQ, padded) v e^{2 (q + bias)}, (padded) v
   ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return 2 * queries + 1; }
@@ -44,6 +47,27 @@ struct AdditiveScore {
     }
   }
 
+  // The same for the compensated form. Adds to `rest` the sum of v r over units: the staged numbers are exact for
+  // q + bias - r.
+  template <typename T, int NQ>
+  ATTN_DEVICE static void stage_compensated(const DecodeParams& p, float* staged, int padded, int q, int i, int64_t u,
+                                            int64_t end, float x, float& rest) {
+    const float v = element_or_zero(static_cast<const T*>(p.v.data), u, end, p.v.stride[2]);
+    float r, lost = 0, e = exp2x_and_rest(x, &r);
+    if (p.bias.data != nullptr) {
+      float of_bias;
+      const float bias = element_or_zero(static_cast<const T*>(p.bias.data), u, end, p.bias.stride[2]),
+                  factor = exp2x_and_rest(bias, &of_bias), product = e * factor;
+      lost = lost_of_product(e, 0, factor, product);
+      e = product, r += of_bias;
+    }
+    const float ev = e * v;
+    staged[q * padded + i] = e;
+    staged[(NQ + q) * padded + i] = ev;
+    if (q == 0) staged[2 * NQ * padded + i] = v;
+    rest += fmaf(v, r, 0.5f * lost_of_product(e, lost, v, ev) * reciprocal(e));
+  }
+
   // largest, smallest: the extremes over the queries of each query's largest |query| + |bias|.
   template <typename T>
   ATTN_DEVICE static void limits(float norm2, int units, float largest, float smallest, float* max_k, float* min_k) {
@@ -51,10 +75,21 @@ struct AdditiveScore {
     *min_k = min_abs_bound_two<T>(norm2, units) - smallest;
   }
 
+  // The largest |k| of a step for which the compensated form is valid.
+  ATTN_DEVICE static float max_compensated(float norm2, float largest) { return max_bound_two(norm2) - largest; }
+
   template <typename T>
   ATTN_DEVICE static void prepare_key(float& k, float& abs_max) {
     abs_max = larger_magnitude(abs_max, k);
     k = exp2x_of<T>(k);
+  }
+
+  // The same for the compensated form. Adds v r to `rest`: the result is exact for k - r.
+  ATTN_DEVICE static void prepare_key_and_rest(float& k, float v, float& abs_max, float& rest) {
+    abs_max = larger_magnitude(abs_max, k);
+    float r;
+    k = exp2x_and_rest(k, &r);
+    rest = fmaf(v, r, rest);
   }
 
   struct Units {

@@ -146,7 +146,7 @@ ATTN_DEVICE void stage_compensated(const SharedTile<float, kColumns>& s, int uni
     const float e = fmaf(rounded, 2 * lost_of_sum, rounded), lost = fmaf(rounded, 2 * lost_of_sum, rounded - e);
     const float factor = is_query ? constant[i] / kDenominatorScaleOfRow : kDenominatorScaleOfRow;
     x[i] = e * factor;
-    r += 0.5f * fmaf(lost, factor, fmaf(e, factor, -x[i])) * reciprocal(x[i]);  // the rounding of both products
+    r += 0.5f * lost_of_product(e, lost, factor, x[i]) * reciprocal(x[i]);  // the rounding of both products
     rest = fmaf(v[i], r, rest);
   }
 }

@@ -43,7 +43,7 @@ Shared shared_of(int64_t beginning, int64_t capacity) {
   take(&s.weights, capacity * NQ * sizeof(W));
   take(&s.stats, 2 * NQ * sizeof(W));
   take(&s.factors, kMaxClusterBlocks * NQ * sizeof(W));
-  take(&s.guards, 2 * kWarps * sizeof(float));
+  take(&s.guards, 3 * kWarps * sizeof(float));
   take(&s.state, sizeof(BlockState));
   take(&s.list, capacity * sizeof(int));
   take(&s.attends, capacity);
@@ -84,13 +84,13 @@ void run_queries(const DecodeParams& p, int64_t B) {
 template <class Score, typename T>
 void run_form(DecodeParams p, int64_t B) {
   if constexpr (sizeof(T) <= 4) {
+    p.vectorized_keys = has_vectorized_rows(p.keys, p.A, sizeof(T));
     if (has_vectorized_rows(p.values, p.D, sizeof(T))) {
       using Prepared = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
       if constexpr (Score::kGuarded && !kAddsExtra<Score>)
         if (p.prepared.data != nullptr && has_vectorized_rows(p.prepared, 0, sizeof(Prepared)))
           return run_queries<Form<Score, T, Prepared, true, true>>(p, B);
-      if (has_vectorized_rows(p.keys, p.A, sizeof(T)) &&
-          (!kAddsExtra<Score> || has_vectorized_rows(p.extra, p.A, sizeof(T))))
+      if (p.vectorized_keys && (!kAddsExtra<Score> || has_vectorized_rows(p.extra, p.A, sizeof(T))))
         return run_queries<Form<Score, T, T, false, true>>(p, B);
     }
   }

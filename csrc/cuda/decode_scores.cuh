@@ -5,12 +5,19 @@
 // queries' operands (exponentials for additive attention) are staged in shared memory, in blocks of units, in the order
 // in which lanes read them. While a warp computes with 16 bytes of each of its steps, the next 16 bytes are being
 // loaded.
+//
+// A block of units has one of three forms, chosen by the sizes of v, of the queries and, where they are prepared, of the
+// keys. Single steps that are too large for it are computed exactly.
 #pragma once
 
 #include "decode_types.cuh"
 
 namespace attn {
 namespace cuda {
+
+// fast: within the limits of the score. compensated: the same sums, and the rests of the exponentials, for a large v
+// and small inputs. exact: by the formula.
+enum class Sums { fast, compensated, exact };
 
 // Computes weights[i * NQ + q], the scores of step i of the block; undefined for pairs that are not attended.
 template <class F, int NQ>
@@ -21,6 +28,9 @@ struct ScoreTile {
   using Score = typename F::Score;
   static constexpr bool kStaged = sizeof(T) <= 4;  // float64 uses the exact form
   static constexpr bool kExtra = kAddsExtra<Score>;
+  // With one query, tanh itself takes no longer than the reads of a large memory (docs/design.md). In low precision the
+  // fast sums are accurate enough for small inputs.
+  static constexpr bool kCompensated = Score::kCompensated && std::is_same_v<T, float> && NQ > 1;
   // Steps of a warp at a time, limited by registers with 8 queries.
   static constexpr int kRows = NQ == 4 && F::kVectorized ? 4 : NQ == 8 && kExtra && sizeof(T) == 2 ? 1 : 2;
   static constexpr int kArrays = kExtra ? 2 : 1;  // keys, extra
@@ -37,7 +47,7 @@ struct ScoreTile {
 
   int64_t unit = 0;            // the first unit of this block of units
   int units = 0, padded = 0;   // its number of units, and that number rounded up to whole loads
-  float max_k = 0, min_k = 0;  // the range of the largest |k| for which the factored form is valid
+  float max_k = 0, min_k = 0;  // the range of the largest |k| for which the sums are valid
   bool all_exact = true;
 
   // (Score::staged_rows(NQ), padded): see the policies of the scores.
@@ -63,17 +73,23 @@ struct ScoreTile {
       if constexpr (kStaged) {
         padded = static_cast<int>(round_up(units > 0 ? units : 1, kUnits));
         uint4 next[kRaw];
-        const StridedView3& keys = F::kPrepared ? p.prepared : p.keys;
-        const KeyRows rows{{keys, b, steps.first, unit}, {kExtra ? p.extra : keys, b, steps.first, unit}};
+        const KeyRows<F::kPrepared> rows(p, b, steps.first, unit);
         if (steps.n > 0) fetch(rows, next, warp * kRows, 0);
         if (unit > 0) __syncthreads();
-        stage();
+        stage<Sums::fast>();
         __syncthreads();
-        all_exact = !choose();
+        const Sums sums = choose();
+        all_exact = sums == Sums::exact;
         any_exact = all_exact;
-        if (!all_exact)
-#pragma unroll 1
-          for (int i = warp * kRows; i < steps.n; i += kWarps * kRows) any_exact |= !score_rows(rows, next, i);
+        if (sums == Sums::fast) any_exact = !score_all<Sums::fast>(rows, next);
+        if constexpr (kCompensated)
+          if (sums == Sums::compensated) {
+            const KeyRows<false> raw(p, b, steps.first, unit);
+            if (F::kPrepared && steps.n > 0) fetch(raw, next, warp * kRows, 0);
+            stage<Sums::compensated>();
+            __syncthreads();
+            any_exact = !score_all<Sums::compensated>(raw, next);
+          }
       }
       if ((Score::kGuarded || !kStaged) && any_exact) {
         __syncwarp();
@@ -87,13 +103,20 @@ struct ScoreTile {
     } while (kStaged && unit < p.A);
   }
 
+  // extra: unused without one.
+  template <bool prepared>
   struct KeyRows {
+    static constexpr bool kPrepared = prepared;
     Rows<F, Key> keys, extra;
+
+    ATTN_DEVICE KeyRows(const DecodeParams& p, int b, int first, int64_t unit)
+        : keys(prepared ? p.prepared : p.keys, b, first, unit), extra(kExtra ? p.extra : p.keys, b, first, unit) {}
   };
 
   // kLoads loads of each array from unit c of the block on, for each of the kRows steps from i on. Nothing is read
   // beyond the last step.
-  ATTN_DEVICE void fetch(const KeyRows& rows, uint4* raw, int i, int c) const {
+  template <class Source>
+  ATTN_DEVICE void fetch(const Source& rows, uint4* raw, int i, int c) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = steps.offset(i + r < steps.n ? i + r : steps.n - 1), n = i < steps.n ? units : 0;
@@ -105,29 +128,37 @@ struct ScoreTile {
     }
   }
 
-  // Each warp stages one query: all units of the block, or a share of them if several warps stage the query.
+  // Each warp stages one query: all units of the block, or a share of them if several warps stage the query. guards():
+  // the largest |q| of each warp, its sum of the squares of v and, compensated, its sum of v r.
+  template <Sums kSums>
   ATTN_DEVICE void stage() {
     constexpr int kEach = kWarps / NQ;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, q = warp / kEach;
     const T* query = row_of<T>(p.query, b, q < p.Tq ? q : 0) + unit * p.query.stride[2];
     const int n = q < p.Tq ? units : 0;
-    float abs_max = 0, norm2 = 0;
+    float abs_max = 0, norm2 = 0, rest = 0;
 #pragma unroll 2
     for (int i = warp % kEach * kWarp + lane; i < padded; i += kEach * kWarp) {
       const int u = unit_at<F>(i);
       const float x = element_or_zero(query, u, n, p.query.stride[2]);
-      Score::template stage<T, NQ>(p, staged(), padded, q, i, unit + u, unit + units, x, abs_max, norm2);
+      if constexpr (kSums == Sums::compensated)
+        Score::template stage_compensated<T, NQ>(p, staged(), padded, q, i, unit + u, unit + units, x, rest);
+      else
+        Score::template stage<T, NQ>(p, staged(), padded, q, i, unit + u, unit + units, x, abs_max, norm2);
     }
-    if constexpr (Score::kGuarded) {
+    if constexpr (kSums == Sums::compensated) {
+      rest = warp_sum(rest);
+      if (lane == 0) guards()[2 * kWarps + warp] = rest;
+    } else if constexpr (Score::kGuarded) {
       abs_max = warp_largest(abs_max);
       norm2 = warp_sum(norm2);
       if (lane == 0) guards()[warp] = abs_max, guards()[kWarps + warp] = norm2;
     }
   }
 
-  // Computes the limits of |k|. Returns false if no step can be within them.
-  ATTN_DEVICE bool choose() {
-    if constexpr (!Score::kGuarded) return true;
+  // Chooses the sums of all threads, and computes the limits of |k|.
+  ATTN_DEVICE Sums choose() {
+    if constexpr (!Score::kGuarded) return Sums::fast;
     constexpr int kEach = kWarps / NQ;
     float largest = 0, smallest = INFINITY, norm2 = 0;
     const int attending = reinterpret_cast<const BlockState*>(shared_memory() + p.shared.state)->attending_queries;
@@ -140,14 +171,41 @@ struct ScoreTile {
     }
     for (int w = 0; w < kEach; ++w) norm2 += guards()[kWarps + w];
     Score::template limits<T>(norm2, units, largest, smallest, &max_k, &min_k);
-    return max_k >= 0 && min_k <= max_k;
+    if (max_k >= 0 && min_k <= 0) return Sums::fast;
+    if constexpr (kCompensated) {
+      const float most = Score::max_compensated(norm2, largest);
+      const bool readable = !F::kPrepared || p.vectorized_keys;  // it reads the keys themselves
+      if (most >= 0 && readable && !(F::kPrepared && max_k >= 0 && all_from(min_k))) {
+        max_k = most, min_k = 0;
+        return Sums::compensated;
+      }
+    }
+    return max_k >= 0 && min_k <= max_k ? Sums::fast : Sums::exact;
+  }
+
+  // Whether the largest |k| of each step of the block is at least `bound`. Each warp looks at all steps.
+  ATTN_DEVICE bool all_from(float bound) const {
+    bool all = true;
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < steps.n; i += kWarp) all = all && prepared_abs_max(i) >= bound;
+    return __all_sync(kAllLanes, all);
+  }
+
+  // The scores of all steps of this warp. Returns false if some need the exact form.
+  template <Sums kSums, class Source>
+  ATTN_DEVICE bool score_all(const Source& rows, uint4* next) {
+    bool all = true;
+#pragma unroll 1
+    for (int i = threadIdx.x / kWarp * kRows; i < steps.n; i += kWarps * kRows) all &= score_rows<kSums>(rows, next, i);
+    return all;
   }
 
   // Computes the scores of kRows steps from i on. Returns false if some need the exact form. next: in, the first loads
   // of these steps; out, the first loads of the warp's next steps.
-  ATTN_DEVICE bool score_rows(const KeyRows& rows, uint4* next, int i) {
+  template <Sums kSums, class Source>
+  ATTN_DEVICE bool score_rows(const Source& rows, uint4* next, int i) {
     const int lane = threadIdx.x % kWarp;
-    float sums[kRows * NQ] = {}, abs_max[kRows] = {};
+    float sums[kRows * NQ] = {}, abs_max[kRows] = {}, rests[kRows] = {};
 #pragma unroll 1
     for (int c = 0; c < padded; c += kLoads * kUnits) {
       uint4 now[kRaw];
@@ -158,8 +216,12 @@ struct ScoreTile {
       fetch(rows, next, j, more ? c + kLoads * kUnits : 0);
 #pragma unroll
       for (int l = 0; l < kLoads; ++l)
-        if (l == 0 || c + l * kUnits < padded) add_units(now + l, c + l * kUnits, sums, abs_max);
+        if (l == 0 || c + l * kUnits < padded)
+          add_units<kSums, Source::kPrepared>(now + l, c + l * kUnits, sums, abs_max, rests);
     }
+    if constexpr (kSums == Sums::compensated)
+#pragma unroll
+      for (int n = 0; n < kRows * NQ; ++n) sums[n] += rests[n / NQ];
     unsigned accepted = 0;  // a bit for each step for which the factored form is valid
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -168,9 +230,10 @@ struct ScoreTile {
           (__all_sync(kAllLanes, abs_max[r] <= max_k) && __any_sync(kAllLanes, abs_max[r] >= min_k)))
         accepted |= 1u << r;
     }
-    const float sum = warp_sums<kRows * NQ>(sums);
+    float sum = warp_sums<kRows * NQ>(sums);
     constexpr int kLanes = kWarp / (kRows * NQ);
     const int k = lane / kLanes, r = k / NQ;
+    if constexpr (kSums == Sums::compensated) sum += query_rest(k % NQ);
     if (lane % kLanes == 0 && i + r < steps.n) {
       if (Score::kGuarded && k % NQ == 0) needs_exact()[i + r] = !(accepted >> r & 1);
       if (accepted >> r & 1) store(i * NQ + k, sum);
@@ -178,12 +241,24 @@ struct ScoreTile {
     return accepted == (1u << kRows) - 1;
   }
 
-  // Accumulates one load of each row, the units from c on, into sums (row, query). raw: that of the first row.
-  ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* abs_max) const {
+  // The sum of v r of a query, over the units of the block.
+  ATTN_DEVICE float query_rest(int q) const {
+    constexpr int kEach = kWarps / NQ;
+    float rest = 0;
+#pragma unroll
+    for (int w = 0; w < kEach; ++w) rest += guards()[2 * kWarps + q * kEach + w];
+    return rest;
+  }
+
+  // Accumulates one load of each row, the units from c on, into sums (row, query) and, compensated, the sums of v r of
+  // the rows. raw: the load of the first row.
+  template <Sums kSums, bool kPrepared>
+  ATTN_DEVICE void add_units(const uint4* raw, int c, float* sums, float* abs_max, float* rests) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int part = 0; part < kPer16Bytes<Key> / 4; ++part) {
       const int at = c + part * 4 * kWarp + lane * 4;
+      const typename Score::Units unit_constants(staged(), padded, NQ, at);
       float k[kRows][4];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -194,12 +269,16 @@ struct ScoreTile {
 #pragma unroll
           for (int j = 0; j < 4; ++j) k[r][j] += added[j];
         }
-        if constexpr (!F::kPrepared) {
+        if constexpr (!kPrepared) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) Score::template prepare_key<T>(k[r][j], abs_max[r]);
+          for (int j = 0; j < 4; ++j) {
+            if constexpr (kSums == Sums::compensated)
+              Score::prepare_key_and_rest(k[r][j], unit_constants.v[j], abs_max[r], rests[r]);
+            else
+              Score::template prepare_key<T>(k[r][j], abs_max[r]);
+          }
         }
       }
-      const typename Score::Units unit_constants(staged(), padded, NQ, at);
       Score::by_form(p, [&](auto form) {
 #pragma unroll
         for (int q = 0; q < NQ; ++q) {

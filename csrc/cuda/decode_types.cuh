@@ -16,7 +16,7 @@ struct Shared {
   int weights;      // (capacity, NQ), of W: scores, later e^(score - largest), 0 if not attended
   int stats;        // (2, NQ), of W: Normaliser::Part
   int factors;      // (kMaxClusterBlocks, NQ), of W: alignments = factor * weights, for each block
-  int guards;       // (2, kWarps) float
+  int guards;       // (3, kWarps) float
   int state;        // a BlockState
   int list;         // (capacity) int, with a mask: offsets of the attended steps from the first step
   int attends;      // (capacity) bytes, with a mask: a bit for each query
@@ -64,6 +64,7 @@ struct DecodeParams {
   Activation activation;  // of ActivatedScore
   double negative_slope;  // of leaky_relu
   StridedView3 extra;     // (B, Tk, A), added to the keys, or absent
+  bool vectorized_keys;   // whether the keys, not the prepared ones, can be read by 16 bytes
 };
 
 // The template parameters of an instance: the score and the normaliser (policies: additive_score.cuh,

@@ -9,7 +9,7 @@ namespace cuda {
 
 // scale * query . keys
 struct DotScore {
-  static constexpr bool kGuarded = false;
+  static constexpr bool kGuarded = false, kCompensated = false;
 
   // Staged: (NQ, padded) q
   ATTN_HOST_DEVICE static constexpr int staged_rows(int queries) { return queries; }

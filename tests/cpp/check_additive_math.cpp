@@ -91,6 +91,45 @@ void check_compensated() {
   std::printf("two units%s: %d cases, worst error %.2g of what is allowed\n", kClamped ? ", clamped" : "", n, worst);
 }
 
+// Two units with v outside of the exponentials, and the rests: as check_compensated. Beyond the limit of |v| up to a
+// smaller bound.
+void check_two_and_rests(float largest_v) {
+  std::mt19937 random(3);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  const float bound = max_bound_two(largest_v * largest_v);
+  double worst = 0;
+  const int n = 200000;
+  for (int t = 0; t < n; ++t) {
+    const float size = std::ldexp(bound / 3, -t % 12);
+    float v[2], e[2], ev[2], k[2];
+    double exact = 0, rests = 0, allowed = 0;
+    for (int u = 0; u < 2; ++u) {
+      v[u] = largest_v * std::ldexp(uniform(random), -static_cast<int>(t % 3 * 11 * std::fabs(uniform(random))));
+      const float x = size * uniform(random), bias = size * uniform(random),
+                  y = t % 2 ? size * uniform(random) : -(x + bias) * (1 + 0.001f * uniform(random));
+      float of_query, of_bias, of_key;
+      const float power = exp2x_and_rest(x, &of_query), factor = exp2x_and_rest(bias, &of_bias);
+      e[u] = power * factor;
+      ev[u] = e[u] * v[u];
+      k[u] = exp2x_and_rest(y, &of_key);
+      const float lost = lost_of_product(power, 0, factor, e[u]), of_v = lost_of_product(e[u], lost, v[u], ev[u]);
+      const double tanh = std::tanh(double(x) + double(bias) + double(y));
+      exact += v[u] * tanh;
+      rests += v[u] * (double(of_query) + double(of_bias) + double(of_key)) + 0.5 * double(of_v) / e[u];
+      // As above, but three numbers are rounded, not two.
+      const float all = std::fabs(x) + std::fabs(bias) + std::fabs(y), of_numbers = std::fmin(1.125f, 1.15f * all);
+      allowed += std::fabs(v[u]) * (15.5 * std::fabs(tanh) + of_numbers) * 0x1p-24;
+    }
+    const float sum = add_two_units(0, e[0], ev[0], v[0], k[0], e[1], ev[1], v[1], k[1]);
+    expect(std::isfinite(sum), "a sum of two is finite", sum, size, largest_v);
+    worst = std::fmax(worst, std::fabs(sum + rests - exact) / allowed);
+  }
+  expect(worst < 1, "a sum of two and their rests, as a share of what is allowed", worst, largest_v);
+  const float end = exp2x(bound), edge = add_two_units(0, 1, largest_v, largest_v, end, 1, largest_v, largest_v, end);
+  expect(std::fabs(edge / (2 * largest_v) - 1) < 1e-6, "a sum of two at the edge", edge, largest_v);
+  std::printf("two units and rests, v up to %g: %d cases, worst error %.2g of what is allowed\n", largest_v, n, worst);
+}
+
 // The corners of the range: no overflow, no underflow, the limits of tanh.
 void check_corners() {
   const float ends[] = {-kMaxBoundThree, 0, kMaxBoundThree}, units[] = {1, kMinRelativeV, -1, -kMinRelativeV};
@@ -123,6 +162,9 @@ void check_limits() {
   expect(std::isinf(min_abs_bound(200, 100)) && std::isinf(min_abs_bound(NAN, 100)), "no limit for a large v", 0);
   expect(std::isinf(min_abs_bound_two<float>(1e9f, 256)) && min_abs_bound_two<attn::cuda::BFloat16>(200, 100) == 0,
          "limits of two units", 0);
+  expect(max_bound_two(0) == kMaxBoundTwo && max_bound_two(kMaxAbsVTwo * kMaxAbsVTwo) == kMaxBoundTwo &&
+             max_bound_two(INFINITY) < 0 && std::isnan(max_bound_two(NAN)),
+         "the largest bound of two units", 0);
 }
 
 // The compensation of a running sum: a million small numbers are added to a large one.
@@ -142,6 +184,9 @@ int main() {
   check_three();
   check_compensated<false>();
   check_compensated<true>();
+  check_two_and_rests(1);
+  check_two_and_rests(kMaxAbsVTwo);
+  check_two_and_rests(1e15f);
   check_corners();
   check_limits();
   check_exact_sum();

@@ -556,4 +556,16 @@ int main() {
         }
       }
   report("prepared keys");
+  // The compensated form, and steps beyond its limits.
+  for (bool prepared : {false, true})
+    for (int A : {33, 100, 600})
+      for (int Tq : {2, 4, 8})
+        for (int special : {0, 1, 10, 14}) {
+          Case c{1, Tq, 29, A, 16, Dtype::float32, Layout::plain, 0, special == 0 ? 2 : 0};
+          c.prepared = prepared, c.special = special;
+          c.size = special == 14 ? 1 : 0.02, c.v_size = A == 33 ? 1e4 : 30;
+          c.bias = A != 33;  // with such a v, scores would be so large that their own rounding decides
+          check_all(c);
+        }
+  report("large v");
 }

@@ -6,10 +6,11 @@
 // Order (below) decides which fiber and which block runs next; hardware may use any order. Dynamic shared memory is
 // initialised with NaN.
 //
-// Two environment variables, read at each launch, control the emulation:
+// Three environment variables, read at each launch, control the emulation:
 //
 //   ATTN_EMULATOR_ORDER            "turns", "first", "last", "random" or "random:7", with a seed: see Order
 //   ATTN_EMULATOR_SHARED_MEMORY    bytes of shared memory that a block may have; by default as many as on an H100
+//   ATTN_EMULATOR_TANH             "nan": every tanh in float32 is NaN, so that a result shows whether it needs one
 #pragma once
 
 #include <ucontext.h>
@@ -24,6 +25,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "cuda_arithmetic.h"
 
 #define __global__
 #define __device__
@@ -266,6 +269,8 @@ inline void launch(std::function<void()> body, unsigned blocks, unsigned threads
   m.shared_bytes = shared_bytes;
   m.body = std::move(body);
   read_order(m);
+  const char* tanh = std::getenv("ATTN_EMULATOR_TANH");
+  tanh_is_nan = tanh != nullptr && std::strcmp(tanh, "nan") == 0;
   std::vector<std::size_t> order;
   sort(m, blocks / cluster, order);
   for (std::size_t first : order) run_cluster(m, static_cast<unsigned>(first) * cluster);

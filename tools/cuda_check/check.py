@@ -8,6 +8,7 @@ loops.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -82,10 +83,9 @@ def triton_cases() -> list[str]:
     """The names of the cases of the ahead-of-time tests; empty without Triton."""
     if importlib.util.find_spec("triton") is None or not AOT.exists():
         return []
-    specification = importlib.util.spec_from_file_location("attn_kernels_triton_aot", AOT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return list(module.CASES)
+    if str(AOT.parent) not in sys.path:
+        sys.path.append(str(AOT.parent))  # for the modules that it imports
+    return list(importlib.import_module(AOT.stem).CASES)
 
 
 def examine_triton(case: str, targets: Iterable[str], cache: Path) -> list[Finding]:
@@ -109,11 +109,13 @@ def _triton_fingerprint() -> str:
 
 
 def _compile_triton(case: str, cache: Path) -> str:
-    """Returns the JSON that the tests print for a case."""
+    """Returns what compile_case of the tests returns for a case, as JSON."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache / "triton")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    process = subprocess.run([sys.executable, str(AOT), case], capture_output=True, text=True, env=environment)
+    paths = (str(ROOT), str(AOT.parent), environment.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    program = f"import json, {AOT.stem} as aot; print(json.dumps(aot.compile_case({case!r})))"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if process.returncode != 0:
         raise RuntimeError(f"Triton, case {case}: {''.join(process.stderr.strip().splitlines()[-1:]) or 'failed'}")
     return process.stdout.splitlines()[-1]
