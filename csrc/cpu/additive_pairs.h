@@ -8,12 +8,12 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Stores e^{2x}, e^{-2x}.
+// Stores e^x, e^{-x}.
 template <typename T>
 ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
     Vec<T> up, down;
-    exp_both_ways(x + x, &up, &down);
+    exp_both_ways(x, &up, &down);
     store(e, up);
     store(e + width<T>, down);
   }
@@ -31,7 +31,7 @@ struct TanhPair {
   static TanhPair<T, kRefined, false> unclamped() { return {}; }
 
   ATTN_INLINE static Vec<T> clamped(Vec<T> e) {
-    if constexpr (kClamped) return at_most<T>(e, kMaxExponentialBackward);
+    if constexpr (kClamped) return at_most<T>(e, kRefined ? T(0x1p39) : T(kMaxExponentialBackward));
     return e;
   }
 
@@ -40,16 +40,22 @@ struct TanhPair {
 
   // Columnwise: the two vectors that are stored per vector x, and whether they can be used, given the largest |q| and
   // |k|.
-  ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
+  ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials<T>(e, kRefined ? x : x + x); }
   ATTN_INLINE static bool fits_kept(T q, T k) {
     return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;
   }
   ATTN_INLINE static bool fits_unclamped(T q, T k) { return kClamped && q + k <= kMaxBoundUnclampedBackward; }
   ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                             Vec<T>& dv) const {
-    const Vec<T> up = clamped(q_up * k_up), down = clamped(q_down * k_down);
-    const Vec<T> ratio = quotient<kRefined, T>(broadcast(ds), (up + T(2)) + down);
-    const Vec<T> g = kRefined ? rounded(ratio) : ratio;
+    if constexpr (kRefined) {
+      const Vec<T> up = clamped(q_up * k_up), down = rounded(clamped(q_down * k_down));
+      const Vec<T> r = refined_reciprocal(up + down), p = rounded(ds * r);
+      dq += p * r;
+      dk += p * r;
+      dv += p * (up - down);
+      return;
+    }
+    const Vec<T> up = clamped(q_up * k_up), down = clamped(q_down * k_down), g = ds / ((up + T(2)) + down);
     dq += g;
     dk += g;
     dv += g * (up - down);
