@@ -19,6 +19,9 @@ ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, in
     Vec<T> dk[NK], sum{}, dvc = load(dv + c);
     clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
+    if constexpr (kKeys)
+      if (!stream)
+        for (int r = 0; r < NK; ++r) prefetch_to_write(dkeys[r] + NK * back.op.A + c);
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
       if constexpr (kKept) {

@@ -264,7 +264,10 @@ ATTN_INLINE void weighted_sum_fixed(T* out, const T* weight, int64_t wi, const T
   if (stream)
     for (; c + w <= n; c += w) store_stream(out + c, vector(whole, c));
   else
-    for (; c + w <= n; c += w) store(out + c, vector(whole, c));
+    for (; c + w <= n; c += w) {
+      prefetch_to_write(out + c + 512);
+      store(out + c, vector(whole, c));
+    }
   if (c < n)
     store_part(out + c, vector([&](const T* p) __attribute__((always_inline)) { return load_part(p, n - c); }, c),
                n - c);
