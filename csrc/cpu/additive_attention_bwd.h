@@ -21,8 +21,6 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-constexpr int64_t kMaxRowwiseQueries = 7;  // for more, storing the exponentials of all steps is faster: columnwise
-
 // Computes dquery, dv, dbias and dkeys, if needed, from the compact gradients of the scores, (B, Tq, Tk), that the
 // stages `before` compute.
 template <typename T, class Op, class Pair, class... Before>

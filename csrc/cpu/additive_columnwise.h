@@ -60,7 +60,7 @@ struct UnitColumns {
 // the reciprocal, turned out slower. Not inlined: its sums use all registers.
 template <typename T, int NQ, class Pair>
 __attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld,
-                                                  const char* const* ahead) {
+                                               const char* const* ahead) {
   constexpr int64_t w = width<T>, cell = 3 * w;
   Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two independent sums hide the latency of an addition
   clear(dq);
