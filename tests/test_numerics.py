@@ -235,7 +235,7 @@ def test_large_score_vector_of_many_units(backend: str, device: str, largest: fl
 
 # |q| + |k| where a kernel changes its form or could leave its range: sharing of a division by two, three or four; the
 # reach from which on a large v may use the factored form; the exponentials themselves.
-LIMITS = (2.0, 5.0, 14.5, 16.0, 19.0, 22.0, 27.0, 32.0, 43.0, 44.0, 86.0, 88.0)
+LIMITS = (2.0, 5.0, 14.5, 16.0, 19.0, 20.0, 22.0, 27.0, 32.0, 43.0, 44.0, 86.0, 88.0)
 
 
 def edges(coarse: float) -> list[float]:
@@ -348,11 +348,11 @@ def test_large_v_of_small_sums(fused: str, device: str, size: float, of_keys: st
     assert ((scores - tanh @ v.double()).abs() / allowed).max() < 1
 
 
-@pytest.mark.parametrize("fused", ["triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("fused", ["cpu", "triton", "cuda"], indirect=True)
 @pytest.mark.parametrize("queries", [2, 19], ids=["few", "many"])
 @pytest.mark.parametrize("keys_at", [0.0, -25.0])
 def test_gradients_keep_their_digits(fused: str, device: str, queries: int, keys_at: float) -> None:
-    """On a GPU each term of a gradient is right to a few units in its own last place, wherever tanh is.
+    """Each term of a gradient is right to a few units in its own last place, wherever tanh is.
 
     1 - tanh^2 and 1 - 2 / (1 + e^2x) would be right to a few units in the last place of 1, and the reciprocal of a GPU
     has a larger error than that of a CPU.

@@ -2,13 +2,13 @@
 //
 // With E = e^{2q} e^{2k}, dquery and dkeys are sums of 4 v g, g = ds (1 - tanh^2) / 4, and dv is the sum of ds tanh.
 //
-// Many queries, columnwise: g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E). 1/E = e^{-2q} e^{-2k} is a product, too,
-// so a pair costs a division and three multiplications.
+// Many queries, columnwise: with C = e^{q+k} + e^{-(q+k)} and S the difference, g = ds / C^2 and ds tanh = ds S / C,
+// where the exponentials are products, too; or, with divisions, g = ds / (E + 1/E + 2) and ds tanh = g (E - 1/E).
 //
 // Few queries, rowwise: a second exponential per key would take too long. With r = 1 / (1 + E) and p = ds r,
 // g = p (E r) and ds tanh = -2 (p - ds / 2).
 //
-// In both forms 1 - tanh^2 does not cancel for saturated units.
+// In all forms 1 - tanh^2 does not cancel for saturated units.
 //
 // Nothing of size (B, Tq, Tk, A) is stored: the exponentials are recomputed. A task computes some units of one
 // sentence, so all sums over queries and steps are local to a task.
@@ -20,8 +20,6 @@
 
 namespace attn {
 namespace ATTN_LEVEL {
-
-constexpr int64_t kMaxRowwiseQueries = 7;  // for more, storing the exponentials of all steps is faster: columnwise
 
 // Computes dquery, dv, dbias and dkeys, if needed, from the compact gradients of the scores, (B, Tq, Tk), that the
 // stages `before` compute.

@@ -232,7 +232,7 @@ struct AdditiveScore {
                 k += part ? load_element(addend[r] + c, units.n - c) : load_element(addend[r] + c);
               }
               abs_max[r] = larger_magnitude<T>(abs_max[r], k);
-              return exp_in_range(k + k);
+              return exp_of_twice(k);
             }
           },
           acc);

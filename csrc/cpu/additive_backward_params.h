@@ -41,16 +41,17 @@ struct BackwardParams {
     T* dbias = dbias_parts + b * units.size + c;
     store(dbias, (i == 0 ? zero : load(dbias)) + g);
   }
-  // Prefetches the cache lines of dquery that are written after the last tile.
-  ATTN_INLINE void prefetch_dquery(int64_t b, int64_t i, int64_t c) const {
-    prefetch_to_write(static_cast<const char*>(dquery) + ((b * op.Tq + i) * op.A + c) * item_size(op.query.dtype));
-  }
-  ATTN_INLINE void prefetch_dkeys(int64_t b, int64_t j, int64_t c) const {
-    prefetch_to_write(static_cast<const char*>(dkeys) + ((b * op.Tk + j) * op.A + c) * item_size(op.query.dtype));
-  }
   ATTN_INLINE void write_dkeys(int64_t b, int64_t j, int64_t c, Vec<T> sum) const {
     const Vec<T> g = Pair::of_unit(load(units.v + c), sum);
     store_as<T>(dkeys, op.query.dtype, (b * op.Tk + j) * op.A + c, g, op.A - c);
+  }
+  // Prefetches the columns [first, first + columns) of dquery and dkeys, which are written after the last tile.
+  Prefetcher outputs(int64_t b, int64_t first, int64_t columns) const {
+    Prefetcher ahead;
+    const Dtype dtype = op.query.dtype;
+    if (dquery != nullptr) ahead.add({dquery, dtype, {op.Tq * op.A, op.A, 1}}, b, op.Tq, first, columns);
+    if (dkeys != nullptr) ahead.add({dkeys, dtype, {op.Tk * op.A, op.A, 1}}, b, op.Tk, first, columns);
+    return ahead;
   }
   // Prefetches the inputs of the next task: the columns from `first` on of sentence b, for tasks of `columns` columns.
   Prefetcher next(int64_t b, int64_t first, int64_t columns) const {

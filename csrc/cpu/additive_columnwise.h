@@ -54,12 +54,13 @@ struct UnitColumns {
 };
 
 // Accumulates the gradients of NQ queries and n steps (cells of UnitColumns, all in range) from ds[a * ld + j]. Returns
-// the sum of ds tanh.
+// the sum of ds tanh. Prefetches the cache lines ahead[j].
 //
 // Divisions are the bottleneck. Two queries could share a division, but the additional multiplications, or estimates of
 // the reciprocal, turned out slower. Not inlined: its sums use all registers.
 template <typename T, int NQ, class Pair>
-__attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
+__attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld,
+                                               const char* const* ahead) {
   constexpr int64_t w = width<T>, cell = 3 * w;
   Vec<T> up[NQ], down[NQ], dq[NQ], dv[2];  // two independent sums hide the latency of an addition
   clear(dq);
@@ -71,6 +72,7 @@ __attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n,
   for (int64_t j = 0; j < n; ++j, k += cell) {
     const Vec<T> k_up = load(k), k_down = load(k + w);
     Vec<T> dk = load(k + 2 * w);
+    prefetch(ahead[j]);
     for (int a = 0; a < NQ; ++a) pair.add_kept(up[a], down[a], k_up, k_down, ds[a * ld + j], dq[a], dk, dv[a % 2]);
     store(k + 2 * w, dk);
   }
@@ -83,11 +85,12 @@ __attribute__((noinline)) Vec<T> gradient_tile(Pair pair, T* q, T* k, int64_t n,
 
 // The same for `count` queries, at most kTileQueries.
 template <typename T, int NQ = 1, class Pair>
-ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld) {
+ATTN_INLINE Vec<T> gradient_tile_of(int64_t count, Pair pair, T* q, T* k, int64_t n, const T* ds, int64_t ld,
+                                    const char* const* ahead) {
   if constexpr (NQ < kTileQueries) {
-    if (count > NQ) return gradient_tile_of<T, NQ + 1>(count, pair, q, k, n, ds, ld);
+    if (count > NQ) return gradient_tile_of<T, NQ + 1>(count, pair, q, k, n, ds, ld, ahead);
   }
-  return gradient_tile<T, NQ>(pair, q, k, n, ds, ld);
+  return gradient_tile<T, NQ>(pair, q, k, n, ds, ld, ahead);
 }
 
 // The same for vector u of query i and the n steps in rows list[j] of the keys (j without a list), without limits on
@@ -147,12 +150,11 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
   const bool in_range = !per_query && Pair::fits_kept(q_most, k_most);
   const T* ds = back.dscores + b * Tq * Tk;
   const int64_t tiles = divide_up(Tq, kTileQueries);
-  Prefetcher ahead = back.next(b, first + vectors * w, vectors * w);
-  const int64_t share = ahead.share(vectors * tiles);
+  Prefetcher ahead = back.next(b, first + vectors * w, vectors * w), outputs = back.outputs(b, first, columns);
+  const int64_t share = ahead.share(vectors * tiles), share_of_outputs = outputs.share(vectors * tiles);
+  const char** lines = alloc<const char*>(scratch, share + share_of_outputs + n);
   for (int64_t u = 0; u < vectors; ++u) {
     Vec<T> dv{};
-    for (int64_t row = 0; row < (back.dquery == nullptr ? 0 : Tq); ++row) back.prefetch_dquery(b, row, first + u * w);
-    for (int64_t row = 0; row < (back.dkeys == nullptr ? 0 : Tk); ++row) back.prefetch_dkeys(b, row, first + u * w);
     if (in_range) {
       // Gradients of alignments near 0 are denormal, or become denormal when divided by E.
       [[maybe_unused]] const DenormalsAreZero fast;
@@ -160,8 +162,11 @@ void columnwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t fir
         // Tiles of about equal size, as small tiles are slower.
         for (int64_t t = 0, i = 0; t < tiles; ++t) {
           const int64_t count = (Tq - i) / (tiles - t);
-          ahead.issue(share);
-          dv += gradient_tile_of<T>(count, pair, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk);
+          int64_t taken = outputs.take(share_of_outputs, lines);
+          taken += ahead.take(share, lines + taken);
+          for (; taken > n; --taken) prefetch(lines[taken - 1]);
+          for (; taken < n; ++taken) lines[taken] = reinterpret_cast<const char*>(lines);  // nothing more to prefetch
+          dv += gradient_tile_of<T>(count, pair, q.cell(i, u), k.cells + u * n * 3 * w, n, ds + i * Tk, Tk, lines);
           i += count;
         }
       };

@@ -133,7 +133,7 @@ ATTN_INLINE T exponentials(int64_t size, T* e, const Row& row, const T* factor =
   for (int64_t c = 0; c < size; c += width<T>) {
     const Vec<T> x = row(c);
     if constexpr (sizeof(T) == 4) {
-      const Vec<T> power = exp_in_range(x + x);
+      const Vec<T> power = exp_of_twice(x);
       if (factor == nullptr) {
         store(e + c, power);
       } else {

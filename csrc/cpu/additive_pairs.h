@@ -8,12 +8,12 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
-// Stores e^{2x}, e^{-2x}.
+// Stores e^x, e^{-x}.
 template <typename T>
 ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
   if constexpr (sizeof(T) == 4) {
     Vec<T> up, down;
-    exp_both_ways(x + x, &up, &down);
+    exp_both_ways(x, &up, &down);
     store(e, up);
     store(e + width<T>, down);
   }
@@ -23,7 +23,8 @@ ATTN_INLINE void store_both_exponentials(T* e, Vec<T> x) {
 // to a factor per unit (of_unit), to dq and dk, and ds f(x) to dv. kRefined: uses refined estimates of reciprocals, if
 // they are faster than divisions (kernels.cpp).
 //
-// kClamped: limits the range of products of exponentials; unclamped(), for pairs that fits_unclamped accepts, does not.
+// kClamped: limits the range of products of exponentials; unclamped(), for pairs that fits_unclamped or
+// fits_row_unclamped accepts, does not.
 template <typename T, bool kRefined, bool kClamped = true>
 struct TanhPair {
   static constexpr T kGain = 4;
@@ -34,22 +35,37 @@ struct TanhPair {
     if constexpr (kClamped) return at_most<T>(e, kMaxExponentialBackward);
     return e;
   }
+  // Limits e^x to the square root of kMaxExponentialBackward.
+  ATTN_INLINE static Vec<T> clamped_root(Vec<T> e) {
+    constexpr float kMost = 0x1p39f;
+    static_assert(kMost * kMost == kMaxExponentialBackward, "the limit of E");
+    if constexpr (kClamped) return at_most<T>(e, kMost);
+    return e;
+  }
 
   // The gradient of a unit of query or key, computed from the sum of g.
   ATTN_INLINE static Vec<T> of_unit(Vec<T> v, Vec<T> sum) { return kGain * v * sum; }
 
   // Columnwise: the two vectors that are stored per vector x, and whether they can be used, given the largest |q| and
-  // |k|.
-  ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials(e, x); }
+  // |k|. With divisions these are e^{2x} and e^{-2x}: the divider is the bottleneck then. With
+  // refined estimates they are e^x and e^{-x}, whose sum C = 2 cosh(q + k) and difference S take three instructions,
+  // and g = ds / C^2, ds tanh = ds S / C.
+  ATTN_INLINE static void keep(T* e, Vec<T> x) { store_both_exponentials<T>(e, kRefined ? x : x + x); }
   ATTN_INLINE static bool fits_kept(T q, T k) {
     return sizeof(T) == 4 && q <= kMaxAbsExponential && k <= kMaxAbsExponential;
   }
   ATTN_INLINE static bool fits_unclamped(T q, T k) { return kClamped && q + k <= kMaxBoundUnclampedBackward; }
   ATTN_INLINE void add_kept(Vec<T> q_up, Vec<T> q_down, Vec<T> k_up, Vec<T> k_down, T ds, Vec<T>& dq, Vec<T>& dk,
                             Vec<T>& dv) const {
-    const Vec<T> up = clamped(q_up * k_up), down = clamped(q_down * k_down);
-    const Vec<T> ratio = quotient<kRefined, T>(broadcast(ds), (up + T(2)) + down);
-    const Vec<T> g = kRefined ? rounded(ratio) : ratio;
+    if constexpr (kRefined) {
+      const Vec<T> up = clamped_root(q_up * k_up), down = rounded(clamped_root(q_down * k_down));
+      const Vec<T> r = refined_reciprocal(up + down), p = rounded(ds * r);
+      dq += p * r;
+      dk += p * r;
+      dv += p * (up - down);
+      return;
+    }
+    const Vec<T> up = clamped(q_up * k_up), down = clamped(q_down * k_down), g = ds / ((up + T(2)) + down);
     dq += g;
     dk += g;
     dv += g * (up - down);
@@ -61,12 +77,33 @@ struct TanhPair {
     return exponentials(size, e, row);
   }
   ATTN_INLINE static bool fits_row(T q, T k) { return fits_kept(q, k); }
-  ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
-    const Vec<T> e = clamped(q * k), x = quotient<kRefined, T>(broadcast(T(1)), T(1) + e);
-    const Vec<T> pr = rounded(ds * x), g = rounded(pr * (e * x));
-    dk += g;
-    dq += g;
-    sum += pr - T(0.5) * ds;  // per term: the difference of two separate sums would cancel
+  // Whether unclamped() may compute the pair, in which two steps share a refined estimate: (1 + E)^2 is in range.
+  ATTN_INLINE static bool fits_row_unclamped(T q, T k) { return kClamped && q + k <= kMaxBoundTwo; }
+  // NK steps k of one query. half: half the sum of their ds.
+  template <int NK>
+  ATTN_INLINE void add_rows(Vec<T> q, const Vec<T>* k, const T* ds, T half, Vec<T>& dq, Vec<T>* dk, Vec<T>& sum) const {
+    constexpr bool kShared = kRefined && !kClamped && NK % 2 == 0;
+    Vec<T> e[NK], d[NK], x[NK], p{};
+    for (int r = 0; r < NK; ++r) {
+      e[r] = clamped(q * k[r]);
+      d[r] = T(1) + e[r];
+    }
+    for (int r = 0; r < NK; ++r) {
+      if constexpr (!kShared) {
+        x[r] = quotient<kRefined, T>(broadcast(T(1)), d[r]);
+      } else if (r % 2 == 0) {
+        const Vec<T> both = refined_reciprocal(rounded(d[r] * d[r + 1]));
+        x[r] = rounded(both * d[r + 1]);
+        x[r + 1] = rounded(both * d[r]);
+      }
+    }
+    for (int r = 0; r < NK; ++r) {
+      const Vec<T> pr = rounded(ds[r] * x[r]), g = rounded(pr * (e[r] * x[r]));
+      dk[r] += g;
+      dq += g;
+      p = r == 0 ? pr : p + pr;
+    }
+    sum += p - half;  // for each few terms: the difference of the whole sums would cancel
   }
   ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return T(-2) * sum; }
 
@@ -106,8 +143,10 @@ struct ActivatedPair {
     return T(0);
   }
   ATTN_INLINE static bool fits_row(T, T) { return true; }
-  ATTN_INLINE void add_row(Vec<T> q, Vec<T> k, T ds, Vec<T>& dq, Vec<T>& dk, Vec<T>& sum) const {
-    add(q + k, ds, dq, dk, sum);
+  ATTN_INLINE static bool fits_row_unclamped(T, T) { return false; }
+  template <int NK>
+  ATTN_INLINE void add_rows(Vec<T> q, const Vec<T>* k, const T* ds, T, Vec<T>& dq, Vec<T>* dk, Vec<T>& sum) const {
+    for (int r = 0; r < NK; ++r) add(q + k[r], ds[r], dq, dk[r], sum);
   }
   ATTN_INLINE static Vec<T> dv_of_rows(Vec<T> sum) { return sum; }
 

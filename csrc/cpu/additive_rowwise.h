@@ -6,24 +6,38 @@
 namespace attn {
 namespace ATTN_LEVEL {
 
+constexpr int64_t kMaxRowwiseQueries = 7;  // for more, storing the exponentials of all steps is faster: columnwise
+
 // Adds the contributions of NK steps (listed in steps, exponentials in ek) to the sums dq (Tq, size) and dv (size) of a
 // strip of units. With kKeys, writes their dkeys to rows of `columns` elements. ds[i * Tk + r] is the gradient of the
 // score of query i and step r. kKept: all pairs are in the range of the stored values; otherwise they are computed from
-// the original rows. Prefetches the inputs of the next tile, rows with `item` bytes per element.
-template <typename T, int NK, bool kKept, bool kKeys, class Pair>
-ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, int64_t b, int64_t first, int64_t size, const T* eq,
-                              const T* const* ek, const int32_t* steps, const T* ds, T* dq, T* dv, T* const* dkeys,
-                              int64_t columns, bool stream, const char* const* next, int64_t item) {
+// the original rows. pair: back.pair or its unclamped(). Prefetches the inputs of the next tile, rows with `item` bytes
+// per element, and the next rows of dkeys.
+template <typename T, int NK, bool kKept, bool kKeys, class Pair, class TilePair>
+ATTN_INLINE void rowwise_tile(const BackwardParams<T, Pair>& back, TilePair pair, int64_t b, int64_t first,
+                              int64_t size, const T* eq, const T* const* ek, const int32_t* steps, const T* ds, T* dq,
+                              T* dv, T* const* dkeys, int64_t columns, bool stream, const char* const* next,
+                              int64_t item) {
   const int64_t Tq = back.op.Tq, Tk = back.op.Tk;
+  T half[kMaxRowwiseQueries];  // half the sum of each query's ds
+  for (int64_t i = 0; i < Tq; ++i) {
+    half[i] = 0;
+    for (int r = 0; r < NK; ++r) half[i] += T(0.5) * ds[i * Tk + r];
+  }
   for (int64_t c = 0; c < size; c += width<T>) {
     Vec<T> dk[NK], sum{}, dvc = load(dv + c);
     clear(dk);
     for (int r = 0; r < NK; ++r) prefetch(next[r] + c * item);
+    if constexpr (kKeys)
+      if (!stream)
+        for (int r = 0; r < NK; ++r)
+          prefetch_to_write(reinterpret_cast<uintptr_t>(dkeys[r] + c) + NK * back.op.A * sizeof(T));
     for (int64_t i = 0; i < Tq; ++i) {
       Vec<T> dqi = load(dq + i * size + c);
       if constexpr (kKept) {
-        const Vec<T> q = load(eq + i * size + c);
-        for (int r = 0; r < NK; ++r) back.pair.add_row(q, load(ek[r] + c), ds[i * Tk + r], dqi, dk[r], sum);
+        Vec<T> k[NK];
+        for (int r = 0; r < NK; ++r) k[r] = load(ek[r] + c);
+        pair.template add_rows<NK>(load(eq + i * size + c), k, ds + i * Tk, half[i], dqi, dk, sum);
       } else {
         const Vec<T> q = back.query(b, i, first + c);
         for (int r = 0; r < NK; ++r)
@@ -84,7 +98,7 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
   auto tiles = [&](auto steps) __attribute__((always_inline)) {
     constexpr int kSteps = decltype(steps)::value;
     for (; j + kSteps <= n; j += kSteps) {
-      bool kept = true;
+      bool kept = true, unclamped = true;
       T* dkeys[kSteps];
       const T* e[kSteps];
       const char* next[kSteps];
@@ -111,17 +125,22 @@ void rowwise_task(const BackwardParams<T, Pair>& back, int64_t b, int64_t first,
           }
         }
         kept = kept && Pair::fits_row(q_abs_max, k_abs_max);
+        unclamped = unclamped && Pair::fits_row_unclamped(q_abs_max, k_abs_max);
         const int64_t at = (b * op.Tk + list[j + r]) * op.A + first;
         if constexpr (kKeys) dkeys[r] = direct ? static_cast<T*>(back.dkeys) + at : copies + r * columns;
         next[r] = static_cast<const char*>(keys.data) +
                   (b * keys.stride[0] + list[min(j + kSteps + r, n - 1)] * keys.stride[1]) * item;
       }
-      if (kept)
-        rowwise_tile<T, kSteps, true, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
-                                             stream, next, item);
+      auto tile = [&](auto pair, auto of_kept) __attribute__((always_inline)) {
+        rowwise_tile<T, kSteps, decltype(of_kept)::value, kKeys>(back, pair, b, first, size, eq, e, list + j, ds + j,
+                                                                 dq, dv, dkeys, columns, stream, next, item);
+      };
+      if (kept && unclamped)
+        tile(back.pair.unclamped(), std::true_type());
+      else if (kept)
+        tile(back.pair, std::true_type());
       else
-        rowwise_tile<T, kSteps, false, kKeys>(back, b, first, size, eq, e, list + j, ds + j, dq, dv, dkeys, columns,
-                                              stream, next, item);
+        tile(back.pair, std::false_type());
       if (kKeys && !direct)
         for (int r = 0; r < kSteps; ++r)
           write_row(back.dkeys, dtype, (b * op.Tk + list[j + r]) * op.A + first, dkeys[r], columns);

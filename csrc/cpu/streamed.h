@@ -248,6 +248,8 @@ void weighted_sum_streamed(T* const* out, int64_t out_rows, const T* const* weig
     }
 }
 
+constexpr int64_t kWriteAhead = 2048;  // bytes from where rows are written to where they are prefetched for it
+
 // out = sum_i weight_i * y_i for NY rows y of n elements. stream: use non-temporal stores; out must be aligned then.
 template <typename T, int NY>
 ATTN_INLINE void weighted_sum_fixed(T* out, const T* weight, int64_t wi, const T* const* y, int64_t n, bool stream) {
@@ -264,7 +266,10 @@ ATTN_INLINE void weighted_sum_fixed(T* out, const T* weight, int64_t wi, const T
   if (stream)
     for (; c + w <= n; c += w) store_stream(out + c, vector(whole, c));
   else
-    for (; c + w <= n; c += w) store(out + c, vector(whole, c));
+    for (; c + w <= n; c += w) {
+      prefetch_to_write(reinterpret_cast<uintptr_t>(out + c) + kWriteAhead);
+      store(out + c, vector(whole, c));
+    }
   if (c < n)
     store_part(out + c, vector([&](const T* p) __attribute__((always_inline)) { return load_part(p, n - c); }, c),
                n - c);

@@ -153,10 +153,14 @@ ATTN_INLINE void prefetch_into_l1(const E* p) {
   prefetch_into_l1(reinterpret_cast<uintptr_t>(p));
 }
 
-// Prefetches the cache line of p for a write.
+// Prefetches the cache line at an address, which may be past the end of an array, for a write.
+ATTN_INLINE void prefetch_to_write(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 1, 2);
+}
+
 template <class E>
 ATTN_INLINE void prefetch_to_write(const E* p) {
-  __builtin_prefetch(p, 1, 2);
+  prefetch_to_write(reinterpret_cast<uintptr_t>(p));
 }
 
 // During its lifetime, this thread treats denormal numbers as 0. On x86, each would cost a hundred cycles.

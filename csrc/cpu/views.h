@@ -128,9 +128,23 @@ class Prefetcher {
   int64_t share(int64_t times) const { return divide_up(left_, max(times, 1)); }
 
   void issue(int64_t lines) {
+    for_next(lines, [](const char* line) __attribute__((always_inline)) { prefetch(line); });
+  }
+
+  // Writes the addresses of the next `lines` cache lines to list, for a loop that prefetches one per iteration: many
+  // prefetches in a row would wait for each other. Returns how many there are.
+  int64_t take(int64_t lines, const char** list) {
+    int64_t n = 0;
+    for_next(lines, [&](const char* line) __attribute__((always_inline)) { list[n++] = line; });
+    return n;
+  }
+
+ private:
+  template <class Use>
+  ATTN_INLINE void for_next(int64_t lines, const Use& use) {
     while (lines > 0 && at_ < count_) {
       Block& block = blocks_[at_];
-      for (; offset_ < block.bytes && lines > 0; offset_ += kLine, --lines) prefetch(block.row + offset_);
+      for (; offset_ < block.bytes && lines > 0; offset_ += kLine, --lines) use(block.row + offset_);
       if (offset_ < block.bytes) return;
       offset_ = 0;
       block.row += block.stride;
@@ -138,7 +152,6 @@ class Prefetcher {
     }
   }
 
- private:
   static constexpr int kMost = 5;
   static constexpr int64_t kLine = 64, kHalfOfL2 = 1 << 19;
   struct Block {
