@@ -77,7 +77,7 @@ class LSTMForward(_Forward):
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
         _, gates, cells, tanh_cells, _ = self.saved
-        step_gates = gates[t].add_(self.product(self.inputs[t]))
+        step_gates = self.product.add_to(gates[t], self.inputs[t])
         hidden = self.h(t + 1)
         self.compute(step_gates, cells[t], cells[t + 1], tanh_cells[t], hidden, hidden_copy)
         return hidden
@@ -127,7 +127,7 @@ class GRUForward(_Forward):
     def step(self, t: int, hidden_copy: Tensor | None = None) -> Tensor:
         """Returns h' of step t, (B, H), and writes it to ``hidden_copy``, too."""
         gates, before, hidden = self.saved.gates[t], self.h(t), self.h(t + 1)
-        gates.add_(self.product_x(self.x(t)))
+        self.product_x.add_to(gates, self.x(t))
         products = self.product_h(before)
         self.compute(gates, products, self.bias_h, before, self.saved.recurrent[t], hidden, hidden_copy)
         return hidden
@@ -154,7 +154,7 @@ class GRUBackward:
         dgates, drecurrent = self.dgates[t], self.drecurrent[t]
         dbefore = torch.zeros_like(dh)
         self.compute(dh, gates[t], inputs[t, :, self.n :], recurrent[t], dbefore, dgates, drecurrent)
-        return self.product_x(dgates), dbefore.add_(self.product_h(drecurrent))
+        return self.product_x(dgates), self.product_h.add_to(dbefore, drecurrent)
 
     def weight_gradients(self) -> CellWeights:
         dgates, drecurrent, inputs = (x.flatten(0, 1) for x in (self.dgates, self.drecurrent, self.saved.inputs[:-1]))

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...gemm import linear_of_rows, weight_gradient
+from ...gemm import linear_of_rows, prefers_transposed, weight_gradient
 from .formula import is_batch
 from .ragged_cells import Direction, DirectionWeights, Part, SavedDirection, backward, forward
 
 # A cost model to choose between the node here and oneDNN's padded LSTM: oneDNN's time for a row, and the overhead of a
 # step here, both in units of the time for a row here. Measured on Zen 5 with 2 to 64 sentences and 256 units, forward
-# and backward: without this choice, the node here takes up to twice as long.
+# and backward: without this choice, the node here takes up to twice as long. On Sapphire Rapids, where products of few
+# rows are faster (``prefers_transposed``), with 4 to 128 sentences and 256 and 512 units.
 _PADDED, _STEP = 0.75, 3.5
+_PADDED_INTEL, _STEP_INTEL = 0.95, 0.6
 _SHUT = 1e6  # closes or opens a gate for any states
 _EXTRA = 16  # added inputs, one of which marks padding: with this number oneDNN is as fast as without them
 
@@ -183,8 +185,9 @@ class _PaddedLSTM(torch.autograd.Function):
 
 def _is_for_onednn(rows: Rows, x: Tensor, weights: Sequence[Tensor]) -> bool:
     sentences, steps = rows.order.shape[0], rows.sizes.shape[0]
+    padded, step = (_PADDED_INTEL, _STEP_INTEL) if prefers_transposed(x) else (_PADDED, _STEP)
     return (
-        x.shape[0] + _STEP * steps >= _PADDED * sentences * steps
+        x.shape[0] + step * steps >= padded * sentences * steps
         and x.dtype == torch.float32
         and len(weights) % 4 == 0  # with biases
         and weights[1].shape[0] == 4 * weights[1].shape[1]

@@ -110,6 +110,13 @@ class _Product:
         multiple = 8 if rows <= _SMALL else 32
         return self.product(self.x[begin : begin + -(-rows // multiple) * multiple])[:rows]
 
+    def add_to(self, out: Tensor, begin: int, rows: int) -> None:
+        """out, (rows, *), += the product."""
+        if self.rounds:
+            out.add_(self(begin, rows))
+        else:
+            self.product.add_to(out, self.x[begin : begin + rows])
+
 
 # LSTM -----------------------------------------------------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ def _run_lstm(
     for n, rows, _, before, _, goes_on in way.parts:
         of_part = gates_of[n]
         if goes_on:
-            of_part.add_(product(before, rows))
+            product.add_to(of_part, before, rows)
         step(of_part, cell[before : before + rows], cell_of[n], tanh_of[n], hidden_of[n], None)
     return SavedDirection(gates, hidden, tanh, cell)
 
@@ -149,7 +156,7 @@ def _go_back_lstm(
         of_cell = cell[before : before + rows], tanh_of[n], dcell[sentence : sentence + rows]
         step(dhidden_of[n], gates_of[n], *of_cell, dgates_of[n])
         if goes_on:
-            dhidden[before : before + rows].add_(product(begin, rows))
+            product.add_to(dhidden[before : before + rows], begin, rows)
     return dgates, dgates
 
 
@@ -186,5 +193,5 @@ def _go_back_gru(
         dbefore = dhidden[there]
         step(dhidden_of[n], gates_of[n], hidden[there], recurrent_of[n], dbefore, dgates_of[n], dproducts_of[n])
         if goes_on:
-            dbefore.add_(product(begin, rows))
+            product.add_to(dbefore, begin, rows)
     return dgates, dproducts
