@@ -60,7 +60,7 @@ class AttentionForward:
         self.backend: str = inputs.backend
         self.query: Query = inputs.query
         assert inputs.score is not None  # the attention is not called
-        keys, steps = inputs.memory.keys, inputs.embedded.shape[1]
+        keys, steps = inputs.memory.keys, inputs.steps
         batch, source, units = keys.shape
         lengths = is_zero = None
         if self.query.eps is not None:

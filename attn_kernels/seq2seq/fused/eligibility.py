@@ -54,19 +54,24 @@ register(DynamicConvolutionAttention, _of_filters, [*_projections, "filter_hidde
 register(WindowedAttention, (), ["attention"])
 
 
-def can_fuse_sequence(decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory) -> bool:
-    """Whether ``decode_sequence`` may replace the steps of a target. embedded: (B, T, *). state: the first one."""
+def can_fuse_sequence(
+    decoder: DecoderModules, embedded: Tensor, state: DecoderState, memory: Memory, index: Tensor | None = None
+) -> bool:
+    """Whether ``decode_sequence`` with these arguments may replace the steps of a target."""
     if not has_stock_steps(decoder, state, memory, True) or not is_plain(embedded):
         return False
     if is_called(decoder.attention):
-        if not _can_call(decoder.attention, state.attention, embedded):
+        steps = (embedded if index is None else index).shape[1]
+        if steps == 0 or not _can_call(decoder.attention, state.attention, embedded.device):
             return False
     elif state.attention is not None and not _has_stock_state(decoder.attention, state.attention, memory):
         return False
     size = decoder.rnn.input_size - decoder.hidden_size
     first = (*state.hidden, *state.cell)
     return (
-        embedded.shape[::2] == (memory.batch_size, size)
+        embedded.dim() == (3 if index is None else 2)
+        and (embedded if index is None else index).shape[0] == memory.batch_size
+        and embedded.shape[-1] == size
         and (embedded.dtype, embedded.device) == (memory.keys.dtype, memory.keys.device)
         and state.feed is not None
         and all(x.shape[1] == 1 for x in (*first, state.feed))
@@ -126,7 +131,7 @@ def has_stock_steps(decoder: Any, state: DecoderState, memory: Memory, may_call:
     )
 
 
-def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
+def _can_call(attention: nn.Module, state: Any, device: torch.device) -> bool:
     """Whether the steps of the attention may be separate graphs of autograd, with this first state.
 
     So no hook may see the tensors of a step: it might use them in a loss, whose gradient would end in that graph. A
@@ -136,11 +141,10 @@ def _can_call(attention: nn.Module, state: Any, embedded: Tensor) -> bool:
         return False
     tensors, modules = [*state, *attention.parameters(), *attention.buffers()], list(attention.modules())
     return (
-        embedded.shape[1] > 0
-        and (all(map(is_stock, modules)) or (_declares_self_contained(attention) and not any(map(_is_hooked, modules))))
+        (all(map(is_stock, modules)) or (_declares_self_contained(attention) and not any(map(_is_hooked, modules))))
         and not has_global_hooks()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # each pass would call them again
-        and all(is_plain(x) and x.device == embedded.device for x in tensors)
+        and all(is_plain(x) and x.device == device for x in tensors)
         and all(x.is_leaf and not x._backward_hooks for x in attention.parameters())
         and not any(x.requires_grad for x in attention.buffers())
     )

@@ -51,7 +51,8 @@ class CalledAttention(NamedTuple):
 class Inputs(NamedTuple):
     """All inputs of a sequence, or the gradients of all inputs."""
 
-    embedded: Tensor  # (B, T, E)
+    embedded: Tensor  # (B, T, E), or (U, E) with token_rows
+    token_rows: Tensor | None  # (B, T), the row of ``embedded`` of each step: see distinct.py
     memory: Memory  # its mask has the shape (B, S), or (B, 1, S) if the attention is called
     dropout: tuple[Tensor | None, ...]  # (T, B, H), factors: of the layers below the top, then of attentional vectors
     feed: Tensor  # (B, H), the attentional vector before the first step
@@ -65,11 +66,16 @@ class Inputs(NamedTuple):
     filters: AlignmentFilters | None  # of a stateful attention, with its state before the first step
     backend: str  # of the attention
 
+    @property
+    def steps(self) -> int:
+        """T."""
+        return (self.embedded if self.token_rows is None else self.token_rows).shape[1]
+
 
 def step_axes(inputs: Inputs) -> list[Axes]:
-    """For each tensor that ``flatten`` finds in the inputs, its axes that run over steps."""
+    """For each tensor that ``flatten`` finds in the inputs, which have no token_rows, its axes that run over steps."""
     memory: list[Axes] = [{-2: "S"}, {-2: "S"}, {}, {-1: "S"}]
-    axes: list[Axes] = [{-2: "T"}, *memory, *({-3: "T"} for _ in inputs.dropout)]
+    axes: list[Axes] = [{-2: "T"}, {}, *memory, *({-3: "T"} for _ in inputs.dropout)]
     state: list[Axes] = [] if inputs.filters is None else [{-1: "S"}, {-1: "S"}]
     return axes + [{}] * (len(flatten(inputs)[0]) - len(axes) - len(state)) + state
 
