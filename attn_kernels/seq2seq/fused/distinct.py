@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ...stock import is_plain, is_stock, runs_eagerly
 
+MIN_REPEATS = 2.0
+
 
 class Distinct(NamedTuple):
     rows: Tensor  # (U, E), the embedded distinct tokens
@@ -23,7 +25,7 @@ class Distinct(NamedTuple):
 def embed_distinct(embedding: nn.Module, dropout: nn.Module, tokens: Tensor) -> Distinct | None:
     """``dropout(embedding(tokens))`` on the CPU as distinct rows.
 
-    None if a module is not stock or is random, or if fewer than half of the products would be saved.
+    None if a module is not stock or is random, or if tokens occur fewer than MIN_REPEATS times on average.
     """
     if not (runs_eagerly(tokens.device.type) and tokens.is_cpu and is_plain(tokens) and tokens.numel() > 0):
         return None
@@ -34,7 +36,7 @@ def embed_distinct(embedding: nn.Module, dropout: nn.Module, tokens: Tensor) -> 
     if not isinstance(dropout, nn.Dropout) or (dropout.training and dropout.p > 0):
         return None
     distinct, index = torch.unique(tokens, return_inverse=True)
-    if 2 * distinct.shape[0] > tokens.numel():
+    if MIN_REPEATS * distinct.shape[0] > tokens.numel():
         return None
     return Distinct(embedding(distinct), index)
 

@@ -45,25 +45,27 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
     attention = _attention_forward(inputs if projected is None else with_values(inputs, projected))
     size, memory_size = inputs.feed.shape[1], 0 if projected is not None else inputs.memory.values.shape[2]
     context_and_state = inputs.feed.new_empty(steps, batch, memory_size + size)
-    attentional = inputs.feed.new_empty(steps, batch, size)
     product = PackedLinear(inputs.attentional_weight[:, -memory_size - size :], batch, steps)
+    contexts = context_and_state[:, :, :memory_size].unbind(0)
+    last_states = context_and_state[:, :, memory_size:].unbind(0)
     *below, top = inputs.dropout
-    layers[0].x(0).copy_(inputs.feed)
-    for t in range(steps):
-        both = context_and_state[t]
-        context, last = both[:, :memory_size], both[:, memory_size:]
-        state = layers[0].step(t, None if below else last)
-        for n, (layer, factors) in enumerate(zip(layers[1:], below, strict=True), 2):
-            _drop(state, factors, t, layer.x(t))
-            state = layer.step(t, last if n == len(layers) else None)
-        if projected is None:
-            context.copy_(attention.step(t, state))
-            torch.tanh(product(both), out=attentional[t])
-        else:
-            torch.tanh(product.add_to(attention.step(t, state), both), out=attentional[t])
-        _drop(attentional[t], top, t, layers[0].x(t + 1))
+    layers[0].x[0].copy_(inputs.feed)
     saved_layers = tuple(layer.saved for layer in layers)
     fed = saved_layers[0].inputs[1:, :, :size]  # the attentional vectors after dropout
+    attentional = fed if top is None else torch.empty_like(top)
+    for t, (both, out) in enumerate(zip(context_and_state.unbind(0), attentional.unbind(0), strict=True)):
+        last = last_states[t]
+        state = layers[0].step(t, None if below else last)
+        for n, (layer, factors) in enumerate(zip(layers[1:], below, strict=True), 2):
+            _drop(state, factors, t, layer.x[t])
+            state = layer.step(t, last if n == len(layers) else None)
+        if projected is None:
+            contexts[t].copy_(attention.step(t, state))
+            torch.tanh(product(both), out=out)
+        else:
+            torch.tanh(product.add_to(attention.step(t, state), both), out=out)
+        if top is not None:
+            torch.mul(out, top[t], out=layers[0].x[t + 1])
     # Copies: a caller may change the results in place, and the saved tensors must not change.
     results = fed.transpose(0, 1).clone(memory_format=torch.contiguous_format), attention.all_alignments()
     return *results, Saved(embedded, index, context_and_state, projected, attentional, saved_layers, attention.saved)
@@ -73,25 +75,31 @@ def backward(inputs: Inputs, saved: Saved, grad_attentional: Tensor | None, grad
     """The gradients of the inputs, from those of the results of ``forward``; None for constants."""
     embedded, index, context_and_state, projected, attentional, *_ = saved
     steps, batch, size = attentional.shape
+    memory_size = context_and_state.shape[2] - size
     make_layer: Any = LSTMBackward if inputs.cell else GRUBackward
     weights = _weights_in_loop(inputs)
     layers: list[LSTMBackward | GRUBackward] = list(map(make_layer, saved.layers, weights))
     attention = _attention_backward(inputs if projected is None else with_values(inputs, projected), saved)
     product = PackedLinear(inputs.attentional_weight[:, -context_and_state.shape[2] :].t(), batch, steps)
-    dattentional = torch.empty_like(attentional)  # before the tanh
+    dattentional = attentional.new_empty(attentional.shape)  # before the tanh
+    outputs, doutputs = attentional.unbind(0), dattentional.unbind(0)
+    of_results = None if grad_attentional is None else grad_attentional.unbind(1)
     dfeed = torch.zeros_like(inputs.feed)
     dstates = [torch.zeros_like(inputs.feed) for _ in layers]  # of the states after the step
     *below, top = inputs.dropout
     for t in reversed(range(steps)):
-        if grad_attentional is not None:
-            dfeed = dfeed + grad_attentional[:, t]
+        if of_results is not None:
+            dfeed = dfeed + of_results[t]
         if top is not None:
             dfeed = dfeed * top[t]
-        torch.ops.aten.tanh_backward.grad_input(dfeed, attentional[t], grad_input=dattentional[t])
-        dboth = product(dattentional[t])
-        dstates[-1] = dstates[-1] + dboth[:, -size:]
-        dcontext = dboth[:, :-size] if projected is None else dattentional[t]
-        dstates[-1] += attention.step(t, dcontext, grad_alignments)
+        torch.ops.aten.tanh_backward.grad_input(dfeed, outputs[t], grad_input=doutputs[t])
+        if projected is None:
+            dcontext, dstate = product(doutputs[t]).tensor_split([memory_size], dim=1)
+            dstates[-1].add_(dstate)
+        else:
+            dcontext = doutputs[t]
+            product.add_to(dstates[-1], dcontext)
+        attention.step(t, dcontext, grad_alignments, dstates[-1])
         for n in reversed(range(len(layers))):
             dx, dstates[n] = layers[n].step(t, dstates[n])
             if n > 0:
